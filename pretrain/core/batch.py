@@ -1,0 +1,147 @@
+"""What flows from the loader to the model: rows of packed documents, the vocabulary's special tokens, batches.
+
+Shape letters: B rows of a batch, L tokens of a row, D pieces of documents in a row, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Batch = dict[str, torch.Tensor]
+"""Named tensors. What the loop itself reads: `weight` (), the number of targets; `domain_B` and `row_B`, where each
+row comes from; all other names are between an objective's `prepare` and its `loss`."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pieces of documents packed to at most one row length; the pieces never see one another."""
+
+    tokens_L: NDArray[np.int32]
+    starts_D: NDArray[np.int32]  # where each piece begins in `tokens_L`; the first is 0
+    documents_D: NDArray[np.int64]  # which document of the corpus each piece is from
+    domain: int  # all pieces of a row are of one domain
+    index: int  # the row's number in the packing plan
+
+    def pieces(self) -> list[NDArray[np.int32]]:
+        """The pieces one by one, in order."""
+        return np.split(self.tokens_L, self.starts_D[1:])
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The token ids that objectives need by name; `None` where the tokenizer lacks one."""
+
+    size: int
+    pad: int
+    bos: int | None = None
+    eos: int | None = None
+    mask: int | None = None
+    sentinels: tuple[int, ...] = ()  # <extra_id_0>, <extra_id_1>, … of span corruption
+    special: frozenset[int] = frozenset()
+    tokens: tuple[str, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
+        """Read from any `transformers` tokenizer."""
+        known = tokenizer.get_vocab()
+        tokens: list[str] = [""] * len(tokenizer)
+        for token, index in known.items():
+            if index < len(tokens):
+                tokens[index] = token
+        sentinels = []
+        while (index := known.get(f"<extra_id_{len(sentinels)}>")) is not None:
+            sentinels.append(index)
+        pad = tokenizer.pad_token_id
+        if pad is None:
+            pad = tokenizer.eos_token_id
+        return cls(
+            size=len(tokenizer),
+            pad=0 if pad is None else pad,
+            bos=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id,
+            eos=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id,
+            mask=tokenizer.mask_token_id,
+            sentinels=tuple(sentinels),
+            special=frozenset(tokenizer.all_special_ids) | frozenset(sentinels),
+            tokens=tuple(tokens),
+        )
+
+    @cached_property
+    def special_V(self) -> NDArray[np.bool_]:
+        """Which ids are special tokens: never masked, never sampled as a replacement."""
+        special_V = np.zeros(self.size, dtype=bool)
+        special_V[[i for i in self.special if i < self.size]] = True
+        return special_V
+
+    @cached_property
+    def starts_word_V(self) -> NDArray[np.bool_]:
+        """Which tokens begin a word: with the space mark of byte-level BPE or Unigram, or without WordPiece's ##."""
+        if any(t.startswith("##") for t in self.tokens):
+            return np.array([not t.startswith("##") for t in self.tokens], dtype=bool)
+        marks = ("Ġ", "▁", "Ċ", "ĉ", " ", "\n")
+        return np.array([t.startswith(marks) for t in self.tokens], dtype=bool)
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an objective may know when it prepares a batch, besides the rows."""
+
+    vocabulary: Vocabulary
+    length: int  # L: the row length the model is trained at
+    rng: np.random.Generator  # a function of (seed, step, rank, micro-batch): the same batch again on resume
+    progress: float = 0.0  # how much of the budget is spent, 0 to 1
+
+
+def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
+    """`tokens_BL`, `document_BL` (piece number from 1, 0 on padding), `position_BL` (restarts at each piece), and each
+    row's `domain_B` and `row_B`, all int64; positions count on in the padding, which is a piece of its own."""
+    tokens_BL = np.full((len(rows), length), pad, dtype=np.int64)
+    document_BL = np.zeros((len(rows), length), dtype=np.int64)
+    position_BL = np.zeros((len(rows), length), dtype=np.int64)
+    for b, row in enumerate(rows):
+        n = len(row.tokens_L)
+        tokens_BL[b, :n] = row.tokens_L
+        starts = np.append(row.starts_D, n).astype(np.int64)
+        document_BL[b, :n] = np.repeat(np.arange(1, len(starts)), np.diff(starts))
+        position_BL[b] = np.arange(length) - np.repeat(starts, np.diff(np.append(starts, length)))
+    return {
+        "tokens_BL": torch.from_numpy(tokens_BL),
+        "document_BL": torch.from_numpy(document_BL),
+        "position_BL": torch.from_numpy(position_BL),
+        "domain_B": torch.tensor([row.domain for row in rows]),
+        "row_B": torch.tensor([row.index for row in rows]),
+    }
+
+
+def document_mask(document_BL: torch.Tensor, *, causal: bool, prefix_BL: torch.Tensor | None = None) -> torch.Tensor:
+    """Who may attend to whom: a boolean `mask_B1LL`, True where attention is allowed, as `transformers` takes it.
+
+    Attention stays inside each document; `causal` forbids the future, except inside `prefix_BL` (True on the tokens
+    that everyone in the document may see). Padding attends to padding, so that no row of the mask is empty.
+    """
+    mask_BLL = document_BL[:, :, None] == document_BL[:, None, :]
+    if causal:
+        length = document_BL.shape[1]
+        allowed_LL = torch.ones(length, length, dtype=torch.bool, device=document_BL.device).tril()
+        allowed = allowed_LL[None] if prefix_BL is None else allowed_LL[None] | prefix_BL[:, None, :]
+        mask_BLL = mask_BLL & allowed
+    return mask_BLL[:, None]
+
+
+def to_device(batch: Batch, device: torch.device | str) -> Batch:
+    """The same batch on `device`."""
+    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+
+
+def select(batch: dict[str, Any], *names: str) -> dict[str, Any]:
+    """The named entries that the batch has."""
+    return {name: batch[name] for name in names if name in batch}

@@ -1,0 +1,94 @@
+"""The last linear layer and its cross-entropy in one, without ever holding the logits of a whole batch.
+
+The logits are made chunk by chunk, and each chunk's gradient is taken at once, while the chunk is in the cache:
+
+    p = softmax(h Wᵀ + b);  ∂nll/∂h = (p - y) W;  ∂nll/∂W = (p - y)ᵀ h
+
+Positions without a target are not computed.
+
+Shape letters: B rows, L positions, N positions with a target, C of a chunk, E width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE = -100
+CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Σ coefficient · nll over N targets; the gradients are ready when the forward pass is."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, h_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, target_N: Tensor, coefficient_N: Tensor, grad: bool
+    ) -> tuple[Tensor, Tensor]:
+        low = torch.get_autocast_dtype(h_NE.device.type) if torch.is_autocast_enabled(h_NE.device.type) else h_NE.dtype
+        rows = max(16, CHUNK_BYTES.get(h_NE.device.type, 64 << 20) // (4 * weight_VE.shape[0]))
+        w_VE = weight_VE.to(low)
+        nll_N = torch.empty(len(h_NE), dtype=torch.promote_types(torch.float32, h_NE.dtype), device=h_NE.device)
+        grad_h_NE = torch.empty_like(h_NE) if grad else None
+        grad_w_VE = torch.zeros_like(weight_VE) if grad else None
+        grad_b_V = torch.zeros_like(bias_V) if grad and bias_V is not None else None
+        for start in range(0, len(h_NE), rows):
+            part = slice(start, start + rows)
+            h_CE, target_C = h_NE[part].to(low), target_N[part]
+            logits_CV = (h_CE @ w_VE.T).to(nll_N.dtype)
+            if bias_V is not None:
+                logits_CV += bias_V
+            p_CV = logits_CV.softmax(-1)
+            # log Σ exp from the largest entry, whose probability is never near 0.
+            logsumexp_C = logits_CV.amax(-1) - p_CV.amax(-1).log()
+            nll_N[part] = logsumexp_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
+            if grad_h_NE is None or grad_w_VE is None:
+                continue
+            c_C = coefficient_N[part].to(nll_N.dtype)
+            p_CV = p_CV.scatter_add_(-1, target_C[:, None], torch.full_like(c_C, -1.0)[:, None]).to(low)
+            grad_h_NE[part] = (p_CV @ w_VE) * c_C[:, None]
+            scaled_CE = (h_CE * c_C[:, None]).to(low)
+            if low == grad_w_VE.dtype:
+                grad_w_VE.addmm_(p_CV.T, scaled_CE)
+            else:
+                grad_w_VE += p_CV.T @ scaled_CE
+            if grad_b_V is not None:
+                grad_b_V += c_C.to(low) @ p_CV
+        ctx.save_for_backward(*(g for g in (grad_h_NE, grad_w_VE, grad_b_V) if g is not None))
+        ctx.mark_non_differentiable(nll_N)
+        return (nll_N * coefficient_N).sum(), nll_N
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+        grad_h_NE, grad_w_VE, *grad_b = ctx.saved_tensors
+        # In place: the gradients are this function's own, and a graph is gone through once.
+        return grad_h_NE.mul_(grad), grad_w_VE.mul_(grad), grad_b[0].mul_(grad) if grad_b else None, None, None, None
+
+
+def linear_cross_entropy(
+    hidden_BLE: Tensor,
+    weight_VE: Tensor,
+    target_BL: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    weight_BL: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of `softmax(hidden @ weight.T + bias)` against `target_BL` (-100: no target), in nats.
+
+    Returns the sum of `weight_BL` · nll (weights of 1 when not given) over the number of targets, as a scalar to
+    differentiate once, and the unweighted `nll_BL`, detached and 0 where there is no target. The idea of computing the
+    gradient in the forward pass, chunk by chunk, is that of Liger Kernel (arXiv:2410.10989).
+    """
+    h_NE, target_N = hidden_BLE.flatten(0, -2), target_BL.flatten()
+    has_target_N = target_N != IGNORE
+    coefficient_N = torch.ones_like(target_N, dtype=h_NE.dtype) if weight_BL is None else weight_BL.flatten()
+    if not bool(has_target_N.all()):
+        h_NE, target_N, coefficient_N = h_NE[has_target_N], target_N[has_target_N], coefficient_N[has_target_N]
+    grad = torch.is_grad_enabled() and (hidden_BLE.requires_grad or weight_VE.requires_grad)
+    coefficient_N = coefficient_N / max(len(target_N), 1)
+    value, nll_N = _LinearCrossEntropy.apply(h_NE, weight_VE, bias_V, target_N, coefficient_N, grad)
+    nll_BL = torch.zeros(target_BL.shape, dtype=nll_N.dtype, device=nll_N.device)
+    nll_BL.masked_scatter_(has_target_N.view_as(target_BL), nll_N)
+    return value, nll_BL

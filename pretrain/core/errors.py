@@ -1,0 +1,22 @@
+"""The one error type that users see."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class PretrainError(Exception):
+    """A mistake that the user can mend: the message names the thing, its value and what is accepted."""
+
+
+def nearest(word: str, accepted: Iterable[str]) -> str:
+    """`" (did you mean 'x'?)"` when one accepted word is spelled much like `word`, else an empty string."""
+    close = difflib.get_close_matches(str(word), list(accepted), n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def unknown(what: str, word: str, accepted: Iterable[str]) -> PretrainError:
+    """The error for a word that is not among those accepted."""
+    words = sorted(accepted)
+    return PretrainError(f"unknown {what} {word!r}{nearest(word, words)}; accepted: {', '.join(words) or 'none'}")

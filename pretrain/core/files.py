@@ -1,0 +1,107 @@
+"""Files that are either whole or not there: atomic writing, checksums, safe reading of JSON."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.errors import PretrainError
+
+
+def fsync(path: Path) -> None:
+    """Flush one file or folder entry to the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def atomic_folder(target: Path) -> Iterator[Path]:
+    """Give a temporary folder beside `target`; on success it becomes `target` in one rename, on an error it is removed.
+
+    An existing `target` is replaced. A process killed inside leaves `target` as it was, and a `.tmp-*` folder that
+    `sweep` removes.
+    """
+    target = Path(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
+    try:
+        yield work
+        for path in work.rglob("*"):
+            fsync(path)
+        fsync(work)
+        work.chmod(0o755)
+        if target.is_dir() and not target.is_symlink():
+            aside = Path(tempfile.mkdtemp(prefix=f".tmp-old-{target.name}-", dir=target.parent))
+            os.replace(target, aside / "old")
+            os.replace(work, target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            os.replace(work, target)
+        fsync(target.parent)
+    except BaseException as error:
+        shutil.rmtree(work, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise PretrainError(f"cannot write {target}: {error.strerror or error}") from error
+        raise
+
+
+def sweep(folder: Path) -> None:
+    """Remove the temporary folders that killed processes left in `folder`."""
+    for path in Path(folder).glob(".tmp-*"):
+        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write `text` to `path` atomically (temporary name, fsync, rename)."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False) as f:
+            try:
+                f.write(text)
+                f.flush()
+                os.fsync(f.fileno())
+                Path(f.name).chmod(0o644)
+                os.replace(f.name, path)
+            except BaseException:
+                Path(f.name).unlink(missing_ok=True)
+                raise
+        fsync(path.parent)
+    except OSError as error:
+        raise PretrainError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON to `path` atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file; a missing or broken one is an error that names it."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PretrainError(f"missing file {path}") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise PretrainError(f"{path} is not valid JSON ({error}): truncated or damaged") from error
+
+
+def digest(value: Any) -> str:
+    """SHA-256 (hex) of a JSON-like value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes."""
+    with Path(path).open("rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()

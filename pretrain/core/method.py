@@ -1,0 +1,126 @@
+"""What every method is, and how methods are found.
+
+A method is one idea from one paper: a frozen dataclass whose fields are the paper's hyperparameters, in a file that
+bears its name, in the folder of its kind. Its docstring opens with the paper's title and arXiv number. Nothing is
+registered by hand: the folders are the registry, and listing them imports nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, ClassVar
+
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.files import digest
+
+PACKAGE = Path(__file__).resolve().parent.parent
+KINDS = {  # base class -> (kind, folder)
+    "DataOperation": ("data operation", "data"),
+    "Objective": ("objective", "objectives"),
+    "Optimizer": ("optimiser", "optim"),
+    "Schedule": ("schedule", "optim"),
+    "Policy": ("policy", "policies"),
+    "Surgery": ("surgery", "surgery"),
+    "Decoding": ("decoding", "decoding"),
+    "Evaluation": ("evaluation", "evaluation"),
+}
+_CLASS = re.compile(
+    r'^@dataclass\(frozen=True\)\nclass (?P<cls>\w+)\((?P<base>\w+)\):\n    """(?P<doc>.+?)"""(?P<body>.*?)(?=^\S|\Z)',
+    re.MULTILINE | re.DOTALL,
+)
+_TITLE = re.compile(r"(?P<title>.+?) \((?:arXiv:(?P<arxiv>[\w./-]+)|(?P<venue>[^()]+))\)\.?\Z", re.DOTALL)
+_FAMILIES = re.compile(r"^    families: ClassVar\[.+?\] = \((?P<names>[^)]*)\)", re.MULTILINE)
+
+
+class Method:
+    """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
+
+    families: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def name(self) -> str:
+        """The method's name in recipes: that of its file."""
+        return type(self).__module__.rpartition(".")[2]
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A row of the list of methods, read from the source without importing it."""
+
+    name: str
+    kind: str
+    title: str
+    arxiv: str | None
+    families: tuple[str, ...]
+    module: str
+    cls: str
+    path: Path
+
+    def row(self) -> dict[str, Any]:
+        """What `pretrain methods --json` prints."""
+        return {k: getattr(self, k) for k in ("name", "kind", "title", "arxiv", "families")}
+
+
+def _read(path: Path) -> MethodInfo | None:
+    found = [m for m in _CLASS.finditer(path.read_text(encoding="utf-8")) if m["base"] in KINDS]
+    if not found:
+        return None
+    if len(found) > 1:
+        raise PretrainError(f"{path} defines {len(found)} methods; accepted: one method a file")
+    match = found[0]
+    title = _TITLE.match(" ".join(match["doc"].split("\n\n")[0].split()))
+    if title is None:
+        raise PretrainError(f"{path}: the docstring of {match['cls']} must open with 'Title (arXiv:NUMBER).'")
+    families = _FAMILIES.search(match["body"])
+    return MethodInfo(
+        name=path.stem,
+        kind=KINDS[match["base"]][0],
+        title=title["title"],
+        arxiv=title["arxiv"],
+        families=tuple(re.findall(r"[\"']([\w.-]+)[\"']", families["names"])) if families else (),
+        module=f"pretrain.{path.parent.name}.{path.stem}",
+        cls=match["cls"],
+        path=path,
+    )
+
+
+@cache
+def methods() -> dict[str, MethodInfo]:
+    """All methods by name, in the order of kinds; reads the source files and imports none."""
+    found: dict[str, MethodInfo] = {}
+    for folder in dict.fromkeys(folder for _, folder in KINDS.values()):
+        for path in sorted((PACKAGE / folder).glob("[!_]*.py")):
+            info = _read(path)
+            if info is None:
+                continue
+            if info.name in found:
+                raise PretrainError(f"two methods are named {info.name!r}: {found[info.name].path} and {path}")
+            found[info.name] = info
+    return found
+
+
+def info(name: str, kind: str | None = None) -> MethodInfo:
+    """The row of one method; an unknown name, or one of another kind, is an error that lists what is accepted."""
+    known = {n: m for n, m in methods().items() if kind is None or m.kind == kind}
+    if name not in known:
+        if name in methods():
+            raise PretrainError(
+                f"method {name!r} is of kind {methods()[name].kind!r}, not {kind!r}; accepted: {', '.join(known)}"
+            )
+        raise unknown(kind or "method", name, known)
+    return known[name]
+
+
+def method_class(name: str, kind: str | None = None) -> type[Method]:
+    """Import one method's class."""
+    found = info(name, kind)
+    return getattr(importlib.import_module(found.module), found.cls)
+
+
+def code_version(name: str) -> str:
+    """A digest of the method's source text: it changes when the method's code does."""
+    return digest(info(name).path.read_text(encoding="utf-8"))[:16]

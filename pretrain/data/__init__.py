@@ -1,0 +1,18 @@
+"""Data operations: `corpus -> corpus`, on a `datasets.Dataset` with a `text` column (filter, rewrite, order)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pretrain.core.method import Method
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+class DataOperation(Method):
+    """Base of the data operations."""
+
+    def __call__(self, corpus: Dataset) -> Dataset:
+        """The corpus after the operation; columns that it does not know are kept."""
+        raise NotImplementedError

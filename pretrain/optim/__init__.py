@@ -1,0 +1,52 @@
+"""Optimisers and learning-rate schedules.
+
+An optimiser's `build(named_parameters)` gives a `torch.optim.Optimizer`; a schedule's `factor(step, total)` gives what
+the peak learning rate is multiplied by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pretrain.core.method import Method
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Optimizer(Method):
+    """Base of the optimisers. `lr` is the peak learning rate, `weight_decay` is for matrices only."""
+
+    lr: float = 1e-3
+    weight_decay: float = 0.1
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """Make the optimiser over these parameters."""
+        raise NotImplementedError
+
+
+class Schedule(Method):
+    """Base of the schedules."""
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor on the peak learning rate at `step` (from 0) of `total` steps."""
+        raise NotImplementedError
+
+
+def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+    """Two parameter groups: matrices, which decay, and vectors and scalars (norms, biases), which do not."""
+    trained = [p for _, p in named_parameters if p.requires_grad]
+    groups = [
+        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return [g for g in groups if g["params"]]
+
+
+def warmup_steps(warmup: float, total: int) -> int:
+    """A warm-up given as a share of training (below 1) or as a number of steps, in steps."""
+    return round(warmup * total) if warmup < 1 else int(warmup)

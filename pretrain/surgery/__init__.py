@@ -1,0 +1,34 @@
+"""Surgery: `model -> model` (grow, sparsify, factorise, adapt, quantise, merge, change vocabulary, swap a block)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pretrain.core.method import Method
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.core.batch import Batch
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a surgery may ask for besides the model; most need none of it."""
+
+    tokenizer: PreTrainedTokenizerBase | None = None
+    batches: Sequence[Batch] = ()  # calibration batches: input_ids, attention_mask, position_ids
+    models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
+    seed: int = 0
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+class Surgery(Method):
+    """Base of the surgeries."""
+
+    def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
+        """The operated model: a new one, or the same one changed in place; always use what is returned."""
+        raise NotImplementedError

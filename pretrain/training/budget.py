@@ -1,0 +1,46 @@
+"""When training stops: after so many tokens, steps, FLOPs or seconds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from pretrain.core.errors import PretrainError
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Exactly one of the four. Training ends with the first step that reaches it; seconds count training steps only."""
+
+    tokens: float | None = None
+    steps: float | None = None
+    flops: float | None = None
+    seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+        if len(given) != 1:
+            raise PretrainError(f"budget {given or '{}'}: accepted: exactly one of tokens, steps, flops, seconds")
+        if self.limit <= 0:
+            raise PretrainError(f"budget {given}: accepted: a number above 0")
+
+    @property
+    def unit(self) -> str:
+        """Which of the four it is."""
+        return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
+
+    @property
+    def limit(self) -> float:
+        """How much of it."""
+        return float(getattr(self, self.unit))
+
+    def progress(self, spent: dict[str, float]) -> float:
+        """The share that is spent, 0 to 1."""
+        return min(1.0, spent[self.unit] / self.limit)
+
+    def total_steps(self, spent: dict[str, float]) -> int:
+        """How many steps the whole budget makes, from what the steps so far have spent."""
+        if self.unit == "steps":
+            return int(self.limit)
+        if not spent["steps"] or not spent[self.unit]:
+            return 1_000_000_000  # before the first step nothing is known; a warm-up by share begins at its bottom
+        return max(1, -int(-self.limit * spent["steps"] // spent[self.unit]))

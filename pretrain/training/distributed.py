@@ -1,0 +1,111 @@
+"""The processes of one training: alone, or several under `torchrun` (gloo on CPUs, nccl on GPUs).
+
+`ddp` copies the model to each process; `fsdp` (FSDP2) shards parameters, gradients and optimiser state.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from pretrain.core.errors import PretrainError
+
+
+@dataclass(frozen=True)
+class World:
+    """Which process this is, of how many, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return self.rank == 0
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums of some numbers over all processes."""
+        return self._reduced(values, dist.ReduceOp.SUM) if self.size > 1 else values
+
+    def longest(self, value: float) -> float:
+        """The largest of a number over all processes."""
+        return self._reduced([value], dist.ReduceOp.MAX)[0] if self.size > 1 else value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process."""
+        return self.longest(float(flag)) > 0
+
+    def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor, how)
+        return tensor.tolist()
+
+    def wait(self) -> None:
+        """Wait for all processes."""
+        if self.size > 1:
+            dist.barrier()
+
+
+def join(device: torch.device) -> World:
+    """The world that `torchrun` set up (its environment variables), or the one process there is."""
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(0, 1, device)
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return World(dist.get_rank(), size, device)
+
+
+def wrap(trainee: nn.Module, blocks: list[nn.Module], world: World, strategy: str) -> nn.Module:
+    """The module to call for a distributed step; `trainee` itself when alone."""
+    if strategy not in ("ddp", "fsdp"):
+        raise PretrainError(f"strategy {strategy!r}: accepted: ddp, fsdp")
+    if world.size == 1:
+        return trainee
+    if strategy == "ddp":
+        return nn.parallel.DistributedDataParallel(trainee, find_unused_parameters=False)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for block in blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(trainee, mesh=mesh)
+    return trainee
+
+
+@contextmanager
+def synchronised(wrapped: nn.Module, last: bool) -> Iterator[None]:
+    """Gradients are exchanged in the step's last micro-batch only."""
+    if isinstance(wrapped, nn.parallel.DistributedDataParallel) and not last:
+        with wrapped.no_sync():
+            yield
+        return
+    if hasattr(wrapped, "set_requires_gradient_sync"):
+        wrapped.set_requires_gradient_sync(last)
+    yield
+
+
+def full(tensor: Any) -> Any:
+    """The whole of a sharded tensor (all processes must call it); others are handed back as they are."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def like(whole: torch.Tensor, current: Any) -> torch.Tensor:
+    """`whole` sharded the way `current` is."""
+    if not hasattr(current, "device_mesh"):
+        return whole.to(current.device)
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole.to(current.device), current.device_mesh, current.placements)

@@ -1,0 +1,78 @@
+"""What training tells while it runs: JSON Lines, TensorBoard, and a progress bar with the time left."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop the lines after `step` (of a process that died before its next state) and a half-written last one."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+class Log:
+    """Writes one training's events; silent in all processes but the first."""
+
+    def __init__(self, folder: Path, *, main: bool, from_step: int, bar: bool = True) -> None:
+        self.main = main
+        if not main:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        keep_until(folder / "log.jsonl", from_step)
+        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.board = _board(folder / "tensorboard", from_step)
+        columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+        self.bar = Progress(
+            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not bar
+        )
+        self.task = self.bar.add_task("starting", total=1.0)
+
+    def __enter__(self) -> Log:
+        if self.main:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.main:
+            self.bar.stop()
+            self.file.close()
+            if self.board:
+                self.board.close()
+
+    def write(self, event: str, record: dict[str, Any], progress: float) -> None:
+        """Write one event; scalars also go to TensorBoard."""
+        if not self.main:
+            return
+        self.file.write(json.dumps({"event": event} | record) + "\n")
+        self.file.flush()
+        values = record.get("metrics") or record
+        if self.board:
+            for name, value in (values | values.get("parts", {})).items():
+                if isinstance(value, int | float) and name != "step":
+                    self.board.add_scalar(f"{event}/{name}", value, record["step"])
+        if event == "step":
+            text = f"step {record['step']}  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+            self.bar.update(self.task, completed=progress, description=text)
+
+
+def _board(folder: Path, from_step: int) -> Any:
+    """A TensorBoard writer, or None where `tensorboard` is not installed."""
+    try:
+        from torch.utils.tensorboard.writer import SummaryWriter
+    except ImportError:
+        return None
+    return SummaryWriter(str(folder), purge_step=from_step + 1)
