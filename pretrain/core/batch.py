@@ -85,10 +85,10 @@ class Vocabulary:
     @cached_property
     def starts_word_V(self) -> NDArray[np.bool_]:
         """Which tokens begin a word: with the space mark of byte-level BPE or Unigram, or without WordPiece's ##."""
-        if any(t.startswith("##") for t in self.tokens):
-            return np.array([not t.startswith("##") for t in self.tokens], dtype=bool)
-        marks = ("Ġ", "▁", "Ċ", "ĉ", " ", "\n")
-        return np.array([t.startswith(marks) for t in self.tokens], dtype=bool)
+        marks = ("Ġ", "▁", "Ċ", "ĉ")
+        if any(t.startswith(marks) for t in self.tokens):
+            return np.array([t.startswith(marks) for t in self.tokens], dtype=bool)
+        return np.array([not t.startswith("##") for t in self.tokens], dtype=bool)
 
 
 @dataclass(frozen=True)

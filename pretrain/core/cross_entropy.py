@@ -25,7 +25,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, h_NE: Tensor, weight_VE: Tensor, bias_V: Tensor | None, target_N: Tensor, coefficient_N: Tensor, grad: bool
+        ctx: Any,
+        h_NE: Tensor,
+        weight_VE: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        coefficient_N: Tensor,
+        grad: bool,
     ) -> tuple[Tensor, Tensor]:
         low = torch.get_autocast_dtype(h_NE.device.type) if torch.is_autocast_enabled(h_NE.device.type) else h_NE.dtype
         rows = max(16, CHUNK_BYTES.get(h_NE.device.type, 64 << 20) // (4 * weight_VE.shape[0]))

@@ -140,7 +140,9 @@ def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """`weight_VE` and `bias_V` of the linear layer that gives the logits."""
     layer = model.get_output_embeddings()  # type: ignore[operator]
     if layer is None:
-        raise PretrainError(f"{type(model).__name__} has no language-model head; accepted: a causal, masked or seq2seq LM")
+        raise PretrainError(
+            f"{type(model).__name__} has no language-model head; accepted: a causal, masked or seq2seq LM"
+        )
     return layer.weight, layer.bias
 
 

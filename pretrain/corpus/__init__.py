@@ -1,0 +1,1 @@
+"""From sources to batches: documents → split corpus → tokens on disk → packed rows → micro-batches."""

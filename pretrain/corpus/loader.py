@@ -1,0 +1,167 @@
+"""The loader: which rows a step takes, and the batches that objectives make of them.
+
+Everything is a function of (seed, step, what was taken before): the same rows on any number of processes, the same
+batches with any number of workers, and a resume in constant time from a few counters.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pretrain.core.batch import Batch, Context, Vocabulary
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.corpus.packing import Plan, plan_for
+from pretrain.corpus.shards import Shards
+from pretrain.objectives import Objective
+
+ALL = "*"  # the stream of all rows, when there is no mixture
+
+
+class Loader:
+    """Batches of packed rows.
+
+    A step takes `batch_rows` rows over all processes, in micro-batches of `micro_rows`. Without a `mixture` each row
+    comes once an epoch, in a seeded order; with one, each row's domain is drawn by the weights, and each domain goes
+    through its own rows in a seeded order. `mixture` may be set at any time and holds from the next step on.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        objectives: Sequence[Objective],
+        vocabulary: Vocabulary,
+        *,
+        length: int,
+        batch_rows: int,
+        micro_rows: int | None = None,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+        mixture: dict[str, float] | None = None,
+    ) -> None:
+        self.shards, self.objectives, self.vocabulary = shards, list(objectives), vocabulary
+        self.length, self.batch_rows, self.seed, self.rank, self.world = length, batch_rows, seed, rank, world
+        self.micro_rows = micro_rows or max(1, batch_rows // world)
+        if batch_rows % (self.micro_rows * world):
+            raise PretrainError(
+                f"batch_rows {batch_rows}: accepted: a multiple of micro_rows x processes ({self.micro_rows} x {world})"
+            )
+        raw = min(objective.raw_length(length) for objective in objectives)
+        self.plan: Plan = plan_for(shards, raw)
+        if not len(self.plan):
+            raise PretrainError(f"{shards.folder}: no documents to train on")
+        self.next_step, self.taken, self.progress = 0, {ALL: 0}, 0.0
+        self._pending: deque[tuple[list[Future[list[Batch]]], dict[str, int]]] = deque()
+        self._pool = ThreadPoolExecutor(max(1, workers))
+        self._ahead = workers > 0
+        self._order = lru_cache(maxsize=2 * len(shards.domain_names) + 2)(self._make_order)
+        self._mixture: dict[str, float] | None = None
+        self.mixture = mixture
+
+    @property
+    def mixture(self) -> dict[str, float] | None:
+        """The weight of each domain, summing to 1; None takes all rows as they come."""
+        return self._mixture
+
+    @mixture.setter
+    def mixture(self, weights: dict[str, float] | None) -> None:
+        if weights is not None:
+            names = [self.shards.domain_names[d] for d in np.unique(self.plan.domain_R)]
+            for name, weight in weights.items():
+                if name not in names:
+                    raise unknown("domain in the mixture", name, names)
+                if not (np.isfinite(weight) and weight >= 0):
+                    raise PretrainError(f"mixture: weight {weight} of {name!r}: accepted: 0 or more")
+            total = sum(weights.values())
+            if total <= 0:
+                raise PretrainError("mixture: all weights are 0; accepted: at least one above 0")
+            weights = {name: weight / total for name, weight in sorted(weights.items())}
+        if weights != self._mixture and self._pending:
+            self.taken, self._pending = self._pending[0][1], deque()  # what was fetched ahead is fetched anew
+        self._mixture = weights
+
+    def step(self, step: int, progress: float) -> list[list[Batch]]:
+        """This process's micro-batches of a step, each one batch an objective; steps are taken in order."""
+        if step != self.next_step:
+            raise PretrainError(f"the loader is at step {self.next_step}, not {step}: load its state first")
+        if not self._pending:
+            self._fetch(step)
+        futures, _ = self._pending.popleft()
+        # Objectives see the progress of one step ago, which is known when the step is fetched ahead.
+        self.next_step, self.progress = step + 1, progress
+        if self._ahead:
+            self._fetch(step + 1)
+        return [future.result() for future in futures]
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs: a few counters."""
+        taken = self._pending[0][1] if self._pending else self.taken
+        return {"step": self.next_step, "taken": taken, "progress": self.progress, "mixture": self._mixture}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state."""
+        self._pending.clear()
+        self.next_step, self.taken, self.progress = state["step"], dict(state["taken"]), state["progress"]
+        self._mixture = state["mixture"]
+
+    def _fetch(self, step: int) -> None:
+        before = dict(self.taken)
+        rows, per_step = self._draw(step), self.micro_rows * self.world
+        starts = [start + self.rank * self.micro_rows for start in range(0, self.batch_rows, per_step)]
+        futures = [
+            self._pool.submit(self._prepare, step, start, rows[start : start + self.micro_rows], self.progress)
+            for start in starts
+        ]
+        self._pending.append((futures, before))
+
+    def _draw(self, step: int) -> list[int]:
+        """The rows of the whole step, over all processes; advances the counters."""
+        if self._mixture is None:
+            streams = [ALL] * self.batch_rows
+        else:
+            rng = np.random.default_rng((self.seed, step, 1))
+            streams = rng.choice(list(self._mixture), self.batch_rows, p=list(self._mixture.values())).tolist()
+        rows, taken = [], dict(self.taken)
+        for stream in streams:
+            count = taken.get(stream, 0)
+            size = len(self._rows(stream))
+            rows.append(int(self._rows(stream)[self._order(stream, count // size)[count % size]]))
+            taken[stream] = count + 1
+        self.taken = taken
+        return rows
+
+    def _rows(self, stream: str) -> NDArray[np.int64] | range:
+        if stream == ALL:
+            return range(len(self.plan))
+        if not hasattr(self, "_of_domain"):
+            self._of_domain: dict[str, NDArray[np.int64]] = {
+                name: self.plan.rows_of_domain(d) for d, name in enumerate(self.shards.domain_names)
+            }
+        return self._of_domain[stream]
+
+    def _make_order(self, stream: str, epoch: int) -> NDArray[np.int64]:
+        number = 0 if stream == ALL else 1 + self.shards.domain_names.index(stream)
+        return np.random.default_rng((self.seed, number, epoch, 2)).permutation(len(self._rows(stream)))
+
+    def _prepare(self, step: int, first: int, numbers: list[int], progress: float) -> list[Batch]:
+        rows = [self.plan.row(self.shards, number) for number in numbers]
+        facts = {
+            "tokens": torch.tensor(sum(len(row.tokens_L) for row in rows)),
+            "domain_B": torch.tensor([row.domain for row in rows]),
+            "row_B": torch.tensor(numbers),
+        }
+        batches = []
+        for index, objective in enumerate(self.objectives):
+            rng = np.random.default_rng((self.seed, step, first, index, 3))
+            context = Context(self.vocabulary, self.length, rng, progress)
+            batches.append(objective.prepare(rows, context) | facts)
+        return batches

@@ -1,0 +1,166 @@
+"""Tokens on disk: one flat, memory-mapped array of integers for each split, with document boundaries and domains.
+
+A split's folder holds `tokens.bin` (uint16 or uint32), `offsets.npy` (where each document begins, and the end),
+`domains.npy`, `bytes.npy` (UTF-8 bytes of each document) and `tokens.json`. A document is `[bos] tokens [eos]` where the
+tokenizer has them. Reading needs numpy only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import atomic_folder, digest, file_digest, read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pretrain.corpus.store import Corpus
+
+BATCH_CHARACTERS = 4 << 20
+
+
+class Shards:
+    """One split's tokens, opened for reading."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        self.info: dict[str, Any] = read_json(self.folder / "tokens.json")
+        self.domain_names: list[str] = self.info["domains"]
+        path, dtype = self.folder / "tokens.bin", np.dtype(self.info["dtype"])
+        expected = self.info["tokens"] * dtype.itemsize
+        if not path.exists() or path.stat().st_size != expected:
+            found = path.stat().st_size if path.exists() else 0
+            raise PretrainError(
+                f"{path} has {found} bytes instead of {expected}: truncated; remove {folder} to redo it"
+            )
+        self.flat = np.memmap(path, dtype=dtype, mode="r") if expected else np.zeros(0, dtype=dtype)
+        try:
+            self.offsets_N1: NDArray[np.int64] = np.load(self.folder / "offsets.npy", mmap_mode="r")
+            self.domains_N: NDArray[np.uint16] = np.load(self.folder / "domains.npy", mmap_mode="r")
+            self.bytes_N: NDArray[np.uint32] = np.load(self.folder / "bytes.npy", mmap_mode="r")
+        except (OSError, ValueError, EOFError) as error:
+            raise PretrainError(f"{folder}: {error}; remove the folder to redo it") from error
+
+    def __len__(self) -> int:
+        return len(self.domains_N)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens there are."""
+        return int(self.info["tokens"])
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Tokens of each document."""
+        return np.diff(self.offsets_N1)
+
+    def document(self, index: int) -> NDArray[Any]:
+        """One document's tokens."""
+        return self.flat[self.offsets_N1[index] : self.offsets_N1[index + 1]]
+
+    def piece(self, document: int, start: int, length: int) -> NDArray[Any]:
+        """A run of one document's tokens."""
+        begin = int(self.offsets_N1[document]) + start
+        return self.flat[begin : begin + length]
+
+    def targets_per_byte(self) -> float:
+        """Tokens that have a predecessor in their document, for each byte of text."""
+        return (self.tokens - len(self)) / max(1, int(np.sum(self.bytes_N, dtype=np.int64)))
+
+    def verify(self) -> None:
+        """Compare the tokens with their checksum."""
+        if file_digest(self.folder / "tokens.bin") != self.info["checksum"]:
+            raise PretrainError(f"{self.folder / 'tokens.bin'} is damaged (checksum); remove {self.folder} to redo it")
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes when the tokenizer would tokenise otherwise."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
+    return digest([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id])
+
+
+def tokenise(
+    corpus: Corpus,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    *,
+    splits: Sequence[str] = ("train", "validation", "test"),
+) -> dict[str, Shards]:
+    """Tokenise a corpus into `folder/SPLIT`; splits that are there already, of the same corpus and tokenizer, stay."""
+    from pretrain.core.batch import Vocabulary
+
+    wanted = {"corpus": corpus.info["fingerprint"], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    vocabulary = Vocabulary.of(tokenizer)
+    for split in splits:
+        info = folder / split / "tokens.json"
+        if info.exists() and {k: read_json(info).get(k) for k in wanted} == wanted:
+            continue
+        with atomic_folder(folder / split) as work:
+            _write(work, corpus, split, tokenizer, vocabulary, wanted)
+    return {split: Shards(folder / split) for split in splits}
+
+
+def _write(
+    work: Path, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Any, facts: dict[str, Any]
+) -> None:
+    """Write one split. One thread encodes (outside of Python's lock, on all cores) while this one reads and writes."""
+    dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
+    ends = [i for i in (vocabulary.bos, vocabulary.eos) if i is not None]
+    before, after = np.array(ends[:1], dtype), np.array(ends[1:], dtype)
+    names = corpus.domains
+    number = {name: i for i, name in enumerate(names)}
+    lengths, domains, sizes, checksum = [], [], [], hashlib.sha256()
+
+    def encode(documents: list[dict[str, Any]]) -> list[Any]:
+        texts = [d["text"] for d in documents]
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is None:
+            return tokenizer(texts, add_special_tokens=False)["input_ids"]
+        return backend.encode_batch_fast(texts, add_special_tokens=False)
+
+    with (work / "tokens.bin").open("wb") as out, ThreadPoolExecutor(1) as pool:
+        stream = _batches(corpus.documents(split))
+        documents = next(stream, [])
+        pending = pool.submit(encode, documents)
+        while documents:
+            following = next(stream, [])
+            encoded, pending = pending.result(), pool.submit(encode, following)
+            parts: list[NDArray[Any]] = []
+            for document, encoding in zip(documents, encoded, strict=True):
+                ids = np.array(getattr(encoding, "ids", encoding), dtype)
+                parts += (before, ids, after)
+                lengths.append(len(before) + len(ids) + len(after))
+                domains.append(number[document["domain"]])
+                sizes.append(len(document["text"].encode("utf-8", "surrogatepass")))
+            data = np.concatenate(parts).tobytes()
+            checksum.update(data)
+            out.write(data)
+            documents = following
+    np.save(work / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+    np.save(work / "domains.npy", np.array(domains, np.uint16))
+    np.save(work / "bytes.npy", np.array(sizes, np.uint32))
+    counts = {"documents": len(lengths), "tokens": int(sum(lengths)), "dtype": dtype.name, "domains": names}
+    write_json(work / "tokens.json", facts | counts | {"vocabulary": vocabulary.size, "checksum": checksum.hexdigest()})
+
+
+def _batches(documents: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Documents in lots of about `BATCH_CHARACTERS`."""
+    lot: list[dict[str, Any]] = []
+    size = 0
+    for document in documents:
+        lot.append(document)
+        size += len(document["text"])
+        if size >= BATCH_CHARACTERS:
+            yield lot
+            lot, size = [], 0
+    if lot:
+        yield lot

@@ -1,0 +1,219 @@
+"""A corpus on disk: Parquet files by split, and `corpus.json`.
+
+A document's side is decided by a hash of its text (of its `group` where it has one), so it is the same whatever the
+order and whatever else the corpus holds. Exact copies are removed everywhere, and training documents that are near-
+duplicates of held-out ones are removed from training. Documents stream through: the corpus may be larger than memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.files import atomic_folder, digest, read_json, write_json
+from pretrain.corpus.sources import Document
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SPLITS = ("train", "validation", "test")
+PART_BYTES = 64 << 20
+
+
+def side(key: str, validation: float, test: float) -> str:
+    """The split that a document belongs to, from the hash of its text or group."""
+    number = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+    return "test" if number < test else "validation" if number < test + validation else "train"
+
+
+class _Writer:
+    """Parquet parts of one split, written as they fill."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.parts, self.rows, self.bytes = folder, 0, [], 0  # type: ignore[var-annotated]
+        folder.mkdir()
+
+    def add(self, document: Document) -> None:
+        self.rows.append(document)
+        self.bytes += len(document["text"])
+        if self.bytes >= PART_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        import pyarrow
+        import pyarrow.parquet
+
+        if self.rows:
+            table = pyarrow.Table.from_pylist(self.rows)
+            path = self.folder / f"part-{self.parts:05d}.parquet"
+            pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=1024)
+            self.parts, self.rows, self.bytes = self.parts + 1, [], 0
+
+
+def write_corpus(
+    documents: Iterable[Document],
+    folder: Path,
+    *,
+    validation: float = 0.02,
+    test: float = 0.02,
+    near_duplicates: float | None = 0.8,
+    operations: Sequence[Callable[[Dataset], Dataset]] = (),
+    facts: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Split, deduplicate and store documents; returns what `corpus.json` says.
+
+    `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a held-
+    out one are removed (None: not looked for). `operations` then act on the training split. `facts` go into `corpus.json`.
+    """
+    if validation < 0 or test < 0 or validation + test >= 1:
+        raise PretrainError(
+            f"validation {validation} + test {test}: accepted: shares of 0 or more that leave some to train"
+        )
+    with atomic_folder(folder) as work:
+        removed = {"exact": 0, "near": 0}
+        _write_splits(documents, work, validation, test, removed)
+        if near_duplicates:
+            removed["near"] = _drop_near_heldout(work, near_duplicates)
+        if operations:
+            _operate(work, operations)
+        counts = _count(work)
+        if not counts["train"]:
+            raise PretrainError(
+                f"corpus {folder.name}: no training documents are left; accepted: at least one document"
+            )
+        info = {
+            "documents": {s: sum(d["documents"] for d in counts[s].values()) for s in SPLITS},
+            "bytes": {s: sum(d["bytes"] for d in counts[s].values()) for s in SPLITS},
+            "domains": counts,
+            "removed": removed,
+            "fingerprint": digest(counts),
+        } | (facts or {})
+        write_json(work / "corpus.json", info)
+    return info
+
+
+def _write_splits(
+    documents: Iterable[Document], work: Path, validation: float, test: float, removed: dict[str, int]
+) -> None:
+    writers = {split: _Writer(work / split) for split in SPLITS}
+    seen: set[bytes] = set()
+    for document in documents:
+        key = hashlib.blake2b(document["text"].encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if key in seen:
+            removed["exact"] += 1
+            continue
+        seen.add(key)
+        writers[side(document.get("group") or document["text"], validation, test)].add(document)
+    for writer in writers.values():
+        writer.flush()
+
+
+def _drop_near_heldout(work: Path, threshold: float) -> int:
+    """Remove training documents that are near-duplicates of held-out ones."""
+    import pyarrow.parquet
+
+    from pretrain.data._minhash import Index, signature
+
+    index, dropped = Index(threshold), 0
+    for split in ("validation", "test"):
+        for document in iterate(work / split):
+            index.add(signature(document["text"]))
+    for path in sorted((work / "train").glob("*.parquet")) if index.signatures else ():
+        table = pyarrow.parquet.read_table(path)
+        kept = [not index.has_near(signature(text)) for text in table["text"].to_pylist()]
+        dropped += kept.count(False)
+        if not all(kept):
+            pyarrow.parquet.write_table(table.filter(kept), path, compression="zstd", row_group_size=1024)
+    return dropped
+
+
+def _operate(work: Path, operations: Sequence[Callable[[Dataset], Dataset]]) -> None:
+    """Apply data operations to the training split."""
+    import shutil
+
+    import datasets
+
+    corpus = _open(work / "train")
+    for operation in operations:
+        corpus = operation(corpus)
+        if not isinstance(corpus, datasets.Dataset):
+            raise PretrainError(f"{operation!r} returned {type(corpus).__name__}; accepted: a datasets.Dataset")
+    after = work / "train-after"
+    after.mkdir()
+    rows = max(1, min(50_000, len(corpus)))
+    for part, start in enumerate(range(0, len(corpus), rows)):
+        chosen = corpus.select(range(start, min(start + rows, len(corpus))))
+        chosen.to_parquet(after / f"part-{part:05d}.parquet")
+    del corpus
+    shutil.rmtree(work / "train")
+    after.rename(work / "train")
+
+
+def _open(split: Path) -> Dataset:
+    import datasets
+
+    files = [str(path) for path in sorted(split.glob("*.parquet"))]
+    if not files:
+        return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
+    return datasets.Dataset.from_parquet(files, cache_dir=str(split.parent.parent / ".cache"))
+
+
+def iterate(split: Path, columns: Sequence[str] = ("text", "domain", "id")) -> Iterator[Document]:
+    """The documents of a split's folder, in order, read a little at a time."""
+    import pyarrow
+    import pyarrow.parquet
+
+    for path in sorted(split.glob("*.parquet")):
+        try:
+            with pyarrow.parquet.ParquetFile(path) as file:
+                for batch in file.iter_batches(batch_size=512, columns=list(columns)):
+                    yield from batch.to_pylist()
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
+
+
+def _count(work: Path) -> dict[str, dict[str, dict[str, int]]]:
+    counts: dict[str, dict[str, dict[str, int]]] = {}
+    for split in SPLITS:
+        domains: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
+        for document in iterate(work / split):
+            domains[document["domain"]]["documents"] += 1
+            domains[document["domain"]]["bytes"] += len(document["text"].encode("utf-8", "surrogatepass"))
+        counts[split] = dict(sorted(domains.items()))
+    return counts
+
+
+class Corpus:
+    """A stored corpus, opened."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "corpus.json").exists():
+            raise PretrainError(f"{folder} is not a corpus (no corpus.json); accepted: what a data stage wrote")
+
+    @cached_property
+    def info(self) -> dict[str, Any]:
+        """`corpus.json`."""
+        return read_json(self.folder / "corpus.json")
+
+    @property
+    def domains(self) -> list[str]:
+        """The names of the domains."""
+        return sorted({domain for split in self.info["domains"].values() for domain in split})
+
+    def split(self, name: str) -> Dataset:
+        """One split as a `datasets.Dataset`."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        return _open(self.folder / name)
+
+    def documents(self, name: str) -> Iterator[Document]:
+        """One split's documents, streamed."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        return iterate(self.folder / name)

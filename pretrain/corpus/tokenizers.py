@@ -1,0 +1,105 @@
+"""Tokenizers, trained with the `tokenizers` library and saved as plain `transformers` tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from pretrain.core.errors import PretrainError, unknown
+
+END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
+ALGORITHMS = ("bpe", "unigram", "bytes")
+# GPT-4's splitting rule with single digits: words with one leading space, punctuation runs, line breaks, spaces.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+def train_tokenizer(
+    texts: Iterable[str],
+    *,
+    algorithm: str = "bpe",
+    vocab_size: int = 8192,
+    mask: bool = False,
+    cls: bool = False,
+    sentinels: int = 0,
+    extra: Iterable[str] = (),
+) -> PreTrainedTokenizerFast:
+    """Train a tokenizer of exactly `vocab_size` entries (special tokens included; fewer when the text gives no more).
+
+    `algorithm`: `bpe` (byte-level, lossless), `unigram` (SentencePiece-like, with byte fallback for the unseen), `bytes`
+    (the 256 bytes; `vocab_size` is ignored). The end of a document is `<|endoftext|>`, which is its beginning too,
+    unless `cls` asks for `<|cls|>` … `<|sep|>`. `mask` adds `<|mask|>`, `sentinels` so many `<extra_id_N>`, `extra` more.
+    """
+    if algorithm not in ALGORITHMS:
+        raise unknown("tokenizer algorithm", algorithm, ALGORITHMS)
+    special = [END, PAD] + ([UNKNOWN] if algorithm == "unigram" else []) + ([MASK] if mask else [])
+    special += ([CLS, SEP] if cls else []) + [f"<extra_id_{i}>" for i in range(sentinels)] + list(extra)
+    if algorithm != "bytes" and vocab_size < len(special) + 256:
+        raise PretrainError(
+            f"vocab_size {vocab_size}: accepted: {len(special) + 256} or more (256 bytes, special tokens)"
+        )
+    tokenizer = (
+        _unigram(texts, vocab_size, special) if algorithm == "unigram" else _bpe(texts, algorithm, vocab_size, special)
+    )
+    if cls:
+        ids = [(t, tokenizer.token_to_id(t)) for t in (CLS, SEP)]
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{CLS} $A {SEP}", pair=f"{CLS} $A {SEP} $B {SEP}", special_tokens=ids
+        )
+    names = {"pad_token": PAD, "eos_token": SEP if cls else END, "bos_token": CLS if cls else END}
+    names |= {"unk_token": UNKNOWN} if algorithm == "unigram" else {}
+    names |= {"mask_token": MASK} if mask else {}
+    names |= {"cls_token": CLS, "sep_token": SEP} if cls else {}
+    more = [t for t in special if t not in names.values()]
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, additional_special_tokens=more, clean_up_tokenization_spaces=False, **names
+    )
+
+
+def _bpe(texts: Iterable[str], algorithm: str, vocab_size: int, special: list[str]) -> Tokenizer:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if algorithm == "bytes":
+        tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.add_special_tokens(special)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])  # fmt: skip
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _unigram(texts: Iterable[str], vocab_size: int, special: list[str]) -> Tokenizer:
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])  # fmt: skip
+    trainer = trainers.UnigramTrainer(
+        vocab_size=vocab_size, special_tokens=special, unk_token=UNKNOWN, show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, of a checkpoint or of a hub name; no code of theirs is run."""
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PretrainError(f"no tokenizer can be loaded from {folder}: {reason}") from error
