@@ -33,9 +33,9 @@ class Loss(NamedTuple):
 
 
 class Objective(Method):
-    """Base of the objectives."""
+    """Base of the objectives. `task` is the kind of model it trains: causal, masked or seq2seq."""
 
-    encoder_decoder: ClassVar[bool] = False
+    task: ClassVar[str] = "causal"
 
     def raw_length(self, length: int) -> int:
         """How many tokens of text make a row of `length` once prepared (span corruption takes more than it shows)."""

@@ -32,3 +32,10 @@ class Surgery(Method):
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The operated model: a new one, or the same one changed in place; always use what is returned."""
         raise NotImplementedError
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Repeat the change of structure, without its numbers, on a fresh model: for what plain `transformers` lacks.
+
+        A surgery that needs it calls `core.checkpoint.record(model, self)` when it operates.
+        """
+        raise NotImplementedError(f"{self.name} leaves a plain transformers model")

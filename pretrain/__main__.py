@@ -1,0 +1,5 @@
+"""`python -m pretrain`."""
+
+from pretrain.cli import app
+
+app()

@@ -1,0 +1,258 @@
+"""The command line. Heavy imports wait until a command needs them, so that help and lists answer at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import KINDS, info, methods
+
+
+class _App(typer.Typer):
+    """Typer, with the project's errors as one line and an exit status."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return super().__call__(*args, **kwargs)
+        except PretrainError as error:
+            if os.environ.get("PRETRAIN_DEBUG"):
+                raise
+            typer.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(1)
+        except KeyboardInterrupt:
+            typer.secho("interrupted; what is done is kept: run the same command again to go on", fg="yellow", err=True)
+            sys.exit(130)
+
+
+app = _App(
+    name="pretrain", no_args_is_help=True, pretty_exceptions_enable=False,
+    help="The whole life of a pretrained model on a limited budget.",
+)  # fmt: skip
+
+
+def _names(incomplete: str) -> list[str]:
+    """Method names that begin so, for shell completion."""
+    return [name for name in methods() if name.startswith(incomplete)]
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pretrain import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """The whole life of a pretrained model on a limited budget."""
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write; the recipe says by default.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it is expected to take.")] = False,
+) -> None:
+    """Run a recipe, or what is left of it."""
+    from pretrain import recipe as recipes
+
+    loaded = recipes.load(recipe, set_ or [], output)
+    if dry_run:
+        _print_plan(loaded)
+        return
+    from pretrain import engine
+
+    result = engine.run(loaded, say=lambda text: typer.echo(text, err=True))
+    if result.report:
+        typer.echo(f"report: {result.report}")
+
+
+def _print_plan(recipe: Any) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.engine import plan
+
+    table = Table("stage", "kind", "status", "FLOPs", "memory", "time", title=f"{recipe.name} in {recipe.output}")
+    for item in plan(recipe):
+        status = "cached" if item.finished else "to run"
+        guess = item.stage.estimate(item.inputs)
+        cells = (_short(guess.flops), _short(guess.memory_bytes, "B"), _minutes(guess.seconds))
+        table.add_row(item.stage.name, item.stage.stage, status, *(("-",) * 3 if item.finished else cells))
+    Console().print(table)
+
+
+def _short(value: float | None, unit: str = "") -> str:
+    if value is None:
+        return "small"
+    for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if value >= power:
+            return f"about {value / power:.3g} {letter}{unit}"
+    return f"about {value:.3g} {unit}"
+
+
+def _minutes(seconds: float | None) -> str:
+    if seconds is None:
+        return "small"
+    return (
+        f"about {seconds:.0f} s"
+        if seconds < 120
+        else f"about {seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"about {seconds / 3600:.1f} h"
+    )
+
+
+@app.command()
+def generate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a stage that wrote one.")],
+    prompt: Annotated[str, typer.Option(help="What to continue; '-' reads it from standard input.")] = "",
+    method: Annotated[str | None, typer.Option(help="A decoding method.", autocompletion=_names)] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
+    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    seed: int = 0,
+) -> None:
+    """Continue a prompt with a checkpoint."""
+    from pretrain.core import checkpoint as checkpoints
+    from pretrain.core.hardware import pick_device
+    from pretrain.stages import build_method, checkpoint_of
+    from pretrain.stages.decode import continue_prompt
+
+    try:
+        decoding = build_method(method, "decoding") if method else None
+    except ValueError as error:
+        raise PretrainError(str(error)) from error
+    model, tokenizer = checkpoints.load(checkpoint_of(checkpoint), device=pick_device())
+    if tokenizer is None:
+        raise PretrainError(f"{checkpoint} has no tokenizer; accepted: a checkpoint with tokenizer.json")
+    text = sys.stdin.read() if prompt == "-" else prompt
+    sample = continue_prompt(
+        model,
+        tokenizer,
+        text,
+        method=decoding,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        seed=seed,
+    )
+    typer.echo(text + sample["continuation"])
+
+
+@app.command()
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a stage that wrote one.")],
+    data: Annotated[str, typer.Option(help="A corpus, a file, a folder or a glob.")],
+    split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
+    max_documents: Annotated[int, typer.Option(min=1)] = 2000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a checkpoint on held-out text, beside xz and zstd."""
+    from itertools import islice
+
+    from pretrain.core import checkpoint as checkpoints
+    from pretrain.core.hardware import pick_device
+    from pretrain.corpus.sources import Files, read
+    from pretrain.corpus.store import Corpus
+    from pretrain.evaluation.held_out import HeldOut
+    from pretrain.stages import checkpoint_of
+    from pretrain.stages.evaluate import evaluate as measure
+
+    folder = next((f for f in (Path(data) / "corpus", Path(data)) if (f / "corpus.json").exists()), None)
+    documents = list(islice(Corpus(folder).documents(split) if folder else read(Files(data)), max_documents))
+    model, tokenizer = checkpoints.load(checkpoint_of(checkpoint), device=pick_device())
+    result = measure(model, tokenizer, documents, [HeldOut()], compressors=True)
+    if as_json:
+        typer.echo(json.dumps(result, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("metric", "value", "95% interval")
+    for name, value in result["metrics"].items():
+        low, high = result["intervals"].get(name, (None, None))
+        table.add_row(name, f"{value:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}")
+    for tool, bits in result["compressors"].items():
+        table.add_row(f"bits_per_byte of {tool}", f"{bits['all']:.4f}", "")
+    Console().print(table)
+
+
+@app.command()
+def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
+    """Write a run's report again."""
+    from pretrain.report import write
+
+    typer.echo(str(write(run_folder)))
+
+
+@app.command("methods")
+def list_methods(
+    words: Annotated[list[str] | None, typer.Argument(metavar="[SEARCH] | show NAME", autocompletion=_names)] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON rows.")] = False,
+    kind: Annotated[str | None, typer.Option(help="Only those of a kind.")] = None,
+) -> None:
+    """List the methods, those that a SEARCH finds, or show one."""
+    words = words or []
+    if words[:1] == ["show"]:
+        if len(words) != 2:
+            raise PretrainError("methods show: accepted: the name of one method")
+        _show(words[1])
+        return
+    kinds = sorted({k for k, _ in KINDS.values()})
+    if kind is not None and kind not in kinds:
+        raise PretrainError(f"kind {kind!r}: accepted: {', '.join(kinds)}")
+    wanted = [word.lower() for word in words]
+    rows = [m for m in methods().values() if kind in (None, m.kind)]
+    rows = [m for m in rows if all(w in f"{m.name} {m.kind} {m.title} {m.arxiv}".lower() for w in wanted)]
+    if as_json:
+        typer.echo(json.dumps([m.row() for m in rows], indent=2))
+        return
+    width = max((len(m.name) for m in rows), default=0)
+    last = None
+    for row in sorted(rows, key=lambda m: (m.kind, m.name)):
+        if row.kind != last:
+            typer.secho(("" if last is None else "\n") + row.kind, bold=True)
+            last = row.kind
+        typer.echo(f"  {row.name:<{width}}  {row.title}" + (f" (arXiv:{row.arxiv})" if row.arxiv else ""))
+
+
+def _show(name: str) -> None:
+    from dataclasses import MISSING, fields
+    from inspect import cleandoc
+
+    from pretrain.core.method import method_class
+
+    found = info(name)
+    cls = method_class(name)
+    typer.secho(f"{found.name} ({found.kind})", bold=True)
+    typer.echo(cleandoc(cls.__doc__ or ""))
+    typer.echo(f"\nmodel families: {', '.join(found.families) or 'any'}")
+    for item in fields(cls):  # type: ignore[arg-type]
+        default = "required" if item.default is MISSING and item.default_factory is MISSING else repr(item.default)
+        typer.echo(f"  {item.name}: {item.type} = {default}")
+
+
+@app.command()
+def new(name: Annotated[str, typer.Argument(help="The recipe to write, NAME.yaml.")]) -> None:
+    """Write a commented starter recipe."""
+    path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
+    if path.exists():
+        raise PretrainError(f"{path} exists; accepted: a name that is free")
+    from pretrain.core.files import write_text
+
+    starter = Path(__file__).with_name("starter.yaml").read_text(encoding="utf-8")
+    write_text(path, starter.replace("NAME", path.stem))
+    typer.echo(f"{path}: edit it, then: pretrain run {path}")

@@ -1,0 +1,132 @@
+"""How likely a model finds text: each token of each document predicted exactly once, from as much before as fits.
+
+Shape letters: B windows of a batch, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pretrain.core.cross_entropy import linear_cross_entropy
+from pretrain.core.errors import PretrainError
+from pretrain.core.families import family, head, hidden
+
+if TYPE_CHECKING:
+    from pretrain.corpus.shards import Shards
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of one document's tokens; the first `context` targets were predicted in an earlier window."""
+
+    document: int
+    tokens: NDArray[Any]
+    context: int
+
+
+def windows(document: int, tokens: NDArray[Any], length: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `length` inputs that together predict each token after the first once."""
+    start, done = 0, 1  # `done`: tokens already predicted, the first counted as given
+    while done < len(tokens):
+        end = min(start + length + 1, len(tokens))
+        yield Window(document, tokens[start:end], done - start - 1)
+        done, start = end, end - 1 - (length - stride) if end < len(tokens) else end
+
+
+@torch.no_grad()
+def document_nll(
+    model: nn.Module,
+    documents: Sequence[NDArray[Any]],
+    *,
+    length: int,
+    stride: int | None = None,
+    batch_tokens: int = 4096,
+) -> NDArray[np.float64]:
+    """The negative log-likelihood of each document in nats, its first token given.
+
+    `length` inputs a window; consecutive windows of a long document advance by `stride` (default: all of `length`).
+    """
+    if not family(model).causal:
+        raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal language model")
+    device = next(model.parameters()).device
+    todo = [w for i, tokens in enumerate(documents) for w in windows(i, tokens, length, stride or length)]
+    todo.sort(key=lambda w: len(w.tokens))
+    nll_N = np.zeros(len(documents))
+    weight_VE, bias_V = head(model)
+    start = 0
+    while start < len(todo):
+        width = len(todo[min(start + max(1, batch_tokens // len(todo[start].tokens)), len(todo)) - 1].tokens)
+        chosen = todo[start : start + max(1, batch_tokens // width)]
+        start += len(chosen)
+        width = max(len(w.tokens) for w in chosen) - 1
+        input_BL = torch.zeros(len(chosen), width, dtype=torch.long)
+        target_BL = torch.full((len(chosen), width), -100)
+        for b, window in enumerate(chosen):
+            tokens = torch.from_numpy(window.tokens.astype(np.int64))
+            input_BL[b, : len(tokens) - 1] = tokens[:-1]
+            target_BL[b, window.context : len(tokens) - 1] = tokens[1 + window.context :]
+        # Padding stands at the end, where a causal model's predictions do not see it.
+        states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
+        _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V)
+        for window, nll in zip(chosen, nll_BL.double().sum(-1).tolist(), strict=True):
+            nll_N[window.document] += nll
+    return nll_N
+
+
+def summarise(
+    nll_N: NDArray[np.float64], targets_N: NDArray[Any], bytes_N: NDArray[Any], domains: Sequence[str]
+) -> dict[str, float]:
+    """`loss` (nats a token), `perplexity`, `bits_per_byte`, and the latter for each domain."""
+    metrics = _metrics(nll_N.sum(), int(np.sum(targets_N)), int(np.sum(bytes_N, dtype=np.int64)))
+    by_domain: dict[str, list[int]] = defaultdict(list)
+    for index, domain in enumerate(domains):
+        by_domain[domain].append(index)
+    for domain, chosen in sorted(by_domain.items()):
+        some = _metrics(
+            nll_N[chosen].sum(), int(np.sum(targets_N[chosen])), int(np.sum(bytes_N[chosen], dtype=np.int64))
+        )
+        metrics |= {f"{k}/{domain}": v for k, v in some.items() if k != "perplexity"}
+    return metrics
+
+
+def _metrics(nll: float, targets: int, size: int) -> dict[str, float]:
+    loss = float(nll) / max(targets, 1)
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": float(nll) / math.log(2) / max(size, 1),
+    }
+
+
+def shard_loss(
+    model: nn.Module, shards: Shards, *, length: int, stride: int | None = None, max_tokens: int | None = None
+) -> dict[str, float]:
+    """Held-out metrics of a causal model on a split's tokens, on the same documents each time.
+
+    With `max_tokens` each document is cut to a common length so that all documents together hold about as many.
+    """
+    lengths_N = shards.lengths_N
+    cap = _cap(lengths_N, max_tokens) if max_tokens else None
+    documents = [np.asarray(shards.document(i)[:cap]) for i in range(len(shards))]
+    kept_N = np.array([len(d) for d in documents])
+    bytes_N = shards.bytes_N * (kept_N / np.maximum(lengths_N, 1))  # a cut document counts its share of bytes
+    nll_N = document_nll(model, documents, length=length, stride=stride)
+    return summarise(nll_N, kept_N - 1, np.round(bytes_N), [shards.domain_names[d] for d in shards.domains_N])
+
+
+def _cap(lengths_N: NDArray[Any], total: int) -> int:
+    """The length to cut documents to so that about `total` tokens remain."""
+    low, high = 2, int(lengths_N.max(initial=2))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if np.minimum(lengths_N, middle).sum() <= total else (low, middle - 1)
+    return low

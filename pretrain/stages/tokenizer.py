@@ -1,0 +1,59 @@
+"""`tokenizer`: train a tokenizer on a corpus, or take one from a checkpoint; writes a tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pretrain.stages import Job, Ref, Stage
+
+
+class Tokenizer(Stage):
+    """Fields of a `tokenizer` stage: a `corpus` to train on, or a `checkpoint` to take one from."""
+
+    stage: Literal["tokenizer"] = "tokenizer"
+    corpus: Ref | None = None
+    checkpoint: Ref | None = None
+    algorithm: Literal["bpe", "unigram", "bytes"] = "bpe"
+    vocab_size: int = Field(8192, ge=1)
+    mask: bool = False
+    cls: bool = False
+    sentinels: int = Field(0, ge=0, le=1000)
+    extra: list[str] = []
+    max_bytes: float = Field(200e6, gt=0)  # of text to train on
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Tokenizer:
+        if (self.corpus is None) == (self.checkpoint is None):
+            raise ValueError("accepted: exactly one of corpus, checkpoint")
+        return self
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Write the tokenizer."""
+        from pretrain.core.files import atomic_folder
+        from pretrain.corpus.store import Corpus
+        from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
+        from pretrain.stages import checkpoint_of
+
+        if self.checkpoint is not None:
+            tokenizer: Any = load_tokenizer(checkpoint_of(job.inputs["checkpoint"]))
+        else:
+            tokenizer = train_tokenizer(
+                self._texts(Corpus(job.inputs["corpus"] / "corpus")), algorithm=self.algorithm, mask=self.mask,
+                vocab_size=self.vocab_size, cls=self.cls, sentinels=self.sentinels, extra=self.extra,
+            )  # fmt: skip
+        with atomic_folder(job.folder / "tokenizer") as work:
+            tokenizer.save_pretrained(work)
+        job.say(f"{len(tokenizer):,} entries")
+        return {"metrics": {"vocabulary": len(tokenizer)}}
+
+    def _texts(self, corpus: Any) -> Iterator[str]:
+        """Training documents up to `max_bytes`."""
+        size = 0
+        for document in corpus.documents("train"):
+            yield document["text"]
+            size += len(document["text"])
+            if size >= self.max_bytes:
+                return

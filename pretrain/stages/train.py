@@ -1,0 +1,213 @@
+"""`train`: train a new model or a checkpoint on a corpus; writes a checkpoint, its log and its training state."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+
+from pretrain.core.method import Method
+from pretrain.stages import Estimate, Job, MethodOf, Ref, Stage, build_dataclass, build_method, checkpoint_of, dump
+from pretrain.training.budget import Budget
+
+
+class Weighted(BaseModel):
+    """An objective and its weight in the sum."""
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
+    method: Annotated[Method, PlainSerializer(dump)]
+    weight: float = 1.0
+
+
+def build_weighted(value: Any) -> Weighted:
+    """From `NAME` or `{method: NAME, weight: 0.5, …}`."""
+    if isinstance(value, Weighted):
+        return value
+    given = {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
+    weight = given.pop("weight", 1.0) if isinstance(given, dict) else 1.0
+    if not isinstance(weight, int | float) or weight <= 0:
+        raise ValueError(f"weight {weight!r}: accepted: a number above 0")
+    return Weighted(method=build_method(given, "objective"), weight=weight)
+
+
+WeightedField = Annotated[Any, PlainValidator(build_weighted), PlainSerializer(lambda w: w.model_dump(mode="json"))]
+BudgetField = Annotated[
+    Budget, PlainValidator(lambda v: v if isinstance(v, Budget) else build_dataclass(Budget, v, "budget")),
+    PlainSerializer(lambda b: {b.unit: b.limit}),
+]  # fmt: skip
+
+
+class Train(Stage):
+    """Fields of a `train` stage.
+
+    `init` is a checkpoint to go on from; without it `model` is built anew: `{family: llama, hidden_size: 256, …}`, the
+    fields of the family's `transformers` configuration. The tokenizer is that of the checkpoint unless `tokenizer` says
+    otherwise. A step takes `batch_rows` rows of `length` tokens, `micro_rows` at a time (0: all).
+    """
+
+    version = 1
+    distributed: ClassVar[bool] = True
+    neutral: ClassVar[tuple[str, ...]] = ("save_every", "keep", "log_every", "workers")
+    stage: Literal["train"] = "train"
+    corpus: Ref
+    tokenizer: Ref | None = None
+    init: Ref | None = None
+    model: dict[str, Any] = {}
+    task: Literal["auto", "causal", "masked", "seq2seq"] = "auto"
+    length: int = Field(512, ge=2)
+    batch_rows: int = Field(16, ge=1)
+    micro_rows: int = Field(0, ge=0)
+    objective: MethodOf["objective"] = "causal_lm"  # noqa: F821
+    objectives: list[WeightedField] = []
+    optimizer: MethodOf["optimiser"] = "adamw"  # noqa: F821
+    schedule: MethodOf["schedule"] = "cosine"  # noqa: F821
+    policies: list[MethodOf["policy"]] = []  # noqa: F821
+    mixture: dict[str, float] | None = None
+    budget: BudgetField
+    clip: float = Field(1.0, ge=0)
+    evaluate_every: int = Field(0, ge=0)
+    evaluate_tokens: int = Field(100_000, ge=1)  # held-out tokens of each evaluation while training
+    save_every: int = Field(200, ge=0)
+    keep: int = Field(2, ge=1)
+    log_every: int = Field(0, ge=0)
+    workers: int = Field(1, ge=0)
+    compile: bool = False
+    checkpointing: bool = False
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    strategy: Literal["ddp", "fsdp"] = "ddp"
+
+    model_config = ConfigDict(validate_default=True)
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Train:
+        if (self.init is None) == (not self.model):
+            raise ValueError("accepted: exactly one of init (a checkpoint) and model (a family and its fields)")
+        if self.model and "family" not in self.model:
+            raise ValueError(f"model {self.model}: accepted: {{family: llama, …}}")
+        if self.init is None and self.tokenizer is None:
+            raise ValueError("a new model needs a tokenizer; accepted: tokenizer: NAME of a stage, or a folder")
+        if self.model:
+            from pretrain.core.families import new_config
+
+            new_config(self.model["family"], {k: v for k, v in self.model.items() if k != "family"})
+        return self
+
+    def weighted(self) -> list[Weighted]:
+        """The objectives with their weights."""
+        return self.objectives or [Weighted(method=self.objective)]
+
+    def methods(self) -> list[str]:
+        """Without the default objective where `objectives` says others."""
+        unused = {self.objective.name} - {w.method.name for w in self.weighted()}
+        return [name for name in super().methods() if name not in unused]
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Train, then write the checkpoint."""
+        from pretrain.core import checkpoint
+        from pretrain.core.batch import Vocabulary
+        from pretrain.core.hardware import pick_device
+        from pretrain.corpus.loader import Loader
+        from pretrain.evaluation._likelihood import shard_loss
+        from pretrain.training.distributed import join
+        from pretrain.training.loop import Settings, train
+
+        world = join(pick_device())
+        model, tokenizer = self._model_and_tokenizer(job)
+        if world.main:
+            self._shards(job, tokenizer)
+        world.wait()
+        shards = self._shards(job, tokenizer)
+        weighted, vocabulary = self.weighted(), Vocabulary.of(tokenizer)
+        loader = Loader(
+            shards["train"], [w.method for w in weighted], vocabulary, length=self.length, batch_rows=self.batch_rows,
+            micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
+            mixture=self.mixture,
+        )  # fmt: skip
+        held_out, causal = shards["validation"], self._task(model) == "causal"
+
+        def evaluate(net: Any) -> dict[str, float]:
+            return shard_loss(net, held_out, length=self.length, max_tokens=self.evaluate_tokens)
+
+        training = train(
+            model, loader, [w.method for w in weighted], self.optimizer, self.schedule,
+            Settings(
+                self.budget, job.seed, self.clip, self.evaluate_every, self.save_every, self.keep, self.log_every,
+                self.precision, self.strategy, self.compile, self.checkpointing,
+            ),
+            job.folder, weights=[w.weight for w in weighted], policies=self.policies,
+            evaluate=evaluate if causal and len(held_out) else None, targets_per_byte=shards["train"].targets_per_byte(),
+        )  # fmt: skip
+        spent = {k: v for k, v in training.spent.items()}
+        if world.main:
+            lineage = {
+                "stages": job.lineage,
+                "data": shards["train"].info["corpus"],
+                "metrics": training.metrics,
+            } | spent
+            checkpoint.save(training.model, tokenizer, job.folder / "checkpoint", lineage)
+        bits = training.metrics.get("bits_per_byte")
+        job.say(
+            f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs" + (f", {bits:.3f} bits per byte" if bits else "")
+        )
+        return {"metrics": training.metrics | spent, "flops": training.flops}
+
+    def _model_and_tokenizer(self, job: Job) -> tuple[Any, Any]:
+        from pretrain.core import checkpoint
+        from pretrain.core.batch import Vocabulary
+        from pretrain.core.errors import PretrainError
+        from pretrain.core.families import new_model
+        from pretrain.corpus.tokenizers import load_tokenizer
+
+        tokenizer = None
+        if "tokenizer" in job.inputs:
+            folder = job.inputs["tokenizer"]
+            tokenizer = load_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+        if self.init is not None:
+            model, own = checkpoint.load(checkpoint_of(job.inputs["init"]))
+            tokenizer = tokenizer or own
+            if tokenizer is None:
+                raise PretrainError(f"stage {self.name!r}: {self.init} has no tokenizer; accepted: a tokenizer field")
+            return model, tokenizer
+        fields = {k: v for k, v in self.model.items() if k != "family"}
+        task = self.task if self.task != "auto" else self._default_task()
+        return new_model(
+            self.model["family"], fields, task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
+        ), tokenizer
+
+    def _default_task(self) -> str:
+        return self.weighted()[0].method.task  # type: ignore[attr-defined]
+
+    def _task(self, model: Any) -> str:
+        from pretrain.core.families import family
+
+        return "causal" if family(model).causal else "other"
+
+    def _shards(self, job: Job, tokenizer: Any) -> Any:
+        """The corpus in tokens, made once for each tokenizer and shared by the stages of a run."""
+        from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
+        from pretrain.corpus.store import Corpus
+
+        folder = job.inputs["corpus"]
+        corpus = Corpus(folder / "corpus" if (folder / "corpus").is_dir() else folder)
+        key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
+        return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key)
+
+    def estimate(self, inputs: dict[str, Any]) -> Estimate:
+        """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""
+        import torch
+
+        from pretrain.core.families import new_model
+        from pretrain.core.hardware import matrix_rate, pick_device
+
+        if not self.model:
+            return Estimate()
+        fields = {k: v for k, v in self.model.items() if k != "family"}
+        with torch.device("meta"):
+            model = new_model(self.model["family"], fields, task="base")
+        weights = sum(p.numel() for p in model.parameters())
+        per_token, rate = 6 * weights, matrix_rate(pick_device()) / 2
+        tokens = {"tokens": self.budget.limit, "steps": self.budget.limit * self.batch_rows * self.length}
+        flops = {"flops": self.budget.limit, "seconds": self.budget.limit * rate}
+        total = flops.get(self.budget.unit) or tokens[self.budget.unit] * per_token
+        return Estimate(total, 16.0 * weights, total / rate)
