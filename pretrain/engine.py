@@ -85,8 +85,8 @@ def run(
 ) -> Result:
     """Run a recipe, or what is left of it; finished stages are not run again.
 
-    `overrides` are `STAGE.field=value`. Under `torchrun` every process calls this; training runs on all, the rest on the
-    first.
+    `overrides` are `STAGE.field=value`. Under `torchrun` every process calls this; training runs on all of them, the
+    rest on the first.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
     main, wait = _processes()
@@ -106,9 +106,8 @@ def run(
             records[item.stage.name] = read_json(item.folder / "stage.json")
             if main:
                 _point(recipe.output / item.stage.name, item.folder)
-                say(
-                    f"[{item.stage.name}] {'already done' if finished else 'done in ' + _time(records[item.stage.name]['seconds'])}"
-                )
+                took = _time(records[item.stage.name]["seconds"])
+                say(f"[{item.stage.name}] {'already done' if finished else f'done in {took}'}")
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
         report = _report(recipe.output) if main else None
     return Result(recipe.output, records, report)

@@ -15,6 +15,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_text
 
 MAX_POINTS = 1500
+HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
+RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods")
 
 
 def write(folder: Path | str) -> Path:
@@ -118,13 +120,11 @@ def _json(path: Path) -> Any:
 def _body(data: dict[str, Any]) -> str:
     parts = [_cards(data)]
     if data["trainings"]:
-        parts.append(_section("Training", _AXES + '<div class="chart tall" id="loss"></div>'
-            '<div class="pair"><div class="chart" id="rate"></div><div class="chart" id="speed"></div></div>'))  # fmt: skip
+        parts.append(_section("Training", _CURVES))
     if data["bars"]:
-        note = "Bits for each byte of held-out text, by domain; lower is better. The compressors see each domain as one stream."
+        note = "Bits for each byte of held-out text; lower is better. The compressors see each domain as one stream."
         parts.append(_section("Held-out text", f'<p class="note">{note}</p><div class="chart" id="bars"></div>'))
-    for group in data["samples"]:
-        parts.append(_section("Samples", "".join(_sample(s) for s in group["samples"])))
+    parts += [_section("Samples", "".join(map(_sample, group["samples"]))) for group in data["samples"]]
     parts.append(_section("Stages", _stage_table(data["stages"])))
     parts.append(_details("Recipe", f"<pre>{html.escape(data['recipe'])}</pre>"))
     environment = html.escape(json.dumps(data["environment"], indent=2))
@@ -134,10 +134,12 @@ def _body(data: dict[str, Any]) -> str:
     return "\n".join(parts)
 
 
-_AXES = (
+_CURVES = (
     '<div class="axes" role="group" aria-label="horizontal axis">'
     '<button data-axis="tokens" class="on">tokens</button><button data-axis="flops">FLOPs</button>'
     '<button data-axis="seconds">seconds</button></div>'
+    '<div class="chart tall" id="loss"></div>'
+    '<div class="pair"><div class="chart" id="rate"></div><div class="chart" id="speed"></div></div>'
 )
 
 
@@ -187,9 +189,9 @@ def _stage_table(stages: list[dict[str, Any]]) -> str:
     rows = []
     for s in stages:
         memory = f"{s['peak_memory_bytes'] / 2**30:.1f} GiB" if s.get("peak_memory_bytes") else ""
-        cells = [s["name"], s["stage"], s["status"], ", ".join(s.get("methods") or {}),
-                 _clock(s["seconds"]) if s.get("seconds") is not None else "", short(s["flops"]) if s.get("flops") else "",
-                 memory, s["address"][:8]]  # fmt: skip
+        took = _clock(s["seconds"]) if s.get("seconds") is not None else ""
+        flops, used = short(s["flops"]) if s.get("flops") else "", ", ".join(s.get("methods") or {})
+        cells = (s["name"], s["stage"], s["status"], used, took, flops, memory, s["address"][:8])
         rows.append("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in cells) + "</tr>")
     heads = "".join(
         f"<th>{h}</th>" for h in ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")

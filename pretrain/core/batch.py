@@ -58,7 +58,7 @@ class Vocabulary:
         for token, index in known.items():
             if index < len(tokens):
                 tokens[index] = token
-        sentinels = []
+        sentinels: list[int] = []
         while (index := known.get(f"<extra_id_{len(sentinels)}>")) is not None:
             sentinels.append(index)
         pad = tokenizer.pad_token_id

@@ -22,6 +22,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, file_digest, read_json, write_json
 from pretrain.core.method import method_class
 
+transformers.utils.logging.disable_progress_bar()
+
 if TYPE_CHECKING:
     from pretrain.core.method import Method
 

@@ -40,16 +40,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h_NE = torch.empty_like(h_NE) if grad else None
         grad_w_VE = torch.zeros_like(weight_VE) if grad else None
         grad_b_V = torch.zeros_like(bias_V) if grad and bias_V is not None else None
+        # One buffer for all chunks: it stays in the cache, where a fresh one would not be.
+        buffer_CV = torch.empty(min(rows, len(h_NE)), weight_VE.shape[0], dtype=low, device=h_NE.device)
         for start in range(0, len(h_NE), rows):
             part = slice(start, start + rows)
             h_CE, target_C = h_NE[part].to(low), target_N[part]
-            logits_CV = (h_CE @ w_VE.T).to(nll_N.dtype)
+            logits_CV = torch.mm(h_CE, w_VE.T, out=buffer_CV[: len(h_CE)]).to(nll_N.dtype)
             if bias_V is not None:
                 logits_CV += bias_V
-            p_CV = logits_CV.softmax(-1)
+            top_C, at_target_C = logits_CV.amax(-1), logits_CV.gather(-1, target_C[:, None])[:, 0]
+            p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
             # log Σ exp from the largest entry, whose probability is never near 0.
-            logsumexp_C = logits_CV.amax(-1) - p_CV.amax(-1).log()
-            nll_N[part] = logsumexp_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
+            nll_N[part] = top_C - p_CV.amax(-1).log() - at_target_C
             if grad_h_NE is None or grad_w_VE is None:
                 continue
             c_C = coefficient_N[part].to(nll_N.dtype)

@@ -45,7 +45,8 @@ class Family:
 
 FAMILIES = (
     Family(
-        "llama", ("llama", "mistral", "qwen2", "qwen3"), "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj",
+        "llama", ("llama", "mistral", "qwen2", "qwen3"),
+        "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj",
         "mlp", ("gate_proj", "up_proj"), "down_proj", ("input_layernorm", "post_attention_layernorm"), "norm",
     ),
     Family(
@@ -147,7 +148,7 @@ def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def hidden(model: nn.Module, **inputs: Any) -> Tensor:
-    """The states that the head's linear layer multiplies: `hidden_BLE @ weight_VE.T + bias_V` are the model's logits."""
+    """The states that the head's linear layer multiplies: `hidden_BLE @ weight_VE.T + bias_V` are the logits."""
     entry = family(model)
     states_BLE = base(model)(**inputs).last_hidden_state
     if entry.head_transform is not None:
@@ -200,10 +201,9 @@ def encode_decode(
 def new_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
     """A `transformers` configuration from its type and fields; an unknown one of either is an error."""
     try:
-        blank = AutoConfig.for_model(model_type)
+        known = _config_fields(model_type)
     except ValueError as error:
         raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types]) from error
-    known = _config_fields(type(blank))
     for name in fields:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
@@ -216,8 +216,8 @@ def new_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
 
 
 @functools.cache
-def _config_fields(config: type[PreTrainedConfig]) -> frozenset[str]:
-    blank = config()
+def _config_fields(model_type: str) -> frozenset[str]:
+    blank = AutoConfig.for_model(model_type)
     return frozenset(blank.to_dict()) | frozenset(blank.attribute_map)
 
 

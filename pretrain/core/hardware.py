@@ -24,7 +24,7 @@ def pick_device() -> torch.device:
 def precision(device: torch.device) -> torch.dtype | None:
     """The dtype to autocast matrix products to, or None for float32.
 
-    bfloat16 only where the hardware multiplies it in tiles (CUDA, AMX): on CPUs without, even on those that have AVX-512
+    bfloat16 only where the hardware multiplies it in tiles (CUDA, AMX): on CPUs without, even on those with AVX-512
     instructions for it, float32 is faster.
     """
     if device.type == "cuda":

@@ -1,8 +1,8 @@
 """Tokens on disk: one flat, memory-mapped array of integers for each split, with document boundaries and domains.
 
 A split's folder holds `tokens.bin` (uint16 or uint32), `offsets.npy` (where each document begins, and the end),
-`domains.npy`, `bytes.npy` (UTF-8 bytes of each document) and `tokens.json`. A document is `[bos] tokens [eos]` where the
-tokenizer has them. Reading needs numpy only.
+`domains.npy`, `bytes.npy` (UTF-8 bytes of each document) and `tokens.json`. A document is `[bos] tokens [eos]` where
+the tokenizer has them. Reading needs numpy only.
 """
 
 from __future__ import annotations

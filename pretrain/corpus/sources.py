@@ -1,8 +1,9 @@
 """Where documents come from: files, data sets, Python's standard library, Debian's documentation.
 
 A source is a frozen dataclass; `read(source)` yields documents, `{"text", "domain", "id"}` and what other columns a
-data set has (`group`: documents that must stay on one side of the split); `fingerprint(source)` changes when the source does. A path that is missing or a column that is not there
-is an error; one unreadable file among many is passed over and counted.
+data set has (`group`: documents that must stay on one side of the split); `fingerprint(source)` changes when the source
+does. A path that is missing or a column that is not there is an error; one unreadable file among many is passed over
+and counted.
 """
 
 from __future__ import annotations
@@ -299,10 +300,16 @@ def _read_debian(source: DebianDocs, skipped: Skipped) -> Iterator[Document]:
                 yield {"text": plain + "\n", "domain": "man", "id": str(path)}
 
 
-_ESCAPES = ((r"\\f[A-Z]|\\f\(..|\\s[+-]?\d|\\[&/,|^:]", ""), (r"\\-|\\\(hy|\\\(mi", "-"), (r"\\\(bu", "*"), (r"\\e", r"\\"),
-            (r"\\\(aq|\\\(oq|\\\(cq", "'"), (r"\\\(lq|\\\(rq|\\\(dq", '"'), (r"\\\(em", "--"), (r"\\ |\\~", " "))  # fmt: skip
-
-
+_ESCAPES = (
+    (r"\\f[A-Z]|\\f\(..|\\s[+-]?\d|\\[&/,|^:]", ""),
+    (r"\\-|\\\(hy|\\\(mi", "-"),
+    (r"\\\(bu", "*"),
+    (r"\\e", r"\\"),
+    (r"\\\(aq|\\\(oq|\\\(cq", "'"),
+    (r"\\\(lq|\\\(rq|\\\(dq", '"'),
+    (r"\\\(em", "--"),
+    (r"\\ |\\~", " "),
+)
 _DROPPED = {"TH", "Dd", "Os", "so", "de", "ds", "nr", "if", "ie", "el", "ft", "ad", "hy", "hla", "hpf", "ne", "ta"}
 _PARAGRAPHS = {"PP", "P", "LP", "TP", "IP", "Pp", "sp"}
 _LAYOUT = {"TP", "RS", "RE", "nf", "fi", "in", "br", "PD", "sp"}

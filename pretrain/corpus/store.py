@@ -67,8 +67,8 @@ def write_corpus(
 ) -> dict[str, Any]:
     """Split, deduplicate and store documents; returns what `corpus.json` says.
 
-    `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a held-
-    out one are removed (None: not looked for). `operations` then act on the training split. `facts` go into `corpus.json`.
+    `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a
+    held-out one are removed (None: not looked for). `operations` then act on the training split; `facts` are noted.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise PretrainError(

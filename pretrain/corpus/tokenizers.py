@@ -30,9 +30,9 @@ def train_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """Train a tokenizer of exactly `vocab_size` entries (special tokens included; fewer when the text gives no more).
 
-    `algorithm`: `bpe` (byte-level, lossless), `unigram` (SentencePiece-like, with byte fallback for the unseen), `bytes`
-    (the 256 bytes; `vocab_size` is ignored). The end of a document is `<|endoftext|>`, which is its beginning too,
-    unless `cls` asks for `<|cls|>` … `<|sep|>`. `mask` adds `<|mask|>`, `sentinels` so many `<extra_id_N>`, `extra` more.
+    `algorithm`: `bpe` (byte-level, lossless), `unigram` (over bytes, after NFC), `bytes` (the 256 bytes, whatever
+    `vocab_size`). The end of a document is `<|endoftext|>`, which is its beginning too, unless `cls` asks for `<|cls|>` …
+    `<|sep|>`. `mask` adds `<|mask|>`, `sentinels` so many `<extra_id_N>`, `extra` more.
     """
     if algorithm not in ALGORITHMS:
         raise unknown("tokenizer algorithm", algorithm, ALGORITHMS)

@@ -1,7 +1,8 @@
 """Stages: the steps of a recipe. Each reads checkpoints and corpora, and writes one folder.
 
 A stage is a file here with a pydantic model: its fields are what a recipe may say, `run(job)` does the work. A field of
-type `Ref` names an earlier stage or a path; a field of type `MethodOf["kind"]` names a method, `{method: NAME, …}`.
+type `Ref` names an earlier stage or a path; a field of type `ObjectiveField`, `ScheduleField`, … names a method,
+`{method: NAME, …}`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,13 @@ from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, Typ
 
 from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.method import Method, code_version, info, method_class
+from pretrain.data import DataOperation
+from pretrain.decoding import Decoding
+from pretrain.evaluation import Evaluation
+from pretrain.objectives import Objective
+from pretrain.optim import Optimizer, Schedule
+from pretrain.policies import Policy
+from pretrain.surgery import Surgery as SurgeryMethod
 
 
 class _RefMark:
@@ -82,11 +90,8 @@ class Stage(BaseModel):
         found: list[str] = []
         for value in self.__dict__.values():
             items = value if isinstance(value, list | tuple) else [value]
-            found += [
-                getattr(item, "method", item).name
-                for item in items
-                if isinstance(getattr(item, "method", item), Method)
-            ]
+            candidates: list[Any] = [getattr(item, "method", item) for item in items]
+            found += [candidate.name for candidate in candidates if isinstance(candidate, Method)]
         return sorted(set(found))
 
     def config(self) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def build_dataclass(cls: Any, given: dict[str, Any], what: str) -> Any:
         raise ValueError(f"{what}: {error}") from error
 
 
-def build_method(value: Any, kind: str) -> Method:
+def build_method(value: Any, kind: str) -> Any:
     """A method from a recipe's `NAME` or `{method: NAME, field: value, …}`."""
     if isinstance(value, Method):
         return value
@@ -157,11 +162,19 @@ def dump(value: Any) -> Any:
     return {"source": type(value).__name__} | asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
 
 
-class MethodOf:
-    """`MethodOf["objective"]`: a field that holds a method of that kind."""
+def _of(kind: str) -> PlainValidator:
+    return PlainValidator(lambda value: build_method(value, kind))
 
-    def __class_getitem__(cls, kind: str) -> Any:
-        return Annotated[Method, PlainValidator(lambda value: build_method(value, kind)), PlainSerializer(dump)]
+
+# What a recipe's field may hold: a method of a kind.
+DataOperationField = Annotated[DataOperation, _of("data operation"), PlainSerializer(dump)]
+ObjectiveField = Annotated[Objective, _of("objective"), PlainSerializer(dump)]
+OptimizerField = Annotated[Optimizer, _of("optimiser"), PlainSerializer(dump)]
+ScheduleField = Annotated[Schedule, _of("schedule"), PlainSerializer(dump)]
+PolicyField = Annotated[Policy, _of("policy"), PlainSerializer(dump)]
+SurgeryField = Annotated[SurgeryMethod, _of("surgery"), PlainSerializer(dump)]
+DecodingField = Annotated[Decoding, _of("decoding"), PlainSerializer(dump)]
+EvaluationField = Annotated[Evaluation, _of("evaluation"), PlainSerializer(dump)]
 
 
 def checkpoint_of(folder: Path) -> Path:

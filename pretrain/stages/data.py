@@ -9,7 +9,7 @@ from pydantic import Field, PlainSerializer, PlainValidator
 
 from pretrain.corpus import sources as kinds
 from pretrain.corpus.store import write_corpus
-from pretrain.stages import Job, MethodOf, Stage, build_dataclass, dump
+from pretrain.stages import DataOperationField, Job, Stage, build_dataclass, dump
 
 SOURCES: dict[str, type] = {
     "files": kinds.Files,
@@ -35,12 +35,12 @@ SourceField = Annotated[Any, PlainValidator(build_source), PlainSerializer(dump)
 
 
 class Data(Stage):
-    """Fields of a `data` stage. `near_duplicates`: how alike a training document may be to a held-out one (null: any)."""
+    """Fields of a `data` stage. `near_duplicates`: how alike training documents may be to held-out ones (null: any)."""
 
     version = 1
     stage: Literal["data"] = "data"
     sources: list[SourceField] = Field(min_length=1)
-    operations: list[MethodOf["data operation"]] = []  # noqa: F821
+    operations: list[DataOperationField] = []
     validation: float = Field(0.02, ge=0, lt=1)
     test: float = Field(0.02, ge=0, lt=1)
     near_duplicates: float | None = Field(0.8, gt=0, le=1)

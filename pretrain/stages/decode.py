@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from pretrain.stages import Job, MethodOf, Ref, Stage, checkpoint_of
+from pretrain.stages import DecodingField, Job, Ref, Stage, checkpoint_of
 
 
 class Decode(Stage):
@@ -16,7 +16,7 @@ class Decode(Stage):
     stage: Literal["decode"] = "decode"
     checkpoint: Ref
     prompts: list[str] = Field(min_length=1)
-    method: MethodOf["decoding"] | None = None  # noqa: F821
+    method: DecodingField | None = None
     max_new_tokens: int = Field(64, ge=1)
     temperature: float = Field(0.8, ge=0)
     top_p: float = Field(0.95, gt=0, le=1)

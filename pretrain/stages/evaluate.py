@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from pretrain.stages import Job, MethodOf, Ref, Stage, checkpoint_of
+from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of
 
 
 class Evaluate(Stage):
@@ -16,7 +16,7 @@ class Evaluate(Stage):
     checkpoint: Ref
     corpus: Ref
     split: Literal["validation", "test"] = "test"
-    evaluations: list[MethodOf["evaluation"]] = ["held_out"]  # noqa: F821
+    evaluations: list[EvaluationField] = Field(default=["held_out"])
     max_documents: int = Field(2000, ge=1)
     compressors: bool = True
 

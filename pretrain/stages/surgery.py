@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from pretrain.stages import Job, MethodOf, Ref, Stage, checkpoint_of
+from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of
 
 
 class Surgery(Stage):
@@ -14,7 +14,7 @@ class Surgery(Stage):
 
     stage: Literal["surgery"] = "surgery"
     checkpoint: Ref
-    surgeries: list[MethodOf["surgery"]] = Field(min_length=1)
+    surgeries: list[SurgeryField] = Field(min_length=1)
     models: list[Ref] = []
 
     def run(self, job: Job) -> dict[str, Any]:

@@ -7,8 +7,19 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
-from pretrain.core.method import Method
-from pretrain.stages import Estimate, Job, MethodOf, Ref, Stage, build_dataclass, build_method, checkpoint_of, dump
+from pretrain.stages import (
+    Estimate,
+    Job,
+    ObjectiveField,
+    OptimizerField,
+    PolicyField,
+    Ref,
+    ScheduleField,
+    Stage,
+    build_dataclass,
+    build_method,
+    checkpoint_of,
+)
 from pretrain.training.budget import Budget
 
 
@@ -16,7 +27,7 @@ class Weighted(BaseModel):
     """An objective and its weight in the sum."""
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
-    method: Annotated[Method, PlainSerializer(dump)]
+    method: ObjectiveField
     weight: float = 1.0
 
 
@@ -28,7 +39,8 @@ def build_weighted(value: Any) -> Weighted:
     weight = given.pop("weight", 1.0) if isinstance(given, dict) else 1.0
     if not isinstance(weight, int | float) or weight <= 0:
         raise ValueError(f"weight {weight!r}: accepted: a number above 0")
-    return Weighted(method=build_method(given, "objective"), weight=weight)
+    given = build_method(given, "objective")
+    return Weighted(method=given, weight=weight)
 
 
 WeightedField = Annotated[Any, PlainValidator(build_weighted), PlainSerializer(lambda w: w.model_dump(mode="json"))]
@@ -58,11 +70,11 @@ class Train(Stage):
     length: int = Field(512, ge=2)
     batch_rows: int = Field(16, ge=1)
     micro_rows: int = Field(0, ge=0)
-    objective: MethodOf["objective"] = "causal_lm"  # noqa: F821
+    objective: ObjectiveField = Field(default="causal_lm", validate_default=True)
     objectives: list[WeightedField] = []
-    optimizer: MethodOf["optimiser"] = "adamw"  # noqa: F821
-    schedule: MethodOf["schedule"] = "cosine"  # noqa: F821
-    policies: list[MethodOf["policy"]] = []  # noqa: F821
+    optimizer: OptimizerField = Field(default="adamw", validate_default=True)
+    schedule: ScheduleField = Field(default="cosine", validate_default=True)
+    policies: list[PolicyField] = []
     mixture: dict[str, float] | None = None
     budget: BudgetField
     clip: float = Field(1.0, ge=0)
@@ -76,8 +88,6 @@ class Train(Stage):
     checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     strategy: Literal["ddp", "fsdp"] = "ddp"
-
-    model_config = ConfigDict(validate_default=True)
 
     @model_validator(mode="after")
     def _one_origin(self) -> Train:
@@ -136,9 +146,10 @@ class Train(Stage):
                 self.precision, self.strategy, self.compile, self.checkpointing,
             ),
             job.folder, weights=[w.weight for w in weighted], policies=self.policies,
-            evaluate=evaluate if causal and len(held_out) else None, targets_per_byte=shards["train"].targets_per_byte(),
+            evaluate=evaluate if causal and len(held_out) else None,
+            targets_per_byte=shards["train"].targets_per_byte(),
         )  # fmt: skip
-        spent = {k: v for k, v in training.spent.items()}
+        spent = training.spent
         if world.main:
             lineage = {
                 "stages": job.lineage,
@@ -176,7 +187,7 @@ class Train(Stage):
         ), tokenizer
 
     def _default_task(self) -> str:
-        return self.weighted()[0].method.task  # type: ignore[attr-defined]
+        return self.weighted()[0].method.task
 
     def _task(self, model: Any) -> str:
         from pretrain.core.families import family
