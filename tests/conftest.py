@@ -1,4 +1,4 @@
-"""What tests share: one thread a process, tiny models, and no network."""
+"""What tests share: one thread a process, no network, tiny models of each family, a small real corpus."""
 
 from __future__ import annotations
 
@@ -7,3 +7,65 @@ import os
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+VOCABULARY = 97
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "qwen3": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8},
+    "gpt2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "bert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "modernbert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "local_attention": 6, "cls_token_id": 1, "sep_token_id": 2},
+    "t5": {"d_model": 32, "d_ff": 48, "d_kv": 8, "num_layers": 2, "num_heads": 4},
+}  # fmt: skip
+TASK = {
+    "llama": "causal",
+    "qwen3": "causal",
+    "gpt2": "causal",
+    "bert": "masked",
+    "modernbert": "masked",
+    "t5": "seq2seq",
+}
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Callable[..., Any]:
+    """`tiny("llama", tie_word_embeddings=True)`: a model of two blocks, in evaluation mode."""
+    from pretrain.core.batch import Vocabulary
+    from pretrain.core.families import new_model
+
+    def make(family: str = "llama", *, seed: int = 0, **fields: Any) -> Any:
+        vocabulary = Vocabulary(VOCABULARY, pad=0, bos=1, eos=2)
+        return new_model(family, TINY[family] | fields, task=TASK[family], vocabulary=vocabulary, seed=seed).eval()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def stories() -> list[dict[str, str]]:
+    """Real documents: modules of the standard library and their docstrings."""
+    import itertools
+
+    from pretrain.corpus.sources import PythonStdlib, read
+
+    return [d | {"text": d["text"][:6000]} for d in itertools.islice(read(PythonStdlib()), 120)]
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[dict[str, str]]) -> Path:
+    """A folder with `corpus`, `tokenizer` (512 entries, all special tokens) and `tokens`."""
+    from pretrain.corpus.shards import tokenise
+    from pretrain.corpus.store import Corpus, write_corpus
+    from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
+
+    folder = tmp_path_factory.mktemp("prepared")
+    write_corpus(stories, folder / "corpus", validation=0.1, test=0.1)
+    made = train_tokenizer((d["text"] for d in stories), vocab_size=512, mask=True, sentinels=20)
+    made.save_pretrained(folder / "tokenizer")
+    tokenise(Corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer"), folder / "tokens")
+    return folder

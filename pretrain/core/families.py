@@ -230,7 +230,8 @@ def new_model(
     fields = dict(fields)
     if vocabulary is not None:
         ids = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
-        fields = {"vocab_size": vocabulary.size} | ids | fields
+        known = _config_fields(model_type)
+        fields = {"vocab_size": vocabulary.size} | {k: v for k, v in ids.items() if k in known} | fields
     config = new_config(model_type, fields)
     if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id

@@ -50,8 +50,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         fsync(target.parent)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise PretrainError(f"cannot write {target}: {error.strerror or error}") from error
+        cause = error.__cause__ if isinstance(error, PretrainError) else error
+        if isinstance(cause, OSError):
+            raise PretrainError(f"cannot write {target}: {cause.strerror or cause}") from error
         raise
 
 

@@ -7,6 +7,7 @@ its shapes only, so it is taken once for each shape, while a real step runs, and
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
 from collections.abc import Callable, Hashable
@@ -26,8 +27,14 @@ def _attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any
     return sdpa_backward_flop_count(grad_out, query, key, value)
 
 
-# `FlopCounterMode` knows the attention kernels of CUDA but not the one of CPUs.
-_CPU_ATTENTION = {
+def _in_place_product(self: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+    return math.prod(a) * 2 * b[-1]
+
+
+# What `FlopCounterMode` does not know: the attention kernel of CPUs, and products that add to a tensor in place.
+_UNKNOWN = {
+    torch.ops.aten.addmm_: _in_place_product,
+    torch.ops.aten.baddbmm_: _in_place_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
@@ -35,7 +42,7 @@ _CPU_ATTENTION = {
 
 def count_flops(work: Callable[[], T]) -> tuple[T, int]:
     """Run `work` once and count its FLOPs."""
-    with FlopCounterMode(display=False, custom_mapping=_CPU_ATTENTION) as counter:
+    with FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
         result = work()
     return result, int(counter.get_total_flops())
 

@@ -31,7 +31,7 @@ def train_tokenizer(
     """Train a tokenizer of exactly `vocab_size` entries (special tokens included; fewer when the text gives no more).
 
     `algorithm`: `bpe` (byte-level, lossless), `unigram` (over bytes, after NFC), `bytes` (the 256 bytes, whatever
-    `vocab_size`). The end of a document is `<|endoftext|>`, which is its beginning too, unless `cls` asks for `<|cls|>` …
+    `vocab_size`). A document ends with `<|endoftext|>`, which begins it too, unless `cls` asks for `<|cls|>` …
     `<|sep|>`. `mask` adds `<|mask|>`, `sentinels` so many `<extra_id_N>`, `extra` more.
     """
     if algorithm not in ALGORITHMS:

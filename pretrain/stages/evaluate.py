@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from pretrain.evaluation.held_out import HeldOut
 from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of
 
 
@@ -16,7 +17,7 @@ class Evaluate(Stage):
     checkpoint: Ref
     corpus: Ref
     split: Literal["validation", "test"] = "test"
-    evaluations: list[EvaluationField] = Field(default=["held_out"])
+    evaluations: list[EvaluationField] = [HeldOut()]
     max_documents: int = Field(2000, ge=1)
     compressors: bool = True
 

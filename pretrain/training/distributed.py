@@ -97,6 +97,27 @@ def synchronised(wrapped: nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
+def gather(model: nn.Module) -> None:
+    """Put whole parameters where sharded ones are, for saving; every process must call it."""
+    made: dict[int, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in list(module._parameters.items()):
+            if hasattr(parameter, "full_tensor"):
+                fresh = made.setdefault(id(parameter), nn.Parameter(parameter.full_tensor().detach()))
+                module._parameters[name] = fresh
+
+
+@contextmanager
+def whole(wrapped: nn.Module) -> Iterator[None]:
+    """While open, a sharded model can be called as an ordinary one, its blocks and its parts."""
+    sharded = [module for module in wrapped.modules() if hasattr(module, "unshard")]
+    for module in sharded:
+        module.unshard()
+    yield
+    for module in sharded:
+        module.reshard()
+
+
 def full(tensor: Any) -> Any:
     """The whole of a sharded tensor (all processes must call it); others are handed back as they are."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor

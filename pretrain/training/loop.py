@@ -32,7 +32,7 @@ from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
 from pretrain.training.budget import Budget
-from pretrain.training.distributed import World, full, join, synchronised, wrap
+from pretrain.training.distributed import World, full, gather, join, synchronised, whole, wrap
 from pretrain.training.log import Log
 
 
@@ -171,7 +171,8 @@ def train(
             if done or saving or training.step % every == 0:
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
             if evaluate and (done or (settings.evaluate_every and training.step % settings.evaluate_every == 0)):
-                training.metrics = evaluate(training.model.eval())
+                with whole(training.wrapped):
+                    training.metrics = evaluate(training.model.eval())
                 training.model.train()
                 log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
                 for policy in policies:
@@ -180,6 +181,7 @@ def train(
                 training.save()
             if stop and not done:
                 raise KeyboardInterrupt(f"stopped after step {training.step}")
+    gather(training.model)
     return training
 
 

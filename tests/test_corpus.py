@@ -1,0 +1,178 @@
+"""Sources and stored corpora: what is read, how it is split, what is removed."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pretrain.core.errors import PretrainError
+from pretrain.corpus.sources import DebianDocs, Files, HubDataset, PythonStdlib, Skipped, fingerprint, read, unroff
+from pretrain.corpus.store import SPLITS, Corpus, side, write_corpus
+from pretrain.data.deduplicate import Deduplicate
+
+LONG = "the quick brown fox jumps over the lazy dog and runs away from all the hounds of the village tonight "
+
+
+def test_a_folder_gives_a_document_a_file_and_counts_what_it_passes_over(tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\n")
+    (tmp_path / "b.md").write_text("# héllo\n")
+    (tmp_path / "c.bin").write_bytes(b"\0\1\2")
+    (tmp_path / "d.txt").write_bytes(b"\xff\xfe broken")
+    (tmp_path / "e.txt").write_text("  \n")
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "f.txt").write_text("hidden")
+    skipped = Skipped()
+    found = list(read(Files(str(tmp_path)), skipped))
+    assert [(d["text"], d["domain"]) for d in found] == [("x = 1\n", "py"), ("# héllo\n", "md")]
+    assert skipped.reasons == {"binary": 1, "not UTF-8": 1, "empty": 1}
+    assert [d["domain"] for d in read(Files(str(tmp_path), suffixes=(".py",), domain="code"))] == ["code"]
+    assert len(list(read(Files(str(tmp_path / "*.py"))))) == 1
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_json_lines_keep_their_columns(tmp_path, ending):
+    rows = [{"text": "one", "domain": "a", "quality": 3}, {"text": "two"}]
+    data = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    packed = {".jsonl": data, ".jsonl.gz": gzip.compress(data), ".jsonl.zst": zstandard.compress(data)}[ending]
+    (tmp_path / f"x{ending}").write_bytes(packed)
+    found = list(read(Files(str(tmp_path / f"x{ending}"))))
+    assert [d["text"] for d in found] == ["one", "two"]
+    assert found[0]["domain"] == "a" and found[0]["quality"] == 3 and found[1]["domain"] == "x"
+
+
+def test_parquet_and_local_data_sets_are_read(tmp_path):
+    import datasets
+
+    data = datasets.Dataset.from_dict({"body": ["one", "two", "three"], "kind": ["a", "b", "b"]})
+    data.to_parquet(tmp_path / "x.parquet")
+    data.save_to_disk(tmp_path / "saved")
+    found = list(read(Files(str(tmp_path / "x.parquet"), text="body", domain="kind")))
+    assert [(d["text"], d["domain"]) for d in found] == [("one", "a"), ("two", "b"), ("three", "b")]
+    found = list(read(HubDataset(str(tmp_path / "saved"), text="body", limit=2)))
+    assert [d["text"] for d in found] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl:2: not JSON"),
+        ("x.jsonl", b'{"txt": "a"}\n', r"no column 'text' \(did you mean 'txt'\?\)"),
+        ("x.jsonl", b'{"text": 3}\n', "row 1: column 'text' is int"),
+        ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 500)[:-12], "truncated"),
+        ("x.parquet", b"PAR1 nothing", "not a whole Parquet file"),
+    ],
+    ids=["half a line", "no column", "not text", "half a gzip", "no parquet"],
+)
+def test_a_broken_file_is_named(tmp_path, name, data, message):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(PretrainError, match=message):
+        list(read(Files(str(tmp_path / name))))
+
+
+def test_a_missing_path_is_an_error(tmp_path):
+    with pytest.raises(PretrainError, match="no files at"):
+        list(read(Files(str(tmp_path / "nothing"))))
+    with pytest.raises(PretrainError, match="cannot be loaded"):
+        list(read(HubDataset("nobody/nothing-of-the-kind")))
+
+
+def test_the_standard_library_has_modules_and_docstrings_without_tests():
+    found = {(d["domain"], d["id"]) for d in read(PythonStdlib())}
+    assert ("python", "argparse.py") in found and ("docstrings", "argparse.py#docstrings") in found
+    assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for _, name in found)
+
+
+def test_debian_documentation_is_plain_text(tmp_path):
+    (tmp_path / "doc" / "x").mkdir(parents=True)
+    (tmp_path / "man" / "man1").mkdir(parents=True)
+    (tmp_path / "doc" / "x" / "copyright").write_text("free\n")
+    page = '.TH LS 1\n.SH NAME\nls \\- list \\fBfiles\\fR\n.PP\n.B "ls -l"\n.\\" comment\n'
+    (tmp_path / "man" / "man1" / "ls.1.gz").write_bytes(gzip.compress(page.encode()))
+    found = list(read(DebianDocs(doc=str(tmp_path / "doc"), man=str(tmp_path / "man"))))
+    assert [d["domain"] for d in found] == ["doc", "man"]
+    assert found[1]["text"] == "NAME\nls - list files\n\nls -l\n"
+    assert unroff("a\\(bu\\e") == "a*\\"
+
+
+def test_the_fingerprint_follows_the_files(tmp_path):
+    (tmp_path / "a.txt").write_text("one")
+    first = fingerprint(Files(str(tmp_path)))
+    assert fingerprint(Files(str(tmp_path))) == first
+    (tmp_path / "a.txt").write_text("other")
+    assert fingerprint(Files(str(tmp_path))) != first
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=40), st.randoms())
+def test_no_document_is_on_two_sides_whatever_the_order(tmp_path_factory, texts, rng):
+    texts = [t.encode("utf-8", "ignore").decode() or "x" for t in texts]
+    sides = []
+    for order in (texts, rng.sample(texts, len(texts))):
+        folder = tmp_path_factory.mktemp("c") / "corpus"
+        documents = [{"text": t, "domain": "d", "id": str(i)} for i, t in enumerate(order)]
+        try:
+            write_corpus(documents, folder, validation=0.2, test=0.2, near_duplicates=None)
+        except PretrainError:
+            continue  # all on the held-out side
+        sides.append({s: {d["text"] for d in Corpus(folder).documents(s)} for s in SPLITS})
+        assert sum(len(v) for v in sides[-1].values()) == len(set(texts))
+    assert len(sides) < 2 or sides[0] == sides[1]
+
+
+def test_groups_stay_on_one_side():
+    assert len({side("same group", 0.3, 0.3) for _ in range(5)}) == 1
+    shares = [side(str(i), 0.1, 0.2) for i in range(5000)]
+    assert 0.08 < shares.count("validation") / 5000 < 0.12 and 0.18 < shares.count("test") / 5000 < 0.22
+
+
+def test_training_documents_near_held_out_ones_are_removed(tmp_path):
+    rng = random.Random(0)
+    documents = []
+    for number in range(60):
+        words = [f"{w}{rng.randrange(50)}" for w in (LONG * 3).split()]
+        documents.append({"text": " ".join(words), "domain": "d", "id": str(number)})
+        documents.append({"text": " ".join(words) + " end", "domain": "d", "id": f"{number}b"})
+    info = write_corpus(documents, tmp_path / "c", validation=0.3, test=0.1)
+    assert info["removed"]["near"] > 5
+    held = [d["id"].rstrip("b") for s in ("validation", "test") for d in Corpus(tmp_path / "c").documents(s)]
+    assert not {d["id"].rstrip("b") for d in Corpus(tmp_path / "c").documents("train")} & set(held)
+
+
+def test_operations_change_the_training_split_only(tmp_path, stories):
+    class Shout:
+        def __call__(self, corpus):
+            return corpus.map(lambda row: {"text": row["text"].upper()}).select(range(5))
+
+    write_corpus(stories, tmp_path / "c", validation=0.2, operations=[Shout()])
+    corpus = Corpus(tmp_path / "c")
+    train = corpus.split("train")["text"]
+    assert len(train) == 5 and all(t == t.upper() for t in train)
+    assert any(d["text"] != d["text"].upper() for d in corpus.documents("validation"))
+
+
+def test_deduplicate_keeps_the_first_of_each_kind():
+    import datasets
+
+    texts = [LONG * 3, "short", LONG * 3 + "more", "short", "another text altogether, unlike the rest in all its words"]
+    assert Deduplicate()(datasets.Dataset.from_dict({"text": texts}))["text"] == [texts[0], "short", texts[4]]
+    assert len(Deduplicate(threshold=0)(datasets.Dataset.from_dict({"text": texts}))) == 4
+
+
+@pytest.mark.parametrize(("validation", "test"), [(-0.1, 0.1), (0.6, 0.4)])
+def test_impossible_shares_are_refused(tmp_path, validation, test):
+    with pytest.raises(PretrainError, match="accepted: shares"):
+        write_corpus([], tmp_path / "c", validation=validation, test=test)
+
+
+def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
+    with pytest.raises(PretrainError, match="no training documents"):
+        write_corpus([], tmp_path / "c")
+    assert not list(tmp_path.glob("*c*"))
+    with pytest.raises(PretrainError, match="is not a corpus"):
+        Corpus(tmp_path / "c")

@@ -1,0 +1,40 @@
+"""The faster arithmetic gives what `transformers` gives."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from pretrain.core.fast import accelerate, rotary
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert"])
+def test_outputs_and_gradients_are_unchanged_up_to_rounding(tiny, name):
+    model = tiny(name)
+    quick = copy.deepcopy(model)
+    accelerate(quick)
+    tokens_BL = torch.randint(3, 97, (2, 20), generator=torch.Generator().manual_seed(0))
+    expected, got = model(tokens_BL).logits, quick(tokens_BL).logits
+    assert torch.allclose(got, expected, atol=1e-6)
+    expected.square().sum().backward()
+    got.square().sum().backward()
+    for (name_, slow), fast in zip(model.named_parameters(), quick.parameters(), strict=True):
+        assert torch.allclose(fast.grad, slow.grad, rtol=1e-4, atol=1e-6), name_
+    assert model.state_dict().keys() == quick.state_dict().keys()
+
+
+def test_rotary_equals_the_plain_formula_and_its_gradient():
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randn(2, 3, 5, 8, generator=g, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    angles = torch.randn(2, 5, 4, generator=g, dtype=torch.float64)
+    cos, sin = torch.cat([angles.cos()] * 2, -1), torch.cat([angles.sin()] * 2, -1)
+
+    def plain(x):
+        turned = torch.cat([-x[..., 4:], x[..., :4]], -1)
+        return x * cos[:, None] + turned * sin[:, None]
+
+    for ours, x in zip(rotary(q, k, cos, sin), (q, k), strict=True):
+        assert torch.allclose(ours, plain(x))
+        assert torch.allclose(*(torch.autograd.grad((y * y.detach().cos()).sum(), x)[0] for y in (ours, plain(x))))

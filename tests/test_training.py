@@ -1,0 +1,276 @@
+"""The training loop: it learns, resumes bit for bit, counts, stops, and several processes agree with one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pretrain.core.batch import Vocabulary
+from pretrain.core.errors import PretrainError
+from pretrain.core.meter import count_flops
+from pretrain.corpus.loader import Loader
+from pretrain.corpus.shards import Shards
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.objectives.causal_lm import CausalLM
+from pretrain.optim.adamw import AdamW
+from pretrain.optim.constant import Constant
+from pretrain.policies import Policy
+from pretrain.training import state
+from pretrain.training.budget import Budget
+from pretrain.training.loop import Settings, train
+
+JOB = Path(__file__).with_name("training_job.py")
+
+
+def start(folder, prepared, steps=20, *more, processes=1):
+    command = [sys.executable, str(JOB)]
+    if processes > 1:
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            f"--nproc-per-node={processes}",
+            str(JOB),
+        ]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([*command, str(folder), str(prepared), str(steps), *more], env=environment)
+
+
+def finish(*arguments, **more):
+    assert start(*arguments, **more).wait() == 0
+
+
+def weights(folder):
+    return load_file(folder / "checkpoint" / "model.safetensors")
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def log(folder, event="step"):
+    return [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if row["event"] == event]
+
+
+def small(
+    prepared,
+    tiny,
+    folder,
+    *,
+    settings=None,
+    objective=None,
+    policies=(),
+    optimizer=None,
+    batch_rows=8,
+    micro_rows=8,
+    **model,
+):
+    vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
+    objective = objective or CausalLM()
+    net = tiny(vocab_size=512, **model)
+    loader = Loader(
+        Shards(prepared / "tokens" / "train"),
+        [objective],
+        vocabulary,
+        length=64,
+        batch_rows=batch_rows,
+        micro_rows=micro_rows,
+    )
+    settings = settings or Settings(Budget(steps=5), save_every=0, bar=False)
+    return train(net, loader, [objective], optimizer or AdamW(lr=1e-2), Constant(), settings, folder, policies=policies)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(prepared, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("undisturbed")
+    finish(folder, prepared)
+    return folder
+
+
+def killed_and_resumed(folder, prepared, undisturbed, kills, seed):
+    rng = random.Random(seed)
+    for _ in range(kills):
+        process = start(folder, prepared)
+        aim = rng.randrange(1, 19)
+        while process.poll() is None and (not (folder / "log.jsonl").exists() or len(log_lines(folder)) < aim):
+            time.sleep(0.005)
+        time.sleep(rng.random() * 0.05)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    finish(folder, prepared)
+    assert equal(weights(folder), weights(undisturbed))
+    mine, theirs = ([(r["step"], r["loss"]) for r in log(f)] for f in (folder, undisturbed))
+    assert mine == theirs
+
+
+def log_lines(folder):
+    return (folder / "log.jsonl").read_text().splitlines()
+
+
+def test_it_learns_and_logs(undisturbed):
+    steps, evaluations = log(undisturbed), log(undisturbed, "evaluation")
+    assert [row["step"] for row in steps] == list(range(1, 21))
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.7
+    assert [row["step"] for row in evaluations] == [7, 14, 20]
+    assert evaluations[-1]["metrics"]["bits_per_byte"] > 0
+    assert {"tokens", "flops", "seconds", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_bytes"} <= steps[
+        0
+    ].keys()
+    assert list((undisturbed / "tensorboard").iterdir())
+    assert len(list((undisturbed / "state").iterdir())) == 2
+
+
+def test_killed_twice_it_ends_with_the_same_weights(tmp_path, prepared, undisturbed):
+    killed_and_resumed(tmp_path, prepared, undisturbed, 2, seed=0)
+
+
+@pytest.mark.long
+def test_killed_at_ten_random_moments_it_ends_with_the_same_weights(tmp_path, prepared, undisturbed):
+    for seed in range(10):
+        (tmp_path / str(seed)).mkdir()
+        killed_and_resumed(tmp_path / str(seed), prepared, undisturbed, 1 + seed % 3, seed)
+
+
+def test_an_interrupt_saves_and_the_next_run_goes_on(tmp_path, prepared, undisturbed):
+    process = start(tmp_path, prepared)
+    while process.poll() is None and (not (tmp_path / "log.jsonl").exists() or len(log_lines(tmp_path)) < 5):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() != 0
+    saved = state.newest(tmp_path / "state")
+    assert saved is not None and json.loads((saved / "training.json").read_text())["step"] >= 5
+    finish(tmp_path, prepared)
+    assert equal(weights(tmp_path), weights(undisturbed))
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, prepared, undisturbed):
+    finish(tmp_path, prepared, 12)
+    for path in sorted((tmp_path / "state").glob("step-*"))[-1:]:
+        data = (path / "optimizer.safetensors").read_bytes()
+        (path / "optimizer.safetensors").write_bytes(data[:-9])
+    assert state.newest(tmp_path / "state").name == "step-000000009"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_train_to_the_curve_of_one(tmp_path, prepared, strategy):
+    finish(tmp_path / "one", prepared, 8, "ddp", "0")
+    finish(tmp_path / "two", prepared, 8, strategy, "0", processes=2)
+    one, two = ([row["loss"] for row in log(tmp_path / name)] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+    assert [r["tokens"] for r in log(tmp_path / "one")] == [r["tokens"] for r in log(tmp_path / "two")]
+    assert log(tmp_path / "two")[-1]["flops"] == log(tmp_path / "one")[-1]["flops"]
+    for name, value in weights(tmp_path / "one").items():
+        assert torch.allclose(value, weights(tmp_path / "two")[name], atol=2e-3), name
+
+
+def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny, prepared, tmp_path):
+    losses = []
+    for micro_rows in (8, 2):
+        small(prepared, tiny, tmp_path / str(micro_rows), micro_rows=micro_rows)
+        losses.append([row["loss"] for row in log(tmp_path / str(micro_rows))])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+def test_activation_checkpointing_changes_flops_and_not_losses(tiny, prepared, tmp_path):
+    rows = {}
+    for on in (False, True):
+        settings = Settings(Budget(steps=3), save_every=0, bar=False, checkpointing=on)
+        small(prepared, tiny, tmp_path / str(on), settings=settings)
+        rows[on] = log(tmp_path / str(on))
+    assert [r["loss"] for r in rows[True]] == pytest.approx([r["loss"] for r in rows[False]], rel=1e-5)
+    assert rows[True][-1]["flops"] > 1.1 * rows[False][-1]["flops"]
+
+
+@pytest.mark.parametrize("unit", ["tokens", "flops", "seconds", "steps"])
+def test_each_budget_stops_training_when_it_is_spent(tiny, prepared, tmp_path, unit):
+    limit = {"tokens": 2000, "flops": 2e8, "seconds": 0.3, "steps": 4}[unit]
+    training = small(prepared, tiny, tmp_path, settings=Settings(Budget(**{unit: limit}), save_every=0, bar=False))
+    rows = log(tmp_path)
+    assert training.spent[unit] >= limit
+    before = {"steps": "step"}.get(unit, unit)
+    assert len(rows) == 1 or rows[-2][before] < limit
+
+
+def test_the_flops_of_a_step_are_those_of_its_forward_and_backward_pass(tiny, prepared, tmp_path):
+    training = small(prepared, tiny, tmp_path)
+    batch = training.loader.step(5, 0.0)[0][0]
+    _, flops = count_flops(lambda: CausalLM().loss(training.model, batch).value.backward())
+    assert log(tmp_path)[0]["flops"] == pytest.approx(flops, rel=0.02)  # rows differ in how many tokens have a target
+
+
+def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tiny, prepared, tmp_path):
+    @dataclass(frozen=True)
+    class Poison(CausalLM):
+        def loss(self, model, batch, modules=None):
+            found = super().loss(model, batch, modules)
+            return found._replace(value=found.value * (math.nan if batch["row_B"][0] == poisoned else 1))
+
+    vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
+    probe = Loader(Shards(prepared / "tokens" / "train"), [CausalLM()], vocabulary, length=64, batch_rows=8)
+    poisoned = [int(probe.step(i, 0.0)[0][0]["row_B"][0]) for i in range(5)][4]
+    settings = Settings(Budget(steps=9), save_every=2, bar=False)
+    with pytest.raises(PretrainError, match=r"loss nan.* at step 5: .*newest good state is step-000000004"):
+        small(prepared, tiny, tmp_path, settings=settings, objective=Poison())
+
+
+def test_policies_see_each_step_and_remember_over_a_resume(tiny, prepared, tmp_path):
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watch(Policy):
+        name = "watch"
+
+        def start(self, training, state):
+            state.setdefault("sum", torch.zeros(2))
+            state.setdefault("steps", [])
+
+        def before_step(self, training, state, batches):
+            batches[0]["token_weight_BL"] = torch.full(batches[0]["target_BL"].shape, 2.0)
+
+        def after_step(self, training, state, batches, losses):
+            state["sum"] += torch.tensor([1.0, float(losses[0].nll_BL.sum())])
+            state["steps"].append(training.step)
+            seen.append(float(losses[0].value) / float(losses[0].nll_BL.sum() / batches[0]["weight"]))
+
+    for steps in (4, 6):
+        settings = Settings(Budget(steps=steps), save_every=2, bar=False)
+        training = small(prepared, tiny, tmp_path, settings=settings, policies=[Watch()])
+    assert training.state["watch"]["steps"] == [1, 2, 3, 4, 5, 6] and training.state["watch"]["sum"][0] == 6
+    assert seen == pytest.approx([2.0] * 6, rel=1e-5)
+
+
+@pytest.mark.parametrize("given", [{}, {"tokens": 1, "steps": 1}, {"flops": 0}])
+def test_a_wrong_budget_is_refused(given):
+    with pytest.raises(PretrainError, match="accepted"):
+        Budget(**given)
+
+
+def test_a_wrong_precision_is_refused(tiny, prepared, tmp_path):
+    with pytest.raises(PretrainError, match="precision 'half': accepted: auto, float32, bfloat16"):
+        small(prepared, tiny, tmp_path, settings=Settings(Budget(steps=1), precision="half", bar=False))
+
+
+def test_training_from_shards_needs_no_data_or_recipe_library(tmp_path, prepared):
+    block = (
+        "import sys; sys.modules.update({name: None for name in ('datasets', 'pyarrow', 'pydantic', 'tensorboard')}); "
+    )
+    program = (
+        block
+        + f"import sys; sys.path.insert(0, {str(JOB.parent)!r}); import training_job as j; from pathlib import Path; "
+    )
+    program += f"j.main(Path({str(tmp_path)!r}), Path({str(prepared)!r}), 2)"
+    subprocess.run([sys.executable, "-c", program], check=True)
+    assert len(log(tmp_path)) == 2

@@ -1,0 +1,49 @@
+"""A small training in a process of its own, for tests that kill it or run several: FOLDER PREPARED STEPS [DROPOUT]."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from pretrain.core.batch import Vocabulary
+from pretrain.core.checkpoint import save
+from pretrain.core.families import new_model
+from pretrain.core.hardware import pick_device
+from pretrain.corpus.loader import Loader
+from pretrain.corpus.shards import Shards
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation._likelihood import shard_loss
+from pretrain.objectives.causal_lm import CausalLM
+from pretrain.optim.adamw import AdamW
+from pretrain.optim.cosine import Cosine
+from pretrain.training.budget import Budget
+from pretrain.training.distributed import join
+from pretrain.training.loop import Settings, train
+
+
+def main(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropout: float = 0.1) -> None:
+    """Train, evaluate now and then, save the weights."""
+    world = join(pick_device())
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    vocabulary = Vocabulary.of(tokenizer)
+    fields = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    model = new_model("llama", fields | {"attention_dropout": dropout}, vocabulary=vocabulary, seed=1)
+    shards, objective = Shards(prepared / "tokens" / "train"), CausalLM()
+    loader = Loader(
+        shards, [objective], vocabulary, length=64, batch_rows=8, micro_rows=2, seed=1, rank=world.rank,
+        world=world.size, workers=1, mixture={"python": 0.7, "docstrings": 0.3},
+    )  # fmt: skip
+    held_out = Shards(prepared / "tokens" / "validation")
+    settings = Settings(
+        Budget(steps=steps), seed=1, evaluate_every=7, save_every=3, keep=2, bar=False, strategy=strategy
+    )
+    train(
+        model, loader, [objective], AdamW(lr=1e-2), Cosine(), settings, folder,
+        evaluate=lambda net: shard_loss(net, held_out, length=64, max_tokens=500),
+    )  # fmt: skip
+    if world.main:
+        save(model, tokenizer, folder / "checkpoint")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:5], *map(float, sys.argv[5:6]))
