@@ -88,7 +88,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[
         if "stages" in raw:
             inherited["stages"], inherited_lines = raw["stages"], lines
         raw = inherited | {k: v for k, v in raw.items() if k not in ("base", "stages")}
-        lines = inherited_lines | {k: v for k, v in lines.items() if k[0] == "set"}
+        lines = inherited_lines | {k: v for k, v in lines.items() if k[:1] == ("set",)}
     for name, value in (raw.pop("set", None) or {}).items():
         put(raw, str(name), value, f"{path}:{lines.get(('set', name), 1)}: set")
     return raw, lines

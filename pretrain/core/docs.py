@@ -1,0 +1,69 @@
+"""The pages of `docs/methods/`, made from docstrings: `python -m pretrain.core.docs [FOLDER]`.
+
+One page for each kind of method, and one table of all. Nothing in them is written by hand.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import MISSING, fields
+from inspect import cleandoc
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.files import write_text
+from pretrain.core.method import KINDS, PACKAGE, MethodInfo, method_class, methods
+
+HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
+
+
+def pages() -> dict[str, str]:
+    """File name -> text."""
+    kinds = list(dict.fromkeys(kind for kind, _ in KINDS.values()))
+    found = {kind: [m for m in methods().values() if m.kind == kind] for kind in kinds}
+    result = {f"{_slug(kind)}.md": _page(kind, rows) for kind, rows in found.items() if rows}
+    lines = [HEAD, "# Methods\n", "| method | kind | paper | model families |", "|---|---|---|---|"]
+    for kind, rows in found.items():
+        for row in rows:
+            name = f"[`{row.name}`]({_slug(kind)}.md#{row.name})"
+            lines.append(f"| {name} | {kind} | {_paper(row)} | {', '.join(row.families) or 'any'} |")
+    return result | {"README.md": "\n".join(lines) + "\n"}
+
+
+def _slug(kind: str) -> str:
+    return kind.replace(" ", "-")
+
+
+def _paper(row: MethodInfo) -> str:
+    return f"[{row.title}](https://arxiv.org/abs/{row.arxiv})" if row.arxiv else row.title
+
+
+def _page(kind: str, rows: list[MethodInfo]) -> str:
+    return "\n".join([HEAD, f"# Methods of the kind: {kind}\n", *(_entry(row) for row in rows)]).rstrip() + "\n"
+
+
+def _entry(row: MethodInfo) -> str:
+    cls: Any = method_class(row.name)
+    body = cleandoc(cls.__doc__ or "").partition("\n\n")[2]
+    lines = [f"## {row.name}\n", f"*{_paper(row)}*\n", body + "\n"]
+    if fields(cls):
+        lines += ["| field | type | default |", "|---|---|---|"]
+        for item in fields(cls):
+            default = "required" if item.default is MISSING and item.default_factory is MISSING else f"`{item.default!r}`"
+            lines.append(f"| `{item.name}` | `{str(item.type).replace('|', 'or')}` | {default} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main(folder: Path) -> None:
+    """Write the pages; pages of kinds that are gone are removed."""
+    made = pages()
+    for old in folder.glob("*.md"):
+        if old.name not in made:
+            old.unlink()
+    for name, text in made.items():
+        write_text(folder / name, text)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE.parent / "docs" / "methods")

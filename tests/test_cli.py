@@ -1,0 +1,92 @@
+"""The command line: quick where nothing heavy is needed, one clear line for each mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pretrain.core import checkpoint
+
+
+def cli(*arguments, **more):
+    return subprocess.run([sys.executable, "-m", "pretrain", *map(str, arguments)], capture_output=True, text=True, check=False, **more)
+
+
+@pytest.fixture(scope="module")
+def model_folder(prepared, tiny, tmp_path_factory):
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("model") / "c"
+    checkpoint.save(tiny(vocab_size=512, max_position_embeddings=128), load_tokenizer(prepared / "tokenizer"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["methods"], ["methods", "--json"], ["--version"]])
+def test_light_commands_answer_without_torch_and_at_once(arguments):
+    probe = "import sys, atexit; atexit.register(lambda: print('HEAVY' if 'torch' in sys.modules else 'LIGHT', file=sys.stderr)); "
+    probe += f"sys.argv = ['pretrain', *{arguments!r}]; from pretrain.cli import app; app()"
+    seconds = []
+    for _ in range(3):
+        started = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=False)
+        seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0 and "LIGHT" in done.stderr, done.stderr
+    assert min(seconds) < 0.5
+
+
+def test_methods_are_listed_searched_and_shown():
+    rows = json.loads(cli("methods", "--json").stdout)
+    assert {"name", "kind", "title", "arxiv", "families"} == rows[0].keys()
+    assert {"causal_lm", "adamw", "cosine", "held_out", "deduplicate"} <= {r["name"] for r in rows}
+    assert "adamw" in cli("methods", "decoupled").stdout and "cosine" not in cli("methods", "decoupled").stdout
+    shown = cli("methods", "show", "adamw").stdout
+    assert "Decoupled Weight Decay Regularization (arXiv:1711.05101)" in shown and "beta2" in shown
+    wrong = cli("methods", "show", "adamv")
+    assert wrong.returncode == 1 and "did you mean 'adamw'" in wrong.stderr
+
+
+def test_a_starter_recipe_is_written_once_and_is_good(tmp_path):
+    assert cli("new", "mine", cwd=tmp_path).returncode == 0
+    (tmp_path / "a.py").write_text("x = 1\n")
+    planned = cli("run", "mine.yaml", "--dry-run", cwd=tmp_path)
+    assert planned.returncode == 0 and "train" in planned.stdout and "about" in planned.stdout
+    again = cli("new", "mine", cwd=tmp_path)
+    assert again.returncode == 1 and "mine.yaml exists" in again.stderr
+
+
+def test_a_mistake_is_one_line_and_status_1(tmp_path):
+    (tmp_path / "r.yaml").write_text("stages: []\n")
+    for arguments in (["run", "r.yaml"], ["run", "none.yaml"], ["generate", "nothing"], ["report", "."]):
+        done = cli(*arguments, cwd=tmp_path)
+        assert done.returncode == 1
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_generate_continues_a_prompt(model_folder):
+    done = cli("generate", model_folder, "--prompt", "def main", "--max-new-tokens", "5", "--temperature", "0")
+    assert done.returncode == 0 and done.stdout.startswith("def main") and len(done.stdout) > 9
+    assert cli("generate", model_folder, "--prompt", "def main", "--max-new-tokens", "5", "--seed", "3").stdout == (
+        cli("generate", model_folder, "--prompt", "def main", "--max-new-tokens", "5", "--seed", "3").stdout
+    )
+    wrong = cli("generate", model_folder, "--method", "none")
+    assert wrong.returncode == 1 and "unknown decoding 'none'" in wrong.stderr
+
+
+def test_evaluate_prints_a_table_or_json(model_folder, prepared, tmp_path):
+    found = json.loads(cli("evaluate", model_folder, "--data", prepared / "corpus", "--json").stdout)
+    assert found["intervals"]["bits_per_byte"][0] < found["metrics"]["bits_per_byte"] < found["intervals"]["bits_per_byte"][1]
+    (tmp_path / "a.txt").write_text("some text to measure\n" * 20)
+    assert "xz -9e" in cli("evaluate", model_folder, "--data", tmp_path / "a.txt").stdout
+
+
+def test_shell_completion_offers_method_names():
+    import os
+
+    environment = os.environ | {"_PRETRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "pretrain methods cos", "COMP_CWORD": "2"}
+    executable = os.path.join(os.path.dirname(sys.executable), "pretrain")  # noqa: PTH118, PTH120
+    done = subprocess.run([executable], capture_output=True, text=True, check=False, env=environment)
+    assert "cosine" in done.stdout

@@ -1,0 +1,65 @@
+"""Documentation: the made pages are up to date, links lead somewhere, the guide's example works as printed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.core.docs import pages
+from pretrain.core.method import KINDS, info, methods
+from pretrain.core.errors import PretrainError
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_made_pages_are_those_of_the_docstrings():
+    assert {p.name: p.read_text() for p in (ROOT / "docs" / "methods").glob("*.md")} == pages(), "run `make docs`"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files_that_are_there(page):
+    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_guides_example_is_found_and_works_as_printed(tmp_path):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)[1]
+    shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pretrain" / "optim" / "polynomial.py").write_text(code)
+    run = lambda *a: subprocess.run([sys.executable, *a], cwd=tmp_path, capture_output=True, text=True, check=True).stdout  # noqa: E731
+    rows = json.loads(run("-m", "pretrain", "methods", "polynomial", "--json"))
+    assert rows[0]["arxiv"] == "1606.00915" and rows[0]["kind"] == "schedule"
+    program = "from pretrain.optim.polynomial import Polynomial as P; print(P(0, 2.0).factor(50, 100), P().name)"
+    assert run("-c", program).split() == ["0.25", "polynomial"]
+    planned = run("-m", "pretrain", "run", str(ROOT / "recipes" / "quickstart.yaml"), "--dry-run", "--output", "out",
+                  "--set", "model.schedule={method: polynomial, power: 2.0}")  # fmt: skip
+    assert "model" in planned
+
+
+def test_each_method_opens_with_a_title_that_the_papers_list_has_or_that_it_names(tmp_path):
+    for found in methods().values():
+        assert found.title and (found.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}|[\w.-]+/\d+", found.arxiv))
+        assert found.kind in {kind for kind, _ in KINDS.values()}
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(PretrainError, match=r"unknown schedule 'cosin' \(did you mean 'cosine'\?\)"):
+        info("cosin", "schedule")
+
+
+def test_no_file_or_function_is_too_long_to_read():
+    import ast
+
+    for path in (ROOT / "pretrain").rglob("*.py"):
+        text = path.read_text()
+        assert text.count("\n") <= 420, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 65, (path, node.name)
