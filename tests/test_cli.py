@@ -13,7 +13,9 @@ from pretrain.core import checkpoint
 
 
 def cli(*arguments, **more):
-    return subprocess.run([sys.executable, "-m", "pretrain", *map(str, arguments)], capture_output=True, text=True, check=False, **more)
+    return subprocess.run(
+        [sys.executable, "-m", "pretrain", *map(str, arguments)], capture_output=True, text=True, check=False, **more
+    )
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +80,11 @@ def test_generate_continues_a_prompt(model_folder):
 
 def test_evaluate_prints_a_table_or_json(model_folder, prepared, tmp_path):
     found = json.loads(cli("evaluate", model_folder, "--data", prepared / "corpus", "--json").stdout)
-    assert found["intervals"]["bits_per_byte"][0] < found["metrics"]["bits_per_byte"] < found["intervals"]["bits_per_byte"][1]
+    assert (
+        found["intervals"]["bits_per_byte"][0]
+        < found["metrics"]["bits_per_byte"]
+        < found["intervals"]["bits_per_byte"][1]
+    )
     (tmp_path / "a.txt").write_text("some text to measure\n" * 20)
     assert "xz -9e" in cli("evaluate", model_folder, "--data", tmp_path / "a.txt").stdout
 
@@ -86,7 +92,11 @@ def test_evaluate_prints_a_table_or_json(model_folder, prepared, tmp_path):
 def test_shell_completion_offers_method_names():
     import os
 
-    environment = os.environ | {"_PRETRAIN_COMPLETE": "complete_bash", "COMP_WORDS": "pretrain methods cos", "COMP_CWORD": "2"}
-    executable = os.path.join(os.path.dirname(sys.executable), "pretrain")  # noqa: PTH118, PTH120
+    environment = os.environ | {
+        "_PRETRAIN_COMPLETE": "complete_bash",
+        "COMP_WORDS": "pretrain methods cos",
+        "COMP_CWORD": "2",
+    }
+    executable = os.path.join(os.path.dirname(sys.executable), "pretrain")
     done = subprocess.run([executable], capture_output=True, text=True, check=False, env=environment)
     assert "cosine" in done.stdout

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from pretrain.core.docs import pages
-from pretrain.core.method import KINDS, info, methods
 from pretrain.core.errors import PretrainError
+from pretrain.core.method import KINDS, info, methods
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -33,7 +33,11 @@ def test_the_guides_example_is_found_and_works_as_printed(tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)[1]
     shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
     (tmp_path / "pretrain" / "optim" / "polynomial.py").write_text(code)
-    run = lambda *a: subprocess.run([sys.executable, *a], cwd=tmp_path, capture_output=True, text=True, check=True).stdout  # noqa: E731
+
+    def run(*words):
+        command = [sys.executable, *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+
     rows = json.loads(run("-m", "pretrain", "methods", "polynomial", "--json"))
     assert rows[0]["arxiv"] == "1606.00915" and rows[0]["kind"] == "schedule"
     program = "from pretrain.optim.polynomial import Polynomial as P; print(P(0, 2.0).factor(50, 100), P().name)"

@@ -89,7 +89,9 @@ def test_a_neutral_field_or_an_added_stage_changes_nothing_before(tmp_path):
 def test_the_seed_and_the_code_of_methods_are_part_of_the_address(tmp_path, monkeypatch):
     recipe = raw() | {"seed": 1}
     first = [p.address for p in engine.plan(check(raw(), output=tmp_path))]
-    assert all(a != b for a, b in zip(first, [p.address for p in engine.plan(check(recipe, output=tmp_path))], strict=True))
+    assert all(
+        a != b for a, b in zip(first, [p.address for p in engine.plan(check(recipe, output=tmp_path))], strict=True)
+    )
     stages = [{"stage": "data", "sources": ["stdlib"], "operations": ["deduplicate"]}]
     one = engine.plan(check({"stages": stages}, output=tmp_path))[0].address
     monkeypatch.setattr("pretrain.stages.code_version", lambda name: "other")

@@ -89,7 +89,11 @@ def test_compressors_give_what_the_programs_give(tmp_path, stories):
     documents = [d for d in stories if d["domain"] == "python"][:20]
     data = "".join(d["text"] for d in documents).encode()
     found = compressed_bits(documents)
-    assert found["xz -9e"]["python"] == found["xz -9e"]["all"] == 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+    assert (
+        found["xz -9e"]["python"]
+        == found["xz -9e"]["all"]
+        == 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
+    )
     for tool, flags in (("xz", "-9e"), ("zstd", "-19")):
         if shutil.which(tool):
             packed = subprocess.run([tool, flags, "-c"], input=data, capture_output=True, check=True).stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from pretrain.optim.adamw import AdamW
 from pretrain.optim.constant import Constant
 from pretrain.optim.cosine import Cosine
+from pretrain.optim.infinite import Infinite
 from pretrain.optim.linear import Linear
 from pretrain.optim.wsd import WSD
 
 
-@pytest.mark.parametrize("schedule", [Cosine(), Linear(), Constant(warmup=0.1), WSD()])
+@pytest.mark.parametrize("schedule", [Cosine(), Linear(), Constant(warmup=0.1), WSD(), Infinite()])
 def test_a_schedule_warms_up_and_stays_between_zero_and_one(schedule):
     factors = [schedule.factor(step, 200) for step in range(200)]
     assert all(0 <= f <= 1 for f in factors) and max(factors) == pytest.approx(1, abs=0.02)
@@ -46,3 +48,14 @@ def test_adamw_decays_matrices_only_and_equals_the_formula():
     optimizer.step()
     assert torch.allclose(matrix, torch.full((2, 2), 1 - 0.1 * 0.5 - 0.1), atol=1e-6)
     assert torch.allclose(bias, torch.full((2,), 0.9), atol=1e-6)
+
+
+def test_the_infinite_schedule_has_four_phases_that_join():
+    schedule = Infinite(warmup=10, cooldown=20, anneal=30, constant=0.5, final=0.05)
+    factors = [schedule.factor(step, 200) for step in range(201)]
+    assert factors[4] == 0.5 and factors[9] == factors[10] == 1
+    assert factors[20] == pytest.approx(0.75) and factors[30:171] == [0.5] * 141
+    assert factors[185] == pytest.approx(0.5 * 0.1**0.5) and factors[200] == pytest.approx(0.05)
+    assert all(b <= a for a, b in itertools.pairwise(factors[10:]))
+    endless = Infinite(warmup=0, cooldown=0, anneal=0)
+    assert {endless.factor(step, 100) for step in range(1000)} == {0.5}

@@ -73,15 +73,33 @@ def test_each_mistake_is_one_line_that_names_its_place(tmp_path, old, new, messa
 
 
 def test_overrides_reach_into_stages_and_methods(tmp_path):
-    found = recipe(tmp_path, GOOD, "model.optimizer.lr=3e-4", "model.schedule=wsd", "stages.model.schedule.final=0.2", "model.budget.steps=7", "seed=9", "stages.1.vocab_size=600")
+    found = recipe(
+        tmp_path,
+        GOOD,
+        "model.optimizer.lr=3e-4",
+        "model.schedule=wsd",
+        "stages.model.schedule.final=0.2",
+        "model.budget.steps=7",
+        "seed=9",
+        "stages.1.vocab_size=600",
+    )
     model = found.stages[2]
     assert model.optimizer.lr == 3e-4 and model.schedule.name == "wsd" and model.schedule.final == 0.2
-    assert model.budget.steps == 7 and model.budget.tokens is None and found.seed == 9 and found.stages[1].vocab_size == 600
+    assert (
+        model.budget.steps == 7
+        and model.budget.tokens is None
+        and found.seed == 9
+        and found.stages[1].vocab_size == 600
+    )
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
-    [("model.lrr=1", "unknown field"), ("modle.length=4", r"no stage 'modle' \(did you mean 'model'\?\)"), ("length", "accepted: path.to.field=value")],
+    [
+        ("model.lrr=1", "unknown field"),
+        ("modle.length=4", r"no stage 'modle' \(did you mean 'model'\?\)"),
+        ("length", "accepted: path.to.field=value"),
+    ],
 )
 def test_a_wrong_override_is_named(tmp_path, override, message):
     with pytest.raises(PretrainError, match=message):
@@ -90,7 +108,9 @@ def test_a_wrong_override_is_named(tmp_path, override, message):
 
 def test_a_base_is_taken_over_and_changed(tmp_path):
     (tmp_path / "base.yaml").write_text(GOOD)
-    found = recipe(tmp_path, "base: base.yaml\nname: other\nset:\n  model.optimizer.lr: 5e-4\n  tokenizer.vocab_size: 300\n")
+    found = recipe(
+        tmp_path, "base: base.yaml\nname: other\nset:\n  model.optimizer.lr: 5e-4\n  tokenizer.vocab_size: 300\n"
+    )
     assert found.name == "other" and found.seed == 3
     assert found.stages[2].optimizer.lr == 5e-4 and found.stages[1].vocab_size == 300
     with pytest.raises(PretrainError, match="leads back to itself"):

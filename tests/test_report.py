@@ -16,26 +16,63 @@ NASTY = "</script><script>window.broken = 1</script><b>& bold"
 
 
 def example(folder, *, evaluated=True, trained=True):
-    stages = [{"name": n, "stage": s, "folder": n, "address": "0123456789", "status": "done"} for n, s in (("data", "data"), ("model", "train"), ("test", "evaluate"), ("say", "decode"))]
+    stages = [
+        {"name": n, "stage": s, "folder": n, "address": "0123456789", "status": "done"}
+        for n, s in (("data", "data"), ("model", "train"), ("test", "evaluate"), ("say", "decode"))
+    ]
     folder.mkdir(exist_ok=True)
     (folder / "run.json").write_text(json.dumps({"name": NASTY, "recipe": "r.yaml", "seed": 0, "stages": stages}))
     (folder / "recipe.yaml").write_text(f"name: {NASTY}\n")
     for stage in stages:
         (folder / stage["name"]).mkdir(exist_ok=True)
-    record = {"seconds": 75.0, "flops": 3e12, "peak_memory_bytes": 2**30, "metrics": {"loss": 2.0}, "environment": {"cpu": "x"}, "methods": {"adamw": "1"}}
+    record = {
+        "seconds": 75.0,
+        "flops": 3e12,
+        "peak_memory_bytes": 2**30,
+        "metrics": {"loss": 2.0},
+        "environment": {"cpu": "x"},
+        "methods": {"adamw": "1"},
+    }
     (folder / "model" / "stage.json").write_text(json.dumps(record))
     if trained:
         rows = []
         for i in range(1, 80):
             base = {"step": i, "tokens": 100 * i, "flops": 1e9 * i, "seconds": 0.5 * i}
-            rows.append(base | {"event": "step", "loss": 5 / i**0.3, "parts": {}, "bits_per_byte": 3 / i**0.3, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 200.0, "mfu": 0.4, "memory_bytes": 1})
+            rows.append(
+                base
+                | {
+                    "event": "step",
+                    "loss": 5 / i**0.3,
+                    "parts": {},
+                    "bits_per_byte": 3 / i**0.3,
+                    "grad_norm": 1.0,
+                    "lr": 1e-3,
+                    "tokens_per_second": 200.0,
+                    "mfu": 0.4,
+                    "memory_bytes": 1,
+                }
+            )
             if i % 20 == 0:
-                rows.append(base | {"event": "evaluation", "metrics": {"loss": 5 / i**0.3, "bits_per_byte": 3.1 / i**0.3}})
+                rows.append(
+                    base | {"event": "evaluation", "metrics": {"loss": 5 / i**0.3, "bits_per_byte": 3.1 / i**0.3}}
+                )
         (folder / "model" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"event": "st')
     if evaluated:
-        evaluation = {"metrics": {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5, "bits_per_byte/a": 1.4, "bits_per_byte/b": 1.6}, "intervals": {"bits_per_byte": [1.4, 1.6]}, "compressors": {"xz -9e": {"all": 1.7, "a": 1.6, "b": 1.8}}}
+        evaluation = {
+            "metrics": {
+                "loss": 2.0,
+                "perplexity": 7.4,
+                "bits_per_byte": 1.5,
+                "bits_per_byte/a": 1.4,
+                "bits_per_byte/b": 1.6,
+            },
+            "intervals": {"bits_per_byte": [1.4, 1.6]},
+            "compressors": {"xz -9e": {"all": 1.7, "a": 1.6, "b": 1.8}},
+        }
         (folder / "test" / "evaluation.json").write_text(json.dumps(evaluation))
-        (folder / "say" / "samples.json").write_text(json.dumps({"samples": [{"prompt": NASTY, "continuation": NASTY}]}))
+        (folder / "say" / "samples.json").write_text(
+            json.dumps({"samples": [{"prompt": NASTY, "continuation": NASTY}]})
+        )
     return folder
 
 
@@ -78,7 +115,9 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
     with sync_playwright() as play:
         browser = play.chromium.launch(executable_path=CHROMIUM, args=flags.split())
         page = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
-        page.on("console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
+        )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
@@ -87,7 +126,9 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
             page.click(f"button[data-axis={button}]")
             page.wait_for_selector("#loss .scatterlayer .trace path.js-line")
             assert page.locator("#loss .xtitle").text_content().lower().startswith(button[:5])
-        sizes = page.eval_on_selector_all(".chart", "all => all.map(e => [e.id, e.clientWidth, e.clientHeight, e.querySelectorAll('path').length])")
+        sizes = page.eval_on_selector_all(
+            ".chart", "all => all.map(e => [e.id, e.clientWidth, e.clientHeight, e.querySelectorAll('path').length])"
+        )
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         broken = page.evaluate("window.broken")
         browser.close()

@@ -39,7 +39,7 @@ def main(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropou
     )
     train(
         model, loader, [objective], AdamW(lr=1e-2), Cosine(), settings, folder,
-        evaluate=lambda net: shard_loss(net, held_out, length=64, max_tokens=500),
+        evaluate=lambda trainee: shard_loss(trainee.model, held_out, length=64, max_tokens=500),
     )  # fmt: skip
     if world.main:
         save(model, tokenizer, folder / "checkpoint")

@@ -49,7 +49,9 @@ def _entry(row: MethodInfo) -> str:
     if fields(cls):
         lines += ["| field | type | default |", "|---|---|---|"]
         for item in fields(cls):
-            default = "required" if item.default is MISSING and item.default_factory is MISSING else f"`{item.default!r}`"
+            default = (
+                "required" if item.default is MISSING and item.default_factory is MISSING else f"`{item.default!r}`"
+            )
             lines.append(f"| `{item.name}` | `{str(item.type).replace('|', 'or')}` | {default} |")
         lines.append("")
     return "\n".join(lines)

@@ -66,7 +66,7 @@ class Train(Stage):
     tokenizer: Ref | None = None
     init: Ref | None = None
     model: dict[str, Any] = {}
-    task: Literal["auto", "causal", "masked", "seq2seq"] = "auto"
+    task: Literal["auto", "causal", "masked", "seq2seq", "base"] = "auto"
     length: int = Field(512, ge=2)
     batch_rows: int = Field(16, ge=1)
     micro_rows: int = Field(0, ge=0)
@@ -118,7 +118,6 @@ class Train(Stage):
         from pretrain.core.batch import Vocabulary
         from pretrain.core.hardware import pick_device
         from pretrain.corpus.loader import Loader
-        from pretrain.evaluation._likelihood import shard_loss
         from pretrain.training.distributed import join
         from pretrain.training.loop import Settings, train
 
@@ -134,11 +133,6 @@ class Train(Stage):
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
             mixture=self.mixture,
         )  # fmt: skip
-        held_out, causal = shards["validation"], self._task(model) == "causal"
-
-        def evaluate(net: Any) -> dict[str, float]:
-            return shard_loss(net, held_out, length=self.length, max_tokens=self.evaluate_tokens)
-
         training = train(
             model, loader, [w.method for w in weighted], self.optimizer, self.schedule,
             Settings(
@@ -146,7 +140,7 @@ class Train(Stage):
                 self.precision, self.strategy, self.compile, self.checkpointing,
             ),
             job.folder, weights=[w.weight for w in weighted], policies=self.policies,
-            evaluate=evaluate if causal and len(held_out) else None,
+            evaluate=self._evaluation(shards["validation"], vocabulary),
             targets_per_byte=shards["train"].targets_per_byte(),
         )  # fmt: skip
         spent = training.spent
@@ -162,6 +156,23 @@ class Train(Stage):
             f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs" + (f", {bits:.3f} bits per byte" if bits else "")
         )
         return {"metrics": training.metrics | spent, "flops": training.flops}
+
+    def _evaluation(self, held_out: Any, vocabulary: Any) -> Any:
+        """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""
+        from pretrain.corpus.loader import Loader
+        from pretrain.evaluation._likelihood import shard_loss
+        from pretrain.evaluation._objective import objective_loss
+
+        objective = self.weighted()[0].method
+        if not len(held_out):
+            return None
+        if objective.task == "causal":
+            return lambda trainee: shard_loss(
+                trainee.model, held_out, length=self.length, max_tokens=self.evaluate_tokens
+            )
+        rows = self.micro_rows or self.batch_rows
+        loader = Loader(held_out, [objective], vocabulary, length=self.length, batch_rows=rows)
+        return lambda trainee: objective_loss(trainee.model, trainee.beside[0], objective, loader, self.evaluate_tokens)
 
     def _model_and_tokenizer(self, job: Job) -> tuple[Any, Any]:
         from pretrain.core import checkpoint
@@ -181,18 +192,10 @@ class Train(Stage):
                 raise PretrainError(f"stage {self.name!r}: {self.init} has no tokenizer; accepted: a tokenizer field")
             return model, tokenizer
         fields = {k: v for k, v in self.model.items() if k != "family"}
-        task = self.task if self.task != "auto" else self._default_task()
+        task = self.task if self.task != "auto" else self.weighted()[0].method.task
         return new_model(
             self.model["family"], fields, task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
         ), tokenizer
-
-    def _default_task(self) -> str:
-        return self.weighted()[0].method.task
-
-    def _task(self, model: Any) -> str:
-        from pretrain.core.families import family
-
-        return "causal" if family(model).causal else "other"
 
     def _shards(self, job: Job, tokenizer: Any) -> Any:
         """The corpus in tokens, made once for each tokenizer and shared by the stages of a run."""

@@ -149,13 +149,13 @@ def train(
     *,
     weights: Sequence[float] | None = None,
     policies: Sequence[Policy] = (),
-    evaluate: Callable[[nn.Module], dict[str, float]] | None = None,
+    evaluate: Callable[[Trainee], dict[str, float]] | None = None,
     targets_per_byte: float | None = None,
 ) -> Training:
     """Train `model` in place until the budget is spent, going on from the newest state in `folder` if there is one.
 
     `loader.step(step, progress)` gives this process's micro-batches, each a list with one batch an objective.
-    `evaluate(model)` gives held-out metrics. `targets_per_byte` turns the loss into bits per byte for the log.
+    `evaluate(trainee)` gives held-out metrics. `targets_per_byte` turns the loss into bits per byte for the log.
     Writes `log.jsonl`, `tensorboard/` and `state/` into `folder`. An interrupt saves the state, then is raised.
     """
     training = _start(model, loader, objectives, optimizer, schedule, settings, folder, weights, policies)
@@ -172,8 +172,8 @@ def train(
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
             if evaluate and (done or (settings.evaluate_every and training.step % settings.evaluate_every == 0)):
                 with whole(training.wrapped):
-                    training.metrics = evaluate(training.model.eval())
-                training.model.train()
+                    training.metrics = evaluate(training.trainee.eval())
+                training.trainee.train()
                 log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
                 for policy in policies:
                     policy.on_evaluation(training, training.state[policy.name], training.metrics)

@@ -1,0 +1,82 @@
+"""Choosing what to hide: words or tokens at a rate, spans of T5 and UL2. All `numpy`, all by the given generator."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.core.batch import Vocabulary
+
+
+def choose_words(
+    tokens_L: NDArray[np.int64], rate: float, vocabulary: Vocabulary, rng: np.random.Generator, whole_words: bool
+) -> NDArray[np.bool_]:
+    """Which tokens to hide: about `rate` of those that are not special, as whole words or each for itself.
+
+    Words are taken in random order until the number is reached; the last one that would pass it by more than it fills
+    is left out.
+    """
+    allowed_L = ~vocabulary.special_V[tokens_L]
+    wanted = round(rate * int(allowed_L.sum()))
+    chosen_L = np.zeros(len(tokens_L), dtype=bool)
+    if wanted == 0:
+        return chosen_L
+    if not whole_words:
+        chosen_L[rng.choice(np.flatnonzero(allowed_L), wanted, replace=False)] = True
+        return chosen_L
+    begins_L = vocabulary.starts_word_V[tokens_L] | ~allowed_L
+    begins_L[1:] |= ~allowed_L[:-1]
+    begins_L[0] = True
+    word_L = np.cumsum(begins_L) - 1
+    words = np.unique(word_L[allowed_L])
+    size_W = np.bincount(word_L[allowed_L], minlength=word_L[-1] + 1)
+    order = rng.permutation(words)
+    total = np.cumsum(size_W[order])
+    chosen = order[total <= wanted]
+    if not len(chosen):
+        chosen = order[:1]
+    return np.isin(word_L, chosen) & allowed_L
+
+
+def choose_spans(length: int, rate: float, mean_span: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+    """T5's random spans: about `rate` of `length` tokens, in spans of `mean_span` on average, never at the very start.
+
+    Hidden and shown tokens are each cut into as many random non-empty parts as there are spans, and the parts
+    alternate, beginning with a shown one.
+    """
+    hidden_L = np.zeros(length, dtype=bool)
+    noise = min(max(round(length * rate), 1), length - 1)
+    if length < 2:
+        return hidden_L
+    spans = min(max(round(noise / mean_span), 1), noise, length - noise)
+    position = 0
+    for shown, hidden in zip(_parts(length - noise, spans, rng), _parts(noise, spans, rng), strict=True):
+        hidden_L[position + shown : position + shown + hidden] = True
+        position += shown + hidden
+    return hidden_L
+
+
+def _parts(total: int, count: int, rng: np.random.Generator) -> list[int]:
+    """`total` cut into `count` random parts of at least one."""
+    cuts = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1 if count > 1 else np.zeros(0, np.int64)
+    return np.diff(np.concatenate([[0], cuts, [total]])).tolist()
+
+
+def corrupt(
+    tokens_L: NDArray[np.int64], hidden_L: NDArray[np.bool_], sentinels: tuple[int, ...]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Input and target of span corruption: each hidden span becomes a sentinel; the target is sentinel, span, … .
+
+    The last sentinel that is needed ends the target, as in T5. Spans beyond the number of sentinels stay shown.
+    """
+    begins_L = hidden_L & ~np.concatenate([[False], hidden_L[:-1]])
+    number_L = np.cumsum(begins_L) - 1
+    hidden_L = hidden_L & (number_L < len(sentinels) - 1)
+    begins_L = begins_L & hidden_L
+    used = int(begins_L.sum())
+    marks = np.asarray(sentinels, np.int64)
+    shown_L = np.where(begins_L, marks[np.clip(number_L, 0, len(marks) - 1)], tokens_L)[~hidden_L | begins_L]
+    starts = np.flatnonzero(begins_L)
+    kept_L = np.flatnonzero(hidden_L)
+    target = np.insert(tokens_L[kept_L], np.searchsorted(kept_L, starts), marks[:used])
+    return shown_L, np.append(target, marks[used])

@@ -1,0 +1,39 @@
+"""A schedule without an end: warm up, cool down, stay, and fall only to release a checkpoint."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pretrain.optim import Schedule, warmup_steps
+
+
+@dataclass(frozen=True)
+class Infinite(Schedule):
+    """Beyond Cosine Decay: On the effectiveness of Infinite Learning Rate Schedule for Continual Pre-training
+    (arXiv:2503.02844).
+
+    Four phases: linear warm-up to the peak; a cosine cool-down to `constant` of it; that constant rate for as long as
+    data come; an exponential annealing, constant · (final / constant)^t, to `final`. `warmup`, `cooldown` and `anneal`
+    are shares of training (below 1) or numbers of steps. The next data set goes on from the state before the annealing,
+    with `warmup: 0`, `cooldown: 0`; `anneal: 0` leaves the last phase out.
+    """
+
+    warmup: float = 0.01
+    cooldown: float = 0.3
+    anneal: float = 0.15
+    constant: float = 0.5
+    final: float = 0.1
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor on the peak learning rate at `step` (from 0) of `total`."""
+        warm, cool, anneal = (warmup_steps(share, total) for share in (self.warmup, self.cooldown, self.anneal))
+        if step < warm:
+            return (step + 1) / warm
+        if step < warm + cool:
+            t = (step - warm) / cool
+            return self.constant + (1 - self.constant) * (1 + math.cos(math.pi * t)) / 2
+        if not anneal or step < total - anneal:
+            return self.constant
+        t = min(1.0, (step - (total - anneal)) / anneal)
+        return self.constant * (self.final / self.constant) ** t

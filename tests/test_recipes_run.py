@@ -1,0 +1,63 @@
+"""The recipes that ship run from end to end on a small corpus with small models, and are seen to be good."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from pretrain import engine
+from pretrain.recipe import load
+
+RECIPES = Path(__file__).parent.parent / "recipes"
+SMALL = {
+    "quickstart": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2",
+                   "model.length=64", "model.budget.steps=6", "samples.max_new_tokens=4"],
+    "encoder-from-scratch": ["encoder.model.hidden_size=32", "encoder.model.intermediate_size=48", "encoder.model.num_hidden_layers=1", "encoder.length=64",
+                             "encoder.model.num_attention_heads=2", "encoder.budget.steps=6", "encoder.evaluate_every=3"],
+    "grow": ["small.model.hidden_size=32", "small.model.intermediate_size=48", "small.model.num_attention_heads=2", "small.length=64", "small.budget.steps=4",
+             "grown.length=64", "grown.budget.steps=4"],
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, stories):
+    folder = tmp_path_factory.mktemp("text")
+    for number, story in enumerate(stories):
+        (folder / f"{number}.py").write_text(story["text"])
+    return folder
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted(RECIPES.glob("*.yaml"))])
+def test_it_runs_from_end_to_end(tmp_path, text, name):
+    shared = [
+        f"corpus.sources=[{{files: {text}}}]",
+        "corpus.validation=0.1",
+        "corpus.test=0.1",
+        "tokenizer.vocab_size=600",
+    ]
+    result = engine.run(load(RECIPES / f"{name}.yaml", shared + SMALL[name], tmp_path), say=lambda text: None)
+    assert result.report.exists()
+    for stage in result.stages.values():
+        assert all(math.isfinite(v) for v in stage["metrics"].values() if isinstance(v, float))
+    for stage in load(RECIPES / f"{name}.yaml", shared + SMALL[name]).stages:
+        if stage.stage == "train":
+            lines = [json.loads(line) for line in (tmp_path / stage.name / "log.jsonl").read_text().splitlines()]
+            assert any(row["event"] == "evaluation" and row["metrics"]["loss"] > 0 for row in lines)
+            assert result.stages[stage.name]["flops"] > 0
+
+
+def test_growing_keeps_what_was_learnt_and_the_lineage(tmp_path, text):
+    shared = [
+        f"corpus.sources=[{{files: {text}}}]",
+        "corpus.validation=0.1",
+        "corpus.test=0.1",
+        "tokenizer.vocab_size=600",
+    ]
+    result = engine.run(load(RECIPES / "grow.yaml", shared + SMALL["grow"], tmp_path), say=lambda text: None)
+    record = json.loads((tmp_path / "grown" / "checkpoint" / "pretrain.json").read_text())
+    assert [s["name"] for s in record["lineage"]["stages"]] == ["corpus", "tokenizer", "small", "stacked"]
+    assert json.loads((tmp_path / "grown" / "checkpoint" / "config.json").read_text())["num_hidden_layers"] == 8
+    assert result.stages["stacked"]["metrics"]["parameters"] > result.stages["stacked"]["metrics"]["parameters_before"]
