@@ -59,7 +59,7 @@ function bars() {
     const names = Object.keys(b.series);
     const traces = names.map((name, i) => ({
       type: "bar", name, x: b.domains, y: b.series[name], marker: { color: i ? ["#adb5bd", "#868e96"][(i - 1) % 2] : colours[0] },
-      text: b.series[name].map(v => v === null ? "" : v.toFixed(2)), textposition: "outside", cliponaxis: false, hoverinfo: "skip",
+      text: b.series[name].map(v => v === null ? "" : v.toFixed(2)), textposition: "inside", insidetextanchor: "middle", textangle: 0, hoverinfo: "skip",
       error_y: i === 0 && b.interval ? { type: "data", symmetric: false, array: [b.interval[1] - b.series[name][0]], arrayminus: [b.series[name][0] - b.interval[0]], color: style("--soft") } : undefined,
     }));
     draw("bars", traces, { barmode: "group", hovermode: false, yaxis: { title: { text: "bits per byte" } } });
