@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.optim.adamw import AdamW
+from pretrain.optim.conda import Conda
 from pretrain.optim.constant import Constant
 from pretrain.optim.cosine import Cosine
 from pretrain.optim.infinite import Infinite
@@ -59,3 +60,65 @@ def test_the_infinite_schedule_has_four_phases_that_join():
     assert all(b <= a for a, b in itertools.pairwise(factors[10:]))
     endless = Infinite(warmup=0, cooldown=0, anneal=0)
     assert {endless.factor(step, 100) for step in range(1000)} == {0.5}
+
+
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (5, 5)])
+def test_conda_steps_in_the_basis_of_its_momentum(shape):
+    g = torch.Generator().manual_seed(0)
+    start, grads = torch.randn(shape, generator=g), [torch.randn(shape, generator=g) for _ in range(5)]
+    matrix = torch.nn.Parameter(start.clone())
+    optimizer = Conda(lr=0.1, update_gap=3, weight_decay=0.2).build([("block.weight", matrix)])
+    expected, m, v, u = start.double(), torch.zeros(shape).double(), torch.zeros(shape).double(), None
+    for t, grad in enumerate(grads):
+        matrix.grad = grad.clone()
+        optimizer.step()
+        x = grad.double()
+        m = 0.9 * m + 0.1 * x
+        if t % 3 == 0:
+            left, _, right = torch.linalg.svd(m, full_matrices=False)
+            u = left if shape[0] < shape[1] else right.T
+        tall = shape[0] >= shape[1]
+        project = (lambda y, u=u: y @ u) if tall else (lambda y, u=u: u.T @ y)
+        v = 0.99 * v + 0.01 * project(x) ** 2
+        step = project(m) / (v.sqrt() + 1e-8)
+        step = 0.25 * (step @ u.T if tall else u @ step)
+        expected = expected * (1 - 0.1 * 0.2) - 0.1 * math.sqrt(1 - 0.99 ** (t + 1)) / (1 - 0.9 ** (t + 1)) * step
+    assert torch.allclose(matrix.double(), expected, atol=1e-4)
+
+
+def test_conda_without_rotation_is_adam():
+    g = torch.Generator().manual_seed(0)
+    vector, table = torch.randn(7, generator=g), torch.randn(9, 3, generator=g)
+    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in (vector, table)] for _ in range(2))
+    mine = Conda(lr=0.1, beta2=0.99).build([("norm.weight", ours[0]), ("embed_tokens.weight", ours[1])])
+    reference = torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.99))
+    for _ in range(4):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = b.grad = torch.randn(a.shape, generator=g)
+        mine.step()
+        reference.step()
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_conda_comes_back_from_a_training_state_bit_for_bit(tmp_path):
+    from pretrain.training import state
+    from pretrain.training.distributed import World
+
+    def make():
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Linear(4, 6))
+        return net, Conda(update_gap=3).build(net.named_parameters())
+
+    def go(net, optimizer, steps):
+        for step in steps:
+            net(torch.full((2, 6), float(step))).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, first, second = make(), make(), make()
+    go(*whole, range(8))
+    go(*first, range(4))
+    state.save(tmp_path, 4, *first, {}, {}, World(0, 1, torch.device("cpu")), 1)
+    state.load(state.newest(tmp_path), *second)
+    go(*second, range(4, 8))
+    assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True))

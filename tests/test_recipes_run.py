@@ -17,6 +17,10 @@ SMALL = {
                    "model.length=64", "model.budget.steps=6", "samples.max_new_tokens=4"],
     "encoder-from-scratch": ["encoder.model.hidden_size=32", "encoder.model.intermediate_size=48", "encoder.model.num_hidden_layers=1", "encoder.length=64",
                              "encoder.model.num_attention_heads=2", "encoder.budget.steps=6", "encoder.evaluate_every=3"],
+    "code-model-from-your-repo": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2",
+                                  "model.length=64", "model.budget.steps=4", "samples.max_new_tokens=4"],
+    "sparse-pretrain-dense-finetune": ["sparse.model.hidden_size=32", "sparse.model.intermediate_size=48", "sparse.model.num_hidden_layers=1", "dense.mixture={py: 1.0}",
+                                       "sparse.model.num_attention_heads=2", "sparse.length=64", "sparse.budget.steps=4", "dense.length=64", "dense.budget.steps=4"],
     "grow": ["small.model.hidden_size=32", "small.model.intermediate_size=48", "small.model.num_attention_heads=2", "small.length=64", "small.budget.steps=4",
              "grown.length=64", "grown.budget.steps=4"],
 }  # fmt: skip

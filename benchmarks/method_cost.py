@@ -1,0 +1,123 @@
+"""What each objective, optimiser and policy costs a token, beside plain causal LM with AdamW.
+
+    python benchmarks/method_cost.py [--steps 12]
+
+All on one corpus (Python's standard library) and models of one size (4 layers, width 256, 4 heads, vocabulary 4096,
+rows of 256, 8 a step), step by step in turn in one process: a row is the median of the paired ratios.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+WIDTH, LAYERS, HEADS, LENGTH, ROWS = 256, 4, 4, 256, 8
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {
+        "hidden_size": WIDTH, "intermediate_size": 688, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "tie_word_embeddings": True,
+    },
+    "bert": {
+        "hidden_size": WIDTH, "intermediate_size": 1024, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
+        "max_position_embeddings": LENGTH,
+    },
+    "t5": {
+        "d_model": WIDTH, "d_ff": 688, "d_kv": WIDTH // HEADS, "num_heads": HEADS, "num_layers": LAYERS // 2,
+        "num_decoder_layers": LAYERS // 2, "feed_forward_proj": "gated-gelu",
+    },
+}  # fmt: skip
+
+
+def trainings(folder: Path) -> dict[str, Any]:
+    """Each case as a `Training` that is ready to step."""
+    from pretrain.core.batch import Vocabulary
+    from pretrain.core.families import new_model
+    from pretrain.corpus.loader import Loader
+    from pretrain.corpus.shards import tokenise
+    from pretrain.corpus.sources import PythonStdlib, read
+    from pretrain.corpus.store import Corpus, write_corpus
+    from pretrain.corpus.tokenizers import train_tokenizer
+    from pretrain.objectives.causal_lm import CausalLM
+    from pretrain.objectives.electra import Electra
+    from pretrain.objectives.masked_lm import MaskedLM
+    from pretrain.objectives.span_corruption import SpanCorruption
+    from pretrain.objectives.ul2 import UL2
+    from pretrain.optim.adamw import AdamW
+    from pretrain.optim.conda import Conda
+    from pretrain.optim.constant import Constant
+    from pretrain.policies.odm import ODM
+    from pretrain.policies.spdf import SPDF
+    from pretrain.training.budget import Budget
+    from pretrain.training.loop import Settings, _start
+
+    write_corpus(read(PythonStdlib()), folder / "corpus", near_duplicates=None)
+    corpus = Corpus(folder / "corpus")
+    tokenizer = train_tokenizer(
+        (d["text"] for d in corpus.documents("train")),
+        vocab_size=4096,
+        mask=True,
+        sentinels=100,
+        extra=["[R]", "[S]", "[X]"],
+    )
+    shards = tokenise(corpus, tokenizer, folder / "tokens", splits=["train"])["train"]
+    vocabulary = Vocabulary.of(tokenizer)
+
+    def case(name: str, family: str, objective: Any, optimizer: Any = None, policies: Any = ()) -> Any:
+        model = new_model(family, MODELS[family], task=objective.task, vocabulary=vocabulary)
+        loader = Loader(shards, [objective], vocabulary, length=LENGTH, batch_rows=ROWS)
+        settings = Settings(Budget(steps=1e9), save_every=0, bar=False)
+        return _start(
+            model, loader, [objective], optimizer or AdamW(), Constant(), settings, folder / name, None, policies
+        )
+
+    return {
+        "causal_lm, adamw": case("a", "llama", CausalLM()),
+        "causal_lm, conda": case("b", "llama", CausalLM(), Conda()),
+        "causal_lm, adamw, odm": case("c", "llama", CausalLM(), policies=[ODM(warmup=0.0)]),
+        "causal_lm, adamw, spdf": case("d", "llama", CausalLM(), policies=[SPDF()]),
+        "masked_lm": case("e", "bert", MaskedLM()),
+        "electra": case("f", "bert", Electra()),
+        "span_corruption": case("g", "t5", SpanCorruption()),
+        "ul2": case("h", "t5", UL2()),
+    }
+
+
+def measured(cases: dict[str, Any], steps: int) -> Iterator[dict[str, float]]:
+    """Seconds a token of each case, in turn, after three steps that do not count."""
+    from pretrain.training.loop import step
+
+    for number in range(steps + 3):
+        seconds = {}
+        for name, training in cases.items():
+            started, before = time.perf_counter(), training.tokens
+            step(training)
+            seconds[name] = (time.perf_counter() - started) / (training.tokens - before)
+        if number >= 3:
+            yield seconds
+
+
+def main() -> None:
+    """Measure and print a table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    steps = parser.parse_args().steps
+    with tempfile.TemporaryDirectory() as folder:
+        cases = trainings(Path(folder))
+        rounds = list(measured(cases, steps))
+    plain = "causal_lm, adamw"
+    print(
+        "| what | seconds a token against the first | FLOPs a token against the first | parameters |\n|---|---|---|---|"
+    )
+    for name, training in cases.items():
+        ratio = statistics.median(r[name] / r[plain] for r in rounds)
+        flops = (training.flops / training.tokens) / (cases[plain].flops / cases[plain].tokens)
+        print(f"| {name} | {ratio:.3f} | {flops:.3f} | {training.model.num_parameters():,} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""Conda: Adam in a basis of the momentum's singular vectors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.optim import Optimizer, decay_groups
+
+
+@dataclass(frozen=True)
+class Conda(Optimizer):
+    """Conda: Column-Normalized Adam for Training Large Language Models Faster (arXiv:2509.24218).
+
+    For each matrix of the blocks, every `update_gap` steps an orthogonal basis U is taken from the singular vectors of
+    the momentum M (those of its shorter side). Momentum and gradient are projected, M' = Uᵀ M and G' = Uᵀ G, the second
+    moment V is that of G', and the step is U · M' / (√V + eps), times `scale`, with Adam's bias correction. Embeddings,
+    head and vectors take plain Adam steps. Weight decay is decoupled.
+    """
+
+    lr: float = 1e-2
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.99
+    eps: float = 1e-8
+    update_gap: int = 2000
+    scale: float = 0.25
+
+    def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
+        """The matrices of the blocks in one group, the rest as AdamW would group it."""
+        named = [(name, p) for name, p in named_parameters if p.requires_grad]
+        rotated = [(n, p) for n, p in named if p.ndim == 2 and not _outside(n)]
+        taken = {id(p) for _, p in rotated}
+        groups = decay_groups([(n, p) for n, p in named if id(p) not in taken], self.weight_decay)
+        groups = [group | {"rotate": False} for group in groups]
+        if rotated:
+            groups.append({"params": [p for _, p in rotated], "weight_decay": self.weight_decay, "rotate": True})
+        defaults = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
+        return CondaOptimizer(groups, defaults | {"update_gap": self.update_gap, "scale": self.scale})
+
+
+def _outside(name: str) -> bool:
+    """Whether a matrix is an embedding or the head, by the names that `transformers` gives them."""
+    return any(part in name for part in ("embed", "lm_head", "wte", "wpe", "shared", "decoder.weight", "predictions"))
+
+
+class CondaOptimizer(torch.optim.Optimizer):
+    """The optimiser of `Conda`; `rotate` tells a group's parameters to be stepped in their own basis."""
+
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
+        super().__init__(groups, defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One step."""
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state |= {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                momentum, second = state["exp_avg"], state["exp_avg_sq"]
+                momentum.lerp_(p.grad, 1 - beta1)
+                grad, moved, rotate = p.grad, momentum, group["rotate"]
+                if rotate:
+                    if state["step"] % group["update_gap"] == 0:
+                        state["basis"] = basis(momentum)
+                    grad, moved = into(grad, state["basis"]), into(momentum, state["basis"])
+                second.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+                state["step"] += 1
+                update = moved / second.sqrt().add_(group["eps"])
+                if rotate:
+                    update = out_of(update, state["basis"]).mul_(group["scale"])
+                correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * correction)
+
+
+def basis(matrix: Tensor) -> Tensor:
+    """Orthogonal singular vectors of the shorter side: right ones (as rows) of a tall matrix, else left ones."""
+    tall = matrix.shape[0] >= matrix.shape[1]
+    left, _, right = torch.linalg.svd(matrix.float(), full_matrices=False)
+    return (right if tall else left).to(matrix.dtype)
+
+
+def into(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """The matrix in the basis."""
+    return matrix @ vectors.T if matrix.shape[0] >= matrix.shape[1] else vectors.T @ matrix
+
+
+def out_of(matrix: Tensor, vectors: Tensor) -> Tensor:
+    """Back from the basis."""
+    return matrix @ vectors if matrix.shape[0] >= matrix.shape[1] else vectors @ matrix
