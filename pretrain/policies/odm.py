@@ -23,8 +23,8 @@ class ODM(Policy):
     Exp3 over the K domains. The reward of a domain is the training loss on its rows, importance-weighted and smoothed:
     R_i ← α R_i + (1 - α) L_i / π_i, for the domains that the step has seen. Then, with the exploration rate
     ε_t = min(1/K, √(ln K / (K t))), π_i = (1 - K ε_t) · exp(ε_{t-1} R_i) / Σ_j exp(ε_{t-1} R_j) + ε_t. For the first
-    `warmup` of training the domains are drawn as they were, while the rewards are already estimated. Losses are those of
-    the training step: nothing is computed anew.
+    `warmup` of training the domains are drawn as they were, while the rewards are already estimated. The losses are
+    those of the training step: nothing is computed anew.
     """
 
     smoothing: float = 0.9

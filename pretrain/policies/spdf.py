@@ -24,9 +24,9 @@ class SPDF(Policy):
     """SPDF: Sparse Pre-training and Dense Fine-tuning for Large Language Models (arXiv:2303.10464).
 
     Before training, `sparsity` of the weights of each linear layer in the blocks (uniformly; embeddings, norms, biases
-    and head stay dense) are chosen at random and set to zero, and they stay zero: w ← m ⊙ w after each step. Fine-tuning
-    without this policy is dense: the zeros are then trained like all others. The meter counts dense FLOPs; hardware that
-    skips zeros needs `1 - sparsity` of those of the masked layers.
+    and head stay dense) are chosen at random and set to zero, and they stay zero: w ← m ⊙ w after each step.
+    Fine-tuning without this policy is dense: the zeros are then trained like all others. The meter counts dense FLOPs;
+    hardware that skips zeros needs `1 - sparsity` of those of the masked layers.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
