@@ -96,7 +96,7 @@ def _print_plan(recipe: Any) -> None:
 
 def _short(value: float | None, unit: str = "") -> str:
     if value is None:
-        return "small"
+        return "-"
     for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
         if value >= power:
             return f"about {value / power:.3g} {letter}{unit}"
@@ -105,7 +105,7 @@ def _short(value: float | None, unit: str = "") -> str:
 
 def _minutes(seconds: float | None) -> str:
     if seconds is None:
-        return "small"
+        return "-"
     return (
         f"about {seconds:.0f} s"
         if seconds < 120

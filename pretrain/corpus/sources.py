@@ -215,9 +215,7 @@ def _read_dataset(source: HubDataset) -> Iterator[Document]:
             data = datasets.load_from_disk(source.dataset)
             data = data[source.split] if isinstance(data, datasets.DatasetDict) else data
         else:
-            data = datasets.load_dataset(
-                source.dataset, source.config, split=source.split, streaming=source.streaming, trust_remote_code=False
-            )
+            data = datasets.load_dataset(source.dataset, source.config, split=source.split, streaming=source.streaming)
     except Exception as error:
         raise PretrainError(
             f"data set {source.dataset!r} cannot be loaded: {' '.join(str(error).split())[:300]}"

@@ -209,19 +209,34 @@ class Train(Stage):
 
     def estimate(self, inputs: dict[str, Any]) -> Estimate:
         """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""
-        import torch
-
-        from pretrain.core.families import new_model
         from pretrain.core.hardware import matrix_rate, pick_device
 
-        if not self.model:
-            return Estimate()
-        fields = {k: v for k, v in self.model.items() if k != "family"}
+        weights, rate = self._count_weights(inputs), matrix_rate(pick_device()) / 2
+        flops = {"flops": self.budget.limit, "seconds": self.budget.limit * rate}.get(self.budget.unit)
+        if flops is None and weights:
+            rows = {"tokens": 1, "steps": self.batch_rows * self.length}[self.budget.unit]
+            flops = 6.0 * weights * self.budget.limit * rows
+        return Estimate(flops, 16.0 * weights if weights else None, flops / rate if flops else None)
+
+    def _count_weights(self, inputs: dict[str, Any]) -> int | None:
+        """The model's weights; None when they are those of a stage that has not run yet."""
+        import torch
+        from transformers import AutoModel
+
+        from pretrain.core.checkpoint import load_config
+        from pretrain.core.errors import PretrainError
+        from pretrain.core.families import new_model
+        from pretrain.corpus.tokenizers import load_tokenizer
+
         with torch.device("meta"):
-            model = new_model(self.model["family"], fields, task="base")
-        weights = sum(p.numel() for p in model.parameters())
-        per_token, rate = 6 * weights, matrix_rate(pick_device()) / 2
-        tokens = {"tokens": self.budget.limit, "steps": self.budget.limit * self.batch_rows * self.length}
-        flops = {"flops": self.budget.limit, "seconds": self.budget.limit * rate}
-        total = flops.get(self.budget.unit) or tokens[self.budget.unit] * per_token
-        return Estimate(total, 16.0 * weights, total / rate)
+            if self.init is not None:
+                try:
+                    model = AutoModel.from_config(load_config(checkpoint_of(inputs["init"])))
+                except PretrainError:
+                    return None
+            else:
+                fields = {k: v for k, v in self.model.items() if k != "family"}
+                if (inputs["tokenizer"] / "tokenizer").is_dir():
+                    fields = {"vocab_size": len(load_tokenizer(inputs["tokenizer"] / "tokenizer"))} | fields
+                model = new_model(self.model["family"], fields, task="base")
+        return sum(p.numel() for p in model.parameters())
