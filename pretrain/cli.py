@@ -191,6 +191,42 @@ def evaluate(
 
 
 @app.command()
+def compare(
+    recipes: Annotated[list[Path], typer.Argument(help="The baseline, then the recipes to judge against it.")],
+    budget: Annotated[str, typer.Option(help="flops=NUMBER, the same for each run.")],
+    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
+    metric: Annotated[str, typer.Option(help="A held-out metric that training logs; lower is better.")] = "loss",
+    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value, for all the recipes.")] = None,
+    output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs") / "compare",
+) -> None:
+    """Compare recipes at equal FLOPs over several seeds."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pretrain.compare import compare as measure
+
+    unit, _, amount = budget.partition("=")
+    try:
+        flops = float(amount)
+    except ValueError:
+        flops = 0.0
+    if unit != "flops" or flops <= 0:
+        raise PretrainError(f"--budget {budget!r}: accepted: flops=NUMBER, for example flops=1e13")
+    found = measure(
+        recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [],
+        say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip
+    table = Table("recipe", f"{metric} (mean ± s.d.)", "difference, 95% interval", "verdict", "FLOPs saved")
+    for name, row in found["table"].items():
+        verdict, saved = row.get("verdict"), row.get("saving")
+        interval = f"{verdict['difference']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})" if verdict else ""
+        word = verdict["word"] if verdict else "baseline"
+        share = f"{saved:.0%}" if saved is not None else ""
+        table.add_row(name, f"{row['mean']:.4f} ± {row['deviation']:.4f}", interval, word, share)
+    Console().print(table)
+
+
+@app.command()
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Write a run's report again."""
     from pretrain.report import write

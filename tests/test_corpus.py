@@ -176,3 +176,57 @@ def test_an_empty_corpus_is_refused_and_leaves_nothing(tmp_path):
     assert not list(tmp_path.glob("*c*"))
     with pytest.raises(PretrainError, match="is not a corpus"):
         Corpus(tmp_path / "c")
+
+
+def documents(*texts, **more):
+    return [{"text": t, "domain": "d", "id": str(i)} | more for i, t in enumerate(texts)]
+
+
+def test_the_fingerprint_is_of_the_texts_and_their_order(tmp_path):
+    prints = [
+        write_corpus(documents(*texts), tmp_path / "c", validation=0, test=0)["fingerprint"]
+        for texts in (("one", "two"), ("ONE", "two"), ("two", "one"))
+    ]
+    assert len(set(prints)) == 3
+
+
+def test_columns_that_only_some_sources_have_are_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr("pretrain.corpus.store.PART_BYTES", 1)
+    rows = documents("one") + documents("two", quality=3) + documents("three", quality=4.5, group="g")
+    write_corpus(rows, tmp_path / "c", validation=0, test=0)
+    found = Corpus(tmp_path / "c").split("train")
+    assert found["quality"] == [None, 3.0, 4.5] and found["group"] == [None, None, "g"]
+    with pytest.raises(PretrainError, match="a column holds several types"):
+        write_corpus(
+            documents("one", quality=3) + documents("two", quality="high"), tmp_path / "d", validation=0, test=0
+        )
+
+
+def test_odd_rows_are_passed_over_and_counted(tmp_path):
+    (tmp_path / "x.jsonl").write_text(
+        '{"text": "good"}\n{"text": null}\n{"text": " "}\n{"text": "bad \\ud83d"}\n{"text": "g", "group": 3}\n'
+    )
+    skipped = Skipped()
+    found = list(read(Files(str(tmp_path / "x.jsonl")), skipped))
+    assert [d["text"] for d in found] == ["good", "g"] and skipped.reasons == {"empty": 2, "not UTF-8": 1}
+    write_corpus(found, tmp_path / "c", validation=0, test=0)
+
+
+@pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])
+def test_a_file_that_is_not_what_its_name_says_is_named_and_not_taken_for_a_full_disk(tmp_path, name):
+    (tmp_path / name).write_bytes(b'{"text": "plain"}\n')
+    with pytest.raises(PretrainError, match=f"{name}: cannot be read after line 0"):
+        write_corpus(read(Files(str(tmp_path / name))), tmp_path / "c")
+
+
+def test_a_folder_inside_a_hidden_one_can_be_asked_for(tmp_path):
+    (tmp_path / ".venv" / "lib").mkdir(parents=True)
+    (tmp_path / ".venv" / "lib" / "notes.txt.gz").write_bytes(gzip.compress(b"text"))
+    assert [d["domain"] for d in read(Files(str(tmp_path / ".venv" / "lib")))] == ["txt"]
+
+
+def test_when_nothing_is_left_it_is_said_what_was_passed_over(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"\0\0")
+    skipped = Skipped()
+    with pytest.raises(PretrainError, match=r"no training documents are left \(passed over: .*binary.*1"):
+        write_corpus(read(Files(str(tmp_path / "a.bin")), skipped), tmp_path / "c", skipped=skipped.reasons)

@@ -211,3 +211,59 @@ def test_positions_restart_and_masks_keep_documents_apart(prepared):
         for j in range(64):
             same = batch["document_BL"][0, i] == batch["document_BL"][0, j]
             assert mask[i, j] == (bool(same) and j <= i)
+
+
+def corpus_of(folder, *texts):
+    from pretrain.corpus.store import write_corpus
+
+    write_corpus([{"text": t, "domain": "d", "id": str(i)} for i, t in enumerate(texts)], folder, validation=0, test=0)
+    return Corpus(folder)
+
+
+def test_a_saved_truncation_cuts_nothing_and_special_tokens_in_a_text_are_text(tmp_path):
+    made = train_tokenizer(TEXTS, vocab_size=300)
+    made.backend_tokenizer.enable_truncation(4)
+    made.backend_tokenizer.enable_padding(length=9)
+    text = "END = '<|endoftext|>' and <|pad|> here, and much more than four tokens"
+    shards = tokenise(corpus_of(tmp_path / "c", text), made, tmp_path / "t", splits=["train"])["train"]
+    ids, end = shards.document(0), made.eos_token_id
+    assert (ids == end).sum() == 2 and ids[0] == ids[-1] == end and made.pad_token_id not in ids
+    assert made.decode(ids[1:-1].tolist()) == text
+
+
+def test_a_tokenizer_without_a_beginning_still_ends_each_document(tmp_path):
+    from transformers import PreTrainedTokenizerFast
+
+    backend = train_tokenizer(TEXTS, vocab_size=300).backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>", pad_token="<|pad|>")
+    shards = tokenise(corpus_of(tmp_path / "c", "some text"), tokenizer, tmp_path / "t", splits=["train"])["train"]
+    assert shards.document(0)[-1] == tokenizer.eos_token_id != shards.document(0)[0]
+    assert shards.info["begins"] is False
+
+
+def test_an_edited_corpus_is_tokenised_anew(tmp_path):
+    tokenizer = train_tokenizer(TEXTS, vocab_size=300)
+    for text in ("alpha one", "ALPHA ONE"):
+        shards = tokenise(corpus_of(tmp_path / "c", text), tokenizer, tmp_path / "t", splits=["train"])["train"]
+        assert tokenizer.decode(shards.document(0)[1:-1].tolist()) == text
+
+
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "domains.npy", "bytes.npy"])
+def test_damage_to_any_file_of_a_split_is_found_when_it_is_used_again(prepared, tmp_path, name):
+    corpus, tokenizer = Corpus(prepared / "corpus"), load_tokenizer(prepared / "tokenizer")
+    tokenise(corpus, tokenizer, tmp_path)
+    path = tmp_path / "train" / name
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PretrainError, match="damaged"):
+        tokenise(corpus, tokenizer, tmp_path)
+
+
+def test_a_damaged_plan_is_made_anew(prepared, tmp_path):
+    corpus, tokenizer = Corpus(prepared / "corpus"), load_tokenizer(prepared / "tokenizer")
+    shards = tokenise(corpus, tokenizer, tmp_path)["train"]
+    whole = np.array(plan_for(shards, 48).document_P)
+    path = tmp_path / "train" / "rows-48" / "document_P.npy"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    assert np.array_equal(plan_for(shards, 48).document_P, whole)

@@ -50,7 +50,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         fsync(target.parent)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        cause = error.__cause__ if isinstance(error, PretrainError) else error
+        inside = isinstance(error, PretrainError) and str(error).startswith(f"cannot write {work}")
+        cause = error.__cause__ if inside else error
         if isinstance(cause, OSError):
             raise PretrainError(f"cannot write {target}: {cause.strerror or cause}") from error
         raise

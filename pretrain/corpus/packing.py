@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Row
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder
 from pretrain.corpus.shards import Shards
 
@@ -117,9 +118,22 @@ def _best_fit(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64],
 def plan_for(shards: Shards, length: int) -> Plan:
     """The plan of a split at one row length, kept beside its tokens and memory-mapped."""
     folder = shards.folder / f"rows-{length}"
-    if not folder.exists():
-        made = pack(shards.lengths_N, shards.domains_N, length)
+    if folder.exists():
+        try:
+            found = _read(folder)
+            if int(found.length_P.sum()) == shards.tokens and int(found.first_R1[-1]) == len(found.document_P):
+                return found
+        except (OSError, ValueError, EOFError):
+            pass  # damaged: it can be made anew from the lengths
+    made = pack(shards.lengths_N, shards.domains_N, length)
+    try:
         with atomic_folder(folder) as work:
             for field in fields(Plan):
                 np.save(work / f"{field.name}.npy", getattr(made, field.name))
-    return Plan(**{f.name: np.load(Path(folder) / f"{f.name}.npy", mmap_mode="r") for f in fields(Plan)})
+    except PretrainError:
+        return made  # another process wrote it first, or the folder cannot be written: the plan is the same
+    return _read(folder)
+
+
+def _read(folder: Path) -> Plan:
+    return Plan(**{f.name: np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in fields(Plan)})

@@ -48,6 +48,8 @@ class Shards:
             self.bytes_N: NDArray[np.uint32] = np.load(self.folder / "bytes.npy", mmap_mode="r")
         except (OSError, ValueError, EOFError) as error:
             raise PretrainError(f"{folder}: {error}; remove the folder to redo it") from error
+        if len(self.offsets_N1) != self.info["documents"] + 1 or int(self.offsets_N1[-1]) != self.tokens:
+            raise PretrainError(f"{folder}: offsets.npy does not fit tokens.bin: damaged; remove the folder to redo it")
 
     def __len__(self) -> int:
         return len(self.domains_N)
@@ -76,16 +78,30 @@ class Shards:
         return (self.tokens - len(self)) / max(1, int(np.sum(self.bytes_N, dtype=np.int64)))
 
     def verify(self) -> None:
-        """Compare the tokens with their checksum."""
-        if file_digest(self.folder / "tokens.bin") != self.info["checksum"]:
-            raise PretrainError(f"{self.folder / 'tokens.bin'} is damaged (checksum); remove {self.folder} to redo it")
+        """Compare the files with their checksums."""
+        for name, checksum in self.info["checksums"].items():
+            if file_digest(self.folder / name) != checksum:
+                raise PretrainError(f"{self.folder / name} is damaged (checksum); remove {self.folder} to redo it")
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes when the tokenizer would tokenise otherwise."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = _plain_backend(tokenizer)
     facts = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return digest([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id])
+
+
+def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
+    """A copy of the `tokenizers` object that neither cuts nor pads, and reads special tokens in a text as text."""
+    from tokenizers import Tokenizer
+
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        return None
+    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+    backend.no_truncation()
+    backend.no_padding()
+    backend.encode_special_tokens = True
+    return backend
 
 
 def tokenise(
@@ -94,8 +110,12 @@ def tokenise(
     folder: Path,
     *,
     splits: Sequence[str] = ("train", "validation", "test"),
+    verify: bool = True,
 ) -> dict[str, Shards]:
-    """Tokenise a corpus into `folder/SPLIT`; splits that are there already, of the same corpus and tokenizer, stay."""
+    """Tokenise a corpus into `folder/SPLIT`; splits that are there already, of the same corpus and tokenizer, stay.
+
+    Those are compared with their checksums unless `verify` is off.
+    """
     from pretrain.core.batch import Vocabulary
 
     wanted = {"corpus": corpus.info["fingerprint"], "tokenizer": tokenizer_fingerprint(tokenizer)}
@@ -103,6 +123,8 @@ def tokenise(
     for split in splits:
         info = folder / split / "tokens.json"
         if info.exists() and {k: read_json(info).get(k) for k in wanted} == wanted:
+            if verify:
+                Shards(folder / split).verify()
             continue
         with atomic_folder(folder / split) as work:
             _write(work, corpus, split, tokenizer, vocabulary, wanted)
@@ -114,15 +136,14 @@ def _write(
 ) -> None:
     """Write one split. One thread encodes (outside of Python's lock, on all cores) while this one reads and writes."""
     dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
-    ends = [i for i in (vocabulary.bos, vocabulary.eos) if i is not None]
-    before, after = np.array(ends[:1], dtype), np.array(ends[1:], dtype)
+    before, after = (np.array([] if end is None else [end], dtype) for end in (vocabulary.bos, vocabulary.eos))
     names = corpus.domains
     number = {name: i for i, name in enumerate(names)}
     lengths, domains, sizes, checksum = [], [], [], hashlib.sha256()
+    backend = _plain_backend(tokenizer)
 
     def encode(documents: list[dict[str, Any]]) -> list[Any]:
         texts = [d["text"] for d in documents]
-        backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             return tokenizer(texts, add_special_tokens=False)["input_ids"]
         return backend.encode_batch_fast(texts, add_special_tokens=False)
@@ -140,7 +161,7 @@ def _write(
                 parts += (before, ids, after)
                 lengths.append(len(before) + len(ids) + len(after))
                 domains.append(number[document["domain"]])
-                sizes.append(len(document["text"].encode("utf-8", "surrogatepass")))
+                sizes.append(len(document["text"].encode()))
             data = np.concatenate(parts).tobytes()
             checksum.update(data)
             out.write(data)
@@ -149,7 +170,9 @@ def _write(
     np.save(work / "domains.npy", np.array(domains, np.uint16))
     np.save(work / "bytes.npy", np.array(sizes, np.uint32))
     counts = {"documents": len(lengths), "tokens": int(sum(lengths)), "dtype": dtype.name, "domains": names}
-    write_json(work / "tokens.json", facts | counts | {"vocabulary": vocabulary.size, "checksum": checksum.hexdigest()})
+    sums = {"tokens.bin": checksum.hexdigest()} | {path.name: file_digest(path) for path in sorted(work.glob("*.npy"))}
+    counts |= {"begins": len(before) > 0, "checksums": sums}
+    write_json(work / "tokens.json", facts | counts | {"vocabulary": vocabulary.size})
 
 
 def _batches(documents: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

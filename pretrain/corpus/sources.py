@@ -94,7 +94,7 @@ def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
     if isinstance(source, Files):
         yield from _read_files(source, skipped)
     elif isinstance(source, HubDataset):
-        yield from _read_dataset(source)
+        yield from _read_dataset(source, skipped)
     elif isinstance(source, PythonStdlib):
         yield from _read_stdlib(source, skipped)
     else:
@@ -134,7 +134,7 @@ def paths(source: Files) -> list[Path]:
 
 def _below(folder: Path) -> list[Path]:
     hidden = {".git", ".hg", ".venv", "__pycache__", "node_modules"}
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not hidden & set(p.parts))
+    return sorted(p for p in folder.rglob("*") if p.is_file() and not hidden & set(p.relative_to(folder).parts))
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -145,24 +145,38 @@ def _stamp(path: Path) -> list[Any]:
 def _read_files(source: Files, skipped: Skipped) -> Iterator[Document]:
     for path in paths(source):
         if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-            yield from _rows(_read_jsonl(path), path, source)
+            yield from _rows(_read_jsonl(path), path, source, skipped)
         elif path.suffix == ".parquet":
-            yield from _rows(_read_parquet(path), path, source)
+            yield from _rows(_read_parquet(path), path, source, skipped)
         else:
             text = read_text(path, skipped)
             if text is not None:
-                yield {"text": text, "domain": source.domain or path.suffix.lstrip(".") or "text", "id": str(path)}
+                yield {
+                    "text": text,
+                    "domain": source.domain or Path(path.name.removesuffix(".gz")).suffix.lstrip(".") or "text",
+                    "id": str(path),
+                }
 
 
-def _rows(rows: Iterator[dict[str, Any]], path: Path | str, source: Files | HubDataset) -> Iterator[Document]:
+def _rows(
+    rows: Iterator[dict[str, Any]], path: Path | str, source: Files | HubDataset, skipped: Skipped
+) -> Iterator[Document]:
     """Documents from rows with columns."""
     for number, row in enumerate(rows):
         if source.text not in row:
             hint = nearest(source.text, row)
             raise PretrainError(f"{path}: no column {source.text!r}{hint}; accepted: {', '.join(sorted(row))}")
         text, domain = row.get(source.text), source.domain
+        if text is None or (isinstance(text, str) and not text.strip()):
+            skipped.add("empty")
+            continue
         if not isinstance(text, str):
             raise PretrainError(f"{path}, row {number + 1}: column {source.text!r} is {type(text).__name__}, not text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            skipped.add("not UTF-8")  # half of a character, as broken JSON holds
+            continue
         if domain is None or domain in row:
             domain = row.get(domain or "domain") or Path(path).name.split(".")[0]
         rest = {k: v for k, v in row.items() if k not in (source.text, "text", "domain", "id")}
@@ -170,6 +184,8 @@ def _rows(rows: Iterator[dict[str, Any]], path: Path | str, source: Files | HubD
 
 
 def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+    import zstandard
+
     number = 0
     try:
         with _open_text(path) as lines:
@@ -181,7 +197,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
                     yield row
     except json.JSONDecodeError as error:
         raise PretrainError(f"{path}:{number}: not JSON ({error.msg}): truncated or damaged") from error
-    except (EOFError, OSError, UnicodeDecodeError, gzip.BadGzipFile) as error:
+    except (EOFError, OSError, UnicodeDecodeError, zstandard.ZstdError) as error:
         raise PretrainError(f"{path}: cannot be read after line {number} ({error}): truncated or damaged") from error
 
 
@@ -207,7 +223,7 @@ def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
         raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
 
 
-def _read_dataset(source: HubDataset) -> Iterator[Document]:
+def _read_dataset(source: HubDataset, skipped: Skipped) -> Iterator[Document]:
     import datasets
 
     try:
@@ -220,7 +236,7 @@ def _read_dataset(source: HubDataset) -> Iterator[Document]:
         raise PretrainError(
             f"data set {source.dataset!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
-    for number, document in enumerate(_rows(iter(data), source.dataset, source)):
+    for number, document in enumerate(_rows(iter(data), source.dataset, source, skipped)):
         if source.limit is not None and number >= source.limit:
             return
         yield document

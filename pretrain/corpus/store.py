@@ -8,6 +8,7 @@ duplicates of held-out ones are removed from training. Documents stream through:
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
@@ -27,7 +28,7 @@ PART_BYTES = 64 << 20
 
 def side(key: str, validation: float, test: float) -> str:
     """The split that a document belongs to, from the hash of its text or group."""
-    number = int.from_bytes(hashlib.sha256(key.encode("utf-8", "surrogatepass")).digest()[:8]) / 2**64
+    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
     return "test" if number < test else "validation" if number < test + validation else "train"
 
 
@@ -49,7 +50,8 @@ class _Writer:
         import pyarrow.parquet
 
         if self.rows:
-            table = pyarrow.Table.from_pylist(self.rows)
+            names = dict.fromkeys(name for row in self.rows for name in row)
+            table = _table(pyarrow.Table.from_pylist, [{n: row.get(n) for n in names} for row in self.rows])
             path = self.folder / f"part-{self.parts:05d}.parquet"
             pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=1024)
             self.parts, self.rows, self.bytes = self.parts + 1, [], 0
@@ -64,11 +66,13 @@ def write_corpus(
     near_duplicates: float | None = 0.8,
     operations: Sequence[Callable[[Dataset], Dataset]] = (),
     facts: dict[str, Any] | None = None,
+    skipped: dict[str, int] | None = None,
 ) -> dict[str, Any]:
     """Split, deduplicate and store documents; returns what `corpus.json` says.
 
     `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a
-    held-out one are removed (None: not looked for). `operations` then act on the training split; `facts` are noted.
+    held-out one are removed (None: not looked for). `operations` then act on the training split; `facts` are noted;
+    `skipped` counts, by reason, the documents that the source passes over as it is read.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise PretrainError(
@@ -77,21 +81,21 @@ def write_corpus(
     with atomic_folder(folder) as work:
         removed = {"exact": 0, "near": 0}
         _write_splits(documents, work, validation, test, removed)
+        _same_columns(work)
         if near_duplicates:
             removed["near"] = _drop_near_heldout(work, near_duplicates)
         if operations:
             _operate(work, operations)
-        counts = _count(work)
+        counts, content = _count(work)
         if not counts["train"]:
-            raise PretrainError(
-                f"corpus {folder.name}: no training documents are left; accepted: at least one document"
-            )
+            why = f" (passed over: {skipped})" if skipped else ""
+            raise PretrainError(f"no training documents are left{why}; accepted: at least one document")
         info = {
             "documents": {s: sum(d["documents"] for d in counts[s].values()) for s in SPLITS},
             "bytes": {s: sum(d["bytes"] for d in counts[s].values()) for s in SPLITS},
             "domains": counts,
             "removed": removed,
-            "fingerprint": digest(counts),
+            "fingerprint": digest([counts, content]),
         } | (facts or {})
         write_json(work / "corpus.json", info)
     return info
@@ -103,14 +107,45 @@ def _write_splits(
     writers = {split: _Writer(work / split) for split in SPLITS}
     seen: set[bytes] = set()
     for document in documents:
-        key = hashlib.blake2b(document["text"].encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        key = hashlib.blake2b(document["text"].encode(), digest_size=16).digest()
         if key in seen:
             removed["exact"] += 1
             continue
         seen.add(key)
-        writers[side(document.get("group") or document["text"], validation, test)].add(document)
+        group = document.get("group")
+        writers[side(document["text"] if group is None else str(group), validation, test)].add(document)
     for writer in writers.values():
         writer.flush()
+
+
+def _table(make: Callable[..., Any], *given: Any) -> Any:
+    """What `make` gives; columns whose values are of several types are an error that names one."""
+    import pyarrow
+
+    try:
+        return make(*given)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PretrainError(f"a column holds several types ({reason}); accepted: one type a column") from error
+
+
+def _same_columns(work: Path) -> None:
+    """Give the parts of all splits the same columns, null where a source has none."""
+    import pyarrow
+    import pyarrow.parquet
+
+    parts = sorted(work.glob("*/*.parquet"))
+    schemas = [pyarrow.parquet.read_schema(path) for path in parts]
+    if all(schema.equals(schemas[0]) for schema in schemas[1:]):
+        return
+    schema = _table(lambda: pyarrow.unify_schemas(schemas, promote_options="permissive"))
+    for path in parts:
+        table = pyarrow.parquet.read_table(path)
+        for field in schema:
+            if field.name not in table.column_names:
+                table = table.append_column(field, pyarrow.nulls(len(table), field.type))
+        whole = _table(table.select(schema.names).cast, schema)
+        pyarrow.parquet.write_table(whole, path, compression="zstd", row_group_size=1024)
 
 
 def _drop_near_heldout(work: Path, threshold: float) -> int:
@@ -138,7 +173,8 @@ def _operate(work: Path, operations: Sequence[Callable[[Dataset], Dataset]]) -> 
 
     import datasets
 
-    corpus = _open(work / "train")
+    cache = work / "cache"
+    corpus = _open(work / "train", cache)
     for operation in operations:
         corpus = operation(corpus)
         if not isinstance(corpus, datasets.Dataset):
@@ -150,17 +186,18 @@ def _operate(work: Path, operations: Sequence[Callable[[Dataset], Dataset]]) -> 
         chosen = corpus.select(range(start, min(start + rows, len(corpus))))
         chosen.to_parquet(after / f"part-{part:05d}.parquet")
     del corpus
+    shutil.rmtree(cache, ignore_errors=True)
     shutil.rmtree(work / "train")
     after.rename(work / "train")
 
 
-def _open(split: Path) -> Dataset:
+def _open(split: Path, cache: Path) -> Dataset:
     import datasets
 
     files = [str(path) for path in sorted(split.glob("*.parquet"))]
     if not files:
         return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
-    return datasets.Dataset.from_parquet(files, cache_dir=str(split.parent.parent / ".cache"))
+    return datasets.Dataset.from_parquet(files, cache_dir=str(cache))
 
 
 def iterate(split: Path, columns: Sequence[str] = ("text", "domain", "id")) -> Iterator[Document]:
@@ -177,15 +214,19 @@ def iterate(split: Path, columns: Sequence[str] = ("text", "domain", "id")) -> I
             raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
 
 
-def _count(work: Path) -> dict[str, dict[str, dict[str, int]]]:
+def _count(work: Path) -> tuple[dict[str, dict[str, dict[str, int]]], str]:
+    """Documents and bytes by split and domain, and a digest of all texts in their order."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
+    content = hashlib.sha256()
     for split in SPLITS:
         domains: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
         for document in iterate(work / split):
+            data = document["text"].encode()
+            content.update(f"{split}\0{document['domain']}\0{len(data)}\0".encode() + data)
             domains[document["domain"]]["documents"] += 1
-            domains[document["domain"]]["bytes"] += len(document["text"].encode("utf-8", "surrogatepass"))
+            domains[document["domain"]]["bytes"] += len(data)
         counts[split] = dict(sorted(domains.items()))
-    return counts
+    return counts, content.hexdigest()
 
 
 class Corpus:
@@ -193,6 +234,7 @@ class Corpus:
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
+        self._cache: tempfile.TemporaryDirectory[str] | None = None  # of `datasets`, gone with this object
         if not (self.folder / "corpus.json").exists():
             raise PretrainError(f"{folder} is not a corpus (no corpus.json); accepted: what a data stage wrote")
 
@@ -210,7 +252,9 @@ class Corpus:
         """One split as a `datasets.Dataset`."""
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
-        return _open(self.folder / name)
+        if self._cache is None:
+            self._cache = tempfile.TemporaryDirectory(prefix="pretrain-corpus-")
+        return _open(self.folder / name, Path(self._cache.name))
 
     def documents(self, name: str) -> Iterator[Document]:
         """One split's documents, streamed."""

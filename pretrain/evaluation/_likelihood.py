@@ -119,6 +119,8 @@ def shard_loss(
     documents = [np.asarray(shards.document(i)[:cap]) for i in range(len(shards))]
     kept_N = np.array([len(d) for d in documents])
     bytes_N = shards.bytes_N * (kept_N / np.maximum(lengths_N, 1))  # a cut document counts its share of bytes
+    if not shards.info.get("begins", True):  # nothing predicts the first token: its bytes do not count either
+        bytes_N = bytes_N * (np.maximum(kept_N - 1, 0) / np.maximum(kept_N, 1))
     nll_N = document_nll(model, documents, length=length, stride=stride)
     return summarise(nll_N, kept_N - 1, np.round(bytes_N), [shards.domain_names[d] for d in shards.domains_N])
 

@@ -56,7 +56,7 @@ class Data(Stage):
         facts = {"sources": [{"source": type(s).__name__} | asdict(s) for s in self.sources]}
         info = write_corpus(
             stream, job.folder / "corpus", validation=self.validation, test=self.test,
-            near_duplicates=self.near_duplicates, operations=self.operations, facts=facts,
+            near_duplicates=self.near_duplicates, operations=self.operations, facts=facts, skipped=skipped.reasons,
         )  # fmt: skip
         counted = f"{info['documents']['train']:,} training documents, {info['bytes']['train'] / 1e6:,.1f} MB"
         job.say(f"{counted}; removed {info['removed']['exact']} copies, {info['removed']['near']} near-duplicates")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from pretrain.core.files import digest
 from pretrain.stages import Job, Ref, Stage
 
 
@@ -50,10 +51,8 @@ class Tokenizer(Stage):
         return {"metrics": {"vocabulary": len(tokenizer)}}
 
     def _texts(self, corpus: Any) -> Iterator[str]:
-        """Training documents up to `max_bytes`."""
-        size = 0
+        """Training documents; of more than `max_bytes` a sample by the hash of their id, so from all sources alike."""
+        share = self.max_bytes / max(1, corpus.info["bytes"]["train"])
         for document in corpus.documents("train"):
-            yield document["text"]
-            size += len(document["text"])
-            if size >= self.max_bytes:
-                return
+            if share >= 1 or int(digest(document["id"])[:12], 16) / 16**12 < share:
+                yield document["text"]

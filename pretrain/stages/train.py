@@ -124,9 +124,9 @@ class Train(Stage):
         world = join(pick_device())
         model, tokenizer = self._model_and_tokenizer(job)
         if world.main:
-            self._shards(job, tokenizer)
+            self._shards(job, tokenizer, main=True)
         world.wait()
-        shards = self._shards(job, tokenizer)
+        shards = self._shards(job, tokenizer, main=False)
         weighted, vocabulary = self.weighted(), Vocabulary.of(tokenizer)
         loader = Loader(
             shards["train"], [w.method for w in weighted], vocabulary, length=self.length, batch_rows=self.batch_rows,
@@ -197,7 +197,7 @@ class Train(Stage):
             self.model["family"], fields, task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
         ), tokenizer
 
-    def _shards(self, job: Job, tokenizer: Any) -> Any:
+    def _shards(self, job: Job, tokenizer: Any, *, main: bool) -> Any:
         """The corpus in tokens, made once for each tokenizer and shared by the stages of a run."""
         from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
         from pretrain.corpus.store import Corpus
@@ -205,7 +205,7 @@ class Train(Stage):
         folder = job.inputs["corpus"]
         corpus = Corpus(folder / "corpus" if (folder / "corpus").is_dir() else folder)
         key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
-        return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key)
+        return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, verify=main)
 
     def estimate(self, inputs: dict[str, Any]) -> Estimate:
         """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""

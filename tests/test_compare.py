@@ -1,0 +1,102 @@
+"""Comparisons at equal compute: budgets are equal, a method that does nothing is undecided, a real one is found."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.compare import BETTER, UNDECIDED, WORSE, compare, judge, reached, saving
+from pretrain.core.errors import PretrainError
+
+BASE = """\
+stages:
+  - {stage: data, name: corpus, sources: [{files: %s}], validation: 0.1, test: 0.1}
+  - {stage: tokenizer, corpus: corpus, vocab_size: 400}
+  - stage: train
+    name: model
+    corpus: corpus
+    tokenizer: tokenizer
+    model: {family: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}
+    length: 64
+    batch_rows: 4
+    optimizer: {method: adamw, lr: 1e-2}
+    budget: {steps: 1}
+    evaluate_every: 5
+    save_every: 0
+"""
+GROWN = (
+    BASE.replace("steps: 1}", "steps: 8}")
+    + """\
+  - {stage: surgery, name: stacked, checkpoint: model, surgeries: [{method: g_stack, growth: 2}]}
+  - {stage: train, name: deep, corpus: corpus, init: stacked, length: 64, batch_rows: 4, budget: {steps: 1}, evaluate_every: 5, save_every: 0}
+"""
+)
+
+
+@pytest.fixture
+def recipes(tmp_path, stories):
+    (tmp_path / "text").mkdir()
+    for number, story in enumerate(stories[:60]):
+        (tmp_path / "text" / f"{number}.py").write_text(story["text"])
+    (tmp_path / "base.yaml").write_text(BASE % (tmp_path / "text"))
+    (tmp_path / "slow.yaml").write_text("base: base.yaml\nset: {model.optimizer.lr: 1e-6}\n")
+    (tmp_path / "grown.yaml").write_text(GROWN % (tmp_path / "text"))
+    return [tmp_path / f"{name}.yaml" for name in ("base", "slow", "grown")]
+
+
+def test_budgets_are_equal_and_a_recipe_that_does_not_learn_is_worse(recipes, tmp_path):
+    flops = 6e8
+    found = compare(recipes, flops=flops, seeds=2, output=tmp_path / "out", say=lambda text: None)
+    for name, runs in found["runs"].items():
+        for run in runs:
+            assert flops <= run["flops"] < 1.1 * flops, name  # by less than the last step
+    assert found["table"]["slow"]["verdict"]["difference"] > 0.3 and found["table"]["slow"]["saving"] is None
+    assert found["runs"]["grown"][0]["curve"][0][0] > 1e8  # the small model's training is counted
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text())["baseline"] == "base"
+    again = compare(recipes, flops=flops, seeds=2, output=tmp_path / "out", say=lambda text: None)
+    assert again["runs"] == json.loads(json.dumps(found["runs"])) or again["runs"] == found["runs"]
+
+
+def test_a_method_that_does_nothing_is_undecided_in_95_of_100():
+    rng = random.Random(0)
+    for seeds in (3, 5):
+        words = [judge([rng.gauss(0, 1) for _ in range(seeds)]).word for _ in range(4000)]
+        assert words.count(UNDECIDED) / len(words) > 0.94
+
+
+def test_a_clear_difference_is_told_with_its_direction():
+    assert judge([-1.0, -1.1, -0.9]).word == BETTER
+    assert judge([1.0, 1.1, 0.9]).word == WORSE
+    assert judge([1.0, -1.1, 0.9]).word == UNDECIDED
+    verdict = judge([-1.0, -1.1, -0.9])
+    assert verdict.low < verdict.difference < verdict.high
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=2, max_size=20), st.floats(0.05, 11))
+def test_the_point_where_a_curve_reaches_a_value_lies_on_the_curve(values, target):
+    curve = [(float(i), v) for i, v in enumerate(values)]
+    found = reached(curve, target)
+    assert (found is None) == all(v > target for v in values)
+    if found is not None:
+        left = int(found)
+        assert found == 0 or values[max(0, left - (found == left))] >= target - 1e-9
+
+
+def test_the_saving_needs_every_seed():
+    assert saving([50.0, 30.0], 100.0) == pytest.approx(0.6)
+    assert saving([50.0, None], 100.0) is None
+
+
+def test_impossible_comparisons_are_refused(recipes, tmp_path):
+    with pytest.raises(PretrainError, match="a baseline and at least one other"):
+        compare(recipes[:1], flops=1e9)
+    with pytest.raises(PretrainError, match="seeds 1: accepted: 2 or more"):
+        compare(recipes[:2], flops=1e9, seeds=1)
+    with pytest.raises(PretrainError, match="the stages before the last training spend"):
+        compare([recipes[0], recipes[2]], flops=1e8, seeds=2, output=tmp_path / "o", say=lambda text: None)
+    with pytest.raises(PretrainError, match="no held-out 'accuracy' is logged; accepted: .*bits_per_byte"):
+        compare(recipes[:2], flops=1e8, seeds=2, metric="accuracy", output=tmp_path / "o", say=lambda text: None)
