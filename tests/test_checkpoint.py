@@ -2,108 +2,281 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import pretrain
-from pretrain.core import checkpoint
+from pretrain.core import checkpoint, files
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import set_module
+from pretrain.core.families import new_model, set_module
 from pretrain.surgery import Surgery
 
+TOKENS = torch.arange(3, 23)[None]
+PLAIN_CASES: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> Auto class, family, fields
+    "llama": ("CausalLM", "llama", {}),
+    "llama-tied": ("CausalLM", "llama", {"tie_word_embeddings": True}),
+    "llama-odd": ("CausalLM", "llama", {"num_hidden_layers": 1, "hidden_size": 40, "intermediate_size": 7}),
+    "qwen3-biased": ("CausalLM", "qwen3", {"attention_bias": True}),
+    "gpt2": ("CausalLM", "gpt2", {}),
+    "gpt2-untied": ("CausalLM", "gpt2", {"tie_word_embeddings": False}),
+    "bert": ("MaskedLM", "bert", {}),
+    "modernbert": ("MaskedLM", "modernbert", {}),
+    "t5": ("Seq2SeqLM", "t5", {}),
+    "t5-unscaled": ("Seq2SeqLM", "t5", {"tie_word_embeddings": False, "feed_forward_proj": "gated-gelu"}),
+}
 PLAIN = """
-import sys, torch, transformers
-assert not any(name.startswith("pretrain") for name in sys.modules)
-folder, auto = sys.argv[1:]
-model = getattr(transformers, auto).from_pretrained(folder).eval()
+import json, sys, torch, transformers
+folder, cases = sys.argv[1], json.loads(sys.argv[2])
 tokens = torch.arange(3, 23)[None]
-extra = {"decoder_input_ids": tokens} if auto == "AutoModelForSeq2SeqLM" else {}
+out, refused = {}, {}
 with torch.no_grad():
-    torch.save(model(input_ids=tokens, **extra).logits, folder + "/logits.pt")
+    for name, auto in cases.items():
+        model = getattr(transformers, "AutoModelFor" + auto).from_pretrained(folder + "/" + name).eval()
+        extra = {"decoder_input_ids": tokens} if auto == "Seq2SeqLM" else {}
+        out[name] = model(input_ids=tokens, **extra).logits
+for name in ("AutoModelForCausalLM", "AutoModel", "AutoConfig", "LlamaForCausalLM", "LlamaModel"):
+    try:
+        getattr(transformers, name).from_pretrained(folder + "/surgical")
+    except Exception as error:
+        refused[name] = f"{type(error).__name__}: {error}"
+assert not any(name.partition(".")[0] == "pretrain" for name in sys.modules)
+torch.save(out, folder + "/logits.pt")
+json.dump(refused, open(folder + "/refused.json", "w"))
 """
-AUTO = {"llama": "CausalLM", "gpt2": "CausalLM", "bert": "MaskedLM", "modernbert": "MaskedLM", "t5": "Seq2SeqLM"}
 
 
-@pytest.mark.parametrize("name", AUTO)
-def test_plain_transformers_opens_it_with_equal_logits(tiny, tmp_path, name):
-    model = tiny(name)
-    checkpoint.save(model, None, tmp_path / "c", {"tokens": 5})
-    command = [sys.executable, "-c", PLAIN, str(tmp_path / "c"), f"AutoModelFor{AUTO[name]}"]
-    subprocess.run(command, check=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": ""})
-    tokens = torch.arange(3, 23)[None]
-    extra = {"decoder_input_ids": tokens} if name == "t5" else {}
+class Factors(nn.Module):
+    """A linear layer as a product of two thin ones."""
+
+    linear_like = True
+
+    def __init__(self, rows: int, columns: int, rank: int) -> None:
+        super().__init__()
+        self.left, self.right = nn.Parameter(torch.randn(rows, rank)), nn.Parameter(torch.randn(rank, columns))
+
+    def forward(self, x_BLE: torch.Tensor) -> torch.Tensor:
+        return x_BLE @ (self.left @ self.right).T
+
+
+@dataclass(frozen=True)
+class Factorise(Surgery):
+    name: ClassVar[str] = "factorise_for_this_test"
+    ranks: tuple[int, ...] = (2, 2)
+
+    def restore(self, model):
+        for block, rank in zip(model.model.layers, self.ranks, strict=True):
+            set_module(block, "mlp.up_proj", Factors(*block.mlp.up_proj.weight.shape, rank))
+        return model
+
+    def __call__(self, model, inputs=None):
+        model = self.restore(model)
+        checkpoint.record(model, self)
+        return model
+
+
+@pytest.fixture
+def known_surgery(monkeypatch):
+    monkeypatch.setattr(checkpoint, "method_class", lambda name, kind: {"factorise_for_this_test": Factorise}[name])
+
+
+def logits(model):
+    extra = {"decoder_input_ids": TOKENS} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        expected = model(input_ids=tokens, **extra).logits
-        ours = pretrain.load(tmp_path / "c")[0](input_ids=tokens, **extra).logits
-    assert torch.equal(torch.load(tmp_path / "c" / "logits.pt"), expected)
-    assert torch.equal(ours, expected)
-    assert checkpoint.lineage(tmp_path / "c") == {"tokens": 5}
+        return model(input_ids=TOKENS, **extra).logits
 
 
-def test_tied_weights_are_stored_once_and_the_tokenizer_comes_back(tiny, tmp_path, prepared):
-    from safetensors import safe_open
+def stored(folder):
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return set(file.keys())
 
+
+@pytest.fixture(scope="module")
+def plain(tiny, tmp_path_factory):
+    """The folder in which another process, without pretrain, opened one checkpoint of each case."""
+    folder = tmp_path_factory.mktemp("plain")
+    models = {}
+    for name, (_, family, fields) in PLAIN_CASES.items():
+        models[name] = tiny(family, **fields)
+        checkpoint.save(models[name], None, folder / name, {"tokens": 5})
+    checkpoint.save(Factorise()(tiny()), None, folder / "surgical")
+    cases = json.dumps({name: auto for name, (auto, _, _) in PLAIN_CASES.items()})
+    command = [sys.executable, "-c", PLAIN, str(folder), cases]
+    # PYTHONSAFEPATH: the current folder, which may hold the package, is not searched
+    subprocess.run(command, check=True, cwd=folder, env=os.environ | {"PYTHONSAFEPATH": "1"})
+    return folder, models, torch.load(folder / "logits.pt"), json.loads((folder / "refused.json").read_text())
+
+
+@pytest.mark.parametrize("name", PLAIN_CASES)
+def test_plain_transformers_and_we_open_it_with_equal_logits(plain, name):
+    folder, models, by_transformers, _ = plain
+    again, tokenizer = pretrain.load(folder / name)
+    assert tokenizer is None
+    assert torch.equal(by_transformers[name], logits(models[name]))
+    assert torch.equal(logits(again), logits(models[name]))
+    configs = [model.config.to_dict() | {"_name_or_path": ""} for model in (again, models[name])]
+    assert configs[0] == configs[1]
+    assert again.config.architectures == [type(models[name]).__name__]
+    assert checkpoint.lineage(folder / name) == {"tokens": 5}
+
+
+def test_plain_transformers_refuses_what_it_cannot_build(plain):
+    _, _, _, refused = plain
+    assert set(refused) == {"AutoModelForCausalLM", "AutoModel", "AutoConfig", "LlamaForCausalLM", "LlamaModel"}
+    for name in ("AutoModelForCausalLM", "AutoModel", "AutoConfig"):
+        assert "pretrain.load" in refused[name]
+
+
+def test_tied_weights_are_stored_once(plain):
+    folder, models, _, _ = plain
+    tied = {"llama-tied": "lm_head.weight", "gpt2": "lm_head.weight", "bert": "cls.predictions.decoder.weight"}
+    tied |= {"modernbert": "decoder.weight", "t5": "lm_head.weight"}
+    for name, weight in tied.items():
+        assert weight in models[name].state_dict() and weight not in stored(folder / name)
+    assert "lm_head.weight" in stored(folder / "llama") & stored(folder / "gpt2-untied")
+    again, _ = pretrain.load(folder / "llama-tied")
+    assert again.lm_head.weight is again.model.embed_tokens.weight
+
+
+def test_the_tokenizer_and_the_generation_settings_come_back(tiny, tmp_path, prepared, known_surgery):
     from pretrain.corpus.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(prepared / "tokenizer")
-    checkpoint.save(tiny(tie_word_embeddings=True), tokenizer, tmp_path / "c")
-    with safe_open(tmp_path / "c" / "model.safetensors", "pt") as file:
-        assert "lm_head.weight" not in file.keys()  # noqa: SIM118
-    model, again = pretrain.load(tmp_path / "c")
-    assert again("import os")["input_ids"] == tokenizer("import os")["input_ids"]
-    assert model.lm_head.weight is model.model.embed_tokens.weight
+    for number, model in enumerate((tiny(), Factorise()(tiny()))):
+        model.generation_config.max_new_tokens = 11
+        checkpoint.save(model, tokenizer, tmp_path / str(number))
+        again, same = pretrain.load(tmp_path / str(number))
+        assert same is not None and same("import os")["input_ids"] == tokenizer("import os")["input_ids"]
+        assert again.generation_config.max_new_tokens == 11
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
-def test_truncated_weights_are_named(tiny, tmp_path, share):
-    checkpoint.save(tiny(), None, tmp_path / "c")
-    path = tmp_path / "c" / "model.safetensors"
+def test_a_lower_precision_does_not_round_the_rotary_tables(tiny, tmp_path, known_surgery):
+    for number, model in enumerate((tiny(), Factorise()(tiny()))):
+        checkpoint.save(model, None, tmp_path / str(number))
+        again, _ = pretrain.load(tmp_path / str(number), dtype=torch.bfloat16)
+        assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
+        assert torch.equal(again.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    checkpoint.save(tiny(), None, tmp_path / "c", {"tokens": 5})
+    return tmp_path / "c"
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.02, 0.5, 0.999])
+def test_truncated_weights_are_named(saved, share):
+    path = saved / "model.safetensors"
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
     with pytest.raises(PretrainError, match=r"model.safetensors is truncated or damaged"):
-        pretrain.load(tmp_path / "c")
+        pretrain.load(saved)
 
 
-def test_a_flipped_bit_is_found_by_the_checksum(tiny, tmp_path):
-    checkpoint.save(tiny(), None, tmp_path / "c")
-    path = tmp_path / "c" / "model.safetensors"
+def test_a_flipped_bit_and_swapped_weights_are_found_by_the_checksum(saved, tiny):
+    path = saved / "model.safetensors"
     data = bytearray(path.read_bytes())
     data[-3] ^= 4
     path.write_bytes(data)
-    with pytest.raises(PretrainError, match="checksum"):
-        pretrain.load(tmp_path / "c")
+    with pytest.raises(PretrainError, match=r"model.safetensors is damaged or was replaced: its checksum"):
+        pretrain.load(saved)
+    path.unlink()
+    tiny(seed=1).save_pretrained(saved, max_shard_size="20KB")
+    with pytest.raises(PretrainError, match=r"model-00001-of-.*its checksum is not the one in pretrain.json"):
+        pretrain.load(saved)
 
 
-def test_what_is_missing_or_pickled_or_does_not_fit_is_named(tiny, tmp_path):
-    with pytest.raises(PretrainError, match=r"no config.json"):
-        pretrain.load(tmp_path)
-    checkpoint.save(tiny(), None, tmp_path / "c")
-    (tmp_path / "c" / "pretrain.json").unlink()
-    config = json.loads((tmp_path / "c" / "config.json").read_text())
-    (tmp_path / "c" / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3}))
-    with pytest.raises(PretrainError, match="weights do not fit config.json: missing keys, first model.layers.2"):
-        pretrain.load(tmp_path / "c")
-    (tmp_path / "c" / "model.safetensors").rename(tmp_path / "c" / "pytorch_model.bin")
-    with pytest.raises(PretrainError, match="pickled weights"):
-        pretrain.load(tmp_path / "c")
-    (tmp_path / "c" / "config.json").write_text('{"model_type": "lla')
-    with pytest.raises(PretrainError, match=r"config.json is not valid JSON"):
-        pretrain.load(tmp_path / "c")
+def _config(**fields):
+    def change(folder):
+        config = json.loads((folder / "config.json").read_text()) | fields
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return change
+
+
+def _text(name, text):
+    return lambda folder: (folder / name).write_text(text)
+
+
+def _index(text):
+    def change(folder):
+        (folder / "model.safetensors").unlink()
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return change
+
+
+def _weights(**changes):
+    def change(folder):
+        kept = load_file(folder / "model.safetensors") | changes
+        save_file({k: v for k, v in kept.items() if v is not None}, folder / "model.safetensors", {"format": "pt"})
+        (folder / "pretrain.json").unlink()
+
+    return change
+
+
+BAD = {
+    "no config": (lambda folder: (folder / "config.json").unlink(), "is not a checkpoint: it has no config.json"),
+    "cut config": (_text("config.json", '{"model_type": "lla'), "config.json is not valid JSON"),
+    "config of another kind": (_text("config.json", "[]"), "config.json holds a list; accepted: a JSON object"),
+    "type misspelt": (_config(model_type="lama"), r"model_type 'lama' \(did you mean 'llama'\?\)"),
+    "wrong field": (_config(hidden_size="x"), "config.json: .*hidden_size"),
+    "class of another type": (_config(architectures=["BertForMaskedLM"]), r"architectures \['BertForMaskedLM'\]"),
+    "not a class": (_config(architectures=["pipeline"]), r"architectures \['pipeline'\]: accepted: the class"),
+    "no class": (_config(architectures=None), "architectures None: accepted: the class in transformers of a 'llama'"),
+    "more layers": (_config(num_hidden_layers=3), r"9 weights do not fit config.json, first: model.layers.2\S+ is missing"),
+    "wider": (_config(vocab_size=98), r"first: lm_head.weight is \(97, 32\) in the file and \(98, 32\) by config.json"),
+    "cut record": (_text("pretrain.json", '{"format":'), "pretrain.json is not valid JSON"),
+    "record of the future": (_text("pretrain.json", '{"format": 99}'), "pretrain.json: format 99: accepted: up to 1"),
+    "cut generation settings": (_text("generation_config.json", '{"a'), "generation_config.json is not valid JSON"),
+    "cut tokenizer": (_text("tokenizer.json", '{"a'), "tokenizer.json is not valid JSON"),
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "missing file .*model.safetensors"),
+    "pickle": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        r"pickled weights \(pytorch_model.bin\), which are never read: convert them to safetensors",
+    ),
+    "empty index": (_index("{}"), "index.json is damaged: accepted: a weight_map"),
+    "index of elsewhere": (_index('{"weight_map": {"a": "../model.safetensors"}}'), "index.json is damaged"),
+    "shard lost": (_index('{"weight_map": {"a": "model-2.safetensors"}}'), "missing file .*model-2.safetensors"),
+    "extra weight": (
+        _weights(**{"model.layers.0.mlp.up_proj.bias": torch.zeros(48)}), "up_proj.bias has no place in the model",
+    ),
+    "lost weight": (_weights(**{"model.layers.0.mlp.up_proj.weight": None}), r"first: model.layers.0.mlp.up_proj.weight is missing"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_one_line_that_names_it(saved, case, capfd):
+    change, message = BAD[case]
+    change(saved)
+    with pytest.raises(PretrainError, match=message) as caught:
+        pretrain.load(saved)
+    assert "\n" not in str(caught.value) and str(saved) in str(caught.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_published_bert_weights_without_use_in_a_masked_model_are_let_be(tiny, tmp_path):
+    model = tiny("bert")
+    checkpoint.save(model, None, tmp_path / "c")
+    extra = {"cls.seq_relationship.bias": torch.zeros(2), "bert.pooler.dense.bias": torch.zeros(32)}
+    _weights(**extra)(tmp_path / "c")
+    assert torch.equal(logits(pretrain.load(tmp_path / "c")[0]), logits(model))
 
 
 def test_sharded_weights_are_loaded(tiny, tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "c", max_shard_size="20KB")
     assert (tmp_path / "c" / "model.safetensors.index.json").exists()
-    tokens = torch.arange(3, 9)[None]
-    assert torch.equal(pretrain.load(tmp_path / "c")[0](tokens).logits, model(tokens).logits)
+    assert torch.equal(logits(pretrain.load(tmp_path / "c")[0]), logits(model))
 
 
 def test_weights_that_are_not_finite_are_not_written(tiny, tmp_path):
@@ -116,89 +289,138 @@ def test_weights_that_are_not_finite_are_not_written(tiny, tmp_path):
 
 
 KILLED = """
-import sys, signal, os
-sys.path.insert(0, {tests!r})
+import os, signal, sys
+sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import conftest
 from pretrain.core import checkpoint, files
 from pretrain.core.families import new_model
-synced, at = 0, int(sys.argv[2])
-def fsync(path, plain=files.fsync):
-    global synced
-    synced += 1
-    if synced == at:
-        os.kill(os.getpid(), signal.SIGKILL)
-    plain(path)
-files.fsync = fsync
-model = new_model("llama", conftest.TINY["llama"] | dict(vocab_size=97), seed=int(sys.argv[3]))
-checkpoint.save(model, None, Path(sys.argv[1]), dict(seed=int(sys.argv[3])))
+folder, plain_fsync, plain_digest = Path(sys.argv[1]), files.fsync, checkpoint.file_digest
+models = [new_model("llama", conftest.TINY["llama"] | {"vocab_size": 97}, seed=seed) for seed in (1, 2)]
+checkpoint.save(models[0], None, folder, {"seed": 1})
+def save_and_die(at):
+    events = 0
+    def event(path, plain):
+        nonlocal events
+        if events == at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        events += 1
+        return plain(path)
+    checkpoint.file_digest = lambda path: event(path, plain_digest)  # the weights are written, nothing is synced
+    files.fsync = lambda path: event(path, plain_fsync)
+    checkpoint.save(models[1], None, folder, {"seed": 2})
+    os._exit(0)
+for at in range(100):
+    child = os.fork()
+    if not child:
+        save_and_die(at)
+    status = os.waitpid(child, 0)[1]
+    print(at, os.WIFSIGNALED(status), checkpoint.lineage(folder)["seed"], flush=True)
+    model, _ = checkpoint.load(folder)
+    seed = checkpoint.lineage(folder)["seed"]
+    assert all(map(lambda a, b: bool((a == b).all()), model.parameters(), models[seed - 1].parameters()))
+    if not os.WIFSIGNALED(status):
+        break
 """
 
 
-@pytest.mark.parametrize("at", [1, 3, 5])
-def test_a_kill_while_writing_leaves_the_old_checkpoint(tmp_path, at):
-    program = KILLED.format(tests=os.path.dirname(__file__))
-    for when, seed in ((0, 1), (at, 2)):
-        done = subprocess.run([sys.executable, "-c", program, str(tmp_path / "c"), str(when), str(seed)], check=False)
-        assert done.returncode == (-signal.SIGKILL if when else 0)
-    pretrain.load(tmp_path / "c")
-    assert checkpoint.lineage(tmp_path / "c") == {"seed": 1}
+def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
+    command = [sys.executable, "-c", KILLED, str(tmp_path / "c"), os.path.dirname(__file__)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    kills = [line.split() for line in done.stdout.splitlines()]
+    assert len(kills) > 5
+    assert [killed for _, killed, _ in kills] == ["True"] * (len(kills) - 1) + ["False"]
+    seeds = [int(seed) for _, _, seed in kills]
+    assert seeds[-1] == 2 and set(seeds[:-2]) == {1}  # only the last sync comes after the rename
 
 
-def test_a_full_disk_is_one_clear_error_and_keeps_the_old(tiny, tmp_path, monkeypatch):
-    from pretrain.core import files
+@pytest.mark.parametrize("what", ["weights", "tokenizer", "sync"])
+def test_a_full_disk_is_one_clear_error_and_keeps_the_old(tiny, saved, prepared, monkeypatch, what):
+    from pretrain.corpus.tokenizers import load_tokenizer
 
-    checkpoint.save(tiny(seed=1), None, tmp_path / "c", {"seed": 1})
+    model, tokenizer, full = tiny(seed=2), load_tokenizer(prepared / "tokenizer"), os.strerror(errno.ENOSPC)
 
-    def full(path):
-        raise OSError(28, "No space left on device")
+    def fail(error):
+        def function(*args, **kwargs):
+            raise error
 
-    monkeypatch.setattr(files, "fsync", full)
-    with pytest.raises(PretrainError, match=r"cannot write .*/c: No space left on device"):
-        checkpoint.save(tiny(seed=2), None, tmp_path / "c")
+        return function
+
+    if what == "weights":  # the types that safetensors and tokenizers raise on a really full disk
+        monkeypatch.setattr(model, "save_pretrained", fail(SafetensorError(f"I/O error: {full} (os error 28)")))
+    elif what == "tokenizer":
+        monkeypatch.setattr(tokenizer, "save_pretrained", fail(Exception(f"{full} (os error 28)")))
+    else:
+        monkeypatch.setattr(files, "fsync", fail(OSError(errno.ENOSPC, full)))
+    with pytest.raises(PretrainError, match=rf"cannot write {saved}: .*{full}"):
+        checkpoint.save(model, tokenizer, saved)
     monkeypatch.undo()
-    assert checkpoint.lineage(tmp_path / "c") == {"seed": 1}
-    assert [p.name for p in tmp_path.iterdir()] == ["c"]
+    assert checkpoint.lineage(saved) == {"tokens": 5}
+    assert torch.equal(logits(pretrain.load(saved)[0]), logits(tiny()))
+    assert [path.name for path in saved.parent.iterdir()] == ["c"]
 
 
-class Factors(nn.Module):
-    linear_like = True
-
-    def __init__(self, rows, columns, rank):
-        super().__init__()
-        self.left, self.right = nn.Parameter(torch.randn(rows, rank)), nn.Parameter(torch.randn(rank, columns))
-
-    def forward(self, x):
-        return x @ (self.left @ self.right).T
+def test_a_folder_that_cannot_be_made_is_one_clear_error(tiny, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(PretrainError, match=r"cannot write .*file/c: "):
+        checkpoint.save(tiny(), None, tmp_path / "file" / "c")
 
 
-@dataclass(frozen=True)
-class Factorise(Surgery):
-    rank: int = 2
-    name = "factorise_for_this_test"
-
-    def restore(self, model):
-        for block in model.model.layers:
-            old = block.mlp.up_proj
-            set_module(block, "mlp.up_proj", Factors(*old.weight.shape, self.rank))
-        return model
-
-    def __call__(self, model, inputs=None):
-        checkpoint.record(self.restore(model), self)
-        return model
-
-
-def test_a_model_that_transformers_cannot_build_comes_back_by_its_record(tiny, tmp_path, monkeypatch):
-    model = Factorise(3)(tiny()).eval()
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_model_that_transformers_cannot_build_comes_back_by_its_record(tiny, tmp_path, known_surgery, tied):
+    model = Factorise((3, 5))(tiny(tie_word_embeddings=tied)).eval()
     checkpoint.save(model, None, tmp_path / "c")
-    monkeypatch.setattr(checkpoint, "method_class", lambda name, kind: {"factorise_for_this_test": Factorise}[name])
-    tokens = torch.arange(3, 9)[None]
     again, _ = pretrain.load(tmp_path / "c")
-    assert torch.equal(again(tokens).logits, model(tokens).logits)
+    assert torch.equal(logits(again), logits(model))
+    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
+    assert again.config.model_type == "llama"
     checkpoint.save(again, None, tmp_path / "d")
-    assert checkpoint.read_record(tmp_path / "d")["surgery"] == [
-        {"method": "factorise_for_this_test", "config": {"rank": 3}}
-    ]
-    command = [sys.executable, "-c", PLAIN, str(tmp_path / "c"), "AutoModelForCausalLM"]
-    plain = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert plain.returncode != 0 and "pretrain_llama" in plain.stderr
+    expected = [{"method": "factorise_for_this_test", "config": {"ranks": [3, 5]}}]
+    assert checkpoint.read_record(tmp_path / "d")["surgery"] == expected
+    assert torch.equal(logits(pretrain.load(tmp_path / "d")[0]), logits(model))
+
+
+def test_mixed_precision_comes_back_as_it_was(tiny, tmp_path, known_surgery):
+    model = Factorise()(tiny()).eval()
+    model.model.layers[0].mlp.up_proj.to(torch.float16)
+    checkpoint.save(model, None, tmp_path / "c")
+    again, _ = pretrain.load(tmp_path / "c")
+    assert {n: p.dtype for n, p in again.named_parameters()} == {n: p.dtype for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "change", "message"),
+    [
+        ((2, 2), {"model.layers.0.mlp.up_proj.left": None}, "first: model.layers.0.mlp.up_proj.left is missing"),
+        ((2, 2), {"surplus": torch.ones(1)}, "first: surplus has no place in the model"),
+        ((2, 3), {}, "do not fit the recorded surgery: .*size mismatch for model.layers.1.mlp.up_proj.left"),
+    ],
+)
+def test_weights_that_do_not_fit_the_record_are_named(tiny, tmp_path, known_surgery, ranks, change, message):
+    checkpoint.save(Factorise()(tiny()), None, tmp_path)
+    path = tmp_path / "pretrain.safetensors"
+    save_file({k: v for k, v in (load_file(path) | change).items() if v is not None}, path, {"format": "pt"})
+    record = json.loads((tmp_path / "pretrain.json").read_text())
+    record["checksums"] = {path.name: files.file_digest(path)}
+    record["surgery"][0]["config"]["ranks"] = ranks
+    (tmp_path / "pretrain.json").write_text(json.dumps(record))
+    with pytest.raises(PretrainError, match=message):
+        pretrain.load(tmp_path)
+
+
+def test_a_recorded_surgery_that_is_not_here_or_has_changed_is_named(tiny, tmp_path, monkeypatch, known_surgery):
+    checkpoint.save(Factorise()(tiny()), None, tmp_path)
+    (tmp_path / "pretrain.json").write_text((tmp_path / "pretrain.json").read_text().replace('"ranks"', '"width"'))
+    with pytest.raises(PretrainError, match=r"recorded surgery 'factorise_for_this_test': .*'width'"):
+        pretrain.load(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(PretrainError, match=r"unknown surgery 'factorise_for_this_test'"):
+        pretrain.load(tmp_path)
+
+
+def test_a_surgery_without_restore_says_that_its_models_are_plain(tiny):
+    class Plain(Surgery):
+        name = "plain_for_this_test"
+
+    with pytest.raises(PretrainError, match=r"'plain_for_this_test' leaves a plain transformers model"):
+        Plain().restore(new_model("gpt2", {"n_embd": 8, "n_layer": 1, "n_head": 1, "vocab_size": 9}))

@@ -1,24 +1,29 @@
 """Checkpoints: a folder in Hugging Face format, plus `pretrain.json`.
 
 `config.json`, `model.safetensors`, the tokenizer's files: plain `from_pretrained` opens it. `pretrain.json` adds the
-lineage (what was done, tokens, FLOPs, metrics), the weights' checksum, and, where a surgery put in modules that plain
+lineage (what was done, tokens, FLOPs, metrics), the weights' checksums, and, where a surgery put in modules that plain
 `transformers` cannot build, the record from which `load` rebuilds them. Such a checkpoint carries a `model_type` that
-`transformers` refuses, so that nobody opens it to silently wrong weights.
+`transformers` refuses and keeps its weights in a file that `transformers` does not look for, so that neither
+`AutoModel` nor a model class of its own opens it to silently wrong weights.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.families import FAMILIES
 from pretrain.core.files import atomic_folder, file_digest, read_json, write_json
 from pretrain.core.method import method_class
 
@@ -29,7 +34,9 @@ if TYPE_CHECKING:
 
 RECORD = "pretrain.json"
 FORMAT = 1
+WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"  # of `model`, or of `pretrain` after a surgery of ours
 FOREIGN = "pretrain_"  # before the model type of a checkpoint that only `load` can open
+PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def record(model: PreTrainedModel, method: Method) -> None:
@@ -49,28 +56,54 @@ def save(
     folder: Path | str,
     lineage: dict[str, Any] | None = None,
 ) -> None:
-    """Write a checkpoint atomically: `folder` is the old one until the new one is whole."""
+    """Write a checkpoint atomically: `folder` is the old one until the new one is whole.
+
+    Raises `PretrainError` for weights that are not finite, and when the disk is full or refuses.
+    """
     folder = Path(folder)
     for name, parameter in model.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise PretrainError(f"checkpoint {folder} is not written: {name} holds NaN or infinity")
-    with atomic_folder(folder) as work:
-        model.save_pretrained(work, max_shard_size="5GB")
-        if tokenizer is not None:
-            tokenizer.save_pretrained(work)
-        surgery = surgery_of(model)
-        if surgery:
-            config = read_json(work / "config.json")
-            config["model_type"] = FOREIGN + config["model_type"]
-            write_json(work / "config.json", config)
-        sums = {path.name: file_digest(path) for path in sorted(work.glob("*.safetensors"))}
-        write_json(work / RECORD, {"format": FORMAT, "lineage": lineage or {}, "surgery": surgery, "checksums": sums})
+    try:
+        with atomic_folder(folder) as work:
+            _write(model, tokenizer, work, lineage or {})
+    except Exception as error:
+        if (
+            isinstance(error, OSError | SafetensorError) or type(error) is Exception
+        ):  # the last is what tokenizers raises
+            raise PretrainError(f"cannot write {folder}: {_one_line(error)}") from error
+        raise
+
+
+def _write(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, work: Path, lineage: dict[str, Any]
+) -> None:
+    model.save_pretrained(work, max_shard_size="5GB")
+    if tokenizer is not None:
+        tokenizer.save_pretrained(work)
+    surgery = surgery_of(model)
+    if surgery:
+        config = read_json(work / "config.json")
+        config["model_type"] = f"{FOREIGN}{config['model_type']}: open it with pretrain.load"
+        write_json(work / "config.json", config)
+        for suffix in (WEIGHTS, INDEX):
+            if (work / f"model{suffix}").exists():
+                (work / f"model{suffix}").rename(work / f"pretrain{suffix}")
+    sums = {path.name: file_digest(path) for path in sorted(work.glob("*.safetensors"))}
+    write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, "checksums": sums})
 
 
 def read_record(folder: Path | str) -> dict[str, Any]:
     """`pretrain.json`; empty for a checkpoint from elsewhere."""
     path = Path(folder) / RECORD
-    return read_json(path) if path.exists() else {}
+    if not path.exists():
+        return {}
+    found = _read_object(path)
+    if not isinstance(found.get("format"), int) or not 1 <= found["format"] <= FORMAT:
+        raise PretrainError(
+            f"{path}: format {found.get('format')!r}: accepted: up to {FORMAT}; a newer pretrain wrote it"
+        )
+    return found
 
 
 def lineage(folder: Path | str) -> dict[str, Any]:
@@ -83,15 +116,17 @@ def load_config(folder: Path | str) -> Any:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise PretrainError(f"{folder} is not a checkpoint: it has no config.json")
-    raw = read_json(path)
-    kind = str(raw.pop("model_type", "")).removeprefix(FOREIGN)
+    raw = _read_object(path)
+    kind = str(raw.pop("model_type", None) or "").removeprefix(FOREIGN).partition(":")[0]
+    if kind not in CONFIG_MAPPING:
+        raise PretrainError(
+            f"{path}: model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}: accepted: a type that transformers "
+            f"{transformers.__version__} knows; code that a checkpoint brings is never run"
+        )
     try:
-        config = AutoConfig.for_model(kind, **raw)
-    except (ValueError, TypeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PretrainError(f"{path}: model_type {kind!r} cannot be built: {reason}") from error
-    config.architectures = raw.get("architectures")
-    return config
+        return CONFIG_MAPPING[kind].from_dict(raw)
+    except Exception as error:  # a strict configuration has error types of its own
+        raise PretrainError(f"{path}: {_one_line(error)}") from error
 
 
 def load(
@@ -99,63 +134,105 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Open a checkpoint, ours or from elsewhere: the model (in evaluation mode) and its tokenizer, if it has one.
 
-    Raises `PretrainError` for a missing, truncated or damaged file, for weights that do not fit the configuration, and
-    for pickled weights, which are never read.
+    `dtype` is that of the weights, by default the one they are stored in. Raises `PretrainError` for a missing,
+    truncated or damaged file, for weights that do not fit the configuration, and for pickled weights, which are never
+    read.
     """
     folder = Path(folder)
     config, entry = load_config(folder), read_record(folder)
-    files = _weight_files(folder)
-    for path in files:
-        _check(path, entry.get("checksums", {}).get(path.name))
-    architecture = (config.architectures or [None])[0]
-    if architecture is None or not hasattr(transformers, architecture):
-        raise PretrainError(
-            f"{folder}/config.json: architectures {config.architectures}: accepted: one of transformers'"
-        )
-    model_class = getattr(transformers, architecture)
-    if entry.get("surgery"):
-        model = _restore(model_class, config, entry["surgery"], files)
+    surgery = entry.get("surgery", [])
+    files = _weight_files(folder, "pretrain" if surgery else "model")
+    _check(files, entry.get("checksums"))
+    model_class = _model_class(folder, config)
+    if surgery:
+        model = _restore(model_class, config, surgery, files, dtype)
+        if (folder / "generation_config.json").exists():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
     else:
-        model = _load_plain(model_class, folder, config)
-    if dtype is not None:
-        model = model.to(dtype)  # type: ignore[arg-type]
+        model = _load_plain(model_class, folder, config, dtype)
     return model.to(device or "cpu").eval(), _load_tokenizer(folder)  # type: ignore[arg-type]
 
 
-def _load_plain(model_class: Any, folder: Path, config: Any) -> PreTrainedModel:
-    try:
-        model, report = model_class.from_pretrained(
-            folder, config=config, dtype="auto", output_loading_info=True, use_safetensors=True, local_files_only=True
+def _model_class(folder: Path, config: Any) -> Any:
+    """The class that `architectures` names; it must be one of transformers', for this type of configuration."""
+    named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    found: Any = getattr(transformers, str(named), None)
+    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
+    if not is_model or found.config_class is not type(config):
+        raise PretrainError(
+            f"{folder / 'config.json'}: architectures {config.architectures!r}: accepted: "
+            f"the class in transformers of a {config.model_type!r} model"
         )
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
-        raise PretrainError(f"{folder} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
-    for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        if report.get(what):
-            first = sorted(map(str, report[what]))[0]
-            raise PretrainError(f"{folder}: weights do not fit config.json: {what.replace('_', ' ')}, first {first}")
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the table that transformers prints of weights that do not fit: the error says it in one line."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def _load_plain(model_class: Any, folder: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    if (folder / "generation_config.json").exists():
+        _read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
+    try:
+        with _quiet():
+            model, report = model_class.from_pretrained(
+                folder, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True,
+                local_files_only=True, ignore_mismatched_sizes=True,
+            )  # fmt: skip
+    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
+        raise PretrainError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+    kind = config.model_type
+    unused = next((family.unused for family in FAMILIES if kind in family.types), ())
+    extra = sorted(name for name in report["unexpected_keys"] if not name.startswith(unused))
+    wrong = [f"{name} is missing" for name in sorted(report["missing_keys"])]
+    wrong += [
+        f"{name} is {tuple(stored)} in the file and {tuple(wanted)} by config.json"
+        for name, stored, wanted in sorted(report["mismatched_keys"])
+    ]
+    wrong += [f"{name} has no place in the model" for name in extra]
+    if wrong:
+        raise PretrainError(f"{folder}: {len(wrong)} weights do not fit config.json, first: {wrong[0]}")
     return model
 
 
-def _restore(model_class: Any, config: Any, surgery: list[dict[str, Any]], files: list[Path]) -> PreTrainedModel:
+def _restore(
+    model_class: Any, config: Any, surgery: list[dict[str, Any]], files: list[Path], dtype: torch.dtype | None
+) -> PreTrainedModel:
     """Build from the configuration, repeat the recorded surgeries' changes of structure, load the weights strictly."""
-    from safetensors.torch import load_file
-
+    model = model_class(config)
+    for entry in surgery:
+        kind: Any = method_class(entry["method"], "surgery")
+        try:
+            method = kind(**_tuples(entry["config"]))
+        except TypeError as error:
+            raise PretrainError(f"recorded surgery {entry['method']!r}: {_one_line(error)}") from error
+        model = method.restore(model)
+        record(model, method)
     weights: dict[str, torch.Tensor] = {}
     for path in files:
         weights |= load_file(path)
-    model = model_class(config)
-    for entry in surgery:
-        method: Any = method_class(entry["method"], "surgery")(**_tuples(entry["config"]))
-        model = method.restore(model)
-        record(model, method)
-    model = model.to(next((w.dtype for w in weights.values() if w.is_floating_point()), torch.float32))
-    shared = {id(p): name for name, p in model.state_dict(keep_vars=True).items() if name in weights}
     known = model.state_dict(keep_vars=True)
-    missing = [n for n, p in known.items() if n not in weights and id(p) not in shared]
-    unexpected = [n for n in weights if n not in known]
-    if missing or unexpected:
-        raise PretrainError(f"weights do not fit the recorded surgery: {(missing + unexpected)[0]}")
-    model.load_state_dict(weights, strict=False)
+    stored = {id(known[name]) for name in weights if name in known}  # tied weights are stored under one of their names
+    missing = [
+        f"{name} is missing" for name, tensor in known.items() if name not in weights and id(tensor) not in stored
+    ]
+    extra = [f"{name} has no place in the model" for name in weights if name not in known]
+    if missing or extra:
+        raise PretrainError(f"{files[0]}: weights do not fit the recorded surgery, first: {(missing + extra)[0]}")
+    for name, tensor in weights.items():
+        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        known[name].data = known[name].data.to(wanted)  # not model.to(), which would round the rotary tables too
+    try:
+        model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        raise PretrainError(f"{files[0]}: weights do not fit the recorded surgery: {_one_line(error)}") from error
     return model
 
 
@@ -164,36 +241,61 @@ def _tuples(config: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = [folder / name for name in sorted(set(read_json(index)["weight_map"].values()))]
-    else:
-        files = [folder / "model.safetensors"]
+def _weight_files(folder: Path, stem: str) -> list[Path]:
+    """The weights, in one file or as an index names them; the same choice as transformers makes."""
+    whole, index = folder / f"{stem}{WEIGHTS}", folder / f"{stem}{INDEX}"
+    files = [whole]
+    if not whole.exists() and index.exists():
+        shards = _read_object(index).get("weight_map")
+        if not isinstance(shards, dict) or not shards or not all(Path(str(n)).name == n for n in shards.values()):
+            raise PretrainError(f"{index} is damaged: accepted: a weight_map from weights to files beside it")
+        files = [folder / name for name in sorted(set(shards.values()))]
     for path in files:
         if not path.exists():
-            if list(folder.glob("*.bin")):
-                raise PretrainError(f"{folder} holds pickled weights, which are not read; accepted: safetensors")
+            pickled = [found.name for pattern in PICKLES for found in folder.glob(pattern)]
+            if pickled:
+                raise PretrainError(
+                    f"{folder} holds pickled weights ({pickled[0]}), which are never read: convert them to safetensors"
+                )
             raise PretrainError(f"missing file {path}")
     return files
 
 
-def _check(path: Path, checksum: str | None) -> None:
-    try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise PretrainError(f"{path} is truncated or damaged ({error})") from error
-    if checksum is not None and file_digest(path) != checksum:
-        raise PretrainError(f"{path} is damaged: its checksum is not the one in {RECORD}")
+def _check(files: list[Path], checksums: dict[str, str] | None) -> None:
+    for path in files:
+        try:
+            with safe_open(path, "pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise PretrainError(f"{path} is truncated or damaged ({_one_line(error)})") from error
+    if checksums is None:
+        return
+    for path in files:
+        if path.name not in checksums or file_digest(path) != checksums[path.name]:
+            raise PretrainError(f"{path} is damaged or was replaced: its checksum is not the one in {RECORD}")
 
 
 def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.txt")):
+    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
+    present = [folder / name for name in names if (folder / name).exists()]
+    if not present:
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        raise PretrainError(
-            f"{folder}: the tokenizer cannot be loaded: {' '.join(str(error).split())[:200]}"
-        ) from error
+        with _quiet():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # tokenizers raises plain `Exception`
+        for path in present:
+            if path.suffix == ".json":
+                read_json(path)  # names the file when it is the one that is damaged
+        raise PretrainError(f"{folder}: the tokenizer cannot be loaded: {_one_line(error)}") from error
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise PretrainError(f"{path} holds a {type(found).__name__}; accepted: a JSON object")
+    return found
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{' '.join(str(error).split())[:300]}" or type(error).__name__

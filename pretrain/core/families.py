@@ -8,7 +8,6 @@ Shape letters: B rows, L positions, E width, V vocabulary.
 
 from __future__ import annotations
 
-import difflib
 import functools
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +16,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError, nearest, unknown
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Family:
     causal: bool = True
     decoder_blocks: str | None = None  # encoder-decoders: `blocks` are the encoder's
     head_transform: str | None = None  # what stands between the base model and the head's linear
+    unused: tuple[str, ...] = ()  # beginnings of weights in published checkpoints that a language model has no use for
 
 
 FAMILIES = (
@@ -57,6 +58,7 @@ FAMILIES = (
         "bert", ("bert",), "encoder.layer", "attention", ("self.query", "self.key", "self.value"), "output.dense",
         "", ("intermediate.dense",), "output.dense", ("attention.output.LayerNorm", "output.LayerNorm"), None,
         positions="embeddings.position_embeddings", causal=False, head_transform="cls.predictions.transform",
+        unused=("bert.pooler.", "cls.seq_relationship."),
     ),
     Family(
         "modernbert", ("modernbert",), "layers", "attn", ("Wqkv",), "Wo",
@@ -68,6 +70,7 @@ FAMILIES = (
         "encoder.final_layer_norm", causal=False, decoder_blocks="decoder.block",
     ),
 )  # fmt: skip
+_MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  # of an encoder-decoder
 TASKS = {"causal": "CausalLM", "masked": "MaskedLM", "seq2seq": "Seq2SeqLM", "base": ""}
 
 
@@ -99,7 +102,9 @@ def base(model: nn.Module) -> nn.Module:
 
 
 def blocks(model: nn.Module, side: str = "encoder") -> list[nn.Module]:
-    """The transformer blocks in order; of an encoder-decoder those of one `side`."""
+    """The transformer blocks in order; of an encoder-decoder those of one `side`, "encoder" or "decoder"."""
+    if side not in ("encoder", "decoder"):
+        raise unknown("side of the model", side, ("encoder", "decoder"))
     entry = family(model)
     path = entry.decoder_blocks if side == "decoder" and entry.decoder_blocks else entry.blocks
     return list(at(base(model), path))
@@ -148,98 +153,150 @@ def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
 
 
 def hidden(model: nn.Module, **inputs: Any) -> Tensor:
-    """The states that the head's linear layer multiplies: `hidden_BLE @ weight_VE.T + bias_V` are the logits."""
-    entry = family(model)
-    states_BLE = base(model)(**inputs).last_hidden_state
-    if entry.head_transform is not None:
+    """The states that the head's linear layer multiplies: `hidden_BLE @ weight_VE.T + bias_V` are the logits.
+
+    Of a model without a language-model head, its last states. An encoder-decoder takes `input_ids`,
+    `decoder_input_ids` and the masks that `attention_inputs` gives, and answers for the decoder's positions.
+    """
+    entry, headed = family(model), model.get_output_embeddings() is not None  # type: ignore[operator]
+    states_BLE = _decoded(model, **inputs) if entry.decoder_blocks else base(model)(**inputs).last_hidden_state
+    if entry.head_transform is not None and headed:
         states_BLE = at(model, entry.head_transform)(states_BLE)
-    if getattr(model.config, "scale_decoder_outputs", False):
+    if getattr(model.config, "scale_decoder_outputs", False) and headed:
         states_BLE = states_BLE * model.config.d_model**-0.5  # type: ignore[union-attr, operator]
     return states_BLE
 
 
-def additive(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the numbers that attention adds to its scores: 0 where allowed."""
-    return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill_(
-        ~mask_B1LL, torch.finfo(dtype).min
-    )
-
-
-def attention_inputs(model: nn.Module, mask_B1LL: Tensor, position_BL: Tensor) -> dict[str, Any]:
-    """The keyword arguments that make the model attend as the boolean mask says, with positions that restart.
-
-    For decoders and encoders; an encoder-decoder is given its masks by `encode_decode`.
-    """
-    entry, dtype = family(model), embeddings(model).weight.dtype
-    inputs: dict[str, Any] = {"position_ids": position_BL, "attention_mask": additive(mask_B1LL, dtype)}
-    if entry.name == "modernbert":
-        near = (position_BL[:, :, None] - position_BL[:, None, :]).abs()[:, None] <= model.config.local_attention // 2  # type: ignore[union-attr, operator]
-        inputs["attention_mask"] = {
-            "full_attention": inputs["attention_mask"],
-            "sliding_attention": additive(mask_B1LL & near, dtype),
-        }
-    elif entry.causal:
-        inputs["use_cache"] = False
-    return inputs
+def _decoded(
+    model: Any, *, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None, cross_attention_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The decoder's last states; unlike the model's own `forward` this can give cross-attention a mask of its own."""
+    if cross_attention_mask is None:
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise PretrainError("packed documents in an encoder-decoder need a cross_attention_mask as well")
+        cross_attention_mask = attention_mask
+    encoded_BLE = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return model.get_decoder()(
+        input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, encoder_hidden_states=encoded_BLE,
+        encoder_attention_mask=cross_attention_mask, use_cache=False,
+    ).last_hidden_state  # fmt: skip
 
 
 def encode_decode(
     model: nn.Module, input_ids_BL: Tensor, decoder_ids_BM: Tensor, masks: tuple[Tensor, Tensor, Tensor]
 ) -> Tensor:
-    """`hidden` of an encoder-decoder: `masks` are the encoder's, the decoder's own and the cross-attention's."""
+    """`hidden` of an encoder-decoder: boolean `masks` of the encoder, of the decoder and of the cross-attention."""
     dtype = embeddings(model).weight.dtype
-    encoder_mask, decoder_mask, cross_mask = (additive(mask, dtype) for mask in masks)
-    encoded_BLE = model.get_encoder()(input_ids=input_ids_BL, attention_mask=encoder_mask).last_hidden_state  # type: ignore[operator]
-    states_BME = model.get_decoder()(  # type: ignore[operator]
-        input_ids=decoder_ids_BM, attention_mask=decoder_mask, encoder_hidden_states=encoded_BLE,
-        encoder_attention_mask=cross_mask, use_cache=False,
-    ).last_hidden_state  # fmt: skip
-    scaled = getattr(model.config, "scale_decoder_outputs", False)
-    return states_BME * model.config.d_model**-0.5 if scaled else states_BME  # type: ignore[union-attr, operator]
+    given = {name: additive(mask, dtype) for name, mask in zip(_MASKS, masks, strict=True)}
+    return hidden(model, input_ids=input_ids_BL, decoder_input_ids=decoder_ids_BM, **given)
+
+
+def additive(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the numbers that attention adds to its scores: 0 where allowed, else the lowest there is.
+
+    The lowest of float32 would be minus infinity once autocast narrows it to bfloat16, and a row without a single
+    finite score has no softmax.
+    """
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill_(~mask_B1LL, lowest)
+
+
+def attention_inputs(
+    model: nn.Module, mask_B1LL: Tensor, position_BL: Tensor, *,
+    decoder_B1MM: Tensor | None = None, cross_B1ML: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The keyword arguments that make the model attend as the boolean masks say, with positions that restart.
+
+    A model with a sliding window keeps it inside each document. An encoder-decoder, whose positions are relative, needs
+    the decoder's and the cross-attention's masks too; its arguments are for `hidden`.
+    """
+    entry, dtype, config = family(model), embeddings(model).weight.dtype, model.config
+    if entry.decoder_blocks:
+        if decoder_B1MM is None or cross_B1ML is None:
+            raise PretrainError(f"model family {entry.name!r} needs three masks: decoder_B1MM and cross_B1ML as well")
+        masks = dict(zip(_MASKS, (mask_B1LL, decoder_B1MM, cross_B1ML), strict=True))
+        return {name: additive(mask, dtype) for name, mask in masks.items()}
+    inputs: dict[str, Any] = {"position_ids": position_BL, "attention_mask": additive(mask_B1LL, dtype)}
+    window: Any = getattr(config, "sliding_window", None)
+    if window is not None:
+        distance_B1LL = (position_BL[:, :, None] - position_BL[:, None, :])[:, None]
+        near_B1LL = distance_B1LL < window if entry.causal else distance_B1LL.abs() <= window
+        slid = additive(mask_B1LL & near_B1LL, dtype)
+        if config.model_type == "mistral":  # type: ignore[union-attr]
+            inputs["attention_mask"] = slid  # all its layers have the window
+        elif "sliding_attention" in config.layer_types:  # type: ignore[union-attr, operator]
+            inputs["attention_mask"] = {"full_attention": inputs["attention_mask"], "sliding_attention": slid}
+    if entry.causal:
+        inputs["use_cache"] = False  # nothing is generated, and a cache costs memory
+    return inputs
 
 
 def new_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
     """A `transformers` configuration from its type and fields; an unknown one of either is an error."""
-    try:
-        known = _config_fields(model_type)
-    except ValueError as error:
-        raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types]) from error
+    if model_type not in CONFIG_MAPPING:
+        types = [t for entry in FAMILIES for t in entry.types]
+        hint = nearest(model_type, CONFIG_MAPPING)
+        raise PretrainError(
+            f"unknown model family {model_type!r}{hint}; accepted: {', '.join(sorted(types))}, "
+            f"or another model_type of transformers {transformers.__version__}"
+        )
+    known = _config_fields(model_type)
     for name in fields:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
-            raise PretrainError(f"unknown field {name!r} of model family {model_type!r}{hint}")
+            raise PretrainError(f"unknown field {name!r} of model family {model_type!r}{nearest(name, known)}")
     try:
-        return AutoConfig.for_model(model_type, **fields)
-    except Exception as error:
+        config = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # a strict configuration has error types of its own
         raise PretrainError(f"model family {model_type!r}: {' '.join(str(error).split())}") from error
+    heads, shared = (getattr(config, n, None) for n in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise PretrainError(
+            f"model family {model_type!r}: num_key_value_heads {shared}: accepted: "
+            f"a divisor of num_attention_heads {heads}"
+        )
+    return config
 
 
 @functools.cache
 def _config_fields(model_type: str) -> frozenset[str]:
     blank = AutoConfig.for_model(model_type)
-    return frozenset(blank.to_dict()) | frozenset(blank.attribute_map)
+    names = frozenset(blank.to_dict()) | frozenset(blank.attribute_map)
+    names |= {"rope_theta", "rope_scaling"} if "rope_parameters" in names else set()  # the names in older config.json
+    return names - {"model_type", "transformers_version"}
 
 
 def new_model(
     model_type: str, fields: dict[str, Any], *, task: str = "causal", vocabulary: Any = None, seed: int = 0
 ) -> PreTrainedModel:
-    """A model with random weights. `vocabulary` (`core.batch.Vocabulary`) sets the size and the special ids."""
+    """A model with random weights. `vocabulary` (`core.batch.Vocabulary`) sets the size and the special ids.
+
+    `task` is "causal", "masked", "seq2seq", or "base" for a model without a head. Raises `PretrainError` for an unknown
+    type, field or task, and for a model that cannot be built.
+    """
     if task not in TASKS:
         raise unknown("task", task, TASKS)
-    fields = dict(fields)
-    if vocabulary is not None:
-        ids = {"pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos}
+    if vocabulary is not None and model_type in CONFIG_MAPPING:
+        ids = {
+            "pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos,
+            "cls_token_id": vocabulary.bos, "sep_token_id": vocabulary.eos,
+        }  # fmt: skip
         known = _config_fields(model_type)
         fields = {"vocab_size": vocabulary.size} | {k: v for k, v in ids.items() if k in known} | fields
     config = new_config(model_type, fields)
+    able = [t for t in TASKS if type(config) in _auto(t)._model_mapping]
+    if task not in able:
+        raise PretrainError(f"model family {model_type!r} has no model for task {task!r}; accepted: {', '.join(able)}")
     if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
-    auto = getattr(transformers, f"AutoModelFor{TASKS[task]}" if TASKS[task] else "AutoModel")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return auto.from_config(config, attn_implementation="sdpa")
-        except (ValueError, ZeroDivisionError, RuntimeError, TypeError) as error:
-            reason = " ".join(str(error).split())[:300]
+            return _auto(task).from_config(config)
+        except Exception as error:  # whatever a model's constructor makes of a value that does not suit it
+            reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
             raise PretrainError(f"model family {model_type!r} as {task} model: {reason}") from error
+
+
+def _auto(task: str) -> Any:
+    return getattr(transformers, f"AutoModelFor{TASKS[task]}" if TASKS[task] else "AutoModel")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pretrain.core.errors import PretrainError
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
@@ -38,4 +39,4 @@ class Surgery(Method):
 
         A surgery that needs it calls `core.checkpoint.record(model, self)` when it operates.
         """
-        raise NotImplementedError(f"{self.name} leaves a plain transformers model")
+        raise PretrainError(f"surgery {self.name!r} leaves a plain transformers model: it has nothing to restore")
