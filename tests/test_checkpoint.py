@@ -56,27 +56,18 @@ json.dump(refused, open(folder + "/refused.json", "w"))
 """
 
 
-class Factors(nn.Module):
-    """A linear layer as a product of two thin ones."""
-
-    linear_like = True
-
-    def __init__(self, rows: int, columns: int, rank: int) -> None:
-        super().__init__()
-        self.left, self.right = nn.Parameter(torch.randn(rows, rank)), nn.Parameter(torch.randn(rank, columns))
-
-    def forward(self, x_BLE: torch.Tensor) -> torch.Tensor:
-        return x_BLE @ (self.left @ self.right).T
-
-
 @dataclass(frozen=True)
 class Factorise(Surgery):
+    """A throw-away surgery: feed-forward matrices as products of two thin ones."""
+
     name: ClassVar[str] = "factorise_for_this_test"
     ranks: tuple[int, ...] = (2, 2)
 
     def restore(self, model):
         for block, rank in zip(model.model.layers, self.ranks, strict=True):
-            set_module(block, "mlp.up_proj", Factors(*block.mlp.up_proj.weight.shape, rank))
+            rows, columns = block.mlp.up_proj.weight.shape
+            thin, wide = nn.Linear(columns, rank, bias=False), nn.Linear(rank, rows, bias=False)
+            set_module(block, "mlp.up_proj", nn.Sequential(thin, wide))
         return model
 
     def __call__(self, model, inputs=None):
@@ -391,9 +382,13 @@ def test_mixed_precision_comes_back_as_it_was(tiny, tmp_path, known_surgery):
 @pytest.mark.parametrize(
     ("ranks", "change", "message"),
     [
-        ((2, 2), {"model.layers.0.mlp.up_proj.left": None}, "first: model.layers.0.mlp.up_proj.left is missing"),
+        (
+            (2, 2),
+            {"model.layers.0.mlp.up_proj.0.weight": None},
+            "first: model.layers.0.mlp.up_proj.0.weight is missing",
+        ),
         ((2, 2), {"surplus": torch.ones(1)}, "first: surplus has no place in the model"),
-        ((2, 3), {}, "do not fit the recorded surgery: .*size mismatch for model.layers.1.mlp.up_proj.left"),
+        ((2, 3), {}, "do not fit the recorded surgery: .*size mismatch for model.layers.1.mlp.up_proj.0.weight"),
     ],
 )
 def test_weights_that_do_not_fit_the_record_are_named(tiny, tmp_path, known_surgery, ranks, change, message):

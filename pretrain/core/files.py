@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -24,6 +25,13 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two folders trade names in one step (Linux's `renameat2`); False where the system cannot."""
+    call = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+
+
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target`; on success it becomes `target` in one rename, on an error it is removed.
@@ -40,7 +48,9 @@ def atomic_folder(target: Path) -> Iterator[Path]:
             fsync(path)
         fsync(work)
         work.chmod(0o755)
-        if target.is_dir() and not target.is_symlink():
+        if target.is_dir() and not target.is_symlink() and _exchange(work, target):
+            shutil.rmtree(work, ignore_errors=True)  # what was at `target` before
+        elif target.is_dir() and not target.is_symlink():  # two renames: a kill between them leaves nothing at `target`
             aside = Path(tempfile.mkdtemp(prefix=f".tmp-old-{target.name}-", dir=target.parent))
             os.replace(target, aside / "old")
             os.replace(work, target)
