@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from pretrain.core.batch import Batch, Context, Row, document_mask, rows_to_tensors
-from pretrain.core.cross_entropy import IGNORE, linear_cross_entropy
+from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.cross_entropy import IGNORE
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import attention_inputs, head, hidden
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives._masking import choose_words
+from pretrain.objectives._token_loss import token_loss
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,4 @@ class MaskedLM(Objective):
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The mean loss over the chosen tokens."""
-        mask_B1LL = document_mask(batch["document_BL"], causal=False)
-        states_BLE = hidden(
-            model, input_ids=batch["tokens_BL"], **attention_inputs(model, mask_B1LL, batch["position_BL"])
-        )
-        weight_VE, bias_V = head(model)
-        value, nll_BL = linear_cross_entropy(
-            states_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, weight_BL=batch.get("token_weight_BL")
-        )
-        return Loss(value, {}, nll_BL)
+        return token_loss(model, batch, causal=False)

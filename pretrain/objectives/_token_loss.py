@@ -1,0 +1,21 @@
+"""The loss of a model with one stack: cross-entropy at the positions that have a target."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from pretrain.core.batch import Batch, document_mask
+from pretrain.core.cross_entropy import linear_cross_entropy
+from pretrain.core.families import attention_inputs, head, hidden
+from pretrain.objectives import Loss
+
+
+def token_loss(model: nn.Module, batch: Batch, *, causal: bool) -> Loss:
+    """The mean over the targets of `target_BL`, weighted by `token_weight_BL` where a policy has written it."""
+    mask_B1LL = document_mask(batch["document_BL"], causal=causal)
+    states_BLE = hidden(model, input_ids=batch["tokens_BL"], **attention_inputs(model, mask_B1LL, batch["position_BL"]))
+    weight_VE, bias_V = head(model)
+    value, nll_BL = linear_cross_entropy(
+        states_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, weight_BL=batch.get("token_weight_BL")
+    )
+    return Loss(value, {}, nll_BL)
