@@ -25,9 +25,10 @@ class _App(typer.Typer):
                 raise
             typer.secho(f"error: {error}", fg="red", err=True)
             sys.exit(1)
-        except KeyboardInterrupt:
-            typer.secho("interrupted; what is done is kept: run the same command again to go on", fg="yellow", err=True)
-            sys.exit(130)
+        except SystemExit as error:  # typer's own way to pass on an interrupt
+            if error.code == 130:
+                typer.secho("interrupted; what is done is kept: run the same again to go on", fg="yellow", err=True)
+            raise
 
 
 app = _App(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -95,6 +94,7 @@ def run(
     planned = plan(recipe)
     with _only_one(recipe.output, main):
         if main:
+            _refuse_foreign(recipe, planned)
             write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
             _write_run(recipe, planned, {})
         wait()
@@ -171,12 +171,21 @@ def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> N
     write_json(path, {"name": recipe.name, "recipe": str(recipe.path or ""), "seed": recipe.seed, "stages": stages})
 
 
+def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:
+    """Never touch what is not of a run: neither a folder that bears a stage's name nor the recipe itself."""
+    for item in planned:
+        link = recipe.output / item.stage.name
+        if link.exists() and not link.is_symlink():
+            raise PretrainError(f"{link} exists and is no stage of a run; accepted: another --output or stage name")
+    own = recipe.output / "recipe.yaml"
+    if recipe.path is not None and own.exists() and own.resolve() == recipe.path.resolve():
+        raise PretrainError(f"output {recipe.output} holds the recipe itself as {own.name}; accepted: another --output")
+
+
 def _point(link: Path, folder: Path) -> None:
     """Make the symbolic link `OUTPUT/STAGE` show to the current folder."""
     if link.is_symlink() and os.readlink(link) == folder.name:
         return
-    if link.exists() and not link.is_symlink():
-        shutil.rmtree(link) if link.is_dir() else link.unlink()
     fresh = link.with_name(f".tmp-{link.name}")
     fresh.unlink(missing_ok=True)
     fresh.symlink_to(folder.name)

@@ -67,7 +67,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[
     try:
         node = yaml.compose(text, Loader=_Loader)
         lines = {} if node is None else _lines(node, (), path)
-        raw = yaml.load(text, Loader=_Loader)
+        raw = _unshared(yaml.load(text, Loader=_Loader))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
@@ -92,6 +92,13 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[
     for name, value in (raw.pop("set", None) or {}).items():
         put(raw, str(name), value, f"{path}:{lines.get(('set', name), 1)}: set")
     return raw, lines
+
+
+def _unshared(value: Any) -> Any:
+    """The value with a copy wherever YAML's aliases share one, so that changing one place changes no other."""
+    if isinstance(value, dict):
+        return {k: _unshared(v) for k, v in value.items()}
+    return [_unshared(v) for v in value] if isinstance(value, list) else value
 
 
 def _lines(node: yaml.Node, place: tuple[Any, ...], path: Path) -> dict[tuple[Any, ...], int]:
@@ -166,7 +173,7 @@ def check(
     """Check a recipe's mapping and build its stages."""
     where, lines = str(path or "recipe"), lines or {}
     name = raw.get("name") or (path.stem if path else "run")
-    if not isinstance(name, str) or not re.fullmatch(r"[\w.-]+", name):
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
         raise PretrainError(
             f"{where}:{lines.get(('name',), 1)}: name {name!r}: accepted: letters, digits, '.', '_', '-'"
         )

@@ -100,3 +100,18 @@ def test_shell_completion_offers_method_names():
     executable = os.path.join(os.path.dirname(sys.executable), "pretrain")
     done = subprocess.run([executable], capture_output=True, text=True, check=False, env=environment)
     assert "cosine" in done.stdout
+
+
+def test_an_interrupt_says_how_to_go_on():
+    program = "import pretrain.cli as c, pretrain.recipe as r\n"
+    program += "def stop(*a, **k): raise KeyboardInterrupt\nr.load = stop\nimport sys; sys.argv = ['pretrain', 'run', 'x.yaml']\nc.app()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and "run the same again to go on" in done.stderr
+
+
+def test_an_encoder_cannot_be_asked_to_generate(tiny, prepared, tmp_path):
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    checkpoint.save(tiny("bert", vocab_size=512), load_tokenizer(prepared / "tokenizer"), tmp_path / "c")
+    done = cli("generate", tmp_path / "c", "--prompt", "x")
+    assert done.returncode == 1 and "BertForMaskedLM predicts no next token" in done.stderr

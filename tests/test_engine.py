@@ -177,3 +177,15 @@ def test_a_real_recipe_killed_while_training_goes_on_where_it_was(tmp_path, stor
     subprocess.run([*two, *command[3:], str(tmp_path / "two")], check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     one, both = (json.loads((tmp_path / n / "evaluate" / "evaluation.json").read_text()) for n in ("whole", "two"))
     assert both["metrics"]["loss"] == pytest.approx(one["metrics"]["loss"], rel=1e-3)
+
+
+def test_a_users_own_folder_or_recipe_is_never_touched(tmp_path):
+    (tmp_path / "run" / "b").mkdir(parents=True)
+    (tmp_path / "run" / "b" / "mine.txt").write_text("precious")
+    with pytest.raises(PretrainError, match="run/b exists and is no stage of a run"):
+        go(tmp_path)
+    assert RUNS == [] and (tmp_path / "run" / "b" / "mine.txt").read_text() == "precious"
+    (tmp_path / "recipe.yaml").write_text("# mine\n")
+    with pytest.raises(PretrainError, match="holds the recipe itself"):
+        engine.run(check(raw(), tmp_path / "recipe.yaml", output=tmp_path), say=lambda text: None)
+    assert (tmp_path / "recipe.yaml").read_text() == "# mine\n"

@@ -127,3 +127,12 @@ def test_the_recipes_that_ship_are_good(name):
     from pathlib import Path
 
     assert load(Path(__file__).parent.parent / "recipes" / f"{name}.yaml").stages
+
+
+def test_an_override_changes_one_stage_where_yaml_shares_a_value(tmp_path):
+    shared = (
+        GOOD.replace("optimizer: {", "optimizer: &o {")
+        + "  - {stage: train, name: more, corpus: corpus, init: model, optimizer: *o, budget: {steps: 1}}\n"
+    )
+    found = recipe(tmp_path, shared, "model.optimizer.lr=0.5")
+    assert found.stages[2].optimizer.lr == 0.5 and found.stages[3].optimizer.lr == 1e-3

@@ -62,8 +62,8 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
         inside = isinstance(error, PretrainError) and str(error).startswith(f"cannot write {work}")
         cause = error.__cause__ if inside else error
-        if isinstance(cause, OSError):
-            raise PretrainError(f"cannot write {target}: {cause.strerror or cause}") from error
+        if isinstance(cause, OSError) or type(cause).__name__ == "SafetensorError":  # its way to tell of a full disk
+            raise PretrainError(f"cannot write {target}: {getattr(cause, 'strerror', None) or cause}") from error
         raise
 
 

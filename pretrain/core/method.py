@@ -122,5 +122,6 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
 
 
 def code_version(name: str) -> str:
-    """A digest of the method's source text: it changes when the method's code does."""
-    return digest(info(name).path.read_text(encoding="utf-8"))[:16]
+    """A digest of the method's source text and of its folder's helpers: it changes when the method's code does."""
+    path = info(name).path
+    return digest([p.read_text(encoding="utf-8") for p in (path, *sorted(path.parent.glob("_*.py")))])[:16]

@@ -57,7 +57,10 @@ def continue_prompt(
     import torch
 
     from pretrain.core.batch import Vocabulary
+    from pretrain.core.errors import PretrainError
 
+    if method is None and not model.can_generate():
+        raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
     vocabulary = Vocabulary.of(tokenizer)
     before = [vocabulary.bos] if vocabulary.bos is not None else []
     ids = before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
