@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import html
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,7 @@ def curves(path: Path) -> dict[str, Any]:
     return {
         "step": {name: [row.get(name) for row in steps] for name in names},
         "evaluation": {name: [row.get(name) for row in rows["evaluation"]] for name in axes}
-        | {name: [row["metrics"].get(name) for row in rows["evaluation"]] for name in metrics},
+        | {name: [(row.get("metrics") or {}).get(name) for row in rows["evaluation"]] for name in metrics},
     }
 
 
@@ -107,7 +108,16 @@ def bars(evaluation: dict[str, Any]) -> dict[str, Any]:
 
 def script_json(value: Any) -> str:
     """JSON that is safe inside a script element: no text can close it."""
-    return json.dumps(value, allow_nan=False, default=str).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+    return json.dumps(_finite(value), allow_nan=False, default=str).replace("<", "\\u003c").replace("\u2028", "\\u2028")
+
+
+def _finite(value: Any) -> Any:
+    """The value with None for what no chart can show: NaN and infinity."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _json(path: Path) -> Any:

@@ -80,6 +80,11 @@ def test_the_loop_measures_what_the_evaluation_measures(tiny, prepared):
     assert some["loss"] == pytest.approx(whole["loss"], rel=0.05)
 
 
+def test_a_stride_that_would_skip_tokens_is_refused(tiny):
+    with pytest.raises(PretrainError, match="stride 30, length 20: accepted: 1 <= stride <= length"):
+        document_nll(tiny(), [np.arange(3, 90)], length=20, stride=30)
+
+
 def test_an_encoder_is_refused_with_what_is_accepted(tiny):
     with pytest.raises(PretrainError, match="accepted: a causal language model"):
         document_nll(tiny("bert"), [np.arange(3, 9)], length=8)

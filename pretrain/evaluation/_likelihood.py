@@ -57,6 +57,8 @@ def document_nll(
     """
     if not family(model).causal:
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal language model")
+    if not 1 <= (length if stride is None else stride) <= length:
+        raise PretrainError(f"stride {stride}, length {length}: accepted: 1 <= stride <= length")
     device = next(model.parameters()).device
     todo = [w for i, tokens in enumerate(documents) for w in windows(i, tokens, length, stride or length)]
     todo.sort(key=lambda w: len(w.tokens))
@@ -112,23 +114,20 @@ def shard_loss(
 ) -> dict[str, float]:
     """Held-out metrics of a causal model on a split's tokens, on the same documents each time.
 
-    With `max_tokens` each document is cut to a common length so that all documents together hold about as many.
+    With `max_tokens` a fixed random choice of documents is measured that together hold about as many; a document counts
+    for at most a 64th of it and is cut there.
     """
-    lengths_N = shards.lengths_N
-    cap = _cap(lengths_N, max_tokens) if max_tokens else None
-    documents = [np.asarray(shards.document(i)[:cap]) for i in range(len(shards))]
+    lengths_N, chosen, cap = shards.lengths_N, np.arange(len(shards)), None
+    if max_tokens is not None:
+        cap = max(2, max_tokens // 64)
+        order = np.random.default_rng(0).permutation(len(shards))
+        count = int(np.searchsorted(np.cumsum(np.minimum(lengths_N, cap)[order]), max_tokens, "right"))
+        chosen = np.sort(order[: max(1, count)])
+    documents = [np.asarray(shards.document(int(i))[:cap]) for i in chosen]
     kept_N = np.array([len(d) for d in documents])
-    bytes_N = shards.bytes_N * (kept_N / np.maximum(lengths_N, 1))  # a cut document counts its share of bytes
+    # A cut document counts its share of bytes.
+    bytes_N = shards.bytes_N[chosen] * (kept_N / np.maximum(lengths_N[chosen], 1))
     if not shards.info.get("begins", True):  # nothing predicts the first token: its bytes do not count either
         bytes_N = bytes_N * (np.maximum(kept_N - 1, 0) / np.maximum(kept_N, 1))
     nll_N = document_nll(model, documents, length=length, stride=stride)
-    return summarise(nll_N, kept_N - 1, np.round(bytes_N), [shards.domain_names[d] for d in shards.domains_N])
-
-
-def _cap(lengths_N: NDArray[Any], total: int) -> int:
-    """The length to cut documents to so that about `total` tokens remain."""
-    low, high = 2, int(lengths_N.max(initial=2))
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if np.minimum(lengths_N, middle).sum() <= total else (low, middle - 1)
-    return low
+    return summarise(nll_N, kept_N - 1, np.round(bytes_N), [shards.domain_names[d] for d in shards.domains_N[chosen]])

@@ -35,7 +35,8 @@ class Evaluate(Stage):
         model, tokenizer = checkpoint.load(checkpoint_of(job.inputs["checkpoint"]), device=pick_device())
         folder = job.inputs["corpus"]
         corpus = Corpus(folder / "corpus" if (folder / "corpus").is_dir() else folder)
-        documents = list(islice(corpus.documents(self.split), self.max_documents))
+        every = max(1, -(-corpus.info["documents"][self.split] // self.max_documents))  # from all sources alike
+        documents = list(islice(corpus.documents(self.split), 0, None, every))
         result = evaluate(model, tokenizer, documents, self.evaluations, compressors=self.compressors)
         write_json(job.folder / "evaluation.json", result)
         metrics = result["metrics"]

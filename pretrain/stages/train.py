@@ -107,6 +107,10 @@ class Train(Stage):
         """The objectives with their weights."""
         return self.objectives or [Weighted(method=self.objective)]
 
+    def _plain(self) -> bool:
+        """Whether the loss is the text's likelihood, so that it can be told in bits a byte."""
+        return [(w.method.name, w.weight) for w in self.weighted()] == [("causal_lm", 1.0)]
+
     def methods(self) -> list[str]:
         """Without the default objective where `objectives` says others."""
         unused = {self.objective.name} - {w.method.name for w in self.weighted()}
@@ -141,7 +145,7 @@ class Train(Stage):
             ),
             job.folder, weights=[w.weight for w in weighted], policies=self.policies,
             evaluate=self._evaluation(shards["validation"], vocabulary),
-            targets_per_byte=shards["train"].targets_per_byte(),
+            targets_per_byte=shards["train"].targets_per_byte() if self._plain() else None,
         )  # fmt: skip
         spent = training.spent
         if world.main:
