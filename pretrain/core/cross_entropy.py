@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 IGNORE = -100
+LEAST_ROWS = 256  # below that each chunk's pass over the weight costs more than it saves
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 
@@ -34,7 +35,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad: bool,
     ) -> tuple[Tensor, Tensor]:
         low = torch.get_autocast_dtype(h_NE.device.type) if torch.is_autocast_enabled(h_NE.device.type) else h_NE.dtype
-        rows = max(16, CHUNK_BYTES.get(h_NE.device.type, 64 << 20) // (4 * weight_VE.shape[0]))
+        rows = max(LEAST_ROWS, CHUNK_BYTES.get(h_NE.device.type, 64 << 20) // (4 * weight_VE.shape[0]))
         w_VE = weight_VE.to(low)
         nll_N = torch.empty(len(h_NE), dtype=torch.promote_types(torch.float32, h_NE.dtype), device=h_NE.device)
         grad_h_NE = torch.empty_like(h_NE) if grad else None

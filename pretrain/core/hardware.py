@@ -28,7 +28,7 @@ def precision(device: torch.device) -> torch.dtype | None:
     instructions for it, float32 is faster.
     """
     if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else None
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
     return torch.bfloat16 if "amx_bf16" in _cpu_flags() else None
 
 

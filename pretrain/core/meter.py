@@ -42,7 +42,8 @@ _UNKNOWN = {
 
 def count_flops(work: Callable[[], T]) -> tuple[T, int]:
     """Run `work` once and count its FLOPs."""
-    with FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
+    # Eagerly: a frame first seen under the counter would never be compiled afterwards.
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
         result = work()
     return result, int(counter.get_total_flops())
 

@@ -179,6 +179,8 @@ class Train(Stage):
         return lambda trainee: objective_loss(trainee.model, trainee.beside[0], objective, loader, self.evaluate_tokens)
 
     def _model_and_tokenizer(self, job: Job) -> tuple[Any, Any]:
+        import torch
+
         from pretrain.core import checkpoint
         from pretrain.core.batch import Vocabulary
         from pretrain.core.errors import PretrainError
@@ -190,7 +192,8 @@ class Train(Stage):
             folder = job.inputs["tokenizer"]
             tokenizer = load_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
         if self.init is not None:
-            model, own = checkpoint.load(checkpoint_of(job.inputs["init"]))
+            # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates.
+            model, own = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
             tokenizer = tokenizer or own
             if tokenizer is None:
                 raise PretrainError(f"stage {self.name!r}: {self.init} has no tokenizer; accepted: a tokenizer field")
