@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -140,8 +140,3 @@ def document_mask(document_BL: torch.Tensor, *, causal: bool, prefix_BL: torch.T
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The same batch on `device`."""
     return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
-
-
-def select(batch: dict[str, Any], *names: str) -> dict[str, Any]:
-    """The named entries that the batch has."""
-    return {name: batch[name] for name in names if name in batch}

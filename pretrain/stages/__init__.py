@@ -16,7 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
-from pretrain.core.errors import PretrainError, nearest, unknown
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.method import Method, code_version, info, method_class
 from pretrain.data import DataOperation
 from pretrain.decoding import Decoding
@@ -185,8 +185,11 @@ def checkpoint_of(folder: Path) -> Path:
     raise PretrainError(f"no checkpoint at {folder}; accepted: a train or surgery stage, or a folder with config.json")
 
 
-def one_of(value: str, accepted: tuple[str, ...], what: str) -> str:
-    """`value` if it is accepted."""
-    if value not in accepted:
-        raise unknown(what, value, accepted)
-    return value
+def corpus_of(folder: Path) -> Path:
+    """The corpus in a data stage's folder, or the folder itself."""
+    return folder / "corpus" if (folder / "corpus").is_dir() else folder
+
+
+def tokenizer_of(folder: Path) -> Path:
+    """The tokenizer in a tokenizer stage's folder, or the folder itself."""
+    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field
 
 from pretrain.evaluation.held_out import HeldOut
-from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of
+from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of, corpus_of
 
 
 class Evaluate(Stage):
@@ -33,8 +33,7 @@ class Evaluate(Stage):
         from pretrain.corpus.store import Corpus
 
         model, tokenizer = checkpoint.load(checkpoint_of(job.inputs["checkpoint"]), device=pick_device())
-        folder = job.inputs["corpus"]
-        corpus = Corpus(folder / "corpus" if (folder / "corpus").is_dir() else folder)
+        corpus = Corpus(corpus_of(job.inputs["corpus"]))
         every = max(1, -(-corpus.info["documents"][self.split] // self.max_documents))  # from all sources alike
         documents = list(islice(corpus.documents(self.split), 0, None, every))
         result = evaluate(model, tokenizer, documents, self.evaluations, compressors=self.compressors)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from pretrain.core.files import digest
-from pretrain.stages import Job, Ref, Stage
+from pretrain.stages import Job, Ref, Stage, corpus_of
 
 
 class Tokenizer(Stage):
@@ -42,7 +42,7 @@ class Tokenizer(Stage):
             tokenizer: Any = load_tokenizer(checkpoint_of(job.inputs["checkpoint"]))
         else:
             tokenizer = train_tokenizer(
-                self._texts(Corpus(job.inputs["corpus"] / "corpus")), algorithm=self.algorithm, mask=self.mask,
+                self._texts(Corpus(corpus_of(job.inputs["corpus"]))), algorithm=self.algorithm, mask=self.mask,
                 vocab_size=self.vocab_size, cls=self.cls, sentinels=self.sentinels, extra=self.extra,
             )  # fmt: skip
         with atomic_folder(job.folder / "tokenizer") as work:

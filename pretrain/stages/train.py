@@ -19,6 +19,8 @@ from pretrain.stages import (
     build_dataclass,
     build_method,
     checkpoint_of,
+    corpus_of,
+    tokenizer_of,
 )
 from pretrain.training.budget import Budget
 
@@ -100,8 +102,12 @@ class Train(Stage):
         if self.model:
             from pretrain.core.families import new_config
 
-            new_config(self.model["family"], {k: v for k, v in self.model.items() if k != "family"})
+            new_config(self.model["family"], self._fields())
         return self
+
+    def _fields(self) -> dict[str, Any]:
+        """The new model's fields, without the name of its family."""
+        return {k: v for k, v in self.model.items() if k != "family"}
 
     def weighted(self) -> list[Weighted]:
         """The objectives with their weights."""
@@ -189,8 +195,7 @@ class Train(Stage):
 
         tokenizer = None
         if "tokenizer" in job.inputs:
-            folder = job.inputs["tokenizer"]
-            tokenizer = load_tokenizer(folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder)
+            tokenizer = load_tokenizer(tokenizer_of(job.inputs["tokenizer"]))
         if self.init is not None:
             # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates.
             model, own = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
@@ -198,10 +203,9 @@ class Train(Stage):
             if tokenizer is None:
                 raise PretrainError(f"stage {self.name!r}: {self.init} has no tokenizer; accepted: a tokenizer field")
             return model, tokenizer
-        fields = {k: v for k, v in self.model.items() if k != "family"}
         task = self.task if self.task != "auto" else self.weighted()[0].method.task
         return new_model(
-            self.model["family"], fields, task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
+            self.model["family"], self._fields(), task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
         ), tokenizer
 
     def _shards(self, job: Job, tokenizer: Any, *, main: bool) -> Any:
@@ -209,8 +213,7 @@ class Train(Stage):
         from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
         from pretrain.corpus.store import Corpus
 
-        folder = job.inputs["corpus"]
-        corpus = Corpus(folder / "corpus" if (folder / "corpus").is_dir() else folder)
+        corpus = Corpus(corpus_of(job.inputs["corpus"]))
         key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
         return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, verify=main)
 
@@ -242,7 +245,7 @@ class Train(Stage):
                 except PretrainError:
                     return None
             else:
-                fields = {k: v for k, v in self.model.items() if k != "family"}
+                fields = self._fields()
                 if (inputs["tokenizer"] / "tokenizer").is_dir():
                     fields = {"vocab_size": len(load_tokenizer(inputs["tokenizer"] / "tokenizer"))} | fields
                 model = new_model(self.model["family"], fields, task="base")
