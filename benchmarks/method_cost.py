@@ -50,8 +50,10 @@ def trainings(folder: Path) -> dict[str, Any]:
     from pretrain.optim.adamw import AdamW
     from pretrain.optim.conda import Conda
     from pretrain.optim.constant import Constant
+    from pretrain.policies.gradual_pruning import GradualPruning
     from pretrain.policies.odm import ODM
     from pretrain.policies.spdf import SPDF
+    from pretrain.policies.toremi import ToReMi
     from pretrain.training.budget import Budget
     from pretrain.training.loop import Settings, _start
 
@@ -80,6 +82,8 @@ def trainings(folder: Path) -> dict[str, Any]:
         "causal_lm, conda": case("b", "llama", CausalLM(), Conda()),
         "causal_lm, adamw, odm": case("c", "llama", CausalLM(), policies=[ODM(warmup=0.0)]),
         "causal_lm, adamw, spdf": case("d", "llama", CausalLM(), policies=[SPDF()]),
+        "causal_lm, adamw, gradual_pruning": case("i", "llama", CausalLM(), policies=[GradualPruning()]),
+        "causal_lm, adamw, toremi": case("j", "llama", CausalLM(), policies=[ToReMi(interval=2)]),
         "masked_lm": case("e", "bert", MaskedLM()),
         "electra": case("f", "bert", Electra()),
         "span_corruption": case("g", "t5", SpanCorruption()),

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from pretrain import cli_claim
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import KINDS, info, methods
 
@@ -35,6 +36,7 @@ app = _App(
     name="pretrain", no_args_is_help=True, pretty_exceptions_enable=False,
     help="The whole life of a pretrained model on a limited budget.",
 )  # fmt: skip
+app.add_typer(cli_claim.app, name="claim")
 
 
 def _names(incomplete: str) -> list[str]:
@@ -64,6 +66,7 @@ def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
     set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")] = None,
     output: Annotated[Path | None, typer.Option(help="Where to write; the recipe says by default.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it is expected to take.")] = False,
 ) -> None:
     """Run a recipe, or what is left of it."""
@@ -71,23 +74,23 @@ def run(
 
     loaded = recipes.load(recipe, set_ or [], output)
     if dry_run:
-        _print_plan(loaded)
+        _print_plan(loaded, store)
         return
     from pretrain import engine
 
-    result = engine.run(loaded, say=lambda text: typer.echo(text, err=True))
+    result = engine.run(loaded, store=store, say=lambda text: typer.echo(text, err=True))
     if result.report:
         typer.echo(f"report: {result.report}")
 
 
-def _print_plan(recipe: Any) -> None:
+def _print_plan(recipe: Any, store: Path | None) -> None:
     from rich.console import Console
     from rich.table import Table
 
     from pretrain.engine import plan
 
     table = Table("stage", "kind", "status", "FLOPs", "memory", "time", title=f"{recipe.name} in {recipe.output}")
-    for item in plan(recipe):
+    for item in plan(recipe, store):
         status = "cached" if item.finished else "to run"
         guess = item.stage.estimate(item.inputs)
         cells = (_short(guess.flops), _short(guess.memory_bytes, "B"), _minutes(guess.seconds))
@@ -122,8 +125,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="What to continue; '-' reads it from standard input.")] = "",
     method: Annotated[str | None, typer.Option(help="A decoding method.", autocompletion=_names)] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0, max=1)] = 0.95,
+    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; 0.8 by default.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="0.95 by default.")] = None,
     seed: int = 0,
 ) -> None:
     """Continue a prompt with a checkpoint."""
@@ -162,20 +165,23 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd."""
-    from itertools import islice
-
     from pretrain.core import checkpoint as checkpoints
-    from pretrain.core.hardware import pick_device
-    from pretrain.corpus.sources import Files, read
+    from pretrain.corpus.sources import Files, evenly, read
     from pretrain.corpus.store import Corpus
     from pretrain.evaluation.held_out import HeldOut
     from pretrain.stages import checkpoint_of
     from pretrain.stages.evaluate import evaluate as measure
+    from pretrain.stages.evaluate import load_both
 
     folder = next((f for f in (Path(data) / "corpus", Path(data)) if (f / "corpus.json").exists()), None)
-    documents = list(islice(Corpus(folder).documents(split) if folder else read(Files(data)), max_documents))
-    model, tokenizer = checkpoints.load(checkpoint_of(checkpoint), device=pick_device())
-    result = measure(model, tokenizer, documents, [HeldOut()], compressors=True)
+    if folder:
+        documents = Corpus(folder).sample(split, max_documents)
+    else:
+        documents = evenly(list(read(Files(data))), max_documents)
+    place = checkpoint_of(checkpoint)
+    model, tokenizer = load_both(place)
+    length = checkpoints.lineage(place).get("length")
+    result = measure(model, tokenizer, documents, [HeldOut()], compressors=True, length=length)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -186,8 +192,12 @@ def evaluate(
     for name, value in result["metrics"].items():
         low, high = result["intervals"].get(name, (None, None))
         table.add_row(name, f"{value:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}")
-    for tool, bits in result["compressors"].items():
-        table.add_row(f"bits_per_byte of {tool}", f"{bits['all']:.4f}", "")
+    for domain, some in result["domains"].items():
+        for name, value in some.items():
+            table.add_row(f"{name}, {domain}", f"{value:.4f}", "")
+    for tool, found in result["compressors"].items():
+        for name, value in found["metrics"].items():
+            table.add_row(f"{name} of {tool}", f"{value:.4f}", "")
     Console().print(table)
 
 
@@ -199,12 +209,14 @@ def compare(
     metric: Annotated[str, typer.Option(help="A held-out metric that training logs; lower is better.")] = "loss",
     set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value, for all the recipes.")] = None,
     output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs") / "compare",
+    jobs: Annotated[int, typer.Option(min=1, help="How many runs at once on this machine.")] = 1,
+    ray: Annotated[str | None, typer.Option(help="Address of a ray cluster to run on.")] = None,
 ) -> None:
     """Compare recipes at equal FLOPs over several seeds."""
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.compare import compare as measure
+    from pretrain.experiments.compare import compare as measure
 
     unit, _, amount = budget.partition("=")
     try:
@@ -214,16 +226,18 @@ def compare(
     if unit != "flops" or flops <= 0:
         raise PretrainError(f"--budget {budget!r}: accepted: flops=NUMBER, for example flops=1e13")
     found = measure(
-        recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [],
-        say=lambda text: typer.echo(text, err=True),
+        recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [], jobs=jobs,
+        ray=ray, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
-    table = Table("recipe", f"{metric} (mean ± s.d.)", "difference, 95% interval", "verdict", "FLOPs saved")
+    table = Table(
+        "recipe", f"{metric} (mean ± s.d.)", "difference, 97% interval", "verdict", "FLOPs to the baseline's end"
+    )
     for name, row in found["table"].items():
-        verdict, saved = row.get("verdict"), row.get("saving")
+        verdict, share = row.get("verdict"), row.get("compute_to_reach", {}).get("baseline's end")
         interval = f"{verdict['difference']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})" if verdict else ""
         word = verdict["word"] if verdict else "baseline"
-        share = f"{saved:.0%}" if saved is not None else ""
-        table.add_row(name, f"{row['mean']:.4f} ± {row['deviation']:.4f}", interval, word, share)
+        cells = (f"{row['mean']:.4f} ± {row['deviation']:.4f}", interval, word, "" if share is None else f"{share:.0%}")
+        table.add_row(name, *cells)
     Console().print(table)
 
 
@@ -267,10 +281,10 @@ def list_methods(
 
 
 def _show(name: str) -> None:
-    from dataclasses import MISSING, fields
+    from dataclasses import fields
     from inspect import cleandoc
 
-    from pretrain.core.method import method_class
+    from pretrain.core.method import default_of, method_class
 
     found = info(name)
     cls = method_class(name)
@@ -278,8 +292,7 @@ def _show(name: str) -> None:
     typer.echo(cleandoc(cls.__doc__ or ""))
     typer.echo(f"\nmodel families: {', '.join(found.families) or 'any'}")
     for item in fields(cls):  # type: ignore[arg-type]
-        default = "required" if item.default is MISSING and item.default_factory is MISSING else repr(item.default)
-        typer.echo(f"  {item.name}: {item.type} = {default}")
+        typer.echo(f"  {item.name}: {item.type} = {default_of(item)}")
 
 
 @app.command()

@@ -3,25 +3,30 @@
 A stage's folder is named after its address, a digest of its configuration, of the code of its methods and of the
 addresses of its inputs. A folder with a `stage.json` is finished. Changing a stage changes the addresses from there on;
 what came before stays. A stage that was interrupted finds its folder as it left it.
+
+The folders lie in the output, or in a store that many runs share: what one has finished is finished for all, and of two
+that come to the same stage at once the second waits.
 """
 
 from __future__ import annotations
 
+import copy
 import fcntl
 import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import digest, read_json, write_json, write_text
+from pretrain.core.files import digest, locked, read_json, write_json, write_text
 from pretrain.recipe import Recipe, load
 from pretrain.stages import Job, Stage
 
@@ -36,6 +41,9 @@ class Planned:
     address: str
     folder: Path
     inputs: dict[str, Any]
+    config: dict[str, Any]
+    behind: tuple[str, ...]  # the stages that this one comes from
+    seed: int
 
     @property
     def finished(self) -> bool:
@@ -52,21 +60,41 @@ class Result:
     report: Path | None
 
 
-def plan(recipe: Recipe) -> list[Planned]:
-    """Each stage with its address, its folder and the folders it reads."""
+def plan(recipe: Recipe, store: Path | str | None = None) -> list[Planned]:
+    """Each stage with its address, its folder (in `store`, by default in the recipe's output) and what it reads."""
     planned: dict[str, Planned] = {}
     for stage in recipe.stages:
         addresses: dict[str, Any] = {}
         inputs: dict[str, Any] = {}
+        behind: set[str] = set()
         for name, value in stage.references().items():
             many = value if isinstance(value, list) else [value]
             found = [planned[one].folder if one in planned else Path(one).expanduser() for one in many]
             marks = [planned[one].address if one in planned else _fingerprint(Path(one).expanduser()) for one in many]
             inputs[name], addresses[name] = (found, marks) if isinstance(value, list) else (found[0], marks[0])
-        config = {k: v for k, v in stage.config().items() if k not in addresses}
-        address = digest([config, addresses, stage.outside(), recipe.seed])
-        planned[stage.name] = Planned(stage, address, recipe.output / f"{stage.name}-{address[:8]}", inputs)
+            behind = behind.union(*({one, *planned[one].behind} for one in many if one in planned))
+        try:
+            outside = stage.outside()
+        except PretrainError as error:
+            raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
+        config, seed = stage.config(), recipe.seed if stage.seed is None else stage.seed
+        address = digest([_without(config, addresses), addresses, outside, seed if stage.seeded else None])
+        folder = Path(recipe.output if store is None else store) / f"{stage.name}-{address[:12]}"
+        upstream = tuple(name for name in planned if name in behind)
+        planned[stage.name] = Planned(stage, address, folder, inputs, config, upstream, seed)
     return list(planned.values())
+
+
+def _without(config: dict[str, Any], places: Iterable[str]) -> dict[str, Any]:
+    """The configuration without the names that references give and without the seed, which are hashed apart."""
+    config = copy.deepcopy({k: v for k, v in config.items() if k != "seed"})
+    for place in places:
+        *steps, last = (int(step) if step.isdigit() else step for step in place.split("."))
+        target: Any = config
+        for step in steps:
+            target = target[step]
+        target[last] = None
+    return config
 
 
 def _fingerprint(path: Path) -> str:
@@ -80,54 +108,75 @@ def run(
     *,
     overrides: Iterable[str] = (),
     output: Path | str | None = None,
+    store: Path | str | None = None,
+    report: bool = True,
     say: Callable[[str], None] | None = None,
 ) -> Result:
     """Run a recipe, or what is left of it; finished stages are not run again.
 
-    `overrides` are `STAGE.field=value`. Under `torchrun` every process calls this; training runs on all of them, the
-    rest on the first.
+    `overrides` are `STAGE.field=value`. `store` is where the stages' folders lie, by default in the output; runs with
+    the same store share them. `say` gets a line as each stage begins and ends; `silent` says nothing and draws no
+    progress. Under `torchrun` every process calls this; training runs on all of them, the rest on the first.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
     main, wait = _processes()
-    say = (say or (lambda text: print(text, file=sys.stderr))) if main else (lambda text: None)
+    say = (say or (lambda text: print(text, file=sys.stderr))) if main else silent
     records: dict[str, dict[str, Any]] = {}
-    planned = plan(recipe)
+    planned = plan(recipe, store)
     with _only_one(recipe.output, main):
         if main:
             _refuse_foreign(recipe, planned)
+            if store is not None:  # so that no source and no backup takes the store's folders for documents
+                write_text(Path(store) / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
             write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
             _write_run(recipe, planned, {})
         wait()
         for item in planned:
-            finished = item.finished
-            wait()  # all processes have looked before the first one writes
-            if not finished:
-                _run_stage(item, recipe, records, say, main, wait)
+            finished = _run_once(item, records, say, main, wait)
             records[item.stage.name] = read_json(item.folder / "stage.json")
             if main:
                 _point(recipe.output / item.stage.name, item.folder)
                 took = _time(records[item.stage.name]["seconds"])
                 say(f"[{item.stage.name}] {'already done' if finished else f'done in {took}'}")
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
-        report = _report(recipe.output) if main else None
-    return Result(recipe.output, records, report)
+        written = _report(recipe.output) if main and report else None
+    return Result(recipe.output, records, written)
+
+
+def silent(text: str) -> None:
+    """Says nothing."""
+
+
+def _run_once(
+    item: Planned, records: dict[str, dict[str, Any]], say: Callable[[str], None], main: bool, wait: Callable[[], None]
+) -> bool:
+    """Run a stage unless it is finished, which is what this tells; where another run is at it, wait for that."""
+    busy = partial(say, f"[{item.stage.name}] another run is at this stage: waiting for it")
+    with locked(item.folder / ".lock", busy) if main and not item.finished else nullcontext():
+        wait()  # the first process holds the lock, so that all see the same
+        finished = item.finished
+        wait()  # all have looked before the first one writes
+        if not finished:
+            _run_stage(item, records, say, main, wait)
+    return finished
 
 
 def _run_stage(
-    item: Planned, recipe: Recipe, records: dict[str, dict[str, Any]], say: Callable[[str], None], main: bool, wait: Any
+    item: Planned, records: dict[str, dict[str, Any]], say: Callable[[str], None], main: bool, wait: Callable[[], None]
 ) -> None:
     stage, name = item.stage, item.stage.name
-    if main:
-        item.folder.mkdir(parents=True, exist_ok=True)
-        say(f"[{name}] {stage.stage}")
-    wait()
+    say(f"[{name}] {stage.stage}")
     started, clock = datetime.now(UTC), time.perf_counter()
     result: dict[str, Any] = {}
     if main or stage.distributed:
-        lineage = [_brief(record) for record in records.values()]
-        job = Job(item.folder, item.inputs, recipe.seed, name, lambda text: say(f"[{name}] {text}"), lineage)
+        lineage = [_brief(records[one]) for one in item.behind]
+        own = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
+        job = Job(
+            item.folder, item.inputs, item.seed, name, lambda text: say(f"[{name}] {text}"), lineage, own,
+            bar=say is not silent,
+        )  # fmt: skip
         try:
-            result = stage.run(job)
+            result = stage.pointing_to(item.inputs).run(job)
         except OSError as error:
             reason = error.strerror or str(error)
             raise PretrainError(
@@ -140,11 +189,10 @@ def _run_stage(
         from pretrain.core.hardware import describe
         from pretrain.core.meter import peak_memory
 
-        config = stage.config()
         write_json(item.folder / "stage.json", {
-            "name": name, "stage": stage.stage, "address": item.address, "seed": recipe.seed,
-            "config": {k: v for k, v in config.items() if k != "methods"}, "methods": config["methods"],
-            "inputs": {k: [str(p) for p in v] if isinstance(v, list) else str(v) for k, v in item.inputs.items()},
+            "name": name, "stage": stage.stage, "address": item.address, "seed": item.seed,
+            "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
+            "inputs": item.stage.references(),
             "metrics": result.get("metrics", {}), "flops": result.get("flops", 0),
             "seconds": time.perf_counter() - clock, "peak_memory_bytes": peak_memory(),
             "started": started.isoformat(timespec="seconds"),
@@ -161,13 +209,13 @@ def _brief(record: dict[str, Any]) -> dict[str, Any]:
 def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> None:
     path = recipe.output / "run.json"
     before = {s["name"]: s["status"] for s in read_json(path)["stages"]} if path.exists() and now else {}
-    stages = [
-        {
-            "name": item.stage.name, "stage": item.stage.stage, "folder": item.folder.name, "address": item.address,
-            "status": now.get(item.stage.name) or before.get(item.stage.name) or (CACHED if item.finished else TO_RUN),
-        }
-        for item in planned
-    ]  # fmt: skip
+    stages = []
+    for item in planned:
+        name = item.stage.name
+        status = now.get(name) or before.get(name) or (CACHED if item.finished else TO_RUN)
+        folder = _relative(item.folder, recipe.output)
+        row = {"name": name, "stage": item.stage.stage, "folder": folder, "address": item.address, "status": status}
+        stages.append(row)
     write_json(path, {"name": recipe.name, "recipe": str(recipe.path or ""), "seed": recipe.seed, "stages": stages})
 
 
@@ -182,13 +230,19 @@ def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:
         raise PretrainError(f"output {recipe.output} holds the recipe itself as {own.name}; accepted: another --output")
 
 
+def _relative(folder: Path, output: Path) -> str:
+    """The way from the output to a stage's folder, so that both can be moved together."""
+    return os.path.relpath(folder.resolve(), output.resolve())
+
+
 def _point(link: Path, folder: Path) -> None:
     """Make the symbolic link `OUTPUT/STAGE` show to the current folder."""
-    if link.is_symlink() and os.readlink(link) == folder.name:
+    target = _relative(folder, link.parent)
+    if link.is_symlink() and os.readlink(link) == target:
         return
     fresh = link.with_name(f".tmp-{link.name}")
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(folder.name)
+    fresh.symlink_to(target)
     os.replace(fresh, link)
 
 

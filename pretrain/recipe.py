@@ -19,6 +19,8 @@ from pretrain.core.errors import PretrainError, nearest
 from pretrain.stages import Stage, stage_classes
 
 FIELDS = ("name", "seed", "output", "base", "set", "stages")
+Place = tuple[Any, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
+Places = dict[Place, str]  # where each stands: FILE:LINE
 
 
 class _Loader(yaml.SafeLoader):
@@ -44,54 +46,97 @@ class Recipe:
     stages: list[Stage]
     raw: dict[str, Any] = field(default_factory=dict)  # as read, with `base` and overrides worked in
     path: Path | None = None
+    places: Places = field(default_factory=dict, repr=False)
+
+    def at(self, stage: Stage, place: Place = ()) -> str:
+        """Where a value of a stage stands, as errors begin: `FILE:LINE: STAGE.field`."""
+        where = _at(self.places, ("stages", self.stages.index(stage), *place), str(self.path or "recipe"))
+        return f"{where}: {'.'.join(map(str, (stage.name, *place)))}"
 
 
 def load(path: Path | str, overrides: Iterable[str] = (), output: Path | str | None = None) -> Recipe:
     """Read and check a recipe; `overrides` are `path.to.field=value`, the path beginning with a stage's name."""
     path = Path(path)
-    raw, lines = read(path)
+    raw, places = read(path)
     for override in overrides:
         name, found, value = override.partition("=")
         if not found:
             raise PretrainError(f"--set {override!r}: accepted: path.to.field=value")
-        put(raw, name.strip(), parse(value), "--set")
-    return check(raw, path, lines, output)
+        try:
+            parsed = parse(value)
+        except PretrainError as error:
+            raise PretrainError(f"--set {override}: {error}") from error
+        _move(places, put(raw, name.strip(), parsed, "--set"), f"--set {override}")
+    return check(raw, path, places, output)
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[tuple[Any, ...], int]]:
-    """A recipe's mapping, with its `base` and `set` worked in, and the line of each place."""
+def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
+    """A recipe's mapping, with its `base` and `set` worked in, and where each value stands."""
+    raw, places = _read_file(path)
+    for key in raw:
+        if key not in FIELDS:
+            hint = nearest(str(key), FIELDS)
+            raise PretrainError(
+                f"{_at(places, (key,), path)}: unknown field {key!r}{hint}; accepted: {', '.join(FIELDS)}"
+            )
+    if raw.get("base") is not None:
+        where = _at(places, ("base",), path)
+        base = (path.parent / str(raw["base"])).resolve()
+        if base in (*seen, path.resolve()):
+            raise PretrainError(f"{where}: base {raw['base']!r} leads back to itself")
+        if not base.is_file():
+            raise PretrainError(f"{where}: base {raw['base']!r}: there is no {base}; accepted: a recipe's path")
+        inherited, inherited_places = read(base, (*seen, path.resolve()))
+        replaced = [k for k in raw if k not in ("base", "set")]
+        places |= {k: v for k, v in inherited_places.items() if k and k[0] not in replaced}
+        raw = inherited | raw
+    changes = raw.get("set") or {}
+    if not isinstance(changes, dict):
+        where = _at(places, ("set",), path)
+        raise PretrainError(f"{where}: set {_shown(changes)}: accepted: a mapping from STAGE.field to a value")
+    raw = {k: v for k, v in raw.items() if k not in ("base", "set")}
+    for name, value in changes.items():
+        where = _at(places, ("set", name), path)
+        _move(places, put(raw, str(name), value, f"{where}: set"), where)
+    return raw, places
+
+
+def _read_file(path: Path) -> tuple[dict[str, Any], Places]:
+    """One file's mapping as it stands."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise PretrainError(f"recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
     try:
         node = yaml.compose(text, Loader=_Loader)
-        lines = {} if node is None else _lines(node, (), path)
+        places = {} if node is None else _locate(node, (), path)
         raw = _unshared(yaml.load(text, Loader=_Loader))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}:{mark.line + 1}" if mark else str(path)
         raise PretrainError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
+    except ValueError as error:  # a date such as 2026-13-45
+        raise PretrainError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(raw, dict):
         raise PretrainError(f"{path}: accepted: a mapping with {', '.join(FIELDS)}")
-    for key in raw:
-        if key not in FIELDS:
-            hint = nearest(str(key), FIELDS)
-            raise PretrainError(
-                f"{path}:{lines.get((key,), 1)}: unknown field {key!r}{hint}; accepted: {', '.join(FIELDS)}"
-            )
-    if "base" in raw:
-        base = (path.parent / str(raw["base"])).resolve()
-        if base in seen:
-            raise PretrainError(f"{path}:{lines.get(('base',), 1)}: base {raw['base']!r} leads back to itself")
-        inherited, inherited_lines = read(base, (*seen, path.resolve()))
-        if "stages" in raw:
-            inherited["stages"], inherited_lines = raw["stages"], lines
-        raw = inherited | {k: v for k, v in raw.items() if k not in ("base", "stages")}
-        lines = inherited_lines | {k: v for k, v in lines.items() if k[:1] == ("set",)}
-    for name, value in (raw.pop("set", None) or {}).items():
-        put(raw, str(name), value, f"{path}:{lines.get(('set', name), 1)}: set")
-    return raw, lines
+    return raw, places
+
+
+def _at(places: Places, place: Place, otherwise: Path | str = "recipe") -> str:
+    """Where a value stands, or the nearest thing that holds it."""
+    return next((places[place[:n]] for n in range(len(place), -1, -1) if place[:n] in places), str(otherwise))
+
+
+def _move(places: Places, place: Place, where: str) -> None:
+    """Note that the value at a place, and all in it, comes from elsewhere."""
+    for old in [one for one in places if one[: len(place)] == place]:
+        del places[old]
+    places[place] = where
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
 
 
 def _unshared(value: Any) -> Any:
@@ -101,155 +146,185 @@ def _unshared(value: Any) -> Any:
     return [_unshared(v) for v in value] if isinstance(value, list) else value
 
 
-def _lines(node: yaml.Node, place: tuple[Any, ...], path: Path) -> dict[tuple[Any, ...], int]:
-    """The line (from 1) of each place in the document; a key given twice is an error."""
-    found = {place: node.start_mark.line + 1}
+def _locate(node: yaml.Node, place: Place, path: Path, within: tuple[yaml.Node, ...] = ()) -> Places:
+    """Where each place of the document stands; a key given twice, or one that is no plain word, is an error."""
+    where = f"{path}:{node.start_mark.line + 1}"
+    if node in within:
+        raise PretrainError(f"{where}: {'.'.join(map(str, place))} holds itself; accepted: no alias inside its anchor")
+    found = {place: where}
     if isinstance(node, yaml.MappingNode):
         names = set()
         for key, value in node.value:
+            line = f"{path}:{key.start_mark.line + 1}"
+            if not isinstance(key, yaml.ScalarNode):
+                raise PretrainError(f"{line}: a key that is a list or a mapping; accepted: a word")
             if key.value in names:
-                raise PretrainError(f"{path}:{key.start_mark.line + 1}: {key.value!r} is given twice")
+                raise PretrainError(f"{line}: {key.value!r} is given twice")
             names.add(key.value)
-            found |= _lines(value, (*place, key.value), path)
-            found[(*place, key.value)] = key.start_mark.line + 1
+            found |= _locate(value, (*place, key.value), path, (*within, node))
+            found[(*place, key.value)] = line
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            found |= _lines(value, (*place, index), path)
+            found |= _locate(value, (*place, index), path, (*within, node))
     return found
 
 
 def parse(value: str) -> Any:
     """A value as YAML reads it."""
     try:
-        return yaml.load(value, Loader=_Loader)
-    except yaml.YAMLError as error:
+        node = yaml.compose(value, Loader=_Loader)
+        if node is not None:
+            _locate(node, (), Path("value"))
+        return _unshared(yaml.load(value, Loader=_Loader))
+    except (yaml.YAMLError, ValueError) as error:
         raise PretrainError(f"value {value!r} is not valid YAML") from error
 
 
-def put(raw: dict[str, Any], name: str, value: Any, where: str) -> None:
-    """Set `name` (`STAGE.field.field`, `stages.STAGE.field`, `stages.0.field`, or a top field) to `value`."""
+def put(raw: dict[str, Any], name: str, value: Any, where: str) -> Place:
+    """Set `name` (`STAGE.field.field`, `stages.STAGE.field`, `stages.0.field`, or a top field); returns its place."""
     steps = name.split(".")
-    stages = raw.get("stages") or []
-    if steps[0] == "stages":
+    stages = raw["stages"] if isinstance(raw.get("stages"), list) else []
+    if steps[0] == "stages" and len(steps) > 1:
         steps = steps[1:]
     elif len(steps) == 1:
-        if steps[0] not in FIELDS:
-            raise PretrainError(f"{where} {name!r}: accepted: one of {', '.join(FIELDS)}, or STAGE.field")
+        accepted = [one for one in FIELDS if one not in ("base", "set")]
+        if steps[0] not in accepted:
+            raise PretrainError(f"{where} {name!r}: accepted: one of {', '.join(accepted)}, or STAGE.field")
         raw[steps[0]] = value
-        return
-    names = [s.get("name") or s.get("stage") for s in stages if isinstance(s, dict)]
+        return (steps[0],)
+    names = [str(s.get("name") or s.get("stage")) if isinstance(s, dict) else "" for s in stages]
+    known = ", ".join(filter(None, names))
     if steps[0] in names:
-        target: Any = stages[names.index(steps[0])]
-    elif steps[0].isdigit() and int(steps[0]) < len(stages):
-        target = stages[int(steps[0])]
+        index = names.index(steps[0])
+    elif steps[0].isdecimal() and int(steps[0]) < len(stages):
+        index = int(steps[0])
     else:
         hint = nearest(steps[0], filter(None, names))
-        raise PretrainError(
-            f"{where} {name!r}: no stage {steps[0]!r}{hint}; accepted: {', '.join(filter(None, names))}"
-        )
+        raise PretrainError(f"{where} {name!r}: no stage {steps[0]!r}{hint}; accepted: {known or 'none'}")
+    if len(steps) == 1:
+        stages[index] = value
+        return ("stages", index)
+    target, place = stages[index], ["stages", index]
     for step in steps[1:-1]:
-        if isinstance(target, list) and step.isdigit() and int(step) < len(target):
-            target = target[int(step)]
-            continue
-        if isinstance(target.get(step), str):  # `optimizer: adamw` grows into a mapping
+        key = _key(target, step, name, where)
+        if isinstance(target, dict) and isinstance(target.get(step), str):  # `optimizer: adamw` grows into a mapping
             target[step] = {"method": target[step]}
-        target = target.setdefault(step, {})
-        if not isinstance(target, dict | list):
-            raise PretrainError(f"{where} {name!r}: {step!r} is {target!r}, which has no fields")
-    if steps[-1] in ("tokens", "steps", "flops", "seconds") and len(steps) > 1 and steps[-2] == "budget":
+        elif isinstance(target, dict) and target.get(step) is None:
+            target[step] = {}
+        target = target[key]
+        place.append(key)
+    key = _key(target, steps[-1], name, where)
+    if steps[-1] in ("tokens", "steps", "flops", "seconds") and len(steps) > 2 and steps[-2] == "budget":
         target.clear()  # a budget is of one unit
-    if isinstance(target, list):
-        target[int(steps[-1])] = value
-    else:
-        target[steps[-1]] = value
+    target[key] = value
+    return (*place, key)
+
+
+def _key(target: Any, step: str, name: str, where: str) -> str | int:
+    """A step of an override's path as a key of what it leads into."""
+    if isinstance(target, dict):
+        return step
+    if not isinstance(target, list):
+        raise PretrainError(f"{where} {name!r}: {step!r} is asked of {_shown(target)}, which has no fields")
+    if not step.isdecimal() or int(step) >= len(target):
+        accepted = f"a number from 0 to {len(target) - 1}" if target else "another value for the list, which is empty"
+        raise PretrainError(f"{where} {name!r}: {step!r} of a list; accepted: {accepted}")
+    return int(step)
 
 
 def check(
-    raw: dict[str, Any],
-    path: Path | None = None,
-    lines: dict[tuple[Any, ...], int] | None = None,
-    output: Path | str | None = None,
+    raw: dict[str, Any], path: Path | None = None, places: Places | None = None, output: Path | str | None = None
 ) -> Recipe:
     """Check a recipe's mapping and build its stages."""
-    where, lines = str(path or "recipe"), lines or {}
-    name = raw.get("name") or (path.stem if path else "run")
+    whole, places = str(path or "recipe"), places or {}
+
+    def wrong(name: str, accepted: str) -> PretrainError:
+        return PretrainError(f"{_at(places, (name,), whole)}: {name} {_shown(raw.get(name))}: accepted: {accepted}")
+
+    name = raw.get("name")
+    name = (path.stem if path else "run") if name is None else name
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
-        raise PretrainError(
-            f"{where}:{lines.get(('name',), 1)}: name {name!r}: accepted: letters, digits, '.', '_', '-'"
-        )
+        raise wrong("name", "letters, digits, '.', '_', '-' (in quotes if there are digits only)")
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise PretrainError(f"{where}:{lines.get(('seed',), 1)}: seed {seed!r}: accepted: a whole number of 0 or more")
+        raise wrong("seed", "a whole number of 0 or more")
+    own = raw.get("output")
+    if own is not None and (not isinstance(own, str) or not own.strip()):
+        raise wrong("output", "a folder's path")
     given = raw.get("stages")
     if not isinstance(given, list) or not given:
-        raise PretrainError(f"{where}:{lines.get(('stages',), 1)}: stages: accepted: a list of at least one stage")
+        raise wrong("stages", "a list of at least one stage")
     stages: list[Stage] = []
     for index, entry in enumerate(given):
-        stages.append(_stage(entry, index, where, lines, [stage.name for stage in stages]))
-    folder = Path(output) if output is not None else Path(raw.get("output") or Path("runs") / name)
-    return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path)
+        stages.append(_stage(entry, index, whole, places, {stage.name: stage.stage for stage in stages}))
+    folder = Path(output) if output is not None else Path(own or Path("runs") / name)
+    return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places)
 
 
-def _stage(entry: Any, index: int, where: str, lines: dict[tuple[Any, ...], int], earlier: list[str]) -> Stage:
-    known = stage_classes()
-    line = lines.get(("stages", index), 1)
+def _stage(entry: Any, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:
+    known, where = stage_classes(), _at(places, ("stages", index), whole)
     if not isinstance(entry, dict) or "stage" not in entry:
-        raise PretrainError(f"{where}:{line}: stages.{index}: accepted: a mapping with stage: {', '.join(known)}")
+        raise PretrainError(f"{where}: stages.{index}: accepted: a mapping with stage: {', '.join(known)}")
     kind = entry["stage"]
-    if kind not in known:
-        line = lines.get(("stages", index, "stage"), line)
-        hint = nearest(str(kind), known)
+    if not isinstance(kind, str) or kind not in known:
+        where, hint = _at(places, ("stages", index, "stage"), whole), nearest(str(kind), known)
         raise PretrainError(
-            f"{where}:{line}: stages.{index}.stage: unknown stage {kind!r}{hint}; accepted: {', '.join(known)}"
+            f"{where}: stages.{index}.stage: unknown stage {_shown(kind)}{hint}; accepted: {', '.join(known)}"
         )
     entry = {"name": kind} | entry
-    if not re.fullmatch(r"[\w-]+", str(entry["name"])):
-        raise PretrainError(
-            f"{where}:{line}: stages.{index}.name {entry['name']!r}: accepted: letters, digits, '_', '-'"
-        )
+    if not isinstance(entry["name"], str) or not re.fullmatch(r"[\w-]+", entry["name"]):
+        where = _at(places, ("stages", index, "name"), whole)
+        shown = _shown(entry["name"])
+        raise PretrainError(f"{where}: stages.{index}.name {shown}: accepted: letters, digits, '_', '-', as text")
     if entry["name"] in earlier:
-        raise PretrainError(
-            f"{where}:{line}: two stages are named {entry['name']!r}; accepted: a name of its own for each"
-        )
-    label = entry["name"]
+        raise PretrainError(f"{where}: two stages are named {entry['name']!r}; accepted: a name of its own for each")
+    unnamed = next((key for key in entry if not isinstance(key, str)), None)
+    if unnamed is not None:
+        where = _at(places, ("stages", index, str(unnamed)), whole)
+        raise PretrainError(f"{where}: {entry['name']}: field {unnamed!r}: accepted: a word")
     try:
         stage = known[kind].model_validate(copy.deepcopy(entry))
     except ValidationError as error:
-        raise PretrainError(_explain(error, known[kind], index, label, where, lines)) from error
+        raise PretrainError(_explain(error, known[kind], index, entry["name"], whole, places)) from error
     except PretrainError as error:
-        raise PretrainError(f"{where}:{line}: {label}: {error}") from error
-    for name, value in stage.references().items():
-        for number, one in enumerate(value if isinstance(value, list) else [value]):
-            if one in earlier or Path(one).expanduser().exists():
-                continue
-            place = ("stages", index, name, number) if isinstance(value, list) else ("stages", index, name)
-            accepted = f"an earlier stage ({', '.join(earlier) or 'there is none'}) or a path that exists"
-            hint = nearest(one, earlier)
-            raise PretrainError(
-                f"{where}:{lines.get(place, line)}: {label}.{name}: {one!r}{hint}; accepted: {accepted}"
-            )
+        raise PretrainError(f"{where}: {entry['name']}: {error}") from error
+    _check_references(stage, index, whole, places, earlier)
     return stage
 
 
-def _explain(
-    error: ValidationError, cls: type[BaseModel], index: int, label: str, where: str, lines: dict[tuple[Any, ...], int]
-) -> str:
+def _check_references(stage: Stage, index: int, whole: str, places: Places, earlier: dict[str, str]) -> None:
+    """Each reference must name an earlier stage, of a kind that fits the field, or a path that exists."""
+    for name, value in stage.references().items():
+        steps = tuple(int(step) if step.isdigit() else step for step in name.split("."))
+        for number, one in enumerate(value if isinstance(value, list) else [value]):
+            place = ("stages", index, *steps, *((number,) if isinstance(value, list) else ()))
+            accepted = stage.accepts.get(name)
+            if one in earlier and (accepted is None or earlier[one] in accepted):
+                continue
+            if one in earlier:
+                fitting = [stage for stage, kind in earlier.items() if kind in (accepted or ())]
+                wrong = f"{one!r} is a {earlier[one]} stage; accepted: a stage of kind {' or '.join(accepted or ())}"
+                wrong += f" ({', '.join(fitting)})" if fitting else ""
+            elif Path(one).expanduser().exists():
+                continue
+            else:
+                known = ", ".join(earlier) or "there is none"
+                wrong = f"{one!r}{nearest(one, earlier)}; accepted: an earlier stage ({known}) or a path that exists"
+            raise PretrainError(f"{_at(places, place, whole)}: {stage.name}.{name}: {wrong}")
+
+
+def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: str, whole: str, places: Places) -> str:
     """The first mistake as one line."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = tuple(first["loc"])
-    line = 1
-    for length in range(len(place), -1, -1):
-        if ("stages", index, *place[:length]) in lines:
-            line = lines[("stages", index, *place[:length])]
-            break
-    dotted = ".".join([label, *map(str, place)])
-    message = first["msg"].removeprefix("Value error, ")
+    deeper = getattr(first.get("ctx", {}).get("error"), "place", ())
+    where, dotted = _at(places, ("stages", index, *place, *deeper), whole), ".".join([label, *map(str, place)])
+    message = " ".join(first["msg"].removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":
         known = [name for name in cls.model_fields if name != "version"]
-        return f"{where}:{line}: {dotted}: unknown field{nearest(str(place[-1]), known)}; accepted: {', '.join(known)}"
+        return f"{where}: {dotted}: unknown field{nearest(str(place[-1]), known)}; accepted: {', '.join(known)}"
     if first["type"] == "missing":
-        return f"{where}:{line}: {dotted}: missing; accepted: a value for this field"
+        return f"{where}: {dotted}: missing; accepted: a value for this field"
     if first["type"] == "value_error":
-        return f"{where}:{line}: {dotted}: {message}"
-    value = repr(first["input"])
-    return f"{where}:{line}: {dotted}: {value if len(value) < 80 else value[:77] + '...'}: {message}"
+        return f"{where}: {dotted}: {message}"
+    return f"{where}: {dotted}: {_shown(first['input'])}: {message}"

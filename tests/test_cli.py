@@ -89,6 +89,49 @@ def test_evaluate_prints_a_table_or_json(model_folder, prepared, tmp_path):
     assert "xz -9e" in cli("evaluate", model_folder, "--data", tmp_path / "a.txt").stdout
 
 
+def test_of_many_documents_the_same_are_evaluated_as_in_a_stage(model_folder, prepared, monkeypatch):
+    from typer.testing import CliRunner
+
+    import pretrain.stages.evaluate as stage
+    from pretrain.cli import app
+
+    seen = []
+    result = {"metrics": {}, "intervals": {}, "compressors": {}, "domains": {}}
+    monkeypatch.setattr(
+        stage, "evaluate", lambda model, tokenizer, documents, *_, **__: seen.append(documents) or result
+    )
+    CliRunner().invoke(app, ["evaluate", str(model_folder), "--data", str(prepared / "corpus"), "--split", "train",
+                             "--max-documents", "7", "--json"], catch_exceptions=False)  # fmt: skip
+    recipe = {"checkpoint": str(model_folder), "corpus": str(prepared / "corpus"), "split": "validation"}
+    recipe |= {"max_documents": 7}
+    theirs = stage.Evaluate.model_validate(recipe).model_copy(update={"split": "train"})._documents(prepared / "corpus")
+    assert [d["id"] for d in seen[0]] == [d["id"] for d in theirs] and len(theirs) == 7
+
+
+def test_defaults_made_by_a_function_are_shown_as_values():
+    from dataclasses import dataclass, field, fields
+
+    from pretrain.core.method import default_of
+
+    @dataclass
+    class Example:
+        needed: int
+        given: float = 1.5
+        made: dict = field(default_factory=lambda: {"a": 1})
+
+    assert [default_of(item) for item in fields(Example)] == ["required", "1.5", "{'a': 1}"]
+
+
+def test_a_store_is_given_on_the_command_line(tmp_path):
+    (tmp_path / "r.yaml").write_text("stages:\n  - {stage: data, sources: [a.txt], validation: 0, test: 0}\n")
+    (tmp_path / "a.txt").write_text("text\n")
+    for output in ("one", "two"):
+        done = cli("run", "r.yaml", "--output", output, "--store", "kept", cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
+    assert "already done" in done.stderr and (tmp_path / "two" / "data" / "corpus").is_dir()
+    assert "cached" in cli("run", "r.yaml", "--output", "three", "--store", "kept", "--dry-run", cwd=tmp_path).stdout
+
+
 def test_shell_completion_offers_method_names():
     import os
 

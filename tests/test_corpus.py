@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import itertools
 import json
 import random
 
@@ -12,7 +13,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.sources import DebianDocs, Files, HubDataset, PythonStdlib, Skipped, fingerprint, read, unroff
+from pretrain.corpus.sources import (
+    DebianDocs,
+    Files,
+    HubDataset,
+    Packages,
+    PythonStdlib,
+    Skipped,
+    evenly,
+    fingerprint,
+    read,
+    unroff,
+)
 from pretrain.corpus.store import SPLITS, Corpus, side, write_corpus
 from pretrain.data.deduplicate import Deduplicate
 
@@ -86,6 +98,127 @@ def test_the_standard_library_has_modules_and_docstrings_without_tests():
     found = {(d["domain"], d["id"]) for d in read(PythonStdlib())}
     assert ("python", "argparse.py") in found and ("docstrings", "argparse.py#docstrings") in found
     assert not any({"test", "tests", "site-packages"} & set(name.split("/")) for _, name in found)
+
+
+@given(st.lists(st.integers(), max_size=50), st.integers(1, 60))
+def test_an_even_choice_is_of_the_whole_length_and_in_order(items, limit):
+    numbered = list(enumerate(items))
+    chosen = evenly(numbered, limit)
+    assert len(chosen) == min(limit, len(items)) and chosen == sorted(set(chosen)) and set(chosen) <= set(numbered)
+    if 1 < limit < len(items):
+        gaps = [b[0] - a[0] for a, b in itertools.pairwise(chosen)]
+        assert max(gaps) - min(gaps) <= 1 and chosen[0][0] == 0 and chosen[-1][0] >= len(items) - max(gaps) - 1
+    assert evenly(numbered, None) == numbered
+
+
+def test_the_standard_library_can_be_bounded_evenly():
+    few = [d["id"] for d in read(PythonStdlib(docstrings=False, limit=12))]
+    assert len(few) == 12 and few == sorted(few, key=lambda name: name.split("/"))
+    assert few[0] < "b" and few[-1] > "u" and few == [d["id"] for d in read(PythonStdlib(docstrings=False, limit=12))]
+
+
+@pytest.fixture
+def installed(tmp_path, monkeypatch):
+    """A package `grove`, which must not be imported, and a module `lonetree`."""
+    for name in ("__init__", "a", "conftest", "sub/__init__", "sub/b", "tests/test_a", "sub/test_b", "sub/b_test"):
+        path = tmp_path / "grove" / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"raise RuntimeError('{name} is imported')\n")
+    (tmp_path / "grove" / "empty.py").write_text("")
+    (tmp_path / "grove" / "data.txt").write_text("no module")
+    (tmp_path / "lonetree.py").write_text("x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+def test_packages_are_read_without_being_imported(installed):
+    found = list(read(Packages(("grove", "lonetree", "grove.sub"))))
+    assert [(d["domain"], d["id"]) for d in found] == [
+        ("grove", "grove/__init__.py"), ("grove", "grove/a.py"), ("grove", "grove/sub/__init__.py"),
+        ("grove", "grove/sub/b.py"), ("lonetree", "lonetree.py"), ("grove.sub", "grove/sub/__init__.py"),
+        ("grove.sub", "grove/sub/b.py"),
+    ]  # fmt: skip
+    assert all(d["group"] == d["id"] for d in found) and "b is imported" in found[3]["text"]
+    assert len(list(read(Packages(("grove",), tests=True)))) == 8
+    assert [d["id"] for d in read(Packages(("grove", "lonetree"), limit=2))] == [
+        "grove/__init__.py", "grove/sub/__init__.py", "lonetree.py",
+    ]  # fmt: skip
+    before = fingerprint(Packages(("grove",)))
+    assert before == fingerprint(Packages(("grove",))) != fingerprint(Packages(("lonetree",)))
+    (installed / "grove" / "a.py").write_text("another text\n")
+    assert fingerprint(Packages(("grove",))) != before
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("grovee", r"package 'grovee' \(did you mean 'grove'\?\): accepted: an installed Python package"),
+        ("scikit-learn", r"did you mean 'sklearn'"),
+        ("math", "package 'math': accepted: .* with modules in Python"),
+        ("../grove", "package '../grove'"),
+        ("grove.none", "package 'grove.none'"),
+    ],
+)
+def test_an_unknown_package_is_named_with_the_nearest(installed, name, message):
+    with pytest.raises(PretrainError, match=message):
+        list(read(Packages((name,))))
+
+
+def test_a_runs_own_output_and_caches_are_no_source(tmp_path, monkeypatch):
+    from pretrain import engine
+    from pretrain.recipe import check
+
+    (tmp_path / "notes.txt").write_text("text " * 50)
+    (tmp_path / "more").mkdir()
+    (tmp_path / "more" / "b.txt").write_text("more " * 50)
+    monkeypatch.chdir(tmp_path)
+    stages = [{"stage": "data", "sources": [{"files": "."}], "validation": 0, "test": 0}]
+    for output, store in (("runs/x", None), ("runs/x", None), ("y", "stages"), ("y", "stages")):
+        result = engine.run(check({"stages": stages}, output=output), store=store, say=lambda text: None)
+        assert result.stages["data"]["metrics"]["documents/train"] == 2
+    statuses = json.loads((tmp_path / "y" / "run.json").read_text())["stages"]
+    assert [s["status"] for s in statuses] == ["cached"]
+    assert len(list(read(Files("runs/x")))) > 2  # asked for by name
+
+
+def test_a_glob_passes_over_hidden_folders_as_a_folder_does(tmp_path):
+    for name in ("a.txt", ".git/b.txt", "node_modules/deep/c.txt", "d/e.txt", "out/run.json", "out/f.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    texts = lambda pattern: [d["text"] for d in read(Files(str(tmp_path / pattern)))]  # noqa: E731
+    assert texts("**/*.txt") == ["a.txt", "d/e.txt"] == texts("")
+    assert texts("*/*.txt") == ["d/e.txt"] and texts(".git/*.txt") == [".git/b.txt"]
+    with pytest.raises(PretrainError, match="no files at"):
+        texts("none/*.txt")
+
+
+def test_a_sample_of_a_split_is_even_and_takes_the_columns_that_are_asked_for(tmp_path):
+    rows = [{"text": f"text {i}", "domain": "d", "id": str(i), "label": i} for i in range(20)]
+    write_corpus(rows, tmp_path / "c", validation=0, test=0)
+    found = Corpus(tmp_path / "c").sample("train", 5, ("id", "label"))
+    assert found == [{"id": str(i), "label": i} for i in (0, 4, 8, 12, 16)]
+    assert len(Corpus(tmp_path / "c").sample("train", 50)) == 20
+    with pytest.raises(PretrainError, match="unknown split 'trian'"):
+        Corpus(tmp_path / "c").sample("trian", 5)
+
+
+def test_what_data_operations_compute_is_metered(tmp_path, monkeypatch, stories):
+    import torch
+
+    from pretrain.stages import Job
+    from pretrain.stages.data import Data
+
+    def scores(self, corpus):
+        torch.ones(3, 4) @ torch.ones(4, 5)
+        return corpus
+
+    (tmp_path / "a.txt").write_text("text")
+    monkeypatch.setattr(Deduplicate, "__call__", scores)
+    stage = {"sources": [str(tmp_path / "a.txt")], "validation": 0, "test": 0}
+    job = lambda name: Job(tmp_path / name, {}, say=lambda text: None)  # noqa: E731
+    twice = Data.model_validate(stage | {"operations": ["deduplicate", "deduplicate"]})
+    assert twice.run(job("x"))["flops"] == 2 * 2 * 3 * 4 * 5
+    assert Data.model_validate(stage).run(job("y"))["flops"] == 0
 
 
 def test_debian_documentation_is_plain_text(tmp_path):

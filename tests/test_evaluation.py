@@ -6,20 +6,28 @@ import lzma
 import math
 import shutil
 import subprocess
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
+from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.shards import Shards
-from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.corpus.shards import Shards, tokenise
+from pretrain.corpus.store import Corpus, write_corpus
+from pretrain.corpus.tokenizers import encode, load_tokenizer, train_tokenizer
+from pretrain.decoding import Decoding
 from pretrain.evaluation._compressors import compressed_bits
+from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation._likelihood import document_nll, shard_loss, windows
 from pretrain.evaluation.held_out import HeldOut
+from pretrain.stages import Job
+from pretrain.stages.decode import Decode, continue_prompt
+from pretrain.stages.evaluate import Evaluate, evaluate
 
 
 @settings(max_examples=200, deadline=None)
@@ -61,23 +69,193 @@ def test_long_documents_are_cut_into_windows_with_context(tiny):
 def test_bits_per_byte_add_up_over_domains_and_lie_in_their_interval(tiny, prepared):
     model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
     documents = list(Corpus(prepared / "corpus").documents("test"))
-    metrics = HeldOut(length=64)(model, tokenizer, documents)
+    found = HeldOut(length=64)(model, tokenizer, documents)
+    metrics, (low, high) = found.metrics, found.intervals["bits_per_byte"]
     size = {d: sum(len(x["text"].encode()) for x in documents if x["domain"] == d) for d in ("python", "docstrings")}
-    total = sum(metrics[f"bits_per_byte/{d}"] * n for d, n in size.items())
+    total = sum(found.domains[d]["bits_per_byte"] * n for d, n in size.items())
     assert metrics["bits_per_byte"] == pytest.approx(total / sum(size.values()))
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
-    assert metrics["bits_per_byte/low"] < metrics["bits_per_byte"] < metrics["bits_per_byte/high"]
-    assert metrics["bits_per_byte"] > 2  # random weights
+    assert low < metrics["bits_per_byte"] < high and metrics["bits_per_byte"] > 2  # random weights
 
 
 def test_the_loop_measures_what_the_evaluation_measures(tiny, prepared):
     model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
     documents = list(Corpus(prepared / "corpus").documents("validation"))
     whole = shard_loss(model, Shards(prepared / "tokens" / "validation"), length=64, stride=32)
-    metrics = HeldOut(length=64)(model, tokenizer, documents)
-    assert whole["bits_per_byte"] == pytest.approx(metrics["bits_per_byte"], rel=1e-6)
+    found = HeldOut(length=64)(model, tokenizer, documents)
+    flat = found.metrics | {f"{k}/{d}": v for d, some in found.domains.items() for k, v in some.items()}
+    assert whole == pytest.approx(flat, rel=1e-6)
     some = shard_loss(model, Shards(prepared / "tokens" / "validation"), length=64, max_tokens=300)
     assert some["loss"] == pytest.approx(whole["loss"], rel=0.05)
+
+
+def test_text_that_names_special_tokens_is_encoded_as_for_training(tiny, tmp_path):
+    texts = [f"{i} <|endoftext|> and <|pad|> stand here as text" for i in range(40)]
+    documents = [{"text": text, "domain": "d", "id": str(i)} for i, text in enumerate(texts)]
+    write_corpus(documents, tmp_path / "corpus", validation=0.3, test=0.1, near_duplicates=None)
+    tokenizer = train_tokenizer(texts, vocab_size=300)
+    corpus = Corpus(tmp_path / "corpus")
+    shards = tokenise(corpus, tokenizer, tmp_path / "tokens")["validation"]
+    model, held_out = tiny(vocab_size=300), list(corpus.documents("validation"))
+    found = HeldOut(length=64, stride=64)(model, tokenizer, held_out)
+    assert found.metrics == pytest.approx(
+        {k: v for k, v in shard_loss(model, shards, length=64).items() if "/" not in k}, rel=1e-6
+    )
+
+
+@pytest.mark.parametrize("name", ["all", "low", "high", "a/low", "a/high"])
+def test_no_domain_is_taken_for_anything_else(tiny, prepared, name):
+    model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    documents = [{"text": "one two", "domain": name}, {"text": "three four five six", "domain": "b"}]
+    found = evaluate(model, tokenizer, documents, [HeldOut(resamples=9)], compressors=True)
+    assert set(found["domains"]) == {name, "b"} and set(found["intervals"]) == {"loss", "bits_per_byte"}
+    assert set(found["metrics"]) == {"loss", "perplexity", "bits_per_byte"}
+    alone = evaluate(model, tokenizer, documents[:1], [HeldOut(resamples=9)], compressors=True)
+    assert found["domains"][name]["loss"] == pytest.approx(alone["metrics"]["loss"])
+    xz, own = (x["compressors"]["xz -9e"] for x in (found, alone))
+    assert xz["domains"][name] == own["metrics"] != xz["metrics"]
+
+
+def test_a_model_in_training_is_measured_without_dropout_and_given_back(tiny, prepared):
+    model, tokenizer = tiny("gpt2", vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    documents = [{"text": "a little text of no consequence", "domain": "d"}]
+    expected = HeldOut(resamples=9)(model, tokenizer, documents)
+    assert HeldOut(resamples=9)(model.train(), tokenizer, documents) == expected and model.training
+
+
+def test_empty_documents_are_passed_over_and_nothing_but_them_refused(tiny, prepared):
+    model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    documents = [{"text": "a", "domain": "d"}, {"text": "", "domain": "e"}]
+    found = evaluate(model, tokenizer, documents, [HeldOut(resamples=9)], compressors=True)
+    assert math.isfinite(found["metrics"]["bits_per_byte"]) and set(found["compressors"]["zstd -19"]["domains"]) == {
+        "d"
+    }
+    with pytest.raises(PretrainError, match="held_out: 1 documents have no text to predict"):
+        HeldOut()(model, tokenizer, documents[1:])
+    assert compressed_bits(documents[1:])["xz -9e"] == {"metrics": {}, "domains": {}}
+
+
+def test_a_token_that_nothing_predicts_takes_its_bytes_with_it(tiny):
+    tokenizer = train_tokenizer(["abcd"], algorithm="bytes")
+    tokenizer.bos_token = tokenizer.eos_token = None
+    model = tiny(vocab_size=len(tokenizer))
+    documents = [{"text": "abcd"}, {"text": "x"}, {"text": ""}]
+    found = HeldOut(length=8, resamples=9)(model, tokenizer, documents).metrics
+    nll = reference(model, encode(tokenizer, ["abcd"])[0])
+    assert found["loss"] == pytest.approx(nll / 3, rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(nll / math.log(2) / 3, rel=1e-5)
+
+
+def test_the_bootstrap_agrees_with_the_delta_method_and_takes_little_memory():
+    rng = np.random.default_rng(0)
+    values = np.stack([rng.gamma(2.0, size=4000), rng.integers(1, 50, 4000)], axis=1)
+    tracemalloc.start()
+    sums = resampled_sums(values, 500, 1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    low, high = bounds(sums[:, 0] / sums[:, 1])
+    ratio = values[:, 0].sum() / values[:, 1].sum()
+    spread = np.std(values[:, 0] - ratio * values[:, 1]) / values[:, 1].mean() / math.sqrt(4000)  # the delta method
+    assert low == pytest.approx(ratio - 1.96 * spread, abs=0.3 * spread)
+    assert high == pytest.approx(ratio + 1.96 * spread, abs=0.3 * spread)
+    assert peak < 500 * 4000  # not resamples times documents
+
+
+def test_the_window_is_the_length_that_the_checkpoint_was_trained_at(tiny, prepared, tmp_path):
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    model = tiny(vocab_size=512, max_position_embeddings=256)
+    stage = Evaluate(checkpoint="c", corpus="d", compressors=False)
+    inputs = {"checkpoint": tmp_path / "c", "corpus": prepared / "corpus"}
+    found = []
+    for lineage in ({"length": 16}, {}):
+        checkpoint.save(model, tokenizer, tmp_path / "c", lineage)
+        found.append(stage.run(Job(tmp_path, inputs, say=lambda text: None))["metrics"]["loss"])
+    documents = list(Corpus(prepared / "corpus").documents("test"))
+    for loss, length in zip(found, (16, 256), strict=True):
+        assert loss == HeldOut(length=length)(model, tokenizer, documents).metrics["loss"]
+    assert found[0] != found[1]
+
+
+def test_the_stage_gives_evaluations_the_columns_that_they_ask_for(tiny, prepared, tmp_path):
+    checkpoint.save(tiny("bert", vocab_size=512), load_tokenizer(prepared / "tokenizer"), tmp_path / "c")
+    rows = [{"text": f"text {i}", "domain": "d", "id": str(i), "kind": "ab"[i % 2]} for i in range(40)]
+    write_corpus(rows, tmp_path / "corpus", validation=0.1, test=0.8, near_duplicates=None)
+    inputs = {"checkpoint": tmp_path / "c", "corpus": tmp_path / "corpus"}
+    probe = {"method": "probe", "label": "kind", "length": 8}
+    stage = Evaluate(checkpoint="c", corpus="d", evaluations=[probe, {"method": "retrieval", "shortest": 1}])
+    said: list[str] = []
+    metrics = stage.run(Job(tmp_path, inputs, say=said.append))["metrics"]
+    assert {"probe_accuracy", "probe_majority", "mrr@10", "retrieval_skipped"} <= set(metrics) and "mrr@10" in said[0]
+    with pytest.raises(ValidationError, match="accepted: each method once"):
+        Evaluate(checkpoint="c", corpus="d", evaluations=["held_out", "held_out"])
+    wrong = Evaluate(checkpoint="c", corpus="d", evaluations=[{"method": "probe", "label": "colour"}])
+    with pytest.raises(PretrainError, match="label 'colour' has 0 values"):
+        wrong.run(Job(tmp_path, inputs))
+
+
+def test_a_checkpoint_without_a_tokenizer_is_one_clear_error(tiny, prepared, tmp_path):
+    checkpoint.save(tiny(vocab_size=512), None, tmp_path / "c")
+    inputs = {"checkpoint": tmp_path / "c", "corpus": prepared / "corpus"}
+    for stage in (Evaluate(checkpoint="c", corpus="d"), Decode(checkpoint="c", prompts=["a"])):
+        with pytest.raises(PretrainError, match="has no tokenizer; accepted: one with tokenizer.json"):
+            stage.run(Job(tmp_path, inputs))
+
+
+class Echo(Decoding):
+    """Continues with the token 5."""
+
+    name = "echo"
+
+    def generate(self, model, input_ids_BL, *, max_new_tokens=64, eos=None, pad=0):
+        return torch.cat([input_ids_BL, torch.full((1, max_new_tokens), 5)], dim=1)
+
+
+class Dice(Decoding):
+    """Notes what it is asked to sample with."""
+
+    name, samples = "dice", True
+
+    def generate(self, model, input_ids_BL, *, temperature, top_p, **more):
+        self.asked = (temperature, top_p)
+        return input_ids_BL
+
+
+def test_a_method_is_given_the_temperature_or_refuses_it(tiny, prepared):
+    model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    ours = {"checkpoint": "c", "prompts": ["a"], "method": Echo()}
+    sample = continue_prompt(model, tokenizer, "a", method=Decode(**ours).method, max_new_tokens=3)
+    assert sample["tokens"] == 3 and sample["method"] == "echo"
+    Decode(**ours, temperature=0.0, top_p=1.0)
+    for more in ({"temperature": 0.8}, {"top_p": 0.9}):
+        with pytest.raises(ValidationError, match="'echo' does not sample; accepted: temperature 0 and no top_p"):
+            Decode(**ours, **more)
+        with pytest.raises(PretrainError, match="'echo' does not sample"):
+            continue_prompt(model, tokenizer, "a", method=Echo(), **more)
+    dice = Dice()
+    for more, expected in (({}, (0.8, 0.95)), ({"temperature": 0.3}, (0.3, 0.95)), ({"top_p": 0.5}, (0.8, 0.5))):
+        continue_prompt(model, tokenizer, "a", method=dice, **more)
+        assert dice.asked == expected
+
+
+def test_greedy_decoding_is_the_likeliest_token_and_sampling_is_seeded(tiny, prepared):
+    model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    greedy = continue_prompt(model, tokenizer, "def ", temperature=0, max_new_tokens=4)
+    ids = [tokenizer.bos_token_id, *tokenizer("def ", add_special_tokens=False)["input_ids"]]
+    given = len(ids)
+    while len(ids) < given + greedy["tokens"]:
+        ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert greedy["continuation"] == tokenizer.decode(ids[given:], skip_special_tokens=True)
+    one, two, three = (continue_prompt(model, tokenizer, "def ", seed=s)["continuation"] for s in (0, 0, 1))
+    assert one == two != three
+
+
+def test_an_encoder_decoder_s_own_tokens_are_the_continuation(tiny, prepared):
+    model, tokenizer = tiny("t5", vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    sample = continue_prompt(model, tokenizer, "def run(self, a, b, c):", temperature=0, max_new_tokens=6)
+    ids = [tokenizer.bos_token_id, *tokenizer("def run(self, a, b, c):", add_special_tokens=False)["input_ids"]]
+    plain = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=tokenizer.eos_token_id)
+    assert sample["tokens"] == plain.shape[1] - 1
+    assert sample["continuation"] == tokenizer.decode(plain[0, 1:], skip_special_tokens=True)
 
 
 def test_a_stride_that_would_skip_tokens_is_refused(tiny):
@@ -94,12 +272,10 @@ def test_compressors_give_what_the_programs_give(tmp_path, stories):
     documents = [d for d in stories if d["domain"] == "python"][:20]
     data = "".join(d["text"] for d in documents).encode()
     found = compressed_bits(documents)
-    assert (
-        found["xz -9e"]["python"]
-        == found["xz -9e"]["all"]
-        == 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)
-    )
+    expected = {"bits_per_byte": 8 * len(lzma.compress(data, preset=9 | lzma.PRESET_EXTREME)) / len(data)}
+    assert found["xz -9e"] == {"metrics": expected, "domains": {"python": expected}}
     for tool, flags in (("xz", "-9e"), ("zstd", "-19")):
         if shutil.which(tool):
             packed = subprocess.run([tool, flags, "-c"], input=data, capture_output=True, check=True).stdout
-            assert found[f"{tool} {flags}"]["all"] == pytest.approx(8 * len(packed) / len(data), rel=0.01)
+            bits = found[f"{tool} {flags}"]["metrics"]["bits_per_byte"]
+            assert bits == pytest.approx(8 * len(packed) / len(data), rel=0.01)

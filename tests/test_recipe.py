@@ -62,6 +62,29 @@ def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
         ("seed: 3", "sede: 3", r"r.yaml:2: unknown field 'sede' \(did you mean 'seed'\?\)"),
         ("seed: 3", "seed: 3\nseed: 4", r"r.yaml:3: 'seed' is given twice"),
         ("seed: 3", "seed: [3", r"r.yaml:\d+: not valid YAML"),
+        ("seed: 3", "seed: 3\nset: 5", r"r.yaml:3: set 5: accepted: a mapping from STAGE.field to a value"),
+        ("seed: 3", "seed: 3\nset: {corpus.sources.5: a}", r"r.yaml:3: set 'corpus.sources.5': '5' of a list; accepted: a number from 0 to 0"),
+        ("seed: 3", "seed: 3\nset: {model.length: -4}", r"r.yaml:3: model.length: -4: .*greater"),
+        ("name: small", "name: 5", r"r.yaml:1: name 5: accepted: letters"),
+        ("name: small", "output: 5", r"r.yaml:1: output 5: accepted: a folder's path"),
+        ("name: small", "? [a, b]\n: 5", r"r.yaml:1: a key that is a list or a mapping; accepted: a word"),
+        ("name: small", "5: small", r"r.yaml:1: unknown field 5; accepted: name"),
+        ("name: small", "name: 2026-13-45", r"r.yaml: not valid YAML: month must be in 1..12"),
+        ("stage: data", "stage: data\n    7: x", r"r.yaml:6: corpus: field 7: accepted: a word"),
+        ("stage: data", "stage: [data]", r"r.yaml:5: stages.0.stage: unknown stage \['data'\]"),
+        ("name: corpus", "name: 7", r"r.yaml:4: stages.0.name 7: accepted: .*as text"),
+        ("[stdlib]", "&s [*s]", r"r.yaml:6: stages.0.sources.0 holds itself"),
+        ("model: {family", "model: &m {x: *m, family", r"r.yaml:14: stages.2.model.x holds itself"),
+        ("lr: 1e-3", "lr: -1", r"r.yaml:15: model.optimizer: optimiser 'adamw': lr: -1.0: accepted: 0 or more"),
+        ("lr: 1e-3", "lr: .nan", r"r.yaml:15: model.optimizer: optimiser 'adamw': lr: nan: accepted: a finite number"),
+        ("lr: 1e-3", "lr: .inf", r"lr: inf: accepted: a finite number"),
+        ("lr: 1e-3", "beta2: 1.0", r"beta2: 1.0: accepted: from 0 to below 1"),
+        ("lr: 1e-3", "beta1: -0.1", r"beta1: -0.1: accepted: from 0 to below 1"),
+        ("lr: 1e-3", "eps: 0", r"eps: 0.0: accepted: above 0"),
+        ("lr: 1e-3", "weight_decay: -0.1", r"weight_decay: -0.1: accepted: 0 or more"),
+        ("tokens: 1e4", "tokens: .nan", r"tokens: nan: accepted: a finite number"),
+        ("vocab_size: 512", "vocab_size: 512\n    seed: -1", r"r.yaml:10: tokenizer.seed: -1"),
+        ("[stdlib]", "[{stdlib: true, limit: 0}]", r"r.yaml:6: corpus.sources.0: source 'stdlib': limit 0: accepted: 1 or more"),
         ("[stdlib]", "[]", r"r.yaml:6: corpus.sources: \[\]: .*at least 1"),
     ],
 )  # fmt: skip
@@ -99,6 +122,18 @@ def test_overrides_reach_into_stages_and_methods(tmp_path):
         ("model.lrr=1", "unknown field"),
         ("modle.length=4", r"no stage 'modle' \(did you mean 'model'\?\)"),
         ("length", "accepted: path.to.field=value"),
+        ("corpus.sources.5=a", r"--set 'corpus.sources.5': '5' of a list; accepted: a number from 0 to 0"),
+        ("corpus.sources.x.y=a", r"--set 'corpus.sources.x.y': 'x' of a list"),
+        ("corpus.validation.x.y=a", r"--set 'corpus.validation.x.y': 'y' is asked of|no fields|corpus.validation"),
+        ("model.length.x=a", r"model.length"),
+        ("stages=3", r"--set stages=3: stages 3: accepted: a list of at least one stage"),
+        ("stages.0=3", r"--set stages.0=3: stages.0: accepted: a mapping with stage"),
+        ("name=5", r"--set name=5: name 5: accepted: letters"),
+        ("output=5", r"--set output=5: output 5: accepted: a folder's path"),
+        ("set=5", r"--set 'set': accepted: one of name, seed, output, stages, or STAGE.field"),
+        ("model.optimizer.lr=-1", r"--set model.optimizer.lr=-1: model.optimizer: .*lr: -1"),
+        ("corpus.sources=&a [*a]", r"--set .*holds itself"),
+        ("model.model=[5", "is not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path, override, message):
@@ -115,6 +150,33 @@ def test_a_base_is_taken_over_and_changed(tmp_path):
     assert found.stages[2].optimizer.lr == 5e-4 and found.stages[1].vocab_size == 300
     with pytest.raises(PretrainError, match="leads back to itself"):
         recipe(tmp_path, "base: r.yaml\n")
+
+
+def test_a_mistake_in_a_base_names_that_file_and_its_line(tmp_path):
+    (tmp_path / "base.yaml").write_text(GOOD.replace("lr: 1e-3", "lr: fast"))
+    with pytest.raises(PretrainError, match=r"base.yaml:15: model.optimizer: .*'fast'"):
+        recipe(tmp_path, "# one\n# two\nbase: base.yaml\nname: other\n")
+    with pytest.raises(PretrainError, match=r"r.yaml:3: model.optimizer: .*'slow'"):
+        recipe(tmp_path, "base: base.yaml\nset:\n  model.optimizer.lr: slow\n")
+    with pytest.raises(PretrainError, match=r"r.yaml:2: name 5"):
+        recipe(tmp_path, "base: base.yaml\nname: 5\n")
+    with pytest.raises(PretrainError, match=r"r.yaml:1: base 'none.yaml': there is no .*none.yaml"):
+        recipe(tmp_path, "base: none.yaml\n")
+    (tmp_path / "base.yaml").write_text(GOOD + "x: 1\n")
+    with pytest.raises(PretrainError, match=r"base.yaml:17: unknown field 'x'"):
+        recipe(tmp_path, "base: base.yaml\n")
+
+
+def test_a_source_that_is_not_there_is_named_with_its_line_before_anything_runs(tmp_path):
+    from pretrain import engine
+
+    text = GOOD.replace("[stdlib]", f"\n      - stdlib\n      - {{files: {tmp_path / 'none'}}}")
+    with pytest.raises(PretrainError, match=r"r.yaml:8: corpus.sources.1: no files at"):
+        engine.plan(recipe(tmp_path, text))
+    text = GOOD.replace("[stdlib]", "[{packages: [numpi]}]")
+    with pytest.raises(PretrainError, match=r"r.yaml:6: corpus.sources.0: package 'numpi' \(did you mean 'numpy'\?\)"):
+        engine.run(recipe(tmp_path, text, f"output={tmp_path / 'out'}"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_recipe_is_named(tmp_path):

@@ -21,6 +21,10 @@ SMALL = {
                                   "model.length=64", "model.budget.steps=4", "samples.max_new_tokens=4"],
     "sparse-pretrain-dense-finetune": ["sparse.model.hidden_size=32", "sparse.model.intermediate_size=48", "sparse.model.num_hidden_layers=1", "dense.mixture={py: 1.0}",
                                        "sparse.model.num_attention_heads=2", "sparse.length=64", "sparse.budget.steps=4", "dense.length=64", "dense.budget.steps=4"],
+    "domain-continued-pretraining": ["general.model.hidden_size=32", "general.model.intermediate_size=48", "general.model.num_hidden_layers=1", "general.length=64",
+                                     "general.model.num_attention_heads=2", "general.budget.steps=4", "general.mixture={py: 1.0}", "continued.length=64",
+                                     "continued.budget.steps=4", "continued.policies.0.domain=txt", "continued.policies.0.replay={py: 1.0}",
+                                     "subset.sources=[{files: TEXT}]", "subset.validation=0.1", "subset.test=0.1", "subset.operations.0.domain=txt"],
     "grow": ["small.model.hidden_size=32", "small.model.intermediate_size=48", "small.model.num_attention_heads=2", "small.length=64", "small.budget.steps=4",
              "grown.length=64", "grown.budget.steps=4"],
 }  # fmt: skip
@@ -30,7 +34,8 @@ SMALL = {
 def text(tmp_path_factory, stories):
     folder = tmp_path_factory.mktemp("text")
     for number, story in enumerate(stories):
-        (folder / f"{number}.py").write_text(story["text"])
+        suffix = "txt" if story["domain"] == "docstrings" else "py"
+        (folder / f"{number}.{suffix}").write_text(story["text"])
     return folder
 
 
@@ -42,11 +47,12 @@ def test_it_runs_from_end_to_end(tmp_path, text, name):
         "corpus.test=0.1",
         "tokenizer.vocab_size=600",
     ]
-    result = engine.run(load(RECIPES / f"{name}.yaml", shared + SMALL[name], tmp_path), say=lambda text: None)
+    small = [given.replace("TEXT", str(text)) for given in SMALL[name]]
+    result = engine.run(load(RECIPES / f"{name}.yaml", shared + small, tmp_path), say=lambda text: None)
     assert result.report.exists()
     for stage in result.stages.values():
         assert all(math.isfinite(v) for v in stage["metrics"].values() if isinstance(v, float))
-    for stage in load(RECIPES / f"{name}.yaml", shared + SMALL[name]).stages:
+    for stage in load(RECIPES / f"{name}.yaml", shared + small).stages:
         if stage.stage == "train":
             lines = [json.loads(line) for line in (tmp_path / stage.name / "log.jsonl").read_text().splitlines()]
             assert any(row["event"] == "evaluation" and row["metrics"]["loss"] > 0 for row in lines)

@@ -5,26 +5,51 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from itertools import pairwise
 
 import pytest
 
 from pretrain.core.errors import PretrainError
-from pretrain.report import collect, write
+from pretrain.report import collect, plots, thin, write
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NASTY = "</script><script>window.broken = 1</script><b>& bold"
 
 
+def rows(count, *, bits=True, every=20):
+    for i in range(1, count + 1):
+        base = {"step": i, "tokens": 100 * i, "flops": 1e9 * i, "seconds": 0.5 * i}
+        own = {"loss": 5 / i**0.3, "bits_per_byte": 3 / i**0.3 if bits else None}
+        more = {"parts": {}, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 200.0, "mfu": 0.4, "memory_bytes": 1}
+        yield {"event": "step"} | base | own | more
+        if i % every == 0:
+            found = {"loss": 5 / i**0.3} | ({"bits_per_byte": 3.1 / i**0.3} if bits else {})
+            yield {"event": "evaluation", "metrics": found} | base
+
+
+def put(path, value):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
 def example(folder, *, evaluated=True, trained=True):
-    stages = [
-        {"name": n, "stage": s, "folder": n, "address": "0123456789", "status": "done"}
-        for n, s in (("data", "data"), ("model", "train"), ("test", "evaluate"), ("say", "decode"))
-    ]
-    folder.mkdir(exist_ok=True)
-    (folder / "run.json").write_text(json.dumps({"name": NASTY, "recipe": "r.yaml", "seed": 0, "stages": stages}))
-    (folder / "recipe.yaml").write_text(f"name: {NASTY}\n")
-    for stage in stages:
-        (folder / stage["name"]).mkdir(exist_ok=True)
+    kinds = {
+        "data": "data",
+        "model": "train",
+        "encoder": "train",
+        "test": "evaluate",
+        "more": "evaluate",
+        "say": "decode",
+    }
+    stages = [{"name": n, "stage": s, "folder": n, "address": "0123456789", "status": "done"} for n, s in kinds.items()]
+    put(folder / "run.json", {"name": NASTY, "recipe": "r.yaml", "seed": 0, "stages": stages})
+    put(folder / "recipe.yaml", f"name: {NASTY}\nstages:\n- {{name: encoder, stage: train, objective: masked_lm}}\n")
+    domains = {
+        "train": {NASTY: {"documents": 1200, "bytes": 5_000_000}},
+        "test": {NASTY: {"documents": 3, "bytes": 12}},
+    }
+    removed = {"exact": 4, "near": 5}
+    put(folder / "data" / "corpus" / "corpus.json", {"domains": domains, "removed": removed, "fingerprint": "f" * 64})
     record = {
         "seconds": 75.0,
         "flops": 3e12,
@@ -32,53 +57,33 @@ def example(folder, *, evaluated=True, trained=True):
         "metrics": {"loss": 2.0},
         "environment": {"cpu": "x"},
         "methods": {"adamw": "1"},
+        "inputs": {"corpus": "data"},
+        "config": {"objective": {"method": "causal_lm"}, "objectives": []},
     }
-    (folder / "model" / "stage.json").write_text(json.dumps(record))
+    put(folder / "model" / "stage.json", record)
+    lineage = {"stages": [{"name": "data"}], "data": "d" * 64, "tokens": 7900, "flops": 3e12}
+    put(folder / "model" / "checkpoint" / "pretrain.json", {"lineage": lineage})
     if trained:
-        rows = []
-        for i in range(1, 80):
-            base = {"step": i, "tokens": 100 * i, "flops": 1e9 * i, "seconds": 0.5 * i}
-            rows.append(
-                base
-                | {
-                    "event": "step",
-                    "loss": 5 / i**0.3,
-                    "parts": {},
-                    "bits_per_byte": 3 / i**0.3,
-                    "grad_norm": 1.0,
-                    "lr": 1e-3,
-                    "tokens_per_second": 200.0,
-                    "mfu": 0.4,
-                    "memory_bytes": 1,
-                }
-            )
-            if i % 20 == 0:
-                rows.append(
-                    base | {"event": "evaluation", "metrics": {"loss": 5 / i**0.3, "bits_per_byte": 3.1 / i**0.3}}
-                )
-        (folder / "model" / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"event": "st')
+        put(folder / "model" / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows(79)) + '{"event": "st')
+        put(folder / "encoder" / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows(30, bits=False, every=10)))
     if evaluated:
         evaluation = {
-            "metrics": {
-                "loss": 2.0,
-                "perplexity": 7.4,
-                "bits_per_byte": 1.5,
-                "bits_per_byte/a": 1.4,
-                "bits_per_byte/b": 1.6,
-            },
+            "metrics": {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5},
+            "domains": {"a": {"bits_per_byte": 1.4, "loss": 1}, "all": {"bits_per_byte": 1.6, "loss": 2}},
             "intervals": {"bits_per_byte": [1.4, 1.6]},
-            "compressors": {"xz -9e": {"all": 1.7, "a": 1.6, "b": 1.8}},
+            "compressors": {"xz -9e": {"metrics": {"bits_per_byte": 1.7}, "domains": {"a": {"bits_per_byte": 1.6}}}},
+            "documents": 9,
         }
-        (folder / "test" / "evaluation.json").write_text(json.dumps(evaluation))
-        (folder / "say" / "samples.json").write_text(
-            json.dumps({"samples": [{"prompt": NASTY, "continuation": NASTY}]})
-        )
+        put(folder / "test" / "evaluation.json", evaluation)
+        probe = {"probe_accuracy": 0.9, "probe_majority": 0.5, "ndcg@10": 0.25}
+        put(folder / "more" / "evaluation.json", evaluation | {"metrics": evaluation["metrics"] | probe})
+        put(folder / "say" / "samples.json", {"samples": [{"prompt": NASTY, "continuation": NASTY}]})
     return folder
 
 
 def test_corpus_and_model_text_cannot_break_out(tmp_path):
     page = write(example(tmp_path / "r")).read_text()
-    assert NASTY not in page and page.count("&lt;/script&gt;") >= 3
+    assert NASTY not in page and page.count("&lt;/script&gt;") >= 4
     assert "http" not in page[: page.index('<script type="application/json"')]
 
 
@@ -86,13 +91,59 @@ def test_all_that_a_run_left_is_collected(tmp_path):
     data = collect(example(tmp_path / "r"))
     training = data["trainings"][0]
     assert len(training["step"]["loss"]) == 79 and training["evaluation"]["tokens"] == [2000, 4000, 6000]
-    assert data["bars"][0]["series"] == {"model": [1.5, 1.4, 1.6], "xz -9e": [1.7, 1.6, 1.8]}
+    assert [t["objective"] for t in data["trainings"]] == [["causal_lm"], ["masked_lm"]]
+    (chart,) = data["bars"]
+    assert chart["domains"] == ["a", "all"] and [m["name"] for m in chart["models"]] == ["test", "more"]
+    assert chart["models"][0] | {"all": 1.5, "values": [1.4, 1.6], "interval": [1.4, 1.6]} == chart["models"][0]
+    assert chart["tools"] == [{"name": "xz -9e", "all": 1.7, "values": [1.6, None]}]
+
+
+def test_losses_of_different_units_have_plots_of_their_own(tmp_path):
+    found = collect(example(tmp_path / "r"))["plots"]
+    assert [plot["unit"] for plot in found] == ["bits per byte", "loss of masked_lm (nats)"]
+    assert found[0]["curves"] == [
+        {"training": 0, "part": "step", "column": "bits_per_byte"},
+        {"training": 0, "part": "evaluation", "column": "bits_per_byte"},
+    ]
+    assert {curve["training"] for curve in found[1]["curves"]} == {1}
+    empty = {"loss": [], "bits_per_byte": []}
+    mixed = {"step": {"loss": [4.0], "bits_per_byte": [None]}, "evaluation": {"loss": [3.0], "bits_per_byte": [2.0]}}
+    found = plots([mixed | {"objective": ["ul2", "electra"]}, {"step": empty, "evaluation": empty, "objective": ["x"]}])
+    assert [plot["unit"] for plot in found] == ["loss of ul2 + electra (nats)", "bits per byte"]
+
+
+@pytest.mark.parametrize("count", [0, 1, 1499, 1500, 1501, 2999, 3001, 10_007])
+def test_thinning_keeps_the_last_row_and_even_steps(count):
+    kept = thin(list(range(count)))
+    assert len(kept) <= 1500 and kept[-1:] == list(range(count))[-1:]
+    assert len({b - a for a, b in pairwise(kept)}) <= 1 and len(kept) > min(count, 1500) / 2 - 1
+
+
+def test_the_page_tells_of_the_corpus_the_lineage_and_each_metric(tmp_path):
+    page = write(example(tmp_path / "r")).read_text()
+    for cell in ("1,200 · 5 MB", "3 · 12 B", "model/checkpoint", "7.9 k tokens, 3 T FLOPs", "d" * 12, "data → model"):
+        assert f"<td>{cell}</td>" in page
+    assert "<td>probe_accuracy</td><td>0.9</td>" in page and "<td>1.5</td><td>1.4 to 1.6</td>" in page
+    assert "4 exact copies, 5 of the training documents" in page
+
+
+def test_odd_files_of_a_run_are_shown_as_far_as_they_go(tmp_path):
+    folder = example(tmp_path / "r")
+    old = {
+        "metrics": {"bits_per_byte": 1.5, "bits_per_byte/a": 1.4},
+        "compressors": {"xz -9e": {"all": 1.7}, "zstd": {}},
+    }
+    put(folder / "test" / "evaluation.json", old)
+    put(folder / "say" / "samples.json", {"samples": [{"prompt": "half \ud83d", "continuation": "\udc00"}]})
+    put(folder / "data" / "corpus" / "corpus.json", {"documents": {}})
+    page = write(folder).read_text(encoding="utf-8")
+    assert "half \ufffd</mark>\ufffd" in page
 
 
 @pytest.mark.parametrize(("evaluated", "trained"), [(False, True), (False, False)])
 def test_an_unfinished_run_gives_a_report_of_what_there_is(tmp_path, evaluated, trained):
     page = write(example(tmp_path / "r", evaluated=evaluated, trained=trained)).read_text()
-    assert ('id="loss"' in page) == trained and 'id="bars"' not in page
+    assert ('id="loss-0"' in page) == trained and 'id="bars-0"' not in page
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
@@ -121,17 +172,25 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("#bars .bars .point")
+        page.wait_for_selector("#bars-0 .bars .point")
         for button in ("flops", "seconds", "tokens"):
             page.click(f"button[data-axis={button}]")
-            page.wait_for_selector("#loss .scatterlayer .trace path.js-line")
-            assert page.locator("#loss .xtitle").text_content().lower().startswith(button[:5])
+            page.wait_for_selector("#loss-1 .scatterlayer .trace path.js-line")
+            assert page.locator("#loss-0 .xtitle").text_content().lower().startswith(button[:5])
         sizes = page.eval_on_selector_all(
             ".chart", "all => all.map(e => [e.id, e.clientWidth, e.clientHeight, e.querySelectorAll('path').length])"
         )
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
         broken = page.evaluate("window.broken")
+        lines = page.eval_on_selector_all(
+            "#loss-0 .scatterlayer path.js-line", "all => all.map(e => getComputedStyle(e).stroke)"
+        )
+        labels = page.eval_on_selector_all("#bars-0 .bartext", "all => all.map(e => e.getBoundingClientRect().height)")
         browser.close()
-    assert {s[0] for s in sizes} == {"loss", "rate", "speed", "bars"} and all(min(s[1:]) > 3 for s in sizes)
+    assert len(lines) == 3 and len(set(lines)) == 1  # the held-out curve has its training's colour
+    assert len(labels) == 8 and min(labels) >= 10
+    assert {s[0] for s in sizes} == {"loss-0", "loss-1", "rate", "norm", "speed", "mfu", "bars-0"} and all(
+        min(s[1:]) > 3 for s in sizes
+    )
     assert problems == [] and [u for u in requests if not u.startswith(("file:", "data:"))] == []
     assert overflow == 0 and broken is None

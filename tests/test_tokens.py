@@ -267,3 +267,37 @@ def test_a_damaged_plan_is_made_anew(prepared, tmp_path):
     path = tmp_path / "train" / "rows-48" / "document_P.npy"
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert np.array_equal(plan_for(shards, 48).document_P, whole)
+
+
+def test_two_runs_that_tokenise_the_same_at_once_do_it_once(tmp_path, prepared, monkeypatch):
+    import threading
+    import time
+
+    from pretrain.corpus import shards as module
+
+    written, write = [], module._write
+
+    def slow(work, corpus, split, *rest):
+        written.append(split)
+        time.sleep(0.1)
+        write(work, corpus, split, *rest)
+
+    monkeypatch.setattr(module, "_write", slow)
+    found = []
+
+    def go():
+        tokenizer = load_tokenizer(prepared / "tokenizer")
+        found.append(tokenise(Corpus(prepared / "corpus"), tokenizer, tmp_path / "t"))
+
+    threads = [threading.Thread(target=go) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(written) == ["test", "train", "validation"] and len(found) == 3
+    assert len({one["train"].tokens for one in found}) == 1
+
+
+def test_a_negative_seed_is_refused(prepared):
+    with pytest.raises(PretrainError, match="seed -1: accepted: 0 or more"):
+        loader(prepared, seed=-1)

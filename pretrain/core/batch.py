@@ -102,8 +102,10 @@ class Context:
 
 
 def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
-    """`tokens_BL`, `document_BL` (piece number from 1, 0 on padding), `position_BL` (restarts at each piece), and each
-    row's `domain_B` and `row_B`, all int64; positions count on in the padding, which is a piece of its own."""
+    """`tokens_BL`, `document_BL` (piece number from 1, 0 on padding) and `position_BL` (restarts at each piece), int64.
+
+    Positions count on in the padding, which is a piece of its own.
+    """
     tokens_BL = np.full((len(rows), length), pad, dtype=np.int64)
     document_BL = np.zeros((len(rows), length), dtype=np.int64)
     position_BL = np.zeros((len(rows), length), dtype=np.int64)
@@ -117,8 +119,6 @@ def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
         "tokens_BL": torch.from_numpy(tokens_BL),
         "document_BL": torch.from_numpy(document_BL),
         "position_BL": torch.from_numpy(position_BL),
-        "domain_B": torch.tensor([row.domain for row in rows]),
-        "row_B": torch.tensor([row.index for row in rows]),
     }
 
 

@@ -25,6 +25,9 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.families import FAMILIES
 from pretrain.core.files import atomic_folder, file_digest, read_json, write_json
+from pretrain.core.folders import checkpoint_of as checkpoint_of
+from pretrain.core.folders import corpus_of as corpus_of
+from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import method_class
 
 transformers.utils.logging.disable_progress_bar()
@@ -41,7 +44,9 @@ PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 def record(model: PreTrainedModel, method: Method) -> None:
     """Note on the model a surgery whose `restore` must be run before the weights are loaded."""
-    entry = {"method": method.name, "config": dataclasses.asdict(method)}  # type: ignore[call-overload]
+    config = dataclasses.asdict(method)  # type: ignore[call-overload]
+    blank = {name.partition(".")[0]: "" for name in method.references()}  # what it learnt from is in the lineage
+    entry = {"method": method.name, "config": config | blank}
     model.pretrain_surgery = [*surgery_of(model), entry]  # type: ignore[assignment]
 
 

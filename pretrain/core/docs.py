@@ -6,13 +6,13 @@ One page for each kind of method, and one table of all. Nothing in them is writt
 from __future__ import annotations
 
 import sys
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
 from pretrain.core.files import write_text
-from pretrain.core.method import KINDS, PACKAGE, MethodInfo, method_class, methods
+from pretrain.core.method import KINDS, PACKAGE, MethodInfo, default_of, method_class, methods
 
 HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
 
@@ -49,9 +49,8 @@ def _entry(row: MethodInfo) -> str:
     if fields(cls):
         lines += ["| field | type | default |", "|---|---|---|"]
         for item in fields(cls):
-            default = (
-                "required" if item.default is MISSING and item.default_factory is MISSING else f"`{item.default!r}`"
-            )
+            default = default_of(item).replace("|", "\\|")
+            default = default if default == "required" else f"`{default}`"
             lines.append(f"| `{item.name}` | `{str(item.type).replace('|', 'or')}` | {default} |")
         lines.append("")
     return "\n".join(lines)

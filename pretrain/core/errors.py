@@ -7,7 +7,14 @@ from collections.abc import Iterable
 
 
 class PretrainError(Exception):
-    """A mistake that the user can mend: the message names the thing, its value and what is accepted."""
+    """A mistake that the user can mend: the message names the thing, its value and what is accepted.
+
+    `place` says where in a stage of a recipe it is, where that is known: `("sources", 1)`.
+    """
+
+    def __init__(self, message: str = "", *, place: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.place = place
 
 
 def nearest(word: str, accepted: Iterable[str]) -> str:

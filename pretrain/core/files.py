@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,24 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def locked(path: Path, blocked: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock file, which the system frees when a process dies; `blocked` is called before waiting for another."""
+    path = Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = path.open("w")
+    except OSError as error:
+        raise PretrainError(f"cannot write {path}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            blocked()
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def sweep(folder: Path) -> None:
     """Remove the temporary folders that killed processes left in `folder`."""
     for path in Path(folder).glob(".tmp-*"):
@@ -76,8 +95,8 @@ def sweep(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically (temporary name, fsync, rename)."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False) as f:
             try:
                 f.write(text)

@@ -3,6 +3,9 @@
 A multiply-add counts as two operations, as everywhere in the field. Matrix products, convolutions and attention are
 counted, forward, backward, recomputed and of auxiliary models; elementwise work is not. The count of a step depends on
 its shapes only, so it is taken once for each shape, while a real step runs, and then remembered.
+
+A method may leave work out that this machine does all the same: products with the zeros of a sparse matrix. What a
+step spends on each of such matrices is counted apart, so that the share that is zero can be taken off.
 """
 
 from __future__ import annotations
@@ -10,11 +13,14 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch.utils.module_tracker import ModuleTracker
 
 T = TypeVar("T")
 
@@ -48,19 +54,59 @@ def count_flops(work: Callable[[], T]) -> tuple[T, int]:
     return result, int(counter.get_total_flops())
 
 
+@contextmanager
+def matrix_products(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]:
+    """While open, counts the FLOPs of each linear layer's matrix products, forward and backward, by the layer's name.
+
+    A call on N rows costs 2 N · |W|, the gradient of its input as much, and that of its weight as much again. What
+    activation checkpointing recomputes is a call without gradients of its own.
+    """
+    spent, recomputed = dict.fromkeys(layers, 0), ModuleTracker()
+    handles = []
+    for name, layer in layers.items():
+
+        def count(layer: nn.Module, inputs: tuple[Any, ...], _: Any, name: str = name) -> None:
+            x, weight = inputs[0], layer.weight
+            products = 1
+            if torch.is_grad_enabled() and not recomputed.is_bw:
+                products += x.requires_grad + weight.requires_grad
+            spent[name] += products * 2 * x.numel() // x.shape[-1] * weight.numel()
+
+        handles.append(layer.register_forward_hook(count))
+    try:
+        yield spent
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class Meter:
-    """FLOPs by shape. `counts` is JSON-like and is saved with the training state, so a resumed run never recounts."""
+    """FLOPs by shape: of all work, and of the linear layers whose zeros a method takes off.
 
-    def __init__(self, counts: dict[str, int] | None = None) -> None:
+    Both are JSON-like and are saved with the training state, so a resumed run never recounts.
+    """
+
+    def __init__(self, counts: dict[str, int] | None = None, products: dict[str, dict[str, int]] | None = None) -> None:
         self.counts: dict[str, int] = dict(counts or {})
+        self.products: dict[str, dict[str, int]] = dict(products or {})
 
-    def run(self, key: Hashable, work: Callable[[], T]) -> tuple[T, int]:
-        """Run `work`, counting its FLOPs the first time that `key` is met; returns its result and its FLOPs."""
+    def run(self, key: Hashable, work: Callable[[], T], layers: Mapping[str, nn.Module] | None = None) -> tuple[T, int]:
+        """Run `work`, counting its FLOPs the first time that `key` is met; returns its result and its FLOPs.
+
+        Those of `layers` are counted apart, for `skipped`.
+        """
         name = str(key)
-        if name in self.counts:
+        if name in self.counts and (not layers or name in self.products):
             return work(), self.counts[name]
-        result, self.counts[name] = count_flops(work)
+        with matrix_products(layers or {}) as products:
+            result, self.counts[name] = count_flops(work)
+        if layers:
+            self.products[name] = products
         return result, self.counts[name]
+
+    def skipped(self, key: Hashable, zeros: Mapping[str, float]) -> int:
+        """How many FLOPs of the work `key` are products with zeros, by the share of zeros in each layer's weight."""
+        return int(sum(share * self.products[str(key)][layer] for layer, share in zeros.items()))
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

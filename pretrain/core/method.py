@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib
 import re
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import digest
@@ -36,6 +36,19 @@ _TITLE = re.compile(r"(?P<title>.+?) \((?:arXiv:(?P<arxiv>[\w./-]+)|(?P<venue>[^
 _FAMILIES = re.compile(r"^    families: ClassVar\[.+?\] = \((?P<names>[^)]*)\)", re.MULTILINE)
 
 
+class _RefMark:
+    """Marks the fields that name an earlier stage or a path."""
+
+
+REF = _RefMark()
+Ref = Annotated[str, REF]
+
+
+def is_ref(annotation: Any) -> bool:
+    """Whether a type is `Ref`, or holds it: `Ref | None`, `tuple[Ref, ...]`."""
+    return REF in getattr(annotation, "__metadata__", ()) or any(map(is_ref, get_args(annotation)))
+
+
 class Method:
     """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
 
@@ -45,6 +58,34 @@ class Method:
     def name(self) -> str:
         """The method's name in recipes: that of its file."""
         return type(self).__module__.rpartition(".")[2]
+
+    def references(self) -> dict[str, str]:
+        """What the fields of type `Ref` name, by field (`teacher`) or by field and number (`teachers.0`)."""
+        found: dict[str, str] = {}
+        for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                found |= {f"{name}.{number}": one for number, one in enumerate(value) if one}
+            elif value:
+                found[name] = value
+        return found
+
+    def pointing_to(self, places: dict[str, str]) -> Any:
+        """The method with other values for its references, by the names that `references` gives them."""
+        changed: dict[str, Any] = {}
+        for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
+            value = getattr(self, name)
+            if isinstance(value, list | tuple):
+                changed[name] = tuple(places.get(f"{name}.{number}", one) for number, one in enumerate(value))
+            elif value:
+                changed[name] = places.get(name, value)
+        return replace(self, **changed) if changed else self  # type: ignore[type-var]
+
+
+@cache
+def _ref_fields(cls: Any) -> tuple[str, ...]:
+    hints = get_type_hints(cls, include_extras=True)
+    return tuple(item.name for item in fields(cls) if is_ref(hints[item.name]))
 
 
 @dataclass(frozen=True)
@@ -119,6 +160,13 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
     """Import one method's class."""
     found = info(name, kind)
     return getattr(importlib.import_module(found.module), found.cls)
+
+
+def default_of(item: Field[Any]) -> str:
+    """A field's default as text."""
+    if item.default is not MISSING:
+        return repr(item.default)
+    return "required" if item.default_factory is MISSING else repr(item.default_factory())
 
 
 def code_version(name: str) -> str:

@@ -48,6 +48,8 @@ class Loader:
         workers: int = 0,
         mixture: dict[str, float] | None = None,
     ) -> None:
+        if seed < 0:
+            raise PretrainError(f"seed {seed}: accepted: 0 or more")
         self.shards, self.objectives, self.vocabulary = shards, list(objectives), vocabulary
         self.length, self.batch_rows, self.seed, self.rank, self.world = length, batch_rows, seed, rank, world
         self.micro_rows = micro_rows or max(1, batch_rows // world)
@@ -64,6 +66,7 @@ class Loader:
         self._pool = ThreadPoolExecutor(max(1, workers))
         self._ahead = workers > 0
         self._order = lru_cache(maxsize=2 * len(shards.domain_names) + 2)(self._make_order)
+        self._of_domain: dict[str, NDArray[np.int64]] = {}
         self._mixture: dict[str, float] | None = None
         self.mixture = mixture
 
@@ -85,9 +88,20 @@ class Loader:
             if total <= 0:
                 raise PretrainError("mixture: all weights are 0; accepted: at least one above 0")
             weights = {name: weight / total for name, weight in sorted(weights.items())}
-        if weights != self._mixture and self._pending:
-            self.taken, self._pending = self._pending[0][1], deque()  # what was fetched ahead is fetched anew
+        if weights != self._mixture:
+            self._drop_pending()
         self._mixture = weights
+
+    def restrict(self, domain: str, rows: int) -> None:
+        """From the next step on, a mixture draws only the first `rows` rows of a domain, in the order of this seed."""
+        self._drop_pending()
+        self._of_domain[domain] = np.asarray(self._rows(domain))[self._make_order(domain, 0)[:rows]]
+        self._order.cache_clear()
+
+    def _drop_pending(self) -> None:
+        """What was fetched ahead is fetched anew."""
+        if self._pending:
+            self.taken, self._pending = self._pending[0][1], deque()
 
     def step(self, step: int, progress: float) -> list[list[Batch]]:
         """This process's micro-batches of a step, each one batch an objective; steps are taken in order."""
@@ -142,10 +156,8 @@ class Loader:
     def _rows(self, stream: str) -> NDArray[np.int64] | range:
         if stream == ALL:
             return range(len(self.plan))
-        if not hasattr(self, "_of_domain"):
-            self._of_domain: dict[str, NDArray[np.int64]] = {
-                name: self.plan.rows_of_domain(d) for d, name in enumerate(self.shards.domain_names)
-            }
+        if stream not in self._of_domain:
+            self._of_domain[stream] = self.plan.rows_of_domain(self.shards.domain_names.index(stream))
         return self._of_domain[stream]
 
     def _make_order(self, stream: str, epoch: int) -> NDArray[np.int64]:
@@ -157,7 +169,7 @@ class Loader:
         facts = {
             "tokens": torch.tensor(sum(len(row.tokens_L) for row in rows)),
             "domain_B": torch.tensor([row.domain for row in rows]),
-            "row_B": torch.tensor(numbers),
+            "row_B": torch.tensor([row.index for row in rows]),
         }
         batches = []
         for index, objective in enumerate(self.objectives):

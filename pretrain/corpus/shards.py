@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import atomic_folder, digest, file_digest, read_json, write_json
+from pretrain.core.files import atomic_folder, digest, file_digest, locked, read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,22 +86,11 @@ class Shards:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes when the tokenizer would tokenise otherwise."""
-    backend = _plain_backend(tokenizer)
+    from pretrain.corpus.tokenizers import plain_backend
+
+    backend = plain_backend(tokenizer)
     facts = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
     return digest([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id])
-
-
-def _plain_backend(tokenizer: PreTrainedTokenizerBase) -> Any:
-    """A copy of the `tokenizers` object that neither cuts nor pads, and reads special tokens in a text as text."""
-    from tokenizers import Tokenizer
-
-    if getattr(tokenizer, "backend_tokenizer", None) is None:
-        return None
-    backend = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return backend
 
 
 def tokenise(
@@ -119,34 +108,38 @@ def tokenise(
     from pretrain.core.batch import Vocabulary
 
     wanted = {"corpus": corpus.info["fingerprint"], "tokenizer": tokenizer_fingerprint(tokenizer)}
-    vocabulary = Vocabulary.of(tokenizer)
-    for split in splits:
+
+    def missing(split: str) -> bool:
         info = folder / split / "tokens.json"
-        if info.exists() and {k: read_json(info).get(k) for k in wanted} == wanted:
-            if verify:
-                Shards(folder / split).verify()
-            continue
-        with atomic_folder(folder / split) as work:
-            _write(work, corpus, split, tokenizer, vocabulary, wanted)
-    return {split: Shards(folder / split) for split in splits}
+        return not info.exists() or {k: read_json(info).get(k) for k in wanted} != wanted
+
+    here = [split for split in splits if not missing(split)]
+    if len(here) < len(splits):
+        with locked(folder / ".lock"):  # another run may be at the same: what it has made is taken
+            for split in filter(missing, splits):
+                with atomic_folder(folder / split) as work:
+                    _write(work, corpus, split, tokenizer, Vocabulary.of(tokenizer), wanted)
+    shards = {split: Shards(folder / split) for split in splits}
+    for split in here if verify else ():
+        shards[split].verify()
+    return shards
 
 
 def _write(
     work: Path, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Any, facts: dict[str, Any]
 ) -> None:
     """Write one split. One thread encodes (outside of Python's lock, on all cores) while this one reads and writes."""
+    from pretrain.corpus.tokenizers import encode_plain, plain_backend
+
     dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
     before, after = (np.array([] if end is None else [end], dtype) for end in (vocabulary.bos, vocabulary.eos))
     names = corpus.domains
     number = {name: i for i, name in enumerate(names)}
     lengths, domains, sizes, checksum = [], [], [], hashlib.sha256()
-    backend = _plain_backend(tokenizer)
+    backend = plain_backend(tokenizer)
 
     def encode(documents: list[dict[str, Any]]) -> list[Any]:
-        texts = [d["text"] for d in documents]
-        if backend is None:
-            return tokenizer(texts, add_special_tokens=False)["input_ids"]
-        return backend.encode_batch_fast(texts, add_special_tokens=False)
+        return encode_plain(backend, tokenizer, [d["text"] for d in documents])
 
     with (work / "tokens.bin").open("wb") as out, ThreadPoolExecutor(1) as pool:
         stream = _batches(corpus.documents(split))

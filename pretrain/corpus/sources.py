@@ -1,4 +1,4 @@
-"""Where documents come from: files, data sets, Python's standard library, Debian's documentation.
+"""Where documents come from: files, data sets, Python's standard library and packages, Debian's documentation.
 
 A source is a frozen dataclass; `read(source)` yields documents, `{"text", "domain", "id"}` and what other columns a
 data set has (`group`: documents that must stay on one side of the split); `fingerprint(source)` changes when the source
@@ -8,24 +8,25 @@ and counted.
 
 from __future__ import annotations
 
-import ast
 import gzip
 import io
 import json
 import re
 import sys
-import sysconfig
-import tokenize
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import digest
+from pretrain.corpus import modules
+from pretrain.corpus.roff import unroff
 
 Document = dict[str, Any]
+T = TypeVar("T")
+HIDDEN = {".git", ".hg", ".venv", "__pycache__", "node_modules"}
+MADE = ("run.json", "CACHEDIR.TAG")  # what lies beside these is a run's output or a cache, and no source
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".log")
 
 
@@ -55,6 +56,9 @@ class HubDataset:
     domain: str | None = None
     limit: int | None = None  # read at most so many documents
 
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
 
 @dataclass(frozen=True)
 class PythonStdlib:
@@ -63,6 +67,27 @@ class PythonStdlib:
     stdlib: bool = True
     docstrings: bool = True
     tests: bool = False  # the library's own tests, two thirds of its text
+    limit: int | None = None  # at most so many modules, from the whole library alike
+
+    def __post_init__(self) -> None:
+        _check_limit(self.limit)
+
+
+@dataclass(frozen=True)
+class Packages:
+    """Installed Python packages, by the names that they are imported by: their modules, the package as the domain.
+
+    Nothing is imported. A document's id is its path from the package's name on.
+    """
+
+    packages: tuple[str, ...]
+    tests: bool = False
+    limit: int | None = None  # at most so many modules of each package, from the whole of it alike
+
+    def __post_init__(self) -> None:
+        if not self.packages:
+            raise PretrainError("packages: accepted: at least one name")
+        _check_limit(self.limit)
 
 
 @dataclass(frozen=True)
@@ -74,7 +99,19 @@ class DebianDocs:
     man: str = "/usr/share/man"
 
 
-Source = Files | HubDataset | PythonStdlib | DebianDocs
+Source = Files | HubDataset | PythonStdlib | Packages | DebianDocs
+
+
+def _check_limit(limit: int | None) -> None:
+    if limit is not None and limit < 1:
+        raise PretrainError(f"limit {limit}: accepted: 1 or more, or null for all")
+
+
+def evenly(items: Sequence[T], limit: int | None) -> list[T]:
+    """At most `limit` of the items, from their whole length alike, in their order."""
+    if limit is None or len(items) <= limit:
+        return list(items)
+    return [items[number * len(items) // limit] for number in range(limit)]
 
 
 class Skipped:
@@ -97,6 +134,8 @@ def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
         yield from _read_dataset(source, skipped)
     elif isinstance(source, PythonStdlib):
         yield from _read_stdlib(source, skipped)
+    elif isinstance(source, Packages):
+        yield from _read_packages(source, skipped)
     else:
         yield from _read_debian(source, skipped)
 
@@ -108,6 +147,8 @@ def fingerprint(source: Source) -> str:
         facts = [_stamp(path) for path in paths(source)]
     elif isinstance(source, PythonStdlib):
         facts = sys.version
+    elif isinstance(source, Packages):
+        facts = [[name, modules.version(name), _sizes(name, source)] for name in source.packages]
     elif isinstance(source, DebianDocs):
         facts = [_stamp(path) for folder in (source.doc, source.man) for path in _below(Path(folder))]
     elif Path(source.dataset).exists():
@@ -123,8 +164,9 @@ def paths(source: Files) -> list[Path]:
     elif path.exists():
         found = [path]
     else:
-        root = Path(path.anchor or ".")
-        found = sorted(p for p in root.glob(str(path.relative_to(path.anchor) if path.anchor else path)) if p.is_file())
+        fixed = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), len(path.parts) - 1)
+        root = Path(*path.parts[:fixed])
+        found = _seen(root, root.glob(str(Path(*path.parts[fixed:])))) if root.is_dir() else []
     kept = [p for p in found if not source.suffixes or p.name.endswith(tuple(source.suffixes))]
     if not kept:
         ends = f" that end with {', '.join(source.suffixes)}" if source.suffixes else ""
@@ -133,8 +175,21 @@ def paths(source: Files) -> list[Path]:
 
 
 def _below(folder: Path) -> list[Path]:
-    hidden = {".git", ".hg", ".venv", "__pycache__", "node_modules"}
-    return sorted(p for p in folder.rglob("*") if p.is_file() and not hidden & set(p.relative_to(folder).parts))
+    return _seen(folder, folder.rglob("*"))
+
+
+def _seen(root: Path, found: Iterator[Path]) -> list[Path]:
+    """The files among those found below a folder, sorted, without what hidden folders, caches and runs hold."""
+    made: dict[Path, bool] = {root: False}  # what is asked for by name is taken
+
+    def is_made(folder: Path) -> bool:
+        if folder not in made:
+            made[folder] = any((folder / name).exists() for name in MADE) or is_made(folder.parent)
+        return made[folder]
+
+    return sorted(
+        p for p in found if p.is_file() and not HIDDEN & set(p.relative_to(root).parts) and not is_made(p.parent)
+    )
 
 
 def _stamp(path: Path) -> list[Any]:
@@ -263,39 +318,26 @@ def read_text(path: Path, skipped: Skipped) -> str | None:
 
 
 def _read_stdlib(source: PythonStdlib, skipped: Skipped) -> Iterator[Document]:
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"site-packages", "dist-packages", "__pycache__"}
-    if not source.tests:
-        left_out |= {"test", "tests", "idle_test"}
-    for path in sorted(root.rglob("*.py")):
-        inside = path.relative_to(root)
-        if left_out & set(inside.parts):
-            continue
+    for inside, path in evenly(modules.of_stdlib(source.tests), source.limit):
         text = read_text(path, skipped)
         if text is None:
             continue
-        yield {"text": text, "domain": "python", "id": str(inside), "group": str(inside)}
-        described = _docstrings(text) if source.docstrings else ""
+        yield {"text": text, "domain": "python", "id": inside, "group": inside}
+        described = modules.docstrings(text) if source.docstrings else ""
         if described:
-            yield {"text": described, "domain": "docstrings", "id": f"{inside}#docstrings", "group": str(inside)}
+            yield {"text": described, "domain": "docstrings", "id": f"{inside}#docstrings", "group": inside}
 
 
-def _docstrings(text: str) -> str:
-    """A module's docstrings with the names they describe; the code is parsed, never run."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            tree = ast.parse(text)
-    except (SyntaxError, ValueError, tokenize.TokenError, RecursionError):
-        return ""
-    parts = []
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            docstring = ast.get_docstring(node)
-            if docstring and len(docstring) > 40:
-                name = getattr(node, "name", None)
-                parts.append(f"{name}\n{docstring}" if name else docstring)
-    return "\n\n".join(parts)
+def _read_packages(source: Packages, skipped: Skipped) -> Iterator[Document]:
+    for name in source.packages:
+        for inside, path in evenly(modules.of_package(name, source.tests), source.limit):
+            text = read_text(path, skipped)
+            if text is not None:
+                yield {"text": text, "domain": name, "id": inside, "group": inside}
+
+
+def _sizes(name: str, source: Packages) -> list[Any]:
+    return [[inside, path.stat().st_size] for inside, path in modules.of_package(name, source.tests)]
 
 
 def _read_debian(source: DebianDocs, skipped: Skipped) -> Iterator[Document]:
@@ -312,37 +354,3 @@ def _read_debian(source: DebianDocs, skipped: Skipped) -> Iterator[Document]:
             text = read_text(path, skipped)
             if text is not None and (plain := unroff(text).strip()):
                 yield {"text": plain + "\n", "domain": "man", "id": str(path)}
-
-
-_ESCAPES = (
-    (r"\\f[A-Z]|\\f\(..|\\s[+-]?\d|\\[&/,|^:]", ""),
-    (r"\\-|\\\(hy|\\\(mi", "-"),
-    (r"\\\(bu", "*"),
-    (r"\\e", r"\\"),
-    (r"\\\(aq|\\\(oq|\\\(cq", "'"),
-    (r"\\\(lq|\\\(rq|\\\(dq", '"'),
-    (r"\\\(em", "--"),
-    (r"\\ |\\~", " "),
-)
-_DROPPED = {"TH", "Dd", "Os", "so", "de", "ds", "nr", "if", "ie", "el", "ft", "ad", "hy", "hla", "hpf", "ne", "ta"}
-_PARAGRAPHS = {"PP", "P", "LP", "TP", "IP", "Pp", "sp"}
-_LAYOUT = {"TP", "RS", "RE", "nf", "fi", "in", "br", "PD", "sp"}
-
-
-def unroff(text: str) -> str:
-    """Manual-page markup as plain text: sections and paragraphs kept, requests and font changes dropped."""
-    lines: list[str] = []
-    for raw in text.splitlines():
-        line = raw
-        if line.startswith((".", "'")):
-            request, _, rest = line[1:].strip().partition(" ")
-            if request.startswith("\\") or request in _DROPPED:
-                continue
-            lines += ["", ""] if request in ("SH", "SS", "Sh", "Ss") else [""] if request in _PARAGRAPHS else []
-            line = "" if request in _LAYOUT else rest.replace('"', "")
-            if not line:
-                continue
-        for pattern, plain in _ESCAPES:
-            line = re.sub(pattern, plain, line)
-        lines.append(line)
-    return re.sub(r"\n{3,}", "\n\n", "\n".join(lines))

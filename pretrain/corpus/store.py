@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import atomic_folder, digest, read_json, write_json
-from pretrain.corpus.sources import Document
+from pretrain.corpus.sources import Document, evenly
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -175,10 +175,10 @@ def _operate(work: Path, operations: Sequence[Callable[[Dataset], Dataset]]) -> 
 
     cache = work / "cache"
     corpus = _open(work / "train", cache)
-    for operation in operations:
+    for number, operation in enumerate(operations):
         corpus = operation(corpus)
         if not isinstance(corpus, datasets.Dataset):
-            raise PretrainError(f"{operation!r} returned {type(corpus).__name__}; accepted: a datasets.Dataset")
+            raise PretrainError(f"operations.{number} returned {type(corpus).__name__}; accepted: a datasets.Dataset")
     after = work / "train-after"
     after.mkdir()
     rows = max(1, min(50_000, len(corpus)))
@@ -261,3 +261,12 @@ class Corpus:
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
         return iterate(self.folder / name)
+
+    def sample(self, name: str, limit: int, columns: Sequence[str] = ("text", "domain", "id")) -> list[Document]:
+        """At most `limit` of one split's documents, from its whole length alike, so from all sources."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        count = self.info["documents"][name]
+        chosen = set(evenly(range(count), limit))
+        stream = iterate(self.folder / name, columns)
+        return [document for number, document in enumerate(stream) if number in chosen]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.core.method import Method
 
@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 class Decoding(Method):
-    """Base of the decoding methods."""
+    """Base of the decoding methods. One that can sample says so with `samples`; only then is it given a temperature."""
+
+    samples: ClassVar[bool] = False
 
     def generate(
         self,
@@ -21,6 +23,8 @@ class Decoding(Method):
         *,
         attention_mask_BL: torch.Tensor | None = None,
         max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
         eos: int | None = None,
         pad: int = 0,
         generator: torch.Generator | None = None,

@@ -1,7 +1,8 @@
-"""Evaluations: `(model, tokenizer, documents) -> {metric: value}`."""
+"""Evaluations: `(model, tokenizer, documents) -> Measured`."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pretrain.core.method import Method
@@ -12,11 +13,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What an evaluation finds: metrics by name, the same by domain, and 95% intervals of those that have one."""
+
+    metrics: dict[str, float]
+    domains: dict[str, dict[str, float]] = field(default_factory=dict)
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+
 class Evaluation(Method):
-    """Base of the evaluations. `documents` are dicts with `text` and, where known, `domain`."""
+    """Base of the evaluations. `documents` are dicts with `text`, where known `domain`, and the `columns` asked for."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that it needs besides `text` and `domain`."""
+        return ()
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
-    ) -> dict[str, float]:
-        """The metrics by name."""
+    ) -> Measured:
+        """The metrics on the documents."""
         raise NotImplementedError

@@ -8,25 +8,36 @@ from __future__ import annotations
 
 import lzma
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def compressed_bits(documents: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """`{"xz -9e": {"all": bits per byte, DOMAIN: …}, "zstd -19": …}`."""
+def compressed_bits(documents: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """`{"xz -9e": {"metrics": {"bits_per_byte": …}, "domains": {DOMAIN: {"bits_per_byte": …}}}, "zstd -19": …}`.
+
+    Text of no bytes has no bits per byte and no entry.
+    """
     import zstandard
 
-    streams: dict[str, list[bytes]] = defaultdict(list)
+    parts: dict[str, list[bytes]] = defaultdict(list)
+    everything = []
     for document in documents:
         data = document["text"].encode("utf-8", "surrogatepass")
-        streams["all"].append(data)
-        streams[document.get("domain", "text")].append(data)
-    tools = {
+        everything.append(data)
+        parts[document.get("domain", "text")].append(data)
+    tools: dict[str, Callable[[bytes], bytes]] = {
         "xz -9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
         "zstd -19": lambda data: zstandard.ZstdCompressor(level=19).compress(data),
     }
-    result: dict[str, dict[str, float]] = {}
-    for name, compress in tools.items():
-        joined = {domain: b"".join(parts) for domain, parts in streams.items()}
-        result[name] = {domain: 8 * len(compress(data)) / len(data) for domain, data in joined.items() if data}
-    return result
+    streams = {domain: b"".join(some) for domain, some in sorted(parts.items())}
+    return {
+        name: {
+            "metrics": _bits(compress, b"".join(everything)),
+            "domains": {domain: _bits(compress, data) for domain, data in streams.items() if data},
+        }
+        for name, compress in tools.items()
+    }
+
+
+def _bits(compress: Callable[[bytes], bytes], data: bytes) -> dict[str, float]:
+    return {"bits_per_byte": 8 * len(compress(data)) / len(data)} if data else {}

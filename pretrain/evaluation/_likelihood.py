@@ -19,6 +19,7 @@ from torch import nn
 from pretrain.core.cross_entropy import linear_cross_entropy
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import family, head, hidden
+from pretrain.evaluation._features import evaluating
 
 if TYPE_CHECKING:
     from pretrain.corpus.shards import Shards
@@ -42,7 +43,6 @@ def windows(document: int, tokens: NDArray[Any], length: int, stride: int) -> It
         done, start = end, end - 1 - (length - stride) if end < len(tokens) else end
 
 
-@torch.no_grad()
 def document_nll(
     model: nn.Module,
     documents: Sequence[NDArray[Any]],
@@ -59,53 +59,74 @@ def document_nll(
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal language model")
     if not 1 <= (length if stride is None else stride) <= length:
         raise PretrainError(f"stride {stride}, length {length}: accepted: 1 <= stride <= length")
-    device = next(model.parameters()).device
     todo = [w for i, tokens in enumerate(documents) for w in windows(i, tokens, length, stride or length)]
     todo.sort(key=lambda w: len(w.tokens))
     nll_N = np.zeros(len(documents))
-    weight_VE, bias_V = head(model)
-    start = 0
-    while start < len(todo):
-        width = len(todo[min(start + max(1, batch_tokens // len(todo[start].tokens)), len(todo)) - 1].tokens)
-        chosen = todo[start : start + max(1, batch_tokens // width)]
-        start += len(chosen)
-        width = max(len(w.tokens) for w in chosen) - 1
-        input_BL = torch.zeros(len(chosen), width, dtype=torch.long)
-        target_BL = torch.full((len(chosen), width), -100)
-        for b, window in enumerate(chosen):
-            tokens = torch.from_numpy(window.tokens.astype(np.int64))
-            input_BL[b, : len(tokens) - 1] = tokens[:-1]
-            target_BL[b, window.context : len(tokens) - 1] = tokens[1 + window.context :]
-        # Padding stands at the end, where a causal model's predictions do not see it.
-        states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
-        _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V)
-        for window, nll in zip(chosen, nll_BL.double().sum(-1).tolist(), strict=True):
-            nll_N[window.document] += nll
+    with evaluating(model):
+        ends = head(model)
+        for chosen in _batches(todo, batch_tokens):
+            for window, nll in zip(chosen, _window_nll(model, chosen, *ends), strict=True):
+                nll_N[window.document] += nll
     return nll_N
 
 
-def summarise(
+def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Windows, sorted by length, in lots of about `batch_tokens`."""
+    start = 0
+    while start < len(todo):
+        width = len(todo[min(start + max(1, batch_tokens // len(todo[start].tokens)), len(todo)) - 1].tokens)
+        yield todo[start : start + max(1, batch_tokens // width)]
+        start += max(1, batch_tokens // width)
+
+
+def _window_nll(
+    model: nn.Module, chosen: list[Window], weight_VE: torch.Tensor, bias_V: torch.Tensor | None
+) -> list[float]:
+    """The negative log-likelihood of each window's new targets."""
+    device, width = next(model.parameters()).device, max(len(w.tokens) for w in chosen) - 1
+    input_BL = torch.zeros(len(chosen), width, dtype=torch.long)
+    target_BL = torch.full((len(chosen), width), -100)
+    for b, window in enumerate(chosen):
+        tokens = torch.from_numpy(window.tokens.astype(np.int64))
+        input_BL[b, : len(tokens) - 1] = tokens[:-1]
+        target_BL[b, window.context : len(tokens) - 1] = tokens[1 + window.context :]
+    # Padding stands at the end, where a causal model's predictions do not see it.
+    states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
+    _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V)
+    return nll_BL.double().sum(-1).tolist()
+
+
+def predicted_bytes(bytes_N: NDArray[Any], tokens_N: NDArray[Any], *, begins: bool) -> NDArray[np.float64]:
+    """The bytes that the predicted tokens hold: all, if a special token stands before the text.
+
+    Otherwise nothing predicts a document's first token, and it takes its share of the bytes with it.
+    """
+    if begins:
+        return np.asarray(bytes_N, np.float64)
+    return bytes_N * (np.maximum(tokens_N - 1, 0) / np.maximum(tokens_N, 1))
+
+
+def likelihoods(
     nll_N: NDArray[np.float64], targets_N: NDArray[Any], bytes_N: NDArray[Any], domains: Sequence[str]
-) -> dict[str, float]:
-    """`loss` (nats a token), `perplexity`, `bits_per_byte`, and the latter for each domain."""
-    metrics = _metrics(nll_N.sum(), int(np.sum(targets_N)), int(np.sum(bytes_N, dtype=np.int64)))
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """`loss` (nats a token), `perplexity`, `bits_per_byte`; and by domain the first and the last."""
     by_domain: dict[str, list[int]] = defaultdict(list)
     for index, domain in enumerate(domains):
         by_domain[domain].append(index)
+    sums_NK = np.stack([np.asarray(x, np.float64) for x in (nll_N, targets_N, bytes_N)], axis=1)
+    found = {}
     for domain, chosen in sorted(by_domain.items()):
-        some = _metrics(
-            nll_N[chosen].sum(), int(np.sum(targets_N[chosen])), int(np.sum(bytes_N[chosen], dtype=np.int64))
-        )
-        metrics |= {f"{k}/{domain}": v for k, v in some.items() if k != "perplexity"}
-    return metrics
+        some = _metrics(*sums_NK[chosen].sum(0))
+        found[domain] = {k: v for k, v in some.items() if k != "perplexity"}
+    return _metrics(*sums_NK.sum(0)), found
 
 
-def _metrics(nll: float, targets: int, size: int) -> dict[str, float]:
-    loss = float(nll) / max(targets, 1)
+def _metrics(nll: float, targets: float, size: float) -> dict[str, float]:
+    loss = float(nll / max(targets, 1.0))
     return {
         "loss": loss,
         "perplexity": math.exp(min(loss, 700)),
-        "bits_per_byte": float(nll) / math.log(2) / max(size, 1),
+        "bits_per_byte": float(nll / math.log(2) / max(size, 1.0)),
     }
 
 
@@ -127,7 +148,8 @@ def shard_loss(
     kept_N = np.array([len(d) for d in documents])
     # A cut document counts its share of bytes.
     bytes_N = shards.bytes_N[chosen] * (kept_N / np.maximum(lengths_N[chosen], 1))
-    if not shards.info.get("begins", True):  # nothing predicts the first token: its bytes do not count either
-        bytes_N = bytes_N * (np.maximum(kept_N - 1, 0) / np.maximum(kept_N, 1))
+    bytes_N = predicted_bytes(bytes_N, kept_N, begins=shards.info.get("begins", True))
     nll_N = document_nll(model, documents, length=length, stride=stride)
-    return summarise(nll_N, kept_N - 1, np.round(bytes_N), [shards.domain_names[d] for d in shards.domains_N[chosen]])
+    domains = [shards.domain_names[d] for d in shards.domains_N[chosen]]
+    metrics, by_domain = likelihoods(nll_N, np.maximum(kept_N - 1, 0), bytes_N, domains)
+    return metrics | {f"{name}/{domain}": v for domain, some in by_domain.items() for name, v in some.items()}

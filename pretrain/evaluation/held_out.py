@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from pretrain.evaluation import Evaluation
+from pretrain.core.errors import PretrainError
+from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,8 +21,11 @@ class HeldOut(Evaluation):
 
     The negative log-likelihood of whole documents, each token predicted once, as nats a token (`loss`), its exponential
     (`perplexity`), and per UTF-8 byte in bits (`bits_per_byte` = nll / ln 2 / bytes), which compares models whatever
-    their tokenizer; overall and by domain. `length` inputs a window, advanced by `stride`; 0: the model's own length
-    (at most 1024), and half of it. `METRIC/low` and `METRIC/high` bound a 95% interval by bootstrap over documents.
+    their tokenizer; overall and by domain. Text is encoded as for training: a special token's name in it is text. If
+    the tokenizer has no token to begin a document with, nothing predicts its first token, which then takes its share
+    of the bytes with it. `length` inputs a window, advanced by `stride`; 0: the length that the checkpoint was trained
+    at, or where that is not known the model's own (at most 1024), and half of it. The intervals of `loss` and
+    `bits_per_byte` are by bootstrap over documents.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
@@ -33,31 +37,32 @@ class HeldOut(Evaluation):
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
-    ) -> dict[str, float]:
+    ) -> Measured:
         """The metrics on documents with `text` and `domain`."""
         from pretrain.core.batch import Vocabulary
-        from pretrain.evaluation._likelihood import document_nll, summarise
+        from pretrain.corpus.tokenizers import encode
+        from pretrain.evaluation._intervals import bounds, resampled_sums
+        from pretrain.evaluation._likelihood import document_nll, likelihoods, predicted_bytes
 
         vocabulary = Vocabulary.of(tokenizer)
         # A document's end stands for its beginning where the tokenizer has no token for that.
         before = vocabulary.bos if vocabulary.bos is not None else vocabulary.eos
         ends = ([] if before is None else [before], [] if vocabulary.eos is None else [vocabulary.eos])
-        encoded = tokenizer([d["text"] for d in documents], add_special_tokens=False)["input_ids"]
-        tokens = [np.array(ends[0] + list(ids) + ends[1]) for ids in encoded]
+        tokens = [np.array([*ends[0], *ids, *ends[1]], np.int64) for ids in encode(tokenizer, _texts(documents))]
         length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
+        sizes_N = np.array([len(text.encode("utf-8", "surrogatepass")) for text in _texts(documents)])
+        bytes_N = predicted_bytes(sizes_N, np.array([len(t) for t in tokens]), begins=before is not None)
+        if not bytes_N.any():
+            raise PretrainError(f"held_out: {len(documents)} documents have no text to predict; accepted: some text")
         nll_N = document_nll(model, tokens, length=length, stride=self.stride or max(1, length // 2))
         targets_N = np.array([max(len(t) - 1, 0) for t in tokens])
-        bytes_N = np.array([len(d["text"].encode("utf-8", "surrogatepass")) for d in documents])
-        metrics = summarise(nll_N, targets_N, bytes_N, [d.get("domain", "text") for d in documents])
-        return metrics | self._interval(nll_N, targets_N, bytes_N)
+        metrics, domains = likelihoods(nll_N, targets_N, bytes_N, [d.get("domain", "text") for d in documents])
 
-    def _interval(self, nll_N: Any, targets_N: Any, bytes_N: Any) -> dict[str, float]:
-        rng = np.random.default_rng(self.seed)
-        chosen_RN = rng.integers(0, len(nll_N), (self.resamples, len(nll_N)))
-        nll_R = nll_N[chosen_RN].sum(-1)
-        bounds = {
-            "loss": nll_R / np.maximum(targets_N[chosen_RN].sum(-1), 1),
-            "bits_per_byte": nll_R / np.log(2) / np.maximum(bytes_N[chosen_RN].sum(-1), 1),
-        }
-        ends = (("low", 2.5), ("high", 97.5))
-        return {f"{name}/{end}": float(np.percentile(values, q)) for name, values in bounds.items() for end, q in ends}
+        sums_RK = resampled_sums(np.stack([nll_N, targets_N, bytes_N], axis=1), self.resamples, self.seed)
+        nll_R, (targets_R, bytes_R) = sums_RK[:, 0], np.maximum(sums_RK[:, 1:], 1).T
+        intervals = {"loss": bounds(nll_R / targets_R), "bits_per_byte": bounds(nll_R / np.log(2) / bytes_R)}
+        return Measured(metrics, domains, intervals)
+
+
+def _texts(documents: Sequence[dict[str, Any]]) -> list[str]:
+    return [document["text"] for document in documents]

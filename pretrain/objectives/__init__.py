@@ -7,7 +7,7 @@ generator, a stronger decoder) comes from `modules(model)` and is handed back to
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pretrain.core.method import Method
 
@@ -48,6 +48,10 @@ class Objective(Method):
     def modules(self, model: nn.Module) -> nn.Module | None:
         """Modules trained with the model and left out of its checkpoint; `None` when there are none."""
         return None
+
+    def export(self, modules: nn.Module | None) -> dict[str, Any]:
+        """Models among `modules` that are worth a checkpoint of their own, by the name of their folder."""
+        return {}
 
     def loss(self, model: torch.nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The loss on one micro-batch."""

@@ -64,6 +64,8 @@ class Electra(Objective):
             attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         ))  # fmt: skip
         shared: Any = base(model).embeddings
+        if getattr(base(model), "pooler", None) is not None:
+            base(model).pooler.requires_grad_(False)  # nothing is asked of it, and processes wait for every gradient
         for name in ("word_embeddings", "position_embeddings"):
             setattr(generator.electra.embeddings, name, getattr(shared, name))
         generator.generator_lm_head.weight = shared.word_embeddings.weight

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pretrain.core.errors import PretrainError
 from pretrain.optim import Schedule, warmup_steps
 
 
@@ -24,6 +25,15 @@ class Infinite(Schedule):
     anneal: float = 0.15
     constant: float = 0.5
     final: float = 0.1
+
+    def __post_init__(self) -> None:
+        if not 0 < self.final <= self.constant <= 1:
+            given = f"constant {self.constant}, final {self.final}"
+            raise PretrainError(f"infinite: {given}: accepted: shares of the peak, 0 < final <= constant <= 1")
+        shares = [share for share in (self.warmup, self.cooldown, self.anneal) if share < 1]
+        if min(self.warmup, self.cooldown, self.anneal) < 0 or sum(shares) > 1:
+            given = f"warmup {self.warmup}, cooldown {self.cooldown}, anneal {self.anneal}"
+            raise PretrainError(f"infinite: {given}: accepted: shares of training that sum to at most 1, or steps")
 
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total`."""

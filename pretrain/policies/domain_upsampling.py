@@ -26,10 +26,12 @@ class DomainUpsampling(Policy):
     mixture: dict[str, float]
     share: float = 0.2
 
-    def start(self, training: Training, state: dict[str, Any]) -> None:
-        """Refuse a mixture that the corpus cannot give, before training begins."""
+    def __post_init__(self) -> None:
         if not 0 < self.share <= 1:
             raise PretrainError(f"domain_upsampling: share {self.share}: accepted: above 0, at most 1")
+
+    def start(self, training: Training, state: dict[str, Any]) -> None:
+        """Refuse a mixture that the corpus cannot give, before training begins."""
         loader, before = training.loader, training.loader.mixture
         loader.mixture = self.mixture
         loader.mixture = self.mixture if training.progress >= 1 - self.share else before

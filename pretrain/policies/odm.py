@@ -11,6 +11,7 @@ from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
 from pretrain.policies import Policy
+from pretrain.policies._domains import domain_losses
 
 if TYPE_CHECKING:
     from pretrain.training.loop import Training
@@ -54,30 +55,13 @@ class ODM(Policy):
     ) -> None:
         """Update the rewards by the step's losses, and from them the mixture of the next step."""
         rewards, mixture = state["reward"], state["mixture"]
-        for name, loss in self._losses(training, batches, losses).items():
-            rewards[name] = self.smoothing * rewards[name] + (1 - self.smoothing) * loss / mixture[name]
+        for name, (total, count) in domain_losses("odm", training, batches, losses).items():
+            rewards[name] = self.smoothing * rewards[name] + (1 - self.smoothing) * total / count / mixture[name]
         if training.progress < self.warmup:
             return
         state["updates"] += 1
         state["mixture"], state["rate"] = probabilities(rewards, state["updates"], state["rate"])
         training.loader.mixture = state["mixture"]
-
-    def _losses(self, training: Training, batches: Sequence[Batch], losses: Sequence[Loss]) -> dict[str, float]:
-        """The mean loss a target of each domain in the step, over all processes."""
-        names = list(training.loader.shards.domain_names)
-        sums, counts = [0.0] * len(names), [0.0] * len(names)
-        for batch, loss in zip(batches, losses, strict=True):
-            if loss.nll_BL is None:
-                raise PretrainError(
-                    "odm: the objective tells no loss for each token; accepted: causal_lm, masked_lm, …"
-                )
-            each_B, targets_B = loss.nll_BL.sum(-1).tolist(), (loss.nll_BL != 0).sum(-1).tolist()
-            for domain, value, count in zip(batch["domain_B"].tolist(), each_B, targets_B, strict=True):
-                sums[domain] += value
-                counts[domain] += count
-        totals = training.world.sum(sums + counts)
-        pairs = zip(names, totals[: len(names)], totals[len(names) :], strict=True)
-        return {name: total / count for name, total, count in pairs if count}
 
 
 def probabilities(rewards: dict[str, float], update: int, rate_before: float) -> tuple[dict[str, float], float]:

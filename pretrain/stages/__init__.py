@@ -2,22 +2,28 @@
 
 A stage is a file here with a pydantic model: its fields are what a recipe may say, `run(job)` does the work. A field of
 type `Ref` names an earlier stage or a path; a field of type `ObjectiveField`, `ScheduleField`, … names a method,
-`{method: NAME, …}`.
+`{method: NAME, …}`, which may have fields of type `Ref` itself. While a stage runs, its methods hold the folders.
 """
 
 from __future__ import annotations
 
 import importlib
+import math
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.method import Method, code_version, info, method_class
+from pretrain.core.folders import checkpoint_of as checkpoint_of
+from pretrain.core.folders import corpus_of as corpus_of
+from pretrain.core.folders import tokenizer_of as tokenizer_of
+from pretrain.core.method import REF, Method, code_version, info, is_ref, method_class
+from pretrain.core.method import Ref as Ref
 from pretrain.data import DataOperation
 from pretrain.decoding import Decoding
 from pretrain.evaluation import Evaluation
@@ -25,14 +31,6 @@ from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.surgery import Surgery as SurgeryMethod
-
-
-class _RefMark:
-    """Marks the fields that name an earlier stage or a path."""
-
-
-REF = _RefMark()
-Ref = Annotated[str, REF]
 
 
 @dataclass
@@ -44,7 +42,15 @@ class Job:
     seed: int = 0
     name: str = ""
     say: Callable[[str], None] = print
-    lineage: list[dict[str, Any]] = field(default_factory=list)  # the `stage.json` of what came before
+    lineage: list[dict[str, Any]] = field(default_factory=list)  # of the stages that this one comes from, in order
+    own: dict[str, Any] = field(default_factory=dict)  # name, kind, address and methods of this one
+    bar: bool = False  # whether to draw progress
+
+    def history(self, result: dict[str, Any], *sources: dict[str, Any]) -> dict[str, Any]:
+        """The stages behind a checkpoint made from checkpoints of such lineages, and the stage that makes it."""
+        stages = [s for lineage in sources for s in (*lineage.get("stages", []), lineage.get("made_by")) if s]
+        whole = {stage["address"]: stage for stage in (*stages, *self.lineage)}  # those of this run say the most
+        return {"stages": list(whole.values()), "made_by": self.own | result}
 
 
 @dataclass(frozen=True)
@@ -63,10 +69,19 @@ class Stage(BaseModel):
 
     version: ClassVar[int] = 1  # raised when the same fields come to mean something else
     distributed: ClassVar[bool] = False  # runs on every process of `torchrun`, not only on the first
+    seeded: ClassVar[bool] = True  # what comes out depends on the seed
     neutral: ClassVar[tuple[str, ...]] = ()  # fields that do not change what comes out
+    accepts: ClassVar[dict[str, tuple[str, ...]]] = {  # which stages a field may name, where its name tells it
+        "corpus": ("data",),
+        "tokenizer": ("tokenizer", "train", "surgery"),
+        "checkpoint": ("train", "surgery"),
+        "init": ("train", "surgery"),
+        "models": ("train", "surgery"),
+    }
 
     name: str = ""
     stage: str
+    seed: int | None = Field(None, ge=0)  # by default the recipe's
 
     def run(self, job: Job) -> dict[str, Any]:
         """Do the work; returns `metrics`, and `flops` where it is metered."""
@@ -81,18 +96,45 @@ class Stage(BaseModel):
         return None
 
     def references(self) -> dict[str, str | list[str]]:
-        """The fields that name stages or paths, with what they name."""
+        """What names stages or paths: the stage's fields (`corpus`), and its methods' (`policies.1.teacher`)."""
         named = {n: getattr(self, n) for n, f in type(self).model_fields.items() if _is_ref(f)}
-        return {n: v for n, v in named.items() if v}
+        found: dict[str, str | list[str]] = {n: v for n, v in named.items() if v}
+        for place, method in self._placed():
+            found |= {f"{place}.{name}": value for name, value in method.references().items()}
+        return found
+
+    def pointing_to(self, folders: dict[str, Any]) -> Any:
+        """The stage with its methods' references replaced by folders, as `references` names them."""
+        changed: dict[str, Any] = {}
+        for place, method in self._placed():
+            inside = {k.removeprefix(f"{place}."): str(v) for k, v in folders.items() if k.startswith(f"{place}.")}
+            if not inside:
+                continue
+            name, _, number = place.partition(".")
+            value, made = changed.get(name, getattr(self, name)), method.pointing_to(inside)
+            if number:
+                items = list(value)
+                old = items[int(number)]
+                items[int(number)] = made if isinstance(old, Method) else old.model_copy(update={"method": made})
+                changed[name] = items
+            else:
+                changed[name] = made
+        return self.model_copy(update=changed) if changed else self
+
+    def _placed(self) -> list[tuple[str, Method]]:
+        """The methods with their places: `objective`, `policies.1`."""
+        found: list[tuple[str, Method]] = []
+        for name, value in self.__dict__.items():
+            items = enumerate(value) if isinstance(value, list | tuple) else [("", value)]
+            for number, item in items:
+                method = item if isinstance(item, Method) else getattr(item, "method", None)
+                if isinstance(method, Method):
+                    found.append((f"{name}.{number}".rstrip("."), method))
+        return found
 
     def methods(self) -> list[str]:
         """The names of the methods that the stage uses."""
-        found: list[str] = []
-        for value in self.__dict__.values():
-            items = value if isinstance(value, list | tuple) else [value]
-            candidates: list[Any] = [getattr(item, "method", item) for item in items]
-            found += [candidate.name for candidate in candidates if isinstance(candidate, Method)]
-        return sorted(set(found))
+        return sorted({method.name for _, method in self._placed()})
 
     def config(self) -> dict[str, Any]:
         """What is hashed: all fields but the name and the neutral ones, and the code of the methods."""
@@ -101,14 +143,7 @@ class Stage(BaseModel):
 
 
 def _is_ref(field_info: Any) -> bool:
-    return REF in field_info.metadata or REF in _deep(field_info.annotation)
-
-
-def _deep(annotation: Any) -> list[Any]:
-    found = list(getattr(annotation, "__metadata__", ()))
-    for inner in getattr(annotation, "__args__", ()):
-        found += _deep(inner)
-    return found
+    return REF in field_info.metadata or is_ref(field_info.annotation)
 
 
 @cache
@@ -122,21 +157,53 @@ def stage_classes() -> dict[str, type[Stage]]:
     return found
 
 
+class Misfit(ValueError):
+    """What a validator says of a value; `place` leads to it from the field that is validated."""
+
+    def __init__(self, message: str, place: tuple[str | int, ...] = ()) -> None:
+        super().__init__(message)
+        self.place = place
+
+
 def build_dataclass(cls: Any, given: dict[str, Any], what: str) -> Any:
     """A frozen dataclass from a mapping, its types checked; errors name the field, the value and what is accepted."""
     known = [f.name for f in fields(cls)]
     for name in given:
         if name not in known:
             accepted = ", ".join(known) or "none"
-            raise ValueError(f"unknown field {name!r} of {what}{nearest(name, known)}; accepted: {accepted}")
+            raise Misfit(f"unknown field {name!r} of {what}{nearest(name, known)}; accepted: {accepted}", (name,))
     try:
-        return TypeAdapter(cls).validate_python(given)
+        made = TypeAdapter(cls).validate_python(given)
+        _check_numbers(made)
+        return made
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{what}: {where}: {first['input']!r}: {first['msg']}") from error
+        raise Misfit(f"{what}: {where}: {first['input']!r}: {first['msg']}", first["loc"]) from error
     except PretrainError as error:
-        raise ValueError(f"{what}: {error}") from error
+        raise Misfit(f"{what}: {error}", error.place) from error
+
+
+def _check_numbers(made: Any) -> None:
+    """Numbers must be finite; those of an optimiser not negative, its betas below 1, its eps above 0."""
+    for item in fields(made):
+        value, name = getattr(made, item.name), item.name
+        for number in value if isinstance(value, tuple) else (value,):
+            accepted = None
+            if not isinstance(number, int | float) or isinstance(number, bool):
+                continue
+            if not math.isfinite(number):
+                accepted = "a finite number"
+            elif not isinstance(made, Optimizer):
+                continue
+            elif re.fullmatch(r"(beta|momentum)\d*s?", name) and not 0 <= number < 1:
+                accepted = "from 0 to below 1"
+            elif re.fullmatch(r"eps(ilon)?\d*", name) and number <= 0:
+                accepted = "above 0"
+            elif number < 0:
+                accepted = "0 or more"
+            if accepted is not None:
+                raise PretrainError(f"{name}: {number!r}: accepted: {accepted}", place=(name,))
 
 
 def build_method(value: Any, kind: str) -> Any:
@@ -175,21 +242,3 @@ PolicyField = Annotated[Policy, _of("policy"), PlainSerializer(dump)]
 SurgeryField = Annotated[SurgeryMethod, _of("surgery"), PlainSerializer(dump)]
 DecodingField = Annotated[Decoding, _of("decoding"), PlainSerializer(dump)]
 EvaluationField = Annotated[Evaluation, _of("evaluation"), PlainSerializer(dump)]
-
-
-def checkpoint_of(folder: Path) -> Path:
-    """The checkpoint in a stage's folder, or the folder itself when it is one."""
-    for path in (folder / "checkpoint", folder):
-        if (path / "config.json").exists():
-            return path
-    raise PretrainError(f"no checkpoint at {folder}; accepted: a train or surgery stage, or a folder with config.json")
-
-
-def corpus_of(folder: Path) -> Path:
-    """The corpus in a data stage's folder, or the folder itself."""
-    return folder / "corpus" if (folder / "corpus").is_dir() else folder
-
-
-def tokenizer_of(folder: Path) -> Path:
-    """The tokenizer in a tokenizer stage's folder, or the folder itself."""
-    return folder / "tokenizer" if (folder / "tokenizer").is_dir() else folder

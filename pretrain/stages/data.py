@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import asdict
-from typing import Annotated, Any, Literal
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
+from pretrain.core.errors import PretrainError
 from pretrain.corpus import sources as kinds
 from pretrain.corpus.store import write_corpus
+from pretrain.data._work import working
 from pretrain.stages import DataOperationField, Job, Stage, build_dataclass, dump
 
 SOURCES: dict[str, type] = {
     "files": kinds.Files,
     "dataset": kinds.HubDataset,
     "stdlib": kinds.PythonStdlib,
+    "packages": kinds.Packages,
     "debian": kinds.DebianDocs,
 }
 
@@ -38,6 +43,7 @@ class Data(Stage):
     """Fields of a `data` stage. `near_duplicates`: how alike training documents may be to held-out ones (null: any)."""
 
     version = 1
+    seeded: ClassVar[bool] = False
     stage: Literal["data"] = "data"
     sources: list[SourceField] = Field(min_length=1)
     operations: list[DataOperationField] = []
@@ -47,20 +53,43 @@ class Data(Stage):
 
     def outside(self) -> Any:
         """The state of the sources."""
-        return [kinds.fingerprint(source) for source in self.sources]
+        found = []
+        for number, source in enumerate(self.sources):
+            try:
+                found.append(kinds.fingerprint(source))
+            except PretrainError as error:
+                raise PretrainError(str(error), place=("sources", number)) from error
+        return found
 
     def run(self, job: Job) -> dict[str, Any]:
         """Write the corpus."""
         skipped = kinds.Skipped()
         stream = (document for source in self.sources for document in kinds.read(source, skipped))
-        facts = {"sources": [{"source": type(s).__name__} | asdict(s) for s in self.sources]}
-        info = write_corpus(
-            stream, job.folder / "corpus", validation=self.validation, test=self.test,
-            near_duplicates=self.near_duplicates, operations=self.operations, facts=facts, skipped=skipped.reasons,
-        )  # fmt: skip
+        facts: dict[str, Any] = {"sources": [{"source": type(s).__name__} | asdict(s) for s in self.sources]}
+        spent: list[int] = []
+        operations = [partial(_metered, operation, spent) for operation in self.operations]
+        with working(job.folder / "work") as desk:
+            facts["operations"] = desk.reports  # filled by the time `corpus.json` is written
+            info = write_corpus(
+                stream, job.folder / "corpus", validation=self.validation, test=self.test,
+                near_duplicates=self.near_duplicates, operations=operations, facts=facts, skipped=skipped.reasons,
+            )  # fmt: skip
+        shutil.rmtree(job.folder / "work", ignore_errors=True)
         counted = f"{info['documents']['train']:,} training documents, {info['bytes']['train'] / 1e6:,.1f} MB"
         job.say(f"{counted}; removed {info['removed']['exact']} copies, {info['removed']['near']} near-duplicates")
         if skipped.reasons:
             job.say("passed over: " + ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.reasons.items())))
         sizes = {f"{what}/{split}": info[what][split] for what in ("documents", "bytes") for split in info[what]}
-        return {"metrics": sizes | {f"removed/{k}": v for k, v in info["removed"].items()}}
+        return {
+            "metrics": sizes | {f"removed/{k}": v for k, v in info["removed"].items()},
+            "flops": sum(spent) + desk.flops,
+        }
+
+
+def _metered(operation: Any, spent: list[int], corpus: Any) -> Any:
+    """The corpus after the operation, whose FLOPs are added to `spent`."""
+    from pretrain.core.meter import count_flops
+
+    result, flops = count_flops(lambda: operation(corpus))
+    spent.append(flops)
+    return result

@@ -5,31 +5,46 @@ from __future__ import annotations
 import time
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, model_validator
 
 from pretrain.stages import DecodingField, Job, Ref, Stage, checkpoint_of
 
+TEMPERATURE, TOP_P = 0.8, 0.95  # of sampling, unless it is said otherwise
+
 
 class Decode(Stage):
-    """Fields of a `decode` stage. `temperature` 0 is greedy; `method` names a decoding method instead."""
+    """Fields of a `decode` stage.
+
+    `temperature` 0 is greedy; by default 0.8 with `top_p` 0.95. `method` names a decoding method instead, which is
+    given the two only if it samples.
+    """
 
     stage: Literal["decode"] = "decode"
     checkpoint: Ref
     prompts: list[str] = Field(min_length=1)
     method: DecodingField | None = None
     max_new_tokens: int = Field(64, ge=1)
-    temperature: float = Field(0.8, ge=0)
-    top_p: float = Field(0.95, gt=0, le=1)
+    temperature: float | None = Field(None, ge=0)
+    top_p: float | None = Field(None, gt=0, le=1)
 
     model_config = ConfigDict(protected_namespaces=())
 
+    @model_validator(mode="after")
+    def _method_samples(self) -> Decode:
+        from pretrain.core.errors import PretrainError
+
+        try:
+            sampling(self.method, self.temperature, self.top_p)
+        except PretrainError as error:
+            raise ValueError(str(error)) from error
+        return self
+
     def run(self, job: Job) -> dict[str, Any]:
         """Write `samples.json`."""
-        from pretrain.core import checkpoint
         from pretrain.core.files import write_json
-        from pretrain.core.hardware import pick_device
+        from pretrain.stages.evaluate import load_both
 
-        model, tokenizer = checkpoint.load(checkpoint_of(job.inputs["checkpoint"]), device=pick_device())
+        model, tokenizer = load_both(checkpoint_of(job.inputs["checkpoint"]))
         samples = [
             continue_prompt(
                 model, tokenizer, prompt, method=self.method, max_new_tokens=self.max_new_tokens,
@@ -42,6 +57,18 @@ class Decode(Stage):
         return {"metrics": {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}}
 
 
+def sampling(method: Any, temperature: float | None, top_p: float | None) -> tuple[float, float]:
+    """The temperature and top_p to decode with; an error where a method that does not sample is asked to."""
+    from pretrain.core.errors import PretrainError
+
+    if method is None or method.samples:
+        return TEMPERATURE if temperature is None else temperature, TOP_P if top_p is None else top_p
+    if temperature or (top_p or 1) < 1:
+        said = f"temperature {temperature}" if temperature else f"top_p {top_p}"
+        raise PretrainError(f"{said}: the method {method.name!r} does not sample; accepted: temperature 0 and no top_p")
+    return 0.0, 1.0
+
+
 def continue_prompt(
     model: Any,
     tokenizer: Any,
@@ -49,8 +76,8 @@ def continue_prompt(
     *,
     method: Any = None,
     max_new_tokens: int = 64,
-    temperature: float = 0.8,
-    top_p: float = 0.95,
+    temperature: float | None = None,
+    top_p: float | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """One continuation: prompt, continuation, tokens, seconds."""
@@ -61,24 +88,29 @@ def continue_prompt(
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
+    temperature, top_p = sampling(method, temperature, top_p)
     vocabulary = Vocabulary.of(tokenizer)
     before = [vocabulary.bos] if vocabulary.bos is not None else []
     ids = before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     input_BL = torch.tensor([ids or [vocabulary.pad]], device=model.device)
     torch.manual_seed(seed)
+    more: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     started = time.perf_counter()
     with torch.no_grad():
         if method is not None:
             output_BN = method.generate(
-                model, input_BL, max_new_tokens=max_new_tokens, eos=vocabulary.eos, pad=vocabulary.pad
-            )
+                model, input_BL, max_new_tokens=max_new_tokens, eos=vocabulary.eos, pad=vocabulary.pad,
+                **(more if method.samples else {}),
+            )  # fmt: skip
         else:
-            sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature else {}
             output_BN = model.generate(
                 input_BL, attention_mask=torch.ones_like(input_BL), max_new_tokens=max_new_tokens,
-                eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad, **(sampling or {"do_sample": False}),
+                eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad, do_sample=temperature > 0,
+                **(more if temperature else {}),
             )  # fmt: skip
-    new = output_BN[0, input_BL.shape[1] :].tolist()
+    # An encoder-decoder answers with its decoder's tokens alone, after the one that it starts from.
+    given = 1 if method is None and model.config.is_encoder_decoder else input_BL.shape[1]
+    new = output_BN[0, given:].tolist()
     return {
         "prompt": prompt,
         "continuation": tokenizer.decode(new, skip_special_tokens=True),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, field_validator
 
 from pretrain.evaluation.held_out import HeldOut
 from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of, corpus_of
@@ -14,52 +16,102 @@ class Evaluate(Stage):
     """Fields of an `evaluate` stage. `compressors` adds xz and zstd on the same text as a yardstick."""
 
     stage: Literal["evaluate"] = "evaluate"
+    version = 2
     checkpoint: Ref
     corpus: Ref
     split: Literal["validation", "test"] = "test"
-    evaluations: list[EvaluationField] = [HeldOut()]
+    evaluations: list[EvaluationField] = Field([HeldOut()], min_length=1)
     max_documents: int = Field(2000, ge=1)
     compressors: bool = True
 
     model_config = ConfigDict(validate_default=True)
 
+    @field_validator("evaluations")
+    @classmethod
+    def _once(cls, evaluations: list[Any]) -> list[Any]:
+        names = [method.name for method in evaluations]
+        if len(set(names)) < len(names):
+            raise ValueError(f"{', '.join(names)}: accepted: each method once, since their metrics have the same names")
+        return evaluations
+
     def run(self, job: Job) -> dict[str, Any]:
         """Write `evaluation.json`."""
-        from itertools import islice
-
-        from pretrain.core import checkpoint
+        from pretrain.core.checkpoint import lineage
         from pretrain.core.files import write_json
-        from pretrain.core.hardware import pick_device
-        from pretrain.corpus.store import Corpus
+        from pretrain.core.meter import count_flops
 
-        model, tokenizer = checkpoint.load(checkpoint_of(job.inputs["checkpoint"]), device=pick_device())
-        corpus = Corpus(corpus_of(job.inputs["corpus"]))
-        every = max(1, -(-corpus.info["documents"][self.split] // self.max_documents))  # from all sources alike
-        documents = list(islice(corpus.documents(self.split), 0, None, every))
-        result = evaluate(model, tokenizer, documents, self.evaluations, compressors=self.compressors)
+        folder = checkpoint_of(job.inputs["checkpoint"])
+        model, tokenizer = load_both(folder)
+        documents = self._documents(corpus_of(job.inputs["corpus"]))
+        length = lineage(folder).get("length")
+        result, flops = count_flops(
+            lambda: evaluate(model, tokenizer, documents, self.evaluations, compressors=self.compressors, length=length)
+        )
         write_json(job.folder / "evaluation.json", result)
         metrics = result["metrics"]
         if "bits_per_byte" in metrics:
-            others = "".join(f", {tool} {bits['all']:.3f}" for tool, bits in result["compressors"].items())
+            tools = {tool: found["metrics"].get("bits_per_byte") for tool, found in result["compressors"].items()}
+            others = "".join(f", {tool} {bits:.3f}" for tool, bits in tools.items() if bits is not None)
             job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}")
-        return {"metrics": metrics}
+        else:
+            job.say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        by_domain = {f"{k}/{domain}": v for domain, some in result["domains"].items() for k, v in some.items()}
+        return {"metrics": by_domain | metrics, "flops": flops}
+
+    def _documents(self, folder: Path) -> list[dict[str, Any]]:
+        """At most `max_documents` of the split, from all sources alike, with the columns that are needed."""
+        from pretrain.corpus.store import Corpus
+
+        columns = dict.fromkeys(("text", "domain", "id", *(c for method in self.evaluations for c in method.columns)))
+        return Corpus(folder).sample(self.split, self.max_documents, tuple(columns))
+
+
+def load_both(folder: Path) -> tuple[Any, Any]:
+    """A checkpoint's model, on the device that there is, and its tokenizer, which must be there."""
+    from pretrain.core import checkpoint
+    from pretrain.core.errors import PretrainError
+    from pretrain.core.hardware import pick_device
+
+    model, tokenizer = checkpoint.load(folder, device=pick_device())
+    if tokenizer is None:
+        raise PretrainError(
+            f"checkpoint {folder} has no tokenizer; accepted: one with tokenizer.json beside config.json"
+        )
+    return model, tokenizer
 
 
 def evaluate(
-    model: Any, tokenizer: Any, documents: list[dict[str, Any]], methods: list[Any], *, compressors: bool
+    model: Any,
+    tokenizer: Any,
+    documents: list[dict[str, Any]],
+    methods: list[Any],
+    *,
+    compressors: bool,
+    length: int | None = None,
 ) -> dict[str, Any]:
-    """What `evaluation.json` holds: metrics, their 95% intervals, and the compressors' bits per byte."""
+    """What `evaluation.json` holds: metrics, the same by domain, 95% intervals, and the compressors' bits per byte.
+
+    `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
+    """
     from pretrain.core.errors import PretrainError
     from pretrain.evaluation._compressors import compressed_bits
 
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")
     metrics: dict[str, float] = {}
+    domains: dict[str, dict[str, float]] = {}
+    intervals: dict[str, list[float]] = {}
     for method in methods:
-        metrics |= method(model, tokenizer, documents)
-    intervals = {k[:-4]: [metrics[k], metrics[f"{k[:-4]}/high"]] for k in list(metrics) if k.endswith("/low")}
+        if length and getattr(method, "length", None) == 0:
+            method = dataclasses.replace(method, length=length)
+        found = method(model, tokenizer, documents)
+        metrics |= found.metrics
+        intervals |= {name: list(ends) for name, ends in found.intervals.items()}
+        for domain, some in found.domains.items():
+            domains[domain] = domains.get(domain, {}) | some
     return {
-        "metrics": {k: v for k, v in metrics.items() if not k.endswith(("/low", "/high"))},
+        "metrics": metrics,
+        "domains": domains,
         "intervals": intervals,
         "compressors": compressed_bits(documents) if compressors else {},
         "documents": len(documents),

@@ -25,14 +25,17 @@ class Surgery(Stage):
 
         source = checkpoint_of(job.inputs["checkpoint"])
         model, tokenizer = checkpoint.load(source)
-        others = [checkpoint.load(checkpoint_of(folder))[0] for folder in job.inputs.get("models", [])]
+        merged = [checkpoint_of(folder) for folder in job.inputs.get("models", [])]
+        others = [checkpoint.load(folder)[0] for folder in merged]
         inputs = Inputs(tokenizer=tokenizer, models=others, seed=job.seed)
         before, flops = model.num_parameters(), 0
         for surgery in self.surgeries:
             model, cost = count_flops(lambda surgery=surgery, model=model: surgery(model, inputs))  # type: ignore[misc]
             flops += cost
+        own = {"metrics": {"parameters": model.num_parameters(), "parameters_before": before}, "flops": flops}
         lineage = checkpoint.lineage(source)
-        lineage |= {"stages": job.lineage, "flops": lineage.get("flops", 0) + flops}
+        history = job.history(own, lineage, *map(checkpoint.lineage, merged))
+        lineage |= history | {"flops": lineage.get("flops", 0) + flops}
         checkpoint.save(model, tokenizer, job.folder / "checkpoint", lineage)
         job.say(f"{before:,} -> {model.num_parameters():,} parameters")
-        return {"metrics": {"parameters": model.num_parameters(), "parameters_before": before}, "flops": flops}
+        return own

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -14,6 +14,7 @@ from pretrain.stages import Job, Ref, Stage, corpus_of
 class Tokenizer(Stage):
     """Fields of a `tokenizer` stage: a `corpus` to train on, or a `checkpoint` to take one from."""
 
+    seeded: ClassVar[bool] = False
     stage: Literal["tokenizer"] = "tokenizer"
     corpus: Ref | None = None
     checkpoint: Ref | None = None

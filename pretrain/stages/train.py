@@ -16,10 +16,12 @@ from pretrain.stages import (
     Ref,
     ScheduleField,
     Stage,
+    SurgeryField,
     build_dataclass,
     build_method,
     checkpoint_of,
     corpus_of,
+    dump,
     tokenizer_of,
 )
 from pretrain.training.budget import Budget
@@ -45,7 +47,12 @@ def build_weighted(value: Any) -> Weighted:
     return Weighted(method=given, weight=weight)
 
 
-WeightedField = Annotated[Any, PlainValidator(build_weighted), PlainSerializer(lambda w: w.model_dump(mode="json"))]
+def dump_weighted(value: Weighted) -> Any:
+    """As a recipe says it."""
+    return dump(value.method) | {"weight": value.weight}
+
+
+WeightedField = Annotated[Any, PlainValidator(build_weighted), PlainSerializer(dump_weighted)]
 BudgetField = Annotated[
     Budget, PlainValidator(lambda v: v if isinstance(v, Budget) else build_dataclass(Budget, v, "budget")),
     PlainSerializer(lambda b: {b.unit: b.limit}),
@@ -56,8 +63,9 @@ class Train(Stage):
     """Fields of a `train` stage.
 
     `init` is a checkpoint to go on from; without it `model` is built anew: `{family: llama, hidden_size: 256, …}`, the
-    fields of the family's `transformers` configuration. The tokenizer is that of the checkpoint unless `tokenizer` says
-    otherwise. A step takes `batch_rows` rows of `length` tokens, `micro_rows` at a time (0: all).
+    fields of the family's `transformers` configuration. `surgeries` change it before training. The tokenizer is that of
+    the checkpoint unless `tokenizer` says otherwise. A step takes `batch_rows` rows of `length` tokens, `micro_rows` at
+    a time (0: all).
     """
 
     version = 1
@@ -68,6 +76,7 @@ class Train(Stage):
     tokenizer: Ref | None = None
     init: Ref | None = None
     model: dict[str, Any] = {}
+    surgeries: list[SurgeryField] = []
     task: Literal["auto", "causal", "masked", "seq2seq", "base"] = "auto"
     length: int = Field(512, ge=2)
     batch_rows: int = Field(16, ge=1)
@@ -133,6 +142,7 @@ class Train(Stage):
 
         world = join(pick_device())
         model, tokenizer = self._model_and_tokenizer(job)
+        model, surgery_flops = self._operated(model, tokenizer, job)
         if world.main:
             self._shards(job, tokenizer, main=True)
         world.wait()
@@ -147,25 +157,41 @@ class Train(Stage):
             model, loader, [w.method for w in weighted], self.optimizer, self.schedule,
             Settings(
                 self.budget, job.seed, self.clip, self.evaluate_every, self.save_every, self.keep, self.log_every,
-                self.precision, self.strategy, self.compile, self.checkpointing,
+                self.precision, self.strategy, self.compile, self.checkpointing, job.bar,
             ),
             job.folder, weights=[w.weight for w in weighted], policies=self.policies,
             evaluate=self._evaluation(shards["validation"], vocabulary),
             targets_per_byte=shards["train"].targets_per_byte() if self._plain() else None,
         )  # fmt: skip
         spent = training.spent
+        spent["flops"] += surgery_flops
+        own = {"metrics": training.metrics | spent, "flops": spent["flops"]}
         if world.main:
-            lineage = {
-                "stages": job.lineage,
-                "data": shards["train"].info["corpus"],
-                "metrics": training.metrics,
-            } | spent
+            source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
+            lineage = job.history(own, source)
+            lineage |= {"data": shards["train"].info["corpus"], "metrics": training.metrics} | spent
+            lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
+            lineage["length"] = self.length
             checkpoint.save(training.model, tokenizer, job.folder / "checkpoint", lineage)
+            for objective, modules in zip(training.trainee.objectives, training.trainee.beside, strict=True):
+                for name, other in objective.export(modules).items():
+                    checkpoint.save(other, tokenizer, job.folder / name / "checkpoint", lineage)
         bits = training.metrics.get("bits_per_byte")
         job.say(
             f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs" + (f", {bits:.3f} bits per byte" if bits else "")
         )
-        return {"metrics": training.metrics | spent, "flops": training.flops}
+        return own
+
+    def _operated(self, model: Any, tokenizer: Any, job: Job) -> tuple[Any, int]:
+        """The model after the surgeries, and the FLOPs that they took."""
+        from pretrain.core.meter import count_flops
+        from pretrain.surgery import Inputs
+
+        inputs, spent = Inputs(tokenizer=tokenizer, seed=job.seed), 0
+        for surgery in self.surgeries:
+            model, flops = count_flops(lambda surgery=surgery, model=model: surgery(model, inputs))  # type: ignore[misc]
+            spent += flops
+        return model, spent
 
     def _evaluation(self, held_out: Any, vocabulary: Any) -> Any:
         """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""

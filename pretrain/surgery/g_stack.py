@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from transformers import PreTrainedModel
 
+from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import blocks, family
 from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._growth import config_with_blocks, fresh
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class GStack(Surgery):
 
     The operator that the paper finds best: the whole stack of a small, briefly trained model's blocks is copied
     `growth` times, M∘M∘…∘M, and training goes on. Embeddings, final norm and head are kept. The paper's guideline is a
-    growth of 4, after about 10 billion tokens for models of billions of weights.
+    growth of 4, after about 10 billion tokens for models of billions of weights. Surgeries that the model has been
+    through are repeated on the new blocks.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert")
@@ -36,12 +37,7 @@ class GStack(Surgery):
         if self.growth < 1:
             raise PretrainError(f"g_stack: growth {self.growth}: accepted: 1 or more")
         small = len(blocks(model))
-        config: Any = copy.deepcopy(model.config)
-        config.num_hidden_layers = small * self.growth
-        if getattr(config, "layer_types", None):
-            config.layer_types = list(config.layer_types) * self.growth
-        with torch.random.fork_rng(devices=[]):
-            grown = type(model)(config)
+        grown = fresh(model, config_with_blocks(model, list(range(small)) * self.growth))
         weights = model.state_dict()
         inside = re.compile(rf"(^|.*\.){re.escape(entry.blocks)}\.(\d+)\.")
         for name, value in grown.state_dict().items():
@@ -50,5 +46,11 @@ class GStack(Surgery):
             if found:
                 begin, end = found.span(2)
                 source = f"{name[:begin]}{int(found[2]) % small}{name[end:]}"
+            if source not in weights or weights[source].shape != value.shape:
+                kind = ", ".join(e["method"] for e in surgery_of(model)) or "none recorded"
+                raise PretrainError(
+                    f"g_stack: no weight {source} of shape {tuple(value.shape)} in the model (surgeries: {kind}); "
+                    "accepted: a model that is the same in each block; stack first, then operate"
+                )
             value.copy_(weights[source])
-        return grown.to(model.dtype).train(model.training)
+        return grown

@@ -76,7 +76,7 @@ def wrap(trainee: nn.Module, blocks: list[nn.Module], world: World, strategy: st
     if world.size == 1:
         return trainee
     if strategy == "ddp":
-        return nn.parallel.DistributedDataParallel(trainee, find_unused_parameters=False)
+        return nn.parallel.DistributedDataParallel(trainee, broadcast_buffers=False)
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

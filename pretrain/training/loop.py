@@ -91,6 +91,7 @@ class Training:
     step: int = 0
     tokens: int = 0
     flops: int = 0
+    dense_flops: int = 0  # with the products with zeros that `flops` leaves out
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
 
@@ -111,9 +112,10 @@ class Training:
 
     def save(self) -> None:
         """Write the training state; every process must call it."""
-        names = ("tokens", "flops", "seconds", "metrics")
+        names = ("tokens", "flops", "dense_flops", "seconds", "metrics")
         record = {name: getattr(self, name) for name in names}
-        record |= {"meter": self.meter.counts, "loader": self.loader.state(), "seed": self.settings.seed}
+        record |= {"meter": self.meter.counts, "products": self.meter.products}
+        record |= {"loader": self.loader.state(), "seed": self.settings.seed}
         states.save(
             self.folder / "state",
             self.step,
@@ -133,7 +135,8 @@ class Training:
         record, policies = states.load(path, self.trainee, self.optimizer)
         for name in ("step", "tokens", "flops", "seconds", "metrics"):
             setattr(self, name, record[name])
-        self.meter = Meter(record["meter"])
+        self.dense_flops = record.get("dense_flops", self.flops)
+        self.meter = Meter(record["meter"], record.get("products"))
         self.loader.load_state(record["loader"])
         self.state.update(policies)
 
@@ -174,9 +177,9 @@ def train(
                 with whole(training.wrapped):
                     training.metrics = evaluate(training.trainee.eval())
                 training.trainee.train()
-                log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
                 for policy in policies:
                     policy.on_evaluation(training, training.state[policy.name], training.metrics)
+                log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
             if saving:
                 training.save()
             if stop and not done:
@@ -200,6 +203,7 @@ def _start(
     hardware.tune_allocator()
     world = join(hardware.pick_device())
     model.to(world.device)
+    torch.manual_seed(settings.seed)  # what objectives train beside the model begins alike in every run
     trainee = Trainee(model, objectives, weights or [1.0] * len(objectives)).to(world.device).train()
     accelerate(model)
     if settings.checkpointing:
@@ -220,7 +224,7 @@ def _start(
 
 
 def step(training: Training) -> dict[str, Any]:
-    """One optimiser step; returns its loss, parts, gradient norm, tokens, FLOPs and seconds."""
+    """One optimiser step; returns its loss, parts, gradient norm, tokens, FLOPs (all, and of zeros) and seconds."""
     settings, world, number = training.settings, training.world, training.step
     started, seconds_before = time.perf_counter(), training.seconds
     torch.manual_seed(_seed(settings.seed, number, world.rank))
@@ -236,8 +240,9 @@ def step(training: Training) -> dict[str, Any]:
     record["grad_norm"] = full(nn.utils.clip_grad_norm_(training.trainee.parameters(), settings.clip or math.inf))
 
     tokens = sum(int(batches[0]["tokens"]) for batches in micro_batches)
-    tokens, flops = (int(n) for n in world.sum([tokens, record["flops"]]))
-    training.step, training.tokens, training.flops = number + 1, training.tokens + tokens, training.flops + flops
+    tokens, dense, skipped = (int(n) for n in world.sum([tokens, record["dense_flops"], record["skipped_flops"]]))
+    training.step, training.tokens = number + 1, training.tokens + tokens
+    training.flops, training.dense_flops = training.flops + dense - skipped, training.dense_flops + dense
     training.seconds = seconds_before + world.longest(time.perf_counter() - started)
     # Only now is it known what a step spends, and with it how many steps the budget makes.
     factor = training.schedule.factor(number, settings.budget.total_steps(training.spent))
@@ -248,7 +253,7 @@ def step(training: Training) -> dict[str, Any]:
     for policy in training.policies:
         policy.after_step(training, training.state[policy.name], flat, losses)
     training.seconds = seconds_before + world.longest(time.perf_counter() - started)
-    return record | {"tokens": tokens, "flops": flops, "seconds": training.seconds - seconds_before}
+    return record | {"tokens": tokens, "dense_flops": dense, "seconds": training.seconds - seconds_before}
 
 
 def forward_backward(training: Training, micro_batches: list[list[Batch]]) -> tuple[list[Loss], dict[str, Any]]:
@@ -258,7 +263,9 @@ def forward_backward(training: Training, micro_batches: list[list[Batch]]) -> tu
     targets = world.sum([sum(float(b[i]["weight"]) for b in micro_batches) for i in range(len(trainee.objectives))])
     losses: list[Loss] = []
     parts: dict[str, Tensor] = {}
-    total, flops = torch.zeros((), device=world.device), 0
+    total, flops, skipped = torch.zeros((), device=world.device), 0, 0
+    zeros = _zeros(training)
+    layers = {n: m for n, m in families.linears(training.model).items() if n in zeros} if zeros else {}
     for index, batches in enumerate(micro_batches):
         scales = [float(b["weight"]) * world.size / max(n, 1.0) for b, n in zip(batches, targets, strict=True)]
 
@@ -269,13 +276,24 @@ def forward_backward(training: Training, micro_batches: list[list[Batch]]) -> tu
             return value.detach(), losses
 
         with synchronised(training.wrapped, last=index + 1 == len(micro_batches)):
-            (value, micro_losses), micro_flops = training.meter.run(_shapes(batches), work)
+            shapes = _shapes(batches)
+            (value, micro_losses), micro_flops = training.meter.run(shapes, work, layers)
         losses += [Loss(loss.value.detach(), loss.parts, loss.nll_BL) for loss in micro_losses]
         total, flops = total + value, flops + micro_flops
+        skipped += training.meter.skipped(shapes, zeros)
         for loss, scale in zip(micro_losses, scales, strict=True):
             for name, part in loss.parts.items():
                 parts[name] = parts.get(name, 0) + part.detach() * scale
-    return losses, {"loss": total, "parts": parts, "flops": flops}
+    return losses, {"loss": total, "parts": parts, "dense_flops": flops, "skipped_flops": skipped}
+
+
+def _zeros(training: Training) -> dict[str, float]:
+    """The share of zeros that the policies declare for each linear layer; the largest where several do."""
+    found: dict[str, float] = {}
+    for policy in training.policies:
+        for name, share in policy.zeros(training, training.state[policy.name]).items():
+            found[name] = max(share, found.get(name, 0.0))
+    return found
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -323,9 +341,10 @@ def _finished(record: dict[str, Any], training: Training, targets_per_byte: floa
             f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged; the newest good "
             f"state is {last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller clip"
         )
-    rate = record["flops"] / max(record["seconds"], 1e-9)
+    rate = record["dense_flops"] / max(record["seconds"], 1e-9)
     return training.spent | {
         "step": training.step,
+        "dense_flops": training.dense_flops,
         "loss": loss,
         "parts": dict(zip(names, parts, strict=True)),
         "bits_per_byte": loss / math.log(2) * targets_per_byte if targets_per_byte else None,

@@ -1,0 +1,92 @@
+"""Python modules that are installed here: found and read, never imported."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import importlib.util
+import pkgutil
+import re
+import sysconfig
+import tokenize
+import warnings
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError, nearest
+
+TESTS = {"test", "tests", "idle_test"}
+Modules = list[tuple[str, Path]]  # the path from the library's or the package's name on, and the file
+
+
+def of_stdlib(tests: bool) -> Modules:
+    """The modules of the standard library that are not empty, sorted."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"site-packages", "dist-packages", "__pycache__"} | (set() if tests else TESTS)
+    found = [(path.relative_to(root), path) for path in root.rglob("*.py")]
+    kept = [(inside, path) for inside, path in found if not left_out & set(inside.parts) and path.stat().st_size]
+    return [(str(inside), path) for inside, path in sorted(kept)]
+
+
+def of_package(name: str, tests: bool) -> Modules:
+    """The modules of an installed package that are not empty, sorted; `name` is the one that it is imported by."""
+    top, *deeper = name.split(".")
+    try:
+        spec = importlib.util.find_spec(top) if all(part.isidentifier() for part in (top, *deeper)) else None
+    except (ImportError, ValueError):
+        spec = None
+    places = (spec.submodule_search_locations or ()) if spec else ()
+    roots = [Path(place, *deeper) for place in places]
+    found = [("/".join((top, *deeper, *path.relative_to(root).parts)), path) for root in roots for path in _below(root)]
+    alone = [root.with_suffix(".py") for root in roots] if deeper else [Path((spec and spec.origin) or "")]
+    found = found or [("/".join((top, *deeper)) + ".py", path) for path in alone if path.suffix == ".py"]
+    found = sorted((inside, path) for inside, path in found if path.is_file() and path.stat().st_size)
+    if not found:
+        raise PretrainError(
+            f"package {name!r}{_meant(top) if spec is None else ''}: accepted: an installed Python package, by the "
+            "name that it is imported by, with modules in Python"
+        )
+    return [(inside, path) for inside, path in found if tests or not _is_test(inside.split("/")[1 + len(deeper) :])]
+
+
+def _below(root: Path) -> list[Path]:
+    return [path for path in root.rglob("*.py") if "__pycache__" not in path.parts]
+
+
+def _is_test(inside: list[str]) -> bool:
+    """By the names of its folders and its own, inside of the package."""
+    return bool(TESTS & set(inside) or re.match(r"test_|conftest\.py|.*_test\.py", (inside or [""])[-1]))
+
+
+def _meant(word: str) -> str:
+    """What the user may have meant: what a distribution of that name is imported by, or the nearest import name."""
+    known = importlib.metadata.packages_distributions()
+    for name, distributions in known.items():
+        if word.lower() in (distribution.lower() for distribution in distributions) and name.isidentifier():
+            return f" (did you mean {name!r}?)"
+    return nearest(word, {*known, *(module.name for module in pkgutil.iter_modules())})
+
+
+def version(name: str) -> str | None:
+    """The installed version of a package; None where its distribution has another name."""
+    try:
+        return importlib.metadata.version(name.partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def docstrings(text: str) -> str:
+    """A module's docstrings with the names they describe; the code is parsed, never run."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(text)
+    except (SyntaxError, ValueError, tokenize.TokenError, RecursionError):
+        return ""
+    parts = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            docstring = ast.get_docstring(node)
+            if docstring and len(docstring) > 40:
+                name = getattr(node, "name", None)
+                parts.append(f"{name}\n{docstring}" if name else docstring)
+    return "\n\n".join(parts)

@@ -1,0 +1,48 @@
+"""Where an operation keeps what an interrupted run is to find again, and what it says of itself.
+
+The data stage opens a desk around its operations; an operation called alone works at a desk that is gone afterwards.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Desk:
+    """`folder` outlives a killed run; `flops` are what such a run spent on what was found there again."""
+
+    folder: Path
+    flops: int = 0
+    reports: list[dict[str, Any]] = field(default_factory=list)  # one an operation, for `corpus.json`
+
+
+_DESK: ContextVar[Desk | None] = ContextVar("desk", default=None)
+
+
+@contextmanager
+def working(folder: Path) -> Iterator[Desk]:
+    """Let the operations called inside keep their work in `folder`."""
+    desk = Desk(Path(folder))
+    token = _DESK.set(desk)
+    try:
+        yield desk
+    finally:
+        _DESK.reset(token)
+
+
+@contextmanager
+def desk() -> Iterator[Desk]:
+    """The desk of the stage that runs, or a temporary one."""
+    found = _DESK.get()
+    if found is not None:
+        yield found
+        return
+    with tempfile.TemporaryDirectory(prefix="pretrain-work-") as folder:
+        yield Desk(Path(folder))

@@ -1,0 +1,171 @@
+"""Trials: single runs of recipes, and the queue that runs many of them.
+
+A trial is a recipe with its budget; the engine's store makes the queue resumable: what is finished is not run again,
+what was interrupted goes on, and stages that several trials share (a corpus, a tokenizer, a baseline) are run once.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+from pretrain import engine
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.files import read_json
+from pretrain.recipe import check
+
+UNITS = ("flops", "tokens", "steps", "none")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A run of a recipe. The stage `trained` gets `amount` of `unit`, of FLOPs what the stages before it leave over."""
+
+    name: str  # what the queue calls it
+    recipe: dict[str, Any]
+    output: str
+    store: str
+    trained: str
+    unit: str
+    amount: float
+    metric: str  # STAGE.metric
+    curve: str | None = None  # of the held-out metrics in the trained stage's log
+
+    def run(self) -> dict[str, Any]:
+        """Run it, or what is left of it: `final`, `flops` up to and with the trained stage, `seconds`, the `curve`."""
+        recipe = copy.deepcopy(self.recipe)
+        names = [stage.get("name", stage.get("stage")) for stage in recipe["stages"]]
+        if self.trained not in names:
+            raise PretrainError(
+                f"{self.name}: no stage {self.trained!r}; accepted: one of {', '.join(map(str, names))}"
+            )
+        index, spent = names.index(self.trained), 0
+        if self.unit != "none":
+            left = self.amount
+            if self.unit == "flops" and index:
+                spent = sum(r["flops"] for r in self._run(recipe | {"stages": recipe["stages"][:index]}).values())
+                left -= spent
+            if left <= 0:
+                raise PretrainError(
+                    f"{self.name}: the stages before {self.trained!r} spend all {self.amount:.3g} FLOPs"
+                )
+            recipe["stages"][index]["budget"] = {self.unit: left}
+        records = self._run(recipe)
+        log = Path(self.output) / self.trained / "log.jsonl"
+        return {
+            "final": value_of(self.metric, records, Path(self.output)),
+            "flops": sum(records[name]["flops"] for name in names[: index + 1]),
+            "seconds": records[self.trained]["seconds"],
+            "peak_memory_bytes": records[self.trained]["peak_memory_bytes"],
+            "curve": held_out_curve(log, self.curve, records, names[:index]) if self.curve else [],
+        }
+
+    def _run(self, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        checked = check(recipe, None, output=self.output)
+        return engine.run(checked, say=engine.silent, store=self.store, report=False).stages
+
+
+def value_of(metric: str, records: dict[str, dict[str, Any]], output: Path) -> float:
+    """`STAGE.metric` among the stage's metrics, or deeper in its `evaluation.json`: `evaluation.domains.doc.loss`."""
+    stage, _, name = metric.partition(".")
+    if stage not in records:
+        raise unknown("stage of the metric", stage, records)
+    known: Any = {k: v for k, v in records[stage].items() if isinstance(v, int | float)} | records[stage]["metrics"]
+    if name in known:
+        return float(known[name])
+    path = output / stage / "evaluation.json"
+    found: Any = read_json(path) if path.exists() else {}
+    for step in name.split("."):
+        if not isinstance(found, dict) or step not in found:
+            raise unknown(f"metric of stage {stage!r}", name, known)
+        found = found[step]
+    return float(found)
+
+
+def held_out_curve(
+    log: Path, metric: str, records: dict[str, dict[str, Any]], before: Sequence[str]
+) -> list[list[float]]:
+    """Pairs of FLOPs (those of the stages before included) and the held-out metric, as training logged them."""
+    spent = sum(records[name]["flops"] for name in before)
+    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+    measured = [row for row in rows if row["event"] == "evaluation"]
+    curve = [[spent + row["flops"], row["metrics"][metric]] for row in measured if metric in row["metrics"]]
+    if not curve:
+        known = sorted({name for row in measured for name in row["metrics"]})
+        raise PretrainError(f"{log}: no held-out {metric!r} is logged; accepted: {', '.join(known) or 'none'}")
+    return curve
+
+
+def run_all(
+    trials: Sequence[Trial], *, jobs: int = 1, ray: str | None = None, say: Callable[[str], None] = print
+) -> list[dict[str, Any]]:
+    """Run trials and give their outcomes in order: in this process, in `jobs` processes, or on a `ray` cluster.
+
+    On a cluster `output` and `store` must lie where all its machines see them. An error ends the queue once the trials
+    that are under way have finished; run again to go on.
+    """
+    outcomes: list[Any] = [None] * len(trials)
+    for number, (index, outcome) in enumerate(_outcomes(trials, jobs, ray), 1):
+        outcomes[index] = outcome
+        say(f"{number}/{len(trials)} {trials[index].name}: {trials[index].metric} {outcome['final']:.4f}")
+    return outcomes
+
+
+def _outcomes(trials: Sequence[Trial], jobs: int, ray: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+    if ray is not None:
+        yield from _on_cluster(trials, ray)
+    elif jobs == 1:
+        yield from ((index, trial.run()) for index, trial in enumerate(trials))
+    else:
+        with (
+            _threads(max(1, len(os.sched_getaffinity(0)) // jobs)),
+            ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
+        ):
+            waiting = {pool.submit(trial.run): index for index, trial in enumerate(trials)}
+            try:
+                for done in as_completed(waiting):
+                    yield waiting[done], done.result()
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Processes that begin while this is open use so many threads each."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    try:
+        yield
+    finally:
+        os.environ.pop("OMP_NUM_THREADS")
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+
+def _on_cluster(trials: Sequence[Trial], address: str) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        import ray
+    except ImportError as error:
+        raise PretrainError("a cluster needs ray; accepted: pip install 'pretrain[ray]'") from error
+    try:
+        ray.init(address=address)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise PretrainError(
+            f"no ray cluster at {address!r}: {error}; accepted: the address of a head, auto, local"
+        ) from error
+    task = ray.remote(Trial.run)
+    waiting = {task.remote(trial): index for index, trial in enumerate(trials)}
+    try:
+        while waiting:
+            (done,), _ = ray.wait(list(waiting), num_returns=1)
+            yield waiting.pop(done), ray.get(done)
+    finally:
+        ray.shutdown()

@@ -1,0 +1,79 @@
+"""What paired runs say: intervals, a word, and the compute at which one curve reaches the other's end."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
+CONFIDENCE = 0.97  # chance then decides less than one comparison in twenty, of noise that is not normal as well
+
+Curve = Sequence[Sequence[float]]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """How a side stands to the baseline, over paired seeds.
+
+    `difference` is the mean of method minus baseline, `low` to `high` its 97% interval by Student's t, `bootstrap` the
+    one by resampling the pairs. The word is decided only where both intervals lie on one side of zero: with few seeds
+    the bootstrap alone would decide far too often.
+    """
+
+    difference: float
+    low: float
+    high: float
+    bootstrap: tuple[float, float]
+    word: str
+
+
+def judge(differences: Sequence[float], better: str = "lower") -> Verdict:
+    """The verdict on paired differences; `better` says which sign is good, "lower" or "higher"."""
+    from scipy.stats import t
+
+    mean, count = statistics.mean(differences), len(differences)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
+    resampled = bootstrap(differences)
+    low, high = min(mean - half, resampled[0]), max(mean + half, resampled[1])
+    sign = -1 if low > 0 else 1 if high < 0 else 0  # of the improvement, where lower is better
+    word = {1: BETTER, -1: WORSE, 0: UNDECIDED}[sign if better == "lower" else -sign]
+    return Verdict(mean, mean - half, mean + half, resampled, word)
+
+
+def bootstrap(differences: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
+    """The percentile interval of the mean by resampling the pairs."""
+    chosen = np.random.default_rng(seed).integers(0, len(differences), (resamples, len(differences)))
+    cut = 100 * (1 - CONFIDENCE) / 2
+    low, high = np.percentile(np.asarray(differences, dtype=float)[chosen].mean(-1), [cut, 100 - cut])
+    return float(low), float(high)
+
+
+def reached(curve: Curve, target: float, better: str = "lower") -> float | None:
+    """The FLOPs at which a curve first reaches `target`, between its points in a straight line; None: never."""
+    sign = 1 if better == "lower" else -1
+    before: Sequence[float] | None = None
+    for spent, value in curve:
+        if sign * value <= sign * target:
+            if before is None or before[1] == value:
+                return spent
+            return before[0] + (spent - before[0]) * (before[1] - target) / (before[1] - value)
+        before = (spent, value)
+    return None
+
+
+def share_to_reach(curves: Sequence[Curve], others: Sequence[Curve], better: str = "lower") -> float | None:
+    """The mean share of its own compute at which each curve reaches the other's last value; None where one never does.
+
+    0.5 says that half the compute is enough: a saving of one half.
+    """
+    shares = []
+    for curve, other in zip(curves, others, strict=True):
+        point = reached(curve, other[-1][1], better)
+        if point is None:
+            return None
+        shares.append(point / curve[-1][0])
+    return statistics.mean(shares)

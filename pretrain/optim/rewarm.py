@@ -1,0 +1,37 @@
+"""Raise the learning rate again for new data, then let it fall once more."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from pretrain.core.errors import PretrainError
+from pretrain.optim import Schedule, warmup_steps
+
+
+@dataclass(frozen=True)
+class Rewarm(Schedule):
+    """Continual Pre-Training of Large Language Models: How to (re)warm your model? (arXiv:2308.04014).
+
+    A checkpoint whose schedule has ended goes on with new data: the rate rises in a straight line from `initial` of the
+    peak, where the pretraining ended, to the peak, and falls by half a cosine to `final` of it. The paper's findings:
+    how long the warm-up is matters little; a higher peak learns the new data better and forgets more of the old; both
+    losses rise at first, and a rate that is not raised again learns the new data less well.
+    """
+
+    warmup: float = 0.01
+    initial: float = 0.1
+    final: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("initial", "final"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise PretrainError(f"rewarm: {name} {getattr(self, name)}: accepted: a share of the peak, 0 to 1")
+
+    def factor(self, step: int, total: int) -> float:
+        """The factor on the peak learning rate at `step` (from 0) of `total`."""
+        warm = warmup_steps(self.warmup, total)
+        if step < warm:
+            return self.initial + (1 - self.initial) * (step + 1) / warm
+        t = min(1.0, (step - warm) / max(1, total - warm))
+        return self.final + (1 - self.final) * (1 + math.cos(math.pi * t)) / 2
