@@ -25,6 +25,7 @@ from pretrain.experiments.claims import (
 from pretrain.experiments.page import page
 from pretrain.experiments.table import markdown, rows
 from pretrain.experiments.trials import run_all
+from pretrain.recipe import check
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FOLDER = Path(__file__).parent.parent / "claims"
@@ -93,6 +94,17 @@ def test_claim_names_a_paper_whose_method_is_here_and_has_all_scales(name):
     assert claim.arxiv == next(info.arxiv for info in methods().values() if info.title == claim.title)
     assert set(claim.scales) == {"smoke", "cpu", "gpu"}
     assert all((claim.scales[s].seeds or SEEDS[s]) >= (5 if s == "smoke" else 3) for s in claim.scales)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_claim_is_a_valid_recipe_for_both_sides_at_every_scale(name):
+    claim = load_claim(FOLDER / f"{name}.yaml")
+    for scale in claim.scales:
+        for side in ("baseline", "method"):
+            value = getattr(claim.tune, side)[0] if claim.tune else None
+            trial = _trial(claim, scale, side, claim.recipe(side, scale), Path(), 0, value, "test")
+            stages = {stage.name: stage for stage in check(trial.recipe).stages}
+            assert {"corpus", "tokenizer", "model"} <= set(stages) and claim.metric.partition(".")[0] in stages
 
 
 def test_both_sides_search_as_many_rates_and_are_judged_on_other_data_and_seeds(simple, tmp_path):
