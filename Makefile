@@ -20,7 +20,7 @@ lint: $(VENV)/installed
 	$(VENV)/bin/mypy
 
 docs: $(VENV)/installed  ## regenerate the pages made from docstrings
-	$(VENV)/bin/python -m pretrain.core.docs
+	$(VENV)/bin/python -m pretrain.docs
 
 # torch first: with it in place nothing else pulls another build.
 $(VENV)/installed: pyproject.toml constraints.txt

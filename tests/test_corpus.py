@@ -114,6 +114,9 @@ def test_an_even_choice_is_of_the_whole_length_and_in_order(items, limit):
 def test_the_standard_library_can_be_bounded_evenly():
     few = [d["id"] for d in read(PythonStdlib(docstrings=False, limit=12))]
     assert len(few) == 12 and few == sorted(few, key=lambda name: name.split("/"))
+    assert not any(
+        d["id"].startswith("encodings") for d in read(PythonStdlib(docstrings=False, exclude=("encodings/*",)))
+    )
     assert few[0] < "b" and few[-1] > "u" and few == [d["id"] for d in read(PythonStdlib(docstrings=False, limit=12))]
 
 
@@ -143,6 +146,7 @@ def test_packages_are_read_without_being_imported(installed):
     assert [d["id"] for d in read(Packages(("grove", "lonetree"), limit=2))] == [
         "grove/__init__.py", "grove/sub/__init__.py", "lonetree.py",
     ]  # fmt: skip
+    assert [d["id"] for d in read(Packages(("grove",), exclude=("grove/sub/*", "*/a.py")))] == ["grove/__init__.py"]
     before = fingerprint(Packages(("grove",)))
     assert before == fingerprint(Packages(("grove",))) != fingerprint(Packages(("lonetree",)))
     (installed / "grove" / "a.py").write_text("another text\n")

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from pretrain.core.docs import pages
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import KINDS, info, methods
+from pretrain.docs import pages, recipe_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -21,6 +21,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglo
 
 def test_the_made_pages_are_those_of_the_docstrings():
     assert {p.name: p.read_text() for p in (ROOT / "docs" / "methods").glob("*.md")} == pages(), "run `make docs`"
+    assert (ROOT / "docs" / "recipes.md").read_text() == recipe_page(ROOT / "recipes"), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

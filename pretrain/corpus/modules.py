@@ -10,6 +10,7 @@ import re
 import sysconfig
 import tokenize
 import warnings
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
@@ -46,6 +47,11 @@ def of_package(name: str, tests: bool) -> Modules:
             "name that it is imported by, with modules in Python"
         )
     return [(inside, path) for inside, path in found if tests or not _is_test(inside.split("/")[1 + len(deeper) :])]
+
+
+def without(found: Modules, patterns: tuple[str, ...]) -> Modules:
+    """The modules whose path no pattern fits; `*` stands for any characters."""
+    return [(inside, path) for inside, path in found if not any(fnmatchcase(inside, one) for one in patterns)]
 
 
 def _below(root: Path) -> list[Path]:

@@ -68,6 +68,7 @@ class PythonStdlib:
     docstrings: bool = True
     tests: bool = False  # the library's own tests, two thirds of its text
     limit: int | None = None  # at most so many modules, from the whole library alike
+    exclude: tuple[str, ...] = ()  # modules to leave out: `encodings/*` for the tables of character sets
 
     def __post_init__(self) -> None:
         _check_limit(self.limit)
@@ -83,6 +84,7 @@ class Packages:
     packages: tuple[str, ...]
     tests: bool = False
     limit: int | None = None  # at most so many modules of each package, from the whole of it alike
+    exclude: tuple[str, ...] = ()  # modules to leave out: `torch/_inductor/*`
 
     def __post_init__(self) -> None:
         if not self.packages:
@@ -318,7 +320,7 @@ def read_text(path: Path, skipped: Skipped) -> str | None:
 
 
 def _read_stdlib(source: PythonStdlib, skipped: Skipped) -> Iterator[Document]:
-    for inside, path in evenly(modules.of_stdlib(source.tests), source.limit):
+    for inside, path in evenly(modules.without(modules.of_stdlib(source.tests), source.exclude), source.limit):
         text = read_text(path, skipped)
         if text is None:
             continue
@@ -330,7 +332,8 @@ def _read_stdlib(source: PythonStdlib, skipped: Skipped) -> Iterator[Document]:
 
 def _read_packages(source: Packages, skipped: Skipped) -> Iterator[Document]:
     for name in source.packages:
-        for inside, path in evenly(modules.of_package(name, source.tests), source.limit):
+        found = modules.without(modules.of_package(name, source.tests), source.exclude)
+        for inside, path in evenly(found, source.limit):
             text = read_text(path, skipped)
             if text is not None:
                 yield {"text": text, "domain": name, "id": inside, "group": inside}

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import write_json
+from pretrain.core.files import write_json, write_text
+from pretrain.experiments.drawing import draw
 from pretrain.experiments.trials import Trial, run_all
-from pretrain.experiments.verdict import judge, share_to_reach
+from pretrain.experiments.verdict import interval, judge, share_to_reach, shares_to_reach
 from pretrain.recipe import load
 
 
@@ -32,7 +33,7 @@ def compare(
     ray: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-    """Run each recipe with each seed for `flops`; writes and returns `comparison.json`.
+    """Run each recipe with each seed for `flops`; writes `comparison.svg`, writes and returns `comparison.json`.
 
     `metric` is one of the held-out metrics that training logs; lower is better. Runs that are finished are not run
     again, so a comparison that was interrupted goes on. `jobs` processes share the work, or a `ray` cluster does.
@@ -56,6 +57,8 @@ def compare(
         runs[name].append({"seed": seed} | outcome)
     found = summarise(runs, flops, metric) | {"environment": describe()}
     write_json(Path(output) / "comparison.json", found)
+    curves = {name: [run["curve"] for run in of] for name, of in found["runs"].items()}
+    write_text(Path(output) / "comparison.svg", draw(curves, metric))
     return found
 
 
@@ -79,7 +82,8 @@ def _trial(
 def summarise(runs: dict[str, list[dict[str, Any]]], flops: float, metric: str) -> dict[str, Any]:
     """What `comparison.json` says: runs, and each recipe's mean, spread, verdict and saving against the first.
 
-    `compute_to_reach`: the share of its FLOPs at which the recipe reaches the baseline's last value, and the other way.
+    `compute_to_reach`: the share of its FLOPs at which the recipe reaches the baseline's last value, its 97% interval
+    over the seeds, and the share the other way round.
     """
     baseline = next(iter(runs))
     table = {}
@@ -89,8 +93,10 @@ def summarise(runs: dict[str, list[dict[str, Any]]], flops: float, metric: str) 
         if name != baseline:
             row["verdict"] = asdict(judge([a["final"] - b["final"] for a, b in zip(own, runs[baseline], strict=True)]))
             mine, theirs = ([run["curve"] for run in side] for side in (own, runs[baseline]))
+            shares = shares_to_reach(mine, theirs)
             row["compute_to_reach"] = {
                 "baseline's end": share_to_reach(mine, theirs),
+                "interval": interval([s for s in shares if s is not None]) if None not in shares else None,
                 "end by baseline": share_to_reach(theirs, mine),
             }
         table[name] = row

@@ -7,13 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from pretrain.core.method import methods
+from pretrain.experiments.drawing import band
 from pretrain.experiments.table import rows
-from pretrain.experiments.verdict import Curve
-
-POINTS = 60  # of a drawn band
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
@@ -31,12 +27,3 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         data.append(row | {"kind": kind, "curves": drawn, "finals": finals, "chosen": result["chosen"]})
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/[]", json.dumps(data, ensure_ascii=False).replace("</", "<\\/"))
-
-
-def band(curves: Sequence[Curve]) -> dict[str, list[float]]:
-    """Mean, lowest and highest of several curves at common points `x`, between their points in straight lines."""
-    begin, end = max(c[0][0] for c in curves), min(c[-1][0] for c in curves)
-    x = np.linspace(begin, max(begin, end), POINTS)
-    values = np.stack([np.interp(x, [p[0] for p in curve], [p[1] for p in curve]) for curve in curves])
-    rounded = {"x": x, "mean": values.mean(0), "low": values.min(0), "high": values.max(0)}
-    return {name: [float(f"{v:.5g}") for v in line] for name, line in rounded.items()}

@@ -33,15 +33,11 @@ class Verdict:
 
 def judge(differences: Sequence[float], better: str = "lower") -> Verdict:
     """The verdict on paired differences; `better` says which sign is good, "lower" or "higher"."""
-    from scipy.stats import t
-
-    mean, count = statistics.mean(differences), len(differences)
-    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(differences) / math.sqrt(count)
-    resampled = bootstrap(differences)
-    low, high = min(mean - half, resampled[0]), max(mean + half, resampled[1])
+    (begin, end), resampled = interval(differences), bootstrap(differences)
+    low, high = min(begin, resampled[0]), max(end, resampled[1])
     sign = -1 if low > 0 else 1 if high < 0 else 0  # of the improvement, where lower is better
     word = {1: BETTER, -1: WORSE, 0: UNDECIDED}[sign if better == "lower" else -sign]
-    return Verdict(mean, mean - half, mean + half, resampled, word)
+    return Verdict(statistics.mean(differences), begin, end, resampled, word)
 
 
 def bootstrap(differences: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:
@@ -65,15 +61,25 @@ def reached(curve: Curve, target: float, better: str = "lower") -> float | None:
     return None
 
 
-def share_to_reach(curves: Sequence[Curve], others: Sequence[Curve], better: str = "lower") -> float | None:
-    """The mean share of its own compute at which each curve reaches the other's last value; None where one never does.
+def shares_to_reach(curves: Sequence[Curve], others: Sequence[Curve], better: str = "lower") -> list[float | None]:
+    """The share of its own compute at which each curve reaches the other's last value; None where it never does.
 
     0.5 says that half the compute is enough: a saving of one half.
     """
-    shares = []
-    for curve, other in zip(curves, others, strict=True):
-        point = reached(curve, other[-1][1], better)
-        if point is None:
-            return None
-        shares.append(point / curve[-1][0])
-    return statistics.mean(shares)
+    points = [reached(curve, other[-1][1], better) for curve, other in zip(curves, others, strict=True)]
+    return [None if p is None else p / curve[-1][0] for p, curve in zip(points, curves, strict=True)]
+
+
+def share_to_reach(curves: Sequence[Curve], others: Sequence[Curve], better: str = "lower") -> float | None:
+    """The mean of `shares_to_reach`; None where one curve never reaches the other's end."""
+    shares = [share for share in shares_to_reach(curves, others, better) if share is not None]
+    return statistics.mean(shares) if len(shares) == len(curves) else None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Student's interval of the mean."""
+    from scipy.stats import t
+
+    mean, count = statistics.mean(values), len(values)
+    half = float(t.ppf((1 + CONFIDENCE) / 2, count - 1)) * statistics.stdev(values) / math.sqrt(count)
+    return mean - half, mean + half

@@ -1,18 +1,19 @@
-"""The pages of `docs/methods/`, made from docstrings: `python -m pretrain.core.docs [FOLDER]`.
+"""What is made in `docs/`: `methods/` from docstrings, `recipes.md` from the recipes' own words.
 
-One page for each kind of method, and one table of all. Nothing in them is written by hand.
+One page for each kind of method, and one table of all. `python -m pretrain.docs` writes them anew.
 """
 
 from __future__ import annotations
 
-import sys
 from dataclasses import fields
 from inspect import cleandoc
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from pretrain.core.files import write_text
 from pretrain.core.method import KINDS, PACKAGE, MethodInfo, default_of, method_class, methods
+from pretrain.recipe import load
 
 HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
 
@@ -56,15 +57,28 @@ def _entry(row: MethodInfo) -> str:
     return "\n".join(lines)
 
 
-def main(folder: Path) -> None:
+def recipe_page(folder: Path) -> str:
+    """The recipes: what each says of itself, its stages, and how to run it."""
+    lines = ["<!-- Made from the recipes by `make docs`; edit those. -->\n", "# Recipes\n"]
+    for path in sorted(folder.glob("*.yaml")):
+        text = path.read_text(encoding="utf-8").splitlines()
+        said = takewhile(lambda line: line.startswith("#"), text)
+        stages = [f"`{stage.name}` ({stage.stage})" for stage in load(path).stages]
+        lines += [f"## [{path.stem}](../recipes/{path.name})\n", *(line[1:].strip() for line in said)]
+        lines += ["\n" + " → ".join(stages) + "\n", f"```\npretrain run recipes/{path.name}\n```\n"]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def main(docs: Path, recipes: Path) -> None:
     """Write the pages; pages of kinds that are gone are removed."""
     made = pages()
-    for old in folder.glob("*.md"):
+    for old in (docs / "methods").glob("*.md"):
         if old.name not in made:
             old.unlink()
     for name, text in made.items():
-        write_text(folder / name, text)
+        write_text(docs / "methods" / name, text)
+    write_text(docs / "recipes.md", recipe_page(recipes))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]) if len(sys.argv) > 1 else PACKAGE.parent / "docs" / "methods")
+    main(PACKAGE.parent / "docs", PACKAGE.parent / "recipes")
