@@ -1,7 +1,7 @@
 """The compute meter: FLOPs counted from the operations that really ran, and peak memory.
 
 A multiply-add counts as two operations, as everywhere in the field. Matrix products, convolutions and attention are
-counted, forward, backward, recomputed and of auxiliary models; elementwise work is not. The count of a step depends on
+counted, forward, backward, recomputed, of auxiliary models and of the optimiser; elementwise work is not. The count of a step depends on
 its shapes only, so it is taken once for each shape, while a real step runs, and then remembered.
 
 A method may leave work out that this machine does all the same: products with the zeros of a sparse matrix. What a
@@ -37,8 +37,17 @@ def _in_place_product(self: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
     return math.prod(a) * 2 * b[-1]
 
 
-# What `FlopCounterMode` does not know: the attention kernel of CPUs, and products that add to a tensor in place.
+def _singular_vectors(a: Any, *_: Any, **__: Any) -> int:
+    """Of an m × n matrix, m ≥ n, with thin U and V: 6 m n² + 20 n³ (Golub and Van Loan, Matrix Computations, 8.6.3)."""
+    *many, rows, columns = a
+    m, n = max(rows, columns), min(rows, columns)
+    return math.prod(many) * (6 * m * n**2 + 20 * n**3)
+
+
+# What `FlopCounterMode` does not know: the attention kernel of CPUs, products that add to a tensor in place, and
+# decompositions.
 _UNKNOWN = {
+    torch.ops.aten._linalg_svd: _singular_vectors,
     torch.ops.aten.addmm_: _in_place_product,
     torch.ops.aten.baddbmm_: _in_place_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,

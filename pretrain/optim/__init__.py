@@ -25,7 +25,10 @@ class Optimizer(Method):
     weight_decay: float = 0.1
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Make the optimiser over these parameters."""
+        """Make the optimiser over these parameters.
+
+        One whose steps do not all cost the same FLOPs says in a property `phase` what its next step is.
+        """
         raise NotImplementedError
 
 

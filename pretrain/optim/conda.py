@@ -55,6 +55,13 @@ class CondaOptimizer(torch.optim.Optimizer):
     def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
         super().__init__(groups, defaults)
 
+    @property
+    def phase(self) -> str:
+        """What the next step does; steps that make bases anew cost more."""
+        rotated = [(g, p) for g in self.param_groups if g["rotate"] for p in g["params"] if p.grad is not None]
+        taken = [(self.state[p]["step"] if self.state[p] else 0, g["update_gap"]) for g, p in rotated]
+        return "new bases" if any(step % gap == 0 for step, gap in taken) else "rotated"
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One step."""

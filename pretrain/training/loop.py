@@ -248,12 +248,14 @@ def step(training: Training) -> dict[str, Any]:
     factor = training.schedule.factor(number, settings.budget.total_steps(training.spent))
     for group in training.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    training.optimizer.step()
+    phase = getattr(training.optimizer, "phase", "")  # steps of one phase cost the same
+    _, update = training.meter.run(f"optimizer {phase}", training.optimizer.step)
+    training.flops, training.dense_flops = training.flops + update, training.dense_flops + update
     training.optimizer.zero_grad(set_to_none=True)
     for policy in training.policies:
         policy.after_step(training, training.state[policy.name], flat, losses)
     training.seconds = seconds_before + world.longest(time.perf_counter() - started)
-    return record | {"tokens": tokens, "dense_flops": dense, "seconds": training.seconds - seconds_before}
+    return record | {"tokens": tokens, "dense_flops": dense + update, "seconds": training.seconds - seconds_before}
 
 
 def forward_backward(training: Training, micro_batches: list[list[Batch]]) -> tuple[list[Loss], dict[str, Any]]:
