@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 WIDTH, LAYERS, HEADS, LENGTH, ROWS = 256, 4, 4, 256, 8
+PLAIN = "causal_lm, adamw"
 MODELS: dict[str, dict[str, Any]] = {
     "llama": {
         "hidden_size": WIDTH, "intermediate_size": 688, "num_hidden_layers": LAYERS, "num_attention_heads": HEADS,
@@ -37,23 +38,13 @@ def trainings(folder: Path) -> dict[str, Any]:
     """Each case as a `Training` that is ready to step."""
     from pretrain.core.batch import Vocabulary
     from pretrain.core.families import new_model
+    from pretrain.core.method import method_class
     from pretrain.corpus.loader import Loader
     from pretrain.corpus.shards import tokenise
     from pretrain.corpus.sources import PythonStdlib, read
     from pretrain.corpus.store import Corpus, write_corpus
     from pretrain.corpus.tokenizers import train_tokenizer
-    from pretrain.objectives.causal_lm import CausalLM
-    from pretrain.objectives.electra import Electra
-    from pretrain.objectives.masked_lm import MaskedLM
-    from pretrain.objectives.span_corruption import SpanCorruption
-    from pretrain.objectives.ul2 import UL2
-    from pretrain.optim.adamw import AdamW
-    from pretrain.optim.conda import Conda
     from pretrain.optim.constant import Constant
-    from pretrain.policies.gradual_pruning import GradualPruning
-    from pretrain.policies.odm import ODM
-    from pretrain.policies.spdf import SPDF
-    from pretrain.policies.toremi import ToReMi
     from pretrain.training.budget import Budget
     from pretrain.training.loop import Settings, _start
 
@@ -62,6 +53,7 @@ def trainings(folder: Path) -> dict[str, Any]:
     tokenizer = train_tokenizer(
         (d["text"] for d in corpus.documents("train")),
         vocab_size=4096,
+        cls=True,
         mask=True,
         sentinels=100,
         extra=["[R]", "[S]", "[X]"],
@@ -69,25 +61,35 @@ def trainings(folder: Path) -> dict[str, Any]:
     shards = tokenise(corpus, tokenizer, folder / "tokens", splits=["train"])["train"]
     vocabulary = Vocabulary.of(tokenizer)
 
-    def case(name: str, family: str, objective: Any, optimizer: Any = None, policies: Any = ()) -> Any:
-        model = new_model(family, MODELS[family], task=objective.task, vocabulary=vocabulary)
-        loader = Loader(shards, [objective], vocabulary, length=LENGTH, batch_rows=ROWS)
+    def case(family: str, objective: str, optimizer: str = "adamw", policy: str = "", **fields: Any) -> Any:
+        """A training; `fields` are the policy's, or without one the objective's."""
+        built: Any = method_class(objective, "objective")(**({} if policy else fields))
+        policies: Any = [method_class(policy, "policy")(**fields)] if policy else []
+        chosen: Any = method_class(optimizer, "optimiser")()
+        model = new_model(family, MODELS[family], task=built.task, vocabulary=vocabulary)
+        loader = Loader(shards, [built], vocabulary, length=LENGTH, batch_rows=ROWS)
         settings = Settings(Budget(steps=1e9), save_every=0, bar=False)
-        return _start(
-            model, loader, [objective], optimizer or AdamW(), Constant(), settings, folder / name, None, policies
-        )
+        name = f"{objective}-{optimizer}-{policy}"
+        return _start(model, loader, [built], chosen, Constant(), settings, folder / name, None, policies)
 
     return {
-        "causal_lm, adamw": case("a", "llama", CausalLM()),
-        "causal_lm, conda": case("b", "llama", CausalLM(), Conda()),
-        "causal_lm, adamw, odm": case("c", "llama", CausalLM(), policies=[ODM(warmup=0.0)]),
-        "causal_lm, adamw, spdf": case("d", "llama", CausalLM(), policies=[SPDF()]),
-        "causal_lm, adamw, gradual_pruning": case("i", "llama", CausalLM(), policies=[GradualPruning()]),
-        "causal_lm, adamw, toremi": case("j", "llama", CausalLM(), policies=[ToReMi(interval=2)]),
-        "masked_lm": case("e", "bert", MaskedLM()),
-        "electra": case("f", "bert", Electra()),
-        "span_corruption": case("g", "t5", SpanCorruption()),
-        "ul2": case("h", "t5", UL2()),
+        PLAIN: case("llama", "causal_lm"),
+        "causal_lm, conda": case("llama", "causal_lm", "conda"),
+        "causal_lm, adamw, odm": case("llama", "causal_lm", policy="odm", warmup=0.0),
+        "causal_lm, adamw, toremi": case("llama", "causal_lm", policy="toremi", interval=2),
+        "causal_lm, adamw, spdf": case("llama", "causal_lm", policy="spdf"),
+        "causal_lm, adamw, gradual_pruning": case("llama", "causal_lm", policy="gradual_pruning"),
+        "prefix_lm": case("llama", "prefix_lm"),
+        "ctcd, a companion of half the depth": case("llama", "ctcd", companion={"num_hidden_layers": LAYERS // 2}),
+        "masked_lm": case("bert", "masked_lm"),
+        "electra": case("bert", "electra"),
+        "random_token_substitution": case("bert", "random_token_substitution"),
+        "drbert": case("bert", "drbert"),
+        "mask_later": case("bert", "mask_later"),
+        "retromae_v2": case("bert", "retromae_v2"),
+        "bag_of_words": case("bert", "bag_of_words"),
+        "span_corruption": case("t5", "span_corruption"),
+        "ul2": case("t5", "ul2"),
     }
 
 
@@ -113,13 +115,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cases = trainings(Path(folder))
         rounds = list(measured(cases, steps))
-    plain = "causal_lm, adamw"
     print(
         "| what | seconds a token against the first | FLOPs a token against the first | parameters |\n|---|---|---|---|"
     )
     for name, training in cases.items():
-        ratio = statistics.median(r[name] / r[plain] for r in rounds)
-        flops = (training.flops / training.tokens) / (cases[plain].flops / cases[plain].tokens)
+        ratio = statistics.median(r[name] / r[PLAIN] for r in rounds)
+        flops = (training.flops / training.tokens) / (cases[PLAIN].flops / cases[PLAIN].tokens)
         print(f"| {name} | {ratio:.3f} | {flops:.3f} | {training.model.num_parameters():,} |")
 
 

@@ -1,8 +1,9 @@
 """The compute meter: FLOPs counted from the operations that really ran, and peak memory.
 
-A multiply-add counts as two operations, as everywhere in the field. Matrix products, convolutions and attention are
-counted, forward, backward, recomputed, of auxiliary models and of the optimiser; elementwise work is not. The count of a step depends on
-its shapes only, so it is taken once for each shape, while a real step runs, and then remembered.
+A multiply-add counts as two operations, as everywhere in the field. Matrix products, convolutions, attention and
+decompositions are counted, forward, backward, recomputed, of auxiliary models and of the optimiser; elementwise work is
+not. The count of a step depends on its shapes only, so it is taken once for each shape, while a real step runs, and
+then remembered.
 
 A method may leave work out that this machine does all the same: products with the zeros of a sparse matrix. What a
 step spends on each of such matrices is counted apart, so that the share that is zero can be taken off.
