@@ -25,6 +25,10 @@ SMALL = {
                                      "general.model.num_attention_heads=2", "general.budget.steps=4", "general.mixture={py: 1.0}", "continued.length=64",
                                      "continued.budget.steps=4", "continued.policies.0.domain=txt", "continued.policies.0.replay={py: 1.0}",
                                      "subset.sources=[{files: TEXT}]", "subset.validation=0.1", "subset.test=0.1", "subset.operations.0.domain=txt"],
+    "baseline": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2",
+                 "model.length=64", "model.budget.steps=4"],
+    "frugal": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2",
+               "model.length=64", "model.budget.steps=4"],
     "grow": ["small.model.hidden_size=32", "small.model.intermediate_size=48", "small.model.num_attention_heads=2", "small.length=64", "small.budget.steps=4",
              "grown.length=64", "grown.budget.steps=4"],
 }  # fmt: skip
