@@ -37,7 +37,7 @@ class CTCD(Objective):
             + from_companion · T² KL(sg p_c ‖ p_m) + to_companion · T² KL(sg p_m ‖ p_c)
 
     `companion` holds the fields of its configuration that differ from the model's; or it goes on from `companion_init`,
-    a checkpoint with the same tokenizer. The companion's weights lie in the training state.
+    a checkpoint with the same tokenizer. The stage writes the companion's checkpoint too, in its folder `companion`.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
@@ -91,8 +91,8 @@ class CTCD(Objective):
         accelerate(companion)
         return companion
 
-    def export(self, modules: nn.Module) -> dict[str, nn.Module]:
-        """What is worth keeping of `modules`, by the name of its folder."""
+    def export(self, modules: nn.Module | None) -> dict[str, Any]:
+        """The companion."""
         return {"companion": modules}
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:

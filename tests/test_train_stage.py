@@ -1,0 +1,64 @@
+"""The train stage: surgeries before training, and what objectives train beside the model comes out where it should."""
+
+from __future__ import annotations
+
+import pytest
+
+import pretrain
+from pretrain import engine
+from pretrain.core.checkpoint import lineage
+from pretrain.core.errors import PretrainError
+from pretrain.recipe import load
+
+RECIPE = """\
+stages:
+  - {stage: data, name: corpus, sources: [{files: %s}], validation: 0.1, test: 0.1}
+  - {stage: tokenizer, corpus: corpus, vocab_size: 400}
+  - stage: train
+    name: model
+    corpus: corpus
+    tokenizer: tokenizer
+    model: {family: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
+    length: 32
+    batch_rows: 2
+    budget: {steps: 3}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path, stories):
+    (tmp_path / "text").mkdir()
+    for number, story in enumerate(stories[:30]):
+        (tmp_path / "text" / f"{number}.py").write_text(story["text"])
+    (tmp_path / "r.yaml").write_text(RECIPE % (tmp_path / "text"))
+    return tmp_path / "r.yaml"
+
+
+def test_surgeries_are_done_before_training_and_restored_by_loading(recipe, tmp_path):
+    done = engine.run(
+        load(recipe, ["model.surgeries=[spike_no_more, {method: polycom, order: 2}]"], tmp_path / "out"),
+        say=engine.silent,
+    )
+    folder = done.folder / "model" / "checkpoint"
+    model, _ = pretrain.load(folder)
+    names = dict(model.named_parameters())
+    assert names["model.layers.0.mlp.act_fn.a"].tolist() != [0.0, 0.5, 0.5]  # trained
+    assert type(model.get_input_embeddings()).__name__ == "ScaledEmbedding"
+    assert {"polycom", "spike_no_more"} <= set(done.stages["model"]["methods"])
+    assert lineage(folder)["flops"] == done.stages["model"]["flops"] > 0
+
+
+def test_a_surgery_that_does_not_fit_the_model_stops_the_stage_with_its_name(recipe, tmp_path):
+    with pytest.raises(PretrainError, match="stage 'model': pre_rmsnorm: family 'llama': accepted: gpt2"):
+        engine.run(load(recipe, ["model.surgeries=[pre_rmsnorm]"], tmp_path / "out"), say=engine.silent)
+
+
+def test_a_companion_gets_a_checkpoint_of_its_own_that_later_stages_may_use(recipe, tmp_path):
+    objective = "model.objective={method: ctcd, companion: {num_hidden_layers: 2}}"
+    done = engine.run(load(recipe, [objective], tmp_path / "out"), say=engine.silent)
+    model, _ = pretrain.load(done.folder / "model" / "checkpoint")
+    companion, tokenizer = pretrain.load(done.folder / "model" / "companion" / "checkpoint")
+    assert len(model.model.layers) == 1 and len(companion.model.layers) == 2 and tokenizer is not None
+    more = [f"model.init={done.folder / 'model' / 'companion'}", "model.model={}", "model.objective=causal_lm"]
+    again = engine.run(load(recipe, more, tmp_path / "more"), say=engine.silent)
+    assert again.stages["model"]["metrics"]["steps"] == 3
