@@ -162,26 +162,34 @@ def evaluate(
     data: Annotated[str, typer.Option(help="A corpus, a file, a folder or a glob.")],
     split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
     max_documents: Annotated[int, typer.Option(min=1)] = 2000,
+    evaluations: Annotated[
+        list[str] | None, typer.Option("--evaluation", help="NAME, or {method: NAME, field: value}; held_out if none.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd."""
     from pretrain.core import checkpoint as checkpoints
     from pretrain.corpus.sources import Files, evenly, read
     from pretrain.corpus.store import Corpus
-    from pretrain.evaluation.held_out import HeldOut
-    from pretrain.stages import checkpoint_of
+    from pretrain.recipe import parse
+    from pretrain.stages import build_method, checkpoint_of
     from pretrain.stages.evaluate import evaluate as measure
     from pretrain.stages.evaluate import load_both
 
+    try:
+        chosen = [build_method(parse(one), "evaluation") for one in evaluations or ["held_out"]]
+    except ValueError as error:
+        raise PretrainError(f"--evaluation: {error}") from error
+    columns = tuple(dict.fromkeys(("text", "domain", "id", *(c for m in chosen for c in m.columns))))
     folder = next((f for f in (Path(data) / "corpus", Path(data)) if (f / "corpus.json").exists()), None)
     if folder:
-        documents = Corpus(folder).sample(split, max_documents)
+        documents = Corpus(folder).sample(split, max_documents, columns)
     else:
         documents = evenly(list(read(Files(data))), max_documents)
     place = checkpoint_of(checkpoint)
     model, tokenizer = load_both(place)
     length = checkpoints.lineage(place).get("length")
-    result = measure(model, tokenizer, documents, [HeldOut()], compressors=True, length=length)
+    result = measure(model, tokenizer, documents, chosen, compressors=True, length=length)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return

@@ -366,7 +366,7 @@ def test_a_model_that_transformers_cannot_build_comes_back_by_its_record(tiny, t
     assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
     assert again.config.model_type == "llama"
     checkpoint.save(again, None, tmp_path / "d")
-    expected = [{"method": "factorise_for_this_test", "config": {"ranks": [3, 5]}}]
+    expected = [{"method": "factorise_for_this_test", "config": {"ranks": [3, 5]}, "foreign": True}]
     assert checkpoint.read_record(tmp_path / "d")["surgery"] == expected
     assert torch.equal(logits(pretrain.load(tmp_path / "d")[0]), logits(model))
 

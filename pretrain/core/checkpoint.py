@@ -42,17 +42,25 @@ FOREIGN = "pretrain_"  # before the model type of a checkpoint that only `load` 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def record(model: PreTrainedModel, method: Method) -> None:
-    """Note on the model a surgery whose `restore` must be run before the weights are loaded."""
+def record(model: PreTrainedModel, method: Method, *, foreign: bool = True) -> None:
+    """Note on the model a surgery whose `restore` must be run before the weights are loaded.
+
+    Not `foreign` is one whose files `transformers` itself can open, with what its configuration asks for installed.
+    """
     config = dataclasses.asdict(method)  # type: ignore[call-overload]
     blank = {name.partition(".")[0]: "" for name in method.references()}  # what it learnt from is in the lineage
-    entry = {"method": method.name, "config": config | blank}
+    entry = {"method": method.name, "config": config | blank, "foreign": foreign}
     model.pretrain_surgery = [*surgery_of(model), entry]  # type: ignore[assignment]
 
 
 def surgery_of(model: PreTrainedModel) -> list[dict[str, Any]]:
     """The surgeries that plain `transformers` cannot express, in order."""
     return list(getattr(model, "pretrain_surgery", []))
+
+
+def _foreign(surgery: list[dict[str, Any]]) -> bool:
+    """Whether a recorded surgery makes what `transformers` cannot open."""
+    return any(entry.get("foreign", True) for entry in surgery)
 
 
 def save(
@@ -87,7 +95,7 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     surgery = surgery_of(model)
-    if surgery:
+    if _foreign(surgery):
         config = read_json(work / "config.json")
         config["model_type"] = f"{FOREIGN}{config['model_type']}: open it with pretrain.load"
         write_json(work / "config.json", config)
@@ -146,7 +154,7 @@ def load(
     folder = Path(folder)
     config, entry = load_config(folder), read_record(folder)
     surgery = entry.get("surgery", [])
-    files = _weight_files(folder, "pretrain" if surgery else "model")
+    files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
     _check(files, entry.get("checksums"))
     model_class = _model_class(folder, config)
     if surgery:
@@ -219,7 +227,7 @@ def _restore(
         except TypeError as error:
             raise PretrainError(f"recorded surgery {entry['method']!r}: {_one_line(error)}") from error
         model = method.restore(model)
-        record(model, method)
+        record(model, method, foreign=entry.get("foreign", True))
     weights: dict[str, torch.Tensor] = {}
     for path in files:
         weights |= load_file(path)

@@ -16,7 +16,8 @@ class Decode(Stage):
     """Fields of a `decode` stage.
 
     `temperature` 0 is greedy; by default 0.8 with `top_p` 0.95. `method` names a decoding method instead, which is
-    given the two only if it samples.
+    given the two only if it samples. Without one, models that `decoding._forward` can run are decoded by
+    `decoding._loop`, the others by `transformers`' `generate`.
     """
 
     stage: Literal["decode"] = "decode"
@@ -85,6 +86,8 @@ def continue_prompt(
 
     from pretrain.core.batch import Vocabulary
     from pretrain.core.errors import PretrainError
+    from pretrain.decoding._forward import why_not
+    from pretrain.decoding._loop import decode
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
@@ -102,11 +105,15 @@ def continue_prompt(
                 model, input_BL, max_new_tokens=max_new_tokens, eos=vocabulary.eos, pad=vocabulary.pad,
                 **(more if method.samples else {}),
             )  # fmt: skip
+        elif why_not(model, input_BL.shape[1] + max_new_tokens) is None:
+            output_BN = decode(
+                model, input_BL, max_new_tokens=max_new_tokens, eos=vocabulary.eos, pad=vocabulary.pad, **more
+            )
         else:
             output_BN = model.generate(
                 input_BL, attention_mask=torch.ones_like(input_BL), max_new_tokens=max_new_tokens,
                 eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad, do_sample=temperature > 0,
-                **(more if temperature else {}),
+                **(more | {"top_k": 0} if temperature else {}),
             )  # fmt: skip
     # An encoder-decoder answers with its decoder's tokens alone, after the one that it starts from.
     given = 1 if method is None and model.config.is_encoder_decoder else input_BL.shape[1]

@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of
+from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of, corpus_of
+
+BATCH_ROWS = 8
 
 
 class Surgery(Stage):
-    """Fields of a `surgery` stage. `models` are the other models of a merge, or a teacher."""
+    """Fields of a `surgery` stage. `models` are the other models of a merge, or a teacher.
+
+    Surgeries that calibrate are given `calibration_rows` rows of `length` tokens, drawn by the seed from the training
+    documents of `corpus`.
+    """
 
     stage: Literal["surgery"] = "surgery"
     checkpoint: Ref
     surgeries: list[SurgeryField] = Field(min_length=1)
     models: list[Ref] = []
+    corpus: Ref | None = None
+    calibration_rows: int = Field(128, ge=1)
+    length: int = Field(512, ge=2)
 
     def run(self, job: Job) -> dict[str, Any]:
         """Operate and save."""
@@ -27,15 +39,63 @@ class Surgery(Stage):
         model, tokenizer = checkpoint.load(source)
         merged = [checkpoint_of(folder) for folder in job.inputs.get("models", [])]
         others = [checkpoint.load(folder)[0] for folder in merged]
-        inputs = Inputs(tokenizer=tokenizer, models=others, seed=job.seed)
-        before, flops = model.num_parameters(), 0
+        batches = self._batches(job, model, tokenizer) if self.corpus is not None else []
+        inputs = Inputs(tokenizer=tokenizer, batches=batches, models=others, seed=job.seed)
+        before, flops = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}, 0
         for surgery in self.surgeries:
-            model, cost = count_flops(lambda surgery=surgery, model=model: surgery(model, inputs))  # type: ignore[misc]
+            model, cost = count_flops(partial(surgery, model, inputs))
             flops += cost
-        own = {"metrics": {"parameters": model.num_parameters(), "parameters_before": before}, "flops": flops}
+            inputs = replace(inputs, tokenizer=inputs.extra.pop("tokenizer", inputs.tokenizer))
+        after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
+        own = {"metrics": after | before | inputs.extra.get("metrics", {}), "flops": flops}
         lineage = checkpoint.lineage(source)
         history = job.history(own, lineage, *map(checkpoint.lineage, merged))
         lineage |= history | {"flops": lineage.get("flops", 0) + flops}
-        checkpoint.save(model, tokenizer, job.folder / "checkpoint", lineage)
-        job.say(f"{before:,} -> {model.num_parameters():,} parameters")
+        checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage)
+        job.say(
+            f"{before['parameters_before']:,} -> {after['parameters']:,} parameters, "
+            f"{before['bytes_before']:,} -> {after['bytes']:,} bytes"
+        )
         return own
+
+    def _batches(self, job: Job, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        """Rows of packed training documents, in batches."""
+        import numpy as np
+
+        from pretrain.core.batch import Vocabulary, rows_to_tensors
+        from pretrain.core.errors import PretrainError
+        from pretrain.core.families import family
+        from pretrain.corpus.packing import plan_for
+        from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
+        from pretrain.corpus.store import Corpus
+
+        if tokenizer is None:
+            raise PretrainError(
+                f"checkpoint {self.checkpoint} has no tokenizer; accepted, with a corpus: one with tokenizer.json"
+            )
+        most = getattr(model.config, "max_position_embeddings", None)
+        if family(model).positions is not None and most is not None and self.length > most:
+            raise PretrainError(f"length {self.length}: accepted: 2 to {most}, the positions of the model")
+        corpus = Corpus(corpus_of(job.inputs["corpus"]))
+        key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"  # shared with `train` stages
+        shards = tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, splits=("train",))["train"]
+        plan = plan_for(shards, self.length)
+        if not len(plan):
+            raise PretrainError(f"{shards.folder}: no documents to calibrate on")
+        numbers = np.random.default_rng((job.seed, 4)).permutation(len(plan))[: self.calibration_rows]
+        if len(numbers) < self.calibration_rows:
+            job.say(f"calibration on {len(numbers)} rows: the corpus has no more")
+        pad = Vocabulary.of(tokenizer).pad
+        names = {"input_ids": "tokens_BL", "attention_mask": "document_BL", "position_ids": "position_BL"}
+        batches = []
+        for start in range(0, len(numbers), BATCH_ROWS):
+            rows = [plan.row(shards, int(number)) for number in numbers[start : start + BATCH_ROWS]]
+            tensors = rows_to_tensors(rows, self.length, pad)
+            batches.append({theirs: tensors[ours] for theirs, ours in names.items()})
+        return batches
+
+
+def _bytes(model: Any) -> int:
+    """What the weights take on disk: tied ones once."""
+    tensors = model.state_dict(keep_vars=True).values()
+    return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -189,7 +190,7 @@ class Train(Stage):
 
         inputs, spent = Inputs(tokenizer=tokenizer, seed=job.seed), 0
         for surgery in self.surgeries:
-            model, flops = count_flops(lambda surgery=surgery, model=model: surgery(model, inputs))  # type: ignore[misc]
+            model, flops = count_flops(partial(surgery, model, inputs))
             spent += flops
         return model, spent
 

@@ -21,10 +21,11 @@ class Inputs:
     """What a surgery may ask for besides the model; most need none of it."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
-    batches: Sequence[Batch] = ()  # calibration batches: input_ids, attention_mask, position_ids
+    # For calibration: input_ids, position_ids, and as attention_mask each token's document in its row (0: padding).
+    batches: Sequence[Batch] = ()
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
     seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # what a surgery hands back: a new `tokenizer`, its `metrics`
 
 
 class Surgery(Method):

@@ -140,7 +140,10 @@ def _centre(x: Tensor) -> Tensor:
 def _undo(model: PreTrainedModel) -> None:
     """Take back a conversion with `training`, whose parameters are the LayerNorm model's."""
     done = surgery_of(model)
-    if not done or done[-1] != {"method": "pre_rmsnorm", "config": {"crms": False, "training": True}}:
+    if not done or (done[-1]["method"], done[-1]["config"]) != (
+        "pre_rmsnorm",
+        {"crms": False, "training": True},
+    ):
         return
     model.pretrain_surgery = done[:-1]  # type: ignore[assignment]
     for module in base(model).modules():

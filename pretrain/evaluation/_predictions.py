@@ -1,0 +1,131 @@
+"""What a causal model says of each token: how unlikely it finds it, how sure it is, and whether it is right.
+
+Shape letters: B windows of a batch, L tokens of a window, N targets of a batch, C of a chunk, T of a document, E width,
+V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.families import family, head, hidden
+from pretrain.evaluation._features import evaluating
+from pretrain.evaluation._likelihood import Window, windows
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pretrain.core.batch import Vocabulary
+
+CHUNK_BYTES = 64 << 20  # of logits
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Of each token of a document after its first."""
+
+    nll_T: NDArray[np.float64]  # nats
+    confidence_T: NDArray[np.float64]  # the largest probability
+    right_T: NDArray[np.bool_]  # whether the token is the likeliest
+
+
+def framed(
+    tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, texts: Sequence[str], *, end: bool
+) -> list[NDArray[np.int64]]:
+    """Texts as a causal model is trained on them: what begins a document, the tokens, and with `end` what ends it.
+
+    A document's end stands for its beginning where the tokenizer has no token for that.
+    """
+    from pretrain.corpus.tokenizers import encode
+
+    before = vocabulary.bos if vocabulary.bos is not None else vocabulary.eos
+    after = [vocabulary.eos] if end and vocabulary.eos is not None else []
+    return [
+        np.array([*([] if before is None else [before]), *ids, *after], np.int64) for ids in encode(tokenizer, texts)
+    ]
+
+
+def predictions(
+    model: nn.Module,
+    documents: Sequence[NDArray[Any]],
+    *,
+    length: int,
+    stride: int | None = None,
+    batch_tokens: int = 4096,
+) -> list[Predictions]:
+    """What the model says of each document's tokens after the first, each predicted once.
+
+    `length` inputs a window; consecutive windows of a long document advance by `stride` (default: all of `length`).
+    """
+    if not family(model).causal:
+        raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal language model")
+    if not 1 <= (length if stride is None else stride) <= length:
+        raise PretrainError(f"stride {stride}, length {length}: accepted: 1 <= stride <= length")
+    todo = [(w, at) for i, tokens in enumerate(documents) for w, at in _placed(i, tokens, length, stride or length)]
+    todo.sort(key=lambda item: len(item[0].tokens))
+    counts = [max(len(tokens) - 1, 0) for tokens in documents]
+    found = [Predictions(np.zeros(n), np.zeros(n), np.zeros(n, np.bool_)) for n in counts]
+    with evaluating(model):
+        start = 0
+        while start < len(todo):
+            end = start + 1
+            while end < len(todo) and (end + 1 - start) * len(todo[end][0].tokens) <= batch_tokens:
+                end += 1
+            _predict(model, todo[start:end], found)
+            start = end
+    return found
+
+
+def _placed(document: int, tokens: NDArray[Any], length: int, stride: int) -> list[tuple[Window, int]]:
+    """A document's windows, each with the place of its first new target among the document's."""
+    placed, at = [], 0
+    for window in windows(document, tokens, length, stride):
+        placed.append((window, at))
+        at += len(window.tokens) - 1 - window.context
+    return placed
+
+
+def _predict(model: nn.Module, chosen: list[tuple[Window, int]], found: list[Predictions]) -> None:
+    """Write what the model says of the new targets of some windows."""
+    device, width = next(model.parameters()).device, max(len(w.tokens) for w, _ in chosen) - 1
+    input_BL = torch.zeros(len(chosen), width, dtype=torch.long)
+    wanted_BL = torch.zeros(len(chosen), width, dtype=torch.bool)
+    for b, (window, _) in enumerate(chosen):
+        input_BL[b, : len(window.tokens) - 1] = torch.from_numpy(window.tokens[:-1].astype(np.int64))
+        wanted_BL[b, window.context : len(window.tokens) - 1] = True
+    targets = np.concatenate([w.tokens[1 + w.context :] for w, _ in chosen]).astype(np.int64)
+    # Padding stands at the end, where a causal model's predictions do not see it.
+    states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
+    scores = judged(model, states_BLE[wanted_BL.to(device)], torch.from_numpy(targets).to(device))
+    nll_N, confidence_N, right_N = (x.cpu().numpy() for x in scores)
+    done = 0
+    for window, at in chosen:
+        count = len(window.tokens) - 1 - window.context
+        here, there = slice(done, done + count), slice(at, at + count)
+        found[window.document].nll_T[there] = nll_N[here]
+        found[window.document].confidence_T[there] = confidence_N[here]
+        found[window.document].right_T[there] = right_N[here]
+        done += count
+
+
+def judged(model: nn.Module, states_NE: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """`nll_N`, `confidence_N` and `right_N` of the targets, the logits made a chunk at a time."""
+    weight_VE, bias_V = head(model)
+    rows = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
+    parts = []
+    for start in range(0, len(states_NE), rows):
+        states_CE, target_C = states_NE[start : start + rows], target_N[start : start + rows]
+        logits_CV = torch.nn.functional.linear(states_CE, weight_VE, bias_V).float()
+        total_C, (top_C, said_C) = logits_CV.logsumexp(-1), logits_CV.max(-1)
+        nll_C = total_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
+        parts.append((nll_C.double(), (top_C - total_C).double().exp(), said_C == target_C))
+    nll_N, confidence_N, right_N = (torch.cat(some) for some in zip(*parts, strict=True))
+    return nll_N, confidence_N, right_N

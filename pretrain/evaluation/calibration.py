@@ -1,0 +1,126 @@
+"""Whether a model is right as often as it is sure, and how well it predicts early and late in a document.
+
+Shape letters: N documents, T tokens of one, M bins, P buckets of positions, R resamples.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.core.errors import PretrainError
+from pretrain.evaluation import Evaluation, Measured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.evaluation._predictions import Predictions
+
+
+@dataclass(frozen=True)
+class Calibration(Evaluation):
+    """On Calibration of Modern Neural Networks (arXiv:1706.04599).
+
+    Next-token predictions fall into `bins` of equal width by their confidence, the largest probability: bin m holds
+    those in ((m - 1) / bins, m / bins]. With acc and conf the mean accuracy and confidence in a bin B of all n, the
+    expected calibration error is `ece` = sum |B| / n |acc(B) - conf(B)|, and `mce` the largest |acc(B) - conf(B)|.
+    `token_accuracy` and `token_confidence` are the means over all tokens; `bin_03_accuracy`, `bin_03_confidence` and
+    `bin_03_share` the third bin's, a reliability diagram, where a bin holds any. Besides, `perplexity@P` is that of the
+    tokens from position P of their document on (the first is 0) to the next in `positions`; contexts are as for
+    `held_out`: windows of `length` inputs that advance by `stride`, by default half of it. Intervals: bootstrap over
+    documents.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+
+    bins: int = 15
+    positions: tuple[int, ...] = (0, 16, 64, 256, 1024)
+    length: int = 0
+    stride: int = 0
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if self.bins < 1:
+            raise PretrainError(f"calibration: bins {self.bins}: accepted: 1 or more")
+        rising = all(a < b for a, b in zip(self.positions, self.positions[1:]))
+        if not rising or (self.positions and self.positions[0] < 0):
+            raise PretrainError(f"calibration: positions {self.positions}: accepted: numbers of 0 or more that rise")
+
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+    ) -> Measured:
+        """The metrics on documents with `text` and `domain`."""
+        from pretrain.core.batch import Vocabulary
+        from pretrain.evaluation._intervals import bounds, resampled_sums
+        from pretrain.evaluation._predictions import framed, predictions
+
+        vocabulary = Vocabulary.of(tokenizer)
+        tokens = framed(tokenizer, vocabulary, [d["text"] for d in documents], end=True)
+        length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
+        said = predictions(model, tokens, length=length, stride=self.stride or max(1, length // 2))
+        if not any(len(one.nll_T) for one in said):
+            raise PretrainError(f"calibration: {len(documents)} documents have no text to predict; accepted: some text")
+        # Where a token begins a document, the first that is predicted is the text's first.
+        begins = vocabulary.bos is not None or vocabulary.eos is not None
+        sums_NK = np.stack([self._sums(one, 0 if begins else 1) for one in said])
+        by_domain: dict[str, list[int]] = defaultdict(list)
+        for i, document in enumerate(documents):
+            by_domain[document.get("domain", "text")].append(i)
+        domains: dict[str, dict[str, float]] = {}
+        for domain, some in sorted(by_domain.items()):
+            found = self._summed(sums_NK[some])
+            domains[domain] = {name: v for name, v in found.items() if name in ("ece", "token_accuracy")}
+        metrics = self._summed(sums_NK)
+        intervals = {}
+        for name, value_R in self._measures(resampled_sums(sums_NK, self.resamples, self.seed)).items():
+            known_R = value_R[np.isfinite(value_R)]
+            if name in metrics and len(known_R) and not name.endswith("_share"):
+                intervals[name] = bounds(known_R)
+        return Measured(metrics, domains, intervals)
+
+    def _summed(self, sums_NK: NDArray[np.float64]) -> dict[str, float]:
+        """The metrics of all these documents together that have a value."""
+        values = self._measures(sums_NK.sum(0, keepdims=True))
+        return {name: float(value_1[0]) for name, value_1 in values.items() if np.isfinite(value_1[0])}
+
+    def _sums(self, said: Predictions, first: int) -> NDArray[np.float64]:
+        """A document's count, right answers and confidence by bin, then its count and nll by bucket of positions."""
+        edges_M = np.arange(1, self.bins) / self.bins
+        bin_T = np.searchsorted(edges_M, said.confidence_T, "left")  # the upper edge is a bin's own
+        place_T = np.arange(len(said.nll_T)) + first
+        bucket_T = np.searchsorted(np.array(self.positions), place_T, "right")  # 0: before the first bucket
+        within = [
+            np.bincount(bin_T, weights, minlength=self.bins) for weights in (None, said.right_T, said.confidence_T)
+        ]
+        along = [np.bincount(bucket_T, w, minlength=len(self.positions) + 1)[1:] for w in (None, said.nll_T)]
+        return np.concatenate([*within, *along]).astype(np.float64)
+
+    def _measures(self, sums_RK: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """The metrics of summed documents; not a number where there is nothing to measure."""
+        within_RK, along_RK = np.split(sums_RK, [3 * self.bins], axis=1)
+        (count_RM, right_RM, sure_RM), (tokens_RP, nll_RP) = np.split(within_RK, 3, 1), np.split(along_RK, 2, 1)
+        all_R = np.maximum(count_RM.sum(1), 1)
+        some_RM = np.maximum(count_RM, 1)
+        gap_RM = np.abs(right_RM - sure_RM)
+        found = {
+            "ece": gap_RM.sum(1) / all_R,
+            "mce": (gap_RM / some_RM).max(1),
+            "token_accuracy": right_RM.sum(1) / all_R,
+            "token_confidence": sure_RM.sum(1) / all_R,
+        }
+        found = {name: np.where(count_RM.any(1), value_R, np.nan) for name, value_R in found.items()}
+        for p, position in enumerate(self.positions):
+            mean_R = nll_RP[:, p] / np.maximum(tokens_RP[:, p], 1)
+            found[f"perplexity@{position}"] = np.where(tokens_RP[:, p] > 0, np.exp(np.minimum(mean_R, 700)), np.nan)
+        for m in range(self.bins):
+            parts = {"accuracy": right_RM[:, m] / some_RM[:, m], "confidence": sure_RM[:, m] / some_RM[:, m]}
+            for part, value_R in (parts | {"share": count_RM[:, m] / all_R}).items():
+                found[f"bin_{m + 1:02d}_{part}"] = np.where(count_RM[:, m] > 0, value_R, np.nan)
+        return found

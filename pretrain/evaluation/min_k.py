@@ -1,0 +1,172 @@
+"""Whether a model was trained on a text: the likelihood of the tokens that it expects least."""
+
+from __future__ import annotations
+
+import zlib
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import Ref
+from pretrain.evaluation import Evaluation, Measured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DETECTORS = ("min_k", "min_k_loss", "min_k_zlib")
+
+
+@dataclass(frozen=True)
+class MinK(Evaluation):
+    """Detecting Pretraining Data from Large Language Models (arXiv:2310.16789).
+
+    A text that was trained on holds few tokens that the model finds very unlikely. Its score is the mean of
+    log p(x_i | x_<i) over the share `k` of its tokens that are least likely (`min_k`, the mean over documents). Members
+    of the training data are told from others by it: `min_k_auroc`, and `min_k_tpr`, the share of members found by the
+    threshold that finds the most while fewer than the share `false_positives` of the others pass it. The same for two
+    of the paper's baselines: the mean log-likelihood (`min_k_loss_…`) and that over the bytes that zlib makes of the
+    text (`min_k_zlib_…`). `members` is a corpus whose training split holds members, the documents then being the others
+    (as many of each at most); or `member` is a column that tells them. A text is a document's first `length` tokens,
+    and shorter documents are left out (`min_k_skipped`), so that length tells nothing. Intervals: bootstrap over
+    documents, members and others apart.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+
+    k: float = 0.2
+    length: int = 128
+    members: Ref | None = None
+    member: str = ""
+    false_positives: float = 0.05
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if not 0 < self.k <= 1:
+            raise PretrainError(f"min_k: k {self.k}: accepted: above 0, at most 1")
+        if not 0 < self.false_positives < 1:
+            raise PretrainError(f"min_k: false_positives {self.false_positives}: accepted: above 0, below 1")
+        if self.length < 1:
+            raise PretrainError(f"min_k: length {self.length}: accepted: 1 or more")
+        if self.members and self.member:
+            raise PretrainError(f"min_k: members {self.members!r} and member {self.member!r}: accepted: one of them")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The column that tells members, if there is one."""
+        return (self.member,) if self.member else ()
+
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+    ) -> Measured:
+        """The metrics on documents with `text`, and the members' column if that is asked for."""
+        from pretrain.evaluation._intervals import bounds, resampled_sums
+
+        chosen, member_N = self._labelled(documents)
+        kept_N, scores_ND = self._scores(model, tokenizer, [d["text"] for d in chosen])
+        member_N, scores_N = None if member_N is None else member_N[kept_N], scores_ND[:, 0]
+        own_N = np.arange(len(scores_N)) if not self.members else np.flatnonzero(~member_N)  # type: ignore[operator]
+        if not len(own_N):
+            raise PretrainError(
+                f"min_k: none of {len(documents)} documents has {self.length} tokens; accepted: a smaller length"
+            )
+        by_domain = defaultdict(list)
+        for i in own_N:
+            by_domain[chosen[kept_N[i]].get("domain", "text")].append(scores_N[i])
+        means_R = resampled_sums(scores_N[own_N, None], self.resamples, self.seed)[:, 0] / len(own_N)
+        counts = {"min_k_documents": len(kept_N), "min_k_skipped": len(chosen) - len(kept_N)}
+        found = Measured(
+            {"min_k": float(scores_N[own_N].mean())} | {name: float(n) for name, n in counts.items()},
+            {domain: {"min_k": float(np.mean(some))} for domain, some in sorted(by_domain.items())},
+            {"min_k": bounds(means_R)},
+        )
+        return found if member_N is None else self._detect(found, scores_ND, member_N)
+
+    def _labelled(self, documents: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], NDArray[np.bool_] | None]:
+        """The documents to score, and which of them are members where that is known."""
+        if self.members:
+            from pretrain.core.folders import corpus_of
+            from pretrain.corpus.store import Corpus
+
+            trained = Corpus(corpus_of(Path(self.members))).sample("train", len(documents))
+            return [*documents, *trained], np.arange(len(documents) + len(trained)) >= len(documents)
+        if not self.member:
+            return list(documents), None
+        chosen = [d for d in documents if d.get(self.member) is not None]
+        for document in chosen:
+            if document[self.member] not in (0, 1):
+                raise PretrainError(
+                    f"min_k: column {self.member!r} has {document[self.member]!r}; accepted: true, false"
+                )
+        return chosen, np.array([bool(d[self.member]) for d in chosen], np.bool_)
+
+    def _scores(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Which texts are long enough, and what each detector makes of them: the higher, the rather a member."""
+        from pretrain.core.batch import Vocabulary
+        from pretrain.evaluation._predictions import framed, predictions
+
+        vocabulary = Vocabulary.of(tokenizer)
+        begins = vocabulary.bos is not None or vocabulary.eos is not None
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if isinstance(limit, int) and self.length > limit:
+            raise PretrainError(f"min_k: length {self.length}: accepted: at most the model's {limit} positions")
+        tokens = framed(tokenizer, vocabulary, texts, end=False)
+        fewest = max(self.length + begins, 2)
+        kept_N = np.array([i for i, some in enumerate(tokens) if len(some) >= fewest], np.int64)
+        cut = [tokens[i][: self.length + begins] for i in kept_N]
+        nlls = [said.nll_T for said in predictions(model, cut, length=self.length)]
+        packed_N = np.array([len(zlib.compress(tokenizer.decode(t[begins:]).encode("utf-8", "replace"))) for t in cut])
+        loss_N = np.array([nll_T.mean() for nll_T in nlls])
+        least_N = np.array([least_likely(nll_T, self.k) for nll_T in nlls])
+        return kept_N, np.stack([least_N, -loss_N, -loss_N / packed_N], axis=1)
+
+    def _detect(self, found: Measured, scores_ND: NDArray[np.float64], member_N: NDArray[np.bool_]) -> Measured:
+        """The metrics with those of the detectors."""
+        from pretrain.evaluation._intervals import bounds
+
+        if member_N.all() or not member_N.any():
+            raise PretrainError(
+                f"min_k: {int(member_N.sum())} of {len(member_N)} documents of {self.length} tokens are members; "
+                "accepted: some that are and some that are not"
+            )
+        metrics = found.metrics | {"min_k_members": float(member_N.sum())}
+        intervals = dict(found.intervals)
+        for name, scores_N in zip(DETECTORS, scores_ND.T, strict=True):
+            seen_M, other_N = scores_N[member_N], scores_N[~member_N]
+            rng = np.random.default_rng(self.seed)  # the same documents for each detector
+            drawn = [
+                (rng.choice(seen_M, len(seen_M)), rng.choice(other_N, len(other_N))) for _ in range(self.resamples)
+            ]
+            metrics[f"{name}_auroc"] = auroc(seen_M, other_N)
+            metrics[f"{name}_tpr"] = true_positives(seen_M, other_N, self.false_positives)
+            intervals[f"{name}_auroc"] = bounds(np.array([auroc(*some) for some in drawn]))
+            intervals[f"{name}_tpr"] = bounds(np.array([true_positives(*s, self.false_positives) for s in drawn]))
+        return Measured(metrics, found.domains, intervals)
+
+
+def least_likely(nll_T: NDArray[np.float64], k: float) -> float:
+    """The mean log-likelihood of the share `k` of tokens that are least likely, of one at least."""
+    count = max(1, int(len(nll_T) * k))
+    return float(-np.sort(nll_T)[-count:].mean())
+
+
+def auroc(seen_M: NDArray[np.float64], other_N: NDArray[np.float64]) -> float:
+    """How often a member scores above another document, ties counting half."""
+    other_N = np.sort(other_N)
+    below_M = np.searchsorted(other_N, seen_M, "left") + np.searchsorted(other_N, seen_M, "right")
+    return float(below_M.mean() / 2 / len(other_N))
+
+
+def true_positives(seen_M: NDArray[np.float64], other_N: NDArray[np.float64], share: float) -> float:
+    """The share of members above the threshold that fewer than `share` of the others pass."""
+    passing = max(0, int(np.ceil(share * len(other_N))) - 1)
+    return float((seen_M > np.sort(other_N)[len(other_N) - 1 - passing]).mean())

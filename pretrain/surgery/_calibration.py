@@ -1,0 +1,188 @@
+"""Calibration: a model's blocks one after another on rows of text, each fed by the changed blocks before it.
+
+Shape letters: B rows, L positions, E width, N tokens, I inputs of a linear layer, O its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pretrain.core.batch import Batch, document_mask
+from pretrain.core.errors import PretrainError
+from pretrain.core.families import at, attention_inputs, base, blocks, family, linears
+from pretrain.surgery import Inputs
+
+
+def batches_of(inputs: Inputs | None, name: str) -> Sequence[Batch]:
+    """The calibration batches; a clear error where there are none."""
+    if inputs is None or not inputs.batches:
+        raise PretrainError(
+            f"{name}: it needs text to calibrate on: accepted: a surgery stage with `corpus`, or Inputs(batches=...)"
+        )
+    return inputs.batches
+
+
+def plain_linears(model: nn.Module, name: str, families: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of the blocks by qualified name; an error where the family or a layer is another."""
+    entry = family(model)
+    if entry.name not in families:
+        raise PretrainError(f"{name}: family {entry.name!r}: accepted: {', '.join(families)}")
+    found = linears(model)
+    for path, layer in found.items():
+        if not isinstance(layer, nn.Linear | Conv1D):
+            raise PretrainError(f"{name}: {path} is a {type(layer).__name__}: accepted: plain linear layers")
+    return found  # type: ignore[return-value]
+
+
+def parts(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """The linear layers of a block in the order of its forward pass; those of a part share their input."""
+    entry = family(model)
+
+    def under(place: str, names: Sequence[str]) -> tuple[str, ...]:
+        return tuple(f"{place}.{name}".lstrip(".") for name in names)
+
+    return {
+        "queries": under(entry.attention, entry.queries), "output": under(entry.attention, (entry.output,)),
+        "up": under(entry.feed_forward, entry.up), "down": under(entry.feed_forward, (entry.down,)),
+    }  # fmt: skip
+
+
+def weight_of(layer: nn.Linear | Conv1D) -> Tensor:
+    """`weight_OI`, in float32 at least; a copy."""
+    weight = layer.weight.detach()
+    weight = weight.T if isinstance(layer, Conv1D) else weight
+    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).contiguous()
+
+
+def set_weight(layer: nn.Linear | Conv1D, weight_OI: Tensor) -> None:
+    """Put `weight_OI` into the layer."""
+    layer.weight.data.copy_(weight_OI.T if isinstance(layer, Conv1D) else weight_OI)
+
+
+def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
+    """The upper Cholesky factor of (H + λI)⁻¹, λ = `damping` times the mean of H's diagonal."""
+    H = hessian_II.double()
+    mean = H.diagonal().mean()
+    H = H + torch.eye(len(H), dtype=H.dtype, device=H.device) * (damping * mean if mean > 0 else 1.0)
+    lower, failed = torch.linalg.cholesky_ex(H)
+    if not failed:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    if failed or not bool(torch.isfinite(upper).all()):
+        raise PretrainError(f"{name}: damping {damping}: accepted: a greater one; the Hessian is singular without it")
+    return upper
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """A calibration batch as the base model's arguments: documents that share a row do not see one another."""
+    ids_BL = batch["input_ids"].to(model.device)
+    document_BL = batch.get("attention_mask", torch.ones_like(ids_BL)).to(model.device)
+    position_BL = batch.get("position_ids", torch.arange(ids_BL.shape[1]).expand_as(ids_BL)).to(model.device)
+    if document_BL.shape != ids_BL.shape:
+        shape, wanted = tuple(document_BL.shape), tuple(ids_BL.shape)
+        raise PretrainError(f"calibration batch: attention_mask of shape {shape}: accepted: {wanted}, as input_ids")
+    mask_B1LL = document_mask(document_BL, causal=family(model).causal)
+    return {"input_ids": ids_BL} | attention_inputs(model, mask_B1LL, position_BL)
+
+
+class Blocks:
+    """The blocks with what enters them, batch by batch.
+
+    One pass of the whole model notes each block's arguments: masks and positions do not depend on weights. From then
+    on only the states go from block to block. Padding is left out of all that is handed on.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
+        self.blocks = blocks(model)
+        self.states: list[Tensor] = []  # what enters the next block
+        self.arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch, by block
+        self.kept: list[Tensor] = []  # which tokens are no padding
+        for batch in batches:
+            self.kept.append(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten() > 0)
+            self._note(model, batch)
+
+    def _note(self, model: PreTrainedModel, batch: Batch) -> None:
+        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
+            if not noted:
+                self.states.append(args[0] if args else kwargs["hidden_states"])
+            noted.append((args[1:], rest))
+
+        handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in self.blocks]
+        try:
+            base(model)(**model_inputs(model, batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+        self.arguments.append(noted)
+
+    def __len__(self) -> int:
+        return len(self.blocks)
+
+    def layers(self, number: int, names: Sequence[str]) -> dict[str, Any]:
+        """The modules of one block by their names in it."""
+        return {name: at(self.blocks[number], name) for name in names}
+
+    def _run(self, number: int, batch: int) -> Tensor:
+        args, kwargs = self.arguments[batch][number]
+        out = self.blocks[number](self.states[batch], *args, **kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+    @torch.no_grad()
+    def advance(self, number: int) -> None:
+        """Send the states through a block, as it is now."""
+        self.states = [self._run(number, batch) for batch in range(len(self.states))]
+
+    @torch.no_grad()
+    def seen(self, number: int, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
+        """Batch by batch, what enters and leaves the layers: `x_NI` and `y_NO`."""
+        for batch in range(len(self.states)):
+            found: dict[str, tuple[Tensor, Tensor]] = {}
+            with _noted(layers, found):
+                self._run(number, batch)
+            kept = self.kept[batch].to(self.states[batch].device)
+            rows: dict[int, Tensor] = {}  # layers of one part share their input: it is copied once
+            for x, _ in found.values():
+                rows.setdefault(id(x), x.reshape(-1, x.shape[-1])[kept])
+            yield {n: (rows[id(x)], y.reshape(-1, y.shape[-1])[kept]) for n, (x, y) in found.items()}
+
+    def hessians(self, number: int, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+        """`2 / N · Σ x xᵀ` of each layer's inputs, in float32 at least."""
+        sums: dict[str, Tensor] = {}
+        tokens = 0
+        for found in self.seen(number, layers):
+            products: dict[int, Tensor] = {}
+            for name, (x_NI, _) in found.items():
+                if id(x_NI) not in products:
+                    wide_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
+                    products[id(x_NI)] = 2 * wide_NI.T @ wide_NI
+                sums[name] = sums[name] + products[id(x_NI)] if name in sums else products[id(x_NI)]
+            tokens += len(next(iter(found.values()))[0])
+        return {name: total / max(1, tokens) for name, total in sums.items()}
+
+
+@contextmanager
+def _noted(layers: Mapping[str, nn.Module], found: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, each layer's input and output come into `found`."""
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+            found[name] = (args[0], out)
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(name)) for name, layer in layers.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,96 @@
+"""What the surgeries share that bring an instruction-tuned model's difference from its base to a continued model.
+
+A vocabulary may have grown on either side. Rows stand for the same tokens in all three models as far as they reach, and
+the tokenizers are asked whether that is so.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pretrain.core.checkpoint import checkpoint_of, load
+from pretrain.core.errors import PretrainError
+from pretrain.surgery import Inputs
+from pretrain.surgery._merge import check, weights
+
+
+def open_both(
+    method: str, model: PreTrainedModel, base: str, instruct: str, inputs: Inputs
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The base and the instruction-tuned model, which must fit `model`; the tokenizer to save goes to `inputs`."""
+    opened, tokenizers = {}, {"the checkpoint": inputs.tokenizer}
+    for name, folder in (("base", base), ("instruct", instruct)):
+        if not folder:
+            raise PretrainError(f"{method}: {name} '': accepted: an earlier stage or a checkpoint's folder")
+        opened[name], tokenizers[name] = load(checkpoint_of(Path(folder)), device=model.device)
+        check(method, model, opened[name], name, rows=True)
+    tokenizer = _tokenizer(method, tokenizers)
+    if tokenizer is not None:
+        inputs.extra["tokenizer"] = tokenizer
+    return opened["base"], opened["instruct"]
+
+
+def triples(
+    model: PreTrainedModel, base: PreTrainedModel, instruct: PreTrainedModel
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Views of the same weights in the three models, to be written to; of vocabularies the rows that all have."""
+    theirs, its = weights(base), weights(instruct)
+    for name, tensor in weights(model).items():
+        if tensor.is_floating_point():
+            rows = min((len(t) for t in (tensor, theirs[name], its[name]) if t.ndim), default=0)
+            one, two, three = (t[:rows] if t.ndim else t for t in (tensor, theirs[name], its[name]))
+            yield one, two, three
+
+
+def add_rows(model: PreTrainedModel, instruct: PreTrainedModel) -> None:
+    """Give `model` the rows of the vocabulary that only the instruction-tuned one has."""
+    have, wanted = (len(one.get_input_embeddings().weight) for one in (model, instruct))
+    if wanted > have:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(wanted, mean_resizing=False)
+        its = weights(instruct)
+        for name, tensor in weights(model).items():
+            if _is_table(model, tensor):
+                tensor[have:] = its[name][have:].to(tensor)
+
+
+def _is_table(model: PreTrainedModel, tensor: Tensor) -> bool:
+    """Whether these are the embeddings, or the head's weight or bias."""
+    layers = (model.get_input_embeddings(), model.get_output_embeddings())
+    tables = [getattr(layer, name, None) for layer in layers for name in ("weight", "bias")]
+    return any(table is not None and table.data_ptr() == tensor.data_ptr() for table in tables)
+
+
+def keep_manners(model: PreTrainedModel, instruct: PreTrainedModel) -> None:
+    """Text is generated as the instruction-tuned model does: with its settings, up to its tokens for an end."""
+    if instruct.can_generate() and getattr(instruct, "generation_config", None) is not None:
+        model.generation_config = copy.deepcopy(instruct.generation_config)
+
+
+def _tokenizer(method: str, given: dict[str, PreTrainedTokenizerBase | None]) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of the longest vocabulary, with the instruction-tuned model's template; the others must agree."""
+    known = {name: tokenizer for name, tokenizer in given.items() if tokenizer is not None}
+    if "the checkpoint" not in known and "instruct" not in known:
+        return None
+    longest = max((name for name in known if name != "base"), key=lambda name: len(known[name]))
+    tokens: dict[int, tuple[str, str]] = {}
+    for name in (longest, *(n for n in known if n != longest)):
+        for token, index in known[name].get_vocab().items():
+            first, where = tokens.setdefault(index, (token, name))
+            if first != token:
+                raise PretrainError(
+                    f"{method}: token {index} is {token!r} in {name} and {first!r} in {where}; accepted: vocabularies "
+                    "of which the shorter is the beginning of the longer"
+                )
+    chosen: Any = copy.deepcopy(known[longest])
+    template = getattr(known.get("instruct"), "chat_template", None)
+    if template is not None:
+        chosen.chat_template = template
+    return chosen

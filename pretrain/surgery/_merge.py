@@ -1,0 +1,91 @@
+"""What the surgeries that merge models share: which weights there are, whether models fit, sums that round once.
+
+Shape letters: V rows of a vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pretrain.core.checkpoint import surgery_of
+from pretrain.core.errors import PretrainError
+
+
+def weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The parameters, tied ones once, and the buffers that a checkpoint holds."""
+    stored = model.state_dict(keep_vars=True).keys()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    return {name: tensor.detach() for name, tensor in model.named_parameters()} | buffers
+
+
+def check(method: str, model: PreTrainedModel, other: PreTrainedModel, label: str, *, rows: bool = False) -> None:
+    """Refuse a model of other weights than `model`; the error names the first difference.
+
+    With `rows` the tables of the vocabulary may be longer in one of them. What is no floating-point number, which
+    cannot be averaged, must be equal.
+    """
+    if type(model) is not type(other):
+        raise PretrainError(
+            f"{method}: {label} is a {type(other).__name__}; accepted: a {type(model).__name__}, as the checkpoint is"
+        )
+    own, its = ([(e["method"], e["config"]) for e in surgery_of(one)] for one in (model, other))
+    if own != its:
+        done = ", ".join(name for name, _ in its) or "no recorded surgery"
+        raise PretrainError(
+            f"{method}: {label} has been through {done}; accepted: "
+            f"{', '.join(name for name, _ in own) or 'no recorded surgery'}, as the checkpoint, and alike"
+        )
+    mine, theirs = weights(model), weights(other)
+    lacking = next((n for n in (*mine, *theirs) if n not in mine or n not in theirs), None)
+    if lacking is not None:
+        has, hint = ("does not have", "has") if lacking in mine else ("has", "does not have")
+        raise PretrainError(
+            f"{method}: {label} {has} the weight {lacking}, which the checkpoint {hint}; accepted: a model of the same "
+            "weights (tied alike)"
+        )
+    sizes = (len(model.get_input_embeddings().weight), len(other.get_input_embeddings().weight))
+    for name, tensor in mine.items():
+        found = theirs[name]
+        table = rows and tensor.ndim > 0 and tensor.shape[1:] == found.shape[1:] and (len(tensor), len(found)) == sizes
+        if tensor.shape != found.shape and not table:
+            raise PretrainError(
+                f"{method}: {label} has {name} of shape {tuple(found.shape)}; accepted: {tuple(tensor.shape)}"
+            )
+        if not tensor.is_floating_point() and not torch.equal(tensor.cpu(), found.cpu()):
+            raise PretrainError(
+                f"{method}: {label} has other values in {name} ({found.dtype}), which has no mean; accepted: the "
+                "checkpoint's"
+            )
+
+
+@torch.no_grad()
+def mean_into(target: PreTrainedModel, models: Sequence[PreTrainedModel], shares: Sequence[float]) -> None:
+    """Give `target` the weighted mean Σ shares · weights / Σ shares, summed in float64 and rounded once."""
+    tables, whole = [weights(model) for model in models], float(sum(shares))
+    for name, into in weights(target).items():
+        if into.is_floating_point():
+            total = torch.zeros(into.shape, dtype=torch.float64, device=into.device)
+            for table, share in zip(tables, shares, strict=True):
+                total += table[name].to(into.device, torch.float64) * share
+            into.copy_(total / whole)
+
+
+def add_vectors(base: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """base + (first - base) + (second - base), exactly `first` where second = base, and `second` where first = base."""
+    return torch.where(second == base, first, second + (first - base))
+
+
+def toward(base: Tensor, end: Tensor, scale: float) -> Tensor:
+    """base + scale · (end - base) in float64; exactly `end` at 1, exactly `base` at 0."""
+    return torch.lerp(base.double(), end.double(), scale)
+
+
+def report(inputs: Any, **metrics: float) -> None:
+    """Add to what the stage says of the surgery."""
+    if inputs is not None:
+        inputs.extra.setdefault("metrics", {}).update(metrics)

@@ -1,0 +1,117 @@
+"""A tokenizer that knows another's tokens too: the old tokens keep their numbers, the new ones follow."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.folders import tokenizer_of
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.surgery import Inputs
+from pretrain.surgery._merge import report
+
+MODELS = ("BPE", "Unigram", "WordPiece")
+
+
+def expand(method: str, model: PreTrainedModel, folder: str, inputs: Inputs | None) -> tuple[list[int], list[int]]:
+    """Give the model rows, yet of no meaning, for the tokens of the tokenizer in `folder` that it lacks.
+
+    Returns the ids of its old tokens and of the new ones; the joined tokenizer is handed back in `inputs.extra`.
+    """
+    if inputs is None or inputs.tokenizer is None:
+        raise PretrainError(f"{method}: the checkpoint has no tokenizer; accepted: one that has")
+    tokenizer = joined(method, inputs.tokenizer, load_tokenizer(tokenizer_of(Path(folder))))
+    known = set(inputs.tokenizer.get_vocab().values())
+    old, new = sorted(known), sorted(set(tokenizer.get_vocab().values()) - known)
+    rows = len(model.get_input_embeddings().weight)
+    if old[-1] >= rows:
+        raise PretrainError(
+            f"{method}: the checkpoint has {rows} rows and its tokenizer {old[-1] + 1} ids; accepted: as many rows or "
+            "more"
+        )
+    if new and new[-1] >= rows:
+        with torch.random.fork_rng(devices=[]):
+            model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+    inputs.extra["tokenizer"] = tokenizer
+    report(inputs, **{f"{method}/new_tokens": len(new)})
+    return old, new
+
+
+def joined(method: str, old: PreTrainedTokenizerBase, added: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """`added` itself where it has all tokens of `old` under their numbers; else `old` with the tokens of `added`.
+
+    Those are given the next numbers in their order; special tokens stay those of `old`. Text is normalised and split as
+    by `old`. BPE applies its old merges first, then those of `added`; pieces of a Unigram model keep their scores.
+    """
+    known = old.get_vocab()
+    given = added.get_vocab()
+    if all(given.get(token) == index for token, index in known.items()):
+        return copy.deepcopy(added)
+    state, other = _state(method, "the checkpoint", old), _state(method, "the new one", added)
+    _comparable(method, state, other)
+    special = {entry["content"] for entry in other["added_tokens"]}
+    new = [t for t, _ in sorted(given.items(), key=lambda item: item[1]) if t not in known and t not in special]
+    model, its = state["model"], other["model"]
+    if model["type"] == "Unigram":
+        if len(model["vocab"]) != len(known):
+            beside = len(known) - len(model["vocab"])
+            raise PretrainError(
+                f"{method}: the checkpoint's Unigram tokenizer has {beside} tokens beside its pieces, whose numbers "
+                "new pieces would take; accepted: one whose tokens are all pieces"
+            )
+        scores = dict(map(tuple, its["vocab"]))
+        model["vocab"] += [[token, scores[token]] for token in new]
+    else:
+        first = max(known.values()) + 1
+        model["vocab"] |= {token: first + number for number, token in enumerate(new)}
+    if model["type"] == "BPE":
+        merges, prefix = [_pair(merge) for merge in model["merges"]], model.get("continuing_subword_prefix") or ""
+        have = set(merges)
+        for pair in map(_pair, its["merges"]):
+            parts = {*pair, pair[0] + pair[1].removeprefix(prefix)}
+            if pair not in have and model["vocab"].keys() >= parts:
+                merges.append(pair)
+        model["merges"] = merges
+    made: Any = copy.deepcopy(old)
+    made._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return made
+
+
+def _state(method: str, whose: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+    if state["model"]["type"] not in MODELS:
+        raise PretrainError(
+            f"{method}: the tokenizer of {whose} is a {state['model']['type']}; accepted: {', '.join(MODELS)}, or a "
+            "new one that has all tokens of the checkpoint's under their numbers"
+        )
+    return state
+
+
+def _comparable(method: str, state: dict[str, Any], other: dict[str, Any]) -> None:
+    """Refuse two tokenizers of which the one cannot meet the other's tokens in its text."""
+
+    def signs(s: dict[str, Any]) -> dict[str, Any]:
+        model = s["model"]
+        names = ("type", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+        return {name: model.get(name) or None for name in names} | {"decoder": (s["decoder"] or {}).get("type")}
+
+    mine, its = signs(state), signs(other)
+    for name, value in mine.items():
+        if its[name] != value:
+            raise PretrainError(
+                f"{method}: the new tokenizer's {name} is {its[name]!r}; accepted: {value!r}, as the checkpoint's, or "
+                "one that has all tokens of the checkpoint's under their numbers"
+            )
+
+
+def _pair(merge: str | list[str]) -> tuple[str, ...]:
+    """A merge's two parts; older files hold them as one text."""
+    return tuple(merge.split(" ") if isinstance(merge, str) else merge)

@@ -1,0 +1,148 @@
+"""Weight averages of models that were fine-tuned from one."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from transformers import PreTrainedModel
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import Ref, method_class
+from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._merge import check, mean_into, report
+
+# Fields of a configuration that change nothing of what the same weights compute.
+_NEUTRAL = re.compile(
+    r"_.*|architectures|.*dropout.*|.*_pdrop|.*_token_ids?|(torch_)?dtype|transformers_version|initializer.*|use_cache"
+    r"|(output|return)_.*|id2label|label2id|problem_type|pretraining_tp"
+)
+
+
+@dataclass(frozen=True)
+class ModelSoup(Surgery):
+    """Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time
+    (arXiv:2203.05482).
+
+    The ingredients are the stage's checkpoint and its `models`, fine-tuned from one pretrained model. "uniform":
+    θ = (1/k) Σ θ_i; with `weights`, of the checkpoint first, θ = Σ w_i θ_i / Σ w_i. "greedy": from the best ingredient
+    to the worst by a held-out measure, each joins the mean of those that are in if that makes the measure no worse, so
+    that the soup is never worse than the best ingredient. The measure is `metric` of `evaluation` on at most
+    `max_documents` validation documents of `corpus` in windows of `length` (0: the evaluation's own), `better` lower or
+    higher. Sums are in float64 and rounded once: a soup of equal models is that model, bit for bit. The soup reads text
+    as the checkpoint does.
+    """
+
+    recipe: Literal["greedy", "uniform"] = "greedy"
+    weights: tuple[float, ...] = ()
+    corpus: Ref = ""
+    evaluation: str = "held_out"
+    metric: str = "loss"
+    better: Literal["lower", "higher"] = "lower"
+    max_documents: int = 2000
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what fits no recipe."""
+        for name, accepted in (("recipe", ("greedy", "uniform")), ("better", ("lower", "higher"))):
+            if getattr(self, name) not in accepted:
+                raise PretrainError(f"model_soup: {name} {getattr(self, name)!r}: accepted: {', '.join(accepted)}")
+        if self.recipe == "greedy" and self.weights:
+            raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: none with recipe greedy")
+        if self.recipe == "greedy" and not self.corpus:
+            raise PretrainError("model_soup: corpus '': accepted: one with validation documents, or recipe uniform")
+        if self.weights and (not all(map(math.isfinite, self.weights)) or abs(sum(self.weights)) < 1e-9):
+            raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: finite numbers, their sum not 0")
+        if self.max_documents < 1:
+            raise PretrainError(f"model_soup: max_documents {self.max_documents}: accepted: 1 or more")
+        known = [item.name for item in fields(method_class(self.evaluation, "evaluation"))]  # type: ignore[arg-type]
+        if self.length < 0 or (self.length and "length" not in known):
+            allowed = "0 or more" if "length" in known else f"0 with {self.evaluation}, which has no windows"
+            raise PretrainError(f"model_soup: length {self.length}: accepted: {allowed}")
+
+    def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
+        """A new model of the averaged weights."""
+        others = list(inputs.models) if inputs else []
+        if not others:
+            raise PretrainError("model_soup: models []: accepted: one or more models besides the checkpoint")
+        for number, other in enumerate(others):
+            check(self.name, model, other, f"models.{number}")
+            _check_config(model, other, f"models.{number}")
+        ingredients = [model, *others]
+        if self.weights and len(self.weights) != len(ingredients):
+            raise PretrainError(
+                f"model_soup: weights {list(self.weights)}: accepted: {len(ingredients)}, the checkpoint's first"
+            )
+        soup = copy.deepcopy(model)
+        if self.recipe == "uniform":
+            mean_into(soup, ingredients, self.weights or [1.0] * len(ingredients))
+            return soup
+        return self._greedy(soup, ingredients, inputs)
+
+    def _greedy(self, soup: PreTrainedModel, models: list[PreTrainedModel], inputs: Any) -> PreTrainedModel:
+        """The recipe of the paper; measures in `soup`, which holds each candidate in turn."""
+        from pretrain.core.hardware import pick_device
+
+        measure, home = self._measure(inputs.tokenizer), soup.device
+        soup.to(pick_device())  # type: ignore[arg-type]
+
+        def loss(chosen: list[int]) -> float:
+            mean_into(soup, [models[i] for i in chosen], [1.0] * len(chosen))
+            return measure(soup)
+
+        alone = [loss([i]) for i in range(len(models))]
+        for number, found in enumerate(alone):
+            if not math.isfinite(found):
+                label = f"models.{number - 1}" if number else "the checkpoint"
+                raise PretrainError(f"model_soup: {self.metric} of {label} is {found}; accepted: a finite measure")
+        order = sorted(range(len(models)), key=alone.__getitem__)
+        chosen, best = order[:1], alone[order[0]]
+        for candidate in order[1:]:
+            found = loss([*chosen, candidate])
+            if found <= best:
+                chosen, best = [*chosen, candidate], found
+        mean_into(soup, [models[i] for i in chosen], [1.0] * len(chosen))
+        sign = 1 if self.better == "lower" else -1
+        told = {"ingredients": len(chosen), "best_ingredient": sign * alone[order[0]], "soup": sign * best}
+        report(inputs, **{f"model_soup/{name}": value for name, value in told.items()})
+        return soup.to(home)  # type: ignore[arg-type]
+
+    def _measure(self, tokenizer: Any) -> Any:
+        """What is made small: the metric, or its negative, of a model on the held-out documents."""
+        from pretrain.core.folders import corpus_of
+        from pretrain.corpus.store import Corpus
+
+        if tokenizer is None:
+            raise PretrainError("model_soup: the checkpoint has no tokenizer to read the held-out documents with")
+        kind: Any = method_class(self.evaluation, "evaluation")
+        evaluate = kind(length=self.length) if self.length else kind()
+        columns = dict.fromkeys(("text", "domain", "id", *evaluate.columns))
+        documents = Corpus(corpus_of(Path(self.corpus))).sample("validation", self.max_documents, tuple(columns))
+        if not documents:
+            raise PretrainError(
+                f"model_soup: corpus {self.corpus}: no validation documents; accepted: a corpus with some"
+            )
+
+        def measure(model: PreTrainedModel) -> float:
+            metrics = evaluate(model.eval(), tokenizer, documents).metrics
+            if self.metric not in metrics:
+                raise PretrainError(
+                    f"model_soup: metric {self.metric!r}: accepted: {', '.join(metrics)} of {self.evaluation}"
+                )
+            return float(metrics[self.metric] if self.better == "lower" else -metrics[self.metric])
+
+        return measure
+
+
+def _check_config(model: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
+    """Refuse a model whose equal weights would compute something else."""
+    mine, theirs = model.config.to_dict(), other.config.to_dict()
+    for name in sorted({*mine, *theirs}):
+        if mine.get(name) != theirs.get(name) and not _NEUTRAL.fullmatch(name):
+            raise PretrainError(
+                f"model_soup: {label} has {name} {theirs.get(name)!r} in its config; accepted: {mine.get(name)!r}"
+            )
