@@ -183,7 +183,7 @@ def run(
     """
     sides = ("baseline", "method")
     raws = {side: claim.recipe(side, scale) for side in sides}
-    work = Path(output) / scale
+    work = Path(output).resolve() / scale
     seeds = claim.scales[scale].seeds or SEEDS[scale]
     grids = {side: list(getattr(claim.tune, side)) if claim.tune else [None] for side in sides}
     chosen = {side: grid[len(grid) // 2] for side, grid in grids.items()}

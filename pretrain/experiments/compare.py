@@ -50,7 +50,7 @@ def compare(
             f"compare: recipes of the same name: {', '.join(names)}; accepted: a name of its own for each"
         )
     queue = [(name, path, seed) for seed in range(seeds) for name, path in zip(names, recipes, strict=True)]
-    trials = [_trial(name, path, seed, flops, metric, Path(output), overrides) for name, path, seed in queue]
+    trials = [_trial(name, path, seed, flops, metric, Path(output).resolve(), overrides) for name, path, seed in queue]
     outcomes = run_all(trials, jobs=jobs, ray=ray, say=say)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for (name, _, seed), outcome in zip(queue, outcomes, strict=True):
