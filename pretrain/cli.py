@@ -173,17 +173,16 @@ def evaluate(
     from pretrain.corpus.store import Corpus
     from pretrain.recipe import parse
     from pretrain.stages import build_method, checkpoint_of
+    from pretrain.stages.evaluate import columns, load_both
     from pretrain.stages.evaluate import evaluate as measure
-    from pretrain.stages.evaluate import load_both
 
     try:
         chosen = [build_method(parse(one), "evaluation") for one in evaluations or ["held_out"]]
     except ValueError as error:
         raise PretrainError(f"--evaluation: {error}") from error
-    columns = tuple(dict.fromkeys(("text", "domain", "id", *(c for m in chosen for c in m.columns))))
     folder = next((f for f in (Path(data) / "corpus", Path(data)) if (f / "corpus.json").exists()), None)
     if folder:
-        documents = Corpus(folder).sample(split, max_documents, columns)
+        documents = Corpus(folder).sample(split, max_documents, columns(chosen))
     else:
         documents = evenly(list(read(Files(data))), max_documents)
     place = checkpoint_of(checkpoint)

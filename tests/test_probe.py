@@ -12,8 +12,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import encode, load_tokenizer
 from pretrain.evaluation import probe as module
-from pretrain.evaluation._features import Framing, evaluating, features
-from pretrain.evaluation.probe import Probe, middle, to_fit
+from pretrain.evaluation._features import Framing, evaluating, features, middle
+from pretrain.evaluation.probe import Probe, to_fit
 
 WORDS = Vocabulary(97, pad=0, bos=1, eos=2)
 

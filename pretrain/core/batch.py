@@ -75,6 +75,11 @@ class Vocabulary:
             tokens=tuple(tokens),
         )
 
+    @property
+    def begin(self) -> int | None:
+        """What a document begins with; its end stands for that where the tokenizer has no token of its own."""
+        return self.bos if self.bos is not None else self.eos
+
     @cached_property
     def special_V(self) -> NDArray[np.bool_]:
         """Which ids are special tokens: never masked, never sampled as a replacement."""

@@ -63,6 +63,20 @@ def _foreign(surgery: list[dict[str, Any]]) -> bool:
     return any(entry.get("foreign", True) for entry in surgery)
 
 
+def forget(model: PreTrainedModel, name: str) -> None:
+    """Take back what `record` noted of a surgery: the model is as plain `transformers` would build it."""
+    model.pretrain_surgery = [entry for entry in surgery_of(model) if entry["method"] != name]  # type: ignore[assignment]
+
+
+def recorded(entry: dict[str, Any]) -> Any:
+    """The surgery of an entry; JSON knows no tuples, methods' fields are tuples."""
+    config = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()}
+    try:
+        return method_class(entry["method"], "surgery")(**config)
+    except TypeError as error:
+        raise PretrainError(f"recorded surgery {entry['method']!r}: {_one_line(error)}") from error
+
+
 def save(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -221,11 +235,7 @@ def _restore(
     """Build from the configuration, repeat the recorded surgeries' changes of structure, load the weights strictly."""
     model = model_class(config)
     for entry in surgery:
-        kind: Any = method_class(entry["method"], "surgery")
-        try:
-            method = kind(**_tuples(entry["config"]))
-        except TypeError as error:
-            raise PretrainError(f"recorded surgery {entry['method']!r}: {_one_line(error)}") from error
+        method = recorded(entry)
         model = method.restore(model)
         record(model, method, foreign=entry.get("foreign", True))
     weights: dict[str, torch.Tensor] = {}
@@ -247,11 +257,6 @@ def _restore(
     except RuntimeError as error:
         raise PretrainError(f"{files[0]}: weights do not fit the recorded surgery: {_one_line(error)}") from error
     return model
-
-
-def _tuples(config: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows no tuples; methods' fields are tuples."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in config.items()}
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

@@ -71,8 +71,7 @@ class _Scorer:
         self.length = min(length, getattr(self.model.config, "max_position_embeddings", None) or length)
         self.stride = None if stride is None else min(stride, self.length)
         vocabulary = Vocabulary.of(tokenizer)
-        # A document's end stands for its beginning where the tokenizer has no token for that.
-        before = vocabulary.bos if vocabulary.bos is not None else vocabulary.eos
+        before = vocabulary.begin
         self.ends = ([] if before is None else [before], [] if vocabulary.eos is None else [vocabulary.eos])
 
     def __call__(self, texts: Sequence[str]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.families import base, blocks, family
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from pretrain.core.batch import Vocabulary
 
 POOLINGS = ("mean", "cls", "last")
@@ -55,6 +57,23 @@ class Framing:
     def frame(self, tokens: NDArray[Any]) -> list[int]:
         """The model's input for a piece of at most `length` tokens."""
         return [*self.before, *tokens.tolist(), *self.after]
+
+
+def labelled(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]], label: str, length: int
+) -> list[tuple[dict[str, Any], NDArray[Any]]]:
+    """The documents that have the label and any text, each with at most `length` tokens from its middle."""
+    from pretrain.corpus.tokenizers import encode
+
+    known = [d for d in documents if d.get(label) is not None]
+    pieces = [middle(ids, length) for ids in encode(tokenizer, [d["text"] for d in known])]
+    return [(document, piece) for document, piece in zip(known, pieces, strict=True) if len(piece)]
+
+
+def middle(tokens: NDArray[Any], length: int) -> NDArray[Any]:
+    """At most `length` tokens from the middle."""
+    start = max(0, (len(tokens) - length) // 2)
+    return tokens[start : start + length]
 
 
 def features(

@@ -46,7 +46,7 @@ def framed(
     """
     from pretrain.corpus.tokenizers import encode
 
-    before = vocabulary.bos if vocabulary.bos is not None else vocabulary.eos
+    before = vocabulary.begin
     after = [vocabulary.eos] if end and vocabulary.eos is not None else []
     return [
         np.array([*([] if before is None else [before]), *ids, *after], np.int64) for ids in encode(tokenizer, texts)

@@ -122,7 +122,7 @@ class BARTScore(Evaluation):
             begin = [] if vocabulary.bos is None else [vocabulary.bos]
             pairs = [(begin + x + end, y + end) for x, y in zip(read, said, strict=True)]
             return _run(model, pairs, _encoder_decoder)
-        before = vocabulary.bos if vocabulary.bos is not None else vocabulary.eos
+        before = vocabulary.begin
         begin, limit = [] if before is None else [before], getattr(model.config, "max_position_embeddings", None)
         least = 0 if begin or apart else 1  # source tokens that the target's first needs before it
         pairs = []

@@ -40,18 +40,15 @@ class HeldOut(Evaluation):
     ) -> Measured:
         """The metrics on documents with `text` and `domain`."""
         from pretrain.core.batch import Vocabulary
-        from pretrain.corpus.tokenizers import encode
         from pretrain.evaluation._intervals import bounds, resampled_sums
         from pretrain.evaluation._likelihood import document_nll, likelihoods, predicted_bytes
+        from pretrain.evaluation._predictions import framed
 
         vocabulary = Vocabulary.of(tokenizer)
-        # A document's end stands for its beginning where the tokenizer has no token for that.
-        before = vocabulary.bos if vocabulary.bos is not None else vocabulary.eos
-        ends = ([] if before is None else [before], [] if vocabulary.eos is None else [vocabulary.eos])
-        tokens = [np.array([*ends[0], *ids, *ends[1]], np.int64) for ids in encode(tokenizer, _texts(documents))]
+        tokens = framed(tokenizer, vocabulary, _texts(documents), end=True)
         length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
         sizes_N = np.array([len(text.encode("utf-8", "surrogatepass")) for text in _texts(documents)])
-        bytes_N = predicted_bytes(sizes_N, np.array([len(t) for t in tokens]), begins=before is not None)
+        bytes_N = predicted_bytes(sizes_N, np.array([len(t) for t in tokens]), begins=vocabulary.begin is not None)
         if not bytes_N.any():
             raise PretrainError(f"held_out: {len(documents)} documents have no text to predict; accepted: some text")
         nll_N = document_nll(model, tokens, length=length, stride=self.stride or max(1, length // 2))

@@ -52,26 +52,23 @@ class Probe(Evaluation):
     ) -> Measured:
         """The metrics on documents with `text` and the label."""
         from pretrain.core.batch import Vocabulary
-        from pretrain.corpus.tokenizers import encode
-        from pretrain.evaluation._features import Framing, features
+        from pretrain.evaluation._features import Framing, features, labelled
 
         framing = Framing(model, Vocabulary.of(tokenizer), self.length)
-        labelled = [d for d in documents if d.get(self.label) is not None]
-        pieces = [middle(ids, framing.length) for ids in encode(tokenizer, [d["text"] for d in labelled])]
-        kept = [i for i, piece in enumerate(pieces) if len(piece)]
-        classes = sorted({str(labelled[i][self.label]) for i in kept})
+        kept = labelled(tokenizer, documents, self.label, framing.length)
+        classes = sorted({str(document[self.label]) for document, _ in kept})
         if len(classes) < 2:
             raise PretrainError(
                 f"probe: label {self.label!r} has {len(classes)} values in {len(documents)} documents; "
                 "accepted: a column with two or more"
             )
         number = {name: i for i, name in enumerate(classes)}
-        label_N = np.array([number[str(labelled[i][self.label])] for i in kept])
-        fit_N = np.array([to_fit(labelled[i]["text"]) for i in kept])
+        label_N = np.array([number[str(document[self.label])] for document, _ in kept])
+        fit_N = np.array([to_fit(document["text"]) for document, _ in kept])
         if fit_N.all() or not fit_N.any():
             side = "test" if fit_N.all() else "fit"
             raise PretrainError(f"probe: {len(kept)} documents leave none to {side}; accepted: more documents")
-        features_NE = features(model, [pieces[i] for i in kept], framing, pooling=self.pooling, layer=self.layer)
+        features_NE = features(model, [piece for _, piece in kept], framing, pooling=self.pooling, layer=self.layer)
         features_NE = features_NE.astype(np.float64)
         predicted_N = self._predict(features_NE[fit_N], label_N[fit_N], features_NE[~fit_N])
         majority = np.bincount(label_N[fit_N]).argmax()
@@ -115,12 +112,6 @@ def _scores(sums_RK: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     either_RC = true_RC + said_RC
     f1_RC = 2 * hit_RC / np.maximum(either_RC, 1)
     return hit_RC.sum(1) / true_RC.sum(1), f1_RC.sum(1) / (either_RC > 0).sum(1)
-
-
-def middle(tokens: NDArray[Any], length: int) -> NDArray[Any]:
-    """At most `length` tokens from the middle."""
-    start = max(0, (len(tokens) - length) // 2)
-    return tokens[start : start + length]
 
 
 def to_fit(text: str) -> bool:

@@ -76,15 +76,11 @@ class Transferability(Evaluation):
     ) -> Measured:
         """The metrics on documents with `text` and the label."""
         from pretrain.core.batch import Vocabulary
-        from pretrain.corpus.tokenizers import encode
-        from pretrain.evaluation._features import Framing, features
-        from pretrain.evaluation.probe import middle
+        from pretrain.evaluation._features import Framing, features, labelled
 
         framing = Framing(model, Vocabulary.of(tokenizer), self.length)
-        labelled = [d for d in documents if d.get(self.label) is not None]
-        pieces = [middle(ids, framing.length) for ids in encode(tokenizer, [d["text"] for d in labelled])]
-        kept = [i for i, piece in enumerate(pieces) if len(piece)]
-        values = [str(labelled[i][self.label]) for i in kept]
+        kept = labelled(tokenizer, documents, self.label, framing.length)
+        values = [str(document[self.label]) for document, _ in kept]
         _, number_N, count_C = np.unique(values, return_inverse=True, return_counts=True)
         enough_N = (count_C >= self.smallest)[number_N] if len(kept) else np.zeros(0, bool)
         label_N = np.unique(number_N[enough_N], return_inverse=True)[1]
@@ -93,7 +89,7 @@ class Transferability(Evaluation):
                 f"transferability: label {self.label!r} has {int((count_C >= self.smallest).sum())} values in "
                 f"{self.smallest} documents or more; accepted: a column with two or more, or a smaller smallest"
             )
-        chosen = [pieces[i] for i, enough in zip(kept, enough_N, strict=True) if enough]
+        chosen = [piece for (_, piece), enough in zip(kept, enough_N, strict=True) if enough]
         f_NE = features(model, chosen, framing, pooling=self.pooling, layer=self.layer).astype(np.float64)
         found = self.measure(f_NE, label_N)
         counts = {

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pretrain.core.errors import PretrainError, unknown
-from pretrain.core.files import digest, write_json
+from pretrain.core.files import digest, read_json, write_json
 from pretrain.experiments.trials import Trial, run_all
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, judge, share_to_reach
 from pretrain.recipe import parse, put, read
@@ -303,6 +303,4 @@ def _result_path(claim: Claim, scale: str, found: dict[str, Any], folder: Path) 
 
 def recorded(folder: Path | str) -> list[dict[str, Any]]:
     """All recorded results, oldest first."""
-    from pretrain.core.files import read_json
-
     return sorted((read_json(path) for path in Path(folder).glob("*.json")), key=lambda result: result["finished"])

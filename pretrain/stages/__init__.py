@@ -242,3 +242,13 @@ PolicyField = Annotated[Policy, _of("policy"), PlainSerializer(dump)]
 SurgeryField = Annotated[SurgeryMethod, _of("surgery"), PlainSerializer(dump)]
 DecodingField = Annotated[Decoding, _of("decoding"), PlainSerializer(dump)]
 EvaluationField = Annotated[Evaluation, _of("evaluation"), PlainSerializer(dump)]
+
+
+def tokens_of(job: Job, tokenizer: Any, **options: Any) -> Any:
+    """The job's corpus in tokens by split, made once for each tokenizer and shared by the stages of a run or store."""
+    from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
+    from pretrain.corpus.store import Corpus
+
+    corpus = Corpus(corpus_of(job.inputs["corpus"]))
+    key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
+    return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, **options)

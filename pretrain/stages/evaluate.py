@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from pretrain.evaluation import Evaluation
 from pretrain.evaluation.held_out import HeldOut
 from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of, corpus_of
 
@@ -62,8 +64,12 @@ class Evaluate(Stage):
         """At most `max_documents` of the split, from all sources alike, with the columns that are needed."""
         from pretrain.corpus.store import Corpus
 
-        columns = dict.fromkeys(("text", "domain", "id", *(c for method in self.evaluations for c in method.columns)))
-        return Corpus(folder).sample(self.split, self.max_documents, tuple(columns))
+        return Corpus(folder).sample(self.split, self.max_documents, columns(self.evaluations))
+
+
+def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:
+    """Those of the documents that evaluations read."""
+    return tuple(dict.fromkeys(("text", "domain", "id", *(c for method in methods for c in method.columns))))
 
 
 def load_both(folder: Path) -> tuple[Any, Any]:

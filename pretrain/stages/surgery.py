@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field
 
-from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of, corpus_of
+from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
 
 BATCH_ROWS = 8
 
@@ -32,8 +29,7 @@ class Surgery(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         """Operate and save."""
         from pretrain.core import checkpoint
-        from pretrain.core.meter import count_flops
-        from pretrain.surgery import Inputs
+        from pretrain.surgery import Inputs, operate
 
         source = checkpoint_of(job.inputs["checkpoint"])
         model, tokenizer = checkpoint.load(source)
@@ -41,11 +37,8 @@ class Surgery(Stage):
         others = [checkpoint.load(folder)[0] for folder in merged]
         batches = self._batches(job, model, tokenizer) if self.corpus is not None else []
         inputs = Inputs(tokenizer=tokenizer, batches=batches, models=others, seed=job.seed)
-        before, flops = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}, 0
-        for surgery in self.surgeries:
-            model, cost = count_flops(partial(surgery, model, inputs))
-            flops += cost
-            inputs = replace(inputs, tokenizer=inputs.extra.pop("tokenizer", inputs.tokenizer))
+        before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
+        model, inputs, flops = operate(self.surgeries, model, inputs)
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
         own = {"metrics": after | before | inputs.extra.get("metrics", {}), "flops": flops}
         lineage = checkpoint.lineage(source)
@@ -66,8 +59,6 @@ class Surgery(Stage):
         from pretrain.core.errors import PretrainError
         from pretrain.core.families import family
         from pretrain.corpus.packing import plan_for
-        from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
-        from pretrain.corpus.store import Corpus
 
         if tokenizer is None:
             raise PretrainError(
@@ -76,9 +67,7 @@ class Surgery(Stage):
         most = getattr(model.config, "max_position_embeddings", None)
         if family(model).positions is not None and most is not None and self.length > most:
             raise PretrainError(f"length {self.length}: accepted: 2 to {most}, the positions of the model")
-        corpus = Corpus(corpus_of(job.inputs["corpus"]))
-        key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"  # shared with `train` stages
-        shards = tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, splits=("train",))["train"]
+        shards = tokens_of(job, tokenizer, splits=("train",))["train"]
         plan = plan_for(shards, self.length)
         if not len(plan):
             raise PretrainError(f"{shards.folder}: no documents to calibrate on")

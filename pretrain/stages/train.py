@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
@@ -21,9 +19,9 @@ from pretrain.stages import (
     build_dataclass,
     build_method,
     checkpoint_of,
-    corpus_of,
     dump,
     tokenizer_of,
+    tokens_of,
 )
 from pretrain.training.budget import Budget
 
@@ -138,12 +136,14 @@ class Train(Stage):
         from pretrain.core.batch import Vocabulary
         from pretrain.core.hardware import pick_device
         from pretrain.corpus.loader import Loader
+        from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
         from pretrain.training.loop import Settings, train
 
         world = join(pick_device())
         model, tokenizer = self._model_and_tokenizer(job)
-        model, surgery_flops = self._operated(model, tokenizer, job)
+        model, inputs, surgery_flops = operate(self.surgeries, model, Inputs(tokenizer=tokenizer, seed=job.seed))
+        tokenizer = inputs.tokenizer
         if world.main:
             self._shards(job, tokenizer, main=True)
         world.wait()
@@ -182,17 +182,6 @@ class Train(Stage):
             f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs" + (f", {bits:.3f} bits per byte" if bits else "")
         )
         return own
-
-    def _operated(self, model: Any, tokenizer: Any, job: Job) -> tuple[Any, int]:
-        """The model after the surgeries, and the FLOPs that they took."""
-        from pretrain.core.meter import count_flops
-        from pretrain.surgery import Inputs
-
-        inputs, spent = Inputs(tokenizer=tokenizer, seed=job.seed), 0
-        for surgery in self.surgeries:
-            model, flops = count_flops(partial(surgery, model, inputs))
-            spent += flops
-        return model, spent
 
     def _evaluation(self, held_out: Any, vocabulary: Any) -> Any:
         """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""
@@ -236,13 +225,8 @@ class Train(Stage):
         ), tokenizer
 
     def _shards(self, job: Job, tokenizer: Any, *, main: bool) -> Any:
-        """The corpus in tokens, made once for each tokenizer and shared by the stages of a run."""
-        from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
-        from pretrain.corpus.store import Corpus
-
-        corpus = Corpus(corpus_of(job.inputs["corpus"]))
-        key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
-        return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, verify=main)
+        """The corpus in tokens."""
+        return tokens_of(job, tokenizer, verify=main)
 
     def estimate(self, inputs: dict[str, Any]) -> Estimate:
         """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""

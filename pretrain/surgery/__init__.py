@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from pretrain.core.errors import PretrainError
@@ -26,6 +27,20 @@ class Inputs:
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
     seed: int = 0
     extra: dict[str, Any] = field(default_factory=dict)  # what a surgery hands back: a new `tokenizer`, its `metrics`
+
+
+def operate(
+    surgeries: Sequence[Surgery], model: PreTrainedModel, inputs: Inputs
+) -> tuple[PreTrainedModel, Inputs, int]:
+    """The model after all of them, the inputs with the tokenizer that they left, and the FLOPs that they took."""
+    from pretrain.core.meter import count_flops
+
+    flops = 0
+    for surgery in surgeries:
+        model, cost = count_flops(partial(surgery, model, inputs))
+        flops += cost
+        inputs = replace(inputs, tokenizer=inputs.extra.pop("tokenizer", inputs.tokenizer))
+    return model, inputs, flops
 
 
 class Surgery(Method):

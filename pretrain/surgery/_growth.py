@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from pretrain.core.checkpoint import record, surgery_of
+from pretrain.core.checkpoint import record, recorded, surgery_of
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import method_class
 
 
 def config_with_blocks(model: PreTrainedModel, order: Sequence[int]) -> Any:
@@ -28,8 +27,7 @@ def fresh(model: PreTrainedModel, config: Any) -> PreTrainedModel:
     with torch.random.fork_rng(devices=[]):
         made = type(model)(config)
         for entry in surgery_of(model):
-            given = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()}
-            surgery: Any = method_class(entry["method"], "surgery")(**given)
+            surgery = recorded(entry)
             try:
                 made = surgery.restore(made)
             except Exception as error:  # whatever a surgery makes of a model of another shape

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.checkpoint import record, surgery_of
+from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import embeddings, family, linears, set_module
 from pretrain.surgery import Inputs, Surgery
@@ -193,5 +193,5 @@ class SLTrain(Surgery):
             raise PretrainError("sltrain: merge True: accepted: a model of sltrain; this one has none of its layers")
         for name, module in found:
             set_module(model, name, module.merged().train(model.training))
-        model.pretrain_surgery = [e for e in surgery_of(model) if e["method"] != self.name]  # type: ignore[assignment]
+        forget(model, self.name)
         return model

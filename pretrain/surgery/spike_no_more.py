@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pretrain.core.checkpoint import record, surgery_of
+from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import at, blocks, embeddings, family, linears
 from pretrain.surgery import Inputs, Surgery
@@ -133,5 +133,5 @@ class SpikeNoMore(Surgery):
         if head is not None and head.weight is old.weight:
             head.weight = nn.Parameter(old.weight.detach().clone())
             model.config.tie_word_embeddings = False
-        model.pretrain_surgery = [e for e in surgery_of(model) if e["method"] != self.name]  # type: ignore[assignment]
+        forget(model, self.name)
         return model
