@@ -100,7 +100,9 @@ def plain(tiny, tmp_path_factory):
     for name, (_, family, fields) in PLAIN_CASES.items():
         models[name] = tiny(family, **fields)
         checkpoint.save(models[name], None, folder / name, {"tokens": 5})
-    checkpoint.save(Factorise()(tiny()), None, folder / "surgical")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "method_class", lambda name, kind: Factorise)
+        checkpoint.save(Factorise()(tiny()), None, folder / "surgical")
     cases = json.dumps({name: auto for name, (auto, _, _) in PLAIN_CASES.items()})
     command = [sys.executable, "-c", PLAIN, str(folder), cases]
     # PYTHONSAFEPATH: the current folder, which may hold the package, is not searched

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from pretrain.corpus.tokenizers import Encoder
 
 Batch = dict[str, torch.Tensor]
 """Named tensors. What the loop itself reads: `weight` (), the number of targets; `domain_B` and `row_B`, where each
@@ -32,9 +34,28 @@ class Row:
     domain: int  # all pieces of a row are of one domain
     index: int  # the row's number in the packing plan
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens of text it holds."""
+        return len(self.tokens_L)
+
     def pieces(self) -> list[NDArray[np.int32]]:
         """The pieces one by one, in order."""
         return np.split(self.tokens_L, self.starts_D[1:])
+
+
+@dataclass(frozen=True)
+class Example:
+    """A whole document with all its columns: what an objective on labelled documents is given in place of a row."""
+
+    columns: dict[str, Any]
+    domain: int
+    index: int  # its number in the split
+
+    @property
+    def tokens(self) -> int:
+        """Not known before an objective has made them; it says so in its batch."""
+        return 0
 
 
 @dataclass(frozen=True)
@@ -104,6 +125,8 @@ class Context:
     length: int  # L: the row length the model is trained at
     rng: np.random.Generator  # a function of (seed, step, rank, micro-batch): the same batch again on resume
     progress: float = 0.0  # how much of the budget is spent, 0 to 1
+    encoder: Encoder | None = None  # where the rows are examples: what makes tokens of their text
+    labels: tuple[str, ...] = ()  # and the names of the classes, in the order of their numbers
 
 
 def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:

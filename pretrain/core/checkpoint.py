@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from pretrain.core.method import Method
 
 RECORD = "pretrain.json"
+ADAPTER = "adapter"  # the folder of what was trained beside frozen weights, in the format of `peft`
 FORMAT = 1
 WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"  # of `model`, or of `pretrain` after a surgery of ours
 FOREIGN = "pretrain_"  # before the model type of a checkpoint that only `load` can open
@@ -116,6 +117,12 @@ def _write(
         for suffix in (WEIGHTS, INDEX):
             if (work / f"model{suffix}").exists():
                 (work / f"model{suffix}").rename(work / f"pretrain{suffix}")
+    for entry in surgery:
+        found = recorded(entry).adapter(model)
+        if found is not None:
+            (work / ADAPTER).mkdir(exist_ok=True)
+            write_json(work / ADAPTER / "adapter_config.json", found[0])
+            save_file(found[1], work / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
     sums = {path.name: file_digest(path) for path in sorted(work.glob("*.safetensors"))}
     write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, "checksums": sums})
 

@@ -32,15 +32,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         target_N: Tensor,
         coefficient_N: Tensor,
-        grad: bool,
+        needs: tuple[bool, bool, bool],
     ) -> tuple[Tensor, Tensor]:
         low = torch.get_autocast_dtype(h_NE.device.type) if torch.is_autocast_enabled(h_NE.device.type) else h_NE.dtype
         rows = max(LEAST_ROWS, CHUNK_BYTES.get(h_NE.device.type, 64 << 20) // (4 * weight_VE.shape[0]))
         w_VE = weight_VE.to(low)
         nll_N = torch.empty(len(h_NE), dtype=torch.promote_types(torch.float32, h_NE.dtype), device=h_NE.device)
-        grad_h_NE = torch.empty_like(h_NE) if grad else None
-        grad_w_VE = torch.zeros_like(weight_VE) if grad else None
-        grad_b_V = torch.zeros_like(bias_V) if grad and bias_V is not None else None
+        grad_h_NE = torch.empty_like(h_NE) if needs[0] else None
+        grad_w_VE = torch.zeros_like(weight_VE) if needs[1] else None
+        grad_b_V = torch.zeros_like(bias_V) if needs[2] and bias_V is not None else None
         # One buffer for all chunks: it stays in the cache, where a fresh one would not be.
         buffer_CV = torch.empty(min(rows, len(h_NE)), weight_VE.shape[0], dtype=low, device=h_NE.device)
         for start in range(0, len(h_NE), rows):
@@ -53,27 +53,29 @@ class _LinearCrossEntropy(torch.autograd.Function):
             p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
             # log Σ exp from the largest entry, whose probability is never near 0.
             nll_N[part] = top_C - p_CV.amax(-1).log() - at_target_C
-            if grad_h_NE is None or grad_w_VE is None:
+            if not any(needs):
                 continue
             c_C = coefficient_N[part].to(nll_N.dtype)
             p_CV = p_CV.scatter_add_(-1, target_C[:, None], torch.full_like(c_C, -1.0)[:, None]).to(low)
-            grad_h_NE[part] = (p_CV @ w_VE) * c_C[:, None]
-            scaled_CE = (h_CE * c_C[:, None]).to(low)
-            if low == grad_w_VE.dtype:
-                grad_w_VE.addmm_(p_CV.T, scaled_CE)
-            else:
-                grad_w_VE += p_CV.T @ scaled_CE
+            if grad_h_NE is not None:
+                grad_h_NE[part] = (p_CV @ w_VE) * c_C[:, None]
+            if grad_w_VE is not None:
+                scaled_CE = (h_CE * c_C[:, None]).to(low)
+                if low == grad_w_VE.dtype:
+                    grad_w_VE.addmm_(p_CV.T, scaled_CE)
+                else:
+                    grad_w_VE += p_CV.T @ scaled_CE
             if grad_b_V is not None:
                 grad_b_V += c_C.to(low) @ p_CV
-        ctx.save_for_backward(*(g for g in (grad_h_NE, grad_w_VE, grad_b_V) if g is not None))
+        ctx.save_for_backward(grad_h_NE, grad_w_VE, grad_b_V)
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * coefficient_N).sum(), nll_N
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
-        grad_h_NE, grad_w_VE, *grad_b = ctx.saved_tensors
         # In place: the gradients are this function's own, and a graph is gone through once.
-        return grad_h_NE.mul_(grad), grad_w_VE.mul_(grad), grad_b[0].mul_(grad) if grad_b else None, None, None, None
+        h, w, b = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
+        return h, w, b, None, None, None
 
 
 def linear_cross_entropy(
@@ -95,9 +97,9 @@ def linear_cross_entropy(
     coefficient_N = torch.ones_like(target_N, dtype=h_NE.dtype) if weight_BL is None else weight_BL.flatten()
     if not bool(has_target_N.all()):
         h_NE, target_N, coefficient_N = h_NE[has_target_N], target_N[has_target_N], coefficient_N[has_target_N]
-    grad = torch.is_grad_enabled() and (hidden_BLE.requires_grad or weight_VE.requires_grad)
+    needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (h_NE, weight_VE, bias_V))
     coefficient_N = coefficient_N / max(len(target_N), 1)
-    value, nll_N = _LinearCrossEntropy.apply(h_NE, weight_VE, bias_V, target_N, coefficient_N, grad)
+    value, nll_N = _LinearCrossEntropy.apply(h_NE, weight_VE, bias_V, target_N, coefficient_N, needs)
     nll_BL = torch.zeros(target_BL.shape, dtype=nll_N.dtype, device=nll_N.device)
     nll_BL.masked_scatter_(has_target_N.view_as(target_BL), nll_N)
     return value, nll_BL

@@ -21,6 +21,7 @@ PACKAGE = Path(__file__).resolve().parent.parent
 KINDS = {  # base class -> (kind, folder)
     "DataOperation": ("data operation", "data"),
     "Objective": ("objective", "objectives"),
+    "FineTuning": ("objective", "objectives"),
     "Optimizer": ("optimiser", "optim"),
     "Schedule": ("schedule", "optim"),
     "Policy": ("policy", "policies"),
@@ -69,6 +70,10 @@ class Method:
             elif value:
                 found[name] = value
         return found
+
+    def parts(self) -> tuple[str, ...]:
+        """The names of the methods that a field of this one holds: with their code its results change."""
+        return ()
 
     def pointing_to(self, places: dict[str, str]) -> Any:
         """The method with other values for its references, by the names that `references` gives them."""
@@ -160,6 +165,21 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
     """Import one method's class."""
     found = info(name, kind)
     return getattr(importlib.import_module(found.module), found.cls)
+
+
+def nested(value: Any, kind: str) -> Any:
+    """A method that is a field of another: from `NAME` or `{method: NAME, field: value, …}`."""
+    if isinstance(value, Method):
+        return value
+    said = {"method": value} if isinstance(value, str) else value
+    if not isinstance(said, dict) or not isinstance(said.get("method"), str):
+        raise PretrainError(f"{value!r} is no {kind}; accepted: a name, or {{method: NAME, field: value}}")
+    cls = method_class(said["method"], kind)
+    try:
+        return cls(**{name: given for name, given in said.items() if name != "method"})
+    except TypeError as error:
+        accepted = ", ".join(item.name for item in fields(cls)) or "none"  # type: ignore[arg-type]
+        raise PretrainError(f"{kind} {said['method']!r}: {error}; accepted fields: {accepted}") from error
 
 
 def default_of(item: Field[Any]) -> str:

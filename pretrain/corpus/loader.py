@@ -1,4 +1,4 @@
-"""The loader: which rows a step takes, and the batches that objectives make of them.
+"""The loader: which rows (or examples) a step takes, and the batches that objectives make of them.
 
 Everything is a function of (seed, step, what was taken before): the same rows on any number of processes, the same
 batches with any number of workers, and a resume in constant time from a few counters.
@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,9 +18,12 @@ from numpy.typing import NDArray
 
 from pretrain.core.batch import Batch, Context, Vocabulary
 from pretrain.core.errors import PretrainError, unknown
-from pretrain.corpus.packing import Plan, plan_for
 from pretrain.corpus.shards import Shards
 from pretrain.objectives import Objective
+
+if TYPE_CHECKING:
+    from pretrain.corpus.examples import Examples
+    from pretrain.corpus.packing import Plan
 
 ALL = "*"  # the stream of all rows, when there is no mixture
 
@@ -35,7 +38,7 @@ class Loader:
 
     def __init__(
         self,
-        shards: Shards,
+        shards: Shards | Examples,
         objectives: Sequence[Objective],
         vocabulary: Vocabulary,
         *,
@@ -58,7 +61,7 @@ class Loader:
                 f"batch_rows {batch_rows}: accepted: a multiple of micro_rows x processes ({self.micro_rows} x {world})"
             )
         raw = min(objective.raw_length(length) for objective in objectives)
-        self.plan: Plan = plan_for(shards, raw)
+        self.plan: Plan | Examples = shards.plan(raw)
         if not len(self.plan):
             raise PretrainError(f"{shards.folder}: no documents to train on")
         self.next_step, self.taken, self.progress = 0, {ALL: 0}, 0.0
@@ -165,15 +168,15 @@ class Loader:
         return np.random.default_rng((self.seed, number, epoch, 2)).permutation(len(self._rows(stream)))
 
     def _prepare(self, step: int, first: int, numbers: list[int], progress: float) -> list[Batch]:
-        rows = [self.plan.row(self.shards, number) for number in numbers]
-        facts = {
-            "tokens": torch.tensor(sum(len(row.tokens_L) for row in rows)),
+        rows: list[Any] = [self.plan.row(self.shards, number) for number in numbers]  # type: ignore[arg-type]
+        tokens = {"tokens": torch.tensor(sum(row.tokens for row in rows))}
+        origin = {
             "domain_B": torch.tensor([row.domain for row in rows]),
             "row_B": torch.tensor([row.index for row in rows]),
         }
         batches = []
         for index, objective in enumerate(self.objectives):
             rng = np.random.default_rng((self.seed, step, first, index, 3))
-            context = Context(self.vocabulary, self.length, rng, progress)
-            batches.append(objective.prepare(rows, context) | facts)
+            context = Context(self.vocabulary, self.length, rng, progress, **self.shards.given)
+            batches.append(tokens | objective.prepare(rows, context) | origin)
         return batches

@@ -22,6 +22,7 @@ from pretrain.core.files import atomic_folder, digest, file_digest, locked, read
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pretrain.corpus.packing import Plan
     from pretrain.corpus.store import Corpus
 
 BATCH_CHARACTERS = 4 << 20
@@ -29,6 +30,8 @@ BATCH_CHARACTERS = 4 << 20
 
 class Shards:
     """One split's tokens, opened for reading."""
+
+    given: dict[str, Any] = {}  # what objectives are told besides the rows
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
@@ -63,6 +66,12 @@ class Shards:
     def lengths_N(self) -> NDArray[np.int64]:
         """Tokens of each document."""
         return np.diff(self.offsets_N1)
+
+    def plan(self, length: int) -> Plan:
+        """How the documents are packed to rows of `length` tokens."""
+        from pretrain.corpus.packing import plan_for
+
+        return plan_for(self, length)
 
     def document(self, index: int) -> NDArray[Any]:
         """One document's tokens."""

@@ -125,6 +125,25 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDA
     return [np.array(getattr(encoding, "ids", encoding), np.int64) for encoding in encoded]
 
 
+class Encoder:
+    """A tokenizer's plain text encoding for those who encode many lots: without ends, cuts or padding."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer, self.backend = tokenizer, plain_backend(tokenizer)
+
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Each text's tokens."""
+        encoded = encode_plain(self.backend, self.tokenizer, texts)
+        return [list(getattr(encoding, "ids", encoding)) for encoding in encoded]
+
+    def spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """A text's tokens, and the characters `[start, end)` that each stands for."""
+        if self.backend is None:
+            raise PretrainError("tokens' places in a text: accepted: a fast tokenizer (one with tokenizer.json)")
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
+
 def encode_plain(backend: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Any]:
     """Lists of ids or objects with `ids`; for those who encode many lots with the copy that `plain_backend` made."""
     if backend is None:

@@ -134,7 +134,7 @@ class Stage(BaseModel):
 
     def methods(self) -> list[str]:
         """The names of the methods that the stage uses."""
-        return sorted({method.name for _, method in self._placed()})
+        return sorted({name for _, method in self._placed() for name in (method.name, *method.parts())})
 
     def config(self) -> dict[str, Any]:
         """What is hashed: all fields but the name and the neutral ones, and the code of the methods."""

@@ -19,6 +19,7 @@ from pretrain.stages import (
     build_dataclass,
     build_method,
     checkpoint_of,
+    corpus_of,
     dump,
     tokenizer_of,
     tokens_of,
@@ -121,6 +122,13 @@ class Train(Stage):
         """The objectives with their weights."""
         return self.objectives or [Weighted(method=self.objective)]
 
+    @model_validator(mode="after")
+    def _one_kind(self) -> Train:
+        if any(hasattr(w.method, "predict") for w in self.weighted()) and not self._on_examples():
+            names = ", ".join(w.method.name for w in self.weighted())
+            raise ValueError(f"objectives {names}: accepted: all on labelled documents, or all on text")
+        return self
+
     def _plain(self) -> bool:
         """Whether the loss is the text's likelihood, so that it can be told in bits a byte."""
         return [(w.method.name, w.weight) for w in self.weighted()] == [("causal_lm", 1.0)]
@@ -144,11 +152,14 @@ class Train(Stage):
         model, tokenizer = self._model_and_tokenizer(job)
         model, inputs, surgery_flops = operate(self.surgeries, model, Inputs(tokenizer=tokenizer, seed=job.seed))
         tokenizer = inputs.tokenizer
-        if world.main:
-            self._shards(job, tokenizer, main=True)
-        world.wait()
-        shards = self._shards(job, tokenizer, main=False)
         weighted, vocabulary = self.weighted(), Vocabulary.of(tokenizer)
+        if self._on_examples():
+            model, shards = self._examples(job, model, tokenizer, vocabulary)
+        else:
+            if world.main:
+                tokens_of(job, tokenizer, verify=True)
+            world.wait()
+            shards = tokens_of(job, tokenizer, verify=False)
         loader = Loader(
             shards["train"], [w.method for w in weighted], vocabulary, length=self.length, batch_rows=self.batch_rows,
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
@@ -198,7 +209,27 @@ class Train(Stage):
             )
         rows = self.micro_rows or self.batch_rows
         loader = Loader(held_out, [objective], vocabulary, length=self.length, batch_rows=rows)
-        return lambda trainee: objective_loss(trainee.model, trainee.beside[0], objective, loader, self.evaluate_tokens)
+
+        def measure(trainee: Any) -> dict[str, float]:
+            found = objective_loss(trainee.model, trainee.beside[0], objective, loader, self.evaluate_tokens)
+            return found | (self._answers(trainee.model, held_out, vocabulary) if self._on_examples() else {})
+
+        return measure
+
+    def _answers(self, model: Any, held_out: Any, vocabulary: Any) -> dict[str, float]:
+        """The fine-tuning objective's metrics on as many held-out documents as `evaluate_tokens` may hold."""
+        import numpy as np
+
+        from pretrain.core.batch import Context
+        from pretrain.corpus.sources import evenly
+        from pretrain.objectives._fine_tuning import predictions
+
+        objective: Any = self.weighted()[0].method
+        most = max(1, self.evaluate_tokens // self.length)
+        examples = [held_out.row(held_out, number) for number in evenly(range(len(held_out)), most)]
+        context = Context(vocabulary, self.length, np.random.default_rng(0), **held_out.given)
+        said = predictions(model, objective, examples, context)
+        return objective.metrics(said, objective.expected(examples, context))
 
     def _model_and_tokenizer(self, job: Job) -> tuple[Any, Any]:
         import torch
@@ -224,9 +255,25 @@ class Train(Stage):
             self.model["family"], self._fields(), task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
         ), tokenizer
 
-    def _shards(self, job: Job, tokenizer: Any, *, main: bool) -> Any:
-        """The corpus in tokens."""
-        return tokens_of(job, tokenizer, verify=main)
+    def _on_examples(self) -> bool:
+        """Whether the objective learns from labelled documents instead of rows of text."""
+        return all(hasattr(w.method, "predict") for w in self.weighted())
+
+    def _examples(self, job: Job, model: Any, tokenizer: Any, vocabulary: Any) -> tuple[Any, dict[str, Any]]:
+        """The model with the objective's head, and the corpus as examples by split."""
+        from pretrain.core.heads import labels_of
+        from pretrain.corpus.examples import Examples
+        from pretrain.corpus.store import SPLITS, Corpus
+
+        objectives: list[Any] = [w.method for w in self.weighted()]
+        objective, corpus = objectives[0], Corpus(corpus_of(job.inputs["corpus"]))
+        columns = [name for one in objectives for name in one.columns]
+        found = {split: Examples(corpus, split, tokenizer, columns) for split in SPLITS}
+        labels = objective.labels(found["train"].split[objective.columns[-1]])
+        model = objective.ready(model, labels, vocabulary, job.seed)
+        for examples in found.values():
+            examples.given["labels"] = labels_of(model)
+        return model, found
 
     def estimate(self, inputs: dict[str, Any]) -> Estimate:
         """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""

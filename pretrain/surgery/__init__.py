@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Method
@@ -12,6 +12,7 @@ from pretrain.core.method import Method
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.batch import Batch
@@ -44,7 +45,9 @@ def operate(
 
 
 class Surgery(Method):
-    """Base of the surgeries."""
+    """Base of the surgeries. One whose change of weights `merge_adapters` can fold in says so with `adapts`."""
+
+    adapts: ClassVar[bool] = False
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The operated model: a new one, or the same one changed in place; always use what is returned."""
@@ -56,3 +59,10 @@ class Surgery(Method):
         A surgery that needs it calls `core.checkpoint.record(model, self)` when it operates.
         """
         raise PretrainError(f"surgery {self.name!r} leaves a plain transformers model: it has nothing to restore")
+
+    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """What it put into the model in `peft`'s format (configuration, tensors), where that can express it.
+
+        A checkpoint with such a recorded surgery holds a folder `adapter` that `peft` opens over the model it adapts.
+        """
+        return None

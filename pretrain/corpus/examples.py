@@ -1,0 +1,58 @@
+"""A split's documents as examples, each whole and with all its columns: for objectives that learn from labels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.core.batch import Example
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.corpus.store import Corpus
+from pretrain.corpus.tokenizers import Encoder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Examples:
+    """Stands where shards stand for a loader: its rows are the documents, one each.
+
+    `columns` must be there, with a value in each document; an error names the first that is not.
+    """
+
+    def __init__(
+        self, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str] = ()
+    ) -> None:
+        self.folder, self.split = corpus.folder, corpus.split(split)
+        self.info = {"corpus": corpus.info["fingerprint"]}
+        self.domain_names = corpus.domains
+        for name in columns if len(self) else ():
+            known = self.split.column_names
+            if name not in known:
+                raise PretrainError(
+                    f"{corpus.folder}: no column {name!r}{nearest(name, known)}; accepted: {', '.join(known)}"
+                )
+            empty = next((i for i, value in enumerate(self.split[name]) if value is None), None)
+            if empty is not None:
+                raise PretrainError(f"{corpus.folder}: {split} document {empty} has no {name!r}; accepted: one in each")
+        numbers = {name: number for number, name in enumerate(self.domain_names)}
+        self.domain_R = np.array([numbers[name] for name in self.split["domain"]], np.uint16)
+        self.given: dict[str, Any] = {"encoder": Encoder(tokenizer)}
+
+    def __len__(self) -> int:
+        return len(self.split)
+
+    def plan(self, length: int) -> Examples:
+        """Examples are not packed."""
+        return self
+
+    def row(self, _: Any, index: int) -> Example:
+        """One document."""
+        return Example(self.split[index], int(self.domain_R[index]), index)
+
+    def rows_of_domain(self, domain: int) -> NDArray[np.int64]:
+        """The numbers of the documents of one domain."""
+        return np.flatnonzero(self.domain_R == domain)

@@ -1,0 +1,91 @@
+"""Metrics of predictions against references."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """`accuracy`, `macro_f1` over the classes of the references, and Matthews' correlation (`matthews`)."""
+    from sklearn.metrics import f1_score, matthews_corrcoef
+
+    classes = sorted(set(references))
+    accuracy = float(np.mean([p == r for p, r in zip(predictions, references, strict=True)]))
+    macro = f1_score(references, predictions, labels=classes, average="macro", zero_division=0)
+    return {
+        "accuracy": accuracy,
+        "macro_f1": float(macro),
+        "matthews": float(matthews_corrcoef(references, predictions)),
+    }
+
+
+def regression(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
+    """`mse`, and the correlations `pearson` and `spearman` (0 where one side does not vary)."""
+    from scipy.stats import pearsonr, spearmanr
+
+    p, r = np.asarray(predictions, float), np.asarray(references, float)
+    varied = len(p) > 1 and p.std() > 0 and r.std() > 0
+    return {
+        "mse": float(np.mean((p - r) ** 2)),
+        "pearson": float(pearsonr(p, r).statistic) if varied else 0.0,
+        "spearman": float(spearmanr(p, r).statistic) if varied else 0.0,
+    }
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """The `(type, start, end)` of a sequence's entities; an I- that follows no entity of its type begins one."""
+    found, start, kind = set(), 0, None
+    for place, tag in enumerate([*tags, "O"]):
+        mark, _, name = tag.partition("-")
+        if kind is not None and (mark != "I" or name != kind):
+            found.add((kind, start, place))
+            kind = None
+        if mark in ("B", "I") and kind is None and name:
+            start, kind = place, name
+    return found
+
+
+def tagging(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """`accuracy` of words; where the tags are B-x, I-x and O, `precision`, `recall` and `f1` of whole entities too."""
+    pairs = [(p, r) for ps, rs in zip(predictions, references, strict=True) for p, r in zip(ps, rs, strict=True)]
+    found = {"accuracy": float(np.mean([p == r for p, r in pairs])) if pairs else 0.0}
+    if not all(r == "O" or r[:2] in ("B-", "I-") for _, r in pairs):
+        return found
+    said = [entities(tags) for tags in predictions]
+    true = [entities(tags) for tags in references]
+    hits = sum(len(p & r) for p, r in zip(said, true, strict=True))
+    return found | _f1(hits, sum(map(len, said)), sum(map(len, true)))
+
+
+def _f1(hits: int, said: int, true: int) -> dict[str, float]:
+    precision, recall = hits / max(said, 1), hits / max(true, 1)
+    return {"precision": precision, "recall": recall, "f1": 2 * hits / max(said + true, 1)}
+
+
+def generation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """`exact_match`, and the mean F1 of shared words (`token_f1`) and of the longest common subsequence (`rouge_l`)."""
+    exact: list[float] = []
+    words: list[float] = []
+    longest: list[float] = []
+    for prediction, reference in zip(predictions, references, strict=True):
+        said, true = prediction.split(), reference.split()
+        exact.append(float(said == true))
+        shared = sum((Counter(said) & Counter(true)).values())
+        words.append(_f1(shared, len(said), len(true))["f1"] if said or true else 1.0)
+        longest.append(_f1(_common(said, true), len(said), len(true))["f1"] if said or true else 1.0)
+    names = ("exact_match", "token_f1", "rouge_l")
+    columns: list[list[float]] = [exact, words, longest]
+    return {name: float(np.mean(values)) for name, values in zip(names, columns, strict=True)}
+
+
+def _common(first: Sequence[str], second: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        before = 0
+        for place, other in enumerate(second, 1):
+            before, row[place] = row[place], before + 1 if word == other else max(row[place], row[place - 1])
+    return row[-1]

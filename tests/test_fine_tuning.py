@@ -1,0 +1,312 @@
+"""Fine-tuning on labelled documents: heads, batches, metrics, and whole stages."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+
+from pretrain.core import checkpoint
+from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.cross_entropy import linear_cross_entropy
+from pretrain.core.errors import PretrainError
+from pretrain.core.families import base
+from pretrain.core.heads import labels_of, with_head
+from pretrain.core.method import method_class
+from pretrain.corpus.tokenizers import Encoder, load_tokenizer
+from pretrain.engine import run, silent
+from pretrain.objectives import _metrics
+from pretrain.objectives._fine_tuning import framed, predictions
+from pretrain.objectives.tagging import word_of_tokens
+
+VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
+FAMILIES = ("llama", "qwen3", "gpt2", "bert", "modernbert", "t5")
+
+
+@pytest.fixture(scope="module")
+def context(prepared: Path) -> Context:
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    return Context(
+        Vocabulary.of(tokenizer), 32, np.random.default_rng(0), encoder=Encoder(tokenizer), labels=("no", "yes")
+    )
+
+
+def examples(*columns: dict[str, Any]) -> list[Example]:
+    return [Example(c, 0, number) for number, c in enumerate(columns)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("head", "auto"), [("sequence", AutoModelForSequenceClassification), ("token", AutoModelForTokenClassification)]
+)
+def test_a_new_head_keeps_the_pretrained_weights_and_opens_in_plain_transformers(
+    tiny, family, head, auto, tmp_path
+) -> None:
+    model = tiny(family)
+    before = {n: t.clone() for n, t in base(model).state_dict().items() if "lm_head" not in n}
+    made = with_head(model, head, ("a", "b", "c"), VOCABULARY)
+    after = base(made).state_dict()
+    kept = [n for n in before if n in after]
+    if family == "t5" and head == "token":  # a tagger of T5 is its encoder alone
+        before = {n: t for n, t in before.items() if not n.startswith("decoder.")}
+    assert kept == list(before)
+    assert all(torch.equal(after[n], before[n]) for n in kept)
+    checkpoint.save(made, None, tmp_path / "c")
+    plain = auto.from_pretrained(tmp_path / "c").eval()
+    ids = torch.tensor([[1, 5, 7, 9, 2]])
+    assert torch.equal(plain(ids).logits, made.eval()(ids).logits)
+    assert plain.config.id2label == {0: "a", 1: "b", 2: "c"}
+    assert labels_of(checkpoint.load(tmp_path / "c")[0]) == ("a", "b", "c")
+
+
+def test_a_head_that_knows_the_labels_stays_and_another_is_drawn_by_the_seed(tiny) -> None:
+    made = with_head(tiny(), "sequence", ("a", "b"), VOCABULARY, seed=3)
+    assert with_head(made, "sequence", ("b",), VOCABULARY) is made
+    others = [with_head(tiny(), "sequence", ("a", "b"), VOCABULARY, seed=seed).score.weight for seed in (3, 4)]
+    assert torch.equal(others[0], made.score.weight) and not torch.equal(others[1], made.score.weight)
+    assert with_head(made, "sequence", ("a", "c"), VOCABULARY) is not made
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_padding_changes_no_example_of_a_batch(tiny, context, family) -> None:
+    objective = method_class("classification")(pair="other")
+    model = with_head(tiny(family, vocab_size=512), "sequence", context.labels, context.vocabulary).eval()
+    some = examples(
+        {"text": "import os", "other": "def f(): return 1", "label": "yes"},
+        {"text": "a much longer text of many words, so that the other is padded", "other": "x", "label": "no"},
+    )
+    together = objective.prepare(some, context)
+    with torch.no_grad():
+        whole = objective.loss(model, together).value
+        alone = [objective.loss(model, objective.prepare([one], context)).value for one in some]
+    assert whole.item() == pytest.approx(sum(a.item() for a in alone) / 2, abs=1e-5)
+
+
+def test_classification_is_cross_entropy_of_the_labels_with_the_unlabelled_left_out(tiny, context) -> None:
+    objective = method_class("classification")()
+    model = with_head(tiny("bert", vocab_size=512), "sequence", context.labels, context.vocabulary).eval()
+    some = examples(
+        {"text": "import os", "label": "yes"}, {"text": "import sys", "label": None}, {"text": "x", "label": "no"}
+    )
+    batch = objective.prepare(some, context)
+    assert batch["label_B"].tolist() == [1, -100, 0] and batch["weight"] == 2
+    logits = model(batch["tokens_BL"], attention_mask=batch["mask_BL"]).logits
+    expected = -(logits[0].log_softmax(-1)[1] + logits[2].log_softmax(-1)[0]) / 2
+    found = objective.loss(model, batch)
+    assert found.value.item() == pytest.approx(expected.item(), rel=1e-6)
+    said = objective.predict(model, batch, context)
+    assert found.parts["accuracy"].item() == ((said[0] == "yes") + (said[2] == "no")) / 2
+
+
+def test_a_pair_is_framed_with_its_segments_and_the_longer_text_is_cut(context) -> None:
+    vocabulary = context.vocabulary
+    short, long = (
+        "os",
+        "import os, sys, re, json, abc, ast, io, math, time, enum, types, typing, string, random, pickle",
+    )
+    ((ids, first),) = framed(context, [short], [long])
+    assert len(ids) == context.length and ids[0] == vocabulary.bos and ids[-1] == ids[first - 1] == vocabulary.eos
+    assert context.encoder.tokenizer.decode(ids[1 : first - 1]) == short
+    ((ids, first),) = framed(context, [long], [long])
+    assert len(ids) == context.length and abs(first - 1 - (len(ids) - first)) <= 2
+    ((ids, first),) = framed(context, [long])
+    assert len(ids) == first == context.length
+
+
+def test_regression_is_the_squared_error_and_refuses_what_is_no_number(tiny, context) -> None:
+    objective = method_class("regression")()
+    model = with_head(tiny("llama", vocab_size=512), "sequence", ("number",), context.vocabulary).eval()
+    batch = objective.prepare(examples({"text": "a", "label": 2}, {"text": "b c", "label": -1.5}), context)
+    said = objective.predict(model, batch, context)
+    expected = np.mean([(said[0] - 2) ** 2, (said[1] + 1.5) ** 2])
+    assert objective.loss(model, batch).value.item() == pytest.approx(expected, rel=1e-5)
+    assert model.config.problem_type == "regression" and objective.labels([1, 2.5]) == ("number",)
+    with pytest.raises(PretrainError, match="'many': accepted: numbers"):
+        objective.labels(["many"])
+
+
+def test_words_are_read_at_their_first_or_last_token(context) -> None:
+    text = "  extraordinary  (os) x"
+    ids, spans = context.encoder.spans(text)
+    words = word_of_tokens(text, spans)
+    assert sorted(filter(None, words)) == [1, 2, 3]
+    last = word_of_tokens(text, spans, "last")
+    assert sorted(filter(None, last)) == [1, 2, 3] and last.index(1) > words.index(1)
+    assert words.index(2) > last.index(1) and last.index(3) == len(ids) - 1
+
+
+def test_tagging_learns_each_word_once_and_predicts_outside_beyond_the_length(tiny, context) -> None:
+    from dataclasses import replace
+
+    objective = method_class("tagging")()
+    context = replace(context, labels=("B-x", "I-x", "O"))
+    text = "import " * 40
+    some = examples({"text": text, "tags": ["B-x"] * 40}, {"text": "one extraordinary day", "tags": "O B-x I-x"})
+    batch = objective.prepare(some, context)
+    learnt = [(row != -100).sum().item() for row in batch["label_BL"]]
+    assert learnt[1] == 3 and 0 < learnt[0] < 40 and batch["weight"] == sum(learnt)
+    model = with_head(tiny("bert", vocab_size=512), "token", context.labels, context.vocabulary).eval()
+    logits = model(batch["tokens_BL"], attention_mask=batch["mask_BL"]).logits.log_softmax(-1)
+    known = batch["label_BL"] != -100
+    expected = -logits[known].gather(1, batch["label_BL"][known][:, None]).mean()
+    assert objective.loss(model, batch).value.item() == pytest.approx(expected.item(), rel=1e-5)
+    said = predictions(model, objective, some, context)
+    assert [len(tags) for tags in said] == [40, 3] and set(said[0][learnt[0] :]) == {"O"}
+    with pytest.raises(PretrainError, match="document 0 has 2 words and 1 tags"):
+        objective.prepare(examples({"text": "a b", "tags": "O"}), context)
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "t5"))
+def test_seq2seq_is_the_likelihood_of_the_targets_tokens_alone(tiny, context, family) -> None:
+    objective = method_class("seq2seq")(prompt="{text} =", answer=5)
+    model = tiny(family, vocab_size=512)
+    model.config.eos_token_id = context.vocabulary.eos
+    some = examples({"text": "import os", "target": "yes"}, {"text": "a longer prompt of words", "target": "no, never"})
+    batch = objective.prepare(some, context)
+    nll, count = 0.0, 0
+    encode = lambda text: context.encoder.ids([text])[0]  # noqa: E731
+    for e in some:
+        prompt = [context.vocabulary.bos, *encode(e.columns["text"] + " =")]
+        target = [*encode(e.columns["target"]), context.vocabulary.eos]
+        if family == "t5":
+            out = model(input_ids=torch.tensor([[*prompt, context.vocabulary.eos]]), labels=torch.tensor([target]))
+            logits = out.logits[0]
+        else:
+            logits = model(torch.tensor([prompt + target])).logits[0, len(prompt) - 1 : -1]
+        nll -= logits.log_softmax(-1)[torch.arange(len(target)), target].sum().item()
+        count += len(target)
+    assert batch["weight"] == count
+    assert objective.loss(model, batch).value.item() == pytest.approx(nll / count, rel=1e-4)
+    together = predictions(model, objective, some, context)
+    assert together == [predictions(model, objective, [e], context)[0] for e in some]
+
+
+def test_metrics_equal_hand_counted_values() -> None:
+    found = _metrics.classification(["a", "a", "b", "b"], ["a", "b", "b", "b"])
+    assert found["accuracy"] == 0.75 and found["macro_f1"] == pytest.approx((2 / 3 + 0.8) / 2)
+    assert found["matthews"] == pytest.approx(1 / 3**0.5, rel=1e-6)
+    assert _metrics.regression([1.0, 2.0, 3.0], [2.0, 4.0, 6.0])["pearson"] == pytest.approx(1)
+    assert _metrics.regression([1.0, 1.0], [2.0, 4.0]) == {"mse": 5.0, "pearson": 0.0, "spearman": 0.0}
+    assert _metrics.entities(["B-a", "I-a", "O", "I-b", "B-b", "I-a"]) == {
+        ("a", 0, 2),
+        ("b", 3, 4),
+        ("b", 4, 5),
+        ("a", 5, 6),
+    }
+    tags = _metrics.tagging([["B-a", "O", "B-b"]], [["B-a", "I-a", "B-b"]])
+    assert tags["accuracy"] == pytest.approx(2 / 3) and tags["f1"] == 0.5
+    assert set(_metrics.tagging([["noun"]], [["verb"]])) == {"accuracy"}
+    words = _metrics.generation(["the cat sat", ""], ["the sat cat", ""])
+    assert (
+        words["exact_match"] == 0.5 and words["token_f1"] == 1.0 and words["rouge_l"] == pytest.approx((2 / 3 + 1) / 2)
+    )
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_bias_alone_may_learn() -> None:
+    torch.manual_seed(0)
+    hidden, weight, bias = torch.randn(5, 4), torch.randn(7, 4), torch.randn(7)
+    target = torch.tensor([1, 2, -100, 3, 6])
+    for learns in [(True, False, False), (False, False, True), (False, True, False), (True, True, True)]:
+        ours, theirs = ([t.clone().requires_grad_(r) for t, r in zip((hidden, weight, bias), learns)] for _ in "ab")
+        linear_cross_entropy(ours[0], ours[1], target, bias_V=ours[2])[0].backward()
+        torch.nn.functional.cross_entropy(
+            torch.nn.functional.linear(theirs[0], theirs[1], theirs[2]), target
+        ).backward()
+        for a, b in zip(ours, theirs):
+            assert (a.grad is None) == (b.grad is None)
+            assert a.grad is None or torch.allclose(a.grad, b.grad, atol=1e-6)
+
+
+def _data(folder: Path) -> Path:
+    """Documents whose label can be learnt from the word that they begin with."""
+    rng = np.random.default_rng(0)
+    words = ["alpha", "beta", "gamma", "delta", "x", "y", "z"]
+    lines = []
+    for number in range(240):
+        kind = ("import", "class")[number % 2]
+        rest = " ".join(rng.choice(words, 6))
+        tags = " ".join("B-w" if w in ("alpha", "beta") else "O" for w in [kind, *rest.split(), str(number)])
+        row = {
+            "text": f"{kind} {rest} {number}",
+            "label": kind,
+            "size": float(number % 2),
+            "tags": tags,
+            "target": kind,
+        }
+        lines.append(json.dumps(row))
+    path = folder / "data.jsonl"
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+RECIPE = """
+name: tune
+stages:
+  - {{stage: data, name: corpus, sources: [{{files: {data}}}], validation: 0.15, test: 0.15, near_duplicates: null}}
+  - {{stage: tokenizer, name: tokenizer, corpus: corpus, vocab_size: 300, mask: true}}
+  - stage: train
+    name: tuned
+    corpus: corpus
+    tokenizer: tokenizer
+    model: {model}
+    objective: {objective}
+    length: 64
+    batch_rows: 16
+    micro_rows: 8
+    optimizer: {{method: adamw, lr: 3e-3}}
+    budget: {{steps: {steps}}}
+  - {{stage: evaluate, name: evaluation, checkpoint: tuned, corpus: corpus, compressors: false,
+      evaluations: [{{method: task, objective: {objective}}}]}}
+"""
+LLAMA = "{family: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}"
+BERT = "{family: bert, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}"
+
+
+def _run(tmp_path: Path, model: str, objective: str, steps: int) -> tuple[dict[str, Path], dict[str, Any]]:
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        RECIPE.format(data=_data(tmp_path), model=model, objective=objective, steps=steps), encoding="utf-8"
+    )
+    run(recipe, output=tmp_path / "run", report=False, say=silent)
+    folders = {path.name.rpartition("-")[0]: path for path in (tmp_path / "run").glob("*-*")}
+    return folders, json.loads((folders["evaluation"] / "evaluation.json").read_text())
+
+
+def test_a_recipe_fine_tunes_a_classifier_that_learns(tmp_path) -> None:
+    folders, found = _run(tmp_path, LLAMA, "classification", 40)
+    assert found["metrics"]["accuracy"] > 0.9 and "accuracy" in found["intervals"]
+    log = [json.loads(line) for line in (folders["tuned"] / "log.jsonl").read_text().splitlines()]
+    measured = [row for row in log if "metrics" in row][-1]["metrics"]
+    assert {"loss", "accuracy", "macro_f1", "matthews"} <= set(measured)
+    plain = AutoModelForSequenceClassification.from_pretrained(folders["tuned"] / "checkpoint")
+    assert plain.config.label2id == {"class": 0, "import": 1}
+
+
+@pytest.mark.parametrize(("model", "objective", "metric"), [
+    (BERT, "tagging", "f1"),
+    (BERT, "{method: regression, label: size}", "pearson"),
+])  # fmt: skip
+def test_a_recipe_fine_tunes_taggers_and_regressions(tmp_path, model, objective, metric) -> None:
+    assert metric in _run(tmp_path, model, objective, 4)[1]["metrics"]
+
+
+def test_what_does_not_fit_is_one_clear_error(tmp_path, tiny, context, prepared) -> None:
+    with pytest.raises(PretrainError, match=r"no column 'lable'.*did you mean|no column 'lable'"):
+        _run(tmp_path, LLAMA, "{method: classification, label: lable}", 1)
+    with pytest.raises(PretrainError, match="label 'nes'.*accepted: a label of the training documents"):
+        method_class("classification")().prepare(examples({"text": "a", "label": "nes"}), context)
+    with pytest.raises(PretrainError, match="holds 1 label: accepted: 2 or more"):
+        method_class("classification")().labels(["a", "a"])
+    with pytest.raises(PretrainError, match="generates no text"):
+        method_class("seq2seq")().ready(tiny("bert"), (), VOCABULARY, 0)
+    with pytest.raises(PretrainError, match=r"accepted: text with at least one \{column\}"):
+        method_class("seq2seq")(prompt="nothing")
+    with pytest.raises(PretrainError, match="accepted: one that learns from labels"):
+        method_class("task")(objective="causal_lm")
+    with pytest.raises(PretrainError, match="learns from labelled documents, not from packed rows"):
+        method_class("classification")().prepare([object()], context)

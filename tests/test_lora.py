@@ -1,0 +1,151 @@
+"""Adapters of peft in our checkpoints, in peft's own format, and merged."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+from pretrain.core import checkpoint
+from pretrain.core.batch import Vocabulary
+from pretrain.core.errors import PretrainError
+from pretrain.core.heads import with_head
+from pretrain.core.method import method_class
+from pretrain.surgery import Inputs
+
+lora = method_class("lora")
+peft_adapter = method_class("peft_adapter")
+merge = method_class("merge_adapters")
+IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
+VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model.eval()(IDS).logits
+
+
+def trained(model, seed=0):
+    """As if it had been trained: whatever is not frozen gets other numbers."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += 0.1 * torch.randn_like(parameter)
+    return model
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "t5"))
+def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> None:
+    model = tiny(family)
+    extra = {"decoder_input_ids": IDS} if family == "t5" else {}
+    before = model(IDS, **extra).logits
+    adapted = lora(rank=4, where="all")(model)
+    assert torch.allclose(adapted(IDS, **extra).logits, before, atol=1e-6)  # equal, but for the threads' order of sums
+    assert not any(module.training for module in adapted.modules())
+    names = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert names and all(".lora_" in name for name in names)
+
+
+def test_it_is_pefts_own_adapter(tiny) -> None:
+    theirs = get_peft_model(copy.deepcopy(tiny()), LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
+    ours = trained(lora(rank=4, targets=("q_proj", "v_proj"))(tiny()))
+    state = {f"base_model.model.{n}": t for n, t in ours.state_dict().items()}
+    assert set(state) == set(theirs.state_dict())
+    theirs.load_state_dict(state)
+    assert torch.equal(logits(ours), logits(theirs))
+
+
+@pytest.mark.parametrize("method", [
+    lora(rank=4), lora(rank=3, dora=True, where="all"), lora(init="pissa", rslora=True),
+    peft_adapter("IA3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
+])  # fmt: skip
+def test_a_checkpoint_reopens_with_its_adapter_which_peft_opens_too(tiny, tmp_path, method) -> None:
+    model = trained(method(tiny(), Inputs(seed=1)))
+    checkpoint.save(model, None, tmp_path / "c")
+    again, _ = checkpoint.load(tmp_path / "c")
+    assert torch.equal(logits(again), logits(model))
+    assert [n for n, p in again.named_parameters() if p.requires_grad] == [
+        n for n, p in model.named_parameters() if p.requires_grad
+    ]
+    if getattr(method, "init", "") != "pissa":  # which changes the frozen weights
+        assert torch.allclose(
+            logits(PeftModel.from_pretrained(tiny(), tmp_path / "c" / "adapter")), logits(model), atol=1e-6
+        )
+
+
+def test_an_adapter_that_peft_saved_is_opened_and_trained_on(tiny, tmp_path) -> None:
+    theirs = trained(
+        get_peft_model(tiny(), LoraConfig(r=2, target_modules=["o_proj", "up_proj"], rank_pattern={"up_proj": 5}))
+    )
+    theirs.save_pretrained(tmp_path / "adapter")
+    ours = peft_adapter(folder=str(tmp_path / "adapter"))(tiny())
+    assert torch.equal(logits(ours), logits(theirs))
+    assert any(p.requires_grad for p in ours.parameters())
+    checkpoint.save(trained(ours), None, tmp_path / "c")
+    assert torch.equal(logits(checkpoint.load(tmp_path / "c")[0]), logits(ours))
+
+
+@pytest.mark.parametrize("family", ("llama", "gpt2"))
+def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, family) -> None:
+    model = trained(lora(rank=4, where="all")(tiny(family)))
+    before = logits(model)
+    merged = merge()(model)
+    assert torch.allclose(logits(merged), before, atol=1e-5)
+    assert type(merged) is type(tiny(family)) and set(merged.state_dict()) == set(tiny(family).state_dict())
+    checkpoint.save(merged, None, tmp_path / "c")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged))
+
+
+def test_a_classifiers_last_layer_is_trained_and_travels_with_the_adapter(tiny, tmp_path) -> None:
+    def classifier():
+        return with_head(tiny("bert"), "sequence", ("a", "b"), VOCABULARY, seed=5)
+
+    model = trained(lora(targets=("query",))(classifier()))
+    assert model.classifier.weight.requires_grad and not model.bert.pooler.dense.weight.requires_grad
+    checkpoint.save(model, None, tmp_path / "c")
+    again, _ = checkpoint.load(tmp_path / "c")
+    assert torch.equal(logits(again), logits(model)) and again.classifier.weight.requires_grad
+    assert torch.allclose(
+        logits(PeftModel.from_pretrained(classifier(), tmp_path / "c" / "adapter")), logits(model), atol=1e-6
+    )
+    assert torch.allclose(
+        logits(peft_adapter(folder=str(tmp_path / "c" / "adapter"))(classifier())), logits(model), atol=1e-6
+    )
+
+
+def test_what_does_not_fit_is_one_clear_error(tiny, tmp_path) -> None:
+    with pytest.raises(
+        PretrainError, match=r"targets q_prj: accepted: names of layers \(k_proj, o_proj, q_proj, v_proj\)"
+    ):
+        lora(targets=("q_prj",))(tiny())
+    with pytest.raises(PretrainError, match="rank 0: accepted: 1 or more"):
+        lora(rank=0)
+    with pytest.raises(PretrainError, match="where 'head': accepted: attention"):
+        lora(where="head")(tiny())
+    with pytest.raises(PretrainError, match="adapter type of peft"):
+        peft_adapter("LORAX")(tiny())
+    with pytest.raises(PretrainError, match="'rank'"):
+        peft_adapter("LORA", {"rank": 3})(tiny())
+    with pytest.raises(PretrainError, match=r"with adapter_config.json"):
+        peft_adapter(folder=str(tmp_path))(tiny())
+    with pytest.raises(PretrainError, match="has no adapter"):
+        merge()(tiny())
+    adapted = lora(rank=2)(tiny())
+    with pytest.raises(PretrainError, match="adapted already"):
+        lora(rank=2)(adapted)
+    checkpoint.save(adapted, None, tmp_path / "c")
+    folder = tmp_path / "c" / "adapter"
+    (folder / "adapter_config.json").write_text(
+        json.dumps(json.loads((folder / "adapter_config.json").read_text()) | {"r": 3})
+    )
+    with pytest.raises(PretrainError, match="weights do not fit"):
+        peft_adapter(folder=str(folder))(tiny())
+    shutil.copy(folder / "adapter_config.json", folder / "adapter_model.bin")
+    (folder / "adapter_model.safetensors").unlink()
+    with pytest.raises(PretrainError, match=r"missing file .*pickled"):
+        peft_adapter(folder=str(folder))(tiny())
