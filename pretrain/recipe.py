@@ -298,7 +298,7 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
         steps = tuple(int(step) if step.isdigit() else step for step in name.split("."))
         for number, one in enumerate(value if isinstance(value, list) else [value]):
             place = ("stages", index, *steps, *((number,) if isinstance(value, list) else ()))
-            accepted = stage.accepts.get(name)
+            accepted = stage.accepts.get(name.rpartition(".")[2])
             if one in earlier and (accepted is None or earlier[one] in accepted):
                 continue
             if one in earlier:

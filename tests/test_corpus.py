@@ -367,3 +367,19 @@ def test_when_nothing_is_left_it_is_said_what_was_passed_over(tmp_path):
     skipped = Skipped()
     with pytest.raises(PretrainError, match=r"no training documents are left \(passed over: .*binary.*1"):
         write_corpus(read(Files(str(tmp_path / "a.bin")), skipped), tmp_path / "c", skipped=skipped.reasons)
+
+
+def test_documented_functions_are_examples_of_code_and_summary():
+    from pretrain.corpus import modules
+    from pretrain.corpus.sources import Functions
+
+    code = 'class A:\n    def f(self, x):\n        """Say x.\n\n        More.\n        """\n        return x\n\n\ndef g(): "no"\ndef h():\n    return 1\n'
+    assert modules.functions(code) == [("f", "def f(self, x):\n    return x\n", "Say x.")]
+    assert modules.functions("def (") == []
+    found = list(read(Functions(("stdlib", "yaml"), limit=12)))
+    assert {d["domain"] for d in found} == {"stdlib", "yaml"} and all(len(d["text"]) <= 2000 for d in found)
+    for document in found:
+        assert document["target"] and document["text"].lstrip().startswith(("def ", "async def "))
+        compile(document["text"], "", "exec", dont_inherit=True, flags=1024)  # only to its syntax tree
+    with pytest.raises(PretrainError, match="at least one package"):
+        Functions(())

@@ -10,7 +10,7 @@ from test_training import small
 
 from pretrain.core.checkpoint import save
 from pretrain.core.errors import PretrainError
-from pretrain.objectives import ctcd
+from pretrain.objectives import _distil
 from pretrain.objectives.causal_lm import CausalLM
 from pretrain.objectives.ctcd import CTCD
 from pretrain.objectives.masked_lm import MaskedLM
@@ -89,8 +89,8 @@ def test_chunks_change_nothing(tiny, monkeypatch):
     objective, model, other, batch = setting(tiny)
     whole = objective.loss(model, batch, other)
     before = gradients(whole.value, model, other)
-    monkeypatch.setattr(ctcd, "LEAST_ROWS", 16)
-    monkeypatch.setattr(ctcd, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(_distil, "LEAST_ROWS", 16)
+    monkeypatch.setattr(_distil, "CHUNK_BYTES", {"cpu": 1})
     found = objective.loss(model, batch, other)
     assert torch.allclose(found.value, whole.value, rtol=1e-6)
     found.value.backward()

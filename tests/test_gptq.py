@@ -384,3 +384,28 @@ def test_wrong_fields_and_models_are_refused(tiny):
         GPTQ()(tiny(), Inputs(batches=bad))
     with pytest.raises(PretrainError, match="the Hessian is singular without it"):
         inverse_factor(-torch.eye(3), 0.01, "gptq")
+
+
+def test_a_factorised_layer_is_quantised_factor_by_factor(tiny, tmp_path):
+    from pretrain.core.families import linears
+    from pretrain.surgery.pela import PELA, LowRank
+
+    generator = torch.Generator().manual_seed(0)
+    batches = [{"input_ids": torch.randint(3, 90, (4, 24), generator=generator)}]
+    dense = {}
+    for solver in ("gptq", "rtn"):
+        model = PELA(1.5)(tiny(hidden_size=64, intermediate_size=96))
+        plain = {n: layer.dense().clone() for n, layer in linears(model).items()}
+        model = GPTQ(bits=4, group_size=-1, solver=solver)(model, Inputs(batches=batches))
+        assert all(isinstance(layer, LowRank) for layer in linears(model).values())
+        factors = {n: m for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+        assert len(factors) == 2 * len(plain)
+        checkpoint.save(model, None, tmp_path / solver)
+        again, _ = checkpoint.load(tmp_path / solver)
+        ids = batches[0]["input_ids"]
+        with torch.no_grad():
+            assert torch.equal(again(ids).logits, model(ids).logits)
+            dense[solver] = (
+                (model(ids).logits - PELA(1.5)(tiny(hidden_size=64, intermediate_size=96))(ids).logits).square().mean()
+            )
+    assert dense["gptq"] < dense["rtn"]

@@ -31,6 +31,14 @@ SMALL = {
                "model.length=64", "model.budget.steps=4"],
     "grow": ["small.model.hidden_size=32", "small.model.intermediate_size=48", "small.model.num_attention_heads=2", "small.length=64", "small.budget.steps=4",
              "grown.length=64", "grown.budget.steps=4"],
+    "compress": ["teacher.model.hidden_size=32", "teacher.model.intermediate_size=48", "teacher.model.num_hidden_layers=1", "teacher.model.num_attention_heads=2", "teacher.length=64", "teacher.budget.steps=4",
+                 "student.model.hidden_size=32", "student.model.intermediate_size=48", "student.model.num_hidden_layers=1", "student.model.num_attention_heads=2", "student.length=64", "student.budget.steps=4", "recovered.length=64", "recovered.budget.steps=4",
+                 "quantised.calibration_rows=8", "quantised.length=64"],
+    "adapt-to-your-domain": ["general.model.hidden_size=32", "general.model.intermediate_size=48", "general.model.num_hidden_layers=1", "general.model.num_attention_heads=2", "general.length=64", "general.budget.steps=4",
+                             "tuned.length=64", "tuned.budget.steps=4", "continued.length=64", "continued.budget.steps=4", "adapted.length=64", "adapted.budget.steps=4",
+                             "tuned.evaluate_tokens=600", "adapted.evaluate_tokens=600", "instructions.sources=[{functions: [click]}]", "examples.sources=[{functions: [click]}]",
+                             "domain.sources=[{packages: [yaml]}]", "words.vocab_size=700", "samples.max_new_tokens=4", "merged_task.max_documents=8", "adapted_task.max_documents=8",
+                             "instructions.validation=0.2", "domain.validation=0.2", "domain.test=0.2"],
 }  # fmt: skip
 
 

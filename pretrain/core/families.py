@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -115,11 +116,12 @@ def linears(model: nn.Module, where: str = "all") -> dict[str, nn.Module]:
     if where not in ("attention", "feed_forward", "all"):
         raise unknown("place of linear layers", where, ("attention", "feed_forward", "all"))
     entry, inside = family(model), {id(m) for block in _all_blocks(model) for m in block.modules()}
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if id(module) in inside and (isinstance(module, nn.Linear | Conv1D) or hasattr(module, "linear_like"))
-    }
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear | Conv1D) or hasattr(module, "linear_like")
+        around = accumulate(name.split("."), "{}.{}".format)  # what is made of linear layers is one, and comes first
+        if linear and id(module) in inside and not any(other in found for other in around):
+            found[name] = module
     if where == "all":
         return found
     names = {"attention"} if entry.name == "bert" else {entry.attention.split(".")[-1], "EncDecAttention"}

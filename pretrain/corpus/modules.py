@@ -8,6 +8,7 @@ import importlib.util
 import pkgutil
 import re
 import sysconfig
+import textwrap
 import tokenize
 import warnings
 from fnmatch import fnmatchcase
@@ -80,13 +81,36 @@ def version(name: str) -> str | None:
         return None
 
 
-def docstrings(text: str) -> str:
-    """A module's docstrings with the names they describe; the code is parsed, never run."""
+def _parsed(text: str) -> ast.Module | None:
+    """The module's syntax, never run; None where it has none."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tree = ast.parse(text)
+            return ast.parse(text)
     except (SyntaxError, ValueError, tokenize.TokenError, RecursionError):
+        return None
+
+
+def functions(text: str) -> list[tuple[str, str, str]]:
+    """A module's documented functions: the name, the code without its docstring, the docstring's first paragraph."""
+    found, lines = [], text.splitlines()
+    for node in ast.walk(_parsed(text) or ast.Module([], [])):
+        if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
+            continue
+        docstring, first = ast.get_docstring(node), node.body[0]
+        if not docstring or first.lineno == node.lineno:
+            continue
+        code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
+        summary = " ".join(docstring.split("\n\n")[0].split())
+        if summary:
+            found.append((node.name, textwrap.dedent("\n".join(code)) + "\n", summary))
+    return found
+
+
+def docstrings(text: str) -> str:
+    """A module's docstrings with the names they describe; the code is parsed, never run."""
+    tree = _parsed(text)
+    if tree is None:
         return ""
     parts = []
     for node in ast.walk(tree):

@@ -93,6 +93,23 @@ class Packages:
 
 
 @dataclass(frozen=True)
+class Functions:
+    """Documented functions of installed Python packages (`stdlib`: the standard library), the package as the domain.
+
+    Examples to learn from: `text` is a function's code without its docstring, `target` the docstring's first paragraph.
+    """
+
+    functions: tuple[str, ...]
+    limit: int | None = None  # at most so many modules of each package, from the whole of it alike
+    longest: int = 2000  # characters of code; longer functions are left out
+
+    def __post_init__(self) -> None:
+        if not self.functions:
+            raise PretrainError("functions: accepted: at least one package, or stdlib")
+        _check_limit(self.limit)
+
+
+@dataclass(frozen=True)
 class DebianDocs:
     """The documentation that Debian installed: `/usr/share/doc` (domain `doc`) and manual pages (domain `man`)."""
 
@@ -101,7 +118,7 @@ class DebianDocs:
     man: str = "/usr/share/man"
 
 
-Source = Files | HubDataset | PythonStdlib | Packages | DebianDocs
+Source = Files | HubDataset | PythonStdlib | Packages | Functions | DebianDocs
 
 
 def _check_limit(limit: int | None) -> None:
@@ -138,6 +155,8 @@ def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
         yield from _read_stdlib(source, skipped)
     elif isinstance(source, Packages):
         yield from _read_packages(source, skipped)
+    elif isinstance(source, Functions):
+        yield from _read_functions(source, skipped)
     else:
         yield from _read_debian(source, skipped)
 
@@ -150,7 +169,9 @@ def fingerprint(source: Source) -> str:
     elif isinstance(source, PythonStdlib):
         facts = sys.version
     elif isinstance(source, Packages):
-        facts = [[name, modules.version(name), _sizes(name, source)] for name in source.packages]
+        facts = [[name, modules.version(name), _sizes(name, source.tests)] for name in source.packages]
+    elif isinstance(source, Functions):
+        facts = [sys.version if name == "stdlib" else _sizes(name, False) for name in source.functions]
     elif isinstance(source, DebianDocs):
         facts = [_stamp(path) for folder in (source.doc, source.man) for path in _below(Path(folder))]
     elif Path(source.dataset).exists():
@@ -339,8 +360,19 @@ def _read_packages(source: Packages, skipped: Skipped) -> Iterator[Document]:
                 yield {"text": text, "domain": name, "id": inside, "group": inside}
 
 
-def _sizes(name: str, source: Packages) -> list[Any]:
-    return [[inside, path.stat().st_size] for inside, path in modules.of_package(name, source.tests)]
+def _read_functions(source: Functions, skipped: Skipped) -> Iterator[Document]:
+    for name in source.functions:
+        found = modules.of_stdlib(False) if name == "stdlib" else modules.of_package(name, False)
+        for inside, path in evenly(found, source.limit):
+            text = read_text(path, skipped)
+            for number, (function, code, summary) in enumerate(modules.functions(text or "")):
+                if len(code) <= source.longest:
+                    place = {"id": f"{inside}#{number}-{function}", "group": inside}
+                    yield {"text": code, "domain": name, "target": summary} | place
+
+
+def _sizes(name: str, tests: bool) -> list[Any]:
+    return [[inside, path.stat().st_size] for inside, path in modules.of_package(name, tests)]
 
 
 def _read_debian(source: DebianDocs, skipped: Skipped) -> Iterator[Document]:

@@ -95,7 +95,7 @@ class Forward:
         places_1C = torch.arange(self.room, device=self.device)[None]
         if entry.positions is None:
             self.table_CE = None
-            self.cos_1CD, self.sin_1CD = inner.rotary_emb(weight_VE[:1, None], places_1C)
+            self.cos_1CD, self.sin_1CD = inner.rotary_emb(weight_VE.detach()[:1, None], places_1C)
         else:
             self.table_CE = at(inner, entry.positions).weight
             self.last, self.drop = self.table_CE.shape[0] - 1, inner.drop

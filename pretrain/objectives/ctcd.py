@@ -9,21 +9,26 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from pretrain.core.batch import Batch, Context, Row, document_mask
+from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.checkpoint import load
-from pretrain.core.cross_entropy import CHUNK_BYTES, IGNORE, LEAST_ROWS
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import attention_inputs, head, hidden, new_model
+from pretrain.core.families import head, new_model
 from pretrain.core.fast import accelerate
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.method import Ref
 from pretrain.objectives import Loss, Objective
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.masked_lm import MaskedLM
-
-Side = tuple[Tensor, Tensor, Tensor | None]  # a model's states at the targets, its head's weight and bias
+from pretrain.objectives._distil import (
+    Side,
+    check_weights,
+    in_chunks,
+    inner,
+    kl,
+    same_vocabulary,
+    scattered,
+    states,
+    targets,
+)
 
 
 @dataclass(frozen=True)
@@ -53,13 +58,10 @@ class CTCD(Objective):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.objective not in ("causal_lm", "masked_lm"):
-            raise PretrainError(f"ctcd: objective {self.objective!r}: accepted: causal_lm, masked_lm")
+        inner(self.name, self.objective, self.rate)
         if self.companion and self.companion_init:
             raise PretrainError("ctcd: companion and companion_init: accepted: one of them")
-        for name in ("hard", "companion_hard", "from_companion", "to_companion"):
-            if not getattr(self, name) >= 0:
-                raise PretrainError(f"ctcd: {name} {getattr(self, name)}: accepted: 0 or more")
+        check_weights(self, "hard", "companion_hard", "from_companion", "to_companion")
         if not self.temperature > 0:
             raise PretrainError(f"ctcd: temperature {self.temperature}: accepted: above 0")
 
@@ -70,7 +72,7 @@ class CTCD(Objective):
 
     @property
     def _inner(self) -> Objective:
-        return CausalLM() if self.objective == "causal_lm" else MaskedLM(rate=self.rate)
+        return inner(self.name, self.objective, self.rate)
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """What the objective prepares that both models learn."""
@@ -85,9 +87,7 @@ class CTCD(Objective):
             fields = companion_fields(config, self.companion)
             seed = int(torch.randint(2**31, ()))
             companion = new_model(config.model_type, fields, task=self.task, seed=seed)
-        sizes = [len(head(m)[0]) for m in (model, companion)]
-        if sizes[0] != sizes[1]:
-            raise PretrainError(f"ctcd: the companion's vocabulary has {sizes[1]} entries: accepted: {sizes[0]}")
+        same_vocabulary(self.name, "companion", companion, model)
         accelerate(companion)
         return companion
 
@@ -98,52 +98,26 @@ class CTCD(Objective):
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The four losses; parts `model`, `companion`, `from_companion`, `to_companion`, the KLs without T²."""
         assert modules is not None, "ctcd trains a companion beside the model: see `modules`"
-        target_BL, scale = batch["target_BL"], self.temperature**2
-        has_target_BL = target_BL != IGNORE
-        target_N = target_BL[has_target_BL]
-        weight_BL = batch.get("token_weight_BL")
-        weight_N = torch.ones_like(target_N, dtype=torch.float32) if weight_BL is None else weight_BL[has_target_BL]
+        has_target_BL, target_N, weight_N = targets(batch)
         ours, theirs = (
-            (_states(m, batch, causal=self.task == "causal")[has_target_BL], *head(m)) for m in (model, modules)
+            (states(m, batch, causal=self.task == "causal")[has_target_BL], *head(m)) for m in (model, modules)
         )
-        losses_4N = self._in_chunks(ours, theirs, target_N)
+        losses_4N = in_chunks(self._losses, ours, theirs, target_N)
         mean_4 = (losses_4N * weight_N).sum(-1) / max(len(target_N), 1)
+        scale = self.temperature**2
         weights = (self.hard, self.companion_hard, scale * self.from_companion, scale * self.to_companion)
         # A term of weight 0 stays in the sum, so that every parameter has a gradient on every process.
         value = sum(w * mean for w, mean in zip(weights, mean_4, strict=True))
         names = ("model", "companion", "from_companion", "to_companion")
-        nll_BL = torch.zeros(target_BL.shape, device=target_BL.device)
-        nll_BL.masked_scatter_(has_target_BL, losses_4N[0].detach())
-        return Loss(torch.as_tensor(value), dict(zip(names, mean_4.detach(), strict=True)), nll_BL)
-
-    def _in_chunks(self, ours: Side, theirs: Side, target_N: Tensor) -> Tensor:
-        """`losses_4N`, the logits made anew in the backward pass where those of all targets would fill the memory."""
-        rows = max(LEAST_ROWS, CHUNK_BYTES.get(target_N.device.type, 64 << 20) // (4 * len(ours[1])))
-        if len(target_N) <= rows:
-            return self._losses(ours, theirs, target_N)
-        parts = []
-        for start in range(0, len(target_N), rows):
-            part = slice(start, start + rows)
-            sides = [(states[part], weight, bias) for states, weight, bias in (ours, theirs)]
-            parts.append(checkpoint(self._losses, *sides, target_N[part], use_reentrant=False))
-        return torch.cat(parts, dim=1)
+        parts = dict(zip(names, mean_4.detach(), strict=True))
+        return Loss(torch.as_tensor(value), parts, scattered(losses_4N[0], has_target_BL))
 
     def _losses(self, ours: Side, theirs: Side, target_N: Tensor) -> Tensor:
         """`losses_4N`: both cross-entropies, KL(companion ‖ model), KL(model ‖ companion)."""
         x_NV, y_NV = (nn.functional.linear(*side).float() for side in (ours, theirs))
         own_N, other_N = (nn.functional.cross_entropy(z_NV, target_N, reduction="none") for z_NV in (x_NV, y_NV))
         p_NV, q_NV = (z_NV.div(self.temperature).log_softmax(-1) for z_NV in (x_NV, y_NV))
-        return torch.stack([own_N, other_N, _kl(q_NV.detach(), p_NV), _kl(p_NV.detach(), q_NV)])
-
-
-def _kl(teacher_NV: Tensor, student_NV: Tensor) -> Tensor:
-    """KL(teacher ‖ student) of each row of log-probabilities."""
-    return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
-
-
-def _states(model: nn.Module, batch: Batch, *, causal: bool) -> Tensor:
-    mask_B1LL = document_mask(batch["document_BL"], causal=causal)
-    return hidden(model, input_ids=batch["tokens_BL"], **attention_inputs(model, mask_B1LL, batch["position_BL"]))
+        return torch.stack([own_N, other_N, kl(q_NV.detach(), p_NV), kl(p_NV.detach(), q_NV)])
 
 
 def companion_fields(config: Any, changed: dict[str, Any]) -> dict[str, Any]:

@@ -77,6 +77,7 @@ class Stage(BaseModel):
         "checkpoint": ("train", "surgery"),
         "init": ("train", "surgery"),
         "models": ("train", "surgery"),
+        "teacher": ("train", "surgery"),
     }
 
     name: str = ""

@@ -20,6 +20,7 @@ SOURCES: dict[str, type] = {
     "dataset": kinds.HubDataset,
     "stdlib": kinds.PythonStdlib,
     "packages": kinds.Packages,
+    "functions": kinds.Functions,
     "debian": kinds.DebianDocs,
 }
 

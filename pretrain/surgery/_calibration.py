@@ -29,16 +29,28 @@ def batches_of(inputs: Inputs | None, name: str) -> Sequence[Batch]:
     return inputs.batches
 
 
-def plain_linears(model: nn.Module, name: str, families: Sequence[str]) -> dict[str, nn.Linear | Conv1D]:
-    """The linear layers of the blocks by qualified name; an error where the family or a layer is another."""
+def plain_linears(
+    model: nn.Module, name: str, families: Sequence[str], *, inside: bool = False
+) -> dict[str, nn.Linear | Conv1D]:
+    """The linear layers of the blocks by qualified name; an error where the family or a layer is another.
+
+    `inside`: a factorised layer gives its factors.
+    """
     entry = family(model)
     if entry.name not in families:
         raise PretrainError(f"{name}: family {entry.name!r}: accepted: {', '.join(families)}")
     found = linears(model)
+    if inside:
+        found = {n: at(model, n) for path, layer in found.items() for n in factors_of(path, layer)}
     for path, layer in found.items():
         if not isinstance(layer, nn.Linear | Conv1D):
             raise PretrainError(f"{name}: {path} is a {type(layer).__name__}: accepted: plain linear layers")
     return found  # type: ignore[return-value]
+
+
+def factors_of(path: str, layer: nn.Module) -> list[str]:
+    """The paths of a layer's factors, in the order of its forward pass; its own where it has none."""
+    return [f"{path}.{name}" for name in getattr(layer, "factors", ())] or [path]
 
 
 def parts(model: nn.Module) -> dict[str, tuple[str, ...]]:

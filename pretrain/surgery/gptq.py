@@ -6,6 +6,7 @@ Shape letters: N tokens, O outputs, I inputs, G groups of inputs, C inputs of a 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, ClassVar, Literal
@@ -18,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import family, set_module
+from pretrain.core.families import at, family, set_module
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import (
     Blocks,
     batches_of,
+    factors_of,
     inverse_factor,
     parts,
     plain_linears,
@@ -169,7 +171,7 @@ class GPTQ(Surgery):
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with its linear layers quantised."""
-        layers = plain_linears(model, self.name, self.families)
+        layers = plain_linears(model, self.name, self.families, inside=True)
         training = model.training
         model.eval()
         if self.solver == "rtn":
@@ -185,7 +187,7 @@ class GPTQ(Surgery):
         """Replace the layers; their numbers are zero."""
         if not self.pack:
             return super().restore(model)
-        for name, layer in plain_linears(model, self.name, self.families).items():
+        for name, layer in plain_linears(model, self.name, self.families, inside=True).items():
             replaced = PackedLinear(layer, self.bits, self.group_size, self.symmetric)
             set_module(model, name, replaced.train(model.training))
         return model
@@ -208,7 +210,7 @@ class GPTQ(Surgery):
         if not self.true_sequential:
             steps = [tuple(name for step in steps for name in step)]
         for number in range(len(whole)):
-            for step in steps:
+            for step in _in_order(whole.blocks[number], steps):
                 some = whole.layers(number, step)
                 hessians = whole.hessians(number, some)
                 for name, layer in some.items():
@@ -245,3 +247,11 @@ class GPTQ(Surgery):
             "checkpoint_format": "gptq" if self.symmetric else "gptq_v2", "pack_dtype": "int32", "lm_head": False,
             "meta": {"quantizer": [ours]},
         }  # fmt: skip
+
+
+def _in_order(block: nn.Module, steps: Sequence[Sequence[str]]) -> Iterator[list[str]]:
+    """The steps of a block, each where layers are factorised as one step of first factors and one of second ones."""
+    for step in steps:
+        paths = [factors_of(name, at(block, name)) for name in step]
+        for depth in range(max(map(len, paths))):
+            yield [path[depth] for path in paths if depth < len(path)]
