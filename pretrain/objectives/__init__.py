@@ -33,9 +33,14 @@ class Loss(NamedTuple):
 
 
 class Objective(Method):
-    """Base of the objectives. `task` is the kind of model it trains: causal, masked or seq2seq."""
+    """Base of the objectives. `task` is the kind of model it trains: causal, masked or seq2seq.
+
+    While training, a causal model is evaluated by the likelihood of held-out text, unless `own_evaluation` asks for the
+    objective's own loss, as others are.
+    """
 
     task: ClassVar[str] = "causal"
+    own_evaluation: ClassVar[bool] = False
 
     def raw_length(self, length: int) -> int:
         """How many tokens of text make a row of `length` once prepared (span corruption takes more than it shows)."""

@@ -203,7 +203,7 @@ class Train(Stage):
         objective = self.weighted()[0].method
         if not len(held_out):
             return None
-        if objective.task == "causal":
+        if objective.task == "causal" and not objective.own_evaluation:
             return lambda trainee: shard_loss(
                 trainee.model, held_out, length=self.length, max_tokens=self.evaluate_tokens
             )

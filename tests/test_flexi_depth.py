@@ -1,0 +1,237 @@
+"""FlexiDepth: gates all open and all closed, one way computed in evaluation and both in training, its cache, its loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_objectives import context, rows
+from test_training import small
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
+from pretrain.core.families import blocks
+from pretrain.decoding._loop import decode
+from pretrain.objectives.causal_lm import CausalLM
+from pretrain.objectives.flexi_depth_lm import FlexiDepthLM
+from pretrain.surgery import Inputs
+from pretrain.surgery.flexi_depth import FlexiDepth, depths, routed
+from pretrain.training.budget import Budget
+from pretrain.training.loop import Settings
+
+IDS_BL = torch.randint(3, 97, (3, 14), generator=torch.Generator().manual_seed(0))
+MASK_BL = (torch.arange(14) >= torch.tensor([[0], [4], [9]])).long()
+
+
+class Fixed(nn.Module):
+    """A router that says the same of every token, or what is right for its place."""
+
+    def __init__(self, *gates):
+        super().__init__()
+        self.gates = gates
+
+    def forward(self, x_BLE):
+        every_L = torch.tensor([self.gates[i % len(self.gates)] for i in range(x_BLE.shape[1])])
+        return every_L.expand(x_BLE.shape[:2]).to(x_BLE.dtype)
+
+
+def flexible(tiny, family="llama", *gates, layers=None, wide=True, **fields):
+    """A model of four blocks in float64; without fixed gates its routers are made to differ between tokens."""
+    model = tiny(family, num_hidden_layers=4, initializer_range=0.3, **fields).double()
+    FlexiDepth(layers, reduction=4)(model)
+    for block in routed(model):
+        if gates:
+            block.router = Fixed(*gates)
+        elif wide:
+            block.router.head.weight.data.mul_(3)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize("training", [False, True])
+def test_with_all_gates_open_the_logits_are_the_models_own(tiny, family, training):
+    plain = tiny(family, num_hidden_layers=4, initializer_range=0.3).double()
+    model = flexible(tiny, family, 1.0).train(training)
+    assert torch.equal(model(IDS_BL).logits, plain(IDS_BL).logits)
+    assert torch.equal(model(IDS_BL, attention_mask=MASK_BL).logits, plain(IDS_BL, attention_mask=MASK_BL).logits)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_with_all_gates_closed_every_token_takes_the_adapters(tiny, training):
+    model = flexible(tiny, "llama", 0.25, layers=2).train(training)
+    inner = model.model
+    with torch.no_grad():
+        first = tiny(num_hidden_layers=2).double()
+        first.model.load_state_dict(model.model.state_dict(), strict=False)
+        first.model.norm = nn.Identity()
+        x_BLE = first.model(IDS_BL).last_hidden_state
+        for block in routed(model):
+            x_BLE = x_BLE + 0.75 * block.adapter(block.post_attention_layernorm(x_BLE))
+        torch.testing.assert_close(model(IDS_BL).logits, model.lm_head(inner.norm(x_BLE)))
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_evaluation_computes_one_way_and_gets_what_training_gets_from_both(tiny, family, implementation):
+    model = flexible(tiny, family)
+    model.set_attn_implementation(implementation)
+    padded = {"attention_mask": MASK_BL, "position_ids": (MASK_BL.cumsum(1) - 1).clamp(min=0)}
+    for more in ({}, padded) if implementation == "sdpa" else ({},):  # in float64 the other makes NaN of padding
+        both = model.train()(IDS_BL, **more).logits
+        one = model.eval()(IDS_BL, **more).logits
+        shares = [float((block.gate_BL > 0.5).double().mean()) for block in routed(model)]
+        assert all(0.05 < share < 0.95 for share in shares)  # some tokens go each way
+        real = more.get("attention_mask", torch.ones_like(IDS_BL)) == 1
+        torch.testing.assert_close(one[real], both[real])
+
+
+def test_one_token_that_passes_a_block_by_is_the_formulas(tiny):
+    model = flexible(tiny, "llama", 0.9, 0.2, layers=1)
+    last, plain = routed(model)[0], tiny(num_hidden_layers=4, initializer_range=0.3).double()
+    with torch.no_grad():
+        logits_BLV = model(IDS_BL).logits
+        states = plain.model(IDS_BL, output_hidden_states=True).hidden_states
+        plain.model.norm = nn.Identity()
+        x_BLE, seen = states[3], {}
+        hook = plain.model.layers[3].self_attn.register_forward_hook(lambda m, i, out: seen.update(out=out[0]))
+        plain.model(IDS_BL)
+        hook.remove()
+        u_BLE = x_BLE + seen["out"]  # attention sees the keys and values of all tokens
+        taken = u_BLE + 0.9 * last.mlp(last.post_attention_layernorm(u_BLE))
+        passed = x_BLE + 0.8 * last.adapter(last.post_attention_layernorm(x_BLE))
+        wanted = torch.where((torch.arange(14) % 2 == 0)[:, None], taken, passed)
+        wanted = model.lm_head(model.model.norm(wanted))
+        torch.testing.assert_close(logits_BLV, wanted, atol=1e-5, rtol=1e-5)  # norms are taken in float32
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_generation_with_a_cache_gives_the_tokens_of_passes_without(tiny, family):
+    model = flexible(tiny, family)
+    given = {"attention_mask": MASK_BL, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    cached_BN = model.generate(IDS_BL, eos_token_id=None, **given)
+    ours_BN = decode(model, IDS_BL, attention_mask_BL=MASK_BL, max_new_tokens=8)
+    assert torch.equal(cached_BN, ours_BN)
+    taken = []
+    for row in range(3):
+        ids = IDS_BL[row][MASK_BL[row] == 1][None]
+        for _ in range(8):
+            with torch.no_grad():
+                ids = torch.cat([ids, model(ids, use_cache=False).logits[:, -1:].argmax(-1)], 1)
+            taken.append(int(depths(model, ids)[0, -1]))
+        assert torch.equal(ids[0, -8:], cached_BN[row, -8:])
+    assert len(set(taken)) > 1  # the tokens take different numbers of blocks
+
+
+def test_flops_of_evaluation_fall_with_each_token_that_passes_by(tiny):
+    def flops(*gates):
+        model = flexible(tiny, "llama", *gates, layers=2)
+        model.set_attn_implementation("eager")  # whose products are counted
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(IDS_BL)
+        return counter.get_total_flops()
+
+    plain = tiny(num_hidden_layers=4).double()
+    plain.set_attn_implementation("eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        plain(IDS_BL)
+    whole, half, none = flops(1.0), flops(1.0, 0.0), flops(0.0)
+    assert whole == counter.get_total_flops()
+    tokens, width = IDS_BL.numel(), 32
+    saved = 2 * 2 * tokens * (2 * width * width + 3 * width * 48 - 3 * width * 12)  # queries, output, feed-forward
+    assert whole - none == saved + 2 * 2 * 2 * tokens * 14 * width  # and the two products of attention
+    assert whole - half == (whole - none) // 2
+
+
+def test_depths_count_the_blocks_that_each_token_takes(tiny):
+    model = flexible(tiny, "llama", 0.9, 0.1, layers=3)
+    routed(model)[0].router = Fixed(0.9)
+    assert depths(model, IDS_BL).tolist() == [[4 if i % 2 == 0 else 2 for i in range(14)]] * 3
+
+
+def test_only_routers_and_adapters_have_gradients_and_move(tiny, prepared, tmp_path):
+    model = tiny(vocab_size=512, num_hidden_layers=2)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    FlexiDepth(reduction=4)(model)
+    settings = Settings(Budget(steps=3), bar=False, save_every=0)
+    done = small(prepared, lambda **_: model, tmp_path, settings=settings, objective=FlexiDepthLM())
+    after = done.trainee.model.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    learnt = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learnt == set(after) - set(before) and all("layers.1." in name for name in learnt)
+    fresh = FlexiDepth(reduction=4)(tiny(vocab_size=512)).state_dict()
+    assert all(not torch.equal(after[name], fresh[name]) for name in learnt)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_loss_is_the_text_plus_the_squared_sum_of_gates(tiny, checkpointing):
+    model = flexible(tiny, layers=3).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = FlexiDepthLM().prepare(rows([20, 31], [45]), context(60))
+    found = FlexiDepthLM(alpha=0.3).loss(model, batch)
+    plain = CausalLM().loss(model, batch)
+    has_target_BL = batch["target_BL"] != -100
+    gates = [block.gate_BL[has_target_BL] for block in routed(model)]
+    penalty = sum(gates).square().mean()
+    torch.testing.assert_close(found.value, plain.value + 0.3 * penalty)
+    assert found.parts["penalty"].item() == pytest.approx(float(penalty.detach()))
+    skipped = sum((gate <= 0.5).double().mean() for gate in gates)
+    assert found.parts["skipped"].item() == pytest.approx(float(skipped))
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    wanted = torch.autograd.grad(plain.value + 0.3 * penalty, learnt)
+    for mine, theirs in zip(torch.autograd.grad(found.value, learnt), wanted, strict=True):
+        assert bool(theirs.any())
+        torch.testing.assert_close(mine, theirs)
+
+
+def test_a_penalty_makes_tokens_pass_blocks_by(tiny):
+    model = FlexiDepth(reduction=4)(tiny(num_hidden_layers=4)).train()
+    objective = FlexiDepthLM(alpha=1.0)
+    batch = objective.prepare(rows([20, 31], [45]), context(60))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(25):
+        found = objective.loss(model, batch)
+        found.value.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert float(objective.loss(model, batch).parts["skipped"]) > 1.8  # of two
+
+
+def test_saved_and_loaded_it_is_the_same_frozen_model(tiny, tmp_path):
+    model = flexible(tiny, "qwen3")
+    checkpoint.save(model, None, tmp_path / "c")
+    loaded, _ = checkpoint.load(tmp_path / "c")
+    assert torch.equal(loaded(IDS_BL).logits, model(IDS_BL).logits)
+    frozen = {name: p.requires_grad for name, p in model.named_parameters()}
+    assert frozen == {name: p.requires_grad for name, p in loaded.named_parameters()}
+
+
+def test_new_weights_come_from_the_seed(tiny):
+    one, again, other = (FlexiDepth()(tiny(), Inputs(seed=seed)).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(one[name], again[name]) for name in one)
+    name = "model.layers.1.adapter.up_proj.weight"
+    assert not torch.equal(one[name], other[name]) and one[name].shape == (3, 32)
+
+
+def test_wrong_fields_and_models_are_refused(tiny):
+    for fields, message in (
+        ({"layers": 0}, "layers 0: accepted: 1 or more"),
+        ({"reduction": 0}, "reduction 0: accepted: 1 or more"),
+        ({"threshold": 1.0}, "threshold 1.0: accepted: between 0 and 1"),
+    ):
+        with pytest.raises(PretrainError, match=message):
+            FlexiDepth(**fields)
+    with pytest.raises(PretrainError, match="layers 3: accepted: 1 to 2"):
+        FlexiDepth(3)(tiny())
+    with pytest.raises(PretrainError, match="reduction 64: accepted: at most 32"):
+        FlexiDepth(reduction=64)(tiny())
+    with pytest.raises(PretrainError, match="family 'gpt2': accepted: llama"):
+        FlexiDepth()(tiny("gpt2"))
+    with pytest.raises(PretrainError, match="has routers already"):
+        FlexiDepth()(FlexiDepth()(tiny()))
+    with pytest.raises(PretrainError, match="alpha -1.0: accepted: 0 or more"):
+        FlexiDepthLM(alpha=-1.0)
+    with pytest.raises(PretrainError, match="the model has no routers: accepted: one that the surgery flexi_depth"):
+        FlexiDepthLM().loss(tiny(), FlexiDepthLM().prepare(rows([20]), context(20)))
+    assert len(routed(FlexiDepth()(tiny()))) == len(blocks(tiny())) // 2
