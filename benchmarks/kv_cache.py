@@ -28,7 +28,7 @@ from pretrain.corpus.tokenizers import encode, train_tokenizer
 from pretrain.decoding._pyramid import cache_bytes
 from pretrain.decoding.pyramid_infer import PyramidInfer
 
-SETTINGS = [("cosine", 0.9), ("cosine", 0.5), *(("constant", share) for share in (0.9, 0.8, 0.7, 0.6, 0.5))]
+SETTINGS = [("cosine", 0.9), ("cosine", 0.5), *(("constant", share) for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))]
 
 
 def texts() -> tuple[list[str], list[str]]:
