@@ -56,6 +56,8 @@ class Prepacking(Decoding):
         entry = family(model)
         if entry.name not in self.families:
             raise PretrainError(f"prepacking: model family {entry.name!r}: accepted: {', '.join(self.families)}")
+        if model.config._attn_implementation not in ("sdpa", "eager"):  # their caches are what can be unpacked
+            raise PretrainError(f"prepacking: attention {model.config._attn_implementation!r}: accepted: sdpa, eager")
         limit = getattr(model.config, "max_position_embeddings", None) if entry.positions else None
         if limit is not None and int(length_B.max()) > limit:
             raise PretrainError(
