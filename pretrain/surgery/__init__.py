@@ -27,7 +27,8 @@ class Inputs:
     batches: Sequence[Batch] = ()
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
     seed: int = 0
-    extra: dict[str, Any] = field(default_factory=dict)  # what a surgery hands back: a new `tokenizer`, its `metrics`
+    # What a surgery hands back: a new `tokenizer`, the `batches` in its tokens, its `metrics`.
+    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def operate(
@@ -40,7 +41,8 @@ def operate(
     for surgery in surgeries:
         model, cost = count_flops(partial(surgery, model, inputs))
         flops += cost
-        inputs = replace(inputs, tokenizer=inputs.extra.pop("tokenizer", inputs.tokenizer))
+        handed = {name: inputs.extra.pop(name, getattr(inputs, name)) for name in ("tokenizer", "batches")}
+        inputs = replace(inputs, **handed)
     return model, inputs, flops
 
 

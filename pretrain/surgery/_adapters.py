@@ -34,6 +34,11 @@ class Adapter(nn.Module):
         shape = layer.weight.T.shape if self.conv1d else layer.weight.shape
         self.out_features, self.in_features = shape
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight: some models ask their layers for its type."""
+        return self.layer.weight  # type: ignore[return-value]
+
     def change(self) -> Tensor:
         """The change of the weight, `change_OI`."""
         raise NotImplementedError
