@@ -1,11 +1,13 @@
 """PyramidInfer on long held-out text: bytes of the cache and perplexity, against the plain model.
 
-    python benchmarks/kv_cache.py [--checkpoint FOLDER] [--context 896] [--new 128] [--documents 16]
+    python benchmarks/kv_cache.py [--checkpoint FOLDER --corpus FOLDER] [--context 896] [--new 128] [--documents 16]
+        [--recent 0.2]
 
 Each held-out text gives a prompt of `--context` tokens; the perplexity is that of the next `--new` tokens, given one
 at a time, so that both the prompt's tokens and later ones are dropped. Rows are shares kept after a block ("cosine" or
 "constant") and, for each, what a plain model gives that sees only the last tokens, as many as the pyramid holds on
-average: a pyramid that is no better chose its tokens in vain. Without a checkpoint, a Llama is trained here on Python's
+average: a pyramid that is no better chose its tokens in vain. The texts of a checkpoint are those of its corpus's test
+split. Without a checkpoint, a Llama is trained here on Python's
 standard library (`--layers`, `--width`, `--steps`) and evaluated on modules that it has not seen.
 """
 
@@ -24,6 +26,7 @@ from pretrain.core.checkpoint import load
 from pretrain.core.families import new_model
 from pretrain.core.hardware import pick_device
 from pretrain.corpus.sources import PythonStdlib, read
+from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import encode, train_tokenizer
 from pretrain.decoding._pyramid import cache_bytes
 from pretrain.decoding.pyramid_infer import PyramidInfer
@@ -95,6 +98,8 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint")
+    parser.add_argument("--corpus")
+    parser.add_argument("--recent", type=float, default=0.2)  # the share of the prompt that is always kept
     whole = {"context": 896, "new": 128, "documents": 16, "layers": 12, "width": 192, "vocabulary": 4096}
     for name, value in (whole | {"steps": 600, "batch": 8, "least": 64}).items():
         parser.add_argument(f"--{name}", type=int, default=value)
@@ -104,7 +109,8 @@ def main() -> None:
     if tokenizer is None:
         raise SystemExit(f"{settings.checkpoint}: the checkpoint has no tokenizer")
     length = settings.context + settings.new
-    rows = [ids[:length] for ids in encode(tokenizer, texts()[1]) if len(ids) >= length][: settings.documents]
+    held_out = [d["text"] for d in Corpus(settings.corpus).documents("test")] if settings.corpus else texts()[1]
+    rows = [ids[:length] for ids in encode(tokenizer, held_out) if len(ids) >= length][: settings.documents]
     if not rows:
         raise SystemExit(f"no held-out module has {length} tokens; accepted: a smaller --context or --new")
     rows_BN = torch.from_numpy(np.stack(rows)).long().to(model.device)
@@ -118,7 +124,10 @@ def main() -> None:
     met = []
     for strategy, ratio in SETTINGS:
         method = PyramidInfer(
-            prefill_decay_ratio=ratio, prefill_decay_strategy=strategy, min_context_length=settings.least
+            prefill_decay_ratio=ratio,
+            prefill_decay_strategy=strategy,
+            min_context_length=settings.least,
+            recent_ratio=settings.recent,
         )  # type: ignore[arg-type]
         found = measure(model, rows_BN, settings.context, method)
         lengths = method.lengths(settings.context, model.config.num_hidden_layers, settings.new)
