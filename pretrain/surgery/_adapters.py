@@ -93,16 +93,16 @@ def targets(model: PreTrainedModel, method: str, where: str, names: Sequence[str
     """
     if where not in PLACES:
         raise PretrainError(f"{method}: where {where!r}: accepted: {', '.join(PLACES)}")
+    if any(recorded(entry).adapts for entry in surgery_of(model)):
+        raise PretrainError(
+            f"{method}: the model is adapted already: accepted: a plain one; merge_adapters makes it so"
+        )
     found = linears(model, where)
     if names:
         last = sorted({name.rpartition(".")[2] for name in found})
         found = {name: layer for name, layer in found.items() if name.endswith(tuple(f".{n}" for n in names))}
         if not found:
             raise PretrainError(f"{method}: targets {', '.join(names)}: accepted: names of layers ({', '.join(last)})")
-    if any(recorded(entry).adapts for entry in surgery_of(model)):
-        raise PretrainError(
-            f"{method}: the model is adapted already: accepted: a plain one; merge_adapters makes it so"
-        )
     for name, layer in found.items():
         if not isinstance(layer, nn.Linear | Conv1D):
             raise PretrainError(

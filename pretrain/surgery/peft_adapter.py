@@ -123,7 +123,8 @@ def _load(model: PreTrainedModel, folder: Path) -> None:
         ours = {n: tensors.pop(f"{last[0]}.{n}") for n in last[1].state_dict() if f"{last[0]}.{n}" in tensors}
         if ours:
             last[1].load_state_dict(ours)
-    wanted = get_peft_model_state_dict(model)
+    of_last = "" if last is None else f"{last[0]}."
+    wanted = {n: t for n, t in get_peft_model_state_dict(model).items() if not of_last or not n.startswith(of_last)}
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]
     wrong += [f"{n} has no place in the model" for n in tensors if n not in wanted]
     wrong += [
