@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pretrain.corpus.examples import Examples
     from pretrain.corpus.tokenizers import Encoder
 
 Batch = dict[str, torch.Tensor]
@@ -127,6 +128,8 @@ class Context:
     progress: float = 0.0  # how much of the budget is spent, 0 to 1
     encoder: Encoder | None = None  # where the rows are examples: what makes tokens of their text
     labels: tuple[str, ...] = ()  # and the names of the classes, in the order of their numbers
+    pool: Examples | None = None  # and the training examples, for an objective that shows some beside each
+    predicting: bool = False  # whether the batch is for `predict`
 
 
 def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:

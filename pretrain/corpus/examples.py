@@ -40,6 +40,7 @@ class Examples:
                 raise PretrainError(f"{corpus.folder}: {split} document {empty} has no {name!r}; accepted: one in each")
         numbers = {name: number for number, name in enumerate(self.domain_names)}
         self.domain_R = np.array([numbers[name] for name in self.split["domain"]], np.uint16)
+        self._members: dict[str, dict[str, list[int]]] = {}
         self.given: dict[str, Any] = {"encoder": Encoder(tokenizer)}
 
     def __len__(self) -> int:
@@ -52,6 +53,15 @@ class Examples:
     def row(self, _: Any, index: int) -> Example:
         """One document."""
         return Example(self.split[index], int(self.domain_R[index]), index)
+
+    def members(self, column: str) -> dict[str, list[int]]:
+        """The numbers of the documents by what a column says, in order."""
+        if column not in self._members:
+            found: dict[str, list[int]] = {}
+            for number, value in enumerate(self.split[column]):
+                found.setdefault(str(value), []).append(number)
+            self._members[column] = found
+        return self._members[column]
 
     def rows_of_domain(self, domain: int) -> NDArray[np.int64]:
         """The numbers of the documents of one domain."""

@@ -5,17 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import nested
+from pretrain.core.method import Ref, nested
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.examples import Examples
     from pretrain.objectives._fine_tuning import FineTuning
 
 
@@ -26,10 +28,12 @@ class Task(Evaluation):
     What the fine-tuning `objective` (`classification`, or `{method: seq2seq, target: summary}`) measures on documents
     with its columns: accuracy, macro F1 and Matthews' correlation of classes; Pearson's and Spearman's correlation of
     numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Documents are cut to `length` tokens (0:
-    the length that the checkpoint was trained at). Intervals: bootstrap over documents, `resamples` times.
+    the length that the checkpoint was trained at); an objective that shows training examples beside each document takes
+    them from the corpus `pool`. Intervals: bootstrap over documents, `resamples` times.
     """
 
     objective: Any = "classification"
+    pool: Ref = ""
     length: int = 0
     resamples: int = 200
     seed: int = 0
@@ -70,7 +74,7 @@ class Task(Evaluation):
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
         context = Context(
             Vocabulary.of(tokenizer), self.length or 512, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
-            labels=labels_of(model),
+            labels=labels_of(model), pool=self._pool(tokenizer),
         )  # fmt: skip
         said, true = predictions(model, objective, examples, context), objective.expected(examples, context)
 
@@ -82,6 +86,16 @@ class Task(Evaluation):
         by_domain = {name: metrics(chosen) for name, chosen in domains.items()} if len(domains) > 1 else {}
         found = metrics(range(len(known)))
         return Measured(found | {"documents": float(len(known))}, by_domain, self._intervals(metrics, len(known)))
+
+    def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+        """The training examples of the corpus `pool`."""
+        from pretrain.core.folders import corpus_of
+        from pretrain.corpus.examples import Examples
+        from pretrain.corpus.store import Corpus
+
+        if not self.pool:
+            return None
+        return Examples(Corpus(corpus_of(Path(self.pool))), "train", tokenizer, self.method.columns)
 
     def _intervals(self, metrics: Any, count: int) -> dict[str, tuple[float, float]]:
         rng = np.random.default_rng(self.seed)

@@ -6,6 +6,7 @@ Shape letters: B examples of a batch, L tokens, C classes, M tokens of a target.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -65,6 +66,7 @@ def predictions(
     """What the model says of the examples, in order; each is predicted beside others of its length."""
     from pretrain.evaluation._features import evaluating
 
+    context = replace(context, predicting=True)
     order = sorted(range(len(examples)), key=lambda i: len(str(examples[i].columns.get("text"))))
     found: list[Any] = [None] * len(examples)
     with evaluating(model):

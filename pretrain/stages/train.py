@@ -272,7 +272,7 @@ class Train(Stage):
         labels = objective.labels(found["train"].split[objective.columns[-1]])
         model = objective.ready(model, labels, vocabulary, job.seed)
         for examples in found.values():
-            examples.given["labels"] = labels_of(model)
+            examples.given |= {"labels": labels_of(model), "pool": found["train"]}
         return model, found
 
     def estimate(self, inputs: dict[str, Any]) -> Estimate:
