@@ -11,7 +11,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 from pydantic import PlainSerializer, PlainValidator
@@ -52,6 +52,7 @@ class Fake(Stage):
     guide: Annotated[Any, PlainValidator(guided), PlainSerializer(dump)] = None
     guides: list[Annotated[Any, PlainValidator(guided), PlainSerializer(dump)]] = []
     neutral = ("speed",)
+    accepts: ClassVar[dict[str, tuple[str, ...]]] = Stage.accepts | {"teacher": ("fake",)}
     source: Ref | None = None
     others: list[Ref] = []
     value: int = 0
@@ -194,6 +195,18 @@ def test_references_inside_methods_are_followed_like_those_of_stages(tmp_path):
     deeper = with_guides(tmp_path)
     deeper["stages"][1] = changed
     assert plan(deeper)[2].address != before[2]
+
+
+def test_a_methods_reference_to_the_wrong_kind_of_stage_is_named(tmp_path):
+    (tmp_path / "text.txt").write_text("import os\n" * 50)
+    train = {
+        "name": "m", "stage": "train", "corpus": "c", "tokenizer": "t", "model": {"family": "llama"},
+        "objective": {"method": "distillation", "teacher": "c"}, "budget": {"steps": 1},
+    }  # fmt: skip
+    data = {"name": "c", "stage": "data", "sources": [str(tmp_path / "text.txt")]}
+    raw = {"stages": [data, {"name": "t", "stage": "tokenizer", "corpus": "c", "vocab_size": 300}, train]}
+    with pytest.raises(PretrainError, match="m.objective.teacher: 'c' is a data stage; accepted: .* train or surgery"):
+        check(raw, output=tmp_path / "run")
 
 
 def test_a_wrong_reference_inside_a_method_is_named_with_its_line(tmp_path):
