@@ -4,7 +4,8 @@
 lineage (what was done, tokens, FLOPs, metrics), the weights' checksums, and, where a surgery put in modules that plain
 `transformers` cannot build, the record from which `load` rebuilds them. Such a checkpoint carries a `model_type` that
 `transformers` refuses and keeps its weights in a file that `transformers` does not look for, so that neither
-`AutoModel` nor a model class of its own opens it to silently wrong weights.
+`AutoModel` nor a model class of its own opens it to silently wrong weights. What was trained beside frozen weights lies
+in the folder `adapter` once more, in `peft`'s format, where that can express it.
 """
 
 from __future__ import annotations
