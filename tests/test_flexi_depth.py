@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import blocks
+from pretrain.core.families import at, base, blocks, family, head
 from pretrain.decoding._loop import decode
 from pretrain.objectives.causal_lm import CausalLM
 from pretrain.objectives.flexi_depth_lm import FlexiDepthLM
@@ -21,6 +21,8 @@ from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings
 
 IDS_BL = torch.randint(3, 97, (3, 14), generator=torch.Generator().manual_seed(0))
+FAMILIES = ["llama", "qwen3", "gpt2"]
+UNDROPPED = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MASK_BL = (torch.arange(14) >= torch.tensor([[0], [4], [9]])).long()
 
 
@@ -36,45 +38,76 @@ class Fixed(nn.Module):
         return every_L.expand(x_BLE.shape[:2]).to(x_BLE.dtype)
 
 
-def flexible(tiny, family="llama", *gates, layers=None, wide=True, **fields):
+def plainly(tiny, name="llama", layers=4, **fields):
+    """A model in float64, without dropout, with norms and biases that are not the ones and zeros they begin as."""
+    fields |= {"n_layer": layers, **UNDROPPED} if name == "gpt2" else {"num_hidden_layers": layers}
+    model, source = tiny(name, **fields).double(), torch.Generator().manual_seed(1)
+    for parameter in model.parameters():
+        if parameter.ndim == 1:
+            parameter.data += 0.3 * torch.randn(parameter.shape, generator=source)
+    return model
+
+
+def flexible(tiny, name="llama", *gates, layers=None, wide=True, **fields):
     """A model of four blocks in float64; without fixed gates its routers are made to differ between tokens."""
-    model = tiny(family, num_hidden_layers=4, initializer_range=0.3, **fields).double()
+    model = plainly(tiny, name, initializer_range=0.3, **fields)
     FlexiDepth(layers, reduction=4)(model)
     for block in routed(model):
         if gates:
             block.router = Fixed(*gates)
         elif wide:
             block.router.head.weight.data.mul_(3)
+        if block.adapter.up_proj.bias is not None:  # which are zero at first
+            nn.init.normal_(block.adapter.up_proj.bias)
+            nn.init.normal_(block.adapter.down_proj.bias)
     return model
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def unnormed(model):
+    """The model without its last norm, and that norm."""
+    entry = family(model)
+    norm = getattr(base(model), entry.final_norm)
+    setattr(base(model), entry.final_norm, nn.Identity())
+    return base(model), norm
+
+
+def adapted(block, x):
+    """An adapter's output, written out."""
+    names, state = ("down", "up", "gate"), block.adapter.state_dict()
+    down, up, gate = (state.get(f"{name}_proj.weight") for name in names)
+    if gate is not None:
+        return (nn.functional.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    inner = nn.functional.gelu(x @ up.T + state["up_proj.bias"], approximate="tanh")
+    return inner @ down.T + state["down_proj.bias"]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("training", [False, True])
-def test_with_all_gates_open_the_logits_are_the_models_own(tiny, family, training):
-    plain = tiny(family, num_hidden_layers=4, initializer_range=0.3).double()
-    model = flexible(tiny, family, 1.0).train(training)
+def test_with_all_gates_open_the_logits_are_the_models_own(tiny, name, training):
+    plain = plainly(tiny, name, initializer_range=0.3)
+    model = flexible(tiny, name, 1.0).train(training)
     assert torch.equal(model(IDS_BL).logits, plain(IDS_BL).logits)
     assert torch.equal(model(IDS_BL, attention_mask=MASK_BL).logits, plain(IDS_BL, attention_mask=MASK_BL).logits)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("training", [False, True])
-def test_with_all_gates_closed_every_token_takes_the_adapters(tiny, training):
-    model = flexible(tiny, "llama", 0.25, layers=2).train(training)
-    inner = model.model
+def test_with_all_gates_closed_every_token_takes_the_adapters(tiny, name, training):
+    model = flexible(tiny, name, 0.25, layers=2).train(training)
+    first = plainly(tiny, name, layers=2)
+    first.load_state_dict(model.state_dict(), strict=False)
+    states, norm = unnormed(first)
     with torch.no_grad():
-        first = tiny(num_hidden_layers=2).double()
-        first.model.load_state_dict(model.model.state_dict(), strict=False)
-        first.model.norm = nn.Identity()
-        x_BLE = first.model(IDS_BL).last_hidden_state
+        x_BLE = states(IDS_BL).last_hidden_state
         for block in routed(model):
-            x_BLE = x_BLE + 0.75 * block.adapter(block.post_attention_layernorm(x_BLE))
-        torch.testing.assert_close(model(IDS_BL).logits, model.lm_head(inner.norm(x_BLE)))
+            x_BLE = x_BLE + 0.75 * adapted(block, at(block, family(model).norms[1])(x_BLE))
+        torch.testing.assert_close(model(IDS_BL).logits, norm(x_BLE) @ head(model)[0].T)
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_evaluation_computes_one_way_and_gets_what_training_gets_from_both(tiny, family, implementation):
-    model = flexible(tiny, family)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_evaluation_computes_one_way_and_gets_what_training_gets_from_both(tiny, name, implementation):
+    model = flexible(tiny, name)
     model.set_attn_implementation(implementation)
     padded = {"attention_mask": MASK_BL, "position_ids": (MASK_BL.cumsum(1) - 1).clamp(min=0)}
     for more in ({}, padded) if implementation == "sdpa" else ({},):  # in float64 the other makes NaN of padding
@@ -86,28 +119,26 @@ def test_evaluation_computes_one_way_and_gets_what_training_gets_from_both(tiny,
         torch.testing.assert_close(one[real], both[real])
 
 
-def test_one_token_that_passes_a_block_by_is_the_formulas(tiny):
-    model = flexible(tiny, "llama", 0.9, 0.2, layers=1)
-    last, plain = routed(model)[0], tiny(num_hidden_layers=4, initializer_range=0.3).double()
+@pytest.mark.parametrize("name", FAMILIES)
+def test_one_token_that_passes_a_block_by_is_the_formulas(tiny, name):
+    model = flexible(tiny, name, 0.9, 0.2, layers=1)
+    last, plain, entry = routed(model)[0], plainly(tiny, name, initializer_range=0.3), family(model)
+    ffn_norm, ffn, seen = at(last, entry.norms[1]), at(last, entry.feed_forward), {}
+    own = at(blocks(plain)[3], entry.attention)
+    own.register_forward_hook(lambda m, i, out: seen.update(out=out[0]))
     with torch.no_grad():
-        logits_BLV = model(IDS_BL).logits
-        states = plain.model(IDS_BL, output_hidden_states=True).hidden_states
-        plain.model.norm = nn.Identity()
-        x_BLE, seen = states[3], {}
-        hook = plain.model.layers[3].self_attn.register_forward_hook(lambda m, i, out: seen.update(out=out[0]))
-        plain.model(IDS_BL)
-        hook.remove()
+        x_BLE = base(plain)(IDS_BL, output_hidden_states=True).hidden_states[3]
         u_BLE = x_BLE + seen["out"]  # attention sees the keys and values of all tokens
-        taken = u_BLE + 0.9 * last.mlp(last.post_attention_layernorm(u_BLE))
-        passed = x_BLE + 0.8 * last.adapter(last.post_attention_layernorm(x_BLE))
+        taken = u_BLE + 0.9 * ffn(ffn_norm(u_BLE))
+        passed = x_BLE + 0.8 * adapted(last, ffn_norm(x_BLE))
         wanted = torch.where((torch.arange(14) % 2 == 0)[:, None], taken, passed)
-        wanted = model.lm_head(model.model.norm(wanted))
-        torch.testing.assert_close(logits_BLV, wanted, atol=1e-5, rtol=1e-5)  # norms are taken in float32
+        wanted = getattr(base(model), entry.final_norm)(wanted) @ head(model)[0].T
+        torch.testing.assert_close(model(IDS_BL).logits, wanted, atol=1e-5, rtol=1e-5)  # norms are taken in float32
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
-def test_generation_with_a_cache_gives_the_tokens_of_passes_without(tiny, family):
-    model = flexible(tiny, family)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_generation_with_a_cache_gives_the_tokens_of_passes_without(tiny, name):
+    model = flexible(tiny, name)
     given = {"attention_mask": MASK_BL, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     cached_BN = model.generate(IDS_BL, eos_token_id=None, **given)
     ours_BN = decode(model, IDS_BL, attention_mask_BL=MASK_BL, max_new_tokens=8)
@@ -123,24 +154,28 @@ def test_generation_with_a_cache_gives_the_tokens_of_passes_without(tiny, family
     assert len(set(taken)) > 1  # the tokens take different numbers of blocks
 
 
-def test_flops_of_evaluation_fall_with_each_token_that_passes_by(tiny):
-    def flops(*gates):
-        model = flexible(tiny, "llama", *gates, layers=2)
+@pytest.mark.parametrize(("name", "matrices", "inner"), [("llama", 3, 48), ("gpt2", 2, 128)])
+def test_flops_of_evaluation_fall_with_each_token_that_passes_by(tiny, name, matrices, inner):
+    def flops(model):
         model.set_attn_implementation("eager")  # whose products are counted
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(IDS_BL)
         return counter.get_total_flops()
 
-    plain = tiny(num_hidden_layers=4).double()
-    plain.set_attn_implementation("eager")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        plain(IDS_BL)
-    whole, half, none = flops(1.0), flops(1.0, 0.0), flops(0.0)
-    assert whole == counter.get_total_flops()
+    whole, half, none = (flops(flexible(tiny, name, *gates, layers=2)) for gates in ((1.0,), (1.0, 0.0), (0.0,)))
+    assert whole == flops(plainly(tiny, name))
     tokens, width = IDS_BL.numel(), 32
-    saved = 2 * 2 * tokens * (2 * width * width + 3 * width * 48 - 3 * width * 12)  # queries, output, feed-forward
+    saved = 2 * 2 * tokens * (2 * width * width + matrices * width * (inner - inner // 4))  # queries, output, FFN
     assert whole - none == saved + 2 * 2 * 2 * tokens * 14 * width  # and the two products of attention
     assert whole - half == (whole - none) // 2
+
+
+def test_a_fused_projection_that_something_wraps_is_asked_and_not_read(tiny):
+    model = flexible(tiny, "gpt2")
+    with torch.no_grad():
+        for block in routed(model):
+            block.attn.c_attn = nn.Sequential(block.attn.c_attn, nn.Linear(96, 96).double())
+        torch.testing.assert_close(model.eval()(IDS_BL).logits, model.train()(IDS_BL).logits)
 
 
 def test_depths_count_the_blocks_that_each_token_takes(tiny):
@@ -149,23 +184,25 @@ def test_depths_count_the_blocks_that_each_token_takes(tiny):
     assert depths(model, IDS_BL).tolist() == [[4 if i % 2 == 0 else 2 for i in range(14)]] * 3
 
 
-def test_only_routers_and_adapters_have_gradients_and_move(tiny, prepared, tmp_path):
-    model = tiny(vocab_size=512, num_hidden_layers=2)
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_only_routers_and_adapters_have_gradients_and_move(tiny, prepared, tmp_path, name):
+    model = tiny(name, vocab_size=512)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     FlexiDepth(reduction=4)(model)
     settings = Settings(Budget(steps=3), bar=False, save_every=0)
     done = small(prepared, lambda **_: model, tmp_path, settings=settings, objective=FlexiDepthLM())
     after = done.trainee.model.state_dict()
-    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    learnt = {name for name, p in model.named_parameters() if p.requires_grad}
-    assert learnt == set(after) - set(before) and all("layers.1." in name for name in learnt)
-    fresh = FlexiDepth(reduction=4)(tiny(vocab_size=512)).state_dict()
-    assert all(not torch.equal(after[name], fresh[name]) for name in learnt)
+    assert all(torch.equal(after[weight], tensor) for weight, tensor in before.items())
+    learnt = {weight for weight, p in model.named_parameters() if p.requires_grad}
+    assert learnt == set(after) - set(before) and all(".1." in weight for weight in learnt)
+    fresh = FlexiDepth(reduction=4)(tiny(name, vocab_size=512)).state_dict()
+    assert all(not torch.equal(after[weight], fresh[weight]) for weight in learnt)
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_the_loss_is_the_text_plus_the_squared_sum_of_gates(tiny, checkpointing):
-    model = flexible(tiny, layers=3).train()
+def test_the_loss_is_the_text_plus_the_squared_sum_of_gates(tiny, name, checkpointing):
+    model = flexible(tiny, name, layers=3).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = FlexiDepthLM().prepare(rows([20, 31], [45]), context(60))
@@ -198,8 +235,9 @@ def test_a_penalty_makes_tokens_pass_blocks_by(tiny):
     assert float(objective.loss(model, batch).parts["skipped"]) > 1.8  # of two
 
 
-def test_saved_and_loaded_it_is_the_same_frozen_model(tiny, tmp_path):
-    model = flexible(tiny, "qwen3")
+@pytest.mark.parametrize("name", ["qwen3", "gpt2"])
+def test_saved_and_loaded_it_is_the_same_frozen_model(tiny, tmp_path, name):
+    model = flexible(tiny, name)
     checkpoint.save(model, None, tmp_path / "c")
     loaded, _ = checkpoint.load(tmp_path / "c")
     assert torch.equal(loaded(IDS_BL).logits, model(IDS_BL).logits)
@@ -212,6 +250,9 @@ def test_new_weights_come_from_the_seed(tiny):
     assert all(torch.equal(one[name], again[name]) for name in one)
     name = "model.layers.1.adapter.up_proj.weight"
     assert not torch.equal(one[name], other[name]) and one[name].shape == (3, 32)
+    own = FlexiDepth()(tiny("gpt2")).transformer.h[1].adapter
+    assert own.gate_proj is None and own.up_proj.weight.shape == (8, 32)
+    assert not own.up_proj.bias.any() and not own.down_proj.bias.any()
 
 
 def test_wrong_fields_and_models_are_refused(tiny):
@@ -226,8 +267,10 @@ def test_wrong_fields_and_models_are_refused(tiny):
         FlexiDepth(3)(tiny())
     with pytest.raises(PretrainError, match="reduction 64: accepted: at most 32"):
         FlexiDepth(reduction=64)(tiny())
-    with pytest.raises(PretrainError, match="family 'gpt2': accepted: llama"):
-        FlexiDepth()(tiny("gpt2"))
+    with pytest.raises(PretrainError, match="family 'bert': accepted: llama, gpt2"):
+        FlexiDepth()(tiny("bert"))
+    with pytest.raises(PretrainError, match="the model has cross-attention"):
+        FlexiDepth()(tiny("gpt2", add_cross_attention=True))
     with pytest.raises(PretrainError, match="has routers already"):
         FlexiDepth()(FlexiDepth()(tiny()))
     with pytest.raises(PretrainError, match="alpha -1.0: accepted: 0 or more"):

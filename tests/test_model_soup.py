@@ -73,6 +73,31 @@ def test_a_soup_is_a_plain_checkpoint(tiny, tmp_path):
     assert torch.equal(plain(TOKENS).logits, soup(TOKENS).logits)
 
 
+@pytest.mark.parametrize("weights", [(), (0.3, 1.7)])
+@pytest.mark.parametrize(("family", "fields"), [("llama", {}), ("llama", {"tie_word_embeddings": True}), ("gpt2", {})])
+def test_a_soup_is_the_linear_merge_of_mergekit(tiny, tmp_path, family, fields, weights):
+    merge = pytest.importorskip("mergekit.merge")
+    from mergekit.config import MergeConfiguration
+    from mergekit.options import MergeOptions
+
+    models = [tiny(family, seed=seed, **fields) for seed in range(2)]
+    for number, model in enumerate(models):
+        checkpoint.save(model, None, tmp_path / str(number))
+    shares = [{"weight": share} for share in weights or (1.0, 1.0)]
+    said = {
+        "merge_method": "linear",
+        "dtype": "float32",
+        "models": [{"model": str(tmp_path / str(i)), "parameters": share} for i, share in enumerate(shares)],
+    }
+    options = MergeOptions(copy_tokenizer=False, write_model_card=False, quiet=True)
+    merge.run_merge(MergeConfiguration.model_validate(said), str(tmp_path / "merged"), options)
+    theirs = checkpoint.load(tmp_path / "merged")[0].state_dict()
+    mine = ModelSoup("uniform", weights)(models[0], Inputs(models=models[1:])).state_dict()
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-6, msg=name)
+
+
 @pytest.fixture(scope="module")
 def text(prepared):
     """Where the corpus is, its tokenizer, and how the loss on its validation documents is measured."""

@@ -31,7 +31,7 @@ class FlexiDepthLM(Objective):
     passes by.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
     alpha: float = 1e-3
 

@@ -7,6 +7,7 @@ take a block, N tokens of all rows that do, H heads, D width of a head.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,16 +16,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.llama.modeling_llama import eager_attention_forward
+from transformers.models.gpt2 import modeling_gpt2
+from transformers.models.llama import modeling_llama
+from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import additive, base, blocks, embeddings, family
+from pretrain.core.families import Family, additive, at, base, blocks, embeddings, family
 from pretrain.core.fast import rotary
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
 
 EPS = 1e-5  # of the router's norm
+EAGER = {"llama": modeling_llama.eager_attention_forward, "gpt2": modeling_gpt2.eager_attention_forward}
 
 
 class Router(nn.Module):
@@ -45,22 +49,23 @@ class Router(nn.Module):
 
 
 class Adapter(nn.Module):
-    """A gated feed-forward of a fraction of the width."""
+    """A feed-forward of a fraction of the width, like the block's own: gated, or with biases."""
 
-    def __init__(self, width: int, narrow: int, activation: str, like: dict[str, Any]) -> None:
+    def __init__(self, width: int, narrow: int, activation: str, gated: bool, like: dict[str, Any]) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, narrow, bias=False, **like)
-        self.up_proj = nn.Linear(width, narrow, bias=False, **like)
-        self.down_proj = nn.Linear(narrow, width, bias=False, **like)
+        self.gate_proj = nn.Linear(width, narrow, bias=False, **like) if gated else None
+        self.up_proj = nn.Linear(width, narrow, bias=not gated, **like)
+        self.down_proj = nn.Linear(narrow, width, bias=not gated, **like)
         self.act_fn = ACT2FN[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         """One row a token."""
-        return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+        up = self.up_proj(x)
+        return self.down_proj(self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(x)) * up)
 
 
 class _Skippable(nn.Module):
-    """What a block of the Llama family becomes; its own modules keep their names.
+    """What a block becomes; its own modules keep their names.
 
     Training computes both ways for every token, which costs the same at every step; evaluation computes one. The
     numbers are the same up to rounding.
@@ -69,51 +74,50 @@ class _Skippable(nn.Module):
     router: Router
     adapter: Adapter
     threshold: float
+    entry: Family
     gate_BL: Tensor  # of the newest pass
 
     def forward(
-        self, hidden_states: Tensor, attention_mask: Tensor | None = None, past_key_values: Any = None,
-        position_embeddings: Any = None, **more: Any,
+        self, hidden_states: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None,
+        encoder_hidden_states: None = None, **more: Any,
     ) -> Tensor:  # fmt: skip
-        """The block's output, `x_BLE`."""
-        block: Any = self
-        x_BLE, normed_BLE = hidden_states, block.input_layernorm(hidden_states)
-        self.gate_BL = block.router(normed_BLE)
+        """The block's output, `x_BLE`; arguments in the order in which GPT-2 gives them, Llama gives their names."""
+        norm, ffn_norm, attention, ffn = (
+            at(self, path) for path in (*self.entry.norms, self.entry.attention, self.entry.feed_forward)
+        )
+        x_BLE, normed_BLE = hidden_states, norm(hidden_states)
+        self.gate_BL = self.router(normed_BLE)
         run_BL = self.gate_BL > self.threshold
         given = {"attention_mask": attention_mask, "past_key_values": past_key_values} | more
-        given |= {"position_embeddings": position_embeddings}
         if self.training:
             run_BL1, gate_BL1 = run_BL[..., None], self.gate_BL[..., None].to(x_BLE.dtype)
-            attended_BLE, _ = block.self_attn(hidden_states=normed_BLE, **given)
+            attended_BLE, _ = attention(hidden_states=normed_BLE, **given)
             x_BLE = x_BLE + torch.where(run_BL1, attended_BLE, 0.0)
-            normed_BLE = block.post_attention_layernorm(x_BLE)
-            whole_BLE, narrow_BLE = gate_BL1 * block.mlp(normed_BLE), (1 - gate_BL1) * block.adapter(normed_BLE)
+            normed_BLE = ffn_norm(x_BLE)
+            whole_BLE, narrow_BLE = gate_BL1 * ffn(normed_BLE), (1 - gate_BL1) * self.adapter(normed_BLE)
             return x_BLE + torch.where(run_BL1, whole_BLE, narrow_BLE)
         run_N, skip_N = run_BL.flatten().nonzero()[:, 0], (~run_BL).flatten().nonzero()[:, 0]
         x_NE = x_BLE.reshape(-1, x_BLE.shape[-1])
-        attended_NE = _attended(block.self_attn, normed_BLE, run_BL, given)
+        attended_NE = _attended(self.entry, attention, normed_BLE, run_BL, given)
         if len(run_N):
             x_NE = x_NE.index_add(0, run_N, attended_NE.to(x_NE.dtype))
         gate_N1 = self.gate_BL.reshape(-1, 1).to(x_NE.dtype)
         out_NE = x_NE
-        for index_N, layer in ((run_N, block.mlp), (skip_N, block.adapter)):
+        for index_N, layer, share_N1 in ((run_N, ffn, gate_N1), (skip_N, self.adapter, 1 - gate_N1)):
             if len(index_N):
-                share_N1 = gate_N1[index_N] if layer is block.mlp else 1 - gate_N1[index_N]
-                part_NE = share_N1 * layer(block.post_attention_layernorm(x_NE[index_N]))
+                part_NE = share_N1[index_N] * layer(ffn_norm(x_NE[index_N]))
                 out_NE = out_NE.index_add(0, index_N, part_NE.to(out_NE.dtype))
         return out_NE.view_as(x_BLE)
 
 
-def _attended(attention: Any, normed_BLE: Tensor, run_BL: Tensor, given: dict[str, Any]) -> Tensor:
+def _attended(entry: Family, attention: Any, normed_BLE: Tensor, run_BL: Tensor, given: dict[str, Any]) -> Tensor:
     """Attention's output for the tokens of `run_BL` in order, `x_NE`; keys and values of all are written."""
     mask = given["attention_mask"]
     if bool(run_BL.all()) or (mask is not None and mask.ndim != 4):
         return attention(hidden_states=normed_BLE, **given)[0][run_BL]
     length, cache = run_BL.shape[1], given["past_key_values"]
-    cos_BLD, sin_BLD = (table.expand(len(run_BL), -1, -1) for table in given["position_embeddings"])
-    keys_BHLD = _heads(attention, "k", normed_BLE)
-    keys_BHCD, _ = rotary(keys_BHLD, keys_BHLD[:, :0], cos_BLD, sin_BLD)
-    values_BHCD = _heads(attention, "v", normed_BLE)
+    turns = [table.expand(len(run_BL), -1, -1) for table in given.get("position_embeddings", ())]
+    keys_BHCD, values_BHCD = _heads(attention, "k", normed_BLE, turns), _heads(attention, "v", normed_BLE)
     if cache is not None:
         keys_BHCD, values_BHCD = cache.update(keys_BHCD, values_BHCD, attention.layer_idx)
     most = int(run_BL.sum(1).max())
@@ -122,8 +126,7 @@ def _attended(attention: Any, normed_BLE: Tensor, run_BL: Tensor, given: dict[st
     # Of each row the tokens that take the block, in order; rows that have fewer are filled up with others.
     place_BR = run_BL.int().argsort(dim=1, descending=True, stable=True)[:, :most]
     real_BR = run_BL.gather(1, place_BR)
-    queries_BHRD = _heads(attention, "q", _at(normed_BLE, place_BR))
-    queries_BHRD, _ = rotary(queries_BHRD, queries_BHRD[:, :0], _at(cos_BLD, place_BR), _at(sin_BLD, place_BR))
+    queries_BHRD = _heads(attention, "q", _at(normed_BLE, place_BR), [_at(table, place_BR) for table in turns])
     total = keys_BHCD.shape[2]
     if mask is None and length > 1:
         causal_LC = torch.ones(length, total, dtype=torch.bool, device=run_BL.device).tril(total - length)
@@ -131,22 +134,41 @@ def _attended(attention: Any, normed_BLE: Tensor, run_BL: Tensor, given: dict[st
     if mask is not None:
         mask_BLC = mask[:, 0, :, :total].expand(len(run_BL), length, -1)
         mask = _at(mask_BLC, place_BR)[:, None]
-    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, EAGER[entry.name])
     out_BRHD, _ = attend(
         attention, queries_BHRD, keys_BHCD, values_BHCD, mask, dropout=0.0, scaling=attention.scaling, is_causal=False
     )
-    return attention.o_proj(out_BRHD[real_BR].flatten(1))
+    return at(attention, entry.output)(out_BRHD[real_BR].flatten(1))
 
 
-def _heads(attention: Any, which: str, x_BLE: Tensor) -> Tensor:
-    """Queries, keys or values, `x_BHLD`, before they are turned."""
-    x_BLHD = getattr(attention, f"{which}_proj")(x_BLE).unflatten(-1, (-1, attention.head_dim))
+def _heads(attention: Any, which: str, x_BLE: Tensor, turns: Sequence[Tensor] = ()) -> Tensor:
+    """Queries, keys or values, `x_BHLD`, turned by the cosines and sines `turns` if there are any."""
+    x_BLHD = _projected(attention, which, x_BLE).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
-    return (x_BLHD if norm is None else norm(x_BLHD)).transpose(1, 2)
+    x_BHLD = (x_BLHD if norm is None else norm(x_BLHD)).transpose(1, 2)
+    return rotary(x_BHLD, x_BHLD[:, :0], *turns)[0] if turns else x_BHLD
+
+
+def _projected(attention: Any, which: str, x_BLE: Tensor) -> Tensor:
+    fused = getattr(attention, "c_attn", None)
+    if fused is None:
+        return getattr(attention, f"{which}_proj")(x_BLE)
+    start = "qkv".index(which) * attention.embed_dim
+    part = slice(start, start + attention.embed_dim)
+    if type(fused) is not Conv1D:  # what an adapter has wrapped is computed whole
+        return fused(x_BLE)[..., part]
+    return nn.functional.linear(x_BLE, fused.weight[:, part].T, fused.bias[part])
 
 
 def _at(x_BLE: Tensor, place_BR: Tensor) -> Tensor:
     return x_BLE.gather(1, place_BR[..., None].expand(-1, -1, x_BLE.shape[-1]))
+
+
+def _feed_forward(config: Any) -> tuple[int, str, bool]:
+    """Of a block's feed-forward: its width, its activation, whether it is gated."""
+    if config.model_type == "gpt2":
+        return config.n_inner or 4 * config.n_embd, config.activation_function, False
+    return config.intermediate_size, config.hidden_act, True
 
 
 @functools.cache
@@ -181,10 +203,10 @@ class FlexiDepth(Surgery):
     gets x + (1 - g) · adapter(norm(x)); its keys and values are written all the same, from n. All weights but those of
     routers and adapters are frozen, here and whenever the checkpoint is opened. In evaluation mode, generation
     included, what a token passes by is not computed. Train it with the objective `flexi_depth_lm`; `depths` tells how
-    many blocks each token takes.
+    many blocks each token takes. GPT-2's adapter is ungated and has biases, from zero, as its feed-forward does.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama",)
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
     layers: int | None = None
     reduction: int = 16
@@ -208,6 +230,8 @@ class FlexiDepth(Surgery):
                 for layer in (*block.router.modules(), *block.adapter.modules()):
                     if isinstance(layer, nn.Linear):
                         layer.weight.copy_(torch.empty(layer.weight.shape).normal_(0, std, generator=source))
+                        if layer.bias is not None:
+                            layer.bias.zero_()
         record(model, self)
         return model
 
@@ -223,21 +247,23 @@ class FlexiDepth(Surgery):
         if routed(model):
             raise PretrainError("flexi_depth: this model has routers already; accepted: one flexi_depth")
         every, weight_VE = blocks(model), embeddings(model).weight
-        width, narrow = weight_VE.shape[1], config.intermediate_size // self.reduction  # type: ignore[operator]
+        if hasattr(every[0], "crossattention"):
+            raise PretrainError("flexi_depth: the model has cross-attention: accepted: a model of text alone")
+        (inner, activation, gated), width = _feed_forward(config), weight_VE.shape[1]
         count = len(every) // 2 if self.layers is None else self.layers
         if not 1 <= count <= len(every):
             raise PretrainError(f"flexi_depth: layers {count}: accepted: 1 to {len(every)}, the model's blocks")
-        if min(width, narrow * self.reduction) < self.reduction:
+        if min(width, inner) < self.reduction:
             raise PretrainError(
-                f"flexi_depth: reduction {self.reduction}: accepted: at most "
-                f"{min(width, config.intermediate_size)}, the narrower of the model's two widths"  # type: ignore[type-var]
+                f"flexi_depth: reduction {self.reduction}: accepted: at most {min(width, inner)}, the narrower of the "
+                "model's two widths"
             )
         like = {"dtype": weight_VE.dtype, "device": weight_VE.device}
         model.requires_grad_(False)
         for block in every[-count:]:
             skippable: Any = block
             skippable.router = Router(width, self.reduction, like)
-            skippable.adapter = Adapter(width, narrow, config.hidden_act, like)  # type: ignore[arg-type]
-            skippable.threshold = self.threshold
+            skippable.adapter = Adapter(width, inner // self.reduction, activation, gated, like)
+            skippable.threshold, skippable.entry = self.threshold, entry
             skippable.__class__ = _skippable(type(block))  # type: ignore[arg-type]
             block.train(model.training)
