@@ -1,4 +1,4 @@
-"""Training speed: the `transformers` Trainer, a bare PyTorch loop and our loop on the same model and the same tokens.
+"""Training speed: the `transformers` Trainer, a bare PyTorch loop and our loop, plain and compiled, on the same tokens.
 
     python benchmarks/training_speed.py [--rounds 3]
 
@@ -15,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,7 +98,7 @@ class Rows:
         return {}
 
 
-def ours(clock: list[float]) -> None:
+def ours(clock: list[float], *, compiled: bool = False) -> None:
     """The whole of our loop, with its log, TensorBoard, clipping and meter; without saving, as the others."""
     from pretrain.objectives.causal_lm import CausalLM
     from pretrain.optim.adamw import AdamW
@@ -105,15 +106,18 @@ def ours(clock: list[float]) -> None:
     from pretrain.training.budget import Budget
     from pretrain.training.loop import Settings, train
 
-    settings = Settings(Budget(steps=WARMUP + STEPS), save_every=0, bar=False)
+    settings = Settings(Budget(steps=WARMUP + STEPS), save_every=0, bar=False, compile=compiled)
     objective = CausalLM()
     with tempfile.TemporaryDirectory() as folder:
         train(model(), Rows(objective, clock), [objective], AdamW(), Constant(), settings, Path(folder))
         clock.append(time.perf_counter())
 
 
+LOOPS = {"trainer": trainer, "bare": bare, "ours": ours, "ours_compiled": partial(ours, compiled=True)}
+
+
 def measure(which: str) -> dict[str, Any]:
-    """Run one of the three here."""
+    """Run one of the loops here."""
     import resource
 
     import torch
@@ -121,7 +125,7 @@ def measure(which: str) -> dict[str, Any]:
     from pretrain.core.hardware import matrix_rate
 
     clock: list[float] = []
-    {"trainer": trainer, "bare": bare, "ours": ours}[which](clock)
+    LOOPS[which](clock)
     seconds = [b - a for a, b in zip(clock[WARMUP - 1 :], clock[WARMUP:])]
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     return {"seconds": seconds, "peak_mib": peak, "rate": matrix_rate(torch.device("cpu"))}
@@ -135,15 +139,15 @@ def step_flops() -> float:
 
 
 def main() -> None:
-    """Run all three in turn and print the table."""
+    """Run all in turn and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--one", choices=("trainer", "bare", "ours"))
+    parser.add_argument("--one", choices=LOOPS)
     arguments = parser.parse_args()
     if arguments.one:
         print(json.dumps(measure(arguments.one)))
         return
-    results: dict[str, list[dict[str, Any]]] = {"trainer": [], "bare": [], "ours": []}
+    results: dict[str, list[dict[str, Any]]] = {which: [] for which in LOOPS}
     for _ in range(arguments.rounds):
         for which, runs in results.items():
             command = [sys.executable, __file__, "--one", which]

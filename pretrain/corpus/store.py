@@ -197,7 +197,13 @@ def _open(split: Path, cache: Path) -> Dataset:
     files = [str(path) for path in sorted(split.glob("*.parquet"))]
     if not files:
         return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
-    return datasets.Dataset.from_parquet(files, cache_dir=str(cache))
+    shown = not datasets.are_progress_bars_disabled()  # a bar of its own for each split would bury the training's
+    datasets.disable_progress_bars()
+    try:
+        return datasets.Dataset.from_parquet(files, cache_dir=str(cache))
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
 
 
 def iterate(split: Path, columns: Sequence[str] = ("text", "domain", "id")) -> Iterator[Document]:
