@@ -118,6 +118,15 @@ def test_a_classifiers_last_layer_is_trained_and_travels_with_the_adapter(tiny, 
     )
 
 
+def test_a_head_put_on_after_the_adapter_is_saved_with_it(tiny, tmp_path) -> None:
+    model = trained(with_head(lora(rank=2)(tiny()), "sequence", ("a", "b"), VOCABULARY))
+    assert model.score.weight.requires_grad
+    checkpoint.save(model, None, tmp_path / "c")
+    again, _ = checkpoint.load(tmp_path / "c")
+    assert torch.equal(logits(again), logits(model))
+    assert (tmp_path / "c" / "adapter" / "adapter_model.safetensors").exists()
+
+
 def test_what_does_not_fit_is_one_clear_error(tiny, tmp_path) -> None:
     with pytest.raises(
         PretrainError, match=r"targets q_prj: accepted: names of layers \(k_proj, o_proj, q_proj, v_proj\)"

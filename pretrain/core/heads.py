@@ -60,6 +60,8 @@ def with_head(
     _move(base(model), base(made))
     _move(model, made)
     made.pretrain_surgery = surgery_of(model)
+    if hasattr(model, "peft_config"):
+        made.peft_config = model.peft_config
     return made.to(model.dtype).to(model.device)
 
 
