@@ -22,6 +22,7 @@ KINDS = {  # base class -> (kind, folder)
     "DataOperation": ("data operation", "data"),
     "Objective": ("objective", "objectives"),
     "FineTuning": ("objective", "objectives"),
+    "Taught": ("objective", "objectives"),
     "Optimizer": ("optimiser", "optim"),
     "Schedule": ("schedule", "optim"),
     "Policy": ("policy", "policies"),

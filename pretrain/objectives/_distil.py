@@ -5,7 +5,7 @@ Shape letters: B rows, L positions, E width, N targets or tokens, V vocabulary, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.core.batch import Batch, document_mask
+from pretrain.core.batch import Batch, Context, Row, document_mask
 from pretrain.core.checkpoint import load
 from pretrain.core.cross_entropy import CHUNK_BYTES, IGNORE, LEAST_ROWS
 from pretrain.core.errors import PretrainError
@@ -26,6 +26,26 @@ from pretrain.objectives.causal_lm import CausalLM
 from pretrain.objectives.masked_lm import MaskedLM
 
 Side = tuple[Tensor, Tensor, Tensor | None]  # a model's states at the targets, its head's weight and bias
+
+
+class Taught(Objective):
+    """Base of the objectives that add a teacher to a plain one: `objective`, causal_lm or masked_lm at `rate`."""
+
+    objective: str
+    rate: float
+
+    @property
+    def task(self) -> str:  # type: ignore[override]
+        """The kind of model that the objective trains."""
+        return self._inner.task
+
+    @property
+    def _inner(self) -> Objective:
+        return inner(self.name, self.objective, self.rate)
+
+    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
+        """What the plain objective prepares."""
+        return self._inner.prepare(rows, context)
 
 
 class Teacher(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -10,16 +9,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.batch import Batch
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import head, new_model
 from pretrain.core.fast import accelerate
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.method import Ref
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss
 from pretrain.objectives._distil import (
     Side,
+    Taught,
     check_weights,
     in_chunks,
     inner,
@@ -32,7 +32,7 @@ from pretrain.objectives._distil import (
 
 
 @dataclass(frozen=True)
-class CTCD(Objective):
+class CTCD(Taught):
     """Co-training and Co-distillation for Quality Improvement and Compression of Language Models (arXiv:2311.02849).
 
     The model m and a companion c, larger or smaller, learn the same batches from random weights. With p the
@@ -64,19 +64,6 @@ class CTCD(Objective):
         check_weights(self, "hard", "companion_hard", "from_companion", "to_companion")
         if not self.temperature > 0:
             raise PretrainError(f"ctcd: temperature {self.temperature}: accepted: above 0")
-
-    @property
-    def task(self) -> str:  # type: ignore[override]
-        """The kind of model that the objective trains."""
-        return self._inner.task
-
-    @property
-    def _inner(self) -> Objective:
-        return inner(self.name, self.objective, self.rate)
-
-    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
-        """What the objective prepares that both models learn."""
-        return self._inner.prepare(rows, context)
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The companion."""

@@ -5,20 +5,20 @@ Shape letters: B rows, L positions, N targets, V vocabulary, K most likely token
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import blocks, head
 from pretrain.core.method import Ref
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss
 from pretrain.objectives._distil import (
     Side,
+    Taught,
     Teacher,
     block_states,
     check_weights,
@@ -36,7 +36,7 @@ DIVERGENCES = ("forward", "reverse", "jensen_shannon")
 
 
 @dataclass(frozen=True)
-class Distillation(Objective):
+class Distillation(Taught):
     """Distilling the Knowledge in a Neural Network (arXiv:1503.02531).
 
     With p the student's and q the teacher's predictions at `temperature` T, at the positions that have a target:
@@ -72,19 +72,6 @@ class Distillation(Objective):
             raise PretrainError(f"distillation: divergence {self.divergence!r}: accepted: {', '.join(DIVERGENCES)}")
         if self.layers and not self.features:
             raise PretrainError(f"distillation: layers {self.layers}: accepted: with features above 0")
-
-    @property
-    def task(self) -> str:  # type: ignore[override]
-        """The kind of model that the objective trains."""
-        return self._inner.task
-
-    @property
-    def _inner(self) -> Objective:
-        return inner(self.name, self.objective, self.rate)
-
-    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
-        """What the objective prepares."""
-        return self._inner.prepare(rows, context)
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher, and the projections from the student's width to its."""

@@ -5,7 +5,6 @@ Shape letters: B rows, L positions, E width, O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -13,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import blocks, linears
 from pretrain.core.method import Ref
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss
 from pretrain.objectives._distil import (
+    Taught,
     Teacher,
     block_states,
     check_weights,
@@ -32,7 +32,7 @@ from pretrain.surgery.pela import LowRank
 
 
 @dataclass(frozen=True)
-class PELAPretraining(Objective):
+class PELAPretraining(Taught):
     """PELA: Learning Parameter-Efficient Models with Low-Rank Approximation (arXiv:2310.10700).
 
     Trains the model that the surgery `pela` has made of the `teacher`, which is only read:
@@ -57,19 +57,6 @@ class PELAPretraining(Objective):
     def __post_init__(self) -> None:
         inner(self.name, self.objective, self.rate)
         check_weights(self, "own", "features", "perturbation", "epsilon")
-
-    @property
-    def task(self) -> str:  # type: ignore[override]
-        """The kind of model that the objective trains."""
-        return self._inner.task
-
-    @property
-    def _inner(self) -> Objective:
-        return inner(self.name, self.objective, self.rate)
-
-    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
-        """What the objective prepares."""
-        return self._inner.prepare(rows, context)
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher."""

@@ -5,24 +5,23 @@ Shape letters: B rows, L positions, E width, N positions compared.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Row, document_mask
+from pretrain.core.batch import Batch, document_mask
 from pretrain.core.cross_entropy import IGNORE
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import attention_inputs, base
 from pretrain.core.method import Ref
-from pretrain.objectives import Loss, Objective
-from pretrain.objectives._distil import Teacher, check_weights, inner, last_states, open_teacher, same_width
+from pretrain.objectives import Loss
+from pretrain.objectives._distil import Taught, Teacher, check_weights, inner, last_states, open_teacher, same_width
 
 
 @dataclass(frozen=True)
-class SelfDistillation(Objective):
+class SelfDistillation(Taught):
     """Self-Distillation for Further Pre-training of Transformers (arXiv:2210.02871).
 
     The `teacher` is the initial model after further pretraining on the target text; the student starts from the same
@@ -52,19 +51,6 @@ class SelfDistillation(Objective):
                 f"self_distillation: states {self.states!r}: accepted with {self.objective}: {', '.join(accepted)}",
                 place=("states",),
             )
-
-    @property
-    def task(self) -> str:  # type: ignore[override]
-        """The kind of model that the objective trains."""
-        return self._inner.task
-
-    @property
-    def _inner(self) -> Objective:
-        return inner(self.name, self.objective, self.rate)
-
-    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
-        """What the objective prepares; its targets say what a masked token was."""
-        return self._inner.prepare(rows, context)
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher."""
