@@ -123,7 +123,9 @@ def _minutes(seconds: float | None) -> str:
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a stage that wrote one.")],
     prompt: Annotated[str, typer.Option(help="What to continue; '-' reads it from standard input.")] = "",
-    method: Annotated[str | None, typer.Option(help="A decoding method.", autocompletion=_names)] = None,
+    method: Annotated[
+        str | None, typer.Option(help="A decoding method: NAME, or {method: NAME, field: value}.", autocompletion=_names)
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; 0.8 by default.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="0.95 by default.")] = None,
@@ -132,11 +134,12 @@ def generate(
     """Continue a prompt with a checkpoint."""
     from pretrain.core import checkpoint as checkpoints
     from pretrain.core.hardware import pick_device
+    from pretrain.recipe import parse
     from pretrain.stages import build_method, checkpoint_of
     from pretrain.stages.decode import continue_prompt
 
     try:
-        decoding = build_method(method, "decoding") if method else None
+        decoding = build_method(parse(method), "decoding") if method else None
     except ValueError as error:
         raise PretrainError(str(error)) from error
     model, tokenizer = checkpoints.load(checkpoint_of(checkpoint), device=pick_device())
