@@ -124,7 +124,7 @@ def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a stage that wrote one.")],
     prompt: Annotated[str, typer.Option(help="What to continue; '-' reads it from standard input.")] = "",
     method: Annotated[
-        str | None, typer.Option(help="A decoding method: NAME, or {method: NAME, field: value}.", autocompletion=_names)
+        str | None, typer.Option(help="Decoding: NAME, or {method: NAME, field: value}.", autocompletion=_names)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; 0.8 by default.")] = None,
