@@ -78,7 +78,18 @@ def test_generate_continues_a_prompt(model_folder):
     wrong = cli("generate", model_folder, "--method", "none")
     assert wrong.returncode == 1 and "unknown decoding 'none'" in wrong.stderr
     fields = f"{{method: proxy_tuning, expert: {model_folder}, anti_expert: {model_folder}}}"
-    proxied = cli("generate", model_folder, "--prompt", "def main", "--max-new-tokens", "5", "--temperature", "0", "--method", fields)
+    proxied = cli(
+        "generate",
+        model_folder,
+        "--prompt",
+        "def main",
+        "--max-new-tokens",
+        "5",
+        "--temperature",
+        "0",
+        "--method",
+        fields,
+    )
     assert proxied.stdout == done.stdout  # an expert that is its own anti-expert changes nothing
 
 
