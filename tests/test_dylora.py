@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from adapter_cases import trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from policy_run import run, steps
 from transformers import AutoModelForCausalLM
@@ -33,15 +34,6 @@ IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
 def logits(model, **given):
     with torch.no_grad():
         return model.eval()(IDS, **given).logits
-
-
-def trained(model, seed=0):
-    """As if it had been trained: whatever is not frozen gets other numbers."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def seed_of(rank, highest):

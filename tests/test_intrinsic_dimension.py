@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from adapter_cases import IDS, logits
 from scipy.linalg import hadamard
 from transformers import AutoModelForCausalLM
 
@@ -18,14 +19,8 @@ from pretrain.core.method import method_class
 from pretrain.surgery._adapters import adapters
 
 intrinsic = method_class("intrinsic_dimension")
-IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
 FAMILIES = ("llama", "gpt2", "bert")
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
 
 
 def trained(model, seed=0):

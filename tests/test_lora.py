@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from adapter_cases import IDS, logits, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -21,22 +22,7 @@ from pretrain.surgery import Inputs
 lora = method_class("lora")
 peft_adapter = method_class("peft_adapter")
 merge = method_class("merge_adapters")
-IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
-def trained(model, seed=0):
-    """As if it had been trained: whatever is not frozen gets other numbers."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "t5"))

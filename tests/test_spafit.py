@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapter_cases import IDS, logits, trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,6 @@ from pretrain.surgery._adapters import adapters
 spafit = method_class("spafit")
 merge = method_class("merge_adapters")
 peft_adapter = method_class("peft_adapter")
-IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
 LAYERS = {"bert": "num_hidden_layers", "llama": "num_hidden_layers", "gpt2": "n_layer"}
 FAMILIES = (("bert", False), ("gpt2", False), ("llama", True))
 
@@ -27,20 +27,6 @@ FAMILIES = (("bert", False), ("gpt2", False), ("llama", True))
 def four(tiny):
     """Models of four blocks; 1 of them is frozen, 1 trains biases and 2 get LoRA by default."""
     return lambda family="bert": tiny(family, **{LAYERS[family]: 4})
-
-
-def logits(model):
-    with torch.no_grad():
-        return model.eval()(IDS).logits
-
-
-def trained(model, seed=0):
-    """As if it had been trained: whatever is not frozen gets other numbers."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def what_is_trained(model):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from adapter_cases import IDS, logits, trained
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -18,23 +19,7 @@ from pretrain.surgery._adapters import adapters
 
 svfit = method_class("svfit")
 merge = method_class("merge_adapters")
-IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
 FAMILIES = ("llama", "gpt2", "bert", "t5")
-
-
-def logits(model):
-    extra = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model.eval()(IDS, **extra).logits
-
-
-def trained(model, seed=0):
-    """As if it had been trained: whatever is not frozen gets other numbers."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

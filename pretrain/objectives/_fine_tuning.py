@@ -137,6 +137,12 @@ def inputs_of(inputs: Sequence[tuple[list[int], int]], context: Context) -> Batc
     }  # fmt: skip
 
 
+def read(examples: Sequence[Example], text: str, pair: str | None, context: Context) -> Batch:
+    """`inputs_of` the examples' texts, with the second texts of the column `pair` where there is one."""
+    second = texts_of(examples, pair) if pair else None
+    return inputs_of(framed(context, texts_of(examples, text), second), context)
+
+
 def classified(model: nn.Module, batch: Batch) -> Tensor:
     """The logits of a model with a head of `core.heads`."""
     segments = "type_vocab_size" in model.config.to_dict()  # type: ignore[union-attr, operator]

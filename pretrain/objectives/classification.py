@@ -13,7 +13,7 @@ from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.heads import labels_of, with_head
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import FineTuning, classified, examples_of, framed, inputs_of, texts_of
+from pretrain.objectives._fine_tuning import FineTuning, classified, examples_of, read, texts_of
 from pretrain.objectives._metrics import classification
 
 if TYPE_CHECKING:
@@ -62,8 +62,7 @@ class Classification(FineTuning):
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
         """`tokens_BL`, `mask_BL`, `segment_BL` and `label_B`, -100 where an example has no label."""
         examples = examples_of(rows, self.name)
-        second = texts_of(examples, self.pair) if self.pair else None
-        batch = inputs_of(framed(context, texts_of(examples, self.text), second), context)
+        batch = read(examples, self.text, self.pair, context)
         numbers = {name: number for number, name in enumerate(context.labels)}
         said = [example.columns.get(self.label) for example in examples]
         for value in said:

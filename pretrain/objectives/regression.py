@@ -13,7 +13,7 @@ from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.heads import NUMBER, with_head
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import FineTuning, classified, examples_of, framed, inputs_of, texts_of
+from pretrain.objectives._fine_tuning import FineTuning, classified, examples_of, read
 from pretrain.objectives._metrics import regression
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ class Regression(FineTuning):
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
         """`tokens_BL`, `mask_BL`, `segment_BL` and `number_B`."""
         examples = examples_of(rows, self.name)
-        second = texts_of(examples, self.pair) if self.pair else None
-        batch = inputs_of(framed(context, texts_of(examples, self.text), second), context)
+        batch = read(examples, self.text, self.pair, context)
         batch["number_B"] = torch.tensor(self.expected(examples, context))
         batch["weight"] = torch.tensor(len(examples))
         return batch

@@ -25,7 +25,7 @@ from pretrain.corpus.shards import tokenizer_fingerprint
 from pretrain.corpus.tokenizers import Encoder, load_tokenizer
 from pretrain.objectives import Loss
 from pretrain.objectives._distil import Teacher, check_weights
-from pretrain.objectives._fine_tuning import FineTuning, classified, examples_of, framed, inputs_of, texts_of
+from pretrain.objectives._fine_tuning import FineTuning, classified, examples_of, read
 from pretrain.objectives._metrics import classification
 
 if TYPE_CHECKING:
@@ -104,18 +104,15 @@ class WellReadStudents(FineTuning):
         """The student's input and `label_B`, -100 without a label; the teacher's input where it is another."""
         assert context.encoder is not None, "examples come with an encoder"
         examples = examples_of(rows, self.name)
-        batch = self._read(examples, context)
+        batch = read(examples, self.text, self.pair, context)
         own = _reading(self.teacher, context.encoder, context.length)
         if own is not None:
-            theirs = self._read(examples, replace(context, vocabulary=own[0], encoder=own[1], length=own[2]))
+            taught = replace(context, vocabulary=own[0], encoder=own[1], length=own[2])
+            theirs = read(examples, self.text, self.pair, taught)
             batch |= {TAUGHT + name: tensor for name, tensor in theirs.items() if name != "tokens"}
         batch["label_B"] = torch.tensor([self._number(example, context.labels) for example in examples])
         batch["weight"] = torch.tensor(len(examples))
         return batch
-
-    def _read(self, examples: Sequence[Example], context: Context) -> Batch:
-        second = texts_of(examples, self.pair) if self.pair else None
-        return inputs_of(framed(context, texts_of(examples, self.text), second), context)
 
     def _number(self, example: Example, labels: Sequence[str]) -> int:
         """The number of an example's label; -100 if it has none."""

@@ -78,6 +78,16 @@ def set_weight(layer: nn.Linear | Conv1D, weight_OI: Tensor) -> None:
     layer.weight.data.copy_(weight_OI.T if isinstance(layer, Conv1D) else weight_OI)
 
 
+def plain_layer(weight_OI: Tensor, bias_O: nn.Parameter | None, *, conv1d: bool) -> nn.Linear | Conv1D:
+    """A layer of that weight and bias."""
+    outputs, inputs = weight_OI.shape
+    with torch.device("meta"):
+        made: Any = Conv1D(outputs, inputs) if conv1d else nn.Linear(inputs, outputs, bias=bias_O is not None)
+    made.weight = nn.Parameter(weight_OI.T.contiguous() if conv1d else weight_OI)
+    made.bias = bias_O
+    return made
+
+
 def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
     """The upper Cholesky factor of (H + λI)⁻¹, λ = `damping` times the mean of H's diagonal."""
     H = hessian_II.double()

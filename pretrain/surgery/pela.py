@@ -17,7 +17,7 @@ from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import set_module
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._calibration import plain_linears, weight_of
+from pretrain.surgery._calibration import plain_layer, plain_linears, weight_of
 
 
 class LowRank(nn.Module):
@@ -67,15 +67,7 @@ class LowRank(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear | Conv1D:
         """The plain layer of the same weight."""
-        with torch.device("meta"):
-            plain: Any
-            if self.conv1d:
-                plain = Conv1D(self.out_features, self.in_features)
-            else:
-                plain = nn.Linear(self.in_features, self.out_features, bias=self.second.bias is not None)
-        plain.weight = nn.Parameter(self.dense().T.contiguous() if self.conv1d else self.dense())
-        plain.bias = self.second.bias
-        return plain
+        return plain_layer(self.dense(), self.second.bias, conv1d=self.conv1d)
 
     def forward(self, x: Tensor) -> Tensor:
         """x Aᵀ Bᵀ + bias."""

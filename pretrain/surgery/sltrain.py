@@ -20,6 +20,7 @@ from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import embeddings, family, linears, set_module
 from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._calibration import plain_layer
 from pretrain.surgery._random import generator
 
 
@@ -104,16 +105,7 @@ class SparseLowRank(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear | Conv1D:
         """The plain layer of the same weight."""
-        weight_OI = self.dense()
-        with torch.device("meta"):
-            plain: Any
-            if self.conv1d:
-                plain = Conv1D(self.out_features, self.in_features)
-            else:
-                plain = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        plain.weight = nn.Parameter(weight_OI.T.contiguous() if self.conv1d else weight_OI)
-        plain.bias = self.bias
-        return plain
+        return plain_layer(self.dense(), self.bias, conv1d=self.conv1d)
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias; under autocast all of it in the narrower type, as an `nn.Linear` would."""
