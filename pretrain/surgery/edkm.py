@@ -74,7 +74,7 @@ class Patterns:
 
 
 class _Product(torch.autograd.Function):
-    """y = x W̃ᵀ + b. Kept for the backward pass are x, the 16-bit weights and K centroids; tables are made anew.
+    """y = x W̃ᵀ + b. Kept for the backward pass are x, the parameter itself and K centroids; all else is made anew.
 
     With G the gradient of W̃, that of a weight w is G · ∂w̃/∂w at fixed centroids, which all weights of one value
     share, and what comes through the centroids, which they share too: Σ G over the weights of each value is enough.
@@ -82,18 +82,19 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias_O: Tensor | None, layer: ClusteredLinear) -> Tensor:  # type: ignore[override]
-        narrow, start_K = layer.narrow(weight), layer.centroids.clone()  # type: ignore[operator]
-        ctx.save_for_backward(x, narrow, start_K)
-        ctx.layer, ctx.dtype = layer, weight.dtype
-        found = Patterns(narrow, layer.wide(weight))
+        start_K = layer.centroids.clone()  # type: ignore[operator]
+        ctx.save_for_backward(x, weight, start_K)
+        ctx.layer = layer
+        found = Patterns(layer.narrow(weight), layer.wide(weight))
         table_U, _ = clustered(found.value_U, found.count_U, start_K.to(found.value_U), layer.tau, layer.iterations)
         return F.linear(x, layer.turned(found.spread(table_U.to(x.dtype))), bias_O)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
-        x, narrow, start_K = ctx.saved_tensors
-        layer, found = ctx.layer, Patterns(narrow, torch.promote_types(ctx.dtype, torch.float32))
+        x, weight, start_K = ctx.saved_tensors
+        layer = ctx.layer
+        found = Patterns(layer.narrow(weight), layer.wide(weight))
         x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         with torch.enable_grad():
             value_U, moving_U = (found.value_U.clone().requires_grad_() for _ in range(2))
@@ -107,7 +108,7 @@ class _Product(torch.autograd.Function):
             (slope_U,) = torch.autograd.grad(table_U, value_U, torch.ones_like(table_U), retain_graph=True)
             (pull_U,) = torch.autograd.grad(table_U, moving_U, found.gathered(of_made))
             of_weight = of_made * found.spread(slope_U) + found.spread(pull_U / found.count_U)
-            of_weight = of_weight.to(ctx.dtype)
+            of_weight = of_weight.to(weight.dtype)
         if ctx.needs_input_grad[2]:
             of_bias = grad_NO.sum(0)
         layer.move(end_K)
