@@ -301,6 +301,45 @@ def test_deduplicate_keeps_the_first_of_each_kind():
     assert len(Deduplicate(threshold=0)(datasets.Dataset.from_dict({"text": texts}))) == 4
 
 
+EXAMPLES = st.lists(
+    st.fixed_dictionaries(
+        {"text": st.sampled_from([LONG, LONG * 2, "short", ""])},
+        optional={
+            "label": st.sampled_from(["a", "b", None]), "target": st.sampled_from([LONG, "y", None]),
+            "tags": st.sampled_from([["B", "O"], ["O", "O"]]), "url": st.sampled_from(["u", "v"]),
+            "language_score": st.sampled_from([0.5, 0.7]), "name": st.sampled_from(["n", "m"]),
+        },
+    ),
+    min_size=1, max_size=12,
+)  # fmt: skip
+
+
+@given(EXAMPLES, st.sampled_from([0.0, 1.0]))
+@settings(max_examples=40, deadline=None)
+def test_only_examples_that_are_equal_in_all_that_belongs_to_them_are_copies(tmp_path_factory, examples, threshold):
+    import datasets
+
+    def content(row):
+        return repr([row.get(name) for name in ("text", "label", "target", "tags")])
+
+    names = {name: None for row in examples for name in row}
+    rows = [dict.fromkeys(names) | row | {"id": number, "domain": "d"} for number, row in enumerate(examples)]
+    first = {content(row): row["id"] for row in reversed(rows)}
+    assert Deduplicate(threshold)(datasets.Dataset.from_list(rows))["id"] == sorted(first.values())
+    folder = tmp_path_factory.mktemp("copies") / "c"
+    said = write_corpus([row | {"text": row["text"] or "x"} for row in rows], folder, validation=0, test=0)
+    assert sorted(Corpus(folder).split("train")["id"]) == sorted(first.values())
+    assert said["removed"] == {"exact": len(rows) - len(first), "near": 0}
+
+
+def test_near_duplicates_are_of_one_label():
+    import datasets
+
+    rows = [{"text": LONG * 3 + end, "label": label, "url": end} for end in ("", "more") for label in ("a", "b")]
+    kept = Deduplicate()(datasets.Dataset.from_list(rows))
+    assert kept["label"] == ["a", "b"] and kept["url"] == ["", ""]
+
+
 @pytest.mark.parametrize(("validation", "test"), [(-0.1, 0.1), (0.6, 0.4)])
 def test_impossible_shares_are_refused(tmp_path, validation, test):
     with pytest.raises(PretrainError, match="accepted: shares"):

@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_one_clear_error(tiny) -> None:
         intrinsic(dimension=0)
     with pytest.raises(PretrainError, match="dimension 14: accepted: above 14, the number of matrices"):
         intrinsic(dimension=14)(tiny())
-    with pytest.raises(PretrainError, match="where 'head': accepted: attention, feed_forward, all"):
+    with pytest.raises(PretrainError, match="where 'head': accepted: query_value, attention, feed_forward, all"):
         intrinsic(where="head")
     with pytest.raises(PretrainError, match="adapted already"):
         intrinsic(dimension=50)(intrinsic(dimension=50)(tiny()))

@@ -37,6 +37,23 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> Non
     assert names and all(".lora_" in name for name in names)
 
 
+@pytest.mark.parametrize(("family", "ends"), [
+    ("llama", {"q_proj", "v_proj"}), ("gpt2", {"c_attn"}), ("bert", {"query", "value"}), ("modernbert", {"Wqkv"}),
+    ("t5", {"q", "v"}),
+])  # fmt: skip
+@pytest.mark.parametrize("method", ("lora", "dylora", "increlora", "svfit"))
+def test_queries_and_values_are_a_place_of_every_adapter(tiny, family, ends, method) -> None:
+    adapted = method_class(method)(where="query_value", rank=2)(tiny(family))
+    found = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    parts = {name: set(name.split(".")) for name in found}
+    assert found and all(ends & its for its in parts.values())
+    assert all(any(end in its for its in parts.values()) for end in ends)
+    few = method_class(method)(where="query_value", targets=(min(ends),), rank=2)(tiny(family))
+    assert {n for n, p in few.named_parameters() if p.requires_grad} == {
+        n for n, its in parts.items() if min(ends) in its
+    }
+
+
 def test_it_is_pefts_own_adapter(tiny) -> None:
     theirs = get_peft_model(copy.deepcopy(tiny()), LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     ours = trained(lora(rank=4, targets=("q_proj", "v_proj"))(tiny()))
@@ -104,6 +121,44 @@ def test_a_classifiers_last_layer_is_trained_and_travels_with_the_adapter(tiny, 
     )
 
 
+@pytest.mark.parametrize(("family", "head"), [
+    ("bert", "sequence"), ("bert", "token"), ("modernbert", "sequence"), ("llama", "sequence"),
+])  # fmt: skip
+@pytest.mark.parametrize("method", [
+    lora(rank=2), lora(rank=2, dora=True), peft_adapter("IA3", {"target_modules": ["query", "Wqkv", "v_proj"], "feedforward_modules": []}),
+    method_class("dylora")(rank=2), method_class("svfit")(rank=2),
+], ids=["lora", "dora", "ia3", "dylora", "svfit"])  # fmt: skip
+def test_peft_puts_a_classifiers_new_modules_on_the_base_checkpoint(tiny, tmp_path, family, head, method) -> None:
+    checkpoint.save(tiny(family), None, tmp_path / "base")
+    model, _ = checkpoint.load(tmp_path / "base")
+    model = trained(with_head(method(model, Inputs(seed=1)), head, ("a", "b", "c"), VOCABULARY, seed=5))
+    checkpoint.save(model, None, tmp_path / "c")
+    again, _ = checkpoint.load(tmp_path / "c")
+    checkpoint.save(again, None, tmp_path / "again")
+    assert (head == "sequence" and family == "bert") == hasattr(getattr(model.base_model, "pooler", None), "dense")
+    for folder in ("c", "again"):
+        fresh = type(model).from_pretrained(tmp_path / "base", num_labels=3)
+        theirs = PeftModel.from_pretrained(fresh, tmp_path / folder / "adapter")
+        assert torch.allclose(logits(theirs), logits(model), atol=1e-6)
+        ours = with_head(tiny(family), head, ("a", "b", "c"), VOCABULARY, seed=6)
+        ours = peft_adapter(folder=str(tmp_path / folder / "adapter"))(ours)
+        assert torch.allclose(logits(ours), logits(model), atol=1e-6)
+
+
+@pytest.mark.parametrize("where", (["query", "classifier"], ["dense"]))
+def test_an_adapter_within_a_classifiers_new_modules_is_saved_and_in_pefts_format_where_it_can_be(
+    tiny, tmp_path, where
+) -> None:
+    base = with_head(tiny("bert"), "sequence", ("a", "b"), VOCABULARY, seed=5)
+    model = trained(peft_adapter("LORA", {"target_modules": where})(copy.deepcopy(base)))
+    checkpoint.save(model, None, tmp_path / "c")
+    assert torch.equal(logits(checkpoint.load(tmp_path / "c")[0]), logits(model))
+    assert (tmp_path / "c" / "adapter").exists() == (where == ["dense"])
+    if where == ["dense"]:  # the pooler's among them
+        theirs = PeftModel.from_pretrained(base, tmp_path / "c" / "adapter")
+        assert torch.allclose(logits(theirs), logits(model), atol=1e-6)
+
+
 def test_a_head_put_on_after_the_adapter_is_saved_with_it(tiny, tmp_path) -> None:
     model = trained(with_head(lora(rank=2)(tiny()), "sequence", ("a", "b"), VOCABULARY))
     assert model.score.weight.requires_grad
@@ -120,7 +175,7 @@ def test_what_does_not_fit_is_one_clear_error(tiny, tmp_path) -> None:
         lora(targets=("q_prj",))(tiny())
     with pytest.raises(PretrainError, match="rank 0: accepted: 1 or more"):
         lora(rank=0)
-    with pytest.raises(PretrainError, match="where 'head': accepted: attention"):
+    with pytest.raises(PretrainError, match="where 'head': accepted: query_value, attention, feed_forward, all"):
         lora(where="head")(tiny())
     with pytest.raises(PretrainError, match="adapter type of peft"):
         peft_adapter("LORAX")(tiny())

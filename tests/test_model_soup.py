@@ -145,6 +145,32 @@ def test_the_greedy_soup_is_never_worse_than_the_best_ingredient(tiny, text):
     assert loss(soup) <= min(map(loss, models))
 
 
+def test_the_best_alone_is_the_ingredient_of_the_lowest_loss_bit_for_bit(tiny, text):
+    corpus, tokenizer, loss = text
+    models = [near(tiny(vocab_size=512), 0.5, seed) for seed in range(3)]
+    inputs = Inputs(tokenizer=tokenizer, models=models[1:])
+    best, wanted = greedy(corpus, recipe="best")(models[0], inputs), min(models, key=loss)
+    assert all(torch.equal(p, wanted.get_parameter(name)) for name, p in best.named_parameters())
+    told = inputs.extra["metrics"]
+    assert told["model_soup/ingredients"] == 1 and told["model_soup/soup"] == told["model_soup/best_ingredient"]
+
+
+def test_the_evaluation_may_be_given_with_its_fields(tiny, text, prepared):
+    corpus, tokenizer, _ = text
+    models = [near(tiny(vocab_size=512), 0.5, seed) for seed in range(2)]
+    fields = {"method": "held_out", "length": 8}
+    found = []
+    for given in ({"evaluation": fields}, {"length": 8}):
+        inputs = Inputs(tokenizer=tokenizer, models=models[1:])
+        greedy(corpus, **given)(models[0], inputs)
+        found.append(inputs.extra["metrics"])
+    assert found[0] == found[1]
+    assert greedy(corpus, evaluation={"method": "task", "objective": "classification"}).parts() == (
+        "task",
+        "classification",
+    )
+
+
 def test_windows_are_of_the_length_asked_for(tiny, text, prepared):
     corpus, tokenizer, _ = text
     models = [near(tiny(vocab_size=512), 0.5, seed) for seed in range(2)]
@@ -209,10 +235,13 @@ def test_a_model_of_other_surgeries_is_refused(tiny):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"recipe": "stew"}, "recipe 'stew': accepted: greedy, uniform"),
+        ({"recipe": "stew"}, "recipe 'stew': accepted: greedy, uniform, best"),
         ({}, "corpus '': accepted: one with validation documents, or recipe uniform"),
         ({"corpus": "c", "weights": (1.0, 2.0)}, r"weights \[1.0, 2.0\]: accepted: none with recipe greedy"),
         ({"recipe": "uniform", "weights": (1.0, -1.0)}, r"weights \[1.0, -1.0\]: accepted: finite numbers, their sum not 0"),
+        ({"recipe": "best"}, "corpus '': accepted: one with validation documents, or recipe uniform"),
+        ({"recipe": "best", "corpus": "c", "weights": (1.0,)}, r"weights \[1.0\]: accepted: none with recipe best"),
+        ({"corpus": "c", "evaluation": {"method": "task", "goal": 1}}, "evaluation 'task': .*accepted fields: objective"),
         ({"corpus": "c", "better": "best"}, "better 'best': accepted: lower, higher"),
         ({"corpus": "c", "max_documents": 0}, "max_documents 0: accepted: 1 or more"),
         ({"corpus": "c", "length": -1}, "length -1: accepted: 0 or more"),
@@ -225,7 +254,9 @@ def test_wrong_fields_are_refused(fields, message):
 
 
 def test_an_evaluation_without_windows_takes_no_length(monkeypatch):
-    monkeypatch.setattr("pretrain.surgery.model_soup.method_class", lambda *_: make_dataclass("NoWindows", []))
+    monkeypatch.setattr(
+        "pretrain.surgery.model_soup.nested", lambda *_: make_dataclass("N", [], namespace={"name": "held_out"})()
+    )
     with pytest.raises(PretrainError, match="length 64: accepted: 0 with held_out, which has no windows"):
         ModelSoup(corpus="c", length=64)
 

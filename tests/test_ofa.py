@@ -117,12 +117,15 @@ def test_subwords_are_the_means_of_the_words_they_are_part_of(wide, vectors):
     assert all(np.allclose(found[i], row) for i, row in wanted.items())
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5"])
-def test_whole_rows_are_mixed_as_the_formula_says(tiny, old, new, wide, vectors, family):
-    model = tiny(family, vocab_size=len(old))
+@pytest.mark.parametrize(
+    ("family", "fields"),
+    [("llama", {}), ("gpt2", {}), ("bert", {}), ("bert", {"tie_word_embeddings": False}), ("t5", {})],
+)
+def test_whole_rows_are_mixed_as_the_formula_says(tiny, old, new, wide, vectors, tmp_path, family, fields):
+    model = tiny(family, vocab_size=len(old), **fields)
     if family == "bert":
         with torch.no_grad():
-            model.cls.predictions.bias.copy_(torch.linspace(-1, 1, len(old)))
+            model.cls.predictions.decoder.bias.copy_(torch.linspace(-1, 1, len(old)))
     tables = [
         model.get_input_embeddings().weight,
         model.get_output_embeddings().weight,
@@ -146,6 +149,10 @@ def test_whole_rows_are_mixed_as_the_formula_says(tiny, old, new, wide, vectors,
                 wide.convert_ids_to_tokens(token)
             )
         assert torch.isfinite(table).all() and not torch.allclose(table[silent[0]], start.mean(0))
+    checkpoint.save(made, inputs.extra["tokenizer"], tmp_path / "c")
+    loaded, _ = checkpoint.load(tmp_path / "c")
+    extra = {"decoder_input_ids": TOKENS} if family == "t5" else {}
+    assert torch.equal(loaded(TOKENS, **extra).logits, made(TOKENS, **extra).logits)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])

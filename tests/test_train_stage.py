@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 
 import pretrain
 from pretrain import engine
 from pretrain.core.checkpoint import lineage
 from pretrain.core.errors import PretrainError
+from pretrain.corpus.store import side, write_corpus
 from pretrain.recipe import load
 
 RECIPE = """\
@@ -62,3 +65,36 @@ def test_a_companion_gets_a_checkpoint_of_its_own_that_later_stages_may_use(reci
     more = [f"model.init={done.folder / 'model' / 'companion'}", "model.model={}", "model.objective=causal_lm"]
     again = engine.run(load(recipe, more, tmp_path / "more"), say=engine.silent)
     assert again.stages["model"]["metrics"]["steps"] == 3
+
+
+@pytest.mark.parametrize("objective", ["causal_lm", "classification"])
+@pytest.mark.parametrize("test", ["gone", "damaged", "without labels"])
+def test_the_test_split_is_never_opened(prepared, tmp_path, objective, test):
+    rows = [{"text": f"{number} def f(): pass", "domain": "d", "id": str(number)} for number in range(60)]
+    for number, row in enumerate(rows):
+        row["label"] = None if side(row["text"], 0.2, 0.2) == "test" else "ab"[number % 2]
+    write_corpus(rows, tmp_path / "c", validation=0.2, test=0.2, near_duplicates=None)
+    (part,) = (tmp_path / "c" / "test").glob("*.parquet")
+    if test == "gone":
+        shutil.rmtree(part.parent)
+    elif test == "damaged":
+        part.write_bytes(b"damaged")
+    (tmp_path / "r.yaml").write_text(
+        f"""\
+stages:
+  - stage: train
+    name: model
+    corpus: {tmp_path / "c"}
+    tokenizer: {prepared / "tokenizer"}
+    model: {{family: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}}
+    objective: {objective}
+    length: 32
+    batch_rows: 2
+    evaluate_every: 1
+    budget: {{steps: 2}}
+"""
+    )
+    done = engine.run(load(tmp_path / "r.yaml", [], tmp_path / "out"), say=engine.silent)
+    assert done.stages["model"]["metrics"]["steps"] == 2
+    made = {path.name for path in done.folder.rglob(".tokens/*/*") if path.is_dir()}
+    assert made == ({"train", "validation"} if objective == "causal_lm" else set())

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
@@ -120,6 +120,55 @@ def test_old_rows_stay_and_logits_of_old_tokens_with_them(
     loaded, tokenizer = checkpoint.load(tmp_path / "c")
     assert torch.equal(loaded(**names).logits, made(**names).logits)
     assert tokenizer.get_vocab() == wide.get_vocab()
+
+
+def with_a_head_of_its_own(tiny, family, rows, folder):
+    """A model opened from a checkpoint whose head and biases are no other weights."""
+    if family == "roberta":
+        config = RobertaConfig(
+            vocab_size=rows, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48,
+            tie_word_embeddings=False,
+        )  # fmt: skip
+        model = RobertaForMaskedLM(config).eval()
+    else:
+        model = tiny(family, vocab_size=rows, tie_word_embeddings=False)
+    if family == "t5":  # whose configuration says tied whatever the weights
+        model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+        model.all_tied_weights_keys.pop("lm_head.weight")
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            torch.nn.init.normal_(parameter, std=0.5)
+    checkpoint.save(model, None, folder)
+    return checkpoint.load(folder)[0]
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "t5"])
+def test_a_head_that_is_not_tied_stays_so(tiny, old, wide, tokenizer_of_code, prepared, tmp_path, family):
+    model = with_a_head_of_its_own(tiny, family, len(old), tmp_path / "old")
+    ids = torch.arange(3, 23)[None]
+    given = {"input_ids": ids} | ({"decoder_input_ids": ids} if family == "t5" else {})
+    before, rows = model(**given).logits, [table.clone() for table in tables(model)]
+    biases = {name: p.clone() for name, p in model.named_parameters() if p.shape == (len(old),)}
+    assert len(rows) == (2 if family == "t5" else 3) and len(biases) == {"bert": 2, "roberta": 2, "t5": 0}.get(
+        family, 1
+    )
+    made, inputs = operate(model, old, tokenizer_of_code, prepared, "mean")
+    for old_VX, table in zip(rows, tables(made), strict=True):
+        assert torch.equal(table[: len(old)], old_VX)
+        assert torch.allclose(table[len(old) :], old_VX.mean(0).expand_as(table[len(old) :]), atol=1e-6)
+    assert all(torch.equal(made.get_parameter(name)[: len(old)], bias) for name, bias in biases.items())
+    logits = made(**given).logits
+    assert torch.allclose(logits[..., : len(old)], before, atol=1e-6)
+    head = made.get_output_embeddings()
+    states = torch.randn(3, 32)
+    assert torch.equal(head(states), torch.nn.functional.linear(states, head.weight, head.bias))
+    mean = before.double().mean(-1, keepdim=True).expand_as(logits[..., len(old) :])
+    assert torch.allclose(logits[..., len(old) :].double(), mean, atol=1e-4)
+    checkpoint.save(made, inputs.extra["tokenizer"], tmp_path / "c")
+    for loaded in (checkpoint.load(tmp_path / "c")[0], type(made).from_pretrained(tmp_path / "c").eval()):
+        assert torch.equal(loaded(**given).logits, logits)
+        assert len(loaded.get_output_embeddings().weight) == len(wide)
 
 
 @pytest.mark.parametrize("way", ["cw2v", "mean"])

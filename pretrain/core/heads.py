@@ -31,6 +31,17 @@ def output(model: Any) -> tuple[str, nn.Module] | None:
     return next(((name, module) for name, module in model.named_children() if name in _OUTPUTS), None)
 
 
+def new_modules(model: Any) -> dict[str, nn.Module]:
+    """What a classifier may have that its pretrained model has not: what stands on the base model, BERT's pooler."""
+    if output(model) is None:
+        return {}
+    inner, pooler = base(model), getattr(base(model), "pooler", None)
+    found = {name: module for name, module in model.named_children() if module is not inner}
+    if pooler is not None:
+        found[f"{model.base_model_prefix}.pooler"] = pooler
+    return {name: module for name, module in found.items() if next(module.parameters(), None) is not None}
+
+
 def with_head(
     model: PreTrainedModel, head: str, labels: Sequence[str], vocabulary: Vocabulary, *, seed: int = 0
 ) -> PreTrainedModel:

@@ -1,13 +1,15 @@
 """A corpus on disk: Parquet files by split, and `corpus.json`.
 
 A document's side is decided by a hash of its text (of its `group` where it has one), so it is the same whatever the
-order and whatever else the corpus holds. Exact copies are removed everywhere, and training documents that are near-
-duplicates of held-out ones are removed from training. Documents stream through: the corpus may be larger than memory.
+order and whatever else the corpus holds. Exact copies are removed everywhere: documents that have the text and all that
+belongs to it (a target, a label) alike. Training documents whose text is a near-duplicate of a held-out one are removed
+from training. Documents stream through: the corpus may be larger than memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,12 +26,30 @@ if TYPE_CHECKING:
 
 SPLITS = ("train", "validation", "test")
 PART_BYTES = 64 << 20
+# Words in the names of columns that make an example of a text; any other column is about it, as its `url` is.
+BESIDE = {
+    "answer", "answers", "b", "category", "choices", "chosen", "class", "completion", "context", "hypothesis",
+    "instruction", "label", "labels", "messages", "negative", "negatives", "options", "output", "pair",
+    "positive", "positives", "premise", "prompt", "query", "question", "rejected", "response", "second",
+    "summary", "tag", "tags", "target", "targets",
+}  # fmt: skip
 
 
 def side(key: str, validation: float, test: float) -> str:
     """The split that a document belongs to, from the hash of its text or group."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
     return "test" if number < test else "validation" if number < test + validation else "train"
+
+
+def belongs(column: str) -> bool:
+    """Whether a column is part of an example, as its label is, and not just about its text, as a `url` is."""
+    return bool(BESIDE.intersection(re.split(r"[^a-z]+", column.lower())))
+
+
+def beside(document: Document) -> str:
+    """All that belongs to a document's text, written out; nothing for a plain one."""
+    found = sorted((name, value) for name, value in document.items() if value is not None and belongs(name))
+    return repr(found) if found else ""
 
 
 class _Writer:
@@ -107,7 +127,7 @@ def _write_splits(
     writers = {split: _Writer(work / split) for split in SPLITS}
     seen: set[bytes] = set()
     for document in documents:
-        key = hashlib.blake2b(document["text"].encode(), digest_size=16).digest()
+        key = hashlib.blake2b(f"{beside(document)}\0{document['text']}".encode(), digest_size=16).digest()
         if key in seen:
             removed["exact"] += 1
             continue

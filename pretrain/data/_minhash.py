@@ -29,32 +29,36 @@ class Index:
 
     def __init__(self, threshold: float) -> None:
         self.threshold = threshold
-        self.signatures: list[RMinHash] = []
+        self.signatures: list[tuple[RMinHash, str]] = []
         self.buckets = RMinHashLSH(threshold=threshold, num_perm=PERMUTATIONS, num_bands=BANDS)
 
-    def add(self, minhash: RMinHash) -> None:
+    def add(self, minhash: RMinHash, kind: str = "") -> None:
         """Put one in."""
         self.buckets.insert(len(self.signatures), minhash)
-        self.signatures.append(minhash)
+        self.signatures.append((minhash, kind))
 
-    def has_near(self, minhash: RMinHash) -> bool:
-        """Whether one that was put in is at least `threshold` alike."""
-        return any(minhash.jaccard(self.signatures[i]) >= self.threshold for i in self.buckets.query(minhash))
+    def has_near(self, minhash: RMinHash, kind: str = "") -> bool:
+        """Whether one of that kind that was put in is at least `threshold` alike."""
+        near = (self.signatures[i] for i in self.buckets.query(minhash))
+        return any(its == kind and minhash.jaccard(other) >= self.threshold for other, its in near)
 
 
-def unique(texts: Iterable[str], threshold: float | None, index: Index | None = None) -> Sequence[bool]:
-    """For each text whether it is kept: no exact copy and (with a threshold) no near-duplicate of one kept before."""
-    seen: set[str] = set()
-    index = index or (Index(threshold) if threshold else None)
+def unique(texts: Iterable[tuple[str, str]], threshold: float | None) -> Sequence[bool]:
+    """For each text whether it is kept: no exact copy and (with a threshold) no near-duplicate of one kept before.
+
+    With each comes its kind; only texts of one kind are compared.
+    """
+    seen: set[tuple[str, str]] = set()
+    index = Index(threshold) if threshold else None
     kept = []
-    for text in texts:
-        keep = text not in seen
+    for text, kind in texts:
+        keep = (text, kind) not in seen
         if keep and index is not None:
             minhash = signature(text)
-            keep = not index.has_near(minhash)
+            keep = not index.has_near(minhash, kind)
             if keep:
-                index.add(minhash)
+                index.add(minhash, kind)
         if keep:
-            seen.add(text)
+            seen.add((text, kind))
         kept.append(keep)
     return kept

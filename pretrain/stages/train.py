@@ -26,6 +26,8 @@ from pretrain.stages import (
 )
 from pretrain.training.budget import Budget
 
+USED = ("train", "validation")  # the splits that training opens
+
 
 class Weighted(BaseModel):
     """An objective and its weight in the sum."""
@@ -157,9 +159,9 @@ class Train(Stage):
             model, shards = self._examples(job, model, tokenizer, vocabulary)
         else:
             if world.main:
-                tokens_of(job, tokenizer, verify=True)
+                tokens_of(job, tokenizer, splits=USED, verify=True)
             world.wait()
-            shards = tokens_of(job, tokenizer, verify=False)
+            shards = tokens_of(job, tokenizer, splits=USED, verify=False)
         loader = Loader(
             shards["train"], [w.method for w in weighted], vocabulary, length=self.length, batch_rows=self.batch_rows,
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
@@ -263,12 +265,12 @@ class Train(Stage):
         """The model with the objective's head, and the corpus as examples by split."""
         from pretrain.core.heads import labels_of
         from pretrain.corpus.examples import Examples
-        from pretrain.corpus.store import SPLITS, Corpus
+        from pretrain.corpus.store import Corpus
 
         objectives: list[Any] = [w.method for w in self.weighted()]
         objective, corpus = objectives[0], Corpus(corpus_of(job.inputs["corpus"]))
         columns = [name for one in objectives for name in one.columns]
-        found = {split: Examples(corpus, split, tokenizer, columns) for split in SPLITS}
+        found = {split: Examples(corpus, split, tokenizer, columns) for split in USED}
         labels = objective.labels(found["train"].split[objective.columns[-1]])
         model = objective.ready(model, labels, vocabulary, job.seed)
         for examples in found.values():

@@ -17,10 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.checkpoint import recorded, surgery_of
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears, set_module
-from pretrain.core.heads import output
+from pretrain.core.families import family, linears, set_module
+from pretrain.core.heads import new_modules, output
 
-PLACES = ("attention", "feed_forward", "all")
+PLACES = ("query_value", "attention", "feed_forward", "all")
 
 
 class Adapter(nn.Module):
@@ -89,7 +89,8 @@ def freeze(model: PreTrainedModel) -> None:
 def targets(model: PreTrainedModel, method: str, where: str, names: Sequence[str] = ()) -> dict[str, nn.Module]:
     """The blocks' linear layers of `attention`, `feed_forward` or `all`, only those whose name ends in one of `names`.
 
-    Raises `PretrainError` where there is none, and where one is no plain linear layer any more.
+    `query_value` is many papers' choice: the projections to queries and values, whole where fused; with `names`, those
+    of any layers. Raises `PretrainError` where there is none, and where one is no plain linear layer any more.
     """
     if where not in PLACES:
         raise PretrainError(f"{method}: where {where!r}: accepted: {', '.join(PLACES)}")
@@ -97,6 +98,9 @@ def targets(model: PreTrainedModel, method: str, where: str, names: Sequence[str
         raise PretrainError(
             f"{method}: the model is adapted already: accepted: a plain one; merge_adapters makes it so"
         )
+    if where == "query_value":
+        projections = family(model).queries
+        where, names = "all", names or [path.rpartition(".")[2] for path in (projections[0], projections[-1])]
     found = linears(model, where)
     if names:
         last = sorted({name.rpartition(".")[2] for name in found})
@@ -131,24 +135,25 @@ def peft_lora(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """An adapter in `peft`'s format from `{layer: (B_OR, A_RI)}`, scaled already, of whatever ranks.
 
-    A classifier's last layer goes with it.
+    What is new in a classifier goes with it.
     """
     used = {name: (B_OR, A_RI) for name, (B_OR, A_RI) in factors.items() if A_RI.shape[0]}
     ranks = {name: A_RI.shape[0] for name, (_, A_RI) in used.items()}
-    rank, last = max(ranks.values(), default=1), output(model)
+    rank, new = max(ranks.values(), default=1), new_modules(model)
     config: dict[str, Any] = {
         "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(used), "bias": "none",
         "lora_dropout": 0.0, "rank_pattern": {f"^{n}$".replace(".", r"\."): r for n, r in ranks.items() if r != rank},
         "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True, "base_model_name_or_path": None,
-        "task_type": None if last is not None or not model.can_generate() else "CAUSAL_LM",
+        "task_type": None if new or not model.can_generate() else "CAUSAL_LM",
     }  # fmt: skip
     config["alpha_pattern"] = dict(config["rank_pattern"])
     tensors = {}
     for name, (B_OR, A_RI) in used.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A_RI.detach().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = B_OR.detach().contiguous()
-    if last is not None:
-        config["modules_to_save"] = [last[0]]
-        for name, tensor in last[1].state_dict().items():
-            tensors[f"base_model.model.{last[0]}.{name}"] = tensor.detach().contiguous()
+    if new:
+        config["modules_to_save"] = list(new)
+    for name, module in new.items():
+        for part, tensor in module.state_dict().items():
+            tensors[f"base_model.model.{name}.{part}"] = tensor.detach().contiguous()
     return config, tensors

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -19,6 +18,7 @@ from pretrain.core.checkpoint import checkpoint_of, load
 from pretrain.core.errors import PretrainError
 from pretrain.surgery import Inputs
 from pretrain.surgery._merge import check, weights
+from pretrain.surgery._tokens import resize
 
 
 def open_both(
@@ -53,8 +53,7 @@ def add_rows(model: PreTrainedModel, instruct: PreTrainedModel) -> None:
     """Give `model` the rows of the vocabulary that only the instruction-tuned one has."""
     have, wanted = (len(one.get_input_embeddings().weight) for one in (model, instruct))
     if wanted > have:
-        with torch.random.fork_rng(devices=[]):
-            model.resize_token_embeddings(wanted, mean_resizing=False)
+        resize(model, wanted)
         its = weights(instruct)
         for name, tensor in weights(model).items():
             if _is_table(model, tensor):

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.errors import PretrainError
@@ -37,11 +38,37 @@ def expand(method: str, model: PreTrainedModel, folder: str, inputs: Inputs | No
             "more"
         )
     if new and new[-1] >= rows:
-        with torch.random.fork_rng(devices=[]):
-            model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+        resize(model, new[-1] + 1)
     inputs.extra["tokenizer"] = tokenizer
     report(inputs, **{f"{method}/new_tokens": len(new)})
     return old, new
+
+
+@torch.no_grad()
+def resize(model: PreTrainedModel, rows: int) -> None:
+    """That many rows of the embeddings, of the head and of its bias: what was one weight stays one, and no more.
+
+    `transformers` ties anew by its classes and configurations: an untied BERT's bias to one that is never used, and
+    the head of T5 to the embeddings, be it another's.
+    """
+    before = dict(model.named_parameters(remove_duplicate=False))
+    count, head = len(model.get_input_embeddings().weight), model.get_output_embeddings()
+    around = next((name.rpartition(".")[0] for name, module in model.named_modules() if module is head), "")
+    with torch.random.fork_rng(devices=[]):
+        model.resize_token_embeddings(rows, mean_resizing=False)
+    made: dict[int, nn.Parameter] = {}
+    for name, now in list(model.named_parameters(remove_duplicate=False)):
+        was = before[name]
+        unused = name == f"{around}.bias" and len(was) == count  # an untied RoBERTa's has been left as it was
+        if now is was and not unused:
+            continue
+        if id(was) not in made:
+            table, kept = was.new_zeros(rows, *was.shape[1:]), min(len(was), rows)
+            table[:kept] = was[:kept]
+            table[kept : len(now)] = now[kept:rows]
+            made[id(was)] = nn.Parameter(table, requires_grad=was.requires_grad)
+        parent, _, last = name.rpartition(".")
+        setattr(model.get_submodule(parent), last, made[id(was)])
 
 
 def joined(method: str, old: PreTrainedTokenizerBase, added: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:

@@ -18,8 +18,7 @@ from pretrain.core.checkpoint import record, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import linears
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._adapters import Adapter, LowRankAdapter, adapt, adapters, peft_lora
-from pretrain.surgery._query_value import chosen
+from pretrain.surgery._adapters import Adapter, LowRankAdapter, adapt, adapters, peft_lora, targets
 from pretrain.surgery._random import generator
 
 SCORES = ("weights", "updates")
@@ -165,7 +164,7 @@ class DSEE(Surgery):
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same layers, with numbers yet to be loaded."""
-        layers: dict[str, Any] = chosen(model, self.name, self.where, self.targets)
+        layers: dict[str, Any] = targets(model, self.name, self.where, self.targets)
         for name, layer in layers.items():
             if self.rank >= min(layer.weight.shape):
                 raise PretrainError(

@@ -100,7 +100,8 @@ class Projected(Adapter):
 class IntrinsicDimension(Surgery):
     """Intrinsic Dimensionality Explains the Effectiveness of Language Model Fine-Tuning (arXiv:2012.13255).
 
-    All weight matrices of the blocks (or those of attention or feed_forward, by `where`) move in one random subspace,
+    All weight matrices of the blocks (or of query_value, attention or feed_forward, by `where`) move in one random
+    subspace,
 
         W_i = W_i(0) + lambda_i · P_i θ,    P_i = H G Π H B (Fastfood),
 

@@ -20,7 +20,8 @@ class LoRA(Surgery):
 
     The blocks' linear layers are frozen and become W + (alpha / rank) · BA, of which A and B alone are trained; B
     begins at zero, so nothing changes at first. The layers are `peft`'s own; `dora`, `rslora` and `init` are its
-    variants. `where` picks the layers of attention, feed_forward or all, `targets` the ends of their names (`q_proj`).
+    variants. `where` picks the layers: query_value, attention, feed_forward or all; `targets` the ends of their names
+    (`q_proj`).
     """
 
     rank: int = 8

@@ -5,14 +5,15 @@ from __future__ import annotations
 import copy
 import math
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import Ref, method_class
+from pretrain.core.method import Ref, nested
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._merge import check, mean_into, report
 
@@ -28,19 +29,20 @@ class ModelSoup(Surgery):
     """Model soups: averaging weights of multiple fine-tuned models improves accuracy without increasing inference time
     (arXiv:2203.05482).
 
-    The ingredients are the stage's checkpoint and its `models`, fine-tuned from one pretrained model. "uniform":
-    θ = (1/k) Σ θ_i; with `weights`, of the checkpoint first, θ = Σ w_i θ_i / Σ w_i. "greedy": from the best ingredient
-    to the worst by a held-out measure, each joins the mean of those that are in if that makes the measure no worse, so
-    that the soup is never worse than the best ingredient. The measure is `metric` of `evaluation` on at most
-    `max_documents` validation documents of `corpus` in windows of `length` (0: the evaluation's own), `better` lower or
-    higher. Sums are in float64 and rounded once: a soup of equal models is that model, bit for bit. The soup reads text
-    as the checkpoint does.
+    The ingredients are the stage's checkpoint and its `models`, fine-tuned from one pretrained model. "uniform": θ =
+    (1/k) Σ θ_i; with `weights`, of the checkpoint first, θ = Σ w_i θ_i / Σ w_i. "greedy": from the best ingredient to
+    the worst by a held-out measure, each joins the mean of those that are in if that makes the measure no worse, so
+    that the soup is never worse than the best ingredient; "best": that ingredient alone, what the paper compares with.
+    The measure is `metric` of `evaluation` (`held_out`, or with its fields `{method: task, objective: classification}`)
+    on at most `max_documents` validation documents of `corpus` in windows of `length` (0: the evaluation's own),
+    `better` lower or higher. Sums are in float64 and rounded once: a soup of equal models is that model, bit for bit.
+    The soup reads text as the checkpoint does.
     """
 
-    recipe: Literal["greedy", "uniform"] = "greedy"
+    recipe: Literal["greedy", "uniform", "best"] = "greedy"
     weights: tuple[float, ...] = ()
     corpus: Ref = ""
-    evaluation: str = "held_out"
+    evaluation: Any = "held_out"
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
     max_documents: int = 2000
@@ -48,21 +50,30 @@ class ModelSoup(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse what fits no recipe."""
-        for name, accepted in (("recipe", ("greedy", "uniform")), ("better", ("lower", "higher"))):
+        for name, accepted in (("recipe", ("greedy", "uniform", "best")), ("better", ("lower", "higher"))):
             if getattr(self, name) not in accepted:
                 raise PretrainError(f"model_soup: {name} {getattr(self, name)!r}: accepted: {', '.join(accepted)}")
-        if self.recipe == "greedy" and self.weights:
-            raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: none with recipe greedy")
-        if self.recipe == "greedy" and not self.corpus:
+        if self.recipe != "uniform" and self.weights:
+            raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: none with recipe {self.recipe}")
+        if self.recipe != "uniform" and not self.corpus:
             raise PretrainError("model_soup: corpus '': accepted: one with validation documents, or recipe uniform")
         if self.weights and (not all(map(math.isfinite, self.weights)) or abs(sum(self.weights)) < 1e-9):
             raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: finite numbers, their sum not 0")
         if self.max_documents < 1:
             raise PretrainError(f"model_soup: max_documents {self.max_documents}: accepted: 1 or more")
-        known = [item.name for item in fields(method_class(self.evaluation, "evaluation"))]  # type: ignore[arg-type]
+        known = [item.name for item in fields(self.measuring)]
         if self.length < 0 or (self.length and "length" not in known):
-            allowed = "0 or more" if "length" in known else f"0 with {self.evaluation}, which has no windows"
+            allowed = "0 or more" if "length" in known else f"0 with {self.measuring.name}, which has no windows"
             raise PretrainError(f"model_soup: length {self.length}: accepted: {allowed}")
+
+    @cached_property
+    def measuring(self) -> Any:
+        """The evaluation."""
+        return nested(self.evaluation, "evaluation")
+
+    def parts(self) -> tuple[str, ...]:
+        """The evaluation's name, and its own parts, where the recipe measures."""
+        return () if self.recipe == "uniform" else (self.measuring.name, *self.measuring.parts())
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """A new model of the averaged weights."""
@@ -101,7 +112,7 @@ class ModelSoup(Surgery):
                 raise PretrainError(f"model_soup: {self.metric} of {label} is {found}; accepted: a finite measure")
         order = sorted(range(len(models)), key=alone.__getitem__)
         chosen, best = order[:1], alone[order[0]]
-        for candidate in order[1:]:
+        for candidate in order[1:] if self.recipe == "greedy" else ():
             found = loss([*chosen, candidate])
             if found <= best:
                 chosen, best = [*chosen, candidate], found
@@ -118,8 +129,7 @@ class ModelSoup(Surgery):
 
         if tokenizer is None:
             raise PretrainError("model_soup: the checkpoint has no tokenizer to read the held-out documents with")
-        kind: Any = method_class(self.evaluation, "evaluation")
-        evaluate = kind(length=self.length) if self.length else kind()
+        evaluate = replace(self.measuring, length=self.length) if self.length else self.measuring
         columns = dict.fromkeys(("text", "domain", "id", *evaluate.columns))
         documents = Corpus(corpus_of(Path(self.corpus))).sample("validation", self.max_documents, tuple(columns))
         if not documents:
@@ -131,7 +141,7 @@ class ModelSoup(Surgery):
             metrics = evaluate(model.eval(), tokenizer, documents).metrics
             if self.metric not in metrics:
                 raise PretrainError(
-                    f"model_soup: metric {self.metric!r}: accepted: {', '.join(metrics)} of {self.evaluation}"
+                    f"model_soup: metric {self.metric!r}: accepted: {', '.join(metrics)} of {evaluate.name}"
                 )
             return float(metrics[self.metric] if self.better == "lower" else -metrics[self.metric])
 

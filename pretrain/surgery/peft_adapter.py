@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import read_json
-from pretrain.core.heads import output
+from pretrain.core.heads import new_modules, output
 from pretrain.core.method import Ref
 from pretrain.surgery import Inputs, Surgery
 
@@ -57,15 +57,24 @@ class PeftAdapter(Surgery):
         """The layers of the recorded configuration, with weights yet to be loaded."""
         return _inject(model, {"peft_type": self.type, **self.config, "init_lora_weights": True})
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Configuration and weights as `peft` saves them, a classifier's last layer among them."""
+    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Configuration and weights as `peft` saves them, what is new in a classifier among them.
+
+        None where the classifier's last layer is adapted: it is trained whole besides, which `peft` cannot say.
+        """
         from peft import get_peft_model_state_dict
 
-        config, last = {"peft_type": self.type, **self.config, "inference_mode": True}, output(model)
+        config = {"peft_type": self.type, **self.config, "inference_mode": True}
         tensors = {f"{PREFIX}{n}": t.contiguous() for n, t in get_peft_model_state_dict(model).items()}
-        if last is not None:
-            config["modules_to_save"] = [last[0]]
-            tensors |= {f"{PREFIX}{last[0]}.{n}": t.contiguous() for n, t in last[1].state_dict().items()}
+        there = new_modules(model)
+        adapted = {name for name in there if any(n.startswith(f"{PREFIX}{name}.") for n in tensors)}
+        last, new = output(model), {name: module for name, module in there.items() if name not in adapted}
+        if last is not None and last[0] in adapted:
+            return None
+        if new:
+            config["modules_to_save"] = list(new)
+        for name, module in new.items():
+            tensors |= {f"{PREFIX}{name}.{part}": t.contiguous() for part, t in module.state_dict().items()}
         return config, tensors
 
     def _configuration(self) -> dict[str, Any]:
@@ -118,11 +127,11 @@ def _load(model: PreTrainedModel, folder: Path) -> None:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
     except (SafetensorError, OSError) as error:
         raise PretrainError(f"{path} is truncated or damaged ({' '.join(str(error).split())[:200]})") from error
-    last = output(model)
-    if last is not None:
-        ours = {n: tensors.pop(f"{last[0]}.{n}") for n in last[1].state_dict() if f"{last[0]}.{n}" in tensors}
+    for place, module in new_modules(model).items():
+        ours = {n: tensors.pop(f"{place}.{n}") for n in module.state_dict() if f"{place}.{n}" in tensors}
         if ours:
-            last[1].load_state_dict(ours)
+            module.load_state_dict(ours)
+    last = output(model)
     of_last = "" if last is None else f"{last[0]}."
     wanted = {n: t for n, t in get_peft_model_state_dict(model).items() if not of_last or not n.startswith(of_last)}
     wrong = [f"{n} is missing" for n in wanted if n not in tensors]

@@ -13,8 +13,7 @@ from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import blocks, family
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._adapters import LowRankAdapter, adapt, adapters, peft_lora
-from pretrain.surgery._query_value import chosen
+from pretrain.surgery._adapters import LowRankAdapter, adapt, adapters, peft_lora, targets
 from pretrain.surgery._random import generator
 
 
@@ -105,7 +104,7 @@ class SPAFIT(Surgery):
         all_blocks = blocks(model)
         _, middle, last = self.groups(len(all_blocks))
         inside = {id(module) for number in last for module in all_blocks[number].modules()}
-        layers = {n: m for n, m in chosen(model, self.name, self.where, self.targets).items() if id(m) in inside}
+        layers = {n: m for n, m in targets(model, self.name, self.where, self.targets).items() if id(m) in inside}
         tuned = [all_blocks[number] for number in (*middle, *(last if self.last_biases else ()))]
         small = [p for block in tuned for name, p in block.named_parameters() if self._small(block, name)]
         if tuned and not small:

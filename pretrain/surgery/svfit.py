@@ -17,8 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._adapters import Adapter, adapt, adapters, peft_lora
-from pretrain.surgery._query_value import chosen
+from pretrain.surgery._adapters import Adapter, adapt, adapters, peft_lora, targets
 
 
 class SingularValues(Adapter):
@@ -97,7 +96,7 @@ class SVFit(Surgery):
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same layers, with numbers yet to be loaded."""
-        layers: dict[str, Any] = chosen(model, self.name, self.where, self.targets)
+        layers: dict[str, Any] = targets(model, self.name, self.where, self.targets)
         for name, layer in layers.items():
             if self.rank is not None and self.rank > min(layer.weight.shape):
                 most = min(layer.weight.shape)

@@ -21,7 +21,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import batches_of
 from pretrain.surgery._merge import report
-from pretrain.surgery._tokens import MODELS
+from pretrain.surgery._tokens import MODELS, resize
 from pretrain.surgery.vocabulary_expansion import tables
 
 LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")  # of a generation config
@@ -113,18 +113,10 @@ def take_rows(model: PreTrainedModel, kept: list[int], new: dict[int, int]) -> N
         table[: len(kept)] = table[kept]
     weight = model.get_input_embeddings().weight
     padded = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
-    padding, biases = [m.padding_idx for m in padded], _names_of_bias(model)
-    model.resize_token_embeddings(len(kept))
-    if _names_of_bias(model) != biases:  # it ties BERT's bias even where the rest is not tied
-        head: Any = model.get_output_embeddings()
-        head.bias = nn.Parameter(head.bias.detach().clone())
+    padding = [m.padding_idx for m in padded]
+    resize(model, len(kept))
     for module, index in zip(padded, padding, strict=True):
         module.padding_idx = new.get(index) if index is not None else None
-
-
-def _names_of_bias(model: PreTrainedModel) -> list[str]:
-    bias = getattr(model.get_output_embeddings(), "bias", None)
-    return [name for name, found in model.named_parameters(remove_duplicate=False) if found is bias]
 
 
 def _ids(config: Any) -> dict[str, Any]:
