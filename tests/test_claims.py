@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import statistics
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,18 @@ def test_what_is_finished_is_not_run_again_and_the_same_outcome_is_one_file(simp
     assert sum("corpus" in p.parent.name for p in stamps) == 1  # both sides and all seeds share it
 
 
+def test_more_metrics_are_recorded_and_shown_beside_the_one_that_is_judged(simple, tmp_path):
+    claim = simple.model_copy(update={"also": ("model.flops", "model.steps")})
+    found = run(claim, "smoke", output=tmp_path / "runs", results=tmp_path / "results", say=lambda text: None)
+    assert list(found["also"]) == ["model.flops", "model.steps"]
+    flops = [run["also"]["model.flops"] for run in found["runs"]["method"]]
+    assert flops == [run["flops"] for run in found["runs"]["method"]]
+    assert found["also"]["model.flops"]["method"] == [statistics.mean(flops), statistics.stdev(flops)]
+    steps = found["also"]["model.steps"]["method"]
+    assert f"`model.steps` {steps[0]:.4g} ± {steps[1]:.2g} |" in markdown([found])
+    assert "model.steps" in page([found])
+
+
 def test_two_processes_give_what_one_gives(simple, tmp_path):
     alone = run(simple, "smoke", output=tmp_path / "a", results=tmp_path / "results", say=lambda text: None)
     both = run(simple, "smoke", output=tmp_path / "b", results=tmp_path / "results", jobs=2, say=lambda text: None)
@@ -241,7 +254,7 @@ def _result(name: str, word: str, title: str, finished: str = "2026-01-01T00:00:
     return {
         "name": name, "scale": "cpu", "claim": claim, "word": word, "runs": {"baseline": runs, "method": runs},
         "verdict": {"difference": -0.1, "low": -0.2, "high": 0.01, "bootstrap": [-0.15, -0.05], "word": "better"},
-        "mean": {"baseline": 3.55, "method": 3.45}, "deviation": {"baseline": 0.05, "method": 0.05}, "chosen": {"baseline": 1e-3, "method": 1e-2},
+        "mean": {"baseline": 3.55, "method": 3.45}, "deviation": {"baseline": 0.05, "method": 0.05}, "also": {"model.steps": {"baseline": [9.0, 0.0], "method": [8.0, 0.5]}}, "chosen": {"baseline": 1e-3, "method": 1e-2},
         "compute_to_reach": {"method": 0.8, "baseline": None}, "tuned": {"baseline": [], "method": []}, "finished": finished,
         "environment": {"cpu": "a processor", "gpus": []},
     }  # fmt: skip

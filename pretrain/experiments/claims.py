@@ -79,6 +79,7 @@ class Claim(BaseModel):
     base: str
     metric: str
     better: Literal["lower", "higher"] = "lower"
+    also: tuple[str, ...] = ()  # more metrics, recorded and shown beside the one that is judged
     equal: Literal["flops", "tokens", "steps", "none"] = "flops"
     curve: str | None = "loss"
     baseline: Side
@@ -225,7 +226,7 @@ def _trial(
     raw |= {"seed": seed, "name": name}
     return Trial(
         name=name, recipe=raw, output=str(work / name), store=str(work / "stages"), trained=TRAINED, unit=claim.equal,
-        amount=claim.scales[scale].budget, metric=claim.metric, curve=claim.curve,
+        amount=claim.scales[scale].budget, metric=claim.metric, also=claim.also, curve=claim.curve,
     )  # fmt: skip
 
 
@@ -283,6 +284,14 @@ def _result(
         "verdict": asdict(verdict),
         "mean": {side: statistics.mean(values) for side, values in finals.items()},
         "deviation": {side: statistics.stdev(values) for side, values in finals.items()},
+        "also": {
+            name: {
+                side: [statistics.mean(values), statistics.stdev(values)]
+                for side in runs
+                for values in [[run["also"][name] for run in runs[side]]]
+            }
+            for name in claim.also
+        },
         "compute_to_reach": {
             "method": share_to_reach(curves["method"], curves["baseline"], claim.better) if drawn else None,
             "baseline": share_to_reach(curves["baseline"], curves["method"], claim.better) if drawn else None,

@@ -38,7 +38,7 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "claim": claim["claim"], "metric": claim["metric"], "better": claim["better"], "equal": claim["equal"],
                 "budget": claim["scales"][result["scale"]]["budget"],
                 "sides": {side: claim[side]["name"] for side in ("baseline", "method")},
-                "mean": result["mean"], "deviation": result["deviation"],
+                "mean": result["mean"], "deviation": result["deviation"], "also": result["also"],
                 "difference": result["verdict"]["difference"], "low": low, "high": high,
                 "compute_to_reach": result["compute_to_reach"], "word": result["word"],
                 "contradicted": len(words[result["name"], result["scale"]]) > 1,
@@ -59,7 +59,13 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table as `docs/claims.md`."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows(results):
-        means = [f"{row['mean'][s]:.4g} ± {row['deviation'][s]:.2g}" for s in ("baseline", "method")]
+        means = {
+            side: "; ".join(
+                [f"{row['mean'][side]:.4g} ± {row['deviation'][side]:.2g}"]
+                + [f"`{name}` {both[side][0]:.4g} ± {both[side][1]:.2g}" for name, both in row["also"].items()]
+            )
+            for side in ("baseline", "method")
+        }
         share = row["compute_to_reach"]["method"]
         link = f"[{row['title']}](https://arxiv.org/abs/{row['arxiv']})" if row["arxiv"] else row["title"]
         equal = "" if row["equal"] == "none" else f" at {row['budget']:.2g} {row['equal']}"
@@ -68,8 +74,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
             f"**{row['name']}** {link}",
             row["claim"],
             f"`{row['metric']}` ({row['better']} is better){equal}, {row['seeds']} seeds, {row['scale']}",
-            f"{row['sides']['baseline']}: {means[0]}",
-            f"{row['sides']['method']}: {means[1]}",
+            *(f"{row['sides'][side]}: {means[side]}" for side in ("baseline", "method")),
             f"{row['difference']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g})",
             "" if share is None else f"{share:.0%}",
             row["word"] + contradicted,

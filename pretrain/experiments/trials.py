@@ -38,9 +38,10 @@ class Trial:
     amount: float
     metric: str  # STAGE.metric
     curve: str | None = None  # of the held-out metrics in the trained stage's log
+    also: tuple[str, ...] = ()  # more like `metric`
 
     def run(self) -> dict[str, Any]:
-        """Run it, or what is left of it: `final`, `flops` up to and with the trained stage, `seconds`, the `curve`."""
+        """Run it, or what is left of it: `final`, `also`, `flops` up to and with the trained stage, `seconds`, …"""
         recipe = copy.deepcopy(self.recipe)
         names = [stage.get("name", stage.get("stage")) for stage in recipe["stages"]]
         if self.trained not in names:
@@ -62,6 +63,7 @@ class Trial:
         log = Path(self.output) / self.trained / "log.jsonl"
         return {
             "final": value_of(self.metric, records, Path(self.output)),
+            "also": {name: value_of(name, records, Path(self.output)) for name in self.also},
             "flops": sum(records[name]["flops"] for name in names[: index + 1]),
             "seconds": records[self.trained]["seconds"],
             "peak_memory_bytes": records[self.trained]["peak_memory_bytes"],
