@@ -8,6 +8,7 @@ import pytest
 
 import pretrain
 from pretrain import engine
+from pretrain.core import checkpoint
 from pretrain.core.checkpoint import lineage
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import side, write_corpus
@@ -98,3 +99,11 @@ stages:
     assert done.stages["model"]["metrics"]["steps"] == 2
     made = {path.name for path in done.folder.rglob(".tokens/*/*") if path.is_dir()}
     assert made == ({"train", "validation"} if objective == "causal_lm" else set())
+
+
+def test_a_tokenizer_of_more_entries_than_the_checkpoint_has_rows_is_refused(recipe, tmp_path, tiny):
+    checkpoint.save(tiny(vocab_size=399), None, tmp_path / "small")
+    with pytest.raises(PretrainError, match="'model': the tokenizer has 400 entries, the model embeddings of 399"):
+        engine.run(
+            load(recipe, [f"model.init={tmp_path / 'small'}", "model.model={}"], tmp_path / "out"), say=engine.silent
+        )

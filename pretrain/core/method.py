@@ -46,6 +46,17 @@ REF = _RefMark()
 Ref = Annotated[str, REF]
 
 
+@dataclass(frozen=True)
+class Holds:
+    """Marks the fields that hold a method of a kind: `NAME`, or `{method: NAME, field: value, …}`."""
+
+    kind: str
+
+
+InnerObjective = Annotated[Any, Holds("objective")]
+InnerEvaluation = Annotated[Any, Holds("evaluation")]
+
+
 def is_ref(annotation: Any) -> bool:
     """Whether a type is `Ref`, or holds it: `Ref | None`, `tuple[Ref, ...]`."""
     return REF in getattr(annotation, "__metadata__", ()) or any(map(is_ref, get_args(annotation)))
@@ -61,9 +72,20 @@ class Method:
         """The method's name in recipes: that of its file."""
         return type(self).__module__.rpartition(".")[2]
 
+    def held(self) -> dict[str, Method]:
+        """The methods that fields of this one hold, by field."""
+        return {name: nested(getattr(self, name), kind) for name, kind in _held_fields(self.__class__).items()}  # type: ignore[arg-type]
+
+    def parts(self) -> tuple[str, ...]:
+        """The names of the methods that this one is made of: with their code its results change."""
+        return tuple(name for method in self.held().values() for name in (method.name, *method.parts()))
+
     def references(self) -> dict[str, str]:
-        """What the fields of type `Ref` name, by field (`teacher`) or by field and number (`teachers.0`)."""
-        found: dict[str, str] = {}
+        """What the fields of type `Ref` name, by field (`teacher`) or field and number (`teachers.0`).
+
+        Those of a method that a field holds too (`objective.teacher`).
+        """
+        found = {f"{name}.{ref}": to for name, method in self.held().items() for ref, to in method.references().items()}
         for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -72,13 +94,14 @@ class Method:
                 found[name] = value
         return found
 
-    def parts(self) -> tuple[str, ...]:
-        """The names of the methods that a field of this one holds: with their code its results change."""
-        return ()
-
     def pointing_to(self, places: dict[str, str]) -> Any:
         """The method with other values for its references, by the names that `references` gives them."""
         changed: dict[str, Any] = {}
+        for name, method in self.held().items():
+            inside = {k.removeprefix(f"{name}."): v for k, v in places.items() if k.startswith(f"{name}.")}
+            if inside:
+                made = method.pointing_to(inside)
+                changed[name] = {"method": made.name} | {item.name: getattr(made, item.name) for item in fields(made)}
         for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
             value = getattr(self, name)
             if isinstance(value, list | tuple):
@@ -92,6 +115,13 @@ class Method:
 def _ref_fields(cls: Any) -> tuple[str, ...]:
     hints = get_type_hints(cls, include_extras=True)
     return tuple(item.name for item in fields(cls) if is_ref(hints[item.name]))
+
+
+@cache
+def _held_fields(cls: Any) -> dict[str, str]:
+    hints = get_type_hints(cls, include_extras=True)
+    marks = {item.name: getattr(hints[item.name], "__metadata__", ()) for item in fields(cls)}
+    return {name: mark.kind for name, of_it in marks.items() for mark in of_it if isinstance(mark, Holds)}
 
 
 @dataclass(frozen=True)

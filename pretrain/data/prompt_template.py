@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.method import Ref, nested
+from pretrain.core.method import InnerObjective, Ref, nested
 from pretrain.data import DataOperation
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ class PromptTemplate(DataOperation):
     was tuned with). Without a model each document must have its label.
     """
 
-    prompt: Any
+    prompt: InnerObjective
     model: Ref = ""
     relabel: bool = False
     length: int = 0
@@ -55,10 +55,6 @@ class PromptTemplate(DataOperation):
     def objective(self) -> PromptClassification:
         """The prompt."""
         return nested(self.prompt, "objective")
-
-    def parts(self) -> tuple[str, ...]:
-        """The prompt's name."""
-        return (self.objective.name,)
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents in the template, other columns as they were."""

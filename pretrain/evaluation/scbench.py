@@ -74,9 +74,9 @@ class SCBench(Evaluation):
                 raise unknown("task of scbench", name, TASKS)
         self._method()
 
-    def parts(self) -> tuple[str, ...]:
+    def held(self) -> dict[str, Any]:
         """The decoding method whose cache is used."""
-        return () if self._method() is None else (self._method().name,)
+        return {} if self._method() is None else {"cache": self._method()}
 
     def _method(self) -> Any:
         """The decoding method that `cache` names; None where it names none."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import Ref, nested
+from pretrain.core.method import InnerObjective, Ref, nested
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ class Task(Evaluation):
     them from the corpus `pool`. Intervals: bootstrap over documents, `resamples` times.
     """
 
-    objective: Any = "classification"
+    objective: InnerObjective = "classification"
     pool: Ref = ""
     length: int = 0
     resamples: int = 200
@@ -53,10 +53,6 @@ class Task(Evaluation):
     def columns(self) -> tuple[str, ...]:
         """The objective's."""
         return self.method.columns
-
-    def parts(self) -> tuple[str, ...]:
-        """The objective's name."""
-        return (self.method.name,)
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]

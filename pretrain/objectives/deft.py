@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import nested
+from pretrain.core.method import InnerObjective, nested
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives._density import activations
 
@@ -40,7 +40,7 @@ class Deft(Objective):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
-    objective: Any = "classification"
+    objective: InnerObjective = "classification"
     weight: float = 1.0
     epsilon: float = 1e-7
 
@@ -49,11 +49,8 @@ class Deft(Objective):
             raise PretrainError(f"deft: weight {self.weight}: accepted: 0 or more", place=("weight",))
         if not self.epsilon > 0:
             raise PretrainError(f"deft: epsilon {self.epsilon}: accepted: above 0", place=("epsilon",))
-        if isinstance(self.wrapped, Deft) or self.wrapped.references():
-            raise PretrainError(
-                f"deft: objective {self.wrapped.name!r}: accepted: one that is not deft and reads no other stage",
-                place=("objective",),
-            )
+        if isinstance(self.wrapped, Deft):
+            raise PretrainError("deft: objective 'deft': accepted: one that is not deft", place=("objective",))
 
     @cached_property
     def wrapped(self) -> Any:
@@ -75,10 +72,6 @@ class Deft(Objective):
     def own_evaluation(self) -> bool:  # type: ignore[override]
         """As the wrapped objective."""
         return self.wrapped.own_evaluation
-
-    def parts(self) -> tuple[str, ...]:
-        """The wrapped objective's name."""
-        return (self.wrapped.name,)
 
     def raw_length(self, length: int) -> int:
         """The wrapped objective's."""

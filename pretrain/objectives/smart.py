@@ -18,7 +18,7 @@ from torch.func import functional_call
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import embeddings
-from pretrain.core.method import nested
+from pretrain.core.method import InnerObjective, nested
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import FineTuning, classified
 
@@ -46,7 +46,7 @@ class Smart(FineTuning):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    objective: Any = "classification"
+    objective: InnerObjective = "classification"
     lambda_s: float = 1.0
     mu: float = 1.0
     epsilon: float = 1e-5
@@ -76,10 +76,6 @@ class Smart(FineTuning):
     def wrapped(self) -> FineTuning:
         """The objective that is regularised."""
         return nested(self.objective, "objective")
-
-    def parts(self) -> tuple[str, ...]:
-        """The wrapped objective's name."""
-        return (self.wrapped.name,)
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -154,6 +154,7 @@ class Train(Stage):
         model, tokenizer = self._model_and_tokenizer(job)
         model, inputs, surgery_flops = operate(self.surgeries, model, Inputs(tokenizer=tokenizer, seed=job.seed))
         tokenizer = inputs.tokenizer
+        self._check_rows(model, tokenizer)
         weighted, vocabulary = self.weighted(), Vocabulary.of(tokenizer)
         if self._on_examples():
             model, shards = self._examples(job, model, tokenizer, vocabulary)
@@ -256,6 +257,17 @@ class Train(Stage):
         return new_model(
             self.model["family"], self._fields(), task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
         ), tokenizer
+
+    def _check_rows(self, model: Any, tokenizer: Any) -> None:
+        """Each of the tokenizer's entries must have an embedding."""
+        from pretrain.core.errors import PretrainError
+
+        entries, rows = len(tokenizer), len(model.get_input_embeddings().weight)
+        if entries > rows:
+            raise PretrainError(
+                f"stage {self.name!r}: the tokenizer has {entries} entries, the model embeddings of {rows}; accepted: "
+                "the checkpoint's own tokenizer, or one that the surgery vocabulary_expansion has put in"
+            )
 
     def _on_examples(self) -> bool:
         """Whether the objective learns from labelled documents instead of rows of text."""

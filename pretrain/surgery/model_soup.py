@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import Ref, nested
+from pretrain.core.method import InnerEvaluation, Ref, nested
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._merge import check, mean_into, report
 
@@ -42,7 +42,7 @@ class ModelSoup(Surgery):
     recipe: Literal["greedy", "uniform", "best"] = "greedy"
     weights: tuple[float, ...] = ()
     corpus: Ref = ""
-    evaluation: Any = "held_out"
+    evaluation: InnerEvaluation = "held_out"
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
     max_documents: int = 2000
@@ -70,10 +70,6 @@ class ModelSoup(Surgery):
     def measuring(self) -> Any:
         """The evaluation."""
         return nested(self.evaluation, "evaluation")
-
-    def parts(self) -> tuple[str, ...]:
-        """The evaluation's name, and its own parts, where the recipe measures."""
-        return () if self.recipe == "uniform" else (self.measuring.name, *self.measuring.parts())
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """A new model of the averaged weights."""
