@@ -41,7 +41,7 @@ class Task(Evaluation):
     def __post_init__(self) -> None:
         if self.length < 0 or self.resamples < 0:
             raise PretrainError("task: length, resamples: accepted: 0 or more")
-        if not hasattr(self.method, "predict"):
+        if not self.method.labelled:
             raise PretrainError(f"task: objective {self.method.name!r}: accepted: one that learns from labels")
 
     @cached_property

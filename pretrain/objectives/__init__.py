@@ -35,11 +35,12 @@ class Loss(NamedTuple):
 class Objective(Method):
     """Base of the objectives. `task` is the kind of model it trains: causal, masked or seq2seq.
 
-    While training, a causal model is evaluated by the likelihood of held-out text, unless `own_evaluation` asks for the
-    objective's own loss, as others are.
+    `labelled` ones learn from labelled documents instead of rows of text. While training, a causal model is evaluated
+    by the likelihood of held-out text, unless `own_evaluation` asks for the objective's own loss, as others are.
     """
 
     task: ClassVar[str] = "causal"
+    labelled: ClassVar[bool] = False
     own_evaluation: ClassVar[bool] = False
 
     def raw_length(self, length: int) -> int:

@@ -27,6 +27,7 @@ class FineTuning(Objective):
     """Base of the objectives on labelled documents. `prepare` is given `Example`s and sees `context.encoder`."""
 
     task: ClassVar[str] = "base"  # what a model made anew is before it is given its head
+    labelled: ClassVar[bool] = True
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -69,6 +69,11 @@ class Deft(Objective):
         return self.wrapped.task
 
     @property
+    def labelled(self) -> bool:  # type: ignore[override]
+        """As the wrapped objective."""
+        return self.wrapped.labelled
+
+    @property
     def own_evaluation(self) -> bool:  # type: ignore[override]
         """As the wrapped objective."""
         return self.wrapped.own_evaluation

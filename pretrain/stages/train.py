@@ -126,7 +126,7 @@ class Train(Stage):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Train:
-        if any(hasattr(w.method, "predict") for w in self.weighted()) and not self._on_examples():
+        if any(w.method.labelled for w in self.weighted()) and not self._on_examples():
             names = ", ".join(w.method.name for w in self.weighted())
             raise ValueError(f"objectives {names}: accepted: all on labelled documents, or all on text")
         return self
@@ -271,7 +271,7 @@ class Train(Stage):
 
     def _on_examples(self) -> bool:
         """Whether the objective learns from labelled documents instead of rows of text."""
-        return all(hasattr(w.method, "predict") for w in self.weighted())
+        return all(w.method.labelled for w in self.weighted())
 
     def _examples(self, job: Job, model: Any, tokenizer: Any, vocabulary: Any) -> tuple[Any, dict[str, Any]]:
         """The model with the objective's head, and the corpus as examples by split."""
