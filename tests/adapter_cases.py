@@ -13,10 +13,10 @@ def logits(model):
         return model.eval()(IDS, **extra).logits
 
 
-def trained(model, seed=0):
+def trained(model, seed=0, by=0.1):
     """As if it had been trained: whatever is not frozen gets other numbers."""
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
+            parameter.data += by * torch.randn_like(parameter)
     return model

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
+import adapter_cases
 import numpy as np
 import pytest
 import torch
@@ -21,14 +23,7 @@ from pretrain.surgery._adapters import adapters
 intrinsic = method_class("intrinsic_dimension")
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
 FAMILIES = ("llama", "gpt2", "bert")
-
-
-def trained(model, seed=0):
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.5 * torch.randn_like(parameter)
-    return model
+trained = partial(adapter_cases.trained, by=0.5)
 
 
 def subspace(model):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from adapter_cases import trained
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary, document_mask
@@ -29,15 +30,6 @@ def deep(tiny, name, layers=3, **fields):
 def logits(model, ids=IDS):
     with torch.no_grad():
         return model.eval()(ids).logits
-
-
-def shaken(model, seed=0):
-    """As if it had been trained."""
-    torch.manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    return model
 
 
 def tensors(model, batch=IDS):
@@ -183,7 +175,7 @@ def test_no_gradient_enters_the_backbone_and_nothing_of_its_inside_is_saved(tiny
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_generation_with_a_cache_is_generation_without(tiny, name) -> None:
-    model = shaken(lst(reduction=4, drop_every=2)(deep(tiny, name)))
+    model = trained(lst(reduction=4, drop_every=2)(deep(tiny, name)))
     more = {"max_new_tokens": 10, "do_sample": False, "eos_token_id": None}
     asked = {"output_scores": True, "return_dict_in_generate": True}
     with_cache, without = (model.generate(IDS, use_cache=cache, **more, **asked) for cache in (True, False))
@@ -203,7 +195,7 @@ def test_generation_with_a_cache_is_generation_without(tiny, name) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_reopens_with_its_side_network(tiny, tmp_path, name) -> None:
-    model = shaken(lst(reduction=2, drop_every=3)(deep(tiny, name), Inputs(seed=4)))
+    model = trained(lst(reduction=2, drop_every=3)(deep(tiny, name), Inputs(seed=4)))
     checkpoint.save(model, None, tmp_path / "c")
     again, _ = checkpoint.load(tmp_path / "c")
     assert torch.equal(logits(again), logits(model))

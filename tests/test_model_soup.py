@@ -255,7 +255,7 @@ def test_wrong_fields_are_refused(fields, message):
 
 def test_an_evaluation_without_windows_takes_no_length(monkeypatch):
     monkeypatch.setattr(
-        "pretrain.surgery.model_soup.nested", lambda *_: make_dataclass("N", [], namespace={"name": "held_out"})()
+        "pretrain.core.method.nested", lambda *_: make_dataclass("N", [], namespace={"name": "held_out"})()
     )
     with pytest.raises(PretrainError, match="length 64: accepted: 0 with held_out, which has no windows"):
         ModelSoup(corpus="c", length=64)

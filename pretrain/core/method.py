@@ -72,7 +72,7 @@ class Method:
         """The method's name in recipes: that of its file."""
         return type(self).__module__.rpartition(".")[2]
 
-    def held(self) -> dict[str, Method]:
+    def held(self) -> dict[str, Any]:
         """The methods that fields of this one hold, by field."""
         return {name: nested(getattr(self, name), kind) for name, kind in _held_fields(self.__class__).items()}  # type: ignore[arg-type]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.method import InnerObjective, Ref, nested
+from pretrain.core.method import InnerObjective, Ref
 from pretrain.data import DataOperation
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class PromptTemplate(DataOperation):
     @cached_property
     def objective(self) -> PromptClassification:
         """The prompt."""
-        return nested(self.prompt, "objective")
+        return self.held()["prompt"]
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents in the template, other columns as they were."""

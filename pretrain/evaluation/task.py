@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import InnerObjective, Ref, nested
+from pretrain.core.method import InnerObjective, Ref
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ class Task(Evaluation):
     @cached_property
     def method(self) -> FineTuning:
         """The objective."""
-        return nested(self.objective, "objective")
+        return self.held()["objective"]
 
     @property
     def columns(self) -> tuple[str, ...]:

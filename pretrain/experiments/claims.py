@@ -286,9 +286,8 @@ def _result(
         "deviation": {side: statistics.stdev(values) for side, values in finals.items()},
         "also": {
             name: {
-                side: [statistics.mean(values), statistics.stdev(values)]
+                side: [f(run["also"][name] for run in runs[side]) for f in (statistics.mean, statistics.stdev)]
                 for side in runs
-                for values in [[run["also"][name] for run in runs[side]]]
             }
             for name in claim.also
         },

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import InnerObjective, nested
+from pretrain.core.method import InnerObjective
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives._density import activations
 
@@ -55,7 +55,7 @@ class Deft(Objective):
     @cached_property
     def wrapped(self) -> Any:
         """The objective that pays for density."""
-        return nested(self.objective, "objective")
+        return self.held()["objective"]
 
     def __getattr__(self, name: str) -> Any:
         """What an objective on labelled documents has besides, where the wrapped one is such."""

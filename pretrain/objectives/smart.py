@@ -18,7 +18,7 @@ from torch.func import functional_call
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.families import embeddings
-from pretrain.core.method import InnerObjective, nested
+from pretrain.core.method import InnerObjective
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import FineTuning, classified
 
@@ -75,7 +75,7 @@ class Smart(FineTuning):
     @cached_property
     def wrapped(self) -> FineTuning:
         """The objective that is regularised."""
-        return nested(self.objective, "objective")
+        return self.held()["objective"]
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import InnerEvaluation, Ref, nested
+from pretrain.core.method import InnerEvaluation, Ref
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._merge import check, mean_into, report
 
@@ -69,7 +69,7 @@ class ModelSoup(Surgery):
     @cached_property
     def measuring(self) -> Any:
         """The evaluation."""
-        return nested(self.evaluation, "evaluation")
+        return self.held()["evaluation"]
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """A new model of the averaged weights."""
