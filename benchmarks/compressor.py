@@ -28,11 +28,11 @@ import torch
 
 from pretrain import engine
 from pretrain.core.checkpoint import load
-from pretrain.core.heads import labels_of
+from pretrain.core.models.heads import labels_of
 from pretrain.corpus.sources import PythonStdlib, read
 from pretrain.recipe import check
 from pretrain.surgery._architecture import GENES, Shape, flops, shape_of, size
-from pretrain.surgery.compressor import Compressor, fits
+from pretrain.surgery.compression.compressor import Compressor, fits
 
 
 def functions(folder: Path, most: int) -> Path:

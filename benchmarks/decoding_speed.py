@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from pretrain.decoding._loop import decode
-from pretrain.decoding.aded import ADED
-from pretrain.decoding.token_recycling import TokenRecycling
+from pretrain.core.generation.loop import decode
+from pretrain.decoding.speculative.aded import ADED
+from pretrain.decoding.speculative.token_recycling import TokenRecycling
 
 RECIPE = """
 name: decoding

@@ -23,21 +23,21 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
-from pretrain.core.families import new_model
-from pretrain.corpus.loader import Loader
+from pretrain.core.models.families import new_model
 from pretrain.corpus.shards import tokenise
 from pretrain.corpus.sources import PythonStdlib, read
 from pretrain.corpus.store import Corpus, write_corpus
 from pretrain.corpus.tokenizers import train_tokenizer
-from pretrain.evaluation._likelihood import shard_loss
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.cosine import Cosine
+from pretrain.evaluation.likelihood._shards import shard_loss
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.cosine import Cosine
 from pretrain.surgery import Inputs
-from pretrain.surgery._adapters import adapters
-from pretrain.surgery.dylora import DyLoRA
-from pretrain.surgery.dylora_truncate import DyLoRATruncate
+from pretrain.surgery.adapters._adapters import adapters
+from pretrain.surgery.adapters.dylora import DyLoRA
+from pretrain.surgery.adapters.dylora_truncate import DyLoRATruncate
 from pretrain.training.budget import Budget
+from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 DOMAINS = ("docstrings", "python")

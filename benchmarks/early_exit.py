@@ -32,17 +32,18 @@ from torch.nn.functional import cross_entropy
 from pretrain import engine
 from pretrain.core.batch import Batch
 from pretrain.core.checkpoint import load
-from pretrain.core.families import at, base, blocks, family
+from pretrain.core.encoding import encode
 from pretrain.core.hardware import pick_device
+from pretrain.core.models.exits import HEADS, exit_logits, states_of_text
+from pretrain.core.models.families import at, base, blocks, family
 from pretrain.corpus.sources import evenly
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode
-from pretrain.decoding._cascade import HEADS, Cascade, cascaded, exit_logits, measure, states_of_text
-from pretrain.decoding.softmax_cascade import NEVER, SoftmaxCascade
+from pretrain.decoding.ensembles._cascade import Cascade, cascaded, measure
+from pretrain.decoding.ensembles.softmax_cascade import NEVER, SoftmaxCascade
 from pretrain.recipe import check
 from pretrain.surgery import Inputs
-from pretrain.surgery.exit_heads import ExitHeads
-from pretrain.surgery.flexi_depth import depths
+from pretrain.surgery.architecture.exit_heads import ExitHeads
+from pretrain.surgery.architecture.flexi_depth import depths
 
 BATCH = 8
 

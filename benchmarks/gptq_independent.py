@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.checkpoint import load
-from pretrain.core.families import linears
+from pretrain.core.encoding import encode
+from pretrain.core.models.families import linears
 from pretrain.corpus.sources import PythonStdlib, read
-from pretrain.corpus.tokenizers import encode
 from pretrain.surgery._calibration import weight_of
-from pretrain.surgery._grid import round_to_nearest
-from pretrain.surgery.gptq import solve
+from pretrain.surgery.compression._grid import round_to_nearest
+from pretrain.surgery.compression.gptq import solve
 
 HELD_OUT = 16  # rows
 

@@ -23,13 +23,14 @@ import numpy as np
 import torch
 
 from pretrain.core.checkpoint import load
-from pretrain.core.families import new_model
+from pretrain.core.encoding import encode
 from pretrain.core.hardware import pick_device
+from pretrain.core.models.families import new_model
 from pretrain.corpus.sources import PythonStdlib, read
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode, train_tokenizer
-from pretrain.decoding._pyramid import cache_bytes
-from pretrain.decoding.pyramid_infer import PyramidInfer
+from pretrain.corpus.tokenizers import train_tokenizer
+from pretrain.decoding.cache._pyramid import cache_bytes
+from pretrain.decoding.cache.pyramid_infer import PyramidInfer
 
 SETTINGS = [("cosine", 0.9), ("cosine", 0.5), *(("constant", share) for share in (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3))]
 

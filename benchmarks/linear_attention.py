@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from pretrain.core.families import new_model
+from pretrain.core.generation.forward import Forward
 from pretrain.core.hardware import pick_device
-from pretrain.decoding._forward import Forward
-from pretrain.decoding._pyramid import cache_bytes
-from pretrain.surgery.hedgehog import Hedgehog
+from pretrain.core.models.families import new_model
+from pretrain.decoding.cache._pyramid import cache_bytes
+from pretrain.surgery.architecture.hedgehog import Hedgehog
 
 Step = Callable[[], Any]
 

@@ -26,12 +26,12 @@ from typing import Any
 import torch
 
 from pretrain.core.checkpoint import load
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.forward import Forward
 from pretrain.core.hardware import pick_device
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode
-from pretrain.decoding._forward import Forward
-from pretrain.decoding.homer import Homer, _continued
+from pretrain.decoding.long_context.homer import Homer, _continued
 
 Read = Callable[[torch.Tensor], tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor], int]]
 

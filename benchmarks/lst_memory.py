@@ -23,11 +23,11 @@ from typing import Any
 
 import torch
 
-from pretrain.core.families import new_model
-from pretrain.core.fast import accelerate
 from pretrain.core.hardware import pick_device
 from pretrain.core.method import method_class
-from pretrain.optim.adamw import AdamW
+from pretrain.core.models.families import new_model
+from pretrain.core.models.fast import accelerate
+from pretrain.optim.optimizers.adamw import AdamW
 
 VOCABULARY, MIB = 4096, 2**20
 CASES = ("full", "lora", "lst")

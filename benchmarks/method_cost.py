@@ -37,15 +37,15 @@ MODELS: dict[str, dict[str, Any]] = {
 def trainings(folder: Path) -> dict[str, Any]:
     """Each case as a `Training` that is ready to step."""
     from pretrain.core.batch import Vocabulary
-    from pretrain.core.families import new_model
     from pretrain.core.method import method_class
-    from pretrain.corpus.loader import Loader
+    from pretrain.core.models.families import new_model
     from pretrain.corpus.shards import tokenise
     from pretrain.corpus.sources import PythonStdlib, read
     from pretrain.corpus.store import Corpus, write_corpus
     from pretrain.corpus.tokenizers import train_tokenizer
-    from pretrain.optim.constant import Constant
+    from pretrain.optim.schedules.constant import Constant
     from pretrain.training.budget import Budget
+    from pretrain.training.loader import Loader
     from pretrain.training.loop import Settings, _start
 
     write_corpus(read(PythonStdlib()), folder / "corpus", near_duplicates=None)

@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from pretrain.core.families import new_model
+from pretrain.core.generation.rows import prefill
 from pretrain.core.hardware import pick_device
-from pretrain.decoding._rows import prefill
-from pretrain.decoding.prepacking import Prepacking
+from pretrain.core.models.families import new_model
+from pretrain.decoding.cache.prepacking import Prepacking
 
 VOCABULARY = 4096
 

@@ -20,7 +20,7 @@ from typing import Any
 
 from pretrain import engine
 from pretrain.core.checkpoint import load
-from pretrain.core.families import linears
+from pretrain.core.models.families import linears
 from pretrain.recipe import check
 
 LENGTH = 256

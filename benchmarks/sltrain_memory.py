@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from pretrain.core.families import linears, new_model
 from pretrain.core.hardware import pick_device
-from pretrain.optim.adamw import AdamW
-from pretrain.surgery.sltrain import SLTrain
+from pretrain.core.models.families import linears, new_model
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.surgery.architecture.sltrain import SLTrain
 
 ROWS, LENGTH, VOCABULARY = 8, 256, 4096
 MIB = 2**20

@@ -26,14 +26,14 @@ import numpy as np
 import torch
 
 from pretrain.core.checkpoint import load
-from pretrain.core.families import new_model
+from pretrain.core.encoding import encode
 from pretrain.core.files import write_json
+from pretrain.core.generation.forward import Forward
 from pretrain.core.hardware import pick_device
+from pretrain.core.models.families import new_model
 from pretrain.corpus.sources import PythonStdlib, read
-from pretrain.corpus.tokenizers import encode
-from pretrain.decoding._forward import Forward
-from pretrain.decoding._sparse_attention import choose
-from pretrain.decoding.minference import MInference, search
+from pretrain.decoding.long_context._sparse_attention import choose
+from pretrain.decoding.long_context.minference import MInference, search
 
 VOCABULARY = 4096
 
@@ -89,7 +89,7 @@ def computed(model: Any, row_1L: torch.Tensor, method: MInference) -> float:
         chosen.append(choose(*given, **more))
         return chosen[-1]
 
-    with unittest.mock.patch("pretrain.decoding.minference.choose", noted):
+    with unittest.mock.patch("pretrain.decoding.long_context.minference.choose", noted):
         method.prefill(model, row_1L)
     dense = sum(map(len, whole)) * length * (length + 1) / 2
     return (dense * (1 - len(chosen) / len(whole)) + sum(kept.pairs() for kept in chosen)) / dense

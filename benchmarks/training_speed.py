@@ -100,9 +100,9 @@ class Rows:
 
 def ours(clock: list[float], *, compiled: bool = False) -> None:
     """The whole of our loop, with its log, TensorBoard, clipping and meter; without saving, as the others."""
-    from pretrain.objectives.causal_lm import CausalLM
-    from pretrain.optim.adamw import AdamW
-    from pretrain.optim.constant import Constant
+    from pretrain.objectives.language.causal_lm import CausalLM
+    from pretrain.optim.optimizers.adamw import AdamW
+    from pretrain.optim.schedules.constant import Constant
     from pretrain.training.budget import Budget
     from pretrain.training.loop import Settings, train
 

@@ -12,7 +12,7 @@ import typer
 
 from pretrain import cli_claim
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import KINDS, info, methods
+from pretrain.core.registry import info, kinds, methods
 
 
 class _App(typer.Typer):
@@ -272,9 +272,8 @@ def list_methods(
             raise PretrainError("methods show: accepted: the name of one method")
         _show(words[1])
         return
-    kinds = sorted({k for k, _ in KINDS.values()})
-    if kind is not None and kind not in kinds:
-        raise PretrainError(f"kind {kind!r}: accepted: {', '.join(kinds)}")
+    if kind is not None and kind not in kinds():
+        raise PretrainError(f"kind {kind!r}: accepted: {', '.join(kinds())}")
     wanted = [word.lower() for word in words]
     rows = [m for m in methods().values() if kind in (None, m.kind)]
     rows = [m for m in rows if all(w in f"{m.name} {m.kind} {m.title} {m.arxiv}".lower() for w in wanted)]

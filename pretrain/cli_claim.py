@@ -63,7 +63,7 @@ def table(
 ) -> None:
     """Make the table and the page from the recorded results."""
     from pretrain.experiments.claims import recorded
-    from pretrain.experiments.table import write
+    from pretrain.experiments.page import write
 
     results = recorded(folder / "results")
     if not results:

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.files import write_text
-from pretrain.core.method import KINDS, PACKAGE, MethodInfo, default_of, method_class, methods
+from pretrain.core.method import default_of, method_class
+from pretrain.core.registry import PACKAGE, MethodInfo, kinds, methods
 from pretrain.recipe import load
 
 HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
@@ -20,8 +21,7 @@ HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
 
 def pages() -> dict[str, str]:
     """File name -> text."""
-    kinds = list(dict.fromkeys(kind for kind, _ in KINDS.values()))
-    found = {kind: [m for m in methods().values() if m.kind == kind] for kind in kinds}
+    found = {kind: [m for m in methods().values() if m.kind == kind] for kind in kinds()}
     result = {f"{_slug(kind)}.md": _page(kind, rows) for kind, rows in found.items() if rows}
     lines = [HEAD, "# Methods\n", "| method | kind | paper | model families |", "|---|---|---|---|"]
     for kind, rows in found.items():

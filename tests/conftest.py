@@ -37,7 +37,7 @@ TASK = {
 def tiny() -> Callable[..., Any]:
     """`tiny("llama", tie_word_embeddings=True)`: a model of two blocks, in evaluation mode."""
     from pretrain.core.batch import Vocabulary
-    from pretrain.core.families import new_model
+    from pretrain.core.models.families import new_model
 
     def make(family: str = "llama", *, seed: int = 0, **fields: Any) -> Any:
         vocabulary = Vocabulary(VOCABULARY, pad=0, bos=1, eos=2)

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.batch import Vocabulary
-from pretrain.corpus.loader import Loader
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.constant import Constant
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.constant import Constant
 from pretrain.training.budget import Budget
+from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, Training, train
 
 

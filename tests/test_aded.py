@@ -9,8 +9,8 @@ import torch
 from decoding_cases import WIDE, greedy, learnt, padded, passes, prompt
 
 from pretrain.core.errors import PretrainError
-from pretrain.decoding._loop import decode
-from pretrain.decoding.aded import ADED, _Searched
+from pretrain.core.generation.loop import decode
+from pretrain.decoding.speculative.aded import ADED, _Searched
 
 WEIGHT = torch.zeros(1)
 

@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import TINY
 
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.evaluation import _syntax as syntax
-from pretrain.evaluation._syntax import Tree, agreement, constituents, sequences, snippets
-from pretrain.evaluation.ast_probe import AstProbe, Probe, ranking_loss, token_states
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.probes import _syntax as syntax
+from pretrain.evaluation.probes._syntax import Tree, agreement, constituents, sequences, snippets
+from pretrain.evaluation.probes.ast_probe import AstProbe, Probe, ranking_loss, token_states
 
 CODE = '''
 import os

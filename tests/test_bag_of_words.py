@@ -10,8 +10,8 @@ from test_objectives import VOCABULARY, context, rows
 
 from pretrain.core.batch import Row, Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.objectives.bag_of_words import BagOfWords
-from pretrain.objectives.masked_lm import MaskedLM
+from pretrain.objectives.language.masked_lm import MaskedLM
+from pretrain.objectives.retrieval.bag_of_words import BagOfWords
 
 
 def pieces_of(batch):

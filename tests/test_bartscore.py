@@ -7,10 +7,11 @@ import pytest
 import torch
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.evaluation import bartscore as module
-from pretrain.evaluation.bartscore import BARTScore
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.generation import bartscore as module
+from pretrain.evaluation.generation.bartscore import BARTScore
 
 WORDS = [
     "the",

@@ -10,9 +10,9 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import blocks
+from pretrain.core.models.families import blocks
 from pretrain.surgery import Inputs
-from pretrain.surgery.bert2bert import Bert2BERT
+from pretrain.surgery.growth.bert2bert import Bert2BERT
 
 TOKENS = torch.arange(3, 43).view(2, 20)
 MODELS = [

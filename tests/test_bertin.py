@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import write_corpus
-from pretrain.data._ngram import FALLBACK, NGram
-from pretrain.data._select import weighted
-from pretrain.data.bertin import Bertin
+from pretrain.data.selection._ngram import FALLBACK, NGram
+from pretrain.data.selection._select import weighted
+from pretrain.data.selection.bertin import Bertin
 
 TEXTS = st.lists(st.lists(st.sampled_from("abcde\n"), max_size=14).map(" ".join), min_size=1, max_size=6)
 

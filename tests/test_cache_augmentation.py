@@ -12,13 +12,13 @@ from test_training import small
 from transformers import DynamicCache
 
 from pretrain.core import checkpoint
-from pretrain.core.cross_entropy import IGNORE
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import base, embeddings, head
-from pretrain.decoding._loop import decode
-from pretrain.decoding.latent_deliberation import LatentDeliberation, deliberate
-from pretrain.objectives.cache_augmentation import CacheAugmentation
-from pretrain.objectives.causal_lm import CausalLM
+from pretrain.core.generation.loop import decode
+from pretrain.core.models.cross_entropy import IGNORE
+from pretrain.core.models.families import base, embeddings, head
+from pretrain.decoding.deliberation.latent_deliberation import LatentDeliberation, deliberate
+from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation
+from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings
 

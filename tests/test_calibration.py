@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode, load_tokenizer
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation._predictions import Predictions
-from pretrain.evaluation.calibration import Calibration
-from pretrain.evaluation.held_out import HeldOut
+from pretrain.evaluation.likelihood.calibration import Calibration
+from pretrain.evaluation.likelihood.held_out import HeldOut
 
 
 @pytest.fixture

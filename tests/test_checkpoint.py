@@ -19,7 +19,7 @@ from torch import nn
 import pretrain
 from pretrain.core import checkpoint, files
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import new_model, set_module
+from pretrain.core.models.families import new_model, set_module
 from pretrain.surgery import Surgery
 
 TOKENS = torch.arange(3, 23)[None]
@@ -287,7 +287,7 @@ sys.path.insert(0, sys.argv[2])
 from pathlib import Path
 import conftest
 from pretrain.core import checkpoint, files
-from pretrain.core.families import new_model
+from pretrain.core.models.families import new_model
 folder, plain_fsync, plain_digest = Path(sys.argv[1]), files.fsync, checkpoint.file_digest
 models = [new_model("llama", conftest.TINY["llama"] | {"vocab_size": 97}, seed=seed) for seed in (1, 2)]
 checkpoint.save(models[0], None, folder, {"seed": 1})

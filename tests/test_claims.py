@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import methods
+from pretrain.core.registry import methods
 from pretrain.experiments.claims import (
     SEEDS,
     TUNING_SEED,

@@ -19,13 +19,13 @@ from transformers import BertConfig, RobertaConfig, RobertaForSequenceClassifica
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import new_model
-from pretrain.core.heads import labels_of, with_head
 from pretrain.core.meter import count_flops
+from pretrain.core.models.families import new_model
+from pretrain.core.models.heads import labels_of, with_head
 from pretrain.engine import run, silent
 from pretrain.surgery import Inputs
 from pretrain.surgery._architecture import GENES, configured, flops, parameters, shape_of, size
-from pretrain.surgery.compressor import Compressor, fits, score, search
+from pretrain.surgery.compression.compressor import Compressor, fits, score, search
 
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
 MODELS = [

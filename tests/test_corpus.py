@@ -26,7 +26,7 @@ from pretrain.corpus.sources import (
     unroff,
 )
 from pretrain.corpus.store import SPLITS, Corpus, side, write_corpus
-from pretrain.data.deduplicate import Deduplicate
+from pretrain.data.deduplication.deduplicate import Deduplicate
 
 LONG = "the quick brown fox jumps over the lazy dog and runs away from all the hounds of the village tonight "
 

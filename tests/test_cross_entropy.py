@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pretrain.core import cross_entropy
-from pretrain.core.cross_entropy import linear_cross_entropy
 from pretrain.core.meter import count_flops
+from pretrain.core.models import cross_entropy
+from pretrain.core.models.cross_entropy import linear_cross_entropy
 
 
 def problem(rows=3, length=50, width=16, vocabulary=97, dtype=torch.float64, seed=0):

@@ -10,10 +10,10 @@ from test_training import small
 
 from pretrain.core.checkpoint import save
 from pretrain.core.errors import PretrainError
-from pretrain.objectives import _distil
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.ctcd import CTCD
-from pretrain.objectives.masked_lm import MaskedLM
+from pretrain.objectives.distillation import _distil
+from pretrain.objectives.distillation.ctcd import CTCD
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings
 

@@ -12,9 +12,9 @@ from test_objectives import context, rows
 from pretrain import engine
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import at, base, blocks, family
-from pretrain.core.heads import with_head
 from pretrain.core.method import method_class, nested
+from pretrain.core.models.families import at, base, blocks, family
+from pretrain.core.models.heads import with_head
 from pretrain.recipe import check
 
 deft = method_class("deft")
@@ -128,7 +128,8 @@ def test_an_objective_on_labels_stays_one(tiny) -> None:
 
 
 def test_the_exact_count_is_by_block_over_tokens_without_padding(tiny, prepared) -> None:
-    from pretrain.corpus.tokenizers import encode, load_tokenizer
+    from pretrain.core.encoding import encode
+    from pretrain.corpus.tokenizers import load_tokenizer
 
     tokenizer = load_tokenizer(prepared / "tokenizer")
     model = tiny("t5", vocab_size=512, feed_forward_proj="relu")

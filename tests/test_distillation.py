@@ -17,10 +17,10 @@ from pretrain import engine
 from pretrain.core.checkpoint import save
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import count_flops
-from pretrain.objectives import _distil
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.distillation import Distillation, divergence, grouped
-from pretrain.objectives.masked_lm import MaskedLM
+from pretrain.objectives.distillation import _distil
+from pretrain.objectives.distillation.distillation import Distillation, divergence, grouped
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.recipe import load
 from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings

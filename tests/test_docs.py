@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import KINDS, info, methods
+from pretrain.core.registry import info, kinds, methods
 from pretrain.docs import pages, recipe_page
 
 ROOT = Path(__file__).parent.parent
@@ -33,7 +33,7 @@ def test_links_lead_to_files_that_are_there(page):
 def test_the_guides_example_is_found_and_works_as_printed(tmp_path):
     code = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)[1]
     shutil.copytree(ROOT / "pretrain", tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
-    (tmp_path / "pretrain" / "optim" / "polynomial.py").write_text(code)
+    (tmp_path / "pretrain" / "optim" / "schedules" / "polynomial.py").write_text(code)
 
     def run(*words):
         command = [sys.executable, *words]
@@ -41,7 +41,9 @@ def test_the_guides_example_is_found_and_works_as_printed(tmp_path):
 
     rows = json.loads(run("-m", "pretrain", "methods", "polynomial", "--json"))
     assert rows[0]["arxiv"] == "1606.00915" and rows[0]["kind"] == "schedule"
-    program = "from pretrain.optim.polynomial import Polynomial as P; print(P(0, 2.0).factor(50, 100), P().name)"
+    program = (
+        "from pretrain.optim.schedules.polynomial import Polynomial as P; print(P(0, 2.0).factor(50, 100), P().name)"
+    )
     assert run("-c", program).split() == ["0.25", "polynomial"]
     planned = run("-m", "pretrain", "run", str(ROOT / "recipes" / "quickstart.yaml"), "--dry-run", "--output", "out",
                   "--set", "model.schedule={method: polynomial, power: 2.0}")  # fmt: skip
@@ -51,7 +53,7 @@ def test_the_guides_example_is_found_and_works_as_printed(tmp_path):
 def test_each_method_opens_with_a_title_that_the_papers_list_has_or_that_it_names(tmp_path):
     for found in methods().values():
         assert found.title and (found.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}|[\w.-]+/\d+", found.arxiv))
-        assert found.kind in {kind for kind, _ in KINDS.values()}
+        assert found.kind in kinds()
 
 
 def test_an_unknown_method_names_the_nearest():

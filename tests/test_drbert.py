@@ -10,8 +10,8 @@ from transformers import AutoModelForMaskedLM
 
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.objectives.drbert import DrBERT
-from pretrain.objectives.masked_lm import MaskedLM
+from pretrain.objectives.language.drbert import DrBERT
+from pretrain.objectives.language.masked_lm import MaskedLM
 
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2, mask=3, special=frozenset(range(4)))
 
@@ -97,7 +97,7 @@ def reach(tiny, attention, layers, revealed=None):
     if revealed is not None:
         batch["revealed_BL"] = torch.full_like(batch["revealed_BL"], revealed)
     from pretrain.core.batch import document_mask
-    from pretrain.objectives._encoder_blocks import run
+    from pretrain.objectives.language._encoder_blocks import run
 
     states = torch.randn(1, 24, 32, requires_grad=True)
     decoded = states

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
 from pretrain.core.method import method_class
+from pretrain.core.models.families import linears
 from pretrain.surgery import Inputs
-from pretrain.surgery._adapters import adapters
-from pretrain.surgery.dsee import decompose
+from pretrain.surgery.adapters._adapters import adapters
+from pretrain.surgery.adapters.dsee import decompose
 
 dsee = method_class("dsee")
 merge = method_class("merge_adapters")

@@ -15,13 +15,13 @@ from transformers import AutoModelForCausalLM
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import new_model
-from pretrain.core.heads import with_head
 from pretrain.core.method import method_class
+from pretrain.core.models.families import new_model
+from pretrain.core.models.heads import with_head
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.surgery import Inputs
-from pretrain.surgery._adapters import adapters
-from pretrain.surgery.dylora import rank_of
+from pretrain.surgery.adapters._adapters import adapters
+from pretrain.surgery.adapters.dylora import rank_of
 from pretrain.training.budget import Budget
 
 dylora = method_class("dylora")
@@ -134,7 +134,7 @@ def small(prepared, method, **fields):
 @pytest.fixture
 def drawn(monkeypatch):
     """The ranks that training used, in the order of the layers' forward passes."""
-    from pretrain.surgery import dylora as module
+    from pretrain.surgery.adapters import dylora as module
 
     ranks, original = [], module.DynamicLowRank.step_rank
 

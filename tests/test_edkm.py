@@ -11,12 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
+from pretrain.core.models.families import linears
 from pretrain.surgery import Inputs, operate
-from pretrain.surgery._clusters import Line, assign, kmeans
-from pretrain.surgery.edkm import EDKM, ClusteredLinear, Patterns
-from pretrain.surgery.gptq import GPTQ
-from pretrain.surgery.palettise import Palettise, PalettisedLinear
+from pretrain.surgery.compression._clusters import Line, assign, kmeans
+from pretrain.surgery.compression.edkm import EDKM, ClusteredLinear, Patterns
+from pretrain.surgery.compression.gptq import GPTQ
+from pretrain.surgery.compression.palettise import Palettise, PalettisedLinear
 
 TOKENS = torch.arange(3, 23)[None]
 FAMILIES = ["llama", "gpt2", "bert", "modernbert"]

@@ -19,7 +19,8 @@ from pydantic import PlainSerializer, PlainValidator
 import pretrain.stages
 from pretrain import engine
 from pretrain.core.errors import PretrainError
-from pretrain.core.method import Method, Ref, code_version
+from pretrain.core.method import Method, Ref
+from pretrain.core.registry import code_version
 from pretrain.recipe import check, load
 from pretrain.stages import Job, Stage, build_dataclass, dump
 

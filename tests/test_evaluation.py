@@ -16,15 +16,17 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from pretrain.core import checkpoint
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.likelihood import document_nll, windows
 from pretrain.corpus.shards import Shards, tokenise
 from pretrain.corpus.store import Corpus, write_corpus
-from pretrain.corpus.tokenizers import encode, load_tokenizer, train_tokenizer
+from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.decoding import Decoding
-from pretrain.evaluation._compressors import compressed_bits
 from pretrain.evaluation._intervals import bounds, resampled_sums
-from pretrain.evaluation._likelihood import document_nll, shard_loss, windows
-from pretrain.evaluation.held_out import HeldOut
+from pretrain.evaluation.likelihood._compressors import compressed_bits
+from pretrain.evaluation.likelihood._shards import shard_loss
+from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.stages import Job
 from pretrain.stages.decode import Decode, continue_prompt
 from pretrain.stages.evaluate import Evaluate, evaluate

@@ -8,10 +8,10 @@ from decoding_cases import learnt, prompt
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.decoding._cascade import measure
-from pretrain.decoding.softmax_cascade import NEVER, SoftmaxCascade
+from pretrain.decoding.ensembles._cascade import measure
+from pretrain.decoding.ensembles.softmax_cascade import NEVER, SoftmaxCascade
 from pretrain.surgery import Inputs
-from pretrain.surgery.exit_heads import ExitHeads
+from pretrain.surgery.architecture.exit_heads import ExitHeads
 
 
 def rows(model, seed=0):

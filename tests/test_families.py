@@ -7,7 +7,7 @@ import torch
 
 from pretrain.core.batch import Vocabulary, document_mask
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import (
+from pretrain.core.models.families import (
     additive,
     at,
     attention_inputs,

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from pretrain.core.fast import accelerate, rotary
+from pretrain.core.models.fast import accelerate, rotary
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "bert"])

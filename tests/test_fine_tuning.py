@@ -13,16 +13,17 @@ from transformers import AutoModelForSequenceClassification, AutoModelForTokenCl
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Context, Example, Vocabulary
-from pretrain.core.cross_entropy import linear_cross_entropy
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import base
-from pretrain.core.heads import labels_of, with_head
 from pretrain.core.method import method_class
-from pretrain.corpus.tokenizers import Encoder, load_tokenizer
+from pretrain.core.models.cross_entropy import linear_cross_entropy
+from pretrain.core.models.families import base
+from pretrain.core.models.heads import labels_of, with_head
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import run, silent
-from pretrain.objectives import _metrics
-from pretrain.objectives._fine_tuning import framed, predictions
-from pretrain.objectives.tagging import word_of_tokens
+from pretrain.objectives._fine_tuning import framed
+from pretrain.objectives.labelled import _metrics
+from pretrain.objectives.labelled.tagging import word_of_tokens
 
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
 FAMILIES = ("llama", "qwen3", "gpt2", "bert", "modernbert", "t5")
@@ -155,7 +156,7 @@ def test_tagging_learns_each_word_once_and_predicts_outside_beyond_the_length(ti
     known = batch["label_BL"] != -100
     expected = -logits[known].gather(1, batch["label_BL"][known][:, None]).mean()
     assert objective.loss(model, batch).value.item() == pytest.approx(expected.item(), rel=1e-5)
-    said = predictions(model, objective, some, context)
+    said = objective.predictions(model, some, context)
     assert [len(tags) for tags in said] == [40, 3] and set(said[0][learnt[0] :]) == {"O"}
     with pytest.raises(PretrainError, match="document 0 has 2 words and 1 tags"):
         objective.prepare(examples({"text": "a b", "tags": "O"}), context)
@@ -182,8 +183,8 @@ def test_seq2seq_is_the_likelihood_of_the_targets_tokens_alone(tiny, context, fa
         count += len(target)
     assert batch["weight"] == count
     assert objective.loss(model, batch).value.item() == pytest.approx(nll / count, rel=1e-4)
-    together = predictions(model, objective, some, context)
-    assert together == [predictions(model, objective, [e], context)[0] for e in some]
+    together = objective.predictions(model, some, context)
+    assert together == [objective.predictions(model, [e], context)[0] for e in some]
 
 
 def test_metrics_equal_hand_counted_values() -> None:

@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import at, base, blocks, family, head
-from pretrain.decoding._loop import decode
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.flexi_depth_lm import FlexiDepthLM
+from pretrain.core.generation.loop import decode
+from pretrain.core.models.families import at, base, blocks, family, head
+from pretrain.objectives.efficiency.flexi_depth_lm import FlexiDepthLM
+from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.surgery import Inputs
-from pretrain.surgery.flexi_depth import FlexiDepth, depths, routed
+from pretrain.surgery.architecture.flexi_depth import FlexiDepth, depths, routed
 from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings
 

@@ -8,8 +8,8 @@ from torch import nn
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.surgery.g_stack import GStack
-from pretrain.surgery.pre_rmsnorm import PreRMSNorm
+from pretrain.surgery.architecture.pre_rmsnorm import PreRMSNorm
+from pretrain.surgery.growth.g_stack import GStack
 
 TOKENS = torch.arange(3, 23)[None]
 

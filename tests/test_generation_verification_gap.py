@@ -7,12 +7,13 @@ import pytest
 import torch
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.decoding._loop import decode
+from pretrain.core.generation.loop import decode
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation._continuations import judge, sample
-from pretrain.evaluation.generation_verification_gap import GenerationVerificationGap as Gap
-from pretrain.evaluation.generation_verification_gap import parses
+from pretrain.evaluation.generation.generation_verification_gap import GenerationVerificationGap as Gap
+from pretrain.evaluation.generation.generation_verification_gap import parses
 
 SMALL = {"generations": 12, "max_new_tokens": 2, "temperature": 1.0, "top_p": 1.0, "resamples": 40}
 

@@ -11,11 +11,11 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
+from pretrain.core.models.families import linears
 from pretrain.surgery import Inputs
 from pretrain.surgery._calibration import Blocks, inverse_factor, parts, weight_of
-from pretrain.surgery._grid import grid, nearest, pack, round_to_nearest, unpack
-from pretrain.surgery.gptq import GPTQ, PackedLinear, solve
+from pretrain.surgery.compression._grid import grid, nearest, pack, round_to_nearest, unpack
+from pretrain.surgery.compression.gptq import GPTQ, PackedLinear, solve
 
 TOKENS = torch.arange(3, 23)[None]
 FAMILIES = ["llama", "qwen3", "gpt2", "bert", "modernbert"]
@@ -241,7 +241,7 @@ def test_packed_and_dense_models_are_the_same_and_near_the_original(tiny, name):
 
 
 def test_biases_of_qwen2_stay():
-    from pretrain.core.families import new_model
+    from pretrain.core.models.families import new_model
 
     fields = {
         "vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -387,8 +387,8 @@ def test_wrong_fields_and_models_are_refused(tiny):
 
 
 def test_a_factorised_layer_is_quantised_factor_by_factor(tiny, tmp_path):
-    from pretrain.core.families import linears
-    from pretrain.surgery.pela import PELA, LowRank
+    from pretrain.core.models.families import linears
+    from pretrain.surgery.compression.pela import PELA, LowRank
 
     generator = torch.Generator().manual_seed(0)
     batches = [{"input_ids": torch.randint(3, 90, (4, 24), generator=generator)}]

@@ -7,9 +7,9 @@ import torch
 from policy_run import run, steps
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
+from pretrain.core.models.families import linears
 from pretrain.policies import Policy
-from pretrain.policies.gradual_pruning import GradualPruning
+from pretrain.policies.pruning.gradual_pruning import GradualPruning
 from pretrain.training.budget import Budget
 
 

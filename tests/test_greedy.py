@@ -9,10 +9,10 @@ from decoding_cases import EOS, WIDE, chance, greedy, learnt, padded, pairs, pro
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import new_model
+from pretrain.core.generation.forward import Forward, why_not
+from pretrain.core.generation.loop import decode, pick
+from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.decoding._forward import Forward, why_not
-from pretrain.decoding._loop import decode, pick
 from pretrain.stages.decode import continue_prompt
 
 FAMILIES = ("llama", "qwen3", "gpt2")
@@ -71,7 +71,7 @@ def test_a_pass_gives_the_logits_of_the_whole_sequence(tiny):
 
 
 def test_a_changed_model_is_decoded_as_it_is_or_left_to_generate(tiny):
-    from pretrain.surgery.pre_rmsnorm import PreRMSNorm
+    from pretrain.surgery.architecture.pre_rmsnorm import PreRMSNorm
 
     model = PreRMSNorm()(tiny("gpt2", **WIDE["gpt2"]), {})
     assert torch.equal(decode(model, prompt(6, 0), max_new_tokens=12), greedy(model, prompt(6, 0), 12))

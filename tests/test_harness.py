@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.evaluation.harness import Harness, write_cloze
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.tasks.harness import Harness, write_cloze
 
 STORIES = 40
 
@@ -94,7 +95,7 @@ def test_without_a_folder_the_documents_make_the_task(model, tokenizer, stories)
 
 def test_a_model_that_knows_the_text_is_always_right(tokenizer, cloze, monkeypatch):
     pytest.importorskip("lm_eval")
-    from pretrain.evaluation import _harness
+    from pretrain.evaluation.tasks import _harness
 
     true = {row["query"]: row["choices"][row["gold"]] for row in rows_of(cloze)}
 
@@ -108,7 +109,7 @@ def test_a_model_that_knows_the_text_is_always_right(tokenizer, cloze, monkeypat
 
 def test_requests_of_each_kind(model, tokenizer):
     pytest.importorskip("lm_eval")
-    from pretrain.evaluation._harness import OurModel
+    from pretrain.evaluation.tasks._harness import OurModel
 
     ours, vocabulary = OurModel(model, tokenizer, 40, 0), Vocabulary.of(tokenizer)
 
@@ -145,7 +146,7 @@ def test_requests_of_each_kind(model, tokenizer):
 
 def test_generated_answers_are_scored(model, tokenizer, tmp_path):
     pytest.importorskip("lm_eval")
-    from pretrain.evaluation._harness import OurModel
+    from pretrain.evaluation.tasks._harness import OurModel
 
     (said,) = OurModel(model, tokenizer, 64, 0).generate_until(
         [SimpleNamespace(args=("import", {"until": ["\n"], "max_gen_toks": 3}))]

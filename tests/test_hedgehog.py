@@ -16,15 +16,15 @@ from pretrain import engine
 from pretrain.core import checkpoint
 from pretrain.core.batch import document_mask
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import attention_inputs, linears
-from pretrain.decoding._forward import why_not
-from pretrain.decoding.prepacking import Prepacking
-from pretrain.decoding.pyramid_infer import PyramidInfer
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.hedgehog_distillation import HedgehogDistillation
+from pretrain.core.generation.forward import why_not
+from pretrain.core.models.families import attention_inputs, linears
+from pretrain.decoding.cache.prepacking import Prepacking
+from pretrain.decoding.cache.pyramid_infer import PyramidInfer
+from pretrain.objectives.distillation.hedgehog_distillation import HedgehogDistillation
+from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.recipe import load
-from pretrain.surgery._linear_attention import quadratic, recurrent, weights
-from pretrain.surgery.hedgehog import FeatureMap, Hedgehog, attentions, distilling
+from pretrain.surgery.architecture._linear_attention import quadratic, recurrent, weights
+from pretrain.surgery.architecture.hedgehog import FeatureMap, Hedgehog, attentions, distilling
 
 FAMILIES = ["llama", "qwen3", "gpt2"]
 FOUND: dict[str, torch.Tensor] = {}

@@ -10,10 +10,10 @@ import torch
 from decoding_cases import WIDE, greedy, padded, prompt
 
 from pretrain.core.errors import PretrainError
-from pretrain.decoding import _homer
-from pretrain.decoding._homer import Chunk, merged, survivors
-from pretrain.decoding._loop import decode
-from pretrain.decoding.homer import FILE, Homer
+from pretrain.core.generation.loop import decode
+from pretrain.decoding.long_context import _homer
+from pretrain.decoding.long_context._homer import Chunk, merged, survivors
+from pretrain.decoding.long_context.homer import FILE, Homer
 
 METHOD = Homer(max_chunk_len=20, prefix=3, suffix=4, layers_warmup=1)
 FIELDS = {

@@ -13,14 +13,14 @@ from transformers import AutoModelForCausalLM
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import new_model
 from pretrain.core.method import method_class
+from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.optim.cosine import Cosine
+from pretrain.optim.schedules.cosine import Cosine
 from pretrain.policies import Policy
-from pretrain.policies.increlora_allocation import _restart_schedules, orthogonality
+from pretrain.policies.pruning.increlora_allocation import _restart_schedules, orthogonality
 from pretrain.surgery import Inputs
-from pretrain.surgery.increlora import RESERVED, growing
+from pretrain.surgery.adapters.increlora import RESERVED, growing
 from pretrain.training.budget import Budget
 
 increlora = method_class("increlora")

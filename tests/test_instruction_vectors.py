@@ -12,8 +12,8 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.surgery import Inputs
-from pretrain.surgery.instruction_residual import InstructionResidual
-from pretrain.surgery.instruction_vector import InstructionVector
+from pretrain.surgery.merging.instruction_residual import InstructionResidual
+from pretrain.surgery.merging.instruction_vector import InstructionVector
 
 TOKENS = torch.arange(3, 23)[None]
 BOTH = pytest.mark.parametrize("method", [InstructionResidual, InstructionVector])

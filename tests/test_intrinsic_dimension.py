@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.heads import with_head
 from pretrain.core.method import method_class
-from pretrain.surgery._adapters import adapters
+from pretrain.core.models.heads import with_head
+from pretrain.surgery.adapters._adapters import adapters
 
 intrinsic = method_class("intrinsic_dimension")
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)

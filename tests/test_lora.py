@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.heads import with_head
 from pretrain.core.method import method_class
+from pretrain.core.models.heads import with_head
 from pretrain.surgery import Inputs
 
 lora = method_class("lora")

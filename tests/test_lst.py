@@ -11,9 +11,9 @@ from adapter_cases import trained
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary, document_mask
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import at, attention_inputs, base, blocks, embeddings, family, hidden
-from pretrain.core.heads import with_head
 from pretrain.core.method import method_class
+from pretrain.core.models.families import at, attention_inputs, base, blocks, embeddings, family, hidden
+from pretrain.core.models.heads import with_head
 from pretrain.surgery import Inputs
 
 lst = method_class("lst")

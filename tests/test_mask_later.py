@@ -9,8 +9,8 @@ import torch
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import count_flops
-from pretrain.objectives.mask_later import MaskLater
-from pretrain.objectives.masked_lm import MaskedLM
+from pretrain.objectives.language.mask_later import MaskLater
+from pretrain.objectives.language.masked_lm import MaskedLM
 
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2, mask=3, special=frozenset(range(4)))
 FAMILIES = ["bert", "modernbert"]

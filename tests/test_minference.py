@@ -10,10 +10,10 @@ from decoding_cases import WIDE, padded, prompt
 from torch.nn.functional import one_hot, scaled_dot_product_attention
 
 from pretrain.core.errors import PretrainError
-from pretrain.decoding import _sparse_attention as sparse
-from pretrain.decoding._loop import decode
-from pretrain.decoding._sparse_attention import BLOCK, Pattern, choose, gathered, last_scores
-from pretrain.decoding.minference import MInference, candidates, search
+from pretrain.core.generation.loop import decode
+from pretrain.decoding.long_context import _sparse_attention as sparse
+from pretrain.decoding.long_context._sparse_attention import BLOCK, Pattern, choose, gathered, last_scores
+from pretrain.decoding.long_context.minference import MInference, candidates, search
 
 SMALL = MInference(vertical=8, slash=16)  # two blocks of keys at most, and eight columns
 MIXED = [

@@ -13,10 +13,10 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import count_flops
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
-from pretrain.data import _scores
-from pretrain.data._select import top, top_share, weighted
 from pretrain.data._work import working
-from pretrain.data.miniplm import Miniplm
+from pretrain.data.selection import _scores
+from pretrain.data.selection._select import top, top_share, weighted
+from pretrain.data.selection.miniplm import Miniplm
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.evaluation.held_out import HeldOut
+from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.surgery import Inputs
-from pretrain.surgery.model_soup import ModelSoup
-from pretrain.surgery.pre_rmsnorm import PreRMSNorm
+from pretrain.surgery.architecture.pre_rmsnorm import PreRMSNorm
+from pretrain.surgery.merging.model_soup import ModelSoup
 
 TOKENS = torch.arange(3, 23)[None]
 

@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.objectives._masking import choose_spans, choose_words, corrupt
-from pretrain.objectives.electra import Electra
-from pretrain.objectives.masked_lm import MaskedLM
-from pretrain.objectives.span_corruption import SpanCorruption
-from pretrain.objectives.ul2 import UL2
+from pretrain.objectives.language._masking import choose_spans, choose_words, corrupt
+from pretrain.objectives.language.electra import Electra
+from pretrain.objectives.language.masked_lm import MaskedLM
+from pretrain.objectives.language.span_corruption import SpanCorruption
+from pretrain.objectives.language.ul2 import UL2
 
 TOKENS = tuple(["<pad>", "<s>", "</s>", "<mask>", *(f"<extra_id_{i}>" for i in range(20)), "[R]", "[S]", "[X]"]
                + [("Ġ" if i % 3 == 0 else "") + f"t{i}" for i in range(70)])  # fmt: skip

@@ -12,14 +12,14 @@ import torch
 from safetensors.numpy import save_file
 
 from pretrain.core import checkpoint
-from pretrain.core.cross_entropy import linear_cross_entropy
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import head, hidden
+from pretrain.core.models.cross_entropy import linear_cross_entropy
+from pretrain.core.models.families import head, hidden
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.surgery import Inputs
 from pretrain.surgery._tokens import joined
-from pretrain.surgery._vectors import read, subwords
-from pretrain.surgery.ofa import Ofa
+from pretrain.surgery.vocabulary._vectors import read, subwords
+from pretrain.surgery.vocabulary.ofa import Ofa
 
 TEXTS = ["the quick brown fox jumps over the lazy dog, then the dog sleeps while the fox is quick"] * 3
 MORE = ["The Dog returns a value, a vulpine fox returns it; zebras sleep over there"] * 3

@@ -8,13 +8,13 @@ import math
 import pytest
 import torch
 
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.conda import Conda
-from pretrain.optim.constant import Constant
-from pretrain.optim.cosine import Cosine
-from pretrain.optim.infinite import Infinite
-from pretrain.optim.linear import Linear
-from pretrain.optim.wsd import WSD
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.optimizers.conda import Conda
+from pretrain.optim.schedules.constant import Constant
+from pretrain.optim.schedules.cosine import Cosine
+from pretrain.optim.schedules.infinite import Infinite
+from pretrain.optim.schedules.linear import Linear
+from pretrain.optim.schedules.wsd import WSD
 
 
 @pytest.mark.parametrize("schedule", [Cosine(), Linear(), Constant(warmup=0.1), WSD(), Infinite()])

@@ -15,15 +15,15 @@ import pretrain
 from pretrain import engine
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
-from pretrain.objectives._distil import block_states, states
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.masked_lm import MaskedLM
-from pretrain.objectives.pela_pretraining import PELAPretraining, largest_change, low_rank
-from pretrain.optim.adamw import AdamW
+from pretrain.core.models.families import linears
+from pretrain.objectives.distillation._distil import block_states, states
+from pretrain.objectives.distillation.pela_pretraining import PELAPretraining, largest_change, low_rank
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.objectives.language.masked_lm import MaskedLM
+from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.recipe import load
 from pretrain.surgery import Inputs
-from pretrain.surgery.pela import PELA, LowRank
+from pretrain.surgery.compression.pela import PELA, LowRank
 from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings
 

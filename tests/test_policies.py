@@ -9,17 +9,17 @@ import torch
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
-from pretrain.corpus.loader import Loader
+from pretrain.core.models.families import linears
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.constant import Constant
-from pretrain.policies.domain_upsampling import DomainUpsampling
-from pretrain.policies.odm import ODM, probabilities
-from pretrain.policies.spdf import SPDF
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.constant import Constant
+from pretrain.policies.mixing.domain_upsampling import DomainUpsampling
+from pretrain.policies.mixing.odm import ODM, probabilities
+from pretrain.policies.pruning.spdf import SPDF
 from pretrain.training.budget import Budget
+from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 

@@ -7,9 +7,9 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import blocks, new_model
+from pretrain.core.models.families import blocks, new_model
 from pretrain.surgery import Inputs
-from pretrain.surgery.polycom import Activation, FeedForward, PolyCom
+from pretrain.surgery.architecture.polycom import Activation, FeedForward, PolyCom
 
 TOKENS = torch.arange(3, 23)[None]
 FAMILIES = ["llama", "qwen3", "gpt2", "bert", "modernbert", "t5"]

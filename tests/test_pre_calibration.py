@@ -12,12 +12,12 @@ from scipy.stats import entropy
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
+from pretrain.core.models.families import linears
 from pretrain.surgery import Inputs, operate
 from pretrain.surgery._calibration import weight_of
-from pretrain.surgery._grid import round_to_nearest
-from pretrain.surgery.gptq import GPTQ
-from pretrain.surgery.pre_calibration import PreCalibration, divergence, on_two_grids, shrunk
+from pretrain.surgery.compression._grid import round_to_nearest
+from pretrain.surgery.compression.gptq import GPTQ
+from pretrain.surgery.compression.pre_calibration import PreCalibration, divergence, on_two_grids, shrunk
 
 TOKENS = torch.arange(3, 23)[None]
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import head, hidden, linears, norms
-from pretrain.surgery.g_stack import GStack
-from pretrain.surgery.pre_rmsnorm import CRMSNorm, PreRMSNorm
+from pretrain.core.models.families import head, hidden, linears, norms
+from pretrain.surgery.architecture.pre_rmsnorm import CRMSNorm, PreRMSNorm
+from pretrain.surgery.growth.g_stack import GStack
 
 TOKENS = torch.arange(3, 43).view(2, 20)
 FORMS = [{}, {"training": False}, {"crms": True}]

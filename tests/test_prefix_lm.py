@@ -9,8 +9,8 @@ import torch.nn.functional as F
 
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.prefix_lm import PrefixLM
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.objectives.language.prefix_lm import PrefixLM
 
 FAMILIES = ["llama", "gpt2", "qwen3"]
 

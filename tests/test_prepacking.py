@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from pretrain.core.errors import PretrainError
-from pretrain.decoding._loop import decode
-from pretrain.decoding.prepacking import Prepacking
+from pretrain.core.generation.loop import decode
+from pretrain.decoding.cache.prepacking import Prepacking
 
 LENGTHS = (3, 17, 1, 9, 8, 17, 5, 2)
 MODELS = [

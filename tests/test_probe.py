@@ -8,12 +8,13 @@ import torch
 from conftest import TINY
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.features import Framing, evaluating, features, middle
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.evaluation import probe as module
-from pretrain.evaluation._features import Framing, evaluating, features, middle
-from pretrain.evaluation.probe import Probe, to_fit
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.probes import probe as module
+from pretrain.evaluation.probes.probe import Probe, to_fit
 
 WORDS = Vocabulary(97, pad=0, bos=1, eos=2)
 
@@ -81,7 +82,7 @@ def labelled(monkeypatch):
     def make(features_NE, labels):
         documents = [{"text": f"document {i}", "kind": label} for i, label in enumerate(labels)]
         monkeypatch.setattr(
-            "pretrain.evaluation._features.features", lambda *a, **k: np.asarray(features_NE, np.float32)
+            "pretrain.core.models.features.features", lambda *a, **k: np.asarray(features_NE, np.float32)
         )
         return documents
 

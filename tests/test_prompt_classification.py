@@ -13,14 +13,14 @@ import torch
 from test_fine_tuning import _data
 
 from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.examples import Examples
 from pretrain.corpus.store import Corpus, write_corpus
-from pretrain.corpus.tokenizers import Encoder, load_tokenizer
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import run, silent
-from pretrain.objectives._fine_tuning import predictions
-from pretrain.objectives._prompt_words import choose_words
-from pretrain.objectives.prompt_classification import PromptClassification
+from pretrain.objectives.labelled._prompt_words import choose_words
+from pretrain.objectives.labelled.prompt_classification import PromptClassification
 
 CAUSAL = "{text} It was {mask}"
 
@@ -146,7 +146,7 @@ def test_a_prediction_is_of_the_mean_logits_over_the_draws(tiny, context, words,
         every = objective.logits(model, batch)
         expected = torch.stack([every[:3].mean(0), every[3:].mean(0)])
         assert torch.allclose(objective.scores(model, batch), expected, atol=1e-6)
-    said = predictions(model, objective, some, replace(here, predicting=False, rng=np.random.default_rng(5)))
+    said = objective.predictions(model, some, replace(here, predicting=False, rng=np.random.default_rng(5)))
     assert said == [("bad", "good")[i] for i in expected.argmax(-1).tolist()]
 
 
@@ -212,7 +212,7 @@ def test_the_search_ranks_all_assignments_of_likely_words_by_accuracy(tiny, cont
     accuracies = [accuracy for accuracy, _ in found]
     assert accuracies == sorted(accuracies, reverse=True) and 12 <= len(found) <= 16
     for accuracy, chosen in found:  # each as the objective itself classifies with these words
-        said = predictions(model, replace(objective, words=chosen), some, context)
+        said = replace(objective, words=chosen).predictions(model, some, context)
         assert accuracy == pytest.approx(np.mean([s == e.columns["label"] for s, e in zip(said, some, strict=True)]))
     tokens = [t for t in context.vocabulary.tokens if t.startswith("Ġ") and t[1:].isascii() and t[1:].isalpha()]
     every = {"bad": tokens[0][1:], "good": tokens[1][1:]} | {str(i): t[1:] for i, t in enumerate(tokens[2:])}

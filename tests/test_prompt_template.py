@@ -13,14 +13,14 @@ from transformers import AutoModelForMaskedLM
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import Encoder, load_tokenizer
-from pretrain.data import prompt_template
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.data._work import working
-from pretrain.data.prompt_template import PromptTemplate
+from pretrain.data.rewriting import prompt_template
+from pretrain.data.rewriting.prompt_template import PromptTemplate
 from pretrain.engine import run, silent
-from pretrain.objectives._fine_tuning import predictions
 
 PROMPT = {"method": "prompt_classification", "words": {"no": "to", "yes": "the"}, "template": "{text}? {mask}, {pair}"}
 ROWS = [
@@ -44,7 +44,7 @@ def said(folder: str, rows: list[dict[str, Any]], length: int = 24) -> list[str]
     model, tokenizer = checkpoint.load(folder)
     context = Context(Vocabulary.of(tokenizer), length, np.random.default_rng(0), encoder=Encoder(tokenizer))
     objective = PromptTemplate(PROMPT).objective
-    return predictions(model, objective, [Example(row, 0, i) for i, row in enumerate(rows)], context)
+    return objective.predictions(model, [Example(row, 0, i) for i, row in enumerate(rows)], context)
 
 
 def test_known_labels_make_exactly_the_template_with_their_words() -> None:

@@ -7,8 +7,8 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.decoding._loop import decode
-from pretrain.decoding.proxy_tuning import ProxyTuning
+from pretrain.core.generation.loop import decode
+from pretrain.decoding.ensembles.proxy_tuning import ProxyTuning
 
 PROMPTS_BL = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(0))
 MASK_BL = (torch.arange(9) >= torch.tensor([[0], [3], [7]])).long()

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from pretrain.core.errors import PretrainError
-from pretrain.decoding._pyramid import cache_bytes, pivotal
-from pretrain.decoding.pyramid_infer import PyramidInfer
+from pretrain.decoding.cache._pyramid import cache_bytes, pivotal
+from pretrain.decoding.cache.pyramid_infer import PyramidInfer
 
 WHOLE = PyramidInfer(prefill_decay_ratio=1.0, gen_decay_ratio=1.0, gen_compress_ratio=1.0)
 SMALL = PyramidInfer(

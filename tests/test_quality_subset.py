@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import write_corpus
-from pretrain.data.quality_subset import QualitySubset
+from pretrain.data.selection.quality_subset import QualitySubset
 
 datasets = pytest.importorskip("datasets")
 

@@ -11,8 +11,8 @@ from scipy.special import softmax
 from pretrain.core import checkpoint
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.objectives.masked_lm import MaskedLM
-from pretrain.objectives.random_token_substitution import Generator, RandomTokenSubstitution
+from pretrain.objectives.language.masked_lm import MaskedLM
+from pretrain.objectives.language.random_token_substitution import Generator, RandomTokenSubstitution
 
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2, mask=3, special=frozenset(range(4)))
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from conftest import TINY
 
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.evaluation.retrieval import Retrieval, ranks, scores
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.probes.retrieval import Retrieval, ranks, scores
 
 
 def test_ranks_and_measures_are_those_of_scikit_learn():
@@ -59,7 +60,7 @@ def test_halves_are_cut_to_the_length(tiny, prepared, monkeypatch):
         taken.extend(pieces)
         return np.eye(len(pieces))
 
-    monkeypatch.setattr("pretrain.evaluation._features.features", features)
+    monkeypatch.setattr("pretrain.core.models.features.features", features)
     tokenizer = load_tokenizer(prepared / "tokenizer")
     text = "one two three four five six seven eight nine ten eleven twelve"
     ids = encode(tokenizer, [text])[0].tolist()

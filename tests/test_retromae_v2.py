@@ -13,7 +13,7 @@ from torch import nn
 
 from pretrain.core.batch import Row, Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.objectives.retromae_v2 import RetroMAEv2, contexts, pooled_scores
+from pretrain.objectives.retrieval.retromae_v2 import RetroMAEv2, contexts, pooled_scores
 from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings
 

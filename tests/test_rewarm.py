@@ -8,9 +8,9 @@ import math
 import pytest
 
 from pretrain.core.errors import PretrainError
-from pretrain.optim.cosine import Cosine
-from pretrain.optim.infinite import Infinite
-from pretrain.optim.rewarm import Rewarm
+from pretrain.optim.schedules.cosine import Cosine
+from pretrain.optim.schedules.infinite import Infinite
+from pretrain.optim.schedules.rewarm import Rewarm
 
 
 def test_it_rises_in_a_straight_line_and_falls_by_half_a_cosine():

@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.evaluation import scbench
-from pretrain.evaluation._scbench import TASKS, right
-from pretrain.evaluation.scbench import Reader, SCBench, _Asked
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.generation import scbench
+from pretrain.evaluation.generation._scbench import TASKS, right
+from pretrain.evaluation.generation.scbench import Reader, SCBench, _Asked
 
 SMALL = {"contexts": 2, "turns": 3, "length": 400, "width": 4, "resamples": 50}
 

@@ -13,11 +13,11 @@ import pretrain
 from pretrain import engine
 from pretrain.core.checkpoint import save
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import base
 from pretrain.core.meter import count_flops
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.masked_lm import MaskedLM
-from pretrain.objectives.self_distillation import SelfDistillation
+from pretrain.core.models.families import base
+from pretrain.objectives.distillation.self_distillation import SelfDistillation
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.recipe import load
 from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings

@@ -12,12 +12,13 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.tokenizers import encode, load_tokenizer
-from pretrain.decoding import _clients, sleep_time
-from pretrain.decoding._clients import LocalClient, Reply, ServerClient
-from pretrain.decoding._loop import decode
-from pretrain.decoding.sleep_time import NOTES, RETHINK, TASK, Cost, SleepTime, Slept, answer, sleep, split
+from pretrain.core.generation.loop import decode
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.decoding.deliberation import _clients, sleep_time
+from pretrain.decoding.deliberation._clients import LocalClient, Reply, ServerClient
+from pretrain.decoding.deliberation.sleep_time import NOTES, RETHINK, TASK, Cost, SleepTime, Slept, answer, sleep, split
 
 CONTEXT, QUERIES = "Ann has 3 apples and buys 4.\n\n", ("How many has Ann?", "Who buys?", "What?")
 

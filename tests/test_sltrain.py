@@ -9,9 +9,9 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears
+from pretrain.core.models.families import linears
 from pretrain.surgery import Inputs
-from pretrain.surgery.sltrain import SLTrain, SparseLowRank
+from pretrain.surgery.architecture.sltrain import SLTrain, SparseLowRank
 
 TOKENS = torch.arange(3, 23)[None]
 
@@ -117,7 +117,7 @@ def test_all_linears_of_the_blocks_and_nothing_else_are_replaced(tiny, name):
 
 
 def test_parameters_and_optimiser_states_are_as_many_as_the_paper_counts(tiny):
-    from pretrain.optim.adamw import AdamW
+    from pretrain.optim.optimizers.adamw import AdamW
 
     rank, delta = 4, 0.1
     plain, model = tiny("llama"), SLTrain(rank, delta)(tiny("llama"))
@@ -169,14 +169,14 @@ def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path, name, tied):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_killed_training_goes_on_exactly(tiny, prepared, tmp_path, checkpointing):
     from pretrain.core.batch import Vocabulary
-    from pretrain.core.families import new_model
-    from pretrain.corpus.loader import Loader
+    from pretrain.core.models.families import new_model
     from pretrain.corpus.shards import Shards
     from pretrain.corpus.tokenizers import load_tokenizer
-    from pretrain.objectives.causal_lm import CausalLM
-    from pretrain.optim.adamw import AdamW
-    from pretrain.optim.constant import Constant
+    from pretrain.objectives.language.causal_lm import CausalLM
+    from pretrain.optim.optimizers.adamw import AdamW
+    from pretrain.optim.schedules.constant import Constant
     from pretrain.training.budget import Budget
+    from pretrain.training.loader import Loader
     from pretrain.training.loop import Settings, train
 
     vocabulary, objective = Vocabulary.of(load_tokenizer(prepared / "tokenizer")), CausalLM()

@@ -14,19 +14,20 @@ from test_fine_tuning import BERT, _run
 from torch.nn.functional import kl_div
 
 from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
-from pretrain.core.heads import NUMBER, with_head
 from pretrain.core.method import method_class
+from pretrain.core.models.heads import NUMBER, with_head
 from pretrain.corpus.examples import Examples
-from pretrain.corpus.loader import Loader
 from pretrain.corpus.store import Corpus, write_corpus
-from pretrain.corpus.tokenizers import Encoder, load_tokenizer
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives._fine_tuning import classified
-from pretrain.objectives.smart import Average, Smart
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.constant import Constant
+from pretrain.objectives.labelled.smart import Average, Smart
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.constant import Constant
 from pretrain.policies import Policy
 from pretrain.training.budget import Budget
+from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 STILL = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}

@@ -8,9 +8,9 @@ from decoding_cases import WIDE, greedy, learnt, padded, prompt
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
-from pretrain.decoding._cascade import bounded_thresholds, cascaded, measure, paper_threshold
-from pretrain.decoding._loop import decode
-from pretrain.decoding.softmax_cascade import FILE, NEVER, SoftmaxCascade
+from pretrain.core.generation.loop import decode
+from pretrain.decoding.ensembles._cascade import bounded_thresholds, cascaded, measure, paper_threshold
+from pretrain.decoding.ensembles.softmax_cascade import FILE, NEVER, SoftmaxCascade
 
 FIELDS = {"llama": {"num_hidden_layers": 4}, "qwen3": {"num_hidden_layers": 4}, "gpt2": {"n_layer": 4}}
 FULL = SoftmaxCascade(exits=(1, 3), thresholds=(NEVER, NEVER))

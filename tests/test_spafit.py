@@ -11,10 +11,10 @@ from transformers import AutoModelForCausalLM
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.heads import with_head
 from pretrain.core.method import method_class
+from pretrain.core.models.heads import with_head
 from pretrain.surgery import Inputs
-from pretrain.surgery._adapters import adapters
+from pretrain.surgery.adapters._adapters import adapters
 
 spafit = method_class("spafit")
 merge = method_class("merge_adapters")

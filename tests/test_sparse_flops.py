@@ -15,13 +15,13 @@ from policy_run import run, steps
 
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import base, linears, set_module
 from pretrain.core.meter import Meter, count_flops, matrix_products
+from pretrain.core.models.families import base, linears, set_module
 from pretrain.policies import Policy
-from pretrain.policies.gradual_pruning import GradualPruning
-from pretrain.policies.spdf import SPDF
-from pretrain.policies.stability_gap import StabilityGap
-from pretrain.policies.toremi import ToReMi
+from pretrain.policies.mixing.stability_gap import StabilityGap
+from pretrain.policies.mixing.toremi import ToReMi
+from pretrain.policies.pruning.gradual_pruning import GradualPruning
+from pretrain.policies.pruning.spdf import SPDF
 from pretrain.training.budget import Budget
 from pretrain.training.loop import train
 

@@ -8,10 +8,10 @@ from torch.nn import functional as F
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import linears, new_model
+from pretrain.core.models.families import linears, new_model
 from pretrain.surgery import Inputs
 from pretrain.surgery._calibration import Blocks, parts, weight_of
-from pretrain.surgery.sparse_llm import (
+from pretrain.surgery.compression.sparse_llm import (
     SparseLLM,
     best_p,
     best_z_gated,

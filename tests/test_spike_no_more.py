@@ -10,10 +10,10 @@ from torch import nn
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import blocks, embeddings, linears, norms
+from pretrain.core.models.families import blocks, embeddings, linears, norms
 from pretrain.surgery import Inputs
-from pretrain.surgery.sltrain import SLTrain
-from pretrain.surgery.spike_no_more import SpikeNoMore
+from pretrain.surgery.architecture.sltrain import SLTrain
+from pretrain.surgery.architecture.spike_no_more import SpikeNoMore
 
 TOKENS = torch.arange(3, 23)[None]
 WIDE = {"llama": {"hidden_size": 128, "intermediate_size": 160, "head_dim": 32}, "gpt2": {"n_embd": 128}}

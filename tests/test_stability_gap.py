@@ -10,7 +10,7 @@ from policy_run import run
 
 from pretrain.core.errors import PretrainError
 from pretrain.policies import Policy
-from pretrain.policies.stability_gap import StabilityGap
+from pretrain.policies.mixing.stability_gap import StabilityGap
 from pretrain.training.budget import Budget
 
 

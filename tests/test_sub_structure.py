@@ -12,16 +12,16 @@ from safetensors.torch import load_file
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.loader import Loader
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.masked_lm import MaskedLM
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.constant import Constant
-from pretrain.policies.sub_structure import SubStructure
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.objectives.language.masked_lm import MaskedLM
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.constant import Constant
+from pretrain.policies.pruning.sub_structure import SubStructure
 from pretrain.training import loop
 from pretrain.training.budget import Budget
+from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 

@@ -7,8 +7,8 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import blocks
-from pretrain.surgery.g_stack import GStack
+from pretrain.core.models.families import blocks
+from pretrain.surgery.growth.g_stack import GStack
 
 TOKENS = torch.arange(3, 23)[None]
 

@@ -14,8 +14,8 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.stages import Job
 from pretrain.stages.surgery import Surgery as Stage
 from pretrain.surgery import Surgery
-from pretrain.surgery.g_stack import GStack
-from pretrain.surgery.gptq import GPTQ
+from pretrain.surgery.compression.gptq import GPTQ
+from pretrain.surgery.growth.g_stack import GStack
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,11 @@ import torch
 from decoding_cases import WIDE, chance, greedy, learnt, padded, pairs, passes, prompt
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.forward import Forward
+from pretrain.core.generation.loop import decode
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.decoding._forward import Forward
-from pretrain.decoding._loop import decode
 from pretrain.decoding._tree import Shape, _walk
-from pretrain.decoding.token_recycling import TokenRecycling, _parents, _Recycled, tree
+from pretrain.decoding.speculative.token_recycling import TokenRecycling, _parents, _Recycled, tree
 from pretrain.stages.decode import continue_prompt
 
 

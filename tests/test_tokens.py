@@ -11,12 +11,12 @@ from transformers import AutoTokenizer
 
 from pretrain.core.batch import Vocabulary, document_mask, rows_to_tensors
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.loader import Loader
 from pretrain.corpus.packing import pack, plan_for
 from pretrain.corpus.shards import Shards, tokenise
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
-from pretrain.objectives.causal_lm import CausalLM
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.training.loader import Loader
 
 TEXTS = ["def main():\n    return 0\n", "It's 2026, naïve café — 漢字 🙂\n\tend"] * 20
 

@@ -7,10 +7,10 @@ import torch
 from policy_run import run, steps
 
 from pretrain.core.errors import PretrainError
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.objectives.span_corruption import SpanCorruption
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.objectives.language.span_corruption import SpanCorruption
 from pretrain.policies import Policy
-from pretrain.policies.toremi import ToReMi
+from pretrain.policies.mixing.toremi import ToReMi
 from pretrain.training.budget import Budget
 
 

@@ -20,15 +20,15 @@ from safetensors.torch import load_file
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import count_flops
-from pretrain.corpus.loader import Loader
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.constant import Constant
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.constant import Constant
 from pretrain.policies import Policy
 from pretrain.training import state
 from pretrain.training.budget import Budget
+from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 JOB = Path(__file__).with_name("training_job.py")

@@ -9,7 +9,7 @@ from conftest import TINY
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.evaluation.transferability import MEASURES, Transferability, evidence
+from pretrain.evaluation.probes.transferability import MEASURES, Transferability, evidence
 
 
 def sample(count=90, width=6, classes=3, apart=1.0, seed=0):

@@ -12,13 +12,14 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import PreTrainedTokenizerFast
 
 from pretrain.core import checkpoint
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import hidden
-from pretrain.corpus.tokenizers import CLS, SEP, encode, load_tokenizer, train_tokenizer
+from pretrain.core.models.families import hidden
+from pretrain.corpus.tokenizers import CLS, SEP, load_tokenizer, train_tokenizer
 from pretrain.surgery import Inputs, operate
-from pretrain.surgery.gptq import GPTQ
-from pretrain.surgery.trim_vocabulary import TrimVocabulary, trimmed
-from pretrain.surgery.vocabulary_expansion import tables
+from pretrain.surgery.compression.gptq import GPTQ
+from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary, trimmed
+from pretrain.surgery.vocabulary.vocabulary_expansion import tables
 
 OTHER = "Les naïfs ægithales hâtifs pondant à Noël où il gèle, 東京 — jumps over!"
 KINDS = ["bpe", "unigram", "wordpiece", "sentencepiece"]

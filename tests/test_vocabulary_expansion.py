@@ -11,14 +11,15 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
 from pretrain.core import checkpoint
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import hidden
+from pretrain.core.models.families import hidden
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import encode, load_tokenizer, train_tokenizer
+from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.surgery import Inputs
-from pretrain.surgery._cw2v import Mixture, Settings, pairs, train
 from pretrain.surgery._tokens import joined
-from pretrain.surgery.vocabulary_expansion import VocabularyExpansion, initial, tables
+from pretrain.surgery.vocabulary._cw2v import Mixture, Settings, pairs, train
+from pretrain.surgery.vocabulary.vocabulary_expansion import VocabularyExpansion, initial, tables
 
 OLD_TEXTS = ["the quick brown fox jumps over the lazy dog, then the dog sleeps"] * 3
 QUICK = {"rank": 8, "epochs": 2, "batch_size": 256, "max_tokens": 3000, "lr": 0.01}

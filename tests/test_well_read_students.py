@@ -14,12 +14,13 @@ import torch.nn.functional as F
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
-from pretrain.core.heads import labels_of, with_head
-from pretrain.corpus.tokenizers import Encoder, load_tokenizer, train_tokenizer
+from pretrain.core.models.heads import labels_of, with_head
+from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.engine import run, silent
-from pretrain.objectives.classification import Classification
-from pretrain.objectives.well_read_students import WellReadStudents
+from pretrain.objectives.distillation.well_read_students import WellReadStudents
+from pretrain.objectives.labelled.classification import Classification
 
 LABELS = ("maybe", "no", "yes")
 SOME = (

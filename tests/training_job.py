@@ -7,17 +7,17 @@ from pathlib import Path
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.checkpoint import save
-from pretrain.core.families import new_model
 from pretrain.core.hardware import pick_device
-from pretrain.corpus.loader import Loader
+from pretrain.core.models.families import new_model
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.evaluation._likelihood import shard_loss
-from pretrain.objectives.causal_lm import CausalLM
-from pretrain.optim.adamw import AdamW
-from pretrain.optim.cosine import Cosine
+from pretrain.evaluation.likelihood._shards import shard_loss
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.cosine import Cosine
 from pretrain.training.budget import Budget
 from pretrain.training.distributed import join
+from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pretrain.corpus.examples import Examples
-    from pretrain.corpus.tokenizers import Encoder
+    from pretrain.core.encoding import Encoder
 
 Batch = dict[str, torch.Tensor]
 """Named tensors. What the loop itself reads: `weight` (), the number of targets; `domain_B` and `row_B`, where each
@@ -118,6 +117,18 @@ class Vocabulary:
         return np.array([not t.startswith("##") for t in self.tokens], dtype=bool)
 
 
+class Pool(Protocol):
+    """The training examples (`corpus.examples.Examples`)."""
+
+    def __len__(self) -> int: ...
+
+    def row(self, plan: Any, index: int) -> Example:
+        """One document."""
+
+    def members(self, column: str) -> dict[str, list[int]]:
+        """The numbers of the documents by what a column says, in order."""
+
+
 @dataclass(frozen=True)
 class Context:
     """What an objective may know when it prepares a batch, besides the rows."""
@@ -128,7 +139,7 @@ class Context:
     progress: float = 0.0  # how much of the budget is spent, 0 to 1
     encoder: Encoder | None = None  # where the rows are examples: what makes tokens of their text
     labels: tuple[str, ...] = ()  # and the names of the classes, in the order of their numbers
-    pool: Examples | None = None  # and the training examples, for an objective that shows some beside each
+    pool: Pool | None = None  # and the training examples, for an objective that shows some beside each
     predicting: bool = False  # whether the batch is for `predict`
 
 

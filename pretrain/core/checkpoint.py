@@ -24,12 +24,12 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTr
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.families import FAMILIES
 from pretrain.core.files import atomic_folder, file_digest, read_json, write_json
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import method_class
+from pretrain.core.models.families import FAMILIES
 
 transformers.utils.logging.disable_progress_bar()
 

@@ -1,41 +1,18 @@
-"""What every method is, and how methods are found.
+"""What every method is: a frozen dataclass whose fields are the hyperparameters of one idea from one paper.
 
-A method is one idea from one paper: a frozen dataclass whose fields are the paper's hyperparameters, in a file that
-bears its name, in the folder of its kind. Its docstring opens with the paper's title and arXiv number. Nothing is
-registered by hand: the folders are the registry, and listing them imports nothing.
+It lies in a file that bears its name, in a room of the folder of its kind, and its docstring opens with the paper's
+title and arXiv number. How methods are found: `core/registry.py`.
 """
 
 from __future__ import annotations
 
 import importlib
-import re
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
-from pathlib import Path
 from typing import Annotated, Any, ClassVar, get_args, get_type_hints
 
-from pretrain.core.errors import PretrainError, unknown
-from pretrain.core.files import digest
-
-PACKAGE = Path(__file__).resolve().parent.parent
-KINDS = {  # base class -> (kind, folder)
-    "DataOperation": ("data operation", "data"),
-    "Objective": ("objective", "objectives"),
-    "FineTuning": ("objective", "objectives"),
-    "Taught": ("objective", "objectives"),
-    "Optimizer": ("optimiser", "optim"),
-    "Schedule": ("schedule", "optim"),
-    "Policy": ("policy", "policies"),
-    "Surgery": ("surgery", "surgery"),
-    "Decoding": ("decoding", "decoding"),
-    "Evaluation": ("evaluation", "evaluation"),
-}
-_CLASS = re.compile(
-    r'^@dataclass\(frozen=True\)\nclass (?P<cls>\w+)\((?P<base>\w+)\):\n    """(?P<doc>.+?)"""(?P<body>.*?)(?=^\S|\Z)',
-    re.MULTILINE | re.DOTALL,
-)
-_TITLE = re.compile(r"(?P<title>.+?) \((?:arXiv:(?P<arxiv>[\w./-]+)|(?P<venue>[^()]+))\)\.?\Z", re.DOTALL)
-_FAMILIES = re.compile(r"^    families: ClassVar\[.+?\] = \((?P<names>[^)]*)\)", re.MULTILINE)
+from pretrain.core.errors import PretrainError
+from pretrain.core.registry import info
 
 
 class _RefMark:
@@ -65,6 +42,7 @@ def is_ref(annotation: Any) -> bool:
 class Method:
     """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
 
+    kind: ClassVar[str]
     families: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -124,78 +102,13 @@ def _held_fields(cls: Any) -> dict[str, str]:
     return {name: mark.kind for name, of_it in marks.items() for mark in of_it if isinstance(mark, Holds)}
 
 
-@dataclass(frozen=True)
-class MethodInfo:
-    """A row of the list of methods, read from the source without importing it."""
-
-    name: str
-    kind: str
-    title: str
-    arxiv: str | None
-    families: tuple[str, ...]
-    module: str
-    cls: str
-    path: Path
-
-    def row(self) -> dict[str, Any]:
-        """What `pretrain methods --json` prints."""
-        return {k: getattr(self, k) for k in ("name", "kind", "title", "arxiv", "families")}
-
-
-def _read(path: Path) -> MethodInfo | None:
-    found = [m for m in _CLASS.finditer(path.read_text(encoding="utf-8")) if m["base"] in KINDS]
-    if not found:
-        return None
-    if len(found) > 1:
-        raise PretrainError(f"{path} defines {len(found)} methods; accepted: one method a file")
-    match = found[0]
-    title = _TITLE.match(" ".join(match["doc"].split("\n\n")[0].split()))
-    if title is None:
-        raise PretrainError(f"{path}: the docstring of {match['cls']} must open with 'Title (arXiv:NUMBER).'")
-    families = _FAMILIES.search(match["body"])
-    return MethodInfo(
-        name=path.stem,
-        kind=KINDS[match["base"]][0],
-        title=title["title"],
-        arxiv=title["arxiv"],
-        families=tuple(re.findall(r"[\"']([\w.-]+)[\"']", families["names"])) if families else (),
-        module=f"pretrain.{path.parent.name}.{path.stem}",
-        cls=match["cls"],
-        path=path,
-    )
-
-
-@cache
-def methods() -> dict[str, MethodInfo]:
-    """All methods by name, in the order of kinds; reads the source files and imports none."""
-    found: dict[str, MethodInfo] = {}
-    for folder in dict.fromkeys(folder for _, folder in KINDS.values()):
-        for path in sorted((PACKAGE / folder).glob("[!_]*.py")):
-            info = _read(path)
-            if info is None:
-                continue
-            if info.name in found:
-                raise PretrainError(f"two methods are named {info.name!r}: {found[info.name].path} and {path}")
-            found[info.name] = info
-    return found
-
-
-def info(name: str, kind: str | None = None) -> MethodInfo:
-    """The row of one method; an unknown name, or one of another kind, is an error that lists what is accepted."""
-    known = {n: m for n, m in methods().items() if kind is None or m.kind == kind}
-    if name not in known:
-        if name in methods():
-            raise PretrainError(
-                f"method {name!r} is of kind {methods()[name].kind!r}, not {kind!r}; accepted: {', '.join(known)}"
-            )
-        raise unknown(kind or "method", name, known)
-    return known[name]
-
-
 def method_class(name: str, kind: str | None = None) -> type[Method]:
     """Import one method's class."""
-    found = info(name, kind)
-    return getattr(importlib.import_module(found.module), found.cls)
+    row = info(name, kind)
+    try:
+        return getattr(importlib.import_module(row.module), row.cls)
+    except ImportError as error:
+        raise PretrainError(f"method {name!r} ({row.path}) cannot be imported: {error}") from error
 
 
 def nested(value: Any, kind: str) -> Any:
@@ -218,9 +131,3 @@ def default_of(item: Field[Any]) -> str:
     if item.default is not MISSING:
         return repr(item.default)
     return "required" if item.default_factory is MISSING else repr(item.default_factory())
-
-
-def code_version(name: str) -> str:
-    """A digest of the method's source text and of its folder's helpers: it changes when the method's code does."""
-    path = info(name).path
-    return digest([p.read_text(encoding="utf-8") for p in (path, *sorted(path.parent.glob("_*.py")))])[:16]

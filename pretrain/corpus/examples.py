@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Example
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.store import Corpus
-from pretrain.corpus.tokenizers import Encoder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +17,24 @@ from numpy.typing import NDArray
 from pretrain.core.batch import Row
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder
-from pretrain.corpus.shards import Shards
+
+
+class Tokens(Protocol):
+    """What is packed: one split's documents in tokens (`corpus.shards.Shards`)."""
+
+    folder: Path
+    domains_N: NDArray[np.uint16]
+
+    @property
+    def tokens(self) -> int:
+        """How many there are."""
+
+    @property
+    def lengths_N(self) -> NDArray[np.int64]:
+        """Tokens of each document."""
+
+    def piece(self, document: int, start: int, length: int) -> NDArray[Any]:
+        """A run of one document's tokens."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +50,7 @@ class Plan:
     def __len__(self) -> int:
         return len(self.domain_R)
 
-    def row(self, shards: Shards, index: int) -> Row:
+    def row(self, shards: Tokens, index: int) -> Row:
         """One row with its tokens."""
         pieces = range(int(self.first_R1[index]), int(self.first_R1[index + 1]))
         lengths = self.length_P[pieces.start : pieces.stop]
@@ -115,7 +132,7 @@ def _best_fit(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64],
     return row_of, rows
 
 
-def plan_for(shards: Shards, length: int) -> Plan:
+def plan_for(shards: Tokens, length: int) -> Plan:
     """The plan of a split at one row length, kept beside its tokens and memory-mapped."""
     folder = shards.folder / f"rows-{length}"
     if folder.exists():

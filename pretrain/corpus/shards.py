@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, digest, file_digest, locked, read_json, write_json
+from pretrain.corpus.packing import Plan, plan_for
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from pretrain.corpus.packing import Plan
     from pretrain.corpus.store import Corpus
 
 BATCH_CHARACTERS = 4 << 20
@@ -69,8 +69,6 @@ class Shards:
 
     def plan(self, length: int) -> Plan:
         """How the documents are packed to rows of `length` tokens."""
-        from pretrain.corpus.packing import plan_for
-
         return plan_for(self, length)
 
     def document(self, index: int) -> NDArray[Any]:
@@ -95,7 +93,7 @@ class Shards:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes when the tokenizer would tokenise otherwise."""
-    from pretrain.corpus.tokenizers import plain_backend
+    from pretrain.core.encoding import plain_backend
 
     backend = plain_backend(tokenizer)
     facts = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
@@ -138,7 +136,7 @@ def _write(
     work: Path, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Any, facts: dict[str, Any]
 ) -> None:
     """Write one split. One thread encodes (outside of Python's lock, on all cores) while this one reads and writes."""
-    from pretrain.corpus.tokenizers import encode_plain, plain_backend
+    from pretrain.core.encoding import encode_plain, plain_backend
 
     dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
     before, after = (np.array([] if end is None else [end], dtype) for end in (vocabulary.bos, vocabulary.eos))

@@ -172,7 +172,7 @@ def _drop_near_heldout(work: Path, threshold: float) -> int:
     """Remove training documents that are near-duplicates of held-out ones."""
     import pyarrow.parquet
 
-    from pretrain.data._minhash import Index, signature
+    from pretrain.corpus.minhash import Index, signature
 
     index, dropped = Index(threshold), 0
     for split in ("validation", "test"):

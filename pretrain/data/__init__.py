@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.core.method import Method
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 class DataOperation(Method):
     """Base of the data operations."""
+
+    kind: ClassVar[str] = "data operation"
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus after the operation; columns that it does not know are kept."""

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 class Decoding(Method):
     """Base of the decoding methods. One that can sample says so with `samples`; only then is it given a temperature."""
 
+    kind: ClassVar[str] = "decoding"
     samples: ClassVar[bool] = False
 
     def generate(

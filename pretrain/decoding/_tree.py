@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pretrain.core.errors import PretrainError
-from pretrain.decoding._forward import Forward, pads
-from pretrain.decoding._loop import draws, pick
+from pretrain.core.generation.forward import Forward, pads
+from pretrain.core.generation.loop import draws, pick
 
 
 class Shape:

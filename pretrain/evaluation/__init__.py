@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pretrain.core.method import Method
 
@@ -24,6 +24,8 @@ class Measured:
 
 class Evaluation(Method):
     """Base of the evaluations. `documents` are dicts with `text`, where known `domain`, and the `columns` asked for."""
+
+    kind: ClassVar[str] = "evaluation"
 
     @property
     def columns(self) -> tuple[str, ...]:

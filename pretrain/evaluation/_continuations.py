@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from pretrain.core.errors import PretrainError
-from pretrain.evaluation._features import evaluating
+from pretrain.core.models.features import evaluating
 
 BATCH_TOKENS = 4096
 
@@ -28,7 +28,7 @@ class Said:
 
 def judge(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Said]:
     """What the model says of each continuation after its prompt, which has one token or more; in batches."""
-    from pretrain.core.families import hidden
+    from pretrain.core.models.families import hidden
     from pretrain.evaluation._predictions import judged
 
     for prompt, _ in pairs:
@@ -71,7 +71,7 @@ def sample(
 
     A temperature of 0 is greedy.
     """
-    from pretrain.decoding._rows import continue_rows, prefill, stepper
+    from pretrain.core.generation.rows import continue_rows, prefill, stepper
 
     found: list[list[int]] = []
     with evaluating(model):

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import family, head, hidden
-from pretrain.evaluation._features import evaluating
-from pretrain.evaluation._likelihood import Window, windows
+from pretrain.core.models.families import family, head, hidden
+from pretrain.core.models.features import evaluating
+from pretrain.core.models.likelihood import Window, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,7 +44,7 @@ def framed(
 
     A document's end stands for its beginning where the tokenizer has no token for that.
     """
-    from pretrain.corpus.tokenizers import encode
+    from pretrain.core.encoding import encode
 
     before = vocabulary.begin
     after = [vocabulary.eos] if end and vocabulary.eos is not None else []

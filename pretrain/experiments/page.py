@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pretrain.core.method import methods
+from pretrain.core.files import write_text
+from pretrain.core.registry import methods
 from pretrain.experiments.drawing import band
-from pretrain.experiments.table import rows
+from pretrain.experiments.table import markdown, rows
 
 
 def page(results: Sequence[dict[str, Any]]) -> str:
@@ -27,3 +28,11 @@ def page(results: Sequence[dict[str, Any]]) -> str:
         data.append(row | {"kind": kind, "curves": drawn, "finals": finals, "chosen": result["chosen"]})
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     return template.replace("/*DATA*/[]", json.dumps(data, ensure_ascii=False).replace("</", "<\\/"))
+
+
+def write(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+    """Write `claims.md` and `claims.html` into `folder`."""
+    written = {folder / "claims.md": markdown(results), folder / "claims.html": page(results)}
+    for path, text in written.items():
+        write_text(path, text)
+    return list(written)

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-from pretrain.core.files import write_text
 
 HEAD = """# Claims
 
@@ -81,13 +78,3 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         )
         lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     return HEAD + "\n".join(lines) + "\n"
-
-
-def write(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
-    """Write `claims.md` and `claims.html` into `folder`."""
-    from pretrain.experiments.page import page
-
-    written = {folder / "claims.md": markdown(results), folder / "claims.html": page(results)}
-    for path, text in written.items():
-        write_text(path, text)
-    return list(written)

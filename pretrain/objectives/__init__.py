@@ -39,6 +39,7 @@ class Objective(Method):
     by the likelihood of held-out text, unless `own_evaluation` asks for the objective's own loss, as others are.
     """
 
+    kind: ClassVar[str] = "objective"
     task: ClassVar[str] = "causal"
     labelled: ClassVar[bool] = False
     own_evaluation: ClassVar[bool] = False

@@ -5,79 +5,20 @@ Shape letters: B examples of a batch, L tokens, C classes, M tokens of a target.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, to_device
+from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.errors import PretrainError
-from pretrain.objectives import Objective
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    pass
 
 STEP = 16  # rows are padded to a multiple of it: few shapes, and the work of each is metered once
-
-
-class FineTuning(Objective):
-    """Base of the objectives on labelled documents. `prepare` is given `Example`s and sees `context.encoder`."""
-
-    task: ClassVar[str] = "base"  # what a model made anew is before it is given its head
-    labelled: ClassVar[bool] = True
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        """The columns that each document must have."""
-        return ("text",)
-
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
-        """The names of the classes among the values of the last of `columns`."""
-        return ()
-
-    def ready(
-        self, model: PreTrainedModel, labels: Sequence[str], vocabulary: Vocabulary, seed: int
-    ) -> PreTrainedModel:
-        """The model with the head that the objective trains."""
-        return model
-
-    def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
-        """Turn examples into tensors; `tokens` among them, how many they hold."""
-        raise NotImplementedError
-
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
-        """What the model says of each example of a batch."""
-        raise NotImplementedError
-
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
-        """How well predictions fit the examples' references."""
-        raise NotImplementedError
-
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
-        """What `metrics` compares the predictions with."""
-        raise NotImplementedError
-
-
-def predictions(
-    model: PreTrainedModel, objective: FineTuning, examples: Sequence[Example], context: Context, batch: int = 32
-) -> list[Any]:
-    """What the model says of the examples, in order; each is predicted beside others of its length."""
-    from pretrain.evaluation._features import evaluating
-
-    context = replace(context, predicting=True)
-    order = sorted(range(len(examples)), key=lambda i: len(str(examples[i].columns.get("text"))))
-    found: list[Any] = [None] * len(examples)
-    with evaluating(model):
-        for start in range(0, len(order), batch):
-            chosen = order[start : start + batch]
-            prepared = objective.prepare([examples[i] for i in chosen], context)
-            answers = objective.predict(model, to_device(prepared, model.device), context)
-            for i, said in zip(chosen, answers, strict=True):
-                found[i] = said
-    return found
 
 
 def examples_of(rows: Sequence[Row] | Sequence[Example], name: str) -> list[Example]:
@@ -145,7 +86,7 @@ def read(examples: Sequence[Example], text: str, pair: str | None, context: Cont
 
 
 def classified(model: nn.Module, batch: Batch) -> Tensor:
-    """The logits of a model with a head of `core.heads`."""
+    """The logits of a model with a head of `core.models.heads`."""
     segments = "type_vocab_size" in model.config.to_dict()  # type: ignore[union-attr, operator]
     more = {"token_type_ids": batch["segment_BL"]} if segments else {}
     if getattr(model.config, "is_encoder_decoder", False) or "use_cache" in model.config.to_dict():  # type: ignore[union-attr, operator]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from pretrain.core.batch import Batch, document_mask
-from pretrain.core.cross_entropy import linear_cross_entropy
-from pretrain.core.families import attention_inputs, head, hidden
+from pretrain.core.models.cross_entropy import linear_cross_entropy
+from pretrain.core.models.families import attention_inputs, head, hidden
 from pretrain.objectives import Loss
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pretrain.core.method import Method
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 class Optimizer(Method):
     """Base of the optimisers. `lr` is the peak learning rate, `weight_decay` is for matrices only."""
 
+    kind: ClassVar[str] = "optimiser"
     lr: float = 1e-3
     weight_decay: float = 0.1
 
@@ -34,6 +35,8 @@ class Optimizer(Method):
 
 class Schedule(Method):
     """Base of the schedules."""
+
+    kind: ClassVar[str] = "schedule"
 
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total` steps."""

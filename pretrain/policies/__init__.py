@@ -1,22 +1,64 @@
 """Policies: what acts on training while it runs (mixes domains, weighs samples, prunes, samples ranks).
 
-The hooks get the running `Training` (see `pretrain.training.loop`): its `model`, `optimizer`, `loader` (whose
-`mixture` may be set), `step`, `progress`, and `state[policy]`, a dict of JSON values and tensors that is saved with
-the training state and is all that a policy may remember.
+The hooks get the running `Training`, and `state`, a dict of JSON values and tensors that is saved with the training
+state and is all that a policy may remember.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
+    from torch import nn
+
     from pretrain.core.batch import Batch
     from pretrain.objectives import Loss
-    from pretrain.training.loop import Training
+    from pretrain.optim import Schedule
+
+
+class Processes(Protocol):
+    """The processes of a training."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+
+    def sum(self, values: list[float]) -> list[float]:
+        """The sums of some numbers over all processes."""
+
+
+class Training(Protocol):
+    """What a policy sees of a running training (`pretrain.training.loop.Training`)."""
+
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    loader: Any  # `training.loader.Loader`; its `mixture` may be set
+    settings: Any  # `training.loop.Settings`
+    meter: Any  # `core.meter.Meter`
+    step: int
+    flops: int
+    dense_flops: int
+
+    @property
+    def world(self) -> Processes:
+        """Its processes."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training."""
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, 0 to 1."""
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """What the budget counts: tokens, steps, flops, seconds."""
 
 
 def due(training: Training, state: dict[str, Any], every: float) -> bool:
@@ -30,6 +72,8 @@ def due(training: Training, state: dict[str, Any], every: float) -> bool:
 
 class Policy(Method):
     """Base of the policies. Override what is needed."""
+
+    kind: ClassVar[str] = "policy"
 
     def start(self, training: Training, state: dict[str, Any]) -> None:
         """Once, before the first step and again after a resume (then `state` holds what was saved)."""

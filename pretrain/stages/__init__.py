@@ -22,8 +22,9 @@ from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
-from pretrain.core.method import REF, Method, code_version, info, is_ref, method_class
+from pretrain.core.method import REF, Method, is_ref, method_class
 from pretrain.core.method import Ref as Ref
+from pretrain.core.registry import code_version, info
 from pretrain.data import DataOperation
 from pretrain.decoding import Decoding
 from pretrain.evaluation import Evaluation

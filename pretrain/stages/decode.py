@@ -86,8 +86,8 @@ def continue_prompt(
 
     from pretrain.core.batch import Vocabulary
     from pretrain.core.errors import PretrainError
-    from pretrain.decoding._forward import why_not
-    from pretrain.decoding._loop import decode
+    from pretrain.core.generation.forward import why_not
+    from pretrain.core.generation.loop import decode
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import ConfigDict, Field, field_validator
 
 from pretrain.evaluation import Evaluation
-from pretrain.evaluation.held_out import HeldOut
+from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of, corpus_of
 
 
@@ -100,7 +100,7 @@ def evaluate(
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
     """
     from pretrain.core.errors import PretrainError
-    from pretrain.evaluation._compressors import compressed_bits
+    from pretrain.evaluation.likelihood._compressors import compressed_bits
 
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")

@@ -57,7 +57,7 @@ class Surgery(Stage):
 
         from pretrain.core.batch import Vocabulary, rows_to_tensors
         from pretrain.core.errors import PretrainError
-        from pretrain.core.families import family
+        from pretrain.core.models.families import family
         from pretrain.corpus.packing import plan_for
 
         if tokenizer is None:

@@ -111,7 +111,7 @@ class Train(Stage):
         if self.init is None and self.tokenizer is None:
             raise ValueError("a new model needs a tokenizer; accepted: tokenizer: NAME of a stage, or a folder")
         if self.model:
-            from pretrain.core.families import new_config
+            from pretrain.core.models.families import new_config
 
             new_config(self.model["family"], self._fields())
         return self
@@ -145,9 +145,9 @@ class Train(Stage):
         from pretrain.core import checkpoint
         from pretrain.core.batch import Vocabulary
         from pretrain.core.hardware import pick_device
-        from pretrain.corpus.loader import Loader
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
+        from pretrain.training.loader import Loader
         from pretrain.training.loop import Settings, train
 
         world = join(pick_device())
@@ -199,9 +199,9 @@ class Train(Stage):
 
     def _evaluation(self, held_out: Any, vocabulary: Any) -> Any:
         """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""
-        from pretrain.corpus.loader import Loader
-        from pretrain.evaluation._likelihood import shard_loss
-        from pretrain.evaluation._objective import objective_loss
+        from pretrain.evaluation.likelihood._shards import shard_loss
+        from pretrain.evaluation.tasks._objective import objective_loss
+        from pretrain.training.loader import Loader
 
         objective = self.weighted()[0].method
         if not len(held_out):
@@ -225,13 +225,12 @@ class Train(Stage):
 
         from pretrain.core.batch import Context
         from pretrain.corpus.sources import evenly
-        from pretrain.objectives._fine_tuning import predictions
 
         objective: Any = self.weighted()[0].method
         most = max(1, self.evaluate_tokens // self.length)
         examples = [held_out.row(held_out, number) for number in evenly(range(len(held_out)), most)]
         context = Context(vocabulary, self.length, np.random.default_rng(0), **held_out.given)
-        said = predictions(model, objective, examples, context)
+        said = objective.predictions(model, examples, context)
         return objective.metrics(said, objective.expected(examples, context))
 
     def _model_and_tokenizer(self, job: Job) -> tuple[Any, Any]:
@@ -240,7 +239,7 @@ class Train(Stage):
         from pretrain.core import checkpoint
         from pretrain.core.batch import Vocabulary
         from pretrain.core.errors import PretrainError
-        from pretrain.core.families import new_model
+        from pretrain.core.models.families import new_model
         from pretrain.corpus.tokenizers import load_tokenizer
 
         tokenizer = None
@@ -275,7 +274,7 @@ class Train(Stage):
 
     def _examples(self, job: Job, model: Any, tokenizer: Any, vocabulary: Any) -> tuple[Any, dict[str, Any]]:
         """The model with the objective's head, and the corpus as examples by split."""
-        from pretrain.core.heads import labels_of
+        from pretrain.core.models.heads import labels_of
         from pretrain.corpus.examples import Examples
         from pretrain.corpus.store import Corpus
 
@@ -307,7 +306,7 @@ class Train(Stage):
 
         from pretrain.core.checkpoint import load_config
         from pretrain.core.errors import PretrainError
-        from pretrain.core.families import new_model
+        from pretrain.core.models.families import new_model
         from pretrain.corpus.tokenizers import load_tokenizer
 
         with torch.device("meta"):

@@ -49,6 +49,7 @@ def operate(
 class Surgery(Method):
     """Base of the surgeries. One whose change of weights `merge_adapters` can fold in says so with `adapts`."""
 
+    kind: ClassVar[str] = "surgery"
     adapts: ClassVar[bool] = False
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import FAMILIES
+from pretrain.core.models.families import FAMILIES
 
 FAMILY_OF = {kind: e.name for e in FAMILIES if e.name in ("llama", "gpt2", "bert") for kind in e.types}
 GENES = ("feed_forward", "heads", "layers", "vocabulary", "width")  # what a search may change, in order

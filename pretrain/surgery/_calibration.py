@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.batch import Batch, document_mask
+from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
-from pretrain.core.families import at, attention_inputs, base, blocks, family, linears
+from pretrain.core.models.families import at, base, blocks, family, linears, model_inputs
 from pretrain.surgery import Inputs
 
 
@@ -99,18 +99,6 @@ def inverse_factor(hessian_II: Tensor, damping: float, name: str) -> Tensor:
     if failed or not bool(torch.isfinite(upper).all()):
         raise PretrainError(f"{name}: damping {damping}: accepted: a greater one; the Hessian is singular without it")
     return upper
-
-
-def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
-    """A calibration batch as the base model's arguments: documents that share a row do not see one another."""
-    ids_BL = batch["input_ids"].to(model.device)
-    document_BL = batch.get("attention_mask", torch.ones_like(ids_BL)).to(model.device)
-    position_BL = batch.get("position_ids", torch.arange(ids_BL.shape[1]).expand_as(ids_BL)).to(model.device)
-    if document_BL.shape != ids_BL.shape:
-        shape, wanted = tuple(document_BL.shape), tuple(ids_BL.shape)
-        raise PretrainError(f"calibration batch: attention_mask of shape {shape}: accepted: {wanted}, as input_ids")
-    mask_B1LL = document_mask(document_BL, causal=family(model).causal)
-    return {"input_ids": ids_BL} | attention_inputs(model, mask_B1LL, position_BL)
 
 
 class Blocks:

@@ -22,11 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.core import families, hardware
+from pretrain.core import hardware
 from pretrain.core.batch import Batch, to_device
 from pretrain.core.errors import PretrainError
-from pretrain.core.fast import accelerate
 from pretrain.core.meter import Meter, peak_memory
+from pretrain.core.models import families
+from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss, Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy

@@ -1,0 +1,81 @@
+"""What decoding methods share that change what a model computes: passes through its own `forward`, and the loop.
+
+Tokens are chosen as `_loop.decode` chooses them, so that equal logits and an equal generator give equal tokens.
+
+Shape letters: B rows, L positions of the prompts, N of the whole, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.generation.loop import draws, pick
+
+
+def mask_of(name: str, input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
+    """The mask of left-padded prompts, ones by default; padding elsewhere or an empty prompt is an error."""
+    if attention_mask_BL is None:
+        attention_mask_BL = torch.ones_like(input_ids_BL)
+    mask_BL = attention_mask_BL.long()
+    if mask_BL.shape != input_ids_BL.shape or mask_BL.shape[1] == 0 or not bool((mask_BL[:, -1] == 1).all()):
+        raise PretrainError(
+            f"{name}: attention_mask_BL of shape {tuple(mask_BL.shape)} for prompts of shape "
+            f"{tuple(input_ids_BL.shape)}: accepted: the same shape, padding on the left, one token or more in a row"
+        )
+    if bool((mask_BL[:, 1:] < mask_BL[:, :-1]).any()):
+        raise PretrainError(f"{name}: attention_mask_BL has padding after a token; accepted: padding on the left")
+    return mask_BL
+
+
+def prefill(model: Any, input_ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Any]:
+    """`logits_BV` after left-padded prompts, and the model's cache of them."""
+    output = model(
+        input_ids=input_ids_BL, attention_mask=mask_BL, position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0),
+        use_cache=True, logits_to_keep=1,
+    )  # fmt: skip
+    return output.logits[:, -1], output.past_key_values
+
+
+def stepper(model: Any, cache: Any, mask_BL: Tensor) -> Callable[[Tensor], Tensor]:
+    """`step(token_B) -> logits_BV`: the next token of each row, after the cache of left-padded prompts."""
+    mask_BN, position_B = mask_BL, mask_BL.sum(1)
+
+    def step(token_B: Tensor) -> Tensor:
+        nonlocal mask_BN, position_B
+        mask_BN = torch.cat([mask_BN, torch.ones_like(mask_BN[:, :1])], 1)
+        output = model(
+            input_ids=token_B[:, None], attention_mask=mask_BN, position_ids=position_B[:, None],
+            past_key_values=cache, use_cache=True,
+        )  # fmt: skip
+        position_B = position_B + 1
+        return output.logits[:, -1]
+
+    return step
+
+
+def continue_rows(
+    input_ids_BL: Tensor, logits_BV: Tensor, step: Callable[[Tensor], Tensor], *, max_new_tokens: int,
+    temperature: float, top_p: float, eos: int | None, pad: int, generator: torch.Generator | None,
+) -> Tensor:  # fmt: skip
+    """The prompts and their continuations, `pad` after the end of each: `step(token_B) -> logits_BV` of the next."""
+    rows, device = len(input_ids_BL), input_ids_BL.device
+    tokens, done_B = [input_ids_BL], torch.zeros(rows, dtype=torch.bool, device=device)
+    uniform_NB = draws(max_new_tokens, rows, temperature, top_p, generator)
+    for number in range(max_new_tokens):
+        if uniform_NB is None:
+            token_B = logits_BV.argmax(-1)
+        else:
+            token_B = pick(logits_BV, uniform_NB[number].to(device), temperature, top_p)
+        token_B = token_B.masked_fill(done_B, pad)
+        tokens.append(token_B[:, None])
+        if eos is not None:
+            done_B = done_B | (token_B == eos)
+        if bool(done_B.all()) or number + 1 == max_new_tokens:
+            break
+        logits_BV = step(token_B)
+    return torch.cat(tokens, 1)

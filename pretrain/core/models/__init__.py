@@ -1,0 +1,1 @@
+"""What is known of models: their families and parts, heads and exits, states, likelihoods, quicker arithmetic."""

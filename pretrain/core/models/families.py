@@ -1,0 +1,317 @@
+"""Families: where a model's blocks, attention, feed-forward, norms, embeddings and head are.
+
+One entry of `FAMILIES` describes a family; what `transformers` already answers (embeddings, output layer, base model)
+is asked of it. A model of no family is an error that lists those there are.
+
+Shape letters: B rows, L positions, E width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.pytorch_utils import Conv1D
+
+from pretrain.core.batch import Batch, document_mask
+from pretrain.core.errors import PretrainError, nearest, unknown
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths are relative to the base model (`blocks`, `final_norm`) or to one block (the rest)."""
+
+    name: str
+    types: tuple[str, ...]  # `config.model_type` of its members
+    blocks: str
+    attention: str
+    queries: tuple[str, ...]  # projections to queries, keys, values: one when fused
+    output: str
+    feed_forward: str
+    up: tuple[str, ...]  # the gate first where there is one; one name when fused
+    down: str
+    norms: tuple[str, ...]  # before attention, before the feed-forward
+    final_norm: str | None
+    positions: str | None = None  # the table of absolute positions
+    causal: bool = True
+    decoder_blocks: str | None = None  # encoder-decoders: `blocks` are the encoder's
+    head_transform: str | None = None  # what stands between the base model and the head's linear
+    unused: tuple[str, ...] = ()  # beginnings of weights in published checkpoints that a language model has no use for
+
+
+FAMILIES = (
+    Family(
+        "llama", ("llama", "mistral", "qwen2", "qwen3"),
+        "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj",
+        "mlp", ("gate_proj", "up_proj"), "down_proj", ("input_layernorm", "post_attention_layernorm"), "norm",
+    ),
+    Family(
+        "gpt2", ("gpt2",), "h", "attn", ("c_attn",), "c_proj",
+        "mlp", ("c_fc",), "c_proj", ("ln_1", "ln_2"), "ln_f", positions="wpe",
+    ),
+    Family(
+        "bert", ("bert",), "encoder.layer", "attention", ("self.query", "self.key", "self.value"), "output.dense",
+        "", ("intermediate.dense",), "output.dense", ("attention.output.LayerNorm", "output.LayerNorm"), None,
+        positions="embeddings.position_embeddings", causal=False, head_transform="cls.predictions.transform",
+        unused=("bert.pooler.", "cls.seq_relationship."),
+    ),
+    Family(
+        "modernbert", ("modernbert",), "layers", "attn", ("Wqkv",), "Wo",
+        "mlp", ("Wi",), "Wo", ("attn_norm", "mlp_norm"), "final_norm", causal=False, head_transform="head",
+    ),
+    Family(
+        "t5", ("t5",), "encoder.block", "layer.0.SelfAttention", ("q", "k", "v"), "o",
+        "layer.-1.DenseReluDense", ("wi", "wi_0", "wi_1"), "wo", ("layer.0.layer_norm", "layer.-1.layer_norm"),
+        "encoder.final_layer_norm", causal=False, decoder_blocks="decoder.block",
+    ),
+)  # fmt: skip
+_MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  # of an encoder-decoder
+TASKS = {"causal": "CausalLM", "masked": "MaskedLM", "seq2seq": "Seq2SeqLM", "base": ""}
+
+
+def family(model: nn.Module) -> Family:
+    """The model's family."""
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    for entry in FAMILIES:
+        if model_type in entry.types:
+            return entry
+    raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types])
+
+
+def at(module: nn.Module, path: str) -> Any:
+    """The submodule at a dotted path; numbers index into lists, from the end when negative."""
+    for name in filter(None, path.split(".")):
+        module = module[int(name)] if name.lstrip("-").isdigit() else getattr(module, name)  # type: ignore[index]
+    return module
+
+
+def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` where the one of that qualified name is."""
+    parent, _, last = name.rpartition(".")
+    setattr(at(model, parent), last, module)
+
+
+def base(model: nn.Module) -> nn.Module:
+    """The model without its head."""
+    return getattr(model, "base_model", model)
+
+
+def blocks(model: nn.Module, side: str = "encoder") -> list[nn.Module]:
+    """The transformer blocks in order; of an encoder-decoder those of one `side`, "encoder" or "decoder"."""
+    if side not in ("encoder", "decoder"):
+        raise unknown("side of the model", side, ("encoder", "decoder"))
+    entry = family(model)
+    path = entry.decoder_blocks if side == "decoder" and entry.decoder_blocks else entry.blocks
+    return list(at(base(model), path))
+
+
+def linears(model: nn.Module, where: str = "all") -> dict[str, nn.Module]:
+    """The weight matrices of the blocks by qualified name: of `attention`, `feed_forward`, or `all`."""
+    if where not in ("attention", "feed_forward", "all"):
+        raise unknown("place of linear layers", where, ("attention", "feed_forward", "all"))
+    entry, inside = family(model), {id(m) for block in _all_blocks(model) for m in block.modules()}
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        linear = isinstance(module, nn.Linear | Conv1D) or hasattr(module, "linear_like")
+        around = accumulate(name.split("."), "{}.{}".format)  # what is made of linear layers is one, and comes first
+        if linear and id(module) in inside and not any(other in found for other in around):
+            found[name] = module
+    if where == "all":
+        return found
+    names = {"attention"} if entry.name == "bert" else {entry.attention.split(".")[-1], "EncDecAttention"}
+    in_attention = {n for n in found if names & set(n.split("."))}
+    return {n: m for n, m in found.items() if (n in in_attention) == (where == "attention")}
+
+
+def _all_blocks(model: nn.Module) -> list[nn.Module]:
+    entry = family(model)
+    return blocks(model) + (blocks(model, "decoder") if entry.decoder_blocks else [])
+
+
+def norms(model: nn.Module) -> dict[str, nn.Module]:
+    """All norms by qualified name."""
+    return {n: m for n, m in model.named_modules() if type(m).__name__.endswith(("Norm", "RMSNorm"))}
+
+
+def embeddings(model: nn.Module) -> nn.Embedding:
+    """The token embeddings."""
+    return model.get_input_embeddings()  # type: ignore[operator]
+
+
+def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """`weight_VE` and `bias_V` of the linear layer that gives the logits."""
+    layer = model.get_output_embeddings()  # type: ignore[operator]
+    if layer is None:
+        raise PretrainError(
+            f"{type(model).__name__} has no language-model head; accepted: a causal, masked or seq2seq LM"
+        )
+    return layer.weight, layer.bias
+
+
+def hidden(model: nn.Module, **inputs: Any) -> Tensor:
+    """The states that the head's linear layer multiplies: `hidden_BLE @ weight_VE.T + bias_V` are the logits.
+
+    Of a model without a language-model head, its last states. An encoder-decoder takes `input_ids`,
+    `decoder_input_ids` and the masks that `attention_inputs` gives, and answers for the decoder's positions.
+    """
+    entry, headed = family(model), model.get_output_embeddings() is not None  # type: ignore[operator]
+    states_BLE = _decoded(model, **inputs) if entry.decoder_blocks else base(model)(**inputs).last_hidden_state
+    if entry.head_transform is not None and headed:
+        states_BLE = at(model, entry.head_transform)(states_BLE)
+    if getattr(model.config, "scale_decoder_outputs", False) and headed:
+        states_BLE = states_BLE * model.config.d_model**-0.5  # type: ignore[union-attr, operator]
+    return states_BLE
+
+
+def _decoded(
+    model: Any, *, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None,
+    decoder_attention_mask: Tensor | None = None, cross_attention_mask: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The decoder's last states; unlike the model's own `forward` this can give cross-attention a mask of its own."""
+    if cross_attention_mask is None:
+        if attention_mask is not None and attention_mask.ndim == 4:
+            raise PretrainError("packed documents in an encoder-decoder need a cross_attention_mask as well")
+        cross_attention_mask = attention_mask
+    encoded_BLE = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return model.get_decoder()(
+        input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, encoder_hidden_states=encoded_BLE,
+        encoder_attention_mask=cross_attention_mask, use_cache=False,
+    ).last_hidden_state  # fmt: skip
+
+
+def encode_decode(
+    model: nn.Module, input_ids_BL: Tensor, decoder_ids_BM: Tensor, masks: tuple[Tensor, Tensor, Tensor]
+) -> Tensor:
+    """`hidden` of an encoder-decoder: boolean `masks` of the encoder, of the decoder and of the cross-attention."""
+    dtype = embeddings(model).weight.dtype
+    given = {name: additive(mask, dtype) for name, mask in zip(_MASKS, masks, strict=True)}
+    return hidden(model, input_ids=input_ids_BL, decoder_input_ids=decoder_ids_BM, **given)
+
+
+def additive(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
+    """A boolean mask as the numbers that attention adds to its scores: 0 where allowed, else the lowest there is.
+
+    The lowest of float32 would be minus infinity once autocast narrows it to bfloat16, and a row without a single
+    finite score has no softmax.
+    """
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill_(~mask_B1LL, lowest)
+
+
+def attention_inputs(
+    model: nn.Module, mask_B1LL: Tensor, position_BL: Tensor, *,
+    decoder_B1MM: Tensor | None = None, cross_B1ML: Tensor | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The keyword arguments that make the model attend as the boolean masks say, with positions that restart.
+
+    A model with a sliding window keeps it inside each document. An encoder-decoder, whose positions are relative, needs
+    the decoder's and the cross-attention's masks too; its arguments are for `hidden`.
+    """
+    entry, dtype, config = family(model), embeddings(model).weight.dtype, model.config
+    if entry.decoder_blocks:
+        if decoder_B1MM is None or cross_B1ML is None:
+            raise PretrainError(f"model family {entry.name!r} needs three masks: decoder_B1MM and cross_B1ML as well")
+        masks = dict(zip(_MASKS, (mask_B1LL, decoder_B1MM, cross_B1ML), strict=True))
+        return {name: additive(mask, dtype) for name, mask in masks.items()}
+    inputs: dict[str, Any] = {"position_ids": position_BL, "attention_mask": additive(mask_B1LL, dtype)}
+    window: Any = getattr(config, "sliding_window", None)
+    if window is not None:
+        distance_B1LL = (position_BL[:, :, None] - position_BL[:, None, :])[:, None]
+        near_B1LL = distance_B1LL < window if entry.causal else distance_B1LL.abs() <= window
+        slid = additive(mask_B1LL & near_B1LL, dtype)
+        if config.model_type == "mistral":  # type: ignore[union-attr]
+            inputs["attention_mask"] = slid  # all its layers have the window
+        elif "sliding_attention" in config.layer_types:  # type: ignore[union-attr, operator]
+            inputs["attention_mask"] = {"full_attention": inputs["attention_mask"], "sliding_attention": slid}
+    if entry.causal:
+        inputs["use_cache"] = False  # nothing is generated, and a cache costs memory
+    return inputs
+
+
+def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+    """A calibration batch as the base model's arguments: documents that share a row do not see one another."""
+    ids_BL = batch["input_ids"].to(model.device)
+    document_BL = batch.get("attention_mask", torch.ones_like(ids_BL)).to(model.device)
+    position_BL = batch.get("position_ids", torch.arange(ids_BL.shape[1]).expand_as(ids_BL)).to(model.device)
+    if document_BL.shape != ids_BL.shape:
+        shape, wanted = tuple(document_BL.shape), tuple(ids_BL.shape)
+        raise PretrainError(f"calibration batch: attention_mask of shape {shape}: accepted: {wanted}, as input_ids")
+    mask_B1LL = document_mask(document_BL, causal=family(model).causal)
+    return {"input_ids": ids_BL} | attention_inputs(model, mask_B1LL, position_BL)
+
+
+def new_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
+    """A `transformers` configuration from its type and fields; an unknown one of either is an error."""
+    if model_type not in CONFIG_MAPPING:
+        types = [t for entry in FAMILIES for t in entry.types]
+        hint = nearest(model_type, CONFIG_MAPPING)
+        raise PretrainError(
+            f"unknown model family {model_type!r}{hint}; accepted: {', '.join(sorted(types))}, "
+            f"or another model_type of transformers {transformers.__version__}"
+        )
+    known = _config_fields(model_type)
+    for name in fields:
+        if name not in known:
+            raise PretrainError(f"unknown field {name!r} of model family {model_type!r}{nearest(name, known)}")
+    try:
+        config = AutoConfig.for_model(model_type, **fields)
+    except Exception as error:  # a strict configuration has error types of its own
+        raise PretrainError(f"model family {model_type!r}: {' '.join(str(error).split())}") from error
+    heads, shared = (getattr(config, n, None) for n in ("num_attention_heads", "num_key_value_heads"))
+    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
+        raise PretrainError(
+            f"model family {model_type!r}: num_key_value_heads {shared}: accepted: "
+            f"a divisor of num_attention_heads {heads}"
+        )
+    return config
+
+
+@functools.cache
+def _config_fields(model_type: str) -> frozenset[str]:
+    blank = AutoConfig.for_model(model_type)
+    names = frozenset(blank.to_dict()) | frozenset(blank.attribute_map)
+    names |= {"rope_theta", "rope_scaling"} if "rope_parameters" in names else set()  # the names in older config.json
+    return names - {"model_type", "transformers_version"}
+
+
+def new_model(
+    model_type: str, fields: dict[str, Any], *, task: str = "causal", vocabulary: Any = None, seed: int = 0
+) -> PreTrainedModel:
+    """A model with random weights. `vocabulary` (`core.batch.Vocabulary`) sets the size and the special ids.
+
+    `task` is "causal", "masked", "seq2seq", or "base" for a model without a head. Raises `PretrainError` for an unknown
+    type, field or task, and for a model that cannot be built.
+    """
+    if task not in TASKS:
+        raise unknown("task", task, TASKS)
+    if vocabulary is not None and model_type in CONFIG_MAPPING:
+        ids = {
+            "pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos,
+            "cls_token_id": vocabulary.bos, "sep_token_id": vocabulary.eos,
+        }  # fmt: skip
+        known = _config_fields(model_type)
+        fields = {"vocab_size": vocabulary.size} | {k: v for k, v in ids.items() if k in known} | fields
+    config = new_config(model_type, fields)
+    able = [t for t in TASKS if type(config) in _auto(t)._model_mapping]
+    if task not in able:
+        raise PretrainError(f"model family {model_type!r} has no model for task {task!r}; accepted: {', '.join(able)}")
+    if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return _auto(task).from_config(config)
+        except Exception as error:  # whatever a model's constructor makes of a value that does not suit it
+            reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
+            raise PretrainError(f"model family {model_type!r} as {task} model: {reason}") from error
+
+
+def _auto(task: str) -> Any:
+    return getattr(transformers, f"AutoModelFor{TASKS[task]}" if TASKS[task] else "AutoModel")

@@ -1,0 +1,83 @@
+"""Heads: a pretrained model with a classifier of documents or of tokens in the place of its own head."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+
+from pretrain.core.batch import Vocabulary
+from pretrain.core.checkpoint import surgery_of
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.models.families import base
+
+HEADS: dict[str, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
+NUMBER = "number"  # the name of the one output of a regression
+_OUTPUTS = ("classifier", "score", "classification_head")  # the names that `transformers` gives the last layer
+
+
+def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
+    """The names of the model's classes, in the order of their numbers."""
+    names = model.config.id2label or {}
+    return tuple(names[number] for number in sorted(names))
+
+
+def output(model: Any) -> tuple[str, nn.Module] | None:
+    """The name and the module of a classifier's last layer; None of a model without one."""
+    return next(((name, module) for name, module in model.named_children() if name in _OUTPUTS), None)
+
+
+def new_modules(model: Any) -> dict[str, nn.Module]:
+    """What a classifier may have that its pretrained model has not: what stands on the base model, BERT's pooler."""
+    if output(model) is None:
+        return {}
+    inner, pooler = base(model), getattr(base(model), "pooler", None)
+    found = {name: module for name, module in model.named_children() if module is not inner}
+    if pooler is not None:
+        found[f"{model.base_model_prefix}.pooler"] = pooler
+    return {name: module for name, module in found.items() if next(module.parameters(), None) is not None}
+
+
+def with_head(
+    model: PreTrainedModel, head: str, labels: Sequence[str], vocabulary: Vocabulary, *, seed: int = 0
+) -> PreTrainedModel:
+    """The model as `transformers`' classifier of documents (`sequence`) or of tokens (`token`).
+
+    The pretrained modules are moved, not copied; the last layer is new, drawn by `seed`, unless the model is such a
+    classifier already and knows all `labels`. The only label `NUMBER` makes a regression. Raises `PretrainError` for a
+    model of which `transformers` has no such class.
+    """
+    if head not in HEADS:
+        raise unknown("head", head, HEADS)
+    wanted = HEADS[head]._model_mapping.get(type(model.config), None)
+    if wanted is None:
+        raise PretrainError(f"transformers has no {head} classifier of model type {model.config.model_type!r}")
+    if type(model) is wanted and set(labels) <= set(labels_of(model)):
+        return model
+    config = copy.deepcopy(model.config)
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: number for number, name in enumerate(labels)}
+    config.problem_type = "regression" if list(labels) == [NUMBER] else "single_label_classification"
+    # A causal model's classifier reads the last token before the padding, an encoder-decoder's the last end.
+    config.pad_token_id = vocabulary.pad
+    config.eos_token_id = vocabulary.eos if vocabulary.eos is not None else config.eos_token_id
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        made = wanted(config)
+    _move(base(model), base(made))
+    _move(model, made)
+    made.pretrain_surgery = surgery_of(model)
+    if hasattr(model, "peft_config"):
+        made.peft_config = model.peft_config
+    return made.to(model.dtype).to(model.device)
+
+
+def _move(source: Any, target: Any) -> None:
+    """Put the source's modules where the target has ones of the same name, but for the last layer."""
+    for name, module in source.named_children():
+        if name not in _OUTPUTS and getattr(target, name, None) is not None and module is not base(source):
+            setattr(target, name, module)

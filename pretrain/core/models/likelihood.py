@@ -1,0 +1,127 @@
+"""How likely a model finds text: each token of each document predicted exactly once, from as much before as fits.
+
+Shape letters: B windows of a batch, L tokens of a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.models.cross_entropy import linear_cross_entropy
+from pretrain.core.models.families import family, head, hidden
+from pretrain.core.models.features import evaluating
+
+
+@dataclass(frozen=True)
+class Window:
+    """A run of one document's tokens; the first `context` targets were predicted in an earlier window."""
+
+    document: int
+    tokens: NDArray[Any]
+    context: int
+
+
+def windows(document: int, tokens: NDArray[Any], length: int, stride: int) -> Iterator[Window]:
+    """Windows of at most `length` inputs that together predict each token after the first once."""
+    start, done = 0, 1  # `done`: tokens already predicted, the first counted as given
+    while done < len(tokens):
+        end = min(start + length + 1, len(tokens))
+        yield Window(document, tokens[start:end], done - start - 1)
+        done, start = end, end - 1 - (length - stride) if end < len(tokens) else end
+
+
+def document_nll(
+    model: nn.Module,
+    documents: Sequence[NDArray[Any]],
+    *,
+    length: int,
+    stride: int | None = None,
+    batch_tokens: int = 4096,
+) -> NDArray[np.float64]:
+    """The negative log-likelihood of each document in nats, its first token given.
+
+    `length` inputs a window; consecutive windows of a long document advance by `stride` (default: all of `length`).
+    """
+    if not family(model).causal:
+        raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal language model")
+    if not 1 <= (length if stride is None else stride) <= length:
+        raise PretrainError(f"stride {stride}, length {length}: accepted: 1 <= stride <= length")
+    todo = [w for i, tokens in enumerate(documents) for w in windows(i, tokens, length, stride or length)]
+    todo.sort(key=lambda w: len(w.tokens))
+    nll_N = np.zeros(len(documents))
+    with evaluating(model):
+        ends = head(model)
+        for chosen in _batches(todo, batch_tokens):
+            for window, nll in zip(chosen, _window_nll(model, chosen, *ends), strict=True):
+                nll_N[window.document] += nll
+    return nll_N
+
+
+def _batches(todo: list[Window], batch_tokens: int) -> Iterator[list[Window]]:
+    """Windows, sorted by length, in lots of about `batch_tokens`."""
+    start = 0
+    while start < len(todo):
+        width = len(todo[min(start + max(1, batch_tokens // len(todo[start].tokens)), len(todo)) - 1].tokens)
+        yield todo[start : start + max(1, batch_tokens // width)]
+        start += max(1, batch_tokens // width)
+
+
+def _window_nll(
+    model: nn.Module, chosen: list[Window], weight_VE: torch.Tensor, bias_V: torch.Tensor | None
+) -> list[float]:
+    """The negative log-likelihood of each window's new targets."""
+    device, width = next(model.parameters()).device, max(len(w.tokens) for w in chosen) - 1
+    input_BL = torch.zeros(len(chosen), width, dtype=torch.long)
+    target_BL = torch.full((len(chosen), width), -100)
+    for b, window in enumerate(chosen):
+        tokens = torch.from_numpy(window.tokens.astype(np.int64))
+        input_BL[b, : len(tokens) - 1] = tokens[:-1]
+        target_BL[b, window.context : len(tokens) - 1] = tokens[1 + window.context :]
+    # Padding stands at the end, where a causal model's predictions do not see it.
+    states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
+    _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V)
+    return nll_BL.double().sum(-1).tolist()
+
+
+def predicted_bytes(bytes_N: NDArray[Any], tokens_N: NDArray[Any], *, begins: bool) -> NDArray[np.float64]:
+    """The bytes that the predicted tokens hold: all, if a special token stands before the text.
+
+    Otherwise nothing predicts a document's first token, and it takes its share of the bytes with it.
+    """
+    if begins:
+        return np.asarray(bytes_N, np.float64)
+    return bytes_N * (np.maximum(tokens_N - 1, 0) / np.maximum(tokens_N, 1))
+
+
+def likelihoods(
+    nll_N: NDArray[np.float64], targets_N: NDArray[Any], bytes_N: NDArray[Any], domains: Sequence[str]
+) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
+    """`loss` (nats a token), `perplexity`, `bits_per_byte`; and by domain the first and the last."""
+    by_domain: dict[str, list[int]] = defaultdict(list)
+    for index, domain in enumerate(domains):
+        by_domain[domain].append(index)
+    sums_NK = np.stack([np.asarray(x, np.float64) for x in (nll_N, targets_N, bytes_N)], axis=1)
+    found = {}
+    for domain, chosen in sorted(by_domain.items()):
+        some = _metrics(*sums_NK[chosen].sum(0))
+        found[domain] = {k: v for k, v in some.items() if k != "perplexity"}
+    return _metrics(*sums_NK.sum(0)), found
+
+
+def _metrics(nll: float, targets: float, size: float) -> dict[str, float]:
+    loss = float(nll / max(targets, 1.0))
+    return {
+        "loss": loss,
+        "perplexity": math.exp(min(loss, 700)),
+        "bits_per_byte": float(nll / math.log(2) / max(size, 1.0)),
+    }

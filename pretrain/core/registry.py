@@ -1,0 +1,232 @@
+"""How methods are found: by reading source files, importing none.
+
+Ours lie in the folders of the kinds, at any depth. A user's lie in packages that declare the entry point group
+`pretrain.methods`, or in folders that a recipe (`methods:`) or `use` names. A class is a method if it is a frozen
+dataclass that descends from the base of a kind: the class that says `kind` in a folder's `__init__.py`.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import sys
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from hashlib import sha256
+from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
+
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.files import digest
+
+PACKAGE = Path(__file__).resolve().parent.parent
+FOLDERS = ("data", "objectives", "optim", "policies", "surgery", "decoding", "evaluation")
+GROUP = "pretrain.methods"  # of entry points
+_TITLE = re.compile(r"(?P<title>.+?) \((?:arXiv:(?P<arxiv>[\w./-]+)|(?P<venue>[^()]+))\)\.?\Z", re.DOTALL)
+_added: list[Path] = []  # folders of methods from outside
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A row of the list of methods, read from the source without importing it."""
+
+    name: str
+    kind: str
+    title: str
+    arxiv: str | None
+    families: tuple[str, ...]
+    module: str
+    cls: str
+    path: Path
+
+    def row(self) -> dict[str, str | tuple[str, ...] | None]:
+        """What `pretrain methods --json` prints."""
+        return {
+            "name": self.name, "kind": self.kind, "title": self.title, "arxiv": self.arxiv, "families": self.families
+        }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    """A parsed file: its classes by name, and where its imported names come from."""
+
+    classes: dict[str, ast.ClassDef]
+    imports: dict[str, str]
+
+
+@cache
+def _source(path: Path) -> _Source:
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise PretrainError(f"{path}: not a Python file ({error})") from error
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    imported = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
+    imports = {alias.asname or alias.name: str(node.module) for node in imported for alias in node.names}
+    return _Source(classes, imports)
+
+
+def _constant(cls: ast.ClassDef, name: str) -> object:
+    """The value of a class variable that is written out in the class; `None` if it is not there."""
+    for node in cls.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
+            return None if node.value is None else ast.literal_eval(node.value)
+    return None
+
+
+@cache
+def _kind(path: Path, name: str) -> str | None:
+    """The kind of a class of a file, its own or that of its nearest base; `None` for a class that is no method."""
+    source = _source(path)
+    cls = source.classes.get(name)
+    if cls is None:
+        return None
+    kind = _constant(cls, "kind")
+    if isinstance(kind, str):
+        return kind
+    for base in cls.bases:
+        if not isinstance(base, ast.Name):
+            continue
+        home = path if base.id in source.classes else _file(source.imports.get(base.id, ""))
+        inherited = _kind(home, base.id) if home is not None else None
+        if inherited is not None:
+            return inherited
+    return None
+
+
+def _file(module: str) -> Path | None:
+    """The source of a module of this package."""
+    package, *steps = module.split(".")
+    path = PACKAGE.joinpath(*steps)
+    if package != PACKAGE.name:
+        return None
+    return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _read(path: Path, module: str) -> MethodInfo | None:
+    """The method of a file; `None` where there is none."""
+    classes = [cls for cls in _source(path).classes.values() if _is_dataclass(cls) and _kind(path, cls.name)]
+    if len(classes) > 1:
+        raise PretrainError(f"{path} defines {len(classes)} methods; accepted: one method a file")
+    if not classes:
+        return None
+    cls = classes[0]
+    title = _TITLE.match(" ".join((ast.get_docstring(cls) or "").split("\n\n")[0].split()))
+    if title is None:
+        raise PretrainError(f"{path}: the docstring of {cls.name} must open with 'Title (arXiv:NUMBER).'")
+    families = _constant(cls, "families")
+    return MethodInfo(
+        name=path.stem,
+        kind=_kind(path, cls.name) or "",
+        title=title["title"],
+        arxiv=title["arxiv"],
+        families=families if isinstance(families, tuple) else (),
+        module=module,
+        cls=cls.name,
+        path=path,
+    )
+
+
+def _is_dataclass(cls: ast.ClassDef) -> bool:
+    return any(isinstance(node, ast.Call) and ast.unparse(node.func) == "dataclass" for node in cls.decorator_list)
+
+
+@cache
+def kinds() -> dict[str, str]:
+    """The kinds of methods and the folder of each, in the order of a model's life."""
+    found: dict[str, str] = {}
+    for folder in FOLDERS:
+        for cls in _source(PACKAGE / folder / "__init__.py").classes.values():
+            kind = _constant(cls, "kind")
+            if isinstance(kind, str):
+                found[kind] = folder
+    return found
+
+
+@cache
+def methods() -> dict[str, MethodInfo]:
+    """All methods by name, ours in the order of kinds, then those from outside; imports none of them."""
+    found: dict[str, MethodInfo] = {}
+    for path, module in [*_ours(), *_installed(), *_in_folders()]:
+        info = _read(path, module)
+        if info is None:
+            continue
+        if info.name in found:
+            raise PretrainError(f"two methods are named {info.name!r}: {found[info.name].path} and {path}")
+        found[info.name] = info
+    return found
+
+
+def _ours() -> list[tuple[Path, str]]:
+    paths = [path for folder in FOLDERS for path in sorted((PACKAGE / folder).rglob("[!_]*.py"))]
+    return [(path, ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts))) for path in paths]
+
+
+def _installed() -> list[tuple[Path, str]]:
+    """The modules that installed packages declare: `name = "package.module"`, or a package of such modules."""
+    found: list[tuple[Path, str]] = []
+    for entry in entry_points(group=GROUP):
+        try:
+            spec = importlib.util.find_spec(entry.module)
+        except (ImportError, ValueError) as error:
+            spec, reason = None, f" ({error})"
+        else:
+            reason = ""
+        if spec is None or spec.origin is None:
+            warnings.warn(f"entry point {entry.name} = {entry.value!r}: there is no such module{reason}", stacklevel=2)
+            continue
+        if spec.submodule_search_locations:
+            folder = Path(spec.origin).parent
+            found += [(path, f"{entry.module}.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))]
+        else:
+            found.append((Path(spec.origin), entry.module))
+    return found
+
+
+def _in_folders() -> list[tuple[Path, str]]:
+    return [(path, f"{_package(folder)}.{path.stem}") for folder in _added for path in sorted(folder.glob("[!_]*.py"))]
+
+
+def _package(folder: Path) -> str:
+    """The name under which a folder of methods is imported."""
+    return f"pretrain_methods_{sha256(str(folder).encode()).hexdigest()[:12]}"
+
+
+def use(folder: Path | str) -> None:
+    """Add a folder of methods, one a file, to those there are; its files may import one another (`from . import x`)."""
+    folder = Path(folder).expanduser().resolve()
+    if not folder.is_dir():
+        raise PretrainError(f"methods {str(folder)!r}: accepted: a folder of Python files, one method each")
+    if folder in _added:
+        return
+    package = ModuleType(_package(folder))
+    package.__path__ = [str(folder)]
+    sys.modules[package.__name__] = package
+    _added.append(folder)
+    methods.cache_clear()
+    if not any(path.parent == folder for path in (info.path for info in methods().values())):
+        _added.remove(folder)
+        methods.cache_clear()
+        raise PretrainError(f"methods {str(folder)!r}: no file in it defines a method; accepted: one method a file")
+
+
+def info(name: str, kind: str | None = None) -> MethodInfo:
+    """The row of one method; an unknown name, or one of another kind, is an error that lists what is accepted."""
+    known = {n: m for n, m in methods().items() if kind is None or m.kind == kind}
+    if name not in known:
+        if name in methods():
+            raise PretrainError(
+                f"method {name!r} is of kind {methods()[name].kind!r}, not {kind!r}; accepted: {', '.join(known)}"
+            )
+        raise unknown(kind or "method", name, known)
+    return known[name]
+
+
+def code_version(name: str) -> str:
+    """A digest of the method's source text and of its room's helpers: it changes when the method's code does."""
+    path = info(name).path
+    return digest([p.read_text(encoding="utf-8") for p in (path, *sorted(path.parent.glob("_*.py")))])[:16]

@@ -1,0 +1,1 @@
+"""Each document once."""

@@ -1,0 +1,33 @@
+"""Remove exact and near-duplicate documents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from pretrain.data import DataOperation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass(frozen=True)
+class Deduplicate(DataOperation):
+    """Deduplicating Training Data Makes Language Models Better (arXiv:2107.06499).
+
+    The paper's NearDup: documents are sets of word 5-grams; of documents whose Jaccard similarity (estimated by MinHash
+    with 128 permutations) is at least `threshold`, the first is kept. Exact copies go first. A `threshold` of 0 removes
+    exact copies only. Examples are copies only if what belongs to their texts is equal too: `label`, `target`,
+    `answer`, `text_b` and the like, not what is about them (`domain`, `url`, …).
+    """
+
+    threshold: float = 0.8
+
+    def __call__(self, corpus: Dataset) -> Dataset:
+        """The corpus without later copies; the order is kept."""
+        from pretrain.corpus.minhash import unique
+        from pretrain.corpus.store import belongs, beside
+
+        compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
+        kept = unique(((row["text"], beside(row)) for row in compared), self.threshold or None)
+        return corpus.select([i for i, keep in enumerate(kept) if keep])

@@ -1,0 +1,151 @@
+"""Write each document into a prompt's template with its label's word, known or predicted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.method import InnerObjective, Ref
+from pretrain.data import DataOperation
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from pretrain.data._work import Desk
+    from pretrain.objectives.labelled.prompt_classification import PromptClassification
+
+SHARD = 512  # documents
+
+
+@dataclass(frozen=True)
+class PromptTemplate(DataOperation):
+    """Don't Stop Pretraining? Make Prompt-based Fine-tuning Powerful Learner (arXiv:2305.01711).
+
+    Prompt-based continued pretraining: a document's text becomes the template of `prompt`, a prompt_classification,
+    filled with its columns and the word of its label, and ordinary masked_lm or causal_lm goes on with such texts
+    before the prompt is tuned. The label is what the document says or, where it says none, what `model` predicts, a
+    checkpoint tuned with the same prompt; with `relabel` it predicts all. It reads `length` tokens (0: as many as it
+    was tuned with). Without a model each document must have its label.
+    """
+
+    prompt: InnerObjective
+    model: Ref = ""
+    relabel: bool = False
+    length: int = 0
+
+    def __post_init__(self) -> None:
+        if self.objective.name != "prompt_classification":
+            raise PretrainError(
+                f"prompt_template: prompt {self.objective.name!r}: accepted: {{method: prompt_classification, …}}",
+                place=("prompt",),
+            )
+        if self.objective.demonstrations:
+            raise PretrainError("prompt_template: prompt demonstrations: accepted: false", place=("prompt",))
+        if self.relabel and not self.model:
+            raise PretrainError("prompt_template: relabel: accepted: with a model that predicts", place=("relabel",))
+        if self.length < 0:
+            raise PretrainError(f"prompt_template: length {self.length}: accepted: 0 or more", place=("length",))
+
+    @cached_property
+    def objective(self) -> PromptClassification:
+        """The prompt."""
+        return self.held()["prompt"]
+
+    def __call__(self, corpus: Dataset) -> Dataset:
+        """The documents in the template, other columns as they were."""
+        from pretrain.data._work import desk
+
+        for name in self.objective.shown:
+            if name not in corpus.column_names:
+                known = corpus.column_names
+                raise PretrainError(
+                    f"prompt_template: no column {name!r}{nearest(name, known)}; accepted: {', '.join(known)}"
+                )
+        with desk() as here:
+            labels = self.labels(corpus, here)
+            texts = []
+            for number, (document, label) in enumerate(zip(corpus, labels, strict=True)):
+                empty = next((name for name in self.objective.shown if document[name] is None), None)
+                if empty is not None:
+                    raise PretrainError(f"prompt_template: document {number} has no {empty!r}; accepted: one in each")
+                texts.append(self.objective.filled(document, label))
+            words = {f"{label} ({self.objective.word_of[label].strip()})": n for label, n in Counter(labels).items()}
+            here.reports.append({"method": self.name, "labels": dict(sorted(words.items()))})
+        return corpus.remove_columns("text").add_column("text", texts)
+
+    def labels(self, corpus: Dataset, here: Desk) -> list[str]:
+        """Each document's label: its own where that counts, else the model's."""
+        column = self.objective.label
+        said: list[Any] = [None] * len(corpus)
+        if column in corpus.column_names and not self.relabel:
+            said = list(corpus[column])
+        asked = [number for number, value in enumerate(said) if value is None]
+        if asked and not self.model:
+            raise PretrainError(
+                f"prompt_template: document {asked[0]} has no {column!r}; accepted: one in each, or a model that "
+                "predicts it"
+            )
+        self.objective.labels(value for value in said if value is not None)
+        reader: Any = None
+        for start in range(0, len(asked), SHARD):
+            reader = reader or _Reader(self.objective, self.model, self.length)
+            numbers = asked[start : start + SHARD]
+            documents = [{name: corpus[number][name] for name in self.objective.shown} for number in numbers]
+            for number, label in zip(numbers, reader(documents, here), strict=True):
+                said[number] = label
+        return [str(value) for value in said]
+
+
+class _Reader:
+    """The checkpoint that predicts; what is on the desk already is not predicted again."""
+
+    def __init__(self, objective: PromptClassification, folder: str, length: int) -> None:
+        from pretrain.core.checkpoint import lineage
+        from pretrain.core.folders import checkpoint_of
+
+        self.path = checkpoint_of(Path(folder))
+        self.objective, self.length = objective, length or lineage(self.path).get("length") or 512
+        self.state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.path.iterdir())]
+        self.opened: Any = None
+
+    def __call__(self, documents: Sequence[dict[str, Any]], here: Desk) -> list[str]:
+        """The documents' labels."""
+        from dataclasses import asdict
+
+        from pretrain.core.files import digest, read_json, write_json
+        from pretrain.core.meter import count_flops
+
+        asked = [str(self.path.resolve()), self.state, self.length, asdict(self.objective), list(documents)]
+        shard = here.folder / f"{digest(asked)[:32]}.json"
+        if shard.exists():
+            found = read_json(shard)
+            here.flops += found["flops"]
+            return found["labels"]
+        labels, flops = count_flops(lambda: self._predict(documents))
+        write_json(shard, {"labels": labels, "flops": flops})
+        return labels
+
+    def _predict(self, documents: Sequence[dict[str, Any]]) -> list[str]:
+        import numpy as np
+
+        from pretrain.core import checkpoint
+        from pretrain.core.batch import Context, Example, Vocabulary
+        from pretrain.core.encoding import Encoder
+        from pretrain.core.hardware import pick_device
+
+        if self.opened is None:
+            model, tokenizer = checkpoint.load(self.path, device=pick_device())
+            if tokenizer is None:
+                raise PretrainError(f"{self.path} has no tokenizer; accepted: a checkpoint that holds one")
+            vocabulary = Vocabulary.of(tokenizer)
+            self.objective.ready(model, (), vocabulary, 0)
+            rng = np.random.default_rng(0)
+            self.opened = model, Context(vocabulary, self.length, rng, encoder=Encoder(tokenizer))
+        model, context = self.opened
+        examples = [Example(document, 0, number) for number, document in enumerate(documents)]
+        return self.objective.predictions(model, examples, context)

@@ -1,0 +1,117 @@
+"""How likely a checkpoint finds each document of a corpus, shard by shard: an interrupted scoring goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.folders import checkpoint_of
+from pretrain.data._work import Desk
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+SHARD = 512  # documents
+
+
+@dataclass(frozen=True)
+class Likelihoods:
+    """Of N documents: negative log-likelihood in nats, and how many tokens it is of."""
+
+    nll_N: NDArray[np.float64]
+    tokens_N: NDArray[np.int64]
+
+
+def likelihoods(folder: str, corpus: Dataset, desk: Desk, *, length: int, stride: int | None = None) -> Likelihoods:
+    """Score the corpus's documents with the checkpoint in `folder`; shards that are on the desk are not scored again.
+
+    A window holds `length` inputs, or what the model can take where that is less; those of a longer document advance by
+    `stride` (None: by all of it).
+    """
+    path = checkpoint_of(Path(folder))
+    state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
+    scorer: Any = None
+    found: list[dict[str, Any]] = []
+    for start in range(0, len(corpus), SHARD):
+        texts = corpus[start : start + SHARD]["text"]
+        shard = desk.folder / f"{digest([str(path.resolve()), state, length, stride, texts])[:32]}.json"
+        if shard.exists():
+            found.append(read_json(shard))
+            desk.flops += found[-1]["flops"]
+            continue
+        scorer = scorer or _Scorer(path, length, stride)
+        found.append(scorer(texts))
+        write_json(shard, found[-1])
+    return Likelihoods(
+        np.array([x for part in found for x in part["nll"]], dtype=np.float64),
+        np.array([x for part in found for x in part["tokens"]], dtype=np.int64),
+    )
+
+
+class _Scorer:
+    """A checkpoint opened, and how it reads."""
+
+    def __init__(self, path: Path, length: int, stride: int | None) -> None:
+        from pretrain.core import checkpoint
+        from pretrain.core.batch import Vocabulary
+        from pretrain.core.hardware import pick_device
+
+        self.path = path
+        self.model, tokenizer = checkpoint.load(path, device=pick_device())
+        if tokenizer is None:
+            raise PretrainError(f"{path} has no tokenizer; accepted: a checkpoint that holds one")
+        self.tokenizer = tokenizer
+        self.length = min(length, getattr(self.model.config, "max_position_embeddings", None) or length)
+        self.stride = None if stride is None else min(stride, self.length)
+        vocabulary = Vocabulary.of(tokenizer)
+        before = vocabulary.begin
+        self.ends = ([] if before is None else [before], [] if vocabulary.eos is None else [vocabulary.eos])
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, Any]:
+        """A shard's `nll` and `tokens`, and the FLOPs that it took."""
+        from pretrain.core.meter import count_flops
+        from pretrain.core.models.likelihood import document_nll
+
+        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        documents = [np.array([*self.ends[0], *ids, *self.ends[1]]) for ids in encoded]
+        batch_tokens = 65536 if self.model.device.type == "cuda" else 4096
+        nll_N, flops = count_flops(
+            lambda: document_nll(
+                self.model, documents, length=self.length, stride=self.stride, batch_tokens=batch_tokens
+            )
+        )
+        if not np.isfinite(nll_N).all():
+            raise PretrainError(f"{self.path} gives a document a likelihood that is not finite")
+        return {"nll": nll_N.tolist(), "tokens": [max(len(d) - 1, 0) for d in documents], "flops": flops}
+
+
+def sizes(corpus: Dataset) -> NDArray[np.int64]:
+    """The documents' bytes in UTF-8."""
+    parts = (corpus[i : i + SHARD]["text"] for i in range(0, len(corpus), SHARD))
+    return np.array([len(text.encode()) for texts in parts for text in texts], dtype=np.int64)
+
+
+def report(name: str, corpus: Dataset, kept: NDArray[np.int64], score_N: NDArray[np.float64]) -> dict[str, Any]:
+    """What a selection says of itself: documents kept of each domain, and how the scores lie before and after."""
+    domains = np.array(corpus["domain"] if "domain" in corpus.column_names else ["all"] * len(corpus), dtype=object)
+    levels = (0, 5, 25, 50, 75, 95, 100)
+    told = {"all": score_N, "kept": score_N[kept]}
+    return {
+        "method": name,
+        "documents": {
+            str(d): {"before": int((domains == d).sum()), "after": int((domains[kept] == d).sum())}
+            for d in sorted(set(domains))
+        },
+        "score_percentiles": {
+            side: {str(q): float(x) for q, x in zip(levels, np.percentile(scores, levels), strict=True)}
+            for side, scores in told.items()
+            if len(scores)
+        },
+    }

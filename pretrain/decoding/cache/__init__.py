@@ -1,0 +1,1 @@
+"""Fewer or better packed keys and values."""

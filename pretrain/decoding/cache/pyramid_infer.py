@@ -1,0 +1,125 @@
+"""Deeper layers keep the keys and values of fewer tokens: those that recent tokens attend to."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pretrain.core.errors import PretrainError
+from pretrain.decoding import Decoding
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class PyramidInfer(Decoding):
+    """PyramidInfer: Pyramid KV Cache Compression for High-throughput LLM Inference (arXiv:2405.12532).
+
+    `with method(model): model.generate(...)`. In the pass over a prompt of L tokens the last
+    R = floor(`recent_ratio` L) + 1 are recent, the others context. After block l of N, the share r_l of the context
+    left with the highest s_j = mean over heads h and recent i of w_i a_hij goes on to the next block, with the recent;
+    the rest is neither computed nor cached any more. w rises linearly from 1 to `distance_weight`; r_l falls from 1 to
+    `prefill_decay_ratio` p: r_l = p + (1 - p) (1 + cos(pi l / N)) / 2 ("constant": p), so caches shrink with depth.
+    The first `streamingllm_sink_len` tokens stay, and no context falls to `min_context_length` or below. While
+    generating, the newest R tokens are whole; of each block of `exceed_length_to_compress` generated ones before them,
+    layer l keeps the share `gen_compress_ratio` r'_l by the same score, r' falling from 1 to `gen_decay_ratio`.
+    A token that left the prompt early has the logits of the states that it left with. Attention is PyTorch's SDPA.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    samples: ClassVar[bool] = True
+
+    recent_ratio: float = 0.2
+    prefill_decay_ratio: float = 0.9
+    prefill_decay_strategy: Literal["cosine", "constant"] = "cosine"
+    min_context_length: int = 64
+    layerwise_downsample_interval: int = 1
+    streamingllm_sink_len: int = 4
+    distance_weight: float = 1.2
+    gen_decay_ratio: float = 0.1
+    gen_decay_strategy: Literal["cosine", "constant"] = "cosine"
+    gen_compress_ratio: float = 0.9
+    exceed_length_to_compress: int = 16
+
+    def __post_init__(self) -> None:
+        """Refuse shares that are none."""
+        for name in ("prefill_decay_ratio", "gen_decay_ratio", "gen_compress_ratio"):
+            if not 0 < getattr(self, name) <= 1:
+                raise PretrainError(f"pyramid_infer: {name} {getattr(self, name)}: accepted: above 0, at most 1")
+        if not 0 <= self.recent_ratio <= 1:
+            raise PretrainError(f"pyramid_infer: recent_ratio {self.recent_ratio}: accepted: from 0 to 1")
+        if self.distance_weight <= 0:
+            raise PretrainError(f"pyramid_infer: distance_weight {self.distance_weight}: accepted: above 0")
+        for name in ("prefill_decay_strategy", "gen_decay_strategy"):
+            if getattr(self, name) not in ("cosine", "constant"):
+                raise PretrainError(f"pyramid_infer: {name} {getattr(self, name)!r}: accepted: cosine, constant")
+        least = {"layerwise_downsample_interval": 1, "exceed_length_to_compress": 1}
+        for name in ("min_context_length", "streamingllm_sink_len", *least):
+            if getattr(self, name) < least.get(name, 0):
+                raise PretrainError(
+                    f"pyramid_infer: {name} {getattr(self, name)}: accepted: {least.get(name, 0)} or more"
+                )
+
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """A context in which the model's caches are pyramids."""
+        from pretrain.decoding.cache._pyramid import running
+
+        return running(self, model)
+
+    def kept(self, layer: int, context: int, layers: int, prompt: int) -> int:
+        """How many of `context` tokens go on after block `layer` of `layers`; `prompt` tokens there were at first."""
+        share = _share(layer, layers, self.prefill_decay_ratio, self.prefill_decay_strategy)
+        least = min(self.min_context_length, prompt - 1 - int(prompt * self.recent_ratio))
+        wanted = int(context * share)
+        return context if layer % self.layerwise_downsample_interval or wanted <= least else wanted
+
+    def kept_of_block(self, layer: int, layers: int) -> int:
+        """How many of a block of generated tokens a layer keeps."""
+        share = _share(layer, layers, self.gen_decay_ratio, self.gen_decay_strategy)
+        return max(1, int(self.exceed_length_to_compress * self.gen_compress_ratio * share))
+
+    def lengths(self, prompt: int, layers: int, new: int = 0) -> tuple[int, ...]:
+        """How many tokens each layer's cache holds after a prompt and, one at a time, `new` tokens."""
+        recent, block, found = int(prompt * self.recent_ratio) + 1, self.exceed_length_to_compress, []
+        context = max(0, prompt - recent)
+        blocks = max(0, (new - recent) // block)
+        for layer in range(layers):
+            found.append(min(prompt, context + recent) + new - blocks * (block - self.kept_of_block(layer, layers)))
+            context = self.kept(layer, context, layers, prompt)
+        return tuple(found)
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        input_ids_BL: Tensor,
+        *,
+        attention_mask_BL: Tensor | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos: int | None = None,
+        pad: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue left-padded prompts with pyramid caches; returns `tokens_BN`, padded with `pad` after the end."""
+        import torch
+
+        from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
+
+        mask_BL = mask_of(self.name, input_ids_BL, attention_mask_BL)
+        with torch.no_grad(), self(model):
+            logits_BV, cache = prefill(model, input_ids_BL, mask_BL)
+            return continue_rows(
+                input_ids_BL, logits_BV, stepper(model, cache, mask_BL), max_new_tokens=max_new_tokens,
+                temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
+            )  # fmt: skip
+
+
+def _share(layer: int, layers: int, ratio: float, strategy: str) -> float:
+    """The share kept after block `layer`: from 1 down to `ratio` by half a cosine, or `ratio`."""
+    return ratio if strategy == "constant" else ratio + (1 - ratio) * (1 + math.cos(math.pi * layer / layers)) / 2

@@ -1,0 +1,1 @@
+"""Thought before the answer: latent steps, or time between questions."""

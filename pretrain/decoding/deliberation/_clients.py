@@ -1,0 +1,214 @@
+"""Who completes a prompt: a model here, or a server that speaks OpenAI's protocol.
+
+A prompt is in two parts, the `shared` one that several prompts begin with and the `rest`. The model here keeps the keys
+and values of the newest shared parts.
+
+Shape letters: L tokens, N of the whole, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import http.client
+import json
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pretrain.core.errors import PretrainError
+
+PIECE = "\x00{}\x00"  # stands for a part of the prompt while the chat template is filled in
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What was said, and the tokens that it took: of the prompt, new ones, and those of the prompt that were kept."""
+
+    text: str
+    prompt_tokens: int
+    new_tokens: int
+    kept_tokens: int = 0
+
+
+class Client(Protocol):
+    """What completes prompts."""
+
+    def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
+        """What follows `shared` and `rest`."""
+
+
+class Prefixes:
+    """The caches of the newest beginnings of prompts that a model has read."""
+
+    def __init__(self, most: int = 4) -> None:
+        self.most = most
+        self.kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+
+    def read(self, model: Any, prefix: Sequence[int], rest: Sequence[int]) -> tuple[Tensor, Any, int]:
+        """`logits_1V` after a prompt, the cache of it, and how many of its tokens were not read again."""
+        key, found = tuple(prefix), 0
+        if not key or not rest:
+            logits_1V, cache = _read(model, [*prefix, *rest], None)
+            return logits_1V, cache, 0
+        if key in self.kept:
+            found = len(key)
+            self.kept.move_to_end(key)
+        else:
+            self.kept[key] = _read(model, prefix, None)[1]
+            while len(self.kept) > self.most:
+                self.kept.popitem(last=False)
+        logits_1V, cache = _read(model, rest, copy.deepcopy(self.kept[key]))
+        return logits_1V, cache, found
+
+
+def _read(model: Any, tokens: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+    ids_1L = torch.tensor([list(tokens)], device=model.device)
+    output = model(input_ids=ids_1L, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return output.logits[:, -1], output.past_key_values
+
+
+def continued(
+    model: Any, prefixes: Prefixes | None, prefix: Sequence[int], rest: Sequence[int], *, max_new_tokens: int,
+    temperature: float, top_p: float, eos: int | None, pad: int, generator: torch.Generator | None,
+) -> tuple[list[int], int]:  # fmt: skip
+    """The new tokens after a prompt in two parts, and how many of the prompt's were kept from before.
+
+    Without `prefixes` all is read in one pass.
+    """
+    from pretrain.core.generation.rows import continue_rows, stepper
+
+    ids = [*prefix, *rest]
+    limit = getattr(model.config, "max_position_embeddings", None)
+    if isinstance(limit, int) and len(ids) + max_new_tokens > limit:
+        raise PretrainError(
+            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones: accepted: at most the model's {limit} "
+            "positions together"
+        )
+    with torch.no_grad():
+        logits_1V, cache, kept = (prefixes or Prefixes(0)).read(model, *((prefix, rest) if prefixes else ((), ids)))
+        ids_1L = torch.tensor([ids], device=model.device)
+        tokens_1N = continue_rows(
+            ids_1L, logits_1V, stepper(model, cache, torch.ones_like(ids_1L)), max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
+        )  # fmt: skip
+    return tokens_1N[0, len(ids) :].tolist(), kept
+
+
+class LocalClient:
+    """A causal model and its tokenizer.
+
+    With a chat template the shared part is the system's message and the rest the user's; without one the text is both
+    parts one after the other, each encoded by itself. `reuse` keeps the keys and values of the shared part.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        reuse: bool = True,
+    ) -> None:  # fmt: skip
+        from pretrain.core.batch import Vocabulary
+
+        self.model, self.tokenizer, self.vocabulary = model, tokenizer, Vocabulary.of(tokenizer)
+        self.temperature, self.top_p = temperature, top_p
+        self.generator = torch.Generator().manual_seed(seed)
+        self.prefixes = Prefixes() if reuse else None
+
+    def ids(self, shared: str, rest: str) -> tuple[list[int], list[int]]:
+        """The tokens of both parts."""
+        if not getattr(self.tokenizer, "chat_template", None):
+            begin = [] if self.vocabulary.begin is None else [self.vocabulary.begin]
+            return begin + self._plain(shared), self._plain(rest)
+        messages = [{"role": "system", "content": PIECE.format(0)}] if shared else []
+        messages += [{"role": "user", "content": PIECE.format(1)}]
+        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        before, _, after = text.partition(PIECE.format(1))
+        if shared:
+            start, _, between = before.partition(PIECE.format(0))
+            head = [*self._template(start), *self._plain(shared), *self._template(between)]
+        else:
+            head = self._template(before)
+        return head, [*self._plain(rest), *self._template(after)]
+
+    def _plain(self, text: str) -> list[int]:
+        """The tokens of a text in which the names of special tokens are text."""
+        from pretrain.core.encoding import encode
+
+        return encode(self.tokenizer, [text])[0].tolist() if text else []
+
+    def _template(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+    def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
+        """What the model says, up to its end."""
+        prefix, tokens = self.ids(shared, rest)
+        new, kept = continued(
+            self.model, self.prefixes, prefix, tokens, max_new_tokens=max_tokens, temperature=self.temperature,
+            top_p=self.top_p, eos=self.vocabulary.eos, pad=self.vocabulary.pad, generator=self.generator,
+        )  # fmt: skip
+        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        return Reply(text, len(prefix) + len(tokens), len(new), kept)
+
+    def predictability(self, shared: str, rest: str) -> float:
+        """The mean log-likelihood of the rest's tokens after the shared part: how far a query could be expected."""
+        prefix, tokens = ([self.vocabulary.begin or 0, *self._plain(shared)], self._plain(rest))
+        if not tokens:
+            raise PretrainError("predictability: a query without tokens; accepted: some text")
+        with torch.no_grad():
+            ids_1N = torch.tensor([prefix + tokens], device=self.model.device)
+            logits_NV = self.model(input_ids=ids_1N, use_cache=False).logits[0, len(prefix) - 1 : -1].float()
+        logp_NV = logits_NV.log_softmax(-1)
+        return float(logp_NV[torch.arange(len(tokens)), torch.tensor(tokens)].mean())
+
+
+class ServerClient:
+    """A server with `POST /chat/completions` below `url`, such as http://localhost:8000/v1.
+
+    The shared part is the system's message, the rest the user's; servers keep keys and values as they please.
+    """
+
+    def __init__(
+        self, url: str, model: str, *, key: str = "", temperature: float = 0.0, top_p: float = 1.0,
+        timeout: float = 600.0,
+    ) -> None:  # fmt: skip
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise PretrainError(f"server {url!r}: accepted: an address such as http://localhost:8000/v1")
+        self.address, self.model, self.key = url.rstrip("/") + "/chat/completions", model, key
+        self.temperature, self.top_p, self.timeout = temperature, top_p, timeout
+
+    def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
+        """What the server's model says."""
+        messages = [{"role": "system", "content": shared}] if shared else []
+        body = {
+            "model": self.model, "messages": [*messages, {"role": "user", "content": rest}], "max_tokens": max_tokens,
+            "temperature": self.temperature, "top_p": self.top_p,
+        }  # fmt: skip
+        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
+        request = urllib.request.Request(self.address, json.dumps(body).encode(), headers, method="POST")
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
+                said = answer.read()
+        except urllib.error.HTTPError as error:
+            reason = " ".join(error.read().decode("utf-8", "replace").split())[:200]
+            raise PretrainError(f"server {self.address}: HTTP {error.code}: {reason}; accepted: HTTP 200") from error
+        except (OSError, http.client.HTTPException) as error:
+            cause = getattr(error, "reason", None) or error
+            raise PretrainError(
+                f"server {self.address}: {cause}; accepted: one that answers within {self.timeout:g} seconds"
+            ) from error
+        try:
+            read = json.loads(said)
+            text, usage = read["choices"][0]["message"]["content"], read["usage"]
+            kept = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+            return Reply(text + "", int(usage["prompt_tokens"]), int(usage["completion_tokens"]), int(kept))
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+            shown = " ".join(said.decode("utf-8", "replace").split())[:200]
+            raise PretrainError(
+                f"server {self.address} answers {shown!r}; accepted: a chat completion with content and usage"
+            ) from error

@@ -1,0 +1,1 @@
+"""Several models, or several depths of one, for each token."""

@@ -1,0 +1,134 @@
+"""A large model decodes as if it had been tuned, by the difference that tuning made to a small one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import Ref
+from pretrain.decoding import Decoding
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class ProxyTuning(Decoding):
+    """Tuning Language Models by Proxy (arXiv:2401.08565).
+
+    The next token x is drawn from softmax(s_base(x) + alpha (s_expert(x) - s_anti_expert(x))), s the logits of the
+    model, of a small tuned `expert` and of the same small model untuned, `anti_expert`. The paper's alpha is 1. All
+    three read the same prompt and the same new tokens, each with a cache of its own, and need the same vocabulary; no
+    weight of the model is touched.
+    """
+
+    samples: ClassVar[bool] = True
+
+    expert: Ref
+    anti_expert: Ref
+    alpha: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse a scale that is no number."""
+        if not math.isfinite(self.alpha):
+            raise PretrainError(f"proxy_tuning: alpha {self.alpha}: accepted: a finite number")
+
+    def logits(self, base_BV: Tensor, expert_BV: Tensor, anti_expert_BV: Tensor) -> Tensor:
+        """The logits that tokens are chosen from."""
+        return base_BV + self.alpha * (expert_BV - anti_expert_BV).to(base_BV.dtype)
+
+    def generate(
+        self,
+        model: PreTrainedModel,
+        input_ids_BL: Tensor,
+        *,
+        attention_mask_BL: Tensor | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos: int | None = None,
+        pad: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue left-padded prompts with the three models; returns `tokens_BN`, padded with `pad` after the end."""
+        import torch
+
+        from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
+
+        mask_BL = mask_of(self.name, input_ids_BL, attention_mask_BL)
+        three = [model, *self.proxies(model)]
+        with torch.no_grad():
+            begun = [prefill(one, input_ids_BL, mask_BL) for one in three]
+            steps = [stepper(one, cache, mask_BL) for one, (_, cache) in zip(three, begun, strict=True)]
+            return continue_rows(
+                input_ids_BL, self.logits(*(logits_BV for logits_BV, _ in begun)),
+                lambda token_B: self.logits(*(step(token_B) for step in steps)), max_new_tokens=max_new_tokens,
+                temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
+            )  # fmt: skip
+
+    def proxies(self, model: PreTrainedModel) -> tuple[Any, Any]:
+        """The expert and the anti-expert on the model's device, read once; vocabularies that differ are an error."""
+        found, words = [], {}
+        folder = Path(model.config._name_or_path or "/none")
+        if (folder / "tokenizer_config.json").exists():
+            words["the model"] = _vocabulary(folder, _stamp(folder))
+        _check_causal("the model", model)
+        wanted = _size(model)
+        for field in ("expert", "anti_expert"):
+            folder = Path(getattr(self, field))
+            proxy, own = _open(folder, model.device, _stamp(folder))
+            _check_causal(f"{field} {folder}", proxy)
+            if _size(proxy) != wanted:
+                raise PretrainError(
+                    f"proxy_tuning: {field} {folder}: a vocabulary of {_size(proxy)} tokens: "
+                    f"accepted: the model's {wanted}"
+                )
+            if own is not None:
+                words[f"{field} {folder}"] = own
+            found.append(proxy)
+        names = list(words)
+        for name in names[1:]:
+            differ = len(words[name].items() ^ words[names[0]].items())
+            if differ:
+                raise PretrainError(
+                    f"proxy_tuning: {name}: {differ} entries of its vocabulary are not those of {names[0]}: "
+                    "accepted: the same vocabulary"
+                )
+        return found[0], found[1]
+
+
+def _check_causal(what: str, model: Any) -> None:
+    if not model.can_generate() or model.config.is_encoder_decoder:
+        raise PretrainError(f"proxy_tuning: {what}: {type(model).__name__}: accepted: a causal language model")
+
+
+def _size(model: Any) -> int:
+    return model.get_output_embeddings().weight.shape[0]
+
+
+def _stamp(folder: Path) -> int:
+    """When the checkpoint was last written; one that is not there is an error of `load`."""
+    return max((path.stat().st_mtime_ns for path in folder.glob("*.json")), default=0)
+
+
+@functools.lru_cache(maxsize=2)
+def _open(folder: Path, device: Any, _: int) -> tuple[Any, dict[str, int] | None]:
+    """A checkpoint and its vocabulary, kept for the next prompt."""
+    from pretrain.core.checkpoint import load
+
+    model, tokenizer = load(folder, device=device)
+    return model, None if tokenizer is None else tokenizer.get_vocab()
+
+
+@functools.lru_cache(maxsize=2)
+def _vocabulary(folder: Path, _: int) -> dict[str, int]:
+    from transformers import AutoTokenizer
+
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    return tokenizer.get_vocab()

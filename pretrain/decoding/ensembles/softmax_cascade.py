@@ -1,0 +1,180 @@
+"""A token leaves the model at the first exit that is sure enough; how sure that is, held-out text decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json, write_json
+from pretrain.core.method import Ref
+from pretrain.core.models.families import blocks, family
+from pretrain.decoding import Decoding
+
+if TYPE_CHECKING:
+    from pretrain.core.batch import Batch
+    from pretrain.decoding.ensembles._cascade import Trace
+
+FILE = "softmax_cascade.json"
+NEVER = 2.0  # a threshold that no probability reaches
+
+
+@dataclass(frozen=True)
+class SoftmaxCascade(Decoding):
+    """Dynamically Sacrificing Accuracy for Reduced Computation: Cascaded Inference Based on Softmax Confidence
+    (arXiv:1805.10982).
+
+    After `exits` blocks stands a classifier: the model's final norm and head (behind the model's `exit_heads`, where
+    the surgery of that name trained some). A token leaves at the first exit m whose greatest probability is δ_m or
+    more. `calibrate` finds δ for an acceptable drop ε on held-out text: with α_m(δ) the accuracy of exit m on the
+    tokens of which it is at least δ sure, δ_m is the least δ with α_m(δ) ≥ max α_m - ε. Here the classes are the next
+    tokens. The prompt is read by all blocks, and the first token is the whole model's. The blocks that a token skips
+    still need its keys and values: they are computed from the state that it left with. `trace` counts operations.
+    `exits` None: a third and two thirds of the blocks. `thresholds`, one an exit, or `calibration`, the file of them.
+    """
+
+    exits: tuple[int, ...] | None = None
+    thresholds: tuple[float, ...] = ()
+    calibration: Ref = ""
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    samples: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        """Refuse thresholds that are none."""
+        if any(not value >= 0 for value in self.thresholds):
+            raise PretrainError(f"softmax_cascade: thresholds {self.thresholds}: accepted: 0 or more; above 1: never")
+
+    def depths(self, model: Any) -> tuple[int, ...]:
+        """The exits: after how many blocks each stands."""
+        from pretrain.core.models.exits import HEADS, check_exits, thirds
+
+        layers, maps = len(blocks(model)), getattr(model, HEADS, None)
+        trained = () if maps is None else tuple(sorted(map(int, maps)))
+        found = self.exits or trained or thirds(layers)
+        check_exits(self.name, found, layers)
+        if trained and not set(found) <= set(trained):
+            raise PretrainError(f"softmax_cascade: exits {found}: accepted: the trained ones among {trained}")
+        return found
+
+    def trace(
+        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
+        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Trace:  # fmt: skip
+        """As `generate`, with the depth of each new token and the operations done and spared."""
+        from pretrain.core.generation.loop import draws, pick
+        from pretrain.decoding._tree import prompts
+        from pretrain.decoding.ensembles._cascade import Cascade, Trace
+
+        prompts_1L = prompts(input_ids_BL, attention_mask_BL)
+        exits = self.depths(model)
+        thresholds = self._thresholds(exits)
+        uniform_NB = draws(max_new_tokens, len(prompts_1L), temperature, top_p, generator)
+        result, rows = Trace(torch.empty(0)), []
+        with torch.inference_mode():
+            for row, ids_1L in enumerate(prompts_1L):
+                cascade = Cascade(model, ids_1L.shape[1] + max_new_tokens, exits, thresholds)
+                logits_1V, depth = cascade.prefill(ids_1L), len(cascade.blocks)
+                new: list[int] = []
+                depths: list[int] = []
+                while True:
+                    if uniform_NB is None:
+                        token_1 = logits_1V.argmax(-1)
+                    else:
+                        uniform_1 = uniform_NB[len(new), row : row + 1].to(cascade.device)
+                        token_1 = pick(logits_1V, uniform_1, temperature, top_p)
+                    new.append(int(token_1))
+                    depths.append(depth)
+                    if len(new) == max_new_tokens or new[-1] == eos:
+                        break
+                    logits_1V, depth = cascade.token(new[-1])
+                rows.append(new)
+                result.depths.append(depths)
+                result.macs, result.full = result.macs + cascade.trace.macs, result.full + cascade.trace.full
+        width = max(map(len, rows))
+        new_BN = torch.tensor([new + [pad] * (width - len(new)) for new in rows], device=input_ids_BL.device)
+        result.tokens_BN = torch.cat([input_ids_BL, new_BN], dim=1)
+        return result
+
+    def generate(
+        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
+        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Continue left-padded prompts, row by row; returns `tokens_BN`."""
+        return self.trace(
+            model, input_ids_BL, attention_mask_BL=attention_mask_BL, max_new_tokens=max_new_tokens,
+            temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
+        ).tokens_BN  # fmt: skip
+
+    def calibrate(
+        self,
+        model: Any,
+        batches: Iterable[Batch],
+        accuracy_drop: float,
+        *,
+        rule: Literal["paper", "bound"] = "paper",
+        file: Path | str | None = None,
+    ) -> tuple[float, ...]:
+        """The exits' thresholds for a drop of next-token accuracy (0.01: one in a hundred) on these batches.
+
+        The paper's rule compares an exit with itself alone, on all tokens, so what the cascade loses as a whole may be
+        more or less than the drop. "bound" looks at the cascade: the least thresholds, exit after exit, with which it
+        stays within the drop on the batches, against the whole model. Batches are those that surgeries are given, read
+        whole, without skipped blocks. With `file`, a JSON file or a folder, they are written for `calibration`.
+        """
+        from pretrain.decoding.ensembles._cascade import bounded_thresholds, cascaded, measure, paper_threshold
+
+        if not 0 <= accuracy_drop <= 1:
+            raise PretrainError(f"softmax_cascade: accuracy_drop {accuracy_drop}: accepted: from 0 to 1")
+        if rule not in ("paper", "bound"):
+            raise PretrainError(f"softmax_cascade: rule {rule!r}: accepted: paper, bound")
+        if family(model).name not in self.families:
+            raise PretrainError(
+                f"softmax_cascade: model family {family(model).name!r}: accepted: {', '.join(self.families)}"
+            )
+        exits = self.depths(model)
+        confidence_MN, correct_MN = measure(model, batches, exits)
+        if confidence_MN.numel() == 0:
+            raise PretrainError(
+                "softmax_cascade: calibration without text: accepted: batches of at least two tokens a row"
+            )
+        if rule == "paper":
+            pairs = zip(confidence_MN[:-1], correct_MN[:-1], strict=True)
+            thresholds = tuple(paper_threshold(sure_N, right_N, accuracy_drop) for sure_N, right_N in pairs)
+        else:
+            thresholds = bounded_thresholds(confidence_MN, correct_MN, accuracy_drop, NEVER)
+        if file is not None:
+            accuracy, leaving = cascaded(confidence_MN, correct_MN, thresholds)
+            said = {"exits": exits, "thresholds": thresholds, "accuracy_drop": accuracy_drop, "rule": rule}
+            whole = float(correct_MN[-1].double().mean())
+            write_json(_file(file), said | {"accuracy": accuracy, "whole_accuracy": whole, "leaving": leaving})
+        return thresholds
+
+    def _thresholds(self, exits: tuple[int, ...]) -> tuple[float, ...]:
+        found = self.thresholds
+        if self.calibration:
+            if found:
+                raise PretrainError("softmax_cascade: thresholds and calibration: accepted: one of them")
+            path = _file(self.calibration)
+            said = read_json(path)
+            try:
+                written, found = tuple(said["exits"]), tuple(map(float, said["thresholds"]))
+            except (TypeError, KeyError, ValueError) as error:
+                raise PretrainError(f"{path}: {error!r}: accepted: a file that `calibrate` wrote") from error
+            if written != exits:
+                raise PretrainError(f"{path}: thresholds of exits {written}: accepted: those of exits {exits}")
+        if len(found) != len(exits):
+            raise PretrainError(f"softmax_cascade: thresholds {found}: accepted: one for each of the exits {exits}")
+        return found
+
+
+def _file(place: Path | str) -> Path:
+    path = Path(place).expanduser()
+    return path if path.suffix == ".json" else path / FILE

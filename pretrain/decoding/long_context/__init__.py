@@ -1,0 +1,1 @@
+"""Prompts beyond what attention affords or the model was trained at."""

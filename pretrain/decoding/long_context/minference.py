@@ -1,0 +1,195 @@
+"""The pass over a long prompt computes the part of the attention that each head's pattern foresees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json
+from pretrain.core.generation.forward import Forward, pads
+from pretrain.core.generation.rows import continue_rows
+from pretrain.decoding import Decoding
+from pretrain.decoding._tree import check
+from pretrain.decoding.long_context._sparse_attention import (
+    BLOCK,
+    SIZES,
+    Pattern,
+    SparseForward,
+    choose,
+    dense,
+    sparse_attention,
+)
+
+VERTICALS = (30, 100, 500, 1000, 3500)  # the numbers of columns that the search tries
+STEP = 50  # of the number of slashes
+
+
+@dataclass(frozen=True)
+class MInference(Decoding):
+    """MInference 1.0: Accelerating Pre-filling for Long-Context LLMs via Dynamic Sparse Attention (arXiv:2407.02490).
+
+    In the pass over the prompt a head computes one of three parts of its attention, in blocks of 64 queries. A-shape:
+    the first `sink` keys and the `local` last ones. Vertical-slash: the `vertical` columns j and the `slash` diagonals
+    i - j with the largest sums of softmax(q_i k_j / sqrt(d)) over the last `last_q` queries i; the first 30 columns and
+    the nearest 100 diagonals are among them. Block-sparse: for each block of queries the `blocks` blocks of 64 keys
+    with the largest product of means, mean(q) mean(k). Then decoding is dense over the whole cache. `search` finds each
+    head's pattern offline; `patterns` is the JSON file with what it returned. Without one all heads are vertical-slash
+    with `vertical` and `slash`, which keep every key of a prompt of up to 6096 tokens.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    samples: ClassVar[bool] = True
+
+    patterns: str | None = None
+    vertical: int = 1000
+    slash: int = 6096
+    last_q: int = 64
+
+    def __post_init__(self) -> None:
+        """Refuse sizes that keep nothing."""
+        check((f"minference: {name}", getattr(self, name), 1) for name in ("vertical", "slash", "last_q"))
+
+    def prefill(
+        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, new: int = 0
+    ) -> tuple[Tensor, Forward]:
+        """`logits_BV` after left-padded prompts, and the pass that goes on from them for up to `new` tokens."""
+        kept_BL, patterns = pads(input_ids_BL, attention_mask_BL), self.of(model)
+
+        def attend(layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
+            if all(pattern.whole(query_BHLD.shape[2]) for pattern in patterns[layer]):
+                return dense(query_BHLD, key_BGLD, value_BGLD, scaling)
+            query_HLD, key_GLD, value_GLD = (x.flatten(0, 1) for x in (query_BHLD, key_BGLD, value_BGLD))
+            every = patterns[layer] * len(query_BHLD)
+            kept = choose(query_HLD, key_GLD, every, scaling=scaling, last_q=self.last_q)
+            return sparse_attention(query_HLD, key_GLD, value_GLD, kept, scaling).view_as(query_BHLD)
+
+        with torch.no_grad():
+            forward = SparseForward(model, input_ids_BL.shape[1] + max(0, new), attend)
+            return forward.prefill(input_ids_BL, kept_BL), forward
+
+    def of(self, model: Any) -> list[list[Pattern]]:
+        """The pattern of each head of each layer."""
+        layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
+        if self.patterns is None:
+            return [[Pattern("vertical_slash", (self.vertical, self.slash))] * heads] * layers
+        return _read(Path(self.patterns), layers, heads)
+
+    def generate(
+        self,
+        model: Any,
+        input_ids_BL: Tensor,
+        *,
+        attention_mask_BL: Tensor | None = None,
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        eos: int | None = None,
+        pad: int = 0,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue left-padded prompts after a sparse pass over them; returns `tokens_BN`."""
+        given: dict[str, Any] = {"attention_mask_BL": attention_mask_BL, "new": max_new_tokens}
+        with torch.inference_mode():
+            logits_BV, forward = self.prefill(model, input_ids_BL, **given)
+            tokens_BN = continue_rows(
+                input_ids_BL, logits_BV, lambda token_B: forward.step(token_B[:, None]), max_new_tokens=max_new_tokens,
+                temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
+            )  # fmt: skip
+        return tokens_BN.clone()
+
+
+def _read(path: Path, layers: int, heads: int) -> list[list[Pattern]]:
+    """The patterns in a file that `search` filled."""
+    wanted = f"{layers} layers of {heads} heads, each {{pattern: {' or '.join(SIZES)}, and its sizes, 1 or more}}"
+    try:
+        found = [[_pattern(head) for head in layer] for layer in read_json(path)["layers"]]
+    except (KeyError, TypeError, ValueError) as error:
+        raise PretrainError(f"minference: patterns {path}: {error!r}: accepted: {wanted}") from error
+    if [len(layer) for layer in found] != [heads] * layers or min(min(h.sizes) for layer in found for h in layer) < 1:
+        raise PretrainError(f"minference: patterns {path}: {[len(layer) for layer in found]} heads: accepted: {wanted}")
+    return found
+
+
+def _pattern(head: dict[str, Any]) -> Pattern:
+    kind = head["pattern"]
+    return Pattern(kind, tuple(int(head[size]) for size in SIZES[kind]))
+
+
+def search(
+    model: Any, batches: Iterable[Tensor], *, sink: int = 1024, local: int = 4096, last_q: int = 64
+) -> dict[str, Any]:
+    """Each head's pattern of least error at the cost of an A-shape of `sink` and `local` keys.
+
+    `batches` are `input_ids_BL` without padding. The cost is what is really computed, products of queries and keys in
+    whole blocks. Each number of columns in `VERTICALS` gets as many slashes, a multiple of `STEP`, and block-sparse as
+    many blocks, as fit on the first prompt. The error is the sum of |o - o'| over that of |o|, o the dense output of
+    the head and o' the sparse one. What is returned is JSON for the field `patterns`.
+    """
+    check((("search: sink", sink, 1), ("search: local", local, 1), ("search: last_q", last_q, 1)))
+    tried: dict[int, list[dict[Pattern, list[float]]]] = {}  # by layer, of each head: errors by pattern
+
+    def attend(layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:
+        out_BHLD = dense(query_BHLD, key_BGLD, value_BGLD, scaling)
+        heads, groups = query_BHLD.shape[1], key_BGLD.shape[1]
+        for row in range(len(query_BHLD)):
+            for head in range(heads):
+                of = head * groups // heads
+                one = query_BHLD[row, head, None], key_BGLD[row, of, None], value_BGLD[row, of, None]
+                found = tried.setdefault(layer, [{} for _ in range(heads)])[head]
+                for pattern in found or candidates(one[0], one[1], sink, local, scaling=scaling, last_q=last_q):
+                    kept = choose(one[0], one[1], [pattern], scaling=scaling, last_q=last_q)
+                    wrong_LD = sparse_attention(*one, kept, scaling)[0] - out_BHLD[row, head]
+                    whole = out_BHLD[row, head].abs().sum().clamp(min=1e-30)
+                    found.setdefault(pattern, []).append(float(wrong_LD.abs().sum() / whole))
+        return out_BHLD
+
+    with torch.inference_mode():
+        for input_ids_BL in batches:
+            SparseForward(model, input_ids_BL.shape[1], attend).prefill(input_ids_BL)
+    if not tried:
+        raise PretrainError("minference: search: no batches: accepted: one or more of input_ids_BL")
+    return {
+        "sink": sink, "local": local, "last_q": last_q,
+        "layers": [[_best(head) for head in tried[layer]] for layer in sorted(tried)],
+    }  # fmt: skip
+
+
+def _best(errors: dict[Pattern, list[float]]) -> dict[str, Any]:
+    """The pattern of least mean error, of equal ones the first, as it stands in the file."""
+    mean = {pattern: sum(found) / len(found) for pattern, found in errors.items()}
+    (kind, sizes), error = min(mean.items(), key=lambda item: item[1])
+    return {"pattern": kind} | dict(zip(SIZES[kind], sizes, strict=True)) | {"error": error}
+
+
+def candidates(
+    query_1LD: Tensor, key_1LD: Tensor, sink: int, local: int, *, scaling: float, last_q: int = 64
+) -> list[Pattern]:
+    """The patterns of one head that cost at most as much as the A-shape, which is the first, and no smaller ones."""
+    length = query_1LD.shape[1]
+    first = Pattern("a_shape", (sink, local))
+
+    def cost(pattern: Pattern) -> int:
+        return choose(query_1LD, key_1LD, [pattern], scaling=scaling, last_q=last_q).pairs()
+
+    budget, found = cost(first), [first]
+    for vertical in sorted({min(vertical, length) for vertical in VERTICALS}):
+        most = _most(lambda n, v=vertical: cost(Pattern("vertical_slash", (v, n * STEP))), -(-length // STEP), budget)
+        if most:
+            found.append(Pattern("vertical_slash", (vertical, most * STEP)))
+    most = _most(lambda n: cost(Pattern("block_sparse", (n,))), -(-length // BLOCK), budget)
+    return [*found, Pattern("block_sparse", (most,))] if most else found
+
+
+def _most(cost: Any, high: int, budget: int) -> int:
+    """The largest number up to `high` whose cost is within the budget; 0 where 1 is not."""
+    low = 0
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if cost(middle) <= budget else (low, middle - 1)
+    return low

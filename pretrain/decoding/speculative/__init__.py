@@ -1,0 +1,1 @@
+"""Several tokens a pass, the same text."""

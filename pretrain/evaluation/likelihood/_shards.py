@@ -1,0 +1,34 @@
+"""How likely a model finds a split that is in tokens already."""
+
+from __future__ import annotations
+
+import numpy as np
+from torch import nn
+
+from pretrain.core.models.likelihood import document_nll, likelihoods, predicted_bytes
+from pretrain.corpus.shards import Shards
+
+
+def shard_loss(
+    model: nn.Module, shards: Shards, *, length: int, stride: int | None = None, max_tokens: int | None = None
+) -> dict[str, float]:
+    """Held-out metrics of a causal model on a split's tokens, on the same documents each time.
+
+    With `max_tokens` a fixed random choice of documents is measured that together hold about as many; a document counts
+    for at most a 64th of it and is cut there.
+    """
+    lengths_N, chosen, cap = shards.lengths_N, np.arange(len(shards)), None
+    if max_tokens is not None:
+        cap = max(2, max_tokens // 64)
+        order = np.random.default_rng(0).permutation(len(shards))
+        count = int(np.searchsorted(np.cumsum(np.minimum(lengths_N, cap)[order]), max_tokens, "right"))
+        chosen = np.sort(order[: max(1, count)])
+    documents = [np.asarray(shards.document(int(i))[:cap]) for i in chosen]
+    kept_N = np.array([len(d) for d in documents])
+    # A cut document counts its share of bytes.
+    bytes_N = shards.bytes_N[chosen] * (kept_N / np.maximum(lengths_N[chosen], 1))
+    bytes_N = predicted_bytes(bytes_N, kept_N, begins=shards.info.get("begins", True))
+    nll_N = document_nll(model, documents, length=length, stride=stride)
+    domains = [shards.domain_names[d] for d in shards.domains_N[chosen]]
+    metrics, by_domain = likelihoods(nll_N, np.maximum(kept_N - 1, 0), bytes_N, domains)
+    return metrics | {f"{name}/{domain}": v for domain, some in by_domain.items() for name, v in some.items()}

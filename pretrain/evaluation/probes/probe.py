@@ -1,0 +1,121 @@
+"""Frozen features and a simple classifier: how much of a document's label the model's states show."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pretrain.core.errors import PretrainError
+from pretrain.evaluation import Evaluation, Measured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class Probe(Evaluation):
+    """A Simple Baseline that Questions the Use of Pretrained-Models in Continual Learning (arXiv:2210.04428).
+
+    The model stays frozen; a simple classifier on its features predicts each document's `label`. `nearest_mean` is the
+    paper's: the class c that minimises ||f(x) - mean of f over class c||. `linear` is a logistic regression on
+    standardised features. The feature is pooled from `layer` over `length` tokens (fewer where the model has fewer
+    positions) of the document's middle. A hash of its text puts a document on the side to fit or the side to test.
+    Metrics on the latter: `probe_accuracy`, `probe_macro_f1`, `probe_majority` (the accuracy of always answering the
+    commonest class of the former) and `probe_documents` (how many are tested). The intervals are by bootstrap over the
+    tested documents, the classifier given. Documents without text or label are left out.
+    """
+
+    classifier: Literal["linear", "nearest_mean"] = "linear"
+    label: str = "domain"
+    pooling: Literal["mean", "cls", "last"] = "mean"
+    length: int = 128
+    layer: int = -1
+    resamples: int = 1000
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be measured."""
+        if self.length < 1:
+            raise PretrainError(f"probe: length {self.length}: accepted: 1 or more")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The label's."""
+        return (self.label,)
+
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+    ) -> Measured:
+        """The metrics on documents with `text` and the label."""
+        from pretrain.core.batch import Vocabulary
+        from pretrain.core.models.features import Framing, features, labelled
+
+        framing = Framing(model, Vocabulary.of(tokenizer), self.length)
+        kept = labelled(tokenizer, documents, self.label, framing.length)
+        classes = sorted({str(document[self.label]) for document, _ in kept})
+        if len(classes) < 2:
+            raise PretrainError(
+                f"probe: label {self.label!r} has {len(classes)} values in {len(documents)} documents; "
+                "accepted: a column with two or more"
+            )
+        number = {name: i for i, name in enumerate(classes)}
+        label_N = np.array([number[str(document[self.label])] for document, _ in kept])
+        fit_N = np.array([to_fit(document["text"]) for document, _ in kept])
+        if fit_N.all() or not fit_N.any():
+            side = "test" if fit_N.all() else "fit"
+            raise PretrainError(f"probe: {len(kept)} documents leave none to {side}; accepted: more documents")
+        features_NE = features(model, [piece for _, piece in kept], framing, pooling=self.pooling, layer=self.layer)
+        features_NE = features_NE.astype(np.float64)
+        predicted_N = self._predict(features_NE[fit_N], label_N[fit_N], features_NE[~fit_N])
+        majority = np.bincount(label_N[fit_N]).argmax()
+        return self._measure(label_N[~fit_N], predicted_N, len(classes), float((label_N[~fit_N] == majority).mean()))
+
+    def _predict(self, fit_NE: NDArray[Any], label_N: NDArray[Any], test_NE: NDArray[Any]) -> NDArray[Any]:
+        present = np.unique(label_N)
+        if self.classifier == "nearest_mean" or len(present) == 1:
+            means_CE = np.stack([fit_NE[label_N == c].mean(0) for c in present])
+            distance_NC = np.stack([np.linalg.norm(test_NE - mean_E, axis=1) for mean_E in means_CE], axis=1)
+            return present[distance_NC.argmin(1)]
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+
+        made = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
+        return made.fit(fit_NE, label_N).predict(test_NE)
+
+    def _measure(self, label_N: NDArray[Any], predicted_N: NDArray[Any], classes: int, majority: float) -> Measured:
+        from pretrain.evaluation._intervals import bounds, resampled_sums
+
+        true_NC, said_NC = (np.arange(classes) == x_N[:, None] for x_N in (label_N, predicted_N))
+        counts_NK = np.concatenate([true_NC & said_NC, true_NC, said_NC], axis=1)
+        accuracy, f1 = _scores(counts_NK.sum(0, keepdims=True))
+        sums_RK = resampled_sums(counts_NK, self.resamples, self.seed)
+        accuracies_R, f1_R = _scores(sums_RK)
+        return Measured(
+            {
+                "probe_accuracy": float(accuracy[0]),
+                "probe_macro_f1": float(f1[0]),
+                "probe_majority": majority,
+                "probe_documents": float(len(label_N)),
+            },
+            intervals={"probe_accuracy": bounds(accuracies_R), "probe_macro_f1": bounds(f1_R)},
+        )
+
+
+def _scores(sums_RK: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Accuracy and macro F1 (over the classes that occur or are answered) from summed hits, truths and answers."""
+    hit_RC, true_RC, said_RC = np.split(sums_RK, 3, axis=1)
+    either_RC = true_RC + said_RC
+    f1_RC = 2 * hit_RC / np.maximum(either_RC, 1)
+    return hit_RC.sum(1) / true_RC.sum(1), f1_RC.sum(1) / (either_RC > 0).sum(1)
+
+
+def to_fit(text: str) -> bool:
+    """Whether a document serves to fit the classifier; independent of the hash that splits a corpus."""
+    from hashlib import blake2b
+
+    return bool(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=b"probe").digest()[0] & 1)

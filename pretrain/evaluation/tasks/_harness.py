@@ -1,0 +1,154 @@
+"""What lm-eval needs of us: a model of its kind, and its tasks' YAML with files in place of datasets from the hub."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from lm_eval.api.model import TemplateLM
+
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.evaluation._continuations import judge, sample
+from pretrain.evaluation._predictions import framed, predictions
+
+READERS = ("json", "csv", "parquet", "text")
+NEW_TOKENS = 256  # of an answer, where a task does not say
+
+
+class OurModel(TemplateLM):  # type: ignore[misc]
+    """A model and its tokenizer as lm-eval wants them.
+
+    A text begins as the documents that the model was trained on do; special tokens' names in it are plain text. A
+    context and its continuation are encoded together and parted, and too long ones lose tokens from the left.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, length: int, seed: int) -> None:
+        super().__init__()
+        self.model, self.tokenizer, self.length = model, tokenizer, length
+        self.vocabulary = Vocabulary.of(tokenizer)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    @property
+    def eot_token_id(self) -> int:
+        """What ends a text."""
+        return self.vocabulary.pad if self.vocabulary.eos is None else self.vocabulary.eos
+
+    @property
+    def prefix_token_id(self) -> int:
+        """What a text begins with."""
+        return self.eot_token_id if self.vocabulary.begin is None else self.vocabulary.begin
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """A text's tokens, the one that begins it first unless that is not wanted."""
+        begin = self.vocabulary.begin if add_special_tokens is not False else None
+        return ([] if begin is None else [begin]) + encode(self.tokenizer, [string])[0].tolist()
+
+    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+        """The log-likelihood of each continuation, and whether its tokens are the likeliest."""
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+        pairs = []
+        for (_, text), context, after in requests:
+            if len(after) > self.length:
+                raise PretrainError(
+                    f"harness: a continuation of {len(after)} tokens, {text[:40]!r}: accepted: at most {self.length}"
+                )
+            pairs.append((context[-(self.length + 1 - len(after)) :], after))
+        return [(said.logp, said.greedy) for said in judge(self.model, pairs)]
+
+    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of whole texts, in windows that each predict tokens of their own."""
+        texts = [request.args[0] for request in requests]
+        documents = framed(self.tokenizer, self.vocabulary, texts, end=False)
+        return [-float(said.nll_T.sum()) for said in predictions(self.model, documents, length=self.length)]
+
+    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+        """Greedy or sampled answers up to the first of the texts that end one."""
+        found = []
+        for request in requests:
+            context, options = request.args
+            until = options.get("until") or []
+            until = [until] if isinstance(until, str) else until
+            most = int(options.get("max_gen_toks", NEW_TOKENS))
+            if most >= self.length:
+                raise PretrainError(f"harness: max_gen_toks {most}: accepted: below the length {self.length}")
+            prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.length - most) :]
+            sampled = options.get("do_sample", False)
+            (tokens,) = sample(
+                self.model, prompt, 1, max_new_tokens=most, eos=self.vocabulary.eos, pad=self.vocabulary.pad,
+                temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
+                top_p=float(options.get("top_p", 1.0)) if sampled else 1.0, generator=self.generator,
+            )  # fmt: skip
+            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            for end in filter(None, until):
+                text = text.split(end)[0]
+            found.append(text)
+        return found
+
+
+def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[dict[str, Any]]:
+    """The tasks of a folder by name, all of them by default, their data files found beside them."""
+    read = [_read(path) for path in sorted(folder.glob("*.yaml"))]
+    known = {said["task"]: said for said in read}
+    if not known:
+        raise PretrainError(f"harness: folder {folder}: accepted: one with lm-eval tasks, NAME.yaml")
+    for name in tasks:
+        if name not in known:
+            raise unknown(f"task in {folder}", name, known)
+    return [_local(folder, known[name], cache) for name in tasks or known]
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PretrainError(f"harness: {path}: {reason}; accepted: YAML without tags such as !function") from error
+    if not isinstance(said, dict) or not isinstance(said.get("task"), str) or "include" in said or "group" in said:
+        raise PretrainError(f"harness: {path}: accepted: one task with its name, `task: NAME`, and no include or group")
+    return said
+
+
+def _local(folder: Path, said: dict[str, Any], cache: Path) -> dict[str, Any]:
+    """A task with the whole paths of its files, which must be there: nothing is fetched."""
+    name, reader = said["task"], said.get("dataset_path")
+    if reader not in READERS:
+        raise PretrainError(f"harness: task {name}: dataset_path {reader!r}: accepted: {', '.join(READERS)}")
+    kwargs = dict(said.get("dataset_kwargs") or {})
+    files = kwargs.get("data_files")
+    if not files:
+        raise PretrainError(f"harness: task {name}: dataset_kwargs has no data_files; accepted: files of the folder")
+    kwargs["cache_dir"] = str(cache)
+
+    def placed(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {split: placed(one) for split, one in value.items()}
+        if isinstance(value, list):
+            return [placed(one) for one in value]
+        path = folder / str(value)
+        if "://" in str(value) or not path.is_file():
+            raise PretrainError(f"harness: task {name}: data_files {value!r}: accepted: a file in {folder}")
+        return str(path.resolve())
+
+    return said | {"dataset_kwargs": kwargs | {"data_files": placed(files)}}
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """The streams of random numbers that lm-eval seeds are afterwards as they were."""
+    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.set_rng_state(states[2])

@@ -1,0 +1,102 @@
+"""The metrics of a fine-tuned model on labelled documents."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import InnerObjective, Ref
+from pretrain.evaluation import Evaluation, Measured
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.corpus.examples import Examples
+    from pretrain.objectives.labelled import FineTuning
+
+
+@dataclass(frozen=True)
+class Task(Evaluation):
+    """GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding (arXiv:1804.07461).
+
+    What the fine-tuning `objective` (`classification`, or `{method: seq2seq, target: summary}`) measures on documents
+    with its columns: accuracy, macro F1 and Matthews' correlation of classes; Pearson's and Spearman's correlation of
+    numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Documents are cut to `length` tokens (0:
+    the length that the checkpoint was trained at); an objective that shows training examples beside each document takes
+    them from the corpus `pool`. Intervals: bootstrap over documents, `resamples` times.
+    """
+
+    objective: InnerObjective = "classification"
+    pool: Ref = ""
+    length: int = 0
+    resamples: int = 200
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.length < 0 or self.resamples < 0:
+            raise PretrainError("task: length, resamples: accepted: 0 or more")
+        if not self.method.labelled:
+            raise PretrainError(f"task: objective {self.method.name!r}: accepted: one that learns from labels")
+
+    @cached_property
+    def method(self) -> FineTuning:
+        """The objective."""
+        return self.held()["objective"]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The objective's."""
+        return self.method.columns
+
+    def __call__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+    ) -> Measured:
+        """The objective's metrics over all documents and by domain."""
+        from pretrain.core.batch import Context, Example, Vocabulary
+        from pretrain.core.encoding import Encoder
+        from pretrain.core.models.heads import labels_of
+
+        objective = self.method
+        known = [d for d in documents if all(d.get(column) is not None for column in objective.columns)]
+        if not known:
+            raise PretrainError(f"task: no document has all of {', '.join(objective.columns)}: accepted: at least one")
+        examples = [Example(document, 0, number) for number, document in enumerate(known)]
+        context = Context(
+            Vocabulary.of(tokenizer), self.length or 512, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
+            labels=labels_of(model), pool=self._pool(tokenizer),
+        )  # fmt: skip
+        said, true = objective.predictions(model, examples, context), objective.expected(examples, context)
+
+        def metrics(chosen: Sequence[int]) -> dict[str, float]:
+            return objective.metrics([said[i] for i in chosen], [true[i] for i in chosen])
+
+        names = [d.get("domain") or "" for d in known]
+        domains = {name: [i for i, other in enumerate(names) if other == name] for name in sorted({*names} - {""})}
+        by_domain = {name: metrics(chosen) for name, chosen in domains.items()} if len(domains) > 1 else {}
+        found = metrics(range(len(known)))
+        return Measured(found | {"documents": float(len(known))}, by_domain, self._intervals(metrics, len(known)))
+
+    def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
+        """The training examples of the corpus `pool`."""
+        from pretrain.core.folders import corpus_of
+        from pretrain.corpus.examples import Examples
+        from pretrain.corpus.store import Corpus
+
+        if not self.pool:
+            return None
+        return Examples(Corpus(corpus_of(Path(self.pool))), "train", tokenizer, self.method.columns)
+
+    def _intervals(self, metrics: Any, count: int) -> dict[str, tuple[float, float]]:
+        rng = np.random.default_rng(self.seed)
+        drawn = [metrics(rng.integers(count, size=count).tolist()) for _ in range(self.resamples)]
+        ends: dict[str, tuple[float, float]] = {}
+        for name in drawn[0] if drawn else ():
+            low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975])
+            ends[name] = (float(low), float(high))
+        return ends

@@ -1,0 +1,1 @@
+"""Training models that do less work for a token."""

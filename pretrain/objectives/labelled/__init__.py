@@ -1,0 +1,68 @@
+"""Learning from labelled documents: what the objectives here have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, to_device
+from pretrain.core.models.features import evaluating
+from pretrain.objectives import Objective
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class FineTuning(Objective):
+    """Base of the objectives on labelled documents. `prepare` is given `Example`s and sees `context.encoder`."""
+
+    task: ClassVar[str] = "base"  # what a model made anew is before it is given its head
+    labelled: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that each document must have."""
+        return ("text",)
+
+    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """The names of the classes among the values of the last of `columns`."""
+        return ()
+
+    def ready(
+        self, model: PreTrainedModel, labels: Sequence[str], vocabulary: Vocabulary, seed: int
+    ) -> PreTrainedModel:
+        """The model with the head that the objective trains."""
+        return model
+
+    def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
+        """Turn examples into tensors; `tokens` among them, how many they hold."""
+        raise NotImplementedError
+
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+        """What the model says of each example of a batch."""
+        raise NotImplementedError
+
+    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        """How well predictions fit the examples' references."""
+        raise NotImplementedError
+
+    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+        """What `metrics` compares the predictions with."""
+        raise NotImplementedError
+
+    def predictions(
+        self, model: PreTrainedModel, examples: Sequence[Example], context: Context, batch: int = 32
+    ) -> list[Any]:
+        """What the model says of the examples, in order; each is predicted beside others of its length."""
+        context = replace(context, predicting=True)
+        order = sorted(range(len(examples)), key=lambda i: len(str(examples[i].columns.get("text"))))
+        found: list[Any] = [None] * len(examples)
+        with evaluating(model):
+            for start in range(0, len(order), batch):
+                chosen = order[start : start + batch]
+                prepared = self.prepare([examples[i] for i in chosen], context)
+                answers = self.predict(model, to_device(prepared, model.device), context)
+                for i, answer in zip(chosen, answers, strict=True):
+                    found[i] = answer
+        return found

@@ -1,0 +1,82 @@
+"""Regression: a pretrained model with a new last layer of one output learns a number for each document or pair."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
+from pretrain.core.errors import PretrainError
+from pretrain.core.models.heads import NUMBER, with_head
+from pretrain.objectives import Loss
+from pretrain.objectives._fine_tuning import classified, examples_of, read
+from pretrain.objectives._metrics import regression
+from pretrain.objectives.labelled import FineTuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Regression(FineTuning):
+    """BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (arXiv:1810.04805).
+
+    Fine-tuning as the classification does, with one output y and the loss (y - `label`)², as the paper's task STS-B.
+    """
+
+    label: str = "label"
+    text: str = "text"
+    pair: str | None = None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The text's, the pair's and the number's."""
+        return (self.text, *([self.pair] if self.pair else []), self.label)
+
+    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """One output; the values must be numbers."""
+        for value in values:
+            _number(value, self.label)
+        return (NUMBER,)
+
+    def ready(
+        self, model: PreTrainedModel, labels: Sequence[str], vocabulary: Vocabulary, seed: int
+    ) -> PreTrainedModel:
+        """The model with one output."""
+        return with_head(model, "sequence", labels, vocabulary, seed=seed)
+
+    def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
+        """`tokens_BL`, `mask_BL`, `segment_BL` and `number_B`."""
+        examples = examples_of(rows, self.name)
+        batch = read(examples, self.text, self.pair, context)
+        batch["number_B"] = torch.tensor(self.expected(examples, context))
+        batch["weight"] = torch.tensor(len(examples))
+        return batch
+
+    def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
+        """The mean squared error."""
+        said_B = classified(model, batch).float().squeeze(-1)
+        return Loss(nn.functional.mse_loss(said_B, batch["number_B"]), {})
+
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+        """A number for each example."""
+        return classified(model, batch).float().squeeze(-1).tolist()
+
+    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+        """The numbers."""
+        return [_number(example.columns[self.label], self.label) for example in examples]
+
+    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        """Mean squared error, Pearson's and Spearman's correlation."""
+        return regression(predictions, references)
+
+
+def _number(value: Any, column: str) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise PretrainError(f"regression: column {column!r} holds {value!r}: accepted: numbers") from error

@@ -1,0 +1,155 @@
+"""Sequence to sequence: a decoder or an encoder-decoder learns the target text of each document's prompt."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, document_mask
+from pretrain.core.errors import PretrainError
+from pretrain.core.generation.forward import why_not
+from pretrain.core.generation.loop import decode
+from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
+from pretrain.core.models.families import encode_decode, family, head
+from pretrain.objectives import Loss
+from pretrain.objectives._fine_tuning import examples_of, padded, texts_of
+from pretrain.objectives._metrics import generation
+from pretrain.objectives._token_loss import token_loss
+from pretrain.objectives.labelled import FineTuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Seq2Seq(FineTuning):
+    """Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer (arXiv:1910.10683).
+
+    Every task as text to text: the prompt is `prompt` with the document's columns in its braces (`{text}`), and the
+    loss is the mean of -log p(y_t | prompt, y_<t) over the tokens y of `target` and its end, never over the prompt. A
+    decoder reads `begin prompt target end` as one sequence, an encoder-decoder the prompt in its encoder. Metrics are
+    of greedy answers of at most `answer` tokens. Too long prompts lose their beginning, targets their end.
+    """
+
+    prompt: str = "{text}\n"
+    target: str = "target"
+    answer: int = 64
+
+    def __post_init__(self) -> None:
+        try:
+            names = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
+        except ValueError as error:
+            raise PretrainError(f"seq2seq: prompt {self.prompt!r}: {error}; accepted: text with {{column}}") from error
+        if not names or not all(name.isidentifier() for name in names):
+            raise PretrainError(f"seq2seq: prompt {self.prompt!r}: accepted: text with at least one {{column}}")
+        if self.answer < 1:
+            raise PretrainError(f"seq2seq: answer {self.answer}: accepted: 1 or more tokens")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Those in the prompt, and the target's."""
+        names = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name]
+        return (*dict.fromkeys(names), self.target)
+
+    def ready(
+        self, model: PreTrainedModel, labels: Sequence[str], vocabulary: Vocabulary, seed: int
+    ) -> PreTrainedModel:
+        """The model as it is; it must be one that generates."""
+        if not model.can_generate():
+            raise PretrainError(f"seq2seq: {type(model).__name__} generates no text: accepted: a causal or seq2seq LM")
+        return model
+
+    def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
+        """`prompt_BL`, filled on the left, and `target_BM` with its end, filled on the right with -100; `mask_BL`."""
+        examples = examples_of(rows, self.name)
+        assert context.encoder is not None, "examples come with an encoder"
+        vocabulary = context.vocabulary
+        begin = [] if vocabulary.bos is None else [vocabulary.bos]
+        end = [] if vocabulary.eos is None else [vocabulary.eos]
+        most = max(1, context.length // 2 - len(end))
+        targets = [[*ids[:most], *end] for ids in context.encoder.ids(texts_of(examples, self.target))]
+        room = context.length - max(map(len, targets)) - len(begin)
+        if room < 1:
+            raise PretrainError(f"length {context.length}: accepted: room for a prompt and its target")
+        prompts = [self.prompt.format(**example.columns) for example in examples]
+        inputs = [[*begin, *ids[max(0, len(ids) - room) :]] for ids in context.encoder.ids(prompts)]
+        prompt_BL = padded([ids[::-1] for ids in inputs], vocabulary.pad, room + len(begin)).flip(1)
+        lengths_B = torch.tensor([len(ids) for ids in inputs])
+        mask_BL = torch.arange(prompt_BL.shape[1]) >= prompt_BL.shape[1] - lengths_B[:, None]
+        target_BM = padded(targets, IGNORE, max(map(len, targets)))
+        weight = (target_BM != IGNORE).sum()
+        return {
+            "prompt_BL": prompt_BL, "mask_BL": mask_BL.long(), "target_BM": target_BM, "weight": weight,
+            "tokens": lengths_B.sum() + weight,
+        }  # fmt: skip
+
+    def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
+        """The mean cross-entropy of the targets' tokens."""
+        target_BM = batch["target_BM"]
+        # What stands where there is no target is seen by no token that has one: any id will do.
+        given_BM = target_BM.clamp(min=0)
+        if family(model).decoder_blocks is not None:
+            return _encoded(model, *_with_end(model, batch), given_BM, target_BM)
+        tokens_BL = torch.cat([batch["prompt_BL"], given_BM], 1)
+        document_BL = torch.cat([batch["mask_BL"], (target_BM != IGNORE).long()], 1)
+        next_BL = torch.full_like(tokens_BL, IGNORE)
+        next_BL[:, batch["prompt_BL"].shape[1] - 1 : -1] = target_BM
+        position_BL = (document_BL.cumsum(1) - 1).clamp(min=0)
+        whole = {"tokens_BL": tokens_BL, "document_BL": document_BL, "position_BL": position_BL, "target_BL": next_BL}
+        return Loss(token_loss(model, whole, causal=True).value, {})
+
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+        """The greedy answer to each prompt, as text."""
+        vocabulary, tokenizer = context.vocabulary, context.encoder.tokenizer  # type: ignore[union-attr]
+        ids_BL, mask_BL = batch["prompt_BL"], batch["mask_BL"]
+        if family(model).decoder_blocks is not None:
+            ids_BL, mask_BL = _with_end(model, batch)
+        first = 1 if family(model).decoder_blocks is not None else ids_BL.shape[1]
+        ends: dict[str, Any] = {"eos": vocabulary.eos, "pad": vocabulary.pad}
+        if why_not(model, ids_BL.shape[1] + self.answer) is None:
+            output_BN = decode(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=self.answer, **ends)
+        else:
+            output_BN = model.generate(  # type: ignore[operator]
+                ids_BL, attention_mask=mask_BL, max_new_tokens=self.answer, do_sample=False,
+                eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad,
+            )  # fmt: skip
+        answers = []
+        for ids in output_BN[:, first:].tolist():
+            ids = ids[: ids.index(vocabulary.eos)] if vocabulary.eos in ids else ids
+            answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return answers
+
+    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+        """The targets."""
+        return [text.strip() for text in texts_of(examples, self.target)]
+
+    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        """Exact match, F1 of words, ROUGE-L."""
+        return generation(predictions, references)
+
+
+def _with_end(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """The prompts and their mask for an encoder, which reads the text's end as well."""
+    end: Any = model.config.eos_token_id  # type: ignore[union-attr]
+    prompt_BL, mask_BL = batch["prompt_BL"], batch["mask_BL"]
+    if end is None:
+        return prompt_BL, mask_BL
+    ends_B1 = torch.full_like(prompt_BL[:, :1], end)
+    return torch.cat([prompt_BL, ends_B1], 1), torch.cat([mask_BL, torch.ones_like(ends_B1)], 1)
+
+
+def _encoded(model: nn.Module, prompt_BL: Tensor, mask_BL: Tensor, given_BM: Tensor, target_BM: Tensor) -> Loss:
+    """The loss of an encoder-decoder, whose decoder starts from the token that its configuration names."""
+    start: Any = model.config.decoder_start_token_id  # type: ignore[union-attr]
+    decoder_BM = torch.cat([torch.full_like(given_BM[:, :1], start), given_BM[:, :-1]], 1)
+    one_BM = torch.ones_like(decoder_BM)
+    cross_B1ML = (one_BM[:, :, None] == mask_BL[:, None, :])[:, None]
+    masks = document_mask(mask_BL, causal=False), document_mask(one_BM, causal=True), cross_B1ML
+    weight_VE, bias_V = head(model)
+    states_BME = encode_decode(model, prompt_BL, decoder_BM, masks)
+    return Loss(linear_cross_entropy(states_BME, weight_VE, target_BM, bias_V=bias_V)[0], {})

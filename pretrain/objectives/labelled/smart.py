@@ -1,0 +1,235 @@
+"""SMART: fine-tuning that is held smooth around each input, and near the average of the model's own past.
+
+Shape letters: B examples of a batch, L tokens, E width of the embeddings, C classes (a regression: 1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import InnerObjective
+from pretrain.core.models.families import embeddings
+from pretrain.objectives import Loss
+from pretrain.objectives._fine_tuning import classified
+from pretrain.objectives.labelled import FineTuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WRAPPED = ("classification", "regression")
+
+
+@dataclass(frozen=True)
+class Smart(FineTuning):
+    """SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models
+    through Principled Regularized Optimization (arXiv:1911.03437).
+
+    The loss of the wrapped `objective` and two distances d between the model's outputs f, d being the symmetric
+    KL(p ‖ q) + KL(q ‖ p) of a classification and the squared difference of a regression; all are means over examples:
+
+        L + lambda_s · max over |δ|∞ ≤ epsilon of d(f(x + δ; θ), f(x; θ)) + mu · d(f(x; θ), f(x; θ̃))
+
+    δ is added to the token embeddings: from N(0, sigma²) it takes `steps` ascents δ ← Π(δ + eta · g / |g|∞), g the
+    gradient of the example's distance, Π the cut to the ball. θ̃ ← beta · θ̃ + (1 - beta) · θ after each step, with
+    `late_beta` once the share `early` of training is over. The sums are computed in float32, beside whose rounding
+    epsilon is small; the evaluation sees the wrapped objective alone.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+
+    objective: InnerObjective = "classification"
+    lambda_s: float = 1.0
+    mu: float = 1.0
+    epsilon: float = 1e-5
+    sigma: float = 1e-5
+    eta: float = 1e-3
+    steps: int = 1
+    beta: float = 0.99
+    late_beta: float = 0.999
+    early: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name, right, accepted in (
+            ("lambda_s", self.lambda_s >= 0, "0 or more"), ("mu", self.mu >= 0, "0 or more"),
+            ("epsilon", self.epsilon > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"),
+            ("eta", self.eta > 0, "above 0"), ("steps", self.steps >= 1, "1 or more"),
+            ("beta", 0 <= self.beta < 1, "0 to below 1"), ("late_beta", 0 <= self.late_beta < 1, "0 to below 1"),
+            ("early", 0 <= self.early <= 1, "0 to 1"),
+        ):  # fmt: skip
+            if not right:
+                raise PretrainError(f"smart: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
+        if self.wrapped.name not in WRAPPED:
+            raise PretrainError(
+                f"smart: objective {self.wrapped.name!r}: accepted: {', '.join(WRAPPED)}", place=("objective",)
+            )
+
+    @cached_property
+    def wrapped(self) -> FineTuning:
+        """The objective that is regularised."""
+        return self.held()["objective"]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The wrapped objective's."""
+        return self.wrapped.columns
+
+    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """The wrapped objective's."""
+        return self.wrapped.labels(values)
+
+    def ready(
+        self, model: PreTrainedModel, labels: Sequence[str], vocabulary: Vocabulary, seed: int
+    ) -> PreTrainedModel:
+        """The model with the wrapped objective's head."""
+        return self.wrapped.ready(model, labels, vocabulary, seed)
+
+    def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
+        """What the wrapped objective prepares, and `beta`, the average's momentum at this point of training."""
+        beta = self.beta if context.progress <= self.early else self.late_beta
+        return self.wrapped.prepare(rows, context) | {"beta": torch.tensor(beta)}
+
+    def modules(self, model: nn.Module) -> nn.Module | None:
+        """The averaged weights, where `mu` asks for them."""
+        return Average(model) if self.mu else None
+
+    def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
+        """The three sums; parts `objective`, `smoothness`, `proximal` and the wrapped objective's."""
+        if not model.training or not (self.lambda_s or self.mu):
+            return self.wrapped.loss(model, batch)
+        with torch.autocast(batch["tokens_BL"].device.type, enabled=False):
+            with _outputs(model) as seen:
+                own = self.wrapped.loss(model, batch)
+            embedded_BLE, logits_BC = seen["embedded"], seen["logits"].float()
+            value, parts = own.value, {"objective": own.value.detach()} | own.parts
+            if self.lambda_s:
+                delta_BLE = self.ascend(model, batch, logits_BC.detach(), embedded_BLE)
+                smoothness = _mean(self.distance(_shifted(model, batch, delta_BLE), logits_BC), batch)
+                value, parts["smoothness"] = value + self.lambda_s * smoothness, smoothness.detach()
+            if self.mu:
+                assert isinstance(modules, Average), "smart averages the weights: see `modules`"
+                modules.update(model, batch["beta"])
+                proximal = _mean(self.distance(logits_BC, modules.logits(model, batch)), batch)
+                value, parts["proximal"] = value + self.mu * proximal, proximal.detach()
+        return Loss(value, parts)
+
+    def ascend(self, model: nn.Module, batch: Batch, clean_BC: Tensor, embedded_BLE: Tensor) -> Tensor:
+        """`delta_BLE`, within the ball, that moves each example's output away from `clean_BC`; 0 on padding."""
+        delta_BLE = torch.randn_like(embedded_BLE) * self.sigma * batch["mask_BL"][..., None]
+        for _ in range(self.steps):
+            delta_BLE.requires_grad_()
+            moved = self.distance(_shifted(model, batch, delta_BLE), clean_BC).sum()
+            (gradient_BLE,) = torch.autograd.grad(moved, delta_BLE)
+            largest_B11 = gradient_BLE.abs().amax((1, 2), keepdim=True)
+            direction_BLE = gradient_BLE / largest_B11.clamp(min=torch.finfo(largest_B11.dtype).tiny)
+            delta_BLE = (delta_BLE.detach() + self.eta * direction_BLE).clamp(-self.epsilon, self.epsilon)
+        return delta_BLE
+
+    def distance(self, one_BC: Tensor, other_BC: Tensor) -> Tensor:
+        """`distance_B` between two outputs; products of differences, so that what is close is not lost in rounding."""
+        if self.wrapped.name == "regression":
+            return (one_BC - other_BC).square().sum(-1)
+        p_BC, q_BC = one_BC.log_softmax(-1), other_BC.log_softmax(-1)
+        return ((p_BC.exp() - q_BC.exp()) * (p_BC - q_BC)).sum(-1)
+
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+        """The wrapped objective's."""
+        return self.wrapped.predict(model, batch, context)
+
+    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+        """The wrapped objective's."""
+        return self.wrapped.expected(examples, context)
+
+    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        """The wrapped objective's."""
+        return self.wrapped.metrics(predictions, references)
+
+
+class Average(nn.Module):
+    """θ̃: the average of the trained weights, as buffers, so that a training's state holds it.
+
+    Nobody calls an objective after a step. The weights that a step has left are taken in by the first micro-batch of
+    the next one, which is the one that finds no gradients; so does the first of a resumed training, whose average was
+    saved before that.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        for name, parameter in _trained(model).items():
+            self.register_buffer(name.replace(".", "/"), parameter.detach().clone())
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The averages by the parameters' names."""
+        return {name.replace("/", "."): average for name, average in self.named_buffers()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, beta: Tensor) -> None:
+        """Take the model's weights in, once a step."""
+        trained = _trained(model)
+        if any(hasattr(parameter, "device_mesh") for parameter in trained.values()):
+            raise PretrainError("smart: strategy fsdp: accepted: ddp, or mu: 0 (the average is not sharded)")
+        if any(parameter.grad is not None for parameter in trained.values()):
+            return
+        for name, average in self.weights.items():
+            average.lerp_(trained[name].to(average.dtype), (1 - beta).to(average.dtype))
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """`logits_BC` of the model with the averaged weights, without dropout."""
+        from pretrain.core.models.features import evaluating
+
+        with evaluating(model):
+            weights = {f"model.{name}": average for name, average in self.weights.items()}
+            return functional_call(_Reader(model), weights, (batch,)).float()
+
+
+class _Reader(nn.Module):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: Batch) -> Tensor:
+        return classified(self.model, batch)
+
+
+def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _mean(distance_B: Tensor, batch: Batch) -> Tensor:
+    """The mean over the examples that count: those with a label."""
+    counts_B = batch["label_B"] != -100 if "label_B" in batch else torch.ones_like(distance_B, dtype=torch.bool)
+    return (distance_B * counts_B).sum() / counts_B.sum().clamp(min=1)
+
+
+@contextmanager
+def _outputs(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """While open, a forward pass leaves the token embeddings and the logits."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        embeddings(model).register_forward_hook(lambda _, __, out: seen.update(embedded=out)),
+        model.register_forward_hook(lambda _, __, out: seen.update(logits=out.logits)),
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _shifted(model: nn.Module, batch: Batch, delta_BLE: Tensor) -> Tensor:
+    """`logits_BC` of the batch with `delta_BLE` on its token embeddings."""
+    handle = embeddings(model).register_forward_hook(lambda _, __, out: out + delta_BLE.to(out.dtype))
+    try:
+        return classified(model, batch).float()
+    finally:
+        handle.remove()

@@ -1,0 +1,140 @@
+"""Tagging: a pretrained model with a new last layer learns a tag for each word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import nn
+
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.models.heads import labels_of, with_head
+from pretrain.objectives import Loss
+from pretrain.objectives._fine_tuning import classified, examples_of, inputs_of
+from pretrain.objectives._metrics import tagging
+from pretrain.objectives.labelled import FineTuning
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Tagging(FineTuning):
+    """BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (arXiv:1810.04805).
+
+    Fine-tuning for named entities: words are what white space parts in `text`, `tags` holds one tag a word (a list, or
+    text parted likewise); each word's tag is predicted from the state of its `first` token (the `last` for a causal
+    model, which sees no more of the word before), and the loss is the mean of -log p(tag). Words beyond the model's
+    length are not learnt, and predicted `O`.
+    """
+
+    tags: str = "tags"
+    text: str = "text"
+    token: Literal["first", "last"] = "first"
+
+    def __post_init__(self) -> None:
+        if self.token not in ("first", "last"):
+            raise PretrainError(f"tagging: token {self.token!r}: accepted: first, last")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The text's and the tags'."""
+        return (self.text, self.tags)
+
+    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+        """All tags that occur, sorted."""
+        names = tuple(sorted({tag for value in values for tag in _tags(value)}))
+        if len(names) < 2:
+            raise PretrainError(f"tagging: column {self.tags!r} holds {len(names)} tag: accepted: 2 or more")
+        return names
+
+    def ready(
+        self, model: PreTrainedModel, labels: Sequence[str], vocabulary: Vocabulary, seed: int
+    ) -> PreTrainedModel:
+        """The model as a classifier of tokens."""
+        return with_head(model, "token", labels, vocabulary, seed=seed)
+
+    def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
+        """`tokens_BL`, `mask_BL`, `word_BL` (each word's number from 1 where its tag is read) and `label_BL`."""
+        examples = examples_of(rows, self.name)
+        assert context.encoder is not None, "examples come with an encoder"
+        begin = [] if context.vocabulary.begin is None else [context.vocabulary.begin]
+        end = [] if context.vocabulary.eos is None else [context.vocabulary.eos]
+        room = context.length - len(begin) - len(end)
+        inputs, places = [], []
+        for example in examples:
+            ids, spans = context.encoder.spans(str(example.columns[self.text]))
+            inputs.append(([*begin, *ids[:room], *end], len(begin) + min(len(ids), room) + len(end)))
+            words = word_of_tokens(str(example.columns[self.text]), spans, self.token)[:room]
+            places.append([0] * len(begin) + words)
+        batch = inputs_of(inputs, context)
+        word_BL = torch.zeros_like(batch["tokens_BL"])
+        for b, words in enumerate(places):
+            word_BL[b, : len(words)] = torch.tensor(words, dtype=torch.long)
+        numbers = {name: number for number, name in enumerate(context.labels)}
+        label_BL = torch.full_like(word_BL, -100)
+        for b, tags in enumerate(self.expected(examples, context)):
+            for tag in tags:
+                if tag not in numbers:
+                    raise PretrainError(f"tagging: tag {tag!r}{nearest(tag, numbers)}: accepted: {', '.join(numbers)}")
+            known = torch.tensor([-100, *(numbers[tag] for tag in tags)])
+            label_BL[b] = known[word_BL[b]]
+        batch |= {"word_BL": word_BL, "label_BL": label_BL, "weight": (label_BL != -100).sum()}
+        batch["words_B"] = torch.tensor([len(tags) for tags in self.expected(examples, context)])
+        return batch
+
+    def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
+        """The mean cross-entropy of the words' tags; part `accuracy`."""
+        logits_BLC, label_BL = classified(model, batch).float(), batch["label_BL"]
+        count = (label_BL != -100).sum().clamp(min=1)
+        value = nn.functional.cross_entropy(logits_BLC.flatten(0, 1), label_BL.flatten(), reduction="sum")
+        right = (logits_BLC.detach().argmax(-1) == label_BL).sum() / count
+        return Loss(value / count, {"accuracy": right})
+
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+        """The likeliest tag of each word."""
+        names, said_BL = labels_of(model), classified(model, batch).argmax(-1)
+        outside = "O" if "O" in names else names[0]
+        found = []
+        for word_L, said_L, words in zip(batch["word_BL"], said_BL, batch["words_B"].tolist(), strict=True):
+            tags = [outside] * words
+            for word, number in zip(word_L.tolist(), said_L.tolist(), strict=True):
+                if word:
+                    tags[word - 1] = names[number]
+            found.append(tags)
+        return found
+
+    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+        """The tags of each example's words."""
+        found = []
+        for example in examples:
+            tags, words = _tags(example.columns[self.tags]), str(example.columns[self.text]).split()
+            if len(tags) != len(words):
+                raise PretrainError(
+                    f"tagging: document {example.index} has {len(words)} words and {len(tags)} tags: accepted: as many"
+                )
+            found.append(tags)
+        return found
+
+    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+        """Accuracy of words; precision, recall and F1 of entities."""
+        return tagging(predictions, references)
+
+
+def _tags(value: Any) -> list[str]:
+    return value.split() if isinstance(value, str) else [str(tag) for tag in value]
+
+
+def word_of_tokens(text: str, spans: Sequence[tuple[int, int]], token: str = "first") -> list[int]:
+    """For each token the number (from 1) of the word that it is the first (or last) of, else 0."""
+    number, words_C = 0, []
+    for place, character in enumerate(text):
+        if not character.isspace() and (place == 0 or text[place - 1].isspace()):
+            number += 1
+        words_C.append(0 if character.isspace() else number)
+    words = [next((word for word in words_C[start:end] if word), 0) for start, end in spans]
+    places = {word: place for place, word in (enumerate(words) if token == "last" else reversed([*enumerate(words)]))}
+    return [word if places[word] == place else 0 for place, word in enumerate(words)]

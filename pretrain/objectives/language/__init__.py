@@ -1,0 +1,1 @@
+"""Learning from text alone: predict, restore or recognise tokens."""

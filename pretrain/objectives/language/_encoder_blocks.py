@@ -1,0 +1,51 @@
+"""An encoder run block by block, and further blocks of its own kind beside it.
+
+Shape letters: B rows, L positions, E width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+
+from pretrain.core.models.families import attention_inputs, base, blocks
+
+
+def new_blocks(model: nn.Module, count: int) -> nn.ModuleList:
+    """`count` blocks like the model's last, with fresh weights."""
+    last, number = blocks(model)[-1], len(blocks(model)) - 1
+    made = nn.ModuleList([type(last)(model.config, layer_idx=number) for _ in range(count)])  # type: ignore[call-arg]
+    return made.apply(model._init_weights)  # type: ignore[arg-type]
+
+
+def embedded(model: nn.Module, vectors_BLE: Tensor, position_BL: Tensor) -> Tensor:
+    """What the first block gets when the tokens' embeddings are `vectors_BLE`."""
+    layer: Any = base(model).embeddings
+    if hasattr(layer, "position_embeddings"):
+        return layer(inputs_embeds=vectors_BLE, position_ids=position_BL)
+    return layer(inputs_embeds=vectors_BLE)
+
+
+def run(
+    model: nn.Module, layers: Iterable[nn.Module], states_BLE: Tensor, mask_B1LL: Tensor, position_BL: Tensor
+) -> Tensor:
+    """The states after `layers`, which attend as the boolean mask says."""
+    encoder: Any = base(model)
+    masks = attention_inputs(model, mask_B1LL, position_BL)["attention_mask"]
+    turns: dict[str, Any] = {}
+    for layer in layers:
+        kind: Any = getattr(layer, "attention_type", None)  # ModernBERT's blocks differ in reach and in rotation
+        inputs: dict[str, Any] = {"attention_mask": masks[kind] if isinstance(masks, dict) else masks}
+        if kind is not None:
+            if kind not in turns:
+                turns[kind] = encoder.rotary_emb(states_BLE, position_BL, kind)
+            inputs["position_embeddings"] = turns[kind]
+        states_BLE = layer(states_BLE, **inputs)
+    return states_BLE
+
+
+def last_norm(model: nn.Module) -> nn.Module:
+    """The norm after the last block; nothing where there is none."""
+    return getattr(base(model), "final_norm", nn.Identity())

@@ -1,0 +1,1 @@
+"""Encoders whose one vector holds the passage."""

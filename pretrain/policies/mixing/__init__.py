@@ -1,0 +1,1 @@
+"""Which documents training sees, and how much each counts."""

@@ -1,0 +1,42 @@
+"""Draw chosen domains more often, but only at the end of training."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.core.batch import Batch
+from pretrain.core.errors import PretrainError
+from pretrain.objectives import Loss
+from pretrain.policies import Policy, Training
+
+
+@dataclass(frozen=True)
+class DomainUpsampling(Policy):
+    """Does your data spark joy? Performance gains from domain upsampling at the end of training (arXiv:2406.03476).
+
+    From the moment that only `share` of the budget is left, rows are drawn by `mixture` (domain: weight) instead of as
+    before. The paper finds 10 to 20% of training best.
+    """
+
+    mixture: dict[str, float]
+    share: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise PretrainError(f"domain_upsampling: share {self.share}: accepted: above 0, at most 1")
+
+    def start(self, training: Training, state: dict[str, Any]) -> None:
+        """Refuse a mixture that the corpus cannot give, before training begins."""
+        loader, before = training.loader, training.loader.mixture
+        loader.mixture = self.mixture
+        loader.mixture = self.mixture if training.progress >= 1 - self.share else before
+
+    def after_step(
+        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
+    ) -> None:
+        """Change the mixture once, when the time has come."""
+        if not state.get("begun") and training.progress >= 1 - self.share:
+            state["begun"] = training.step
+            training.loader.mixture = self.mixture

@@ -1,0 +1,1 @@
+"""Few new weights to train beside frozen ones, and folding them in."""

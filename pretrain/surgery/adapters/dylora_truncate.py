@@ -1,0 +1,53 @@
+"""Cut a trained DyLoRA to one of its ranks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pretrain.core.checkpoint import forget
+from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import at, set_module
+from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery.adapters._adapters import adapters
+from pretrain.surgery.adapters.dylora import DynamicLowRank
+from pretrain.surgery.adapters.peft_adapter import PeftAdapter
+
+
+@dataclass(frozen=True)
+class DyLoRATruncate(Surgery):
+    """DyLoRA: Parameter Efficient Tuning of Pre-trained Models using Dynamic Search-Free Low-Rank Adaptation
+    (arXiv:2210.07558).
+
+    The first `rank` components of what the surgery `dylora` trained, without training again: an ordinary LoRA,
+    W + (alpha / b) · B[:, :b] A[:b], of `peft`'s layers, that may be trained on, merged, or opened by `peft` from the
+    checkpoint's folder `adapter`.
+    """
+
+    rank: int
+
+    def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
+        """The model with the smaller adapter."""
+        found: dict[str, Any] = {n: m for n, m in adapters(model).items() if isinstance(m, DynamicLowRank)}
+        if not found:
+            raise PretrainError("dylora_truncate: the model has no DyLoRA: accepted: one that dylora adapted")
+        lowest, highest, _ = next(iter(found.values())).range
+        if not lowest <= self.rank <= highest:
+            raise PretrainError(
+                f"dylora_truncate: rank {self.rank}: accepted: the trained ranks, {lowest} to {highest}"
+            )
+        for name, module in found.items():
+            set_module(model, name, module.layer)
+        forget(model, "dylora")
+        alpha = next(iter(found.values())).alpha
+        config = {"r": self.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": sorted(found)}
+        model = PeftAdapter("LORA", config)(model, inputs)
+        with torch.no_grad():
+            for name, module in found.items():
+                layer = at(model, name)
+                layer.lora_A["default"].weight.copy_(module.A[: self.rank])
+                layer.lora_B["default"].weight.copy_(module.B[:, : self.rank])
+        return model

@@ -1,0 +1,146 @@
+"""Any adapter of `peft` that changes layers, made anew or opened from a folder in `peft`'s format."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pretrain.core.checkpoint import record
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.files import read_json
+from pretrain.core.method import Ref
+from pretrain.core.models.heads import new_modules, output
+from pretrain.surgery import Inputs, Surgery
+
+PREFIX = "base_model.model."  # of each weight's name in a file of `peft`
+
+
+@dataclass(frozen=True)
+class PeftAdapter(Surgery):
+    """Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751).
+
+    An adapter of the `peft` library inside a frozen model: `type` is one of its types that change layers (LORA, IA3,
+    LOHA, LOKR, OFT, VERA, …), `config` the fields of its configuration. Or it is opened from `folder`, in `peft`'s
+    format (`adapter_config.json`, `adapter_model.safetensors`); training goes on from its weights. The checkpoint holds
+    the adapter once more in that format, in its folder `adapter`.
+    """
+
+    adapts: ClassVar[bool] = True
+
+    type: str = "LORA"
+    config: dict[str, Any] = field(default_factory=dict)
+    folder: Ref | None = None
+
+    def __post_init__(self) -> None:
+        if self.folder and self.config:
+            raise PretrainError("peft_adapter: folder, config: accepted: one of them; the folder has a configuration")
+
+    def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
+        """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""
+        config = self._configuration()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(inputs.seed if inputs is not None else 0)
+            model = _inject(model, config)
+        if self.folder:
+            _load(model, Path(self.folder))
+        record(model, PeftAdapter(str(config["peft_type"]), _stored(config)))
+        return model
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The layers of the recorded configuration, with weights yet to be loaded."""
+        return _inject(model, {"peft_type": self.type, **self.config, "init_lora_weights": True})
+
+    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+        """Configuration and weights as `peft` saves them, what is new in a classifier among them.
+
+        None where the classifier's last layer is adapted: it is trained whole besides, which `peft` cannot say.
+        """
+        from peft import get_peft_model_state_dict
+
+        config = {"peft_type": self.type, **self.config, "inference_mode": True}
+        tensors = {f"{PREFIX}{n}": t.contiguous() for n, t in get_peft_model_state_dict(model).items()}
+        there = new_modules(model)
+        adapted = {name for name in there if any(n.startswith(f"{PREFIX}{name}.") for n in tensors)}
+        last, new = output(model), {name: module for name, module in there.items() if name not in adapted}
+        if last is not None and last[0] in adapted:
+            return None
+        if new:
+            config["modules_to_save"] = list(new)
+        for name, module in new.items():
+            tensors |= {f"{PREFIX}{name}.{part}": t.contiguous() for part, t in module.state_dict().items()}
+        return config, tensors
+
+    def _configuration(self) -> dict[str, Any]:
+        if not self.folder:
+            return {"peft_type": self.type.upper(), **self.config}
+        path = Path(self.folder) / "adapter_config.json"
+        if not path.exists():
+            raise PretrainError(f"peft_adapter: folder {self.folder}: accepted: one with adapter_config.json")
+        return {k: v for k, v in read_json(path).items() if k not in ("modules_to_save", "base_model_name_or_path")}
+
+
+def _inject(model: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
+    """The model with the adapter's layers, by name `default`; everything else is frozen."""
+    from peft import PeftType, inject_adapter_in_model
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise unknown("adapter type of peft", config["peft_type"], list(PEFT_TYPE_TO_CONFIG_MAPPING))
+    made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config["peft_type"])]
+    known = {f for f in made.__dataclass_fields__ if f not in ("peft_type", "inference_mode")}
+    given = {k: v for k, v in config.items() if k in known}
+    stray = sorted(set(config) - known - {"peft_type", "inference_mode", "init_lora_weights"})
+    if stray:
+        raise unknown(f"field of peft's {config['peft_type']}", stray[0], sorted(known))
+    training = model.training
+    try:
+        model = inject_adapter_in_model(made(**given, inference_mode=False), model)  # type: ignore[assignment]
+    except Exception as error:  # of peft, for values that do not suit it
+        raise PretrainError(f"peft's {config['peft_type']}: {' '.join(str(error).split())[:300]}") from error
+    last = output(model)
+    if last is not None:
+        last[1].requires_grad_(True)
+    return model.train(training)
+
+
+def _stored(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration's fields, without what is said elsewhere."""
+    return {k: v for k, v in config.items() if k not in ("peft_type", "inference_mode")}
+
+
+def _load(model: PreTrainedModel, folder: Path) -> None:
+    """The weights of an adapter in `peft`'s format; all must have a place, and all places a weight."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+
+    path = folder / "adapter_model.safetensors"
+    if not path.exists():
+        pickled = " (a pickled adapter_model.bin is never read)" if (folder / "adapter_model.bin").exists() else ""
+        raise PretrainError(f"peft_adapter: missing file {path}{pickled}")
+    try:
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+    except (SafetensorError, OSError) as error:
+        raise PretrainError(f"{path} is truncated or damaged ({' '.join(str(error).split())[:200]})") from error
+    for place, module in new_modules(model).items():
+        ours = {n: tensors.pop(f"{place}.{n}") for n in module.state_dict() if f"{place}.{n}" in tensors}
+        if ours:
+            module.load_state_dict(ours)
+    last = output(model)
+    of_last = "" if last is None else f"{last[0]}."
+    wanted = {n: t for n, t in get_peft_model_state_dict(model).items() if not of_last or not n.startswith(of_last)}
+    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
+    wrong += [f"{n} has no place in the model" for n in tensors if n not in wanted]
+    wrong += [
+        f"{n} is {tuple(tensors[n].shape)} in the file and {tuple(t.shape)} in the model"
+        for n, t in wanted.items()
+        if n in tensors and tensors[n].shape != t.shape
+    ]
+    if wrong:
+        raise PretrainError(f"{path}: {len(wrong)} weights do not fit, first: {wrong[0]}")
+    set_peft_model_state_dict(model, tensors)

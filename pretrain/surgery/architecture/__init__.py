@@ -1,0 +1,1 @@
+"""Other blocks: activations, norms, attention, depth, exits."""

@@ -1,0 +1,225 @@
+"""Polynomial composition activations in the feed-forward layers, in place of GELU, ReLU or a gate.
+
+Shape letters: N tokens, F width of the feed-forward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from pretrain.core.checkpoint import record
+from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import at, blocks, family, set_module
+from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._random import generator
+
+# Where in a block's feed-forward the activation is, and the dropout after it.
+ACTIVATION = {
+    "llama": "act_fn", "gpt2": "act", "bert": "intermediate.intermediate_act_fn", "modernbert": "act", "t5": "act",
+}  # fmt: skip
+DROPOUT = {"modernbert": "drop", "t5": "dropout"}
+
+
+class _PolyReLU(torch.autograd.Function):
+    """y = Σ aᵢ ReLU(x)ⁱ; only x and a are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(x, a)
+        r = x.relu()
+        out = a[-1] * r
+        for coefficient in a[1:-1].flip(0):
+            out = out.add_(coefficient).mul_(r)  # Horner
+        return out.add_(a[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x, a = ctx.saved_tensors
+        r, degree = x.relu(), a.numel() - 1
+        slope = torch.full_like(r, degree) * a[-1]
+        for i in range(degree - 1, 0, -1):
+            slope = slope.mul_(r).add_(a[i], alpha=i)
+        of_a, power = [grad.sum()], grad
+        for _ in range(degree):
+            power = power * r
+            of_a.append(power.sum())
+        return slope.mul_(x > 0).mul_(grad), torch.stack(of_a)
+
+
+class _PolyNorm(torch.autograd.Function):
+    """y = a₀ + Σ aᵢ ρᵢ xⁱ, ρᵢ = 1 / rms(xⁱ) over the last dimension; only x, a and the ρᵢ of each token are kept.
+
+    ∂x = g · Σ i aᵢ ρᵢ xⁱ⁻¹ - Σ i aᵢ ρᵢ³ ⟨g, xⁱ⟩ / F · x²ⁱ⁻¹;  ∂aᵢ = Σ ρᵢ ⟨g, xⁱ⟩.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NF: Tensor, a: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+        inverse = []
+        for power_NF in _powers(x_NF, a.numel() - 1):
+            square_N1 = torch.linalg.vector_norm(power_NF, dim=-1, keepdim=True).square_().div_(x_NF.shape[-1])
+            inverse.append(square_N1.add_(eps).rsqrt_())
+        ctx.save_for_backward(x_NF, a, *inverse)
+        return _polynomial(x_NF, [a[i + 1] * inverse_N1 for i, inverse_N1 in enumerate(inverse)]).mul_(x_NF).add_(a[0])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        x_NF, a, *inverse = ctx.saved_tensors
+        of_a, direct, through = [grad.sum()], [], []
+        for i, power_NF in enumerate(_powers(x_NF, len(inverse)), 1):
+            rho_N1 = inverse[i - 1]
+            dot_N1 = torch.linalg.vecdot(grad, power_NF).unsqueeze(-1)
+            of_a.append((rho_N1 * dot_N1).sum())
+            direct.append(i * a[i] * rho_N1)
+            through.append(i * a[i] * rho_N1.pow(3) * dot_N1 / -x_NF.shape[-1])
+        of_x = _polynomial(x_NF.square(), through).mul_(x_NF)
+        return of_x.addcmul_(grad, _polynomial(x_NF, direct)), torch.stack(of_a), None
+
+
+def _powers(x: Tensor, order: int) -> Iterator[Tensor]:
+    """x, x², …; each is overwritten by the next."""
+    yield x
+    power = None
+    for _ in range(order - 1):
+        power = x.square() if power is None else power.mul_(x)
+        yield power
+
+
+def _polynomial(x_NF: Tensor, coefficients: Sequence[Tensor]) -> Tensor:
+    """c₀ + c₁ x + c₂ x² + … by Horner's rule, the coefficients one a token."""
+    *lower, highest = coefficients
+    out = highest.expand_as(x_NF).clone()
+    for coefficient_N1 in reversed(lower):
+        out.mul_(x_NF).add_(coefficient_N1)
+    return out
+
+
+class Activation(nn.Module):
+    """The activation; `a` are the coefficients a₀ … a_r. Computed in float32 or wider, whatever comes in."""
+
+    def __init__(self, activation: str, order: int, eps: float, like: Tensor) -> None:
+        super().__init__()
+        self.activation, self.eps = activation, eps
+        self.a = nn.Parameter(torch.full((order + 1,), 1 / order, dtype=like.dtype, device=like.device))
+        with torch.no_grad():
+            self.a[0] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Σ aᵢ ReLU(x)ⁱ or Σ aᵢ Norm(xⁱ)."""
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            if self.activation == "polyrelu":
+                return _PolyReLU.apply(x.to(wide), self.a.to(wide)).to(x.dtype)
+            return _PolyNorm.apply(x.to(wide), self.a.to(wide), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        """What `print` says."""
+        return f"{self.activation}, order={self.a.numel() - 1}"
+
+
+class FeedForward(nn.Module):
+    """down(activation(up(x))), in place of a gated feed-forward; the two matrices keep the names of the family."""
+
+    def __init__(
+        self, up: tuple[str, nn.Linear], down: tuple[str, nn.Linear], activation: Activation, drop: Any
+    ) -> None:
+        super().__init__()
+        self.names = (up[0], down[0])
+        self.add_module(*up)
+        self.act_fn = activation
+        self.drop = drop
+        self.add_module(*down)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One row a token."""
+        up, down = (getattr(self, name) for name in self.names)
+        return down(self.drop(self.act_fn(up(x))))
+
+
+@dataclass(frozen=True)
+class PolyCom(Surgery):
+    """Polynomial Composition Activations: Unleashing the Dynamics of Large Language Models (arXiv:2411.03884).
+
+    The activation of each feed-forward becomes a polynomial with trained coefficients, shared by a layer: PolyReLU,
+    Σ aᵢ ReLU(x)ⁱ, or PolyNorm, Σ aᵢ xⁱ / rms(xⁱ), i from 0 to `order`; at the start a₀ = 0 and the others 1 / order. A
+    gated feed-forward of width f becomes a plain one of width 3f/2, which has as many weights; its matrices are drawn
+    anew, normal with the standard deviation of those they replace: for a model about to be trained. The configuration
+    still names the width f.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
+
+    activation: Literal["polynorm", "polyrelu"] = "polynorm"
+    order: int = 3
+    eps: float = 1e-6
+
+    def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
+        """The model with its activations replaced, its gated feed-forwards made plain."""
+        self._replace(model, generator(self.name, inputs))
+        record(model, self)
+        return model
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The same without drawing numbers."""
+        self._replace(model, None)
+        return model
+
+    def _replace(self, model: PreTrainedModel, source: torch.Generator | None) -> None:
+        entry = family(model)
+        if entry.name not in self.families:
+            raise PretrainError(f"polycom: family {entry.name!r}: accepted: {', '.join(self.families)}")
+        if self.activation not in ("polynorm", "polyrelu"):
+            raise PretrainError(f"polycom: activation {self.activation!r}: accepted: polynorm, polyrelu")
+        if self.order < 1:
+            raise PretrainError(f"polycom: order {self.order}: accepted: 1 or more")
+        every = blocks(model) + (blocks(model, "decoder") if entry.decoder_blocks else [])
+        for block in every:
+            old = at(block, entry.feed_forward)
+            if any(isinstance(module, Activation) for module in old.modules()):
+                raise PretrainError("polycom: this model has such activations already; accepted: one polycom")
+            present = [n for n in entry.up if n and _has(old, n)]
+            down = at(old, entry.down)
+            activation = Activation(self.activation, self.order, self.eps, down.weight)
+            fused = entry.name == "modernbert"
+            if len(present) == 1 and not fused:
+                set_module(old, ACTIVATION[entry.name], activation)
+                continue
+            last = present[-1]  # Llama's `up_proj`
+            name = "wi" if entry.name == "t5" else last
+            width = down.weight.shape[1] * 3 // 2
+            new_up = _drawn(at(old, last), (width, down.weight.shape[0]), source)
+            new_down = _drawn(down, (down.weight.shape[0], width), source)
+            drop = at(old, DROPOUT[entry.name]) if entry.name in DROPOUT else nn.Identity()
+            made = FeedForward((name, new_up), (entry.down, new_down), activation, drop)
+            set_module(block, _path(block, old), made.train(model.training))
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    try:
+        at(module, path)
+    except AttributeError:
+        return False
+    return True
+
+
+def _path(block: nn.Module, module: nn.Module) -> str:
+    return next(name for name, found in block.named_modules() if found is module)
+
+
+@torch.no_grad()
+def _drawn(old: nn.Linear, shape: tuple[int, int], source: torch.Generator | None) -> nn.Linear:
+    """A linear layer of another shape, normal with the old one's standard deviation; its bias is zero."""
+    made = nn.Linear(shape[1], shape[0], old.bias is not None, old.weight.device, old.weight.dtype)
+    if source is not None:
+        made.weight.copy_(torch.empty(shape).normal_(0, old.weight.float().std().item(), generator=source))
+        if made.bias is not None:
+            made.bias.zero_()
+    return made

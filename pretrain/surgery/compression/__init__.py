@@ -1,0 +1,1 @@
+"""Smaller models: quantised, pruned, factorised, of palettes."""

@@ -1,0 +1,266 @@
+"""Weights of a few bits from second-order information, packed or as plain dense weights.
+
+Shape letters: N tokens, O outputs, I inputs, G groups of inputs, C inputs of a block of columns, R rows of words.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pretrain.core.checkpoint import record
+from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import at, family, set_module
+from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._calibration import (
+    Blocks,
+    batches_of,
+    factors_of,
+    inverse_factor,
+    parts,
+    plain_linears,
+    set_weight,
+    weight_of,
+)
+from pretrain.surgery.compression._grid import (
+    Quantised,
+    grid,
+    groups_of,
+    nearest,
+    pack,
+    round_to_nearest,
+    unpack,
+    words,
+)
+
+BITS = (2, 3, 4, 8)
+
+
+def solve(
+    weight_OI: Tensor, hessian_II: Tensor, *, bits: int, group_size: int, symmetric: bool, desc_act: bool,
+    damping: float, block_size: int,
+) -> Quantised:  # fmt: skip
+    """Column by column to the nearest grid point, the error made up for by the columns to come.
+
+    A group's grid is set when its first column comes, from the weights as they are then; blocks end where groups do.
+    """
+    outputs, inputs = weight_OI.shape
+    size = inputs if group_size == -1 else group_size
+    order_I = torch.arange(inputs, device=weight_OI.device)
+    if desc_act:
+        order_I = torch.argsort(hessian_II.diagonal(), descending=True, stable=True)
+    W_OI = weight_OI[:, order_I].clone()
+    U_II = inverse_factor(hessian_II[order_I][:, order_I], damping, "gptq").to(W_OI.dtype)
+    code_OI, scales, zeros = torch.empty_like(W_OI), [], []
+    cuts = sorted({*range(0, inputs, block_size), *range(0, inputs, size), inputs})
+    for start, end in itertools.pairwise(cuts):
+        if start % size == 0:
+            scale_O, zero_O = grid(W_OI[:, start : start + size], bits, symmetric)
+            scales.append(scale_O)
+            zeros.append(zero_O)
+        error_OC = W_OI.new_zeros(outputs, end - start)
+        for i in range(start, end):
+            code_OI[:, i] = nearest(W_OI[:, i], scale_O, zero_O, bits)
+            error_O = (W_OI[:, i] - scale_O * (code_OI[:, i] - zero_O)) / U_II[i, i]
+            W_OI[:, i:end] -= torch.outer(error_O, U_II[i, i:end])
+            error_OC[:, i - start] = error_O
+        W_OI[:, end:] -= error_OC @ U_II[start:end, end:]
+    back_I = torch.argsort(order_I)
+    group_I = (torch.arange(inputs, device=W_OI.device) // size)[back_I]
+    return Quantised(code_OI[:, back_I], torch.stack(scales, 1), torch.stack(zeros, 1), group_I)
+
+
+class PackedLinear(nn.Module):
+    """A linear layer of packed integers in the layout of AutoGPTQ; takes the place of `layer`.
+
+    `qweight` (words of the inputs' codes, O), `qzeros` (G, words of the outputs' zeros), `scales` (G, O) and `g_idx`,
+    the group of each input. Symmetric zeros are stored less one, as the first version of that format has them; others
+    as they are, as its second version does, since the first has no room for a zero of 0.
+    """
+
+    linear_like = True
+
+    def __init__(self, layer: nn.Linear | Conv1D, bits: int, group_size: int, symmetric: bool) -> None:
+        super().__init__()
+        self.bits, self.offset = bits, int(symmetric)
+        shape = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
+        self.out_features, self.in_features = shape
+        groups, device = groups_of(self.in_features, group_size), layer.weight.device
+
+        def blank(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
+            return torch.zeros(*sizes, dtype=dtype, device=device)
+
+        self.register_buffer("qweight", blank(words(self.in_features, bits), self.out_features))
+        self.register_buffer("qzeros", blank(groups, words(self.out_features, bits)))
+        self.register_buffer("scales", blank(groups, self.out_features, dtype=torch.float16))
+        self.register_buffer("g_idx", blank(self.in_features))
+        self.bias = layer.bias
+
+    def fill(self, found: Quantised) -> None:
+        """Take the numbers."""
+        self.qweight.copy_(pack(found.code_OI.T, self.bits))  # type: ignore[operator]
+        self.qzeros.copy_(pack(found.zero_OG - self.offset, self.bits).T)  # type: ignore[operator]
+        self.scales.copy_(found.scale_OG.T)  # type: ignore[operator]
+        self.g_idx.copy_(found.group_I)  # type: ignore[operator]
+
+    def quantised(self) -> Quantised:
+        """The numbers again, in float32."""
+        parts: Any = (self.qweight, self.qzeros, self.scales, self.g_idx)
+        qweight, qzeros, scales, g_idx = parts
+        code_IO = unpack(qweight, self.bits, self.in_features).float()
+        zero_OG = unpack(qzeros.T.contiguous(), self.bits, self.out_features).float() + self.offset
+        return Quantised(code_IO.T, scales.float().T, zero_OG, g_idx.long())
+
+    def dense(self) -> Tensor:
+        """The weight as one matrix O × I."""
+        return self.quantised().dense()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x Wᵀ + bias; W is made for the call and not kept."""
+        return F.linear(x, self.dense().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        """What `print` says."""
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={len(self.scales)}"  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class GPTQ(Surgery):
+    """GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers (arXiv:2210.17323).
+
+    Each linear layer of the blocks gets integers of `bits` bits that keep its outputs on calibration text: with H =
+    2XXᵀ + λI, λ = `damping` times H's mean diagonal, and U the upper Cholesky factor of H⁻¹, the columns are rounded
+    one after another, and each one's error goes to those after it: W[:, i:] -= (w_i - q_i) / U[i, i] · U[i, i:], lazily
+    in blocks of `block_size`. Blocks of the model come in order, each on what the quantised ones before it give;
+    `true_sequential` goes on the same way inside of a block. Each row has a min-max grid of its own for every
+    `group_size` inputs (-1: for all), set from the weights as they are when the group's turn comes. `desc_act` takes
+    the columns with the greatest inputs first. `solver: rtn` rounds to nearest, the paper's baseline, and needs no
+    text. `pack: false` leaves a plain model with dense weights on the grid. Embeddings and head stay as they are.
+    """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+
+    bits: int = 4
+    group_size: int = 128
+    symmetric: bool = False
+    desc_act: bool = False
+    true_sequential: bool = False
+    damping: float = 0.01
+    block_size: int = 128
+    solver: Literal["gptq", "rtn"] = "gptq"
+    pack: bool = True
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise PretrainError(f"gptq: bits {self.bits}: accepted: {', '.join(map(str, BITS))}", place=("bits",))
+        if self.group_size != -1 and self.group_size < 1:
+            raise PretrainError(
+                f"gptq: group_size {self.group_size}: accepted: 1 or more, or -1 for whole rows", place=("group_size",)
+            )
+        if not 0 < self.damping < 1:
+            raise PretrainError(f"gptq: damping {self.damping}: accepted: between 0 and 1", place=("damping",))
+        if self.block_size < 1:
+            raise PretrainError(f"gptq: block_size {self.block_size}: accepted: 1 or more", place=("block_size",))
+        if self.solver not in ("gptq", "rtn"):
+            raise PretrainError(f"gptq: solver {self.solver!r}: accepted: gptq, rtn", place=("solver",))
+        if self.desc_act and self.solver == "rtn":
+            raise PretrainError(
+                "gptq: desc_act True: accepted: only with solver gptq; rounding knows no order", place=("desc_act",)
+            )
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
+        """The model with its linear layers quantised."""
+        layers = plain_linears(model, self.name, self.families, inside=True)
+        training = model.training
+        model.eval()
+        if self.solver == "rtn":
+            found = {n: self._put(m, self._nearest(weight_of(m))) for n, m in layers.items()}
+        else:
+            found = self._calibrated(model, layers, inputs)
+        model.train(training)
+        if self.pack:
+            self._packed(model, layers, found)
+        return model
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Replace the layers; their numbers are zero."""
+        if not self.pack:
+            return super().restore(model)
+        for name, layer in plain_linears(model, self.name, self.families, inside=True).items():
+            replaced = PackedLinear(layer, self.bits, self.group_size, self.symmetric)
+            set_module(model, name, replaced.train(model.training))
+        return model
+
+    def _nearest(self, weight_OI: Tensor) -> Quantised:
+        return round_to_nearest(weight_OI, self.bits, self.group_size, self.symmetric)
+
+    def _put(self, layer: nn.Linear | Conv1D, found: Quantised) -> Quantised:
+        """Put the weights on the grid into the layer, so that later layers are calibrated on what comes of them."""
+        set_weight(layer, found.dense())
+        return found
+
+    def _calibrated(
+        self, model: PreTrainedModel, layers: dict[str, nn.Linear | Conv1D], inputs: Inputs | None
+    ) -> dict[str, Quantised]:
+        """The blocks in order, each calibrated on what the quantised ones before it give."""
+        batches, names = batches_of(inputs, self.name), {id(layer): name for name, layer in layers.items()}
+        whole, found = Blocks(model, batches), {}
+        steps = list(parts(model).values())
+        if not self.true_sequential:
+            steps = [tuple(name for step in steps for name in step)]
+        for number in range(len(whole)):
+            for step in _in_order(whole.blocks[number], steps):
+                some = whole.layers(number, step)
+                hessians = whole.hessians(number, some)
+                for name, layer in some.items():
+                    found[names[id(layer)]] = self._put(layer, self._solved(layer, hessians[name]))
+            whole.advance(number)
+        return found
+
+    def _solved(self, layer: nn.Linear | Conv1D, hessian_II: Tensor) -> Quantised:
+        return solve(
+            weight_OI=weight_of(layer), hessian_II=hessian_II, bits=self.bits, group_size=self.group_size,
+            symmetric=self.symmetric, desc_act=self.desc_act, damping=self.damping, block_size=self.block_size,
+        )  # fmt: skip
+
+    def _packed(
+        self, model: PreTrainedModel, layers: dict[str, nn.Linear | Conv1D], found: dict[str, Quantised]
+    ) -> None:
+        for name, layer in layers.items():
+            replaced = PackedLinear(layer, self.bits, self.group_size, self.symmetric)
+            replaced.fill(found[name])
+            set_module(model, name, replaced.train(model.training))
+        model.config.quantization_config = self.quantization_config()  # type: ignore[union-attr]
+        # Of Llama's packed weights it was checked that others open them to the same logits.
+        record(model, self, foreign=family(model).name != "llama")
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What `transformers` and GPTQModel read in `config.json` of such weights."""
+        try:
+            ours = f"pretrain:{version('pretrain')}"
+        except PackageNotFoundError:
+            ours = "pretrain"
+        return {
+            "quant_method": "gptq", "bits": self.bits, "group_size": self.group_size, "sym": self.symmetric,
+            "desc_act": self.desc_act, "damp_percent": self.damping, "true_sequential": self.true_sequential,
+            "checkpoint_format": "gptq" if self.symmetric else "gptq_v2", "pack_dtype": "int32", "lm_head": False,
+            "meta": {"quantizer": [ours]},
+        }  # fmt: skip
+
+
+def _in_order(block: nn.Module, steps: Sequence[Sequence[str]]) -> Iterator[list[str]]:
+    """The steps of a block, each where layers are factorised as one step of first factors and one of second ones."""
+    for step in steps:
+        paths = [factors_of(name, at(block, name)) for name in step]
+        for depth in range(max(map(len, paths))):
+            yield [path[depth] for path in paths if depth < len(path)]

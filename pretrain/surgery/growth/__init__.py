@@ -1,0 +1,1 @@
+"""Larger models from smaller ones."""

@@ -1,0 +1,1 @@
+"""Other tokens for a model: more, fewer, another language's."""

@@ -1,0 +1,199 @@
+"""New subwords that begin as mixtures of old ones of similar meaning, in embeddings of two thin factors.
+
+Shape letters: V rows, N new tokens, K neighbours, E width, R the factors' common length, D length of a word vector.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from pretrain.core.checkpoint import record
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import Ref
+from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._merge import report
+from pretrain.surgery._random import generator
+
+CHUNK = 1024
+
+
+class FactorisedEmbedding(nn.Module):
+    """Embeddings coordinates_VR @ primitives_RE; takes the place of `layer`."""
+
+    def __init__(self, layer: nn.Embedding, rank: int) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim = layer.weight.shape
+        self.padding_idx = layer.padding_idx
+        like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+        self.coordinates = nn.Parameter(torch.zeros(self.num_embeddings, rank, **like))
+        self.primitives = nn.Parameter(torch.zeros(rank, self.embedding_dim, **like))
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table, made anew."""
+        return self.coordinates @ self.primitives
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """The tokens' embeddings."""
+        return F.embedding(ids, self.coordinates, self.padding_idx) @ self.primitives
+
+
+class FactorisedHead(nn.Module):
+    """The head that is tied to such embeddings."""
+
+    def __init__(self, embedding: FactorisedEmbedding, bias_V: nn.Parameter | None) -> None:
+        super().__init__()
+        self.tied = (embedding,)  # not a submodule: the factors are stored once
+        self.bias = bias_V
+
+    @property
+    def weight(self) -> Tensor:
+        """The whole table, made anew."""
+        return self.tied[0].weight
+
+    def forward(self, states: Tensor) -> Tensor:
+        """The logits."""
+        (embedding,) = self.tied
+        return F.linear(F.linear(states, embedding.primitives), embedding.coordinates, self.bias)
+
+
+@dataclass(frozen=True)
+class Ofa(Surgery):
+    """OFA: A Framework of Initializing Unseen Subword Embeddings for Efficient Large-scale Multilingual Continued
+    Pretraining (arXiv:2311.08849).
+
+    The embeddings U Σ Vᵀ become two factors, coordinates F = U_R and primitives P = Σ_R V_Rᵀ, R the `dimension`; the
+    head, tied to them, uses both. The tokens of `tokenizer` that the checkpoint's lacks are added. With the mean of
+    the words that a subword is part of, in external aligned word vectors, as its own vector, a new token's coordinates
+    are Σ_k softmax(s_k / temperature) F_k over the `neighbors` old subwords k of the highest cosine s_k; of a token
+    that is an old one but for case they are that one's; where no word tells, normal with the old ones' mean and
+    deviation. Old rows keep theirs. `dimension` 0, or the width: no factors, mixtures of whole rows, of a head that is
+    not tied too. A head's bias is mixed alike. `vectors` are files (.vec or .txt, .json, .safetensors) of one space,
+    of each the first `max_words` (0: all).
+    """
+
+    tokenizer: Ref
+    vectors: tuple[Ref, ...]
+    dimension: int = 400
+    neighbors: int = 10
+    temperature: float = 0.1
+    max_words: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse what gives no mixture."""
+        if self.vectors == ():
+            raise PretrainError("ofa: vectors []: accepted: one or more files of word vectors")
+        for name, least in (("dimension", 0), ("neighbors", 1), ("max_words", 0)):
+            if getattr(self, name) < least:
+                raise PretrainError(f"ofa: {name} {getattr(self, name)}: accepted: {least} or more")
+        if not self.temperature > 0:
+            raise PretrainError(f"ofa: temperature {self.temperature}: accepted: above 0")
+
+    @torch.no_grad()
+    def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
+        """The same model with more rows and, of a smaller dimension, in factors."""
+        from pretrain.surgery._tokens import expand
+        from pretrain.surgery.vocabulary._vectors import read, subwords
+
+        factors = self._rank(model)
+        words, vectors_WD = read(self.name, self.vectors, self.max_words)
+        table_VE = model.get_input_embeddings().weight.detach().double()
+        old, new = expand(self.name, model, self.tokenizer, inputs)
+        assert inputs is not None and inputs.tokenizer is not None
+        before, after = inputs.tokenizer, inputs.extra["tokenizer"]
+        near_VD, far_VD = (subwords(t, words, vectors_WD, max(old + new) + 1) for t in (before, after))
+        alike = _same_but_for_case(before, after, new)
+        told = [i for i in new if i not in alike and far_VD[i].any()]
+        mixture = _mixture(near_VD[old], far_VD[told], self.neighbors, self.temperature)
+        counts = {"new_tokens": len(new), "copied": len(alike), "mixed": len(told)}
+        report(inputs, **{f"ofa/{name}": count for name, count in counts.items()})
+        source = generator(self.name, inputs)
+
+        def fill(into_VX: Tensor, from_VX: Tensor) -> None:
+            """Write the old rows and the new ones."""
+            into_VX[: len(from_VX)] = from_VX.to(into_VX)
+            known_VX = from_VX[old].double()
+            shape = (len(new), *known_VX.shape[1:])
+            drawn = torch.randn(shape, generator=source, dtype=torch.float64).to(known_VX.device)
+            into_VX[new] = (known_VX.mean(0) + known_VX.std(0, correction=0) * drawn).to(into_VX)
+            if alike:
+                into_VX[list(alike)] = from_VX[list(alike.values())].to(into_VX)
+            if told:
+                where_NK, share_NK = (x.to(known_VX.device) for x in mixture)
+                into_VX[told] = torch.einsum("nk,nk...->n...", share_NK, known_VX[where_NK]).to(into_VX)
+
+        head: Any = model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
+        if bias is not None:
+            fill(bias, bias.detach().clone()[: len(table_VE)])
+        if not factors:
+            tied = head is None or head.weight is model.get_input_embeddings().weight
+            fill(model.get_input_embeddings().weight, table_VE)
+            if not tied:
+                fill(head.weight, head.weight.detach().clone()[: len(table_VE)])
+            return model
+        U_VX, S_X, Vh_XE = torch.linalg.svd(table_VE, full_matrices=False)
+        model = self.restore(model)
+        layer: Any = model.get_input_embeddings()
+        fill(layer.coordinates, U_VX[:, :factors])
+        layer.primitives.copy_(S_X[:factors, None] * Vh_XE[:factors])
+        record(model, self)
+        return model
+
+    def _rank(self, model: PreTrainedModel) -> int:
+        """The factors' length; 0 where there are none."""
+        layer, head = model.get_input_embeddings(), model.get_output_embeddings()
+        if not isinstance(layer, nn.Embedding):
+            raise PretrainError(f"ofa: the embeddings are a {type(layer).__name__}; accepted: a plain table")
+        rows, width = layer.weight.shape
+        if self.dimension in (0, width):
+            return 0
+        if self.dimension > min(rows, width):
+            raise PretrainError(f"ofa: dimension {self.dimension}: accepted: 0 to {min(rows, width)}")
+        shared = sum(isinstance(m, nn.Embedding) and m.weight is layer.weight for m in model.modules())
+        if shared > 1 or (head is not None and head.weight is not layer.weight):
+            what = "embeddings shared by several layers" if shared > 1 else "a head that is not tied"
+            raise PretrainError(f"ofa: dimension {self.dimension} with {what}: accepted: 0, or one table, tied")
+        return self.dimension
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Put the factors, yet zero, in place of the table."""
+        head: Any = model.get_output_embeddings()
+        embedding = FactorisedEmbedding(model.get_input_embeddings(), self.dimension)
+        model.set_input_embeddings(embedding)
+        if head is not None:
+            model.set_output_embeddings(FactorisedHead(embedding, head.bias))
+        return model
+
+
+def _mixture(
+    old_VD: NDArray[np.float64], new_ND: NDArray[np.float64], neighbors: int, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """Which old subwords each new one is mixed of, by the cosine of their vectors, and their shares."""
+    near_VD, far_ND = (F.normalize(torch.from_numpy(x), dim=1) for x in (old_VD, new_ND))
+    count = min(neighbors, len(near_VD))
+    places, shares = [torch.zeros(0, count, dtype=torch.long)], [torch.zeros(0, count, dtype=torch.float64)]
+    for some_ND in far_ND.split(CHUNK):
+        cosine_NK, place_NK = (some_ND @ near_VD.T).topk(count, dim=1)
+        places.append(place_NK)
+        shares.append(torch.softmax(cosine_NK / temperature, dim=1))
+    return torch.cat(places), torch.cat(shares)
+
+
+def _same_but_for_case(old: Any, new: Any, ids: list[int]) -> dict[int, int]:
+    """New tokens whose text is an old token's but for case, with the old one; of several the last.
+
+    Tokens of bytes that are no whole character have no text.
+    """
+    special = set(old.all_special_ids)
+    lower = {old.decode([i]).lower(): i for i in sorted(old.get_vocab().values()) if i not in special}
+    found = {i: (text, lower.get(text)) for i in ids if (text := new.decode([i]).lower())}
+    return {i: j for i, (text, j) in found.items() if j is not None and "\ufffd" not in text}
