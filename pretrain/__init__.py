@@ -5,14 +5,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["PretrainError", "load", "run"]
+__all__ = ["PretrainError", "load", "run", "use_methods"]
 
 if TYPE_CHECKING:
     from pretrain.core.checkpoint import load
     from pretrain.core.errors import PretrainError
+    from pretrain.core.registry import use_methods
     from pretrain.engine import run
 
-_HOMES = {"load": "pretrain.core.checkpoint", "run": "pretrain.engine", "PretrainError": "pretrain.core.errors"}
+_HOMES = {
+    "load": "pretrain.core.checkpoint",
+    "run": "pretrain.engine",
+    "use_methods": "pretrain.core.registry",
+    "PretrainError": "pretrain.core.errors",
+}
 
 
 def __getattr__(name: str) -> Any:

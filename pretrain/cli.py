@@ -12,7 +12,7 @@ import typer
 
 from pretrain import cli_claim
 from pretrain.core.errors import PretrainError
-from pretrain.core.registry import info, kinds, methods
+from pretrain.core.registry import info, kinds, methods, use_methods
 
 
 class _App(typer.Typer):
@@ -57,8 +57,14 @@ def _main(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    folders: Annotated[
+        list[Path] | None,
+        typer.Option("--methods", metavar="FOLDER", help="A folder of methods of your own; may be given many times."),
+    ] = None,
 ) -> None:
     """The whole life of a pretrained model on a limited budget."""
+    for folder in folders or []:
+        use_methods(folder)
 
 
 @app.command()

@@ -21,7 +21,7 @@ HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
 
 def pages() -> dict[str, str]:
     """File name -> text."""
-    found = {kind: [m for m in methods().values() if m.kind == kind] for kind in kinds()}
+    found = {kind: [m for m in methods().values() if m.kind == kind and m.ours] for kind in kinds()}
     result = {f"{_slug(kind)}.md": _page(kind, rows) for kind, rows in found.items() if rows}
     lines = [HEAD, "# Methods\n", "| method | kind | paper | model families |", "|---|---|---|---|"]
     for kind, rows in found.items():

@@ -16,9 +16,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
 
-FIELDS = ("name", "seed", "output", "base", "set", "stages")
+FIELDS = ("name", "seed", "output", "base", "set", "methods", "stages")
 Place = tuple[Any, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
 Places = dict[Place, str]  # where each stands: FILE:LINE
 
@@ -79,6 +80,8 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Place
             raise PretrainError(
                 f"{_at(places, (key,), path)}: unknown field {key!r}{hint}; accepted: {', '.join(FIELDS)}"
             )
+    if isinstance(raw.get("methods"), str):
+        raw["methods"] = str((path.parent / Path(raw["methods"]).expanduser()).resolve())
     if raw.get("base") is not None:
         where = _at(places, ("base",), path)
         base = (path.parent / str(raw["base"])).resolve()
@@ -251,6 +254,14 @@ def check(
     own = raw.get("output")
     if own is not None and (not isinstance(own, str) or not own.strip()):
         raise wrong("output", "a folder's path")
+    outside = raw.get("methods")
+    if outside is not None and not isinstance(outside, str):
+        raise wrong("methods", "the path of a folder of methods, one a file")
+    if outside is not None:
+        try:
+            use_methods(outside)
+        except PretrainError as error:
+            raise PretrainError(f"{_at(places, ('methods',), whole)}: {error}") from error
     given = raw.get("stages")
     if not isinstance(given, list) or not given:
         raise wrong("stages", "a list of at least one stage")

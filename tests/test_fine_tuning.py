@@ -21,8 +21,8 @@ from pretrain.core.models.families import base
 from pretrain.core.models.heads import labels_of, with_head
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import run, silent
+from pretrain.objectives import _metrics
 from pretrain.objectives._fine_tuning import framed
-from pretrain.objectives.labelled import _metrics
 from pretrain.objectives.labelled.tagging import word_of_tokens
 
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)

@@ -130,7 +130,7 @@ def test_overrides_reach_into_stages_and_methods(tmp_path):
         ("stages.0=3", r"--set stages.0=3: stages.0: accepted: a mapping with stage"),
         ("name=5", r"--set name=5: name 5: accepted: letters"),
         ("output=5", r"--set output=5: output 5: accepted: a folder's path"),
-        ("set=5", r"--set 'set': accepted: one of name, seed, output, stages, or STAGE.field"),
+        ("set=5", r"--set 'set': accepted: one of name, seed, output, methods, stages, or STAGE.field"),
         ("model.optimizer.lr=-1", r"--set model.optimizer.lr=-1: model.optimizer: .*lr: -1"),
         ("corpus.sources=&a [*a]", r"--set .*holds itself"),
         ("model.model=[5", "is not valid YAML"),

@@ -1,8 +1,8 @@
 """How methods are found: by reading source files, importing none.
 
 Ours lie in the folders of the kinds, at any depth. A user's lie in packages that declare the entry point group
-`pretrain.methods`, or in folders that a recipe (`methods:`) or `use` names. A class is a method if it is a frozen
-dataclass that descends from the base of a kind: the class that says `kind` in a folder's `__init__.py`.
+`pretrain.methods`, or in folders that a recipe (`methods:`) or `use_methods` names. A class is a method if it is a
+frozen dataclass that descends from the base of a kind: the class that says `kind` in a folder's `__init__.py`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,11 @@ class MethodInfo:
     module: str
     cls: str
     path: Path
+
+    @property
+    def ours(self) -> bool:
+        """Whether it is part of this package, and not from outside."""
+        return self.module.startswith(f"{PACKAGE.name}.")
 
     def row(self) -> dict[str, str | tuple[str, ...] | None]:
         """What `pretrain methods --json` prints."""
@@ -196,22 +201,25 @@ def _package(folder: Path) -> str:
     return f"pretrain_methods_{sha256(str(folder).encode()).hexdigest()[:12]}"
 
 
-def use(folder: Path | str) -> None:
+def use_methods(folder: Path | str) -> None:
     """Add a folder of methods, one a file, to those there are; its files may import one another (`from . import x`)."""
     folder = Path(folder).expanduser().resolve()
     if not folder.is_dir():
         raise PretrainError(f"methods {str(folder)!r}: accepted: a folder of Python files, one method each")
     if folder in _added:
         return
+    _added.append(folder)
+    methods.cache_clear()
+    try:
+        if not any(info.path.parent == folder for info in methods().values()):
+            raise PretrainError(f"methods {str(folder)!r}: no file there defines a method; accepted: one method a file")
+    except PretrainError:
+        _added.remove(folder)
+        methods.cache_clear()
+        raise
     package = ModuleType(_package(folder))
     package.__path__ = [str(folder)]
     sys.modules[package.__name__] = package
-    _added.append(folder)
-    methods.cache_clear()
-    if not any(path.parent == folder for path in (info.path for info in methods().values())):
-        _added.remove(folder)
-        methods.cache_clear()
-        raise PretrainError(f"methods {str(folder)!r}: no file in it defines a method; accepted: one method a file")
 
 
 def info(name: str, kind: str | None = None) -> MethodInfo:

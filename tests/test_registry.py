@@ -1,0 +1,155 @@
+"""How methods are found: by parsing, in rooms, and from outside the package without a fork."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pretrain.core import registry
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import method_class
+from pretrain.core.registry import info, kinds, methods, use_methods
+
+ROOT = Path(__file__).parent.parent
+EXAMPLE = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "adding-a-method.md").read_text(), re.DOTALL)[1]
+RECIPE = """
+methods: my_methods
+stages:
+  - {stage: data, sources: [{files: text}], validation: 0.2, test: 0.2}
+  - {stage: tokenizer, corpus: data, vocab_size: 300}
+  - stage: train
+    corpus: data
+    tokenizer: tokenizer
+    model: {family: llama, hidden_size: 16, intermediate_size: 16, num_hidden_layers: 1, num_attention_heads: 2}
+    length: 32
+    batch_rows: 2
+    schedule: {method: polynomial, warmup: 0, power: 2.0}
+    optimizer: {method: adamw, lr: 0.01}
+    budget: {steps: 4}
+"""
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """The list of methods as it was, afterwards too."""
+    monkeypatch.setattr(registry, "_added", [])
+    yield
+    methods.cache_clear()
+
+
+def outside(folder: Path, code: str = EXAMPLE, name: str = "polynomial.py") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(code)
+    return folder
+
+
+def test_the_kind_follows_from_the_base_class_through_bases_of_ones_own():
+    assert list(kinds()) == [
+        "data operation", "objective", "optimiser", "schedule", "policy", "surgery", "decoding", "evaluation",
+    ]  # fmt: skip
+    assert info("classification").kind == "objective"  # by way of FineTuning
+    assert info("distillation").kind == "objective"  # by way of Taught, which a helper defines
+    for row in methods().values():
+        assert method_class(row.name).kind == row.kind
+        assert method_class(row.name).families == row.families
+
+
+def test_listing_imports_no_method():
+    program = (
+        "import sys; from pretrain.core.registry import methods; methods();"
+        "print([m for m in sys.modules if m.startswith('pretrain.') and not m.startswith('pretrain.core')])"
+    )
+    assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
+
+
+def test_a_recipe_uses_a_method_of_a_folder_beside_it(tmp_path):
+    outside(tmp_path / "my_methods")
+    (tmp_path / "text").mkdir()
+    for number in range(20):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"number {number} of twenty, and {number * 7} more. " * 9)
+    (tmp_path / "mine.yaml").write_text(RECIPE.replace("text}", f"{tmp_path}/text}}"))
+
+    def run(*words: str, folder: Path = tmp_path) -> subprocess.CompletedProcess[str]:
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "pretrain", *words]
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True, env=environment)
+
+    (tmp_path / "elsewhere").mkdir()  # the folder is found from the recipe, not from where one stands
+    done = run("run", "../mine.yaml", "--output", "out", folder=tmp_path / "elsewhere")
+    assert done.returncode == 0, done.stderr
+    log = [json.loads(line) for line in (tmp_path / "elsewhere/out/train/log.jsonl").read_text().splitlines()]
+    rates = [row["lr"] for row in log if row["event"] == "step"]
+    assert rates[1:] == pytest.approx([0.01 * (1 - t / 4) ** 2 for t in (1, 2, 3)], rel=0.4)
+    rows = json.loads(run("--methods", "my_methods", "methods", "polynomial", "schedule", "--json").stdout)
+    assert [(row["name"], row["kind"]) for row in rows] == [("polynomial", "schedule")]
+    assert json.loads(run("methods", "polynomial", "schedule", "--json").stdout) == []
+
+
+def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
+    outside(tmp_path / "guest" / "methods")
+    for folder in ("guest", "guest/methods"):
+        (tmp_path / folder / "__init__.py").write_text("")
+    facts = tmp_path / "guest-1.0.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1.0\n")
+    (facts / "entry_points.txt").write_text("[pretrain.methods]\nguest = guest.methods\nlost = guest.no_such\n")
+    program = (
+        "from pretrain.core.method import method_class; from pretrain.core.registry import info;"
+        "print(info('polynomial').kind, info('polynomial').ours, method_class('polynomial')(0, 2.0).factor(50, 100))"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["schedule", "False", "0.25"], done.stderr
+    assert "lost = 'guest.no_such'" in done.stderr  # named, and the others are there
+
+
+def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
+    code = EXAMPLE.replace(
+        "from pretrain.optim import Schedule, warmup_steps",
+        "from pretrain.optim import Schedule\n\nfrom ._helper import warmup_steps",
+    )
+    outside(tmp_path / "mine", code)
+    outside(tmp_path / "mine", "from pretrain.optim import warmup_steps as warmup_steps\n", "_helper.py")
+    use_methods(tmp_path / "mine")
+    assert method_class("polynomial")().name == "polynomial"
+
+
+@pytest.mark.parametrize(
+    ("code", "name", "message"),
+    [
+        ("x = 1\n", "nothing.py", "no file there defines a method"),
+        ("def f(:\n", "broken.py", "broken.py: not a Python file"),
+        (EXAMPLE, "cosine.py", "two methods are named 'cosine'"),
+        (EXAMPLE.replace("(arXiv:1606.00915)", ""), "polynomial.py", "must open with 'Title (arXiv:NUMBER)"),
+    ],
+)
+def test_a_folder_that_does_not_do_is_one_clear_error_and_leaves_the_list_as_it_was(
+    tmp_path, clean, code, name, message
+):
+    before = list(methods())
+    with pytest.raises(PretrainError, match=re.escape(message)):
+        use_methods(outside(tmp_path / "mine", code, name))
+    assert list(methods()) == before
+    with pytest.raises(PretrainError, match="accepted: a folder of Python files"):
+        use_methods(tmp_path / "missing")
+
+
+def test_a_method_that_cannot_be_imported_says_why(tmp_path, clean):
+    use_methods(
+        outside(
+            tmp_path / "mine",
+            EXAMPLE.replace(
+                "from dataclasses import dataclass", "from dataclasses import dataclass\nimport no_such_thing"
+            ),
+        )
+    )
+    with pytest.raises(
+        PretrainError, match=r"method 'polynomial' \(.*\) cannot be imported: No module named 'no_such_thing'"
+    ):
+        method_class("polynomial")
