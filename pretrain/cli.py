@@ -299,6 +299,7 @@ def _show(name: str) -> None:
     from dataclasses import fields
     from inspect import cleandoc
 
+    from pretrain.core.bounds import words
     from pretrain.core.method import default_of, method_class
 
     found = info(name)
@@ -307,7 +308,8 @@ def _show(name: str) -> None:
     typer.echo(cleandoc(cls.__doc__ or ""))
     typer.echo(f"\nmodel families: {', '.join(found.families) or 'any'}")
     for item in fields(cls):  # type: ignore[arg-type]
-        typer.echo(f"  {item.name}: {item.type} = {default_of(item)}")
+        kind, accepted = words(cls, item)
+        typer.echo(f"  {item.name}: {kind} = {default_of(item)}" + (f"  ({accepted})" if accepted else ""))
 
 
 @app.command()

@@ -11,6 +11,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+from pretrain.core.bounds import words
 from pretrain.core.files import write_text
 from pretrain.core.method import default_of, method_class
 from pretrain.core.registry import PACKAGE, MethodInfo, kinds, methods
@@ -48,11 +49,12 @@ def _entry(row: MethodInfo) -> str:
     body = cleandoc(cls.__doc__ or "").partition("\n\n")[2]
     lines = [f"## {row.name}\n", f"*{_paper(row)}*\n", body + "\n"]
     if fields(cls):
-        lines += ["| field | type | default |", "|---|---|---|"]
+        lines += ["| field | type | accepted | default |", "|---|---|---|---|"]
         for item in fields(cls):
             default = default_of(item).replace("|", "\\|")
             default = default if default == "required" else f"`{default}`"
-            lines.append(f"| `{item.name}` | `{str(item.type).replace('|', 'or')}` | {default} |")
+            kind, accepted = words(cls, item)
+            lines.append(f"| `{item.name}` | `{kind.replace('|', 'or')}` | {accepted} | {default} |")
         lines.append("")
     return "\n".join(lines)
 

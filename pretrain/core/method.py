@@ -9,8 +9,9 @@ from __future__ import annotations
 import importlib
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
-from typing import Annotated, Any, ClassVar, get_args, get_type_hints
+from typing import Annotated, Any, ClassVar, get_args
 
+from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info
 
@@ -43,7 +44,12 @@ class Method:
     """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
 
     kind: ClassVar[str]
+    version: ClassVar[int] = 1  # raised when the same fields come to mean something else
     families: ClassVar[tuple[str, ...]] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse fields outside their bounds; a method that checks more calls this first."""
+        check_fields(self, self.name)
 
     @property
     def name(self) -> str:
@@ -91,14 +97,12 @@ class Method:
 
 @cache
 def _ref_fields(cls: Any) -> tuple[str, ...]:
-    hints = get_type_hints(cls, include_extras=True)
-    return tuple(item.name for item in fields(cls) if is_ref(hints[item.name]))
+    return tuple(item.name for item in fields(cls) if is_ref(hints(cls)[item.name]))
 
 
 @cache
 def _held_fields(cls: Any) -> dict[str, str]:
-    hints = get_type_hints(cls, include_extras=True)
-    marks = {item.name: getattr(hints[item.name], "__metadata__", ()) for item in fields(cls)}
+    marks = {item.name: getattr(hints(cls)[item.name], "__metadata__", ()) for item in fields(cls)}
     return {name: mark.kind for name, of_it in marks.items() for mark in of_it if isinstance(mark, Holds)}
 
 

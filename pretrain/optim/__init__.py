@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pretrain.core.bounds import NonNegative
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ class Optimizer(Method):
     """Base of the optimisers. `lr` is the peak learning rate, `weight_decay` is for matrices only."""
 
     kind: ClassVar[str] = "optimiser"
-    lr: float = 1e-3
-    weight_decay: float = 0.1
+    lr: NonNegative = 1e-3
+    weight_decay: NonNegative = 0.1
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimiser over these parameters.

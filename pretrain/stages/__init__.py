@@ -8,8 +8,6 @@ type `Ref` names an earlier stage or a path; a field of type `ObjectiveField`, `
 from __future__ import annotations
 
 import importlib
-import math
-import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from functools import cache
@@ -18,6 +16,7 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 
+from pretrain.core.bounds import accepted, check_fields, hints
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
@@ -172,40 +171,25 @@ def build_dataclass(cls: Any, given: dict[str, Any], what: str) -> Any:
     known = [f.name for f in fields(cls)]
     for name in given:
         if name not in known:
-            accepted = ", ".join(known) or "none"
-            raise Misfit(f"unknown field {name!r} of {what}{nearest(name, known)}; accepted: {accepted}", (name,))
+            names = ", ".join(known) or "none"
+            raise Misfit(f"unknown field {name!r} of {what}{nearest(name, known)}; accepted: {names}", (name,))
     try:
         made = TypeAdapter(cls).validate_python(given)
-        _check_numbers(made)
+        check_fields(made, "")
         return made
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        raise Misfit(f"{what}: {where}: {first['input']!r}: {first['msg']}", first["loc"]) from error
+        words = (
+            accepted(hints(cls).get(str(first["loc"][0])), first["input"])
+            if first["type"] != "missing" and first["loc"]
+            else ""
+        )
+        reason = f"accepted: {words}" if words else first["msg"]
+        raise Misfit(f"{what}: {where}: {first['input']!r}: {reason}", first["loc"]) from error
     except PretrainError as error:
-        raise Misfit(f"{what}: {error}", error.place) from error
-
-
-def _check_numbers(made: Any) -> None:
-    """Numbers must be finite; those of an optimiser not negative, its betas below 1, its eps above 0."""
-    for item in fields(made):
-        value, name = getattr(made, item.name), item.name
-        for number in value if isinstance(value, tuple) else (value,):
-            accepted = None
-            if not isinstance(number, int | float) or isinstance(number, bool):
-                continue
-            if not math.isfinite(number):
-                accepted = "a finite number"
-            elif not isinstance(made, Optimizer):
-                continue
-            elif re.fullmatch(r"(beta|momentum)\d*s?", name) and not 0 <= number < 1:
-                accepted = "from 0 to below 1"
-            elif re.fullmatch(r"eps(ilon)?\d*", name) and number <= 0:
-                accepted = "above 0"
-            elif number < 0:
-                accepted = "0 or more"
-            if accepted is not None:
-                raise PretrainError(f"{name}: {number!r}: accepted: {accepted}", place=(name,))
+        reason = str(error).removeprefix(f"{cls.__module__.rpartition('.')[2]}: ")
+        raise Misfit(f"{what}: {reason}", error.place) from error
 
 
 def build_method(value: Any, kind: str) -> Any:

@@ -39,6 +39,7 @@ class PromptTemplate(DataOperation):
     length: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.objective.name != "prompt_classification":
             raise PretrainError(
                 f"prompt_template: prompt {self.objective.name!r}: accepted: {{method: prompt_classification, …}}",

@@ -44,6 +44,7 @@ class Bertin(DataOperation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be sampled."""
+        super().__post_init__()
         if self.sampling not in SAMPLINGS:
             raise unknown("bertin: sampling", self.sampling, SAMPLINGS)
         if not 0 < self.share <= 1:

@@ -33,6 +33,7 @@ class Miniplm(DataOperation):
 
     def __post_init__(self) -> None:
         """Refuse what selects nothing."""
+        super().__post_init__()
         if not 0 < self.ratio <= 1:
             raise PretrainError(f"miniplm: ratio {self.ratio}: accepted: above 0, at most 1")
         if self.length < 1:

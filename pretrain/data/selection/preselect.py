@@ -46,6 +46,7 @@ class Preselect(DataOperation):
 
     def __post_init__(self) -> None:
         """Refuse what has no ranking."""
+        super().__post_init__()
         if len(self.models) < 2:
             raise PretrainError(f"preselect: models {list(self.models)}: accepted: two or more")
         if bool(self.ability) == bool(self.target):

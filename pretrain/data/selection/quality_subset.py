@@ -37,6 +37,7 @@ class QualitySubset(DataOperation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be chosen."""
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise PretrainError(f"quality_subset: share {self.share}: accepted: above 0, at most 1")
         if self.order < 1 or self.words < 1:

@@ -37,6 +37,7 @@ class Prepacking(Decoding):
 
     def __post_init__(self) -> None:
         """Refuse a row of negative length."""
+        super().__post_init__()
         if self.row < 0:
             raise PretrainError(f"prepacking: row {self.row}: accepted: 0 (the longest prompt), or a number of tokens")
 

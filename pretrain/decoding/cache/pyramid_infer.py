@@ -48,6 +48,7 @@ class PyramidInfer(Decoding):
 
     def __post_init__(self) -> None:
         """Refuse shares that are none."""
+        super().__post_init__()
         for name in ("prefill_decay_ratio", "gen_decay_ratio", "gen_compress_ratio"):
             if not 0 < getattr(self, name) <= 1:
                 raise PretrainError(f"pyramid_infer: {name} {getattr(self, name)}: accepted: above 0, at most 1")

@@ -58,6 +58,7 @@ class SleepTime(Decoding):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
+        super().__post_init__()
         for name, fewest in {"rounds": 0, "notes_tokens": 1}.items():
             if getattr(self, name) < fewest:
                 raise PretrainError(f"sleep_time: {name} {getattr(self, name)}: accepted: {fewest} or more")

@@ -36,6 +36,7 @@ class ProxyTuning(Decoding):
 
     def __post_init__(self) -> None:
         """Refuse a scale that is no number."""
+        super().__post_init__()
         if not math.isfinite(self.alpha):
             raise PretrainError(f"proxy_tuning: alpha {self.alpha}: accepted: a finite number")
 

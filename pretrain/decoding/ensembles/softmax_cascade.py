@@ -47,6 +47,7 @@ class SoftmaxCascade(Decoding):
 
     def __post_init__(self) -> None:
         """Refuse thresholds that are none."""
+        super().__post_init__()
         if any(not value >= 0 for value in self.thresholds):
             raise PretrainError(f"softmax_cascade: thresholds {self.thresholds}: accepted: 0 or more; above 1: never")
 

@@ -51,6 +51,7 @@ class Homer(Decoding):
 
     def __post_init__(self) -> None:
         """Refuse lengths that are none."""
+        super().__post_init__()
         least = {"max_chunk_len": 3, "target_len": 3, "layers_warmup": 0, "prefix": 0, "suffix": 1}
         for name, lowest in least.items():
             value = getattr(self, name)

@@ -53,6 +53,7 @@ class MInference(Decoding):
 
     def __post_init__(self) -> None:
         """Refuse sizes that keep nothing."""
+        super().__post_init__()
         check((f"minference: {name}", getattr(self, name), 1) for name in ("vertical", "slash", "last_q"))
 
     def prefill(

@@ -47,6 +47,7 @@ class ADED(Decoding):
     samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         fields = (("sequences", 1), ("iterations", 1), ("length", 2), ("successors", 1), ("window", 3))
         check((f"aded: {name}", getattr(self, name), least) for name, least in fields)
 

@@ -43,6 +43,7 @@ class TokenRecycling(Decoding):
     samples: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check((("token_recycling: k", self.k, 1), ("token_recycling: nodes", self.nodes, 1)))
 
     @cached_property

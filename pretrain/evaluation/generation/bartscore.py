@@ -54,6 +54,7 @@ class BARTScore(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         if self.length < 1:
             raise PretrainError(f"bartscore: length {self.length}: accepted: 1 or more")
         if self.source == self.target:

@@ -66,6 +66,7 @@ class GenerationVerificationGap(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         accepted = {
             "utility": ("exact", "parses"), "verifier": ("choice", "likelihood"), "weights": ("filter", "reweight")
         }  # fmt: skip

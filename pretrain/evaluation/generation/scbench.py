@@ -63,6 +63,7 @@ class SCBench(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         least = {"turns": 1, "contexts": 1, "length": 0, "width": 4, "hops": 1, "slack": 0, "sink": 0, "window": 1}
         for name, fewest in least.items():
             if getattr(self, name) < fewest:

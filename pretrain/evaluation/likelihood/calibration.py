@@ -47,6 +47,7 @@ class Calibration(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         if self.bins < 1:
             raise PretrainError(f"calibration: bins {self.bins}: accepted: 1 or more")
         rising = all(a < b for a, b in zip(self.positions, self.positions[1:]))

@@ -49,6 +49,7 @@ class MinK(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         if not 0 < self.k <= 1:
             raise PretrainError(f"min_k: k {self.k}: accepted: above 0, at most 1")
         if not 0 < self.false_positives < 1:

@@ -36,6 +36,7 @@ class ActivationDensity(Evaluation):
     batch: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.epsilon >= 0:
             raise PretrainError(f"activation_density: epsilon {self.epsilon}: accepted: 0 or more")
         if self.length < 1 or self.batch < 1:

@@ -57,6 +57,7 @@ class AstProbe(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         for name, least in (("rank", 1), ("batch", 1), ("epochs", 1), ("patience", 1), ("tokens", 2), ("snippets", 3)):
             if getattr(self, name) < least:
                 raise PretrainError(f"ast_probe: {name} {getattr(self, name)}: accepted: {least} or more")

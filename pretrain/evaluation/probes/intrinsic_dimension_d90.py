@@ -42,6 +42,7 @@ class IntrinsicDimensionD90(Evaluation):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.dimensions or min(self.dimensions) < 1 or list(self.dimensions) != sorted({*self.dimensions}):
             raise PretrainError(f"intrinsic_dimension_d90: dimensions {self.dimensions}: accepted: rising, 1 or more")
         if not 0 < self.share <= 1:

@@ -39,6 +39,7 @@ class Probe(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         if self.length < 1:
             raise PretrainError(f"probe: length {self.length}: accepted: 1 or more")
 

@@ -36,6 +36,7 @@ class Retrieval(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         for name in ("length", "shortest"):
             if getattr(self, name) < 1:
                 raise PretrainError(f"retrieval: {name} {getattr(self, name)}: accepted: 1 or more")

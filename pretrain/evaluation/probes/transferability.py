@@ -53,6 +53,7 @@ class Transferability(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         for name, least in (("length", 1), ("components", 0), ("neighbours", 1), ("smallest", 2), ("groups", 2)):
             if getattr(self, name) < least:
                 raise PretrainError(f"transferability: {name} {getattr(self, name)}: accepted: {least} or more")

@@ -51,6 +51,7 @@ class Harness(Evaluation):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
+        super().__post_init__()
         for name, fewest in {"limit": 0, "length": 0, "resamples": 0}.items():
             if getattr(self, name) < fewest:
                 raise PretrainError(f"harness: {name} {getattr(self, name)}: accepted: {fewest} or more")

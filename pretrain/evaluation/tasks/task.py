@@ -39,6 +39,7 @@ class Task(Evaluation):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.length < 0 or self.resamples < 0:
             raise PretrainError("task: length, resamples: accepted: 0 or more")
         if not self.method.labelled:

@@ -58,6 +58,7 @@ class CTCD(Taught):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         inner(self.name, self.objective, self.rate)
         if self.companion and self.companion_init:
             raise PretrainError("ctcd: companion and companion_init: accepted: one of them")

@@ -64,6 +64,7 @@ class Distillation(Taught):
     layers: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         inner(self.name, self.objective, self.rate)
         check_weights(self, "hard", "soft", "features", "top_k")
         if not self.temperature > 0:

@@ -55,6 +55,7 @@ class PELAPretraining(Taught):
     epsilon: float = 1e-3
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         inner(self.name, self.objective, self.rate)
         check_weights(self, "own", "features", "perturbation", "epsilon")
 

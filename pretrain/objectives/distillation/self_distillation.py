@@ -51,6 +51,7 @@ class SelfDistillation(Taught):
     states: Literal["auto", "first", "all"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         inner(self.name, self.objective, self.rate)
         check_weights(self, "distance")
         accepted = ("auto", "first", "all") if self.objective == "masked_lm" else ("auto", "all")

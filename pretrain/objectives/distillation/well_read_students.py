@@ -59,6 +59,7 @@ class WellReadStudents(FineTuning):
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_weights(self, "soft", "hard")
         if not self.temperature > 0:
             raise PretrainError(f"well_read_students: temperature {self.temperature}: accepted: above 0")

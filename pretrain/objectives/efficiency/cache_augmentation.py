@@ -54,6 +54,7 @@ class CacheAugmentation(Objective):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no trace."""
+        super().__post_init__()
         for name, least in (("latents", 0), ("ahead", 1), ("traces", 1)):
             if getattr(self, name) < least:
                 raise PretrainError(f"cache_augmentation: {name} {getattr(self, name)}: accepted: {least} or more")

@@ -45,6 +45,7 @@ class Deft(Objective):
     epsilon: float = 1e-7
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.weight >= 0:
             raise PretrainError(f"deft: weight {self.weight}: accepted: 0 or more", place=("weight",))
         if not self.epsilon > 0:

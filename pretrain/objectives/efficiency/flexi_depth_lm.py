@@ -37,6 +37,7 @@ class FlexiDepthLM(Objective):
 
     def __post_init__(self) -> None:
         """Refuse a reward for depth."""
+        super().__post_init__()
         if not self.alpha >= 0:
             raise PretrainError(f"flexi_depth_lm: alpha {self.alpha}: accepted: 0 or more")
 

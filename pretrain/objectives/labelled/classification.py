@@ -37,6 +37,7 @@ class Classification(FineTuning):
     label_smoothing: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.label_smoothing < 1:
             raise PretrainError(f"classification: label_smoothing {self.label_smoothing}: accepted: 0 to below 1")
 

@@ -55,6 +55,7 @@ class PromptClassification(FineTuning):
     samples: int = 16
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.lm not in ("masked", "causal"):
             raise PretrainError(f"prompt_classification: lm {self.lm!r}: accepted: masked, causal", place=("lm",))
         try:

@@ -41,6 +41,7 @@ class Seq2Seq(FineTuning):
     answer: int = 64
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         try:
             names = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name is not None]
         except ValueError as error:

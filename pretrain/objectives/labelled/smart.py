@@ -59,6 +59,7 @@ class Smart(FineTuning):
     early: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, right, accepted in (
             ("lambda_s", self.lambda_s >= 0, "0 or more"), ("mu", self.mu >= 0, "0 or more"),
             ("epsilon", self.epsilon > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"),

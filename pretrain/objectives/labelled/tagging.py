@@ -36,6 +36,7 @@ class Tagging(FineTuning):
     token: Literal["first", "last"] = "first"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.token not in ("first", "last"):
             raise PretrainError(f"tagging: token {self.token!r}: accepted: first, last")
 

@@ -44,6 +44,7 @@ class DrBERT(Objective):
     encoder_share: float = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.layers < 0:
             raise PretrainError(f"drbert: layers {self.layers}: accepted: 0 or more")
         if self.attention not in ("full", "unmasked", "gradual"):

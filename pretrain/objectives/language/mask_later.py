@@ -44,6 +44,7 @@ class MaskLater(Objective):
     decoder_layers: int = 2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rate", "masked"):
             if not 0 < getattr(self, name) <= 1:
                 raise PretrainError(f"mask_later: {name} {getattr(self, name)}: accepted: above 0, at most 1")

@@ -34,6 +34,7 @@ class PrefixLM(Objective):
     longest: float = 1.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.shortest <= self.longest <= 1:
             given = f"shortest {self.shortest}, longest {self.longest}"
             raise PretrainError(f"prefix_lm: {given}: accepted: 0 <= shortest <= longest <= 1")

@@ -49,6 +49,7 @@ class RandomTokenSubstitution(Objective):
     embeddings: Ref | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.objective not in ("rts", "c_rts", "slm"):
             raise PretrainError(f"random_token_substitution: objective {self.objective!r}: accepted: rts, c_rts, slm")
         if not 0 < self.rate < 1:

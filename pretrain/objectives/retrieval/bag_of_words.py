@@ -38,6 +38,7 @@ class BagOfWords(Objective):
     final_weight: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.rate < 1:
             raise PretrainError(f"bag_of_words: rate {self.rate}: accepted: between 0 and 1")
         for name in ("weight", "final_weight"):

@@ -45,6 +45,7 @@ class RetroMAEv2(Objective):
     whole_words: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("rate", "decoder_rate"):
             if not 0 < getattr(self, name) < 1:
                 raise PretrainError(f"retromae_v2: {name} {getattr(self, name)}: accepted: between 0 and 1")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from pretrain.core.bounds import Positive, ProperShare
 from pretrain.optim import Optimizer, decay_groups
 
 
@@ -19,9 +20,9 @@ class AdamW(Optimizer):
     added to the gradient. Norms and biases do not decay.
     """
 
-    beta1: float = 0.9
-    beta2: float = 0.95
-    eps: float = 1e-8
+    beta1: ProperShare = 0.9
+    beta2: ProperShare = 0.95
+    eps: Positive = 1e-8
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """`torch.optim.AdamW`, in its fused form."""

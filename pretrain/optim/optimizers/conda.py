@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pretrain.core.bounds import Count, NonNegative, Positive, ProperShare
 from pretrain.optim import Optimizer, decay_groups
 
 
@@ -23,13 +24,13 @@ class Conda(Optimizer):
     head and vectors take plain Adam steps. Weight decay is decoupled.
     """
 
-    lr: float = 1e-2
-    weight_decay: float = 0.0
-    beta1: float = 0.9
-    beta2: float = 0.99
-    eps: float = 1e-8
-    update_gap: int = 2000
-    scale: float = 0.25
+    lr: NonNegative = 1e-2
+    weight_decay: NonNegative = 0.0
+    beta1: ProperShare = 0.9
+    beta2: ProperShare = 0.99
+    eps: Positive = 1e-8
+    update_gap: Count = 2000
+    scale: NonNegative = 0.25
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """The matrices of the blocks in one group, the rest as AdamW would group it."""

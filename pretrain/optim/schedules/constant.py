@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.core.bounds import NonNegative
 from pretrain.optim import Schedule, warmup_steps
 
 
@@ -14,7 +15,7 @@ class Constant(Schedule):
     The paper's gradual warm-up, then a constant rate. `warmup` is a share of training (below 1) or a number of steps.
     """
 
-    warmup: float = 0.0
+    warmup: NonNegative = 0.0
 
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pretrain.core.bounds import NonNegative, Share
 from pretrain.optim import Schedule, warmup_steps
 
 
@@ -16,8 +17,8 @@ class Cosine(Schedule):
     warm-up. `warmup` is a share of training (below 1) or a number of steps.
     """
 
-    warmup: float = 0.02
-    final: float = 0.1
+    warmup: NonNegative = 0.02
+    final: Share = 0.1
 
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total`."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from pretrain.core.bounds import NonNegative, Share
 from pretrain.core.errors import PretrainError
 from pretrain.optim import Schedule, warmup_steps
 
@@ -20,13 +21,14 @@ class Infinite(Schedule):
     with `warmup: 0`, `cooldown: 0`; `anneal: 0` leaves the last phase out.
     """
 
-    warmup: float = 0.01
-    cooldown: float = 0.3
-    anneal: float = 0.15
-    constant: float = 0.5
-    final: float = 0.1
+    warmup: NonNegative = 0.01
+    cooldown: Share = 0.3
+    anneal: Share = 0.15
+    constant: Share = 0.5
+    final: Share = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.final <= self.constant <= 1:
             given = f"constant {self.constant}, final {self.final}"
             raise PretrainError(f"infinite: {given}: accepted: shares of the peak, 0 < final <= constant <= 1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.core.bounds import NonNegative, Share
 from pretrain.optim import Schedule, warmup_steps
 
 
@@ -15,8 +16,8 @@ class Linear(Schedule):
     (below 1) or a number of steps.
     """
 
-    warmup: float = 0.01
-    final: float = 0.0
+    warmup: NonNegative = 0.01
+    final: Share = 0.0
 
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import NonNegative, Share
 from pretrain.optim import Schedule, warmup_steps
 
 
@@ -19,14 +19,9 @@ class Rewarm(Schedule):
     losses rise at first, and a rate that is not raised again learns the new data less well.
     """
 
-    warmup: float = 0.01
-    initial: float = 0.1
-    final: float = 0.1
-
-    def __post_init__(self) -> None:
-        for name in ("initial", "final"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise PretrainError(f"rewarm: {name} {getattr(self, name)}: accepted: a share of the peak, 0 to 1")
+    warmup: NonNegative = 0.01
+    initial: Share = 0.1
+    final: Share = 0.1
 
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total`."""

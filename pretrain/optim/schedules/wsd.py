@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from pretrain.core.bounds import NonNegative, Share
 from pretrain.optim import Schedule, warmup_steps
 
 
@@ -15,9 +16,9 @@ class WSD(Schedule):
     (the paper's f(s) = 0.5^(s / T), with T such that the end is at `final`). `warmup` is a share or a number of steps.
     """
 
-    warmup: float = 0.01
-    decay: float = 0.1
-    final: float = 0.1
+    warmup: NonNegative = 0.01
+    decay: NonNegative = 0.1
+    final: Share = 0.1
 
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total`."""

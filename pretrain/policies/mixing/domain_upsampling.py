@@ -24,6 +24,7 @@ class DomainUpsampling(Policy):
     share: float = 0.2
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.share <= 1:
             raise PretrainError(f"domain_upsampling: share {self.share}: accepted: above 0, at most 1")
 

@@ -30,6 +30,7 @@ class StabilityGap(Policy):
     replay: dict[str, float] | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.epochs >= 1:
             raise PretrainError(f"stability_gap: epochs {self.epochs}: accepted: 1 or more")
         if not 0 <= self.replay_share < 1:

@@ -32,6 +32,7 @@ class ToReMi(Policy):
     highest: float = 5.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.interval <= 0:
             raise PretrainError(f"toremi: interval {self.interval}: accepted: a number of steps, or a share below 1")
         if not 0 < self.lowest <= 1 <= self.highest:

@@ -36,6 +36,7 @@ class GradualPruning(Policy):
     credit: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise PretrainError(f"gradual_pruning: sparsity {self.sparsity}: accepted: from 0 to below 1")
         if not 0 <= self.start_share <= self.end_share <= 1:

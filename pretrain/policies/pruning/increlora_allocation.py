@@ -45,6 +45,7 @@ class IncreLoRAAllocation(Policy):
     reg_orth_coef: float = 0.1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.init_warmup < 0 or self.incre_interval <= 0:
             given = f"init_warmup {self.init_warmup}, incre_interval {self.incre_interval}"
             raise PretrainError(f"increlora_allocation: {given}: accepted: numbers of steps, or shares below 1")

@@ -32,6 +32,7 @@ class SPDF(Policy):
     credit: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.sparsity < 1:
             raise PretrainError(f"spdf: sparsity {self.sparsity}: accepted: from 0 to below 1")
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import family, linears, set_module
 from pretrain.core.models.heads import new_modules, output
 
-PLACES = ("query_value", "attention", "feed_forward", "all")
+Where = Literal["query_value", "attention", "feed_forward", "all"]
+PLACES = get_args(Where)
 
 
 class Adapter(nn.Module):

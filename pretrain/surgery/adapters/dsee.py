@@ -124,6 +124,7 @@ class DSEE(Surgery):
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise PretrainError(f"dsee: rank {self.rank}: accepted: 1 or more")
         if self.nonzero < 0:

@@ -89,6 +89,7 @@ class DyLoRA(Surgery):
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.lowest <= self.rank:
             raise PretrainError(f"dylora: lowest {self.lowest}, rank {self.rank}: accepted: 1 <= lowest <= rank")
         if self.distribution not in DISTRIBUTIONS:

@@ -121,6 +121,7 @@ class IncreLoRA(Surgery):
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.rank <= self.max_rank:
             given = f"rank {self.rank}, max_rank {self.max_rank}"
             raise PretrainError(f"increlora: {given}: accepted: 1 <= rank <= max_rank")

@@ -119,6 +119,7 @@ class IntrinsicDimension(Surgery):
     seed: int = 0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.dimension < 1:
             raise PretrainError(f"intrinsic_dimension: dimension {self.dimension}: accepted: 1 or more")
         if self.where not in PLACES:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from transformers import PreTrainedModel
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import Count, ProperShare
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.adapters._adapters import targets
+from pretrain.surgery.adapters._adapters import Where, targets
 from pretrain.surgery.adapters.peft_adapter import PeftAdapter
-
-INITS = ("kaiming", "gaussian", "pissa", "olora", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -24,22 +23,14 @@ class LoRA(Surgery):
     (`q_proj`).
     """
 
-    rank: int = 8
+    rank: Count = 8
     alpha: float = 16.0
-    dropout: float = 0.0
-    where: str = "attention"
+    dropout: ProperShare = 0.0
+    where: Where = "attention"
     targets: tuple[str, ...] = ()
     dora: bool = False
     rslora: bool = False
-    init: str = "kaiming"
-
-    def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise PretrainError(f"lora: rank {self.rank}: accepted: 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise PretrainError(f"lora: dropout {self.dropout}: accepted: 0 to below 1")
-        if self.init not in INITS:
-            raise PretrainError(f"lora: init {self.init!r}: accepted: {', '.join(INITS)}")
+    init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal"] = "kaiming"
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""

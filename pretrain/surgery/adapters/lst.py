@@ -113,6 +113,7 @@ class LST(Surgery):
     importance: Literal["auto", "fisher", "magnitude"] = "auto"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.reduction < 1:
             raise PretrainError(f"lst: reduction {self.reduction}: accepted: 1 or more")
         if not self.temperature > 0:

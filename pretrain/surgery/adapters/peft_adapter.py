@@ -39,6 +39,7 @@ class PeftAdapter(Surgery):
     folder: Ref | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.folder and self.config:
             raise PretrainError("peft_adapter: folder, config: accepted: one of them; the folder has a configuration")
 

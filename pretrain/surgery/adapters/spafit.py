@@ -45,6 +45,7 @@ class SPAFIT(Surgery):
     reverse: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank < 1:
             raise PretrainError(f"spafit: rank {self.rank}: accepted: 1 or more")
         for name in ("n1", "n2"):

@@ -80,6 +80,7 @@ class SVFit(Surgery):
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rank is not None and self.rank < 1:
             raise PretrainError(f"svfit: rank {self.rank}: accepted: 1 or more, or none for all singular values")
 

@@ -38,6 +38,7 @@ class ExitHeads(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse training that is none."""
+        super().__post_init__()
         if self.epochs < 1:
             raise PretrainError(f"exit_heads: epochs {self.epochs}: accepted: at least 1")
         if not 0 < self.lr < float("inf"):

@@ -214,6 +214,7 @@ class FlexiDepth(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse numbers that make no gate."""
+        super().__post_init__()
         if self.layers is not None and self.layers < 1:
             raise PretrainError(f"flexi_depth: layers {self.layers}: accepted: 1 or more, or none for the later half")
         if self.reduction < 1:

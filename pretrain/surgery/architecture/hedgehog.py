@@ -172,6 +172,7 @@ class Hedgehog(Surgery):
     activation: Literal["softmax", "exp"] = "softmax"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.activation not in ACTIVATIONS:
             raise unknown("activation of hedgehog", self.activation, ACTIVATIONS)
 

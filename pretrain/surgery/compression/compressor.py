@@ -59,6 +59,7 @@ class Compressor(Surgery):
     crossover: float = 0.6  # else both parents mutate
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in GENES:
             choices = getattr(self, name)
             if any(choice < 1 for choice in choices) or (not choices and name != "vocabulary"):

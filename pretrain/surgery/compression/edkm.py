@@ -211,6 +211,8 @@ class EDKM(Surgery):
     uniquify: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def refuse(name: str, accepted: str) -> PretrainError:
             return PretrainError(f"edkm: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
 

@@ -160,6 +160,7 @@ class GPTQ(Surgery):
     pack: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.bits not in BITS:
             raise PretrainError(f"gptq: bits {self.bits}: accepted: {', '.join(map(str, BITS))}", place=("bits",))
         if self.group_size != -1 and self.group_size < 1:

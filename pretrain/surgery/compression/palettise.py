@@ -81,6 +81,8 @@ class Palettise(Surgery):
     restarts: int = 4
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def refuse(name: str, accepted: str) -> PretrainError:
             return PretrainError(f"palettise: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
 

@@ -96,6 +96,7 @@ class PELA(Surgery):
     merge: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.compression >= 0.5:
             raise PretrainError(f"pela: compression {self.compression}: accepted: 0.5 (full rank) or more")
 

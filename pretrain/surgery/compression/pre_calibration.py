@@ -68,6 +68,8 @@ class PreCalibration(Surgery):
     penalty: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def refuse(name: str, accepted: str) -> PretrainError:
             return PretrainError(f"pre_calibration: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
 

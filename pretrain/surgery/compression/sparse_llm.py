@@ -130,6 +130,8 @@ class SparseLLM(Surgery):
     solver: Literal["sparse_llm", "sparsegpt", "wanda", "magnitude"] = "sparse_llm"
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+
         def refuse(name: str, accepted: str) -> PretrainError:
             return PretrainError(f"sparse_llm: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
 

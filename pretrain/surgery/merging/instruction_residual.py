@@ -32,6 +32,7 @@ class InstructionResidual(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse what is no number."""
+        super().__post_init__()
         if not abs(self.scale) < float("inf"):
             raise PretrainError(f"instruction_residual: scale {self.scale}: accepted: a finite number")
 

@@ -34,6 +34,7 @@ class InstructionVector(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse what is no number."""
+        super().__post_init__()
         for name in ("instruction", "domain"):
             if not abs(getattr(self, name)) < float("inf"):
                 raise PretrainError(f"instruction_vector: {name} {getattr(self, name)}: accepted: a finite number")

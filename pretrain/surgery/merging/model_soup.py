@@ -50,6 +50,7 @@ class ModelSoup(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse what fits no recipe."""
+        super().__post_init__()
         for name, accepted in (("recipe", ("greedy", "uniform", "best")), ("better", ("lower", "higher"))):
             if getattr(self, name) not in accepted:
                 raise PretrainError(f"model_soup: {name} {getattr(self, name)!r}: accepted: {', '.join(accepted)}")

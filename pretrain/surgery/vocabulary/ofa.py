@@ -89,6 +89,7 @@ class Ofa(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse what gives no mixture."""
+        super().__post_init__()
         if self.vectors == ():
             raise PretrainError("ofa: vectors []: accepted: one or more files of word vectors")
         for name, least in (("dimension", 0), ("neighbors", 1), ("max_words", 0)):

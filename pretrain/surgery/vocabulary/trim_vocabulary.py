@@ -44,6 +44,7 @@ class TrimVocabulary(Surgery):
     minimum: int = 1
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in (("keep", 0), ("minimum", 1)):
             if getattr(self, name) < least:
                 value = getattr(self, name)

@@ -55,6 +55,7 @@ class VocabularyExpansion(Surgery):
 
     def __post_init__(self) -> None:
         """Refuse what cannot be learnt from."""
+        super().__post_init__()
         if self.initialisation not in _WAYS:
             way = self.initialisation
             raise PretrainError(f"vocabulary_expansion: initialisation {way!r}: accepted: {', '.join(_WAYS)}")

@@ -1,0 +1,152 @@
+"""What values a field accepts, said once, on the field: `rank: Count`, `beta: Annotated[float, Ge(0), Lt(1)]`.
+
+From it follow the check when the object is made, the words of the error, and the column of the documentation.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import Field, fields
+from functools import cache
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from pretrain.core.errors import PretrainError
+
+if TYPE_CHECKING:
+    from annotated_types import Ge, Gt, Le, Lt
+else:
+    try:
+        from annotated_types import Ge, Gt, Le, Lt  # what pydantic knows
+    except ImportError:  # training from token shards needs no pydantic
+        from collections import namedtuple
+
+        Gt, Ge, Lt, Le = (namedtuple(name.title(), name) for name in ("gt", "ge", "lt", "le"))
+
+Count = Annotated[int, Ge(1)]
+Whole = Annotated[int, Ge(0)]
+Positive = Annotated[float, Gt(0)]
+NonNegative = Annotated[float, Ge(0)]
+Share = Annotated[float, Ge(0), Le(1)]
+PositiveShare = Annotated[float, Gt(0), Le(1)]
+ProperShare = Annotated[float, Ge(0), Lt(1)]  # a whole is too much: dropout, betas
+_NAMES: dict[object, str] = {
+    int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", NoneType: "null"
+}  # fmt: skip
+
+
+@cache
+def hints(cls: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, their bounds included."""
+    return get_type_hints(cls, include_extras=True)
+
+
+def accepted(hint: Any, value: Any = ...) -> str:
+    """The values of a type in words: `above 0`, `from 0 to 1`, `1 or more`, `mean, sum`; empty where nothing is known.
+
+    For a `value` that is not even of the type that is bounded, the name of that type.
+    """
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        if value is not ... and not fits(value, parts[0]):
+            return accepted(parts[0], value)
+        bounds = {n: getattr(mark, n) for mark in parts[1:] for n in ("gt", "ge", "lt", "le") if hasattr(mark, n)}
+        return _range(bounds) or accepted(parts[0])
+    if origin is Literal:
+        return ", ".join(map(str, parts))
+    if origin in (Union, UnionType):
+        return ", or ".join(dict.fromkeys(filter(None, (accepted(part, value) for part in parts))))
+    if origin in (tuple, list):
+        inner = accepted(parts[0]) if parts else ""
+        return f"a list, each {inner}" if inner else "a list"
+    return _NAMES.get(hint, "")
+
+
+def _range(bounds: dict[str, float]) -> str:
+    low, high = bounds.get("ge", bounds.get("gt")), bounds.get("le", bounds.get("lt"))
+    if low is None and high is None:
+        return ""
+    if high is None:
+        return f"{low:g} or more" if "ge" in bounds else f"above {low:g}"
+    if low is None:
+        return f"at most {high:g}" if "le" in bounds else f"below {high:g}"
+    start = f"from {low:g}" if "ge" in bounds else f"above {low:g}"
+    return f"{start} to {high:g}" if "le" in bounds else f"{start} to below {high:g}"
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type and within its bounds; of types that say nothing of values everything is."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return fits(value, parts[0]) and all(_within(value, mark) for mark in parts[1:])
+    if origin is Literal:
+        return any(value == part and type(value) is type(part) for part in parts)
+    if origin in (Union, UnionType):
+        return any(fits(value, part) for part in parts)
+    if origin in (tuple, list):
+        if not isinstance(value, tuple | list):
+            return False
+        inner = [parts[0]] * len(value) if parts[1:] == (...,) or origin is list else list(parts)
+        return len(value) == len(inner) and all(map(fits, value, inner))
+    if hint is int:
+        return isinstance(value, Integral) and not isinstance(value, bool)
+    if hint is float:
+        return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
+
+
+def _within(value: Any, mark: object) -> bool:
+    """Whether a bound holds; each element's of a list. A mark of another sort bounds nothing."""
+    if value is None:
+        return True
+    match mark:
+        case Gt(gt=bound):
+            return value > bound
+        case Ge(ge=bound):
+            return value >= bound
+        case Lt(lt=bound):
+            return value < bound
+        case Le(le=bound):
+            return value <= bound
+    return True
+
+
+def check_fields(made: Any, name: str) -> None:
+    """Refuse a dataclass with a field outside its bounds: `NAME: FIELD VALUE: accepted: WORDS`."""
+    known = hints(made.__class__)
+    for item in fields(made):
+        value, hint = getattr(made, item.name), known[item.name]
+        if not fits(value, hint):
+            prefix = f"{name}: " if name else ""
+            raise PretrainError(f"{prefix}{item.name} {value!r}: accepted: {accepted(hint, value)}", place=(item.name,))
+
+
+def words(cls: Any, item: Field[Any]) -> tuple[str, str]:
+    """A field's type without its bounds, and what it accepts, for the documentation."""
+    hint = hints(cls)[item.name]
+    return _plain(hint), accepted(hint) if _bounded(hint) else ""
+
+
+def _bounded(hint: Any) -> bool:
+    """Whether a type says more of its values than its name does."""
+    if get_origin(hint) is Literal:
+        return True
+    if get_origin(hint) is Annotated and accepted(hint) != accepted(get_args(hint)[0]):
+        return True
+    return any(map(_bounded, get_args(hint)))
+
+
+def _plain(hint: Any) -> str:
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        names = [type(mark).__name__ for mark in parts[1:]]
+        return "Ref" if "_RefMark" in names else _plain(parts[0])
+    if origin in (Union, UnionType):
+        return " | ".join(map(_plain, parts))
+    if origin is Literal:
+        return " | ".join(dict.fromkeys(type(part).__name__ for part in parts))
+    if origin is not None:
+        inner = ", ".join("..." if part is ... else _plain(part) for part in parts)
+        return f"{getattr(origin, '__name__', origin)}[{inner}]"
+    return "None" if hint is NoneType else getattr(hint, "__name__", str(hint))

@@ -1,0 +1,116 @@
+"""Bounds stand on the fields: one check, one wording, for every method, from a recipe and from Python."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, fields
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.core.bounds import (
+    Count,
+    Ge,
+    Gt,
+    Le,
+    Lt,
+    Positive,
+    ProperShare,
+    Share,
+    accepted,
+    check_fields,
+    fits,
+    hints,
+)
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import method_class
+from pretrain.core.registry import methods
+from pretrain.stages import build_method
+
+
+@pytest.mark.parametrize(
+    ("hint", "good", "bad", "words"),
+    [
+        (Count, [1, 7], [0, -1, 1.5, True, "2", None], "1 or more"),
+        (Positive, [1e-9, 3], [0, -1.0, float("nan"), float("inf"), "x"], "above 0"),
+        (Share, [0, 0.5, 1], [-0.1, 1.1], "from 0 to 1"),
+        (ProperShare, [0, 0.99], [1, 1.0, -1e-9], "from 0 to below 1"),
+        (Annotated[float, Gt(0), Lt(2)], [1], [0, 2], "above 0 to below 2"),
+        (Annotated[int, Le(3)], [3, -9], [4], "at most 3"),
+        (Literal["mean", "sum"], ["mean"], ["max", 3, None], "mean, sum"),
+        (Count | None, [None, 2], [0, "a"], "1 or more, or null"),
+        (tuple[Share, ...], [(), (0, 1), [0.5]], [(2,), 0.5], "a list, each from 0 to 1"),
+        (tuple[Count, Share], [(1, 0.5)], [(1,), (0, 0.5), (1, 2)], "a list, each 1 or more"),
+    ],
+)
+def test_what_fits_and_its_words(hint, good, bad, words):
+    assert all(fits(value, hint) for value in good)
+    assert not any(fits(value, hint) for value in bad)
+    assert accepted(hint) == words
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.integers(-5, 5), st.integers(1, 5))
+def test_a_range_holds_exactly_its_numbers(value, low, width):
+    hint = Annotated[float, Ge(low), Lt(low + width)]
+    assert fits(value, hint) == (low <= value < low + width)
+
+
+def test_a_value_of_another_type_is_told_the_type_and_not_the_range():
+    assert accepted(Positive, "fast") == "a finite number"
+    assert accepted(Positive, float("nan")) == "a finite number"
+    assert accepted(Positive, -1) == "above 0"
+
+
+def test_the_error_names_the_field_the_value_and_what_is_accepted():
+    @dataclass(frozen=True)
+    class Made:
+        rank: int
+
+    Made.__annotations__["rank"] = Count
+    with pytest.raises(PretrainError, match=r"made: rank 0: accepted: 1 or more"):
+        check_fields(Made(0), "made")
+
+
+def outside(hint: Any) -> Any:
+    """A value of the type beyond its bounds; `...` where it has none."""
+    if get_origin(hint) is Literal:
+        return "no such word"
+    if get_origin(hint) is Annotated:
+        for mark in get_args(hint)[1:]:
+            for name, step in (("gt", 0), ("ge", -1), ("lt", 0), ("le", 1)):
+                if hasattr(mark, name):
+                    return getattr(mark, name) + step
+    for part in get_args(hint):
+        if part is not ... and (value := outside(part)) is not ...:
+            return (value,) if get_origin(hint) is tuple else value
+    return ...
+
+
+CASES = [
+    (name, item.name)
+    for name in methods()
+    for item in fields(method_class(name))
+    if outside(hints(method_class(name))[item.name]) is not ...
+]
+
+
+@pytest.mark.parametrize(("name", "field"), CASES)
+def test_each_bounded_field_of_each_method_is_refused_beyond_its_bounds(name, field):
+    cls = method_class(name)
+    hint = hints(cls)[field]
+    value = outside(hint)
+    required = {
+        item.name: {"a": "x", "b": "y"}
+        if get_origin(hints(cls)[item.name]) is dict
+        else "causal_lm"
+        if "objective" in item.name
+        else "x"
+        for item in fields(cls)
+        if item.default is MISSING and item.default_factory is MISSING
+    }
+    with pytest.raises(PretrainError, match=rf"(?s){name}: {field} .*accepted: "):
+        cls(**(required | {field: value}))
+    given = list(value) if isinstance(value, tuple) else value
+    with pytest.raises(ValueError, match=rf"(?s){field}.*accepted: "):
+        build_method({"method": name} | required | {field: given}, methods()[name].kind)
