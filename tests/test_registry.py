@@ -153,3 +153,22 @@ def test_a_method_that_cannot_be_imported_says_why(tmp_path, clean):
         PretrainError, match=r"method 'polynomial' \(.*\) cannot be imported: No module named 'no_such_thing'"
     ):
         method_class("polynomial")
+
+
+def test_the_list_is_kept_until_a_file_changes_and_a_damaged_copy_is_made_anew(tmp_path, monkeypatch, clean):
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    methods.cache_clear()
+    first = methods()
+    (cache,) = tmp_path.glob("methods-*.json")
+    monkeypatch.setattr(registry, "_read", lambda *_: pytest.fail("parsed again"))
+    methods.cache_clear()
+    assert methods() == first
+    monkeypatch.undo()
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    cache.write_text(cache.read_text()[:99])
+    methods.cache_clear()
+    assert methods() == first
+    size = Path.stat
+    monkeypatch.setattr(Path, "stat", lambda path, **more: os.stat_result([*size(path, **more)[:6], 1, *size(path, **more)[7:]]) if path.name == "gptq.py" else size(path, **more))  # fmt: skip
+    methods.cache_clear()
+    assert methods() == first and len(list(tmp_path.glob("methods-*.json"))) == 2

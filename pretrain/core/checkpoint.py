@@ -30,7 +30,6 @@ from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
-from pretrain.core.registry import methods
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -74,13 +73,13 @@ def forget(model: PreTrainedModel, name: str) -> None:
 def recorded(entry: dict[str, Any]) -> Any:
     """The surgery of an entry; JSON knows no tuples, methods' fields are tuples."""
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()}
-    if entry["method"] not in methods():
-        raise PretrainError(
-            f"recorded surgery {entry['method']!r}: there is no such method; accepted: those that are installed, and "
-            "those of a folder that `pretrain --methods FOLDER` or `pretrain.use_methods` names"
-        )
     try:
-        return method_class(entry["method"], "surgery")(**config)
+        cls = method_class(entry["method"], "surgery")
+    except PretrainError as error:
+        hint = "a method from outside: `pretrain --methods FOLDER`, or `pretrain.use_methods`"
+        raise PretrainError(f"recorded surgery {entry['method']!r}: {error}; {hint}") from error
+    try:
+        return cls(**config)
     except TypeError as error:
         raise PretrainError(f"recorded surgery {entry['method']!r}: {_one_line(error)}") from error
 

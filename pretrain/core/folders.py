@@ -1,7 +1,8 @@
-"""What lies where in a stage's folder; a folder that is the thing itself is taken as well."""
+"""What lies where: in a stage's folder (a folder that is the thing itself is taken as well), and in the cache."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
@@ -26,3 +27,9 @@ def tokenizer_of(folder: Path) -> Path:
     """The tokenizer in a stage's folder, alone or in its checkpoint, or the folder itself."""
     folder = Path(folder)
     return next((folder / name for name in ("tokenizer", "checkpoint") if (folder / name).is_dir()), folder)
+
+
+def cache_folder() -> Path:
+    """What can be made again is kept here: `$PRETRAIN_CACHE`, or `pretrain` in the user's folder for caches."""
+    own = os.environ.get("PRETRAIN_CACHE")
+    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain"

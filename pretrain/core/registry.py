@@ -10,10 +10,12 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import json
 import re
 import sys
 import warnings
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
 from importlib.metadata import entry_points
@@ -21,7 +23,8 @@ from pathlib import Path
 from types import ModuleType
 
 from pretrain.core.errors import PretrainError, unknown
-from pretrain.core.files import digest
+from pretrain.core.files import digest, write_json
+from pretrain.core.folders import cache_folder
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = ("data", "objectives", "optim", "policies", "surgery", "decoding", "evaluation")
@@ -156,19 +159,32 @@ def kinds() -> dict[str, str]:
 def methods() -> dict[str, MethodInfo]:
     """All methods by name, ours in the order of kinds, then those from outside; imports none of them."""
     found: dict[str, MethodInfo] = {}
-    for path, module in [*_ours(), *_installed(), *_in_folders()]:
-        info = _read(path, module)
-        if info is None:
-            continue
+    outside = [_read(path, module) for path, module in [*_installed(), *_in_folders()]]
+    for info in [*_ours(), *filter(None, outside)]:
         if info.name in found:
-            raise PretrainError(f"two methods are named {info.name!r}: {found[info.name].path} and {path}")
+            raise PretrainError(f"two methods are named {info.name!r}: {found[info.name].path} and {info.path}")
         found[info.name] = info
     return found
 
 
-def _ours() -> list[tuple[Path, str]]:
-    paths = [path for folder in FOLDERS for path in sorted((PACKAGE / folder).rglob("[!_]*.py"))]
-    return [(path, ".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts))) for path in paths]
+def _ours() -> list[MethodInfo]:
+    """The methods of this package: parsed where a file has changed, else from a cache, since parsing takes its time."""
+    files = [path for folder in FOLDERS for path in sorted((PACKAGE / folder).rglob("*.py"))]
+    states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in [Path(__file__), *files]]
+    cache = cache_folder() / f"methods-{digest(states)[:16]}.json"
+    try:
+        rows = json.loads(cache.read_text(encoding="utf-8"))
+        return [MethodInfo(**row | {"families": tuple(row["families"]), "path": Path(row["path"])}) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError):
+        pass  # there is none yet, or it is damaged
+    named = [path for path in files if not path.name.startswith("_")]
+    modules = [".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in named]
+    found = [info for info in map(_read, named, modules) if info is not None]
+    with suppress(OSError, PretrainError):  # where nothing can be written it is read anew each time
+        for old in sorted(cache.parent.glob("methods-*.json"), key=lambda path: path.stat().st_mtime)[:-8]:
+            old.unlink()
+        write_json(cache, [asdict(info) | {"path": str(info.path)} for info in found])
+    return found
 
 
 def _installed() -> list[tuple[Path, str]]:

@@ -19,7 +19,7 @@ from pretrain.core.method import InnerObjective
 from pretrain.core.models.density import activations
 from pretrain.objectives import Loss, Objective
 
-_OF_FINE_TUNING = ("columns", "labels", "ready", "predict", "metrics", "expected")
+_OF_FINE_TUNING = ("predictions", "columns", "labels", "ready", "predict", "metrics", "expected")
 
 
 @dataclass(frozen=True)
