@@ -267,8 +267,8 @@ def test_one_after_the_other_in_one_list(tiny):
     [
         ({"bits": 0}, "bits 0: accepted: 1 to 8"), ({"tau": 0.0}, "tau 0.0: accepted: above 0"),
         ({"iterations": 0}, "iterations 0: accepted: 1 or more"),
-        ({"initialisation": "random"}, r"initialisation random: accepted: kmeans\+\+, quantiles"),
-        ({"dtype": "float32"}, "dtype float32: accepted: bfloat16, float16"),
+        ({"initialisation": "random"}, r"initialisation 'random': accepted: kmeans\+\+, quantiles"),
+        ({"dtype": "float32"}, "dtype 'float32': accepted: bfloat16, float16"),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused(fields, message):
@@ -281,7 +281,7 @@ def test_what_does_not_fit_is_named(tiny):
         Palettise(9)
     with pytest.raises(PretrainError, match="palettise: restarts 0: accepted: 1 or more"):
         Palettise(restarts=0)
-    with pytest.raises(PretrainError, match="palettise: initialisation x: accepted: kmeans"):
+    with pytest.raises(PretrainError, match="palettise: initialisation 'x': accepted: kmeans"):
         Palettise(initialisation="x")
     with pytest.raises(PretrainError, match="palettise: bits 3: accepted: 2, as edkm trained model.layers.0"):
         Palettise(3)(EDKM(2)(tiny()))

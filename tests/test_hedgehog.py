@@ -327,7 +327,7 @@ def test_what_does_not_fit_is_one_error(tiny):
     llama = Hedgehog()(tiny("llama"))
     refused("family 'bert': accepted: llama, gpt2", Hedgehog(), tiny("bert"))
     refused("attention HedgehogAttention: accepted: that of transformers", Hedgehog(), llama)
-    refused("unknown activation of hedgehog 'elu'", Hedgehog, activation="elu")
+    refused("hedgehog: activation 'elu': accepted: softmax, exp", Hedgehog, activation="elu")
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}
     refused("sliding_window 8: accepted: full attention", Hedgehog(), tiny("qwen3", **windows))
     refused("without linear attention: accepted: one after hedgehog", HedgehogDistillation().modules, tiny("llama"))

@@ -45,5 +45,5 @@ def test_wrong_shares_are_refused(given):
     "given", [{"final": 0.0}, {"final": 0.9}, {"constant": 2.0}, {"cooldown": 0.9}, {"anneal": -1}]
 )
 def test_phases_of_the_infinite_schedule_that_do_not_fit_are_refused(given):
-    with pytest.raises(PretrainError, match="infinite: .*accepted: (shares of|from 0 to 1)"):
+    with pytest.raises(PretrainError, match="infinite: .*accepted: (shares of|from 0 to 1|0 or more)"):
         Infinite(**given)

@@ -36,9 +36,13 @@ _NAMES: dict[object, str] = {
 }  # fmt: skip
 
 
-@cache
-def hints(cls: Any) -> dict[str, Any]:
+def hints(cls: type) -> dict[str, Any]:
     """The types of a dataclass's fields, their bounds included."""
+    return _hints(cls)
+
+
+@cache
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls, include_extras=True)
 
 

@@ -14,7 +14,7 @@ import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 import torch
 import transformers
@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from pretrain.core.bounds import hints
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import atomic_folder, file_digest, read_json, write_json
 from pretrain.core.folders import checkpoint_of as checkpoint_of
@@ -50,7 +51,9 @@ def record(model: PreTrainedModel, method: Method, *, foreign: bool = True) -> N
     Not `foreign` is one whose files `transformers` itself can open, with what its configuration asks for installed.
     """
     config = dataclasses.asdict(method)  # type: ignore[call-overload]
-    blank = {name.partition(".")[0]: "" for name in method.references()}  # what it learnt from is in the lineage
+    # What it learnt from is in the lineage.
+    learnt = {name.partition(".")[0] for name in method.references()}
+    blank: dict[str, Any] = {name: ("",) if isinstance(config[name], tuple) else "" for name in learnt}
     entry = {"method": method.name, "config": config | blank, "foreign": foreign}
     model.pretrain_surgery = [*surgery_of(model), entry]  # type: ignore[assignment]
 
@@ -78,6 +81,8 @@ def recorded(entry: dict[str, Any]) -> Any:
     except PretrainError as error:
         hint = "a method from outside: `pretrain --methods FOLDER`, or `pretrain.use_methods`"
         raise PretrainError(f"recorded surgery {entry['method']!r}: {error}; {hint}") from error
+    many = {name for name, hint in hints(cls).items() if get_origin(hint) is tuple}
+    config |= {name: ("",) for name in many if config.get(name) == ""}  # as references were blanked in older files
     try:
         return cls(**config)
     except TypeError as error:

@@ -22,8 +22,8 @@ class Infinite(Schedule):
     """
 
     warmup: NonNegative = 0.01
-    cooldown: Share = 0.3
-    anneal: Share = 0.15
+    cooldown: NonNegative = 0.3
+    anneal: NonNegative = 0.15
     constant: Share = 0.5
     final: Share = 0.1
 
