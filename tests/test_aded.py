@@ -157,7 +157,7 @@ def test_the_matrix_is_kept_from_prompt_to_prompt_and_apart_for_each_model(tiny)
 
 def test_too_small_fields_and_other_families_are_one_clear_error(tiny):
     for name, least in (("sequences", 1), ("iterations", 1), ("length", 2), ("successors", 1), ("window", 3)):
-        with pytest.raises(PretrainError, match=f"aded: {name} 0: accepted: at least {least}"):
+        with pytest.raises(PretrainError, match=f"aded: {name} 0: accepted: {least} or more"):
             ADED(**{name: 0})
     with pytest.raises(PretrainError, match="accepted: llama, gpt2"):
         ADED().generate(tiny("bert"), prompt(4, 0))

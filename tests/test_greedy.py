@@ -10,7 +10,8 @@ from decoding_cases import EOS, WIDE, chance, greedy, learnt, padded, pairs, pro
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.forward import Forward, why_not
-from pretrain.core.generation.loop import decode, pick
+from pretrain.core.generation.loop import decode
+from pretrain.core.generation.options import Options
 from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.stages.decode import continue_prompt
@@ -100,7 +101,7 @@ def test_the_nucleus_is_that_of_transformers():
         kept_BV = TopPLogitsWarper(top_p)(None, logits_BV / 0.8) > -torch.inf
         seen_BV = torch.zeros_like(kept_BV)
         for number in torch.linspace(0, 0.99999, 400):
-            seen_BV[torch.arange(50), pick(logits_BV, number.expand(50), 0.8, top_p)] = True
+            seen_BV[torch.arange(50), Options(temperature=0.8, top_p=top_p).pick(logits_BV, number.expand(50))] = True
         assert not (seen_BV & ~kept_BV).any()
         assert (seen_BV == kept_BV).float().mean() > 0.98  # the unlikeliest may fall between two of the numbers
 
@@ -126,9 +127,9 @@ def test_what_cannot_be_decoded_is_one_clear_error(tiny):
         decode(tiny(), ids_1L, attention_mask_BL=torch.tensor([[1, 1, 1, 0, 0]]))
     with pytest.raises(PretrainError, match=r"prompts of shape \(1, 0\)"):
         decode(tiny(), ids_1L[:, :0])
-    with pytest.raises(PretrainError, match="max_new_tokens 0: accepted: at least 1"):
+    with pytest.raises(PretrainError, match="max_new_tokens 0: accepted: 1 or more"):
         decode(tiny(), ids_1L, max_new_tokens=0)
-    with pytest.raises(PretrainError, match="top_p 0.0: accepted: more than 0, at most 1"):
+    with pytest.raises(PretrainError, match="top_p 0.0: accepted: above 0, at most 1"):
         decode(tiny(), ids_1L, temperature=1.0, top_p=0.0)
     dynamic = tiny(rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     assert "rope_type 'dynamic'" in why_not(dynamic, 10)

@@ -340,17 +340,17 @@ def test_the_model_is_as_it_was_afterwards(tiny):
 
 def test_what_cannot_be_done_is_one_clear_error(tiny, tmp_path):
     for name in ("vertical", "slash", "last_q"):
-        with pytest.raises(PretrainError, match=f"minference: {name} 0: accepted: at least 1"):
+        with pytest.raises(PretrainError, match=f"minference: {name} 0: accepted: 1 or more"):
             MInference(**{name: 0})
     with pytest.raises(PretrainError, match="'bert'; accepted: llama, gpt2"):
         SMALL.generate(tiny("bert"), prompt(5, 0))
     with pytest.raises(PretrainError, match="pads after tokens; accepted: prompts padded on the left"):
         SMALL.generate(tiny(), prompt(5, 0), attention_mask_BL=torch.tensor([[1, 1, 1, 0, 0]]))
-    with pytest.raises(PretrainError, match="max_new_tokens 0: accepted: at least 1"):
+    with pytest.raises(PretrainError, match="max_new_tokens 0: accepted: 1 or more"):
         SMALL.generate(tiny(), prompt(5, 0), max_new_tokens=0)
     with pytest.raises(PretrainError, match="no batches: accepted: one or more"):
         search(tiny(), [])
-    with pytest.raises(PretrainError, match="search: local 0: accepted: at least 1"):
+    with pytest.raises(PretrainError, match="search: local 0: accepted: 1 or more"):
         search(tiny(), [prompt(5, 0)], local=0)
     path = tmp_path / "patterns.json"
     with pytest.raises(PretrainError, match="missing file"):

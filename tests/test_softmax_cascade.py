@@ -214,8 +214,8 @@ def test_mistakes_are_refused(tiny, tmp_path):
         with pytest.raises(PretrainError, match=message):
             SoftmaxCascade(**fields).generate(model, ids_1L)
     for fields, message in [
-        ({"thresholds": (-0.1,)}, "accepted: 0 or more"),
-        ({"thresholds": (float("nan"),)}, "accepted: 0 or more"),
+        ({"thresholds": (-0.1,)}, "accepted: a list, each 0 or more"),
+        ({"thresholds": (float("nan"),)}, "accepted: a list, each 0 or more"),
     ]:
         with pytest.raises(PretrainError, match=message):
             SoftmaxCascade(**fields)

@@ -11,8 +11,9 @@ from decoding_cases import WIDE, chance, greedy, learnt, padded, pairs, passes, 
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.forward import Forward
 from pretrain.core.generation.loop import decode
+from pretrain.core.generation.options import Options
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.decoding._tree import Shape, _walk
+from pretrain.decoding._tree import Sampler, Shape, _walk
 from pretrain.decoding.speculative.token_recycling import TokenRecycling, _parents, _Recycled, tree
 from pretrain.stages.decode import continue_prompt
 
@@ -159,14 +160,14 @@ def test_the_walk_follows_the_model_s_own_tokens():
     logits_TV = torch.zeros(5, 9)
     for node, token in enumerate((6, 7, 5, 8, 2)):
         logits_TV[node, token] = 1
-    assert _walk(tokens, children, logits_TV, 0, (None, 0.0, 1.0)) == ([0, 2, 4], [6, 5, 2])
+    assert _walk(tokens, children, logits_TV, 0, Sampler(Options(), None)) == ([0, 2, 4], [6, 5, 2])
     logits_TV[0] = torch.arange(9.0)
-    assert _walk(tokens, children, logits_TV, 0, (None, 0.0, 1.0)) == ([0], [8])
+    assert _walk(tokens, children, logits_TV, 0, Sampler(Options(), None)) == ([0], [8])
 
 
 def test_too_small_fields_and_other_families_are_one_clear_error(tiny):
     for name in ("k", "nodes"):
-        with pytest.raises(PretrainError, match=f"token_recycling: {name} 0: accepted: at least 1"):
+        with pytest.raises(PretrainError, match=f"token_recycling: {name} 0: accepted: 1 or more"):
             TokenRecycling(**{name: 0})
     with pytest.raises(PretrainError, match="accepted: llama, gpt2"):
         TokenRecycling().generate(tiny("bert"), prompt(4, 0))

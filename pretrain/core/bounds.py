@@ -75,8 +75,9 @@ def _range(bounds: dict[str, float]) -> str:
         return f"{low:g} or more" if "ge" in bounds else f"above {low:g}"
     if low is None:
         return f"at most {high:g}" if "le" in bounds else f"below {high:g}"
-    start = f"from {low:g}" if "ge" in bounds else f"above {low:g}"
-    return f"{start} to {high:g}" if "le" in bounds else f"{start} to below {high:g}"
+    if "ge" in bounds:
+        return f"from {low:g} to {high:g}" if "le" in bounds else f"from {low:g} to below {high:g}"
+    return f"above {low:g}, at most {high:g}" if "le" in bounds else f"above {low:g}, below {high:g}"
 
 
 def fits(value: Any, hint: Any) -> bool:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
-    import torch
+    from torch import Tensor
     from transformers import PreTrainedModel
+
+    from pretrain.core.generation.options import OptionFields, Options
 
 
 class Decoding(Method):
@@ -17,18 +19,15 @@ class Decoding(Method):
     kind: ClassVar[str] = "decoding"
     samples: ClassVar[bool] = False
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        input_ids_BL: torch.Tensor,
-        *,
-        attention_mask_BL: torch.Tensor | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos: int | None = None,
-        pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> torch.Tensor:
-        """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end."""
+    def generate(self, model: PreTrainedModel, input_ids_BL: Tensor, **options: Unpack[OptionFields]) -> Tensor:
+        """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end.
+
+        `options` are the fields of `core.generation.options.Options`: `max_new_tokens`, `temperature`, `eos`, …
+        """
+        from pretrain.core.generation.options import Options
+
+        return self.decode(model, input_ids_BL, Options(**options))
+
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
+        """What a method does for `generate`."""
         raise NotImplementedError

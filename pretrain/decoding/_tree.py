@@ -4,21 +4,23 @@ The root is the last token, which the model has not read yet; a node's parent is
 model, in which a node attends to what is decided and to its own ancestors, gives the model's token after every node.
 From the root the walk follows the child that is the model's token for as long as there is one; the token after the last
 is new in any case. Nothing but the number of passes depends on the guesses: greedily the tokens are those of greedy
-decoding, and sampled tokens are those of `_loop.decode` with the same random numbers (see there).
+decoding, and sampled tokens are those of `core.generation.loop` with the same random numbers (see there).
 
 Shape letters: L prompt tokens, T nodes of the tree, C room of the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from pretrain.core.errors import PretrainError
 from pretrain.core.generation.forward import Forward, pads
-from pretrain.core.generation.loop import draws, pick
+from pretrain.core.generation.options import Options
 
 
 class Shape:
@@ -53,13 +55,6 @@ class Draft(Protocol):
         """After a pass: the tree's tokens, the logits after each, and the tokens that were decided."""
 
 
-def check(rows: Any) -> None:
-    """An error for each (field, value, least value) that is too small."""
-    for where, value, least in rows:
-        if value is not None and value < least:
-            raise PretrainError(f"{where} {value}: accepted: at least {least}")
-
-
 def prompts(input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> list[Tensor]:
     """Each row's `input_ids_1L` without its pads."""
     kept_BL = pads(input_ids_BL, attention_mask_BL)
@@ -69,83 +64,85 @@ def prompts(input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> list[Tens
 
 
 def speculate(
-    model: Any, input_ids_BL: Tensor, start: Any, *, attention_mask_BL: Tensor | None, max_new_tokens: int,
-    room: int, temperature: float, top_p: float, eos: int | None, pad: int, generator: torch.Generator | None,
-) -> Tensor:  # fmt: skip
+    model: PreTrainedModel, input_ids_BL: Tensor, start: Callable[[list[int]], Draft], options: Options, *, room: int
+) -> Tensor:
     """Continue prompts, row by row.
 
     `start(tokens)` makes the `Draft`, of at most `room` nodes, for a prompt and the first token after it.
     """
-    prompts_1L = prompts(input_ids_BL, attention_mask_BL)
-    uniform_NB = draws(max_new_tokens, len(prompts_1L), temperature, top_p, generator)
+    prompts_1L = prompts(input_ids_BL, options.attention_mask_BL)
+    uniform_NB = options.draws(len(prompts_1L))
     rows: list[list[int]] = []
     with torch.inference_mode():
         for row, ids_1L in enumerate(prompts_1L):
-            uniform_N = None if uniform_NB is None else uniform_NB[:, row]
-            rows.append(_row(model, ids_1L, start, max_new_tokens, room, (uniform_N, temperature, top_p), eos))
-    width = max(map(len, rows))
-    new_BN = torch.tensor([new + [pad] * (width - len(new)) for new in rows], device=input_ids_BL.device)
-    return torch.cat([input_ids_BL, new_BN], dim=1)
+            sampler = Sampler(options, None if uniform_NB is None else uniform_NB[:, row])
+            rows.append(_row(model, ids_1L, start, room, sampler))
+    return options.stacked(input_ids_BL, rows)
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """What decides the tokens of one row: the numbers drawn for its places, or none."""
+
+    options: Options
+    uniform_N: Tensor | None
+
+    def token(self, logits_1V: Tensor, place: int) -> int:
+        """The model's token at a place; -1 beyond the last that is asked for."""
+        if self.uniform_N is None:
+            return int(logits_1V.argmax(-1))
+        if place >= len(self.uniform_N):
+            return -1
+        return int(self.options.pick(logits_1V, self.uniform_N[place : place + 1]))
 
 
 def _row(
-    model: Any, ids_1L: Tensor, start: Any, most: int, room: int,
-    sampling: tuple[Tensor | None, float, float], eos: int | None,
-) -> list[int]:  # fmt: skip
-    length = ids_1L.shape[1]
+    model: PreTrainedModel, ids_1L: Tensor, start: Callable[[list[int]], Draft], room: int, sampler: Sampler
+) -> list[int]:
+    length, most, eos = ids_1L.shape[1], sampler.options.max_new_tokens, sampler.options.eos
     forward = Forward(model, length + most, extra=room)
     # The columns of the tree stand last, so that a pass over n decided places takes the columns from `room - n` on.
     mask_TC = torch.zeros(room, forward.room + room, dtype=forward.dtype, device=forward.device)
     logits_1V = forward.prefill(ids_1L)
-    new = [_token(logits_1V, 0, sampling)]
+    new = [sampler.token(logits_1V, 0)]
     if new[0] == eos or most == 1:
         return new
-    draft: Draft = start(ids_1L[0].tolist() + new)
+    draft = start(ids_1L[0].tolist() + new)
     shape = None
     while True:
-        tokens, made = draft.tree()
+        tokens, drafted = draft.tree()
         count = len(tokens)
-        if made is not shape:
-            shape = made
+        if drafted is not shape:
+            shape = drafted
             mask_TC[:count, forward.room : forward.room + count] = shape.mask_TT
         mask_11TC = mask_TC[None, None, :count, forward.room - forward.length : forward.room + count]
         ids_1T = torch.tensor([tokens], device=forward.device)
         states_1TE = forward.states(ids_1T, shape.depth_1T + forward.length, mask_11TC)
         logits_TV = forward.head(forward.norm(states_1TE[0]))
-        path, found = _walk(tokens, shape.children, logits_TV, len(new), sampling)
+        path, verified = _walk(tokens, shape.children, logits_TV, len(new), sampler)
         forward.keep(path)
-        if eos in found:
-            found = found[: found.index(eos) + 1]
-        new += found
+        if eos in verified:
+            verified = verified[: verified.index(eos) + 1]
+        new += verified
         if len(new) >= most or new[-1] == eos:
             return new[:most]
-        draft.learn(tokens, logits_TV, found)
+        draft.learn(tokens, logits_TV, verified)
 
 
 def _walk(
-    tokens: list[int], children: list[list[int]], logits_TV: Tensor, place: int,
-    sampling: tuple[Tensor | None, float, float],
-) -> tuple[list[int], list[int]]:  # fmt: skip
+    tokens: list[int], children: list[list[int]], logits_TV: Tensor, place: int, sampler: Sampler
+) -> tuple[list[int], list[int]]:
     """The nodes that are the model's own tokens, the root first, and the tokens that they decide."""
-    best = logits_TV.argmax(-1).tolist() if sampling[0] is None else None
+    best = logits_TV.argmax(-1).tolist() if sampler.uniform_N is None else None
     path, node = [0], 0
-    found: list[int] = []
+    verified: list[int] = []
     while True:
-        token = best[node] if best is not None else _token(logits_TV[node : node + 1], place + len(found), sampling)
-        found.append(token)
+        token = best[node] if best is not None else sampler.token(logits_TV[node : node + 1], place + len(verified))
+        verified.append(token)
         for child in children[node]:
             if tokens[child] == token:
                 node = child
                 path.append(child)
                 break
         else:
-            return path, found
-
-
-def _token(logits_1V: Tensor, place: int, sampling: tuple[Tensor | None, float, float]) -> int:
-    uniform_N, temperature, top_p = sampling
-    if uniform_N is None:
-        return int(logits_1V.argmax(-1))
-    if place >= len(uniform_N):
-        return -1  # beyond the last token that is asked for
-    return int(pick(logits_1V, uniform_N[place : place + 1].to(logits_1V.device), temperature, top_p))
+            return path, verified

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.options import OptionFields, Options
+from pretrain.core.generation.rows import continue_rows, prefill, stepper
 from pretrain.core.models.features import evaluating
 
 BATCH_TOKENS = 4096
@@ -64,15 +66,14 @@ def judge(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> l
 
 
 def sample(
-    model: Any, prompt: Sequence[int], count: int, *, max_new_tokens: int, temperature: float, top_p: float,
-    eos: int | None, pad: int, generator: torch.Generator | None, rows: int = 64,
-) -> list[list[int]]:  # fmt: skip
+    model: Any, prompt: Sequence[int], count: int, *, rows: int = 64, **given: Unpack[OptionFields]
+) -> list[list[int]]:
     """`count` continuations of a prompt, each up to and with its end; the prompt is read once for each lot of `rows`.
 
-    A temperature of 0 is greedy.
+    `given` are the fields of `Options`.
     """
-    from pretrain.core.generation.rows import continue_rows, prefill, stepper
-
+    options = Options(**given)
+    eos = options.eos
     found: list[list[int]] = []
     with evaluating(model):
         for start in range(0, count, rows):
@@ -81,11 +82,8 @@ def sample(
             logits_1V, cache = prefill(model, ids_1L, torch.ones_like(ids_1L))
             cache.batch_repeat_interleave(lot)
             ids_BL = ids_1L.expand(lot, -1)
-            tokens_BN = continue_rows(
-                ids_BL, logits_1V.expand(lot, -1), stepper(model, cache, torch.ones_like(ids_BL)),
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, eos=eos, pad=pad,
-                generator=generator,
-            )  # fmt: skip
+            step = stepper(model, cache, torch.ones_like(ids_BL))
+            tokens_BN = continue_rows(ids_BL, logits_1V.expand(lot, -1), step, options)
             new = tokens_BN[:, len(prompt) :].tolist()
             found += [row[: row.index(eos) + 1] if eos is not None and eos in row else row for row in new]
     return found

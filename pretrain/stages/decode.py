@@ -16,8 +16,8 @@ class Decode(Stage):
     """Fields of a `decode` stage.
 
     `temperature` 0 is greedy; by default 0.8 with `top_p` 0.95. `method` names a decoding method instead, which is
-    given the two only if it samples. Without one, models that `decoding._forward` can run are decoded by
-    `decoding._loop`, the others by `transformers`' `generate`.
+    given the two only if it samples. Without one, models that `core.generation.forward` can run are
+    decoded by its loop, the others by `transformers`' `generate`.
     """
 
     stage: Literal["decode"] = "decode"

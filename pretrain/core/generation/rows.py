@@ -1,6 +1,6 @@
 """What decoding methods share that change what a model computes: passes through its own `forward`, and the loop.
 
-Tokens are chosen as `_loop.decode` chooses them, so that equal logits and an equal generator give equal tokens.
+Tokens are chosen as `loop.decode` chooses them, so that equal logits and an equal generator give equal tokens.
 
 Shape letters: B rows, L positions of the prompts, N of the whole, V vocabulary.
 """
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.generation.loop import draws, pick
+from pretrain.core.generation.options import Options
 
 
 def mask_of(name: str, input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor:
@@ -59,23 +59,19 @@ def stepper(model: Any, cache: Any, mask_BL: Tensor) -> Callable[[Tensor], Tenso
 
 
 def continue_rows(
-    input_ids_BL: Tensor, logits_BV: Tensor, step: Callable[[Tensor], Tensor], *, max_new_tokens: int,
-    temperature: float, top_p: float, eos: int | None, pad: int, generator: torch.Generator | None,
-) -> Tensor:  # fmt: skip
+    input_ids_BL: Tensor, logits_BV: Tensor, step: Callable[[Tensor], Tensor], options: Options
+) -> Tensor:
     """The prompts and their continuations, `pad` after the end of each: `step(token_B) -> logits_BV` of the next."""
     rows, device = len(input_ids_BL), input_ids_BL.device
     tokens, done_B = [input_ids_BL], torch.zeros(rows, dtype=torch.bool, device=device)
-    uniform_NB = draws(max_new_tokens, rows, temperature, top_p, generator)
-    for number in range(max_new_tokens):
-        if uniform_NB is None:
-            token_B = logits_BV.argmax(-1)
-        else:
-            token_B = pick(logits_BV, uniform_NB[number].to(device), temperature, top_p)
-        token_B = token_B.masked_fill(done_B, pad)
+    uniform_NB = options.draws(rows)
+    for number in range(options.max_new_tokens):
+        token_B = options.pick(logits_BV, None if uniform_NB is None else uniform_NB[number])
+        token_B = token_B.masked_fill(done_B, options.pad)
         tokens.append(token_B[:, None])
-        if eos is not None:
-            done_B = done_B | (token_B == eos)
-        if bool(done_B.all()) or number + 1 == max_new_tokens:
+        if options.eos is not None:
+            done_B = done_B | (token_B == options.eos)
+        if bool(done_B.all()) or number + 1 == options.max_new_tokens:
             break
         logits_BV = step(token_B)
     return torch.cat(tokens, 1)

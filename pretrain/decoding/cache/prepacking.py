@@ -6,14 +6,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import Cache, PreTrainedModel
 
+    from pretrain.core.generation.options import Options
     from pretrain.corpus.packing import Plan
 
 
@@ -33,13 +34,7 @@ class Prepacking(Decoding):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
 
-    row: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse a row of negative length."""
-        super().__post_init__()
-        if self.row < 0:
-            raise PretrainError(f"prepacking: row {self.row}: accepted: 0 (the longest prompt), or a number of tokens")
+    row: Whole = 0  # 0: as long as the longest prompt
 
     def prefill(self, model: PreTrainedModel, prompts: Sequence[Tensor]) -> tuple[Tensor, Cache]:
         """`logits_BV` after the last token of each prompt, and the cache of all, padded on the left.
@@ -102,35 +97,21 @@ class Prepacking(Decoding):
         made = rows_to_tensors(rows, longest, 0)
         return {f"{name[:-3]}_RL": tensor for name, tensor in made.items()}, row_B, start_B
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        input_ids_BL: Tensor,
-        *,
-        attention_mask_BL: Tensor | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos: int | None = None,
-        pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, prefilled together; returns `tokens_BN`, padded with `pad` after the end."""
         import torch
 
         from pretrain.core.generation.rows import continue_rows, mask_of, stepper
 
-        mask_BL = mask_of(self.name, input_ids_BL, attention_mask_BL)
+        mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         length_B = mask_BL.sum(1)
         logits_BV, cache = self.prefill(
             model, [ids_L[-n:] for ids_L, n in zip(input_ids_BL, length_B.tolist(), strict=True)]
         )
         with torch.no_grad():
             return continue_rows(
-                input_ids_BL, logits_BV, stepper(model, cache, mask_BL[:, -int(length_B.max()) :]),
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, eos=eos, pad=pad,
-                generator=generator,
-            )  # fmt: skip
+                input_ids_BL, logits_BV, stepper(model, cache, mask_BL[:, -int(length_B.max()) :]), options
+            )
 
 
 def _lengths(prompts: Sequence[Tensor]) -> Tensor:

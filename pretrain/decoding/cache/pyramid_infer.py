@@ -7,13 +7,14 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import Count, Positive, PositiveShare, Share, Whole
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from pretrain.core.generation.options import Options
 
 
 @dataclass(frozen=True)
@@ -34,37 +35,17 @@ class PyramidInfer(Decoding):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
 
-    recent_ratio: float = 0.2
-    prefill_decay_ratio: float = 0.9
+    recent_ratio: Share = 0.2
+    prefill_decay_ratio: PositiveShare = 0.9
     prefill_decay_strategy: Literal["cosine", "constant"] = "cosine"
-    min_context_length: int = 64
-    layerwise_downsample_interval: int = 1
-    streamingllm_sink_len: int = 4
-    distance_weight: float = 1.2
-    gen_decay_ratio: float = 0.1
+    min_context_length: Whole = 64
+    layerwise_downsample_interval: Count = 1
+    streamingllm_sink_len: Whole = 4
+    distance_weight: Positive = 1.2
+    gen_decay_ratio: PositiveShare = 0.1
     gen_decay_strategy: Literal["cosine", "constant"] = "cosine"
-    gen_compress_ratio: float = 0.9
-    exceed_length_to_compress: int = 16
-
-    def __post_init__(self) -> None:
-        """Refuse shares that are none."""
-        super().__post_init__()
-        for name in ("prefill_decay_ratio", "gen_decay_ratio", "gen_compress_ratio"):
-            if not 0 < getattr(self, name) <= 1:
-                raise PretrainError(f"pyramid_infer: {name} {getattr(self, name)}: accepted: above 0, at most 1")
-        if not 0 <= self.recent_ratio <= 1:
-            raise PretrainError(f"pyramid_infer: recent_ratio {self.recent_ratio}: accepted: from 0 to 1")
-        if self.distance_weight <= 0:
-            raise PretrainError(f"pyramid_infer: distance_weight {self.distance_weight}: accepted: above 0")
-        for name in ("prefill_decay_strategy", "gen_decay_strategy"):
-            if getattr(self, name) not in ("cosine", "constant"):
-                raise PretrainError(f"pyramid_infer: {name} {getattr(self, name)!r}: accepted: cosine, constant")
-        least = {"layerwise_downsample_interval": 1, "exceed_length_to_compress": 1}
-        for name in ("min_context_length", "streamingllm_sink_len", *least):
-            if getattr(self, name) < least.get(name, 0):
-                raise PretrainError(
-                    f"pyramid_infer: {name} {getattr(self, name)}: accepted: {least.get(name, 0)} or more"
-                )
+    gen_compress_ratio: PositiveShare = 0.9
+    exceed_length_to_compress: Count = 16
 
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """A context in which the model's caches are pyramids."""
@@ -94,31 +75,16 @@ class PyramidInfer(Decoding):
             context = self.kept(layer, context, layers, prompt)
         return tuple(found)
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        input_ids_BL: Tensor,
-        *,
-        attention_mask_BL: Tensor | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos: int | None = None,
-        pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts with pyramid caches; returns `tokens_BN`, padded with `pad` after the end."""
         import torch
 
         from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 
-        mask_BL = mask_of(self.name, input_ids_BL, attention_mask_BL)
+        mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         with torch.no_grad(), self(model):
             logits_BV, cache = prefill(model, input_ids_BL, mask_BL)
-            return continue_rows(
-                input_ids_BL, logits_BV, stepper(model, cache, mask_BL), max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-            )  # fmt: skip
+            return continue_rows(input_ids_BL, logits_BV, stepper(model, cache, mask_BL), options)
 
 
 def _share(layer: int, layers: int, ratio: float, strategy: str) -> float:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.options import Options
 
 PIECE = "\x00{}\x00"  # stands for a part of the prompt while the chat template is filled in
 
@@ -75,9 +76,8 @@ def _read(model: Any, tokens: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
 
 
 def continued(
-    model: Any, prefixes: Prefixes | None, prefix: Sequence[int], rest: Sequence[int], *, max_new_tokens: int,
-    temperature: float, top_p: float, eos: int | None, pad: int, generator: torch.Generator | None,
-) -> tuple[list[int], int]:  # fmt: skip
+    model: Any, prefixes: Prefixes | None, prefix: Sequence[int], rest: Sequence[int], options: Options
+) -> tuple[list[int], int]:
     """The new tokens after a prompt in two parts, and how many of the prompt's were kept from before.
 
     Without `prefixes` all is read in one pass.
@@ -86,18 +86,15 @@ def continued(
 
     ids = [*prefix, *rest]
     limit = getattr(model.config, "max_position_embeddings", None)
-    if isinstance(limit, int) and len(ids) + max_new_tokens > limit:
+    if isinstance(limit, int) and len(ids) + options.max_new_tokens > limit:
         raise PretrainError(
-            f"a prompt of {len(ids)} tokens and {max_new_tokens} new ones: accepted: at most the model's {limit} "
-            "positions together"
+            f"a prompt of {len(ids)} tokens and {options.max_new_tokens} new ones: accepted: at most the model's "
+            f"{limit} positions together"
         )
     with torch.no_grad():
         logits_1V, cache, kept = (prefixes or Prefixes(0)).read(model, *((prefix, rest) if prefixes else ((), ids)))
         ids_1L = torch.tensor([ids], device=model.device)
-        tokens_1N = continue_rows(
-            ids_1L, logits_1V, stepper(model, cache, torch.ones_like(ids_1L)), max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-        )  # fmt: skip
+        tokens_1N = continue_rows(ids_1L, logits_1V, stepper(model, cache, torch.ones_like(ids_1L)), options)
     return tokens_1N[0, len(ids) :].tolist(), kept
 
 
@@ -147,10 +144,11 @@ class LocalClient:
     def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
         """What the model says, up to its end."""
         prefix, tokens = self.ids(shared, rest)
-        new, kept = continued(
-            self.model, self.prefixes, prefix, tokens, max_new_tokens=max_tokens, temperature=self.temperature,
-            top_p=self.top_p, eos=self.vocabulary.eos, pad=self.vocabulary.pad, generator=self.generator,
+        options = Options(
+            max_new_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, eos=self.vocabulary.eos,
+            pad=self.vocabulary.pad, generator=self.generator,
         )  # fmt: skip
+        new, kept = continued(self.model, self.prefixes, prefix, tokens, options)
         text = self.tokenizer.decode(new, skip_special_tokens=True)
         return Reply(text, len(prefix) + len(tokens), len(new), kept)
 

@@ -12,9 +12,10 @@ from pretrain.core.method import Ref
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from pretrain.core.generation.options import Options
 
 
 @dataclass(frozen=True)
@@ -32,34 +33,19 @@ class LatentDeliberation(Decoding):
 
     coprocessor: Ref
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        input_ids_BL: Tensor,
-        *,
-        attention_mask_BL: Tensor | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos: int | None = None,
-        pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end."""
         import torch
 
         from pretrain.core.generation.rows import continue_rows, mask_of, stepper
 
-        mask_BL = mask_of(self.name, input_ids_BL, attention_mask_BL)
+        mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         folder = _folder(Path(self.coprocessor))
         coprocessor, latents = _open(folder, model.device, _stamp(folder))
-        self._check(model, coprocessor, mask_BL.shape[1] + latents + max_new_tokens)
+        self._check(model, coprocessor, mask_BL.shape[1] + latents + options.max_new_tokens)
         with torch.no_grad():
             logits_BV, cache, mask_BL = deliberate(model, coprocessor, latents, input_ids_BL, mask_BL)
-            return continue_rows(
-                input_ids_BL, logits_BV, stepper(model, cache, mask_BL), max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-            )  # fmt: skip
+            return continue_rows(input_ids_BL, logits_BV, stepper(model, cache, mask_BL), options)
 
     def _check(self, model: Any, coprocessor: Any, length: int) -> None:
         """Refuse a coprocessor of another model, and more positions than there are."""

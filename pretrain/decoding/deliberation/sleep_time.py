@@ -15,7 +15,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.options import Options
 from pretrain.core.method import Ref
 from pretrain.decoding import Decoding
 from pretrain.decoding.deliberation._clients import Client, LocalClient, Prefixes, Reply, continued
@@ -51,17 +53,14 @@ class SleepTime(Decoding):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
 
-    rounds: int = 10
-    notes_tokens: int = 1024
+    rounds: Whole = 10
+    notes_tokens: Count = 1024
     separator: str = "\n\n"
     tokenizer: Ref | None = None
 
     def __post_init__(self) -> None:
         """Refuse what cannot be done."""
         super().__post_init__()
-        for name, fewest in {"rounds": 0, "notes_tokens": 1}.items():
-            if getattr(self, name) < fewest:
-                raise PretrainError(f"sleep_time: {name} {getattr(self, name)}: accepted: {fewest} or more")
         if not self.separator:
             raise PretrainError("sleep_time: separator '': accepted: a text between context and query")
 
@@ -70,23 +69,15 @@ class SleepTime(Decoding):
         """By model: the caches of contexts with notes, and the notes by context."""
         return WeakKeyDictionary()
 
-    def generate(
-        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
-        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts after thinking about their contexts; returns `tokens_BN`."""
         from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 
-        mask_BL = mask_of(self.name, input_ids_BL, attention_mask_BL)
-        options: dict[str, Any] = {
-            "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "eos": eos, "pad": pad,
-            "generator": generator,
-        }  # fmt: skip
+        mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         if self.rounds == 0:
             with torch.no_grad():
                 logits_BV, cache = prefill(model, input_ids_BL, mask_BL)
-                return continue_rows(input_ids_BL, logits_BV, stepper(model, cache, mask_BL), **options)
+                return continue_rows(input_ids_BL, logits_BV, stepper(model, cache, mask_BL), options)
         tokenizer, rows = self._tokenizer(model), []
         prefixes, notes = self._slept.setdefault(model, (Prefixes(), {}))
         for ids_L, mask_L in zip(input_ids_BL, mask_BL, strict=True):
@@ -96,10 +87,8 @@ class SleepTime(Decoding):
             if context and tuple(context) not in notes:
                 notes[tuple(context)] = self._notes(model, tokenizer, context)
             before = [*context, *notes.get(tuple(context), [])]
-            rows.append(continued(model, prefixes, before, query, **options)[0])
-        longest = max(map(len, rows))
-        new_BN = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=input_ids_BL.device)
-        return torch.cat([input_ids_BL, new_BN], 1)
+            rows.append(continued(model, prefixes, before, query, options)[0])
+        return options.stacked(input_ids_BL, rows)
 
     def _notes(self, model: Any, tokenizer: Any, context: list[int]) -> list[int]:
         """The tokens of the notes on a context, with what stands around them; none where the model wrote none."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,9 +12,10 @@ from pretrain.core.method import Ref
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
+
+    from pretrain.core.generation.options import Options
 
 
 @dataclass(frozen=True)
@@ -34,44 +34,27 @@ class ProxyTuning(Decoding):
     anti_expert: Ref
     alpha: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse a scale that is no number."""
-        super().__post_init__()
-        if not math.isfinite(self.alpha):
-            raise PretrainError(f"proxy_tuning: alpha {self.alpha}: accepted: a finite number")
-
     def logits(self, base_BV: Tensor, expert_BV: Tensor, anti_expert_BV: Tensor) -> Tensor:
         """The logits that tokens are chosen from."""
         return base_BV + self.alpha * (expert_BV - anti_expert_BV).to(base_BV.dtype)
 
-    def generate(
-        self,
-        model: PreTrainedModel,
-        input_ids_BL: Tensor,
-        *,
-        attention_mask_BL: Tensor | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos: int | None = None,
-        pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts with the three models; returns `tokens_BN`, padded with `pad` after the end."""
         import torch
 
         from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 
-        mask_BL = mask_of(self.name, input_ids_BL, attention_mask_BL)
+        mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         three = [model, *self.proxies(model)]
         with torch.no_grad():
             begun = [prefill(one, input_ids_BL, mask_BL) for one in three]
             steps = [stepper(one, cache, mask_BL) for one, (_, cache) in zip(three, begun, strict=True)]
             return continue_rows(
-                input_ids_BL, self.logits(*(logits_BV for logits_BV, _ in begun)),
-                lambda token_B: self.logits(*(step(token_B) for step in steps)), max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-            )  # fmt: skip
+                input_ids_BL,
+                self.logits(*(logits_BV for logits_BV, _ in begun)),
+                lambda token_B: self.logits(*(step(token_B) for step in steps)),
+                options,
+            )
 
     def proxies(self, model: PreTrainedModel) -> tuple[Any, Any]:
         """The expert and the anti-expert on the model's device, read once; vocabularies that differ are an error."""

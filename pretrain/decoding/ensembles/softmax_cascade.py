@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from pretrain.core.bounds import NonNegative
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_json
+from pretrain.core.generation.options import OptionFields, Options
 from pretrain.core.method import Ref
 from pretrain.core.models.families import blocks, family
 from pretrain.decoding import Decoding
@@ -39,17 +42,11 @@ class SoftmaxCascade(Decoding):
     """
 
     exits: tuple[int, ...] | None = None
-    thresholds: tuple[float, ...] = ()
+    thresholds: tuple[NonNegative, ...] = ()  # above 1: never
     calibration: Ref = ""
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Refuse thresholds that are none."""
-        super().__post_init__()
-        if any(not value >= 0 for value in self.thresholds):
-            raise PretrainError(f"softmax_cascade: thresholds {self.thresholds}: accepted: 0 or more; above 1: never")
 
     def depths(self, model: Any) -> tuple[int, ...]:
         """The exits: after how many blocks each stands."""
@@ -63,56 +60,41 @@ class SoftmaxCascade(Decoding):
             raise PretrainError(f"softmax_cascade: exits {found}: accepted: the trained ones among {trained}")
         return found
 
-    def trace(
-        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
-        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Trace:  # fmt: skip
+    def trace(self, model: PreTrainedModel, input_ids_BL: Tensor, **options: Unpack[OptionFields]) -> Trace:
         """As `generate`, with the depth of each new token and the operations done and spared."""
-        from pretrain.core.generation.loop import draws, pick
+        return self._trace(model, input_ids_BL, Options(**options))
+
+    def _trace(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Trace:
         from pretrain.decoding._tree import prompts
         from pretrain.decoding.ensembles._cascade import Cascade, Trace
 
-        prompts_1L = prompts(input_ids_BL, attention_mask_BL)
+        prompts_1L = prompts(input_ids_BL, options.attention_mask_BL)
         exits = self.depths(model)
         thresholds = self._thresholds(exits)
-        uniform_NB = draws(max_new_tokens, len(prompts_1L), temperature, top_p, generator)
+        uniform_NB = options.draws(len(prompts_1L))
         result, rows = Trace(torch.empty(0)), []
         with torch.inference_mode():
             for row, ids_1L in enumerate(prompts_1L):
-                cascade = Cascade(model, ids_1L.shape[1] + max_new_tokens, exits, thresholds)
+                cascade = Cascade(model, ids_1L.shape[1] + options.max_new_tokens, exits, thresholds)
                 logits_1V, depth = cascade.prefill(ids_1L), len(cascade.blocks)
                 new: list[int] = []
                 depths: list[int] = []
                 while True:
-                    if uniform_NB is None:
-                        token_1 = logits_1V.argmax(-1)
-                    else:
-                        uniform_1 = uniform_NB[len(new), row : row + 1].to(cascade.device)
-                        token_1 = pick(logits_1V, uniform_1, temperature, top_p)
-                    new.append(int(token_1))
+                    uniform_1 = None if uniform_NB is None else uniform_NB[len(new), row : row + 1]
+                    new.append(int(options.pick(logits_1V, uniform_1)))
                     depths.append(depth)
-                    if len(new) == max_new_tokens or new[-1] == eos:
+                    if len(new) == options.max_new_tokens or new[-1] == options.eos:
                         break
                     logits_1V, depth = cascade.token(new[-1])
                 rows.append(new)
                 result.depths.append(depths)
                 result.macs, result.full = result.macs + cascade.trace.macs, result.full + cascade.trace.full
-        width = max(map(len, rows))
-        new_BN = torch.tensor([new + [pad] * (width - len(new)) for new in rows], device=input_ids_BL.device)
-        result.tokens_BN = torch.cat([input_ids_BL, new_BN], dim=1)
+        result.tokens_BN = options.stacked(input_ids_BL, rows)
         return result
 
-    def generate(
-        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
-        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
-        return self.trace(
-            model, input_ids_BL, attention_mask_BL=attention_mask_BL, max_new_tokens=max_new_tokens,
-            temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-        ).tokens_BN  # fmt: skip
+        return self._trace(model, input_ids_BL, options).tokens_BN
 
     def calibrate(
         self,

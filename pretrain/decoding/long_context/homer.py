@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from pretrain.core.bounds import Count, Ge, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import blocks
@@ -18,6 +19,7 @@ from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
     from pretrain.core.batch import Batch
+    from pretrain.core.generation.options import Options
     from pretrain.decoding.long_context._homer import Chunk, Plan
 
 FILE = "homer_bias.safetensors"
@@ -39,24 +41,15 @@ class Homer(Decoding):
     `layers_warmup` 3/8 of the blocks (the authors' 12 of 32), fewer where the tree is too high for that.
     """
 
-    max_chunk_len: int | None = None
-    target_len: int | None = None
-    layers_warmup: int | None = None
-    prefix: int | None = None
-    suffix: int | None = None
+    max_chunk_len: Annotated[int, Ge(3)] | None = None
+    target_len: Annotated[int, Ge(3)] | None = None
+    layers_warmup: Whole | None = None
+    prefix: Whole | None = None
+    suffix: Count | None = None
     bias: Ref = ""
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        """Refuse lengths that are none."""
-        super().__post_init__()
-        least = {"max_chunk_len": 3, "target_len": 3, "layers_warmup": 0, "prefix": 0, "suffix": 1}
-        for name, lowest in least.items():
-            value = getattr(self, name)
-            if value is not None and value < lowest:
-                raise PretrainError(f"homer: {name} {value}: accepted: at least {lowest}")
 
     def lengths(self, model: Any) -> tuple[int, int, int, int, int]:
         """The model's limit, the chunks' length, the target and the affixes' lengths."""
@@ -115,31 +108,29 @@ class Homer(Decoding):
             with attending(model):
                 return [read(forward, self.plan(model, len(ids_L)), ids_L, bias_ND) for ids_L in rows]
 
-    def generate(
-        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
-        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, read row by row and continued together; returns `tokens_BN`."""
         from pretrain.core.generation.rows import continue_rows
 
         limit, chunk, *_ = self.lengths(model)
-        longest = input_ids_BL.shape[-1] if attention_mask_BL is None else int(attention_mask_BL.sum(1).max())
+        mask_BL, new = options.attention_mask_BL, options.max_new_tokens
+        longest = input_ids_BL.shape[-1] if mask_BL is None else int(mask_BL.sum(1).max())
         longest = min(chunk, longest)
-        if longest + max_new_tokens > limit:
+        if longest + new > limit:
             raise PretrainError(
-                f"homer: max_new_tokens {max_new_tokens}: accepted: at most {limit - longest}, what the model's limit "
+                f"homer: max_new_tokens {new}: accepted: at most {limit - longest}, what the model's limit "
                 f"of {limit} leaves"
             )
-        chunks = self.read(model, input_ids_BL, attention_mask_BL)
+        chunks = self.read(model, input_ids_BL, mask_BL)
         with torch.inference_mode():
-            forward = _continued(model, chunks, longest + max_new_tokens)
+            forward = _continued(model, chunks, longest + new)
             last_BE = torch.cat([chunk.states_1TE[:, -1] for chunk in chunks])
             return continue_rows(
-                input_ids_BL, forward.head(forward.norm(last_BE)), lambda token_B: forward.step(token_B[:, None]),
-                max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, eos=eos, pad=pad,
-                generator=generator,
-            )  # fmt: skip
+                input_ids_BL,
+                forward.head(forward.norm(last_BE)),
+                lambda token_B: forward.step(token_B[:, None]),
+                options,
+            )
 
     def calibrate(self, model: Any, batches: Iterable[Batch], file: Path | str) -> Path:
         """Write the bias: the mean significance by distance over the batches' rows, each cut to a chunk's length.

@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.generation.forward import Forward, pads
+from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows
 from pretrain.decoding import Decoding
-from pretrain.decoding._tree import check
 from pretrain.decoding.long_context._sparse_attention import (
     BLOCK,
     SIZES,
@@ -47,14 +48,9 @@ class MInference(Decoding):
     samples: ClassVar[bool] = True
 
     patterns: str | None = None
-    vertical: int = 1000
-    slash: int = 6096
-    last_q: int = 64
-
-    def __post_init__(self) -> None:
-        """Refuse sizes that keep nothing."""
-        super().__post_init__()
-        check((f"minference: {name}", getattr(self, name), 1) for name in ("vertical", "slash", "last_q"))
+    vertical: Count = 1000
+    slash: Count = 6096
+    last_q: Count = 64
 
     def prefill(
         self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, new: int = 0
@@ -81,27 +77,12 @@ class MInference(Decoding):
             return [[Pattern("vertical_slash", (self.vertical, self.slash))] * heads] * layers
         return _read(Path(self.patterns), layers, heads)
 
-    def generate(
-        self,
-        model: Any,
-        input_ids_BL: Tensor,
-        *,
-        attention_mask_BL: Tensor | None = None,
-        max_new_tokens: int = 64,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        eos: int | None = None,
-        pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
+    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts after a sparse pass over them; returns `tokens_BN`."""
-        given: dict[str, Any] = {"attention_mask_BL": attention_mask_BL, "new": max_new_tokens}
+        mask_BL, new = options.attention_mask_BL, options.max_new_tokens
         with torch.inference_mode():
-            logits_BV, forward = self.prefill(model, input_ids_BL, **given)
-            tokens_BN = continue_rows(
-                input_ids_BL, logits_BV, lambda token_B: forward.step(token_B[:, None]), max_new_tokens=max_new_tokens,
-                temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-            )  # fmt: skip
+            logits_BV, forward = self.prefill(model, input_ids_BL, attention_mask_BL=mask_BL, new=new)
+            tokens_BN = continue_rows(input_ids_BL, logits_BV, lambda token_B: forward.step(token_B[:, None]), options)
         return tokens_BN.clone()
 
 
@@ -132,7 +113,9 @@ def search(
     many blocks, as fit on the first prompt. The error is the sum of |o - o'| over that of |o|, o the dense output of
     the head and o' the sparse one. What is returned is JSON for the field `patterns`.
     """
-    check((("search: sink", sink, 1), ("search: local", local, 1), ("search: last_q", last_q, 1)))
+    for name, value in (("sink", sink), ("local", local), ("last_q", last_q)):
+        if value < 1:
+            raise PretrainError(f"search: {name} {value}: accepted: 1 or more")
     tried: dict[int, list[dict[Pattern, list[float]]]] = {}  # by layer, of each head: errors by pattern
 
     def attend(layer: int, query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: float) -> Tensor:

@@ -6,15 +6,16 @@ import heapq
 from dataclasses import dataclass
 from functools import cached_property
 from math import log, sqrt
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
+from pretrain.core.bounds import Count, Ge
+from pretrain.core.generation.options import Options
 from pretrain.core.models.families import embeddings
 from pretrain.decoding import Decoding
-from pretrain.decoding._tree import Shape, check, speculate
+from pretrain.decoding._tree import Shape, speculate
 
 TriGrams = dict[tuple[int, int], dict[int, float]]
 _CPU = (8, 24)  # sequences and iterations where each node, and each microsecond of a search, costs
@@ -33,43 +34,36 @@ class ADED(Decoding):
     `iterations`: None is the paper's 24 and 150, on a CPU 8 and 24.
     """
 
-    sequences: int | None = None
-    iterations: int | None = None
-    length: int = 4
-    successors: int = 12
+    sequences: Count | None = None
+    iterations: Count | None = None
+    length: Annotated[int, Ge(2)] = 4
+    successors: Count = 12
     c1: float = 32.0
     c2: float = 8.0
-    window: int = 16
+    window: Annotated[int, Ge(3)] = 16
     step: float = 0.04
     limit: float = 3.0
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        fields = (("sequences", 1), ("iterations", 1), ("length", 2), ("successors", 1), ("window", 3))
-        check((f"aded: {name}", getattr(self, name), least) for name, least in fields)
-
     @cached_property
     def _matrices(self) -> WeakKeyDictionary[Any, TriGrams]:
         return WeakKeyDictionary()
 
-    def generate(
-        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
-        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
         weight_VE = embeddings(model).weight
         usual = _CPU if weight_VE.device.type == "cpu" else (24, 150)
         size = (self.sequences or usual[0], self.iterations or usual[1])
         trigrams = self._matrices.setdefault(model, {})
         return speculate(
-            model, input_ids_BL, lambda tokens: _Searched(self, trigrams, size, tokens, weight_VE),
-            attention_mask_BL=attention_mask_BL, max_new_tokens=max_new_tokens, room=2 * size[0] + 1,
-            temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-        )  # fmt: skip
+            model,
+            input_ids_BL,
+            lambda tokens: _Searched(self, trigrams, size, tokens, weight_VE),
+            options,
+            room=2 * size[0] + 1,
+        )
 
     def search(self, trigrams: TriGrams, last: tuple[int, int], iterations: int) -> _Node:
         """The tree of a search from the last two tokens; of nodes with equal claims the likelier goes first."""

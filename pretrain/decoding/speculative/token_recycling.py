@@ -7,12 +7,13 @@ from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor
 
+from pretrain.core.bounds import Count
+from pretrain.core.generation.options import Options
 from pretrain.core.models.families import embeddings
 from pretrain.decoding import Decoding
-from pretrain.decoding._tree import Shape, check, speculate
+from pretrain.decoding._tree import Shape, speculate
 
 # The paper's tree: a node's path of ranks and how many children it has; 80 nodes on six levels below the root.
 _TREE = (
@@ -36,26 +37,18 @@ class TokenRecycling(Decoding):
     many of the tree, those of least Σ (rank + 1); None is all 80, and 15 on a CPU, where a node costs time of its own.
     """
 
-    k: int = 8
-    nodes: int | None = None
+    k: Count = 8
+    nodes: Count | None = None
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check((("token_recycling: k", self.k, 1), ("token_recycling: nodes", self.nodes, 1)))
 
     @cached_property
     def _matrices(self) -> WeakKeyDictionary[Any, dict[int, list[int]]]:
         """By model, the rows of its matrix that are written; the others are zeros."""
         return WeakKeyDictionary()
 
-    def generate(
-        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, max_new_tokens: int = 64,
-        temperature: float = 0.0, top_p: float = 1.0, eos: int | None = None, pad: int = 0,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:  # fmt: skip
+    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
         weight_VE = embeddings(model).weight
         count = self.nodes or (_CPU_NODES if weight_VE.device.type == "cpu" else len(tree(self.k)))
@@ -64,10 +57,12 @@ class TokenRecycling(Decoding):
         ranks, k = [path[-1] for path in paths], min(self.k, len(weight_VE))
         matrix = self._matrices.setdefault(model, {})
         return speculate(
-            model, input_ids_BL, lambda tokens: _Recycled(matrix, shape, ranks, k, tokens[-1]),
-            attention_mask_BL=attention_mask_BL, max_new_tokens=max_new_tokens, room=len(paths) + 1,
-            temperature=temperature, top_p=top_p, eos=eos, pad=pad, generator=generator,
-        )  # fmt: skip
+            model,
+            input_ids_BL,
+            lambda tokens: _Recycled(matrix, shape, ranks, k, tokens[-1]),
+            options,
+            room=len(paths) + 1,
+        )
 
 
 def tree(k: int) -> list[tuple[int, ...]]:
