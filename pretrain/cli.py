@@ -74,29 +74,38 @@ def run(
     output: Annotated[Path | None, typer.Option(help="Where to write; the recipe says by default.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it is expected to take.")] = False,
+    why: Annotated[bool, typer.Option("--why", help="With --dry-run: why each stage would run, or why not.")] = False,
+    refresh: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE", help="Run this stage anew, and what depends on it; may be given many times."),
+    ] = None,
 ) -> None:
     """Run a recipe, or what is left of it."""
     from pretrain import recipe as recipes
 
     loaded = recipes.load(recipe, set_ or [], output)
-    if dry_run:
-        _print_plan(loaded, store)
+    if dry_run or why:
+        _print_plan(loaded, store, refresh or [], why)
         return
     from pretrain import engine
 
-    result = engine.run(loaded, store=store, say=lambda text: typer.echo(text, err=True))
+    result = engine.run(loaded, store=store, refresh=refresh or [], say=lambda text: typer.echo(text, err=True))
     if result.report:
         typer.echo(f"report: {result.report}")
 
 
-def _print_plan(recipe: Any, store: Path | None) -> None:
+def _print_plan(recipe: Any, store: Path | None, refresh: list[str], explain: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.engine import plan
+    from pretrain.planning import plan, why
 
+    if explain:
+        for item in plan(recipe, store, refresh):
+            typer.echo(f"{item.stage.name}: {'cached' if item.finished else 'to run'}: {'; '.join(why(item))}")
+        return
     table = Table("stage", "kind", "status", "FLOPs", "memory", "time", title=f"{recipe.name} in {recipe.output}")
-    for item in plan(recipe, store):
+    for item in plan(recipe, store, refresh):
         status = "cached" if item.finished else "to run"
         guess = item.stage.estimate(item.inputs)
         cells = (_short(guess.flops), _short(guess.memory_bytes, "B"), _minutes(guess.seconds))
@@ -123,6 +132,28 @@ def _minutes(seconds: float | None) -> str:
         if seconds < 7200
         else f"about {seconds / 3600:.1f} h"
     )
+
+
+@app.command()
+def adopt(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
+    stage: Annotated[str, typer.Argument(help="Its stage that the folder is the result of.")],
+    folder: Annotated[Path, typer.Argument(help="A checkpoint, a corpus or a tokenizer, made elsewhere.")],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where to write; the recipe says by default.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
+    link: Annotated[bool, typer.Option("--link", help="Point to the folder instead of copying it.")] = False,
+) -> None:
+    """Take in a folder made elsewhere as a finished stage of a recipe."""
+    from pretrain import recipe as recipes
+    from pretrain.adopt import adopt as take_in
+    from pretrain.core.errors import unknown
+    from pretrain.planning import plan
+
+    planned = {item.stage.name: item for item in plan(recipes.load(recipe, set_ or [], output), store)}
+    if stage not in planned:
+        raise unknown("stage", stage, planned)
+    typer.echo(f"{stage}: {take_in(planned[stage], folder, link=link)}")
 
 
 @app.command()

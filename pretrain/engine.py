@@ -1,8 +1,8 @@
 """The engine: runs a recipe's stages in order, none of them twice.
 
-A stage's folder is named after its address, a digest of its configuration, of the code of its methods and of the
-addresses of its inputs. A folder with a `stage.json` is finished. Changing a stage changes the addresses from there on;
-what came before stays. A stage that was interrupted finds its folder as it left it.
+A stage's folder is named after its address (`planning.py`). A folder with a `stage.json` is finished. Changing a stage
+changes the addresses from there on; what came before stays. A stage that was interrupted finds its folder as it left
+it. Where the code has changed since (`identity.py`) the run says so, and goes on with what is there.
 
 The folders lie in the output, or in a store that many runs share: what one has finished is finished for all, and of two
 that come to the same stage at once the second waits.
@@ -10,12 +10,11 @@ that come to the same stage at once the second waits.
 
 from __future__ import annotations
 
-import copy
 import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,29 +25,14 @@ from typing import Any
 import yaml
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import digest, locked, read_json, write_json, write_text
+from pretrain.core.files import locked, read_json, write_json, write_text
+from pretrain.identity import changes
+from pretrain.planning import GENERATIONS, Planned
+from pretrain.planning import plan as plan
 from pretrain.recipe import Recipe, load
-from pretrain.stages import Job, Stage
+from pretrain.stages import Job
 
 CACHED, TO_RUN, DONE = "cached", "to run", "done"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A stage with its address and folder."""
-
-    stage: Stage
-    address: str
-    folder: Path
-    inputs: dict[str, Any]
-    config: dict[str, Any]
-    behind: tuple[str, ...]  # the stages that this one comes from
-    seed: int
-
-    @property
-    def finished(self) -> bool:
-        """Whether it has been run."""
-        return (self.folder / "stage.json").exists()
 
 
 @dataclass(frozen=True)
@@ -60,49 +44,6 @@ class Result:
     report: Path | None
 
 
-def plan(recipe: Recipe, store: Path | str | None = None) -> list[Planned]:
-    """Each stage with its address, its folder (in `store`, by default in the recipe's output) and what it reads."""
-    planned: dict[str, Planned] = {}
-    for stage in recipe.stages:
-        addresses: dict[str, Any] = {}
-        inputs: dict[str, Any] = {}
-        behind: set[str] = set()
-        for name, value in stage.references().items():
-            many = value if isinstance(value, list) else [value]
-            found = [planned[one].folder if one in planned else Path(one).expanduser() for one in many]
-            marks = [planned[one].address if one in planned else _fingerprint(Path(one).expanduser()) for one in many]
-            inputs[name], addresses[name] = (found, marks) if isinstance(value, list) else (found[0], marks[0])
-            behind = behind.union(*({one, *planned[one].behind} for one in many if one in planned))
-        try:
-            outside = stage.outside()
-        except PretrainError as error:
-            raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
-        config, seed = stage.config(), recipe.seed if stage.seed is None else stage.seed
-        address = digest([_without(config, addresses), addresses, outside, seed if stage.seeded else None])
-        folder = Path(recipe.output if store is None else store) / f"{stage.name}-{address[:12]}"
-        upstream = tuple(name for name in planned if name in behind)
-        planned[stage.name] = Planned(stage, address, folder, inputs, config, upstream, seed)
-    return list(planned.values())
-
-
-def _without(config: dict[str, Any], places: Iterable[str]) -> dict[str, Any]:
-    """The configuration without the names that references give and without the seed, which are hashed apart."""
-    config = copy.deepcopy({k: v for k, v in config.items() if k != "seed"})
-    for place in places:
-        *steps, last = (int(step) if step.isdigit() else step for step in place.split("."))
-        target: Any = config
-        for step in steps:
-            target = target[step]
-        target[last] = None
-    return config
-
-
-def _fingerprint(path: Path) -> str:
-    """The state of an outside file or folder: names, sizes and times."""
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-    return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
-
-
 def run(
     recipe: Recipe | Path | str,
     *,
@@ -110,24 +51,29 @@ def run(
     output: Path | str | None = None,
     store: Path | str | None = None,
     report: bool = True,
+    refresh: Collection[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Result:
     """Run a recipe, or what is left of it; finished stages are not run again.
 
     `overrides` are `STAGE.field=value`. `store` is where the stages' folders lie, by default in the output; runs with
-    the same store share them. `say` gets a line as each stage begins and ends; `silent` says nothing and draws no
-    progress. Under `torchrun` every process calls this; training runs on all of them, the rest on the first.
+    the same store share them. The stages named in `refresh` are run anew, and with them what depends on them. `say`
+    gets a line as each stage begins and ends; `silent` says nothing and draws no progress. Under `torchrun` every
+    process calls this; training runs on all of them, the rest on the first.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
     main, wait = _processes()
     say = (say or (lambda text: print(text, file=sys.stderr))) if main else silent
     records: dict[str, dict[str, Any]] = {}
-    planned = plan(recipe, store)
+    planned = plan(recipe, store, refresh)
     with _only_one(recipe.output, main):
         if main:
             _refuse_foreign(recipe, planned)
             if store is not None:  # so that no source and no backup takes the store's folders for documents
                 write_text(Path(store) / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
+            generations = {item.stage.name: item.generation for item in planned if item.generation}
+            if generations:
+                write_json(recipe.output / GENERATIONS, generations)
             write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
             _write_run(recipe, planned, {})
         wait()
@@ -158,7 +104,24 @@ def _run_once(
         wait()  # all have looked before the first one writes
         if not finished:
             _run_stage(item, records, say, main, wait)
+        elif main:
+            _tell(say, item.stage.name, "made with other code", item.drift())
     return finished
+
+
+def _tell(say: Callable[[str], None], name: str, what: str, changes: list[str]) -> None:
+    """Say which files or libraries are no longer those that a result was made with."""
+    if changes:
+        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
+        say(f"[{name}] {what}: {'; '.join(changes[:4])}{more}; going on with what is there (--refresh {name}: anew)")
+
+
+def _begin(item: Planned, say: Callable[[str], None]) -> None:
+    """Note the code that a stage is begun with; say if it was begun with other code, and goes on from there."""
+    path, code = item.folder / "code.json", item.code()
+    if path.exists():
+        _tell(say, item.stage.name, "begun with other code", changes(read_json(path), code))
+    write_json(path, code)
 
 
 def _run_stage(
@@ -168,6 +131,8 @@ def _run_stage(
     say(f"[{name}] {stage.stage}")
     started, clock = datetime.now(UTC), time.perf_counter()
     result: dict[str, Any] = {}
+    if main:
+        _begin(item, say)
     if main or stage.distributed:
         lineage = [_brief(records[one]) for one in item.behind]
         own = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
@@ -192,7 +157,8 @@ def _run_stage(
         write_json(item.folder / "stage.json", {
             "name": name, "stage": stage.stage, "address": item.address, "seed": item.seed,
             "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
-            "inputs": item.stage.references(),
+            "inputs": item.stage.references(), "addresses": item.addresses, "outside": item.outside,
+            "generation": item.generation, "code": read_json(item.folder / "code.json"),
             "metrics": result.get("metrics", {}), "flops": result.get("flops", 0),
             "seconds": time.perf_counter() - clock, "peak_memory_bytes": peak_memory(),
             "started": started.isoformat(timespec="seconds"),
@@ -203,7 +169,8 @@ def _run_stage(
 
 def _brief(record: dict[str, Any]) -> dict[str, Any]:
     """What lineage keeps of a stage."""
-    return {k: record[k] for k in ("name", "stage", "address", "methods", "metrics", "flops", "seconds", "finished")}
+    names = ("name", "stage", "address", "methods", "metrics", "flops", "seconds", "finished", "adopted")
+    return {name: record[name] for name in names if name in record}
 
 
 def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> None:

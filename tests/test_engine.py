@@ -20,7 +20,7 @@ import pretrain.stages
 from pretrain import engine
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Method, Ref
-from pretrain.core.registry import code_version
+from pretrain.data.deduplication.deduplicate import Deduplicate
 from pretrain.recipe import check, load
 from pretrain.stages import Job, Stage, build_dataclass, dump
 
@@ -78,7 +78,6 @@ def fake_stages(monkeypatch):
     RUNS.clear()
     known = pretrain.stages.stage_classes() | {"fake": Fake}
     monkeypatch.setattr("pretrain.recipe.stage_classes", lambda: known)
-    monkeypatch.setattr("pretrain.stages.code_version", lambda name: "1" if "test" in name else code_version(name))
 
 
 def raw(a=1, b=2, c=3, **more):
@@ -122,7 +121,7 @@ def test_a_neutral_field_or_an_added_stage_changes_nothing_before(tmp_path):
     assert RUNS == ["d"]
 
 
-def test_the_seed_and_the_code_of_methods_are_part_of_the_address(tmp_path, monkeypatch):
+def test_the_seed_and_the_versions_of_methods_are_part_of_the_address(tmp_path, monkeypatch):
     recipe = raw() | {"seed": 1}
     first = [p.address for p in engine.plan(check(raw(), output=tmp_path))]
     assert all(
@@ -130,7 +129,7 @@ def test_the_seed_and_the_code_of_methods_are_part_of_the_address(tmp_path, monk
     )
     stages = [{"stage": "data", "sources": ["stdlib"], "operations": ["deduplicate"]}]
     one = engine.plan(check({"stages": stages}, output=tmp_path))[0].address
-    monkeypatch.setattr("pretrain.stages.code_version", lambda name: "other")
+    monkeypatch.setattr(Deduplicate, "version", 2)
     assert engine.plan(check({"stages": stages}, output=tmp_path))[0].address != one
 
 

@@ -99,15 +99,15 @@ def _kind(path: Path, name: str) -> str | None:
     for base in cls.bases:
         if not isinstance(base, ast.Name):
             continue
-        home = path if base.id in source.classes else _file(source.imports.get(base.id, ""))
+        home = path if base.id in source.classes else source_of(source.imports.get(base.id, ""))
         inherited = _kind(home, base.id) if home is not None else None
         if inherited is not None:
             return inherited
     return None
 
 
-def _file(module: str) -> Path | None:
-    """The source of a module of this package."""
+def source_of(module: str) -> Path | None:
+    """The source file of a module of this package; None for any other module."""
     package, *steps = module.split(".")
     path = PACKAGE.joinpath(*steps)
     if package != PACKAGE.name:
@@ -248,9 +248,3 @@ def info(name: str, kind: str | None = None) -> MethodInfo:
             )
         raise unknown(kind or "method", name, known)
     return known[name]
-
-
-def code_version(name: str) -> str:
-    """A digest of the method's source text and of its room's helpers: it changes when the method's code does."""
-    path = info(name).path
-    return digest([p.read_text(encoding="utf-8") for p in (path, *sorted(path.parent.glob("_*.py")))])[:16]

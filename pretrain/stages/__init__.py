@@ -23,7 +23,7 @@ from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import REF, Method, is_ref, method_class
 from pretrain.core.method import Ref as Ref
-from pretrain.core.registry import code_version, info
+from pretrain.core.registry import info
 from pretrain.data import DataOperation
 from pretrain.decoding import Decoding
 from pretrain.evaluation import Evaluation
@@ -133,14 +133,16 @@ class Stage(BaseModel):
                     found.append((f"{name}.{number}".rstrip("."), method))
         return found
 
-    def methods(self) -> list[str]:
-        """The names of the methods that the stage uses."""
-        return sorted({name for _, method in self._placed() for name in (method.name, *method.parts())})
+    def methods(self) -> dict[str, int]:
+        """The versions of the methods that the stage uses, by name."""
+        versions = {method.name: method.version for _, method in self._placed()}
+        parts = {name for _, method in self._placed() for name in method.parts()} - set(versions)
+        return dict(sorted((versions | {name: method_class(name).version for name in parts}).items()))
 
     def config(self) -> dict[str, Any]:
-        """What is hashed: all fields but the name and the neutral ones, and the code of the methods."""
-        said = self.model_dump(mode="json", exclude={"name", *self.neutral})
-        return said | {"version": self.version, "methods": {name: code_version(name) for name in self.methods()}}
+        """What is hashed: all fields but the name and the neutral ones, and the versions of stage and methods."""
+        fields = self.model_dump(mode="json", exclude={"name", *self.neutral})
+        return fields | {"version": self.version, "methods": self.methods()}
 
 
 def _is_ref(field_info: Any) -> bool:

@@ -135,10 +135,10 @@ class Train(Stage):
         """Whether the loss is the text's likelihood, so that it can be told in bits a byte."""
         return [(w.method.name, w.weight) for w in self.weighted()] == [("causal_lm", 1.0)]
 
-    def methods(self) -> list[str]:
+    def methods(self) -> dict[str, int]:
         """Without the default objective where `objectives` says others."""
         unused = {self.objective.name} - {w.method.name for w in self.weighted()}
-        return [name for name in super().methods() if name not in unused]
+        return {name: version for name, version in super().methods().items() if name not in unused}
 
     def run(self, job: Job) -> dict[str, Any]:
         """Train, then write the checkpoint."""
