@@ -82,9 +82,7 @@ class Vocabulary:
         sentinels: list[int] = []
         while (index := known.get(f"<extra_id_{len(sentinels)}>")) is not None:
             sentinels.append(index)
-        pad = tokenizer.pad_token_id
-        if pad is None:
-            pad = tokenizer.eos_token_id
+        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(
             size=len(tokenizer),
             pad=0 if pad is None else pad,

@@ -56,3 +56,8 @@ def encode_plain(backend: Any, tokenizer: PreTrainedTokenizerBase, texts: Sequen
     if backend is None:
         return tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True)["input_ids"]
     return backend.encode_batch_fast(list(texts), add_special_tokens=False)
+
+
+def text_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of one sequence of tokens."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Unpack
+from typing import Unpack
 
 import torch
+from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.options import OptionFields, Options
@@ -28,7 +29,7 @@ class Said:
     tokens: int
 
 
-def judge(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Said]:
+def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Said]:
     """What the model says of each continuation after its prompt, which has one token or more; in batches."""
     from pretrain.core.models.families import hidden
     from pretrain.evaluation._predictions import judged
@@ -66,7 +67,7 @@ def judge(model: Any, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> l
 
 
 def sample(
-    model: Any, prompt: Sequence[int], count: int, *, rows: int = 64, **given: Unpack[OptionFields]
+    model: PreTrainedModel, prompt: Sequence[int], count: int, *, rows: int = 64, **given: Unpack[OptionFields]
 ) -> list[list[int]]:
     """`count` continuations of a prompt, each up to and with its end; the prompt is read once for each lot of `rows`.
 

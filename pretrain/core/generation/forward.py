@@ -10,10 +10,12 @@ places, E width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import additive, at, base, blocks, embeddings, family
@@ -23,7 +25,7 @@ _ATTENTION = ("sdpa", "eager")
 _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not depend on the length so far
 
 
-def why_not(model: Any, length: int) -> str | None:
+def why_not(model: PreTrainedModel, length: int) -> str | None:
     """Why `Forward` cannot run the model over `length` positions and what would be accepted; None where it can."""
     config = getattr(model, "config", None)
     try:
@@ -72,7 +74,7 @@ class Forward:
     calls it moves `length`. As the blocks' `past_key_values` it answers `update`.
     """
 
-    def __init__(self, model: Any, length: int, extra: int = 0) -> None:
+    def __init__(self, model: PreTrainedModel, length: int, extra: int = 0) -> None:
         reason = why_not(model, length)
         if reason is not None:
             raise PretrainError(f"decoding {type(model).__name__}: {reason}")
@@ -95,12 +97,15 @@ class Forward:
         places_1C = torch.arange(self.room, device=self.device)[None]
         if entry.positions is None:
             self.table_CE = None
-            self.cos_1CD, self.sin_1CD = inner.rotary_emb(weight_VE.detach()[:1, None], places_1C)
+            rotary: Callable[..., tuple[Tensor, Tensor]] = at(inner, "rotary_emb")
+            self.cos_1CD, self.sin_1CD = rotary(weight_VE.detach()[:1, None], places_1C)
         else:
             self.table_CE = at(inner, entry.positions).weight
-            self.last, self.drop = self.table_CE.shape[0] - 1, inner.drop
+            self.last, self.drop = self.table_CE.shape[0] - 1, at(inner, "drop")
 
-    def update(self, keys_BHTD: Tensor, values_BHTD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys_BHTD: Tensor, values_BHTD: Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values; returns all up to them."""
         end = self.length + keys_BHTD.shape[2]
         if layer not in self.cache:

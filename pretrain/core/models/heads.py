@@ -22,8 +22,7 @@ _OUTPUTS = ("classifier", "score", "classification_head")  # the names that `tra
 
 def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of the model's classes, in the order of their numbers."""
-    names = model.config.id2label or {}
-    return tuple(names[number] for number in sorted(names))
+    return tuple(str(name) for _, name in sorted((model.config.id2label or {}).items()))
 
 
 def output(model: Any) -> tuple[str, nn.Module] | None:

@@ -21,7 +21,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.options import Options
 
@@ -52,7 +54,7 @@ class Prefixes:
         self.most = most
         self.kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
 
-    def read(self, model: Any, prefix: Sequence[int], rest: Sequence[int]) -> tuple[Tensor, Any, int]:
+    def read(self, model: PreTrainedModel, prefix: Sequence[int], rest: Sequence[int]) -> tuple[Tensor, Any, int]:
         """`logits_1V` after a prompt, the cache of it, and how many of its tokens were not read again."""
         key, found = tuple(prefix), 0
         if not key or not rest:
@@ -69,14 +71,14 @@ class Prefixes:
         return logits_1V, cache, found
 
 
-def _read(model: Any, tokens: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+def _read(model: PreTrainedModel, tokens: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
     ids_1L = torch.tensor([list(tokens)], device=model.device)
     output = model(input_ids=ids_1L, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1], output.past_key_values
 
 
 def continued(
-    model: Any, prefixes: Prefixes | None, prefix: Sequence[int], rest: Sequence[int], options: Options
+    model: PreTrainedModel, prefixes: Prefixes | None, prefix: Sequence[int], rest: Sequence[int], options: Options
 ) -> tuple[list[int], int]:
     """The new tokens after a prompt in two parts, and how many of the prompt's were kept from before.
 
@@ -106,7 +108,8 @@ class LocalClient:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0,
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, temperature: float = 0.0,
+        top_p: float = 1.0, seed: int = 0,
         reuse: bool = True,
     ) -> None:  # fmt: skip
         from pretrain.core.batch import Vocabulary
@@ -123,7 +126,7 @@ class LocalClient:
             return begin + self._plain(shared), self._plain(rest)
         messages = [{"role": "system", "content": PIECE.format(0)}] if shared else []
         messages += [{"role": "user", "content": PIECE.format(1)}]
-        text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
         before, _, after = text.partition(PIECE.format(1))
         if shared:
             start, _, between = before.partition(PIECE.format(0))
@@ -149,7 +152,7 @@ class LocalClient:
             pad=self.vocabulary.pad, generator=self.generator,
         )  # fmt: skip
         new, kept = continued(self.model, self.prefixes, prefix, tokens, options)
-        text = self.tokenizer.decode(new, skip_special_tokens=True)
+        text = text_of(self.tokenizer, new, skip_special_tokens=True)
         return Reply(text, len(prefix) + len(tokens), len(new), kept)
 
     def predictability(self, shared: str, rest: str) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
@@ -14,6 +14,7 @@ from pretrain.decoding import Decoding
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
+    from transformers.cache_utils import CacheLayerMixin
 
     from pretrain.core.generation.options import Options
 
@@ -47,7 +48,7 @@ class LatentDeliberation(Decoding):
             logits_BV, cache, mask_BL = deliberate(model, coprocessor, latents, input_ids_BL, mask_BL)
             return continue_rows(input_ids_BL, logits_BV, stepper(model, cache, mask_BL), options)
 
-    def _check(self, model: Any, coprocessor: Any, length: int) -> None:
+    def _check(self, model: PreTrainedModel, coprocessor: Any, length: int) -> None:
         """Refuse a coprocessor of another model, and more positions than there are."""
         from pretrain.core.models.families import family
 
@@ -70,7 +71,7 @@ class LatentDeliberation(Decoding):
 
 
 def deliberate(
-    model: Any, coprocessor: Any, latents: int, input_ids_BL: Tensor, mask_BL: Tensor
+    model: PreTrainedModel, coprocessor: Any, latents: int, input_ids_BL: Tensor, mask_BL: Tensor
 ) -> tuple[Tensor, Any, Tensor]:
     """The logits after left-padded prompts and their latents, the cache of both, and the mask of both."""
     import torch
@@ -86,7 +87,7 @@ def deliberate(
     )
     more: dict[str, Any] = {"attention_mask": torch.cat([mask_BL, mask_BL.new_ones(rows, latents)], 1)}
     more |= {"position_ids": position_BL[:, -1:] + 1 + torch.arange(latents, device=device), "use_cache": True}
-    copied = DynamicCache([(layer.keys, layer.values) for layer in cache.layers])  # type: ignore[misc]
+    copied = DynamicCache([(layer.keys, layer.values) for layer in cast("list[CacheLayerMixin]", cache.layers)])
     soft_BN = torch.arange(latents, device=device).expand(rows, -1)
     z_BNE = base(coprocessor)(input_ids=soft_BN, past_key_values=copied, **more).last_hidden_state
     logits_BNV = model(inputs_embeds=z_BNE, past_key_values=cache, logits_to_keep=1, **more).logits

@@ -14,8 +14,10 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.bounds import Count, Whole
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.options import Options
 from pretrain.core.method import Ref
@@ -69,7 +71,7 @@ class SleepTime(Decoding):
         """By model: the caches of contexts with notes, and the notes by context."""
         return WeakKeyDictionary()
 
-    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts after thinking about their contexts; returns `tokens_BN`."""
         from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 
@@ -90,15 +92,15 @@ class SleepTime(Decoding):
             rows.append(continued(model, prefixes, before, query, options)[0])
         return options.stacked(input_ids_BL, rows)
 
-    def _notes(self, model: Any, tokenizer: Any, context: list[int]) -> list[int]:
+    def _notes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: list[int]) -> list[int]:
         """The tokens of the notes on a context, with what stands around them; none where the model wrote none."""
         from pretrain.core.encoding import encode
 
-        text = tokenizer.decode(context, skip_special_tokens=True)
+        text = text_of(tokenizer, context, skip_special_tokens=True)
         found = sleep(LocalClient(model, tokenizer), text, rounds=self.rounds, max_tokens=self.notes_tokens)
         return encode(tokenizer, [f"{NOTES}{found.notes}{self.separator}"])[0].tolist() if found.notes else []
 
-    def _tokenizer(self, model: Any) -> Any:
+    def _tokenizer(self, model: PreTrainedModel) -> Any:
         from pretrain.core.folders import tokenizer_of
         from pretrain.corpus.tokenizers import load_tokenizer
 
@@ -111,16 +113,16 @@ class SleepTime(Decoding):
         return load_tokenizer(tokenizer_of(folder))
 
 
-def split(tokenizer: Any, ids: Sequence[int], separator: str) -> int:
+def split(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], separator: str) -> int:
     """Where the query begins: the first token after the last separator; 0 where there is none, or nothing after it."""
-    text = tokenizer.decode(ids)
+    text = text_of(tokenizer, ids)
     end = text.rfind(separator) + len(separator)
     if separator not in text or not text[end:].strip():
         return 0
     low, high = 0, len(ids)
     while low < high:  # the text of more tokens is no shorter
         middle = (low + high) // 2
-        if len(tokenizer.decode(ids[:middle])) < end:
+        if len(text_of(tokenizer, ids[:middle])) < end:
             low = middle + 1
         else:
             high = middle

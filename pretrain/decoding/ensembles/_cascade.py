@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
 from pretrain.core.batch import Batch
@@ -38,7 +39,9 @@ class Trace:
 class Cascade(Forward):
     """A `Forward` of one unpadded row whose passes after the prompt may stop early."""
 
-    def __init__(self, model: Any, length: int, exits: tuple[int, ...], thresholds: tuple[float, ...]) -> None:
+    def __init__(
+        self, model: PreTrainedModel, length: int, exits: tuple[int, ...], thresholds: tuple[float, ...]
+    ) -> None:
         super().__init__(model, length)
         self.thresholds = dict(zip(exits, thresholds, strict=True))
         self.entry, self.config, self.maps = family(model), model.config, getattr(model, HEADS, None)
@@ -101,7 +104,7 @@ class Cascade(Forward):
         return [at(attention, name) for name in self.entry.queries[-2:]]
 
 
-def head_width(config: Any) -> int:
+def head_width(config: PreTrainedConfig) -> int:
     """The width of an attention head."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
@@ -117,7 +120,7 @@ def confidence(logits: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def measure(model: Any, batches: Iterable[Batch], exits: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def measure(model: PreTrainedModel, batches: Iterable[Batch], exits: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """`confidence_MN` and `correct_MN` of each exit and of the end, over the tokens of text that have a next one."""
     maps, norm = getattr(model, HEADS, None), at(base(model), family(model).final_norm or "")
     depths, sure, right = (*exits, len(blocks(model))), [], []

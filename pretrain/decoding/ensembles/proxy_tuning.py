@@ -13,7 +13,7 @@ from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.generation.options import Options
 
@@ -87,12 +87,12 @@ class ProxyTuning(Decoding):
         return found[0], found[1]
 
 
-def _check_causal(what: str, model: Any) -> None:
+def _check_causal(what: str, model: PreTrainedModel) -> None:
     if not model.can_generate() or model.config.is_encoder_decoder:
         raise PretrainError(f"proxy_tuning: {what}: {type(model).__name__}: accepted: a causal language model")
 
 
-def _size(model: Any) -> int:
+def _size(model: PreTrainedModel) -> int:
     return model.get_output_embeddings().weight.shape[0]
 
 
@@ -114,5 +114,7 @@ def _open(folder: Path, device: Any, _: int) -> tuple[Any, dict[str, int] | None
 def _vocabulary(folder: Path, _: int) -> dict[str, int]:
     from transformers import AutoTokenizer
 
-    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False
+    )
     return tokenizer.get_vocab()

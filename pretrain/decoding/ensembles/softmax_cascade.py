@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Unpack
+from typing import TYPE_CHECKING, ClassVar, Literal, Unpack
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class SoftmaxCascade(Decoding):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
 
-    def depths(self, model: Any) -> tuple[int, ...]:
+    def depths(self, model: PreTrainedModel) -> tuple[int, ...]:
         """The exits: after how many blocks each stands."""
         from pretrain.core.models.exits import HEADS, check_exits, thirds
 
@@ -92,13 +92,13 @@ class SoftmaxCascade(Decoding):
         result.tokens_BN = options.stacked(input_ids_BL, rows)
         return result
 
-    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
         return self._trace(model, input_ids_BL, options).tokens_BN
 
     def calibrate(
         self,
-        model: Any,
+        model: PreTrainedModel,
         batches: Iterable[Batch],
         accuracy_drop: float,
         *,

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
 from pretrain.core.generation.forward import Forward
@@ -52,7 +52,7 @@ class Chunk:
         self.states_1TE, self.position_T = states_1TE, position_T
         self.cache: list[tuple[Tensor, Tensor]] = []  # by block: keys_1KTD, values_1KTD
 
-    def update(self, keys_1KTD: Tensor, values_1KTD: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, keys_1KTD: Tensor, values_1KTD: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         """Note a block's keys and values, which are all that its queries see."""
         self.cache.append((keys_1KTD, values_1KTD))
         return keys_1KTD, values_1KTD
@@ -172,7 +172,7 @@ def _watched(found: list[Tensor] | None) -> Iterator[None]:
 
 
 @contextmanager
-def attending(model: Any) -> Iterator[None]:
+def attending(model: PreTrainedModel) -> Iterator[None]:
     """While open, the model's attention is one whose significance can be noted."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
@@ -183,7 +183,7 @@ def attending(model: Any) -> Iterator[None]:
 
 
 @torch.inference_mode()
-def mean_significance(model: Any, rows_BL: Tensor) -> Tensor:
+def mean_significance(model: PreTrainedModel, rows_BL: Tensor) -> Tensor:
     """`bias_ND`: by block and distance from the last token, the mean significance over rows of text of one length."""
     length = rows_BL.shape[1]
     forward, plan = Forward(model, length), Plan(0, 0, ((0, length),), (), ())

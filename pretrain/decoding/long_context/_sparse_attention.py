@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.core.generation.forward import Forward
 from pretrain.core.models.families import additive, at, blocks, family
@@ -216,7 +216,7 @@ AttentionInterface.register(NAME, _attention)
 
 
 @contextmanager
-def attending(model: Any, attend: Attend) -> Iterator[None]:
+def attending(model: PreTrainedModel, attend: Attend) -> Iterator[None]:
     """While inside, the model's blocks attend by `attend`; no mask is given to it."""
     modules = [at(block, family(model).attention) for block in blocks(model)]
     before = model.config._attn_implementation
@@ -235,12 +235,14 @@ def attending(model: Any, attend: Attend) -> Iterator[None]:
 class SparseForward(Forward):
     """`Forward` whose pass over the prompts attends by `attend`; where there is padding each row is read without it."""
 
-    def __init__(self, model: Any, length: int, attend: Attend) -> None:
+    def __init__(self, model: PreTrainedModel, length: int, attend: Attend) -> None:
         super().__init__(model, length)
         self.model, self.attend = model, attend
         self.row: tuple[int, int, int] | None = None  # that is read, of how many, and up to which position
 
-    def update(self, keys_BHTD: Tensor, values_BHTD: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(
+        self, keys_BHTD: Tensor, values_BHTD: Tensor, layer: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
         """Write a layer's new keys and values; returns all up to them, of a prompt's row its own."""
         if self.row is None:
             return super().update(keys_BHTD, values_BHTD, layer)

@@ -18,6 +18,8 @@ from pretrain.core.models.families import blocks
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
     from pretrain.core.batch import Batch
     from pretrain.core.generation.options import Options
     from pretrain.decoding.long_context._homer import Chunk, Plan
@@ -51,7 +53,7 @@ class Homer(Decoding):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
 
-    def lengths(self, model: Any) -> tuple[int, int, int, int, int]:
+    def lengths(self, model: PreTrainedModel) -> tuple[int, int, int, int, int]:
         """The model's limit, the chunks' length, the target and the affixes' lengths."""
         limit = model.config.max_position_embeddings
         chunk = limit // 2 if self.max_chunk_len is None else self.max_chunk_len
@@ -69,7 +71,7 @@ class Homer(Decoding):
             raise PretrainError(f"homer: target_len {target}: accepted: from {prefix + suffix + 1} to {chunk}")
         return limit, chunk, target, prefix, suffix
 
-    def plan(self, model: Any, length: int) -> Plan:
+    def plan(self, model: PreTrainedModel, length: int) -> Plan:
         """How a prompt of `length` tokens is read."""
         from pretrain.decoding.long_context._homer import Plan
 
@@ -94,7 +96,9 @@ class Homer(Decoding):
             (*[prefix + room // 2 + suffix] * height, target),
         )  # fmt: skip
 
-    def read(self, model: Any, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None) -> list[Chunk]:
+    def read(
+        self, model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None
+    ) -> list[Chunk]:
         """What each left-padded prompt becomes: its last states, and the keys and values that are kept of it."""
         from pretrain.core.generation.forward import Forward
         from pretrain.decoding._tree import prompts
@@ -108,7 +112,7 @@ class Homer(Decoding):
             with attending(model):
                 return [read(forward, self.plan(model, len(ids_L)), ids_L, bias_ND) for ids_L in rows]
 
-    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, read row by row and continued together; returns `tokens_BN`."""
         from pretrain.core.generation.rows import continue_rows
 
@@ -132,7 +136,7 @@ class Homer(Decoding):
                 options,
             )
 
-    def calibrate(self, model: Any, batches: Iterable[Batch], file: Path | str) -> Path:
+    def calibrate(self, model: PreTrainedModel, batches: Iterable[Batch], file: Path | str) -> Path:
         """Write the bias: the mean significance by distance over the batches' rows, each cut to a chunk's length.
 
         `file` ends in .safetensors, or is a folder. Documents that share a row are read as one
@@ -181,7 +185,7 @@ def _file(place: Path | str) -> Path:
     return path if path.suffix == ".safetensors" else path / FILE
 
 
-def _continued(model: Any, chunks: list[Chunk], room: int) -> Any:
+def _continued(model: PreTrainedModel, chunks: list[Chunk], room: int) -> Any:
     """A `Forward` whose cache holds each row's chunk on the right, and whose next positions are the rows' own."""
     from pretrain.core.generation.forward import Forward
     from pretrain.core.models.families import additive

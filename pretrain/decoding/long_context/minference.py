@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
@@ -53,7 +54,7 @@ class MInference(Decoding):
     last_q: Count = 64
 
     def prefill(
-        self, model: Any, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, new: int = 0
+        self, model: PreTrainedModel, input_ids_BL: Tensor, *, attention_mask_BL: Tensor | None = None, new: int = 0
     ) -> tuple[Tensor, Forward]:
         """`logits_BV` after left-padded prompts, and the pass that goes on from them for up to `new` tokens."""
         kept_BL, patterns = pads(input_ids_BL, attention_mask_BL), self.of(model)
@@ -70,14 +71,14 @@ class MInference(Decoding):
             forward = SparseForward(model, input_ids_BL.shape[1] + max(0, new), attend)
             return forward.prefill(input_ids_BL, kept_BL), forward
 
-    def of(self, model: Any) -> list[list[Pattern]]:
+    def of(self, model: PreTrainedModel) -> list[list[Pattern]]:
         """The pattern of each head of each layer."""
         layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
         if self.patterns is None:
             return [[Pattern("vertical_slash", (self.vertical, self.slash))] * heads] * layers
         return _read(Path(self.patterns), layers, heads)
 
-    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts after a sparse pass over them; returns `tokens_BN`."""
         mask_BL, new = options.attention_mask_BL, options.max_new_tokens
         with torch.inference_mode():
@@ -104,7 +105,7 @@ def _pattern(head: dict[str, Any]) -> Pattern:
 
 
 def search(
-    model: Any, batches: Iterable[Tensor], *, sink: int = 1024, local: int = 4096, last_q: int = 64
+    model: PreTrainedModel, batches: Iterable[Tensor], *, sink: int = 1024, local: int = 4096, last_q: int = 64
 ) -> dict[str, Any]:
     """Each head's pattern of least error at the cost of an A-shape of `sink` and `local` keys.
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Ge
 from pretrain.core.generation.options import Options
@@ -51,7 +52,7 @@ class ADED(Decoding):
     def _matrices(self) -> WeakKeyDictionary[Any, TriGrams]:
         return WeakKeyDictionary()
 
-    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
         weight_VE = embeddings(model).weight
         usual = _CPU if weight_VE.device.type == "cpu" else (24, 150)

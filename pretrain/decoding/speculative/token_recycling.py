@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count
 from pretrain.core.generation.options import Options
@@ -48,7 +49,7 @@ class TokenRecycling(Decoding):
         """By model, the rows of its matrix that are written; the others are zeros."""
         return WeakKeyDictionary()
 
-    def decode(self, model: Any, input_ids_BL: Tensor, options: Options) -> Tensor:
+    def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
         weight_VE = embeddings(model).weight
         count = self.nodes or (_CPU_NODES if weight_VE.device.type == "cpu" else len(tree(self.k)))

@@ -184,7 +184,7 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> t
     return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
 
 
-def _encoder_decoder(model: Any, pairs: Sequence[Pair], device: torch.device) -> list[float]:
+def _encoder_decoder(model: PreTrainedModel, pairs: Sequence[Pair], device: torch.device) -> list[float]:
     """The summed nll of each target; the decoder begins with the model's own start token."""
     from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
     from pretrain.core.models.families import head, hidden

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.evaluation import Evaluation, Measured
 
@@ -115,7 +116,7 @@ class GenerationVerificationGap(Evaluation):
                 model, ids, self.generations, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
                 top_p=self.top_p, eos=vocabulary.eos, pad=vocabulary.pad, generator=generator,
             )  # fmt: skip
-            texts = [tokenizer.decode(one, skip_special_tokens=True) for one in made]
+            texts = [text_of(tokenizer, one, skip_special_tokens=True) for one in made]
             right_N = np.array([self.useful(prompt, text, document.get(self.answer)) for text in texts], np.float64)
             score_N = self.scores(model, tokenizer, vocabulary, prompt, ids, made, texts)
             weight_N = self.weigh(score_N)
@@ -140,7 +141,11 @@ class GenerationVerificationGap(Evaluation):
         )
 
     def _prompt(
-        self, model: Any, tokenizer: Any, vocabulary: Vocabulary, document: dict[str, Any]
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        vocabulary: Vocabulary,
+        document: dict[str, Any],
     ) -> tuple[str, list[int]]:
         """The prompt's text and tokens."""
         from pretrain.core.encoding import encode
@@ -149,7 +154,7 @@ class GenerationVerificationGap(Evaluation):
         ids = encode(tokenizer, [text])[0].tolist()
         if self.prompt_tokens and len(ids) > self.prompt_tokens:
             ids = ids[: self.prompt_tokens]
-            text = tokenizer.decode(ids)
+            text = text_of(tokenizer, ids)
         ids = ([] if vocabulary.begin is None else [vocabulary.begin]) + ids
         limit = getattr(model.config, "max_position_embeddings", None)
         if isinstance(limit, int) and len(ids) + self.max_new_tokens > limit:
@@ -171,8 +176,8 @@ class GenerationVerificationGap(Evaluation):
         return parses(prompt, text)
 
     def scores(
-        self, model: Any, tokenizer: Any, vocabulary: Vocabulary, prompt: str, ids: list[int], made: list[list[int]],
-        texts: list[str],
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, prompt: str,
+        ids: list[int], made: list[list[int]], texts: list[str],
     ) -> NDArray[np.float64]:  # fmt: skip
         """`score_N`, the log of what the model makes of its generations."""
         from pretrain.core.encoding import encode

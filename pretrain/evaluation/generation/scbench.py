@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation.generation._scbench import TASKS, Maker, Shared, right
@@ -129,7 +130,12 @@ class SCBench(Evaluation):
         return length
 
     def shared(
-        self, task: str, number: int, tokenizer: Any, documents: Sequence[dict[str, Any]], length: int
+        self,
+        task: str,
+        number: int,
+        tokenizer: PreTrainedTokenizerBase,
+        documents: Sequence[dict[str, Any]],
+        length: int,
     ) -> Shared:
         """The context and queries number `number` of a task, so long that they fit `length` tokens together."""
         from pretrain.core.encoding import encode_plain, plain_backend
@@ -206,7 +212,7 @@ def _labelled(documents: Sequence[dict[str, Any]], turns: int) -> bool:
 class _Asked:
     """The tokens of a context, its queries and answers: each encoded by itself, so that a cache can end anywhere."""
 
-    def __init__(self, tokenizer: Any, shared: Shared) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, shared: Shared) -> None:
         from pretrain.core.batch import Vocabulary
         from pretrain.core.encoding import encode
 
@@ -223,19 +229,19 @@ class _Asked:
         said: list[int] = []
         while len(said) < most:
             token = int(before_1V[-1].argmax())
-            text = self.tokenizer.decode([*said, token])
+            text = text_of(self.tokenizer, [*said, token])
             if token == self.eos or "\n" in text.lstrip():
-                return said, text if token != self.eos else self.tokenizer.decode(said)
+                return said, text if token != self.eos else text_of(self.tokenizer, said)
             said.append(token)
             if len(said) < most:
                 before_1V = reader.read([token])
-        return said, self.tokenizer.decode(said)
+        return said, text_of(self.tokenizer, said)
 
 
 class Reader:
     """A model and its cache of what was read so far."""
 
-    def __init__(self, model: Any, window: tuple[int, int] | None = None) -> None:
+    def __init__(self, model: PreTrainedModel, window: tuple[int, int] | None = None) -> None:
         self.model, self.window = model, window
         self.cache: Any = None
         self.seen = 0

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.evaluation import Evaluation, Measured
@@ -125,7 +126,9 @@ class MinK(Evaluation):
         kept_N = np.array([i for i, some in enumerate(tokens) if len(some) >= fewest], np.int64)
         cut = [tokens[i][: self.length + begins] for i in kept_N]
         nlls = [said.nll_T for said in predictions(model, cut, length=self.length)]
-        packed_N = np.array([len(zlib.compress(tokenizer.decode(t[begins:]).encode("utf-8", "replace"))) for t in cut])
+        packed_N = np.array(
+            [len(zlib.compress(text_of(tokenizer, t[begins:]).encode("utf-8", "replace"))) for t in cut]
+        )
         loss_N = np.array([nll_T.mean() for nll_T in nlls])
         least_N = np.array([least_likely(nll_T, self.k) for nll_T in nlls])
         return kept_N, np.stack([least_N, -loss_N, -loss_N / packed_N], axis=1)

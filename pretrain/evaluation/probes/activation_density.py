@@ -70,7 +70,7 @@ class ActivationDensity(Evaluation):
         every = _shares([one for found in counts.values() for one in found])
         return Measured(every, by_domain if len(by_domain) > 1 else {})
 
-    def _count(self, model: Any, rows: list[list[int]]) -> torch.Tensor:
+    def _count(self, model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
         """For each row the mean share of active neurons summed over its tokens, by block, and its number of tokens."""
         from pretrain.core.models.density import activations
         from pretrain.core.models.families import base, family

@@ -212,7 +212,7 @@ def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def token_states(
-    model: nn.Module, tokenizer: Any, some: Sequence[Snippet], layer: int, batch_tokens: int = 8192
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, some: Sequence[Snippet], layer: int, batch_tokens: int = 8192
 ) -> list[NDArray[np.float32] | None]:
     """Of each snippet the states `h_TE` of its tokens; None where the model has too few positions for it.
 

@@ -12,9 +12,10 @@ import numpy as np
 import torch
 import yaml
 from lm_eval.api.model import TemplateLM
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.encoding import encode
+from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation._predictions import framed, predictions
@@ -30,7 +31,7 @@ class OurModel(TemplateLM):  # type: ignore[misc]
     context and its continuation are encoded together and parted, and too long ones lose tokens from the left.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, length: int, seed: int) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, seed: int) -> None:
         super().__init__()
         self.model, self.tokenizer, self.length = model, tokenizer, length
         self.vocabulary = Vocabulary.of(tokenizer)
@@ -88,7 +89,7 @@ class OurModel(TemplateLM):  # type: ignore[misc]
                 temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
                 top_p=float(options.get("top_p", 1.0)) if sampled else 1.0, generator=self.generator,
             )  # fmt: skip
-            text = self.tokenizer.decode(tokens, skip_special_tokens=True)
+            text = text_of(self.tokenizer, tokens, skip_special_tokens=True)
             for end in filter(None, until):
                 text = text.split(end)[0]
             found.append(text)

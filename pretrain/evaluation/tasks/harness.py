@@ -93,7 +93,7 @@ class Harness(Evaluation):
                     raise PretrainError(f"harness: {names}: {reason}; accepted: tasks that lm-eval can run") from error
         return measured(results)
 
-    def _length(self, model: Any) -> int:
+    def _length(self, model: PreTrainedModel) -> int:
         limit = getattr(model.config, "max_position_embeddings", None)
         if isinstance(limit, int) and self.length > limit:
             raise PretrainError(f"harness: length {self.length}: accepted: at most the model's {limit} positions")

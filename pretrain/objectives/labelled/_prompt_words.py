@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from pretrain.core.batch import Context, Example, to_device
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import head
 
@@ -83,7 +84,7 @@ def _words(objective: PromptClassification, context: Context, size: int) -> dict
     """The tokens that a word of letters in the hole becomes, alone, and the words."""
     assert context.encoder is not None, "examples come with an encoder"
     known: NDArray[np.int64] = np.flatnonzero(~context.vocabulary.special_V[:size])
-    texts = [context.encoder.tokenizer.decode([int(i)]) for i in known]
+    texts = [text_of(context.encoder.tokenizer, [int(i)]) for i in known]
     space = " " * objective.spaced
     words = {int(i): text.strip() for i, text in zip(known, texts, strict=True) if text.strip().isalpha()}
     again = context.encoder.ids([space + word for word in words.values()])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, document_mask
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.forward import why_not
 from pretrain.core.generation.loop import decode
@@ -122,7 +123,7 @@ class Seq2Seq(FineTuning):
         answers = []
         for ids in output_BN[:, first:].tolist():
             ids = ids[: ids.index(vocabulary.eos)] if vocabulary.eos in ids else ids
-            answers.append(tokenizer.decode(ids, skip_special_tokens=True).strip())
+            answers.append(text_of(tokenizer, ids, skip_special_tokens=True).strip())
         return answers
 
     def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
