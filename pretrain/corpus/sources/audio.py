@@ -1,0 +1,102 @@
+"""Recordings: audio files, with the column `audio`, `{bytes, path}` as `datasets.Audio(decode=False)` has it."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.packages import Package
+from pretrain.corpus.sources._files import (
+    Document,
+    PathLabel,
+    Skipped,
+    Source,
+    any_case,
+    check_limit,
+    evenly,
+    located,
+    path_label,
+    stamps,
+)
+
+SUFFIXES = any_case(".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+KEPT = ("WAV", "FLAC")  # formats whose bytes may stay as they are
+
+
+@dataclass(frozen=True)
+class Audio(Source):
+    """Audio files of a folder or a glob; `label` is a file's name (`stem`) or its folder (`parent`).
+
+    The bytes are the file's own where that is WAV or FLAC and nothing is to be changed, else 16-bit FLAC. A recording
+    of more than `longest` seconds is cut into pieces, which stay on one side of the split; what is shorter than
+    `shortest` is left out. With `rate` all are resampled to so many samples a second, with `mono` channels averaged.
+    """
+
+    audio: str
+    label: PathLabel = None
+    rate: int | None = None
+    mono: bool = True
+    shortest: float = 0.1
+    longest: float = 30.0
+    limit: int | None = None  # at most so many files, from the whole folder alike
+    suffixes: tuple[str, ...] = SUFFIXES
+    domain: str = "audio"
+    package: Package | None = None
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+        if not 0 <= self.shortest < self.longest:
+            raise PretrainError(f"shortest {self.shortest}, longest {self.longest}: accepted: 0 ≤ shortest < longest")
+        if self.rate is not None and not 1000 <= self.rate <= 384_000:
+            raise PretrainError(f"rate {self.rate}: accepted: 1,000 to 384,000 samples a second, or null to leave it")
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        for name, path in evenly(located(self.audio, self.package, self.suffixes), self.limit):
+            for number, (data, whole) in enumerate(self._pieces(path, skipped)):
+                place = {"id": name} if whole else {"id": f"{name}#{number}", "group": name}
+                label = path_label(path, self.label)
+                yield {"audio": {"bytes": data, "path": name}} | label | {"domain": self.domain} | place
+
+    def state(self) -> Any:
+        return stamps(self.audio, self.package, self.suffixes)
+
+    def _pieces(self, path: Path, skipped: Skipped) -> Iterator[tuple[bytes, bool]]:
+        """The recording's bytes in pieces, each with whether it is all of it; a broken file is counted."""
+        import soundfile
+
+        try:
+            with soundfile.SoundFile(path) as file:
+                rate, whole = file.samplerate, file.frames <= self.longest * file.samplerate
+                if file.frames < max(1.0, self.shortest * rate):
+                    skipped.add(f"recordings of less than {self.shortest} seconds")
+                    return
+                same = file.channels == 1 or not self.mono
+                if whole and same and self.rate in (None, rate) and file.format in KEPT:
+                    file.read(dtype="int16")  # all of it, since a file that ends too early still opens
+                    yield path.read_bytes(), True
+                    return
+                for samples_LC in file.blocks(math.floor(self.longest * rate), dtype="float32", always_2d=True):
+                    if whole or len(samples_LC) >= self.shortest * rate:
+                        yield self._flac(samples_LC, rate), whole
+        except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+            skipped.add("no recording" if isinstance(error, soundfile.LibsndfileError) else "broken recordings")
+
+    def _flac(self, samples_LC: np.ndarray, rate: int) -> bytes:
+        import soundfile
+        from scipy.signal import resample_poly
+
+        if self.mono:
+            samples_LC = samples_LC.mean(axis=1, keepdims=True)
+        if self.rate not in (None, rate):
+            shared = math.gcd(self.rate, rate)
+            samples_LC = resample_poly(samples_LC, self.rate // shared, rate // shared, axis=0)
+        held = io.BytesIO()
+        soundfile.write(held, np.clip(samples_LC, -1, 1), self.rate or rate, format="FLAC", subtype="PCM_16")
+        return held.getvalue()

@@ -1,0 +1,102 @@
+"""Code that is installed here: Python's standard library, packages, and their documented functions."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.core.errors import PretrainError
+from pretrain.corpus import modules
+from pretrain.corpus.sources._files import Document, Skipped, Source, check_limit, evenly, read_text
+
+
+@dataclass(frozen=True)
+class PythonStdlib(Source):
+    """Python's own standard library: modules (domain `python`) and their docstrings (domain `docstrings`)."""
+
+    stdlib: bool = True
+    docstrings: bool = True
+    tests: bool = False  # the library's own tests, two thirds of its text
+    limit: int | None = None  # at most so many modules, from the whole library alike
+    exclude: tuple[str, ...] = ()  # modules to leave out: `encodings/*` for the tables of character sets
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        for inside, path in evenly(modules.without(modules.of_stdlib(self.tests), self.exclude), self.limit):
+            text = read_text(path, skipped)
+            if text is None:
+                continue
+            yield {"text": text, "domain": "python", "id": inside, "group": inside}
+            described = modules.docstrings(text) if self.docstrings else ""
+            if described:
+                yield {"text": described, "domain": "docstrings", "id": f"{inside}#docstrings", "group": inside}
+
+    def state(self) -> Any:
+        return sys.version
+
+
+@dataclass(frozen=True)
+class Packages(Source):
+    """Installed Python packages, by the names that they are imported by: their modules, the package as the domain.
+
+    Nothing is imported. A document's id is its path from the package's name on.
+    """
+
+    packages: tuple[str, ...]
+    tests: bool = False
+    limit: int | None = None  # at most so many modules of each package, from the whole of it alike
+    exclude: tuple[str, ...] = ()  # modules to leave out: `torch/_inductor/*`
+
+    def __post_init__(self) -> None:
+        if not self.packages:
+            raise PretrainError("packages: accepted: at least one name")
+        check_limit(self.limit)
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        for name in self.packages:
+            found = modules.without(modules.of_package(name, self.tests), self.exclude)
+            for inside, path in evenly(found, self.limit):
+                text = read_text(path, skipped)
+                if text is not None:
+                    yield {"text": text, "domain": name, "id": inside, "group": inside}
+
+    def state(self) -> Any:
+        return [[name, modules.version(name), _sizes(name, self.tests)] for name in self.packages]
+
+
+@dataclass(frozen=True)
+class Functions(Source):
+    """Documented functions of installed Python packages (`stdlib`: the standard library), the package as the domain.
+
+    Examples to learn from: `text` is a function's code without its docstring, `target` the docstring's first paragraph.
+    """
+
+    functions: tuple[str, ...]
+    limit: int | None = None  # at most so many modules of each package, from the whole of it alike
+    longest: int = 2000  # characters of code; longer functions are left out
+
+    def __post_init__(self) -> None:
+        if not self.functions:
+            raise PretrainError("functions: accepted: at least one package, or stdlib")
+        check_limit(self.limit)
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        for name in self.functions:
+            found = modules.of_stdlib(False) if name == "stdlib" else modules.of_package(name, False)
+            for inside, path in evenly(found, self.limit):
+                text = read_text(path, skipped)
+                for number, (function, code, summary) in enumerate(modules.functions(text or "")):
+                    if len(code) <= self.longest:
+                        place = {"id": f"{inside}#{number}-{function}", "group": inside}
+                        yield {"text": code, "domain": name, "target": summary} | place
+
+    def state(self) -> Any:
+        return [sys.version if name == "stdlib" else _sizes(name, False) for name in self.functions]
+
+
+def _sizes(name: str, tests: bool) -> list[Any]:
+    return [[inside, path.stat().st_size] for inside, path in modules.of_package(name, tests)]

@@ -1,0 +1,183 @@
+"""Series: numbers over time, with the column `series`, a list of steps, each a list of the channels' values.
+
+Read are tables (CSV or TSV with a row for each step, or for each series), the `.ts` files of the UCR and UEA archives
+and the `.tsf` files of the Monash archive.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.packages import Package
+from pretrain.corpus.sources._files import (
+    Document,
+    PathLabel,
+    Skipped,
+    Source,
+    check_limit,
+    evenly_read,
+    lines_of,
+    located,
+    path_label,
+    stamps,
+)
+from pretrain.corpus.sources._tables import column, number, rows_of
+
+SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".ts", ".ts.gz", ".tsf", ".tsf.gz")
+BLOCK = 8  # windows; what overlaps lies inside a block, and a block on one side of the split
+Found = tuple[np.ndarray, dict[str, str]]  # a series (time × channels), and its label
+
+
+@dataclass(frozen=True)
+class Series(Source):
+    """Files of a folder or a glob. In a table each row is a step, or with `rows` a series after its label.
+
+    `channels` are the columns to take, by default all that hold numbers but `time`. `.ts` files have labels of their
+    own; `label` is a file's folder (`parent`) or name (`stem`) instead. With `window` a series is cut into windows of
+    so many steps, one each `stride` steps (by default the window): those that overlap stay on one side of the split, as
+    blocks of `8 * window` steps. A gap is filled between its neighbours in time.
+    """
+
+    series: str
+    label: PathLabel = None
+    time: str | None = None  # the column that says when, which is no channel
+    channels: tuple[str, ...] = ()
+    rows: bool = False
+    window: int | None = None
+    stride: int | None = None
+    longest: int = 1 << 16  # steps; longer ones are passed over, unless there is a window
+    limit: int | None = None  # at most so many, from all alike
+    domain: str = "series"
+    package: Package | None = None
+
+    def __post_init__(self) -> None:
+        check_limit(self.limit)
+        for name in ("window", "stride", "longest"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise PretrainError(f"{name} {value}: accepted: 1 step or more")
+        if self.stride is not None and self.window is None:
+            raise PretrainError(f"stride {self.stride}: accepted: only with a window")
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        yield from evenly_read(self._all, self.limit, skipped)
+
+    def state(self) -> Any:
+        return stamps(self.series, self.package, SUFFIXES)
+
+    def _all(self, skipped: Skipped) -> Iterator[Document]:
+        for name, path in located(self.series, self.package, SUFFIXES):
+            for index, (values_LC, label) in enumerate(self._of(path, skipped)):
+                filled_LC = fill(values_LC)
+                if filled_LC is None:
+                    skipped.add("series without values")
+                elif self.window is None and len(filled_LC) > self.longest:
+                    skipped.add(f"series of more than {self.longest} steps")
+                else:
+                    place = label | path_label(path, self.label) | {"domain": self.domain}
+                    for piece_LC, where in self._windows(filled_LC, f"{name}:{index}"):
+                        yield {"series": piece_LC.astype(np.float32).tolist()} | place | where
+
+    def _windows(self, values_LC: np.ndarray, name: str) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
+        if self.window is None:
+            yield values_LC, {"id": name}
+            return
+        stride, block = self.stride or self.window, BLOCK * self.window
+        for first in range(0, len(values_LC), block):
+            end = min(first + block, len(values_LC))
+            for start in range(first, end - self.window + 1, stride):
+                group = {"group": f"{name}@{first}"} if stride < self.window else {}
+                yield values_LC[start : start + self.window], {"id": f"{name}@{start}"} | group
+
+    def _of(self, path: Path, skipped: Skipped) -> Iterator[Found]:
+        kind = path.name.removesuffix(".gz").rpartition(".")[2]
+        if kind in ("ts", "tsf"):
+            yield from archived(lines_of(path, skipped), kind, skipped)
+        else:
+            yield from self._rows(path, skipped) if self.rows else self._table(path, skipped)
+
+    def _rows(self, path: Path, skipped: Skipped) -> Iterator[Found]:
+        """Each row is a series of one channel, after its label; empty cells at its end are no part of it."""
+        for row in rows_of(path, skipped)[1]:
+            while row and not row[-1].strip():
+                row.pop()
+            if len(row) > 1:
+                yield np.array([_value(cell) for cell in row[1:]])[:, None], {"label": row[0].strip()}
+
+    def _table(self, path: Path, skipped: Skipped) -> Iterator[Found]:
+        """Each row is a step."""
+        names, rows = rows_of(path, skipped)
+        cells = [row for row in rows if len(row) == len(names)]
+        time = None if self.time is None else column(names, self.time, "time", path)
+        if self.channels:
+            chosen = [column(names, name, "channels", path) for name in self.channels]
+        else:
+            chosen = [i for i in range(len(names)) if i != time and any(number(row[i]) is not None for row in cells)]
+            chosen = [i for i in chosen if not any(_worded(row[i]) for row in cells)]
+        if not chosen or not cells:
+            skipped.add("tables without columns of numbers")
+            return
+        yield np.array([[_value(row[i]) for i in chosen] for row in cells]), {}
+
+
+def archived(lines: Iterator[str], kind: str, skipped: Skipped) -> Iterator[Found]:
+    """The cases of a `.ts` file, channels apart by `:` and the class last, or of a `.tsf` file, its values last."""
+    head: dict[str, str] = {}
+    attributes, data = 0, False
+    for line in lines:
+        line = line.strip()
+        if not line or line[0] in "#%":
+            continue
+        if not data:
+            word, _, rest = line.removeprefix("@").partition(" ")
+            data, attributes = word.lower() == "data", attributes + (word.lower() == "attribute")
+            head[word.lower()] = rest.strip().lower()
+            continue
+        try:
+            if kind == "tsf":
+                yield _channel(line.split(":", attributes)[attributes])[:, None], {}
+                continue
+            stamped = head.get("timestamps", "false").startswith("true")
+            cells = re.split(r":(?![^()]*\))", line) if stamped else line.split(":")
+            labelled = any(head.get(name, "false").startswith("true") for name in ("classlabel", "targetlabel"))
+            label = {"label": cells.pop().strip()} if labelled else {}
+            yield np.stack([_channel(cell) for cell in cells], axis=1), label
+        except (ValueError, IndexError):  # words for numbers, or channels of unequal lengths
+            skipped.add("broken series")
+    if not data:
+        skipped.add("no series")
+
+
+def _channel(cell: str) -> np.ndarray:
+    """`1.0,?,3.0`, or `(TIME,1.0),(TIME,3.0)`, as numbers."""
+    stamped = re.findall(r"\([^()]*,\s*([^(),]+)\)", cell)
+    return np.array([np.nan if v.strip() == "?" else float(v) for v in stamped or cell.split(",")])
+
+
+def _value(cell: str) -> float:
+    found = number(cell)
+    return np.nan if found is None else found
+
+
+def _worded(cell: str) -> bool:
+    """Whether a cell holds something that is neither a number nor a way to say that it is missing."""
+    return number(cell) is None and cell.strip().lower() not in ("", "na", "n/a", "?", "null", "none", "-", ".")
+
+
+def fill(values_LC: np.ndarray) -> np.ndarray | None:
+    """The series with each gap (NaN, infinity) on a line between its neighbours; None for an empty channel."""
+    values_LC = np.where(np.isfinite(values_LC), values_LC, np.nan)
+    gaps_LC = np.isnan(values_LC)
+    if not values_LC.size or gaps_LC.all(axis=0).any():
+        return None
+    steps_L = np.arange(len(values_LC))
+    for c in np.flatnonzero(gaps_LC.any(axis=0)):
+        known_L = ~gaps_LC[:, c]
+        values_LC[:, c] = np.interp(steps_L, steps_L[known_L], values_LC[known_L, c])
+    return values_LC
