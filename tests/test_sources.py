@@ -40,9 +40,11 @@ def opened(document):
 
 
 def tone(path, seconds, rate=8000, channels=1, **save):
+    """A tone of 440 Hz; in a second channel half as loud."""
     path.parent.mkdir(parents=True, exist_ok=True)
     time_L = np.arange(round(seconds * rate)) / rate
-    soundfile.write(path, np.stack([0.5 * np.sin(2 * np.pi * 440 * time_L)] * channels, axis=1), rate, **save)
+    waves_LC = np.stack([0.5 / (1 + c) * np.sin(2 * np.pi * 440 * time_L) for c in range(channels)], axis=1)
+    soundfile.write(path, waves_LC, rate, **save)
     return path
 
 
@@ -74,13 +76,15 @@ def test_a_folder_of_images_gives_their_own_bytes_and_its_folders_as_labels(tmp_
 def test_broken_images_and_those_of_too_many_pixels_are_counted(tmp_path):
     whole = picture(tmp_path / "a.png", (30, 30)).read_bytes()
     put(tmp_path / "b.png", whole[: len(whole) // 2])
+    photograph = picture(tmp_path / "whole.jpg", (30, 30)).read_bytes()
+    put(tmp_path / "b.jpg", photograph[: len(photograph) // 2])
     put(tmp_path / "c.png", "text")
     picture(tmp_path / "d.png", (100, 100))
     head = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 1, 0, 0, 0, 0)  # 3.6 G pixels in a few bytes
     put(tmp_path / "e.png", whole[:8] + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + whole[33:])
     found, skipped = collect(Images(str(tmp_path), max_pixels=9999))
-    assert [d["id"] for d in found] == [str(tmp_path / "a.png")]
-    assert skipped == {"broken images": 1, "no image": 1, "images of more than 9999 pixels": 2}
+    assert [d["id"] for d in found] == [str(tmp_path / "a.png"), str(tmp_path / "whole.jpg")]
+    assert skipped == {"broken images": 2, "no image": 1, "images of more than 9999 pixels": 2}
 
 
 @pytest.mark.parametrize(("mode", "stored"), [("L", "L"), ("RGB", "RGB"), (None, "RGB")])
@@ -162,10 +166,11 @@ def test_recordings_keep_their_bytes_and_take_labels_from_their_names(tmp_path):
     path, other = tone(tmp_path / "one.wav", 0.5), tone(tmp_path / "two.flac", 0.5)
     put(tmp_path / "bad.wav", "no sound")
     tone(tmp_path / "click.wav", 0.01)
+    put(tmp_path / "cut.flac", other.read_bytes()[:-400])
     found, skipped = collect(Audio(str(tmp_path), label="stem"))
     assert [(d["label"], d["id"]) for d in found] == [("one", str(path)), ("two", str(other))]
     assert [d["audio"]["bytes"] for d in found] == [path.read_bytes(), other.read_bytes()]
-    assert skipped == {"no recording": 1, "recordings of less than 0.1 seconds": 1}
+    assert skipped == {"no whole recordings": 2, "recordings of less than 0.1 seconds": 1}
 
 
 def test_long_recordings_are_cut_into_pieces_that_stay_together(tmp_path):
@@ -184,6 +189,7 @@ def test_recordings_are_resampled_and_channels_averaged(tmp_path):
     assert rate == 16_000 and samples_L.shape == (16_000,) and document["audio"]["bytes"][:4] == b"fLaC"
     spectrum = np.abs(np.fft.rfft(samples_L))
     assert spectrum.argmax() == 440 and "group" not in document
+    assert 2 * spectrum.max() / 16_000 == pytest.approx(0.375, abs=0.01)  # the mean of the channels' loudness
     (document,) = read(Audio(str(path), mono=False))
     assert sound(document)[0].shape == (8000, 2)
 
@@ -256,6 +262,8 @@ def test_windows_that_share_a_step_are_of_one_group(tmp_path_factory, steps, win
             assert group.setdefault(step, document.get("group", document["id"])) == document.get(
                 "group", document["id"]
             )
+    if stride < window:
+        assert len({d["group"] for d in found}) >= steps // (8 * window)  # so that some can be held out
     if stride == 1 and steps >= window:
         assert len(group) >= steps - window  # nothing of the series is lost but at most a tail
 

@@ -86,7 +86,7 @@ class Audio(Source):
                     if whole or len(samples_LC) >= self.shortest * rate:
                         yield self._flac(samples_LC, rate), whole
         except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
-            skipped.add("no recording" if isinstance(error, soundfile.LibsndfileError) else "broken recordings")
+            skipped.add("no whole recordings" if isinstance(error, soundfile.LibsndfileError) else "unreadable")
 
     def _flac(self, samples_LC: np.ndarray, rate: int) -> bytes:
         import soundfile
