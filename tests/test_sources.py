@@ -150,7 +150,7 @@ def test_the_largest_value_is_white(tmp_path):
         ({"label": None, "shape": [3, 3]}, "4 pixels a row"),
         ({"label": "digit"}, r"label 'digit': a.csv has no such column; accepted: 0, 1, 2, 3"),
         ({"shape": [2]}, r"shape \[2\]: accepted: \[height, width\]"),
-        ({"white": 0}, "white 0"),
+        ({"white": 0}, "white: 0: accepted: above 0"),
     ],
 )
 def test_pixels_that_do_not_fit_are_named(tmp_path, fields, message):

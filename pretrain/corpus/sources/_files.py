@@ -10,6 +10,7 @@ from dataclasses import asdict
 from pathlib import Path, PurePath
 from typing import Any, Literal, TypeVar
 
+from pretrain.core.bounds import check_fields
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
 from pretrain.core.packages import Package, package_facts, package_folder
@@ -35,6 +36,10 @@ class Skipped:
 class Source:
     """Base of the sources, which are frozen dataclasses."""
 
+    def __post_init__(self) -> None:
+        """Refuse fields outside their bounds; a source that checks more calls this first."""
+        check_fields(self, "")
+
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         """The documents, in a fixed order; what is passed over is counted in `skipped`."""
         raise NotImplementedError
@@ -59,11 +64,6 @@ def described(source: Source) -> dict[str, Any]:
     facts = {"source": type(source).__name__} | asdict(source)  # type: ignore[call-overload]
     package: Package | None = getattr(source, "package", None)
     return facts | {"package": package_facts(package)} if package else facts
-
-
-def check_limit(limit: int | None) -> None:
-    if limit is not None and limit < 1:
-        raise PretrainError(f"limit {limit}: accepted: 1 or more, or null for all")
 
 
 def evenly(items: Sequence[T], limit: int | None) -> list[T]:

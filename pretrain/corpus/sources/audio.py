@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
+from pretrain.core.bounds import Count, Ge, Le, NonNegative, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
 from pretrain.corpus.sources._files import (
@@ -19,7 +20,6 @@ from pretrain.corpus.sources._files import (
     Skipped,
     Source,
     any_case,
-    check_limit,
     evenly,
     located,
     path_label,
@@ -41,21 +41,19 @@ class Audio(Source):
 
     audio: str
     label: PathLabel = None
-    rate: int | None = None
+    rate: Annotated[int, Ge(1000), Le(384_000)] | None = None
     mono: bool = True
-    shortest: float = 0.1
-    longest: float = 30.0
-    limit: int | None = None  # at most so many files, from the whole folder alike
+    shortest: NonNegative = 0.1
+    longest: Positive = 30.0
+    limit: Count | None = None  # at most so many files, from the whole folder alike
     suffixes: tuple[str, ...] = SUFFIXES
     domain: str = "audio"
     package: Package | None = None
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
-        if not 0 <= self.shortest < self.longest:
-            raise PretrainError(f"shortest {self.shortest}, longest {self.longest}: accepted: 0 ≤ shortest < longest")
-        if self.rate is not None and not 1000 <= self.rate <= 384_000:
-            raise PretrainError(f"rate {self.rate}: accepted: 1,000 to 384,000 samples a second, or null to leave it")
+        super().__post_init__()
+        if self.shortest >= self.longest:
+            raise PretrainError(f"shortest {self.shortest}, longest {self.longest}: accepted: shortest below longest")
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for name, path in evenly(located(self.audio, self.package, self.suffixes), self.limit):

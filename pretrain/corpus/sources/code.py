@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.corpus import modules
-from pretrain.corpus.sources._files import Document, Skipped, Source, check_limit, evenly, read_text
+from pretrain.corpus.sources._files import Document, Skipped, Source, evenly, read_text
 
 
 @dataclass(frozen=True)
@@ -19,11 +20,8 @@ class PythonStdlib(Source):
     stdlib: bool = True
     docstrings: bool = True
     tests: bool = False  # the library's own tests, two thirds of its text
-    limit: int | None = None  # at most so many modules, from the whole library alike
+    limit: Count | None = None  # at most so many modules, from the whole library alike
     exclude: tuple[str, ...] = ()  # modules to leave out: `encodings/*` for the tables of character sets
-
-    def __post_init__(self) -> None:
-        check_limit(self.limit)
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for inside, path in evenly(modules.without(modules.of_stdlib(self.tests), self.exclude), self.limit):
@@ -48,13 +46,13 @@ class Packages(Source):
 
     packages: tuple[str, ...]
     tests: bool = False
-    limit: int | None = None  # at most so many modules of each package, from the whole of it alike
+    limit: Count | None = None  # at most so many modules of each package, from the whole of it alike
     exclude: tuple[str, ...] = ()  # modules to leave out: `torch/_inductor/*`
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.packages:
             raise PretrainError("packages: accepted: at least one name")
-        check_limit(self.limit)
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for name in self.packages:
@@ -76,13 +74,13 @@ class Functions(Source):
     """
 
     functions: tuple[str, ...]
-    limit: int | None = None  # at most so many modules of each package, from the whole of it alike
+    limit: Count | None = None  # at most so many modules of each package, from the whole of it alike
     longest: int = 2000  # characters of code; longer functions are left out
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.functions:
             raise PretrainError("functions: accepted: at least one package, or stdlib")
-        check_limit(self.limit)
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for name in self.functions:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from PIL import Image, ImageOps
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import Count
 from pretrain.core.packages import Package
 from pretrain.corpus.sources._files import (
     Document,
@@ -19,7 +19,6 @@ from pretrain.corpus.sources._files import (
     Skipped,
     Source,
     any_case,
-    check_limit,
     evenly,
     located,
     path_label,
@@ -44,19 +43,12 @@ class Images(Source):
     images: str
     label: PathLabel = None
     mode: Literal["L", "RGB", "RGBA"] | None = None
-    longest: int | None = None  # pixels of the longer side
-    max_pixels: int = 1 << 26
-    limit: int | None = None  # at most so many, from the whole folder alike
+    longest: Count | None = None  # pixels of the longer side
+    max_pixels: Count = 1 << 26
+    limit: Count | None = None  # at most so many, from the whole folder alike
     suffixes: tuple[str, ...] = SUFFIXES
     domain: str = "images"
     package: Package | None = None
-
-    def __post_init__(self) -> None:
-        check_limit(self.limit)
-        if self.longest is not None and self.longest < 1:
-            raise PretrainError(f"longest {self.longest}: accepted: 1 pixel or more, or null for any")
-        if self.max_pixels < 1:
-            raise PretrainError(f"max_pixels {self.max_pixels}: accepted: 1 or more")
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for name, path in evenly(located(self.images, self.package, self.suffixes), self.limit):

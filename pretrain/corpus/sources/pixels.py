@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from pretrain.core.bounds import Count, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import Document, Skipped, Source, check_limit, evenly_read, located, stamps
+from pretrain.corpus.sources._files import Document, Skipped, Source, evenly_read, located, stamps
 from pretrain.corpus.sources._tables import column, rows_of
 from pretrain.corpus.sources.images import png
 
@@ -32,20 +33,18 @@ class Pixels(Source):
     pixels: str
     label: str | int | None = -1  # a column's name or number; -1 is the last
     shape: tuple[int, ...] | None = None
-    white: float = 255.0
-    limit: int | None = None  # at most so many, from the whole table alike
+    white: Positive = 255.0
+    limit: Count | None = None  # at most so many, from the whole table alike
     domain: str = "images"
     package: Package | None = None
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
+        super().__post_init__()
         good = self.shape is None or (
             len(self.shape) in (2, 3) and min(self.shape) > 0 and (*self.shape, 1)[2] in (1, 3)
         )
         if not good:
             raise PretrainError(f"shape {list(self.shape or ())}: accepted: [height, width] or [height, width, 3]")
-        if not self.white > 0:
-            raise PretrainError(f"white {self.white}: accepted: above 0")
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from evenly_read(self._all, self.limit, skipped)

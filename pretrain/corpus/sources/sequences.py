@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.packages import Package
 from pretrain.corpus.sources._files import (
     Document,
     Skipped,
     Source,
-    check_limit,
     evenly_read,
     lines_of,
     located,
@@ -56,20 +56,18 @@ class Sequences(Source):
     format: Format | None = None
     label: str | None = None
     column: str = "smiles"  # of a table of SMILES
-    shortest: int = 1
-    longest: int | None = None
-    limit: int | None = None  # at most so many, from all alike
+    shortest: Count = 1
+    longest: Count | None = None
+    limit: Count | None = None  # at most so many, from all alike
     domain: str = "sequences"
     package: Package | None = None
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
-        if self.shortest < 1 or (self.longest or self.shortest) < self.shortest:
-            raise PretrainError(f"shortest {self.shortest}, longest {self.longest}: accepted: 1 ≤ shortest ≤ longest")
+        super().__post_init__()
+        if (self.longest or self.shortest) < self.shortest:
+            raise PretrainError(f"shortest {self.shortest}, longest {self.longest}: accepted: shortest at most longest")
         if self.format not in (None, "smiles") and self.label not in (None, *LABELS):
-            raise PretrainError(
-                f"label {self.label!r}{nearest(str(self.label), LABELS)}; accepted: {', '.join(LABELS)}"
-            )
+            raise unknown("label", str(self.label), LABELS)
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from evenly_read(self._all, self.limit, skipped)
@@ -106,8 +104,9 @@ class Sequences(Source):
 
     def _label(self, record: Record, path: Path) -> dict[str, str] | None:
         """`{"label": …}`, empty when none is asked for; None where the record does not say it."""
-        if self.label is None or self.label == "parent" or self.label == "stem":
-            return path_label(path, self.label)
+        match self.label:
+            case None | "parent" | "stem" as label:
+                return path_label(path, label)
         found = record.facts.get(self.label)
         return {"label": found} if found else None
 

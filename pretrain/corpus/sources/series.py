@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
 from pretrain.corpus.sources._files import (
@@ -21,7 +22,6 @@ from pretrain.corpus.sources._files import (
     PathLabel,
     Skipped,
     Source,
-    check_limit,
     evenly_read,
     lines_of,
     located,
@@ -50,18 +50,15 @@ class Series(Source):
     time: str | None = None  # the column that says when, which is no channel
     channels: tuple[str, ...] = ()
     rows: bool = False
-    window: int | None = None
-    stride: int | None = None
-    longest: int = 1 << 16  # steps; longer ones are passed over, unless there is a window
-    limit: int | None = None  # at most so many, from all alike
+    window: Count | None = None
+    stride: Count | None = None
+    longest: Count = 1 << 16  # steps; longer ones are passed over, unless there is a window
+    limit: Count | None = None  # at most so many, from all alike
     domain: str = "series"
     package: Package | None = None
 
     def __post_init__(self) -> None:
-        check_limit(self.limit)
-        for name in ("window", "stride", "longest"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise PretrainError(f"{name} {value}: accepted: 1 step or more")
+        super().__post_init__()
         if self.stride is not None and self.window is None:
             raise PretrainError(f"stride {self.stride}: accepted: only with a window")
 

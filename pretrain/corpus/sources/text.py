@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.packages import Package
 from pretrain.corpus.sources._files import (
@@ -15,7 +16,6 @@ from pretrain.corpus.sources._files import (
     Skipped,
     Source,
     below,
-    check_limit,
     located,
     open_text,
     read_text,
@@ -63,10 +63,7 @@ class HubDataset(Source):
     streaming: bool = False
     text: str = "text"
     domain: str | None = None
-    limit: int | None = None  # read at most so many documents
-
-    def __post_init__(self) -> None:
-        check_limit(self.limit)
+    limit: Count | None = None  # read at most so many documents
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for number, document in enumerate(_rows(self._open(), self.dataset, self, skipped)):
