@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pretrain import report_samples
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_text
 
@@ -66,7 +67,7 @@ def collect(folder: Path) -> dict[str, Any]:
             objective = _objective(record.get("config") or _raw(text, entry["name"]))
             found["trainings"].append(named | {"objective": objective} | curves(home / "log.jsonl"))
         for group, file in (("evaluations", "evaluation.json"), ("samples", "samples.json")):
-            if content := _json(home / file):
+            if isinstance(content := _json(home / file), dict):
                 found[group].append(content | named)
         if info := _json(home / "corpus" / "corpus.json"):
             found["corpora"].append(info | named)
@@ -203,7 +204,10 @@ def _body(data: dict[str, Any]) -> str:
         parts.append(_section("Held-out text", "".join(map(_bar_chart, range(len(data["bars"])), data["bars"]))))
     if data["evaluations"]:
         parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
-    parts += [_section("Samples", "".join(map(_sample, group.get("samples", [])))) for group in data["samples"]]
+    left = report_samples.MAX_BYTES
+    for group in data["samples"]:
+        panel, left = report_samples.panel(group.get("samples") or [], left)
+        parts.append(_section(f"Samples: {html.escape(group['name'])}", panel) if panel else "")
     parts += [_section(f"Corpus: {html.escape(corpus['name'])}", _corpus_table(corpus)) for corpus in data["corpora"]]
     parts.append(_section("Stages", _stage_table(data["stages"])))
     parts.append(_section("Lineage", _lineage_table(data["stages"])))
@@ -273,11 +277,6 @@ def _cards(data: dict[str, Any]) -> str:
         for a, b, c in cards
     )
     return f'<div class="cards">{inner}</div>'
-
-
-def _sample(sample: dict[str, Any]) -> str:
-    prompt, text = html.escape(str(sample.get("prompt", ""))), html.escape(str(sample.get("continuation", "")))
-    return f'<pre class="sample"><mark>{prompt}</mark>{text}</pre>'
 
 
 def _table(heads: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

@@ -11,6 +11,7 @@ import pytest
 
 from pretrain.core.errors import PretrainError
 from pretrain.report import collect, plots, thin, write
+from pretrain.report_samples import panel
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NASTY = "</script><script>window.broken = 1</script><b>& bold"
@@ -30,6 +31,19 @@ def rows(count, *, bits=True, every=20):
 def put(path, value):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(value if isinstance(value, str) else json.dumps(value))
+
+
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTGj1gAAAABJRU5ErkJggg=="
+)
+LOOKS = [
+    {"kind": "image", "title": NASTY, "label": NASTY, "text": NASTY, "input": PIXEL, "masked": PIXEL, "output": PIXEL},
+    {"kind": "image", "input": PIXEL},
+    {"kind": "series", "input": [[1.0, 2.0, None, 4.0], [5.0] * 4], "output": [[None, 2.5, 3.0, None]], "masked": [[[1, 3]]]},
+    {"kind": "waveform", "input": [[-0.5, 0.5]] * 40, "output": [0.5, None, -0.5, 0.1], "masked": [[10, 20]], "seconds": 1.5,
+     "spectrogram": PIXEL, "measure": NASTY},
+    {"kind": "text", "input": NASTY, "masked": NASTY, "output": NASTY},
+]  # fmt: skip
 
 
 def example(folder, *, evaluated=True, trained=True):
@@ -78,6 +92,7 @@ def example(folder, *, evaluated=True, trained=True):
         probe = {"probe_accuracy": 0.9, "probe_majority": 0.5, "ndcg@10": 0.25}
         put(folder / "more" / "evaluation.json", evaluation | {"metrics": evaluation["metrics"] | probe})
         put(folder / "say" / "samples.json", {"samples": [{"prompt": NASTY, "continuation": NASTY}]})
+        put(folder / "encoder" / "samples.json", {"samples": LOOKS})
     return folder
 
 
@@ -140,6 +155,46 @@ def test_odd_files_of_a_run_are_shown_as_far_as_they_go(tmp_path):
     assert "half \ufffd</mark>\ufffd" in page
 
 
+def test_samples_are_drawn_and_what_is_hidden_is_shaded(tmp_path):
+    page = write(example(tmp_path / "r")).read_text()
+    body = page[page.index("Samples: encoder") : page.index("Samples: say")]
+    assert body.count("<figure>") == 5 and body.count(f'src="{PIXEL}"') == 3 + 1 + 1
+    assert body.count("<svg") == 2 + 2 and body.count('<rect class="hidden"') == 2
+    # Of four points one unit apart the second and third are hidden; a gap breaks the line.
+    assert '<rect class="hidden" x="150" width="300" height="110"/>' in body
+    assert '<path class="input" d="M0 107L200 72.3M600 3h2"/>' in body
+    assert '<path class="output" d="M200 55L400 37.7"/>' in body
+
+
+@pytest.mark.parametrize(
+    "sample",
+    [
+        {"kind": "image", "input": "data:text/html;base64,PHNjcmlwdD4="},
+        {"kind": "image", "input": PIXEL + '" onload="x'},
+        {"kind": "image", "input": "http://example.org/a.png"},
+        {"kind": "image", "input": None},
+        {"kind": "series", "input": "123"},
+        {"kind": "series", "input": [[]]},
+        {"kind": "series", "input": [["<script>", float("nan")]]},
+        {"kind": "series", "input": 3},
+        {"kind": "series", "input": [[1, 2]], "masked": [[["<b>", 2]]]},
+        {"kind": "waveform", "input": [[1]]},
+        {"kind": "waveform", "input": [[0, 1]], "seconds": "<b>"},
+        {"kind": "film", "input": "x"},
+        {"kind": ["image"]},
+        "text",
+        None,
+    ],
+)
+def test_samples_that_are_not_as_they_should_be_are_left_out(sample):
+    assert panel([sample], 10_000) == ("", 10_000)
+
+
+def test_samples_stay_within_their_bound_and_it_is_said_what_is_left_out():
+    text, left = panel([{"kind": "text", "input": "x" * 900}] * 5, 2000)
+    assert text.count("<figure>") == 2 and "3 more are in samples.json" in text and 0 <= left < 900
+
+
 @pytest.mark.parametrize(("evaluated", "trained"), [(False, True), (False, False)])
 def test_an_unfinished_run_gives_a_report_of_what_there_is(tmp_path, evaluated, trained):
     page = write(example(tmp_path / "r", evaluated=evaluated, trained=trained)).read_text()
@@ -185,10 +240,19 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
         lines = page.eval_on_selector_all(
             "#loss-0 .scatterlayer path.js-line", "all => all.map(e => getComputedStyle(e).stroke)"
         )
+        drawings = page.eval_on_selector_all(
+            "figure svg",
+            "all => all.map(e => [e.clientWidth, e.clientHeight, getComputedStyle(e.querySelector('path')).stroke])",
+        )
+        pictures = page.eval_on_selector_all(
+            "figure img", "all => all.map(e => [e.naturalWidth, e.clientWidth, e.clientHeight])"
+        )
         labels = page.eval_on_selector_all("#bars-0 .bartext", "all => all.map(e => e.getBoundingClientRect().height)")
         browser.close()
     assert len(lines) == 3 and len(set(lines)) == 1  # the held-out curve has its training's colour
     assert len(labels) == 8 and min(labels) >= 10
+    assert len(drawings) == 4 and all(wide > 250 and tall >= 50 and stroke != "none" for wide, tall, stroke in drawings)
+    assert len(pictures) == 5 and all(own == 1 and wide > 50 and tall > 50 for own, wide, tall in pictures)
     assert {s[0] for s in sizes} == {"loss-0", "loss-1", "rate", "norm", "speed", "mfu", "bars-0"} and all(
         min(s[1:]) > 3 for s in sizes
     )

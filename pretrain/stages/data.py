@@ -9,7 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainSerializer, PlainValidator
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
+from pretrain.corpus.samples import corpus_documents
 from pretrain.corpus.sources import SOURCES
 from pretrain.corpus.store import write_corpus
 from pretrain.data._work import working
@@ -67,6 +69,7 @@ class Data(Stage):
                 near_duplicates=self.near_duplicates, operations=operations, facts=facts, skipped=skipped.reasons,
             )  # fmt: skip
         shutil.rmtree(job.folder / "work", ignore_errors=True)
+        write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
         counted = f"{info['documents']['train']:,} training documents, {info['bytes']['train'] / 1e6:,.1f} MB"
         job.say(f"{counted}; removed {info['removed']['exact']} copies, {info['removed']['near']} near-duplicates")
         if skipped.reasons:
