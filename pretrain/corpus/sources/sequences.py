@@ -49,7 +49,7 @@ class Sequences(Source):
     `label` is what the records say of themselves (`organism`, `lineage`, `family`, `description`), or the file's name
     (`stem`) or folder (`parent`); of SMILES tables it may be any column. Records without it, and those shorter than
     `shortest`, are passed over and counted. Sequences of more than `longest` letters are cut into pieces, which stay on
-    one side of the split. Gaps and stops are no letters; but for SMILES all letters become capitals.
+    one side of the split. Gaps and stops are dropped and letters become capitals, except in SMILES.
     """
 
     sequences: str
