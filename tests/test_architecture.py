@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "evaluation", "policies"),
     ("training",),
     ("stages",),
-    ("identity", "recipe"),
+    ("identity", "recipe", "report_samples"),
     ("planning",),
     ("adopt", "report"),
     ("engine",),

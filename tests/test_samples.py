@@ -79,6 +79,11 @@ def test_each_kind_of_document_is_shown_by_its_column():
     ]
     assert found[0]["label"] == "3" and (pixels(found[0]["input"]) == 200).all()
     assert found[2]["input"] == [[1.0, 2.0], [5.0, 6.0]]
+    decoded = Image.new("RGBA", (200, 100))
+    assert pixels(document_samples([{"image": decoded}])[0]["input"]).shape == (48, 96, 3) and decoded.size == (
+        200,
+        100,
+    )
     assert len(found[3]["input"]) == samples.LETTERS + 1
     json.dumps(found, allow_nan=False)
 

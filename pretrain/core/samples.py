@@ -77,17 +77,16 @@ def text_sample(text: str) -> Sample:
     return {"kind": "text", "input": text[:LETTERS] + ("…" if len(text) > LETTERS else "")}
 
 
-def image_sample(value: dict[str, Any]) -> Sample:
-    """A stored image, made small."""
+def image_sample(value: Any) -> Sample:
+    """An image, decoded or as it is stored, made small."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(value["bytes"])) as image:
-        return {"kind": "image", "input": picture(np.asarray(_grey_or_colour(image)))}
-
-
-def _grey_or_colour(image: Any) -> Any:
+    image = value.copy() if isinstance(value, Image.Image) else Image.open(io.BytesIO(value["bytes"]))
     image.thumbnail((SIDE, SIDE))
-    return image if image.mode in ("L", "RGB") else image.convert("RGB")
+    return {
+        "kind": "image",
+        "input": picture(np.asarray(image if image.mode in ("L", "RGB") else image.convert("RGB"))),
+    }
 
 
 def picture(pixels: NDArray[np.uint8]) -> str:

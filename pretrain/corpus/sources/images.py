@@ -7,9 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
-
-from PIL import Image, ImageOps
+from typing import TYPE_CHECKING, Any, Literal
 
 from pretrain.core.bounds import Count
 from pretrain.core.packages import Package
@@ -24,6 +22,9 @@ from pretrain.corpus.sources._files import (
     path_label,
     stamps,
 )
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = any_case(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -62,6 +63,8 @@ class Images(Source):
 
     def _bytes(self, path: Path, skipped: Skipped) -> bytes | None:
         """What is stored of a file; None, counted, for one that is no whole image."""
+        from PIL import Image
+
         try:
             data = path.read_bytes()
             with warnings.catch_warnings():
@@ -82,6 +85,8 @@ class Images(Source):
 
     def _changed(self, image: Image.Image) -> Image.Image:
         """The image upright, in the mode and size that are asked for; the very same where it is so already."""
+        from PIL import Image, ImageOps
+
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if self.mode is not None and image.mode != self.mode:

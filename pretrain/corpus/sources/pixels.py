@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from pretrain.core.bounds import Count, Positive
 from pretrain.core.errors import PretrainError
@@ -65,6 +64,8 @@ class Pixels(Source):
                     yield {"image": {"bytes": data, "path": None}} | label | place
 
     def _image(self, row: list[str], skipped: Skipped, *, count: int, path: Path) -> bytes | None:
+        from PIL import Image
+
         side = math.isqrt(count)
         shape = self.shape or (side, side)
         if math.prod(shape) != count:
