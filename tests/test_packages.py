@@ -17,14 +17,15 @@ import pytest
 
 from pretrain.core import packages
 from pretrain.core.errors import PretrainError
-from pretrain.core.packages import Package, cache_folder, package_facts, package_folder
+from pretrain.core.folders import cache_folder
+from pretrain.core.packages import Package, package_facts, package_folder
 
 GROVE = Package(pypi="grove==1.0")
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("PRETRAIN_PACKAGES", str(tmp_path / "cache"))
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
@@ -67,11 +68,14 @@ def hand_out(monkeypatch, archive):
 def test_a_wheel_is_fetched_by_pip_once_and_its_digest_noted(cache, index):
     path = wheel(index, [("grove/data/a.csv", "1,2\n")])
     folder = package_folder(GROVE)
-    assert folder == cache / "pypi" / "grove-1.0" / "files" and (folder / "grove/data/a.csv").read_text() == "1,2\n"
+    assert (
+        folder == cache / "packages" / "pypi" / "grove-1.0" / "files"
+        and (folder / "grove/data/a.csv").read_text() == "1,2\n"
+    )
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     facts = package_facts(GROVE)
     assert (facts["sha256"], facts["archive"], facts["package"]) == (found, path.name, "grove==1.0")
-    assert facts["files"] == 5 and (cache / "CACHEDIR.TAG").exists()
+    assert facts["files"] == 5 and (cache / "packages" / "CACHEDIR.TAG").exists()
     path.unlink()
     assert package_folder(GROVE) == folder  # from the cache
     assert package_folder(Package(pypi="grove==1.0", sha256=found)) == folder
@@ -124,7 +128,7 @@ def test_what_is_too_large_unpacked_is_refused(cache, monkeypatch, tmp_path, lim
     hand_out(monkeypatch, wheel(tmp_path / "w", [("grove/a.txt", "0" * 10_000), ("grove/b.txt", "")]))
     with pytest.raises(PretrainError, match="too large unpacked"):
         package_folder(GROVE)
-    assert not (cache / "pypi" / "grove-1.0").exists()
+    assert not (cache / "packages" / "pypi" / "grove-1.0").exists()
 
 
 def test_a_damaged_archive_is_named(cache, monkeypatch, tmp_path):
@@ -188,11 +192,11 @@ def test_names_that_are_none_are_refused(fields, message):
 
 
 def test_the_cache_lies_where_the_system_keeps_caches(monkeypatch, tmp_path):
-    monkeypatch.delenv("PRETRAIN_PACKAGES", raising=False)
+    monkeypatch.delenv("PRETRAIN_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache_folder() == tmp_path / "pretrain" / "packages"
+    assert cache_folder() == tmp_path / "pretrain"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache_folder() == Path.home() / ".cache" / "pretrain" / "packages"
+    assert cache_folder() == Path.home() / ".cache" / "pretrain"
 
 
 def test_a_corpus_notes_the_package_that_it_is_from(cache, index, tmp_path):

@@ -31,5 +31,5 @@ def tokenizer_of(folder: Path) -> Path:
 
 def cache_folder() -> Path:
     """What can be made again is kept here: `$PRETRAIN_CACHE`, or `pretrain` in the user's folder for caches."""
-    own = os.environ.get("PRETRAIN_CACHE")
-    return Path(own) if own else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pretrain"
+    named, base = os.environ.get("PRETRAIN_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return (Path(named) if named else Path(base) / "pretrain").expanduser().absolute()

