@@ -31,6 +31,7 @@ from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
+from pretrain.core.weights import align
 
 transformers.utils.logging.disable_progress_bar()
 
@@ -179,7 +180,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
     """Open a checkpoint, ours or from elsewhere: the model (in evaluation mode) and its tokenizer, if it has one.
 
-    `dtype` is that of the weights, by default the one they are stored in. Raises `PretrainError` for a missing,
+    `dtype` is that of the weights, by default the one they are stored in; they lie in aligned memory, as those of a
+    model just built. Raises `PretrainError` for a missing,
     truncated or damaged file, for weights that do not fit the configuration, and for pickled weights, which are never
     read.
     """
@@ -195,7 +197,7 @@ def load(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     else:
         model = _load_plain(model_class, folder, config, dtype)
-    return model.to(device or "cpu").eval(), _load_tokenizer(folder)  # type: ignore[arg-type]
+    return align(model.to(device or "cpu")).eval(), _load_tokenizer(folder)  # type: ignore[arg-type]
 
 
 def _model_class(folder: Path, config: Any) -> Any:

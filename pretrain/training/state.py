@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, file_digest, read_json, sweep, write_json
+from pretrain.core.weights import load_tensors
 from pretrain.training.distributed import World, full, like
 
 TENSORS = ("model", "optimizer", "policies")
@@ -93,7 +94,7 @@ def newest(folder: Path) -> Path | None:
 def load(path: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put a state back into the modules and the optimiser; returns `training.json` and the policies' state."""
     try:
-        tensors = {name: load_file(path / f"{name}.safetensors") for name in TENSORS}
+        tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSORS}
     except (SafetensorError, OSError) as error:
         raise PretrainError(
             f"training state {path} cannot be read ({error}); remove it to resume from an older"

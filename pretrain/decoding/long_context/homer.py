@@ -165,11 +165,12 @@ class Homer(Decoding):
 
     def _bias(self, layers: int, distances: int) -> Tensor:
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+
+        from pretrain.core.weights import load_tensors
 
         path = _file(self.bias)
         try:
-            bias_ND = load_file(path)["bias_ND"]
+            bias_ND = load_tensors(path)["bias_ND"]
         except (OSError, SafetensorError, KeyError) as error:
             raise PretrainError(f"homer: bias {path}: {error}; accepted: a file that `calibrate` wrote") from error
         if bias_ND.ndim != 2 or len(bias_ND) != layers or bias_ND.shape[1] < distances:

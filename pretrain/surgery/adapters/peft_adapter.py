@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -17,6 +16,7 @@ from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import read_json
 from pretrain.core.method import Ref
 from pretrain.core.models.heads import new_modules, output
+from pretrain.core.weights import load_tensors
 from pretrain.surgery import Inputs, Surgery
 
 PREFIX = "base_model.model."  # of each weight's name in a file of `peft`
@@ -125,7 +125,7 @@ def _load(model: PreTrainedModel, folder: Path) -> None:
         pickled = " (a pickled adapter_model.bin is never read)" if (folder / "adapter_model.bin").exists() else ""
         raise PretrainError(f"peft_adapter: missing file {path}{pickled}")
     try:
-        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_file(path).items()}
+        tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(path).items()}
     except (SafetensorError, OSError) as error:
         raise PretrainError(f"{path} is truncated or damaged ({' '.join(str(error).split())[:200]})") from error
     for place, module in new_modules(model).items():
