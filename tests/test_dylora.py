@@ -8,6 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from adapter_cases import trained
+from closeness import assert_same_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from policy_run import run, steps
 from transformers import AutoModelForCausalLM
@@ -57,7 +58,7 @@ def test_at_its_highest_rank_it_is_lora(tiny) -> None:
     for name, module in adapters(ours).items():
         layer = theirs.base_model.model.get_submodule(name)
         layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = module.A.data, module.B.data
-    assert torch.allclose(logits(ours), logits(theirs), atol=1e-6)
+    assert_same_model(logits(ours), logits(theirs), ours)
 
 
 @pytest.mark.parametrize("frozen", (False, True))
@@ -185,9 +186,8 @@ def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path) -> None
     again, _ = checkpoint.load(tmp_path / "c")
     assert torch.equal(logits(again), logits(model))
     assert {m.range for m in adapters(again).values()} == {(1, 3, 0.15)} and checkpoint.surgery_of(again)
-    assert torch.allclose(
-        logits(PeftModel.from_pretrained(tiny(), tmp_path / "c" / "adapter")), logits(model), atol=1e-6
-    )
+    theirs = PeftModel.from_pretrained(tiny(), tmp_path / "c" / "adapter")
+    assert_same_model(logits(theirs), logits(model), model)
 
 
 def test_a_checkpoint_is_cut_to_a_lora_that_peft_opens(tiny, tmp_path) -> None:
@@ -196,7 +196,7 @@ def test_a_checkpoint_is_cut_to_a_lora_that_peft_opens(tiny, tmp_path) -> None:
     checkpoint.save(cut, None, tmp_path / "cut")
     theirs = PeftModel.from_pretrained(tiny(), tmp_path / "cut" / "adapter")
     assert theirs.peft_config["default"].r == 2
-    assert torch.equal(logits(theirs), logits(cut))
+    assert_same_model(logits(theirs), logits(cut), cut)
     again, _ = checkpoint.load(tmp_path / "cut")
     assert torch.equal(logits(again), logits(cut))
     assert all(".lora_" in name for name, p in again.named_parameters() if p.requires_grad)
@@ -211,7 +211,7 @@ def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, f
     merged = merge()(model)
     assert torch.allclose(logits(merged), before, atol=1e-5)
     checkpoint.save(merged, None, tmp_path / "c")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged))
+    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 def test_a_head_put_on_afterwards_keeps_the_ranks_and_is_trained(tiny) -> None:

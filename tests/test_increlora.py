@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from closeness import assert_same_model
 from peft import PeftModel
 from policy_run import run, steps
 from transformers import AutoModelForCausalLM
@@ -257,7 +258,7 @@ def test_a_grown_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path) -
     assert [layer.counts for layer in growing(again).values()] == [layer.counts for layer in growing(model).values()]
     theirs = PeftModel.from_pretrained(tiny(), tmp_path / "c" / "adapter")
     assert set(theirs.peft_config["default"].rank_pattern.values()) == {1, 2}
-    assert torch.allclose(logits(theirs), logits(model), atol=1e-5)
+    assert_same_model(logits(theirs), logits(model), model)
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
@@ -267,7 +268,7 @@ def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, f
     merged = merge()(model)
     assert torch.allclose(logits(merged), before, atol=1e-4) and not torch.allclose(before, logits(tiny(family)))
     checkpoint.save(merged, None, tmp_path / "c")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged))
+    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 def test_what_does_not_fit_is_one_clear_error(tiny, prepared, tmp_path) -> None:

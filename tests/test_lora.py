@@ -9,6 +9,7 @@ import shutil
 import pytest
 import torch
 from adapter_cases import IDS, logits, trained
+from closeness import assert_same_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -31,7 +32,7 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> Non
     extra = {"decoder_input_ids": IDS} if family == "t5" else {}
     before = model(IDS, **extra).logits
     adapted = lora(rank=4, where="all")(model)
-    assert torch.allclose(adapted(IDS, **extra).logits, before, atol=1e-6)  # equal, but for the threads' order of sums
+    assert_same_model(adapted(IDS, **extra).logits, before, adapted)  # equal, but for the threads' order of sums
     assert not any(module.training for module in adapted.modules())
     names = {name for name, p in adapted.named_parameters() if p.requires_grad}
     assert names and all(".lora_" in name for name in names)
@@ -76,9 +77,8 @@ def test_a_checkpoint_reopens_with_its_adapter_which_peft_opens_too(tiny, tmp_pa
         n for n, p in model.named_parameters() if p.requires_grad
     ]
     if getattr(method, "init", "") != "pissa":  # which changes the frozen weights
-        assert torch.allclose(
-            logits(PeftModel.from_pretrained(tiny(), tmp_path / "c" / "adapter")), logits(model), atol=1e-6
-        )
+        theirs = PeftModel.from_pretrained(tiny(), tmp_path / "c" / "adapter")
+        assert_same_model(logits(theirs), logits(model), model)
 
 
 def test_an_adapter_that_peft_saved_is_opened_and_trained_on(tiny, tmp_path) -> None:
@@ -101,7 +101,7 @@ def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, f
     assert torch.allclose(logits(merged), before, atol=1e-5)
     assert type(merged) is type(tiny(family)) and set(merged.state_dict()) == set(tiny(family).state_dict())
     checkpoint.save(merged, None, tmp_path / "c")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged))
+    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 def test_a_classifiers_last_layer_is_trained_and_travels_with_the_adapter(tiny, tmp_path) -> None:
@@ -113,12 +113,10 @@ def test_a_classifiers_last_layer_is_trained_and_travels_with_the_adapter(tiny, 
     checkpoint.save(model, None, tmp_path / "c")
     again, _ = checkpoint.load(tmp_path / "c")
     assert torch.equal(logits(again), logits(model)) and again.classifier.weight.requires_grad
-    assert torch.allclose(
-        logits(PeftModel.from_pretrained(classifier(), tmp_path / "c" / "adapter")), logits(model), atol=1e-6
-    )
-    assert torch.allclose(
-        logits(peft_adapter(folder=str(tmp_path / "c" / "adapter"))(classifier())), logits(model), atol=1e-6
-    )
+    theirs = PeftModel.from_pretrained(classifier(), tmp_path / "c" / "adapter")
+    ours = peft_adapter(folder=str(tmp_path / "c" / "adapter"))(classifier())
+    for opened in (theirs, ours):
+        assert_same_model(logits(opened), logits(model), model)
 
 
 @pytest.mark.parametrize(("family", "head"), [
@@ -139,10 +137,10 @@ def test_peft_puts_a_classifiers_new_modules_on_the_base_checkpoint(tiny, tmp_pa
     for folder in ("c", "again"):
         fresh = type(model).from_pretrained(tmp_path / "base", num_labels=3)
         theirs = PeftModel.from_pretrained(fresh, tmp_path / folder / "adapter")
-        assert torch.allclose(logits(theirs), logits(model), atol=1e-6)
+        assert_same_model(logits(theirs), logits(model), model)
         ours = with_head(tiny(family), head, ("a", "b", "c"), VOCABULARY, seed=6)
         ours = peft_adapter(folder=str(tmp_path / folder / "adapter"))(ours)
-        assert torch.allclose(logits(ours), logits(model), atol=1e-6)
+        assert_same_model(logits(ours), logits(model), model)
 
 
 @pytest.mark.parametrize("where", (["query", "classifier"], ["dense"]))
@@ -156,7 +154,7 @@ def test_an_adapter_within_a_classifiers_new_modules_is_saved_and_in_pefts_forma
     assert (tmp_path / "c" / "adapter").exists() == (where == ["dense"])
     if where == ["dense"]:  # the pooler's among them
         theirs = PeftModel.from_pretrained(base, tmp_path / "c" / "adapter")
-        assert torch.allclose(logits(theirs), logits(model), atol=1e-6)
+        assert_same_model(logits(theirs), logits(model), model)
 
 
 def test_a_head_put_on_after_the_adapter_is_saved_with_it(tiny, tmp_path) -> None:

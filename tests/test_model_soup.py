@@ -7,6 +7,7 @@ from dataclasses import make_dataclass
 
 import pytest
 import torch
+from closeness import assert_same_model
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
@@ -70,7 +71,7 @@ def test_a_soup_is_a_plain_checkpoint(tiny, tmp_path):
     soup = ModelSoup("uniform")(tiny(), Inputs(models=[tiny(seed=1)]))
     checkpoint.save(soup, None, tmp_path / "c")
     plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "c").eval()
-    assert torch.equal(plain(TOKENS).logits, soup(TOKENS).logits)
+    assert_same_model(plain(TOKENS).logits, soup(TOKENS).logits, soup)
 
 
 @pytest.mark.parametrize("weights", [(), (0.3, 1.7)])

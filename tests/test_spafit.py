@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_cases import IDS, logits, trained
+from closeness import assert_same_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -94,7 +95,7 @@ def test_it_is_what_peft_computes_with_biases_and_lora_in_the_last_blocks(four) 
         named[f"base_model.model.{theirs_name.replace('.layer.bias', '.base_layer.bias')}"] = tensor
     missing, unexpected = theirs.load_state_dict(named, strict=False)
     assert not missing and not unexpected
-    torch.testing.assert_close(logits(theirs), logits(ours), atol=1e-5, rtol=1e-4)
+    assert_same_model(logits(theirs), logits(ours), ours)
 
 
 @pytest.mark.parametrize(("family", "scales"), FAMILIES)
@@ -107,13 +108,9 @@ def test_a_checkpoint_reopens_and_peft_opens_lora_biases_and_scales(four, tmp_pa
     trainable = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (again, model)]
     assert trainable[0] == trainable[1]
     folder = tmp_path / "c" / "adapter"
-    torch.testing.assert_close(
-        logits(PeftModel.from_pretrained(four(family), folder)), logits(model), atol=1e-5, rtol=1e-4
-    )
+    assert_same_model(logits(PeftModel.from_pretrained(four(family), folder)), logits(model), model)
     if not scales:  # which peft's own list of an adapter's weights has not
-        torch.testing.assert_close(
-            logits(peft_adapter(folder=str(folder))(four(family))), logits(model), atol=1e-5, rtol=1e-4
-        )
+        assert_same_model(logits(peft_adapter(folder=str(folder))(four(family))), logits(model), model)
 
 
 def test_a_classifiers_last_layer_is_trained_and_travels(four, tmp_path) -> None:
@@ -125,7 +122,7 @@ def test_a_classifiers_last_layer_is_trained_and_travels(four, tmp_path) -> None
     checkpoint.save(model, None, tmp_path / "c")
     assert torch.equal(logits(checkpoint.load(tmp_path / "c")[0]), logits(model))
     theirs = PeftModel.from_pretrained(classifier(), tmp_path / "c" / "adapter")
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-4)
+    assert_same_model(logits(theirs), logits(model), model)
 
 
 @pytest.mark.parametrize(("family", "scales"), FAMILIES[1:])
@@ -136,7 +133,7 @@ def test_merging_keeps_biases_and_folds_the_lora_in(four, tmp_path, family, scal
     torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-4)
     assert set(merged.state_dict()) == set(four(family).state_dict())
     checkpoint.save(merged, None, tmp_path / "c")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged))
+    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 def test_what_does_not_fit_is_one_clear_error(four, tiny) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from adapter_cases import IDS, logits, trained
+from closeness import assert_same_model
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
@@ -82,7 +83,7 @@ def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path, family)
     trainable = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (again, model)]
     assert trainable[0] == trainable[1]
     theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "c" / "adapter")
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-4)
+    assert_same_model(logits(theirs), logits(model), model)
 
 
 def test_a_classifiers_last_layer_is_trained_and_travels(tiny, tmp_path) -> None:
@@ -93,7 +94,7 @@ def test_a_classifiers_last_layer_is_trained_and_travels(tiny, tmp_path) -> None
     assert model.classifier.weight.requires_grad
     checkpoint.save(model, None, tmp_path / "c")
     theirs = PeftModel.from_pretrained(classifier(), tmp_path / "c" / "adapter")
-    torch.testing.assert_close(logits(theirs), logits(model), atol=1e-5, rtol=1e-4)
+    assert_same_model(logits(theirs), logits(model), model)
 
 
 @pytest.mark.parametrize("family", ("llama", "gpt2"))
@@ -104,7 +105,7 @@ def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, f
     torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-4)
     assert set(merged.state_dict()) == set(tiny(family).state_dict())
     checkpoint.save(merged, None, tmp_path / "c")
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged))
+    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 def test_what_does_not_fit_is_one_clear_error(tiny) -> None:

@@ -7,6 +7,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from closeness import assert_same_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
 
@@ -167,8 +168,10 @@ def test_a_head_that_is_not_tied_stays_so(tiny, old, wide, tokenizer_of_code, pr
     mean = before.double().mean(-1, keepdim=True).expand_as(logits[..., len(old) :])
     assert torch.allclose(logits[..., len(old) :].double(), mean, atol=1e-4)
     checkpoint.save(made, inputs.extra["tokenizer"], tmp_path / "c")
-    for loaded in (checkpoint.load(tmp_path / "c")[0], type(made).from_pretrained(tmp_path / "c").eval()):
-        assert torch.equal(loaded(**given).logits, logits)
+    ours, plain = checkpoint.load(tmp_path / "c")[0], type(made).from_pretrained(tmp_path / "c").eval()
+    assert torch.equal(ours(**given).logits, logits)
+    assert_same_model(plain(**given).logits, logits, made)
+    for loaded in (ours, plain):
         assert len(loaded.get_output_embeddings().weight) == len(wide)
 
 
