@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test lint docs benchmarks clean
+.PHONY: quickstart test test-bits lint docs benchmarks clean
 
 quickstart: $(VENV)/installed  ## set up and run the main job on Python's standard library
 	$(VENV)/bin/pretrain run recipes/quickstart.yaml
@@ -13,6 +13,11 @@ test: $(VENV)/installed  ## set up and run the tests
 	    DEBIAN_FRONTEND=noninteractive apt-get install -yq chromium; } || \
 	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped" >&2
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "not long and not gpu"
+
+# Both variables: one is of torch's own kernels, the other of MKL's matrix products.
+test-bits: $(VENV)/installed  ## the tests that promise equal bits once more, with the vectors of older processors
+	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
+	  $(VENV)/bin/python -m pytest -n 2 -q -m "bits and not long and not gpu"
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

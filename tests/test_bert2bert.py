@@ -152,6 +152,7 @@ def test_the_draw_is_the_seeds(small):
     assert any(not torch.equal(one[k], other[k]) for k in one)
 
 
+@pytest.mark.bits
 def test_a_grown_model_is_a_plain_checkpoint_and_trains(small, tmp_path):
     folders = {}
     for name, fields in (("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("bert", {})):

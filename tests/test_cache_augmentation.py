@@ -152,6 +152,7 @@ def test_augmenting_learns_what_the_model_does_not_know(tiny):
     assert objective.loss(model, batch, coprocessor).value < plain - 0.1
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_saved_and_loaded_the_coprocessor_is_the_same(tiny, tmp_path, family, tied):

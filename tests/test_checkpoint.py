@@ -111,6 +111,7 @@ def plain(tiny, tmp_path_factory):
     return folder, models, torch.load(folder / "logits.pt"), json.loads((folder / "refused.json").read_text())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", PLAIN_CASES)
 def test_plain_transformers_and_we_open_it_with_equal_logits(plain, name):
     folder, models, by_transformers, _ = plain
@@ -258,6 +259,7 @@ def test_what_is_wrong_is_one_line_that_names_it(saved, case, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.bits
 def test_published_bert_weights_without_use_in_a_masked_model_are_let_be(tiny, tmp_path):
     model = tiny("bert")
     checkpoint.save(model, None, tmp_path / "c")
@@ -266,6 +268,7 @@ def test_published_bert_weights_without_use_in_a_masked_model_are_let_be(tiny, t
     assert torch.equal(logits(pretrain.load(tmp_path / "c")[0]), logits(model))
 
 
+@pytest.mark.bits
 def test_sharded_weights_are_loaded(tiny, tmp_path):
     model = tiny()
     model.save_pretrained(tmp_path / "c", max_shard_size="20KB")
@@ -328,6 +331,7 @@ def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
     assert seeds[-1] == 2 and set(seeds[:-2]) == {1}  # only the last sync comes after the rename
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("what", ["weights", "tokenizer", "sync"])
 def test_a_full_disk_is_one_clear_error_and_keeps_the_old(tiny, saved, prepared, monkeypatch, what):
     from pretrain.corpus.tokenizers import load_tokenizer
@@ -360,6 +364,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tiny, tmp_path):
         checkpoint.save(tiny(), None, tmp_path / "file" / "c")
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_model_that_transformers_cannot_build_comes_back_by_its_record(tiny, tmp_path, known_surgery, tied):
     model = Factorise((3, 5))(tiny(tie_word_embeddings=tied)).eval()

@@ -148,6 +148,7 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("labels", [0, 3])
 def test_the_student_is_a_plain_new_model_that_a_checkpoint_keeps(family, labels, tmp_path) -> None:

@@ -141,6 +141,7 @@ def test_a_companion_may_go_on_from_a_checkpoint(tiny, tmp_path):
         objective.modules(tiny(vocab_size=120))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_training_resumes_bit_for_bit_with_its_companion(prepared, tiny, tmp_path, tied):
     def run(folder, steps):

@@ -238,6 +238,7 @@ def test_the_teacher_is_neither_trained_nor_saved_and_its_flops_count(prepared, 
     assert done.flops > plain.flops + 2 * forward
 
 
+@pytest.mark.bits
 def test_a_training_resumes_bit_for_bit(prepared, tiny, tmp_path):
     whole, _ = taught(prepared, tiny, tmp_path / "a", 4, tmp_path, features=1.0)
     taught(prepared, tiny, tmp_path / "b", 2, tmp_path, features=1.0)

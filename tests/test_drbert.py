@@ -45,6 +45,7 @@ def spread(modules):
     return modules.eval()
 
 
+@pytest.mark.bits
 def test_without_layers_it_is_masked_lm(tiny):
     model, objective, modules = made(tiny, layers=0)
     assert modules is None

@@ -82,6 +82,7 @@ def test_the_sparse_part_takes_off_more_than_the_largest_entries_beside_the_best
     assert left < beside.index_fill(0, beside.abs().topk(30).indices, 0.0).norm()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_changes_at_first_and_only_the_adapter_is_trained(tiny, family) -> None:
     model = dsee(rank=4, nonzero=10, where="all")(tiny(family))
@@ -118,6 +119,7 @@ def test_the_gradient_of_the_sparse_numbers_is_the_dense_one_at_their_places(tin
         )
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path, family) -> None:
     model = trained(dsee(rank=4, nonzero=20)(tiny(family), Inputs(seed=1)))
@@ -141,6 +143,7 @@ def test_merging_keeps_all_parts_in_a_plain_checkpoint(tiny, tmp_path, family, s
     assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
+@pytest.mark.bits
 def test_the_smallest_frozen_weights_of_all_layers_are_zero(tiny, tmp_path) -> None:
     inputs, plain = Inputs(), frozen(dsee(rank=4)(tiny()))
     model = dsee(rank=4, sparsity=0.25)(tiny(), inputs)
@@ -157,6 +160,7 @@ def test_the_smallest_frozen_weights_of_all_layers_are_zero(tiny, tmp_path) -> N
     )
 
 
+@pytest.mark.bits
 def test_after_tuning_it_prunes_the_same_adapted_model_by_its_updates(tiny, tmp_path) -> None:
     checkpoint.save(trained(dsee(rank=4)(tiny())), None, tmp_path / "tuned")
     tuned, _ = checkpoint.load(tmp_path / "tuned")

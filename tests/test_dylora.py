@@ -42,6 +42,7 @@ def seed_of(rank, highest):
     return next(seed for seed in range(1000) if rank_of(seed, 1, highest, None) == rank)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "t5"))
 def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> None:
     extra = {"decoder_input_ids": IDS} if family == "t5" else {}
@@ -165,6 +166,7 @@ def test_training_draws_a_rank_a_step_for_its_micro_batches_and_recomputed_activ
     assert len({b - a for a, b in pairwise(spent)}) == 1
 
 
+@pytest.mark.bits
 def test_an_interrupted_training_ends_with_the_same_weights(prepared, tmp_path) -> None:
     method = dylora(frozen=True)
     whole = small(prepared, method, attention_dropout=0.1)
@@ -179,6 +181,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(prepared, tmp_path) 
     )
 
 
+@pytest.mark.bits
 def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path) -> None:
     method = dylora(rank=3, where="all", distribution="geometric", frozen=True)
     model = trained(method(tiny(), Inputs(seed=1)))
@@ -190,6 +193,7 @@ def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path) -> None
     assert_same_model(logits(theirs), logits(model), model)
 
 
+@pytest.mark.bits
 def test_a_checkpoint_is_cut_to_a_lora_that_peft_opens(tiny, tmp_path) -> None:
     checkpoint.save(trained(dylora(rank=4)(tiny())), None, tmp_path / "c")
     cut = truncate(rank=2)(checkpoint.load(tmp_path / "c")[0])

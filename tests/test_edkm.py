@@ -135,6 +135,7 @@ def test_nothing_but_the_input_and_the_centroids_is_kept_for_the_backward_pass()
     assert saved_bytes(narrow, x.bfloat16()) == x.nbytes // 2 + 4 * 8
 
 
+@pytest.mark.bits
 def test_centroids_go_on_with_each_backward_pass_and_not_before():
     layer, x = layer_of(EDKM(tau=1e-3)).train(), torch.randn(3, 40, dtype=torch.float64)
     start = layer.centroids.clone()
@@ -145,6 +146,7 @@ def test_centroids_go_on_with_each_backward_pass_and_not_before():
     torch.testing.assert_close(layer.centroids, end_K.float(), **SAME)
 
 
+@pytest.mark.bits
 def test_recomputed_activations_change_nothing(tiny):
     grads = []
     for checkpointing in (False, True):
@@ -167,6 +169,7 @@ def test_under_autocast_only_the_product_is_narrow():
     torch.testing.assert_close(y.float(), wide, atol=0.03, rtol=0.03)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_what_is_stored_gives_the_logits_of_what_was_trained(tiny, tmp_path, family):
     model = EDKM(bits=2)(tiny(family))

@@ -24,6 +24,7 @@ def rows(model, seed=0):
     return {"input_ids": ids_BL.view(4, 24), "attention_mask": document_BL, "position_ids": position_BL}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_the_exits_learn_the_model_does_not_change_and_a_checkpoint_keeps_both(tiny, family, tmp_path):
     depth = "n_layer" if family == "gpt2" else "num_hidden_layers"

@@ -60,6 +60,7 @@ def check_isolation(model, run, alone):
     assert torch.allclose(together[:, FIRST:], alone, atol=1e-5)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", FLAT)
 def test_a_document_is_not_moved_by_its_neighbour_in_the_row(tiny, name, attention):
@@ -71,6 +72,7 @@ def test_a_document_is_not_moved_by_its_neighbour_in_the_row(tiny, name, attenti
         check_isolation(model, lambda tokens_BL: logits(model, tokens_BL, document_BL, position_BL), alone)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("name", WINDOWED)
 def test_a_sliding_window_is_kept_inside_each_document(name, attention):
@@ -84,6 +86,7 @@ def test_a_sliding_window_is_kept_inside_each_document(name, attention):
         assert not torch.allclose(wide(input_ids=tokens_BL[:, FIRST:]).logits, alone, atol=1e-3)  # the window matters
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_t5_documents_are_not_moved_by_their_neighbours(tiny, attention):
     model = tiny("t5")
@@ -161,6 +164,7 @@ def test_t5_hidden_times_head_is_what_the_model_returns(tiny, scaled):
         assert torch.allclose(hidden(model, **inputs) @ head(model)[0].T, model(**inputs).logits, atol=1e-6)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["llama", "bert", "modernbert", "t5"])
 def test_a_model_without_a_head_has_hidden_states_and_no_head(tiny, name):
     tokens_BL, _, _ = packed()

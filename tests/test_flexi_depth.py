@@ -81,6 +81,7 @@ def adapted(block, x):
     return inner @ down.T + state["down_proj.bias"]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("training", [False, True])
 def test_with_all_gates_open_the_logits_are_the_models_own(tiny, name, training):
@@ -235,6 +236,7 @@ def test_a_penalty_makes_tokens_pass_blocks_by(tiny):
     assert float(objective.loss(model, batch).parts["skipped"]) > 1.8  # of two
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["qwen3", "gpt2"])
 def test_saved_and_loaded_it_is_the_same_frozen_model(tiny, tmp_path, name):
     model = flexible(tiny, name)

@@ -14,6 +14,7 @@ from pretrain.surgery.growth.g_stack import GStack
 TOKENS = torch.arange(3, 23)[None]
 
 
+@pytest.mark.bits
 def test_a_changed_model_is_stacked_with_its_change_and_loads_again(tiny, tmp_path):
     grown = GStack(3)(PreRMSNorm()(tiny("gpt2")))
     assert torch.allclose(grown(TOKENS).logits, GStack(3)(tiny("gpt2"))(TOKENS).logits, atol=1e-5)

@@ -220,6 +220,7 @@ def test_padding_has_no_part_in_the_hessian(tiny):
     torch.testing.assert_close(first.hessians(0, layer)["mlp.down_proj"], 2 * entered.T @ entered / len(entered))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", FAMILIES)
 def test_packed_and_dense_models_are_the_same_and_near_the_original(tiny, name):
     plain, inputs = tiny(name), Inputs(batches=batches())
@@ -260,6 +261,7 @@ def test_biases_of_qwen2_stay():
     torch.testing.assert_close(packed(TOKENS).logits, before, atol=0.02, rtol=0.05)
 
 
+@pytest.mark.bits
 def test_each_block_is_calibrated_on_what_the_quantised_ones_before_it_give(tiny):
     inputs, method = Inputs(batches=batches()), GPTQ(bits=3, pack=False)
     made = method(tiny(), inputs)
@@ -297,6 +299,7 @@ def test_rounding_needs_no_text_and_errs_more(tiny):
         assert torch.equal(layer.weight, round_to_nearest(weight_of(linears(plain)[name]), 3, 128, False).dense())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name, tied", [("llama", True), ("gpt2", True), ("bert", False)])
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path, name, tied, symmetric):
@@ -342,6 +345,7 @@ def test_bytes_on_disk_are_as_many_as_the_format_counts(tiny, tmp_path, bits, gr
     assert size == wanted + 8 + header
 
 
+@pytest.mark.bits
 def test_training_mode_is_left_as_it_was(tiny):
     assert not GPTQ(solver="rtn")(tiny()).training
     trained = GPTQ(pack=False)(tiny("gpt2").train(), Inputs(batches=batches()))
@@ -387,6 +391,7 @@ def test_wrong_fields_and_models_are_refused(tiny):
         inverse_factor(-torch.eye(3), 0.01, "gptq")
 
 
+@pytest.mark.bits
 def test_a_factorised_layer_is_quantised_factor_by_factor(tiny, tmp_path):
     from pretrain.core.models.families import linears
     from pretrain.surgery.compression.pela import PELA, LowRank

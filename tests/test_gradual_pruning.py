@@ -103,6 +103,7 @@ def test_only_zeros_are_credited(tiny, prepared, tmp_path):
     assert plain.flops == plain.dense_flops == training.dense_flops
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("unit", ["steps", "flops"])
 def test_it_resumes_as_if_nothing_had_happened(tiny, prepared, tmp_path, unit):
     policy = GradualPruning(every=2)

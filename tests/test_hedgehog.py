@@ -219,6 +219,7 @@ def test_packed_documents_do_not_see_each_other(sharp, family):
         model(tokens, **inputs | {"use_cache": True})
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("activation", ["softmax", "exp"])
 def test_a_checkpoint_gives_the_same_logits_and_plain_transformers_refuses_it(tiny, tmp_path, activation):
     model, tokens = operated(tiny("qwen3"), activation, 0.1), ids(9)

@@ -57,6 +57,7 @@ def small(prepared, **given):
     return increlora(**({"max_rank": 6} | given))(model, Inputs(seed=3))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "t5"))
 def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> None:
     extra = {"decoder_input_ids": IDS} if family == "t5" else {}
@@ -68,6 +69,7 @@ def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> Non
         assert layer.counts == (1, 0) and layer.A[0].std() > 0.01 and not layer.A[1].any()
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("training", (False, True))
 def test_a_layer_is_its_formula_and_what_is_inactive_is_out_of_it(tiny, training) -> None:
     model = grown(increlora(alpha=5.0, max_rank=6)(tiny())).train(training)
@@ -235,6 +237,7 @@ def test_the_regulariser_pulls_towards_orthogonal_components(tiny, prepared, tmp
     assert norms[100.0] < 0.8 * norms[0.0]
 
 
+@pytest.mark.bits
 def test_an_interrupted_training_ends_with_the_same_weights(prepared, tmp_path) -> None:
     policy = allocation(init_warmup=1, incre_interval=2, target_rank=2.0, top_h=1)
     given, layers = {"save_every": 5, "micro_rows": 4}, {"targets": ("q_proj", "down_proj")}
@@ -250,6 +253,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(prepared, tmp_path) 
         assert torch.equal(a, b), name
 
 
+@pytest.mark.bits
 def test_a_grown_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path) -> None:
     model = grown(increlora(max_rank=5)(tiny(), Inputs(seed=1)))
     checkpoint.save(model, None, tmp_path / "c")

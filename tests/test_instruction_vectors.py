@@ -107,6 +107,7 @@ def test_rows_that_only_the_checkpoint_has_stay(tiny, saved, method):
 
 
 @BOTH
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_rows_that_only_the_instruct_model_has_are_added(tiny, saved, method, family, tmp_path):
     base, instruct, continued = tiny(family), tiny(family, seed=1, vocab_size=103), tiny(family, seed=2)

@@ -84,6 +84,7 @@ def test_nothing_changes_at_first_and_only_the_numbers_are_trained(tiny, name) -
     assert subspace(changed).theta.grad.abs().min() > 0  # every number moves the model, through all matrices
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_reopens_and_merges_to_a_plain_one(tiny, tmp_path, name) -> None:
     model = trained(intrinsic(dimension=50, seed=3)(tiny(name)))
@@ -102,6 +103,7 @@ def test_a_checkpoint_reopens_and_merges_to_a_plain_one(tiny, tmp_path, name) ->
         assert_same_model(logits(plain), logits(merged), merged)
 
 
+@pytest.mark.bits
 def test_another_seed_is_another_subspace_and_a_classifiers_last_layer_is_trained(tiny, tmp_path) -> None:
     first, same, other = (intrinsic(dimension=50, seed=seed)(tiny()) for seed in (0, 0, 1))
     found = [logits(trained(model)) for model in (first, same, other)]

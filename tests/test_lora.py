@@ -55,6 +55,7 @@ def test_queries_and_values_are_a_place_of_every_adapter(tiny, family, ends, met
     }
 
 
+@pytest.mark.bits
 def test_it_is_pefts_own_adapter(tiny) -> None:
     theirs = get_peft_model(copy.deepcopy(tiny()), LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]))
     ours = trained(lora(rank=4, targets=("q_proj", "v_proj"))(tiny()))
@@ -64,6 +65,7 @@ def test_it_is_pefts_own_adapter(tiny) -> None:
     assert torch.equal(logits(ours), logits(theirs))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("method", [
     lora(rank=4), lora(rank=3, dora=True, where="all"), lora(init="pissa", rslora=True),
     peft_adapter("IA3", {"target_modules": ["k_proj", "v_proj", "down_proj"], "feedforward_modules": ["down_proj"]}),
@@ -81,6 +83,7 @@ def test_a_checkpoint_reopens_with_its_adapter_which_peft_opens_too(tiny, tmp_pa
         assert_same_model(logits(theirs), logits(model), model)
 
 
+@pytest.mark.bits
 def test_an_adapter_that_peft_saved_is_opened_and_trained_on(tiny, tmp_path) -> None:
     theirs = trained(
         get_peft_model(tiny(), LoraConfig(r=2, target_modules=["o_proj", "up_proj"], rank_pattern={"up_proj": 5}))
@@ -104,6 +107,7 @@ def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, f
     assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
+@pytest.mark.bits
 def test_a_classifiers_last_layer_is_trained_and_travels_with_the_adapter(tiny, tmp_path) -> None:
     def classifier():
         return with_head(tiny("bert"), "sequence", ("a", "b"), VOCABULARY, seed=5)
@@ -143,6 +147,7 @@ def test_peft_puts_a_classifiers_new_modules_on_the_base_checkpoint(tiny, tmp_pa
         assert_same_model(logits(ours), logits(model), model)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("where", (["query", "classifier"], ["dense"]))
 def test_an_adapter_within_a_classifiers_new_modules_is_saved_and_in_pefts_format_where_it_can_be(
     tiny, tmp_path, where
@@ -157,6 +162,7 @@ def test_an_adapter_within_a_classifiers_new_modules_is_saved_and_in_pefts_forma
         assert_same_model(logits(theirs), logits(model), model)
 
 
+@pytest.mark.bits
 def test_a_head_put_on_after_the_adapter_is_saved_with_it(tiny, tmp_path) -> None:
     model = trained(with_head(lora(rank=2)(tiny()), "sequence", ("a", "b"), VOCABULARY))
     assert model.score.weight.requires_grad

@@ -193,6 +193,7 @@ def test_generation_with_a_cache_is_generation_without(tiny, name) -> None:
     assert torch.equal(static, with_cache.sequences)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_checkpoint_reopens_with_its_side_network(tiny, tmp_path, name) -> None:
     model = trained(lst(reduction=2, drop_every=3)(deep(tiny, name), Inputs(seed=4)))
@@ -204,6 +205,7 @@ def test_a_checkpoint_reopens_with_its_side_network(tiny, tmp_path, name) -> Non
     ]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ("llama", "gpt2"))
 def test_checkpointed_activations_give_the_same_gradients_and_packed_documents_stay_apart(tiny, name) -> None:
     still = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0} if name == "gpt2" else {}

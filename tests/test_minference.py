@@ -110,6 +110,7 @@ def test_with_everything_kept_it_is_causal_attention(dtype):
     torch.testing.assert_close(out_HLD, wanted_HLD, rtol=0, atol=0.02 if dtype is torch.bfloat16 else 1e-6)
 
 
+@pytest.mark.bits
 def test_no_query_sees_the_future():
     query_HLD, key_GLD, value_GLD = states(300)
     kept = choose(query_HLD, key_GLD, MIXED, scaling=0.3)

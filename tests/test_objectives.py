@@ -169,6 +169,7 @@ def test_electras_generator_is_small_and_shares_the_encoders_embeddings(tiny):
     assert generator.electra.embeddings.position_embeddings is model.embeddings.position_embeddings
 
 
+@pytest.mark.bits
 def test_electras_encoder_gives_no_gradient_to_the_generator(tiny):
     model, objective, modules, batch = electra_parts(tiny)
     torch.manual_seed(0)

@@ -117,6 +117,7 @@ def test_subwords_are_the_means_of_the_words_they_are_part_of(wide, vectors):
     assert all(np.allclose(found[i], row) for i, row in wanted.items())
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(
     ("family", "fields"),
     [("llama", {}), ("gpt2", {}), ("bert", {}), ("bert", {"tie_word_embeddings": False}), ("t5", {})],
@@ -194,6 +195,7 @@ def test_a_table_of_that_rank_gives_the_same_logits_of_old_tokens(tiny, old, new
     )
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ["gpt2", "bert", "llama"])
 def test_factors_are_saved_and_come_back(tiny, old, new, vectors, tmp_path, family):
     import transformers
@@ -261,6 +263,7 @@ def test_files_that_are_no_vectors_are_refused(vectors, tmp_path):
         read("ofa", [vectors[0], str(tmp_path / "two.json")], 0)
 
 
+@pytest.mark.bits
 def test_nothing_is_mixed_where_no_token_is_new(tiny, old, vectors, tmp_path):
     old.save_pretrained(tmp_path / "same")
     model = tiny("gpt2", vocab_size=len(old))

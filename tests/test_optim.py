@@ -115,6 +115,7 @@ def test_conda_without_rotation_is_adam():
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.bits
 def test_conda_comes_back_from_a_training_state_bit_for_bit(tmp_path):
     from pretrain.training import state
     from pretrain.training.distributed import World

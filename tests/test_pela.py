@@ -96,6 +96,7 @@ def test_the_energy_kept_is_that_of_the_kept_singular_values(tiny):
     assert PELA(0.5)(tiny(), inputs) is not None and inputs.extra["metrics"]["energy_kept"] == pytest.approx(1.0)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_saved_and_loaded_it_is_the_same_model_and_merged_a_plain_one(tiny, tmp_path, family):
     import transformers
@@ -144,6 +145,7 @@ def gradients(loss, model):
     return torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_at_full_rank_there_is_nothing_to_learn_but_the_objective(setting, family):
     objective, model, beside, batch = setting(family, 0.5, epsilon=0.0)
@@ -187,6 +189,7 @@ def test_the_largest_change_and_its_gradient_are_those_of_the_whole_product():
         torch.testing.assert_close(largest_change(B.float(), A.float(), weight.float()), theirs.float())
 
 
+@pytest.mark.bits
 def test_a_term_of_weight_zero_costs_nothing(setting):
     objective, model, beside, batch = setting(features=0.0, perturbation=0.0)
     found = objective.loss(model, batch, beside)

@@ -65,6 +65,7 @@ def test_odm_smooths_importance_weighted_losses_and_sets_the_mixture(tiny, prepa
     assert training.loader.mixture == pytest.approx(state["mixture"]) and state["updates"] == 1
 
 
+@pytest.mark.bits
 def test_odm_resumes_as_if_nothing_had_happened(tiny, prepared, tmp_path):
     whole = run(prepared, tiny, tmp_path / "a", ODM(warmup=0.0), steps=10)
     run(prepared, tiny, tmp_path / "b", ODM(warmup=0.0), steps=6, save_every=3, workers=1)
@@ -106,6 +107,7 @@ def test_spdf_holds_exactly_its_share_at_zero_in_the_blocks_only(tiny, prepared,
         assert torch.equal(a.weight == 0, b.weight == 0)
 
 
+@pytest.mark.bits
 def test_spdf_without_sparsity_is_plain_training_and_dense_training_after_it_fills_the_zeros(tiny, prepared, tmp_path):
     dense = run(prepared, tiny, tmp_path / "a", SPDF(sparsity=0.0), steps=3)
     plain = run(prepared, tiny, tmp_path / "b", DomainUpsampling({"python": 1.0}, share=1e-9), steps=3)

@@ -107,6 +107,7 @@ def test_every_feed_forward_changes_and_keeps_its_number_of_weights(tiny, name, 
             assert 72 in value.shape and value.std().item() == pytest.approx(old[key].std().item(), rel=0.1)
 
 
+@pytest.mark.bits
 def test_relu_coefficients_make_t5_what_it_was(tiny):
     plain, model = tiny("t5", feed_forward_proj="relu"), PolyCom("polyrelu")(tiny("t5", feed_forward_proj="relu"))
     with torch.no_grad():
@@ -116,6 +117,7 @@ def test_relu_coefficients_make_t5_what_it_was(tiny):
     assert torch.equal(answer(model), answer(plain))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", ["polyrelu", "polynorm"])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path, name, kind):

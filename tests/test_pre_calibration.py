@@ -117,6 +117,7 @@ def test_only_the_linear_layers_change_and_each_is_told_of(tiny, family):
     assert not checkpoint.surgery_of(made)
 
 
+@pytest.mark.bits
 def test_saved_it_opens_in_plain_transformers(tiny, tmp_path):
     made = PreCalibration(3, 16)(tiny())
     checkpoint.save(made, None, tmp_path / "c")
@@ -125,6 +126,7 @@ def test_saved_it_opens_in_plain_transformers(tiny, tmp_path):
     assert torch.equal(checkpoint.load(tmp_path / "c")[0](TOKENS).logits, made(TOKENS).logits)
 
 
+@pytest.mark.bits
 def test_gptq_goes_on_from_its_weights_and_writes_what_it_always_writes(tiny, tmp_path):
     inputs = Inputs(batches=batches())
     pre, gptq = PreCalibration(4, 16, penalty=3.0), GPTQ(4, 16)

@@ -96,6 +96,7 @@ def test_training_takes_the_layernorm_models_steps(plain, optimizer, dropout):
     assert spread(converted.eval()(TOKENS).logits, original.eval()(TOKENS).logits) < 1e-7
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("form", FORMS)
 def test_a_converted_model_is_saved_loaded_and_never_opened_as_plain(plain, tmp_path, form):
     model = PreRMSNorm(**form)(plain())
@@ -124,6 +125,7 @@ def test_a_converted_model_generates_and_its_parts_are_found(plain, form):
     assert all(p.grad is not None for p in model.parameters())
 
 
+@pytest.mark.bits
 def test_after_training_the_recentring_is_done_once_and_for_all(plain, tmp_path):
     model = PreRMSNorm()(plain())
     wanted = model(TOKENS).logits
@@ -135,6 +137,7 @@ def test_after_training_the_recentring_is_done_once_and_for_all(plain, tmp_path)
     assert torch.equal(checkpoint.load(tmp_path / "c")[0](TOKENS).logits, small(TOKENS).logits)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("form", FORMS)
 def test_a_converted_model_can_be_stacked(plain, tmp_path, form):
     stacked = PreRMSNorm(**form)(GStack(2)(plain()))

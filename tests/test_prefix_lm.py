@@ -34,6 +34,7 @@ def each_nll(model, batch):
         return PrefixLM().loss(model, batch).nll_BL
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prefix_of_one_token_is_causal_lm(tiny, family):
     model, given = tiny(family), rows([20, 11], [25, 1])
@@ -43,6 +44,7 @@ def test_a_prefix_of_one_token_is_causal_lm(tiny, family):
     assert torch.equal(prefix.loss(model, mine).value, causal.loss(model, theirs).value)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_suffix_is_read_from_left_to_right_and_the_prefix_from_both_sides(tiny, family):
     model, given = tiny(family), rows([30])

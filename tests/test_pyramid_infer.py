@@ -44,6 +44,7 @@ def places(cache):
     return [layer.place_BK.tolist() for layer in cache.layers]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(("family", "fields"), MODELS)
 def test_with_everything_kept_tokens_and_logits_are_the_plain_models(tiny, family, fields):
     model, (ids_BL, mask_BL) = sharp(tiny, family, fields), prompt_of(70, padding=9)
@@ -194,6 +195,7 @@ def test_the_default_lengths_are_the_released_configurations():
     )
 
 
+@pytest.mark.bits
 def test_padding_goes_first_and_the_first_tokens_stay(tiny):
     model, (ids_BL, mask_BL) = sharp(tiny, "llama", {"num_hidden_layers": 4}), prompt_of(60, padding=15)
     method = PyramidInfer(prefill_decay_ratio=0.5, min_context_length=4)
@@ -222,6 +224,7 @@ def test_several_tokens_in_one_pass_see_what_was_kept_and_themselves(tiny):
             assert torch.allclose(mine.score_BT, theirs.score_BT, atol=1e-12)
 
 
+@pytest.mark.bits
 def test_the_model_is_as_it_was_afterwards(tiny):
     for family, fields in MODELS:
         model, (ids_BL, _) = tiny(family, **fields), prompt_of(90)

@@ -66,6 +66,7 @@ def test_rts_tells_each_token_of_each_document(tiny, family):
     assert int(batch["weight"]) == 98
 
 
+@pytest.mark.bits
 def test_slm_is_masked_lm_that_swaps_all_it_chooses(tiny):
     model, objective, modules = made(tiny, "slm")
     assert modules is None and objective.task == "masked"

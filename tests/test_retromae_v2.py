@@ -156,6 +156,7 @@ def test_every_parameter_learns_and_the_losses_fall(tiny, family):
     assert last["bag_of_words"] < 0.9 * first["bag_of_words"]
 
 
+@pytest.mark.bits
 def test_a_training_resumes_bit_for_bit_and_keeps_no_decoder(prepared, tiny, tmp_path):
     def run(folder, steps):
         settings = Settings(Budget(steps=steps), save_every=2, bar=False)

@@ -217,6 +217,7 @@ def test_who_knows_the_answers_is_always_right(model, tokenizer, stories, shared
     assert metrics["scbench_multi_turn"] == metrics["scbench_multi_request"] == 0
 
 
+@pytest.mark.bits
 def test_a_window_keeps_sinks_and_the_newest_at_their_positions(model, tokenizer, stories):
     tokens = torch.randint(3, 512, (40,), generator=torch.Generator().manual_seed(0)).tolist()
     with torch.no_grad():

@@ -153,6 +153,7 @@ def test_merging_gives_a_plain_model_of_equal_logits(tiny, tmp_path, name, tied)
     assert_same_model(after, before, merged)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name, tied", [("llama", True), ("gpt2", True), ("bert", False)])
 def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path, name, tied):
     model = filled(tiny(name, tie_word_embeddings=tied))
@@ -164,6 +165,7 @@ def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path, name, tied):
     assert not checkpoint.surgery_of(SLTrain(merge=True)(loaded))
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_killed_training_goes_on_exactly(tiny, prepared, tmp_path, checkpointing):
     from pretrain.core.batch import Vocabulary

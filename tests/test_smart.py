@@ -54,6 +54,7 @@ def ready(tiny: Any, context: Context, objective: Smart, *, family: str = "bert"
     return model, objective.prepare(some, context)
 
 
+@pytest.mark.bits
 def test_with_both_weights_0_it_is_the_wrapped_objective(tiny, context) -> None:
     wrapped = {"method": "classification", "label_smoothing": 0.1}
     objective = Smart(objective=wrapped, lambda_s=0.0, mu=0.0)
@@ -65,6 +66,7 @@ def test_with_both_weights_0_it_is_the_wrapped_objective(tiny, context) -> None:
     assert objective.predict(model, batch, context) == expected.predict(model, batch, context)
 
 
+@pytest.mark.bits
 def test_an_evaluation_sees_the_wrapped_objective_and_leaves_the_average(tiny, context) -> None:
     objective = Smart(beta=0.5)
     model, batch = ready(tiny, context, objective)
@@ -205,6 +207,7 @@ def _train(prepared: Path, corpus: Path, tiny: Any, folder: Path, steps: int) ->
     return training.trainee.beside[0], watch.seen
 
 
+@pytest.mark.bits
 def test_the_average_is_the_closed_form_over_micro_batches_evaluations_and_a_resume(prepared, tiny, tmp_path) -> None:
     documents = [{"text": f"{'import' if i % 2 else 'class'} x{i}", "domain": "a", "label": ("no", "yes")[i % 2]}
                  for i in range(40)]  # fmt: skip

@@ -156,6 +156,7 @@ def packed(seed=0):
     return {"input_ids": ids_BL, "attention_mask": document_BL, "position_ids": position_BL}
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", list(FIELDS))
 def test_confidences_are_those_of_each_document_alone(tiny, family):
     model, batch = made(tiny, family), packed()

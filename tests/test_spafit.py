@@ -98,6 +98,7 @@ def test_it_is_what_peft_computes_with_biases_and_lora_in_the_last_blocks(four) 
     assert_same_model(logits(theirs), logits(ours), ours)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize(("family", "scales"), FAMILIES)
 def test_a_checkpoint_reopens_and_peft_opens_lora_biases_and_scales(four, tmp_path, family, scales) -> None:
     model = trained(spafit(scales=scales)(four(family), Inputs(seed=3)))
@@ -113,6 +114,7 @@ def test_a_checkpoint_reopens_and_peft_opens_lora_biases_and_scales(four, tmp_pa
         assert_same_model(logits(peft_adapter(folder=str(folder))(four(family))), logits(model), model)
 
 
+@pytest.mark.bits
 def test_a_classifiers_last_layer_is_trained_and_travels(four, tmp_path) -> None:
     def classifier():
         return with_head(four(), "sequence", ("a", "b"), Vocabulary(97, pad=0, bos=1, eos=2), seed=5)

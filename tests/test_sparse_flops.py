@@ -102,6 +102,7 @@ def test_the_meter_remembers_products_and_recounts_only_when_they_are_new():
     assert not layer._forward_hooks
 
 
+@pytest.mark.bits
 def test_spdf_is_credited_its_share_of_the_masked_layers_and_nothing_else(tiny, prepared, tmp_path):
     dense = run(prepared, tiny(vocab_size=512), tmp_path / "dense", SPDF(sparsity=0.0))
     sparse = run(prepared, tiny(vocab_size=512), tmp_path / "sparse", SPDF(sparsity=0.75))

@@ -189,6 +189,7 @@ def test_the_feed_forwards_loss_is_below_that_of_magnitude_and_of_pruning_each_m
     assert losses["sparse_llm"] < losses["sparsegpt"] < losses["magnitude"]
 
 
+@pytest.mark.bits
 def test_one_epoch_is_sparsegpt(tiny):
     inputs = Inputs(batches=batches())
     one = SparseLLM(0.7, epochs=1)(tiny(), inputs)
@@ -200,6 +201,7 @@ def test_one_epoch_is_sparsegpt(tiny):
             assert torch.equal(layer.weight, linears(two)[path].weight) == ("self_attn" in path)
 
 
+@pytest.mark.bits
 def test_blocks_are_pruned_on_what_the_pruned_ones_before_them_give(tiny):
     given = batches()
     made = SparseLLM(0.7, solver="wanda")(tiny(), Inputs(batches=given))

@@ -78,6 +78,7 @@ def test_a_large_shortcut_bounds_the_growth_of_gradients_through_many_blocks(tin
     assert scaled < 1.5 and normed < 1.5 and vanilla > 2 * scaled
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("kind", ["scaled", "layer_norm"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -110,6 +111,7 @@ def test_numbers_come_from_the_seed(tiny):
     assert not torch.equal(one["lm_head.weight"], other["lm_head.weight"])
 
 
+@pytest.mark.bits
 def test_surgeries_chain_and_wrong_models_are_refused(tiny, tmp_path):
     model = SLTrain(4, 0.1)(SpikeNoMore()(tiny()))
     checkpoint.save(model, None, tmp_path / "c")

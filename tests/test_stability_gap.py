@@ -57,6 +57,7 @@ def test_every_budget_gives_the_same_part(tiny, prepared, tmp_path, unit):
     assert training.state["stability_gap"]["rows"] == pytest.approx(8 * 8 * 0.82 / 2, abs=3)
 
 
+@pytest.mark.bits
 def test_it_resumes_as_if_nothing_had_happened(tiny, prepared, tmp_path):
     policy = StabilityGap("python", epochs=3)
     whole = run(prepared, tiny(vocab_size=512), tmp_path / "a", policy, budget=Budget(steps=10), workers=1)

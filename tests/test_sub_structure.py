@@ -92,6 +92,7 @@ def test_the_meter_counts_each_depth_for_itself(tiny, prepared, tmp_path):
     assert by_top[4] - by_top[3] == pytest.approx(6 * forward, rel=0.1)  # three backward passes, twice as much each
 
 
+@pytest.mark.bits
 def test_evaluation_is_of_the_whole_model_and_a_window_of_all_is_plain_training(tiny, prepared, tmp_path):
     tokens = torch.arange(3, 23)[None]
     training = run(prepared, tiny, tmp_path / "a", [SubStructure(layers=2, share=1.0)], steps=3)
@@ -118,6 +119,7 @@ def test_nothing_is_sent_back_below_the_blocks_that_are_trained(tiny, prepared, 
         assert model.model.embed_tokens.weight.grad is None and model.model.norm.weight.grad is not None
 
 
+@pytest.mark.bits
 def test_a_resumed_run_ends_with_the_same_weights(tiny, prepared, tmp_path, monkeypatch):
     policy = SubStructure(layers=1, share=0.7)
     whole = run(prepared, tiny, tmp_path / "whole", [policy], steps=8, save_every=3)

@@ -28,6 +28,7 @@ def test_stacked_blocks_are_copies_in_the_order_of_the_small_model(tiny, name):
     assert all(torch.equal(grown.get_parameter(n), small.get_parameter(n)) for n in shared)
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 def test_stacking_once_changes_nothing(tiny, name):
     small = tiny(name)

@@ -23,6 +23,7 @@ merge = method_class("merge_adapters")
 FAMILIES = ("llama", "gpt2", "bert", "t5")
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_nothing_changes_at_first_and_the_singular_values_alone_are_trained(tiny, family) -> None:
     before = logits(tiny(family))
@@ -73,6 +74,7 @@ def test_the_metrics_say_what_the_trained_values_hold(tiny) -> None:
     )
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path, family) -> None:
     model = trained(svfit()(tiny(family)))

@@ -81,12 +81,14 @@ def test_the_interval_gathers_the_unweighted_losses_of_its_steps(tiny, prepared,
     assert training.state["toremi"]["sums"] == {}
 
 
+@pytest.mark.bits
 def test_with_one_weight_it_is_plain_training(tiny, prepared, tmp_path):
     plain = run(prepared, tiny(vocab_size=512), tmp_path / "a")
     same = run(prepared, tiny(vocab_size=512), tmp_path / "b", ToReMi(interval=100))
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), same.model.parameters(), strict=True))
 
 
+@pytest.mark.bits
 def test_it_resumes_as_if_nothing_had_happened(tiny, prepared, tmp_path):
     policy = ToReMi(interval=4, switch=0.5)
     whole = run(prepared, tiny(vocab_size=512), tmp_path / "a", policy, budget=Budget(steps=10))

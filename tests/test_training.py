@@ -133,6 +133,7 @@ def test_it_learns_and_logs(undisturbed):
     assert len(list((undisturbed / "state").iterdir())) == 2
 
 
+@pytest.mark.bits
 def test_killed_twice_it_ends_with_the_same_weights(tmp_path, prepared, undisturbed):
     killed_and_resumed(tmp_path, prepared, undisturbed, 2, seed=0)
 
@@ -144,6 +145,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_weights(tmp_path, pr
         killed_and_resumed(tmp_path / str(seed), prepared, undisturbed, 1 + seed % 3, seed)
 
 
+@pytest.mark.bits
 def test_an_interrupt_saves_and_the_next_run_goes_on(tmp_path, prepared, undisturbed):
     process = start(tmp_path, prepared)
     while process.poll() is None and (not (tmp_path / "log.jsonl").exists() or len(log_lines(tmp_path)) < 5):

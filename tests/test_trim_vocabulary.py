@@ -206,6 +206,7 @@ def test_rows_and_logits_of_kept_tokens_are_the_old_ones(tiny, tokenizers, texts
     assert all(torch.equal(p, loaded.get_parameter(n)) for n, p in model.named_parameters())
 
 
+@pytest.mark.bits
 def test_hidden_states_and_logits_are_bitwise_the_same_and_it_opens_in_transformers(tiny, tokenizers, texts, tmp_path):
     old, (_, domain) = tokenizers["bpe"], texts
     model, inputs = model_for(tiny, old), Inputs(tokenizer=old, batches=batches_of(old, domain))
@@ -280,6 +281,7 @@ def test_of_the_text_only_what_is_kept_goes_to_the_next_surgery(tiny, tokenizers
     assert all(torch.equal(b["input_ids"], one) for b, one in zip(given, before, strict=True))
 
 
+@pytest.mark.bits
 def test_it_is_followed_by_surgeries_that_calibrate(tiny, tokenizers, texts):
     old, (_, domain) = tokenizers["bpe"], texts
     given = batches_of(old, domain[:1])

@@ -103,6 +103,7 @@ def wordpiece(texts):
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="[UNK]")
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("way", ["cw2v", "mean", "multivariate", "univariate", "random"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_old_rows_stay_and_logits_of_old_tokens_with_them(
@@ -145,6 +146,7 @@ def with_a_head_of_its_own(tiny, family, rows, folder):
     return checkpoint.load(folder)[0]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("family", ["bert", "roberta", "modernbert", "t5"])
 def test_a_head_that_is_not_tied_stays_so(tiny, old, wide, tokenizer_of_code, prepared, tmp_path, family):
     model = with_a_head_of_its_own(tiny, family, len(old), tmp_path / "old")
