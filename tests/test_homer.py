@@ -7,6 +7,7 @@ import weakref
 
 import pytest
 import torch
+from closeness import assert_same_model
 from decoding_cases import WIDE, greedy, padded, prompt
 
 from pretrain.core.errors import PretrainError
@@ -153,7 +154,7 @@ def test_the_cache_and_the_logits_are_those_of_a_computation_from_attention_weig
             assert found.position_T.tolist() == chunk["positions"] and len(chunk["positions"]) == 17
             for mine, theirs in zip(found.cache, chunk["cache"], strict=True):
                 for a, b in zip(mine, theirs, strict=True):
-                    assert torch.allclose(a, b, atol=2e-5, rtol=1e-5)  # eager softmax is float32
+                    assert_same_model(a, b, model)  # eager softmax is float32
             token = method.generate(model, ids_1L, max_new_tokens=1)[0, -1]
             assert int(token) == int(logits_V.argmax())
             kept.append(chunk["tokens"])
@@ -271,7 +272,7 @@ def test_the_bias_is_the_mean_attention_by_distance_and_padded_rows_are_left_out
         attentions = eager(rows_BL[:3, :20], output_attentions=True).attentions
     wanted = torch.stack([a[:, :, -1].amax(1).mean(0).flip(0) for a in attentions])
     found = Homer(bias=str(path))._bias(6, 20)
-    assert torch.allclose(found, wanted.float(), atol=1e-6)
+    assert_same_model(found, wanted.float(), model)
     with pytest.raises(PretrainError, match="without a row of 20 tokens"):
         METHOD.calibrate(model, [{"input_ids": rows_BL[:, :19]}], tmp_path)
     with pytest.raises(PretrainError, match=r"bias of shape \(6, 20\).*7 blocks and at least 20 distances"):

@@ -10,6 +10,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from closeness import assert_same_model
 
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
@@ -232,7 +233,7 @@ def test_a_window_keeps_sinks_and_the_newest_at_their_positions(model, tokenizer
             torch.tensor([tokens]), attention_mask=torch.zeros(1, 1, 40, 40).masked_fill(~mask, -1e9), use_cache=False
         ).logits[0]
         # The kept tokens' keys were computed with everything in sight, as there.
-        assert torch.allclose(reader.read(tokens[30:], 10), masked[30:], atol=1e-4)
+        assert_same_model(reader.read(tokens[30:], 10), masked[30:], model)
     narrow = SCBench(**SMALL, tasks=("kv",), cache="window", sink=2, window=30)(model, tokenizer, stories).metrics
     wide, full = (SCBench(**SMALL, tasks=("kv",), **f)(model, tokenizer, stories) for f in ({"cache": "window"}, {}))
     assert wide == full

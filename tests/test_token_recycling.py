@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from closeness import assert_same_model
 from decoding_cases import WIDE, chance, greedy, learnt, padded, pairs, passes, prompt
 
 from pretrain.core.errors import PretrainError
@@ -148,11 +149,11 @@ def test_a_node_sees_what_is_decided_and_its_ancestors(tiny, family):
                 branch.insert(0, parents[branch[0]])
             branches.append(branch)
             ids = torch.cat([ids_1L, torch.tensor([[tokens[b] for b in branch]])], 1)
-            torch.testing.assert_close(logits_TV[node], model(ids).logits[0, -1], rtol=1e-5, atol=2e-5)
+            assert_same_model(logits_TV[node], model(ids).logits[0, -1], model)
         forward.keep(branches[7])  # the root and nodes 2, 6, 7
         after_1V = forward.step(torch.tensor([[9]]))
         ids = torch.cat([ids_1L, torch.tensor([[tokens[b] for b in branches[7]] + [9]])], 1)
-        torch.testing.assert_close(after_1V, model(ids).logits[:, -1], rtol=1e-5, atol=2e-5)
+        assert_same_model(after_1V, model(ids).logits[:, -1], model)
 
 
 def test_the_walk_follows_the_model_s_own_tokens():
