@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from pretrain import cli_claim
+from pretrain import cli_claim, cli_papers
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info, kinds, methods, use_methods
 
@@ -37,6 +37,7 @@ app = _App(
     help="The whole life of a pretrained model on a limited budget.",
 )  # fmt: skip
 app.add_typer(cli_claim.app, name="claim")
+app.command("papers")(cli_papers.list_papers)
 
 
 def _names(incomplete: str) -> list[str]:
