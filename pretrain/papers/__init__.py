@@ -110,7 +110,7 @@ class Standing:
 
 def key(text: str) -> str:
     """A title or name without case, blanks and punctuation: what two spellings of it share."""
-    return re.sub(r"[^a-z0-9]+", "", text.lower())
+    return re.sub(r"[^a-z0-9]+", "", text.lower().replace("+", "plus"))
 
 
 def _paper(row: dict) -> Paper:  # type: ignore[type-arg]

@@ -1,0 +1,265 @@
+"""The table of papers: each row resolves, none claims more than is there, and it answers at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from inspect import getdoc
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pretrain import engine, papers
+from pretrain.cli import app
+from pretrain.core.errors import PretrainError
+from pretrain.core.method import method_class
+from pretrain.core.registry import info, methods
+from pretrain.experiments.claims import load_claim, recorded
+from pretrain.papers import ABSTRACT, CODE, NOT_YET, STAGES, STANDS, TEXT, TIERS, Check, Claim, Standing, key, standings
+from pretrain.recipe import load
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes" / "papers").glob("*.yaml"))
+ROWS = standings()
+STANDING = [row for row in ROWS if row.status == STANDS]
+MODALITIES = {
+    "3d", "agent", "brain", "code", "graph", "image-generation", "medical", "other", "protein-bio", "speech-audio",
+    "tabular", "text", "timeseries", "video", "vision", "vision-language",
+}  # fmt: skip
+
+
+def overclaims(row: Standing) -> str:
+    """What a row says that is not there; empty where all is."""
+    paper, check = row.paper, row.check
+    for name in row.methods:
+        found, words = info(name), getdoc(method_class(name)) or ""
+        own = key(found.title) == key(paper.title) or (paper.arxiv is not None and found.arxiv == paper.arxiv)
+        if not own and (name not in paper.made_of or not (paper.arxiv and paper.arxiv in words)):
+            return f"method {name} is of another paper"
+    if (row.status == STANDS) != bool(row.methods or row.recipe):
+        return "it stands without a method and a recipe"
+    if check is not None and check.against not in (CODE, TEXT, ABSTRACT):
+        return f"checked against {check.against!r}"
+    if check is not None and check.against == CODE and not (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", check.repository or "") and re.fullmatch(r"[0-9a-f]{40}", check.commit or "") and check.what
+    ):
+        return "the authors' code without repository, commit and what was compared"
+    if check is not None and check.against != CODE and (check.repository or check.commit):
+        return "a repository that nothing was compared with"
+    return ""
+
+
+def test_all_321_papers_are_there_each_by_a_name_of_its_own():
+    assert len(ROWS) == 321
+    for field in ("name", "title", "arxiv"):
+        assert len({key(getattr(row.paper, field)) for row in ROWS}) == 321, field
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.paper.name)
+def test_a_row_is_whole_and_claims_no_more_than_is_there(row):
+    paper = row.paper
+    assert paper.tier in TIERS and paper.stage in STAGES
+    assert paper.modality and set(paper.modality) <= MODALITIES
+    assert re.fullmatch(r"\d{4}\.\d{4,5}", paper.arxiv)
+    assert paper.does[0].isupper() or paper.does[0].isdigit()
+    assert paper.does.endswith(".") and 50 < len(paper.does) < 260 and ". " not in paper.does
+    assert overclaims(row) == ""
+    for name in (*row.methods, *paper.made_of):
+        assert name in methods()
+    if row.recipe:
+        assert key(papers.header(ROOT / row.recipe)) == key(paper.title)
+        assert load(ROOT / row.recipe).stages
+    for claim in row.claims:
+        assert key(load_claim(ROOT / "claims" / f"{claim.name}.yaml").title) == key(paper.title)
+
+
+def test_what_says_too_much_is_found():
+    gptq = next(row for row in ROWS if "gptq" in row.methods)
+    other = next(row for row in ROWS if row.methods == ("odm",))
+    said = {
+        "another paper": replace(gptq, methods=("odm",)),
+        "another paper, named by hand": replace(gptq, methods=("odm",), paper=replace(gptq.paper, made_of=("odm",))),
+        "without a commit": replace(gptq, paper=replace(gptq.paper, check=Check(CODE, "a/b"))),
+        "without a repository": replace(gptq, paper=replace(gptq.paper, check=Check(CODE, None, "0" * 40, "x"))),
+        "an unknown word": replace(other, paper=replace(other.paper, check=Check("a summary"))),
+        "a repository for an abstract": replace(other, paper=replace(other.paper, check=Check(ABSTRACT, "a/b"))),
+    }
+    for what, row in said.items():
+        assert overclaims(row), what
+
+    class Boasting(Standing):
+        status = STANDS
+
+    assert overclaims(Boasting(gptq.paper))
+
+
+def test_no_method_of_a_paper_of_the_table_is_left_out():
+    titles = {key(row.paper.title): row for row in ROWS}
+    for found in methods().values():
+        if found.ours and key(found.title) in titles:
+            row = titles[key(found.title)]
+            assert found.name in row.methods and found.arxiv == row.paper.arxiv
+    assert len([row for row in STANDING if row.methods]) >= 69
+    assert all(row.methods == () and row.check is None for row in ROWS if row.status == NOT_YET)
+
+
+def test_verdicts_are_those_of_the_newest_results():
+    newest = {result["name"]: result for result in recorded(ROOT / "claims" / "results")}  # the last of a name is the newest
+    claims = [claim for row in ROWS for claim in row.claims]
+    assert {claim.name for claim in claims if claim.verdict} == {n for n in newest if any(c.name == n for c in claims)}
+    for claim in claims:
+        last = newest.get(claim.name)
+        found = (claim.verdict, claim.scale) if last else (None, None)
+        assert found == ((last["word"], last["scale"]) if last else (None, None))
+    titles = {key(row.paper.title) for row in ROWS}
+    for path in (ROOT / "claims").glob("*.yaml"):
+        if key(yaml.safe_load(path.read_text())["title"]) in titles:
+            assert path.stem in {claim.name for claim in claims}
+
+
+def test_the_newest_of_several_results_counts_whatever_the_files_are_called(tmp_path):
+    claims = tmp_path / "claims"
+    (claims / "results").mkdir(parents=True)
+    title = next(row for row in ROWS if row.methods == ("odm",)).paper.title
+    (claims / "odm.yaml").write_text(f'# A word before.\ntitle: "{title}"\narxiv: "2312.02406"\n')
+    for name, day, word in (("a", 2, "reproduced"), ("b", 1, "not reproduced"), ("c", 0, "undecided")):
+        result = {"name": "odm", "scale": "cpu", "word": word, "finished": f"2026-01-0{day + 1}T00:00:00"}
+        (claims / "results" / f"odm-cpu-{name}.json").write_text(json.dumps(result))
+    row = papers.find(standings(tmp_path), "odm")
+    assert row.claims == (Claim("odm", "reproduced", "cpu", "2026-01-03T00:00:00"),) and row.recipe is None
+    assert str(row.claims[0]) == "odm: reproduced (cpu)" and str(Claim("odm")) == "odm: not recorded"
+
+
+def test_a_recipe_is_found_by_the_title_in_its_header(tmp_path):
+    folder = tmp_path / "recipes" / "papers"
+    folder.mkdir(parents=True)
+    (folder / "any-name.yaml").write_text("# GottBERT: a pure German language model (arXiv:2012.02110).\nname: x\n")
+    row = papers.find(standings(tmp_path), "GottBERT")
+    assert row.recipe == "recipes/papers/any-name.yaml" and row.status == STANDS and row.check == Check()
+    assert papers.find(ROWS, "GottBERT").status == NOT_YET
+
+
+@pytest.mark.parametrize("word, name", [
+    ("gptq", "GPTQ"), ("2210.17323", "GPTQ"), ("arXiv:2210.17323v2", "GPTQ"), ("https://arxiv.org/abs/2210.17323", "GPTQ"),
+    ("odm", "ODM (Online Data Mixing)"), ("Online Data Mixing", "ODM (Online Data Mixing)"),
+    ("efficient online data mixing for language model pre-training", "ODM (Online Data Mixing)"),
+    ("gradual_pruning", "Sparse pre-training (average-parameter law)"), ("clip", "CLIP"), ("x-clip", "X-CLIP"),
+])  # fmt: skip
+def test_a_paper_is_found_by_name_title_number_and_method(word, name):
+    assert papers.find(ROWS, word).paper.name == name
+
+
+def test_each_paper_answers_to_its_own_name_and_number():
+    for row in ROWS:
+        assert papers.find(ROWS, row.paper.name) is row and papers.find(ROWS, row.paper.arxiv) is row
+
+
+@pytest.mark.parametrize("word, hint", [("gptqq", "did you mean 'gptq'"), ("2210.17324", "did you mean '2210.17323'"), ("zzzz", "accepted")])
+def test_an_unknown_paper_names_the_nearest(word, hint):
+    with pytest.raises(PretrainError, match=hint):
+        papers.find(ROWS, word)
+
+
+def run(*words: str):
+    return CliRunner().invoke(app, ["papers", *words])
+
+
+def test_the_command_prints_rows_lists_and_one_paper():
+    rows = json.loads(run("--json").stdout)
+    assert len(rows) == 321 and set(rows[0]) >= {"title", "arxiv", "tier", "modality", "methods", "recipe", "claim", "status"}
+    chosen = json.loads(run("online", "MIXING", "--json").stdout)
+    assert [row["methods"] for row in chosen] == [["odm"]] and chosen[0]["claim"] == "odm"
+    tier = json.loads(run("--json", "--tier", "core", "--modality", "code", "--stage", "compress").stdout)
+    assert tier and all(r["tier"] == "core" and "code" in r["modality"] and r["stage"] == "compress" for r in tier)
+    listed = run("gptq").stdout
+    assert "GPTQ" in listed and "1 of them stand here" in listed
+    page = run("show", "gptq").stdout
+    assert "https://arxiv.org/abs/2210.17323" in page and "IST-DASLab/gptq at 2d65066eeb06" in page
+    assert json.loads(run("show", "clip", "--json").stdout)["status"] == NOT_YET
+    for wrong, said in ((("--tier", "cor"), "did you mean 'core'"), (("--modality", "txt"), "did you mean 'text'"), (("show",), "accepted: the name")):
+        assert said in str(run(*wrong).exception)
+
+
+def test_it_answers_at_once_and_imports_nothing_heavy():
+    def seconds() -> float:
+        begun = time.perf_counter()
+        subprocess.run([sys.executable, "-m", "pretrain", "papers", "--json"], capture_output=True, check=True, cwd=ROOT)
+        return time.perf_counter() - begun
+
+    assert min(seconds() for _ in range(3)) < 1.0  # 0.25 on a quiet machine; cores may be shared
+    program = "import sys, runpy; sys.argv = ['pretrain', 'papers'];\ntry: runpy.run_module('pretrain', run_name='__main__')\nexcept SystemExit: pass\nprint('|' + ' '.join(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
+    loaded = set(out.stdout.rpartition("|")[2].split())
+    assert not loaded & {"torch", "transformers", "datasets", "numpy", "yaml", "rich.console", "pretrain.recipe"}
+
+
+def small(*stages: str) -> list[str]:
+    sizes = ("hidden_size=32", "intermediate_size=48", "num_hidden_layers=1", "num_attention_heads=2")
+    return [f"{stage}.model.{size}" for stage in stages for size in sizes]
+
+
+def short(*stages: str) -> list[str]:
+    settings = ("length=64", "batch_rows=4", "budget={steps: 3}", "evaluate_tokens=600", "evaluate_every=0")
+    return [f"{stage}.{setting}" for stage in stages for setting in settings]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory, stories):
+    """Three domains, by suffix: `py`, the docstrings in two halves as `txt` and `md`."""
+    folder = tmp_path_factory.mktemp("text")
+    for number, story in enumerate(stories):
+        suffix = ("txt", "md")[number // 2 % 2] if story["domain"] == "docstrings" else "py"
+        (folder / f"{number}.{suffix}").write_text(story["text"])
+    return folder
+
+
+def data(*stages: str, sources: str) -> list[str]:
+    given = (f"sources={sources}", "validation=0.15", "test=0.15")
+    return [f"{stage}.{setting}" for stage in stages for setting in given]
+
+
+def finite(result) -> dict[str, dict[str, float]]:
+    for stage in result.stages.values():
+        assert all(math.isfinite(v) for v in stage["metrics"].values() if isinstance(v, float))
+    return {name: stage["metrics"] for name, stage in result.stages.items()}
+
+
+def lineage(folder: Path) -> list[str]:
+    record = json.loads((folder / "checkpoint" / "pretrain.json").read_text())
+    return [stage["name"] for stage in record["lineage"]["stages"]]
+
+
+def test_each_recipe_of_a_paper_is_run_here():
+    assert {path.stem for path in RECIPES} == {
+        "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain"
+    }  # fmt: skip
+
+
+def test_a_small_model_goes_on_for_a_while_and_then_for_longer(tmp_path, text):
+    settings = [*data("general", sources=f"[{{files: {text}, suffixes: [.py]}}]"), *data("domain", sources=f"[{{files: {text}, suffixes: [.txt, .md]}}]"),
+                "tokenizer.vocab_size=500", *small("base"), *short("base", "some", "more")]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/small-model-adaptation.yaml", settings, tmp_path), say=lambda text: None))
+    for stage in ("base", "some", "more"):
+        assert {"bits_per_byte"} <= set(found[f"{stage}_domain"]) & set(found[f"{stage}_general"])
+    assert found["base_domain"]["bits_per_byte"] != found["some_domain"]["bits_per_byte"] != found["more_domain"]["bits_per_byte"]
+    assert [name for name in lineage(tmp_path / "more") if name in ("base", "some", "domain")] == ["base", "domain", "some"]
+
+
+def test_a_stream_of_domains_is_read_one_by_one_and_measured_on_all(tmp_path, text):
+    settings = [*data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=500", *small("first"), *short("first", "second", "third"),
+                "first.mixture={py: 1.0}", "second.mixture={txt: 1.0}", "third.mixture={md: 1.0}"]  # fmt: skip
+    finite(engine.run(load(ROOT / "recipes/papers/stream-of-domains.yaml", settings, tmp_path), say=lambda text: None))
+    for stage, domain in (("first", "py"), ("second", "txt"), ("third", "md")):
+        lines = [json.loads(line) for line in (tmp_path / stage / "log.jsonl").read_text().splitlines()]
+        print(lines[:3])
+        measured = json.loads((tmp_path / f"after_{stage}" / "evaluation.json").read_text())
+        assert set(measured["domains"]) == {"py", "txt", "md"}
+    assert lineage(tmp_path / "third")[-2:] == ["first", "second"]
