@@ -1,6 +1,7 @@
-"""What is made in `docs/`: `methods/` and `sources.md` from docstrings, `recipes.md` from the recipes' own words.
+"""What is made in `docs/`: `methods/` and `sources.md` from docstrings, `recipes.md` and `papers.md`.
 
-One page for each kind of method, and one table of all. `python -m pretrain.docs` writes them anew.
+One page for each kind of method, and one table of all; what stands for each paper. `python -m pretrain.docs` writes
+them anew.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pretrain.core.bounds import words
 from pretrain.core.files import write_text
 from pretrain.core.method import default_of, method_class
 from pretrain.core.registry import PACKAGE, MethodInfo, kinds, methods
+from pretrain.papers import STAGES, STANDS, Standing, standings
 from pretrain.recipe import load
 
 HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
@@ -78,15 +80,55 @@ def source_page() -> str:
 
 
 def recipe_page(folder: Path) -> str:
-    """The recipes: what each says of itself, its stages, and how to run it."""
+    """The recipes: what each says of itself, its stages, and how to run it; then those that are papers."""
     lines = ["<!-- Made from the recipes by `make docs`; edit those. -->\n", "# Recipes\n"]
-    for path in sorted(folder.glob("*.yaml")):
-        text = path.read_text(encoding="utf-8").splitlines()
-        said = takewhile(lambda line: line.startswith("#"), text)
+    for path in [*sorted(folder.glob("*.yaml")), *sorted((folder / "papers").glob("*.yaml"))]:
+        text, place = path.read_text(encoding="utf-8").splitlines(), path.relative_to(folder)
+        comment = takewhile(lambda line: line.startswith("#"), text)
         stages = [f"`{stage.name}` ({stage.stage})" for stage in load(path).stages]
-        lines += [f"## [{path.stem}](../recipes/{path.name})\n", *(line[1:].strip() for line in said)]
-        lines += ["\n" + " → ".join(stages) + "\n", f"```\npretrain run recipes/{path.name}\n```\n"]
+        lines += [f"## [{path.stem}](../recipes/{place.as_posix()})\n", *(line[1:].strip() for line in comment)]
+        lines += ["\n" + " → ".join(stages) + "\n", f"```\npretrain run recipes/{place.as_posix()}\n```\n"]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def papers_page(root: Path) -> str:
+    """The papers by stage of life and modality: what each does, what stands for it, what that was checked against."""
+    rows = standings(root)
+    standing = sum(row.status == STANDS for row in rows)
+    lines = [
+        "<!-- Made by `make docs` from pretrain/papers/papers.jsonl, the docstrings, the recipes and the claims. -->\n",
+        "# Papers\n",
+        f"{standing} of {len(rows)} papers stand here. `pretrain papers` lists and searches them, "
+        "`pretrain papers show NAME` shows one. A verdict is that of the newest recorded run of a paper's "
+        "[claim](claims.md).\n",
+    ]
+    for stage in STAGES:
+        of_stage = [row for row in rows if row.paper.stage == stage]
+        lines.append(f"## {stage.capitalize()}\n")
+        for modality in sorted({_modality(row) for row in of_stage}):
+            lines += [f"### {stage.capitalize()}: {modality}\n", "| paper | what it does | status |", "|---|---|---|"]
+            lines += [_paper_row(row) for row in of_stage if _modality(row) == modality]
+            lines.append("")
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _modality(row: Standing) -> str:
+    """The first of a paper's modalities, that which it is about."""
+    return row.paper.modality[0]
+
+
+def _paper_row(row: Standing) -> str:
+    paper = row.paper
+    title = f"[{paper.title}]({paper.link})" if paper.link else paper.title
+    others = f", {', '.join(paper.modality[1:])} too" if paper.modality[1:] else ""
+    kinds_of = {m.name: m.kind for m in methods().values()}
+    holds = [f"[`{name}`](methods/{_slug(kinds_of[name])}.md#{name})" for name in row.methods]
+    holds += [f"[recipe](../{row.recipe})"] if row.recipe else []
+    status = [f"**{row.status}**" + (": " + ", ".join(holds) if holds else "")]
+    status += [f"claim {claim}" for claim in row.claims]
+    status += [f"checked against {row.check}"] if row.check else []
+    cells = (f"**{paper.name}** {title} ({paper.tier}{others})", paper.does, "; ".join(status))
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
 def main(docs: Path, recipes: Path) -> None:
@@ -99,6 +141,7 @@ def main(docs: Path, recipes: Path) -> None:
         write_text(docs / "methods" / name, text)
     write_text(docs / "sources.md", source_page())
     write_text(docs / "recipes.md", recipe_page(recipes))
+    write_text(docs / "papers.md", papers_page(recipes.parent))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from pretrain.core.registry import info, methods
 from pretrain.experiments.claims import load_claim, recorded
 from pretrain.papers import ABSTRACT, CODE, NOT_YET, STAGES, STANDS, TEXT, TIERS, Check, Claim, Standing, key, standings
 from pretrain.recipe import load
+from pretrain.training.loader import Loader
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes" / "papers").glob("*.yaml"))
@@ -48,8 +48,14 @@ def overclaims(row: Standing) -> str:
         return "it stands without a method and a recipe"
     if check is not None and check.against not in (CODE, TEXT, ABSTRACT):
         return f"checked against {check.against!r}"
-    if check is not None and check.against == CODE and not (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", check.repository or "") and re.fullmatch(r"[0-9a-f]{40}", check.commit or "") and check.what
+    if (
+        check is not None
+        and check.against == CODE
+        and not (
+            re.fullmatch(r"[\w.-]+/[\w.-]+", check.repository or "")
+            and re.fullmatch(r"[0-9a-f]{40}", check.commit or "")
+            and check.what
+        )
     ):
         return "the authors' code without repository, commit and what was compared"
     if check is not None and check.against != CODE and (check.repository or check.commit):
@@ -112,7 +118,9 @@ def test_no_method_of_a_paper_of_the_table_is_left_out():
 
 
 def test_verdicts_are_those_of_the_newest_results():
-    newest = {result["name"]: result for result in recorded(ROOT / "claims" / "results")}  # the last of a name is the newest
+    newest = {
+        result["name"]: result for result in recorded(ROOT / "claims" / "results")
+    }  # the last of a name is the newest
     claims = [claim for row in ROWS for claim in row.claims]
     assert {claim.name for claim in claims if claim.verdict} == {n for n in newest if any(c.name == n for c in claims)}
     for claim in claims:
@@ -162,7 +170,9 @@ def test_each_paper_answers_to_its_own_name_and_number():
         assert papers.find(ROWS, row.paper.name) is row and papers.find(ROWS, row.paper.arxiv) is row
 
 
-@pytest.mark.parametrize("word, hint", [("gptqq", "did you mean 'gptq'"), ("2210.17324", "did you mean '2210.17323'"), ("zzzz", "accepted")])
+@pytest.mark.parametrize(
+    "word, hint", [("gptqq", "did you mean 'gptq'"), ("2210.17324", "did you mean '2210.17323'"), ("zzzz", "accepted")]
+)
 def test_an_unknown_paper_names_the_nearest(word, hint):
     with pytest.raises(PretrainError, match=hint):
         papers.find(ROWS, word)
@@ -174,7 +184,16 @@ def run(*words: str):
 
 def test_the_command_prints_rows_lists_and_one_paper():
     rows = json.loads(run("--json").stdout)
-    assert len(rows) == 321 and set(rows[0]) >= {"title", "arxiv", "tier", "modality", "methods", "recipe", "claim", "status"}
+    assert len(rows) == 321 and set(rows[0]) >= {
+        "title",
+        "arxiv",
+        "tier",
+        "modality",
+        "methods",
+        "recipe",
+        "claim",
+        "status",
+    }
     chosen = json.loads(run("online", "MIXING", "--json").stdout)
     assert [row["methods"] for row in chosen] == [["odm"]] and chosen[0]["claim"] == "odm"
     tier = json.loads(run("--json", "--tier", "core", "--modality", "code", "--stage", "compress").stdout)
@@ -184,14 +203,20 @@ def test_the_command_prints_rows_lists_and_one_paper():
     page = run("show", "gptq").stdout
     assert "https://arxiv.org/abs/2210.17323" in page and "IST-DASLab/gptq at 2d65066eeb06" in page
     assert json.loads(run("show", "clip", "--json").stdout)["status"] == NOT_YET
-    for wrong, said in ((("--tier", "cor"), "did you mean 'core'"), (("--modality", "txt"), "did you mean 'text'"), (("show",), "accepted: the name")):
+    for wrong, said in (
+        (("--tier", "cor"), "did you mean 'core'"),
+        (("--modality", "txt"), "did you mean 'text'"),
+        (("show",), "accepted: the name"),
+    ):
         assert said in str(run(*wrong).exception)
 
 
 def test_it_answers_at_once_and_imports_nothing_heavy():
     def seconds() -> float:
         begun = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "pretrain", "papers", "--json"], capture_output=True, check=True, cwd=ROOT)
+        subprocess.run(
+            [sys.executable, "-m", "pretrain", "papers", "--json"], capture_output=True, check=True, cwd=ROOT
+        )
         return time.perf_counter() - begun
 
     assert min(seconds() for _ in range(3)) < 1.0  # 0.25 on a quiet machine; cores may be shared
@@ -246,20 +271,81 @@ def test_each_recipe_of_a_paper_is_run_here():
 def test_a_small_model_goes_on_for_a_while_and_then_for_longer(tmp_path, text):
     settings = [*data("general", sources=f"[{{files: {text}, suffixes: [.py]}}]"), *data("domain", sources=f"[{{files: {text}, suffixes: [.txt, .md]}}]"),
                 "tokenizer.vocab_size=500", *small("base"), *short("base", "some", "more")]  # fmt: skip
-    found = finite(engine.run(load(ROOT / "recipes/papers/small-model-adaptation.yaml", settings, tmp_path), say=lambda text: None))
+    found = finite(
+        engine.run(load(ROOT / "recipes/papers/small-model-adaptation.yaml", settings, tmp_path), say=lambda text: None)
+    )
     for stage in ("base", "some", "more"):
         assert {"bits_per_byte"} <= set(found[f"{stage}_domain"]) & set(found[f"{stage}_general"])
-    assert found["base_domain"]["bits_per_byte"] != found["some_domain"]["bits_per_byte"] != found["more_domain"]["bits_per_byte"]
-    assert [name for name in lineage(tmp_path / "more") if name in ("base", "some", "domain")] == ["base", "domain", "some"]
+    assert (
+        found["base_domain"]["bits_per_byte"]
+        != found["some_domain"]["bits_per_byte"]
+        != found["more_domain"]["bits_per_byte"]
+    )
+    assert [name for name in lineage(tmp_path / "more") if name in ("base", "some", "domain")] == [
+        "base",
+        "domain",
+        "some",
+    ]
 
 
-def test_a_stream_of_domains_is_read_one_by_one_and_measured_on_all(tmp_path, text):
+@pytest.fixture
+def drawn(monkeypatch):
+    """The domains of each training row that any loader has handed out, in order."""
+    found: list[str] = []
+    step = Loader.step
+
+    def spy(self, *args, **kwargs):
+        batches = step(self, *args, **kwargs)
+        found.extend(
+            self.shards.domain_names[d] for of_objectives in batches for d in of_objectives[0]["domain_B"].tolist()
+        )
+        return batches
+
+    monkeypatch.setattr(Loader, "step", spy)
+    return found
+
+
+def test_a_stream_of_domains_is_read_one_by_one_and_measured_on_all(tmp_path, text, drawn):
     settings = [*data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=500", *small("first"), *short("first", "second", "third"),
                 "first.mixture={py: 1.0}", "second.mixture={txt: 1.0}", "third.mixture={md: 1.0}"]  # fmt: skip
     finite(engine.run(load(ROOT / "recipes/papers/stream-of-domains.yaml", settings, tmp_path), say=lambda text: None))
-    for stage, domain in (("first", "py"), ("second", "txt"), ("third", "md")):
-        lines = [json.loads(line) for line in (tmp_path / stage / "log.jsonl").read_text().splitlines()]
-        print(lines[:3])
-        measured = json.loads((tmp_path / f"after_{stage}" / "evaluation.json").read_text())
-        assert set(measured["domains"]) == {"py", "txt", "md"}
-    assert lineage(tmp_path / "third")[-2:] == ["first", "second"]
+    assert drawn == ["py"] * 12 + ["txt"] * 12 + ["md"] * 12
+    matrix = [
+        json.loads((tmp_path / f"after_{s}" / "evaluation.json").read_text())["domains"]
+        for s in ("first", "second", "third")
+    ]
+    assert all(set(row) == {"py", "txt", "md"} for row in matrix)
+    assert len({json.dumps(row) for row in matrix}) == 3
+    assert [name for name in lineage(tmp_path / "third") if name in ("first", "second")] == ["first", "second"]
+
+
+def test_a_small_domain_is_read_as_often_as_a_large_one_from_the_first_step_on(tmp_path, text, drawn):
+    sources = f"[{{files: {text}, suffixes: [.py]}}, {{files: {text}, suffixes: [.txt]}}]"
+    settings = [*data("corpus", "balanced", sources=sources), "tokenizer.vocab_size=500", *small("encoder"), *short("encoder"),
+                "encoder.budget={steps: 16}", "encoder.mixture={py: 0.5, txt: 0.5}"]  # fmt: skip
+    finite(engine.run(load(ROOT / "recipes/papers/upsampled-domain.yaml", settings, tmp_path), say=lambda text: None))
+    sizes = {end: sum(len(path.read_text()) for path in text.glob(f"*.{end}")) for end in ("py", "txt")}
+    assert sizes["txt"] < 0.3 * sizes["py"]
+    # Fair draws of at least 64 rows: 0.5 within three standard deviations of 0.0625; as the rows come it were below 0.3.
+    assert len(drawn) >= 64 and abs(drawn.count("txt") / len(drawn) - 0.5) < 0.19
+    assert set(drawn[:16]) == {"py", "txt"}
+    config = json.loads((tmp_path / "encoder" / "checkpoint" / "config.json").read_text())
+    assert config["architectures"] == ["BertForMaskedLM"]
+
+
+def test_an_encoder_from_scratch_has_the_words_of_its_domain_and_the_other_those_it_came_with(tmp_path, text):
+    settings = [*data("general", sources=f"[{{files: {text}, suffixes: [.txt, .md]}}]"), *data("domain", sources=f"[{{files: {text}, suffixes: [.py]}}]"),
+                *data("examples", sources="[{functions: [click, networkx], limit: 24}]"), "general_words.vocab_size=400", "domain_words.vocab_size=450",
+                *small("generalist", "scratch"), *short("generalist", "mixed", "scratch", "tuned_mixed", "tuned_scratch"),
+                "task_mixed.max_documents=16", "task_scratch.max_documents=16"]  # fmt: skip
+    recipe = ROOT / "recipes/papers/pretrain-from-scratch-on-a-domain.yaml"
+    found = finite(engine.run(load(recipe, settings, tmp_path), say=lambda text: None))
+    sizes = {
+        s: json.loads((tmp_path / s / "checkpoint" / "config.json").read_text())["vocab_size"]
+        for s in ("mixed", "tuned_mixed", "scratch", "tuned_scratch")
+    }
+    assert sizes["mixed"] == sizes["tuned_mixed"] < sizes["scratch"] == sizes["tuned_scratch"]
+    assert "generalist" in lineage(tmp_path / "mixed") and "generalist" not in lineage(tmp_path / "tuned_scratch")
+    assert all(0 <= found[f"task_{side}"]["accuracy"] <= 1 for side in ("mixed", "scratch"))
+    spent = {stage.name: stage.budget.limit for stage in load(recipe).stages if stage.stage == "train"}
+    assert spent["generalist"] + spent["mixed"] == spent["scratch"]

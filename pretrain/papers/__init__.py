@@ -25,7 +25,7 @@ STAGES = (
 TIERS = ("core", "modality", "study", "application", "reference")
 CODE, TEXT, ABSTRACT = "the authors' code", "the paper's text", "the abstract alone"
 STANDS, NOT_YET = "stands", "not here yet"
-_HEAD = re.compile(r"""^(title|arxiv): *["']?(.*?)["']? *$""", re.MULTILINE)
+_TITLE = re.compile(r"""^title: *["']?(.*?)["']? *$""", re.MULTILINE)  # of a claim file
 _NUMBER = re.compile(r"(?:arxiv:|https?://arxiv\.org/(?:abs|pdf)/)?(\d{4}\.\d{4,5})(?:v\d+)?(?:\.pdf)?")
 
 
@@ -113,7 +113,8 @@ def key(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "", text.lower().replace("+", "plus"))
 
 
-def _paper(row: dict) -> Paper:  # type: ignore[type-arg]
+def _paper(line: str) -> Paper:
+    row = json.loads(line)
     return Paper(
         name=row["name"], title=row["title"], arxiv=row.get("arxiv"), venue=row.get("venue"), tier=row["tier"],
         modality=tuple(row["modality"]), stage=row["stage"], does=row["does"], made_of=tuple(row.get("methods", ())),
@@ -125,7 +126,7 @@ def _paper(row: dict) -> Paper:  # type: ignore[type-arg]
 def papers() -> tuple[Paper, ...]:
     """All papers, in the order of the file."""
     lines = (PACKAGE / "papers" / "papers.jsonl").read_text(encoding="utf-8").splitlines()
-    return tuple(_paper(json.loads(line)) for line in lines)
+    return tuple(map(_paper, lines))
 
 
 def standings(root: Path = PACKAGE.parent) -> list[Standing]:
@@ -167,16 +168,15 @@ def _recipes(folder: Path) -> dict[str, str]:
 
 def _claims(folder: Path) -> dict[str, list[Claim]]:
     """Claims by the key of their title. Only the heads of the files are read: parsing YAML takes its time."""
-    newest: dict[str, dict] = {}  # type: ignore[type-arg]
+    newest: dict[str, Claim] = {}
     for result in map(read_json, sorted((folder / "results").glob("*.json"))):
-        if result["finished"] > newest.get(result["name"], {"finished": ""})["finished"]:
-            newest[result["name"]] = result
+        claim = Claim(result["name"], result["word"], result["scale"], result["finished"])
+        newest[claim.name] = max(claim, newest.get(claim.name, claim), key=lambda claim: claim.finished)
     found: dict[str, list[Claim]] = {}
     for path in sorted(folder.glob("*.yaml")):
-        title = dict(_HEAD.findall(path.read_text(encoding="utf-8"))).get("title", "")
-        last = newest.get(path.stem)
-        claim = Claim(path.stem, last["word"], last["scale"], last["finished"]) if last else Claim(path.stem)
-        found.setdefault(key(title), []).append(claim)
+        title = _TITLE.search(path.read_text(encoding="utf-8"))
+        if title is not None:
+            found.setdefault(key(title[1]), []).append(newest.get(path.stem, Claim(path.stem)))
     return found
 
 
@@ -201,7 +201,7 @@ def find(rows: Iterable[Standing], word: str) -> Standing:
                 return row
         raise PretrainError(f"no paper arXiv:{number[1]}{nearest(number[1], [r.paper.arxiv or '' for r in rows])}")
     known: dict[str, Standing] = {}
-    for named in (_exact, _short, lambda row: row.methods):  # a name goes before a part of one, and that before a method
+    for named in (_exact, _short, lambda row: row.methods):  # a name before a part of one, and that before a method
         for row in rows:
             for name in named(row):
                 known.setdefault(name.lower(), row)
