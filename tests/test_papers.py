@@ -262,10 +262,21 @@ def lineage(folder: Path) -> list[str]:
     return [stage["name"] for stage in record["lineage"]["stages"]]
 
 
-def test_each_recipe_of_a_paper_is_run_here():
-    assert {path.stem for path in RECIPES} == {
-        "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain"
-    }  # fmt: skip
+def test_each_recipe_of_a_paper_is_found_and_run_here():
+    names = {"small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain"}
+    assert {path.stem for path in RECIPES} == names
+    assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
+
+
+def test_the_recipes_mix_domains_as_their_papers_do():
+    stages = {
+        s.name: s
+        for name in ("stream-of-domains", "upsampled-domain")
+        for s in load(ROOT / f"recipes/papers/{name}.yaml").stages
+    }
+    stream = [stages[name].mixture for name in ("first", "second", "third")]
+    assert all(list(mixture.values()) == [1.0] for mixture in stream) and len({*map(str, stream)}) == 3
+    assert set(stages["encoder"].mixture.values()) == {0.5} and len(stages["encoder"].mixture) == 2
 
 
 def test_a_small_model_goes_on_for_a_while_and_then_for_longer(tmp_path, text):
