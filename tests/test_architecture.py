@@ -22,10 +22,10 @@ FLOORS = (
     ("stages",),
     ("identity", "recipe", "report_samples"),
     ("planning",),
-    ("adopt", "report"),
+    ("adopt", "papers", "report"),
     ("engine",),
     ("experiments", "docs"),
-    ("cli_claim",),
+    ("cli_claim", "cli_papers"),
     ("cli",),
     ("__main__",),
 )
