@@ -64,7 +64,7 @@ class Bench:
             mixture={name: float(name == domain) for name in DOMAINS},
         )  # fmt: skip
         self.runs += 1
-        settings = Settings(Budget(steps=steps), seed, save_every=0, bar=False)
+        settings = Settings(budget=Budget(steps=steps), seed=seed, save_every=0, bar=False)
         optimizer = AdamW(lr=lr, weight_decay=0.0)
         train(model, loader, [CausalLM()], optimizer, Cosine(warmup=0.06), settings, self.folder / f"run{self.runs}")
 

@@ -68,7 +68,7 @@ def trainings(folder: Path) -> dict[str, Any]:
         chosen: Any = method_class(optimizer, "optimiser")()
         model = new_model(family, MODELS[family], task=built.task, vocabulary=vocabulary)
         loader = Loader(shards, [built], vocabulary, length=LENGTH, batch_rows=ROWS)
-        settings = Settings(Budget(steps=1e9), save_every=0, bar=False)
+        settings = Settings(budget=Budget(steps=1e9), save_every=0, bar=False)
         name = f"{objective}-{optimizer}-{policy}"
         return _start(model, loader, [built], chosen, Constant(), settings, folder / name, None, policies)
 

@@ -106,7 +106,7 @@ def ours(clock: list[float], *, compiled: bool = False) -> None:
     from pretrain.training.budget import Budget
     from pretrain.training.loop import Settings, train
 
-    settings = Settings(Budget(steps=WARMUP + STEPS), save_every=0, bar=False, compile=compiled)
+    settings = Settings(budget=Budget(steps=WARMUP + STEPS), save_every=0, bar=False, compile=compiled)
     objective = CausalLM()
     with tempfile.TemporaryDirectory() as folder:
         train(model(), Rows(objective, clock), [objective], AdamW(), Constant(), settings, Path(folder))

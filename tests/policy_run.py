@@ -25,7 +25,7 @@ def run(
     objective, evaluate = given.pop("objective", CausalLM()), given.pop("evaluate", None)
     chosen = {k: given.pop(k) for k in ("mixture", "workers", "micro_rows") if k in given}
     loader = Loader(Shards(prepared / "tokens" / "train"), [objective], vocabulary, length=64, batch_rows=8, **chosen)
-    settings = Settings(budget or Budget(steps=6), bar=False, **({"save_every": 0} | given))
+    settings = Settings(budget=budget or Budget(steps=6), bar=False, **({"save_every": 0} | given))
     return train(
         model, loader, [objective], AdamW(lr=1e-2), Constant(), settings, folder, policies=policies, evaluate=evaluate
     )

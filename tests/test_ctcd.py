@@ -145,7 +145,7 @@ def test_a_companion_may_go_on_from_a_checkpoint(tiny, tmp_path):
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_training_resumes_bit_for_bit_with_its_companion(prepared, tiny, tmp_path, tied):
     def run(folder, steps):
-        settings = Settings(Budget(steps=steps), save_every=2, bar=False)
+        settings = Settings(budget=Budget(steps=steps), save_every=2, bar=False)
         torch.manual_seed(0)
         objective = CTCD(companion=WIDER)
         return small(
@@ -163,7 +163,7 @@ def test_a_training_resumes_bit_for_bit_with_its_companion(prepared, tiny, tmp_p
 
 def test_both_learn_and_come_closer_than_without_distillation(prepared, tiny, tmp_path):
     def run(folder, weight):
-        settings = Settings(Budget(steps=25), save_every=0, bar=False)
+        settings = Settings(budget=Budget(steps=25), save_every=0, bar=False)
         torch.manual_seed(0)
         objective = CTCD(companion=WIDER, from_companion=weight, to_companion=weight)
         batch = objective.prepare(rows([40, 20]), context(64))

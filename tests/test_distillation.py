@@ -219,7 +219,7 @@ def taught(prepared, tiny, folder, steps, tmp_path, **fields):
     teacher = tiny(vocab_size=512, seed=7)
     save(teacher, None, tmp_path / "teacher" / "checkpoint")
     objective = Distillation(str(tmp_path / "teacher"), **fields)
-    settings = Settings(Budget(steps=steps), save_every=2, bar=False)
+    settings = Settings(budget=Budget(steps=steps), save_every=2, bar=False)
     done = small(prepared, tiny, folder, settings=settings, objective=objective, micro_rows=4, num_hidden_layers=1)
     return done, teacher
 
@@ -233,7 +233,9 @@ def test_the_teacher_is_neither_trained_nor_saved_and_its_flops_count(prepared, 
     assert optimised == {id(p) for p in [*done.trainee.model.parameters(), *done.trainee.beside[0].learnt.parameters()]}
     saved = load_file(tmp_path / "a" / "state" / "step-000000002" / "model.safetensors")
     assert {name.lstrip(".") for name in saved if "beside" in name} == {"beside.0.learnt.0.weight"}
-    plain = small(prepared, tiny, tmp_path / "b", settings=Settings(Budget(steps=2), bar=False), num_hidden_layers=1)
+    plain = small(
+        prepared, tiny, tmp_path / "b", settings=Settings(budget=Budget(steps=2), bar=False), num_hidden_layers=1
+    )
     forward = count_flops(lambda: teacher(torch.zeros(8, 64, dtype=torch.long)))[1]
     assert done.flops > plain.flops + 2 * forward
 

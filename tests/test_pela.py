@@ -200,7 +200,7 @@ def test_distillation_alone_brings_the_features_nearer_and_leaves_the_teacher_al
     teacher = with_biases(tiny(vocab_size=512))
     checkpoint.save(teacher, None, tmp_path / "teacher")
     objective = PELAPretraining(str(tmp_path / "teacher"), own=0.0)
-    settings = Settings(Budget(steps=20), save_every=20, bar=False)
+    settings = Settings(budget=Budget(steps=20), save_every=20, bar=False)
 
     def factorised(**fields):
         return PELA(2.0)(with_biases(tiny(**fields)))

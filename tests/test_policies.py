@@ -34,7 +34,7 @@ def run(prepared, tiny, folder, policy, steps=10, mixture=None, save_every=0, wo
         mixture=mixture,
         workers=workers,
     )
-    settings = Settings(Budget(steps=steps), save_every=save_every, bar=False)
+    settings = Settings(budget=Budget(steps=steps), save_every=save_every, bar=False)
     return train(
         tiny(vocab_size=512), loader, [CausalLM()], AdamW(lr=1e-2), Constant(), settings, folder, policies=[policy]
     )
@@ -115,5 +115,7 @@ def test_spdf_without_sparsity_is_plain_training_and_dense_training_after_it_fil
     sparse = run(prepared, tiny, tmp_path / "c", SPDF(sparsity=0.75), steps=2).model
     vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
     loader = Loader(Shards(prepared / "tokens" / "train"), [CausalLM()], vocabulary, length=64, batch_rows=8)
-    train(sparse, loader, [CausalLM()], AdamW(), Constant(), Settings(Budget(steps=2), bar=False), tmp_path / "d")
+    train(
+        sparse, loader, [CausalLM()], AdamW(), Constant(), Settings(budget=Budget(steps=2), bar=False), tmp_path / "d"
+    )
     assert all((m.weight == 0).float().mean() < 0.05 for m in linears(sparse).values())

@@ -159,7 +159,7 @@ def test_every_parameter_learns_and_the_losses_fall(tiny, family):
 @pytest.mark.bits
 def test_a_training_resumes_bit_for_bit_and_keeps_no_decoder(prepared, tiny, tmp_path):
     def run(folder, steps):
-        settings = Settings(Budget(steps=steps), save_every=2, bar=False)
+        settings = Settings(budget=Budget(steps=steps), save_every=2, bar=False)
         torch.manual_seed(0)
         return small(prepared, tiny, folder, settings=settings, objective=RetroMAEv2(), micro_rows=4, family="bert")
 

@@ -121,7 +121,7 @@ def test_the_teacher_is_neither_trained_nor_saved(prepared, tiny, tmp_path):
     teacher = tiny("bert", vocab_size=512, seed=7)
     save(teacher, None, tmp_path / "teacher")
     objective = SelfDistillation(str(tmp_path / "teacher"))
-    settings = Settings(Budget(steps=2), save_every=2, bar=False)
+    settings = Settings(budget=Budget(steps=2), save_every=2, bar=False)
     done = small(prepared, tiny, tmp_path / "a", settings=settings, objective=objective, family="bert")
     for name, value in done.trainee.beside[0].model.state_dict().items():
         assert torch.equal(value, teacher.state_dict()[name])

@@ -192,7 +192,7 @@ def test_a_killed_training_goes_on_exactly(tiny, prepared, tmp_path, checkpointi
         model = SLTrain(4, 0.1)(new_model("llama", fields, vocabulary=vocabulary))
         shards = Shards(prepared / "tokens" / "train")
         loader = Loader(shards, [objective], vocabulary, length=32, batch_rows=4, micro_rows=2)
-        settings = Settings(Budget(steps=steps), save_every=2, bar=False, checkpointing=checkpointing)
+        settings = Settings(budget=Budget(steps=steps), save_every=2, bar=False, checkpointing=checkpointing)
         return train(model, loader, [objective], AdamW(), Constant(), settings, folder)
 
     whole = run(4, tmp_path / "whole")

@@ -200,7 +200,7 @@ def _train(prepared: Path, corpus: Path, tiny: Any, folder: Path, steps: int) ->
         with torch.no_grad():
             return {"loss": float(objective.loss(trainee.model, batch, trainee.beside[0]).value)}
 
-    settings = Settings(Budget(steps=steps), save_every=3, evaluate_every=1, bar=False)
+    settings = Settings(budget=Budget(steps=steps), save_every=3, evaluate_every=1, bar=False)
     training = train(
         model, loader, [objective], AdamW(lr=3e-3), Constant(), settings, folder, policies=[watch], evaluate=evaluate
     )  # fmt: skip

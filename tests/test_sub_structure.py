@@ -47,7 +47,7 @@ def run(prepared, tiny, folder, policies, *, family="llama", steps=8, save_every
     )  # fmt: skip
     depth = {"n_layer": 4} if family == "gpt2" else {"num_hidden_layers": 4}
     model = tiny(family, vocab_size=512, **depth | fields)
-    settings = Settings(Budget(steps=steps), save_every=save_every, bar=False, precision="float32")
+    settings = Settings(budget=Budget(steps=steps), save_every=save_every, bar=False, precision="float32")
     return train(model, loader, [objective], AdamW(lr=1e-2), Constant(), settings, folder, policies=policies)
 
 

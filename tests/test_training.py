@@ -89,7 +89,7 @@ def small(
         batch_rows=batch_rows,
         micro_rows=micro_rows,
     )
-    settings = settings or Settings(Budget(steps=5), save_every=0, bar=False)
+    settings = settings or Settings(budget=Budget(steps=5), save_every=0, bar=False)
     return train(net, loader, [objective], optimizer or AdamW(lr=1e-2), Constant(), settings, folder, policies=policies)
 
 
@@ -189,7 +189,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch(tiny, prepared, tmp_
 def test_activation_checkpointing_changes_flops_and_not_losses(tiny, prepared, tmp_path):
     rows = {}
     for on in (False, True):
-        settings = Settings(Budget(steps=3), save_every=0, bar=False, checkpointing=on)
+        settings = Settings(budget=Budget(steps=3), save_every=0, bar=False, checkpointing=on)
         small(prepared, tiny, tmp_path / str(on), settings=settings)
         rows[on] = log(tmp_path / str(on))
     assert [r["loss"] for r in rows[True]] == pytest.approx([r["loss"] for r in rows[False]], rel=1e-5)
@@ -199,7 +199,9 @@ def test_activation_checkpointing_changes_flops_and_not_losses(tiny, prepared, t
 @pytest.mark.parametrize("unit", ["tokens", "flops", "seconds", "steps"])
 def test_each_budget_stops_training_when_it_is_spent(tiny, prepared, tmp_path, unit):
     limit = {"tokens": 2000, "flops": 2e8, "seconds": 0.3, "steps": 4}[unit]
-    training = small(prepared, tiny, tmp_path, settings=Settings(Budget(**{unit: limit}), save_every=0, bar=False))
+    training = small(
+        prepared, tiny, tmp_path, settings=Settings(budget=Budget(**{unit: limit}), save_every=0, bar=False)
+    )
     rows = log(tmp_path)
     assert training.spent[unit] >= limit
     before = {"steps": "step"}.get(unit, unit)
@@ -223,7 +225,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tiny, prepared
     vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
     probe = Loader(Shards(prepared / "tokens" / "train"), [CausalLM()], vocabulary, length=64, batch_rows=8)
     poisoned = [int(probe.step(i, 0.0)[0][0]["row_B"][0]) for i in range(5)][4]
-    settings = Settings(Budget(steps=9), save_every=2, bar=False)
+    settings = Settings(budget=Budget(steps=9), save_every=2, bar=False)
     with pytest.raises(PretrainError, match=r"loss nan.* at step 5: .*newest good state is step-000000004"):
         small(prepared, tiny, tmp_path, settings=settings, objective=Poison())
 
@@ -248,7 +250,7 @@ def test_policies_see_each_step_and_remember_over_a_resume(tiny, prepared, tmp_p
             seen.append(float(losses[0].value) / float(losses[0].nll_BL.sum() / batches[0]["weight"]))
 
     for steps in (4, 6):
-        settings = Settings(Budget(steps=steps), save_every=2, bar=False)
+        settings = Settings(budget=Budget(steps=steps), save_every=2, bar=False)
         training = small(prepared, tiny, tmp_path, settings=settings, policies=[Watch()])
     assert training.state["watch"]["steps"] == [1, 2, 3, 4, 5, 6] and training.state["watch"]["sum"][0] == 6
     assert seen == pytest.approx([2.0] * 6, rel=1e-5)
@@ -262,7 +264,7 @@ def test_a_wrong_budget_is_refused(given):
 
 def test_a_wrong_precision_is_refused(tiny, prepared, tmp_path):
     with pytest.raises(PretrainError, match="precision 'half': accepted: auto, float32, bfloat16"):
-        small(prepared, tiny, tmp_path, settings=Settings(Budget(steps=1), precision="half", bar=False))
+        small(prepared, tiny, tmp_path, settings=Settings(budget=Budget(steps=1), precision="half", bar=False))
 
 
 def test_training_from_shards_needs_no_data_or_recipe_library(tmp_path, prepared):

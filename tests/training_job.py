@@ -35,7 +35,7 @@ def main(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropou
     )  # fmt: skip
     held_out = Shards(prepared / "tokens" / "validation")
     settings = Settings(
-        Budget(steps=steps), seed=1, evaluate_every=7, save_every=3, keep=2, bar=False, strategy=strategy
+        budget=Budget(steps=steps), seed=1, evaluate_every=7, save_every=3, keep=2, bar=False, strategy=strategy
     )
     train(
         model, loader, [objective], AdamW(lr=1e-2), Cosine(), settings, folder,

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from pretrain.core.encoding import Encoder
 
 Batch = dict[str, torch.Tensor]
-"""Named tensors. What the loop itself reads: `weight` (), the number of targets; `domain_B` and `row_B`, where each
-row comes from; all other names are between an objective's `prepare` and its `loss`."""
+"""Named tensors. What the loop itself reads: `tokens` () and `weight` (), the numbers of tokens and of targets, which
+stay on the host; `domain_B` and `row_B`, where each row comes from; all other names are between an objective's
+`prepare` and its `loss`."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,11 @@ def document_mask(document_BL: torch.Tensor, *, causal: bool, prefix_BL: torch.T
     return mask_BLL[:, None]
 
 
+def is_count(name: str) -> bool:
+    """Whether a tensor of a batch is a number that the host reads: `tokens`, `weight`, `weight_<term>`."""
+    return name in ("tokens", "weight") or name.startswith("weight_")
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The same batch on `device`."""
-    return {k: v.to(device, non_blocking=True) for k, v in batch.items()}
+    """The same batch on `device`, but for the counts: the host reads them, and must not wait for the device to."""
+    return {k: v if is_count(k) else v.to(device, non_blocking=True) for k, v in batch.items()}

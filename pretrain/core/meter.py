@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -56,10 +56,16 @@ _UNKNOWN = {
 }
 
 
+@contextmanager
+def _counter() -> Iterator[FlopCounterMode]:
+    """While open, counts FLOPs. Eagerly: a frame first seen under the counter would never be compiled afterwards."""
+    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
+        yield counter
+
+
 def count_flops(work: Callable[[], T]) -> tuple[T, int]:
     """Run `work` once and count its FLOPs."""
-    # Eagerly: a frame first seen under the counter would never be compiled afterwards.
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
+    with _counter() as counter:
         result = work()
     return result, int(counter.get_total_flops())
 
@@ -100,19 +106,36 @@ class Meter:
         self.counts: dict[str, int] = dict(counts or {})
         self.products: dict[str, dict[str, int]] = dict(products or {})
 
-    def run(self, key: Hashable, work: Callable[[], T], layers: Mapping[str, nn.Module] | None = None) -> tuple[T, int]:
-        """Run `work`, counting its FLOPs the first time that `key` is met; returns its result and its FLOPs.
+    def knows(self, key: Hashable, zeros: Collection[str] = ()) -> bool:
+        """Whether the work `key` has been counted, with the products of layers that have `zeros`."""
+        return str(key) in self.counts and (not zeros or str(key) in self.products)
+
+    @contextmanager
+    def counting(self, key: Hashable, layers: Mapping[str, nn.Module] | None = None) -> Iterator[None]:
+        """While open, counts the FLOPs of work that `key` names, if it is met for the first time, into `counts`.
 
         Those of `layers` are counted apart, for `skipped`.
         """
         name = str(key)
-        if name in self.counts and (not layers or name in self.products):
-            return work(), self.counts[name]
-        with matrix_products(layers or {}) as products:
-            result, self.counts[name] = count_flops(work)
+        if self.knows(name, layers or ()):
+            yield
+            return
+        with matrix_products(layers or {}) as products, _counter() as counter:
+            yield
+        self.counts[name] = int(counter.get_total_flops())
         if layers:
             self.products[name] = products
-        return result, self.counts[name]
+
+    def run(self, key: Hashable, work: Callable[[], T], layers: Mapping[str, nn.Module] | None = None) -> tuple[T, int]:
+        """Run `work` under `counting`; returns its result and its FLOPs."""
+        with self.counting(key, layers):
+            result = work()
+        return result, self.counts[str(key)]
+
+    def flops(self, keys: Iterable[Hashable], zeros: Mapping[str, float]) -> tuple[int, int]:
+        """The FLOPs of all this work, and those of products with zeros among them."""
+        keys = list(keys)
+        return sum(self.counts[str(key)] for key in keys), sum(self.skipped(key, zeros) for key in keys)
 
     def skipped(self, key: Hashable, zeros: Mapping[str, float]) -> int:
         """How many FLOPs of the work `key` are products with zeros, by the share of zeros in each layer's weight."""

@@ -171,8 +171,9 @@ class Train(Stage):
         training = train(
             model, loader, [w.method for w in weighted], self.optimizer, self.schedule,
             Settings(
-                self.budget, job.seed, self.clip, self.evaluate_every, self.save_every, self.keep, self.log_every,
-                self.precision, self.strategy, self.compile, self.checkpointing, job.bar,
+                budget=self.budget, seed=job.seed, clip=self.clip, evaluate_every=self.evaluate_every,
+                save_every=self.save_every, keep=self.keep, log_every=self.log_every, precision=self.precision,
+                strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing, bar=job.bar,
             ),
             job.folder, weights=[w.weight for w in weighted], policies=self.policies,
             evaluate=self._evaluation(shards["validation"], vocabulary),

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,22 +32,13 @@ class World:
         """Whether this process writes the files."""
         return self.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """The sums of some numbers over all processes."""
-        return self._reduced(values, dist.ReduceOp.SUM) if self.size > 1 else values
-
-    def longest(self, value: float) -> float:
-        """The largest of a number over all processes."""
-        return self._reduced([value], dist.ReduceOp.MAX)[0] if self.size > 1 else value
-
-    def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process."""
-        return self.longest(float(flag)) > 0
-
-    def _reduced(self, values: list[float], how: dist.ReduceOp.RedOpType) -> list[float]:
-        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, how)
-        return tensor.tolist()
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The sums of some numbers over all processes; an exchange between hosts, which no device waits for."""
+        if self.size == 1:
+            return list(values)
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers)
+        return numbers.tolist()
 
     def wait(self) -> None:
         """Wait for all processes."""
@@ -65,7 +56,8 @@ def join(device: torch.device) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # The others wait while the first prepares data, however long that takes.
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(days=7))
+        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backends, timeout=timedelta(days=7))
     return World(dist.get_rank(), size, device)
 
 

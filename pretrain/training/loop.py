@@ -1,7 +1,10 @@
 """The training loop.
 
-Reads top to bottom: `train` is the loop, `Training` what it holds and what policies see, and the few functions below
-are one step's parts. What a step computes is a function of the state before it and (seed, step, rank) alone.
+Reads top to bottom: `train` is the loop, `step` one step of it, and the few functions below are a step's parts; what a
+training holds stands in `running`. What a step computes is a function of the state before it and (seed, step, rank)
+alone.
+
+The host never waits for the device inside a step, except where a comment says why: it would leave the device idle.
 
 Shape letters: B rows of a micro-batch, L tokens of a row.
 """
@@ -9,12 +12,10 @@ Shape letters: B rows of a micro-batch, L tokens of a row.
 from __future__ import annotations
 
 import math
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,121 +26,20 @@ from torch import Tensor, nn
 from pretrain.core import hardware
 from pretrain.core.batch import Batch, to_device
 from pretrain.core.errors import PretrainError
-from pretrain.core.meter import Meter, peak_memory
+from pretrain.core.meter import peak_memory
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss, Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
-from pretrain.training.budget import Budget
-from pretrain.training.distributed import World, full, gather, join, synchronised, whole, wrap
+from pretrain.training.distributed import full, gather, join, synchronised, whole, wrap
 from pretrain.training.log import Log
+from pretrain.training.running import Settings as Settings
+from pretrain.training.running import Trainee, Training
 
-
-@dataclass(frozen=True)
-class Settings:
-    """How to train, apart from the methods. Steps count optimiser steps."""
-
-    budget: Budget
-    seed: int = 0
-    clip: float = 1.0  # the gradient's norm is held below it; 0: no clipping
-    evaluate_every: int = 0  # 0: only at the end
-    save_every: int = 200  # 0: never
-    keep: int = 2  # how many training states stay
-    log_every: int = 0  # 0: each step on a CPU, each tenth on a GPU
-    precision: str = "auto"  # auto, float32, bfloat16
-    strategy: str = "ddp"  # under torchrun: ddp, fsdp
-    compile: bool = False  # torch.compile each block
-    checkpointing: bool = False  # recompute activations in the backward pass
-    bar: bool = True
-
-
-class Trainee(nn.Module):
-    """The model, the modules that its objectives train beside it, and the weighted sum of their losses."""
-
-    def __init__(self, model: nn.Module, objectives: Sequence[Objective], weights: Sequence[float]) -> None:
-        super().__init__()
-        self.model = model
-        self.beside = nn.ModuleList([objective.modules(model) or nn.Identity() for objective in objectives])
-        self.objectives, self.weights = list(objectives), list(weights)
-
-    def forward(self, batches: Sequence[Batch], scales: Sequence[float]) -> tuple[Tensor, list[Loss]]:
-        """`batches`: the micro-batch as each objective prepared it; `scales`: its share of the step's targets."""
-        losses = [
-            objective.loss(self.model, batch, modules)
-            for objective, batch, modules in zip(self.objectives, batches, self.beside, strict=True)
-        ]
-        total = sum(loss.value * w * s for loss, w, s in zip(losses, self.weights, scales, strict=True))
-        return torch.as_tensor(total), losses
-
-
-@dataclass
-class Training:
-    """A training while it runs: what policies see and may change."""
-
-    trainee: Trainee
-    wrapped: nn.Module  # the trainee as its processes share it
-    optimizer: torch.optim.Optimizer
-    schedule: Schedule
-    loader: Any
-    policies: Sequence[Policy]
-    settings: Settings
-    world: World
-    folder: Path
-    meter: Meter = field(default_factory=Meter)
-    state: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each policy remembers
-    step: int = 0
-    tokens: int = 0
-    flops: int = 0
-    dense_flops: int = 0  # with the products with zeros that `flops` leaves out
-    seconds: float = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
-
-    @property
-    def model(self) -> nn.Module:
-        """The model in training."""
-        return self.trainee.model
-
-    @property
-    def spent(self) -> dict[str, float]:
-        """What the budget counts."""
-        return {"tokens": self.tokens, "steps": self.step, "flops": self.flops, "seconds": self.seconds}
-
-    @property
-    def progress(self) -> float:
-        """The share of the budget that is spent, 0 to 1."""
-        return self.settings.budget.progress(self.spent)
-
-    def save(self) -> None:
-        """Write the training state; every process must call it."""
-        names = ("tokens", "flops", "dense_flops", "seconds", "metrics")
-        record = {name: getattr(self, name) for name in names}
-        record |= {"meter": self.meter.counts, "products": self.meter.products}
-        record |= {"loader": self.loader.state(), "seed": self.settings.seed}
-        states.save(
-            self.folder / "state",
-            self.step,
-            self.trainee,
-            self.optimizer,
-            self.state,
-            record,
-            self.world,
-            self.settings.keep,
-        )
-
-    def resume(self) -> None:
-        """Go on from the newest whole state, if there is one."""
-        path = states.newest(self.folder / "state")
-        if path is None:
-            return
-        record, policies = states.load(path, self.trainee, self.optimizer)
-        for name in ("step", "tokens", "flops", "seconds", "metrics"):
-            setattr(self, name, record[name])
-        self.dense_flops = record.get("dense_flops", self.flops)
-        self.meter = Meter(record["meter"], record.get("products"))
-        self.loader.load_state(record["loader"])
-        self.state.update(policies)
+MicroBatches = list[list[Batch]]  # those of a step, each one batch an objective
+Zeros = dict[str, float]  # the share of zeros in linear layers, by name
 
 
 def train(
@@ -165,16 +65,19 @@ def train(
     training = _start(model, loader, objectives, optimizer, schedule, settings, folder, weights, policies)
     world, every = training.world, settings.log_every or (10 if training.world.device.type == "cuda" else 1)
 
-    with Log(folder, main=world.main, from_step=training.step, bar=settings.bar) as log, Interrupts() as interrupts:
+    def now(interval: int) -> bool:
+        return interval > 0 and training.step % interval == 0
+
+    with Log(folder, main=world.main, from_step=training.step, bar=settings.bar) as log, training.interrupts:
         while training.progress < 1:
             record = step(training)
-            done = training.progress >= 1
-            stop = world.any(interrupts.asked)
-            saving = settings.save_every > 0 and (done or stop or training.step % settings.save_every == 0)
+            done, stop = training.progress >= 1, training.stopping
+            saving = settings.save_every > 0 and (done or stop or now(settings.save_every))
+            evaluating = evaluate is not None and (done or now(settings.evaluate_every))
 
-            if done or saving or training.step % every == 0:
+            if done or saving or evaluating or now(every):
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
-            if evaluate and (done or (settings.evaluate_every and training.step % settings.evaluate_every == 0)):
+            if evaluate and evaluating:
                 with whole(training.wrapped):
                     training.metrics = evaluate(training.trainee.eval())
                 training.trainee.train()
@@ -225,74 +128,108 @@ def _start(
 
 
 def step(training: Training) -> dict[str, Any]:
-    """One optimiser step; returns its loss, parts, gradient norm, tokens, FLOPs (all, and of zeros) and seconds."""
-    settings, world, number = training.settings, training.world, training.step
-    started, seconds_before = time.perf_counter(), training.seconds
-    torch.manual_seed(_seed(settings.seed, number, world.rank))
+    """One optimiser step; returns its loss, parts and gradient norm, which are still on the device."""
+    settings, number = training.settings, training.step
+    training.clock = time.perf_counter()
+    torch.manual_seed(_seed(settings.seed, number, training.world.rank))
     micro_batches = [
-        [to_device(batch, world.device) for batch in batches]
+        [to_device(batch, training.world.device) for batch in batches]
         for batches in training.loader.step(number, training.progress)
     ]
     flat = [batch for batches in micro_batches for batch in batches]
     for policy in training.policies:
         policy.before_step(training, training.state[policy.name], flat)
 
-    losses, record = forward_backward(training, micro_batches)
+    keys, zeros = [_shapes(batches) for batches in micro_batches], _zeros(training)
+    totals = exchange(training, micro_batches, keys, zeros)
+    losses, record = forward_backward(training, micro_batches, keys, zeros, totals.targets)
     record["grad_norm"] = full(nn.utils.clip_grad_norm_(training.trainee.parameters(), settings.clip or math.inf))
+    spend(training, keys, zeros, totals)
 
-    tokens = sum(int(batches[0]["tokens"]) for batches in micro_batches)
-    tokens, dense, skipped = (int(n) for n in world.sum([tokens, record["dense_flops"], record["skipped_flops"]]))
-    training.step, training.tokens = number + 1, training.tokens + tokens
-    training.flops, training.dense_flops = training.flops + dense - skipped, training.dense_flops + dense
-    training.seconds = seconds_before + world.longest(time.perf_counter() - started)
     # Only now is it known what a step spends, and with it how many steps the budget makes.
     factor = training.schedule.factor(number, settings.budget.total_steps(training.spent))
     for group in training.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    phase = getattr(training.optimizer, "phase", "")  # steps of one phase cost the same
-    _, update = training.meter.run(f"optimizer {phase}", training.optimizer.step)
-    training.flops, training.dense_flops = training.flops + update, training.dense_flops + update
+    key = f"optimizer {getattr(training.optimizer, 'phase', '')}"  # steps of one phase cost the same
+    with training.meter.counting(key):
+        training.optimizer.step()
+    training.flops += training.meter.counts[key]
+    training.dense_flops += training.meter.counts[key]
     training.optimizer.zero_grad(set_to_none=True)
     for policy in training.policies:
         policy.after_step(training, training.state[policy.name], flat, losses)
-    training.seconds = seconds_before + world.longest(time.perf_counter() - started)
-    return record | {"tokens": tokens, "dense_flops": dense + update, "seconds": training.seconds - seconds_before}
+    training.tick()
+    return record
 
 
-def forward_backward(training: Training, micro_batches: list[list[Batch]]) -> tuple[list[Loss], dict[str, Any]]:
+def forward_backward(
+    training: Training, micro_batches: MicroBatches, keys: list[str], zeros: Zeros, targets: list[float]
+) -> tuple[list[Loss], dict[str, Any]]:
     """Leave the gradient of the mean over all targets of the step, over micro-batches and processes alike."""
-    world, trainee = training.world, training.trainee
-    # Each objective's micro-batch counts by its share of the step's targets; processes average, hence their number.
-    targets = world.sum([sum(float(b[i]["weight"]) for b in micro_batches) for i in range(len(trainee.objectives))])
-    losses: list[Loss] = []
+    world, layers = training.world, families.linears(training.model) if zeros else {}
+    layers = {name: layer for name, layer in layers.items() if name in zeros}
+    total, losses = torch.zeros((), device=world.device), []
     parts: dict[str, Tensor] = {}
-    total, flops, skipped = torch.zeros((), device=world.device), 0, 0
-    zeros = _zeros(training)
-    layers = {n: m for n, m in families.linears(training.model).items() if n in zeros} if zeros else {}
-    for index, batches in enumerate(micro_batches):
-        scales = [float(b["weight"]) * world.size / max(n, 1.0) for b, n in zip(batches, targets, strict=True)]
-
-        def work(batches: list[Batch] = batches, scales: list[float] = scales) -> tuple[Tensor, list[Loss]]:
+    for index, (key, batches) in enumerate(zip(keys, micro_batches, strict=True)):
+        # Each objective's micro-batch counts by its share of the step's targets; processes average, hence their number.
+        shares = [float(b["weight"]) * world.size / max(n, 1.0) for b, n in zip(batches, targets, strict=True)]
+        last = index + 1 == len(micro_batches)
+        with training.meter.counting(key, layers), synchronised(training.wrapped, last=last):
             with autocast(world.device, training.settings.precision):
-                value, losses = training.wrapped(batches, scales)
+                value, micro_losses = training.wrapped(batches, shares)
             value.backward()
-            return value.detach(), losses
-
-        with synchronised(training.wrapped, last=index + 1 == len(micro_batches)):
-            shapes = _shapes(batches)
-            (value, micro_losses), micro_flops = training.meter.run(shapes, work, layers)
+        total = total + value.detach()
         losses += [Loss(loss.value.detach(), loss.parts, loss.nll_BL) for loss in micro_losses]
-        total, flops = total + value, flops + micro_flops
-        skipped += training.meter.skipped(shapes, zeros)
-        for loss, scale in zip(micro_losses, scales, strict=True):
+        for loss, share in zip(micro_losses, shares, strict=True):
             for name, part in loss.parts.items():
-                parts[name] = parts.get(name, 0) + part.detach() * scale
-    return losses, {"loss": total, "parts": parts, "dense_flops": flops, "skipped_flops": skipped}
+                parts[name] = parts.get(name, 0) + part.detach() * share
+    return losses, {"loss": total, "parts": parts}
 
 
-def _zeros(training: Training) -> dict[str, float]:
+@dataclass(frozen=True)
+class Totals:
+    """A step's numbers over all processes."""
+
+    targets: list[float]  # of each objective
+    tokens: int
+    flops: tuple[int, int]  # all, and of products with zeros; (0, 0) while some process has not `counted` them
+    counted: bool
+
+
+def exchange(training: Training, micro_batches: MicroBatches, keys: list[str], zeros: Zeros) -> Totals:
+    """Sum the step's numbers over all processes, in one all-reduce between hosts.
+
+    With them go the seconds of the steps before, which all processes take to be their mean, and whether one was asked
+    to stop.
+    """
+    world, meter = training.world, training.meter
+    # Counts stay on the host (see `to_device`), so that reading them waits for nothing.
+    targets = [sum(float(batches[i]["weight"]) for batches in micro_batches) for i in range(len(micro_batches[0]))]
+    tokens = sum(int(batches[0]["tokens"]) for batches in micro_batches)
+    counted = all(meter.knows(key, zeros) for key in keys)
+    flops = meter.flops(keys, zeros) if counted else (0, 0)
+    asked = training.interrupts.asked
+    *sums, tokens_sum, dense, skipped, uncounted, seconds, stops = world.sum(
+        [*targets, tokens, *flops, not counted, training.unshared, asked]
+    )
+    training.seconds, training.unshared = training.seconds + seconds / world.size, 0.0
+    training.interrupts.agreed = stops > 0
+    return Totals(sums, int(tokens_sum), (int(dense), int(skipped)), not uncounted)
+
+
+def spend(training: Training, keys: list[str], zeros: Zeros, totals: Totals) -> None:
+    """Count the step and what its gradient has cost."""
+    dense, skipped = totals.flops
+    if not totals.counted:  # a further all-reduce, in the few steps in which some process met a new shape
+        dense, skipped = map(int, training.world.sum([*training.meter.flops(keys, zeros)]))
+    training.step, training.tokens = training.step + 1, training.tokens + totals.tokens
+    training.flops, training.dense_flops = training.flops + dense - skipped, training.dense_flops + dense
+    training.tick()
+
+
+def _zeros(training: Training) -> Zeros:
     """The share of zeros that the policies declare for each linear layer; the largest where several do."""
-    found: dict[str, float] = {}
+    found: Zeros = {}
     for policy in training.policies:
         for name, share in policy.zeros(training, training.state[policy.name]).items():
             found[name] = max(share, found.get(name, 0.0))
@@ -308,43 +245,25 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-class Interrupts:
-    """While open, SIGINT and SIGTERM ask the loop to save and stop after its step; a second SIGINT stops at once."""
-
-    def __init__(self) -> None:
-        self.asked = False
-        self._before: dict[int, Any] = {}
-
-    def _ask(self, number: int, frame: Any) -> None:
-        if self.asked and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __enter__(self) -> Interrupts:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-
 def _finished(record: dict[str, Any], training: Training, targets_per_byte: float | None) -> dict[str, Any]:
-    """The record of a step as it is logged; a loss or gradient that is not finite ends the training here."""
+    """The record of a step as it is logged; a loss or gradient that is not finite ends the training here.
+
+    The host waits for the device here, since the log is of numbers, and the processes exchange theirs.
+    """
     world = training.world
     names = list(record["parts"])
     loss, *parts = (
         v / world.size for v in world.sum([float(record["loss"]), *(float(record["parts"][n]) for n in names)])
     )
     norm = float(record["grad_norm"])
+    training.tick()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         last = states.newest(training.folder / "state")
         raise PretrainError(
             f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged; the newest good "
             f"state is {last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller clip"
         )
-    rate = record["dense_flops"] / max(record["seconds"], 1e-9)
+    since = training.lap()
     return training.spent | {
         "step": training.step,
         "dense_flops": training.dense_flops,
@@ -353,8 +272,8 @@ def _finished(record: dict[str, Any], training: Training, targets_per_byte: floa
         "bits_per_byte": loss / math.log(2) * targets_per_byte if targets_per_byte else None,
         "grad_norm": norm,
         "lr": training.optimizer.param_groups[0]["lr"],
-        "tokens_per_second": record["tokens"] / max(record["seconds"], 1e-9),
-        "mfu": rate / (hardware.matrix_rate(world.device) * world.size),
+        "tokens_per_second": since["tokens"] / max(since["seconds"], 1e-9),
+        "mfu": since["dense_flops"] / max(since["seconds"], 1e-9) / (hardware.matrix_rate(world.device) * world.size),
         "memory_bytes": peak_memory(world.device),
     }
 

@@ -1,0 +1,148 @@
+"""What a training holds while it runs: how it was set up, what it trains, what it has spent."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pretrain.core.batch import Batch
+from pretrain.core.meter import Meter
+from pretrain.objectives import Loss, Objective
+from pretrain.optim import Schedule
+from pretrain.policies import Policy
+from pretrain.training import state as states
+from pretrain.training.budget import Budget
+from pretrain.training.distributed import World
+from pretrain.training.interrupts import Interrupts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train, apart from the methods. Steps count optimiser steps."""
+
+    budget: Budget
+    seed: int = 0
+    clip: float = 1.0  # the gradient's norm is held below it; 0: no clipping
+    evaluate_every: int = 0  # 0: only at the end
+    save_every: int = 200  # 0: never
+    keep: int = 2  # how many training states stay
+    log_every: int = 0  # 0: each step on a CPU, each tenth on a GPU
+    precision: str = "auto"  # auto, float32, bfloat16
+    strategy: str = "ddp"  # under torchrun: ddp, fsdp
+    compile: bool = False  # torch.compile each block
+    checkpointing: bool = False  # recompute activations in the backward pass
+    bar: bool = True
+
+
+class Trainee(nn.Module):
+    """The model, the modules that its objectives train beside it, and the weighted sum of their losses."""
+
+    def __init__(self, model: nn.Module, objectives: Sequence[Objective], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.model = model
+        self.beside = nn.ModuleList([objective.modules(model) or nn.Identity() for objective in objectives])
+        self.objectives, self.weights = list(objectives), list(weights)
+
+    def forward(self, batches: Sequence[Batch], shares: Sequence[float]) -> tuple[Tensor, list[Loss]]:
+        """`batches`: the micro-batch as each objective prepared it; `shares`: its share of the step's targets."""
+        losses = [
+            objective.loss(self.model, batch, modules)
+            for objective, batch, modules in zip(self.objectives, batches, self.beside, strict=True)
+        ]
+        total = sum(loss.value * w * s for loss, w, s in zip(losses, self.weights, shares, strict=True))
+        return torch.as_tensor(total), losses
+
+
+@dataclass
+class Training:
+    """A training while it runs: what policies see and may change."""
+
+    trainee: Trainee
+    wrapped: nn.Module  # the trainee as its processes share it
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    loader: Any
+    policies: Sequence[Policy]
+    settings: Settings
+    world: World
+    folder: Path
+    meter: Meter = field(default_factory=Meter)
+    interrupts: Interrupts = field(default_factory=Interrupts)
+    state: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each policy remembers
+    step: int = 0
+    tokens: int = 0
+    flops: int = 0
+    dense_flops: int = 0  # with the products with zeros that `flops` leaves out
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
+    clock: float = field(default_factory=time.perf_counter)  # up to when seconds are counted
+    unshared: float = 0.0  # seconds that the other processes do not know of yet
+    logged: dict[str, float] = field(default_factory=dict)  # what was spent when the log was last written
+
+    @property
+    def model(self) -> nn.Module:
+        """The model in training."""
+        return self.trainee.model
+
+    @property
+    def spent(self) -> dict[str, float]:
+        """What the budget counts."""
+        return {"tokens": self.tokens, "steps": self.step, "flops": self.flops, "seconds": self.seconds}
+
+    @property
+    def progress(self) -> float:
+        """The share of the budget that is spent, 0 to 1."""
+        return self.settings.budget.progress(self.spent)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the loop is to save and stop: asked by a signal that all processes know of."""
+        return self.interrupts.agreed or (self.world.size == 1 and self.interrupts.asked)
+
+    def lap(self) -> dict[str, float]:
+        """What was spent since the last lap, with the dense FLOPs."""
+        before, self.logged = self.logged, self.spent | {"dense_flops": self.dense_flops}
+        return {name: value - before.get(name, 0) for name, value in self.logged.items()}
+
+    def tick(self) -> None:
+        """Count the time since the clock's last stand; among several processes it waits for their next exchange."""
+        now = time.perf_counter()
+        self.clock, self.unshared = now, self.unshared + now - self.clock
+        if self.world.size == 1:
+            self.seconds, self.unshared = self.seconds + self.unshared, 0.0
+
+    def save(self) -> None:
+        """Write the training state; every process must call it."""
+        names = ("tokens", "flops", "dense_flops", "seconds", "metrics")
+        record = {name: getattr(self, name) for name in names}
+        record |= {"meter": self.meter.counts, "products": self.meter.products}
+        record |= {"loader": self.loader.state(), "seed": self.settings.seed}
+        states.save(
+            self.folder / "state",
+            self.step,
+            self.trainee,
+            self.optimizer,
+            self.state,
+            record,
+            self.world,
+            self.settings.keep,
+        )
+
+    def resume(self) -> None:
+        """Go on from the newest whole state, if there is one."""
+        path = states.newest(self.folder / "state")
+        if path is None:
+            return
+        record, policies = states.load(path, self.trainee, self.optimizer)
+        for name in ("step", "tokens", "flops", "seconds", "metrics"):
+            setattr(self, name, record[name])
+        self.dense_flops = record.get("dense_flops", self.flops)
+        self.meter = Meter(record["meter"], record.get("products"))
+        self.loader.load_state(record["loader"])
+        self.state.update(policies)
