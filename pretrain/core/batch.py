@@ -183,6 +183,11 @@ def is_count(name: str) -> bool:
     return name in ("tokens", "weight") or name.startswith("weight_")
 
 
+def counts(batch: Batch) -> dict[str, float]:
+    """`weight` and `weight_<term>`: what each term of a loss is the mean over."""
+    return {name: float(value) for name, value in batch.items() if is_count(name) and name != "tokens"}
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The same batch on `device`, but for the counts: the host reads them, and must not wait for the device to."""
     return {k: v if is_count(k) else v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -7,12 +7,14 @@ generator, a stronger decoder) comes from `modules(model)` and is handed back to
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Mapping, Sequence
 
     import torch
     from torch import Tensor, nn
@@ -23,13 +25,37 @@ if TYPE_CHECKING:
 class Loss(NamedTuple):
     """What `loss` returns: the scalar to minimise, its named parts (scalars, for the log), and each target's own loss.
 
-    `value` is the mean over the batch's targets (`batch["weight"]` many): the loop weighs micro-batches and ranks by
-    that number, so that the gradient is the one of the whole batch.
+    `value` is the mean over the batch's targets (`batch["weight"]` many): the loop weighs micro-batches and processes
+    by that number, so that the gradient is the one of the whole batch. A loss whose summands are means over different
+    things is made by `summed`: the loop weighs each of its `terms`, and each part, by `batch["weight_<name>"]`, and by
+    `weight` where the batch has no such number.
     """
 
     value: Tensor
     parts: dict[str, Tensor]
     nll_BL: Tensor | None = None  # detached, zero where there is no target; policies read it
+    terms: dict[str, Tensor] | None = None  # the summands of `value` by name, where there are several
+
+    def shared(self, shares: Mapping[str, float], weight: float = 1.0) -> Tensor:
+        """`weight` times the micro-batch's share of the step's loss; `shares` are those of the step's numbers."""
+        if self.terms is None:
+            return self.value * weight * shares["weight"]
+        return sum_of(term * share(name, shares) for name, term in self.terms.items()) * weight
+
+
+def summed(terms: Mapping[str, Tensor], parts: dict[str, Tensor], nll_BL: Tensor | None = None) -> Loss:
+    """The loss that is the sum of `terms`, each with its coefficient already on it."""
+    return Loss(sum_of(terms.values()), parts, nll_BL, dict(terms))
+
+
+def sum_of(tensors: Iterable[Tensor]) -> Tensor:
+    """Their sum, from the first to the last."""
+    return functools.reduce(operator.add, tensors)
+
+
+def share(name: str, shares: Mapping[str, float]) -> float:
+    """What a term or part of this name is weighed by."""
+    return shares.get(f"weight_{name}", shares["weight"])
 
 
 class Objective(Method):
@@ -37,19 +63,29 @@ class Objective(Method):
 
     `labelled` ones learn from labelled documents instead of rows of text. While training, a causal model is evaluated
     by the likelihood of held-out text, unless `own_evaluation` asks for the objective's own loss, as others are.
+
+    `divisible`: the loss is a sum over rows, so that micro-batches and processes add up to the whole batch's gradient.
+    One that is not (each row is compared with all others of its batch) is refused where a step is more than one batch.
+    `token_weights`: every term of the loss follows the `token_weight_BL` that policies write; they are refused beside
+    an objective that does not.
     """
 
     kind: ClassVar[str] = "objective"
     task: ClassVar[str] = "causal"
     labelled: ClassVar[bool] = False
     own_evaluation: ClassVar[bool] = False
+    divisible: ClassVar[bool] = True
+    token_weights: ClassVar[bool] = False
 
     def raw_length(self, length: int) -> int:
         """How many tokens of text make a row of `length` once prepared (span corruption takes more than it shows)."""
         return length
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
-        """Turn rows of text into the tensors that `loss` needs, `weight` (the number of targets) among them."""
+        """Turn rows of text into the tensors that `loss` needs, `weight` (the number of targets) among them.
+
+        Where terms of the loss are means over other things, `weight_<term>` says how many of those there are.
+        """
         raise NotImplementedError
 
     def modules(self, model: nn.Module) -> nn.Module | None:
@@ -61,5 +97,9 @@ class Objective(Method):
         return {}
 
     def loss(self, model: torch.nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
-        """The loss on one micro-batch."""
+        """The loss on one micro-batch.
+
+        `weight`, `weight_<term>` and `tokens` are on the host. Reading a value of another tensor (`float(x)`, a boolean
+        mask as an index) makes the host wait for the device: avoid it where it can be.
+        """
         raise NotImplementedError

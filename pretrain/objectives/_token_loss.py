@@ -13,12 +13,15 @@ from pretrain.objectives import Loss
 def token_loss(model: nn.Module, batch: Batch, *, causal: bool) -> Loss:
     """The mean over the targets of `target_BL`, weighted by `token_weight_BL` where a policy has written it.
 
+    A batch with `weight` says by it how many targets there are.
+
     A batch with `prefix_BL` lets its whole document see those tokens.
     """
     mask_B1LL = document_mask(batch["document_BL"], causal=causal, prefix_BL=batch.get("prefix_BL"))
     states_BLE = hidden(model, input_ids=batch["tokens_BL"], **attention_inputs(model, mask_B1LL, batch["position_BL"]))
     weight_VE, bias_V = head(model)
     value, nll_BL = linear_cross_entropy(
-        states_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, weight_BL=batch.get("token_weight_BL")
-    )
+        states_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, weight_BL=batch.get("token_weight_BL"),
+        targets=int(batch["weight"]) if "weight" in batch else None,
+    )  # fmt: skip
     return Loss(value, {}, nll_BL)

@@ -102,7 +102,7 @@ def gather(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole(wrapped: nn.Module) -> Iterator[None]:
+def unsharded(wrapped: nn.Module) -> Iterator[None]:
     """While open, a sharded model can be called as an ordinary one, its blocks and its parts."""
     sharded = [module for module in wrapped.modules() if hasattr(module, "unshard")]
     for module in sharded:

@@ -24,21 +24,22 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core import hardware
-from pretrain.core.batch import Batch, to_device
+from pretrain.core.batch import Batch, counts, to_device
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import peak_memory
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss, Objective, share
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
-from pretrain.training.distributed import full, gather, join, synchronised, whole, wrap
+from pretrain.training.distributed import full, gather, join, synchronised, unsharded, wrap
 from pretrain.training.log import Log
 from pretrain.training.running import Settings as Settings
 from pretrain.training.running import Trainee, Training
 
 MicroBatches = list[list[Batch]]  # those of a step, each one batch an objective
+Counts = dict[str, float]  # the numbers of a batch that say what each term of the loss is the mean over
 Zeros = dict[str, float]  # the share of zeros in linear layers, by name
 
 
@@ -78,7 +79,7 @@ def train(
             if done or saving or evaluating or now(every):
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
             if evaluate and evaluating:
-                with whole(training.wrapped):
+                with unsharded(training.wrapped):
                     training.metrics = evaluate(training.trainee.eval())
                 training.trainee.train()
                 for policy in policies:
@@ -163,7 +164,7 @@ def step(training: Training) -> dict[str, Any]:
 
 
 def forward_backward(
-    training: Training, micro_batches: MicroBatches, keys: list[str], zeros: Zeros, targets: list[float]
+    training: Training, micro_batches: MicroBatches, keys: list[str], zeros: Zeros, targets: list[Counts]
 ) -> tuple[list[Loss], dict[str, Any]]:
     """Leave the gradient of the mean over all targets of the step, over micro-batches and processes alike."""
     world, layers = training.world, families.linears(training.model) if zeros else {}
@@ -171,8 +172,11 @@ def forward_backward(
     total, losses = torch.zeros((), device=world.device), []
     parts: dict[str, Tensor] = {}
     for index, (key, batches) in enumerate(zip(keys, micro_batches, strict=True)):
-        # Each objective's micro-batch counts by its share of the step's targets; processes average, hence their number.
-        shares = [float(b["weight"]) * world.size / max(n, 1.0) for b, n in zip(batches, targets, strict=True)]
+        # Each term of an objective counts by its share of the step's targets; processes average, hence their number.
+        shares = [
+            {name: number * world.size / max(total[name], 1.0) for name, number in counts(batch).items()}
+            for batch, total in zip(batches, targets, strict=True)
+        ]
         last = index + 1 == len(micro_batches)
         with training.meter.counting(key, layers), synchronised(training.wrapped, last=last):
             with autocast(world.device, training.settings.precision):
@@ -180,9 +184,9 @@ def forward_backward(
             value.backward()
         total = total + value.detach()
         losses += [Loss(loss.value.detach(), loss.parts, loss.nll_BL) for loss in micro_losses]
-        for loss, share in zip(micro_losses, shares, strict=True):
+        for loss, mine in zip(micro_losses, shares, strict=True):
             for name, part in loss.parts.items():
-                parts[name] = parts.get(name, 0) + part.detach() * share
+                parts[name] = parts.get(name, 0) + part.detach() * share(name, mine)
     return losses, {"loss": total, "parts": parts}
 
 
@@ -190,7 +194,7 @@ def forward_backward(
 class Totals:
     """A step's numbers over all processes."""
 
-    targets: list[float]  # of each objective
+    targets: list[Counts]  # of each objective
     tokens: int
     flops: tuple[int, int]  # all, and of products with zeros; (0, 0) while some process has not `counted` them
     counted: bool
@@ -203,18 +207,19 @@ def exchange(training: Training, micro_batches: MicroBatches, keys: list[str], z
     to stop.
     """
     world, meter = training.world, training.meter
-    # Counts stay on the host (see `to_device`), so that reading them waits for nothing.
-    targets = [sum(float(batches[i]["weight"]) for batches in micro_batches) for i in range(len(micro_batches[0]))]
-    tokens = sum(int(batches[0]["tokens"]) for batches in micro_batches)
     counted = all(meter.knows(key, zeros) for key in keys)
-    flops = meter.flops(keys, zeros) if counted else (0, 0)
-    asked = training.interrupts.asked
-    *sums, tokens_sum, dense, skipped, uncounted, seconds, stops = world.sum(
-        [*targets, tokens, *flops, not counted, training.unshared, asked]
-    )
-    training.seconds, training.unshared = training.seconds + seconds / world.size, 0.0
-    training.interrupts.agreed = stops > 0
-    return Totals(sums, int(tokens_sum), (int(dense), int(skipped)), not uncounted)
+    dense, skipped = meter.flops(keys, zeros) if counted else (0, 0)
+    local: dict[Any, float] = {"dense": dense, "skipped": skipped, "uncounted": not counted}
+    local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
+    local |= {"seconds": training.unshared, "asked": training.interrupts.asked}
+    for index, batch in ((i, batch) for batches in micro_batches for i, batch in enumerate(batches)):
+        for name, number in counts(batch).items():
+            local[index, name] = local.get((index, name), 0.0) + number
+    whole = dict(zip(local, world.sum([*local.values()]), strict=True))
+    training.seconds, training.unshared = training.seconds + whole["seconds"] / world.size, 0.0
+    training.interrupts.agreed = whole["asked"] > 0
+    targets = [{name: whole[i, name] for name in counts(batch)} for i, batch in enumerate(micro_batches[0])]
+    return Totals(targets, int(whole["tokens"]), (int(whole["dense"]), int(whole["skipped"])), not whole["uncounted"])
 
 
 def spend(training: Training, keys: list[str], zeros: Zeros, totals: Totals) -> None:

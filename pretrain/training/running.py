@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch
 from pretrain.core.meter import Meter
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss, Objective, sum_of
 from pretrain.optim import Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
@@ -49,14 +49,13 @@ class Trainee(nn.Module):
         self.beside = nn.ModuleList([objective.modules(model) or nn.Identity() for objective in objectives])
         self.objectives, self.weights = list(objectives), list(weights)
 
-    def forward(self, batches: Sequence[Batch], shares: Sequence[float]) -> tuple[Tensor, list[Loss]]:
+    def forward(self, batches: Sequence[Batch], shares: Sequence[Mapping[str, float]]) -> tuple[Tensor, list[Loss]]:
         """`batches`: the micro-batch as each objective prepared it; `shares`: its share of the step's targets."""
         losses = [
             objective.loss(self.model, batch, modules)
             for objective, batch, modules in zip(self.objectives, batches, self.beside, strict=True)
         ]
-        total = sum(loss.value * w * s for loss, w, s in zip(losses, self.weights, shares, strict=True))
-        return torch.as_tensor(total), losses
+        return sum_of(loss.shared(s, w) for loss, w, s in zip(losses, self.weights, shares, strict=True)), losses
 
 
 @dataclass

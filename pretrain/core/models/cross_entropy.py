@@ -85,17 +85,26 @@ def linear_cross_entropy(
     *,
     bias_V: Tensor | None = None,
     weight_BL: Tensor | None = None,
+    targets: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `softmax(hidden @ weight.T + bias)` against `target_BL` (-100: no target), in nats.
 
     Returns the sum of `weight_BL` · nll (weights of 1 when not given) over the number of targets, as a scalar to
     differentiate once, and the unweighted `nll_BL`, detached and 0 where there is no target. The idea of computing the
     gradient in the forward pass, chunk by chunk, is that of Liger Kernel (arXiv:2410.10989).
+
+    `targets` is how many positions have a target, where the host knows it: else it has to wait for the device to learn
+    it. The value is not a number where it is wrong.
     """
     h_NE, target_N = hidden_BLE.flatten(0, -2), target_BL.flatten()
     has_target_N = target_N != IGNORE
     coefficient_N = torch.ones_like(target_N, dtype=h_NE.dtype) if weight_BL is None else weight_BL.flatten()
-    if not bool(has_target_N.all()):
+    if targets is not None and h_NE.device.type != "cpu":
+        place_N = has_target_N.byte().argsort(descending=True, stable=True)[:targets]
+        right = has_target_N.sum() == targets
+        coefficient_N = torch.where(right, coefficient_N, torch.nan)[place_N]
+        h_NE, target_N = h_NE[place_N], target_N[place_N].clamp(min=0)
+    elif not bool(has_target_N.all()):
         h_NE, target_N, coefficient_N = h_NE[has_target_N], target_N[has_target_N], coefficient_N[has_target_N]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (h_NE, weight_VE, bias_V))
     coefficient_N = coefficient_N / max(len(target_N), 1)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from pretrain.core.batch import to_device
-from pretrain.objectives import Objective
+from pretrain.core.batch import counts, to_device
+from pretrain.objectives import Objective, share
 
 
 @torch.no_grad()
@@ -23,15 +23,20 @@ def objective_loss(
     """
     device = next(model.parameters()).device
     start = loader.state()
-    totals: dict[str, float] = defaultdict(float)
-    seen, weight, step = 0, 0.0, loader.next_step
+    totals: dict[tuple[str, str], float] = defaultdict(float)
+    weights: dict[tuple[str, str], float] = defaultdict(float)
+    seen, step = 0, loader.next_step
     while seen < max_tokens and step * loader.batch_rows < max(len(loader.plan), loader.batch_rows):
         for (batch,) in loader.step(step, 0.0):
             torch.manual_seed(step)
-            found, share = objective.loss(model, to_device(batch, device), modules), float(batch["weight"])
-            for name, value in {"loss": found.value, **found.parts}.items():
-                totals[name] += float(value) * share
-            seen, weight = seen + int(batch["tokens"]), weight + share
+            loss, numbers = objective.loss(model, to_device(batch, device), modules), counts(batch)
+            terms = {("term", name): value for name, value in (loss.terms or {"": loss.value}).items()}
+            for key, value in (terms | {("part", name): value for name, value in loss.parts.items()}).items():
+                totals[key] += float(value) * share(key[1], numbers)
+                weights[key] += share(key[1], numbers)
+            seen += int(batch["tokens"])
         step += 1
     loader.load_state(start)
-    return {name: total / max(weight, 1.0) for name, total in totals.items()}
+    means = {key: total / max(weights[key], 1.0) for key, total in totals.items()}
+    parts = {name: mean for (kind, name), mean in means.items() if kind == "part"}
+    return {"loss": sum(mean for (kind, _), mean in means.items() if kind == "term")} | parts

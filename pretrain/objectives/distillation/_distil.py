@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,8 @@ Side = tuple[Tensor, Tensor, Tensor | None]  # a model's states at the targets, 
 
 class Taught(Objective):
     """Base of the objectives that add a teacher to a plain one: `objective`, causal_lm or masked_lm at `rate`."""
+
+    token_weights: ClassVar[bool] = True
 
     objective: str
     rate: float
@@ -176,8 +178,29 @@ def last_states(model: nn.Module) -> Iterator[list[Tensor]]:
         handle.remove()
 
 
-def distances(pairs: Collection[tuple[Tensor, Tensor]], document_BL: Tensor) -> Tensor:
-    """The mean over pairs of states of their mean squared difference, over all tokens but padding."""
-    inside_BL = document_BL != 0
-    found = [nn.functional.mse_loss(a_BLE[inside_BL].float(), b_BLE[inside_BL].float()) for a_BLE, b_BLE in pairs]
+def distances(pairs: Collection[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
+    """The mean over pairs of states of their mean squared difference, over all tokens but padding (`inside` many).
+
+    A token weighs as `token_weight_BL` says, where a policy has written it.
+    """
+    inside_BL = batch["document_BL"] != 0
+    found = []
+    for a_BLE, b_BLE in pairs:
+        a_NE, b_NE = a_BLE[inside_BL].float(), b_BLE[inside_BL].float()
+        if "token_weight_BL" in batch:
+            found.append(weighted_mean((a_NE - b_NE).square().mean(-1), inside_BL, batch))
+        else:
+            found.append(nn.functional.mse_loss(a_NE, b_NE))
     return torch.stack(found).mean()
+
+
+def weighted_mean(loss_N: Tensor, chosen_BL: Tensor, batch: Batch) -> Tensor:
+    """The mean of the losses of the chosen tokens, each times its `token_weight_BL` where a policy has written it."""
+    if "token_weight_BL" in batch:
+        loss_N = loss_N * batch["token_weight_BL"][chosen_BL]
+    return loss_N.mean()
+
+
+def inside(batch: Batch) -> Tensor:
+    """How many tokens a batch of rows holds."""
+    return (batch["document_BL"] != 0).sum()

@@ -5,17 +5,18 @@ Shape letters: B rows, L positions, N targets, V vocabulary, K most likely token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch
+from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import blocks, head
-from pretrain.objectives import Loss
+from pretrain.objectives import Loss, summed
 from pretrain.objectives.distillation._distil import (
     Side,
     Taught,
@@ -25,6 +26,7 @@ from pretrain.objectives.distillation._distil import (
     distances,
     in_chunks,
     inner,
+    inside,
     kl,
     open_teacher,
     scattered,
@@ -74,6 +76,11 @@ class Distillation(Taught):
         if self.layers and not self.features:
             raise PretrainError(f"distillation: layers {self.layers}: accepted: with features above 0")
 
+    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
+        """What the plain objective prepares, and over how many tokens features are compared."""
+        batch = super().prepare(rows, context)
+        return batch | {"weight_features": inside(batch)}
+
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher, and the projections from the student's width to its."""
         teacher = open_teacher(self.teacher, model, self.name)
@@ -110,14 +117,14 @@ class Distillation(Taught):
         losses_2N = in_chunks(self._losses, ours, theirs, target_N)
         hard, soft = (losses_2N * weight_N).sum(-1) / max(len(target_N), 1)
         # A term of weight 0 stays in the sum, so that every parameter has a gradient on every process.
-        value, parts = self.hard * hard + self.soft * self.temperature**2 * soft, {"hard": hard, "soft": soft}
+        terms, parts = {"": self.hard * hard + self.soft * self.temperature**2 * soft}, {"hard": hard, "soft": soft}
         if pairs:
             learnt: Any = modules.learnt
             compared = [(w(seen[own]), taught[other]) for w, (own, other) in zip(learnt, pairs, strict=True)]
-            parts["features"] = distances(compared, batch["document_BL"])
-            value = value + self.features * parts["features"]
+            parts["features"] = distances(compared, batch)
+            terms["features"] = self.features * parts["features"]
         parts = {name: part.detach() for name, part in parts.items()}
-        return Loss(value, parts, scattered(losses_2N[0], has_target_BL))
+        return summed(terms, parts, scattered(losses_2N[0], has_target_BL))
 
     def _losses(self, ours: Side, theirs: Side, target_N: Tensor) -> Tensor:
         """`losses_2N`: the cross-entropy and the divergence."""

@@ -5,6 +5,7 @@ Shape letters: B rows, L positions, E width, O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -12,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.batch import Batch
+from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import blocks, linears
-from pretrain.objectives import Loss
+from pretrain.objectives import Loss, summed
 from pretrain.objectives.distillation._distil import (
     Taught,
     Teacher,
@@ -24,6 +25,7 @@ from pretrain.objectives.distillation._distil import (
     check_weights,
     distances,
     inner,
+    inside,
     open_teacher,
     same_width,
     states,
@@ -59,6 +61,11 @@ class PELAPretraining(Taught):
         inner(self.name, self.objective, self.rate)
         check_weights(self, "own", "features", "perturbation", "epsilon")
 
+    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
+        """What the plain objective prepares, and over how many tokens features are compared."""
+        batch = super().prepare(rows, context)
+        return batch | {"weight_features": inside(batch)}
+
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher."""
         teacher = open_teacher(self.teacher, model, self.name)
@@ -83,16 +90,16 @@ class PELAPretraining(Taught):
         with block_states(model, numbers) as seen:
             own = self._inner.loss(model, batch)
         # A term of weight 0 stays in the sum, so that every parameter has a gradient on every process.
-        value, parts = self.own * own.value, {"own": own.value}
+        terms, parts = {"own": self.own * own.value}, {"own": own.value}
         if self.features:
             with torch.no_grad(), block_states(modules.model, numbers) as taught:
                 states(modules.model, batch, causal=self.task == "causal")
-            parts["features"] = distances([(seen[n], taught[n]) for n in numbers], batch["document_BL"])
-            value = value + self.features * parts["features"]
+            parts["features"] = distances([(seen[n], taught[n]) for n in numbers], batch)
+            terms["features"] = self.features * parts["features"]
         if self.perturbation:
             parts["perturbation"] = perturbation(model, modules.model, self.epsilon)
-            value = value + self.perturbation * parts["perturbation"]
-        return Loss(value, {name: part.detach() for name, part in parts.items()}, own.nll_BL)
+            terms["perturbation"] = self.perturbation * parts["perturbation"]  # of the weights: of no token more or less
+        return summed(terms, {name: part.detach() for name, part in parts.items()}, own.nll_BL)
 
 
 def low_rank(model: nn.Module) -> dict[str, LowRank]:

@@ -5,18 +5,19 @@ Shape letters: B rows, L positions, E width, N positions compared.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, document_mask
+from pretrain.core.batch import Batch, Context, Row, document_mask
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.models.families import attention_inputs, base
-from pretrain.objectives import Loss
+from pretrain.objectives import Loss, summed
 from pretrain.objectives.distillation._distil import (
     Taught,
     Teacher,
@@ -25,6 +26,7 @@ from pretrain.objectives.distillation._distil import (
     last_states,
     open_teacher,
     same_width,
+    weighted_mean,
 )
 
 
@@ -61,6 +63,11 @@ class SelfDistillation(Taught):
                 place=("states",),
             )
 
+    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
+        """What the plain objective prepares, and how many states are compared."""
+        batch = super().prepare(rows, context)
+        return batch | {"weight_distance": self._chosen(batch).sum()}
+
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher."""
         teacher = open_teacher(self.teacher, model, self.name)
@@ -73,12 +80,13 @@ class SelfDistillation(Taught):
         with last_states(model) as seen:
             own = self._inner.loss(model, batch)
         # A causal model has read the same tokens already.
-        ours_NE = self._chosen(seen[-1] if self.task == "causal" else self._read(model, batch), batch)
+        chosen_BL = self._chosen(batch)
+        ours_NE = (seen[-1] if self.task == "causal" else self._read(model, batch))[chosen_BL]
         with torch.no_grad():
-            theirs_NE = self._chosen(self._read(modules.model, batch), batch)
-        distance = (ours_NE.float() - theirs_NE.float()).square().sum(-1).mean()
+            theirs_NE = self._read(modules.model, batch)[chosen_BL]
+        distance = weighted_mean((ours_NE.float() - theirs_NE.float()).square().sum(-1), chosen_BL, batch)
         parts = {"objective": own.value.detach(), "distance": distance.detach()}
-        return Loss(own.value + self.distance * distance, parts, own.nll_BL)
+        return summed({"objective": own.value, "distance": self.distance * distance}, parts, own.nll_BL)
 
     def _read(self, model: nn.Module, batch: Batch) -> Tensor:
         """`states_BLE` of the text with nothing masked."""
@@ -89,9 +97,9 @@ class SelfDistillation(Taught):
         inputs = attention_inputs(model, mask_B1LL, batch["position_BL"])
         return base(model)(input_ids=tokens_BL, **inputs).last_hidden_state
 
-    def _chosen(self, states_BLE: Tensor, batch: Batch) -> Tensor:
-        """`states_NE`: those of all tokens but padding, or of each document's first."""
+    def _chosen(self, batch: Batch) -> Tensor:
+        """`chosen_BL`: all tokens but padding, or each document's first."""
         chosen_BL = batch["document_BL"] != 0
         if self.states == "first" or (self.states == "auto" and self.task == "masked"):
             chosen_BL = chosen_BL & (batch["position_BL"] == 0)
-        return states_BLE[chosen_BL]
+        return chosen_BL

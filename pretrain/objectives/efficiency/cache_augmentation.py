@@ -75,7 +75,8 @@ class CacheAugmentation(Objective):
         at_BMA = at_BMA.clamp(max=context.length - 1)
         same_BMA = _at(batch["document_BL"], at_BMA) == _at(batch["document_BL"], batch["place_BM"])[..., None]
         batch["target_BMA"] = torch.where(inside_BMA & same_BMA, _at(batch["tokens_BL"], at_BMA), IGNORE)
-        batch["weight"] = (batch["target_BMA"] != IGNORE).sum()
+        number_A = (batch["target_BMA"] != IGNORE).sum((0, 1))
+        batch |= {"weight": number_A.sum()} | {f"weight_ahead_{a}": number_A[a - 1] for a in self._shown()}
         return batch
 
     def modules(self, model: nn.Module) -> nn.Module:
@@ -111,8 +112,11 @@ class CacheAugmentation(Objective):
         value, nll_BS = linear_cross_entropy(states_BMAE.flatten(1, 2), weight_VE, target_BMA.flatten(1), bias_V=bias_V)
         nll_BMA, has_target_BMA = nll_BS.view_as(target_BMA), target_BMA != IGNORE
         mean_A = nll_BMA.sum((0, 1)) / has_target_BMA.sum((0, 1)).clamp(min=1)
-        steps = [2**n for n in range(self.ahead.bit_length()) if 2**n <= self.ahead]
-        return Loss(value, {f"ahead_{a}": mean_A[a - 1] for a in steps})
+        return Loss(value, {f"ahead_{a}": mean_A[a - 1] for a in self._shown()})
+
+    def _shown(self) -> list[int]:
+        """The places ahead whose loss is a part: 1, 2, 4, …"""
+        return [2**n for n in range(self.ahead.bit_length()) if 2**n <= self.ahead]
 
     def states(self, model: nn.Module, batch: Batch, coprocessor: nn.Module | None) -> Tensor:
         """`states_BMAE`: what the model's head multiplies to predict each target."""

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.method import InnerObjective
 from pretrain.core.models.density import activations
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss, Objective, summed
 
 _OF_FINE_TUNING = ("predictions", "columns", "labels", "ready", "predict", "metrics", "expected")
 
@@ -33,7 +34,7 @@ class Deft(Objective):
 
     a being what a feed-forward's nonlinearity (ReLU, GELU, SiLU; of a gated one the gate's) puts out. An
     encoder-decoder pays for the mean of each of its sides. Tokens of padding do not count where the batch says which
-    they are. Meant for a model with adapters (`lora`, …), whose other weights are frozen. Evaluation sees the wrapped
+    they are (`real`). Meant for a model with adapters (`lora`, …), whose other weights are frozen. Evaluation sees the wrapped
     objective alone; the evaluation `activation_density` counts exactly. Parts: `objective`, its loss, and `density`,
     the mean itself.
     """
@@ -83,9 +84,20 @@ class Deft(Objective):
         """The wrapped objective's."""
         return self.wrapped.raw_length(length)
 
+    @property
+    def divisible(self) -> bool:  # type: ignore[override]
+        """As the wrapped objective, if batches say which of the positions that it runs hold tokens."""
+        return self.wrapped.divisible and self.wrapped.name != "cache_augmentation"
+
+    @property
+    def token_weights(self) -> bool:  # type: ignore[override]
+        """As the wrapped objective: a token's activations weigh as its loss does."""
+        return self.wrapped.token_weights
+
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
-        """What the wrapped objective prepares."""
-        return self.wrapped.prepare(rows, context)
+        """What the wrapped objective prepares, and the numbers of tokens that density may be the mean over."""
+        batch = self.wrapped.prepare(rows, context)
+        return batch | {f"weight_{name}": real_BL.sum() for name, real_BL in real(batch).items()}
 
     def modules(self, model: nn.Module) -> nn.Module | None:
         """The wrapped objective's."""
@@ -101,30 +113,63 @@ class Deft(Objective):
             return self.wrapped.loss(model, batch, modules)
         with activations(model, self.name) as seen:
             own = self.wrapped.loss(model, batch, modules)
-        sides: dict[str, list[Tensor]] = {}
+        places, weight_BL = real(batch), batch.get("token_weight_BL")
+        sides: dict[str, list[tuple[str, Tensor]]] = {}
         for place, found in seen.items():
-            real_BL = None if place.startswith("decoder.") else _real(batch)
+            side = place.rpartition(".")[0]
             for activation_BLF in found:
-                sides.setdefault(place.rpartition(".")[0], []).append(self.density(activation_BLF, real_BL))
+                name = _name_of(activation_BLF, side, places)
+                density = self.density(activation_BLF, places.get(name), weight_BL)
+                sides.setdefault(side, []).append((name, density))
         if not sides:
             raise PretrainError("deft: the objective ran no feed-forward: accepted: an objective that runs the model")
-        means = [torch.stack(densities).mean() for densities in sides.values()]
-        density = torch.stack(means).sum()
-        parts = {"objective": own.value.detach(), "density": torch.stack(means).mean().detach()} | own.parts
-        return Loss(own.value + self.weight * density, parts, own.nll_BL)
+        terms, means = dict(own.terms or {"": own.value}), []
+        for densities in sides.values():
+            for name in dict.fromkeys(name for name, _ in densities):
+                mean = torch.stack([density for n, density in densities if n == name]).sum() / len(densities)
+                terms[name] = terms[name] + self.weight * mean if name in terms else self.weight * mean
+            means.append(torch.stack([density.detach() for _, density in densities]).mean())
+        parts = {"objective": own.value.detach(), "density": torch.stack(means).mean()} | own.parts
+        return summed(terms, parts, own.nll_BL)
 
-    def density(self, activation_BLF: Tensor, real_BL: Tensor | None = None) -> Tensor:
-        """The mean of a² / (a² + epsilon) over neurons and tokens, those of padding left out."""
+    def density(
+        self, activation_BLF: Tensor, real_BL: Tensor | None = None, weight_BL: Tensor | None = None
+    ) -> Tensor:
+        """The mean of a² / (a² + epsilon) over neurons and tokens, those of padding left out, weighted if asked."""
         square_BLF = activation_BLF.float().square()
         share_BL = (square_BLF / (square_BLF + self.epsilon)).mean(-1)
-        if real_BL is None or real_BL.shape != share_BL.shape:
+        if weight_BL is not None and weight_BL.shape == share_BL.shape:
+            share_BL = share_BL * weight_BL
+        if real_BL is None:
             return share_BL.mean()
         return (share_BL * real_BL).sum() / real_BL.sum().clamp(min=1)
 
 
-def _real(batch: Batch) -> Tensor | None:
-    """Which positions hold tokens, if the batch says so."""
-    for name in ("mask_BL", "document_BL"):
+def real(batch: Batch) -> dict[str, Tensor]:
+    """Which positions hold tokens, for each way in which a model may be given them, as far as the batch says so.
+
+    `density` is of a text that is read as it stands, `density_written` of what a decoder writes; `density_read` is of a
+    prompt and its end, `density_whole` of a prompt and its answer in one; `density_shown` is without masked tokens.
+    """
+    found = {}
+    for name in ("mask_BL", "mask_NL", "document_BL", "document_BS"):
         if name in batch:
-            return batch[name] != 0
-    return None
+            found["density"] = batch[name] != 0
+            break
+    if "owner_BM" in batch:
+        found["density_written"] = batch["owner_BM"] != 0
+    if "prompt_BL" in batch:
+        prompt_BL, target_BM = batch["mask_BL"] != 0, batch["target_BM"] != IGNORE
+        found["density_written"] = target_BM
+        found["density_read"] = torch.cat([prompt_BL, torch.ones_like(prompt_BL[:, :1])], 1)
+        found["density_whole"] = torch.cat([prompt_BL, target_BM], 1)
+    if "tokens_BK" in batch:
+        found["density_shown"] = batch["document_BS"][:, : batch["tokens_BK"].shape[1]] != 0
+    return found
+
+
+def _name_of(activation_BLF: Tensor, side: str, places: dict[str, Tensor]) -> str:
+    """Which of `real` these activations are of; the empty name where none fits."""
+    order = ["density_written", *places] if side else [name for name in places if name != "density_written"]
+    fitting = (n for n in order if n in places and places[n].shape == activation_BLF.shape[:-1])
+    return next(fitting, "")

@@ -32,6 +32,7 @@ class FlexiDepthLM(Objective):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    token_weights: ClassVar[bool] = True
 
     alpha: float = 1e-3
 
@@ -56,7 +57,8 @@ class FlexiDepthLM(Objective):
         has_target_BL = batch["target_BL"] != IGNORE
         tokens = has_target_BL.sum().clamp(min=1)
         gates_BLK = torch.stack([block.gate_BL for block in skippable], -1)
-        penalty = (gates_BLK.sum(-1).square() * has_target_BL).sum() / tokens
+        counts_BL = has_target_BL * batch.get("token_weight_BL", 1)
+        penalty = (gates_BLK.sum(-1).square() * counts_BL).sum() / tokens
         passed_BL = torch.stack([block.gate_BL <= block.threshold for block in skippable]).sum(0)
         parts = {"lm": found.value.detach(), "penalty": penalty.detach()}
         parts["skipped"] = (passed_BL * has_target_BL).sum() / tokens

@@ -24,6 +24,7 @@ class CausalLM(Objective):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    token_weights: ClassVar[bool] = True
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """`tokens_BL`, `document_BL`, `position_BL`, and `target_BL`: the next token of the same document or -100."""

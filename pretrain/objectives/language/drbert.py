@@ -33,6 +33,7 @@ class DrBERT(Objective):
 
     families: ClassVar[tuple[str, ...]] = ("bert",)
     task: ClassVar[str] = "masked"
+    token_weights: ClassVar[bool] = True
 
     rate: float = 0.15
     masked: float = 0.8
@@ -84,8 +85,9 @@ class DrBERT(Objective):
         states_BLE = at(model, str(family(model).head_transform))(states_BLE)
         weight_VE, bias_V = head(model)
         value, nll_BL = linear_cross_entropy(
-            states_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, weight_BL=batch.get("token_weight_BL")
-        )
+            states_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, weight_BL=batch.get("token_weight_BL"),
+            targets=int(batch["weight"]),
+        )  # fmt: skip
         return Loss(value, {}, nll_BL)
 
     def _visible(self, batch: Batch, number: int) -> Tensor:

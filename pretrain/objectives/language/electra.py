@@ -15,7 +15,7 @@ from pretrain.core.batch import Batch, Context, Row, document_mask, rows_to_tens
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.core.models.families import additive, attention_inputs, base
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.language._masking import choose_words
 
 
@@ -48,8 +48,10 @@ class Electra(Objective):
             tokens_L = row.tokens_L.astype(np.int64)
             hidden_BL[b, : len(tokens_L)] = choose_words(tokens_L, self.rate, vocabulary, context.rng, self.whole_words)
         batch |= {"hidden_BL": torch.from_numpy(hidden_BL), "mask": torch.tensor(vocabulary.mask)}
-        batch["weight"] = batch["hidden_BL"].sum()
-        return batch
+        tokens = (batch["document_BL"] > 0).sum()
+        return batch | {
+            "weight": batch["hidden_BL"].sum(), "weight_discriminator": tokens, "weight_replaced": tokens
+        }  # fmt: skip
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The generator, on the encoder's own embeddings, and the binary head."""
@@ -87,10 +89,12 @@ class Electra(Objective):
         states_BLE = base(model)(input_ids=corrupted_BL, **inputs).last_hidden_state
         score_BL = modules["head"](states_BLE)[..., 0].float()
         replaced_BL = corrupted_BL != tokens_BL
-        told = nn.functional.binary_cross_entropy_with_logits(score_BL[present_BL], replaced_BL[present_BL].float())
-        parts = {"generator": generated.detach(), "discriminator": told.detach()}
+        discriminator_loss = nn.functional.binary_cross_entropy_with_logits(
+            score_BL[present_BL], replaced_BL[present_BL].float()
+        )
+        parts = {"generator": generated.detach(), "discriminator": discriminator_loss.detach()}
         parts["replaced"] = replaced_BL.sum() / present_BL.sum()
-        return Loss(generated + self.discriminator_weight * told, parts)
+        return summed({"generator": generated, "discriminator": self.discriminator_weight * discriminator_loss}, parts)
 
     def _generate(self, generator: Any, masked_BL: Tensor, batch: Batch, mask_B1LL: Tensor) -> tuple[Tensor, Tensor]:
         """The generator's loss and its logits at the hidden positions."""

@@ -30,6 +30,7 @@ class MaskedLM(Objective):
 
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
+    token_weights: ClassVar[bool] = True
 
     rate: float = 0.15
     final_rate: float | None = None

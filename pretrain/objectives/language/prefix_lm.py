@@ -29,6 +29,7 @@ class PrefixLM(Objective):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    token_weights: ClassVar[bool] = True
 
     shortest: float = 0.0
     longest: float = 1.0

@@ -60,6 +60,11 @@ class RandomTokenSubstitution(Objective):
             raise PretrainError(f"random_token_substitution: beta {self.beta}: accepted: 0 or more")
 
     @property
+    def token_weights(self) -> bool:  # type: ignore[override]
+        """Masked language modelling follows them."""
+        return self.objective == "slm"
+
+    @property
     def task(self) -> str:  # type: ignore[override]
         """A detector needs no vocabulary head."""
         return "masked" if self.objective == "slm" else "base"
@@ -126,6 +131,8 @@ class RandomTokenSubstitution(Objective):
         tokens_BL, original_BL, present_BL = batch["tokens_BL"], batch["original_BL"], batch["document_BL"] > 0
         generator: Any = modules["generator"] if self.objective == "c_rts" else None
         if generator is not None:
+            if not modules.training or modules["head"][0].weight.grad is None:  # the first micro-batch of a step
+                generator.settle()
             chosen_BL = batch["chosen_BL"]
             tokens_BL = tokens_BL.masked_scatter(chosen_BL, generator.draw(tokens_BL[chosen_BL], batch["special_V"]))
         inputs = attention_inputs(model, document_mask(batch["document_BL"], causal=False), batch["position_BL"])
@@ -133,21 +140,25 @@ class RandomTokenSubstitution(Objective):
         score_BL = modules["head"](states_BLE)[..., 0].float()
         replaced_BL = tokens_BL != original_BL
         value = nn.functional.binary_cross_entropy_with_logits(score_BL[present_BL], replaced_BL[present_BL].float())
-        told_BL = replaced_BL & (score_BL.detach() > 0)
+        detected_BL = replaced_BL & (score_BL.detach() > 0)
         if generator is not None and modules.training:
-            generator.learn(original_BL[replaced_BL], tokens_BL[replaced_BL], told_BL[replaced_BL])
+            generator.learn(original_BL[replaced_BL], tokens_BL[replaced_BL], detected_BL[replaced_BL])
         parts = {
             "replaced": replaced_BL.sum() / present_BL.sum(),
-            "detected": told_BL.sum() / replaced_BL.sum().clamp(min=1),
+            "detected": detected_BL.sum() / replaced_BL.sum().clamp(min=1),
         }
         return Loss(value, parts)
 
 
 class Generator(nn.Module):
-    """The statistical generator: how often each pair of clusters got past the detector, less how often it did not."""
+    """The statistical generator: how often each pair of clusters got past the detector, less how often it did not.
+
+    What a step's micro-batches find counts from the next step on, so that all of a step draw from the same counts.
+    """
 
     cluster_V: Tensor
     count_CC: Tensor
+    found_CC: Tensor  # not counted yet
 
     def __init__(self, cluster_V: Tensor, beta: float) -> None:
         super().__init__()
@@ -155,6 +166,8 @@ class Generator(nn.Module):
         self.beta = beta
         self.register_buffer("cluster_V", cluster_V)
         self.register_buffer("count_CC", torch.ones(number, number, dtype=torch.int64))
+        self.register_buffer("found_CC", torch.zeros(number, number, dtype=torch.int64), persistent=False)
+        self.register_state_dict_pre_hook(lambda generator, *_: generator.settle())
 
     def probability_CC(self) -> Tensor:
         """P(b | a), a row for each a."""
@@ -173,10 +186,15 @@ class Generator(nn.Module):
         inside_N = (torch.rand(len(token_N), device=token_N.device) * size_C[chosen_N]).long()
         return order_V[first_C[chosen_N] + torch.minimum(inside_N, size_C[chosen_N] - 1)]
 
-    def learn(self, original_N: Tensor, token_N: Tensor, told_N: Tensor) -> None:
-        """Count replacements that were told (-1) and that were not (+1), those of all processes."""
+    def settle(self) -> None:
+        """Count what was found."""
+        self.count_CC += self.found_CC
+        self.found_CC.zero_()
+
+    def learn(self, original_N: Tensor, token_N: Tensor, detected_N: Tensor) -> None:
+        """Note replacements that were detected (-1) and that were not (+1), those of all processes."""
         change_CC, pair = torch.zeros_like(self.count_CC), (self.cluster_V[original_N], self.cluster_V[token_N])
-        change_CC.index_put_(pair, torch.where(told_N, -1, 1), accumulate=True)
+        change_CC.index_put_(pair, torch.where(detected_N, -1, 1), accumulate=True)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(change_CC)
-        self.count_CC += change_CC
+        self.found_CC += change_CC

@@ -13,7 +13,7 @@ from torch import nn
 from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import head
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.retrieval._passages import bag_loss, encode, masked_loss, masked_passages, pieces, to_head
 
 
@@ -31,6 +31,7 @@ class BagOfWords(Objective):
 
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
+    token_weights: ClassVar[bool] = True
 
     rate: float = 0.3
     whole_words: bool = True
@@ -60,4 +61,4 @@ class BagOfWords(Objective):
         weight_VE, bias_V = head(model)
         bag = bag_loss(nn.functional.linear(ready_BLE[first_BL], weight_VE, bias_V), batch, per_token=False)
         parts = {"masked_lm": masked.detach(), "bag_of_words": bag.detach()}
-        return Loss(masked + batch["bag_weight"] * bag, parts, nll_BL)
+        return summed({"masked_lm": masked, "bag_of_words": batch["bag_weight"] * bag}, parts, nll_BL)

@@ -15,7 +15,7 @@ from pretrain.core.batch import Batch, Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import base, embeddings, family, head
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.retrieval._passages import bag_loss, encode, masked_loss, masked_passages, pieces, to_head
 
 
@@ -38,6 +38,7 @@ class RetroMAEv2(Objective):
 
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
+    token_weights: ClassVar[bool] = True
 
     rate: float = 0.3
     decoder_rate: float = 0.5
@@ -65,6 +66,7 @@ class RetroMAEv2(Objective):
                     original_BL[b, start:end], self.decoder_rate, context.vocabulary, context.rng, self.whole_words
                 )
         batch["visible_BLL"] = torch.from_numpy(visible_BLL)
+        batch["weight_decoder"] = batch["word_BL"].sum()
         return batch
 
     def modules(self, model: nn.Module) -> nn.Module:
@@ -80,7 +82,8 @@ class RetroMAEv2(Objective):
         rebuilt = self._rebuild(model, modules, states_BLE, batch)
         bag = bag_loss(pooled_scores(model, ready_BLE, batch), batch, per_token=True)
         parts = {"masked_lm": masked.detach(), "decoder": rebuilt.detach(), "bag_of_words": bag.detach()}
-        return Loss(masked + rebuilt + self.bag_weight * bag, parts, nll_BL)
+        terms = {"masked_lm": masked, "decoder": rebuilt, "bag_of_words": self.bag_weight * bag}
+        return summed(terms, parts, nll_BL)
 
     def _rebuild(self, model: nn.Module, decoder: Decoder, states_BLE: Tensor, batch: Batch) -> Tensor:
         """The decoder's loss: the mean over all words."""
@@ -93,7 +96,10 @@ class RetroMAEv2(Objective):
         out_BLE = decoder(query_BLE, memory_BLE, batch["visible_BLL"][:, None])
         weight_VE, bias_V = head(model)
         target_BL = torch.where(batch["word_BL"], batch["original_BL"], IGNORE)
-        return linear_cross_entropy(to_head(model, out_BLE), weight_VE, target_BL, bias_V=bias_V)[0]
+        weight_BL = batch.get("token_weight_BL")
+        return linear_cross_entropy(
+            to_head(model, out_BLE), weight_VE, target_BL, bias_V=bias_V, weight_BL=weight_BL
+        )[0]
 
 
 class Decoder(nn.Module):
