@@ -102,7 +102,9 @@ def test_it_resumes_as_if_nothing_had_happened(tiny, prepared, tmp_path):
 
 
 def test_an_objective_that_weighs_no_tokens_is_refused(tiny, prepared, tmp_path):
-    with pytest.raises(PretrainError, match="toremi: the objective weighs no tokens"):
+    with pytest.raises(
+        PretrainError, match="'toremi' weighs tokens, which not every term of the loss of 'span_corruption'"
+    ):
         run(prepared, tiny("t5", vocab_size=560), tmp_path, ToReMi(), objective=SpanCorruption())
 
 

@@ -76,11 +76,12 @@ def small(
     optimizer=None,
     batch_rows=8,
     micro_rows=8,
+    family="llama",
     **model,
 ):
     vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
     objective = objective or CausalLM()
-    net = tiny(vocab_size=512, **model)
+    net = tiny(family, vocab_size=512, **model)
     loader = Loader(
         Shards(prepared / "tokens" / "train"),
         [objective],

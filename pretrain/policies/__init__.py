@@ -74,6 +74,7 @@ class Policy(Method):
     """Base of the policies. Override what is needed."""
 
     kind: ClassVar[str] = "policy"
+    weighs_tokens: ClassVar[bool] = False  # whether it writes `token_weight_BL`, which not every objective follows
 
     def start(self, training: Training, state: dict[str, Any]) -> None:
         """Once, before the first step and again after a resume (then `state` holds what was saved)."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from pretrain.core.errors import PretrainError
 from pretrain.stages import (
     Estimate,
     Job,
@@ -25,6 +26,7 @@ from pretrain.stages import (
     tokens_of,
 )
 from pretrain.training.budget import Budget
+from pretrain.training.compatible import check_together
 
 USED = ("train", "validation")  # the splits that training opens
 
@@ -129,6 +131,15 @@ class Train(Stage):
         if any(w.method.labelled for w in self.weighted()) and not self._on_examples():
             names = ", ".join(w.method.name for w in self.weighted())
             raise ValueError(f"objectives {names}: accepted: all on labelled documents, or all on text")
+        return self
+
+    @model_validator(mode="after")
+    def _together(self) -> Train:
+        batches = -(-self.batch_rows // (self.micro_rows or self.batch_rows))
+        try:
+            check_together([w.method for w in self.weighted()], self.policies, batches)
+        except PretrainError as error:
+            raise ValueError(str(error)) from error
         return self
 
     def _plain(self) -> bool:
@@ -239,7 +250,6 @@ class Train(Stage):
 
         from pretrain.core import checkpoint
         from pretrain.core.batch import Vocabulary
-        from pretrain.core.errors import PretrainError
         from pretrain.core.models.families import new_model
         from pretrain.corpus.tokenizers import load_tokenizer
 
@@ -260,7 +270,6 @@ class Train(Stage):
 
     def _check_rows(self, model: Any, tokenizer: Any) -> None:
         """Each of the tokenizer's entries must have an embedding."""
-        from pretrain.core.errors import PretrainError
 
         entries, rows = len(tokenizer), len(model.get_input_embeddings().weight)
         if entries > rows:
@@ -306,7 +315,6 @@ class Train(Stage):
         from transformers import AutoModel
 
         from pretrain.core.checkpoint import load_config
-        from pretrain.core.errors import PretrainError
         from pretrain.core.models.families import new_model
         from pretrain.corpus.tokenizers import load_tokenizer
 

@@ -33,6 +33,7 @@ from pretrain.objectives import Loss, Objective, share
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
+from pretrain.training.compatible import check_together, check_written
 from pretrain.training.distributed import full, gather, join, synchronised, unsharded, wrap
 from pretrain.training.log import Log
 from pretrain.training.running import Settings as Settings
@@ -106,6 +107,7 @@ def _start(
 ) -> Training:
     """Place the model, make it quick, wrap it for its processes, build the optimiser, resume."""
     hardware.tune_allocator()
+    check_together(objectives, policies, loader.batch_rows // loader.micro_rows)
     world = join(hardware.pick_device())
     model.to(world.device)
     torch.manual_seed(settings.seed)  # what objectives train beside the model begins alike in every run
@@ -140,6 +142,7 @@ def step(training: Training) -> dict[str, Any]:
     flat = [batch for batches in micro_batches for batch in batches]
     for policy in training.policies:
         policy.before_step(training, training.state[policy.name], flat)
+    check_written(training.trainee.objectives, micro_batches)
 
     keys, zeros = [_shapes(batches) for batches in micro_batches], _zeros(training)
     totals = exchange(training, micro_batches, keys, zeros)

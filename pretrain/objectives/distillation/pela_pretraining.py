@@ -98,7 +98,9 @@ class PELAPretraining(Taught):
             terms["features"] = self.features * parts["features"]
         if self.perturbation:
             parts["perturbation"] = perturbation(model, modules.model, self.epsilon)
-            terms["perturbation"] = self.perturbation * parts["perturbation"]  # of the weights: of no token more or less
+            terms["perturbation"] = (
+                self.perturbation * parts["perturbation"]
+            )  # of the weights: of no token more or less
         return summed(terms, {name: part.detach() for name, part in parts.items()}, own.nll_BL)
 
 

@@ -132,9 +132,7 @@ class Deft(Objective):
         parts = {"objective": own.value.detach(), "density": torch.stack(means).mean()} | own.parts
         return summed(terms, parts, own.nll_BL)
 
-    def density(
-        self, activation_BLF: Tensor, real_BL: Tensor | None = None, weight_BL: Tensor | None = None
-    ) -> Tensor:
+    def density(self, activation_BLF: Tensor, real_BL: Tensor | None = None, weight_BL: Tensor | None = None) -> Tensor:
         """The mean of a² / (a² + epsilon) over neurons and tokens, those of padding left out, weighted if asked."""
         square_BLF = activation_BLF.float().square()
         share_BL = (square_BLF / (square_BLF + self.epsilon)).mean(-1)

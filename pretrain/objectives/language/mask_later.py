@@ -123,7 +123,9 @@ class MaskLater(Objective):
         states = modules.norm(run(model, modules.blocks, states, mask_B1SS, position_BS))
         states = at(model, str(family(model).head_transform))(states)
         weight_VE, bias_V = head(model)
-        value, nll_BS = linear_cross_entropy(states, weight_VE, batch["target_BS"], bias_V=bias_V, targets=int(batch["weight"]))
+        value, nll_BS = linear_cross_entropy(
+            states, weight_VE, batch["target_BS"], bias_V=bias_V, targets=int(batch["weight"])
+        )
         return Loss(value, {}, nll_BS)
 
 

@@ -80,5 +80,7 @@ def pairs_loss(model: nn.Module, batch: Batch) -> Loss:
     masks = document_mask(document_BL, causal=False), document_mask(owner_BM, causal=True), cross_B1ML
     states_BME = encode_decode(model, batch["tokens_BL"], batch["decoder_BM"], masks)
     weight_VE, bias_V = head(model)
-    value, nll_BM = linear_cross_entropy(states_BME, weight_VE, batch["target_BM"], bias_V=bias_V, targets=int(batch["weight"]))
+    value, nll_BM = linear_cross_entropy(
+        states_BME, weight_VE, batch["target_BM"], bias_V=bias_V, targets=int(batch["weight"])
+    )
     return Loss(value, {}, nll_BM)

@@ -97,9 +97,9 @@ class RetroMAEv2(Objective):
         weight_VE, bias_V = head(model)
         target_BL = torch.where(batch["word_BL"], batch["original_BL"], IGNORE)
         weight_BL = batch.get("token_weight_BL")
-        return linear_cross_entropy(
-            to_head(model, out_BLE), weight_VE, target_BL, bias_V=bias_V, weight_BL=weight_BL
-        )[0]
+        return linear_cross_entropy(to_head(model, out_BLE), weight_VE, target_BL, bias_V=bias_V, weight_BL=weight_BL)[
+            0
+        ]
 
 
 class Decoder(nn.Module):

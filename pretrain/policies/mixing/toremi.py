@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -25,6 +25,8 @@ class ToReMi(Policy):
     w ← max(w · (1 - (L - M) / M), `lowest`) where L > M, and w ← min(w · (1 + (M - L) / M), `highest`) elsewhere. A
     token's loss is multiplied by its topic's weight.
     """
+
+    weighs_tokens: ClassVar[bool] = True
 
     interval: float = 100
     switch: float = 0.875
@@ -53,8 +55,6 @@ class ToReMi(Policy):
         """Write the weights of the step's tokens."""
         weights = [state["weights"][name] for name in training.loader.shards.domain_names]
         for batch in batches:
-            if "target_BL" not in batch:
-                raise PretrainError("toremi: the objective weighs no tokens; accepted: causal_lm, masked_lm, …")
             weight_K = torch.tensor(weights, device=batch["domain_B"].device)
             weight_BL = weight_K[batch["domain_B"]][:, None].expand_as(batch["target_BL"])
             batch["token_weight_BL"] = weight_BL * batch.get("token_weight_BL", 1.0)

@@ -1,0 +1,39 @@
+"""What cannot be trained together, refused before anything is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pretrain.core.errors import PretrainError
+from pretrain.objectives import Objective
+from pretrain.policies import Policy
+
+if TYPE_CHECKING:
+    from pretrain.core.batch import Batch
+
+_UNFOLLOWED = (
+    "weighs tokens, which not every term of the loss of {!r} follows: accepted: an objective whose do, such as "
+    "causal_lm or masked_lm"
+)
+
+
+def check_written(objectives: Sequence[Objective], micro_batches: Sequence[Sequence[Batch]]) -> None:
+    """An error where a policy that does not say so has weighed the tokens of an objective that does not follow it."""
+    for batches in micro_batches:
+        for objective, batch in zip(objectives, batches, strict=True):
+            if "token_weight_BL" in batch and not objective.token_weights:
+                raise PretrainError(f"a policy {_UNFOLLOWED.format(objective.name)}")
+
+
+def check_together(objectives: Sequence[Objective], policies: Sequence[Policy], batches: int) -> None:
+    """An error where an objective's loss does not bear that a step is `batches` batches, or what a policy does."""
+    for objective in objectives:
+        if batches > 1 and not objective.divisible:
+            raise PretrainError(
+                f"objective {objective.name!r}: its loss is one of the whole batch, and a step is cut into {batches}: "
+                "accepted: micro_rows 0 (or as many as batch_rows), and one process"
+            )
+        for policy in policies:
+            if policy.weighs_tokens and not objective.token_weights:
+                raise PretrainError(f"policy {policy.name!r} {_UNFOLLOWED.format(objective.name)}")

@@ -1,0 +1,254 @@
+"""Every objective ready to be trained on a few uneven rows, with draws that no batch's make-up changes.
+
+`Still` stands for numpy's generator: what it draws follows from what it is asked alone, so that rows are corrupted
+alike in any micro-batch. `still` does the same for what objectives draw on the device.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conftest import TINY
+from torch import nn
+
+from pretrain.core import checkpoint
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, counts
+from pretrain.core.encoding import Encoder
+from pretrain.core.method import method_class
+from pretrain.core.models.families import new_model
+from pretrain.core.models.heads import labels_of, with_head
+from pretrain.core.registry import methods
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.training.budget import Budget
+from pretrain.training.distributed import World, full
+from pretrain.training.loop import exchange, forward_backward
+from pretrain.training.loop import _shapes as shapes
+from pretrain.training.running import Settings, Trainee, Training
+
+LENGTH = 48
+CUTS = (1, 4)  # where six rows are cut into micro-batches
+PIECES = ((30, 18), (12,), (44,), (9, 8, 7), (3, 40, 4), (25,))
+TEXTS = (
+    "import os",
+    "class A: pass",
+    "def f(): return 1",
+    "import os, sys, re, json, abc",
+    "x",
+    "for a in b: print(a)",
+)
+# Variants of objectives beside the one that their defaults make, and the family that each is to train.
+VARIANTS: list[tuple[str, dict[str, Any], str]] = [
+    ("random_token_substitution", {"objective": "c_rts", "clusters": 5}, "bert"),
+    ("random_token_substitution", {"objective": "slm"}, "bert"),
+    ("drbert", {"attention": "unmasked"}, "bert"),
+    ("distillation", {"features": 1.0}, "llama"),
+    ("distillation", {"features": 1.0, "objective": "masked_lm"}, "bert"),
+    ("self_distillation", {"states": "all"}, "bert"),
+    ("self_distillation", {"objective": "causal_lm"}, "llama"),
+    ("deft", {"objective": "causal_lm"}, "llama"),
+    ("deft", {"objective": "bag_of_words"}, "bert"),
+    ("deft", {"objective": "mask_later"}, "bert"),
+    ("deft", {"objective": "span_corruption"}, "t5"),
+    ("deft", {"objective": "seq2seq"}, "t5"),
+    ("deft", {"objective": "seq2seq"}, "llama"),
+    ("seq2seq", {}, "t5"),
+    ("smart", {"objective": "regression"}, "bert"),
+    ("retromae_v2", {}, "modernbert"),
+]
+SURGERIES: dict[str, dict[str, Any]] = {
+    "hedgehog_distillation": {"method": "hedgehog"}, "flexi_depth_lm": {"method": "flexi_depth", "reduction": 4},
+    "pela_pretraining": {"method": "pela"},
+}  # fmt: skip
+FAMILY = {"seq2seq": "llama", "prompt_classification": "bert", "deft": "bert", "self_distillation": "bert"}
+GENERATES = {"llama": "causal", "t5": "seq2seq"}  # the task of a model that seq2seq is to train
+
+
+def all_cases() -> list[tuple[str, dict[str, Any], str]]:
+    """Each objective there is, with its defaults, then the variants: name, fields, family ("" for its first)."""
+    return [(name, {}, "") for name, info in methods().items() if info.kind == "objective"] + VARIANTS
+
+
+class Still(np.random.Generator):
+    """Draws that are a function of their arguments."""
+
+    def __init__(self) -> None:
+        super().__init__(np.random.PCG64(0))
+
+    def random(self, size: Any = None, **_: Any) -> Any:
+        """0.37 · i mod 1 at place i of the last axis."""
+        if size is None:
+            return 0.37
+        shape = (size,) if isinstance(size, int) else tuple(size)
+        return np.broadcast_to(np.arange(shape[-1]) * 0.37 % 1, shape).copy()
+
+    def uniform(self, low: Any = 0.0, high: Any = 1.0, size: Any = None) -> Any:
+        """In the middle."""
+        return (low + high) / 2
+
+    def integers(self, low: Any, high: Any = None, *_: Any, **__: Any) -> Any:
+        """In the middle."""
+        return low // 2 if high is None else (low + high) // 2
+
+    def permutation(self, x: Any, *_: Any) -> Any:
+        """From the last to the first."""
+        return np.asarray(range(x) if isinstance(x, int) else x)[::-1].copy()
+
+    def choice(self, a: Any, size: Any = None, replace: bool = True, **_: Any) -> Any:
+        """The last one each time or, without replacement, the last ones."""
+        a = np.arange(a) if isinstance(a, int | np.integer) else np.asarray(a)
+        return np.full(size, a[-1]) if replace else a[len(a) - int(size) :].copy()
+
+
+@contextmanager
+def still() -> Iterator[None]:
+    """While open, what is drawn on the device does not depend on the batch."""
+    was = torch.multinomial, torch.rand, torch.randn_like
+    torch.multinomial = lambda p, number: p.argmax(-1, keepdim=True)  # type: ignore[assignment]
+    torch.rand = lambda *size, **_: torch.full(size, 0.5)  # type: ignore[assignment]
+    torch.randn_like = torch.ones_like  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.multinomial, torch.rand, torch.randn_like = was
+
+
+@dataclass
+class Case:
+    """An objective, what it trains, and what it is trained on."""
+
+    objective: Any
+    trainee: Trainee
+    rows: list[Any]
+    context: Context
+
+    def batch(self, start: int = 0, stop: int | None = None) -> Batch:
+        """Some of the rows as the loader would hand them on."""
+        chosen = self.rows[start:stop]
+        batch = self.objective.prepare(chosen, replace(self.context, rng=Still()))
+        return {"tokens": torch.tensor(sum(row.tokens for row in chosen))} | batch
+
+    def micro_batches(self) -> list[list[Batch]]:
+        """The rows in uneven micro-batches."""
+        return [[self.batch(a, b)] for a, b in zip((0, *CUTS), (*CUTS, None), strict=True)]
+
+    def gradients(
+        self, micro_batches: list[list[Batch]], world: World, wrapped: nn.Module | None = None, targets: Any = None
+    ) -> Any:
+        """What the loop leaves in the parameters, by name, and the loss that it would log.
+
+        `targets` are the numbers of the whole that the micro-batches are part of, if it is not they together.
+        """
+        settings = Settings(budget=Budget(steps=1), precision="float32")
+        nothing: Any = None
+        training = Training(
+            self.trainee, wrapped or self.trainee, nothing, nothing, nothing, (), settings, world, Path()
+        )  # fmt: skip
+        keys = [shapes(batches) for batches in micro_batches]
+        with still():
+            totals = exchange(training, micro_batches, keys, {})
+            _, record = forward_backward(training, micro_batches, keys, {}, targets or totals.targets)
+        found = {n: full(p.grad).clone() for n, p in self.trainee.named_parameters() if p.grad is not None}
+        self.trainee.zero_grad(set_to_none=True)
+        return found, float(record["loss"])
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    """How far apart two gradients are, against the length of the first."""
+    assert a.keys() == b.keys() and a
+    off = sum(float((a[name] - b[name]).double().square().sum()) for name in a)
+    return (off / sum(float(g.double().square().sum()) for g in a.values())) ** 0.5
+
+
+def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder: Path) -> Case:
+    """A case; `folder` is where teachers' checkpoints are made."""
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    vocabulary = Vocabulary.of(tokenizer)
+    cls: Any = method_class(name, "objective")
+    family = family or FAMILY.get(name) or (cls.families or ("llama",))[0]
+    needed = {item.name for item in fields(cls) if item.default is item.default_factory is MISSING}
+    if name == "ul2":  # the tokenizer has no mode tokens
+        given = given | {"modes": vocabulary.tokens[30:33]}
+    if name == "deft":  # a sharper count than this one makes much of rounding
+        given = given | {"epsilon": 1e-2}
+    objective = cls(**_needed(name, needed - given.keys(), family, vocabulary, tokenizer, folder), **given)
+    torch.manual_seed(0)
+    generates = "seq2seq" in (name, given.get("objective"))
+    model: Any = _model(family, GENERATES[family] if generates else objective.task, vocabulary, seed=1)
+    if name in SURGERIES:
+        surgery = dict(SURGERIES[name])
+        made: Any = method_class(surgery.pop("method"), "surgery")(**surgery)
+        model = made(copy.deepcopy(model))
+    context = Context(vocabulary, LENGTH, Still(), encoder=Encoder(tokenizer))
+    rows: list[Any] = _rows(vocabulary)
+    if objective.labelled:
+        rows = _examples()
+        labels = objective.labels([row.columns[objective.columns[-1]] for row in rows])
+        model = objective.ready(model, labels, vocabulary, 0)
+        context = replace(context, labels=labels_of(model))
+    trainee = Trainee(model, [objective], [1.0]).train()
+    for module in trainee.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return Case(objective, trainee, rows, context)
+
+
+def _model(family: str, task: str, vocabulary: Vocabulary, seed: int) -> Any:
+    """A tiny model without dropout, its weights large enough that they matter."""
+    still_fields = {
+        "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}, "t5": {"dropout_rate": 0.0},
+        "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    }.get(family, {})  # fmt: skip
+    model = new_model(family, TINY[family] | still_fields, task=task, vocabulary=vocabulary, seed=seed)
+    source = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=source)
+    return model
+
+
+def _needed(name: str, missing: set[str], family: str, vocabulary: Vocabulary, tokenizer: Any, folder: Path) -> Any:
+    """Values for the fields that have no default."""
+    values: dict[str, Any] = {}
+    if "words" in missing:
+        tokens = [t[1:] for t in vocabulary.tokens if t.startswith("Ġ") and t[1:].isascii() and t[1:].isalpha()]
+        values["words"] = {"0": tokens[0], "1": tokens[1]}
+    if "teacher" in missing:
+        task = "base" if name == "well_read_students" else "causal" if family in ("llama", "gpt2") else "masked"
+        model: Any = _model(family, task, vocabulary, seed=1 if name == "pela_pretraining" else 7)
+        if name == "well_read_students":
+            model = with_head(model, "sequence", ("0", "1"), vocabulary)
+        place = folder / f"{name}-{family}"
+        if not place.exists():
+            checkpoint.save(model, tokenizer, place / "checkpoint")
+        values["teacher"] = str(place)
+    assert missing == values.keys(), f"no value for {missing - values.keys()} of {name}: give one here"
+    return values
+
+
+def _rows(vocabulary: Vocabulary) -> list[Row]:
+    rng = np.random.default_rng(5)
+    ordinary, found = np.flatnonzero(~vocabulary.special_V), []
+    for index, pieces in enumerate(PIECES):
+        tokens = [[vocabulary.bos, *rng.choice(ordinary, n - 2), vocabulary.eos] for n in pieces]
+        starts = np.concatenate([[0], np.cumsum(pieces)[:-1]]).astype(np.int32)
+        found.append(Row(np.concatenate(tokens).astype(np.int32), starts, np.arange(len(pieces)), 0, index))
+    return found
+
+
+def _examples() -> list[Example]:
+    return [
+        Example({
+            "text": text, "label": str(number % 2), "target": "yes" if number % 2 else "it is not so",
+            "tags": ["B-a" if place % 2 else "O" for place, _ in enumerate(text.split())],
+        }, 0, number)
+        for number, text in enumerate(TEXTS)
+    ]  # fmt: skip
+
+
+__all__ = ["Case", "all_cases", "build", "counts", "distance"]

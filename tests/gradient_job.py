@@ -1,0 +1,40 @@
+"""One of two processes: PREPARED FOLDER STRATEGY ROUNDING. Each takes its part of a step; both must have the whole's
+gradient."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+from gradient_cases import all_cases, build, distance
+
+from pretrain.core.models import families
+from pretrain.training.distributed import World, join, wrap
+
+CHOSEN = {
+    "ddp": ("causal_lm", "electra", "bag_of_words", "self_distillation", "classification", "seq2seq", "deft",
+            "random_token_substitution", "span_corruption"),
+    "fsdp": ("causal_lm", "bag_of_words", "electra"),
+}  # fmt: skip
+
+
+def main(prepared: Path, folder: Path, strategy: str, rounding: float) -> None:
+    """Compare the two for a choice of objectives."""
+    world = join(torch.device("cpu"))
+    for case in all_cases():
+        if case[0] not in CHOSEN[strategy]:
+            continue
+        made = build(*case, prepared, folder)
+        whole, loss = made.gradients([[made.batch()]], World(0, 1, world.device))
+        wrapped = wrap(made.trainee, families.blocks(made.trainee.model), world, strategy)
+        # Uneven both ways: one process has a row and two, the other three rows at once.
+        mine = [[made.batch(0, 1)], [made.batch(1, 3)]] if world.main else [[made.batch(3, 5)], [made.batch(5)]]
+        parts, loss_of_parts = made.gradients(mine, world, wrapped)
+        (both,) = (value / world.size for value in world.sum([loss_of_parts]))
+        apart = distance(whole, parts)
+        assert apart < rounding and abs(both / loss - 1) < rounding, (case, apart, loss, both)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
