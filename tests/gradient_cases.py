@@ -28,8 +28,8 @@ from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.training.budget import Budget
 from pretrain.training.distributed import World, full
-from pretrain.training.loop import exchange, forward_backward
 from pretrain.training.loop import _shapes as shapes
+from pretrain.training.loop import exchange, forward_backward
 from pretrain.training.running import Settings, Trainee, Training
 
 LENGTH = 48
@@ -110,7 +110,8 @@ class Still(np.random.Generator):
 def still() -> Iterator[None]:
     """While open, what is drawn on the device does not depend on the batch."""
     was = torch.multinomial, torch.rand, torch.randn_like
-    torch.multinomial = lambda p, number: p.argmax(-1, keepdim=True)  # type: ignore[assignment]
+    # The least likely of what can be drawn: what was drawn before is not drawn again where draws are counted.
+    torch.multinomial = lambda p, number: p.where(p > 0, 2).argmin(-1, keepdim=True)  # type: ignore[assignment]
     torch.rand = lambda *size, **_: torch.full(size, 0.5)  # type: ignore[assignment]
     torch.randn_like = torch.ones_like  # type: ignore[assignment]
     try:
@@ -127,6 +128,7 @@ class Case:
     trainee: Trainee
     rows: list[Any]
     context: Context
+    buffers: dict[str, torch.Tensor]  # as they are at first
 
     def batch(self, start: int = 0, stop: int | None = None) -> Batch:
         """Some of the rows as the loader would hand them on."""
@@ -154,6 +156,8 @@ class Case:
         with still():
             totals = exchange(training, micro_batches, keys, {})
             _, record = forward_backward(training, micro_batches, keys, {}, targets or totals.targets)
+        for name, buffer in self.trainee.named_buffers():  # what is averaged or counted begins anew
+            buffer.copy_(self.buffers[name])
         found = {n: full(p.grad).clone() for n, p in self.trainee.named_parameters() if p.grad is not None}
         self.trainee.zero_grad(set_to_none=True)
         return found, float(record["loss"])
@@ -196,7 +200,8 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
     for module in trainee.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    return Case(objective, trainee, rows, context)
+    buffers = {name: buffer.clone() for name, buffer in trainee.named_buffers()}
+    return Case(objective, trainee, rows, context, buffers)
 
 
 def _model(family: str, task: str, vocabulary: Vocabulary, seed: int) -> Any:

@@ -103,6 +103,8 @@ def test_the_generator_counts_what_was_told_and_what_was_not():
     generator = Generator(torch.tensor([0, 0, 1, 1, 2]), 2.0)
     original, token = torch.tensor([0, 1, 0, 4, 2]), torch.tensor([2, 3, 3, 0, 3])
     generator.learn(original, token, torch.tensor([True, False, False, True, True]))
+    assert generator.count_CC.tolist() == [[1] * 3] * 3  # for this step
+    generator.settle()
     assert generator.count_CC.tolist() == [[1, 2, 1], [1, 0, 1], [0, 1, 1]]
 
 
@@ -121,13 +123,14 @@ def test_c_rts_learns_only_while_training_and_from_its_own_replacements(tiny):
     modules.train()
     torch.manual_seed(1)
     found = objective.loss(model, batch, modules)
-    taken = int((before - modules["generator"].count_CC).sum())
+    assert torch.equal(modules["generator"].count_CC, before)  # until the step is over
+    taken = int((before - modules.state_dict()["generator.count_CC"]).sum())
     assert taken == round(float(found.parts["replaced"]) * 120) and 0 < taken <= int(batch["chosen_BL"].sum())
     with torch.no_grad():
         modules["head"][-1].bias.fill_(-9.0)
     torch.manual_seed(1)
     objective.loss(model, batch, modules)
-    assert torch.equal(modules["generator"].count_CC.sum(), before.sum())
+    assert torch.equal(modules.state_dict()["generator.count_CC"].sum(), before.sum())
 
 
 def test_clusters_are_those_of_the_checkpoint_named(tiny, tmp_path):

@@ -239,8 +239,8 @@ def _zeros(training: Training) -> Zeros:
     """The share of zeros that the policies declare for each linear layer; the largest where several do."""
     found: Zeros = {}
     for policy in training.policies:
-        for name, share in policy.zeros(training, training.state[policy.name]).items():
-            found[name] = max(share, found.get(name, 0.0))
+        for name, zeros in policy.zeros(training, training.state[policy.name]).items():
+            found[name] = max(zeros, found.get(name, 0.0))
     return found
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.method import InnerObjective
+from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.models.density import activations
 from pretrain.objectives import Loss, Objective, summed
 
@@ -34,9 +34,9 @@ class Deft(Objective):
 
     a being what a feed-forward's nonlinearity (ReLU, GELU, SiLU; of a gated one the gate's) puts out. An
     encoder-decoder pays for the mean of each of its sides. Tokens of padding do not count where the batch says which
-    they are (`real`). Meant for a model with adapters (`lora`, …), whose other weights are frozen. Evaluation sees the wrapped
-    objective alone; the evaluation `activation_density` counts exactly. Parts: `objective`, its loss, and `density`,
-    the mean itself.
+    they are (`real`). Meant for a model with adapters (`lora`, …), whose other weights are frozen. Evaluation sees the
+    wrapped objective alone; the evaluation `activation_density` counts exactly. Parts: `objective`, its loss, and
+    `density`, the mean itself.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
