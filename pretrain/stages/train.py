@@ -69,12 +69,13 @@ class Train(Stage):
     `init` is a checkpoint to go on from; without it `model` is built anew: `{family: llama, hidden_size: 256, …}`, the
     fields of the family's `transformers` configuration. `surgeries` change it before training. The tokenizer is that of
     the checkpoint unless `tokenizer` says otherwise. A step takes `batch_rows` rows of `length` tokens, `micro_rows` at
-    a time (0: all).
+    a time (0: all). A step whose loss or gradient is not finite changes nothing; `max_skips` of them in a row end the
+    training.
     """
 
     version = 1
     distributed: ClassVar[bool] = True
-    neutral: ClassVar[tuple[str, ...]] = ("save_every", "keep", "log_every", "workers")
+    neutral: ClassVar[tuple[str, ...]] = ("save_every", "keep", "log_every", "max_skips", "workers")
     stage: Literal["train"] = "train"
     corpus: Ref
     tokenizer: Ref | None = None
@@ -98,6 +99,7 @@ class Train(Stage):
     save_every: int = Field(200, ge=0)
     keep: int = Field(2, ge=1)
     log_every: int = Field(0, ge=0)
+    max_skips: int = Field(10, ge=1)
     workers: int = Field(1, ge=0)
     compile: bool = False
     checkpointing: bool = False
@@ -184,13 +186,14 @@ class Train(Stage):
             Settings(
                 budget=self.budget, seed=job.seed, clip=self.clip, evaluate_every=self.evaluate_every,
                 save_every=self.save_every, keep=self.keep, log_every=self.log_every, precision=self.precision,
-                strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing, bar=job.bar,
+                strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing,
+                max_skips=self.max_skips, bar=job.bar,
             ),
             job.folder, weights=[w.weight for w in weighted], policies=self.policies,
             evaluate=self._evaluation(shards["validation"], vocabulary),
             targets_per_byte=shards["train"].targets_per_byte() if self._plain() else None,
         )  # fmt: skip
-        spent = training.spent
+        spent = training.spent | ({"skipped_steps": training.guard.skipped} if training.guard.skipped else {})
         spent["flops"] += surgery_flops
         own = {"metrics": training.metrics | spent, "flops": spent["flops"]}
         if world.main:

@@ -35,6 +35,7 @@ from pretrain.policies import Policy
 from pretrain.training import state as states
 from pretrain.training.compatible import check_together, check_written
 from pretrain.training.distributed import full, gather, join, synchronised, unsharded, wrap
+from pretrain.training.guard import seed
 from pretrain.training.log import Log
 from pretrain.training.running import Settings as Settings
 from pretrain.training.running import Trainee, Training
@@ -76,8 +77,11 @@ def train(
             done, stop = training.progress >= 1, training.stopping
             saving = settings.save_every > 0 and (done or stop or now(settings.save_every))
             evaluating = evaluate is not None and (done or now(settings.evaluate_every))
+            telling = done or saving or evaluating or now(every)
 
-            if done or saving or evaluating or now(every):
+            good = check(training, log, record, telling)
+            saving = saving and (good or done or stop)  # among steps that are skipped no good state gives way
+            if telling and good:
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
             if evaluate and evaluating:
                 with unsharded(training.wrapped):
@@ -155,13 +159,14 @@ def step(training: Training) -> dict[str, Any]:
     for group in training.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
     key = f"optimizer {getattr(training.optimizer, 'phase', '')}"  # steps of one phase cost the same
-    with training.meter.counting(key):
-        training.optimizer.step()
-    training.flops += training.meter.counts[key]
-    training.dense_flops += training.meter.counts[key]
+    if training.guard.admits(record["grad_norm"], training.step):
+        with training.meter.counting(key):
+            training.optimizer.step()
+        training.flops += training.meter.counts[key]
+        training.dense_flops += training.meter.counts[key]
+        for policy in training.policies:
+            policy.after_step(training, training.state[policy.name], flat, losses)
     training.optimizer.zero_grad(set_to_none=True)
-    for policy in training.policies:
-        policy.after_step(training, training.state[policy.name], flat, losses)
     training.tick()
     return record
 
@@ -184,7 +189,7 @@ def forward_backward(
         with training.meter.counting(key, layers), synchronised(training.wrapped, last=last):
             with autocast(world.device, training.settings.precision):
                 value, micro_losses = training.wrapped(batches, shares)
-            value.backward()
+            value.backward(seed(value))
         total = total + value.detach()
         losses += [Loss(loss.value.detach(), loss.parts, loss.nll_BL) for loss in micro_losses]
         for loss, mine in zip(micro_losses, shares, strict=True):
@@ -253,8 +258,29 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
+def check(training: Training, log: Log, record: dict[str, Any], telling: bool) -> bool:
+    """Log steps that were skipped, and end the training if they are too many in a row; whether the newest was made.
+
+    Unless the log is `telling` of this step anyway, what became of it is asked for a step later.
+    """
+    guard, most = training.guard, training.settings.max_skips
+    guard.read(unread=0 if telling else 1)
+    for number in guard.untold:
+        log.write("skipped", {"step": number, "skipped_steps": guard.skipped, "in_row": guard.in_row}, 0)
+    guard.untold.clear()
+    if guard.in_row < most:
+        return guard.in_row == 0
+    loss, norm = training.world.sum([float(record["loss"])])[0] / training.world.size, float(record["grad_norm"])
+    last = states.newest(training.folder / "state")
+    raise PretrainError(
+        f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged, {guard.in_row} steps "
+        f"in a row were skipped; the newest good state is {last.name if last else 'the start'}; accepted: a smaller lr, a "
+        f"longer warm-up, a smaller clip, a max_skips above {most}"
+    )
+
+
 def _finished(record: dict[str, Any], training: Training, targets_per_byte: float | None) -> dict[str, Any]:
-    """The record of a step as it is logged; a loss or gradient that is not finite ends the training here.
+    """The record of a step as it is logged.
 
     The host waits for the device here, since the log is of numbers, and the processes exchange theirs.
     """
@@ -265,12 +291,6 @@ def _finished(record: dict[str, Any], training: Training, targets_per_byte: floa
     )
     norm = float(record["grad_norm"])
     training.tick()
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        last = states.newest(training.folder / "state")
-        raise PretrainError(
-            f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged; the newest good "
-            f"state is {last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller clip"
-        )
     since = training.lap()
     return training.spent | {
         "step": training.step,

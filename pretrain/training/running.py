@@ -19,6 +19,7 @@ from pretrain.policies import Policy
 from pretrain.training import state as states
 from pretrain.training.budget import Budget
 from pretrain.training.distributed import World
+from pretrain.training.guard import Guard
 from pretrain.training.interrupts import Interrupts
 
 
@@ -37,6 +38,7 @@ class Settings:
     strategy: str = "ddp"  # under torchrun: ddp, fsdp
     compile: bool = False  # torch.compile each block
     checkpointing: bool = False  # recompute activations in the backward pass
+    max_skips: int = 10  # training stops when so many steps in a row are not finite
     bar: bool = True
 
 
@@ -84,6 +86,12 @@ class Training:
     unshared: float = 0.0  # seconds that the other processes do not know of yet
     logged: dict[str, float] = field(default_factory=dict)  # what was spent when the log was last written
 
+    def __post_init__(self) -> None:
+        # Policies must not see a step that was not made, and sharded weights have no optimiser that leaves it out.
+        alone = self.world.size == 1 or self.settings.strategy == "ddp"
+        late = self.world.device.type == "cuda" and alone and not self.policies
+        self.guard = Guard(self.optimizer, late=late)
+
     @property
     def model(self) -> nn.Module:
         """The model in training."""
@@ -122,6 +130,7 @@ class Training:
         record = {name: getattr(self, name) for name in names}
         record |= {"meter": self.meter.counts, "products": self.meter.products}
         record |= {"loader": self.loader.state(), "seed": self.settings.seed}
+        record |= {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
         states.save(
             self.folder / "state",
             self.step,
@@ -143,5 +152,6 @@ class Training:
             setattr(self, name, record[name])
         self.dense_flops = record.get("dense_flops", self.flops)
         self.meter = Meter(record["meter"], record.get("products"))
+        self.guard.skipped, self.guard.in_row = record.get("skipped", 0), record.get("skipped_in_row", 0)
         self.loader.load_state(record["loader"])
         self.state.update(policies)
