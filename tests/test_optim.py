@@ -118,6 +118,7 @@ def test_conda_without_rotation_is_adam():
 @pytest.mark.bits
 def test_conda_comes_back_from_a_training_state_bit_for_bit(tmp_path):
     from pretrain.training import state
+    from pretrain.training.background import Background
     from pretrain.training.distributed import World
 
     def make():
@@ -134,7 +135,9 @@ def test_conda_comes_back_from_a_training_state_bit_for_bit(tmp_path):
     whole, first, second = make(), make(), make()
     go(*whole, range(8))
     go(*first, range(4))
-    state.save(tmp_path, 4, *first, {}, {}, World(0, 1, torch.device("cpu")), 1)
+    alone = World(0, 1, torch.device("cpu"))
+    with Background(alone) as background:
+        state.save(tmp_path, 4, *first, {}, {}, alone, 1, background)
     state.load(state.newest(tmp_path), *second)
     go(*second, range(4, 8))
     assert all(torch.equal(a, b) for a, b in zip(whole[0].parameters(), second[0].parameters(), strict=True))

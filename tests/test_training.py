@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import random
 import signal
@@ -162,8 +161,8 @@ def test_an_interrupt_saves_and_the_next_run_goes_on(tmp_path, prepared, undistu
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, prepared, undisturbed):
     finish(tmp_path, prepared, 12)
     for path in sorted((tmp_path / "state").glob("step-*"))[-1:]:
-        data = (path / "optimizer.safetensors").read_bytes()
-        (path / "optimizer.safetensors").write_bytes(data[:-9])
+        data = (path / "rank-00000.safetensors").read_bytes()
+        (path / "rank-00000.safetensors").write_bytes(data[:-9])
     assert state.newest(tmp_path / "state").name == "step-000000009"
 
 
@@ -214,21 +213,6 @@ def test_the_flops_of_a_step_are_those_of_its_forward_and_backward_pass(tiny, pr
     batch = training.loader.step(5, 0.0)[0][0]
     _, flops = count_flops(lambda: CausalLM().loss(training.model, batch).value.backward())
     assert log(tmp_path)[0]["flops"] == pytest.approx(flops, rel=0.02)  # rows differ in how many tokens have a target
-
-
-def test_a_loss_that_is_not_finite_stops_with_the_last_good_state(tiny, prepared, tmp_path):
-    @dataclass(frozen=True)
-    class Poison(CausalLM):
-        def loss(self, model, batch, modules=None):
-            found = super().loss(model, batch, modules)
-            return found._replace(value=found.value * (math.nan if batch["row_B"][0] == poisoned else 1))
-
-    vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
-    probe = Loader(Shards(prepared / "tokens" / "train"), [CausalLM()], vocabulary, length=64, batch_rows=8)
-    poisoned = [int(probe.step(i, 0.0)[0][0]["row_B"][0]) for i in range(5)][4]
-    settings = Settings(budget=Budget(steps=9), save_every=2, bar=False)
-    with pytest.raises(PretrainError, match=r"loss nan.* at step 5: .*newest good state is step-000000004"):
-        small(prepared, tiny, tmp_path, settings=settings, objective=Poison())
 
 
 def test_policies_see_each_step_and_remember_over_a_resume(tiny, prepared, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.checkpoint import save
@@ -21,8 +22,8 @@ from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 
-def main(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropout: float = 0.1) -> None:
-    """Train, evaluate now and then, save the weights."""
+def parts(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropout: float = 0.1) -> tuple[Any, ...]:
+    """What `train` takes, to its folder."""
     world = join(pick_device())
     tokenizer = load_tokenizer(prepared / "tokenizer")
     vocabulary = Vocabulary.of(tokenizer)
@@ -33,16 +34,21 @@ def main(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropou
         shards, [objective], vocabulary, length=64, batch_rows=8, micro_rows=2, seed=1, rank=world.rank,
         world=world.size, workers=1, mixture={"python": 0.7, "docstrings": 0.3},
     )  # fmt: skip
-    held_out = Shards(prepared / "tokens" / "validation")
     settings = Settings(
         budget=Budget(steps=steps), seed=1, evaluate_every=7, save_every=3, keep=2, bar=False, strategy=strategy
     )
-    train(
-        model, loader, [objective], AdamW(lr=1e-2), Cosine(), settings, folder,
+    return model, loader, [objective], AdamW(lr=1e-2), Cosine(), settings, folder
+
+
+def main(folder: Path, prepared: Path, steps: int, *chosen: Any) -> None:
+    """Train, evaluate now and then, save the weights; `chosen`: strategy and dropout."""
+    held_out = Shards(prepared / "tokens" / "validation")
+    training = train(
+        *parts(folder, prepared, steps, *chosen),
         evaluate=lambda trainee: shard_loss(trainee.model, held_out, length=64, max_tokens=500),
-    )  # fmt: skip
-    if world.main:
-        save(model, tokenizer, folder / "checkpoint")
+    )
+    if training.world.main:
+        save(training.model, load_tokenizer(prepared / "tokenizer"), folder / "checkpoint")
 
 
 if __name__ == "__main__":

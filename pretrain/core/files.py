@@ -47,25 +47,35 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         yield work
         for path in work.rglob("*"):
             fsync(path)
-        fsync(work)
-        work.chmod(0o755)
-        if target.is_dir() and not target.is_symlink() and _exchange(work, target):
-            shutil.rmtree(work, ignore_errors=True)  # what was at `target` before
-        elif target.is_dir() and not target.is_symlink():  # two renames: a kill between them leaves nothing at `target`
-            aside = Path(tempfile.mkdtemp(prefix=f".tmp-old-{target.name}-", dir=target.parent))
-            os.replace(target, aside / "old")
-            os.replace(work, target)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            os.replace(work, target)
-        fsync(target.parent)
+        put_in_place(work, target)
     except BaseException as error:
         shutil.rmtree(work, ignore_errors=True)
-        inside = isinstance(error, PretrainError) and str(error).startswith(f"cannot write {work}")
-        cause = error.__cause__ if inside else error
-        if isinstance(cause, OSError) or type(cause).__name__ == "SafetensorError":  # its way to tell of a full disk
-            raise PretrainError(f"cannot write {target}: {getattr(cause, 'strerror', None) or cause}") from error
-        raise
+        raise not_written(target, work, error) from error
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Let the folder `work`, whose files are synced, become `target` in one rename; what was there is replaced."""
+    fsync(work)
+    work.chmod(0o755)
+    if target.is_dir() and not target.is_symlink() and _exchange(work, target):
+        shutil.rmtree(work, ignore_errors=True)  # what was at `target` before
+    elif target.is_dir() and not target.is_symlink():  # two renames: a kill between them leaves nothing at `target`
+        aside = Path(tempfile.mkdtemp(prefix=f".tmp-old-{target.name}-", dir=target.parent))
+        os.replace(target, aside / "old")
+        os.replace(work, target)
+        shutil.rmtree(aside, ignore_errors=True)
+    else:
+        os.replace(work, target)
+    fsync(target.parent)
+
+
+def not_written(target: Path, work: Path, error: BaseException) -> BaseException:
+    """What to raise of an error met while `work` was to become `target`: one of the disk names `target`."""
+    inside = isinstance(error, PretrainError) and str(error).startswith(f"cannot write {work}")
+    cause = error.__cause__ if inside else error
+    if isinstance(cause, OSError) or type(cause).__name__ == "SafetensorError":  # its way to tell of a full disk
+        return PretrainError(f"cannot write {target}: {getattr(cause, 'strerror', None) or cause}")
+    return error
 
 
 @contextmanager

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from pretrain.core.errors import PretrainError
 
@@ -91,14 +91,20 @@ def synchronised(wrapped: nn.Module, last: bool) -> Iterator[None]:
     yield
 
 
-def gather(model: nn.Module) -> None:
-    """Put whole parameters where sharded ones are, for saving; every process must call it."""
-    made: dict[int, nn.Parameter] = {}
-    for module in model.modules():
-        for name, parameter in list(module._parameters.items()):
-            if hasattr(parameter, "full_tensor"):
-                fresh = made.setdefault(id(parameter), nn.Parameter(parameter.full_tensor().detach()))
-                module._parameters[name] = fresh
+def gather(module: nn.Module, world: World) -> None:
+    """In the first process, put whole parameters where sharded ones are, for saving; every process must call it.
+
+    The others keep their shards and are never given more than one parameter whole at a time.
+    """
+    seen: dict[int, nn.Parameter | None] = {}
+    for part in module.modules():
+        for name, parameter in list(part._parameters.items()):
+            if isinstance(parameter, DTensor):
+                if id(parameter) not in seen:
+                    whole = parameter.full_tensor().detach()
+                    seen[id(parameter)] = nn.Parameter(whole, parameter.requires_grad) if world.main else None
+                if world.main:
+                    part._parameters[name] = seen[id(parameter)]
 
 
 @contextmanager
@@ -112,15 +118,6 @@ def unsharded(wrapped: nn.Module) -> Iterator[None]:
         module.reshard()
 
 
-def full(tensor: Any) -> Any:
+def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor (all processes must call it); others are handed back as they are."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def like(whole: torch.Tensor, current: Any) -> torch.Tensor:
-    """`whole` sharded the way `current` is."""
-    if not hasattr(current, "device_mesh"):
-        return whole.to(current.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(whole.to(current.device), current.device_mesh, current.placements)
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def train(
 
     `loader.step(step, progress)` gives this process's micro-batches, each a list with one batch an objective.
     `evaluate(trainee)` gives held-out metrics. `targets_per_byte` turns the loss into bits per byte for the log.
-    Writes `log.jsonl`, `tensorboard/` and `state/` into `folder`. An interrupt saves the state, then is raised.
+    Writes `log.jsonl`, `tensorboard/` and `state/` into `folder`. An interrupt saves the state, then is raised. Of a
+    model sharded over processes the first has it whole at the end.
     """
     training = _start(model, loader, objectives, optimizer, schedule, settings, folder, weights, policies)
     world, every = training.world, settings.log_every or (10 if training.world.device.type == "cuda" else 1)
@@ -71,7 +72,11 @@ def train(
     def now(interval: int) -> bool:
         return interval > 0 and training.step % interval == 0
 
-    with Log(folder, main=world.main, from_step=training.step, bar=settings.bar) as log, training.interrupts:
+    with (
+        Log(folder, main=world.main, from_step=training.step, bar=settings.bar) as log,
+        training.interrupts,
+        training.background,
+    ):
         while training.progress < 1:
             record = step(training)
             done, stop = training.progress >= 1, training.stopping
@@ -93,8 +98,9 @@ def train(
             if saving:
                 training.save()
             if stop and not done:
+                training.background.wait()
                 raise KeyboardInterrupt(f"stopped after step {training.step}")
-    gather(training.model)
+    gather(training.trainee, world)
     return training
 
 
@@ -271,11 +277,13 @@ def check(training: Training, log: Log, record: dict[str, Any], telling: bool) -
     if guard.in_row < most:
         return guard.in_row == 0
     loss, norm = training.world.sum([float(record["loss"])])[0] / training.world.size, float(record["grad_norm"])
-    last = states.newest(training.folder / "state")
+    with suppress(PretrainError):  # of a state that could not be written: the older ones are there
+        training.background.wait()
+    last = states.newest(training.folder / "state", training.world)
     raise PretrainError(
         f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged, {guard.in_row} steps "
-        f"in a row were skipped; the newest good state is {last.name if last else 'the start'}; accepted: a smaller lr, a "
-        f"longer warm-up, a smaller clip, a max_skips above {most}"
+        f"in a row were skipped; the newest good state is {last.name if last else 'the start'}; accepted: a smaller "
+        f"lr, a longer warm-up, a smaller clip, a max_skips above {most}"
     )
 
 

@@ -17,6 +17,7 @@ from pretrain.objectives import Loss, Objective, sum_of
 from pretrain.optim import Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
+from pretrain.training.background import Background
 from pretrain.training.budget import Budget
 from pretrain.training.distributed import World
 from pretrain.training.guard import Guard
@@ -90,7 +91,7 @@ class Training:
         # Policies must not see a step that was not made, and sharded weights have no optimiser that leaves it out.
         alone = self.world.size == 1 or self.settings.strategy == "ddp"
         late = self.world.device.type == "cuda" and alone and not self.policies
-        self.guard = Guard(self.optimizer, late=late)
+        self.guard, self.background = Guard(self.optimizer, late=late), Background(self.world)
 
     @property
     def model(self) -> nn.Module:
@@ -125,7 +126,7 @@ class Training:
             self.seconds, self.unshared = self.seconds + self.unshared, 0.0
 
     def save(self) -> None:
-        """Write the training state; every process must call it."""
+        """Copy the training state, which is written in the background; every process must call it."""
         names = ("tokens", "flops", "dense_flops", "seconds", "metrics")
         record = {name: getattr(self, name) for name in names}
         record |= {"meter": self.meter.counts, "products": self.meter.products}
@@ -140,11 +141,12 @@ class Training:
             record,
             self.world,
             self.settings.keep,
+            self.background,
         )
 
     def resume(self) -> None:
         """Go on from the newest whole state, if there is one."""
-        path = states.newest(self.folder / "state")
+        path = states.newest(self.folder / "state", self.world)
         if path is None:
             return
         record, policies = states.load(path, self.trainee, self.optimizer)

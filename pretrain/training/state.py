@@ -1,35 +1,40 @@
 """Training state: all that a killed training needs to go on with bit-identical results.
 
-One folder a state, `state/step-000120/`: the weights, the optimiser's tensors, and `training.json` with the counters,
-the sampler, the policies and the meter. Random generators are seeded anew at each step from (seed, step, rank), so
-there is nothing of them to save. A state is written under a temporary name, checksummed, synced and renamed; reading
-starts with the newest and falls back to an older one when a checksum does not hold.
+One folder a state, `state/step-000120/`: the weights, the optimiser's and the policies' tensors in pieces
+(`rank-00000.safetensors`, each process what it holds), and `training.json` with the counters, the sampler, the policies
+and the meter. Random generators are seeded anew at each step from (seed, step, rank), so there is nothing of them to
+save.
+
+To save, each process copies what it is to write into the host's memory; the rest is done in the background: the files
+are written under a temporary name, checksummed and synced, and when those of all processes are whole the first renames
+the folder. Nothing is written that is not finite. Reading starts with the newest and falls back to an older one when a
+checksum does not hold; the number of processes may be another than when it was written.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import atomic_folder, file_digest, read_json, sweep, write_json
-from pretrain.core.weights import load_tensors
-from pretrain.training.distributed import World, full, like
+from pretrain.core.files import file_digest, fsync, not_written, put_in_place, read_json, sweep, write_json
+from pretrain.training.background import Background
+from pretrain.training.distributed import World
+from pretrain.training.shards import Piece, Stored, held, like, local, snapshot, write
 
-TENSORS = ("model", "optimizer", "policies")
+OLD = ("model", "optimizer", "policies")  # files of states that the first process wrote alone
 
 
-def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> Any:
+def split_tensors(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     """A JSON-like copy of `tree` with each tensor replaced by `{"tensor": name}` and put into `tensors`."""
-    if isinstance(tree, torch.Tensor):
-        tensors[prefix] = full(tree).detach().cpu().contiguous().clone()
+    if isinstance(tree, Tensor):
+        tensors[prefix] = tree
         return {"tensor": prefix}
     if isinstance(tree, dict):
         return {str(k): split_tensors(v, f"{prefix}.{k}", tensors) for k, v in tree.items()}
@@ -38,14 +43,14 @@ def split_tensors(tree: Any, prefix: str, tensors: dict[str, torch.Tensor]) -> A
     return tree
 
 
-def join_tensors(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """The inverse of `split_tensors` (tuples come back as lists, keys as strings)."""
+def join_tensors(tree: Any, read: Callable[[str], Tensor]) -> Any:
+    """The inverse of `split_tensors` (tuples come back as lists, keys as strings); `read` gives a tensor by name."""
     if isinstance(tree, dict):
         if set(tree) == {"tensor"}:
-            return tensors[tree["tensor"]]
-        return {k: join_tensors(v, tensors) for k, v in tree.items()}
+            return read(tree["tensor"])
+        return {k: join_tensors(v, read) for k, v in tree.items()}
     if isinstance(tree, list):
-        return [join_tensors(v, tensors) for v in tree]
+        return [join_tensors(v, read) for v in tree]
     return tree
 
 
@@ -58,76 +63,137 @@ def save(
     record: dict[str, Any],
     world: World,
     keep: int,
+    background: Background,
 ) -> None:
-    """Write the state after `step` steps and remove all but the newest `keep`; every process must call it."""
-    tensors: dict[str, dict[str, torch.Tensor]] = {name: {} for name in TENSORS}
-    split_tensors(dict(trainee.state_dict()), "", tensors["model"])
+    """Save the state after `step` steps and remove all but the newest `keep`; every process must call it.
+
+    Returns when all is copied; the writing goes on in the `background`.
+    """
+    background.wait()  # two copies of the state at a time are enough
+    own: dict[str, Tensor] = {}
+    theirs: dict[str, Tensor] = {}
+    parameters = {name for name, _ in trainee.named_parameters(remove_duplicate=False)}
     record = record | {
         "step": step,
-        "optimizer": split_tensors(optimizer.state_dict(), "", tensors["optimizer"]),
-        "policies": split_tensors(policies, "", tensors["policies"]),
+        "files": world.size,
+        "optimizer": split_tensors(optimizer.state_dict(), "optimizer", own),
+        "policies": split_tensors(policies, "policies", theirs),
     }
-    if world.main:
-        sweep(folder)
-        with atomic_folder(folder / f"step-{step:09d}") as work:
-            for name in TENSORS:
-                save_file(tensors[name], work / f"{name}.safetensors")
-            (work / "training.json").write_text(json.dumps(record), encoding="utf-8")
-            write_json(work / "checksums.json", {p.name: file_digest(p) for p in sorted(work.iterdir())})
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
-    world.wait()
+    listed = [(f"model.{name}", tensor, name not in parameters) for name, tensor in trainee.state_dict().items()]
+    listed += [(name, tensor, False) for name, tensor in own.items()]
+    listed += [(name, tensor, True) for name, tensor in theirs.items()]
+    finite = {f"model.{name}" for name in parameters} | own.keys()
+    pieces, text = snapshot(listed, world.rank, world.size), json.dumps(record)
+    target, work = folder / f"step-{step:09d}", folder / f".tmp-step-{step:09d}"
 
+    def begin() -> None:
+        if world.main:
+            sweep(folder)
+            work.mkdir(parents=True)
 
-def newest(folder: Path) -> Path | None:
-    """The newest state whose files all match their checksums; damaged ones are passed over."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    def write_own() -> None:
+        _check_finite(pieces, finite, step)
+        write(pieces, work / f"rank-{world.rank:05d}.safetensors")
+        mine = [work / f"rank-{world.rank:05d}.safetensors"]
+        if world.main:
+            (work / "training.json").write_text(text, encoding="utf-8")
+            mine.append(work / "training.json")
+        for path in mine:
+            fsync(path)
+        write_json(work / f"checksums-{world.rank:05d}.json", {path.name: file_digest(path) for path in mine})
+
+    def finish() -> None:
+        if world.main:
+            put_in_place(work, target)
+            for old in sorted(folder.glob("step-*"))[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+
+    def whole() -> None:
         try:
-            sums = read_json(path / "checksums.json")
-            if all(file_digest(path / name) == value for name, value in sums.items()):
-                return path
-        except (PretrainError, OSError):
+            for part in (begin, write_own, finish):
+                background.together(part)
+        except Exception as error:
+            if world.main:
+                shutil.rmtree(work, ignore_errors=True)
+            raise not_written(target, work, error) from error
+
+    background.hand_in(whole)
+
+
+def _check_finite(pieces: dict[str, Piece], finite: set[str], step: int) -> None:
+    """An error where a weight or the optimiser's memory of one is not finite, or another tensor holds no numbers."""
+    for name, piece in pieces.items():
+        if not piece.tensor.is_floating_point():
             continue
+        if (name in finite and not piece.tensor.isfinite().all()) or piece.tensor.isnan().any():
+            raise PretrainError(
+                f"the state after step {step} is not written: {name} is not finite; accepted: a smaller lr"
+            )
+
+
+def newest(folder: Path, world: World | None = None) -> Path | None:
+    """The newest state whose files all match their checksums; damaged ones are passed over.
+
+    Among several processes, which must all call it, each checks a share of the files.
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if not _damaged(path, world):
+            return path
     return None
+
+
+def _damaged(path: Path, world: World | None) -> bool:
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    try:
+        lists = sorted(path.glob("checksums*.json"))
+        sums = {name: value for each in lists for name, value in read_json(each).items()}
+        bad = "training.json" not in sums or len(lists) < read_json(path / "training.json").get("files", 1)
+        for name in sorted(sums)[rank::size]:
+            bad = bad or file_digest(path / name) != sums[name]
+    except (PretrainError, OSError):
+        bad = True
+    return world.sum([bad])[0] > 0 if world else bad
 
 
 def load(path: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Put a state back into the modules and the optimiser; returns `training.json` and the policies' state."""
+    record, files = read_json(path / "training.json"), {file: "" for file in sorted(path.glob("rank-*.safetensors"))}
+    old = "files" not in record
+    if old:
+        files = {path / f"{name}.safetensors": name for name in OLD}
     try:
-        tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSORS}
-    except (SafetensorError, OSError) as error:
-        raise PretrainError(
-            f"training state {path} cannot be read ({error}); remove it to resume from an older"
-        ) from error
-    record = read_json(path / "training.json")
+        stored = Stored(files)
+    except PretrainError as error:
+        raise PretrainError(f"training state: {error}; remove {path} to resume from an older") from error
     current = trainee.state_dict()
-    weights = {name.removeprefix("."): value for name, value in tensors["model"].items()}
-    if set(weights) != set(current):
-        odd = sorted(set(weights) ^ set(current))
+    saved = {name.removeprefix("model.") for name in stored.shapes if name.startswith("model.")}
+    if saved != set(current):
+        odd = sorted(saved ^ set(current))
         raise PretrainError(f"training state {path} is of another model: {odd[0]} is not in both")
     with torch.no_grad():
         for name, value in current.items():
-            value.copy_(like(weights[name], value))
-    _load_optimizer(optimizer, join_tensors(record.pop("optimizer"), tensors["optimizer"]))
-    return record, join_tensors(record.pop("policies"), tensors["policies"])
+            local(value).copy_(stored.read(f"model.{name}", held(value)))
+    _load_optimizer(optimizer, record.pop("optimizer"), stored, "optimizer" if old else "")
+    policies = join_tensors(record.pop("policies"), lambda name: stored.read(("policies" if old else "") + name))
+    return record, policies
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], stored: Stored, before: str) -> None:
     """Restore an optimiser's state with its exact types (torch's own loading would cast it to the weights' type)."""
     owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
     for index, entries in saved["state"].items():
         parameter, group = owners[int(index)]
-        on_device = group.get("fused") or group.get("capturable")
+        on_device = bool(group.get("fused") or group.get("capturable"))
 
-        def place(v: Any, parameter: Any = parameter, on_device: Any = on_device) -> Any:
-            if not isinstance(v, torch.Tensor):
-                return v
-            if v.shape == parameter.shape and v.ndim:
-                return like(v, parameter)
-            return v.to(parameter.device) if v.ndim or on_device else v
+        def read(name: str, parameter: Tensor = parameter, on_device: bool = on_device) -> Tensor:
+            shape = stored.shapes[before + name]
+            if shape and shape == parameter.shape:
+                return like(stored, before + name, parameter)
+            value = stored.read(before + name)
+            return value.to(parameter.device) if shape or on_device else value
 
-        optimizer.state[parameter] = {k: place(v) for k, v in entries.items()}
+        optimizer.state[parameter] = {key: join_tensors(entry, read) for key, entry in entries.items()}
     for group, was in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         for key, value in was.items():
             if key != "params":
