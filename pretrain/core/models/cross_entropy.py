@@ -18,6 +18,7 @@ from torch import Tensor
 
 IGNORE = -100
 LEAST_ROWS = 256  # below that each chunk's pass over the weight costs more than it saves
+READABLE = ("cpu",)  # devices that the host does not wait for
 CHUNK_BYTES = {"cpu": 8 << 20, "cuda": 512 << 20}
 
 
@@ -99,7 +100,8 @@ def linear_cross_entropy(
     h_NE, target_N = hidden_BLE.flatten(0, -2), target_BL.flatten()
     has_target_N = target_N != IGNORE
     coefficient_N = torch.ones_like(target_N, dtype=h_NE.dtype) if weight_BL is None else weight_BL.flatten()
-    if targets is not None and h_NE.device.type != "cpu":
+    place_N = None
+    if targets is not None and h_NE.device.type not in READABLE:
         place_N = has_target_N.byte().argsort(descending=True, stable=True)[:targets]
         right = has_target_N.sum() == targets
         coefficient_N = torch.where(right, coefficient_N, torch.nan)[place_N]
@@ -110,5 +112,8 @@ def linear_cross_entropy(
     coefficient_N = coefficient_N / max(len(target_N), 1)
     value, nll_N = _LinearCrossEntropy.apply(h_NE, weight_VE, bias_V, target_N, coefficient_N, needs)
     nll_BL = torch.zeros(target_BL.shape, dtype=nll_N.dtype, device=nll_N.device)
-    nll_BL.masked_scatter_(has_target_N.view_as(target_BL), nll_N)
+    if place_N is None:
+        nll_BL.masked_scatter_(has_target_N.view_as(target_BL), nll_N)
+    else:
+        nll_BL.view(-1)[place_N] = nll_N
     return value, nll_BL
