@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from gradient_cases import all_cases, build, distance
 
 from pretrain.core.models import families
+from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.training.distributed import World, join, wrap
 
 CHOSEN = {
@@ -17,6 +19,15 @@ CHOSEN = {
             "random_token_substitution", "span_corruption"),
     "fsdp": ("causal_lm", "bag_of_words", "electra"),
 }  # fmt: skip
+
+
+class Poisoned(CausalLM):
+    """Its loss is no number, though its gradient would be."""
+
+    def loss(self, *given: Any) -> Any:
+        """Infinity more than it was."""
+        loss = super().loss(*given)
+        return loss._replace(value=loss.value + torch.inf)
 
 
 def main(prepared: Path, folder: Path, strategy: str, rounding: float) -> None:
@@ -34,6 +45,10 @@ def main(prepared: Path, folder: Path, strategy: str, rounding: float) -> None:
         (both,) = (value / world.size for value in world.sum([loss_of_parts]))
         apart = distance(whole, parts)
         assert apart < rounding and abs(both / loss - 1) < rounding, (case, apart, loss, both)
+        if case[0] == "causal_lm":
+            made.trainee.objectives[0] = made.objective if world.main else Poisoned()
+            parts, _ = made.gradients(mine, world, wrapped)
+            assert all(gradient.isnan().all() for gradient in parts.values()), "one process knows of it alone"
 
 
 if __name__ == "__main__":

@@ -188,6 +188,11 @@ def counts(batch: Batch) -> dict[str, float]:
     return {name: float(value) for name, value in batch.items() if is_count(name) and name != "tokens"}
 
 
+def pinned(batch: Batch) -> Batch:
+    """The same batch in pinned memory, but for the counts."""
+    return {k: v if is_count(k) else v.pin_memory() for k, v in batch.items()}
+
+
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
     """The same batch on `device`, but for the counts: the host reads them, and must not wait for the device to."""
     return {k: v if is_count(k) else v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -179,7 +179,7 @@ class Train(Stage):
         loader = Loader(
             shards["train"], [w.method for w in weighted], vocabulary, length=self.length, batch_rows=self.batch_rows,
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
-            mixture=self.mixture,
+            mixture=self.mixture, pin=world.device.type == "cuda",
         )  # fmt: skip
         training = train(
             model, loader, [w.method for w in weighted], self.optimizer, self.schedule,

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.core.batch import Batch, Context, Vocabulary
+from pretrain.core.batch import Batch, Context, Vocabulary, pinned
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.corpus.shards import Shards
 from pretrain.objectives import Objective
@@ -33,7 +33,8 @@ class Loader:
 
     A step takes `batch_rows` rows over all processes, in micro-batches of `micro_rows`. Without a `mixture` each row
     comes once an epoch, in a seeded order; with one, each row's domain is drawn by the weights, and each domain goes
-    through its own rows in a seeded order. `mixture` may be set at any time and holds from the next step on.
+    through its own rows in a seeded order. `mixture` may be set at any time and holds from the next step on. With `pin`
+    batches lie in pinned memory, from which a CUDA device copies them while it computes.
     """
 
     def __init__(
@@ -50,11 +51,13 @@ class Loader:
         world: int = 1,
         workers: int = 0,
         mixture: dict[str, float] | None = None,
+        pin: bool = False,
     ) -> None:
         if seed < 0:
             raise PretrainError(f"seed {seed}: accepted: 0 or more")
         self.shards, self.objectives, self.vocabulary = shards, list(objectives), vocabulary
         self.length, self.batch_rows, self.seed, self.rank, self.world = length, batch_rows, seed, rank, world
+        self.pin = pin
         self.micro_rows = micro_rows or max(1, batch_rows // world)
         if batch_rows % (self.micro_rows * world):
             raise PretrainError(
@@ -178,5 +181,6 @@ class Loader:
         for index, objective in enumerate(self.objectives):
             rng = np.random.default_rng((self.seed, step, first, index, 3))
             context = Context(self.vocabulary, self.length, rng, progress, **self.shards.given)
-            batches.append(tokens | objective.prepare(rows, context) | origin)
+            batch = tokens | objective.prepare(rows, context) | origin
+            batches.append(pinned(batch) if self.pin else batch)
         return batches

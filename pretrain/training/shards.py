@@ -7,7 +7,7 @@ in it the piece begins. Pieces of all files together are the tensors.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,16 +46,16 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def snapshot(tensors: Iterable[tuple[str, Tensor, bool]], rank: int, size: int) -> dict[str, Piece]:
+def snapshot(alike: dict[str, Tensor], others: dict[str, Tensor], rank: int, size: int) -> dict[str, Piece]:
     """Copies in the host's memory of what process `rank` is to write.
 
-    Of sharded tensors each process writes its part. Others are held by all alike, and each is written by the process
-    that has the least to write so far; `(name, tensor, True)` by the first, since processes may differ in it.
+    Of sharded tensors each process writes its part. Of those that all processes hold `alike` each is written by the
+    process that has the least to write so far; the `others`, in which processes may differ, by the first.
     """
     load, pieces = [0] * size, {}
-    for name, tensor, of_first in tensors:
+    for name, tensor in (others | alike).items():
         box = held(tensor)
-        writer = rank if box else 0 if of_first else load.index(min(load))
+        writer = rank if box else 0 if name in others else load.index(min(load))
         if box is None:
             load[writer] += tensor.numel() * tensor.element_size()
         if writer == rank and (box is None or local(tensor).numel()):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -70,20 +70,9 @@ def save(
     Returns when all is copied; the writing goes on in the `background`.
     """
     background.wait()  # two copies of the state at a time are enough
-    own: dict[str, Tensor] = {}
-    theirs: dict[str, Tensor] = {}
-    parameters = {name for name, _ in trainee.named_parameters(remove_duplicate=False)}
-    record = record | {
-        "step": step,
-        "files": world.size,
-        "optimizer": split_tensors(optimizer.state_dict(), "optimizer", own),
-        "policies": split_tensors(policies, "policies", theirs),
-    }
-    listed = [(f"model.{name}", tensor, name not in parameters) for name, tensor in trainee.state_dict().items()]
-    listed += [(name, tensor, False) for name, tensor in own.items()]
-    listed += [(name, tensor, True) for name, tensor in theirs.items()]
-    finite = {f"model.{name}" for name in parameters} | own.keys()
-    pieces, text = snapshot(listed, world.rank, world.size), json.dumps(record)
+    alike, others, trees = _tensors(trainee, optimizer, policies)
+    pieces = snapshot(alike, others, world.rank, world.size)
+    text = json.dumps(record | trees | {"step": step, "files": world.size})
     target, work = folder / f"step-{step:09d}", folder / f".tmp-step-{step:09d}"
 
     def begin() -> None:
@@ -92,7 +81,7 @@ def save(
             work.mkdir(parents=True)
 
     def write_own() -> None:
-        _check_finite(pieces, finite, step)
+        _check_finite(pieces, alike, step)
         write(pieces, work / f"rank-{world.rank:05d}.safetensors")
         mine = [work / f"rank-{world.rank:05d}.safetensors"]
         if world.main:
@@ -120,7 +109,20 @@ def save(
     background.hand_in(whole)
 
 
-def _check_finite(pieces: dict[str, Piece], finite: set[str], step: int) -> None:
+def _tensors(
+    trainee: nn.Module, optimizer: torch.optim.Optimizer, policies: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    """The tensors by name, those that all processes hold alike and the others, and what they are part of, in JSON."""
+    alike: dict[str, Tensor] = {}
+    others: dict[str, Tensor] = {}
+    parameters = {name for name, _ in trainee.named_parameters(remove_duplicate=False)}
+    for name, tensor in trainee.state_dict().items():
+        (alike if name in parameters else others)[f"model.{name}"] = tensor
+    trees = {"optimizer": split_tensors(optimizer.state_dict(), "optimizer", alike)}
+    return alike, others, trees | {"policies": split_tensors(policies, "policies", others)}
+
+
+def _check_finite(pieces: dict[str, Piece], finite: Collection[str], step: int) -> None:
     """An error where a weight or the optimiser's memory of one is not finite, or another tensor holds no numbers."""
     for name, piece in pieces.items():
         if not piece.tensor.is_floating_point():

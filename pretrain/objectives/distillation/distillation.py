@@ -52,6 +52,7 @@ class Distillation(Taught):
     tokenizer, is only read.
     """
 
+    version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
     teacher: Ref

@@ -46,6 +46,7 @@ class PELAPretraining(Taught):
     teacher's. An `own` of 0 is distillation alone.
     """
 
+    version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
     teacher: Ref

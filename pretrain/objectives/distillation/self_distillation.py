@@ -44,6 +44,7 @@ class SelfDistillation(Taught):
     is first with masked_lm, and all with causal_lm, whose first state knows of one token only.
     """
 
+    version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
     teacher: Ref

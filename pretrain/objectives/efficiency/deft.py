@@ -39,6 +39,7 @@ class Deft(Objective):
     `density`, the mean itself.
     """
 
+    version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
     objective: InnerObjective = "classification"

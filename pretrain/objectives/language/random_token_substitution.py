@@ -39,6 +39,7 @@ class RandomTokenSubstitution(Objective):
     Autoencoders* (arXiv:2210.13536).
     """
 
+    version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
 
     objective: Literal["rts", "c_rts", "slm"] = "rts"

@@ -36,6 +36,7 @@ class RetroMAEv2(Objective):
     table of its own.
     """
 
+    version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True
