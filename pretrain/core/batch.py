@@ -145,7 +145,8 @@ class Context:
 def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
     """`tokens_BL`, `document_BL` (piece number from 1, 0 on padding) and `position_BL` (restarts at each piece), int64.
 
-    Positions count on in the padding, which is a piece of its own.
+    Positions count on in the padding, which is a piece of its own. `packed` and `padded` say whether any row holds
+    several pieces, and any padding.
     """
     tokens_BL = np.full((len(rows), length), pad, dtype=np.int64)
     document_BL = np.zeros((len(rows), length), dtype=np.int64)
@@ -160,6 +161,8 @@ def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
         "tokens_BL": torch.from_numpy(tokens_BL),
         "document_BL": torch.from_numpy(document_BL),
         "position_BL": torch.from_numpy(position_BL),
+        "packed": torch.tensor(any(len(row.starts_D) > 1 for row in rows)),
+        "padded": torch.tensor(any(len(row.tokens_L) < length for row in rows)),
     }
 
 
@@ -188,11 +191,19 @@ def counts(batch: Batch) -> dict[str, float]:
     return {name: float(value) for name, value in batch.items() if is_count(name) and name != "tokens"}
 
 
+LAYOUT = ("packed", "padded")  # by which the host chooses a kernel
+
+
+def _stays(name: str) -> bool:
+    """Whether the host reads it, and must not wait for the device to."""
+    return is_count(name) or name in LAYOUT
+
+
 def pinned(batch: Batch) -> Batch:
-    """The same batch in pinned memory, but for the counts."""
-    return {k: v if is_count(k) else v.pin_memory() for k, v in batch.items()}
+    """The same batch in pinned memory, but for what the host reads."""
+    return {k: v if _stays(k) else v.pin_memory() for k, v in batch.items()}
 
 
 def to_device(batch: Batch, device: torch.device | str) -> Batch:
-    """The same batch on `device`, but for the counts: the host reads them, and must not wait for the device to."""
-    return {k: v if is_count(k) else v.to(device, non_blocking=True) for k, v in batch.items()}
+    """The same batch on `device`, but for what the host reads: counts, and how its rows are laid out."""
+    return {k: v if _stays(k) else v.to(device, non_blocking=True) for k, v in batch.items()}

@@ -16,6 +16,7 @@ import resource
 import sys
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
@@ -56,11 +57,24 @@ _UNKNOWN = {
 }
 
 
+_counting: ContextVar[bool] = ContextVar("counting", default=False)
+
+
+def counting() -> bool:
+    """Whether FLOPs are being counted, and nothing is compiled."""
+    return _counting.get()
+
+
 @contextmanager
 def _counter() -> Iterator[FlopCounterMode]:
     """While open, counts FLOPs. Eagerly: a frame first seen under the counter would never be compiled afterwards."""
-    with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False, custom_mapping=_UNKNOWN) as counter:
-        yield counter
+    before = _counting.set(True)
+    try:
+        counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN)
+        with torch.compiler.set_stance("force_eager"), counter:
+            yield counter
+    finally:
+        _counting.reset(before)
 
 
 def count_flops(work: Callable[[], T]) -> tuple[T, int]:

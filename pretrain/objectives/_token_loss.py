@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from torch import nn
 
-from pretrain.core.batch import Batch, document_mask
+from pretrain.core.batch import Batch
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import linear_cross_entropy
-from pretrain.core.models.families import attention_inputs, head, hidden
+from pretrain.core.models.families import head, hidden
 from pretrain.objectives import Loss
 
 
@@ -17,8 +18,7 @@ def token_loss(model: nn.Module, batch: Batch, *, causal: bool) -> Loss:
 
     A batch with `prefix_BL` lets its whole document see those tokens.
     """
-    mask_B1LL = document_mask(batch["document_BL"], causal=causal, prefix_BL=batch.get("prefix_BL"))
-    states_BLE = hidden(model, input_ids=batch["tokens_BL"], **attention_inputs(model, mask_B1LL, batch["position_BL"]))
+    states_BLE = hidden(model, input_ids=batch["tokens_BL"], **attend(model, batch, causal=causal))
     weight_VE, bias_V = head(model)
     value, nll_BL = linear_cross_entropy(
         states_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, weight_BL=batch.get("token_weight_BL"),

@@ -9,6 +9,7 @@ Shape letters: B rows, L positions, E width, V vocabulary.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -214,23 +215,36 @@ def attention_inputs(
     A model with a sliding window keeps it inside each document. An encoder-decoder, whose positions are relative, needs
     the decoder's and the cross-attention's masks too; its arguments are for `hidden`.
     """
-    entry, dtype, config = family(model), embeddings(model).weight.dtype, model.config
+    entry, dtype = family(model), embeddings(model).weight.dtype
     if entry.decoder_blocks:
         if decoder_B1MM is None or cross_B1ML is None:
             raise PretrainError(f"model family {entry.name!r} needs three masks: decoder_B1MM and cross_B1ML as well")
         masks = dict(zip(_MASKS, (mask_B1LL, decoder_B1MM, cross_B1ML), strict=True))
         return {name: additive(mask, dtype) for name, mask in masks.items()}
-    inputs: dict[str, Any] = {"position_ids": position_BL, "attention_mask": additive(mask_B1LL, dtype)}
-    window: Any = getattr(config, "sliding_window", None)
-    if window is not None:
+
+    def windowed(window: int | None) -> Tensor:
+        if window is None:
+            return additive(mask_B1LL, dtype)
         distance_B1LL = (position_BL[:, :, None] - position_BL[:, None, :])[:, None]
         near_B1LL = distance_B1LL < window if entry.causal else distance_B1LL.abs() <= window
-        slid = additive(mask_B1LL & near_B1LL, dtype)
-        if config.model_type == "mistral":  # type: ignore[union-attr]
-            inputs["attention_mask"] = slid  # all its layers have the window
-        elif "sliding_attention" in config.layer_types:  # type: ignore[union-attr, operator]
-            inputs["attention_mask"] = {"full_attention": inputs["attention_mask"], "sliding_attention": slid}
-    if entry.causal:
+        return additive(mask_B1LL & near_B1LL, dtype)
+
+    return with_windows(model, position_BL, windowed)
+
+
+def with_windows(model: nn.Module, position_BL: Tensor, make: Callable[[int | None], Any]) -> dict[str, Any]:
+    """The arguments of a model of one stack: `make(window)` gives the mask of layers with that sliding window, or none.
+
+    A causal model's window reaches back so many positions, itself included; another's so many to both sides.
+    """
+    config: Any = model.config
+    inputs: dict[str, Any] = {"position_ids": position_BL}
+    window = getattr(config, "sliding_window", None)
+    if window is not None and config.model_type != "mistral" and "sliding_attention" in config.layer_types:
+        inputs["attention_mask"] = {"full_attention": make(None), "sliding_attention": make(window)}
+    else:  # all of Mistral's layers have the window
+        inputs["attention_mask"] = make(window if config.model_type == "mistral" else None)
+    if family(model).causal:
         inputs["use_cache"] = False  # nothing is generated, and a cache costs memory
     return inputs
 

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.core.batch import Batch, Context, Row, document_mask
+from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import CHUNK_BYTES, IGNORE, LEAST_ROWS
-from pretrain.core.models.families import attention_inputs, base, blocks, family, head, hidden
+from pretrain.core.models.families import base, blocks, family, head, hidden
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Objective
 from pretrain.objectives.language.causal_lm import CausalLM
@@ -118,8 +119,7 @@ def kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:
 
 def states(model: nn.Module, batch: Batch, *, causal: bool) -> Tensor:
     """`states_BLE`, what the head's linear layer multiplies; documents of a row do not see one another."""
-    mask_B1LL = document_mask(batch["document_BL"], causal=causal)
-    return hidden(model, input_ids=batch["tokens_BL"], **attention_inputs(model, mask_B1LL, batch["position_BL"]))
+    return hidden(model, input_ids=batch["tokens_BL"], **attend(model, batch, causal=causal))
 
 
 def targets(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

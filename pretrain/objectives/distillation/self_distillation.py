@@ -12,11 +12,12 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Row, document_mask
+from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE
-from pretrain.core.models.families import attention_inputs, base
+from pretrain.core.models.families import base
 from pretrain.objectives import Loss, summed
 from pretrain.objectives.distillation._distil import (
     Taught,
@@ -94,9 +95,7 @@ class SelfDistillation(Taught):
         causal, tokens_BL = self.task == "causal", batch["tokens_BL"]
         if not causal:
             tokens_BL = torch.where(batch["target_BL"] == IGNORE, tokens_BL, batch["target_BL"])
-        mask_B1LL = document_mask(batch["document_BL"], causal=causal)
-        inputs = attention_inputs(model, mask_B1LL, batch["position_BL"])
-        return base(model)(input_ids=tokens_BL, **inputs).last_hidden_state
+        return base(model)(input_ids=tokens_BL, **attend(model, batch, causal=causal)).last_hidden_state
 
     def _chosen(self, batch: Batch) -> Tensor:
         """`chosen_BL`: all tokens but padding, or each document's first."""

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from pretrain.core.batch import Batch, Context, Row, document_mask, rows_to_tensors
+from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import additive, attention_inputs, base, embeddings, family, head
+from pretrain.core.models.families import additive, base, embeddings, family, head
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives.language.causal_lm import next_tokens
@@ -146,8 +147,7 @@ class CacheAugmentation(Objective):
 
 def read(model: nn.Module, batch: Batch) -> tuple[Tensor, Pairs]:
     """The model's states of the rows, and each layer's keys and values."""
-    mask_B1LL = document_mask(batch["document_BL"], causal=True)
-    given = attention_inputs(model, mask_B1LL, batch["position_BL"]) | {"use_cache": True}
+    given = attend(model, batch, causal=True) | {"use_cache": True}
     cache = DynamicCache()
     states_BLE = base(model)(input_ids=batch["tokens_BL"], past_key_values=cache, **given).last_hidden_state
     return states_BLE, [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain.core.models.families import attention_inputs, base, blocks
+from pretrain.core.models.families import base, blocks
 
 
 def new_blocks(model: nn.Module, count: int) -> nn.ModuleList:
@@ -28,21 +28,19 @@ def embedded(model: nn.Module, vectors_BLE: Tensor, position_BL: Tensor) -> Tens
     return layer(inputs_embeds=vectors_BLE)
 
 
-def run(
-    model: nn.Module, layers: Iterable[nn.Module], states_BLE: Tensor, mask_B1LL: Tensor, position_BL: Tensor
-) -> Tensor:
-    """The states after `layers`, which attend as the boolean mask says."""
+def run(model: nn.Module, layers: Iterable[nn.Module], states_BLE: Tensor, inputs: dict[str, Any]) -> Tensor:
+    """The states after `layers`, which attend as `inputs` say: those of `attend` or of `attention_inputs`."""
     encoder: Any = base(model)
-    masks = attention_inputs(model, mask_B1LL, position_BL)["attention_mask"]
+    masks, position_BL = inputs["attention_mask"], inputs["position_ids"]
     turns: dict[str, Any] = {}
     for layer in layers:
         kind: Any = getattr(layer, "attention_type", None)  # ModernBERT's blocks differ in reach and in rotation
-        inputs: dict[str, Any] = {"attention_mask": masks[kind] if isinstance(masks, dict) else masks}
+        given: dict[str, Any] = {"attention_mask": masks[kind] if isinstance(masks, dict) else masks}
         if kind is not None:
             if kind not in turns:
                 turns[kind] = encoder.rotary_emb(states_BLE, position_BL, kind)
-            inputs["position_embeddings"] = turns[kind]
-        states_BLE = layer(states_BLE, **inputs)
+            given["position_embeddings"] = turns[kind]
+        states_BLE = layer(states_BLE, **given)
     return states_BLE
 
 

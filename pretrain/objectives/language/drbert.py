@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row, document_mask
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, attention_inputs, base, family, head
 from pretrain.objectives import Loss, Objective
@@ -72,15 +73,14 @@ class DrBERT(Objective):
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The mean loss over the chosen tokens, and each one's own."""
-        mask_B1LL = document_mask(batch["document_BL"], causal=False)
-        inputs = attention_inputs(model, mask_B1LL, batch["position_BL"])
-        states_BLE = base(model)(input_ids=batch["tokens_BL"], **inputs).last_hidden_state
+        states_BLE = base(model)(input_ids=batch["tokens_BL"], **attend(model, batch, causal=False)).last_hidden_state
         if self.layers:
+            mask_B1LL = document_mask(batch["document_BL"], causal=False)
             assert isinstance(modules, nn.ModuleList), "drbert trains a decoder beside the model: see `modules`"
             decoded_BLE = states_BLE
             for number, block in enumerate(modules):
-                seen_B1LL = mask_B1LL & self._visible(batch, number)
-                decoded_BLE = run(model, [block], decoded_BLE, seen_B1LL, batch["position_BL"])
+                inputs = attention_inputs(model, mask_B1LL & self._visible(batch, number), batch["position_BL"])
+                decoded_BLE = run(model, [block], decoded_BLE, inputs)
             states_BLE = torch.where(batch["from_encoder_BL"][..., None], states_BLE, decoded_BLE)
         states_BLE = at(model, str(family(model).head_transform))(states_BLE)
         weight_VE, bias_V = head(model)

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import ElectraConfig, ElectraForMaskedLM
 
-from pretrain.core.batch import Batch, Context, Row, document_mask, rows_to_tensors
+from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import linear_cross_entropy
-from pretrain.core.models.families import additive, attention_inputs, base
+from pretrain.core.models.families import base
 from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.language._masking import choose_words
 
@@ -80,13 +81,12 @@ class Electra(Objective):
         """Both losses; parts `generator`, `discriminator`, and the share of `replaced` tokens."""
         assert isinstance(modules, nn.ModuleDict), "electra trains modules beside the model: see `modules`"
         tokens_BL, hidden_BL, present_BL = batch["tokens_BL"], batch["hidden_BL"], batch["document_BL"] > 0
-        mask_B1LL = document_mask(batch["document_BL"], causal=False)
+        inputs = attend(model, batch, causal=False)
         masked_BL = torch.where(hidden_BL, batch["mask"], tokens_BL)
-        generated, logits_NV = self._generate(modules["generator"], masked_BL, batch, mask_B1LL)
+        generated, logits_NV = self._generate(modules["generator"], masked_BL, batch, inputs)
         sampled_N = torch.multinomial(logits_NV.float().softmax(-1), 1)[:, 0]
         corrupted_BL = tokens_BL.masked_scatter(hidden_BL, sampled_N)
 
-        inputs = attention_inputs(model, mask_B1LL, batch["position_BL"])
         states_BLE = base(model)(input_ids=corrupted_BL, **inputs).last_hidden_state
         score_BL = modules["head"](states_BLE)[..., 0].float()
         replaced_BL = corrupted_BL != tokens_BL
@@ -97,12 +97,11 @@ class Electra(Objective):
         parts["replaced"] = replaced_BL.sum() / present_BL.sum()
         return summed({"generator": generated, "discriminator": self.discriminator_weight * discriminator_loss}, parts)
 
-    def _generate(self, generator: Any, masked_BL: Tensor, batch: Batch, mask_B1LL: Tensor) -> tuple[Tensor, Tensor]:
+    def _generate(
+        self, generator: Any, masked_BL: Tensor, batch: Batch, inputs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         """The generator's loss and its logits at the hidden positions."""
-        states_BLE = generator.electra(
-            input_ids=masked_BL, position_ids=batch["position_BL"],
-            attention_mask=additive(mask_B1LL, generator.generator_lm_head.weight.dtype),
-        ).last_hidden_state  # fmt: skip
+        states_BLE = generator.electra(input_ids=masked_BL, **inputs).last_hidden_state
         states_NE = generator.generator_predictions(states_BLE[batch["hidden_BL"]])
         weight_VE, bias_V = generator.generator_lm_head.weight, generator.generator_lm_head.bias
         value, _ = linear_cross_entropy(

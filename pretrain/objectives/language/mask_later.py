@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pretrain.core.batch import Batch, Context, Row, document_mask, rows_to_tensors
+from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, blocks, embeddings, family, head
 from pretrain.objectives import Loss, Objective
@@ -108,19 +109,21 @@ class MaskLater(Objective):
         layers, tokens_BK = blocks(model), batch["tokens_BK"]
         layer, shown = len(layers) if self.layer is None else self.layer, tokens_BK.shape[1]
         document_BS, position_BS = batch["document_BS"], batch["position_BS"]
-        mask_B1SS = document_mask(document_BS, causal=False)
+        whole = {"document_BL": document_BS, "position_BL": position_BS}
+        inputs = attend(model, whole, causal=False)
+        inputs_shown = attend(model, {name: x[:, :shown] for name, x in whole.items()}, causal=False)
         masked_BME = modules.mask_E.expand(*document_BS[:, shown:].shape, -1)
         later_BME = embedded(model, masked_BME, position_BS[:, shown:])
 
         states = embedded(model, embeddings(model)(tokens_BK), position_BS[:, :shown])
-        states = run(model, layers[:layer], states, mask_B1SS[..., :shown, :shown], position_BS[:, :shown])
+        states = run(model, layers[:layer], states, inputs_shown)
         if layer < len(layers):
             states = torch.cat([states, later_BME], 1)
-            states = run(model, layers[layer:], states, mask_B1SS, position_BS)
+            states = run(model, layers[layer:], states, inputs)
         states = last_norm(model)(states)
         if layer == len(layers):
             states = torch.cat([states, later_BME], 1)
-        states = modules.norm(run(model, modules.blocks, states, mask_B1SS, position_BS))
+        states = modules.norm(run(model, modules.blocks, states, inputs))
         states = at(model, str(family(model).head_transform))(states)
         weight_VE, bias_V = head(model)
         value, nll_BS = linear_cross_entropy(

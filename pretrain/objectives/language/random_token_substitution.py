@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Row, document_mask, rows_to_tensors
+from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE
-from pretrain.core.models.families import attention_inputs, base, embeddings
+from pretrain.core.models.families import base, embeddings
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives._token_loss import token_loss
 from pretrain.objectives.language._masking import choose_words
@@ -136,8 +137,7 @@ class RandomTokenSubstitution(Objective):
                 generator.settle()
             chosen_BL = batch["chosen_BL"]
             tokens_BL = tokens_BL.masked_scatter(chosen_BL, generator.draw(tokens_BL[chosen_BL], batch["special_V"]))
-        inputs = attention_inputs(model, document_mask(batch["document_BL"], causal=False), batch["position_BL"])
-        states_BLE = base(model)(input_ids=tokens_BL, **inputs).last_hidden_state
+        states_BLE = base(model)(input_ids=tokens_BL, **attend(model, batch, causal=False)).last_hidden_state
         score_BL = modules["head"](states_BLE)[..., 0].float()
         replaced_BL = tokens_BL != original_BL
         value = nn.functional.binary_cross_entropy_with_logits(score_BL[present_BL], replaced_BL[present_BL].float())

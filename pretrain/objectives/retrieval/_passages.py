@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Row, document_mask
+from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import at, attention_inputs, base, family, head
+from pretrain.core.models.families import at, base, family, head
 from pretrain.objectives.language.masked_lm import MaskedLM
 
 
@@ -46,8 +47,7 @@ def masked_passages(method: str, rate: float, whole_words: bool, rows: Sequence[
 
 def encode(model: nn.Module, batch: Batch) -> Tensor:
     """The encoder's last states `states_BLE`; pieces do not see one another."""
-    inputs = attention_inputs(model, document_mask(batch["document_BL"], causal=False), batch["position_BL"])
-    return base(model)(input_ids=batch["tokens_BL"], **inputs).last_hidden_state
+    return base(model)(input_ids=batch["tokens_BL"], **attend(model, batch, causal=False)).last_hidden_state
 
 
 def to_head(model: nn.Module, states: Tensor) -> Tensor:

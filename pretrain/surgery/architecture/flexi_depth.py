@@ -71,6 +71,7 @@ class _Skippable(nn.Module):
     numbers are the same up to rounding.
     """
 
+    dense_mask: ClassVar[bool] = True  # of which rows are taken out
     router: Router
     adapter: Adapter
     threshold: float
