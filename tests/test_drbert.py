@@ -99,13 +99,14 @@ def reach(tiny, attention, layers, revealed=None):
     if revealed is not None:
         batch["revealed_BL"] = torch.full_like(batch["revealed_BL"], revealed)
     from pretrain.core.batch import document_mask
+    from pretrain.core.models.families import attention_inputs
     from pretrain.objectives.language._encoder_blocks import run
 
     states = torch.randn(1, 24, 32, requires_grad=True)
     decoded = states
     for number, block in enumerate(modules):
         mask = document_mask(batch["document_BL"], causal=False) & objective._visible(batch, number)
-        decoded = run(model, [block], decoded, mask, batch["position_BL"])
+        decoded = run(model, [block], decoded, attention_inputs(model, mask, batch["position_BL"]))
     chosen = (batch["target_BL"][0] != -100).nonzero()[:, 0].tolist()
     seen = torch.stack([torch.autograd.grad(decoded[0, i].sum(), states, retain_graph=True)[0][0] for i in range(24)])
     return chosen, (seen.abs().sum(-1) > 0)

@@ -11,6 +11,8 @@ in the folder `adapter` once more, in `peft`'s format, where that can express it
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -122,6 +124,10 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     surgery = surgery_of(model)
+    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
+    if len(types) > 1:  # what opens it in one type shall take the widest
+        wide = str(functools.reduce(torch.promote_types, types)).removeprefix("torch.")
+        write_json(work / "config.json", read_json(work / "config.json") | {"dtype": wide})
     if _foreign(surgery):
         config = read_json(work / "config.json")
         config["model_type"] = f"{FOREIGN}{config['model_type']}: open it with pretrain.load"
@@ -262,6 +268,9 @@ def _restore(
     for path in files:
         weights |= load_file(path)
     known = model.state_dict(keep_vars=True)
+    types = {weights[n].dtype for n, p in known.items() if n in weights and isinstance(p, torch.nn.Parameter)}
+    if dtype is None and len(types) > 1 and config.dtype in types:  # what is frozen in the type it came in: as trained
+        dtype = functools.reduce(torch.promote_types, types)
     stored = {id(known[name]) for name in weights if name in known}  # tied weights are stored under one of their names
     missing = [
         f"{name} is missing" for name, tensor in known.items() if name not in weights and id(tensor) not in stored
@@ -277,6 +286,19 @@ def _restore(
     except RuntimeError as error:
         raise PretrainError(f"{files[0]}: weights do not fit the recorded surgery: {_one_line(error)}") from error
     return model
+
+
+def stored_dtype(folder: Path | str) -> torch.dtype:
+    """The floating type that most of a checkpoint's numbers are stored in."""
+    folder, names = Path(folder), {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+    held = dict.fromkeys(names, 0)
+    for path in _weight_files(folder, "pretrain" if _foreign(read_record(folder).get("surgery", [])) else "model"):
+        with safe_open(path, "pt") as file:
+            for name in file.keys():  # noqa: SIM118
+                part = file.get_slice(name)
+                if part.get_dtype() in held:
+                    held[part.get_dtype()] += math.prod(part.get_shape())
+    return names[max(held, key=lambda kind: held[kind])]
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:

@@ -158,6 +158,7 @@ class Train(Stage):
         from pretrain.core import checkpoint
         from pretrain.core.batch import Vocabulary
         from pretrain.core.hardware import pick_device
+        from pretrain.core.models.storage import narrow
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
         from pretrain.training.loader import Loader
@@ -181,6 +182,8 @@ class Train(Stage):
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
             mixture=self.mixture, pin=world.device.type == "cuda",
         )  # fmt: skip
+        if self.init is not None and checkpoint.surgery_of(model):  # what an adapter has frozen
+            narrow(model, checkpoint.stored_dtype(checkpoint_of(job.inputs["init"])))
         training = train(
             model, loader, [w.method for w in weighted], self.optimizer, self.schedule,
             Settings(
@@ -260,7 +263,8 @@ class Train(Stage):
         if "tokenizer" in job.inputs:
             tokenizer = load_tokenizer(tokenizer_of(job.inputs["tokenizer"]))
         if self.init is not None:
-            # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates.
+            # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates. Those that
+            # surgeries freeze go back to their own type before training.
             model, own = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
             tokenizer = tokenizer or own
             if tokenizer is None:

@@ -6,9 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 
 def keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step` (of a process that died before its next state) and a half-written last one."""
@@ -35,20 +32,18 @@ class Log:
         keep_until(folder / "log.jsonl", from_step)
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = _board(folder / "tensorboard", from_step)
-        columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
-        self.bar = Progress(
-            *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True), disable=not bar
-        )
-        self.task = self.bar.add_task("starting", total=1.0)
+        self.bar = _bar() if bar else None
+        self.task = self.bar.add_task("starting", total=1.0) if self.bar else None
 
     def __enter__(self) -> Log:
-        if self.main:
+        if self.main and self.bar:
             self.bar.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         if self.main:
-            self.bar.stop()
+            if self.bar:
+                self.bar.stop()
             self.file.close()
             if self.board:
                 self.board.close()
@@ -64,9 +59,18 @@ class Log:
             for name, value in (values | values.get("parts", {})).items():
                 if isinstance(value, int | float) and name != "step":
                     self.board.add_scalar(f"{event}/{name}", value, record["step"])
-        if event == "step":
+        if event == "step" and self.bar:
             text = f"step {record['step']}  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
             self.bar.update(self.task, completed=progress, description=text)
+
+
+def _bar() -> Any:
+    """The progress bar; `rich` is asked for by nothing else in training."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+    columns = (BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TextColumn("{task.description}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
 def _board(folder: Path, from_step: int) -> Any:

@@ -89,7 +89,7 @@ def train(
             if telling and good:
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
             if evaluate and evaluating:
-                with unsharded(training.wrapped):
+                with unsharded(training.wrapped), autocast(world.device, settings.precision):
                     training.metrics = evaluate(training.trainee.eval())
                 training.trainee.train()
                 for policy in policies:
@@ -122,7 +122,8 @@ def _start(
     model.to(world.device)
     torch.manual_seed(settings.seed)  # what objectives train beside the model begins alike in every run
     trainee = Trainee(model, objectives, weights or [1.0] * len(objectives)).to(world.device).train()
-    accelerate(model)
+    if not (settings.compile and world.device.type == "cuda"):  # where the compiler fuses the same, and more
+        accelerate(model)
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:

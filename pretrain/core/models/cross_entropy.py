@@ -99,7 +99,8 @@ def linear_cross_entropy(
     """
     h_NE, target_N = hidden_BLE.flatten(0, -2), target_BL.flatten()
     has_target_N = target_N != IGNORE
-    coefficient_N = torch.ones_like(target_N, dtype=h_NE.dtype) if weight_BL is None else weight_BL.flatten()
+    exact = torch.promote_types(torch.float32, h_NE.dtype)  # 1 / N in bfloat16 would scale the loss by up to 0.2%
+    coefficient_N = torch.ones_like(target_N, dtype=exact) if weight_BL is None else weight_BL.flatten().to(exact)
     place_N = None
     if targets is not None and h_NE.device.type not in READABLE:
         place_N = has_target_N.byte().argsort(descending=True, stable=True)[:targets]

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch, document_mask
 from pretrain.core.errors import PretrainError, nearest, unknown
+from pretrain.core.models.storage import widened
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise PretrainError(
             f"{type(model).__name__} has no language-model head; accepted: a causal, masked or seq2seq LM"
         )
-    return layer.weight, layer.bias
+    return widened(layer), layer.bias
 
 
 def hidden(model: nn.Module, **inputs: Any) -> Tensor:
