@@ -219,7 +219,8 @@ def test_what_flex_cannot_do_is_left_to_the_dense_mask(elsewhere, monkeypatch, t
     dropping = model_of("bert", attention_probs_dropout_prob=0.1)
     assert choose(dropping.train(), batch, causal=False) == "dense"
     assert choose(dropping.eval(), batch, causal=False) == "flex"
-    assert count_flops(lambda: choose(llama, batch, causal=True))[0] == "dense"
+    for counted in (batch, elsewhere(SINGLE)):
+        assert count_flops(lambda counted=counted: choose(llama, counted, causal=True))[0] == "dense"
     assert choose(llama, batch, causal=True) == "flex"
     llama.set_attn_implementation("eager")
     assert choose(llama, batch, causal=True) == "dense"

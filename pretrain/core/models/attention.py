@@ -80,7 +80,9 @@ def choose(model: nn.Module, batch: Batch, *, causal: bool) -> str:
     """
     entry, config, device = family(model), model.config, batch["document_BL"].device
     plain = getattr(config, "_attn_implementation", None) == "sdpa" and entry.decoder_blocks is None
-    if device.type == "cpu" or not plain or any(hasattr(block, "dense_mask") for block in blocks(model)):
+    # FLOPs are counted without the compiler, where flex_attention would make all scores of all heads, and the counter
+    # of older PyTorch knows no attention whose heads share keys.
+    if device.type == "cpu" or not plain or counting() or any(hasattr(block, "dense_mask") for block in blocks(model)):
         return "dense"
     length, window = batch["document_BL"].shape[1], getattr(config, "sliding_window", None)
     apart = bool(batch.get("packed", True)) or "prefix_BL" in batch or causal != entry.causal
@@ -89,8 +91,7 @@ def choose(model: nn.Module, batch: Batch, *, causal: bool) -> str:
     if not apart and not padded and (window is None or length <= window):
         return "whole"
     dropout = model.training and any(getattr(config, name, None) for name in DROPOUTS)
-    # Counting FLOPs runs without the compiler, where flex_attention would make all scores of all heads.
-    return "dense" if length < LEAST_LENGTH or dropout or counting() or not has_flex(device) else "flex"
+    return "dense" if length < LEAST_LENGTH or dropout or not has_flex(device) else "flex"
 
 
 @functools.cache
@@ -176,8 +177,14 @@ def _listed(wanted_BNN: Tensor) -> tuple[Tensor, Tensor]:
     return wanted_BNN.sum(-1, dtype=torch.int32)[:, None], order_BNN.int()[:, None]
 
 
-# Shapes are as good as constant in training, and a kernel for one shape is the faster one.
-_compiled = torch.compile(flex_attention, dynamic=False)
+@functools.cache
+def _compiled() -> Callable[..., Any]:
+    """`flex_attention` compiled for each shape: in training they are as good as constant.
+
+    Of one function PyTorch compiles eight variants by default and then no more, which here would be to make all scores.
+    """
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def _attention(
@@ -207,7 +214,8 @@ def _flex(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, mask: BlockM
         qkv[1:] = [x.repeat_interleave(shared, dim=1) for x in qkv[1:]]
     grouped = qkv[0].shape[1] != qkv[1].shape[1]
     compiled = kind == "cuda" and not torch.compiler.is_compiling()
-    out_BHLD: Any = (_compiled if compiled else flex_attention)(*qkv, block_mask=mask, scale=scale, enable_gqa=grouped)
+    kernel = _compiled() if compiled else flex_attention
+    out_BHLD: Any = kernel(*qkv, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out_BHLD[..., :width].transpose(1, 2).contiguous()
 
 
