@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test test-bits lint docs benchmarks clean
+.PHONY: quickstart test test-bits lint docs gpu clean
 
 quickstart: $(VENV)/installed  ## set up and run the main job on Python's standard library
 	$(VENV)/bin/pretrain run recipes/quickstart.yaml
@@ -23,6 +23,9 @@ lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+gpu:  ## on a machine with a GPU, in less than 8 minutes: tests, speed, memory, decoding; writes runs/gpu.json
+	$(PYTHON) benchmarks/gpu.py
 
 docs: $(VENV)/installed  ## regenerate the pages made from docstrings
 	$(VENV)/bin/python -m pretrain.docs
