@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 import pretrain
 from pretrain import engine
@@ -107,3 +110,19 @@ def test_a_tokenizer_of_more_entries_than_the_checkpoint_has_rows_is_refused(rec
         engine.run(
             load(recipe, [f"model.init={tmp_path / 'small'}", "model.model={}"], tmp_path / "out"), say=engine.silent
         )
+
+
+def test_an_adapter_on_a_bfloat16_checkpoint_is_trained_as_on_its_float32_copy(recipe, tmp_path, tiny):
+    model, losses, types = tiny(vocab_size=400).to(torch.bfloat16), [], []
+    for name in ("held", "wide"):
+        checkpoint.save(model if name == "held" else model.float(), None, tmp_path / name)
+        changes = [f"model.init={tmp_path / name}", "model.model={}", "model.surgeries=[lora]"]
+        done = engine.run(load(recipe, changes, tmp_path / f"out-{name}"), say=engine.silent)
+        log = (done.folder / "model" / "log.jsonl").read_text().splitlines()
+        losses.append([json.loads(line)["loss"] for line in log if json.loads(line)["event"] == "step"])
+        (path,) = (done.folder / "model" / "checkpoint").glob("*.safetensors")
+        tensors = load_file(path)
+        types.append({name.rpartition(".")[0].rpartition(".")[2]: t.dtype for name, t in tensors.items()})
+    assert losses[0] == losses[1] and len(losses[0]) == 3
+    assert types[0]["up_proj"] == types[0]["base_layer"] == torch.bfloat16 and types[0]["default"] == torch.float32
+    assert set(types[1].values()) == {torch.float32}

@@ -11,7 +11,6 @@ in the folder `adapter` once more, in `peft`'s format, where that can express it
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -33,6 +32,7 @@ from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
+from pretrain.core.models.storage import is_narrow
 from pretrain.core.weights import align
 
 transformers.utils.logging.disable_progress_bar()
@@ -124,10 +124,10 @@ def _write(
     if tokenizer is not None:
         tokenizer.save_pretrained(work)
     surgery = surgery_of(model)
-    types = {p.dtype for p in model.parameters() if p.is_floating_point()}
-    if len(types) > 1:  # what opens it in one type shall take the widest
-        wide = str(functools.reduce(torch.promote_types, types)).removeprefix("torch.")
-        write_json(work / "config.json", read_json(work / "config.json") | {"dtype": wide})
+    held: dict[str, Any] = {}
+    if is_narrow(model):  # what opens it in one type shall take the one that it was trained in
+        held = {"dtype": "float32"}
+        write_json(work / "config.json", read_json(work / "config.json") | held)
     if _foreign(surgery):
         config = read_json(work / "config.json")
         config["model_type"] = f"{FOREIGN}{config['model_type']}: open it with pretrain.load"
@@ -142,7 +142,7 @@ def _write(
             write_json(work / ADAPTER / "adapter_config.json", found[0])
             save_file(found[1], work / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
     sums = {path.name: file_digest(path) for path in sorted(work.glob("*.safetensors"))}
-    write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, "checksums": sums})
+    write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, "checksums": sums} | held)
 
 
 def read_record(folder: Path | str) -> dict[str, Any]:
@@ -197,6 +197,8 @@ def load(
     files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
     _check(files, entry.get("checksums"))
     model_class = _model_class(folder, config)
+    if entry.get("dtype") == "float32":  # frozen weights are stored in the type they came in, and computed with in this
+        dtype = dtype or torch.float32
     if surgery:
         model = _restore(model_class, config, surgery, files, dtype)
         if (folder / "generation_config.json").exists():
@@ -268,9 +270,6 @@ def _restore(
     for path in files:
         weights |= load_file(path)
     known = model.state_dict(keep_vars=True)
-    types = {weights[n].dtype for n, p in known.items() if n in weights and isinstance(p, torch.nn.Parameter)}
-    if dtype is None and len(types) > 1 and config.dtype in types:  # what is frozen in the type it came in: as trained
-        dtype = functools.reduce(torch.promote_types, types)
     stored = {id(known[name]) for name in weights if name in known}  # tied weights are stored under one of their names
     missing = [
         f"{name} is missing" for name, tensor in known.items() if name not in weights and id(tensor) not in stored

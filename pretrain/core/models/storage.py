@@ -68,6 +68,11 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> int:
     return freed
 
 
+def is_narrow(model: nn.Module) -> bool:
+    """Whether any layer's weight is held in a narrower type than it computes in."""
+    return any(getattr(module, MARK, False) for module in model.modules())
+
+
 def widened(layer: nn.Module) -> Tensor:
     """The layer's weight in the type it computes in."""
     weight: Any = layer.weight
