@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from torch.nn.attention.flex_attention import flex_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pretrain.core.batch import LAYOUT, Context, Row, Vocabulary, document_mask, rows_to_tensors, to_device
@@ -252,10 +253,17 @@ def test_other_masks_reach_transformers_own_function_unchanged():
         assert torch.equal(ours, theirs)
 
 
-def test_flex_follows_autocast_as_sdpa_does():
-    model, batch = model_of("llama").eval(), batch_of(PACKED)
+def test_flex_follows_autocast_as_sdpa_does(monkeypatch):
+    model, batch, types = model_of("llama").eval(), batch_of(PACKED), set()
+
+    def seen(*qkv, **given):
+        types.update(x.dtype for x in qkv)
+        return flex_attention(*qkv, **given)
+
+    monkeypatch.setattr(attention, "flex_attention", seen)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         dense, flex = (states(model, batch, kernel) for kernel in ("dense", "flex"))
+    assert types == {torch.bfloat16}  # rotary positions leave queries and keys in float32, and values in bfloat16
     exact = states(model, batch, "dense")
     inside = batch["document_BL"] > 0
     error = float((dense - exact)[inside].detach().abs().max())
