@@ -87,6 +87,14 @@ def outside(hint: Any) -> Any:
     return ...
 
 
+def given_for(field: str, hint: Any) -> Any:
+    """A value of a required field's type."""
+    kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
+    words = get_args(kind)[1:] == (str,)
+    values = {dict: {"a": "x", "b": "y"} if words else {"a": 1.0, "b": 2.0}, tuple: ("x", "y"), int: 2, float: 0.5}
+    return values.get(get_origin(kind) or kind, "causal_lm" if "objective" in field else "x")
+
+
 CASES = [
     (name, item.name)
     for name in methods()
@@ -101,11 +109,7 @@ def test_each_bounded_field_of_each_method_is_refused_beyond_its_bounds(name, fi
     hint = hints(cls)[field]
     value = outside(hint)
     required = {
-        item.name: {"a": "x", "b": "y"}
-        if get_origin(hints(cls)[item.name]) is dict
-        else "causal_lm"
-        if "objective" in item.name
-        else "x"
+        item.name: given_for(item.name, hints(cls)[item.name])
         for item in fields(cls)
         if item.default is MISSING and item.default_factory is MISSING
     }

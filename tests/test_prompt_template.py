@@ -76,7 +76,7 @@ def test_a_killed_run_predicts_only_what_it_has_not_predicted(tuned, tmp_path, m
     operation = PromptTemplate(PROMPT, f"{tuned}/masked")
     with working(tmp_path):
         first = operation(Dataset.from_list(rows[:6]))["text"][:]
-    monkeypatch.setattr(prompt_template._Reader, "_predict", lambda self, documents: ["yes"] * (len(documents) == 1))
+    monkeypatch.setattr(prompt_template._Predictor, "_predict", lambda self, documents: ["yes"] * (len(documents) == 1))
     with working(tmp_path) as desk:
         assert operation(Dataset.from_list(rows))["text"][:] == [*first, "number 6? the, p"]
     assert desk.flops > 0

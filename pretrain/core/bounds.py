@@ -31,6 +31,7 @@ NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
 ProperShare = Annotated[float, Ge(0), Lt(1)]  # a whole is too much: dropout, betas
+OpenShare = Annotated[float, Gt(0), Lt(1)]  # neither nothing nor all
 _NAMES: dict[object, str] = {
     int: "a whole number", float: "a finite number", str: "a text", bool: "true or false", NoneType: "null"
 }  # fmt: skip

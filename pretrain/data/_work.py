@@ -1,4 +1,4 @@
-"""Where an operation keeps what an interrupted run is to find again, and what it says of itself.
+"""Where an operation keeps what an interrupted run is to find again, and what it reports.
 
 The data stage opens a desk around its operations; an operation called alone works at a desk that is gone afterwards.
 """
@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 
 @dataclass
@@ -20,7 +19,7 @@ class Desk:
 
     folder: Path
     flops: int = 0
-    reports: list[dict[str, Any]] = field(default_factory=list)  # one an operation, for `corpus.json`
+    reports: list[dict[str, object]] = field(default_factory=list)  # one an operation, for `corpus.json`
 
 
 _DESK: ContextVar[Desk | None] = ContextVar("desk", default=None)
@@ -40,9 +39,9 @@ def working(folder: Path) -> Iterator[Desk]:
 @contextmanager
 def desk() -> Iterator[Desk]:
     """The desk of the stage that runs, or a temporary one."""
-    found = _DESK.get()
-    if found is not None:
-        yield found
+    opened = _DESK.get()
+    if opened is not None:
+        yield opened
         return
     with tempfile.TemporaryDirectory(prefix="pretrain-work-") as folder:
         yield Desk(Path(folder))

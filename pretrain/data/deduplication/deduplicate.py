@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pretrain.core.bounds import Share
 from pretrain.data import DataOperation
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ class Deduplicate(DataOperation):
     `answer`, `text_b` and the like, not what is about them (`domain`, `url`, …).
     """
 
-    threshold: float = 0.8
+    threshold: Share = 0.8
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus without later copies; the order is kept."""

@@ -7,19 +7,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.data import DataOperation
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
+    from pretrain.core.batch import Context
     from pretrain.data._work import Desk
     from pretrain.objectives.labelled.prompt_classification import PromptClassification
 
 SHARD = 512  # documents
+Document = dict[str, object]  # its columns
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class PromptTemplate(DataOperation):
 
     Prompt-based continued pretraining: a document's text becomes the template of `prompt`, a prompt_classification,
     filled with its columns and the word of its label, and ordinary masked_lm or causal_lm goes on with such texts
-    before the prompt is tuned. The label is what the document says or, where it says none, what `model` predicts, a
+    before the prompt is tuned. The label is the document's own or, where it has none, what `model` predicts, a
     checkpoint tuned with the same prompt; with `relabel` it predicts all. It reads `length` tokens (0: as many as it
     was tuned with). Without a model each document must have its label.
     """
@@ -36,7 +40,7 @@ class PromptTemplate(DataOperation):
     prompt: InnerObjective
     model: Ref = ""
     relabel: bool = False
-    length: int = 0
+    length: Whole = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,8 +53,6 @@ class PromptTemplate(DataOperation):
             raise PretrainError("prompt_template: prompt demonstrations: accepted: false", place=("prompt",))
         if self.relabel and not self.model:
             raise PretrainError("prompt_template: relabel: accepted: with a model that predicts", place=("relabel",))
-        if self.length < 0:
-            raise PretrainError(f"prompt_template: length {self.length}: accepted: 0 or more", place=("length",))
 
     @cached_property
     def objective(self) -> PromptClassification:
@@ -82,27 +84,27 @@ class PromptTemplate(DataOperation):
     def labels(self, corpus: Dataset, here: Desk) -> list[str]:
         """Each document's label: its own where that counts, else the model's."""
         column = self.objective.label
-        said: list[Any] = [None] * len(corpus)
+        labels: list[str | int | None] = [None] * len(corpus)
         if column in corpus.column_names and not self.relabel:
-            said = list(corpus[column])
-        asked = [number for number, value in enumerate(said) if value is None]
-        if asked and not self.model:
+            labels = list(corpus[column])
+        unlabelled = [number for number, label in enumerate(labels) if label is None]
+        if unlabelled and not self.model:
             raise PretrainError(
-                f"prompt_template: document {asked[0]} has no {column!r}; accepted: one in each, or a model that "
+                f"prompt_template: document {unlabelled[0]} has no {column!r}; accepted: one in each, or a model that "
                 "predicts it"
             )
-        self.objective.labels(value for value in said if value is not None)
-        reader: Any = None
-        for start in range(0, len(asked), SHARD):
-            reader = reader or _Reader(self.objective, self.model, self.length)
-            numbers = asked[start : start + SHARD]
+        self.objective.labels(label for label in labels if label is not None)
+        predictor: _Predictor | None = None
+        for start in range(0, len(unlabelled), SHARD):
+            predictor = predictor or _Predictor(self.objective, self.model, self.length)
+            numbers = unlabelled[start : start + SHARD]
             documents = [{name: corpus[number][name] for name in self.objective.shown} for number in numbers]
-            for number, label in zip(numbers, reader(documents, here), strict=True):
-                said[number] = label
-        return [str(value) for value in said]
+            for number, label in zip(numbers, predictor(documents, here), strict=True):
+                labels[number] = label
+        return [str(label) for label in labels]
 
 
-class _Reader:
+class _Predictor:
     """The checkpoint that predicts; what is on the desk already is not predicted again."""
 
     def __init__(self, objective: PromptClassification, folder: str, length: int) -> None:
@@ -112,26 +114,26 @@ class _Reader:
         self.path = checkpoint_of(Path(folder))
         self.objective, self.length = objective, length or lineage(self.path).get("length") or 512
         self.state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.path.iterdir())]
-        self.opened: Any = None
+        self.opened: tuple[PreTrainedModel, Context] | None = None
 
-    def __call__(self, documents: Sequence[dict[str, Any]], here: Desk) -> list[str]:
+    def __call__(self, documents: Sequence[Document], here: Desk) -> list[str]:
         """The documents' labels."""
         from dataclasses import asdict
 
         from pretrain.core.files import digest, read_json, write_json
         from pretrain.core.meter import count_flops
 
-        asked = [str(self.path.resolve()), self.state, self.length, asdict(self.objective), list(documents)]
-        shard = here.folder / f"{digest(asked)[:32]}.json"
+        key = [str(self.path.resolve()), self.state, self.length, asdict(self.objective), list(documents)]
+        shard = here.folder / f"{digest(key)[:32]}.json"
         if shard.exists():
-            found = read_json(shard)
-            here.flops += found["flops"]
-            return found["labels"]
+            stored = read_json(shard)
+            here.flops += stored["flops"]
+            return stored["labels"]
         labels, flops = count_flops(lambda: self._predict(documents))
         write_json(shard, {"labels": labels, "flops": flops})
         return labels
 
-    def _predict(self, documents: Sequence[dict[str, Any]]) -> list[str]:
+    def _predict(self, documents: Sequence[Document]) -> list[str]:
         import numpy as np
 
         from pretrain.core import checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,14 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SHARD = 512  # documents
+
+
+class Shard(TypedDict):
+    """What is kept of a shard of documents: of each its negative log-likelihood and tokens, and the FLOPs of all."""
+
+    nll: list[float]
+    tokens: list[int]
+    flops: int
 
 
 @dataclass(frozen=True)
@@ -37,21 +45,21 @@ def likelihoods(folder: str, corpus: Dataset, desk: Desk, *, length: int, stride
     """
     path = checkpoint_of(Path(folder))
     state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
-    scorer: Any = None
-    found: list[dict[str, Any]] = []
+    scorer: _Scorer | None = None
+    shards: list[Shard] = []
     for start in range(0, len(corpus), SHARD):
         texts = corpus[start : start + SHARD]["text"]
         shard = desk.folder / f"{digest([str(path.resolve()), state, length, stride, texts])[:32]}.json"
         if shard.exists():
-            found.append(read_json(shard))
-            desk.flops += found[-1]["flops"]
+            shards.append(read_json(shard))
+            desk.flops += shards[-1]["flops"]
             continue
         scorer = scorer or _Scorer(path, length, stride)
-        found.append(scorer(texts))
-        write_json(shard, found[-1])
+        shards.append(scorer(texts))
+        write_json(shard, shards[-1])
     return Likelihoods(
-        np.array([x for part in found for x in part["nll"]], dtype=np.float64),
-        np.array([x for part in found for x in part["tokens"]], dtype=np.int64),
+        np.array([x for part in shards for x in part["nll"]], dtype=np.float64),
+        np.array([x for part in shards for x in part["tokens"]], dtype=np.int64),
     )
 
 
@@ -74,7 +82,7 @@ class _Scorer:
         before = vocabulary.begin
         self.ends = ([] if before is None else [before], [] if vocabulary.eos is None else [vocabulary.eos])
 
-    def __call__(self, texts: Sequence[str]) -> dict[str, Any]:
+    def __call__(self, texts: Sequence[str]) -> Shard:
         """A shard's `nll` and `tokens`, and the FLOPs that it took."""
         from pretrain.core.meter import count_flops
         from pretrain.core.models.likelihood import document_nll
@@ -98,11 +106,11 @@ def sizes(corpus: Dataset) -> NDArray[np.int64]:
     return np.array([len(text.encode()) for texts in parts for text in texts], dtype=np.int64)
 
 
-def report(name: str, corpus: Dataset, kept: NDArray[np.int64], score_N: NDArray[np.float64]) -> dict[str, Any]:
-    """What a selection says of itself: documents kept of each domain, and how the scores lie before and after."""
+def report(name: str, corpus: Dataset, kept: NDArray[np.int64], score_N: NDArray[np.float64]) -> dict[str, object]:
+    """The report of a selection: documents kept of each domain, and how the scores lie before and after."""
     domains = np.array(corpus["domain"] if "domain" in corpus.column_names else ["all"] * len(corpus), dtype=object)
     levels = (0, 5, 25, 50, 75, 95, 100)
-    told = {"all": score_N, "kept": score_N[kept]}
+    sides = {"all": score_N, "kept": score_N[kept]}
     return {
         "method": name,
         "documents": {
@@ -111,7 +119,7 @@ def report(name: str, corpus: Dataset, kept: NDArray[np.int64], score_N: NDArray
         },
         "score_percentiles": {
             side: {str(q): float(x) for q, x in zip(levels, np.percentile(scores, levels), strict=True)}
-            for side, scores in told.items()
+            for side, scores in sides.items()
             if len(scores)
         },
     }

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.bounds import Count, Positive, PositiveShare, Whole
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
     from pretrain.data.selection._ngram import NGram
 
-SAMPLINGS = ("gaussian", "stepwise", "random")
 BLOCK = 1024  # documents
 
 
@@ -34,25 +33,13 @@ class Bertin(DataOperation):
     other half: no document is judged by a model that has seen it.
     """
 
-    share: float = 50 / 416
-    sampling: str = "gaussian"
-    width: float = 4.5
-    order: int = 5
-    words: int = 2_000_000
+    share: PositiveShare = 50 / 416
+    sampling: Literal["gaussian", "stepwise", "random"] = "gaussian"
+    width: Positive = 4.5
+    order: Count = 5
+    words: Count = 2_000_000
     reference: Ref = ""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be sampled."""
-        super().__post_init__()
-        if self.sampling not in SAMPLINGS:
-            raise unknown("bertin: sampling", self.sampling, SAMPLINGS)
-        if not 0 < self.share <= 1:
-            raise PretrainError(f"bertin: share {self.share}: accepted: above 0, at most 1")
-        if self.width <= 0:
-            raise PretrainError(f"bertin: width {self.width}: accepted: above 0")
-        if self.order < 1 or self.words < 1:
-            raise PretrainError(f"bertin: order {self.order}, words {self.words}: accepted: 1 or more")
+    seed: Whole = 0
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents that were drawn, in their order."""
@@ -96,13 +83,13 @@ class Bertin(DataOperation):
             texts = (d["text"] for d in Corpus(corpus_of(Path(self.reference))).documents("train"))
             return _perplexities(NGram(texts, self.order, self.words), corpus)
         half_N = np.random.default_rng([self.seed, 1]).permutation(len(corpus)) % 2
-        found_N = np.ones(len(corpus))
+        perplexity_N = np.ones(len(corpus))
         for half in (0, 1):
             mine, other = np.flatnonzero(half_N == half), np.flatnonzero(half_N != half)
             if len(mine):
                 model = NGram(_texts(corpus.select(other.tolist())), self.order, self.words)
-                found_N[mine] = _perplexities(model, corpus.select(mine.tolist()))
-        return found_N
+                perplexity_N[mine] = _perplexities(model, corpus.select(mine.tolist()))
+        return perplexity_N
 
 
 def _texts(corpus: Dataset) -> Iterable[str]:

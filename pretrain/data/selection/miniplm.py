@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import Count, PositiveShare
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
 
@@ -28,16 +28,8 @@ class Miniplm(DataOperation):
 
     teacher: Ref
     reference: Ref
-    ratio: float = 0.5
-    length: int = 1024
-
-    def __post_init__(self) -> None:
-        """Refuse what selects nothing."""
-        super().__post_init__()
-        if not 0 < self.ratio <= 1:
-            raise PretrainError(f"miniplm: ratio {self.ratio}: accepted: above 0, at most 1")
-        if self.length < 1:
-            raise PretrainError(f"miniplm: length {self.length}: accepted: 1 or more")
+    ratio: PositiveShare = 0.5
+    length: Count = 1024
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus's documents with the highest differences."""

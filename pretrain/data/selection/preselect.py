@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from pretrain.core.bounds import Count, PositiveShare, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
@@ -36,13 +37,13 @@ class Preselect(DataOperation):
     target: Ref = ""
     domains: tuple[str, ...] = ()
     ability: tuple[float, ...] = ()
-    ratio: float = 0.1
-    documents: int = 900_000
-    length: int = 1900
-    stride: int = 512
-    epochs: int = 3
-    ngrams: int = 2
-    seed: int = 0
+    ratio: PositiveShare = 0.1
+    documents: Count = 900_000
+    length: Count = 1900
+    stride: Count = 512
+    epochs: Count = 3
+    ngrams: Count = 2
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what has no ranking."""
@@ -53,11 +54,6 @@ class Preselect(DataOperation):
             raise PretrainError("preselect: accepted: either ability, a number for each model, or target, a corpus")
         if self.ability and len(self.ability) != len(self.models):
             raise PretrainError(f"preselect: ability {list(self.ability)}: accepted: {len(self.models)} numbers")
-        if not 0 < self.ratio <= 1:
-            raise PretrainError(f"preselect: ratio {self.ratio}: accepted: above 0, at most 1")
-        for name in ("documents", "length", "stride", "epochs", "ngrams"):
-            if getattr(self, name) < 1:
-                raise PretrainError(f"preselect: {name} {getattr(self, name)}: accepted: 1 or more")
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents that the classifier puts highest."""
@@ -83,8 +79,8 @@ class Preselect(DataOperation):
             classifier.fit(sample.select(positive.tolist())["text"], sample.select(negative.tolist())["text"])
             score_N, size_N = classifier.scores(corpus)
             kept = top_share(score_N, size_N, self.ratio)
-            told = {"ability": list(ability), "strength_counts": _counts(strength_N), "labelled": len(positive)}
-            here.reports.append(report(self.name, corpus, kept, score_N) | told)
+            facts = {"ability": list(ability), "strength_counts": _counts(strength_N), "labelled": len(positive)}
+            here.reports.append(report(self.name, corpus, kept, score_N) | facts)
         return corpus.select(kept.tolist())
 
     def abilities(self, desk: Desk) -> tuple[float, ...]:
@@ -97,8 +93,8 @@ class Preselect(DataOperation):
         from pretrain.corpus.store import Corpus
         from pretrain.data.selection._scores import likelihoods, sizes
 
-        found = self.ability
-        if not found:
+        ability = self.ability
+        if not ability:
             stored = Corpus(corpus_of(Path(self.target)))
             chosen = [
                 d["text"] for d in stored.documents("validation") if d["domain"] in (self.domains or stored.domains)
@@ -111,10 +107,10 @@ class Preselect(DataOperation):
             held_out = Dataset.from_dict({"text": chosen})
             bits = math.log(2) * int(sizes(held_out).sum())
             scored = (likelihoods(m, held_out, desk, length=self.length, stride=self.stride) for m in self.models)
-            found = tuple(-float(one.nll_N.sum()) / bits for one in scored)
-        if len(set(found)) < len(found):
-            raise PretrainError(f"preselect: ability {list(found)}: accepted: a different number for each model")
-        return found
+            ability = tuple(-float(losses.nll_N.sum()) / bits for losses in scored)
+        if len(set(ability)) < len(ability):
+            raise PretrainError(f"preselect: ability {list(ability)}: accepted: a different number for each model")
+        return ability
 
     def _losses(self, corpus: Dataset, desk: Desk) -> NDArray[np.float64]:
         """What orders the models as bits per character do: M models' nats for each of N documents."""
@@ -123,7 +119,7 @@ class Preselect(DataOperation):
         from pretrain.data.selection._scores import likelihoods
 
         scored = (likelihoods(m, corpus, desk, length=self.length, stride=self.stride) for m in self.models)
-        return np.stack([one.nll_N for one in scored])
+        return np.stack([losses.nll_N for losses in scored])
 
 
 def strengths(loss_MN: NDArray[np.float64], ability: tuple[float, ...]) -> NDArray[np.float64]:
@@ -151,5 +147,4 @@ def _counts(strength_N: NDArray[np.float64]) -> dict[str, int]:
     import numpy as np
 
     values, counts = np.unique(strength_N, return_counts=True)
-    found: dict[str, Any] = {f"{value:.4g}": int(count) for value, count in zip(values, counts, strict=True)}
-    return found
+    return {f"{value:.4g}": int(count) for value, count in zip(values, counts, strict=True)}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.core.bounds import Count, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
@@ -29,19 +30,11 @@ class QualitySubset(DataOperation):
     """
 
     domain: str
-    share: float = 0.1
+    share: PositiveShare = 0.1
     reference: Ref = ""
     column: str = "quality"
-    order: int = 5
-    words: int = 2_000_000
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be chosen."""
-        super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise PretrainError(f"quality_subset: share {self.share}: accepted: above 0, at most 1")
-        if self.order < 1 or self.words < 1:
-            raise PretrainError(f"quality_subset: order {self.order}, words {self.words}: accepted: 1 or more")
+    order: Count = 5
+    words: Count = 2_000_000
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus with the best of the domain, in its order."""
