@@ -276,19 +276,19 @@ def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, f
 
 
 def test_what_does_not_fit_is_one_clear_error(tiny, prepared, tmp_path) -> None:
-    with pytest.raises(PretrainError, match="rank 0, max_rank 16: accepted: 1 <= rank <= max_rank"):
+    with pytest.raises(PretrainError, match="rank 0: accepted: 1 or more"):
         increlora(rank=0)
     with pytest.raises(PretrainError, match="targets q_prj"):
         increlora(targets=("q_prj",))(tiny())
     with pytest.raises(PretrainError, match="adapted already"):
         increlora()(lora(rank=2)(tiny()))
-    for given, said in (
-        ({"incre_interval": 0}, "incre_interval 0: accepted: numbers of steps"),
+    for given, message in (
+        ({"incre_interval": 0}, "incre_interval 0: accepted: above 0"),
         ({"top_h": 0}, "top_h 0"),
         ({"beta1": 1.0}, "beta1 1.0"),
         ({"reg_orth_coef": -1}, "reg_orth_coef -1: accepted: 0 or more"),
     ):
-        with pytest.raises(PretrainError, match=said):
+        with pytest.raises(PretrainError, match=message):
             allocation(**given)
     plain = small(prepared)
     for target in (1.0, 7.0):

@@ -177,7 +177,7 @@ def test_two_processes_train_to_the_weights_of_one(prepared, tmp_path, monkeypat
     ("fields", "message"),
     [
         ({"layers": 5}, "layers 5: accepted: from 1 to the 4 blocks"),
-        ({"layers": 0}, "layers 0: accepted: from 1"),
+        ({"layers": 0}, "layers 0: accepted: 1 or more"),
         ({"share": 1.5}, "share 1.5: accepted: from 0 to 1"),
     ],
 )

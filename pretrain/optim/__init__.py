@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar, NotRequired, TypedDict
 
 from pretrain.core.bounds import NonNegative
 from pretrain.core.method import Method
@@ -44,10 +44,18 @@ class Schedule(Method):
         raise NotImplementedError
 
 
-def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[dict[str, Any]]:
+class Group(TypedDict):
+    """Parameters that are stepped alike."""
+
+    params: list[nn.Parameter]
+    weight_decay: float
+    rotate: NotRequired[bool]  # in a basis of its own
+
+
+def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:
     """Two parameter groups: matrices, which decay, and vectors and scalars (norms, biases), which do not."""
     trained = [p for _, p in named_parameters if p.requires_grad]
-    groups = [
+    groups: list[Group] = [
         {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]

@@ -13,12 +13,77 @@ from pretrain.core.method import Method
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import numpy as np
     import torch
+    from numpy.typing import NDArray
     from torch import nn
 
     from pretrain.core.batch import Batch
+    from pretrain.core.meter import Meter
     from pretrain.objectives import Loss
     from pretrain.optim import Schedule
+
+
+State = dict[str, Any]  # JSON values and tensors
+
+
+class Plan(Protocol):
+    """Which rows there are."""
+
+    def __len__(self) -> int:
+        """How many."""
+
+    def rows_of_domain(self, domain: int) -> NDArray[np.int64]:
+        """The numbers of a domain's rows."""
+
+
+class Shards(Protocol):
+    """The corpus in training."""
+
+    @property
+    def domain_names(self) -> Sequence[str]:
+        """Its domains, by their numbers."""
+
+
+class Loader(Protocol):
+    """What draws the rows (`pretrain.training.loader.Loader`); its `mixture` may be set."""
+
+    batch_rows: int
+    mixture: dict[str, float] | None
+
+    @property
+    def plan(self) -> Plan:
+        """Its rows."""
+
+    @property
+    def shards(self) -> Shards:
+        """Its corpus."""
+
+    def restrict(self, domain: str, rows: int) -> None:
+        """Draw from the first `rows` of a domain alone."""
+
+
+class Budget(Protocol):
+    """When training stops."""
+
+    def total_steps(self, spent: dict[str, float]) -> int:
+        """How many steps it makes, estimated from what is spent."""
+
+
+class Settings(Protocol):
+    """How a training trains (`pretrain.training.loop.Settings`)."""
+
+    @property
+    def budget(self) -> Budget:
+        """When it stops."""
+
+    @property
+    def seed(self) -> int:
+        """Of all that is random."""
+
+    @property
+    def strategy(self) -> str:
+        """How several processes share the work."""
 
 
 class Processes(Protocol):
@@ -37,12 +102,21 @@ class Training(Protocol):
 
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    loader: Any  # `training.loader.Loader`; its `mixture` may be set
-    settings: Any  # `training.loop.Settings`
-    meter: Any  # `core.meter.Meter`
     step: int
     flops: int
     dense_flops: int
+
+    @property
+    def loader(self) -> Loader:
+        """Where its rows come from."""
+
+    @property
+    def settings(self) -> Settings:
+        """How it trains."""
+
+    @property
+    def meter(self) -> Meter:
+        """What counts its FLOPs."""
 
     @property
     def world(self) -> Processes:
@@ -61,13 +135,13 @@ class Training(Protocol):
         """What the budget counts: tokens, steps, flops, seconds."""
 
 
-def due(training: Training, state: dict[str, Any], every: float) -> bool:
+def due(training: Training, state: State, every: float) -> bool:
     """Whether something is to be done after this step: each `every` steps or, below 1, each such share of training."""
     if every >= 1:
         return training.step % round(every) == 0
     times = int(training.progress / every + 1e-9)
-    ripe, state["times"] = times > state.get("times", 0), times
-    return ripe
+    reached, state["times"] = times > state.get("times", 0), times
+    return reached
 
 
 class Policy(Method):
@@ -76,13 +150,13 @@ class Policy(Method):
     kind: ClassVar[str] = "policy"
     weighs_tokens: ClassVar[bool] = False  # whether it writes `token_weight_BL`, which not every objective follows
 
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Once, before the first step and again after a resume (then `state` holds what was saved)."""
 
-    def before_step(self, training: Training, state: dict[str, Any], batches: Sequence[Batch]) -> None:
+    def before_step(self, training: Training, state: State, batches: Sequence[Batch]) -> None:
         """Before the forward passes of a step; may write `token_weight_BL` into its micro-batches."""
 
-    def zeros(self, training: Training, state: dict[str, Any]) -> dict[str, float]:
+    def zeros(self, training: Training, state: State) -> dict[str, float]:
         """The share of zeros in linear layers (by their names in `families.linears`) that this step computes with.
 
         Their part of these layers' FLOPs is not counted: what hardware spends that skips zeros. The log keeps the dense
@@ -90,10 +164,8 @@ class Policy(Method):
         """
         return {}
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """After the optimiser's step."""
 
-    def on_evaluation(self, training: Training, state: dict[str, Any], metrics: dict[str, float]) -> None:
+    def on_evaluation(self, training: Training, state: State, metrics: dict[str, float]) -> None:
         """After each held-out evaluation; may add `metrics` of its own."""

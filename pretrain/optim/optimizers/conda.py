@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import overload
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.core.bounds import Count, NonNegative, Positive, ProperShare
-from pretrain.optim import Optimizer, decay_groups
+from pretrain.optim import Group, Optimizer, decay_groups
 
 
 @dataclass(frozen=True)
@@ -38,11 +38,12 @@ class Conda(Optimizer):
         rotated = [(n, p) for n, p in named if p.ndim == 2 and not _outside(n)]
         taken = {id(p) for _, p in rotated}
         groups = decay_groups([(n, p) for n, p in named if id(p) not in taken], self.weight_decay)
-        groups = [group | {"rotate": False} for group in groups]
+        for group in groups:
+            group["rotate"] = False
         if rotated:
             groups.append({"params": [p for _, p in rotated], "weight_decay": self.weight_decay, "rotate": True})
-        defaults = {"lr": self.lr, "betas": (self.beta1, self.beta2), "eps": self.eps}
-        return CondaOptimizer(groups, defaults | {"update_gap": self.update_gap, "scale": self.scale})
+        betas = (self.beta1, self.beta2)
+        return CondaOptimizer(groups, self.lr, betas, eps=self.eps, update_gap=self.update_gap, scale=self.scale)
 
 
 def _outside(name: str) -> bool:
@@ -51,10 +52,13 @@ def _outside(name: str) -> bool:
 
 
 class CondaOptimizer(torch.optim.Optimizer):
-    """The optimiser of `Conda`; `rotate` tells a group's parameters to be stepped in their own basis."""
+    """The optimiser of `Conda`; a group's parameters are stepped in their own basis where it says `rotate`."""
 
-    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any]) -> None:
-        super().__init__(groups, defaults)
+    def __init__(
+        self, groups: list[Group], lr: float, betas: tuple[float, float], *, eps: float, update_gap: int, scale: float
+    ) -> None:
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "update_gap": update_gap, "scale": scale}
+        super().__init__([dict(group) for group in groups], defaults)
 
     @property
     def phase(self) -> str:
@@ -63,9 +67,19 @@ class CondaOptimizer(torch.optim.Optimizer):
         taken = [(self.state[p]["step"] if self.state[p] else 0, g["update_gap"]) for g, p in rotated]
         return "new bases" if any(step % gap == 0 for step, gap in taken) else "rotated"
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        """One step."""
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step; with a `closure` after it has computed the loss, which is returned."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -88,6 +102,7 @@ class CondaOptimizer(torch.optim.Optimizer):
                     update = out_of(update, state["basis"]).mul_(group["scale"])
                 correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * correction)
+        return loss
 
 
 def basis(matrix: Tensor) -> Tensor:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.core.batch import Batch
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import PositiveShare
 from pretrain.objectives import Loss
-from pretrain.policies import Policy, Training
+from pretrain.policies import Policy, State, Training
 
 
 @dataclass(frozen=True)
@@ -21,22 +20,15 @@ class DomainUpsampling(Policy):
     """
 
     mixture: dict[str, float]
-    share: float = 0.2
+    share: PositiveShare = 0.2
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.share <= 1:
-            raise PretrainError(f"domain_upsampling: share {self.share}: accepted: above 0, at most 1")
-
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Refuse a mixture that the corpus cannot give, before training begins."""
         loader, before = training.loader, training.loader.mixture
         loader.mixture = self.mixture
         loader.mixture = self.mixture if training.progress >= 1 - self.share else before
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Change the mixture once, when the time has come."""
         if not state.get("begun") and training.progress >= 1 - self.share:
             state["begun"] = training.step

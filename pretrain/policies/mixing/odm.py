@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import ProperShare, Share
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
-from pretrain.policies import Policy, Training
+from pretrain.policies import Policy, State, Training
 from pretrain.policies.mixing._domains import domain_losses
 
 
@@ -25,10 +25,10 @@ class ODM(Policy):
     those of the training step: nothing is computed anew.
     """
 
-    smoothing: float = 0.9
-    warmup: float = 0.01
+    smoothing: ProperShare = 0.9
+    warmup: Share = 0.01
 
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Begin with the mixture that is set, or with each domain's share of the rows."""
         if state:
             return
@@ -47,9 +47,7 @@ class ODM(Policy):
         }
         loader.mixture = mixture
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Update the rewards by the step's losses, and from them the mixture of the next step."""
         rewards, mixture = state["reward"], state["mixture"]
         for name, (total, count) in domain_losses("odm", training, batches, losses).items():

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import Ge, ProperShare
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
-from pretrain.policies import Policy, Training
+from pretrain.policies import Policy, State, Training
 
 
 @dataclass(frozen=True)
@@ -25,18 +26,11 @@ class StabilityGap(Policy):
     """
 
     domain: str
-    epochs: float = 4.0
-    replay_share: float = 0.18
+    epochs: Annotated[float, Ge(1)] = 4.0
+    replay_share: ProperShare = 0.18
     replay: dict[str, float] | None = None
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.epochs >= 1:
-            raise PretrainError(f"stability_gap: epochs {self.epochs}: accepted: 1 or more")
-        if not 0 <= self.replay_share < 1:
-            raise PretrainError(f"stability_gap: replay_share {self.replay_share}: accepted: from 0 to below 1")
-
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Set the mixture; after a resume, take the same part of the domain."""
         training.loader.mixture = self.mixture(training)
         if "rows" in state:
@@ -57,9 +51,7 @@ class StabilityGap(Policy):
         kept = {name: self.replay_share * weight / total for name, weight in others.items()} if total else {}
         return {self.domain: 1 - self.replay_share} | kept
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """After the first step it is known how many steps the budget makes, and so how many rows are enough."""
         if "rows" in state:
             return

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import Ge, Positive, PositiveShare, Share
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
-from pretrain.policies import Policy, Training, due
+from pretrain.policies import Policy, State, Training, due
 from pretrain.policies.mixing._domains import domain_losses
 
 
@@ -28,22 +29,12 @@ class ToReMi(Policy):
 
     weighs_tokens: ClassVar[bool] = True
 
-    interval: float = 100
-    switch: float = 0.875
-    lowest: float = 0.1
-    highest: float = 5.0
+    interval: Positive = 100
+    switch: Share = 0.875
+    lowest: PositiveShare = 0.1
+    highest: Annotated[float, Ge(1)] = 5.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.interval <= 0:
-            raise PretrainError(f"toremi: interval {self.interval}: accepted: a number of steps, or a share below 1")
-        if not 0 < self.lowest <= 1 <= self.highest:
-            given = f"lowest {self.lowest}, highest {self.highest}"
-            raise PretrainError(f"toremi: {given}: accepted: 0 < lowest <= 1 <= highest")
-        if not 0 <= self.switch <= 1:
-            raise PretrainError(f"toremi: switch {self.switch}: accepted: a share of training, 0 to 1")
-
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """All topics begin with a weight of 1."""
         names = training.loader.shards.domain_names
         if len(names) < 2:
@@ -51,7 +42,7 @@ class ToReMi(Policy):
         if not state:
             state |= {"weights": dict.fromkeys(names, 1.0), "sums": {}, "counts": {}}
 
-    def before_step(self, training: Training, state: dict[str, Any], batches: Sequence[Batch]) -> None:
+    def before_step(self, training: Training, state: State, batches: Sequence[Batch]) -> None:
         """Write the weights of the step's tokens."""
         weights = [state["weights"][name] for name in training.loader.shards.domain_names]
         for batch in batches:
@@ -59,9 +50,7 @@ class ToReMi(Policy):
             weight_BL = weight_K[batch["domain_B"]][:, None].expand_as(batch["target_BL"])
             batch["token_weight_BL"] = weight_BL * batch.get("token_weight_BL", 1.0)
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Gather the topics' losses; at the end of an interval, change the weights."""
         for name, (total, count) in domain_losses("toremi", training, batches, losses).items():
             state["sums"][name] = state["sums"].get(name, 0.0) + total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
@@ -14,23 +14,28 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
 
-def whole_linears(model: nn.Module, who: str) -> dict[str, nn.Module]:
-    """The linear layers of the blocks; sharded ones are refused."""
-    found = linears(model)
-    if any(hasattr(module.weight, "full_tensor") for module in found.values()):
-        raise PretrainError(f"{who}: sharded weights are not supported; accepted: strategy: ddp")
-    return found
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """The weights of the blocks' linear layers, by the names that these have in `families.linears`."""
+    return {name: weight for name, layer in linears(model).items() if isinstance(weight := layer.weight, Tensor)}
+
+
+def unsharded_weights(model: nn.Module, method: str) -> dict[str, Tensor]:
+    """The same; sharded ones are refused."""
+    weights = weights_of(model)
+    if any(hasattr(weight, "full_tensor") for weight in weights.values()):
+        raise PretrainError(f"{method}: sharded weights are not supported; accepted: strategy: ddp")
+    return weights
 
 
 @torch.no_grad()
-def hold(model: nn.Module, masks: Mapping[str, torch.Tensor]) -> None:
+def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     """w ← m ⊙ w, in the layers that have a mask."""
-    for name, module in linears(model).items():
+    for name, weight in weights_of(model).items():
         if name in masks:
-            module.weight.mul_(masks[name])
+            weight.mul_(masks[name])
 
 
-def zero_count(sparsity: float, weight: torch.Tensor) -> int:
+def zero_count(sparsity: float, weight: Tensor) -> int:
     """How many entries of a weight are zero at this sparsity."""
     return round(sparsity * weight.numel())
 
@@ -39,4 +44,4 @@ def zero_shares(model: nn.Module, sparsity: float) -> dict[str, float]:
     """The share of zeros in each linear layer at this sparsity, as `Policy.zeros` wants it."""
     if not sparsity:
         return {}
-    return {n: zero_count(sparsity, m.weight) / m.weight.numel() for n, m in linears(model).items()}
+    return {name: zero_count(sparsity, weight) / weight.numel() for name, weight in weights_of(model).items()}

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import Positive, ProperShare, Share
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
-from pretrain.policies import Policy, Training, due
-from pretrain.policies.pruning._masks import hold, whole_linears, zero_count, zero_shares
+from pretrain.policies import Policy, State, Training, due
+from pretrain.policies.pruning._masks import hold, unsharded_weights, zero_count, zero_shares
 
 
 @dataclass(frozen=True)
@@ -29,48 +30,42 @@ class GradualPruning(Policy):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
-    sparsity: float = 0.8
-    start_share: float = 0.25
-    end_share: float = 0.75
-    every: float = 100
+    sparsity: ProperShare = 0.8
+    start_share: Share = 0.25
+    end_share: Share = 0.75
+    every: Positive = 100
     credit: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise PretrainError(f"gradual_pruning: sparsity {self.sparsity}: accepted: from 0 to below 1")
-        if not 0 <= self.start_share <= self.end_share <= 1:
+        if self.start_share > self.end_share:
             given = f"start_share {self.start_share}, end_share {self.end_share}"
-            raise PretrainError(f"gradual_pruning: {given}: accepted: 0 <= start_share <= end_share <= 1")
-        if self.every <= 0:
-            raise PretrainError(f"gradual_pruning: every {self.every}: accepted: a number of steps, or a share below 1")
+            raise PretrainError(f"gradual_pruning: {given}: accepted: start_share <= end_share")
 
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Begin dense, or go on with the masks that there are."""
-        layers = whole_linears(training.model, "gradual_pruning")
+        weights = unsharded_weights(training.model, "gradual_pruning")
         if not state:
             parameters = sum(p.numel() for p in training.model.parameters())
             state |= {"sparsity": 0.0, "masks": {}, "parameters": parameters, "parameter_steps": 0, "steps": 0}
-        state["masks"] = {name: mask.to(layers[name].weight.device) for name, mask in state["masks"].items()}
+        state["masks"] = {name: mask.to(weights[name].device) for name, mask in state["masks"].items()}
 
-    def zeros(self, training: Training, state: dict[str, Any]) -> dict[str, float]:
+    def zeros(self, training: Training, state: State) -> dict[str, float]:
         """The share that is pruned so far."""
         return zero_shares(training.model, state["sparsity"]) if self.credit else {}
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Count the step's parameters; prune when it is time; put the zeros back."""
         state["parameter_steps"] += state["parameters"]
         state["steps"] += 1
-        wanted = self.wanted(training.progress)
-        ripe = due(training, state, self.every)
+        sparsity = self.wanted(training.progress)
+        scheduled = due(training, state, self.every)
         last = training.progress >= self.end_share
-        if wanted > state["sparsity"] and (ripe or last):
-            self._prune(training, state, wanted)
+        if sparsity > state["sparsity"] and (scheduled or last):
+            self._prune(training, state, sparsity)
         hold(training.model, state["masks"])
 
-    def on_evaluation(self, training: Training, state: dict[str, Any], metrics: dict[str, float]) -> None:
+    def on_evaluation(self, training: Training, state: State, metrics: dict[str, float]) -> None:
         """`average_parameters` of the steps so far, and the `parameters` that are not zero now."""
         metrics["average_parameters"] = state["parameter_steps"] / max(1, state["steps"])
         metrics["parameters"] = state["parameters"]
@@ -83,10 +78,10 @@ class GradualPruning(Policy):
         return self.sparsity * (1 - (1 - t) ** 3)
 
     @torch.no_grad()
-    def _prune(self, training: Training, state: dict[str, Any], sparsity: float) -> None:
+    def _prune(self, training: Training, state: State, sparsity: float) -> None:
         """Mask the smallest weights of each layer; what is masked stays so."""
-        for name, module in whole_linears(training.model, "gradual_pruning").items():
-            weight, mask = module.weight, state["masks"].get(name)
+        for name, weight in unsharded_weights(training.model, "gradual_pruning").items():
+            mask = state["masks"].get(name)
             size = weight.abs() if mask is None else weight.abs().masked_fill(~mask, -1.0)
             smallest = size.flatten().argsort(stable=True)[: zero_count(sparsity, weight)]
             mask = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)

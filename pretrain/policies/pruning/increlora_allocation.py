@@ -8,16 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import Count, Ge, NonNegative, OpenShare, Positive, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
 from pretrain.objectives import Loss
-from pretrain.policies import Policy, Training, due
+from pretrain.policies import Policy, State, Training, due
 from pretrain.surgery.adapters.increlora import RESERVED, GrowingAdapter, growing
 
 
@@ -35,30 +36,16 @@ class IncreLoRAAllocation(Policy):
     ‖BᵀB - I‖.
     """
 
-    target_rank: float = 2.0
-    init_warmup: float = 1000
-    incre_interval: float = 1000
-    top_h: int = 2
-    incre_rank_num: int = 0
-    beta1: float = 0.85
-    beta2: float = 0.85
-    reg_orth_coef: float = 0.1
+    target_rank: Annotated[float, Ge(1)] = 2.0
+    init_warmup: NonNegative = 1000
+    incre_interval: Positive = 1000
+    top_h: Count = 2
+    incre_rank_num: Whole = 0
+    beta1: OpenShare = 0.85
+    beta2: OpenShare = 0.85
+    reg_orth_coef: NonNegative = 0.1
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.init_warmup < 0 or self.incre_interval <= 0:
-            given = f"init_warmup {self.init_warmup}, incre_interval {self.incre_interval}"
-            raise PretrainError(f"increlora_allocation: {given}: accepted: numbers of steps, or shares below 1")
-        if self.top_h < 1 or self.incre_rank_num < 0 or self.target_rank < 1:
-            given = f"top_h {self.top_h}, incre_rank_num {self.incre_rank_num}, target_rank {self.target_rank}"
-            raise PretrainError(f"increlora_allocation: {given}: accepted: 1 or more, 0 or more, 1 or more")
-        if not (0 < self.beta1 < 1 and 0 < self.beta2 < 1):
-            given = f"beta1 {self.beta1}, beta2 {self.beta2}"
-            raise PretrainError(f"increlora_allocation: {given}: accepted: between 0 and 1")
-        if self.reg_orth_coef < 0:
-            raise PretrainError(f"increlora_allocation: reg_orth_coef {self.reg_orth_coef}: accepted: 0 or more")
-
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Fill the reserves, or go on; make the optimiser scale the changes of what is new."""
         layers = growing(training.model)
         self._check(training, layers)
@@ -72,10 +59,10 @@ class IncreLoRAAllocation(Policy):
                 self._reserve(training, state, layers)
         _restart_schedules(training, state, layers)
 
-    def before_step(self, training: Training, state: dict[str, Any], batches: Sequence[Batch]) -> None:
+    def before_step(self, training: Training, state: State, batches: Sequence[Batch]) -> None:
         """Begin the step's scores; leave the regulariser's gradient, to which those of the losses are added.
 
-        A tensor of as many entries as there are components tells the meter the size of the step.
+        A tensor of as many entries as there are components gives the meter the size of the step.
         """
         layers = growing(training.model)
         total = self._total(layers)
@@ -86,14 +73,12 @@ class IncreLoRAAllocation(Policy):
         if self.reg_orth_coef:
 
             def work() -> None:
-                (self.reg_orth_coef * orthogonality(list(layers.values()))).backward()  # type: ignore[no-untyped-call]
+                (self.reg_orth_coef * orthogonality(list(layers.values()))).backward()
 
             _, flops = training.meter.run(f"increlora {total}", work)
             training.flops, training.dense_flops = training.flops + flops, training.dense_flops + flops
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Smooth the scores; when it is time, hand out components."""
         layers = growing(training.model)
         if self._total(layers) >= self._target(layers):
@@ -105,7 +90,7 @@ class IncreLoRAAllocation(Policy):
         if due(training, state, self.incre_interval) and spent > self.init_warmup:
             self._grow(training, state, layers)
 
-    def on_evaluation(self, training: Training, state: dict[str, Any], metrics: dict[str, float]) -> None:
+    def on_evaluation(self, training: Training, state: State, metrics: dict[str, float]) -> None:
         """`adapter_rank`, the sum over the layers, and `adapter_parameters`, of the active components."""
         layers = growing(training.model).values()
         metrics["adapter_rank"] = sum(layer.counts[0] for layer in layers)
@@ -142,7 +127,7 @@ class IncreLoRAAllocation(Policy):
                 f"to {most:g}, the surgery's max_rank"
             )
 
-    def _grow(self, training: Training, state: dict[str, Any], layers: dict[str, GrowingAdapter]) -> None:
+    def _grow(self, training: Training, state: State, layers: dict[str, GrowingAdapter]) -> None:
         """Make reserved components of the best layers active; without a reserve once the budget is spent."""
         left = self._target(layers) - self._total(layers)
         value = {name: math.prod(state["scores"][name]) for name in layers}
@@ -160,7 +145,7 @@ class IncreLoRAAllocation(Policy):
             layer.resize(layer.counts[0], 0)
             del state["born"][name][0][layer.counts[0] :]
 
-    def _reserve(self, training: Training, state: dict[str, Any], layers: dict[str, GrowingAdapter]) -> None:
+    def _reserve(self, training: Training, state: State, layers: dict[str, GrowingAdapter]) -> None:
         """Fill up the reserves."""
         for name, layer in layers.items():
             active, reserved = layer.counts
@@ -182,26 +167,28 @@ def orthogonality(layers: Sequence[GrowingAdapter]) -> Tensor:
     return torch.stack(parts).mean()
 
 
-def _restart_schedules(training: Training, state: dict[str, Any], layers: dict[str, GrowingAdapter]) -> None:
+def _restart_schedules(training: Training, state: State, layers: dict[str, GrowingAdapter]) -> None:
     """Scale each step's change of what was born late from the run's learning rate to that of its own schedule."""
-    held: list[tuple[Tensor, Tensor, float]] = []
+    saved: list[tuple[Tensor, Tensor, float]] = []
 
     def ratio(born: int) -> float:
         number, total = training.step - 1, training.settings.budget.total_steps(training.spent)
-        whole = training.schedule.factor(number, total)
-        return training.schedule.factor(number - born, total - born) / whole if whole else 0.0
+        factor = training.schedule.factor(number, total)
+        return training.schedule.factor(number - born, total - born) / factor if factor else 0.0
 
-    def hold(*_: Any) -> None:
+    def hold(*_: object) -> None:
         for name, layer in layers.items():
             of_parts, of_scales = state["born"][name]
             for parameters, births in ((layer.A, of_parts), (layer.B, of_parts), (layer.E, of_scales)):
-                held.extend((parameters[i], parameters[i].detach().clone(), b) for i, b in enumerate(births) if b)
+                saved.extend(
+                    (parameters[i], parameters[i].detach().clone(), b) for i, b in enumerate(births) if b
+                )
 
     @torch.no_grad()
-    def scale(*_: Any) -> None:
-        for parameter, before, born in held:
+    def scale(*_: object) -> None:
+        for parameter, before, born in saved:
             parameter.copy_(torch.lerp(before, parameter, ratio(int(born))))
-        held.clear()
+        saved.clear()
 
     training.optimizer.register_step_pre_hook(hold)
     training.optimizer.register_step_post_hook(scale)

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
 from pretrain.core.batch import Batch
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import ProperShare
 from pretrain.objectives import Loss
-from pretrain.policies import Policy, Training
-from pretrain.policies.pruning._masks import hold, whole_linears, zero_count, zero_shares
+from pretrain.policies import Policy, State, Training
+from pretrain.policies.pruning._masks import hold, unsharded_weights, zero_count, zero_shares
 
 
 @dataclass(frozen=True)
@@ -27,28 +27,21 @@ class SPDF(Policy):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
-    sparsity: float = 0.75
+    sparsity: ProperShare = 0.75
     seed: int = 0
     credit: bool = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.sparsity < 1:
-            raise PretrainError(f"spdf: sparsity {self.sparsity}: accepted: from 0 to below 1")
-
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Draw the masks, from the seed and the layers' names alone, and apply them."""
-        layers = whole_linears(training.model, "spdf")
-        state["masks"] = {name: self.mask(module.weight, n) for n, (name, module) in enumerate(layers.items())}
+        weights = unsharded_weights(training.model, "spdf")
+        state["masks"] = {name: self.mask(weight, n) for n, (name, weight) in enumerate(weights.items())}
         hold(training.model, state["masks"])
 
-    def zeros(self, training: Training, state: dict[str, Any]) -> dict[str, float]:
+    def zeros(self, training: Training, state: State) -> dict[str, float]:
         """The same share in all masked layers, up to rounding."""
         return zero_shares(training.model, self.sparsity) if self.credit else {}
 
-    def after_step(
-        self, training: Training, state: dict[str, Any], batches: Sequence[Batch], losses: Sequence[Loss]
-    ) -> None:
+    def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Put the zeros back."""
         hold(training.model, state["masks"])
 

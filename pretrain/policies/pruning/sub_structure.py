@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import Count, Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, base, blocks, family, head
-from pretrain.policies import Policy, Training
+from pretrain.policies import Policy, State, Training
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,17 @@ class SubStructure(Policy):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert")
 
-    layers: int = 3
-    share: float = 0.125
+    layers: Count = 3
+    share: Share = 0.125
 
-    def start(self, training: Training, state: dict[str, Any]) -> None:
+    def start(self, training: Training, state: State) -> None:
         """Make the blocks able to be left out, and the optimiser to pass over what is not trained."""
         model = training.model
         if family(model).name not in self.families:
             raise PretrainError(f"sub_structure: family {family(model).name!r}: accepted: {', '.join(self.families)}")
         stack = blocks(model)
-        if not 1 <= self.layers <= len(stack):
+        if self.layers > len(stack):
             raise PretrainError(f"sub_structure: layers {self.layers}: accepted: from 1 to the {len(stack)} blocks")
-        if not 0 <= self.share <= 1:
-            raise PretrainError(f"sub_structure: share {self.share}: accepted: from 0 to 1")
         if training.world.size > 1 and training.settings.strategy != "ddp":
             raise PretrainError(f"sub_structure: strategy {training.settings.strategy}: accepted: ddp")
         window = Window(model, every=training.world.size > 1)
@@ -50,8 +49,8 @@ class SubStructure(Policy):
             block.forward = window.wrap(index, block.forward, state)
         training.optimizer.register_step_pre_hook(lambda *_: window.pass_over(*state["window"]))
 
-    def before_step(self, training: Training, state: dict[str, Any], batches: Sequence[Batch]) -> None:
-        """Draw the step's sub-model; a tensor of as many entries as it has blocks tells the meter its depth."""
+    def before_step(self, training: Training, state: State, batches: Sequence[Batch]) -> None:
+        """Draw the step's sub-model; a tensor of as many entries as it has blocks gives the meter its depth."""
         depth = len(blocks(training.model))
         state["window"] = [0, depth]
         if training.progress < self.share:
@@ -76,11 +75,11 @@ class Window:
         self.outside = [p for p in model.parameters() if id(p) not in inside]
         self.frozen = [p for p in self.outside if id(p) not in kept]
 
-    def wrap(self, index: int, forward: Callable[..., Tensor], state: dict[str, Any]) -> Callable[..., Tensor]:
+    def wrap(self, index: int, forward: Callable[..., Tensor], state: State) -> Callable[..., Tensor]:
         """A block's `forward` that the window may leave out or cut off from what is below."""
         block = self.blocks[index]
 
-        def windowed(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        def windowed(hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
             begin, end = state["window"]
             if not block.training or (begin, end) == (0, len(self.blocks)):
                 return forward(hidden_states, *args, **kwargs)
