@@ -186,8 +186,8 @@ def test_a_grown_model_is_a_plain_checkpoint_and_trains(small, tmp_path):
         ("llama", {"num_hidden_layers": 1}, "num_hidden_layers 1: accepted: 2 or more"),
         ("llama", {"num_key_value_heads": 3}, "num_key_value_heads 3 for 4 attention heads: accepted: a divisor"),
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads 4 for 4 attention heads: .*2 or more queries"),
-        ("llama", {"initialisation": "fpi"}, r"'fpi'.*accepted: AKI, FPI"),
-        ("llama", {"sampling": "random"}, r"'random'.*accepted: even, uniform"),
+        ("llama", {"initialisation": "fpi"}, r"'fpi'.*accepted: FPI, AKI"),
+        ("llama", {"sampling": "random"}, r"'random'.*accepted: uniform, even"),
         ("t5", {"hidden_size": 64}, "family 't5': accepted: llama, gpt2, bert"),
     ],
 )  # fmt: skip

@@ -306,7 +306,7 @@ def test_what_does_not_fit_is_one_clear_error(tiny) -> None:
         lst()(tiny())
     with pytest.raises(PretrainError, match="reduction 0: accepted: 1 or more"):
         lst(reduction=0)
-    with pytest.raises(PretrainError, match="drop_every 1: accepted: 2 or more, or 0"):
+    with pytest.raises(PretrainError, match="drop_every 1: accepted: 0, or 2 or more"):
         lst(drop_every=1)
     with pytest.raises(PretrainError, match="drop_every 4: accepted: 0, for 1 block"):
         lst(reduction=2)(deep(tiny, "llama", 1))

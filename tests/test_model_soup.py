@@ -239,7 +239,7 @@ def test_a_model_of_other_surgeries_is_refused(tiny):
         ({"recipe": "stew"}, "recipe 'stew': accepted: greedy, uniform, best"),
         ({}, "corpus '': accepted: one with validation documents, or recipe uniform"),
         ({"corpus": "c", "weights": (1.0, 2.0)}, r"weights \[1.0, 2.0\]: accepted: none with recipe greedy"),
-        ({"recipe": "uniform", "weights": (1.0, -1.0)}, r"weights \[1.0, -1.0\]: accepted: finite numbers, their sum not 0"),
+        ({"recipe": "uniform", "weights": (1.0, -1.0)}, r"weights \[1.0, -1.0\]: accepted: numbers whose sum is not 0"),
         ({"recipe": "best"}, "corpus '': accepted: one with validation documents, or recipe uniform"),
         ({"recipe": "best", "corpus": "c", "weights": (1.0,)}, r"weights \[1.0\]: accepted: none with recipe best"),
         ({"corpus": "c", "evaluation": {"method": "task", "goal": 1}}, "evaluation 'task': .*accepted fields: objective"),

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from pretrain.core.batch import Batch
 
 
+PeftFormat = tuple[dict[str, object], dict[str, "Tensor"]]  # an adapter's configuration, and its tensors by name
+
+
 @dataclass(frozen=True)
 class Inputs:
     """What a surgery may ask for besides the model; most need none of it."""
@@ -31,6 +34,12 @@ class Inputs:
     extra: dict[str, Any] = field(default_factory=dict)
 
 
+def report(inputs: Inputs | None, **metrics: float) -> None:
+    """Add to the metrics of the stage."""
+    if inputs is not None:
+        inputs.extra.setdefault("metrics", {}).update(metrics)
+
+
 def operate(
     surgeries: Sequence[Surgery], model: PreTrainedModel, inputs: Inputs
 ) -> tuple[PreTrainedModel, Inputs, int]:
@@ -41,8 +50,8 @@ def operate(
     for surgery in surgeries:
         model, cost = count_flops(partial(surgery, model, inputs))
         flops += cost
-        handed = {name: inputs.extra.pop(name, getattr(inputs, name)) for name in ("tokenizer", "batches")}
-        inputs = replace(inputs, **handed)
+        changed = {name: inputs.extra.pop(name, getattr(inputs, name)) for name in ("tokenizer", "batches")}
+        inputs = replace(inputs, **changed)
     return model, inputs, flops
 
 
@@ -63,7 +72,7 @@ class Surgery(Method):
         """
         raise PretrainError(f"surgery {self.name!r} leaves a plain transformers model: it has nothing to restore")
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def adapter(self, model: PreTrainedModel) -> PeftFormat | None:
         """What it put into the model in `peft`'s format (configuration, tensors), where that can express it.
 
         A checkpoint with such a recorded surgery holds a folder `adapter` that `peft` opens over the model it adapts.

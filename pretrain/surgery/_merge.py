@@ -6,7 +6,6 @@ Shape letters: V rows of a vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel
 
 from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import embeddings
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -33,32 +33,32 @@ def check(method: str, model: PreTrainedModel, other: PreTrainedModel, label: st
         raise PretrainError(
             f"{method}: {label} is a {type(other).__name__}; accepted: a {type(model).__name__}, as the checkpoint is"
         )
-    own, its = ([(e["method"], e["config"]) for e in surgery_of(one)] for one in (model, other))
-    if own != its:
-        done = ", ".join(name for name, _ in its) or "no recorded surgery"
+    surgeries, others = ([(e["method"], e["config"]) for e in surgery_of(merged)] for merged in (model, other))
+    if surgeries != others:
+        done = ", ".join(name for name, _ in others) or "no recorded surgery"
         raise PretrainError(
             f"{method}: {label} has been through {done}; accepted: "
-            f"{', '.join(name for name, _ in own) or 'no recorded surgery'}, as the checkpoint, and alike"
+            f"{', '.join(name for name, _ in surgeries) or 'no recorded surgery'}, as the checkpoint, and alike"
         )
-    mine, theirs = weights(model), weights(other)
-    lacking = next((n for n in (*mine, *theirs) if n not in mine or n not in theirs), None)
+    expected, given = weights(model), weights(other)
+    lacking = next((n for n in (*expected, *given) if n not in expected or n not in given), None)
     if lacking is not None:
-        has, hint = ("does not have", "has") if lacking in mine else ("has", "does not have")
+        has, hint = ("does not have", "has") if lacking in expected else ("has", "does not have")
         raise PretrainError(
             f"{method}: {label} {has} the weight {lacking}, which the checkpoint {hint}; accepted: a model of the same "
             "weights (tied alike)"
         )
-    sizes = (len(model.get_input_embeddings().weight), len(other.get_input_embeddings().weight))
-    for name, tensor in mine.items():
-        found = theirs[name]
-        table = rows and tensor.ndim > 0 and tensor.shape[1:] == found.shape[1:] and (len(tensor), len(found)) == sizes
-        if tensor.shape != found.shape and not table:
+    sizes = (len(embeddings(model).weight), len(embeddings(other).weight))
+    for name, tensor in expected.items():
+        its = given[name]
+        table = rows and tensor.ndim > 0 and tensor.shape[1:] == its.shape[1:] and (len(tensor), len(its)) == sizes
+        if tensor.shape != its.shape and not table:
             raise PretrainError(
-                f"{method}: {label} has {name} of shape {tuple(found.shape)}; accepted: {tuple(tensor.shape)}"
+                f"{method}: {label} has {name} of shape {tuple(its.shape)}; accepted: {tuple(tensor.shape)}"
             )
-        if not tensor.is_floating_point() and not torch.equal(tensor.cpu(), found.cpu()):
+        if not tensor.is_floating_point() and not torch.equal(tensor.cpu(), its.cpu()):
             raise PretrainError(
-                f"{method}: {label} has other values in {name} ({found.dtype}), which has no mean; accepted: the "
+                f"{method}: {label} has other values in {name} ({its.dtype}), which has no mean; accepted: the "
                 "checkpoint's"
             )
 
@@ -66,13 +66,13 @@ def check(method: str, model: PreTrainedModel, other: PreTrainedModel, label: st
 @torch.no_grad()
 def mean_into(target: PreTrainedModel, models: Sequence[PreTrainedModel], shares: Sequence[float]) -> None:
     """Give `target` the weighted mean Σ shares · weights / Σ shares, summed in float64 and rounded once."""
-    tables, whole = [weights(model) for model in models], float(sum(shares))
+    tables, sum_of_shares = [weights(model) for model in models], float(sum(shares))
     for name, into in weights(target).items():
         if into.is_floating_point():
             total = torch.zeros(into.shape, dtype=torch.float64, device=into.device)
             for table, share in zip(tables, shares, strict=True):
                 total += table[name].to(into.device, torch.float64) * share
-            into.copy_(total / whole)
+            into.copy_(total / sum_of_shares)
 
 
 def add_vectors(base: Tensor, first: Tensor, second: Tensor) -> Tensor:
@@ -83,9 +83,3 @@ def add_vectors(base: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def toward(base: Tensor, end: Tensor, scale: float) -> Tensor:
     """base + scale · (end - base) in float64; exactly `end` at 1, exactly `base` at 0."""
     return torch.lerp(base.double(), end.double(), scale)
-
-
-def report(inputs: Any, **metrics: float) -> None:
-    """Add to what the stage says of the surgery."""
-    if inputs is not None:
-        inputs.extra.setdefault("metrics", {}).update(metrics)

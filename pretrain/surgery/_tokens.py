@@ -14,11 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
+from pretrain.core.models.families import embeddings
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.surgery import Inputs
-from pretrain.surgery._merge import report
+from pretrain.surgery import Inputs, report
 
 MODELS = ("BPE", "Unigram", "WordPiece")
+State = dict[str, Any]  # `tokenizer.json`
 
 
 def expand(method: str, model: PreTrainedModel, folder: str, inputs: Inputs | None) -> tuple[list[int], list[int]]:
@@ -31,7 +32,7 @@ def expand(method: str, model: PreTrainedModel, folder: str, inputs: Inputs | No
     tokenizer = joined(method, inputs.tokenizer, load_tokenizer(tokenizer_of(Path(folder))))
     known = set(inputs.tokenizer.get_vocab().values())
     old, new = sorted(known), sorted(set(tokenizer.get_vocab().values()) - known)
-    rows = len(model.get_input_embeddings().weight)
+    rows = len(embeddings(model).weight)
     if old[-1] >= rows:
         raise PretrainError(
             f"{method}: the checkpoint has {rows} rows and its tokenizer {old[-1] + 1} ids; accepted: as many rows or "
@@ -52,7 +53,7 @@ def resize(model: PreTrainedModel, rows: int) -> None:
     the head of T5 to the embeddings, be it another's.
     """
     before = dict(model.named_parameters(remove_duplicate=False))
-    count, head = len(model.get_input_embeddings().weight), model.get_output_embeddings()
+    count, head = len(embeddings(model).weight), model.get_output_embeddings()
     around = next((name.rpartition(".")[0] for name, module in model.named_modules() if module is head), "")
     with torch.random.fork_rng(devices=[]):
         model.resize_token_embeddings(rows, mean_resizing=False)
@@ -106,14 +107,24 @@ def joined(method: str, old: PreTrainedTokenizerBase, added: PreTrainedTokenizer
             if pair not in have and model["vocab"].keys() >= parts:
                 merges.append(pair)
         model["merges"] = merges
-    made: Any = copy.deepcopy(old)
-    made._tokenizer = Tokenizer.from_str(json.dumps(state))
+    return with_state(old, state)
+
+
+def state_of(tokenizer: PreTrainedTokenizerBase) -> State:
+    """The tokenizer's `tokenizer.json`; of one that has none the type of its model alone."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+
+
+def with_state(tokenizer: PreTrainedTokenizerBase, state: State) -> PreTrainedTokenizerBase:
+    """A copy of a tokenizer with another `tokenizer.json`."""
+    made = copy.deepcopy(tokenizer)
+    vars(made)["_tokenizer"] = Tokenizer.from_str(json.dumps(state))
     return made
 
 
-def _state(method: str, whose: str, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+def _state(method: str, whose: str, tokenizer: PreTrainedTokenizerBase) -> State:
+    state = state_of(tokenizer)
     if state["model"]["type"] not in MODELS:
         raise PretrainError(
             f"{method}: the tokenizer of {whose} is a {state['model']['type']}; accepted: {', '.join(MODELS)}, or a "
@@ -122,20 +133,20 @@ def _state(method: str, whose: str, tokenizer: PreTrainedTokenizerBase) -> dict[
     return state
 
 
-def _comparable(method: str, state: dict[str, Any], other: dict[str, Any]) -> None:
-    """Refuse two tokenizers of which the one cannot meet the other's tokens in its text."""
+def _comparable(method: str, state: State, other: State) -> None:
+    """Refuse two tokenizers of which one cannot meet the other's tokens in its text."""
 
-    def signs(s: dict[str, Any]) -> dict[str, Any]:
+    def signs(s: State) -> State:
         model = s["model"]
         names = ("type", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
         return {name: model.get(name) or None for name in names} | {"decoder": (s["decoder"] or {}).get("type")}
 
-    mine, its = signs(state), signs(other)
-    for name, value in mine.items():
-        if its[name] != value:
+    expected, given = signs(state), signs(other)
+    for name, value in expected.items():
+        if given[name] != value:
             raise PretrainError(
-                f"{method}: the new tokenizer's {name} is {its[name]!r}; accepted: {value!r}, as the checkpoint's, or "
-                "one that has all tokens of the checkpoint's under their numbers"
+                f"{method}: the new tokenizer's {name} is {given[name]!r}; accepted: {value!r}, as the checkpoint's, "
+                "or one that has all tokens of the checkpoint's under their numbers"
             )
 
 

@@ -26,5 +26,5 @@ class AdamW(Optimizer):
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """`torch.optim.AdamW`, in its fused form."""
-        groups = decay_groups(named_parameters, self.weight_decay)
+        groups = [dict(group) for group in decay_groups(named_parameters, self.weight_decay)]
         return torch.optim.AdamW(groups, lr=self.lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True)

@@ -180,9 +180,7 @@ def _restart_schedules(training: Training, state: State, layers: dict[str, Growi
         for name, layer in layers.items():
             of_parts, of_scales = state["born"][name]
             for parameters, births in ((layer.A, of_parts), (layer.B, of_parts), (layer.E, of_scales)):
-                saved.extend(
-                    (parameters[i], parameters[i].detach().clone(), b) for i, b in enumerate(births) if b
-                )
+                saved.extend((parameters[i], parameters[i].detach().clone(), b) for i, b in enumerate(births) if b)
 
     @torch.no_grad()
     def scale(*_: object) -> None:

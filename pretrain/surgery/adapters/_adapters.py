@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,26 +19,28 @@ from pretrain.core.checkpoint import recorded, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import family, linears, set_module
 from pretrain.core.models.heads import new_modules, output
+from pretrain.core.models.layers import Linear, like, sides
+from pretrain.surgery import PeftFormat
 
 Where = Literal["query_value", "attention", "feed_forward", "all"]
-PLACES = get_args(Where)
+A = TypeVar("A", bound="Adapter")
 
 
 class Adapter(nn.Module):
     """A frozen linear `layer` and a change of its weight; a subclass says what the change is."""
 
     linear_like = True
+    layer: Linear
 
-    def __init__(self, layer: nn.Linear | Conv1D) -> None:
+    def __init__(self, layer: Linear) -> None:
         super().__init__()
         self.layer, self.conv1d = layer, isinstance(layer, Conv1D)
-        shape = layer.weight.T.shape if self.conv1d else layer.weight.shape
-        self.out_features, self.in_features = shape
+        self.out_features, self.in_features = sides(layer)
 
     @property
     def weight(self) -> Tensor:
         """The frozen weight: some models ask their layers for its type."""
-        return self.layer.weight  # type: ignore[return-value]
+        return self.layer.weight
 
     def change(self) -> Tensor:
         """The change of the weight, `change_OI`."""
@@ -49,26 +51,25 @@ class Adapter(nn.Module):
         return self.layer(x) + F.linear(x, self.change())
 
     @torch.no_grad()
-    def merged(self) -> nn.Module:
+    def merged(self) -> Linear:
         """The frozen layer with the change in its weight."""
-        change_OI = self.change().to(self.layer.weight.dtype)  # type: ignore[union-attr]
-        self.layer.weight += change_OI.T if self.conv1d else change_OI  # type: ignore[union-attr, operator]
+        change_OI = self.change().to(self.layer.weight.dtype)
+        self.layer.weight.add_(change_OI.T if self.conv1d else change_OI)
         return self.layer
 
 
 class LowRankAdapter(Adapter):
     """The change scale · BA, with A uniform as Kaiming's with a = √5 and B zero."""
 
-    def __init__(self, layer: nn.Linear | Conv1D, rank: int, scale: float, source: torch.Generator | None) -> None:
+    def __init__(self, layer: Linear, rank: int, scale: float, source: torch.Generator | None) -> None:
         super().__init__(layer)
         self.scale = scale
-        like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
         A_RI = torch.zeros(rank, self.in_features)
         if source is not None:
             bound = 1 / math.sqrt(self.in_features)
             A_RI.uniform_(-bound, bound, generator=source)
-        self.A = nn.Parameter(A_RI.to(**like))
-        self.B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
+        self.A = nn.Parameter(A_RI.to(**like(layer.weight)))
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank, **like(layer.weight)))
 
     def change(self) -> Tensor:
         """scale · BA."""
@@ -87,14 +88,12 @@ def freeze(model: PreTrainedModel) -> None:
         last[1].requires_grad_(True)
 
 
-def targets(model: PreTrainedModel, method: str, where: str, names: Sequence[str] = ()) -> dict[str, nn.Module]:
+def targets(model: PreTrainedModel, method: str, where: Where, names: Sequence[str] = ()) -> dict[str, Linear]:
     """The blocks' linear layers of `attention`, `feed_forward` or `all`, only those whose name ends in one of `names`.
 
     `query_value` is many papers' choice: the projections to queries and values, whole where fused; with `names`, those
     of any layers. Raises `PretrainError` where there is none, and where one is no plain linear layer any more.
     """
-    if where not in PLACES:
-        raise PretrainError(f"{method}: where {where!r}: accepted: {', '.join(PLACES)}")
     if any(recorded(entry).adapts for entry in surgery_of(model)):
         raise PretrainError(
             f"{method}: the model is adapted already: accepted: a plain one; merge_adapters makes it so"
@@ -102,22 +101,25 @@ def targets(model: PreTrainedModel, method: str, where: str, names: Sequence[str
     if where == "query_value":
         projections = family(model).queries
         where, names = "all", names or [path.rpartition(".")[2] for path in (projections[0], projections[-1])]
-    found = linears(model, where)
+    candidates = linears(model, where)
     if names:
-        last = sorted({name.rpartition(".")[2] for name in found})
-        found = {name: layer for name, layer in found.items() if name.endswith(tuple(f".{n}" for n in names))}
-        if not found:
+        last = sorted({name.rpartition(".")[2] for name in candidates})
+        ends = tuple(f".{name}" for name in names)
+        candidates = {name: layer for name, layer in candidates.items() if name.endswith(ends)}
+        if not candidates:
             raise PretrainError(f"{method}: targets {', '.join(names)}: accepted: names of layers ({', '.join(last)})")
-    for name, layer in found.items():
-        if not isinstance(layer, nn.Linear | Conv1D):
+    layers: dict[str, Linear] = {}
+    for name, layer in candidates.items():
+        if not isinstance(layer, Linear):
             raise PretrainError(
                 f"{method}: {name} is a {type(layer).__name__}: accepted: a plain linear layer; merge first"
             )
-    return found
+        layers[name] = layer
+    return layers
 
 
 def adapt(
-    model: PreTrainedModel, layers: dict[str, nn.Module], make: Callable[[str, Any], nn.Module]
+    model: PreTrainedModel, layers: dict[str, Linear], make: Callable[[str, Linear], nn.Module]
 ) -> PreTrainedModel:
     """Freeze the model and put `make(name, layer)` in the place of each layer."""
     freeze(model)
@@ -128,12 +130,15 @@ def adapt(
 
 def adapters(model: nn.Module) -> dict[str, Adapter]:
     """The adapters by qualified name."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, Adapter)}
+    return adapters_of(model, Adapter)
 
 
-def peft_lora(
-    model: PreTrainedModel, factors: dict[str, tuple[Tensor, Tensor]]
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def adapters_of(model: nn.Module, kind: type[A]) -> dict[str, A]:
+    """The adapters of a class by qualified name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
+
+
+def peft_lora(model: PreTrainedModel, factors: dict[str, tuple[Tensor, Tensor]]) -> PeftFormat:
     """An adapter in `peft`'s format from `{layer: (B_OR, A_RI)}`, scaled already, of whatever ranks.
 
     What is new in a classifier goes with it.
@@ -141,13 +146,13 @@ def peft_lora(
     used = {name: (B_OR, A_RI) for name, (B_OR, A_RI) in factors.items() if A_RI.shape[0]}
     ranks = {name: A_RI.shape[0] for name, (_, A_RI) in used.items()}
     rank, new = max(ranks.values(), default=1), new_modules(model)
-    config: dict[str, Any] = {
+    pattern = {f"^{name}$".replace(".", r"\."): r for name, r in ranks.items() if r != rank}
+    config: dict[str, object] = {
         "peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": sorted(used), "bias": "none",
-        "lora_dropout": 0.0, "rank_pattern": {f"^{n}$".replace(".", r"\."): r for n, r in ranks.items() if r != rank},
+        "lora_dropout": 0.0, "rank_pattern": pattern, "alpha_pattern": dict(pattern),
         "fan_in_fan_out": model.config.model_type == "gpt2", "inference_mode": True, "base_model_name_or_path": None,
         "task_type": None if new or not model.can_generate() else "CAUSAL_LM",
     }  # fmt: skip
-    config["alpha_pattern"] = dict(config["rank_pattern"])
     tensors = {}
     for name, (B_OR, A_RI) in used.items():
         tensors[f"base_model.model.{name}.lora_A.weight"] = A_RI.detach().contiguous()

@@ -6,7 +6,7 @@ Shape letters: E width, O outputs, I inputs, H heads, K heads of keys and values
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from pretrain.core.batch import Batch, document_mask
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, attention_inputs, embeddings, family, head, hidden
+from pretrain.core.models.layers import Linear
 from pretrain.surgery._calibration import parts, set_weight, weight_of
 
 
@@ -29,17 +30,17 @@ class Heads(NamedTuple):
 
 def heads_of(model: PreTrainedModel) -> Heads:
     """Those of the model's blocks."""
-    config: Any = model.config
+    config = model.config
     count = config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // count
     shared = getattr(config, "num_key_value_heads", None) or count
     return Heads(count, shared, width, family(model).name == "llama")
 
 
-def fisher(model: Any, batches: Sequence[Batch]) -> dict[int, Tensor]:
+def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
     """The mean over batches of the squared gradient of the causal loss, by `id` of each parameter."""
-    asked = [(part, part.requires_grad) for part in model.parameters()]
-    mode, found = model.training, {id(part): torch.zeros_like(part, dtype=torch.float32) for part, _ in asked}
+    trained = [(weight, weight.requires_grad) for weight in model.parameters()]
+    mode, squares = model.training, {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight, _ in trained}
     model.eval().requires_grad_(True)
     try:
         for batch in batches:
@@ -48,21 +49,21 @@ def fisher(model: Any, batches: Sequence[Batch]) -> dict[int, Tensor]:
             same_BL = (document_BL[:, 1:] == document_BL[:, :-1]) & (document_BL[:, 1:] > 0)
             target_BL[:, :-1] = torch.where(same_BL, tokens_BL[:, 1:], IGNORE)
             position_BL = batch["position_ids"].to(model.device)
-            given = attention_inputs(model, document_mask(document_BL, causal=True), position_BL)
+            inputs = attention_inputs(model, document_mask(document_BL, causal=True), position_BL)
             weight_VE, bias_V = head(model)
-            states_BLE = hidden(model, input_ids=tokens_BL, **given)
-            value, _ = linear_cross_entropy(states_BLE, weight_VE, target_BL, bias_V=bias_V)
+            states_BLE = hidden(model, input_ids=tokens_BL, **inputs)
+            loss, _ = linear_cross_entropy(states_BLE, weight_VE, target_BL, bias_V=bias_V)
             model.zero_grad()
-            value.backward()
-            for part, _ in asked:
-                if part.grad is not None:
-                    found[id(part)] += part.grad.float().square() / len(batches)
+            loss.backward()
+            for weight, _ in trained:
+                if weight.grad is not None:
+                    squares[id(weight)] += weight.grad.float().square() / len(batches)
     finally:
         model.zero_grad()
         model.train(mode)
-        for part, wanted in asked:
-            part.requires_grad_(wanted)
-    return found
+        for weight, requires_grad in trained:
+            weight.requires_grad_(requires_grad)
+    return squares
 
 
 class Importance:
@@ -71,12 +72,16 @@ class Importance:
     def __init__(self, measured: dict[int, Tensor] | None = None) -> None:
         self.measured = measured
 
-    def of(self, layer: Any) -> Tensor:
+    def of(self, layer: Linear) -> Tensor:
         """`score_OI` of a linear layer."""
         if self.measured is None:
             return weight_of(layer).abs()
         score = self.measured[id(layer.weight)]
-        return score if isinstance(layer, nn.Linear | nn.Embedding) else score.T
+        return score if isinstance(layer, nn.Linear) else score.T
+
+    def of_table(self, table: nn.Embedding) -> Tensor:
+        """`score_VE` of the embeddings."""
+        return table.weight.detach().abs() if self.measured is None else self.measured[id(table.weight)]
 
 
 def largest(score: Tensor, count: int) -> Tensor:
@@ -86,8 +91,7 @@ def largest(score: Tensor, count: int) -> Tensor:
 
 def kept_width(model: PreTrainedModel, importance: Importance, count: int) -> Tensor:
     """Which of the width's E places stay: the same in all blocks, for their states are added up."""
-    table = embeddings(model)
-    score_VE = table.weight.detach().abs() if importance.measured is None else importance.of(table)
+    score_VE = importance.of_table(embeddings(model))
     return largest(score_VE.float().sum(0), count)
 
 
@@ -98,8 +102,8 @@ def cut(model: PreTrainedModel, block: nn.Module, narrow: nn.Module, width_E: Te
     pairs, with one table for all heads: there the pairs are the same in all.
     """
     entry, heads, shapes = family(model), heads_of(model), parts(model)
-    wide = {path: at(block, path) for group in shapes.values() for path in group}
-    made = {path: at(narrow, path) for path in wide}
+    wide: dict[str, Linear] = {path: at(block, path) for group in shapes.values() for path in group}
+    small: dict[str, Linear] = {path: at(narrow, path) for path in wide}
     fused = len(shapes["queries"]) == 1
     score_OI = [importance.of(wide[path]) for path in shapes["queries"]]
     if fused:
@@ -116,8 +120,8 @@ def cut(model: PreTrainedModel, block: nn.Module, narrow: nn.Module, width_E: Te
     )
     taken: dict[str, tuple[Tensor, Tensor]] = {}
     if fused:
-        whole = heads.queries * heads.width
-        taken[shapes["queries"][0]] = torch.cat([row + n * whole for n, row in enumerate(rows)]), width_E
+        size = heads.queries * heads.width
+        taken[shapes["queries"][0]] = torch.cat([row + n * size for n, row in enumerate(rows)]), width_E
     else:
         taken |= {path: (row, width_E) for path, row in zip(shapes["queries"], rows, strict=True)}
     taken[shapes["output"][0]] = width_E, _rows(heads, value_KD, heads.queries)
@@ -127,9 +131,9 @@ def cut(model: PreTrainedModel, block: nn.Module, narrow: nn.Module, width_E: Te
     taken |= {path: (inner_F, width_E) for path in shapes["up"]} | {shapes["down"][0]: (width_E, inner_F)}
 
     for path, (out_O, in_I) in taken.items():
-        set_weight(made[path], weight_of(wide[path])[out_O][:, in_I])
+        set_weight(small[path], weight_of(wide[path])[out_O][:, in_I])
         if wide[path].bias is not None:
-            made[path].bias.data.copy_(wide[path].bias[out_O])
+            small[path].bias.data.copy_(wide[path].bias[out_O])
     for path in entry.norms:
         cut_norm(at(block, path), at(narrow, path), width_E)
     for name in ("q_norm", "k_norm"):  # of each head
@@ -139,10 +143,10 @@ def cut(model: PreTrainedModel, block: nn.Module, narrow: nn.Module, width_E: Te
     return query_KD[0]
 
 
-def cut_norm(wide: Any, narrow: Any, kept: Tensor) -> None:
+def cut_norm(wide: nn.Module, narrow: nn.Module, kept: Tensor) -> None:
     """The norm's scale, and shift where it has one, at the places that stay."""
     for name, parameter in narrow.named_parameters():
-        parameter.data.copy_(getattr(wide, name).detach()[kept])
+        parameter.data.copy_(wide.get_parameter(name).detach()[kept])
 
 
 def _kept_heads(heads: Heads, score_OI: list[Tensor], output_EO: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -6,22 +6,24 @@ Shape letters: O outputs, I inputs, R rank, C numbers of the sparse part.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count, ProperShare, Whole
 from pretrain.core.checkpoint import record, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
-from pretrain.surgery import Inputs, Surgery
+from pretrain.core.models.layers import Linear, like
+from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery._random import generator
-from pretrain.surgery.adapters._adapters import Adapter, LowRankAdapter, adapt, adapters, peft_lora, targets
+from pretrain.surgery.adapters._adapters import Adapter, LowRankAdapter, Where, adapt, adapters_of, peft_lora, targets
 
-SCORES = ("weights", "updates")
+Record = dict[str, Any]  # of a surgery, as a checkpoint holds it
+Frozen = tuple[Tensor, nn.Module]  # a weight, and the module that stands for it
 _ROUNDS = 10  # of alternation after each direction more: with 2 the sparse part of a planted sum is not always found
 
 
@@ -54,9 +56,11 @@ def decompose(weight_OI: Tensor, rank: int, nonzero: int, source: torch.Generato
 class SparseAndLowRank(LowRankAdapter):
     """The change scale · (BA + S): S has `values` at fixed `places` of the flattened matrix, and is zero at first."""
 
-    def __init__(self, layer: nn.Linear | Conv1D, rank: int, nonzero: int, scale: float) -> None:
+    places: Tensor
+
+    def __init__(self, layer: Linear, rank: int, nonzero: int, scale: float) -> None:
         super().__init__(layer, rank, scale, None)
-        self.values = nn.Parameter(torch.zeros(nonzero, dtype=layer.weight.dtype, device=layer.weight.device))
+        self.values = nn.Parameter(torch.zeros(nonzero, **like(layer.weight)))
         self.values.requires_grad_(nonzero > 0)
         self.register_buffer("places", torch.arange(nonzero, device=layer.weight.device))
 
@@ -65,14 +69,14 @@ class SparseAndLowRank(LowRankAdapter):
         """A normal with deviation 0.02, B and S zero, the places those of the frozen weight's own sparse part."""
         self.A.copy_(torch.empty(self.A.shape).normal_(0, 0.02, generator=source))
         if len(self.values):
-            weight: Any = self.layer.weight
-            found = decompose(weight.T if self.conv1d else weight, len(self.A), len(self.values), source)
-            self.places.copy_(found[2])  # type: ignore[operator]
+            weight = self.layer.weight
+            _, _, places_C = decompose(weight.T if self.conv1d else weight, len(self.A), len(self.values), source)
+            self.places.copy_(places_C)
 
     def sparse(self) -> Tensor:
         """S as a matrix."""
         flat = self.values.new_zeros(self.out_features * self.in_features)
-        return flat.index_copy(0, self.places, self.values).view(self.out_features, self.in_features)  # type: ignore[arg-type]
+        return flat.index_copy(0, self.places, self.values).view(self.out_features, self.in_features)
 
     def change(self) -> Tensor:
         """scale · (BA + S)."""
@@ -80,15 +84,14 @@ class SparseAndLowRank(LowRankAdapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Through the rank and the few numbers of S, without ever making the change."""
-        places_C: Any = self.places
         change = F.linear(F.linear(x, self.A), self.B)
-        part = x[..., places_C % self.in_features] * self.values
-        change = change.index_add(-1, places_C // self.in_features, part.to(change.dtype))
+        part = x[..., self.places % self.in_features] * self.values
+        change = change.index_add(-1, self.places // self.in_features, part.to(change.dtype))
         return self.layer(x) + change * self.scale
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The change as a LoRA: each row of S that is not empty is one rank more."""
-        rows = (self.places // self.in_features).unique()  # type: ignore[operator]
+        rows = (self.places // self.in_features).unique()
         one_hot_OR = torch.zeros_like(self.B[:, :1]).repeat(1, len(rows))
         one_hot_OR[rows, torch.arange(len(rows), device=rows.device)] = 1
         return torch.cat([self.B, one_hot_OR], 1) * self.scale, torch.cat([self.A, self.sparse()[rows]])
@@ -115,24 +118,13 @@ class DSEE(Surgery):
 
     adapts: ClassVar[bool] = True
 
-    rank: int = 16
-    nonzero: int = 64
+    rank: Count = 16
+    nonzero: Whole = 64
     alpha: float = 32.0
-    sparsity: float = 0.0
-    scores: str = "weights"
-    where: str = "query_value"
+    sparsity: ProperShare = 0.0
+    scores: Literal["weights", "updates"] = "weights"
+    where: Where = "query_value"
     targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank < 1:
-            raise PretrainError(f"dsee: rank {self.rank}: accepted: 1 or more")
-        if self.nonzero < 0:
-            raise PretrainError(f"dsee: nonzero {self.nonzero}: accepted: 0 or more")
-        if not 0 <= self.sparsity < 1:
-            raise PretrainError(f"dsee: sparsity {self.sparsity}: accepted: from 0 to below 1")
-        if self.scores not in SCORES:
-            raise PretrainError(f"dsee: scores {self.scores!r}: accepted: {', '.join(SCORES)}")
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted, pruned model: only the adapter, and a classifier's last layer, are trained from now on."""
@@ -145,27 +137,23 @@ class DSEE(Surgery):
             )
         else:
             model, source = self.restore(model), generator(self.name, inputs)
-            for module in adapters(model).values():
-                module.initialise(source)  # type: ignore[operator]
+            for module in adapters_of(model, SparseAndLowRank).values():
+                module.initialise(source)
         if self.sparsity:
             self._prune(model)
         if before is not None:
             before["config"] = asdict(self)
         else:
             record(model, self)
-        if inputs is not None:
-            metrics: dict[str, float] = {
-                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad)
-            }
-            if self.sparsity:
-                weights = [weight for group in _frozen(model) for weight, _ in group]
-                metrics["zeros"] = sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights)
-            inputs.extra.setdefault("metrics", {}).update(metrics)
+        report(inputs, trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad))
+        if self.sparsity:
+            weights = [weight for group in _frozen(model) for weight, _ in group]
+            report(inputs, zeros=sum(int((w == 0).sum()) for w in weights) / sum(w.numel() for w in weights))
         return model
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same layers, with numbers yet to be loaded."""
-        layers: dict[str, Any] = targets(model, self.name, self.where, self.targets)
+        layers = targets(model, self.name, self.where, self.targets)
         for name, layer in layers.items():
             if self.rank >= min(layer.weight.shape):
                 raise PretrainError(
@@ -177,21 +165,21 @@ class DSEE(Surgery):
                 )
         return adapt(model, layers, lambda _, layer: self._adapted(layer).train(layer.training))
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def adapter(self, model: PreTrainedModel) -> PeftFormat | None:
         """The change as a LoRA of `peft`; none over pruned weights, which are not those that it would be put on."""
         if self.sparsity:
             return None
-        found: dict[str, Any] = adapters(model)
-        return peft_lora(model, {name: module.factors() for name, module in found.items()})
+        adapters = adapters_of(model, SparseAndLowRank)
+        return peft_lora(model, {name: module.factors() for name, module in adapters.items()})
 
-    def _adapted(self, layer: nn.Linear | Conv1D) -> SparseAndLowRank:
+    def _adapted(self, layer: Linear) -> SparseAndLowRank:
         return SparseAndLowRank(layer, self.rank, self.nonzero, self.alpha / self.rank)
 
-    def _before(self, model: PreTrainedModel) -> dict[str, Any] | None:
+    def _before(self, model: PreTrainedModel) -> Record | None:
         """The record of this surgery on a model that it has adapted already."""
         return next((entry for entry in surgery_of(model) if entry["method"] == self.name), None)
 
-    def _check_same(self, before: dict[str, Any]) -> None:
+    def _check_same(self, before: Record) -> None:
         """On an adapted model only `sparsity` and `scores` may differ from what adapted it."""
         for field in ("rank", "nonzero", "alpha", "where", "targets"):
             mine, theirs = getattr(self, field), before[field]
@@ -225,12 +213,13 @@ class DSEE(Surgery):
         return torch.where(weight == 0, -1, change_OI.T if module.conv1d else change_OI)
 
 
-def _frozen(model: PreTrainedModel) -> tuple[list[tuple[Any, nn.Module]], list[tuple[Any, nn.Module]]]:
+def _frozen(model: PreTrainedModel) -> tuple[list[Frozen], list[Frozen]]:
     """The frozen weights, each with the module that stands for it: those of the adapted layers, then the others."""
-    adapted, others = [], []
+    adapted: list[Frozen] = []
+    others: list[Frozen] = []
     for module in linears(model).values():
         if isinstance(module, Adapter):
             adapted.append((module.layer.weight, module))
-        else:
-            others.append((module.weight, module))
+        elif isinstance(weight := module.weight, Tensor):
+            others.append((weight, module))
     return adapted, others

@@ -7,22 +7,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count, OpenShare
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.surgery import Inputs, Surgery
+from pretrain.core.models.layers import Linear
+from pretrain.surgery import Inputs, PeftFormat, Surgery
 from pretrain.surgery._random import generator
-from pretrain.surgery.adapters._adapters import LowRankAdapter, adapt, adapters, peft_lora, targets
-
-DISTRIBUTIONS = ("uniform", "geometric")
+from pretrain.surgery.adapters._adapters import LowRankAdapter, Where, adapt, adapters_of, peft_lora, targets
 
 
 @lru_cache(64)
@@ -40,7 +39,7 @@ class DynamicLowRank(LowRankAdapter):
     block is compiled once.
     """
 
-    def __init__(self, layer: nn.Linear | Conv1D, method: DyLoRA, source: torch.Generator | None) -> None:
+    def __init__(self, layer: Linear, method: DyLoRA, source: torch.Generator | None) -> None:
         super().__init__(layer, method.rank, method.alpha / method.rank, source)
         self.alpha, self.frozen = method.alpha, method.frozen
         self.range = (method.lowest, method.rank, method.p if method.distribution == "geometric" else None)
@@ -54,7 +53,9 @@ class DynamicLowRank(LowRankAdapter):
         """The frozen layer's outputs plus the change's."""
         if not self.training:
             return super().forward(x)
-        A_RI, B_OR, b = self.A, self.B, self.step_rank()
+        A_RI: Tensor = self.A
+        B_OR: Tensor = self.B
+        b = self.step_rank()
         number_R, b = torch.arange(A_RI.shape[0], device=x.device), b.to(x.device)
         if self.frozen:
             newest_R = number_R == b - 1
@@ -79,23 +80,19 @@ class DyLoRA(Surgery):
 
     adapts: ClassVar[bool] = True
 
-    rank: int = 8
+    rank: Count = 8
     alpha: float = 16.0
-    lowest: int = 1
-    distribution: str = "uniform"
-    p: float = 0.15
+    lowest: Count = 1
+    distribution: Literal["uniform", "geometric"] = "uniform"
+    p: OpenShare = 0.15
     frozen: bool = False
-    where: str = "attention"
+    where: Where = "attention"
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.lowest <= self.rank:
-            raise PretrainError(f"dylora: lowest {self.lowest}, rank {self.rank}: accepted: 1 <= lowest <= rank")
-        if self.distribution not in DISTRIBUTIONS:
-            raise PretrainError(f"dylora: distribution {self.distribution!r}: accepted: {', '.join(DISTRIBUTIONS)}")
-        if not 0 < self.p < 1:
-            raise PretrainError(f"dylora: p {self.p}: accepted: between 0 and 1")
+        if self.lowest > self.rank:
+            raise PretrainError(f"dylora: lowest {self.lowest}, rank {self.rank}: accepted: lowest <= rank")
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""
@@ -107,10 +104,10 @@ class DyLoRA(Surgery):
         """The same layers, with weights yet to be loaded."""
         return self._adapted(model, None)
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def adapter(self, model: PreTrainedModel) -> PeftFormat:
         """The adapter at its highest rank, as a LoRA of `peft`."""
-        found: dict[str, Any] = adapters(model)
-        return peft_lora(model, {name: (module.B * module.scale, module.A) for name, module in found.items()})
+        adapters = adapters_of(model, DynamicLowRank)
+        return peft_lora(model, {name: (module.B * module.scale, module.A) for name, module in adapters.items()})
 
     def _adapted(self, model: PreTrainedModel, source: torch.Generator | None) -> PreTrainedModel:
         layers = targets(model, self.name, self.where, self.targets)

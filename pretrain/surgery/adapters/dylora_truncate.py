@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import forget
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, set_module
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.adapters._adapters import adapters
+from pretrain.surgery.adapters._adapters import adapters_of
 from pretrain.surgery.adapters.dylora import DynamicLowRank
 from pretrain.surgery.adapters.peft_adapter import PeftAdapter
 
@@ -27,26 +27,26 @@ class DyLoRATruncate(Surgery):
     checkpoint's folder `adapter`.
     """
 
-    rank: int
+    rank: Count
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with the smaller adapter."""
-        found: dict[str, Any] = {n: m for n, m in adapters(model).items() if isinstance(m, DynamicLowRank)}
-        if not found:
+        trained = adapters_of(model, DynamicLowRank)
+        if not trained:
             raise PretrainError("dylora_truncate: the model has no DyLoRA: accepted: one that dylora adapted")
-        lowest, highest, _ = next(iter(found.values())).range
+        lowest, highest, _ = next(iter(trained.values())).range
         if not lowest <= self.rank <= highest:
             raise PretrainError(
                 f"dylora_truncate: rank {self.rank}: accepted: the trained ranks, {lowest} to {highest}"
             )
-        for name, module in found.items():
+        for name, module in trained.items():
             set_module(model, name, module.layer)
         forget(model, "dylora")
-        alpha = next(iter(found.values())).alpha
-        config = {"r": self.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": sorted(found)}
+        alpha = next(iter(trained.values())).alpha
+        config = {"r": self.rank, "lora_alpha": alpha, "lora_dropout": 0.0, "target_modules": sorted(trained)}
         model = PeftAdapter("LORA", config)(model, inputs)
         with torch.no_grad():
-            for name, module in found.items():
+            for name, module in trained.items():
                 layer = at(model, name)
                 layer.lora_A["default"].weight.copy_(module.A[: self.rank])
                 layer.lora_B["default"].weight.copy_(module.B[:, : self.rank])

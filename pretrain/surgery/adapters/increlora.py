@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.surgery import Inputs, Surgery
+from pretrain.core.models.layers import Linear, like
+from pretrain.surgery import Inputs, PeftFormat, Surgery
 from pretrain.surgery._random import generator
-from pretrain.surgery.adapters._adapters import Adapter, adapt, adapters, peft_lora, targets
+from pretrain.surgery.adapters._adapters import Adapter, Where, adapt, adapters_of, peft_lora, targets
 
 RESERVED = 1e-5  # the scale of a reserved component
 DEVIATION = 0.02  # of the numbers that a component begins with
@@ -32,28 +33,29 @@ class GrowingAdapter(Adapter):
     The rest are zeros that nothing is computed with, so they get no gradient, and an optimiser passes over them.
     """
 
-    def __init__(self, layer: nn.Linear | Conv1D, method: IncreLoRA) -> None:
+    sizes: Tensor  # active, reserved
+
+    def __init__(self, layer: Linear, method: IncreLoRA) -> None:
         super().__init__(layer)
-        like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        shapes = {"A": (1, self.in_features), "E": (1,), "B": (self.out_features, 1)}
-        made = {
-            name: nn.ParameterList([nn.Parameter(torch.zeros(*shape, **like)) for _ in range(method.max_rank)])
-            for name, shape in shapes.items()
-        }
-        self.A, self.E, self.B = made["A"], made["E"], made["B"]
+        alike = like(layer.weight)
+        shapes: tuple[tuple[int, ...], ...] = ((1, self.in_features), (1,), (self.out_features, 1))
+        self.A, self.E, self.B = (
+            nn.ParameterList([nn.Parameter(torch.zeros(*shape, **alike)) for _ in range(method.max_rank)])
+            for shape in shapes
+        )
         self.alpha, self.max_rank = method.alpha, method.max_rank
         self.register_buffer("sizes", torch.tensor([method.rank, 0], device=layer.weight.device))
-        self._read: tuple[Any, tuple[int, int]] = (None, (0, 0))
+        self._read: tuple[tuple[int, int] | None, tuple[int, int]] = (None, (0, 0))
         self.scoring, self.score = False, torch.zeros((), device=layer.weight.device)
 
     @property
     @torch.compiler.disable
     def counts(self) -> tuple[int, int]:
         """How many components are active, and how many reserved; read from the device after a change only."""
-        sizes: Any = self.sizes
-        key = (id(sizes), sizes._version)
+        key = (id(self.sizes), self.sizes._version)
         if self._read[0] != key:
-            self._read = (key, tuple(sizes.tolist()))
+            active, reserved = self.sizes.tolist()
+            self._read = (key, (active, reserved))
         return self._read[1]
 
     def factors(self, reserved: bool) -> tuple[Tensor, Tensor]:
@@ -99,7 +101,7 @@ class GrowingAdapter(Adapter):
         for index in range(active + reserved, sum(self.counts)):
             for parameter in (self.A[index], self.B[index], self.E[index]):
                 parameter.zero_()
-        self.sizes.copy_(torch.tensor([active, reserved]))  # type: ignore[operator]
+        self.sizes.copy_(torch.tensor([active, reserved]))
 
 
 @dataclass(frozen=True)
@@ -114,17 +116,17 @@ class IncreLoRA(Surgery):
 
     adapts: ClassVar[bool] = True
 
-    rank: int = 1
-    max_rank: int = 16
+    rank: Count = 1
+    max_rank: Count = 16
     alpha: float = 16.0
-    where: str = "all"
+    where: Where = "all"
     targets: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.rank <= self.max_rank:
+        if self.rank > self.max_rank:
             given = f"rank {self.rank}, max_rank {self.max_rank}"
-            raise PretrainError(f"increlora: {given}: accepted: 1 <= rank <= max_rank")
+            raise PretrainError(f"increlora: {given}: accepted: rank <= max_rank")
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""
@@ -139,11 +141,11 @@ class IncreLoRA(Surgery):
         layers = targets(model, self.name, self.where, self.targets)
         return adapt(model, layers, lambda name, layer: GrowingAdapter(layer, self).train(layer.training))
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def adapter(self, model: PreTrainedModel) -> PeftFormat:
         """The active components as a LoRA of `peft`, each layer with its rank."""
         return peft_lora(model, {name: module.factors(reserved=False) for name, module in growing(model).items()})
 
 
 def growing(model: nn.Module) -> dict[str, GrowingAdapter]:
     """The growing adapters by qualified name."""
-    return {name: module for name, module in adapters(model).items() if isinstance(module, GrowingAdapter)}
+    return adapters_of(model, GrowingAdapter)

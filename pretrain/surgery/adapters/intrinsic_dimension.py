@@ -6,45 +6,48 @@ Shape letters: O outputs, I inputs, D numbers that move a matrix, P entries of a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
+from pretrain.core.models.layers import Like, Linear, like
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.adapters._adapters import PLACES, Adapter, adapt, targets
+from pretrain.surgery.adapters._adapters import Adapter, Where, adapt, targets
 
 
 class _Hadamard(torch.autograd.Function):
     """H x by the fast Walsh-Hadamard transform; H is symmetric, so the gradient is H g."""
 
     @staticmethod
-    def forward(ctx: Any, x_P: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: FunctionCtx, x_P: Tensor) -> Tensor:
         return _transformed(x_P)
 
     @staticmethod
-    def backward(ctx: Any, grad_P: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> Tensor:
+        (grad_P,) = grads
         return _transformed(grad_P)
 
 
 def _transformed(x_P: Tensor) -> Tensor:
     size, step = x_P.shape[-1], 1
     while step < size:
-        one, other = x_P.view(-1, size // (2 * step), 2, step).unbind(2)
-        x_P, step = torch.stack([one + other, one - other], 2).view(x_P.shape), 2 * step
+        first, second = x_P.view(-1, size // (2 * step), 2, step).unbind(2)
+        x_P, step = torch.stack([first + second, first - second], 2).view(x_P.shape), 2 * step
     return x_P
 
 
 class Subspace(nn.Module):
     """θ of D numbers, and a scale for each matrix where `layers` says how many there are."""
 
-    def __init__(self, dimension: int, layers: int, like: dict[str, Any]) -> None:
+    def __init__(self, dimension: int, layers: int, like: Like) -> None:
         super().__init__()
         self.theta = nn.Parameter(torch.zeros(dimension - layers, **like))
         self.scales = nn.Parameter(torch.ones(layers, **like)) if layers else None
@@ -61,7 +64,7 @@ class Projected(Adapter):
     order_NP: Tensor
     gauss_NP: Tensor
 
-    def __init__(self, layer: nn.Linear | Conv1D, number: int, subspace: Subspace, seed: int) -> None:
+    def __init__(self, layer: Linear, number: int, subspace: Subspace, seed: int) -> None:
         super().__init__(layer)
         self.number, self.shared = number, [subspace]  # in a list, so that it is registered once
         if number == 0:
@@ -113,17 +116,10 @@ class IntrinsicDimension(Surgery):
 
     adapts: ClassVar[bool] = True
 
-    dimension: int = 200
+    dimension: Count = 200
     said: bool = True
-    where: str = "all"
+    where: Where = "all"
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.dimension < 1:
-            raise PretrainError(f"intrinsic_dimension: dimension {self.dimension}: accepted: 1 or more")
-        if self.where not in PLACES:
-            raise PretrainError(f"intrinsic_dimension: where {self.where!r}: accepted: {', '.join(PLACES)}")
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with the subspace, which changes nothing at first."""
@@ -133,18 +129,18 @@ class IntrinsicDimension(Surgery):
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same: what is drawn comes from `seed`."""
-        layers: dict[str, Any] = targets(model, self.name, self.where)
+        layers = targets(model, self.name, self.where)
         scales = len(layers) if self.said else 0
         if self.dimension <= scales:
             raise PretrainError(
                 f"intrinsic_dimension: dimension {self.dimension}: accepted: above {scales}, "
                 "the number of matrices, each of which has a scale; or said: false"
             )
-        first = next(iter(layers.values())).weight
-        subspace = Subspace(self.dimension, scales, {"dtype": first.dtype, "device": first.device})
+        first = next(iter(layers.values()))
+        subspace = Subspace(self.dimension, scales, like(first.weight))
         numbers = {name: number for number, name in enumerate(layers)}
 
-        def make(name: str, layer: Any) -> Projected:
+        def make(name: str, layer: Linear) -> Projected:
             seed = int(digest([self.name, self.seed, name])[:15], 16)
             return Projected(layer, numbers[name], subspace, seed).train(layer.training)
 

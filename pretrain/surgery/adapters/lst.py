@@ -8,16 +8,19 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
+from pretrain.core.bounds import Count, Ge, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, base, blocks, embeddings, family, set_module
+from pretrain.core.models.layers import like
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import batches_of, parts, plain_linears, weight_of
 from pretrain.surgery._random import generator
@@ -31,15 +34,21 @@ class _Ladder(nn.Module):
     """What a block of the backbone becomes; its own modules keep their names."""
 
     side: nn.Module | None  # the narrow block, unless it is dropped
-    side_depths: tuple[int, ...]  # of the blocks that have one; in the first block only
+    side_down: nn.Linear
+    side_alpha: nn.Parameter
     side_temperature: float
+    side_rotary_D: Tensor  # where positions rotate
+    side_first: nn.Linear  # this one and the next two in the first block only
+    side_depths: tuple[int, ...]  # of the blocks that have a narrow one
+    side_backbone: int  # how many blocks there are
+    side_up: nn.Linear  # this one and the next in the last block only
+    side_norm: nn.Module
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *args: object, **kwargs: object) -> Tensor:
         """The backbone's output with the side state on it; of the last block the side network's output."""
-        block: Any = self
         if hasattr(self, "side_first"):
-            state_BLS = block.side_first(hidden_states.detach())
-            _make_room(kwargs.get("past_key_values", next((a for a in args if isinstance(a, Cache)), None)), block)
+            state_BLS = self.side_first(hidden_states.detach())
+            _make_room(kwargs.get("past_key_values", next((a for a in args if isinstance(a, Cache)), None)), self)
         elif hasattr(hidden_states, MARK):
             state_BLS = getattr(hidden_states, MARK)
         else:
@@ -47,21 +56,21 @@ class _Ladder(nn.Module):
         with torch.no_grad():
             x_BLE = super().forward(hidden_states, *args, **kwargs)
         if self.side is not None:
-            gate = torch.sigmoid(block.side_alpha / self.side_temperature)
-            state_BLS = gate * state_BLS + (1 - gate) * block.side_down(x_BLE)
-            if kwargs.get("position_embeddings") is not None:
-                tables = tuple(table[..., block.side_rotary_D] for table in kwargs["position_embeddings"])
-                kwargs["position_embeddings"] = tables
+            gate = torch.sigmoid(self.side_alpha / self.side_temperature)
+            state_BLS = gate * state_BLS + (1 - gate) * self.side_down(x_BLE)
+            tables = kwargs.get("position_embeddings")
+            if isinstance(tables, tuple):
+                kwargs["position_embeddings"] = tuple(table[..., self.side_rotary_D] for table in tables)
             state_BLS = self.side(state_BLS, *args, **kwargs)
         if hasattr(self, "side_up"):
-            return block.side_up(block.side_norm(state_BLS))
+            return self.side_up(self.side_norm(state_BLS))
         setattr(x_BLE, MARK, state_BLS)
         return x_BLE
 
 
-def _make_room(cache: Any, block: Any) -> None:
+def _make_room(cache: object, block: _Ladder) -> None:
     """Layers for the side network's keys and values, after the backbone's: what moves those moves these too."""
-    if cache is None or getattr(cache, "layer_class_to_replicate", None) is not None:
+    if not isinstance(cache, Cache) or getattr(cache, "layer_class_to_replicate", None) is not None:
         return  # one that grows by itself
     if len(cache.layers) == block.side_backbone:
         if cache.get_seq_length():
@@ -70,19 +79,20 @@ def _make_room(cache: Any, block: Any) -> None:
 
 
 @functools.cache
-def _laddered(kind: type) -> type:
+def _laddered(kind: type) -> type[_Ladder]:
     """A block's class with another `forward`: what looks for blocks of the old class finds these."""
-    return type(f"Ladder{kind.__name__}", (_Ladder, kind), {})
+    return cast("type[_Ladder]", type(f"Ladder{kind.__name__}", (_Ladder, kind), {}))
 
 
 @functools.cache
-def _apart(kind: type) -> type:
+def _apart(kind: type) -> type[nn.Module]:
     """A class of the same name and methods that is not a `kind`: what collects the backbone's states passes it by."""
     body = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
-    return type(kind.__name__, (nn.Module,), body | {"forward": inspect.unwrap(kind.forward)})  # type: ignore[attr-defined]
+    made = type(kind.__name__, (nn.Module,), body | {"forward": inspect.unwrap(cast("type[nn.Module]", kind).forward)})
+    return cast("type[nn.Module]", made)
 
 
-def ladder(model: nn.Module) -> list[Any]:
+def ladder(model: nn.Module) -> list[_Ladder]:
     """The backbone's blocks, if they feed a side network."""
     return [block for block in blocks(model) if isinstance(block, _Ladder)]
 
@@ -97,7 +107,7 @@ class LST(Surgery):
         s <- g s + (1 - g) W_i x_i,    g = sigmoid(alpha_i / temperature),    alpha_i = `alpha` at first,
 
     with x_i the output of the backbone's block i. Its normed and projected state is what the model's head gets in place
-    of the backbone's, so the model says something else at first. The side blocks are cut out of the backbone's:
+    of the backbone's, so the model's outputs are others at first. The side blocks are cut out of the backbone's:
     of the width the places that matter most in the embeddings, of each head and of the feed-forward those of their
     matrices. `importance`: the Fisher information of a causal model on the surgery's text, or the weights' magnitude;
     `auto` is the first where there is text. The projections are drawn. Block 0 and every `drop_every`th after it have
@@ -106,22 +116,11 @@ class LST(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert")
 
-    reduction: int = 8
-    temperature: float = 0.1
+    reduction: Count = 8
+    temperature: Positive = 0.1
     alpha: float = 0.0
-    drop_every: int = 4
+    drop_every: Literal[0] | Annotated[int, Ge(2)] = 4
     importance: Literal["auto", "fisher", "magnitude"] = "auto"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.reduction < 1:
-            raise PretrainError(f"lst: reduction {self.reduction}: accepted: 1 or more")
-        if not self.temperature > 0:
-            raise PretrainError(f"lst: temperature {self.temperature}: accepted: above 0")
-        if self.drop_every < 0 or self.drop_every == 1:
-            raise PretrainError(f"lst: drop_every {self.drop_every}: accepted: 2 or more, or 0 to drop no block")
-        if self.importance not in ("auto", "fisher", "magnitude"):
-            raise PretrainError(f"lst: importance {self.importance!r}: accepted: auto, fisher, magnitude")
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with its side network, which alone is trained from now on with a classifier's last layer."""
@@ -129,10 +128,10 @@ class LST(Surgery):
         importance = Importance(self._fisher(model, inputs))
         norm = self._norm(model)
         self._wrap(model)
-        source, every = generator(self.name, inputs), ladder(model)
+        source, stack = generator(self.name, inputs), ladder(model)
         width_E = kept_width(model, importance, embeddings(model).weight.shape[1] // self.reduction)
         with torch.no_grad():
-            for block in every:
+            for block in stack:
                 if block.side is not None:
                     places_D = cut(model, block, block.side, width_E, importance)
                     if hasattr(block, "side_rotary_D"):
@@ -141,10 +140,10 @@ class LST(Surgery):
                     if hasattr(block, name):
                         layer = getattr(block, name)
                         bound = layer.in_features**-0.5
-                        for part in layer.parameters():
-                            part.copy_(torch.empty(part.shape).uniform_(-bound, bound, generator=source))
+                        for weight in layer.parameters():
+                            weight.copy_(torch.empty(weight.shape).uniform_(-bound, bound, generator=source))
             if norm is not None:
-                cut_norm(norm, every[-1].side_norm, width_E)
+                cut_norm(norm, stack[-1].side_norm, width_E)
         record(model, self)
         return model
 
@@ -176,42 +175,43 @@ class LST(Surgery):
             return fisher(model, batches_of(inputs, self.name))
         return None
 
-    def _norm(self, model: PreTrainedModel) -> Any:
+    def _norm(self, model: PreTrainedModel) -> nn.Module | None:
         path = family(model).final_norm
         return None if path is None else at(base(model), path)
 
     def _wrap(self, model: PreTrainedModel) -> None:
-        every, table_VE, norm = blocks(model), embeddings(model).weight, self._norm(model)
+        stack, table_VE, norm = blocks(model), embeddings(model).weight, self._norm(model)
         wide, narrow = table_VE.shape[1], table_VE.shape[1] // self.reduction
-        like: dict[str, Any] = {"dtype": table_VE.dtype, "device": table_VE.device}
-        config = self._narrow_config(model)
-        kept = [depth for depth in range(len(every)) if not self.drop_every or depth % self.drop_every]
+        alike, config = like(table_VE), self._narrow_config(model)
+        kept = [depth for depth in range(len(stack)) if not self.drop_every or depth % self.drop_every]
         if not kept:
-            raise PretrainError(f"lst: drop_every {self.drop_every}: accepted: 0, for {len(every)} block")
+            raise PretrainError(f"lst: drop_every {self.drop_every}: accepted: 0, for {len(stack)} block")
         freeze(model)
-        for depth, one in enumerate(every):
-            block: Any = one
-            kind, block.side = type(one), None
+        for depth, block in enumerate(stack):
+            kind: type = type(block)
+            block.__class__ = _laddered(kind)
+            assert isinstance(block, _Ladder)
+            block.side = None
             if depth in kept:
-                block.side = _side_block(kind, config, depth, len(every) + kept.index(depth), model.config).to(**like)
-                block.side_down = nn.Linear(wide, narrow, **like)
-                block.side_alpha = nn.Parameter(torch.full((1,), self.alpha, **like))
+                side = _side_block(kind, config, depth, len(stack) + kept.index(depth), model.config)
+                block.side = side.to(**alike)
+                block.side_down = nn.Linear(wide, narrow, **alike)
+                block.side_alpha = nn.Parameter(torch.full((1,), self.alpha, **alike))
                 block.side_temperature = self.temperature
                 if heads_of(model).rotary:
                     places_D = torch.zeros(config.head_dim, dtype=torch.long, device=table_VE.device)
                     block.register_buffer("side_rotary_D", places_D)
-            block.__class__ = _laddered(kind)  # type: ignore[arg-type]
-        first, last = every[0], every[-1]
-        first.side_first, last.side_up = nn.Linear(wide, narrow, **like), nn.Linear(narrow, wide, **like)
-        first.side_depths, first.side_backbone = tuple(kept), len(every)  # type: ignore[assignment]
+        first, last = ladder(model)[0], ladder(model)[-1]
+        first.side_first, last.side_up = nn.Linear(wide, narrow, **alike), nn.Linear(narrow, wide, **alike)
+        first.side_depths, first.side_backbone = tuple(kept), len(stack)
         last.side_norm = nn.Identity() if norm is None else _narrow_norm(norm, narrow)
         if norm is not None:
             set_module(base(model), family(model).final_norm or "", nn.Identity())
-        for block in every:
+        for block in stack:
             block.train(model.training)
 
-    def _narrow_config(self, model: PreTrainedModel) -> Any:
-        config: Any = copy.deepcopy(model.config)
+    def _narrow_config(self, model: PreTrainedModel) -> PreTrainedConfig:
+        config = copy.deepcopy(model.config)
         wide = heads_of(model).width
         config.hidden_size = config.hidden_size // self.reduction
         if family(model).name == "llama":
@@ -226,23 +226,26 @@ def _inner(model: PreTrainedModel) -> int:
     return weight_of(at(blocks(model)[0], parts(model)["up"][0])).shape[0]
 
 
-def _side_block(kind: Any, narrow: Any, depth: int, place: int, config: Any) -> nn.Module:
+def _side_block(
+    kind: Callable[..., nn.Module], narrow: PreTrainedConfig, depth: int, place: int, config: PreTrainedConfig
+) -> nn.Module:
     """A block of a narrow configuration whose keys and values are at `place` in a cache."""
     with torch.random.fork_rng(devices=[]):
         side = kind(narrow, depth)
     for module in list(side.modules()):
         if hasattr(module, "layer_idx"):
-            module.layer_idx = place
-            module.config = config  # by which the model and its side network attend in the same way
+            # By the same configuration the model and its side network attend in the same way.
+            vars(module).update(layer_idx=place, config=config)
         if module is side or type(module).__name__.endswith("Attention"):
-            module.__class__ = _apart(type(module))  # type: ignore[arg-type]
+            kind_of: type = type(module)
+            module.__class__ = _apart(kind_of)
     return side
 
 
-def _narrow_norm(norm: Any, width: int) -> nn.Module:
+def _narrow_norm(norm: nn.Module, width: int) -> nn.Module:
     made = copy.deepcopy(norm).requires_grad_(True)
     for name, parameter in norm.named_parameters():
         setattr(made, name, nn.Parameter(parameter.detach()[:width].clone()))
-    if hasattr(made, "normalized_shape"):
+    if isinstance(made, nn.LayerNorm | nn.RMSNorm):
         made.normalized_shape = (width,)
     return made

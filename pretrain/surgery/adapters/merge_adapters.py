@@ -34,20 +34,20 @@ class MergeAdapters(Surgery):
 
 
 def _merge_ours(model: PreTrainedModel) -> int:
-    found = adapters(model)
-    for name, module in found.items():
+    ours = adapters(model)
+    for name, module in ours.items():
         set_module(model, name, module.merged())
-    return len(found)
+    return len(ours)
 
 
 def _merge_peft(model: PreTrainedModel) -> int:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    found = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     with torch.no_grad():
-        for name, module in found.items():
+        for name, module in layers.items():
             module.merge()
             set_module(model, name, module.get_base_layer())
     for mark in ("peft_config", "_hf_peft_config_loaded"):
         vars(model).pop(mark, None)
-    return len(found)
+    return len(layers)

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedModel
 
 from pretrain.core.checkpoint import record
@@ -17,8 +16,9 @@ from pretrain.core.files import read_json
 from pretrain.core.method import Ref
 from pretrain.core.models.heads import new_modules, output
 from pretrain.core.weights import load_tensors
-from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery import Inputs, PeftFormat, Surgery
 
+Config = dict[str, Any]  # JSON
 PREFIX = "base_model.model."  # of each weight's name in a file of `peft`
 
 
@@ -35,7 +35,7 @@ class PeftAdapter(Surgery):
     adapts: ClassVar[bool] = True
 
     type: str = "LORA"
-    config: dict[str, Any] = field(default_factory=dict)
+    config: Config = field(default_factory=dict)
     folder: Ref | None = None
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class PeftAdapter(Surgery):
         """The layers of the recorded configuration, with weights yet to be loaded."""
         return _inject(model, {"peft_type": self.type, **self.config, "init_lora_weights": True})
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    def adapter(self, model: PreTrainedModel) -> PeftFormat | None:
         """Configuration and weights as `peft` saves them, what is new in a classifier among them.
 
         None where the classifier's last layer is adapted: it is trained whole besides, which `peft` cannot say.
@@ -67,9 +67,9 @@ class PeftAdapter(Surgery):
 
         config = {"peft_type": self.type, **self.config, "inference_mode": True}
         tensors = {f"{PREFIX}{n}": t.contiguous() for n, t in get_peft_model_state_dict(model).items()}
-        there = new_modules(model)
-        adapted = {name for name in there if any(n.startswith(f"{PREFIX}{name}.") for n in tensors)}
-        last, new = output(model), {name: module for name, module in there.items() if name not in adapted}
+        new = new_modules(model)
+        adapted = {name for name in new if any(n.startswith(f"{PREFIX}{name}.") for n in tensors)}
+        last, new = output(model), {name: module for name, module in new.items() if name not in adapted}
         if last is not None and last[0] in adapted:
             return None
         if new:
@@ -78,7 +78,7 @@ class PeftAdapter(Surgery):
             tensors |= {f"{PREFIX}{name}.{part}": t.contiguous() for part, t in module.state_dict().items()}
         return config, tensors
 
-    def _configuration(self) -> dict[str, Any]:
+    def _configuration(self) -> Config:
         if not self.folder:
             return {"peft_type": self.type.upper(), **self.config}
         path = Path(self.folder) / "adapter_config.json"
@@ -87,7 +87,7 @@ class PeftAdapter(Surgery):
         return {k: v for k, v in read_json(path).items() if k not in ("modules_to_save", "base_model_name_or_path")}
 
 
-def _inject(model: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
+def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     """The model with the adapter's layers, by name `default`; everything else is frozen."""
     from peft import PeftType, inject_adapter_in_model
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
@@ -102,7 +102,7 @@ def _inject(model: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
         raise unknown(f"field of peft's {config['peft_type']}", stray[0], sorted(known))
     training = model.training
     try:
-        model = inject_adapter_in_model(made(**given, inference_mode=False), model)  # type: ignore[assignment]
+        inject_adapter_in_model(made(**given, inference_mode=False), model)  # in place
     except Exception as error:  # of peft, for values that do not suit it
         raise PretrainError(f"peft's {config['peft_type']}: {' '.join(str(error).split())[:300]}") from error
     last = output(model)
@@ -111,8 +111,8 @@ def _inject(model: PreTrainedModel, config: dict[str, Any]) -> PreTrainedModel:
     return model.train(training)
 
 
-def _stored(config: dict[str, Any]) -> dict[str, Any]:
-    """The configuration's fields, without what is said elsewhere."""
+def _stored(config: Config) -> Config:
+    """The configuration's fields, without what stands elsewhere."""
     return {k: v for k, v in config.items() if k not in ("peft_type", "inference_mode")}
 
 

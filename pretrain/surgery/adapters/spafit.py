@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
+from pretrain.core.bounds import Count, Ge
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, family
-from pretrain.surgery import Inputs, Surgery
+from pretrain.core.models.layers import Linear
+from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery._random import generator
-from pretrain.surgery.adapters._adapters import LowRankAdapter, adapt, adapters, peft_lora, targets
+from pretrain.surgery.adapters._adapters import LowRankAdapter, Where, adapt, adapters_of, peft_lora, targets
+
+Blocks = Annotated[int | float, Ge(0)]  # how many or, below 1, which share of them
 
 
 @dataclass(frozen=True)
@@ -34,11 +38,11 @@ class SPAFIT(Surgery):
     adapts: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    n1: int | float = 4 / 24
-    n2: int | float = 9 / 24
-    rank: int = 8
+    n1: Blocks = 4 / 24
+    n2: Blocks = 9 / 24
+    rank: Count = 8
     alpha: float = 16.0
-    where: str = "query_value"
+    where: Where = "query_value"
     targets: tuple[str, ...] = ()
     last_biases: bool = True
     scales: bool = False
@@ -46,11 +50,8 @@ class SPAFIT(Surgery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.rank < 1:
-            raise PretrainError(f"spafit: rank {self.rank}: accepted: 1 or more")
-        for name in ("n1", "n2"):
-            value = getattr(self, name)
-            if value < 0 or (value >= 1 and value != int(value)):
+        for name, value in (("n1", self.n1), ("n2", self.n2)):
+            if value >= 1 and value != int(value):
                 raise PretrainError(
                     f"spafit: {name} {value}: accepted: a number of blocks, or a share of them from 0 to below 1"
                 )
@@ -73,30 +74,29 @@ class SPAFIT(Surgery):
         """
         model = self._adapted(model, generator(self.name, inputs))
         record(model, self)
-        if inputs is not None:
-            found: dict[str, Any] = adapters(model)
-            metrics = {
-                "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
-                "lora_parameters": sum(module.A.numel() + module.B.numel() for module in found.values()),
-            }
-            inputs.extra.setdefault("metrics", {}).update(metrics)
+        adapters = adapters_of(model, LowRankAdapter)
+        report(
+            inputs,
+            trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
+            lora_parameters=sum(module.A.numel() + module.B.numel() for module in adapters.values()),
+        )
         return model
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same layers, with weights yet to be loaded, and the same parameters to be trained."""
         return self._adapted(model, None)
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def adapter(self, model: PreTrainedModel) -> PeftFormat:
         """A LoRA of `peft` with all biases of the model, and the scales where those are trained."""
-        found: dict[str, Any] = adapters(model)
-        config, tensors = peft_lora(model, {n: (module.B * module.scale, module.A) for n, module in found.items()})
+        adapters = adapters_of(model, LowRankAdapter)
+        config, tensors = peft_lora(model, {n: (module.B * module.scale, module.A) for n, module in adapters.items()})
         config["bias"] = "all"
         scales = {name for name, p in model.named_parameters() if p.requires_grad and _scale(model, name)}
         for name, tensor in model.state_dict().items():
             if _bias(name) or name in scales:
                 owner, _, last = name.rpartition(".layer.")
-                theirs = f"{owner}.base_layer.{last}" if owner in found else name
-                tensors[f"base_model.model.{theirs}"] = tensor.detach().clone()  # tied ones may not share memory
+                peft_name = f"{owner}.base_layer.{last}" if owner in adapters else name
+                tensors[f"base_model.model.{peft_name}"] = tensor.detach().clone()  # tied ones may not share memory
         return config, tensors
 
     def _adapted(self, model: PreTrainedModel, source: torch.Generator | None) -> PreTrainedModel:
@@ -118,7 +118,7 @@ class SPAFIT(Surgery):
             parameter.requires_grad_(True)
         return model
 
-    def _lora(self, layer: Any, source: torch.Generator | None) -> nn.Module:
+    def _lora(self, layer: Linear, source: torch.Generator | None) -> nn.Module:
         return LowRankAdapter(layer, self.rank, self.alpha / self.rank, source).train(layer.training)
 
     def _small(self, block: nn.Module, name: str) -> bool:

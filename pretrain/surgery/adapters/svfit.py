@@ -6,45 +6,49 @@ Shape letters: O outputs, I inputs, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.adapters._adapters import Adapter, adapt, adapters, peft_lora, targets
+from pretrain.core.models.layers import Linear, like
+from pretrain.surgery import Inputs, PeftFormat, Surgery, report
+from pretrain.surgery.adapters._adapters import Adapter, Where, adapt, adapters_of, peft_lora, targets
 
 
 class SingularValues(Adapter):
     """The change U diag(s - s0) Vh: s is trained, s0 is what it was; U, s0 and Vh stay."""
 
-    def __init__(self, layer: nn.Linear | Conv1D, rank: int) -> None:
+    s0: Tensor
+    U: Tensor
+    Vh: Tensor
+
+    def __init__(self, layer: Linear, rank: int) -> None:
         super().__init__(layer)
-        like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.s = nn.Parameter(torch.zeros(rank, **like))
-        self.register_buffer("s0", torch.zeros(rank, **like))
-        self.register_buffer("U", torch.zeros(self.out_features, rank, **like))
-        self.register_buffer("Vh", torch.zeros(rank, self.in_features, **like))
+        self.s = nn.Parameter(torch.zeros(rank, **like(layer.weight)))
+        self.register_buffer("s0", torch.zeros(rank, **like(layer.weight)))
+        self.register_buffer("U", torch.zeros(self.out_features, rank, **like(layer.weight)))
+        self.register_buffer("Vh", torch.zeros(rank, self.in_features, **like(layer.weight)))
 
     @torch.no_grad()
     def fill(self) -> float:
         """The layer's own decomposition; returns the share of the squared singular values that is in the first R."""
-        weight: Any = self.layer.weight
+        weight = self.layer.weight
         U, s, Vh = torch.linalg.svd((weight.T if self.conv1d else weight).float(), full_matrices=False)
         rank = len(self.s)
         for target, value in ((self.s, s[:rank]), (self.s0, s[:rank]), (self.U, U[:, :rank]), (self.Vh, Vh[:rank])):
-            target.copy_(value)  # type: ignore[operator]
+            target.copy_(value)
         energy = s.double().square()
         return float(energy[:rank].sum() / energy.sum().clamp(min=1e-30))
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """U diag(s - s0) and Vh: the change as a LoRA."""
-        return self.U * (self.s - self.s0), self.Vh  # type: ignore[operator, return-value]
+        return self.U * (self.s - self.s0), self.Vh
 
     def change(self) -> Tensor:
         """U diag(s - s0) Vh."""
@@ -53,8 +57,8 @@ class SingularValues(Adapter):
 
     def forward(self, x: Tensor) -> Tensor:
         """Through the rank, without ever making the change."""
-        inner = F.linear(x, self.Vh) * (self.s - self.s0)  # type: ignore[arg-type, operator]
-        return self.layer(x) + F.linear(inner, self.U)  # type: ignore[arg-type]
+        inner = F.linear(x, self.Vh) * (self.s - self.s0)
+        return self.layer(x) + F.linear(inner, self.U)
 
     def extra_repr(self) -> str:
         """What `print` says."""
@@ -75,39 +79,31 @@ class SVFit(Surgery):
 
     adapts: ClassVar[bool] = True
 
-    rank: int | None = None
-    where: str = "query_value"
+    rank: Count | None = None
+    where: Where = "query_value"
     targets: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.rank is not None and self.rank < 1:
-            raise PretrainError(f"svfit: rank {self.rank}: accepted: 1 or more, or none for all singular values")
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the singular values, and a classifier's last layer, are trained from now on."""
         model = self.restore(model)
-        found: dict[str, Any] = adapters(model)
-        kept = [module.fill() for module in found.values()]
+        kept = [module.fill() for module in adapters_of(model, SingularValues).values()]
         record(model, self)
-        if inputs is not None:
-            metrics = {"energy_kept": sum(kept) / len(kept), "energy_kept_least": min(kept)}
-            inputs.extra.setdefault("metrics", {}).update(metrics)
+        report(inputs, energy_kept=sum(kept) / len(kept), energy_kept_least=min(kept))
         return model
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same layers, with numbers yet to be loaded."""
-        layers: dict[str, Any] = targets(model, self.name, self.where, self.targets)
+        layers = targets(model, self.name, self.where, self.targets)
         for name, layer in layers.items():
             if self.rank is not None and self.rank > min(layer.weight.shape):
                 most = min(layer.weight.shape)
                 raise PretrainError(f"svfit: rank {self.rank}: accepted: at most {most}, the smaller side of {name}")
         return adapt(model, layers, lambda name, layer: self._adapted(layer).train(layer.training))
 
-    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    def adapter(self, model: PreTrainedModel) -> PeftFormat:
         """The change as a LoRA of `peft`."""
-        found: dict[str, Any] = adapters(model)
-        return peft_lora(model, {name: module.factors() for name, module in found.items()})
+        adapters = adapters_of(model, SingularValues)
+        return peft_lora(model, {name: module.factors() for name, module in adapters.items()})
 
-    def _adapted(self, layer: nn.Linear | Conv1D) -> SingularValues:
+    def _adapted(self, layer: Linear) -> SingularValues:
         return SingularValues(layer, self.rank or min(layer.weight.shape))

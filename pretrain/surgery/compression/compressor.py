@@ -15,9 +15,8 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.heads import HEADS, labels_of, output
 from pretrain.corpus.tokenizers import train_tokenizer
-from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._architecture import GENES, Shape, configured, flops, parameters, shape_of, size
-from pretrain.surgery._merge import report
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -17,9 +17,8 @@ from transformers.pytorch_utils import Conv1D
 from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears, set_module
-from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_linears, weight_of
-from pretrain.surgery._merge import report
 from pretrain.surgery._random import generator
 from pretrain.surgery.compression._clusters import INITIALISATIONS, assign, kmeans
 from pretrain.surgery.compression._grid import pack, unpack, words

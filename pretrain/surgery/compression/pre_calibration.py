@@ -13,9 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
-from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_linears, set_weight, weight_of
-from pretrain.surgery._merge import report
 from pretrain.surgery.compression._grid import round_to_nearest
 
 

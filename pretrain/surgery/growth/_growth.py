@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import cast
 
 import torch
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pretrain.core.checkpoint import record, recorded, surgery_of
 from pretrain.core.errors import PretrainError
 
 
-def config_with_blocks(model: PreTrainedModel, order: Sequence[int]) -> Any:
+def config_with_blocks(model: PreTrainedModel, order: Sequence[int]) -> PreTrainedConfig:
     """A copy of the model's configuration in which block i is of the kind of block `order[i]`."""
-    config: Any = copy.deepcopy(model.config)
+    config = copy.deepcopy(model.config)
     config.num_hidden_layers = len(order)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in order]
     return config
 
 
-def fresh(model: PreTrainedModel, config: Any) -> PreTrainedModel:
+def fresh(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:
     """A model of the same class and of the same recorded surgeries, with another configuration and random weights."""
     with torch.random.fork_rng(devices=[]):
         made = type(model)(config)
@@ -39,4 +40,5 @@ def fresh(model: PreTrainedModel, config: Any) -> PreTrainedModel:
             record(made, surgery)
     if model.can_generate() and getattr(model, "generation_config", None) is not None:
         made.generation_config = copy.deepcopy(model.generation_config)
-    return made.to(model.device, model.dtype).train(model.training)
+    cast(nn.Module, made).to(model.device, model.dtype)  # transformers' stub of `to` takes no device
+    return made.train(model.training)

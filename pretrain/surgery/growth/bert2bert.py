@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
+from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import surgery_of
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, embeddings, family
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
@@ -77,13 +78,13 @@ class Bert2BERT(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert")
 
-    hidden_size: int | None = None
-    intermediate_size: int | None = None
-    num_hidden_layers: int | None = None
-    num_attention_heads: int | None = None
-    num_key_value_heads: int | None = None
-    initialisation: str = "AKI"
-    sampling: str = "uniform"
+    hidden_size: Count | None = None
+    intermediate_size: Count | None = None
+    num_hidden_layers: Count | None = None
+    num_attention_heads: Count | None = None
+    num_key_value_heads: Count | None = None
+    initialisation: Literal["FPI", "AKI"] = "AKI"
+    sampling: Literal["uniform", "even"] = "uniform"
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The grown model, a new one."""
@@ -103,24 +104,20 @@ class Bert2BERT(Surgery):
         grown, weights = fresh(model, config), dict(model.named_parameters())
         inside = re.compile(rf"((?:^|.*\.){re.escape(entry.blocks)}\.)(\d+)(\..*)")
         for name, parameter in grown.named_parameters():
-            letters, found = _letters(entry.name, name, parameter.ndim), inside.match(name)
-            if not found:
+            letters, match = _letters(entry.name, name, parameter.ndim), inside.match(name)
+            if not match:
                 value = _widen(weights[name], None, letters, axes, factors)
             else:
-                source = order[int(found[2])]
-                own = weights[f"{found[1]}{source}{found[3]}"]
-                ahead = weights.get(f"{found[1]}{source + 1}{found[3]}") if self.initialisation == "AKI" else None
-                value = _widen(own, ahead, letters, axes, factors)
+                source = order[int(match[2])]
+                weight = weights[f"{match[1]}{source}{match[3]}"]
+                ahead = weights.get(f"{match[1]}{source + 1}{match[3]}") if self.initialisation == "AKI" else None
+                value = _widen(weight, ahead, letters, axes, factors)
             parameter.data.copy_(value)
         return grown
 
     def _check(self, model: PreTrainedModel, name: str) -> None:
         if name not in self.families:
             raise PretrainError(f"bert2bert: family {name!r}: accepted: {', '.join(self.families)}")
-        if self.initialisation not in ("FPI", "AKI"):
-            raise unknown("initialisation of bert2bert", self.initialisation, ("FPI", "AKI"))
-        if self.sampling not in ("uniform", "even"):
-            raise unknown("sampling of bert2bert", self.sampling, ("uniform", "even"))
         if surgery_of(model):
             done = ", ".join(e["method"] for e in surgery_of(model))
             raise PretrainError(f"bert2bert: the model has been through {done}: accepted: grow first, then operate")
@@ -177,12 +174,12 @@ class Bert2BERT(Surgery):
 
 
 def _head(model: PreTrainedModel) -> Tensor | None:
-    layer: Any = model.get_output_embeddings()
+    layer: nn.Linear | None = model.get_output_embeddings()
     return None if layer is None else layer.weight
 
 
 def _shape(model: PreTrainedModel) -> dict[str, int]:
-    config: Any = model.config
+    config = model.config
     heads = config.num_attention_heads
     inner = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     return {
@@ -192,7 +189,7 @@ def _shape(model: PreTrainedModel) -> dict[str, int]:
     }  # fmt: skip
 
 
-def _resize(config: Any, wanted: dict[str, int]) -> None:
+def _resize(config: PreTrainedConfig, wanted: dict[str, int]) -> None:
     """Write the dimensions under the names that the configuration has for them."""
     for name, value in wanted.items():
         if name == "intermediate_size" and hasattr(config, "n_inner"):
@@ -205,24 +202,24 @@ def _resize(config: Any, wanted: dict[str, int]) -> None:
 
 def _order(small: int, large: int) -> list[int]:
     """Which block of the small model each block is from: all as often as they fit, then the topmost."""
-    whole = large // small * small
-    return [i % small for i in range(whole)] + [small - (large - whole) + i for i in range(large - whole)]
+    rest = large % small
+    return [i % small for i in range(large - rest)] + [small - rest + i for i in range(rest)]
 
 
 def _letters(family_name: str, name: str, ndim: int) -> list[str]:
     layer = name.rpartition(".")[0]
     for pattern, letters in _AXES[family_name].items():
         if re.search(rf"(^|\.)({pattern})$", layer):
-            found = letters.split()
-            return found if ndim == len(found) else [x for x in found if not x.startswith("/")]
+            axes = letters.split()
+            return axes if ndim == len(axes) else [axis for axis in axes if not axis.startswith("/")]
     raise PretrainError(f"bert2bert: no rule for the weight {name}; accepted: a plain {family_name} language model")
 
 
 def _widen(
-    own: Tensor, ahead: Tensor | None, letters: list[str], axes: dict[str, Axis], factors: dict[str, Tensor]
+    weight: Tensor, ahead: Tensor | None, letters: list[str], axes: dict[str, Axis], factors: dict[str, Tensor]
 ) -> Tensor:
     """One weight of the grown model, from that of its block and, for the new outputs, of the next."""
-    value = own.detach().cpu().double()
+    value = weight.detach().cpu().double()
     other = value if ahead is None else ahead.detach().cpu().double()
 
     def along(dim: int, numbers: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from transformers import PreTrainedModel
 
+from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, family
@@ -27,25 +28,23 @@ class GStack(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert")
 
-    growth: int = 4
+    growth: Count = 4
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """A model of `growth` times as many blocks, block i a copy of block i mod n."""
         entry = family(model)
         if entry.name not in self.families:
             raise PretrainError(f"g_stack: family {entry.name!r}: accepted: {', '.join(self.families)}")
-        if self.growth < 1:
-            raise PretrainError(f"g_stack: growth {self.growth}: accepted: 1 or more")
         small = len(blocks(model))
         grown = fresh(model, config_with_blocks(model, list(range(small)) * self.growth))
         weights = model.state_dict()
         inside = re.compile(rf"(^|.*\.){re.escape(entry.blocks)}\.(\d+)\.")
         for name, value in grown.state_dict().items():
-            found = inside.match(name)
+            match = inside.match(name)
             source = name
-            if found:
-                begin, end = found.span(2)
-                source = f"{name[:begin]}{int(found[2]) % small}{name[end:]}"
+            if match:
+                begin, end = match.span(2)
+                source = f"{name[:begin]}{int(match[2]) % small}{name[end:]}"
             if source not in weights or weights[source].shape != value.shape:
                 kind = ", ".join(e["method"] for e in surgery_of(model)) or "none recorded"
                 raise PretrainError(

@@ -9,13 +9,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.checkpoint import checkpoint_of, load
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import embeddings
 from pretrain.surgery import Inputs
 from pretrain.surgery._merge import check, weights
 from pretrain.surgery._tokens import resize
@@ -41,23 +41,24 @@ def triples(
     model: PreTrainedModel, base: PreTrainedModel, instruct: PreTrainedModel
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Views of the same weights in the three models, to be written to; of vocabularies the rows that all have."""
-    theirs, its = weights(base), weights(instruct)
+    before, after = weights(base), weights(instruct)
     for name, tensor in weights(model).items():
         if tensor.is_floating_point():
-            rows = min((len(t) for t in (tensor, theirs[name], its[name]) if t.ndim), default=0)
-            one, two, three = (t[:rows] if t.ndim else t for t in (tensor, theirs[name], its[name]))
-            yield one, two, three
+            triple = (tensor, before[name], after[name])
+            rows = min((len(t) for t in triple if t.ndim), default=0)
+            first, second, third = (t[:rows] if t.ndim else t for t in triple)
+            yield first, second, third
 
 
 def add_rows(model: PreTrainedModel, instruct: PreTrainedModel) -> None:
     """Give `model` the rows of the vocabulary that only the instruction-tuned one has."""
-    have, wanted = (len(one.get_input_embeddings().weight) for one in (model, instruct))
-    if wanted > have:
-        resize(model, wanted)
-        its = weights(instruct)
+    rows, more = (len(embeddings(each).weight) for each in (model, instruct))
+    if more > rows:
+        resize(model, more)
+        instructed = weights(instruct)
         for name, tensor in weights(model).items():
             if _is_table(model, tensor):
-                tensor[have:] = its[name][have:].to(tensor)
+                tensor[rows:] = instructed[name][rows:].to(tensor)
 
 
 def _is_table(model: PreTrainedModel, tensor: Tensor) -> bool:
@@ -88,7 +89,7 @@ def _tokenizer(method: str, given: dict[str, PreTrainedTokenizerBase | None]) ->
                     f"{method}: token {index} is {token!r} in {name} and {first!r} in {where}; accepted: vocabularies "
                     "of which the shorter is the beginning of the longer"
                 )
-    chosen: Any = copy.deepcopy(known[longest])
+    chosen = copy.deepcopy(known[longest])
     template = getattr(known.get("instruct"), "chat_template", None)
     if template is not None:
         chosen.chat_template = template

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._merge import add_vectors, toward
@@ -30,18 +29,12 @@ class InstructionResidual(Surgery):
     instruct: Ref
     scale: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse what is no number."""
-        super().__post_init__()
-        if not abs(self.scale) < float("inf"):
-            raise PretrainError(f"instruction_residual: scale {self.scale}: accepted: a finite number")
-
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model with the residual added."""
         base, instruct = open_both(self.name, model, self.base, self.instruct, inputs or Inputs())
-        for own, before, after in triples(model, base, instruct):
-            own.copy_(add_vectors(before.double(), toward(before, after, self.scale), own.double()))
+        for weight, before, after in triples(model, base, instruct):
+            weight.copy_(add_vectors(before.double(), toward(before, after, self.scale), weight.double()))
         add_rows(model, instruct)
         keep_manners(model, instruct)
         return model

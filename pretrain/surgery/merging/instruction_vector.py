@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
-from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._merge import add_vectors, report, toward
+from pretrain.surgery import Inputs, Surgery, report
+from pretrain.surgery._merge import add_vectors, toward
 from pretrain.surgery.merging._instruction import add_rows, keep_manners, open_both, triples
 
 
@@ -32,24 +31,17 @@ class InstructionVector(Surgery):
     instruction: float = 1.0
     domain: float = 1.0
 
-    def __post_init__(self) -> None:
-        """Refuse what is no number."""
-        super().__post_init__()
-        for name in ("instruction", "domain"):
-            if not abs(getattr(self, name)) < float("inf"):
-                raise PretrainError(f"instruction_vector: {name} {getattr(self, name)}: accepted: a finite number")
-
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model, merged."""
         base, instruct = open_both(self.name, model, self.base, self.instruct, inputs or Inputs())
         product = tuned = trained = 0.0
-        for own, before, after in triples(model, base, instruct):
-            one, two = after.double() - before.double(), own.double() - before.double()
-            product += float((one * two).sum())
-            tuned, trained = tuned + float(one.square().sum()), trained + float(two.square().sum())
-            end, start = toward(before, after, self.instruction), toward(before, own, self.domain)
-            own.copy_(add_vectors(before.double(), end, start))
+        for weight, before, after in triples(model, base, instruct):
+            instruction, domain = after.double() - before.double(), weight.double() - before.double()
+            product += float((instruction * domain).sum())
+            tuned, trained = tuned + float(instruction.square().sum()), trained + float(domain.square().sum())
+            end, start = toward(before, after, self.instruction), toward(before, weight, self.domain)
+            weight.copy_(add_vectors(before.double(), end, start))
         add_rows(model, instruct)
         keep_manners(model, instruct)
         if tuned and trained:

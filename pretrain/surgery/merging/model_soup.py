@@ -5,17 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
-from transformers import PreTrainedModel
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import InnerEvaluation, Ref
-from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._merge import check, mean_into, report
+from pretrain.surgery import Inputs, Surgery, report
+from pretrain.surgery._merge import check, mean_into
 
 # Fields of a configuration that change nothing of what the same weights compute.
 _NEUTRAL = re.compile(
@@ -45,26 +48,21 @@ class ModelSoup(Surgery):
     evaluation: InnerEvaluation = "held_out"
     metric: str = "loss"
     better: Literal["lower", "higher"] = "lower"
-    max_documents: int = 2000
-    length: int = 0
+    max_documents: Count = 2000
+    length: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what fits no recipe."""
         super().__post_init__()
-        for name, accepted in (("recipe", ("greedy", "uniform", "best")), ("better", ("lower", "higher"))):
-            if getattr(self, name) not in accepted:
-                raise PretrainError(f"model_soup: {name} {getattr(self, name)!r}: accepted: {', '.join(accepted)}")
         if self.recipe != "uniform" and self.weights:
             raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: none with recipe {self.recipe}")
         if self.recipe != "uniform" and not self.corpus:
             raise PretrainError("model_soup: corpus '': accepted: one with validation documents, or recipe uniform")
-        if self.weights and (not all(map(math.isfinite, self.weights)) or abs(sum(self.weights)) < 1e-9):
-            raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: finite numbers, their sum not 0")
-        if self.max_documents < 1:
-            raise PretrainError(f"model_soup: max_documents {self.max_documents}: accepted: 1 or more")
+        if self.weights and abs(sum(self.weights)) < 1e-9:
+            raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: numbers whose sum is not 0")
         known = [item.name for item in fields(self.measuring)]
-        if self.length < 0 or (self.length and "length" not in known):
-            allowed = "0 or more" if "length" in known else f"0 with {self.measuring.name}, which has no windows"
+        if self.length and "length" not in known:
+            allowed = f"0 with {self.measuring.name}, which has no windows"
             raise PretrainError(f"model_soup: length {self.length}: accepted: {allowed}")
 
     @cached_property
@@ -91,36 +89,37 @@ class ModelSoup(Surgery):
             return soup
         return self._greedy(soup, ingredients, inputs)
 
-    def _greedy(self, soup: PreTrainedModel, models: list[PreTrainedModel], inputs: Any) -> PreTrainedModel:
+    def _greedy(self, soup: PreTrainedModel, models: list[PreTrainedModel], inputs: Inputs | None) -> PreTrainedModel:
         """The recipe of the paper; measures in `soup`, which holds each candidate in turn."""
         from pretrain.core.hardware import pick_device
 
-        measure, home = self._measure(inputs.tokenizer), soup.device
-        soup.to(pick_device())  # type: ignore[arg-type]
+        measure, home = self._measure(None if inputs is None else inputs.tokenizer), soup.device
+        cast(nn.Module, soup).to(pick_device())  # transformers' stub of `to` takes no device
 
         def loss(chosen: list[int]) -> float:
             mean_into(soup, [models[i] for i in chosen], [1.0] * len(chosen))
             return measure(soup)
 
         alone = [loss([i]) for i in range(len(models))]
-        for number, found in enumerate(alone):
-            if not math.isfinite(found):
+        for number, measured in enumerate(alone):
+            if not math.isfinite(measured):
                 label = f"models.{number - 1}" if number else "the checkpoint"
-                raise PretrainError(f"model_soup: {self.metric} of {label} is {found}; accepted: a finite measure")
+                raise PretrainError(f"model_soup: {self.metric} of {label} is {measured}; accepted: a finite measure")
         order = sorted(range(len(models)), key=alone.__getitem__)
         chosen, best = order[:1], alone[order[0]]
         for candidate in order[1:] if self.recipe == "greedy" else ():
-            found = loss([*chosen, candidate])
-            if found <= best:
-                chosen, best = [*chosen, candidate], found
+            joined = loss([*chosen, candidate])
+            if joined <= best:
+                chosen, best = [*chosen, candidate], joined
         mean_into(soup, [models[i] for i in chosen], [1.0] * len(chosen))
         sign = 1 if self.better == "lower" else -1
-        told = {"ingredients": len(chosen), "best_ingredient": sign * alone[order[0]], "soup": sign * best}
-        report(inputs, **{f"model_soup/{name}": value for name, value in told.items()})
-        return soup.to(home)  # type: ignore[arg-type]
+        metrics = {"ingredients": len(chosen), "best_ingredient": sign * alone[order[0]], "soup": sign * best}
+        report(inputs, **{f"model_soup/{name}": value for name, value in metrics.items()})
+        cast(nn.Module, soup).to(home)
+        return soup
 
-    def _measure(self, tokenizer: Any) -> Any:
-        """What is made small: the metric, or its negative, of a model on the held-out documents."""
+    def _measure(self, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[PreTrainedModel], float]:
+        """What is minimised: the metric, or its negative, of a model on the held-out documents."""
         from pretrain.core.folders import corpus_of
         from pretrain.corpus.store import Corpus
 
@@ -147,9 +146,9 @@ class ModelSoup(Surgery):
 
 def _check_config(model: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
     """Refuse a model whose equal weights would compute something else."""
-    mine, theirs = model.config.to_dict(), other.config.to_dict()
-    for name in sorted({*mine, *theirs}):
-        if mine.get(name) != theirs.get(name) and not _NEUTRAL.fullmatch(name):
+    expected, given = model.config.to_dict(), other.config.to_dict()
+    for name in sorted({*expected, *given}):
+        if expected.get(name) != given.get(name) and not _NEUTRAL.fullmatch(name):
             raise PretrainError(
-                f"model_soup: {label} has {name} {theirs.get(name)!r} in its config; accepted: {mine.get(name)!r}"
+                f"model_soup: {label} has {name} {given.get(name)!r} in its config; accepted: {expected.get(name)!r}"
             )

@@ -18,9 +18,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
-from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import batches_of
-from pretrain.surgery._merge import report
 from pretrain.surgery._tokens import MODELS, resize
 from pretrain.surgery.vocabulary.vocabulary_expansion import tables
 

@@ -15,8 +15,7 @@ from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
-from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._merge import report
+from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._random import generator
 
 if TYPE_CHECKING:
