@@ -261,7 +261,7 @@ def test_wrong_fields_and_models_are_refused(tiny):
     for fields, message in (
         ({"layers": 0}, "layers 0: accepted: 1 or more"),
         ({"reduction": 0}, "reduction 0: accepted: 1 or more"),
-        ({"threshold": 1.0}, "threshold 1.0: accepted: between 0 and 1"),
+        ({"threshold": 1.0}, "threshold 1.0: accepted: above 0, below 1"),
     ):
         with pytest.raises(PretrainError, match=message):
             FlexiDepth(**fields)

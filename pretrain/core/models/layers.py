@@ -6,6 +6,8 @@ from typing import TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 Linear: TypeAlias = nn.Linear | Conv1D  # a Conv1D stores its weight as inputs × outputs
@@ -27,3 +29,22 @@ def sides(layer: Linear) -> tuple[int, int]:
     """How many outputs and inputs a linear layer has."""
     first, second = layer.weight.shape
     return (second, first) if isinstance(layer, Conv1D) else (first, second)
+
+
+class Attention(nn.Module):
+    """What an attention layer of `transformers` has beside its modules; a name for its type, never made."""
+
+    config: PreTrainedConfig
+    layer_idx: int
+    head_dim: int
+    scaling: float
+    embed_dim: int  # GPT-2's width
+    num_heads: int  # of GPT-2
+    num_key_value_groups: int  # of the others
+
+
+class Saved(FunctionCtx):
+    """What an autograd function's forward pass leaves to its backward pass."""
+
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]

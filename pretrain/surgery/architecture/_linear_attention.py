@@ -9,7 +9,8 @@ Shape letters: B rows, H heads, L positions, C positions of a chunk, Q queries, 
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -77,8 +78,8 @@ def _positive(x: Tensor) -> Tensor:
 class LinearState(CacheLayerMixin):
     """A layer of a `transformers` cache: S as its `keys` and z as its `values`, as large for one token as for many."""
 
-    keys: Any
-    values: Any
+    keys: Tensor
+    values: Tensor
     is_sliding = False
 
     def __init__(self) -> None:
@@ -97,7 +98,7 @@ class LinearState(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first `put` does it."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: object, **__: object) -> tuple[Tensor, Tensor]:
         """Refused: keys and values are not kept."""
         raise PretrainError("linear attention: its cache keeps no keys and values; accepted: only its own layers")
 
@@ -133,7 +134,7 @@ class LinearState(CacheLayerMixin):
             self.keys, self.values = self.keys[indices], self.values[indices]
 
 
-def state_of(cache: Any, layer: int) -> LinearState:
+def state_of(cache: object, layer: int) -> LinearState:
     """The state of a layer in a cache of `transformers`, put there in place of an empty layer."""
     layers = getattr(cache, "layers", None)
     if layers is None or (layer < len(layers) and type(layers[layer]) not in (LinearState, DynamicLayer)):
@@ -179,12 +180,13 @@ def kept(mask_B1LL: Tensor) -> Tensor:
 
 def _mask(
     batch_size: int, q_length: int, kv_length: int, q_offset: int = 0, kv_offset: int = 0,
-    mask_function: Any = causal_mask_function, attention_mask: Tensor | None = None, **more: Any,
+    mask_function: Callable[..., bool] = causal_mask_function, attention_mask: Tensor | None = None, **more: object,
 ) -> Tensor | None:  # fmt: skip
     """What the model makes of its `attention_mask`: None for causal attention, `kept_BL` where there is padding."""
     if mask_function is not causal_mask_function:  # packed documents, found by the positions
-        given: dict[str, Any] = more | {"allow_is_causal_skip": False, "mask_function": mask_function}
-        return sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, attention_mask=attention_mask, **given)
+        options = {"mask_function": mask_function, "attention_mask": attention_mask} | more
+        make: Callable[..., Tensor | None] = sdpa_mask
+        return make(batch_size, q_length, kv_length, q_offset, kv_offset, **options | {"allow_is_causal_skip": False})
     if attention_mask is None:
         return None
     if attention_mask.shape[1] != kv_offset + kv_length:
@@ -196,7 +198,7 @@ def _mask(
     return None if bool(kept_BL.all()) else kept_BL
 
 
-def _attention(module: nn.Module, *_: Any, **__: Any) -> Any:
+def _attention(module: nn.Module, *_: object, **__: object) -> NoReturn:
     raise PretrainError(f"{type(module).__name__} with attention {NAME!r}: accepted: a layer of linear attention")
 
 

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
+from pretrain.core.batch import Batch
+from pretrain.core.bounds import Count, Positive
 from pretrain.core.checkpoint import record, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.exits import HEADS, check_exits, exit_logits, states_of_text, thirds
 from pretrain.core.models.families import at, base, blocks, embeddings, family
-from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import batches_of
 
 
@@ -31,18 +34,10 @@ class ExitHeads(Surgery):
     """
 
     exits: tuple[int, ...] | None = None
-    epochs: int = 4
-    lr: float = 1e-3
+    epochs: Count = 4
+    lr: Positive = 1e-3
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
-
-    def __post_init__(self) -> None:
-        """Refuse training that is none."""
-        super().__post_init__()
-        if self.epochs < 1:
-            raise PretrainError(f"exit_heads: epochs {self.epochs}: accepted: at least 1")
-        if not 0 < self.lr < float("inf"):
-            raise PretrainError(f"exit_heads: lr {self.lr}: accepted: above 0")
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with trained `exit_heads`."""
@@ -50,10 +45,10 @@ class ExitHeads(Surgery):
         if any(entry["method"] == self.name for entry in surgery_of(model)):
             raise PretrainError("exit_heads: the model has exit heads already; accepted: a model without")
         model = self.restore(model)
-        maps: Any = getattr(model, HEADS).float()
+        maps: nn.ModuleDict = getattr(model, HEADS).float()
         depths = tuple(map(int, maps))
-        parts, norm, dtype = list(model.parameters()), _norm(model), embeddings(model).weight.dtype
-        asked = [part.requires_grad for part in parts]
+        weights, norm, dtype = list(model.parameters()), _norm(model), embeddings(model).weight.dtype
+        trained = [weight.requires_grad for weight in weights]
         training = model.training
         try:
             model.eval().requires_grad_(False)
@@ -71,15 +66,13 @@ class ExitHeads(Surgery):
                     optimizer.step()
             after = self._losses(model, norm, batches, depths)
         finally:
-            for part, wanted in zip(parts, asked, strict=True):
-                part.requires_grad_(wanted)
+            for weight, requires_grad in zip(weights, trained, strict=True):
+                weight.requires_grad_(requires_grad)
             model.train(training)
         maps.zero_grad(set_to_none=True)
         maps.to(dtype)
-        if inputs is not None:
-            metrics = inputs.extra.setdefault("metrics", {})
-            for depth, old, new in zip(depths, before, after, strict=True):
-                metrics |= {f"exit_{depth}_loss_before": old, f"exit_{depth}_loss": new}
+        for depth, old, new in zip(depths, before, after, strict=True):
+            report(inputs, **{f"exit_{depth}_loss_before": old, f"exit_{depth}_loss": new})
         record(model, self)
         return model
 
@@ -101,12 +94,14 @@ class ExitHeads(Surgery):
         setattr(model, HEADS, maps)
         return model
 
-    def _logits(self, model: Any, norm: Any, states: torch.Tensor, depth: int) -> torch.Tensor:
+    def _logits(self, model: PreTrainedModel, norm: nn.Module, states: Tensor, depth: int) -> Tensor:
         maps = {str(depth): lambda x: getattr(model, HEADS)[str(depth)](x.float()).to(x.dtype)}
         return exit_logits(norm, model.lm_head, maps, states, depth)
 
     @torch.no_grad()
-    def _losses(self, model: Any, norm: Any, batches: Any, depths: tuple[int, ...]) -> list[float]:
+    def _losses(
+        self, model: PreTrainedModel, norm: nn.Module, batches: Sequence[Batch], depths: tuple[int, ...]
+    ) -> list[float]:
         """Each exit's mean cross-entropy."""
         total, count = [0.0] * len(depths), 0
         for states, next_N in states_of_text(model, batches, depths):
@@ -117,5 +112,5 @@ class ExitHeads(Surgery):
         return [loss / max(1, count) for loss in total]
 
 
-def _norm(model: Any) -> Any:
+def _norm(model: PreTrainedModel) -> nn.Module:
     return at(base(model), family(model).final_norm or "")

@@ -9,24 +9,27 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.gpt2 import modeling_gpt2
 from transformers.models.llama import modeling_llama
 from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count, OpenShare
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import Family, additive, at, base, blocks, embeddings, family
 from pretrain.core.models.fast import rotary
+from pretrain.core.models.layers import Attention, Like, like
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
 
+Given = dict[str, Any]  # an attention layer's arguments
 EPS = 1e-5  # of the router's norm
 EAGER = {"llama": modeling_llama.eager_attention_forward, "gpt2": modeling_gpt2.eager_attention_forward}
 
@@ -34,13 +37,13 @@ EAGER = {"llama": modeling_llama.eager_attention_forward, "gpt2": modeling_gpt2.
 class Router(nn.Module):
     """g = sigmoid(w · up(tanh(RMSNorm(down(x))))), one number a token."""
 
-    def __init__(self, width: int, reduction: int, like: dict[str, Any]) -> None:
+    def __init__(self, width: int, reduction: int, alike: Like) -> None:
         super().__init__()
         narrow = width // reduction
-        self.down = nn.Linear(width, narrow, bias=False, **like)
-        self.norm = nn.RMSNorm(narrow, eps=EPS, **like)
-        self.up = nn.Linear(narrow, width, bias=False, **like)
-        self.head = nn.Linear(width, 1, bias=False, **like)
+        self.down = nn.Linear(width, narrow, bias=False, **alike)
+        self.norm = nn.RMSNorm(narrow, eps=EPS, **alike)
+        self.up = nn.Linear(narrow, width, bias=False, **alike)
+        self.head = nn.Linear(width, 1, bias=False, **alike)
 
     def forward(self, x_BLE: Tensor) -> Tensor:
         """The gates, `gate_BL`, in float32 or wider."""
@@ -51,11 +54,11 @@ class Router(nn.Module):
 class Adapter(nn.Module):
     """A feed-forward of a fraction of the width, like the block's own: gated, or with biases."""
 
-    def __init__(self, width: int, narrow: int, activation: str, gated: bool, like: dict[str, Any]) -> None:
+    def __init__(self, width: int, narrow: int, activation: str, gated: bool, alike: Like) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, narrow, bias=False, **like) if gated else None
-        self.up_proj = nn.Linear(width, narrow, bias=not gated, **like)
-        self.down_proj = nn.Linear(narrow, width, bias=not gated, **like)
+        self.gate_proj = nn.Linear(width, narrow, bias=False, **alike) if gated else None
+        self.up_proj = nn.Linear(width, narrow, bias=not gated, **alike)
+        self.down_proj = nn.Linear(narrow, width, bias=not gated, **alike)
         self.act_fn = ACT2FN[activation]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -79,8 +82,8 @@ class _Skippable(nn.Module):
     gate_BL: Tensor  # of the newest pass
 
     def forward(
-        self, hidden_states: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None,
-        encoder_hidden_states: None = None, **more: Any,
+        self, hidden_states: Tensor, past_key_values: Cache | None = None, attention_mask: Tensor | None = None,
+        encoder_hidden_states: None = None, **more: object,
     ) -> Tensor:  # fmt: skip
         """The block's output, `x_BLE`; arguments in the order in which GPT-2 gives them, Llama gives their names."""
         norm, ffn_norm, attention, ffn = (
@@ -89,7 +92,7 @@ class _Skippable(nn.Module):
         x_BLE, normed_BLE = hidden_states, norm(hidden_states)
         self.gate_BL = self.router(normed_BLE)
         run_BL = self.gate_BL > self.threshold
-        given = {"attention_mask": attention_mask, "past_key_values": past_key_values} | more
+        given: Given = {"attention_mask": attention_mask, "past_key_values": past_key_values} | more
         if self.training:
             run_BL1, gate_BL1 = run_BL[..., None], self.gate_BL[..., None].to(x_BLE.dtype)
             attended_BLE, _ = attention(hidden_states=normed_BLE, **given)
@@ -111,7 +114,7 @@ class _Skippable(nn.Module):
         return out_NE.view_as(x_BLE)
 
 
-def _attended(entry: Family, attention: Any, normed_BLE: Tensor, run_BL: Tensor, given: dict[str, Any]) -> Tensor:
+def _attended(entry: Family, attention: Attention, normed_BLE: Tensor, run_BL: Tensor, given: Given) -> Tensor:
     """Attention's output for the tokens of `run_BL` in order, `x_NE`; keys and values of all are written."""
     mask = given["attention_mask"]
     if bool(run_BL.all()) or (mask is not None and mask.ndim != 4):
@@ -142,15 +145,18 @@ def _attended(entry: Family, attention: Any, normed_BLE: Tensor, run_BL: Tensor,
     return at(attention, entry.output)(out_BRHD[real_BR].flatten(1))
 
 
-def _heads(attention: Any, which: str, x_BLE: Tensor, turns: Sequence[Tensor] = ()) -> Tensor:
+def _heads(attention: Attention, which: str, x_BLE: Tensor, turns: Sequence[Tensor] = ()) -> Tensor:
     """Queries, keys or values, `x_BHLD`, turned by the cosines and sines `turns` if there are any."""
     x_BLHD = _projected(attention, which, x_BLE).unflatten(-1, (-1, attention.head_dim))
     norm = getattr(attention, f"{which}_norm", None)
     x_BHLD = (x_BLHD if norm is None else norm(x_BLHD)).transpose(1, 2)
-    return rotary(x_BHLD, x_BHLD[:, :0], *turns)[0] if turns else x_BHLD
+    if not turns:
+        return x_BHLD
+    cos, sin = turns
+    return rotary(x_BHLD, x_BHLD[:, :0], cos, sin)[0]
 
 
-def _projected(attention: Any, which: str, x_BLE: Tensor) -> Tensor:
+def _projected(attention: Attention, which: str, x_BLE: Tensor) -> Tensor:
     fused = getattr(attention, "c_attn", None)
     if fused is None:
         return getattr(attention, f"{which}_proj")(x_BLE)
@@ -165,7 +171,7 @@ def _at(x_BLE: Tensor, place_BR: Tensor) -> Tensor:
     return x_BLE.gather(1, place_BR[..., None].expand(-1, -1, x_BLE.shape[-1]))
 
 
-def _feed_forward(config: Any) -> tuple[int, str, bool]:
+def _feed_forward(config: PreTrainedConfig) -> tuple[int, str, bool]:
     """Of a block's feed-forward: its width, its activation, whether it is gated."""
     if config.model_type == "gpt2":
         return config.n_inner or 4 * config.n_embd, config.activation_function, False
@@ -173,18 +179,18 @@ def _feed_forward(config: Any) -> tuple[int, str, bool]:
 
 
 @functools.cache
-def _skippable(kind: type) -> type:
+def _skippable(kind: type) -> type[_Skippable]:
     """A block's class with another `forward`: what looks for blocks of the old class finds these."""
-    return type(f"Skippable{kind.__name__}", (_Skippable, kind), {})
+    return cast("type[_Skippable]", type(f"Skippable{kind.__name__}", (_Skippable, kind), {}))
 
 
-def routed(model: nn.Module) -> list[Any]:
+def routed(model: nn.Module) -> list[_Skippable]:
     """The blocks with a router, in order."""
     return [block for block in blocks(model) if isinstance(block, _Skippable)]
 
 
 @torch.no_grad()
-def depths(model: Any, input_ids_BL: Tensor, **inputs: Any) -> Tensor:
+def depths(model: PreTrainedModel, input_ids_BL: Tensor, **inputs: object) -> Tensor:
     """`depth_BL`: how many of the model's blocks each token takes; `inputs` are further arguments of the model."""
     base(model)(input_ids=input_ids_BL, use_cache=False, **inputs)
     skippable = routed(model)
@@ -203,25 +209,15 @@ class FlexiDepth(Surgery):
     g > `threshold` takes the block: u = x + attention(n), then u + g · FFN(norm(u)). Any other passes attention by and
     gets x + (1 - g) · adapter(norm(x)); its keys and values are written all the same, from n. All weights but those of
     routers and adapters are frozen, here and whenever the checkpoint is opened. In evaluation mode, generation
-    included, what a token passes by is not computed. Train it with the objective `flexi_depth_lm`; `depths` tells how
-    many blocks each token takes. GPT-2's adapter is ungated and has biases, from zero, as its feed-forward does.
+    included, what a token passes by is not computed. Train it with the objective `flexi_depth_lm`; `depths` gives
+    how many blocks each token takes. GPT-2's adapter is ungated and has biases, from zero, as its feed-forward does.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
-    layers: int | None = None
-    reduction: int = 16
-    threshold: float = 0.5
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that make no gate."""
-        super().__post_init__()
-        if self.layers is not None and self.layers < 1:
-            raise PretrainError(f"flexi_depth: layers {self.layers}: accepted: 1 or more, or none for the later half")
-        if self.reduction < 1:
-            raise PretrainError(f"flexi_depth: reduction {self.reduction}: accepted: 1 or more")
-        if not 0 < self.threshold < 1:
-            raise PretrainError(f"flexi_depth: threshold {self.threshold}: accepted: between 0 and 1")
+    layers: Count | None = None
+    reduction: Count = 16
+    threshold: OpenShare = 0.5
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with routers and adapters, drawn as the configuration draws weights, and the rest frozen."""
@@ -248,24 +244,25 @@ class FlexiDepth(Surgery):
             raise PretrainError(f"flexi_depth: family {entry.name!r}: accepted: {', '.join(self.families)}")
         if routed(model):
             raise PretrainError("flexi_depth: this model has routers already; accepted: one flexi_depth")
-        every, weight_VE = blocks(model), embeddings(model).weight
-        if hasattr(every[0], "crossattention"):
+        stack, weight_VE = blocks(model), embeddings(model).weight
+        if hasattr(stack[0], "crossattention"):
             raise PretrainError("flexi_depth: the model has cross-attention: accepted: a model of text alone")
         (inner, activation, gated), width = _feed_forward(config), weight_VE.shape[1]
-        count = len(every) // 2 if self.layers is None else self.layers
-        if not 1 <= count <= len(every):
-            raise PretrainError(f"flexi_depth: layers {count}: accepted: 1 to {len(every)}, the model's blocks")
+        count = len(stack) // 2 if self.layers is None else self.layers
+        if not 1 <= count <= len(stack):
+            raise PretrainError(f"flexi_depth: layers {count}: accepted: 1 to {len(stack)}, the model's blocks")
         if min(width, inner) < self.reduction:
             raise PretrainError(
                 f"flexi_depth: reduction {self.reduction}: accepted: at most {min(width, inner)}, the narrower of the "
                 "model's two widths"
             )
-        like = {"dtype": weight_VE.dtype, "device": weight_VE.device}
+        alike = like(weight_VE)
         model.requires_grad_(False)
-        for block in every[-count:]:
-            skippable: Any = block
-            skippable.router = Router(width, self.reduction, like)
-            skippable.adapter = Adapter(width, inner // self.reduction, activation, gated, like)
-            skippable.threshold, skippable.entry = self.threshold, entry
-            skippable.__class__ = _skippable(type(block))  # type: ignore[arg-type]
+        for block in stack[-count:]:
+            kind: type = type(block)
+            block.__class__ = _skippable(kind)
+            assert isinstance(block, _Skippable)
+            block.router = Router(width, self.reduction, alike)
+            block.adapter = Adapter(width, inner // self.reduction, activation, gated, alike)
+            block.threshold, block.entry = self.threshold, entry
             block.train(model.training)

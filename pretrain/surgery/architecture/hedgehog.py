@@ -8,22 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from pretrain.core.checkpoint import record
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, blocks, family, set_module
+from pretrain.core.models.layers import Attention
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery.architecture._linear_attention import NAME, allowed, kept, quadratic, recurrent, state_of, weights
 
-ACTIVATIONS = ("softmax", "exp")
+Tables = tuple[Tensor, Tensor]  # cosines and sines of rotary positions
 LEAST = 1e-12  # of a feature, so that no query finds all keys at zero
 
 
@@ -40,9 +41,9 @@ class FeatureMap(nn.Module):
         """`φ_BHLF`."""
         wide = torch.promote_types(x_BHLD.dtype, torch.float32)
         x_BHLD = x_BHLD.to(wide) @ self.weight.to(wide).transpose(-1, -2)
-        both = (x_BHLD, -x_BHLD)
-        found = [x.softmax(-1) if self.activation == "softmax" else x.exp() for x in both]
-        return torch.cat(found, -1).clamp_min(LEAST)
+        signed = (x_BHLD, -x_BHLD)
+        features = [x.softmax(-1) if self.activation == "softmax" else x.exp() for x in signed]
+        return torch.cat(features, -1).clamp_min(LEAST)
 
 
 @dataclass
@@ -56,23 +57,33 @@ class Comparison:
 class HedgehogAttention(nn.Module):
     """Takes the place of an attention layer, whose projections it keeps under their names."""
 
-    def __init__(self, layer: Any, kind: str, activation: str) -> None:
+    c_attn: nn.Module  # of GPT-2, as the next two
+    c_proj: nn.Module
+    resid_dropout: nn.Module
+    q_proj: nn.Module  # of the others, as all that follow
+    k_proj: nn.Module
+    v_proj: nn.Module
+    o_proj: nn.Module
+    q_norm: nn.Module  # of Qwen3, as the next
+    k_norm: nn.Module
+
+    def __init__(self, layer: Attention, kind: str, activation: str) -> None:
         super().__init__()
         self.layer_idx, self.head_dim, self.scaling, self.kind = layer.layer_idx, layer.head_dim, layer.scaling, kind
         for name, module in layer.named_children():
             self.add_module(name, module)
         if kind == "gpt2":
-            self.heads, self.groups, like = layer.num_heads, 1, layer.c_attn.weight
+            self.heads, self.groups, like = layer.num_heads, 1, self.c_attn.get_parameter("weight")
         else:
             self.heads, self.groups = layer.config.num_attention_heads, layer.num_key_value_groups
-            like = layer.q_proj.weight
+            like = self.q_proj.get_parameter("weight")
         self.feature_q = FeatureMap(self.heads, self.head_dim, activation, like)
         self.feature_k = FeatureMap(self.heads, self.head_dim, activation, like)
         self.comparison: Comparison | None = None
 
     def forward(
-        self, hidden_states: Tensor, position_embeddings: Any = None, attention_mask: Tensor | None = None,
-        past_key_values: Any = None, **_: Any,
+        self, hidden_states: Tensor, position_embeddings: Tables | None = None, attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None, **_: object,
     ) -> tuple[Tensor, None]:  # fmt: skip
         """The layer's output; the state of what came before is in `past_key_values`."""
         q_BHLD, k_BHLD, v_BHLD = self._project(hidden_states, position_embeddings)
@@ -82,22 +93,25 @@ class HedgehogAttention(nn.Module):
             y_BHLD = self._attend(q_BHLD, k_BHLD, v_BHLD, attention_mask, past_key_values)
         y_BLE = y_BHLD.transpose(1, 2).flatten(2).to(hidden_states.dtype)
         if self.kind == "gpt2":
-            return self.resid_dropout(self.c_proj(y_BLE)), None  # type: ignore[operator]
-        return self.o_proj(y_BLE), None  # type: ignore[operator]
+            return self.resid_dropout(self.c_proj(y_BLE)), None
+        return self.o_proj(y_BLE), None
 
-    def _project(self, x_BLE: Tensor, turned: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _project(self, x_BLE: Tensor, tables: Tables | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys after rotary positions and values, one of each a head."""
-        own: Any = self
         split = (*x_BLE.shape[:2], -1, self.head_dim)
         if self.kind == "gpt2":
-            return tuple(x.view(split).transpose(1, 2) for x in own.c_attn(x_BLE).chunk(3, dim=-1))  # type: ignore[return-value]
-        q_BLHD, k_BLHD, v_BLHD = (project(x_BLE).view(split) for project in (own.q_proj, own.k_proj, own.v_proj))
+            q_BHLD, k_BHLD, v_BHLD = (x.view(split).transpose(1, 2) for x in self.c_attn(x_BLE).chunk(3, dim=-1))
+            return q_BHLD, k_BHLD, v_BHLD
+        q_BLHD, k_BLHD, v_BLHD = (project(x_BLE).view(split) for project in (self.q_proj, self.k_proj, self.v_proj))
         if hasattr(self, "q_norm"):
-            q_BLHD, k_BLHD = own.q_norm(q_BLHD), own.k_norm(k_BLHD)
-        q_BHLD, k_BHLD = apply_rotary_pos_emb(q_BLHD.transpose(1, 2), k_BLHD.transpose(1, 2), *turned)
+            q_BLHD, k_BLHD = self.q_norm(q_BLHD), self.k_norm(k_BLHD)
+        assert tables is not None
+        q_BHLD, k_BHLD = apply_rotary_pos_emb(q_BLHD.transpose(1, 2), k_BLHD.transpose(1, 2), *tables)
         return q_BHLD, repeat_kv(k_BHLD, self.groups), repeat_kv(v_BLHD.transpose(1, 2), self.groups)
 
-    def _attend(self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None, cache: Any) -> Tensor:
+    def _attend(
+        self, q_BHLD: Tensor, k_BHLD: Tensor, v_BHLD: Tensor, mask: Tensor | None, cache: Cache | None
+    ) -> Tensor:
         """Linear attention: the quadratic form under a mask of its own, else the recurrent one."""
         place = None if cache is None else state_of(cache, self.layer_idx)
         rows, _, length, _ = q_BHLD.shape
@@ -120,9 +134,11 @@ class HedgehogAttention(nn.Module):
         """Softmax attention; beside it, how far the linear attention's weights are from its own."""
         allowed_B1LL = allowed(mask, len(q_BHLD), q_BHLD.shape[2], q_BHLD.device)
         with torch.set_grad_enabled(comparison.learn):
-            given = (q_BHLD.detach(), k_BHLD.detach(), allowed_B1LL)
+            arguments = (q_BHLD.detach(), k_BHLD.detach(), allowed_B1LL)
             # The backward pass makes the weights anew: kept, they would fill the memory.
-            comparison.layers.append(checkpoint(self._compare, *given, use_reentrant=False, preserve_rng_state=False))
+            comparison.layers.append(
+                checkpoint(self._compare, *arguments, use_reentrant=False, preserve_rng_state=False)
+            )
         return nn.functional.scaled_dot_product_attention(
             q_BHLD, k_BHLD, v_BHLD.to(q_BHLD.dtype), attn_mask=allowed_B1LL, scale=self.scaling
         )
@@ -170,11 +186,6 @@ class Hedgehog(Surgery):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
     activation: Literal["softmax", "exp"] = "softmax"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.activation not in ACTIVATIONS:
-            raise unknown("activation of hedgehog", self.activation, ACTIVATIONS)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with every attention layer replaced."""

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from pretrain.core.bounds import Count, NonNegative
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, blocks, family, set_module
+from pretrain.core.models.layers import Saved
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
 
@@ -31,7 +33,7 @@ class _PolyReLU(torch.autograd.Function):
     """y = Σ aᵢ ReLU(x)ⁱ; only x and a are kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Saved, x: Tensor, a: Tensor) -> Tensor:
         ctx.save_for_backward(x, a)
         r = x.relu()
         out = a[-1] * r
@@ -41,7 +43,8 @@ class _PolyReLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Saved, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
         x, a = ctx.saved_tensors
         r, degree = x.relu(), a.numel() - 1
         slope = torch.full_like(r, degree) * a[-1]
@@ -61,7 +64,7 @@ class _PolyNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NF: Tensor, a: Tensor, eps: float) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Saved, x_NF: Tensor, a: Tensor, eps: float) -> Tensor:
         inverse = []
         for power_NF in _powers(x_NF, a.numel() - 1):
             square_N1 = torch.linalg.vector_norm(power_NF, dim=-1, keepdim=True).square_().div_(x_NF.shape[-1])
@@ -71,7 +74,8 @@ class _PolyNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Saved, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        (grad,) = grads
         x_NF, a, *inverse = ctx.saved_tensors
         of_a, direct, through = [grad.sum()], [], []
         for i, power_NF in enumerate(_powers(x_NF, len(inverse)), 1):
@@ -129,7 +133,7 @@ class FeedForward(nn.Module):
     """down(activation(up(x))), in place of a gated feed-forward; the two matrices keep the names of the family."""
 
     def __init__(
-        self, up: tuple[str, nn.Linear], down: tuple[str, nn.Linear], activation: Activation, drop: Any
+        self, up: tuple[str, nn.Linear], down: tuple[str, nn.Linear], activation: Activation, drop: nn.Module
     ) -> None:
         super().__init__()
         self.names = (up[0], down[0])
@@ -158,8 +162,8 @@ class PolyCom(Surgery):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
     activation: Literal["polynorm", "polyrelu"] = "polynorm"
-    order: int = 3
-    eps: float = 1e-6
+    order: Count = 3
+    eps: NonNegative = 1e-6
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with its activations replaced, its gated feed-forwards made plain."""
@@ -176,12 +180,7 @@ class PolyCom(Surgery):
         entry = family(model)
         if entry.name not in self.families:
             raise PretrainError(f"polycom: family {entry.name!r}: accepted: {', '.join(self.families)}")
-        if self.activation not in ("polynorm", "polyrelu"):
-            raise PretrainError(f"polycom: activation {self.activation!r}: accepted: polynorm, polyrelu")
-        if self.order < 1:
-            raise PretrainError(f"polycom: order {self.order}: accepted: 1 or more")
-        every = blocks(model) + (blocks(model, "decoder") if entry.decoder_blocks else [])
-        for block in every:
+        for block in blocks(model) + (blocks(model, "decoder") if entry.decoder_blocks else []):
             old = at(block, entry.feed_forward)
             if any(isinstance(module, Activation) for module in old.modules()):
                 raise PretrainError("polycom: this model has such activations already; accepted: one polycom")
@@ -211,7 +210,7 @@ def _has(module: nn.Module, path: str) -> bool:
 
 
 def _path(block: nn.Module, module: nn.Module) -> str:
-    return next(name for name, found in block.named_modules() if found is module)
+    return next(name for name, inner in block.named_modules() if inner is module)
 
 
 @torch.no_grad()

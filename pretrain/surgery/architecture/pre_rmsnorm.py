@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import PreTrainedModel
+from transformers import GPT2Model, PreTrainedModel
+from transformers.models.gpt2.modeling_gpt2 import GPT2Block
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.checkpoint import record, surgery_of
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import base, blocks, family
+from pretrain.core.models.families import base, blocks, family, set_module
 from pretrain.core.models.fast import _RMSNorm
+from pretrain.core.models.layers import like
 from pretrain.surgery import Inputs, Surgery
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -55,19 +59,19 @@ class PreRMSNorm(Surgery):
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put in the norms, the recentring, and for `crms` the smaller tables and projections."""
-        core: Any = base(model)
+        core = cast(GPT2Model, base(model))
         if self.crms:
             return self._shrink(model, core)
         core.drop = _swapped(core.drop, Recentred)
         core.ln_f = _swapped(core.ln_f, RMSNorm)
-        for block in core.h:
+        for block in _blocks(core):
             block.ln_1, block.ln_2 = _swapped(block.ln_1, RMSNorm), _swapped(block.ln_2, RMSNorm)
             block.attn.resid_dropout = _swapped(block.attn.resid_dropout, RecentredDropout)
             block.mlp.dropout = _swapped(block.mlp.dropout, RecentredDropout)
             if self.training:
                 for part, dropout in ((block.attn, block.attn.resid_dropout), (block.mlp, block.mlp.dropout)):
-                    part.c_proj = _swapped(part.c_proj, RecentredConv1D)
-                    part.c_proj.dropout = dropout.p
+                    projection = _swapped(part.c_proj, RecentredConv1D)
+                    projection.dropout, part.c_proj = dropout.p, projection
         return model
 
     def _check(self, model: PreTrainedModel) -> None:
@@ -80,7 +84,7 @@ class PreRMSNorm(Surgery):
             raise PretrainError("pre_rmsnorm: add_cross_attention true: accepted: a model without cross-attention")
         if self.crms and type(getattr(model, "lm_head", None)) is not nn.Linear:
             raise PretrainError(f"pre_rmsnorm: crms of {type(model).__name__}: accepted: a model with a language head")
-        core: Any = base(model)
+        core = cast(GPT2Model, base(model))
         plain = [core.ln_f, *(n for block in blocks(model) for n in (block.ln_1, block.ln_2))]
         outputs = [b.get_submodule(path) for b in blocks(model) for path in ("attn.c_proj", "mlp.c_proj")]
         if {type(m) for m in plain} != {nn.LayerNorm} or {type(m) for m in outputs} != {Conv1D}:
@@ -93,12 +97,12 @@ class PreRMSNorm(Surgery):
     @torch.no_grad()
     def _compressed(self, model: PreTrainedModel) -> dict[str, Tensor]:
         """All weights that change, with one entry less of the main branch."""
-        prefix, found = ("" if base(model) is model else f"{model.base_model_prefix}."), _recentred(model)
+        prefix, recentred = ("" if base(model) is model else f"{model.base_model_prefix}."), _recentred(model)
         old = {n: p.double() for n, p in model.named_parameters(remove_duplicate=False)}
-        found = {n: v[..., :-1] for n, v in found.items()}
+        weights = {n: v[..., :-1] for n, v in recentred.items()}
         for table in ("wte", "wpe"):
             name = f"{prefix}{table}.weight"
-            found[name] = _centre(old[name])[..., :-1]
+            weights[name] = _centre(old[name])[..., :-1]
         readers = [(f"{prefix}h.{i}.{n}", f"{prefix}h.{i}.{r}") for i in range(len(blocks(model))) for n, r in _READERS]
         for norm, reader in [*readers, (f"{prefix}ln_f", "lm_head")]:
             gain_E, shift_E = old[f"{norm}.weight"], old[f"{norm}.bias"]
@@ -107,25 +111,26 @@ class PreRMSNorm(Surgery):
             bias_O = old.get(f"{reader}.bias", 0)
             scaled_EO = gain_E[:, None] * weight_EO
             compressed_EO = scaled_EO[:-1] - scaled_EO[-1:]
-            found[f"{reader}.weight"] = compressed_EO.T if reader == "lm_head" else compressed_EO
-            found[f"{reader}.bias"] = bias_O + shift_E @ weight_EO
-        return found
+            weights[f"{reader}.weight"] = compressed_EO.T if reader == "lm_head" else compressed_EO
+            weights[f"{reader}.bias"] = bias_O + shift_E @ weight_EO
+        return weights
 
-    def _shrink(self, model: PreTrainedModel, core: Any) -> PreTrainedModel:
+    def _shrink(self, model: PreTrainedModel, core: GPT2Model) -> PreTrainedModel:
         """The modules of a main branch of d - 1 entries, with room for the weights."""
         width = core.embed_dim
         model.config.tie_word_embeddings = False
-        like = {"dtype": core.wte.weight.dtype, "device": core.wte.weight.device}
+        alike = like(core.wte.weight)
         for table in ("wte", "wpe"):
-            whole = getattr(core, table)
-            setattr(core, table, nn.Embedding(whole.num_embeddings, width - 1, **like))
-        core.ln_f = CRMSNorm(width, core.ln_f.eps)
-        for block in core.h:
-            block.ln_1, block.ln_2 = CRMSNorm(width, block.ln_1.eps), CRMSNorm(width, block.ln_2.eps)
+            old = getattr(core, table)
+            setattr(core, table, nn.Embedding(old.num_embeddings, width - 1, **alike))
+        set_module(core, "ln_f", CRMSNorm(width, core.ln_f.eps))
+        for block in _blocks(core):
+            for name, norm in (("ln_1", block.ln_1), ("ln_2", block.ln_2)):
+                set_module(block, name, CRMSNorm(width, norm.eps))
             for part, inner, outer in ((block.attn, "c_attn", "c_proj"), (block.mlp, "c_fc", "c_proj")):
-                setattr(part, inner, Conv1D(getattr(part, inner).nf, width - 1).to(**like))
-                setattr(part, outer, Conv1D(width - 1, getattr(part, outer).nx).to(**like))
-        head: Any = nn.Linear(width - 1, model.lm_head.out_features, bias=True, **like)
+                setattr(part, inner, Conv1D(getattr(part, inner).nf, width - 1).to(**alike))
+                setattr(part, outer, Conv1D(width - 1, getattr(part, outer).nx).to(**alike))
+        head = nn.Linear(width - 1, model.lm_head.out_features, bias=True, **alike)
         model.set_output_embeddings(head)
         return model.train(model.training)
 
@@ -145,7 +150,7 @@ def _undo(model: PreTrainedModel) -> None:
         {"crms": False, "training": True},
     ):
         return
-    model.pretrain_surgery = done[:-1]  # type: ignore[assignment]
+    vars(model)["pretrain_surgery"] = done[:-1]
     for module in base(model).modules():
         if isinstance(module, _CHANGED):
             module.__class__ = type(module).__mro__[1]
@@ -159,10 +164,14 @@ def _recentred(model: PreTrainedModel) -> dict[str, Tensor]:
     }
 
 
-def _swapped(module: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def _swapped(module: nn.Module, kind: type[M]) -> M:
     """The same module, with its parameters, as one of a class that only computes otherwise."""
     module.__class__ = kind
-    return module
+    return cast(M, module)
+
+
+def _blocks(core: GPT2Model) -> list[GPT2Block]:
+    return cast("list[GPT2Block]", list(core.h))
 
 
 class RMSNorm(nn.LayerNorm):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,11 +16,13 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Gt, ProperShare
 from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import embeddings, family, linears, set_module
+from pretrain.core.models.families import embeddings, linears, set_module
+from pretrain.core.models.layers import Linear, Saved, like, sides
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._calibration import plain_layer
+from pretrain.surgery._calibration import plain_layer, plain_linears
 from pretrain.surgery._random import generator
 
 
@@ -31,6 +33,10 @@ def dense(B_OR: Tensor, A_RI: Tensor, values_K: Tensor, indices_K: Tensor, scale
     return weight_OI
 
 
+class _Context(Saved):
+    scale: float
+
+
 class _Product(torch.autograd.Function):
     """y = x Wᵀ + b. Only x and the parts of W are kept for the backward pass, which makes W anew.
 
@@ -38,9 +44,9 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, x: Tensor, B_OR: Tensor, A_RI: Tensor, values_K: Tensor, bias_O: Tensor | None, indices_K: Tensor,
-        scale: float,
+    def forward(
+        ctx: _Context, x: Tensor, B_OR: Tensor, A_RI: Tensor, values_K: Tensor, bias_O: Tensor | None,
+        indices_K: Tensor, scale: float,
     ) -> Tensor:  # fmt: skip
         ctx.save_for_backward(x, B_OR, A_RI, values_K, indices_K)
         ctx.scale = scale
@@ -48,10 +54,15 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         x, B_OR, A_RI, values_K, indices_K = ctx.saved_tensors
         x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
-        of_x, of_B, of_A, of_values, of_bias = [None] * 5
+        of_x: Tensor | None = None
+        of_B: Tensor | None = None
+        of_A: Tensor | None = None
+        of_values: Tensor | None = None
+        of_bias: Tensor | None = None
         if ctx.needs_input_grad[0]:
             of_x = (grad_NO @ dense(B_OR, A_RI, values_K, indices_K, ctx.scale)).view_as(x)
         if any(ctx.needs_input_grad[1:4]):
@@ -68,17 +79,16 @@ class SparseLowRank(nn.Module):
     """A linear layer of weight scale · BA + S, the support of S fixed; takes the place of `layer`."""
 
     linear_like = True
+    indices: Tensor
 
-    def __init__(self, layer: nn.Linear | Conv1D, rank: int, nonzero: int, scale: float) -> None:
+    def __init__(self, layer: Linear, rank: int, nonzero: int, scale: float) -> None:
         super().__init__()
         self.conv1d, self.scale = isinstance(layer, Conv1D), scale
-        shape = layer.weight.T.shape if self.conv1d else layer.weight.shape
-        self.out_features, self.in_features = shape
-        places = shape.numel()
-        like = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.B = nn.Parameter(torch.zeros(self.out_features, rank, **like))
-        self.A = nn.Parameter(torch.zeros(rank, self.in_features, **like))
-        self.values = nn.Parameter(torch.zeros(nonzero, **like), requires_grad=nonzero > 0)
+        self.out_features, self.in_features = sides(layer)
+        places, alike = layer.weight.numel(), like(layer.weight)
+        self.B = nn.Parameter(torch.zeros(self.out_features, rank, **alike))
+        self.A = nn.Parameter(torch.zeros(rank, self.in_features, **alike))
+        self.values = nn.Parameter(torch.zeros(nonzero, **alike), requires_grad=nonzero > 0)
         self.bias = layer.bias
         narrow = torch.int32 if places < 2**31 else torch.int64
         self.register_buffer("indices", torch.arange(nonzero, dtype=narrow, device=layer.weight.device))
@@ -96,14 +106,14 @@ class SparseLowRank(nn.Module):
             bound = 1 / math.sqrt(self.B.shape[1])
             self.B.copy_(torch.empty(self.B.shape).uniform_(-bound, bound, generator=source))
         chosen = torch.randperm(places, generator=source)[: self.values.numel()]
-        self.indices.copy_(chosen.sort().values)  # type: ignore[operator]
+        self.indices.copy_(chosen.sort().values)
 
     def dense(self) -> Tensor:
         """The weight as one matrix."""
-        return dense(self.B, self.A, self.values, self.indices, self.scale)  # type: ignore[arg-type]
+        return dense(self.B, self.A, self.values, self.indices, self.scale)
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear | Conv1D:
+    def merged(self) -> Linear:
         """The plain layer of the same weight."""
         return plain_layer(self.dense(), self.bias, conv1d=self.conv1d)
 
@@ -111,7 +121,7 @@ class SparseLowRank(nn.Module):
         """x Wᵀ + bias; under autocast all of it in the narrower type, as an `nn.Linear` would."""
         if not self.values.numel():  # plain low rank is cheaper without the dense weight
             return F.linear(F.linear(x, self.A), self.B * self.scale, self.bias)
-        parts: list[Any] = [x, self.B, self.A, self.values, self.bias]
+        parts: list[Tensor | None] = [x, self.B, self.A, self.values, self.bias]
         device = x.device.type
         if not torch.is_autocast_enabled(device):
             return _Product.apply(*parts, self.indices, self.scale)
@@ -139,8 +149,8 @@ class SLTrain(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    rank: int | float = 0.25
-    delta: float = 0.03
+    rank: Annotated[int | float, Gt(0)] = 0.25
+    delta: ProperShare = 0.03
     alpha: float = 32.0
     merge: bool = False
 
@@ -150,23 +160,17 @@ class SLTrain(Surgery):
             return self._merged(model)
         model, source = self.restore(model), generator(self.name, inputs)
         for module in linears(model).values():
-            module.initialise(source)  # type: ignore[operator]
+            assert isinstance(module, SparseLowRank)
+            module.initialise(source)
         record(model, self)
         return model
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """Replace the layers; their numbers are zero."""
-        entry = family(model)
-        if entry.name not in self.families:
-            raise PretrainError(f"sltrain: family {entry.name!r}: accepted: {', '.join(self.families)}")
-        if not 0 <= self.delta < 1:
-            raise PretrainError(f"sltrain: delta {self.delta}: accepted: from 0 to below 1")
         width = embeddings(model).embedding_dim
-        rank = round(self.rank * width) if 0 < self.rank < 1 else self.rank
-        layers = linears(model)
+        rank = round(self.rank * width) if self.rank < 1 else self.rank
+        layers = plain_linears(model, self.name, self.families)
         for name, layer in layers.items():
-            if not isinstance(layer, nn.Linear | Conv1D):
-                raise PretrainError(f"sltrain: {name} is a {type(layer).__name__}: accepted: plain linear layers")
             most = min(layer.weight.shape)
             if not 1 <= rank <= most or rank != int(rank):
                 raise PretrainError(
@@ -174,16 +178,16 @@ class SLTrain(Surgery):
                     f"the width {width}"
                 )
         for name, layer in layers.items():
-            nonzero = int(self.delta * layer.weight.numel())  # type: ignore[operator]
-            replaced = SparseLowRank(layer, int(rank), nonzero, self.alpha / rank)  # type: ignore[arg-type]
+            nonzero = int(self.delta * layer.weight.numel())
+            replaced = SparseLowRank(layer, int(rank), nonzero, self.alpha / rank)
             set_module(model, name, replaced.train(model.training))
         return model
 
     def _merged(self, model: PreTrainedModel) -> PreTrainedModel:
-        found = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLowRank)]
-        if not found:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SparseLowRank)]
+        if not layers:
             raise PretrainError("sltrain: merge True: accepted: a model of sltrain; this one has none of its layers")
-        for name, module in found:
+        for name, module in layers:
             set_module(model, name, module.merged().train(model.training))
         forget(model, self.name)
         return model

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, blocks, embeddings, family, linears
+from pretrain.core.models.layers import like
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
-
-ACCEPTED = ("scaled", "layer_norm", "none")
 
 
 class ScaledEmbedding(nn.Embedding):
@@ -33,8 +32,8 @@ class ScaledEmbedding(nn.Embedding):
 class NormedEmbedding(nn.Embedding):
     """The layer norm of the token's row."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, rows: int, width: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__(rows, width, dtype=dtype, device=device)
         self.norm = nn.LayerNorm(self.embedding_dim, dtype=self.weight.dtype, device=self.weight.device)
 
     def forward(self, input_ids_BL: Tensor) -> Tensor:
@@ -72,9 +71,9 @@ class SpikeNoMore(Surgery):
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put in the embedding, with the table that is there."""
-        old: nn.Embedding = embeddings(model)
-        kind: Any = ScaledEmbedding if self.embedding == "scaled" else NormedEmbedding
-        made = kind(*old.weight.shape, dtype=old.weight.dtype, device=old.weight.device)
+        old = embeddings(model)
+        kind = ScaledEmbedding if self.embedding == "scaled" else NormedEmbedding
+        made = kind(*old.weight.shape, **like(old.weight))
         made.padding_idx = old.padding_idx
         made.weight = old.weight  # the same parameter, which a tied output layer shares
         model.set_input_embeddings(made.train(model.training))
@@ -84,11 +83,9 @@ class SpikeNoMore(Surgery):
         entry = family(model)
         if entry.name not in self.families:
             raise PretrainError(f"spike_no_more: family {entry.name!r}: accepted: {', '.join(self.families)}")
-        if self.embedding not in ACCEPTED:
-            raise PretrainError(f"spike_no_more: embedding {self.embedding!r}: accepted: {', '.join(ACCEPTED)}")
         if type(embeddings(model)) is not nn.Embedding:
-            found = type(embeddings(model)).__name__
-            raise PretrainError(f"spike_no_more: the embedding is a {found}: accepted: a plain nn.Embedding")
+            kind = type(embeddings(model)).__name__
+            raise PretrainError(f"spike_no_more: the embedding is a {kind}: accepted: a plain nn.Embedding")
         for name, layer in linears(model).items():
             if not isinstance(getattr(layer, "weight", None), nn.Parameter):
                 raise PretrainError(
@@ -108,15 +105,16 @@ class SpikeNoMore(Surgery):
             for part, name in ((entry.attention, entry.output), (entry.feed_forward, entry.down))
         }
         tables = [table] + ([at(model.base_model, entry.positions)] if entry.positions else [])
-        head = model.get_output_embeddings()
-        layers: list[Any] = [*tables, *linears(model).values()]
+        head: nn.Linear | None = model.get_output_embeddings()
+        layers: list[nn.Module] = [*tables, *linears(model).values()]
         if head is not None and head.weight is not table.weight:
             layers.append(head)
         for layer in layers:
             std = small / math.sqrt(2 * depth) if id(layer) in last else small
-            layer.weight.copy_(torch.empty(layer.weight.shape).normal_(0, std, generator=source))
-            if getattr(layer, "bias", None) is not None:
-                layer.bias.zero_()
+            weight, bias = layer.get_parameter("weight"), getattr(layer, "bias", None)
+            weight.copy_(torch.empty(weight.shape).normal_(0, std, generator=source))
+            if bias is not None:
+                bias.zero_()
         if table.padding_idx is not None:
             table.weight[table.padding_idx].zero_()
 
