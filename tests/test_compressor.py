@@ -177,11 +177,11 @@ def test_the_student_is_a_plain_new_model_that_a_checkpoint_keeps(family, labels
 
 def test_what_does_not_fit_is_one_clear_error(tiny) -> None:
     for fields, said in (
-        ({"width": ()}, "width .*: accepted: numbers above 0"),
-        ({"layers": (0,)}, "layers .*: accepted: numbers above 0"),
+        ({"width": ()}, "width .*: accepted: one choice or more"),
+        ({"layers": (0,)}, "layers .*: accepted: a list, each 1 or more"),
         ({"population": 1}, "population 1: accepted: 2 or more"),
         ({"penalty": 0.0}, "penalty 0.0: accepted: above 0"),
-        ({"crossover": 1.5}, "crossover 1.5: accepted: 0 to 1"),
+        ({"crossover": 1.5}, "crossover 1.5: accepted: from 0 to 1"),
     ):
         with pytest.raises(PretrainError, match=said):
             Compressor(**fields)
@@ -193,7 +193,7 @@ def test_what_does_not_fit_is_one_clear_error(tiny) -> None:
         Compressor(vocabulary=(), width=(16,), heads=(5,))(tiny())
     with pytest.raises(PretrainError, match="is a BertForTokenClassification: accepted"):
         Compressor(vocabulary=())(with_head(tiny("bert"), "token", ("a", "b"), VOCABULARY))
-    with pytest.raises(PretrainError, match="target_bytes 1000: accepted: .* or more, the smallest of the space"):
+    with pytest.raises(PretrainError, match="target_bytes 1000: accepted: .* or more, the smallest there is"):
         Compressor(vocabulary=(), target_bytes=1000)(tiny())
 
 

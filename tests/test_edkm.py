@@ -268,7 +268,7 @@ def test_one_after_the_other_in_one_list(tiny):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 0}, "bits 0: accepted: 1 to 8"), ({"tau": 0.0}, "tau 0.0: accepted: above 0"),
+        ({"bits": 0}, "bits 0: accepted: from 1 to 8"), ({"tau": 0.0}, "tau 0.0: accepted: above 0"),
         ({"iterations": 0}, "iterations 0: accepted: 1 or more"),
         ({"initialisation": "random"}, r"initialisation 'random': accepted: kmeans\+\+, quantiles"),
         ({"dtype": "float32"}, "dtype 'float32': accepted: bfloat16, float16"),
@@ -280,7 +280,7 @@ def test_wrong_fields_are_refused(fields, message):
 
 
 def test_what_does_not_fit_is_named(tiny):
-    with pytest.raises(PretrainError, match="palettise: bits 9: accepted: 1 to 8"):
+    with pytest.raises(PretrainError, match="palettise: bits 9: accepted: from 1 to 8"):
         Palettise(9)
     with pytest.raises(PretrainError, match="palettise: restarts 0: accepted: 1 or more"):
         Palettise(restarts=0)

@@ -366,9 +366,9 @@ def test_layers_that_get_no_input_are_rounded_to_nearest(tiny):
 def test_wrong_fields_and_models_are_refused(tiny):
     with pytest.raises(PretrainError, match="gptq: bits 5: accepted: 2, 3, 4, 8"):
         GPTQ(5)
-    with pytest.raises(PretrainError, match="gptq: group_size 0: accepted: 1 or more, or -1"):
+    with pytest.raises(PretrainError, match="gptq: group_size 0: accepted: -1, or 1 or more"):
         GPTQ(group_size=0)
-    with pytest.raises(PretrainError, match="gptq: damping 0: accepted: between 0 and 1"):
+    with pytest.raises(PretrainError, match="gptq: damping 0: accepted: above 0, below 1"):
         GPTQ(damping=0)
     with pytest.raises(PretrainError, match="gptq: block_size 0: accepted: 1 or more"):
         GPTQ(block_size=0)

@@ -147,9 +147,9 @@ def test_gptq_goes_on_from_its_weights_and_writes_what_it_always_writes(tiny, tm
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"bits": 1}, "bits 1: accepted: 2 to 8"), ({"group_size": 0}, "group_size 0: accepted: 1 or more, or -1"),
-        ({"salient": 1.0}, "salient 1.0: accepted: between 0 and 1"), ({"steps": 0}, "steps 0: accepted: 1 or more"),
-        ({"bins": 1}, "bins 1: accepted: 2 or more"), ({"penalty": -1.0}, "penalty -1.0: accepted: 0 or more, or none"),
+        ({"bits": 1}, "bits 1: accepted: from 2 to 8"), ({"group_size": 0}, "group_size 0: accepted: -1, or 1 or more"),
+        ({"salient": 1.0}, "salient 1.0: accepted: above 0, below 1"), ({"steps": 0}, "steps 0: accepted: 1 or more"),
+        ({"bins": 1}, "bins 1: accepted: 2 or more"), ({"penalty": -1.0}, "penalty -1.0: accepted: 0 or more, or null"),
     ],
 )  # fmt: skip
 def test_wrong_fields_are_refused(fields, message):

@@ -251,7 +251,7 @@ def test_the_second_epoch_fits_and_prunes_on_the_new_activations():
 
 def test_wrong_fields_and_models_are_refused(tiny):
     for name, value, accepted in (
-        ("sparsity", 1.0, "between 0 and 1"), ("damping", 0.0, "between 0 and 1"), ("alpha", 0.0, "above 0"),
+        ("sparsity", 1.0, "above 0, below 1"), ("damping", 0.0, "above 0, below 1"), ("alpha", 0.0, "above 0"),
         ("gamma", -1.0, "above 0"), ("epochs", 0, "1 or more"), ("block_size", 0, "1 or more"),
         ("gate_steps", -1, "0 or more"), ("solver", "movement", "sparse_llm, sparsegpt, wanda, magnitude"),
     ):  # fmt: skip

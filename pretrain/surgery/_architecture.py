@@ -9,6 +9,7 @@ from math import gcd
 from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import FAMILIES
@@ -44,17 +45,18 @@ class Shape:
     @property
     def valid(self) -> bool:
         """Whether there is such a model: heads divide the width, and rotary positions turn pairs."""
-        whole = self.width == self.heads * self.head_width and self.heads % self.shared == 0
-        return whole and (self.family != "llama" or self.head_width % 2 == 0)
+        divides = self.width == self.heads * self.head_width and self.heads % self.shared == 0
+        return divides and (self.family != "llama" or self.head_width % 2 == 0)
 
     def changed(self, genes: Mapping[str, int]) -> Shape:
         """With other genes; heads share keys and values in the same proportion, as near as divides."""
-        made = replace(self, **dict(genes))  # type: ignore[arg-type]
+        values: dict[str, Any] = dict(genes)
+        made = replace(self, **values)
         shared = gcd(made.heads, max(1, made.heads * self.shared // self.heads))
         return replace(made, shared=shared, head_width=made.width // made.heads)
 
 
-def shape_of(config: Any, labels: int = 0) -> Shape:
+def shape_of(config: PreTrainedConfig, labels: int = 0) -> Shape:
     """The shape of a model with this configuration, a classifier of so many `labels` or (0) a language model."""
     kind = config.model_type
     if kind not in FAMILY_OF:
@@ -123,7 +125,7 @@ def flops(shape: Shape, length: int) -> int:
     return total + 2 * length * s.width * (s.labels or s.vocabulary)
 
 
-def configured(config: Any, shape: Shape) -> Any:
+def configured(config: PreTrainedConfig, shape: Shape) -> PreTrainedConfig:
     """A copy of a configuration, of that shape."""
     made = copy.deepcopy(config)
     values = {

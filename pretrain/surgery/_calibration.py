@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +16,10 @@ from transformers.pytorch_utils import Conv1D
 from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, base, blocks, family, linears, model_inputs
+from pretrain.core.models.layers import Linear
 from pretrain.surgery import Inputs
+
+Arguments = tuple[tuple[Tensor, ...], dict[str, Tensor]]  # of a block, beside the states
 
 
 def batches_of(inputs: Inputs | None, name: str) -> Sequence[Batch]:
@@ -29,9 +31,7 @@ def batches_of(inputs: Inputs | None, name: str) -> Sequence[Batch]:
     return inputs.batches
 
 
-def plain_linears(
-    model: nn.Module, name: str, families: Sequence[str], *, inside: bool = False
-) -> dict[str, nn.Linear | Conv1D]:
+def plain_linears(model: nn.Module, name: str, families: Sequence[str], *, inside: bool = False) -> dict[str, Linear]:
     """The linear layers of the blocks by qualified name; an error where the family or a layer is another.
 
     `inside`: a factorised layer gives its factors.
@@ -39,13 +39,15 @@ def plain_linears(
     entry = family(model)
     if entry.name not in families:
         raise PretrainError(f"{name}: family {entry.name!r}: accepted: {', '.join(families)}")
-    found = linears(model)
+    modules = linears(model)
     if inside:
-        found = {n: at(model, n) for path, layer in found.items() for n in factors_of(path, layer)}
-    for path, layer in found.items():
-        if not isinstance(layer, nn.Linear | Conv1D):
+        modules = {n: at(model, n) for path, layer in modules.items() for n in factors_of(path, layer)}
+    layers: dict[str, Linear] = {}
+    for path, layer in modules.items():
+        if not isinstance(layer, Linear):
             raise PretrainError(f"{name}: {path} is a {type(layer).__name__}: accepted: plain linear layers")
-    return found  # type: ignore[return-value]
+        layers[path] = layer
+    return layers
 
 
 def factors_of(path: str, layer: nn.Module) -> list[str]:
@@ -66,25 +68,25 @@ def parts(model: nn.Module) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
-def weight_of(layer: nn.Linear | Conv1D) -> Tensor:
+def weight_of(layer: Linear) -> Tensor:
     """`weight_OI`, in float32 at least; a copy."""
     weight = layer.weight.detach()
     weight = weight.T if isinstance(layer, Conv1D) else weight
     return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).contiguous()
 
 
-def set_weight(layer: nn.Linear | Conv1D, weight_OI: Tensor) -> None:
+def set_weight(layer: Linear, weight_OI: Tensor) -> None:
     """Put `weight_OI` into the layer."""
     layer.weight.data.copy_(weight_OI.T if isinstance(layer, Conv1D) else weight_OI)
 
 
-def plain_layer(weight_OI: Tensor, bias_O: nn.Parameter | None, *, conv1d: bool) -> nn.Linear | Conv1D:
+def plain_layer(weight_OI: Tensor, bias_O: nn.Parameter | None, *, conv1d: bool) -> Linear:
     """A layer of that weight and bias."""
     outputs, inputs = weight_OI.shape
     with torch.device("meta"):
-        made: Any = Conv1D(outputs, inputs) if conv1d else nn.Linear(inputs, outputs, bias=bias_O is not None)
+        made = Conv1D(outputs, inputs) if conv1d else nn.Linear(inputs, outputs, bias=bias_O is not None)
     made.weight = nn.Parameter(weight_OI.T.contiguous() if conv1d else weight_OI)
-    made.bias = bias_O
+    made.register_parameter("bias", bias_O)
     return made
 
 
@@ -112,16 +114,16 @@ class Blocks:
     def __init__(self, model: PreTrainedModel, batches: Sequence[Batch]) -> None:
         self.blocks = blocks(model)
         self.states: list[Tensor] = []  # what enters the next block
-        self.arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []  # by batch, by block
+        self.arguments: list[list[Arguments]] = []  # by batch, by block
         self.kept: list[Tensor] = []  # which tokens are no padding
         for batch in batches:
             self.kept.append(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten() > 0)
             self._note(model, batch)
 
     def _note(self, model: PreTrainedModel, batch: Batch) -> None:
-        noted: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        noted: list[Arguments] = []
 
-        def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def note(_: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
             rest = {k: v for k, v in kwargs.items() if k != "hidden_states"}
             if not noted:
                 self.states.append(args[0] if args else kwargs["hidden_states"])
@@ -138,7 +140,7 @@ class Blocks:
     def __len__(self) -> int:
         return len(self.blocks)
 
-    def layers(self, number: int, names: Sequence[str]) -> dict[str, Any]:
+    def layers(self, number: int, names: Sequence[str]) -> dict[str, Linear]:
         """The modules of one block by their names in it."""
         return {name: at(self.blocks[number], name) for name in names}
 
@@ -156,37 +158,37 @@ class Blocks:
     def seen(self, number: int, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, tuple[Tensor, Tensor]]]:
         """Batch by batch, what enters and leaves the layers: `x_NI` and `y_NO`."""
         for batch in range(len(self.states)):
-            found: dict[str, tuple[Tensor, Tensor]] = {}
-            with _noted(layers, found):
+            noted: dict[str, tuple[Tensor, Tensor]] = {}
+            with _noted(layers, noted):
                 self._run(number, batch)
             kept = self.kept[batch].to(self.states[batch].device)
             rows: dict[int, Tensor] = {}  # layers of one part share their input: it is copied once
-            for x, _ in found.values():
+            for x, _ in noted.values():
                 rows.setdefault(id(x), x.reshape(-1, x.shape[-1])[kept])
-            yield {n: (rows[id(x)], y.reshape(-1, y.shape[-1])[kept]) for n, (x, y) in found.items()}
+            yield {n: (rows[id(x)], y.reshape(-1, y.shape[-1])[kept]) for n, (x, y) in noted.items()}
 
     def hessians(self, number: int, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """`2 / N · Σ x xᵀ` of each layer's inputs, in float32 at least."""
         sums: dict[str, Tensor] = {}
         tokens = 0
-        for found in self.seen(number, layers):
+        for seen in self.seen(number, layers):
             products: dict[int, Tensor] = {}
-            for name, (x_NI, _) in found.items():
+            for name, (x_NI, _) in seen.items():
                 if id(x_NI) not in products:
                     wide_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
                     products[id(x_NI)] = 2 * wide_NI.T @ wide_NI
                 sums[name] = sums[name] + products[id(x_NI)] if name in sums else products[id(x_NI)]
-            tokens += len(next(iter(found.values()))[0])
+            tokens += len(next(iter(seen.values()))[0])
         return {name: total / max(1, tokens) for name, total in sums.items()}
 
 
 @contextmanager
-def _noted(layers: Mapping[str, nn.Module], found: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """While open, each layer's input and output come into `found`."""
+def _noted(layers: Mapping[str, nn.Module], noted: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """While open, each layer's input and output come into `noted`."""
 
     def keep(name: str) -> Callable[..., None]:
-        def hook(_: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
-            found[name] = (args[0], out)
+        def hook(_: nn.Module, args: tuple[Tensor, ...], out: Tensor) -> None:
+            noted[name] = (args[0], out)
 
         return hook
 

@@ -5,12 +5,12 @@ Shape letters: N numbers, K clusters.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-INITIALISATIONS = ("kmeans++", "quantiles")
+Initialisation = Literal["kmeans++", "quantiles"]
 
 
 def assign(value: Tensor, centroids_K: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ class Line:
         squares_K = self.square_N[cuts_K].diff() - 2 * centroids_K * sums_K + count_K * centroids_K.square()
         return squares_K.sum().item()
 
-    def start(self, clusters: int, way: str, source: torch.Generator | None) -> Tensor:
+    def start(self, clusters: int, way: Initialisation, source: torch.Generator | None) -> Tensor:
         """Centroids to begin with: spread by k-means++, or the middles of equally many numbers."""
         if way == "quantiles":
             places_K = (torch.arange(clusters, dtype=torch.double) + 0.5) / clusters * len(self.value_N)
@@ -60,26 +60,27 @@ class Line:
             chosen = torch.rand((), generator=source, dtype=torch.double).to(running_N) * running_N[-1]
             return self.value_N[torch.searchsorted(running_N, chosen, right=True).clamp(max=len(running_N) - 1)]
 
-        found = [draw(torch.ones_like(self.value_N))]
-        distance_N = (self.value_N - found[0]).square()
+        centroids = [draw(torch.ones_like(self.value_N))]
+        distance_N = (self.value_N - centroids[0]).square()
         for _ in range(clusters - 1):
-            found.append(draw(distance_N) if bool(distance_N.any()) else found[0])
-            distance_N = torch.minimum(distance_N, (self.value_N - found[-1]).square())
-        return torch.stack(found).sort().values
+            centroids.append(draw(distance_N) if bool(distance_N.any()) else centroids[0])
+            distance_N = torch.minimum(distance_N, (self.value_N - centroids[-1]).square())
+        return torch.stack(centroids).sort().values
 
 
 def kmeans(
-    value: Tensor, clusters: int, *, way: str = "kmeans++", source: torch.Generator | None = None,
+    value: Tensor, clusters: int, *, way: Initialisation = "kmeans++", source: torch.Generator | None = None,
     iterations: int = 300, restarts: int = 1,
 ) -> Tensor:  # fmt: skip
     """The ascending centroids of Lloyd's algorithm, of several starts those of least inertia; float32."""
     line = Line(value)
-    best: tuple[float, Any] = (float("inf"), None)
+    starts: list[tuple[float, Tensor]] = []
     for _ in range(restarts if way == "kmeans++" else 1):
         centroids_K = line.start(clusters, way, source)
         for _ in range(iterations):
             before_K, centroids_K = centroids_K, line.moved(centroids_K)
             if torch.equal(before_K, centroids_K):
                 break
-        best = min(best, (line.inertia(centroids_K), centroids_K), key=lambda one: one[0])
-    return best[1].float()
+        starts.append((line.inertia(centroids_K), centroids_K))
+    _, best_K = min(starts, key=lambda start: start[0])
+    return best_K.float()

@@ -6,10 +6,14 @@ Shape letters: O outputs, I inputs, G groups of inputs, C inputs of one group, R
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from pretrain.core.bounds import Count
+
+GroupSize = Literal[-1] | Count  # how many inputs of a row share a grid; -1: all
 WORD = 32
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of float16, in which scales are kept
 

@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from math import prod
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 import torch
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count, Ge, Positive, Share, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.heads import HEADS, labels_of, output
 from pretrain.corpus.tokenizers import train_tokenizer
@@ -19,7 +20,8 @@ from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._architecture import GENES, Shape, configured, flops, parameters, shape_of, size
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 Genome = tuple[int, ...]  # a choice for each of `GENES`
 
@@ -45,32 +47,23 @@ class Compressor(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert")
 
-    target_bytes: float = 3e6
-    vocabulary: tuple[int, ...] = tuple(range(1000, 51000, 1000))
-    heads: tuple[int, ...] = (1, 2, 4, 8)
-    width: tuple[int, ...] = tuple(range(16, 769, 16))
-    feed_forward: tuple[int, ...] = tuple(range(32, 3072, 32))
-    layers: tuple[int, ...] = tuple(range(1, 13))
-    length: int = 514
-    penalty: float = 1.0
-    population: int = 50
-    generations: int = 100
-    crossover: float = 0.6  # else both parents mutate
+    target_bytes: Annotated[float, Ge(1)] = 3e6
+    vocabulary: tuple[Count, ...] = tuple(range(1000, 51000, 1000))
+    heads: tuple[Count, ...] = (1, 2, 4, 8)
+    width: tuple[Count, ...] = tuple(range(16, 769, 16))
+    feed_forward: tuple[Count, ...] = tuple(range(32, 3072, 32))
+    layers: tuple[Count, ...] = tuple(range(1, 13))
+    length: Count = 514
+    penalty: Positive = 1.0
+    population: Annotated[int, Ge(2)] = 50
+    generations: Whole = 100
+    crossover: Share = 0.6  # else both parents mutate
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in GENES:
-            choices = getattr(self, name)
-            if any(choice < 1 for choice in choices) or (not choices and name != "vocabulary"):
-                raise PretrainError(f"compressor: {name} {choices}: accepted: numbers above 0", place=(name,))
-        for name, least in (("length", 1), ("population", 2), ("generations", 0), ("target_bytes", 1)):
-            if getattr(self, name) < least:
-                value = getattr(self, name)
-                raise PretrainError(f"compressor: {name} {value}: accepted: {least} or more", place=(name,))
-        if not self.penalty > 0:
-            raise PretrainError(f"compressor: penalty {self.penalty}: accepted: above 0", place=("penalty",))
-        if not 0 <= self.crossover <= 1:
-            raise PretrainError(f"compressor: crossover {self.crossover}: accepted: 0 to 1", place=("crossover",))
+            if name != "vocabulary" and not getattr(self, name):
+                raise PretrainError(f"compressor: {name} (): accepted: one choice or more", place=(name,))
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The student; its tokenizer, where it is a new one, goes back in `inputs.extra`, which then has no batches."""
@@ -79,23 +72,22 @@ class Compressor(Surgery):
         texts = self._texts(inputs)
         space = {name: getattr(self, name) for name in GENES}
         space["vocabulary"] = self.vocabulary or (before.vocabulary,)
-        found = search(
+        best = search(
             replace(before, itemsize=4), space, self.target_bytes, length=self.length, penalty=self.penalty,
             population=self.population, generations=self.generations, crossover=self.crossover, seed=inputs.seed,
         )  # fmt: skip
-        chosen, tokenizer = found.vocabulary, None
-        if self.vocabulary:
-            old: Any = inputs.tokenizer
+        chosen, old, tokenizer = best.vocabulary, inputs.tokenizer, None
+        if self.vocabulary and old is not None:
             tokenizer = train_tokenizer(
                 texts, vocab_size=chosen, mask=old.mask_token is not None, cls=old.cls_token is not None
             )
             inputs.extra.update(tokenizer=tokenizer, batches=[])
-            found = replace(found, vocabulary=len(tokenizer))
-        student = _built(model, found, tokenizer, inputs.seed)
-        for suffix, shape in (("_before", before), ("", found)):
+            best = replace(best, vocabulary=len(tokenizer))
+        student = _built(model, best, tokenizer, inputs.seed)
+        for suffix, shape in (("_before", before), ("", best)):
             numbers = {"bytes": size(shape), "parameters": parameters(shape), "flops": flops(shape, self.length)}
             report(inputs, **{f"compressor/{name}{suffix}": value for name, value in numbers.items()})
-        report(inputs, **{f"compressor/{name}": getattr(found, name) for name in GENES})
+        report(inputs, **{f"compressor/{name}": getattr(best, name) for name in GENES})
         report(inputs, **{"compressor/vocabulary_chosen": chosen})
         return student
 
@@ -109,15 +101,15 @@ class Compressor(Surgery):
                 "tokenizer, or vocabulary: [] to keep the model's",
                 place=("vocabulary",),
             )
-        texts = []
+        texts: list[str] = []
         for batch in inputs.batches:
             for ids_L, document_L in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                 pieces = [ids_L[document_L == number] for number in range(1, int(document_L.max()) + 1)]
-                texts += [inputs.tokenizer.decode(piece.tolist(), skip_special_tokens=True) for piece in pieces]
-        return texts  # type: ignore[return-value]
+                texts += [str(inputs.tokenizer.decode(piece.tolist(), skip_special_tokens=True)) for piece in pieces]
+        return texts
 
 
-def _labels(model: Any) -> int:
+def _labels(model: PreTrainedModel) -> int:
     """How many labels a classifier of documents has; 0 of a language model. Another model is an error."""
     if type(model) is HEADS["sequence"]._model_mapping.get(type(model.config), None):
         return len(labels_of(model))
@@ -129,7 +121,9 @@ def _labels(model: Any) -> int:
     )
 
 
-def _built(model: Any, shape: Shape, tokenizer: Any, seed: int) -> Any:
+def _built(
+    model: PreTrainedModel, shape: Shape, tokenizer: PreTrainedTokenizerBase | None, seed: int
+) -> PreTrainedModel:
     """A model of the same class with random weights, its special tokens those of its tokenizer."""
     config = configured(model.config, shape)
     if tokenizer is not None:
@@ -142,7 +136,8 @@ def _built(model: Any, shape: Shape, tokenizer: Any, seed: int) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         student = type(model)(config)
-    return student.to(model.device).eval()
+    cast("nn.Module", student).to(model.device)  # transformers' stub of `to` takes no device
+    return student.eval()
 
 
 def search(
@@ -163,7 +158,7 @@ def search(
     within: set[Genome] = set()
 
     def order(genome: Genome) -> tuple[float, Genome]:
-        """By fitness, equals by their genes, so that the seed alone tells the result."""
+        """By fitness, equals by their genes, so that the seed alone decides the result."""
         if genome not in known:
             made = shape.changed(_named(genome))
             known[genome] = score(made, target_bytes, length, penalty)
@@ -233,12 +228,12 @@ def _smallest(shape: Shape, choices: Sequence[Sequence[int]], target_bytes: floa
     least = {name: options[0] for name, options in zip(GENES, choices, strict=True)}
     pairs = product(*(choices[GENES.index(name)] for name in ("width", "heads")))
     made = [shape.changed(least | {"width": width, "heads": heads}) for width, heads in pairs]
-    found = min((one for one in made if one.valid), key=size, default=None)
-    if found is None:
+    smallest = min((shape for shape in made if shape.valid), key=size, default=None)
+    if smallest is None:
         raise PretrainError("compressor: width, heads: accepted: a width that some number of heads divides")
-    if size(found) > target_bytes:
+    if size(smallest) > target_bytes:
         raise PretrainError(
-            f"compressor: target_bytes {target_bytes:.0f}: accepted: {size(found)} or more, the smallest of the space",
+            f"compressor: target_bytes {target_bytes:.0f}: accepted: {size(smallest)} or more, the smallest there is",
             place=("target_bytes",),
         )
-    return tuple(getattr(found, name) for name in GENES)
+    return tuple(getattr(smallest, name) for name in GENES)

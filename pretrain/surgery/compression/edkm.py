@@ -6,7 +6,7 @@ Shape letters: N tokens, O outputs, I inputs, U values that differ, K clusters.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count, Ge, Le, Positive
 from pretrain.core.checkpoint import record
-from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import set_module
+from pretrain.core.models.layers import Linear, Saved, sides
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import plain_linears
 from pretrain.surgery._random import generator
-from pretrain.surgery.compression._clusters import INITIALISATIONS, assign, kmeans
+from pretrain.surgery.compression._clusters import Initialisation, assign, kmeans
 
 PATTERNS = 2**16  # that 16 bits have
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +38,7 @@ def clustered(
 ) -> tuple[Tensor, Tensor]:
     """What differentiable k-means makes of values that occur `count_U` times, and the centroids that it ends at.
 
-    `moving_U` are the same values where gradients through the centroids are to be told from those through the last
+    `moving_U` are the same values where gradients through the centroids are kept apart from those through the last
     assignment.
     """
     moving_U = value_U if moving_U is None else moving_U
@@ -64,13 +65,17 @@ class Patterns:
 
     def spread(self, table_U: Tensor) -> Tensor:
         """Each place's number of the table."""
-        whole = table_U.new_zeros(PATTERNS).index_copy_(0, self.present_U, table_U)
-        return whole.index_select(0, self.pattern_N).view(self.shape)
+        table = table_U.new_zeros(PATTERNS).index_copy_(0, self.present_U, table_U)
+        return table.index_select(0, self.pattern_N).view(self.shape)
 
     def gathered(self, number: Tensor) -> Tensor:
         """For each value the sum over its places."""
-        whole = number.new_zeros(PATTERNS).index_add_(0, self.pattern_N, number.flatten())
-        return whole[self.present_U]
+        sums = number.new_zeros(PATTERNS).index_add_(0, self.pattern_N, number.flatten())
+        return sums[self.present_U]
+
+
+class _Context(Saved):
+    layer: ClusteredLinear
 
 
 class _Product(torch.autograd.Function):
@@ -81,34 +86,40 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias_O: Tensor | None, layer: ClusteredLinear) -> Tensor:  # type: ignore[override]
-        start_K = layer.centroids.clone()  # type: ignore[operator]
+    def forward(ctx: _Context, x: Tensor, weight: Tensor, bias_O: Tensor | None, layer: ClusteredLinear) -> Tensor:
+        start_K = layer.centroids.clone()
         ctx.save_for_backward(x, weight, start_K)
         ctx.layer = layer
-        found = Patterns(layer.narrow(weight), layer.wide(weight))
-        table_U, _ = clustered(found.value_U, found.count_U, start_K.to(found.value_U), layer.tau, layer.iterations)
-        return F.linear(x, layer.turned(found.spread(table_U.to(x.dtype))), bias_O)
+        patterns = Patterns(layer.narrow(weight), layer.wide(weight))
+        table_U, _ = clustered(
+            patterns.value_U, patterns.count_U, start_K.to(patterns.value_U), layer.tau, layer.iterations
+        )
+        return F.linear(x, layer.turned(patterns.spread(table_U.to(x.dtype))), bias_O)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: _Context, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         x, weight, start_K = ctx.saved_tensors
         layer = ctx.layer
-        found = Patterns(layer.narrow(weight), layer.wide(weight))
+        patterns = Patterns(layer.narrow(weight), layer.wide(weight))
         x_NI, grad_NO = x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1])
         with torch.enable_grad():
-            value_U, moving_U = (found.value_U.clone().requires_grad_() for _ in range(2))
+            value_U, moving_U = (patterns.value_U.clone().requires_grad_() for _ in range(2))
             start_K = start_K.to(value_U)
-            table_U, end_K = clustered(value_U, found.count_U, start_K, layer.tau, layer.iterations, moving_U)
-        of_x, of_weight, of_bias = None, None, None
+            table_U, end_K = clustered(value_U, patterns.count_U, start_K, layer.tau, layer.iterations, moving_U)
+        of_x: Tensor | None = None
+        of_weight: Tensor | None = None
+        of_bias: Tensor | None = None
         if ctx.needs_input_grad[0]:
-            of_x = (grad_NO @ layer.turned(found.spread(table_U.detach().to(x.dtype)))).view_as(x)
+            of_x = (grad_NO @ layer.turned(patterns.spread(table_U.detach().to(x.dtype)))).view_as(x)
         if ctx.needs_input_grad[1]:
             of_made = layer.turned(grad_NO.T @ x_NI).to(table_U.dtype)
             (slope_U,) = torch.autograd.grad(table_U, value_U, torch.ones_like(table_U), retain_graph=True)
-            (pull_U,) = torch.autograd.grad(table_U, moving_U, found.gathered(of_made))
-            of_weight = of_made * found.spread(slope_U) + found.spread(pull_U / found.count_U)
-            of_weight = of_weight.to(weight.dtype)
+            (pull_U,) = torch.autograd.grad(table_U, moving_U, patterns.gathered(of_made))
+            of_weight = (of_made * patterns.spread(slope_U) + patterns.spread(pull_U / patterns.count_U)).to(
+                weight.dtype
+            )
         if ctx.needs_input_grad[2]:
             of_bias = grad_NO.sum(0)
         layer.move(end_K)
@@ -123,15 +134,15 @@ class ClusteredLinear(nn.Module):
     """
 
     linear_like = True
+    centroids: Tensor
 
-    def __init__(self, layer: nn.Linear | Conv1D, method: EDKM) -> None:
+    def __init__(self, layer: Linear, method: EDKM) -> None:
         super().__init__()
         self.conv1d = isinstance(layer, Conv1D)
         self.bits, self.tau, self.iterations = method.bits, method.tau, method.iterations
         self.uniquify, self.narrowed = method.uniquify, NARROW[method.dtype]
         self.weight, self.bias = layer.weight, layer.bias
-        shape = layer.weight.T.shape if self.conv1d else layer.weight.shape
-        self.out_features, self.in_features = shape
+        self.out_features, self.in_features = sides(layer)
         self.register_buffer("centroids", torch.zeros(2**method.bits, device=layer.weight.device))
 
     def turned(self, weight: Tensor) -> Tensor:
@@ -149,12 +160,12 @@ class ClusteredLinear(nn.Module):
     @torch.no_grad()
     def move(self, centroids_K: Tensor) -> None:
         """Begin at these centroids the next time."""
-        self.centroids.copy_(centroids_K)  # type: ignore[operator]
+        self.centroids.copy_(centroids_K)
 
     @torch.no_grad()
     def codes(self) -> tuple[Tensor, Tensor]:
         """Each weight's cluster, `code_OI`, and the centroids in ascending order."""
-        sorted_K = self.centroids.float().sort().values  # type: ignore[operator]
+        sorted_K = self.centroids.float().sort().values
         return assign(self.turned(self.narrow(self.weight)).float(), sorted_K), sorted_K
 
     def soft(self) -> Tensor:
@@ -162,7 +173,7 @@ class ClusteredLinear(nn.Module):
         wide = self.weight.to(self.wide(self.weight))
         rounded = self.narrow(self.weight.detach()).to(wide.dtype) - wide.detach()  # added, it leaves the gradient wide
         value_U = (wide + rounded).flatten()
-        start_K = self.centroids.to(value_U, copy=True)  # type: ignore[operator]
+        start_K = self.centroids.to(value_U, copy=True)
         made_U, end_K = clustered(value_U, torch.ones_like(value_U), start_K, self.tau, self.iterations)
         if made_U.requires_grad:
             made_U.register_hook(lambda _: self.move(end_K))
@@ -170,7 +181,8 @@ class ClusteredLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x W̃ᵀ + bias; under autocast the product is in the narrower type, the clusters are not."""
-        device, bias_O = x.device.type, self.bias
+        device = x.device.type
+        bias_O: Tensor | None = self.bias
         if torch.is_autocast_enabled(device):
             dtype = torch.get_autocast_dtype(device)
             x, bias_O = x.to(dtype), bias_O if bias_O is None else bias_O.to(dtype)
@@ -203,29 +215,12 @@ class EDKM(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    bits: int = 3
-    tau: float = 1e-4
-    iterations: int = 3
-    initialisation: Literal["kmeans++", "quantiles"] = "kmeans++"
+    bits: Annotated[int, Ge(1), Le(8)] = 3
+    tau: Positive = 1e-4
+    iterations: Count = 3
+    initialisation: Initialisation = "kmeans++"
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     uniquify: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-        def refuse(name: str, accepted: str) -> PretrainError:
-            return PretrainError(f"edkm: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
-
-        if not 1 <= self.bits <= 8:
-            raise refuse("bits", "1 to 8")
-        if not self.tau > 0:
-            raise refuse("tau", "above 0")
-        if self.iterations < 1:
-            raise refuse("iterations", "1 or more")
-        if self.initialisation not in INITIALISATIONS:
-            raise refuse("initialisation", ", ".join(INITIALISATIONS))
-        if self.dtype not in NARROW:
-            raise refuse("dtype", ", ".join(NARROW))
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

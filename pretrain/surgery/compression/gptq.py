@@ -9,17 +9,18 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count, OpenShare
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, family, set_module
+from pretrain.core.models.layers import Linear, sides
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import (
     Blocks,
@@ -32,6 +33,7 @@ from pretrain.surgery._calibration import (
     weight_of,
 )
 from pretrain.surgery.compression._grid import (
+    GroupSize,
     Quantised,
     grid,
     groups_of,
@@ -41,8 +43,6 @@ from pretrain.surgery.compression._grid import (
     unpack,
     words,
 )
-
-BITS = (2, 3, 4, 8)
 
 
 def solve(
@@ -88,12 +88,15 @@ class PackedLinear(nn.Module):
     """
 
     linear_like = True
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
 
-    def __init__(self, layer: nn.Linear | Conv1D, bits: int, group_size: int, symmetric: bool) -> None:
+    def __init__(self, layer: Linear, bits: int, group_size: int, symmetric: bool) -> None:
         super().__init__()
         self.bits, self.offset = bits, int(symmetric)
-        shape = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
-        self.out_features, self.in_features = shape
+        self.out_features, self.in_features = sides(layer)
         groups, device = groups_of(self.in_features, group_size), layer.weight.device
 
         def blank(*sizes: int, dtype: torch.dtype = torch.int32) -> Tensor:
@@ -105,20 +108,18 @@ class PackedLinear(nn.Module):
         self.register_buffer("g_idx", blank(self.in_features))
         self.bias = layer.bias
 
-    def fill(self, found: Quantised) -> None:
+    def fill(self, matrix: Quantised) -> None:
         """Take the numbers."""
-        self.qweight.copy_(pack(found.code_OI.T, self.bits))  # type: ignore[operator]
-        self.qzeros.copy_(pack(found.zero_OG - self.offset, self.bits).T)  # type: ignore[operator]
-        self.scales.copy_(found.scale_OG.T)  # type: ignore[operator]
-        self.g_idx.copy_(found.group_I)  # type: ignore[operator]
+        self.qweight.copy_(pack(matrix.code_OI.T, self.bits))
+        self.qzeros.copy_(pack(matrix.zero_OG - self.offset, self.bits).T)
+        self.scales.copy_(matrix.scale_OG.T)
+        self.g_idx.copy_(matrix.group_I)
 
     def quantised(self) -> Quantised:
         """The numbers again, in float32."""
-        parts: Any = (self.qweight, self.qzeros, self.scales, self.g_idx)
-        qweight, qzeros, scales, g_idx = parts
-        code_IO = unpack(qweight, self.bits, self.in_features).float()
-        zero_OG = unpack(qzeros.T.contiguous(), self.bits, self.out_features).float() + self.offset
-        return Quantised(code_IO.T, scales.float().T, zero_OG, g_idx.long())
+        code_IO = unpack(self.qweight, self.bits, self.in_features).float()
+        zero_OG = unpack(self.qzeros.T.contiguous(), self.bits, self.out_features).float() + self.offset
+        return Quantised(code_IO.T, self.scales.float().T, zero_OG, self.g_idx.long())
 
     def dense(self) -> Tensor:
         """The weight as one matrix O × I."""
@@ -130,7 +131,7 @@ class PackedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """What `print` says."""
-        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={len(self.scales)}"  # type: ignore[arg-type]
+        return f"{self.in_features}, {self.out_features}, bits={self.bits}, groups={len(self.scales)}"
 
 
 @dataclass(frozen=True)
@@ -149,30 +150,18 @@ class GPTQ(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Literal[2, 3, 4, 8] = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
     desc_act: bool = False
     true_sequential: bool = False
-    damping: float = 0.01
-    block_size: int = 128
+    damping: OpenShare = 0.01
+    block_size: Count = 128
     solver: Literal["gptq", "rtn"] = "gptq"
     pack: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in BITS:
-            raise PretrainError(f"gptq: bits {self.bits}: accepted: {', '.join(map(str, BITS))}", place=("bits",))
-        if self.group_size != -1 and self.group_size < 1:
-            raise PretrainError(
-                f"gptq: group_size {self.group_size}: accepted: 1 or more, or -1 for whole rows", place=("group_size",)
-            )
-        if not 0 < self.damping < 1:
-            raise PretrainError(f"gptq: damping {self.damping}: accepted: between 0 and 1", place=("damping",))
-        if self.block_size < 1:
-            raise PretrainError(f"gptq: block_size {self.block_size}: accepted: 1 or more", place=("block_size",))
-        if self.solver not in ("gptq", "rtn"):
-            raise PretrainError(f"gptq: solver {self.solver!r}: accepted: gptq, rtn", place=("solver",))
         if self.desc_act and self.solver == "rtn":
             raise PretrainError(
                 "gptq: desc_act True: accepted: only with solver gptq; rounding knows no order", place=("desc_act",)
@@ -185,12 +174,12 @@ class GPTQ(Surgery):
         training = model.training
         model.eval()
         if self.solver == "rtn":
-            found = {n: self._put(m, self._nearest(weight_of(m))) for n, m in layers.items()}
+            matrices = {name: self._put(layer, self._nearest(weight_of(layer))) for name, layer in layers.items()}
         else:
-            found = self._calibrated(model, layers, inputs)
+            matrices = self._calibrated(model, layers, inputs)
         model.train(training)
         if self.pack:
-            self._packed(model, layers, found)
+            self._packed(model, layers, matrices)
         return model
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -205,57 +194,56 @@ class GPTQ(Surgery):
     def _nearest(self, weight_OI: Tensor) -> Quantised:
         return round_to_nearest(weight_OI, self.bits, self.group_size, self.symmetric)
 
-    def _put(self, layer: nn.Linear | Conv1D, found: Quantised) -> Quantised:
+    def _put(self, layer: Linear, matrix: Quantised) -> Quantised:
         """Put the weights on the grid into the layer, so that later layers are calibrated on what comes of them."""
-        set_weight(layer, found.dense())
-        return found
+        set_weight(layer, matrix.dense())
+        return matrix
 
     def _calibrated(
-        self, model: PreTrainedModel, layers: dict[str, nn.Linear | Conv1D], inputs: Inputs | None
+        self, model: PreTrainedModel, layers: dict[str, Linear], inputs: Inputs | None
     ) -> dict[str, Quantised]:
         """The blocks in order, each calibrated on what the quantised ones before it give."""
         batches, names = batches_of(inputs, self.name), {id(layer): name for name, layer in layers.items()}
-        whole, found = Blocks(model, batches), {}
+        stack = Blocks(model, batches)
+        matrices: dict[str, Quantised] = {}
         steps = list(parts(model).values())
         if not self.true_sequential:
             steps = [tuple(name for step in steps for name in step)]
-        for number in range(len(whole)):
-            for step in _in_order(whole.blocks[number], steps):
-                some = whole.layers(number, step)
-                hessians = whole.hessians(number, some)
-                for name, layer in some.items():
-                    found[names[id(layer)]] = self._put(layer, self._solved(layer, hessians[name]))
-            whole.advance(number)
-        return found
+        for number in range(len(stack)):
+            for step in _in_order(stack.blocks[number], steps):
+                together = stack.layers(number, step)
+                hessians = stack.hessians(number, together)
+                for name, layer in together.items():
+                    matrices[names[id(layer)]] = self._put(layer, self._solved(layer, hessians[name]))
+            stack.advance(number)
+        return matrices
 
-    def _solved(self, layer: nn.Linear | Conv1D, hessian_II: Tensor) -> Quantised:
+    def _solved(self, layer: Linear, hessian_II: Tensor) -> Quantised:
         return solve(
             weight_OI=weight_of(layer), hessian_II=hessian_II, bits=self.bits, group_size=self.group_size,
             symmetric=self.symmetric, desc_act=self.desc_act, damping=self.damping, block_size=self.block_size,
         )  # fmt: skip
 
-    def _packed(
-        self, model: PreTrainedModel, layers: dict[str, nn.Linear | Conv1D], found: dict[str, Quantised]
-    ) -> None:
+    def _packed(self, model: PreTrainedModel, layers: dict[str, Linear], matrices: dict[str, Quantised]) -> None:
         for name, layer in layers.items():
             replaced = PackedLinear(layer, self.bits, self.group_size, self.symmetric)
-            replaced.fill(found[name])
+            replaced.fill(matrices[name])
             set_module(model, name, replaced.train(model.training))
-        model.config.quantization_config = self.quantization_config()  # type: ignore[union-attr]
+        model.config.quantization_config = self.quantization_config()
         # Of Llama's packed weights it was checked that others open them to the same logits.
         record(model, self, foreign=family(model).name != "llama")
 
-    def quantization_config(self) -> dict[str, Any]:
+    def quantization_config(self) -> dict[str, object]:
         """What `transformers` and GPTQModel read in `config.json` of such weights."""
         try:
-            ours = f"pretrain:{version('pretrain')}"
+            quantizer = f"pretrain:{version('pretrain')}"
         except PackageNotFoundError:
-            ours = "pretrain"
+            quantizer = "pretrain"
         return {
             "quant_method": "gptq", "bits": self.bits, "group_size": self.group_size, "sym": self.symmetric,
             "desc_act": self.desc_act, "damp_percent": self.damping, "true_sequential": self.true_sequential,
             "checkpoint_format": "gptq" if self.symmetric else "gptq_v2", "pack_dtype": "int32", "lm_head": False,
-            "meta": {"quantizer": [ours]},
+            "meta": {"quantizer": [quantizer]},
         }  # fmt: skip
 
 

@@ -6,21 +6,22 @@ Shape letters: O outputs, I inputs, K clusters, R words.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count, Ge, Le
 from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears, set_module
+from pretrain.core.models.layers import Linear, sides
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_linears, weight_of
 from pretrain.surgery._random import generator
-from pretrain.surgery.compression._clusters import INITIALISATIONS, assign, kmeans
+from pretrain.surgery.compression._clusters import Initialisation, assign, kmeans
 from pretrain.surgery.compression._grid import pack, unpack, words
 from pretrain.surgery.compression.edkm import ClusteredLinear
 
@@ -32,12 +33,16 @@ class PalettisedLinear(nn.Module):
     """
 
     linear_like = True
+    codebook: Tensor
+    codes: Tensor
 
-    def __init__(self, layer: nn.Module, bits: int) -> None:
+    def __init__(self, layer: Linear | ClusteredLinear, bits: int) -> None:
         super().__init__()
-        weight: Any = layer.weight
-        turned = isinstance(layer, Conv1D) or getattr(layer, "conv1d", False)
-        self.bits, (self.out_features, self.in_features) = bits, weight.T.shape if turned else weight.shape
+        weight, self.bits = layer.weight, bits
+        outputs, inputs = (
+            (layer.out_features, layer.in_features) if isinstance(layer, ClusteredLinear) else sides(layer)
+        )
+        self.out_features, self.in_features = outputs, inputs
         self.register_buffer("codebook", torch.zeros(2**bits, device=weight.device))
         rows = words(weight.numel(), bits)
         self.register_buffer("codes", torch.zeros(rows, dtype=torch.int32, device=weight.device))
@@ -45,14 +50,13 @@ class PalettisedLinear(nn.Module):
 
     def fill(self, code_OI: Tensor, codebook_K: Tensor) -> None:
         """Take the numbers."""
-        self.codes.copy_(pack(code_OI.reshape(-1, 1), self.bits)[:, 0])  # type: ignore[operator]
-        self.codebook.copy_(codebook_K)  # type: ignore[operator]
+        self.codes.copy_(pack(code_OI.reshape(-1, 1), self.bits)[:, 0])
+        self.codebook.copy_(codebook_K)
 
     def dense(self) -> Tensor:
         """The weight as one matrix O × I."""
-        codes_R1: Any = self.codes[:, None]  # type: ignore[index]
-        code_N = unpack(codes_R1, self.bits, self.out_features * self.in_features)[:, 0]
-        return self.codebook.index_select(0, code_N).view(self.out_features, self.in_features)  # type: ignore[operator]
+        code_N = unpack(self.codes[:, None], self.bits, self.out_features * self.in_features)[:, 0]
+        return self.codebook.index_select(0, code_N).view(self.out_features, self.in_features)
 
     def forward(self, x: Tensor) -> Tensor:
         """x Wᵀ + bias; W is made for the call and not kept."""
@@ -75,27 +79,17 @@ class Palettise(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    bits: int = 3
-    initialisation: Literal["kmeans++", "quantiles"] = "kmeans++"
-    restarts: int = 4
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-        def refuse(name: str, accepted: str) -> PretrainError:
-            return PretrainError(f"palettise: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
-
-        if not 1 <= self.bits <= 8:
-            raise refuse("bits", "1 to 8")
-        if self.initialisation not in INITIALISATIONS:
-            raise refuse("initialisation", ", ".join(INITIALISATIONS))
-        if self.restarts < 1:
-            raise refuse("restarts", "1 or more")
+    bits: Annotated[int, Ge(1), Le(8)] = 3
+    initialisation: Initialisation = "kmeans++"
+    restarts: Count = 4
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with codebooks and indices for weights."""
-        layers, source = linears(model), generator(self.name, inputs)
+        source = generator(self.name, inputs)
+        layers: dict[str, Linear | ClusteredLinear] = {
+            path: layer for path, layer in linears(model).items() if isinstance(layer, Linear | ClusteredLinear)
+        }
         if not any(isinstance(layer, ClusteredLinear) for layer in layers.values()):
             layers = dict(plain_linears(model, self.name, self.families))
         stored = weights = error = square = 0.0
@@ -104,7 +98,7 @@ class Palettise(Surgery):
             made = PalettisedLinear(layer, self.bits)
             made.fill(code_OI, codebook_K)
             set_module(model, path, made.train(model.training))
-            stored += made.codes.nbytes + made.codebook.nbytes  # type: ignore[operator]
+            stored += made.codes.nbytes + made.codebook.nbytes
             weights += code_OI.numel()
             error += (codebook_K[code_OI] - dense_OI).square().sum().item()
             square += dense_OI.square().sum().item()
@@ -113,7 +107,9 @@ class Palettise(Surgery):
         report(inputs, **{"palettise/bits_per_weight": 8 * stored / weights, "palettise/error": error / (square or 1)})
         return model
 
-    def _clustered(self, path: str, layer: Any, source: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    def _clustered(
+        self, path: str, layer: Linear | ClusteredLinear, source: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """A layer's codes, its codebook and its weights as they were."""
         if isinstance(layer, ClusteredLinear):
             if layer.bits != self.bits:

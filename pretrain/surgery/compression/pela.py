@@ -6,17 +6,19 @@ Shape letters: O outputs, I inputs, R rank.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Ge
 from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import set_module
-from pretrain.surgery import Inputs, Surgery
+from pretrain.core.models.layers import Linear, like, sides
+from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_layer, plain_linears, weight_of
 
 
@@ -26,19 +28,18 @@ class LowRank(nn.Module):
     linear_like = True
     factors = ("first", "second")  # what other surgeries may take as layers of their own
 
-    def __init__(self, layer: nn.Linear | Conv1D, rank: int) -> None:
+    def __init__(self, layer: Linear, rank: int) -> None:
         super().__init__()
         self.conv1d = isinstance(layer, Conv1D)
-        self.out_features, self.in_features = layer.weight.T.shape if self.conv1d else layer.weight.shape
-        like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
+        self.out_features, self.in_features = sides(layer)
         with torch.device("meta"):
             self.first, self.second = (
                 nn.Linear(self.in_features, rank, False),
                 nn.Linear(rank, self.out_features, False),
             )
-        self.first.weight = nn.Parameter(torch.zeros(rank, self.in_features, **like))
-        self.second.weight = nn.Parameter(torch.zeros(self.out_features, rank, **like))
-        self.second.bias = layer.bias
+        self.first.weight = nn.Parameter(torch.zeros(rank, self.in_features, **like(layer.weight)))
+        self.second.weight = nn.Parameter(torch.zeros(self.out_features, rank, **like(layer.weight)))
+        self.second.register_parameter("bias", layer.bias)
 
     @property
     def A(self) -> Tensor:
@@ -65,7 +66,7 @@ class LowRank(nn.Module):
         return self.B @ self.A
 
     @torch.no_grad()
-    def merged(self) -> nn.Linear | Conv1D:
+    def merged(self) -> Linear:
         """The plain layer of the same weight."""
         return plain_layer(self.dense(), self.second.bias, conv1d=self.conv1d)
 
@@ -92,18 +93,13 @@ class PELA(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    compression: float = 3.0
+    compression: Annotated[float, Ge(0.5)] = 3.0
     merge: bool = False
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.compression >= 0.5:
-            raise PretrainError(f"pela: compression {self.compression}: accepted: 0.5 (full rank) or more")
 
     def rank(self, outputs: int, inputs: int) -> int:
         """The rank of a layer."""
-        found = int(outputs * inputs / (self.compression * (outputs + inputs)))
-        return max(1, min(found, outputs, inputs))
+        rank = int(outputs * inputs / (self.compression * (outputs + inputs)))
+        return max(1, min(rank, outputs, inputs))
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with its linear layers factorised, or, with `merge`, plain again."""
@@ -118,14 +114,14 @@ class PELA(Surgery):
             energies.append(energy_R.sum().item())
             sizes.append((low.A.numel() + low.B.numel(), layer.weight.numel()))
         record(model, self)
-        if inputs is not None:
-            after, before = (sum(numbers) for numbers in zip(*sizes, strict=True))
-            inputs.extra.setdefault("metrics", {}).update(
-                energy_kept=sum(kept) / max(sum(energies), 1e-30),
-                energy_kept_least=min(k / max(e, 1e-30) for k, e in zip(kept, energies, strict=True)),
-                linear_parameters=after,
-                linear_parameters_before=before,
-            )
+        after, before = (sum(numbers) for numbers in zip(*sizes, strict=True))
+        report(
+            inputs,
+            energy_kept=sum(kept) / max(sum(energies), 1e-30),
+            energy_kept_least=min(k / max(e, 1e-30) for k, e in zip(kept, energies, strict=True)),
+            linear_parameters=after,
+            linear_parameters_before=before,
+        )
         return model
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -134,15 +130,14 @@ class PELA(Surgery):
             set_module(model, name, self._low_rank(layer).train(model.training))
         return model
 
-    def _low_rank(self, layer: nn.Linear | Conv1D) -> LowRank:
-        shape = layer.weight.T.shape if isinstance(layer, Conv1D) else layer.weight.shape
-        return LowRank(layer, self.rank(*shape))
+    def _low_rank(self, layer: Linear) -> LowRank:
+        return LowRank(layer, self.rank(*sides(layer)))
 
     def _merged(self, model: PreTrainedModel) -> PreTrainedModel:
-        found = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRank)]
-        if not found:
+        layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LowRank)]
+        if not layers:
             raise PretrainError("pela: merge True: accepted: a model of pela; this one has none of its layers")
-        for name, module in found:
+        for name, module in layers:
             set_module(model, name, module.merged().train(model.training))
         forget(model, self.name)
         return model

@@ -6,16 +6,16 @@ Shape letters: O outputs, I inputs, H bins of a histogram.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import Count, Ge, Le, NonNegative, OpenShare
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_linears, set_weight, weight_of
-from pretrain.surgery.compression._grid import round_to_nearest
+from pretrain.surgery.compression._grid import GroupSize, round_to_nearest
 
 
 def shrunk(weight_OI: Tensor, penalty: float) -> Tensor:
@@ -58,31 +58,13 @@ class PreCalibration(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
-    bits: int = 4
-    group_size: int = 128
+    bits: Annotated[int, Ge(2), Le(8)] = 4
+    group_size: GroupSize = 128
     symmetric: bool = False
-    salient: float = 0.1
-    steps: int = 10
-    bins: int = 64
-    penalty: float | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-        def refuse(name: str, accepted: str) -> PretrainError:
-            return PretrainError(f"pre_calibration: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
-
-        if not 2 <= self.bits <= 8:
-            raise refuse("bits", "2 to 8")
-        if self.group_size != -1 and self.group_size < 1:
-            raise refuse("group_size", "1 or more, or -1 for whole rows")
-        if not 0 < self.salient < 1:
-            raise refuse("salient", "between 0 and 1")
-        for name, least in (("steps", 1), ("bins", 2)):
-            if getattr(self, name) < least:
-                raise refuse(name, f"{least} or more")
-        if self.penalty is not None and not self.penalty >= 0:
-            raise refuse("penalty", "0 or more, or none")
+    salient: OpenShare = 0.1
+    steps: Count = 10
+    bins: Annotated[int, Ge(2)] = 64
+    penalty: NonNegative | None = None
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
@@ -91,15 +73,15 @@ class PreCalibration(Surgery):
         layers = plain_linears(model, self.name, self.families)
         for path, layer in layers.items():
             weight_OI = weight_of(layer)
-            best_OI, found = self.rounded(weight_OI)
+            best_OI, metrics = self.rounded(weight_OI)
             set_weight(layer, best_OI)
-            report(inputs, **{f"pre_calibration/{path}/{name}": value for name, value in found.items()})
-            totals = {name: total + found[name] / len(layers) for name, total in totals.items()}
+            report(inputs, **{f"pre_calibration/{path}/{name}": value for name, value in metrics.items()})
+            totals = {name: total + metrics[name] / len(layers) for name, total in totals.items()}
         report(inputs, **{f"pre_calibration/{name}": total for name, total in totals.items()})
         return model
 
     def rounded(self, weight_OI: Tensor) -> tuple[Tensor, dict[str, float]]:
-        """The weights on their grids, and what is said of them; errors are shares of the weights' sum of squares."""
+        """The weights on their grids, and their metrics; errors are shares of the weights' sum of squares."""
         square = weight_OI.square().sum().item() or 1.0
 
         def measured(penalty: float) -> tuple[float, Tensor, dict[str, float]]:
@@ -111,7 +93,9 @@ class PreCalibration(Surgery):
 
         nearest = best = measured(0.0)
         for penalty in self.penalties(weight_OI):
-            best = min(best, measured(penalty), key=lambda one: one[0]) if self.penalty is None else measured(penalty)
+            best = (
+                min(best, measured(penalty), key=lambda tried: tried[0]) if self.penalty is None else measured(penalty)
+            )
         return best[1], best[2] | {"kl_nearest": nearest[0], "error_nearest": nearest[2]["error"]}
 
     def penalties(self, weight_OI: Tensor) -> list[float]:

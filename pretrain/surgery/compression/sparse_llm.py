@@ -6,16 +6,17 @@ Shape letters: N tokens, O outputs, I inputs, C inputs of a block of columns, E 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
+from pretrain.core.bounds import Count, NonNegative, OpenShare, Positive, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import family
+from pretrain.core.models.layers import Linear
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import (
     Blocks,
@@ -26,8 +27,6 @@ from pretrain.surgery._calibration import (
     set_weight,
     weight_of,
 )
-
-SOLVERS = ("sparse_llm", "sparsegpt", "wanda", "magnitude")
 
 
 def smallest(score: Tensor, share: float) -> Tensor:
@@ -118,37 +117,16 @@ class SparseLLM(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    sparsity: float = 0.7
-    alpha: float = 5.0
-    beta: float = 5.0
-    gamma: float = 5.0
-    epochs: int = 4
-    gate_steps: int = 2
-    gate_rate: float = 0.01
-    damping: float = 0.01
-    block_size: int = 128
+    sparsity: OpenShare = 0.7
+    alpha: Positive = 5.0
+    beta: Positive = 5.0
+    gamma: Positive = 5.0
+    epochs: Count = 4
+    gate_steps: Whole = 2
+    gate_rate: NonNegative = 0.01
+    damping: OpenShare = 0.01
+    block_size: Count = 128
     solver: Literal["sparse_llm", "sparsegpt", "wanda", "magnitude"] = "sparse_llm"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-
-        def refuse(name: str, accepted: str) -> PretrainError:
-            return PretrainError(f"sparse_llm: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
-
-        if self.solver not in SOLVERS:
-            raise refuse("solver", ", ".join(SOLVERS))
-        for name in ("sparsity", "damping"):
-            if not 0 < getattr(self, name) < 1:
-                raise refuse(name, "between 0 and 1")
-        for name in ("alpha", "beta", "gamma"):
-            if getattr(self, name) <= 0:
-                raise refuse(name, "above 0")
-        for name in ("epochs", "block_size"):
-            if getattr(self, name) < 1:
-                raise refuse(name, "1 or more")
-        for name in ("gate_steps", "gate_rate"):
-            if getattr(self, name) < 0:
-                raise refuse(name, "0 or more")
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
@@ -161,24 +139,24 @@ class SparseLLM(Surgery):
         if self.solver == "sparse_llm":
             self._check_activation(model)
         batches, training = batches_of(inputs, self.name), model.training
-        whole, places = Blocks(model.eval(), batches), parts(model)
-        for number in range(len(whole)):
-            some = whole.layers(number, [name for step in places.values() for name in step])
-            hessians = whole.hessians(number, some)
+        stack, places = Blocks(model.eval(), batches), parts(model)
+        for number in range(len(stack)):
+            inner = stack.layers(number, [name for step in places.values() for name in step])
+            hessians = stack.hessians(number, inner)
             joint = {*places["up"], *places["down"]} if self.solver == "sparse_llm" else set()
-            seen = self._seen(whole, number, {name: layer for name, layer in some.items() if name in joint})
-            for name, layer in some.items():
+            seen = self._seen(stack, number, {name: layer for name, layer in inner.items() if name in joint})
+            for name, layer in inner.items():
                 if name not in joint:
                     self._prune(layer, hessians[name])
             if joint:
-                up, down = [some[name] for name in places["up"]], some[places["down"][0]]
+                up, down = [inner[name] for name in places["up"]], inner[places["down"][0]]
                 first = hessians[places["up"][0]], hessians[places["down"][0]]
                 self._prune_jointly(up, down, [seen[n] for n in (*places["up"], *places["down"])], first)
-            whole.advance(number)
+            stack.advance(number)
         return model.train(training)
 
     def _check_activation(self, model: PreTrainedModel) -> None:
-        config: Any = model.config
+        config = model.config
         names = ("hidden_act", "activation_function", "hidden_activation")
         activation = next((getattr(config, name) for name in names if hasattr(config, name)), None)
         kind = family(model).name
@@ -188,14 +166,17 @@ class SparseLLM(Surgery):
                 "gate, or relu without; the solvers sparsegpt, wanda and magnitude take any"
             )
 
-    def _seen(self, whole: Blocks, number: int, layers: dict[str, Any]) -> dict[str, tuple[Tensor, Tensor]]:
+    def _seen(self, stack: Blocks, number: int, layers: dict[str, Linear]) -> dict[str, tuple[Tensor, Tensor]]:
         """What enters and leaves the layers of the block as it still is, all tokens together."""
         if not layers:
             return {}
-        every = list(whole.seen(number, layers))
-        return {n: (torch.cat([one[n][0] for one in every]), torch.cat([one[n][1] for one in every])) for n in layers}
+        batches = list(stack.seen(number, layers))
+        return {
+            n: (torch.cat([seen[n][0] for seen in batches]), torch.cat([seen[n][1] for seen in batches]))
+            for n in layers
+        }
 
-    def _prune(self, layer: nn.Linear | Conv1D, hessian_II: Tensor) -> None:
+    def _prune(self, layer: Linear, hessian_II: Tensor) -> None:
         weight_OI = weight_of(layer)
         if self.solver == "wanda":
             set_weight(layer, wanda(weight_OI, hessian_II, self.sparsity))
@@ -203,7 +184,7 @@ class SparseLLM(Surgery):
             set_weight(layer, sparsegpt(weight_OI, hessian_II, self.sparsity, self.damping, self.block_size))
 
     def _prune_jointly(
-        self, up: list[Any], down: Any, seen: list[tuple[Tensor, Tensor]], hessians: tuple[Tensor, Tensor]
+        self, up: list[Linear], down: Linear, seen: list[tuple[Tensor, Tensor]], hessians: tuple[Tensor, Tensor]
     ) -> None:
         """The feed-forward's matrices; `up` holds the gate first where there is one."""
         gated, (x_NE, _) = len(up) == 2, seen[0]
