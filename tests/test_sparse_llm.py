@@ -255,7 +255,7 @@ def test_wrong_fields_and_models_are_refused(tiny):
         ("gamma", -1.0, "above 0"), ("epochs", 0, "1 or more"), ("block_size", 0, "1 or more"),
         ("gate_steps", -1, "0 or more"), ("solver", "movement", "sparse_llm, sparsegpt, wanda, magnitude"),
     ):  # fmt: skip
-        with pytest.raises(PretrainError, match=f"sparse_llm: {name} {value}: accepted: {accepted}"):
+        with pytest.raises(PretrainError, match=f"sparse_llm: {name} {value!r}: accepted: {accepted}"):
             SparseLLM(**{name: value})
     with pytest.raises(PretrainError, match="sparse_llm: it needs text to calibrate on"):
         SparseLLM()(tiny())

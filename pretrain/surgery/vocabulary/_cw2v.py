@@ -69,8 +69,8 @@ def train(
     """
     inner = Mixture(old_VE, count, settings.rank, source)
     outer = inner if head_VE is None else Mixture(head_VE, count, settings.rank, source)
-    learnt = [x for one in dict.fromkeys((inner, outer)) for x in (one.left_NR, one.right_RV)]
-    optimiser = torch.optim.Adam(learnt, lr=settings.lr)
+    factors = [x for mixture in dict.fromkeys((inner, outer)) for x in (mixture.left_NR, mixture.right_RV)]
+    optimiser = torch.optim.Adam(factors, lr=settings.lr)
     counts = np.bincount(np.concatenate([*texts, np.zeros(0, np.int64)]), minlength=len(old_VE) + count)
     noise = torch.from_numpy(counts.astype(np.float64) ** 0.75)
     pair_P2 = pairs(texts, counts, settings, np.random.default_rng(int(source.initial_seed())))
@@ -85,7 +85,7 @@ def train(
             tokens = torch.cat([pair[:, 1:], drawn.view(len(pair), -1)], dim=1).to(old_VE.device)
             loss = _loss(inner(pair[:, 0].to(old_VE.device)), outer(tokens))
             optimiser.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimiser.step()
             total += loss.item() * len(pair)
         losses.append(total / len(pair_P2))
@@ -105,10 +105,10 @@ def pairs(
 ) -> NDArray[np.int32]:
     """The pairs (token, neighbour) at most `window` apart; a token of c occurrences is passed over with probability
     1 - √(threshold / c) as the first of a pair."""
-    found = [np.zeros((0, 2), np.int32)]
+    parts = [np.zeros((0, 2), np.int32)]
     for text_T in texts:
         kept_T = rng.random(len(text_T)) < np.sqrt(settings.threshold / np.maximum(counts[text_T], 1))
         for distance in range(1, min(settings.window, len(text_T) - 1) + 1):
             both = np.stack([text_T[:-distance], text_T[distance:]], axis=1).astype(np.int32)
-            found += [both[kept_T[:-distance]], both[kept_T[distance:], ::-1]]
-    return np.concatenate(found)
+            parts += [both[kept_T[:-distance]], both[kept_T[distance:], ::-1]]
+    return np.concatenate(parts)

@@ -1,4 +1,4 @@
-"""Word vectors from files, and what they say of a tokenizer's subwords.
+"""Word vectors from files, and from them those of a tokenizer's subwords.
 
 Shape letters: W words, D their vectors' length, V tokens.
 """
@@ -55,8 +55,8 @@ def read(method: str, files: Sequence[str], most: int) -> tuple[list[str], NDArr
 
 def _read(path: Path, most: int | None) -> tuple[list[str], NDArray[np.float32]]:
     if path.suffix == ".json":
-        found = read_json(path)
-        return list(found)[:most], np.array(list(found.values())[:most], np.float32)
+        vectors = read_json(path)
+        return list(vectors)[:most], np.array(list(vectors.values())[:most], np.float32)
     if path.suffix == ".safetensors":
         with safe_open(path, "np") as file:
             words = json.loads((file.metadata() or {})["words"])

@@ -6,18 +6,20 @@ Shape letters: V rows, N new tokens, K neighbours, E width, R the factors' commo
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pretrain.core.bounds import Count, Positive, Whole
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
+from pretrain.core.models.families import embeddings
+from pretrain.core.models.layers import like
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._random import generator
 
@@ -31,9 +33,8 @@ class FactorisedEmbedding(nn.Module):
         super().__init__()
         self.num_embeddings, self.embedding_dim = layer.weight.shape
         self.padding_idx = layer.padding_idx
-        like: dict[str, Any] = {"dtype": layer.weight.dtype, "device": layer.weight.device}
-        self.coordinates = nn.Parameter(torch.zeros(self.num_embeddings, rank, **like))
-        self.primitives = nn.Parameter(torch.zeros(rank, self.embedding_dim, **like))
+        self.coordinates = nn.Parameter(torch.zeros(self.num_embeddings, rank, **like(layer.weight)))
+        self.primitives = nn.Parameter(torch.zeros(rank, self.embedding_dim, **like(layer.weight)))
 
     @property
     def weight(self) -> Tensor:
@@ -73,7 +74,7 @@ class Ofa(Surgery):
     head, tied to them, uses both. The tokens of `tokenizer` that the checkpoint's lacks are added. With the mean of
     the words that a subword is part of, in external aligned word vectors, as its own vector, a new token's coordinates
     are Σ_k softmax(s_k / temperature) F_k over the `neighbors` old subwords k of the highest cosine s_k; of a token
-    that is an old one but for case they are that one's; where no word tells, normal with the old ones' mean and
+    that is an old one but for case they are that one's; where no word has it, normal with the old ones' mean and
     deviation. Old rows keep theirs. `dimension` 0, or the width: no factors, mixtures of whole rows, of a head that is
     not tied too. A head's bias is mixed alike. `vectors` are files (.vec or .txt, .json, .safetensors) of one space,
     of each the first `max_words` (0: all).
@@ -81,21 +82,16 @@ class Ofa(Surgery):
 
     tokenizer: Ref
     vectors: tuple[Ref, ...]
-    dimension: int = 400
-    neighbors: int = 10
-    temperature: float = 0.1
-    max_words: int = 0
+    dimension: Whole = 400
+    neighbors: Count = 10
+    temperature: Positive = 0.1
+    max_words: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what gives no mixture."""
         super().__post_init__()
         if self.vectors == ():
             raise PretrainError("ofa: vectors []: accepted: one or more files of word vectors")
-        for name, least in (("dimension", 0), ("neighbors", 1), ("max_words", 0)):
-            if getattr(self, name) < least:
-                raise PretrainError(f"ofa: {name} {getattr(self, name)}: accepted: {least} or more")
-        if not self.temperature > 0:
-            raise PretrainError(f"ofa: temperature {self.temperature}: accepted: above 0")
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
@@ -105,15 +101,15 @@ class Ofa(Surgery):
 
         factors = self._rank(model)
         words, vectors_WD = read(self.name, self.vectors, self.max_words)
-        table_VE = model.get_input_embeddings().weight.detach().double()
+        table_VE = embeddings(model).weight.detach().double()
         old, new = expand(self.name, model, self.tokenizer, inputs)
         assert inputs is not None and inputs.tokenizer is not None
         before, after = inputs.tokenizer, inputs.extra["tokenizer"]
         near_VD, far_VD = (subwords(t, words, vectors_WD, max(old + new) + 1) for t in (before, after))
         alike = _same_but_for_case(before, after, new)
-        told = [i for i in new if i not in alike and far_VD[i].any()]
-        mixture = _mixture(near_VD[old], far_VD[told], self.neighbors, self.temperature)
-        counts = {"new_tokens": len(new), "copied": len(alike), "mixed": len(told)}
+        mixed = [i for i in new if i not in alike and far_VD[i].any()]
+        mixture = _mixture(near_VD[old], far_VD[mixed], self.neighbors, self.temperature)
+        counts = {"new_tokens": len(new), "copied": len(alike), "mixed": len(mixed)}
         report(inputs, **{f"ofa/{name}": count for name, count in counts.items()})
         source = generator(self.name, inputs)
 
@@ -126,23 +122,24 @@ class Ofa(Surgery):
             into_VX[new] = (known_VX.mean(0) + known_VX.std(0, correction=0) * drawn).to(into_VX)
             if alike:
                 into_VX[list(alike)] = from_VX[list(alike.values())].to(into_VX)
-            if told:
+            if mixed:
                 where_NK, share_NK = (x.to(known_VX.device) for x in mixture)
-                into_VX[told] = torch.einsum("nk,nk...->n...", share_NK, known_VX[where_NK]).to(into_VX)
+                into_VX[mixed] = torch.einsum("nk,nk...->n...", share_NK, known_VX[where_NK]).to(into_VX)
 
-        head: Any = model.get_output_embeddings()
+        head: nn.Linear | None = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         if bias is not None:
             fill(bias, bias.detach().clone()[: len(table_VE)])
         if not factors:
-            tied = head is None or head.weight is model.get_input_embeddings().weight
-            fill(model.get_input_embeddings().weight, table_VE)
-            if not tied:
+            weight = embeddings(model).weight
+            fill(weight, table_VE)
+            if head is not None and head.weight is not weight:
                 fill(head.weight, head.weight.detach().clone()[: len(table_VE)])
             return model
         U_VX, S_X, Vh_XE = torch.linalg.svd(table_VE, full_matrices=False)
         model = self.restore(model)
-        layer: Any = model.get_input_embeddings()
+        layer = model.get_input_embeddings()
+        assert isinstance(layer, FactorisedEmbedding)
         fill(layer.coordinates, U_VX[:, :factors])
         layer.primitives.copy_(S_X[:factors, None] * Vh_XE[:factors])
         record(model, self)
@@ -166,8 +163,8 @@ class Ofa(Surgery):
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """Put the factors, yet zero, in place of the table."""
-        head: Any = model.get_output_embeddings()
-        embedding = FactorisedEmbedding(model.get_input_embeddings(), self.dimension)
+        head: nn.Linear | None = model.get_output_embeddings()
+        embedding = FactorisedEmbedding(embeddings(model), self.dimension)
         model.set_input_embeddings(embedding)
         if head is not None:
             model.set_output_embeddings(FactorisedHead(embedding, head.bias))
@@ -188,12 +185,12 @@ def _mixture(
     return torch.cat(places), torch.cat(shares)
 
 
-def _same_but_for_case(old: Any, new: Any, ids: list[int]) -> dict[int, int]:
+def _same_but_for_case(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBase, ids: list[int]) -> dict[int, int]:
     """New tokens whose text is an old token's but for case, with the old one; of several the last.
 
     Tokens of bytes that are no whole character have no text.
     """
     special = set(old.all_special_ids)
-    lower = {old.decode([i]).lower(): i for i in sorted(old.get_vocab().values()) if i not in special}
-    found = {i: (text, lower.get(text)) for i in ids if (text := new.decode([i]).lower())}
-    return {i: j for i, (text, j) in found.items() if j is not None and "\ufffd" not in text}
+    lower = {str(old.decode([i])).lower(): i for i in sorted(old.get_vocab().values()) if i not in special}
+    texts = {i: str(new.decode([i])).lower() for i in ids}
+    return {i: lower[text] for i, text in texts.items() if text in lower and text and "\ufffd" not in text}

@@ -5,24 +5,26 @@ Shape letters: V old tokens, K kept tokens.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import pre_tokenizers
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import embeddings
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import batches_of
-from pretrain.surgery._tokens import MODELS, resize
+from pretrain.surgery._tokens import MODELS, State, resize, state_of, with_state
 from pretrain.surgery.vocabulary.vocabulary_expansion import tables
 
+Ids: TypeAlias = "int | list[Ids]"  # token ids, or lists of them
 LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids")  # of a generation config
 
 
@@ -39,15 +41,8 @@ class TrimVocabulary(Surgery):
     the stage's `corpus`: draw as many as the corpus has. Tokens of BPE, Unigram or WordPiece.
     """
 
-    keep: int = 0
-    minimum: int = 1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name, least in (("keep", 0), ("minimum", 1)):
-            if getattr(self, name) < least:
-                value = getattr(self, name)
-                raise PretrainError(f"trim_vocabulary: {name} {value}: accepted: {least} or more", place=(name,))
+    keep: Whole = 0
+    minimum: Count = 1
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
@@ -61,7 +56,7 @@ class TrimVocabulary(Surgery):
         count_V = _counts(batches)
         configs = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
         named = {index for config in configs for value in _ids(config).values() for index in _flat(value)}
-        rows = len(model.get_input_embeddings().weight)
+        rows = len(embeddings(model).weight)
         wrong = next((i for i in count_V.nonzero()[:, 0].tolist() if i not in names or i >= rows), None)
         if wrong is not None:
             raise PretrainError(
@@ -79,11 +74,11 @@ class TrimVocabulary(Surgery):
         inputs.extra["batches"] = [_translated(batch, new) for batch in batches]
         seen = int(count_V.sum())
         there = torch.tensor([index for index in kept if index < len(count_V)])
-        found = {
+        metrics = {
             "tokens_before": len(names), "tokens": len(kept), "parameters_before": before,
             "parameters": model.num_parameters(), "text_kept": int(count_V[there].sum()) / max(1, seen),
         }  # fmt: skip
-        report(inputs, **{f"trim_vocabulary/{name}": value for name, value in found.items()})
+        report(inputs, **{f"trim_vocabulary/{name}": value for name, value in metrics.items()})
         return model
 
     def chosen(self, count_V: Tensor) -> list[int]:
@@ -96,9 +91,9 @@ class TrimVocabulary(Surgery):
 def _check(model: PreTrainedModel) -> None:
     """Refuse embeddings and heads that are no plain tables."""
     layer, head = model.get_input_embeddings(), model.get_output_embeddings()
-    for what, found, wanted in (("embeddings", layer, nn.Embedding), ("head", head, nn.Linear)):
-        if found is not None and type(found) is not wanted:
-            raise PretrainError(f"trim_vocabulary: {what}: a {type(found).__name__}; accepted: a plain table")
+    for what, table, plain in (("embeddings", layer, nn.Embedding), ("head", head, nn.Linear)):
+        if table is not None and type(table) is not plain:
+            raise PretrainError(f"trim_vocabulary: {what}: a {type(table).__name__}; accepted: a plain table")
 
 
 def _counts(batches: Sequence[Batch]) -> Tensor:
@@ -111,7 +106,7 @@ def take_rows(model: PreTrainedModel, kept: list[int], new: dict[int, int]) -> N
     """Only the rows `kept` of the embeddings, of the head and of its bias, in that order."""
     for table in tables(model):
         table[: len(kept)] = table[kept]
-    weight = model.get_input_embeddings().weight
+    weight = embeddings(model).weight
     padded = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is weight]
     padding = [m.padding_idx for m in padded]
     resize(model, len(kept))
@@ -119,17 +114,17 @@ def take_rows(model: PreTrainedModel, kept: list[int], new: dict[int, int]) -> N
         module.padding_idx = new.get(index) if index is not None else None
 
 
-def _ids(config: Any) -> dict[str, Any]:
-    """What a configuration says of single tokens: `eos_token_id` and the like."""
+def _ids(config: PreTrainedConfig | GenerationConfig) -> dict[str, Ids]:
+    """A configuration's fields that name tokens: `eos_token_id` and the like."""
     names = [n for n in (*config.to_dict(), *LISTS) if n.endswith("_token_id") or n in LISTS]
     return {name: value for name in names if (value := getattr(config, name, None)) is not None}
 
 
-def _flat(value: Any) -> Iterable[int]:
+def _flat(value: Ids) -> Iterable[int]:
     return [value] if isinstance(value, int) else [index for part in value for index in _flat(part)]
 
 
-def _renumbered(value: Any, new: dict[int, int]) -> Any:
+def _renumbered(value: Ids, new: dict[int, int]) -> Ids | None:
     """The tokens' new numbers; None for one that is gone, lists without those (a list in a list goes whole)."""
     if isinstance(value, int):
         return new.get(value)
@@ -154,8 +149,7 @@ def trimmed(
     tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str], rows: int | None = None
 ) -> tuple[PreTrainedTokenizerBase, list[int]]:
     """The tokenizer with these tokens and those it cannot do without, and the old numbers in the order of the new."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state: Any = json.loads(backend.to_str()) if backend is not None else {"model": {"type": type(tokenizer).__name__}}
+    state = state_of(tokenizer)
     model, known = state["model"], tokenizer.get_vocab()
     if model["type"] not in MODELS:
         raise PretrainError(f"trim_vocabulary: the tokenizer is a {model['type']}; accepted: {', '.join(MODELS)}")
@@ -181,8 +175,7 @@ def trimmed(
         )
     new = {old: number for number, old in enumerate(kept)}
     _write(state, wanted, new)
-    made: Any = copy.deepcopy(tokenizer)
-    made._tokenizer = Tokenizer.from_str(json.dumps(state))
+    made = with_state(tokenizer, state)
     if made.get_vocab() != {token: new[known[token]] for token in wanted}:
         raise PretrainError(
             "trim_vocabulary: the tokenizer's added tokens stand before or among its others; accepted: such as stand "
@@ -191,39 +184,39 @@ def trimmed(
     return made, kept
 
 
-def _alphabet(state: dict[str, Any], known: dict[str, int]) -> set[str]:
+def _alphabet(state: State, known: dict[str, int]) -> set[str]:
     """What any text can be spelt in: the bytes; where there are none, the single characters."""
     model = state["model"]
-    found = {f"<0x{byte:02X}>" for byte in range(256)} if model.get("byte_fallback") else set()
+    alphabet = {f"<0x{byte:02X}>" for byte in range(256)} if model.get("byte_fallback") else set()
     if "ByteLevel" in json.dumps([state["pre_tokenizer"], state["decoder"]]):
-        found |= set(pre_tokenizers.ByteLevel.alphabet())
-    if not found:
+        alphabet |= set(pre_tokenizers.ByteLevel.alphabet())
+    if not alphabet:
         prefix, suffix = model.get("continuing_subword_prefix") or "", model.get("end_of_word_suffix") or ""
-        found = {token for token in known if len(token.removeprefix(prefix).removesuffix(suffix)) == 1}
-    return found & known.keys()
+        alphabet = {token for token in known if len(token.removeprefix(prefix).removesuffix(suffix)) == 1}
+    return alphabet & known.keys()
 
 
-def _pairs(model: dict[str, Any]) -> list[tuple[tuple[str, str], str]]:
+def _pairs(model: State) -> list[tuple[tuple[str, str], str]]:
     """A BPE's merges, each with the token it makes; older files hold the two parts as one text."""
     prefix = model.get("continuing_subword_prefix") or ""
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     return [((first, second), first + second.removeprefix(prefix)) for first, second in pairs]
 
 
-def _closed(model: dict[str, Any], tokens: set[str]) -> set[str]:
+def _closed(model: State, tokens: set[str]) -> set[str]:
     """The tokens and, by any merge that makes one of them, its parts, and theirs."""
     parts: dict[str, set[str]] = {}
     for pair, made in _pairs(model):
         parts.setdefault(made, set()).update(pair)
-    found, left = set(tokens), list(tokens)
+    closed, left = set(tokens), list(tokens)
     while left:
-        more = parts.get(left.pop(), set()) - found
-        found |= more
+        more = parts.get(left.pop(), set()) - closed
+        closed |= more
         left += more
-    return found
+    return closed
 
 
-def _write(state: dict[str, Any], wanted: set[str], new: dict[int, int]) -> None:
+def _write(state: State, wanted: set[str], new: dict[int, int]) -> None:
     """Leave only the wanted tokens in a tokenizer's state, in their new numbers."""
     model = state["model"]
     if model["type"] == "Unigram":
@@ -241,15 +234,15 @@ def _write(state: dict[str, Any], wanted: set[str], new: dict[int, int]) -> None
     _ends(state["post_processor"], new)
 
 
-def _ends(processor: dict[str, Any] | None, new: dict[int, int] | None = None) -> set[int]:
+def _ends(processor: State | None, new: dict[int, int] | None = None) -> set[int]:
     """The numbers of what a post-processor puts around a text; with `new`, those take their place."""
     if processor is None:
         return set()
-    found = {index for part in processor.get("processors", []) for index in _ends(part, new)}
+    ends = {index for part in processor.get("processors", []) for index in _ends(part, new)}
     places = [(entry["ids"], range(len(entry["ids"]))) for entry in processor.get("special_tokens", {}).values()]
     places += [(processor[end], range(1, 2)) for end in ("sep", "cls") if isinstance(processor.get(end), list)]
     for values, where in places:
         for place in where:
-            found.add(values[place])
+            ends.add(values[place])
             values[place] = values[place] if new is None else new[values[place]]
-    return found
+    return ends

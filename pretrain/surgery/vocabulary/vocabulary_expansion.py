@@ -7,22 +7,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pretrain.core.bounds import Count, NonNegative, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
+from pretrain.core.models.families import embeddings
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._random import generator
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-
-_WAYS = ("cw2v", "mean", "multivariate", "univariate", "random")
 
 
 @dataclass(frozen=True)
@@ -42,34 +42,24 @@ class VocabularyExpansion(Surgery):
     tokenizer: Ref
     initialisation: Literal["cw2v", "mean", "multivariate", "univariate", "random"] = "cw2v"
     corpus: Ref = ""
-    sigma_scale: float = 1e-5
-    rank: int = 1024
-    window: int = 5
-    negatives: int = 5
-    threshold: float = 2.0
-    lr: float = 3e-4
-    batch_size: int = 4096
-    epochs: int = 5
-    max_tokens: int = 4_000_000
+    sigma_scale: NonNegative = 1e-5
+    rank: Count = 1024
+    window: Count = 5
+    negatives: Count = 5
+    threshold: Positive = 2.0
+    lr: Positive = 3e-4
+    batch_size: Count = 4096
+    epochs: Count = 5
+    max_tokens: Count = 4_000_000
 
     def __post_init__(self) -> None:
         """Refuse what cannot be learnt from."""
         super().__post_init__()
-        if self.initialisation not in _WAYS:
-            way = self.initialisation
-            raise PretrainError(f"vocabulary_expansion: initialisation {way!r}: accepted: {', '.join(_WAYS)}")
         if (self.initialisation == "cw2v") != bool(self.corpus):
             raise PretrainError(
                 f"vocabulary_expansion: corpus {self.corpus!r}: accepted: a corpus with initialisation cw2v, none with "
                 "the others"
             )
-        for name in ("rank", "window", "negatives", "batch_size", "epochs", "max_tokens"):
-            if getattr(self, name) < 1:
-                raise PretrainError(f"vocabulary_expansion: {name} {getattr(self, name)}: accepted: 1 or more")
-        for name, least in (("sigma_scale", 0), ("threshold", 1e-9), ("lr", 1e-12)):
-            if not getattr(self, name) >= least:
-                accepted = "above 0" if least else "0 or more"
-                raise PretrainError(f"vocabulary_expansion: {name} {getattr(self, name)}: accepted: {accepted}")
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
@@ -90,19 +80,21 @@ class VocabularyExpansion(Surgery):
         return model
 
     def _learn(
-        self, model: PreTrainedModel, old: list[int], new: list[int], source: torch.Generator, inputs: Any
+        self, model: PreTrainedModel, old: list[int], new: list[int], source: torch.Generator, inputs: Inputs | None
     ) -> None:
         """Learn the mixtures and fill the new rows with them."""
         from pretrain.core.hardware import pick_device
         from pretrain.surgery.vocabulary._cw2v import Settings, train
 
+        assert inputs is not None
         weight, *rest = tables(model)
         device, texts = pick_device(), self._texts(inputs.extra["tokenizer"], old, new)
         head = next((table for table in rest if table.ndim == 2), None)
-        old_VE, head_VE = (None if t is None else t[old].to(device, torch.float32) for t in (weight, head))
+        old_VE = weight[old].to(device, torch.float32)
+        head_VE = None if head is None else head[old].to(device, torch.float32)
         settings = Settings(**{item.name: getattr(self, item.name) for item in fields(Settings)})
         with torch.enable_grad():
-            inner, outer, losses = train(texts, old_VE, head_VE, len(new), settings, source)  # type: ignore[arg-type]
+            inner, outer, losses = train(texts, old_VE, head_VE, len(new), settings, source)
         for table in tables(model):
             mixture = inner if table is weight else outer
             values = table[old].to(device, torch.float32)
@@ -110,7 +102,7 @@ class VocabularyExpansion(Surgery):
             table[new] = (mixed if table.ndim == 2 else mixed[:, 0]).to(table)
         report(inputs, **{"vocabulary_expansion/first_loss": losses[0], "vocabulary_expansion/last_loss": losses[-1]})
 
-    def _texts(self, tokenizer: Any, old: list[int], new: list[int]) -> list[NDArray[np.int64]]:
+    def _texts(self, tokenizer: PreTrainedTokenizerBase, old: list[int], new: list[int]) -> list[NDArray[np.int64]]:
         """The training documents' tokens, renumbered: the old ones first."""
         import itertools
 
@@ -123,27 +115,26 @@ class VocabularyExpansion(Surgery):
         number = np.zeros(max(old[-1], new[-1]) + 1, np.int64)
         number[old + new] = np.arange(len(old) + len(new))
         documents = Corpus(corpus_of(Path(self.corpus))).documents("train")
-        found: list[NDArray[np.int64]] = []
+        texts: list[NDArray[np.int64]] = []
         left = self.max_tokens
-        while left > 0 and (some := list(itertools.islice(documents, 256))):
-            for tokens in encode(tokenizer, [document["text"] for document in some]):
-                found.append(number[tokens[: max(left, 0)]])
+        while left > 0 and (block := list(itertools.islice(documents, 256))):
+            for tokens in encode(tokenizer, [document["text"] for document in block]):
+                texts.append(number[tokens[: max(left, 0)]])
                 left -= len(tokens)
-        if sum(map(len, found)) < 2:
+        if sum(map(len, texts)) < 2:
             raise PretrainError(f"vocabulary_expansion: corpus {self.corpus} has no text to learn from; accepted: some")
-        return found
+        return texts
 
 
 def tables(model: PreTrainedModel) -> list[Tensor]:
     """What has a row for each token: the embeddings, and of a head that is not tied to them the weight; its bias."""
-    weight = model.get_input_embeddings().weight
-    head: Any = model.get_output_embeddings()
-    found = [weight]
+    weight, head = embeddings(model).weight, model.get_output_embeddings()
+    rows: list[Tensor] = [weight]
     if head is not None and head.weight is not weight:
-        found.append(head.weight)
+        rows.append(head.weight)
     if getattr(head, "bias", None) is not None:
-        found.append(head.bias)
-    return found
+        rows.append(head.bias)
+    return rows
 
 
 def initial(
