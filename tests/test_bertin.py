@@ -184,7 +184,7 @@ def test_a_reference_corpus_judges_when_it_is_given(mixed, stories, tmp_path):
 def test_bad_fields_are_refused():
     with pytest.raises(PretrainError, match="bertin: sampling 'gauss': accepted: gaussian, stepwise, random"):
         Bertin(sampling="gauss")
-    with pytest.raises(PretrainError, match="share 0: accepted: above 0 to 1"):
+    with pytest.raises(PretrainError, match="share 0: accepted: above 0, at most 1"):
         Bertin(share=0)
     with pytest.raises(PretrainError, match="width -1: accepted: above 0"):
         Bertin(width=-1)

@@ -139,7 +139,7 @@ def test_the_selection_reports_what_it_kept(corpus, models, tmp_path):
 
 
 def test_bad_fields_and_checkpoints_are_refused(corpus, models):
-    with pytest.raises(PretrainError, match="miniplm: ratio 0: accepted: above 0 to 1"):
+    with pytest.raises(PretrainError, match="miniplm: ratio 0: accepted: above 0, at most 1"):
         Miniplm("a", "b", 0)
     with pytest.raises(PretrainError, match="length 0: accepted: 1 or more"):
         Miniplm("a", "b", length=0)

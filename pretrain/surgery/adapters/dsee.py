@@ -182,10 +182,10 @@ class DSEE(Surgery):
     def _check_same(self, before: Record) -> None:
         """On an adapted model only `sparsity` and `scores` may differ from what adapted it."""
         for field in ("rank", "nonzero", "alpha", "where", "targets"):
-            mine, theirs = getattr(self, field), before[field]
-            if mine != (tuple(theirs) if isinstance(theirs, list) else theirs):
+            value, recorded = getattr(self, field), before[field]
+            if value != (tuple(recorded) if isinstance(recorded, list) else recorded):
                 raise PretrainError(
-                    f"dsee: {field} {mine!r}: accepted: {theirs!r}, by which the model is adapted already"
+                    f"dsee: {field} {value!r}: accepted: {recorded!r}, by which the model is adapted already"
                 )
         if self.sparsity <= before["sparsity"]:
             raise PretrainError(

@@ -96,13 +96,13 @@ def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         raise unknown("adapter type of peft", config["peft_type"], list(PEFT_TYPE_TO_CONFIG_MAPPING))
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config["peft_type"])]
     known = {f for f in made.__dataclass_fields__ if f not in ("peft_type", "inference_mode")}
-    given = {k: v for k, v in config.items() if k in known}
+    options = {k: v for k, v in config.items() if k in known}
     stray = sorted(set(config) - known - {"peft_type", "inference_mode", "init_lora_weights"})
     if stray:
         raise unknown(f"field of peft's {config['peft_type']}", stray[0], sorted(known))
     training = model.training
     try:
-        inject_adapter_in_model(made(**given, inference_mode=False), model)  # in place
+        inject_adapter_in_model(made(**options, inference_mode=False), model)  # in place
     except Exception as error:  # of peft, for values that do not suit it
         raise PretrainError(f"peft's {config['peft_type']}: {' '.join(str(error).split())[:300]}") from error
     last = output(model)
@@ -134,12 +134,12 @@ def _load(model: PreTrainedModel, folder: Path) -> None:
             module.load_state_dict(ours)
     last = output(model)
     of_last = "" if last is None else f"{last[0]}."
-    wanted = {n: t for n, t in get_peft_model_state_dict(model).items() if not of_last or not n.startswith(of_last)}
-    wrong = [f"{n} is missing" for n in wanted if n not in tensors]
-    wrong += [f"{n} has no place in the model" for n in tensors if n not in wanted]
+    expected = {n: t for n, t in get_peft_model_state_dict(model).items() if not of_last or not n.startswith(of_last)}
+    wrong = [f"{n} is missing" for n in expected if n not in tensors]
+    wrong += [f"{n} has no place in the model" for n in tensors if n not in expected]
     wrong += [
         f"{n} is {tuple(tensors[n].shape)} in the file and {tuple(t.shape)} in the model"
-        for n, t in wanted.items()
+        for n, t in expected.items()
         if n in tensors and tensors[n].shape != t.shape
     ]
     if wrong:

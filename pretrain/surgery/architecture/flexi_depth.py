@@ -29,7 +29,7 @@ from pretrain.core.models.layers import Attention, Like, like
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
 
-Given = dict[str, Any]  # an attention layer's arguments
+Arguments = dict[str, Any]  # an attention layer's arguments
 EPS = 1e-5  # of the router's norm
 EAGER = {"llama": modeling_llama.eager_attention_forward, "gpt2": modeling_gpt2.eager_attention_forward}
 
@@ -92,17 +92,17 @@ class _Skippable(nn.Module):
         x_BLE, normed_BLE = hidden_states, norm(hidden_states)
         self.gate_BL = self.router(normed_BLE)
         run_BL = self.gate_BL > self.threshold
-        given: Given = {"attention_mask": attention_mask, "past_key_values": past_key_values} | more
+        arguments: Arguments = {"attention_mask": attention_mask, "past_key_values": past_key_values} | more
         if self.training:
             run_BL1, gate_BL1 = run_BL[..., None], self.gate_BL[..., None].to(x_BLE.dtype)
-            attended_BLE, _ = attention(hidden_states=normed_BLE, **given)
+            attended_BLE, _ = attention(hidden_states=normed_BLE, **arguments)
             x_BLE = x_BLE + torch.where(run_BL1, attended_BLE, 0.0)
             normed_BLE = ffn_norm(x_BLE)
             whole_BLE, narrow_BLE = gate_BL1 * ffn(normed_BLE), (1 - gate_BL1) * self.adapter(normed_BLE)
             return x_BLE + torch.where(run_BL1, whole_BLE, narrow_BLE)
         run_N, skip_N = run_BL.flatten().nonzero()[:, 0], (~run_BL).flatten().nonzero()[:, 0]
         x_NE = x_BLE.reshape(-1, x_BLE.shape[-1])
-        attended_NE = _attended(self.entry, attention, normed_BLE, run_BL, given)
+        attended_NE = _attended(self.entry, attention, normed_BLE, run_BL, arguments)
         if len(run_N):
             x_NE = x_NE.index_add(0, run_N, attended_NE.to(x_NE.dtype))
         gate_N1 = self.gate_BL.reshape(-1, 1).to(x_NE.dtype)
@@ -114,13 +114,13 @@ class _Skippable(nn.Module):
         return out_NE.view_as(x_BLE)
 
 
-def _attended(entry: Family, attention: Attention, normed_BLE: Tensor, run_BL: Tensor, given: Given) -> Tensor:
+def _attended(entry: Family, attention: Attention, normed_BLE: Tensor, run_BL: Tensor, arguments: Arguments) -> Tensor:
     """Attention's output for the tokens of `run_BL` in order, `x_NE`; keys and values of all are written."""
-    mask = given["attention_mask"]
+    mask = arguments["attention_mask"]
     if bool(run_BL.all()) or (mask is not None and mask.ndim != 4):
-        return attention(hidden_states=normed_BLE, **given)[0][run_BL]
-    length, cache = run_BL.shape[1], given["past_key_values"]
-    turns = [table.expand(len(run_BL), -1, -1) for table in given.get("position_embeddings", ())]
+        return attention(hidden_states=normed_BLE, **arguments)[0][run_BL]
+    length, cache = run_BL.shape[1], arguments["past_key_values"]
+    turns = [table.expand(len(run_BL), -1, -1) for table in arguments.get("position_embeddings", ())]
     keys_BHCD, values_BHCD = _heads(attention, "k", normed_BLE, turns), _heads(attention, "v", normed_BLE)
     if cache is not None:
         keys_BHCD, values_BHCD = cache.update(keys_BHCD, values_BHCD, attention.layer_idx)

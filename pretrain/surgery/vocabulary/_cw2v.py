@@ -56,7 +56,7 @@ class Mixture:
     def applied(self, values_VX: Tensor) -> Tensor:
         """What the new tokens get of any values of the old ones."""
         numbers = torch.arange(len(self.left_NR), device=self.old_VE.device)
-        return torch.cat([self.shares(some) @ values_VX for some in numbers.split(CHUNK)])
+        return torch.cat([self.shares(chunk) @ values_VX for chunk in numbers.split(CHUNK)])
 
 
 def train(

@@ -33,13 +33,13 @@ def read(method: str, files: Sequence[str], most: int) -> tuple[list[str], NDArr
         if not path.is_file() or path.suffix not in (".vec", ".txt", ".json", ".safetensors"):
             raise PretrainError(f"{method}: vectors {path}: accepted: a file {ACCEPTED}")
         try:
-            some, vectors_WD = _read(path, most or None)
+            file_words, vectors_WD = _read(path, most or None)
         except (ValueError, TypeError, KeyError, AttributeError, OSError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise PretrainError(f"{method}: vectors {path} cannot be read ({reason}); accepted: {ACCEPTED}") from error
-        if vectors_WD.ndim != 2 or len(some) != len(vectors_WD) or not len(some):
+        if vectors_WD.ndim != 2 or len(file_words) != len(vectors_WD) or not file_words:
             raise PretrainError(
-                f"{method}: vectors {path}: {len(some)} words for {vectors_WD.shape}; accepted: {ACCEPTED}"
+                f"{method}: vectors {path}: {len(file_words)} words for {vectors_WD.shape}; accepted: {ACCEPTED}"
             )
         if parts and parts[0].shape[1] != vectors_WD.shape[1]:
             raise PretrainError(
@@ -48,7 +48,7 @@ def read(method: str, files: Sequence[str], most: int) -> tuple[list[str], NDArr
             )
         if not np.isfinite(vectors_WD).all():
             raise PretrainError(f"{method}: vectors {path} hold NaN or infinity; accepted: finite numbers")
-        words += [_LANGUAGE.sub("", word).replace("$", " ") if _LANGUAGE.match(word) else word for word in some]
+        words += [_LANGUAGE.sub("", word).replace("$", " ") if _LANGUAGE.match(word) else word for word in file_words]
         parts.append(vectors_WD)
     return words, np.concatenate(parts)
 
@@ -85,8 +85,8 @@ def subwords(
     backend = plain_backend(tokenizer)
     sum_VD, count_V = np.zeros((size, vectors_WD.shape[1])), np.zeros(size)
     for start in range(0, len(words), BATCH):
-        some = words[start : start + BATCH]
-        for spelt in (some, [f" {w}" for w in some], [f" {w[:1].upper()}{w[1:]}" for w in some]):
+        batch = words[start : start + BATCH]
+        for spelt in (batch, [f" {w}" for w in batch], [f" {w[:1].upper()}{w[1:]}" for w in batch]):
             for offset, encoding in enumerate(encode_plain(backend, tokenizer, spelt)):
                 ids = _distinct(getattr(encoding, "ids", encoding))
                 sum_VD[ids] += vectors_WD[start + offset]
