@@ -1,15 +1,15 @@
 """A corpus on disk: Parquet files by split, and `corpus.json`.
 
-A document's side is decided by a hash of its text (of its `group` where it has one), so it is the same whatever the
-order and whatever else the corpus holds. Exact copies are removed everywhere: documents that have the text and all that
-belongs to it (a target, a label) alike. Training documents whose text is a near-duplicate of a held-out one are removed
-from training. Documents stream through: the corpus may be larger than memory.
+A document's side is decided by a hash of its content (of its `group` where it has one), so it is the same whatever the
+order and whatever else the corpus holds. Exact copies are removed everywhere: documents that have the whole payload
+alike (`corpus/payload.py`: the content and all that belongs to it, a target, a label). Training documents whose text is
+a near-duplicate of a held-out one are removed from training; where there is more than text, those of the same content.
+Documents stream through: the corpus may be larger than memory.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,62 +19,71 @@ from typing import TYPE_CHECKING, Any
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import atomic_folder, digest, read_json, write_json
+from pretrain.corpus.payload import (
+    CONTENT,
+    content,
+    identity,
+    in_payload,
+    one_type,
+    only_text,
+    payload,
+    table_of,
+    typed,
+)
+from pretrain.corpus.payload import belongs as belongs
+from pretrain.corpus.payload import beside as beside
 from pretrain.corpus.sources import Document, evenly
 
 if TYPE_CHECKING:
+    import pyarrow
     from datasets import Dataset
 
+Columns = Sequence[str] | Callable[[list[str]], Sequence[str]]
 SPLITS = ("train", "validation", "test")
 PART_BYTES = 64 << 20
-# Words in the names of columns that make an example of a text; any other column is about it, as its `url` is.
-BESIDE = {
-    "answer", "answers", "b", "category", "choices", "chosen", "class", "completion", "context", "hypothesis",
-    "instruction", "label", "labels", "messages", "negative", "negatives", "options", "output", "pair",
-    "positive", "positives", "premise", "prompt", "query", "question", "rejected", "response", "second",
-    "summary", "tag", "tags", "target", "targets",
-}  # fmt: skip
+GROUP_BYTES = 16 << 20  # of one Parquet row group, read at once
 
 
 def side(key: str, validation: float, test: float) -> str:
-    """The split that a document belongs to, from the hash of its text or group."""
+    """The split that a document belongs to, from the hash of its content or group."""
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
     return "test" if number < test else "validation" if number < test + validation else "train"
 
 
-def belongs(column: str) -> bool:
-    """Whether a column is part of an example, as its label is, and not just about its text, as a `url` is."""
-    return bool(BESIDE.intersection(re.split(r"[^a-z]+", column.lower())))
-
-
-def beside(document: Document) -> str:
-    """All that belongs to a document's text, written out; nothing for a plain one."""
-    found = sorted((name, value) for name, value in document.items() if value is not None and belongs(name))
-    return repr(found) if found else ""
+def _key(document: Document) -> str:
+    """What decides a document's side."""
+    if document.get("group") is not None:
+        return str(document["group"])
+    return document["text"] if only_text(document) else hashlib.sha256(content(document)).hexdigest()
 
 
 class _Writer:
     """Parquet parts of one split, written as they fill."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.parts, self.rows, self.bytes = folder, 0, [], 0  # type: ignore[var-annotated]
+        self.folder, self.parts, self.bytes = folder, 0, 0
+        self.rows: list[Document] = []
         folder.mkdir()
 
-    def add(self, document: Document) -> None:
+    def add(self, document: Document, size: int) -> None:
+        """One more document, whose payload has `size` bytes."""
         self.rows.append(document)
-        self.bytes += len(document["text"])
+        self.bytes += size
         if self.bytes >= PART_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        import pyarrow
-        import pyarrow.parquet
-
         if self.rows:
-            names = dict.fromkeys(name for row in self.rows for name in row)
-            table = _table(pyarrow.Table.from_pylist, [{n: row.get(n) for n in names} for row in self.rows])
-            path = self.folder / f"part-{self.parts:05d}.parquet"
-            pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=1024)
+            _write_table(table_of(self.rows), self.folder / f"part-{self.parts:05d}.parquet")
             self.parts, self.rows, self.bytes = self.parts + 1, [], 0
+
+
+def _write_table(table: pyarrow.Table, path: Path) -> None:
+    """Write a part; no row group is much larger than `GROUP_BYTES`."""
+    import pyarrow.parquet
+
+    rows = max(1, min(1024, len(table) * GROUP_BYTES // max(1, table.nbytes)))
+    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=rows)
 
 
 def write_corpus(
@@ -127,26 +136,14 @@ def _write_splits(
     writers = {split: _Writer(work / split) for split in SPLITS}
     seen: set[bytes] = set()
     for document in documents:
-        key = hashlib.blake2b(f"{beside(document)}\0{document['text']}".encode(), digest_size=16).digest()
+        key = identity(document)
         if key in seen:
             removed["exact"] += 1
             continue
         seen.add(key)
-        group = document.get("group")
-        writers[side(document["text"] if group is None else str(group), validation, test)].add(document)
+        writers[side(_key(document), validation, test)].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()
-
-
-def _table(make: Callable[..., Any], *given: Any) -> Any:
-    """What `make` gives; columns whose values are of several types are an error that names one."""
-    import pyarrow
-
-    try:
-        return make(*given)
-    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PretrainError(f"a column holds several types ({reason}); accepted: one type a column") from error
 
 
 def _same_columns(work: Path) -> None:
@@ -158,32 +155,39 @@ def _same_columns(work: Path) -> None:
     schemas = [pyarrow.parquet.read_schema(path) for path in parts]
     if all(schema.equals(schemas[0]) for schema in schemas[1:]):
         return
-    schema = _table(lambda: pyarrow.unify_schemas(schemas, promote_options="permissive"))
+    schema = one_type(lambda: pyarrow.unify_schemas(schemas, promote_options="permissive")).remove_metadata()
     for path in parts:
         table = pyarrow.parquet.read_table(path)
         for field in schema:
             if field.name not in table.column_names:
                 table = table.append_column(field, pyarrow.nulls(len(table), field.type))
-        whole = _table(table.select(schema.names).cast, schema)
-        pyarrow.parquet.write_table(whole, path, compression="zstd", row_group_size=1024)
+        _write_table(typed(one_type(table.select(schema.names).cast, schema)), path)
 
 
 def _drop_near_heldout(work: Path, threshold: float) -> int:
-    """Remove training documents that are near-duplicates of held-out ones."""
+    """Remove training documents whose text is a near-duplicate of a held-out one's, or whose content is the same."""
     import pyarrow.parquet
 
     from pretrain.corpus.minhash import Index, signature
 
-    index, dropped = Index(threshold), 0
+    index, same, dropped = Index(threshold), set(), 0
     for split in ("validation", "test"):
-        for document in iterate(work / split):
-            index.add(signature(document["text"]))
-    for path in sorted((work / "train").glob("*.parquet")) if index.signatures else ():
-        table = pyarrow.parquet.read_table(path)
-        kept = [not index.has_near(signature(text)) for text in table["text"].to_pylist()]
+        for document in iterate(work / split, CONTENT):
+            if only_text(document):
+                index.add(signature(document["text"]))
+            else:
+                same.add(hashlib.blake2b(content(document), digest_size=16).digest())
+
+    def near(document: Document) -> bool:
+        if only_text(document):
+            return index.has_near(signature(document["text"]))
+        return hashlib.blake2b(content(document), digest_size=16).digest() in same
+
+    for path in sorted((work / "train").glob("*.parquet")) if index.signatures or same else ():
+        kept = [not near(document) for document in _read_part(path, CONTENT)]
         dropped += kept.count(False)
         if not all(kept):
-            pyarrow.parquet.write_table(table.filter(kept), path, compression="zstd", row_group_size=1024)
+            _write_table(pyarrow.parquet.read_table(path).filter(kept), path)
     return dropped
 
 
@@ -226,33 +230,42 @@ def _open(split: Path, cache: Path) -> Dataset:
             datasets.enable_progress_bars()
 
 
-def iterate(split: Path, columns: Sequence[str] = ("text", "domain", "id")) -> Iterator[Document]:
-    """The documents of a split's folder, in order, read a little at a time."""
+def iterate(split: Path, columns: Columns = ("text", "domain", "id")) -> Iterator[Document]:
+    """The documents of a split's folder, in order, read a little at a time: those of `columns` that there are.
+
+    `columns` are names, or choose among all names. Images and audio come as they lie there, `{"bytes", "path"}`.
+    """
+    for path in sorted(split.glob("*.parquet")):
+        yield from _read_part(path, columns)
+
+
+def _read_part(path: Path, columns: Columns) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 
-    for path in sorted(split.glob("*.parquet")):
-        try:
-            with pyarrow.parquet.ParquetFile(path) as file:
-                for batch in file.iter_batches(batch_size=512, columns=list(columns)):
-                    yield from batch.to_pylist()
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            known = file.schema_arrow.names
+            wanted = set(columns(known) if callable(columns) else columns)
+            for number in range(file.num_row_groups):
+                yield from file.read_row_group(number, columns=[n for n in known if n in wanted]).to_pylist()
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
 
 
 def _count(work: Path) -> tuple[dict[str, dict[str, dict[str, int]]], str]:
-    """Documents and bytes by split and domain, and a digest of all texts in their order."""
+    """Documents and bytes by split and domain, and a digest of all payloads in their order."""
     counts: dict[str, dict[str, dict[str, int]]] = {}
-    content = hashlib.sha256()
+    digested = hashlib.sha256()
     for split in SPLITS:
         domains: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
-        for document in iterate(work / split):
-            data = document["text"].encode()
-            content.update(f"{split}\0{document['domain']}\0{len(data)}\0".encode() + data)
+        for document in iterate(work / split, lambda names: [*in_payload(names), "domain"]):
+            data = payload(document)
+            digested.update(f"{split}\0{document['domain']}\0{len(data)}\0".encode() + data)
             domains[document["domain"]]["documents"] += 1
             domains[document["domain"]]["bytes"] += len(data)
         counts[split] = dict(sorted(domains.items()))
-    return counts, content.hexdigest()
+    return counts, digested.hexdigest()
 
 
 class Corpus:
@@ -282,13 +295,21 @@ class Corpus:
             self._cache = tempfile.TemporaryDirectory(prefix="pretrain-corpus-")
         return _open(self.folder / name, Path(self._cache.name))
 
-    def documents(self, name: str) -> Iterator[Document]:
+    @property
+    def columns(self) -> list[str]:
+        """The names of the documents' columns."""
+        import pyarrow.parquet
+
+        parts = sorted(self.folder.glob("*/*.parquet"))
+        return list(pyarrow.parquet.read_schema(parts[0]).names) if parts else []
+
+    def documents(self, name: str, columns: Columns = ("text", "domain", "id")) -> Iterator[Document]:
         """One split's documents, streamed."""
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)
-        return iterate(self.folder / name)
+        return iterate(self.folder / name, columns)
 
-    def sample(self, name: str, limit: int, columns: Sequence[str] = ("text", "domain", "id")) -> list[Document]:
+    def sample(self, name: str, limit: int, columns: Columns = ("text", "domain", "id")) -> list[Document]:
         """At most `limit` of one split's documents, from its whole length alike, so from all sources."""
         if name not in SPLITS:
             raise unknown("split", name, SPLITS)

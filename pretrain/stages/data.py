@@ -36,7 +36,7 @@ SourceField = Annotated[Any, PlainValidator(build_source), PlainSerializer(dump)
 class Data(Stage):
     """Fields of a `data` stage. `near_duplicates`: how alike training documents may be to held-out ones (null: any)."""
 
-    version = 2
+    version = 3
     seeded: ClassVar[bool] = False
     stage: Literal["data"] = "data"
     sources: list[SourceField] = Field(min_length=1)

@@ -19,7 +19,8 @@ class Deduplicate(DataOperation):
     The paper's NearDup: documents are sets of word 5-grams; of documents whose Jaccard similarity (estimated by MinHash
     with 128 permutations) is at least `threshold`, the first is kept. Exact copies go first. A `threshold` of 0 removes
     exact copies only. Examples are copies only if what belongs to their texts is equal too: `label`, `target`,
-    `answer`, `text_b` and the like, not what is about them (`domain`, `url`, …).
+    `answer`, `text_b` and the like, not what is about them (`domain`, `url`, …). Of documents without text exact copies
+    are removed.
     """
 
     threshold: Share = 0.8
@@ -27,8 +28,14 @@ class Deduplicate(DataOperation):
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus without later copies; the order is kept."""
         from pretrain.corpus.minhash import unique
-        from pretrain.corpus.store import belongs, beside
+        from pretrain.corpus.payload import belongs, beside, identity, in_payload
 
-        compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
-        kept = unique(((row["text"], beside(row)) for row in compared), self.threshold or None)
+        if "text" in corpus.column_names:
+            compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
+            kept = unique(((row["text"], beside(row)) for row in compared), self.threshold or None)
+        else:
+            seen: set[bytes] = set()
+            stored = corpus.select_columns(in_payload(corpus.column_names)).with_format("arrow")  # files undecoded
+            keys = (identity(row) for table in stored.iter(256) for row in table.to_pylist())
+            kept = [not (key in seen or seen.add(key)) for key in keys]
         return corpus.select([i for i, keep in enumerate(kept) if keep])

@@ -1,0 +1,151 @@
+"""What a document is made of: its payload, and what is about it.
+
+A document is a dict of typed columns. The payload are the columns that make the example: its content (`text`, `image`,
+`audio`, `series`) and what belongs to it (a label, a target). All other columns are about it, as `domain`, `id` and
+`url` are. Documents with the same payload are copies; sizes and fingerprints are of payloads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pretrain.core.errors import PretrainError
+from pretrain.corpus.sources import Document
+
+if TYPE_CHECKING:
+    import pyarrow
+    from datasets import Features
+
+CONTENT = ("text", "image", "audio", "series")
+# Words in the names of columns that belong to a document's content; any other column is about it.
+BESIDE = {
+    "answer", "answers", "b", "category", "choices", "chosen", "class", "completion", "context", "hypothesis",
+    "instruction", "label", "labels", "messages", "negative", "negatives", "options", "output", "pair",
+    "positive", "positives", "premise", "prompt", "query", "question", "rejected", "response", "second",
+    "summary", "tag", "tags", "target", "targets",
+}  # fmt: skip
+
+
+def belongs(column: str) -> bool:
+    """Whether a column is part of an example, as its label is, and not just about its content, as a `url` is."""
+    return bool(BESIDE.intersection(re.split(r"[^a-z]+", column.lower())))
+
+
+def beside(document: Document) -> str:
+    """All that belongs to a document's content, written out; nothing for a plain one."""
+    found = sorted((name, value) for name, value in document.items() if value is not None and belongs(name))
+    return repr(found) if found else ""
+
+
+def in_payload(columns: Iterable[str]) -> list[str]:
+    """The columns that make the payload."""
+    return [name for name in columns if name in CONTENT or belongs(name)]
+
+
+def only_text(document: Document) -> bool:
+    """Whether text is all the content that a document has."""
+    return [name for name in CONTENT if document.get(name) is not None] == ["text"]
+
+
+def content(document: Document) -> bytes:
+    """The content alone, without what belongs to it: of a document of text alone its UTF-8 bytes."""
+    parts = {name: _bytes(name, document[name]) for name in CONTENT if document.get(name) is not None}
+    if not parts:
+        accepted = ", ".join(CONTENT)
+        raise PretrainError(f"document {document.get('id')!r} has no content; accepted: one of {accepted}")
+    if list(parts) == ["text"]:
+        return parts["text"]
+    return b"".join(f"{name}\0{len(data)}\0".encode() + data for name, data in parts.items())
+
+
+def payload(document: Document) -> bytes:
+    """The whole payload; of a document of text alone its UTF-8 bytes."""
+    other = beside(document)
+    return content(document) + (b"\0" + other.encode("utf-8", "surrogatepass") if other else b"")
+
+
+def identity(document: Document) -> bytes:
+    """16 bytes that copies of a document share."""
+    return hashlib.blake2b(payload(document), digest_size=16).digest()
+
+
+def _bytes(name: str, value: Any) -> bytes:
+    """A column of content as bytes: a file's without its path, a series' values and shape."""
+    if name == "text":
+        return value.encode()
+    if name == "series":
+        values_TC = np.asarray(value, np.float32)
+        return str(values_TC.shape).encode() + values_TC.tobytes()
+    data = value.get("bytes") if isinstance(value, dict) else None
+    if not isinstance(data, bytes):
+        raise PretrainError(f"column {name!r} holds {type(value).__name__}; accepted: {{bytes, path}}, a file's bytes")
+    return data
+
+
+def features_of(columns: Sequence[str], schema: pyarrow.Schema) -> Features:
+    """The columns' types as `datasets` knows them: content by its name, the others as arrow has inferred them."""
+    import datasets
+
+    typed = {
+        "image": datasets.Image(),
+        "audio": datasets.Audio(decode=False),
+        "series": datasets.Sequence(datasets.Sequence(datasets.Value("float32"))),
+    }
+    inferred = datasets.Features.from_arrow_schema(schema)
+    return datasets.Features({name: typed.get(name, inferred[name]) for name in columns})
+
+
+def table_of(documents: Sequence[Document]) -> pyarrow.Table:
+    """Documents as an Arrow table whose schema says the columns' types, null where a document lacks a column."""
+    import pyarrow
+
+    names = list(dict.fromkeys(name for document in documents for name in document))
+    columns = {name: [document.get(name) for document in documents] for name in names}
+    for name in ("image", "audio"):
+        for value in columns.get(name, ()):
+            if value is not None:
+                _bytes(name, value)  # is a file
+    types = {
+        "image": pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+        "audio": pyarrow.struct([("bytes", pyarrow.binary()), ("path", pyarrow.string())]),
+        "series": pyarrow.list_(pyarrow.list_(pyarrow.float32())),
+    }
+    arrays = {
+        name: one_type(pyarrow.array, [_plain(name, value) for value in values], types.get(name))
+        for name, values in columns.items()
+    }
+    return typed(pyarrow.table(arrays))
+
+
+def typed(table: pyarrow.Table) -> pyarrow.Table:
+    """The table with its columns' types noted in its schema, where it has columns that arrow alone cannot tell."""
+    if not {"image", "audio", "series"}.intersection(table.column_names):
+        return table
+    features = features_of(table.column_names, table.schema)
+    return table.replace_schema_metadata(features.arrow_schema.metadata)
+
+
+def one_type(make: Any, *given: Any) -> Any:
+    """What `make` gives; a column whose values are of several types is an error."""
+    import pyarrow
+
+    try:
+        return make(*given)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise PretrainError(f"a column holds several types ({reason}); accepted: one type a column") from error
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A value as arrow takes it."""
+    if name != "series" or value is None:
+        return value
+    values_TC = np.asarray(value, np.float32)
+    if values_TC.ndim != 2:
+        raise PretrainError(f"column 'series' has {values_TC.ndim} dimensions; accepted: 2, time x channels")
+    return list(values_TC)
