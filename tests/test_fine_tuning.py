@@ -310,5 +310,5 @@ def test_what_does_not_fit_is_one_clear_error(tmp_path, tiny, context, prepared)
         method_class("seq2seq")(prompt="nothing")
     with pytest.raises(PretrainError, match="accepted: one that learns from labels"):
         method_class("task")(objective="causal_lm")
-    with pytest.raises(PretrainError, match="learns from labelled documents, not from packed rows"):
+    with pytest.raises(PretrainError, match="reads examples, not packed rows"):
         method_class("classification")().prepare([object()], context)

@@ -10,7 +10,8 @@ from conftest import TINY
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.features import Framing, evaluating, features, middle
+from pretrain.core.models.features import Framing, evaluating, middle
+from pretrain.core.models.features import text_features as features
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation.probes import probe as module
@@ -82,7 +83,7 @@ def labelled(monkeypatch):
     def make(features_NE, labels):
         documents = [{"text": f"document {i}", "kind": label} for i, label in enumerate(labels)]
         monkeypatch.setattr(
-            "pretrain.core.models.features.features", lambda *a, **k: np.asarray(features_NE, np.float32)
+            "pretrain.core.models.features.text_features", lambda *a, **k: np.asarray(features_NE, np.float32)
         )
         return documents
 
@@ -99,7 +100,7 @@ def test_the_nearest_mean_and_linear_classifiers_are_scikit_learn_s(tiny, prepar
     label = rng.integers(0, 3, 200)
     features_NE = rng.normal(size=(200, 5)) + label[:, None] * 0.6 * np.array([1, 0, 0, 1, 0])
     documents = labelled(features_NE, [f"c{i}" for i in label])
-    fit = np.array([to_fit(d["text"]) for d in documents])
+    fit = np.array([to_fit(d) for d in documents])
     tokenizer, model = load_tokenizer(prepared / "tokenizer"), tiny(vocab_size=512)
     scaler = StandardScaler().fit(features_NE[fit].astype(np.float32))
     answers = {
@@ -122,10 +123,10 @@ def test_halves_depend_on_the_text_alone_and_on_no_hash_of_the_corpus():
     from pretrain.corpus.store import side
 
     texts = [f"text {i}" for i in range(2000)]
-    assert 900 < sum(map(to_fit, texts)) < 1100
+    assert 900 < sum(to_fit({"text": text}) for text in texts) < 1100
     held_out = [t for t in texts if side(t, 0.0, 0.1) == "test"]
-    assert 0.35 < np.mean([to_fit(t) for t in held_out]) < 0.65
-    assert to_fit("\ud800") in (True, False)
+    assert 0.35 < np.mean([to_fit({"text": t}) for t in held_out]) < 0.65
+    assert to_fit({"text": "\ud800"}) in (True, False)
 
 
 @pytest.mark.parametrize("family", ["bert", "llama", "t5"])
@@ -148,8 +149,8 @@ def test_a_label_that_cannot_be_probed_is_refused(tiny, prepared):
         Probe()(model, tokenizer, alike)
     with pytest.raises(PretrainError, match="layer 3: accepted: -3 to 2, for 2 blocks"):
         Probe(label="odd", layer=3)(model, tokenizer, documents)
-    with pytest.raises(PretrainError, match="length 0: accepted: 1 or more"):
-        Probe(length=0)
+    with pytest.raises(PretrainError, match="length -1: accepted: 0 or more"):
+        Probe(length=-1)
 
 
 def test_special_tokens_in_a_text_are_text(prepared):

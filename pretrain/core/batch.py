@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pretrain.core.errors import PretrainError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
@@ -47,7 +49,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Example:
-    """A whole document with all its columns: what an objective on labelled documents is given in place of a row."""
+    """A whole document with all its columns: what an objective that reads examples is given in place of a row."""
 
     columns: dict[str, Any]
     domain: int
@@ -74,7 +76,12 @@ class Vocabulary:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-        """Read from any `transformers` tokenizer."""
+        """Read from any `transformers` tokenizer, or the one that a processor holds."""
+        if not hasattr(tokenizer, "get_vocab"):
+            held = getattr(tokenizer, "tokenizer", None)
+            if held is None:
+                raise PretrainError(f"{type(tokenizer).__name__} has no tokenizer; accepted: a tokenizer, for text")
+            tokenizer = held
         known = tokenizer.get_vocab()
         tokens: list[str] = [""] * len(tokenizer)
         for token, index in known.items():
@@ -116,6 +123,9 @@ class Vocabulary:
         return np.array([not t.startswith("##") for t in self.tokens], dtype=bool)
 
 
+NO_VOCABULARY = Vocabulary(size=0, pad=0)  # of a model that reads no text
+
+
 class Pool(Protocol):
     """The training examples (`corpus.examples.Examples`)."""
 
@@ -136,7 +146,9 @@ class Context:
     length: int  # L: the row length the model is trained at
     rng: np.random.Generator  # a function of (seed, step, rank, micro-batch): the same batch again on resume
     progress: float = 0.0  # how much of the budget is spent, 0 to 1
-    encoder: Encoder | None = None  # where the rows are examples: what makes tokens of their text
+    encoder: Encoder | None = None  # where the rows are examples: what makes tokens of their text, if they have any
+    processor: Any = None  # and what makes a model's inputs of their columns (`core.processors`)
+    config: Any = None  # and the configuration of the model that they are for
     labels: tuple[str, ...] = ()  # and the names of the classes, in the order of their numbers
     pool: Pool | None = None  # and the training examples, for an objective that shows some beside each
     predicting: bool = False  # whether the batch is for `predict`

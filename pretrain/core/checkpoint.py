@@ -1,11 +1,11 @@
 """Checkpoints: a folder in Hugging Face format, plus `pretrain.json`.
 
-`config.json`, `model.safetensors`, the tokenizer's files: plain `from_pretrained` opens it. `pretrain.json` adds the
-lineage (what was done, tokens, FLOPs, metrics), the weights' checksums, and, where a surgery put in modules that plain
-`transformers` cannot build, the record from which `load` rebuilds them. Such a checkpoint carries a `model_type` that
-`transformers` refuses and keeps its weights in a file that `transformers` does not look for, so that neither
-`AutoModel` nor a model class of its own opens it to silently wrong weights. What was trained beside frozen weights lies
-in the folder `adapter` once more, in `peft`'s format, where that can express it.
+`config.json`, `model.safetensors`, the processor's files (a tokenizer's, an image processor's): plain `from_pretrained`
+opens it. `pretrain.json` adds the lineage (what was done, tokens, FLOPs, metrics), the weights' checksums, and, where a
+surgery put in modules that plain `transformers` cannot build, the record from which `load` rebuilds them. Such a
+checkpoint carries a `model_type` that `transformers` refuses and keeps its weights in a file that `transformers` does
+not look for, so that neither `AutoModel` nor a model class of its own opens it to silently wrong weights. What was
+trained beside frozen weights lies in the folder `adapter` once more, in `peft`'s format, where that can express it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.core.bounds import hints
@@ -33,6 +33,7 @@ from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import is_narrow
+from pretrain.core.processors import Processor, load_processor, quiet
 from pretrain.core.weights import align
 
 transformers.utils.logging.disable_progress_bar()
@@ -94,7 +95,7 @@ def recorded(entry: dict[str, Any]) -> Any:
 
 def save(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
+    processor: Processor | None,
     folder: Path | str,
     lineage: dict[str, Any] | None = None,
 ) -> None:
@@ -108,7 +109,7 @@ def save(
             raise PretrainError(f"checkpoint {folder} is not written: {name} holds NaN or infinity")
     try:
         with atomic_folder(folder) as work:
-            _write(model, tokenizer, work, lineage or {})
+            _write(model, processor, work, lineage or {})
     except Exception as error:
         if (
             isinstance(error, OSError | SafetensorError) or type(error) is Exception
@@ -117,12 +118,10 @@ def save(
         raise
 
 
-def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, work: Path, lineage: dict[str, Any]
-) -> None:
+def _write(model: PreTrainedModel, processor: Processor | None, work: Path, lineage: dict[str, Any]) -> None:
     model.save_pretrained(work, max_shard_size="5GB")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(work)
+    if processor is not None:
+        processor.save_pretrained(work)
     surgery = surgery_of(model)
     held: dict[str, Any] = {}
     if is_narrow(model):  # what opens it in one type shall take the one that it was trained in
@@ -183,8 +182,10 @@ def load_config(folder: Path | str) -> Any:
 
 def load(
     folder: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
-    """Open a checkpoint, ours or from elsewhere: the model (in evaluation mode) and its tokenizer, if it has one.
+) -> tuple[PreTrainedModel, Any]:
+    """Open a checkpoint, ours or from elsewhere: the model (in evaluation mode) and its processor, None if it has none.
+
+    The processor of a model of text is its tokenizer; `core.processors.tokenizer_in` finds the one that another holds.
 
     `dtype` is that of the weights, by default the one they are stored in; they lie in aligned memory, as those of a
     model just built. Raises `PretrainError` for a missing,
@@ -205,7 +206,7 @@ def load(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     else:
         model = _load_plain(model_class, folder, config, dtype)
-    return align(model.to(device or "cpu")).eval(), _load_tokenizer(folder)  # type: ignore[arg-type]
+    return align(model.to(device or "cpu")).eval(), load_processor(folder)  # type: ignore[arg-type]
 
 
 def _model_class(folder: Path, config: Any) -> Any:
@@ -221,22 +222,11 @@ def _model_class(folder: Path, config: Any) -> Any:
     return found
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the table that transformers prints of weights that do not fit: the error says it in one line."""
-    before = transformers.utils.logging.get_verbosity()
-    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        transformers.utils.logging.set_verbosity(before)
-
-
 def _load_plain(model_class: Any, folder: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
     if (folder / "generation_config.json").exists():
         _read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
     try:
-        with _quiet():
+        with quiet():
             model, report = model_class.from_pretrained(
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True,
                 local_files_only=True, ignore_mismatched_sizes=True,
@@ -332,21 +322,6 @@ def _check(files: list[Path], checksums: dict[str, str] | None) -> None:
     for path in files:
         if path.name not in checksums or file_digest(path) != checksums[path.name]:
             raise PretrainError(f"{path} is damaged or was replaced: its checksum is not the one in {RECORD}")
-
-
-def _load_tokenizer(folder: Path) -> PreTrainedTokenizerBase | None:
-    names = ("tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model")
-    present = [folder / name for name in names if (folder / name).exists()]
-    if not present:
-        return None
-    try:
-        with _quiet():
-            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # tokenizers raises plain `Exception`
-        for path in present:
-            if path.suffix == ".json":
-                read_json(path)  # names the file when it is the one that is damaged
-        raise PretrainError(f"{folder}: the tokenizer cannot be loaded: {_one_line(error)}") from error
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -1,9 +1,9 @@
-"""A split's documents as examples, each whole and with all its columns: for objectives that learn from labels."""
+"""A split's documents as examples, each whole and with all its columns: for objectives that read examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,10 +11,13 @@ from numpy.typing import NDArray
 from pretrain.core.batch import Example
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.processors import Processor, tokenizer_in
 from pretrain.corpus.store import Corpus
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+
+def _rows(split: Any) -> Iterator[dict[str, Any]]:
+    for table in split.iter(256):
+        yield from table.to_pylist()
 
 
 class Examples:
@@ -23,9 +26,7 @@ class Examples:
     `columns` must be there, with a value in each document; an error names the first that is not.
     """
 
-    def __init__(
-        self, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, corpus: Corpus, split: str, processor: Processor, columns: Sequence[str] = ()) -> None:
         self.folder, self.split = corpus.folder, corpus.split(split)
         self.info = {"corpus": corpus.info["fingerprint"]}
         self.domain_names = corpus.domains
@@ -35,13 +36,15 @@ class Examples:
                 raise PretrainError(
                     f"{corpus.folder}: no column {name!r}{nearest(name, known)}; accepted: {', '.join(known)}"
                 )
-            empty = next((i for i, value in enumerate(self.split[name]) if value is None), None)
+            stored = self.split.select_columns([name]).with_format("arrow")  # files undecoded
+            empty = next((i for i, row in enumerate(_rows(stored)) if row[name] is None), None)
             if empty is not None:
                 raise PretrainError(f"{corpus.folder}: {split} document {empty} has no {name!r}; accepted: one in each")
         numbers = {name: number for number, name in enumerate(self.domain_names)}
         self.domain_R = np.array([numbers[name] for name in self.split["domain"]], np.uint16)
         self._members: dict[str, dict[str, list[int]]] = {}
-        self.given: dict[str, Any] = {"encoder": Encoder(tokenizer)}
+        tokenizer = tokenizer_in(processor)
+        self.given: dict[str, Any] = {"processor": processor, "encoder": tokenizer and Encoder(tokenizer)}
 
     def __len__(self) -> int:
         return len(self.split)

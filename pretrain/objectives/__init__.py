@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pretrain.core.method import Method
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from pretrain.core.batch import Batch, Context, Row
+    from pretrain.core.batch import Batch, Context
 
 
 class Loss(NamedTuple):
@@ -59,10 +59,11 @@ def share(name: str, shares: Mapping[str, float]) -> float:
 
 
 class Objective(Method):
-    """Base of the objectives. `task` is the kind of model it trains: causal, masked or seq2seq.
+    """Base of the objectives. `task` is the kind of model it trains: causal, masked, seq2seq, base, pretraining.
 
-    `labelled` ones learn from labelled documents instead of rows of text. While training, a causal model is evaluated
-    by the likelihood of held-out text, unless `own_evaluation` asks for the objective's own loss, as others are.
+    `reads` says what `prepare` is given: `rows` of packed text, or `examples`, whole documents that have all of
+    `columns`. While training, a causal model is evaluated by the likelihood of held-out text, unless `own_evaluation`
+    asks for the objective's own loss, as others are.
 
     `divisible`: the loss is a sum over rows, so that micro-batches and processes add up to the whole batch's gradient.
     One that is not (each row is compared with all others of its batch) is refused where a step is more than one batch.
@@ -72,17 +73,22 @@ class Objective(Method):
 
     kind: ClassVar[str] = "objective"
     task: ClassVar[str] = "causal"
-    labelled: ClassVar[bool] = False
+    reads: ClassVar[Literal["rows", "examples"]] = "rows"
     own_evaluation: ClassVar[bool] = False
     divisible: ClassVar[bool] = True
     token_weights: ClassVar[bool] = False
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that each example must have; empty: those that the processor reads."""
+        return ()
 
     def raw_length(self, length: int) -> int:
         """How many tokens of text make a row of `length` once prepared (span corruption takes more than it shows)."""
         return length
 
-    def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
-        """Turn rows of text into the tensors that `loss` needs, `weight` (the number of targets) among them.
+    def prepare(self, rows: Sequence[Any], context: Context) -> Batch:
+        """Turn rows or examples into the tensors that `loss` needs, `weight` (the number of targets) among them.
 
         Where terms of the loss are means over other things, `weight_<term>` says how many of those there are.
         """

@@ -24,7 +24,7 @@ STEP = 16  # rows are padded to a multiple of it: few shapes, and the work of ea
 def examples_of(rows: Sequence[Row] | Sequence[Example], name: str) -> list[Example]:
     """The rows, which must be examples."""
     if not all(isinstance(row, Example) for row in rows):
-        raise PretrainError(f"{name} learns from labelled documents, not from packed rows: give it `Examples`")
+        raise PretrainError(f"{name} reads examples, not packed rows: give it `Examples`")
     return list(rows)  # type: ignore[arg-type]
 
 
@@ -38,7 +38,8 @@ def framed(context: Context, first: Sequence[str], second: Sequence[str] | None 
 
     What is too long loses the end of the longer of its two texts.
     """
-    assert context.encoder is not None, "examples come with an encoder"
+    if context.encoder is None:
+        raise PretrainError("documents of text need a tokenizer: accepted: a tokenizer, or a processor that holds one")
     begin = [] if context.vocabulary.begin is None else [context.vocabulary.begin]
     end = [] if context.vocabulary.eos is None else [context.vocabulary.eos]
     others = context.encoder.ids(second) if second is not None else [None] * len(first)

@@ -74,6 +74,7 @@ class Stage(BaseModel):
     accepts: ClassVar[dict[str, tuple[str, ...]]] = {  # which stages a field may name, where its name tells it
         "corpus": ("data",),
         "tokenizer": ("tokenizer", "train", "surgery"),
+        "processor": ("processor", "tokenizer", "train", "surgery"),
         "checkpoint": ("train", "surgery"),
         "init": ("train", "surgery"),
         "models": ("train", "surgery"),

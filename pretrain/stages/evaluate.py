@@ -44,7 +44,7 @@ class Evaluate(Stage):
 
         folder = checkpoint_of(job.inputs["checkpoint"])
         model, tokenizer = load_both(folder)
-        documents = self._documents(corpus_of(job.inputs["corpus"]))
+        documents = self._documents(corpus_of(job.inputs["corpus"]), tokenizer)
         length = lineage(folder).get("length")
         result, flops = count_flops(
             lambda: evaluate(model, tokenizer, documents, self.evaluations, compressors=self.compressors, length=length)
@@ -60,11 +60,20 @@ class Evaluate(Stage):
         by_domain = {f"{k}/{domain}": v for domain, some in result["domains"].items() for k, v in some.items()}
         return {"metrics": by_domain | metrics, "flops": flops}
 
-    def _documents(self, folder: Path) -> list[dict[str, Any]]:
+    def _documents(self, folder: Path, processor: Any) -> list[dict[str, Any]]:
         """At most `max_documents` of the split, from all sources alike, with the columns that are needed."""
+        from pretrain.core.errors import PretrainError
+        from pretrain.core.processors import columns_of
         from pretrain.corpus.store import Corpus
 
-        return Corpus(folder).sample(self.split, self.max_documents, columns(self.evaluations))
+        corpus, read = Corpus(folder), columns_of(processor)
+        missing = next((name for name in read if name not in corpus.columns), None)
+        if missing is not None:
+            raise PretrainError(
+                f"corpus {self.corpus} has no column {missing!r}, which a {type(processor).__name__} reads; accepted: "
+                f"another corpus, or another checkpoint; its columns: {', '.join(corpus.columns)}"
+            )
+        return corpus.sample(self.split, self.max_documents, (*read, *columns(self.evaluations)))
 
 
 def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:
@@ -73,7 +82,7 @@ def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:
 
 
 def load_both(folder: Path) -> tuple[Any, Any]:
-    """A checkpoint's model, on the device that there is, and its tokenizer, which must be there."""
+    """A checkpoint's model, on the device that there is, and its processor, which must be there."""
     from pretrain.core import checkpoint
     from pretrain.core.errors import PretrainError
     from pretrain.core.hardware import pick_device
@@ -104,6 +113,7 @@ def evaluate(
 
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")
+    texts = [document for document in documents if document.get("text") is not None]
     metrics: dict[str, float] = {}
     domains: dict[str, dict[str, float]] = {}
     intervals: dict[str, list[float]] = {}
@@ -119,7 +129,7 @@ def evaluate(
         "metrics": metrics,
         "domains": domains,
         "intervals": intervals,
-        "compressors": compressed_bits(documents) if compressors else {},
+        "compressors": compressed_bits(texts) if compressors and texts else {},
         "documents": len(documents),
         "methods": [method.name for method in methods],
     }

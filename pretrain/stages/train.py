@@ -20,15 +20,10 @@ from pretrain.stages import (
     build_dataclass,
     build_method,
     checkpoint_of,
-    corpus_of,
     dump,
-    tokenizer_of,
-    tokens_of,
 )
 from pretrain.training.budget import Budget
 from pretrain.training.compatible import check_together
-
-USED = ("train", "validation")  # the splits that training opens
 
 
 class Weighted(BaseModel):
@@ -68,8 +63,9 @@ class Train(Stage):
 
     `init` is a checkpoint to go on from; without it `model` is built anew: `{family: llama, hidden_size: 256, …}`, the
     fields of the family's `transformers` configuration. `surgeries` change it before training. The tokenizer is that of
-    the checkpoint unless `tokenizer` says otherwise. A step takes `batch_rows` rows of `length` tokens, `micro_rows` at
-    a time (0: all). A step whose loss or gradient is not finite changes nothing; `max_skips` of them in a row end the
+    the checkpoint unless `tokenizer` says otherwise, or `processor`, for other inputs than text. A step takes
+    `batch_rows` rows of `length` tokens, or so many examples of at most `length` tokens or samples, `micro_rows` at a
+    time (0: all). A step whose loss or gradient is not finite changes nothing; `max_skips` of them in a row end the
     training.
     """
 
@@ -79,10 +75,11 @@ class Train(Stage):
     stage: Literal["train"] = "train"
     corpus: Ref
     tokenizer: Ref | None = None
+    processor: Ref | None = None
     init: Ref | None = None
     model: dict[str, Any] = {}
     surgeries: list[SurgeryField] = []
-    task: Literal["auto", "causal", "masked", "seq2seq", "base"] = "auto"
+    task: str = "auto"  # causal, masked, seq2seq, base, pretraining, or an AutoModelFor… of transformers
     length: int = Field(512, ge=2)
     batch_rows: int = Field(16, ge=1)
     micro_rows: int = Field(0, ge=0)
@@ -112,15 +109,21 @@ class Train(Stage):
             raise ValueError("accepted: exactly one of init (a checkpoint) and model (a family and its fields)")
         if self.model and "family" not in self.model:
             raise ValueError(f"model {self.model}: accepted: {{family: llama, …}}")
-        if self.init is None and self.tokenizer is None:
-            raise ValueError("a new model needs a tokenizer; accepted: tokenizer: NAME of a stage, or a folder")
-        if self.model:
-            from pretrain.core.models.families import new_config
+        if self.init is None and self.tokenizer is None and self.processor is None:
+            raise ValueError(
+                "a new model needs a tokenizer or a processor; accepted: tokenizer: NAME of a stage, or a folder"
+            )
+        if self.tokenizer is not None and self.processor is not None:
+            raise ValueError("accepted: one of tokenizer and processor")
+        from pretrain.core.models.families import check_task, new_config
 
-            new_config(self.model["family"], self._fields())
+        if self.task != "auto":
+            check_task(self.task)
+        if self.model:
+            new_config(self.model["family"], self.fields())
         return self
 
-    def _fields(self) -> dict[str, Any]:
+    def fields(self) -> dict[str, Any]:
         """The new model's fields, without the name of its family."""
         return {k: v for k, v in self.model.items() if k != "family"}
 
@@ -130,9 +133,9 @@ class Train(Stage):
 
     @model_validator(mode="after")
     def _one_kind(self) -> Train:
-        if any(w.method.labelled for w in self.weighted()) and not self._on_examples():
-            names = ", ".join(w.method.name for w in self.weighted())
-            raise ValueError(f"objectives {names}: accepted: all on labelled documents, or all on text")
+        if len({w.method.reads for w in self.weighted()}) > 1:
+            names = ", ".join(f"{w.method.name} ({w.method.reads})" for w in self.weighted())
+            raise ValueError(f"objectives {names}: accepted: all on rows of text, or all on examples")
         return self
 
     @model_validator(mode="after")
@@ -143,6 +146,10 @@ class Train(Stage):
         except PretrainError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def _reads(self) -> str:
+        """What the objectives read."""
+        return self.weighted()[0].method.reads
 
     def _plain(self) -> bool:
         """Whether the loss is the text's likelihood, so that it can be told in bits a byte."""
@@ -156,27 +163,24 @@ class Train(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         """Train, then write the checkpoint."""
         from pretrain.core import checkpoint
-        from pretrain.core.batch import Vocabulary
         from pretrain.core.hardware import pick_device
         from pretrain.core.models.storage import narrow
+        from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
         from pretrain.training.loader import Loader
         from pretrain.training.loop import Settings, train
 
         world = join(pick_device())
-        model, tokenizer = self._model_and_tokenizer(job)
-        model, inputs, surgery_flops = operate(self.surgeries, model, Inputs(tokenizer=tokenizer, seed=job.seed))
-        tokenizer = inputs.tokenizer
-        self._check_rows(model, tokenizer)
-        weighted, vocabulary = self.weighted(), Vocabulary.of(tokenizer)
-        if self._on_examples():
-            model, shards = self._examples(job, model, tokenizer, vocabulary)
+        model, processor = data.open_model(self, job)
+        model, inputs, surgery_flops = operate(self.surgeries, model, Inputs(tokenizer=processor, seed=job.seed))
+        processor = inputs.tokenizer
+        data.check_entries(self, model, processor)
+        weighted, vocabulary = self.weighted(), data.vocabulary_of(processor)
+        if self._reads() == "examples":
+            model, shards = data.open_examples(self, job, model, processor)
         else:
-            if world.main:
-                tokens_of(job, tokenizer, splits=USED, verify=True)
-            world.wait()
-            shards = tokens_of(job, tokenizer, splits=USED, verify=False)
+            shards = data.open_rows(self, job, processor, world)
         loader = Loader(
             shards["train"], [w.method for w in weighted], vocabulary, length=self.length, batch_rows=self.batch_rows,
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
@@ -193,7 +197,7 @@ class Train(Stage):
                 max_skips=self.max_skips, bar=job.bar,
             ),
             job.folder, weights=[w.weight for w in weighted], policies=self.policies,
-            evaluate=self._evaluation(shards["validation"], vocabulary),
+            evaluate=data.evaluation(self, shards["validation"], vocabulary),
             targets_per_byte=shards["train"].targets_per_byte() if self._plain() else None,
         )  # fmt: skip
         spent = training.spent | ({"skipped_steps": training.guard.skipped} if training.guard.skipped else {})
@@ -205,105 +209,15 @@ class Train(Stage):
             lineage |= {"data": shards["train"].info["corpus"], "metrics": training.metrics} | spent
             lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
             lineage["length"] = self.length
-            checkpoint.save(training.model, tokenizer, job.folder / "checkpoint", lineage)
+            checkpoint.save(training.model, processor, job.folder / "checkpoint", lineage)
             for objective, modules in zip(training.trainee.objectives, training.trainee.beside, strict=True):
                 for name, other in objective.export(modules).items():
-                    checkpoint.save(other, tokenizer, job.folder / name / "checkpoint", lineage)
+                    checkpoint.save(other, processor, job.folder / name / "checkpoint", lineage)
         bits = training.metrics.get("bits_per_byte")
         job.say(
             f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs" + (f", {bits:.3f} bits per byte" if bits else "")
         )
         return own
-
-    def _evaluation(self, held_out: Any, vocabulary: Any) -> Any:
-        """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""
-        from pretrain.evaluation.likelihood._shards import shard_loss
-        from pretrain.evaluation.tasks._objective import objective_loss
-        from pretrain.training.loader import Loader
-
-        objective = self.weighted()[0].method
-        if not len(held_out):
-            return None
-        if objective.task == "causal" and not objective.own_evaluation:
-            return lambda trainee: shard_loss(
-                trainee.model, held_out, length=self.length, max_tokens=self.evaluate_tokens
-            )
-        rows = self.micro_rows or self.batch_rows
-        loader = Loader(held_out, [objective], vocabulary, length=self.length, batch_rows=rows)
-
-        def measure(trainee: Any) -> dict[str, float]:
-            found = objective_loss(trainee.model, trainee.beside[0], objective, loader, self.evaluate_tokens)
-            return found | (self._answers(trainee.model, held_out, vocabulary) if self._on_examples() else {})
-
-        return measure
-
-    def _answers(self, model: Any, held_out: Any, vocabulary: Any) -> dict[str, float]:
-        """The fine-tuning objective's metrics on as many held-out documents as `evaluate_tokens` may hold."""
-        import numpy as np
-
-        from pretrain.core.batch import Context
-        from pretrain.corpus.sources import evenly
-
-        objective: Any = self.weighted()[0].method
-        most = max(1, self.evaluate_tokens // self.length)
-        examples = [held_out.row(held_out, number) for number in evenly(range(len(held_out)), most)]
-        context = Context(vocabulary, self.length, np.random.default_rng(0), **held_out.given)
-        said = objective.predictions(model, examples, context)
-        return objective.metrics(said, objective.expected(examples, context))
-
-    def _model_and_tokenizer(self, job: Job) -> tuple[Any, Any]:
-        import torch
-
-        from pretrain.core import checkpoint
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.models.families import new_model
-        from pretrain.corpus.tokenizers import load_tokenizer
-
-        tokenizer = None
-        if "tokenizer" in job.inputs:
-            tokenizer = load_tokenizer(tokenizer_of(job.inputs["tokenizer"]))
-        if self.init is not None:
-            # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates. Those that
-            # surgeries freeze go back to their own type before training.
-            model, own = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
-            tokenizer = tokenizer or own
-            if tokenizer is None:
-                raise PretrainError(f"stage {self.name!r}: {self.init} has no tokenizer; accepted: a tokenizer field")
-            return model, tokenizer
-        task = self.task if self.task != "auto" else self.weighted()[0].method.task
-        return new_model(
-            self.model["family"], self._fields(), task=task, vocabulary=Vocabulary.of(tokenizer), seed=job.seed
-        ), tokenizer
-
-    def _check_rows(self, model: Any, tokenizer: Any) -> None:
-        """Each of the tokenizer's entries must have an embedding."""
-
-        entries, rows = len(tokenizer), len(model.get_input_embeddings().weight)
-        if entries > rows:
-            raise PretrainError(
-                f"stage {self.name!r}: the tokenizer has {entries} entries, the model embeddings of {rows}; accepted: "
-                "the checkpoint's own tokenizer, or one that the surgery vocabulary_expansion has put in"
-            )
-
-    def _on_examples(self) -> bool:
-        """Whether the objective learns from labelled documents instead of rows of text."""
-        return all(w.method.labelled for w in self.weighted())
-
-    def _examples(self, job: Job, model: Any, tokenizer: Any, vocabulary: Any) -> tuple[Any, dict[str, Any]]:
-        """The model with the objective's head, and the corpus as examples by split."""
-        from pretrain.core.models.heads import labels_of
-        from pretrain.corpus.examples import Examples
-        from pretrain.corpus.store import Corpus
-
-        objectives: list[Any] = [w.method for w in self.weighted()]
-        objective, corpus = objectives[0], Corpus(corpus_of(job.inputs["corpus"]))
-        columns = [name for one in objectives for name in one.columns]
-        found = {split: Examples(corpus, split, tokenizer, columns) for split in USED}
-        labels = objective.labels(found["train"].split[objective.columns[-1]])
-        model = objective.ready(model, labels, vocabulary, job.seed)
-        for examples in found.values():
-            examples.given |= {"labels": labels_of(model), "pool": found["train"]}
-        return model, found
 
     def estimate(self, inputs: dict[str, Any]) -> Estimate:
         """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""
@@ -332,8 +246,8 @@ class Train(Stage):
                 except PretrainError:
                     return None
             else:
-                fields = self._fields()
-                if (inputs["tokenizer"] / "tokenizer").is_dir():
+                fields = self.fields()
+                if self.tokenizer and (inputs["tokenizer"] / "tokenizer").is_dir():
                     fields = {"vocab_size": len(load_tokenizer(inputs["tokenizer"] / "tokenizer"))} | fields
                 model = new_model(self.model["family"], fields, task="base")
         return sum(p.numel() for p in model.parameters())

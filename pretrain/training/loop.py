@@ -127,9 +127,9 @@ def _start(
     if settings.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if settings.compile:
-        for block in families.blocks(model):
+        for block in families.repeated_blocks(model):
             block.compile()
-    wrapped = wrap(trainee, families.blocks(model) if world.size > 1 else [], world, settings.strategy)
+    wrapped = wrap(trainee, families.repeated_blocks(model) if world.size > 1 else [], world, settings.strategy)
     built = optimizer.build(trainee.named_parameters())
     for group in built.param_groups:
         group["peak_lr"] = group["lr"]

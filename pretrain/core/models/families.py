@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
@@ -75,7 +76,10 @@ FAMILIES = (
     ),
 )  # fmt: skip
 _MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  # of an encoder-decoder
-TASKS = {"causal": "CausalLM", "masked": "MaskedLM", "seq2seq": "Seq2SeqLM", "base": ""}
+TASKS = {  # besides them any `AutoModelFor…` of transformers is a task
+    "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
+    "base": "AutoModel", "pretraining": "AutoModelForPreTraining",
+}  # fmt: skip
 
 
 def family(model: nn.Module) -> Family:
@@ -85,6 +89,19 @@ def family(model: nn.Module) -> Family:
         if model_type in entry.types:
             return entry
     raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types])
+
+
+def in_table(model: nn.Module) -> bool:
+    """Whether a family of `FAMILIES` describes the model."""
+    return model.config.model_type in {name for entry in FAMILIES for name in entry.types}  # type: ignore[union-attr]
+
+
+def is_causal(model: nn.Module) -> bool:
+    """Whether a position sees only those before it, of any model."""
+    if in_table(model):
+        return family(model).causal
+    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
+    return named or bool(getattr(model.config, "is_decoder", False))
 
 
 def at(module: nn.Module, path: str) -> Any:
@@ -112,6 +129,24 @@ def blocks(model: nn.Module, side: str = "encoder") -> list[nn.Module]:
     entry = family(model)
     path = entry.decoder_blocks if side == "decoder" and entry.decoder_blocks else entry.blocks
     return list(at(base(model), path))
+
+
+def repeated_blocks(model: nn.Module) -> list[nn.Module]:
+    """What is compiled and sharded one by one: the family's blocks, or what the model's class says not to split.
+
+    Where the class says nothing they are its layers whose activations can be recomputed; a model without any of them is
+    one piece, and the list is empty.
+    """
+    if in_table(model):
+        return blocks(model)
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    found = [m for m in model.modules() if type(m).__name__ in names or (not names and _recomputable(m))]
+    inner = {id(part) for module in found for part in module.modules() if part is not module}
+    return [module for module in found if id(module) not in inner]
+
+
+def _recomputable(module: nn.Module) -> bool:
+    return isinstance(module, GradientCheckpointingLayer)
 
 
 def linears(model: nn.Module, where: str = "all") -> dict[str, nn.Module]:
@@ -301,32 +336,56 @@ def new_model(
 ) -> PreTrainedModel:
     """A model with random weights. `vocabulary` (`core.batch.Vocabulary`) sets the size and the special ids.
 
-    `task` is "causal", "masked", "seq2seq", or "base" for a model without a head. Raises `PretrainError` for an unknown
-    type, field or task, and for a model that cannot be built.
+    `task` is "causal", "masked", "seq2seq", "pretraining", "base" for a model without a head, or the name of an
+    `AutoModelFor…` of transformers. Raises `PretrainError` for an unknown type, field or task, and for a model that
+    cannot be built.
     """
-    if task not in TASKS:
-        raise unknown("task", task, TASKS)
+    check_task(task)
     if vocabulary is not None and model_type in CONFIG_MAPPING:
         ids = {
             "pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos,
-            "cls_token_id": vocabulary.bos, "sep_token_id": vocabulary.eos,
+            "cls_token_id": vocabulary.bos, "sep_token_id": vocabulary.eos, "mask_token_id": vocabulary.mask,
+            "vocab_size": vocabulary.size,
         }  # fmt: skip
         known = _config_fields(model_type)
-        fields = {"vocab_size": vocabulary.size} | {k: v for k, v in ids.items() if k in known} | fields
+        fields = {k: v for k, v in ids.items() if k in known} | fields
     config = new_config(model_type, fields)
-    able = [t for t in TASKS if type(config) in _auto(t)._model_mapping]
-    if task not in able:
-        raise PretrainError(f"model family {model_type!r} has no model for task {task!r}; accepted: {', '.join(able)}")
+    made = model_for(config, task)
+    if made is None:
+        able = ", ".join(t for t in TASKS if model_for(config, t) is not None)
+        raise PretrainError(f"model family {model_type!r} has no model for task {task!r}; accepted: {able}")
     if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return _auto(task).from_config(config)
+            return made._from_config(config)
         except Exception as error:  # whatever a model's constructor makes of a value that does not suit it
             reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
             raise PretrainError(f"model family {model_type!r} as {task} model: {reason}") from error
 
 
-def _auto(task: str) -> Any:
-    return getattr(transformers, f"AutoModelFor{TASKS[task]}" if TASKS[task] else "AutoModel")
+def check_task(task: str) -> None:
+    """Refuse a task that there is not."""
+    others = [name for name in dir(transformers) if name.startswith("AutoModelFor")]
+    if task not in TASKS and task not in others:
+        known = (*TASKS, *others)
+        raise PretrainError(
+            f"unknown task {task!r}{nearest(task, known)}; accepted: {', '.join(TASKS)}, or an AutoModelFor… of "
+            f"transformers {transformers.__version__}"
+        )
+
+
+def model_for(config: PreTrainedConfig, task: str) -> Any:
+    """The class of `transformers` that a configuration's model has for a task; None where there is none.
+
+    Not all models made for pretraining are in the table of `AutoModelForPreTraining`: others are known by their name.
+    """
+    table = getattr(transformers, TASKS.get(task, task))._model_mapping
+    if type(config) in table:
+        made = table[type(config)]
+        return made[0] if isinstance(made, tuple) else made
+    if task != "pretraining":
+        return None
+    named = f"{type(config).__name__.removesuffix('Config')}ForPretraining".lower()
+    return next((getattr(transformers, name) for name in dir(transformers) if name.lower() == named), None)

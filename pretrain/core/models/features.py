@@ -1,26 +1,29 @@
-"""What a frozen model makes of a piece of text: one vector, pooled from the states of one layer.
+"""What a frozen model makes of an example: one vector, pooled from the states of one layer.
 
-Shape letters: N pieces, B pieces of a batch, L tokens, E width.
+`features(model, batch)` is the protocol: any model of `transformers`, given its batch by its processor, answers with a
+vector for each example. `text_features` and `document_features` go through many.
+
+Shape letters: N pieces or documents, B those of a batch, L tokens, patches or frames, E width.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
+from pretrain.core.batch import Batch, Vocabulary, to_device
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import base, blocks, family
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from pretrain.core.batch import Vocabulary
+from pretrain.core.models.families import base, blocks, family, in_table, is_causal
+from pretrain.core.processors import Processor, columns_of, inputs_of
 
 POOLINGS = ("mean", "cls", "last")
 
@@ -47,7 +50,7 @@ class Framing:
 
     def __init__(self, model: nn.Module, vocabulary: Vocabulary, length: int) -> None:
         self.before = [] if vocabulary.bos is None else [vocabulary.bos]
-        self.after = [] if vocabulary.eos is None or family(model).causal else [vocabulary.eos]
+        self.after = [] if vocabulary.eos is None or is_causal(model) else [vocabulary.eos]
         limit = getattr(model.config, "max_position_embeddings", None)
         room = limit - len(self.before) - len(self.after) if isinstance(limit, int) else length
         if room < 1:
@@ -60,14 +63,28 @@ class Framing:
 
 
 def labelled(
-    tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]], label: str, length: int
-) -> list[tuple[dict[str, Any], NDArray[Any]]]:
-    """The documents that have the label and any text, each with at most `length` tokens from its middle."""
-    from pretrain.core.encoding import encode
+    model: nn.Module, processor: Processor, documents: Sequence[dict[str, Any]], label: str, length: int
+) -> list[tuple[dict[str, Any], Any]]:
+    """The documents that have the label and anything to read, each with what of it is read.
 
-    known = [d for d in documents if d.get(label) is not None]
-    pieces = [middle(ids, length) for ids in encode(tokenizer, [d["text"] for d in known])]
+    That is at most `length` tokens from the middle of its text, or of another processor's the document itself.
+    """
+    known = [d for d in documents if all(d.get(c) is not None for c in (label, *columns_of(processor)))]
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        return [(document, document) for document in known]
+    room = Framing(model, Vocabulary.of(processor), length).length
+    pieces = [middle(ids, room) for ids in encode(processor, [d["text"] for d in known])]
     return [(document, piece) for document, piece in zip(known, pieces, strict=True) if len(piece)]
+
+
+def piece_features(
+    model: nn.Module, processor: Processor, pieces: Sequence[Any], length: int, *, pooling: str, layer: int
+) -> NDArray[np.float32]:
+    """`features_NE` of what `labelled` gives to read."""
+    if not isinstance(processor, PreTrainedTokenizerBase):
+        return document_features(model, processor, pieces, length, pooling=pooling, layer=layer)
+    framing = Framing(model, Vocabulary.of(processor), length)
+    return text_features(model, pieces, framing, pooling=pooling, layer=layer)
 
 
 def middle(tokens: NDArray[Any], length: int) -> NDArray[Any]:
@@ -76,7 +93,119 @@ def middle(tokens: NDArray[Any], length: int) -> NDArray[Any]:
     return tokens[start : start + length]
 
 
-def features(
+def features(model: nn.Module, batch: Batch, *, pooling: str = "mean", layer: int = -1) -> Tensor:
+    """`features_BE` of a batch: the base model's arguments by name, as a processor gives them.
+
+    `layer` 0 is the embeddings, n the states after block n, -1 the last states (of an encoder-decoder the encoder's),
+    final norm included. `pooling`: `mean` over the positions that `pooled_BL` marks where the batch has it, else over
+    those that the batch's masks leave; `cls` the first position; `last` the last that is no padding. A model that gives
+    no states but a pooled output gives that.
+    """
+    states_BLE = states(model, batch, layer).float()
+    if states_BLE.ndim == 2:
+        return states_BLE
+    if pooling == "cls":
+        return states_BLE.flatten(1, -2)[:, 0]
+    counts_BL = _counted(model, batch, states_BLE)
+    states_BLE = states_BLE.flatten(1, -2)
+    if pooling == "last":
+        mask_BL = batch.get("attention_mask")
+        last_B = (counts_BL * torch.arange(counts_BL.shape[1], device=counts_BL.device)).argmax(1)
+        if mask_BL is not None and mask_BL.shape == counts_BL.shape:
+            last_B = mask_BL.sum(1) - 1
+        return states_BLE[torch.arange(len(states_BLE), device=states_BLE.device), last_B]
+    return (states_BLE * counts_BL[..., None]).sum(1) / counts_BL.sum(1, keepdim=True).clamp(min=1)
+
+
+def _counted(model: nn.Module, batch: Batch, states_BLE: Tensor) -> Tensor:
+    """Which positions hold something: by the batch's masks, at the rate of the model's patches or frames."""
+    inner: Any = base(model)
+    counts = torch.ones(states_BLE.shape[:-1], dtype=torch.bool, device=states_BLE.device)
+    mask, seen_BTC = batch.get("attention_mask"), batch.get("past_observed_mask")
+    if "pooled_BL" in batch:
+        counts = batch["pooled_BL"]
+    elif mask is not None and mask.shape == counts.shape:
+        counts = mask.bool()
+    elif mask is not None and hasattr(inner, "_get_feature_vector_attention_mask"):
+        counts = inner._get_feature_vector_attention_mask(counts.shape[1], mask).bool()
+    elif seen_BTC is not None and hasattr(inner, "patchifier"):
+        counts = inner.patchifier(seen_BTC.float()).amax(-1) > 0
+    elif "pixel_values" in batch and any(name.endswith("cls_token") for name, _ in inner.named_parameters()):
+        counts[:, 0] = False
+    return counts.flatten(1)
+
+
+def states(model: nn.Module, batch: Batch, layer: int = -1) -> Tensor:
+    """`states_BLE` of one layer, with nothing of the input hidden; `(B, E)` of a model with a pooled output alone."""
+    if in_table(model):
+        return _states_of_blocks(model, layer, batch["input_ids"], batch["attention_mask"])
+    inner: Any = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else base(model)  # type: ignore[union-attr, operator]
+    accepted = inspect.signature(inner.forward).parameters
+    inputs = {name: value for name, value in batch.items() if name in accepted}
+    more = {"output_hidden_states": True} if layer != -1 else {}
+    with _nothing_hidden(inner, inputs):
+        found = inner(**inputs, **more)
+    if layer != -1:
+        every = found.hidden_states
+        if not -len(every) <= layer < len(every):
+            raise PretrainError(f"layer {layer}: accepted: {-len(every)} to {len(every) - 1}")
+        if layer % len(every) != len(every) - 1:
+            return every[layer]
+    for name in ("last_hidden_state", "pooler_output", "image_embeds", "text_embeds"):
+        if getattr(found, name, None) is not None:
+            return getattr(found, name)
+    raise PretrainError(
+        f"{type(model).__name__} gives no states: accepted: one with last_hidden_state or pooler_output"
+    )
+
+
+@contextmanager
+def _nothing_hidden(inner: Any, inputs: Batch) -> Iterator[None]:
+    """Without the part of its input that a model hides from itself for its pretraining.
+
+    ViTMAE drops a share of the patches, in an order drawn by chance; PatchTST blanks a share.
+    """
+    ratio, masking = getattr(inner.config, "mask_ratio", None), getattr(inner, "masking", None)
+    if ratio is not None:
+        patches = inner.embeddings.patch_embeddings.num_patches
+        first = next(iter(inputs.values()))
+        inputs["noise"] = torch.arange(patches, device=first.device, dtype=torch.float32).expand(len(first), patches)
+        inner.config.mask_ratio = 0.0
+    hides = getattr(inner, "do_mask_input", None)
+    if hides:
+        inner.do_mask_input, inner.masking = False, nn.Identity()
+    try:
+        yield
+    finally:
+        if ratio is not None:
+            inner.config.mask_ratio = ratio
+        if hides:
+            inner.do_mask_input, inner.masking = hides, masking
+
+
+def document_features(
+    model: nn.Module,
+    processor: Processor,
+    documents: Sequence[dict[str, Any]],
+    length: int,
+    *,
+    pooling: str = "mean",
+    layer: int = -1,
+    batch: int = 32,
+) -> NDArray[np.float32]:
+    """`features_NE` of whole documents, as the processor reads their columns."""
+    if pooling not in POOLINGS:
+        raise PretrainError(f"pooling {pooling!r}: accepted: {', '.join(POOLINGS)}")
+    device = next(model.parameters()).device
+    found = []
+    with evaluating(model):
+        for start in range(0, len(documents), batch):
+            inputs = to_device(inputs_of(processor, documents[start : start + batch], length), device)
+            found.append(features(model, inputs, pooling=pooling, layer=layer).cpu().numpy())
+    return _finite(np.concatenate(found), layer)
+
+
+def text_features(
     model: nn.Module,
     pieces: Sequence[NDArray[Any]],
     framing: Framing,
@@ -85,10 +214,9 @@ def features(
     layer: int = -1,
     batch_tokens: int = 8192,
 ) -> NDArray[np.float32]:
-    """`features_NE` of pieces of text tokens.
+    """`features_NE` of pieces of text tokens, each beside others of its length.
 
-    `layer` 0 is the embeddings, n the states after block n, -1 the last states (of an encoder-decoder the encoder's),
-    final norm included. `pooling`: `mean` over the text's tokens, `cls` the first special token, `last` the last token.
+    `pooling`: `mean` over the text's tokens, `cls` the first special token, `last` the last token.
     """
     _check(model, framing, pooling, layer)
     device = next(model.parameters()).device
@@ -102,43 +230,43 @@ def features(
             while end < len(order) and (end + 1 - start) * len(rows[order[end]]) <= batch_tokens:
                 end += 1
             chosen, start = order[start:end], end
-            pooled_BE = _pool(model, [rows[i] for i in chosen], framing, pooling, layer, device)
+            batch = _batch([rows[i] for i in chosen], framing, device)
+            pooled_BE = features(model, batch, pooling=pooling, layer=layer)
             for i, vector_E in zip(chosen, pooled_BE.float().cpu().numpy(), strict=True):
                 found[i] = vector_E
-    if not np.isfinite(found).all():
+    return _finite(np.stack(found), layer)
+
+
+def _finite(features_NE: NDArray[np.float32], layer: int) -> NDArray[np.float32]:
+    if not np.isfinite(features_NE).all():
         raise PretrainError(f"layer {layer} gives states that are not finite; accepted: a model with finite states")
-    return np.stack(found)
+    return features_NE
 
 
 def _check(model: nn.Module, framing: Framing, pooling: str, layer: int) -> None:
     if pooling not in POOLINGS:
         raise PretrainError(f"pooling {pooling!r}: accepted: {', '.join(POOLINGS)}")
-    if pooling == "cls" and family(model).causal:
+    if pooling == "cls" and is_causal(model):
         raise PretrainError("pooling 'cls': a causal model's first token sees no text; accepted: mean, last")
     if pooling == "cls" and not framing.before:
         raise PretrainError("pooling 'cls': the tokenizer has no cls or bos token; accepted: mean, last")
-    depth = len(blocks(model))
+    depth = len(blocks(model)) if in_table(model) else model.config.num_hidden_layers  # type: ignore[union-attr]
     if not -depth - 1 <= layer <= depth:
         raise PretrainError(f"layer {layer}: accepted: {-depth - 1} to {depth}, for {depth} blocks")
 
 
-def _pool(
-    model: nn.Module, rows: list[list[int]], framing: Framing, pooling: str, layer: int, device: torch.device
-) -> Tensor:
+def _batch(rows: list[list[int]], framing: Framing, device: torch.device) -> Batch:
+    """Framed pieces as the model's arguments, and `pooled_BL`, True on the text's own tokens."""
     lengths_B = torch.tensor([len(row) for row in rows], device=device)
     # Any id will do for padding: the mask hides it, and it is left out of the mean.
     input_BL = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], device=device)
     position_L = torch.arange(input_BL.shape[1], device=device)
-    states_BLE = _states(model, layer, input_BL, (position_L < lengths_B[:, None]).long()).float()
-    if pooling == "cls":
-        return states_BLE[:, 0]
-    if pooling == "last":
-        return states_BLE[torch.arange(len(rows), device=device), lengths_B - 1]
     text_BL = (position_L >= len(framing.before)) & (position_L < lengths_B[:, None] - len(framing.after))
-    return (states_BLE * text_BL[..., None]).sum(1) / text_BL.sum(1, keepdim=True)
+    mask_BL = (position_L < lengths_B[:, None]).long()
+    return {"input_ids": input_BL, "attention_mask": mask_BL, "pooled_BL": text_BL}
 
 
-def _states(model: nn.Module, layer: int, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
+def _states_of_blocks(model: nn.Module, layer: int, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
     """The states of one layer, taken from the blocks themselves, so that a block of another class gives them too."""
     encoder = family(model).decoder_blocks is not None
     inner: Any = model.get_encoder() if encoder else base(model)  # type: ignore[operator]

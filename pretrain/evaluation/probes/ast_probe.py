@@ -220,7 +220,7 @@ def token_states(
     """
     from pretrain.core.batch import Vocabulary
     from pretrain.core.encoding import encode
-    from pretrain.core.models.features import Framing, _states, evaluating
+    from pretrain.core.models.features import Framing, evaluating, states
 
     framing = Framing(model, Vocabulary.of(tokenizer), 1 << 30)
     texts = dict.fromkeys(("" if i == 0 else " ") + token for s in some for i, token in enumerate(s.tokens))
@@ -244,7 +244,7 @@ def token_states(
             mask_BS = torch.tensor(
                 [[1] * len(row) + [0] * (width - len(row)) for _, row, _ in todo[start:end]], device=device
             )
-            states_BSE = _states(model, layer, input_BS, mask_BS).float().cpu().numpy()
+            states_BSE = states(model, {"input_ids": input_BS, "attention_mask": mask_BS}, layer).float().cpu().numpy()
             for (number, _, owner_S), h_SE in zip(todo[start:end], states_BSE, strict=True):
                 sums_TE = np.zeros((owner_S[-1] + 1, h_SE.shape[1]), np.float32)
                 np.add.at(sums_TE, owner_S, h_SE[len(framing.before) :][: len(owner_S)])

@@ -69,8 +69,8 @@ class IntrinsicDimensionD90(Evaluation):
 
         known = [d for d in documents if d.get(self.label) is not None and d.get("text")]
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
-        fit = [one for one in examples if to_fit(one.columns["text"])]
-        test = [one for one in examples if not to_fit(one.columns["text"])]
+        fit = [one for one in examples if to_fit(one.columns)]
+        test = [one for one in examples if not to_fit(one.columns)]
         if not fit or not test:
             raise PretrainError(
                 f"intrinsic_dimension_d90: {len(known)} labelled documents: accepted: more, for two sides"

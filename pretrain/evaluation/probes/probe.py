@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
 from pretrain.evaluation import Evaluation, Measured
 
@@ -23,25 +24,21 @@ class Probe(Evaluation):
     The model stays frozen; a simple classifier on its features predicts each document's `label`. `nearest_mean` is the
     paper's: the class c that minimises ||f(x) - mean of f over class c||. `linear` is a logistic regression on
     standardised features. The feature is pooled from `layer` over `length` tokens (fewer where the model has fewer
-    positions) of the document's middle. A hash of its text puts a document on the side to fit or the side to test.
-    Metrics on the latter: `probe_accuracy`, `probe_macro_f1`, `probe_majority` (the accuracy of always answering the
-    commonest class of the former) and `probe_documents` (how many are tested). The intervals are by bootstrap over the
-    tested documents, the classifier given. Documents without text or label are left out.
+    positions) of the document's middle; of other documents over all that their processor gives, `length` samples of a
+    recording (0: the length that the checkpoint was trained at). A hash of its content puts a document on the side
+    to fit or the side to test. Metrics on the latter: `probe_accuracy`, `probe_macro_f1`, `probe_majority` (the
+    accuracy of always answering the commonest class of the former) and `probe_documents` (how many are tested). The
+    intervals are by bootstrap over the tested documents, the classifier given. Documents without content or label
+    are left out.
     """
 
     classifier: Literal["linear", "nearest_mean"] = "linear"
     label: str = "domain"
     pooling: Literal["mean", "cls", "last"] = "mean"
-    length: int = 128
+    length: Whole = 128
     layer: int = -1
     resamples: int = 1000
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
-        super().__post_init__()
-        if self.length < 1:
-            raise PretrainError(f"probe: length {self.length}: accepted: 1 or more")
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -51,12 +48,11 @@ class Probe(Evaluation):
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
     ) -> Measured:
-        """The metrics on documents with `text` and the label."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.models.features import Framing, features, labelled
+        """The metrics on documents with the label and the columns that the processor reads."""
+        from pretrain.core.models.features import labelled, piece_features
 
-        framing = Framing(model, Vocabulary.of(tokenizer), self.length)
-        kept = labelled(tokenizer, documents, self.label, framing.length)
+        length = self.length or 512
+        kept = labelled(model, tokenizer, documents, self.label, length)
         classes = sorted({str(document[self.label]) for document, _ in kept})
         if len(classes) < 2:
             raise PretrainError(
@@ -65,11 +61,12 @@ class Probe(Evaluation):
             )
         number = {name: i for i, name in enumerate(classes)}
         label_N = np.array([number[str(document[self.label])] for document, _ in kept])
-        fit_N = np.array([to_fit(document["text"]) for document, _ in kept])
+        fit_N = np.array([to_fit(document) for document, _ in kept])
         if fit_N.all() or not fit_N.any():
             side = "test" if fit_N.all() else "fit"
             raise PretrainError(f"probe: {len(kept)} documents leave none to {side}; accepted: more documents")
-        features_NE = features(model, [piece for _, piece in kept], framing, pooling=self.pooling, layer=self.layer)
+        pieces = [piece for _, piece in kept]
+        features_NE = piece_features(model, tokenizer, pieces, length, pooling=self.pooling, layer=self.layer)
         features_NE = features_NE.astype(np.float64)
         predicted_N = self._predict(features_NE[fit_N], label_N[fit_N], features_NE[~fit_N])
         majority = np.bincount(label_N[fit_N]).argmax()
@@ -115,8 +112,11 @@ def _scores(sums_RK: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     return hit_RC.sum(1) / true_RC.sum(1), f1_RC.sum(1) / (either_RC > 0).sum(1)
 
 
-def to_fit(text: str) -> bool:
+def to_fit(document: dict[str, Any]) -> bool:
     """Whether a document serves to fit the classifier; independent of the hash that splits a corpus."""
     from hashlib import blake2b
 
-    return bool(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=b"probe").digest()[0] & 1)
+    from pretrain.corpus.payload import content, only_text
+
+    data = document["text"].encode("utf-8", "surrogatepass") if only_text(document) else content(document)
+    return bool(blake2b(data, digest_size=8, person=b"probe").digest()[0] & 1)

@@ -47,7 +47,7 @@ class Retrieval(Evaluation):
         """The metrics on documents with `text`."""
         from pretrain.core.batch import Vocabulary
         from pretrain.core.encoding import encode
-        from pretrain.core.models.features import Framing, features
+        from pretrain.core.models.features import Framing, text_features
         from pretrain.evaluation._intervals import bounds, resampled_sums
 
         framing = Framing(model, Vocabulary.of(tokenizer), self.length)
@@ -62,7 +62,7 @@ class Retrieval(Evaluation):
                 "accepted: two or more, or a smaller shortest"
             )
         pieces = [query for query, _ in halves] + [passage for _, passage in halves]
-        vectors_NE = features(model, pieces, framing, pooling=self.pooling)
+        vectors_NE = text_features(model, pieces, framing, pooling=self.pooling)
         rank_N = ranks(vectors_NE[: len(halves)], vectors_NE[len(halves) :])
         names, values_NK = scores(rank_N)
         means_RK = resampled_sums(values_NK, self.resamples, self.seed) / len(halves)

@@ -75,12 +75,10 @@ class Transferability(Evaluation):
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
     ) -> Measured:
-        """The metrics on documents with `text` and the label."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.models.features import Framing, features, labelled
+        """The metrics on documents with the label and the columns that the processor reads."""
+        from pretrain.core.models.features import labelled, piece_features
 
-        framing = Framing(model, Vocabulary.of(tokenizer), self.length)
-        kept = labelled(tokenizer, documents, self.label, framing.length)
+        kept = labelled(model, tokenizer, documents, self.label, self.length)
         values = [str(document[self.label]) for document, _ in kept]
         _, number_N, count_C = np.unique(values, return_inverse=True, return_counts=True)
         enough_N = (count_C >= self.smallest)[number_N] if len(kept) else np.zeros(0, bool)
@@ -91,7 +89,8 @@ class Transferability(Evaluation):
                 f"{self.smallest} documents or more; accepted: a column with two or more, or a smaller smallest"
             )
         chosen = [piece for (_, piece), enough in zip(kept, enough_N, strict=True) if enough]
-        f_NE = features(model, chosen, framing, pooling=self.pooling, layer=self.layer).astype(np.float64)
+        f_NE = piece_features(model, tokenizer, chosen, self.length, pooling=self.pooling, layer=self.layer)
+        f_NE = f_NE.astype(np.float64)
         found = self.measure(f_NE, label_N)
         counts = {
             "transferability_documents": len(label_N),

@@ -42,7 +42,7 @@ class Task(Evaluation):
         super().__post_init__()
         if self.length < 0 or self.resamples < 0:
             raise PretrainError("task: length, resamples: accepted: 0 or more")
-        if not self.method.labelled:
+        if not hasattr(self.method, "predict"):
             raise PretrainError(f"task: objective {self.method.name!r}: accepted: one that learns from labels")
 
     @cached_property

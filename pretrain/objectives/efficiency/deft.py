@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.models.density import activations
 from pretrain.objectives import Loss, Objective, summed
 
-_OF_FINE_TUNING = ("predictions", "columns", "labels", "ready", "predict", "metrics", "expected")
+_OF_FINE_TUNING = ("labels", "ready", "predict", "predictions", "metrics", "expected")
 
 
 @dataclass(frozen=True)
@@ -72,9 +72,14 @@ class Deft(Objective):
         return self.wrapped.task
 
     @property
-    def labelled(self) -> bool:  # type: ignore[override]
+    def reads(self) -> Literal["rows", "examples"]:  # type: ignore[override]
         """As the wrapped objective."""
-        return self.wrapped.labelled
+        return self.wrapped.reads
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The wrapped objective's."""
+        return self.wrapped.columns
 
     @property
     def own_evaluation(self) -> bool:  # type: ignore[override]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, to_device
 from pretrain.core.models.features import evaluating
@@ -18,7 +18,7 @@ class FineTuning(Objective):
     """Base of the objectives on labelled documents. `prepare` is given `Example`s and sees `context.encoder`."""
 
     task: ClassVar[str] = "base"  # what a model made anew is before it is given its head
-    labelled: ClassVar[bool] = True
+    reads: ClassVar[Literal["rows", "examples"]] = "examples"
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -1,0 +1,276 @@
+"""Processors: what turns a document's columns into a model's inputs, and is saved with the checkpoint.
+
+Tokenizers, image processors, feature extractors and the processors that hold several of them are `transformers`' own;
+for series of numbers, where it has none, `SeriesProcessor` stands here. `inputs_of` is the one way from documents to
+tensors. Nothing a checkpoint brings is run as code.
+
+Shape letters: B documents, T time steps or samples, C channels.
+"""
+
+from __future__ import annotations
+
+import inspect
+import io
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import transformers
+from numpy.typing import NDArray
+from transformers import (
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoProcessor,
+    AutoTokenizer,
+    FeatureExtractionMixin,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+
+from pretrain.core.batch import Batch
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.files import read_json
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
+Document = dict[str, Any]
+STEP = 16  # tokens are padded to a multiple of it: few shapes, and the work of each is metered once
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model",
+)  # fmt: skip
+PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+class SeriesProcessor(FeatureExtractionMixin):
+    """Series of numbers, time x channels, as `past_values` and `past_observed_mask` of `length` steps.
+
+    A longer series gives its middle, a shorter one is filled with zeros before its beginning; what is filled, and what
+    is not a number, is marked as not observed. `standardise` brings each series and channel to mean 0 and deviation 1.
+    """
+
+    model_input_names = ["past_values", "past_observed_mask"]
+
+    def __init__(self, length: int = 64, channels: int = 1, standardise: bool = False, **more: Any) -> None:
+        for name, value in {"length": length, "channels": channels}.items():
+            if value < 1:
+                raise PretrainError(f"SeriesProcessor: {name} {value}: accepted: 1 or more")
+        super().__init__(**more)
+        self.length, self.channels, self.standardise = length, channels, standardise
+
+    def __call__(self, series: Sequence[Any]) -> Batch:
+        """`past_values` (B, T, C), float32, and `past_observed_mask`, bool, of the same shape."""
+        values_BTC = np.zeros((len(series), self.length, self.channels), np.float32)
+        seen_BTC = np.zeros(values_BTC.shape, bool)
+        for b, one in enumerate(series):
+            values_TC = np.asarray(one, np.float32)
+            if values_TC.ndim != 2 or values_TC.shape[1] != self.channels or not len(values_TC):
+                raise PretrainError(f"a series of shape {values_TC.shape}; accepted: time x {self.channels} channels")
+            start = max(0, (len(values_TC) - self.length) // 2)
+            values_TC = values_TC[start : start + self.length]
+            seen_TC = np.isfinite(values_TC)
+            if self.standardise:
+                mean_C, deviation_C = _moments(values_TC, seen_TC)
+                values_TC = (values_TC - mean_C) / np.maximum(deviation_C, 1e-6)
+            values_BTC[b, -len(values_TC) :] = np.where(seen_TC, values_TC, 0)
+            seen_BTC[b, -len(values_TC) :] = seen_TC
+        return {"past_values": torch.from_numpy(values_BTC), "past_observed_mask": torch.from_numpy(seen_BTC)}
+
+
+def _moments(values_TC: NDArray[Any], seen_TC: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+    count_C = np.maximum(seen_TC.sum(0), 1)
+    mean_C = np.where(seen_TC, values_TC, 0).sum(0) / count_C
+    return mean_C, np.sqrt((np.where(seen_TC, values_TC - mean_C, 0) ** 2).sum(0) / count_C)
+
+
+OURS: dict[str, Any] = {"SeriesProcessor": SeriesProcessor}
+
+
+def new_processor(name: str, fields: dict[str, Any]) -> Processor:
+    """A processor from the name of a class of `transformers` (or `SeriesProcessor`) and its fields.
+
+    Raises `PretrainError` for what is no such class, and for fields that it cannot be made with.
+    """
+    made: Any = OURS.get(name) or getattr(transformers, name, None)
+    if not (isinstance(made, type) and issubclass(made, Processor)):
+        known = [n for n in dir(transformers) if n.endswith(("Processor", "FeatureExtractor", "Tokenizer"))]
+        raise PretrainError(
+            f"processor class {name!r}{nearest(name, [*OURS, *known])}; accepted: a processor, image processor, "
+            f"feature extractor or tokenizer of transformers {transformers.__version__}, or {', '.join(OURS)}"
+        )
+    try:
+        with quiet():
+            known = _fields_of(made)
+            for field in fields if known else ():
+                if field not in known:
+                    raise PretrainError(f"unknown field {field!r} of processor {name}{nearest(field, known)}")
+            return made(**fields)
+    except PretrainError:
+        raise
+    except Exception as error:  # whatever a constructor makes of a value that does not suit it
+        raise PretrainError(f"processor {name}: {type(error).__name__} {' '.join(str(error).split())[:300]}") from error
+
+
+def _fields_of(made: Any) -> set[str]:
+    """The fields that a processor's class knows, which its constructor does not tell; empty where none can be made."""
+    try:
+        blank = made()
+    except (TypeError, ValueError, OSError):
+        return set()
+    parameters = {name for cls in made.__mro__ for name in inspect.signature(cls.__init__).parameters}
+    return parameters | set(vars(blank)) | set(getattr(getattr(made, "valid_kwargs", None), "__annotations__", ()))
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what transformers prints of its choices and of what does not fit: an error says it in one line."""
+    before = transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.set_verbosity(transformers.utils.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+
+
+def load_processor(folder: Path | str) -> Processor | None:
+    """The processor of a folder: a tokenizer, or what `preprocessor_config.json` names; None where there is none."""
+    folder = Path(folder)
+    present = [folder / name for name in (*PREPROCESSOR_FILES, *TOKENIZER_FILES) if (folder / name).exists()]
+    if not present:
+        return None
+    try:
+        with quiet():
+            return _opener(folder)(folder)
+    except PretrainError:
+        raise
+    except Exception as error:  # tokenizers raises plain `Exception`
+        for path in present:
+            if path.suffix == ".json":
+                read_json(path)  # names the file when it is the one that is damaged
+        what = "processor" if present[0].name in PREPROCESSOR_FILES else "tokenizer"
+        raise PretrainError(f"{folder}: the {what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+
+
+def _opener(folder: Path) -> Callable[[Path], Processor]:
+    """How the folder's processor is opened."""
+    kinds = {"image_processor_type": AutoImageProcessor, "feature_extractor_type": AutoFeatureExtractor}
+    auto: Any = AutoTokenizer
+    for path in filter(Path.exists, (folder / name for name in PREPROCESSOR_FILES)):
+        facts = read_json(path)
+        if facts.get("feature_extractor_type") in OURS:
+            own = OURS[facts.pop("feature_extractor_type")]
+            return lambda _: own(**facts)
+        auto = AutoProcessor
+        if "processor_class" not in facts:
+            auto = next((kind for key, kind in kinds.items() if key in facts), auto)
+        break
+    return lambda place: auto.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+
+
+def tokenizer_in(processor: Processor | None) -> PreTrainedTokenizerBase | None:
+    """The processor's tokenizer: itself, the one that it holds, or None."""
+    if processor is None or isinstance(processor, PreTrainedTokenizerBase):
+        return processor
+    return getattr(processor, "tokenizer", None)
+
+
+def columns_of(processor: Processor) -> tuple[str, ...]:
+    """The columns of a document that the processor reads."""
+    return tuple(column for column, _ in _parts(processor))
+
+
+def _parts(processor: Any) -> list[tuple[str, Any]]:
+    """The processor's parts by the column that each reads."""
+    if isinstance(processor, PreTrainedTokenizerBase):
+        return [("text", processor)]
+    if isinstance(processor, SeriesProcessor):
+        return [("series", processor)]
+    if isinstance(processor, BaseImageProcessor):
+        return [("image", processor)]
+    if isinstance(processor, FeatureExtractionMixin):
+        return [("audio", processor)]
+    held = [getattr(processor, name, None) for name in ("tokenizer", "image_processor", "feature_extractor")]
+    return [part for one in held if one is not None for part in _parts(one)]
+
+
+def inputs_of(processor: Processor, documents: Sequence[Document], length: int) -> Batch:
+    """The documents as a model's arguments, under `transformers`' own names, and `tokens` (), how many they hold.
+
+    `length` is the most tokens or samples of one document; of what is longer the beginning is taken. Tokens are those
+    of its text, samples those of a recording, steps those of a series; an image counts as one.
+    """
+    batch: Batch = {}
+    tokens = 0
+    for column, part in _parts(processor):
+        missing = next((d for d in documents if d.get(column) is None), None)
+        if missing is not None:
+            raise PretrainError(f"document {missing.get('id')!r} has no {column!r}; accepted: one in each document")
+        found, count = _READERS[column](part, [d[column] for d in documents], length)
+        batch |= found
+        tokens += count
+    return batch | {"tokens": torch.tensor(tokens)}
+
+
+def _read_text(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Batch, int]:
+    found = tokenizer(
+        list(texts), truncation=True, max_length=length, padding=True, pad_to_multiple_of=STEP,
+        split_special_tokens=True, return_attention_mask=True, return_tensors="pt",
+    )  # fmt: skip
+    return dict(found), int(found["attention_mask"].sum())
+
+
+def _read_images(processor: Any, images: Sequence[Any], length: int) -> tuple[Batch, int]:
+    found = processor([image_of(image) for image in images], return_tensors="pt")
+    return dict(found), len(images)
+
+
+def _read_audio(extractor: Any, recordings: Sequence[Any], length: int) -> tuple[Batch, int]:
+    waves = [samples_of(one, extractor.sampling_rate)[:length] for one in recordings]
+    found = extractor(
+        waves, sampling_rate=extractor.sampling_rate, padding=True, pad_to_multiple_of=max(1, length // STEP),
+        return_tensors="pt",
+    )  # fmt: skip
+    return dict(found), sum(map(len, waves))
+
+
+def _read_series(processor: SeriesProcessor, series: Sequence[Any], length: int) -> tuple[Batch, int]:
+    found = processor(series)
+    return found, int(found["past_observed_mask"].any(-1).sum())
+
+
+_READERS: dict[str, Callable[[Any, Sequence[Any], int], tuple[Batch, int]]] = {
+    "text": _read_text, "image": _read_images, "audio": _read_audio, "series": _read_series,
+}  # fmt: skip
+
+
+def image_of(value: Any) -> Image:
+    """A column's image as RGB, decoded where it is still a file's `{"bytes", "path"}`."""
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(value, Image.Image):
+        return value.convert("RGB")
+    try:
+        return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
+    except (TypeError, KeyError, OSError, UnidentifiedImageError) as error:
+        raise PretrainError(f"an image cannot be read ({error}); accepted: {{bytes, path}} of PNG, JPEG, …") from error
+
+
+def samples_of(value: Any, rate: int) -> NDArray[np.float32]:
+    """A column's recording as `samples_T`, mean of its channels, at `rate` samples a second."""
+    import soundfile
+    from scipy.signal import resample_poly
+
+    try:
+        samples_TC, found = soundfile.read(io.BytesIO(value["bytes"]), dtype="float32", always_2d=True)
+    except (TypeError, KeyError, soundfile.SoundFileError) as error:
+        raise PretrainError(f"a recording cannot be read ({error}); accepted: {{bytes, path}} of WAV, FLAC") from error
+    samples_T = samples_TC.mean(1)
+    if found != rate:
+        common = np.gcd(found, rate)
+        samples_T = resample_poly(samples_T, rate // common, found // common).astype(np.float32)
+    return samples_T

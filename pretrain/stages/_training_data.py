@@ -1,0 +1,161 @@
+"""What a `train` stage trains and on what: the model with its processor, the corpus by split, the held-out measure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pretrain.core import checkpoint
+from pretrain.core.batch import NO_VOCABULARY, Context, Vocabulary
+from pretrain.core.errors import PretrainError
+from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
+from pretrain.core.models.families import new_model
+from pretrain.core.models.heads import labels_of
+from pretrain.core.processors import Processor, columns_of, load_processor, tokenizer_in
+from pretrain.corpus.examples import Examples
+from pretrain.corpus.sources import evenly
+from pretrain.corpus.store import Corpus
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.likelihood._shards import shard_loss
+from pretrain.evaluation.tasks._objective import objective_loss
+from pretrain.stages import Job, tokens_of
+from pretrain.training.loader import Loader
+
+SPLITS = ("train", "validation")  # those that training opens
+
+
+class Asked(Protocol):
+    """What of a `train` stage's fields this file reads."""
+
+    name: str
+    init: str | None
+    model: dict[str, Any]
+    task: str
+    length: int
+    batch_rows: int
+    micro_rows: int
+    evaluate_tokens: int
+
+    def fields(self) -> dict[str, Any]:
+        """The new model's."""
+
+    def weighted(self) -> list[Any]:
+        """The objectives with their weights."""
+
+
+def open_model(stage: Asked, job: Job) -> tuple[Any, Processor]:
+    """The model to train, and the processor of its inputs."""
+    processor = None
+    if "tokenizer" in job.inputs:
+        processor = load_tokenizer(tokenizer_of(job.inputs["tokenizer"]))
+    elif "processor" in job.inputs:
+        processor = open_processor(job.inputs["processor"])
+    if stage.init is not None:
+        # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates.
+        model, own = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
+        processor = processor or own
+        if processor is None:
+            raise PretrainError(f"stage {stage.name!r}: {stage.init} has no tokenizer; accepted: a tokenizer field")
+        return model, processor
+    task = stage.task if stage.task != "auto" else stage.weighted()[0].method.task
+    tokenizer = tokenizer_in(processor)
+    vocabulary = None if tokenizer is None else Vocabulary.of(tokenizer)
+    model = new_model(stage.model["family"], stage.fields(), task=task, vocabulary=vocabulary, seed=job.seed)
+    return model, processor
+
+
+def open_processor(folder: Path) -> Processor:
+    """The processor that a stage wrote, or of a checkpoint."""
+    place = next(
+        (folder / name for name in ("processor", "tokenizer", "checkpoint") if (folder / name).is_dir()), folder
+    )
+    found = load_processor(place)
+    if found is None:
+        raise PretrainError(f"no processor at {folder}; accepted: a processor stage, a tokenizer stage or a checkpoint")
+    return found
+
+
+def check_entries(stage: Asked, model: Any, processor: Processor) -> None:
+    """Each of the tokenizer's entries must have an embedding."""
+    tokenizer = tokenizer_in(processor)
+    if tokenizer is None:
+        return
+    entries, rows = len(tokenizer), len(model.get_input_embeddings().weight)
+    if entries > rows:
+        raise PretrainError(
+            f"stage {stage.name!r}: the tokenizer has {entries} entries, the model embeddings of {rows}; accepted: "
+            "the checkpoint's own tokenizer, or one that the surgery vocabulary_expansion has put in"
+        )
+
+
+def open_rows(stage: Asked, job: Job, processor: Processor, world: Any) -> dict[str, Any]:
+    """The corpus in tokens by split, which the first process makes."""
+    tokenizer = tokenizer_in(processor)
+    if tokenizer is None:
+        names = ", ".join(w.method.name for w in stage.weighted())
+        raise PretrainError(
+            f"stage {stage.name!r}: {names} reads rows of text, which a {type(processor).__name__} does not make; "
+            "accepted: a tokenizer, or an objective that reads examples"
+        )
+    if world.main:
+        tokens_of(job, tokenizer, splits=SPLITS, verify=True)
+    world.wait()
+    return tokens_of(job, tokenizer, splits=SPLITS, verify=False)
+
+
+def open_examples(stage: Asked, job: Job, model: Any, processor: Processor) -> tuple[Any, dict[str, Any]]:
+    """The model, with its objective's head where it has one, and the corpus as examples by split."""
+    objectives: list[Any] = [w.method for w in stage.weighted()]
+    objective, corpus = objectives[0], Corpus(corpus_of(job.inputs["corpus"]))
+    columns = [name for one in objectives for name in (one.columns or columns_of(processor))]
+    found = {split: Examples(corpus, split, processor, columns) for split in SPLITS}
+    if predicts(objective):
+        labels = objective.labels(found["train"].split[objective.columns[-1]])
+        model = objective.ready(model, labels, vocabulary_of(processor), job.seed)
+    model.config.architectures = [type(model).__name__]  # so that the configuration says the whole kind of the model
+    for examples in found.values():
+        examples.given |= {"labels": labels_of(model), "pool": found["train"], "config": model.config}
+    return model, found
+
+
+def predicts(objective: Any) -> bool:
+    """Whether the objective learns labels, which it can predict."""
+    return hasattr(objective, "predict")
+
+
+def vocabulary_of(processor: Processor) -> Vocabulary:
+    """That of the processor's tokenizer, or an empty one."""
+    tokenizer = tokenizer_in(processor)
+    return NO_VOCABULARY if tokenizer is None else Vocabulary.of(tokenizer)
+
+
+def evaluation(stage: Asked, held_out: Any, vocabulary: Vocabulary) -> Any:
+    """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""
+    objective = stage.weighted()[0].method
+    if not len(held_out):
+        return None
+    if objective.task == "causal" and objective.reads == "rows" and not objective.own_evaluation:
+        return lambda trainee: shard_loss(
+            trainee.model, held_out, length=stage.length, max_tokens=stage.evaluate_tokens
+        )
+    rows = stage.micro_rows or stage.batch_rows
+    loader = Loader(held_out, [objective], vocabulary, length=stage.length, batch_rows=rows)
+
+    def measure(trainee: Any) -> dict[str, float]:
+        found = objective_loss(trainee.model, trainee.beside[0], objective, loader, stage.evaluate_tokens)
+        return found | (_answers(stage, trainee.model, held_out, vocabulary) if predicts(objective) else {})
+
+    return measure
+
+
+def _answers(stage: Asked, model: Any, held_out: Any, vocabulary: Vocabulary) -> dict[str, float]:
+    """The fine-tuning objective's metrics on as many held-out documents as `evaluate_tokens` may hold."""
+    objective: Any = stage.weighted()[0].method
+    most = max(1, stage.evaluate_tokens // stage.length)
+    examples = [held_out.row(held_out, number) for number in evenly(range(len(held_out)), most)]
+    context = Context(vocabulary, stage.length, np.random.default_rng(0), **held_out.given)
+    predicted = objective.predictions(model, examples, context)
+    return objective.metrics(predicted, objective.expected(examples, context))

@@ -1,0 +1,49 @@
+"""`processor`: what turns documents into a model's inputs, from a class of transformers or a checkpoint; writes it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar, Literal
+
+from pydantic import model_validator
+
+from pretrain.stages import Job, Ref, Stage
+
+
+class Processor(Stage):
+    """Fields of a `processor` stage: a class with its fields, or a `checkpoint` to take a processor from.
+
+    `processor: {class: ViTImageProcessor, size: {height: 32, width: 32}}` names an image processor, feature extractor,
+    tokenizer or processor of `transformers`, or `SeriesProcessor`; the other fields are its own.
+    """
+
+    seeded: ClassVar[bool] = False
+    stage: Literal["processor"] = "processor"
+    processor: dict[str, Any] = {}
+    checkpoint: Ref | None = None
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Processor:
+        if bool(self.processor) == (self.checkpoint is not None):
+            raise ValueError("accepted: exactly one of processor, checkpoint")
+        if self.processor:
+            if not isinstance(self.processor.get("class"), str):
+                raise ValueError(f"processor {self.processor}: accepted: {{class: ViTImageProcessor, …}}")
+            self._new()
+        return self
+
+    def _new(self) -> Any:
+        """The processor that the fields make."""
+        from pretrain.core.processors import new_processor
+
+        return new_processor(self.processor["class"], {k: v for k, v in self.processor.items() if k != "class"})
+
+    def run(self, job: Job) -> dict[str, Any]:
+        """Write the processor."""
+        from pretrain.core.files import atomic_folder
+        from pretrain.stages._training_data import open_processor
+
+        made = self._new() if self.checkpoint is None else open_processor(job.inputs["checkpoint"])
+        with atomic_folder(job.folder / "processor") as work:
+            made.save_pretrained(work)
+        job.say(type(made).__name__)
+        return {"metrics": {}}
