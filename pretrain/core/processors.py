@@ -14,7 +14,7 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -38,7 +38,8 @@ from pretrain.core.files import read_json
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Processor = PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin
+KINDS = (PreTrainedTokenizerBase, BaseImageProcessor, FeatureExtractionMixin, ProcessorMixin)
+Processor: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin"
 Document = dict[str, Any]
 STEP = 16  # tokens are padded to a multiple of it: few shapes, and the work of each is metered once
 TOKENIZER_FILES = (
@@ -97,7 +98,7 @@ def new_processor(name: str, fields: dict[str, Any]) -> Processor:
     Raises `PretrainError` for what is no such class, and for fields that it cannot be made with.
     """
     made: Any = OURS.get(name) or getattr(transformers, name, None)
-    if not (isinstance(made, type) and issubclass(made, Processor)):
+    if not (isinstance(made, type) and issubclass(made, KINDS)):
         known = [n for n in dir(transformers) if n.endswith(("Processor", "FeatureExtractor", "Tokenizer"))]
         raise PretrainError(
             f"processor class {name!r}{nearest(name, [*OURS, *known])}; accepted: a processor, image processor, "
@@ -105,10 +106,10 @@ def new_processor(name: str, fields: dict[str, Any]) -> Processor:
         )
     try:
         with quiet():
-            known = _fields_of(made)
-            for field in fields if known else ():
-                if field not in known:
-                    raise PretrainError(f"unknown field {field!r} of processor {name}{nearest(field, known)}")
+            accepted = _fields_of(made)
+            for field in fields if accepted else ():
+                if field not in accepted:
+                    raise PretrainError(f"unknown field {field!r} of processor {name}{nearest(field, accepted)}")
             return made(**fields)
     except PretrainError:
         raise

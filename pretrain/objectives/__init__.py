@@ -109,3 +109,7 @@ class Objective(Method):
         mask as an index) makes the host wait for the device: avoid it where it can be.
         """
         raise NotImplementedError
+
+    def show(self, model: Any, examples: Sequence[Any], context: Context) -> list[dict[str, Any]]:
+        """What the trained model makes of held-out examples, to look at (`core.samples`); none by default."""
+        return []

@@ -159,3 +159,14 @@ def _answers(stage: Asked, model: Any, held_out: Any, vocabulary: Vocabulary) ->
     context = Context(vocabulary, stage.length, np.random.default_rng(0), **held_out.given)
     predicted = objective.predictions(model, examples, context)
     return objective.metrics(predicted, objective.expected(examples, context))
+
+
+def samples(stage: Asked, model: Any, splits: dict[str, Any], vocabulary: Vocabulary, count: int = 8) -> list[Any]:
+    """What the first objective shows of held-out examples, of training ones where there are none held out."""
+    objective = stage.weighted()[0].method
+    if objective.reads == "rows":
+        return []
+    shown = splits["validation"] if len(splits["validation"]) else splits["train"]
+    examples = [shown.row(shown, number) for number in evenly(range(len(shown)), count)]
+    context = Context(vocabulary, stage.length, np.random.default_rng(0), **shown.given)
+    return objective.show(model, examples, context)

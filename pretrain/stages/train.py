@@ -165,6 +165,7 @@ class Train(Stage):
         from pretrain.core import checkpoint
         from pretrain.core.hardware import pick_device
         from pretrain.core.models.storage import narrow
+        from pretrain.core.samples import write_samples
         from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
@@ -210,6 +211,8 @@ class Train(Stage):
             lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
             lineage["length"] = self.length
             checkpoint.save(training.model, processor, job.folder / "checkpoint", lineage)
+            if shown := data.samples(self, training.model, shards, vocabulary):
+                write_samples(job.folder, shown)
             for objective, modules in zip(training.trainee.objectives, training.trainee.beside, strict=True):
                 for name, other in objective.export(modules).items():
                     checkpoint.save(other, processor, job.folder / name / "checkpoint", lineage)

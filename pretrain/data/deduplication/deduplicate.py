@@ -34,8 +34,7 @@ class Deduplicate(DataOperation):
             compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
             kept = unique(((row["text"], beside(row)) for row in compared), self.threshold or None)
         else:
-            seen: set[bytes] = set()
             stored = corpus.select_columns(in_payload(corpus.column_names)).with_format("arrow")  # files undecoded
-            keys = (identity(row) for table in stored.iter(256) for row in table.to_pylist())
-            kept = [not (key in seen or seen.add(key)) for key in keys]
+            keys = ((identity(row).hex(), "") for table in stored.iter(256) for row in table.to_pylist())
+            kept = unique(keys, None)
         return corpus.select([i for i, keep in enumerate(kept) if keep])

@@ -1,0 +1,59 @@
+"""The model's own loss: what `model(**batch).loss` of any model of transformers says, trained on examples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import nn
+
+from pretrain.core.batch import Batch, Context, Example, to_device
+from pretrain.core.bounds import PositiveShare
+from pretrain.core.errors import PretrainError
+from pretrain.core.models.features import evaluating
+from pretrain.core.processors import inputs_of
+from pretrain.core.samples import Sample
+from pretrain.objectives import Loss, Objective
+from pretrain.objectives.generic._inputs import additions, answer, arguments
+from pretrain.objectives.generic._pictures import pictures
+
+
+@dataclass(frozen=True)
+class Native(Objective):
+    """Transformers: State-of-the-Art Natural Language Processing (arXiv:1910.03771).
+
+    Trains any model of the library on the loss that its class computes, with inputs from its processor: ViTMAE's of
+    hidden patches, Wav2Vec2's of hidden frames, PatchTST's, a masked or causal language model's. What a class needs
+    besides (which patches to hide, labels) is drawn from the seed. `rate` is the share of tokens that a masked language
+    model has to predict. Of a causal language model examples are one document each, unpacked: `causal_lm` packs them.
+    """
+
+    task: ClassVar[str] = "pretraining"
+    reads: ClassVar[Literal["rows", "examples"]] = "examples"
+    own_evaluation: ClassVar[bool] = True
+
+    rate: PositiveShare = 0.15
+
+    def prepare(self, rows: Sequence[Any], context: Context) -> Batch:
+        """The model's arguments under their own names, `weight` and `tokens`; `seed` and `divisor` where needed."""
+        if not all(isinstance(row, Example) for row in rows):
+            raise PretrainError("native reads examples, not packed rows: give it `Examples`")
+        batch = inputs_of(context.processor, [row.columns for row in rows], context.length)
+        return batch | additions(batch, context, self.rate)
+
+    def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
+        """The model's loss, the mean over the batch's targets."""
+        found = answer(model, batch).loss
+        if found is None:
+            raise PretrainError(
+                f"{type(model).__name__} gives no loss on {', '.join(arguments(model, batch))}; accepted: a task whose "
+                "model learns from its inputs alone"
+            )
+        return Loss(found / batch["divisor"] if "divisor" in batch else found, {})
+
+    def show(self, model: Any, examples: Sequence[Example], context: Context) -> list[Sample]:
+        """What the model makes of what is hidden from it, to look at."""
+        batch = to_device(self.prepare(examples, context), model.device)
+        with evaluating(model):
+            return pictures(model, batch, [one.columns for one in examples], context)
