@@ -170,19 +170,16 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Continue a prompt with a checkpoint."""
-    from pretrain.core import checkpoint as checkpoints
-    from pretrain.core.hardware import pick_device
     from pretrain.recipe import parse
     from pretrain.stages import build_method, checkpoint_of
     from pretrain.stages.decode import continue_prompt
+    from pretrain.stages.evaluate import load_text
 
     try:
         decoding = build_method(parse(method), "decoding") if method else None
     except ValueError as error:
         raise PretrainError(str(error)) from error
-    model, tokenizer = checkpoints.load(checkpoint_of(checkpoint), device=pick_device())
-    if tokenizer is None:
-        raise PretrainError(f"{checkpoint} has no tokenizer; accepted: a checkpoint with tokenizer.json")
+    model, tokenizer = load_text(checkpoint_of(checkpoint))
     text = sys.stdin.read() if prompt == "-" else prompt
     sample = continue_prompt(
         model,
@@ -214,22 +211,22 @@ def evaluate(
     from pretrain.corpus.store import Corpus
     from pretrain.recipe import parse
     from pretrain.stages import build_method, checkpoint_of
-    from pretrain.stages.evaluate import columns, load_both
+    from pretrain.stages.evaluate import documents_of, load_both
     from pretrain.stages.evaluate import evaluate as measure
 
     try:
         chosen = [build_method(parse(one), "evaluation") for one in evaluations or ["held_out"]]
     except ValueError as error:
         raise PretrainError(f"--evaluation: {error}") from error
+    place = checkpoint_of(checkpoint)
+    model, processor = load_both(place)
     folder = next((f for f in (Path(data) / "corpus", Path(data)) if (f / "corpus.json").exists()), None)
     if folder:
-        documents = Corpus(folder).sample(split, max_documents, columns(chosen))
+        documents = documents_of(Corpus(folder), split, max_documents, chosen, processor)
     else:
         documents = evenly(list(read(Files(data))), max_documents)
-    place = checkpoint_of(checkpoint)
-    model, tokenizer = load_both(place)
     length = checkpoints.lineage(place).get("length")
-    result = measure(model, tokenizer, documents, chosen, compressors=True, length=length)
+    result = measure(model, processor, documents, chosen, compressors=True, length=length)
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return

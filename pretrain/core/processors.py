@@ -97,7 +97,8 @@ def new_processor(name: str, fields: dict[str, Any]) -> Processor:
 
     Raises `PretrainError` for what is no such class, and for fields that it cannot be made with.
     """
-    made: Any = OURS.get(name) or getattr(transformers, name, None)
+    with quiet():
+        made: Any = OURS.get(name) or getattr(transformers, name, None)
     if not (isinstance(made, type) and issubclass(made, KINDS)):
         known = [n for n in dir(transformers) if n.endswith(("Processor", "FeatureExtractor", "Tokenizer"))]
         raise PretrainError(
@@ -219,7 +220,8 @@ def inputs_of(processor: Processor, documents: Sequence[Document], length: int) 
 
 def _read_text(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Batch, int]:
     found = tokenizer(
-        list(texts), truncation=True, max_length=length, padding=True, pad_to_multiple_of=STEP,
+        list(texts), truncation=True, max_length=length, padding=True,
+        pad_to_multiple_of=None if length % STEP else STEP,  # which tokenizers take of such lengths alone
         split_special_tokens=True, return_attention_mask=True, return_tensors="pt",
     )  # fmt: skip
     return dict(found), int(found["attention_mask"].sum())

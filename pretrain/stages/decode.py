@@ -43,9 +43,9 @@ class Decode(Stage):
     def run(self, job: Job) -> dict[str, Any]:
         """Write `samples.json`."""
         from pretrain.core.files import write_json
-        from pretrain.stages.evaluate import load_both
+        from pretrain.stages.evaluate import load_text
 
-        model, tokenizer = load_both(checkpoint_of(job.inputs["checkpoint"]))
+        model, tokenizer = load_text(checkpoint_of(job.inputs["checkpoint"]))
         samples = [
             continue_prompt(
                 model, tokenizer, prompt, method=self.method, max_new_tokens=self.max_new_tokens,

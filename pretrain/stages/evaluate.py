@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
 from pretrain.evaluation import Evaluation
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of, corpus_of
+
+if TYPE_CHECKING:
+    from pretrain.corpus.store import Corpus
 
 
 class Evaluate(Stage):
@@ -41,13 +44,15 @@ class Evaluate(Stage):
         from pretrain.core.checkpoint import lineage
         from pretrain.core.files import write_json
         from pretrain.core.meter import count_flops
+        from pretrain.corpus.store import Corpus
 
         folder = checkpoint_of(job.inputs["checkpoint"])
-        model, tokenizer = load_both(folder)
-        documents = self._documents(corpus_of(job.inputs["corpus"]), tokenizer)
+        model, processor = load_both(folder)
+        corpus = Corpus(corpus_of(job.inputs["corpus"]))
+        documents = documents_of(corpus, self.split, self.max_documents, self.evaluations, processor)
         length = lineage(folder).get("length")
         result, flops = count_flops(
-            lambda: evaluate(model, tokenizer, documents, self.evaluations, compressors=self.compressors, length=length)
+            lambda: evaluate(model, processor, documents, self.evaluations, compressors=self.compressors, length=length)
         )
         write_json(job.folder / "evaluation.json", result)
         metrics = result["metrics"]
@@ -60,20 +65,22 @@ class Evaluate(Stage):
         by_domain = {f"{k}/{domain}": v for domain, some in result["domains"].items() for k, v in some.items()}
         return {"metrics": by_domain | metrics, "flops": flops}
 
-    def _documents(self, folder: Path, processor: Any) -> list[dict[str, Any]]:
-        """At most `max_documents` of the split, from all sources alike, with the columns that are needed."""
-        from pretrain.core.errors import PretrainError
-        from pretrain.core.processors import columns_of
-        from pretrain.corpus.store import Corpus
 
-        corpus, read = Corpus(folder), columns_of(processor)
-        missing = next((name for name in read if name not in corpus.columns), None)
-        if missing is not None:
-            raise PretrainError(
-                f"corpus {self.corpus} has no column {missing!r}, which a {type(processor).__name__} reads; accepted: "
-                f"another corpus, or another checkpoint; its columns: {', '.join(corpus.columns)}"
-            )
-        return corpus.sample(self.split, self.max_documents, (*read, *columns(self.evaluations)))
+def documents_of(
+    corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Any
+) -> list[dict[str, Any]]:
+    """At most so many documents of a split, from all sources alike, with the columns that are needed."""
+    from pretrain.core.errors import PretrainError
+    from pretrain.core.processors import columns_of
+
+    read = columns_of(processor)
+    missing = next((name for name in read if name not in corpus.columns), None)
+    if missing is not None:
+        raise PretrainError(
+            f"{corpus.folder} has no column {missing!r}, which a {type(processor).__name__} reads; accepted: another "
+            f"corpus, or another checkpoint; its columns: {', '.join(corpus.columns)}"
+        )
+    return corpus.sample(split, most, (*read, *columns(methods)))
 
 
 def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:
@@ -92,6 +99,18 @@ def load_both(folder: Path) -> tuple[Any, Any]:
         raise PretrainError(
             f"checkpoint {folder} has no tokenizer; accepted: one with tokenizer.json beside config.json"
         )
+    return model, tokenizer
+
+
+def load_text(folder: Path) -> tuple[Any, Any]:
+    """A checkpoint's model and its tokenizer, or the one that its processor holds."""
+    from pretrain.core.errors import PretrainError
+    from pretrain.core.processors import tokenizer_in
+
+    model, processor = load_both(folder)
+    tokenizer = tokenizer_in(processor)
+    if tokenizer is None:
+        raise PretrainError(f"checkpoint {folder} has a {type(processor).__name__}; accepted: one with a tokenizer")
     return model, tokenizer
 
 
