@@ -66,7 +66,13 @@ SURGERIES: dict[str, dict[str, Any]] = {
     "hedgehog_distillation": {"method": "hedgehog"}, "flexi_depth_lm": {"method": "flexi_depth", "reduction": 4},
     "pela_pretraining": {"method": "pela"},
 }  # fmt: skip
-FAMILY = {"seq2seq": "llama", "prompt_classification": "bert", "deft": "bert", "self_distillation": "bert"}
+FAMILY = {
+    "seq2seq": "llama",
+    "prompt_classification": "bert",
+    "deft": "bert",
+    "self_distillation": "bert",
+    "native": "bert",
+}
 GENERATES = {"llama": "causal", "t5": "seq2seq"}  # the task of a model that seq2seq is to train
 
 
@@ -184,15 +190,19 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
     objective = cls(**_needed(name, needed - given.keys(), family, vocabulary, tokenizer, folder), **given)
     torch.manual_seed(0)
     generates = "seq2seq" in (name, given.get("objective"))
-    model: Any = _model(family, GENERATES[family] if generates else objective.task, vocabulary, seed=1)
+    task = GENERATES[family] if generates else "masked" if name == "native" else objective.task
+    model: Any = _model(family, task, vocabulary, seed=1)
     if name in SURGERIES:
         surgery = dict(SURGERIES[name])
         made: Any = method_class(surgery.pop("method"), "surgery")(**surgery)
         model = made(copy.deepcopy(model))
     context = Context(vocabulary, LENGTH, Still(), encoder=Encoder(tokenizer))
     rows: list[Any] = _rows(vocabulary)
-    if objective.labelled:
+    if objective.reads == "examples":
         rows = _examples()
+        model.config.architectures = [type(model).__name__]
+        context = replace(context, processor=tokenizer, config=model.config)
+    if hasattr(objective, "predict"):
         labels = objective.labels([row.columns[objective.columns[-1]] for row in rows])
         model = objective.ready(model, labels, vocabulary, 0)
         context = replace(context, labels=labels_of(model))

@@ -25,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from pretrain.core.batch import Batch, document_mask
 from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.models.storage import widened
+from pretrain.core.models.initial import completed
 
 
 @dataclass(frozen=True)
@@ -359,7 +360,7 @@ def new_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return made._from_config(config)
+            return completed(made._from_config(config))
         except Exception as error:  # whatever a model's constructor makes of a value that does not suit it
             reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
             raise PretrainError(f"model family {model_type!r} as {task} model: {reason}") from error
