@@ -24,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch, document_mask
 from pretrain.core.errors import PretrainError, nearest, unknown
-from pretrain.core.models.storage import widened
 from pretrain.core.models.initial import completed
+from pretrain.core.models.storage import widened
 
 
 @dataclass(frozen=True)
