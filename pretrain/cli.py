@@ -75,17 +75,23 @@ def run(
     output: Annotated[Path | None, typer.Option(help="Where to write; the recipe says by default.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it is expected to take.")] = False,
-    why: Annotated[bool, typer.Option("--why", help="With --dry-run: why each stage would run, or why not.")] = False,
+    why: Annotated[
+        bool, typer.Option("--why", help="With --dry-run: say why each stage would run, or why not.")
+    ] = False,
     refresh: Annotated[
         list[str] | None,
-        typer.Option(metavar="STAGE", help="Run this stage anew, and what depends on it; may be given many times."),
+        typer.Option(
+            metavar="STAGE", help="Run a finished stage again, and what depends on it; may be given many times."
+        ),
     ] = None,
 ) -> None:
     """Run a recipe, or what is left of it."""
     from pretrain import recipe as recipes
 
+    if why and not dry_run:
+        raise PretrainError("--why: accepted: together with --dry-run")
     loaded = recipes.load(recipe, set_ or [], output)
-    if dry_run or why:
+    if dry_run:
         _print_plan(loaded, store, refresh or [], why)
         return
     from pretrain import engine
@@ -95,18 +101,37 @@ def run(
         typer.echo(f"report: {result.report}")
 
 
-def _print_plan(recipe: Any, store: Path | None, refresh: list[str], explain: bool) -> None:
+@app.command()
+def adopt(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
+    stage: Annotated[str, typer.Argument(help="The stage whose result it is.")],
+    folder: Annotated[Path, typer.Argument(help="A corpus, a tokenizer or a checkpoint made elsewhere.")],
+    link: Annotated[bool, typer.Option("--link", help="Link its files instead of copying them.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")] = None,
+    output: Annotated[Path | None, typer.Option(help="Where the run is; the recipe says by default.")] = None,
+    store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
+) -> None:
+    """Take in a folder made elsewhere as the finished result of a recipe's stage."""
+    from pretrain import adopt as adopting
+    from pretrain import recipe as recipes
+
+    loaded = recipes.load(recipe, set_ or [], output)
+    adopting.adopt(loaded, stage, folder, store=store, link=link, say=typer.echo)
+
+
+def _print_plan(recipe: Any, store: Path | None, refresh: list[str], reasons: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.planning import plan, why
+    from pretrain.identity import plan, why
 
-    if explain:
-        for item in plan(recipe, store, refresh):
-            typer.echo(f"{item.stage.name}: {'cached' if item.finished else 'to run'}: {'; '.join(why(item))}")
-        return
+    planned = plan(recipe, store, refresh)
+    if reasons:
+        width = max(len(item.stage.name) for item in planned)
+        for item in planned:
+            typer.echo(f"{item.stage.name:<{width}}  {'done' if item.finished else 'runs'}  {why(item)}")
     table = Table("stage", "kind", "status", "FLOPs", "memory", "time", title=f"{recipe.name} in {recipe.output}")
-    for item in plan(recipe, store, refresh):
+    for item in planned:
         status = "cached" if item.finished else "to run"
         guess = item.stage.estimate(item.inputs)
         cells = (_short(guess.flops), _short(guess.memory_bytes, "B"), _minutes(guess.seconds))
@@ -133,28 +158,6 @@ def _minutes(seconds: float | None) -> str:
         if seconds < 7200
         else f"about {seconds / 3600:.1f} h"
     )
-
-
-@app.command()
-def adopt(
-    recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
-    stage: Annotated[str, typer.Argument(help="Its stage that the folder is the result of.")],
-    folder: Annotated[Path, typer.Argument(help="A checkpoint, a corpus or a tokenizer, made elsewhere.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")] = None,
-    output: Annotated[Path | None, typer.Option(help="Where to write; the recipe says by default.")] = None,
-    store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
-    link: Annotated[bool, typer.Option("--link", help="Point to the folder instead of copying it.")] = False,
-) -> None:
-    """Take in a folder made elsewhere as a finished stage of a recipe."""
-    from pretrain import recipe as recipes
-    from pretrain.adopt import adopt as take_in
-    from pretrain.core.errors import unknown
-    from pretrain.planning import plan
-
-    planned = {item.stage.name: item for item in plan(recipes.load(recipe, set_ or [], output), store)}
-    if stage not in planned:
-        raise unknown("stage", stage, planned)
-    typer.echo(f"{stage}: {take_in(planned[stage], folder, link=link)}")
 
 
 @app.command()

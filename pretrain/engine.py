@@ -1,8 +1,7 @@
 """The engine: runs a recipe's stages in order, none of them twice.
 
-A stage's folder is named after its address (`planning.py`). A folder with a `stage.json` is finished. Changing a stage
-changes the addresses from there on; what came before stays. A stage that was interrupted finds its folder as it left
-it. Where the code has changed since (`identity.py`) the run says so, and goes on with what is there.
+A stage's folder is named after its address (`identity.py`). A folder with a `stage.json` is finished. Changing a stage
+changes the addresses from there on; what came before stays. A stage that was interrupted finds its folder as it was.
 
 The folders lie in the output, or in a store that many runs share: what one has finished is finished for all, and of two
 that come to the same stage at once the second waits.
@@ -14,7 +13,7 @@ import fcntl
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -26,9 +25,8 @@ import yaml
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, write_json, write_text
-from pretrain.identity import changes
-from pretrain.planning import GENERATIONS, Planned
-from pretrain.planning import plan as plan
+from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
+from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load
 from pretrain.stages import Job
 
@@ -51,42 +49,48 @@ def run(
     output: Path | str | None = None,
     store: Path | str | None = None,
     report: bool = True,
-    refresh: Collection[str] = (),
+    refresh: Iterable[str] = (),
     say: Callable[[str], None] | None = None,
 ) -> Result:
-    """Run a recipe, or what is left of it; finished stages are not run again.
+    """Run a recipe, or what is left of it; finished stages are not run again, but for those that `refresh` names.
 
     `overrides` are `STAGE.field=value`. `store` is where the stages' folders lie, by default in the output; runs with
-    the same store share them. The stages named in `refresh` are run anew, and with them what depends on them. `say`
-    gets a line as each stage begins and ends; `silent` says nothing and draws no progress. Under `torchrun` every
-    process calls this; training runs on all of them, the rest on the first.
+    the same store share them. `say` gets a line as each stage begins and ends; `silent` says nothing and draws no
+    progress. Under `torchrun` every process calls this; training runs on all of them, the rest on the first.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
     main, wait = _processes()
     say = (say or (lambda text: print(text, file=sys.stderr))) if main else silent
     records: dict[str, dict[str, Any]] = {}
     planned = plan(recipe, store, refresh)
+    if main:
+        for item in planned:
+            item.code()  # read now: what is edited while stages run is not what this process has imported
     with _only_one(recipe.output, main):
         if main:
             _refuse_foreign(recipe, planned)
             if store is not None:  # so that no source and no backup takes the store's folders for documents
                 write_text(Path(store) / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
-            generations = {item.stage.name: item.generation for item in planned if item.generation}
-            if generations:
-                write_json(recipe.output / GENERATIONS, generations)
             write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
+            keep_generations(planned)
             _write_run(recipe, planned, {})
         wait()
         for item in planned:
             finished = _run_once(item, records, say, main, wait)
-            records[item.stage.name] = read_json(item.folder / "stage.json")
+            records[item.stage.name] = read_json(item.folder / RECORD)
             if main:
+                seconds = records[item.stage.name]["seconds"]
                 _point(recipe.output / item.stage.name, item.folder)
-                took = _time(records[item.stage.name]["seconds"])
-                say(f"[{item.stage.name}] {'already done' if finished else f'done in {took}'}")
+                say(f"[{item.stage.name}] {_finished(item) if finished else f'done in {_time(seconds)}'}")
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
         written = _report(recipe.output) if main and report else None
     return Result(recipe.output, records, written)
+
+
+def _finished(item: Planned) -> str:
+    """That a stage is done, or that other code than today's has done it."""
+    other, name = drift(item), item.stage.name
+    return f"{other}; going on with what is there (--refresh {name} runs it again)" if other else "already done"
 
 
 def silent(text: str) -> None:
@@ -104,24 +108,7 @@ def _run_once(
         wait()  # all have looked before the first one writes
         if not finished:
             _run_stage(item, records, say, main, wait)
-        elif main:
-            _tell(say, item.stage.name, "made with other code", item.drift())
     return finished
-
-
-def _tell(say: Callable[[str], None], name: str, what: str, changes: list[str]) -> None:
-    """Say which files or libraries are no longer those that a result was made with."""
-    if changes:
-        more = f" and {len(changes) - 4} more" if len(changes) > 4 else ""
-        say(f"[{name}] {what}: {'; '.join(changes[:4])}{more}; going on with what is there (--refresh {name}: anew)")
-
-
-def _begin(item: Planned, say: Callable[[str], None]) -> None:
-    """Note the code that a stage is begun with; say if it was begun with other code, and goes on from there."""
-    path, code = item.folder / "code.json", item.code()
-    if path.exists():
-        _tell(say, item.stage.name, "begun with other code", changes(read_json(path), code))
-    write_json(path, code)
 
 
 def _run_stage(
@@ -129,10 +116,10 @@ def _run_stage(
 ) -> None:
     stage, name = item.stage, item.stage.name
     say(f"[{name}] {stage.stage}")
+    if main and (other := begin(item)):
+        say(f"[{name}] {other}; going on from there (--refresh {name} begins again)")
     started, clock = datetime.now(UTC), time.perf_counter()
     result: dict[str, Any] = {}
-    if main:
-        _begin(item, say)
     if main or stage.distributed:
         lineage = [_brief(records[one]) for one in item.behind]
         own = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
@@ -151,26 +138,31 @@ def _run_stage(
             raise PretrainError(f"stage {name!r}: {error}") from error
     wait()
     if main:
-        from pretrain.core.hardware import describe
-        from pretrain.core.meter import peak_memory
-
-        write_json(item.folder / "stage.json", {
-            "name": name, "stage": stage.stage, "address": item.address, "seed": item.seed,
-            "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
-            "inputs": item.stage.references(), "addresses": item.addresses, "outside": item.outside,
-            "generation": item.generation, "code": read_json(item.folder / "code.json"),
-            "metrics": result.get("metrics", {}), "flops": result.get("flops", 0),
-            "seconds": time.perf_counter() - clock, "peak_memory_bytes": peak_memory(),
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"), "environment": describe(),
-        })  # fmt: skip
+        write_record(item, result, started, time.perf_counter() - clock)
     wait()
+
+
+def write_record(item: Planned, result: dict[str, Any], started: datetime, seconds: float) -> None:
+    """Write `stage.json`, which makes the stage a finished one."""
+    from pretrain.core.hardware import describe
+    from pretrain.core.meter import peak_memory
+
+    write_json(item.folder / RECORD, {
+        "name": item.stage.name, "stage": item.stage.stage, "address": item.address, "seed": item.seed,
+        "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
+        "inputs": item.stage.references(), "identity": item.identity(),
+        "metrics": result.get("metrics", {}), "flops": result.get("flops", 0),
+        "seconds": seconds, "peak_memory_bytes": peak_memory(),
+        "started": started.isoformat(timespec="seconds"),
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"), "environment": describe(),
+        **({"adopted": result["adopted"]} if "adopted" in result else {}),
+    })  # fmt: skip
 
 
 def _brief(record: dict[str, Any]) -> dict[str, Any]:
     """What lineage keeps of a stage."""
-    names = ("name", "stage", "address", "methods", "metrics", "flops", "seconds", "finished", "adopted")
-    return {name: record[name] for name in names if name in record}
+    kept = ("name", "stage", "address", "methods", "metrics", "flops", "seconds", "finished", "adopted")
+    return {name: record[name] for name in kept if name in record}
 
 
 def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> None:

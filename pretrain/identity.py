@@ -1,181 +1,348 @@
-"""The code that made a result: which files ran, what they say apart from comments, and which libraries they used.
+"""Identity of a stage: its address, the code that made it, and why it would run or not.
 
-An address says what was asked for; this says what did it. The files are those that a stage and its methods import,
-directly or not, read as syntax trees: comments, docstrings and layout do not count. It is written beside the result,
-so that a later run can say which file or library has changed since.
+The address is a digest of what a recipe says of the stage (without its name and what changes nothing), of the addresses
+of its inputs, and of the versions that the stage and its methods give themselves. Code is no part of it: beside the
+result, `code.json` keeps a fingerprint of the code that ran, and where that differs from today's the run says so and
+goes on with what is there.
+
+A stage that is to run again though it is finished (`--refresh`) gets a new generation: the number is part of its
+address, so that it has a folder of its own and all that depends on it follows. The numbers lie in `generations.json`
+beside the folders and are written before anything runs: an interrupted refresh goes on as one, and what was there
+before is shown by the run until the new is whole, and kept after.
 """
 
 from __future__ import annotations
 
-import ast
+import copy
 import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
-from functools import cache
-from importlib.metadata import PackageNotFoundError, version
+from dataclasses import dataclass, field, replace
+from glob import escape
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
-from pretrain.core.errors import PretrainError
-from pretrain.core.files import digest, write_json
-from pretrain.core.folders import cache_folder
-from pretrain.core.registry import PACKAGE, source_of
+from pretrain import closure
+from pretrain.closure import Code, Home
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.files import digest, locked, read_json, write_json
+from pretrain.core.registry import info
+from pretrain.recipe import Recipe
+from pretrain.stages import Stage
 
-# The libraries whose versions may change a result: the name that is imported, and that of the distribution.
-LIBRARIES = {
-    "datasets": "datasets", "lm_eval": "lm-eval", "numpy": "numpy", "peft": "peft", "PIL": "pillow",
-    "pyarrow": "pyarrow", "rensa": "rensa", "safetensors": "safetensors", "scipy": "scipy",
-    "sklearn": "scikit-learn", "tokenizers": "tokenizers", "torch": "torch", "transformers": "transformers",
-}  # fmt: skip
-
-
-class Code(TypedDict):
-    """What ran: a digest for each file, by its path in the package, and the versions of libraries."""
-
-    files: dict[str, str]
-    libraries: dict[str, str]
+RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"
+FORMAT = 2  # of addresses; those of 1, which no record names, were made of the text of the methods' files too
+SHOWN = 4  # differences that one line names
 
 
 @dataclass(frozen=True)
-class _Module:
-    """A file's digest without comments, and the names of the modules that it imports."""
+class Planned:
+    """A stage with its address and folder."""
 
-    digest: str
-    imports: tuple[str, ...]
+    stage: Stage
+    address: str
+    folder: Path
+    inputs: dict[str, Any]
+    config: dict[str, Any]
+    behind: tuple[str, ...]  # the stages that this one comes from
+    seed: int
+    reads: dict[str, Any] = field(default_factory=dict)  # the inputs' addresses by place, what is `outside`
+    first: str = ""  # the address before any refresh
+    generation: int = 0  # how often it has been refreshed
+    asked: bool = False  # whether this plan asks for a refresh
+
+    @property
+    def finished(self) -> bool:
+        """Whether it has been run."""
+        return (self.folder / RECORD).exists()
+
+    @property
+    def begun(self) -> bool:
+        """Whether a run was interrupted at it."""
+        return (self.folder / CODE).exists() and not self.finished
+
+    @property
+    def key(self) -> str:
+        """Its name in `generations.json`: that of its first folder."""
+        return _folder_name(self.stage, self.first)
+
+    def at(self, generation: int) -> Planned:
+        """The stage refreshed so many times."""
+        address = digest([self.first, generation]) if generation else self.first
+        folder = self.folder.with_name(_folder_name(self.stage, address))
+        return replace(self, address=address, folder=folder, generation=generation)
+
+    def afresh(self) -> Planned:
+        """The stage in the first generation from this one on of which nothing is there."""
+        item = self
+        while item.finished or item.begun:
+            item = item.at(item.generation + 1)
+        return item
+
+    def code(self) -> Code:
+        """The fingerprint of the code that runs it."""
+        return _code(self)
+
+    def identity(self) -> dict[str, Any]:
+        """What `stage.json` keeps of it, beside the configuration and the methods' versions."""
+        return {"format": FORMAT, "generation": self.generation, **self.reads}
 
 
-def code_of(starts: Iterable[Path]) -> Code:
-    """The code that runs when the files `starts` do: theirs, and that of all modules of the package they import."""
-    todo = [Path(path).resolve() for path in starts]
-    seen: dict[Path, _Module] = {}
-    libraries: set[str] = set()
-    while todo:
-        path = todo.pop()
-        if path in seen:
-            continue
-        seen[path] = module = _module(path, path.stat().st_mtime_ns, path.stat().st_size)
-        for name in module.imports:
-            inner = _imported(name, path.parent)
-            if inner is not None:
-                todo.append(inner.resolve())
-            else:
-                libraries.add(name.partition(".")[0])
-    _keep()
-    files = {_shown(path): module.digest for path, module in sorted(seen.items())}
-    known = {LIBRARIES[name] for name in libraries & set(LIBRARIES)}
-    return {"files": files, "libraries": {name: _version(name) for name in sorted(known)}}
+def _folder_name(stage: Stage, address: str) -> str:
+    return f"{stage.name}-{address[:12]}"
 
 
-def changes(before: Code, now: Code) -> list[str]:
-    """What differs, in words: `pretrain/training/loop.py changed`, `torch 2.12.0 -> 2.13.0`."""
-    old, new = before["files"], now["files"]
-    words = [f"{path} changed" for path in old.keys() & new.keys() if old[path] != new[path]]
-    words += [f"{path} is new" for path in new.keys() - old.keys()]
-    words += [f"{path} is gone" for path in old.keys() - new.keys()]
-    older, newer = before["libraries"], now["libraries"]
-    for name in sorted(older.keys() | newer.keys()):
-        if older.get(name) != newer.get(name):
-            words.append(f"{name} {older.get(name, 'unused')} -> {newer.get(name, 'unused')}")
-    return sorted(words)
+def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str] = ()) -> list[Planned]:
+    """Each stage with its address, its folder (in `store`, by default in the recipe's output) and what it reads.
+
+    Those named in `refresh` get a new generation, unless they are unfinished and were begun with the code of today.
+    """
+    home = Path(recipe.output if store is None else store)
+    wanted, names = list(refresh), [stage.name for stage in recipe.stages]
+    for name in wanted:
+        if name not in names:
+            raise PretrainError(f"--refresh {name!r}{nearest(name, names)}; accepted: {', '.join(names)}")
+    known, planned = _generations(home), dict[str, Planned]()
+    for stage in recipe.stages:
+        item = _placed(recipe, stage, planned, home)
+        item = item.at(known.get(item.key, 0))
+        if stage.name in wanted and (item.finished or (item.begun and drift(item))):
+            item = replace(item.afresh(), asked=True)
+        planned[stage.name] = item
+    return list(planned.values())
 
 
-def _shown(path: Path) -> str:
-    return str(path.relative_to(PACKAGE.parent)) if path.is_relative_to(PACKAGE) else str(path)
-
-
-def _version(name: str) -> str:
+def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Path) -> Planned:
+    """A stage in its first generation, after those that stand before it."""
+    marks: dict[str, Any] = {}
+    inputs: dict[str, Any] = {}
+    behind: set[str] = set()
+    for place, value in stage.references().items():
+        names = value if isinstance(value, list) else [value]
+        folders = [planned[name].folder if name in planned else Path(name).expanduser() for name in names]
+        states = [planned[name].address if name in planned else state_of(Path(name).expanduser()) for name in names]
+        inputs[place], marks[place] = (folders, states) if isinstance(value, list) else (folders[0], states[0])
+        behind = behind.union(*({name, *planned[name].behind} for name in names if name in planned))
     try:
-        return version(name)
-    except PackageNotFoundError:
-        return "missing"
+        outside = stage.outside()
+    except PretrainError as error:
+        raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
+    config, seed = stage.config(), recipe.seed if stage.seed is None else stage.seed
+    address = digest([_without(config, marks), marks, outside, seed if stage.seeded else None])
+    upstream = tuple(name for name in planned if name in behind)
+    reads = {"inputs": marks, "outside": outside}
+    folder = home / _folder_name(stage, address)
+    return Planned(stage, address, folder, inputs, config, upstream, seed, reads, address)
 
 
-def _imported(name: str, beside: Path) -> Path | None:
-    """The file of an imported module: of this package, or (`.name`) of the same folder of methods; None for others."""
-    if name.startswith("."):
-        path = beside / f"{name[1:]}.py"
-        return path if path.is_file() else None
-    return source_of(name)
+def _without(config: dict[str, Any], places: Iterable[str]) -> dict[str, Any]:
+    """The configuration without the names that references give and without the seed, which are hashed apart."""
+    config = copy.deepcopy({k: v for k, v in config.items() if k != "seed"})
+    for place in places:
+        *steps, last = (int(step) if step.isdigit() else step for step in place.split("."))
+        target: Any = config
+        for step in steps:
+            target = target[step]
+        target[last] = None
+    return config
 
 
-def _imports(tree: ast.Module) -> Iterator[str]:
-    """The modules that a file imports, anywhere but for type checking."""
-    skipped = {
-        id(inner)
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
-        for statement in node.body
-        for inner in ast.walk(statement)
-    }
-    for node in ast.walk(tree):
-        if id(node) in skipped:
+def state_of(path: Path) -> str:
+    """The state of a file or folder: names, sizes and times."""
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+def _generations(home: Path) -> dict[str, int]:
+    path = home / GENERATIONS
+    found = read_json(path) if path.exists() else {}
+    if not isinstance(found, dict) or not all(isinstance(number, int) for number in found.values()):
+        raise PretrainError(f"{path}: accepted: a mapping from folders to how often each was refreshed")
+    return found
+
+
+def keep_generations(planned: Iterable[Planned]) -> None:
+    """Write down what was asked to be refreshed, so that later runs, and those that share the store, follow."""
+    for item in planned:
+        home = item.folder.parent
+        if item.generation <= _generations(home).get(item.key, 0):
             continue
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield from _imported_from(node)
+        with locked(home / f".{GENERATIONS}.lock"):
+            known = _generations(home)
+            write_json(home / GENERATIONS, known | {item.key: max(item.generation, known.get(item.key, 0))})
 
 
-def _imported_from(node: ast.ImportFrom) -> Iterator[str]:
-    names = [alias.name for alias in node.names]
-    if node.level:
-        yield from (f".{node.module}" for _ in [0] if node.module)
-        yield from (f".{name}" for name in names if not node.module)
-        return
-    inner = [f"{node.module}.{name}" for name in names]
-    modules = [name for name in inner if source_of(name) is not None]
-    yield from modules
-    if len(modules) < len(inner):  # something of the package's own `__init__`, or of the module
-        yield str(node.module)
+# The code that runs
 
 
-def _digest(tree: ast.Module) -> str:
-    """Of the syntax tree without docstrings."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            first = node.body[0] if node.body else None
-            if isinstance(first, ast.Expr) and isinstance(getattr(first.value, "value", None), str):
-                node.body = node.body[1:]
-    return digest(ast.dump(tree))[:16]
+def _code(item: Planned) -> Code:
+    """Of the modules of the stage, of its methods, and of the surgeries that its inputs' checkpoints repeat."""
+    classes = [type(item.stage), *item.stage.method_classes().values()]
+    used = [home for cls in classes for home in _home(cls)]
+    for value in item.inputs.values():
+        for folder in value if isinstance(value, list) else [value]:
+            used += _recorded(Path(folder))
+    return closure.fingerprint(used)
 
 
-_fresh: list[str] = []  # what this process has parsed and not yet written down
+def _home(cls: type) -> list[Home]:
+    """The module of a class and its file; what was typed at a prompt has none."""
+    path = getattr(sys.modules[cls.__module__], "__file__", None)
+    return [(cls.__module__, path)] if path else []
 
 
-@cache
-def _parsed() -> dict[str, _Module]:
-    """Modules by path, time and size, as processes before this one have parsed them."""
-    try:
-        rows = json.loads(_cache().read_text(encoding="utf-8"))
-        return {key: _Module(str(value), tuple(map(str, names))) for key, (value, names) in rows.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}  # there is none yet, or it is damaged
+def _recorded(folder: Path) -> Iterator[Home]:
+    """The modules of the surgeries that a checkpoint names; what is no checkpoint names none."""
+    for path in (folder / "checkpoint" / "pretrain.json", folder / "pretrain.json"):
+        with suppress(PretrainError, OSError, TypeError, KeyError, AttributeError):
+            for entry in read_json(path).get("surgery", []):
+                row = info(entry["method"])
+                yield row.module, str(row.path)
 
 
-def _module(path: Path, time: int, size: int) -> _Module:
-    key = f"{path}:{time}:{size}"
-    if key not in _parsed():
-        try:
-            tree = ast.parse(path.read_text(encoding="utf-8"))
-        except (SyntaxError, UnicodeDecodeError) as error:
-            raise PretrainError(f"{path}: not a Python file ({error})") from error
-        imports = tuple(sorted(set(_imports(tree))))
-        _parsed()[key] = _Module(_digest(tree), imports)
-        _fresh.append(key)
-    return _parsed()[key]
+def _codes(folder: Path) -> list[Code] | None:
+    """Of all runs that worked on a stage's folder, the newest last; `None` where that is not recorded."""
+    with suppress(PretrainError, TypeError):
+        codes = [closure.stored(row) for row in read_json(folder / CODE)]
+        return [code for code in codes if code is not None] if None not in codes else None
+    return None
 
 
-def _keep() -> None:
-    """Write down what was parsed, so that the next process need not; of each file what it is now."""
-    if not _fresh:
-        return
-    _fresh.clear()
-    newest = {key.rsplit(":", 2)[0]: key for key in _parsed()}
-    with suppress(OSError, PretrainError):  # where nothing can be written it is parsed anew each time
-        write_json(_cache(), {key: [_parsed()[key].digest, _parsed()[key].imports] for key in newest.values()})
+def drift(item: Planned, verb: str = "made") -> str:
+    """How the code of today differs from what has worked on the stage's folder: `made with other code: …`, or nothing.
+
+    A stage that was adopted was made with no code of ours; where its files are linked, they may have changed.
+    """
+    adopted = (read_json(item.folder / RECORD) if item.finished else {}).get("adopted", {})
+    if adopted.get("linked") and adopted["state"] != state_of(item.folder / item.stage.writes):
+        return f"{adopted['source']}, where its files are linked from, has changed since"
+    codes, now = _codes(item.folder), item.code()
+    if codes is None:
+        return f"{verb} with code that is not recorded"
+    phrases = list(dict.fromkeys(phrase for then in codes for phrase in closure.differences(then, now)))
+    return f"{verb} with other code: {_some(phrases)}" if phrases else ""
 
 
-def _cache() -> Path:
-    return cache_folder() / f"code-{sys.version_info.major}.{sys.version_info.minor}.json"
+def begin(item: Planned) -> str:
+    """Note the code that works on a stage from here on; says how it differs from what began it, if that goes on."""
+    goes_on = bool(item.stage.progress(item.folder))
+    before = (_codes(item.folder) or []) if goes_on else []
+    other, code = drift(item, "begun") if goes_on else "", item.code()
+    if code not in before:
+        write_json(item.folder / CODE, [row.as_json() for row in (*before, code)])
+    return other
+
+
+def _some(phrases: list[str]) -> str:
+    """A few of them, and how many more there are."""
+    more = f", and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
+    return ", ".join(phrases[:SHOWN]) + more
+
+
+# Why
+
+
+def why(item: Planned) -> str:
+    """Why the stage would run, or why not."""
+    if item.finished:
+        record = read_json(item.folder / RECORD)
+        adopted = record.get("adopted")
+        made = f"adopted from {adopted['source']}" if adopted else "finished"
+        return "; ".join(filter(None, (f"{made} on {_when(record)}, same address", drift(item))))
+    if item.begun:
+        where = item.stage.progress(item.folder)
+        text = f"interrupted {where}: will resume" if where else "interrupted: begins again"
+        again = "it is a refresh" if item.generation else ""
+        return "; ".join(filter(None, (text, drift(item, "begun") if where else "", again)))
+    if item.asked:
+        return "asked by --refresh"
+    if item.generation:
+        return "asked by an earlier --refresh, or adopted and gone since"
+    last = _newest(item)
+    if last is None:
+        return "never run"
+    folder, record = last
+    return f"{_some(_changes(record, item))} (compared with {folder.name}, finished on {_when(record)})"
+
+
+def _when(record: dict[str, Any]) -> str:
+    return f"{record['finished'][:16].replace('T', ' ')} UTC"
+
+
+def _newest(item: Planned) -> tuple[Path, dict[str, Any]] | None:
+    """The newest finished folder of a stage of this name, and its record."""
+    found = []
+    for path in item.folder.parent.glob(f"{escape(item.stage.name)}-*/{RECORD}"):
+        with suppress(PretrainError):
+            record = read_json(path)
+            if record.get("name") == item.stage.name:
+                found.append((path.parent, record))
+    return max(found, key=lambda one: str(one[1].get("finished")), default=None)
+
+
+def _changes(record: dict[str, Any], item: Planned) -> list[str]:
+    """What makes the stage's address another than that of a finished one."""
+    then, now, kind = record.get("identity"), _plain(item.reads), item.stage.stage
+    if not isinstance(then, dict) or then.get("format") != FORMAT:
+        return ["made by an earlier version: address differs"]
+    if record["stage"] != kind:
+        return [f"stage changed from {record['stage']} to {kind}"]
+    config = {name: value for name, value in item.config.items() if name != "methods"}
+    before, after = _flat(_without(record["config"], then["inputs"])), _flat(_plain(_without(config, now["inputs"])))
+    versions, methods = (before.pop("version", None), after.pop("version", None)), item.config["methods"]
+    found = [f"stage {kind}: version {versions[0]} → {versions[1]}"] if versions[0] != versions[1] else []
+    for name, version in record["methods"].items():
+        if methods.get(name, version) != version:
+            found.append(f"method {name}: version {version} → {methods[name]}")
+    found += _field_changes(before, after)
+    if item.stage.seeded and record["seed"] != item.seed:
+        found.append(f"seed changed from {record['seed']} to {item.seed}")
+    found += _input_changes(then["inputs"], now["inputs"], record["inputs"] | item.stage.references())
+    if then["outside"] != now["outside"]:
+        found.append("what it reads from outside changed")
+    return found or ["its address differs"]
+
+
+def _flat(value: Any, place: str = "") -> dict[str, Any]:
+    """A tree's leaves by their dotted places; a list of plain values is a leaf."""
+    if isinstance(value, dict) and value:
+        items = [(str(key), inner) for key, inner in value.items()]
+    elif isinstance(value, list) and any(isinstance(inner, dict | list) for inner in value):
+        items = [(str(number), inner) for number, inner in enumerate(value)]
+    else:
+        return {place: value}
+    return {k: v for key, inner in items for k, v in _flat(inner, f"{place}.{key}" if place else key).items()}
+
+
+def _field_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """The fields that are others; one that was null before it was filled is told by what fills it."""
+    found, both = [], before | after
+    for name in both:
+        then, now = before.get(name), after.get(name)
+        if name in before and name in after:
+            found += [f"{name} changed from {_shown(then)} to {_shown(now)}"] if then != now else []
+        elif both[name] is not None or not any(other.startswith(f"{name}.") for other in both):
+            found.append(f"{name} is {'gone' if name in before else 'new'} ({_shown(both[name])})")
+    return found
+
+
+def _shown(value: Any) -> str:
+    text = value if isinstance(value, str) and value else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+def _input_changes(then: dict[str, Any], now: dict[str, Any], names: dict[str, Any]) -> list[str]:
+    """The inputs that are others, each by its place and the name that the recipe gives it."""
+    found = []
+    for place in then | now:
+        if then.get(place) != now.get(place):
+            name = ", ".join(names[place]) if isinstance(names[place], list) else names[place]
+            word = "is new" if place not in then else "is gone" if place not in now else "changed"
+            found.append(f"its input `{place}`{'' if name == place else f' ({name})'} {word}")
+    return found
+
+
+def _plain(value: Any) -> Any:
+    """As JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))

@@ -20,7 +20,6 @@ import pretrain.stages
 from pretrain import engine
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Method, Ref
-from pretrain.data.deduplication.deduplicate import Deduplicate
 from pretrain.recipe import check, load
 from pretrain.stages import Job, Stage, build_dataclass, dump
 
@@ -121,16 +120,20 @@ def test_a_neutral_field_or_an_added_stage_changes_nothing_before(tmp_path):
     assert RUNS == ["d"]
 
 
-def test_the_seed_and_the_versions_of_methods_are_part_of_the_address(tmp_path, monkeypatch):
+def test_the_seed_and_the_versions_of_methods_and_stages_are_part_of_the_address(tmp_path, monkeypatch):
     recipe = raw() | {"seed": 1}
     first = [p.address for p in engine.plan(check(raw(), output=tmp_path))]
     assert all(
         a != b for a, b in zip(first, [p.address for p in engine.plan(check(recipe, output=tmp_path))], strict=True)
     )
     stages = [{"stage": "data", "sources": ["stdlib"], "operations": ["deduplicate"]}]
-    one = engine.plan(check({"stages": stages}, output=tmp_path))[0].address
-    monkeypatch.setattr(Deduplicate, "version", 2)
-    assert engine.plan(check({"stages": stages}, output=tmp_path))[0].address != one
+    address = lambda: engine.plan(check({"stages": stages}, output=tmp_path))[0].address  # noqa: E731
+    found = [address()]
+    monkeypatch.setattr("pretrain.data.deduplication.deduplicate.Deduplicate.version", 2)
+    found.append(address())
+    monkeypatch.setattr("pretrain.stages.data.Data.version", 99)
+    found.append(address())
+    assert len(set(found)) == 3
 
 
 def test_an_outside_input_is_followed_by_its_state(tmp_path):

@@ -38,7 +38,7 @@ def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
     model = found.stages[2]
     assert model.optimizer.lr == 1e-3 and model.optimizer.beta2 == 0.95
     assert model.objective.name == "causal_lm" and model.schedule.name == "cosine"
-    assert model.budget.tokens == 10000 and model.methods() == {"adamw": 1, "causal_lm": 1, "cosine": 1}
+    assert model.budget.tokens == 10000 and model.methods() == ["adamw", "causal_lm", "cosine"]
     assert model.references() == {"corpus": "corpus", "tokenizer": "tokenizer"}
 
 

@@ -61,7 +61,7 @@ class Method:
         return {name: nested(getattr(self, name), kind) for name, kind in _held_fields(self.__class__).items()}  # type: ignore[arg-type]
 
     def parts(self) -> tuple[str, ...]:
-        """The names of the methods that this one is made of: with theirs its results change."""
+        """The names of the methods that this one is made of: with their code its results change."""
         return tuple(name for method in self.held().values() for name in (method.name, *method.parts()))
 
     def references(self) -> dict[str, str]:

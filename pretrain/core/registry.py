@@ -99,15 +99,15 @@ def _kind(path: Path, name: str) -> str | None:
     for base in cls.bases:
         if not isinstance(base, ast.Name):
             continue
-        home = path if base.id in source.classes else source_of(source.imports.get(base.id, ""))
+        home = path if base.id in source.classes else _file(source.imports.get(base.id, ""))
         inherited = _kind(home, base.id) if home is not None else None
         if inherited is not None:
             return inherited
     return None
 
 
-def source_of(module: str) -> Path | None:
-    """The source file of a module of this package; None for any other module."""
+def _file(module: str) -> Path | None:
+    """The source of a module of this package."""
     package, *steps = module.split(".")
     path = PACKAGE.joinpath(*steps)
     if package != PACKAGE.name:

@@ -71,6 +71,9 @@ class Stage(BaseModel):
     distributed: ClassVar[bool] = False  # runs on every process of `torchrun`, not only on the first
     seeded: ClassVar[bool] = True  # what comes out depends on the seed
     neutral: ClassVar[tuple[str, ...]] = ()  # fields that do not change what comes out
+    writes: ClassVar[str] = (
+        ""  # what it leaves for others, in a folder of that name: corpus, tokenizer, processor, checkpoint
+    )
     accepts: ClassVar[dict[str, tuple[str, ...]]] = {  # which stages a field may name, where its name tells it
         "corpus": ("data",),
         "tokenizer": ("tokenizer", "train", "surgery"),
@@ -134,16 +137,24 @@ class Stage(BaseModel):
                     found.append((f"{name}.{number}".rstrip("."), method))
         return found
 
-    def methods(self) -> dict[str, int]:
-        """The versions of the methods that the stage uses, by name."""
-        versions = {method.name: method.version for _, method in self._placed()}
-        parts = {name for _, method in self._placed() for name in method.parts()} - set(versions)
-        return dict(sorted((versions | {name: method_class(name).version for name in parts}).items()))
+    def methods(self) -> list[str]:
+        """The names of the methods that the stage uses."""
+        return sorted({name for _, method in self._placed() for name in (method.name, *method.parts())})
+
+    def method_classes(self) -> dict[str, type[Method]]:
+        """The classes of the methods that the stage uses, by name."""
+        placed = {method.name: type(method) for _, method in self._placed()}
+        return {name: placed.get(name) or method_class(name) for name in self.methods()}
 
     def config(self) -> dict[str, Any]:
         """What is hashed: all fields but the name and the neutral ones, and the versions of stage and methods."""
+        versions = {name: cls.version for name, cls in self.method_classes().items()}
         fields = self.model_dump(mode="json", exclude={"name", *self.neutral})
-        return fields | {"version": self.version, "methods": self.methods()}
+        return fields | {"version": self.version, "methods": versions}
+
+    def progress(self, folder: Path) -> str:
+        """From what an interrupted run can go on, as `at step 200`; nothing where it begins again."""
+        return ""
 
 
 def _is_ref(field_info: Any) -> bool:

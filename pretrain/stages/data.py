@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator
@@ -38,6 +39,7 @@ class Data(Stage):
 
     version = 3
     seeded: ClassVar[bool] = False
+    writes: ClassVar[str] = "corpus"
     stage: Literal["data"] = "data"
     sources: list[SourceField] = Field(min_length=1)
     operations: list[DataOperationField] = []
@@ -54,6 +56,10 @@ class Data(Stage):
             except PretrainError as error:
                 raise PretrainError(str(error), place=("sources", number)) from error
         return found
+
+    def progress(self, folder: Path) -> str:
+        """What operations keep while they work."""
+        return "with its operations under way" if any(folder.glob("work/*")) else ""
 
     def run(self, job: Job) -> dict[str, Any]:
         """Write the corpus."""

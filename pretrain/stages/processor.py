@@ -17,6 +17,7 @@ class Processor(Stage):
     """
 
     seeded: ClassVar[bool] = False
+    writes: ClassVar[str] = "processor"
     stage: Literal["processor"] = "processor"
     processor: dict[str, Any] = {}
     checkpoint: Ref | None = None

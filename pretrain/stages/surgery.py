@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -18,6 +18,7 @@ class Surgery(Stage):
     documents of `corpus`.
     """
 
+    writes: ClassVar[str] = "checkpoint"
     stage: Literal["surgery"] = "surgery"
     checkpoint: Ref
     surgeries: list[SurgeryField] = Field(min_length=1)

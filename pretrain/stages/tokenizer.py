@@ -15,6 +15,7 @@ class Tokenizer(Stage):
     """Fields of a `tokenizer` stage: a `corpus` to train on, or a `checkpoint` to take one from."""
 
     seeded: ClassVar[bool] = False
+    writes: ClassVar[str] = "tokenizer"
     stage: Literal["tokenizer"] = "tokenizer"
     corpus: Ref | None = None
     checkpoint: Ref | None = None

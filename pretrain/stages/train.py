@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
@@ -72,6 +73,7 @@ class Train(Stage):
     version = 1
     distributed: ClassVar[bool] = True
     neutral: ClassVar[tuple[str, ...]] = ("save_every", "keep", "log_every", "max_skips", "workers")
+    writes: ClassVar[str] = "checkpoint"
     stage: Literal["train"] = "train"
     corpus: Ref
     tokenizer: Ref | None = None
@@ -155,10 +157,15 @@ class Train(Stage):
         """Whether the loss is the text's likelihood, so that it can be told in bits a byte."""
         return [(w.method.name, w.weight) for w in self.weighted()] == [("causal_lm", 1.0)]
 
-    def methods(self) -> dict[str, int]:
+    def methods(self) -> list[str]:
         """Without the default objective where `objectives` says others."""
         unused = {self.objective.name} - {w.method.name for w in self.weighted()}
-        return {name: version for name, version in super().methods().items() if name not in unused}
+        return [name for name in super().methods() if name not in unused]
+
+    def progress(self, folder: Path) -> str:
+        """The step of the newest training state."""
+        steps = [path.name.removeprefix("step-") for path in folder.glob("state/step-*")]
+        return f"at step {max(map(int, filter(str.isdecimal, steps)), default=0):,}" if steps else ""
 
     def run(self, job: Job) -> dict[str, Any]:
         """Train, then write the checkpoint."""
