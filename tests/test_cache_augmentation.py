@@ -130,7 +130,7 @@ def test_training_moves_the_coprocessor_only(tiny, prepared, tmp_path, family):
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     objective = CacheAugmentation(latents=2, ahead=4, traces=6)
     settings = Settings(budget=Budget(steps=3), bar=False, save_every=0)
-    done = small(prepared, lambda **_: model, tmp_path, settings=settings, objective=objective)
+    done = small(prepared, lambda *_, **__: model, tmp_path, settings=settings, objective=objective)
     after = done.trainee.model.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
     assert all(p.grad is None and not p.requires_grad for p in done.trainee.model.parameters())

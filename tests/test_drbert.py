@@ -11,6 +11,7 @@ from transformers import AutoModelForMaskedLM
 
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.objectives.language.drbert import DrBERT
 from pretrain.objectives.language.masked_lm import MaskedLM
 
@@ -129,9 +130,11 @@ def test_a_document_that_is_chosen_whole_sees_itself_alone(tiny):
     spread(modules)
     batch = objective.prepare(rows([20, 4]), context(24))
     batch["target_BL"][0, 20:] = 5
+    batch["weight"] = (batch["target_BL"] != IGNORE).sum()
     batch["from_encoder_BL"] = torch.zeros_like(batch["from_encoder_BL"])
     nll_BL = objective.loss(model, batch, modules).nll_BL
     alone = {k: v[:, 20:] for k, v in batch.items() if k.endswith("BL")}
+    alone["weight"] = (alone["target_BL"] != IGNORE).sum()
     assert torch.allclose(objective.loss(model, alone, modules).nll_BL[0], nll_BL[0, 20:], atol=1e-5)
 
 
@@ -158,6 +161,7 @@ def test_packed_documents_have_the_loss_of_each_alone(tiny, attention):
     for document in (1, 2, 3):
         mine = (batch["document_BL"][0] == document).nonzero()[:, 0]
         alone = {k: v[:, mine] for k, v in batch.items() if k.endswith("BL")}
+        alone["weight"] = (alone["target_BL"] != IGNORE).sum()
         assert torch.allclose(objective.loss(model, alone, modules).nll_BL[0], nll_BL[0, mine], atol=1e-5)
 
 

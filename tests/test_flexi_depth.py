@@ -191,7 +191,7 @@ def test_only_routers_and_adapters_have_gradients_and_move(tiny, prepared, tmp_p
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     FlexiDepth(reduction=4)(model)
     settings = Settings(budget=Budget(steps=3), bar=False, save_every=0)
-    done = small(prepared, lambda **_: model, tmp_path, settings=settings, objective=FlexiDepthLM())
+    done = small(prepared, lambda *_, **__: model, tmp_path, settings=settings, objective=FlexiDepthLM())
     after = done.trainee.model.state_dict()
     assert all(torch.equal(after[weight], tensor) for weight, tensor in before.items())
     learnt = {weight for weight, p in model.named_parameters() if p.requires_grad}

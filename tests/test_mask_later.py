@@ -9,6 +9,7 @@ import torch
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import count_flops
+from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.objectives.language.mask_later import MaskLater
 from pretrain.objectives.language.masked_lm import MaskedLM
 
@@ -174,6 +175,7 @@ def test_packed_documents_have_the_loss_of_each_alone(tiny, family):
         mine = (batch["document_BS"][0] == document).nonzero()[:, 0]
         alone = {k: v[:, mine] for k, v in batch.items() if k.endswith("BS")}
         alone["tokens_BK"] = batch["tokens_BK"][:, mine[mine < shown]]
+        alone["weight"] = (alone["target_BS"] != IGNORE).sum()
         assert torch.allclose(objective.loss(model, alone, modules).nll_BL[0], nll_BS[0, mine], atol=1e-5)
 
 
