@@ -88,9 +88,9 @@ class Vocabulary:
             if index < len(tokens):
                 tokens[index] = token
         sentinels: list[int] = []
-        while (index := known.get(f"<extra_id_{len(sentinels)}>")) is not None:
-            sentinels.append(index)
-        pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        while (sentinel := known.get(f"<extra_id_{len(sentinels)}>")) is not None:
+            sentinels.append(sentinel)
+        pad: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
         return cls(
             size=len(tokenizer),
             pad=0 if pad is None else pad,

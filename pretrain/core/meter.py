@@ -96,7 +96,7 @@ def matrix_products(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]
     for name, layer in layers.items():
 
         def count(layer: nn.Module, inputs: tuple[Any, ...], _: Any, name: str = name) -> None:
-            x, weight = inputs[0], layer.weight
+            x, weight = inputs[0], layer.get_parameter("weight")
             products = 1
             if torch.is_grad_enabled() and not recomputed.is_bw:
                 products += x.requires_grad + weight.requires_grad

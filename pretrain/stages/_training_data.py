@@ -48,7 +48,7 @@ class Asked(Protocol):
 
 def open_model(stage: Asked, job: Job) -> tuple[Any, Processor]:
     """The model to train, and the processor of its inputs."""
-    processor = None
+    processor: Processor | None = None
     if "tokenizer" in job.inputs:
         processor = load_tokenizer(tokenizer_of(job.inputs["tokenizer"]))
     elif "processor" in job.inputs:
@@ -64,6 +64,7 @@ def open_model(stage: Asked, job: Job) -> tuple[Any, Processor]:
     tokenizer = tokenizer_in(processor)
     vocabulary = None if tokenizer is None else Vocabulary.of(tokenizer)
     model = new_model(stage.model["family"], stage.fields(), task=task, vocabulary=vocabulary, seed=job.seed)
+    assert processor is not None, "a new model has a tokenizer or a processor: see the stage's check"
     return model, processor
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
@@ -25,6 +25,11 @@ from pretrain.stages import (
 )
 from pretrain.training.budget import Budget
 from pretrain.training.compatible import check_together
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.core.processors import Processor
 
 
 class Weighted(BaseModel):
@@ -181,8 +186,9 @@ class Train(Stage):
 
         world = join(pick_device())
         model, processor = data.open_model(self, job)
-        model, inputs, surgery_flops = operate(self.surgeries, model, Inputs(tokenizer=processor, seed=job.seed))
-        processor = inputs.tokenizer
+        given = Inputs(tokenizer=cast("PreTrainedTokenizerBase", processor), seed=job.seed)
+        model, inputs, surgery_flops = operate(self.surgeries, model, given)
+        processor = cast("Processor", inputs.tokenizer)
         data.check_entries(self, model, processor)
         weighted, vocabulary = self.weighted(), data.vocabulary_of(processor)
         if self._reads() == "examples":
@@ -217,7 +223,7 @@ class Train(Stage):
             lineage |= {"data": shards["train"].info["corpus"], "metrics": training.metrics} | spent
             lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
             lineage["length"] = self.length
-            checkpoint.save(training.model, processor, job.folder / "checkpoint", lineage)
+            checkpoint.save(cast("PreTrainedModel", training.model), processor, job.folder / "checkpoint", lineage)
             if shown := data.samples(self, training.model, shards, vocabulary):
                 write_samples(job.folder, shown)
             for objective, modules in zip(training.trainee.objectives, training.trainee.beside, strict=True):

@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from pretrain.core.errors import PretrainError
@@ -86,7 +87,7 @@ def synchronised(wrapped: nn.Module, last: bool) -> Iterator[None]:
         with wrapped.no_sync():
             yield
         return
-    if hasattr(wrapped, "set_requires_gradient_sync"):
+    if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
     yield
 
@@ -110,7 +111,7 @@ def gather(module: nn.Module, world: World) -> None:
 @contextmanager
 def unsharded(wrapped: nn.Module) -> Iterator[None]:
     """While open, a sharded model can be called as an ordinary one, its blocks and its parts."""
-    sharded = [module for module in wrapped.modules() if hasattr(module, "unshard")]
+    sharded = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.unshard()
     yield

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -39,6 +39,9 @@ from pretrain.training.guard import seed
 from pretrain.training.log import Log
 from pretrain.training.running import Settings as Settings
 from pretrain.training.running import Trainee, Training
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 MicroBatches = list[list[Batch]]  # those of a step, each one batch an objective
 Counts = dict[str, float]  # the numbers of a batch that say what each term of the loss is the mean over
@@ -125,7 +128,9 @@ def _start(
     if not (settings.compile and world.device.type == "cuda"):  # where the compiler fuses the same, and more
         accelerate(model)
     if settings.checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        cast("PreTrainedModel", model).gradient_checkpointing_enable(
+            gradient_checkpointing_kwargs={"use_reentrant": False}
+        )
     if settings.compile:
         for block in families.repeated_blocks(model):
             block.compile()

@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -214,8 +214,8 @@ def _flex(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, mask: BlockM
         qkv[1:] = [x.repeat_interleave(shared, dim=1) for x in qkv[1:]]
     grouped = qkv[0].shape[1] != qkv[1].shape[1]
     compiled = kind == "cuda" and not torch.compiler.is_compiling()
-    kernel = _compiled() if compiled else flex_attention
-    out_BHLD: Any = kernel(*qkv, block_mask=mask, scale=scale, enable_gqa=grouped)
+    kernel = cast("Callable[..., Any]", _compiled() if compiled else flex_attention)
+    out_BHLD = kernel(*qkv, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out_BHLD[..., :width].transpose(1, 2).contiguous()
 
 

@@ -94,7 +94,7 @@ def family(model: nn.Module) -> Family:
 
 def in_table(model: nn.Module) -> bool:
     """Whether a family of `FAMILIES` describes the model."""
-    return model.config.model_type in {name for entry in FAMILIES for name in entry.types}  # type: ignore[union-attr]
+    return at(model, "config").model_type in {name for entry in FAMILIES for name in entry.types}
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.core.batch import Batch, Vocabulary, to_device
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import base, blocks, family, in_table, is_causal
+from pretrain.core.models.families import at, base, blocks, family, in_table, is_causal
 from pretrain.core.processors import Processor, columns_of, inputs_of
 
 POOLINGS = ("mean", "cls", "last")
@@ -250,7 +250,7 @@ def _check(model: nn.Module, framing: Framing, pooling: str, layer: int) -> None
         raise PretrainError("pooling 'cls': a causal model's first token sees no text; accepted: mean, last")
     if pooling == "cls" and not framing.before:
         raise PretrainError("pooling 'cls': the tokenizer has no cls or bos token; accepted: mean, last")
-    depth = len(blocks(model)) if in_table(model) else model.config.num_hidden_layers  # type: ignore[union-attr]
+    depth = len(blocks(model)) if in_table(model) else int(at(model, "config").num_hidden_layers)
     if not -depth - 1 <= layer <= depth:
         raise PretrainError(f"layer {layer}: accepted: {-depth - 1} to {depth}, for {depth} blocks")
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
-from pretrain.core.models.families import blocks, head
+from pretrain.core.models.families import at, blocks, head
 from pretrain.objectives import Loss, summed
 from pretrain.objectives.distillation._distil import (
     Side,
@@ -85,10 +85,10 @@ class Distillation(Taught):
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher, and the projections from the student's width to its."""
         teacher = open_teacher(self.teacher, model, self.name)
-        sizes = [m.config.hidden_size for m in (model, teacher)]
-        projections = [nn.Linear(*sizes, bias=False) for _ in self._pairs(model, teacher)]
+        narrow, wide = (int(at(part, "config").hidden_size) for part in (model, teacher))
+        projections = [nn.Linear(narrow, wide, bias=False) for _ in self._pairs(model, teacher)]
         for projection in projections:
-            if sizes[0] == sizes[1]:
+            if narrow == wide:
                 nn.init.eye_(projection.weight)
         return Teacher(teacher, nn.ModuleList(projections))
 

@@ -10,12 +10,13 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
+from transformers.cache_utils import CacheLayerMixin
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
 from pretrain.core.errors import PretrainError
@@ -150,7 +151,8 @@ def read(model: nn.Module, batch: Batch) -> tuple[Tensor, Pairs]:
     given = attend(model, batch, causal=True) | {"use_cache": True}
     cache = DynamicCache()
     states_BLE = base(model)(input_ids=batch["tokens_BL"], past_key_values=cache, **given).last_hidden_state
-    return states_BLE, [(layer.keys, layer.values) for layer in cache.layers]  # type: ignore[misc]
+    layers = cast("list[CacheLayerMixin]", cache.layers)
+    return states_BLE, cast("list[tuple[Tensor, Tensor]]", [(layer.keys, layer.values) for layer in layers])
 
 
 def traces(batch: Batch, length: int) -> tuple[Tensor, Tensor]:

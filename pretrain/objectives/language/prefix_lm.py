@@ -43,13 +43,12 @@ class PrefixLM(Objective):
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """As causal LM's, with `prefix_BL`: True on each document's prefix, whose tokens are no targets."""
         batch = rows_to_tensors(rows, context.length, context.vocabulary.pad)
-        prefix_BL = np.zeros(batch["tokens_BL"].shape, dtype=bool)
+        prefix_BL = torch.zeros(batch["tokens_BL"].shape, dtype=torch.bool)
         for b, row in enumerate(rows):
             sizes_D = np.diff(np.append(row.starts_D, len(row.tokens_L)))
             for start, size in zip(row.starts_D.tolist(), sizes_D.tolist(), strict=True):
                 low, high = (max(1, round(share * (size - 1))) for share in (self.shortest, self.longest))
                 prefix_BL[b, start : start + int(context.rng.integers(low, high + 1))] = True
-        prefix_BL = torch.from_numpy(prefix_BL)
         target_BL = next_tokens(batch["tokens_BL"], batch["document_BL"])
         target_BL[:, :-1].masked_fill_(prefix_BL[:, 1:], IGNORE)  # where the next token is of the prefix
         batch |= {"prefix_BL": prefix_BL, "target_BL": target_BL, "weight": (target_BL != IGNORE).sum()}

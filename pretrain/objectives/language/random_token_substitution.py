@@ -133,7 +133,9 @@ class RandomTokenSubstitution(Objective):
         tokens_BL, original_BL, present_BL = batch["tokens_BL"], batch["original_BL"], batch["document_BL"] > 0
         generator: Any = modules["generator"] if self.objective == "c_rts" else None
         if generator is not None:
-            if not modules.training or modules["head"][0].weight.grad is None:  # the first micro-batch of a step
+            if (
+                not modules.training or next(modules["head"].parameters()).grad is None
+            ):  # the first micro-batch of a step
                 generator.settle()
             chosen_BL = batch["chosen_BL"]
             tokens_BL = tokens_BL.masked_scatter(chosen_BL, generator.draw(tokens_BL[chosen_BL], batch["special_V"]))
