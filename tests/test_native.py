@@ -314,3 +314,18 @@ def test_blocks_of_a_family_that_no_table_knows_are_apart_and_hold_its_layers(ki
     ]
     if model.config.model_type != "patchtst":  # whose class says nothing
         assert len(layers) >= 2 and {id(layer) for layer in layers} <= set(inside)
+
+
+@EVERY
+def test_a_model_made_anew_has_no_weights_left_at_nought(kind):
+    model, _, _ = kind
+    assert [n for n, p in model.named_parameters() if not n.endswith("bias") and not p.abs().max() > 0] == []
+
+
+def test_a_new_vitmae_tells_its_patches_apart():
+    model = new_model("vit_mae", MODELS["vit_mae"], task="pretraining")
+    for table in (model.vit.embeddings.position_embeddings, model.decoder.decoder_pos_embed):
+        rows = table[0, 1:]
+        assert len(torch.unique(rows, dim=0)) == len(rows) == 16
+    again = new_model("vit_mae", MODELS["vit_mae"], task="pretraining")
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
