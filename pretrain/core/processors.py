@@ -37,6 +37,7 @@ from pretrain.core.files import read_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from transformers import PreTrainedTokenizerBase
 
 KINDS = (PreTrainedTokenizerBase, BaseImageProcessor, FeatureExtractionMixin, ProcessorMixin)
 Processor: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin"
@@ -218,7 +219,7 @@ def inputs_of(processor: Processor, documents: Sequence[Document], length: int) 
     return batch | {"tokens": torch.tensor(tokens)}
 
 
-def _read_text(tokenizer: Any, texts: Sequence[str], length: int) -> tuple[Batch, int]:
+def _read_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[Batch, int]:
     found = tokenizer(
         list(texts), truncation=True, max_length=length, padding=True,
         pad_to_multiple_of=None if length % STEP else STEP,  # which tokenizers take of such lengths alone

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     import torch
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
     from pretrain.core.batch import Batch, Context
 
@@ -110,6 +111,6 @@ class Objective(Method):
         """
         raise NotImplementedError
 
-    def show(self, model: Any, examples: Sequence[Any], context: Context) -> list[dict[str, Any]]:
+    def show(self, model: PreTrainedModel, examples: Sequence[Any], context: Context) -> list[dict[str, Any]]:
         """What the trained model makes of held-out examples, to look at (`core.samples`); none by default."""
         return []

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
@@ -36,7 +37,7 @@ def exit_logits(norm: Any, head: Any, maps: Any, states: Tensor, depth: int) -> 
 
 
 def states_of_text(
-    model: Any, batches: Iterable[Batch], depths: tuple[int, ...]
+    model: PreTrainedModel, batches: Iterable[Batch], depths: tuple[int, ...]
 ) -> Iterator[tuple[list[Tensor], Tensor]]:
     """Batch by batch `states_NE` after each of the depths, and the tokens that follow, where text has a next one.
 

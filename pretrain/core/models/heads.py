@@ -25,12 +25,12 @@ def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted((model.config.id2label or {}).items()))
 
 
-def output(model: Any) -> tuple[str, nn.Module] | None:
+def output(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
     """The name and the module of a classifier's last layer; None of a model without one."""
     return next(((name, module) for name, module in model.named_children() if name in _OUTPUTS), None)
 
 
-def new_modules(model: Any) -> dict[str, nn.Module]:
+def new_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     """What a classifier may have that its pretrained model has not: what stands on the base model, BERT's pooler."""
     if output(model) is None:
         return {}

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from transformers import PreTrainedConfig
 
 from pretrain.core.batch import Batch, Context
 from pretrain.core.errors import PretrainError
@@ -79,7 +80,7 @@ def masked_frames(batch: Batch, context: Context, _: float) -> Batch:
     }  # fmt: skip
 
 
-def _frames(samples: int, config: Any) -> int:
+def _frames(samples: int, config: PreTrainedConfig) -> int:
     """How many frames the convolutions make of so many samples."""
     for kernel, stride in zip(config.conv_kernel, config.conv_stride, strict=True):
         samples = (samples - kernel) // stride + 1
@@ -90,7 +91,7 @@ def _frames(samples: int, config: Any) -> int:
     return samples
 
 
-def _spans(length: int, frames: int, config: Any, rng: np.random.Generator) -> NDArray[np.bool_]:
+def _spans(length: int, frames: int, config: PreTrainedConfig, rng: np.random.Generator) -> NDArray[np.bool_]:
     """Which of `frames` frames are hidden: spans of `mask_time_length`, `mask_time_prob` of the first `length`."""
     span = min(config.mask_time_length, length)
     count = int(config.mask_time_prob * length / span + rng.random())

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from pretrain.core.batch import Batch, Context, Example, to_device
 from pretrain.core.bounds import PositiveShare
@@ -52,7 +53,7 @@ class Native(Objective):
             )
         return Loss(found / batch["divisor"] if "divisor" in batch else found, {})
 
-    def show(self, model: Any, examples: Sequence[Example], context: Context) -> list[Sample]:
+    def show(self, model: PreTrainedModel, examples: Sequence[Example], context: Context) -> list[Sample]:
         """What the model makes of what is hidden from it, to look at."""
         batch = to_device(self.prepare(examples, context), model.device)
         with evaluating(model):
