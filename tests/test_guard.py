@@ -60,6 +60,7 @@ def bits(training):
     return [*training.model.parameters(), *(v for m in moments for v in m.values() if torch.is_tensor(v))]
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("how", ["nan", "inf", "plus inf"])
 def test_a_step_that_is_not_finite_leaves_weights_and_optimiser_as_they_are(tiny, prepared, tmp_path, how):
     """The last case has a gradient that is finite: the loss alone is not."""

@@ -122,6 +122,7 @@ def test_a_state_of_which_one_processs_file_is_lost_is_passed_over(saved, tmp_pa
     assert state.newest(tmp_path) is None
 
 
+@pytest.mark.bits
 def test_states_of_before_still_resume(tiny, prepared, tmp_path):
     """One file each of the weights, the optimiser and the policies, whose names begin with a dot."""
     settings = Settings(budget=Budget(steps=6), save_every=3, bar=False)

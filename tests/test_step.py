@@ -87,6 +87,7 @@ def test_gradients_are_made_without_reading_anything_of_the_device(prepared, tmp
         float(norm)
 
 
+@pytest.mark.bits
 def test_targets_found_by_their_number_are_those_found_by_looking():
     """What a device does that need not be asked: on a CPU the two ways are compared."""
     torch.manual_seed(0)

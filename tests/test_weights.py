@@ -18,6 +18,7 @@ from pretrain.core.files import file_digest
 from pretrain.core.method import method_class
 from pretrain.core.weights import ALIGNMENT, align, aligned, load_tensors
 from pretrain.training import state
+from pretrain.training.background import Background
 from pretrain.training.distributed import World
 
 TOKENS = torch.arange(3, 23)[None]
@@ -141,7 +142,9 @@ def test_a_training_state_comes_back_aligned(tmp_path):
     layer(torch.ones(2, 5)).sum().backward()
     optimizer.step()
     policies = {"average": {"odd": torch.ones(3), "more": torch.ones(7)}}
-    state.save(tmp_path, 1, layer, optimizer, policies, {}, World(0, 1, torch.device("cpu")), 1)
+    alone = World(0, 1, torch.device("cpu"))
+    with Background(alone) as background:
+        state.save(tmp_path, 1, layer, optimizer, policies, {}, alone, 1, background)
     fresh, other = made()
     _, came = state.load(state.newest(tmp_path), fresh, other)
     moments = [t for entries in other.state.values() for t in entries.values()]
