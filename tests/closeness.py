@@ -41,22 +41,33 @@ def products(model: nn.Module) -> tuple[int, int]:
     return max(getattr(m, "in_features", m.weight.shape[0]) for m in matrices), 2 * len(matrices)
 
 
-def assert_rounding(found: Any, expected: Any, terms: float, *, steps: float = 1, size: float | None = None) -> None:
-    """`found` differs from `expected` by no more than `rounding`, in the coarser of the two types.
+def assert_rounding(
+    found: Any,
+    expected: Any,
+    terms: float,
+    *,
+    steps: float = 1,
+    size: float | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """`found` differs from `expected` by no more than `rounding`, in the coarser of the two types or in `dtype`.
 
     `size` is by default √terms · max|expected|: what the terms of the largest sum amount to where their signs are random.
     """
     found, expected = torch.as_tensor(found).detach(), torch.as_tensor(expected).detach()
-    dtype = max(found.dtype, expected.dtype, key=lambda kind: UNIT[kind])
+    dtype = dtype or max(found.dtype, expected.dtype, key=lambda kind: UNIT[kind])
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     limit = rounding(terms, math.sqrt(terms) * largest if size is None else size, steps=steps, dtype=dtype)
     torch.testing.assert_close(found.double(), expected.double(), rtol=0, atol=limit)
 
 
-def assert_same_model(found: Tensor, expected: Tensor, model: nn.Module, length: int = 0) -> None:
+def assert_same_model(
+    found: Tensor, expected: Tensor, model: nn.Module, *, length: int = 0, dtype: torch.dtype | None = None
+) -> None:
     """Two outputs of `model`'s computation, which other kernels or another order of sums may have made.
 
-    `length` is how many positions attention sums over, where they are more than the model is wide.
+    `length` is how many positions attention sums over, where they are more than the model is wide; `dtype` the coarsest
+    type on the way, where the outputs' own is finer.
     """
     terms, steps = products(model)
-    assert_rounding(found, expected, max(terms, length), steps=steps)
+    assert_rounding(found, expected, max(terms, length), steps=steps, dtype=dtype)

@@ -210,6 +210,7 @@ def test_a_document_s_functions_are_on_one_side_and_each_once(prepared):
     assert sum(map(len, AstProbe(snippets=3).split(documents).values())) < len(every)
 
 
+@pytest.mark.bits
 def test_real_documents_are_measured_and_a_few_steps_do_better_than_none(tiny, prepared, tokenizer):
     documents = list(Corpus(prepared / "corpus").documents("train"))
     model = tiny(vocab_size=512)

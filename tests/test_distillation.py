@@ -132,6 +132,7 @@ def test_a_truncated_teacher_sees_less_and_less_of_the_difference():
     assert torch.allclose(grouped(q, likely)[:, -1].exp(), rest)
 
 
+@pytest.mark.bits
 def test_the_truncation_is_in_the_loss_and_more_than_the_vocabulary_is_all_of_it(setting):
     losses = {}
     for k in (0, 3, 97, 500):

@@ -163,6 +163,7 @@ def test_the_bootstrap_agrees_with_the_delta_method_and_takes_little_memory():
     assert peak < 500 * 4000  # not resamples times documents
 
 
+@pytest.mark.bits
 def test_the_window_is_the_length_that_the_checkpoint_was_trained_at(tiny, prepared, tmp_path):
     tokenizer = load_tokenizer(prepared / "tokenizer")
     model = tiny(vocab_size=512, max_position_embeddings=256)

@@ -154,7 +154,7 @@ def test_the_cache_and_the_logits_are_those_of_a_computation_from_attention_weig
             assert found.position_T.tolist() == chunk["positions"] and len(chunk["positions"]) == 17
             for mine, theirs in zip(found.cache, chunk["cache"], strict=True):
                 for a, b in zip(mine, theirs, strict=True):
-                    assert_same_model(a, b, model)  # eager softmax is float32
+                    assert_same_model(a, b, model, dtype=torch.float32)  # of eager softmax
             token = method.generate(model, ids_1L, max_new_tokens=1)[0, -1]
             assert int(token) == int(logits_V.argmax())
             kept.append(chunk["tokens"])

@@ -153,7 +153,8 @@ def test_kept_tokens_and_logits_are_those_of_a_computation_from_attention_weight
                 assert rows == [wanted[0][step][0][layer], wanted[1][step][0][layer]], (step, layer)
             for row in range(2):
                 # eager softmax is float32
-                assert_same_model(output.logits[row, -1], wanted[row][step][1], model, length=65)
+                given = {"length": 65, "dtype": torch.float32}
+                assert_same_model(output.logits[row, -1], wanted[row][step][1], model, **given)
             if step < 25:
                 output = model(new_BM[:, step : step + 1], past_key_values=output.past_key_values)
     assert wanted[0][0][0][3] != wanted[1][0][0][3]  # rows choose for themselves

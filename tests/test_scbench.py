@@ -241,6 +241,7 @@ def test_a_window_keeps_sinks_and_the_newest_at_their_positions(model, tokenizer
     assert narrow["scbench_multi_turn_logp"] != full.metrics["scbench_multi_turn_logp"]
 
 
+@pytest.mark.bits
 def test_a_decoding_method_over_the_cache_is_compared(model, tokenizer, stories):
     full = SCBench(**SMALL, tasks=("kv",))(model, tokenizer, stories).metrics
     keeps = {"method": "pyramid_infer", "prefill_decay_ratio": 1.0, "gen_decay_ratio": 1.0, "gen_compress_ratio": 1.0}
