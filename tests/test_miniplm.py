@@ -94,6 +94,7 @@ def test_the_highest_scores_are_kept_in_order_with_all_columns(corpus, models, r
     assert not rest or score_N[chosen].min() >= score_N[rest].max()
 
 
+@pytest.mark.bits
 def test_an_interrupted_scoring_goes_on_and_its_cost_is_known(corpus, models, tmp_path, monkeypatch):
     monkeypatch.setattr(_scores, "SHARD", 4)
     method = Miniplm(models["big"], models["small"])

@@ -111,6 +111,7 @@ def greedy(corpus, **fields):
     return ModelSoup(corpus=corpus, max_documents=3, **fields)
 
 
+@pytest.mark.bits
 def test_the_greedy_soup_is_the_papers_recipe_written_out(tiny, text):
     corpus, tokenizer, loss = text
     start = tiny(vocab_size=512)
@@ -139,6 +140,7 @@ def test_the_greedy_soup_is_the_papers_recipe_written_out(tiny, text):
     assert told["model_soup/best_ingredient"] == pytest.approx(min(map(loss, models)), abs=1e-9)
 
 
+@pytest.mark.bits
 def test_the_greedy_soup_is_never_worse_than_the_best_ingredient(tiny, text):
     corpus, tokenizer, loss = text
     models = [near(tiny(vocab_size=512), 0.5, seed) for seed in range(3)]
@@ -146,6 +148,7 @@ def test_the_greedy_soup_is_never_worse_than_the_best_ingredient(tiny, text):
     assert loss(soup) <= min(map(loss, models))
 
 
+@pytest.mark.bits
 def test_the_best_alone_is_the_ingredient_of_the_lowest_loss_bit_for_bit(tiny, text):
     corpus, tokenizer, loss = text
     models = [near(tiny(vocab_size=512), 0.5, seed) for seed in range(3)]
@@ -156,6 +159,7 @@ def test_the_best_alone_is_the_ingredient_of_the_lowest_loss_bit_for_bit(tiny, t
     assert told["model_soup/ingredients"] == 1 and told["model_soup/soup"] == told["model_soup/best_ingredient"]
 
 
+@pytest.mark.bits
 def test_the_evaluation_may_be_given_with_its_fields(tiny, text, prepared):
     corpus, tokenizer, _ = text
     models = [near(tiny(vocab_size=512), 0.5, seed) for seed in range(2)]
@@ -172,6 +176,7 @@ def test_the_evaluation_may_be_given_with_its_fields(tiny, text, prepared):
     )
 
 
+@pytest.mark.bits
 def test_windows_are_of_the_length_asked_for(tiny, text, prepared):
     corpus, tokenizer, _ = text
     models = [near(tiny(vocab_size=512), 0.5, seed) for seed in range(2)]
@@ -182,6 +187,7 @@ def test_windows_are_of_the_length_asked_for(tiny, text, prepared):
     assert inputs.extra["metrics"]["model_soup/soup"] == pytest.approx(wanted, abs=1e-9)
 
 
+@pytest.mark.bits
 def test_equal_models_all_join_and_the_better_side_can_be_the_higher_one(tiny, text):
     corpus, tokenizer, loss = text
     model, other = tiny(vocab_size=512), near(tiny(vocab_size=512), 0.4, 1)

@@ -63,6 +63,7 @@ def test_pieces_fit_the_model_s_positions_and_come_from_the_middle(tiny):
     assert middle(np.arange(10), 4).tolist() == [3, 4, 5, 6] and middle(np.arange(3), 4).tolist() == [0, 1, 2]
 
 
+@pytest.mark.bits
 def test_a_model_in_training_is_measured_without_dropout_and_given_back(tiny):
     model = tiny("bert")
     model.train()
