@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from adapter_cases import trained
-from closeness import assert_same_model
+from closeness import assert_rounding, assert_same_model, products
 from peft import LoraConfig, PeftModel, get_peft_model
 from policy_run import run, steps
 from transformers import AutoModelForCausalLM
@@ -100,7 +100,9 @@ def test_frozen_components_get_the_gradient_that_they_get_unfrozen(tiny) -> None
         torch.manual_seed(seed_of(3, 4))
         model(IDS, labels=IDS).loss.backward()
         made[frozen] = [module.A.grad for module in adapters(model).values()]
-    assert all(torch.allclose(free[2], frozen[2]) for free, frozen in zip(*made.values(), strict=True))
+    terms, steps = products(model)
+    for free, frozen in zip(*made.values(), strict=True):
+        assert_rounding(frozen[2], free[2], terms, steps=3 * steps)  # two products backward for one forward
 
 
 def test_ranks_cover_their_range_as_often_as_their_distribution_says() -> None:

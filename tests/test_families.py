@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from closeness import assert_same_model
 
 from pretrain.core.batch import Vocabulary, document_mask
 from pretrain.core.errors import PretrainError
@@ -161,7 +162,7 @@ def test_t5_hidden_times_head_is_what_the_model_returns(tiny, scaled):
     present_BL[:, 30:] = 0
     inputs = {"input_ids": tokens_BL, "decoder_input_ids": tokens_BL[:, :9], "attention_mask": present_BL}
     with torch.no_grad():
-        assert torch.allclose(hidden(model, **inputs) @ head(model)[0].T, model(**inputs).logits, atol=1e-6)
+        assert_same_model(hidden(model, **inputs) @ head(model)[0].T, model(**inputs).logits, model)
 
 
 @pytest.mark.bits

@@ -120,6 +120,7 @@ def test_a_verifier_that_knows_reaches_one_and_one_that_does_not_gains_nothing(
     assert worst["gv_verified"] == pytest.approx(0) and worst["gv_gap"] == pytest.approx(-raw["gv_utility"])
 
 
+@pytest.mark.bits
 @pytest.mark.parametrize("verifier", ["choice", "likelihood"])
 @pytest.mark.parametrize("weights", ["filter", "reweight"])
 def test_the_gap_is_that_of_plain_logits(model, tokenizer, documents, verifier, weights):

@@ -225,6 +225,7 @@ def test_the_simple_ways_have_the_moments_they_name():
         assert torch.allclose(made[way].mean(0), centre, atol=0.06), way
 
 
+@pytest.mark.bits
 def test_the_seed_decides_and_nothing_else(tiny, old, tokenizer_of_code, prepared):
     def rows(way, seed):
         torch.manual_seed(int(torch.randint(1000, ())))
