@@ -109,6 +109,8 @@ def test_of_many_documents_the_same_are_evaluated_as_in_a_stage(model_folder, pr
 
     import pretrain.stages.evaluate as stage
     from pretrain.cli import app
+    from pretrain.corpus.store import Corpus
+    from pretrain.evaluation.likelihood.held_out import HeldOut
 
     seen = []
     result = {"metrics": {}, "intervals": {}, "compressors": {}, "domains": {}}
@@ -117,9 +119,8 @@ def test_of_many_documents_the_same_are_evaluated_as_in_a_stage(model_folder, pr
     )
     CliRunner().invoke(app, ["evaluate", str(model_folder), "--data", str(prepared / "corpus"), "--split", "train",
                              "--max-documents", "7", "--json"], catch_exceptions=False)  # fmt: skip
-    recipe = {"checkpoint": str(model_folder), "corpus": str(prepared / "corpus"), "split": "validation"}
-    recipe |= {"max_documents": 7}
-    theirs = stage.Evaluate.model_validate(recipe).model_copy(update={"split": "train"})._documents(prepared / "corpus")
+    processor = stage.load_both(model_folder)[1]
+    theirs = stage.documents_of(Corpus(prepared / "corpus"), "train", 7, [HeldOut()], processor)
     assert [d["id"] for d in seen[0]] == [d["id"] for d in theirs] and len(theirs) == 7
 
 
