@@ -166,3 +166,22 @@ def operated(name: str, shelf: Shelf, family: str) -> tuple[Any, Any]:
         return made.eval(), inputs.extra.get("tokenizer", inputs.tokenizer)
 
     return shelf.once((name, family), operate)
+
+
+IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
+
+
+def logits(model: Any, *, grad: bool = False) -> Tensor:
+    """The logits of `IDS`, of an encoder-decoder for the decoder's positions."""
+    extra = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+    with torch.set_grad_enabled(grad):
+        return model.eval()(IDS, **extra).logits
+
+
+def trained(model: Any, seed: int = 0, by: float = 0.1) -> Any:
+    """As if it had been trained: whatever is not frozen gets other numbers."""
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += by * torch.randn_like(parameter)
+    return model
