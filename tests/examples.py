@@ -54,6 +54,10 @@ class Shelf:
         ).eval()
         return self.once((family, seed, *sorted(fields.items())), made)
 
+    def decoded(self, family: str) -> Any:
+        """A tiny causal model whose greedy tokens vary, of 1024 positions and more."""
+        return self.model(family, **WIDE, **({"n_positions": 1024} if family == "gpt2" else {}))
+
     def batches(self) -> list[dict[str, Tensor]]:
         """Text to calibrate on: two batches of two rows, each row two documents and padding."""
         ids_BL = torch.randint(3, len(self.tokenizer), (4, 24), generator=torch.Generator().manual_seed(0))
@@ -85,10 +89,10 @@ class Shelf:
         return str(path)
 
     def coprocessor(self, family: str) -> str:
-        """The folder of a coprocessor of `saved(family, initializer_range=0.4)`'s model."""
+        """The folder of a coprocessor of `decoded(family)`."""
         folder = self.folder / f"{family}-coprocessor"
         if not folder.exists():
-            model = self.model(family, **WIDE)
+            model = self.decoded(family)
             with torch.random.fork_rng():
                 torch.manual_seed(0)
                 checkpoint.save(method_class("cache_augmentation")(latents=2).modules(model), None, folder)
@@ -131,12 +135,21 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "vocabulary_expansion": lambda shelf, family: {"tokenizer": shelf.other_tokenizer, "initialisation": "mean"},
     "pyramid_infer": lambda shelf, family: {"min_context_length": 4},
     "latent_deliberation": lambda shelf, family: {"coprocessor": shelf.coprocessor(family)},
-    "sleep_time": lambda shelf, family: {"rounds": 1, "notes_tokens": 4, "separator": " ", "tokenizer": shelf.other_tokenizer},
+    "sleep_time": lambda shelf, family: {"rounds": 1, "notes_tokens": 4, "separator": " ", "tokenizer": shelf.saved(family)},
     "proxy_tuning": lambda shelf, family: {"expert": shelf.saved(family, 1, **WIDE), "anti_expert": shelf.saved(family, 2, **WIDE)},
     "softmax_cascade": lambda shelf, family: {"exits": (1,), "thresholds": (0.3,)},
     "homer": lambda shelf, family: {"max_chunk_len": 8},
     "minference": lambda shelf, family: {"vertical": 2, "slash": 2, "last_q": 2},
 }  # fmt: skip
+PLAIN: dict[str, Callable[[Shelf, str], Fields]] = {  # with which a decoding method that is not lossless is plain decoding
+    "pyramid_infer": lambda shelf, family: {"prefill_decay_ratio": 1.0, "gen_decay_ratio": 1.0, "gen_compress_ratio": 1.0},
+    "sleep_time": lambda shelf, family: {"rounds": 0},
+    "proxy_tuning": lambda shelf, family: {name: shelf.saved(family, 1, **WIDE) for name in ("expert", "anti_expert")},
+    "softmax_cascade": lambda shelf, family: {"exits": (1,), "thresholds": (2.0,)},  # above every probability
+    "homer": lambda shelf, family: {},  # prompts of one chunk
+    "minference": lambda shelf, family: {},  # prompts shorter than what is kept
+}  # fmt: skip
+NEVER_PLAIN = {"latent_deliberation": "what the coprocessor adds to the cache is always seen"}
 AFTER = {"dylora_truncate": "dylora", "merge_adapters": "lora"}  # what a surgery works on
 
 

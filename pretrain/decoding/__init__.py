@@ -14,10 +14,14 @@ if TYPE_CHECKING:
 
 
 class Decoding(Method):
-    """Base of the decoding methods. One that can sample says so with `samples`; only then is it given a temperature."""
+    """Base of the decoding methods. One that can sample says so with `samples`; only then is it given a temperature.
+
+    One whose tokens are those of plain decoding, sampled ones with the same numbers too, says so with `lossless`.
+    """
 
     kind: ClassVar[str] = "decoding"
     samples: ClassVar[bool] = False
+    lossless: ClassVar[bool] = False
 
     def generate(self, model: PreTrainedModel, input_ids_BL: Tensor, **options: Unpack[OptionFields]) -> Tensor:
         """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end.

@@ -33,6 +33,7 @@ class Prepacking(Decoding):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
+    lossless: ClassVar[bool] = True
 
     row: Whole = 0  # 0: as long as the longest prompt
 

@@ -47,6 +47,7 @@ class ADED(Decoding):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
+    lossless: ClassVar[bool] = True
 
     @cached_property
     def _matrices(self) -> WeakKeyDictionary[Any, TriGrams]:

@@ -43,6 +43,7 @@ class TokenRecycling(Decoding):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
+    lossless: ClassVar[bool] = True
 
     @cached_property
     def _matrices(self) -> WeakKeyDictionary[Any, dict[int, list[int]]]:
