@@ -63,11 +63,19 @@ def seeded(seed):
 @pytest.mark.parametrize("name", names("decoding"))
 def test_a_recipe_gives_the_same_method_and_unknown_fields_are_refused(name, shelf, tmp_path):
     method, path = example(name, shelf), tmp_path / "r.yaml"
-    stage = {"name": "s", "stage": "decode", "checkpoint": shelf.saved("llama"), "prompts": ["the"], "method": dump(method)}
+    stage = {
+        "name": "s",
+        "stage": "decode",
+        "checkpoint": shelf.saved("llama"),
+        "prompts": ["the"],
+        "method": dump(method),
+    }
     path.write_text(yaml.safe_dump({"stages": [stage]}))
     assert load(path).stages[0].method == method
     path.write_text(yaml.safe_dump({"stages": [stage | {"method": dump(method) | {"no_such": 1}}]}))
-    with pytest.raises(PretrainError, match=rf"s.method: unknown field 'no_such' of decoding '{name}'.*accepted: ") as error:
+    with pytest.raises(
+        PretrainError, match=rf"s.method: unknown field 'no_such' of decoding '{name}'.*accepted: "
+    ) as error:
         load(path)
     assert "\n" not in str(error.value)
 

@@ -42,7 +42,7 @@ class LatentDeliberation(Decoding):
 
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         folder = _folder(Path(self.coprocessor))
-        coprocessor, latents = _open(folder, model.device, _stamp(folder))
+        coprocessor, latents = _open(folder, model.device, model.dtype, _stamp(folder))
         self._check(model, coprocessor, mask_BL.shape[1] + latents + options.max_new_tokens)
         with torch.no_grad():
             logits_BV, cache, mask_BL = deliberate(model, coprocessor, latents, input_ids_BL, mask_BL)
@@ -50,11 +50,9 @@ class LatentDeliberation(Decoding):
 
     def _check(self, model: PreTrainedModel, coprocessor: Any, length: int) -> None:
         """Refuse a coprocessor of another model, and more positions than there are."""
-        from pretrain.core.models.families import family
+        from pretrain.core.models.families import family_among
 
-        entry, config = family(model), model.config
-        if entry.name not in self.families:
-            raise PretrainError(f"{self.name}: family {entry.name!r}: accepted: {', '.join(self.families)}")
+        entry, config = family_among(self.families, model, self.name), model.config
         names = ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         for name in (*names, "head_dim", "rope_parameters"):
             ours, theirs = (getattr(one, name, None) for one in (config, coprocessor.config))
@@ -107,11 +105,11 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(folder: Path, device: Any, stamp: int) -> tuple[Any, int]:
-    """A coprocessor, kept for the next prompt, and how many latents it emits."""
+def _open(folder: Path, device: Any, dtype: Any, stamp: int) -> tuple[Any, int]:
+    """A coprocessor in the model's type, kept for the next prompt, and how many latents it emits."""
     from pretrain.core.checkpoint import load
 
-    coprocessor, _ = load(folder, device=device)
+    coprocessor, _ = load(folder, device=device, dtype=dtype)
     latents = getattr(coprocessor.config, "cache_augmentation_latents", None)
     if not isinstance(latents, int):
         raise PretrainError(
