@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +27,8 @@ class DyLoRATruncate(Surgery):
     W + (alpha / b) · B[:, :b] A[:b], of `peft`'s layers, that may be trained on, merged, or opened by `peft` from the
     checkpoint's folder `adapter`.
     """
+
+    adapts: ClassVar[bool] = True
 
     rank: Count
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
@@ -22,6 +22,8 @@ class LoRA(Surgery):
     variants. `where` picks the layers: query_value, attention, feed_forward or all; `targets` the ends of their names
     (`q_proj`).
     """
+
+    adapts: ClassVar[bool] = True
 
     rank: Count = 8
     alpha: float = 16.0
