@@ -111,7 +111,9 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "lora": lambda shelf, family: {"rank": 4},
     "peft_adapter": lambda shelf, family: {"config": {"r": 2, "target_modules": "all-linear"}},
     "lst": lambda shelf, family: {"reduction": 2},
-    "spafit": lambda shelf, family: {"scales": family in ("llama", "qwen3", "modernbert")},  # which have no biases
+    "spafit": lambda shelf, family: {  # biases in a block, or scales where it has none, and LoRA in another
+        "n1": 0, "n2": 1, "scales": family in ("llama", "qwen3", "modernbert"),
+    },
     "exit_heads": lambda shelf, family: {"exits": (1,), "epochs": 1},
     "flexi_depth": lambda shelf, family: {"layers": 1, "reduction": 4},
     "compressor": lambda shelf, family: {

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
 import pytest
 import torch
-from closeness import assert_same_model
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
@@ -153,8 +149,7 @@ def test_the_draw_is_the_seeds(small):
 
 
 @pytest.mark.bits
-def test_a_grown_model_is_a_plain_checkpoint_and_trains(small, tmp_path):
-    folders = {}
+def test_a_grown_model_is_tied_as_before_and_trains(small, tmp_path):
     for name, fields in (("llama", {"tie_word_embeddings": True}), ("gpt2", {}), ("bert", {})):
         grown = Bert2BERT(hidden_size=64, num_hidden_layers=3)(small(name, **fields).float())
         checkpoint.save(grown, None, tmp_path / name)
@@ -162,17 +157,6 @@ def test_a_grown_model_is_a_plain_checkpoint_and_trains(small, tmp_path):
         assert grown.get_output_embeddings().weight is grown.get_input_embeddings().weight
         grown(TOKENS, labels=TOKENS).loss.backward()
         assert all(p.grad is not None for p in grown.parameters())
-        folders[str(tmp_path / name)] = grown
-    code = """if True:
-        import sys, torch, transformers
-        for folder in sys.argv[1:]:
-            kind = transformers.AutoModelForMaskedLM if folder.endswith("bert") else transformers.AutoModelForCausalLM
-            logits = kind.from_pretrained(folder).eval()(torch.arange(3, 43).view(2, 20)).logits
-            torch.save(logits, folder + "/plain.pt")
-        assert "pretrain" not in sys.modules"""
-    subprocess.run([sys.executable, "-c", code, *folders], check=True, cwd=tmp_path)
-    for folder, grown in folders.items():
-        assert_same_model(torch.load(folder + "/plain.pt"), grown(TOKENS).logits, grown)
 
 
 @pytest.mark.parametrize(
@@ -188,7 +172,6 @@ def test_a_grown_model_is_a_plain_checkpoint_and_trains(small, tmp_path):
         ("llama", {"num_key_value_heads": 4}, "num_key_value_heads 4 for 4 attention heads: .*2 or more queries"),
         ("llama", {"initialisation": "fpi"}, r"'fpi'.*accepted: FPI, AKI"),
         ("llama", {"sampling": "random"}, r"'random'.*accepted: uniform, even"),
-        ("t5", {"hidden_size": 64}, "family 't5': accepted: llama, gpt2, bert"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_grown_is_one_clear_line(tiny, name, fields, message):

@@ -187,8 +187,6 @@ def test_what_does_not_fit_is_one_clear_error(tiny) -> None:
             Compressor(**fields)
     with pytest.raises(PretrainError, match="it trains a tokenizer: accepted: a surgery stage with `corpus`"):
         Compressor()(tiny())
-    with pytest.raises(PretrainError, match="model type 't5': accepted: llama"):
-        Compressor(vocabulary=())(tiny("t5"))
     with pytest.raises(PretrainError, match="width, heads: accepted: a width that some number of heads divides"):
         Compressor(vocabulary=(), width=(16,), heads=(5,))(tiny())
     with pytest.raises(PretrainError, match="is a BertForTokenClassification: accepted"):

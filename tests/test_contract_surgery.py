@@ -29,6 +29,7 @@ from pretrain.stages import dump
 CASES = [(name, family) for name in names("surgery") for family in TINY if declared(name, family)]
 ADAPTERS = [(name, family) for name, family in CASES if method_class(name).adapts]
 WITHOUT_PEFT = {"intrinsic_dimension": "peft has no format for one projection of all matrices"}
+TRAINS_WEIGHTS = {"spafit": "the paper trains the biases of some blocks"}
 STEPWISE = {  # why bfloat16 is not near float32
     "flexi_depth": "a gate near its threshold opens in the one and not in the other",
 }
@@ -54,6 +55,10 @@ def saved(case, tmp_path_factory):
 
 def trainable(model):
     return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def kinds(model):
+    return {name: (tensor.dtype, tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 @pytest.mark.parametrize("name", names("surgery"))
@@ -93,7 +98,8 @@ def test_a_checkpoint_reopens_as_what_was_saved_to_the_bit(case, saved, tmp_path
     _, _, model, tokenizer, _ = case
     again, processor = checkpoint.load(saved)
     assert torch.equal(logits(again), logits(model))
-    assert trainable(again) == trainable(model) and processor.get_vocab() == tokenizer.get_vocab()
+    assert trainable(again) == trainable(model) and surgery_of(again) == surgery_of(model)
+    assert kinds(again) == kinds(model) and processor.get_vocab() == tokenizer.get_vocab()
     checkpoint.save(again, processor, tmp_path / "c")
     files = [path.relative_to(saved) for path in saved.rglob("*.safetensors")]
     assert files and all((saved / file).read_bytes() == (tmp_path / "c" / file).read_bytes() for file in files)
@@ -118,6 +124,7 @@ def test_an_adapter_changes_nothing_at_first_and_peft_opens_it(case, saved, shel
     plain = shelf.model(kind)
     assert_same_model(first, logits(plain), plain)
     assert not torch.allclose(logits(model), first, atol=1e-3)
+    assert trainable(model) and (name in TRAINS_WEIGHTS or not {*trainable(model)} & {*plain.state_dict()})
     assert (saved / "adapter").exists() == (name not in WITHOUT_PEFT)
     if name not in WITHOUT_PEFT:
         assert_same_model(logits(PeftModel.from_pretrained(plain, saved / "adapter")), logits(model), model)

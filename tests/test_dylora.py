@@ -7,11 +7,10 @@ from itertools import pairwise
 
 import pytest
 import torch
-from adapter_cases import trained
 from closeness import assert_rounding, assert_same_model, products
+from examples import trained
 from peft import LoraConfig, PeftModel, get_peft_model
 from policy_run import run, steps
-from transformers import AutoModelForCausalLM
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
@@ -40,16 +39,6 @@ def logits(model, **given):
 def seed_of(rank, highest):
     """A seed at which the step's rank is this."""
     return next(seed for seed in range(1000) if rank_of(seed, 1, highest, None) == rank)
-
-
-@pytest.mark.bits
-@pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "t5"))
-def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> None:
-    extra = {"decoder_input_ids": IDS} if family == "t5" else {}
-    before = logits(tiny(family), **extra)
-    model = dylora(rank=3, where="all")(tiny(family))
-    assert torch.equal(logits(model, **extra), before)
-    assert {name.rpartition(".")[2] for name, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
 
 
 def test_at_its_highest_rank_it_is_lora(tiny) -> None:
@@ -193,31 +182,6 @@ def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path) -> None
     assert {m.range for m in adapters(again).values()} == {(1, 3, 0.15)} and checkpoint.surgery_of(again)
     theirs = PeftModel.from_pretrained(tiny(), tmp_path / "c" / "adapter")
     assert_same_model(logits(theirs), logits(model), model)
-
-
-@pytest.mark.bits
-def test_a_checkpoint_is_cut_to_a_lora_that_peft_opens(tiny, tmp_path) -> None:
-    checkpoint.save(trained(dylora(rank=4)(tiny())), None, tmp_path / "c")
-    cut = truncate(rank=2)(checkpoint.load(tmp_path / "c")[0])
-    checkpoint.save(cut, None, tmp_path / "cut")
-    theirs = PeftModel.from_pretrained(tiny(), tmp_path / "cut" / "adapter")
-    assert theirs.peft_config["default"].r == 2
-    assert_same_model(logits(theirs), logits(cut), cut)
-    again, _ = checkpoint.load(tmp_path / "cut")
-    assert torch.equal(logits(again), logits(cut))
-    assert all(".lora_" in name for name, p in again.named_parameters() if p.requires_grad)
-    before = logits(again)
-    assert_same_model(logits(merge()(again)), before, cut)
-
-
-@pytest.mark.parametrize("family", ("llama", "gpt2"))
-def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, family) -> None:
-    model = trained(dylora(rank=4, where="all")(tiny(family)))
-    before = logits(model)
-    merged = merge()(model)
-    assert torch.allclose(logits(merged), before, atol=1e-5)
-    checkpoint.save(merged, None, tmp_path / "c")
-    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 def test_a_head_put_on_afterwards_keeps_the_ranks_and_is_trained(tiny) -> None:

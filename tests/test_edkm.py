@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -171,24 +173,17 @@ def test_under_autocast_only_the_product_is_narrow():
 
 @pytest.mark.bits
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_is_stored_gives_the_logits_of_what_was_trained(tiny, tmp_path, family):
+def test_what_is_stored_gives_the_logits_of_what_was_trained(tiny, family):
     model = EDKM(bits=2)(tiny(family))
     assert all(isinstance(layer, ClusteredLinear) for layer in linears(model).values())
-    checkpoint.save(model, None, tmp_path / "trained")
-    again, _ = checkpoint.load(tmp_path / "trained")
-    before = model(TOKENS).logits
-    assert torch.equal(again(TOKENS).logits, before) and not torch.equal(tiny(family)(TOKENS).logits, before)
-    inputs = Inputs()
-    made = Palettise(2)(again, inputs)
+    before, inputs = model(TOKENS).logits, Inputs()
+    made = Palettise(2)(copy.deepcopy(model), inputs)
     torch.testing.assert_close(made(TOKENS).logits, before, **SAME)
     for path, layer in linears(made).items():
         assert isinstance(layer, PalettisedLinear) and len(layer.dense().unique()) <= 4
         code_OI, sorted_K = linears(model)[path].codes()
         assert torch.equal(layer.dense(), sorted_K[code_OI])
-    checkpoint.save(made, None, tmp_path / "stored")
-    loaded, _ = checkpoint.load(tmp_path / "stored")
-    assert torch.equal(loaded(TOKENS).logits, made(TOKENS).logits)
-    assert [entry["method"] for entry in checkpoint.surgery_of(loaded)] == ["palettise"]
+    assert [entry["method"] for entry in checkpoint.surgery_of(made)] == ["palettise"]
     assert inputs.extra["metrics"]["palettise/error"] > 0
 
 
@@ -288,9 +283,6 @@ def test_what_does_not_fit_is_named(tiny):
         Palettise(initialisation="x")
     with pytest.raises(PretrainError, match="palettise: bits 3: accepted: 2, as edkm trained model.layers.0"):
         Palettise(3)(EDKM(2)(tiny()))
-    for method in (EDKM(), Palettise()):
-        with pytest.raises(PretrainError, match=f"{method.name}: family 't5': accepted: llama, gpt2, bert, modernbert"):
-            method(tiny("t5"))
     packed = GPTQ(solver="rtn")(tiny())
     for method in (EDKM(), Palettise()):
         with pytest.raises(PretrainError, match=f"{method.name}: .*q_proj is a PackedLinear: accepted: plain linear"):

@@ -220,7 +220,7 @@ def test_packed_documents_do_not_see_each_other(sharp, family):
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("activation", ["softmax", "exp"])
+@pytest.mark.parametrize("activation", ["exp"])
 def test_a_checkpoint_gives_the_same_logits_and_plain_transformers_refuses_it(tiny, tmp_path, activation):
     model, tokens = operated(tiny("qwen3"), activation, 0.1), ids(9)
     checkpoint.save(model, None, tmp_path / "c")
@@ -326,7 +326,6 @@ def test_what_does_not_fit_is_one_error(tiny):
             call(*given, **more)
 
     llama = Hedgehog()(tiny("llama"))
-    refused("family 'bert': accepted: llama, gpt2", Hedgehog(), tiny("bert"))
     refused("attention HedgehogAttention: accepted: that of transformers", Hedgehog(), llama)
     refused("hedgehog: activation 'elu': accepted: softmax, exp", Hedgehog, activation="elu")
     windows = {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}

@@ -8,11 +8,9 @@ import weakref
 import pytest
 import torch
 from closeness import assert_same_model
-from decoding_cases import WIDE, greedy, padded, prompt
+from decoding_cases import WIDE, prompt
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.generation.loop import decode
-from pretrain.decoding.long_context import _homer
 from pretrain.decoding.long_context._homer import Chunk, merged, survivors
 from pretrain.decoding.long_context.homer import FILE, Homer
 
@@ -27,29 +25,6 @@ FIELDS = {
 def sharp(tiny, family="llama", **more):
     """A model in float64 whose attention is far from uniform."""
     return tiny(family, **WIDE[family], **(FIELDS[family] | more)).double()
-
-
-@pytest.mark.parametrize("family", list(FIELDS))
-def test_a_prompt_of_one_chunk_gives_the_plain_greedy_tokens(tiny, family):
-    for seed in range(2):
-        model = tiny(family, seed=seed, **WIDE[family], **FIELDS[family])
-        for length in (1, 11, 20):
-            ids_1L = prompt(length, seed)
-            assert torch.equal(METHOD.generate(model, ids_1L, max_new_tokens=20), greedy(model, ids_1L, 20))
-
-
-def test_padded_prompts_of_one_chunk_ends_and_samples_are_those_of_the_plain_loop(tiny):
-    for seed in range(2):
-        model, (ids_BL, mask_BL) = sharp(tiny, seed=seed), padded((3, 20, 7), seed)
-        for eos in (None, 40, 41):
-            ours = METHOD.generate(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=20, eos=eos)
-            assert torch.equal(ours, greedy(model, ids_BL, 20, eos=eos, mask_BL=mask_BL))
-        given = {"attention_mask_BL": mask_BL, "max_new_tokens": 15, "temperature": 0.9, "top_p": 0.9}
-        ours, plain = (
-            call(model, ids_BL, **given, generator=torch.Generator().manual_seed(seed))
-            for call in (METHOD.generate, decode)
-        )
-        assert torch.equal(ours, plain)
 
 
 class Reference:
@@ -221,16 +196,6 @@ def test_new_tokens_see_what_was_kept_and_stand_after_the_suffix(tiny):
     assert torch.equal(logits.argmax(-1), tokens_1N[:, 1:])
 
 
-def test_rows_together_are_the_rows_alone(tiny):
-    for family in ("llama", "gpt2"):
-        model, lengths = sharp(tiny, family), (5, 150, 20, 37)
-        ids_BL, mask_BL = padded(lengths, 1)
-        together = METHOD.generate(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=10)
-        for row, length in enumerate(lengths):
-            alone = METHOD.generate(model, ids_BL[row : row + 1, -length:], max_new_tokens=10)
-            assert torch.equal(together[row, -length - 10 :], alone[0])
-
-
 def test_besides_the_chunk_at_work_one_a_level_is_alive(tiny, monkeypatch):
     model, alive, most = sharp(tiny), weakref.WeakSet(), [0]
     made = Chunk.__init__
@@ -281,16 +246,6 @@ def test_the_bias_is_the_mean_attention_by_distance_and_padded_rows_are_left_out
         Homer(bias=str(tmp_path / "none")).read(model, prompt(30, 0))
 
 
-def test_the_model_is_as_it_was_afterwards(tiny, monkeypatch):
-    model = sharp(tiny)
-    METHOD.generate(model, prompt(60, 0), max_new_tokens=2)
-    assert model.config._attn_implementation == "sdpa"
-    monkeypatch.setattr(_homer, "leaf", lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        METHOD.generate(model, prompt(60, 0), max_new_tokens=2)
-    assert model.config._attn_implementation == "sdpa" and _homer._seen.get() is None
-
-
 @pytest.mark.parametrize(
     ("fields", "length", "message"),
     [
@@ -309,8 +264,6 @@ def test_what_cannot_be_read_is_refused(tiny, fields, length, message):
 def test_other_mistakes_are_refused(tiny):
     with pytest.raises(PretrainError, match="max_new_tokens 21: accepted: at most 20, what the model's limit of 40"):
         METHOD.generate(sharp(tiny), prompt(50, 0), max_new_tokens=21)
-    with pytest.raises(PretrainError, match="'bert'"):
-        Homer(max_chunk_len=20).generate(tiny("bert"), prompt(50, 0))
     for name, value in (("suffix", 0), ("layers_warmup", -1), ("max_chunk_len", 2)):
         with pytest.raises(PretrainError, match=f"homer: {name} {value}: accepted: . or more"):
             Homer(**{name: value})

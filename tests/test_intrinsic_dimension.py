@@ -5,14 +5,12 @@ from __future__ import annotations
 import copy
 from functools import partial
 
-import adapter_cases
+import examples
 import numpy as np
 import pytest
 import torch
-from adapter_cases import IDS, logits
-from closeness import assert_same_model
+from examples import IDS, logits
 from scipy.linalg import hadamard
-from transformers import AutoModelForCausalLM
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
@@ -24,7 +22,7 @@ from pretrain.surgery.adapters._adapters import adapters
 intrinsic = method_class("intrinsic_dimension")
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
 FAMILIES = ("llama", "gpt2", "bert")
-trained = partial(adapter_cases.trained, by=0.5)
+trained = partial(examples.trained, by=0.5)
 
 
 def subspace(model):
@@ -82,25 +80,6 @@ def test_nothing_changes_at_first_and_only_the_numbers_are_trained(tiny, name) -
     assert sum(count for _, count in asked) == 50 and all("subspace" in n for n, _ in asked)
     changed.train()(IDS).logits.logsumexp(-1).sum().backward()
     assert subspace(changed).theta.grad.abs().min() > 0  # every number moves the model, through all matrices
-
-
-@pytest.mark.bits
-@pytest.mark.parametrize("name", FAMILIES)
-def test_a_checkpoint_reopens_and_merges_to_a_plain_one(tiny, tmp_path, name) -> None:
-    model = trained(intrinsic(dimension=50, seed=3)(tiny(name)))
-    assert not torch.allclose(logits(model), logits(tiny(name)), atol=1e-3)
-    checkpoint.save(model, None, tmp_path / "c")
-    again, _ = checkpoint.load(tmp_path / "c")
-    assert torch.equal(logits(again), logits(model)) and subspace(again).theta.requires_grad
-    assert torch.equal(logits(copy.deepcopy(again)), logits(model))
-    before = logits(again)
-    merged = method_class("merge_adapters")()(again)
-    assert torch.allclose(logits(merged), before, atol=1e-5)
-    assert set(merged.state_dict()) == set(tiny(name).state_dict())
-    checkpoint.save(merged, None, tmp_path / "m")
-    if name != "bert":
-        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
-        assert_same_model(logits(plain), logits(merged), merged)
 
 
 @pytest.mark.bits

@@ -8,10 +8,9 @@ import shutil
 
 import pytest
 import torch
-from adapter_cases import IDS, logits, trained
 from closeness import assert_same_model
+from examples import logits, trained
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import AutoModelForCausalLM
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
@@ -24,18 +23,6 @@ lora = method_class("lora")
 peft_adapter = method_class("peft_adapter")
 merge = method_class("merge_adapters")
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
-
-
-@pytest.mark.parametrize("family", ("llama", "gpt2", "bert", "t5"))
-def test_a_new_adapter_changes_nothing_and_alone_is_trained(tiny, family) -> None:
-    model = tiny(family)
-    extra = {"decoder_input_ids": IDS} if family == "t5" else {}
-    before = model(IDS, **extra).logits
-    adapted = lora(rank=4, where="all")(model)
-    assert_same_model(adapted(IDS, **extra).logits, before, adapted)  # equal, but for the threads' order of sums
-    assert not any(module.training for module in adapted.modules())
-    names = {name for name, p in adapted.named_parameters() if p.requires_grad}
-    assert names and all(".lora_" in name for name in names)
 
 
 @pytest.mark.parametrize(("family", "ends"), [
@@ -94,17 +81,6 @@ def test_an_adapter_that_peft_saved_is_opened_and_trained_on(tiny, tmp_path) -> 
     assert any(p.requires_grad for p in ours.parameters())
     checkpoint.save(trained(ours), None, tmp_path / "c")
     assert torch.equal(logits(checkpoint.load(tmp_path / "c")[0]), logits(ours))
-
-
-@pytest.mark.parametrize("family", ("llama", "gpt2"))
-def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, family) -> None:
-    model = trained(lora(rank=4, where="all")(tiny(family)))
-    before = logits(model)
-    merged = merge()(model)
-    assert torch.allclose(logits(merged), before, atol=1e-5)
-    assert type(merged) is type(tiny(family)) and set(merged.state_dict()) == set(tiny(family).state_dict())
-    checkpoint.save(merged, None, tmp_path / "c")
-    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 @pytest.mark.bits

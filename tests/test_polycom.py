@@ -118,8 +118,8 @@ def test_relu_coefficients_make_t5_what_it_was(tiny):
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("kind", ["polyrelu", "polynorm"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("kind", ["polyrelu"])
+@pytest.mark.parametrize("name", ["llama", "t5"])
 def test_saved_and_loaded_it_is_the_same_model(tiny, tmp_path, name, kind):
     model = PolyCom(kind, order=2)(tiny(name))
     with torch.no_grad():

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.generation.loop import decode
 from pretrain.decoding.cache.prepacking import Prepacking
 
 LENGTHS = (3, 17, 1, 9, 8, 17, 5, 2)
@@ -77,32 +76,6 @@ def test_the_model_sees_few_rows(tiny):
     assert shapes == [(4, 17), (2, 31)]  # 62 tokens
 
 
-def test_a_row_that_ended_is_padded_and_the_others_go_on(tiny):
-    model, prompts = tiny("llama").double(), prompts_of((4, 9))
-    ids_BL, mask_BL = padded(prompts)
-    free_BN = Prepacking().generate(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=6)
-    eos = int(free_BN[0, 10])
-    ended_BN = Prepacking().generate(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=6, eos=eos, pad=96)
-    first = free_BN[0, 9:].tolist().index(eos)
-    assert ended_BN[0, 9 : 10 + first].tolist() == free_BN[0, 9 : 10 + first].tolist()
-    assert (ended_BN[0, 10 + first :] == 96).all()
-    if eos not in free_BN[1, 9:]:
-        assert torch.equal(ended_BN[1], free_BN[1])
-
-
-def test_samples_are_those_of_ordinary_decoding_and_the_generators(tiny):
-    model, (ids_BL, mask_BL) = tiny("llama").double(), padded(prompts_of((4, 9)))
-
-    def draw(run, seed, **more):
-        generator = torch.Generator().manual_seed(seed)
-        given = {"attention_mask_BL": mask_BL, "temperature": 1.0, "generator": generator, "max_new_tokens": 8}
-        return run(model, ids_BL, **given | more)
-
-    packed = Prepacking().generate
-    assert torch.equal(draw(packed, 1), draw(decode, 1)) and not torch.equal(draw(packed, 1), draw(packed, 2))
-    assert torch.equal(draw(packed, 1, top_p=1e-6), draw(packed, 1, temperature=0.0))
-
-
 def test_what_cannot_be_packed_is_refused(tiny):
     with pytest.raises(PretrainError, match="row -1: accepted: 0"):
         Prepacking(row=-1)
@@ -111,8 +84,6 @@ def test_what_cannot_be_packed_is_refused(tiny):
             Prepacking().prefill(tiny("llama"), prompts)
     with pytest.raises(PretrainError, match="31 tokens: accepted: up to the model's 30"):
         Prepacking().prefill(tiny("gpt2", n_positions=30), prompts_of((31,)))
-    with pytest.raises(PretrainError, match="'bert'.*accepted: llama, gpt2"):
-        Prepacking().prefill(tiny("bert"), prompts_of())
     ids_BL, mask_BL = padded(prompts_of((2, 5)))
     for wrong in (mask_BL.flip(1), mask_BL[:, 1:]):
         with pytest.raises(PretrainError, match="padding on the left"):

@@ -132,18 +132,6 @@ def padded(prompts):
     return ids_BL, torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
-def test_generation_without_rounds_is_plain_decoding(model, generates, temperature):
-    make, prompts = generates
-    ids_BL, mask_BL = padded(prompts)
-    options = {"attention_mask_BL": mask_BL, "max_new_tokens": 12, "temperature": temperature, "eos": 0, "pad": 1}
-    plain, found = (
-        run(model, ids_BL, **options, generator=torch.Generator().manual_seed(1))
-        for run in (decode, make(rounds=0, tokenizer=None).generate)
-    )
-    assert torch.equal(plain, found)
-
-
 def test_generation_continues_context_notes_and_query(model, tokenizer, generates, monkeypatch):
     make, prompts = generates
     method, vocabulary = make(), Vocabulary.of(tokenizer)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from decoding_cases import WIDE, greedy, learnt, padded, prompt
+from decoding_cases import WIDE, learnt, padded, prompt
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
-from pretrain.core.generation.loop import decode
 from pretrain.decoding.ensembles._cascade import bounded_thresholds, cascaded, measure, paper_threshold
 from pretrain.decoding.ensembles.softmax_cascade import FILE, NEVER, SoftmaxCascade
 
@@ -18,23 +17,6 @@ FULL = SoftmaxCascade(exits=(1, 3), thresholds=(NEVER, NEVER))
 
 def made(tiny, family="llama", **more):
     return tiny(family, **WIDE[family], **FIELDS[family], **more)
-
-
-@pytest.mark.parametrize("family", list(FIELDS))
-def test_above_every_probability_the_tokens_are_the_greedy_ones(tiny, family):
-    model, (ids_BL, mask_BL) = made(tiny, family), padded((3, 11, 1), 0)
-    for eos in (None, 40):
-        ours = FULL.generate(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=15, eos=eos)
-        assert torch.equal(ours, greedy(model, ids_BL, 15, eos=eos, mask_BL=mask_BL))
-
-
-def test_above_every_probability_samples_are_those_of_the_plain_loop(tiny):
-    model, ids_1L = made(tiny), prompt(6, 0)
-    ours, plain = (
-        call(model, ids_1L, max_new_tokens=15, temperature=0.9, top_p=0.9, generator=torch.Generator().manual_seed(3))
-        for call in (FULL.generate, decode)
-    )
-    assert torch.equal(ours, plain)
 
 
 def reference(model, ids_1L, new, exits, thresholds):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from closeness import assert_same_model
 from torch.nn import functional as F
 
 from pretrain.core import checkpoint
@@ -138,9 +137,7 @@ def test_the_gate_goes_down_the_true_slope():
 
 @pytest.mark.parametrize("solver", ["sparse_llm", "sparsegpt", "wanda", "magnitude"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
-def test_the_asked_share_of_the_linears_is_zero_and_the_model_is_plain(tiny, tmp_path, name, solver):
-    import transformers
-
+def test_the_asked_share_of_the_linears_is_zero_and_the_model_is_plain(tiny, name, solver):
     plain = tiny(name, **RELU.get(name, {}))
     made = SparseLLM(0.5, solver=solver)(tiny(name, **RELU.get(name, {})), Inputs(batches=batches()))
     for path, layer in linears(made).items():
@@ -148,9 +145,6 @@ def test_the_asked_share_of_the_linears_is_zero_and_the_model_is_plain(tiny, tmp
     changed = {n for n, p in made.named_parameters() if not torch.equal(p, plain.get_parameter(n))}
     assert changed == {f"{path}.weight" for path in linears(plain)}
     assert not checkpoint.surgery_of(made) and not made.training
-    checkpoint.save(made, None, tmp_path / "c")
-    auto = transformers.AutoModelForMaskedLM if name == "bert" else transformers.AutoModelForCausalLM
-    assert_same_model(auto.from_pretrained(tmp_path / "c").eval()(TOKENS).logits, made(TOKENS).logits, made)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "modernbert", "gpt2"])
@@ -265,5 +259,3 @@ def test_wrong_fields_and_models_are_refused(tiny):
         SparseLLM()(tiny("gpt2"), Inputs(batches=batches()))
     with pytest.raises(PretrainError, match="activation 'gelu' of model type 'modernbert'"):
         SparseLLM()(tiny("modernbert"), Inputs(batches=batches()))
-    with pytest.raises(PretrainError, match="family 't5': accepted: llama, gpt2, bert, modernbert"):
-        SparseLLM(solver="magnitude")(tiny("t5"))

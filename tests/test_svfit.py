@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from adapter_cases import IDS, logits, trained
 from closeness import assert_rounding, assert_same_model
+from examples import IDS, logits, trained
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
@@ -74,20 +73,6 @@ def test_the_metrics_say_what_the_trained_values_hold(tiny) -> None:
     )
 
 
-@pytest.mark.bits
-@pytest.mark.parametrize("family", FAMILIES)
-def test_a_checkpoint_reopens_and_peft_opens_its_adapter(tiny, tmp_path, family) -> None:
-    model = trained(svfit()(tiny(family)))
-    assert not torch.allclose(logits(model), logits(tiny(family)), atol=1e-3)
-    checkpoint.save(model, None, tmp_path / "c")
-    again, _ = checkpoint.load(tmp_path / "c")
-    assert torch.equal(logits(again), logits(model))
-    trainable = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (again, model)]
-    assert trainable[0] == trainable[1]
-    theirs = PeftModel.from_pretrained(tiny(family), tmp_path / "c" / "adapter")
-    assert_same_model(logits(theirs), logits(model), model)
-
-
 def test_a_classifiers_last_layer_is_trained_and_travels(tiny, tmp_path) -> None:
     def classifier():
         return with_head(tiny("bert"), "sequence", ("a", "b"), Vocabulary(97, pad=0, bos=1, eos=2), seed=5)
@@ -97,17 +82,6 @@ def test_a_classifiers_last_layer_is_trained_and_travels(tiny, tmp_path) -> None
     checkpoint.save(model, None, tmp_path / "c")
     theirs = PeftModel.from_pretrained(classifier(), tmp_path / "c" / "adapter")
     assert_same_model(logits(theirs), logits(model), model)
-
-
-@pytest.mark.parametrize("family", ("llama", "gpt2"))
-def test_merging_gives_a_plain_checkpoint_of_the_same_function(tiny, tmp_path, family) -> None:
-    model = trained(svfit(rank=7, where="all")(tiny(family)))
-    before = logits(model)
-    merged = merge()(model)
-    torch.testing.assert_close(logits(merged), before, atol=1e-5, rtol=1e-4)
-    assert set(merged.state_dict()) == set(tiny(family).state_dict())
-    checkpoint.save(merged, None, tmp_path / "c")
-    assert_same_model(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "c")), logits(merged), merged)
 
 
 def test_what_does_not_fit_is_one_clear_error(tiny) -> None:
