@@ -106,7 +106,7 @@ def greedy(corpus, **fields):
 def test_the_greedy_soup_is_the_papers_recipe_written_out(tiny, text):
     corpus, tokenizer, loss = text
     start = tiny(vocab_size=512)
-    models = [near(start, amount, seed) for seed, amount in enumerate((0.03, 0.2, 0.02, 0.6, 0.025))]
+    models = [near(start, amount, seed) for seed, amount in enumerate((0.03, 0.2, 0.02, 0.6, 0.025), 10)]
     inputs = Inputs(tokenizer=tokenizer, models=models[1:])
     soup = greedy(corpus)(models[0], inputs)
 
