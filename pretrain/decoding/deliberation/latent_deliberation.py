@@ -50,9 +50,11 @@ class LatentDeliberation(Decoding):
 
     def _check(self, model: PreTrainedModel, coprocessor: Any, length: int) -> None:
         """Refuse a coprocessor of another model, and more positions than there are."""
-        from pretrain.core.models.families import family_among
+        from pretrain.core.models.families import family
 
-        entry, config = family_among(self.families, model, self.name), model.config
+        entry, config = family(model), model.config
+        if entry.name not in self.families:
+            raise PretrainError(f"{self.name}: family {entry.name!r}: accepted: {', '.join(self.families)}")
         names = ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         for name in (*names, "head_dim", "rope_parameters"):
             ours, theirs = (getattr(one, name, None) for one in (config, coprocessor.config))

@@ -21,7 +21,7 @@ from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.options import Options
 from pretrain.core.method import Ref
-from pretrain.core.models.families import family_among
+from pretrain.core.models.families import family
 from pretrain.decoding import Decoding
 from pretrain.decoding.deliberation._clients import Client, LocalClient, Prefixes, Reply, continued
 
@@ -76,7 +76,8 @@ class SleepTime(Decoding):
         """Continue left-padded prompts after thinking about their contexts; returns `tokens_BN`."""
         from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 
-        family_among(self.families, model, self.name)
+        if family(model).name not in self.families:
+            raise PretrainError(f"{self.name}: family {family(model).name!r}: accepted: {', '.join(self.families)}")
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         if self.rounds == 0:
             with torch.no_grad():

@@ -14,7 +14,7 @@ from torch import Tensor
 from pretrain.core.bounds import Count, Ge, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
-from pretrain.core.models.families import blocks, family_among
+from pretrain.core.models.families import blocks, family
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
@@ -55,7 +55,8 @@ class Homer(Decoding):
 
     def lengths(self, model: PreTrainedModel) -> tuple[int, int, int, int, int]:
         """The model's limit, the chunks' length, the target and the affixes' lengths."""
-        family_among(self.families, model, self.name)
+        if family(model).name not in self.families:
+            raise PretrainError(f"{self.name}: family {family(model).name!r}: accepted: {', '.join(self.families)}")
         limit = model.config.max_position_embeddings
         chunk = limit // 2 if self.max_chunk_len is None else self.max_chunk_len
         if not 3 <= chunk < limit:
