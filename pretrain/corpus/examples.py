@@ -15,7 +15,7 @@ from pretrain.core.processors import Processor, tokenizer_in
 from pretrain.corpus.store import Corpus
 
 
-def _rows(split: Any) -> Iterator[dict[str, Any]]:
+def _rows(split: Dataset) -> Iterator[Document]:
     for table in split.iter(256):
         yield from table.to_pylist()
 
@@ -53,17 +53,17 @@ class Examples:
         """Examples are not packed."""
         return self
 
-    def row(self, _: Any, index: int) -> Example:
+    def row(self, _: object, index: int) -> Example:
         """One document."""
         return Example(self.split[index], int(self.domain_R[index]), index)
 
     def members(self, column: str) -> dict[str, list[int]]:
         """The numbers of the documents by what a column says, in order."""
         if column not in self._members:
-            found: dict[str, list[int]] = {}
+            numbers: dict[str, list[int]] = {}
             for number, value in enumerate(self.split[column]):
-                found.setdefault(str(value), []).append(number)
-            self._members[column] = found
+                numbers.setdefault(str(value), []).append(number)
+            self._members[column] = numbers
         return self._members[column]
 
     def rows_of_domain(self, domain: int) -> NDArray[np.int64]:

@@ -24,8 +24,8 @@ def of_stdlib(tests: bool) -> Modules:
     """The modules of the standard library that are not empty, sorted."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "__pycache__"} | (set() if tests else TESTS)
-    found = [(path.relative_to(root), path) for path in root.rglob("*.py")]
-    kept = [(inside, path) for inside, path in found if not left_out & set(inside.parts) and path.stat().st_size]
+    files = [(path.relative_to(root), path) for path in root.rglob("*.py")]
+    kept = [(inside, path) for inside, path in files if not left_out & set(inside.parts) and path.stat().st_size]
     return [(str(inside), path) for inside, path in sorted(kept)]
 
 
@@ -38,21 +38,21 @@ def of_package(name: str, tests: bool) -> Modules:
         spec = None
     places = (spec.submodule_search_locations or ()) if spec else ()
     roots = [Path(place, *deeper) for place in places]
-    found = [("/".join((top, *deeper, *path.relative_to(root).parts)), path) for root in roots for path in _below(root)]
+    files = [("/".join((top, *deeper, *path.relative_to(root).parts)), path) for root in roots for path in _below(root)]
     alone = [root.with_suffix(".py") for root in roots] if deeper else [Path((spec and spec.origin) or "")]
-    found = found or [("/".join((top, *deeper)) + ".py", path) for path in alone if path.suffix == ".py"]
-    found = sorted((inside, path) for inside, path in found if path.is_file() and path.stat().st_size)
-    if not found:
+    files = files or [("/".join((top, *deeper)) + ".py", path) for path in alone if path.suffix == ".py"]
+    files = sorted((inside, path) for inside, path in files if path.is_file() and path.stat().st_size)
+    if not files:
         raise PretrainError(
             f"package {name!r}{_meant(top) if spec is None else ''}: accepted: an installed Python package, by the "
             "name that it is imported by, with modules in Python"
         )
-    return [(inside, path) for inside, path in found if tests or not _is_test(inside.split("/")[1 + len(deeper) :])]
+    return [(inside, path) for inside, path in files if tests or not _is_test(inside.split("/")[1 + len(deeper) :])]
 
 
-def without(found: Modules, patterns: tuple[str, ...]) -> Modules:
+def without(files: Modules, patterns: tuple[str, ...]) -> Modules:
     """The modules whose path no pattern fits; `*` stands for any characters."""
-    return [(inside, path) for inside, path in found if not any(fnmatchcase(inside, one) for one in patterns)]
+    return [(inside, path) for inside, path in files if not any(fnmatchcase(inside, pattern) for pattern in patterns)]
 
 
 def _below(root: Path) -> list[Path]:
@@ -93,7 +93,7 @@ def _parsed(text: str) -> ast.Module | None:
 
 def functions(text: str) -> list[tuple[str, str, str]]:
     """A module's documented functions: the name, the code without its docstring, the docstring's first paragraph."""
-    found, lines = [], text.splitlines()
+    functions, lines = [], text.splitlines()
     for node in ast.walk(_parsed(text) or ast.Module([], [])):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue
@@ -103,8 +103,8 @@ def functions(text: str) -> list[tuple[str, str, str]]:
         code = lines[node.lineno - 1 : first.lineno - 1] + lines[first.end_lineno : node.end_lineno]
         summary = " ".join(docstring.split("\n\n")[0].split())
         if summary:
-            found.append((node.name, textwrap.dedent("\n".join(code)) + "\n", summary))
-    return found
+            functions.append((node.name, textwrap.dedent("\n".join(code)) + "\n", summary))
+    return functions
 
 
 def docstrings(text: str) -> str:

@@ -33,7 +33,7 @@ class Tokens(Protocol):
     def lengths_N(self) -> NDArray[np.int64]:
         """Tokens of each document."""
 
-    def piece(self, document: int, start: int, length: int) -> NDArray[Any]:
+    def piece(self, document: int, start: int, length: int) -> NDArray[np.integer]:
         """A run of one document's tokens."""
 
 
@@ -68,7 +68,7 @@ class Plan:
         return np.flatnonzero(self.domain_R == domain)
 
 
-def pack(lengths_N: NDArray[Any], domains_N: NDArray[Any], length: int) -> Plan:
+def pack(lengths_N: NDArray[np.integer], domains_N: NDArray[np.integer], length: int) -> Plan:
     """Plan the rows of `length` tokens for documents of these lengths and domains."""
     plans = [
         _pack_domain(np.flatnonzero(domains_N == domain), lengths_N, length, int(domain))
@@ -83,7 +83,7 @@ def pack(lengths_N: NDArray[Any], domains_N: NDArray[Any], length: int) -> Plan:
     return Plan(**(whole | {"first_R1": np.append(np.concatenate(firsts), shifts[-1])}))
 
 
-def _pack_domain(documents: NDArray[np.int64], lengths_N: NDArray[Any], length: int, domain: int) -> Plan:
+def _pack_domain(documents: NDArray[np.int64], lengths_N: NDArray[np.integer], length: int, domain: int) -> Plan:
     sizes = lengths_N[documents].astype(np.int64)
     full, rest = sizes // length, sizes % length
     # Full rows, one piece each.
@@ -137,9 +137,9 @@ def plan_for(shards: Tokens, length: int) -> Plan:
     folder = shards.folder / f"rows-{length}"
     if folder.exists():
         try:
-            found = _read(folder)
-            if int(found.length_P.sum()) == shards.tokens and int(found.first_R1[-1]) == len(found.document_P):
-                return found
+            plan = _read(folder)
+            if int(plan.length_P.sum()) == shards.tokens and int(plan.first_R1[-1]) == len(plan.document_P):
+                return plan
         except (OSError, ValueError, EOFError):
             pass  # damaged: it can be made anew from the lengths
     made = pack(shards.lengths_N, shards.domains_N, length)

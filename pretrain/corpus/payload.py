@@ -38,8 +38,8 @@ def belongs(column: str) -> bool:
 
 def beside(document: Document) -> str:
     """All that belongs to a document's content, written out; nothing for a plain one."""
-    found = sorted((name, value) for name, value in document.items() if value is not None and belongs(name))
-    return repr(found) if found else ""
+    columns = sorted((name, value) for name, value in document.items() if value is not None and belongs(name))
+    return repr(columns) if columns else ""
 
 
 def in_payload(columns: Iterable[str]) -> list[str]:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pretrain.corpus.sources import evenly
 
 
-def corpus_documents(corpus: Path, count: int = 8, split: str = "train") -> list[dict[str, Any]]:
+def corpus_documents(corpus: Path, count: int = 8, split: str = "train") -> list[Document]:
     """`count` documents from the whole length of a split alike; of its files only the parts that hold them are read."""
     import pyarrow.parquet
 
@@ -21,10 +20,10 @@ def corpus_documents(corpus: Path, count: int = 8, split: str = "train") -> list
             groups.append((path, number, held))
             total = held.stop
     chosen = evenly(range(total), count)
-    found: list[dict[str, Any]] = []
+    documents: list[Document] = []
     for path, number, held in groups:
         wanted = [row - held.start for row in chosen if row in held]
         if wanted:
             with pyarrow.parquet.ParquetFile(path) as file:
-                found += file.read_row_group(number).take(wanted).to_pylist()
-    return found
+                documents += file.read_row_group(number).take(wanted).to_pylist()
+    return documents

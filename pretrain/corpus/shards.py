@@ -40,9 +40,9 @@ class Shards:
         path, dtype = self.folder / "tokens.bin", np.dtype(self.info["dtype"])
         expected = self.info["tokens"] * dtype.itemsize
         if not path.exists() or path.stat().st_size != expected:
-            found = path.stat().st_size if path.exists() else 0
+            size = path.stat().st_size if path.exists() else 0
             raise PretrainError(
-                f"{path} has {found} bytes instead of {expected}: truncated; remove {folder} to redo it"
+                f"{path} has {size} bytes instead of {expected}: truncated; remove {folder} to redo it"
             )
         self.flat = np.memmap(path, dtype=dtype, mode="r") if expected else np.zeros(0, dtype=dtype)
         try:
@@ -71,11 +71,11 @@ class Shards:
         """How the documents are packed to rows of `length` tokens."""
         return plan_for(self, length)
 
-    def document(self, index: int) -> NDArray[Any]:
+    def document(self, index: int) -> NDArray[np.integer]:
         """One document's tokens."""
         return self.flat[self.offsets_N1[index] : self.offsets_N1[index + 1]]
 
-    def piece(self, document: int, start: int, length: int) -> NDArray[Any]:
+    def piece(self, document: int, start: int, length: int) -> NDArray[np.integer]:
         """A run of one document's tokens."""
         begin = int(self.offsets_N1[document]) + start
         return self.flat[begin : begin + length]
@@ -133,7 +133,7 @@ def tokenise(
 
 
 def _write(
-    work: Path, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Any, facts: dict[str, Any]
+    work: Path, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, facts: dict[str, str]
 ) -> None:
     """Write one split. One thread encodes (outside of Python's lock, on all cores) while this one reads and writes."""
     from pretrain.core.encoding import encode_plain, plain_backend
@@ -145,7 +145,7 @@ def _write(
     lengths, domains, sizes, checksum = [], [], [], hashlib.sha256()
     backend = plain_backend(tokenizer)
 
-    def encode(documents: list[dict[str, Any]]) -> list[Any]:
+    def encode(documents: list[Document]) -> list[Encoded]:
         return encode_plain(backend, tokenizer, [d["text"] for d in documents])
 
     with (work / "tokens.bin").open("wb") as out, ThreadPoolExecutor(1) as pool:
@@ -155,7 +155,7 @@ def _write(
         while documents:
             following = next(stream, [])
             encoded, pending = pending.result(), pool.submit(encode, following)
-            parts: list[NDArray[Any]] = []
+            parts: list[NDArray[np.integer]] = []
             for document, encoding in zip(documents, encoded, strict=True):
                 ids = np.array(getattr(encoding, "ids", encoding), dtype)
                 parts += (before, ids, after)
@@ -175,9 +175,9 @@ def _write(
     write_json(work / "tokens.json", facts | counts | {"vocabulary": vocabulary.size})
 
 
-def _batches(documents: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:
     """Documents in lots of about `BATCH_CHARACTERS`."""
-    lot: list[dict[str, Any]] = []
+    lot: list[Document] = []
     size = 0
     for document in documents:
         lot.append(document)

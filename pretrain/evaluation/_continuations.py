@@ -21,7 +21,7 @@ BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
-class Said:
+class Judgement:
     """Of a continuation: the sum of its tokens' log-probabilities, whether each was the likeliest, how many."""
 
     logp: float
@@ -29,7 +29,7 @@ class Said:
     tokens: int
 
 
-def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Said]:
+def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Judgement]:
     """What the model says of each continuation after its prompt, which has one token or more; in batches."""
     from pretrain.core.models.families import hidden
     from pretrain.evaluation._predictions import judged
@@ -38,7 +38,7 @@ def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[
         if not len(prompt):
             raise PretrainError("a prompt without tokens; accepted: a token or more, such as the one that begins texts")
     sizes = [len(prompt) + len(after) for prompt, after in pairs]
-    order, found, start = sorted(range(len(pairs)), key=lambda i: sizes[i]), [Said(0.0, True, 0)] * len(pairs), 0
+    order, judgements, start = sorted(range(len(pairs)), key=lambda i: sizes[i]), [Judgement(0.0, True, 0)] * len(pairs), 0
     with evaluating(model):
         while start < len(order):
             end = start + 1
@@ -62,8 +62,8 @@ def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[
             nll_N, _, right_N = judged(model, states_BLE[wanted_BL.to(model.device)], target_N)
             counts = [len(pairs[i][1]) for i in chosen]
             for i, nll_T, right_T in zip(chosen, nll_N.cpu().split(counts), right_N.cpu().split(counts), strict=True):
-                found[i] = Said(-float(nll_T.sum()), bool(right_T.all()), len(nll_T))
-    return found
+                judgements[i] = Judgement(-float(nll_T.sum()), bool(right_T.all()), len(nll_T))
+    return judgements
 
 
 def sample(
@@ -75,7 +75,7 @@ def sample(
     """
     options = Options(**given)
     eos = options.eos
-    found: list[list[int]] = []
+    continuations: list[list[int]] = []
     with evaluating(model):
         for start in range(0, count, rows):
             lot = min(rows, count - start)
@@ -86,5 +86,5 @@ def sample(
             step = stepper(model, cache, torch.ones_like(ids_BL))
             tokens_BN = continue_rows(ids_BL, logits_1V.expand(lot, -1), step, options)
             new = tokens_BN[:, len(prompt) :].tolist()
-            found += [row[: row.index(eos) + 1] if eos is not None and eos in row else row for row in new]
-    return found
+            continuations += [row[: row.index(eos) + 1] if eos is not None and eos in row else row for row in new]
+    return continuations

@@ -55,7 +55,7 @@ def framed(
 
 def predictions(
     model: nn.Module,
-    documents: Sequence[NDArray[Any]],
+    documents: Sequence[NDArray[np.integer]],
     *,
     length: int,
     stride: int | None = None,
@@ -72,19 +72,19 @@ def predictions(
     todo = [(w, at) for i, tokens in enumerate(documents) for w, at in _placed(i, tokens, length, stride or length)]
     todo.sort(key=lambda item: len(item[0].tokens))
     counts = [max(len(tokens) - 1, 0) for tokens in documents]
-    found = [Predictions(np.zeros(n), np.zeros(n), np.zeros(n, np.bool_)) for n in counts]
+    predicted = [Predictions(np.zeros(n), np.zeros(n), np.zeros(n, np.bool_)) for n in counts]
     with evaluating(model):
         start = 0
         while start < len(todo):
             end = start + 1
             while end < len(todo) and (end + 1 - start) * len(todo[end][0].tokens) <= batch_tokens:
                 end += 1
-            _predict(model, todo[start:end], found)
+            _predict(model, todo[start:end], predicted)
             start = end
-    return found
+    return predicted
 
 
-def _placed(document: int, tokens: NDArray[Any], length: int, stride: int) -> list[tuple[Window, int]]:
+def _placed(document: int, tokens: NDArray[np.integer], length: int, stride: int) -> list[tuple[Window, int]]:
     """A document's windows, each with the place of its first new target among the document's."""
     placed, at = [], 0
     for window in windows(document, tokens, length, stride):
@@ -93,7 +93,7 @@ def _placed(document: int, tokens: NDArray[Any], length: int, stride: int) -> li
     return placed
 
 
-def _predict(model: nn.Module, chosen: list[tuple[Window, int]], found: list[Predictions]) -> None:
+def _predict(model: nn.Module, chosen: list[tuple[Window, int]], predicted: list[Predictions]) -> None:
     """Write what the model says of the new targets of some windows."""
     device, width = next(model.parameters()).device, max(len(w.tokens) for w, _ in chosen) - 1
     input_BL = torch.zeros(len(chosen), width, dtype=torch.long)
@@ -110,9 +110,9 @@ def _predict(model: nn.Module, chosen: list[tuple[Window, int]], found: list[Pre
     for window, at in chosen:
         count = len(window.tokens) - 1 - window.context
         here, there = slice(done, done + count), slice(at, at + count)
-        found[window.document].nll_T[there] = nll_N[here]
-        found[window.document].confidence_T[there] = confidence_N[here]
-        found[window.document].right_T[there] = right_N[here]
+        predicted[window.document].nll_T[there] = nll_N[here]
+        predicted[window.document].confidence_T[there] = confidence_N[here]
+        predicted[window.document].right_T[there] = right_N[here]
         done += count
 
 
@@ -124,8 +124,8 @@ def judged(model: nn.Module, states_NE: Tensor, target_N: Tensor) -> tuple[Tenso
     for start in range(0, len(states_NE), rows):
         states_CE, target_C = states_NE[start : start + rows], target_N[start : start + rows]
         logits_CV = torch.nn.functional.linear(states_CE, weight_VE, bias_V).float()
-        total_C, (top_C, said_C) = logits_CV.logsumexp(-1), logits_CV.max(-1)
+        total_C, (top_C, likeliest_C) = logits_CV.logsumexp(-1), logits_CV.max(-1)
         nll_C = total_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
-        parts.append((nll_C.double(), (top_C - total_C).double().exp(), said_C == target_C))
-    nll_N, confidence_N, right_N = (torch.cat(some) for some in zip(*parts, strict=True))
+        parts.append((nll_C.double(), (top_C - total_C).double().exp(), likeliest_C == target_C))
+    nll_N, confidence_N, right_N = (torch.cat(columns) for columns in zip(*parts, strict=True))
     return nll_N, confidence_N, right_N

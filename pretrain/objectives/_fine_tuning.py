@@ -42,19 +42,19 @@ def framed(context: Context, first: Sequence[str], second: Sequence[str] | None 
         raise PretrainError("documents of text need a tokenizer: accepted: a tokenizer, or a processor that holds one")
     begin = [] if context.vocabulary.begin is None else [context.vocabulary.begin]
     end = [] if context.vocabulary.eos is None else [context.vocabulary.eos]
-    others = context.encoder.ids(second) if second is not None else [None] * len(first)
+    seconds = context.encoder.ids(second) if second is not None else [None] * len(first)
     inputs = []
-    for one, other in zip(context.encoder.ids(first), others, strict=True):
-        room = context.length - len(begin) - len(end) * (1 if other is None else 2)
+    for ids, second_ids in zip(context.encoder.ids(first), seconds, strict=True):
+        room = context.length - len(begin) - len(end) * (1 if second_ids is None else 2)
         if room < 1:
             raise PretrainError(f"length {context.length}: accepted: room for text between the special tokens")
-        if other is None:
-            inputs.append(([*begin, *one[:room], *end], len(begin) + min(len(one), room) + len(end)))
+        if second_ids is None:
+            inputs.append(([*begin, *ids[:room], *end], len(begin) + min(len(ids), room) + len(end)))
             continue
-        keep = max(room - len(other), (room + 1) // 2)
-        one = one[:keep]
-        head = [*begin, *one, *end]
-        inputs.append(([*head, *other[: room - len(one)], *end], len(head)))
+        keep = max(room - len(second_ids), (room + 1) // 2)
+        ids = ids[:keep]
+        head = [*begin, *ids, *end]
+        inputs.append(([*head, *second_ids[: room - len(ids)], *end], len(head)))
     return inputs
 
 

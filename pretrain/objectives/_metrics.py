@@ -37,32 +37,32 @@ def regression(predictions: Sequence[float], references: Sequence[float]) -> dic
 
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """The `(type, start, end)` of a sequence's entities; an I- that follows no entity of its type begins one."""
-    found, start, kind = set(), 0, None
+    spans, start, kind = set(), 0, None
     for place, tag in enumerate([*tags, "O"]):
         mark, _, name = tag.partition("-")
         if kind is not None and (mark != "I" or name != kind):
-            found.add((kind, start, place))
+            spans.add((kind, start, place))
             kind = None
         if mark in ("B", "I") and kind is None and name:
             start, kind = place, name
-    return found
+    return spans
 
 
 def tagging(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
     """`accuracy` of words; where the tags are B-x, I-x and O, `precision`, `recall` and `f1` of whole entities too."""
     pairs = [(p, r) for ps, rs in zip(predictions, references, strict=True) for p, r in zip(ps, rs, strict=True)]
-    found = {"accuracy": float(np.mean([p == r for p, r in pairs])) if pairs else 0.0}
+    metrics = {"accuracy": float(np.mean([p == r for p, r in pairs])) if pairs else 0.0}
     if not all(r == "O" or r[:2] in ("B-", "I-") for _, r in pairs):
-        return found
-    said = [entities(tags) for tags in predictions]
+        return metrics
+    predicted = [entities(tags) for tags in predictions]
     true = [entities(tags) for tags in references]
-    hits = sum(len(p & r) for p, r in zip(said, true, strict=True))
-    return found | _f1(hits, sum(map(len, said)), sum(map(len, true)))
+    hits = sum(len(p & r) for p, r in zip(predicted, true, strict=True))
+    return metrics | _f1(hits, sum(map(len, predicted)), sum(map(len, true)))
 
 
-def _f1(hits: int, said: int, true: int) -> dict[str, float]:
-    precision, recall = hits / max(said, 1), hits / max(true, 1)
-    return {"precision": precision, "recall": recall, "f1": 2 * hits / max(said + true, 1)}
+def _f1(hits: int, predicted: int, true: int) -> dict[str, float]:
+    precision, recall = hits / max(predicted, 1), hits / max(true, 1)
+    return {"precision": precision, "recall": recall, "f1": 2 * hits / max(predicted + true, 1)}
 
 
 def generation(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
@@ -71,11 +71,11 @@ def generation(predictions: Sequence[str], references: Sequence[str]) -> dict[st
     words: list[float] = []
     longest: list[float] = []
     for prediction, reference in zip(predictions, references, strict=True):
-        said, true = prediction.split(), reference.split()
-        exact.append(float(said == true))
-        shared = sum((Counter(said) & Counter(true)).values())
-        words.append(_f1(shared, len(said), len(true))["f1"] if said or true else 1.0)
-        longest.append(_f1(_common(said, true), len(said), len(true))["f1"] if said or true else 1.0)
+        predicted, true = prediction.split(), reference.split()
+        exact.append(float(predicted == true))
+        shared = sum((Counter(predicted) & Counter(true)).values())
+        words.append(_f1(shared, len(predicted), len(true))["f1"] if predicted or true else 1.0)
+        longest.append(_f1(_common(predicted, true), len(predicted), len(true))["f1"] if predicted or true else 1.0)
     names = ("exact_match", "token_f1", "rouge_l")
     columns: list[list[float]] = [exact, words, longest]
     return {name: float(np.mean(values)) for name, values in zip(names, columns, strict=True)}

@@ -103,10 +103,10 @@ class Stage(BaseModel):
     def references(self) -> dict[str, str | list[str]]:
         """What names stages or paths: the stage's fields (`corpus`), and its methods' (`policies.1.teacher`)."""
         named = {n: getattr(self, n) for n, f in type(self).model_fields.items() if _is_ref(f)}
-        found: dict[str, str | list[str]] = {n: v for n, v in named.items() if v}
+        references: dict[str, str | list[str]] = {n: v for n, v in named.items() if v}
         for place, method in self._placed():
-            found |= {f"{place}.{name}": value for name, value in method.references().items()}
-        return found
+            references |= {f"{place}.{name}": value for name, value in method.references().items()}
+        return references
 
     def pointing_to(self, folders: dict[str, Any]) -> Any:
         """The stage with its methods' references replaced by folders, as `references` names them."""
@@ -128,14 +128,14 @@ class Stage(BaseModel):
 
     def _placed(self) -> list[tuple[str, Method]]:
         """The methods with their places: `objective`, `policies.1`."""
-        found: list[tuple[str, Method]] = []
+        placed: list[tuple[str, Method]] = []
         for name, value in self.__dict__.items():
             items = enumerate(value) if isinstance(value, list | tuple) else [("", value)]
             for number, item in items:
                 method = item if isinstance(item, Method) else getattr(item, "method", None)
                 if isinstance(method, Method):
-                    found.append((f"{name}.{number}".rstrip("."), method))
-        return found
+                    placed.append((f"{name}.{number}".rstrip("."), method))
+        return placed
 
     def methods(self) -> list[str]:
         """The names of the methods that the stage uses."""
@@ -164,12 +164,12 @@ def _is_ref(field_info: Any) -> bool:
 @cache
 def stage_classes() -> dict[str, type[Stage]]:
     """The stages by name: the files of this folder."""
-    found = {}
+    classes_by_name = {}
     for path in sorted(Path(__file__).parent.glob("[!_]*.py")):
         module = importlib.import_module(f"pretrain.stages.{path.stem}")
         classes = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Stage) and c is not Stage]
-        found[path.stem] = next(c for c in classes if c.__module__ == module.__name__)
-    return found
+        classes_by_name[path.stem] = next(c for c in classes if c.__module__ == module.__name__)
+    return classes_by_name
 
 
 class Misfit(ValueError):

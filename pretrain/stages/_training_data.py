@@ -55,8 +55,8 @@ def open_model(stage: Asked, job: Job) -> tuple[Any, Processor]:
         processor = open_processor(job.inputs["processor"])
     if stage.init is not None:
         # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates.
-        model, own = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
-        processor = processor or own
+        model, saved_processor = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
+        processor = processor or saved_processor
         if processor is None:
             raise PretrainError(f"stage {stage.name!r}: {stage.init} has no tokenizer; accepted: a tokenizer field")
         return model, processor
@@ -73,10 +73,10 @@ def open_processor(folder: Path) -> Processor:
     place = next(
         (folder / name for name in ("processor", "tokenizer", "checkpoint") if (folder / name).is_dir()), folder
     )
-    found = load_processor(place)
-    if found is None:
+    processor = load_processor(place)
+    if processor is None:
         raise PretrainError(f"no processor at {folder}; accepted: a processor stage, a tokenizer stage or a checkpoint")
-    return found
+    return processor
 
 
 def check_entries(stage: Asked, model: Any, processor: Processor) -> None:
@@ -111,15 +111,15 @@ def open_examples(stage: Asked, job: Job, model: Any, processor: Processor) -> t
     """The model, with its objective's head where it has one, and the corpus as examples by split."""
     objectives: list[Any] = [w.method for w in stage.weighted()]
     objective, corpus = objectives[0], Corpus(corpus_of(job.inputs["corpus"]))
-    columns = [name for one in objectives for name in (one.columns or columns_of(processor))]
-    found = {split: Examples(corpus, split, processor, columns) for split in SPLITS}
+    columns = [name for method in objectives for name in (method.columns or columns_of(processor))]
+    examples_by_split = {split: Examples(corpus, split, processor, columns) for split in SPLITS}
     if predicts(objective):
-        labels = objective.labels(found["train"].split[objective.columns[-1]])
+        labels = objective.labels(examples_by_split["train"].split[objective.columns[-1]])
         model = objective.ready(model, labels, vocabulary_of(processor), job.seed)
     model.config.architectures = [type(model).__name__]  # so that the configuration says the whole kind of the model
-    for examples in found.values():
-        examples.given |= {"labels": labels_of(model), "pool": found["train"], "config": model.config}
-    return model, found
+    for examples in examples_by_split.values():
+        examples.given |= {"labels": labels_of(model), "pool": examples_by_split["train"], "config": model.config}
+    return model, examples_by_split
 
 
 def predicts(objective: Any) -> bool:
@@ -146,8 +146,8 @@ def evaluation(stage: Asked, held_out: Any, vocabulary: Vocabulary) -> Any:
     loader = Loader(held_out, [objective], vocabulary, length=stage.length, batch_rows=rows)
 
     def measure(trainee: Any) -> dict[str, float]:
-        found = objective_loss(trainee.model, trainee.beside[0], objective, loader, stage.evaluate_tokens)
-        return found | (_answers(stage, trainee.model, held_out, vocabulary) if predicts(objective) else {})
+        metrics = objective_loss(trainee.model, trainee.beside[0], objective, loader, stage.evaluate_tokens)
+        return metrics | (_answers(stage, trainee.model, held_out, vocabulary) if predicts(objective) else {})
 
     return measure
 

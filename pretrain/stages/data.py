@@ -25,10 +25,10 @@ def build_source(value: Any) -> Any:
         return value
     if isinstance(value, str):
         value = {value: True} if value in ("stdlib", "debian") else {"files": value}
-    found = [word for word in SOURCES if isinstance(value, dict) and word in value]
-    if len(found) != 1:
+    words = [word for word in SOURCES if isinstance(value, dict) and word in value]
+    if len(words) != 1:
         raise ValueError(f"{value!r} is no source; accepted: a path, or a mapping with one of {', '.join(SOURCES)}")
-    return build_dataclass(SOURCES[found[0]], value, f"source {found[0]!r}")
+    return build_dataclass(SOURCES[words[0]], value, f"source {words[0]!r}")
 
 
 SourceField = Annotated[Any, PlainValidator(build_source), PlainSerializer(dump)]
@@ -49,13 +49,13 @@ class Data(Stage):
 
     def outside(self) -> Any:
         """The state of the sources."""
-        found = []
+        fingerprints = []
         for number, source in enumerate(self.sources):
             try:
-                found.append(kinds.fingerprint(source))
+                fingerprints.append(kinds.fingerprint(source))
             except PretrainError as error:
                 raise PretrainError(str(error), place=("sources", number)) from error
-        return found
+        return fingerprints
 
     def progress(self, folder: Path) -> str:
         """What operations keep while they work."""

@@ -57,18 +57,18 @@ class Evaluate(Stage):
         write_json(job.folder / "evaluation.json", result)
         metrics = result["metrics"]
         if "bits_per_byte" in metrics:
-            tools = {tool: found["metrics"].get("bits_per_byte") for tool, found in result["compressors"].items()}
+            tools = {tool: values["metrics"].get("bits_per_byte") for tool, values in result["compressors"].items()}
             others = "".join(f", {tool} {bits:.3f}" for tool, bits in tools.items() if bits is not None)
             job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}")
         else:
             job.say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
-        by_domain = {f"{k}/{domain}": v for domain, some in result["domains"].items() for k, v in some.items()}
+        by_domain = {f"{k}/{domain}": v for domain, values in result["domains"].items() for k, v in values.items()}
         return {"metrics": by_domain | metrics, "flops": flops}
 
 
 def documents_of(
     corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Any
-) -> list[dict[str, Any]]:
+) -> list[Document]:
     """At most so many documents of a split, from all sources alike, with the columns that are needed."""
     from pretrain.core.errors import PretrainError
     from pretrain.core.processors import columns_of
@@ -117,7 +117,7 @@ def load_text(folder: Path) -> tuple[Any, Any]:
 def evaluate(
     model: Any,
     tokenizer: Any,
-    documents: list[dict[str, Any]],
+    documents: list[Document],
     methods: list[Any],
     *,
     compressors: bool,
@@ -139,11 +139,11 @@ def evaluate(
     for method in methods:
         if length and getattr(method, "length", None) == 0:
             method = dataclasses.replace(method, length=length)
-        found = method(model, tokenizer, documents)
-        metrics |= found.metrics
-        intervals |= {name: list(ends) for name, ends in found.intervals.items()}
-        for domain, some in found.domains.items():
-            domains[domain] = domains.get(domain, {}) | some
+        measured = method(model, tokenizer, documents)
+        metrics |= measured.metrics
+        intervals |= {name: list(ends) for name, ends in measured.intervals.items()}
+        for domain, values in measured.domains.items():
+            domains[domain] = domains.get(domain, {}) | values
     return {
         "metrics": metrics,
         "domains": domains,

@@ -41,16 +41,16 @@ class Surgery(Stage):
         before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
         model, inputs, flops = operate(self.surgeries, model, inputs)
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
-        own = {"metrics": after | before | inputs.extra.get("metrics", {}), "flops": flops}
+        result = {"metrics": after | before | inputs.extra.get("metrics", {}), "flops": flops}
         lineage = checkpoint.lineage(source)
-        history = job.history(own, lineage, *map(checkpoint.lineage, merged))
+        history = job.history(result, lineage, *map(checkpoint.lineage, merged))
         lineage |= history | {"flops": lineage.get("flops", 0) + flops}
         checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage)
         job.say(
             f"{before['parameters_before']:,} -> {after['parameters']:,} parameters, "
             f"{before['bytes_before']:,} -> {after['bytes']:,} bytes"
         )
-        return own
+        return result
 
     def _batches(self, job: Job, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
         """Rows of packed training documents, in batches."""

@@ -216,10 +216,10 @@ class Train(Stage):
         )  # fmt: skip
         spent = training.spent | ({"skipped_steps": training.guard.skipped} if training.guard.skipped else {})
         spent["flops"] += surgery_flops
-        own = {"metrics": training.metrics | spent, "flops": spent["flops"]}
+        result = {"metrics": training.metrics | spent, "flops": spent["flops"]}
         if world.main:
             source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
-            lineage = job.history(own, source)
+            lineage = job.history(result, source)
             lineage |= {"data": shards["train"].info["corpus"], "metrics": training.metrics} | spent
             lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
             lineage["length"] = self.length
@@ -233,7 +233,7 @@ class Train(Stage):
         job.say(
             f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs" + (f", {bits:.3f} bits per byte" if bits else "")
         )
-        return own
+        return result
 
     def estimate(self, inputs: dict[str, Any]) -> Estimate:
         """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""

@@ -15,7 +15,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
 from pretrain.core.packages import Package, package_facts, package_folder
 
-Document = dict[str, Any]
+Document = dict[str, Any]  # its columns by name
 T = TypeVar("T")
 HIDDEN = {".git", ".hg", ".venv", "__pycache__", "node_modules"}
 MADE = ("run.json", "CACHEDIR.TAG")  # what lies beside these is a run's output or a cache, and no source
@@ -44,7 +44,7 @@ class Source:
         """The documents, in a fixed order; what is passed over is counted in `skipped`."""
         raise NotImplementedError
 
-    def state(self) -> Any:
+    def state(self) -> object:
         """What changes when the files do; None where the fields say it all, as a package's version does."""
         return None
 
@@ -59,7 +59,7 @@ def fingerprint(source: Source) -> str:
     return digest([type(source).__name__, asdict(source), source.state()])  # type: ignore[call-overload]
 
 
-def described(source: Source) -> dict[str, Any]:
+def described(source: Source) -> dict[str, object]:
     """What a corpus notes of a source: its fields, and of the package that it comes from the archive and its sha256."""
     facts = {"source": type(source).__name__} | asdict(source)  # type: ignore[call-overload]
     package: Package | None = getattr(source, "package", None)
@@ -97,17 +97,17 @@ def located(where: str, package: Package | None, suffixes: Iterable[str] = ()) -
 def _matching(path: Path, where: str, suffixes: Iterable[str]) -> list[Path]:
     ends = tuple(suffixes)
     if path.is_dir():
-        found = below(path)
+        paths = below(path)
     elif path.exists():
-        found = [path]
+        paths = [path]
     else:
         fixed = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), len(path.parts) - 1)
         root = Path(*path.parts[:fixed])
-        found = _seen(root, root.glob(str(Path(*path.parts[fixed:])))) if root.is_dir() else []
-    kept = [p for p in found if not ends or p.name.endswith(ends)]
+        paths = _seen(root, root.glob(str(Path(*path.parts[fixed:])))) if root.is_dir() else []
+    kept = [p for p in paths if not ends or p.name.endswith(ends)]
     if not kept:
-        said = f" that end with {', '.join(ends)}" if ends else ""
-        raise PretrainError(f"no files{said} at {where!r}; accepted: a file, a folder or a glob")
+        endings = f" that end with {', '.join(ends)}" if ends else ""
+        raise PretrainError(f"no files{endings} at {where!r}; accepted: a file, a folder or a glob")
     return kept
 
 
@@ -116,7 +116,7 @@ def below(folder: Path) -> list[Path]:
     return _seen(folder, folder.rglob("*"))
 
 
-def _seen(root: Path, found: Iterator[Path]) -> list[Path]:
+def _seen(root: Path, paths: Iterator[Path]) -> list[Path]:
     """The files among those found below a folder, sorted, without what hidden folders, caches and runs hold."""
     made: dict[Path, bool] = {root: False}  # what is asked for by name is taken
 
@@ -126,7 +126,7 @@ def _seen(root: Path, found: Iterator[Path]) -> list[Path]:
         return made[folder]
 
     return sorted(
-        p for p in found if p.is_file() and not HIDDEN & set(p.relative_to(root).parts) and not is_made(p.parent)
+        p for p in paths if p.is_file() and not HIDDEN & set(p.relative_to(root).parts) and not is_made(p.parent)
     )
 
 
@@ -135,7 +135,7 @@ def stamps(where: str, package: Package | None, suffixes: Iterable[str] = ()) ->
     return None if package else [stamp(path) for _, path in located(where, None, suffixes)]
 
 
-def stamp(path: Path) -> list[Any]:
+def stamp(path: Path) -> list[str | int]:
     """A file's name, size and time."""
     stat = path.stat()
     return [str(path), stat.st_size, stat.st_mtime_ns]

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 
@@ -62,7 +62,7 @@ class Audio(Source):
                 label = path_label(path, self.label)
                 yield {"audio": {"bytes": data, "path": name}} | label | {"domain": self.domain} | place
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return stamps(self.audio, self.package, self.suffixes)
 
     def _pieces(self, path: Path, skipped: Skipped) -> Iterator[tuple[bytes, bool]]:

@@ -33,7 +33,7 @@ class PythonStdlib(Source):
             if described:
                 yield {"text": described, "domain": "docstrings", "id": f"{inside}#docstrings", "group": inside}
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return sys.version
 
 
@@ -56,13 +56,13 @@ class Packages(Source):
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for name in self.packages:
-            found = modules.without(modules.of_package(name, self.tests), self.exclude)
-            for inside, path in evenly(found, self.limit):
+            files = modules.without(modules.of_package(name, self.tests), self.exclude)
+            for inside, path in evenly(files, self.limit):
                 text = read_text(path, skipped)
                 if text is not None:
                     yield {"text": text, "domain": name, "id": inside, "group": inside}
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return [[name, modules.version(name), _sizes(name, self.tests)] for name in self.packages]
 
 
@@ -84,17 +84,17 @@ class Functions(Source):
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         for name in self.functions:
-            found = modules.of_stdlib(False) if name == "stdlib" else modules.of_package(name, False)
-            for inside, path in evenly(found, self.limit):
+            files = modules.of_stdlib(False) if name == "stdlib" else modules.of_package(name, False)
+            for inside, path in evenly(files, self.limit):
                 text = read_text(path, skipped)
                 for number, (function, code, summary) in enumerate(modules.functions(text or "")):
                     if len(code) <= self.longest:
                         place = {"id": f"{inside}#{number}-{function}", "group": inside}
                         yield {"text": code, "domain": name, "target": summary} | place
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return [sys.version if name == "stdlib" else _sizes(name, False) for name in self.functions]
 
 
-def _sizes(name: str, tests: bool) -> list[Any]:
+def _sizes(name: str, tests: bool) -> list[object]:
     return [[inside, path.stat().st_size] for inside, path in modules.of_package(name, tests)]

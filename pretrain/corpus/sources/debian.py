@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.roff import unroff
@@ -38,5 +37,5 @@ class DebianDocs(Source):
                 if text is not None and (plain := unroff(text).strip()):
                     yield {"text": plain + "\n", "domain": "man", "id": str(path)}
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return [stamp(path) for folder in (self.doc, self.man) for path in below(Path(folder))]

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pretrain.core.bounds import Count
 from pretrain.core.packages import Package
@@ -58,7 +58,7 @@ class Images(Source):
                 place = {"domain": self.domain, "id": name}
                 yield {"image": {"bytes": data, "path": name}} | path_label(path, self.label) | place
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return stamps(self.images, self.package, self.suffixes)
 
     def _bytes(self, path: Path, skipped: Skipped) -> bytes | None:

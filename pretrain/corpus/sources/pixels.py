@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -48,7 +47,7 @@ class Pixels(Source):
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from evenly_read(self._all, self.limit, skipped)
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return stamps(self.pixels, self.package, SUFFIXES)
 
     def _all(self, skipped: Skipped) -> Iterator[Document]:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, unknown
@@ -72,7 +72,7 @@ class Sequences(Source):
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from evenly_read(self._all, self.limit, skipped)
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return stamps(self.sequences, self.package, self._suffixes())
 
     def _suffixes(self) -> tuple[str, ...]:
@@ -107,8 +107,8 @@ class Sequences(Source):
         match self.label:
             case None | "parent" | "stem" as label:
                 return path_label(path, label)
-        found = record.facts.get(self.label)
-        return {"label": found} if found else None
+        label = record.facts.get(self.label)
+        return {"label": label} if label else None
 
     def _pieces(self, record: Record, name: str, label: dict[str, str]) -> Iterator[Document]:
         letters = record.sequence
@@ -139,10 +139,10 @@ class Sequences(Source):
 def format_of(path: Path) -> Format:
     """The format that a file's ending tells."""
     name = path.name.removesuffix(".gz")
-    found = next((kind for kind, ends in ENDINGS.items() if name.endswith(ends)), None)
-    if found is None:
+    kind = next((kind for kind, ends in ENDINGS.items() if name.endswith(ends)), None)
+    if kind is None:
         raise PretrainError(f"{path.name}: its ending tells no format; accepted: format: {', '.join(ENDINGS)}")
-    return found
+    return kind
 
 
 def fasta(lines: Iterator[str]) -> Iterator[Record]:
@@ -168,33 +168,33 @@ def fasta(lines: Iterator[str]) -> Iterator[Record]:
 
 def swissprot(lines: Iterator[str]) -> Iterator[Record]:
     """Entries of UniProt's flat files: the lines ID, DE, OS, OC, the comment on the family, and SQ until `//`."""
-    name, said, letters, inside = "", {"OS": "", "OC": "", "DE": "", "CC": ""}, "", False
+    name, fields, letters, inside = "", {"OS": "", "OC": "", "DE": "", "CC": ""}, "", False
     for line in lines:
         code, rest = line[:2], line[5:].strip()
         if line.startswith("//"):
             if name and letters:
-                yield Record(name, letters, _swiss_facts(said))
-            name, said, letters, inside = "", dict.fromkeys(said, ""), "", False
+                yield Record(name, letters, _swiss_facts(fields))
+            name, fields, letters, inside = "", dict.fromkeys(fields, ""), "", False
         elif code == "ID":
             name = rest.split()[0] if rest else ""
         elif code == "SQ":
             inside = True
         elif inside:
             letters += line
-        elif code in said:
-            said[code] += f"{rest} "
+        elif code in fields:
+            fields[code] += f"{rest} "
 
 
-def _swiss_facts(said: dict[str, str]) -> dict[str, str]:
-    family = re.search(r"SIMILARITY: Belongs to the (?:[^.]+? superfamily\. )?([^.]+?) (?:super)?family\b", said["CC"])
-    full = re.search(r"(?:Full=)?([^;{]+)", said["DE"].removeprefix("RecName: ").removeprefix("SubName: "))
-    found = {
-        "organism": said["OS"].split(" (")[0].rstrip(". "),
-        "lineage": said["OC"].split(";")[0].rstrip(". "),
+def _swiss_facts(fields: dict[str, str]) -> dict[str, str]:
+    family = re.search(r"SIMILARITY: Belongs to the (?:[^.]+? superfamily\. )?([^.]+?) (?:super)?family\b", fields["CC"])
+    full = re.search(r"(?:Full=)?([^;{]+)", fields["DE"].removeprefix("RecName: ").removeprefix("SubName: "))
+    facts = {
+        "organism": fields["OS"].split(" (")[0].rstrip(". "),
+        "lineage": fields["OC"].split(";")[0].rstrip(". "),
         "family": family[1] if family else "",
         "description": full[1] if full else "",
     }
-    return {name: text.strip() for name, text in found.items() if text.strip()}
+    return {name: text.strip() for name, text in facts.items() if text.strip()}
 
 
 def genbank(lines: Iterator[str]) -> Iterator[Record]:

@@ -10,7 +10,6 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -65,7 +64,7 @@ class Series(Source):
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from evenly_read(self._all, self.limit, skipped)
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return stamps(self.series, self.package, SUFFIXES)
 
     def _all(self, skipped: Skipped) -> Iterator[Document]:
@@ -158,8 +157,8 @@ def _channel(cell: str) -> np.ndarray:
 
 
 def _value(cell: str) -> float:
-    found = number(cell)
-    return np.nan if found is None else found
+    value = number(cell)
+    return np.nan if value is None else value
 
 
 def _worded(cell: str) -> bool:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, nearest
@@ -49,7 +48,7 @@ class Files(Source):
                 ending = Path(path.name.removesuffix(".gz")).suffix.lstrip(".")
                 yield {"text": text, "domain": self.domain or ending or "text", "id": name}
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return stamps(self.files, self.package, self.suffixes)
 
 
@@ -71,7 +70,7 @@ class HubDataset(Source):
                 return
             yield document
 
-    def _open(self) -> Iterator[dict[str, Any]]:
+    def _open(self) -> Iterator[Document]:
         import datasets
 
         place = Path(self.dataset)
@@ -86,12 +85,12 @@ class HubDataset(Source):
             raise PretrainError(f"data set {self.dataset!r} cannot be loaded: {reason}") from error
         return iter(data)
 
-    def state(self) -> Any:
+    def state(self) -> object:
         return [stamp(path) for path in below(Path(self.dataset))] if Path(self.dataset).exists() else None
 
 
 def _rows(
-    rows: Iterator[dict[str, Any]], path: str, source: Files | HubDataset, skipped: Skipped
+    rows: Iterator[Document], path: str, source: Files | HubDataset, skipped: Skipped
 ) -> Iterator[Document]:
     """Documents from rows with columns."""
     for number, row in enumerate(rows):
@@ -115,7 +114,7 @@ def _rows(
         yield {"text": text, "domain": str(domain), "id": str(row.get("id", f"{path}:{number}"))} | rest
 
 
-def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
+def _read_jsonl(path: Path) -> Iterator[Document]:
     import zstandard
 
     number = 0
@@ -133,7 +132,7 @@ def _read_jsonl(path: Path) -> Iterator[dict[str, Any]]:
         raise PretrainError(f"{path}: cannot be read after line {number} ({error}): truncated or damaged") from error
 
 
-def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[Document]:
     import pyarrow
     import pyarrow.parquet
 

@@ -293,15 +293,15 @@ def running(method: Pyramid, model: PreTrainedModel) -> Iterator[None]:
     attentions: list[Any] = [block.get_submodule(entry.attention) for block in parts]
     if any(hasattr(module, NAME) for module in attentions):
         raise PretrainError("pyramid_infer: it runs on this model already; accepted: one at a time")
-    found = Running(method, model)
+    state = Running(method, model)
     before: Any = model.config._attn_implementation
-    hooks = [base(model).register_forward_pre_hook(found.begin, with_kwargs=True)]
+    hooks = [base(model).register_forward_pre_hook(state.begin, with_kwargs=True)]
     try:
         model.set_attn_implementation(NAME)
         for number, (block, module) in enumerate(zip(parts, attentions, strict=True)):
-            setattr(module, NAME, found)
-            hooks.append(block.register_forward_pre_hook(functools.partial(found.before, number), with_kwargs=True))
-            hooks.append(block.register_forward_hook(functools.partial(found.after, number), with_kwargs=True))
+            setattr(module, NAME, state)
+            hooks.append(block.register_forward_pre_hook(functools.partial(state.before, number), with_kwargs=True))
+            hooks.append(block.register_forward_hook(functools.partial(state.after, number), with_kwargs=True))
         yield
     finally:
         for hook in hooks:

@@ -67,13 +67,13 @@ class PyramidInfer(Decoding):
 
     def lengths(self, prompt: int, layers: int, new: int = 0) -> tuple[int, ...]:
         """How many tokens each layer's cache holds after a prompt and, one at a time, `new` tokens."""
-        recent, block, found = int(prompt * self.recent_ratio) + 1, self.exceed_length_to_compress, []
+        recent, block, lengths = int(prompt * self.recent_ratio) + 1, self.exceed_length_to_compress, []
         context = max(0, prompt - recent)
         blocks = max(0, (new - recent) // block)
         for layer in range(layers):
-            found.append(min(prompt, context + recent) + new - blocks * (block - self.kept_of_block(layer, layers)))
+            lengths.append(min(prompt, context + recent) + new - blocks * (block - self.kept_of_block(layer, layers)))
             context = self.kept(layer, context, layers, prompt)
-        return tuple(found)
+        return tuple(lengths)
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts with pyramid caches; returns `tokens_BN`, padded with `pad` after the end."""

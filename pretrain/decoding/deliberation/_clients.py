@@ -56,19 +56,19 @@ class Prefixes:
 
     def read(self, model: PreTrainedModel, prefix: Sequence[int], rest: Sequence[int]) -> tuple[Tensor, Any, int]:
         """`logits_1V` after a prompt, the cache of it, and how many of its tokens were not read again."""
-        key, found = tuple(prefix), 0
+        key, shared = tuple(prefix), 0
         if not key or not rest:
             logits_1V, cache = _read(model, [*prefix, *rest], None)
             return logits_1V, cache, 0
         if key in self.kept:
-            found = len(key)
+            shared = len(key)
             self.kept.move_to_end(key)
         else:
             self.kept[key] = _read(model, prefix, None)[1]
             while len(self.kept) > self.most:
                 self.kept.popitem(last=False)
         logits_1V, cache = _read(model, rest, copy.deepcopy(self.kept[key]))
-        return logits_1V, cache, found
+        return logits_1V, cache, shared
 
 
 def _read(model: PreTrainedModel, tokens: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
@@ -194,7 +194,7 @@ class ServerClient:
         request = urllib.request.Request(self.address, json.dumps(body).encode(), headers, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                said = answer.read()
+                body = answer.read()
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode("utf-8", "replace").split())[:200]
             raise PretrainError(f"server {self.address}: HTTP {error.code}: {reason}; accepted: HTTP 200") from error
@@ -204,12 +204,12 @@ class ServerClient:
                 f"server {self.address}: {cause}; accepted: one that answers within {self.timeout:g} seconds"
             ) from error
         try:
-            read = json.loads(said)
+            read = json.loads(body)
             text, usage = read["choices"][0]["message"]["content"], read["usage"]
             kept = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             return Reply(text + "", int(usage["prompt_tokens"]), int(usage["completion_tokens"]), int(kept))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            shown = " ".join(said.decode("utf-8", "replace").split())[:200]
+            shown = " ".join(body.decode("utf-8", "replace").split())[:200]
             raise PretrainError(
                 f"server {self.address} answers {shown!r}; accepted: a chat completion with content and usage"
             ) from error

@@ -57,7 +57,7 @@ class LatentDeliberation(Decoding):
             raise PretrainError(f"{self.name}: family {entry.name!r}: accepted: {', '.join(self.families)}")
         names = ["model_type", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"]
         for name in (*names, "head_dim", "rope_parameters"):
-            ours, theirs = (getattr(one, name, None) for one in (config, coprocessor.config))
+            ours, theirs = (getattr(c, name, None) for c in (config, coprocessor.config))
             if ours != theirs:
                 raise PretrainError(
                     f"{self.name}: coprocessor {self.coprocessor}: {name} {theirs}: accepted: the model's, {ours}"

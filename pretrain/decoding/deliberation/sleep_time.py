@@ -100,8 +100,8 @@ class SleepTime(Decoding):
         from pretrain.core.encoding import encode
 
         text = text_of(tokenizer, context, skip_special_tokens=True)
-        found = sleep(LocalClient(model, tokenizer), text, rounds=self.rounds, max_tokens=self.notes_tokens)
-        return encode(tokenizer, [f"{NOTES}{found.notes}{self.separator}"])[0].tolist() if found.notes else []
+        slept = sleep(LocalClient(model, tokenizer), text, rounds=self.rounds, max_tokens=self.notes_tokens)
+        return encode(tokenizer, [f"{NOTES}{slept.notes}{self.separator}"])[0].tolist() if slept.notes else []
 
     def _tokenizer(self, model: PreTrainedModel) -> Any:
         from pretrain.core.folders import tokenizer_of
@@ -157,8 +157,8 @@ def sleep(client: Client, context: str, *, rounds: int = 10, max_tokens: int = 1
     while done < rounds and not finished:
         reply = client.complete(TASK + context, RETHINK.replace("{notes}", notes or "none"), max_tokens=max_tokens)
         done, read, written = done + 1, read + reply.prompt_tokens, written + reply.new_tokens
-        before, said, _ = reply.text.partition(FINISHED)
-        finished, new = bool(said), before.strip()
+        before, mark, _ = reply.text.partition(FINISHED)
+        finished, new = bool(mark), before.strip()
         if not finished and new in ("", notes):
             break
         notes = new or notes  # notes are never emptied

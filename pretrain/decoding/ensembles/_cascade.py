@@ -88,7 +88,7 @@ class Cascade(Forward):
         made = [projection(inner_11E) for projection in projections]
         if len(made) == 1:
             made = list(made[0].chunk(3, -1))[1:]
-        keys_11HD, values_11HD = (one.view(1, 1, -1, head_width(self.config)) for one in made)
+        keys_11HD, values_11HD = (projected.view(1, 1, -1, head_width(self.config)) for projected in made)
         attention = at(block, self.entry.attention)
         if hasattr(attention, "k_norm"):
             keys_11HD = attention.k_norm(keys_11HD)
@@ -151,7 +151,7 @@ def bounded_thresholds(confidence_MN: Tensor, correct_MN: Tensor, drop: float, n
     M may spend the share m/M of the budget, less what those before it have spent.
     """
     exits, count = len(confidence_MN) - 1, confidence_MN.shape[1]
-    left_N, spent, found = torch.ones(count, dtype=torch.bool), 0, []
+    left_N, spent, thresholds = torch.ones(count, dtype=torch.bool), 0, []
     for number in range(exits):
         places_N = left_N.nonzero()[:, 0]
         sure_N, order_N = confidence_MN[number][places_N].sort(descending=True)
@@ -159,11 +159,11 @@ def bounded_thresholds(confidence_MN: Tensor, correct_MN: Tensor, drop: float, n
         allowed = drop * count * (number + 1) / exits - spent + 1e-9
         last_N = torch.cat([sure_N[1:] < sure_N[:-1], torch.ones(len(sure_N[:1]), dtype=torch.bool)])
         fits = (last_N & (loss_N <= allowed)).nonzero()[:, 0]
-        found.append(never if len(fits) == 0 else float(sure_N[fits[-1]]))
+        thresholds.append(never if len(fits) == 0 else float(sure_N[fits[-1]]))
         if len(fits):
             spent += int(loss_N[fits[-1]])
             left_N[places_N[order_N[: int(fits[-1]) + 1]]] = False
-    return tuple(found)
+    return tuple(thresholds)
 
 
 def cascaded(confidence_MN: Tensor, correct_MN: Tensor, thresholds: tuple[float, ...]) -> tuple[float, list[int]]:

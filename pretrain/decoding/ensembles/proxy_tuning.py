@@ -47,8 +47,8 @@ class ProxyTuning(Decoding):
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         three = [model, *self.proxies(model)]
         with torch.no_grad():
-            begun = [prefill(one, input_ids_BL, mask_BL) for one in three]
-            steps = [stepper(one, cache, mask_BL) for one, (_, cache) in zip(three, begun, strict=True)]
+            begun = [prefill(member, input_ids_BL, mask_BL) for member in three]
+            steps = [stepper(member, cache, mask_BL) for member, (_, cache) in zip(three, begun, strict=True)]
             return continue_rows(
                 input_ids_BL,
                 self.logits(*(logits_BV for logits_BV, _ in begun)),
@@ -58,7 +58,7 @@ class ProxyTuning(Decoding):
 
     def proxies(self, model: PreTrainedModel) -> tuple[Any, Any]:
         """The expert and the anti-expert on the model's device, read once; vocabularies that differ are an error."""
-        found, words = [], {}
+        proxies, words = [], {}
         folder = Path(model.config._name_or_path or "/none")
         if (folder / "tokenizer_config.json").exists():
             words["the model"] = _vocabulary(folder, _stamp(folder))
@@ -66,16 +66,16 @@ class ProxyTuning(Decoding):
         wanted = _size(model)
         for field in ("expert", "anti_expert"):
             folder = Path(getattr(self, field))
-            proxy, own = _open(folder, model.device, _stamp(folder))
+            proxy, vocabulary = _open(folder, model.device, _stamp(folder))
             _check_causal(f"{field} {folder}", proxy)
             if _size(proxy) != wanted:
                 raise PretrainError(
                     f"proxy_tuning: {field} {folder}: a vocabulary of {_size(proxy)} tokens: "
                     f"accepted: the model's {wanted}"
                 )
-            if own is not None:
-                words[f"{field} {folder}"] = own
-            found.append(proxy)
+            if vocabulary is not None:
+                words[f"{field} {folder}"] = vocabulary
+            proxies.append(proxy)
         names = list(words)
         for name in names[1:]:
             differ = len(words[name].items() ^ words[names[0]].items())
@@ -84,7 +84,7 @@ class ProxyTuning(Decoding):
                     f"proxy_tuning: {name}: {differ} entries of its vocabulary are not those of {names[0]}: "
                     "accepted: the same vocabulary"
                 )
-        return found[0], found[1]
+        return proxies[0], proxies[1]
 
 
 def _check_causal(what: str, model: PreTrainedModel) -> None:

@@ -54,11 +54,11 @@ class SoftmaxCascade(Decoding):
 
         layers, maps = len(blocks(model)), getattr(model, HEADS, None)
         trained = () if maps is None else tuple(sorted(map(int, maps)))
-        found = self.exits or trained or thirds(layers)
-        check_exits(self.name, found, layers)
-        if trained and not set(found) <= set(trained):
-            raise PretrainError(f"softmax_cascade: exits {found}: accepted: the trained ones among {trained}")
-        return found
+        exits = self.exits or trained or thirds(layers)
+        check_exits(self.name, exits, layers)
+        if trained and not set(exits) <= set(trained):
+            raise PretrainError(f"softmax_cascade: exits {exits}: accepted: the trained ones among {trained}")
+        return exits
 
     def trace(self, model: PreTrainedModel, input_ids_BL: Tensor, **options: Unpack[OptionFields]) -> Trace:
         """As `generate`, with the depth of each new token and the operations done and spared."""
@@ -135,27 +135,27 @@ class SoftmaxCascade(Decoding):
             thresholds = bounded_thresholds(confidence_MN, correct_MN, accuracy_drop, NEVER)
         if file is not None:
             accuracy, leaving = cascaded(confidence_MN, correct_MN, thresholds)
-            said = {"exits": exits, "thresholds": thresholds, "accuracy_drop": accuracy_drop, "rule": rule}
+            calibration = {"exits": exits, "thresholds": thresholds, "accuracy_drop": accuracy_drop, "rule": rule}
             whole = float(correct_MN[-1].double().mean())
-            write_json(_file(file), said | {"accuracy": accuracy, "whole_accuracy": whole, "leaving": leaving})
+            write_json(_file(file), calibration | {"accuracy": accuracy, "whole_accuracy": whole, "leaving": leaving})
         return thresholds
 
     def _thresholds(self, exits: tuple[int, ...]) -> tuple[float, ...]:
-        found = self.thresholds
+        thresholds = self.thresholds
         if self.calibration:
-            if found:
+            if thresholds:
                 raise PretrainError("softmax_cascade: thresholds and calibration: accepted: one of them")
             path = _file(self.calibration)
-            said = read_json(path)
+            calibration = read_json(path)
             try:
-                written, found = tuple(said["exits"]), tuple(map(float, said["thresholds"]))
+                written, thresholds = tuple(calibration["exits"]), tuple(map(float, calibration["thresholds"]))
             except (TypeError, KeyError, ValueError) as error:
                 raise PretrainError(f"{path}: {error!r}: accepted: a file that `calibrate` wrote") from error
             if written != exits:
                 raise PretrainError(f"{path}: thresholds of exits {written}: accepted: those of exits {exits}")
-        if len(found) != len(exits):
-            raise PretrainError(f"softmax_cascade: thresholds {found}: accepted: one for each of the exits {exits}")
-        return found
+        if len(thresholds) != len(exits):
+            raise PretrainError(f"softmax_cascade: thresholds {thresholds}: accepted: one for each of the exits {exits}")
+        return thresholds
 
 
 def _file(place: Path | str) -> Path:

@@ -64,13 +64,13 @@ class Chunk:
             more["position_embeddings"] = tuple(
                 angles_1CD[:, self.position_T] for angles_1CD in (forward.cos_1CD, forward.sin_1CD)
             )
-        found: list[Tensor] = []
+        significances: list[Tensor] = []
         for number in range(first, stop):
-            with _watched(found if number >= scored else None):
+            with _watched(significances if number >= scored else None):
                 self.states_1TE = forward.blocks[number](
                     self.states_1TE, attention_mask=None, past_key_values=self, use_cache=True, **more
                 )
-        return [score_1T[0] for score_1T in found]
+        return [score_1T[0] for score_1T in significances]
 
     def keep(self, kept_K: Tensor) -> None:
         """Keep these tokens alone, in all blocks so far."""
@@ -94,14 +94,14 @@ def leaf(forward: Forward, plan: Plan, ids_L: Tensor, number: int) -> Chunk:
 def merged(left: Chunk, right: Chunk, prefix: int, suffix: int) -> Chunk:
     """Two chunks as one: the affixes' states, keys and values are means, the contexts stand side by side."""
 
-    def joined(one: Tensor, other: Tensor, axis: int) -> Tensor:
+    def joined(left: Tensor, right: Tensor, axis: int) -> Tensor:
         def cut(tensor: Tensor, start: int, stop: int) -> Tensor:
             return tensor.narrow(axis, start, stop - start)
 
-        a, b = one.shape[axis], other.shape[axis]
-        first = (cut(one, 0, prefix) + cut(other, 0, prefix)) / 2
-        last = (cut(one, a - suffix, a) + cut(other, b - suffix, b)) / 2
-        return torch.cat([first, cut(one, prefix, a - suffix), cut(other, prefix, b - suffix), last], axis)
+        a, b = left.shape[axis], right.shape[axis]
+        first = (cut(left, 0, prefix) + cut(right, 0, prefix)) / 2
+        last = (cut(left, a - suffix, a) + cut(right, b - suffix, b)) / 2
+        return torch.cat([first, cut(left, prefix, a - suffix), cut(right, prefix, b - suffix), last], axis)
 
     ends = len(left.position_T) - suffix
     chunk = Chunk(
@@ -153,9 +153,9 @@ def significance(query_BHQD: Tensor, key_BKTD: Tensor, scaling: float) -> Tensor
 def _attention(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
 ) -> tuple[Tensor, None]:
-    found, scaling = _seen.get(), more.get("scaling")
-    if found is not None:
-        found.append(significance(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
+    significances, scaling = _seen.get(), more.get("scaling")
+    if significances is not None:
+        significances.append(significance(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
     return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
 
 
@@ -163,8 +163,8 @@ AttentionInterface.register(NAME, _attention)
 
 
 @contextmanager
-def _watched(found: list[Tensor] | None) -> Iterator[None]:
-    token = _seen.set(found)
+def _watched(significances: list[Tensor] | None) -> Iterator[None]:
+    token = _seen.set(significances)
     try:
         yield
     finally:
@@ -190,6 +190,6 @@ def mean_significance(model: PreTrainedModel, rows_BL: Tensor) -> Tensor:
     scores: list[Tensor] = []
     with attending(model):
         for ids_L in rows_BL:
-            found = leaf(forward, plan, ids_L, 0).through(forward, 0, len(forward.blocks), 0)
-            scores.append(torch.stack(found).float().flip(1))
+            significances = leaf(forward, plan, ids_L, 0).through(forward, 0, len(forward.blocks), 0)
+            scores.append(torch.stack(significances).float().flip(1))
     return torch.stack(scores).mean(0)

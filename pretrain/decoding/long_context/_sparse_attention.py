@@ -167,8 +167,8 @@ def block_mask(kept: Kept) -> Any:
     apart_MM = apart_MM[:, None] - apart_MM
     # Distances 1 to BLOCK from a block's end are its own keys, the next BLOCK those of the block before.
     near_HM = near_HN[:, 1:].unflatten(1, (-1, BLOCK)).any(2)
-    some_HMM = near_HM[:, apart_MM.clamp(min=0)] | column_HN.unflatten(1, (-1, BLOCK)).any(2)[:, None]
-    some_HMM = (some_HMM if block_HMM is None else some_HMM | block_HMM) & (apart_MM >= 0)
+    dense_HMM = near_HM[:, apart_MM.clamp(min=0)] | column_HN.unflatten(1, (-1, BLOCK)).any(2)[:, None]
+    dense_HMM = (dense_HMM if block_HMM is None else dense_HMM | block_HMM) & (apart_MM >= 0)
 
     def sees(_: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // BLOCK
@@ -177,9 +177,9 @@ def block_mask(kept: Kept) -> Any:
             seen = seen | block_HMM[head, block, key // BLOCK]
         return seen & (key <= query)
 
-    order_HMM = some_HMM.int().sort(stable=True, dim=-1, descending=True).indices.int()
+    order_HMM = dense_HMM.int().sort(stable=True, dim=-1, descending=True).indices.int()
     return BlockMask.from_kv_blocks(
-        some_HMM.sum(-1).int()[None], order_HMM[None], BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
+        dense_HMM.sum(-1).int()[None], order_HMM[None], BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
     )
 
 
@@ -262,11 +262,11 @@ class SparseForward(Forward):
             if kept_BL is None:
                 last_BE = self.states(input_ids_BL, slice(0, length), None)[:, -1]
             else:
-                found = []
+                last_states = []
                 for row, ids_L in enumerate(input_ids_BL):
-                    self.row, own_1L = (row, rows, length), ids_L[kept_BL[row]][None]
-                    found.append(self.states(own_1L, slice(0, own_1L.shape[1]), None)[:, -1])
-                self.row, last_BE = None, torch.cat(found)
+                    self.row, kept_1L = (row, rows, length), ids_L[kept_BL[row]][None]
+                    last_states.append(self.states(kept_1L, slice(0, kept_1L.shape[1]), None)[:, -1])
+                self.row, last_BE = None, torch.cat(last_states)
                 self.start_B1 = kept_BL.sum(1, keepdim=True) - length
                 room_BC = functional.pad(kept_BL, (0, self.room - length), value=True)
                 self.pad_mask_B11C = additive(room_BC[:, None, None], self.dtype)

@@ -91,12 +91,12 @@ def _read(path: Path, layers: int, heads: int) -> list[list[Pattern]]:
     """The patterns in a file that `search` filled."""
     wanted = f"{layers} layers of {heads} heads, each {{pattern: {' or '.join(SIZES)}, and its sizes, 1 or more}}"
     try:
-        found = [[_pattern(head) for head in layer] for layer in read_json(path)["layers"]]
+        patterns = [[_pattern(head) for head in layer] for layer in read_json(path)["layers"]]
     except (KeyError, TypeError, ValueError) as error:
         raise PretrainError(f"minference: patterns {path}: {error!r}: accepted: {wanted}") from error
-    if [len(layer) for layer in found] != [heads] * layers or min(min(h.sizes) for layer in found for h in layer) < 1:
-        raise PretrainError(f"minference: patterns {path}: {[len(layer) for layer in found]} heads: accepted: {wanted}")
-    return found
+    if [len(layer) for layer in patterns] != [heads] * layers or min(min(h.sizes) for layer in patterns for h in layer) < 1:
+        raise PretrainError(f"minference: patterns {path}: {[len(layer) for layer in patterns]} heads: accepted: {wanted}")
+    return patterns
 
 
 def _pattern(head: dict[str, Any]) -> Pattern:
@@ -125,13 +125,13 @@ def search(
         for row in range(len(query_BHLD)):
             for head in range(heads):
                 of = head * groups // heads
-                one = query_BHLD[row, head, None], key_BGLD[row, of, None], value_BGLD[row, of, None]
-                found = tried.setdefault(layer, [{} for _ in range(heads)])[head]
-                for pattern in found or candidates(one[0], one[1], sink, local, scaling=scaling, last_q=last_q):
-                    kept = choose(one[0], one[1], [pattern], scaling=scaling, last_q=last_q)
-                    wrong_LD = sparse_attention(*one, kept, scaling)[0] - out_BHLD[row, head]
+                qkv = query_BHLD[row, head, None], key_BGLD[row, of, None], value_BGLD[row, of, None]
+                errors = tried.setdefault(layer, [{} for _ in range(heads)])[head]
+                for pattern in errors or candidates(qkv[0], qkv[1], sink, local, scaling=scaling, last_q=last_q):
+                    kept = choose(qkv[0], qkv[1], [pattern], scaling=scaling, last_q=last_q)
+                    wrong_LD = sparse_attention(*qkv, kept, scaling)[0] - out_BHLD[row, head]
                     whole = out_BHLD[row, head].abs().sum().clamp(min=1e-30)
-                    found.setdefault(pattern, []).append(float(wrong_LD.abs().sum() / whole))
+                    errors.setdefault(pattern, []).append(float(wrong_LD.abs().sum() / whole))
         return out_BHLD
 
     with torch.inference_mode():
@@ -147,7 +147,7 @@ def search(
 
 def _best(errors: dict[Pattern, list[float]]) -> dict[str, Any]:
     """The pattern of least mean error, of equal ones the first, as it stands in the file."""
-    mean = {pattern: sum(found) / len(found) for pattern, found in errors.items()}
+    mean = {pattern: sum(values) / len(values) for pattern, values in errors.items()}
     (kind, sizes), error = min(mean.items(), key=lambda item: item[1])
     return {"pattern": kind} | dict(zip(SIZES[kind], sizes, strict=True)) | {"error": error}
 
@@ -162,13 +162,13 @@ def candidates(
     def cost(pattern: Pattern) -> int:
         return choose(query_1LD, key_1LD, [pattern], scaling=scaling, last_q=last_q).pairs()
 
-    budget, found = cost(first), [first]
+    budget, patterns = cost(first), [first]
     for vertical in sorted({min(vertical, length) for vertical in VERTICALS}):
         most = _most(lambda n, v=vertical: cost(Pattern("vertical_slash", (v, n * STEP))), -(-length // STEP), budget)
         if most:
-            found.append(Pattern("vertical_slash", (vertical, most * STEP)))
+            patterns.append(Pattern("vertical_slash", (vertical, most * STEP)))
     most = _most(lambda n: cost(Pattern("block_sparse", (n,))), -(-length // BLOCK), budget)
-    return [*found, Pattern("block_sparse", (most,))] if most else found
+    return [*patterns, Pattern("block_sparse", (most,))] if most else patterns
 
 
 def _most(cost: Any, high: int, budget: int) -> int:

@@ -155,12 +155,12 @@ class _Searched:
             row[after] = min(limit, row.get(after, 0.0) + step)
 
     def _most_visited(self, root: _Node) -> set[int]:
-        found, waiting = [], [root]
+        nodes, waiting = [], [root]
         while waiting:
             inside = [child for child in waiting.pop().children or () if child.visits]
-            found += inside
+            nodes += inside
             waiting += inside
-        return {id(node) for node in heapq.nlargest(self.size[0], found, key=lambda node: node.visits)}
+        return {id(node) for node in heapq.nlargest(self.size[0], nodes, key=lambda node: node.visits)}
 
     def _add(self, node: _Node, place: int, tokens: list[int], parents: list[int], best: set[int]) -> None:
         """Append a node's chosen children, and its likeliest next token where that is none of them, below `place`."""

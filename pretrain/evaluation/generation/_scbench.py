@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.core.errors import PretrainError
+from pretrain.corpus.sources import Document
 
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz0123456789"))
 EXCERPT = 80  # characters of a document that stand for it in `many_shot`
@@ -41,7 +42,7 @@ class Maker:
     """What the generators draw from: one stream of random numbers, names that never come twice, room in tokens."""
 
     def __init__(
-        self, documents: Sequence[dict[str, Any]], count: Count, *, seed: Sequence[int], room: int, turns: int,
+        self, documents: Sequence[Document], count: Count, *, seed: Sequence[int], room: int, turns: int,
         width: int, hops: int,
     ) -> None:  # fmt: skip
         self.documents, self.count, self.room, self.turns = documents, count, room, turns
@@ -65,7 +66,7 @@ class Maker:
                 self.used.add(drawn)
                 return drawn
 
-    def shuffled(self, items: Sequence[Any]) -> list[Any]:
+    def shuffled(self, items: Sequence[T]) -> list[T]:
         """The same in another order."""
         return [items[i] for i in self.rng.permutation(len(items))]
 
@@ -87,8 +88,8 @@ class Maker:
         left = self.room - sum(self.count(needed))
         lines: list[str] = []
         for i in self.rng.permutation(len(self.documents)):
-            own = [line.rstrip() + "\n" for line in self.documents[i]["text"].splitlines() if line.strip()]
-            for line, tokens in zip(own, self.count(own), strict=True):
+            lines = [line.rstrip() + "\n" for line in self.documents[i]["text"].splitlines() if line.strip()]
+            for line, tokens in zip(lines, self.count(lines), strict=True):
                 left -= tokens
                 if left < 0:
                     return lines
@@ -140,17 +141,17 @@ def variable(maker: Maker) -> Shared:
 
 def frequent(maker: Maker) -> Shared:
     """Words of the documents, some more often than others; the most frequent one, and how often others occur."""
-    found: set[str] = set()
+    vocabulary: set[str] = set()
     for i in maker.rng.permutation(len(maker.documents)):
-        found |= set(re.findall(r"\b[a-z]{3,10}\b", maker.documents[i]["text"]))
-        if len(found) >= 20 * maker.turns + 200:
+        vocabulary |= set(re.findall(r"\b[a-z]{3,10}\b", maker.documents[i]["text"]))
+        if len(vocabulary) >= 20 * maker.turns + 200:
             break
     distinct = max(2 * maker.turns, 8)
-    if len(found) < distinct:
+    if len(vocabulary) < distinct:
         raise PretrainError(
-            f"scbench: frequent: the documents have {len(found)} words of 3 to 10 letters; accepted: {distinct} or more"
+            f"scbench: frequent: the documents have {len(vocabulary)} words of 3 to 10 letters; accepted: {distinct} or more"
         )
-    words = maker.shuffled(sorted(found))[:distinct]
+    words = maker.shuffled(sorted(vocabulary))[:distinct]
     cost = float(np.mean(maker.count([f" {word}" for word in words])))
     weights = 1 / np.arange(1, distinct + 1)
     total = max(0, int(maker.room / cost) - distinct)
@@ -174,7 +175,7 @@ def many_shot(maker: Maker) -> Shared:
             maker.used.add(excerpt)
             by_domain[document["domain"]].append(excerpt)
     rounds = max(map(len, by_domain.values()), default=0)
-    order = [(some[k], name) for k in range(rounds) for name, some in sorted(by_domain.items()) if k < len(some)]
+    order = [(excerpts[k], name) for k in range(rounds) for name, excerpts in sorted(by_domain.items()) if k < len(excerpts)]
     shown, rest = order[: len(by_domain)], order[len(by_domain) :]
     if len(by_domain) < 2 or len(rest) < maker.turns:
         raise PretrainError(
@@ -222,9 +223,9 @@ TASKS: dict[str, Callable[[Maker], Shared]] = {
 }
 
 
-def right(said: str, answer: str) -> bool:
+def right(continuation: str, answer: str) -> bool:
     """Whether the first line holds the answer as whole words; of numbers, whether the first is the answer."""
-    line = said.strip().split("\n")[0]
+    line = continuation.strip().split("\n")[0]
     if answer.isdigit():
         number = re.search(r"\d+", line)
         return number is not None and number[0] == answer

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.batch import Vocabulary
+    from pretrain.corpus.sources import Document
 
 Pair = tuple[list[int], list[int]]
 BATCH_TOKENS = 4096
@@ -66,7 +67,7 @@ class BARTScore(Evaluation):
         return (self.source, self.target, *((self.judgement,) if self.judgement else ()))
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the source's and the target's column."""
         from pretrain.core.batch import Vocabulary
@@ -88,16 +89,16 @@ class BARTScore(Evaluation):
         by_domain = defaultdict(list)
         for document, score in zip(chosen, scores["bartscore"], strict=True):
             by_domain[document.get("domain", "text")].append(score)
-        found = Measured(
+        measured = Measured(
             {name: float(score_N.mean()) for name, score_N in scores.items()}
             | {"bartscore_documents": float(len(chosen)), "bartscore_skipped": float(len(documents) - len(chosen))},
-            {domain: {"bartscore": float(np.mean(some))} for domain, some in sorted(by_domain.items())},
+            {domain: {"bartscore": float(np.mean(values))} for domain, values in sorted(by_domain.items())},
             {name: bounds(means_RK[:, k]) for k, name in enumerate(scores)},
         )
         if self.judgement:
             value, interval = self._agreement(scores["bartscore_f" if self.both else "bartscore"], chosen)
-            found.metrics["bartscore_spearman"], found.intervals["bartscore_spearman"] = value, interval
-        return found
+            measured.metrics["bartscore_spearman"], measured.intervals["bartscore_spearman"] = value, interval
+        return measured
 
     def scores(
         self,
@@ -118,16 +119,16 @@ class BARTScore(Evaluation):
             )
         apart = [] if entry.decoder_blocks else encode(tokenizer, [self.separator])[0].tolist()
         end = [] if vocabulary.eos is None else [vocabulary.eos]
-        read, said = ([ids[: self.length].tolist() for ids in encode(tokenizer, texts)] for texts in (sources, targets))
+        read, written = ([ids[: self.length].tolist() for ids in encode(tokenizer, texts)] for texts in (sources, targets))
         if entry.decoder_blocks:
             begin = [] if vocabulary.bos is None else [vocabulary.bos]
-            pairs = [(begin + x + end, y + end) for x, y in zip(read, said, strict=True)]
+            pairs = [(begin + x + end, y + end) for x, y in zip(read, written, strict=True)]
             return _run(model, pairs, _encoder_decoder)
         before = vocabulary.begin
         begin, limit = [] if before is None else [before], getattr(model.config, "max_position_embeddings", None)
         least = 0 if begin or apart else 1  # source tokens that the target's first needs before it
         pairs = []
-        for x, y in zip(read, said, strict=True):
+        for x, y in zip(read, written, strict=True):
             if isinstance(limit, int):
                 room = limit + 1 - len(begin) - len(apart) - len(end)
                 y = y[: max(1, room - least)]
@@ -136,7 +137,7 @@ class BARTScore(Evaluation):
         return _run(model, pairs, _causal)
 
     def _agreement(
-        self, score_N: NDArray[np.float64], documents: Sequence[dict[str, Any]]
+        self, score_N: NDArray[np.float64], documents: Sequence[Document]
     ) -> tuple[float, tuple[float, float]]:
         """Spearman's correlation with the judgements, and its interval."""
         from scipy.stats import rankdata
@@ -151,8 +152,8 @@ class BARTScore(Evaluation):
                 "documents; accepted: a column with two or more numbers"
             )
 
-        def spearman(some: NDArray[np.int64]) -> float:
-            ranks_KN = rankdata(np.stack([score_N[judged][some], value_N[some]]), axis=1)
+        def spearman(sample_K: NDArray[np.int64]) -> float:
+            ranks_KN = rankdata(np.stack([score_N[judged][sample_K], value_N[sample_K]]), axis=1)
             ranks_KN = ranks_KN - ranks_KN.mean(1, keepdims=True)
             scale = np.sqrt((ranks_KN**2).sum(1).prod())
             return float(ranks_KN.prod(0).sum() / scale) if scale > 0 else 0.0
@@ -162,12 +163,12 @@ class BARTScore(Evaluation):
         return spearman(np.arange(count)), bounds(np.array(drawn))
 
 
-def _run(model: nn.Module, pairs: Sequence[Pair], nll: Any) -> NDArray[np.float64]:
+def _run(model: nn.Module, pairs: Sequence[Pair], nll: Callable[[nn.Module, Sequence[Pair], torch.device], Sequence[float]]) -> NDArray[np.float64]:
     """Minus the mean nll of each pair's target, in batches of pairs of about the same size."""
     from pretrain.core.models.features import evaluating
 
     size = [len(x) + len(y) for x, y in pairs]
-    order, found, start = sorted(range(len(pairs)), key=lambda i: size[i]), np.zeros(len(pairs)), 0
+    order, scores, start = sorted(range(len(pairs)), key=lambda i: size[i]), np.zeros(len(pairs)), 0
     with evaluating(model):
         while start < len(order):
             end = start + 1
@@ -175,8 +176,8 @@ def _run(model: nn.Module, pairs: Sequence[Pair], nll: Any) -> NDArray[np.float6
                 end += 1
             chosen, start = order[start:end], end
             sums_B = nll(model, [pairs[i] for i in chosen], next(model.parameters()).device)
-            found[chosen] = -np.array(sums_B) / np.array([len(pairs[i][1]) for i in chosen])
-    return found
+            scores[chosen] = -np.array(sums_B) / np.array([len(pairs[i][1]) for i in chosen])
+    return scores
 
 
 def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.batch import Vocabulary
+    from pretrain.corpus.sources import Document
 
 NAME = "generation_verification_gap"
 QUESTION = "{prompt}{answer}\n\nIs the answer above correct? Answer yes or no.\nAnswer:"
@@ -94,7 +95,7 @@ class GenerationVerificationGap(Evaluation):
         return (self.prompt, self.answer) if self.utility == "exact" else (self.prompt,)
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the prompt's and the answer's column."""
         from pretrain.core.batch import Vocabulary
@@ -116,7 +117,7 @@ class GenerationVerificationGap(Evaluation):
                 model, ids, self.generations, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
                 top_p=self.top_p, eos=vocabulary.eos, pad=vocabulary.pad, generator=generator,
             )  # fmt: skip
-            texts = [text_of(tokenizer, one, skip_special_tokens=True) for one in made]
+            texts = [text_of(tokenizer, continuation, skip_special_tokens=True) for continuation in made]
             right_N = np.array([self.useful(prompt, text, document.get(self.answer)) for text in texts], np.float64)
             score_N = self.scores(model, tokenizer, vocabulary, prompt, ids, made, texts)
             weight_N = self.weigh(score_N)
@@ -131,12 +132,12 @@ class GenerationVerificationGap(Evaluation):
         counts = {"gv_prompts": float(len(chosen)), "gv_skipped": float(len(documents) - len(chosen))}
         metrics = _summed(values_P4.mean(0)) | {"gv_prompt_relative_gap": float(relative(values_P4).mean())}
         drawn = [_summed(row) for row in sums_R4 / len(chosen)]
-        intervals = {name: bounds(np.array([one[name] for one in drawn])) for name in drawn[0]} if drawn else {}
+        intervals = {name: bounds(np.array([row[name] for row in drawn])) for name in drawn[0]} if drawn else {}
         if drawn:
             intervals["gv_prompt_relative_gap"] = bounds(each_R)
         return Measured(
             metrics | counts,
-            {domain: _summed(np.mean(some, 0)) for domain, some in sorted(by_domain.items())},
+            {domain: _summed(np.mean(values, 0)) for domain, values in sorted(by_domain.items())},
             intervals,
         )
 
@@ -145,7 +146,7 @@ class GenerationVerificationGap(Evaluation):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         vocabulary: Vocabulary,
-        document: dict[str, Any],
+        document: Document,
     ) -> tuple[str, list[int]]:
         """The prompt's text and tokens."""
         from pretrain.core.encoding import encode
@@ -169,7 +170,7 @@ class GenerationVerificationGap(Evaluation):
         text = text.lstrip() if self.utility == "exact" else text
         return text.split(self.stop)[0].strip() if self.stop and self.utility == "exact" else text
 
-    def useful(self, prompt: str, text: str, answer: Any) -> bool:
+    def useful(self, prompt: str, text: str, answer: object) -> bool:
         """Whether a generation is right."""
         if self.utility == "exact":
             return self._cut(text) == str(answer).strip()
@@ -184,12 +185,12 @@ class GenerationVerificationGap(Evaluation):
         from pretrain.evaluation._continuations import judge
 
         if self.verifier == "likelihood":
-            said = judge(model, [(ids, one) for one in made])
-            return np.array([one.logp / one.tokens for one in said])
+            judgements = judge(model, [(ids, continuation) for continuation in made])
+            return np.array([judgement.logp / judgement.tokens for judgement in judgements])
         asked = [self.question.replace("{prompt}", prompt).replace("{answer}", self._cut(text)) for text in texts]
         begin = [] if vocabulary.begin is None else [vocabulary.begin]
-        yes, no = (one.tolist() for one in encode(tokenizer, [self.yes, self.no]))
-        different = {text: begin + one.tolist() for text, one in zip(asked, encode(tokenizer, asked), strict=True)}
+        yes, no = (ids.tolist() for ids in encode(tokenizer, [self.yes, self.no]))
+        different = {text: begin + ids.tolist() for text, ids in zip(asked, encode(tokenizer, asked), strict=True)}
         limit = getattr(model.config, "max_position_embeddings", None)
         longest = max(map(len, different.values())) + max(len(yes), len(no))
         if isinstance(limit, int) and longest > limit:
@@ -197,7 +198,7 @@ class GenerationVerificationGap(Evaluation):
                 f"{NAME}: question of {longest} tokens: accepted: at most the model's {limit} positions"
             )
         pairs = [(question, after) for question in different.values() for after in (yes, no)]
-        logp_Q2 = np.array([one.logp for one in judge(model, pairs)]).reshape(-1, 2)
+        logp_Q2 = np.array([judgement.logp for judgement in judge(model, pairs)]).reshape(-1, 2)
         share = dict(zip(different, logp_Q2[:, 0] - np.logaddexp(logp_Q2[:, 0], logp_Q2[:, 1]), strict=True))
         return np.array([share[text] for text in asked])
 

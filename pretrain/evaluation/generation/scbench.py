@@ -24,6 +24,8 @@ from pretrain.evaluation.generation._scbench import TASKS, Maker, Shared, right
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
+
 MODES = ("multi_turn", "multi_request")
 OWN = ("full", "window")  # caches that are no method
 
@@ -56,7 +58,7 @@ class SCBench(Evaluation):
     hops: int = 2
     golden: bool = True
     slack: int = 4  # tokens that an answer may have more than the true one
-    cache: Any = "full"
+    cache: HeldDecoding = "full"
     sink: int = 4
     window: int = 1020
     resamples: int = 1000
@@ -76,11 +78,11 @@ class SCBench(Evaluation):
                 raise unknown("task of scbench", name, TASKS)
         self._method()
 
-    def held(self) -> dict[str, Any]:
+    def held(self) -> dict[str, Decoding]:
         """The decoding method whose cache is used."""
         return {} if self._method() is None else {"cache": self._method()}
 
-    def _method(self) -> Any:
+    def _method(self) -> Decoding | None:
         """The decoding method that `cache` names; None where it names none."""
         if self.cache in OWN:
             return None
@@ -98,29 +100,29 @@ class SCBench(Evaluation):
         return method
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on contexts made of documents with `text`, and for `many_shot` `domain`."""
         from pretrain.core.models.features import evaluating
 
         length, method = self._length(model), self._method()
-        found: dict[str, dict[str, NDArray[np.float64]]] = {mode: {} for mode in MODES if self.mode in ("both", mode)}
+        scored: dict[str, dict[str, NDArray[np.float64]]] = {mode: {} for mode in MODES if self.mode in ("both", mode)}
         sizes, tokens = [], []
         names = self.tasks or tuple(n for n in TASKS if n != "many_shot" or _labelled(documents, self.turns))
         with evaluating(model), nullcontext() if method is None else method(model):
             for task in names:
-                values: dict[str, list[list[tuple[float, float]]]] = {mode: [] for mode in found}
+                values: dict[str, list[list[tuple[float, float]]]] = {mode: [] for mode in scored}
                 for number in range(self.contexts):
                     asked = _Asked(tokenizer, self.shared(task, number, tokenizer, documents, length))
                     reader = Reader(model, (self.sink, self.window) if self.cache == "window" else None)
                     reader.read(asked.context)
                     sizes.append(reader.nbytes)
                     tokens.append(len(asked.context))
-                    for mode in found:
+                    for mode in scored:
                         values[mode].append(self.ask(asked, reader, going_on=mode == "multi_turn"))
-                for mode in found:
-                    found[mode][task] = np.array(values[mode])
-        return self._measured(found, sizes, tokens)
+                for mode in scored:
+                    scored[mode][task] = np.array(values[mode])
+        return self._measured(scored, sizes, tokens)
 
     def _length(self, model: PreTrainedModel) -> int:
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -134,7 +136,7 @@ class SCBench(Evaluation):
         task: str,
         number: int,
         tokenizer: PreTrainedTokenizerBase,
-        documents: Sequence[dict[str, Any]],
+        documents: Sequence[Document],
         length: int,
     ) -> Shared:
         """The context and queries number `number` of a task, so long that they fit `length` tokens together."""
@@ -143,7 +145,7 @@ class SCBench(Evaluation):
         backend = plain_backend(tokenizer)
 
         def count(texts: Sequence[str]) -> list[int]:
-            return [len(getattr(one, "ids", one)) for one in encode_plain(backend, tokenizer, texts)]
+            return [len(getattr(encoding, "ids", encoding)) for encoding in encode_plain(backend, tokenizer, texts)]
 
         room, excess = length, 0
         for _ in range(8):
@@ -166,22 +168,22 @@ class SCBench(Evaluation):
 
     def ask(self, asked: _Asked, reader: Reader, *, going_on: bool) -> list[tuple[float, float]]:
         """Whether each answer is right and the mean log-likelihood of its tokens; the reader stays as it is."""
-        found = []
+        scores = []
         conversation = reader.fork() if going_on else reader
         for query, answer, text in zip(asked.queries, asked.answers, asked.texts, strict=True):
             current = conversation if going_on else conversation.fork()
             before_1V = current.read(query)
-            said, words = asked.continued(current.fork(), before_1V, len(answer) + self.slack)
+            continuation, words = asked.continued(current.fork(), before_1V, len(answer) + self.slack)
             follower = current if not going_on or self.golden else current.fork()
             logits_KV = torch.cat([before_1V, follower.read(answer, len(answer))[:-1]])
             logp_K = logits_KV.double().log_softmax(-1)[torch.arange(len(answer)), torch.tensor(answer)]
-            if going_on and not self.golden and said:
-                current.read(said)
-            found.append((float(right(words, text)), float(logp_K.mean())))
-        return found
+            if going_on and not self.golden and continuation:
+                current.read(continuation)
+            scores.append((float(right(words, text)), float(logp_K.mean())))
+        return scores
 
     def _measured(
-        self, found: dict[str, dict[str, NDArray[np.float64]]], sizes: list[int], tokens: list[int]
+        self, scored: dict[str, dict[str, NDArray[np.float64]]], sizes: list[int], tokens: list[int]
     ) -> Measured:
         from pretrain.evaluation._intervals import bounds, resampled_sums
 
@@ -191,7 +193,7 @@ class SCBench(Evaluation):
             "scbench_contexts": float(len(sizes)),
         }
         intervals = {}
-        for mode, by_task in found.items():
+        for mode, by_task in scored.items():
             for k, end in enumerate(("", "_logp")):
                 name = f"scbench_{mode}"
                 every_NT = np.concatenate([values_NT2[..., k] for values_NT2 in by_task.values()])
@@ -203,7 +205,7 @@ class SCBench(Evaluation):
         return Measured(metrics, intervals=intervals)
 
 
-def _labelled(documents: Sequence[dict[str, Any]], turns: int) -> bool:
+def _labelled(documents: Sequence[Document], turns: int) -> bool:
     """Whether there are domains to tell apart, with documents enough."""
     names = [d["domain"] for d in documents if d.get("domain")]
     return len(set(names)) > 1 and len(names) >= 2 * (turns + len(set(names)))
@@ -226,16 +228,16 @@ class _Asked:
 
     def continued(self, reader: Reader, before_1V: Tensor, most: int) -> tuple[list[int], str]:
         """What the model says, greedily, up to its first line's end: the tokens that it went on with, and the text."""
-        said: list[int] = []
-        while len(said) < most:
+        continuation: list[int] = []
+        while len(continuation) < most:
             token = int(before_1V[-1].argmax())
-            text = text_of(self.tokenizer, [*said, token])
+            text = text_of(self.tokenizer, [*continuation, token])
             if token == self.eos or "\n" in text.lstrip():
-                return said, text if token != self.eos else text_of(self.tokenizer, said)
-            said.append(token)
-            if len(said) < most:
+                return continuation, text if token != self.eos else text_of(self.tokenizer, continuation)
+            continuation.append(token)
+            if len(continuation) < most:
                 before_1V = reader.read([token])
-        return said, text_of(self.tokenizer, said)
+        return continuation, text_of(self.tokenizer, continuation)
 
 
 class Reader:
@@ -243,7 +245,7 @@ class Reader:
 
     def __init__(self, model: PreTrainedModel, window: tuple[int, int] | None = None) -> None:
         self.model, self.window = model, window
-        self.cache: Any = None
+        self.cache: Cache | None = None
         self.seen = 0
 
     def read(self, tokens: Sequence[int], keep: int = 1) -> Tensor:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 
-def compressed_bits(documents: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def compressed_bits(documents: Iterable[Document]) -> dict[str, dict[str, Any]]:
     """`{"xz -9e": {"metrics": {"bits_per_byte": …}, "domains": {DOMAIN: {"bits_per_byte": …}}}, "zstd -19": …}`.
 
     Text of no bytes has no bits per byte and no entry.
@@ -29,7 +29,7 @@ def compressed_bits(documents: Iterable[dict[str, Any]]) -> dict[str, dict[str, 
         "xz -9e": lambda data: lzma.compress(data, preset=9 | lzma.PRESET_EXTREME),
         "zstd -19": lambda data: zstandard.ZstdCompressor(level=19).compress(data),
     }
-    streams = {domain: b"".join(some) for domain, some in sorted(parts.items())}
+    streams = {domain: b"".join(pieces) for domain, pieces in sorted(parts.items())}
     return {
         name: {
             "metrics": _bits(compress, b"".join(everything)),

@@ -31,4 +31,4 @@ def shard_loss(
     nll_N = document_nll(model, documents, length=length, stride=stride)
     domains = [shards.domain_names[d] for d in shards.domains_N[chosen]]
     metrics, by_domain = likelihoods(nll_N, np.maximum(kept_N - 1, 0), bytes_N, domains)
-    return metrics | {f"{name}/{domain}": v for domain, some in by_domain.items() for name, v in some.items()}
+    return metrics | {f"{name}/{domain}": v for domain, values in by_domain.items() for name, v in values.items()}

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,7 @@ from pretrain.evaluation import Evaluation, Measured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
     from pretrain.evaluation._predictions import Predictions
 
 
@@ -55,7 +56,7 @@ class Calibration(Evaluation):
             raise PretrainError(f"calibration: positions {self.positions}: accepted: numbers of 0 or more that rise")
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text` and `domain`."""
         from pretrain.core.batch import Vocabulary
@@ -65,19 +66,19 @@ class Calibration(Evaluation):
         vocabulary = Vocabulary.of(tokenizer)
         tokens = framed(tokenizer, vocabulary, [d["text"] for d in documents], end=True)
         length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
-        said = predictions(model, tokens, length=length, stride=self.stride or max(1, length // 2))
-        if not any(len(one.nll_T) for one in said):
+        predicted = predictions(model, tokens, length=length, stride=self.stride or max(1, length // 2))
+        if not any(len(prediction.nll_T) for prediction in predicted):
             raise PretrainError(f"calibration: {len(documents)} documents have no text to predict; accepted: some text")
         # Where a token begins a document, the first that is predicted is the text's first.
         begins = vocabulary.bos is not None or vocabulary.eos is not None
-        sums_NK = np.stack([self._sums(one, 0 if begins else 1) for one in said])
+        sums_NK = np.stack([self._sums(prediction, 0 if begins else 1) for prediction in predicted])
         by_domain: dict[str, list[int]] = defaultdict(list)
         for i, document in enumerate(documents):
             by_domain[document.get("domain", "text")].append(i)
         domains: dict[str, dict[str, float]] = {}
-        for domain, some in sorted(by_domain.items()):
-            found = self._summed(sums_NK[some])
-            domains[domain] = {name: v for name, v in found.items() if name in ("ece", "token_accuracy")}
+        for domain, numbers in sorted(by_domain.items()):
+            values = self._summed(sums_NK[numbers])
+            domains[domain] = {name: v for name, v in values.items() if name in ("ece", "token_accuracy")}
         metrics = self._summed(sums_NK)
         intervals = {}
         for name, value_R in self._measures(resampled_sums(sums_NK, self.resamples, self.seed)).items():
@@ -91,16 +92,16 @@ class Calibration(Evaluation):
         values = self._measures(sums_NK.sum(0, keepdims=True))
         return {name: float(value_1[0]) for name, value_1 in values.items() if np.isfinite(value_1[0])}
 
-    def _sums(self, said: Predictions, first: int) -> NDArray[np.float64]:
+    def _sums(self, prediction: Predictions, first: int) -> NDArray[np.float64]:
         """A document's count, right answers and confidence by bin, then its count and nll by bucket of positions."""
         edges_M = np.arange(1, self.bins) / self.bins
-        bin_T = np.searchsorted(edges_M, said.confidence_T, "left")  # the upper edge is a bin's own
-        place_T = np.arange(len(said.nll_T)) + first
+        bin_T = np.searchsorted(edges_M, prediction.confidence_T, "left")  # the upper edge is a bin's own
+        place_T = np.arange(len(prediction.nll_T)) + first
         bucket_T = np.searchsorted(np.array(self.positions), place_T, "right")  # 0: before the first bucket
         within = [
-            np.bincount(bin_T, weights, minlength=self.bins) for weights in (None, said.right_T, said.confidence_T)
+            np.bincount(bin_T, weights, minlength=self.bins) for weights in (None, prediction.right_T, prediction.confidence_T)
         ]
-        along = [np.bincount(bucket_T, w, minlength=len(self.positions) + 1)[1:] for w in (None, said.nll_T)]
+        along = [np.bincount(bucket_T, w, minlength=len(self.positions) + 1)[1:] for w in (None, prediction.nll_T)]
         return np.concatenate([*within, *along]).astype(np.float64)
 
     def _measures(self, sums_RK: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
@@ -108,20 +109,20 @@ class Calibration(Evaluation):
         within_RK, along_RK = np.split(sums_RK, [3 * self.bins], axis=1)
         (count_RM, right_RM, sure_RM), (tokens_RP, nll_RP) = np.split(within_RK, 3, 1), np.split(along_RK, 2, 1)
         all_R = np.maximum(count_RM.sum(1), 1)
-        some_RM = np.maximum(count_RM, 1)
+        divisor_RM = np.maximum(count_RM, 1)
         gap_RM = np.abs(right_RM - sure_RM)
-        found = {
+        metrics = {
             "ece": gap_RM.sum(1) / all_R,
-            "mce": (gap_RM / some_RM).max(1),
+            "mce": (gap_RM / divisor_RM).max(1),
             "token_accuracy": right_RM.sum(1) / all_R,
             "token_confidence": sure_RM.sum(1) / all_R,
         }
-        found = {name: np.where(count_RM.any(1), value_R, np.nan) for name, value_R in found.items()}
+        metrics = {name: np.where(count_RM.any(1), value_R, np.nan) for name, value_R in metrics.items()}
         for p, position in enumerate(self.positions):
             mean_R = nll_RP[:, p] / np.maximum(tokens_RP[:, p], 1)
-            found[f"perplexity@{position}"] = np.where(tokens_RP[:, p] > 0, np.exp(np.minimum(mean_R, 700)), np.nan)
+            metrics[f"perplexity@{position}"] = np.where(tokens_RP[:, p] > 0, np.exp(np.minimum(mean_R, 700)), np.nan)
         for m in range(self.bins):
-            parts = {"accuracy": right_RM[:, m] / some_RM[:, m], "confidence": sure_RM[:, m] / some_RM[:, m]}
+            parts = {"accuracy": right_RM[:, m] / divisor_RM[:, m], "confidence": sure_RM[:, m] / divisor_RM[:, m]}
             for part, value_R in (parts | {"share": count_RM[:, m] / all_R}).items():
-                found[f"bin_{m + 1:02d}_{part}"] = np.where(count_RM[:, m] > 0, value_R, np.nan)
-        return found
+                metrics[f"bin_{m + 1:02d}_{part}"] = np.where(count_RM[:, m] > 0, value_R, np.nan)
+        return metrics

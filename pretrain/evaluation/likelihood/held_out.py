@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -13,6 +13,8 @@ from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.corpus.sources import Document
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class HeldOut(Evaluation):
     seed: int = 0
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text` and `domain`."""
         from pretrain.core.batch import Vocabulary
@@ -61,5 +63,5 @@ class HeldOut(Evaluation):
         return Measured(metrics, domains, intervals)
 
 
-def _texts(documents: Sequence[dict[str, Any]]) -> list[str]:
+def _texts(documents: Sequence[Document]) -> list[str]:
     return [document["text"] for document in documents]

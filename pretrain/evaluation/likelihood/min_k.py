@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,8 @@ from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.corpus.sources import Document
 
 DETECTORS = ("min_k", "min_k_loss", "min_k_zlib")
 
@@ -66,7 +68,7 @@ class MinK(Evaluation):
         return (self.member,) if self.member else ()
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text`, and the members' column if that is asked for."""
         from pretrain.evaluation._intervals import bounds, resampled_sums
@@ -74,24 +76,24 @@ class MinK(Evaluation):
         chosen, member_N = self._labelled(documents)
         kept_N, scores_ND = self._scores(model, tokenizer, [d["text"] for d in chosen])
         member_N, scores_N = None if member_N is None else member_N[kept_N], scores_ND[:, 0]
-        own_N = np.arange(len(scores_N)) if not self.members else np.flatnonzero(~member_N)  # type: ignore[operator]
-        if not len(own_N):
+        scored_N = np.arange(len(scores_N)) if not self.members else np.flatnonzero(~member_N)  # type: ignore[operator]
+        if not len(scored_N):
             raise PretrainError(
                 f"min_k: none of {len(documents)} documents has {self.length} tokens; accepted: a smaller length"
             )
         by_domain = defaultdict(list)
-        for i in own_N:
+        for i in scored_N:
             by_domain[chosen[kept_N[i]].get("domain", "text")].append(scores_N[i])
-        means_R = resampled_sums(scores_N[own_N, None], self.resamples, self.seed)[:, 0] / len(own_N)
+        means_R = resampled_sums(scores_N[scored_N, None], self.resamples, self.seed)[:, 0] / len(scored_N)
         counts = {"min_k_documents": len(kept_N), "min_k_skipped": len(chosen) - len(kept_N)}
-        found = Measured(
-            {"min_k": float(scores_N[own_N].mean())} | {name: float(n) for name, n in counts.items()},
-            {domain: {"min_k": float(np.mean(some))} for domain, some in sorted(by_domain.items())},
+        measured = Measured(
+            {"min_k": float(scores_N[scored_N].mean())} | {name: float(n) for name, n in counts.items()},
+            {domain: {"min_k": float(np.mean(values))} for domain, values in sorted(by_domain.items())},
             {"min_k": bounds(means_R)},
         )
-        return found if member_N is None else self._detect(found, scores_ND, member_N)
+        return measured if member_N is None else self._detect(measured, scores_ND, member_N)
 
-    def _labelled(self, documents: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], NDArray[np.bool_] | None]:
+    def _labelled(self, documents: Sequence[Document]) -> tuple[list[Document], NDArray[np.bool_] | None]:
         """The documents to score, and which of them are members where that is known."""
         if self.members:
             from pretrain.core.folders import corpus_of
@@ -123,9 +125,9 @@ class MinK(Evaluation):
             raise PretrainError(f"min_k: length {self.length}: accepted: at most the model's {limit} positions")
         tokens = framed(tokenizer, vocabulary, texts, end=False)
         fewest = max(self.length + begins, 2)
-        kept_N = np.array([i for i, some in enumerate(tokens) if len(some) >= fewest], np.int64)
+        kept_N = np.array([i for i, ids in enumerate(tokens) if len(ids) >= fewest], np.int64)
         cut = [tokens[i][: self.length + begins] for i in kept_N]
-        nlls = [said.nll_T for said in predictions(model, cut, length=self.length)]
+        nlls = [prediction.nll_T for prediction in predictions(model, cut, length=self.length)]
         packed_N = np.array(
             [len(zlib.compress(text_of(tokenizer, t[begins:]).encode("utf-8", "replace"))) for t in cut]
         )
@@ -133,7 +135,7 @@ class MinK(Evaluation):
         least_N = np.array([least_likely(nll_T, self.k) for nll_T in nlls])
         return kept_N, np.stack([least_N, -loss_N, -loss_N / packed_N], axis=1)
 
-    def _detect(self, found: Measured, scores_ND: NDArray[np.float64], member_N: NDArray[np.bool_]) -> Measured:
+    def _detect(self, measured: Measured, scores_ND: NDArray[np.float64], member_N: NDArray[np.bool_]) -> Measured:
         """The metrics with those of the detectors."""
         from pretrain.evaluation._intervals import bounds
 
@@ -142,8 +144,8 @@ class MinK(Evaluation):
                 f"min_k: {int(member_N.sum())} of {len(member_N)} documents of {self.length} tokens are members; "
                 "accepted: some that are and some that are not"
             )
-        metrics = found.metrics | {"min_k_members": float(member_N.sum())}
-        intervals = dict(found.intervals)
+        metrics = measured.metrics | {"min_k_members": float(member_N.sum())}
+        intervals = dict(measured.intervals)
         for name, scores_N in zip(DETECTORS, scores_ND.T, strict=True):
             seen_M, other_N = scores_N[member_N], scores_N[~member_N]
             rng = np.random.default_rng(self.seed)  # the same documents for each detector
@@ -152,9 +154,9 @@ class MinK(Evaluation):
             ]
             metrics[f"{name}_auroc"] = auroc(seen_M, other_N)
             metrics[f"{name}_tpr"] = true_positives(seen_M, other_N, self.false_positives)
-            intervals[f"{name}_auroc"] = bounds(np.array([auroc(*some) for some in drawn]))
+            intervals[f"{name}_auroc"] = bounds(np.array([auroc(*sample) for sample in drawn]))
             intervals[f"{name}_tpr"] = bounds(np.array([true_positives(*s, self.false_positives) for s in drawn]))
-        return Measured(metrics, found.domains, intervals)
+        return Measured(metrics, measured.domains, intervals)
 
 
 def least_likely(nll_T: NDArray[np.float64], k: float) -> float:

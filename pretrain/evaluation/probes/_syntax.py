@@ -138,9 +138,9 @@ class _Tokens:
     def tree(self, node: ast.AST) -> Tree | None:
         """The tree of a node that holds tokens; some, such as an operator's, hold none of their own."""
         whole = type(node).__name__ in _WHOLE
-        found = [] if whole else [t for child in ast.iter_child_nodes(node) if (t := self.tree(child))]
-        own = self.span(node)
-        spans = [(t.start, t.end) for t in found] + ([own] if own and own[0] < own[1] else [])
+        children = [] if whole else [t for child in ast.iter_child_nodes(node) if (t := self.tree(child))]
+        span = self.span(node)
+        spans = [(t.start, t.end) for t in children] + ([span] if span and span[0] < span[1] else [])
         if not spans:
             return None
         for decorator in getattr(node, "decorator_list", [])[:1]:
@@ -149,7 +149,7 @@ class _Tokens:
         start, end = min(a for a, _ in spans), max(b for _, b in spans)
         children: list[Tree | int] = []
         at = start
-        for child in sorted(found, key=lambda t: t.start):
+        for child in sorted(children, key=lambda t: t.start):
             if child.start < at:
                 raise _Overlap(ast.dump(node)[:80])
             children += [*range(at, child.start), child]
@@ -185,7 +185,7 @@ def constituents(d: Sequence[float], c: Sequence[Labels], u: Sequence[Labels]) -
 
     The tokens between are parted where d is largest, at the first place if there are several.
     """
-    found: Counter[tuple[str, int, int]] = Counter()
+    constituents: Counter[tuple[str, int, int]] = Counter()
     todo = [(0, len(u))]
     while todo:
         start, end = todo.pop()
@@ -194,12 +194,12 @@ def constituents(d: Sequence[float], c: Sequence[Labels], u: Sequence[Labels]) -
             cut = start + int(np.argmax(d[start : end - 1]))
             labels = c[cut] or (BAD_ROOT if (start, end) == (0, len(u)) else ())
             todo += [(start, cut + 1), (cut + 1, end)]
-        found.update((label, start, end) for label in labels)
-    return found
+        constituents.update((label, start, end) for label in labels)
+    return constituents
 
 
-def agreement(said: Counter[tuple[str, int, int]], true: Counter[tuple[str, int, int]]) -> tuple[float, float, float]:
+def agreement(predicted: Counter[tuple[str, int, int]], true: Counter[tuple[str, int, int]]) -> tuple[float, float, float]:
     """Precision, recall and F1 of named nodes."""
-    both = (said & true).total()
-    precision, recall = both / max(said.total(), 1), both / max(true.total(), 1)
+    both = (predicted & true).total()
+    precision, recall = both / max(predicted.total(), 1), both / max(true.total(), 1)
     return precision, recall, 2 * precision * recall / (precision + recall) if both else 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
@@ -16,6 +16,8 @@ from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.corpus.sources import Document
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class ActivationDensity(Evaluation):
             raise PretrainError("activation_density: length, batch: accepted: 1 or more")
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The shares, over all tokens and by domain."""
         from pretrain.core.batch import Vocabulary
@@ -59,15 +61,15 @@ class ActivationDensity(Evaluation):
         ]
         if not kept:
             raise PretrainError("activation_density: no document has text: accepted: at least one")
-        kept.sort(key=lambda one: len(one[0]))
+        kept.sort(key=lambda row: len(row[0]))
         counts: dict[str, list[torch.Tensor]] = {}  # of each domain, [active by block …, tokens] of each document
         with evaluating(model):
             for start in range(0, len(kept), self.batch):
                 rows = kept[start : start + self.batch]
-                for (_, domain), found in zip(rows, self._count(model, [ids for ids, _ in rows]), strict=True):
-                    counts.setdefault(domain, []).append(found)
-        by_domain = {name: _shares(found) for name, found in sorted(counts.items()) if name}
-        every = _shares([one for found in counts.values() for one in found])
+                for (_, domain), sums in zip(rows, self._count(model, [ids for ids, _ in rows]), strict=True):
+                    counts.setdefault(domain, []).append(sums)
+        by_domain = {name: _shares(sums) for name, sums in sorted(counts.items()) if name}
+        every = _shares([row for sums in counts.values() for row in sums])
         return Measured(every, by_domain if len(by_domain) > 1 else {})
 
     def _count(self, model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
@@ -83,12 +85,12 @@ class ActivationDensity(Evaluation):
         more = {} if entry.decoder_blocks or not entry.causal else {"use_cache": False}
         with activations(model, self.name) as seen:
             inner(input_ids=input_BL, attention_mask=real_BL.long(), **more)
-        active = [(found[0].abs() > self.epsilon).float().mean(-1) for found in seen.values() if found]
+        active = [(layer[0].abs() > self.epsilon).float().mean(-1) for layer in seen.values() if layer]
         sums = [(share_BL * real_BL).sum(1) for share_BL in active]
         return torch.stack([*sums, lengths_B.float()], dim=1).double().cpu()
 
 
-def _shares(found: list[torch.Tensor]) -> dict[str, float]:
-    *sums, tokens = torch.stack(found).sum(0).tolist()
+def _shares(rows: list[torch.Tensor]) -> dict[str, float]:
+    *sums, tokens = torch.stack(rows).sum(0).tolist()
     shares = {f"activation_density.{number}": value / tokens for number, value in enumerate(sums)}
     return {"activation_density": sum(shares.values()) / len(shares)} | shares

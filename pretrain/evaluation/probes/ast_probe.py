@@ -21,6 +21,8 @@ from pretrain.evaluation.probes._syntax import Labels, Snippet, agreement, const
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
+
 SIDES = ("train", "validation", "test")
 
 
@@ -68,7 +70,7 @@ class AstProbe(Evaluation):
             )
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with Python in `text`."""
         from pretrain.core.models.families import blocks
@@ -81,15 +83,15 @@ class AstProbe(Evaluation):
         sides = self.split(documents)
         chosen: dict[str, list[Snippet]] = {}
         states: dict[str, list[NDArray[np.float32]]] = {}
-        for side, some in sides.items():
+        for side, functions in sides.items():
             known = [
-                (s, h) for s, h in zip(some, token_states(model, tokenizer, some, layer), strict=True) if h is not None
+                (s, h) for s, h in zip(functions, token_states(model, tokenizer, functions, layer), strict=True) if h is not None
             ]
             chosen[side], states[side] = [s for s, _ in known], [h for _, h in known]
         if not all(chosen.values()):
-            said = ", ".join(f"{len(chosen[side])} to {side}" for side in SIDES)
+            counts = ", ".join(f"{len(chosen[side])} to {side}" for side in SIDES)
             raise PretrainError(
-                f"ast_probe: {len(documents)} documents give {said} functions of at most {self.tokens} tokens; "
+                f"ast_probe: {len(documents)} documents give {counts} functions of at most {self.tokens} tokens; "
                 "accepted: more documents with Python code"
             )
         probe = self.fit(chosen["train"], states["train"], chosen["validation"], states["validation"])
@@ -103,22 +105,22 @@ class AstProbe(Evaluation):
             intervals={name: bounds(means_R3[:, k]) for k, name in enumerate(names)},
         )
 
-    def split(self, documents: Sequence[dict[str, Any]]) -> dict[str, list[Snippet]]:
+    def split(self, documents: Sequence[Document]) -> dict[str, list[Snippet]]:
         """The documents' functions by side, each once."""
         sides: dict[str, list[Snippet]] = {side: [] for side in SIDES}
         seen: set[tuple[str, ...]] = set()
         for document in documents:
-            some = [s for s in snippets(document["text"], self.tokens) if s.tokens not in seen]
-            seen |= {s.tokens for s in some}
+            fresh = [s for s in snippets(document["text"], self.tokens) if s.tokens not in seen]
+            seen |= {s.tokens for s in fresh}
             part = _share(document["text"])
             side = "test" if part < self.test else "validation" if part < self.test + self.validation else "train"
-            sides[side] += {s.tokens: s for s in some}.values()
+            sides[side] += {s.tokens: s for s in fresh}.values()
             if sum(map(len, sides.values())) >= self.snippets:
                 break
         return sides
 
     def fit(
-        self, train: Sequence[Snippet], states: Sequence[Any], validation: Sequence[Snippet], held: Sequence[Any]
+        self, train: Sequence[Snippet], states: Sequence[NDArray[np.float32]], validation: Sequence[Snippet], held: Sequence[NDArray[np.float32]]
     ) -> Probe:
         """The probe that has the least validation loss."""
         probe = Probe(states[0].shape[1], self.rank, train, self.seed)
@@ -129,8 +131,8 @@ class AstProbe(Evaluation):
         for _ in range(self.epochs):
             order = rng.permutation(len(train))
             for start in range(0, len(train), self.batch):
-                some = order[start : start + self.batch]
-                loss = probe.loss([train[i] for i in some], [states[i] for i in some]) + self.orthogonal * probe.skew()
+                batch = order[start : start + self.batch]
+                loss = probe.loss([train[i] for i in batch], [states[i] for i in batch]) + self.orthogonal * probe.skew()
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -173,15 +175,15 @@ class Probe(nn.Module):
         step_BPK = seen_BTK[:, 1:] - seen_BTK[:, :-1]
         return (step_BPK**2).sum(-1), step_BPK @ self.vectors_KC, seen_BTK @ self.vectors_KU
 
-    def loss(self, some: Sequence[Snippet], states: Sequence[NDArray[np.float32]]) -> Tensor:
+    def loss(self, snippets: Sequence[Snippet], states: Sequence[NDArray[np.float32]]) -> Tensor:
         """The ranking loss of d, with the cross-entropies of c and u; labels that training has not are left out."""
         number_c, number_u = ({label: i for i, label in enumerate(labels)} for labels in (self.c, self.u))
         h_BTE = nn.utils.rnn.pad_sequence([torch.from_numpy(h_TE) for h_TE in states], batch_first=True)
         d_BP, c_BPC, u_BTU = self(h_BTE)
         width = h_BTE.shape[1]
-        true_BP = torch.tensor([[*s.d, *[-1] * (width - 1 - len(s.d))] for s in some])
-        c_BP = torch.tensor([[*(number_c.get(x, -1) for x in s.c), *[-1] * (width - 1 - len(s.c))] for s in some])
-        u_BT = torch.tensor([[*(number_u.get(x, -1) for x in s.u), *[-1] * (width - len(s.u))] for s in some])
+        true_BP = torch.tensor([[*s.d, *[-1] * (width - 1 - len(s.d))] for s in snippets])
+        c_BP = torch.tensor([[*(number_c.get(x, -1) for x in s.c), *[-1] * (width - 1 - len(s.c))] for s in snippets])
+        u_BT = torch.tensor([[*(number_u.get(x, -1) for x in s.u), *[-1] * (width - len(s.u))] for s in snippets])
         return ranking_loss(d_BP, true_BP) + _cross_entropy(c_BPC, c_BP) + _cross_entropy(u_BTU, u_BT)
 
     def skew(self) -> Tensor:
@@ -212,7 +214,7 @@ def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def token_states(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, some: Sequence[Snippet], layer: int, batch_tokens: int = 8192
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, snippets: Sequence[Snippet], layer: int, batch_tokens: int = 8192
 ) -> list[NDArray[np.float32] | None]:
     """Of each snippet the states `h_TE` of its tokens; None where the model has too few positions for it.
 
@@ -223,11 +225,11 @@ def token_states(
     from pretrain.core.models.features import Framing, evaluating, states
 
     framing = Framing(model, Vocabulary.of(tokenizer), 1 << 30)
-    texts = dict.fromkeys(("" if i == 0 else " ") + token for s in some for i, token in enumerate(s.tokens))
+    texts = dict.fromkeys(("" if i == 0 else " ") + token for s in snippets for i, token in enumerate(s.tokens))
     subwords = dict(zip(texts, encode(tokenizer, list(texts)), strict=True))
-    found: list[NDArray[np.float32] | None] = [None] * len(some)
+    vectors: list[NDArray[np.float32] | None] = [None] * len(snippets)
     todo = []
-    for number, snippet in enumerate(some):
+    for number, snippet in enumerate(snippets):
         parts = [subwords[("" if i == 0 else " ") + token] for i, token in enumerate(snippet.tokens)]
         owner_S = np.repeat(np.arange(len(parts)), [len(part) for part in parts])
         if len(owner_S) <= framing.length and all(map(len, parts)):
@@ -248,9 +250,9 @@ def token_states(
             for (number, _, owner_S), h_SE in zip(todo[start:end], states_BSE, strict=True):
                 sums_TE = np.zeros((owner_S[-1] + 1, h_SE.shape[1]), np.float32)
                 np.add.at(sums_TE, owner_S, h_SE[len(framing.before) :][: len(owner_S)])
-                found[number] = (sums_TE / np.bincount(owner_S)[:, None]).astype(np.float32)
+                vectors[number] = (sums_TE / np.bincount(owner_S)[:, None]).astype(np.float32)
             start = end
-    return found
+    return vectors
 
 
 def _share(text: str) -> float:

@@ -16,6 +16,8 @@ from pretrain.evaluation import Evaluation, Measured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
+
 
 @dataclass(frozen=True)
 class IntrinsicDimensionD90(Evaluation):
@@ -59,7 +61,7 @@ class IntrinsicDimensionD90(Evaluation):
         return (self.label,)
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The accuracies and d90; the model stays as it is."""
         from pretrain.core.batch import Context, Example, Vocabulary
@@ -69,14 +71,14 @@ class IntrinsicDimensionD90(Evaluation):
 
         known = [d for d in documents if d.get(self.label) is not None and d.get("text")]
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
-        fit = [one for one in examples if to_fit(one.columns)]
-        test = [one for one in examples if not to_fit(one.columns)]
+        fit = [example for example in examples if to_fit(example.columns)]
+        test = [example for example in examples if not to_fit(example.columns)]
         if not fit or not test:
             raise PretrainError(
                 f"intrinsic_dimension_d90: {len(known)} labelled documents: accepted: more, for two sides"
             )
         objective, vocabulary = Classification(label=self.label), Vocabulary.of(tokenizer)
-        labels = objective.labels(one.columns[self.label] for one in examples)
+        labels = objective.labels(example.columns[self.label] for example in examples)
         rng = np.random.default_rng(self.seed)
         context = Context(vocabulary, self.length, rng, encoder=Encoder(tokenizer), labels=labels)
         start = objective.ready(copy.deepcopy(model), labels, vocabulary, self.seed)
@@ -86,22 +88,22 @@ class IntrinsicDimensionD90(Evaluation):
             return max(self._accuracy(start, objective, fit, test, context, dimension, rate) for rate in rates)
 
         full = best(None)
-        found = {dimension: best(dimension) for dimension in self.dimensions}
-        said = [str(one.columns[self.label]) for one in fit]
-        commonest = max(labels, key=said.count)
-        metrics = {f"intrinsic_accuracy.{dimension}": accuracy for dimension, accuracy in found.items()}
+        accuracies = {dimension: best(dimension) for dimension in self.dimensions}
+        learnt = [str(example.columns[self.label]) for example in fit]
+        commonest = max(labels, key=learnt.count)
+        metrics = {f"intrinsic_accuracy.{dimension}": accuracy for dimension, accuracy in accuracies.items()}
         metrics |= {"intrinsic_full_accuracy": full, "intrinsic_documents": float(len(test))}
-        metrics["intrinsic_majority"] = sum(str(one.columns[self.label]) == commonest for one in test) / len(test)
-        reached = [dimension for dimension, accuracy in found.items() if accuracy >= self.share * full]
+        metrics["intrinsic_majority"] = sum(str(example.columns[self.label]) == commonest for example in test) / len(test)
+        reached = [dimension for dimension, accuracy in accuracies.items() if accuracy >= self.share * full]
         return Measured(metrics | ({"intrinsic_d90": float(reached[0])} if reached else {}))
 
     def _accuracy(
         self,
-        start: Any,
-        objective: Any,
-        fit: list[Any],
-        test: list[Any],
-        context: Any,
+        start: PreTrainedModel,
+        objective: Classification,
+        fit: list[Example],
+        test: list[Example],
+        context: Context,
         dimension: int | None,
         rate: float,
     ) -> float:

@@ -16,6 +16,8 @@ from pretrain.evaluation import Evaluation, Measured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
+
 
 @dataclass(frozen=True)
 class Probe(Evaluation):
@@ -46,7 +48,7 @@ class Probe(Evaluation):
         return (self.label,)
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the label and the columns that the processor reads."""
         from pretrain.core.models.features import labelled, piece_features
@@ -72,7 +74,7 @@ class Probe(Evaluation):
         majority = np.bincount(label_N[fit_N]).argmax()
         return self._measure(label_N[~fit_N], predicted_N, len(classes), float((label_N[~fit_N] == majority).mean()))
 
-    def _predict(self, fit_NE: NDArray[Any], label_N: NDArray[Any], test_NE: NDArray[Any]) -> NDArray[Any]:
+    def _predict(self, fit_NE: Features, label_N: Labels, test_NE: Features) -> Labels:
         present = np.unique(label_N)
         if self.classifier == "nearest_mean" or len(present) == 1:
             means_CE = np.stack([fit_NE[label_N == c].mean(0) for c in present])
@@ -85,11 +87,11 @@ class Probe(Evaluation):
         made = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
         return made.fit(fit_NE, label_N).predict(test_NE)
 
-    def _measure(self, label_N: NDArray[Any], predicted_N: NDArray[Any], classes: int, majority: float) -> Measured:
+    def _measure(self, label_N: Labels, predicted_N: Labels, classes: int, majority: float) -> Measured:
         from pretrain.evaluation._intervals import bounds, resampled_sums
 
-        true_NC, said_NC = (np.arange(classes) == x_N[:, None] for x_N in (label_N, predicted_N))
-        counts_NK = np.concatenate([true_NC & said_NC, true_NC, said_NC], axis=1)
+        true_NC, predicted_NC = (np.arange(classes) == x_N[:, None] for x_N in (label_N, predicted_N))
+        counts_NK = np.concatenate([true_NC & predicted_NC, true_NC, predicted_NC], axis=1)
         accuracy, f1 = _scores(counts_NK.sum(0, keepdims=True))
         sums_RK = resampled_sums(counts_NK, self.resamples, self.seed)
         accuracies_R, f1_R = _scores(sums_RK)
@@ -104,15 +106,15 @@ class Probe(Evaluation):
         )
 
 
-def _scores(sums_RK: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _scores(sums_RK: NDArray[np.number]) -> tuple[Features, Features]:
     """Accuracy and macro F1 (over the classes that occur or are answered) from summed hits, truths and answers."""
-    hit_RC, true_RC, said_RC = np.split(sums_RK, 3, axis=1)
-    either_RC = true_RC + said_RC
+    hit_RC, true_RC, predicted_RC = np.split(sums_RK, 3, axis=1)
+    either_RC = true_RC + predicted_RC
     f1_RC = 2 * hit_RC / np.maximum(either_RC, 1)
     return hit_RC.sum(1) / true_RC.sum(1), f1_RC.sum(1) / (either_RC > 0).sum(1)
 
 
-def to_fit(document: dict[str, Any]) -> bool:
+def to_fit(document: Document) -> bool:
     """Whether a document serves to fit the classifier; independent of the hash that splits a corpus."""
     from hashlib import blake2b
 

@@ -15,6 +15,8 @@ from pretrain.evaluation import Evaluation, Measured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
+
 
 @dataclass(frozen=True)
 class Retrieval(Evaluation):
@@ -42,7 +44,7 @@ class Retrieval(Evaluation):
                 raise PretrainError(f"retrieval: {name} {getattr(self, name)}: accepted: 1 or more")
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text`."""
         from pretrain.core.batch import Vocabulary
@@ -73,20 +75,20 @@ class Retrieval(Evaluation):
         )
 
 
-def ranks(query_NE: NDArray[Any], passage_NE: NDArray[Any]) -> NDArray[np.int64]:
+def ranks(query_NE: NDArray[np.floating], passage_NE: NDArray[np.floating]) -> NDArray[np.int64]:
     """The rank, from 1, of passage n for query n by cosine; ties count against it."""
     query_NE, passage_NE = (
         x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (query_NE, passage_NE)
     )
-    found = []
+    parts = []
     for start in range(0, len(query_NE), 1024):
         cosine_BN = query_NE[start : start + 1024] @ passage_NE.T
-        own_B = cosine_BN[np.arange(len(cosine_BN)), start + np.arange(len(cosine_BN))]
-        found.append((cosine_BN >= own_B[:, None] - 1e-6).sum(1))  # the same but for rounding is a tie
-    return np.concatenate(found)
+        true_B = cosine_BN[np.arange(len(cosine_BN)), start + np.arange(len(cosine_BN))]
+        parts.append((cosine_BN >= true_B[:, None] - 1e-6).sum(1))  # the same but for rounding is a tie
+    return np.concatenate(parts)
 
 
-def scores(rank_N: NDArray[Any]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
+def scores(rank_N: NDArray[np.integer]) -> tuple[tuple[str, ...], NDArray[np.float64]]:
     """The metrics' names, and each query's values."""
     near_N = rank_N <= 10
     values = {

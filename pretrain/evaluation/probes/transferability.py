@@ -18,6 +18,8 @@ from pretrain.evaluation import Evaluation, Measured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
+
 Array = NDArray[np.float64]
 Labels = NDArray[np.int64]
 
@@ -73,7 +75,7 @@ class Transferability(Evaluation):
         return (self.label,)
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the label and the columns that the processor reads."""
         from pretrain.core.models.features import labelled, piece_features
@@ -91,15 +93,15 @@ class Transferability(Evaluation):
         chosen = [piece for (_, piece), enough in zip(kept, enough_N, strict=True) if enough]
         f_NE = piece_features(model, tokenizer, chosen, self.length, pooling=self.pooling, layer=self.layer)
         f_NE = f_NE.astype(np.float64)
-        found = self.measure(f_NE, label_N)
+        measured = self.measure(f_NE, label_N)
         counts = {
             "transferability_documents": len(label_N),
             "transferability_classes": int(label_N.max()) + 1,
             "transferability_skipped": len(documents) - len(label_N),
         }
-        return Measured(found.metrics | {name: float(n) for name, n in counts.items()}, intervals=found.intervals)
+        return Measured(measured.metrics | {name: float(n) for name, n in counts.items()}, intervals=measured.intervals)
 
-    def measure(self, f_NE: NDArray[Any], label_N: Labels) -> Measured:
+    def measure(self, f_NE: NDArray[np.floating], label_N: Labels) -> Measured:
         """The scores of given features, with their intervals; labels are numbers from 0."""
         f_NE = np.asarray(f_NE, np.float64)
         if 0 < self.components < min(f_NE.shape):
@@ -199,9 +201,9 @@ def transrate(method: Transferability, f_NE: Array, label_N: Labels) -> float:
 
 def gbc(_: Transferability, f_NE: Array, label_N: Labels) -> float:
     """Minus the sum over ordered pairs of classes of exp(-Bhattacharyya distance)."""
-    some = [f_NE[label_N == c] for c in range(label_N.max() + 1)]
-    mean_CE = np.stack([z.mean(0) for z in some])
-    variance_C = np.array([np.maximum(z.var(0), 1e-4).mean() for z in some])
+    class_features = [f_NE[label_N == c] for c in range(label_N.max() + 1)]
+    mean_CE = np.stack([z.mean(0) for z in class_features])
+    variance_C = np.array([np.maximum(z.var(0), 1e-4).mean() for z in class_features])
     middle_CC = (variance_C[:, None] + variance_C) / 2
     apart_CC = ((mean_CE[:, None] - mean_CE) ** 2).sum(-1) / middle_CC / 8
     wide_CC = f_NE.shape[1] / 2 * np.log(middle_CC / np.sqrt(variance_C[:, None] * variance_C))

@@ -47,7 +47,7 @@ class OurModel(TemplateLM):  # type: ignore[misc]
         """What a text begins with."""
         return self.eot_token_id if self.vocabulary.begin is None else self.vocabulary.begin
 
-    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """A text's tokens, the one that begins it first unless that is not wanted."""
         begin = self.vocabulary.begin if add_special_tokens is not False else None
         return ([] if begin is None else [begin]) + encode(self.tokenizer, [string])[0].tolist()
@@ -56,7 +56,7 @@ class OurModel(TemplateLM):  # type: ignore[misc]
         """The log-likelihood of each continuation, and whether its tokens are the likeliest."""
         return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: Any) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: object) -> list[tuple[float, bool]]:
         pairs = []
         for (_, text), context, after in requests:
             if len(after) > self.length:
@@ -64,17 +64,17 @@ class OurModel(TemplateLM):  # type: ignore[misc]
                     f"harness: a continuation of {len(after)} tokens, {text[:40]!r}: accepted: at most {self.length}"
                 )
             pairs.append((context[-(self.length + 1 - len(after)) :], after))
-        return [(said.logp, said.greedy) for said in judge(self.model, pairs)]
+        return [(judgement.logp, judgement.greedy) for judgement in judge(self.model, pairs)]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, in windows that each predict tokens of their own."""
         texts = [request.args[0] for request in requests]
         documents = framed(self.tokenizer, self.vocabulary, texts, end=False)
-        return [-float(said.nll_T.sum()) for said in predictions(self.model, documents, length=self.length)]
+        return [-float(prediction.nll_T.sum()) for prediction in predictions(self.model, documents, length=self.length)]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy or sampled answers up to the first of the texts that end one."""
-        found = []
+        answers = []
         for request in requests:
             context, options = request.args
             until = options.get("until") or []
@@ -92,14 +92,14 @@ class OurModel(TemplateLM):  # type: ignore[misc]
             text = text_of(self.tokenizer, tokens, skip_special_tokens=True)
             for end in filter(None, until):
                 text = text.split(end)[0]
-            found.append(text)
-        return found
+            answers.append(text)
+        return answers
 
 
 def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[dict[str, Any]]:
     """The tasks of a folder by name, all of them by default, their data files found beside them."""
     read = [_read(path) for path in sorted(folder.glob("*.yaml"))]
-    known = {said["task"]: said for said in read}
+    known = {task["task"]: task for task in read}
     if not known:
         raise PretrainError(f"harness: folder {folder}: accepted: one with lm-eval tasks, NAME.yaml")
     for name in tasks:
@@ -110,21 +110,21 @@ def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[dict
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        said = yaml.safe_load(path.read_text(encoding="utf-8"))
+        task = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PretrainError(f"harness: {path}: {reason}; accepted: YAML without tags such as !function") from error
-    if not isinstance(said, dict) or not isinstance(said.get("task"), str) or "include" in said or "group" in said:
+    if not isinstance(task, dict) or not isinstance(task.get("task"), str) or "include" in task or "group" in task:
         raise PretrainError(f"harness: {path}: accepted: one task with its name, `task: NAME`, and no include or group")
-    return said
+    return task
 
 
-def _local(folder: Path, said: dict[str, Any], cache: Path) -> dict[str, Any]:
+def _local(folder: Path, task: dict[str, Any], cache: Path) -> dict[str, Any]:
     """A task with the whole paths of its files, which must be there: nothing is fetched."""
-    name, reader = said["task"], said.get("dataset_path")
+    name, reader = task["task"], task.get("dataset_path")
     if reader not in READERS:
         raise PretrainError(f"harness: task {name}: dataset_path {reader!r}: accepted: {', '.join(READERS)}")
-    kwargs = dict(said.get("dataset_kwargs") or {})
+    kwargs = dict(task.get("dataset_kwargs") or {})
     files = kwargs.get("data_files")
     if not files:
         raise PretrainError(f"harness: task {name}: dataset_kwargs has no data_files; accepted: files of the folder")
@@ -132,15 +132,15 @@ def _local(folder: Path, said: dict[str, Any], cache: Path) -> dict[str, Any]:
 
     def placed(value: Any) -> Any:
         if isinstance(value, dict):
-            return {split: placed(one) for split, one in value.items()}
+            return {split: placed(file) for split, file in value.items()}
         if isinstance(value, list):
-            return [placed(one) for one in value]
+            return [placed(file) for file in value]
         path = folder / str(value)
         if "://" in str(value) or not path.is_file():
             raise PretrainError(f"harness: task {name}: data_files {value!r}: accepted: a file in {folder}")
         return str(path.resolve())
 
-    return said | {"dataset_kwargs": kwargs | {"data_files": placed(files)}}
+    return task | {"dataset_kwargs": kwargs | {"data_files": placed(files)}}
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -11,10 +11,13 @@ from torch import nn
 from pretrain.core.batch import counts, to_device
 from pretrain.objectives import Objective, share
 
+if TYPE_CHECKING:
+    from pretrain.training.loader import Loader
+
 
 @torch.no_grad()
 def objective_loss(
-    model: nn.Module, modules: nn.Module | None, objective: Objective, loader: Any, max_tokens: int
+    model: nn.Module, modules: nn.Module | None, objective: Objective, loader: Loader, max_tokens: int
 ) -> dict[str, float]:
     """`loss` and the objective's parts, over about `max_tokens` tokens and at most one epoch of `loader`.
 

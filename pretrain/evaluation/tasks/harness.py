@@ -21,6 +21,8 @@ from pretrain.evaluation import Evaluation, Measured
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.corpus.sources import Document
+
 OFFLINE = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
 CONTEXT = 400  # characters before a cloze task's choices
 
@@ -59,7 +61,7 @@ class Harness(Evaluation):
             raise PretrainError(f"harness: tasks {', '.join(self.tasks)}: accepted: with a folder that holds them")
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The tasks' metrics; documents with `text` are needed without a folder."""
         with tempfile.TemporaryDirectory(prefix="pretrain-harness-") as made, _offline():
@@ -88,7 +90,7 @@ class Harness(Evaluation):
                 except PretrainError:
                     raise
                 except Exception as error:  # of any kind: lm-eval's own words on a task that it cannot run
-                    names = ", ".join(one["task"] for one in read)
+                    names = ", ".join(task["task"] for task in read)
                     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                     raise PretrainError(f"harness: {names}: {reason}; accepted: tasks that lm-eval can run") from error
         return measured(results)
@@ -103,14 +105,14 @@ class Harness(Evaluation):
 def measured(results: dict[str, Any]) -> Measured:
     """The numbers of what lm-eval returns."""
     metrics, intervals = {}, {}
-    for task, found in results["results"].items():
-        for key, value in found.items():
+    for task, values in results["results"].items():
+        for key, value in values.items():
             metric, comma, kept = key.partition(",")
             if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
                 continue
             name = f"{task}_{metric}" + ("" if kept == "none" else f"_{kept}")
             metrics[name] = float(value)
-            error = found.get(f"{metric}_stderr,{kept}")
+            error = values.get(f"{metric}_stderr,{kept}")
             if isinstance(error, int | float):
                 intervals[name] = (float(value - 1.96 * error), float(value + 1.96 * error))
         metrics[f"{task}_samples"] = float(results["n-samples"][task]["effective"])
@@ -118,7 +120,7 @@ def measured(results: dict[str, Any]) -> Measured:
 
 
 def write_cloze(
-    documents: Sequence[dict[str, Any]], folder: Path, *, name: str = "cloze", choices: int = 4, items: int = 500,
+    documents: Sequence[Document], folder: Path, *, name: str = "cloze", choices: int = 4, items: int = 500,
     shortest: int = 20, seed: int = 0,
 ) -> Path:  # fmt: skip
     """Write an lm-eval task, `name.yaml` and `name.jsonl`: which of some sentences is a document's next.
@@ -141,14 +143,14 @@ def write_cloze(
         start, end = later[int(rng.integers(len(later)))]
         before = text[:start].rstrip()
         true, space = text[start:end], text[len(before) : start]
-        some = [pool[k] for k in rng.permutation(len(pool))[: 20 * choices]]
-        others = list(dict.fromkeys(one for j, one in some if j != i and one not in text))
-        others = sorted(others, key=lambda one: abs(len(one) - len(true)))[: choices - 1]
+        drawn = [pool[k] for k in rng.permutation(len(pool))[: 20 * choices]]
+        others = list(dict.fromkeys(sentence for j, sentence in drawn if j != i and sentence not in text))
+        others = sorted(others, key=lambda sentence: abs(len(sentence) - len(true)))[: choices - 1]
         if len(others) < choices - 1:
             continue
         gold = int(rng.integers(choices))
         shown = [*others[:gold], true, *others[gold:]]
-        row = {"query": before[-CONTEXT:], "choices": [space + one for one in shown], "gold": gold}
+        row = {"query": before[-CONTEXT:], "choices": [space + choice for choice in shown], "gold": gold}
         rows.append(row | {"domain": documents[i].get("domain", "text")})
         if len(rows) == items:
             break
@@ -173,8 +175,8 @@ def write_cloze(
 
 def _sentences(text: str, shortest: int) -> list[tuple[int, int]]:
     """Where its sentences of `shortest` characters or more begin and end."""
-    found = re.finditer(r"\S.*?(?:[.!?](?=\s)|$)", text, re.MULTILINE)
-    return [match.span() for match in found if len(match[0]) >= shortest]
+    matches = re.finditer(r"\S.*?(?:[.!?](?=\s)|$)", text, re.MULTILINE)
+    return [match.span() for match in matches if len(match[0]) >= shortest]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.corpus.examples import Examples
+    from pretrain.corpus.sources import Document
     from pretrain.objectives.labelled import FineTuning
 
 
@@ -56,7 +57,7 @@ class Task(Evaluation):
         return self.method.columns
 
     def __call__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[dict[str, Any]]
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The objective's metrics over all documents and by domain."""
         from pretrain.core.batch import Context, Example, Vocabulary
@@ -72,16 +73,16 @@ class Task(Evaluation):
             Vocabulary.of(tokenizer), self.length or 512, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
             labels=labels_of(model), pool=self._pool(tokenizer),
         )  # fmt: skip
-        said, true = objective.predictions(model, examples, context), objective.expected(examples, context)
+        predicted, true = objective.predictions(model, examples, context), objective.expected(examples, context)
 
         def metrics(chosen: Sequence[int]) -> dict[str, float]:
-            return objective.metrics([said[i] for i in chosen], [true[i] for i in chosen])
+            return objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
 
         names = [d.get("domain") or "" for d in known]
         domains = {name: [i for i, other in enumerate(names) if other == name] for name in sorted({*names} - {""})}
         by_domain = {name: metrics(chosen) for name, chosen in domains.items()} if len(domains) > 1 else {}
-        found = metrics(range(len(known)))
-        return Measured(found | {"documents": float(len(known))}, by_domain, self._intervals(metrics, len(known)))
+        whole = metrics(range(len(known)))
+        return Measured(whole | {"documents": float(len(known))}, by_domain, self._intervals(metrics, len(known)))
 
     def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
         """The training examples of the corpus `pool`."""
@@ -93,11 +94,11 @@ class Task(Evaluation):
             return None
         return Examples(Corpus(corpus_of(Path(self.pool))), "train", tokenizer, self.method.columns)
 
-    def _intervals(self, metrics: Any, count: int) -> dict[str, tuple[float, float]]:
+    def _intervals(self, metrics: Callable[[Sequence[int]], dict[str, float]], count: int) -> dict[str, tuple[float, float]]:
         rng = np.random.default_rng(self.seed)
         drawn = [metrics(rng.integers(count, size=count).tolist()) for _ in range(self.resamples)]
         ends: dict[str, tuple[float, float]] = {}
         for name in drawn[0] if drawn else ():
-            low, high = np.quantile([one[name] for one in drawn], [0.025, 0.975])
+            low, high = np.quantile([resample[name] for resample in drawn], [0.025, 0.975])
             ends[name] = (float(low), float(high))
         return ends

@@ -184,14 +184,14 @@ def distances(pairs: Collection[tuple[Tensor, Tensor]], batch: Batch) -> Tensor:
     A token weighs as `token_weight_BL` says, where a policy has written it.
     """
     inside_BL = batch["document_BL"] != 0
-    found = []
+    means = []
     for a_BLE, b_BLE in pairs:
         a_NE, b_NE = a_BLE[inside_BL].float(), b_BLE[inside_BL].float()
         if "token_weight_BL" in batch:
-            found.append(weighted_mean((a_NE - b_NE).square().mean(-1), inside_BL, batch))
+            means.append(weighted_mean((a_NE - b_NE).square().mean(-1), inside_BL, batch))
         else:
-            found.append(nn.functional.mse_loss(a_NE, b_NE))
-    return torch.stack(found).mean()
+            means.append(nn.functional.mse_loss(a_NE, b_NE))
+    return torch.stack(means).mean()
 
 
 def weighted_mean(loss_N: Tensor, chosen_BL: Tensor, batch: Batch) -> Tensor:

@@ -103,9 +103,9 @@ class CTCD(Taught):
     def _losses(self, ours: Side, theirs: Side, target_N: Tensor) -> Tensor:
         """`losses_4N`: both cross-entropies, KL(companion ‖ model), KL(model ‖ companion)."""
         x_NV, y_NV = (nn.functional.linear(*side).float() for side in (ours, theirs))
-        own_N, other_N = (nn.functional.cross_entropy(z_NV, target_N, reduction="none") for z_NV in (x_NV, y_NV))
+        model_N, companion_N = (nn.functional.cross_entropy(z_NV, target_N, reduction="none") for z_NV in (x_NV, y_NV))
         p_NV, q_NV = (z_NV.div(self.temperature).log_softmax(-1) for z_NV in (x_NV, y_NV))
-        return torch.stack([own_N, other_N, kl(q_NV.detach(), p_NV), kl(p_NV.detach(), q_NV)])
+        return torch.stack([model_N, companion_N, kl(q_NV.detach(), p_NV), kl(p_NV.detach(), q_NV)])
 
 
 def companion_fields(config: Any, changed: dict[str, Any]) -> dict[str, Any]:

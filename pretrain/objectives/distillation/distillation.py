@@ -97,10 +97,10 @@ class Distillation(Taught):
         if not self.features:
             return []
         ours, theirs = len(blocks(model)), len(blocks(teacher))
-        for own, other in self.layers.items():
-            if not (0 <= own < ours and 0 <= other < theirs):
+        for ours_i, theirs_i in self.layers.items():
+            if not (0 <= ours_i < ours and 0 <= theirs_i < theirs):
                 raise PretrainError(
-                    f"distillation: layers {own}: {other}: accepted: 0 to {ours - 1}, the student's blocks, to 0 to "
+                    f"distillation: layers {ours_i}: {theirs_i}: accepted: 0 to {ours - 1}, the student's blocks, to 0 to "
                     f"{theirs - 1}, the teacher's",
                     place=("layers",),
                 )
@@ -111,9 +111,9 @@ class Distillation(Taught):
         assert isinstance(modules, Teacher), "distillation reads a teacher: see `modules`"
         causal, (has_target_BL, target_N, weight_N) = self.task == "causal", targets(batch)
         pairs = self._pairs(model, modules.model)
-        with block_states(model, [own for own, _ in pairs]) as seen:
+        with block_states(model, [i for i, _ in pairs]) as seen:
             ours = states(model, batch, causal=causal)[has_target_BL], *head(model)
-        with torch.no_grad(), block_states(modules.model, {other for _, other in pairs}) as taught:
+        with torch.no_grad(), block_states(modules.model, {j for _, j in pairs}) as taught:
             theirs = states(modules.model, batch, causal=causal)[has_target_BL], *head(modules.model)
         losses_2N = in_chunks(self._losses, ours, theirs, target_N)
         hard, soft = (losses_2N * weight_N).sum(-1) / max(len(target_N), 1)
@@ -121,7 +121,7 @@ class Distillation(Taught):
         terms, parts = {"": self.hard * hard + self.soft * self.temperature**2 * soft}, {"hard": hard, "soft": soft}
         if pairs:
             learnt: Any = modules.learnt
-            compared = [(w(seen[own]), taught[other]) for w, (own, other) in zip(learnt, pairs, strict=True)]
+            compared = [(w(seen[i]), taught[j]) for w, (i, j) in zip(learnt, pairs, strict=True)]
             parts["features"] = distances(compared, batch)
             terms["features"] = self.features * parts["features"]
         parts = {name: part.detach() for name, part in parts.items()}

@@ -63,7 +63,7 @@ class HedgehogDistillation(Objective):
         inputs = attention_inputs(model, mask_B1LL, batch["position_BL"])
         with distilling(model) as comparison, torch.no_grad():
             hidden(model, input_ids=batch["tokens_BL"], **inputs)
-        cross_BL, entropy_BL = (torch.stack(found).mean(0) for found in zip(*comparison.layers, strict=True))
+        cross_BL, entropy_BL = (torch.stack(layers).mean(0) for layers in zip(*comparison.layers, strict=True))
         inside_BL = batch["document_BL"] != 0
         value = (cross_BL * inside_BL).sum() / inside_BL.sum().clamp(min=1)
         kl = ((cross_BL.detach() - entropy_BL.detach()) * inside_BL).sum() / inside_BL.sum().clamp(min=1)

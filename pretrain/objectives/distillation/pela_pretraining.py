@@ -89,9 +89,9 @@ class PELAPretraining(Taught):
         assert isinstance(modules, Teacher), "pela_pretraining reads a teacher: see `modules`"
         numbers = range(len(blocks(model)) if self.features else 0)
         with block_states(model, numbers) as seen:
-            own = self._inner.loss(model, batch)
+            plain = self._inner.loss(model, batch)
         # A term of weight 0 stays in the sum, so that every parameter has a gradient on every process.
-        terms, parts = {"own": self.own * own.value}, {"own": own.value}
+        terms, parts = {"own": self.own * plain.value}, {"own": plain.value}
         if self.features:
             with torch.no_grad(), block_states(modules.model, numbers) as taught:
                 states(modules.model, batch, causal=self.task == "causal")
@@ -102,7 +102,7 @@ class PELAPretraining(Taught):
             terms["perturbation"] = (
                 self.perturbation * parts["perturbation"]
             )  # of the weights: of no token more or less
-        return summed(terms, {name: part.detach() for name, part in parts.items()}, own.nll_BL)
+        return summed(terms, {name: part.detach() for name, part in parts.items()}, plain.nll_BL)
 
 
 def low_rank(model: nn.Module) -> dict[str, LowRank]:

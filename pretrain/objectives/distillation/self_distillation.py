@@ -80,15 +80,15 @@ class SelfDistillation(Taught):
         """The objective's loss and the distance; parts `objective`, `distance`."""
         assert isinstance(modules, Teacher), "self_distillation reads a teacher: see `modules`"
         with last_states(model) as seen:
-            own = self._inner.loss(model, batch)
+            plain = self._inner.loss(model, batch)
         # A causal model has read the same tokens already.
         chosen_BL = self._chosen(batch)
         ours_NE = (seen[-1] if self.task == "causal" else self._read(model, batch))[chosen_BL]
         with torch.no_grad():
             theirs_NE = self._read(modules.model, batch)[chosen_BL]
         distance = weighted_mean((ours_NE.float() - theirs_NE.float()).square().sum(-1), chosen_BL, batch)
-        parts = {"objective": own.value.detach(), "distance": distance.detach()}
-        return summed({"objective": own.value, "distance": self.distance * distance}, parts, own.nll_BL)
+        parts = {"objective": plain.value.detach(), "distance": distance.detach()}
+        return summed({"objective": plain.value, "distance": self.distance * distance}, parts, plain.nll_BL)
 
     def _read(self, model: nn.Module, batch: Batch) -> Tensor:
         """`states_BLE` of the text with nothing masked."""

@@ -108,9 +108,9 @@ class WellReadStudents(FineTuning):
         assert context.encoder is not None, "examples come with an encoder"
         examples = examples_of(rows, self.name)
         batch = read(examples, self.text, self.pair, context)
-        own = _reading(self.teacher, context.encoder, context.length)
-        if own is not None:
-            taught = replace(context, vocabulary=own[0], encoder=own[1], length=own[2])
+        reading = _reading(self.teacher, context.encoder, context.length)
+        if reading is not None:
+            taught = replace(context, vocabulary=reading[0], encoder=reading[1], length=reading[2])
             theirs = read(examples, self.text, self.pair, taught)
             batch |= {TAUGHT + name: tensor for name, tensor in theirs.items() if name != "tokens"}
         batch["label_B"] = torch.tensor([self._number(example, context.labels) for example in examples])
@@ -132,10 +132,10 @@ class WellReadStudents(FineTuning):
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The losses; parts `soft` (without T²), `hard`, and `agreement` with the teacher's likeliest labels."""
         assert isinstance(modules, Teacher), "the student reads a teacher: see `modules`"
-        own = {name.removeprefix(TAUGHT): tensor for name, tensor in batch.items() if name.startswith(TAUGHT)}
+        teacher_batch = {name.removeprefix(TAUGHT): tensor for name, tensor in batch.items() if name.startswith(TAUGHT)}
         ours_BC = classified(model, batch).float()
         with torch.no_grad():
-            theirs_BC = classified(modules.model, own or batch).float()[:, _order(modules.model, model)]
+            theirs_BC = classified(modules.model, teacher_batch or batch).float()[:, _order(modules.model, model)]
         q_BC = theirs_BC.div(self.temperature).softmax(-1)
         soft = -(q_BC * ours_BC.div(self.temperature).log_softmax(-1)).sum(-1).mean()
         hard = nn.functional.cross_entropy(ours_BC, batch["label_B"], reduction="sum", ignore_index=-100) / len(ours_BC)
@@ -150,13 +150,13 @@ class WellReadStudents(FineTuning):
 
     def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
         """The labels, None where there is none."""
-        found = [example.columns.get(self.label) if self.label else None for example in examples]
-        return [None if value is None else str(value) for value in found]
+        labels = [example.columns.get(self.label) if self.label else None for example in examples]
+        return [None if value is None else str(value) for value in labels]
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """Accuracy, macro F1, Matthews' correlation over the documents with a label; nothing if none has."""
         known = [pair for pair in zip(predictions, references, strict=True) if pair[1] is not None]
-        return classification([said for said, _ in known], [true for _, true in known]) if known else {}
+        return classification([predicted for predicted, _ in known], [true for _, true in known]) if known else {}
 
 
 def _order(teacher: Any, model: Any) -> list[int]:

@@ -163,10 +163,10 @@ def traces(batch: Batch, length: int) -> tuple[Tensor, Tensor]:
     position_BS = (position_BM1 + torch.arange(length, device=place_BM.device)).flatten(1)
     same_BML = document_BL[:, None] == _at(document_BL, place_BM)[..., None]
     seen_BML = same_BML & (torch.arange(document_BL.shape[1], device=place_BM.device) <= place_BM[..., None])
-    own_NN = torch.ones(length, length, dtype=torch.bool, device=place_BM.device).tril()
-    own_SS = torch.block_diag(*[own_NN] * number)
+    trace_NN = torch.ones(length, length, dtype=torch.bool, device=place_BM.device).tril()
+    trace_SS = torch.block_diag(*[trace_NN] * number)
     seen_BSL = seen_BML.repeat_interleave(length, 1)
-    return torch.cat([seen_BSL, own_SS.expand(rows, -1, -1)], 2)[:, None], position_BS
+    return torch.cat([seen_BSL, trace_SS.expand(rows, -1, -1)], 2)[:, None], position_BS
 
 
 def augment(model: nn.Module, pairs: Pairs, seen: dict[str, Any], where: tuple[Tensor, Tensor]) -> Tensor:

@@ -118,25 +118,25 @@ class Deft(Objective):
         if not model.training:
             return self.wrapped.loss(model, batch, modules)
         with activations(model, self.name) as seen:
-            own = self.wrapped.loss(model, batch, modules)
+            plain = self.wrapped.loss(model, batch, modules)
         places, weight_BL = real(batch), batch.get("token_weight_BL")
         sides: dict[str, list[tuple[str, Tensor]]] = {}
-        for place, found in seen.items():
+        for place, activations_N in seen.items():
             side = place.rpartition(".")[0]
-            for activation_BLF in found:
+            for activation_BLF in activations_N:
                 name = _name_of(activation_BLF, side, places)
                 density = self.density(activation_BLF, places.get(name), weight_BL)
                 sides.setdefault(side, []).append((name, density))
         if not sides:
             raise PretrainError("deft: the objective ran no feed-forward: accepted: an objective that runs the model")
-        terms, means = dict(own.terms or {"": own.value}), []
+        terms, means = dict(plain.terms or {"": plain.value}), []
         for densities in sides.values():
             for name in dict.fromkeys(name for name, _ in densities):
                 mean = torch.stack([density for n, density in densities if n == name]).sum() / len(densities)
                 terms[name] = terms[name] + self.weight * mean if name in terms else self.weight * mean
             means.append(torch.stack([density.detach() for _, density in densities]).mean())
-        parts = {"objective": own.value.detach(), "density": torch.stack(means).mean()} | own.parts
-        return summed(terms, parts, own.nll_BL)
+        parts = {"objective": plain.value.detach(), "density": torch.stack(means).mean()} | plain.parts
+        return summed(terms, parts, plain.nll_BL)
 
     def density(self, activation_BLF: Tensor, real_BL: Tensor | None = None, weight_BL: Tensor | None = None) -> Tensor:
         """The mean of a² / (a² + epsilon) over neurons and tokens, those of padding left out, weighted if asked."""
@@ -155,21 +155,21 @@ def real(batch: Batch) -> dict[str, Tensor]:
     `density` is of a text that is read as it stands, `density_written` of what a decoder writes; `density_read` is of a
     prompt and its end, `density_whole` of a prompt and its answer in one; `density_shown` is without masked tokens.
     """
-    found = {}
+    places = {}
     for name in ("mask_BL", "mask_NL", "document_BL", "document_BS"):
         if name in batch:
-            found["density"] = batch[name] != 0
+            places["density"] = batch[name] != 0
             break
     if "owner_BM" in batch:
-        found["density_written"] = batch["owner_BM"] != 0
+        places["density_written"] = batch["owner_BM"] != 0
     if "prompt_BL" in batch:
         prompt_BL, target_BM = batch["mask_BL"] != 0, batch["target_BM"] != IGNORE
-        found["density_written"] = target_BM
-        found["density_read"] = torch.cat([prompt_BL, torch.ones_like(prompt_BL[:, :1])], 1)
-        found["density_whole"] = torch.cat([prompt_BL, target_BM], 1)
+        places["density_written"] = target_BM
+        places["density_read"] = torch.cat([prompt_BL, torch.ones_like(prompt_BL[:, :1])], 1)
+        places["density_whole"] = torch.cat([prompt_BL, target_BM], 1)
     if "tokens_BK" in batch:
-        found["density_shown"] = batch["document_BS"][:, : batch["tokens_BK"].shape[1]] != 0
-    return found
+        places["density_shown"] = batch["document_BS"][:, : batch["tokens_BK"].shape[1]] != 0
+    return places
 
 
 def _name_of(activation_BLF: Tensor, side: str, places: dict[str, Tensor]) -> str:

@@ -53,13 +53,13 @@ class FlexiDepthLM(Objective):
             raise PretrainError(
                 "flexi_depth_lm: the model has no routers: accepted: one that the surgery flexi_depth made"
             )
-        found = token_loss(model, batch, causal=True)
+        plain = token_loss(model, batch, causal=True)
         has_target_BL = batch["target_BL"] != IGNORE
         tokens = has_target_BL.sum().clamp(min=1)
         gates_BLK = torch.stack([block.gate_BL for block in skippable], -1)
         counts_BL = has_target_BL * batch.get("token_weight_BL", 1)
         penalty = (gates_BLK.sum(-1).square() * counts_BL).sum() / tokens
         passed_BL = torch.stack([block.gate_BL <= block.threshold for block in skippable]).sum(0)
-        parts = {"lm": found.value.detach(), "penalty": penalty.detach()}
+        parts = {"lm": plain.value.detach(), "penalty": penalty.detach()}
         parts["skipped"] = (passed_BL * has_target_BL).sum() / tokens
-        return Loss(found.value + self.alpha * penalty, parts, found.nll_BL)
+        return Loss(plain.value + self.alpha * penalty, parts, plain.nll_BL)

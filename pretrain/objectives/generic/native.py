@@ -45,16 +45,16 @@ class Native(Objective):
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The model's loss, the mean over the batch's targets."""
-        found = answer(model, batch).loss
-        if found is None:
+        value = answer(model, batch).loss
+        if value is None:
             raise PretrainError(
                 f"{type(model).__name__} gives no loss on {', '.join(arguments(model, batch))}; accepted: a task whose "
                 "model learns from its inputs alone"
             )
-        return Loss(found / batch["divisor"] if "divisor" in batch else found, {})
+        return Loss(value / batch["divisor"] if "divisor" in batch else value, {})
 
     def show(self, model: PreTrainedModel, examples: Sequence[Example], context: Context) -> list[Sample]:
         """What the model makes of what is hidden from it, to look at."""
         batch = to_device(self.prepare(examples, context), model.device)
         with evaluating(model):
-            return pictures(model, batch, [one.columns for one in examples], context)
+            return pictures(model, batch, [example.columns for example in examples], context)

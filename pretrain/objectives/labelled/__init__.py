@@ -57,12 +57,12 @@ class FineTuning(Objective):
         """What the model says of the examples, in order; each is predicted beside others of its length."""
         context = replace(context, predicting=True)
         order = sorted(range(len(examples)), key=lambda i: len(str(examples[i].columns.get("text"))))
-        found: list[Any] = [None] * len(examples)
+        predicted: list[Any] = [None] * len(examples)
         with evaluating(model):
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 prepared = self.prepare([examples[i] for i in chosen], context)
                 answers = self.predict(model, to_device(prepared, model.device), context)
                 for i, answer in zip(chosen, answers, strict=True):
-                    found[i] = answer
-        return found
+                    predicted[i] = answer
+        return predicted

@@ -60,8 +60,8 @@ def choose_words(
     ])  # fmt: skip
     sum_M = sum_CV[np.arange(len(labels)), id_MC].sum(-1)
     order = np.lexsort((-sum_M, -right_M))[:best]
-    found = [dict(zip(labels, (words[i] for i in row), strict=True)) for row in id_MC[order].tolist()]
-    return list(zip(right_M[order].tolist(), found, strict=True))
+    entries = [dict(zip(labels, (words[i] for i in row), strict=True)) for row in id_MC[order].tolist()]
+    return list(zip(right_M[order].tolist(), entries, strict=True))
 
 
 def _log_probabilities(
@@ -72,12 +72,12 @@ def _log_probabilities(
 
     size = len(head(model)[0])
     bare = replace(objective, demonstrations=False)
-    found = []
+    entries = []
     with evaluating(model):
         for start in range(0, len(examples), BATCH):
             batch = bare.inputs(examples[start : start + BATCH], context) | {"word_C": torch.arange(size)}
-            found.append(bare.logits(model, to_device(batch, model.device)).float().log_softmax(-1).cpu())
-    return torch.cat(found)
+            entries.append(bare.logits(model, to_device(batch, model.device)).float().log_softmax(-1).cpu())
+    return torch.cat(entries)
 
 
 def _words(objective: PromptClassification, context: Context, size: int) -> dict[int, str]:

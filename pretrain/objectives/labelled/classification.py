@@ -48,9 +48,9 @@ class Classification(FineTuning):
 
     def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
         """All that occur, sorted; numbers by value."""
-        found = set(values)
-        numbers = all(isinstance(value, int | float) for value in found)
-        names = tuple(str(value) for value in (sorted(found) if numbers else sorted(map(str, found))))
+        distinct = set(values)
+        numbers = all(isinstance(value, int | float) for value in distinct)
+        names = tuple(str(value) for value in (sorted(distinct) if numbers else sorted(map(str, distinct))))
         if len(names) < 2:
             raise PretrainError(f"classification: column {self.label!r} holds {len(names)} label: accepted: 2 or more")
         return names
@@ -66,14 +66,14 @@ class Classification(FineTuning):
         examples = examples_of(rows, self.name)
         batch = read(examples, self.text, self.pair, context)
         numbers = {name: number for number, name in enumerate(context.labels)}
-        said = [example.columns.get(self.label) for example in examples]
-        for value in said:
+        labels = [example.columns.get(self.label) for example in examples]
+        for value in labels:
             if value is not None and str(value) not in numbers:
                 raise PretrainError(
                     f"classification: {self.label} {value!r}{nearest(str(value), numbers)}: "
                     f"accepted: a label of the training documents ({', '.join(numbers)})"
                 )
-        batch["label_B"] = torch.tensor([-100 if value is None else numbers[str(value)] for value in said])
+        batch["label_B"] = torch.tensor([-100 if value is None else numbers[str(value)] for value in labels])
         batch["weight"] = (batch["label_B"] != -100).sum()
         return batch
 

@@ -135,8 +135,8 @@ class PromptClassification(FineTuning):
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
         """`tokens_NL`, `mask_NL`, `place_N` (where the head is asked), `word_C` and `label_B`, -100 where none is."""
         examples = examples_of(rows, self.name)
-        said = [example.columns.get(self.label) for example in examples]
-        label_B = torch.tensor([-100 if value is None else self._number(value) for value in said])
+        labels = [example.columns.get(self.label) for example in examples]
+        label_B = torch.tensor([-100 if value is None else self._number(value) for value in labels])
         word_C = torch.tensor(self._word_ids(context))
         return self.inputs(examples, context) | {
             "word_C": word_C, "label_B": label_B, "weight": (label_B != -100).sum(),
@@ -202,14 +202,14 @@ class PromptClassification(FineTuning):
 
     def _word_ids(self, context: Context) -> list[int]:
         assert context.encoder is not None, "examples come with an encoder"
-        found = context.encoder.ids(list(self.word_of.values()))
-        for label, ids in zip(self.word_of, found, strict=True):
+        pieces = context.encoder.ids(list(self.word_of.values()))
+        for label, ids in zip(self.word_of, pieces, strict=True):
             if len(ids) != 1:
                 raise PretrainError(
                     f"prompt_classification: words {label!r}: {self.word_of[label]!r} is {len(ids)} tokens: accepted: "
                     "a word of one token"
                 )
-        return [ids[0] for ids in found]
+        return [ids[0] for ids in pieces]
 
     def _sides(self, columns: dict[str, str]) -> tuple[str, str]:
         """The text before the hole, without a space that ends it (which is the word's), and after it."""
@@ -247,10 +247,10 @@ class PromptClassification(FineTuning):
         kept = {name: str(columns[name]) for name in self.shown}
         while True:
             sides = self._sides(kept)[: 1 if self.lm == "causal" else 2]
-            found = context.encoder.ids(sides if label is None else [self.filled(kept, label)])
-            excess = sum(map(len, found)) - room
+            pieces = context.encoder.ids(sides if label is None else [self.filled(kept, label)])
+            excess = sum(map(len, pieces)) - room
             if excess <= 0:
-                return found
+                return pieces
             longest = max(kept, key=lambda name: len(kept[name]))
             if not kept[longest]:
                 raise PretrainError(
@@ -268,12 +268,12 @@ class PromptClassification(FineTuning):
                 "prompt_classification: demonstrations: there are no training examples here; accepted: a train stage, "
                 "or the evaluation task with pool: CORPUS"
             )
-        members, found = context.pool.members(self.label), []
+        members, demonstrations = context.pool.members(self.label), []
         for label in self.word_of:
             numbers = members.get(label, [])
             for drawn in context.rng.choice(len(numbers), min(2, len(numbers)), replace=False):
                 columns = context.pool.row(context.pool, numbers[drawn]).columns
                 if any(str(columns[name]) != str(example.columns[name]) for name in self.shown):
-                    found.append((label, columns))
+                    demonstrations.append((label, columns))
                     break
-        return found
+        return demonstrations

@@ -59,8 +59,8 @@ class Regression(FineTuning):
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The mean squared error."""
-        said_B = classified(model, batch).float().squeeze(-1)
-        return Loss(nn.functional.mse_loss(said_B, batch["number_B"]), {})
+        output_B = classified(model, batch).float().squeeze(-1)
+        return Loss(nn.functional.mse_loss(output_B, batch["number_B"]), {})
 
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
         """A number for each example."""

@@ -149,9 +149,9 @@ def _encoded(model: nn.Module, prompt_BL: Tensor, mask_BL: Tensor, given_BM: Ten
     """The loss of an encoder-decoder, whose decoder starts from the token that its configuration names."""
     start: Any = model.config.decoder_start_token_id  # type: ignore[union-attr]
     decoder_BM = torch.cat([torch.full_like(given_BM[:, :1], start), given_BM[:, :-1]], 1)
-    one_BM = torch.ones_like(decoder_BM)
-    cross_B1ML = (one_BM[:, :, None] == mask_BL[:, None, :])[:, None]
-    masks = document_mask(mask_BL, causal=False), document_mask(one_BM, causal=True), cross_B1ML
+    row_BM = torch.ones_like(decoder_BM)
+    cross_B1ML = (row_BM[:, :, None] == mask_BL[:, None, :])[:, None]
+    masks = document_mask(mask_BL, causal=False), document_mask(row_BM, causal=True), cross_B1ML
     weight_VE, bias_V = head(model)
     states_BME = encode_decode(model, prompt_BL, decoder_BM, masks)
     return Loss(linear_cross_entropy(states_BME, weight_VE, target_BM, bias_V=bias_V)[0], {})

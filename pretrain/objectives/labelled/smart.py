@@ -109,9 +109,9 @@ class Smart(FineTuning):
             return self.wrapped.loss(model, batch)
         with torch.autocast(batch["tokens_BL"].device.type, enabled=False):
             with _outputs(model) as seen:
-                own = self.wrapped.loss(model, batch)
+                plain = self.wrapped.loss(model, batch)
             embedded_BLE, logits_BC = seen["embedded"], seen["logits"].float()
-            value, parts = own.value, {"objective": own.value.detach()} | own.parts
+            value, parts = plain.value, {"objective": plain.value.detach()} | plain.parts
             if self.lambda_s:
                 delta_BLE = self.ascend(model, batch, logits_BC.detach(), embedded_BLE)
                 smoothness = _mean(self.distance(_shifted(model, batch, delta_BLE), logits_BC), batch)
@@ -135,11 +135,11 @@ class Smart(FineTuning):
             delta_BLE = (delta_BLE.detach() + self.eta * direction_BLE).clamp(-self.epsilon, self.epsilon)
         return delta_BLE
 
-    def distance(self, one_BC: Tensor, other_BC: Tensor) -> Tensor:
+    def distance(self, ours_BC: Tensor, theirs_BC: Tensor) -> Tensor:
         """`distance_B` between two outputs; products of differences, so that what is close is not lost in rounding."""
         if self.wrapped.name == "regression":
-            return (one_BC - other_BC).square().sum(-1)
-        p_BC, q_BC = one_BC.log_softmax(-1), other_BC.log_softmax(-1)
+            return (ours_BC - theirs_BC).square().sum(-1)
+        p_BC, q_BC = ours_BC.log_softmax(-1), theirs_BC.log_softmax(-1)
         return ((p_BC.exp() - q_BC.exp()) * (p_BC - q_BC)).sum(-1)
 
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:

@@ -97,28 +97,28 @@ class Tagging(FineTuning):
 
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
         """The likeliest tag of each word."""
-        names, said_BL = labels_of(model), classified(model, batch).argmax(-1)
+        names, predicted_BL = labels_of(model), classified(model, batch).argmax(-1)
         outside = "O" if "O" in names else names[0]
-        found = []
-        for word_L, said_L, words in zip(batch["word_BL"], said_BL, batch["words_B"].tolist(), strict=True):
+        answers = []
+        for word_L, predicted_L, words in zip(batch["word_BL"], predicted_BL, batch["words_B"].tolist(), strict=True):
             tags = [outside] * words
-            for word, number in zip(word_L.tolist(), said_L.tolist(), strict=True):
+            for word, number in zip(word_L.tolist(), predicted_L.tolist(), strict=True):
                 if word:
                     tags[word - 1] = names[number]
-            found.append(tags)
-        return found
+            answers.append(tags)
+        return answers
 
     def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
         """The tags of each example's words."""
-        found = []
+        references = []
         for example in examples:
             tags, words = _tags(example.columns[self.tags]), str(example.columns[self.text]).split()
             if len(tags) != len(words):
                 raise PretrainError(
                     f"tagging: document {example.index} has {len(words)} words and {len(tags)} tags: accepted: as many"
                 )
-            found.append(tags)
-        return found
+            references.append(tags)
+        return references
 
     def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
         """Accuracy of words; precision, recall and F1 of entities."""

@@ -147,8 +147,8 @@ def _columns(chosen_BL: NDArray[np.bool_], width: int) -> NDArray[np.int64]:
     """The numbers of each row's chosen columns, in order, then -1 up to `width`."""
     columns = np.full((len(chosen_BL), width), -1)
     for b, chosen_L in enumerate(chosen_BL):
-        found = np.flatnonzero(chosen_L)
-        columns[b, : len(found)] = found
+        places = np.flatnonzero(chosen_L)
+        columns[b, : len(places)] = places
     return columns
 
 

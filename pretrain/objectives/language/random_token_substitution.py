@@ -122,8 +122,8 @@ class RandomTokenSubstitution(Objective):
                     f"accepted: a checkpoint with the model's vocabulary of {size}"
                 )
         x_VE = weight_VE.detach().float().cpu().numpy()
-        found = KMeans(min(self.clusters, len(x_VE)), n_init=1, random_state=0).fit(x_VE)
-        return torch.from_numpy(found.labels_.astype(np.int64))
+        means = KMeans(min(self.clusters, len(x_VE)), n_init=1, random_state=0).fit(x_VE)
+        return torch.from_numpy(means.labels_.astype(np.int64))
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The mean loss; of a detector also the share of `replaced` tokens and of those `detected` among them."""

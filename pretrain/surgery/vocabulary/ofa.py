@@ -178,8 +178,8 @@ def _mixture(
     near_VD, far_ND = (F.normalize(torch.from_numpy(x), dim=1) for x in (old_VD, new_ND))
     count = min(neighbors, len(near_VD))
     places, shares = [torch.zeros(0, count, dtype=torch.long)], [torch.zeros(0, count, dtype=torch.float64)]
-    for some_ND in far_ND.split(CHUNK):
-        cosine_NK, place_NK = (some_ND @ near_VD.T).topk(count, dim=1)
+    for part_ND in far_ND.split(CHUNK):
+        cosine_NK, place_NK = (part_ND @ near_VD.T).topk(count, dim=1)
         places.append(place_NK)
         shares.append(torch.softmax(cosine_NK / temperature, dim=1))
     return torch.cat(places), torch.cat(shares)
