@@ -9,7 +9,8 @@ import torch
 from closeness import assert_same_model
 
 from pretrain.core.errors import PretrainError
-from pretrain.decoding.cache._pyramid import cache_bytes, pivotal
+from pretrain.core.generation.cache import cache_bytes
+from pretrain.decoding.cache._pyramid import pivotal
 from pretrain.decoding.cache.pyramid_infer import PyramidInfer
 
 WHOLE = PyramidInfer(prefill_decay_ratio=1.0, gen_decay_ratio=1.0, gen_compress_ratio=1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +12,11 @@ from pretrain.core.batch import Example
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.processors import Processor, tokenizer_in
+from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 def _rows(split: Dataset) -> Iterator[Document]:

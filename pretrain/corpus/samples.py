@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pretrain.corpus.sources import evenly
+from pretrain.corpus.sources import Document, evenly
 
 
 def corpus_documents(corpus: Path, count: int = 8, split: str = "train") -> list[Document]:

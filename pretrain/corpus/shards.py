@@ -23,6 +23,8 @@ from pretrain.corpus.packing import Plan, plan_for
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from pretrain.core.batch import Vocabulary
+    from pretrain.corpus.sources import Document
     from pretrain.corpus.store import Corpus
 
 BATCH_CHARACTERS = 4 << 20
@@ -41,9 +43,7 @@ class Shards:
         expected = self.info["tokens"] * dtype.itemsize
         if not path.exists() or path.stat().st_size != expected:
             size = path.stat().st_size if path.exists() else 0
-            raise PretrainError(
-                f"{path} has {size} bytes instead of {expected}: truncated; remove {folder} to redo it"
-            )
+            raise PretrainError(f"{path} has {size} bytes instead of {expected}: truncated; remove {folder} to redo it")
         self.flat = np.memmap(path, dtype=dtype, mode="r") if expected else np.zeros(0, dtype=dtype)
         try:
             self.offsets_N1: NDArray[np.int64] = np.load(self.folder / "offsets.npy", mmap_mode="r")
@@ -133,7 +133,12 @@ def tokenise(
 
 
 def _write(
-    work: Path, corpus: Corpus, split: str, tokenizer: PreTrainedTokenizerBase, vocabulary: Vocabulary, facts: dict[str, str]
+    work: Path,
+    corpus: Corpus,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    vocabulary: Vocabulary,
+    facts: dict[str, str],
 ) -> None:
     """Write one split. One thread encodes (outside of Python's lock, on all cores) while this one reads and writes."""
     from pretrain.core.encoding import encode_plain, plain_backend
@@ -145,8 +150,9 @@ def _write(
     lengths, domains, sizes, checksum = [], [], [], hashlib.sha256()
     backend = plain_backend(tokenizer)
 
-    def encode(documents: list[Document]) -> list[Encoded]:
-        return encode_plain(backend, tokenizer, [d["text"] for d in documents])
+    def encode(documents: list[Document]) -> list[NDArray[np.integer]]:
+        encodings = encode_plain(backend, tokenizer, [document["text"] for document in documents])
+        return [np.array(getattr(encoding, "ids", encoding), dtype) for encoding in encodings]
 
     with (work / "tokens.bin").open("wb") as out, ThreadPoolExecutor(1) as pool:
         stream = _batches(corpus.documents(split))
@@ -156,8 +162,7 @@ def _write(
             following = next(stream, [])
             encoded, pending = pending.result(), pool.submit(encode, following)
             parts: list[NDArray[np.integer]] = []
-            for document, encoding in zip(documents, encoded, strict=True):
-                ids = np.array(getattr(encoding, "ids", encoding), dtype)
+            for document, ids in zip(documents, encoded, strict=True):
                 parts += (before, ids, after)
                 lengths.append(len(before) + len(ids) + len(after))
                 domains.append(number[document["domain"]])

@@ -15,7 +15,9 @@ from transformers import PreTrainedModel
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.options import OptionFields, Options
 from pretrain.core.generation.rows import continue_rows, prefill, stepper
+from pretrain.core.models.families import hidden
 from pretrain.core.models.features import evaluating
+from pretrain.evaluation._predictions import judged
 
 BATCH_TOKENS = 4096
 
@@ -31,14 +33,15 @@ class Judgement:
 
 def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Judgement]:
     """What the model says of each continuation after its prompt, which has one token or more; in batches."""
-    from pretrain.core.models.families import hidden
-    from pretrain.evaluation._predictions import judged
-
     for prompt, _ in pairs:
         if not len(prompt):
             raise PretrainError("a prompt without tokens; accepted: a token or more, such as the one that begins texts")
     sizes = [len(prompt) + len(after) for prompt, after in pairs]
-    order, judgements, start = sorted(range(len(pairs)), key=lambda i: sizes[i]), [Judgement(0.0, True, 0)] * len(pairs), 0
+    order, judgements, start = (
+        sorted(range(len(pairs)), key=lambda i: sizes[i]),
+        [Judgement(0.0, True, 0)] * len(pairs),
+        0,
+    )
     with evaluating(model):
         while start < len(order):
             end = start + 1

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import family, head, hidden
 from pretrain.core.models.features import evaluating
@@ -44,8 +45,6 @@ def framed(
 
     A document's end stands for its beginning where the tokenizer has no token for that.
     """
-    from pretrain.core.encoding import encode
-
     before = vocabulary.begin
     after = [vocabulary.eos] if end and vocabulary.eos is not None else []
     return [

@@ -66,7 +66,9 @@ def sampling(method: Any, temperature: float | None, top_p: float | None) -> tup
         return TEMPERATURE if temperature is None else temperature, TOP_P if top_p is None else top_p
     if temperature or (top_p or 1) < 1:
         option = f"temperature {temperature}" if temperature else f"top_p {top_p}"
-        raise PretrainError(f"{option}: the method {method.name!r} does not sample; accepted: temperature 0 and no top_p")
+        raise PretrainError(
+            f"{option}: the method {method.name!r} does not sample; accepted: temperature 0 and no top_p"
+        )
     return 0.0, 1.0
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
+from pretrain.corpus.sources import Document
 from pretrain.evaluation import Evaluation
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of, corpus_of

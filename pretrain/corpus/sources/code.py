@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError

@@ -107,8 +107,8 @@ class Sequences(Source):
         match self.label:
             case None | "parent" | "stem" as label:
                 return path_label(path, label)
-        label = record.facts.get(self.label)
-        return {"label": label} if label else None
+        value = record.facts.get(self.label)
+        return {"label": value} if value else None
 
     def _pieces(self, record: Record, name: str, label: dict[str, str]) -> Iterator[Document]:
         letters = record.sequence
@@ -186,7 +186,9 @@ def swissprot(lines: Iterator[str]) -> Iterator[Record]:
 
 
 def _swiss_facts(fields: dict[str, str]) -> dict[str, str]:
-    family = re.search(r"SIMILARITY: Belongs to the (?:[^.]+? superfamily\. )?([^.]+?) (?:super)?family\b", fields["CC"])
+    family = re.search(
+        r"SIMILARITY: Belongs to the (?:[^.]+? superfamily\. )?([^.]+?) (?:super)?family\b", fields["CC"]
+    )
     full = re.search(r"(?:Full=)?([^;{]+)", fields["DE"].removeprefix("RecName: ").removeprefix("SubName: "))
     facts = {
         "organism": fields["OS"].split(" (")[0].rstrip(". "),

@@ -89,9 +89,7 @@ class HubDataset(Source):
         return [stamp(path) for path in below(Path(self.dataset))] if Path(self.dataset).exists() else None
 
 
-def _rows(
-    rows: Iterator[Document], path: str, source: Files | HubDataset, skipped: Skipped
-) -> Iterator[Document]:
+def _rows(rows: Iterator[Document], path: str, source: Files | HubDataset, skipped: Skipped) -> Iterator[Document]:
     """Documents from rows with columns."""
     for number, row in enumerate(rows):
         if source.text not in row:

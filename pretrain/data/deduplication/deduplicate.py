@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pretrain.core.bounds import Share
+from pretrain.corpus.minhash import unique
+from pretrain.corpus.payload import belongs, beside, identity, in_payload
 from pretrain.data import DataOperation
 
 if TYPE_CHECKING:
@@ -27,9 +29,6 @@ class Deduplicate(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus without later copies; the order is kept."""
-        from pretrain.corpus.minhash import unique
-        from pretrain.corpus.payload import belongs, beside, identity, in_payload
-
         if "text" in corpus.column_names:
             compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
             kept = unique(((row["text"], beside(row)) for row in compared), self.threshold or None)

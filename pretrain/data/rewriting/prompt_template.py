@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
+from pretrain.core import checkpoint
+from pretrain.core.batch import Context, Example, Vocabulary
 from pretrain.core.bounds import Whole
+from pretrain.core.checkpoint import lineage
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.folders import checkpoint_of
+from pretrain.core.hardware import pick_device
+from pretrain.core.meter import count_flops
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.data import DataOperation
+from pretrain.data._work import desk
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel
 
-    from pretrain.core.batch import Context
     from pretrain.data._work import Desk
     from pretrain.objectives.labelled.prompt_classification import PromptClassification
 
@@ -61,8 +71,6 @@ class PromptTemplate(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents in the template, other columns as they were."""
-        from pretrain.data._work import desk
-
         for name in self.objective.shown:
             if name not in corpus.column_names:
                 known = corpus.column_names
@@ -108,9 +116,6 @@ class _Predictor:
     """The checkpoint that predicts; what is on the desk already is not predicted again."""
 
     def __init__(self, objective: PromptClassification, folder: str, length: int) -> None:
-        from pretrain.core.checkpoint import lineage
-        from pretrain.core.folders import checkpoint_of
-
         self.path = checkpoint_of(Path(folder))
         self.objective, self.length = objective, length or lineage(self.path).get("length") or 512
         self.state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.path.iterdir())]
@@ -118,11 +123,6 @@ class _Predictor:
 
     def __call__(self, documents: Sequence[Document], here: Desk) -> list[str]:
         """The documents' labels."""
-        from dataclasses import asdict
-
-        from pretrain.core.files import digest, read_json, write_json
-        from pretrain.core.meter import count_flops
-
         key = [str(self.path.resolve()), self.state, self.length, asdict(self.objective), list(documents)]
         shard = here.folder / f"{digest(key)[:32]}.json"
         if shard.exists():
@@ -134,13 +134,6 @@ class _Predictor:
         return labels
 
     def _predict(self, documents: Sequence[Document]) -> list[str]:
-        import numpy as np
-
-        from pretrain.core import checkpoint
-        from pretrain.core.batch import Context, Example, Vocabulary
-        from pretrain.core.encoding import Encoder
-        from pretrain.core.hardware import pick_device
-
         if self.opened is None:
             model, tokenizer = checkpoint.load(self.path, device=pick_device())
             if tokenizer is None:

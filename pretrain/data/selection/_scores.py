@@ -10,9 +10,14 @@ from typing import TYPE_CHECKING, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core import checkpoint
+from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest, read_json, write_json
 from pretrain.core.folders import checkpoint_of
+from pretrain.core.hardware import pick_device
+from pretrain.core.meter import count_flops
+from pretrain.core.models.likelihood import document_nll
 from pretrain.data._work import Desk
 
 if TYPE_CHECKING:
@@ -67,10 +72,6 @@ class _Scorer:
     """A checkpoint opened, and how it reads."""
 
     def __init__(self, path: Path, length: int, stride: int | None) -> None:
-        from pretrain.core import checkpoint
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.hardware import pick_device
-
         self.path = path
         self.model, tokenizer = checkpoint.load(path, device=pick_device())
         if tokenizer is None:
@@ -84,9 +85,6 @@ class _Scorer:
 
     def __call__(self, texts: Sequence[str]) -> Shard:
         """A shard's `nll` and `tokens`, and the FLOPs that it took."""
-        from pretrain.core.meter import count_flops
-        from pretrain.core.models.likelihood import document_nll
-
         encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
         documents = [np.array([*self.ends[0], *ids, *self.ends[1]]) for ids in encoded]
         batch_tokens = 65536 if self.model.device.type == "cuda" else 4096

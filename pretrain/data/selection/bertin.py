@@ -7,16 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
+
 from pretrain.core.bounds import Count, Positive, PositiveShare, Whole
+from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
+from pretrain.corpus.store import Corpus
 from pretrain.data import DataOperation
+from pretrain.data._work import desk
+from pretrain.data.selection._ngram import NGram
+from pretrain.data.selection._scores import report
+from pretrain.data.selection._select import weighted
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from numpy.typing import NDArray
 
-    from pretrain.data.selection._ngram import NGram
 
 BLOCK = 1024  # documents
 
@@ -43,12 +49,6 @@ class Bertin(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents that were drawn, in their order."""
-        import numpy as np
-
-        from pretrain.data._work import desk
-        from pretrain.data.selection._scores import report
-        from pretrain.data.selection._select import weighted
-
         random = self.sampling == "random"
         perplexity_N = np.ones(len(corpus)) if random else self.perplexities(corpus)
         count = max(1, round(self.share * len(corpus)))
@@ -59,8 +59,6 @@ class Bertin(DataOperation):
 
     def weights(self, perplexity_N: NDArray[np.float64]) -> NDArray[np.float64]:
         """What each document's probability is proportional to."""
-        import numpy as np
-
         if self.sampling == "random" or not len(perplexity_N):
             return np.ones(len(perplexity_N))
         q1, q2, q3 = np.quantile(perplexity_N, (0.25, 0.5, 0.75))
@@ -73,12 +71,6 @@ class Bertin(DataOperation):
 
     def perplexities(self, corpus: Dataset) -> NDArray[np.float64]:
         """Each document's perplexity under a model that has not seen it."""
-        import numpy as np
-
-        from pretrain.core.folders import corpus_of
-        from pretrain.corpus.store import Corpus
-        from pretrain.data.selection._ngram import NGram
-
         if self.reference:
             texts = (d["text"] for d in Corpus(corpus_of(Path(self.reference))).documents("train"))
             return _perplexities(NGram(texts, self.order, self.words), corpus)
@@ -98,7 +90,5 @@ def _texts(corpus: Dataset) -> Iterable[str]:
 
 
 def _perplexities(model: NGram, corpus: Dataset) -> NDArray[np.float64]:
-    import numpy as np
-
     parts = [model.perplexity(corpus[i : i + BLOCK]["text"]) for i in range(0, len(corpus), BLOCK)]
     return np.concatenate(parts) if parts else np.ones(0)

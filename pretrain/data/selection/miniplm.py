@@ -5,12 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pretrain.core.bounds import Count, PositiveShare
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
+from pretrain.data._work import desk
+from pretrain.data.selection._scores import likelihoods, report, sizes
+from pretrain.data.selection._select import top
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from numpy.typing import NDArray
 
@@ -33,10 +37,6 @@ class Miniplm(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus's documents with the highest differences."""
-        from pretrain.data._work import desk
-        from pretrain.data.selection._scores import report
-        from pretrain.data.selection._select import top
-
         with desk() as here:
             score_N = self.scores(corpus)
             kept = top(score_N, max(1, int(self.ratio * len(corpus))))
@@ -45,11 +45,6 @@ class Miniplm(DataOperation):
 
     def scores(self, corpus: Dataset) -> NDArray[np.float64]:
         """The documents' differences, in nats a token or a byte."""
-        import numpy as np
-
-        from pretrain.data._work import desk
-        from pretrain.data.selection._scores import likelihoods, sizes
-
         with desk() as here:
             teacher, reference = (
                 likelihoods(folder, corpus, here, length=self.length) for folder in (self.teacher, self.reference)

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pretrain.core.bounds import Count, PositiveShare, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
+from pretrain.corpus.store import Corpus
 from pretrain.data import DataOperation
+from pretrain.data._work import desk
+from pretrain.data.selection._classifier import Classifier
+from pretrain.data.selection._scores import likelihoods, report, sizes
+from pretrain.data.selection._select import top_share
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from numpy.typing import NDArray
 
@@ -57,13 +65,6 @@ class Preselect(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents that the classifier puts highest."""
-        import numpy as np
-
-        from pretrain.data._work import desk
-        from pretrain.data.selection._classifier import Classifier
-        from pretrain.data.selection._scores import report
-        from pretrain.data.selection._select import top_share
-
         drawn = np.random.default_rng(self.seed).permutation(len(corpus))[: self.documents]
         with desk() as here:
             ability = self.abilities(here)
@@ -85,13 +86,7 @@ class Preselect(DataOperation):
 
     def abilities(self, desk: Desk) -> tuple[float, ...]:
         """A number for each model; measured ones are negative bits per byte."""
-        import math
-
         from datasets import Dataset
-
-        from pretrain.core.folders import corpus_of
-        from pretrain.corpus.store import Corpus
-        from pretrain.data.selection._scores import likelihoods, sizes
 
         ability = self.ability
         if not ability:
@@ -114,18 +109,12 @@ class Preselect(DataOperation):
 
     def _losses(self, corpus: Dataset, desk: Desk) -> NDArray[np.float64]:
         """What orders the models as bits per character do: M models' nats for each of N documents."""
-        import numpy as np
-
-        from pretrain.data.selection._scores import likelihoods
-
         scored = (likelihoods(m, corpus, desk, length=self.length, stride=self.stride) for m in self.models)
         return np.stack([losses.nll_N for losses in scored])
 
 
 def strengths(loss_MN: NDArray[np.float64], ability: tuple[float, ...]) -> NDArray[np.float64]:
     """Predictive strength of N documents, from 0 to 1."""
-    import numpy as np
-
     ranked_MN = loss_MN[np.argsort(ability)]
     pairs = list(combinations(range(len(ranked_MN)), 2))
     agree_N = sum((ranked_MN[i] > ranked_MN[j]).astype(np.int64) for i, j in pairs)
@@ -134,8 +123,6 @@ def strengths(loss_MN: NDArray[np.float64], ability: tuple[float, ...]) -> NDArr
 
 def labels(strength_N: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The documents of the highest strength, and as many of the lowest that are below it."""
-    import numpy as np
-
     highest = strength_N.max()
     positive = np.flatnonzero(strength_N == highest)
     order = np.argsort(strength_N, kind="stable")
@@ -144,7 +131,5 @@ def labels(strength_N: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[
 
 
 def _counts(strength_N: NDArray[np.float64]) -> dict[str, int]:
-    import numpy as np
-
     values, counts = np.unique(strength_N, return_counts=True)
     return {f"{value:.4g}": int(count) for value, count in zip(values, counts, strict=True)}

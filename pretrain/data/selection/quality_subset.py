@@ -6,13 +6,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from pretrain.core.bounds import Count, PositiveShare
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
+from pretrain.corpus.store import Corpus
 from pretrain.data import DataOperation
+from pretrain.data._work import desk
+from pretrain.data.selection._ngram import NGram
+from pretrain.data.selection._scores import report, sizes
+from pretrain.data.selection._select import top_share
 
 if TYPE_CHECKING:
-    import numpy as np
     from datasets import Dataset
     from numpy.typing import NDArray
 
@@ -38,12 +45,6 @@ class QualitySubset(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus with the best of the domain, in its order."""
-        import numpy as np
-
-        from pretrain.data._work import desk
-        from pretrain.data.selection._scores import report, sizes
-        from pretrain.data.selection._select import top_share
-
         domains = np.array(corpus["domain"] if "domain" in corpus.column_names else ["text"] * len(corpus), object)
         mine = np.flatnonzero(domains == self.domain)
         if not len(mine):
@@ -59,13 +60,7 @@ class QualitySubset(DataOperation):
 
     def scores(self, documents: Dataset) -> NDArray[np.float64]:
         """Each document's quality."""
-        import numpy as np
-
         if self.reference:
-            from pretrain.core.folders import corpus_of
-            from pretrain.corpus.store import Corpus
-            from pretrain.data.selection._ngram import NGram
-
             texts = (d["text"] for d in Corpus(corpus_of(Path(self.reference))).documents("train"))
             model = NGram(texts, self.order, self.words)
             blocks = [documents[i : i + BLOCK]["text"] for i in range(0, len(documents), BLOCK)]

@@ -7,7 +7,7 @@ still be dropped, H heads, D width of a head, E width.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Protocol
 
@@ -22,12 +22,15 @@ from pretrain.core.models.families import additive, base, blocks, embeddings, fa
 
 NAME = "pyramid_infer"  # of the attention, and of the attribute by which it finds what runs
 
+Args = tuple[Any, ...]  # of a forward pass, as hooks are given them
+Given = dict[str, Any]
+
 
 class PyramidLayer(DynamicLayer):
     """The keys and values of the tokens that one layer keeps, in order; their length is not the number seen."""
 
-    keys: Any
-    values: Any
+    keys: Tensor  # once it has seen some
+    values: Tensor
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,13 +58,14 @@ class PyramidLayer(DynamicLayer):
         """Keep these keys alone."""
         at_BHKD = index_BK[:, None, :, None].expand(-1, self.keys.shape[1], -1, self.keys.shape[3])
         self.keys, self.values = self.keys.gather(2, at_BHKD), self.values.gather(2, at_BHKD)
-        self.place_BK = self._place().gather(1, index_BK)
+        self.place_BK = self.places().gather(1, index_BK)
 
-    def _place(self) -> Tensor:
-        assert self.place_BK is not None
+    def places(self) -> Tensor:
+        """Where each kept token was."""
+        assert self.place_BK is not None, "the layer has seen nothing"
         return self.place_BK
 
-    def _rows(self, change: Any) -> None:
+    def _rows(self, change: Callable[[Tensor], Tensor]) -> None:
         for name in ("keys", "values", "place_BK", "score_BT"):
             if getattr(self, name) is not None:
                 setattr(self, name, change(getattr(self, name)))
@@ -119,14 +123,15 @@ class Running:
 
     def __init__(self, method: Pyramid, model: PreTrainedModel) -> None:
         self.method, self.dtype, self.layers = method, embeddings(model).weight.dtype, len(blocks(model))
-        self.cache: Any = None
+        self.kept: list[PyramidLayer] = []  # by block, of the cache
+        self.number: dict[nn.Module, int] = {}  # of each block's attention
         self.first = self.padded = False  # whether this pass is the prompt's; whether it has padding
         self.tokens = 0  # of this pass
         self.index_BQ = self.place_BQ = torch.empty(0)  # of those of them that the next block is given
         self.score_BC: Tensor | None = None  # of the context in the block before
         self.all_BLE: Tensor | None = None  # the last states of every token, once one has left
 
-    def begin(self, module: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def begin(self, module: PreTrainedModel, args: Args, given: Given) -> tuple[Args, Given]:
         """Before the whole model: find or make the cache, and which tokens are padding."""
         tokens = args[0] if args else given.get("input_ids")
         tokens = given["inputs_embeds"] if tokens is None else tokens
@@ -152,13 +157,13 @@ class Running:
                 )
             self.place_BQ = self.place_BQ.masked_fill(mask[:, seen:] == 0, -1)
         self.padded = mask is not None and bool((self.place_BQ < 0).any())
-        self.cache, self.first, self.tokens, self.all_BLE = cache, seen == 0, queries, None
+        self.kept, self.first, self.tokens, self.all_BLE = list(cache.layers), seen == 0, queries, None
         self.index_BQ = torch.arange(queries, device=tokens.device).expand(len(tokens), -1)
         return args, given | {"past_key_values": cache, "use_cache": True}
 
-    def before(self, number: int, _: Any, args: Any, given: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def before(self, number: int, _: nn.Module, args: Args, given: Given) -> tuple[Args, Given]:
         """Before a block: note its tokens, and give it their mask and positions."""
-        layer, place_BQ = self.cache.layers[number], self.place_BQ
+        layer, place_BQ = self.kept[number], self.place_BQ
         layer.seen, layer.padded = layer.seen + self.tokens, layer.padded or self.padded
         layer.place_BK = place_BQ if layer.place_BK is None else torch.cat([layer.place_BK, place_BQ], 1)
         queries = place_BQ.shape[1]
@@ -167,7 +172,7 @@ class Running:
             layer.recent = int(layer.seen * self.method.recent_ratio) + 1
         mask = None
         if layer.padded or (queries > 1 and not self.first):
-            mask = additive(allowed(layer.place_BK, queries)[:, None], self.dtype)
+            mask = additive(allowed(layer.places(), queries)[:, None], self.dtype)
         if "attention_mask" in given:
             given = given | {"attention_mask": mask}
         else:
@@ -183,17 +188,17 @@ class Running:
 
     def attend(self, number: int, query_BHQD: Tensor, key_BHKD: Tensor, scaling: float) -> None:
         """Add up the attention by which keys are ranked: the mean over heads, weighted by how recent the query is."""
-        layer = self.cache.layers[number]
+        layer = self.kept[number]
         recent = layer.recent
         weights_R = torch.linspace(1.0, self.method.distance_weight, recent, device=key_BHKD.device)
         self.score_BC = None
         if self.first:
             if recent < key_BHKD.shape[2]:
-                share_BRK = _shares(query_BHQD[:, :, -recent:], key_BHKD, layer.place_BK, scaling)
+                share_BRK = _shares(query_BHQD[:, :, -recent:], key_BHKD, layer.places(), scaling)
                 self.score_BC = (share_BRK * weights_R[:, None]).mean(1)[:, :-recent]
             return
         queries, block = query_BHQD.shape[2], self.method.exceed_length_to_compress
-        share_BQT = _shares(query_BHQD, key_BHKD, layer.place_BK, scaling)[:, :, layer.settled :]
+        share_BQT = _shares(query_BHQD, key_BHKD, layer.places(), scaling)[:, :, layer.settled :]
         # Tokens after the prompt are compressed in blocks; a block is scored by the `recent` queries that follow it.
         query_Q = torch.arange(layer.seen - queries, layer.seen, device=key_BHKD.device) - layer.prompt
         key_T = torch.arange(layer.seen - share_BQT.shape[2], layer.seen, device=key_BHKD.device) - layer.prompt
@@ -204,9 +209,9 @@ class Running:
             score_BT[:, : layer.score_BT.shape[1]] += layer.score_BT
         layer.score_BT = score_BT
 
-    def after(self, number: int, _: Any, __: Any, ___: Any, states_BQE: Tensor) -> Tensor:
+    def after(self, number: int, _: nn.Module, __: Args, ___: Given, states_BQE: Tensor) -> Tensor:
         """After a block: let tokens of the prompt go, or drop old keys of later tokens."""
-        layer = self.cache.layers[number]
+        layer = self.kept[number]
         if not self.first:
             self._compress(number, layer)
             return states_BQE
@@ -267,13 +272,13 @@ def _shares(query_BHQD: Tensor, key_BHKD: Tensor, place_BK: Tensor, scaling: flo
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, **more: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     running: Running = getattr(module, NAME)
-    scaling = more.get("scaling")
     with torch.no_grad():
-        running.attend(module.layer_idx, query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)  # type: ignore[arg-type]
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+        running.attend(running.number[module], query, key, query.shape[-1] ** -0.5 if scaling is None else scaling)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
 
 
 AttentionInterface.register(NAME, _attention)
@@ -290,11 +295,12 @@ def running(method: Pyramid, model: PreTrainedModel) -> Iterator[None]:
     ):
         raise PretrainError(f"pyramid_infer: sliding_window {model.config.sliding_window}: accepted: full attention")
     parts = blocks(model)
-    attentions: list[Any] = [block.get_submodule(entry.attention) for block in parts]
+    attentions = [block.get_submodule(entry.attention) for block in parts]
     if any(hasattr(module, NAME) for module in attentions):
         raise PretrainError("pyramid_infer: it runs on this model already; accepted: one at a time")
     state = Running(method, model)
-    before: Any = model.config._attn_implementation
+    state.number = {module: number for number, module in enumerate(attentions)}
+    before = model.config._attn_implementation
     hooks = [base(model).register_forward_pre_hook(state.begin, with_kwargs=True)]
     try:
         model.set_attn_implementation(NAME)
@@ -310,8 +316,3 @@ def running(method: Pyramid, model: PreTrainedModel) -> Iterator[None]:
             if hasattr(module, NAME):
                 delattr(module, NAME)
         model.set_attn_implementation(before)
-
-
-def cache_bytes(cache: Any) -> int:
-    """The bytes of a cache's keys and values."""
-    return sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)

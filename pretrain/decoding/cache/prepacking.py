@@ -4,10 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+import torch
+from transformers import Cache, DynamicCache
+
+from pretrain.core.batch import Row, document_mask, rows_to_tensors
 from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.cache import layers_of
+from pretrain.core.generation.rows import continue_rows, mask_of, stepper
+from pretrain.core.models.families import attention_inputs, base, family
+from pretrain.corpus.packing import pack
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
@@ -43,12 +52,6 @@ class Prepacking(Decoding):
         `prompts` are one-dimensional tensors of token ids. To go on, give the model the cache, an attention mask with
         0 on the padding, and positions that count a prompt's own tokens.
         """
-        import torch
-        from transformers import DynamicCache
-
-        from pretrain.core.batch import document_mask
-        from pretrain.core.models.families import attention_inputs, base, family
-
         length_B = _lengths(prompts)
         entry = family(model)
         if entry.name not in self.families:
@@ -69,7 +72,7 @@ class Prepacking(Decoding):
             states_RLE = base(model)(
                 input_ids=batch["tokens_RL"], past_key_values=cache, **inputs | {"use_cache": True}
             ).last_hidden_state
-            head: Any = model.get_output_embeddings()
+            head = model.get_output_embeddings()
             if head is None:
                 raise PretrainError(f"prepacking: {type(model).__name__} predicts no next token; accepted: a causal LM")
             logits_BV = head(states_RLE[row_B, start_B + length_B - 1])
@@ -78,12 +81,6 @@ class Prepacking(Decoding):
 
     def _rows(self, prompts: Sequence[Tensor], length_B: Tensor) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The packed rows as tensors; the row of each prompt, and where it starts there."""
-        import numpy as np
-        import torch
-
-        from pretrain.core.batch import Row, rows_to_tensors
-        from pretrain.corpus.packing import pack
-
         capacity = max(self.row, int(length_B.max()))
         plan: Plan = pack(length_B.numpy(), np.zeros(len(prompts), np.int64), capacity)
         row_B, start_B, rows = torch.zeros_like(length_B), torch.zeros_like(length_B), []
@@ -100,10 +97,6 @@ class Prepacking(Decoding):
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, prefilled together; returns `tokens_BN`, padded with `pad` after the end."""
-        import torch
-
-        from pretrain.core.generation.rows import continue_rows, mask_of, stepper
-
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         length_B = mask_BL.sum(1)
         logits_BV, cache = self.prefill(
@@ -116,8 +109,6 @@ class Prepacking(Decoding):
 
 
 def _lengths(prompts: Sequence[Tensor]) -> Tensor:
-    import torch
-
     length_B = torch.tensor([len(p) if p.ndim == 1 else 0 for p in prompts], dtype=torch.int64)
     if not len(length_B) or not bool(length_B.all()):
         shapes = [tuple(p.shape) for p in prompts]
@@ -127,16 +118,14 @@ def _lengths(prompts: Sequence[Tensor]) -> Tensor:
     return length_B
 
 
-def _unpack(cache: Any, row_B: Tensor, start_B: Tensor, length_B: Tensor) -> None:
+def _unpack(cache: Cache, row_B: Tensor, start_B: Tensor, length_B: Tensor) -> None:
     """Turn a cache of packed rows into one of a prompt a row, padded on the left with zeros.
 
     H heads, D width of a head, R packed rows.
     """
-    import torch
-
     longest = int(length_B.max())
     offset_BL = torch.arange(longest)[None] - (longest - length_B)[:, None]
-    for layer in cache.layers:
+    for layer in layers_of(cache):
         device = layer.keys.device
         row_B1, at_BL = row_B[:, None].to(device), (start_B[:, None] + offset_BL.clamp(min=0)).to(device)
         padding_B1L1 = (offset_BL < 0).to(device)[:, None, :, None]

@@ -7,8 +7,12 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+import torch
+
 from pretrain.core.bounds import Count, Positive, PositiveShare, Share, Whole
+from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 from pretrain.decoding import Decoding
+from pretrain.decoding.cache._pyramid import running
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -49,8 +53,6 @@ class PyramidInfer(Decoding):
 
     def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
         """A context in which the model's caches are pyramids."""
-        from pretrain.decoding.cache._pyramid import running
-
         return running(self, model)
 
     def kept(self, layer: int, context: int, layers: int, prompt: int) -> int:
@@ -77,10 +79,6 @@ class PyramidInfer(Decoding):
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts with pyramid caches; returns `tokens_BN`, padded with `pad` after the end."""
-        import torch
-
-        from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
-
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         with torch.no_grad(), self(model):
             logits_BV, cache = prefill(model, input_ids_BL, mask_BL)

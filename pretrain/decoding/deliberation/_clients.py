@@ -17,15 +17,17 @@ import urllib.request
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
-from pretrain.core.encoding import text_of
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.options import Options
+from pretrain.core.generation.rows import continue_rows, stepper
 
 PIECE = "\x00{}\x00"  # stands for a part of the prompt while the chat template is filled in
 
@@ -52,9 +54,9 @@ class Prefixes:
 
     def __init__(self, most: int = 4) -> None:
         self.most = most
-        self.kept: OrderedDict[tuple[int, ...], Any] = OrderedDict()
+        self.kept: OrderedDict[tuple[int, ...], Cache] = OrderedDict()
 
-    def read(self, model: PreTrainedModel, prefix: Sequence[int], rest: Sequence[int]) -> tuple[Tensor, Any, int]:
+    def read(self, model: PreTrainedModel, prefix: Sequence[int], rest: Sequence[int]) -> tuple[Tensor, Cache, int]:
         """`logits_1V` after a prompt, the cache of it, and how many of its tokens were not read again."""
         key, shared = tuple(prefix), 0
         if not key or not rest:
@@ -71,7 +73,7 @@ class Prefixes:
         return logits_1V, cache, shared
 
 
-def _read(model: PreTrainedModel, tokens: Sequence[int], cache: Any) -> tuple[Tensor, Any]:
+def _read(model: PreTrainedModel, tokens: Sequence[int], cache: Cache | None) -> tuple[Tensor, Cache]:
     ids_1L = torch.tensor([list(tokens)], device=model.device)
     output = model(input_ids=ids_1L, past_key_values=cache, use_cache=True, logits_to_keep=1)
     return output.logits[:, -1], output.past_key_values
@@ -84,8 +86,6 @@ def continued(
 
     Without `prefixes` all is read in one pass.
     """
-    from pretrain.core.generation.rows import continue_rows, stepper
-
     ids = [*prefix, *rest]
     limit = getattr(model.config, "max_position_embeddings", None)
     if isinstance(limit, int) and len(ids) + options.max_new_tokens > limit:
@@ -112,8 +112,6 @@ class LocalClient:
         top_p: float = 1.0, seed: int = 0,
         reuse: bool = True,
     ) -> None:  # fmt: skip
-        from pretrain.core.batch import Vocabulary
-
         self.model, self.tokenizer, self.vocabulary = model, tokenizer, Vocabulary.of(tokenizer)
         self.temperature, self.top_p = temperature, top_p
         self.generator = torch.Generator().manual_seed(seed)
@@ -137,8 +135,6 @@ class LocalClient:
 
     def _plain(self, text: str) -> list[int]:
         """The tokens of a text in which the names of special tokens are text."""
-        from pretrain.core.encoding import encode
-
         return encode(self.tokenizer, [text])[0].tolist() if text else []
 
     def _template(self, text: str) -> list[int]:

@@ -5,16 +5,23 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, cast
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
+from transformers import Cache, DynamicCache, PreTrainedModel
+
+from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import checkpoint_of
+from pretrain.core.generation.cache import layers_of
+from pretrain.core.generation.rows import continue_rows, mask_of, stepper
 from pretrain.core.method import Ref
+from pretrain.core.models.families import base, family
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
-    from transformers.cache_utils import CacheLayerMixin
 
     from pretrain.core.generation.options import Options
 
@@ -36,10 +43,6 @@ class LatentDeliberation(Decoding):
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end."""
-        import torch
-
-        from pretrain.core.generation.rows import continue_rows, mask_of, stepper
-
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         folder = _folder(Path(self.coprocessor))
         coprocessor, latents = _open(folder, model.device, model.dtype, _stamp(folder))
@@ -48,10 +51,8 @@ class LatentDeliberation(Decoding):
             logits_BV, cache, mask_BL = deliberate(model, coprocessor, latents, input_ids_BL, mask_BL)
             return continue_rows(input_ids_BL, logits_BV, stepper(model, cache, mask_BL), options)
 
-    def _check(self, model: PreTrainedModel, coprocessor: Any, length: int) -> None:
+    def _check(self, model: PreTrainedModel, coprocessor: PreTrainedModel, length: int) -> None:
         """Refuse a coprocessor of another model, and more positions than there are."""
-        from pretrain.core.models.families import family
-
         entry, config = family(model), model.config
         if entry.name not in self.families:
             raise PretrainError(f"{self.name}: family {entry.name!r}: accepted: {', '.join(self.families)}")
@@ -71,33 +72,26 @@ class LatentDeliberation(Decoding):
 
 
 def deliberate(
-    model: PreTrainedModel, coprocessor: Any, latents: int, input_ids_BL: Tensor, mask_BL: Tensor
-) -> tuple[Tensor, Any, Tensor]:
+    model: PreTrainedModel, coprocessor: PreTrainedModel, latents: int, input_ids_BL: Tensor, mask_BL: Tensor
+) -> tuple[Tensor, Cache, Tensor]:
     """The logits after left-padded prompts and their latents, the cache of both, and the mask of both."""
-    import torch
-    from transformers import DynamicCache
-
-    from pretrain.core.models.families import base
-
     rows, device = len(input_ids_BL), input_ids_BL.device
     cache = DynamicCache()
     position_BL = (mask_BL.cumsum(1) - 1).clamp(min=0)
     base(model)(
         input_ids=input_ids_BL, attention_mask=mask_BL, position_ids=position_BL, past_key_values=cache, use_cache=True
     )
-    more: dict[str, Any] = {"attention_mask": torch.cat([mask_BL, mask_BL.new_ones(rows, latents)], 1)}
-    more |= {"position_ids": position_BL[:, -1:] + 1 + torch.arange(latents, device=device), "use_cache": True}
-    copied = DynamicCache([(layer.keys, layer.values) for layer in cast("list[CacheLayerMixin]", cache.layers)])
+    whole_BN = torch.cat([mask_BL, mask_BL.new_ones(rows, latents)], 1)
+    more = {"attention_mask": whole_BN, "position_ids": position_BL[:, -1:] + 1 + torch.arange(latents, device=device)}
+    copied = DynamicCache([(layer.keys, layer.values) for layer in layers_of(cache)])
     soft_BN = torch.arange(latents, device=device).expand(rows, -1)
-    z_BNE = base(coprocessor)(input_ids=soft_BN, past_key_values=copied, **more).last_hidden_state
-    logits_BNV = model(inputs_embeds=z_BNE, past_key_values=cache, logits_to_keep=1, **more).logits
-    return logits_BNV[:, -1], cache, more["attention_mask"]
+    z_BNE = base(coprocessor)(input_ids=soft_BN, past_key_values=copied, use_cache=True, **more).last_hidden_state
+    logits_BNV = model(inputs_embeds=z_BNE, past_key_values=cache, logits_to_keep=1, use_cache=True, **more).logits
+    return logits_BNV[:, -1], cache, whole_BN
 
 
 def _folder(folder: Path) -> Path:
     """The coprocessor's checkpoint: in the folder of the stage that trained it, or at the folder itself."""
-    from pretrain.core.folders import checkpoint_of
-
     return checkpoint_of(folder / "coprocessor" if (folder / "coprocessor").is_dir() else folder)
 
 
@@ -107,10 +101,8 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=1)
-def _open(folder: Path, device: Any, dtype: Any, stamp: int) -> tuple[Any, int]:
+def _open(folder: Path, device: torch.device, dtype: torch.dtype, stamp: int) -> tuple[PreTrainedModel, int]:
     """A coprocessor in the model's type, kept for the next prompt, and how many latents it emits."""
-    from pretrain.core.checkpoint import load
-
     coprocessor, _ = load(folder, device=device, dtype=dtype)
     latents = getattr(coprocessor.config, "cache_augmentation_latents", None)
     if not isinstance(latents, int):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 import torch
@@ -17,11 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.bounds import Count, Whole
-from pretrain.core.encoding import text_of
+from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import tokenizer_of
 from pretrain.core.generation.options import Options
+from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 from pretrain.core.method import Ref
 from pretrain.core.models.families import family
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.decoding import Decoding
 from pretrain.decoding.deliberation._clients import Client, LocalClient, Prefixes, Reply, continued
 
@@ -68,14 +71,12 @@ class SleepTime(Decoding):
             raise PretrainError("sleep_time: separator '': accepted: a text between context and query")
 
     @cached_property
-    def _slept(self) -> WeakKeyDictionary[Any, tuple[Prefixes, dict[tuple[int, ...], list[int]]]]:
+    def _slept(self) -> WeakKeyDictionary[PreTrainedModel, tuple[Prefixes, dict[tuple[int, ...], list[int]]]]:
         """By model: the caches of contexts with notes, and the notes by context."""
         return WeakKeyDictionary()
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts after thinking about their contexts; returns `tokens_BN`."""
-        from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
-
         if family(model).name not in self.families:
             raise PretrainError(f"{self.name}: family {family(model).name!r}: accepted: {', '.join(self.families)}")
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
@@ -97,16 +98,11 @@ class SleepTime(Decoding):
 
     def _notes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: list[int]) -> list[int]:
         """The tokens of the notes on a context, with what stands around them; none where the model wrote none."""
-        from pretrain.core.encoding import encode
-
         text = text_of(tokenizer, context, skip_special_tokens=True)
         slept = sleep(LocalClient(model, tokenizer), text, rounds=self.rounds, max_tokens=self.notes_tokens)
         return encode(tokenizer, [f"{NOTES}{slept.notes}{self.separator}"])[0].tolist() if slept.notes else []
 
-    def _tokenizer(self, model: PreTrainedModel) -> Any:
-        from pretrain.core.folders import tokenizer_of
-        from pretrain.corpus.tokenizers import load_tokenizer
-
+    def _tokenizer(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
         folder = Path(self.tokenizer or model.config._name_or_path or "/none").expanduser()
         if not folder.is_dir():
             raise PretrainError(

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.llama.modeling_llama import rotate_half
 
@@ -55,7 +54,7 @@ class Cascade(Forward):
         """One more token; returns the logits after it, `logits_1V`, and how many blocks they took."""
         place, end, trace = self.length, self.length + 1, self.trace
         states_11E = self.embed(torch.tensor([[token]], device=self.device))
-        more: dict[str, Any] = {}
+        more: dict[str, tuple[Tensor, Tensor]] = {}
         if self.table_CE is None:
             more["position_embeddings"] = (self.cos_1CD[:, place:end], self.sin_1CD[:, place:end])
         else:
@@ -98,7 +97,7 @@ class Cascade(Forward):
             keys_1H1D = keys_1H1D * cos_111D + rotate_half(keys_1H1D) * sin_111D
         return keys_1H1D, values_11HD.transpose(1, 2)
 
-    def _projections(self, number: int) -> list[Any]:
+    def _projections(self, number: int) -> list[nn.Module]:
         """The projections to keys and values; the one to queries, too, where the three are one."""
         attention = at(self.blocks[number], self.entry.attention)
         return [at(attention, name) for name in self.entry.queries[-2:]]
@@ -109,7 +108,7 @@ def head_width(config: PreTrainedConfig) -> int:
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def matrix_macs(module: Any) -> int:
+def matrix_macs(module: nn.Module) -> int:
     """The multiply-accumulate operations of a module's weight matrices on one token."""
     return sum(parameter.numel() for parameter in module.parameters() if parameter.ndim == 2)
 

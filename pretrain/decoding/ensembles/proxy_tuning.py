@@ -5,9 +5,14 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
+import torch
+from transformers import AutoTokenizer
+
+from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 from pretrain.core.method import Ref
 from pretrain.decoding import Decoding
 
@@ -40,10 +45,6 @@ class ProxyTuning(Decoding):
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts with the three models; returns `tokens_BN`, padded with `pad` after the end."""
-        import torch
-
-        from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
-
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         three = [model, *self.proxies(model)]
         with torch.no_grad():
@@ -56,7 +57,7 @@ class ProxyTuning(Decoding):
                 options,
             )
 
-    def proxies(self, model: PreTrainedModel) -> tuple[Any, Any]:
+    def proxies(self, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
         """The expert and the anti-expert on the model's device, read once; vocabularies that differ are an error."""
         proxies, words = [], {}
         folder = Path(model.config._name_or_path or "/none")
@@ -102,18 +103,14 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def _open(folder: Path, device: Any, _: int) -> tuple[Any, dict[str, int] | None]:
+def _open(folder: Path, device: torch.device, _: int) -> tuple[PreTrainedModel, dict[str, int] | None]:
     """A checkpoint and its vocabulary, kept for the next prompt."""
-    from pretrain.core.checkpoint import load
-
     model, tokenizer = load(folder, device=device)
     return model, None if tokenizer is None else tokenizer.get_vocab()
 
 
 @functools.lru_cache(maxsize=2)
 def _vocabulary(folder: Path, _: int) -> dict[str, int]:
-    from transformers import AutoTokenizer
-
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
         folder, local_files_only=True, trust_remote_code=False
     )

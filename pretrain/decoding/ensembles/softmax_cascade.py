@@ -16,12 +16,14 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_json
 from pretrain.core.generation.options import OptionFields, Options
 from pretrain.core.method import Ref
+from pretrain.core.models.exits import HEADS, check_exits, thirds
 from pretrain.core.models.families import blocks, family
 from pretrain.decoding import Decoding
+from pretrain.decoding._tree import prompts
+from pretrain.decoding.ensembles._cascade import Cascade, Trace, bounded_thresholds, cascaded, measure, paper_threshold
 
 if TYPE_CHECKING:
     from pretrain.core.batch import Batch
-    from pretrain.decoding.ensembles._cascade import Trace
 
 FILE = "softmax_cascade.json"
 NEVER = 2.0  # a threshold that no probability reaches
@@ -50,8 +52,6 @@ class SoftmaxCascade(Decoding):
 
     def depths(self, model: PreTrainedModel) -> tuple[int, ...]:
         """The exits: after how many blocks each stands."""
-        from pretrain.core.models.exits import HEADS, check_exits, thirds
-
         layers, maps = len(blocks(model)), getattr(model, HEADS, None)
         trained = () if maps is None else tuple(sorted(map(int, maps)))
         exits = self.exits or trained or thirds(layers)
@@ -65,9 +65,6 @@ class SoftmaxCascade(Decoding):
         return self._trace(model, input_ids_BL, Options(**options))
 
     def _trace(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Trace:
-        from pretrain.decoding._tree import prompts
-        from pretrain.decoding.ensembles._cascade import Cascade, Trace
-
         prompts_1L = prompts(input_ids_BL, options.attention_mask_BL)
         exits = self.depths(model)
         thresholds = self._thresholds(exits)
@@ -112,8 +109,6 @@ class SoftmaxCascade(Decoding):
         stays within the drop on the batches, against the whole model. Batches are those that surgeries are given, read
         whole, without skipped blocks. With `file`, a JSON file or a folder, they are written for `calibration`.
         """
-        from pretrain.decoding.ensembles._cascade import bounded_thresholds, cascaded, measure, paper_threshold
-
         if not 0 <= accuracy_drop <= 1:
             raise PretrainError(f"softmax_cascade: accuracy_drop {accuracy_drop}: accepted: from 0 to 1")
         if rule not in ("paper", "bound"):
@@ -154,7 +149,9 @@ class SoftmaxCascade(Decoding):
             if written != exits:
                 raise PretrainError(f"{path}: thresholds of exits {written}: accepted: those of exits {exits}")
         if len(thresholds) != len(exits):
-            raise PretrainError(f"softmax_cascade: thresholds {thresholds}: accepted: one for each of the exits {exits}")
+            raise PretrainError(
+                f"softmax_cascade: thresholds {thresholds}: accepted: one for each of the exits {exits}"
+            )
         return thresholds
 
 

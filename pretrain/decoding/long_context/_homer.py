@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 
@@ -59,7 +59,7 @@ class Chunk:
 
     def through(self, forward: Forward, first: int, stop: int, scored: int) -> list[Tensor]:
         """Send the states through the blocks from `first`; returns the `significance_T` in those from `scored` on."""
-        more: dict[str, Any] = {}
+        more: dict[str, tuple[Tensor, ...]] = {}
         if forward.table_CE is None:
             more["position_embeddings"] = tuple(
                 angles_1CD[:, self.position_T] for angles_1CD in (forward.cos_1CD, forward.sin_1CD)
@@ -151,12 +151,13 @@ def significance(query_BHQD: Tensor, key_BKTD: Tensor, scaling: float) -> Tensor
 
 
 def _attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **more: Any
-) -> tuple[Tensor, None]:
-    significances, scaling = _seen.get(), more.get("scaling")
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, **more: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    significances = _seen.get()
     if significances is not None:
         significances.append(significance(query, key, query.shape[-1] ** -0.5 if scaling is None else scaling))
-    return sdpa_attention_forward(module, query, key, value, attention_mask, **more)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **more)
 
 
 AttentionInterface.register(NAME, _attention)

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
 
 from pretrain.core.generation.forward import Forward
@@ -158,8 +159,6 @@ def gathered(query_HLD: Tensor, key_GLD: Tensor, value_GLD: Tensor, kept: Kept, 
 
 def block_mask(kept: Kept) -> Any:
     """What is kept as the mask of `flex_attention`."""
-    from torch.nn.attention.flex_attention import BlockMask
-
     length, near_HN, block_HMM = kept.column_HL.shape[1], kept.near_HN, kept.block_HMM
     column_HN = functional.pad(kept.column_HL, (0, -length % BLOCK))
     number = column_HN.shape[1] // BLOCK
@@ -185,8 +184,6 @@ def block_mask(kept: Kept) -> Any:
 
 @functools.cache
 def _compiled() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
     return torch.compile(flex_attention)
 
 

@@ -6,23 +6,30 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
 from pretrain.core.bounds import Count, Ge, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.forward import Forward
+from pretrain.core.generation.rows import continue_rows
 from pretrain.core.method import Ref
-from pretrain.core.models.families import blocks, family
+from pretrain.core.models.families import additive, blocks, family
+from pretrain.core.weights import load_tensors
 from pretrain.decoding import Decoding
+from pretrain.decoding._tree import prompts
+from pretrain.decoding.long_context._homer import Plan, attending, mean_significance, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pretrain.core.batch import Batch
     from pretrain.core.generation.options import Options
-    from pretrain.decoding.long_context._homer import Chunk, Plan
+    from pretrain.decoding.long_context._homer import Chunk
 
 FILE = "homer_bias.safetensors"
 _AFFIX = 100  # tokens of the prefix and of the suffix in the authors' language modelling
@@ -75,8 +82,6 @@ class Homer(Decoding):
 
     def plan(self, model: PreTrainedModel, length: int) -> Plan:
         """How a prompt of `length` tokens is read."""
-        from pretrain.decoding.long_context._homer import Plan
-
         _, chunk, target, prefix, suffix = self.lengths(model)
         layers = len(blocks(model))
         if length <= chunk:
@@ -102,10 +107,6 @@ class Homer(Decoding):
         self, model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor | None = None
     ) -> list[Chunk]:
         """What each left-padded prompt becomes: its last states, and the keys and values that are kept of it."""
-        from pretrain.core.generation.forward import Forward
-        from pretrain.decoding._tree import prompts
-        from pretrain.decoding.long_context._homer import attending, read
-
         rows = [ids_1L[0] for ids_1L in prompts(input_ids_BL, attention_mask_BL)]
         chunk = self.lengths(model)[1]
         bias_ND = self._bias(len(blocks(model)), chunk) if self.bias else None
@@ -116,8 +117,6 @@ class Homer(Decoding):
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, read row by row and continued together; returns `tokens_BN`."""
-        from pretrain.core.generation.rows import continue_rows
-
         limit, chunk, *_ = self.lengths(model)
         mask_BL, new = options.attention_mask_BL, options.max_new_tokens
         longest = input_ids_BL.shape[-1] if mask_BL is None else int(mask_BL.sum(1).max())
@@ -144,10 +143,6 @@ class Homer(Decoding):
         `file` ends in .safetensors, or is a folder. Documents that share a row are read as one
         text; rows with padding before that length are left out.
         """
-        from safetensors.torch import save_file
-
-        from pretrain.decoding.long_context._homer import mean_significance
-
         length = self.lengths(model)[1]
         rows = []
         for batch in batches:
@@ -166,10 +161,6 @@ class Homer(Decoding):
         return path
 
     def _bias(self, layers: int, distances: int) -> Tensor:
-        from safetensors import SafetensorError
-
-        from pretrain.core.weights import load_tensors
-
         path = _file(self.bias)
         try:
             bias_ND = load_tensors(path)["bias_ND"]
@@ -188,11 +179,8 @@ def _file(place: Path | str) -> Path:
     return path if path.suffix == ".safetensors" else path / FILE
 
 
-def _continued(model: PreTrainedModel, chunks: list[Chunk], room: int) -> Any:
+def _continued(model: PreTrainedModel, chunks: list[Chunk], room: int) -> Forward:
     """A `Forward` whose cache holds each row's chunk on the right, and whose next positions are the rows' own."""
-    from pretrain.core.generation.forward import Forward
-    from pretrain.core.models.families import additive
-
     forward = Forward(model, room)
     sizes = [len(chunk.position_T) for chunk in chunks]
     most = max(sizes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -94,19 +95,23 @@ def _read(path: Path, layers: int, heads: int) -> list[list[Pattern]]:
         patterns = [[_pattern(head) for head in layer] for layer in read_json(path)["layers"]]
     except (KeyError, TypeError, ValueError) as error:
         raise PretrainError(f"minference: patterns {path}: {error!r}: accepted: {wanted}") from error
-    if [len(layer) for layer in patterns] != [heads] * layers or min(min(h.sizes) for layer in patterns for h in layer) < 1:
-        raise PretrainError(f"minference: patterns {path}: {[len(layer) for layer in patterns]} heads: accepted: {wanted}")
+    if [len(layer) for layer in patterns] != [heads] * layers or min(
+        min(h.sizes) for layer in patterns for h in layer
+    ) < 1:
+        raise PretrainError(
+            f"minference: patterns {path}: {[len(layer) for layer in patterns]} heads: accepted: {wanted}"
+        )
     return patterns
 
 
-def _pattern(head: dict[str, Any]) -> Pattern:
+def _pattern(head: Mapping[str, Any]) -> Pattern:
     kind = head["pattern"]
     return Pattern(kind, tuple(int(head[size]) for size in SIZES[kind]))
 
 
 def search(
     model: PreTrainedModel, batches: Iterable[Tensor], *, sink: int = 1024, local: int = 4096, last_q: int = 64
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Each head's pattern of least error at the cost of an A-shape of `sink` and `local` keys.
 
     `batches` are `input_ids_BL` without padding. The cost is what is really computed, products of queries and keys in
@@ -145,7 +150,7 @@ def search(
     }  # fmt: skip
 
 
-def _best(errors: dict[Pattern, list[float]]) -> dict[str, Any]:
+def _best(errors: dict[Pattern, list[float]]) -> dict[str, object]:
     """The pattern of least mean error, of equal ones the first, as it stands in the file."""
     mean = {pattern: sum(values) / len(values) for pattern, values in errors.items()}
     (kind, sizes), error = min(mean.items(), key=lambda item: item[1])
@@ -162,16 +167,19 @@ def candidates(
     def cost(pattern: Pattern) -> int:
         return choose(query_1LD, key_1LD, [pattern], scaling=scaling, last_q=last_q).pairs()
 
+    def slashed(vertical: int, slashes: int) -> int:
+        return cost(Pattern("vertical_slash", (vertical, slashes * STEP)))
+
     budget, patterns = cost(first), [first]
     for vertical in sorted({min(vertical, length) for vertical in VERTICALS}):
-        most = _most(lambda n, v=vertical: cost(Pattern("vertical_slash", (v, n * STEP))), -(-length // STEP), budget)
+        most = _most(functools.partial(slashed, vertical), -(-length // STEP), budget)
         if most:
             patterns.append(Pattern("vertical_slash", (vertical, most * STEP)))
     most = _most(lambda n: cost(Pattern("block_sparse", (n,))), -(-length // BLOCK), budget)
     return [*patterns, Pattern("block_sparse", (most,))] if most else patterns
 
 
-def _most(cost: Any, high: int, budget: int) -> int:
+def _most(cost: Callable[[int], int], high: int, budget: int) -> int:
     """The largest number up to `high` whose cost is within the budget; 0 where 1 is not."""
     low = 0
     while low < high:

@@ -6,7 +6,7 @@ import heapq
 from dataclasses import dataclass
 from functools import cached_property
 from math import log, sqrt
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -50,7 +50,7 @@ class ADED(Decoding):
     lossless: ClassVar[bool] = True
 
     @cached_property
-    def _matrices(self) -> WeakKeyDictionary[Any, TriGrams]:
+    def _matrices(self) -> WeakKeyDictionary[PreTrainedModel, TriGrams]:
         return WeakKeyDictionary()
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -46,7 +46,7 @@ class TokenRecycling(Decoding):
     lossless: ClassVar[bool] = True
 
     @cached_property
-    def _matrices(self) -> WeakKeyDictionary[Any, dict[int, list[int]]]:
+    def _matrices(self) -> WeakKeyDictionary[PreTrainedModel, dict[int, list[int]]]:
         """By model, the rows of its matrix that are written; the others are zeros."""
         return WeakKeyDictionary()
 

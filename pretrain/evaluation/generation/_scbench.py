@@ -10,13 +10,14 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TypeVar
 
 import numpy as np
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.sources import Document
 
+T = TypeVar("T")
 LETTERS = np.array(list("abcdefghijklmnopqrstuvwxyz0123456789"))
 EXCERPT = 80  # characters of a document that stand for it in `many_shot`
 Count = Callable[[Sequence[str]], list[int]]  # tokens of each text
@@ -175,7 +176,9 @@ def many_shot(maker: Maker) -> Shared:
             maker.used.add(excerpt)
             by_domain[document["domain"]].append(excerpt)
     rounds = max(map(len, by_domain.values()), default=0)
-    order = [(excerpts[k], name) for k in range(rounds) for name, excerpts in sorted(by_domain.items()) if k < len(excerpts)]
+    order = [
+        (excerpts[k], name) for k in range(rounds) for name, excerpts in sorted(by_domain.items()) if k < len(excerpts)
+    ]
     shown, rest = order[: len(by_domain)], order[len(by_domain) :]
     if len(by_domain) < 2 or len(rest) < maker.turns:
         raise PretrainError(

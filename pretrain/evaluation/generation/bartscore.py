@@ -6,22 +6,27 @@ Shape letters: B pairs of a batch, S source tokens, M target tokens, L both, N d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
+from pretrain.core.models.families import family, head, hidden
+from pretrain.core.models.features import evaluating
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import bounds, resampled_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pretrain.core.batch import Vocabulary
     from pretrain.corpus.sources import Document
 
 Pair = tuple[list[int], list[int]]
@@ -70,9 +75,6 @@ class BARTScore(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the source's and the target's column."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-
         chosen = [d for d in documents if d.get(self.source) and d.get(self.target)]
         if not chosen:
             raise PretrainError(
@@ -109,9 +111,6 @@ class BARTScore(Evaluation):
         targets: Sequence[str],
     ) -> NDArray[np.float64]:
         """The score of each target given its source."""
-        from pretrain.core.encoding import encode
-        from pretrain.core.models.families import family
-
         entry = family(model)
         if not entry.causal and not entry.decoder_blocks:
             raise PretrainError(
@@ -119,7 +118,9 @@ class BARTScore(Evaluation):
             )
         apart = [] if entry.decoder_blocks else encode(tokenizer, [self.separator])[0].tolist()
         end = [] if vocabulary.eos is None else [vocabulary.eos]
-        read, written = ([ids[: self.length].tolist() for ids in encode(tokenizer, texts)] for texts in (sources, targets))
+        read, written = (
+            [ids[: self.length].tolist() for ids in encode(tokenizer, texts)] for texts in (sources, targets)
+        )
         if entry.decoder_blocks:
             begin = [] if vocabulary.bos is None else [vocabulary.bos]
             pairs = [(begin + x + end, y + end) for x, y in zip(read, written, strict=True)]
@@ -142,8 +143,6 @@ class BARTScore(Evaluation):
         """Spearman's correlation with the judgements, and its interval."""
         from scipy.stats import rankdata
 
-        from pretrain.evaluation._intervals import bounds
-
         judged = [i for i, d in enumerate(documents) if isinstance(d.get(self.judgement), int | float)]
         value_N = np.array([float(documents[i][self.judgement]) for i in judged])
         if len(np.unique(value_N)) < 2:
@@ -163,10 +162,12 @@ class BARTScore(Evaluation):
         return spearman(np.arange(count)), bounds(np.array(drawn))
 
 
-def _run(model: nn.Module, pairs: Sequence[Pair], nll: Callable[[nn.Module, Sequence[Pair], torch.device], Sequence[float]]) -> NDArray[np.float64]:
+def _run(
+    model: nn.Module,
+    pairs: Sequence[Pair],
+    nll: Callable[[PreTrainedModel, Sequence[Pair], torch.device], Sequence[float]],
+) -> NDArray[np.float64]:
     """Minus the mean nll of each pair's target, in batches of pairs of about the same size."""
-    from pretrain.core.models.features import evaluating
-
     size = [len(x) + len(y) for x, y in pairs]
     order, scores, start = sorted(range(len(pairs)), key=lambda i: size[i]), np.zeros(len(pairs)), 0
     with evaluating(model):
@@ -187,9 +188,6 @@ def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> t
 
 def _encoder_decoder(model: PreTrainedModel, pairs: Sequence[Pair], device: torch.device) -> list[float]:
     """The summed nll of each target; the decoder begins with the model's own start token."""
-    from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-    from pretrain.core.models.families import head, hidden
-
     begin = model.config.decoder_start_token_id
     begin = model.config.pad_token_id if begin is None else begin
     source_BS, target_BM = _padded([x for x, _ in pairs], 0, device), _padded([y for _, y in pairs], IGNORE, device)
@@ -201,11 +199,8 @@ def _encoder_decoder(model: PreTrainedModel, pairs: Sequence[Pair], device: torc
     return linear_cross_entropy(states_BME, weight_VE, target_BM, bias_V=bias_V)[1].double().sum(-1).tolist()
 
 
-def _causal(model: nn.Module, pairs: Sequence[Pair], device: torch.device) -> list[float]:
+def _causal(model: PreTrainedModel, pairs: Sequence[Pair], device: torch.device) -> list[float]:
     """The summed nll of each target after its source."""
-    from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-    from pretrain.core.models.families import head, hidden
-
     input_BL = _padded([[*x, *y][:-1] for x, y in pairs], 0, device)
     target_BL = _padded([[*[IGNORE] * (len(x) - 1), *y] for x, y in pairs], IGNORE, device)
     states_BLE = hidden(model, input_ids=input_BL, use_cache=False)

@@ -10,20 +10,22 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.core.encoding import text_of
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._continuations import judge, sample
+from pretrain.evaluation._intervals import bounds, resampled_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pretrain.core.batch import Vocabulary
     from pretrain.corpus.sources import Document
 
 NAME = "generation_verification_gap"
@@ -98,10 +100,6 @@ class GenerationVerificationGap(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the prompt's and the answer's column."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.evaluation._continuations import sample
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-
         chosen = [d for d in documents if all(d.get(c) is not None and str(d[c]).strip() for c in self.columns)]
         if not chosen:
             raise PretrainError(
@@ -149,8 +147,6 @@ class GenerationVerificationGap(Evaluation):
         document: Document,
     ) -> tuple[str, list[int]]:
         """The prompt's text and tokens."""
-        from pretrain.core.encoding import encode
-
         text = str(document[self.prompt])
         ids = encode(tokenizer, [text])[0].tolist()
         if self.prompt_tokens and len(ids) > self.prompt_tokens:
@@ -181,9 +177,6 @@ class GenerationVerificationGap(Evaluation):
         ids: list[int], made: list[list[int]], texts: list[str],
     ) -> NDArray[np.float64]:  # fmt: skip
         """`score_N`, the log of what the model makes of its generations."""
-        from pretrain.core.encoding import encode
-        from pretrain.evaluation._continuations import judge
-
         if self.verifier == "likelihood":
             judgements = judge(model, [(ids, continuation) for continuation in made])
             return np.array([judgement.logp / judgement.tokens for judgement in judgements])

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from transformers import Cache
 
-from pretrain.core.encoding import text_of
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode, encode_plain, plain_backend, text_of
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.generation.cache import cache_bytes, layers_of
+from pretrain.core.method import nested
+from pretrain.core.models.features import evaluating
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation.generation._scbench import TASKS, Maker, Shared, right
 
 if TYPE_CHECKING:
@@ -28,6 +34,16 @@ if TYPE_CHECKING:
 
 MODES = ("multi_turn", "multi_request")
 OWN = ("full", "window")  # caches that are no method
+
+
+@runtime_checkable
+class OverCache(Protocol):
+    """A decoding method that is a context manager over the model's cache."""
+
+    name: str
+
+    def __call__(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """While open, the model's cache is the method's."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +74,7 @@ class SCBench(Evaluation):
     hops: int = 2
     golden: bool = True
     slack: int = 4  # tokens that an answer may have more than the true one
-    cache: HeldDecoding = "full"
+    cache: Any = "full"  # full, window, or a decoding method as a recipe says it
     sink: int = 4
     window: int = 1020
     resamples: int = 1000
@@ -78,21 +94,20 @@ class SCBench(Evaluation):
                 raise unknown("task of scbench", name, TASKS)
         self._method()
 
-    def held(self) -> dict[str, Decoding]:
+    def held(self) -> dict[str, OverCache]:
         """The decoding method whose cache is used."""
-        return {} if self._method() is None else {"cache": self._method()}
+        method = self._method()
+        return {} if method is None else {"cache": method}
 
-    def _method(self) -> Decoding | None:
+    def _method(self) -> OverCache | None:
         """The decoding method that `cache` names; None where it names none."""
         if self.cache in OWN:
             return None
-        from pretrain.core.method import nested
-
         try:
             method = nested(self.cache, "decoding")
         except PretrainError as error:
             raise PretrainError(f"scbench: cache {self.cache!r}: accepted: {', '.join(OWN)}; or: {error}") from error
-        if not callable(method):
+        if not isinstance(method, OverCache):
             raise PretrainError(
                 f"scbench: cache {method.name!r}: accepted: {', '.join(OWN)}, or a decoding method over the cache, "
                 "such as pyramid_infer"
@@ -103,8 +118,6 @@ class SCBench(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on contexts made of documents with `text`, and for `many_shot` `domain`."""
-        from pretrain.core.models.features import evaluating
-
         length, method = self._length(model), self._method()
         scored: dict[str, dict[str, NDArray[np.float64]]] = {mode: {} for mode in MODES if self.mode in ("both", mode)}
         sizes, tokens = [], []
@@ -140,8 +153,6 @@ class SCBench(Evaluation):
         length: int,
     ) -> Shared:
         """The context and queries number `number` of a task, so long that they fit `length` tokens together."""
-        from pretrain.core.encoding import encode_plain, plain_backend
-
         backend = plain_backend(tokenizer)
 
         def count(texts: Sequence[str]) -> list[int]:
@@ -185,8 +196,6 @@ class SCBench(Evaluation):
     def _measured(
         self, scored: dict[str, dict[str, NDArray[np.float64]]], sizes: list[int], tokens: list[int]
     ) -> Measured:
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-
         metrics = {
             "scbench_kv_bytes": float(np.mean(sizes)),
             "scbench_context_tokens": float(np.mean(tokens)),
@@ -215,9 +224,6 @@ class _Asked:
     """The tokens of a context, its queries and answers: each encoded by itself, so that a cache can end anywhere."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, shared: Shared) -> None:
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.encoding import encode
-
         vocabulary = Vocabulary.of(tokenizer)
         self.tokenizer, self.eos = tokenizer, vocabulary.eos
         begin = [] if vocabulary.begin is None else [vocabulary.begin]
@@ -266,9 +272,13 @@ class Reader:
         other.cache, other.seen = copy.deepcopy(self.cache), self.seen
         return other
 
+    def _read(self) -> Cache:
+        assert self.cache is not None, "nothing has been read"
+        return self.cache
+
     def _evict(self, sink: int, window: int) -> None:
         """Keep the first and the last tokens of each layer; they stay at the positions at which they were read."""
-        for layer in self.cache.layers:
+        for layer in layers_of(self._read()):
             if getattr(layer, "is_sliding", False):
                 raise PretrainError(
                     "scbench: cache 'window': the model has layers of sliding attention; accepted: full"
@@ -283,4 +293,4 @@ class Reader:
     @property
     def nbytes(self) -> int:
         """The bytes of keys and values."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.cache.layers)
+        return cache_bytes(self._read())

@@ -9,10 +9,19 @@ from __future__ import annotations
 import lzma
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import TypedDict
+
+from pretrain.corpus.sources import Document
 
 
-def compressed_bits(documents: Iterable[Document]) -> dict[str, dict[str, Any]]:
+class Compressed(TypedDict):
+    """What a compressor makes of the documents: bits per byte of all of them, and of each domain's."""
+
+    metrics: dict[str, float]
+    domains: dict[str, dict[str, float]]
+
+
+def compressed_bits(documents: Iterable[Document]) -> dict[str, Compressed]:
     """`{"xz -9e": {"metrics": {"bits_per_byte": …}, "domains": {DOMAIN: {"bits_per_byte": …}}}, "zstd -19": …}`.
 
     Text of no bytes has no bits per byte and no entry.

@@ -13,8 +13,11 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import bounds, resampled_sums
+from pretrain.evaluation._predictions import framed, predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -59,10 +62,6 @@ class Calibration(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text` and `domain`."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-        from pretrain.evaluation._predictions import framed, predictions
-
         vocabulary = Vocabulary.of(tokenizer)
         tokens = framed(tokenizer, vocabulary, [d["text"] for d in documents], end=True)
         length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
@@ -99,7 +98,8 @@ class Calibration(Evaluation):
         place_T = np.arange(len(prediction.nll_T)) + first
         bucket_T = np.searchsorted(np.array(self.positions), place_T, "right")  # 0: before the first bucket
         within = [
-            np.bincount(bin_T, weights, minlength=self.bins) for weights in (None, prediction.right_T, prediction.confidence_T)
+            np.bincount(bin_T, weights, minlength=self.bins)
+            for weights in (None, prediction.right_T, prediction.confidence_T)
         ]
         along = [np.bincount(bucket_T, w, minlength=len(self.positions) + 1)[1:] for w in (None, prediction.nll_T)]
         return np.concatenate([*within, *along]).astype(np.float64)

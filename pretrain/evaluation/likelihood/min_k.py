@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
+from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import bounds, resampled_sums
+from pretrain.evaluation._predictions import framed, predictions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,8 +76,6 @@ class MinK(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text`, and the members' column if that is asked for."""
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-
         chosen, member_N = self._labelled(documents)
         kept_N, scores_ND = self._scores(model, tokenizer, [d["text"] for d in chosen])
         member_N, scores_N = None if member_N is None else member_N[kept_N], scores_ND[:, 0]
@@ -96,9 +99,6 @@ class MinK(Evaluation):
     def _labelled(self, documents: Sequence[Document]) -> tuple[list[Document], NDArray[np.bool_] | None]:
         """The documents to score, and which of them are members where that is known."""
         if self.members:
-            from pretrain.core.folders import corpus_of
-            from pretrain.corpus.store import Corpus
-
             trained = Corpus(corpus_of(Path(self.members))).sample("train", len(documents))
             return [*documents, *trained], np.arange(len(documents) + len(trained)) >= len(documents)
         if not self.member:
@@ -115,9 +115,6 @@ class MinK(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Which texts are long enough, and what each detector makes of them: the higher, the rather a member."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.evaluation._predictions import framed, predictions
-
         vocabulary = Vocabulary.of(tokenizer)
         begins = vocabulary.bos is not None or vocabulary.eos is not None
         limit = getattr(model.config, "max_position_embeddings", None)
@@ -137,8 +134,6 @@ class MinK(Evaluation):
 
     def _detect(self, measured: Measured, scores_ND: NDArray[np.float64], member_N: NDArray[np.bool_]) -> Measured:
         """The metrics with those of the detectors."""
-        from pretrain.evaluation._intervals import bounds
-
         if member_N.all() or not member_N.any():
             raise PretrainError(
                 f"min_k: {int(member_N.sum())} of {len(member_N)} documents of {self.length} tokens are members; "

@@ -138,9 +138,9 @@ class _Tokens:
     def tree(self, node: ast.AST) -> Tree | None:
         """The tree of a node that holds tokens; some, such as an operator's, hold none of their own."""
         whole = type(node).__name__ in _WHOLE
-        children = [] if whole else [t for child in ast.iter_child_nodes(node) if (t := self.tree(child))]
+        inside = [] if whole else [t for child in ast.iter_child_nodes(node) if (t := self.tree(child))]
         span = self.span(node)
-        spans = [(t.start, t.end) for t in children] + ([span] if span and span[0] < span[1] else [])
+        spans = [(t.start, t.end) for t in inside] + ([span] if span and span[0] < span[1] else [])
         if not spans:
             return None
         for decorator in getattr(node, "decorator_list", [])[:1]:
@@ -149,7 +149,7 @@ class _Tokens:
         start, end = min(a for a, _ in spans), max(b for _, b in spans)
         children: list[Tree | int] = []
         at = start
-        for child in sorted(children, key=lambda t: t.start):
+        for child in sorted(inside, key=lambda t: t.start):
             if child.start < at:
                 raise _Overlap(ast.dump(node)[:80])
             children += [*range(at, child.start), child]
@@ -198,7 +198,9 @@ def constituents(d: Sequence[float], c: Sequence[Labels], u: Sequence[Labels]) -
     return constituents
 
 
-def agreement(predicted: Counter[tuple[str, int, int]], true: Counter[tuple[str, int, int]]) -> tuple[float, float, float]:
+def agreement(
+    predicted: Counter[tuple[str, int, int]], true: Counter[tuple[str, int, int]]
+) -> tuple[float, float, float]:
     """Precision, recall and F1 of named nodes."""
     both = (predicted & true).total()
     precision, recall = both / max(predicted.total(), 1), both / max(true.total(), 1)

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.density import activations
+from pretrain.core.models.families import base, family
+from pretrain.core.models.features import Framing, evaluating, middle
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -48,10 +53,6 @@ class ActivationDensity(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The shares, over all tokens and by domain."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.encoding import encode
-        from pretrain.core.models.features import Framing, evaluating, middle
-
         framing = Framing(model, Vocabulary.of(tokenizer), self.length)
         pieces = [middle(ids, framing.length) for ids in encode(tokenizer, [d["text"] for d in documents])]
         kept = [
@@ -74,9 +75,6 @@ class ActivationDensity(Evaluation):
 
     def _count(self, model: PreTrainedModel, rows: list[list[int]]) -> torch.Tensor:
         """For each row the mean share of active neurons summed over its tokens, by block, and its number of tokens."""
-        from pretrain.core.models.density import activations
-        from pretrain.core.models.families import base, family
-
         lengths_B = torch.tensor([len(row) for row in rows], device=model.device)
         input_BL = torch.tensor([row + [0] * (max(map(len, rows)) - len(row)) for row in rows], device=model.device)
         real_BL = torch.arange(input_BL.shape[1], device=model.device) < lengths_B[:, None]

@@ -5,17 +5,24 @@ Shape letters: N snippets, B of a batch, T tokens of code, P neighbours (T - 1),
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from hashlib import blake2b
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import blocks
+from pretrain.core.models.features import Framing, evaluating, states
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation.probes._syntax import Labels, Snippet, agreement, constituents, snippets
 
 if TYPE_CHECKING:
@@ -73,9 +80,6 @@ class AstProbe(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with Python in `text`."""
-        from pretrain.core.models.families import blocks
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-
         depth = len(blocks(model))
         layer = max(1, depth // 2) if self.layer is None else self.layer
         if not -depth - 1 <= layer <= depth:
@@ -85,13 +89,15 @@ class AstProbe(Evaluation):
         states: dict[str, list[NDArray[np.float32]]] = {}
         for side, functions in sides.items():
             known = [
-                (s, h) for s, h in zip(functions, token_states(model, tokenizer, functions, layer), strict=True) if h is not None
+                (s, h)
+                for s, h in zip(functions, token_states(model, tokenizer, functions, layer), strict=True)
+                if h is not None
             ]
             chosen[side], states[side] = [s for s, _ in known], [h for _, h in known]
         if not all(chosen.values()):
-            counts = ", ".join(f"{len(chosen[side])} to {side}" for side in SIDES)
+            numbers = ", ".join(f"{len(chosen[side])} to {side}" for side in SIDES)
             raise PretrainError(
-                f"ast_probe: {len(documents)} documents give {counts} functions of at most {self.tokens} tokens; "
+                f"ast_probe: {len(documents)} documents give {numbers} functions of at most {self.tokens} tokens; "
                 "accepted: more documents with Python code"
             )
         probe = self.fit(chosen["train"], states["train"], chosen["validation"], states["validation"])
@@ -120,7 +126,11 @@ class AstProbe(Evaluation):
         return sides
 
     def fit(
-        self, train: Sequence[Snippet], states: Sequence[NDArray[np.float32]], validation: Sequence[Snippet], held: Sequence[NDArray[np.float32]]
+        self,
+        train: Sequence[Snippet],
+        states: Sequence[NDArray[np.float32]],
+        validation: Sequence[Snippet],
+        held: Sequence[NDArray[np.float32]],
     ) -> Probe:
         """The probe that has the least validation loss."""
         probe = Probe(states[0].shape[1], self.rank, train, self.seed)
@@ -132,7 +142,9 @@ class AstProbe(Evaluation):
             order = rng.permutation(len(train))
             for start in range(0, len(train), self.batch):
                 batch = order[start : start + self.batch]
-                loss = probe.loss([train[i] for i in batch], [states[i] for i in batch]) + self.orthogonal * probe.skew()
+                loss = (
+                    probe.loss([train[i] for i in batch], [states[i] for i in batch]) + self.orthogonal * probe.skew()
+                )
                 optimiser.zero_grad()
                 loss.backward()
                 optimiser.step()
@@ -191,7 +203,7 @@ class Probe(nn.Module):
         inner_KK = self.projection_EK.T @ self.projection_EK
         return ((inner_KK - torch.eye(len(inner_KK))) ** 2).sum()
 
-    def recover(self, h_TE: NDArray[np.float32]) -> Any:
+    def recover(self, h_TE: NDArray[np.float32]) -> Counter[tuple[str, int, int]]:
         """The named nodes of the tree that the states hold."""
         with torch.no_grad():
             d_BP, c_BPC, u_BTU = self(torch.from_numpy(h_TE)[None])
@@ -214,16 +226,16 @@ def _cross_entropy(scores: Tensor, target: Tensor) -> Tensor:
 
 
 def token_states(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, snippets: Sequence[Snippet], layer: int, batch_tokens: int = 8192
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    snippets: Sequence[Snippet],
+    layer: int,
+    batch_tokens: int = 8192,
 ) -> list[NDArray[np.float32] | None]:
     """Of each snippet the states `h_TE` of its tokens; None where the model has too few positions for it.
 
     As in the paper the model reads the tokens of code parted by single spaces.
     """
-    from pretrain.core.batch import Vocabulary
-    from pretrain.core.encoding import encode
-    from pretrain.core.models.features import Framing, evaluating, states
-
     framing = Framing(model, Vocabulary.of(tokenizer), 1 << 30)
     texts = dict.fromkeys(("" if i == 0 else " ") + token for s in snippets for i, token in enumerate(s.tokens))
     subwords = dict(zip(texts, encode(tokenizer, list(texts)), strict=True))
@@ -257,7 +269,5 @@ def token_states(
 
 def _share(text: str) -> float:
     """A number from 0 to 1 by a hash of its own."""
-    from hashlib import blake2b
-
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, person=b"ast_probe").digest()
     return int.from_bytes(digest) / 2**64

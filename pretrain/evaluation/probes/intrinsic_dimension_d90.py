@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from pretrain.core.batch import Context, Example, Vocabulary, to_device
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.heads import output
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation.probes.probe import to_fit
+from pretrain.objectives.labelled.classification import Classification
+from pretrain.surgery.adapters.intrinsic_dimension import IntrinsicDimension
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -64,11 +70,6 @@ class IntrinsicDimensionD90(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The accuracies and d90; the model stays as it is."""
-        from pretrain.core.batch import Context, Example, Vocabulary
-        from pretrain.core.encoding import Encoder
-        from pretrain.evaluation.probes.probe import to_fit
-        from pretrain.objectives.labelled.classification import Classification
-
         known = [d for d in documents if d.get(self.label) is not None and d.get("text")]
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
         fit = [example for example in examples if to_fit(example.columns)]
@@ -93,7 +94,9 @@ class IntrinsicDimensionD90(Evaluation):
         commonest = max(labels, key=learnt.count)
         metrics = {f"intrinsic_accuracy.{dimension}": accuracy for dimension, accuracy in accuracies.items()}
         metrics |= {"intrinsic_full_accuracy": full, "intrinsic_documents": float(len(test))}
-        metrics["intrinsic_majority"] = sum(str(example.columns[self.label]) == commonest for example in test) / len(test)
+        metrics["intrinsic_majority"] = sum(str(example.columns[self.label]) == commonest for example in test) / len(
+            test
+        )
         reached = [dimension for dimension, accuracy in accuracies.items() if accuracy >= self.share * full]
         return Measured(metrics | ({"intrinsic_d90": float(reached[0])} if reached else {}))
 
@@ -108,10 +111,6 @@ class IntrinsicDimensionD90(Evaluation):
         rate: float,
     ) -> float:
         """Of a copy of the model, after its training."""
-        from pretrain.core.batch import to_device
-        from pretrain.core.models.heads import output
-        from pretrain.surgery.adapters.intrinsic_dimension import IntrinsicDimension
-
         model = copy.deepcopy(start).requires_grad_(True)
         if dimension is not None:
             model = IntrinsicDimension(dimension, said=self.said, seed=self.seed)(model)

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from hashlib import blake2b
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.features import labelled, piece_features
+from pretrain.corpus.payload import content, only_text
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import bounds, resampled_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.corpus.sources import Document
+
+Features = NDArray[np.float64]
+Labels = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -51,8 +58,6 @@ class Probe(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the label and the columns that the processor reads."""
-        from pretrain.core.models.features import labelled, piece_features
-
         length = self.length or 512
         kept = labelled(model, tokenizer, documents, self.label, length)
         classes = sorted({str(document[self.label]) for document, _ in kept})
@@ -88,8 +93,6 @@ class Probe(Evaluation):
         return made.fit(fit_NE, label_N).predict(test_NE)
 
     def _measure(self, label_N: Labels, predicted_N: Labels, classes: int, majority: float) -> Measured:
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-
         true_NC, predicted_NC = (np.arange(classes) == x_N[:, None] for x_N in (label_N, predicted_N))
         counts_NK = np.concatenate([true_NC & predicted_NC, true_NC, predicted_NC], axis=1)
         accuracy, f1 = _scores(counts_NK.sum(0, keepdims=True))
@@ -116,9 +119,5 @@ def _scores(sums_RK: NDArray[np.number]) -> tuple[Features, Features]:
 
 def to_fit(document: Document) -> bool:
     """Whether a document serves to fit the classifier; independent of the hash that splits a corpus."""
-    from hashlib import blake2b
-
-    from pretrain.corpus.payload import content, only_text
-
     data = document["text"].encode("utf-8", "surrogatepass") if only_text(document) else content(document)
     return bool(blake2b(data, digest_size=8, person=b"probe").digest()[0] & 1)

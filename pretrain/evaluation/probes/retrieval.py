@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.features import Framing, text_features
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import bounds, resampled_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -47,11 +51,6 @@ class Retrieval(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text`."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.encoding import encode
-        from pretrain.core.models.features import Framing, text_features
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-
         framing = Framing(model, Vocabulary.of(tokenizer), self.length)
         halves = [
             (ids[: len(ids) // 2][: framing.length], ids[len(ids) // 2 :][: framing.length])

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.models.features import labelled, piece_features
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -78,8 +79,6 @@ class Transferability(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with the label and the columns that the processor reads."""
-        from pretrain.core.models.features import labelled, piece_features
-
         kept = labelled(model, tokenizer, documents, self.label, self.length)
         values = [str(document[self.label]) for document, _ in kept]
         _, number_N, count_C = np.unique(values, return_inverse=True, return_counts=True)

@@ -3,21 +3,39 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING
+from collections.abc import Sequence, Sized
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
-from pretrain.core.batch import counts, to_device
+from pretrain.core.batch import Batch, counts, to_device
 from pretrain.objectives import Objective, share
 
-if TYPE_CHECKING:
-    from pretrain.training.loader import Loader
+
+class Batches(Protocol):
+    """What gives the batches: the loader of a training."""
+
+    next_step: int
+    batch_rows: int
+
+    @property
+    def plan(self) -> Sized:
+        """The rows of an epoch."""
+
+    def step(self, step: int, progress: float) -> Sequence[Sequence[Batch]]:
+        """The micro-batches of a step, each one batch an objective."""
+
+    def state(self) -> dict[str, Any]:
+        """Where it stands."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from there."""
 
 
 @torch.no_grad()
 def objective_loss(
-    model: nn.Module, modules: nn.Module | None, objective: Objective, loader: Loader, max_tokens: int
+    model: nn.Module, modules: nn.Module | None, objective: Objective, loader: Batches, max_tokens: int
 ) -> dict[str, float]:
     """`loss` and the objective's parts, over about `max_tokens` tokens and at most one epoch of `loader`.
 

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
 from pretrain.core.method import InnerObjective, Ref
+from pretrain.core.models.heads import labels_of
+from pretrain.corpus.examples import Examples
+from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pretrain.corpus.examples import Examples
     from pretrain.corpus.sources import Document
     from pretrain.objectives.labelled import FineTuning
 
@@ -60,10 +65,6 @@ class Task(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The objective's metrics over all documents and by domain."""
-        from pretrain.core.batch import Context, Example, Vocabulary
-        from pretrain.core.encoding import Encoder
-        from pretrain.core.models.heads import labels_of
-
         objective = self.method
         known = [d for d in documents if all(d.get(column) is not None for column in objective.columns)]
         if not known:
@@ -86,15 +87,13 @@ class Task(Evaluation):
 
     def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
         """The training examples of the corpus `pool`."""
-        from pretrain.core.folders import corpus_of
-        from pretrain.corpus.examples import Examples
-        from pretrain.corpus.store import Corpus
-
         if not self.pool:
             return None
         return Examples(Corpus(corpus_of(Path(self.pool))), "train", tokenizer, self.method.columns)
 
-    def _intervals(self, metrics: Callable[[Sequence[int]], dict[str, float]], count: int) -> dict[str, tuple[float, float]]:
+    def _intervals(
+        self, metrics: Callable[[Sequence[int]], dict[str, float]], count: int
+    ) -> dict[str, tuple[float, float]]:
         rng = np.random.default_rng(self.seed)
         drawn = [metrics(rng.integers(count, size=count).tolist()) for _ in range(self.resamples)]
         ends: dict[str, tuple[float, float]] = {}

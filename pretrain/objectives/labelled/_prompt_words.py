@@ -18,6 +18,7 @@ from pretrain.core.batch import Context, Example, to_device
 from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import head
+from pretrain.core.models.features import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,8 +69,6 @@ def _log_probabilities(
     model: PreTrainedModel, objective: PromptClassification, examples: Sequence[Example], context: Context
 ) -> Tensor:
     """`log_NV`: of all tokens at each example's hole."""
-    from pretrain.core.models.features import evaluating
-
     size = len(head(model)[0])
     bare = replace(objective, demonstrations=False)
     entries = []

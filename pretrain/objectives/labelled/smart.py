@@ -19,6 +19,7 @@ from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import InnerObjective
 from pretrain.core.models.families import embeddings
+from pretrain.core.models.features import evaluating
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified
 from pretrain.objectives.labelled import FineTuning
@@ -186,8 +187,6 @@ class Average(nn.Module):
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
         """`logits_BC` of the model with the averaged weights, without dropout."""
-        from pretrain.core.models.features import evaluating
-
         with evaluating(model):
             weights = {f"model.{name}": average for name, average in self.weights.items()}
             return functional_call(_Reader(model), weights, (batch,)).float()

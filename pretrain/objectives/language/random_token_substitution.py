@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.checkpoint import checkpoint_of, load
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.attention import attend
@@ -112,8 +113,6 @@ class RandomTokenSubstitution(Objective):
 
         weight_VE = embeddings(model).weight
         if self.embeddings is not None:
-            from pretrain.core.checkpoint import checkpoint_of, load
-
             size = len(weight_VE)
             weight_VE = embeddings(load(checkpoint_of(Path(self.embeddings)))[0]).weight
             if len(weight_VE) != size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import PreTrainedModel
 
 from pretrain.core.checkpoint import forget, recorded, surgery_of
@@ -41,8 +42,6 @@ def _merge_ours(model: PreTrainedModel) -> int:
 
 
 def _merge_peft(model: PreTrainedModel) -> int:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
     layers = {name: module for name, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
     with torch.no_grad():
         for name, module in layers.items():

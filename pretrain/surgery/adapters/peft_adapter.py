@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from peft import PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -63,8 +65,6 @@ class PeftAdapter(Surgery):
 
         None where the classifier's last layer is adapted: it is trained whole besides, which `peft` cannot say.
         """
-        from peft import get_peft_model_state_dict
-
         config = {"peft_type": self.type, **self.config, "inference_mode": True}
         tensors = {f"{PREFIX}{n}": t.contiguous() for n, t in get_peft_model_state_dict(model).items()}
         new = new_modules(model)
@@ -89,9 +89,6 @@ class PeftAdapter(Surgery):
 
 def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     """The model with the adapter's layers, by name `default`; everything else is frozen."""
-    from peft import PeftType, inject_adapter_in_model
-    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-
     if config["peft_type"] not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise unknown("adapter type of peft", config["peft_type"], list(PEFT_TYPE_TO_CONFIG_MAPPING))
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config["peft_type"])]
@@ -118,8 +115,6 @@ def _stored(config: Config) -> Config:
 
 def _load(model: PreTrainedModel, folder: Path) -> None:
     """The weights of an adapter in `peft`'s format; all must have a place, and all places a weight."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
-
     path = folder / "adapter_model.safetensors"
     if not path.exists():
         pickled = " (a pickled adapter_model.bin is never read)" if (folder / "adapter_model.bin").exists() else ""

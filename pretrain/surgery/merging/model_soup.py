@@ -16,7 +16,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
+from pretrain.core.hardware import pick_device
 from pretrain.core.method import InnerEvaluation, Ref
+from pretrain.corpus.store import Corpus
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._merge import check, mean_into
 
@@ -91,8 +94,6 @@ class ModelSoup(Surgery):
 
     def _greedy(self, soup: PreTrainedModel, models: list[PreTrainedModel], inputs: Inputs | None) -> PreTrainedModel:
         """The recipe of the paper; measures in `soup`, which holds each candidate in turn."""
-        from pretrain.core.hardware import pick_device
-
         measure, home = self._measure(None if inputs is None else inputs.tokenizer), soup.device
         cast(nn.Module, soup).to(pick_device())  # transformers' stub of `to` takes no device
 
@@ -120,9 +121,6 @@ class ModelSoup(Surgery):
 
     def _measure(self, tokenizer: PreTrainedTokenizerBase | None) -> Callable[[PreTrainedModel], float]:
         """What is minimised: the metric, or its negative, of a model on the held-out documents."""
-        from pretrain.core.folders import corpus_of
-        from pretrain.corpus.store import Corpus
-
         if tokenizer is None:
             raise PretrainError("model_soup: the checkpoint has no tokenizer to read the held-out documents with")
         evaluate = replace(self.measuring, length=self.length) if self.length else self.measuring

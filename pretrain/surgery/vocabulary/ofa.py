@@ -22,6 +22,8 @@ from pretrain.core.models.families import embeddings
 from pretrain.core.models.layers import like
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._random import generator
+from pretrain.surgery._tokens import expand
+from pretrain.surgery.vocabulary._vectors import read, subwords
 
 CHUNK = 1024
 
@@ -96,9 +98,6 @@ class Ofa(Surgery):
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model with more rows and, of a smaller dimension, in factors."""
-        from pretrain.surgery._tokens import expand
-        from pretrain.surgery.vocabulary._vectors import read, subwords
-
         factors = self._rank(model)
         words, vectors_WD = read(self.name, self.vectors, self.max_words)
         table_VE = embeddings(model).weight.detach().double()

@@ -5,23 +5,30 @@ Shape letters: V old tokens, N new tokens, E width, X a row's length (E, or 1 fo
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.bounds import Count, NonNegative, Positive
+from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
+from pretrain.core.hardware import pick_device
 from pretrain.core.method import Ref
 from pretrain.core.models.families import embeddings
+from pretrain.corpus.store import Corpus
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._random import generator
+from pretrain.surgery._tokens import expand
+from pretrain.surgery.vocabulary._cw2v import Settings, train
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
 
@@ -64,8 +71,6 @@ class VocabularyExpansion(Surgery):
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model with more rows; the joined tokenizer is handed back in `inputs.extra`."""
-        from pretrain.surgery._tokens import expand
-
         old, new = expand(self.name, model, self.tokenizer, inputs)
         if not new:
             return model
@@ -83,9 +88,6 @@ class VocabularyExpansion(Surgery):
         self, model: PreTrainedModel, old: list[int], new: list[int], source: torch.Generator, inputs: Inputs | None
     ) -> None:
         """Learn the mixtures and fill the new rows with them."""
-        from pretrain.core.hardware import pick_device
-        from pretrain.surgery.vocabulary._cw2v import Settings, train
-
         assert inputs is not None
         weight, *rest = tables(model)
         device, texts = pick_device(), self._texts(inputs.extra["tokenizer"], old, new)
@@ -104,14 +106,6 @@ class VocabularyExpansion(Surgery):
 
     def _texts(self, tokenizer: PreTrainedTokenizerBase, old: list[int], new: list[int]) -> list[NDArray[np.int64]]:
         """The training documents' tokens, renumbered: the old ones first."""
-        import itertools
-
-        import numpy as np
-
-        from pretrain.core.encoding import encode
-        from pretrain.core.folders import corpus_of
-        from pretrain.corpus.store import Corpus
-
         number = np.zeros(max(old[-1], new[-1]) + 1, np.int64)
         number[old + new] = np.arange(len(old) + len(new))
         documents = Corpus(corpus_of(Path(self.corpus))).documents("train")
