@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
@@ -54,15 +55,13 @@ class BARTScore(Evaluation):
     both: bool = False
     judgement: str = ""
     separator: str = "\n"
-    length: int = 1024
+    length: Count = 1024
     resamples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        if self.length < 1:
-            raise PretrainError(f"bartscore: length {self.length}: accepted: 1 or more")
         if self.source == self.target:
             raise PretrainError(f"bartscore: source and target {self.source!r}: accepted: two columns")
 

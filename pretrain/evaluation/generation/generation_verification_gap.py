@@ -10,13 +10,14 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count, Ge, Positive, ProperShare, Whole
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.evaluation import Evaluation, Measured
@@ -54,14 +55,14 @@ class GenerationVerificationGap(Evaluation):
     utility: Literal["exact", "parses"] = "exact"
     verifier: Literal["choice", "likelihood"] = "choice"
     weights: Literal["filter", "reweight"] = "filter"
-    quantile: float = 0.8
-    beta: float = 1.0
-    generations: int = 128
-    max_new_tokens: int = 512
-    temperature: float = 0.7
+    quantile: ProperShare = 0.8
+    beta: Positive = 1.0
+    generations: Annotated[int, Ge(2)] = 128
+    max_new_tokens: Count = 512
+    temperature: Positive = 0.7
     top_p: float = 0.9
     stop: str = "\n"
-    prompt_tokens: int = 0  # of a prompt, its first; 0: all
+    prompt_tokens: Whole = 0  # of a prompt, its first; 0: all
     question: str = QUESTION
     yes: str = " yes"
     no: str = " no"
@@ -71,20 +72,6 @@ class GenerationVerificationGap(Evaluation):
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        accepted = {
-            "utility": ("exact", "parses"), "verifier": ("choice", "likelihood"), "weights": ("filter", "reweight")
-        }  # fmt: skip
-        for name, values in accepted.items():
-            if getattr(self, name) not in values:
-                raise PretrainError(f"{NAME}: {name} {getattr(self, name)!r}: accepted: {', '.join(values)}")
-        for name, fewest in {"generations": 2, "max_new_tokens": 1, "prompt_tokens": 0}.items():
-            if getattr(self, name) < fewest:
-                raise PretrainError(f"{NAME}: {name} {getattr(self, name)}: accepted: {fewest} or more")
-        if not 0 <= self.quantile < 1:
-            raise PretrainError(f"{NAME}: quantile {self.quantile}: accepted: from 0 to below 1")
-        for name in ("beta", "temperature"):
-            if getattr(self, name) <= 0:
-                raise PretrainError(f"{NAME}: {name} {getattr(self, name)}: accepted: above 0")
         if self.verifier == "choice":
             if "{answer}" not in self.question:
                 raise PretrainError(f"{NAME}: question {self.question!r}: accepted: a text with {{prompt}}, {{answer}}")

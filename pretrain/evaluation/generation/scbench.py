@@ -9,7 +9,7 @@ import copy
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 from transformers import Cache
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count, Ge, Whole
 from pretrain.core.encoding import encode, encode_plain, plain_backend, text_of
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.generation.cache import cache_bytes, layers_of
@@ -67,28 +68,22 @@ class SCBench(Evaluation):
 
     tasks: tuple[str, ...] = ()
     mode: Literal["both", "multi_turn", "multi_request"] = "both"
-    turns: int = 5
-    contexts: int = 8
-    length: int = 0
-    width: int = 8
-    hops: int = 2
+    turns: Count = 5
+    contexts: Count = 8
+    length: Whole = 0
+    width: Annotated[int, Ge(4)] = 8
+    hops: Count = 2
     golden: bool = True
-    slack: int = 4  # tokens that an answer may have more than the true one
+    slack: Whole = 4  # tokens that an answer may have more than the true one
     cache: Any = "full"  # full, window, or a decoding method as a recipe says it
-    sink: int = 4
-    window: int = 1020
+    sink: Whole = 4
+    window: Count = 1020
     resamples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        least = {"turns": 1, "contexts": 1, "length": 0, "width": 4, "hops": 1, "slack": 0, "sink": 0, "window": 1}
-        for name, fewest in least.items():
-            if getattr(self, name) < fewest:
-                raise PretrainError(f"scbench: {name} {getattr(self, name)}: accepted: {fewest} or more")
-        if self.mode not in ("both", *MODES):
-            raise PretrainError(f"scbench: mode {self.mode!r}: accepted: both, {', '.join(MODES)}")
         for name in self.tasks:
             if name not in TASKS:
                 raise unknown("task of scbench", name, TASKS)

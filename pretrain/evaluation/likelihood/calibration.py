@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
@@ -42,8 +43,8 @@ class Calibration(Evaluation):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
-    bins: int = 15
-    positions: tuple[int, ...] = (0, 16, 64, 256, 1024)
+    bins: Count = 15
+    positions: tuple[Whole, ...] = (0, 16, 64, 256, 1024)
     length: int = 0
     stride: int = 0
     resamples: int = 1000
@@ -52,11 +53,8 @@ class Calibration(Evaluation):
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        if self.bins < 1:
-            raise PretrainError(f"calibration: bins {self.bins}: accepted: 1 or more")
-        rising = all(a < b for a, b in zip(self.positions, self.positions[1:]))
-        if not rising or (self.positions and self.positions[0] < 0):
-            raise PretrainError(f"calibration: positions {self.positions}: accepted: numbers of 0 or more that rise")
+        if any(a >= b for a, b in zip(self.positions, self.positions[1:])):
+            raise PretrainError(f"calibration: positions {self.positions}: accepted: numbers that rise")
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count, OpenShare, PositiveShare
 from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
@@ -47,23 +48,17 @@ class MinK(Evaluation):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
-    k: float = 0.2
-    length: int = 128
+    k: PositiveShare = 0.2
+    length: Count = 128
     members: Ref | None = None
     member: str = ""
-    false_positives: float = 0.05
+    false_positives: OpenShare = 0.05
     resamples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        if not 0 < self.k <= 1:
-            raise PretrainError(f"min_k: k {self.k}: accepted: above 0, at most 1")
-        if not 0 < self.false_positives < 1:
-            raise PretrainError(f"min_k: false_positives {self.false_positives}: accepted: above 0, below 1")
-        if self.length < 1:
-            raise PretrainError(f"min_k: length {self.length}: accepted: 1 or more")
         if self.members and self.member:
             raise PretrainError(f"min_k: members {self.members!r} and member {self.member!r}: accepted: one of them")
 

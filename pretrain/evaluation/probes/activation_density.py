@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count, NonNegative
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.density import activations
@@ -38,16 +39,9 @@ class ActivationDensity(Evaluation):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
-    epsilon: float = 0.0
-    length: int = 128
-    batch: int = 16
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.epsilon >= 0:
-            raise PretrainError(f"activation_density: epsilon {self.epsilon}: accepted: 0 or more")
-        if self.length < 1 or self.batch < 1:
-            raise PretrainError("activation_density: length, batch: accepted: 1 or more")
+    epsilon: NonNegative = 0.0
+    length: Count = 128
+    batch: Count = 16
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count, Ge, OpenShare
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks
@@ -50,30 +51,26 @@ class AstProbe(Evaluation):
     probe given.
     """
 
-    rank: int = 128
+    rank: Count = 128
     layer: int | None = None
     orthogonal: float = 5.0
     lr: float = 1e-3
-    batch: int = 32
-    epochs: int = 20
-    patience: int = 5
-    tokens: int = 100
-    snippets: int = 2000
-    validation: float = 0.1
-    test: float = 0.2
+    batch: Count = 32
+    epochs: Count = 20
+    patience: Count = 5
+    tokens: Annotated[int, Ge(2)] = 100
+    snippets: Annotated[int, Ge(3)] = 2000
+    validation: OpenShare = 0.1
+    test: OpenShare = 0.2
     resamples: int = 1000
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        for name, least in (("rank", 1), ("batch", 1), ("epochs", 1), ("patience", 1), ("tokens", 2), ("snippets", 3)):
-            if getattr(self, name) < least:
-                raise PretrainError(f"ast_probe: {name} {getattr(self, name)}: accepted: {least} or more")
-        if not (self.validation > 0 and self.test > 0 and self.validation + self.test < 1):
+        if self.validation + self.test >= 1:
             raise PretrainError(
-                f"ast_probe: validation {self.validation}, test {self.test}: accepted: shares above 0 that leave some "
-                "to train"
+                f"ast_probe: validation {self.validation}, test {self.test}: accepted: shares that leave some to train"
             )
 
     def __call__(

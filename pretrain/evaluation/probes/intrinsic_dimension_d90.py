@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from pretrain.core.batch import Context, Example, Vocabulary, to_device
+from pretrain.core.bounds import Count, Positive, PositiveShare
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.heads import output
@@ -39,27 +40,25 @@ class IntrinsicDimensionD90(Evaluation):
     """
 
     label: str = "label"
-    dimensions: tuple[int, ...] = (100, 200, 500, 1000, 2000)
+    dimensions: tuple[Count, ...] = (100, 200, 500, 1000, 2000)
     said: bool = True
-    share: float = 0.9
-    steps: int = 200
-    batch: int = 16
-    length: int = 128
-    rates: tuple[float, ...] = (3e-4, 1e-3)
-    subspace_rates: tuple[float, ...] = (1e-2, 1e-1)
+    share: PositiveShare = 0.9
+    steps: Count = 200
+    batch: Count = 16
+    length: Count = 128
+    rates: tuple[Positive, ...] = (3e-4, 1e-3)
+    subspace_rates: tuple[Positive, ...] = (1e-2, 1e-1)
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.dimensions or min(self.dimensions) < 1 or list(self.dimensions) != sorted({*self.dimensions}):
-            raise PretrainError(f"intrinsic_dimension_d90: dimensions {self.dimensions}: accepted: rising, 1 or more")
-        if not 0 < self.share <= 1:
-            raise PretrainError(f"intrinsic_dimension_d90: share {self.share}: accepted: above 0 to 1")
+        if not self.dimensions or list(self.dimensions) != sorted({*self.dimensions}):
+            raise PretrainError(
+                f"intrinsic_dimension_d90: dimensions {self.dimensions}: accepted: one or more that rise"
+            )
         for name in ("rates", "subspace_rates"):
-            if not getattr(self, name) or not min(getattr(self, name)) > 0:
-                raise PretrainError(f"intrinsic_dimension_d90: {name} {getattr(self, name)}: accepted: above 0")
-        if min(self.steps, self.batch, self.length) < 1:
-            raise PretrainError("intrinsic_dimension_d90: steps, batch, length: accepted: 1 or more")
+            if not getattr(self, name):
+                raise PretrainError(f"intrinsic_dimension_d90: {name} (): accepted: one or more")
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.bounds import Count
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.features import Framing, text_features
@@ -35,17 +36,10 @@ class Retrieval(Evaluation):
     """
 
     pooling: Literal["cls", "mean"] = "mean"
-    length: int = 128
-    shortest: int = 8
+    length: Count = 128
+    shortest: Count = 8
     resamples: int = 1000
     seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be measured."""
-        super().__post_init__()
-        for name in ("length", "shortest"):
-            if getattr(self, name) < 1:
-                raise PretrainError(f"retrieval: {name} {getattr(self, name)}: accepted: 1 or more")
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core.bounds import Count, Ge, Positive, Whole
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.models.features import labelled, piece_features
 from pretrain.evaluation import Evaluation, Measured
@@ -45,23 +46,18 @@ class Transferability(Evaluation):
     label: str = "domain"
     measures: tuple[str, ...] = ("h_score", "h_score_shrunk", "logme", "transrate", "gbc", "knn", "msc", "parc")
     pooling: Literal["mean", "cls", "last"] = "mean"
-    length: int = 128
+    length: Count = 128
     layer: int = -1
-    components: int = 0
-    neighbours: int = 1
-    epsilon: float = 1e-4
-    smallest: int = 10
-    groups: int = 10
+    components: Whole = 0
+    neighbours: Count = 1
+    epsilon: Positive = 1e-4
+    smallest: Annotated[int, Ge(2)] = 10
+    groups: Annotated[int, Ge(2)] = 10
     seed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        for name, least in (("length", 1), ("components", 0), ("neighbours", 1), ("smallest", 2), ("groups", 2)):
-            if getattr(self, name) < least:
-                raise PretrainError(f"transferability: {name} {getattr(self, name)}: accepted: {least} or more")
-        if not self.epsilon > 0:
-            raise PretrainError(f"transferability: epsilon {self.epsilon}: accepted: above 0")
         if self.smallest <= self.neighbours:
             raise PretrainError(
                 f"transferability: neighbours {self.neighbours}: accepted: fewer than smallest ({self.smallest})"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.evaluation import Evaluation, Measured
@@ -47,17 +48,14 @@ class Harness(Evaluation):
     folder: Ref | None = None
     tasks: tuple[str, ...] = ()
     shots: int = -1
-    limit: int = 0
-    length: int = 0
-    resamples: int = 1000
+    limit: Whole = 0
+    length: Whole = 0
+    resamples: Whole = 1000
     seed: int = 1234
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
-        for name, fewest in {"limit": 0, "length": 0, "resamples": 0}.items():
-            if getattr(self, name) < fewest:
-                raise PretrainError(f"harness: {name} {getattr(self, name)}: accepted: {fewest} or more")
         if self.tasks and not self.folder:
             raise PretrainError(f"harness: tasks {', '.join(self.tasks)}: accepted: with a folder that holds them")
 

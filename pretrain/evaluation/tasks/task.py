@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.bounds import Whole
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
@@ -40,14 +41,12 @@ class Task(Evaluation):
 
     objective: InnerObjective = "classification"
     pool: Ref = ""
-    length: int = 0
-    resamples: int = 200
+    length: Whole = 0
+    resamples: Whole = 200
     seed: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.length < 0 or self.resamples < 0:
-            raise PretrainError("task: length, resamples: accepted: 0 or more")
         if not hasattr(self.method, "predict"):
             raise PretrainError(f"task: objective {self.method.name!r}: accepted: one that learns from labels")
 

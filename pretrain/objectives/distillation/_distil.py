@@ -44,7 +44,7 @@ class Taught(Objective):
 
     @property
     def _inner(self) -> Objective:
-        return inner(self.name, self.objective, self.rate)
+        return inner(self.objective, self.rate)
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """What the plain objective prepares."""
@@ -98,18 +98,9 @@ def same_width(method: str, teacher: Any, model: Any) -> None:
         raise PretrainError(f"{method}: the teacher's hidden_size is {theirs}: accepted: {ours}, the student's")
 
 
-def inner(method: str, objective: str, rate: float) -> Objective:
+def inner(objective: str, rate: float) -> Objective:
     """The objective of the student's own loss."""
-    if objective not in ("causal_lm", "masked_lm"):
-        raise PretrainError(f"{method}: objective {objective!r}: accepted: causal_lm, masked_lm", place=("objective",))
     return CausalLM() if objective == "causal_lm" else MaskedLM(rate=rate)
-
-
-def check_weights(method: Any, *names: str) -> None:
-    """An error where one of these fields is below 0."""
-    for name in names:
-        if not getattr(method, name) >= 0:
-            raise PretrainError(f"{method.name}: {name} {getattr(method, name)}: accepted: 0 or more", place=(name,))
 
 
 def kl(p_NV: Tensor, q_NV: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch
+from pretrain.core.bounds import NonNegative, Positive
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of
@@ -20,9 +21,7 @@ from pretrain.objectives import Loss
 from pretrain.objectives.distillation._distil import (
     Side,
     Taught,
-    check_weights,
     in_chunks,
-    inner,
     kl,
     same_vocabulary,
     scattered,
@@ -51,20 +50,16 @@ class CTCD(Taught):
     companion_init: Ref | None = None
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     rate: float = 0.15  # of masked_lm
-    hard: float = 1.0
-    companion_hard: float = 1.0
-    from_companion: float = 1.0
-    to_companion: float = 1.0
-    temperature: float = 1.0
+    hard: NonNegative = 1.0
+    companion_hard: NonNegative = 1.0
+    from_companion: NonNegative = 1.0
+    to_companion: NonNegative = 1.0
+    temperature: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inner(self.name, self.objective, self.rate)
         if self.companion and self.companion_init:
             raise PretrainError("ctcd: companion and companion_init: accepted: one of them")
-        check_weights(self, "hard", "companion_hard", "from_companion", "to_companion")
-        if not self.temperature > 0:
-            raise PretrainError(f"ctcd: temperature {self.temperature}: accepted: above 0")
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The companion."""

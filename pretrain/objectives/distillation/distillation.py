@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.bounds import NonNegative, Positive, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import at, blocks, head
@@ -22,10 +23,8 @@ from pretrain.objectives.distillation._distil import (
     Taught,
     Teacher,
     block_states,
-    check_weights,
     distances,
     in_chunks,
-    inner,
     inside,
     kl,
     open_teacher,
@@ -33,8 +32,6 @@ from pretrain.objectives.distillation._distil import (
     states,
     targets,
 )
-
-DIVERGENCES = ("forward", "reverse", "jensen_shannon")
 
 
 @dataclass(frozen=True)
@@ -58,22 +55,16 @@ class Distillation(Taught):
     teacher: Ref
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     rate: float = 0.15  # of masked_lm
-    hard: float = 0.5
-    soft: float = 1.0
-    temperature: float = 2.0
+    hard: NonNegative = 0.5
+    soft: NonNegative = 1.0
+    temperature: Positive = 2.0
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
-    top_k: int = 0  # 0: the whole vocabulary
-    features: float = 0.0
+    top_k: Whole = 0  # 0: the whole vocabulary
+    features: NonNegative = 0.0
     layers: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inner(self.name, self.objective, self.rate)
-        check_weights(self, "hard", "soft", "features", "top_k")
-        if not self.temperature > 0:
-            raise PretrainError(f"distillation: temperature {self.temperature}: accepted: above 0")
-        if self.divergence not in DIVERGENCES:
-            raise PretrainError(f"distillation: divergence {self.divergence!r}: accepted: {', '.join(DIVERGENCES)}")
         if self.layers and not self.features:
             raise PretrainError(f"distillation: layers {self.layers}: accepted: with features above 0")
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.bounds import NonNegative
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import blocks, linears
@@ -22,9 +23,7 @@ from pretrain.objectives.distillation._distil import (
     Taught,
     Teacher,
     block_states,
-    check_weights,
     distances,
-    inner,
     inside,
     open_teacher,
     same_width,
@@ -52,15 +51,10 @@ class PELAPretraining(Taught):
     teacher: Ref
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     rate: float = 0.15  # of masked_lm
-    own: float = 1.0
-    features: float = 1.0
-    perturbation: float = 1.0
-    epsilon: float = 1e-3
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        inner(self.name, self.objective, self.rate)
-        check_weights(self, "own", "features", "perturbation", "epsilon")
+    own: NonNegative = 1.0
+    features: NonNegative = 1.0
+    perturbation: NonNegative = 1.0
+    epsilon: NonNegative = 1e-3
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """What the plain objective prepares, and over how many tokens features are compared."""

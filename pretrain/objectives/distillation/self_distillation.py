@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.bounds import NonNegative
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.attention import attend
@@ -22,8 +23,6 @@ from pretrain.objectives import Loss, summed
 from pretrain.objectives.distillation._distil import (
     Taught,
     Teacher,
-    check_weights,
-    inner,
     last_states,
     open_teacher,
     same_width,
@@ -51,13 +50,11 @@ class SelfDistillation(Taught):
     teacher: Ref
     objective: Literal["masked_lm", "causal_lm"] = "masked_lm"
     rate: float = 0.15  # of masked_lm
-    distance: float = 1.0
+    distance: NonNegative = 1.0
     states: Literal["auto", "first", "all"] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        inner(self.name, self.objective, self.rate)
-        check_weights(self, "distance")
         accepted = ("auto", "first", "all") if self.objective == "masked_lm" else ("auto", "all")
         if self.states not in accepted:
             raise PretrainError(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
+from pretrain.core.bounds import NonNegative, Positive
 from pretrain.core.checkpoint import load, load_config
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError, nearest
@@ -27,7 +28,7 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified, examples_of, read
 from pretrain.objectives._metrics import classification
-from pretrain.objectives.distillation._distil import Teacher, check_weights
+from pretrain.objectives.distillation._distil import Teacher
 from pretrain.objectives.labelled import FineTuning
 
 if TYPE_CHECKING:
@@ -54,15 +55,12 @@ class WellReadStudents(FineTuning):
     label: str | None = "label"
     text: str = "text"
     pair: str | None = None
-    soft: float = 1.0
-    hard: float = 0.0
-    temperature: float = 1.0
+    soft: NonNegative = 1.0
+    hard: NonNegative = 0.0
+    temperature: Positive = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_weights(self, "soft", "hard")
-        if not self.temperature > 0:
-            raise PretrainError(f"well_read_students: temperature {self.temperature}: accepted: above 0")
         if self.hard and self.label is None:
             raise PretrainError(f"well_read_students: hard {self.hard}: accepted: 0 without a label", place=("hard",))
 

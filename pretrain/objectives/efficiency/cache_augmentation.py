@@ -19,6 +19,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import CacheLayerMixin
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
@@ -50,16 +51,9 @@ class CacheAugmentation(Objective):
     own_evaluation: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
-    latents: int = 32
-    ahead: int = 16
-    traces: int = 128
-
-    def __post_init__(self) -> None:
-        """Refuse numbers that make no trace."""
-        super().__post_init__()
-        for name, least in (("latents", 0), ("ahead", 1), ("traces", 1)):
-            if getattr(self, name) < least:
-                raise PretrainError(f"cache_augmentation: {name} {getattr(self, name)}: accepted: {least} or more")
+    latents: Whole = 32
+    ahead: Count = 16
+    traces: Count = 128
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """The row's tensors, `place_BM`, where each prefix ends, and `target_BMA`, the tokens ahead of it or -100."""

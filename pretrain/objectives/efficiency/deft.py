@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row
+from pretrain.core.bounds import NonNegative, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import InnerObjective
 from pretrain.core.models.cross_entropy import IGNORE
@@ -43,15 +44,11 @@ class Deft(Objective):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
     objective: InnerObjective = "classification"
-    weight: float = 1.0
-    epsilon: float = 1e-7
+    weight: NonNegative = 1.0
+    epsilon: Positive = 1e-7
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.weight >= 0:
-            raise PretrainError(f"deft: weight {self.weight}: accepted: 0 or more", place=("weight",))
-        if not self.epsilon > 0:
-            raise PretrainError(f"deft: epsilon {self.epsilon}: accepted: above 0", place=("epsilon",))
         if isinstance(self.wrapped, Deft):
             raise PretrainError("deft: objective 'deft': accepted: one that is not deft", place=("objective",))
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.bounds import NonNegative
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.objectives import Loss, Objective
@@ -34,13 +35,7 @@ class FlexiDepthLM(Objective):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     token_weights: ClassVar[bool] = True
 
-    alpha: float = 1e-3
-
-    def __post_init__(self) -> None:
-        """Refuse a reward for depth."""
-        super().__post_init__()
-        if not self.alpha >= 0:
-            raise PretrainError(f"flexi_depth_lm: alpha {self.alpha}: accepted: 0 or more")
+    alpha: NonNegative = 1e-3
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """As causal language modelling does."""

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
+from pretrain.core.bounds import ProperShare
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.models.heads import labels_of, with_head
 from pretrain.objectives import Loss
@@ -34,12 +35,7 @@ class Classification(FineTuning):
     label: str = "label"
     text: str = "text"
     pair: str | None = None
-    label_smoothing: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 <= self.label_smoothing < 1:
-            raise PretrainError(f"classification: label_smoothing {self.label_smoothing}: accepted: 0 to below 1")
+    label_smoothing: ProperShare = 0.0
 
     @property
     def columns(self) -> tuple[str, ...]:

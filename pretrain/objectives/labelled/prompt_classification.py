@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.models.families import family, head, hidden
 from pretrain.objectives import Loss
@@ -52,12 +53,10 @@ class PromptClassification(FineTuning):
     label: str = "label"
     lm: Literal["masked", "causal"] = "masked"
     demonstrations: bool = False
-    samples: int = 16
+    samples: Count = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.lm not in ("masked", "causal"):
-            raise PretrainError(f"prompt_classification: lm {self.lm!r}: accepted: masked, causal", place=("lm",))
         try:
             pieces = [(n, s, c) for _, n, s, c in string.Formatter().parse(self.template) if n is not None]
         except ValueError as error:
@@ -81,8 +80,6 @@ class PromptClassification(FineTuning):
                 f"prompt_classification: words {self.words}: accepted: 2 or more labels, each with a word of its own",
                 place=("words",),
             )
-        if self.samples < 1:
-            raise PretrainError(f"prompt_classification: samples {self.samples}: accepted: 1 or more")
 
     @property
     def task(self) -> str:  # type: ignore[override]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, document_mask
+from pretrain.core.bounds import Count
 from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.forward import why_not
@@ -39,7 +40,7 @@ class Seq2Seq(FineTuning):
 
     prompt: str = "{text}\n"
     target: str = "target"
-    answer: int = 64
+    answer: Count = 64
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,8 +50,6 @@ class Seq2Seq(FineTuning):
             raise PretrainError(f"seq2seq: prompt {self.prompt!r}: {error}; accepted: text with {{column}}") from error
         if not names or not all(name.isidentifier() for name in names):
             raise PretrainError(f"seq2seq: prompt {self.prompt!r}: accepted: text with at least one {{column}}")
-        if self.answer < 1:
-            raise PretrainError(f"seq2seq: answer {self.answer}: accepted: 1 or more tokens")
 
     @property
     def columns(self) -> tuple[str, ...]:

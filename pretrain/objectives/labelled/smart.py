@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
+from pretrain.core.bounds import Count, NonNegative, Positive, ProperShare, Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import InnerObjective
 from pretrain.core.models.families import embeddings
@@ -49,27 +50,18 @@ class Smart(FineTuning):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
     objective: InnerObjective = "classification"
-    lambda_s: float = 1.0
-    mu: float = 1.0
-    epsilon: float = 1e-5
-    sigma: float = 1e-5
-    eta: float = 1e-3
-    steps: int = 1
-    beta: float = 0.99
-    late_beta: float = 0.999
-    early: float = 0.1
+    lambda_s: NonNegative = 1.0
+    mu: NonNegative = 1.0
+    epsilon: Positive = 1e-5
+    sigma: NonNegative = 1e-5
+    eta: Positive = 1e-3
+    steps: Count = 1
+    beta: ProperShare = 0.99
+    late_beta: ProperShare = 0.999
+    early: Share = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name, right, accepted in (
-            ("lambda_s", self.lambda_s >= 0, "0 or more"), ("mu", self.mu >= 0, "0 or more"),
-            ("epsilon", self.epsilon > 0, "above 0"), ("sigma", self.sigma >= 0, "0 or more"),
-            ("eta", self.eta > 0, "above 0"), ("steps", self.steps >= 1, "1 or more"),
-            ("beta", 0 <= self.beta < 1, "0 to below 1"), ("late_beta", 0 <= self.late_beta < 1, "0 to below 1"),
-            ("early", 0 <= self.early <= 1, "0 to 1"),
-        ):  # fmt: skip
-            if not right:
-                raise PretrainError(f"smart: {name} {getattr(self, name)}: accepted: {accepted}", place=(name,))
         if self.wrapped.name not in WRAPPED:
             raise PretrainError(
                 f"smart: objective {self.wrapped.name!r}: accepted: {', '.join(WRAPPED)}", place=("objective",)

@@ -35,11 +35,6 @@ class Tagging(FineTuning):
     text: str = "text"
     token: Literal["first", "last"] = "first"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.token not in ("first", "last"):
-            raise PretrainError(f"tagging: token {self.token!r}: accepted: first, last")
-
     @property
     def columns(self) -> tuple[str, ...]:
         """The text's and the tags'."""

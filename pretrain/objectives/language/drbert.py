@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row, document_mask
+from pretrain.core.bounds import ProperShare, Share, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
@@ -40,21 +41,10 @@ class DrBERT(Objective):
     masked: float = 0.8
     random: float = 0.1
     whole_words: bool = False
-    layers: int = 2
+    layers: Whole = 2
     attention: Literal["full", "unmasked", "gradual"] = "gradual"
-    revealed: float = 0.5
-    encoder_share: float = 0.5
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.layers < 0:
-            raise PretrainError(f"drbert: layers {self.layers}: accepted: 0 or more")
-        if self.attention not in ("full", "unmasked", "gradual"):
-            raise PretrainError(f"drbert: attention {self.attention!r}: accepted: full, unmasked, gradual")
-        if not 0 <= self.revealed <= 1:
-            raise PretrainError(f"drbert: revealed {self.revealed}: accepted: from 0 to 1")
-        if not 0 <= self.encoder_share < 1:
-            raise PretrainError(f"drbert: encoder_share {self.encoder_share}: accepted: from 0 to below 1")
+    revealed: Share = 0.5
+    encoder_share: ProperShare = 0.5
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """As masked LM's, with `revealed_BL` and `from_encoder_BL`: draws for each position."""

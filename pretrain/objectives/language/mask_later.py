@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.bounds import NonNegative, PositiveShare, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
@@ -38,21 +39,18 @@ class MaskLater(Objective):
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
 
-    rate: float = 0.5
-    masked: float = 0.8
-    random: float = 0.1
+    rate: PositiveShare = 0.5
+    masked: PositiveShare = 0.8
+    random: NonNegative = 0.1
     layer: int | None = None
-    decoder_layers: int = 2
+    decoder_layers: Whole = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("rate", "masked"):
-            if not 0 < getattr(self, name) <= 1:
-                raise PretrainError(f"mask_later: {name} {getattr(self, name)}: accepted: above 0, at most 1")
-        if self.random < 0 or self.masked + self.random > 1:
-            raise PretrainError(f"mask_later: random {self.random}: accepted: from 0 to 1 - masked")
-        if self.decoder_layers < 0 or (self.layer is None and not self.decoder_layers):
-            accepted = "1 or more, or 0 with a layer inside the model"
+        if self.masked + self.random > 1:
+            raise PretrainError(f"mask_later: random {self.random}: accepted: at most 1 - masked")
+        if self.layer is None and not self.decoder_layers:
+            accepted = "1 or more, or a layer inside the model"
             raise PretrainError(f"mask_later: decoder_layers {self.decoder_layers}: accepted: {accepted}")
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:

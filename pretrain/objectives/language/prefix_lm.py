@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.bounds import Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.objectives import Loss, Objective
@@ -31,14 +32,14 @@ class PrefixLM(Objective):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     token_weights: ClassVar[bool] = True
 
-    shortest: float = 0.0
-    longest: float = 1.0
+    shortest: Share = 0.0
+    longest: Share = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.shortest <= self.longest <= 1:
+        if self.shortest > self.longest:
             given = f"shortest {self.shortest}, longest {self.longest}"
-            raise PretrainError(f"prefix_lm: {given}: accepted: 0 <= shortest <= longest <= 1")
+            raise PretrainError(f"prefix_lm: {given}: accepted: shortest <= longest")
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """As causal LM's, with `prefix_BL`: True on each document's prefix, whose tokens are no targets."""

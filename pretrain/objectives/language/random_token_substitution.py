@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.bounds import Ge, NonNegative, OpenShare
 from pretrain.core.checkpoint import checkpoint_of, load
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
@@ -45,22 +46,11 @@ class RandomTokenSubstitution(Objective):
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
 
     objective: Literal["rts", "c_rts", "slm"] = "rts"
-    rate: float = 0.15
+    rate: OpenShare = 0.15
     whole_words: bool = False
-    clusters: int = 100
-    beta: float = 2.0
+    clusters: Annotated[int, Ge(2)] = 100
+    beta: NonNegative = 2.0
     embeddings: Ref | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.objective not in ("rts", "c_rts", "slm"):
-            raise PretrainError(f"random_token_substitution: objective {self.objective!r}: accepted: rts, c_rts, slm")
-        if not 0 < self.rate < 1:
-            raise PretrainError(f"random_token_substitution: rate {self.rate}: accepted: between 0 and 1")
-        if self.clusters < 2:
-            raise PretrainError(f"random_token_substitution: clusters {self.clusters}: accepted: 2 or more")
-        if self.beta < 0:
-            raise PretrainError(f"random_token_substitution: beta {self.beta}: accepted: 0 or more")
 
     @property
     def token_weights(self) -> bool:  # type: ignore[override]

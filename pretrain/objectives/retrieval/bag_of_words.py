@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import NonNegative, OpenShare
 from pretrain.core.models.families import head
 from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.retrieval._passages import bag_loss, encode, masked_loss, masked_passages, pieces, to_head
@@ -34,18 +34,10 @@ class BagOfWords(Objective):
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True
 
-    rate: float = 0.3
+    rate: OpenShare = 0.3
     whole_words: bool = True
-    weight: float = 1.0
-    final_weight: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not 0 < self.rate < 1:
-            raise PretrainError(f"bag_of_words: rate {self.rate}: accepted: between 0 and 1")
-        for name in ("weight", "final_weight"):
-            if not getattr(self, name) >= 0:
-                raise PretrainError(f"bag_of_words: {name} {getattr(self, name)}: accepted: 0 or more")
+    weight: NonNegative = 1.0
+    final_weight: NonNegative = 0.1
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """What `masked_lm` prepares, the originals in `original_BL`, `word_BL`, and λ at this point as `bag_weight`."""

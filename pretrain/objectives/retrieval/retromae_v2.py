@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row, Vocabulary
-from pretrain.core.errors import PretrainError
+from pretrain.core.bounds import NonNegative, OpenShare
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import base, embeddings, family, head
 from pretrain.objectives import Loss, Objective, summed
@@ -41,18 +41,10 @@ class RetroMAEv2(Objective):
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True
 
-    rate: float = 0.3
-    decoder_rate: float = 0.5
-    bag_weight: float = 0.1
+    rate: OpenShare = 0.3
+    decoder_rate: OpenShare = 0.5
+    bag_weight: NonNegative = 0.1
     whole_words: bool = True
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("rate", "decoder_rate"):
-            if not 0 < getattr(self, name) < 1:
-                raise PretrainError(f"retromae_v2: {name} {getattr(self, name)}: accepted: between 0 and 1")
-        if not self.bag_weight >= 0:
-            raise PretrainError(f"retromae_v2: bag_weight {self.bag_weight}: accepted: 0 or more")
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """What `masked_lm` prepares, the originals in `original_BL`, `word_BL`, and `visible_BLL`: each row of it tells
