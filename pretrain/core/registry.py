@@ -97,6 +97,7 @@ def _kind(path: Path, name: str) -> str | None:
     if isinstance(kind, str):
         return kind
     for base in cls.bases:
+        base = base.value if isinstance(base, ast.Subscript) else base  # `FineTuning[str]`
         if not isinstance(base, ast.Name):
             continue
         home = path if base.id in source.classes else _file(source.imports.get(base.id, ""))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pretrain.core.batch import Batch, Context
+    from pretrain.core.samples import Sample
 
 
 class Loss(NamedTuple):
@@ -64,7 +65,7 @@ class Objective(Method):
 
     `reads` says what `prepare` is given: `rows` of packed text, or `examples`, whole documents that have all of
     `columns`. While training, a causal model is evaluated by the likelihood of held-out text, unless `own_evaluation`
-    asks for the objective's own loss, as others are.
+    asks for the objective's own loss, as others are. A class of one answer says these as a class variable.
 
     `divisible`: the loss is a sum over rows, so that micro-batches and processes add up to the whole batch's gradient.
     One that is not (each row is compared with all others of its batch) is refused where a step is more than one batch.
@@ -73,11 +74,31 @@ class Objective(Method):
     """
 
     kind: ClassVar[str] = "objective"
-    task: ClassVar[str] = "causal"
-    reads: ClassVar[Literal["rows", "examples"]] = "rows"
-    own_evaluation: ClassVar[bool] = False
-    divisible: ClassVar[bool] = True
-    token_weights: ClassVar[bool] = False
+
+    @property
+    def task(self) -> str:
+        """The kind of model."""
+        return "causal"
+
+    @property
+    def reads(self) -> Literal["rows", "examples"]:
+        """What `prepare` is given."""
+        return "rows"
+
+    @property
+    def own_evaluation(self) -> bool:
+        """Whether its own held-out loss is what is measured while training."""
+        return False
+
+    @property
+    def divisible(self) -> bool:
+        """Whether a batch may be cut into several."""
+        return True
+
+    @property
+    def token_weights(self) -> bool:
+        """Whether policies may weigh tokens."""
+        return False
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -99,7 +120,7 @@ class Objective(Method):
         """Modules trained with the model and left out of its checkpoint; `None` when there are none."""
         return None
 
-    def export(self, modules: nn.Module | None) -> dict[str, Any]:
+    def export(self, modules: nn.Module | None) -> dict[str, PreTrainedModel]:
         """Models among `modules` that are worth a checkpoint of their own, by the name of their folder."""
         return {}
 
@@ -111,6 +132,6 @@ class Objective(Method):
         """
         raise NotImplementedError
 
-    def show(self, model: PreTrainedModel, examples: Sequence[Any], context: Context) -> list[dict[str, Any]]:
+    def show(self, model: PreTrainedModel, examples: Sequence[Any], context: Context) -> list[Sample]:
         """What the trained model makes of held-out examples, to look at (`core.samples`); none by default."""
         return []

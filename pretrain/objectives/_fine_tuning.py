@@ -6,7 +6,6 @@ Shape letters: B examples of a batch, L tokens, C classes, M tokens of a target.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,18 +13,17 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.errors import PretrainError
-
-if TYPE_CHECKING:
-    pass
+from pretrain.core.models.families import at
 
 STEP = 16  # rows are padded to a multiple of it: few shapes, and the work of each is metered once
 
 
 def examples_of(rows: Sequence[Row] | Sequence[Example], name: str) -> list[Example]:
     """The rows, which must be examples."""
-    if not all(isinstance(row, Example) for row in rows):
+    examples = [row for row in rows if isinstance(row, Example)]
+    if len(examples) < len(rows):
         raise PretrainError(f"{name} reads examples, not packed rows: give it `Examples`")
-    return list(rows)  # type: ignore[arg-type]
+    return examples
 
 
 def texts_of(examples: Sequence[Example], column: str) -> list[str]:
@@ -88,8 +86,10 @@ def read(examples: Sequence[Example], text: str, pair: str | None, context: Cont
 
 def classified(model: nn.Module, batch: Batch) -> Tensor:
     """The logits of a model with a head of `core.models.heads`."""
-    segments = "type_vocab_size" in model.config.to_dict()  # type: ignore[union-attr, operator]
-    more = {"token_type_ids": batch["segment_BL"]} if segments else {}
-    if getattr(model.config, "is_encoder_decoder", False) or "use_cache" in model.config.to_dict():  # type: ignore[union-attr, operator]
-        more["use_cache"] = False  # type: ignore[assignment]
+    config = at(model, "config")
+    known, more = config.to_dict(), dict[str, Tensor | bool]()
+    if "type_vocab_size" in known:
+        more["token_type_ids"] = batch["segment_BL"]
+    if getattr(config, "is_encoder_decoder", False) or "use_cache" in known:
+        more["use_cache"] = False
     return model(input_ids=batch["tokens_BL"], attention_mask=batch["mask_BL"], **more).logits

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -157,7 +157,8 @@ class Running:
                 )
             self.place_BQ = self.place_BQ.masked_fill(mask[:, seen:] == 0, -1)
         self.padded = mask is not None and bool((self.place_BQ < 0).any())
-        self.kept, self.first, self.tokens, self.all_BLE = list(cache.layers), seen == 0, queries, None
+        self.kept = cast("list[PyramidLayer]", cache.layers)
+        self.first, self.tokens, self.all_BLE = seen == 0, queries, None
         self.index_BQ = torch.arange(queries, device=tokens.device).expand(len(tokens), -1)
         return args, given | {"past_key_values": cache, "use_cache": True}
 

@@ -150,7 +150,8 @@ def frequent(maker: Maker) -> Shared:
     distinct = max(2 * maker.turns, 8)
     if len(vocabulary) < distinct:
         raise PretrainError(
-            f"scbench: frequent: the documents have {len(vocabulary)} words of 3 to 10 letters; accepted: {distinct} or more"
+            f"scbench: frequent: the documents have {len(vocabulary)} words of 3 to 10 letters; "
+            f"accepted: {distinct} or more"
         )
     words = maker.shuffled(sorted(vocabulary))[:distinct]
     cost = float(np.mean(maker.count([f" {word}" for word in words])))

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.bounds import Count
@@ -162,7 +161,7 @@ class BARTScore(Evaluation):
 
 
 def _run(
-    model: nn.Module,
+    model: PreTrainedModel,
     pairs: Sequence[Pair],
     nll: Callable[[PreTrainedModel, Sequence[Pair], torch.device], Sequence[float]],
 ) -> NDArray[np.float64]:

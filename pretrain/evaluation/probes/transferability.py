@@ -96,9 +96,9 @@ class Transferability(Evaluation):
         }
         return Measured(measured.metrics | {name: float(n) for name, n in counts.items()}, intervals=measured.intervals)
 
-    def measure(self, f_NE: NDArray[np.floating], label_N: Labels) -> Measured:
+    def measure(self, features_NE: NDArray[np.floating], label_N: Labels) -> Measured:
         """The scores of given features, with their intervals; labels are numbers from 0."""
-        f_NE = np.asarray(f_NE, np.float64)
+        f_NE = np.asarray(features_NE, np.float64)
         if 0 < self.components < min(f_NE.shape):
             from sklearn.decomposition import PCA
 

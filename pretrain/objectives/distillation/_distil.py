@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 
 from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.checkpoint import load
@@ -20,7 +21,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import CHUNK_BYTES, IGNORE, LEAST_ROWS
-from pretrain.core.models.families import base, blocks, family, head, hidden
+from pretrain.core.models.families import at, base, blocks, family, head, hidden
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Objective
 from pretrain.objectives.language.causal_lm import CausalLM
@@ -38,7 +39,7 @@ class Taught(Objective):
     rate: float
 
     @property
-    def task(self) -> str:  # type: ignore[override]
+    def task(self) -> str:
         """The kind of model that the objective trains."""
         return self._inner.task
 
@@ -67,10 +68,10 @@ class Teacher(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Teacher:
         self.model._apply(fn)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call, no-any-return]
+        return super()._apply(fn, recurse)
 
 
-def open_teacher(reference: str, model: nn.Module, method: str) -> Any:
+def open_teacher(reference: str, model: nn.Module, method: str) -> PreTrainedModel:
     """The checkpoint that `reference` names, ready to teach `model`."""
     teacher, _ = load(checkpoint_of(Path(reference)), dtype=torch.float32)
     if family(teacher).causal != family(model).causal:
@@ -91,9 +92,9 @@ def same_vocabulary(method: str, what: str, other: nn.Module, model: nn.Module) 
         raise PretrainError(f"{method}: the {what}'s vocabulary has {theirs} entries: accepted: {ours}")
 
 
-def same_width(method: str, teacher: Any, model: Any) -> None:
+def same_width(method: str, teacher: nn.Module, model: nn.Module) -> None:
     """An error where the states of two models are not of one width."""
-    theirs, ours = (m.config.hidden_size for m in (teacher, model))
+    theirs, ours = (at(m, "config").hidden_size for m in (teacher, model))
     if theirs != ours:
         raise PretrainError(f"{method}: the teacher's hidden_size is {theirs}: accepted: {ours}, the student's")
 
@@ -147,7 +148,7 @@ def block_states(model: nn.Module, numbers: Collection[int]) -> Iterator[dict[in
     handles = []
     for number in numbers:
 
-        def note(_: nn.Module, __: Any, out: Any, number: int = number) -> None:
+        def note(_: nn.Module, __: object, out: Tensor | tuple[Tensor, ...], number: int = number) -> None:
             seen[number] = out[0] if isinstance(out, tuple) else out
 
         handles.append(blocks(model)[number].register_forward_hook(note))

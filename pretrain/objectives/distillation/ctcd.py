@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pretrain.core.batch import Batch
 from pretrain.core.bounds import NonNegative, Positive
@@ -15,7 +16,7 @@ from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.method import Ref
-from pretrain.core.models.families import head, new_model
+from pretrain.core.models.families import at, head, new_model
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss
 from pretrain.objectives.distillation._distil import (
@@ -28,6 +29,8 @@ from pretrain.objectives.distillation._distil import (
     states,
     targets,
 )
+
+Fields = dict[str, Any]  # of a model's configuration
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class CTCD(Taught):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
-    companion: dict[str, Any] = field(default_factory=dict)
+    companion: Fields = field(default_factory=dict)
     companion_init: Ref | None = None
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     rate: float = 0.15  # of masked_lm
@@ -66,7 +69,7 @@ class CTCD(Taught):
         if self.companion_init is not None:
             companion, _ = load(checkpoint_of(Path(self.companion_init)), dtype=torch.float32)
         else:
-            config: Any = model.config
+            config = at(model, "config")
             fields = companion_fields(config, self.companion)
             seed = int(torch.randint(2**31, ()))
             companion = new_model(config.model_type, fields, task=self.task, seed=seed)
@@ -74,8 +77,9 @@ class CTCD(Taught):
         accelerate(companion)
         return companion
 
-    def export(self, modules: nn.Module | None) -> dict[str, Any]:
+    def export(self, modules: nn.Module | None) -> dict[str, PreTrainedModel]:
         """The companion."""
+        assert isinstance(modules, PreTrainedModel), "ctcd trains a companion beside the model: see `modules`"
         return {"companion": modules}
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
@@ -103,13 +107,13 @@ class CTCD(Taught):
         return torch.stack([model_N, companion_N, kl(q_NV.detach(), p_NV), kl(p_NV.detach(), q_NV)])
 
 
-def companion_fields(config: Any, changed: dict[str, Any]) -> dict[str, Any]:
+def companion_fields(config: PreTrainedConfig, changed: Fields) -> Fields:
     """The fields of the model's configuration, some changed; those that followed from these follow anew."""
     fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
     names = [config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads")]
     changed = {config.attribute_map.get(name, name): value for name, value in changed.items()}
 
-    def derived(of: dict[str, Any]) -> dict[str, Any]:
+    def derived(of: Fields) -> dict[str, int]:
         width, heads = (of[name] for name in names)
         for name, value in zip(names, (width, heads), strict=True):
             if not isinstance(value, int) or value < 1:

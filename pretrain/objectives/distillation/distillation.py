@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -91,7 +91,8 @@ class Distillation(Taught):
         for ours_i, theirs_i in self.layers.items():
             if not (0 <= ours_i < ours and 0 <= theirs_i < theirs):
                 raise PretrainError(
-                    f"distillation: layers {ours_i}: {theirs_i}: accepted: 0 to {ours - 1}, the student's blocks, to 0 to "
+                    f"distillation: layers {ours_i}: {theirs_i}: accepted: 0 to {ours - 1}, the student's blocks, to "
+                    f"0 to "
                     f"{theirs - 1}, the teacher's",
                     place=("layers",),
                 )
@@ -111,8 +112,8 @@ class Distillation(Taught):
         # A term of weight 0 stays in the sum, so that every parameter has a gradient on every process.
         terms, parts = {"": self.hard * hard + self.soft * self.temperature**2 * soft}, {"hard": hard, "soft": soft}
         if pairs:
-            learnt: Any = modules.learnt
-            compared = [(w(seen[i]), taught[j]) for w, (i, j) in zip(learnt, pairs, strict=True)]
+            assert isinstance(modules.learnt, nn.ModuleList), "pairs have projections: see `modules`"
+            compared = [(w(seen[i]), taught[j]) for w, (i, j) in zip(modules.learnt, pairs, strict=True)]
             parts["features"] = distances(compared, batch)
             terms["features"] = self.features * parts["features"]
         parts = {name: part.detach() for name, part in parts.items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.bounds import NonNegative
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
-from pretrain.core.models.families import blocks, linears
+from pretrain.core.models.families import at, blocks, linears
 from pretrain.objectives import Loss, summed
 from pretrain.objectives.distillation._distil import (
     Taught,
@@ -106,11 +106,10 @@ def low_rank(model: nn.Module) -> dict[str, LowRank]:
 
 def perturbation(model: nn.Module, teacher: nn.Module, epsilon: float) -> Tensor:
     """The mean over the factorised layers of (max |BA - W| - epsilon)²."""
-    plain: dict[str, Any] = linears(teacher)
+    plain = linears(teacher)
     largest = []
     for name, layer in low_rank(model).items():
-        original = plain[name]
-        weight_OI = original.weight.T if isinstance(original, Conv1D) else original.weight
+        weight_OI = at(plain[name], "weight").T if isinstance(plain[name], Conv1D) else at(plain[name], "weight")
         largest.append(largest_change(layer.B, layer.A, weight_OI))
     return (torch.stack(largest) - epsilon).square().mean()
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
@@ -38,7 +38,7 @@ TAUGHT = "teacher_"  # before the names of the teacher's own input in a batch
 
 
 @dataclass(frozen=True)
-class WellReadStudents(FineTuning):
+class WellReadStudents(FineTuning[str | None]):
     """Well-Read Students Learn Better: On the Importance of Pre-training Compact Models (arXiv:1908.08962).
 
     The second of the three stages pre-train, distil, fine-tune. With p the student's and q the teacher's predictions,
@@ -73,7 +73,7 @@ class WellReadStudents(FineTuning):
         """Labels are measured as `classification` does."""
         return ("classification",)
 
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+    def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """The teacher's, whatever the documents hold."""
         config = load_config(checkpoint_of(Path(self.teacher)))
         wanted = HEADS["sequence"]._model_mapping.get(type(config), None)
@@ -141,25 +141,26 @@ class WellReadStudents(FineTuning):
         value = self.soft * self.temperature**2 * soft + self.hard * hard
         return Loss(value, {"soft": soft.detach(), "hard": hard.detach(), "agreement": agreement})
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str | None]:
         """The likeliest label of each example."""
         names = labels_of(model)
         return [names[number] for number in classified(model, batch).argmax(-1).tolist()]
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[str | None]:
         """The labels, None where there is none."""
         labels = [example.columns.get(self.label) if self.label else None for example in examples]
         return [None if value is None else str(value) for value in labels]
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[str | None], references: Sequence[str | None]) -> dict[str, float]:
         """Accuracy, macro F1, Matthews' correlation over the documents with a label; nothing if none has."""
-        known = [pair for pair in zip(predictions, references, strict=True) if pair[1] is not None]
+        pairs = zip(predictions, references, strict=True)
+        known = [(str(predicted), true) for predicted, true in pairs if true is not None]
         return classification([predicted for predicted, _ in known], [true for _, true in known]) if known else {}
 
 
-def _order(teacher: Any, model: Any) -> list[int]:
+def _order(teacher: nn.Module, model: nn.Module) -> list[int]:
     """The teacher's numbers of the labels in the order of the student's."""
-    theirs, ours = labels_of(teacher), labels_of(model)
+    theirs, ours = (labels_of(cast("PreTrainedModel", classifier)) for classifier in (teacher, model))
     if set(theirs) != set(ours):
         raise PretrainError(
             f"well_read_students: the student classifies {', '.join(ours)}: accepted: {', '.join(theirs)}, as the "

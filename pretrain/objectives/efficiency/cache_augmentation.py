@@ -10,20 +10,20 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
-from transformers.cache_utils import CacheLayerMixin
+from transformers import DynamicCache, PreTrainedModel
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.cache import layers_of
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import additive, base, embeddings, family, head
+from pretrain.core.models.families import additive, at, base, embeddings, family, head
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives.language.causal_lm import next_tokens
@@ -80,7 +80,8 @@ class CacheAugmentation(Objective):
         if self.latents == 0:
             raise PretrainError("cache_augmentation: latents 0: nothing to train: accepted: 1 or more")
         _check(model)
-        coprocessor: Any = copy.deepcopy(model)
+        assert isinstance(model, PreTrainedModel), f"{type(model).__name__} is no model of transformers"
+        coprocessor = copy.deepcopy(model)
         model.requires_grad_(False)
         std = float(embeddings(model).weight.detach().float().std())
         config = coprocessor.config
@@ -97,8 +98,9 @@ class CacheAugmentation(Objective):
         accelerate(coprocessor)
         return coprocessor.requires_grad_(True)
 
-    def export(self, modules: nn.Module | None) -> dict[str, Any]:
+    def export(self, modules: nn.Module | None) -> dict[str, PreTrainedModel]:
         """The coprocessor."""
+        assert isinstance(modules, PreTrainedModel), "cache_augmentation trains a coprocessor: see `modules`"
         return {"coprocessor": modules}
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
@@ -145,8 +147,7 @@ def read(model: nn.Module, batch: Batch) -> tuple[Tensor, Pairs]:
     given = attend(model, batch, causal=True) | {"use_cache": True}
     cache = DynamicCache()
     states_BLE = base(model)(input_ids=batch["tokens_BL"], past_key_values=cache, **given).last_hidden_state
-    layers = cast("list[CacheLayerMixin]", cache.layers)
-    return states_BLE, cast("list[tuple[Tensor, Tensor]]", [(layer.keys, layer.values) for layer in layers])
+    return states_BLE, [(layer.keys, layer.values) for layer in layers_of(cache)]
 
 
 def traces(batch: Batch, length: int) -> tuple[Tensor, Tensor]:
@@ -163,7 +164,7 @@ def traces(batch: Batch, length: int) -> tuple[Tensor, Tensor]:
     return torch.cat([seen_BSL, trace_SS.expand(rows, -1, -1)], 2)[:, None], position_BS
 
 
-def augment(model: nn.Module, pairs: Pairs, seen: dict[str, Any], where: tuple[Tensor, Tensor]) -> Tensor:
+def augment(model: nn.Module, pairs: Pairs, seen: Batch, where: tuple[Tensor, Tensor]) -> Tensor:
     """The model's states at slots that come after the cache of `pairs`, which is left as it is."""
     mask_B1SK, position_BS = where
     return base(model)(
@@ -183,9 +184,9 @@ def _asleep(model: nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-def _check(model: Any, length: int = 0) -> None:
+def _check(model: nn.Module, length: int = 0) -> None:
     """An error where the model cannot be augmented over so many positions."""
-    entry, config = family(model), model.config
+    entry, config = family(model), at(model, "config")
     if entry.name not in CacheAugmentation.families:
         accepted = ", ".join(CacheAugmentation.families)
         raise PretrainError(f"cache_augmentation: family {entry.name!r}: accepted: {accepted}")

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.bounds import NonNegative, Positive
@@ -53,7 +54,7 @@ class Deft(Objective):
             raise PretrainError("deft: objective 'deft': accepted: one that is not deft", place=("objective",))
 
     @cached_property
-    def wrapped(self) -> Any:
+    def wrapped(self) -> Objective:
         """The objective that pays for density."""
         return self.held()["objective"]
 
@@ -64,12 +65,12 @@ class Deft(Objective):
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
-    def task(self) -> str:  # type: ignore[override]
+    def task(self) -> str:
         """The kind of model that the wrapped objective trains."""
         return self.wrapped.task
 
     @property
-    def reads(self) -> Literal["rows", "examples"]:  # type: ignore[override]
+    def reads(self) -> Literal["rows", "examples"]:
         """As the wrapped objective."""
         return self.wrapped.reads
 
@@ -79,7 +80,7 @@ class Deft(Objective):
         return self.wrapped.columns
 
     @property
-    def own_evaluation(self) -> bool:  # type: ignore[override]
+    def own_evaluation(self) -> bool:
         """As the wrapped objective."""
         return self.wrapped.own_evaluation
 
@@ -88,12 +89,12 @@ class Deft(Objective):
         return self.wrapped.raw_length(length)
 
     @property
-    def divisible(self) -> bool:  # type: ignore[override]
+    def divisible(self) -> bool:
         """As the wrapped objective, if batches say which of the positions that it runs hold tokens."""
         return self.wrapped.divisible and self.wrapped.name != "cache_augmentation"
 
     @property
-    def token_weights(self) -> bool:  # type: ignore[override]
+    def token_weights(self) -> bool:
         """As the wrapped objective: a token's activations weigh as its loss does."""
         return self.wrapped.token_weights
 
@@ -106,7 +107,7 @@ class Deft(Objective):
         """The wrapped objective's."""
         return self.wrapped.modules(model)
 
-    def export(self, modules: nn.Module | None) -> dict[str, Any]:
+    def export(self, modules: nn.Module | None) -> dict[str, PreTrainedModel]:
         """The wrapped objective's."""
         return self.wrapped.export(modules)
 

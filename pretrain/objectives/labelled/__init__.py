@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, to_device
 from pretrain.core.models.features import evaluating
@@ -13,19 +13,25 @@ from pretrain.objectives import Objective
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+Answer = TypeVar("Answer")  # to an example: a label, a number, a text, tags
 
-class FineTuning(Objective):
+
+class FineTuning(Objective, Generic[Answer]):
     """Base of the objectives on labelled documents. `prepare` is given `Example`s and sees `context.encoder`."""
 
-    task: ClassVar[str] = "base"  # what a model made anew is before it is given its head
     reads: ClassVar[Literal["rows", "examples"]] = "examples"
+
+    @property
+    def task(self) -> str:
+        """What a model made anew is before it is given its head."""
+        return "base"
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that each document must have."""
         return ("text",)
 
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+    def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """The names of the classes among the values of the last of `columns`."""
         return ()
 
@@ -39,30 +45,29 @@ class FineTuning(Objective):
         """Turn examples into tensors; `tokens` among them, how many they hold."""
         raise NotImplementedError
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Answer]:
         """What the model says of each example of a batch."""
         raise NotImplementedError
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[Answer], references: Sequence[Answer]) -> dict[str, float]:
         """How well predictions fit the examples' references."""
         raise NotImplementedError
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[Answer]:
         """What `metrics` compares the predictions with."""
         raise NotImplementedError
 
     def predictions(
         self, model: PreTrainedModel, examples: Sequence[Example], context: Context, batch: int = 32
-    ) -> list[Any]:
+    ) -> list[Answer]:
         """What the model says of the examples, in order; each is predicted beside others of its length."""
         context = replace(context, predicting=True)
         order = sorted(range(len(examples)), key=lambda i: len(str(examples[i].columns.get("text"))))
-        predicted: list[Any] = [None] * len(examples)
+        predicted: dict[int, Answer] = {}
         with evaluating(model):
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 prepared = self.prepare([examples[i] for i in chosen], context)
                 answers = self.predict(model, to_device(prepared, model.device), context)
-                for i, answer in zip(chosen, answers, strict=True):
-                    predicted[i] = answer
-        return predicted
+                predicted.update(zip(chosen, answers, strict=True))
+        return [predicted[i] for i in range(len(examples))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Classification(FineTuning):
+class Classification(FineTuning[str]):
     """BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (arXiv:1810.04805).
 
     Fine-tuning: the input is `begin text end`, with a `pair` `begin text end pair end`; a new linear layer on the state
@@ -42,11 +42,11 @@ class Classification(FineTuning):
         """The text's, the pair's and the label's."""
         return (self.text, *([self.pair] if self.pair else []), self.label)
 
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+    def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """All that occur, sorted; numbers by value."""
         distinct = set(values)
-        numbers = all(isinstance(value, int | float) for value in distinct)
-        names = tuple(str(value) for value in (sorted(distinct) if numbers else sorted(map(str, distinct))))
+        numbers = [value for value in distinct if isinstance(value, int | float)]
+        names = tuple(map(str, sorted(numbers)) if len(numbers) == len(distinct) else sorted(map(str, distinct)))
         if len(names) < 2:
             raise PretrainError(f"classification: column {self.label!r} holds {len(names)} label: accepted: 2 or more")
         return names
@@ -83,15 +83,15 @@ class Classification(FineTuning):
         right = (logits_BC.detach().argmax(-1) == label_B).sum() / count
         return Loss(value / count, {"accuracy": right})
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str]:
         """The likeliest label of each example."""
         names = labels_of(model)
         return [names[number] for number in classified(model, batch).argmax(-1).tolist()]
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[str]:
         """The labels."""
         return texts_of(examples, self.label)
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """Accuracy, macro F1, Matthews' correlation."""
         return classification(predictions, references)

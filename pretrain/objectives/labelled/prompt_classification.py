@@ -7,10 +7,10 @@ C classes, E width, V vocabulary.
 from __future__ import annotations
 
 import string
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ HOLE = "mask"  # the name of the template's hole for the label's word
 
 
 @dataclass(frozen=True)
-class PromptClassification(FineTuning):
+class PromptClassification(FineTuning[str]):
     """Making Pre-trained Language Models Better Few-shot Learners (arXiv:2012.15723).
 
     Prompt-based fine-tuning (LM-BFF): the columns of a document stand in a `template` with one hole, `words` gives each
@@ -82,7 +82,7 @@ class PromptClassification(FineTuning):
             )
 
     @property
-    def task(self) -> str:  # type: ignore[override]
+    def task(self) -> str:
         """The kind of model whose head is asked."""
         return self.lm
 
@@ -108,7 +108,7 @@ class PromptClassification(FineTuning):
         """Those in the template, and the label's."""
         return (*self.shown, self.label)
 
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+    def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """Those that have a word; others are an error."""
         for value in values:
             self._number(value)
@@ -124,7 +124,7 @@ class PromptClassification(FineTuning):
             raise PretrainError(f"prompt_classification: lm {self.lm!r}: accepted: that of the model, {entry.name}")
         return model
 
-    def filled(self, columns: dict[str, Any], label: Any) -> str:
+    def filled(self, columns: Mapping[str, object], label: object) -> str:
         """The template with a document's columns and its label's word."""
         before, after = self._sides({name: str(columns[name]) for name in self.shown})
         return before + tuple(self.word_of.values())[self._number(label)] + after
@@ -165,7 +165,7 @@ class PromptClassification(FineTuning):
         total = nn.functional.cross_entropy(logits_BC, label_B, reduction="sum", ignore_index=-100)
         return Loss(total / count, {"accuracy": (logits_BC.detach().argmax(-1) == label_B).sum() / count})
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str]:
         """The label whose word has the highest logit, on average over the draws."""
         names = tuple(self.word_of)
         return [names[number] for number in self.scores(model, batch).argmax(-1).tolist()]
@@ -180,15 +180,15 @@ class PromptClassification(FineTuning):
         chunks = [self.logits(model, part) for part in parts]
         return torch.cat(chunks).float().unflatten(0, (count, rows // count)).mean(1)
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[str]:
         """The labels."""
         return texts_of(examples, self.label)
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """Accuracy, macro F1, Matthews' correlation."""
         return classification(predictions, references)
 
-    def _number(self, value: Any) -> int:
+    def _number(self, value: object) -> int:
         known = tuple(self.word_of)
         if str(value) not in known:
             raise PretrainError(
@@ -221,8 +221,8 @@ class PromptClassification(FineTuning):
 
     def _input(self, example: Example, context: Context) -> tuple[list[int], int]:
         """An input's tokens, and the place whose state the head reads."""
-        vocabulary, masked = context.vocabulary, self.lm == "masked"
-        if masked and vocabulary.mask is None:
+        vocabulary, masked, mask = context.vocabulary, self.lm == "masked", context.vocabulary.mask
+        if masked and mask is None:
             raise PretrainError("prompt_classification: no mask token; accepted: a tokenizer made with mask: true")
         begin = [] if vocabulary.begin is None else [vocabulary.begin]
         end = [] if vocabulary.eos is None else [vocabulary.eos]
@@ -232,13 +232,15 @@ class PromptClassification(FineTuning):
         others = [[*self._cut(columns, share, context, label)[0], *end] for label, columns in shown]
         room -= sum(len(ids) - len(end) for ids in others)
         sides = self._cut(example.columns, room, context)
-        if masked:
+        if masked and mask is not None:
             start = [*begin, *sides[0]]
-            return [*start, vocabulary.mask, *sides[1], *end, *(i for ids in others for i in ids)], len(start)  # type: ignore[list-item]
+            return [*start, mask, *sides[1], *end, *(i for ids in others for i in ids)], len(start)
         whole = [*begin, *(i for ids in others for i in ids), *sides[0]]
         return whole, len(whole) - 1
 
-    def _cut(self, columns: dict[str, Any], room: int, context: Context, label: str | None = None) -> list[list[int]]:
+    def _cut(
+        self, columns: Mapping[str, object], room: int, context: Context, label: str | None = None
+    ) -> list[list[int]]:
         """The tokens of the template's sides, or with a label of the whole; the longest column loses the excess."""
         assert context.encoder is not None, "examples come with an encoder"
         kept = {name: str(columns[name]) for name in self.shown}
@@ -256,7 +258,7 @@ class PromptClassification(FineTuning):
             ids, spans = context.encoder.spans(kept[longest])
             kept[longest] = kept[longest][: spans[max(0, len(ids) - excess)][0]]
 
-    def _demonstrations(self, example: Example, context: Context) -> list[tuple[str, dict[str, Any]]]:
+    def _demonstrations(self, example: Example, context: Context) -> list[tuple[str, Mapping[str, object]]]:
         """A training example of each class that has one other than the example, with its label."""
         if not self.demonstrations:
             return []
@@ -265,7 +267,8 @@ class PromptClassification(FineTuning):
                 "prompt_classification: demonstrations: there are no training examples here; accepted: a train stage, "
                 "or the evaluation task with pool: CORPUS"
             )
-        members, demonstrations = context.pool.members(self.label), []
+        members = context.pool.members(self.label)
+        demonstrations: list[tuple[str, Mapping[str, object]]] = []
         for label in self.word_of:
             numbers = members.get(label, [])
             for drawn in context.rng.choice(len(numbers), min(2, len(numbers)), replace=False):

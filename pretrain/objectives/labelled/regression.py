@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, SupportsFloat
 
 import torch
 from torch import nn
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Regression(FineTuning):
+class Regression(FineTuning[float]):
     """BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (arXiv:1810.04805).
 
     Fine-tuning as the classification does, with one output y and the loss (y - `label`)², as the paper's task STS-B.
@@ -37,7 +38,7 @@ class Regression(FineTuning):
         """The text's, the pair's and the number's."""
         return (self.text, *([self.pair] if self.pair else []), self.label)
 
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+    def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """One output; the values must be numbers."""
         for value in values:
             _number(value, self.label)
@@ -62,21 +63,21 @@ class Regression(FineTuning):
         output_B = classified(model, batch).float().squeeze(-1)
         return Loss(nn.functional.mse_loss(output_B, batch["number_B"]), {})
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[float]:
         """A number for each example."""
         return classified(model, batch).float().squeeze(-1).tolist()
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[float]:
         """The numbers."""
         return [_number(example.columns[self.label], self.label) for example in examples]
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         """Mean squared error, Pearson's and Spearman's correlation."""
         return regression(predictions, references)
 
 
-def _number(value: Any, column: str) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError) as error:
-        raise PretrainError(f"regression: column {column!r} holds {value!r}: accepted: numbers") from error
+def _number(value: object, column: str) -> float:
+    if isinstance(value, str | bytes | SupportsFloat):
+        with suppress(TypeError, ValueError):
+            return float(value)
+    raise PretrainError(f"regression: column {column!r} holds {value!r}: accepted: numbers")

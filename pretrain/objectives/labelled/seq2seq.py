@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.generation.forward import why_not
 from pretrain.core.generation.loop import decode
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import encode_decode, family, head
+from pretrain.core.models.families import at, encode_decode, family, head
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import examples_of, padded, texts_of
 from pretrain.objectives._metrics import generation
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Seq2Seq(FineTuning):
+class Seq2Seq(FineTuning[str]):
     """Exploring the Limits of Transfer Learning with a Unified Text-to-Text Transformer (arXiv:1910.10683).
 
     Every task as text to text: the prompt is `prompt` with the document's columns in its braces (`{text}`), and the
@@ -104,18 +104,25 @@ class Seq2Seq(FineTuning):
         whole = {"tokens_BL": tokens_BL, "document_BL": document_BL, "position_BL": position_BL, "target_BL": next_BL}
         return Loss(token_loss(model, whole, causal=True).value, {})
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str]:
         """The greedy answer to each prompt, as text."""
-        vocabulary, tokenizer = context.vocabulary, context.encoder.tokenizer  # type: ignore[union-attr]
+        assert context.encoder is not None, "examples come with an encoder"
+        vocabulary, tokenizer = context.vocabulary, context.encoder.tokenizer
         ids_BL, mask_BL = batch["prompt_BL"], batch["mask_BL"]
         if family(model).decoder_blocks is not None:
             ids_BL, mask_BL = _with_end(model, batch)
         first = 1 if family(model).decoder_blocks is not None else ids_BL.shape[1]
-        ends: dict[str, Any] = {"eos": vocabulary.eos, "pad": vocabulary.pad}
         if why_not(model, ids_BL.shape[1] + self.answer) is None:
-            output_BN = decode(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=self.answer, **ends)
+            output_BN = decode(
+                model,
+                ids_BL,
+                attention_mask_BL=mask_BL,
+                max_new_tokens=self.answer,
+                eos=vocabulary.eos,
+                pad=vocabulary.pad,
+            )
         else:
-            output_BN = model.generate(  # type: ignore[operator]
+            output_BN = at(model, "generate")(
                 ids_BL, attention_mask=mask_BL, max_new_tokens=self.answer, do_sample=False,
                 eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad,
             )  # fmt: skip
@@ -125,18 +132,18 @@ class Seq2Seq(FineTuning):
             answers.append(text_of(tokenizer, ids, skip_special_tokens=True).strip())
         return answers
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[str]:
         """The targets."""
         return [text.strip() for text in texts_of(examples, self.target)]
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
         """Exact match, F1 of words, ROUGE-L."""
         return generation(predictions, references)
 
 
 def _with_end(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The prompts and their mask for an encoder, which reads the text's end as well."""
-    end: Any = model.config.eos_token_id  # type: ignore[union-attr]
+    end = at(model, "config").eos_token_id
     prompt_BL, mask_BL = batch["prompt_BL"], batch["mask_BL"]
     if end is None:
         return prompt_BL, mask_BL
@@ -146,7 +153,7 @@ def _with_end(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
 
 def _encoded(model: nn.Module, prompt_BL: Tensor, mask_BL: Tensor, given_BM: Tensor, target_BM: Tensor) -> Loss:
     """The loss of an encoder-decoder, whose decoder starts from the token that its configuration names."""
-    start: Any = model.config.decoder_start_token_id  # type: ignore[union-attr]
+    start = at(model, "config").decoder_start_token_id
     decoder_BM = torch.cat([torch.full_like(given_BM[:, :1], start), given_BM[:, :-1]], 1)
     row_BM = torch.ones_like(decoder_BM)
     cross_B1ML = (row_BM[:, :, None] == mask_BL[:, None, :])[:, None]

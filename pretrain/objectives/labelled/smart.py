@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ WRAPPED = ("classification", "regression")
 
 
 @dataclass(frozen=True)
-class Smart(FineTuning):
+class Smart(FineTuning[str | float]):
     """SMART: Robust and Efficient Fine-Tuning for Pre-trained Natural Language Models
     through Principled Regularized Optimization (arXiv:1911.03437).
 
@@ -68,7 +68,7 @@ class Smart(FineTuning):
             )
 
     @cached_property
-    def wrapped(self) -> FineTuning:
+    def wrapped(self) -> FineTuning[str | float]:
         """The objective that is regularised."""
         return self.held()["objective"]
 
@@ -77,7 +77,7 @@ class Smart(FineTuning):
         """The wrapped objective's."""
         return self.wrapped.columns
 
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+    def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """The wrapped objective's."""
         return self.wrapped.labels(values)
 
@@ -135,15 +135,15 @@ class Smart(FineTuning):
         p_BC, q_BC = ours_BC.log_softmax(-1), theirs_BC.log_softmax(-1)
         return ((p_BC.exp() - q_BC.exp()) * (p_BC - q_BC)).sum(-1)
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str | float]:
         """The wrapped objective's."""
         return self.wrapped.predict(model, batch, context)
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[str | float]:
         """The wrapped objective's."""
         return self.wrapped.expected(examples, context)
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[str | float], references: Sequence[str | float]) -> dict[str, float]:
         """The wrapped objective's."""
         return self.wrapped.metrics(predictions, references)
 

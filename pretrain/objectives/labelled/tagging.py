@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import nn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Tagging(FineTuning):
+class Tagging(FineTuning[list[str]]):
     """BERT: Pre-training of Deep Bidirectional Transformers for Language Understanding (arXiv:1810.04805).
 
     Fine-tuning for named entities: words are what white space parts in `text`, `tags` holds one tag a word (a list, or
@@ -40,7 +40,7 @@ class Tagging(FineTuning):
         """The text's and the tags'."""
         return (self.text, self.tags)
 
-    def labels(self, values: Iterable[Any]) -> tuple[str, ...]:
+    def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """All tags that occur, sorted."""
         names = tuple(sorted({tag for value in values for tag in _tags(value)}))
         if len(names) < 2:
@@ -90,7 +90,7 @@ class Tagging(FineTuning):
         right = (logits_BLC.detach().argmax(-1) == label_BL).sum() / count
         return Loss(value / count, {"accuracy": right})
 
-    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Any]:
+    def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[list[str]]:
         """The likeliest tag of each word."""
         names, predicted_BL = labels_of(model), classified(model, batch).argmax(-1)
         outside = "O" if "O" in names else names[0]
@@ -103,7 +103,7 @@ class Tagging(FineTuning):
             answers.append(tags)
         return answers
 
-    def expected(self, examples: Sequence[Example], context: Context) -> list[Any]:
+    def expected(self, examples: Sequence[Example], context: Context) -> list[list[str]]:
         """The tags of each example's words."""
         references = []
         for example in examples:
@@ -115,13 +115,17 @@ class Tagging(FineTuning):
             references.append(tags)
         return references
 
-    def metrics(self, predictions: Sequence[Any], references: Sequence[Any]) -> dict[str, float]:
+    def metrics(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
         """Accuracy of words; precision, recall and F1 of entities."""
         return tagging(predictions, references)
 
 
-def _tags(value: Any) -> list[str]:
-    return value.split() if isinstance(value, str) else [str(tag) for tag in value]
+def _tags(value: object) -> list[str]:
+    if isinstance(value, str):
+        return value.split()
+    if not isinstance(value, Iterable):
+        raise PretrainError(f"tagging: tags {value!r}: accepted: a list of tags, or a text of them")
+    return [str(tag) for tag in value]
 
 
 def word_of_tokens(text: str, spans: Sequence[tuple[int, int]], token: str = "first") -> list[int]:

@@ -5,24 +5,25 @@ Shape letters: B rows, L positions, E width.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain.core.models.families import base, blocks
+from pretrain.core.models.families import at, base, blocks
 
 
 def new_blocks(model: nn.Module, count: int) -> nn.ModuleList:
     """`count` blocks like the model's last, with fresh weights."""
     last, number = blocks(model)[-1], len(blocks(model)) - 1
-    made = nn.ModuleList([type(last)(model.config, layer_idx=number) for _ in range(count)])  # type: ignore[call-arg]
-    return made.apply(model._init_weights)  # type: ignore[arg-type]
+    make: Callable[..., nn.Module] = type(last)
+    made = nn.ModuleList([make(at(model, "config"), layer_idx=number) for _ in range(count)])
+    return made.apply(at(model, "_init_weights"))
 
 
 def embedded(model: nn.Module, vectors_BLE: Tensor, position_BL: Tensor) -> Tensor:
     """What the first block gets when the tokens' embeddings are `vectors_BLE`."""
-    layer: Any = base(model).embeddings
+    layer = at(base(model), "embeddings")
     if hasattr(layer, "position_embeddings"):
         return layer(inputs_embeds=vectors_BLE, position_ids=position_BL)
     return layer(inputs_embeds=vectors_BLE)
@@ -30,15 +31,15 @@ def embedded(model: nn.Module, vectors_BLE: Tensor, position_BL: Tensor) -> Tens
 
 def run(model: nn.Module, layers: Iterable[nn.Module], states_BLE: Tensor, inputs: dict[str, Any]) -> Tensor:
     """The states after `layers`, which attend as `inputs` say: those of `attend` or of `attention_inputs`."""
-    encoder: Any = base(model)
+    encoder = base(model)
     masks, position_BL = inputs["attention_mask"], inputs["position_ids"]
-    turns: dict[str, Any] = {}
+    turns: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in layers:
-        kind: Any = getattr(layer, "attention_type", None)  # ModernBERT's blocks differ in reach and in rotation
+        kind: str | None = getattr(layer, "attention_type", None)  # ModernBERT's blocks differ in reach and in rotation
         given: dict[str, Any] = {"attention_mask": masks[kind] if isinstance(masks, dict) else masks}
         if kind is not None:
             if kind not in turns:
-                turns[kind] = encoder.rotary_emb(states_BLE, position_BL, kind)
+                turns[kind] = at(encoder, "rotary_emb")(states_BLE, position_BL, kind)
             given["position_embeddings"] = turns[kind]
         states_BLE = layer(states_BLE, **given)
     return states_BLE

@@ -15,7 +15,7 @@ from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import linear_cross_entropy
-from pretrain.core.models.families import base
+from pretrain.core.models.families import at, base
 from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.language._masking import choose_words
 
@@ -57,7 +57,7 @@ class Electra(Objective):
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The generator, on the encoder's own embeddings, and the binary head."""
-        config: Any = model.config
+        config = at(model, "config")
         heads = max(1, round(config.num_attention_heads * self.generator_size))
         width = max(heads, round(config.hidden_size * self.generator_size) // heads * heads)
         generator = ElectraForMaskedLM(ElectraConfig(
@@ -67,9 +67,11 @@ class Electra(Objective):
             max_position_embeddings=config.max_position_embeddings, hidden_dropout_prob=config.hidden_dropout_prob,
             attention_probs_dropout_prob=config.attention_probs_dropout_prob,
         ))  # fmt: skip
-        shared: Any = base(model).embeddings
+        shared = at(base(model), "embeddings")
         if getattr(base(model), "pooler", None) is not None:
-            base(model).pooler.requires_grad_(False)  # nothing is asked of it, and processes wait for every gradient
+            at(base(model), "pooler").requires_grad_(
+                False
+            )  # nothing is asked of it, and processes wait for every gradient
         for name in ("word_embeddings", "position_embeddings"):
             setattr(generator.electra.embeddings, name, getattr(shared, name))
         generator.generator_lm_head.weight = shared.word_embeddings.weight
@@ -98,12 +100,13 @@ class Electra(Objective):
         return summed({"generator": generated, "discriminator": self.discriminator_weight * discriminator_loss}, parts)
 
     def _generate(
-        self, generator: Any, masked_BL: Tensor, batch: Batch, inputs: dict[str, Any]
+        self, generator: nn.Module, masked_BL: Tensor, batch: Batch, inputs: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """The generator's loss and its logits at the hidden positions."""
-        states_BLE = generator.electra(input_ids=masked_BL, **inputs).last_hidden_state
-        states_NE = generator.generator_predictions(states_BLE[batch["hidden_BL"]])
-        weight_VE, bias_V = generator.generator_lm_head.weight, generator.generator_lm_head.bias
+        states_BLE = at(generator, "electra")(input_ids=masked_BL, **inputs).last_hidden_state
+        states_NE = at(generator, "generator_predictions")(states_BLE[batch["hidden_BL"]])
+        head = at(generator, "generator_lm_head")
+        weight_VE, bias_V = head.weight, head.bias
         value, _ = linear_cross_entropy(
             states_NE[None], weight_VE, batch["tokens_BL"][batch["hidden_BL"]][None], bias_V=bias_V
         )

@@ -135,8 +135,8 @@ class _Later(nn.Module):
 
     def __init__(self, model: nn.Module, count: int) -> None:
         super().__init__()
-        config = model.config
-        self.mask_E = nn.Parameter(torch.randn(config.hidden_size) * config.initializer_range)  # type: ignore
+        config = at(model, "config")
+        self.mask_E = nn.Parameter(torch.randn(config.hidden_size) * config.initializer_range)
         self.blocks = new_blocks(model, count)
         self.norm = copy.deepcopy(last_norm(model)) if count else nn.Identity()
 

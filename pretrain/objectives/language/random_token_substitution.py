@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE
-from pretrain.core.models.families import base, embeddings
+from pretrain.core.models.families import at, base, embeddings
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives._token_loss import token_loss
 from pretrain.objectives.language._masking import choose_words
@@ -53,12 +53,12 @@ class RandomTokenSubstitution(Objective):
     embeddings: Ref | None = None
 
     @property
-    def token_weights(self) -> bool:  # type: ignore[override]
+    def token_weights(self) -> bool:
         """Masked language modelling follows them."""
         return self.objective == "slm"
 
     @property
-    def task(self) -> str:  # type: ignore[override]
+    def task(self) -> str:
         """A detector needs no vocabulary head."""
         return "masked" if self.objective == "slm" else "base"
 
@@ -89,9 +89,9 @@ class RandomTokenSubstitution(Objective):
         pooler = getattr(base(model), "pooler", None)
         if pooler is not None:
             pooler.requires_grad_(False)  # nothing is asked of it, and processes wait for every gradient
-        width = int(model.config.hidden_size)  # type: ignore[union-attr, arg-type]
+        width = int(at(model, "config").hidden_size)
         head = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.LayerNorm(width), nn.Linear(width, 1))
-        head.apply(model._init_weights)  # type: ignore[arg-type]
+        head.apply(at(model, "_init_weights"))
         made = nn.ModuleDict({"head": head})
         if self.objective == "c_rts":
             made["generator"] = Generator(self._clusters(model), self.beta)
@@ -120,8 +120,8 @@ class RandomTokenSubstitution(Objective):
             return token_loss(model, batch, causal=False)
         assert isinstance(modules, nn.ModuleDict), "a detector's head is beside the model: see `modules`"
         tokens_BL, original_BL, present_BL = batch["tokens_BL"], batch["original_BL"], batch["document_BL"] > 0
-        generator: Any = modules["generator"] if self.objective == "c_rts" else None
-        if generator is not None:
+        generator = modules["generator"] if self.objective == "c_rts" else None
+        if isinstance(generator, Generator):
             if (
                 not modules.training or next(modules["head"].parameters()).grad is None
             ):  # the first micro-batch of a step
@@ -133,7 +133,7 @@ class RandomTokenSubstitution(Objective):
         replaced_BL = tokens_BL != original_BL
         value = nn.functional.binary_cross_entropy_with_logits(score_BL[present_BL], replaced_BL[present_BL].float())
         detected_BL = replaced_BL & (score_BL.detach() > 0)
-        if generator is not None and modules.training:
+        if isinstance(generator, Generator) and modules.training:
             generator.learn(original_BL[replaced_BL], tokens_BL[replaced_BL], detected_BL[replaced_BL])
         parts = {
             "replaced": replaced_BL.sum() / present_BL.sum(),
@@ -150,7 +150,7 @@ class Generator(nn.Module):
 
     cluster_V: Tensor
     count_CC: Tensor
-    found_CC: Tensor  # not counted yet
+    pending_CC: Tensor  # not counted yet
 
     def __init__(self, cluster_V: Tensor, beta: float) -> None:
         super().__init__()
@@ -158,7 +158,7 @@ class Generator(nn.Module):
         self.beta = beta
         self.register_buffer("cluster_V", cluster_V)
         self.register_buffer("count_CC", torch.ones(number, number, dtype=torch.int64))
-        self.register_buffer("found_CC", torch.zeros(number, number, dtype=torch.int64), persistent=False)
+        self.register_buffer("pending_CC", torch.zeros(number, number, dtype=torch.int64), persistent=False)
         self.register_state_dict_pre_hook(lambda generator, *_: generator.settle())
 
     def probability_CC(self) -> Tensor:
@@ -180,8 +180,8 @@ class Generator(nn.Module):
 
     def settle(self) -> None:
         """Count what was found."""
-        self.count_CC += self.found_CC
-        self.found_CC.zero_()
+        self.count_CC += self.pending_CC
+        self.pending_CC.zero_()
 
     def learn(self, original_N: Tensor, token_N: Tensor, detected_N: Tensor) -> None:
         """Note replacements that were detected (-1) and that were not (+1), those of all processes."""
@@ -189,4 +189,4 @@ class Generator(nn.Module):
         change_CC.index_put_(pair, torch.where(detected_N, -1, 1), accumulate=True)
         if torch.distributed.is_initialized():
             torch.distributed.all_reduce(change_CC)
-        self.found_CC += change_CC
+        self.pending_CC += change_CC

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from pretrain.core.batch import Batch, Context, Row, Vocabulary
 from pretrain.core.bounds import NonNegative, OpenShare
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import base, embeddings, family, head
+from pretrain.core.models.families import at, base, embeddings, family, head
 from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.retrieval._passages import bag_loss, encode, masked_loss, masked_passages, pieces, to_head
 
@@ -64,7 +65,7 @@ class RetroMAEv2(Objective):
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The decoder."""
-        return Decoder(model.config, positions=family(model).positions is None)
+        return Decoder(at(model, "config"), positions=family(model).positions is None)
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The three losses; parts `masked_lm`, `decoder`, `bag_of_words`."""
@@ -98,7 +99,7 @@ class RetroMAEv2(Objective):
 class Decoder(nn.Module):
     """One layer as BERT's, whose queries are not its keys and values, and a table of positions where one is needed."""
 
-    def __init__(self, config: Any, *, positions: bool) -> None:
+    def __init__(self, config: PreTrainedConfig, *, positions: bool) -> None:
         super().__init__()
         width = config.hidden_size
         self.heads = config.num_attention_heads
@@ -132,7 +133,7 @@ class Decoder(nn.Module):
 
 def embed(model: nn.Module, decoder: Decoder, states_BLE: Tensor, position_BL: Tensor) -> Tensor:
     """States with positions added, through the norm of the encoder's embeddings."""
-    layer: Any = base(model).embeddings
+    layer = at(base(model), "embeddings")
     if decoder.positions is None:
         return layer(inputs_embeds=states_BLE, position_ids=position_BL)
     return layer(inputs_embeds=states_BLE + decoder.positions(position_BL))
