@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
-from typing import Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
 
 from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
@@ -42,6 +42,9 @@ def is_ref(annotation: Any) -> bool:
 
 class Method:
     """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
+
+    if TYPE_CHECKING:  # each is a dataclass
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
 
     kind: ClassVar[str]
     version: ClassVar[int] = 1  # raised when the same fields come to mean something else

@@ -8,13 +8,14 @@ type `Ref` names an earlier stage or a path; a field of type `ObjectiveField`, `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from pydantic.fields import FieldInfo
 
 from pretrain.core.bounds import accepted, check_fields, hints
 from pretrain.core.errors import PretrainError, nearest
@@ -24,6 +25,7 @@ from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import REF, Method, is_ref, method_class
 from pretrain.core.method import Ref as Ref
 from pretrain.core.registry import info
+from pretrain.corpus.sources import Source
 from pretrain.data import DataOperation
 from pretrain.decoding import Decoding
 from pretrain.evaluation import Evaluation
@@ -32,25 +34,35 @@ from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.surgery import Surgery as SurgeryMethod
 
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+    from transformers import PreTrainedTokenizerBase
+
+    from pretrain.corpus.shards import Shards
+
+Built = TypeVar("Built", bound="DataclassInstance")
+Record = dict[str, Any]  # JSON: a recipe's fields, a lineage, what a stage answers
+Folders = dict[str, Any]  # field -> the folder, or the list of folders, of what it names
+
 
 @dataclass
 class Job:
     """What a stage is given to run with."""
 
     folder: Path  # its own, to write into; what an interrupted run left is still there
-    inputs: dict[str, Any]  # field -> folder (or list of folders) of what it names
+    inputs: Folders  # field -> folder (or list of folders) of what it names
     seed: int = 0
     name: str = ""
     say: Callable[[str], None] = print
-    lineage: list[dict[str, Any]] = field(default_factory=list)  # of the stages that this one comes from, in order
-    own: dict[str, Any] = field(default_factory=dict)  # name, kind, address and methods of this one
+    lineage: list[Record] = field(default_factory=list)  # of the stages that this one comes from, in order
+    identity: Record = field(default_factory=dict)  # name, kind, address and methods of this one
     bar: bool = False  # whether to draw progress
 
-    def history(self, result: dict[str, Any], *sources: dict[str, Any]) -> dict[str, Any]:
+    def history(self, result: Record, *sources: Record) -> Record:
         """The stages behind a checkpoint made from checkpoints of such lineages, and the stage that makes it."""
         stages = [s for lineage in sources for s in (*lineage.get("stages", []), lineage.get("made_by")) if s]
         whole = {stage["address"]: stage for stage in (*stages, *self.lineage)}  # those of this run say the most
-        return {"stages": list(whole.values()), "made_by": self.own | result}
+        return {"stages": list(whole.values()), "made_by": self.identity | result}
 
 
 @dataclass(frozen=True)
@@ -88,15 +100,15 @@ class Stage(BaseModel):
     stage: str
     seed: int | None = Field(None, ge=0)  # by default the recipe's
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Do the work; returns `metrics`, and `flops` where it is metered."""
         raise NotImplementedError
 
-    def estimate(self, inputs: dict[str, Any]) -> Estimate:
+    def estimate(self, inputs: Folders) -> Estimate:
         """What `--dry-run` says; `inputs` holds what is there already."""
         return Estimate()
 
-    def outside(self) -> Any:
+    def outside(self) -> object:
         """A fingerprint of what the stage reads besides its references."""
         return None
 
@@ -108,9 +120,9 @@ class Stage(BaseModel):
             references |= {f"{place}.{name}": value for name, value in method.references().items()}
         return references
 
-    def pointing_to(self, folders: dict[str, Any]) -> Any:
+    def pointing_to(self, folders: Folders) -> Self:
         """The stage with its methods' references replaced by folders, as `references` names them."""
-        changed: dict[str, Any] = {}
+        changed: Record = {}
         for place, method in self._placed():
             inside = {k.removeprefix(f"{place}."): str(v) for k, v in folders.items() if k.startswith(f"{place}.")}
             if not inside:
@@ -146,7 +158,7 @@ class Stage(BaseModel):
         placed = {method.name: type(method) for _, method in self._placed()}
         return {name: placed.get(name) or method_class(name) for name in self.methods()}
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> Record:
         """What is hashed: all fields but the name and the neutral ones, and the versions of stage and methods."""
         versions = {name: cls.version for name, cls in self.method_classes().items()}
         fields = self.model_dump(mode="json", exclude={"name", *self.neutral})
@@ -157,7 +169,7 @@ class Stage(BaseModel):
         return ""
 
 
-def _is_ref(field_info: Any) -> bool:
+def _is_ref(field_info: FieldInfo) -> bool:
     return REF in field_info.metadata or is_ref(field_info.annotation)
 
 
@@ -180,7 +192,7 @@ class Misfit(ValueError):
         self.place = place
 
 
-def build_dataclass(cls: Any, given: dict[str, Any], what: str) -> Any:
+def build_dataclass(cls: type[Built], given: Record, what: str) -> Built:
     """A frozen dataclass from a mapping, its types checked; errors name the field, the value and what is accepted."""
     known = [f.name for f in fields(cls)]
     for name in given:
@@ -206,7 +218,7 @@ def build_dataclass(cls: Any, given: dict[str, Any], what: str) -> Any:
         raise Misfit(f"{what}: {reason}", error.place) from error
 
 
-def build_method(value: Any, kind: str) -> Any:
+def build_method(value: object, kind: str) -> Any:
     """A method from a recipe's `NAME` or `{method: NAME, field: value, …}`."""
     if isinstance(value, Method):
         return value
@@ -222,11 +234,11 @@ def build_method(value: Any, kind: str) -> Any:
     return build_dataclass(cls, given, f"{kind} {value['method']!r}")
 
 
-def dump(value: Any) -> Any:
+def dump(value: object) -> object:
     """A method or source as JSON-like data."""
     if isinstance(value, Method):
-        return {"method": value.name} | asdict(value)  # type: ignore[call-overload]
-    return {"source": type(value).__name__} | asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
+        return {"method": value.name} | asdict(value)
+    return {"source": type(value).__name__} | asdict(value) if isinstance(value, Source) else value
 
 
 def _of(kind: str) -> PlainValidator:
@@ -244,11 +256,13 @@ DecodingField = Annotated[Decoding, _of("decoding"), PlainSerializer(dump)]
 EvaluationField = Annotated[Evaluation, _of("evaluation"), PlainSerializer(dump)]
 
 
-def tokens_of(job: Job, tokenizer: Any, **options: Any) -> Any:
+def tokens_of(
+    job: Job, tokenizer: PreTrainedTokenizerBase, *, splits: Sequence[str], verify: bool = True
+) -> dict[str, Shards]:
     """The job's corpus in tokens by split, made once for each tokenizer and shared by the stages of a run or store."""
     from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
     from pretrain.corpus.store import Corpus
 
     corpus = Corpus(corpus_of(job.inputs["corpus"]))
     key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
-    return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, **options)
+    return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, splits=splits, verify=verify)

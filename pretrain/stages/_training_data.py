@@ -2,29 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import NO_VOCABULARY, Context, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
-from pretrain.core.models.families import new_model
+from pretrain.core.models.families import at, new_model
 from pretrain.core.models.heads import labels_of
 from pretrain.core.processors import Processor, columns_of, load_processor, tokenizer_in
+from pretrain.core.samples import Sample
 from pretrain.corpus.examples import Examples
+from pretrain.corpus.shards import Shards
 from pretrain.corpus.sources import evenly
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation.likelihood._shards import shard_loss
 from pretrain.evaluation.tasks._objective import objective_loss
-from pretrain.stages import Job, tokens_of
+from pretrain.objectives import Objective
+from pretrain.objectives.labelled import FineTuning
+from pretrain.stages import Job, Record, tokens_of
+from pretrain.training.distributed import World
 from pretrain.training.loader import Loader
+from pretrain.training.running import Trainee
 
 SPLITS = ("train", "validation")  # those that training opens
+
+Splits = Mapping[str, Shards | Examples]
+
+
+class Weighted(Protocol):
+    """An objective and its weight in the sum."""
+
+    @property
+    def method(self) -> Objective:
+        """The objective."""
+
+    @property
+    def weight(self) -> float:
+        """Its weight."""
 
 
 class Asked(Protocol):
@@ -32,21 +54,21 @@ class Asked(Protocol):
 
     name: str
     init: str | None
-    model: dict[str, Any]
+    model: Record
     task: str
     length: int
     batch_rows: int
     micro_rows: int
     evaluate_tokens: int
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Record:
         """The new model's."""
 
-    def weighted(self) -> list[Any]:
+    def weighted(self) -> Sequence[Weighted]:
         """The objectives with their weights."""
 
 
-def open_model(stage: Asked, job: Job) -> tuple[Any, Processor]:
+def open_model(stage: Asked, job: Job) -> tuple[PreTrainedModel, Processor]:
     """The model to train, and the processor of its inputs."""
     processor: Processor | None = None
     if "tokenizer" in job.inputs:
@@ -79,12 +101,12 @@ def open_processor(folder: Path) -> Processor:
     return processor
 
 
-def check_entries(stage: Asked, model: Any, processor: Processor) -> None:
+def check_entries(stage: Asked, model: PreTrainedModel, processor: Processor) -> None:
     """Each of the tokenizer's entries must have an embedding."""
     tokenizer = tokenizer_in(processor)
     if tokenizer is None:
         return
-    entries, rows = len(tokenizer), len(model.get_input_embeddings().weight)
+    entries, rows = len(tokenizer), len(at(model.get_input_embeddings(), "weight"))
     if entries > rows:
         raise PretrainError(
             f"stage {stage.name!r}: the tokenizer has {entries} entries, the model embeddings of {rows}; accepted: "
@@ -92,7 +114,7 @@ def check_entries(stage: Asked, model: Any, processor: Processor) -> None:
         )
 
 
-def open_rows(stage: Asked, job: Job, processor: Processor, world: Any) -> dict[str, Any]:
+def open_rows(stage: Asked, job: Job, processor: Processor, world: World) -> dict[str, Shards]:
     """The corpus in tokens by split, which the first process makes."""
     tokenizer = tokenizer_in(processor)
     if tokenizer is None:
@@ -107,9 +129,11 @@ def open_rows(stage: Asked, job: Job, processor: Processor, world: Any) -> dict[
     return tokens_of(job, tokenizer, splits=SPLITS, verify=False)
 
 
-def open_examples(stage: Asked, job: Job, model: Any, processor: Processor) -> tuple[Any, dict[str, Any]]:
+def open_examples(
+    stage: Asked, job: Job, model: PreTrainedModel, processor: Processor
+) -> tuple[PreTrainedModel, dict[str, Examples]]:
     """The model, with its objective's head where it has one, and the corpus as examples by split."""
-    objectives: list[Any] = [w.method for w in stage.weighted()]
+    objectives = [w.method for w in stage.weighted()]
     objective, corpus = objectives[0], Corpus(corpus_of(job.inputs["corpus"]))
     columns = [name for method in objectives for name in (method.columns or columns_of(processor))]
     examples_by_split = {split: Examples(corpus, split, processor, columns) for split in SPLITS}
@@ -122,7 +146,12 @@ def open_examples(stage: Asked, job: Job, model: Any, processor: Processor) -> t
     return model, examples_by_split
 
 
-def predicts(objective: Any) -> bool:
+def targets_per_byte(split: Shards | Examples) -> float | None:
+    """Tokens to predict for each byte of text; None of what is not rows of text."""
+    return split.targets_per_byte() if isinstance(split, Shards) else None
+
+
+def predicts(objective: Objective) -> TypeGuard[FineTuning[object]]:
     """Whether the objective learns labels, which it can predict."""
     return hasattr(objective, "predict")
 
@@ -133,28 +162,34 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
     return NO_VOCABULARY if tokenizer is None else Vocabulary.of(tokenizer)
 
 
-def evaluation(stage: Asked, held_out: Any, vocabulary: Vocabulary) -> Any:
+def evaluation(
+    stage: Asked, held_out: Shards | Examples, vocabulary: Vocabulary
+) -> Callable[[Trainee], dict[str, float]] | None:
     """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""
     objective = stage.weighted()[0].method
     if not len(held_out):
         return None
-    if objective.task == "causal" and objective.reads == "rows" and not objective.own_evaluation:
+    if isinstance(held_out, Shards) and objective.task == "causal" and not objective.own_evaluation:
         return lambda trainee: shard_loss(
             trainee.model, held_out, length=stage.length, max_tokens=stage.evaluate_tokens
         )
     rows = stage.micro_rows or stage.batch_rows
     loader = Loader(held_out, [objective], vocabulary, length=stage.length, batch_rows=rows)
 
-    def measure(trainee: Any) -> dict[str, float]:
+    def measure(trainee: Trainee) -> dict[str, float]:
         metrics = objective_loss(trainee.model, trainee.beside[0], objective, loader, stage.evaluate_tokens)
-        return metrics | (_answers(stage, trainee.model, held_out, vocabulary) if predicts(objective) else {})
+        if isinstance(held_out, Examples) and predicts(objective):
+            model = cast("PreTrainedModel", trainee.model)
+            metrics |= _answers(stage, objective, model, held_out, vocabulary)
+        return metrics
 
     return measure
 
 
-def _answers(stage: Asked, model: Any, held_out: Any, vocabulary: Vocabulary) -> dict[str, float]:
+def _answers(
+    stage: Asked, objective: FineTuning[object], model: PreTrainedModel, held_out: Examples, vocabulary: Vocabulary
+) -> dict[str, float]:
     """The fine-tuning objective's metrics on as many held-out documents as `evaluate_tokens` may hold."""
-    objective: Any = stage.weighted()[0].method
     most = max(1, stage.evaluate_tokens // stage.length)
     examples = [held_out.row(held_out, number) for number in evenly(range(len(held_out)), most)]
     context = Context(vocabulary, stage.length, np.random.default_rng(0), **held_out.given)
@@ -162,12 +197,14 @@ def _answers(stage: Asked, model: Any, held_out: Any, vocabulary: Vocabulary) ->
     return objective.metrics(predicted, objective.expected(examples, context))
 
 
-def samples(stage: Asked, model: Any, splits: dict[str, Any], vocabulary: Vocabulary, count: int = 8) -> list[Any]:
+def samples(
+    stage: Asked, model: PreTrainedModel, splits: Splits, vocabulary: Vocabulary, count: int = 8
+) -> list[Sample]:
     """What the first objective shows of held-out examples, of training ones where there are none held out."""
     objective = stage.weighted()[0].method
-    if objective.reads == "rows":
-        return []
     shown = splits["validation"] if len(splits["validation"]) else splits["train"]
+    if not isinstance(shown, Examples):
+        return []
     examples = [shown.row(shown, number) for number in evenly(range(len(shown)), count)]
     context = Context(vocabulary, stage.length, np.random.default_rng(0), **shown.given)
     return objective.show(model, examples, context)

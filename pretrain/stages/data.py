@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
@@ -13,25 +13,29 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
 from pretrain.corpus.samples import corpus_documents
-from pretrain.corpus.sources import SOURCES
+from pretrain.corpus.sources import SOURCES, Source
 from pretrain.corpus.store import write_corpus
+from pretrain.data import DataOperation
 from pretrain.data._work import working
-from pretrain.stages import DataOperationField, Job, Stage, build_dataclass, dump
+from pretrain.stages import DataOperationField, Job, Record, Stage, build_dataclass, dump
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
-def build_source(value: Any) -> Any:
+def build_source(value: object) -> Source:
     """A source from a path or a mapping; its first word tells its kind."""
-    if isinstance(value, tuple(SOURCES.values())):
+    if isinstance(value, Source):
         return value
     if isinstance(value, str):
         value = {value: True} if value in ("stdlib", "debian") else {"files": value}
     words = [word for word in SOURCES if isinstance(value, dict) and word in value]
-    if len(words) != 1:
+    if not isinstance(value, dict) or len(words) != 1:
         raise ValueError(f"{value!r} is no source; accepted: a path, or a mapping with one of {', '.join(SOURCES)}")
     return build_dataclass(SOURCES[words[0]], value, f"source {words[0]!r}")
 
 
-SourceField = Annotated[Any, PlainValidator(build_source), PlainSerializer(dump)]
+SourceField = Annotated[Source, PlainValidator(build_source), PlainSerializer(dump)]
 
 
 class Data(Stage):
@@ -47,7 +51,7 @@ class Data(Stage):
     test: float = Field(0.02, ge=0, lt=1)
     near_duplicates: float | None = Field(0.8, gt=0, le=1)
 
-    def outside(self) -> Any:
+    def outside(self) -> list[str]:
         """The state of the sources."""
         fingerprints = []
         for number, source in enumerate(self.sources):
@@ -61,11 +65,11 @@ class Data(Stage):
         """What operations keep while they work."""
         return "with its operations under way" if any(folder.glob("work/*")) else ""
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Write the corpus."""
         skipped = kinds.Skipped()
         stream = (document for source in self.sources for document in kinds.read(source, skipped))
-        facts: dict[str, Any] = {"sources": [kinds.described(source) for source in self.sources]}
+        facts: Record = {"sources": [kinds.described(source) for source in self.sources]}
         spent: list[int] = []
         operations = [partial(_metered, operation, spent) for operation in self.operations]
         with working(job.folder / "work") as desk:
@@ -87,7 +91,7 @@ class Data(Stage):
         }
 
 
-def _metered(operation: Any, spent: list[int], corpus: Any) -> Any:
+def _metered(operation: DataOperation, spent: list[int], corpus: Dataset) -> Dataset:
     """The corpus after the operation, whose FLOPs are added to `spent`."""
     from pretrain.core.meter import count_flops
 

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from pretrain.stages import DecodingField, Job, Ref, Stage, checkpoint_of
+from pretrain.decoding import Decoding
+from pretrain.stages import DecodingField, Job, Record, Ref, Stage, checkpoint_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.core.generation.options import OptionFields
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # of sampling, unless it is said otherwise
 
@@ -40,7 +46,7 @@ class Decode(Stage):
             raise ValueError(str(error)) from error
         return self
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Write `samples.json`."""
         from pretrain.core.files import write_json
         from pretrain.stages.evaluate import load_text
@@ -58,7 +64,7 @@ class Decode(Stage):
         return {"metrics": {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}}
 
 
-def sampling(method: Any, temperature: float | None, top_p: float | None) -> tuple[float, float]:
+def sampling(method: Decoding | None, temperature: float | None, top_p: float | None) -> tuple[float, float]:
     """The temperature and top_p to decode with; an error where a method that does not sample is asked to."""
     from pretrain.core.errors import PretrainError
 
@@ -73,16 +79,16 @@ def sampling(method: Any, temperature: float | None, top_p: float | None) -> tup
 
 
 def continue_prompt(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
     prompt: str,
     *,
-    method: Any = None,
+    method: Decoding | None = None,
     max_new_tokens: int = 64,
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int = 0,
-) -> dict[str, Any]:
+) -> Record:
     """One continuation: prompt, continuation, tokens, seconds."""
     import torch
 
@@ -90,6 +96,7 @@ def continue_prompt(
     from pretrain.core.errors import PretrainError
     from pretrain.core.generation.forward import why_not
     from pretrain.core.generation.loop import decode
+    from pretrain.core.models.families import at
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
@@ -99,23 +106,19 @@ def continue_prompt(
     ids = before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
     input_BL = torch.tensor([ids or [vocabulary.pad]], device=model.device)
     torch.manual_seed(seed)
-    more: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
+    options: OptionFields = {"max_new_tokens": max_new_tokens, "eos": vocabulary.eos, "pad": vocabulary.pad}
+    sampled: OptionFields = {**options, "temperature": temperature, "top_p": top_p}
     started = time.perf_counter()
     with torch.no_grad():
         if method is not None:
-            output_BN = method.generate(
-                model, input_BL, max_new_tokens=max_new_tokens, eos=vocabulary.eos, pad=vocabulary.pad,
-                **(more if method.samples else {}),
-            )  # fmt: skip
+            output_BN = method.generate(model, input_BL, **(sampled if method.samples else options))
         elif why_not(model, input_BL.shape[1] + max_new_tokens) is None:
-            output_BN = decode(
-                model, input_BL, max_new_tokens=max_new_tokens, eos=vocabulary.eos, pad=vocabulary.pad, **more
-            )
+            output_BN = decode(model, input_BL, **sampled)
         else:
-            output_BN = model.generate(
+            output_BN = at(model, "generate")(
                 input_BL, attention_mask=torch.ones_like(input_BL), max_new_tokens=max_new_tokens,
                 eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad, do_sample=temperature > 0,
-                **(more | {"top_k": 0} if temperature else {}),
+                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}),
             )  # fmt: skip
     # An encoder-decoder answers with its decoder's tokens alone, after the one that it starts from.
     given = 1 if method is None and model.config.is_encoder_decoder else input_BL.shape[1]

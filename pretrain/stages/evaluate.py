@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator
 
 from pretrain.corpus.sources import Document
 from pretrain.evaluation import Evaluation
 from pretrain.evaluation.likelihood.held_out import HeldOut
-from pretrain.stages import EvaluationField, Job, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages import EvaluationField, Job, Record, Ref, Stage, checkpoint_of, corpus_of
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.core.processors import Processor
     from pretrain.corpus.store import Corpus
 
 
@@ -34,13 +37,13 @@ class Evaluate(Stage):
 
     @field_validator("evaluations")
     @classmethod
-    def _once(cls, evaluations: list[Any]) -> list[Any]:
+    def _once(cls, evaluations: list[Evaluation]) -> list[Evaluation]:
         names = [method.name for method in evaluations]
         if len(set(names)) < len(names):
             raise ValueError(f"{', '.join(names)}: accepted: each method once, since their metrics have the same names")
         return evaluations
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Write `evaluation.json`."""
         from pretrain.core.checkpoint import lineage
         from pretrain.core.files import write_json
@@ -68,7 +71,7 @@ class Evaluate(Stage):
 
 
 def documents_of(
-    corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Any
+    corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Processor
 ) -> list[Document]:
     """At most so many documents of a split, from all sources alike, with the columns that are needed."""
     from pretrain.core.errors import PretrainError
@@ -89,7 +92,7 @@ def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("text", "domain", "id", *(c for method in methods for c in method.columns))))
 
 
-def load_both(folder: Path) -> tuple[Any, Any]:
+def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
     """A checkpoint's model, on the device that there is, and its processor, which must be there."""
     from pretrain.core import checkpoint
     from pretrain.core.errors import PretrainError
@@ -103,7 +106,7 @@ def load_both(folder: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def load_text(folder: Path) -> tuple[Any, Any]:
+def load_text(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint's model and its tokenizer, or the one that its processor holds."""
     from pretrain.core.errors import PretrainError
     from pretrain.core.processors import tokenizer_in
@@ -116,14 +119,14 @@ def load_text(folder: Path) -> tuple[Any, Any]:
 
 
 def evaluate(
-    model: Any,
-    tokenizer: Any,
+    model: PreTrainedModel,
+    processor: Processor,
     documents: list[Document],
-    methods: list[Any],
+    methods: Sequence[Evaluation],
     *,
     compressors: bool,
     length: int | None = None,
-) -> dict[str, Any]:
+) -> Record:
     """What `evaluation.json` holds: metrics, the same by domain, 95% intervals, and the compressors' bits per byte.
 
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
@@ -140,7 +143,7 @@ def evaluate(
     for method in methods:
         if length and getattr(method, "length", None) == 0:
             method = dataclasses.replace(method, length=length)
-        measured = method(model, tokenizer, documents)
+        measured = method(model, cast("PreTrainedTokenizerBase", processor), documents)
         metrics |= measured.metrics
         intervals |= {name: list(ends) for name, ends in measured.intervals.items()}
         for domain, values in measured.domains.items():

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 
-from pretrain.stages import Job, Ref, Stage
+from pretrain.stages import Job, Record, Ref, Stage
+
+if TYPE_CHECKING:
+    from pretrain.core import processors
 
 
 class Processor(Stage):
@@ -19,7 +22,7 @@ class Processor(Stage):
     seeded: ClassVar[bool] = False
     writes: ClassVar[str] = "processor"
     stage: Literal["processor"] = "processor"
-    processor: dict[str, Any] = {}
+    processor: Record = {}
     checkpoint: Ref | None = None
 
     @model_validator(mode="after")
@@ -32,13 +35,13 @@ class Processor(Stage):
             self._new()
         return self
 
-    def _new(self) -> Any:
+    def _new(self) -> processors.Processor:
         """The processor that the fields make."""
         from pretrain.core.processors import new_processor
 
         return new_processor(self.processor["class"], {k: v for k, v in self.processor.items() if k != "class"})
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Write the processor."""
         from pretrain.core.files import atomic_folder
         from pretrain.stages._training_data import open_processor

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
+from pretrain.stages import Job, Record, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pretrain.core.batch import Batch
 
 BATCH_ROWS = 8
 
@@ -27,7 +33,7 @@ class Surgery(Stage):
     calibration_rows: int = Field(128, ge=1)
     length: int = Field(512, ge=2)
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Operate and save."""
         from pretrain.core import checkpoint
         from pretrain.surgery import Inputs, operate
@@ -52,7 +58,7 @@ class Surgery(Stage):
         )
         return result
 
-    def _batches(self, job: Job, model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+    def _batches(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Batch]:
         """Rows of packed training documents, in batches."""
         import numpy as np
 
@@ -85,7 +91,7 @@ class Surgery(Stage):
         return batches
 
 
-def _bytes(model: Any) -> int:
+def _bytes(model: nn.Module) -> int:
     """What the weights take on disk: tied ones once."""
     tensors = model.state_dict(keep_vars=True).values()
     return sum({id(tensor): tensor.nbytes for tensor in tensors}.values())

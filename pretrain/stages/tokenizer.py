@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
 from pretrain.core.files import digest
-from pretrain.stages import Job, Ref, Stage, corpus_of
+from pretrain.stages import Job, Record, Ref, Stage, corpus_of
+
+if TYPE_CHECKING:
+    from pretrain.corpus.store import Corpus
 
 
 class Tokenizer(Stage):
@@ -33,7 +36,7 @@ class Tokenizer(Stage):
             raise ValueError("accepted: exactly one of corpus, checkpoint")
         return self
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Write the tokenizer."""
         from pretrain.core.files import atomic_folder
         from pretrain.corpus.store import Corpus
@@ -41,7 +44,7 @@ class Tokenizer(Stage):
         from pretrain.stages import checkpoint_of
 
         if self.checkpoint is not None:
-            tokenizer: Any = load_tokenizer(checkpoint_of(job.inputs["checkpoint"]))
+            tokenizer = load_tokenizer(checkpoint_of(job.inputs["checkpoint"]))
         else:
             tokenizer = train_tokenizer(
                 self._texts(Corpus(corpus_of(job.inputs["corpus"]))), algorithm=self.algorithm, mask=self.mask,
@@ -52,7 +55,7 @@ class Tokenizer(Stage):
         job.say(f"{len(tokenizer):,} entries")
         return {"metrics": {"vocabulary": len(tokenizer)}}
 
-    def _texts(self, corpus: Any) -> Iterator[str]:
+    def _texts(self, corpus: Corpus) -> Iterator[str]:
         """Training documents; of more than `max_bytes` a sample by the hash of their id, so from all sources alike."""
         share = self.max_bytes / max(1, corpus.info["bytes"]["train"])
         for document in corpus.documents("train"):

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from pretrain.core.errors import PretrainError
 from pretrain.stages import (
     Estimate,
+    Folders,
     Job,
     ObjectiveField,
     OptimizerField,
     PolicyField,
+    Record,
     Ref,
     ScheduleField,
     Stage,
@@ -21,7 +24,6 @@ from pretrain.stages import (
     build_dataclass,
     build_method,
     checkpoint_of,
-    dump,
 )
 from pretrain.training.budget import Budget
 from pretrain.training.compatible import check_together
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.processors import Processor
+    from pretrain.stages._training_data import Splits
+    from pretrain.training.running import Training
 
 
 class Weighted(BaseModel):
@@ -40,7 +44,7 @@ class Weighted(BaseModel):
     weight: float = 1.0
 
 
-def build_weighted(value: Any) -> Weighted:
+def build_weighted(value: object) -> Weighted:
     """From `NAME` or `{method: NAME, weight: 0.5, …}`."""
     if isinstance(value, Weighted):
         return value
@@ -52,12 +56,12 @@ def build_weighted(value: Any) -> Weighted:
     return Weighted(method=given, weight=weight)
 
 
-def dump_weighted(value: Weighted) -> Any:
+def dump_weighted(value: Weighted) -> Record:
     """As a recipe says it."""
-    return dump(value.method) | {"weight": value.weight}
+    return {"method": value.method.name} | asdict(value.method) | {"weight": value.weight}
 
 
-WeightedField = Annotated[Any, PlainValidator(build_weighted), PlainSerializer(dump_weighted)]
+WeightedField = Annotated[Weighted, PlainValidator(build_weighted), PlainSerializer(dump_weighted)]
 BudgetField = Annotated[
     Budget, PlainValidator(lambda v: v if isinstance(v, Budget) else build_dataclass(Budget, v, "budget")),
     PlainSerializer(lambda b: {b.unit: b.limit}),
@@ -84,7 +88,7 @@ class Train(Stage):
     tokenizer: Ref | None = None
     processor: Ref | None = None
     init: Ref | None = None
-    model: dict[str, Any] = {}
+    model: Record = {}
     surgeries: list[SurgeryField] = []
     task: str = "auto"  # causal, masked, seq2seq, base, pretraining, or an AutoModelFor… of transformers
     length: int = Field(512, ge=2)
@@ -130,7 +134,7 @@ class Train(Stage):
             new_config(self.model["family"], self.fields())
         return self
 
-    def fields(self) -> dict[str, Any]:
+    def fields(self) -> Record:
         """The new model's fields, without the name of its family."""
         return {k: v for k, v in self.model.items() if k != "family"}
 
@@ -172,12 +176,11 @@ class Train(Stage):
         steps = [path.name.removeprefix("step-") for path in folder.glob("state/step-*")]
         return f"at step {max(map(int, filter(str.isdecimal, steps)), default=0):,}" if steps else ""
 
-    def run(self, job: Job) -> dict[str, Any]:
+    def run(self, job: Job) -> Record:
         """Train, then write the checkpoint."""
         from pretrain.core import checkpoint
         from pretrain.core.hardware import pick_device
         from pretrain.core.models.storage import narrow
-        from pretrain.core.samples import write_samples
         from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
@@ -190,52 +193,60 @@ class Train(Stage):
         model, inputs, surgery_flops = operate(self.surgeries, model, given)
         processor = cast("Processor", inputs.tokenizer)
         data.check_entries(self, model, processor)
-        weighted, vocabulary = self.weighted(), data.vocabulary_of(processor)
+        vocabulary, objectives = data.vocabulary_of(processor), [w.method for w in self.weighted()]
+        splits: data.Splits
         if self._reads() == "examples":
-            model, shards = data.open_examples(self, job, model, processor)
+            model, splits = data.open_examples(self, job, model, processor)
         else:
-            shards = data.open_rows(self, job, processor, world)
+            splits = data.open_rows(self, job, processor, world)
         loader = Loader(
-            shards["train"], [w.method for w in weighted], vocabulary, length=self.length, batch_rows=self.batch_rows,
+            splits["train"], objectives, vocabulary, length=self.length, batch_rows=self.batch_rows,
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
             mixture=self.mixture, pin=world.device.type == "cuda",
         )  # fmt: skip
         if self.init is not None and checkpoint.surgery_of(model):  # what an adapter has frozen
             narrow(model, checkpoint.stored_dtype(checkpoint_of(job.inputs["init"])))
         training = train(
-            model, loader, [w.method for w in weighted], self.optimizer, self.schedule,
+            model, loader, objectives, self.optimizer, self.schedule,
             Settings(
                 budget=self.budget, seed=job.seed, clip=self.clip, evaluate_every=self.evaluate_every,
                 save_every=self.save_every, keep=self.keep, log_every=self.log_every, precision=self.precision,
                 strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing,
                 max_skips=self.max_skips, bar=job.bar,
             ),
-            job.folder, weights=[w.weight for w in weighted], policies=self.policies,
-            evaluate=data.evaluation(self, shards["validation"], vocabulary),
-            targets_per_byte=shards["train"].targets_per_byte() if self._plain() else None,
+            job.folder, weights=[w.weight for w in self.weighted()], policies=self.policies,
+            evaluate=data.evaluation(self, splits["validation"], vocabulary),
+            targets_per_byte=data.targets_per_byte(splits["train"]) if self._plain() else None,
         )  # fmt: skip
         spent = training.spent | ({"skipped_steps": training.guard.skipped} if training.guard.skipped else {})
         spent["flops"] += surgery_flops
-        result = {"metrics": training.metrics | spent, "flops": spent["flops"]}
         if world.main:
-            source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
-            lineage = job.history(result, source)
-            lineage |= {"data": shards["train"].info["corpus"], "metrics": training.metrics} | spent
-            lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
-            lineage["length"] = self.length
-            checkpoint.save(cast("PreTrainedModel", training.model), processor, job.folder / "checkpoint", lineage)
-            if shown := data.samples(self, training.model, shards, vocabulary):
-                write_samples(job.folder, shown)
-            for objective, modules in zip(training.trainee.objectives, training.trainee.beside, strict=True):
-                for name, other in objective.export(modules).items():
-                    checkpoint.save(other, processor, job.folder / name / "checkpoint", lineage)
+            self._write(job, training, spent, processor, splits)
         bits = training.metrics.get("bits_per_byte")
-        job.say(
-            f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs" + (f", {bits:.3f} bits per byte" if bits else "")
-        )
-        return result
+        likelihood = f", {bits:.3f} bits per byte" if bits else ""
+        job.say(f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs{likelihood}")
+        return {"metrics": training.metrics | spent, "flops": spent["flops"]}
 
-    def estimate(self, inputs: dict[str, Any]) -> Estimate:
+    def _write(self, job: Job, training: Training, spent: Record, processor: Processor, splits: Splits) -> None:
+        """The checkpoint with its lineage, what the objectives have trained beside it, and samples to look at."""
+        from pretrain.core import checkpoint
+        from pretrain.core.samples import write_samples
+        from pretrain.stages import _training_data as data
+
+        source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
+        lineage = job.history({"metrics": training.metrics | spent, "flops": spent["flops"]}, source)
+        lineage |= {"data": splits["train"].info["corpus"], "metrics": training.metrics} | spent
+        lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
+        lineage["length"] = self.length
+        model = cast("PreTrainedModel", training.model)
+        checkpoint.save(model, processor, job.folder / "checkpoint", lineage)
+        if shown := data.samples(self, model, splits, data.vocabulary_of(processor)):
+            write_samples(job.folder, shown)
+        for objective, modules in zip(training.trainee.objectives, training.trainee.beside, strict=True):
+            for name, other in objective.export(modules).items():
+                checkpoint.save(other, processor, job.folder / name / "checkpoint", lineage)
+
+    def estimate(self, inputs: Folders) -> Estimate:
         """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""
         from pretrain.core.hardware import matrix_rate, pick_device
 
@@ -246,7 +257,7 @@ class Train(Stage):
             flops = 6.0 * weights * self.budget.limit * rows
         return Estimate(flops, 16.0 * weights if weights else None, flops / rate if flops else None)
 
-    def _count_weights(self, inputs: dict[str, Any]) -> int | None:
+    def _count_weights(self, inputs: Folders) -> int | None:
         """The model's weights; None when they are those of a stage that has not run yet."""
         import torch
         from transformers import AutoModel

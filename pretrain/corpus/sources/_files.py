@@ -6,9 +6,9 @@ import gzip
 import io
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import Field, asdict
 from pathlib import Path, PurePath
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 from pretrain.core.bounds import check_fields
 from pretrain.core.errors import PretrainError
@@ -36,6 +36,9 @@ class Skipped:
 class Source:
     """Base of the sources, which are frozen dataclasses."""
 
+    if TYPE_CHECKING:
+        __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
+
     def __post_init__(self) -> None:
         """Refuse fields outside their bounds; a source that checks more calls this first."""
         check_fields(self, "")
@@ -56,12 +59,12 @@ def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
 
 def fingerprint(source: Source) -> str:
     """Changes when the source's files do (their names, sizes, times) or its version."""
-    return digest([type(source).__name__, asdict(source), source.state()])  # type: ignore[call-overload]
+    return digest([type(source).__name__, asdict(source), source.state()])
 
 
 def described(source: Source) -> dict[str, object]:
     """What a corpus notes of a source: its fields, and of the package that it comes from the archive and its sha256."""
-    facts = {"source": type(source).__name__} | asdict(source)  # type: ignore[call-overload]
+    facts = {"source": type(source).__name__} | asdict(source)
     package: Package | None = getattr(source, "package", None)
     return facts | {"package": package_facts(package)} if package else facts
 
@@ -130,7 +133,7 @@ def _seen(root: Path, paths: Iterator[Path]) -> list[Path]:
     )
 
 
-def stamps(where: str, package: Package | None, suffixes: Iterable[str] = ()) -> Any:
+def stamps(where: str, package: Package | None, suffixes: Iterable[str] = ()) -> list[list[str | int]] | None:
     """Names, sizes and times of the files at a path; nothing for those of a package, whose version says it."""
     return None if package else [stamp(path) for _, path in located(where, None, suffixes)]
 

@@ -190,7 +190,7 @@ class ServerClient:
         request = urllib.request.Request(self.address, json.dumps(body).encode(), headers, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                body = answer.read()
+                content = answer.read()
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode("utf-8", "replace").split())[:200]
             raise PretrainError(f"server {self.address}: HTTP {error.code}: {reason}; accepted: HTTP 200") from error
@@ -200,12 +200,12 @@ class ServerClient:
                 f"server {self.address}: {cause}; accepted: one that answers within {self.timeout:g} seconds"
             ) from error
         try:
-            read = json.loads(body)
+            read = json.loads(content)
             text, usage = read["choices"][0]["message"]["content"], read["usage"]
             kept = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             return Reply(text + "", int(usage["prompt_tokens"]), int(usage["completion_tokens"]), int(kept))
         except (ValueError, LookupError, TypeError, AttributeError) as error:
-            shown = " ".join(body.decode("utf-8", "replace").split())[:200]
+            shown = " ".join(content.decode("utf-8", "replace").split())[:200]
             raise PretrainError(
                 f"server {self.address} answers {shown!r}; accepted: a chat completion with content and usage"
             ) from error

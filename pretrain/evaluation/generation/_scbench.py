@@ -89,8 +89,8 @@ class Maker:
         left = self.room - sum(self.count(needed))
         lines: list[str] = []
         for i in self.rng.permutation(len(self.documents)):
-            lines = [line.rstrip() + "\n" for line in self.documents[i]["text"].splitlines() if line.strip()]
-            for line, tokens in zip(lines, self.count(lines), strict=True):
+            candidates = [line.rstrip() + "\n" for line in self.documents[i]["text"].splitlines() if line.strip()]
+            for line, tokens in zip(candidates, self.count(candidates), strict=True):
                 left -= tokens
                 if left < 0:
                     return lines
