@@ -226,7 +226,7 @@ def test_what_cannot_be_measured_is_refused(tiny, tokenizer):
     for fields, said in (
         ({"rank": 0}, "rank 0: accepted: 1 or more"),
         ({"tokens": 1}, "tokens 1: accepted: 2 or more"),
-        ({"test": 0.9, "validation": 0.1}, "validation 0.1, test 0.9: accepted: shares above 0"),
+        ({"test": 0.9, "validation": 0.1}, "validation 0.1, test 0.9: accepted: shares that leave some"),
         ({"test": 0.0}, "test 0.0: accepted"),
     ):
         with pytest.raises(PretrainError, match=said):

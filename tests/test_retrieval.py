@@ -60,7 +60,7 @@ def test_halves_are_cut_to_the_length(tiny, prepared, monkeypatch):
         taken.extend(pieces)
         return np.eye(len(pieces))
 
-    monkeypatch.setattr("pretrain.core.models.features.text_features", features)
+    monkeypatch.setattr("pretrain.evaluation.probes.retrieval.text_features", features)
     tokenizer = load_tokenizer(prepared / "tokenizer")
     text = "one two three four five six seven eight nine ten eleven twelve"
     ids = encode(tokenizer, [text])[0].tolist()

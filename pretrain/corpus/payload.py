@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -20,6 +20,9 @@ from pretrain.corpus.sources import Document
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Features
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 CONTENT = ("text", "image", "audio", "series")
 # Words in the names of columns that belong to a document's content; any other column is about it.
@@ -74,10 +77,10 @@ def identity(document: Document) -> bytes:
     return hashlib.blake2b(payload(document), digest_size=16).digest()
 
 
-def _bytes(name: str, value: Any) -> bytes:
+def _bytes(name: str, value: object) -> bytes:
     """A column of content as bytes: a file's without its path, a series' values and shape."""
     if name == "text":
-        return value.encode()
+        return str(value).encode()
     if name == "series":
         values_TC = np.asarray(value, np.float32)
         return str(values_TC.shape).encode() + values_TC.tobytes()
@@ -116,7 +119,7 @@ def table_of(documents: Sequence[Document]) -> pyarrow.Table:
         "series": pyarrow.list_(pyarrow.list_(pyarrow.float32())),
     }
     arrays = {
-        name: one_type(pyarrow.array, [_plain(name, value) for value in values], types.get(name))
+        name: single_type(pyarrow.array, [_plain(name, value) for value in values], types.get(name))
         for name, values in columns.items()
     }
     return typed(pyarrow.table(arrays))
@@ -130,18 +133,18 @@ def typed(table: pyarrow.Table) -> pyarrow.Table:
     return table.replace_schema_metadata(features.arrow_schema.metadata)
 
 
-def one_type(make: Any, *given: Any) -> Any:
+def single_type(make: Callable[P, T], *args: P.args, **given: P.kwargs) -> T:
     """What `make` gives; a column whose values are of several types is an error."""
     import pyarrow
 
     try:
-        return make(*given)
+        return make(*args, **given)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
         raise PretrainError(f"a column holds several types ({reason}); accepted: one type a column") from error
 
 
-def _plain(name: str, value: Any) -> Any:
+def _plain(name: str, value: object) -> object:
     """A value as arrow takes it."""
     if name != "series" or value is None:
         return value

@@ -10,6 +10,7 @@ Documents stream through: the corpus may be larger than memory.
 from __future__ import annotations
 
 import hashlib
+import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,9 +25,9 @@ from pretrain.corpus.payload import (
     content,
     identity,
     in_payload,
-    one_type,
     only_text,
     payload,
+    single_type,
     table_of,
     typed,
 )
@@ -155,13 +156,13 @@ def _same_columns(work: Path) -> None:
     schemas = [pyarrow.parquet.read_schema(path) for path in parts]
     if all(schema.equals(schemas[0]) for schema in schemas[1:]):
         return
-    schema = one_type(lambda: pyarrow.unify_schemas(schemas, promote_options="permissive")).remove_metadata()
+    schema = single_type(lambda: pyarrow.unify_schemas(schemas, promote_options="permissive")).remove_metadata()
     for path in parts:
         table = pyarrow.parquet.read_table(path)
         for field in schema:
             if field.name not in table.column_names:
                 table = table.append_column(field, pyarrow.nulls(len(table), field.type))
-        _write_table(typed(one_type(table.select(schema.names).cast, schema)), path)
+        _write_table(typed(single_type(table.select(schema.names).cast, schema)), path)
 
 
 def _drop_near_heldout(work: Path, threshold: float) -> int:
@@ -193,8 +194,6 @@ def _drop_near_heldout(work: Path, threshold: float) -> int:
 
 def _operate(work: Path, operations: Sequence[Callable[[Dataset], Dataset]]) -> None:
     """Apply data operations to the training split."""
-    import shutil
-
     import datasets
 
     cache = work / "cache"

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import write_json
 from pretrain.decoding import Decoding
 from pretrain.stages import DecodingField, Job, Record, Ref, Stage, checkpoint_of
 
@@ -38,8 +40,6 @@ class Decode(Stage):
 
     @model_validator(mode="after")
     def _method_samples(self) -> Decode:
-        from pretrain.core.errors import PretrainError
-
         try:
             sampling(self.method, self.temperature, self.top_p)
         except PretrainError as error:
@@ -48,7 +48,6 @@ class Decode(Stage):
 
     def run(self, job: Job) -> Record:
         """Write `samples.json`."""
-        from pretrain.core.files import write_json
         from pretrain.stages.evaluate import load_text
 
         model, tokenizer = load_text(checkpoint_of(job.inputs["checkpoint"]))
@@ -66,8 +65,6 @@ class Decode(Stage):
 
 def sampling(method: Decoding | None, temperature: float | None, top_p: float | None) -> tuple[float, float]:
     """The temperature and top_p to decode with; an error where a method that does not sample is asked to."""
-    from pretrain.core.errors import PretrainError
-
     if method is None or method.samples:
         return TEMPERATURE if temperature is None else temperature, TOP_P if top_p is None else top_p
     if temperature or (top_p or 1) < 1:
@@ -93,7 +90,6 @@ def continue_prompt(
     import torch
 
     from pretrain.core.batch import Vocabulary
-    from pretrain.core.errors import PretrainError
     from pretrain.core.generation.forward import why_not
     from pretrain.core.generation.loop import decode
     from pretrain.core.models.families import at

@@ -9,8 +9,12 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator
 
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import write_json
 from pretrain.corpus.sources import Document
+from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation
+from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.stages import EvaluationField, Job, Record, Ref, Stage, checkpoint_of, corpus_of
 
@@ -18,7 +22,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.processors import Processor
-    from pretrain.corpus.store import Corpus
 
 
 class Evaluate(Stage):
@@ -46,9 +49,7 @@ class Evaluate(Stage):
     def run(self, job: Job) -> Record:
         """Write `evaluation.json`."""
         from pretrain.core.checkpoint import lineage
-        from pretrain.core.files import write_json
         from pretrain.core.meter import count_flops
-        from pretrain.corpus.store import Corpus
 
         folder = checkpoint_of(job.inputs["checkpoint"])
         model, processor = load_both(folder)
@@ -74,7 +75,6 @@ def documents_of(
     corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Processor
 ) -> list[Document]:
     """At most so many documents of a split, from all sources alike, with the columns that are needed."""
-    from pretrain.core.errors import PretrainError
     from pretrain.core.processors import columns_of
 
     read = columns_of(processor)
@@ -95,7 +95,6 @@ def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:
 def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
     """A checkpoint's model, on the device that there is, and its processor, which must be there."""
     from pretrain.core import checkpoint
-    from pretrain.core.errors import PretrainError
     from pretrain.core.hardware import pick_device
 
     model, tokenizer = checkpoint.load(folder, device=pick_device())
@@ -108,7 +107,6 @@ def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
 
 def load_text(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint's model and its tokenizer, or the one that its processor holds."""
-    from pretrain.core.errors import PretrainError
     from pretrain.core.processors import tokenizer_in
 
     model, processor = load_both(folder)
@@ -131,9 +129,6 @@ def evaluate(
 
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
     """
-    from pretrain.core.errors import PretrainError
-    from pretrain.evaluation.likelihood._compressors import compressed_bits
-
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")
     texts = [document for document in documents if document.get("text") is not None]

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 
+from pretrain.core.files import atomic_folder
 from pretrain.stages import Job, Record, Ref, Stage
 
 if TYPE_CHECKING:
@@ -43,7 +44,6 @@ class Processor(Stage):
 
     def run(self, job: Job) -> Record:
         """Write the processor."""
-        from pretrain.core.files import atomic_folder
         from pretrain.stages._training_data import open_processor
 
         made = self._new() if self.checkpoint is None else open_processor(job.inputs["checkpoint"])

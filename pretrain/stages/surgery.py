@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
+from pretrain.core.errors import PretrainError
 from pretrain.stages import Job, Record, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
 
 if TYPE_CHECKING:
@@ -63,7 +64,6 @@ class Surgery(Stage):
         import numpy as np
 
         from pretrain.core.batch import Vocabulary, rows_to_tensors
-        from pretrain.core.errors import PretrainError
         from pretrain.core.models.families import family
         from pretrain.corpus.packing import plan_for
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from pretrain.core.files import digest
-from pretrain.stages import Job, Record, Ref, Stage, corpus_of
-
-if TYPE_CHECKING:
-    from pretrain.corpus.store import Corpus
+from pretrain.core.files import atomic_folder, digest
+from pretrain.corpus.store import Corpus
+from pretrain.stages import Job, Record, Ref, Stage, checkpoint_of, corpus_of
 
 
 class Tokenizer(Stage):
@@ -38,10 +36,7 @@ class Tokenizer(Stage):
 
     def run(self, job: Job) -> Record:
         """Write the tokenizer."""
-        from pretrain.core.files import atomic_folder
-        from pretrain.corpus.store import Corpus
         from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
-        from pretrain.stages import checkpoint_of
 
         if self.checkpoint is not None:
             tokenizer = load_tokenizer(checkpoint_of(job.inputs["checkpoint"]))

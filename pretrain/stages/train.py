@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.samples import write_samples
 from pretrain.stages import (
     Estimate,
     Folders,
@@ -25,6 +26,7 @@ from pretrain.stages import (
     build_method,
     checkpoint_of,
 )
+from pretrain.stages import _training_data as data
 from pretrain.training.budget import Budget
 from pretrain.training.compatible import check_together
 
@@ -181,7 +183,6 @@ class Train(Stage):
         from pretrain.core import checkpoint
         from pretrain.core.hardware import pick_device
         from pretrain.core.models.storage import narrow
-        from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
         from pretrain.training.loader import Loader
@@ -230,8 +231,6 @@ class Train(Stage):
     def _write(self, job: Job, training: Training, spent: Record, processor: Processor, splits: Splits) -> None:
         """The checkpoint with its lineage, what the objectives have trained beside it, and samples to look at."""
         from pretrain.core import checkpoint
-        from pretrain.core.samples import write_samples
-        from pretrain.stages import _training_data as data
 
         source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
         lineage = job.history({"metrics": training.metrics | spent, "flops": spent["flops"]}, source)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import gzip
-import io
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, asdict
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, TypeVar
 
 from pretrain.core.bounds import check_fields
 from pretrain.core.errors import PretrainError
@@ -159,14 +159,14 @@ def path_label(path: Path, label: PathLabel) -> dict[str, str]:
     return {"label": path.absolute().parent.name if label == "parent" else path.name.split(".")[0]}
 
 
-def open_text(path: Path) -> io.TextIOBase:
+def open_text(path: Path) -> TextIO:
     """A text file, plain, `.gz` or `.zst`."""
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+        return gzip.open(path, "rt", encoding="utf-8")
     if path.suffix == ".zst":
         import zstandard
 
-        return zstandard.open(path, "rt", encoding="utf-8")  # type: ignore[return-value]
+        return zstandard.open(path, "rt", encoding="utf-8")
     return path.open(encoding="utf-8")
 
 
@@ -180,7 +180,7 @@ def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError:
         skipped.add("not UTF-8")
-    except (OSError, EOFError, gzip.zlib.error, zstandard.ZstdError) as error:  # type: ignore[attr-defined]
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
         skipped.add(f"unreadable ({type(error).__name__})")
 
 
@@ -195,7 +195,7 @@ def read_text(path: Path, skipped: Skipped) -> str | None:
     except UnicodeDecodeError:
         skipped.add("not UTF-8")
         return None
-    except (OSError, EOFError, ValueError, gzip.zlib.error) as error:  # type: ignore[attr-defined]
+    except (OSError, EOFError, ValueError, zlib.error) as error:
         skipped.add(f"unreadable ({type(error).__name__})")
         return None
     if not text.strip():

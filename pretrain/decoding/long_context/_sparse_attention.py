@@ -13,10 +13,10 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from transformers import AttentionInterface, PreTrainedModel
@@ -157,7 +157,7 @@ def gathered(query_HLD: Tensor, key_GLD: Tensor, value_GLD: Tensor, kept: Kept, 
     return out_HLD
 
 
-def block_mask(kept: Kept) -> Any:
+def block_mask(kept: Kept) -> BlockMask:
     """What is kept as the mask of `flex_attention`."""
     length, near_HN, block_HMM = kept.column_HL.shape[1], kept.near_HN, kept.block_HMM
     column_HN = functional.pad(kept.column_HL, (0, -length % BLOCK))
@@ -183,7 +183,7 @@ def block_mask(kept: Kept) -> Any:
 
 
 @functools.cache
-def _compiled() -> Any:
+def _compiled() -> Callable[..., Tensor]:
     return torch.compile(flex_attention)
 
 
@@ -203,8 +203,9 @@ def dense(query_BHLD: Tensor, key_BGLD: Tensor, value_BGLD: Tensor, scaling: flo
     )  # fmt: skip
 
 
-def _attention(module: Any, query: Tensor, key: Tensor, value: Tensor, _: Any, **more: Any) -> tuple[Tensor, None]:
-    scaling = more.get("scaling")
+def _attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, _: object, scaling: float | None = None, **__: object
+) -> tuple[Tensor, None]:
     out_BHLD = getattr(module, NAME)(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
     return out_BHLD.transpose(1, 2), None
 

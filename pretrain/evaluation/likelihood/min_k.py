@@ -74,7 +74,7 @@ class MinK(Evaluation):
         chosen, member_N = self._labelled(documents)
         kept_N, scores_ND = self._scores(model, tokenizer, [d["text"] for d in chosen])
         member_N, scores_N = None if member_N is None else member_N[kept_N], scores_ND[:, 0]
-        scored_N = np.arange(len(scores_N)) if not self.members else np.flatnonzero(~member_N)  # type: ignore[operator]
+        scored_N = np.arange(len(scores_N)) if member_N is None or not self.members else np.flatnonzero(~member_N)
         if not len(scored_N):
             raise PretrainError(
                 f"min_k: none of {len(documents)} documents has {self.length} tokens; accepted: a smaller length"

@@ -158,7 +158,7 @@ class _Tokens:
 
 
 def _ends(node: ast.AST) -> tuple[tuple[int, int], tuple[int, int]]:
-    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]
+    return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)  # type: ignore[attr-defined]  # of nodes with a place
 
 
 def sequences(tree: Tree | int) -> tuple[list[int], list[Labels], list[Labels], int]:

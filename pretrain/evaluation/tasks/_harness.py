@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,11 +20,16 @@ from pretrain.core.errors import PretrainError, unknown
 from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation._predictions import framed, predictions
 
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
 READERS = ("json", "csv", "parquet", "text")
 NEW_TOKENS = 256  # of an answer, where a task does not say
 
+Task = dict[str, Any]  # of a YAML file
 
-class OurModel(TemplateLM):  # type: ignore[misc]
+
+class OurModel(TemplateLM):
     """A model and its tokenizer as lm-eval wants them.
 
     A text begins as the documents that the model was trained on do; special tokens' names in it are plain text. A
@@ -52,11 +57,11 @@ class OurModel(TemplateLM):  # type: ignore[misc]
         begin = self.vocabulary.begin if add_special_tokens is not False else None
         return ([] if begin is None else [begin]) + encode(self.tokenizer, [string])[0].tolist()
 
-    def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests: Sequence[Instance], disable_tqdm: bool = True) -> list[tuple[float, bool]]:
         """The log-likelihood of each continuation, and whether its tokens are the likeliest."""
-        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)  # type: ignore[no-any-return]
+        return super().loglikelihood(requests, disable_tqdm=disable_tqdm)
 
-    def _loglikelihood_tokens(self, requests: Sequence[Any], **_: object) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(self, requests: Sequence[Instance], **_: object) -> list[tuple[float, bool]]:
         pairs = []
         for (_, text), context, after in requests:
             if len(after) > self.length:
@@ -66,13 +71,13 @@ class OurModel(TemplateLM):  # type: ignore[misc]
             pairs.append((context[-(self.length + 1 - len(after)) :], after))
         return [(judgement.logp, judgement.greedy) for judgement in judge(self.model, pairs)]
 
-    def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
+    def loglikelihood_rolling(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[float]:
         """The log-likelihood of whole texts, in windows that each predict tokens of their own."""
         texts = [request.args[0] for request in requests]
         documents = framed(self.tokenizer, self.vocabulary, texts, end=False)
         return [-float(prediction.nll_T.sum()) for prediction in predictions(self.model, documents, length=self.length)]
 
-    def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Greedy or sampled answers up to the first of the texts that end one."""
         answers = []
         for request in requests:
@@ -96,7 +101,7 @@ class OurModel(TemplateLM):  # type: ignore[misc]
         return answers
 
 
-def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[dict[str, Any]]:
+def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[Task]:
     """The tasks of a folder by name, all of them by default, their data files found beside them."""
     read = [_read(path) for path in sorted(folder.glob("*.yaml"))]
     known = {task["task"]: task for task in read}
@@ -108,7 +113,7 @@ def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[dict
     return [_local(folder, known[name], cache) for name in tasks or known]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> Task:
     try:
         task = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -119,7 +124,7 @@ def _read(path: Path) -> dict[str, Any]:
     return task
 
 
-def _local(folder: Path, task: dict[str, Any], cache: Path) -> dict[str, Any]:
+def _local(folder: Path, task: Task, cache: Path) -> Task:
     """A task with the whole paths of its files, which must be there: nothing is fetched."""
     name, reader = task["task"], task.get("dataset_path")
     if reader not in READERS:
@@ -130,7 +135,7 @@ def _local(folder: Path, task: dict[str, Any], cache: Path) -> dict[str, Any]:
         raise PretrainError(f"harness: task {name}: dataset_kwargs has no data_files; accepted: files of the folder")
     kwargs["cache_dir"] = str(cache)
 
-    def placed(value: Any) -> Any:
+    def placed(value: object) -> object:
         if isinstance(value, dict):
             return {split: placed(file) for split, file in value.items()}
         if isinstance(value, list):

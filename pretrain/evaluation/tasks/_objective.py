@@ -12,6 +12,8 @@ from torch import nn
 from pretrain.core.batch import Batch, counts, to_device
 from pretrain.objectives import Objective, share
 
+State = dict[str, Any]  # JSON
+
 
 class Batches(Protocol):
     """What gives the batches: the loader of a training."""
@@ -26,10 +28,10 @@ class Batches(Protocol):
     def step(self, step: int, progress: float) -> Sequence[Sequence[Batch]]:
         """The micro-batches of a step, each one batch an objective."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Where it stands."""
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: State) -> None:
         """Go on from there."""
 
 
