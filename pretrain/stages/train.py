@@ -26,7 +26,6 @@ from pretrain.stages import (
     build_method,
     checkpoint_of,
 )
-from pretrain.stages import _training_data as data
 from pretrain.training.budget import Budget
 from pretrain.training.compatible import check_together
 
@@ -183,6 +182,7 @@ class Train(Stage):
         from pretrain.core import checkpoint
         from pretrain.core.hardware import pick_device
         from pretrain.core.models.storage import narrow
+        from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
         from pretrain.training.loader import Loader
@@ -231,6 +231,7 @@ class Train(Stage):
     def _write(self, job: Job, training: Training, spent: Record, processor: Processor, splits: Splits) -> None:
         """The checkpoint with its lineage, what the objectives have trained beside it, and samples to look at."""
         from pretrain.core import checkpoint
+        from pretrain.stages import _training_data as data
 
         source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
         lineage = job.history({"metrics": training.metrics | spent, "flops": spent["flops"]}, source)
