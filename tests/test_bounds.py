@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from pretrain.core.bounds import (
     Count,
@@ -26,7 +27,9 @@ from pretrain.core.bounds import (
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
 from pretrain.core.registry import methods
-from pretrain.stages import build_method
+from pretrain.corpus.sources import SOURCES
+from pretrain.stages import build_method, stage_classes
+from pretrain.stages.data import build_source
 
 
 @pytest.mark.parametrize(
@@ -118,3 +121,36 @@ def test_each_bounded_field_of_each_method_is_refused_beyond_its_bounds(name, fi
     given = list(value) if isinstance(value, tuple) else value
     with pytest.raises(ValueError, match=rf"(?s){field}.*accepted: "):
         build_method({"method": name} | required | {field: given}, methods()[name].kind)
+
+
+STAGE_CASES = [
+    (name, field)
+    for name, cls in stage_classes().items()
+    for field in cls.model_fields
+    if field != "stage" and outside(hints(cls)[field]) is not ...
+]
+
+
+@pytest.mark.parametrize(("name", "field"), STAGE_CASES)
+def test_each_bounded_field_of_each_stage_is_refused_beyond_its_bounds(name, field):
+    cls = stage_classes()[name]
+    with pytest.raises(ValidationError) as refusal:
+        cls.model_validate({"stage": name, field: outside(hints(cls)[field])})
+    assert (field,) in [error["loc"] for error in refusal.value.errors()]
+
+
+SOURCE_CASES = [
+    (word, item.name)
+    for word, cls in SOURCES.items()
+    for item in fields(cls)
+    if outside(hints(cls)[item.name]) is not ...
+]
+
+
+@pytest.mark.parametrize(("word", "field"), SOURCE_CASES)
+def test_each_bounded_field_of_each_source_is_refused_beyond_its_bounds(word, field):
+    hint = hints(SOURCES[word])[field]
+    kind = hints(SOURCES[word])[word]
+    given = {word: {tuple: ["x"], bool: True}.get(get_origin(kind) or kind, "x"), field: outside(hint)}
+    with pytest.raises(ValueError, match=rf"{field}: .*accepted: "):
+        build_source(given)

@@ -247,7 +247,7 @@ def test_a_recipe_fine_tunes_with_it(tmp_path) -> None:
 @pytest.mark.parametrize(("given", "message"), [
     ({"epsilon": 0.0}, "epsilon 0.0: accepted: above 0"),
     ({"steps": 0}, "steps 0: accepted: 1 or more"),
-    ({"late_beta": 1.0}, "late_beta 1.0: accepted: 0 to below 1"),
+    ({"late_beta": 1.0}, "late_beta 1.0: accepted: from 0 to below 1"),
     ({"objective": "tagging"}, "objective 'tagging': accepted: classification, regression"),
     ({"objective": {"method": "classification", "pears": 1}}, "accepted fields: label, text, pair"),
 ])  # fmt: skip

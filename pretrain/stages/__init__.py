@@ -14,10 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pretrain.core.bounds import accepted, check_fields, hints
+from pretrain.core.bounds import Whole, accepted, check_fields, hints
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
@@ -98,7 +98,7 @@ class Stage(BaseModel):
 
     name: str = ""
     stage: str
-    seed: int | None = Field(None, ge=0)  # by default the recipe's
+    seed: Whole | None = None  # by default the recipe's
 
     def run(self, job: Job) -> Record:
         """Do the work; returns `metrics`, and `flops` where it is metered."""

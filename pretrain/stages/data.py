@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
+from pretrain.core.bounds import PositiveShare, ProperShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
@@ -47,9 +48,9 @@ class Data(Stage):
     stage: Literal["data"] = "data"
     sources: list[SourceField] = Field(min_length=1)
     operations: list[DataOperationField] = []
-    validation: float = Field(0.02, ge=0, lt=1)
-    test: float = Field(0.02, ge=0, lt=1)
-    near_duplicates: float | None = Field(0.8, gt=0, le=1)
+    validation: ProperShare = 0.02
+    test: ProperShare = 0.02
+    near_duplicates: PositiveShare | None = 0.8
 
     def outside(self) -> list[str]:
         """The state of the sources."""

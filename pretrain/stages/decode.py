@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
+from pretrain.core.bounds import Count, NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json
 from pretrain.decoding import Decoding
@@ -32,9 +33,9 @@ class Decode(Stage):
     checkpoint: Ref
     prompts: list[str] = Field(min_length=1)
     method: DecodingField | None = None
-    max_new_tokens: int = Field(64, ge=1)
-    temperature: float | None = Field(None, ge=0)
-    top_p: float | None = Field(None, gt=0, le=1)
+    max_new_tokens: Count = 64
+    temperature: NonNegative | None = None
+    top_p: PositiveShare | None = None
 
     model_config = ConfigDict(protected_namespaces=())
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from pydantic import ConfigDict, Field, field_validator
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json
 from pretrain.corpus.sources import Document
@@ -33,7 +34,7 @@ class Evaluate(Stage):
     corpus: Ref
     split: Literal["validation", "test"] = "test"
     evaluations: list[EvaluationField] = Field([HeldOut()], min_length=1)
-    max_documents: int = Field(2000, ge=1)
+    max_documents: Count = 2000
     compressors: bool = True
 
     model_config = ConfigDict(validate_default=True)

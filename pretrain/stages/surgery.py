@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from pretrain.core.bounds import Count, Ge
 from pretrain.core.errors import PretrainError
 from pretrain.stages import Job, Record, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
 
@@ -31,8 +32,8 @@ class Surgery(Stage):
     surgeries: list[SurgeryField] = Field(min_length=1)
     models: list[Ref] = []
     corpus: Ref | None = None
-    calibration_rows: int = Field(128, ge=1)
-    length: int = Field(512, ge=2)
+    calibration_rows: Count = 128
+    length: Annotated[int, Ge(2)] = 512
 
     def run(self, job: Job) -> Record:
         """Operate and save."""

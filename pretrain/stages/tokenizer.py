@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
+from pretrain.core.bounds import Count, Ge, Le, Positive
 from pretrain.core.files import atomic_folder, digest
 from pretrain.corpus.store import Corpus
 from pretrain.stages import Job, Record, Ref, Stage, checkpoint_of, corpus_of
@@ -21,12 +22,12 @@ class Tokenizer(Stage):
     corpus: Ref | None = None
     checkpoint: Ref | None = None
     algorithm: Literal["bpe", "unigram", "bytes"] = "bpe"
-    vocab_size: int = Field(8192, ge=1)
+    vocab_size: Count = 8192
     mask: bool = False
     cls: bool = False
-    sentinels: int = Field(0, ge=0, le=1000)
+    sentinels: Annotated[int, Ge(0), Le(1000)] = 0
     extra: list[str] = []
-    max_bytes: float = Field(200e6, gt=0)  # of text to train on
+    max_bytes: Positive = 200e6  # of text to train on
 
     @model_validator(mode="after")
     def _one_origin(self) -> Tokenizer:

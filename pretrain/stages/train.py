@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
 
+from pretrain.core.bounds import Count, Ge, NonNegative, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.samples import write_samples
 from pretrain.stages import (
@@ -92,9 +93,9 @@ class Train(Stage):
     model: Record = {}
     surgeries: list[SurgeryField] = []
     task: str = "auto"  # causal, masked, seq2seq, base, pretraining, or an AutoModelFor… of transformers
-    length: int = Field(512, ge=2)
-    batch_rows: int = Field(16, ge=1)
-    micro_rows: int = Field(0, ge=0)
+    length: Annotated[int, Ge(2)] = 512
+    batch_rows: Count = 16
+    micro_rows: Whole = 0
     objective: ObjectiveField = Field(default="causal_lm", validate_default=True)
     objectives: list[WeightedField] = []
     optimizer: OptimizerField = Field(default="adamw", validate_default=True)
@@ -102,14 +103,14 @@ class Train(Stage):
     policies: list[PolicyField] = []
     mixture: dict[str, float] | None = None
     budget: BudgetField
-    clip: float = Field(1.0, ge=0)
-    evaluate_every: int = Field(0, ge=0)
-    evaluate_tokens: int = Field(100_000, ge=1)  # held-out tokens of each evaluation while training
-    save_every: int = Field(200, ge=0)
-    keep: int = Field(2, ge=1)
-    log_every: int = Field(0, ge=0)
-    max_skips: int = Field(10, ge=1)
-    workers: int = Field(1, ge=0)
+    clip: NonNegative = 1.0
+    evaluate_every: Whole = 0
+    evaluate_tokens: Count = 100_000  # held-out tokens of each evaluation while training
+    save_every: Whole = 200
+    keep: Count = 2
+    log_every: Whole = 0
+    max_skips: Count = 10
+    workers: Whole = 1
     compile: bool = False
     checkpointing: bool = False
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
