@@ -194,7 +194,7 @@ def test_what_does_not_fit_is_one_clear_error(tiny, prepared) -> None:
         deft(objective="deft")
     with pytest.raises(PretrainError, match="epsilon -1: accepted: 0 or more"):
         activation_density(epsilon=-1)
-    with pytest.raises(PretrainError, match="length, batch: accepted: 1 or more"):
+    with pytest.raises(PretrainError, match="batch 0: accepted: 1 or more"):
         activation_density(batch=0)
     with pytest.raises(PretrainError, match="no document has text"):
         activation_density()(tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer"), [{"text": ""}])

@@ -129,11 +129,11 @@ def test_d90_is_the_smallest_subspace_that_comes_near_full_fine_tuning_and_the_m
     found = sure(model, tokenizer, documents).metrics
     reached = [d for d in (9, 100) if found[f"intrinsic_accuracy.{d}"] >= 0.9 * found["intrinsic_full_accuracy"]]
     assert found["intrinsic_d90"] == reached[0]
-    with pytest.raises(PretrainError, match=r"dimensions \(200, 100\): accepted: rising"):
+    with pytest.raises(PretrainError, match=r"dimensions \(200, 100\): accepted: one or more that rise"):
         method_class("intrinsic_dimension_d90")(dimensions=(200, 100))
-    with pytest.raises(PretrainError, match=r"rates \(0.0,\): accepted: above 0"):
+    with pytest.raises(PretrainError, match=r"rates \(0.0,\): accepted: a list, each above 0"):
         method_class("intrinsic_dimension_d90")(rates=(0.0,))
-    with pytest.raises(PretrainError, match="share 0: accepted: above 0 to 1"):
+    with pytest.raises(PretrainError, match="share 0: accepted: above 0, at most 1"):
         method_class("intrinsic_dimension_d90")(share=0)
     with pytest.raises(PretrainError, match="0 labelled documents: accepted: more"):
         sure(model, tokenizer, [{"text": "a"}])

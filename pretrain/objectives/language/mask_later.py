@@ -50,7 +50,7 @@ class MaskLater(Objective):
         if self.masked + self.random > 1:
             raise PretrainError(f"mask_later: random {self.random}: accepted: at most 1 - masked")
         if self.layer is None and not self.decoder_layers:
-            accepted = "1 or more, or a layer inside the model"
+            accepted = "1 or more, or 0 with a layer inside the model"
             raise PretrainError(f"mask_later: decoder_layers {self.decoder_layers}: accepted: {accepted}")
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
