@@ -64,10 +64,10 @@ class Examples:
     def members(self, column: str) -> dict[str, list[int]]:
         """The numbers of the documents by what a column says, in order."""
         if column not in self._members:
-            numbers: dict[str, list[int]] = {}
+            members: dict[str, list[int]] = {}
             for number, value in enumerate(self.split[column]):
-                numbers.setdefault(str(value), []).append(number)
-            self._members[column] = numbers
+                members.setdefault(str(value), []).append(number)
+            self._members[column] = members
         return self._members[column]
 
     def rows_of_domain(self, domain: int) -> NDArray[np.int64]:

@@ -40,19 +40,19 @@ def framed(context: Context, first: Sequence[str], second: Sequence[str] | None 
         raise PretrainError("documents of text need a tokenizer: accepted: a tokenizer, or a processor that holds one")
     begin = [] if context.vocabulary.begin is None else [context.vocabulary.begin]
     end = [] if context.vocabulary.eos is None else [context.vocabulary.eos]
-    seconds = context.encoder.ids(second) if second is not None else [None] * len(first)
+    second_rows = context.encoder.ids(second) if second is not None else [None] * len(first)
     inputs = []
-    for ids, second_ids in zip(context.encoder.ids(first), seconds, strict=True):
-        room = context.length - len(begin) - len(end) * (1 if second_ids is None else 2)
+    for ids, others in zip(context.encoder.ids(first), second_rows, strict=True):
+        room = context.length - len(begin) - len(end) * (1 if others is None else 2)
         if room < 1:
             raise PretrainError(f"length {context.length}: accepted: room for text between the special tokens")
-        if second_ids is None:
+        if others is None:
             inputs.append(([*begin, *ids[:room], *end], len(begin) + min(len(ids), room) + len(end)))
             continue
-        keep = max(room - len(second_ids), (room + 1) // 2)
+        keep = max(room - len(others), (room + 1) // 2)
         ids = ids[:keep]
         head = [*begin, *ids, *end]
-        inputs.append(([*head, *second_ids[: room - len(ids)], *end], len(head)))
+        inputs.append(([*head, *others[: room - len(ids)], *end], len(head)))
     return inputs
 
 

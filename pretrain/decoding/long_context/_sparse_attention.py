@@ -166,8 +166,8 @@ def block_mask(kept: Kept) -> BlockMask:
     apart_MM = apart_MM[:, None] - apart_MM
     # Distances 1 to BLOCK from a block's end are its own keys, the next BLOCK those of the block before.
     near_HM = near_HN[:, 1:].unflatten(1, (-1, BLOCK)).any(2)
-    dense_HMM = near_HM[:, apart_MM.clamp(min=0)] | column_HN.unflatten(1, (-1, BLOCK)).any(2)[:, None]
-    dense_HMM = (dense_HMM if block_HMM is None else dense_HMM | block_HMM) & (apart_MM >= 0)
+    seen_HMM = near_HM[:, apart_MM.clamp(min=0)] | column_HN.unflatten(1, (-1, BLOCK)).any(2)[:, None]
+    seen_HMM = (seen_HMM if block_HMM is None else seen_HMM | block_HMM) & (apart_MM >= 0)
 
     def sees(_: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         block = query // BLOCK
@@ -176,9 +176,9 @@ def block_mask(kept: Kept) -> BlockMask:
             seen = seen | block_HMM[head, block, key // BLOCK]
         return seen & (key <= query)
 
-    order_HMM = dense_HMM.int().sort(stable=True, dim=-1, descending=True).indices.int()
+    order_HMM = seen_HMM.int().sort(stable=True, dim=-1, descending=True).indices.int()
     return BlockMask.from_kv_blocks(
-        dense_HMM.sum(-1).int()[None], order_HMM[None], BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
+        seen_HMM.sum(-1).int()[None], order_HMM[None], BLOCK_SIZE=BLOCK, mask_mod=sees, seq_lengths=(length, length)
     )
 
 

@@ -89,8 +89,8 @@ class IntrinsicDimensionD90(Evaluation):
 
         full = best(None)
         accuracies = {dimension: best(dimension) for dimension in self.dimensions}
-        learnt = [str(example.columns[self.label]) for example in fit]
-        commonest = max(labels, key=learnt.count)
+        fit_labels = [str(example.columns[self.label]) for example in fit]
+        commonest = max(labels, key=fit_labels.count)
         metrics = {f"intrinsic_accuracy.{dimension}": accuracy for dimension, accuracy in accuracies.items()}
         metrics |= {"intrinsic_full_accuracy": full, "intrinsic_documents": float(len(test))}
         metrics["intrinsic_majority"] = sum(str(example.columns[self.label]) == commonest for example in test) / len(

@@ -119,9 +119,9 @@ class Deft(Objective):
             plain = self.wrapped.loss(model, batch, modules)
         places, weight_BL = real(batch), batch.get("token_weight_BL")
         sides: dict[str, list[tuple[str, Tensor]]] = {}
-        for place, activations_N in seen.items():
+        for place, passes in seen.items():
             side = place.rpartition(".")[0]
-            for activation_BLF in activations_N:
+            for activation_BLF in passes:
                 name = _name_of(activation_BLF, side, places)
                 density = self.density(activation_BLF, places.get(name), weight_BL)
                 sides.setdefault(side, []).append((name, density))
