@@ -17,7 +17,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import write_corpus
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.data._work import desk, working
-from pretrain.data.selection import _scores
+from pretrain.data.selection import _scores, preselect
 from pretrain.data.selection._classifier import Classifier
 from pretrain.data.selection.preselect import Preselect, labels, strengths
 
@@ -128,7 +128,7 @@ def test_documents_on_which_better_models_do_better_are_kept(models, monkeypatch
         sign = np.array([-1 if t.split()[0] in clean else 1 for t in sample["text"]])
         return _scores.Likelihoods(100 + sign * models.index(folder), np.ones(len(sample), dtype=int))
 
-    monkeypatch.setattr(_scores, "likelihoods", likelihoods)
+    monkeypatch.setattr(preselect, "likelihoods", likelihoods)
     kept = Preselect(models, ability=(1.0, 2.0, 3.0), ratio=0.3, documents=60)(corpus)
     assert all(t.split()[0] in clean for t in kept["text"])
     turned = Preselect(models, ability=(3.0, 2.0, 1.0), ratio=0.3, documents=60)(corpus)
