@@ -126,7 +126,11 @@ def test_one_bucket_has_the_perplexity_of_the_held_out_evaluation(tiny, tokenize
 def test_what_cannot_be_measured_is_refused(tiny, tokenizer, documents):
     with pytest.raises(PretrainError, match="bins 0: accepted: 1 or more"):
         Calibration(bins=0)
-    for positions, words in {(4, 4): "numbers that rise", (5, 1): "numbers that rise", (-1, 3): "each 0 or more"}.items():
+    for positions, words in {
+        (4, 4): "numbers that rise",
+        (5, 1): "numbers that rise",
+        (-1, 3): "each 0 or more",
+    }.items():
         with pytest.raises(PretrainError, match=rf"positions .*: accepted: .*{words}"):
             Calibration(positions=positions)
     with pytest.raises(PretrainError, match="predicts no next token; accepted: a causal language model"):
