@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 TORCH ?= torch==2.13.0
 
-.PHONY: quickstart test test-bits lint docs gpu clean
+.PHONY: quickstart test test-claims test-bits lint docs gpu clean
 
 quickstart: $(VENV)/installed  ## set up and run the main job on Python's standard library
 	$(VENV)/bin/pretrain run recipes/quickstart.yaml
@@ -12,7 +12,10 @@ test: $(VENV)/installed  ## set up and run the tests
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -yq chromium; } || \
 	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped" >&2
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "not long and not gpu"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "not long and not gpu and not claims"
+
+test-claims: $(VENV)/installed  ## every claim once at smoke scale, from its recipe to its verdict
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "claims and not long and not gpu"
 
 # Both variables: one is of torch's own kernels, the other of MKL's matrix products.
 test-bits: $(VENV)/installed  ## the tests that promise equal bits once more, with the vectors of older processors

@@ -80,6 +80,7 @@ def simple(tmp_path, stories):
     return load_claim(tmp_path / "simple.yaml")
 
 
+@pytest.mark.claims
 @pytest.mark.parametrize("name", NAMES)
 def test_claim_runs_at_smoke_scale(name, runs, tmp_path):
     found = run(load_claim(FOLDER / f"{name}.yaml"), "smoke", output=runs, results=tmp_path, say=lambda text: None)
