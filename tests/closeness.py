@@ -31,6 +31,16 @@ def rounding(terms: float, size: float, *, steps: float = 1, dtype: torch.dtype 
     return 2 * SAFETY * math.sqrt(terms * steps) * UNIT[dtype] * size
 
 
+def autocast_rounding(size: float, *, steps: float = 1) -> float:
+    """The largest difference that autocast to bfloat16 explains, of a loss of that size after `steps` products.
+
+    Autocast rounds both factors of a product and what comes out of it to bfloat16, u = 2⁻⁸, and sums in float32: three
+    errors for each of the `steps`, independent and relative to what flows through, so that they add up to √(3·steps)·u
+    (and `SAFETY` of that but for a share of 0.07%). A loss is at most quadratic in what flows: twice that.
+    """
+    return 2 * SAFETY * math.sqrt(3 * steps) * UNIT[torch.bfloat16] * size
+
+
 def products(model: nn.Module) -> tuple[int, int]:
     """The longest sum of a model's matrix products, and about how many sums follow one another in it.
 

@@ -73,7 +73,7 @@ FAMILY = {
     "self_distillation": "bert",
     "native": "bert",
 }
-GENERATES = {"llama": "causal", "t5": "seq2seq"}  # the task of a model that seq2seq is to train
+GENERATES = {"llama": "causal", "qwen3": "causal", "gpt2": "causal", "t5": "seq2seq"}  # the task of a model that seq2seq is to train
 
 
 def all_cases() -> list[tuple[str, dict[str, Any], str]]:
@@ -147,13 +147,14 @@ class Case:
         return [[self.batch(a, b)] for a, b in zip((0, *CUTS), (*CUTS, None), strict=True)]
 
     def gradients(
-        self, micro_batches: list[list[Batch]], world: World, wrapped: nn.Module | None = None, targets: Any = None
-    ) -> Any:
+        self, micro_batches: list[list[Batch]], world: World, wrapped: nn.Module | None = None, targets: Any = None,
+        precision: str = "float32",
+    ) -> Any:  # fmt: skip
         """What the loop leaves in the parameters, by name, and the loss that it would log.
 
         `targets` are the numbers of the whole that the micro-batches are part of, if it is not they together.
         """
-        settings = Settings(budget=Budget(steps=1), precision="float32")
+        settings = Settings(budget=Budget(steps=1), precision=precision)
         nothing: Any = None
         training = Training(
             self.trainee, wrapped or self.trainee, nothing, nothing, nothing, (), settings, world, Path()
@@ -234,7 +235,7 @@ def _needed(name: str, missing: set[str], family: str, vocabulary: Vocabulary, t
         tokens = [t[1:] for t in vocabulary.tokens if t.startswith("Ġ") and t[1:].isascii() and t[1:].isalpha()]
         values["words"] = {"0": tokens[0], "1": tokens[1]}
     if "teacher" in missing:
-        task = "base" if name == "well_read_students" else "causal" if family in ("llama", "gpt2") else "masked"
+        task = "base" if name == "well_read_students" else "causal" if family in ("llama", "qwen3", "gpt2") else "masked"
         model: Any = _model(family, task, vocabulary, seed=1 if name == "pela_pretraining" else 7)
         if name == "well_read_students":
             model = with_head(model, "sequence", ("0", "1"), vocabulary)

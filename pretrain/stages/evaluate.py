@@ -130,8 +130,11 @@ def evaluate(
 
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
     """
+    from pretrain.core.models.families import check_families
+
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")
+    check_families(methods, model.config.model_type)
     texts = [document for document in documents if document.get("text") is not None]
     metrics: dict[str, float] = {}
     domains: dict[str, dict[str, float]] = {}

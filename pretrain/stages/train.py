@@ -153,9 +153,13 @@ class Train(Stage):
 
     @model_validator(mode="after")
     def _together(self) -> Train:
+        from pretrain.core.models.families import check_families
+
         batches = -(-self.batch_rows // (self.micro_rows or self.batch_rows))
         try:
             check_together([w.method for w in self.weighted()], self.policies, batches)
+            if self.model:
+                check_families([*(w.method for w in self.weighted()), *self.policies], self.model["family"])
         except PretrainError as error:
             raise ValueError(str(error)) from error
         return self

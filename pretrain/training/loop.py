@@ -121,6 +121,7 @@ def _start(
     """Place the model, make it quick, wrap it for its processes, build the optimiser, resume."""
     hardware.tune_allocator()
     check_together(objectives, policies, loader.batch_rows // loader.micro_rows)
+    families.check_families([*objectives, *policies], families.at(model, "config").model_type)
     world = join(hardware.pick_device())
     model.to(world.device)
     torch.manual_seed(settings.seed)  # what objectives train beside the model begins alike in every run

@@ -9,10 +9,10 @@ Shape letters: B rows, L positions, E width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -26,6 +26,9 @@ from pretrain.core.batch import Batch, document_mask
 from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.models.initial import completed
 from pretrain.core.models.storage import widened
+
+if TYPE_CHECKING:
+    from pretrain.core.method import Method
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,15 @@ def family(model: nn.Module) -> Family:
 def in_table(model: nn.Module) -> bool:
     """Whether a family of `FAMILIES` describes the model."""
     return at(model, "config").model_type in {name for entry in FAMILIES for name in entry.types}
+
+
+def check_families(methods: Iterable[Method], model_type: str) -> None:
+    """An error for a method, or one that it holds, that is declared for other families than this one of `FAMILIES`."""
+    name = next((entry.name for entry in FAMILIES if model_type in entry.types), None)
+    for method in methods:
+        if name is not None and method.families and name not in method.families:
+            raise PretrainError(f"{method.name}: model family {name!r}: accepted: {', '.join(method.families)}")
+        check_families(method.held().values(), model_type)
 
 
 def is_causal(model: nn.Module) -> bool:

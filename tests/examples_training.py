@@ -1,0 +1,142 @@
+"""One example of each data operation, objective, optimiser, schedule, policy and evaluation, as their contracts use it.
+
+A method is made from its defaults; `FIELDS` says what else one needs, or what makes it act within a few steps. A new
+method is covered without being listed here, as long as its defaults will do.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from conftest import TINY
+from gradient_cases import FAMILY, TEXTS, build
+
+from pretrain.core import checkpoint
+from pretrain.core.batch import Vocabulary
+from pretrain.core.method import Method, method_class
+from pretrain.core.models.families import FAMILIES, new_model
+from pretrain.core.registry import methods
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.recipe import load
+from pretrain.stages import dump
+
+
+@dataclass(frozen=True)
+class Material:
+    """What examples are made of."""
+
+    prepared: Path  # with `corpus`, `tokenizer` and `tokens`
+    folder: Path  # where checkpoints and tasks are put
+    stories: list[dict[str, str]]
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """Of 512 entries."""
+        return load_tokenizer(self.prepared / "tokenizer")
+
+    @cached_property
+    def words(self) -> dict[str, str]:
+        """Two classes, each with a word that is one token."""
+        tokens = [t[1:] for t in Vocabulary.of(self.tokenizer).tokens if t.startswith("Ġ") and t[1:].isalpha()]
+        return {"0": tokens[0], "1": tokens[1]}
+
+    def model(self, family: str = "llama", task: str = "causal", seed: int = 0, **more: Any) -> Any:
+        """A tiny model of the tokenizer's entries, in evaluation mode."""
+        return new_model(family, TINY[family] | more, task=task, vocabulary=Vocabulary.of(self.tokenizer), seed=seed).eval()
+
+    def saved(self, seed: int) -> str:
+        """The folder of a causal checkpoint."""
+        place = self.folder / f"causal-{seed}"
+        if not place.exists():
+            checkpoint.save(self.model(seed=seed, initializer_range=0.3), self.tokenizer, place)
+        return str(place)
+
+    def cloze(self) -> str:
+        """A folder of local lm-eval tasks."""
+        from pretrain.evaluation.tasks.harness import write_cloze
+
+        place = self.folder / "cloze"
+        return str(place if place.exists() else write_cloze(self.stories[:40], place, items=12).parent)
+
+
+FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
+    "prompt_template": lambda m: {"prompt": {"method": "prompt_classification", "words": m.words}},
+    "miniplm": lambda m: {"teacher": m.saved(0), "reference": m.saved(1)},
+    "preselect": lambda m: {"models": tuple(map(m.saved, range(3))), "ability": (1.0, 2.0, 3.0), "ratio": 0.3},
+    "quality_subset": lambda m: {"domain": "python", "share": 0.5},
+    "bertin": lambda m: {"share": 0.5, "order": 3},
+    "conda": lambda m: {"update_gap": 2},
+    "domain_upsampling": lambda m: {"mixture": {"docstrings": 1.0}, "share": 0.6},
+    "odm": lambda m: {"warmup": 0.0},
+    "stability_gap": lambda m: {"domain": "python", "epochs": 3.0},
+    "toremi": lambda m: {"interval": 2, "switch": 0.5},
+    "gradual_pruning": lambda m: {"every": 2},
+    "sub_structure": lambda m: {"layers": 1, "share": 1.0},
+    "increlora_allocation": lambda m: {"target_rank": 2.0, "incre_interval": 2, "top_h": 2},
+    "harness": lambda m: {"folder": m.cloze()},
+}  # fmt: skip
+STAGES: dict[str, tuple[dict[str, Any], str]] = {
+    "data operation": ({"stage": "data", "sources": [{"stdlib": True}]}, "operations.0"),
+    "optimiser": ({}, "optimizer"), "schedule": ({}, "schedule"), "policy": ({}, "policies.0"),
+    "objective": ({}, "objective"),
+    "evaluation": ({"stage": "evaluate", "checkpoint": "c", "corpus": "d"}, "evaluations.0"),
+}  # fmt: skip
+
+
+def names(kind: str) -> list[str]:
+    """The methods of a kind."""
+    return [name for name, row in methods().items() if row.kind == kind]
+
+
+def example(name: str, material: Material) -> Any:
+    """A method that can be used."""
+    if methods()[name].kind == "objective":
+        return build(name, {}, "", material.prepared, material.folder).objective
+    cls: Any = method_class(name)
+    given = FIELDS.get(name, lambda _: {})(material)
+    small = {"resamples": 20} if "resamples" in {item.name for item in fields(cls)} else {}
+    return cls(**small | given)
+
+
+def declared(name: str) -> list[str]:
+    """The tiny families that a method says it works on."""
+    accepted = method_class(name).families
+    return [f for f in TINY if not accepted or row_of(f) in accepted]
+
+
+def undeclared(name: str) -> list[str]:
+    """The others."""
+    return [f for f in TINY if f not in declared(name)]
+
+
+def row_of(model_type: str) -> str:
+    """The family that a `model_type` is of."""
+    return next(entry.name for entry in FAMILIES if model_type in entry.types)
+
+
+def reread(method: Method, folder: Path, family: str = "llama") -> Method:
+    """The method as a recipe's text gives it."""
+    stage, place = STAGES[method.kind]
+    train = {
+        "stage": "train", "corpus": "c", "tokenizer": "t", "budget": {"steps": 1}, "model": {"family": family, **TINY[family]},
+    }  # fmt: skip
+    field, _, number = place.partition(".")
+    said = json.loads(json.dumps(dump(method)))
+    text = yaml.safe_dump({"stages": [(stage or train) | {field: [said] if number else said}]})
+    (folder / "recipe.yaml").write_text(text)
+    value = getattr(load(folder / "recipe.yaml").stages[0], field)
+    return value[0] if number else value
+
+
+def trainable(name: str) -> str:
+    """A family that an objective is shown on."""
+    return FAMILY.get(name) or (method_class(name).families or ("llama",))[0]
+
+
+__all__ = ["FIELDS", "TEXTS", "Material", "declared", "example", "names", "reread", "trainable", "undeclared"]
