@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from conftest import TINY
-from gradient_cases import FAMILY, TEXTS, build
+from conftest import TASK, TINY
+from gradient_cases import FAMILY
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
@@ -81,11 +81,20 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "increlora_allocation": lambda m: {"target_rank": 2.0, "incre_interval": 2, "top_h": 2},
     "harness": lambda m: {"folder": m.cloze()},
 }  # fmt: skip
+INNER = {"causal": "causal_lm", "masked": "masked_lm"}
+# What fits an objective to a family, where its defaults fit another.
+FITTED: dict[str, Callable[[str], dict[str, Any]]] = {
+    "prompt_classification": lambda family: {"lm": TASK[family], "template": "{text} is {mask}"},
+    **dict.fromkeys(
+        ("ctcd", "distillation", "pela_pretraining", "self_distillation"),
+        lambda family: {"objective": INNER[TASK[family]]},
+    ),
+}
 STAGES: dict[str, tuple[dict[str, Any], str]] = {
     "data operation": ({"stage": "data", "sources": [{"stdlib": True}]}, "operations.0"),
     "optimiser": ({}, "optimizer"), "schedule": ({}, "schedule"), "policy": ({}, "policies.0"),
     "objective": ({}, "objective"),
-    "evaluation": ({"stage": "evaluate", "checkpoint": "c", "corpus": "d"}, "evaluations.0"),
+    "evaluation": ({"stage": "evaluate", "checkpoint": ".", "corpus": "c"}, "evaluations.0"),
 }  # fmt: skip
 
 
@@ -96,8 +105,6 @@ def names(kind: str) -> list[str]:
 
 def example(name: str, material: Material) -> Any:
     """A method that can be used."""
-    if methods()[name].kind == "objective":
-        return build(name, {}, "", material.prepared, material.folder).objective
     cls: Any = method_class(name)
     given = FIELDS.get(name, lambda _: {})(material)
     small = {"resamples": 20} if "resamples" in {item.name for item in fields(cls)} else {}
@@ -123,14 +130,15 @@ def row_of(model_type: str) -> str:
 def reread(method: Method, folder: Path, family: str = "llama") -> Method:
     """The method as a recipe's text gives it."""
     stage, place = STAGES[method.kind]
+    earlier = [{"stage": "data", "name": "c", "sources": [{"stdlib": True}]}, {"stage": "tokenizer", "name": "t", "corpus": "c"}]
     train = {
         "stage": "train", "corpus": "c", "tokenizer": "t", "budget": {"steps": 1}, "model": {"family": family, **TINY[family]},
     }  # fmt: skip
     field, _, number = place.partition(".")
     said = json.loads(json.dumps(dump(method)))
-    text = yaml.safe_dump({"stages": [(stage or train) | {field: [said] if number else said}]})
+    text = yaml.safe_dump({"stages": [*earlier, (stage or train) | {field: [said] if number else said}]})
     (folder / "recipe.yaml").write_text(text)
-    value = getattr(load(folder / "recipe.yaml").stages[0], field)
+    value = getattr(load(folder / "recipe.yaml").stages[-1], field)
     return value[0] if number else value
 
 
@@ -139,4 +147,4 @@ def trainable(name: str) -> str:
     return FAMILY.get(name) or (method_class(name).families or ("llama",))[0]
 
 
-__all__ = ["FIELDS", "TEXTS", "Material", "declared", "example", "names", "reread", "trainable", "undeclared"]
+__all__ = ["FIELDS", "FITTED", "Material", "declared", "example", "names", "reread", "trainable", "undeclared"]

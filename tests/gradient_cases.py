@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from conftest import TINY
+from conftest import TASK, TINY
 from torch import nn
 
 from pretrain.core import checkpoint
@@ -186,12 +186,14 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
     needed = {item.name for item in fields(cls) if item.default is item.default_factory is MISSING}
     if name == "ul2":  # the tokenizer has no mode tokens
         given = given | {"modes": vocabulary.tokens[30:33]}
+    if name == "cache_augmentation":  # its defaults make thousands of positions of each row
+        given = {"latents": 2, "ahead": 4, "traces": 6} | given
     if name == "deft":  # a sharper count than this one makes much of rounding
         given = given | {"epsilon": 1e-2}
     objective = cls(**_needed(name, needed - given.keys(), family, vocabulary, tokenizer, folder), **given)
     torch.manual_seed(0)
     generates = "seq2seq" in (name, given.get("objective"))
-    task = GENERATES[family] if generates else "masked" if name == "native" else objective.task
+    task = GENERATES[family] if generates else TASK[family] if name == "native" else objective.task
     model: Any = _model(family, task, vocabulary, seed=1)
     if name in SURGERIES:
         surgery = dict(SURGERIES[name])

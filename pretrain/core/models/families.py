@@ -367,7 +367,7 @@ def new_model(
     if made is None:
         able = ", ".join(t for t in TASKS if model_for(config, t) is not None)
         raise PretrainError(f"model family {model_type!r} has no model for task {task!r}; accepted: {able}")
-    if task == "seq2seq" and getattr(config, "decoder_start_token_id", None) is None:
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = config.pad_token_id
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,8 @@ class Seq2Seq(FineTuning[str]):
     decoder reads `begin prompt target end` as one sequence, an encoder-decoder the prompt in its encoder. Metrics are
     of greedy answers of at most `answer` tokens. Too long prompts lose their beginning, targets their end.
     """
+
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "t5")
 
     prompt: str = "{text}\n"
     target: str = "target"
