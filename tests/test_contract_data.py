@@ -1,0 +1,95 @@
+"""What every data operation owes: from a recipe, the same in any batches, nothing lost but documents, nothing to no end."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from datasets import Dataset, concatenate_datasets
+from examples_training import Material, example, names, reread
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.registry import methods
+from pretrain.data._work import working
+
+OPERATIONS = names("data operation")
+REWRITES = ("prompt_template",)  # whose work is the text
+BLOCKS = ("BLOCK", "SHARD", "BATCH_TOKENS")  # how many documents or tokens are taken at a time
+
+
+@pytest.fixture(scope="module")
+def material(prepared, stories, tmp_path_factory):
+    return Material(prepared, tmp_path_factory.mktemp("material"), stories)
+
+
+@pytest.fixture(scope="module")
+def corpus(stories) -> Dataset:
+    """Short documents, two of them copies, with columns that operations read and others that they do not know."""
+    rows = [
+        {"text": s["text"][:150], "domain": s["domain"], "label": str(n % 2), "quality": float(n * 7 % 11), "number": n}
+        for n, s in enumerate([*stories[:30], *stories[-10:]])
+    ]
+    return Dataset.from_list([*rows, rows[3] | {"number": 40}, rows[3] | {"number": 41}])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_recipe_gives_it_back(material, tmp_path, name):
+    operation = example(name, material)
+    assert reread(operation, tmp_path) == operation
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_it_gives_the_same_documents_again_in_any_batches(material, corpus, monkeypatch, tmp_path, name):
+    operation = example(name, material)
+    with working(tmp_path / "a"):
+        first = operation(corpus).to_list()
+        again = operation(corpus).to_list()  # with what is on the desk
+    pieces = concatenate_datasets([corpus.select(range(5)), corpus.select(range(5, 6)), corpus.select(range(6, 42))])
+    turned = corpus.select(range(41, -1, -1)).select(range(41, -1, -1))  # rows that do not lie as they are numbered
+    for module in [m for n, m in sys.modules.items() if n.startswith(("pretrain.data.", "pretrain.core.models"))]:
+        for block in BLOCKS:
+            if isinstance(getattr(module, block, None), int):
+                monkeypatch.setattr(module, block, 5)
+    others = []
+    for number, same in enumerate((pieces, turned)):
+        with working(tmp_path / str(number)):
+            others.append(operation(same).to_list())
+    assert first and again == first and others == [first, first]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_columns_that_it_does_not_know_are_kept_and_documents_stay_in_order(material, corpus, name):
+    kept = example(name, material)(corpus)
+    assert set(kept.column_names) == set(corpus.column_names)
+    assert all(kept.features[column] == corpus.features[column] for column in corpus.column_names)
+    numbers = kept["number"][:]
+    assert numbers == sorted(set(numbers)) and numbers
+    same = [column for column in corpus.column_names if not (column == "text" and name in REWRITES)]
+    assert kept.select_columns(same).to_list() == corpus.select(numbers).select_columns(same).to_list()
+    assert (kept["text"][:] != corpus.select(numbers)["text"][:]) == (name in REWRITES)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_what_it_reports_is_what_it_did(material, corpus, tmp_path, name):
+    with working(tmp_path) as desk:
+        kept = example(name, material)(corpus)
+    chooses = ".selection." in methods()[name].module
+    assert not chooses or [set(report) >= {"documents", "score_percentiles"} for report in desk.reports] == [True]
+    for report in desk.reports:
+        assert report["method"] == name
+        for domain, counts in report.get("documents", {}).items():
+            assert counts["before"] == corpus["domain"][:].count(domain)
+            assert counts["after"] == kept["domain"][:].count(domain)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_no_document_and_one_document_are_kept_or_refused_in_one_line(material, corpus, name, count):
+    """A choice among documents may need several; it says so."""
+    few = corpus.select(range(count))
+    try:
+        kept = example(name, material)(few)
+    except PretrainError as error:
+        assert "\n" not in str(error) and name in str(error) and "accepted: " in str(error)
+    else:
+        assert len(kept) == count and set(kept.column_names) == set(corpus.column_names)
