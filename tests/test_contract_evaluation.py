@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 import math
 import random
@@ -24,7 +25,9 @@ from pretrain.stages.evaluate import evaluate
 EVALUATIONS = names("evaluation")
 # What learns from the documents one after the other, or draws something else for each place: another order, another draw.
 ORDERED = ("ast_probe", "generation_verification_gap", "intrinsic_dimension_d90", "scbench")
+EXACT = ("harness",)  # intervals of means by their formula, which draws nothing
 HEADED = ("task",)  # a model that was tuned with the objective
+FUNCTION = "def f{0}(a, b):\n    x = a * {0} - b\n    return [x, b]\n\n\n"
 LENGTH = 160  # tokens of the longest document
 
 
@@ -36,10 +39,10 @@ def material(prepared, stories, tmp_path_factory):
 @pytest.fixture(scope="module")
 def documents(stories):
     """Of two domains and two classes, with the columns that evaluations read by default."""
-    chosen = [*[s for s in stories if s["domain"] == "python"][:24], *[s for s in stories if s["domain"] != "python"][:24]]
+    chosen = [*[s for s in stories if s["domain"] == "python"][:16], *[s for s in stories if s["domain"] != "python"][:16]]
     return [
         {
-            "text": s["text"][: 900 if n < 24 else 300], "domain": s["domain"], "id": str(n), "label": "ab"[n % 2],
+            "text": FUNCTION.format(n) + "\n# ".join(["", *s["text"][: 600 if n < 16 else 200].splitlines()]), "domain": s["domain"], "id": str(n), "label": "ab"[n % 2],
             "source": s["text"][:60], "target": s["text"][60:100], "prompt": s["text"][:30], "answer": s["text"][30:36],
         }
         for n, s in enumerate(chosen)
@@ -104,7 +107,7 @@ def smaller(monkeypatch):
         for name, value in list(vars(module).items()):
             if name == "BATCH_TOKENS":
                 monkeypatch.setattr(module, name, 40)
-            if "batch_tokens" in (getattr(value, "__kwdefaults__", None) or {}):
+            if inspect.isfunction(value) and "batch_tokens" in (value.__kwdefaults__ or {}):
                 monkeypatch.setitem(value.__kwdefaults__, "batch_tokens", 40)
 
 
@@ -121,12 +124,12 @@ def test_what_is_resampled_has_intervals_and_the_seed_is_theirs(material, docume
     cls = method_class(name)
     given = {f.name: getattr(example(name, material), f.name) for f in fields(cls)} | {"resamples": 60}
     model, _ = prepared_for(name, material, declared(name)[0])
-    first, other = (measured(cls(**given | {"seed": seed}), model, material, documents) for seed in (0, 1))
+    first, *others = (measured(cls(**given | {"seed": seed}), model, material, documents) for seed in range(3))
     assert first["intervals"] and set(first["intervals"]) <= set(first["metrics"])
     for low, high in first["intervals"].values():
         assert math.isfinite(low) and low <= high
     wide = {n for n, (low, high) in first["intervals"].items() if low < high}
-    assert wide and any(first["intervals"][n] != other["intervals"][n] for n in wide)
+    assert wide and (name in EXACT) != any(first["intervals"][n] != other["intervals"][n] for other in others for n in wide)
 
 
 @pytest.mark.parametrize(("name", "family"), [(n, f) for n in EVALUATIONS for f in declared(n)[1:]])
