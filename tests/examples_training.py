@@ -48,7 +48,9 @@ class Material:
 
     def model(self, family: str = "llama", task: str = "causal", seed: int = 0, **more: Any) -> Any:
         """A tiny model of the tokenizer's entries, in evaluation mode."""
-        return new_model(family, TINY[family] | more, task=task, vocabulary=Vocabulary.of(self.tokenizer), seed=seed).eval()
+        return new_model(
+            family, TINY[family] | more, task=task, vocabulary=Vocabulary.of(self.tokenizer), seed=seed
+        ).eval()
 
     def saved(self, seed: int) -> str:
         """The folder of a causal checkpoint."""
@@ -138,7 +140,10 @@ def row_of(model_type: str) -> str:
 def reread(method: Method, folder: Path, family: str = "llama") -> Method:
     """The method as a recipe's text gives it."""
     stage, place = STAGES[method.kind]
-    earlier = [{"stage": "data", "name": "c", "sources": [{"stdlib": True}]}, {"stage": "tokenizer", "name": "t", "corpus": "c"}]
+    earlier = [
+        {"stage": "data", "name": "c", "sources": [{"stdlib": True}]},
+        {"stage": "tokenizer", "name": "t", "corpus": "c"},
+    ]
     train = {
         "stage": "train", "corpus": "c", "tokenizer": "t", "budget": {"steps": 1}, "model": {"family": family, **TINY[family]},
     }  # fmt: skip

@@ -73,7 +73,12 @@ FAMILY = {
     "self_distillation": "bert",
     "native": "bert",
 }
-GENERATES = {"llama": "causal", "qwen3": "causal", "gpt2": "causal", "t5": "seq2seq"}  # the task of a model that seq2seq is to train
+GENERATES = {
+    "llama": "causal",
+    "qwen3": "causal",
+    "gpt2": "causal",
+    "t5": "seq2seq",
+}  # the task of a model that seq2seq is to train
 
 
 def all_cases() -> list[tuple[str, dict[str, Any], str]]:
@@ -237,7 +242,9 @@ def _needed(name: str, missing: set[str], family: str, vocabulary: Vocabulary, t
         tokens = [t[1:] for t in vocabulary.tokens if t.startswith("Ġ") and t[1:].isascii() and t[1:].isalpha()]
         values["words"] = {"0": tokens[0], "1": tokens[1]}
     if "teacher" in missing:
-        task = "base" if name == "well_read_students" else "causal" if family in ("llama", "qwen3", "gpt2") else "masked"
+        task = (
+            "base" if name == "well_read_students" else "causal" if family in ("llama", "qwen3", "gpt2") else "masked"
+        )
         model: Any = _model(family, task, vocabulary, seed=1 if name == "pela_pretraining" else 7)
         if name == "well_read_students":
             model = with_head(model, "sequence", ("0", "1"), vocabulary)

@@ -181,14 +181,6 @@ def test_a_reference_corpus_judges_when_it_is_given(mixed, stories, tmp_path):
     assert found == pytest.approx(NGram(texts, 5).perplexity(mixed["text"][:]))
 
 
-def test_bad_fields_are_refused():
-    with pytest.raises(PretrainError, match="bertin: sampling 'gauss': accepted: gaussian, stepwise, random"):
-        Bertin(sampling="gauss")
-    with pytest.raises(PretrainError, match="share 0: accepted: above 0, at most 1"):
-        Bertin(share=0)
-    with pytest.raises(PretrainError, match="width -1: accepted: above 0"):
-        Bertin(width=-1)
-    with pytest.raises(PretrainError, match="order 0: accepted: 1 or more"):
-        Bertin(order=0, words=5)
+def test_a_reference_that_is_no_corpus_is_refused():
     with pytest.raises(PretrainError, match="is not a corpus"):
         Bertin(reference="/nowhere")(Dataset.from_dict({"text": ["a"]}))

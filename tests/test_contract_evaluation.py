@@ -39,7 +39,10 @@ def material(prepared, stories, tmp_path_factory):
 @pytest.fixture(scope="module")
 def documents(stories):
     """Of two domains and two classes, with the columns that evaluations read by default."""
-    chosen = [*[s for s in stories if s["domain"] == "python"][:16], *[s for s in stories if s["domain"] != "python"][:16]]
+    chosen = [
+        *[s for s in stories if s["domain"] == "python"][:16],
+        *[s for s in stories if s["domain"] != "python"][:16],
+    ]
     return [
         {
             "text": FUNCTION.format(n) + "\n# ".join(["", *s["text"][: 600 if n < 16 else 200].splitlines()]), "domain": s["domain"], "id": str(n), "label": "ab"[n % 2],
@@ -103,7 +106,9 @@ def test_it_measures_the_same_again_in_any_batches_and_leaves_the_model_alone(ma
 
 def smaller(monkeypatch):
     """Batches of one text, or of a few short ones."""
-    for module in [m for n, m in sys.modules.items() if n.startswith(("pretrain.evaluation.", "pretrain.core.models."))]:
+    for module in [
+        m for n, m in sys.modules.items() if n.startswith(("pretrain.evaluation.", "pretrain.core.models."))
+    ]:
         for name, value in list(vars(module).items()):
             if name == "BATCH_TOKENS":
                 monkeypatch.setattr(module, name, 40)
@@ -129,7 +134,9 @@ def test_what_is_resampled_has_intervals_and_the_seed_is_theirs(material, docume
     for low, high in first["intervals"].values():
         assert math.isfinite(low) and low <= high
     wide = {n for n, (low, high) in first["intervals"].items() if low < high}
-    assert wide and (name in EXACT) != any(first["intervals"][n] != other["intervals"][n] for other in others for n in wide)
+    assert wide and (name in EXACT) != any(
+        first["intervals"][n] != other["intervals"][n] for other in others for n in wide
+    )
 
 
 @pytest.mark.parametrize(("name", "family"), [(n, f) for n in EVALUATIONS for f in declared(n)[1:]])

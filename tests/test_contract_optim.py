@@ -139,7 +139,16 @@ def test_a_factor_is_a_share_of_the_peak_at_any_step_of_any_training(name, data)
     except PretrainError:
         assume(False)
     total = data.draw(st.integers(0, 400), "total")
-    for step in {0, 1, total // 2, max(0, total - 1), total, total + 1, 2 * total, data.draw(st.integers(0, 900), "step")}:
+    for step in {
+        0,
+        1,
+        total // 2,
+        max(0, total - 1),
+        total,
+        total + 1,
+        2 * total,
+        data.draw(st.integers(0, 900), "step"),
+    }:
         factor = schedule.factor(step, total)
         assert math.isfinite(factor) and 0 <= factor <= 1, (step, total)
 

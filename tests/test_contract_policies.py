@@ -98,5 +98,11 @@ def test_a_family_that_it_does_not_declare_is_refused_before_training(material, 
     for family in undeclared(name):
         objective = OBJECTIVES[TASK[family]]()
         with pytest.raises(PretrainError, match=rf"{name}: model family '{family}': accepted: {accepted}$"):
-            run(material.prepared, model_for(name, material, family), tmp_path, example(name, material), objective=objective)
+            run(
+                material.prepared,
+                model_for(name, material, family),
+                tmp_path,
+                example(name, material),
+                objective=objective,
+            )
     assert not (tmp_path / "log.jsonl").exists()

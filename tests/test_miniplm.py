@@ -139,11 +139,7 @@ def test_the_selection_reports_what_it_kept(corpus, models, tmp_path):
     assert told["score_percentiles"]["kept"]["0"] >= told["score_percentiles"]["all"]["50"]
 
 
-def test_bad_fields_and_checkpoints_are_refused(corpus, models):
-    with pytest.raises(PretrainError, match="miniplm: ratio 0: accepted: above 0, at most 1"):
-        Miniplm("a", "b", 0)
-    with pytest.raises(PretrainError, match="length 0: accepted: 1 or more"):
-        Miniplm("a", "b", length=0)
+def test_checkpoints_that_score_no_text_are_refused(corpus, models):
     with pytest.raises(PretrainError, match="accepted: a causal language model"):
         Miniplm(models["big"], models["encoder"])(corpus)
     with pytest.raises(PretrainError, match="has no tokenizer"):

@@ -65,16 +65,6 @@ def test_odm_smooths_importance_weighted_losses_and_sets_the_mixture(tiny, prepa
     assert training.loader.mixture == pytest.approx(state["mixture"]) and state["updates"] == 1
 
 
-@pytest.mark.bits
-def test_odm_resumes_as_if_nothing_had_happened(tiny, prepared, tmp_path):
-    whole = run(prepared, tiny, tmp_path / "a", ODM(warmup=0.0), steps=10)
-    run(prepared, tiny, tmp_path / "b", ODM(warmup=0.0), steps=6, save_every=3, workers=1)
-    again = run(prepared, tiny, tmp_path / "b", ODM(warmup=0.0), steps=10, save_every=3, workers=1)
-    assert again.state["odm"]["mixture"] == whole.state["odm"]["mixture"]
-    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def test_odm_needs_two_domains(tiny, prepared, tmp_path):
     with pytest.raises(PretrainError, match="odm: the corpus has the one domain python"):
         run(prepared, tiny, tmp_path, ODM(), mixture={"python": 1.0})

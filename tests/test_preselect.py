@@ -144,10 +144,6 @@ def test_bad_fields_are_refused(corpus, models):
         Preselect(("a", "b"), "c", ability=(1.0, 2.0))
     with pytest.raises(PretrainError, match=r"ability \[1.0\]: accepted: 2 numbers"):
         Preselect(("a", "b"), ability=(1.0,))
-    with pytest.raises(PretrainError, match="ratio 2: accepted: above 0, at most 1"):
-        Preselect(("a", "b"), "c", ratio=2)
-    with pytest.raises(PretrainError, match="epochs 0: accepted: 1 or more"):
-        Preselect(("a", "b"), "c", epochs=0)
     with pytest.raises(PretrainError, match="accepted: a different number for each model"):
         Preselect(models, ability=(1.0, 1.0, 2.0))(corpus)
     with pytest.raises(PretrainError, match="all of 120 documents rank the models alike"):

@@ -35,12 +35,6 @@ def test_it_goes_on_where_a_cosine_ended():
     assert before <= after <= before + 0.1
 
 
-@pytest.mark.parametrize("given", [{"initial": 1.5}, {"final": -0.1}])
-def test_wrong_shares_are_refused(given):
-    with pytest.raises(PretrainError, match="rewarm: (initial|final) .*: accepted: from 0 to 1"):
-        Rewarm(**given)
-
-
 @pytest.mark.parametrize(
     "given", [{"final": 0.0}, {"final": 0.9}, {"constant": 2.0}, {"cooldown": 0.9}, {"anneal": -1}]
 )

@@ -19,7 +19,6 @@ from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.schedules.constant import Constant
 from pretrain.policies.pruning.sub_structure import SubStructure
-from pretrain.training import loop
 from pretrain.training.budget import Budget
 from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
@@ -119,27 +118,6 @@ def test_nothing_is_sent_back_below_the_blocks_that_are_trained(tiny, prepared, 
         assert model.model.embed_tokens.weight.grad is None and model.model.norm.weight.grad is not None
 
 
-@pytest.mark.bits
-def test_a_resumed_run_ends_with_the_same_weights(tiny, prepared, tmp_path, monkeypatch):
-    policy = SubStructure(layers=1, share=0.7)
-    whole = run(prepared, tiny, tmp_path / "whole", [policy], steps=8, save_every=3)
-    step, taken = loop.step, []
-
-    def stopped(training):
-        taken.append(1)
-        if len(taken) == 6:
-            raise KeyboardInterrupt
-        return step(training)
-
-    monkeypatch.setattr(loop, "step", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run(prepared, tiny, tmp_path / "cut", [policy], steps=8, save_every=3)
-    monkeypatch.undo()
-    again = run(prepared, tiny, tmp_path / "cut", [policy], steps=8, save_every=3)
-    assert again.flops == whole.flops
-    assert all(torch.equal(a, b) for a, b in zip(again.model.parameters(), whole.model.parameters(), strict=True))
-
-
 JOB = """if True:
     import sys
     from pathlib import Path
@@ -173,14 +151,6 @@ def test_two_processes_train_to_the_weights_of_one(prepared, tmp_path, monkeypat
         assert torch.allclose(two[name], value, atol=1e-4), name
 
 
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"layers": 5}, "layers 5: accepted: from 1 to the 4 blocks"),
-        ({"layers": 0}, "layers 0: accepted: 1 or more"),
-        ({"share": 1.5}, "share 1.5: accepted: from 0 to 1"),
-    ],
-)
-def test_wrong_fields_are_one_clear_line(tiny, prepared, tmp_path, fields, message):
-    with pytest.raises(PretrainError, match=message):
-        run(prepared, tiny, tmp_path, [SubStructure(**fields)])
+def test_more_blocks_than_there_are_is_one_clear_line(tiny, prepared, tmp_path):
+    with pytest.raises(PretrainError, match="layers 5: accepted: from 1 to the 4 blocks"):
+        run(prepared, tiny, tmp_path, [SubStructure(layers=5)])

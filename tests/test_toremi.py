@@ -6,9 +6,7 @@ import pytest
 import torch
 from policy_run import run, steps
 
-from pretrain.core.errors import PretrainError
 from pretrain.objectives.language.causal_lm import CausalLM
-from pretrain.objectives.language.span_corruption import SpanCorruption
 from pretrain.policies import Policy
 from pretrain.policies.mixing.toremi import ToReMi
 from pretrain.training.budget import Budget
@@ -86,29 +84,3 @@ def test_with_one_weight_it_is_plain_training(tiny, prepared, tmp_path):
     plain = run(prepared, tiny(vocab_size=512), tmp_path / "a")
     same = run(prepared, tiny(vocab_size=512), tmp_path / "b", ToReMi(interval=100))
     assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), same.model.parameters(), strict=True))
-
-
-@pytest.mark.bits
-def test_it_resumes_as_if_nothing_had_happened(tiny, prepared, tmp_path):
-    policy = ToReMi(interval=4, switch=0.5)
-    whole = run(prepared, tiny(vocab_size=512), tmp_path / "a", policy, budget=Budget(steps=10))
-    run(prepared, tiny(vocab_size=512), tmp_path / "b", policy, budget=Budget(steps=10), save_every=3)
-    for number in (9, 10):  # what a process that died after its sixth step leaves
-        for path in (tmp_path / "b" / "state").glob(f"step-{number:09d}"):
-            path.rename(path.with_name("gone-" + path.name))
-    again = run(prepared, tiny(vocab_size=512), tmp_path / "b", policy, budget=Budget(steps=10), workers=1)
-    assert again.state["toremi"] == whole.state["toremi"]
-    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters(), strict=True))
-
-
-def test_an_objective_that_weighs_no_tokens_is_refused(tiny, prepared, tmp_path):
-    with pytest.raises(
-        PretrainError, match="'toremi' weighs tokens, which not every term of the loss of 'span_corruption'"
-    ):
-        run(prepared, tiny("t5", vocab_size=560), tmp_path, ToReMi(), objective=SpanCorruption())
-
-
-@pytest.mark.parametrize("given", [{"interval": 0}, {"lowest": 0.0}, {"highest": 0.5}, {"switch": 1.5}])
-def test_wrong_fields_are_refused(given):
-    with pytest.raises(PretrainError, match="toremi: .*accepted"):
-        ToReMi(**given)

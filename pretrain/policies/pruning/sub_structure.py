@@ -36,8 +36,6 @@ class SubStructure(Policy):
     def start(self, training: Training, state: State) -> None:
         """Make the blocks able to be left out, and the optimiser to pass over what is not trained."""
         model = training.model
-        if family(model).name not in self.families:
-            raise PretrainError(f"sub_structure: family {family(model).name!r}: accepted: {', '.join(self.families)}")
         stack = blocks(model)
         if self.layers > len(stack):
             raise PretrainError(f"sub_structure: layers {self.layers}: accepted: from 1 to the {len(stack)} blocks")
