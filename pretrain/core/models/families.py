@@ -381,9 +381,8 @@ def new_model(
 
 def check_task(task: str) -> None:
     """Refuse a task that there is not."""
-    others = [name for name in dir(transformers) if name.startswith("AutoModelFor")]
-    if task not in TASKS and task not in others:
-        known = (*TASKS, *others)
+    if task not in TASKS and not (task.startswith("AutoModelFor") and hasattr(transformers, task)):
+        known = (*TASKS, *(name for name in _library() if name.startswith("AutoModelFor")))
         raise PretrainError(
             f"unknown task {task!r}{nearest(task, known)}; accepted: {', '.join(TASKS)}, or an AutoModelFor… of "
             f"transformers {transformers.__version__}"
@@ -402,4 +401,10 @@ def model_for(config: PreTrainedConfig, task: str) -> Any:
     if task != "pretraining":
         return None
     named = f"{type(config).__name__.removesuffix('Config')}ForPretraining".lower()
-    return next((getattr(transformers, name) for name in dir(transformers) if name.lower() == named), None)
+    return next((getattr(transformers, name) for name in _library() if name.lower() == named), None)
+
+
+@functools.cache
+def _library() -> list[str]:
+    """All names of transformers, which takes it a quarter of a second to tell."""
+    return dir(transformers)
