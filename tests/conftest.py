@@ -99,3 +99,17 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[dict[str, s
     made.save_pretrained(folder / "tokenizer")
     tokenise(Corpus(folder / "corpus"), load_tokenizer(folder / "tokenizer"), folder / "tokens")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(prepared: Path) -> Any:
+    """The one of `prepared`."""
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    return load_tokenizer(prepared / "tokenizer")
+
+
+@pytest.fixture(scope="session")
+def varied(tiny: Callable[..., Any]) -> Any:
+    """A causal model of the tokenizer's entries and 2048 positions whose greedy tokens vary."""
+    return tiny(vocab_size=512, initializer_range=0.4, max_position_embeddings=2048)

@@ -1,8 +1,9 @@
-"""One of two processes: PREPARED FOLDER STRATEGY ROUNDING. Each takes its part of a step; both must have the whole's
+"""One of two processes: PREPARED FOLDER ROUNDING. Each takes its part of a step; both must have the whole's
 gradient."""
 
 from __future__ import annotations
 
+import itertools
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,10 +31,10 @@ class Poisoned(CausalLM):
         return loss._replace(value=loss.value + torch.inf)
 
 
-def main(prepared: Path, folder: Path, strategy: str, rounding: float) -> None:
+def main(prepared: Path, folder: Path, rounding: float) -> None:
     """Compare the two for a choice of objectives."""
     world = join(torch.device("cpu"))
-    for case in all_cases():
+    for strategy, case in itertools.product(CHOSEN, all_cases()):
         if case[0] not in CHOSEN[strategy]:
             continue
         made = build(*case, prepared, folder)
@@ -44,7 +45,7 @@ def main(prepared: Path, folder: Path, strategy: str, rounding: float) -> None:
         parts, loss_of_parts = made.gradients(mine, world, wrapped)
         (both,) = (value / world.size for value in world.sum([loss_of_parts]))
         apart = distance(whole, parts)
-        assert apart < rounding and abs(both / loss - 1) < rounding, (case, apart, loss, both)
+        assert apart < rounding and abs(both / loss - 1) < rounding, (strategy, case, apart, loss, both)
         if case[0] == "causal_lm":
             made.trainee.objectives[0] = made.objective if world.main else Poisoned()
             parts, _ = made.gradients(mine, world, wrapped)
@@ -54,4 +55,4 @@ def main(prepared: Path, folder: Path, strategy: str, rounding: float) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), float(sys.argv[3]))

@@ -9,6 +9,7 @@ import statistics
 from pathlib import Path
 
 import pytest
+from small_recipe import small_recipe
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import methods
@@ -42,23 +43,6 @@ method: {{name: quick, set: {{model.schedule: {{method: cosine, warmup: 0.1}}}}}
 tune: {{field: model.optimizer.lr, baseline: [1e-5, 1e-2], method: [1e-2, 1e-5]}}
 scales: {{smoke: {{budget: 5e7, seeds: 2}}, cpu: {{budget: 5e8, seeds: 2}}}}
 """
-BASE = """\
-stages:
-  - {stage: data, name: corpus, seed: 0, sources: [{files: %s}], validation: 0.2, test: 0.2}
-  - {stage: tokenizer, seed: 0, corpus: corpus, vocab_size: 400}
-  - stage: train
-    name: model
-    corpus: corpus
-    tokenizer: tokenizer
-    model: {family: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
-    length: 32
-    batch_rows: 2
-    optimizer: adamw
-    budget: {steps: 1}
-    evaluate_every: 40
-    evaluate_tokens: 256
-    save_every: 0
-"""
 
 
 @pytest.fixture(scope="session")
@@ -70,12 +54,17 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def simple(tmp_path, stories):
-    (tmp_path / "text").mkdir()
-    for number, story in enumerate(stories[:40]):
-        (tmp_path / "text" / f"{number}.py").write_text(story["text"])
+    often = {
+        "optimizer": "adamw",
+        "budget": {"steps": 1},
+        "evaluate_every": 40,
+        "evaluate_tokens": 256,
+        "save_every": 0,
+    }
+    base = small_recipe(tmp_path, stories[:40], held_out=0.2, **often)
     (tmp_path / "bases").mkdir()
     for scale in ("smoke", "cpu"):
-        (tmp_path / "bases" / f"small-{scale}.yaml").write_text(BASE % (tmp_path / "text"))
+        (tmp_path / "bases" / f"small-{scale}.yaml").write_text(base)
     (tmp_path / "simple.yaml").write_text(SIMPLE.format(title="Decoupled Weight Decay Regularization"))
     return load_claim(tmp_path / "simple.yaml")
 

@@ -8,44 +8,33 @@ import random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from small_recipe import small_recipe
 
 from pretrain.core.errors import PretrainError
 from pretrain.experiments.compare import compare
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, judge, reached, share_to_reach
 
-BASE = """\
-stages:
-  - {stage: data, name: corpus, sources: [{files: %s}], validation: 0.1, test: 0.1}
-  - {stage: tokenizer, corpus: corpus, vocab_size: 400}
-  - stage: train
-    name: model
-    corpus: corpus
-    tokenizer: tokenizer
-    model: {family: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}
-    length: 64
-    batch_rows: 4
-    optimizer: {method: adamw, lr: 1e-2}
-    budget: {steps: 1}
-    evaluate_every: 5
-    save_every: 0
-"""
+MODEL = {
+    "family": "llama",
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
+OFTEN = {"length": 64, "batch_rows": 4, "evaluate_every": 5, "save_every": 0}
 GROWN = (
-    BASE.replace("steps: 1}", "steps: 8}")
-    + """\
-  - {stage: surgery, name: stacked, checkpoint: model, surgeries: [{method: g_stack, growth: 2}]}
-  - {stage: train, name: deep, corpus: corpus, init: stacked, length: 64, batch_rows: 4, budget: {steps: 1}, evaluate_every: 5, save_every: 0}
-"""
+    {"stage": "surgery", "name": "stacked", "checkpoint": "model", "surgeries": [{"method": "g_stack", "growth": 2}]},
+    {"stage": "train", "name": "deep", "corpus": "corpus", "init": "stacked", "budget": {"steps": 1}, **OFTEN},
 )
 
 
 @pytest.fixture
 def recipes(tmp_path, stories):
-    (tmp_path / "text").mkdir()
-    for number, story in enumerate(stories[:60]):
-        (tmp_path / "text" / f"{number}.py").write_text(story["text"])
-    (tmp_path / "base.yaml").write_text(BASE % (tmp_path / "text"))
+    fields = {"model": MODEL, "optimizer": {"method": "adamw", "lr": 1e-2}, **OFTEN}
+    for name, more, steps in (("base", (), 1), ("grown", GROWN, 8)):
+        text = small_recipe(tmp_path, stories[:60], *more, budget={"steps": steps}, **fields)
+        (tmp_path / f"{name}.yaml").write_text(text)
     (tmp_path / "slow.yaml").write_text("base: base.yaml\nset: {model.optimizer.lr: 1e-6}\n")
-    (tmp_path / "grown.yaml").write_text(GROWN % (tmp_path / "text"))
     return [tmp_path / f"{name}.yaml" for name in ("base", "slow", "grown")]
 
 

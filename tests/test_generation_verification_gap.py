@@ -10,17 +10,11 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.loop import decode
-from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation.generation.generation_verification_gap import GenerationVerificationGap as Gap
 from pretrain.evaluation.generation.generation_verification_gap import parses
 
 SMALL = {"generations": 12, "max_new_tokens": 2, "temperature": 1.0, "top_p": 1.0, "resamples": 40}
-
-
-@pytest.fixture(scope="module")
-def tokenizer(prepared):
-    return load_tokenizer(prepared / "tokenizer")
 
 
 @pytest.fixture(scope="module")

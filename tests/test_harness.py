@@ -15,15 +15,9 @@ import torch
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation.tasks.harness import Harness, write_cloze
 
 STORIES = 40
-
-
-@pytest.fixture(scope="module")
-def tokenizer(prepared):
-    return load_tokenizer(prepared / "tokenizer")
 
 
 @pytest.fixture(scope="module")

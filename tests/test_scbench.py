@@ -14,7 +14,6 @@ from closeness import assert_same_model
 
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation.generation import scbench
 from pretrain.evaluation.generation._scbench import TASKS, right
 from pretrain.evaluation.generation.scbench import Reader, SCBench, _Asked
@@ -23,13 +22,8 @@ SMALL = {"contexts": 2, "turns": 3, "length": 400, "width": 4, "resamples": 50}
 
 
 @pytest.fixture(scope="module")
-def tokenizer(prepared):
-    return load_tokenizer(prepared / "tokenizer")
-
-
-@pytest.fixture(scope="module")
-def model(tiny):
-    return tiny(vocab_size=512, initializer_range=0.4, max_position_embeddings=2048)
+def model(varied):
+    return varied
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from small_recipe import small_recipe
 
 import pretrain
 from pretrain import engine
@@ -17,27 +18,10 @@ from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import side, write_corpus
 from pretrain.recipe import load
 
-RECIPE = """\
-stages:
-  - {stage: data, name: corpus, sources: [{files: %s}], validation: 0.1, test: 0.1}
-  - {stage: tokenizer, corpus: corpus, vocab_size: 400}
-  - stage: train
-    name: model
-    corpus: corpus
-    tokenizer: tokenizer
-    model: {family: llama, hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2}
-    length: 32
-    batch_rows: 2
-    budget: {steps: 3}
-"""
-
 
 @pytest.fixture
 def recipe(tmp_path, stories):
-    (tmp_path / "text").mkdir()
-    for number, story in enumerate(stories[:30]):
-        (tmp_path / "text" / f"{number}.py").write_text(story["text"])
-    (tmp_path / "r.yaml").write_text(RECIPE % (tmp_path / "text"))
+    (tmp_path / "r.yaml").write_text(small_recipe(tmp_path, stories[:30], budget={"steps": 3}))
     return tmp_path / "r.yaml"
 
 
