@@ -84,7 +84,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "harness": lambda m: {"folder": m.cloze()},
     "generation_verification_gap": lambda m: {"generations": 4, "max_new_tokens": 2},
     "scbench": lambda m: {"contexts": 1, "turns": 2, "length": 320, "width": 4},
-    "min_k": lambda m: {"length": 16},
+    "min_k": lambda m: {"length": 48},
     "ast_probe": lambda m: {"epochs": 2, "rank": 8, "validation": 0.2, "test": 0.3},
     "intrinsic_dimension_d90": lambda m: {"label": "label", "dimensions": (40, 80), "steps": 4, "length": 24, "rates": (1e-2,), "subspace_rates": (1e-2,)},
     "retrieval": lambda m: {"shortest": 8},
