@@ -40,13 +40,13 @@ def adopt(
     Raises `PretrainError` for a folder that a later stage could not open.
     """
     item = _chosen(plan(recipe, store), name)
-    what, source = item.stage.writes, Path(folder).expanduser()
+    part, source = item.stage.writes, Path(folder).expanduser()
     if not source.is_dir():
-        raise PretrainError(f"{folder} is no folder; accepted: a {what} made elsewhere")
+        raise PretrainError(f"{folder} is no folder; accepted: a {part} made elsewhere")
     find, check = {
         "corpus": (corpus_of, _check_corpus), "tokenizer": (tokenizer_of, _check_tokenizer),
         "processor": (_processor_of, _check_processor), "checkpoint": (checkpoint_of, _check_checkpoint),
-    }[what]  # fmt: skip
+    }[part]  # fmt: skip
     source = find(source)
     metrics = check(source)
     files = [path for path in _files(source) if path.is_file()]
@@ -54,19 +54,19 @@ def adopt(
     adopted: dict[str, Any] = {"source": str(folder), "fingerprint": digest(marks), "linked": link}
     item, started = item.at(item.generation + 1).afresh(), datetime.now(UTC)
     with locked(item.folder / ".lock"):
-        with atomic_folder(item.folder / what) as work:
+        with atomic_folder(item.folder / part) as work:
             for path in files:
                 target = work / path.relative_to(source)
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(path.resolve()) if link else shutil.copyfile(path, target)
-            if what == "checkpoint":
+            if part == "checkpoint":
                 _sign(work, source, item, marks, adopted)
         keep_generations([item])
         write_json(item.folder / CODE, [])
         if link:
-            adopted["state"] = state_of(item.folder / what)
+            adopted["state"] = state_of(item.folder / part)
         write_record(item, {"metrics": metrics, "adopted": adopted}, started, 0.0)
-    say(f"[{name}] {what} {'linked' if link else 'copied'} from {folder} to {item.folder}")
+    say(f"[{name}] {part} {'linked' if link else 'copied'} from {folder} to {item.folder}")
     return item.folder
 
 
@@ -99,10 +99,12 @@ def _check_corpus(folder: Path) -> dict[str, Any]:
     from pretrain.corpus.store import SPLITS, Corpus
 
     info = Corpus(folder).info
-    sizes = {(what, split): info.get(what, {}).get(split) for what in ("documents", "bytes") for split in SPLITS}
-    for (what, split), size in sizes.items():
+    sizes = {
+        (measure, split): info.get(measure, {}).get(split) for measure in ("documents", "bytes") for split in SPLITS
+    }
+    for (measure, split), size in sizes.items():
         if not isinstance(size, int):
-            raise PretrainError(f"{folder / 'corpus.json'}: {what}.{split} {size!r}: accepted: a whole number")
+            raise PretrainError(f"{folder / 'corpus.json'}: {measure}.{split} {size!r}: accepted: a whole number")
     if not isinstance(info.get("fingerprint"), str):
         raise PretrainError(f"{folder / 'corpus.json'}: fingerprint {info.get('fingerprint')!r}: accepted: a digest")
     for split in SPLITS:
@@ -118,7 +120,7 @@ def _check_corpus(folder: Path) -> dict[str, Any]:
             raise PretrainError(
                 f"{folder / split}: {rows} documents; accepted: {sizes['documents', split]} by corpus.json"
             )
-    return {f"{what}/{split}": size for (what, split), size in sizes.items()}
+    return {f"{measure}/{split}": size for (measure, split), size in sizes.items()}
 
 
 def _check_tokenizer(folder: Path) -> dict[str, Any]:

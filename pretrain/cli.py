@@ -218,7 +218,7 @@ def evaluate(
     from pretrain.stages.evaluate import evaluate as measure
 
     try:
-        chosen = [build_method(parse(one), "evaluation") for one in evaluations or ["held_out"]]
+        chosen = [build_method(parse(name), "evaluation") for name in evaluations or ["held_out"]]
     except ValueError as error:
         raise PretrainError(f"--evaluation: {error}") from error
     place = checkpoint_of(checkpoint)
@@ -240,11 +240,11 @@ def evaluate(
     for name, value in result["metrics"].items():
         low, high = result["intervals"].get(name, (None, None))
         table.add_row(name, f"{value:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}")
-    for domain, some in result["domains"].items():
-        for name, value in some.items():
+    for domain, domain_metrics in result["domains"].items():
+        for name, value in domain_metrics.items():
             table.add_row(f"{name}, {domain}", f"{value:.4f}", "")
-    for tool, found in result["compressors"].items():
-        for name, value in found["metrics"].items():
+    for tool, measured in result["compressors"].items():
+        for name, value in measured["metrics"].items():
             table.add_row(f"{name} of {tool}", f"{value:.4f}", "")
     Console().print(table)
 
@@ -273,14 +273,14 @@ def compare(
         flops = 0.0
     if unit != "flops" or flops <= 0:
         raise PretrainError(f"--budget {budget!r}: accepted: flops=NUMBER, for example flops=1e13")
-    found = measure(
+    result = measure(
         recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [], jobs=jobs,
         ray=ray, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
     table = Table(
         "recipe", f"{metric} (mean ± s.d.)", "difference, 97% interval", "verdict", "FLOPs to the baseline's end"
     )
-    for name, row in found["table"].items():
+    for name, row in result["table"].items():
         verdict, share = row.get("verdict"), row.get("compute_to_reach", {}).get("baseline's end")
         interval = f"{verdict['difference']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})" if verdict else ""
         word = verdict["word"] if verdict else "baseline"
@@ -334,11 +334,11 @@ def _show(name: str) -> None:
     from pretrain.core.bounds import words
     from pretrain.core.method import default_of, method_class
 
-    found = info(name)
+    row = info(name)
     cls = method_class(name)
-    typer.secho(f"{found.name} ({found.kind})", bold=True)
+    typer.secho(f"{row.name} ({row.kind})", bold=True)
     typer.echo(cleandoc(cls.__doc__ or ""))
-    typer.echo(f"\nmodel families: {', '.join(found.families) or 'any'}")
+    typer.echo(f"\nmodel families: {', '.join(row.families) or 'any'}")
     for item in fields(cls):  # type: ignore[arg-type]
         kind, accepted = words(cls, item)
         typer.echo(f"  {item.name}: {kind} = {default_of(item)}" + (f"  ({accepted})" if accepted else ""))

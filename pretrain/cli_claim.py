@@ -48,10 +48,10 @@ def run_claim(
             raise unknown("claim", name, known)
     for name in names:
         claim = load_claim(name) if Path(name).suffix == ".yaml" else known[name]
-        found = run(claim, scale, output=output, jobs=jobs, ray=ray, say=lambda text: typer.echo(text, err=True))
-        verdict, mean = found["verdict"], found["mean"]
+        result = run(claim, scale, output=output, jobs=jobs, ray=ray, say=lambda text: typer.echo(text, err=True))
+        verdict, mean = result["verdict"], result["mean"]
         typer.echo(
-            f"{claim.name}: {found['word']}: {claim.metric} {mean['method']:.4f} against {mean['baseline']:.4f}, "
+            f"{claim.name}: {result['word']}: {claim.metric} {mean['method']:.4f} against {mean['baseline']:.4f}, "
             f"difference {verdict['difference']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})"
         )
 

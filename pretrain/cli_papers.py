@@ -36,9 +36,13 @@ def list_papers(
         typer.echo(json.dumps(row.row(), indent=2, ensure_ascii=False) if as_json else _page(row))
         return
     modalities = {name for row in rows for name in row.paper.modality}
-    for what, given, accepted in (("tier", tier, TIERS), ("modality", modality, modalities), ("stage", stage, STAGES)):
+    for column, given, accepted in (
+        ("tier", tier, TIERS),
+        ("modality", modality, modalities),
+        ("stage", stage, STAGES),
+    ):
         if given is not None and given not in accepted:
-            raise unknown(what, given, accepted)
+            raise unknown(column, given, accepted)
     chosen = [
         row
         for row in search(rows, words)

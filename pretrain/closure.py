@@ -89,14 +89,14 @@ def differences(then: Code, now: Code) -> list[str]:
     """What differs, one short phrase each: `pretrain/training/loop.py changed`, `torch 2.6.0 → 2.7.0`."""
     gone, new = then.files.keys() - now.files.keys(), now.files.keys() - then.files.keys()
     moved = {then.files[name] for name in gone} & {now.files[name] for name in new}
-    found = [f"{name} changed" for name in now.files if now.files[name] != then.files.get(name, now.files[name])]
-    found += [f"{name} is new" for name in sorted(new) if now.files[name] not in moved]
-    found += [f"{name} is gone" for name in sorted(gone) if then.files[name] not in moved]
+    phrases = [f"{name} changed" for name in now.files if now.files[name] != then.files.get(name, now.files[name])]
+    phrases += [f"{name} is new" for name in sorted(new) if now.files[name] not in moved]
+    phrases += [f"{name} is gone" for name in sorted(gone) if then.files[name] not in moved]
     for name in sorted(then.libraries.keys() | now.libraries.keys()):
         before, after = (side.libraries.get(name, "none") for side in (then, now))
         if before != after:
-            found.append(f"{name} {before} → {after}")
-    return found
+            phrases.append(f"{name} {before} → {after}")
+    return phrases
 
 
 def _top(module: str, path: Path) -> Path:
@@ -198,7 +198,7 @@ def _cache_file() -> Path:
 def _on_disk() -> dict[str, Parsed]:
     try:
         rows = json.loads(_cache_file().read_text(encoding="utf-8"))
-        return {key: Parsed(mark, tuple((n, base, name) for n, base, name in found)) for key, mark, found in rows}
+        return {key: Parsed(mark, tuple((n, base, name) for n, base, name in imports)) for key, mark, imports in rows}
     except (OSError, ValueError, TypeError):
         return {}  # there is none yet, or it is damaged
 

@@ -24,10 +24,10 @@ HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
 
 def pages() -> dict[str, str]:
     """File name -> text."""
-    found = {kind: [m for m in methods().values() if m.kind == kind and m.ours] for kind in kinds()}
-    result = {f"{_slug(kind)}.md": _page(kind, rows) for kind, rows in found.items() if rows}
+    by_kind = {kind: [m for m in methods().values() if m.kind == kind and m.ours] for kind in kinds()}
+    result = {f"{_slug(kind)}.md": _page(kind, rows) for kind, rows in by_kind.items() if rows}
     lines = [HEAD, "# Methods\n", "| method | kind | paper | model families |", "|---|---|---|---|"]
-    for kind, rows in found.items():
+    for kind, rows in by_kind.items():
         for row in rows:
             name = f"[`{row.name}`]({_slug(kind)}.md#{row.name})"
             lines.append(f"| {name} | {kind} | {_paper(row)} | {', '.join(row.families) or 'any'} |")

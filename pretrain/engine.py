@@ -121,10 +121,10 @@ def _run_stage(
     started, clock = datetime.now(UTC), time.perf_counter()
     result: dict[str, Any] = {}
     if main or stage.distributed:
-        lineage = [_brief(records[one]) for one in item.behind]
-        own = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
+        lineage = [_brief(records[before]) for before in item.behind]
+        made_by = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
         job = Job(
-            item.folder, item.inputs, item.seed, name, lambda text: say(f"[{name}] {text}"), lineage, own,
+            item.folder, item.inputs, item.seed, name, lambda text: say(f"[{name}] {text}"), lineage, made_by,
             bar=say is not silent,
         )  # fmt: skip
         try:
@@ -184,9 +184,11 @@ def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:
         link = recipe.output / item.stage.name
         if link.exists() and not link.is_symlink():
             raise PretrainError(f"{link} exists and is no stage of a run; accepted: another --output or stage name")
-    own = recipe.output / "recipe.yaml"
-    if recipe.path is not None and own.exists() and own.resolve() == recipe.path.resolve():
-        raise PretrainError(f"output {recipe.output} holds the recipe itself as {own.name}; accepted: another --output")
+    written = recipe.output / "recipe.yaml"
+    if recipe.path is not None and written.exists() and written.resolve() == recipe.path.resolve():
+        raise PretrainError(
+            f"output {recipe.output} holds the recipe itself as {written.name}; accepted: another --output"
+        )
 
 
 def _relative(folder: Path, output: Path) -> str:

@@ -156,10 +156,10 @@ def state_of(path: Path) -> str:
 
 def _generations(home: Path) -> dict[str, int]:
     path = home / GENERATIONS
-    found = read_json(path) if path.exists() else {}
-    if not isinstance(found, dict) or not all(isinstance(number, int) for number in found.values()):
+    counts = read_json(path) if path.exists() else {}
+    if not isinstance(counts, dict) or not all(isinstance(number, int) for number in counts.values()):
         raise PretrainError(f"{path}: accepted: a mapping from folders to how often each was refreshed")
-    return found
+    return counts
 
 
 def keep_generations(planned: Iterable[Planned]) -> None:
@@ -272,13 +272,13 @@ def _when(record: dict[str, Any]) -> str:
 
 def _newest(item: Planned) -> tuple[Path, dict[str, Any]] | None:
     """The newest finished folder of a stage of this name, and its record."""
-    found = []
+    records = []
     for path in item.folder.parent.glob(f"{escape(item.stage.name)}-*/{RECORD}"):
         with suppress(PretrainError):
             record = read_json(path)
             if record.get("name") == item.stage.name:
-                found.append((path.parent, record))
-    return max(found, key=lambda one: str(one[1].get("finished")), default=None)
+                records.append((path.parent, record))
+    return max(records, key=lambda row: str(row[1].get("finished")), default=None)
 
 
 def _changes(record: dict[str, Any], item: Planned) -> list[str]:
@@ -291,17 +291,17 @@ def _changes(record: dict[str, Any], item: Planned) -> list[str]:
     config = {name: value for name, value in item.config.items() if name != "methods"}
     before, after = _flat(_without(record["config"], then["inputs"])), _flat(_plain(_without(config, now["inputs"])))
     versions, methods = (before.pop("version", None), after.pop("version", None)), item.config["methods"]
-    found = [f"stage {kind}: version {versions[0]} → {versions[1]}"] if versions[0] != versions[1] else []
+    changes = [f"stage {kind}: version {versions[0]} → {versions[1]}"] if versions[0] != versions[1] else []
     for name, version in record["methods"].items():
         if methods.get(name, version) != version:
-            found.append(f"method {name}: version {version} → {methods[name]}")
-    found += _field_changes(before, after)
+            changes.append(f"method {name}: version {version} → {methods[name]}")
+    changes += _field_changes(before, after)
     if item.stage.seeded and record["seed"] != item.seed:
-        found.append(f"seed changed from {record['seed']} to {item.seed}")
-    found += _input_changes(then["inputs"], now["inputs"], record["inputs"] | item.stage.references())
+        changes.append(f"seed changed from {record['seed']} to {item.seed}")
+    changes += _input_changes(then["inputs"], now["inputs"], record["inputs"] | item.stage.references())
     if then["outside"] != now["outside"]:
-        found.append("what it reads from outside changed")
-    return found or ["its address differs"]
+        changes.append("what it reads from outside changed")
+    return changes or ["its address differs"]
 
 
 def _flat(value: Any, place: str = "") -> dict[str, Any]:
@@ -317,14 +317,14 @@ def _flat(value: Any, place: str = "") -> dict[str, Any]:
 
 def _field_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """The fields that are others; one that was null before it was filled is told by what fills it."""
-    found, both = [], before | after
+    changes, both = [], before | after
     for name in both:
         then, now = before.get(name), after.get(name)
         if name in before and name in after:
-            found += [f"{name} changed from {_shown(then)} to {_shown(now)}"] if then != now else []
+            changes += [f"{name} changed from {_shown(then)} to {_shown(now)}"] if then != now else []
         elif both[name] is not None or not any(other.startswith(f"{name}.") for other in both):
-            found.append(f"{name} is {'gone' if name in before else 'new'} ({_shown(both[name])})")
-    return found
+            changes.append(f"{name} is {'gone' if name in before else 'new'} ({_shown(both[name])})")
+    return changes
 
 
 def _shown(value: Any) -> str:
@@ -334,13 +334,13 @@ def _shown(value: Any) -> str:
 
 def _input_changes(then: dict[str, Any], now: dict[str, Any], names: dict[str, Any]) -> list[str]:
     """The inputs that are others, each by its place and the name that the recipe gives it."""
-    found = []
+    changes = []
     for place in then | now:
         if then.get(place) != now.get(place):
             name = ", ".join(names[place]) if isinstance(names[place], list) else names[place]
             word = "is new" if place not in then else "is gone" if place not in now else "changed"
-            found.append(f"its input `{place}`{'' if name == place else f' ({name})'} {word}")
-    return found
+            changes.append(f"its input `{place}`{'' if name == place else f' ({name})'} {word}")
+    return changes
 
 
 def _plain(value: Any) -> Any:

@@ -60,8 +60,8 @@ def load(path: Path | str, overrides: Iterable[str] = (), output: Path | str | N
     path = Path(path)
     raw, places = read(path)
     for override in overrides:
-        name, found, value = override.partition("=")
-        if not found:
+        name, equals, value = override.partition("=")
+        if not equals:
             raise PretrainError(f"--set {override!r}: accepted: path.to.field=value")
         try:
             parsed = parse(value)
@@ -132,7 +132,7 @@ def _at(places: Places, place: Place, otherwise: Path | str = "recipe") -> str:
 
 def _move(places: Places, place: Place, where: str) -> None:
     """Note that the value at a place, and all in it, comes from elsewhere."""
-    for old in [one for one in places if one[: len(place)] == place]:
+    for old in [known for known in places if known[: len(place)] == place]:
         del places[old]
     places[place] = where
 
@@ -154,7 +154,7 @@ def _locate(node: yaml.Node, place: Place, path: Path, within: tuple[yaml.Node, 
     where = f"{path}:{node.start_mark.line + 1}"
     if node in within:
         raise PretrainError(f"{where}: {'.'.join(map(str, place))} holds itself; accepted: no alias inside its anchor")
-    found = {place: where}
+    places = {place: where}
     if isinstance(node, yaml.MappingNode):
         names = set()
         for key, value in node.value:
@@ -164,12 +164,12 @@ def _locate(node: yaml.Node, place: Place, path: Path, within: tuple[yaml.Node, 
             if key.value in names:
                 raise PretrainError(f"{line}: {key.value!r} is given twice")
             names.add(key.value)
-            found |= _locate(value, (*place, key.value), path, (*within, node))
-            found[(*place, key.value)] = line
+            places |= _locate(value, (*place, key.value), path, (*within, node))
+            places[(*place, key.value)] = line
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            found |= _locate(value, (*place, index), path, (*within, node))
-    return found
+            places |= _locate(value, (*place, index), path, (*within, node))
+    return places
 
 
 def parse(value: str) -> Any:
@@ -190,7 +190,7 @@ def put(raw: dict[str, Any], name: str, value: Any, where: str) -> Place:
     if steps[0] == "stages" and len(steps) > 1:
         steps = steps[1:]
     elif len(steps) == 1:
-        accepted = [one for one in FIELDS if one not in ("base", "set")]
+        accepted = [field for field in FIELDS if field not in ("base", "set")]
         if steps[0] not in accepted:
             raise PretrainError(f"{where} {name!r}: accepted: one of {', '.join(accepted)}, or STAGE.field")
         raw[steps[0]] = value
@@ -251,8 +251,8 @@ def check(
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise wrong("seed", "a whole number of 0 or more")
-    own = raw.get("output")
-    if own is not None and (not isinstance(own, str) or not own.strip()):
+    declared_output = raw.get("output")
+    if declared_output is not None and (not isinstance(declared_output, str) or not declared_output.strip()):
         raise wrong("output", "a folder's path")
     outside = raw.get("methods")
     if outside is not None and not isinstance(outside, str):
@@ -268,7 +268,7 @@ def check(
     stages: list[Stage] = []
     for index, entry in enumerate(given):
         stages.append(_stage(entry, index, whole, places, {stage.name: stage.stage for stage in stages}))
-    folder = Path(output) if output is not None else Path(own or Path("runs") / name)
+    folder = Path(output) if output is not None else Path(declared_output or Path("runs") / name)
     return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places)
 
 
@@ -307,20 +307,24 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
     """Each reference must name an earlier stage, of a kind that fits the field, or a path that exists."""
     for name, value in stage.references().items():
         steps = tuple(int(step) if step.isdigit() else step for step in name.split("."))
-        for number, one in enumerate(value if isinstance(value, list) else [value]):
+        for number, target in enumerate(value if isinstance(value, list) else [value]):
             place = ("stages", index, *steps, *((number,) if isinstance(value, list) else ()))
             accepted = stage.accepts.get(name.rpartition(".")[2])
-            if one in earlier and (accepted is None or earlier[one] in accepted):
+            if target in earlier and (accepted is None or earlier[target] in accepted):
                 continue
-            if one in earlier:
+            if target in earlier:
                 fitting = [stage for stage, kind in earlier.items() if kind in (accepted or ())]
-                wrong = f"{one!r} is a {earlier[one]} stage; accepted: a stage of kind {' or '.join(accepted or ())}"
+                wrong = (
+                    f"{target!r} is a {earlier[target]} stage; accepted: a stage of kind {' or '.join(accepted or ())}"
+                )
                 wrong += f" ({', '.join(fitting)})" if fitting else ""
-            elif Path(one).expanduser().exists():
+            elif Path(target).expanduser().exists():
                 continue
             else:
                 known = ", ".join(earlier) or "there is none"
-                wrong = f"{one!r}{nearest(one, earlier)}; accepted: an earlier stage ({known}) or a path that exists"
+                wrong = (
+                    f"{target!r}{nearest(target, earlier)}; accepted: an earlier stage ({known}) or a path that exists"
+                )
             raise PretrainError(f"{_at(places, place, whole)}: {stage.name}.{name}: {wrong}")
 
 

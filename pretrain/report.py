@@ -57,7 +57,7 @@ def collect(folder: Path) -> dict[str, Any]:
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
     stages: list[dict[str, Any]] = []
-    found: dict[str, list[dict[str, Any]]] = {n: [] for n in ("trainings", "evaluations", "samples", "corpora")}
+    groups: dict[str, list[dict[str, Any]]] = {n: [] for n in ("trainings", "evaluations", "samples", "corpora")}
     for entry in run["stages"]:
         home, record = folder / entry["folder"], _json(folder / entry["folder"] / "stage.json") or {}
         lineage = (_json(home / "checkpoint" / "pretrain.json") or {}).get("lineage")
@@ -65,17 +65,17 @@ def collect(folder: Path) -> dict[str, Any]:
         named = {"name": entry["name"]}
         if (home / "log.jsonl").exists():
             objective = _objective(record.get("config") or _raw(text, entry["name"]))
-            found["trainings"].append(named | {"objective": objective} | curves(home / "log.jsonl"))
+            groups["trainings"].append(named | {"objective": objective} | curves(home / "log.jsonl"))
         for group, file in (("evaluations", "evaluation.json"), ("samples", "samples.json")):
             if isinstance(content := _json(home / file), dict):
-                found[group].append(content | named)
+                groups[group].append(content | named)
         if info := _json(home / "corpus" / "corpus.json"):
-            found["corpora"].append(info | named)
-    return found | {
+            groups["corpora"].append(info | named)
+    return groups | {
         "run": run,
         "stages": stages,
-        "plots": plots(found["trainings"]),
-        "bars": bars(found["evaluations"]),
+        "plots": plots(groups["trainings"]),
+        "bars": bars(groups["evaluations"]),
         "recipe": text,
         "environment": next((s["environment"] for s in reversed(stages) if s.get("environment")), {}),
     }
@@ -100,8 +100,8 @@ def _raw(recipe: str, stage: str) -> dict[str, Any]:
 def _objective(config: dict[str, Any]) -> list[str]:
     """The names of the objectives that a train stage is configured with."""
     several = config.get("objectives") or [config.get("objective") or "causal_lm"]
-    names = [one.get("method", one) if isinstance(one, dict) else one for one in several]
-    return [str(one.get("method", one) if isinstance(one, dict) else one) for one in names]
+    names = [entry.get("method", entry) if isinstance(entry, dict) else entry for entry in several]
+    return [str(entry.get("method", entry) if isinstance(entry, dict) else entry) for entry in names]
 
 
 def curves(path: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def thin(rows: list[Any]) -> list[Any]:
 
 def plots(trainings: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The loss curves by unit, since nats of different objectives do not compare: each unit is a plot of its own."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    curves_by_unit: dict[str, list[dict[str, Any]]] = {}
     for number, training in enumerate(trainings):
         # While training, the objectives' weighted sum is logged, but only the first one's held-out value.
         names = {"step": " + ".join(training["objective"]), "evaluation": training["objective"][0]}
@@ -138,8 +138,8 @@ def plots(trainings: list[dict[str, Any]]) -> list[dict[str, Any]]:
             column = BITS if bits[part] and (bits["step"] or part == "evaluation") else "loss"
             if any(v is not None for v in training[part][column]):
                 unit = "bits per byte" if column == BITS else f"loss of {objective} (nats)"
-                found.setdefault(unit, []).append({"training": number, "part": part, "column": column})
-    return [{"unit": unit, "curves": some} for unit, some in found.items()]
+                curves_by_unit.setdefault(unit, []).append({"training": number, "part": part, "column": column})
+    return [{"unit": unit, "curves": curves} for unit, curves in curves_by_unit.items()]
 
 
 def bars(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -159,17 +159,17 @@ def bars(evaluations: list[dict[str, Any]]) -> list[dict[str, Any]]:
                 "models": [],
                 "tools": [],
             }
-            charts[key]["tools"] = [{"name": tool} | _values(found, shown) for tool, found in tools.items()]
+            charts[key]["tools"] = [{"name": tool} | _values(measured, shown) for tool, measured in tools.items()]
         row = {"name": evaluation["name"], "interval": (evaluation.get("intervals") or {}).get(BITS)}
         charts[key]["models"].append(row | _values(evaluation, charts[key]["domains"]))
     return list(charts.values())
 
 
-def _values(found: dict[str, Any], domains: list[str]) -> dict[str, Any]:
+def _values(measured: dict[str, Any], domains: list[str]) -> dict[str, Any]:
     """The value over all text, and those of the domains in their order; None where there is none."""
-    by_domain = found.get("domains") or {}
+    by_domain = measured.get("domains") or {}
     return {
-        "all": (found.get("metrics") or {}).get(BITS),
+        "all": (measured.get("metrics") or {}).get(BITS),
         "values": [(by_domain.get(domain) or {}).get(BITS) for domain in domains],
     }
 
@@ -252,9 +252,9 @@ def _cards(data: dict[str, Any]) -> str:
         newest |= dict.fromkeys(evaluation.get("metrics") or {}, evaluation)
     if BITS in newest:
         tools = newest[BITS].get("compressors") or {}
-        rivals = {tool: (found.get("metrics") or {}).get(BITS) for tool, found in tools.items()}
-        said = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
-        cards.append(("bits per byte", f"{newest[BITS]['metrics'][BITS]:.3f}", said))
+        rivals = {tool: (measured.get("metrics") or {}).get(BITS) for tool, measured in tools.items()}
+        rivals_line = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
+        cards.append(("bits per byte", f"{newest[BITS]['metrics'][BITS]:.3f}", rivals_line))
     for name, title, note in (
         ("perplexity", "perplexity", "a token, held-out"),
         ("probe_accuracy", "probe accuracy", "on frozen states"),
@@ -302,11 +302,11 @@ def _lineage_table(stages: list[dict[str, Any]]) -> str:
     for s in stages:
         lineage = s["lineage"] or {}
         reads = dict.fromkeys(
-            one for names in (s["inputs"] or {}).values() for one in (names if isinstance(names, list) else [names])
+            name for names in (s["inputs"] or {}).values() for name in (names if isinstance(names, list) else [names])
         )
         counts = {"tokens": lineage.get("tokens"), "FLOPs": lineage.get("flops")}
         spent = ", ".join(f"{short(value)} {name}" for name, value in counts.items() if value)
-        chain = " → ".join([one.get("name", "?") for one in lineage.get("stages") or []] + [s["name"]])
+        chain = " → ".join([stage.get("name", "?") for stage in lineage.get("stages") or []] + [s["name"]])
         wrote, data = f"{s['folder']}/{s['writes']}" if s["writes"] else "", str(lineage.get("data") or "")[:12]
         rows.append((s["name"], ", ".join(reads), wrote, spent, data, chain if lineage else ""))
     return _table(("stage", "reads", "writes", "trained", "data fingerprint", "made by"), rows)
@@ -318,15 +318,15 @@ def _corpus_table(corpus: dict[str, Any]) -> str:
     size = {d: sum(s.get(d, {}).get("bytes", 0) for s in splits.values()) for s in splits.values() for d in s}
 
     def cell(counts: Iterable[dict[str, int]]) -> str:
-        found = list(counts)
-        documents, data = (sum(c.get(k, 0) for c in found) for k in ("documents", "bytes"))
+        tables = list(counts)
+        documents, data = (sum(c.get(k, 0) for c in tables) for k in ("documents", "bytes"))
         return f"{documents:,} · {short(data)}{'' if data >= 1000 else ' '}B"
 
     rows = [
-        (domain, *(cell([some.get(domain, {})]) for some in splits.values()))
+        (domain, *(cell([by_domain.get(domain, {})]) for by_domain in splits.values()))
         for domain in sorted(size, key=lambda d: (-size[d], d))
     ]
-    rows.append(("all", *(cell(some.values()) for some in splits.values())))
+    rows.append(("all", *(cell(by_domain.values()) for by_domain in splits.values())))
     removed = corpus.get("removed") or {}
     note = f"Documents · bytes. Removed: {removed.get('exact', 0):,} exact copies, {removed.get('near', 0):,} of the "
     note += (

@@ -67,8 +67,8 @@ def _image(sample: dict[str, Any]) -> str:
     known = {name: str(sample[name]) for name in NAMES if PNG.fullmatch(str(sample.get(name) or ""))}
     names = NAMES if len(known) > 1 else {"input": ""}
     cells = [
-        f'<span><img src="{known[name]}" alt="{name}">{f"<small>{said}</small>" if said else ""}</span>'
-        for name, said in names.items()
+        f'<span><img src="{known[name]}" alt="{name}">{f"<small>{caption}</small>" if caption else ""}</span>'
+        for name, caption in names.items()
         if name in known
     ]
     return f'<div class="pictures">{"".join(cells)}</div>' if cells else ""
@@ -89,9 +89,9 @@ def _series(sample: dict[str, Any]) -> str:
         drawn = "".join(
             f'<path class="{name}" d="{_path(line, points, low, high, TALL)}"/>' for name, line in lines.items()
         )
-        said = f"channel {number + 1}, {low:.4g} to {high:.4g}"
+        label = f"channel {number + 1}, {low:.4g} to {high:.4g}"
         shades = _shades(hidden[number], points, TALL) if number < len(hidden) else ""
-        charts.append(_svg(TALL, shades + drawn, said))
+        charts.append(_svg(TALL, shades + drawn, label))
     return "".join(charts) + _legend(sample) if charts else ""
 
 
@@ -119,11 +119,11 @@ def _waveform(sample: dict[str, Any]) -> str:
 
 def _text(sample: dict[str, Any]) -> str:
     """The texts one below the other."""
-    names = {name: said for name, said in NAMES.items() if isinstance(sample.get(name), str)}
+    names = {name: caption for name, caption in NAMES.items() if isinstance(sample.get(name), str)}
     alone = len(names) == 1
     return "".join(
-        f"{'' if alone else f'<small>{said}</small>'}<pre>{html.escape(sample[name])}</pre>"
-        for name, said in names.items()
+        f"{'' if alone else f'<small>{caption}</small>'}<pre>{html.escape(sample[name])}</pre>"
+        for name, caption in names.items()
     )
 
 
@@ -166,17 +166,17 @@ def _shades(spans: Any, points: int, height: int) -> str:
     )
 
 
-def _svg(height: int, inner: str, said: str) -> str:
+def _svg(height: int, inner: str, label: str) -> str:
     return (
         f'<svg class="draw" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" style="height:{height}px" '
-        f'role="img" aria-label="{html.escape(said)}"><title>{html.escape(said)}</title>{inner}</svg>'
+        f'role="img" aria-label="{html.escape(label)}"><title>{html.escape(label)}</title>{inner}</svg>'
     )
 
 
-def _legend(sample: dict[str, Any], said: str = "", output: str = "output") -> str:
+def _legend(sample: dict[str, Any], note: str = "", output: str = "output") -> str:
     keys = [("input", "input"), ("output", output), ("masked", "hidden")]
     present = [f'<i class="key {name}"></i>{html.escape(word)}' for name, word in keys if sample.get(name)]
-    words = [said, *(present if len(present) > 1 else [])]
+    words = [note, *(present if len(present) > 1 else [])]
     return f"<small>{' '.join(filter(None, words))}</small>" if any(words) else ""
 
 

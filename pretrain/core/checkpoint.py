@@ -133,11 +133,11 @@ def _write(model: PreTrainedModel, processor: Processor | None, work: Path, line
             if (work / f"model{suffix}").exists():
                 (work / f"model{suffix}").rename(work / f"pretrain{suffix}")
     for entry in surgery:
-        found = recorded(entry).adapter(model)
-        if found is not None:
+        adapter = recorded(entry).adapter(model)
+        if adapter is not None:
             (work / ADAPTER).mkdir(exist_ok=True)
-            write_json(work / ADAPTER / "adapter_config.json", found[0])
-            save_file(found[1], work / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
+            write_json(work / ADAPTER / "adapter_config.json", adapter[0])
+            save_file(adapter[1], work / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
     sums = {path.name: file_digest(path) for path in sorted(work.glob("*.safetensors"))}
     write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, "checksums": sums} | held)
 
@@ -147,12 +147,12 @@ def read_record(folder: Path | str) -> dict[str, Any]:
     path = Path(folder) / RECORD
     if not path.exists():
         return {}
-    found = _read_object(path)
-    if not isinstance(found.get("format"), int) or not 1 <= found["format"] <= FORMAT:
+    record = _read_object(path)
+    if not isinstance(record.get("format"), int) or not 1 <= record["format"] <= FORMAT:
         raise PretrainError(
-            f"{path}: format {found.get('format')!r}: accepted: up to {FORMAT}; a newer pretrain wrote it"
+            f"{path}: format {record.get('format')!r}: accepted: up to {FORMAT}; a newer pretrain wrote it"
         )
-    return found
+    return record
 
 
 def lineage(folder: Path | str) -> dict[str, Any]:
@@ -210,14 +210,14 @@ def load(
 def _model_class(folder: Path, config: Any) -> Any:
     """The class that `architectures` names; it must be one of transformers', for this type of configuration."""
     named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
-    found: Any = getattr(transformers, str(named), None)
-    is_model = isinstance(found, type) and issubclass(found, PreTrainedModel)
-    if not is_model or found.config_class is not type(config):
+    named_class: Any = getattr(transformers, str(named), None)
+    is_model = isinstance(named_class, type) and issubclass(named_class, PreTrainedModel)
+    if not is_model or named_class.config_class is not type(config):
         raise PretrainError(
             f"{folder / 'config.json'}: architectures {config.architectures!r}: accepted: "
             f"the class in transformers of a {config.model_type!r} model"
         )
-    return found
+    return named_class
 
 
 def _load_plain(model_class: Any, folder: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -299,7 +299,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
         files = [folder / name for name in sorted(set(shards.values()))]
     for path in files:
         if not path.exists():
-            pickled = [found.name for pattern in PICKLES for found in folder.glob(pattern)]
+            pickled = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
             if pickled:
                 raise PretrainError(
                     f"{folder} holds pickled weights ({pickled[0]}), which are never read: convert them to safetensors"
@@ -323,10 +323,10 @@ def _check(files: list[Path], checksums: dict[str, str] | None) -> None:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise PretrainError(f"{path} holds a {type(found).__name__}; accepted: a JSON object")
-    return found
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise PretrainError(f"{path} holds a {type(content).__name__}; accepted: a JSON object")
+    return content
 
 
 def _one_line(error: BaseException) -> str:

@@ -23,7 +23,7 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def unknown(what: str, word: str, accepted: Iterable[str]) -> PretrainError:
+def unknown(kind: str, word: str, accepted: Iterable[str]) -> PretrainError:
     """The error for a word that is not among those accepted."""
     words = sorted(accepted)
-    return PretrainError(f"unknown {what} {word!r}{nearest(word, words)}; accepted: {', '.join(words) or 'none'}")
+    return PretrainError(f"unknown {kind} {word!r}{nearest(word, words)}; accepted: {', '.join(words) or 'none'}")

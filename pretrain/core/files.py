@@ -26,11 +26,11 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
-def _exchange(one: Path, other: Path) -> bool:
+def _exchange(folder: Path, other: Path) -> bool:
     """Let two folders trade names in one step (Linux's `renameat2`); False where the system cannot."""
     call = getattr(ctypes.CDLL(None), "renameat2", None)
     here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return call is not None and call(here, os.fsencode(one), here, os.fsencode(other), swap) == 0
+    return call is not None and call(here, os.fsencode(folder), here, os.fsencode(other), swap) == 0
 
 
 @contextmanager

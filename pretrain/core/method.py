@@ -72,14 +72,14 @@ class Method:
 
         Those of a method that a field holds too (`objective.teacher`).
         """
-        found = {f"{name}.{ref}": to for name, method in self.held().items() for ref, to in method.references().items()}
+        named = {f"{name}.{ref}": to for name, method in self.held().items() for ref, to in method.references().items()}
         for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
             value = getattr(self, name)
             if isinstance(value, list | tuple):
-                found |= {f"{name}.{number}": one for number, one in enumerate(value) if one}
+                named |= {f"{name}.{number}": stage for number, stage in enumerate(value) if stage}
             elif value:
-                found[name] = value
-        return found
+                named[name] = value
+        return named
 
     def pointing_to(self, places: dict[str, str]) -> Any:
         """The method with other values for its references, by the names that `references` gives them."""
@@ -92,7 +92,7 @@ class Method:
         for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
             value = getattr(self, name)
             if isinstance(value, list | tuple):
-                changed[name] = tuple(places.get(f"{name}.{number}", one) for number, one in enumerate(value))
+                changed[name] = tuple(places.get(f"{name}.{number}", stage) for number, stage in enumerate(value))
             elif value:
                 changed[name] = places.get(name, value)
         return replace(self, **changed) if changed else self  # type: ignore[type-var]
@@ -122,15 +122,15 @@ def nested(value: Any, kind: str) -> Any:
     """A method that is a field of another: from `NAME` or `{method: NAME, field: value, …}`."""
     if isinstance(value, Method):
         return value
-    said = {"method": value} if isinstance(value, str) else value
-    if not isinstance(said, dict) or not isinstance(said.get("method"), str):
+    declared = {"method": value} if isinstance(value, str) else value
+    if not isinstance(declared, dict) or not isinstance(declared.get("method"), str):
         raise PretrainError(f"{value!r} is no {kind}; accepted: a name, or {{method: NAME, field: value}}")
-    cls = method_class(said["method"], kind)
+    cls = method_class(declared["method"], kind)
     try:
-        return cls(**{name: given for name, given in said.items() if name != "method"})
+        return cls(**{name: given for name, given in declared.items() if name != "method"})
     except TypeError as error:
         accepted = ", ".join(item.name for item in fields(cls)) or "none"  # type: ignore[arg-type]
-        raise PretrainError(f"{kind} {said['method']!r}: {error}; accepted fields: {accepted}") from error
+        raise PretrainError(f"{kind} {declared['method']!r}: {error}; accepted fields: {accepted}") from error
 
 
 def default_of(item: Field[Any]) -> str:

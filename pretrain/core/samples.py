@@ -49,7 +49,7 @@ def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
 
 def document_samples(documents: Sequence[dict[str, Any]]) -> list[Sample]:
     """A sample of each document whose columns can be shown."""
-    found = []
+    samples = []
     for document in documents:
         column = next((name for name in SHOWN if document.get(name) is not None), None)
         if column is None:
@@ -58,18 +58,18 @@ def document_samples(documents: Sequence[dict[str, Any]]) -> list[Sample]:
             sample = SHOWN[column](document[column])
         except (OSError, ValueError, RuntimeError, TypeError, KeyError):  # a picture is worth no failed stage
             continue
-        found.append(sample | about(document, column))
-    return found
+        samples.append(sample | about(document, column))
+    return samples
 
 
 def about(document: dict[str, Any], column: str) -> Sample:
     """What is said of a document beside what is shown of it."""
-    said = {"title": str(document.get("id", ""))[-80:]}
+    caption = {"title": str(document.get("id", ""))[-80:]}
     if document.get("label") is not None:
-        said["label"] = str(document["label"])[:80]
+        caption["label"] = str(document["label"])[:80]
     if column != "text" and isinstance(document.get("text"), str):
-        said["text"] = document["text"][:LETTERS]
-    return said
+        caption["text"] = document["text"][:LETTERS]
+    return caption
 
 
 def text_sample(text: str) -> Sample:

@@ -27,7 +27,7 @@ class Guard:
     def __init__(self, optimizer: torch.optim.Optimizer, *, late: bool = False) -> None:
         self.optimizer, self.late = optimizer, late and getattr(optimizer, "_step_supports_amp_scaling", False)
         self.skipped = self.in_row = 0  # steps, as far as the host knows
-        self.untold: list[int] = []  # those skipped that the log has not told of yet
+        self.unlogged: list[int] = []  # those skipped that the log has not told of yet
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()  # flags that the host has not seen
 
     def admits(self, norm: Tensor, step: int) -> bool:
@@ -50,7 +50,7 @@ class Guard:
                 arrived.synchronize()
             if wrong.item():
                 self.skipped, self.in_row = self.skipped + 1, self.in_row + 1
-                self.untold.append(step)
+                self.unlogged.append(step)
             else:
                 self.in_row = 0
 

@@ -255,11 +255,11 @@ def spend(training: Training, keys: list[str], zeros: Zeros, totals: Totals) -> 
 
 def _zeros(training: Training) -> Zeros:
     """The share of zeros that the policies declare for each linear layer; the largest where several do."""
-    found: Zeros = {}
+    merged: Zeros = {}
     for policy in training.policies:
         for name, zeros in policy.zeros(training, training.state[policy.name]).items():
-            found[name] = max(zeros, found.get(name, 0.0))
-    return found
+            merged[name] = max(zeros, merged.get(name, 0.0))
+    return merged
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -278,9 +278,9 @@ def check(training: Training, log: Log, record: dict[str, Any], telling: bool) -
     """
     guard, most = training.guard, training.settings.max_skips
     guard.read(unread=0 if telling else 1)
-    for number in guard.untold:
+    for number in guard.unlogged:
         log.write("skipped", {"step": number, "skipped_steps": guard.skipped, "in_row": guard.in_row}, 0)
-    guard.untold.clear()
+    guard.unlogged.clear()
     if guard.in_row < most:
         return guard.in_row == 0
     loss, norm = training.world.sum([float(record["loss"])])[0] / training.world.size, float(record["grad_norm"])

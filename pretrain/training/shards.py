@@ -101,14 +101,16 @@ class Stored:
         start, shape = box or ((0,) * len(self.shapes[name]), self.shapes[name])
         parts = list(self._overlaps(name, (start, shape)))
         # Memory of its own, aligned as kernels like it, which that of a mapped file is not.
-        found = torch.empty(shape, dtype=parts[0][0].dtype if parts else self._dtype(name))
+        tensor = torch.empty(shape, dtype=parts[0][0].dtype if parts else self._dtype(name))
         covered = 0
         for values, place in parts:
-            found[place] = values
+            tensor[place] = values
             covered += values.numel()
-        if covered != found.numel():
-            raise PretrainError(f"{name}: {covered} of {found.numel()} values are on disk: a file of the state is gone")
-        return found
+        if covered != tensor.numel():
+            raise PretrainError(
+                f"{name}: {covered} of {tensor.numel()} values are on disk: a file of the state is gone"
+            )
+        return tensor
 
     def _dtype(self, name: str) -> torch.dtype:
         path, key, _ = self._pieces[name][0]

@@ -122,8 +122,10 @@ def block_mask(batch: Batch, *, causal: bool, window: int | None = None, ahead: 
         if prefix_BL is None:
             same, maybe = same & before, maybe & ~after
         else:
-            some, every = (_blocks(prefix_BL.int(), number, how)[:, None] > 0 for how in (torch.amax, torch.amin))
-            same, maybe = same & (before | every), maybe & (~after | some)
+            any_prefix, all_prefix = (
+                _blocks(prefix_BL.int(), number, how)[:, None] > 0 for how in (torch.amax, torch.amin)
+            )
+            same, maybe = same & (before | all_prefix), maybe & (~after | any_prefix)
     if window is not None:
         # Positions grow along a document, so no pair of blocks of one is nearer than what follows from their ends.
         low, high = (_blocks(position_BL, number, how) for how in (torch.amin, torch.amax))

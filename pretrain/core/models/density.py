@@ -24,7 +24,7 @@ def nonlinearities(model: nn.Module, name: str) -> dict[str, nn.Module]:
     """
     entry = family(model)
     sides: dict[str, str] = {"": "encoder"} | ({"decoder.": "decoder"} if entry.decoder_blocks else {})
-    found: dict[str, nn.Module] = {}
+    modules: dict[str, nn.Module] = {}
     for before, side in sides.items():
         for depth, block in enumerate(blocks(model, side)):
             place: Any = block.intermediate if entry.name == "bert" else at(block, entry.feed_forward)
@@ -34,8 +34,8 @@ def nonlinearities(model: nn.Module, name: str) -> dict[str, nn.Module]:
                     f"{name}: block {before}{depth} has no feed-forward with one nonlinearity: accepted: models of "
                     "llama, gpt2, bert, modernbert, t5"
                 )
-            found[f"{before}{depth}"] = module
-    return found
+            modules[f"{before}{depth}"] = module
+    return modules
 
 
 @contextmanager

@@ -43,10 +43,10 @@ def states_of_text(
 
     The blocks read the text whole: nothing is skipped before an exit's token.
     """
-    parts, found = blocks(model), {}
+    parts, states = blocks(model), {}
 
     def keep(depth: int, _: Any, __: Any, output: Any) -> None:
-        found[depth] = output[0] if isinstance(output, tuple) else output
+        states[depth] = output[0] if isinstance(output, tuple) else output
 
     for batch in batches:
         ids_BL = batch["input_ids"].to(model.device)
@@ -59,4 +59,4 @@ def states_of_text(
             for hook in hooks:
                 hook.remove()
         asked_BL = (document_BL[:, 1:] == document_BL[:, :-1]) & (document_BL[:, 1:] > 0)
-        yield [found[depth][:, :-1][asked_BL] for depth in depths], ids_BL[:, 1:][asked_BL]
+        yield [states[depth][:, :-1][asked_BL] for depth in depths], ids_BL[:, 1:][asked_BL]

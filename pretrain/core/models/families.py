@@ -154,9 +154,9 @@ def repeated_blocks(model: nn.Module) -> list[nn.Module]:
     if in_table(model):
         return blocks(model)
     names = set(getattr(model, "_no_split_modules", None) or ())
-    found = [m for m in model.modules() if type(m).__name__ in names or (not names and _recomputable(m))]
-    inner = {id(part) for module in found for part in module.modules() if part is not module}
-    return [module for module in found if id(module) not in inner]
+    modules = [m for m in model.modules() if type(m).__name__ in names or (not names and _recomputable(m))]
+    inner = {id(part) for module in modules for part in module.modules() if part is not module}
+    return [module for module in modules if id(module) not in inner]
 
 
 def _recomputable(module: nn.Module) -> bool:
@@ -168,17 +168,17 @@ def linears(model: nn.Module, where: str = "all") -> dict[str, nn.Module]:
     if where not in ("attention", "feed_forward", "all"):
         raise unknown("place of linear layers", where, ("attention", "feed_forward", "all"))
     entry, inside = family(model), {id(m) for block in _all_blocks(model) for m in block.modules()}
-    found: dict[str, nn.Module] = {}
+    layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
         linear = isinstance(module, nn.Linear | Conv1D) or hasattr(module, "linear_like")
         around = accumulate(name.split("."), "{}.{}".format)  # what is made of linear layers is one, and comes first
-        if linear and id(module) in inside and not any(other in found for other in around):
-            found[name] = module
+        if linear and id(module) in inside and not any(other in layers for other in around):
+            layers[name] = module
     if where == "all":
-        return found
+        return layers
     names = {"attention"} if entry.name == "bert" else {entry.attention.split(".")[-1], "EncDecAttention"}
-    in_attention = {n for n in found if names & set(n.split("."))}
-    return {n: m for n, m in found.items() if (n in in_attention) == (where == "attention")}
+    in_attention = {n for n in layers if names & set(n.split("."))}
+    return {n: m for n, m in layers.items() if (n in in_attention) == (where == "attention")}
 
 
 def _all_blocks(model: nn.Module) -> list[nn.Module]:

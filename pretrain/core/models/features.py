@@ -144,16 +144,16 @@ def states(model: nn.Module, batch: Batch, layer: int = -1) -> Tensor:
     inputs = {name: value for name, value in batch.items() if name in accepted}
     more = {"output_hidden_states": True} if layer != -1 else {}
     with _nothing_hidden(inner, inputs):
-        found = inner(**inputs, **more)
+        output = inner(**inputs, **more)
     if layer != -1:
-        every = found.hidden_states
-        if not -len(every) <= layer < len(every):
-            raise PretrainError(f"layer {layer}: accepted: {-len(every)} to {len(every) - 1}")
-        if layer % len(every) != len(every) - 1:
-            return every[layer]
+        layers = output.hidden_states
+        if not -len(layers) <= layer < len(layers):
+            raise PretrainError(f"layer {layer}: accepted: {-len(layers)} to {len(layers) - 1}")
+        if layer % len(layers) != len(layers) - 1:
+            return layers[layer]
     for name in ("last_hidden_state", "pooler_output", "image_embeds", "text_embeds"):
-        if getattr(found, name, None) is not None:
-            return getattr(found, name)
+        if getattr(output, name, None) is not None:
+            return getattr(output, name)
     raise PretrainError(
         f"{type(model).__name__} gives no states: accepted: one with last_hidden_state or pooler_output"
     )
@@ -197,12 +197,12 @@ def document_features(
     if pooling not in POOLINGS:
         raise PretrainError(f"pooling {pooling!r}: accepted: {', '.join(POOLINGS)}")
     device = next(model.parameters()).device
-    found = []
+    chunks = []
     with evaluating(model):
         for start in range(0, len(documents), batch):
             inputs = to_device(inputs_of(processor, documents[start : start + batch], length), device)
-            found.append(features(model, inputs, pooling=pooling, layer=layer).cpu().numpy())
-    return _finite(np.concatenate(found), layer)
+            chunks.append(features(model, inputs, pooling=pooling, layer=layer).cpu().numpy())
+    return _finite(np.concatenate(chunks), layer)
 
 
 def text_features(
@@ -222,7 +222,7 @@ def text_features(
     device = next(model.parameters()).device
     rows = [framing.frame(tokens) for tokens in pieces]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    found: list[Any] = [None] * len(rows)
+    vectors: list[Any] = [None] * len(rows)
     start = 0
     with evaluating(model):
         while start < len(order):
@@ -233,8 +233,8 @@ def text_features(
             batch = _batch([rows[i] for i in chosen], framing, device)
             pooled_BE = features(model, batch, pooling=pooling, layer=layer)
             for i, vector_E in zip(chosen, pooled_BE.float().cpu().numpy(), strict=True):
-                found[i] = vector_E
-    return _finite(np.stack(found), layer)
+                vectors[i] = vector_E
+    return _finite(np.stack(vectors), layer)
 
 
 def _finite(features_NE: NDArray[np.float32], layer: int) -> NDArray[np.float32]:

@@ -35,10 +35,10 @@ def new_modules(model: PreTrainedModel) -> dict[str, nn.Module]:
     if output(model) is None:
         return {}
     inner, pooler = base(model), getattr(base(model), "pooler", None)
-    found = {name: module for name, module in model.named_children() if module is not inner}
+    modules = {name: module for name, module in model.named_children() if module is not inner}
     if pooler is not None:
-        found[f"{model.base_model_prefix}.pooler"] = pooler
-    return {name: module for name, module in found.items() if next(module.parameters(), None) is not None}
+        modules[f"{model.base_model_prefix}.pooler"] = pooler
+    return {name: module for name, module in modules.items() if next(module.parameters(), None) is not None}
 
 
 def with_head(

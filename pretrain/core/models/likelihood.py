@@ -111,11 +111,11 @@ def likelihoods(
     for index, domain in enumerate(domains):
         by_domain[domain].append(index)
     sums_NK = np.stack([np.asarray(x, np.float64) for x in (nll_N, targets_N, bytes_N)], axis=1)
-    found = {}
+    by_domain = {}
     for domain, chosen in sorted(by_domain.items()):
-        some = _metrics(*sums_NK[chosen].sum(0))
-        found[domain] = {k: v for k, v in some.items() if k != "perplexity"}
-    return _metrics(*sums_NK.sum(0)), found
+        domain_metrics = _metrics(*sums_NK[chosen].sum(0))
+        by_domain[domain] = {k: v for k, v in domain_metrics.items() if k != "perplexity"}
+    return _metrics(*sums_NK.sum(0)), by_domain
 
 
 def _metrics(nll: float, targets: float, size: float) -> dict[str, float]:
