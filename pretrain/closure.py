@@ -170,6 +170,11 @@ def read(path: Path) -> bytes:
     return path.read_bytes()
 
 
+def syntax_tree(source: bytes) -> ast.Module:
+    """A source file parsed: what takes the time."""
+    return ast.parse(source)
+
+
 @cache
 def parse(path: Path) -> Parsed:
     """A source file's digest and imports, as it stood when this process first asked: that is what it has imported."""
@@ -182,7 +187,7 @@ def parse(path: Path) -> Parsed:
         _parsed.update(_on_disk())
     if key not in _parsed:
         try:
-            tree = ast.parse(source)
+            tree = syntax_tree(source)
         except (SyntaxError, ValueError) as error:
             raise PretrainError(f"{path}: not a Python file ({error})") from error
         _parsed[key] = Parsed(sha256(_canonical(tree).encode()).hexdigest()[:16], tuple(_imports(tree.body)))

@@ -125,7 +125,7 @@ def _run_stage(
         made_by = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
         job = Job(
             item.folder, item.inputs, item.seed, name, lambda text: say(f"[{name}] {text}"), lineage, made_by,
-            bar=say is not silent,
+            bar=say is not silent, refreshed=item.refreshed,
         )  # fmt: skip
         try:
             result = stage.pointing_to(item.inputs).run(job)

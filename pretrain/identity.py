@@ -51,6 +51,7 @@ class Planned:
     first: str = ""  # the address before any refresh
     generation: int = 0  # how often it has been refreshed
     asked: bool = False  # whether this plan asks for a refresh
+    refreshed: tuple[str, ...] = ()  # the refreshes that it and those behind it have been through
 
     @property
     def finished(self) -> bool:
@@ -109,7 +110,9 @@ def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str]
         item = item.at(known.get(item.key, 0))
         if stage.name in wanted and (item.finished or (item.begun and drift(item))):
             item = replace(item.afresh(), asked=True)
-        planned[stage.name] = item
+        marks = {mark for name in item.behind for mark in planned[name].refreshed}
+        marks |= {f"{item.key} {item.generation}"} if item.generation else set()
+        planned[stage.name] = replace(item, refreshed=tuple(sorted(marks)))
     return list(planned.values())
 
 

@@ -112,7 +112,7 @@ def test_an_optimiser_that_can_leaves_the_update_out_by_itself_and_the_host_lear
         assert guard.skipped == max(0, step - 2), "known a step late"
     assert all(torch.equal(a, b) for a, b in zip(kept[0], kept[2], strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(kept[2], kept[3], strict=True))
-    assert guard.untold == [2, 3] and guard.in_row == 2
+    assert guard.unlogged == [2, 3] and guard.in_row == 2
     guard.read()
     assert guard.in_row == 0 and guard.skipped == 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import shutil
@@ -224,8 +223,8 @@ def test_a_warm_cache_parses_nothing_and_a_damaged_one_is_read_over(monkeypatch,
 
     cold = fresh()
     parsed: list[bytes] = []
-    really = ast.parse
-    monkeypatch.setattr(closure.ast, "parse", lambda source: parsed.append(source) or really(source))
+    really = closure.syntax_tree
+    monkeypatch.setattr(closure, "syntax_tree", lambda source: parsed.append(source) or really(source))
     assert fresh() == cold and parsed == []
     edited("training/loop.py", "settings.clip", "settings.clip * 0.5")
     assert fresh() != cold and len(parsed) == 1
@@ -594,6 +593,51 @@ def test_what_was_made_before_an_adoption_is_kept_and_what_came_of_it_is_not_ser
     engine.run(recipe, say=(said := []).append, report=False)
     assert "[model] already done" in said and "[evaluate] evaluate" in said
     assert os.readlink(tmp_path / "run" / "model") != before and (tmp_path / "run" / before / "stage.json").exists()
+
+
+def test_a_refreshed_stage_and_what_follows_it_take_no_tokens_made_before(tmp_path, finished, monkeypatch):
+    """Tokens lie beside the stages and are shared by them: the text is the same, the code that cuts it is not."""
+    from pretrain.corpus import shards
+
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    tokens = lambda: sorted(path.parent for path in (tmp_path / "run" / ".tokens").glob("*/train/tokens.json"))  # noqa: E731
+    before, written = tokens(), []
+    really = shards._write
+    monkeypatch.setattr(
+        shards, "_write", lambda work, corpus, split, *more: written.append(split) or really(work, corpus, split, *more)
+    )
+    recipe = recipe_at(finished, tmp_path / "run")
+    engine.run(recipe, say=engine.silent, report=False)
+    assert written == [] and tokens() == before
+    engine.run(recipe, say=engine.silent, report=False, refresh=["corpus"])
+    assert "train" in written and len(tokens()) == len(before) + 1
+    written.clear()
+    engine.run(recipe, say=engine.silent, report=False, refresh=["model"])
+    assert "train" in written and len(tokens()) == len(before) + 2
+    written.clear()
+    engine.run(recipe, say=engine.silent, report=False)
+    engine.run(recipe, say=engine.silent, report=False, refresh=["evaluate"])
+    assert written == []
+
+
+def test_of_two_adoptions_the_second_is_measured(tmp_path, finished):
+    from pretrain.core import checkpoint
+
+    recipe = recipe_at(finished, tmp_path / "run")
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    losses = []
+    for scale in (1.0, 0.5):
+        model, tokenizer = checkpoint.load(finished / "run" / "model" / "checkpoint")
+        model.get_output_embeddings().weight.data *= scale
+        checkpoint.save(model, tokenizer, tmp_path / f"given-{scale}")
+        folder = adopt(recipe, "model", tmp_path / f"given-{scale}")
+        result = engine.run(recipe, say=(lines := []).append, report=False)
+        assert "[model] already done" in lines and "[evaluate] evaluate" in lines
+        assert result.stages["model"]["adopted"]["source"] == str(tmp_path / f"given-{scale}")
+        losses.append(result.stages["evaluate"]["metrics"]["loss"])
+        shutil.rmtree(folder)
+    expected = json.loads((finished / "run" / "evaluate" / "stage.json").read_text())["metrics"]["loss"]
+    assert losses[0] == pytest.approx(expected, rel=0.01) and abs(losses[1] - losses[0]) > 1e-4
 
 
 def spoil(finished, tmp_path, name, file, text):

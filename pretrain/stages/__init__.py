@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from pretrain.core.bounds import Whole, accepted, check_fields, hints
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.files import digest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
@@ -57,6 +58,7 @@ class Job:
     lineage: list[Record] = field(default_factory=list)  # of the stages that this one comes from, in order
     identity: Record = field(default_factory=dict)  # name, kind, address and methods of this one
     bar: bool = False  # whether to draw progress
+    refreshed: tuple[str, ...] = ()  # the refreshes that it and those behind it have been through
 
     def history(self, result: Record, *sources: Record) -> Record:
         """The stages behind a checkpoint made from checkpoints of such lineages, and the stage that makes it."""
@@ -259,10 +261,14 @@ EvaluationField = Annotated[Evaluation, _of("evaluation"), PlainSerializer(dump)
 def tokens_of(
     job: Job, tokenizer: PreTrainedTokenizerBase, *, splits: Sequence[str], verify: bool = True
 ) -> dict[str, Shards]:
-    """The job's corpus in tokens by split, made once for each tokenizer and shared by the stages of a run or store."""
+    """The job's corpus in tokens by split, made once for each tokenizer and shared by the stages of a run or store.
+
+    A refresh of the stage, or of one behind it, makes them anew, with the code of today.
+    """
     from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
     from pretrain.corpus.store import Corpus
 
     corpus = Corpus(corpus_of(job.inputs["corpus"]))
     key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
+    key += f"-{digest(job.refreshed)[:12]}" if job.refreshed else ""
     return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, splits=splits, verify=verify)
