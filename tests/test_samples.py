@@ -32,7 +32,7 @@ from transformers import (
 
 from pretrain.core import samples
 from pretrain.core.models import reconstruction
-from pretrain.core.models.reconstruction import Answer, samples_of
+from pretrain.core.models.reconstruction import Answer, reconstructions
 from pretrain.core.samples import document_samples, series_sample, spans, waveform_sample, write_samples
 from pretrain.corpus.samples import corpus_documents
 
@@ -166,7 +166,7 @@ def images(seed=0, count=2, side=16):
 
 def test_a_masked_autoencoder_shows_what_it_saw_and_what_it_made_of_the_rest():
     model, batch = mae(), {"pixel_values": images(), "tokens": torch.tensor(2)}
-    found = samples_of(model, batch, DOCUMENTS)
+    found = reconstructions(model, batch, DOCUMENTS)
     assert [(s["kind"], s["title"], s["label"]) for s in found] == [("image", "d0", "0"), ("image", "d1", "1")]
     for sample in found:
         true, seen, made = (pixels(sample[name]).astype(int) for name in ("input", "masked", "output"))
@@ -174,7 +174,9 @@ def test_a_masked_autoencoder_shows_what_it_saw_and_what_it_made_of_the_rest():
         assert hidden.reshape(4, 4, 4, 4).transpose(0, 2, 1, 3).reshape(16, 16).all(1).sum() == 8  # half the patches
         assert (true[~hidden] == seen[~hidden]).all() and (true[~hidden] == made[~hidden]).all()
         assert (true[hidden] != made[hidden]).mean() > 0.9
-    assert samples_of(model, batch, DOCUMENTS) == found and samples_of(model, batch, DOCUMENTS, seed=1) != found
+    assert (
+        reconstructions(model, batch, DOCUMENTS) == found and reconstructions(model, batch, DOCUMENTS, seed=1) != found
+    )
 
 
 @pytest.mark.parametrize("normalised", [False, True])
@@ -193,13 +195,30 @@ def test_a_perfect_reconstruction_is_the_image(normalised):
     assert np.abs(pixels(sample["input"]) - np.clip(painted, 0, 255)).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        (None, [0, 255]),
+        (SimpleNamespace(do_normalize=False, do_rescale=True, rescale_factor=1 / 255), [51, 102]),
+        (SimpleNamespace(do_normalize=False, do_rescale=False), [0, 0]),
+        (
+            SimpleNamespace(image_processor=SimpleNamespace(do_normalize=True, image_mean=[0.2], image_std=[2.0])),
+            [153, 255],
+        ),
+    ],
+)
+def test_pixels_are_what_the_processor_read(processor, expected):
+    show = reconstruction._painter(torch.tensor([[[0.2, 0.4]]]), processor)
+    assert show(torch.tensor([[[0.2, 0.4]]])).tolist() == [expected]
+
+
 def test_masked_images_of_other_models_are_shown_by_the_patches_of_the_batch():
     torch.manual_seed(0)
     fields = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
     model = ViTForMaskedImageModeling(ViTConfig(image_size=16, patch_size=4, encoder_stride=4, **fields))
     hidden_BP = torch.zeros(2, 16, dtype=torch.bool)
     hidden_BP[:, 5] = True
-    found = samples_of(model, {"pixel_values": images(), "bool_masked_pos": hidden_BP}, DOCUMENTS)
+    found = reconstructions(model, {"pixel_values": images(), "bool_masked_pos": hidden_BP}, DOCUMENTS)
     true, made = pixels(found[0]["input"]), pixels(found[0]["output"])
     changed = (true != made).any(-1)
     assert changed[4:8, 4:8].all() and not changed[:4].any() and not changed[8:].any()
@@ -215,14 +234,14 @@ def patchtst(stride=4, length=4, **fields):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(("stride", "length"), [(4, 4), (2, 4), (3, 5)])
-def test_a_perfect_reconstruction_of_hidden_steps_is_the_series(monkeypatch, stride, length):
-    model = patchtst(stride, length)
+@pytest.mark.parametrize(("stride", "length", "cls"), [(4, 4, False), (2, 4, False), (3, 5, False), (4, 4, True)])
+def test_a_perfect_reconstruction_of_hidden_steps_is_the_series(monkeypatch, stride, length, cls):
+    model = patchtst(stride, length, use_cls_token=cls)
     values_BLC = 100 + 10 * torch.randn(2, 18, 2, generator=torch.Generator().manual_seed(1))
     monkeypatch.setattr(model.head, "forward", lambda states: perfect[0])
     perfect = []
     model.model.register_forward_hook(lambda module, given, output: perfect.insert(0, output.patch_input))
-    found = samples_of(model, {"past_values": values_BLC}, DOCUMENTS)
+    found = reconstructions(model, {"past_values": values_BLC}, DOCUMENTS)
     assert [s["kind"] for s in found] == ["series", "series"]
     shares = []
     for b, sample in enumerate(found):
@@ -250,11 +269,11 @@ def test_a_forecast_goes_on_where_the_series_ends():
     )  # fmt: skip
     past, future = torch.randn(2, 16, 2), torch.randn(2, 5, 2)
     model = PatchTSTForPrediction(config)
-    for sample in samples_of(model, {"past_values": past, "future_values": future}, DOCUMENTS):
+    for sample in reconstructions(model, {"past_values": past, "future_values": future}, DOCUMENTS):
         assert [len(line) for line in (*sample["input"], *sample["output"])] == [21] * 4
         assert sample["output"][0][:16] == [None] * 16 and None not in sample["output"][0][16:]
         assert sample["masked"] == [[[16, 21]]] * 2
-    assert samples_of(model, {"past_values": past}, DOCUMENTS)[0]["input"][0][16:] == [None] * 5
+    assert reconstructions(model, {"past_values": past}, DOCUMENTS)[0]["input"][0][16:] == [None] * 5
 
 
 def test_hidden_frames_of_a_recording_are_shown_in_its_time():
@@ -270,11 +289,16 @@ def test_hidden_frames_of_a_recording_are_shown_in_its_time():
     hidden_BF = torch.zeros(2, 100, dtype=torch.bool)
     hidden_BF[:, 20:30] = True
     batch = {"input_values": input_BL, "attention_mask": mask_BL, "mask_time_indices": hidden_BF}
-    long, short = samples_of(model, batch, DOCUMENTS, SimpleNamespace(sampling_rate=8000))
+    long, short = reconstructions(model, batch, DOCUMENTS, SimpleNamespace(sampling_rate=8000))
     assert (long["kind"], long["seconds"], short["seconds"]) == ("waveform", 1.0, 0.5)
     assert long["masked"] == [[60, 90]] and short["masked"] == [[120, 180]]  # of 300 bins
     assert [v is not None for v in long["output"]] == hidden_BF[0].tolist() and len(short["output"]) == 50
     assert all(-1 <= v <= 1 for v in long["output"] if v is not None)
+    del batch["attention_mask"]  # as of a feature extractor that tells no padding: the document itself has its length
+    documents = [DOCUMENTS[0] | {"audio": wave(2.0)}, DOCUMENTS[1] | {"audio": wave(0.5)}]
+    long, short = reconstructions(model, batch, documents, SimpleNamespace(sampling_rate=8000))
+    assert (long["seconds"], short["seconds"], len(short["output"])) == (1.0, 0.5, 50)
+    assert all(low < -0.98 and high > 0.98 for low, high in short["input"][1:-1]), "the recording, not what was read"
 
 
 def test_hidden_words_are_shown_as_the_model_fills_them_in(monkeypatch):
@@ -292,18 +316,22 @@ def test_hidden_words_are_shown_as_the_model_fills_them_in(monkeypatch):
     mask_BL = torch.ones_like(true_BL)
     mask_BL[:, 4] = 0
     monkeypatch.setattr(model.cls, "forward", lambda states: 9.0 * torch.nn.functional.one_hot(true_BL, 30))
-    tokenizer = SimpleNamespace(decode=lambda ids: " ".join(map(str, ids)))
+    tokenizer = SimpleNamespace(
+        decode=lambda ids: " ".join(map(str, ids)), all_special_ids=[4, 5, 10], mask_token_id=4
+    )  # of which the first begins each text
     batch = {"input_ids": input_BL, "labels": label_BL, "attention_mask": mask_BL}
-    found = samples_of(model, batch, [d | {"text": "t"} for d in DOCUMENTS], tokenizer)
+    found = reconstructions(model, batch, [d | {"text": "t"} for d in DOCUMENTS], SimpleNamespace(tokenizer=tokenizer))
     assert [found[0][name] for name in ("kind", "input", "masked", "output")] == [
         "text",
-        "5 6 7 8",
-        "5 6 4 8",
-        "5 6 7 8",
+        "6 7 8",
+        "6 4 8",
+        "6 7 8",
     ]
+    whole = {"input_ids": true_BL, "labels": true_BL, "attention_mask": mask_BL}  # as for a causal model's loss
+    assert reconstructions(model, whole, DOCUMENTS, SimpleNamespace(tokenizer=tokenizer)) == []
 
 
-def test_of_a_model_that_answers_otherwise_the_documents_are_shown():
+def test_of_a_model_that_answers_otherwise_nothing_is_shown():
     fields = {
         "vocab_size": 30,
         "hidden_size": 16,
@@ -311,16 +339,16 @@ def test_of_a_model_that_answers_otherwise_the_documents_are_shown():
         "num_attention_heads": 2,
         "intermediate_size": 16,
     }
-    found = samples_of(
+    found = reconstructions(
         BertModel(BertConfig(**fields)), {"input_ids": torch.zeros(1, 3).long()}, [{"id": "a", "text": "words"}]
     )
-    assert found == [{"kind": "text", "input": "words", "title": "a"}]
+    assert found == []
 
 
 def test_looking_changes_neither_the_model_nor_the_draw_of_what_follows():
     model = mae().train()
     model.vit.embeddings.eval()
     modes, before = [m.training for m in model.modules()], torch.random.get_rng_state()
-    samples_of(model, {"pixel_values": images()}, DOCUMENTS)
+    reconstructions(model, {"pixel_values": images()}, DOCUMENTS)
     assert [m.training for m in model.modules()] == modes and torch.equal(torch.random.get_rng_state(), before)
     assert all(p.grad is None for p in model.parameters()) and not model.vit._forward_hooks

@@ -9,15 +9,14 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 from transformers import PreTrainedModel
 
-from pretrain.core.batch import Batch, Context, Example, to_device
+from pretrain.core.batch import Batch, Context, Example
 from pretrain.core.bounds import PositiveShare
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.features import evaluating
+from pretrain.core.models.reconstruction import reconstructions
 from pretrain.core.processors import inputs_of
 from pretrain.core.samples import Sample
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives.generic._inputs import additions, answer, arguments
-from pretrain.objectives.generic._pictures import pictures
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,6 @@ class Native(Objective):
 
     def show(self, model: PreTrainedModel, examples: Sequence[Example], context: Context) -> list[Sample]:
         """What the model makes of what is hidden from it, to look at."""
-        batch = to_device(self.prepare(examples, context), model.device)
-        with evaluating(model):
-            return pictures(model, batch, [example.columns for example in examples], context)
+        batch = self.prepare(examples, context)
+        documents = [example.columns for example in examples]
+        return reconstructions(model, batch, documents, context.processor, seed=int(batch.get("seed", 0)))
