@@ -6,7 +6,7 @@ From it follow the check when the object is made, the words of the error, and th
 from __future__ import annotations
 
 import math
-from dataclasses import Field, fields
+from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -37,17 +37,17 @@ _NAMES: dict[object, str] = {
 }  # fmt: skip
 
 
-def hints(cls: type) -> dict[str, Any]:
+def hints(cls: type) -> dict[str, object]:
     """The types of a dataclass's fields, their bounds included."""
     return _hints(cls)
 
 
 @cache
-def _hints(cls: Any) -> dict[str, Any]:
+def _hints(cls: type) -> dict[str, object]:
     return get_type_hints(cls, include_extras=True)
 
 
-def accepted(hint: Any, value: Any = ...) -> str:
+def accepted(hint: object, value: object = ...) -> str:
     """The values of a type in words: `above 0`, `from 0 to 1`, `1 or more`, `mean, sum`; empty where nothing is known.
 
     For a `value` that is not even of the type that is bounded, the name of that type.
@@ -81,7 +81,7 @@ def _range(bounds: dict[str, float]) -> str:
     return f"above {low:g}, at most {high:g}" if "le" in bounds else f"above {low:g}, below {high:g}"
 
 
-def fits(value: Any, hint: Any) -> bool:
+def fits(value: object, hint: object) -> bool:
     """Whether a value is of a type and within its bounds; of types that say nothing of values everything is."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
@@ -99,7 +99,7 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, hint) if hint in (str, bool, NoneType) else True
+    return isinstance(value, hint) if isinstance(hint, type) and hint in (str, bool, NoneType) else True
 
 
 def _within(value: Any, mark: object) -> bool:
@@ -118,8 +118,9 @@ def _within(value: Any, mark: object) -> bool:
     return True
 
 
-def check_fields(made: Any, name: str) -> None:
+def check_fields(made: object, name: str) -> None:
     """Refuse a dataclass with a field outside its bounds: `NAME: FIELD VALUE: accepted: WORDS`."""
+    assert is_dataclass(made) and not isinstance(made, type)
     known = hints(made.__class__)
     for item in fields(made):
         value, hint = getattr(made, item.name), known[item.name]
@@ -128,13 +129,13 @@ def check_fields(made: Any, name: str) -> None:
             raise PretrainError(f"{prefix}{item.name} {value!r}: accepted: {accepted(hint, value)}", place=(item.name,))
 
 
-def words(cls: Any, item: Field[Any]) -> tuple[str, str]:
+def words(cls: type, item: Field[object]) -> tuple[str, str]:
     """A field's type without its bounds, and what it accepts, for the documentation."""
     hint = hints(cls)[item.name]
     return _plain(hint), accepted(hint) if _bounded(hint) else ""
 
 
-def _bounded(hint: Any) -> bool:
+def _bounded(hint: object) -> bool:
     """Whether a type says more of its values than its name does."""
     if get_origin(hint) is Literal:
         return True
@@ -143,7 +144,7 @@ def _bounded(hint: Any) -> bool:
     return any(map(_bounded, get_args(hint)))
 
 
-def _plain(hint: Any) -> str:
+def _plain(hint: object) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         names = [type(mark).__name__ for mark in parts[1:]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from functools import cache
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
@@ -35,11 +35,12 @@ InnerObjective = Annotated[Any, Holds("objective")]
 InnerEvaluation = Annotated[Any, Holds("evaluation")]
 
 
-def is_ref(annotation: Any) -> bool:
+def is_ref(annotation: object) -> bool:
     """Whether a type is `Ref`, or holds it: `Ref | None`, `tuple[Ref, ...]`."""
     return REF in getattr(annotation, "__metadata__", ()) or any(map(is_ref, get_args(annotation)))
 
 
+@dataclass(frozen=True)
 class Method:
     """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
 
@@ -61,7 +62,7 @@ class Method:
 
     def held(self) -> dict[str, Any]:
         """The methods that fields of this one hold, by field."""
-        return {name: nested(getattr(self, name), kind) for name, kind in _held_fields(self.__class__).items()}  # type: ignore[arg-type]
+        return {name: nested(getattr(self, name), kind) for name, kind in _held_fields(type(self)).items()}
 
     def parts(self) -> tuple[str, ...]:
         """The names of the methods that this one is made of: with their code its results change."""
@@ -73,7 +74,7 @@ class Method:
         Those of a method that a field holds too (`objective.teacher`).
         """
         named = {f"{name}.{ref}": to for name, method in self.held().items() for ref, to in method.references().items()}
-        for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
+        for name in _ref_fields(type(self)):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 named |= {f"{name}.{number}": stage for number, stage in enumerate(value) if stage}
@@ -81,31 +82,29 @@ class Method:
                 named[name] = value
         return named
 
-    def pointing_to(self, places: dict[str, str]) -> Any:
+    def pointing_to(self, places: dict[str, str]) -> Self:
         """The method with other values for its references, by the names that `references` gives them."""
-        changed: dict[str, Any] = {}
+        changed: dict[str, object] = {}
         for name, method in self.held().items():
             inside = {k.removeprefix(f"{name}."): v for k, v in places.items() if k.startswith(f"{name}.")}
             if inside:
                 made = method.pointing_to(inside)
                 changed[name] = {"method": made.name} | {item.name: getattr(made, item.name) for item in fields(made)}
-        for name in _ref_fields(self.__class__):  # type: ignore[arg-type]
+        for name in _ref_fields(type(self)):
             value = getattr(self, name)
             if isinstance(value, list | tuple):
                 changed[name] = tuple(places.get(f"{name}.{number}", stage) for number, stage in enumerate(value))
             elif value:
                 changed[name] = places.get(name, value)
-        return replace(self, **changed) if changed else self  # type: ignore[type-var]
+        return replace(self, **changed) if changed else self
 
 
-@cache
-def _ref_fields(cls: Any) -> tuple[str, ...]:
-    return tuple(item.name for item in fields(cls) if is_ref(hints(cls)[item.name]))
+def _ref_fields(cls: type) -> tuple[str, ...]:
+    return tuple(name for name, hint in hints(cls).items() if is_ref(hint))
 
 
-@cache
-def _held_fields(cls: Any) -> dict[str, str]:
-    marks = {item.name: getattr(hints(cls)[item.name], "__metadata__", ()) for item in fields(cls)}
+def _held_fields(cls: type) -> dict[str, str]:
+    marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints(cls).items()}
     return {name: mark.kind for name, of_it in marks.items() for mark in of_it if isinstance(mark, Holds)}
 
 
@@ -118,7 +117,7 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
         raise PretrainError(f"method {name!r} ({row.path}) cannot be imported: {error}") from error
 
 
-def nested(value: Any, kind: str) -> Any:
+def nested(value: object, kind: str) -> Method:
     """A method that is a field of another: from `NAME` or `{method: NAME, field: value, …}`."""
     if isinstance(value, Method):
         return value
@@ -129,11 +128,11 @@ def nested(value: Any, kind: str) -> Any:
     try:
         return cls(**{name: given for name, given in declared.items() if name != "method"})
     except TypeError as error:
-        accepted = ", ".join(item.name for item in fields(cls)) or "none"  # type: ignore[arg-type]
+        accepted = ", ".join(item.name for item in fields(cls)) or "none"
         raise PretrainError(f"{kind} {declared['method']!r}: {error}; accepted fields: {accepted}") from error
 
 
-def default_of(item: Field[Any]) -> str:
+def default_of(item: Field[object]) -> str:
     """A field's default as text."""
     if item.default is not MISSING:
         return repr(item.default)

@@ -11,10 +11,9 @@ places, E width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
@@ -27,19 +26,19 @@ _STATIC_ROPE = ("default", "linear", "llama3", "yarn")  # whose angles do not de
 
 def why_not(model: PreTrainedModel, length: int) -> str | None:
     """Why `Forward` cannot run the model over `length` positions and what would be accepted; None where it can."""
-    config = getattr(model, "config", None)
     try:
         name = family(model).name
     except PretrainError as error:
         return str(error)
+    config = model.config
     if name not in FAMILIES:
-        return f"model family {config.model_type!r}; accepted: {', '.join(FAMILIES)}"  # type: ignore[union-attr]
+        return f"model family {config.model_type!r}; accepted: {', '.join(FAMILIES)}"
     if not hasattr(model, "lm_head"):
         return f"{type(model).__name__} predicts no next token; accepted: a causal language model"
     if any(_changed(part) for part in (model, base(model))):
         return f"{type(model).__name__} has a forward pass of its own; accepted: that of transformers"
-    if config._attn_implementation not in _ATTENTION:  # type: ignore[union-attr]
-        return f"attention {config._attn_implementation!r}; accepted: {', '.join(_ATTENTION)}"  # type: ignore[union-attr]
+    if config._attn_implementation not in _ATTENTION:
+        return f"attention {config._attn_implementation!r}; accepted: {', '.join(_ATTENTION)}"
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
         return f"{length} positions and a sliding window of {window}; accepted: at most {window} positions"
@@ -49,7 +48,7 @@ def why_not(model: PreTrainedModel, length: int) -> str | None:
     return None
 
 
-def _changed(module: Any) -> bool:
+def _changed(module: nn.Module) -> bool:
     """Whether calling a model does something besides its class's `forward`, which `Forward` would leave out."""
     ours = not type(module).__module__.startswith("transformers.models.")
     return ours or "forward" in vars(module) or bool(module._forward_pre_hooks or module._forward_hooks)
@@ -152,7 +151,7 @@ class Forward:
         Positions are `positions_BT`, or a slice that holds for all rows.
         """
         states_BTE = self.embed(ids_BT)
-        more: dict[str, Any] = {}
+        more: dict[str, tuple[Tensor, Tensor]] = {}
         if self.table_CE is not None:
             if isinstance(positions, Tensor):
                 states_BTE = states_BTE + self.table_CE[positions.clamp(max=self.last)]

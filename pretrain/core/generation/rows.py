@@ -8,11 +8,10 @@ Shape letters: B rows, L positions of the prompts, N of the whole, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import Cache, PreTrainedModel
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.options import Options
@@ -33,7 +32,7 @@ def mask_of(name: str, input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -
     return mask_BL
 
 
-def prefill(model: PreTrainedModel, input_ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Any]:
+def prefill(model: PreTrainedModel, input_ids_BL: Tensor, mask_BL: Tensor) -> tuple[Tensor, Cache]:
     """`logits_BV` after left-padded prompts, and the model's cache of them."""
     output = model(
         input_ids=input_ids_BL, attention_mask=mask_BL, position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0),
@@ -42,7 +41,7 @@ def prefill(model: PreTrainedModel, input_ids_BL: Tensor, mask_BL: Tensor) -> tu
     return output.logits[:, -1], output.past_key_values
 
 
-def stepper(model: PreTrainedModel, cache: Any, mask_BL: Tensor) -> Callable[[Tensor], Tensor]:
+def stepper(model: PreTrainedModel, cache: Cache, mask_BL: Tensor) -> Callable[[Tensor], Tensor]:
     """`step(token_B) -> logits_BV`: the next token of each row, after the cache of left-padded prompts."""
     mask_BN, position_B = mask_BL, mask_BL.sum(1)
 

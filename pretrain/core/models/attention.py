@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pretrain.core.batch import Batch, document_mask
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.meter import counting
-from pretrain.core.models.families import attention_inputs, blocks, family, with_windows
+from pretrain.core.models.families import Arguments, attention_inputs, blocks, family, with_windows
 
 KERNELS = ("dense", "whole", "flex")
 BLOCK = 128
@@ -39,7 +39,7 @@ DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop")  
 _kernel: ContextVar[str | None] = ContextVar("kernel", default=None)
 
 
-def attend(model: nn.Module, batch: Batch, *, causal: bool) -> dict[str, Any]:
+def attend(model: nn.Module, batch: Batch, *, causal: bool) -> Arguments:
     """The keyword arguments with which a model of one stack attends inside each document of `batch`.
 
     `document_BL` numbers a row's documents (0: padding) and `position_BL` counts in each. With `causal` no position
@@ -180,7 +180,7 @@ def _listed(wanted_BNN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @functools.cache
-def _compiled() -> Callable[..., Any]:
+def _compiled() -> Callable[..., Tensor]:
     """`flex_attention` compiled for each shape: in training they are as good as constant.
 
     Of one function PyTorch compiles eight variants by default and then no more, which here would be to make all scores.
@@ -190,8 +190,13 @@ def _compiled() -> Callable[..., Any]:
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any = None, **given: Any
-) -> tuple[Tensor, Any]:
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | BlockMask | None = None,
+    **given: Any,
+) -> tuple[Tensor, None]:
     """`transformers`' "sdpa" that also understands what `attend` gives."""
     if isinstance(attention_mask, BlockMask):
         if given.get("dropout"):
@@ -216,7 +221,7 @@ def _flex(query_BHLD: Tensor, key_BHLD: Tensor, value_BHLD: Tensor, mask: BlockM
         qkv[1:] = [x.repeat_interleave(shared, dim=1) for x in qkv[1:]]
     grouped = qkv[0].shape[1] != qkv[1].shape[1]
     compiled = kind == "cuda" and not torch.compiler.is_compiling()
-    kernel = cast("Callable[..., Any]", _compiled() if compiled else flex_attention)
+    kernel = cast("Callable[..., Tensor]", _compiled() if compiled else flex_attention)
     out_BHLD = kernel(*qkv, block_mask=mask, scale=scale, enable_gqa=grouped)
     return out_BHLD[..., :width].transpose(1, 2).contiguous()
 

@@ -11,10 +11,10 @@ Shape letters: B rows, L positions, N positions with a target, C of a chunk, E w
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
+
+from pretrain.core.models.layers import Saved
 
 IGNORE = -100
 LEAST_ROWS = 256  # below that each chunk's pass over the weight costs more than it saves
@@ -26,8 +26,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Σ coefficient · nll over N targets; the gradients are ready when the forward pass is."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any,
+    def forward(
+        ctx: Saved,
         h_NE: Tensor,
         weight_VE: Tensor,
         bias_V: Tensor | None,
@@ -73,7 +73,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (nll_N * coefficient_N).sum(), nll_N
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, _: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        grad, _ = grads
         # In place: the gradients are this function's own, and a graph is gone through once.
         h, w, b = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
         return h, w, b, None, None, None

@@ -5,9 +5,8 @@ Shape letters: B rows, L positions, F width of a feed-forward.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -27,7 +26,7 @@ def nonlinearities(model: nn.Module, name: str) -> dict[str, nn.Module]:
     modules: dict[str, nn.Module] = {}
     for before, side in sides.items():
         for depth, block in enumerate(blocks(model, side)):
-            place: Any = block.intermediate if entry.name == "bert" else at(block, entry.feed_forward)
+            place = at(block, "intermediate" if entry.name == "bert" else entry.feed_forward)
             module = next((getattr(place, n) for n in _NAMES if isinstance(getattr(place, n, None), nn.Module)), None)
             if module is None:
                 raise PretrainError(
@@ -46,7 +45,7 @@ def activations(model: nn.Module, name: str) -> Iterator[dict[str, list[Tensor]]
     if len({id(module) for module in modules.values()}) < len(modules):
         raise PretrainError(f"{name}: blocks share a nonlinearity: accepted: one for each")
 
-    def take(place: str) -> Any:
+    def take(place: str) -> Callable[[nn.Module, object, Tensor], None]:
         return lambda _, __, out: seen[place].append(out)
 
     handles = [module.register_forward_hook(take(place)) for place, module in modules.items()]

@@ -5,18 +5,19 @@ Shape letters: B rows, L positions, N tokens of text, E width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
-from typing import Any
+from typing import TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import base, blocks, model_inputs
 
+Maps: TypeAlias = "nn.ModuleDict | Mapping[str, Callable[[Tensor], Tensor]]"
 HEADS = "exit_heads"  # a model's own exit classifiers: linear maps by the number of blocks before them
 
 
@@ -31,7 +32,7 @@ def check_exits(name: str, exits: tuple[int, ...], layers: int) -> None:
         raise PretrainError(f"{name}: exits {exits}: accepted: rising numbers of blocks from 1 to {layers - 1}")
 
 
-def exit_logits(norm: Any, head: Any, maps: Any, states: Tensor, depth: int) -> Tensor:
+def exit_logits(norm: nn.Module, head: nn.Module, maps: Maps | None, states: Tensor, depth: int) -> Tensor:
     """The logits of an exit: the final norm and head on the states after `depth` blocks, or on their map."""
     return head(norm(states if maps is None else maps[str(depth)](states)))
 
@@ -43,9 +44,9 @@ def states_of_text(
 
     The blocks read the text whole: nothing is skipped before an exit's token.
     """
-    parts, states = blocks(model), {}
+    parts, states = blocks(model), dict[int, Tensor]()
 
-    def keep(depth: int, _: Any, __: Any, output: Any) -> None:
+    def keep(depth: int, _: nn.Module, __: object, output: Tensor | tuple[Tensor, ...]) -> None:
         states[depth] = output[0] if isinstance(output, tuple) else output
 
     for batch in batches:

@@ -9,10 +9,10 @@ Shape letters: B rows, L positions, E width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, is_dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 import transformers
@@ -22,13 +22,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.batch import Batch, document_mask
+from pretrain.core.batch import Batch, Vocabulary, document_mask
 from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.models.initial import completed
+from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
 
 if TYPE_CHECKING:
     from pretrain.core.method import Method
+
+Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ FAMILIES = (
         "encoder.final_layer_norm", causal=False, decoder_blocks="decoder.block",
     ),
 )  # fmt: skip
+M = TypeVar("M")  # a mask of any kind
 _MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  # of an encoder-decoder
 TASKS = {  # besides them any `AutoModelFor…` of transformers is a task
     "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
@@ -116,13 +120,6 @@ def is_causal(model: nn.Module) -> bool:
         return family(model).causal
     named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     return named or bool(getattr(model.config, "is_decoder", False))
-
-
-def at(module: nn.Module, path: str) -> Any:
-    """The submodule at a dotted path; numbers index into lists, from the end when negative."""
-    for name in filter(None, path.split(".")):
-        module = module[int(name)] if name.lstrip("-").isdigit() else getattr(module, name)  # type: ignore[index]
-    return module
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -193,12 +190,13 @@ def norms(model: nn.Module) -> dict[str, nn.Module]:
 
 def embeddings(model: nn.Module) -> nn.Embedding:
     """The token embeddings."""
-    return model.get_input_embeddings()  # type: ignore[operator]
+    layer: nn.Embedding = at(model, "get_input_embeddings")()
+    return layer
 
 
 def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
     """`weight_VE` and `bias_V` of the linear layer that gives the logits."""
-    layer = model.get_output_embeddings()  # type: ignore[operator]
+    layer = at(model, "get_output_embeddings")()
     if layer is None:
         raise PretrainError(
             f"{type(model).__name__} has no language-model head; accepted: a causal, masked or seq2seq LM"
@@ -212,17 +210,17 @@ def hidden(model: nn.Module, **inputs: Any) -> Tensor:
     Of a model without a language-model head, its last states. An encoder-decoder takes `input_ids`,
     `decoder_input_ids` and the masks that `attention_inputs` gives, and answers for the decoder's positions.
     """
-    entry, headed = family(model), model.get_output_embeddings() is not None  # type: ignore[operator]
+    entry, headed = family(model), at(model, "get_output_embeddings")() is not None
     states_BLE = _decoded(model, **inputs) if entry.decoder_blocks else base(model)(**inputs).last_hidden_state
     if entry.head_transform is not None and headed:
         states_BLE = at(model, entry.head_transform)(states_BLE)
     if getattr(model.config, "scale_decoder_outputs", False) and headed:
-        states_BLE = states_BLE * model.config.d_model**-0.5  # type: ignore[union-attr, operator]
+        states_BLE = states_BLE * at(model, "config.d_model") ** -0.5
     return states_BLE
 
 
 def _decoded(
-    model: Any, *, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None,
+    model: nn.Module, *, input_ids: Tensor, decoder_input_ids: Tensor, attention_mask: Tensor | None = None,
     decoder_attention_mask: Tensor | None = None, cross_attention_mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The decoder's last states; unlike the model's own `forward` this can give cross-attention a mask of its own."""
@@ -230,8 +228,9 @@ def _decoded(
         if attention_mask is not None and attention_mask.ndim == 4:
             raise PretrainError("packed documents in an encoder-decoder need a cross_attention_mask as well")
         cross_attention_mask = attention_mask
-    encoded_BLE = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-    return model.get_decoder()(
+    encoder, decoder = at(model, "get_encoder")(), at(model, "get_decoder")()
+    encoded_BLE = encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    return decoder(
         input_ids=decoder_input_ids, attention_mask=decoder_attention_mask, encoder_hidden_states=encoded_BLE,
         encoder_attention_mask=cross_attention_mask, use_cache=False,
     ).last_hidden_state  # fmt: skip
@@ -259,7 +258,7 @@ def additive(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
 def attention_inputs(
     model: nn.Module, mask_B1LL: Tensor, position_BL: Tensor, *,
     decoder_B1MM: Tensor | None = None, cross_B1ML: Tensor | None = None,
-) -> dict[str, Any]:  # fmt: skip
+) -> Arguments:  # fmt: skip
     """The keyword arguments that make the model attend as the boolean masks say, with positions that restart.
 
     A model with a sliding window keeps it inside each document. An encoder-decoder, whose positions are relative, needs
@@ -282,13 +281,13 @@ def attention_inputs(
     return with_windows(model, position_BL, windowed)
 
 
-def with_windows(model: nn.Module, position_BL: Tensor, make: Callable[[int | None], Any]) -> dict[str, Any]:
+def with_windows(model: nn.Module, position_BL: Tensor, make: Callable[[int | None], M]) -> Arguments:
     """The arguments of a model of one stack: `make(window)` gives the mask of layers with that sliding window, or none.
 
     A causal model's window reaches back so many positions, itself included; another's so many to both sides.
     """
-    config: Any = model.config
-    inputs: dict[str, Any] = {"position_ids": position_BL}
+    config: PreTrainedConfig = at(model, "config")
+    inputs: Arguments = {"position_ids": position_BL}
     window = getattr(config, "sliding_window", None)
     if window is not None and config.model_type != "mistral" and "sliding_attention" in config.layer_types:
         inputs["attention_mask"] = {"full_attention": make(None), "sliding_attention": make(window)}
@@ -299,7 +298,7 @@ def with_windows(model: nn.Module, position_BL: Tensor, make: Callable[[int | No
     return inputs
 
 
-def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
+def model_inputs(model: PreTrainedModel, batch: Batch) -> Arguments:
     """A calibration batch as the base model's arguments: documents that share a row do not see one another."""
     ids_BL = batch["input_ids"].to(model.device)
     document_BL = batch.get("attention_mask", torch.ones_like(ids_BL)).to(model.device)
@@ -311,7 +310,7 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> dict[str, Any]:
     return {"input_ids": ids_BL} | attention_inputs(model, mask_B1LL, position_BL)
 
 
-def new_config(model_type: str, fields: dict[str, Any]) -> PreTrainedConfig:
+def new_config(model_type: str, fields: Mapping[str, object]) -> PreTrainedConfig:
     """A `transformers` configuration from its type and fields; an unknown one of either is an error."""
     if model_type not in CONFIG_MAPPING:
         types = [t for entry in FAMILIES for t in entry.types]
@@ -346,9 +345,14 @@ def _config_fields(model_type: str) -> frozenset[str]:
 
 
 def new_model(
-    model_type: str, fields: dict[str, Any], *, task: str = "causal", vocabulary: Any = None, seed: int = 0
+    model_type: str,
+    fields: Mapping[str, object],
+    *,
+    task: str = "causal",
+    vocabulary: Vocabulary | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """A model with random weights. `vocabulary` (`core.batch.Vocabulary`) sets the size and the special ids.
+    """A model with random weights. `vocabulary` sets the size and the special ids.
 
     `task` is "causal", "masked", "seq2seq", "pretraining", "base" for a model without a head, or the name of an
     `AutoModelFor…` of transformers. Raises `PretrainError` for an unknown type, field or task, and for a model that
@@ -362,7 +366,7 @@ def new_model(
             "vocab_size": vocabulary.size,
         }  # fmt: skip
         known = _config_fields(model_type)
-        fields = {k: v for k, v in ids.items() if k in known} | fields
+        fields = {k: v for k, v in ids.items() if k in known} | dict(fields)
     config = new_config(model_type, fields)
     made = model_for(config, task)
     if made is None:
@@ -389,7 +393,7 @@ def check_task(task: str) -> None:
         )
 
 
-def model_for(config: PreTrainedConfig, task: str) -> Any:
+def model_for(config: PreTrainedConfig, task: str) -> type[PreTrainedModel] | None:
     """The class of `transformers` that a configuration's model has for a task; None where there is none.
 
     Not all models made for pretraining are in the table of `AutoModelForPreTraining`: others are known by their name.

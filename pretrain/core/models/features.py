@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +22,12 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.core.batch import Batch, Vocabulary, to_device
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import at, base, blocks, family, in_table, is_causal
-from pretrain.core.processors import Processor, columns_of, inputs_of
+from pretrain.core.models.families import at, base, blocks, family, in_table, is_causal, set_module
+from pretrain.core.processors import Document, Processor, columns_of, inputs_of
 
 POOLINGS = ("mean", "cls", "last")
+N = TypeVar("N", bound=np.generic)
+Piece: TypeAlias = "NDArray[np.integer] | Document"  # what is read of a document: some of its tokens, or all of it
 
 
 @contextmanager
@@ -57,14 +59,14 @@ class Framing:
             raise PretrainError(f"a model of {limit} positions has no room for text; accepted: 3 positions or more")
         self.length = min(length, room)  # tokens of text
 
-    def frame(self, tokens: NDArray[Any]) -> list[int]:
+    def frame(self, tokens: NDArray[np.integer]) -> list[int]:
         """The model's input for a piece of at most `length` tokens."""
         return [*self.before, *tokens.tolist(), *self.after]
 
 
 def labelled(
-    model: nn.Module, processor: Processor, documents: Sequence[dict[str, Any]], label: str, length: int
-) -> list[tuple[dict[str, Any], Any]]:
+    model: nn.Module, processor: Processor, documents: Sequence[Document], label: str, length: int
+) -> list[tuple[Document, Piece]]:
     """The documents that have the label and anything to read, each with what of it is read.
 
     That is at most `length` tokens from the middle of its text, or of another processor's the document itself.
@@ -78,16 +80,18 @@ def labelled(
 
 
 def piece_features(
-    model: nn.Module, processor: Processor, pieces: Sequence[Any], length: int, *, pooling: str, layer: int
+    model: nn.Module, processor: Processor, pieces: Sequence[Piece], length: int, *, pooling: str, layer: int
 ) -> NDArray[np.float32]:
     """`features_NE` of what `labelled` gives to read."""
     if not isinstance(processor, PreTrainedTokenizerBase):
-        return document_features(model, processor, pieces, length, pooling=pooling, layer=layer)
+        documents = [piece for piece in pieces if isinstance(piece, dict)]
+        return document_features(model, processor, documents, length, pooling=pooling, layer=layer)
     framing = Framing(model, Vocabulary.of(processor), length)
-    return text_features(model, pieces, framing, pooling=pooling, layer=layer)
+    texts = [piece for piece in pieces if isinstance(piece, np.ndarray)]
+    return text_features(model, texts, framing, pooling=pooling, layer=layer)
 
 
-def middle(tokens: NDArray[Any], length: int) -> NDArray[Any]:
+def middle(tokens: NDArray[N], length: int) -> NDArray[N]:
     """At most `length` tokens from the middle."""
     start = max(0, (len(tokens) - length) // 2)
     return tokens[start : start + length]
@@ -119,7 +123,7 @@ def features(model: nn.Module, batch: Batch, *, pooling: str = "mean", layer: in
 
 def _counted(model: nn.Module, batch: Batch, states_BLE: Tensor) -> Tensor:
     """Which positions hold something: by the batch's masks, at the rate of the model's patches or frames."""
-    inner: Any = base(model)
+    inner = base(model)
     counts = torch.ones(states_BLE.shape[:-1], dtype=torch.bool, device=states_BLE.device)
     mask, seen_BTC = batch.get("attention_mask"), batch.get("past_observed_mask")
     if "pooled_BL" in batch:
@@ -127,9 +131,9 @@ def _counted(model: nn.Module, batch: Batch, states_BLE: Tensor) -> Tensor:
     elif mask is not None and mask.shape == counts.shape:
         counts = mask.bool()
     elif mask is not None and hasattr(inner, "_get_feature_vector_attention_mask"):
-        counts = inner._get_feature_vector_attention_mask(counts.shape[1], mask).bool()
+        counts = at(inner, "_get_feature_vector_attention_mask")(counts.shape[1], mask).bool()
     elif seen_BTC is not None and hasattr(inner, "patchifier"):
-        counts = inner.patchifier(seen_BTC.float()).amax(-1) > 0
+        counts = at(inner, "patchifier")(seen_BTC.float()).amax(-1) > 0
     elif "pixel_values" in batch and any(name.endswith("cls_token") for name, _ in inner.named_parameters()):
         counts[:, 0] = False
     return counts.flatten(1)
@@ -139,7 +143,8 @@ def states(model: nn.Module, batch: Batch, layer: int = -1) -> Tensor:
     """`states_BLE` of one layer, with nothing of the input hidden; `(B, E)` of a model with a pooled output alone."""
     if in_table(model):
         return _states_of_blocks(model, layer, batch["input_ids"], batch["attention_mask"])
-    inner: Any = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else base(model)  # type: ignore[union-attr, operator]
+    encoder = getattr(model.config, "is_encoder_decoder", False)
+    inner: nn.Module = at(model, "get_encoder")() if encoder else base(model)
     accepted = inspect.signature(inner.forward).parameters
     inputs = {name: value for name, value in batch.items() if name in accepted}
     more = {"output_hidden_states": True} if layer != -1 else {}
@@ -160,33 +165,36 @@ def states(model: nn.Module, batch: Batch, layer: int = -1) -> Tensor:
 
 
 @contextmanager
-def _nothing_hidden(inner: Any, inputs: Batch) -> Iterator[None]:
+def _nothing_hidden(inner: nn.Module, inputs: Batch) -> Iterator[None]:
     """Without the part of its input that a model hides from itself for its pretraining.
 
     ViTMAE drops a share of the patches, in an order drawn by chance; PatchTST blanks a share.
     """
-    ratio, masking = getattr(inner.config, "mask_ratio", None), getattr(inner, "masking", None)
+    config, masking = at(inner, "config"), getattr(inner, "masking", nn.Identity())
+    ratio = getattr(config, "mask_ratio", None)
     if ratio is not None:
-        patches = inner.embeddings.patch_embeddings.num_patches
+        patches = int(at(inner, "embeddings.patch_embeddings.num_patches"))
         first = next(iter(inputs.values()))
         inputs["noise"] = torch.arange(patches, device=first.device, dtype=torch.float32).expand(len(first), patches)
-        inner.config.mask_ratio = 0.0
+        config.mask_ratio = 0.0
     hides = getattr(inner, "do_mask_input", None)
     if hides:
-        inner.do_mask_input, inner.masking = False, nn.Identity()
+        vars(inner)["do_mask_input"] = False
+        set_module(inner, "masking", nn.Identity())
     try:
         yield
     finally:
         if ratio is not None:
-            inner.config.mask_ratio = ratio
+            config.mask_ratio = ratio
         if hides:
-            inner.do_mask_input, inner.masking = hides, masking
+            vars(inner)["do_mask_input"] = hides
+            set_module(inner, "masking", masking)
 
 
 def document_features(
     model: nn.Module,
     processor: Processor,
-    documents: Sequence[dict[str, Any]],
+    documents: Sequence[Document],
     length: int,
     *,
     pooling: str = "mean",
@@ -207,7 +215,7 @@ def document_features(
 
 def text_features(
     model: nn.Module,
-    pieces: Sequence[NDArray[Any]],
+    pieces: Sequence[NDArray[np.integer]],
     framing: Framing,
     *,
     pooling: str = "mean",
@@ -222,7 +230,7 @@ def text_features(
     device = next(model.parameters()).device
     rows = [framing.frame(tokens) for tokens in pieces]
     order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
-    vectors: list[Any] = [None] * len(rows)
+    vectors = [np.empty(0, np.float32)] * len(rows)
     start = 0
     with evaluating(model):
         while start < len(order):
@@ -269,10 +277,10 @@ def _batch(rows: list[list[int]], framing: Framing, device: torch.device) -> Bat
 def _states_of_blocks(model: nn.Module, layer: int, input_BL: Tensor, mask_BL: Tensor) -> Tensor:
     """The states of one layer, taken from the blocks themselves, so that a block of another class gives them too."""
     encoder = family(model).decoder_blocks is not None
-    inner: Any = model.get_encoder() if encoder else base(model)  # type: ignore[operator]
+    inner = at(model, "get_encoder")() if encoder else base(model)
     taken: list[Tensor] = []
 
-    def take(_: nn.Module, states: Any) -> None:
+    def take(_: nn.Module, states: Tensor | tuple[Tensor, ...]) -> None:
         taken.append(states[0] if isinstance(states, tuple) else states)
 
     every = blocks(model)

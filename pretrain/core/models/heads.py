@@ -75,7 +75,7 @@ def with_head(
     return made.to(model.dtype).to(model.device)
 
 
-def _move(source: Any, target: Any) -> None:
+def _move(source: nn.Module, target: nn.Module) -> None:
     """Put the source's modules where the target has ones of the same name, but for the last layer."""
     for name, module in source.named_children():
         if name not in _OUTPUTS and getattr(target, name, None) is not None and module is not base(source):

@@ -6,13 +6,14 @@ position embeddings nor a class token nor a mask token: all are 0, and it learns
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+
+from pretrain.core.models.layers import at
 
 
-def completed(model: Any) -> Any:
+def completed(model: PreTrainedModel) -> PreTrainedModel:
     """The model with what its class's own `initialize_weights` was to give it."""
     if model.config.model_type == "vit_mae":
         with torch.no_grad():
@@ -20,8 +21,8 @@ def completed(model: Any) -> Any:
     return model
 
 
-def _vit_mae(model: Any) -> None:
-    embeddings = model.base_model.embeddings
+def _vit_mae(model: PreTrainedModel) -> None:
+    embeddings = at(model, "base_model.embeddings")
     _forget(embeddings)
     embeddings.initialize_weights()
     decoder = getattr(model, "decoder", None)

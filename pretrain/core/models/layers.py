@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,14 @@ def sides(layer: Linear) -> tuple[int, int]:
     return (second, first) if isinstance(layer, Conv1D) else (first, second)
 
 
+def at(module: nn.Module, path: str) -> Any:
+    """What is at a dotted path, a submodule or an attribute; numbers index into lists, from the end when negative."""
+    place: Any = module
+    for name in filter(None, path.split(".")):
+        place = place[int(name)] if name.lstrip("-").isdigit() else getattr(place, name)
+    return place
+
+
 class Attention(nn.Module):
     """What an attention layer of `transformers` has beside its modules; a name for its type, never made."""
 
@@ -48,3 +56,6 @@ class Saved(FunctionCtx):
 
     saved_tensors: tuple[Tensor, ...]
     needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        """Keep tensors, or None in the place of one."""

@@ -9,7 +9,6 @@ import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,11 +26,11 @@ class Window:
     """A run of one document's tokens; the first `context` targets were predicted in an earlier window."""
 
     document: int
-    tokens: NDArray[Any]
+    tokens: NDArray[np.integer]
     context: int
 
 
-def windows(document: int, tokens: NDArray[Any], length: int, stride: int) -> Iterator[Window]:
+def windows(document: int, tokens: NDArray[np.integer], length: int, stride: int) -> Iterator[Window]:
     """Windows of at most `length` inputs that together predict each token after the first once."""
     start, done = 0, 1  # `done`: tokens already predicted, the first counted as given
     while done < len(tokens):
@@ -42,7 +41,7 @@ def windows(document: int, tokens: NDArray[Any], length: int, stride: int) -> It
 
 def document_nll(
     model: nn.Module,
-    documents: Sequence[NDArray[Any]],
+    documents: Sequence[NDArray[np.integer]],
     *,
     length: int,
     stride: int | None = None,
@@ -93,7 +92,7 @@ def _window_nll(
     return nll_BL.double().sum(-1).tolist()
 
 
-def predicted_bytes(bytes_N: NDArray[Any], tokens_N: NDArray[Any], *, begins: bool) -> NDArray[np.float64]:
+def predicted_bytes(bytes_N: NDArray[np.number], tokens_N: NDArray[np.integer], *, begins: bool) -> NDArray[np.float64]:
     """The bytes that the predicted tokens hold: all, if a special token stands before the text.
 
     Otherwise nothing predicts a document's first token, and it takes its share of the bytes with it.
@@ -104,15 +103,15 @@ def predicted_bytes(bytes_N: NDArray[Any], tokens_N: NDArray[Any], *, begins: bo
 
 
 def likelihoods(
-    nll_N: NDArray[np.float64], targets_N: NDArray[Any], bytes_N: NDArray[Any], domains: Sequence[str]
+    nll_N: NDArray[np.float64], targets_N: NDArray[np.number], bytes_N: NDArray[np.number], domains: Sequence[str]
 ) -> tuple[dict[str, float], dict[str, dict[str, float]]]:
     """`loss` (nats a token), `perplexity`, `bits_per_byte`; and by domain the first and the last."""
-    by_domain: dict[str, list[int]] = defaultdict(list)
+    members: dict[str, list[int]] = defaultdict(list)
     for index, domain in enumerate(domains):
-        by_domain[domain].append(index)
+        members[domain].append(index)
     sums_NK = np.stack([np.asarray(x, np.float64) for x in (nll_N, targets_N, bytes_N)], axis=1)
-    by_domain = {}
-    for domain, chosen in sorted(by_domain.items()):
+    by_domain: dict[str, dict[str, float]] = {}
+    for domain, chosen in sorted(members.items()):
         domain_metrics = _metrics(*sums_NK[chosen].sum(0))
         by_domain[domain] = {k: v for k, v in domain_metrics.items() if k != "perplexity"}
     return _metrics(*sums_NK.sum(0)), by_domain

@@ -9,12 +9,12 @@ Shape letters: N rows, O outputs, I inputs.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from pretrain.core.models.layers import Linear, Saved, at
 
 MARK = "narrow"  # on a layer whose weight is held in a narrower type than it computes in
 
@@ -23,18 +23,19 @@ class _Frozen(torch.autograd.Function):
     """x Wᵀ + b; the weight is widened again in the backward pass instead of being kept wide until then."""
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Saved, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight_OI)
         return F.linear(x_NI, weight_OI.to(x_NI.dtype), bias_O)
 
     @staticmethod
-    def backward(ctx: Any, grad_NO: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Saved, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_NO,) = grads
         (weight_OI,), (x_asks, _, bias_asks) = ctx.saved_tensors, ctx.needs_input_grad
         grad_NI = grad_NO @ weight_OI.to(grad_NO.dtype) if x_asks else None
         return grad_NI, None, grad_NO.sum(0) if bias_asks else None
 
 
-def _forward(self: Any, x: Tensor) -> Tensor:
+def _forward(self: Linear, x: Tensor) -> Tensor:
     weight_OI = self.weight.T if isinstance(self, Conv1D) else self.weight
     if torch.is_autocast_enabled(x.device.type):  # to which the type of a weight is nothing new
         return F.linear(x, weight_OI, self.bias)
@@ -54,9 +55,9 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> int:
     wide = tuple(getattr(model, "_keep_in_fp32_modules", None) or ())
     freed = 0
     for name, module in model.named_modules():
-        if type(module) not in (nn.Linear, Conv1D) or name.rpartition(".")[2] in wide:
+        if not isinstance(module, Linear) or type(module) not in (nn.Linear, Conv1D) or name.rpartition(".")[2] in wide:
             continue
-        weight: Any = module.weight
+        weight = module.weight
         if weight.requires_grad or weight.dtype != torch.float32 or id(weight) in shared:
             continue
         held = weight.detach().to(dtype)
@@ -64,7 +65,7 @@ def narrow(model: nn.Module, dtype: torch.dtype) -> int:
             weight.data = held
             freed += weight.numel() * (4 - held.element_size())
             setattr(module, MARK, True)
-            module.forward = _forward.__get__(module)
+            vars(module)["forward"] = _forward.__get__(module)
     return freed
 
 
@@ -75,6 +76,6 @@ def is_narrow(model: nn.Module) -> bool:
 
 def widened(layer: nn.Module) -> Tensor:
     """The layer's weight in the type it computes in."""
-    weight: Any = layer.weight
+    weight: Tensor = at(layer, "weight")
     wide = not getattr(layer, MARK, False) or torch.is_autocast_enabled(weight.device.type)
     return weight if wide else weight.float()
