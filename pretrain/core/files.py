@@ -12,9 +12,11 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from pretrain.core.errors import PretrainError
+
+JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 
 
 def fsync(path: Path) -> None:
@@ -122,7 +124,7 @@ def write_text(path: Path, text: str) -> None:
         raise PretrainError(f"cannot write {path}: {error.strerror or error}") from error
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: object) -> None:
     """Write `value` as JSON to `path` atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
@@ -137,7 +139,7 @@ def read_json(path: Path) -> Any:
         raise PretrainError(f"{path} is not valid JSON ({error}): truncated or damaged") from error
 
 
-def digest(value: Any) -> str:
+def digest(value: object) -> str:
     """SHA-256 (hex) of a JSON-like value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 

@@ -34,7 +34,7 @@ class Guard:
         """Whether the optimiser is to be called; `norm` is that of the gradient of step number `step`."""
         wrong = ~norm.isfinite()
         if self.late:
-            self.optimizer.grad_scale, self.optimizer.found_inf = None, wrong.float()  # type: ignore[attr-defined]
+            vars(self.optimizer).update(grad_scale=None, found_inf=wrong.float())
         self._unread.append((step, *_on_its_way(wrong)))
         if self.late:
             return True

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from typing import Any
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from signal import _HANDLER
 
 
 class Interrupts:
@@ -13,9 +17,9 @@ class Interrupts:
     def __init__(self) -> None:
         self.asked = False  # of this process
         self.agreed = False  # of any process, as all of them know
-        self._before: dict[int, Any] = {}
+        self._before: dict[int, _HANDLER] = {}
 
-    def _ask(self, number: int, frame: Any) -> None:
+    def _ask(self, number: int, frame: FrameType | None) -> None:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.asked = True

@@ -10,13 +10,13 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.core.batch import Batch, Context, Vocabulary, pinned
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, pinned
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.corpus.shards import Shards
 from pretrain.objectives import Objective
@@ -26,6 +26,15 @@ if TYPE_CHECKING:
     from pretrain.corpus.packing import Plan
 
 ALL = "*"  # the stream of all rows, when there is no mixture
+
+
+class Counters(TypedDict):
+    """What a loader goes on from."""
+
+    step: int
+    taken: dict[str, int]  # rows, by the stream that they are of
+    progress: float
+    mixture: dict[str, float] | None
 
 
 class Loader:
@@ -122,12 +131,12 @@ class Loader:
             self._fetch(step + 1)
         return [future.result() for future in futures]
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> Counters:
         """What a resume needs: a few counters."""
         taken = self._pending[0][1] if self._pending else self.taken
         return {"step": self.next_step, "taken": taken, "progress": self.progress, "mixture": self._mixture}
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Counters) -> None:
         """Go on from a state."""
         self._pending.clear()
         self.next_step, self.taken, self.progress = state["step"], dict(state["taken"]), state["progress"]
@@ -171,7 +180,8 @@ class Loader:
         return np.random.default_rng((self.seed, number, epoch, 2)).permutation(len(self._rows(stream)))
 
     def _prepare(self, step: int, first: int, numbers: list[int], progress: float) -> list[Batch]:
-        rows: list[Any] = [self.plan.row(self.shards, number) for number in numbers]  # type: ignore[arg-type]
+        shards = cast("Shards", self.shards)  # of which examples, which are their own plan, need nothing
+        rows: list[Row | Example] = [self.plan.row(shards, number) for number in numbers]
         tokens = {"tokens": torch.tensor(sum(row.tokens for row in rows))}
         origin = {
             "domain_B": torch.tensor([row.domain for row in rows]),

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+    from torch.utils.tensorboard.writer import SummaryWriter
 
 
 def keep_until(path: Path, step: int) -> None:
@@ -48,23 +53,25 @@ class Log:
             if self.board:
                 self.board.close()
 
-    def write(self, event: str, record: dict[str, Any], progress: float) -> None:
+    def write(self, event: str, record: Mapping[str, object], progress: float) -> None:
         """Write one event; scalars also go to TensorBoard."""
         if not self.main:
             return
-        self.file.write(json.dumps({"event": event} | record) + "\n")
+        self.file.write(json.dumps({"event": event, **record}) + "\n")
         self.file.flush()
-        values = record.get("metrics") or record
+        metrics, parts = record.get("metrics"), record.get("parts")
+        values = dict(metrics if isinstance(metrics, dict) and metrics else record)
+        values |= parts if isinstance(parts, dict) and not metrics else {}
         if self.board:
-            for name, value in (values | values.get("parts", {})).items():
+            for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
                     self.board.add_scalar(f"{event}/{name}", value, record["step"])
-        if event == "step" and self.bar:
+        if event == "step" and self.bar and self.task is not None:
             text = f"step {record['step']}  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
             self.bar.update(self.task, completed=progress, description=text)
 
 
-def _bar() -> Any:
+def _bar() -> Progress:
     """The progress bar; `rich` is asked for by nothing else in training."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -73,7 +80,7 @@ def _bar() -> Any:
     return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=Console(stderr=True))
 
 
-def _board(folder: Path, from_step: int) -> Any:
+def _board(folder: Path, from_step: int) -> SummaryWriter | None:
     """A TensorBoard writer, or None where `tensorboard` is not installed."""
     try:
         from torch.utils.tensorboard.writer import SummaryWriter

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from pretrain.training import state as states
 from pretrain.training.compatible import check_together, check_written
 from pretrain.training.distributed import full, gather, join, synchronised, unsharded, wrap
 from pretrain.training.guard import seed
+from pretrain.training.loader import Loader
 from pretrain.training.log import Log
 from pretrain.training.running import Settings as Settings
 from pretrain.training.running import Trainee, Training
@@ -48,9 +49,17 @@ Counts = dict[str, float]  # the numbers of a batch that say what each term of t
 Zeros = dict[str, float]  # the share of zeros in linear layers, by name
 
 
+class Step(TypedDict, total=False):
+    """What a step tells, still on the device."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    grad_norm: Tensor
+
+
 def train(
     model: nn.Module,
-    loader: Any,
+    loader: Loader,
     objectives: Sequence[Objective],
     optimizer: Optimizer,
     schedule: Schedule,
@@ -109,7 +118,7 @@ def train(
 
 def _start(
     model: nn.Module,
-    loader: Any,
+    loader: Loader,
     objectives: Sequence[Objective],
     optimizer: Optimizer,
     schedule: Schedule,
@@ -139,7 +148,7 @@ def _start(
     built = optimizer.build(trainee.named_parameters())
     for group in built.param_groups:
         group["peak_lr"] = group["lr"]
-    state: dict[str, dict[str, Any]] = {policy.name: {} for policy in policies}
+    state: states.Memory = {policy.name: {} for policy in policies}
     training = Training(trainee, wrapped, built, schedule, loader, policies, settings, world, folder, state=state)
     training.resume()
     for policy in policies:
@@ -147,7 +156,7 @@ def _start(
     return training
 
 
-def step(training: Training) -> dict[str, Any]:
+def step(training: Training) -> Step:
     """One optimiser step; returns its loss, parts and gradient norm, which are still on the device."""
     settings, number = training.settings, training.step
     training.clock = time.perf_counter()
@@ -186,7 +195,7 @@ def step(training: Training) -> dict[str, Any]:
 
 def forward_backward(
     training: Training, micro_batches: MicroBatches, keys: list[str], zeros: Zeros, targets: list[Counts]
-) -> tuple[list[Loss], dict[str, Any]]:
+) -> tuple[list[Loss], Step]:
     """Leave the gradient of the mean over all targets of the step, over micro-batches and processes alike."""
     world, layers = training.world, families.linears(training.model) if zeros else {}
     layers = {name: layer for name, layer in layers.items() if name in zeros}
@@ -230,7 +239,7 @@ def exchange(training: Training, micro_batches: MicroBatches, keys: list[str], z
     world, meter = training.world, training.meter
     counted = all(meter.knows(key, zeros) for key in keys)
     dense, skipped = meter.flops(keys, zeros) if counted else (0, 0)
-    local: dict[Any, float] = {"dense": dense, "skipped": skipped, "uncounted": not counted}
+    local: dict[str | tuple[int, str], float] = {"dense": dense, "skipped": skipped, "uncounted": not counted}
     local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
     local |= {"seconds": training.unshared, "asked": training.interrupts.asked}
     for index, batch in ((i, batch) for batches in micro_batches for i, batch in enumerate(batches)):
@@ -262,7 +271,7 @@ def _zeros(training: Training) -> Zeros:
     return merged
 
 
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
     """The arithmetic's precision: `auto` is what the hardware does well."""
     known = {"auto": hardware.precision(device), "float32": None, "bfloat16": torch.bfloat16}
     if precision not in known:
@@ -271,7 +280,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Any
     return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
 
 
-def check(training: Training, log: Log, record: dict[str, Any], telling: bool) -> bool:
+def check(training: Training, log: Log, record: Step, telling: bool) -> bool:
     """Log steps that were skipped, and end the training if they are too many in a row; whether the newest was made.
 
     Unless the log is `telling` of this step anyway, what became of it is asked for a step later.
@@ -294,7 +303,7 @@ def check(training: Training, log: Log, record: dict[str, Any], telling: bool) -
     )
 
 
-def _finished(record: dict[str, Any], training: Training, targets_per_byte: float | None) -> dict[str, Any]:
+def _finished(record: Step, training: Training, targets_per_byte: float | None) -> dict[str, object]:
     """The record of a step as it is logged.
 
     The host waits for the device here, since the log is of numbers, and the processes exchange theirs.

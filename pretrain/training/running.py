@@ -6,7 +6,6 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from pretrain.training.budget import Budget
 from pretrain.training.distributed import World
 from pretrain.training.guard import Guard
 from pretrain.training.interrupts import Interrupts
+from pretrain.training.loader import Loader
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,14 @@ class Training:
     wrapped: nn.Module  # the trainee as its processes share it
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    loader: Any
+    loader: Loader
     policies: Sequence[Policy]
     settings: Settings
     world: World
     folder: Path
     meter: Meter = field(default_factory=Meter)
     interrupts: Interrupts = field(default_factory=Interrupts)
-    state: dict[str, dict[str, Any]] = field(default_factory=dict)  # what each policy remembers
+    state: states.Memory = field(default_factory=dict)  # what each policy remembers
     step: int = 0
     tokens: int = 0
     flops: int = 0
@@ -150,8 +150,8 @@ class Training:
         if path is None:
             return
         record, policies = states.load(path, self.trainee, self.optimizer)
-        for name in ("step", "tokens", "flops", "seconds", "metrics"):
-            setattr(self, name, record[name])
+        self.step, self.tokens, self.seconds = record["step"], record["tokens"], record["seconds"]
+        self.flops, self.metrics = record["flops"], record["metrics"]
         self.dense_flops = record.get("dense_flops", self.flops)
         self.meter = Meter(record["meter"], record.get("products"))
         self.guard.skipped, self.guard.in_row = record.get("skipped", 0), record.get("skipped_in_row", 0)

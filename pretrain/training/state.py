@@ -15,23 +15,49 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import file_digest, fsync, not_written, put_in_place, read_json, sweep, write_json
+from pretrain.core.files import JSON, file_digest, fsync, not_written, put_in_place, read_json, sweep, write_json
 from pretrain.training.background import Background
 from pretrain.training.distributed import World
+from pretrain.training.loader import Counters
 from pretrain.training.shards import Piece, Stored, held, like, local, snapshot, write
 
 OLD = ("model", "optimizer", "policies")  # files of states that the first process wrote alone
+Tree: TypeAlias = bool | int | float | str | Tensor | list["Tree"] | tuple["Tree", ...] | dict[str, "Tree"] | None
+Memory: TypeAlias = dict[str, dict[str, Any]]  # by policy what it remembers: a `Tree`, of which it knows the types
 
 
-def split_tensors(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
+class Record(TypedDict, total=False):
+    """What `training.json` says besides the trees of the optimiser and of the policies."""
+
+    step: int
+    tokens: int
+    flops: int
+    dense_flops: int
+    seconds: float
+    metrics: dict[str, float]
+    meter: dict[str, int]
+    products: dict[str, dict[str, int]]
+    loader: Counters
+    seed: int
+    skipped: int
+    skipped_in_row: int
+    files: int
+
+
+class _Optimizer(TypedDict):
+    state: dict[str, dict[str, JSON]]
+    param_groups: list[dict[str, JSON]]
+
+
+def split_tensors(tree: Tree, prefix: str, tensors: dict[str, Tensor]) -> JSON:
     """A JSON-like copy of `tree` with each tensor replaced by `{"tensor": name}` and put into `tensors`."""
     if isinstance(tree, Tensor):
         tensors[prefix] = tree
@@ -43,11 +69,12 @@ def split_tensors(tree: Any, prefix: str, tensors: dict[str, Tensor]) -> Any:
     return tree
 
 
-def join_tensors(tree: Any, read: Callable[[str], Tensor]) -> Any:
+def join_tensors(tree: JSON, read: Callable[[str], Tensor]) -> Any:
     """The inverse of `split_tensors` (tuples come back as lists, keys as strings); `read` gives a tensor by name."""
     if isinstance(tree, dict):
-        if set(tree) == {"tensor"}:
-            return read(tree["tensor"])
+        name = tree.get("tensor")
+        if set(tree) == {"tensor"} and isinstance(name, str):
+            return read(name)
         return {k: join_tensors(v, read) for k, v in tree.items()}
     if isinstance(tree, list):
         return [join_tensors(v, read) for v in tree]
@@ -59,8 +86,8 @@ def save(
     step: int,
     trainee: nn.Module,
     optimizer: torch.optim.Optimizer,
-    policies: dict[str, Any],
-    record: dict[str, Any],
+    policies: Memory,
+    record: Mapping[str, object],
     world: World,
     keep: int,
     background: Background,
@@ -72,7 +99,7 @@ def save(
     background.wait()  # two copies of the state at a time are enough
     alike, others, trees = _tensors(trainee, optimizer, policies)
     pieces = snapshot(alike, others, world.rank, world.size)
-    text = json.dumps(record | trees | {"step": step, "files": world.size})
+    text = json.dumps({**record, **trees, "step": step, "files": world.size})
     target, work = folder / f"step-{step:09d}", folder / f".tmp-step-{step:09d}"
 
     def begin() -> None:
@@ -110,8 +137,8 @@ def save(
 
 
 def _tensors(
-    trainee: nn.Module, optimizer: torch.optim.Optimizer, policies: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
+    trainee: nn.Module, optimizer: torch.optim.Optimizer, policies: Memory
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, JSON]]:
     """The tensors by name, those that all processes hold alike and the others, and what they are part of, in JSON."""
     alike: dict[str, Tensor] = {}
     others: dict[str, Tensor] = {}
@@ -119,7 +146,7 @@ def _tensors(
     for name, tensor in trainee.state_dict().items():
         (alike if name in parameters else others)[f"model.{name}"] = tensor
     trees = {"optimizer": split_tensors(optimizer.state_dict(), "optimizer", alike)}
-    return alike, others, trees | {"policies": split_tensors(policies, "policies", others)}
+    return alike, others, trees | {"policies": split_tensors({**policies}, "policies", others)}
 
 
 def _check_finite(pieces: dict[str, Piece], finite: Collection[str], step: int) -> None:
@@ -157,7 +184,7 @@ def _damaged(path: Path, world: World | None) -> bool:
     return world.sum([bad])[0] > 0 if world else bad
 
 
-def load(path: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+def load(path: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Record, Memory]:
     """Put a state back into the modules and the optimiser; returns `training.json` and the policies' state."""
     record, files = read_json(path / "training.json"), {file: "" for file in sorted(path.glob("rank-*.safetensors"))}
     old = "files" not in record
@@ -180,7 +207,7 @@ def load(path: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     return record, policies
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any], stored: Stored, before: str) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, saved: _Optimizer, stored: Stored, before: str) -> None:
     """Restore an optimiser's state with its exact types (torch's own loading would cast it to the weights' type)."""
     owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     optimizer.state.clear()
