@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from pretrain.core.encoding import Encoder
 
+Document: TypeAlias = dict[str, Any]  # its columns, of the types that the corpus declares
 Batch = dict[str, torch.Tensor]
 """Named tensors. What the loop itself reads: `tokens` () and `weight` (), the numbers of tokens and of targets, which
 stay on the host; `domain_B` and `row_B`, where each row comes from; all other names are between an objective's
@@ -51,7 +52,7 @@ class Row:
 class Example:
     """A whole document with all its columns: what an objective that reads examples is given in place of a row."""
 
-    columns: dict[str, Any]
+    columns: Document
     domain: int
     index: int  # its number in the split
 
@@ -131,7 +132,7 @@ class Pool(Protocol):
 
     def __len__(self) -> int: ...
 
-    def row(self, plan: Any, index: int) -> Example:
+    def row(self, plan: object, index: int) -> Example:
         """One document."""
 
     def members(self, column: str) -> dict[str, list[int]]:

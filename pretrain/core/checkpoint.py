@@ -13,13 +13,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_origin
+from typing import Any, ClassVar, NotRequired, Protocol, TypeAlias, TypedDict, cast, get_origin
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.core.bounds import hints
@@ -36,9 +36,6 @@ from pretrain.core.weights import align
 
 transformers.utils.logging.disable_progress_bar()
 
-if TYPE_CHECKING:
-    from pretrain.core.method import Method
-
 RECORD = "pretrain.json"
 ADAPTER = "adapter"  # the folder of what was trained beside frozen weights, in the format of `peft`
 FORMAT = 1
@@ -47,39 +44,71 @@ FOREIGN = "pretrain_"  # before the model type of a checkpoint that only `load` 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-def record(model: PreTrainedModel, method: Method, *, foreign: bool = True) -> None:
+Lineage: TypeAlias = dict[str, Any]  # what stages say of themselves, each what it has to say
+
+
+class Entry(TypedDict):
+    """What a checkpoint keeps of a surgery."""
+
+    method: str
+    config: dict[str, object]
+    foreign: NotRequired[bool]  # whether it makes what `transformers` cannot open
+
+
+class Recorded(Protocol):
+    """A surgery as a checkpoint keeps it (`surgery.Surgery`)."""
+
+    adapts: ClassVar[bool]
+
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[object]]]
+
+    @property
+    def name(self) -> str:
+        """The method's name."""
+
+    def references(self) -> dict[str, str]:
+        """What it learnt from."""
+
+    def restore(self, model: PreTrainedModel) -> PreTrainedModel:
+        """The model with the surgery's structure, without its numbers."""
+
+    def adapter(self, model: PreTrainedModel) -> tuple[dict[str, object], dict[str, torch.Tensor]] | None:
+        """What it put into the model, in `peft`'s format."""
+
+
+def record(model: PreTrainedModel, method: Recorded, *, foreign: bool = True) -> None:
     """Note on the model a surgery whose `restore` must be run before the weights are loaded.
 
     Not `foreign` is one whose files `transformers` itself can open, with what its configuration asks for installed.
     """
-    config = dataclasses.asdict(method)  # type: ignore[call-overload]
+    config = dataclasses.asdict(method)
     # What it learnt from is in the lineage.
     learnt = {name.partition(".")[0] for name in method.references()}
-    blank: dict[str, Any] = {name: ("",) if isinstance(config[name], tuple) else "" for name in learnt}
-    entry = {"method": method.name, "config": config | blank, "foreign": foreign}
-    model.pretrain_surgery = [*surgery_of(model), entry]  # type: ignore[assignment]
+    blank = {name: ("",) if isinstance(config[name], tuple) else "" for name in learnt}
+    entry: Entry = {"method": method.name, "config": config | blank, "foreign": foreign}
+    vars(model)["pretrain_surgery"] = [*surgery_of(model), entry]
 
 
-def surgery_of(model: PreTrainedModel) -> list[dict[str, Any]]:
+def surgery_of(model: PreTrainedModel) -> list[Entry]:
     """The surgeries that plain `transformers` cannot express, in order."""
     return list(getattr(model, "pretrain_surgery", []))
 
 
-def _foreign(surgery: list[dict[str, Any]]) -> bool:
+def _foreign(surgery: list[Entry]) -> bool:
     """Whether a recorded surgery makes what `transformers` cannot open."""
     return any(entry.get("foreign", True) for entry in surgery)
 
 
 def forget(model: PreTrainedModel, name: str) -> None:
     """Take back what `record` noted of a surgery: the model is as plain `transformers` would build it."""
-    model.pretrain_surgery = [entry for entry in surgery_of(model) if entry["method"] != name]  # type: ignore[assignment]
+    vars(model)["pretrain_surgery"] = [entry for entry in surgery_of(model) if entry["method"] != name]
 
 
-def recorded(entry: dict[str, Any]) -> Any:
+def recorded(entry: Entry) -> Recorded:
     """The surgery of an entry; JSON knows no tuples, methods' fields are tuples."""
     config = {k: tuple(v) if isinstance(v, list) else v for k, v in entry["config"].items()}
     try:
-        cls = method_class(entry["method"], "surgery")
+        cls = cast("type[Recorded]", method_class(entry["method"], "surgery"))
     except PretrainError as error:
         hint = "a method from outside: `pretrain --methods FOLDER`, or `pretrain.use_methods`"
         raise PretrainError(f"recorded surgery {entry['method']!r}: {error}; {hint}") from error
@@ -95,7 +124,7 @@ def save(
     model: PreTrainedModel,
     processor: Processor | None,
     folder: Path | str,
-    lineage: dict[str, Any] | None = None,
+    lineage: Lineage | None = None,
 ) -> None:
     """Write a checkpoint atomically: `folder` is the old one until the new one is whole.
 
@@ -116,12 +145,12 @@ def save(
         raise
 
 
-def _write(model: PreTrainedModel, processor: Processor | None, work: Path, lineage: dict[str, Any]) -> None:
+def _write(model: PreTrainedModel, processor: Processor | None, work: Path, lineage: Lineage) -> None:
     model.save_pretrained(work, max_shard_size="5GB")
     if processor is not None:
         processor.save_pretrained(work)
     surgery = surgery_of(model)
-    held: dict[str, Any] = {}
+    held: dict[str, str] = {}
     if is_narrow(model):  # what opens it in one type shall take the one that it was trained in
         held = {"dtype": "float32"}
         write_json(work / "config.json", read_json(work / "config.json") | held)
@@ -155,12 +184,12 @@ def read_record(folder: Path | str) -> dict[str, Any]:
     return record
 
 
-def lineage(folder: Path | str) -> dict[str, Any]:
+def lineage(folder: Path | str) -> Lineage:
     """How the checkpoint came to be; empty when it is not known."""
     return read_record(folder).get("lineage", {})
 
 
-def load_config(folder: Path | str) -> Any:
+def load_config(folder: Path | str) -> PreTrainedConfig:
     """The model's configuration, the true type of a surgical checkpoint included."""
     path = Path(folder) / "config.json"
     if not path.exists():
@@ -204,15 +233,15 @@ def load(
             model.generation_config = GenerationConfig.from_pretrained(folder)
     else:
         model = _load_plain(model_class, folder, config, dtype)
-    return align(model.to(device or "cpu")).eval(), load_processor(folder)  # type: ignore[arg-type]
+    return align(model.to(device or "cpu")).eval(), load_processor(folder)  # type: ignore[arg-type]  # transformers hides what `to` takes
 
 
-def _model_class(folder: Path, config: Any) -> Any:
+def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that `architectures` names; it must be one of transformers', for this type of configuration."""
     named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
-    named_class: Any = getattr(transformers, str(named), None)
+    named_class = getattr(transformers, str(named), None)
     is_model = isinstance(named_class, type) and issubclass(named_class, PreTrainedModel)
-    if not is_model or named_class.config_class is not type(config):
+    if named_class is None or not is_model or named_class.config_class is not type(config):
         raise PretrainError(
             f"{folder / 'config.json'}: architectures {config.architectures!r}: accepted: "
             f"the class in transformers of a {config.model_type!r} model"
@@ -220,17 +249,28 @@ def _model_class(folder: Path, config: Any) -> Any:
     return named_class
 
 
-def _load_plain(model_class: Any, folder: Path, config: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+class _Report(TypedDict):
+    """What `from_pretrained` says of weights that do not fit."""
+
+    unexpected_keys: list[str]
+    missing_keys: list[str]
+    mismatched_keys: list[tuple[str, torch.Size, torch.Size]]
+
+
+def _load_plain(
+    model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> PreTrainedModel:
     if (folder / "generation_config.json").exists():
         _read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
     try:
         with quiet():
-            model, report = model_class.from_pretrained(
+            loaded = model_class.from_pretrained(
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True,
                 local_files_only=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
     except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
         raise PretrainError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+    model, report = cast("tuple[PreTrainedModel, _Report]", loaded)
     kind = config.model_type
     unused = next((family.unused for family in FAMILIES if kind in family.types), ())
     extra = sorted(name for name in report["unexpected_keys"] if not name.startswith(unused))
@@ -246,7 +286,11 @@ def _load_plain(model_class: Any, folder: Path, config: Any, dtype: torch.dtype 
 
 
 def _restore(
-    model_class: Any, config: Any, surgery: list[dict[str, Any]], files: list[Path], dtype: torch.dtype | None
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    surgery: list[Entry],
+    files: list[Path],
+    dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     """Build from the configuration, repeat the recorded surgeries' changes of structure, load the weights strictly."""
     model = model_class(config)

@@ -11,7 +11,6 @@ import statistics
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -78,7 +77,7 @@ def tune_allocator() -> None:
         return
 
 
-def describe() -> dict[str, Any]:
+def describe() -> dict[str, object]:
     """The environment as reports and results record it."""
     versions = {}
     for package in ("pretrain", "torch", "transformers", "tokenizers", "datasets", "numpy"):

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, TypedDict
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, file_digest, locked, read_json, write_json, write_text
@@ -72,10 +72,22 @@ def package_folder(package: Package) -> Path:
     return home / "files"
 
 
-def package_facts(package: Package) -> dict[str, Any]:
-    """What is known of a fetched package: `kind`, `package`, `archive`, `sha256`, `files`, `bytes`."""
+class Facts(TypedDict):
+    """What is known of a fetched package."""
+
+    kind: str  # pypi or debian
+    package: str  # as it was asked for
+    archive: str
+    sha256: str
+    files: int
+    bytes: int
+
+
+def package_facts(package: Package) -> Facts:
+    """What is known of a package, which is fetched when it is not in the cache."""
     package_folder(package)
-    return dict(read_json(_home(package) / "package.json"))
+    facts: Facts = read_json(_home(package) / "package.json")
+    return facts
 
 
 def _home(package: Package) -> Path:

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import inspect
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import torch
 import transformers
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from transformers import (
     AutoFeatureExtractor,
     AutoImageProcessor,
@@ -32,6 +33,7 @@ from transformers import (
 from transformers.image_processing_utils import BaseImageProcessor
 
 from pretrain.core.batch import Batch
+from pretrain.core.batch import Document as Document
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json
 
@@ -41,12 +43,21 @@ if TYPE_CHECKING:
 
 KINDS = (PreTrainedTokenizerBase, BaseImageProcessor, FeatureExtractionMixin, ProcessorMixin)
 Processor: TypeAlias = "PreTrainedTokenizerBase | BaseImageProcessor | FeatureExtractionMixin | ProcessorMixin"
-Document = dict[str, Any]
+Stored: TypeAlias = Mapping[str, bytes]  # a file as a column holds it: its `bytes`
 STEP = 16  # tokens are padded to a multiple of it: few shapes, and the work of each is metered once
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model",
 )  # fmt: skip
 PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
+
+
+class Extractor(Protocol):
+    """What `transformers`' image processors and feature extractors do, of which the base classes say nothing."""
+
+    sampling_rate: int  # of those of recordings
+
+    def __call__(self, documents: Sequence[object], **options: object) -> Batch:
+        """The model's inputs by name."""
 
 
 class SeriesProcessor(FeatureExtractionMixin):
@@ -58,14 +69,14 @@ class SeriesProcessor(FeatureExtractionMixin):
 
     model_input_names = ["past_values", "past_observed_mask"]
 
-    def __init__(self, length: int = 64, channels: int = 1, standardise: bool = False, **more: Any) -> None:
+    def __init__(self, length: int = 64, channels: int = 1, standardise: bool = False, **more: object) -> None:
         for name, value in {"length": length, "channels": channels}.items():
             if value < 1:
                 raise PretrainError(f"SeriesProcessor: {name} {value}: accepted: 1 or more")
         super().__init__(**more)
         self.length, self.channels, self.standardise = length, channels, standardise
 
-    def __call__(self, series: Sequence[Any]) -> Batch:
+    def __call__(self, series: Sequence[ArrayLike]) -> Batch:
         """`past_values` (B, T, C), float32, and `past_observed_mask`, bool, of the same shape."""
         values_BTC = np.zeros((len(series), self.length, self.channels), np.float32)
         seen_BTC = np.zeros(values_BTC.shape, bool)
@@ -84,22 +95,24 @@ class SeriesProcessor(FeatureExtractionMixin):
         return {"past_values": torch.from_numpy(values_BTC), "past_observed_mask": torch.from_numpy(seen_BTC)}
 
 
-def _moments(values_TC: NDArray[Any], seen_TC: NDArray[np.bool_]) -> tuple[NDArray[Any], NDArray[Any]]:
+def _moments(
+    values_TC: NDArray[np.float32], seen_TC: NDArray[np.bool_]
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     count_C = np.maximum(seen_TC.sum(0), 1)
     mean_C = np.where(seen_TC, values_TC, 0).sum(0) / count_C
     return mean_C, np.sqrt((np.where(seen_TC, values_TC - mean_C, 0) ** 2).sum(0) / count_C)
 
 
-OURS: dict[str, Any] = {"SeriesProcessor": SeriesProcessor}
+OURS = {"SeriesProcessor": SeriesProcessor}
 
 
-def new_processor(name: str, fields: dict[str, Any]) -> Processor:
+def new_processor(name: str, fields: Mapping[str, Any]) -> Processor:
     """A processor from the name of a class of `transformers` (or `SeriesProcessor`) and its fields.
 
     Raises `PretrainError` for what is no such class, and for fields that it cannot be made with.
     """
     with quiet():
-        made: Any = OURS.get(name) or getattr(transformers, name, None)
+        made = OURS.get(name) or getattr(transformers, name, None)
     if not (isinstance(made, type) and issubclass(made, KINDS)):
         known = [n for n in dir(transformers) if n.endswith(("Processor", "FeatureExtractor", "Tokenizer"))]
         raise PretrainError(
@@ -119,13 +132,14 @@ def new_processor(name: str, fields: dict[str, Any]) -> Processor:
         raise PretrainError(f"processor {name}: {type(error).__name__} {' '.join(str(error).split())[:300]}") from error
 
 
-def _fields_of(made: Any) -> set[str]:
+def _fields_of(made: type) -> set[str]:
     """The fields that a processor's class knows, which its constructor does not tell; empty where none can be made."""
     try:
         blank = made()
     except (TypeError, ValueError, OSError):
         return set()
-    parameters = {name for cls in made.__mro__ for name in inspect.signature(cls.__init__).parameters}
+    starts = [vars(cls)["__init__"] for cls in made.__mro__ if "__init__" in vars(cls)]
+    parameters = {name for start in starts for name in inspect.signature(start).parameters}
     return parameters | set(vars(blank)) | set(getattr(getattr(made, "valid_kwargs", None), "__annotations__", ()))
 
 
@@ -161,18 +175,21 @@ def load_processor(folder: Path | str) -> Processor | None:
 
 def _opener(folder: Path) -> Callable[[Path], Processor]:
     """How the folder's processor is opened."""
-    kinds = {"image_processor_type": AutoImageProcessor, "feature_extractor_type": AutoFeatureExtractor}
-    auto: Any = AutoTokenizer
+    kinds: dict[str, type[AutoImageProcessor | AutoFeatureExtractor]] = {
+        "image_processor_type": AutoImageProcessor,
+        "feature_extractor_type": AutoFeatureExtractor,
+    }
+    opened: Callable[..., Processor] = AutoTokenizer.from_pretrained
     for path in filter(Path.exists, (folder / name for name in PREPROCESSOR_FILES)):
         facts = read_json(path)
         if facts.get("feature_extractor_type") in OURS:
             ours = OURS[facts.pop("feature_extractor_type")]
             return lambda _: ours(**facts)
-        auto = AutoProcessor
+        opened = AutoProcessor.from_pretrained
         if "processor_class" not in facts:
-            auto = next((kind for key, kind in kinds.items() if key in facts), auto)
+            opened = next((kind.from_pretrained for key, kind in kinds.items() if key in facts), opened)
         break
-    return lambda place: auto.from_pretrained(place, local_files_only=True, trust_remote_code=False)
+    return partial(opened, local_files_only=True, trust_remote_code=False)
 
 
 def tokenizer_in(processor: Processor | None) -> PreTrainedTokenizerBase | None:
@@ -187,7 +204,7 @@ def columns_of(processor: Processor) -> tuple[str, ...]:
     return tuple(column for column, _ in _parts(processor))
 
 
-def _parts(processor: Any) -> list[tuple[str, Any]]:
+def _parts(processor: Processor) -> list[tuple[str, Processor]]:
     """The processor's parts by the column that each reads."""
     if isinstance(processor, PreTrainedTokenizerBase):
         return [("text", processor)]
@@ -228,12 +245,12 @@ def _read_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length:
     return dict(encoded), int(encoded["attention_mask"].sum())
 
 
-def _read_images(processor: Any, images: Sequence[Any], length: int) -> tuple[Batch, int]:
+def _read_images(processor: Extractor, images: Sequence[Image | Stored], length: int) -> tuple[Batch, int]:
     pixels = processor([image_of(image) for image in images], return_tensors="pt")
     return dict(pixels), len(images)
 
 
-def _read_audio(extractor: Any, recordings: Sequence[Any], length: int) -> tuple[Batch, int]:
+def _read_audio(extractor: Extractor, recordings: Sequence[Stored], length: int) -> tuple[Batch, int]:
     waves = [samples_of(recording, extractor.sampling_rate)[:length] for recording in recordings]
     features = extractor(
         waves, sampling_rate=extractor.sampling_rate, padding=True, pad_to_multiple_of=max(1, length // STEP),
@@ -242,7 +259,7 @@ def _read_audio(extractor: Any, recordings: Sequence[Any], length: int) -> tuple
     return dict(features), sum(map(len, waves))
 
 
-def _read_series(processor: SeriesProcessor, series: Sequence[Any], length: int) -> tuple[Batch, int]:
+def _read_series(processor: SeriesProcessor, series: Sequence[ArrayLike], length: int) -> tuple[Batch, int]:
     inputs = processor(series)
     return inputs, int(inputs["past_observed_mask"].any(-1).sum())
 
@@ -252,7 +269,7 @@ _READERS: dict[str, Callable[[Any, Sequence[Any], int], tuple[Batch, int]]] = {
 }  # fmt: skip
 
 
-def image_of(value: Any) -> Image:
+def image_of(value: Image | Stored) -> Image:
     """A column's image as RGB, decoded where it is still a file's `{"bytes", "path"}`."""
     from PIL import Image, UnidentifiedImageError
 
@@ -264,7 +281,7 @@ def image_of(value: Any) -> Image:
         raise PretrainError(f"an image cannot be read ({error}); accepted: {{bytes, path}} of PNG, JPEG, …") from error
 
 
-def samples_of(value: Any, rate: int) -> NDArray[np.float32]:
+def samples_of(value: Stored, rate: int) -> NDArray[np.float32]:
     """A column's recording as `samples_T`, mean of its channels, at `rate` samples a second."""
     import soundfile
     from scipy.signal import resample_poly

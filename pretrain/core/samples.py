@@ -17,14 +17,17 @@ from __future__ import annotations
 import base64
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from pretrain.core.files import write_json
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Sample = dict[str, Any]
 MAX_BYTES = 600_000  # of a stage's samples
@@ -47,7 +50,7 @@ def write_samples(folder: Path, samples: Iterable[Sample]) -> None:
     write_json(Path(folder) / "samples.json", {"samples": kept})
 
 
-def document_samples(documents: Sequence[dict[str, Any]]) -> list[Sample]:
+def document_samples(documents: Sequence[Mapping[str, object]]) -> list[Sample]:
     """A sample of each document whose columns can be shown."""
     samples = []
     for document in documents:
@@ -62,13 +65,14 @@ def document_samples(documents: Sequence[dict[str, Any]]) -> list[Sample]:
     return samples
 
 
-def about(document: dict[str, Any], column: str) -> Sample:
+def about(document: Mapping[str, object], column: str) -> Sample:
     """What is said of a document beside what is shown of it."""
     caption = {"title": str(document.get("id", ""))[-80:]}
     if document.get("label") is not None:
         caption["label"] = str(document["label"])[:80]
-    if column != "text" and isinstance(document.get("text"), str):
-        caption["text"] = document["text"][:LETTERS]
+    text = document.get("text")
+    if column != "text" and isinstance(text, str):
+        caption["text"] = text[:LETTERS]
     return caption
 
 
@@ -77,7 +81,7 @@ def text_sample(text: str) -> Sample:
     return {"kind": "text", "input": text[:LETTERS] + ("…" if len(text) > LETTERS else "")}
 
 
-def image_sample(value: Any) -> Sample:
+def image_sample(value: Image.Image | Mapping[str, bytes]) -> Sample:
     """An image, decoded or as it is stored, made small."""
     from PIL import Image
 
@@ -100,10 +104,13 @@ def picture(pixels: NDArray[np.uint8]) -> str:
     return "data:image/png;base64," + base64.b64encode(held.getvalue()).decode()
 
 
-def series_sample(values_LC: Any, output_LC: Any = None, masked_LC: NDArray[np.bool_] | None = None) -> Sample:
+def series_sample(
+    values_LC: ArrayLike, output_LC: ArrayLike | None = None, masked_LC: NDArray[np.bool_] | None = None
+) -> Sample:
     """A series (time × channels), with what a model makes of it: as long, or longer for a forecast; NaN is nothing."""
-    values_LC = np.asarray(values_LC, dtype=np.float64)
-    wanted = {"input": values_LC} | ({} if output_LC is None else {"output": np.asarray(output_LC, np.float64)})
+    wanted = {"input": np.asarray(values_LC, np.float64)} | (
+        {} if output_LC is None else {"output": np.asarray(output_LC, np.float64)}
+    )
     steps = max(map(len, wanted.values()))
     sample: Sample = {"kind": "series"}
     for name, table_LC in wanted.items():
@@ -118,7 +125,7 @@ def series_sample(values_LC: Any, output_LC: Any = None, masked_LC: NDArray[np.b
     return sample
 
 
-def audio_sample(value: dict[str, Any]) -> Sample:
+def audio_sample(value: Mapping[str, bytes]) -> Sample:
     """A stored recording."""
     import soundfile
 
@@ -127,7 +134,10 @@ def audio_sample(value: dict[str, Any]) -> Sample:
 
 
 def waveform_sample(
-    samples_L: NDArray[Any], rate: int, output_F: NDArray[Any] | None = None, masked_F: NDArray[np.bool_] | None = None
+    samples_L: NDArray[np.floating],
+    rate: int,
+    output_F: NDArray[np.floating] | None = None,
+    masked_F: NDArray[np.bool_] | None = None,
 ) -> Sample:
     """A recording, and of its frames what a model says (`output_F`) and which were hidden from it (`masked_F`)."""
     bins = min(BINS, len(samples_L))
@@ -148,7 +158,7 @@ def waveform_sample(
     return sample
 
 
-def spectrogram(samples_L: NDArray[Any]) -> str:
+def spectrogram(samples_L: NDArray[np.floating]) -> str:
     """The loudness of frequencies over time, 60 decibels from black to white, low frequencies below, as a picture."""
     from PIL import Image
 
@@ -170,7 +180,7 @@ def spans(hidden_L: NDArray[np.bool_], points: int) -> list[list[int]]:
     return edges.reshape(-1, 2).tolist()
 
 
-def _mean(values: NDArray[Any]) -> float:
+def _mean(values: NDArray[np.floating]) -> float:
     known = values[np.isfinite(values)]
     return float(known.mean()) if known.size else float("nan")
 

@@ -77,7 +77,7 @@ class WellReadStudents(FineTuning[str | None]):
         """The teacher's, whatever the documents hold."""
         config = load_config(checkpoint_of(Path(self.teacher)))
         wanted = HEADS["sequence"]._model_mapping.get(type(config), None)
-        names = tuple(config.id2label[number] for number in sorted(config.id2label))
+        names = tuple(name for _, name in sorted((config.id2label or {}).items()))
         if wanted is None or config.architectures != [wanted.__name__] or names == (NUMBER,):
             kind = "regression" if names == (NUMBER,) else ", ".join(config.architectures or ["no known model"])
             raise PretrainError(

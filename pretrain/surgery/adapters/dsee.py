@@ -6,7 +6,7 @@ Shape letters: O outputs, I inputs, R rank, C numbers of the sparse part.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, ProperShare, Whole
-from pretrain.core.checkpoint import record, surgery_of
+from pretrain.core.checkpoint import Entry, record, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
 from pretrain.core.models.layers import Linear, like
@@ -22,7 +22,6 @@ from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery._random import generator
 from pretrain.surgery.adapters._adapters import Adapter, LowRankAdapter, Where, adapt, adapters_of, peft_lora, targets
 
-Record = dict[str, Any]  # of a surgery, as a checkpoint holds it
 Frozen = tuple[Tensor, nn.Module]  # a weight, and the module that stands for it
 _ROUNDS = 10  # of alternation after each direction more: with 2 the sparse part of a planted sum is not always found
 
@@ -175,11 +174,11 @@ class DSEE(Surgery):
     def _adapted(self, layer: Linear) -> SparseAndLowRank:
         return SparseAndLowRank(layer, self.rank, self.nonzero, self.alpha / self.rank)
 
-    def _before(self, model: PreTrainedModel) -> Record | None:
+    def _before(self, model: PreTrainedModel) -> Entry | None:
         """The record of this surgery on a model that it has adapted already."""
         return next((entry for entry in surgery_of(model) if entry["method"] == self.name), None)
 
-    def _check_same(self, before: Record) -> None:
+    def _check_same(self, before: dict[str, object]) -> None:
         """On an adapted model only `sparsity` and `scores` may differ from what adapted it."""
         for field in ("rank", "nonzero", "alpha", "where", "targets"):
             value, recorded = getattr(self, field), before[field]
@@ -187,10 +186,9 @@ class DSEE(Surgery):
                 raise PretrainError(
                     f"dsee: {field} {value!r}: accepted: {recorded!r}, by which the model is adapted already"
                 )
-        if self.sparsity <= before["sparsity"]:
-            raise PretrainError(
-                f"dsee: sparsity {self.sparsity}: accepted: above {before['sparsity']}, that of the adapted model"
-            )
+        reached = before["sparsity"]
+        if isinstance(reached, float | int) and self.sparsity <= reached:
+            raise PretrainError(f"dsee: sparsity {self.sparsity}: accepted: above {reached}, that of the adapted model")
 
     @torch.no_grad()
     def _prune(self, model: PreTrainedModel) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedTokenizerBase
 
-from pretrain.core.encoding import encode_plain, plain_backend
+from pretrain.core.encoding import encode_plain, ids_of, plain_backend
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 
@@ -88,7 +88,7 @@ def subwords(
         batch = words[start : start + BATCH]
         for spelt in (batch, [f" {w}" for w in batch], [f" {w[:1].upper()}{w[1:]}" for w in batch]):
             for offset, encoding in enumerate(encode_plain(backend, tokenizer, spelt)):
-                ids = _distinct(getattr(encoding, "ids", encoding))
+                ids = _distinct(ids_of(encoding))
                 sum_VD[ids] += vectors_WD[start + offset]
                 count_V[ids] += 1
     return sum_VD / np.maximum(count_V, 1)[:, None]
