@@ -11,11 +11,11 @@ import shutil
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import atomic_folder, digest, file_digest, locked, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
+from pretrain.core.records import Adopted, Metrics
 from pretrain.engine import silent, write_record
 from pretrain.identity import CODE, Planned, keep_generations, plan, state_of
 from pretrain.recipe import Recipe
@@ -51,7 +51,7 @@ def adopt(
     metrics = check(source)
     files = [path for path in _files(source) if path.is_file()]
     marks = {str(path.relative_to(source)): file_digest(path) for path in files}
-    adopted: dict[str, Any] = {"source": str(folder), "fingerprint": digest(marks), "linked": link}
+    adopted: Adopted = {"source": str(folder), "fingerprint": digest(marks), "linked": link}
     item, started = item.at(item.generation + 1).afresh(), datetime.now(UTC)
     with locked(item.folder / ".lock"):
         with atomic_folder(item.folder / part) as work:
@@ -91,7 +91,7 @@ def _files(source: Path) -> list[Path]:
     )
 
 
-def _check_corpus(folder: Path) -> dict[str, Any]:
+def _check_corpus(folder: Path) -> Metrics:
     """Open a corpus and count its documents; its sizes are the stage's metrics."""
     import pyarrow
     import pyarrow.parquet
@@ -123,7 +123,7 @@ def _check_corpus(folder: Path) -> dict[str, Any]:
     return {f"{measure}/{split}": size for (measure, split), size in sizes.items()}
 
 
-def _check_tokenizer(folder: Path) -> dict[str, Any]:
+def _check_tokenizer(folder: Path) -> Metrics:
     from pretrain.corpus.tokenizers import load_tokenizer
 
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
@@ -136,7 +136,7 @@ def _processor_of(folder: Path) -> Path:
     return folder / "processor" if (folder / "processor").is_dir() else folder
 
 
-def _check_processor(folder: Path) -> dict[str, Any]:
+def _check_processor(folder: Path) -> Metrics:
     from pretrain.core.processors import load_processor
 
     if load_processor(folder) is None:
@@ -144,14 +144,14 @@ def _check_processor(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def _check_checkpoint(folder: Path) -> dict[str, Any]:
+def _check_checkpoint(folder: Path) -> Metrics:
     from pretrain.core import checkpoint
 
     model, _ = checkpoint.load(folder)
     return {"parameters": model.num_parameters()}
 
 
-def _sign(work: Path, source: Path, item: Planned, marks: dict[str, str], adopted: dict[str, Any]) -> None:
+def _sign(work: Path, source: Path, item: Planned, marks: dict[str, str], adopted: Adopted) -> None:
     """Write the checkpoint's own `pretrain.json`: its history, that it was adopted, its checksums."""
     from pretrain.core import checkpoint
 

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,11 +14,14 @@ from pretrain import cli_claim, cli_papers
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info, kinds, methods, use_methods
 
+if TYPE_CHECKING:
+    from pretrain.recipe import Recipe
+
 
 class _App(typer.Typer):
     """Typer, with the project's errors as one line and an exit status."""
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: object, **kwargs: object) -> object:
         try:
             return super().__call__(*args, **kwargs)
         except PretrainError as error:
@@ -119,7 +122,7 @@ def adopt(
     adopting.adopt(loaded, stage, folder, store=store, link=link, say=typer.echo)
 
 
-def _print_plan(recipe: Any, store: Path | None, refresh: list[str], reasons: bool) -> None:
+def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -339,7 +342,7 @@ def _show(name: str) -> None:
     typer.secho(f"{row.name} ({row.kind})", bold=True)
     typer.echo(cleandoc(cls.__doc__ or ""))
     typer.echo(f"\nmodel families: {', '.join(row.families) or 'any'}")
-    for item in fields(cls):  # type: ignore[arg-type]
+    for item in fields(cls):
         kind, accepted = words(cls, item)
         typer.echo(f"  {item.name}: {kind} = {default_of(item)}" + (f"  ({accepted})" if accepted else ""))
 

@@ -6,11 +6,10 @@ them anew.
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from inspect import cleandoc
 from itertools import takewhile
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.bounds import words
 from pretrain.core.files import write_text
@@ -47,14 +46,14 @@ def _page(kind: str, rows: list[MethodInfo]) -> str:
 
 
 def _entry(row: MethodInfo) -> str:
-    cls: Any = method_class(row.name)
+    cls = method_class(row.name)
     body = cleandoc(cls.__doc__ or "").partition("\n\n")[2]
     return "\n".join([f"## {row.name}\n", f"*{_paper(row)}*\n", body + "\n", *_fields(cls)])
 
 
-def _fields(cls: Any) -> list[str]:
+def _fields(cls: type) -> list[str]:
     """The table of a dataclass's fields, where it has any."""
-    if not fields(cls):
+    if not is_dataclass(cls) or not fields(cls):
         return []
     lines = ["| field | type | accepted | default |", "|---|---|---|---|"]
     for item in fields(cls):

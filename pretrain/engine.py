@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import yaml
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, write_json, write_text
+from pretrain.core.records import StageRecord, StageResult
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load
@@ -38,7 +38,7 @@ class Result:
     """What `run` returns: where it is, each stage's `stage.json` by name, and the report."""
 
     folder: Path
-    stages: dict[str, dict[str, Any]]
+    stages: dict[str, StageRecord]
     report: Path | None
 
 
@@ -61,7 +61,7 @@ def run(
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
     main, wait = _processes()
     say = (say or (lambda text: print(text, file=sys.stderr))) if main else silent
-    records: dict[str, dict[str, Any]] = {}
+    records: dict[str, StageRecord] = {}
     planned = plan(recipe, store, refresh)
     if main:
         for item in planned:
@@ -98,7 +98,7 @@ def silent(text: str) -> None:
 
 
 def _run_once(
-    item: Planned, records: dict[str, dict[str, Any]], say: Callable[[str], None], main: bool, wait: Callable[[], None]
+    item: Planned, records: dict[str, StageRecord], say: Callable[[str], None], main: bool, wait: Callable[[], None]
 ) -> bool:
     """Run a stage unless it is finished, which is what this tells; where another run is at it, wait for that."""
     busy = partial(say, f"[{item.stage.name}] another run is at this stage: waiting for it")
@@ -112,14 +112,14 @@ def _run_once(
 
 
 def _run_stage(
-    item: Planned, records: dict[str, dict[str, Any]], say: Callable[[str], None], main: bool, wait: Callable[[], None]
+    item: Planned, records: dict[str, StageRecord], say: Callable[[str], None], main: bool, wait: Callable[[], None]
 ) -> None:
     stage, name = item.stage, item.stage.name
     say(f"[{name}] {stage.stage}")
     if main and (other := begin(item)):
         say(f"[{name}] {other}; going on from there (--refresh {name} begins again)")
     started, clock = datetime.now(UTC), time.perf_counter()
-    result: dict[str, Any] = {}
+    result: StageResult = {}
     if main or stage.distributed:
         lineage = [_brief(records[before]) for before in item.behind]
         made_by = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
@@ -142,12 +142,12 @@ def _run_stage(
     wait()
 
 
-def write_record(item: Planned, result: dict[str, Any], started: datetime, seconds: float) -> None:
+def write_record(item: Planned, result: StageResult, started: datetime, seconds: float) -> None:
     """Write `stage.json`, which makes the stage a finished one."""
     from pretrain.core.hardware import describe
     from pretrain.core.meter import peak_memory
 
-    write_json(item.folder / RECORD, {
+    record: StageRecord = {
         "name": item.stage.name, "stage": item.stage.stage, "address": item.address, "seed": item.seed,
         "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
         "inputs": item.stage.references(), "identity": item.identity(),
@@ -155,14 +155,16 @@ def write_record(item: Planned, result: dict[str, Any], started: datetime, secon
         "seconds": seconds, "peak_memory_bytes": peak_memory(),
         "started": started.isoformat(timespec="seconds"),
         "finished": datetime.now(UTC).isoformat(timespec="seconds"), "environment": describe(),
-        **({"adopted": result["adopted"]} if "adopted" in result else {}),
-    })  # fmt: skip
+    }  # fmt: skip
+    if "adopted" in result:
+        record["adopted"] = result["adopted"]
+    write_json(item.folder / RECORD, record)
 
 
-def _brief(record: dict[str, Any]) -> dict[str, Any]:
+def _brief(record: StageRecord) -> dict[str, object]:
     """What lineage keeps of a stage."""
     kept = ("name", "stage", "address", "methods", "metrics", "flops", "seconds", "finished", "adopted")
-    return {name: record[name] for name in kept if name in record}
+    return {name: value for name, value in record.items() if name in kept}
 
 
 def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> None:

@@ -26,7 +26,8 @@ from typing import Any
 from pretrain import closure
 from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import digest, locked, read_json, write_json
+from pretrain.core.files import JSON, digest, locked, read_json, write_json
+from pretrain.core.records import Config, Identity, Inputs, Marks, Reads, StageRecord
 from pretrain.core.registry import info
 from pretrain.recipe import Recipe
 from pretrain.stages import Stage
@@ -43,11 +44,11 @@ class Planned:
     stage: Stage
     address: str
     folder: Path
-    inputs: dict[str, Any]
-    config: dict[str, Any]
+    inputs: Inputs
+    config: Config
     behind: tuple[str, ...]  # the stages that this one comes from
     seed: int
-    reads: dict[str, Any] = field(default_factory=dict)  # the inputs' addresses by place, what is `outside`
+    reads: Reads = field(default_factory=lambda: Reads(inputs={}, outside=None))
     first: str = ""  # the address before any refresh
     generation: int = 0  # how often it has been refreshed
     asked: bool = False  # whether this plan asks for a refresh
@@ -85,7 +86,7 @@ class Planned:
         """The fingerprint of the code that runs it."""
         return _code(self)
 
-    def identity(self) -> dict[str, Any]:
+    def identity(self) -> Identity:
         """What `stage.json` keeps of it, beside the configuration and the methods' versions."""
         return {"format": FORMAT, "generation": self.generation, **self.reads}
 
@@ -118,8 +119,8 @@ def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str]
 
 def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Path) -> Planned:
     """A stage in its first generation, after those that stand before it."""
-    marks: dict[str, Any] = {}
-    inputs: dict[str, Any] = {}
+    marks: Marks = {}
+    inputs: Inputs = {}
     behind: set[str] = set()
     for place, value in stage.references().items():
         names = value if isinstance(value, list) else [value]
@@ -134,12 +135,12 @@ def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Pat
     config, seed = stage.config(), recipe.seed if stage.seed is None else stage.seed
     address = digest([_without(config, marks), marks, outside, seed if stage.seeded else None])
     upstream = tuple(name for name in planned if name in behind)
-    reads = {"inputs": marks, "outside": outside}
+    reads: Reads = {"inputs": marks, "outside": outside}
     folder = home / _folder_name(stage, address)
     return Planned(stage, address, folder, inputs, config, upstream, seed, reads, address)
 
 
-def _without(config: dict[str, Any], places: Iterable[str]) -> dict[str, Any]:
+def _without(config: Config, places: Iterable[str]) -> Config:
     """The configuration without the names that references give and without the seed, which are hashed apart."""
     config = copy.deepcopy({k: v for k, v in config.items() if k != "seed"})
     for place in places:
@@ -269,11 +270,11 @@ def why(item: Planned) -> str:
     return f"{_some(_changes(record, item))} (compared with {folder.name}, finished on {_when(record)})"
 
 
-def _when(record: dict[str, Any]) -> str:
+def _when(record: StageRecord) -> str:
     return f"{record['finished'][:16].replace('T', ' ')} UTC"
 
 
-def _newest(item: Planned) -> tuple[Path, dict[str, Any]] | None:
+def _newest(item: Planned) -> tuple[Path, StageRecord] | None:
     """The newest finished folder of a stage of this name, and its record."""
     records = []
     for path in item.folder.parent.glob(f"{escape(item.stage.name)}-*/{RECORD}"):
@@ -284,7 +285,7 @@ def _newest(item: Planned) -> tuple[Path, dict[str, Any]] | None:
     return max(records, key=lambda row: str(row[1].get("finished")), default=None)
 
 
-def _changes(record: dict[str, Any], item: Planned) -> list[str]:
+def _changes(record: StageRecord, item: Planned) -> list[str]:
     """What makes the stage's address another than that of a finished one."""
     then, now, kind = record.get("identity"), _plain(item.reads), item.stage.stage
     if not isinstance(then, dict) or then.get("format") != FORMAT:
@@ -307,7 +308,7 @@ def _changes(record: dict[str, Any], item: Planned) -> list[str]:
     return changes or ["its address differs"]
 
 
-def _flat(value: Any, place: str = "") -> dict[str, Any]:
+def _flat(value: JSON, place: str = "") -> dict[str, JSON]:
     """A tree's leaves by their dotted places; a list of plain values is a leaf."""
     if isinstance(value, dict) and value:
         items = [(str(key), inner) for key, inner in value.items()]
@@ -318,7 +319,7 @@ def _flat(value: Any, place: str = "") -> dict[str, Any]:
     return {k: v for key, inner in items for k, v in _flat(inner, f"{place}.{key}" if place else key).items()}
 
 
-def _field_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+def _field_changes(before: dict[str, JSON], after: dict[str, JSON]) -> list[str]:
     """The fields that are others; one that was null before it was filled is told by what fills it."""
     changes, both = [], before | after
     for name in both:
@@ -330,12 +331,12 @@ def _field_changes(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     return changes
 
 
-def _shown(value: Any) -> str:
+def _shown(value: JSON) -> str:
     text = value if isinstance(value, str) and value else json.dumps(value)
     return text if len(text) <= 40 else text[:37] + "..."
 
 
-def _input_changes(then: dict[str, Any], now: dict[str, Any], names: dict[str, Any]) -> list[str]:
+def _input_changes(then: Marks, now: Marks, names: Marks) -> list[str]:
     """The inputs that are others, each by its place and the name that the recipe gives it."""
     changes = []
     for place in then | now:
@@ -346,6 +347,6 @@ def _input_changes(then: dict[str, Any], now: dict[str, Any], names: dict[str, A
     return changes
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     """As JSON gives it back."""
     return json.loads(json.dumps(value, default=str))

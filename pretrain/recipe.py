@@ -10,17 +10,19 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.files import JSON
 from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
 
 FIELDS = ("name", "seed", "output", "base", "set", "methods", "stages")
-Place = tuple[Any, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
+Place = tuple[str | int, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
+Raw: TypeAlias = dict[str, Any]  # a recipe as it is read, with nothing checked
 Places = dict[Place, str]  # where each stands: FILE:LINE
 
 
@@ -45,7 +47,7 @@ class Recipe:
     seed: int
     output: Path
     stages: list[Stage]
-    raw: dict[str, Any] = field(default_factory=dict)  # as read, with `base` and overrides worked in
+    raw: Raw = field(default_factory=dict)  # as read, with `base` and overrides worked in
     path: Path | None = None
     places: Places = field(default_factory=dict, repr=False)
 
@@ -71,7 +73,7 @@ def load(path: Path | str, overrides: Iterable[str] = (), output: Path | str | N
     return check(raw, path, places, output)
 
 
-def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Places]:
+def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Raw, Places]:
     """A recipe's mapping, with its `base` and `set` worked in, and where each value stands."""
     raw, places = _read_file(path)
     for key in raw:
@@ -104,7 +106,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], Place
     return raw, places
 
 
-def _read_file(path: Path) -> tuple[dict[str, Any], Places]:
+def _read_file(path: Path) -> tuple[Raw, Places]:
     """One file's mapping as it stands."""
     try:
         text = path.read_text(encoding="utf-8")
@@ -137,12 +139,12 @@ def _move(places: Places, place: Place, where: str) -> None:
     places[place] = where
 
 
-def _shown(value: Any) -> str:
+def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def _unshared(value: Any) -> Any:
+def _unshared(value: JSON) -> JSON:
     """The value with a copy wherever YAML's aliases share one, so that changing one place changes no other."""
     if isinstance(value, dict):
         return {k: _unshared(v) for k, v in value.items()}
@@ -172,7 +174,7 @@ def _locate(node: yaml.Node, place: Place, path: Path, within: tuple[yaml.Node, 
     return places
 
 
-def parse(value: str) -> Any:
+def parse(value: str) -> JSON:
     """A value as YAML reads it."""
     try:
         node = yaml.compose(value, Loader=_Loader)
@@ -183,7 +185,7 @@ def parse(value: str) -> Any:
         raise PretrainError(f"value {value!r} is not valid YAML") from error
 
 
-def put(raw: dict[str, Any], name: str, value: Any, where: str) -> Place:
+def put(raw: Raw, name: str, value: JSON, where: str) -> Place:
     """Set `name` (`STAGE.field.field`, `stages.STAGE.field`, `stages.0.field`, or a top field); returns its place."""
     steps = name.split(".")
     stages = raw["stages"] if isinstance(raw.get("stages"), list) else []
@@ -207,7 +209,7 @@ def put(raw: dict[str, Any], name: str, value: Any, where: str) -> Place:
     if len(steps) == 1:
         stages[index] = value
         return ("stages", index)
-    target, place = stages[index], ["stages", index]
+    target, place = stages[index], list[str | int](("stages", index))
     for step in steps[1:-1]:
         key = _key(target, step, name, where)
         if isinstance(target, dict) and isinstance(target.get(step), str):  # `optimizer: adamw` grows into a mapping
@@ -223,7 +225,7 @@ def put(raw: dict[str, Any], name: str, value: Any, where: str) -> Place:
     return (*place, key)
 
 
-def _key(target: Any, step: str, name: str, where: str) -> str | int:
+def _key(target: object, step: str, name: str, where: str) -> str | int:
     """A step of an override's path as a key of what it leads into."""
     if isinstance(target, dict):
         return step
@@ -235,9 +237,7 @@ def _key(target: Any, step: str, name: str, where: str) -> str | int:
     return int(step)
 
 
-def check(
-    raw: dict[str, Any], path: Path | None = None, places: Places | None = None, output: Path | str | None = None
-) -> Recipe:
+def check(raw: Raw, path: Path | None = None, places: Places | None = None, output: Path | str | None = None) -> Recipe:
     """Check a recipe's mapping and build its stages."""
     whole, places = str(path or "recipe"), places or {}
 
@@ -272,7 +272,7 @@ def check(
     return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places)
 
 
-def _stage(entry: Any, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:
+def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:
     known, where = stage_classes(), _at(places, ("stages", index), whole)
     if not isinstance(entry, dict) or "stage" not in entry:
         raise PretrainError(f"{where}: stages.{index}: accepted: a mapping with stage: {', '.join(known)}")

@@ -20,6 +20,7 @@ from typing import Any
 from pretrain import engine
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import read_json
+from pretrain.core.records import StageRecord
 from pretrain.recipe import check
 
 UNITS = ("flops", "tokens", "steps", "none")
@@ -70,12 +71,12 @@ class Trial:
             "curve": held_out_curve(log, self.curve, records, names[:index]) if self.curve else [],
         }
 
-    def _run(self, recipe: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    def _run(self, recipe: dict[str, Any]) -> dict[str, StageRecord]:
         checked = check(recipe, None, output=self.output)
         return engine.run(checked, say=engine.silent, store=self.store, report=False).stages
 
 
-def value_of(metric: str, records: dict[str, dict[str, Any]], output: Path) -> float:
+def value_of(metric: str, records: dict[str, StageRecord], output: Path) -> float:
     """`STAGE.metric` among the stage's metrics, or deeper in its `evaluation.json`: `evaluation.domains.doc.loss`."""
     stage, _, name = metric.partition(".")
     if stage not in records:
@@ -92,9 +93,7 @@ def value_of(metric: str, records: dict[str, dict[str, Any]], output: Path) -> f
     return float(found)
 
 
-def held_out_curve(
-    log: Path, metric: str, records: dict[str, dict[str, Any]], before: Sequence[str]
-) -> list[list[float]]:
+def held_out_curve(log: Path, metric: str, records: dict[str, StageRecord], before: Sequence[str]) -> list[list[float]]:
     """Pairs of FLOPs (those of the stages before included) and the held-out metric, as training logged them."""
     spent = sum(records[name]["flops"] for name in before)
     rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
