@@ -15,10 +15,10 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import atomic_folder, digest, file_digest, locked, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
-from pretrain.core.records import Adopted, Metrics
 from pretrain.engine import silent, write_record
 from pretrain.identity import CODE, Planned, keep_generations, plan, state_of
 from pretrain.recipe import Recipe
+from pretrain.records import Adopted, Metrics
 
 # Not taken along: weights that are never read, code that is never run, what tools leave.
 LEFT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.py", "__pycache__", ".*")

@@ -24,10 +24,10 @@ import yaml
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, write_json, write_text
-from pretrain.core.records import StageRecord, StageResult
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load
+from pretrain.records import StageRecord, StageResult
 from pretrain.stages import Job
 
 CACHED, TO_RUN, DONE = "cached", "to run", "done"

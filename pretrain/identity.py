@@ -27,9 +27,9 @@ from pretrain import closure
 from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON, digest, locked, read_json, write_json
-from pretrain.core.records import Config, Identity, Inputs, Marks, Reads, StageRecord
 from pretrain.core.registry import info
 from pretrain.recipe import Recipe
+from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord
 from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"

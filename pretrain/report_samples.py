@@ -10,8 +10,11 @@ import html
 import json
 import math
 import re
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pretrain.core.samples import Sample
 
 MAX_BYTES = 1_000_000  # of all samples in a page
 WIDTH, TALL, WAVE, LINE = 600, 110, 80, 50  # units of a drawing: its width, and heights
@@ -19,7 +22,7 @@ PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+=*")
 NAMES = {"input": "input", "masked": "seen", "output": "output"}
 
 
-def panel(samples: list[dict[str, Any]], left: int) -> tuple[str, int]:
+def panel(samples: list[Sample], left: int) -> tuple[str, int]:
     """The samples of a stage, as many as fit into `left` bytes, and what then is left."""
     shown, out = [], 0
     for sample in samples:
@@ -37,7 +40,7 @@ def panel(samples: list[dict[str, Any]], left: int) -> tuple[str, int]:
     return images + (f'<div class="samples">{wide}</div>' if wide else "") + more, left
 
 
-def _one(sample: Any) -> str | None:
+def _one(sample: object) -> str | None:
     """One sample; None for what cannot be drawn."""
     if not isinstance(sample, dict):
         return None
@@ -51,18 +54,18 @@ def _one(sample: Any) -> str | None:
     return f"<figure>{inner}{_caption(sample)}</figure>" if inner else None
 
 
-def _continuation(sample: dict[str, Any]) -> str:
+def _continuation(sample: Sample) -> str:
     prompt, text = html.escape(str(sample.get("prompt", ""))), html.escape(str(sample.get("continuation", "")))
     return f'<pre class="sample"><mark>{prompt}</mark>{text}</pre>'
 
 
-def _caption(sample: dict[str, Any]) -> str:
+def _caption(sample: Sample) -> str:
     label = f"<b>{html.escape(str(sample['label']))}</b> " if sample.get("label") is not None else ""
     title, text = html.escape(str(sample.get("title") or "")), html.escape(str(sample.get("text") or ""))
     return f"<figcaption>{label}{title}{f'<br>{text}' if text else ''}</figcaption>"
 
 
-def _image(sample: dict[str, Any]) -> str:
+def _image(sample: Sample) -> str:
     """The pictures side by side."""
     known = {name: str(sample[name]) for name in NAMES if PNG.fullmatch(str(sample.get(name) or ""))}
     names = NAMES if len(known) > 1 else {"input": ""}
@@ -74,7 +77,7 @@ def _image(sample: dict[str, Any]) -> str:
     return f'<div class="pictures">{"".join(cells)}</div>' if cells else ""
 
 
-def _series(sample: dict[str, Any]) -> str:
+def _series(sample: Sample) -> str:
     """A chart for each channel: the input a line, the output a line over it, what was hidden a shade."""
     outputs, hidden, charts = sample.get("output") or [], sample.get("masked") or [], []
     for number, channel in enumerate(sample["input"]):
@@ -95,7 +98,7 @@ def _series(sample: dict[str, Any]) -> str:
     return "".join(charts) + _legend(sample) if charts else ""
 
 
-def _waveform(sample: dict[str, Any]) -> str:
+def _waveform(sample: Sample) -> str:
     """The samples' range in each bin, what was hidden a shade; a spectrogram; the model's value for each frame."""
     bins = [_numbers(pair) for pair in sample["input"]]
     step = WIDTH / max(1, len(bins))
@@ -117,7 +120,7 @@ def _waveform(sample: dict[str, Any]) -> str:
     return drawn + _legend(sample, f"{seconds:.2f} s", str(sample.get("measure") or "output"))
 
 
-def _text(sample: dict[str, Any]) -> str:
+def _text(sample: Sample) -> str:
     """The texts one below the other."""
     names = {name: caption for name, caption in NAMES.items() if isinstance(sample.get(name), str)}
     alone = len(names) == 1
@@ -127,7 +130,7 @@ def _text(sample: dict[str, Any]) -> str:
     )
 
 
-DRAW: dict[str, Callable[[dict[str, Any]], str]] = {
+DRAW: dict[str, Callable[[Sample], str]] = {
     "image": _image,
     "series": _series,
     "waveform": _waveform,
@@ -135,7 +138,7 @@ DRAW: dict[str, Callable[[dict[str, Any]], str]] = {
 }
 
 
-def _numbers(values: Any) -> list[float | None]:
+def _numbers(values: Iterable[object]) -> list[float | None]:
     """Finite numbers, and None for all else."""
     return [
         float(v) if isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v) else None
@@ -157,7 +160,7 @@ def _path(values: list[float | None], points: int, low: float, high: float, heig
     return "".join(parts)
 
 
-def _shades(spans: Any, points: int, height: int) -> str:
+def _shades(spans: Iterable[Iterable[float]] | None, points: int, height: int) -> str:
     """What was hidden, as columns over the whole height."""
     step = WIDTH / max(1, points)
     return "".join(
@@ -173,7 +176,7 @@ def _svg(height: int, inner: str, label: str) -> str:
     )
 
 
-def _legend(sample: dict[str, Any], note: str = "", output: str = "output") -> str:
+def _legend(sample: Sample, note: str = "", output: str = "output") -> str:
     keys = [("input", "input"), ("output", output), ("masked", "hidden")]
     present = [f'<i class="key {name}"></i>{html.escape(word)}' for name, word in keys if sample.get(name)]
     words = [note, *(present if len(present) > 1 else [])]

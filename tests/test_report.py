@@ -10,7 +10,8 @@ from itertools import pairwise
 import pytest
 
 from pretrain.core.errors import PretrainError
-from pretrain.report import collect, plots, thin, write
+from pretrain.report import collect, write
+from pretrain.report_data import plots, thin
 from pretrain.report_samples import panel
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")

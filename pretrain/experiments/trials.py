@@ -20,8 +20,8 @@ from typing import Any
 from pretrain import engine
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import read_json
-from pretrain.core.records import StageRecord
 from pretrain.recipe import check
+from pretrain.records import StageRecord
 
 UNITS = ("flops", "tokens", "steps", "none")
 

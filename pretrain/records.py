@@ -1,4 +1,4 @@
-"""What a stage reads, gives and leaves on disk, as types: `stage.json`, and what it is made of."""
+"""What stages read, give and leave on disk, as types: `stage.json`, `run.json`, `evaluation.json` and their parts."""
 
 from __future__ import annotations
 
@@ -58,3 +58,45 @@ class StageRecord(StageResult):
     started: str
     finished: str
     environment: dict[str, object]
+
+
+class RunStage(TypedDict):
+    """A stage as `run.json` names it."""
+
+    name: str
+    stage: str
+    folder: str  # from the run's
+    address: str
+    status: str
+
+
+class Run(TypedDict):
+    """`run.json`."""
+
+    name: str
+    recipe: str
+    seed: int
+    stages: list[RunStage]
+
+
+class Measurement(TypedDict, total=False):
+    """What is measured on documents: over all, and by domain."""
+
+    metrics: Metrics
+    domains: dict[str, Metrics]
+
+
+class Evaluation(Measurement, total=False):
+    """`evaluation.json`."""
+
+    intervals: dict[str, tuple[float, float]]
+    compressors: dict[str, Measurement]
+    documents: int
+
+
+class CorpusInfo(TypedDict, total=False):
+    """What a report asks of `corpus.json`: documents and bytes by split and domain, copies taken out, a digest."""
+
+    domains: dict[str, dict[str, dict[str, int]]]
+    removed: dict[str, int]
+    fingerprint: str

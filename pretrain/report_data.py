@@ -1,0 +1,259 @@
+"""What a report is made of: the files of a run's stages, read, and put together as the page shows them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeVar
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json
+from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage
+
+if TYPE_CHECKING:
+    from pretrain.core.samples import Sample
+
+MAX_POINTS = 1500
+MAX_DOMAINS = 12  # in a chart; a table has all
+RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods", "inputs", "config")
+AXES = ("tokens", "flops", "seconds")
+BITS = "bits_per_byte"
+T = TypeVar("T")
+Part: TypeAlias = Literal["step", "evaluation"]  # of a training's log
+Columns: TypeAlias = dict[str, list[float | None]]
+
+
+class StageRow(RunStage):
+    """A stage of `run.json`, with what its record has; None where it has not finished."""
+
+    seconds: float | None
+    flops: float | None
+    peak_memory_bytes: int | None
+    metrics: Metrics | None
+    environment: dict[str, object] | None
+    methods: dict[str, int | str] | None
+    inputs: Marks | None
+    lineage: dict[str, Any] | None
+    writes: str
+
+
+class Trained(TypedDict):
+    """A training: the names of its objectives, and its log."""
+
+    name: str
+    objective: list[str]
+    step: Columns
+    evaluation: Columns
+
+
+class Evaluated(Evaluation):
+    """What a stage has measured."""
+
+    name: str
+
+
+class Samples(TypedDict):
+    """What a stage has left to look at."""
+
+    name: str
+    samples: NotRequired[list[Sample]]
+
+
+class CorpusRow(CorpusInfo):
+    """The corpus that a stage has made."""
+
+    name: str
+
+
+class Curve(TypedDict):
+    """A column of a training, as a plot draws it."""
+
+    training: int
+    part: Part
+    column: str
+
+
+class Plot(TypedDict):
+    """Curves of one unit."""
+
+    unit: str
+    curves: list[Curve]
+
+
+class Bar(TypedDict):
+    """A model, or a compressor: its value over all text and by domain."""
+
+    name: str
+    all: float | None
+    values: list[float | None]
+    interval: NotRequired[tuple[float, float] | None]
+
+
+class Chart(TypedDict):
+    """Those measured on the same text."""
+
+    domains: list[str]
+    more: int
+    models: list[Bar]
+    tools: list[Bar]
+
+
+class Page(TypedDict):
+    """All that the page shows."""
+
+    run: Run
+    stages: list[StageRow]
+    trainings: list[Trained]
+    evaluations: list[Evaluated]
+    samples: list[Samples]
+    corpora: list[CorpusRow]
+    plots: list[Plot]
+    bars: list[Chart]
+    recipe: str
+    environment: dict[str, object] | None
+
+
+def collect(folder: Path) -> Page:
+    """All that the page shows; stages that left nothing are passed over."""
+    run: Run = read_json(folder / "run.json")
+    recipe = folder / "recipe.yaml"
+    text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+    stages: list[StageRow] = []
+    trainings: list[Trained] = []
+    evaluations: list[Evaluated] = []
+    samples: list[Samples] = []
+    corpora: list[CorpusRow] = []
+    for entry in run["stages"]:
+        home, record = folder / entry["folder"], _json(folder / entry["folder"] / "stage.json") or {}
+        lineage = (_json(home / "checkpoint" / "pretrain.json") or {}).get("lineage")
+        row: Any = {**entry, **{k: record.get(k) for k in RECORDED}, "lineage": lineage, "writes": _writes(home)}
+        stages.append(row)
+        name = entry["name"]
+        if (home / "log.jsonl").exists():
+            objective, (steps, held_out) = (
+                _objective(record.get("config") or _raw(text, name)),
+                curves(home / "log.jsonl"),
+            )
+            trainings.append({"name": name, "objective": objective, "step": steps, "evaluation": held_out})
+        if isinstance(measured := _json(home / "evaluation.json"), dict):
+            evaluations.append({**measured, "name": name})
+        if isinstance(shown := _json(home / "samples.json"), dict):
+            samples.append({**shown, "name": name})
+        if info := _json(home / "corpus" / "corpus.json"):
+            corpora.append({**info, "name": name})
+    return {
+        "run": run,
+        "stages": stages,
+        "trainings": trainings,
+        "evaluations": evaluations,
+        "samples": samples,
+        "corpora": corpora,
+        "plots": plots(trainings),
+        "bars": bars(evaluations),
+        "recipe": text,
+        "environment": next((s["environment"] for s in reversed(stages) if s.get("environment")), {}),
+    }
+
+
+def _writes(home: Path) -> str:
+    """What a stage has left for others."""
+    return next((name for name in ("checkpoint", "corpus", "tokenizer") if (home / name).is_dir()), "")
+
+
+def _raw(recipe: str, stage: str) -> Config:
+    """What the recipe says of a stage that has not finished."""
+    import yaml
+
+    try:
+        stages = yaml.safe_load(recipe)["stages"]
+        return next((s for s in stages if s.get("name") == stage), {})
+    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _objective(config: Config) -> list[str]:
+    """The names of the objectives that a train stage is configured with."""
+    several = config.get("objectives") or [config.get("objective") or "causal_lm"]
+    names = [entry.get("method", entry) if isinstance(entry, dict) else entry for entry in several]
+    return [str(entry.get("method", entry) if isinstance(entry, dict) else entry) for entry in names]
+
+
+def curves(path: Path) -> tuple[Columns, Columns]:
+    """A training log as columns, of its steps and of its evaluations; lines that are not whole are passed over."""
+    rows: dict[str, list[Config]] = {"step": [], "evaluation": []}
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            rows[row["event"]].append(row)
+        except (json.JSONDecodeError, KeyError, TypeError):
+            continue
+    names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu")
+    steps, held_out = thin(rows["step"]), rows["evaluation"]
+    metrics = {name: [(row.get("metrics") or {}).get(name) for row in held_out] for name in ("loss", BITS)}
+    return (
+        {name: [row.get(name) for row in steps] for name in names},
+        {name: [row.get(name) for row in held_out] for name in AXES} | metrics,
+    )
+
+
+def thin(rows: list[T]) -> list[T]:
+    """At most about `MAX_POINTS` of the rows, evenly chosen, the last among them."""
+    every = -(-len(rows) // MAX_POINTS) or 1
+    return rows[::-every][::-1]
+
+
+def plots(trainings: Sequence[Trained]) -> list[Plot]:
+    """The loss curves by unit, since nats of different objectives do not compare: each unit is a plot of its own."""
+    curves_by_unit: dict[str, list[Curve]] = {}
+    for number, training in enumerate(trainings):
+        # While training, the objectives' weighted sum is logged, but only the first one's held-out value.
+        names: dict[Part, str] = {"step": " + ".join(training["objective"]), "evaluation": training["objective"][0]}
+        bits = {part: any(v is not None for v in training[part][BITS]) for part in names}
+        for part, objective in names.items():
+            column = BITS if bits[part] and (bits["step"] or part == "evaluation") else "loss"
+            if any(v is not None for v in training[part][column]):
+                unit = "bits per byte" if column == BITS else f"loss of {objective} (nats)"
+                curves_by_unit.setdefault(unit, []).append({"training": number, "part": part, "column": column})
+    return [{"unit": unit, "curves": curves} for unit, curves in curves_by_unit.items()]
+
+
+def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
+    """Bits per byte by domain: the models measured on the same text side by side, with the compressors."""
+    charts: dict[str, Chart] = {}
+    for evaluation in evaluations:
+        metrics, by_domain = evaluation.get("metrics") or {}, evaluation.get("domains") or {}
+        if BITS not in metrics:
+            continue
+        tools, domains = evaluation.get("compressors") or {}, sorted(by_domain)
+        key = json.dumps([evaluation.get("documents"), domains, tools], sort_keys=True)
+        if key not in charts:
+            shown = domains[:MAX_DOMAINS] if len(domains) > 1 else []
+            charts[key] = {
+                "domains": shown,
+                "more": len(domains) - len(shown) if shown else 0,
+                "models": [],
+                "tools": [],
+            }
+            charts[key]["tools"] = [_bar(tool, measured, shown) for tool, measured in tools.items()]
+        row = _bar(evaluation["name"], evaluation, charts[key]["domains"])
+        row["interval"] = (evaluation.get("intervals") or {}).get(BITS)
+        charts[key]["models"].append(row)
+    return list(charts.values())
+
+
+def _bar(name: str, measured: Measurement, domains: list[str]) -> Bar:
+    """The value over all text, and those of the domains in their order; None where there is none."""
+    by_domain = measured.get("domains") or {}
+    return {
+        "name": name,
+        "all": (measured.get("metrics") or {}).get(BITS),
+        "values": [(by_domain.get(domain) or {}).get(BITS) for domain in domains],
+    }
+
+
+def _json(path: Path) -> Any:
+    try:
+        return read_json(path)
+    except PretrainError:
+        return None
