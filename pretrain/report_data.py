@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeVar
 
+import yaml
+
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage
@@ -163,8 +165,6 @@ def _writes(home: Path) -> str:
 
 def _raw(recipe: str, stage: str) -> Config:
     """What the recipe says of a stage that has not finished."""
-    import yaml
-
     try:
         stages = yaml.safe_load(recipe)["stages"]
         return next((s for s in stages if s.get("name") == stage), {})

@@ -47,6 +47,16 @@ PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 Lineage: TypeAlias = dict[str, Any]  # what stages say of themselves, each what it has to say
 
 
+class Record(TypedDict, total=False):
+    """`pretrain.json`."""
+
+    format: int
+    lineage: Lineage
+    surgery: list[Entry]
+    checksums: dict[str, str]  # by file
+    dtype: str  # that it was trained in, where some of its weights are stored in a narrower one
+
+
 class Entry(TypedDict):
     """What a checkpoint keeps of a surgery."""
 
@@ -171,12 +181,12 @@ def _write(model: PreTrainedModel, processor: Processor | None, work: Path, line
     write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, "checksums": sums} | held)
 
 
-def read_record(folder: Path | str) -> dict[str, Any]:
+def read_record(folder: Path | str) -> Record:
     """`pretrain.json`; empty for a checkpoint from elsewhere."""
     path = Path(folder) / RECORD
     if not path.exists():
         return {}
-    record = _read_object(path)
+    record = cast("Record", _read_object(path))
     if not isinstance(record.get("format"), int) or not 1 <= record["format"] <= FORMAT:
         raise PretrainError(
             f"{path}: format {record.get('format')!r}: accepted: up to {FORMAT}; a newer pretrain wrote it"

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pretrain.core.errors import PretrainError
 
@@ -35,8 +36,6 @@ def held(tensor: Tensor) -> Box | None:
     """Which part of a sharded tensor this process holds; None of one that every process has whole."""
     if not isinstance(tensor, DTensor) or not any(isinstance(p, Shard) for p in tensor.placements):
         return None
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(start), tuple(shape)
 
