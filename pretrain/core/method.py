@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from dataclasses import MISSING, Field, dataclass, fields, replace
-from functools import cache
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import check_fields, hints
@@ -40,7 +39,6 @@ def is_ref(annotation: object) -> bool:
     return REF in getattr(annotation, "__metadata__", ()) or any(map(is_ref, get_args(annotation)))
 
 
-@dataclass(frozen=True)
 class Method:
     """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
 
