@@ -225,7 +225,7 @@ def drift(item: Planned, verb: str = "made") -> str:
     if codes is None:
         return f"{verb} with code that is not recorded"
     phrases = list(dict.fromkeys(phrase for then in codes for phrase in closure.differences(then, now)))
-    return f"{verb} with other code: {_some(phrases)}" if phrases else ""
+    return f"{verb} with other code: {_shortened(phrases)}" if phrases else ""
 
 
 def begin(item: Planned) -> str:
@@ -238,7 +238,7 @@ def begin(item: Planned) -> str:
     return other
 
 
-def _some(phrases: list[str]) -> str:
+def _shortened(phrases: list[str]) -> str:
     """A few of them, and how many more there are."""
     more = f", and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
     return ", ".join(phrases[:SHOWN]) + more
@@ -267,7 +267,7 @@ def why(item: Planned) -> str:
     if last is None:
         return "never run"
     folder, record = last
-    return f"{_some(_changes(record, item))} (compared with {folder.name}, finished on {_when(record)})"
+    return f"{_shortened(_changes(record, item))} (compared with {folder.name}, finished on {_when(record)})"
 
 
 def _when(record: StageRecord) -> str:

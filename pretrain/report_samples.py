@@ -27,7 +27,7 @@ def panel(samples: list[Sample], left: int) -> tuple[str, int]:
     shown, out = [], 0
     for sample in samples:
         size = len(json.dumps(sample, default=str))
-        drawn = _one(sample) if size <= left else None
+        drawn = _figure(sample) if size <= left else None
         if drawn is None:
             out += size > left
             continue
@@ -40,7 +40,7 @@ def panel(samples: list[Sample], left: int) -> tuple[str, int]:
     return images + (f'<div class="samples">{wide}</div>' if wide else "") + more, left
 
 
-def _one(sample: object) -> str | None:
+def _figure(sample: object) -> str | None:
     """One sample; None for what cannot be drawn."""
     if not isinstance(sample, dict):
         return None

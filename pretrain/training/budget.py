@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
+from pretrain.core.bounds import Positive, check_fields
 from pretrain.core.errors import PretrainError
 
 
@@ -11,17 +12,16 @@ from pretrain.core.errors import PretrainError
 class Budget:
     """Exactly one of the four. Training ends with the first step that reaches it; seconds count training steps only."""
 
-    tokens: float | None = None
-    steps: float | None = None
-    flops: float | None = None
-    seconds: float | None = None
+    tokens: Positive | None = None
+    steps: Positive | None = None
+    flops: Positive | None = None
+    seconds: Positive | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if len(given) != 1:
             raise PretrainError(f"budget {given or '{}'}: accepted: exactly one of tokens, steps, flops, seconds")
-        if self.limit <= 0:
-            raise PretrainError(f"budget {given}: accepted: a number above 0")
+        check_fields(self, "budget")
 
     @property
     def unit(self) -> str:
