@@ -82,7 +82,7 @@ def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
         ("lr: 1e-3", "beta1: -0.1", r"beta1: -0.1: accepted: from 0 to below 1"),
         ("lr: 1e-3", "eps: 0", r"eps: 0: accepted: above 0"),
         ("lr: 1e-3", "weight_decay: -0.1", r"weight_decay: -0.1: accepted: 0 or more"),
-        ("tokens: 1e4", "tokens: .nan", r"tokens nan: accepted: a finite number"),
+        ("tokens: 1e4", "tokens: .nan", r"budget: tokens: nan: accepted: a finite number"),
         ("vocab_size: 512", "vocab_size: 512\n    seed: -1", r"r.yaml:10: tokenizer.seed: -1"),
         ("[stdlib]", "[{stdlib: true, limit: 0}]", r"r.yaml:6: corpus.sources.0: source 'stdlib': limit: 0: accepted: 1 or more, or null"),
         ("[stdlib]", "[]", r"r.yaml:6: corpus.sources: \[\]: .*at least 1"),
