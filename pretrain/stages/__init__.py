@@ -33,6 +33,7 @@ from pretrain.evaluation import Evaluation
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
+from pretrain.records import StageResult
 from pretrain.surgery import Surgery as SurgeryMethod
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ class Stage(BaseModel):
     stage: str
     seed: Whole | None = None  # by default the recipe's
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Do the work; returns `metrics`, and `flops` where it is metered."""
         raise NotImplementedError
 

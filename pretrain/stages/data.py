@@ -18,6 +18,7 @@ from pretrain.corpus.sources import SOURCES, Source
 from pretrain.corpus.store import write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._work import working
+from pretrain.records import StageResult
 from pretrain.stages import DataOperationField, Job, Record, Stage, build_dataclass, dump
 
 if TYPE_CHECKING:
@@ -66,7 +67,7 @@ class Data(Stage):
         """What operations keep while they work."""
         return "with its operations under way" if any(folder.glob("work/*")) else ""
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Write the corpus."""
         skipped = kinds.Skipped()
         stream = (document for source in self.sources for document in kinds.read(source, skipped))

@@ -11,6 +11,7 @@ from pretrain.core.bounds import Count, NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json
 from pretrain.decoding import Decoding
+from pretrain.records import StageResult
 from pretrain.stages import DecodingField, Job, Record, Ref, Stage, checkpoint_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Decode(Stage):
             raise ValueError(str(error)) from error
         return self
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Write `samples.json`."""
         from pretrain.stages.evaluate import load_text
 

@@ -17,6 +17,7 @@ from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation
 from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood.held_out import HeldOut
+from pretrain.records import StageResult
 from pretrain.stages import EvaluationField, Job, Record, Ref, Stage, checkpoint_of, corpus_of
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ class Evaluate(Stage):
             raise ValueError(f"{', '.join(names)}: accepted: each method once, since their metrics have the same names")
         return evaluations
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Write `evaluation.json`."""
         from pretrain.core.checkpoint import lineage
         from pretrain.core.meter import count_flops

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import model_validator
 
 from pretrain.core.files import atomic_folder
+from pretrain.records import StageResult
 from pretrain.stages import Job, Record, Ref, Stage
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ class Processor(Stage):
 
         return new_processor(self.processor["class"], {k: v for k, v in self.processor.items() if k != "class"})
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Write the processor."""
         from pretrain.stages._training_data import open_processor
 

@@ -8,7 +8,8 @@ from pydantic import Field
 
 from pretrain.core.bounds import Count, Ge
 from pretrain.core.errors import PretrainError
-from pretrain.stages import Job, Record, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
+from pretrain.records import StageResult
+from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,7 +36,7 @@ class Surgery(Stage):
     calibration_rows: Count = 128
     length: Annotated[int, Ge(2)] = 512
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Operate and save."""
         from pretrain.core import checkpoint
         from pretrain.surgery import Inputs, operate
@@ -49,16 +50,16 @@ class Surgery(Stage):
         before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
         model, inputs, flops = operate(self.surgeries, model, inputs)
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
-        result = {"metrics": after | before | inputs.extra.get("metrics", {}), "flops": flops}
+        metrics = after | before | inputs.extra.get("metrics", {})
         lineage = checkpoint.lineage(source)
-        history = job.history(result, lineage, *map(checkpoint.lineage, merged))
+        history = job.history({"metrics": metrics, "flops": flops}, lineage, *map(checkpoint.lineage, merged))
         lineage |= history | {"flops": lineage.get("flops", 0) + flops}
         checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage)
         job.say(
             f"{before['parameters_before']:,} -> {after['parameters']:,} parameters, "
             f"{before['bytes_before']:,} -> {after['bytes']:,} bytes"
         )
-        return result
+        return {"metrics": metrics, "flops": flops}
 
     def _batches(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Batch]:
         """Rows of packed training documents, in batches."""

@@ -10,7 +10,8 @@ from pydantic import model_validator
 from pretrain.core.bounds import Count, Ge, Le, Positive
 from pretrain.core.files import atomic_folder, digest
 from pretrain.corpus.store import Corpus
-from pretrain.stages import Job, Record, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.records import StageResult
+from pretrain.stages import Job, Ref, Stage, checkpoint_of, corpus_of
 
 
 class Tokenizer(Stage):
@@ -35,7 +36,7 @@ class Tokenizer(Stage):
             raise ValueError("accepted: exactly one of corpus, checkpoint")
         return self
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Write the tokenizer."""
         from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 

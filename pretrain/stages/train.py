@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 from pretrain.core.bounds import Count, Ge, NonNegative, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.samples import write_samples
+from pretrain.records import StageResult
 from pretrain.stages import (
     Estimate,
     Folders,
@@ -182,7 +183,7 @@ class Train(Stage):
         steps = [path.name.removeprefix("step-") for path in folder.glob("state/step-*")]
         return f"at step {max(map(int, filter(str.isdecimal, steps)), default=0):,}" if steps else ""
 
-    def run(self, job: Job) -> Record:
+    def run(self, job: Job) -> StageResult:
         """Train, then write the checkpoint."""
         from pretrain.core import checkpoint
         from pretrain.core.hardware import pick_device
@@ -231,7 +232,7 @@ class Train(Stage):
         bits = training.metrics.get("bits_per_byte")
         likelihood = f", {bits:.3f} bits per byte" if bits else ""
         job.say(f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs{likelihood}")
-        return {"metrics": training.metrics | spent, "flops": spent["flops"]}
+        return {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
 
     def _write(self, job: Job, training: Training, spent: Record, processor: Processor, splits: Splits) -> None:
         """The checkpoint with its lineage, what the objectives have trained beside it, and samples to look at."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence, Sized
-from typing import Any, Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -12,10 +12,10 @@ from torch import nn
 from pretrain.core.batch import Batch, counts, to_device
 from pretrain.objectives import Objective, share
 
-State = dict[str, Any]  # JSON
+State = TypeVar("State")  # where a loader stands, as it says it itself
 
 
-class Batches(Protocol):
+class Batches(Protocol[State]):
     """What gives the batches: the loader of a training."""
 
     next_step: int
@@ -37,7 +37,7 @@ class Batches(Protocol):
 
 @torch.no_grad()
 def objective_loss(
-    model: nn.Module, modules: nn.Module | None, objective: Objective, loader: Batches, max_tokens: int
+    model: nn.Module, modules: nn.Module | None, objective: Objective, loader: Batches[State], max_tokens: int
 ) -> dict[str, float]:
     """`loss` and the objective's parts, over about `max_tokens` tokens and at most one epoch of `loader`.
 
