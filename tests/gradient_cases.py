@@ -28,7 +28,7 @@ from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.training.budget import Budget
 from pretrain.training.distributed import World, full
-from pretrain.training.loop import _shapes as shapes
+from pretrain.training.loop import _work as work_of
 from pretrain.training.loop import exchange, forward_backward
 from pretrain.training.running import Settings, Trainee, Training
 
@@ -164,10 +164,10 @@ class Case:
         training = Training(
             self.trainee, wrapped or self.trainee, nothing, nothing, nothing, (), settings, world, Path()
         )  # fmt: skip
-        keys = [shapes(batches) for batches in micro_batches]
+        works = [work_of(batches) for batches in micro_batches]
         with still():
-            totals = exchange(training, micro_batches, keys, {})
-            _, record = forward_backward(training, micro_batches, keys, {}, targets or totals.targets)
+            totals = exchange(training, micro_batches, works, {})
+            _, record = forward_backward(training, micro_batches, works, {}, targets or totals.targets)
         for name, buffer in self.trainee.named_buffers():  # what is averaged or counted begins anew
             buffer.copy_(self.buffers[name])
         found = {n: full(p.grad).clone() for n, p in self.trainee.named_parameters() if p.grad is not None}
@@ -276,4 +276,4 @@ def _examples() -> list[Example]:
     ]  # fmt: skip
 
 
-__all__ = ["Case", "all_cases", "build", "counts", "distance"]
+__all__ = ["Case", "all_cases", "build", "counts", "distance", "work_of"]

@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
+import json
+from dataclasses import replace
+
+import pytest
 import torch
+from gradient_cases import all_cases, build, counts, work_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.random import default_rng
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.core.meter import Meter, count_flops, peak_memory
+from pretrain.core import hardware
+from pretrain.core.meter import Meter, Work, count_flops, peak_memory, recomputing
 
 
 def test_forward_and_backward_of_a_linear_layer():
@@ -37,9 +47,79 @@ def test_a_shape_is_counted_once_and_remembered():
         runs.append(1)
         return torch.randn(4, 4) @ torch.randn(4, 4)
 
-    first, second = meter.run("4x4", work)[1], meter.run("4x4", work)[1]
+    first, second = meter.run(Work("4x4"), work)[1], meter.run(Work("4x4"), work)[1]
     assert first == second == 2 * 4**3 and len(runs) == 2
-    assert Meter(meter.counts).run("4x4", lambda: None) == (None, first)
+    again = Meter(json.loads(json.dumps(meter.counts)))
+    assert again.run(Work("4x4"), lambda: None) == (None, first)
+
+
+@given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3000)), min_size=6, max_size=12), st.randoms())
+@settings(max_examples=30, deadline=None)
+def test_work_that_is_affine_in_its_numbers_is_counted_until_they_are_known_and_then_computed(sizes, random):
+    body, *slopes = (random.randrange(1, 10**6) for _ in range(3))
+    meter, counted = Meter(), 0
+
+    def product(rows):
+        return torch.empty(rows, 1) @ torch.empty(1, 1)
+
+    for pair in sizes:
+        work, times = Work("shape", tuple(map(float, pair))), []
+
+        def call(pair=pair, times=times):
+            times.append(1)
+            product(body)
+            for slope, number in zip(slopes, pair, strict=True):
+                product(slope * number)
+
+        known = meter.knows(work)
+        _, flops = meter.run(work, call)
+        assert flops == 2 * (body + sum(slope * number for slope, number in zip(slopes, pair, strict=True)))
+        counted += not known
+    assert counted <= 3  # a point, and one in each of two directions
+
+
+@pytest.mark.parametrize(("name", "given", "family"), all_cases(), ids=lambda value: str(value) if value else "")
+def test_what_is_computed_of_every_objective_is_what_a_count_finds(prepared, tmp_path, name, given, family):
+    case = build(name, given, family, prepared, tmp_path)
+    meter, numbers = Meter(), set()
+    for seed, start in itertools.product(range(3), range(0, 6, 2)):
+        batch = case.objective.prepare(case.rows[start : start + 2], replace(case.context, rng=default_rng(seed)))
+        work = work_of([batch])
+        numbers.add(work)
+
+        def gradient(batch=batch):
+            case.trainee([batch], [counts(batch)])[0].backward()
+
+        (_, truth), (_, flops) = count_flops(gradient), meter.run(work, gradient)
+        assert flops == truth, f"{work}: {flops / truth:.4f} of what was spent"
+    assert sum(map(len, meter.counts.values())) <= len(numbers)
+
+
+def test_what_checkpointing_and_fused_attention_compute_again_is_not_useful(tiny):
+    tokens_BL = torch.randint(3, 90, (2, 16))
+
+    def cost(checkpointing):
+        model = tiny("llama").train()
+        if checkpointing:
+            kwargs = {"use_reentrant": False, "context_fn": recomputing}
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+        meter = Meter()
+        meter.run(Work("a"), lambda: model(input_ids=tokens_BL).logits.sum().backward())
+        return meter.cost(Work("a"))
+
+    plain, again = cost(False), cost(True)
+    scores = 2 * (2 * 2 * 4 * 16 * 16 * 8)  # of two blocks, two rows, four heads
+    assert plain.flops - plain.useful == scores
+    assert again.useful == plain.useful and again.flops > plain.flops
+
+
+def test_utilisation_never_exceeds_the_whole_machine(monkeypatch):
+    device = torch.device("cpu")
+    monkeypatch.setattr(hardware, "_rates", {device: 100.0})  # measured on a busy core
+    monkeypatch.setattr(hardware, "_measured_rate", lambda _: 180.0)
+    assert hardware.utilisation(device, 50.0) == 0.5
+    assert hardware.utilisation(device, 171.0) == 0.95  # measured again
+    assert hardware.utilisation(device, 200.0) == 1.0 and hardware.utilisation(device, 50.0) == 0.25
 
 
 def test_peak_memory_is_of_this_process():

@@ -79,7 +79,7 @@ def test_conda_steps_in_the_basis_of_its_momentum(shape):
 
 
 def test_condas_projections_and_bases_are_metered(tmp_path, tiny):
-    from pretrain.core.meter import Meter
+    from pretrain.core.meter import Meter, Work
 
     layer = torch.nn.Linear(6, 10, bias=False)
     optimizer = Conda(update_gap=3).build([("blocks.0.up.weight", layer.weight)])
@@ -87,7 +87,7 @@ def test_condas_projections_and_bases_are_metered(tmp_path, tiny):
     for _ in range(5):
         layer.weight.grad = torch.randn(10, 6)
         phases.append(optimizer.phase)
-        spent.append(meter.run(f"optimizer {optimizer.phase}", optimizer.step)[1])
+        spent.append(meter.run(Work(f"optimizer {optimizer.phase}"), optimizer.step)[1])
     products, bases = 3 * 2 * 10 * 6 * 6, 6 * 10 * 6**2 + 20 * 6**3
     assert phases == ["new bases", "rotated", "rotated", "new bases", "rotated"]
     assert spent == [products + bases, products, products, products + bases, products]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from policy_run import run, steps
 
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
-from pretrain.core.meter import Meter, count_flops, matrix_products
+from pretrain.core.meter import Meter, Work, count_flops, matrix_products
 from pretrain.core.models.families import base, linears, set_module
 from pretrain.policies import Policy
 from pretrain.policies.mixing.stability_gap import StabilityGap
@@ -93,12 +94,12 @@ def test_the_meter_remembers_products_and_recounts_only_when_they_are_new():
         runs.append(1)
         return layer(x)
 
-    meter.run("a", work)
-    _, flops = meter.run("a", work, {"it": layer})
-    assert meter.products == {"a": {"it": 2 * 2 * 4 * 8 * 16}} and flops == 2 * 4 * 8 * 16
-    again = Meter(meter.counts, meter.products)
-    assert again.run("a", lambda: None, {"it": layer}) == (None, flops)
-    assert again.skipped("a", {"it": 0.5}) == 2 * 4 * 8 * 16 and again.skipped("b", {}) == 0
+    meter.run(Work("a"), work)
+    _, flops = meter.run(Work("a"), work, {"it": layer})
+    assert meter.cost(Work("a")).products == {"it": 2 * 2 * 4 * 8 * 16} and flops == 2 * 4 * 8 * 16
+    again = Meter(json.loads(json.dumps(meter.counts)))
+    assert again.run(Work("a"), lambda: None, {"it": layer}) == (None, flops) and len(runs) == 2
+    assert again.cost(Work("a")).skipped({"it": 0.5}) == 2 * 4 * 8 * 16 and again.cost(Work("a")).skipped({}) == 0
     assert not layer._forward_hooks
 
 
@@ -106,8 +107,9 @@ def test_the_meter_remembers_products_and_recounts_only_when_they_are_new():
 def test_spdf_is_credited_its_share_of_the_masked_layers_and_nothing_else(tiny, prepared, tmp_path):
     dense = run(prepared, tiny(vocab_size=512), tmp_path / "dense", SPDF(sparsity=0.0))
     sparse = run(prepared, tiny(vocab_size=512), tmp_path / "sparse", SPDF(sparsity=0.75))
-    products = sum(sum(p.values()) for p in sparse.meter.products.values())
-    assert len(sparse.meter.products) == 1  # one shape of batch
+    met = [counted for counted in sparse.meter.counts.values() if counted[0][3]]
+    assert len(met) == 1  # one shape of batch
+    products = sum(met[0][0][3].values())
     assert sparse.dense_flops == dense.dense_flops == dense.flops
     assert sparse.flops == pytest.approx(dense.flops - 6 * 0.75 * products, abs=6)
     model = sparse.model

@@ -7,7 +7,6 @@ import functools
 import importlib.metadata
 import os
 import platform
-import statistics
 import sys
 import time
 from pathlib import Path
@@ -43,9 +42,28 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-@functools.cache
+_rates: dict[torch.device, float] = {}  # the best that was seen of each device
+
+
 def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product in the device's training precision: measured once, the yardstick of MFU."""
+    """FLOP/s of a large matrix product in the device's training precision: the best that was measured."""
+    if device not in _rates:
+        _rates[device] = _measured_rate(device)
+    return _rates[device]
+
+
+def utilisation(device: torch.device, rate: float) -> float:
+    """`rate` (FLOP/s) as a share of what the device can do, its `matrix_rate`.
+
+    A core that was busy while the yardstick was made has made it too short. One that work comes near to is measured
+    again, and what work has reached the device can do.
+    """
+    if rate > 0.9 * matrix_rate(device):
+        _rates[device] = max(_rates[device], _measured_rate(device), rate)
+    return rate / _rates[device]
+
+
+def _measured_rate(device: torch.device) -> float:
     dtype = precision(device) or torch.float32
     size = 8192 if device.type == "cuda" else 1024
     a, b = torch.randn(2, size, size, device=device, dtype=dtype)
@@ -56,7 +74,7 @@ def matrix_rate(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / statistics.median(seconds[2:])
+    return 2 * size**3 / min(seconds)
 
 
 def tune_allocator() -> None:

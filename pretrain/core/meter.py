@@ -2,8 +2,14 @@
 
 A multiply-add counts as two operations, as everywhere in the field. Matrix products, convolutions, attention and
 decompositions are counted, forward, backward, recomputed, of auxiliary models and of the optimiser; elementwise work is
-not. The count of a step depends on its shapes only, so it is taken once for each shape, while a real step runs, and
-then remembered.
+not. What a step costs follows from its shapes and, since the output layer sees only the positions that have a target,
+from its numbers of targets, in which it is affine. So work of one shape is counted while a real step runs until what
+its targets cost is known, and from then on computed:
+
+    cost(n) = Σ aᵢ cost(nᵢ)   where   n = Σ aᵢ nᵢ,  Σ aᵢ = 1
+
+What activation checkpointing or a fused attention kernel computes a second time is work, but no progress: it is counted
+apart, so that the share of the machine that a model makes use of (MFU) can leave it out.
 
 A method may leave work out that this machine does all the same: products with the zeros of a sparse matrix. What a
 step spends on each of such matrices is counted apart, so that the share that is zero can be taken off.
@@ -14,32 +20,30 @@ from __future__ import annotations
 import math
 import resource
 import sys
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from contextvars import ContextVar
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
 
 T = TypeVar("T")
+Shape = Sequence[int]
 
 
-def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+    return int(sdpa_flop_count(query, key, value))
 
 
-def _attention_backward(grad_out: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(grad_out, query, key, value)
-
-
-def _in_place_product(self: Any, a: Any, b: Any, *_: Any, **__: Any) -> int:
+def _in_place_product(self: Shape, a: Shape, b: Shape, *_: object, **__: object) -> int:
     return math.prod(a) * 2 * b[-1]
 
 
-def _singular_vectors(a: Any, *_: Any, **__: Any) -> int:
+def _singular_vectors(a: Shape, *_: object, **__: object) -> int:
     """Of an m × n matrix, m ≥ n, with thin U and V: 6 m n² + 20 n³ (Golub and Van Loan, Matrix Computations, 8.6.3)."""
     *many, rows, columns = a
     m, n = max(rows, columns), min(rows, columns)
@@ -48,40 +52,77 @@ def _singular_vectors(a: Any, *_: Any, **__: Any) -> int:
 
 # What `FlopCounterMode` does not know: the attention kernel of CPUs, products that add to a tensor in place, and
 # decompositions.
-_UNKNOWN = {
+_UNKNOWN: dict[Any, Callable[..., int]] = {
     torch.ops.aten._linalg_svd: _singular_vectors,
     torch.ops.aten.addmm_: _in_place_product,
     torch.ops.aten.baddbmm_: _in_place_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
+_BACKWARD = (
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
+    torch.ops.aten._scaled_dot_product_flash_attention_backward,
+    torch.ops.aten._scaled_dot_product_efficient_attention_backward,
+    torch.ops.aten._scaled_dot_product_cudnn_attention_backward,
+)
 
 
-_counting: ContextVar[bool] = ContextVar("counting", default=False)
+class _Counter:
+    """A count of FLOPs, and of those among them that something is computed a second time for."""
+
+    def __init__(self) -> None:
+        formulas = _UNKNOWN | dict.fromkeys(_BACKWARD, self._attention_backward)
+        self.mode, self.repeated = FlopCounterMode(display=False, custom_mapping=formulas), 0
+
+    def _attention_backward(self, grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
+        """Five products, the first of which makes the scores again."""
+        self.repeated += 2 * math.prod(query) * key[-2]
+        return int(sdpa_backward_flop_count(grad, query, key, value))
+
+    def cost(self, products: dict[str, int] | None = None) -> Cost:
+        flops = int(self.mode.get_total_flops())
+        return Cost(flops, flops - self.repeated, products or {})
+
+
+_counters: list[_Counter] = []  # those that are open; backward passes run in threads of their own, which see it too
 
 
 def counting() -> bool:
     """Whether FLOPs are being counted, and nothing is compiled."""
-    return _counting.get()
+    return bool(_counters)
 
 
 @contextmanager
-def _counter() -> Iterator[FlopCounterMode]:
+def _counter() -> Iterator[_Counter]:
     """While open, counts FLOPs. Eagerly: a frame first seen under the counter would never be compiled afterwards."""
-    before = _counting.set(True)
+    counter = _Counter()
+    _counters.append(counter)
     try:
-        counter = FlopCounterMode(display=False, custom_mapping=_UNKNOWN)
-        with torch.compiler.set_stance("force_eager"), counter:
+        with torch.compiler.set_stance("force_eager"), counter.mode:
             yield counter
     finally:
-        _counting.reset(before)
+        _counters.remove(counter)
 
 
 def count_flops(work: Callable[[], T]) -> tuple[T, int]:
     """Run `work` once and count its FLOPs."""
     with _counter() as counter:
         result = work()
-    return result, int(counter.get_total_flops())
+    return result, counter.cost().flops
+
+
+@contextmanager
+def _repeating() -> Iterator[None]:
+    before = [counter.mode.get_total_flops() - counter.repeated for counter in _counters]
+    try:
+        yield
+    finally:  # checkpointing leaves the recomputation by an exception as soon as it has what it needs
+        for counter, flops in zip(_counters, before, strict=True):
+            counter.repeated = int(counter.mode.get_total_flops() - flops)
+
+
+def recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+    """The `context_fn` of `torch.utils.checkpoint`: what its second forward pass spends counts as recomputed."""
+    return nullcontext(), _repeating()
 
 
 @contextmanager
@@ -95,7 +136,7 @@ def matrix_products(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]
     handles = []
     for name, layer in layers.items():
 
-        def count(layer: nn.Module, inputs: tuple[Any, ...], _: Any, name: str = name) -> None:
+        def count(layer: nn.Module, inputs: tuple[torch.Tensor, ...], _: object, name: str = name) -> None:
             x, weight = inputs[0], layer.get_parameter("weight")
             products = 1
             if torch.is_grad_enabled() and not recomputed.is_bw:
@@ -110,50 +151,90 @@ def matrix_products(layers: Mapping[str, nn.Module]) -> Iterator[dict[str, int]]
             handle.remove()
 
 
-class Meter:
-    """FLOPs by shape: of all work, and of the linear layers whose zeros a method takes off.
+@dataclass(frozen=True)
+class Work:
+    """What tells the cost of some work: its shapes, and the numbers in which it is affine."""
 
-    Both are JSON-like and are saved with the training state, so a resumed run never recounts.
+    shapes: str
+    sizes: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some work spends, in FLOPs."""
+
+    flops: int
+    useful: int  # without what is computed a second time
+    products: Mapping[str, int] = field(default_factory=dict)  # of linear layers with zeros, by name
+
+    def skipped(self, zeros: Mapping[str, float]) -> int:
+        """The products with zeros, by the share of zeros in each layer's weight."""
+        return int(sum(share * self.products[layer] for layer, share in zeros.items()))
+
+
+Counted = tuple[list[float], int, int, dict[str, int]]  # sizes, and a cost's three fields: JSON-like
+
+
+class Meter:
+    """What work costs that was met before, by its shapes.
+
+    `counts` is JSON-like and is saved with the training state, so a resumed run never recounts.
     """
 
-    def __init__(self, counts: dict[str, int] | None = None, products: dict[str, dict[str, int]] | None = None) -> None:
-        self.counts: dict[str, int] = dict(counts or {})
-        self.products: dict[str, dict[str, int]] = dict(products or {})
+    def __init__(self, counts: Mapping[str, Sequence[Counted]] | None = None) -> None:
+        self.counts: dict[str, list[Counted]] = {shapes: list(each) for shapes, each in (counts or {}).items()}
 
-    def knows(self, key: Hashable, zeros: Collection[str] = ()) -> bool:
-        """Whether the work `key` has been counted, with the products of layers that have `zeros`."""
-        return str(key) in self.counts and (not zeros or str(key) in self.products)
+    def knows(self, work: Work, zeros: Collection[str] = ()) -> bool:
+        """Whether it is known what `work` costs, with the products of layers that have `zeros`."""
+        counted = self.counts.get(work.shapes, [])
+        return all(set(zeros) <= set(c[3]) for c in counted) and _coordinates(counted, work.sizes) is not None
+
+    def cost(self, work: Work) -> Cost:
+        """What `work` costs; it must be known."""
+        counted = self.counts[work.shapes]
+        at = _coordinates(counted, work.sizes)
+        assert at is not None, f"the meter has not counted {work}"
+
+        def between(numbers: Sequence[int]) -> int:
+            return round(float(at @ np.array(numbers, dtype=np.float64)))
+
+        products = {name: between([c[3][name] for c in counted]) for name in counted[0][3]}
+        return Cost(between([c[1] for c in counted]), between([c[2] for c in counted]), products)
 
     @contextmanager
-    def counting(self, key: Hashable, layers: Mapping[str, nn.Module] | None = None) -> Iterator[None]:
-        """While open, counts the FLOPs of work that `key` names, if it is met for the first time, into `counts`.
+    def counting(self, work: Work, layers: Mapping[str, nn.Module] | None = None) -> Iterator[None]:
+        """While open, counts the FLOPs of `work`, if it is not known what it costs, into `counts`.
 
-        Those of `layers` are counted apart, for `skipped`.
+        Those of `layers` are counted apart, for `Cost.skipped`.
         """
-        name = str(key)
-        if self.knows(name, layers or ()):
+        if self.knows(work, layers or ()):
             yield
             return
         with matrix_products(layers or {}) as products, _counter() as counter:
             yield
-        self.counts[name] = int(counter.get_total_flops())
-        if layers:
-            self.products[name] = products
+        cost = counter.cost(products)
+        like = [c for c in self.counts.get(work.shapes, []) if c[3].keys() == products.keys()]
+        self.counts[work.shapes] = [*like, (list(work.sizes), cost.flops, cost.useful, dict(products))]
 
-    def run(self, key: Hashable, work: Callable[[], T], layers: Mapping[str, nn.Module] | None = None) -> tuple[T, int]:
-        """Run `work` under `counting`; returns its result and its FLOPs."""
-        with self.counting(key, layers):
-            result = work()
-        return result, self.counts[str(key)]
+    def run(self, work: Work, call: Callable[[], T], layers: Mapping[str, nn.Module] | None = None) -> tuple[T, int]:
+        """Call `call` under `counting`; returns its result and its FLOPs."""
+        with self.counting(work, layers):
+            result = call()
+        return result, self.cost(work).flops
 
-    def flops(self, keys: Iterable[Hashable], zeros: Mapping[str, float]) -> tuple[int, int]:
-        """The FLOPs of all this work, and those of products with zeros among them."""
-        keys = list(keys)
-        return sum(self.counts[str(key)] for key in keys), sum(self.skipped(key, zeros) for key in keys)
 
-    def skipped(self, key: Hashable, zeros: Mapping[str, float]) -> int:
-        """How many FLOPs of the work `key` are products with zeros, by the share of zeros in each layer's weight."""
-        return int(sum(share * self.products[str(key)][layer] for layer, share in zeros.items()))
+def _coordinates(counted: Sequence[Counted], sizes: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+    """`sizes` as Σ aᵢ sizesᵢ with Σ aᵢ = 1, or None where it does not lie among those that were counted."""
+    if not counted:
+        return None
+    points = np.array([[*c[0], 1.0] for c in counted]).T
+    wanted = np.array([*sizes, 1.0])
+    met = np.flatnonzero((points == wanted[:, None]).all(axis=0))
+    if len(met):
+        return np.eye(len(counted))[met[0]]
+    scale = np.maximum(np.abs(points).max(axis=1), 1.0)
+    at: np.ndarray[Any, np.dtype[np.float64]] = np.linalg.lstsq(points / scale[:, None], wanted / scale, rcond=1e-9)[0]
+    return at if np.allclose(points @ at, wanted, rtol=1e-9, atol=1e-6) else None
 
 
 def peak_memory(device: torch.device | str = "cpu") -> int:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from pretrain.core import hardware
 from pretrain.core.batch import Batch, counts, to_device
 from pretrain.core.errors import PretrainError
-from pretrain.core.meter import peak_memory
+from pretrain.core.meter import Work, peak_memory, recomputing
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss, Objective, share
@@ -139,7 +139,7 @@ def _start(
         accelerate(model)
     if settings.checkpointing:
         cast("PreTrainedModel", model).gradient_checkpointing_enable(
-            gradient_checkpointing_kwargs={"use_reentrant": False}
+            gradient_checkpointing_kwargs={"use_reentrant": False, "context_fn": recomputing}
         )
     if settings.compile:
         for block in families.repeated_blocks(model):
@@ -170,22 +170,20 @@ def step(training: Training) -> Step:
         policy.before_step(training, training.state[policy.name], flat)
     check_written(training.trainee.objectives, micro_batches)
 
-    keys, zeros = [_shapes(batches) for batches in micro_batches], _zeros(training)
-    totals = exchange(training, micro_batches, keys, zeros)
-    losses, record = forward_backward(training, micro_batches, keys, zeros, totals.targets)
+    works, zeros = [_work(batches) for batches in micro_batches], _zeros(training)
+    totals = exchange(training, micro_batches, works, zeros)
+    losses, record = forward_backward(training, micro_batches, works, zeros, totals.targets)
     record["grad_norm"] = full(nn.utils.clip_grad_norm_(training.trainee.parameters(), settings.clip or math.inf))
-    spend(training, keys, zeros, totals)
+    spend(training, works, zeros, totals)
 
     # Only now is it known what a step spends, and with it how many steps the budget makes.
     factor = training.schedule.factor(number, settings.budget.total_steps(training.spent))
     for group in training.optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor
-    key = f"optimizer {getattr(training.optimizer, 'phase', '')}"  # steps of one phase cost the same
+    update = Work(f"optimizer {getattr(training.optimizer, 'phase', '')}")  # steps of one phase cost the same
     if training.guard.admits(record["grad_norm"], training.step):
-        with training.meter.counting(key):
-            training.optimizer.step()
-        training.flops += training.meter.counts[key]
-        training.dense_flops += training.meter.counts[key]
+        _, flops = training.meter.run(update, training.optimizer.step)
+        training.flops, training.dense_flops = training.flops + flops, training.dense_flops + flops
         for policy in training.policies:
             policy.after_step(training, training.state[policy.name], flat, losses)
     training.optimizer.zero_grad(set_to_none=True)
@@ -194,21 +192,21 @@ def step(training: Training) -> Step:
 
 
 def forward_backward(
-    training: Training, micro_batches: MicroBatches, keys: list[str], zeros: Zeros, targets: list[Counts]
+    training: Training, micro_batches: MicroBatches, works: list[Work], zeros: Zeros, targets: list[Counts]
 ) -> tuple[list[Loss], Step]:
     """Leave the gradient of the mean over all targets of the step, over micro-batches and processes alike."""
     world, layers = training.world, families.linears(training.model) if zeros else {}
     layers = {name: layer for name, layer in layers.items() if name in zeros}
     total, losses = torch.zeros((), device=world.device), []
     parts: dict[str, Tensor] = {}
-    for index, (key, batches) in enumerate(zip(keys, micro_batches, strict=True)):
+    for index, (work, batches) in enumerate(zip(works, micro_batches, strict=True)):
         # Each term of an objective counts by its share of the step's targets; processes average, hence their number.
         shares = [
             {name: number * world.size / max(total[name], 1.0) for name, number in counts(batch).items()}
             for batch, total in zip(batches, targets, strict=True)
         ]
         last = index + 1 == len(micro_batches)
-        with training.meter.counting(key, layers), synchronised(training.wrapped, last=last):
+        with training.meter.counting(work, layers), synchronised(training.wrapped, last=last):
             with autocast(world.device, training.settings.precision):
                 value, micro_losses = training.wrapped(batches, shares)
             value.backward(seed(value))
@@ -226,20 +224,19 @@ class Totals:
 
     targets: list[Counts]  # of each objective
     tokens: int
-    flops: tuple[int, int]  # all, and of products with zeros; (0, 0) while some process has not `counted` them
-    counted: bool
+    flops: dict[str, float] | None  # None while some process does not know what its shapes cost
 
 
-def exchange(training: Training, micro_batches: MicroBatches, keys: list[str], zeros: Zeros) -> Totals:
+def exchange(training: Training, micro_batches: MicroBatches, works: list[Work], zeros: Zeros) -> Totals:
     """Sum the step's numbers over all processes, in one all-reduce between hosts.
 
     With them go the seconds of the steps before, which all processes take to be their mean, and whether one was asked
     to stop.
     """
-    world, meter = training.world, training.meter
-    counted = all(meter.knows(key, zeros) for key in keys)
-    dense, skipped = meter.flops(keys, zeros) if counted else (0, 0)
-    local: dict[str | tuple[int, str], float] = {"dense": dense, "skipped": skipped, "uncounted": not counted}
+    world = training.world
+    known = all(training.meter.knows(work, zeros) for work in works)
+    flops = _flops(training, works, zeros) if known else dict.fromkeys(("dense", "useful", "skipped"), 0.0)
+    local: dict[str | tuple[int, str], float] = {**flops, "unknown": not known}
     local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
     local |= {"seconds": training.unshared, "asked": training.interrupts.asked}
     for index, batch in ((i, batch) for batches in micro_batches for i, batch in enumerate(batches)):
@@ -249,17 +246,30 @@ def exchange(training: Training, micro_batches: MicroBatches, keys: list[str], z
     training.seconds, training.unshared = training.seconds + whole["seconds"] / world.size, 0.0
     training.interrupts.agreed = whole["asked"] > 0
     targets = [{name: whole[i, name] for name in counts(batch)} for i, batch in enumerate(micro_batches[0])]
-    return Totals(targets, int(whole["tokens"]), (int(whole["dense"]), int(whole["skipped"])), not whole["uncounted"])
+    return Totals(targets, int(whole["tokens"]), None if whole["unknown"] else {name: whole[name] for name in flops})
 
 
-def spend(training: Training, keys: list[str], zeros: Zeros, totals: Totals) -> None:
+def spend(training: Training, works: list[Work], zeros: Zeros, totals: Totals) -> None:
     """Count the step and what its gradient has cost."""
-    dense, skipped = totals.flops
-    if not totals.counted:  # a further all-reduce, in the few steps in which some process met a new shape
-        dense, skipped = map(int, training.world.sum([*training.meter.flops(keys, zeros)]))
+    flops = totals.flops
+    if flops is None:  # a further all-reduce, in the few steps in which some process met a new shape
+        local = _flops(training, works, zeros)
+        flops = dict(zip(local, training.world.sum([*local.values()]), strict=True))
     training.step, training.tokens = training.step + 1, training.tokens + totals.tokens
-    training.flops, training.dense_flops = training.flops + dense - skipped, training.dense_flops + dense
+    training.flops += int(flops["dense"] - flops["skipped"])
+    training.dense_flops += int(flops["dense"])
+    training.useful_flops += int(flops["useful"])
     training.tick()
+
+
+def _flops(training: Training, works: list[Work], zeros: Zeros) -> dict[str, float]:
+    """What this process's micro-batches cost: all, what is not computed a second time, products with zeros."""
+    costs = [training.meter.cost(work) for work in works]
+    return {
+        "dense": sum(cost.flops for cost in costs),
+        "useful": sum(cost.useful for cost in costs),
+        "skipped": sum(cost.skipped(zeros) for cost in costs),
+    }
 
 
 def _zeros(training: Training) -> Zeros:
@@ -325,14 +335,15 @@ def _finished(record: Step, training: Training, targets_per_byte: float | None) 
         "grad_norm": norm,
         "lr": training.optimizer.param_groups[0]["lr"],
         "tokens_per_second": since["tokens"] / max(since["seconds"], 1e-9),
-        "mfu": since["dense_flops"] / max(since["seconds"], 1e-9) / (hardware.matrix_rate(world.device) * world.size),
+        "mfu": hardware.utilisation(world.device, since["useful_flops"] / max(since["seconds"], 1e-9) / world.size),
         "memory_bytes": peak_memory(world.device),
     }
 
 
-def _shapes(batches: list[Batch]) -> str:
-    """What the FLOPs of a micro-batch depend on."""
-    return ";".join(f"{k}{list(v.shape)}" for b in batches for k, v in sorted(b.items()) if v.ndim)
+def _work(batches: list[Batch]) -> Work:
+    """What the FLOPs of a micro-batch depend on: its shapes and its numbers of targets."""
+    shapes = ";".join(f"{k}{list(v.shape)}" for b in batches for k, v in sorted(b.items()) if v.ndim)
+    return Work(shapes, tuple(number for batch in batches for number in counts(batch).values()))
 
 
 def _seed(*numbers: int) -> int:

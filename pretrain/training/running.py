@@ -81,6 +81,7 @@ class Training:
     tokens: int = 0
     flops: int = 0
     dense_flops: int = 0  # with the products with zeros that `flops` leaves out
+    useful_flops: int = 0  # of the gradient, without what is computed a second time
     seconds: float = 0.0
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
     clock: float = field(default_factory=time.perf_counter)  # up to when seconds are counted
@@ -114,8 +115,8 @@ class Training:
         return self.interrupts.agreed or (self.world.size == 1 and self.interrupts.asked)
 
     def lap(self) -> dict[str, float]:
-        """What was spent since the last lap, with the dense FLOPs."""
-        before, self.logged = self.logged, self.spent | {"dense_flops": self.dense_flops}
+        """What was spent since the last lap, with the useful FLOPs."""
+        before, self.logged = self.logged, self.spent | {"useful_flops": self.useful_flops}
         return {name: value - before.get(name, 0) for name, value in self.logged.items()}
 
     def tick(self) -> None:
@@ -127,9 +128,8 @@ class Training:
 
     def save(self) -> None:
         """Copy the training state, which is written in the background; every process must call it."""
-        names = ("tokens", "flops", "dense_flops", "seconds", "metrics")
-        record = {name: getattr(self, name) for name in names}
-        record |= {"meter": self.meter.counts, "products": self.meter.products}
+        names = ("tokens", "flops", "dense_flops", "useful_flops", "seconds", "metrics")
+        record = {name: getattr(self, name) for name in names} | {"meter": self.meter.counts}
         record |= {"loader": self.loader.state(), "seed": self.settings.seed}
         record |= {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
         states.save(
@@ -153,7 +153,9 @@ class Training:
         self.step, self.tokens, self.seconds = record["step"], record["tokens"], record["seconds"]
         self.flops, self.metrics = record["flops"], record["metrics"]
         self.dense_flops = record.get("dense_flops", self.flops)
-        self.meter = Meter(record["meter"], record.get("products"))
+        self.useful_flops = record.get("useful_flops", self.dense_flops)
+        if "useful_flops" in record:  # else it is of a meter that knew nothing of targets: all is counted anew
+            self.meter = Meter(record["meter"])
         self.guard.skipped, self.guard.in_row = record.get("skipped", 0), record.get("skipped_in_row", 0)
         self.loader.load_state(record["loader"])
         self.state.update(policies)

@@ -17,6 +17,7 @@ from pretrain.core.batch import Batch
 from pretrain.core.bounds import Count, Ge, NonNegative, OpenShare, Positive, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
+from pretrain.core.meter import Work
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training, due
 from pretrain.surgery.adapters.increlora import RESERVED, GrowingAdapter, growing
@@ -75,7 +76,7 @@ class IncreLoRAAllocation(Policy):
             def work() -> None:
                 (self.reg_orth_coef * orthogonality(list(layers.values()))).backward()
 
-            _, flops = training.meter.run(f"increlora {total}", work)
+            _, flops = training.meter.run(Work(f"increlora {total}"), work)
             training.flops, training.dense_flops = training.flops + flops, training.dense_flops + flops
 
     def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
