@@ -195,6 +195,8 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
         given = {"latents": 2, "ahead": 4, "traces": 6} | given
     if name == "deft":  # a sharper count than this one makes much of rounding
         given = given | {"epsilon": 1e-2}
+    if name == "cache_augmentation":  # its defaults make rows of thousands of positions
+        given = {"traces": 8, "latents": 4, "ahead": 4} | given
     objective = cls(**_needed(name, needed - given.keys(), family, vocabulary, tokenizer, folder), **given)
     torch.manual_seed(0)
     generates = "seq2seq" in (name, given.get("objective"))

@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_job import parts
 
 from pretrain.core.batch import is_count, to_device
+from pretrain.core.meter import Work
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.training.distributed import World
 from pretrain.training.loop import _start, exchange, forward_backward, step
@@ -78,9 +79,9 @@ def test_gradients_are_made_without_reading_anything_of_the_device(prepared, tmp
         World(0, 1, META), tmp_path,
     )  # fmt: skip
     micro_batches = [[to_device(batch, META) for batch in batches] for batches in made.micro_batches()]
-    keys = [str(number) for number, _ in enumerate(micro_batches)]
-    totals = exchange(training, micro_batches, keys, {})
-    losses, record = forward_backward(training, micro_batches, keys, {}, totals.targets)
+    works = [Work(str(number)) for number, _ in enumerate(micro_batches)]
+    totals = exchange(training, micro_batches, works, {})
+    losses, record = forward_backward(training, micro_batches, works, {}, totals.targets)
     norm = torch.nn.utils.clip_grad_norm_(made.trainee.parameters(), 1.0)
     assert len(losses) == 3 and record["loss"].device == norm.device == META
     with pytest.raises(RuntimeError, match="meta"):
