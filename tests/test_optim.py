@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 
+from pretrain.core.errors import PretrainError
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.optimizers.conda import Conda
 from pretrain.optim.schedules.cosine import Cosine
@@ -32,6 +33,22 @@ def test_wsd_is_flat_until_its_decay_and_ends_at_final():
     schedule = WSD(warmup=0.1, decay=0.2, final=0.01)
     assert [schedule.factor(s, 100) for s in (10, 50, 80)] == [1.0, 1.0, 1.0]
     assert schedule.factor(90, 100) == pytest.approx(0.1) and schedule.factor(100, 100) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("shape", "middle"), [("linear", 0.5), ("sqrt", 1 - math.sqrt(0.5))])
+def test_a_fall_to_zero_is_at_zero_only_at_the_end(shape, middle):
+    schedule = WSD(warmup=0, decay=0.2, final=0.0, shape=shape)
+    factors = [schedule.factor(step, 100) for step in range(101)]
+    assert factors[80] == 1 and factors[90] == pytest.approx(middle) and factors[99] > 0 == factors[100]
+    with pytest.raises(PretrainError, match=r"wsd: final 0: accepted: above 0, or shape linear or sqrt"):
+        WSD(final=0.0)
+
+
+def test_a_warm_up_longer_than_the_training_is_refused_and_clipped_where_its_length_is_a_guess():
+    with pytest.raises(PretrainError, match=r"linear: warmup 300: accepted: at most the 200 steps of the budget"):
+        Linear(warmup=300).check(200)
+    Linear(warmup=0.5).check(1), Linear(warmup=200).check(200)
+    assert Cosine(warmup=300).factor(199, 200) == 1
 
 
 def test_adamw_decays_matrices_only_and_equals_the_formula():

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from training_job import parts
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
@@ -24,8 +27,9 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.schedules.constant import Constant
+from pretrain.optim.schedules.cosine import Cosine
 from pretrain.policies import Policy
-from pretrain.training import state
+from pretrain.training import loop, running, state
 from pretrain.training.budget import Budget
 from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
@@ -209,10 +213,61 @@ def test_each_budget_stops_training_when_it_is_spent(tiny, prepared, tmp_path, u
 
 
 def test_the_flops_of_a_step_are_those_of_its_forward_and_backward_pass(tiny, prepared, tmp_path):
-    training = small(prepared, tiny, tmp_path)
-    batch = training.loader.step(5, 0.0)[0][0]
-    _, flops = count_flops(lambda: CausalLM().loss(training.model, batch).value.backward())
-    assert log(tmp_path)[0]["flops"] == pytest.approx(flops, rel=0.02)  # rows differ in how many tokens have a target
+    seen = []
+
+    @dataclass(frozen=True)
+    class Watch(Policy):
+        name = "watch"
+
+        def before_step(self, training, state, batches):
+            seen.append(batches)
+
+    training = small(prepared, tiny, tmp_path, policies=[Watch()], micro_rows=2)
+    spent = [
+        sum(count_flops(lambda b=b: CausalLM().loss(training.model, b).value.backward())[1] for b in batches)
+        for batches in seen
+    ]
+    assert len(set(spent)) > 1  # rows differ in how many tokens have a target
+    assert [row["flops"] for row in log(tmp_path)] == list(itertools.accumulate(spent))
+
+
+@dataclass
+class Clock:
+    """A time that stands still but for the loader, which takes what is asked of it."""
+
+    now: float = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.mark.parametrize("slower", [1, 3])
+def test_seconds_give_the_same_schedule_whatever_the_speed_and_leave_compilation_out(
+    prepared, tmp_path, monkeypatch, slower
+):
+    model, loader, objectives, optimizer, _, settings, folder = parts(tmp_path, prepared, 1)
+    clock, made = Clock(), loader.step
+    for module in (loop, running):
+        monkeypatch.setattr(module, "time", clock)
+
+    def slow(number, progress):
+        late = folder.exists() and clock.now > 500 + 20
+        clock.now += 250 if number < 2 else 1 * (slower if late else 1)
+        return made(number, progress)
+
+    loader.step = slow
+    settings = replace(settings, budget=Budget(seconds=40), save_every=0, evaluate_every=0, log_every=1)
+    train(model, loader, objectives, optimizer, Cosine(warmup=0.25, final=0), settings, folder)
+    rows = log(folder)
+    assert 1 <= [row["seconds"] for row in rows].count(0) <= 3  # the steps that count and compile
+
+    def factor(t):
+        return t / 0.25 if t < 0.25 else (1 + math.cos(math.pi * min(1, (t - 0.25) / 0.75))) / 2
+
+    for before, row in itertools.pairwise(rows[3:]):
+        low, high = sorted(factor(r["seconds"] / 40) for r in (before, row))  # as the step begins, and as it ends
+        assert low - 0.06 <= row["lr"] / optimizer.lr <= high + 0.06, row["seconds"]  # a step is 1/10 of the warm-up
+    assert rows[3]["lr"] < 0.25 * optimizer.lr and rows[-1]["seconds"] >= 40
 
 
 def test_policies_see_each_step_and_remember_over_a_resume(tiny, prepared, tmp_path):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NotRequired, TypedDict
 
 from pretrain.core.bounds import NonNegative
+from pretrain.core.errors import PretrainError
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
@@ -43,6 +44,14 @@ class Schedule(Method):
         """The factor on the peak learning rate at `step` (from 0) of `total` steps."""
         raise NotImplementedError
 
+    def check(self, total: int) -> None:
+        """Refuse a warm-up that is longer than a training of `total` steps, whose rate would never be at its peak."""
+        warmup = getattr(self, "warmup", 0.0)
+        if warmup >= 1 and warmup > total:
+            raise PretrainError(
+                f"{self.name}: warmup {warmup:g}: accepted: at most the {total} steps of the budget, or a share below 1"
+            )
+
 
 class Group(TypedDict):
     """Parameters that are stepped alike."""
@@ -63,5 +72,5 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
 
 
 def warmup_steps(warmup: float, total: int) -> int:
-    """A warm-up given as a share of training (below 1) or as a number of steps, in steps."""
-    return round(warmup * total) if warmup < 1 else int(warmup)
+    """A warm-up given as a share of training (below 1) or as a number of steps, in steps; the last is at the peak."""
+    return round(warmup * total) if warmup < 1 else min(int(warmup), total)

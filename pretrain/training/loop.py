@@ -44,6 +44,7 @@ from pretrain.training.running import Trainee, Training
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+FIRST = 8  # steps in which shapes are compiled and counted without their seconds being spent
 MicroBatches = list[list[Batch]]  # those of a step, each one batch an objective
 Counts = dict[str, float]  # the numbers of a batch that say what each term of the loss is the mean over
 Zeros = dict[str, float]  # the share of zeros in linear layers, by name
@@ -131,6 +132,8 @@ def _start(
     hardware.tune_allocator()
     check_together(objectives, policies, loader.batch_rows // loader.micro_rows)
     families.check_families([*objectives, *policies], families.at(model, "config").model_type)
+    if settings.budget.unit == "steps":
+        schedule.check(int(settings.budget.limit))
     world = join(hardware.pick_device())
     model.to(world.device)
     torch.manual_seed(settings.seed)  # what objectives train beside the model begins alike in every run
@@ -171,6 +174,7 @@ def step(training: Training) -> Step:
     check_written(training.trainee.objectives, micro_batches)
 
     works, zeros = [_work(batches) for batches in micro_batches], _zeros(training)
+    training.new = number < FIRST and not training.ready.issuperset(work.shapes for work in works)
     totals = exchange(training, micro_batches, works, zeros)
     losses, record = forward_backward(training, micro_batches, works, zeros, totals.targets)
     record["grad_norm"] = full(nn.utils.clip_grad_norm_(training.trainee.parameters(), settings.clip or math.inf))
@@ -188,6 +192,8 @@ def step(training: Training) -> Step:
             policy.after_step(training, training.state[policy.name], flat, losses)
     training.optimizer.zero_grad(set_to_none=True)
     training.tick()
+    if totals.flops is not None:  # else its shapes were counted, eagerly, and the next step is the first of its kind
+        training.ready.update(work.shapes for work in works)
     return record
 
 
@@ -238,12 +244,13 @@ def exchange(training: Training, micro_batches: MicroBatches, works: list[Work],
     flops = _flops(training, works, zeros) if known else dict.fromkeys(("dense", "useful", "skipped"), 0.0)
     local: dict[str | tuple[int, str], float] = {**flops, "unknown": not known}
     local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
-    local |= {"seconds": training.unshared, "asked": training.interrupts.asked}
+    local |= {name: training.unshared.get(name, 0.0) for name in ("seconds", "preparing")}
+    local |= {"asked": training.interrupts.asked}
     for index, batch in ((i, batch) for batches in micro_batches for i, batch in enumerate(batches)):
         for name, number in counts(batch).items():
             local[index, name] = local.get((index, name), 0.0) + number
     whole = dict(zip(local, world.sum([*local.values()]), strict=True))
-    training.seconds, training.unshared = training.seconds + whole["seconds"] / world.size, 0.0
+    training.share({name: whole[name] / world.size for name in ("seconds", "preparing")})
     training.interrupts.agreed = whole["asked"] > 0
     targets = [{name: whole[i, name] for name in counts(batch)} for i, batch in enumerate(micro_batches[0])]
     return Totals(targets, int(whole["tokens"]), None if whole["unknown"] else {name: whole[name] for name in flops})

@@ -83,9 +83,12 @@ class Training:
     dense_flops: int = 0  # with the products with zeros that `flops` leaves out
     useful_flops: int = 0  # of the gradient, without what is computed a second time
     seconds: float = 0.0
+    preparing: float = 0.0  # seconds among them in which a shape was compiled or its FLOPs were counted
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
     clock: float = field(default_factory=time.perf_counter)  # up to when seconds are counted
-    unshared: float = 0.0  # seconds that the other processes do not know of yet
+    unshared: dict[str, float] = field(default_factory=dict)  # seconds that the other processes do not know of yet
+    ready: set[str] = field(default_factory=set)  # shapes that a step was made of as any other will be
+    new: bool = False  # whether this step has one that is not
     logged: dict[str, float] = field(default_factory=dict)  # what was spent when the log was last written
 
     def __post_init__(self) -> None:
@@ -101,8 +104,9 @@ class Training:
 
     @property
     def spent(self) -> dict[str, float]:
-        """What the budget counts."""
-        return {"tokens": self.tokens, "steps": self.step, "flops": self.flops, "seconds": self.seconds}
+        """What the budget counts; of seconds those of steps whose shapes were met before."""
+        seconds = self.seconds - self.preparing
+        return {"tokens": self.tokens, "steps": self.step, "flops": self.flops, "seconds": seconds}
 
     @property
     def progress(self) -> float:
@@ -115,20 +119,28 @@ class Training:
         return self.interrupts.agreed or (self.world.size == 1 and self.interrupts.asked)
 
     def lap(self) -> dict[str, float]:
-        """What was spent since the last lap, with the useful FLOPs."""
-        before, self.logged = self.logged, self.spent | {"useful_flops": self.useful_flops}
+        """What was spent since the last lap, with the useful FLOPs and all seconds."""
+        before, self.logged = self.logged, self.spent | {"useful_flops": self.useful_flops, "seconds": self.seconds}
         return {name: value - before.get(name, 0) for name, value in self.logged.items()}
 
     def tick(self) -> None:
         """Count the time since the clock's last stand; among several processes it waits for their next exchange."""
         now = time.perf_counter()
-        self.clock, self.unshared = now, self.unshared + now - self.clock
+        for name in ("seconds", *(["preparing"] if self.new else [])):
+            self.unshared[name] = self.unshared.get(name, 0.0) + now - self.clock
+        self.clock = now
         if self.world.size == 1:
-            self.seconds, self.unshared = self.seconds + self.unshared, 0.0
+            self.share(self.unshared)
+
+    def share(self, mean: Mapping[str, float]) -> None:
+        """Take in the seconds, a mean over all processes, that `unshared` has gathered in this one."""
+        self.seconds += mean.get("seconds", 0.0)
+        self.preparing += mean.get("preparing", 0.0)
+        self.unshared = {}
 
     def save(self) -> None:
         """Copy the training state, which is written in the background; every process must call it."""
-        names = ("tokens", "flops", "dense_flops", "useful_flops", "seconds", "metrics")
+        names = ("tokens", "flops", "dense_flops", "useful_flops", "seconds", "preparing", "metrics")
         record = {name: getattr(self, name) for name in names} | {"meter": self.meter.counts}
         record |= {"loader": self.loader.state(), "seed": self.settings.seed}
         record |= {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
@@ -153,6 +165,7 @@ class Training:
         self.step, self.tokens, self.seconds = record["step"], record["tokens"], record["seconds"]
         self.flops, self.metrics = record["flops"], record["metrics"]
         self.dense_flops = record.get("dense_flops", self.flops)
+        self.preparing = record.get("preparing", 0.0)
         self.useful_flops = record.get("useful_flops", self.dense_flops)
         if "useful_flops" in record:  # else it is of a meter that knew nothing of targets: all is counted anew
             self.meter = Meter(record["meter"])
