@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,8 @@ def list_claims(folder: Folder = Path("claims")) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.experiments.claims import claims, recorded
+    from pretrain.experiments.claims import claims
+    from pretrain.experiments.results import recorded
 
     words: dict[str, list[str]] = {}
     for result in recorded(folder / "results"):
@@ -31,29 +33,33 @@ def list_claims(folder: Folder = Path("claims")) -> None:
 
 
 @app.command("run")
-def run_claim(
-    names: Annotated[list[str], typer.Argument(metavar="NAME...", help="Claims, or files of claims.")],
+def run_claims(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="Claims, or files of claims.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="All claims of the folder.")] = False,
     scale: Annotated[str, typer.Option(help="smoke, cpu or gpu.")] = "smoke",
     folder: Folder = Path("claims"),
     output: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs") / "claims",
     jobs: Annotated[int, typer.Option(min=1, help="How many runs at once on this machine.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a ray cluster to run on.")] = None,
+    hours: Annotated[float | None, typer.Option(min=0, help="Begin no run after so many hours.")] = None,
 ) -> None:
-    """Run claims and record their results; what is finished is not run again."""
-    from pretrain.experiments.claims import claims, load_claim, run
+    """Run claims and record their results, the cheapest first; what is finished is not run again."""
+    from pretrain.experiments.claims import claims, load_claim
+    from pretrain.experiments.queue import run
 
-    known = claims(folder) if any(Path(name).suffix != ".yaml" for name in names) else {}
+    names = names or []
+    if every == bool(names):
+        raise PretrainError(f"claims {', '.join(names) or 'none'}: accepted: names of claims, or --all")
+    known = claims(folder) if every or any(Path(name).suffix != ".yaml" for name in names) else {}
     for name in names:
         if Path(name).suffix != ".yaml" and name not in known:
             raise unknown("claim", name, known)
-    for name in names:
-        claim = load_claim(name) if Path(name).suffix == ".yaml" else known[name]
-        result = run(claim, scale, output=output, jobs=jobs, ray=ray, say=lambda text: typer.echo(text, err=True))
-        verdict, mean = result["verdict"], result["mean"]
-        typer.echo(
-            f"{claim.name}: {result['word']}: {claim.metric} {mean['method']:.4f} against {mean['baseline']:.4f}, "
-            f"difference {verdict['difference']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})"
-        )
+    chosen = list(known.values()) if every else []
+    chosen += [load_claim(name) if Path(name).suffix == ".yaml" else known[name] for name in names]
+    seconds = math.inf if hours is None else hours * 3600
+    _, failed = run(chosen, scale, output=output, jobs=jobs, ray=ray, seconds=seconds, say=typer.echo)
+    if failed:
+        raise PretrainError(f"{len(failed)} of {len(chosen)} claims were set aside: {'; '.join(failed.values())}")
 
 
 @app.command("table")
@@ -62,8 +68,8 @@ def table(
     docs: Annotated[Path, typer.Option(help="Where claims.md and claims.html go.")] = Path("docs"),
 ) -> None:
     """Make the table and the page from the recorded results."""
-    from pretrain.experiments.claims import recorded
     from pretrain.experiments.page import write
+    from pretrain.experiments.results import recorded
 
     results = recorded(folder / "results")
     if not results:

@@ -21,7 +21,8 @@ from pretrain.cli import app
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
 from pretrain.core.registry import info, methods
-from pretrain.experiments.claims import load_claim, recorded
+from pretrain.experiments.claims import load_claim
+from pretrain.experiments.results import recorded
 from pretrain.papers import ABSTRACT, CODE, NOT_YET, STAGES, STANDS, TEXT, TIERS, Check, Claim, Standing, key, standings
 from pretrain.recipe import load
 from pretrain.training.loader import Loader

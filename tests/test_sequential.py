@@ -19,7 +19,7 @@ def simulate(effect, *, deviation=1.0, documents=0.0, freedom=20, better="lower"
     rng = np.random.default_rng(seed)
     words, seeds = [], []
     for _ in range(CLAIMS):
-        pool = Noise.of_runs(rng.normal(0, math.sqrt(0.5), freedom + 1).tolist())
+        pool = Noise.of_runs([rng.normal(0, math.sqrt(0.5), freedom + 1).tolist()])
         share_D = rng.normal(0, documents * math.sqrt(50), 50) if documents else np.zeros(50)
         drawn = effect + share_D.mean() + deviation * rng.standard_normal(LOOKS[-1])
         more = LOOKS[0]
@@ -74,7 +74,7 @@ def test_documents_widen_the_interval_as_much_as_their_differences_vary():
 def test_noise_is_pooled_about_each_groups_own_mean():
     noise = Noise.pooled([[1.0, 3.0], [11.0, 13.0], [5.0]])
     assert noise == Noise(math.sqrt(2.0), 2) and Noise.pooled([[1.0]]) is None
-    assert Noise.of_runs([0.0, 2.0]).deviation == pytest.approx(2.0)
+    assert Noise.of_runs([[0.0, 2.0]]).deviation == pytest.approx(2.0)
     joined = Noise(1.0, 18).joined([0.0, 2.0])
     assert joined.freedom == 19 and joined.deviation == pytest.approx(math.sqrt((18 + 2) / 19))
     assert Noise(1.0, 20).joined([0.0, 50.0, 100.0]) == Noise(50.0, 2)  # what is much noisier stands alone

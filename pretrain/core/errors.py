@@ -17,6 +17,10 @@ class PretrainError(Exception):
         self.place = place
 
 
+class Diverged(PretrainError):
+    """A training whose loss or gradient is no number any more, step after step."""
+
+
 def nearest(word: str, accepted: Iterable[str]) -> str:
     """`" (did you mean 'x'?)"` when one accepted word is spelled much like `word`, else an empty string."""
     close = difflib.get_close_matches(str(word), list(accepted), n=1, cutoff=0.6)

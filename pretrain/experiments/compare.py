@@ -54,6 +54,8 @@ def compare(
     outcomes = run_all(trials, jobs=jobs, ray=ray, say=say)
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
     for (name, _, seed), outcome in zip(queue, outcomes, strict=True):
+        if outcome["final"] is None:
+            raise PretrainError(f"compare: {name}, seed {seed}: {outcome['diverged']}")
         runs[name].append({"seed": seed} | outcome)
     found = summarise(runs, flops, metric) | {"environment": describe()}
     write_json(Path(output) / "comparison.json", found)

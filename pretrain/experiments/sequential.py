@@ -48,9 +48,10 @@ class Noise:
         return Noise(math.sqrt(squares / freedom), freedom)
 
     @staticmethod
-    def of_runs(finals: Sequence[float]) -> Noise | None:
-        """From single runs that differ in their seed alone: two of them differ by √2 of their deviation."""
-        return Noise(math.sqrt(2) * statistics.stdev(finals), len(finals) - 1) if len(finals) > 1 else None
+    def of_runs(groups: Iterable[Sequence[float]]) -> Noise | None:
+        """From groups of single runs that differ in their seed alone: two of them differ by √2 of their deviation."""
+        noise = Noise.pooled(groups)
+        return noise and Noise(math.sqrt(2) * noise.deviation, noise.freedom)
 
     def joined(self, differences: Sequence[float]) -> Noise:
         """With what these differences show. Where they are clearly the noisier ones, theirs alone."""

@@ -49,7 +49,8 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 def interval(result: dict[str, Any]) -> tuple[float, float]:
     """The wider of the two intervals at each end: what the word is decided by."""
     verdict = result["verdict"]
-    return min(verdict["low"], verdict["bootstrap"][0]), max(verdict["high"], verdict["bootstrap"][1])
+    low, high = verdict.get("bootstrap", (verdict["low"], verdict["high"]))
+    return min(verdict["low"], low), max(verdict["high"], high)
 
 
 def markdown(results: Sequence[dict[str, Any]]) -> str:

@@ -1,7 +1,7 @@
-"""Trials: single runs of recipes, and the queue that runs many of them.
+"""Trials: single runs of recipes, and what runs many of them.
 
-A trial is a recipe with its budget; the engine's store makes the queue resumable: what is finished is not run again,
-what was interrupted goes on, and stages that several trials share (a corpus, a tokenizer, a baseline) are run once.
+A trial is a recipe with its budget; the engine's store makes it resumable: what is finished is not run again, what was
+interrupted goes on, and stages that several trials share (a corpus, a tokenizer, a baseline) are run once.
 """
 
 from __future__ import annotations
@@ -9,17 +9,19 @@ from __future__ import annotations
 import copy
 import json
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 from pretrain import engine
-from pretrain.core.errors import PretrainError, unknown
-from pretrain.core.files import read_json
+from pretrain.core.errors import Diverged, PretrainError, unknown
+from pretrain.core.files import digest, read_json
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
@@ -41,8 +43,33 @@ class Trial:
     curve: str | None = None  # of the held-out metrics in the trained stage's log
     also: tuple[str, ...] = ()  # more like `metric`
 
+    @cached_property
+    def key(self) -> str:
+        """What makes its outcome: the same for two trials that differ only in their name and place."""
+        recipe = {name: value for name, value in self.recipe.items() if name != "name"}
+        return digest([recipe, self.trained, self.unit, self.amount, self.metric, self.curve, self.also])[:24]
+
     def run(self) -> dict[str, Any]:
-        """Run it, or what is left of it: `final`, `also`, `flops` up to and with the trained stage, `seconds`, …"""
+        """Run it, or what is left of it: `final`, `also`, `flops` up to and with the trained stage, `seconds`, …
+
+        `wall` are the seconds that all of it took here. `final` is None where training diverged, and `diverged` says
+        how.
+        """
+        begun = time.perf_counter()
+        try:
+            outcome = self._outcome()
+        except Diverged as error:
+            outcome = {
+                "final": None,
+                "diverged": str(error),
+                "also": {},
+                "flops": 0,
+                "output": self.output,
+                "curve": [],
+            }
+        return outcome | {"output": self.output, "wall": time.perf_counter() - begun}
+
+    def _outcome(self) -> dict[str, Any]:
         recipe = copy.deepcopy(self.recipe)
         names = [stage.get("name", stage.get("stage")) for stage in recipe["stages"]]
         if self.trained not in names:
@@ -114,28 +141,46 @@ def run_all(
     that are under way have finished; run again to go on.
     """
     outcomes: list[Any] = [None] * len(trials)
-    for number, (index, outcome) in enumerate(_outcomes(trials, jobs, ray), 1):
-        outcomes[index] = outcome
-        say(f"{number}/{len(trials)} {trials[index].name}: {trials[index].metric} {outcome['final']:.4f}")
+    with workers(jobs, ray) as start:
+        waiting = {start(trial): index for index, trial in enumerate(trials)}
+        for number, done in enumerate(as_completed(waiting), 1):
+            index = waiting[done]
+            outcomes[index] = done.result()
+            final = outcomes[index]["final"]
+            value = "diverged" if final is None else f"{final:.4f}"
+            say(f"{number}/{len(trials)} {trials[index].name}: {trials[index].metric} {value}")
     return outcomes
 
 
-def _outcomes(trials: Sequence[Trial], jobs: int, ray: str | None) -> Iterator[tuple[int, dict[str, Any]]]:
+Start = Callable[[Trial], "Future[dict[str, Any]]"]
+
+
+@contextmanager
+def workers(jobs: int = 1, ray: str | None = None) -> Iterator[Start]:
+    """What starts a trial and gives its outcome to come. Trials that have not begun when this closes never do."""
     if ray is not None:
-        yield from _on_cluster(trials, ray)
+        with _cluster(ray) as start:
+            yield start
     elif jobs == 1:
-        yield from ((index, trial.run()) for index, trial in enumerate(trials))
+        yield _now
     else:
-        with (
-            _threads(max(1, len(os.sched_getaffinity(0)) // jobs)),
-            ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool,
-        ):
-            waiting = {pool.submit(trial.run): index for index, trial in enumerate(trials)}
+        with _threads(max(1, len(os.sched_getaffinity(0)) // jobs)):
+            # A process is made anew from time to time: what torch has allocated it never gives back.
+            pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=20)
             try:
-                for done in as_completed(waiting):
-                    yield waiting[done], done.result()
+                yield lambda trial: pool.submit(trial.run)
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _now(trial: Trial) -> Future[dict[str, Any]]:
+    """Run it in this process, at once."""
+    future: Future[dict[str, Any]] = Future()
+    try:
+        future.set_result(trial.run())
+    except PretrainError as error:
+        future.set_exception(error)
+    return future
 
 
 @contextmanager
@@ -151,7 +196,8 @@ def _threads(count: int) -> Iterator[None]:
             os.environ["OMP_NUM_THREADS"] = before
 
 
-def _on_cluster(trials: Sequence[Trial], address: str) -> Iterator[tuple[int, dict[str, Any]]]:
+@contextmanager
+def _cluster(address: str) -> Iterator[Start]:
     try:
         import ray
     except ImportError as error:
@@ -163,10 +209,7 @@ def _on_cluster(trials: Sequence[Trial], address: str) -> Iterator[tuple[int, di
             f"no ray cluster at {address!r}: {error}; accepted: the address of a head, auto, local"
         ) from error
     task = ray.remote(Trial.run)
-    waiting = {task.remote(trial): index for index, trial in enumerate(trials)}
     try:
-        while waiting:
-            (done,), _ = ray.wait(list(waiting), num_returns=1)
-            yield waiting.pop(done), ray.get(done)
+        yield lambda trial: task.remote(trial).future()
     finally:
         ray.shutdown()

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from pretrain.core import hardware
 from pretrain.core.batch import Batch, counts, to_device
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import Diverged, PretrainError
 from pretrain.core.meter import Work, peak_memory, recomputing
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
@@ -313,7 +313,7 @@ def check(training: Training, log: Log, record: Step, telling: bool) -> bool:
     with suppress(PretrainError):  # of a state that could not be written: the older ones are there
         training.background.wait()
     last = states.newest(training.folder / "state", training.world)
-    raise PretrainError(
+    raise Diverged(
         f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged, {guard.in_row} steps "
         f"in a row were skipped; the newest good state is {last.name if last else 'the start'}; accepted: a smaller "
         f"lr, a longer warm-up, a smaller clip, a max_skips above {most}"

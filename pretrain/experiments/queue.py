@@ -1,0 +1,273 @@
+"""The queue of claims: many at once, the cheapest first, resumable at any point, with the time that is left.
+
+What a run came to is kept by what makes it, so that claims share their runs (the baseline of a base above all), and
+whatever is finished is never run again. One that cannot be run sets its claim aside; the others go on.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json, write_json
+from pretrain.experiments.claims import Claim
+from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
+from pretrain.experiments.results import Outcome, Result, check_budgets, check_leaks, result, write
+from pretrain.experiments.sequential import LOOKS, Noise, standing
+from pretrain.experiments.trials import Trial, workers
+
+POOL = 20  # runs of a base's baseline that its noise is known by
+SMOKE_SEEDS = 5
+USUAL = len(SIDES) * LOOKS[-2]  # runs that a verdict takes
+
+
+@dataclass
+class Shelf:
+    """The outcomes so far, in a folder, by what makes them."""
+
+    folder: Path
+    known: dict[str, Outcome] = field(default_factory=dict)
+
+    def get(self, trial: Trial) -> Outcome | None:
+        """What a trial came to; None: it was not run yet."""
+        key = trial.key
+        path = self.folder / f"{key}.json"
+        if key not in self.known and path.exists():
+            self.known[key] = read_json(path)
+        return self.known.get(key)
+
+    def put(self, trial: Trial, outcome: Outcome) -> None:
+        """Keep it."""
+        self.known[trial.key] = outcome
+        write_json(self.folder / f"{trial.key}.json", outcome)
+
+
+@dataclass
+class Entry:
+    """A claim on its way."""
+
+    claim: Claim
+    scale: str
+    work: Path
+    shelf: Shelf
+    trials: dict[Point, Trial] = field(default_factory=dict)
+
+    def trial(self, point: Point) -> Trial:
+        """The run of a point, made once."""
+        if point not in self.trials:
+            self.trials[point] = self.claim.trial(self.scale, point, self.work)
+        return self.trials[point]
+
+    def outcome(self, point: Point) -> Outcome | None:
+        """What it came to."""
+        return self.shelf.get(self.trial(point))
+
+    def score(self, point: Point) -> float | None:
+        """Lower is better; infinite where training diverged."""
+        outcome = self.outcome(point)
+        if outcome is None:
+            return None
+        if outcome["final"] is None:
+            return math.inf
+        return float(outcome["final"]) * (1 if self.claim.better == "lower" else -1)
+
+    @property
+    def base(self) -> tuple[Any, ...]:
+        """Claims of which this is equal have the same noise."""
+        claim = self.claim
+        return claim.base, self.scale, claim.metric, claim.equal, claim.scales[self.scale].budget
+
+    def search(self) -> Search:
+        """Where the search stands; at smoke scale there is none, the middle value is taken."""
+        grids = self.claim.grids()
+        if self.scale == "smoke":
+            grids = {side: [grid[len(grid) // 2]] for side, grid in grids.items()}
+        return search(grids, self.score)
+
+    def finals(self, side: str, value: Value) -> list[float]:
+        """The test scores of a side's runs, by seed, as far as they go."""
+        found: list[float] = []
+        while (outcome := self.outcome(Point(side, value, len(found)))) is not None and outcome["final"] is not None:
+            found.append(float(outcome["final"]))
+        return found
+
+
+def advance(entry: Entry, pools: Mapping[tuple[Any, ...], Sequence[Sequence[float]]]) -> list[Point] | Result:
+    """What is to be run next of a claim, or its result.
+
+    `pools`: the runs of baselines by base, a group for each recipe.
+    """
+    claim, found = entry.claim, entry.search()
+    if found.chosen is None:
+        return list(found.missing)
+    count = claim.scales[entry.scale].seeds or (SMOKE_SEEDS if entry.scale == "smoke" else LOOKS[0])
+    fixed = bool(claim.scales[entry.scale].seeds) or entry.scale == "smoke"
+    while True:
+        points = judged(found.chosen, count)
+        missing = [point for point in points if entry.outcome(point) is None]
+        if missing:
+            return missing
+        runs: dict[str, list[Outcome]] = {side: [] for side in SIDES}
+        for point in points:
+            outcome = entry.outcome(point)
+            assert outcome is not None
+            if outcome["final"] is None:
+                raise PretrainError(
+                    f"claim {claim.name!r}: {point.side} with seed {point.seed} diverged at the rate that was chosen "
+                    f"({point.value}): {outcome['diverged']}"
+                )
+            runs[point.side].append({"seed": point.seed} | outcome)
+        noise = None
+        if not fixed:
+            groups = pools.get(entry.base, [])
+            noise = Noise.of_runs(groups)
+            value = found.chosen["baseline"]
+            others = (noise.freedom if noise else 0) - max(0, len(entry.finals("baseline", value)) - 1)
+            more = [Point("baseline", value, seed) for seed in range(count, POOL - others)]
+            if short := [point for point in more if entry.outcome(point) is None]:
+                return short
+        differences = [m["final"] - b["final"] for m, b in zip(runs["method"], runs["baseline"], strict=True)]
+        verdict = standing(differences, claim.better, noise, looks=[count] if fixed else LOOKS)
+        if verdict.more:
+            count += verdict.more
+            continue
+        check_budgets(claim, entry.scale, runs)
+        pair = judged(found.chosen, 1)
+        check_leaks(claim, [(entry.trial(p), runs[p.side][0]) for p in pair])
+        return result(claim, entry.scale, runs, found, _searched(entry), verdict)
+
+
+def _searched(entry: Entry) -> dict[str, list[dict[str, Any]]]:
+    """The runs of the search, as they are recorded."""
+    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    for point in sorted(entry.trials, key=lambda p: (p.side, p.share, p.seed)):
+        outcome = entry.outcome(point)
+        if point.split == "validation" and outcome is not None:
+            found[point.side].append(
+                {"value": point.value, "seed": point.seed, "share": point.share}
+                | {"metric": outcome["final"], "flops": outcome["flops"]}
+            )
+    return found
+
+
+def pools_of(entries: Iterable[Entry]) -> dict[tuple[Any, ...], list[list[float]]]:
+    """Runs of the baselines of each base, a group for each recipe."""
+    pools: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    for entry in entries:
+        found = entry.search()
+        if found.chosen is not None and entry.scale != "smoke":
+            value = found.chosen["baseline"]
+            first = entry.trial(Point("baseline", value, 0)).key
+            pools.setdefault(entry.base, {})[first] = entry.finals("baseline", value)
+    return {base: list(groups.values()) for base, groups in pools.items()}
+
+
+def run(
+    chosen: Sequence[Claim],
+    scale: str,
+    *,
+    output: Path | str = Path("runs") / "claims",
+    results: Path | str | None = None,
+    jobs: int = 1,
+    ray: str | None = None,
+    say: Callable[[str], None] = print,
+    seconds: float = math.inf,
+) -> tuple[list[Result], dict[str, str]]:
+    """Run claims to their end, or for so many `seconds`; returns the results, and why claims were set aside, by name.
+
+    `jobs` runs at once on this machine, or those of a `ray` cluster. What is finished is not run again.
+    """
+    work, begun = Path(output).resolve() / scale, time.monotonic()
+    shelf = Shelf(work / "outcomes")
+    entries = [Entry(claim, scale, work, shelf) for claim in chosen]
+    done: list[Result] = []
+    failed: dict[str, str] = {}
+    running: dict[Future[Outcome], tuple[Entry, Trial]] = {}
+    with workers(jobs, ray) as start:
+        while True:
+            wanted, left = _next(entries, failed, done, Path(results) if results else None, say)
+            busy = {trial.key for _, trial in running.values()}
+            free = jobs - len(running) if ray is None else len(wanted)
+            if time.monotonic() - begun < seconds:
+                for entry, trial in [pair for pair in wanted if pair[1].key not in busy][:free]:
+                    running[start(trial)] = entry, trial
+            if not running:
+                return done, failed
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                entry, trial = running.pop(future)
+                try:
+                    shelf.put(trial, outcome := future.result())
+                except PretrainError as error:
+                    failed[entry.claim.name] = f"{trial.name}: {error}"
+                    say(f"{entry.claim.name}: set aside: {trial.name}: {error}")
+                    continue
+                value = "diverged" if outcome["final"] is None else f"{outcome['final']:.4f}"
+                hours, minutes = divmod(round(left / max(1, jobs) / 60), 60)
+                far = f"{len(done)} of {len(entries)} claims, about {hours} h {minutes:02d} min left"
+                say(f"{trial.name}: {trial.metric} {value}, {outcome['wall']:.0f} s; {far}")
+
+
+def _next(
+    entries: Sequence[Entry],
+    failed: dict[str, str],
+    done: list[Result],
+    results: Path | None,
+    say: Callable[[str], None],
+) -> tuple[list[tuple[Entry, Trial]], float]:
+    """The trials that wait, those of the claim nearest to its end first, and the seconds of one worker that all take.
+
+    What has come to an end is recorded.
+    """
+    finished = {found["name"] for found in done}
+    pools = pools_of(entries)
+    waiting: list[tuple[float, Entry, list[Point]]] = []
+    for entry in entries:
+        name = entry.claim.name
+        if name in finished or name in failed:
+            continue
+        try:
+            step = advance(entry, pools)
+        except PretrainError as error:
+            failed[name] = str(error)
+            say(f"{name}: set aside: {error}")
+            continue
+        if isinstance(step, list):
+            waiting.append((_cost(entry, step), entry, step))
+            continue
+        write(step, results or entry.claim.path.parent / "results")
+        done.append(step)
+        verdict = step["verdict"]
+        say(
+            f"{name}: {step['word']}: {entry.claim.metric} {step['mean']['method']:.4f} against "
+            f"{step['mean']['baseline']:.4f}, difference {verdict['difference']:+.4f} ({verdict['low']:+.4f} to "
+            f"{verdict['high']:+.4f}), {verdict['seeds']} seeds"
+        )
+    unique: dict[str, tuple[Entry, Trial]] = {}
+    for _, entry, points in sorted(waiting, key=lambda item: item[0]):
+        for point in points:
+            unique.setdefault(entry.trial(point).key, (entry, entry.trial(point)))
+    return list(unique.values()), sum(cost for cost, *_ in waiting)
+
+
+def _cost(entry: Entry, points: Sequence[Point]) -> float:
+    """About how many seconds of one worker a claim still takes: the runs it waits for, and those that it will want."""
+    whole = _seconds(entry)
+    searching = any(point.split == "validation" for point in points)
+    short = any(point.share < 1 for point in points)
+    later = USUAL + 8 * short if searching else 0  # two values whole, with two seeds, of both sides
+    return whole * (sum(point.share for point in points) + later)
+
+
+def _seconds(entry: Entry) -> float:
+    """Of a whole run of this claim: as its runs so far, else as those of all claims."""
+    shares = {entry.trial(point).key: point.share for point in entry.trials}
+    known = entry.shelf.known
+    mine = [known[key]["wall"] / share for key, share in shares.items() if key in known]
+    return statistics.median(mine or [outcome["wall"] for outcome in known.values()] or [60.0])

@@ -1,0 +1,131 @@
+"""What is recorded of a claim: the runs of both sides, the search before them, the verdict and the regime."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.checkpoint import corpus_of
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.hardware import describe
+from pretrain.corpus.store import Corpus
+from pretrain.experiments.claims import Claim
+from pretrain.experiments.protocol import SIDES, Search
+from pretrain.experiments.sequential import EQUAL, Standing
+from pretrain.experiments.trials import Trial
+from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, share_to_reach
+
+PROTOCOL = 2  # 1: three seeds, one tuning seed, ranges as given, bases of under one token a weight
+REPRODUCED, NOT_REPRODUCED, UNDER_TRAINED = "reproduced", "not reproduced", "under-trained"
+WORDS = {BETTER: REPRODUCED, WORSE: NOT_REPRODUCED, UNDECIDED: UNDECIDED, EQUAL: EQUAL}
+
+Outcome = dict[str, Any]  # what `Trial.run` gives
+Result = dict[str, Any]  # what is in a result's file
+
+
+def result(
+    claim: Claim,
+    scale: str,
+    runs: Mapping[str, Sequence[Outcome]],
+    found: Search,
+    searched: Mapping[str, Sequence[Mapping[str, Any]]],
+    verdict: Standing,
+) -> Result:
+    """The record of a claim that has come to its end."""
+    finals = {side: [run["final"] for run in runs[side]] for side in SIDES}
+    curves = {side: [run["curve"] for run in runs[side]] for side in SIDES}
+    both = {"method": ("method", "baseline"), "baseline": ("baseline", "method")}
+    reach = {
+        side: share_to_reach(curves[a], curves[b], claim.better) if claim.curve is not None else None
+        for side, (a, b) in both.items()
+    }
+    regime = runs["baseline"][0].get("regime", {})
+    return {
+        "name": claim.name,
+        "scale": scale,
+        "protocol": PROTOCOL,
+        "claim": claim.model_dump(mode="json", exclude={"path"}),
+        "word": word(verdict.word, found.edges, regime, statistics.mean(finals["baseline"]), claim.better),
+        "verdict": asdict(verdict),
+        "mean": {side: statistics.mean(values) for side, values in finals.items()},
+        "deviation": {side: statistics.stdev(values) for side, values in finals.items()},
+        "also": {
+            name: {
+                side: [f([run["also"][name] for run in runs[side]]) for f in (statistics.mean, statistics.stdev)]
+                for side in SIDES
+            }
+            for name in claim.also
+        },
+        "regime": regime,
+        "compute_to_reach": reach,
+        "chosen": dict(found.chosen or {}),
+        "edges": dict(found.edges),
+        "tuned": searched,
+        "runs": runs,
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "environment": describe(),
+    }
+
+
+def word(standing: str, edges: Mapping[str, bool], regime: Mapping[str, float], baseline: float, better: str) -> str:
+    """A verdict needs a baseline that has learnt something, and a search that has found its best.
+
+    `regime`: `tokens_per_weight` of the trained model and `bigram`, what counts of adjacent tokens come to in the
+    metric, where they say anything.
+    """
+    worse = (baseline >= regime["bigram"]) if better == "lower" and "bigram" in regime else False
+    if worse or regime.get("tokens_per_weight", 1.0) < 1:
+        return UNDER_TRAINED
+    return UNDECIDED if any(edges.values()) else WORDS[standing]
+
+
+def write(found: Result, folder: Path) -> Path:
+    """A file of its own for each outcome: a rerun that gives the same numbers replaces it, another stands beside it."""
+    mark = digest([found["claim"], [[run["final"] for run in runs] for runs in found["runs"].values()]])[:8]
+    path = folder / f"{found['name']}-{found['scale']}-{mark}.json"
+    write_json(path, found)
+    return path
+
+
+def recorded(folder: Path | str) -> list[Result]:
+    """All recorded results, oldest first."""
+    return sorted((read_json(path) for path in Path(folder).glob("*.json")), key=lambda result: result["finished"])
+
+
+def check_budgets(claim: Claim, scale: str, runs: Mapping[str, Sequence[Outcome]], within: float = 0.01) -> None:
+    """Both sides of a pair must have spent the same FLOPs to 1%; at smoke scale a step is more than that."""
+    if claim.equal != "flops" or scale == "smoke":
+        return
+    for seed, (a, b) in enumerate(zip(runs["baseline"], runs["method"], strict=True)):
+        if abs(a["flops"] - b["flops"]) > within * max(a["flops"], b["flops"]):
+            raise PretrainError(
+                f"claim {claim.name!r}, seed {seed}: {a['flops']:.4g} FLOPs against {b['flops']:.4g}; accepted: "
+                f"equal to {within:.0%}: a smaller step or a larger budget"
+            )
+
+
+def check_leaks(claim: Claim, trials: Sequence[tuple[Trial, Outcome]]) -> None:
+    """No document that is judged on may stand in what any stage of a side was trained on."""
+    for trial, outcome in trials:
+        stages = {stage.get("name", stage["stage"]): stage for stage in trial.recipe["stages"]}
+
+        def texts(reference: str, split: str, output: str = outcome["output"]) -> set[str]:
+            inside = Path(output) / reference
+            folder = corpus_of(inside if inside.exists() else Path(reference).expanduser())
+            return {digest(document["text"]) for document in Corpus(folder).documents(split)}
+
+        judge_stage = stages[claim.metric.partition(".")[0]]
+        split = judge_stage.get("split", "test") if judge_stage["stage"] == "evaluate" else "validation"
+        judged = texts(judge_stage["corpus"], split) if "corpus" in judge_stage else set()
+        for reference in {stage["corpus"] for stage in stages.values() if stage["stage"] in ("train", "tokenizer")}:
+            leaked = len(judged & texts(reference, "train"))
+            if leaked:
+                raise PretrainError(
+                    f"claim {claim.name!r}: {leaked} documents of {judge_stage['corpus']}/{split} are in the training "
+                    f"split of {reference!r}; accepted: none"
+                )

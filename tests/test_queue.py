@@ -1,0 +1,179 @@
+"""The queue of claims, without a training: a run is a formula, so that what is run, kept and said can be looked at."""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import Future
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from small_recipe import small_recipe
+
+from pretrain.core.errors import PretrainError
+from pretrain.experiments import queue
+from pretrain.experiments.claims import load_claim
+from pretrain.experiments.queue import POOL, run
+from pretrain.experiments.results import recorded
+from pretrain.experiments.sequential import LOOKS
+
+CLAIM = """\
+title: "Decoupled Weight Decay Regularization"
+arxiv: "1711.05101"
+claim: Half the steps.
+base: small
+metric: model.loss
+curve: null
+baseline: {{name: slow, set: {{model.schedule: constant}}}}
+method: {{name: quick, set: {{model.optimizer.beta1: {beta}}}}}
+tune: {{field: model.optimizer.lr, baseline: [1e-3, 3e-3, 1e-2], method: [1e-3, 3e-3, 1e-2]}}
+scales: {{cpu: 5e8}}
+"""
+BEST = 3e-3
+
+
+class World:
+    """Stands for the workers: what runs come to follows from their recipes; `effects` are by `beta1`."""
+
+    def __init__(self, effects, noise=0.1):
+        self.effects, self.noise, self.ran = effects, noise, []
+
+    @contextmanager
+    def workers(self, jobs=1, ray=None):
+        yield self.start
+
+    def start(self, trial):
+        self.ran.append(trial)
+        future = Future()
+        try:
+            future.set_result(self.outcome(trial))
+        except PretrainError as error:
+            future.set_exception(error)
+        return future
+
+    def outcome(self, trial):
+        optimizer = trial.recipe["stages"][-1]["optimizer"]
+        effect = self.effects.get(optimizer.get("beta1"), 0.0)
+        if effect is None:
+            raise PretrainError("it cannot be run")
+        rng = np.random.default_rng([trial.recipe["seed"], int(1e6 * optimizer.get("beta1", 0)), trial.unit == "flops"])
+        final = 3.0 + effect + math.log(optimizer["lr"] / BEST) ** 2 + self.noise * rng.standard_normal()
+        return {
+            "final": final, "also": {}, "flops": trial.amount, "curve": [], "output": trial.output, "wall": 10.0,
+            "seconds": 9.0,
+        }  # fmt: skip
+
+
+@pytest.fixture
+def several(tmp_path, stories, monkeypatch):
+    """`several(effects)`: claims a, b, … of one base, each with the effect that is said, and the world they run in."""
+    base = small_recipe(tmp_path, stories[:5], optimizer={"method": "adamw"}, budget={"steps": 1})
+    (tmp_path / "bases").mkdir()
+    (tmp_path / "bases" / "small-cpu.yaml").write_text(base)
+    monkeypatch.setattr(queue, "check_leaks", lambda *_: None)
+
+    def make(*effects):
+        betas = [round(0.5 + 0.01 * number, 3) for number, _ in enumerate(effects)]
+        world = World(dict(zip(betas, effects, strict=True)))
+        monkeypatch.setattr(queue, "workers", world.workers)
+        made = []
+        for name, beta in zip("abcdefgh", betas, strict=False):
+            path = tmp_path / f"{name}.yaml"
+            path.write_text(CLAIM.format(beta=beta))
+            made.append(load_claim(path))
+        return made, world
+
+    return make
+
+
+def go(claims, folder, **given):
+    said = []
+    found, failed = run(claims, "cpu", output=folder / "runs", results=folder / "results", say=said.append, **given)
+    return {r["name"]: r for r in found}, failed, said
+
+
+def test_claims_come_to_their_words_and_share_the_baselines_runs(several, tmp_path):
+    claims, world = several(-0.5, 0.5, 0.0)
+    found, failed, said = go(claims, tmp_path)
+    assert not failed and {name: r["word"] for name, r in found.items()} == {
+        "a": "reproduced", "b": "not reproduced", "c": found["c"]["word"],
+    }  # fmt: skip
+    assert found["c"]["word"] in ("equal", "undecided") and found["c"]["verdict"]["seeds"] == LOOKS[-1]
+    assert found["a"]["verdict"]["seeds"] == found["b"]["verdict"]["seeds"] == LOOKS[0]
+    assert len({trial.key for trial in world.ran}) == len(world.ran)  # nothing twice
+    baselines = [t for t in world.ran if "beta1" not in t.recipe["stages"][-1]["optimizer"] and t.recipe["seed"] < 1000]
+    assert len(baselines) == POOL  # of all three claims together
+    assert all(r["verdict"]["noise"]["freedom"] >= POOL - 1 for r in found.values())
+    assert [r["name"] for r in recorded(tmp_path / "results")] and "3 of 3 claims" not in said[0]
+    assert any("min left" in line for line in said)
+
+
+def test_what_is_finished_is_not_run_again_and_what_was_stopped_goes_on(several, tmp_path):
+    claims, world = several(-0.5, 0.0)
+    found, _, _ = go(claims, tmp_path, seconds=0.0)
+    assert not found and not world.ran
+    monotonic, at = queue.time.monotonic, [0.0]
+
+    def clock():
+        at[0] += 1.0
+        return at[0]
+
+    queue.time.monotonic = clock
+    try:
+        found, _, _ = go(claims, tmp_path, seconds=10.0)
+    finally:
+        queue.time.monotonic = monotonic
+    before = len(world.ran)
+    assert not found and 5 < before < 15
+    found, _, _ = go(claims, tmp_path)
+    assert len(found) == 2 and len({trial.key for trial in world.ran}) == len(world.ran) > before
+    ran = len(world.ran)
+    again, _, _ = go(claims, tmp_path)
+    assert len(world.ran) == ran and {n: r["runs"] for n, r in again.items()} == {
+        n: r["runs"] for n, r in found.items()
+    }
+    assert len(recorded(tmp_path / "results")) == 2
+
+
+def test_a_claim_that_cannot_be_run_is_set_aside_and_the_others_go_on(several, tmp_path):
+    claims, _ = several(-0.5, None)
+    found, failed, said = go(claims, tmp_path)
+    assert list(found) == ["a"] and "it cannot be run" in failed["b"]
+    assert any(line.startswith("b: set aside:") for line in said)
+
+
+def test_the_cheapest_claim_comes_first(several, tmp_path):
+    claims, world = several(-0.5, -0.5)
+    dear = claims[1].model_copy(update={"scales": {"cpu": claims[1].scales["cpu"].model_copy(update={"budget": 5e9})}})
+    outcome = world.outcome
+    world.outcome = lambda trial: outcome(trial) | {"wall": trial.amount / 5e7}
+    go([dear, claims[0]], tmp_path)
+    last = {name: max(i for i, t in enumerate(world.ran) if t.name.startswith(f"{name}-method")) for name in "ab"}
+    assert last["a"] < last["b"]
+
+
+def test_a_best_at_an_edge_decides_nothing(several, tmp_path):
+    claims, world = several(-5.0)
+    world.outcome, inner = lambda trial: inner(trial), world.outcome
+    outcome = inner
+
+    def falling(trial):
+        optimizer = trial.recipe["stages"][-1]["optimizer"]
+        found = outcome(trial)
+        return found | {"final": found["final"] - 50 * math.log(optimizer["lr"]) * ("beta1" in optimizer)}
+
+    world.outcome = falling
+    found, _, _ = go(claims, tmp_path)
+    assert found["a"]["edges"] == {"baseline": False, "method": True} and found["a"]["word"] == "undecided"
+
+
+def test_a_baseline_that_has_learnt_less_than_bigrams_is_under_trained(several, tmp_path):
+    claims, world = several(-0.5)
+    outcome = world.outcome
+    for regime in ({"bigram": 2.5, "tokens_per_weight": 9.0}, {"bigram": 9.0, "tokens_per_weight": 0.5}):
+        world.outcome = lambda trial, regime=regime: outcome(trial) | {"regime": regime}
+        found, _, _ = go(claims, tmp_path / str(regime["bigram"]))
+        assert found["a"]["word"] == "under-trained" and found["a"]["regime"] == regime
+    world.outcome = lambda trial: outcome(trial) | {"regime": {"bigram": 9.0, "tokens_per_weight": 4.0}}
+    found, _, _ = go(claims, tmp_path / "good")
+    assert found["a"]["word"] == "reproduced"
