@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import lzma
 import math
 import shutil
@@ -18,6 +19,7 @@ from pydantic import ValidationError
 from pretrain.core import checkpoint
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import digest
 from pretrain.core.models.likelihood import document_nll, windows
 from pretrain.corpus.shards import Shards, tokenise
 from pretrain.corpus.store import Corpus, write_corpus
@@ -26,7 +28,7 @@ from pretrain.decoding import Decoding
 from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood._shards import shard_loss
-from pretrain.evaluation.likelihood.held_out import HeldOut
+from pretrain.evaluation.likelihood.held_out import HeldOut, measured
 from pretrain.stages import Job
 from pretrain.stages.decode import Decode, continue_prompt
 from pretrain.stages.evaluate import Evaluate, evaluate
@@ -78,6 +80,24 @@ def test_bits_per_byte_add_up_over_domains_and_lie_in_their_interval(tiny, prepa
     assert metrics["bits_per_byte"] == pytest.approx(total / sum(size.values()))
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     assert low < metrics["bits_per_byte"] < high and metrics["bits_per_byte"] > 2  # random weights
+
+
+def test_each_documents_numbers_are_kept_and_give_the_metrics_again(tiny, prepared, tmp_path):
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    checkpoint.save(tiny(vocab_size=512), tokenizer, tmp_path / "c", {"length": 32})
+    inputs = {"checkpoint": tmp_path / "c", "corpus": prepared / "corpus"}
+    written = Evaluate(checkpoint="c", corpus="d", compressors=False).run(Job(tmp_path, inputs, say=lambda text: None))
+    documents = list(Corpus(prepared / "corpus").documents("test"))
+    kept = json.loads((tmp_path / "documents.json").read_text())
+    assert set(kept) == {"held_out"} and len(kept["held_out"]) == len(documents) > 5
+    for row, document in zip(kept["held_out"], documents, strict=True):
+        assert row["digest"] == digest(document["text"])[:16] and row["domain"] == document["domain"]
+        assert row["bytes"] == len(document["text"].encode()) and row["nll"] > row["targets"]
+    again, whole = measured(kept["held_out"]), json.loads((tmp_path / "evaluation.json").read_text())
+    assert again.metrics == whole["metrics"] and again.domains == whole["domains"]
+    assert {name: list(ends) for name, ends in again.intervals.items()} == whole["intervals"]
+    by_domain = {f"{k}/{d}": v for d, values in again.domains.items() for k, v in values.items()}
+    assert written["metrics"] == again.metrics | by_domain
 
 
 def test_the_loop_measures_what_the_evaluation_measures(tiny, prepared):

@@ -17,11 +17,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Measured:
-    """What an evaluation finds: metrics by name, the same by domain, and 95% intervals of those that have one."""
+    """What an evaluation finds: metrics by name, the same by domain, and 95% intervals of those that have one.
+
+    `documents`, where an evaluation gives them: for each document a row of the numbers that the metrics are made of, so
+    that two models can be compared document by document.
+    """
 
     metrics: dict[str, float]
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
+    documents: list[dict[str, str | float]] = field(default_factory=list)
 
 
 class Evaluation(Method):

@@ -1,4 +1,4 @@
-"""`evaluate`: measure a checkpoint on a corpus's held-out documents; writes `evaluation.json`."""
+"""`evaluate`: measure a checkpoint on a corpus's held-out documents; writes `evaluation.json` and `documents.json`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
-from pretrain.evaluation import Evaluation
+from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.records import StageResult
@@ -30,7 +30,7 @@ class Evaluate(Stage):
     """Fields of an `evaluate` stage. `compressors` adds xz and zstd on the same text as a yardstick."""
 
     stage: Literal["evaluate"] = "evaluate"
-    version = 2
+    version = 3
     checkpoint: Ref
     corpus: Ref
     split: Literal["validation", "test"] = "test"
@@ -49,7 +49,7 @@ class Evaluate(Stage):
         return evaluations
 
     def run(self, job: Job) -> StageResult:
-        """Write `evaluation.json`."""
+        """Write `evaluation.json`, and each document's numbers by evaluation to `documents.json`."""
         from pretrain.core.checkpoint import lineage
         from pretrain.core.meter import count_flops
 
@@ -58,10 +58,10 @@ class Evaluate(Stage):
         corpus = Corpus(corpus_of(job.inputs["corpus"]))
         documents = documents_of(corpus, self.split, self.max_documents, self.evaluations, processor)
         length = lineage(folder).get("length")
-        result, flops = count_flops(
-            lambda: evaluate(model, processor, documents, self.evaluations, compressors=self.compressors, length=length)
-        )
+        measured, flops = count_flops(lambda: measure(model, processor, documents, self.evaluations, length=length))
+        result = summary(measured, documents, compressors=self.compressors)
         write_json(job.folder / "evaluation.json", result)
+        write_json(job.folder / "documents.json", {name: m.documents for name, m in measured.items() if m.documents})
         metrics = result["metrics"]
         if "bits_per_byte" in metrics:
             tools = {tool: values["metrics"].get("bits_per_byte") for tool, values in result["compressors"].items()}
@@ -127,7 +127,19 @@ def evaluate(
     compressors: bool,
     length: int | None = None,
 ) -> Record:
-    """What `evaluation.json` holds: metrics, the same by domain, 95% intervals, and the compressors' bits per byte.
+    """The `summary` of what is measured."""
+    return summary(measure(model, processor, documents, methods, length=length), documents, compressors=compressors)
+
+
+def measure(
+    model: PreTrainedModel,
+    processor: Processor,
+    documents: list[Document],
+    methods: Sequence[Evaluation],
+    *,
+    length: int | None = None,
+) -> dict[str, Measured]:
+    """What each evaluation finds, by its name.
 
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
     """
@@ -136,17 +148,24 @@ def evaluate(
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")
     check_families(methods, model.config.model_type)
+    measured = {}
+    for method in methods:
+        if length and getattr(method, "length", None) == 0:
+            method = dataclasses.replace(method, length=length)
+        measured[method.name] = method(model, cast("PreTrainedTokenizerBase", processor), documents)
+    return measured
+
+
+def summary(measured: dict[str, Measured], documents: list[Document], *, compressors: bool) -> Record:
+    """What `evaluation.json` holds: metrics, the same by domain, 95% intervals, and the compressors' bits per byte."""
     texts = [document for document in documents if document.get("text") is not None]
     metrics: dict[str, float] = {}
     domains: dict[str, dict[str, float]] = {}
     intervals: dict[str, list[float]] = {}
-    for method in methods:
-        if length and getattr(method, "length", None) == 0:
-            method = dataclasses.replace(method, length=length)
-        measured = method(model, cast("PreTrainedTokenizerBase", processor), documents)
-        metrics |= measured.metrics
-        intervals |= {name: list(ends) for name, ends in measured.intervals.items()}
-        for domain, values in measured.domains.items():
+    for found in measured.values():
+        metrics |= found.metrics
+        intervals |= {name: list(ends) for name, ends in found.intervals.items()}
+        for domain, values in found.domains.items():
             domains[domain] = domains.get(domain, {}) | values
     return {
         "metrics": metrics,
@@ -154,5 +173,5 @@ def evaluate(
         "intervals": intervals,
         "compressors": compressed_bits(texts) if compressors and texts else {},
         "documents": len(documents),
-        "methods": [method.name for method in methods],
+        "methods": list(measured),
     }

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import digest
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -27,7 +29,7 @@ class HeldOut(Evaluation):
     the tokenizer has no token to begin a document with, nothing predicts its first token, which then takes its share
     of the bytes with it. `length` inputs a window, advanced by `stride`; 0: the length that the checkpoint was trained
     at, or where that is not known the model's own (at most 1024), and half of it. The intervals of `loss` and
-    `bits_per_byte` are by bootstrap over documents.
+    `bits_per_byte` are by bootstrap over documents, each of which has its `nll`, `targets` and `bytes` in a row.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
@@ -41,27 +43,59 @@ class HeldOut(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text` and `domain`."""
-        from pretrain.core.batch import Vocabulary
-        from pretrain.core.models.likelihood import document_nll, likelihoods, predicted_bytes
-        from pretrain.evaluation._intervals import bounds, resampled_sums
-        from pretrain.evaluation._predictions import framed
+        from pretrain.core.models.likelihood import document_nll
 
-        vocabulary = Vocabulary.of(tokenizer)
-        tokens = framed(tokenizer, vocabulary, _texts(documents), end=True)
         length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
-        sizes_N = np.array([len(text.encode("utf-8", "surrogatepass")) for text in _texts(documents)])
-        bytes_N = predicted_bytes(sizes_N, np.array([len(t) for t in tokens]), begins=vocabulary.begin is not None)
-        if not bytes_N.any():
-            raise PretrainError(f"held_out: {len(documents)} documents have no text to predict; accepted: some text")
+        tokens = tokens_of(tokenizer, documents)
         nll_N = document_nll(model, tokens, length=length, stride=self.stride or max(1, length // 2))
-        targets_N = np.array([max(len(t) - 1, 0) for t in tokens])
-        metrics, domains = likelihoods(nll_N, targets_N, bytes_N, [d.get("domain", "text") for d in documents])
-
-        sums_RK = resampled_sums(np.stack([nll_N, targets_N, bytes_N], axis=1), self.resamples, self.seed)
-        nll_R, (targets_R, bytes_R) = sums_RK[:, 0], np.maximum(sums_RK[:, 1:], 1).T
-        intervals = {"loss": bounds(nll_R / targets_R), "bits_per_byte": bounds(nll_R / np.log(2) / bytes_R)}
-        return Measured(metrics, domains, intervals)
+        return measured(rows(tokenizer, documents, tokens, nll_N), self.resamples, self.seed)
 
 
-def _texts(documents: Sequence[Document]) -> list[str]:
-    return [document["text"] for document in documents]
+def tokens_of(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[NDArray[np.int64]]:
+    """The documents as they are predicted: all tokens but the first of each are targets."""
+    from pretrain.core.batch import Vocabulary
+    from pretrain.evaluation._predictions import framed
+
+    return framed(tokenizer, Vocabulary.of(tokenizer), [document["text"] for document in documents], end=True)
+
+
+def rows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Document],
+    tokens: Sequence[NDArray[np.int64]],
+    nll_N: NDArray[np.float64],
+) -> list[dict[str, str | float]]:
+    """For each document `nll` (nats), `targets` and the `bytes` that they hold, with its `domain` and text's `digest`.
+
+    `tokens` are those of `tokens_of`, `nll_N` what any model makes of them.
+    """
+    from pretrain.core.batch import Vocabulary
+    from pretrain.core.models.likelihood import predicted_bytes
+
+    texts = [document["text"] for document in documents]
+    sizes_N = np.array([len(text.encode("utf-8", "surrogatepass")) for text in texts])
+    begins = Vocabulary.of(tokenizer).begin is not None
+    bytes_N = predicted_bytes(sizes_N, np.array([len(t) for t in tokens]), begins=begins)
+    if not bytes_N.any():
+        raise PretrainError(f"held_out: {len(documents)} documents have no text to predict; accepted: some text")
+    return [
+        {
+            "digest": digest(text)[:16], "domain": document.get("domain", "text"), "nll": float(nll),
+            "targets": max(len(ids) - 1, 0), "bytes": float(size),
+        }
+        for document, text, ids, nll, size in zip(documents, texts, tokens, nll_N, bytes_N, strict=True)
+    ]  # fmt: skip
+
+
+def measured(documents: list[dict[str, str | float]], resamples: int = 1000, seed: int = 0) -> Measured:
+    """The metrics of documents' rows, which hold all that they are made of."""
+    from pretrain.core.models.likelihood import likelihoods
+    from pretrain.evaluation._intervals import bounds, resampled_sums
+
+    sums_NK = np.array([[float(row[name]) for name in ("nll", "targets", "bytes")] for row in documents])
+    nll_N, targets_N, bytes_N = sums_NK.T
+    metrics, domains = likelihoods(nll_N, targets_N, bytes_N, [str(row["domain"]) for row in documents])
+    sums_RK = resampled_sums(sums_NK, resamples, seed)
+    nll_R, (targets_R, bytes_R) = sums_RK[:, 0], np.maximum(sums_RK[:, 1:], 1).T
+    intervals = {"loss": bounds(nll_R / targets_R), "bits_per_byte": bounds(nll_R / np.log(2) / bytes_R)}
+    return Measured(metrics, domains, intervals, documents)

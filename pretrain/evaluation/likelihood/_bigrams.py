@@ -1,0 +1,22 @@
+"""What counts of adjacent tokens make of held-out text: a model must find it likelier to have learnt anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pretrain.corpus.bigrams import Bigrams
+from pretrain.evaluation import Measured
+from pretrain.evaluation.likelihood.held_out import measured, rows, tokens_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pretrain.corpus.shards import Shards
+    from pretrain.corpus.sources import Document
+
+
+def bigram_line(train: Shards, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Measured:
+    """What `held_out` finds of the same documents, of bigram counts of the training tokens in a model's place."""
+    tokens = tokens_of(tokenizer, documents)
+    return measured(rows(tokenizer, documents, tokens, Bigrams.of(train).nll(tokens)))
