@@ -15,6 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_json
 from pretrain.experiments.claims import Claim
@@ -134,7 +137,7 @@ def advance(entry: Entry, pools: Mapping[tuple[Any, ...], Sequence[Sequence[floa
             if short := [point for point in more if entry.outcome(point) is None]:
                 return short
         differences = [m["final"] - b["final"] for m, b in zip(runs["method"], runs["baseline"], strict=True)]
-        verdict = standing(differences, claim.better, noise, looks=[count] if fixed else LOOKS)
+        verdict = standing(differences, claim.better, noise, _by_document(runs), [count] if fixed else LOOKS)
         if verdict.more:
             count += verdict.more
             continue
@@ -142,6 +145,14 @@ def advance(entry: Entry, pools: Mapping[tuple[Any, ...], Sequence[Sequence[floa
         pair = judged(found.chosen, 1)
         check_leaks(claim, [(entry.trial(p), runs[p.side][0]) for p in pair])
         return result(claim, entry.scale, runs, found, _searched(entry), verdict)
+
+
+def _by_document(runs: Mapping[str, Sequence[Outcome]]) -> NDArray[np.float64] | None:
+    """Each document's share in each seed's difference, where the metric is a likelihood of documents."""
+    each = {side: [run.get("documents") for run in runs[side]] for side in SIDES}
+    if any(documents is None for side in SIDES for documents in each[side]):
+        return None
+    return np.array(each["method"]) - np.array(each["baseline"])
 
 
 def _searched(entry: Entry) -> dict[str, list[dict[str, Any]]]:

@@ -22,6 +22,7 @@ from typing import Any
 from pretrain import engine
 from pretrain.core.errors import Diverged, PretrainError, unknown
 from pretrain.core.files import digest, read_json
+from pretrain.experiments.regime import by_document, regime
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
@@ -88,6 +89,8 @@ class Trial:
                 )
             recipe["stages"][index]["budget"] = {self.unit: left}
         records = self._run(recipe)
+        output, stages = Path(self.output), {stage.name: stage for stage in check(recipe).stages}
+        nll_D = by_document(output, self.metric)
         log = Path(self.output) / self.trained / "log.jsonl"
         return {
             "final": value_of(self.metric, records, Path(self.output)),
@@ -95,6 +98,8 @@ class Trial:
             "flops": sum(records[name]["flops"] for name in names[: index + 1]),
             "seconds": records[self.trained]["seconds"],
             "peak_memory_bytes": records[self.trained]["peak_memory_bytes"],
+            "regime": regime(stages, output, Path(self.store), self.trained, self.metric),
+            "documents": None if nll_D is None else nll_D.round(5).tolist(),
             "curve": held_out_curve(log, self.curve, records, names[:index]) if self.curve else [],
         }
 

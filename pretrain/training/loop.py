@@ -242,7 +242,8 @@ def exchange(training: Training, micro_batches: MicroBatches, works: list[Work],
     world = training.world
     known = all(training.meter.knows(work, zeros) for work in works)
     flops = _flops(training, works, zeros) if known else dict.fromkeys(("dense", "useful", "skipped"), 0.0)
-    local: dict[str | tuple[int, str], float] = {**flops, "unknown": not known}
+    local: dict[str | tuple[int, str], float] = {"unknown": not known}
+    local.update(flops)
     local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
     local |= {name: training.unshared.get(name, 0.0) for name in ("seconds", "preparing")}
     local |= {"asked": training.interrupts.asked}

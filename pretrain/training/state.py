@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, file_digest, fsync, not_written, put_in_place, read_json, sweep, write_json
+from pretrain.core.meter import Counted
 from pretrain.training.background import Background
 from pretrain.training.distributed import World
 from pretrain.training.loader import Counters
@@ -41,10 +42,11 @@ class Record(TypedDict, total=False):
     tokens: int
     flops: int
     dense_flops: int
+    useful_flops: int
     seconds: float
+    preparing: float
     metrics: dict[str, float]
-    meter: dict[str, int]
-    products: dict[str, dict[str, int]]
+    meter: dict[str, list[Counted]]
     loader: Counters
     seed: int
     skipped: int

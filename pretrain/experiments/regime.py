@@ -1,0 +1,99 @@
+"""What a run is worth: the tokens a weight of its model, the bigram line of its metric, its likelihoods by document.
+
+Shape letters: D documents.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import safe_open
+
+from pretrain.core import checkpoint
+from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.folders import checkpoint_of, corpus_of
+from pretrain.core.processors import load_processor, tokenizer_in
+from pretrain.corpus.bigrams import Bigrams
+from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
+from pretrain.corpus.store import Corpus
+from pretrain.evaluation.likelihood.held_out import rows, tokens_of
+from pretrain.stages import Stage
+from pretrain.stages.evaluate import Evaluate, documents_of
+from pretrain.stages.train import Train
+
+PER = {"loss": "targets", "bits_per_byte": "bytes"}  # what the nats of a likelihood are divided by
+
+Rows = list[dict[str, str | float]]  # of `documents.json`
+
+
+class Regime(TypedDict, total=False):
+    """`bigram` is missing where the metric is no likelihood."""
+
+    tokens_per_weight: float
+    bigram: float
+
+
+def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str, metric: str) -> Regime:
+    """Of the model that the stage `trained` has made; `metric` is STAGE.NAME. The stages lie in `output` by name."""
+    folder = checkpoint_of(output / trained)
+    tokens = float(checkpoint.lineage(folder).get("tokens", 0))
+    found: Regime = {"tokens_per_weight": tokens / max(1, _weights(folder))}
+    judge, _, name = metric.partition(".")
+    stage, training = stages[judge], stages[trained]
+    if isinstance(stage, Evaluate) and isinstance(training, Train) and name.partition("/")[0] in PER:
+        found["bigram"] = _bigram_line(stage, training, output, store, name)
+    return found
+
+
+def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:
+    """`nll_D`: what each document adds to a likelihood, so that the metric is their mean; None for another metric."""
+    judge, _, name = metric.partition(".")
+    path = output / judge / "documents.json"
+    if name.partition("/")[0] not in PER or not path.exists():
+        return None
+    found: Mapping[str, Rows] = read_json(path)
+    return _shares(found["held_out"], name) if "held_out" in found else None
+
+
+def _shares(documents: Rows, name: str) -> NDArray[np.float64]:
+    kind, _, domain = name.partition("/")
+    chosen = [row for row in documents if not domain or row["domain"] == domain]
+    nll_D, per_D = (np.array([float(row[key]) for row in chosen]) for key in ("nll", PER[kind]))
+    unit = math.log(2) if kind == "bits_per_byte" else 1.0
+    return np.asarray(len(chosen) * nll_D / (unit * per_D.sum()))
+
+
+def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, name: str) -> float:
+    """What counts of the training split's adjacent tokens come to on the documents that are judged."""
+    tokenizer = tokenizer_in(load_processor(checkpoint_of(output / str(stage.checkpoint))))
+    assert tokenizer is not None, "a likelihood of text without a tokenizer"
+    judged, read = (Corpus(_folder(output, reference)) for reference in (stage.corpus, training.corpus))
+    key = f"{read.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
+    mark = digest([key, judged.info["fingerprint"], stage.split, stage.max_documents, name])[:16]
+    path = store / ".bigrams" / f"{mark}.json"
+    if not path.exists():
+        shards = tokenise(read, tokenizer, store / ".tokens" / key, splits=["train"])["train"]
+        documents = documents_of(judged, stage.split, stage.max_documents, stage.evaluations, tokenizer)
+        tokens = tokens_of(tokenizer, documents)
+        line = _shares(rows(tokenizer, documents, tokens, Bigrams.of(shards).nll(tokens)), name)
+        write_json(path, {"bigram": float(line.mean())})
+    return float(read_json(path)["bigram"])
+
+
+def _folder(output: Path, reference: object) -> Path:
+    inside = output / str(reference)
+    return corpus_of(inside if inside.exists() else Path(str(reference)).expanduser())
+
+
+def _weights(folder: Path) -> int:
+    """How many numbers a checkpoint's files hold."""
+    total = 0
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return total

@@ -1,0 +1,74 @@
+"""What a run is worth: tokens a weight, and what counts of adjacent tokens come to on the very same documents."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from small_recipe import small_recipe
+
+from pretrain.corpus.bigrams import Bigrams
+from pretrain.corpus.shards import Shards
+from pretrain.corpus.store import Corpus
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.likelihood.held_out import tokens_of
+from pretrain.experiments.trials import Trial
+from pretrain.recipe import parse
+
+EVALUATE = {
+    "stage": "evaluate", "name": "evaluation", "checkpoint": "model", "corpus": "corpus", "compressors": False,
+    "evaluations": [{"method": "held_out", "resamples": 10}],
+}  # fmt: skip
+
+
+@pytest.fixture
+def outcome(tmp_path, stories):
+    """`outcome(metric)`: that of a small training."""
+    text = small_recipe(
+        tmp_path, stories[:40], EVALUATE, held_out=0.2, optimizer="adamw", budget={"steps": 20}, save_every=0
+    )
+
+    def run(metric, curve=None):
+        trial = Trial(
+            "t", parse(text) | {"seed": 0}, str(tmp_path / "runs" / "t"), str(tmp_path / "runs" / "stages"), "model", "steps",
+            20, metric, curve,
+        )  # fmt: skip
+        return trial.run()
+
+    return run
+
+
+def test_the_bigram_line_is_of_the_training_split_on_the_documents_that_are_judged(outcome, tmp_path):
+    found = outcome("evaluation.loss")
+    folder = tmp_path / "runs" / "t"
+    tokenizer = load_tokenizer(folder / "tokenizer" / "tokenizer")
+    (shards,) = (Shards(path) for path in (tmp_path / "runs" / "stages" / ".tokens").glob("*/train"))
+    documents = list(Corpus(folder / "corpus" / "corpus").documents("test"))
+    tokens = tokens_of(tokenizer, documents)
+    line = Bigrams.of(shards).nll(tokens).sum() / sum(len(ids) - 1 for ids in tokens)
+    assert found["regime"]["bigram"] == pytest.approx(line, rel=1e-9)
+    assert found["final"] > line  # twenty steps learn less
+    in_bits = outcome("evaluation.bits_per_byte")
+    share = in_bits["final"] / found["final"]
+    assert in_bits["regime"]["bigram"] == pytest.approx(line * share, rel=1e-6)
+
+
+def test_tokens_per_weight_are_those_of_the_trained_checkpoint(outcome, tmp_path):
+    found = outcome("evaluation.loss")
+    record = json.loads((tmp_path / "runs" / "t" / "model" / "stage.json").read_text())
+    with safe_open(tmp_path / "runs" / "t" / "model" / "checkpoint" / "model.safetensors", "pt") as file:
+        weights = sum(file.get_tensor(name).numel() for name in file.keys())  # noqa: SIM118
+    assert found["regime"]["tokens_per_weight"] == record["metrics"]["tokens"] / weights > 0
+
+
+@pytest.mark.parametrize("metric", ["evaluation.loss", "evaluation.bits_per_byte", "evaluation.loss/py"])
+def test_a_likelihood_is_the_mean_of_its_documents_shares(outcome, tmp_path, metric):
+    found = outcome(metric)
+    assert np.mean(found["documents"]) == pytest.approx(found["final"], abs=1e-5) and len(found["documents"]) > 1
+
+
+def test_other_metrics_have_no_line(outcome):
+    found = outcome("model.loss", "loss")
+    assert found["documents"] is None and "bigram" not in found["regime"]
