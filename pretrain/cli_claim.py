@@ -22,10 +22,11 @@ def list_claims(folder: Folder = Path("claims")) -> None:
 
     from pretrain.experiments.claims import claims
     from pretrain.experiments.results import recorded
+    from pretrain.experiments.table import word_of
 
     words: dict[str, list[str]] = {}
     for result in recorded(folder / "results"):
-        words.setdefault(result["name"], []).append(f"{result['scale']}: {result['word']}")
+        words.setdefault(result["name"], []).append(f"{result['scale']}: {word_of(result)}")
     table = Table("claim", "paper", "what it says", "recorded")
     for name, claim in claims(folder).items():
         table.add_row(name, f"{claim.title} ({claim.arxiv})", claim.claim, "\n".join(words.get(name, [])))

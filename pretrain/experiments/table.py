@@ -6,26 +6,34 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from pretrain.experiments.results import PROTOCOL
+
 HEAD = """# Claims
 
-What each paper says, and what came out here at equal compute: the same data, the same seeds, the same number of
-learning rates tried for both sides. A word is decided only where the 97% intervals of the paired difference (Student's
-t and bootstrap) lie on one side of zero. "Not reproduced" is said of these scales: at `cpu`, models of about a million
-weights. [The page](claims.html) has the curves; `pretrain claim run NAME --scale cpu` repeats a row, and
-`pretrain claim table` makes this file from `claims/results/`.
+What each paper says, and what came out here at equal compute: the same data, the same seeds, the same number of values
+tried for both sides. The search runs all values at a third of the budget, widens a range whose best is at an edge, and
+runs the best two whole with two seeds. Then seeds are added (3, 4, 6, 8) until the interval of the paired difference,
+over seeds and documents, lies on one side of zero; its noise is pooled over at least 20 runs of the baseline. After
+eight seeds "equal" says that the difference is surely below 1.25 deviations of a pair. Each row says how many tokens a
+weight its baseline has read, and what counts of adjacent tokens (bigrams) come to in the same metric: a baseline that
+does not beat them, or has read less than a token a weight, is "under-trained", and a best value at an edge decides
+nothing. "Not reproduced" is said of these scales. Rows of the earlier protocol (three seeds, ranges as given, models of
+under one token a weight) are "superseded". [The page](claims.html) has the curves;
+`pretrain claim run NAME --scale cpu` repeats a row, and `pretrain claim table` makes this file from `claims/results/`.
 
 """
 COLUMNS = (
-    "claim", "what the paper says", "measured", "baseline", "method", "difference (97%)",
+    "claim", "what the paper says", "measured", "regime", "baseline", "method", "difference",
     "compute to reach the baseline", "verdict",
 )  # fmt: skip
+SUPERSEDED = "superseded"
 
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each result, by claim and scale, the newest first; `contradicted` where reruns differ in their word."""
     words = defaultdict(set)
     for result in results:
-        words[result["name"], result["scale"]].add(result["word"])
+        words[result["name"], result["scale"], _protocol(result)].add(result["word"])
     found = []
     for result in sorted(results, key=lambda r: r["finished"], reverse=True):
         claim, low, high = result["claim"], *interval(result)
@@ -37,8 +45,9 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "sides": {side: claim[side]["name"] for side in ("baseline", "method")},
                 "mean": result["mean"], "deviation": result["deviation"], "also": result["also"],
                 "difference": result["verdict"]["difference"], "low": low, "high": high,
-                "compute_to_reach": result["compute_to_reach"], "word": result["word"],
-                "contradicted": len(words[result["name"], result["scale"]]) > 1,
+                "compute_to_reach": result["compute_to_reach"], "word": word_of(result),
+                "contradicted": len(words[result["name"], result["scale"], _protocol(result)]) > 1,
+                "regime": result.get("regime", {}),
                 "seeds": len(result["runs"]["method"]), "finished": result["finished"],
                 "cpu": result["environment"]["cpu"], "gpus": result["environment"]["gpus"],
             }
@@ -46,8 +55,17 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["name"], row["scale"]))
 
 
+def _protocol(result: dict[str, Any]) -> int:
+    return int(result.get("protocol", 1))
+
+
+def word_of(result: dict[str, Any]) -> str:
+    """A result's word; what the earlier protocol said is superseded."""
+    return str(result["word"]) if _protocol(result) == PROTOCOL else f"{SUPERSEDED}: {result['word']}"
+
+
 def interval(result: dict[str, Any]) -> tuple[float, float]:
-    """The wider of the two intervals at each end: what the word is decided by."""
+    """What the word is decided by: of the earlier protocol the wider of two intervals at each end."""
     verdict = result["verdict"]
     low, high = verdict.get("bootstrap", (verdict["low"], verdict["high"]))
     return min(verdict["low"], low), max(verdict["high"], high)
@@ -72,6 +90,7 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
             f"**{row['name']}** {link}",
             row["claim"],
             f"`{row['metric']}` ({row['better']} is better){equal}, {row['seeds']} seeds, {row['scale']}",
+            _regime(row["regime"]),
             *(f"{row['sides'][side]}: {means[side]}" for side in ("baseline", "method")),
             f"{row['difference']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g})",
             "" if share is None else f"{share:.0%}",
@@ -79,3 +98,8 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         )
         lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
     return HEAD + "\n".join(lines) + "\n"
+
+
+def _regime(regime: dict[str, float]) -> str:
+    said = [f"{regime['tokens_per_weight']:.2g} tokens a weight"] if "tokens_per_weight" in regime else []
+    return "; ".join(said + ([f"bigrams {regime['bigram']:.4g}"] if "bigram" in regime else []))

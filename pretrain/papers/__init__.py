@@ -170,7 +170,8 @@ def _claims(folder: Path) -> dict[str, list[Claim]]:
     """Claims by the key of their title. Only the heads of the files are read: parsing YAML takes its time."""
     newest: dict[str, Claim] = {}
     for result in map(read_json, sorted((folder / "results").glob("*.json"))):
-        claim = Claim(result["name"], result["word"], result["scale"], result["finished"])
+        word = result["word"] if result.get("protocol", 1) > 1 else f"superseded: {result['word']}"
+        claim = Claim(result["name"], word, result["scale"], result["finished"])
         newest[claim.name] = max(claim, newest.get(claim.name, claim), key=lambda claim: claim.finished)
     found: dict[str, list[Claim]] = {}
     for path in sorted(folder.glob("*.yaml")):
