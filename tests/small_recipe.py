@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -27,4 +28,5 @@ def small_recipe(
         "stage": "data", "name": "corpus", "seed": 0, "sources": [{"files": str(text)}], "validation": held_out, "test": held_out,
     }  # fmt: skip
     tokenizer = {"stage": "tokenizer", "seed": 0, "corpus": "corpus", "vocab_size": 400}
-    return yaml.safe_dump({"stages": [corpus, tokenizer, MODEL | fields, *more]}, sort_keys=False)
+    stages = yaml.safe_dump([corpus, tokenizer, MODEL | fields, *more], sort_keys=False)
+    return "stages:\n" + textwrap.indent(stages, "  ")  # to which a test may add stages as text

@@ -243,7 +243,7 @@ def _result(name: str, word: str, title: str, finished: str = "2026-01-01T00:00:
         "better": "lower", "equal": "flops", "scales": {"cpu": {"budget": 3e9}}, "baseline": {"name": "AdamW"}, "method": {"name": "Other"},
     }  # fmt: skip
     return {
-        "name": name, "scale": "cpu", "claim": claim, "word": word, "runs": {"baseline": runs, "method": runs},
+        "name": name, "scale": "cpu", "protocol": 2, "claim": claim, "word": word, "runs": {"baseline": runs, "method": runs},
         "verdict": {"difference": -0.1, "low": -0.2, "high": 0.01, "bootstrap": [-0.15, -0.05], "word": "better"},
         "mean": {"baseline": 3.55, "method": 3.45}, "deviation": {"baseline": 0.05, "method": 0.05}, "also": {"model.steps": {"baseline": [9.0, 0.0], "method": [8.0, 0.5]}}, "chosen": {"baseline": 1e-3, "method": 1e-2},
         "compute_to_reach": {"method": 0.8, "baseline": None}, "tuned": {"baseline": [], "method": []}, "finished": finished,
