@@ -135,7 +135,7 @@ def test_the_teacher_is_neither_trained_nor_saved(prepared, tiny, tmp_path):
 def test_the_papers_recipe_runs_from_one_start_to_the_teacher_and_to_the_student(recipe, tmp_path):  # noqa: F811
     text = (
         recipe.read_text()
-        .replace("vocab_size: 400", "vocab_size: 400, mask: true")
+        .replace("vocab_size: 400", "vocab_size: 400\n    mask: true")
         .replace("validation: 0.1", "validation: 0.3")
     )
     text = text.replace("family: llama", "family: bert") + "    objective: masked_lm\n"
