@@ -179,6 +179,16 @@ def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
     }
 
 
+def padded_length(longest: int, length: int) -> int:
+    """`longest` rounded up to a multiple of an eighth of a row's `length`, or of 64 tokens if that is less.
+
+    Batches as long as their longest row have a new shape nearly each time, and each shape is compiled, and its work
+    counted, anew.
+    """
+    step = max(1, min(64, length // 8))
+    return -(-longest // step) * step
+
+
 def document_mask(document_BL: torch.Tensor, *, causal: bool, prefix_BL: torch.Tensor | None = None) -> torch.Tensor:
     """Who may attend to whom: a boolean `mask_B1LL`, True where attention is allowed, as `transformers` takes it.
 

@@ -239,7 +239,7 @@ def inputs_of(processor: Processor, documents: Sequence[Document], length: int) 
 def _read_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[Batch, int]:
     encoded = tokenizer(
         list(texts), truncation=True, max_length=length, padding=True,
-        pad_to_multiple_of=None if length % STEP else STEP,  # which tokenizers take of such lengths alone
+        pad_to_multiple_of=max(n for n in range(1, STEP + 1) if not length % n),  # tokenizers take no other numbers
         split_special_tokens=True, return_attention_mask=True, return_tensors="pt",
     )  # fmt: skip
     return dict(encoded), int(encoded["attention_mask"].sum())

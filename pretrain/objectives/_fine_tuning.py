@@ -56,11 +56,15 @@ def framed(context: Context, first: Sequence[str], second: Sequence[str] | None 
     return inputs
 
 
-def padded(inputs: Sequence[Sequence[int]], fill: int, length: int | None = None) -> Tensor:
+def padded(inputs: Sequence[Sequence[int]], fill: int, length: int) -> Tensor:
     """`ids_BL`: rows filled up to the longest, rounded up to a multiple of `STEP` but not beyond `length`."""
-    longest = -(-max(map(len, inputs)) // STEP) * STEP
-    longest = longest if length is None else max(min(longest, length), max(map(len, inputs)))
-    ids_BL = np.full((len(inputs), longest), fill, np.int64)
+    longest = max(map(len, inputs))
+    return filled(inputs, fill, max(min(-(-longest // STEP) * STEP, length), longest))
+
+
+def filled(inputs: Sequence[Sequence[int]], fill: int, width: int) -> Tensor:
+    """`ids_BL`: rows filled up to `width`."""
+    ids_BL = np.full((len(inputs), width), fill, np.int64)
     for b, row in enumerate(inputs):
         ids_BL[b, : len(row)] = row
     return torch.from_numpy(ids_BL)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, document_mask
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, document_mask, padded_length
 from pretrain.core.bounds import Count
 from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
@@ -19,7 +19,7 @@ from pretrain.core.generation.loop import decode
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, encode_decode, family, head
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import examples_of, padded, texts_of
+from pretrain.objectives._fine_tuning import examples_of, filled, texts_of
 from pretrain.objectives._metrics import generation
 from pretrain.objectives._token_loss import token_loss
 from pretrain.objectives.labelled import FineTuning
@@ -39,6 +39,7 @@ class Seq2Seq(FineTuning[str]):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "t5")
+    version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
 
     prompt: str = "{text}\n"
     target: str = "target"
@@ -81,10 +82,13 @@ class Seq2Seq(FineTuning[str]):
             raise PretrainError(f"length {context.length}: accepted: room for a prompt and its target")
         prompts = [self.prompt.format(**example.columns) for example in examples]
         inputs = [[*begin, *ids[max(0, len(ids) - room) :]] for ids in context.encoder.ids(prompts)]
-        prompt_BL = padded([ids[::-1] for ids in inputs], vocabulary.pad, room + len(begin)).flip(1)
         lengths_B = torch.tensor([len(ids) for ids in inputs])
+        # An answer needs its room after the prompt; in training the widths alone matter, which are to be few.
+        most = room + len(begin) if context.predicting else context.length
+        width = min(padded_length(int(lengths_B.max()), context.length), most)
+        prompt_BL = filled([ids[::-1] for ids in inputs], vocabulary.pad, width).flip(1)
         mask_BL = torch.arange(prompt_BL.shape[1]) >= prompt_BL.shape[1] - lengths_B[:, None]
-        target_BM = padded(targets, IGNORE, max(map(len, targets)))
+        target_BM = filled(targets, IGNORE, padded_length(max(map(len, targets)), context.length))
         weight = (target_BM != IGNORE).sum()
         return {
             "prompt_BL": prompt_BL, "mask_BL": mask_BL.long(), "target_BM": target_BM, "weight": weight,

@@ -29,6 +29,7 @@ class UL2(Objective):
 
     families: ClassVar[tuple[str, ...]] = ("t5",)
     task: ClassVar[str] = "seq2seq"
+    version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
 
     long_span: float = 64.0
     modes: tuple[str, str, str] = ("[R]", "[S]", "[X]")
