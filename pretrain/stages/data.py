@@ -43,7 +43,7 @@ SourceField = Annotated[Source, PlainValidator(build_source), PlainSerializer(du
 class Data(Stage):
     """Fields of a `data` stage. `near_duplicates`: how alike training documents may be to held-out ones (null: any)."""
 
-    version = 3
+    version = 4
     seeded: ClassVar[bool] = False
     writes: ClassVar[str] = "corpus"
     stage: Literal["data"] = "data"

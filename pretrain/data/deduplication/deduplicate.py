@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.core.bounds import Share
 from pretrain.corpus.minhash import unique
@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 class Deduplicate(DataOperation):
     """Deduplicating Training Data Makes Language Models Better (arXiv:2107.06499).
 
-    The paper's NearDup: documents are sets of word 5-grams; of documents whose Jaccard similarity (estimated by MinHash
-    with 128 permutations) is at least `threshold`, the first is kept. Exact copies go first. A `threshold` of 0 removes
-    exact copies only. Examples are copies only if what belongs to their texts is equal too: `label`, `target`,
-    `answer`, `text_b` and the like, not what is about them (`domain`, `url`, …). Of documents without text exact copies
-    are removed.
+    The paper's NearDup: documents are sets of word 5-grams, or of characters where a script has no spaces between
+    words; of documents whose Jaccard similarity (estimated by MinHash with 128 permutations) is at least `threshold`,
+    the first is kept. Exact copies go first. A `threshold` of 0 removes exact copies only. Examples are copies only if
+    what belongs to their texts is equal too: `label`, `target`, `answer`, `text_b` and the like, not what is about them
+    (`domain`, `url`, …). Of documents without text exact copies are removed.
     """
+
+    version: ClassVar[int] = 2  # copies in scripts without spaces, order in short texts, bands by the threshold
 
     threshold: Share = 0.8
 
