@@ -129,7 +129,7 @@ def test_the_seed_and_the_versions_of_methods_and_stages_are_part_of_the_address
     stages = [{"stage": "data", "sources": ["stdlib"], "operations": ["deduplicate"]}]
     address = lambda: engine.plan(check({"stages": stages}, output=tmp_path))[0].address  # noqa: E731
     found = [address()]
-    monkeypatch.setattr("pretrain.data.deduplication.deduplicate.Deduplicate.version", 2)
+    monkeypatch.setattr("pretrain.data.deduplication.deduplicate.Deduplicate.version", 99)
     found.append(address())
     monkeypatch.setattr("pretrain.stages.data.Data.version", 99)
     found.append(address())

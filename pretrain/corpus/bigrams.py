@@ -96,8 +96,8 @@ class Bigrams:
         before_P = np.repeat(np.arange(vocabulary), np.diff(self.counts_VV.indptr))
         pairs_P = before_P * vocabulary + self.counts_VV.indices
         wanted_T, place_T = np.unique(previous_T.astype(np.int64) * vocabulary + token_T, return_inverse=True)
-        found_T = np.minimum(np.searchsorted(pairs_P, wanted_T), len(pairs_P) - 1)
-        return np.where(pairs_P[found_T] == wanted_T, self.counts_VV.data[found_T], 0)[place_T]
+        nearest_T = np.minimum(np.searchsorted(pairs_P, wanted_T), len(pairs_P) - 1)
+        return np.where(pairs_P[nearest_T] == wanted_T, self.counts_VV.data[nearest_T], 0)[place_T]
 
 
 def _count(previous_T: NDArray[np.integer], token_T: NDArray[np.integer], vocabulary: int) -> csr_array:

@@ -31,8 +31,8 @@ def units(text: str) -> list[str]:
 
 def shingles(text: str) -> list[str]:
     """The distinct runs of five units; all of them as one run where there are fewer."""
-    found = units(text)
-    return list({" ".join(found[i : i + SHINGLE]) for i in range(max(1, len(found) - SHINGLE + 1))})
+    parts = units(text)
+    return list({" ".join(parts[i : i + SHINGLE]) for i in range(max(1, len(parts) - SHINGLE + 1))})
 
 
 @cache

@@ -162,10 +162,10 @@ def summary(measured: dict[str, Measured], documents: list[Document], *, compres
     metrics: dict[str, float] = {}
     domains: dict[str, dict[str, float]] = {}
     intervals: dict[str, list[float]] = {}
-    for found in measured.values():
-        metrics |= found.metrics
-        intervals |= {name: list(ends) for name, ends in found.intervals.items()}
-        for domain, values in found.domains.items():
+    for part in measured.values():
+        metrics |= part.metrics
+        intervals |= {name: list(ends) for name, ends in part.intervals.items()}
+        for domain, values in part.domains.items():
             domains[domain] = domains.get(domain, {}) | values
     return {
         "metrics": metrics,
