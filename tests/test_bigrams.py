@@ -68,6 +68,15 @@ def test_pairs_lie_inside_documents_wherever_the_counting_is_cut(documents, chun
         assert (counted(documents, 9).counts_VV.toarray() == expected).all()
 
 
+def test_as_many_tokens_are_counted_as_a_training_has_seen():
+    documents = [[number] * 10 for number in range(100)]  # nine pairs each, all of one token
+    some, more, every = (Bigrams.of(split(documents, 100), tokens).counts_VV for tokens in (205, 405, 10**6))
+    assert some.sum() == 20 * 9 and more.sum() == 40 * 9 and every.sum() == 100 * 9
+    kept = some.diagonal() > 0
+    assert kept.sum() == 20 and not kept[:20].all() and (more.diagonal()[kept] == 9).all()
+    assert Bigrams.of(split(documents, 100), 1).counts_VV.sum() == 9
+
+
 def test_a_token_beyond_the_vocabulary_is_refused():
     with pytest.raises(PretrainError, match="token 4: accepted: 0 to 3, the vocabulary of the counts"):
         counted([[0, 1]], 4).nll([np.array([0, 4, 1])])

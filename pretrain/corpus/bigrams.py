@@ -36,16 +36,21 @@ class Bigrams:
     counts_VV: csr_array  # row: the token before; int64
 
     @classmethod
-    def of(cls, shards: Shards) -> Bigrams:
-        """Of all documents of a split; none is joined to the next."""
+    def of(cls, shards: Shards, tokens: int | None = None) -> Bigrams:
+        """Of all documents of a split; none is joined to the next.
+
+        With `tokens` of a fixed random choice of them that holds about as many: as much as a short training has seen.
+        """
+        kept_N = np.ones(len(shards.offsets_N1) - 1, np.bool_)
+        if tokens is not None:
+            order_N = np.random.default_rng(0).permutation(len(kept_N))
+            total_N = np.cumsum(np.diff(shards.offsets_N1)[order_N])
+            kept_N[order_N[max(1, int(np.searchsorted(total_N, tokens, "right"))) :]] = False
         counts_VV = _count(np.zeros(0, np.int64), np.zeros(0, np.int64), shards.info["vocabulary"])
-        starts_N = shards.offsets_N1[:-1]
         for begin in range(0, shards.tokens - 1, CHUNK_TOKENS):
             tokens_T = np.asarray(shards.flat[begin : begin + CHUNK_TOKENS + 1])
-            inside_T = np.ones(len(tokens_T), np.bool_)
-            first, last = np.searchsorted(starts_N, (begin, begin + len(tokens_T)))
-            inside_T[starts_N[first:last] - begin] = False  # what begins a document follows nothing
-            inside_T = inside_T[1:]
+            document_T = np.searchsorted(shards.offsets_N1, np.arange(begin, begin + len(tokens_T)), "right") - 1
+            inside_T = (document_T[1:] == document_T[:-1]) & kept_N[document_T[1:]]
             counts_VV = counts_VV + _count(tokens_T[:-1][inside_T], tokens_T[1:][inside_T], counts_VV.shape[0])
         return cls(counts_VV)
 

@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from pretrain.corpus.sources import Document
 
 
-def bigram_line(train: Shards, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> Measured:
-    """What `held_out` finds of the same documents, of bigram counts of the training tokens in a model's place."""
+def bigram_line(
+    train: Shards, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], *, seen: int | None = None
+) -> Measured:
+    """What `held_out` finds of the same documents, of bigram counts of the training tokens in a model's place.
+
+    `seen`: how many tokens a model was trained on, if not on all; as many are counted.
+    """
     tokens = tokens_of(tokenizer, documents)
-    return measured(rows(tokenizer, documents, tokens, Bigrams.of(train).nll(tokens)))
+    return measured(rows(tokenizer, documents, tokens, Bigrams.of(train, seen).nll(tokens)))
