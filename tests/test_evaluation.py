@@ -28,7 +28,7 @@ from pretrain.decoding import Decoding
 from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood._shards import shard_loss
-from pretrain.evaluation.likelihood.held_out import HeldOut, measured
+from pretrain.evaluation.likelihood.held_out import HeldOut, measured, tokens_of
 from pretrain.stages import Job
 from pretrain.stages.decode import Decode, continue_prompt
 from pretrain.stages.evaluate import Evaluate, evaluate
@@ -98,6 +98,16 @@ def test_each_documents_numbers_are_kept_and_give_the_metrics_again(tiny, prepar
     assert {name: list(ends) for name, ends in again.intervals.items()} == whole["intervals"]
     by_domain = {f"{k}/{d}": v for d, values in again.domains.items() for k, v in values.items()}
     assert written["metrics"] == again.metrics | by_domain
+
+
+def test_a_row_holds_the_whole_likelihood_and_counts_bytes_not_characters(tiny, prepared):
+    model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    documents = [{"text": "déjà vu, 北京"}, {"text": "plain", "domain": "d"}]
+    first, second = HeldOut(length=64, resamples=9)(model, tokenizer, documents).documents
+    tokens = tokens_of(tokenizer, documents)
+    assert [row["nll"] for row in (first, second)] == document_nll(model, tokens, length=64, stride=32).tolist()
+    assert [row["targets"] for row in (first, second)] == [len(ids) - 1 for ids in tokens]
+    assert (first["bytes"], second["bytes"]) == (17, 5) and (first["domain"], second["domain"]) == ("text", "d")
 
 
 def test_the_loop_measures_what_the_evaluation_measures(tiny, prepared):
