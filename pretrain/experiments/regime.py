@@ -18,10 +18,9 @@ from pretrain.core import checkpoint
 from pretrain.core.files import digest, read_json, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of
 from pretrain.core.processors import load_processor, tokenizer_in
-from pretrain.corpus.bigrams import Bigrams
 from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
 from pretrain.corpus.store import Corpus
-from pretrain.evaluation.likelihood.held_out import rows, tokens_of
+from pretrain.evaluation.likelihood._bigrams import bigram_line
 from pretrain.stages import Stage
 from pretrain.stages.evaluate import Evaluate, documents_of
 from pretrain.stages.train import Train
@@ -46,7 +45,7 @@ def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str,
     judge, _, name = metric.partition(".")
     stage, training = stages[judge], stages[trained]
     if isinstance(stage, Evaluate) and isinstance(training, Train) and name.partition("/")[0] in PER:
-        found["bigram"] = _bigram_line(stage, training, output, store, name)
+        found["bigram"] = _bigram_line(stage, training, output, store, name, int(tokens))
     return found
 
 
@@ -68,19 +67,18 @@ def _shares(documents: Rows, name: str) -> NDArray[np.float64]:
     return np.asarray(len(chosen) * nll_D / (unit * per_D.sum()))
 
 
-def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, name: str) -> float:
-    """What counts of the training split's adjacent tokens come to on the documents that are judged."""
+def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, name: str, seen: int) -> float:
+    """What counts of adjacent tokens come to on the documents that are judged, from as many as the model has seen."""
     tokenizer = tokenizer_in(load_processor(checkpoint_of(output / str(stage.checkpoint))))
     assert tokenizer is not None, "a likelihood of text without a tokenizer"
     judged, read = (Corpus(_folder(output, reference)) for reference in (stage.corpus, training.corpus))
     key = f"{read.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
-    mark = digest([key, judged.info["fingerprint"], stage.split, stage.max_documents, name])[:16]
+    mark = digest([key, judged.info["fingerprint"], stage.split, stage.max_documents, name, seen])[:16]
     path = store / ".bigrams" / f"{mark}.json"
     if not path.exists():
         shards = tokenise(read, tokenizer, store / ".tokens" / key, splits=["train"])["train"]
         documents = documents_of(judged, stage.split, stage.max_documents, stage.evaluations, tokenizer)
-        tokens = tokens_of(tokenizer, documents)
-        line = _shares(rows(tokenizer, documents, tokens, Bigrams.of(shards).nll(tokens)), name)
+        line = _shares(bigram_line(shards, tokenizer, documents, seen=seen).documents, name)
         write_json(path, {"bigram": float(line.mean())})
     return float(read_json(path)["bigram"])
 
