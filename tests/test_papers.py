@@ -23,6 +23,7 @@ from pretrain.core.method import method_class
 from pretrain.core.registry import info, methods
 from pretrain.experiments.claims import load_claim
 from pretrain.experiments.results import recorded
+from pretrain.experiments.table import word_of
 from pretrain.papers import ABSTRACT, CODE, NOT_YET, STAGES, STANDS, TEXT, TIERS, Check, Claim, Standing, key, standings
 from pretrain.recipe import load
 from pretrain.training.loader import Loader
@@ -127,7 +128,7 @@ def test_verdicts_are_those_of_the_newest_results():
     for claim in claims:
         last = newest.get(claim.name)
         found = (claim.verdict, claim.scale) if last else (None, None)
-        assert found == ((last["word"], last["scale"]) if last else (None, None))
+        assert found == ((word_of(last), last["scale"]) if last else (None, None))
     titles = {key(row.paper.title) for row in ROWS}
     for path in (ROOT / "claims").glob("*.yaml"):
         if key(yaml.safe_load(path.read_text())["title"]) in titles:
@@ -140,7 +141,7 @@ def test_the_newest_of_several_results_counts_whatever_the_files_are_called(tmp_
     title = next(row for row in ROWS if row.methods == ("odm",)).paper.title
     (claims / "odm.yaml").write_text(f'# A word before.\ntitle: "{title}"\narxiv: "2312.02406"\n')
     for name, day, word in (("a", 2, "reproduced"), ("b", 1, "not reproduced"), ("c", 0, "undecided")):
-        result = {"name": "odm", "scale": "cpu", "word": word, "finished": f"2026-01-0{day + 1}T00:00:00"}
+        result = {"name": "odm", "scale": "cpu", "word": word, "protocol": 2, "finished": f"2026-01-0{day + 1}T00:00:00"}
         (claims / "results" / f"odm-cpu-{name}.json").write_text(json.dumps(result))
     row = papers.find(standings(tmp_path), "odm")
     assert row.claims == (Claim("odm", "reproduced", "cpu", "2026-01-03T00:00:00"),) and row.recipe is None

@@ -56,6 +56,7 @@ def compare(
     for (name, _, seed), outcome in zip(queue, outcomes, strict=True):
         if outcome["final"] is None:
             raise PretrainError(f"compare: {name}, seed {seed}: {outcome['diverged']}")
+        outcome.pop("wall")  # of this call alone
         runs[name].append({"seed": seed} | outcome)
     found = summarise(runs, flops, metric) | {"environment": describe()}
     write_json(Path(output) / "comparison.json", found)
