@@ -141,7 +141,13 @@ def test_the_newest_of_several_results_counts_whatever_the_files_are_called(tmp_
     title = next(row for row in ROWS if row.methods == ("odm",)).paper.title
     (claims / "odm.yaml").write_text(f'# A word before.\ntitle: "{title}"\narxiv: "2312.02406"\n')
     for name, day, word in (("a", 2, "reproduced"), ("b", 1, "not reproduced"), ("c", 0, "undecided")):
-        result = {"name": "odm", "scale": "cpu", "word": word, "protocol": 2, "finished": f"2026-01-0{day + 1}T00:00:00"}
+        result = {
+            "name": "odm",
+            "scale": "cpu",
+            "word": word,
+            "protocol": 2,
+            "finished": f"2026-01-0{day + 1}T00:00:00",
+        }
         (claims / "results" / f"odm-cpu-{name}.json").write_text(json.dumps(result))
     row = papers.find(standings(tmp_path), "odm")
     assert row.claims == (Claim("odm", "reproduced", "cpu", "2026-01-03T00:00:00"),) and row.recipe is None

@@ -16,6 +16,7 @@ from pretrain.experiments.claims import load_claim
 from pretrain.experiments.queue import POOL, run
 from pretrain.experiments.results import recorded
 from pretrain.experiments.sequential import LOOKS
+from pretrain.experiments.table import markdown, rows
 
 CLAIM = """\
 title: "Decoupled Weight Decay Regularization"
@@ -177,3 +178,22 @@ def test_a_baseline_that_has_learnt_less_than_bigrams_is_under_trained(several, 
     world.outcome = lambda trial: outcome(trial) | {"regime": {"bigram": 9.0, "tokens_per_weight": 4.0}}
     found, _, _ = go(claims, tmp_path / "good")
     assert found["a"]["word"] == "reproduced"
+
+
+def test_a_claim_is_tested_at_each_of_its_sizes_and_the_table_shows_the_trend(several, tmp_path):
+    (claim,), world = several(-0.5)
+    text = claim.path.read_text()
+    claim.path.write_text(
+        text.replace("{cpu: 5e8}", "{cpu: {budget: 5e8, sizes: {large: {budget: 4e9, set: {model.batch_rows: 4}}}}}")
+    )
+    said = []
+    found, failed = run(
+        [load_claim(claim.path)], "cpu", output=tmp_path / "runs", results=tmp_path / "results", say=said.append
+    )
+    assert not failed and [r["size"] for r in found] == ["", "large"]
+    assert {r["claim"]["scales"]["cpu"]["budget"] for r in found} == {5e8, 4e9}
+    assert {t.recipe["stages"][-1]["batch_rows"] for t in world.ran if t.amount == 4e9} == {4}
+    shown = rows(recorded(tmp_path / "results"))
+    assert [row["size"] for row in shown] == ["", "large"]
+    assert shown[0]["trend"] == shown[1]["trend"] == "trend: more than all at 5e+08, more than all at 4e+09"
+    assert "cpu, large" in markdown(found)

@@ -48,16 +48,28 @@ class Tune(BaseModel):
         return self
 
 
-class Scale(BaseModel):
-    """The budget of a run in the claim's unit, and what is set at this scale: by both sides, before anything is
-    inserted, and by one side at the end. `seeds`: as many, whatever the rule for adding seeds says; 0: by the rule."""
+class Size(BaseModel):
+    """The budget of a run in the claim's unit, and what is set: by both sides, before anything is inserted, and by one
+    side at the end."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     budget: float = Field(gt=0)
-    seeds: int = Field(0, ge=0)
     set: dict[str, Any] = {}
     baseline: dict[str, Any] = {}
     method: dict[str, Any] = {}
+
+    def over(self, other: Size) -> dict[str, Any]:
+        """These fields beside, and before, those of another size."""
+        names = ("set", "baseline", "method")
+        return {"budget": self.budget} | {name: getattr(other, name) | getattr(self, name) for name in names}
+
+
+class Scale(Size):
+    """What is set at a scale. `seeds`: as many, whatever the rule for adding seeds says; 0: by the rule. `sizes`: the
+    same at other sizes and budgets, for what is said to save compute: one by one, and with the trend between them."""
+
+    seeds: int = Field(0, ge=0)
+    sizes: dict[str, Size] = {}
 
 
 class Claim(BaseModel):
@@ -78,6 +90,7 @@ class Claim(BaseModel):
     tune: Tune | None = None
     scales: dict[str, Scale]
     path: Path = Path()
+    size: str = Field("", exclude=True)  # which of the sizes of a scale, "": the scale's own
 
     @field_validator("scales", mode="before")
     @classmethod
@@ -90,6 +103,22 @@ class Claim(BaseModel):
     def name(self) -> str:
         """The claim's name: that of its file."""
         return self.path.stem
+
+    @property
+    def label(self) -> str:
+        """The name, and the size where it is another than the scale's own."""
+        return self.name + (f"@{self.size}" if self.size else "")
+
+    def sized(self, scale: str) -> list[Claim]:
+        """The claim at the scale's own size and at each of its others, which are claims of their own."""
+        here = self.scales.get(scale)
+        if here is None:
+            raise unknown(f"scale of claim {self.name!r}", scale, self.scales)
+        others = {name: here.model_copy(update=size.over(here) | {"sizes": {}}) for name, size in here.sizes.items()}
+        return [self] + [
+            self.model_copy(update={"scales": self.scales | {scale: other}, "size": name})
+            for name, other in others.items()
+        ]
 
     def recipe(self, side: str, scale: str, share: float = 1.0) -> dict[str, Any]:
         """The recipe of one side at a scale; the budget of the trained stage is not in it yet.
@@ -116,7 +145,7 @@ class Claim(BaseModel):
     def trial(self, scale: str, point: Point, work: Path) -> Trial:
         """The run that a point of the protocol stands for."""
         raw = self.recipe(point.side, scale, point.share)
-        name = f"{self.name}-{point.side}-{point.seed}"
+        name = f"{self.label}-{point.side}-{point.seed}"
         if self.tune is not None:
             put(raw, self.tune.field, point.value, f"{self.path}: tune.field")
             name += f"-{point.value}" if point.split == "validation" else ""

@@ -123,7 +123,7 @@ def advance(entry: Entry, pools: Mapping[tuple[Any, ...], Sequence[Sequence[floa
             assert outcome is not None
             if outcome["final"] is None:
                 raise PretrainError(
-                    f"claim {claim.name!r}: {point.side} with seed {point.seed} diverged at the rate that was chosen "
+                    f"claim {claim.label!r}: {point.side} with seed {point.seed} diverged at the rate that was chosen "
                     f"({point.value}): {outcome['diverged']}"
                 )
             runs[point.side].append({"seed": point.seed} | outcome)
@@ -197,7 +197,7 @@ def run(
     """
     work, begun = Path(output).resolve() / scale, time.monotonic()
     shelf = Shelf(work / "outcomes")
-    entries = [Entry(claim, scale, work, shelf) for claim in chosen]
+    entries = [Entry(sized, scale, work, shelf) for claim in chosen for sized in claim.sized(scale)]
     done: list[Result] = []
     failed: dict[str, str] = {}
     running: dict[Future[Outcome], tuple[Entry, Trial]] = {}
@@ -216,8 +216,8 @@ def run(
                 try:
                     shelf.put(trial, outcome := future.result())
                 except PretrainError as error:
-                    failed[entry.claim.name] = f"{trial.name}: {error}"
-                    say(f"{entry.claim.name}: set aside: {trial.name}: {error}")
+                    failed[entry.claim.label] = f"{trial.name}: {error}"
+                    say(f"{entry.claim.label}: set aside: {trial.name}: {error}")
                     continue
                 value = "diverged" if outcome["final"] is None else f"{outcome['final']:.4f}"
                 hours, minutes = divmod(round(left / max(1, jobs) / 60), 60)
@@ -236,12 +236,12 @@ def _next(
 
     What has come to an end is recorded.
     """
-    finished = {found["name"] for found in done}
+    finished = {(found["name"], found["size"]) for found in done}
     pools = pools_of(entries)
     waiting: list[tuple[float, Entry, list[Point]]] = []
     for entry in entries:
-        name = entry.claim.name
-        if name in finished or name in failed:
+        name = entry.claim.label
+        if (entry.claim.name, entry.claim.size) in finished or name in failed:
             continue
         try:
             step = advance(entry, pools)

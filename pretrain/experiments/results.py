@@ -48,6 +48,7 @@ def result(
     return {
         "name": claim.name,
         "scale": scale,
+        "size": claim.size,
         "protocol": PROTOCOL,
         "claim": claim.model_dump(mode="json", exclude={"path"}),
         "word": word(verdict.word, found.edges, regime, statistics.mean(finals["baseline"]), claim.better),
@@ -87,7 +88,8 @@ def word(standing: str, edges: Mapping[str, bool], regime: Mapping[str, float], 
 def write(found: Result, folder: Path) -> Path:
     """A file of its own for each outcome: a rerun that gives the same numbers replaces it, another stands beside it."""
     mark = digest([found["claim"], [[run["final"] for run in runs] for runs in found["runs"].values()]])[:8]
-    path = folder / f"{found['name']}-{found['scale']}-{mark}.json"
+    size = f"-{found['size']}" if found["size"] else ""
+    path = folder / f"{found['name']}-{found['scale']}{size}-{mark}.json"
     write_json(path, found)
     return path
 
@@ -104,7 +106,7 @@ def check_budgets(claim: Claim, scale: str, runs: Mapping[str, Sequence[Outcome]
     for seed, (a, b) in enumerate(zip(runs["baseline"], runs["method"], strict=True)):
         if abs(a["flops"] - b["flops"]) > within * max(a["flops"], b["flops"]):
             raise PretrainError(
-                f"claim {claim.name!r}, seed {seed}: {a['flops']:.4g} FLOPs against {b['flops']:.4g}; accepted: "
+                f"claim {claim.label!r}, seed {seed}: {a['flops']:.4g} FLOPs against {b['flops']:.4g}; accepted: "
                 f"equal to {within:.0%}: a smaller step or a larger budget"
             )
 
@@ -126,6 +128,6 @@ def check_leaks(claim: Claim, trials: Sequence[tuple[Trial, Outcome]]) -> None:
             leaked = len(judged & texts(reference, "train"))
             if leaked:
                 raise PretrainError(
-                    f"claim {claim.name!r}: {leaked} documents of {judge_stage['corpus']}/{split} are in the training "
+                    f"claim {claim.label!r}: {leaked} documents of {judge_stage['corpus']}/{split} are in the training "
                     f"split of {reference!r}; accepted: none"
                 )

@@ -31,28 +31,49 @@ SUPERSEDED = "superseded"
 
 def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """A row for each result, by claim and scale, the newest first; `contradicted` where reruns differ in their word."""
-    words = defaultdict(set)
+    words, trends = defaultdict(set), _trends(results)
     for result in results:
-        words[result["name"], result["scale"], _protocol(result)].add(result["word"])
+        words[_key(result)].add(result["word"])
     found = []
     for result in sorted(results, key=lambda r: r["finished"], reverse=True):
         claim, low, high = result["claim"], *interval(result)
         found.append(
             {
-                "name": result["name"], "scale": result["scale"], "title": claim["title"], "arxiv": claim["arxiv"],
+                "name": result["name"], "scale": result["scale"], "size": result.get("size", ""),
+                "title": claim["title"], "arxiv": claim["arxiv"],
                 "claim": claim["claim"], "metric": claim["metric"], "better": claim["better"], "equal": claim["equal"],
                 "budget": claim["scales"][result["scale"]]["budget"],
                 "sides": {side: claim[side]["name"] for side in ("baseline", "method")},
                 "mean": result["mean"], "deviation": result["deviation"], "also": result["also"],
                 "difference": result["verdict"]["difference"], "low": low, "high": high,
                 "compute_to_reach": result["compute_to_reach"], "word": word_of(result),
-                "contradicted": len(words[result["name"], result["scale"], _protocol(result)]) > 1,
-                "regime": result.get("regime", {}),
+                "contradicted": len(words[_key(result)]) > 1,
+                "regime": result.get("regime", {}), "trend": trends.get((result["name"], result["scale"]), ""),
                 "seeds": len(result["runs"]["method"]), "finished": result["finished"],
                 "cpu": result["environment"]["cpu"], "gpus": result["environment"]["gpus"],
             }
         )  # fmt: skip
-    return sorted(found, key=lambda row: (row["name"], row["scale"]))
+    return sorted(found, key=lambda row: (row["name"], row["scale"], row["size"]))
+
+
+def _key(result: dict[str, Any]) -> tuple[Any, ...]:
+    return result["name"], result["scale"], result.get("size", ""), _protocol(result)
+
+
+def _trends(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str]:
+    """Where a claim was tested at several sizes: the newest share of the baseline's compute at each, by its budget."""
+    newest: dict[tuple[str, str], dict[float, dict[str, Any]]] = defaultdict(dict)
+    for result in sorted(results, key=lambda r: r["finished"]):
+        if _protocol(result) == PROTOCOL:
+            budget = result["claim"]["scales"][result["scale"]]["budget"]
+            newest[result["name"], result["scale"]][budget] = result
+    said = {}
+    for key, by_budget in newest.items():
+        shares = {budget: r["compute_to_reach"]["method"] for budget, r in sorted(by_budget.items())}
+        each = [f"{'more than all' if share is None else f'{share:.0%}'} at {b:.2g}" for b, share in shares.items()]
+        if len(each) > 1:
+            said[key] = "trend: " + ", ".join(each)
+    return said
 
 
 def _protocol(result: dict[str, Any]) -> int:
@@ -89,11 +110,12 @@ def markdown(results: Sequence[dict[str, Any]]) -> str:
         cells = (
             f"**{row['name']}** {link}",
             row["claim"],
-            f"`{row['metric']}` ({row['better']} is better){equal}, {row['seeds']} seeds, {row['scale']}",
+            f"`{row['metric']}` ({row['better']} is better){equal}, {row['seeds']} seeds, "
+            + ", ".join(filter(None, (row["scale"], row["size"]))),
             _regime(row["regime"]),
             *(f"{row['sides'][side]}: {means[side]}" for side in ("baseline", "method")),
             f"{row['difference']:+.3g} ({row['low']:+.3g} to {row['high']:+.3g})",
-            "" if share is None else f"{share:.0%}",
+            "; ".join(filter(None, ("" if share is None else f"{share:.0%}", row["trend"]))),
             row["word"] + contradicted,
         )
         lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
