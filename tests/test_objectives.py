@@ -11,11 +11,15 @@ from hypothesis import strategies as st
 
 from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
+from pretrain.corpus.shards import Shards
+from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives.language._masking import choose_spans, choose_words, corrupt
+from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.electra import Electra
 from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.objectives.language.span_corruption import SpanCorruption
 from pretrain.objectives.language.ul2 import UL2
+from pretrain.training.loader import Loader
 
 TOKENS = tuple(["<pad>", "<s>", "</s>", "<mask>", *(f"<extra_id_{i}>" for i in range(20)), "[R]", "[S]", "[X]"]
                + [("Ġ" if i % 3 == 0 else "") + f"t{i}" for i in range(70)])  # fmt: skip
@@ -57,7 +61,8 @@ def test_spans_hide_the_rate_and_the_first_token_stays(length, rate, span, seed)
 def test_corruption_loses_nothing(length, rate, seed):
     rng = np.random.default_rng(seed)
     tokens = rng.integers(27, 97, length)
-    source, target = corrupt(tokens, choose_spans(length, rate, 3.0, rng), VOCABULARY.sentinels)
+    hidden = choose_spans(length, rate, 3.0, rng, len(SENTINELS) - 1)
+    source, target = corrupt(tokens, hidden, VOCABULARY.sentinels)
     spans, current = {}, None
     for token in target.tolist():
         if token in SENTINELS:
@@ -68,6 +73,60 @@ def test_corruption_loses_nothing(length, rate, seed):
     assert spans.pop(current) == []  # the last sentinel ends the target
     restored = [t for token in source.tolist() for t in (spans[token] if token in SENTINELS else [token])]
     assert restored == tokens.tolist()
+    assert len(source) - len(spans) == np.count_nonzero(~hidden)  # all that is hidden is out of sight
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 400), st.floats(0.05, 0.9, allow_subnormal=False), st.integers(1, 30), st.integers(0, 99))
+def test_at_most_so_many_spans_hide_the_rate_all_the_same(length, rate, most, seed):
+    hidden = choose_spans(length, rate, 1.0, np.random.default_rng(seed), most)
+    assert hidden.sum() == min(max(round(length * rate), 1), length - 1)
+    assert np.count_nonzero(np.diff(np.concatenate([[0], hidden.astype(int)])) == 1) <= most
+
+
+@pytest.mark.parametrize("objective", ["span_corruption", "ul2"])
+def test_where_sentinels_are_too_few_the_end_of_a_document_is_hidden_like_its_beginning(objective):
+    """1024 tokens at 50% in spans of 3 would be 171 spans; there are 100 sentinels."""
+    sentinels = tuple(range(4, 104))
+    tokens = tuple([f"<{i}>" for i in range(300)][:-3] + ["[R]", "[S]", "[X]"])
+    vocabulary = Vocabulary(
+        300, pad=0, bos=1, eos=2, mask=3, sentinels=sentinels, special=frozenset([*range(104), 297, 298, 299]),
+        tokens=tokens,
+    )  # fmt: skip
+    made = SpanCorruption(rate=0.5) if objective == "span_corruption" else UL2()
+    rng, shares = np.random.default_rng(0), np.zeros(2)
+    rate = 0.5 if objective == "span_corruption" else 11 / 28  # the mean of the seven denoisers'
+    for _ in range(200):
+        # Each token's number tells where in the document it stands: 104 in its first part, 105 in the last.
+        row = Row(np.repeat([104, 105], 512).astype(np.int32), np.array([0], np.int32), np.array([0]), 0, 0)
+        batch = made.prepare([row], Context(vocabulary, 1024, rng))
+        shares += [(batch["target_BM"] == 104).sum() / 512, (batch["target_BM"] == 105).sum() / 512]
+    if objective == "span_corruption":
+        assert shares / 200 == pytest.approx([rate, rate], abs=0.01)
+    else:  # the S denoiser hides the end alone: a quarter of the text, one document in seven
+        assert shares.sum() / 400 == pytest.approx((2 * 0.15 + 0.25 + 2 * 0.5 + 0.15 + 0.5) / 7, abs=0.03)
+        assert shares[0] / 200 > 0.25
+
+
+def test_more_spans_than_sentinels_are_refused():
+    hidden = np.tile([False, True], 25)
+    with pytest.raises(PretrainError, match="corrupt: 25 spans: accepted: fewer than the 20 sentinels"):
+        corrupt(np.arange(27, 77), hidden, VOCABULARY.sentinels)
+
+
+@pytest.mark.parametrize("rate", [0.15, 0.3])
+def test_whole_words_of_real_text_are_hidden_at_the_rate_that_is_asked(prepared, rate):
+    """BERT goes on with the next word when one does not fit; what is left is a gap that no word of the row fits."""
+    vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
+    shards, rng = Shards(prepared / "tokens" / "train"), np.random.default_rng(0)
+    hidden = allowed = 0
+    for length in (64, 128):
+        loader = Loader(shards, [CausalLM()], vocabulary, length=length, batch_rows=64)
+        for tokens_L in loader.step(0, 0.0)[0][0]["tokens_BL"].numpy():
+            tokens = tokens_L[tokens_L != vocabulary.pad]
+            hidden += int(choose_words(tokens, rate, vocabulary, rng, whole_words=True).sum())
+            allowed += int((~vocabulary.special_V[tokens]).sum())
+    assert hidden / allowed == pytest.approx(rate, rel=0.02)
 
 
 @settings(max_examples=60, deadline=None)

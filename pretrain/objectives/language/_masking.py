@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.errors import PretrainError
 
 
 def choose_words(
@@ -13,8 +16,8 @@ def choose_words(
 ) -> NDArray[np.bool_]:
     """Which tokens to hide: about `rate` of those that are not special, as whole words or each for itself.
 
-    Words are taken in random order until the number is reached; the last one that would pass it by more than it fills
-    is left out.
+    Words are taken in random order until the number is reached; as in BERT, one that would pass it is left out and the
+    next is tried. Where not even the shortest fits, the first is taken all the same.
     """
     allowed_L = ~vocabulary.special_V[tokens_L]
     wanted = round(rate * int(allowed_L.sum()))
@@ -31,24 +34,37 @@ def choose_words(
     words = np.unique(word_L[allowed_L])
     size_W = np.bincount(word_L[allowed_L], minlength=word_L[-1] + 1)
     order = rng.permutation(words)
-    total = np.cumsum(size_W[order])
-    chosen = order[total <= wanted]
+    chosen = order[fill(size_W[order].tolist(), wanted)]
     if not len(chosen):
         chosen = order[:1]
     return np.isin(word_L, chosen) & allowed_L
 
 
-def choose_spans(length: int, rate: float, mean_span: float, rng: np.random.Generator) -> NDArray[np.bool_]:
+def fill(sizes: Sequence[int], most: int) -> NDArray[np.bool_]:
+    """Which of the sizes, tried one after another, still fit into `most`; one that does not is passed over."""
+    fits, left = np.zeros(len(sizes), dtype=bool), most
+    for number, size in enumerate(sizes):
+        if size <= left:
+            fits[number], left = True, left - size
+        if not left:
+            break
+    return fits
+
+
+def choose_spans(
+    length: int, rate: float, mean_span: float, rng: np.random.Generator, most: int | None = None
+) -> NDArray[np.bool_]:
     """T5's random spans: about `rate` of `length` tokens, in spans of `mean_span` on average, never at the very start.
 
     Hidden and shown tokens are each cut into as many random non-empty parts as there are spans, and the parts
-    alternate, beginning with a shown one.
+    alternate, beginning with a shown one. There are at most `most` spans: where the mean would ask for more of them,
+    they are longer, so that `rate` of the text is hidden, and all over it.
     """
     hidden_L = np.zeros(length, dtype=bool)
     noise = min(max(round(length * rate), 1), length - 1)
     if length < 2:
         return hidden_L
-    spans = min(max(round(noise / mean_span), 1), noise, length - noise)
+    spans = min(max(round(noise / mean_span), 1), noise, length - noise, noise if most is None else most)
     position = 0
     for shown, hidden in zip(_parts(length - noise, spans, rng), _parts(noise, spans, rng), strict=True):
         hidden_L[position + shown : position + shown + hidden] = True
@@ -67,13 +83,13 @@ def corrupt(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Input and target of span corruption: each hidden span becomes a sentinel; the target is sentinel, span, … .
 
-    The last sentinel that is needed ends the target, as in T5. Spans beyond the number of sentinels stay shown.
+    The last sentinel that is needed ends the target, as in T5. There must be fewer spans than sentinels.
     """
     begins_L = hidden_L & ~np.concatenate([[False], hidden_L[:-1]])
     number_L = np.cumsum(begins_L) - 1
-    hidden_L = hidden_L & (number_L < len(sentinels) - 1)
-    begins_L = begins_L & hidden_L
     used = int(begins_L.sum())
+    if used >= len(sentinels):
+        raise PretrainError(f"corrupt: {used} spans: accepted: fewer than the {len(sentinels)} sentinels")
     marks = np.asarray(sentinels, np.int64)
     shown_L = np.where(begins_L, marks[np.clip(number_L, 0, len(marks) - 1)], tokens_L)[~hidden_L | begins_L]
     starts = np.flatnonzero(begins_L)

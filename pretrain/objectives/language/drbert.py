@@ -33,6 +33,7 @@ class DrBERT(Objective):
     `masked_lm`.
     """
 
+    version: ClassVar[int] = 2  # whole words fill the rate
     families: ClassVar[tuple[str, ...]] = ("bert",)
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True

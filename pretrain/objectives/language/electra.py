@@ -30,7 +30,7 @@ class Electra(Objective):
     gradient goes through the sampling. The generator and the encoder's binary head are thrown away.
     """
 
-    version: ClassVar[int] = 2  # each term is weighed by its own number
+    version: ClassVar[int] = 3  # whole words fill the rate
     families: ClassVar[tuple[str, ...]] = ("bert",)
     task: ClassVar[str] = "base"
 

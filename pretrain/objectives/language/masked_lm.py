@@ -28,6 +28,7 @@ class MaskedLM(Objective):
     (arXiv:2305.15096).
     """
 
+    version: ClassVar[int] = 2  # whole words fill the rate
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True

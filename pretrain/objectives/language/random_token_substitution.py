@@ -39,10 +39,12 @@ class RandomTokenSubstitution(Objective):
     and then any of its tokens. n_ab starts at 1; each replacement that was not detected adds 1, each detected takes 1
     away. `slm` (swapped language modelling): masked language modelling over the tokens replaced as in `rts`. The names
     and the constants are those of the authors' code, of *Effective Pre-Training Objectives for Transformer-based
-    Autoencoders* (arXiv:2210.13536).
+    Autoencoders* (arXiv:2210.13536). Two things in it are taken for faults and are otherwise here: a pair of clusters
+    that a step replaces several times changes n_ab each time (there, by an assignment to repeated indices, once), and
+    tokens that were not replaced change no n_aa (there they do, unless `update_only_on_predictions` is set).
     """
 
-    version: ClassVar[int] = 2  # each term is weighed by its own number
+    version: ClassVar[int] = 3  # whole words fill the rate
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
 
     objective: Literal["rts", "c_rts", "slm"] = "rts"

@@ -27,9 +27,11 @@ class SpanCorruption(Objective):
 
     `rate` of each document's tokens are hidden in spans of `mean_span` on average. The encoder reads the text with each
     span replaced by a sentinel; the decoder writes sentinel, span, sentinel, span, … . The loss is the mean of
-    -log p(target token) over the targets. Documents packed in a row stay apart on both sides.
+    -log p(target token) over the targets. Documents packed in a row stay apart on both sides. One that would need more
+    sentinels than there are has as many spans as it can, and longer ones.
     """
 
+    version: ClassVar[int] = 2  # as many spans as there are sentinels
     families: ClassVar[tuple[str, ...]] = ("t5",)
     task: ClassVar[str] = "seq2seq"
     version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
@@ -39,12 +41,13 @@ class SpanCorruption(Objective):
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """Inputs `tokens_BL` and targets `target_BM` with the documents that each position belongs to."""
-        if len(context.vocabulary.sentinels) < 2:
+        sentinels = context.vocabulary.sentinels
+        if len(sentinels) < 2:
             raise PretrainError("span_corruption: no sentinels; accepted: a tokenizer made with sentinels: 100")
 
         def pair(tokens_L: NDArray[np.int64]) -> Pair:
-            hidden_L = choose_spans(len(tokens_L), self.rate, self.mean_span, context.rng)
-            return corrupt(tokens_L, hidden_L, context.vocabulary.sentinels)
+            hidden_L = choose_spans(len(tokens_L), self.rate, self.mean_span, context.rng, len(sentinels) - 1)
+            return corrupt(tokens_L, hidden_L, sentinels)
 
         return pairs_to_batch([[pair(p.astype(np.int64)) for p in row.pieces()] for row in rows], context)
 

@@ -23,10 +23,11 @@ class UL2(Objective):
 
     Each document draws one of seven denoisers, all equally likely: R, short spans (mean 3 or 8, 15% hidden); X, long
     spans or many (mean 3 or 8 at 50%, mean `long_span` at 15% and at 50%); S, the text from a random point on (mean a
-    quarter of it). A mode token stands before the input. Loss and packing are those of span corruption. The mode tokens
-    `[R]`, `[S]`, `[X]` are the tokenizer's (`extra` of its stage).
+    quarter of it). A mode token stands before the input. Loss, packing and what happens where sentinels are too few are
+    those of span corruption. The mode tokens `[R]`, `[S]`, `[X]` are the tokenizer's (`extra` of its stage).
     """
 
+    version: ClassVar[int] = 2  # as many spans as there are sentinels
     families: ClassVar[tuple[str, ...]] = ("t5",)
     task: ClassVar[str] = "seq2seq"
     version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
@@ -57,7 +58,7 @@ class UL2(Objective):
             hidden_L = (
                 _end_of_text(len(tokens_L), rate, context.rng)
                 if span is None
-                else choose_spans(len(tokens_L), rate, span, context.rng)
+                else choose_spans(len(tokens_L), rate, span, context.rng, len(vocabulary.sentinels) - 1)
             )
             source, target = corrupt(tokens_L, hidden_L, vocabulary.sentinels)
             return np.concatenate([[known[mode]], source]), target

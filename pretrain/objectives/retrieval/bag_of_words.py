@@ -29,7 +29,7 @@ class BagOfWords(Objective):
     packing cuts a document, each piece is one, with a [CLS] in place of its first token.
     """
 
-    version: ClassVar[int] = 2  # each term is weighed by its own number
+    version: ClassVar[int] = 3  # whole words fill the rate
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True

@@ -17,6 +17,7 @@ from pretrain.core.bounds import NonNegative, OpenShare
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, base, embeddings, family, head
 from pretrain.objectives import Loss, Objective, summed
+from pretrain.objectives.language._masking import fill
 from pretrain.objectives.retrieval._passages import bag_loss, encode, masked_loss, masked_passages, pieces, to_head
 
 
@@ -37,7 +38,7 @@ class RetroMAEv2(Objective):
     table of its own.
     """
 
-    version: ClassVar[int] = 2  # each term is weighed by its own number
+    version: ClassVar[int] = 3  # whole words fill the rate
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True
@@ -142,7 +143,8 @@ def embed(model: nn.Module, decoder: Decoder, states_BLE: Tensor, position_BL: T
 def pooled_scores(model: nn.Module, ready_BLE: Tensor, batch: Batch) -> Tensor:
     """`scores_PV`: each vocabulary entry's largest score over a piece's tokens but the [CLS].
 
-    Piece by piece, since the scores of all tokens at once would fill the memory.
+    Piece by piece, and for the backward pass `max` keeps which token was the largest (`amax` would keep the scores),
+    so that the scores of one piece alone are ever held.
     """
     weight_VE, bias_V = head(model)
     first_BL, piece_BL = pieces(batch)
@@ -151,7 +153,8 @@ def pooled_scores(model: nn.Module, ready_BLE: Tensor, batch: Batch) -> Tensor:
     parts = ready_BLE[present_BL].split(sizes)
     empty_1E = ready_BLE.new_zeros(1, ready_BLE.shape[-1])  # a piece that is a [CLS] and nothing else
     return torch.stack([
-        nn.functional.linear(part_NE if len(part_NE) else empty_1E, weight_VE, bias_V).amax(0) for part_NE in parts
+        nn.functional.linear(part_NE if len(part_NE) else empty_1E, weight_VE, bias_V).max(0).values
+        for part_NE in parts
     ])  # fmt: skip
 
 
@@ -166,11 +169,11 @@ def contexts(
     begins_N = ~allowed_N | ~np.concatenate([[False], allowed_N[:-1]])
     begins_N |= vocabulary.starts_word_V[tokens_N] if whole_words else True
     word_N = np.cumsum(begins_N) - 1
-    size_W = np.bincount(word_N, weights=allowed_N)
+    size_W = np.bincount(word_N[allowed_N], minlength=word_N[-1] + 1)
     wanted = round(rate * int(allowed_N.sum()))
     # Words in random order, special tokens of size 0 among them, until the number is reached.
     order_NW = rng.random((len(tokens_N), len(size_W)), dtype=np.float32).argsort(-1)
-    fits_NW = size_W[order_NW].cumsum(-1) <= wanted
+    fits_NW = np.stack([fill(sizes, wanted) for sizes in size_W[order_NW].tolist()])
     hidden_NW = np.empty_like(fits_NW)
     np.put_along_axis(hidden_NW, order_NW, fits_NW, -1)
     visible_NN = ~(hidden_NW[:, word_N] & allowed_N)
