@@ -10,6 +10,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
 from pretrain.policies import Policy
 from pretrain.policies.pruning.gradual_pruning import GradualPruning
+from pretrain.policies.pruning.spdf import SPDF
 from pretrain.training.budget import Budget
 
 
@@ -139,3 +140,30 @@ def test_biases_shared_heads_and_tied_embeddings_stay_dense(tiny, prepared, tmp_
 def test_an_end_before_the_start_is_refused():
     with pytest.raises(PretrainError, match="start_share 0.8, end_share 0.75: accepted"):
         GradualPruning(start_share=0.8)
+
+
+@pytest.mark.parametrize("sparse", [SPDF(sparsity=0.75), GradualPruning(sparsity=0.75, start_share=0.0, end_share=0.0)])
+def test_the_gradient_is_clipped_by_the_norm_of_what_may_move(tiny, prepared, tmp_path, sparse):
+    class Watch(Policy):
+        """Measures the whole gradient before the zeros' part is taken away."""
+
+        name = "watch"
+
+        def before_update(self, training, state):
+            self.whole = [p.grad.clone() for p in training.model.parameters()]
+            self.movable = {id(m.weight): m.weight != 0 for m in linears(training.model).values()}
+
+        def after_step(self, training, state, batches, losses):
+            parameters = list(training.model.parameters())
+            masks = [self.movable.get(id(p), torch.ones_like(p, dtype=torch.bool)) for p in parameters]
+            of_all = torch.stack([g.norm() for g in self.whole]).norm()
+            of_rest = torch.stack([(g * m).norm() for g, m in zip(self.whole, masks, strict=True)]).norm()
+            clipped = torch.stack([p.grad.norm() for p in parameters]).norm()
+            self.norms = float(of_all), float(of_rest), float(clipped)
+
+    watch = Watch()
+    run(prepared, tiny(vocab_size=512), tmp_path, watch, sparse, budget=Budget(steps=2), clip=0.05)
+    of_all, of_rest, clipped = watch.norms
+    assert steps(tmp_path)[-1]["grad_norm"] == pytest.approx(of_rest, rel=1e-4)
+    assert of_rest < 0.97 * of_all
+    assert clipped == pytest.approx(0.05, rel=1e-3)

@@ -164,6 +164,12 @@ class Policy(Method):
         """
         return {}
 
+    def before_update(self, training: Training, state: State) -> None:
+        """When the step's gradient is whole, before it is clipped: take away that of weights that may not move.
+
+        Else the norm that the gradient is clipped by would be of more than what is trained.
+        """
+
     def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """After the optimiser's step."""
 

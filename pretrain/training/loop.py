@@ -177,6 +177,8 @@ def step(training: Training) -> Step:
     training.new = number < FIRST and not training.ready.issuperset(work.shapes for work in works)
     totals = exchange(training, micro_batches, works, zeros)
     losses, record = forward_backward(training, micro_batches, works, zeros, totals.targets)
+    for policy in training.policies:
+        policy.before_update(training, training.state[policy.name])
     record["grad_norm"] = full(nn.utils.clip_grad_norm_(training.trainee.parameters(), settings.clip or math.inf))
     spend(training, works, zeros, totals)
 

@@ -35,6 +35,14 @@ def hold(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
             weight.mul_(masks[name])
 
 
+@torch.no_grad()
+def hold_gradients(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
+    """∂w ← m ⊙ ∂w, in the layers that have a mask: what is clipped and what moments remember is of the rest alone."""
+    for name, weight in weights_of(model).items():
+        if name in masks and weight.grad is not None:
+            weight.grad.mul_(masks[name])
+
+
 def zero_count(sparsity: float, weight: Tensor) -> int:
     """How many entries of a weight are zero at this sparsity."""
     return round(sparsity * weight.numel())

@@ -13,7 +13,7 @@ from pretrain.core.bounds import Positive, ProperShare, Share
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training, due
-from pretrain.policies.pruning._masks import hold, unsharded_weights, zero_count, zero_shares
+from pretrain.policies.pruning._masks import hold, hold_gradients, unsharded_weights, zero_count, zero_shares
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class GradualPruning(Policy):
     metric `average_parameters`. Products with zeros are not counted as FLOPs, unless `credit: false`.
     """
 
+    version: ClassVar[int] = 2  # the gradient is clipped by the norm of what is not masked
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
     sparsity: ProperShare = 0.8
@@ -53,6 +54,10 @@ class GradualPruning(Policy):
     def zeros(self, training: Training, state: State) -> dict[str, float]:
         """The share that is pruned so far."""
         return zero_shares(training.model, state["sparsity"]) if self.credit else {}
+
+    def before_update(self, training: Training, state: State) -> None:
+        """Zeros have no gradient."""
+        hold_gradients(training.model, state["masks"])
 
     def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Count the step's parameters; prune when it is time; put the zeros back."""

@@ -12,7 +12,7 @@ from pretrain.core.batch import Batch
 from pretrain.core.bounds import ProperShare
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training
-from pretrain.policies.pruning._masks import hold, unsharded_weights, zero_count, zero_shares
+from pretrain.policies.pruning._masks import hold, hold_gradients, unsharded_weights, zero_count, zero_shares
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,13 @@ class SPDF(Policy):
     """SPDF: Sparse Pre-training and Dense Fine-tuning for Large Language Models (arXiv:2303.10464).
 
     Before training, `sparsity` of the weights of each linear layer in the blocks (uniformly; embeddings, norms, biases
-    and head stay dense) are chosen at random and set to zero, and they stay zero: w ← m ⊙ w after each step.
-    Fine-tuning without this policy is dense: the zeros are then trained like all others. As in the paper the products
-    with zeros, forward and backward, are not counted as FLOPs; `credit: false` counts what dense hardware spends.
+    and head stay dense) are chosen at random and set to zero, and they stay zero: ∂w ← m ⊙ ∂w and w ← m ⊙ w in each
+    step, so that the gradient is clipped by the norm of the rest. Fine-tuning without this policy is dense: the zeros
+    are then trained like all others. As in the paper the products with zeros, forward and backward, are not counted as
+    FLOPs; `credit: false` counts what dense hardware spends.
     """
 
+    version: ClassVar[int] = 2  # the gradient is clipped by the norm of what is not masked
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
     sparsity: ProperShare = 0.75
@@ -40,6 +42,10 @@ class SPDF(Policy):
     def zeros(self, training: Training, state: State) -> dict[str, float]:
         """The same share in all masked layers, up to rounding."""
         return zero_shares(training.model, self.sparsity) if self.credit else {}
+
+    def before_update(self, training: Training, state: State) -> None:
+        """Zeros have no gradient."""
+        hold_gradients(training.model, state["masks"])
 
     def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Put the zeros back."""
