@@ -54,6 +54,12 @@ def ready(tiny: Any, context: Context, objective: Smart, *, family: str = "bert"
     return model, objective.prepare(some, context)
 
 
+def unit(embedded: torch.Tensor, batch: Any) -> torch.Tensor:
+    """`unit_B1`: the root mean square of each example's token embeddings."""
+    present = [one[mask > 0] for one, mask in zip(embedded, batch["mask_BL"], strict=True)]
+    return torch.stack([one.square().mean().sqrt() for one in present])[:, None]
+
+
 @pytest.mark.bits
 def test_with_both_weights_0_it_is_the_wrapped_objective(tiny, context) -> None:
     wrapped = {"method": "classification", "label_smoothing": 0.1}
@@ -95,7 +101,7 @@ def test_the_distance_is_the_symmetric_kl_or_the_squared_difference() -> None:
 @pytest.mark.parametrize("wrapped", ["classification", "regression"])
 @pytest.mark.parametrize("family", ["bert", "llama", "gpt2", "modernbert"])
 def test_the_perturbation_stays_in_the_ball_and_raises_the_distance(tiny, context, family, wrapped) -> None:
-    objective = Smart(objective=wrapped, epsilon=1e-3, sigma=1e-3, eta=1e-2, steps=2)
+    objective = Smart(objective=wrapped, epsilon=0.03, steps=2)
     model, batch = ready(tiny, context, objective, family=family)
     model.eval()  # without dropout the distances are of the perturbation alone
     clean = classified(model, batch).detach()
@@ -109,34 +115,54 @@ def test_the_perturbation_stays_in_the_ball_and_raises_the_distance(tiny, contex
         return objective.distance(out, clean)
 
     delta = objective.ascend(model, batch, clean, embedded)
-    assert delta.abs().max() <= objective.epsilon and not delta.requires_grad
-    assert (delta * (1 - batch["mask_BL"][..., None])).abs().max() == 0
-    for seed in range(3):  # corners of the ball at random are as large, and move the output less
+    size = objective.epsilon * unit(embedded, batch) * batch["mask_BL"]
+    assert torch.allclose(delta.abs().amax(-1), size, rtol=1e-5) and not delta.requires_grad
+    for seed in range(3):  # others of that size move the output less
         torch.manual_seed(seed)
-        other = objective.epsilon * torch.randn_like(embedded).sign() * batch["mask_BL"][..., None]
+        other = torch.randn_like(embedded)
+        other *= (size / other.abs().amax(-1))[..., None]
         assert moved(delta).sum() > 2 * moved(other).sum()
 
 
-def test_the_ascent_is_the_projected_step_along_the_gradient(tiny, context) -> None:
-    objective = Smart(epsilon=1.0, sigma=1e-2, eta=0.5)
+def test_the_ascent_is_a_step_along_the_gradient_scaled_to_the_ball(tiny, context) -> None:
+    objective = Smart(epsilon=0.5, sigma=0.1, eta=0.3)
     model, batch = ready(tiny, context, objective)
     clean = classified(model, batch).detach()
     embedded = model.get_input_embeddings()(batch["tokens_BL"]).detach()
     torch.manual_seed(7)
     delta = objective.ascend(model, batch, clean, embedded)
     torch.manual_seed(7)
-    start = (torch.randn_like(embedded) * 1e-2 * batch["mask_BL"][..., None]).requires_grad_()
+    s = unit(embedded, batch)[..., None]
+    start = (torch.randn_like(embedded) * 0.1 * s * batch["mask_BL"][..., None]).requires_grad_()
     logits = model(
         inputs_embeds=embedded + start, attention_mask=batch["mask_BL"], token_type_ids=batch["segment_BL"]
     ).logits
     p, q = logits.log_softmax(-1), clean.log_softmax(-1)
     (g,) = torch.autograd.grad(((p.exp() * (p - q)) + (q.exp() * (q - p))).sum(), start)
-    expected = start + 0.5 * torch.stack([one / one.abs().max() for one in g])
-    assert torch.allclose(delta, expected, atol=1e-3) and delta.abs().max() > 0.4
+    up = start + 0.3 * s * g / g.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    expected = 0.5 * s * up / up.abs().amax(-1, keepdim=True).clamp(min=1e-30)
+    expected = expected * batch["mask_BL"][..., None]
+    assert torch.allclose(delta, expected, atol=0.01 * 0.5 * s.max())
+
+
+def test_its_defaults_hold_a_model_smooth_at_the_authors_scale(tiny, context) -> None:
+    """δ as large as the embeddings are, as in the authors' code; in the paper's ball of 1e-5 the term is 1e-8."""
+    objective = Smart()
+    model, batch = ready(tiny, context, objective)
+    model.eval()
+    clean, embedded = classified(model, batch).detach(), model.get_input_embeddings()(batch["tokens_BL"]).detach()
+    delta = objective.ascend(model, batch, clean, embedded)
+    size = unit(embedded, batch).expand(delta.shape[:2]) * batch["mask_BL"]
+    assert torch.allclose(delta.abs().amax(-1), size, rtol=1e-5)
+    model.train()
+    smoothness = objective.loss(model, batch, objective.modules(model)).parts["smoothness"]
+    assert 0.01 < smoothness < 10
+    twice = objective.ascend(model, batch, clean, 2 * embedded)  # of larger embeddings δ is larger too
+    assert torch.allclose(twice.abs().amax(-1), 2 * size, rtol=1e-5)
 
 
 def test_the_loss_is_the_weighted_sum_over_the_labelled(tiny, context) -> None:
-    objective = Smart(lambda_s=3.0, mu=2.0, epsilon=1e-2, sigma=1e-2, eta=1e-1, beta=0.75)
+    objective = Smart(lambda_s=3.0, mu=2.0, epsilon=0.3, sigma=0.1, eta=1.0, beta=0.75)
     model, batch = ready(tiny, context, objective)
     average = objective.modules(model)
     old = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -189,7 +215,7 @@ class Watch(Policy):
 def _train(prepared: Path, corpus: Path, tiny: Any, folder: Path, steps: int) -> tuple[Average, list[Any]]:
     tokenizer = load_tokenizer(prepared / "tokenizer")
     vocabulary, watch = Vocabulary.of(tokenizer), Watch()
-    objective = Smart(beta=0.6, early=1.0, epsilon=1e-3)
+    objective = Smart(beta=0.6, early=1.0)
     found = Examples(Corpus(corpus), "train", tokenizer, ("text", "label"))
     found.given["labels"] = ("no", "yes")
     model = with_head(tiny("bert", vocab_size=512), "sequence", ("no", "yes"), vocabulary)
@@ -246,6 +272,7 @@ def test_a_recipe_fine_tunes_with_it(tmp_path) -> None:
 
 @pytest.mark.parametrize(("given", "message"), [
     ({"epsilon": 0.0}, "epsilon 0.0: accepted: above 0"),
+    ({"sigma": 0.0}, "sigma 0.0: accepted: above 0"),
     ({"steps": 0}, "steps 0: accepted: 1 or more"),
     ({"late_beta": 1.0}, "late_beta 1.0: accepted: from 0 to below 1"),
     ({"objective": "tagging"}, "objective 'tagging': accepted: classification, regression"),

@@ -41,19 +41,25 @@ class Smart(FineTuning[str | float]):
 
         L + lambda_s · max over |δ|∞ ≤ epsilon of d(f(x + δ; θ), f(x; θ)) + mu · d(f(x; θ), f(x; θ̃))
 
-    δ is added to the token embeddings: from N(0, sigma²) it takes `steps` ascents δ ← Π(δ + eta · g / |g|∞), g the
-    gradient of the example's distance, Π the cut to the ball. θ̃ ← beta · θ̃ + (1 - beta) · θ after each step, with
-    `late_beta` once the share `early` of training is over. The sums are computed in float32, beside whose rounding
-    epsilon is small; the evaluation sees the wrapped objective alone.
+    δ is added to the token embeddings, whose root mean square in the example is the unit of epsilon, sigma and eta:
+    from N(0, sigma²) it takes `steps` ascents u = δ + eta · g / |g|∞, δ ← epsilon · u / |u|∞, g the gradient of the
+    example's distance, the norms those of each token. θ̃ ← beta · θ̃ + (1 - beta) · θ after each step, with `late_beta`
+    once the share `early` of training is over. The sums are computed in float32, beside whose rounding sigma is small;
+    the evaluation sees the wrapped objective alone.
+
+    The paper cuts δ to a ball of 1e-5, in which the distance is about 1e-8 and does nothing. The authors' code (mt-dnn)
+    has no ball: it scales δ to |δ|∞ = 1 in each token, beside embeddings that come from a layer norm. That is the scale
+    here. It adds eta · g as it is, which is lost in the noise that it starts from; g / |g|∞ is the paper's.
     """
 
+    version: ClassVar[int] = 2  # the perturbation has the scale of the embeddings
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
     objective: InnerObjective = "classification"
     lambda_s: NonNegative = 1.0
     mu: NonNegative = 1.0
-    epsilon: Positive = 1e-5
-    sigma: NonNegative = 1e-5
+    epsilon: Positive = 1.0
+    sigma: Positive = 1e-5  # where δ = 0 there is no gradient
     eta: Positive = 1e-3
     steps: Count = 1
     beta: ProperShare = 0.99
@@ -117,15 +123,17 @@ class Smart(FineTuning[str | float]):
         return Loss(value, parts)
 
     def ascend(self, model: nn.Module, batch: Batch, clean_BC: Tensor, embedded_BLE: Tensor) -> Tensor:
-        """`delta_BLE`, within the ball, that moves each example's output away from `clean_BC`; 0 on padding."""
-        delta_BLE = torch.randn_like(embedded_BLE) * self.sigma * batch["mask_BL"][..., None]
+        """`delta_BLE` that moves each example's output away from `clean_BC`, as large in each token; 0 on padding."""
+        present_BL1 = batch["mask_BL"][..., None].to(embedded_BLE.dtype)
+        square_BL1 = embedded_BLE.detach().square().mean(-1, keepdim=True) * present_BL1
+        unit_B11 = (square_BL1.sum(1, keepdim=True) / present_BL1.sum(1, keepdim=True)).sqrt()
+        delta_BLE = torch.randn_like(embedded_BLE) * self.sigma * unit_B11 * present_BL1
         for _ in range(self.steps):
             delta_BLE.requires_grad_()
             moved = self.distance(_shifted(model, batch, delta_BLE), clean_BC).sum()
             (gradient_BLE,) = torch.autograd.grad(moved, delta_BLE)
-            largest_B11 = gradient_BLE.abs().amax((1, 2), keepdim=True)
-            direction_BLE = gradient_BLE / largest_B11.clamp(min=torch.finfo(largest_B11.dtype).tiny)
-            delta_BLE = (delta_BLE.detach() + self.eta * direction_BLE).clamp(-self.epsilon, self.epsilon)
+            delta_BLE = delta_BLE.detach() + self.eta * unit_B11 * _to_one(gradient_BLE)
+            delta_BLE = self.epsilon * unit_B11 * _to_one(delta_BLE) * present_BL1
         return delta_BLE
 
     def distance(self, ours_BC: Tensor, theirs_BC: Tensor) -> Tensor:
@@ -195,6 +203,12 @@ class _Reader(nn.Module):
 
 def _trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _to_one(vectors_BLE: Tensor) -> Tensor:
+    """Each token's vector with 1 as its largest entry; zeros stay zeros."""
+    largest_BL1 = vectors_BLE.abs().amax(-1, keepdim=True)
+    return vectors_BLE / largest_BL1.clamp(min=torch.finfo(vectors_BLE.dtype).tiny)
 
 
 def _mean(distance_B: Tensor, batch: Batch) -> Tensor:
