@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.parameters import described
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.optimizers.conda import Conda
 from pretrain.optim.schedules.cosine import Cosine
@@ -111,10 +112,10 @@ def test_condas_projections_and_bases_are_metered(tmp_path, tiny):
 
 
 def test_conda_without_rotation_is_adam():
-    g = torch.Generator().manual_seed(0)
-    vector, table = torch.randn(7, generator=g), torch.randn(9, 3, generator=g)
-    ours, theirs = ([torch.nn.Parameter(t.clone()) for t in (vector, table)] for _ in range(2))
-    mine = Conda(lr=0.1, beta2=0.99).build([("norm.weight", ours[0]), ("embed_tokens.weight", ours[1])])
+    g, net = torch.Generator().manual_seed(0), torch.nn.Sequential(torch.nn.LayerNorm(7), torch.nn.Embedding(9, 3))
+    mine = Conda(lr=0.1, beta2=0.99).build(described(net))
+    ours = list(net.parameters())
+    theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     reference = torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.99))
     for _ in range(4):
         for a, b in zip(ours, theirs, strict=True):

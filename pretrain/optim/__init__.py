@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Optimizer(Method):
-    """Base of the optimisers. `lr` is the peak learning rate, `weight_decay` is for matrices only."""
+    """Base of the optimisers. `lr` is the peak learning rate, `weight_decay` is for matrices and tables only."""
 
     kind: ClassVar[str] = "optimiser"
     lr: NonNegative = 1e-3
     weight_decay: NonNegative = 0.1
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """Make the optimiser over these parameters.
+        """Make the optimiser over these parameters, which `described` has marked with what they are.
 
         One whose steps do not all cost the same FLOPs says in a property `phase` what its next step is.
         """
@@ -62,11 +62,13 @@ class Group(TypedDict):
 
 
 def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> list[Group]:
-    """Two parameter groups: matrices, which decay, and vectors and scalars (norms, biases), which do not."""
+    """Two parameter groups: matrices and tables, which decay, and vectors (norms, biases, scales), which do not."""
+    from pretrain.core.models.parameters import role
+
     trained = [p for _, p in named_parameters if p.requires_grad]
     groups: list[Group] = [
-        {"params": [p for p in trained if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
+        {"params": [p for p in trained if role(p) != "vector"], "weight_decay": weight_decay},
+        {"params": [p for p in trained if role(p) == "vector"], "weight_decay": 0.0},
     ]
     return [g for g in groups if g["params"]]
 

@@ -29,6 +29,7 @@ from pretrain.core.errors import Diverged, PretrainError
 from pretrain.core.meter import Work, peak_memory, recomputing
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
+from pretrain.core.models.parameters import described
 from pretrain.objectives import Loss, Objective, share
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
@@ -148,7 +149,7 @@ def _start(
         for block in families.repeated_blocks(model):
             block.compile()
     wrapped = wrap(trainee, families.repeated_blocks(model) if world.size > 1 else [], world, settings.strategy)
-    built = optimizer.build(trainee.named_parameters())
+    built = optimizer.build(described(trainee))
     for group in built.param_groups:
         group["peak_lr"] = group["lr"]
     state: states.Memory = {policy.name: {} for policy in policies}

@@ -17,7 +17,7 @@ class AdamW(Optimizer):
     """Decoupled Weight Decay Regularization (arXiv:1711.05101).
 
     Adam's step m̂ / (√v̂ + eps), with the decay lr · weight_decay · w taken from the weight itself instead of being
-    added to the gradient. Norms and biases do not decay.
+    added to the gradient. Norms, biases and scales do not decay, whatever their shape.
     """
 
     beta1: ProperShare = 0.9

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import overload
+from typing import ClassVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.core.bounds import Count, NonNegative, Positive, ProperShare
+from pretrain.core.models.parameters import role
 from pretrain.optim import Group, Optimizer, decay_groups
 
 
@@ -18,11 +19,13 @@ from pretrain.optim import Group, Optimizer, decay_groups
 class Conda(Optimizer):
     """Conda: Column-Normalized Adam for Training Large Language Models Faster (arXiv:2509.24218).
 
-    For each matrix of the blocks, every `update_gap` steps an orthogonal basis U is taken from the singular vectors of
-    the momentum M (those of its shorter side). Momentum and gradient are projected, M' = Uᵀ M and G' = Uᵀ G, the second
-    moment V is that of G', and the step is U · M' / (√V + eps), times `scale`, with Adam's bias correction. Embeddings,
-    head and vectors take plain Adam steps. Weight decay is decoupled.
+    For the weight of each linear layer, every `update_gap` steps an orthogonal basis U is taken from the singular
+    vectors of the momentum M (those of its shorter side). Momentum and gradient are projected, M' = Uᵀ M and G' = Uᵀ G,
+    the second moment V is that of G', and the step is U · M' / (√V + eps), times `scale`, with Adam's bias correction.
+    Tables, of tokens or of positions, the head and vectors take plain Adam steps. Weight decay is decoupled.
     """
+
+    version: ClassVar[int] = 2  # tables are told by what they are
 
     lr: NonNegative = 1e-2
     weight_decay: NonNegative = 0.0
@@ -33,9 +36,9 @@ class Conda(Optimizer):
     scale: NonNegative = 0.25
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
-        """The matrices of the blocks in one group, the rest as AdamW would group it."""
+        """The matrices in one group, the rest as AdamW would group it."""
         named = [(name, p) for name, p in named_parameters if p.requires_grad]
-        rotated = [(n, p) for n, p in named if p.ndim == 2 and not _outside(n)]
+        rotated = [(n, p) for n, p in named if p.ndim == 2 and role(p) == "matrix"]
         taken = {id(p) for _, p in rotated}
         groups = decay_groups([(n, p) for n, p in named if id(p) not in taken], self.weight_decay)
         for group in groups:
@@ -44,11 +47,6 @@ class Conda(Optimizer):
             groups.append({"params": [p for _, p in rotated], "weight_decay": self.weight_decay, "rotate": True})
         betas = (self.beta1, self.beta2)
         return CondaOptimizer(groups, self.lr, betas, eps=self.eps, update_gap=self.update_gap, scale=self.scale)
-
-
-def _outside(name: str) -> bool:
-    """Whether a matrix is an embedding or the head, by the names that `transformers` gives them."""
-    return any(part in name for part in ("embed", "lm_head", "wte", "wpe", "shared", "decoder.weight", "predictions"))
 
 
 class CondaOptimizer(torch.optim.Optimizer):
