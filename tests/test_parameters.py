@@ -13,10 +13,14 @@ from pretrain.core.models.heads import with_head
 from pretrain.core.models.parameters import described, role
 from pretrain.objectives.retrieval.retromae_v2 import RetroMAEv2
 from pretrain.optim import decay_groups
+from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.optimizers.conda import Conda
 from pretrain.surgery.adapters.increlora import IncreLoRA
 from pretrain.surgery.adapters.lora import LoRA
 from pretrain.surgery.adapters.peft_adapter import PeftAdapter
+from pretrain.training import state
+from pretrain.training.background import Background
+from pretrain.training.distributed import World
 from pretrain.training.running import Trainee
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
@@ -90,6 +94,22 @@ def test_of_pictures_the_class_token_is_a_vector_and_positions_are_a_table():
     found = roles(BeitModel(BeitConfig(**SMALL, use_relative_position_bias=True)))
     biases = {n for n in found if n.endswith("relative_position_bias_table")}
     assert len(biases) == 2 and {found[n] for n in biases} == {"vector"}
+
+
+def test_a_training_state_of_before_finds_its_parameters_in_other_groups(tiny, tmp_path):
+    """They were grouped by their dimensions: the biases of T5's attention stood among the matrices."""
+    model, alone = tiny("t5"), World(0, 1, torch.device("cpu"))
+    by_dimensions = [[p for p in model.parameters() if (p.ndim >= 2) is wide] for wide in (True, False)]
+    before = torch.optim.AdamW([{"params": ps} for ps in by_dimensions])
+    for number, p in enumerate(model.parameters()):
+        p.grad = torch.full_like(p, float(number + 1))
+    before.step()
+    with Background(alone) as background:
+        state.save(tmp_path, 1, model, before, {}, {}, alone, 1, background)
+    now = AdamW().build(described(model))
+    state.load(state.newest(tmp_path), model, now)
+    assert all(torch.equal(now.state[p]["exp_avg"], before.state[p]["exp_avg"]) for p in model.parameters())
+    assert [g["weight_decay"] for g in now.param_groups] == [0.1, 0.0]
 
 
 def test_what_nobody_has_described_goes_by_its_dimensions():

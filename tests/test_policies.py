@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import policy_run
 import pytest
 import torch
 
@@ -15,6 +16,7 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.schedules.constant import Constant
+from pretrain.policies import Policy
 from pretrain.policies.mixing.domain_upsampling import DomainUpsampling
 from pretrain.policies.mixing.odm import ODM, probabilities
 from pretrain.policies.pruning.spdf import SPDF
@@ -63,6 +65,31 @@ def test_odm_smooths_importance_weighted_losses_and_sets_the_mixture(tiny, prepa
             reward == 0 or 4 < reward * natural[name] / 0.1 < 9
         )  # the loss of an untrained model of 512 entries is near 6.2
     assert training.loader.mixture == pytest.approx(state["mixture"]) and state["updates"] == 1
+
+
+class Mixtures(Policy):
+    """Notes what each step's successor draws from."""
+
+    name = "mixtures"
+
+    def __init__(self):
+        self.seen = []
+
+    def after_step(self, training, state, batches, losses):
+        self.seen.append(dict(training.loader.mixture))
+
+
+def test_odm_explores_after_its_warm_up_as_if_it_had_begun_with_it(tiny, prepared, tmp_path):
+    watch = Mixtures()
+    training = policy_run.run(prepared, tiny(vocab_size=512), tmp_path, ODM(warmup=0.75), watch, budget=Budget(steps=8))
+    assert all(mixture == watch.seen[0] for mixture in watch.seen[:5]) and watch.seen[5] != watch.seen[0]
+    state = training.state["odm"]
+    count = len(state["reward"])
+    before, rate = (min(1 / count, math.sqrt(math.log(count) / (count * t))) for t in (7, 8))
+    assert state["updates"] == 8 and state["rate"] == pytest.approx(rate) and rate < 1 / count
+    powers = {name: math.exp(before * reward) for name, reward in state["reward"].items()}
+    expected = {name: (1 - count * rate) * p / sum(powers.values()) + rate for name, p in powers.items()}
+    assert state["mixture"] == pytest.approx(expected) and watch.seen[-1] == state["mixture"]
 
 
 def test_odm_needs_two_domains(tiny, prepared, tmp_path):

@@ -204,14 +204,21 @@ def load(path: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> tu
     with torch.no_grad():
         for name, value in current.items():
             local(value).copy_(stored.read(f"model.{name}", held(value)))
-    _load_optimizer(optimizer, record.pop("optimizer"), stored, "optimizer" if old else "")
+    _load_optimizer(optimizer, trainee, record.pop("optimizer"), stored, "optimizer" if old else "")
     policies = join_tensors(record.pop("policies"), lambda name: stored.read(("policies" if old else "") + name))
     return record, policies
 
 
-def _load_optimizer(optimizer: torch.optim.Optimizer, saved: _Optimizer, stored: Stored, before: str) -> None:
+def _load_optimizer(
+    optimizer: torch.optim.Optimizer, trainee: nn.Module, saved: _Optimizer, stored: Stored, before: str
+) -> None:
     """Restore an optimiser's state with its exact types (torch's own loading would cast it to the weights' type)."""
     owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
+    groups = list(zip(optimizer.param_groups, saved["param_groups"], strict=False))
+    if [len(g["params"]) for g in optimizer.param_groups] != [len(g["params"]) for g in saved["param_groups"]]:
+        # A state of before, when parameters were grouped by whether they have two dimensions.
+        order, groups = {id(p): number for number, p in enumerate(trainee.parameters())}, []
+        owners.sort(key=lambda owner: (owner[0].ndim < 2, order[id(owner[0])]))
     optimizer.state.clear()
     for index, entries in saved["state"].items():
         parameter, group = owners[int(index)]
@@ -225,7 +232,7 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, saved: _Optimizer, stored:
             return value.to(parameter.device) if shape or on_device else value
 
         optimizer.state[parameter] = {key: join_tensors(entry, read) for key, entry in entries.items()}
-    for group, was in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+    for group, was in groups:
         for key, value in was.items():
             if key != "params":
                 group[key] = tuple(value) if isinstance(value, list) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pretrain.core.batch import Batch
 from pretrain.core.bounds import ProperShare, Share
@@ -21,9 +22,16 @@ class ODM(Policy):
     Exp3 over the K domains. The reward of a domain is the training loss on its rows, importance-weighted and smoothed:
     R_i ← α R_i + (1 - α) L_i / π_i, for the domains that the step has seen. Then, with the exploration rate
     ε_t = min(1/K, √(ln K / (K t))), π_i = (1 - K ε_t) · exp(ε_{t-1} R_i) / Σ_j exp(ε_{t-1} R_j) + ε_t. For the first
-    `warmup` of training the domains are drawn as they were, while the rewards are already estimated. The losses are
-    those of the training step: nothing is computed anew.
+    `warmup` of training the domains are drawn as they were, while the rewards are already estimated and t counts the
+    steps: exploration does not begin anew after it. The losses are those of the training step: nothing is computed
+    anew.
+
+    These are the paper's formulas. The published code has two others, and neither: one adds up R_i ← R_i + L_i / 10 π_i
+    and never forgets; the other, named there as the paper's, smooths exp(L_i) without dividing by π_i and mixes by
+    R_i / Σ_j R_j instead of the exponentials. In both t counts the steps of the warm-up, as here.
     """
+
+    version: ClassVar[int] = 2  # the steps of the warm-up count
 
     smoothing: ProperShare = 0.9
     warmup: Share = 0.01
@@ -52,17 +60,16 @@ class ODM(Policy):
         rewards, mixture = state["reward"], state["mixture"]
         for name, (total, count) in domain_losses("odm", training, batches, losses).items():
             rewards[name] = self.smoothing * rewards[name] + (1 - self.smoothing) * total / count / mixture[name]
-        if training.progress < self.warmup:
-            return
         state["updates"] += 1
-        state["mixture"], state["rate"] = probabilities(rewards, state["updates"], state["rate"])
-        training.loader.mixture = state["mixture"]
+        mixture, state["rate"] = probabilities(rewards, state["updates"], state["rate"])
+        if training.progress >= self.warmup:
+            state["mixture"] = training.loader.mixture = mixture
 
 
-def probabilities(rewards: dict[str, float], update: int, rate_before: float) -> tuple[dict[str, float], float]:
-    """Exp3's mixture at the `update`-th update (from 1), and its exploration rate."""
+def probabilities(rewards: dict[str, float], step: int, rate_before: float) -> tuple[dict[str, float], float]:
+    """Exp3's mixture after step number `step` (from 1), and its exploration rate."""
     count = len(rewards)
-    rate = min(1 / count, math.sqrt(math.log(count) / (count * update)))
+    rate = min(1 / count, math.sqrt(math.log(count) / (count * step)))
     top = max(rewards.values())
     powers = {name: math.exp(rate_before * (reward - top)) for name, reward in rewards.items()}
     total = sum(powers.values())
