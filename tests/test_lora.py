@@ -42,6 +42,20 @@ def test_queries_and_values_are_a_place_of_every_adapter(tiny, family, ends, met
     }
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "modernbert", "t5"])
+@pytest.mark.parametrize("init", ["kaiming", "gaussian", "pissa", "olora", "orthogonal"])
+def test_an_adapter_changes_nothing_at_first_whatever_it_begins_with(tiny, family, init) -> None:
+    plain, method = tiny(family).eval(), lora(rank=4, init=init, where="all")
+    if family == "gpt2" and init == "olora":  # peft would change the answers at once, or fail
+        for adapter in (method, peft_adapter("LORA", {"target_modules": ["c_fc"], "init_lora_weights": init})):
+            with pytest.raises(PretrainError, match=r"^init olora: .* is a Conv1D; accepted: another init"):
+                adapter(tiny(family))
+        return
+    adapted = method(tiny(family), Inputs(seed=1)).eval()
+    assert torch.allclose(logits(adapted), logits(plain), atol=1e-5)
+    assert any("lora_B" in name and parameter.requires_grad for name, parameter in adapted.named_parameters())
+
+
 @pytest.mark.bits
 def test_it_is_pefts_own_adapter(tiny) -> None:
     theirs = get_peft_model(copy.deepcopy(tiny()), LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"]))

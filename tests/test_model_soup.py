@@ -12,6 +12,7 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.evaluation.likelihood.calibration import Calibration
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.surgery import Inputs
 from pretrain.surgery.architecture.pre_rmsnorm import PreRMSNorm
@@ -189,6 +190,24 @@ def test_equal_models_all_join_and_the_better_side_can_be_the_higher_one(tiny, t
     assert loss(worst) >= max(loss(model), loss(other))
 
 
+def test_which_way_is_better_follows_from_the_metric(tiny, text, prepared):
+    """By an accuracy the best model is the one with the highest, and nobody need say so."""
+    corpus, tokenizer, _ = text
+    models = [near(tiny(vocab_size=512), 0.3, seed) for seed in range(4)]
+    documents = Corpus(prepared / "corpus").sample("validation", DOCUMENTS)
+    evaluation = Calibration(bins=2)
+    right = [evaluation(model, tokenizer, documents).metrics["token_accuracy"] for model in models]
+    assert max(right) > min(right)
+    inputs = Inputs(tokenizer=tokenizer, models=models[1:])
+    soup = ModelSoup(
+        "best", corpus=corpus, evaluation={"method": "calibration", "bins": 2}, metric="token_accuracy",
+        max_documents=DOCUMENTS,
+    )(models[0], inputs)  # fmt: skip
+    best = models[right.index(max(right))]
+    assert torch.equal(soup.lm_head.weight, best.lm_head.weight)
+    assert inputs.extra["metrics"]["model_soup/soup"] == pytest.approx(max(right))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -240,6 +259,7 @@ def test_a_model_of_other_surgeries_is_refused(tiny):
         ({"recipe": "best"}, "corpus '': accepted: one with validation documents, or recipe uniform"),
         ({"recipe": "best", "corpus": "c", "weights": (1.0,)}, r"weights \[1.0\]: accepted: none with recipe best"),
         ({"corpus": "c", "evaluation": {"method": "task", "goal": 1}}, "evaluation 'task': .*accepted fields: objective"),
+        ({"corpus": "c", "metric": "glow"}, "metric 'glow': it is not known which way it is better; accepted: better: low"),
         ({"corpus": "c", "better": "best"}, "better 'best': accepted: lower, higher"),
         ({"corpus": "c", "max_documents": 0}, "max_documents 0: accepted: 1 or more"),
         ({"corpus": "c", "length": -1}, "length -1: accepted: 0 or more"),

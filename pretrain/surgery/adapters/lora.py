@@ -19,8 +19,8 @@ class LoRA(Surgery):
 
     The blocks' linear layers are frozen and become W + (alpha / rank) · BA, of which A and B alone are trained; B
     begins at zero, so nothing changes at first. The layers are `peft`'s own; `dora`, `rslora` and `init` are its
-    variants. `where` picks the layers: query_value, attention, feed_forward or all; `targets` the ends of their names
-    (`q_proj`).
+    variants (`olora` not on GPT-2, whose Conv1D `peft` takes for a linear layer). `where` picks the layers:
+    query_value, attention, feed_forward or all; `targets` the ends of their names (`q_proj`).
     """
 
     adapts: ClassVar[bool] = True

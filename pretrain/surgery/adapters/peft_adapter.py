@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from peft import PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError, unknown
@@ -99,13 +101,26 @@ def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         raise unknown(f"field of peft's {config['peft_type']}", stray[0], sorted(known))
     training = model.training
     try:
-        inject_adapter_in_model(made(**options, inference_mode=False), model)  # in place
+        adapter = made(**options, inference_mode=False)
+        _check_init(model, adapter)
+        inject_adapter_in_model(adapter, model)  # in place
+    except PretrainError:
+        raise
     except Exception as error:  # of peft, for values that do not suit it
         raise PretrainError(f"peft's {config['peft_type']}: {' '.join(str(error).split())[:300]}") from error
     last = output(model)
     if last is not None:
         last[1].requires_grad_(True)
     return model.train(training)
+
+
+def _check_init(model: PreTrainedModel, adapter: PeftConfig) -> None:
+    """Refuse what `peft` begins wrongly: OLoRA takes a Conv1D's weight for one of outputs × inputs."""
+    if getattr(adapter, "init_lora_weights", None) != "olora":
+        return
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D) and check_target_module_exists(adapter, name):
+            raise PretrainError(f"init olora: {name} is a Conv1D; accepted: another init, as kaiming or pissa")
 
 
 def _stored(config: Config) -> Config:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, cast
 
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -19,6 +19,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.method import InnerEvaluation, Ref
+from pretrain.core.metrics import better
 from pretrain.corpus.store import Corpus
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._merge import check, mean_into
@@ -41,16 +42,18 @@ class ModelSoup(Surgery):
     that the soup is never worse than the best ingredient; "best": that ingredient alone, what the paper compares with.
     The measure is `metric` of `evaluation` (`held_out`, or with its fields `{method: task, objective: classification}`)
     on at most `max_documents` validation documents of `corpus` in windows of `length` (0: the evaluation's own),
-    `better` lower or higher. Sums are in float64 and rounded once: a soup of equal models is that model, bit for bit.
+    `better` lower or higher (None: as the metric is). Sums are in float64 and rounded once: a soup of equal models is that model, bit for bit.
     The soup reads text as the checkpoint does.
     """
+
+    version: ClassVar[int] = 2  # which way is better follows from the metric
 
     recipe: Literal["greedy", "uniform", "best"] = "greedy"
     weights: tuple[float, ...] = ()
     corpus: Ref = ""
     evaluation: InnerEvaluation = "held_out"
     metric: str = "loss"
-    better: Literal["lower", "higher"] = "lower"
+    better: Literal["lower", "higher"] | None = None
     max_documents: Count = 2000
     length: Whole = 0
 
@@ -63,10 +66,17 @@ class ModelSoup(Surgery):
             raise PretrainError("model_soup: corpus '': accepted: one with validation documents, or recipe uniform")
         if self.weights and abs(sum(self.weights)) < 1e-9:
             raise PretrainError(f"model_soup: weights {list(self.weights)}: accepted: numbers whose sum is not 0")
+        if self.recipe != "uniform":
+            _ = self.sign
         known = [item.name for item in fields(self.measuring)]
         if self.length and "length" not in known:
             allowed = f"0 with {self.measuring.name}, which has no windows"
             raise PretrainError(f"model_soup: length {self.length}: accepted: {allowed}")
+
+    @property
+    def sign(self) -> int:
+        """By what the metric is multiplied so that less is better."""
+        return 1 if (self.better or better(self.metric)) == "lower" else -1
 
     @cached_property
     def measuring(self) -> Any:
@@ -113,8 +123,8 @@ class ModelSoup(Surgery):
             if joined <= best:
                 chosen, best = [*chosen, candidate], joined
         mean_into(soup, [models[i] for i in chosen], [1.0] * len(chosen))
-        sign = 1 if self.better == "lower" else -1
-        metrics = {"ingredients": len(chosen), "best_ingredient": sign * alone[order[0]], "soup": sign * best}
+        best_alone = self.sign * alone[order[0]]
+        metrics = {"ingredients": len(chosen), "best_ingredient": best_alone, "soup": self.sign * best}
         report(inputs, **{f"model_soup/{name}": value for name, value in metrics.items()})
         cast(nn.Module, soup).to(home)
         return soup
@@ -137,7 +147,7 @@ class ModelSoup(Surgery):
                 raise PretrainError(
                     f"model_soup: metric {self.metric!r}: accepted: {', '.join(metrics)} of {evaluate.name}"
                 )
-            return float(metrics[self.metric] if self.better == "lower" else -metrics[self.metric])
+            return self.sign * float(metrics[self.metric])
 
         return measure
 
