@@ -42,8 +42,8 @@ class ModelSoup(Surgery):
     that the soup is never worse than the best ingredient; "best": that ingredient alone, what the paper compares with.
     The measure is `metric` of `evaluation` (`held_out`, or with its fields `{method: task, objective: classification}`)
     on at most `max_documents` validation documents of `corpus` in windows of `length` (0: the evaluation's own),
-    `better` lower or higher (None: as the metric is). Sums are in float64 and rounded once: a soup of equal models is that model, bit for bit.
-    The soup reads text as the checkpoint does.
+    `better` lower or higher (None: as the metric is). Sums are in float64 and rounded once: a soup of equal models is
+    that model, bit for bit. The soup reads text as the checkpoint does.
     """
 
     version: ClassVar[int] = 2  # which way is better follows from the metric
