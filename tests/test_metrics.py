@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.metrics import better
+from pretrain.core.models.metrics import better
 from pretrain.evaluation.probes.retrieval import scores
 from pretrain.evaluation.probes.transferability import MEASURES
 from pretrain.objectives import _metrics

@@ -215,7 +215,7 @@ def _load_optimizer(
     """Restore an optimiser's state with its exact types (torch's own loading would cast it to the weights' type)."""
     owners = [(p, group) for group in optimizer.param_groups for p in group["params"]]
     groups = list(zip(optimizer.param_groups, saved["param_groups"], strict=False))
-    if [len(g["params"]) for g in optimizer.param_groups] != [len(g["params"]) for g in saved["param_groups"]]:
+    if [g["params"] for g in optimizer.state_dict()["param_groups"]] != [g["params"] for g in saved["param_groups"]]:
         # A state of before, when parameters were grouped by whether they have two dimensions.
         order, groups = {id(p): number for number, p in enumerate(trainee.parameters())}, []
         owners.sort(key=lambda owner: (owner[0].ndim < 2, order[id(owner[0])]))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
+from pretrain.objectives._fill import fill
 
 
 def choose_words(
@@ -38,17 +37,6 @@ def choose_words(
     if not len(chosen):
         chosen = order[:1]
     return np.isin(word_L, chosen) & allowed_L
-
-
-def fill(sizes: Sequence[int], most: int) -> NDArray[np.bool_]:
-    """Which of the sizes, tried one after another, still fit into `most`; one that does not is passed over."""
-    fits, left = np.zeros(len(sizes), dtype=bool), most
-    for number, size in enumerate(sizes):
-        if size <= left:
-            fits[number], left = True, left - size
-        if not left:
-            break
-    return fits
 
 
 def choose_spans(

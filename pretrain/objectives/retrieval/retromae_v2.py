@@ -17,7 +17,7 @@ from pretrain.core.bounds import NonNegative, OpenShare
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, base, embeddings, family, head
 from pretrain.objectives import Loss, Objective, summed
-from pretrain.objectives.language._masking import fill
+from pretrain.objectives._fill import fill
 from pretrain.objectives.retrieval._passages import bag_loss, encode, masked_loss, masked_passages, pieces, to_head
 
 

@@ -19,7 +19,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.method import InnerEvaluation, Ref
-from pretrain.core.metrics import better
+from pretrain.core.models.metrics import better
 from pretrain.corpus.store import Corpus
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._merge import check, mean_into
