@@ -12,8 +12,8 @@ Direction = Literal["lower", "higher"]
 HIGHER = (
     "accuracy", "acc", "acc_norm", "precision", "recall", "f1", "matthews", "pearson", "spearman", "exact_match",
     "bleu", "rouge_l", "mrr", "ndcg", "auroc", "tpr", "bartscore", "bartscore_f", "bartscore_reverse",
-    "scbench_multi_turn", "scbench_multi_request", "h_score", "h_score_shrunk", "logme", "transrate", "gbc", "knn", "msc", "parc",
-    "gv_utility", "gv_verified", "gv_gap", "logp",
+    "scbench_multi_turn", "scbench_multi_request", "h_score", "h_score_shrunk", "logme", "transrate", "gbc", "knn",
+    "msc", "parc", "gv_utility", "gv_verified", "gv_gap", "logp",
 )  # fmt: skip
 LOWER = (
     "loss", "perplexity", "bits_per_byte", "mse", "ece", "mce", "seconds", "flops", "kv_bytes", "activation_density",
