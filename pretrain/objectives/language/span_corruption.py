@@ -31,10 +31,9 @@ class SpanCorruption(Objective):
     sentinels than there are has as many spans as it can, and longer ones.
     """
 
-    version: ClassVar[int] = 2  # as many spans as there are sentinels
+    version: ClassVar[int] = 3  # as many spans as there are sentinels
     families: ClassVar[tuple[str, ...]] = ("t5",)
     task: ClassVar[str] = "seq2seq"
-    version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
 
     rate: float = 0.15
     mean_span: float = 3.0

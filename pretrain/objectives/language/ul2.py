@@ -27,10 +27,9 @@ class UL2(Objective):
     those of span corruption. The mode tokens `[R]`, `[S]`, `[X]` are the tokenizer's (`extra` of its stage).
     """
 
-    version: ClassVar[int] = 2  # as many spans as there are sentinels
+    version: ClassVar[int] = 3  # as many spans as there are sentinels
     families: ClassVar[tuple[str, ...]] = ("t5",)
     task: ClassVar[str] = "seq2seq"
-    version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
 
     long_span: float = 64.0
     modes: tuple[str, str, str] = ("[R]", "[S]", "[X]")
