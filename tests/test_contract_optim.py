@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import fields, replace
+from typing import Literal, get_args, get_origin
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from pretrain.core.bounds import hints
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
+from pretrain.core.models.parameters import described
 from pretrain.training import state
 from pretrain.training.background import Background
 from pretrain.training.distributed import World
@@ -62,7 +64,7 @@ def test_a_state_that_is_saved_and_loaded_gives_the_same_next_steps(material, tm
 
     def made():
         net = Net(dtype)
-        return net, method.build(net.named_parameters())
+        return net, method.build(described(net))
 
     whole, first, again = made(), made(), made()
     for number in range(7):
@@ -88,7 +90,7 @@ def test_weights_in_bfloat16_go_where_those_in_float32_go(material, name):
     method, number = replace(example(name, material), lr=1e-2, weight_decay=0.0), 6
     narrow, wide = Net(torch.bfloat16), Net()
     wide.load_state_dict(narrow.state_dict())
-    before, built = copy.deepcopy(wide), [method.build(net.named_parameters()) for net in (wide, narrow)]
+    before, built = copy.deepcopy(wide), [method.build(described(net)) for net in (wide, narrow)]
     for step in range(number):
         torch.manual_seed(step)
         for one, other in zip(wide.parameters(), narrow.parameters(), strict=True):
@@ -111,7 +113,7 @@ def test_a_rate_of_zero_moves_nothing_and_decay_is_for_matrices(material, name):
     method = example(name, material)
     for chosen, still in ((replace(method, lr=0.0), True), (replace(method, lr=1e-2, weight_decay=0.5), False)):
         net, optimiser = Net(), None
-        before, optimiser = copy.deepcopy(net), chosen.build(net.named_parameters())
+        before, optimiser = copy.deepcopy(net), chosen.build(described(net))
         for parameter in net.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
@@ -123,6 +125,8 @@ def test_a_rate_of_zero_moves_nothing_and_decay_is_for_matrices(material, name):
 
 def values(hint):
     """What a schedule's field may be: a share, or a number of steps where it may be more than one."""
+    if get_origin(hint) is Literal:
+        return st.sampled_from(get_args(hint))
     top = {part for mark in getattr(hint, "__metadata__", ()) for part in (getattr(mark, "le", None),)}
     shares = st.floats(0, 1, allow_subnormal=False)
     return shares if 1 in top else shares | st.integers(1, 300)
