@@ -20,14 +20,15 @@ from pretrain.training.loop import Settings, Training, train
 def run(
     prepared: Path, model: Any, folder: Path, *policies: Any, budget: Budget | None = None, **given: Any
 ) -> Training:
-    """Train `model` on the small corpus; `given` goes to the loader where it knows it, else to the settings."""
+    """Train `model` on the small corpus; `given` goes to `train` or the loader where they know it, else to the settings."""
     vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
     objective, evaluate = given.pop("objective", CausalLM()), given.pop("evaluate", None)
+    optimizer, schedule = given.pop("optimizer", AdamW(lr=1e-2)), given.pop("schedule", Constant())
     chosen = {k: given.pop(k) for k in ("mixture", "workers", "micro_rows") if k in given}
     loader = Loader(Shards(prepared / "tokens" / "train"), [objective], vocabulary, length=64, batch_rows=8, **chosen)
     settings = Settings(budget=budget or Budget(steps=6), bar=False, **({"save_every": 0} | given))
     return train(
-        model, loader, [objective], AdamW(lr=1e-2), Constant(), settings, folder, policies=policies, evaluate=evaluate
+        model, loader, [objective], optimizer, schedule, settings, folder, policies=policies, evaluate=evaluate
     )
 
 

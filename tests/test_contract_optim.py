@@ -84,10 +84,11 @@ def test_a_state_that_is_saved_and_loaded_gives_the_same_next_steps(material, tm
 def test_weights_in_bfloat16_go_where_those_in_float32_go(material, name):
     """With the same gradients: what parts the two is the rounding of weights and moments, a share of what is moved.
 
-    A weight w of bfloat16 is off by 2⁻⁹·|w| at most after each of six steps of 1e-2, whose direction is off by as little
-    as moments of eight bits are: for weights of 0.3 that is a tenth of the way, where a wrong step is all of it.
+    A weight w of bfloat16 is off by 2⁻⁹·|w| at most after each of six steps of 5e-2, whose direction is off by as little
+    as moments of eight bits are: for weights of 2, as the embedding has them, that is a tenth of the way even of steps
+    that do not add up, as those of an optimiser without momentum, where a wrong step is all of it.
     """
-    method, number = replace(example(name, material), lr=1e-2, weight_decay=0.0), 6
+    method, number = replace(example(name, material), lr=5e-2, weight_decay=0.0), 6
     narrow, wide = Net(torch.bfloat16), Net()
     wide.load_state_dict(narrow.state_dict())
     before, built = copy.deepcopy(wide), [method.build(described(net)) for net in (wide, narrow)]
@@ -105,7 +106,7 @@ def test_weights_in_bfloat16_go_where_those_in_float32_go(material, name):
         assert other.dtype == torch.bfloat16 and other.isfinite().all()
         moved, moved_narrow = (p.detach().float() - start.detach() for p in (one, other))
         assert bool(moved.any()) == bool(moved_narrow.any()) == (which != "frozen")
-        assert float((moved - moved_narrow).norm()) <= 0.2 * float(moved.norm()), which
+        assert float((moved - moved_narrow).norm()) <= 0.12 * float(moved.norm()), which
 
 
 @pytest.mark.parametrize("name", OPTIMISERS)

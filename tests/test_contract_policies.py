@@ -56,13 +56,13 @@ class Idle(Policy):
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_training_that_was_cut_ends_as_the_one_that_was_not(material, tmp_path, name):
     """It is cut after its fourth step of eight, and rows are read ahead by a worker the second time."""
-    policy, budget = example(name, material), Budget(steps=8)
+    policy, budget, evaluated = example(name, material), Budget(steps=8), {"evaluate": size, "evaluate_every": 2}
     models = [model_for(name, material) for _ in range(3)]
-    whole = run(material.prepared, models[0], tmp_path / "a", policy, budget=budget, save_every=4, keep=9)
+    whole = run(material.prepared, models[0], tmp_path / "a", policy, budget=budget, save_every=4, keep=9, **evaluated)
     (tmp_path / "b" / "state").mkdir(parents=True)
     shutil.copytree(tmp_path / "a" / "state" / "step-000000004", tmp_path / "b" / "state" / "step-000000004")
-    again = run(material.prepared, models[1], tmp_path / "b", policy, budget=budget, workers=1)
-    plain = run(material.prepared, models[2], tmp_path / "c", Idle(), budget=budget)
+    again = run(material.prepared, models[1], tmp_path / "b", policy, budget=budget, workers=1, **evaluated)
+    plain = run(material.prepared, models[2], tmp_path / "c", Idle(), budget=budget, **evaluated)
     assert [row["step"] for row in rows(tmp_path / "b")] == [5, 6, 7, 8]
     assert remembered(again, name) == remembered(whole, name)
     assert again.spent | {"seconds": 0} == whole.spent | {"seconds": 0}
@@ -71,6 +71,11 @@ def test_a_training_that_was_cut_ends_as_the_one_that_was_not(material, tmp_path
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
     acted = ends[0].keys() != ends[2].keys() or not all(torch.equal(ends[0][n], ends[2][n]) for n in ends[0])
     assert acted  # else nothing is shown
+
+
+def size(trainee):
+    """A metric that grows while these models are trained, so that the best weights are not the last."""
+    return {"loss": sum(float(p.detach().double().abs().sum()) for p in trainee.parameters())}
 
 
 def rows(folder):

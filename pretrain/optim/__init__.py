@@ -24,13 +24,17 @@ class Optimizer(Method):
     """Base of the optimisers. `lr` is the peak learning rate, `weight_decay` is for matrices and tables only."""
 
     kind: ClassVar[str] = "optimiser"
+    schedules: ClassVar[tuple[str, ...]] = ()  # those that it is made for; empty: any
+    averages_weights: ClassVar[bool] = False  # whether what it builds has `averages`
     lr: NonNegative = 1e-3
     weight_decay: NonNegative = 0.1
 
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimiser over these parameters, which `described` has marked with what they are.
 
-        One whose steps do not all cost the same FLOPs says in a property `phase` what its next step is.
+        One whose steps do not all cost the same FLOPs says in a property `phase` what its next step is. One that
+        `averages_weights` has in a property `averages`, by parameter, what evaluations and the end use in its place. A
+        group's `total_steps` is how many steps the training makes, as far as is known.
         """
         raise NotImplementedError
 
@@ -51,6 +55,10 @@ class Schedule(Method):
             raise PretrainError(
                 f"{self.name}: warmup {warmup:g}: accepted: at most the {total} steps of the budget, or a share below 1"
             )
+
+
+if TYPE_CHECKING:
+    Named = list[tuple[str, nn.Parameter]]
 
 
 class Group(TypedDict):
@@ -76,3 +84,24 @@ def decay_groups(named_parameters: Iterable[tuple[str, nn.Parameter]], weight_de
 def warmup_steps(warmup: float, total: int) -> int:
     """A warm-up given as a share of training (below 1) or as a number of steps, in steps; the last is at the peak."""
     return round(warmup * total) if warmup < 1 else min(int(warmup), total)
+
+
+# What `transformers` calls embeddings, tables of positions and heads. A matrix that is none of them is a hidden one.
+_TABLES = ("embed", "wte", "wpe", "shared", "position", "relative_attention_bias")
+_HEADS = ("head.", "decoder.weight", "predictions", "classifier", "score")
+
+
+def whole(named_parameters: Iterable[tuple[str, nn.Parameter]], method: str) -> Named:
+    """The trained parameters, of which steps need rows and columns: sharded ones are refused."""
+    named = [(name, p) for name, p in named_parameters if p.requires_grad]
+    if any(hasattr(p, "full_tensor") for _, p in named):
+        raise PretrainError(f"{method}: sharded weights are not supported; accepted: strategy: ddp")
+    return named
+
+
+def hidden_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]], method: str) -> tuple[Named, Named]:
+    """The trained matrices that map one hidden state to another, and the rest: tables, heads, vectors."""
+    named = whole(named_parameters, method)
+    outside = [p.ndim != 2 or any(part in name for part in _TABLES + _HEADS) for name, p in named]
+    pairs = list(zip(outside, named, strict=True))
+    return [pair for out, pair in pairs if not out], [pair for out, pair in pairs if out]

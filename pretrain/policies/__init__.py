@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
     import numpy as np
     import torch
     from numpy.typing import NDArray
-    from torch import nn
+    from torch import Tensor, nn
 
     from pretrain.core.batch import Batch
     from pretrain.core.meter import Meter
@@ -105,6 +105,8 @@ class Training(Protocol):
     step: int
     flops: int
     dense_flops: int
+    metrics: dict[str, float]
+    enough: bool
 
     @property
     def loader(self) -> Loader:
@@ -149,6 +151,7 @@ class Policy(Method):
 
     kind: ClassVar[str] = "policy"
     weighs_tokens: ClassVar[bool] = False  # whether it writes `token_weight_BL`, which not every objective follows
+    averages_weights: ClassVar[bool] = False  # whether it has `averages`
 
     def start(self, training: Training, state: State) -> None:
         """Once, before the first step and again after a resume (then `state` holds what was saved)."""
@@ -174,4 +177,11 @@ class Policy(Method):
         """After the optimiser's step."""
 
     def on_evaluation(self, training: Training, state: State, metrics: dict[str, float]) -> None:
-        """After each held-out evaluation; may add `metrics` of its own."""
+        """After each held-out evaluation, the weights that were evaluated in place; may add `metrics` of its own."""
+
+    def averages(self, training: Training, state: State) -> Mapping[nn.Parameter, Tensor]:
+        """What stands for the weights in training, by parameter, in evaluations and at the end."""
+        return {}
+
+    def finish(self, training: Training, state: State) -> None:
+        """Once, when training is over and its last state is saved; may change the weights that it ends with."""

@@ -29,7 +29,7 @@ from pretrain.stages import (
     checkpoint_of,
 )
 from pretrain.training.budget import Budget
-from pretrain.training.compatible import check_together
+from pretrain.training.compatible import check_averages, check_together, ill_scheduled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -159,6 +159,7 @@ class Train(Stage):
         batches = -(-self.batch_rows // (self.micro_rows or self.batch_rows))
         try:
             check_together([w.method for w in self.weighted()], self.policies, batches)
+            check_averages(self.optimizer, self.policies)
             if self.model:
                 check_families([*(w.method for w in self.weighted()), *self.policies], self.model["family"])
         except PretrainError as error:
@@ -213,6 +214,8 @@ class Train(Stage):
         )  # fmt: skip
         if self.init is not None and checkpoint.surgery_of(model):  # what an adapter has frozen
             narrow(model, checkpoint.stored_dtype(checkpoint_of(job.inputs["init"])))
+        if odd := ill_scheduled(self.optimizer, self.schedule):
+            job.say(odd)
         training = train(
             model, loader, objectives, self.optimizer, self.schedule,
             Settings(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Objective
+from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 
 if TYPE_CHECKING:
@@ -37,3 +38,18 @@ def check_together(objectives: Sequence[Objective], policies: Sequence[Policy], 
         for policy in policies:
             if policy.weighs_tokens and not objective.token_weights:
                 raise PretrainError(f"policy {policy.name!r} {_UNFOLLOWED.format(objective.name)}")
+
+
+def check_averages(optimizer: Optimizer, policies: Sequence[Policy]) -> None:
+    """An error where two average the weights: evaluations can use one average only."""
+    names = [optimizer.name] * optimizer.averages_weights + [p.name for p in policies if p.averages_weights]
+    if len(names) > 1:
+        raise PretrainError(f"{' and '.join(names)} average the weights: accepted: one of them")
+
+
+def ill_scheduled(optimizer: Optimizer, schedule: Schedule) -> str:
+    """What to say where the schedule is not one that the optimiser is made for; empty where it is."""
+    if not optimizer.schedules or schedule.name in optimizer.schedules:
+        return ""
+    made_for = " or ".join(optimizer.schedules)
+    return f"optimizer {optimizer.name} is made for schedule {made_for} (with a warm-up), not for {schedule.name}"

@@ -42,8 +42,8 @@ class Loader:
 
     A step takes `batch_rows` rows over all processes, in micro-batches of `micro_rows`. Without a `mixture` each row
     comes once an epoch, in a seeded order; with one, each row's domain is drawn by the weights, and each domain goes
-    through its own rows in a seeded order. `mixture` may be set at any time and holds from the next step on. With `pin`
-    batches lie in pinned memory, from which a CUDA device copies them while it computes.
+    through its own rows in a seeded order. `mixture` and `batch_rows` may be set at any time and hold from the next
+    step on. With `pin` batches lie in pinned memory, from which a CUDA device copies them while it computes.
     """
 
     def __init__(
@@ -65,25 +65,37 @@ class Loader:
         if seed < 0:
             raise PretrainError(f"seed {seed}: accepted: 0 or more")
         self.shards, self.objectives, self.vocabulary = shards, list(objectives), vocabulary
-        self.length, self.batch_rows, self.seed, self.rank, self.world = length, batch_rows, seed, rank, world
+        self.length, self.seed, self.rank, self.world = length, seed, rank, world
         self.pin = pin
         self.micro_rows = micro_rows or max(1, batch_rows // world)
-        if batch_rows % (self.micro_rows * world):
-            raise PretrainError(
-                f"batch_rows {batch_rows}: accepted: a multiple of micro_rows x processes ({self.micro_rows} x {world})"
-            )
+        self._pending: deque[tuple[list[Future[list[Batch]]], dict[str, int]]] = deque()
+        self.batch_rows = batch_rows
         raw = min(objective.raw_length(length) for objective in objectives)
         self.plan: Plan | Examples = shards.plan(raw)
         if not len(self.plan):
             raise PretrainError(f"{shards.folder}: no documents to train on")
         self.next_step, self.taken, self.progress = 0, {ALL: 0}, 0.0
-        self._pending: deque[tuple[list[Future[list[Batch]]], dict[str, int]]] = deque()
         self._pool = ThreadPoolExecutor(max(1, workers))
         self._ahead = workers > 0
         self._order = lru_cache(maxsize=2 * len(shards.domain_names) + 2)(self._make_order)
         self._of_domain: dict[str, NDArray[np.int64]] = {}
         self._mixture: dict[str, float] | None = None
         self.mixture = mixture
+
+    @property
+    def batch_rows(self) -> int:
+        """The rows of a step, over all processes; fewer than micro-batches of all processes have make them smaller."""
+        return self._batch_rows
+
+    @batch_rows.setter
+    def batch_rows(self, rows: int) -> None:
+        micro = min(self.micro_rows, max(1, rows // self.world))
+        if rows < 1 or rows % (micro * self.world):
+            raise PretrainError(
+                f"batch_rows {rows}: accepted: a multiple of micro_rows x processes ({micro} x {self.world})"
+            )
+        self._drop_pending()
+        self._batch_rows = rows
 
     @property
     def mixture(self) -> dict[str, float] | None:
@@ -144,10 +156,10 @@ class Loader:
 
     def _fetch(self, step: int) -> None:
         before = dict(self.taken)
-        rows, per_step = self._draw(step), self.micro_rows * self.world
-        starts = [start + self.rank * self.micro_rows for start in range(0, self.batch_rows, per_step)]
+        rows, micro = self._draw(step), min(self.micro_rows, self.batch_rows // self.world)
+        starts = [start + self.rank * micro for start in range(0, self.batch_rows, micro * self.world)]
         futures = [
-            self._pool.submit(self._prepare, step, start, rows[start : start + self.micro_rows], self.progress)
+            self._pool.submit(self._prepare, step, start, rows[start : start + micro], self.progress)
             for start in starts
         ]
         self._pending.append((futures, before))

@@ -34,7 +34,8 @@ from pretrain.objectives import Loss, Objective, share
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
-from pretrain.training.compatible import check_together, check_written
+from pretrain.training.averages import averaged, settle
+from pretrain.training.compatible import check_averages, check_together, check_written
 from pretrain.training.distributed import full, gather, join, synchronised, unsharded, wrap
 from pretrain.training.guard import seed
 from pretrain.training.loader import Loader
@@ -103,17 +104,19 @@ def train(
             if telling and good:
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
             if evaluate and evaluating:
-                with unsharded(training.wrapped), autocast(world.device, settings.precision):
-                    training.metrics = evaluate(training.trainee.eval())
-                training.trainee.train()
-                for policy in policies:
-                    policy.on_evaluation(training, training.state[policy.name], training.metrics)
+                with averaged(training):
+                    with unsharded(training.wrapped), autocast(world.device, settings.precision):
+                        training.metrics = evaluate(training.trainee.eval())
+                    training.trainee.train()
+                    for policy in policies:
+                        policy.on_evaluation(training, training.state[policy.name], training.metrics)
                 log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
-            if saving:
+            if saving or (settings.save_every > 0 and training.enough):
                 training.save()
             if stop and not done:
                 training.background.wait()
                 raise KeyboardInterrupt(f"stopped after step {training.step}")
+    settle(training)
     gather(training.trainee, world)
     return training
 
@@ -132,6 +135,7 @@ def _start(
     """Place the model, make it quick, wrap it for its processes, build the optimiser, resume."""
     hardware.tune_allocator()
     check_together(objectives, policies, loader.batch_rows // loader.micro_rows)
+    check_averages(optimizer, policies)
     families.check_families([*objectives, *policies], families.at(model, "config").model_type)
     if settings.budget.unit == "steps":
         schedule.check(int(settings.budget.limit))
@@ -184,9 +188,10 @@ def step(training: Training) -> Step:
     spend(training, works, zeros, totals)
 
     # Only now is it known what a step spends, and with it how many steps the budget makes.
-    factor = training.schedule.factor(number, settings.budget.total_steps(training.spent))
+    total = settings.budget.total_steps(training.spent)
+    factor = training.schedule.factor(number, total)
     for group in training.optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
+        group["lr"], group["total_steps"] = group["peak_lr"] * factor, total
     update = Work(f"optimizer {getattr(training.optimizer, 'phase', '')}")  # steps of one phase cost the same
     if training.guard.admits(record["grad_norm"], training.step):
         _, flops = training.meter.run(update, training.optimizer.step)

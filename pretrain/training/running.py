@@ -85,6 +85,7 @@ class Training:
     seconds: float = 0.0
     preparing: float = 0.0  # seconds among them in which a shape was compiled or its FLOPs were counted
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
+    enough: bool = False  # whether a policy ends the training before its budget does
     clock: float = field(default_factory=time.perf_counter)  # up to when seconds are counted
     unshared: dict[str, float] = field(default_factory=dict)  # seconds that the other processes do not know of yet
     ready: set[str] = field(default_factory=set)  # shapes that a step was made of as any other will be
@@ -111,7 +112,7 @@ class Training:
     @property
     def progress(self) -> float:
         """The share of the budget that is spent, 0 to 1."""
-        return self.settings.budget.progress(self.spent)
+        return 1.0 if self.enough else self.settings.budget.progress(self.spent)
 
     @property
     def stopping(self) -> bool:
