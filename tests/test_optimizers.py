@@ -16,7 +16,7 @@ from test_guard import Count, Poison, bits
 
 from pretrain import engine
 from pretrain.core.errors import PretrainError
-from pretrain.core.meter import Meter
+from pretrain.core.meter import Meter, Work
 from pretrain.optim import hidden_matrices
 from pretrain.optim.optimizers.adafactor import Adafactor
 from pretrain.optim.optimizers.adamw import AdamW
@@ -277,7 +277,7 @@ def test_what_matrix_steps_cost_is_metered(rows, columns):
         for grad in gradients(rows, columns, count=count):
             weight.grad = grad
             phase = getattr(optimizer, "phase", "")
-            found.append((phase, meter.run(f"optimizer {phase}", optimizer.step)[1]))
+            found.append((phase, meter.run(Work(f"optimizer {phase}"), optimizer.step)[1]))
         return found
 
     short, long = sorted((rows, columns))
