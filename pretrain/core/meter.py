@@ -50,10 +50,22 @@ def _singular_vectors(a: Shape, *_: object, **__: object) -> int:
     return math.prod(many) * (6 * m * n**2 + 20 * n**3)
 
 
+def _orthogonal(a: Shape, *_: object, **__: object) -> int:
+    """QR of an n × n matrix, with Q: 8/3 n³ (Golub and Van Loan, Matrix Computations, 5.2)."""
+    return math.prod(a[:-2]) * 8 * a[-1] ** 3 // 3
+
+
+def _eigenvectors(a: Shape, *_: object, **__: object) -> int:
+    """Of a symmetric n × n matrix: 9 n³ (Golub and Van Loan, Matrix Computations, 8.3)."""
+    return math.prod(a[:-2]) * 9 * a[-1] ** 3
+
+
 # What `FlopCounterMode` does not know: the attention kernel of CPUs, products that add to a tensor in place, and
 # decompositions.
 _UNKNOWN: dict[Any, Callable[..., int]] = {
     torch.ops.aten._linalg_svd: _singular_vectors,
+    torch.ops.aten.linalg_qr: _orthogonal,
+    torch.ops.aten._linalg_eigh: _eigenvectors,
     torch.ops.aten.addmm_: _in_place_product,
     torch.ops.aten.baddbmm_: _in_place_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,

@@ -86,11 +86,6 @@ def warmup_steps(warmup: float, total: int) -> int:
     return round(warmup * total) if warmup < 1 else min(int(warmup), total)
 
 
-# What `transformers` calls embeddings, tables of positions and heads. A matrix that is none of them is a hidden one.
-_TABLES = ("embed", "wte", "wpe", "shared", "position", "relative_attention_bias")
-_HEADS = ("head.", "decoder.weight", "predictions", "classifier", "score")
-
-
 def whole(named_parameters: Iterable[tuple[str, nn.Parameter]], method: str) -> Named:
     """The trained parameters, of which steps need rows and columns: sharded ones are refused."""
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
@@ -101,7 +96,9 @@ def whole(named_parameters: Iterable[tuple[str, nn.Parameter]], method: str) -> 
 
 def hidden_matrices(named_parameters: Iterable[tuple[str, nn.Parameter]], method: str) -> tuple[Named, Named]:
     """The trained matrices that map one hidden state to another, and the rest: tables, heads, vectors."""
+    from pretrain.core.models.parameters import role
+
     named = whole(named_parameters, method)
-    outside = [p.ndim != 2 or any(part in name for part in _TABLES + _HEADS) for name, p in named]
-    pairs = list(zip(outside, named, strict=True))
-    return [pair for out, pair in pairs if not out], [pair for out, pair in pairs if out]
+    inside = [role(parameter) == "matrix" and parameter.ndim == 2 for _, parameter in named]
+    pairs = list(zip(inside, named, strict=True))
+    return [pair for within, pair in pairs if within], [pair for within, pair in pairs if not within]

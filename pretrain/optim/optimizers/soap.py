@@ -9,28 +9,9 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from pretrain.core.bounds import Count, NonNegative, Positive, ProperShare
 from pretrain.optim import Group, Optimizer, decay_groups, hidden_matrices
-
-
-def _qr_flops(shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Of an n × n matrix, with Q: 8/3 n³ (Golub and Van Loan, Matrix Computations, 5.2)."""
-    return math.prod(shape[:-2]) * 8 * shape[-1] ** 3 // 3
-
-
-def _eigenvectors_flops(shape: tuple[int, ...], *_: Any, **__: Any) -> int:
-    """Of a symmetric n × n matrix: 9 n³ (Golub and Van Loan, Matrix Computations, 8.3)."""
-    return math.prod(shape[:-2]) * 9 * shape[-1] ** 3
-
-
-for _operation, _formula in {
-    torch.ops.aten.linalg_qr: _qr_flops,
-    torch.ops.aten._linalg_eigh: _eigenvectors_flops,
-}.items():
-    if _operation not in flop_registry:
-        register_flop_formula(_operation)(_formula)
 
 
 @dataclass(frozen=True)
