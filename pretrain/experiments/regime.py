@@ -25,7 +25,9 @@ from pretrain.stages import Stage
 from pretrain.stages.evaluate import Evaluate, documents_of
 from pretrain.stages.train import Train
 
-PER = {"loss": "targets", "bits_per_byte": "bytes"}  # what the nats of a likelihood are divided by
+PER = {"loss": "targets", "bits_per_byte": "bytes"}  # what the nats of a likelihood of text are divided by
+# The evaluation that a likelihood is of; of labels there is one target a document.
+ROWS = {"loss": "held_out", "bits_per_byte": "held_out", "label_loss": "task", "probe_loss": "probe"}
 
 Rows = list[dict[str, str | float]]  # of `documents.json`
 
@@ -52,17 +54,15 @@ def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str,
 def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:
     """`nll_D`: what each document adds to a likelihood, so that the metric is their mean; None for another metric."""
     judge, _, name = metric.partition(".")
-    path = output / judge / "documents.json"
-    if name.partition("/")[0] not in PER or not path.exists():
-        return None
-    found: Mapping[str, Rows] = read_json(path)
-    return _shares(found["held_out"], name) if "held_out" in found else None
+    path, evaluation = output / judge / "documents.json", ROWS.get(name.partition("/")[0])
+    found: Mapping[str, Rows] = read_json(path) if path.exists() else {}
+    return _shares(found[evaluation], name) if evaluation in found else None
 
 
 def _shares(documents: Rows, name: str) -> NDArray[np.float64]:
     kind, _, domain = name.partition("/")
     chosen = [row for row in documents if not domain or row["domain"] == domain]
-    nll_D, per_D = (np.array([float(row[key]) for row in chosen]) for key in ("nll", PER[kind]))
+    nll_D, per_D = (np.array([float(row[key]) for row in chosen]) for key in ("nll", PER.get(kind, "targets")))
     unit = math.log(2) if kind == "bits_per_byte" else 1.0
     return np.asarray(len(chosen) * nll_D / (unit * per_D.sum()))
 

@@ -36,9 +36,10 @@ class Probe(Evaluation):
     positions) of the document's middle; of other documents over all that their processor gives, `length` samples of a
     recording (0: the length that the checkpoint was trained at). A hash of its content puts a document on the side
     to fit or the side to test. Metrics on the latter: `probe_accuracy`, `probe_macro_f1`, `probe_majority` (the
-    accuracy of always answering the commonest class of the former) and `probe_documents` (how many are tested). The
-    intervals are by bootstrap over the tested documents, the classifier given. Documents without content or label
-    are left out.
+    accuracy of always answering the commonest class of the former), `probe_documents` (how many are tested) and of the
+    logistic regression `probe_loss`, the mean of -log p(true label) in nats; a nearest mean gives no probability. The
+    u labels that none of the n documents to fit has share u / (n + u) of the probability. The intervals are by
+    bootstrap over the tested documents, the classifier given. Documents without content or label are left out.
     """
 
     classifier: Literal["linear", "nearest_mean"] = "linear"
@@ -75,22 +76,53 @@ class Probe(Evaluation):
         pieces = [piece for _, piece in kept]
         features_NE = piece_features(model, tokenizer, pieces, length, pooling=self.pooling, layer=self.layer)
         features_NE = features_NE.astype(np.float64)
-        predicted_N = self._predict(features_NE[fit_N], label_N[fit_N], features_NE[~fit_N])
+        halves = features_NE[fit_N], label_N[fit_N], features_NE[~fit_N]
         majority = np.bincount(label_N[fit_N]).argmax()
-        return self._measure(label_N[~fit_N], predicted_N, len(classes), float((label_N[~fit_N] == majority).mean()))
+        constant = float((label_N[~fit_N] == majority).mean())
+        if self.classifier == "nearest_mean":
+            return self._measure(label_N[~fit_N], self._nearest(*halves), len(classes), constant)
+        predicted_N, log_NC = self._linear(*halves, len(classes))
+        nll_N = -log_NC[np.arange(len(log_NC)), label_N[~fit_N]]
+        measured = self._measure(label_N[~fit_N], predicted_N, len(classes), constant)
+        sums_RK = resampled_sums(nll_N[:, None], self.resamples, self.seed)
+        tested = [document for (document, _), fit in zip(kept, fit_N, strict=True) if not fit]
+        return Measured(
+            measured.metrics | {"probe_loss": float(nll_N.mean())},
+            intervals=measured.intervals | {"probe_loss": bounds(sums_RK[:, 0] / len(nll_N))},
+            documents=[
+                {"domain": str(document.get("domain", "")), "nll": float(nll), "targets": 1.0}
+                for document, nll in zip(tested, nll_N, strict=True)
+            ],
+        )
 
-    def _predict(self, fit_NE: Features, label_N: Labels, test_NE: Features) -> Labels:
+    def _nearest(self, fit_NE: Features, label_N: Labels, test_NE: Features) -> Labels:
         present = np.unique(label_N)
-        if self.classifier == "nearest_mean" or len(present) == 1:
-            means_CE = np.stack([fit_NE[label_N == c].mean(0) for c in present])
-            distance_NC = np.stack([np.linalg.norm(test_NE - mean_E, axis=1) for mean_E in means_CE], axis=1)
-            return present[distance_NC.argmin(1)]
+        means_CE = np.stack([fit_NE[label_N == c].mean(0) for c in present])
+        distance_NC = np.stack([np.linalg.norm(test_NE - mean_E, axis=1) for mean_E in means_CE], axis=1)
+        return present[distance_NC.argmin(1)]
+
+    def _linear(self, fit_NE: Features, label_N: Labels, test_NE: Features, classes: int) -> tuple[Labels, Features]:
+        """The likeliest of the classes that were fitted, and `log_NC`, the log-probability of every class."""
+        present = np.unique(label_N)
+        unseen = classes - len(present)
+        log_NC = np.full((len(test_NE), classes), -np.log(len(label_N) + unseen))
+        log_NC[:, present] = self._log_probabilities(fit_NE, label_N, test_NE) - np.log1p(unseen / len(label_N))
+        return present[log_NC[:, present].argmax(1)], log_NC
+
+    def _log_probabilities(self, fit_NE: Features, label_N: Labels, test_NE: Features) -> Features:
+        """`log_NC` of the classes that occur among the labels; where one alone does, it has all the probability."""
+        if len(np.unique(label_N)) == 1:
+            return np.zeros((len(test_NE), 1))
+        from scipy.special import log_softmax
         from sklearn.linear_model import LogisticRegression
         from sklearn.pipeline import make_pipeline
         from sklearn.preprocessing import StandardScaler
 
-        made = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-        return made.fit(fit_NE, label_N).predict(test_NE)
+        made = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(fit_NE, label_N)
+        logits_NC = made.decision_function(test_NE)
+        if logits_NC.ndim == 1:  # of two classes: the second's over the first's
+            logits_NC = np.stack([np.zeros_like(logits_NC), logits_NC], axis=1)
+        return np.asarray(log_softmax(logits_NC, axis=1))
 
     def _measure(self, label_N: Labels, predicted_N: Labels, classes: int, majority: float) -> Measured:
         true_NC, predicted_NC = (np.arange(classes) == x_N[:, None] for x_N in (label_N, predicted_N))

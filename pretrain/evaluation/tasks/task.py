@@ -33,7 +33,8 @@ class Task(Evaluation):
     """GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding (arXiv:1804.07461).
 
     What the fine-tuning `objective` (`classification`, or `{method: seq2seq, target: summary}`) measures on documents
-    with its columns: accuracy, macro F1 and Matthews' correlation of classes; Pearson's and Spearman's correlation of
+    with its columns: accuracy, macro F1 and Matthews' correlation of classes, and `label_loss`, the mean of -log p(true
+    label) in nats; Pearson's and Spearman's correlation of
     numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Documents are cut to `length` tokens (0:
     the length that the checkpoint was trained at); an objective that shows training examples beside each document takes
     them from the corpus `pool`. Intervals: bootstrap over documents, `resamples` times.
@@ -73,16 +74,21 @@ class Task(Evaluation):
             Vocabulary.of(tokenizer), self.length or 512, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
             labels=labels_of(model), pool=self._pool(tokenizer),
         )  # fmt: skip
-        predicted, true = objective.predictions(model, examples, context), objective.expected(examples, context)
+        (predicted, nll), true = objective.answered(model, examples, context), objective.expected(examples, context)
 
         def metrics(chosen: Sequence[int]) -> dict[str, float]:
-            return objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
+            found = objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
+            return found | ({"label_loss": float(np.mean([nll[i] for i in chosen]))} if nll else {})
 
         names = [d.get("domain") or "" for d in known]
         domains = {name: [i for i, other in enumerate(names) if other == name] for name in sorted({*names} - {""})}
         by_domain = {name: metrics(chosen) for name, chosen in domains.items()} if len(domains) > 1 else {}
         whole = metrics(range(len(known)))
-        return Measured(whole | {"documents": float(len(known))}, by_domain, self._intervals(metrics, len(known)))
+        rows: list[dict[str, str | float]] = [
+            {"domain": name, "nll": value, "targets": 1.0} for name, value in zip(names, nll, strict=bool(nll))
+        ]
+        whole |= {"documents": float(len(known))}
+        return Measured(whole, by_domain, self._intervals(metrics, len(known)), rows)
 
     def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
         """The training examples of the corpus `pool`."""

@@ -49,6 +49,10 @@ class FineTuning(Objective, Generic[Answer]):
         """What the model says of each example of a batch."""
         raise NotImplementedError
 
+    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> tuple[list[Answer], list[float]]:
+        """What `predict` says, and -log p of each example's true class in nats; none where answers are no classes."""
+        return self.predict(model, batch, context), []
+
     def metrics(self, predictions: Sequence[Answer], references: Sequence[Answer]) -> dict[str, float]:
         """How well predictions fit the examples' references."""
         raise NotImplementedError
@@ -61,13 +65,21 @@ class FineTuning(Objective, Generic[Answer]):
         self, model: PreTrainedModel, examples: Sequence[Example], context: Context, batch: int = 32
     ) -> list[Answer]:
         """What the model says of the examples, in order; each is predicted beside others of its length."""
+        return self.answered(model, examples, context, batch)[0]
+
+    def answered(
+        self, model: PreTrainedModel, examples: Sequence[Example], context: Context, batch: int = 32
+    ) -> tuple[list[Answer], list[float]]:
+        """The `answers` to the examples, in order."""
         context = replace(context, predicting=True)
         order = sorted(range(len(examples)), key=lambda i: len(str(examples[i].columns.get("text"))))
         predicted: dict[int, Answer] = {}
+        nll: dict[int, float] = {}
         with evaluating(model):
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 prepared = self.prepare([examples[i] for i in chosen], context)
-                answers = self.predict(model, to_device(prepared, model.device), context)
+                answers, nll_B = self.answers(model, to_device(prepared, model.device), context)
                 predicted.update(zip(chosen, answers, strict=True))
-        return [predicted[i] for i in range(len(examples))]
+                nll.update(zip(chosen, nll_B, strict=bool(nll_B)))
+        return [predicted[i] for i in range(len(examples))], [nll[i] for i in range(len(nll))]

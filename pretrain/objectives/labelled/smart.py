@@ -147,6 +147,10 @@ class Smart(FineTuning[str | float]):
         """The wrapped objective's."""
         return self.wrapped.predict(model, batch, context)
 
+    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> tuple[list[str | float], list[float]]:
+        """The wrapped objective's."""
+        return self.wrapped.answers(model, batch, context)
+
     def expected(self, examples: Sequence[Example], context: Context) -> list[str | float]:
         """The wrapped objective's."""
         return self.wrapped.expected(examples, context)
