@@ -103,6 +103,9 @@ def test_classification_is_cross_entropy_of_the_labels_with_the_unlabelled_left_
     assert found.value.item() == pytest.approx(expected.item(), rel=1e-6)
     said = objective.predict(model, batch, context)
     assert found.parts["accuracy"].item() == ((said[0] == "yes") + (said[2] == "no")) / 2
+    answers, nll = objective.answered(model, [some[0], some[2]], context)  # the shorter is read first
+    assert answers == [said[0], said[2]]
+    assert nll == pytest.approx([-logits[0].log_softmax(-1)[1].item(), -logits[2].log_softmax(-1)[0].item()], abs=1e-5)
 
 
 def test_a_pair_is_framed_with_its_segments_and_the_longer_text_is_cut(context) -> None:
@@ -285,6 +288,11 @@ def test_a_recipe_fine_tunes_a_classifier_that_learns(tmp_path) -> None:
     log = [json.loads(line) for line in (folders["tuned"] / "log.jsonl").read_text().splitlines()]
     measured = [row for row in log if "metrics" in row][-1]["metrics"]
     assert {"loss", "accuracy", "macro_f1", "matthews"} <= set(measured)
+    rows = json.loads((folders["evaluation"] / "documents.json").read_text())["task"]
+    assert 0 < found["metrics"]["label_loss"] < 0.5 and len(rows) == found["metrics"]["documents"]
+    assert np.mean([row["nll"] for row in rows]) == pytest.approx(found["metrics"]["label_loss"])
+    low, high = found["intervals"]["label_loss"]
+    assert low < found["metrics"]["label_loss"] < high
     plain = AutoModelForSequenceClassification.from_pretrained(folders["tuned"] / "checkpoint")
     assert plain.config.label2id == {"class": 0, "import": 1}
 

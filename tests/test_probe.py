@@ -160,3 +160,46 @@ def test_special_tokens_in_a_text_are_text(prepared):
     ids = encode(tokenizer, ["a<|endoftext|>b"])[0]
     assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == "a<|endoftext|>b"
     assert module.Probe(label="domain").columns == ("domain",)
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_the_loss_is_that_of_scikit_learn_s_probabilities_and_the_mean_of_its_documents(
+    tiny, prepared, labelled, classes
+):
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.metrics import log_loss
+    from sklearn.preprocessing import StandardScaler
+
+    rng = np.random.default_rng(1)
+    label = rng.integers(0, classes, 200)
+    features_NE = (rng.normal(size=(200, 5)) + label[:, None] * 0.6).astype(np.float32)
+    documents = labelled(features_NE, [f"c{i}" for i in label])
+    fit = np.array([to_fit(d) for d in documents])
+    scaler = StandardScaler().fit(features_NE[fit].astype(np.float64))
+    made = LogisticRegression(max_iter=2000).fit(scaler.transform(features_NE[fit]), label[fit])
+    expected = log_loss(label[~fit], made.predict_proba(scaler.transform(features_NE[~fit])))
+    probe = Probe(label="kind", resamples=200)
+    found = probe(tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer"), documents)
+    assert found.metrics["probe_loss"] == pytest.approx(expected)
+    assert np.mean([row["nll"] for row in found.documents]) == pytest.approx(expected)
+    assert len(found.documents) == found.metrics["probe_documents"] and {r["targets"] for r in found.documents} == {1.0}
+    low, high = found.intervals["probe_loss"]
+    assert low < expected < high
+
+
+def test_a_label_that_none_of_the_documents_to_fit_has_leaves_the_loss_finite(tiny, prepared, labelled):
+    documents = labelled(np.random.default_rng(2).normal(size=(60, 4)), ["a"] * 60)
+    fit = np.array([to_fit(d) for d in documents])
+    for number, document in enumerate(documents):
+        document["kind"] = "ab"[number % 2] if fit[number] else "abc"[number % 3]
+    found = Probe(label="kind", resamples=10)(tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer"), documents)
+    nll_N = np.array([row["nll"] for row in found.documents])
+    unseen_N = np.array([d["kind"] for d, fitted in zip(documents, fit, strict=True) if not fitted]) == "c"
+    assert nll_N[unseen_N] == pytest.approx(np.log(fit.sum() + 1)) and np.isfinite(nll_N).all()
+    for number, document in enumerate(documents):  # one label alone to fit: it has what the other has not
+        document["kind"] = "a" if fit[number] else "ab"[number % 2]
+    found = Probe(label="kind", resamples=10)(tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer"), documents)
+    count = fit.sum()
+    assert {round(row["nll"], 9) for row in found.documents} == {
+        round(float(np.log((count + 1) / share)), 9) for share in (count, 1)
+    }

@@ -263,5 +263,7 @@ def test_a_recipe_tunes_a_prompt(tmp_path, family, steps, accuracy, objective) -
     folders = {path.name.rpartition("-")[0]: path for path in (tmp_path / "run").glob("*-*")}
     found = json.loads((folders["evaluation"] / "evaluation.json").read_text())
     assert found["metrics"]["accuracy"] >= accuracy and found["metrics"]["documents"] == 16
+    assert len(json.loads((folders["evaluation"] / "documents.json").read_text())["task"]) == 16
+    assert found["metrics"]["label_loss"] < (np.log(2) if accuracy else 10)
     log = [json.loads(line) for line in (folders["tuned"] / "log.jsonl").read_text().splitlines()]
     assert {"loss", "accuracy", "macro_f1"} <= set([row for row in log if "metrics" in row][-1]["metrics"])

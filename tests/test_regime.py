@@ -14,6 +14,7 @@ from pretrain.corpus.shards import Shards
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation.likelihood.held_out import tokens_of
+from pretrain.experiments.regime import by_document
 from pretrain.experiments.trials import Trial
 from pretrain.recipe import parse
 
@@ -73,3 +74,15 @@ def test_a_likelihood_is_the_mean_of_its_documents_shares(outcome, tmp_path, met
 def test_other_metrics_have_no_line(outcome):
     found = outcome("model.loss", "loss")
     assert found["documents"] is None and "bigram" not in found["regime"]
+
+
+@pytest.mark.parametrize(("metric", "evaluation"), [("probe_loss", "probe"), ("label_loss", "task")])
+def test_a_likelihood_of_labels_is_the_mean_of_its_documents_shares(tmp_path, metric, evaluation):
+    (tmp_path / "evaluation").mkdir()
+    rows = [{"domain": "ab"[i % 2], "nll": float(i), "targets": 1.0} for i in range(6)]
+    other = [{"domain": "a", "nll": 9.0, "targets": 3.0, "bytes": 5.0}]
+    (tmp_path / "evaluation" / "documents.json").write_text(json.dumps({"held_out": other, evaluation: rows}))
+    assert by_document(tmp_path, f"evaluation.{metric}").tolist() == [0, 1, 2, 3, 4, 5]
+    assert by_document(tmp_path, f"evaluation.{metric}/b").tolist() == [1, 3, 5]
+    assert by_document(tmp_path, "evaluation.loss").tolist() == [3]
+    assert by_document(tmp_path, "evaluation.probe_accuracy") is None
