@@ -54,7 +54,7 @@ def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str,
 def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:
     """`nll_D`: what each document adds to a likelihood, so that the metric is their mean; None for another metric."""
     judge, _, name = metric.partition(".")
-    path, evaluation = output / judge / "documents.json", ROWS.get(name.partition("/")[0])
+    path, evaluation = output / judge / "documents.json", ROWS.get(name.partition("/")[0], "")
     found: Mapping[str, Rows] = read_json(path) if path.exists() else {}
     return _shares(found[evaluation], name) if evaluation in found else None
 
