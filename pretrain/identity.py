@@ -53,6 +53,7 @@ class Planned:
     generation: int = 0  # how often it has been refreshed
     asked: bool = False  # whether this plan asks for a refresh
     refreshed: tuple[str, ...] = ()  # the refreshes that it and those behind it have been through
+    beside: frozenset[str] = frozenset()  # the names of the recipe's other stages, which have folders of their own
 
     @property
     def finished(self) -> bool:
@@ -72,7 +73,7 @@ class Planned:
     def at(self, generation: int) -> Planned:
         """The stage refreshed so many times."""
         address = digest([self.first, generation]) if generation else self.first
-        folder = self.folder.with_name(_folder_name(self.stage, address))
+        folder = _folder(self.folder.parent, self.stage, address, self.beside)
         return replace(self, address=address, folder=folder, generation=generation)
 
     def afresh(self) -> Planned:
@@ -95,6 +96,17 @@ def _folder_name(stage: Stage, address: str) -> str:
     return f"{stage.name}-{address[:12]}"
 
 
+def _folder(home: Path, stage: Stage, address: str, beside: frozenset[str]) -> Path:
+    """Where a stage lies: in a folder of its name or, if it was finished under another name, in that one."""
+    named, end = home / _folder_name(stage, address), f"-{address[:12]}"
+    if not (named / RECORD).exists() and not (named / CODE).exists():
+        for path in sorted(home.glob(f"*{end}/{RECORD}")):
+            with suppress(PretrainError):
+                if path.parent.name.removesuffix(end) not in beside and read_json(path).get("address") == address:
+                    return path.parent
+    return named
+
+
 def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str] = ()) -> list[Planned]:
     """Each stage with its address, its folder (in `store`, by default in the recipe's output) and what it reads.
 
@@ -108,7 +120,7 @@ def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str]
     known, planned = _generations(home), dict[str, Planned]()
     for stage in recipe.stages:
         item = _placed(recipe, stage, planned, home)
-        item = item.at(known.get(item.key, 0))
+        item = item.at(_times(known, item))
         if stage.name in wanted and (item.finished or (item.begun and drift(item))):
             item = replace(item.afresh(), asked=True)
         marks = {mark for name in item.behind for mark in planned[name].refreshed}
@@ -136,8 +148,9 @@ def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Pat
     address = digest([_without(config, marks), marks, outside, seed if stage.seeded else None])
     upstream = tuple(name for name in planned if name in behind)
     reads: Reads = {"inputs": marks, "outside": outside}
-    folder = home / _folder_name(stage, address)
-    return Planned(stage, address, folder, inputs, config, upstream, seed, reads, address)
+    beside = frozenset(other.name for other in recipe.stages if other.name != stage.name)
+    folder = _folder(home, stage, address, beside)
+    return Planned(stage, address, folder, inputs, config, upstream, seed, reads, address, beside=beside)
 
 
 def _without(config: Config, places: Iterable[str]) -> Config:
@@ -166,11 +179,18 @@ def _generations(home: Path) -> dict[str, int]:
     return counts
 
 
+def _times(known: dict[str, int], item: Planned) -> int:
+    """How often a stage was refreshed, under whatever name."""
+    end = item.key.removeprefix(item.stage.name)
+    mine = [key for key in known if key.endswith(end) and key.removesuffix(end) not in item.beside]
+    return max((known[key] for key in mine), default=0)
+
+
 def keep_generations(planned: Iterable[Planned]) -> None:
     """Write down what was asked to be refreshed, so that later runs, and those that share the store, follow."""
     for item in planned:
         home = item.folder.parent
-        if item.generation <= _generations(home).get(item.key, 0):
+        if item.generation <= _times(_generations(home), item):
             continue
         with locked(home / f".{GENERATIONS}.lock"):
             known = _generations(home)

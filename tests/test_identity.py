@@ -399,6 +399,27 @@ def test_the_command_prints_why_and_runs_nothing(tmp_path):
 # Refresh
 
 
+def test_a_renamed_stage_is_not_run_again_refreshed_or_not(tmp_path):
+    def renamed(refresh=()):
+        RUNS.clear()
+        text = json.loads(
+            json.dumps(raw()).replace('"name": "a"', '"name": "z"').replace('"source": "a"', '"source": "z"')
+        )
+        engine.run(check(text, output=tmp_path / "run"), say=engine.silent, report=False, refresh=refresh)
+        return (tmp_path / "run" / "z" / "out").read_text()
+
+    go(tmp_path)
+    first = (tmp_path / "run" / "a" / "out").read_text()
+    assert renamed() == first and not RUNS
+    go(tmp_path, refresh=["a"])
+    (tmp_path / "run" / "a" / "out").write_text("refreshed")
+    assert renamed() == "refreshed" and not RUNS
+    assert renamed(refresh=["z"]) != "refreshed" and RUNS == ["z", "b"]
+    assert renamed() != "refreshed" and not RUNS
+    go(tmp_path)
+    assert not RUNS and (tmp_path / "run" / "a" / "out").read_text() == (tmp_path / "run" / "z" / "out").read_text()
+
+
 def test_a_refresh_runs_the_stage_and_what_depends_on_it_and_keeps_what_was(tmp_path):
     go(tmp_path)
     before = {name: os.readlink(tmp_path / "run" / name) for name in "abc"}

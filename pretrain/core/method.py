@@ -110,9 +110,14 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
     """Import one method's class."""
     row = info(name, kind)
     try:
-        return getattr(importlib.import_module(row.module), row.cls)
-    except ImportError as error:
-        raise PretrainError(f"method {name!r} ({row.path}) cannot be imported: {error}") from error
+        cls: type[Method] = getattr(importlib.import_module(row.module), row.cls)
+        hints(cls)
+    except PretrainError:
+        raise
+    except Exception as error:  # a file from outside may fail in any way
+        kind_of = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
+        raise PretrainError(f"method {name!r} ({row.path}) cannot be imported: {kind_of}{error}") from error
+    return cls
 
 
 def nested(value: object, kind: str) -> Method:

@@ -60,7 +60,7 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class _Source:
-    """A parsed file: its classes by name, and where its imported names come from."""
+    """A parsed file: its classes by name, and the full names of what it imports."""
 
     classes: dict[str, ast.ClassDef]
     imports: dict[str, str]
@@ -73,8 +73,13 @@ def _source(path: Path) -> _Source:
     except (SyntaxError, UnicodeDecodeError) as error:
         raise PretrainError(f"{path}: not a Python file ({error})") from error
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    imported = [node for node in tree.body if isinstance(node, ast.ImportFrom) and not node.level]
-    imports = {alias.asname or alias.name: str(node.module) for node in imported for alias in node.names}
+    imports: dict[str, str] = {}
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            imports |= {alias.asname or alias.name: alias.name for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            home = "." * node.level + (node.module or "")
+            imports |= {alias.asname or alias.name: f"{home}.{alias.name}" for alias in node.names}
     return _Source(classes, imports)
 
 
@@ -98,22 +103,41 @@ def _kind(path: Path, name: str) -> str | None:
         return kind
     for base in cls.bases:
         base = base.value if isinstance(base, ast.Subscript) else base  # `FineTuning[str]`
-        if not isinstance(base, ast.Name):
-            continue
-        home = path if base.id in source.classes else _file(source.imports.get(base.id, ""))
-        inherited = _kind(home, base.id) if home is not None else None
+        home, _, last = ast.unparse(base).rpartition(".")
+        if not home and last in source.classes:
+            inherited = _kind(path, last)
+        else:  # a class by its name, or in a module by the name of that
+            module = source.imports.get(home, home) if home else source.imports.get(last, "").rpartition(".")[0]
+            last = last if home else source.imports.get(last, "").rpartition(".")[2]
+            file = _file(module, path)
+            inherited = _kind(file, last) if file is not None else None
         if inherited is not None:
             return inherited
     return None
 
 
-def _file(module: str) -> Path | None:
-    """The source of a module of this package."""
-    package, *steps = module.split(".")
-    path = PACKAGE.joinpath(*steps)
-    if package != PACKAGE.name:
-        return None
+def _file(module: str, beside: Path) -> Path | None:
+    """The source of a module of this package, or of one beside a file (`._helper`)."""
+    if module.startswith("."):
+        path = beside.parent.joinpath(*module[1:].split("."))
+    else:
+        package, *steps = module.split(".")
+        if package != PACKAGE.name:
+            return None
+        path = PACKAGE.joinpath(*steps)
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
+
+
+def _passed_over(path: Path) -> str | None:
+    """Why a file that seems to be meant as a method is none."""
+    for cls in _source(path).classes.values():
+        kind, decorated = _kind(path, cls.name), _is_dataclass(cls)
+        if kind and not decorated:
+            return f"{path}: class {cls.name} is no dataclass; accepted: @dataclass(frozen=True) above it"
+        if decorated and not kind and not cls.name.startswith("_"):
+            accepted = "a base class of pretrain's: Objective, Surgery, Policy, Decoding, …"
+            return f"{path}: class {cls.name} has no base that says its kind; accepted: {accepted}"
+    return None
 
 
 def _read(path: Path, module: str) -> MethodInfo | None:
@@ -127,7 +151,10 @@ def _read(path: Path, module: str) -> MethodInfo | None:
     title = _TITLE.match(" ".join((ast.get_docstring(cls) or "").split("\n\n")[0].split()))
     if title is None:
         raise PretrainError(f"{path}: the docstring of {cls.name} must open with 'Title (arXiv:NUMBER).'")
-    families = _constant(cls, "families")
+    try:
+        families = _constant(cls, "families")
+    except ValueError as error:
+        raise PretrainError(f"{path}: families of {cls.name}: accepted: names, written out") from error
     return MethodInfo(
         name=path.stem,
         kind=_kind(path, cls.name) or "",
@@ -141,7 +168,8 @@ def _read(path: Path, module: str) -> MethodInfo | None:
 
 
 def _is_dataclass(cls: ast.ClassDef) -> bool:
-    return any(isinstance(node, ast.Call) and ast.unparse(node.func) == "dataclass" for node in cls.decorator_list)
+    called = [node.func if isinstance(node, ast.Call) else node for node in cls.decorator_list]
+    return any(ast.unparse(node) in ("dataclass", "dataclasses.dataclass") for node in called)
 
 
 @cache
@@ -160,7 +188,7 @@ def kinds() -> dict[str, str]:
 def methods() -> dict[str, MethodInfo]:
     """All methods by name, ours in the order of kinds, then those from outside; imports none of them."""
     known: dict[str, MethodInfo] = {}
-    outside = [_read(path, module) for path, module in [*_installed(), *_in_folders()]]
+    outside = [*map(_read_installed, _installed()), *(_read(path, module) for path, module in _in_folders())]
     for info in [*_ours(), *filter(None, outside)]:
         if info.name in known:
             raise PretrainError(f"two methods are named {info.name!r}: {known[info.name].path} and {info.path}")
@@ -209,6 +237,15 @@ def _installed() -> list[tuple[Path, str]]:
     return modules
 
 
+def _read_installed(place: tuple[Path, str]) -> MethodInfo | None:
+    """The method of a file of an installed package. One that is broken stops only who asks for it."""
+    try:
+        return _read(*place)
+    except PretrainError as error:
+        warnings.warn(str(error), stacklevel=2)
+        return None
+
+
 def _in_folders() -> list[tuple[Path, str]]:
     return [(path, f"{_package(folder)}.{path.stem}") for folder in _added for path in sorted(folder.glob("[!_]*.py"))]
 
@@ -228,7 +265,11 @@ def use_methods(folder: Path | str) -> None:
     _added.append(folder)
     methods.cache_clear()
     try:
-        if not any(info.path.parent == folder for info in methods().values()):
+        defined = {info.path for info in methods().values()}
+        for path, _ in _in_folders():
+            if path.parent == folder and path not in defined and (reason := _passed_over(path)):
+                raise PretrainError(reason)
+        if not any(path.parent == folder for path in defined):
             raise PretrainError(f"methods {str(folder)!r}: no file there defines a method; accepted: one method a file")
     except PretrainError:
         _added.remove(folder)

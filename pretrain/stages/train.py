@@ -261,7 +261,7 @@ class Train(Stage):
 
         weights, rate = self._count_weights(inputs), matrix_rate(pick_device()) / 2
         flops = {"flops": self.budget.limit, "seconds": self.budget.limit * rate}.get(self.budget.unit)
-        if flops is None and weights:
+        if flops is None and weights and self.processor is None:  # of an image or a recording the length says little
             rows = {"tokens": 1, "steps": self.batch_rows * self.length}[self.budget.unit]
             flops = 6.0 * weights * self.budget.limit * rows
         return Estimate(flops, 16.0 * weights if weights else None, flops / rate if flops else None)
@@ -285,5 +285,8 @@ class Train(Stage):
                 fields = self.fields()
                 if self.tokenizer and (inputs["tokenizer"] / "tokenizer").is_dir():
                     fields = {"vocab_size": len(load_tokenizer(inputs["tokenizer"] / "tokenizer"))} | fields
-                model = new_model(self.model["family"], fields, task="base")
+                try:
+                    model = new_model(self.model["family"], fields, task="base")
+                except PretrainError:  # of a size that a stage which has not run yet says
+                    return None
         return sum(p.numel() for p in model.parameters())

@@ -204,5 +204,11 @@ class Loader:
             rng = np.random.default_rng((self.seed, step, first, index, 3))
             context = Context(self.vocabulary, self.length, rng, progress, **self.shards.given)
             batch = tokens | objective.prepare(rows, context) | origin
+            if "weight" not in batch:
+                given = ", ".join(sorted(batch.keys() - origin.keys()))
+                raise PretrainError(
+                    f"{objective.name}: prepare gave {given}; accepted: beside them `weight`, the number of targets that "
+                    "the loss is the mean over"
+                )
             batches.append(pinned(batch) if self.pin else batch)
         return batches

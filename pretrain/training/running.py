@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch
+from pretrain.core.errors import PretrainError
 from pretrain.core.meter import Meter
 from pretrain.objectives import Loss, Objective, sum_of
 from pretrain.optim import Schedule
@@ -58,6 +59,11 @@ class Trainee(nn.Module):
             objective.loss(self.model, batch, modules)
             for objective, batch, modules in zip(self.objectives, batches, self.beside, strict=True)
         ]
+        for objective, loss in zip(self.objectives, losses, strict=True):
+            if not isinstance(loss, Loss):
+                raise PretrainError(
+                    f"{objective.name}: loss gave a {type(loss).__name__}; accepted: a pretrain.objectives.Loss"
+                )
         return sum_of(loss.shared(s, w) for loss, w, s in zip(losses, self.weights, shares, strict=True)), losses
 
 
