@@ -153,8 +153,8 @@ def test_training_draws_a_rank_a_step_for_its_micro_batches_and_recomputed_activ
     assert len(drawn) == 64 and [set(drawn[i : i + 8]) for i in range(0, 64, 8)] == by_step
     state = again.state_dict()
     assert all(torch.allclose(tensor, state[name], atol=1e-5) for name, tensor in model.state_dict().items())
-    spent = [row["flops"] for row in steps(tmp_path / "a")]
-    assert len({b - a for a, b in pairwise(spent)}) == 1
+    spent = [b - a for a, b in pairwise(row["flops"] for row in steps(tmp_path / "a"))]
+    assert max(spent) < 1.002 * min(spent)  # whatever the rank; batches differ a little in their number of targets
 
 
 @pytest.mark.bits

@@ -97,6 +97,7 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
         (tmp_path / folder / "__init__.py").write_text("")
     facts = tmp_path / "guest-1.0.dist-info"
     facts.mkdir()
+    (tmp_path / "guest" / "methods" / "broken.py").write_text("def f(:\n")
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1.0\n")
     (facts / "entry_points.txt").write_text("[pretrain.methods]\nguest = guest.methods\nlost = guest.no_such\n")
     program = (
@@ -107,6 +108,7 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["schedule", "False", "0.25"], done.stderr
     assert "lost = 'guest.no_such'" in done.stderr  # named, and the others are there
+    assert "broken.py: not a Python file" in done.stderr
 
 
 def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
@@ -127,6 +129,12 @@ def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
         ("def f(:\n", "broken.py", "broken.py: not a Python file"),
         (EXAMPLE, "cosine.py", "two methods are named 'cosine'"),
         (EXAMPLE.replace("(arXiv:1606.00915)", ""), "polynomial.py", "must open with 'Title (arXiv:NUMBER)"),
+        (
+            EXAMPLE.replace("@dataclass(frozen=True)", ""),
+            "polynomial.py",
+            "polynomial.py: class Polynomial is no dataclass",
+        ),
+        (EXAMPLE.replace("(Schedule)", ""), "polynomial.py", "class Polynomial has no base that says its kind"),
     ],
 )
 def test_a_folder_that_does_not_do_is_one_clear_error_and_leaves_the_list_as_it_was(
@@ -138,6 +146,38 @@ def test_a_folder_that_does_not_do_is_one_clear_error_and_leaves_the_list_as_it_
     assert list(methods()) == before
     with pytest.raises(PretrainError, match="accepted: a folder of Python files"):
         use_methods(tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"@dataclass(frozen=True)": "@dataclasses.dataclass(frozen=True)", "from dataclasses import dataclass": "import dataclasses"},
+        {"(Schedule)": "(optim.Schedule)", "from pretrain.optim import": "import pretrain.optim as optim\nfrom pretrain.optim import"},
+        {"(Schedule)": "(Mine)", "from pretrain.optim import": "from ._mine import Mine\nfrom pretrain.optim import"},
+    ],
+    ids=["dataclasses.dataclass", "a base by its module", "a base of a file beside it"],
+)  # fmt: skip
+def test_a_class_is_a_method_however_its_decorator_and_base_are_written(tmp_path, clean, changes):
+    code = EXAMPLE
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    outside(tmp_path / "mine", "from pretrain.optim import Schedule\n\n\nclass Mine(Schedule):\n    pass\n", "_mine.py")
+    use_methods(outside(tmp_path / "mine", code))
+    assert info("polynomial").kind == "schedule" and method_class("polynomial")().name == "polynomial"
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (EXAMPLE + "\nX = undefined_name\n", "NameError: name 'undefined_name' is not defined"),
+        (EXAMPLE.replace("power: float", "power: Sharee"), "NameError: name 'Sharee' is not defined"),
+    ],
+)
+def test_a_method_whose_file_fails_is_one_line_that_names_the_file(tmp_path, clean, code, message):
+    use_methods(outside(tmp_path / "mine", code))
+    with pytest.raises(PretrainError, match=r"polynomial.py\) cannot be imported: " + re.escape(message)):
+        method_class("polynomial")
 
 
 def test_a_method_that_cannot_be_imported_says_why(tmp_path, clean):

@@ -83,10 +83,10 @@ def test_the_meter_counts_each_depth_for_itself(tiny, prepared, tmp_path):
     cost = {}
     for (_, _, before), (window, _, after) in zip(policy.seen[0], policy.seen[0][1:], strict=False):
         cost.setdefault(window, set()).add(after - before)
-    assert all(len(found) == 1 for found in cost.values())
-    by_top = [next(iter(cost[window])) for window in [(0, 1), (1, 2), (2, 3), (3, 4), (0, 4)]]
+    assert all(max(found) < 1.01 * min(found) for found in cost.values())  # they differ by their numbers of targets
+    by_top = [sum(cost[window]) / len(cost[window]) for window in [(0, 1), (1, 2), (2, 3), (3, 4), (0, 4)]]
     assert by_top == sorted(by_top) and len(set(by_top)) == 5
-    forward = by_top[1] - by_top[0]  # of a block; batches differ a little in their number of targets
+    forward = by_top[1] - by_top[0]  # of a block
     assert by_top[2] - by_top[1] == pytest.approx(forward, rel=0.1)
     assert by_top[4] - by_top[3] == pytest.approx(6 * forward, rel=0.1)  # three backward passes, twice as much each
 

@@ -207,8 +207,8 @@ class Loader:
             if "weight" not in batch:
                 given = ", ".join(sorted(batch.keys() - origin.keys()))
                 raise PretrainError(
-                    f"{objective.name}: prepare gave {given}; accepted: beside them `weight`, the number of targets that "
-                    "the loss is the mean over"
+                    f"{objective.name}: prepare gave {given}; accepted: beside them `weight`, how many targets its "
+                    "loss is the mean over"
                 )
             batches.append(pinned(batch) if self.pin else batch)
         return batches
