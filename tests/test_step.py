@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_job import parts
 
 from pretrain.core.batch import is_count, to_device
+from pretrain.core.errors import PretrainError
 from pretrain.core.meter import Work
 from pretrain.core.models.cross_entropy import linear_cross_entropy
+from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.training.distributed import World
 from pretrain.training.loop import _start, exchange, forward_backward, step
 from pretrain.training.running import Settings, Training
@@ -126,3 +128,27 @@ def test_two_processes_exchange_numbers_once_a_step(prepared, tmp_path, strategy
     job = Path(__file__).with_name("step_job.py")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(job)]
     subprocess.run([*command, str(tmp_path), str(prepared), strategy], check=True)
+
+
+def test_an_objective_without_a_weight_or_a_loss_is_one_clear_line(prepared, tmp_path):
+    def trained(objective):
+        model, loader, _, *others = parts(tmp_path / type(objective).__name__, prepared, 3)
+        loader.objectives = [objective]
+        step(_start(model, loader, [objective], *others, None, []))
+
+    class Weightless(CausalLM):
+        name = "weightless"
+
+        def prepare(self, rows, context):
+            return {name: value for name, value in super().prepare(rows, context).items() if name != "weight"}
+
+    class Bare(CausalLM):
+        name = "bare"
+
+        def loss(self, model, batch, modules=None):
+            return super().loss(model, batch, modules).value
+
+    with pytest.raises(PretrainError, match=r"weightless: prepare gave .*tokens_BL.*; accepted: beside them `weight`"):
+        trained(Weightless())
+    with pytest.raises(PretrainError, match=r"bare: loss gave a Tensor; accepted: a pretrain.objectives.Loss"):
+        trained(Bare())

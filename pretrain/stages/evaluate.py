@@ -143,7 +143,7 @@ def measure(
 
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
     """
-    from pretrain.core.models.families import check_families
+    from pretrain.training.compatible import check_families
 
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")

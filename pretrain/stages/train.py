@@ -154,7 +154,7 @@ class Train(Stage):
 
     @model_validator(mode="after")
     def _together(self) -> Train:
-        from pretrain.core.models.families import check_families
+        from pretrain.training.compatible import check_families
 
         batches = -(-self.batch_rows // (self.micro_rows or self.batch_rows))
         try:

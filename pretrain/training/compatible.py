@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.models import families
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 
 if TYPE_CHECKING:
     from pretrain.core.batch import Batch
+    from pretrain.core.method import Method
 
 _UNFOLLOWED = (
     "weighs tokens, which not every term of the loss of {!r} follows: accepted: an objective whose do, such as "
@@ -53,3 +56,13 @@ def ill_scheduled(optimizer: Optimizer, schedule: Schedule) -> str:
         return ""
     made_for = " or ".join(optimizer.schedules)
     return f"optimizer {optimizer.name} is made for schedule {made_for} (with a warm-up), not for {schedule.name}"
+
+
+def check_families(methods: Iterable[Method], model_type: str) -> None:
+    """An error for a method, or one that it holds, that is declared for other families than this one of `FAMILIES`."""
+    name = next((entry.name for entry in families.FAMILIES if model_type in entry.types), None)
+    for method in methods:
+        if name is not None and method.families and name not in method.families:
+            raise PretrainError(f"{method.name}: model family {name!r}: accepted: {', '.join(method.families)}")
+        if is_dataclass(method):  # others have no fields that could hold any
+            check_families(method.held().values(), model_type)

@@ -35,7 +35,7 @@ from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
 from pretrain.training.averages import averaged, settle
-from pretrain.training.compatible import check_averages, check_together, check_written
+from pretrain.training.compatible import check_averages, check_families, check_together, check_written
 from pretrain.training.distributed import full, gather, join, synchronised, unsharded, wrap
 from pretrain.training.guard import seed
 from pretrain.training.loader import Loader
@@ -136,7 +136,7 @@ def _start(
     hardware.tune_allocator()
     check_together(objectives, policies, loader.batch_rows // loader.micro_rows)
     check_averages(optimizer, policies)
-    families.check_families([*objectives, *policies], families.at(model, "config").model_type)
+    check_families([*objectives, *policies], families.at(model, "config").model_type)
     if settings.budget.unit == "steps":
         schedule.check(int(settings.budget.limit))
     world = join(hardware.pick_device())

@@ -9,10 +9,10 @@ Shape letters: B rows, L positions, E width, V vocabulary.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 import transformers
@@ -27,9 +27,6 @@ from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.models.initial import completed
 from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
-
-if TYPE_CHECKING:
-    from pretrain.core.method import Method
 
 Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
 
@@ -102,16 +99,6 @@ def family(model: nn.Module) -> Family:
 def in_table(model: nn.Module) -> bool:
     """Whether a family of `FAMILIES` describes the model."""
     return at(model, "config").model_type in {name for entry in FAMILIES for name in entry.types}
-
-
-def check_families(methods: Iterable[Method], model_type: str) -> None:
-    """An error for a method, or one that it holds, that is declared for other families than this one of `FAMILIES`."""
-    name = next((entry.name for entry in FAMILIES if model_type in entry.types), None)
-    for method in methods:
-        if name is not None and method.families and name not in method.families:
-            raise PretrainError(f"{method.name}: model family {name!r}: accepted: {', '.join(method.families)}")
-        if is_dataclass(method):  # others have no fields that could hold any
-            check_families(method.held().values(), model_type)
 
 
 def is_causal(model: nn.Module) -> bool:
