@@ -250,7 +250,7 @@ def _next(
             say(f"{name}: set aside: {error}")
             continue
         if isinstance(step, list):
-            waiting.append((_cost(entry, step), entry, step))
+            waiting.append((_cost(entry, step, entries), entry, step))
             continue
         write(step, results or entry.claim.path.parent / "results")
         done.append(step)
@@ -267,18 +267,17 @@ def _next(
     return list(unique.values()), sum(cost for cost, *_ in waiting)
 
 
-def _cost(entry: Entry, points: Sequence[Point]) -> float:
+def _cost(entry: Entry, points: Sequence[Point], entries: Sequence[Entry]) -> float:
     """About how many seconds of one worker a claim still takes: the runs it waits for, and those that it will want."""
-    whole = _seconds(entry)
     searching = any(point.split == "validation" for point in points)
     short = any(point.share < 1 for point in points)
     later = USUAL + 8 * short if searching else 0  # two values whole, with two seeds, of both sides
-    return whole * (sum(point.share for point in points) + later)
+    return _seconds(entry, entries) * (sum(point.share for point in points) + later)
 
 
-def _seconds(entry: Entry) -> float:
-    """Of a whole run of this claim: as its runs so far, else as those of all claims."""
-    shares = {entry.trial(point).key: point.share for point in entry.trials}
+def _seconds(entry: Entry, entries: Sequence[Entry]) -> float:
+    """Of a whole run: as the runs so far of all claims on this base at this budget, else of all claims."""
     known = entry.shelf.known
-    mine = [known[key]["wall"] / share for key, share in shares.items() if key in known]
-    return statistics.median(mine or [outcome["wall"] for outcome in known.values()] or [60.0])
+    alike = [(trial.key, point.share) for e in entries if e.base == entry.base for point, trial in e.trials.items()]
+    walls = [known[key]["wall"] / share for key, share in alike if key in known]
+    return statistics.median(walls or [outcome["wall"] for outcome in known.values()] or [60.0])
