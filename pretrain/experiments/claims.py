@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.experiments.protocol import SIDES, Point, Value
-from pretrain.experiments.trials import Trial
+from pretrain.experiments.trials import Fields, Trial
 from pretrain.recipe import parse, put, read
 
 SCALES = ("smoke", "cpu", "gpu")
@@ -27,8 +27,8 @@ class Side(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     name: str
-    set: dict[str, Any] = {}
-    insert: dict[str, list[dict[str, Any]]] = {}
+    set: Fields = {}
+    insert: dict[str, list[Fields]] = {}
 
 
 class Tune(BaseModel):
@@ -54,11 +54,11 @@ class Size(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     budget: float = Field(gt=0)
-    set: dict[str, Any] = {}
-    baseline: dict[str, Any] = {}
-    method: dict[str, Any] = {}
+    set: Fields = {}
+    baseline: Fields = {}
+    method: Fields = {}
 
-    def over(self, other: Size) -> dict[str, Any]:
+    def over(self, other: Size) -> Fields:
         """These fields beside, and before, those of another size."""
         names = ("set", "baseline", "method")
         return {"budget": self.budget} | {name: getattr(other, name) | getattr(self, name) for name in names}
@@ -120,7 +120,7 @@ class Claim(BaseModel):
             for name, other in others.items()
         ]
 
-    def recipe(self, side: str, scale: str, share: float = 1.0) -> dict[str, Any]:
+    def recipe(self, side: str, scale: str, share: float = 1.0) -> Fields:
         """The recipe of one side at a scale; the budget of the trained stage is not in it yet.
 
         Of a run with a `share` of the FLOPs the stages that spend of them get theirs.
@@ -161,18 +161,16 @@ class Claim(BaseModel):
         )  # fmt: skip
 
 
-def _set(raw: dict[str, Any], given: dict[str, Any], where: str) -> None:
+def _set(raw: Fields, given: Fields, where: str) -> None:
     for name, value in given.items():
         put(raw, name, copy.deepcopy(value), where)
 
 
-def _names(raw: dict[str, Any]) -> list[str]:
+def _names(raw: Fields) -> list[str]:
     return [stage.get("name", stage.get("stage", "")) for stage in raw["stages"]]
 
 
-def _insert(
-    raw: dict[str, Any], before: str, stages: list[dict[str, Any]], budget: float, unit: str, where: str
-) -> None:
+def _insert(raw: Fields, before: str, stages: list[Fields], budget: float, unit: str, where: str) -> None:
     """Put in stages. `like` copies a stage, `set` changes the copy; a budget may be a share of the run's."""
     for given in stages:
         stage, names = copy.deepcopy(given), _names(raw)

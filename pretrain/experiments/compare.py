@@ -11,12 +11,11 @@ import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json, write_text
 from pretrain.experiments.drawing import draw
-from pretrain.experiments.trials import Trial, run_all
+from pretrain.experiments.trials import Outcome, Trial, run_all
 from pretrain.experiments.verdict import interval, judge, share_to_reach, shares_to_reach
 from pretrain.recipe import load
 
@@ -32,7 +31,7 @@ def compare(
     jobs: int = 1,
     ray: str | None = None,
     say: Callable[[str], None] = print,
-) -> dict[str, Any]:
+) -> Outcome:
     """Run each recipe with each seed for `flops`; writes `comparison.svg`, writes and returns `comparison.json`.
 
     `metric` is one of the held-out metrics that training logs; lower is better. Runs that are finished are not run
@@ -52,7 +51,7 @@ def compare(
     queue = [(name, path, seed) for seed in range(seeds) for name, path in zip(names, recipes, strict=True)]
     trials = [_trial(name, path, seed, flops, metric, Path(output).resolve(), overrides) for name, path, seed in queue]
     outcomes = run_all(trials, jobs=jobs, ray=ray, say=say)
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    runs: dict[str, list[Outcome]] = {name: [] for name in names}
     for (name, _, seed), outcome in zip(queue, outcomes, strict=True):
         if outcome["final"] is None:
             raise PretrainError(f"compare: {name}, seed {seed}: {outcome['diverged']}")
@@ -82,7 +81,7 @@ def _trial(
     )  # fmt: skip
 
 
-def summarise(runs: dict[str, list[dict[str, Any]]], flops: float, metric: str) -> dict[str, Any]:
+def summarise(runs: dict[str, list[Outcome]], flops: float, metric: str) -> Outcome:
     """What `comparison.json` says: runs, and each recipe's mean, spread, verdict and saving against the first.
 
     `compute_to_reach`: the share of its FLOPs at which the recipe reaches the baseline's last value, its 97% interval
@@ -92,7 +91,7 @@ def summarise(runs: dict[str, list[dict[str, Any]]], flops: float, metric: str) 
     table = {}
     for name, own in runs.items():
         finals = [run["final"] for run in own]
-        row: dict[str, Any] = {"mean": statistics.mean(finals), "deviation": statistics.stdev(finals)}
+        row: Outcome = {"mean": statistics.mean(finals), "deviation": statistics.stdev(finals)}
         if name != baseline:
             row["verdict"] = asdict(judge([a["final"] - b["final"] for a, b in zip(own, runs[baseline], strict=True)]))
             mine, theirs = ([run["curve"] for run in side] for side in (own, runs[baseline]))

@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.files import write_text
 from pretrain.core.registry import methods
 from pretrain.experiments.drawing import band
+from pretrain.experiments.results import Result
 from pretrain.experiments.table import markdown, rows
 
 
-def page(results: Sequence[dict[str, Any]]) -> str:
+def page(results: Sequence[Result]) -> str:
     """The whole page."""
     by_key = {(r["name"], r["scale"], r["finished"]): r for r in results}
     known = methods().values()
@@ -30,7 +30,7 @@ def page(results: Sequence[dict[str, Any]]) -> str:
     return template.replace("/*DATA*/[]", json.dumps(data, ensure_ascii=False).replace("</", "<\\/"))
 
 
-def write(results: Sequence[dict[str, Any]], folder: Path) -> list[Path]:
+def write(results: Sequence[Result], folder: Path) -> list[Path]:
     """Write `claims.md` and `claims.html` into `folder`."""
     written = {folder / "claims.md": markdown(results), folder / "claims.html": page(results)}
     for path, text in written.items():

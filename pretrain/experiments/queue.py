@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,10 +21,11 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_json
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
-from pretrain.experiments.results import Outcome, Result, check_budgets, check_leaks, result, write
+from pretrain.experiments.results import Result, check_budgets, check_leaks, result, write
 from pretrain.experiments.sequential import LOOKS, Noise, standing
-from pretrain.experiments.trials import Trial, workers
+from pretrain.experiments.trials import Outcome, Trial, workers
 
+Base = tuple[str | float, ...]  # what claims of the same noise have in common
 POOL = 20  # runs of a base's baseline that its noise is known by
 SMOKE_SEEDS = 5
 USUAL = len(SIDES) * LOOKS[-2]  # runs that a verdict takes
@@ -82,7 +82,7 @@ class Entry:
         return float(outcome["final"]) * (1 if self.claim.better == "lower" else -1)
 
     @property
-    def base(self) -> tuple[Any, ...]:
+    def base(self) -> Base:
         """Claims of which this is equal have the same noise."""
         claim = self.claim
         return claim.base, self.scale, claim.metric, claim.equal, claim.scales[self.scale].budget
@@ -102,7 +102,7 @@ class Entry:
         return found
 
 
-def advance(entry: Entry, pools: Mapping[tuple[Any, ...], Sequence[Sequence[float]]]) -> list[Point] | Result:
+def advance(entry: Entry, pools: Mapping[Base, Sequence[Sequence[float]]]) -> list[Point] | Result:
     """What is to be run next of a claim, or its result.
 
     `pools`: the runs of baselines by base, a group for each recipe.
@@ -155,9 +155,9 @@ def _by_document(runs: Mapping[str, Sequence[Outcome]]) -> NDArray[np.float64] |
     return np.array(each["method"]) - np.array(each["baseline"])
 
 
-def _searched(entry: Entry) -> dict[str, list[dict[str, Any]]]:
+def _searched(entry: Entry) -> dict[str, list[Outcome]]:
     """The runs of the search, as they are recorded."""
-    found: dict[str, list[dict[str, Any]]] = {side: [] for side in SIDES}
+    found: dict[str, list[Outcome]] = {side: [] for side in SIDES}
     for point in sorted(entry.trials, key=lambda p: (p.side, p.share, p.seed)):
         outcome = entry.outcome(point)
         if point.split == "validation" and outcome is not None:
@@ -168,9 +168,9 @@ def _searched(entry: Entry) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
-def pools_of(entries: Iterable[Entry]) -> dict[tuple[Any, ...], list[list[float]]]:
+def pools_of(entries: Iterable[Entry]) -> dict[Base, list[list[float]]]:
     """Runs of the baselines of each base, a group for each recipe."""
-    pools: dict[tuple[Any, ...], dict[str, list[float]]] = {}
+    pools: dict[Base, dict[str, list[float]]] = {}
     for entry in entries:
         found = entry.search()
         if found.chosen is not None and entry.scale != "smoke":

@@ -17,14 +17,13 @@ from pretrain.corpus.store import Corpus
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Search
 from pretrain.experiments.sequential import EQUAL, Standing
-from pretrain.experiments.trials import Trial
+from pretrain.experiments.trials import Outcome, Trial
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, share_to_reach
 
 PROTOCOL = 2  # 1: three seeds, one tuning seed, ranges as given, bases of under one token a weight
 REPRODUCED, NOT_REPRODUCED, UNDER_TRAINED = "reproduced", "not reproduced", "under-trained"
 WORDS = {BETTER: REPRODUCED, WORSE: NOT_REPRODUCED, UNDECIDED: UNDECIDED, EQUAL: EQUAL}
 
-Outcome = dict[str, Any]  # what `Trial.run` gives
 Result = dict[str, Any]  # what is in a result's file
 
 
@@ -33,7 +32,7 @@ def result(
     scale: str,
     runs: Mapping[str, Sequence[Outcome]],
     found: Search,
-    searched: Mapping[str, Sequence[Mapping[str, Any]]],
+    searched: Mapping[str, Sequence[Outcome]],
     verdict: Standing,
 ) -> Result:
     """The record of a claim that has come to its end."""

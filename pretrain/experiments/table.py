@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
-from pretrain.experiments.results import PROTOCOL
+from pretrain.experiments.results import PROTOCOL, Result
 
 HEAD = """# Claims
 
@@ -29,7 +28,7 @@ COLUMNS = (
 SUPERSEDED = "superseded"
 
 
-def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+def rows(results: Sequence[Result]) -> list[Result]:
     """A row for each result, by claim and scale, the newest first; `contradicted` where reruns differ in their word."""
     words, trends = defaultdict(set), _trends(results)
     for result in results:
@@ -56,13 +55,13 @@ def rows(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda row: (row["name"], row["scale"], row["size"]))
 
 
-def _key(result: dict[str, Any]) -> tuple[Any, ...]:
+def _key(result: Result) -> tuple[str | int, ...]:
     return result["name"], result["scale"], result.get("size", ""), _protocol(result)
 
 
-def _trends(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str]:
+def _trends(results: Sequence[Result]) -> dict[tuple[str, str], str]:
     """Where a claim was tested at several sizes: the newest share of the baseline's compute at each, by its budget."""
-    newest: dict[tuple[str, str], dict[float, dict[str, Any]]] = defaultdict(dict)
+    newest: dict[tuple[str, str], dict[float, Result]] = defaultdict(dict)
     for result in sorted(results, key=lambda r: r["finished"]):
         if _protocol(result) == PROTOCOL:
             budget = result["claim"]["scales"][result["scale"]]["budget"]
@@ -76,23 +75,23 @@ def _trends(results: Sequence[dict[str, Any]]) -> dict[tuple[str, str], str]:
     return said
 
 
-def _protocol(result: dict[str, Any]) -> int:
+def _protocol(result: Result) -> int:
     return int(result.get("protocol", 1))
 
 
-def word_of(result: dict[str, Any]) -> str:
+def word_of(result: Result) -> str:
     """A result's word; what the earlier protocol said is superseded."""
     return str(result["word"]) if _protocol(result) == PROTOCOL else f"{SUPERSEDED}: {result['word']}"
 
 
-def interval(result: dict[str, Any]) -> tuple[float, float]:
+def interval(result: Result) -> tuple[float, float]:
     """What the word is decided by: of the earlier protocol the wider of two intervals at each end."""
     verdict = result["verdict"]
     low, high = verdict.get("bootstrap", (verdict["low"], verdict["high"]))
     return min(verdict["low"], low), max(verdict["high"], high)
 
 
-def markdown(results: Sequence[dict[str, Any]]) -> str:
+def markdown(results: Sequence[Result]) -> str:
     """The table as `docs/claims.md`."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|---" * len(COLUMNS) + "|"]
     for row in rows(results):

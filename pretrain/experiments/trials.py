@@ -26,6 +26,8 @@ from pretrain.experiments.regime import by_document, regime
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
+Fields = dict[str, Any]  # of a recipe, as it is read
+Outcome = dict[str, Any]  # JSON: what a trial comes to
 UNITS = ("flops", "tokens", "steps", "none")
 
 
@@ -34,7 +36,7 @@ class Trial:
     """A run of a recipe. The stage `trained` gets `amount` of `unit`, of FLOPs what the stages before it leave over."""
 
     name: str  # what the queue calls it
-    recipe: dict[str, Any]
+    recipe: Fields
     output: str
     store: str
     trained: str
@@ -50,7 +52,7 @@ class Trial:
         recipe = {name: value for name, value in self.recipe.items() if name != "name"}
         return digest([recipe, self.trained, self.unit, self.amount, self.metric, self.curve, self.also])[:24]
 
-    def run(self) -> dict[str, Any]:
+    def run(self) -> Outcome:
         """Run it, or what is left of it: `final`, `also`, `flops` up to and with the trained stage, `seconds`, …
 
         `wall` are the seconds that all of it took here. `final` is None where training diverged, and `diverged` says
@@ -70,7 +72,7 @@ class Trial:
             }
         return outcome | {"output": self.output, "wall": time.perf_counter() - begun}
 
-    def _outcome(self) -> dict[str, Any]:
+    def _outcome(self) -> Outcome:
         recipe = copy.deepcopy(self.recipe)
         names = [stage.get("name", stage.get("stage")) for stage in recipe["stages"]]
         if self.trained not in names:
@@ -103,7 +105,7 @@ class Trial:
             "curve": held_out_curve(log, self.curve, records, names[:index]) if self.curve else [],
         }
 
-    def _run(self, recipe: dict[str, Any]) -> dict[str, StageRecord]:
+    def _run(self, recipe: Fields) -> dict[str, StageRecord]:
         checked = check(recipe, None, output=self.output)
         return engine.run(checked, say=engine.silent, store=self.store, report=False).stages
 
@@ -139,13 +141,13 @@ def held_out_curve(log: Path, metric: str, records: dict[str, StageRecord], befo
 
 def run_all(
     trials: Sequence[Trial], *, jobs: int = 1, ray: str | None = None, say: Callable[[str], None] = print
-) -> list[dict[str, Any]]:
+) -> list[Outcome]:
     """Run trials and give their outcomes in order: in this process, in `jobs` processes, or on a `ray` cluster.
 
     On a cluster `output` and `store` must lie where all its machines see them. An error ends the queue once the trials
     that are under way have finished; run again to go on.
     """
-    outcomes: list[Any] = [None] * len(trials)
+    outcomes: list[Outcome] = [{}] * len(trials)
     with workers(jobs, ray) as start:
         waiting = {start(trial): index for index, trial in enumerate(trials)}
         for number, done in enumerate(as_completed(waiting), 1):
@@ -157,7 +159,7 @@ def run_all(
     return outcomes
 
 
-Start = Callable[[Trial], "Future[dict[str, Any]]"]
+Start = Callable[[Trial], "Future[Outcome]"]
 
 
 @contextmanager
@@ -178,9 +180,9 @@ def workers(jobs: int = 1, ray: str | None = None) -> Iterator[Start]:
                 pool.shutdown(cancel_futures=True)
 
 
-def _now(trial: Trial) -> Future[dict[str, Any]]:
+def _now(trial: Trial) -> Future[Outcome]:
     """Run it in this process, at once."""
-    future: Future[dict[str, Any]] = Future()
+    future: Future[Outcome] = Future()
     try:
         future.set_result(trial.run())
     except PretrainError as error:
