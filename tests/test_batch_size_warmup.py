@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 from policy_run import run, steps
@@ -113,3 +114,11 @@ def test_a_batch_that_processes_cannot_share_is_refused(prepared):
         with pytest.raises(PretrainError, match=f"batch_rows {rows}: accepted: a multiple of micro_rows x processes"):
             loader.batch_rows = rows
     assert loader.batch_rows == 8
+
+
+def test_a_size_that_micro_batches_do_not_divide_is_refused_before_anything_is_trained(prepared):
+    vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
+    shards = Shards(prepared / "tokens" / "train")
+    loader = Loader(shards, [CausalLM()], vocabulary, length=64, batch_rows=12, micro_rows=4)
+    with pytest.raises(PretrainError, match=r"batch_rows 6: accepted: a multiple of micro_rows x processes \(4 x 1\)"):
+        BatchSizeWarmup().start(SimpleNamespace(loader=loader), {})

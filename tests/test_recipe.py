@@ -198,3 +198,11 @@ def test_an_override_changes_one_stage_where_yaml_shares_a_value(tmp_path):
     )
     found = recipe(tmp_path, shared, "model.optimizer.lr=0.5")
     assert found.stages[2].optimizer.lr == 0.5 and found.stages[3].optimizer.lr == 1e-3
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), True, 0, -1])
+def test_a_weight_of_an_objective_is_a_finite_number_above_0(weight):
+    from pretrain.stages.train import build_weighted
+
+    with pytest.raises(ValueError, match="accepted: a number above 0"):
+        build_weighted({"method": "causal_lm", "weight": weight})

@@ -98,8 +98,13 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     facts = tmp_path / "guest-1.0.dist-info"
     facts.mkdir()
     (tmp_path / "guest" / "methods" / "broken.py").write_text("def f(:\n")
+    (tmp_path / "guest" / "methods" / "cosine.py").write_text(EXAMPLE)  # the name of one of ours
+    (tmp_path / "boom").mkdir()
+    (tmp_path / "boom" / "__init__.py").write_text("raise RuntimeError('no')")
     (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1.0\n")
-    (facts / "entry_points.txt").write_text("[pretrain.methods]\nguest = guest.methods\nlost = guest.no_such\n")
+    (facts / "entry_points.txt").write_text(
+        "[pretrain.methods]\nguest = guest.methods\nlost = guest.no_such\nboom = boom.methods\n"
+    )
     program = (
         "from pretrain.core.method import method_class; from pretrain.core.registry import info;"
         "print(info('polynomial').kind, info('polynomial').ours, method_class('polynomial')(0, 2.0).factor(50, 100))"
@@ -108,7 +113,8 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["schedule", "False", "0.25"], done.stderr
     assert "lost = 'guest.no_such'" in done.stderr  # named, and the others are there
-    assert "broken.py: not a Python file" in done.stderr
+    assert "broken.py: not a Python file" in done.stderr and "RuntimeError: no" in done.stderr
+    assert "two methods are named 'cosine'" in done.stderr
 
 
 def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
@@ -152,10 +158,11 @@ def test_a_folder_that_does_not_do_is_one_clear_error_and_leaves_the_list_as_it_
     "changes",
     [
         {"@dataclass(frozen=True)": "@dataclasses.dataclass(frozen=True)", "from dataclasses import dataclass": "import dataclasses"},
+        {"@dataclass(frozen=True)": "@dc.dataclass(frozen=True)", "from dataclasses import dataclass": "import dataclasses as dc"},
         {"(Schedule)": "(optim.Schedule)", "from pretrain.optim import": "import pretrain.optim as optim\nfrom pretrain.optim import"},
         {"(Schedule)": "(Mine)", "from pretrain.optim import": "from ._mine import Mine\nfrom pretrain.optim import"},
     ],
-    ids=["dataclasses.dataclass", "a base by its module", "a base of a file beside it"],
+    ids=["dataclasses.dataclass", "dc.dataclass", "a base by its module", "a base of a file beside it"],
 )  # fmt: skip
 def test_a_class_is_a_method_however_its_decorator_and_base_are_written(tmp_path, clean, changes):
     code = EXAMPLE

@@ -96,8 +96,10 @@ def _kind(path: Path, name: str) -> str | None:
     """The kind of a class of a file, its own or that of its nearest base; `None` for a class that is no method."""
     source = _source(path)
     cls = source.classes.get(name)
-    if cls is None:
-        return None
+    if cls is None:  # or one that the file hands on
+        module, _, there = source.imports.get(name, "").rpartition(".")
+        file = _file(module, path)
+        return _kind(file, there) if file is not None and there else None
     kind = _constant(cls, "kind")
     if isinstance(kind, str):
         return kind
@@ -131,7 +133,7 @@ def _file(module: str, beside: Path) -> Path | None:
 def _passed_over(path: Path) -> str | None:
     """Why a file that seems to be meant as a method is none."""
     for cls in _source(path).classes.values():
-        kind, decorated = _kind(path, cls.name), _is_dataclass(cls)
+        kind, decorated = _kind(path, cls.name), _is_dataclass(path, cls)
         if kind and not decorated:
             return f"{path}: class {cls.name} is no dataclass; accepted: @dataclass(frozen=True) above it"
         if decorated and not kind and not cls.name.startswith("_"):
@@ -142,7 +144,7 @@ def _passed_over(path: Path) -> str | None:
 
 def _read(path: Path, module: str) -> MethodInfo | None:
     """The method of a file; `None` where there is none."""
-    classes = [cls for cls in _source(path).classes.values() if _is_dataclass(cls) and _kind(path, cls.name)]
+    classes = [cls for cls in _source(path).classes.values() if _is_dataclass(path, cls) and _kind(path, cls.name)]
     if len(classes) > 1:
         raise PretrainError(f"{path} defines {len(classes)} methods; accepted: one method a file")
     if not classes:
@@ -167,9 +169,12 @@ def _read(path: Path, module: str) -> MethodInfo | None:
     )
 
 
-def _is_dataclass(cls: ast.ClassDef) -> bool:
-    called = [node.func if isinstance(node, ast.Call) else node for node in cls.decorator_list]
-    return any(ast.unparse(node) in ("dataclass", "dataclasses.dataclass") for node in called)
+def _is_dataclass(path: Path, cls: ast.ClassDef) -> bool:
+    imports, names = _source(path).imports, []
+    for node in cls.decorator_list:
+        first, dot, rest = ast.unparse(node.func if isinstance(node, ast.Call) else node).partition(".")
+        names.append(imports.get(first, first) + dot + rest)
+    return "dataclasses.dataclass" in names
 
 
 @cache
@@ -188,8 +193,13 @@ def kinds() -> dict[str, str]:
 def methods() -> dict[str, MethodInfo]:
     """All methods by name, ours in the order of kinds, then those from outside; imports none of them."""
     known: dict[str, MethodInfo] = {}
-    outside = [*map(_read_installed, _installed()), *(_read(path, module) for path, module in _in_folders())]
+    packages = _installed()
+    installed = {path for path, _ in packages}
+    outside = [*map(_read_installed, packages), *(_read(path, module) for path, module in _in_folders())]
     for info in [*_ours(), *filter(None, outside)]:
+        if info.name in known and info.path in installed:
+            warnings.warn(f"two methods are named {info.name!r}: {info.path} is passed over", stacklevel=2)
+            continue
         if info.name in known:
             raise PretrainError(f"two methods are named {info.name!r}: {known[info.name].path} and {info.path}")
         known[info.name] = info
@@ -222,8 +232,8 @@ def _installed() -> list[tuple[Path, str]]:
     for entry in entry_points(group=GROUP):
         try:
             spec = importlib.util.find_spec(entry.module)
-        except (ImportError, ValueError) as error:
-            spec, reason = None, f" ({error})"
+        except Exception as error:  # finding a module imports the packages that it is in
+            spec, reason = None, f" ({type(error).__name__}: {error})"
         else:
             reason = ""
         if spec is None or spec.origin is None:

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import model_validator
 
 from pretrain.core.bounds import Count, Ge, Le, Positive
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, digest
 from pretrain.corpus.store import Corpus
 from pretrain.records import StageResult
@@ -54,7 +55,11 @@ class Tokenizer(Stage):
 
     def _texts(self, corpus: Corpus) -> Iterator[str]:
         """Training documents; of more than `max_bytes` a sample by the hash of their id, so from all sources alike."""
+        if "text" not in corpus.columns:
+            columns = ", ".join(corpus.columns)
+            raise PretrainError(f"{corpus.folder} has no column 'text'; accepted: a corpus of text, not of {columns}")
         share = self.max_bytes / max(1, corpus.info["bytes"]["train"])
         for document in corpus.documents("train"):
-            if share >= 1 or int(digest(document["id"])[:12], 16) / 16**12 < share:
+            chosen = share >= 1 or int(digest(document["id"])[:12], 16) / 16**12 < share
+            if chosen and document["text"] is not None:
                 yield document["text"]

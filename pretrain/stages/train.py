@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
@@ -53,7 +54,7 @@ def build_weighted(value: object) -> Weighted:
         return value
     given = {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
     weight = given.pop("weight", 1.0) if isinstance(given, dict) else 1.0
-    if not isinstance(weight, int | float) or weight <= 0:
+    if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise ValueError(f"weight {weight!r}: accepted: a number above 0")
     given = build_method(given, "objective")
     return Weighted(method=given, weight=weight)

@@ -83,7 +83,7 @@ class Audio(Source):
                 for samples_LC in file.blocks(math.floor(self.longest * rate), dtype="float32", always_2d=True):
                     if whole or len(samples_LC) >= self.shortest * rate:
                         yield self._flac(samples_LC, rate), whole
-        except (soundfile.LibsndfileError, OSError, RuntimeError) as error:
+        except (soundfile.LibsndfileError, OSError, RuntimeError, ValueError, AssertionError) as error:
             skipped.add("no whole recordings" if isinstance(error, soundfile.LibsndfileError) else "unreadable")
 
     def _flac(self, samples_LC: np.ndarray, rate: int) -> bytes:

@@ -32,6 +32,8 @@ class BatchSizeWarmup(Policy):
         full = training.loader.batch_rows
         if full % 2 ** len(self.at):
             raise PretrainError(f"{self.name}: batch_rows {full}: accepted: a multiple of {2 ** len(self.at)}")
+        for doublings in range(len(self.at), -1, -1):  # micro-batches must divide each
+            training.loader.batch_rows = full >> doublings
         if not state:
             state |= {"full": full, "rows": full}
             self._set(training, state, full >> len(self.at))
