@@ -100,6 +100,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return digest([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id])
 
 
+def tokens_key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> str:
+    """The name of the folder in which a store keeps a corpus in a tokenizer's tokens."""
+    return f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
+
+
 def tokenise(
     corpus: Corpus,
     tokenizer: PreTrainedTokenizerBase,

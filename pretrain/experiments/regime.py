@@ -18,7 +18,7 @@ from pretrain.core import checkpoint
 from pretrain.core.files import digest, read_json, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of
 from pretrain.core.processors import load_processor, tokenizer_in
-from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
+from pretrain.corpus.shards import tokenise, tokens_key
 from pretrain.corpus.store import Corpus
 from pretrain.evaluation.likelihood._bigrams import bigram_line
 from pretrain.stages import Stage
@@ -71,8 +71,8 @@ def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, na
     """What counts of adjacent tokens come to on the documents that are judged, from as many as the model has seen."""
     tokenizer = tokenizer_in(load_processor(checkpoint_of(output / str(stage.checkpoint))))
     assert tokenizer is not None, "a likelihood of text without a tokenizer"
-    judged, read = (Corpus(_folder(output, reference)) for reference in (stage.corpus, training.corpus))
-    key = f"{read.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
+    judged, read = (Corpus(corpus_in(output, reference)) for reference in (stage.corpus, training.corpus))
+    key = tokens_key(read, tokenizer)
     mark = digest([key, judged.info["fingerprint"], stage.split, stage.max_documents, name, seen])[:16]
     path = store / ".bigrams" / f"{mark}.json"
     if not path.exists():
@@ -83,7 +83,8 @@ def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, na
     return float(read_json(path)["bigram"])
 
 
-def _folder(output: Path, reference: object) -> Path:
+def corpus_in(output: Path, reference: object) -> Path:
+    """The corpus of a run that a stage names: another stage's, or a folder's."""
     inside = output / str(reference)
     return corpus_of(inside if inside.exists() else Path(str(reference)).expanduser())
 

@@ -9,13 +9,13 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pretrain.core.checkpoint import corpus_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest, read_json, write_json
 from pretrain.core.hardware import describe
 from pretrain.corpus.store import Corpus
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Search
+from pretrain.experiments.regime import corpus_in
 from pretrain.experiments.sequential import EQUAL, Standing
 from pretrain.experiments.trials import Outcome, Trial
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, share_to_reach
@@ -116,9 +116,7 @@ def check_leaks(claim: Claim, trials: Sequence[tuple[Trial, Outcome]]) -> None:
         stages = {stage.get("name", stage["stage"]): stage for stage in trial.recipe["stages"]}
 
         def texts(reference: str, split: str, output: str = outcome["output"]) -> set[str]:
-            inside = Path(output) / reference
-            folder = corpus_of(inside if inside.exists() else Path(reference).expanduser())
-            return {digest(document["text"]) for document in Corpus(folder).documents(split)}
+            return {digest(d["text"]) for d in Corpus(corpus_in(Path(output), reference)).documents(split)}
 
         judge_stage = stages[claim.metric.partition(".")[0]]
         split = judge_stage.get("split", "test") if judge_stage["stage"] == "evaluate" else "validation"

@@ -22,7 +22,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE
+from pretrain.experiments.verdict import UNDECIDED, decided
 
 EQUAL = "equal"
 LOOKS = (3, 4, 6, 8)  # seeds after which a verdict is tried
@@ -100,8 +100,7 @@ def standing(
     mean, count = statistics.mean(differences), len(differences)
     half = _t_quantile(joined.freedom) * math.hypot(joined.deviation / math.sqrt(count), documents)
     low, high = mean - half, mean + half
-    sign = -1 if low > 0 else 1 if high < 0 else 0  # of the improvement, where lower is better
-    word = {1: BETTER, -1: WORSE, 0: UNDECIDED}[sign if better == "lower" else -sign]
+    word = decided(low, high, better)
     more = 0 if word != UNDECIDED else next((look - count for look in looks if look > count), 0)
     if word == UNDECIDED and not more and max(-low, high) < SMALL * joined.deviation:
         word = EQUAL

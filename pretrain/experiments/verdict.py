@@ -35,9 +35,13 @@ def judge(differences: Sequence[float], better: str = "lower") -> Verdict:
     """The verdict on paired differences; `better` says which sign is good, "lower" or "higher"."""
     (begin, end), resampled = interval(differences), bootstrap(differences)
     low, high = min(begin, resampled[0]), max(end, resampled[1])
+    return Verdict(statistics.mean(differences), begin, end, resampled, decided(low, high, better))
+
+
+def decided(low: float, high: float, better: str) -> str:
+    """What an interval of method minus baseline says: a word other than undecided where it lies on one side of zero."""
     sign = -1 if low > 0 else 1 if high < 0 else 0  # of the improvement, where lower is better
-    word = {1: BETTER, -1: WORSE, 0: UNDECIDED}[sign if better == "lower" else -sign]
-    return Verdict(statistics.mean(differences), begin, end, resampled, word)
+    return {1: BETTER, -1: WORSE, 0: UNDECIDED}[sign if better == "lower" else -sign]
 
 
 def bootstrap(differences: Sequence[float], resamples: int = 2000, seed: int = 0) -> tuple[float, float]:

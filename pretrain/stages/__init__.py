@@ -266,10 +266,10 @@ def tokens_of(
 
     A refresh of the stage, or of one behind it, makes them anew, with the code of today.
     """
-    from pretrain.corpus.shards import tokenise, tokenizer_fingerprint
+    from pretrain.corpus.shards import tokenise, tokens_key
     from pretrain.corpus.store import Corpus
 
     corpus = Corpus(corpus_of(job.inputs["corpus"]))
-    key = f"{corpus.info['fingerprint'][:12]}-{tokenizer_fingerprint(tokenizer)[:12]}"
+    key = tokens_key(corpus, tokenizer)
     key += f"-{digest(job.refreshed)[:12]}" if job.refreshed else ""
     return tokenise(corpus, tokenizer, Path(job.folder).parent / ".tokens" / key, splits=splits, verify=verify)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, overload
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pretrain.core.bounds import Count, NonNegative, Positive, ProperShare
 from pretrain.core.models.parameters import role
 from pretrain.optim import Group, Optimizer, decay_groups
+from pretrain.optim.optimizers._stepping import Stepping
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Conda(Optimizer):
         return CondaOptimizer(groups, self.lr, betas, eps=self.eps, update_gap=self.update_gap, scale=self.scale)
 
 
-class CondaOptimizer(torch.optim.Optimizer):
+class CondaOptimizer(Stepping):
     """The optimiser of `Conda`; a group's parameters are stepped in their own basis where it says `rotate`."""
 
     def __init__(
@@ -65,19 +66,8 @@ class CondaOptimizer(torch.optim.Optimizer):
         taken = [(self.state[p]["step"] if self.state[p] else 0, g["update_gap"]) for g, p in rotated]
         return "new bases" if any(step % gap == 0 for step, gap in taken) else "rotated"
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; with a `closure` after it has computed the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Momentum and second moment, rotated where a group says so."""
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
             for p in group["params"]:
@@ -100,7 +90,6 @@ class CondaOptimizer(torch.optim.Optimizer):
                     update = out_of(update, state["basis"]).mul_(group["scale"])
                 correction = math.sqrt(1 - beta2 ** state["step"]) / (1 - beta1 ** state["step"])
                 p.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"] * correction)
-        return loss
 
 
 def basis(matrix: Tensor) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pretrain.core.bounds import Count, NonNegative, Positive, ProperShare
 from pretrain.optim import Group, Optimizer, decay_groups, hidden_matrices
+from pretrain.optim.optimizers._stepping import Stepping
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class SOAP(Optimizer):
         return SOAPOptimizer(groups, self)
 
 
-class SOAPOptimizer(torch.optim.Optimizer):
+class SOAPOptimizer(Stepping):
     """The optimiser of `SOAP`; a group's matrices are rotated on both sides where it says `rotate`."""
 
     def __init__(self, groups: list[Group], method: SOAP) -> None:
@@ -65,19 +66,8 @@ class SOAPOptimizer(torch.optim.Optimizer):
         names = {"first" if not step else "rotated" if step % every else "new bases" for step, every in steps}
         return ", ".join(sorted(names))
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """One step; with a `closure` after it has computed the loss, which is returned."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def update(self) -> None:
+        """Adam's step in the bases, then decay, then the bases' next averages."""
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
@@ -92,7 +82,6 @@ class SOAPOptimizer(torch.optim.Optimizer):
                 p.mul_(1 - group["lr"] * group["weight_decay"])
                 precondition(state, grad, group)
                 state["step"] += 1
-        return loss
 
 
 def rotated_sides(p: Tensor, group: dict[str, Any]) -> dict[str, int]:
