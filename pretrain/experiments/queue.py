@@ -25,7 +25,7 @@ from pretrain.experiments.results import Result, check_budgets, check_leaks, res
 from pretrain.experiments.sequential import LOOKS, Noise, standing
 from pretrain.experiments.trials import Outcome, Trial, workers
 
-Base = tuple[str | float, ...]  # what claims of the same noise have in common
+Base = tuple[str, ...]  # what claims of the same noise have in common
 POOL = 20  # runs of a base's baseline that its noise is known by
 SMOKE_SEEDS = 5
 USUAL = len(SIDES) * LOOKS[-2]  # runs that a verdict takes
@@ -83,9 +83,9 @@ class Entry:
 
     @property
     def base(self) -> Base:
-        """Claims of which this is equal have the same noise."""
+        """Claims of which this is equal have the same noise; each recipe and budget is a group of its own in it."""
         claim = self.claim
-        return claim.base, self.scale, claim.metric, claim.equal, claim.scales[self.scale].budget
+        return claim.base, self.scale, claim.metric, claim.equal
 
     def search(self) -> Search:
         """Where the search stands; at smoke scale there is none, the middle value is taken."""
@@ -277,7 +277,8 @@ def _cost(entry: Entry, points: Sequence[Point], entries: Sequence[Entry]) -> fl
 
 def _seconds(entry: Entry, entries: Sequence[Entry]) -> float:
     """Of a whole run: as the runs so far of all claims on this base at this budget, else of all claims."""
-    known = entry.shelf.known
-    alike = [(trial.key, point.share) for e in entries if e.base == entry.base for point, trial in e.trials.items()]
+    known, budget = entry.shelf.known, entry.claim.scales[entry.scale].budget
+    like = [e for e in entries if e.base == entry.base and e.claim.scales[e.scale].budget == budget]
+    alike = [(trial.key, point.share) for e in like for point, trial in e.trials.items()]
     walls = [known[key]["wall"] / share for key, share in alike if key in known]
     return statistics.median(walls or [outcome["wall"] for outcome in known.values()] or [60.0])
