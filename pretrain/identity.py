@@ -9,6 +9,9 @@ A stage that is to run again though it is finished (`--refresh`) gets a new gene
 address, so that it has a folder of its own and all that depends on it follows. The numbers lie in `generations.json`
 beside the folders and are written before anything runs: an interrupted refresh goes on as one, and what was there
 before is shown by the run until the new is whole, and kept after.
+
+Folders and generations go by the address alone, never by the name: stages that say the same, under two names, in one
+recipe or in two that share a store, are one stage, run once and refreshed together.
 """
 
 from __future__ import annotations
@@ -19,7 +22,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +55,6 @@ class Planned:
     generation: int = 0  # how often it has been refreshed
     asked: bool = False  # whether this plan asks for a refresh
     refreshed: tuple[str, ...] = ()  # the refreshes that it and those behind it have been through
-    beside: frozenset[str] = frozenset()  # the names of the recipe's other stages, which have folders of their own
 
     @property
     def finished(self) -> bool:
@@ -67,13 +68,13 @@ class Planned:
 
     @property
     def key(self) -> str:
-        """Its name in `generations.json`: that of its first folder."""
-        return _folder_name(self.stage, self.first)
+        """Its name in `generations.json`."""
+        return f"{self.stage.stage}{_end(self.first)}"
 
     def at(self, generation: int) -> Planned:
         """The stage refreshed so many times."""
         address = digest([self.first, generation]) if generation else self.first
-        folder = _folder(self.folder.parent, self.stage, address, self.beside)
+        folder = _folder(self.folder.parent, self.stage, address)
         return replace(self, address=address, folder=folder, generation=generation)
 
     def afresh(self) -> Planned:
@@ -92,25 +93,31 @@ class Planned:
         return {"format": FORMAT, "generation": self.generation, **self.reads}
 
 
-def _folder_name(stage: Stage, address: str) -> str:
-    return f"{stage.name}-{address[:12]}"
+def _end(address: str) -> str:
+    """How the names of a stage's folder and of its generation end."""
+    return f"-{address[:12]}"
 
 
-def _folder(home: Path, stage: Stage, address: str, beside: frozenset[str]) -> Path:
-    """Where a stage lies: in a folder of its name or, if it was finished under another name, in that one."""
-    named, end = home / _folder_name(stage, address), f"-{address[:12]}"
-    if not (named / RECORD).exists() and not (named / CODE).exists():
-        for path in sorted(home.glob(f"*{end}/{RECORD}")):
-            with suppress(PretrainError):
-                if path.parent.name.removesuffix(end) not in beside and read_json(path).get("address") == address:
-                    return path.parent
-    return named
+def _folder(home: Path, stage: Stage, address: str) -> Path:
+    """Where a stage lies: in `KIND-ADDRESS`, or where it was finished or begun when folders bore the stages' names."""
+    folders = [path for path in sorted(home.glob(f"*{_end(address)}")) if not path.is_symlink()]
+    finished = [path for path in folders if _address(path) == address]
+    begun = [path for path in folders if (path / CODE).exists() and not (path / RECORD).exists()]
+    return [*finished, *begun, home / f"{stage.stage}{_end(address)}"][0]
+
+
+def _address(folder: Path) -> str | None:
+    """The address that a finished folder records."""
+    with suppress(PretrainError, AttributeError):
+        return read_json(folder / RECORD).get("address") if (folder / RECORD).exists() else None
+    return None
 
 
 def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str] = ()) -> list[Planned]:
     """Each stage with its address, its folder (in `store`, by default in the recipe's output) and what it reads.
 
-    Those named in `refresh` get a new generation, unless they are unfinished and were begun with the code of today.
+    Those named in `refresh`, and those that say the same under another name, get a new generation, unless they are
+    unfinished and were begun with the code of today.
     """
     home = Path(recipe.output if store is None else store)
     wanted, names = list(refresh), [stage.name for stage in recipe.stages]
@@ -126,7 +133,9 @@ def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str]
         marks = {mark for name in item.behind for mark in planned[name].refreshed}
         marks |= {f"{item.key} {item.generation}"} if item.generation else set()
         planned[stage.name] = replace(item, refreshed=tuple(sorted(marks)))
-    return list(planned.values())
+    asked = {item.first for item in planned.values() if item.asked}
+    twins = [name for name, item in planned.items() if item.first in asked and not item.asked]
+    return plan(recipe, store, [*wanted, *twins]) if twins else list(planned.values())
 
 
 def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Path) -> Planned:
@@ -148,9 +157,7 @@ def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Pat
     address = digest([_without(config, marks), marks, outside, seed if stage.seeded else None])
     upstream = tuple(name for name in planned if name in behind)
     reads: Reads = {"inputs": marks, "outside": outside}
-    beside = frozenset(other.name for other in recipe.stages if other.name != stage.name)
-    folder = _folder(home, stage, address, beside)
-    return Planned(stage, address, folder, inputs, config, upstream, seed, reads, address, beside=beside)
+    return Planned(stage, address, _folder(home, stage, address), inputs, config, upstream, seed, reads, address)
 
 
 def _without(config: Config, places: Iterable[str]) -> Config:
@@ -181,9 +188,7 @@ def _generations(home: Path) -> dict[str, int]:
 
 def _times(known: dict[str, int], item: Planned) -> int:
     """How often a stage was refreshed, under whatever name."""
-    end = item.key.removeprefix(item.stage.name)
-    mine = [key for key in known if key.endswith(end) and key.removesuffix(end) not in item.beside]
-    return max((known[key] for key in mine), default=0)
+    return max((number for key, number in known.items() if key.endswith(_end(item.first))), default=0)
 
 
 def keep_generations(planned: Iterable[Planned]) -> None:
@@ -297,10 +302,10 @@ def _when(record: StageRecord) -> str:
 def _newest(item: Planned) -> tuple[Path, StageRecord] | None:
     """The newest finished folder of a stage of this name, and its record."""
     records = []
-    for path in item.folder.parent.glob(f"{escape(item.stage.name)}-*/{RECORD}"):
+    for path in item.folder.parent.glob(f"*-*/{RECORD}"):
         with suppress(PretrainError):
             record = read_json(path)
-            if record.get("name") == item.stage.name:
+            if record.get("name") == item.stage.name and not path.parent.is_symlink():
                 records.append((path.parent, record))
     return max(records, key=lambda row: str(row[1].get("finished")), default=None)
 

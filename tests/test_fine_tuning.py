@@ -278,7 +278,7 @@ def _run(tmp_path: Path, model: str, objective: str, steps: int) -> tuple[dict[s
         RECIPE.format(data=_data(tmp_path), model=model, objective=objective, steps=steps), encoding="utf-8"
     )
     run(recipe, output=tmp_path / "run", report=False, say=silent)
-    folders = {path.name.rpartition("-")[0]: path for path in (tmp_path / "run").glob("*-*")}
+    folders = {path.name: path for path in (tmp_path / "run").iterdir() if path.is_symlink()}
     return folders, json.loads((folders["evaluation"] / "evaluation.json").read_text())
 
 

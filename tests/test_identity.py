@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -99,7 +100,7 @@ def edited(monkeypatch):
 def raw(**first):
     stages = [
         {"stage": "fake", "name": "a"} | first, {"stage": "fake", "name": "b", "source": "a"},
-        {"stage": "fake", "name": "c"},
+        {"stage": "fake", "name": "c", "value": 7},
     ]  # fmt: skip
     return {"name": "r", "stages": stages}
 
@@ -317,7 +318,7 @@ def test_a_stage_that_goes_on_with_other_code_says_so_then_and_later(tmp_path, e
 def test_what_begins_again_forgets_the_code_that_began_it(tmp_path, edited):
     with pytest.raises(PretrainError, match="No space left"):
         go(tmp_path, value=-1)
-    (folder,) = (tmp_path / "run").glob("a-*")
+    (folder,) = (path.parent for path in (tmp_path / "run").glob("*/half"))
     (folder / "half").unlink()
     assert reasons(tmp_path, value=-1)["a"] == "interrupted: begins again"
     edited("core/method.py", "version: ClassVar[int] = 1", "version: ClassVar[int] = 7")
@@ -328,7 +329,7 @@ def test_what_begins_again_forgets_the_code_that_began_it(tmp_path, edited):
 
 def test_damaged_or_missing_records_of_code_are_said(tmp_path):
     go(tmp_path)
-    (folder,) = (tmp_path / "run").glob("c-*")
+    folder = tmp_path / "run" / "c"
     for text in ("[{", '[{"format": 99}]', "7"):
         (folder / "code.json").write_text(text)
         assert go(tmp_path)[2].startswith("[c] made with code that is not recorded; going on with what is there")
@@ -347,17 +348,17 @@ def test_each_reason_is_named(tmp_path, monkeypatch):
         for text in reasons(tmp_path, options={"deep": [{"x": 1}]}).values()
     )
     found = reasons(tmp_path, value=4, options={"deep": [{"x": 2}]}, seed=3)
-    folder = next((tmp_path / "run").glob("a-*")).name
+    folder = os.readlink(tmp_path / "run" / "a")
     assert found["a"].startswith(
         f"value changed from 0 to 4, options.deep.0.x changed from 1 to 2, seed changed from 0 to 3 (compared with {folder}, "
     )
-    assert found["b"].startswith("its input `source` (a) changed (compared with b-")
+    assert found["b"].startswith("its input `source` (a) changed (compared with fake-")
     assert found["c"].startswith("finished on")
     found = reasons(tmp_path, tool={"amount": 3}, options={"deep": [{"x": 1}], "y": None})
     added = "tool.method is new (test_identity), tool.amount is new (3), tool.inner is new (null), options.y is new (null) ("
     assert sorted(found["a"].partition(" (compared")[0].split(", ")) == sorted(added[:-2].split(", "))
     monkeypatch.setattr(Fake, "version", 2)
-    assert reasons(tmp_path)["c"].startswith("stage fake: version 1 → 2 (compared with c-")
+    assert reasons(tmp_path)["c"].startswith("stage fake: version 1 → 2 (compared with fake-")
 
 
 def test_a_methods_new_version_and_a_changed_outside_are_named(tmp_path, monkeypatch):
@@ -371,7 +372,7 @@ def test_a_methods_new_version_and_a_changed_outside_are_named(tmp_path, monkeyp
 def test_the_newest_finished_folder_of_the_name_is_compared(tmp_path):
     go(tmp_path, value=1)
     go(tmp_path, value=2)
-    for path in (tmp_path / "run").glob("a-*/stage.json"):
+    for path in (tmp_path / "run").glob("fake-*/stage.json"):
         record = json.loads(path.read_text())
         record["finished"] = f"20{10 + record['config']['value']}-01-01T00:00:00+00:00"
         path.write_text(json.dumps(record))
@@ -420,6 +421,77 @@ def test_a_renamed_stage_is_not_run_again_refreshed_or_not(tmp_path):
     assert not RUNS and (tmp_path / "run" / "a" / "out").read_text() == (tmp_path / "run" / "z" / "out").read_text()
 
 
+def ran(output: Path, *stages: dict[str, Any], refresh=(), store: Path | None = None) -> list[str]:
+    """The stages that a run of these ran."""
+    RUNS.clear()
+    recipe = check({"name": "r", "stages": [{"stage": "fake"} | stage for stage in stages]}, output=output)
+    engine.run(recipe, store=store, say=engine.silent, report=False, refresh=refresh)
+    return list(RUNS)
+
+
+def test_stages_that_say_the_same_are_one_whatever_their_names(tmp_path):
+    """Neither a new name nor a stage that goes brings an older result back, or runs again what is finished."""
+    a, twin, z = {"name": "a"}, {"name": "twin"}, {"name": "z"}
+    b, of_twin, of_z = ({"name": f"of_{stage['name']}", "source": stage["name"]} for stage in (a, twin, z))
+    run, out = tmp_path / "run", lambda name: (tmp_path / "run" / name / "out").read_text()
+    assert ran(run, a, twin, b, of_twin) == ["a", "of_a"] and out("a") == out("twin") and out("of_a") == out("of_twin")
+    for asked in ("twin", "a"):  # the first of the two runs, whichever is named
+        assert ran(run, a, twin, b, of_twin, refresh=[asked]) == ["a", "of_a"]
+        (run / "a" / "out").write_text(f"refreshed as {asked}")
+        assert out("twin") == f"refreshed as {asked}"
+    assert ran(run, twin, of_twin) == [] and out("twin") == "refreshed as a"
+    assert ran(run, z, twin, of_z, of_twin) == [] and out("z") == out("twin") == "refreshed as a"
+    assert ran(run, z, twin, of_z, of_twin, refresh=["z"]) == ["z", "of_z"]
+    (run / "z" / "out").write_text("refreshed as z")
+    assert ran(run, a, twin, b, of_twin) == [] and out("a") == out("twin") == "refreshed as z"
+    assert ran(run, a, b) == [] and out("a") == "refreshed as z"
+
+
+def test_an_interrupted_stage_goes_on_under_another_name(tmp_path):
+    with pytest.raises(PretrainError, match="No space left"):
+        ran(tmp_path / "run", {"name": "a", "value": -1})
+    assert ran(tmp_path / "run", {"name": "z", "value": -1}) == ["z"]
+    assert json.loads((tmp_path / "run" / "z" / "stage.json").read_text())["metrics"]["resumed"] == 1.0
+    assert ran(tmp_path / "run", {"name": "a", "value": -1}) == []
+
+
+def test_of_two_recipes_with_two_names_for_a_stage_the_second_waits_for_the_first(tmp_path, monkeypatch):
+    begun, go_on, lines, run = threading.Event(), threading.Event(), [], Fake.run
+
+    def slow(self, job):
+        begun.set()
+        assert go_on.wait(30)
+        return run(self, job)
+
+    def second():
+        recipe = check({"name": "r", "stages": [{"stage": "fake", "name": "z"}]}, output=tmp_path / "two")
+        say = lambda text: (lines.append(text), "waiting" in text and go_on.set())  # noqa: E731
+        engine.run(recipe, store=tmp_path / "store", say=say, report=False)
+
+    monkeypatch.setattr(Fake, "run", slow)
+    first = threading.Thread(target=ran, args=(tmp_path / "one", {"name": "a"}), kwargs={"store": tmp_path / "store"})
+    first.start()
+    assert begun.wait(30)
+    second()
+    first.join()
+    assert lines == ["[z] another run is at this stage: waiting for it", "[z] already done"] and RUNS == ["a"]
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_folder_that_bears_the_stages_name_is_gone_on_with(tmp_path, finished):
+    """As all folders did before they went by the kind of stage."""
+    stage = {"name": "a", "value": 1 if finished else -1}
+    try:
+        ran(tmp_path / "run", stage)
+    except PretrainError:
+        assert not finished
+    (folder,) = (path for path in (tmp_path / "run").glob("fake-*") if not path.is_symlink())
+    folder.rename(folder.with_name(folder.name.replace("fake-", "a-")))
+    assert ran(tmp_path / "run", stage) == ([] if finished else ["a"])
+    assert json.loads((tmp_path / "run" / "a" / "stage.json").read_text())["metrics"]["resumed"] == float(not finished)
+    assert ran(tmp_path / "run", stage) == [] and not folder.exists()
+
+
 def test_a_refresh_runs_the_stage_and_what_depends_on_it_and_keeps_what_was(tmp_path):
     go(tmp_path)
     before = {name: os.readlink(tmp_path / "run" / name) for name in "abc"}
@@ -460,7 +532,7 @@ def test_a_refresh_of_what_is_interrupted_goes_on_unless_the_code_is_another(tmp
     assert reasons(tmp_path, refresh=["a"], value=-1)["a"] == "asked by --refresh"
     with pytest.raises(PretrainError, match="No space left"):  # begins again, in a folder of its own
         go(tmp_path, refresh=["a"], value=-1)
-    assert len(list((tmp_path / "run").glob("a-*"))) == 2
+    assert len(list((tmp_path / "run").glob("fake-*/half"))) == 2
 
 
 def test_runs_that_share_a_store_follow_a_refresh(tmp_path):
