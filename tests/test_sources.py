@@ -173,6 +173,43 @@ def test_recordings_keep_their_bytes_and_take_labels_from_their_names(tmp_path):
     assert skipped == {"no whole recordings": 2, "recordings of less than 0.1 seconds": 1}
 
 
+def mp3(path, seconds):
+    """Writes a second of tone and the rest of silence; returns its bytes."""
+    samples = np.sin(np.arange(int(16000 * seconds)) / 9) * (np.arange(int(16000 * seconds)) < 16000) / 2
+    soundfile.write(path, samples.astype(np.float32), 16000, format="MP3")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("fields", [{"longest": 1.0}, {"rate": 8000}, {"longest": 1.0, "rate": 8000}])
+def test_an_mp3_that_ends_before_its_header_says_is_passed_over_and_nothing_is_made_up(tmp_path, fields):
+    whole = mp3(tmp_path / "whole.mp3", 3.0)
+    place = next(whole.find(mark) for mark in (b"Xing", b"Info") if mark in whole)
+    put(tmp_path / "cut.mp3", whole[: len(whole) * 2 // 3])
+    put(tmp_path / "lying.mp3", whole[: place + 8] + b"\xff" * 4 + whole[place + 12 :])  # of 150 million seconds
+    found, skipped = collect(Audio(str(tmp_path), **fields))
+    by_file = {name: [sound(d)[0] for d in found if name in d["id"]] for name in ("whole", "cut", "lying")}
+    rate, pieces = fields.get("rate", 16000), int(3 // fields.get("longest", 3))
+    assert skipped == {"no whole recordings": 2}
+    assert [len(samples) for samples in by_file["whole"]] == [3 * rate // pieces] * pieces
+    if pieces == 1:
+        assert by_file["cut"] == by_file["lying"] == []
+    for samples in (*by_file["cut"][1:], *by_file["lying"][1:]):  # the tone is in the first second alone
+        assert np.abs(samples[rate // 10 :]).max() < 0.01
+    assert len(by_file["cut"]) < 3 and len(by_file["lying"]) <= 3
+
+
+def test_the_length_of_an_mp3_without_a_header_is_an_estimate(tmp_path):
+    noise = np.random.default_rng(0).normal(0, 0.1, 44100 * 20).astype(np.float32)
+    constant = {"format": "MP3", "bitrate_mode": "CONSTANT", "compression_level": 0.0}
+    soundfile.write(tmp_path / "a.mp3", noise, 44100, **constant)
+    data = (tmp_path / "a.mp3").read_bytes()
+    place = next(data.find(mark) for mark in (b"Xing", b"Info") if mark in data)
+    put(tmp_path / "a.mp3", data[:place] + b"none" + data[place + 4 :])
+    found, skipped = collect(Audio(str(tmp_path / "a.mp3"), longest=30.0))
+    assert len(found) == 1 and not skipped
+    assert soundfile.info(tmp_path / "a.mp3").frames > len(sound(found[0])[0]) > 44100 * 20
+
+
 def test_long_recordings_are_cut_into_pieces_that_stay_together(tmp_path):
     path = tone(tmp_path / "a.wav", 2.55)
     found = list(read(Audio(str(path), longest=1.0, shortest=0.1)))
