@@ -139,7 +139,7 @@ def _run_stage(
                 f"stage {name!r}: {reason} ({error.filename or item.folder}); run again to go on"
             ) from error
         except PretrainError as error:
-            raise PretrainError(f"stage {name!r}: {error}") from error
+            raise type(error)(f"stage {name!r}: {error}") from error  # a divergence stays one
     wait()
     if main:
         write_record(item, result, started, time.perf_counter() - clock)

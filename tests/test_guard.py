@@ -8,12 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from small_recipe import small_recipe
 from test_training import log, small
 
-from pretrain.core.errors import PretrainError
+from pretrain import engine
+from pretrain.core.errors import Diverged, PretrainError
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.policies import Policy
+from pretrain.recipe import load
+from pretrain.stages import _training_data as data
 from pretrain.training import state
 from pretrain.training.budget import Budget
 from pretrain.training.guard import Guard, seed
@@ -85,6 +89,62 @@ def test_too_many_in_a_row_end_the_training_with_the_last_good_state_kept(tiny, 
         trained(tiny, prepared, tmp_path, Poison(last=99), 20, save_every=2, keep=1, max_skips=3)
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-000000004"]
     assert [row["step"] for row in log(tmp_path, "skipped")] == [5, 6, 7]
+
+
+def test_a_training_of_which_no_step_was_made_is_an_error_however_few_there_were(tiny, prepared, tmp_path):
+    wrong = r"step 3: .*3 of 3 steps were skipped; the newest good state is the start; accepted: (?!.*max_skips)"
+    with pytest.raises(Diverged, match=wrong):
+        trained(tiny, prepared, tmp_path, Poison(first=1, last=99), 3, save_every=1)
+    assert not list((tmp_path / "state").glob("step-*"))
+
+
+@pytest.mark.bits
+def test_a_training_that_ends_among_skipped_steps_gives_the_last_good_weights_and_says_so(tiny, prepared, tmp_path):
+    before = trained(tiny, prepared, tmp_path / "a", CausalLM(), 4)
+    after = trained(tiny, prepared, tmp_path / "b", Poison(last=99), 6)
+    assert all(torch.equal(a, b) for a, b in zip(bits(before), bits(after), strict=True))
+    assert after.guard.summary(after.step) == (
+        "2 of 6 steps were not finite and skipped, the last 2 among them: the weights are those of step 4"
+    )
+    assert before.guard.summary(before.step) == ""
+    middle = trained(tiny, prepared, tmp_path / "c", Poison(), 6)
+    assert middle.guard.summary(middle.step) == "1 of 6 steps were not finite and skipped"
+
+
+@pytest.fixture
+def poisoned(stories, tmp_path, monkeypatch):
+    """`poisoned(step)`: the small recipe's result and lines where the gradient of that one of its steps is no number."""
+    admits = Guard.admits
+
+    def run(poison: int, *overrides: str):
+        spoil = lambda self, norm, step: admits(self, norm * math.nan if step == poison else norm, step)  # noqa: E731
+        monkeypatch.setattr(Guard, "admits", spoil)
+        (tmp_path / "r.yaml").write_text(small_recipe(tmp_path, stories[:30], held_out=0.3, budget={"steps": 3}))
+        lines: list[str] = []
+        recipe = load(tmp_path / "r.yaml", overrides, tmp_path / "out")
+        return engine.run(recipe, say=lines.append, report=False).stages["model"]["metrics"], lines
+
+    return run
+
+
+def test_a_stage_says_what_was_skipped(poisoned):
+    metrics, lines = poisoned(3)
+    skipped = "1 of 3 steps were not finite and skipped, the last 1 among them: the weights are those of step 2"
+    assert f"[model] warning: {skipped}" in lines and metrics["skipped_steps"] == metrics["skipped_at_end"] == 1
+
+
+def test_weights_that_spoil_most_of_the_steps_are_an_error(poisoned, tmp_path):
+    """So high a rate does it in the first; held-out text, of which the loss is that of chance, does not tell."""
+    wrong = r"stage 'model': loss .* at step 3: training has diverged, 2 of 3 steps were skipped"
+    with pytest.raises(Diverged, match=wrong):
+        poisoned(0, "model.optimizer={method: adamw, lr: 1e30}", "model.schedule=constant")
+    assert not (tmp_path / "out" / "model").exists()
+
+
+def test_weights_that_measure_as_no_number_are_an_error_where_the_last_step_was_skipped(poisoned, monkeypatch):
+    monkeypatch.setattr(data, "evaluation", lambda *_: lambda trainee: {"loss": math.nan})
+    with pytest.raises(Diverged, match="the last steps were skipped and its metrics are not finite; the newest good"):
+        poisoned(3)
 
 
 def test_the_count_of_skipped_steps_outlives_a_resume(tiny, prepared, tmp_path):

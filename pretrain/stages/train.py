@@ -79,8 +79,8 @@ class Train(Stage):
     fields of the family's `transformers` configuration. `surgeries` change it before training. The tokenizer is that of
     the checkpoint unless `tokenizer` says otherwise, or `processor`, for other inputs than text. A step takes
     `batch_rows` rows of `length` tokens, or so many examples of at most `length` tokens or samples, `micro_rows` at a
-    time (0: all). A step whose loss or gradient is not finite changes nothing; `max_skips` of them in a row end the
-    training.
+    time (0: all). A step whose loss or gradient is not finite changes nothing; `max_skips` of them in a row, or most
+    of all, are an error.
     """
 
     version = 1
@@ -229,10 +229,13 @@ class Train(Stage):
             evaluate=data.evaluation(self, splits["validation"], vocabulary),
             targets_per_byte=data.targets_per_byte(splits["train"]) if self._plain() else None,
         )  # fmt: skip
-        spent = training.spent | ({"skipped_steps": training.guard.skipped} if training.guard.skipped else {})
+        skips = {"skipped_steps": training.guard.skipped, "skipped_at_end": training.guard.in_row}
+        spent = training.spent | {name: steps for name, steps in skips.items() if steps}
         spent["flops"] += surgery_flops
         if world.main:
             self._write(job, training, spent, processor, splits)
+        if skipped := training.guard.summary(training.step):
+            job.say(f"warning: {skipped}")
         bits = training.metrics.get("bits_per_byte")
         likelihood = f", {bits:.3f} bits per byte" if bits else ""
         job.say(f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs{likelihood}")

@@ -30,6 +30,12 @@ class Guard:
         self.unlogged: list[int] = []  # those skipped that the log has not told of yet
         self._unread: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()  # flags that the host has not seen
 
+    def summary(self, steps: int) -> str:
+        """What became of so many steps, in words; nothing where all were made."""
+        last = f", the last {self.in_row} among them: the weights are those of step {steps - self.in_row:,}"
+        skipped = f"{self.skipped:,} of {steps:,} steps were not finite and skipped"
+        return (skipped + (last if self.in_row else "")) if self.skipped else ""
+
     def admits(self, norm: Tensor, step: int) -> bool:
         """Whether the optimiser is to be called; `norm` is that of the gradient of step number `step`."""
         wrong = ~norm.isfinite()

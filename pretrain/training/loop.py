@@ -111,6 +111,8 @@ def train(
                     for policy in policies:
                         policy.on_evaluation(training, training.state[policy.name], training.metrics)
                 log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
+                if done and not good and not all(map(math.isfinite, training.metrics.values())):
+                    raise _diverged(training, record, "the last steps were skipped and its metrics are not finite")
             if saving or (settings.save_every > 0 and training.enough):
                 training.save()
             if stop and not done:
@@ -307,8 +309,9 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def check(training: Training, log: Log, record: Step, telling: bool) -> bool:
-    """Log steps that were skipped, and end the training if they are too many in a row; whether the newest was made.
+    """Log steps that were skipped, and end the training if they are too many; whether the newest was made.
 
+    Too many are `max_skips` in a row, or most of those that the budget had.
     Unless the log is `telling` of this step anyway, what became of it is asked for a step later.
     """
     guard, most = training.guard, training.settings.max_skips
@@ -316,16 +319,23 @@ def check(training: Training, log: Log, record: Step, telling: bool) -> bool:
     for number in guard.unlogged:
         log.write("skipped", {"step": number, "skipped_steps": guard.skipped, "in_row": guard.in_row}, 0)
     guard.unlogged.clear()
-    if guard.in_row < most:
-        return guard.in_row == 0
+    if guard.in_row >= most:
+        reason = f"{guard.in_row} steps in a row were skipped"
+        raise _diverged(training, record, reason, f", a max_skips above {most}")
+    if training.progress >= 1 and 2 * guard.skipped > training.step:
+        raise _diverged(training, record, f"{guard.skipped} of {training.step} steps were skipped")
+    return guard.in_row == 0
+
+
+def _diverged(training: Training, record: Step, reason: str, more: str = "") -> Diverged:
+    """The error, once what is being saved is there; every process must call it."""
     loss, norm = training.world.sum([float(record["loss"])])[0] / training.world.size, float(record["grad_norm"])
     with suppress(PretrainError):  # of a state that could not be written: the older ones are there
         training.background.wait()
     last = states.newest(training.folder / "state", training.world)
-    raise Diverged(
-        f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged, {guard.in_row} steps "
-        f"in a row were skipped; the newest good state is {last.name if last else 'the start'}; accepted: a smaller "
-        f"lr, a longer warm-up, a smaller clip, a max_skips above {most}"
+    return Diverged(
+        f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged, {reason}; the newest "
+        f"good state is {last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller clip{more}"
     )
 
 
