@@ -335,7 +335,8 @@ def _diverged(training: Training, record: Step, reason: str, more: str = "") -> 
     last = states.newest(training.folder / "state", training.world)
     return Diverged(
         f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged, {reason}; the newest "
-        f"good state is {last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller clip{more}"
+        f"good state is {last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller "
+        f"clip{more}"
     )
 
 
