@@ -75,7 +75,7 @@ def test_parquet_and_local_data_sets_are_read(tmp_path):
     [
         ("x.jsonl", b'{"text": "a"}\n{"text": ', "x.jsonl:2: not JSON"),
         ("x.jsonl", b'{"txt": "a"}\n', r"no column 'text' \(did you mean 'txt'\?\)"),
-        ("x.jsonl", b'{"text": 3}\n', "row 1: column 'text' is int"),
+        ("x.jsonl", b'{"text": 3}\n', r"x.jsonl:1 \(row 1\): column 'text' is int"),
         ("x.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 500)[:-12], "truncated"),
         ("x.parquet", b"PAR1 nothing", "not a whole Parquet file"),
     ],
@@ -386,6 +386,12 @@ def test_odd_rows_are_passed_over_and_counted(tmp_path):
     found = list(read(Files(str(tmp_path / "x.jsonl")), skipped))
     assert [d["text"] for d in found] == ["good", "g"] and skipped.reasons == {"empty": 2, "not UTF-8": 1}
     write_corpus(found, tmp_path / "c", validation=0, test=0)
+
+
+def test_a_row_without_its_column_is_named_by_its_line(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"body": "c", "id": 1}\n')
+    with pytest.raises(PretrainError, match=r"x\.jsonl:4\b.*no column 'text'.*accepted: .*body, id"):
+        list(read(Files(str(tmp_path / "x.jsonl"))))
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])

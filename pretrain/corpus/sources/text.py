@@ -65,7 +65,7 @@ class HubDataset(Source):
     limit: Count | None = None  # read at most so many documents
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        for number, document in enumerate(_rows(self._open(), self.dataset, self, skipped)):
+        for number, document in enumerate(_rows(enumerate(self._open(), 1), self.dataset, self, skipped)):
             if self.limit is not None and number >= self.limit:
                 return
             yield document
@@ -89,18 +89,26 @@ class HubDataset(Source):
         return [stamp(path) for path in below(Path(self.dataset))] if Path(self.dataset).exists() else None
 
 
-def _rows(rows: Iterator[Document], path: str, source: Files | HubDataset, skipped: Skipped) -> Iterator[Document]:
+Row = tuple[int, Document]  # where it stands, its line or its number from 1, and its columns
+
+
+def _rows(rows: Iterator[Row], path: str, source: Files | HubDataset, skipped: Skipped) -> Iterator[Document]:
     """Documents from rows with columns."""
-    for number, row in enumerate(rows):
+    for number, (place, row) in enumerate(rows):
         if source.text not in row:
-            hint = nearest(source.text, row)
-            raise PretrainError(f"{path}: no column {source.text!r}{hint}; accepted: {', '.join(sorted(row))}")
+            hint, columns = nearest(source.text, row), ", ".join(sorted(row)) or "no column"
+            raise PretrainError(
+                f"{path}:{place} (row {number + 1}): no column {source.text!r}{hint}; accepted: rows that all "
+                f"have it, or another `text`; this one has {columns}"
+            )
         text, domain = row.get(source.text), source.domain
         if text is None or (isinstance(text, str) and not text.strip()):
             skipped.add("empty")
             continue
         if not isinstance(text, str):
-            raise PretrainError(f"{path}, row {number + 1}: column {source.text!r} is {type(text).__name__}, not text")
+            raise PretrainError(
+                f"{path}:{place} (row {number + 1}): column {source.text!r} is {type(text).__name__}, not text"
+            )
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -112,7 +120,7 @@ def _rows(rows: Iterator[Document], path: str, source: Files | HubDataset, skipp
         yield {"text": text, "domain": str(domain), "id": str(row.get("id", f"{path}:{number}"))} | rest
 
 
-def _read_jsonl(path: Path) -> Iterator[Document]:
+def _read_jsonl(path: Path) -> Iterator[Row]:
     import zstandard
 
     number = 0
@@ -123,20 +131,19 @@ def _read_jsonl(path: Path) -> Iterator[Document]:
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise PretrainError(f"{path}:{number}: accepted: one JSON object a line")
-                    yield row
+                    yield number, row
     except json.JSONDecodeError as error:
         raise PretrainError(f"{path}:{number}: not JSON ({error.msg}): truncated or damaged") from error
     except (EOFError, OSError, UnicodeDecodeError, zstandard.ZstdError) as error:
         raise PretrainError(f"{path}: cannot be read after line {number} ({error}): truncated or damaged") from error
 
 
-def _read_parquet(path: Path) -> Iterator[Document]:
+def _read_parquet(path: Path) -> Iterator[Row]:
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=256):
-                yield from batch.to_pylist()
+            yield from enumerate((row for part in file.iter_batches(batch_size=256) for row in part.to_pylist()), 1)
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
