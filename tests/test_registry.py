@@ -117,6 +117,30 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     assert "two methods are named 'cosine'" in done.stderr
 
 
+@pytest.mark.parametrize("other", ["_a", "_b"], ids=["in one file", "in two files"])
+def test_base_classes_in_a_circle_are_one_line_that_names_them(tmp_path, clean, other):
+    bases = {"_a": "from .{other} import B\nclass A(B): pass\n", "_b": "from ._a import A\nclass B(A): pass\n"}
+    if other == "_a":
+        bases = {"_a": "class A(B): pass\nclass B(A): pass\n"}
+    for name, code in bases.items():
+        outside(tmp_path / "mine", code.format(other=other), f"{name}.py")
+    code = EXAMPLE.replace("from pretrain.optim import Schedule,", "from ._a import A\nfrom pretrain.optim import")
+    circle = f"Polynomial (polynomial.py) → A (_a.py) → B ({other}.py) → A (_a.py)"
+    with pytest.raises(PretrainError, match=rf"base classes in a circle: .*{re.escape(circle)}; accepted"):
+        use_methods(outside(tmp_path / "mine", code.replace("(Schedule)", "(A)")))
+
+
+def test_an_entry_point_may_be_to_a_package_without_an_init_file(tmp_path):
+    outside(tmp_path / "bare" / "methods")
+    (tmp_path / "bare-1.0.dist-info").mkdir()
+    (tmp_path / "bare-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: bare\nVersion: 1.0\n")
+    (tmp_path / "bare-1.0.dist-info" / "entry_points.txt").write_text("[pretrain.methods]\nbare = bare.methods\n")
+    program = "from pretrain.core.method import method_class; print(method_class('polynomial')(0, 2.0).factor(50, 100))"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+    assert done.stdout == "0.25\n" and "no such module" not in done.stderr, done.stderr
+
+
 def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
     code = EXAMPLE.replace(
         "from pretrain.optim import Schedule, warmup_steps",

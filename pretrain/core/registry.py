@@ -92,14 +92,20 @@ def _constant(cls: ast.ClassDef, name: str) -> object:
 
 
 @cache
-def _kind(path: Path, name: str) -> str | None:
-    """The kind of a class of a file, its own or that of its nearest base; `None` for a class that is no method."""
-    source = _source(path)
+def _kind(path: Path, name: str, heirs: tuple[tuple[Path, str], ...] = ()) -> str | None:
+    """The kind of a class of a file, its own or that of its nearest base; `None` for a class that is no method.
+
+    `heirs` are those on the way to it, of which it can be none.
+    """
+    if (path, name) in heirs:
+        circle = " → ".join(f"{name} ({path.name})" for path, name in (*heirs, (path, name)))
+        raise PretrainError(f"{path}: base classes in a circle: {circle}; accepted: bases that do not come from it")
+    source, heirs = _source(path), (*heirs, (path, name))
     cls = source.classes.get(name)
     if cls is None:  # or one that the file hands on
         module, _, there = source.imports.get(name, "").rpartition(".")
         file = _file(module, path)
-        return _kind(file, there) if file is not None and there else None
+        return _kind(file, there, heirs) if file is not None and there else None
     kind = _constant(cls, "kind")
     if isinstance(kind, str):
         return kind
@@ -107,12 +113,12 @@ def _kind(path: Path, name: str) -> str | None:
         base = base.value if isinstance(base, ast.Subscript) else base  # `FineTuning[str]`
         home, _, last = ast.unparse(base).rpartition(".")
         if not home and last in source.classes:
-            inherited = _kind(path, last)
+            inherited = _kind(path, last, heirs)
         else:  # a class by its name, or in a module by the name of that
             module = source.imports.get(home, home) if home else source.imports.get(last, "").rpartition(".")[0]
             last = last if home else source.imports.get(last, "").rpartition(".")[2]
             file = _file(module, path)
-            inherited = _kind(file, last) if file is not None else None
+            inherited = _kind(file, last, heirs) if file is not None else None
         if inherited is not None:
             return inherited
     return None
@@ -236,13 +242,13 @@ def _installed() -> list[tuple[Path, str]]:
             spec, reason = None, f" ({type(error).__name__}: {error})"
         else:
             reason = ""
-        if spec is None or spec.origin is None:
+        if spec is None or not (spec.origin or spec.submodule_search_locations):
             warnings.warn(f"entry point {entry.name} = {entry.value!r}: there is no such module{reason}", stacklevel=2)
             continue
-        if spec.submodule_search_locations:
-            folder = Path(spec.origin).parent
-            modules += [(path, f"{entry.module}.{path.stem}") for path in sorted(folder.glob("[!_]*.py"))]
-        else:
+        folders = list(map(Path, spec.submodule_search_locations or []))  # of a package, with or without `__init__.py`
+        paths = [path for folder in folders for path in sorted(folder.glob("[!_]*.py"))]
+        modules += [(path, f"{entry.module}.{path.stem}") for path in paths]
+        if not folders and spec.origin:
             modules.append((Path(spec.origin), entry.module))
     return modules
 
