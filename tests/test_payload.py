@@ -138,8 +138,9 @@ def test_a_row_group_holds_no_more_than_its_bytes(tmp_path, monkeypatch):
         ({"label": 1}, "document 'x' has no content; accepted: one of text, image, audio, series"),
         ({"image": "a.png"}, r"column 'image' holds str; accepted: \{bytes, path\}"),
         ({"series": [1.0, 2.0]}, "column 'series' has 1 dimensions; accepted: 2, time x channels"),
+        ({"series": [[1.0], [-1e39]]}, r"document 'x': column 'series' holds -1e\+39; accepted: numbers"),
     ],
-    ids=["nothing", "a path", "one dimension"],
+    ids=["nothing", "a path", "one dimension", "beyond float32"],
 )
 def test_what_is_no_document_is_named(tmp_path, document, message):
     with pytest.raises(PretrainError, match=message):

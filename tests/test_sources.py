@@ -285,6 +285,24 @@ def test_the_archives_files_give_channels_and_classes(tmp_path):
     assert collect(Series(str(tmp_path / "d.ts"))) == ([], {"no series": 1})
 
 
+@pytest.mark.parametrize("cell", ["1e39", "-1e39", "1e400"])
+@pytest.mark.parametrize(
+    ("name", "text", "fields", "where"),
+    [
+        ("a.csv", "load,wind\n1,5\n2,6\n3,{}\n", {"window": 2}, "a.csv: series 1, row 3"),
+        ("a.csv", "up,1,2\ndown,3,{}\n", {"rows": True}, "a.csv: series 2, row 2"),
+        ("a.ts", "@classlabel true a\n@data\n1,2:3,{}:a\n", {}, "a.ts: series 1, row 2"),
+    ],
+    ids=["steps", "rows", "ts"],
+)
+def test_a_number_beyond_float32_is_refused_and_not_infinite(tmp_path, cell, name, text, fields, where):
+    put(tmp_path / name, text.format(cell))
+    with pytest.raises(PretrainError, match=rf"{where}: -?1(\.\d+)?e\+\d+ is out of range; accepted: numbers from"):
+        list(read(Series(str(tmp_path / name), **fields)))
+    put(tmp_path / name, text.format("inf"))  # a gap
+    assert all(np.isfinite(d["series"]).all() for d in read(Series(str(tmp_path / name), **fields)))
+
+
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 200), st.integers(1, 12), st.integers(1, 12))
 def test_windows_that_share_a_step_are_of_one_group(tmp_path_factory, steps, window, stride):

@@ -20,6 +20,7 @@ from pretrain.corpus.sources import Document
 if TYPE_CHECKING:
     import pyarrow
     from datasets import Features
+    from numpy.typing import NDArray
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,7 +58,10 @@ def only_text(document: Document) -> bool:
 
 def content(document: Document) -> bytes:
     """The content alone, without what belongs to it: of a document of text alone its UTF-8 bytes."""
-    parts = {name: _bytes(name, document[name]) for name in CONTENT if document.get(name) is not None}
+    try:
+        parts = {name: _bytes(name, document[name]) for name in CONTENT if document.get(name) is not None}
+    except PretrainError as error:
+        raise PretrainError(f"document {document.get('id')!r}: {error}") from error
     if not parts:
         accepted = ", ".join(CONTENT)
         raise PretrainError(f"document {document.get('id')!r} has no content; accepted: one of {accepted}")
@@ -82,7 +86,7 @@ def _bytes(name: str, value: object) -> bytes:
     if name == "text":
         return str(value).encode()
     if name == "series":
-        values_TC = np.asarray(value, np.float32)
+        values_TC = _series(value)
         return str(values_TC.shape).encode() + values_TC.tobytes()
     data = value.get("bytes") if isinstance(value, dict) else None
     if not isinstance(data, bytes):
@@ -148,7 +152,18 @@ def _plain(name: str, value: object) -> object:
     """A value as arrow takes it."""
     if name != "series" or value is None:
         return value
-    values_TC = np.asarray(value, np.float32)
+    values_TC = _series(value)
     if values_TC.ndim != 2:
         raise PretrainError(f"column 'series' has {values_TC.ndim} dimensions; accepted: 2, time x channels")
     return list(values_TC)
+
+
+def _series(value: object) -> NDArray[np.float32]:
+    """A series as it is kept; a finite value that would be infinite there is an error."""
+    given = np.asarray(value, np.float64)
+    with np.errstate(over="ignore"):
+        kept = given.astype(np.float32)
+    beyond = given[np.isinf(kept) & np.isfinite(given)]
+    if len(beyond):
+        raise PretrainError(f"column 'series' holds {beyond[0]:g}; accepted: numbers of float32, up to 3.4e+38")
+    return kept

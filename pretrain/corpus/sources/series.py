@@ -6,7 +6,9 @@ and the `.tsf` files of the Monash archive.
 
 from __future__ import annotations
 
+import math
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ from pretrain.corpus.sources._files import (
 from pretrain.corpus.sources._tables import column, number, rows_of
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".ts", ".ts.gz", ".tsf", ".tsf.gz")
+LARGEST = float(np.finfo(np.float32).max)
 BLOCK = 8  # windows; what overlaps lies inside a block, and a block on one side of the split
 Found = tuple[np.ndarray, dict[str, str]]  # a series (time × channels), and its label
 
@@ -76,6 +79,7 @@ class Series(Source):
                 elif self.window is None and len(filled_LC) > self.longest:
                     skipped.add(f"series of more than {self.longest} steps")
                 else:
+                    _in_range(filled_LC, f"{path}: series {index + 1}")
                     place = label | path_label(path, self.label) | {"domain": self.domain}
                     for piece_LC, where in self._windows(filled_LC, f"{name}:{index}"):
                         yield {"series": piece_LC.astype(np.float32).tolist()} | place | where
@@ -153,12 +157,27 @@ def archived(lines: Iterator[str], kind: str, skipped: Skipped) -> Iterator[Foun
 def _channel(cell: str) -> np.ndarray:
     """`1.0,?,3.0`, or `(TIME,1.0),(TIME,3.0)`, as numbers."""
     stamped = re.findall(r"\([^()]*,\s*([^(),]+)\)", cell)
-    return np.array([np.nan if v.strip() == "?" else float(v) for v in stamped or cell.split(",")])
+    return np.array([np.nan if v.strip() == "?" else _finite(v, float(v)) for v in stamped or cell.split(",")])
 
 
 def _value(cell: str) -> float:
     value = number(cell)
-    return np.nan if value is None else value
+    return np.nan if value is None else _finite(cell, value)
+
+
+def _finite(cell: str, value: float) -> float:
+    """The value of a cell; one that is too large for any float is no gap, as the word `inf` is, but out of range."""
+    beyond = math.isinf(value) and any(character.isdigit() for character in cell)
+    return math.copysign(sys.float_info.max, value) if beyond else value
+
+
+def _in_range(values_LC: np.ndarray, where: str) -> None:
+    """Refuse what float32, in which series are kept, cannot hold."""
+    steps = np.flatnonzero((np.abs(values_LC) > LARGEST).any(axis=1))
+    if len(steps):
+        value = max(values_LC[steps[0]], key=abs)
+        accepted = f"numbers from -{LARGEST:.2g} to {LARGEST:.2g} (float32), or none for a gap"
+        raise PretrainError(f"{where}, row {steps[0] + 1}: {value:g} is out of range; accepted: {accepted}")
 
 
 def _worded(cell: str) -> bool:
