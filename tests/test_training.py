@@ -97,6 +97,37 @@ def small(
     return train(net, loader, [objective], optimizer or AdamW(lr=1e-2), Constant(), settings, folder, policies=policies)
 
 
+@dataclass(frozen=True)
+class Telling(CausalLM):
+    """Reports the parts that it is told to."""
+
+    tells: tuple[tuple[str, float], ...] = ()
+    name = "telling"
+
+    def loss(self, model, batch, modules=None):
+        parts = {part: torch.tensor(value) for part, value in self.tells}
+        return super().loss(model, batch, modules)._replace(parts=parts)
+
+
+def test_parts_that_several_objectives_have_are_told_apart(prepared, tiny, tmp_path):
+    class Other(Telling):
+        name = "other"
+
+    objectives = [
+        Telling(tells=(("soft", 1.0), ("hard", 2.0))),
+        Other(tells=(("soft", 4.0),)),
+        Telling(tells=(("soft", 8.0),)),
+    ]
+    vocabulary = Vocabulary.of(load_tokenizer(prepared / "tokenizer"))
+    loader = Loader(
+        Shards(prepared / "tokens" / "train"), objectives, vocabulary, length=64, batch_rows=8, micro_rows=4
+    )
+    settings = Settings(budget=Budget(steps=1), save_every=0, bar=False)
+    train(tiny("llama", vocab_size=512), loader, objectives, AdamW(lr=1e-2), Constant(), settings, tmp_path)
+    (row,) = log(tmp_path)
+    assert row["parts"] == pytest.approx({"telling.1/soft": 1, "hard": 2, "other/soft": 4, "telling.3/soft": 8})
+
+
 @pytest.fixture(scope="module")
 def undisturbed(prepared, tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")

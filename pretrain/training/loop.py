@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -214,7 +215,7 @@ def forward_backward(
     world, layers = training.world, families.linears(training.model) if zeros else {}
     layers = {name: layer for name, layer in layers.items() if name in zeros}
     total, losses = torch.zeros((), device=world.device), []
-    parts: dict[str, Tensor] = {}
+    parts: dict[tuple[str, int], Tensor] = {}  # by name and number of the objective
     for index, (work, batches) in enumerate(zip(works, micro_batches, strict=True)):
         # Each term of an objective counts by its share of the step's targets; processes average, hence their number.
         shares = [
@@ -228,10 +229,17 @@ def forward_backward(
             value.backward(seed(value))
         total = total + value.detach()
         losses += [Loss(loss.value.detach(), loss.parts, loss.nll_BL) for loss in micro_losses]
-        for loss, mine in zip(micro_losses, shares, strict=True):
+        for number, (loss, mine) in enumerate(zip(micro_losses, shares, strict=True)):
             for name, part in loss.parts.items():
-                parts[name] = parts.get(name, 0) + part.detach() * share(name, mine)
-    return losses, {"loss": total, "parts": parts}
+                parts[name, number] = parts.get((name, number), 0) + part.detach() * share(name, mine)
+    return losses, {"loss": total, "parts": _named(parts, training.trainee.objectives)}
+
+
+def _named(parts: dict[tuple[str, int], Tensor], objectives: Sequence[Objective]) -> dict[str, Tensor]:
+    """Parts by their names, after their objective's where several have one of that name: `distillation/soft`."""
+    shared, methods = Counter(name for name, _ in parts), [objective.name for objective in objectives]
+    labels = [name if methods.count(name) == 1 else f"{name}.{number}" for number, name in enumerate(methods, 1)]
+    return {name if shared[name] == 1 else f"{labels[o]}/{name}": part for (name, o), part in parts.items()}
 
 
 @dataclass(frozen=True)
