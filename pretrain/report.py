@@ -16,7 +16,7 @@ from pathlib import Path
 from pretrain import report_samples
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
-from pretrain.report_data import BITS, Chart, CorpusRow, Evaluated, Page, StageRow
+from pretrain.report_data import BITS, Chart, CorpusRow, Evaluated, Page, StageRow, Trained
 from pretrain.report_data import collect as collect
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
@@ -65,7 +65,9 @@ def _body(data: Page) -> str:
     parts = [_cards(data)]
     if data["trainings"]:
         losses = "".join(f'<div class="chart tall" id="loss-{i}"></div>' for i in range(len(data["plots"])))
-        parts.append(_section("Training", _CURVES.replace("LOSSES", losses)))
+        parts.append(
+            _section("Training", _CURVES.replace("LOSSES", losses).replace("UNIT", unit_of(data["trainings"])))
+        )
     if data["bars"]:
         parts.append(_section("Held-out text", "".join(map(_bar_chart, range(len(data["bars"])), data["bars"]))))
     if data["evaluations"]:
@@ -87,11 +89,17 @@ def _body(data: Page) -> str:
 
 _CURVES = (
     '<div class="axes" role="group" aria-label="horizontal axis">'
-    '<button data-axis="tokens" class="on">tokens</button><button data-axis="flops">FLOPs</button>'
+    '<button data-axis="tokens" class="on">UNIT</button><button data-axis="flops">FLOPs</button>'
     '<button data-axis="seconds">seconds</button></div>LOSSES'
     '<div class="pair"><div class="chart" id="rate"></div><div class="chart" id="norm"></div>'
     '<div class="chart" id="speed"></div><div class="chart" id="mfu"></div></div>'
 )
+
+
+def unit_of(trainings: Iterable[Trained]) -> str:
+    """What the axis of tokens counts: images, steps of series, …; `tokens` where trainings differ."""
+    units = {training["unit"] for training in trainings}
+    return html.escape(units.pop()) if len(units) == 1 else "tokens"
 
 
 def _bar_chart(number: int, chart: Chart) -> str:
@@ -134,7 +142,8 @@ def _cards(data: Page) -> str:
             speeds, shares = (sorted(v for v in step[name] if v) for name in ("tokens_per_second", "mfu"))
             pace = f"{short(speeds[len(speeds) // 2])} a second" if speeds else ""
             used = f"{shares[len(shares) // 2]:.0%} of the machine's matrix rate" if shares else ""
-            cards += [("tokens", short(step["tokens"][-1] or 0), pace), ("FLOPs", short(step["flops"][-1] or 0), used)]
+            count = short(step["tokens"][-1] or 0)
+            cards += [(training["unit"], count, pace), ("FLOPs", short(step["flops"][-1] or 0), used)]
     total = sum(s["seconds"] or 0 for s in data["stages"])
     memory = max((s["peak_memory_bytes"] or 0 for s in data["stages"]), default=0)
     cards.append(("time", _clock(total), f"peak {memory / 2**30:.1f} GiB" if memory else ""))
@@ -171,7 +180,7 @@ def _lineage_table(stages: Sequence[StageRow]) -> str:
         reads = dict.fromkeys(
             name for names in (s["inputs"] or {}).values() for name in (names if isinstance(names, list) else [names])
         )
-        counts = {"tokens": lineage.get("tokens"), "FLOPs": lineage.get("flops")}
+        counts = {lineage.get("unit", "tokens"): lineage.get("tokens"), "FLOPs": lineage.get("flops")}
         spent = ", ".join(f"{short(value)} {name}" for name, value in counts.items() if value)
         chain = " → ".join([stage.get("name", "?") for stage in lineage.get("stages") or []] + [s["name"]])
         wrote, data = f"{s['folder']}/{s['writes']}" if s["writes"] else "", str(lineage.get("data") or "")[:12]

@@ -41,9 +41,10 @@ class StageRow(RunStage):
 
 
 class Trained(TypedDict):
-    """A training: the names of its objectives, and its log."""
+    """A training: what it counts, the names of its objectives, and its log."""
 
     name: str
+    unit: str  # what its tokens are
     objective: list[str]
     step: Columns
     evaluation: Columns
@@ -137,7 +138,10 @@ def collect(folder: Path) -> Page:
                 _objective(record.get("config") or _raw(text, name)),
                 curves(home / "log.jsonl"),
             )
-            trainings.append({"name": name, "objective": objective, "step": steps, "evaluation": held_out})
+            unit = str((lineage or {}).get("unit", "tokens"))
+            trainings.append(
+                {"name": name, "unit": unit, "objective": objective, "step": steps, "evaluation": held_out}
+            )
         if isinstance(measured := _json(home / "evaluation.json"), dict):
             evaluations.append({**measured, "name": name})
         if isinstance(shown := _json(home / "samples.json"), dict):

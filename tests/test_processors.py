@@ -24,6 +24,7 @@ from pretrain.core.processors import (
     new_processor,
     samples_of,
     tokenizer_in,
+    unit_of,
 )
 from pretrain.corpus.tokenizers import load_tokenizer
 
@@ -145,6 +146,12 @@ def test_series_are_filled_before_their_beginning_and_standardised():
     assert torch.allclose(batch["past_values"][1, :, 0], (middle - middle.mean()) / middle.std(unbiased=False))
     with pytest.raises(PretrainError, match=r"a series of shape \(4, 2\); accepted: time x 1 channels"):
         processor([np.zeros((4, 2))])
+
+
+def test_what_a_processor_counts_has_a_name(prepared):
+    units = {"ViTImageProcessor": "images", "Wav2Vec2FeatureExtractor": "samples", "SeriesProcessor": "steps"}
+    assert {name: unit_of(new_processor(name, MADE[name])) for name in units} == units
+    assert unit_of(load_tokenizer(prepared / "tokenizer")) == unit_of(None) == "tokens"
 
 
 def test_a_document_without_the_column_is_named():

@@ -114,6 +114,20 @@ def test_all_that_a_run_left_is_collected(tmp_path):
     assert chart["tools"] == [{"name": "xz -9e", "all": 1.7, "values": [1.6, None]}]
 
 
+@pytest.mark.parametrize(
+    ("units", "axis"), [(("images", "images"), "images"), (("images", "steps"), "tokens"), ((None, None), "tokens")]
+)
+def test_what_a_training_counts_is_called_what_it_is(tmp_path, units, axis):
+    folder = example(tmp_path / "r")
+    for name, unit in zip(("model", "encoder"), units, strict=True):
+        lineage = {"tokens": 7900, "flops": 3e12} | ({"unit": unit} if unit else {})
+        put(folder / name / "checkpoint" / "pretrain.json", {"lineage": lineage})
+    page = write(folder).read_text()
+    assert f'<button data-axis="tokens" class="on">{axis}</button>' in page
+    assert f'<div class="card"><span>{units[1] or "tokens"}</span><b>3 k</b>' in page
+    assert f"<td>7.9 k {units[0] or 'tokens'}, 3 T FLOPs</td>" in page
+
+
 def test_losses_of_different_units_have_plots_of_their_own(tmp_path):
     found = collect(example(tmp_path / "r"))["plots"]
     assert [plot["unit"] for plot in found] == ["bits per byte", "loss of masked_lm (nats)"]

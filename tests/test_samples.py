@@ -77,6 +77,9 @@ def test_each_kind_of_document_is_shown_by_its_column():
         ("series", "c"),
         ("text", "d"),
     ]
+    (long,) = document_samples([{"id": "front " + "x" * 200 + " end", "text": "t"}])
+    assert long["title"].startswith("front x") and long["title"].endswith("x end") and len(long["title"]) == 161
+    assert document_samples([{"id": "front " + "x" * 150, "text": "t"}])[0]["title"] == "front " + "x" * 150
     assert found[0]["label"] == "3" and (pixels(found[0]["input"]) == 200).all()
     assert found[2]["input"] == [[1.0, 2.0], [5.0, 6.0]]
     decoded = Image.new("RGBA", (200, 100))

@@ -218,6 +218,15 @@ def _parts(processor: Processor) -> list[tuple[str, Processor]]:
     return [part for inner in held if inner is not None for part in _parts(inner)]
 
 
+UNITS = {"text": "tokens", "image": "images", "audio": "samples", "series": "steps"}  # what a batch's `tokens` counts
+
+
+def unit_of(processor: Processor | None) -> str:
+    """What the `tokens` of a processor's inputs are, in a word; `tokens` where they are of several kinds."""
+    columns = [column for column, _ in _parts(processor)] if processor is not None else []
+    return UNITS[columns[0]] if len(columns) == 1 else "tokens"
+
+
 def inputs_of(processor: Processor, documents: Sequence[Document], length: int) -> Batch:
     """The documents as a model's arguments, under `transformers`' own names, and `tokens` (), how many they hold.
 

@@ -36,6 +36,7 @@ POINTS = 240  # of a series
 CHANNELS = 4
 BINS = 300  # of a waveform
 LETTERS = 600
+TITLE = 160  # letters of a title, which a page wraps; of a longer one, a path or a name, both ends are kept
 FRAMES, HEIGHT, WINDOW = 200, 64, 256  # of a spectrogram: its width, its height, the samples of a frame
 
 
@@ -67,7 +68,8 @@ def document_samples(documents: Sequence[Mapping[str, object]]) -> list[Sample]:
 
 def about(document: Mapping[str, object], column: str) -> Sample:
     """What is said of a document beside what is shown of it."""
-    caption = {"title": str(document.get("id", ""))[-80:]}
+    title = str(document.get("id", ""))
+    caption = {"title": title if len(title) <= TITLE else f"{title[: TITLE // 2]}…{title[-TITLE // 2 :]}"}
     if document.get("label") is not None:
         caption["label"] = str(document["label"])[:80]
     text = document.get("text")

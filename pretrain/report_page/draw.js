@@ -3,6 +3,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const colours = ["#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d"];
 const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 let axis = "tokens";
+const units = new Set(data.trainings.map(t => t.unit)), unit = units.size === 1 ? [...units][0] : "tokens";
 
 function layout(more) {
   const line = { gridcolor: style("--line"), zeroline: false, automargin: true };
@@ -31,7 +32,7 @@ const known = values => values.filter(v => v !== null);
 
 // All curves of a training have its colour; held-out ones are dotted.
 function losses() {
-  const x = { title: { text: { tokens: "tokens", flops: "FLOPs", seconds: "seconds of training" }[axis] }, rangemode: "tozero" };
+  const x = { title: { text: { tokens: unit, flops: "FLOPs", seconds: "seconds of training" }[axis] }, rangemode: "tozero" };
   data.plots.forEach((plot, number) => {
     const traces = [], settled = [];
     plot.curves.forEach(({ training, part, column }) => {
@@ -56,7 +57,7 @@ const label = (t, text) => data.trainings.length > 1 ? `${t.name}: ${text}` : te
 
 function trainings() {
   losses();
-  const titles = { rate: "learning rate", norm: "gradient norm", speed: "tokens a second", mfu: "share of the matrix rate" };
+  const titles = { rate: "learning rate", norm: "gradient norm", speed: `${unit} a second`, mfu: "share of the matrix rate" };
   const columns = { rate: "lr", norm: "grad_norm", speed: "tokens_per_second", mfu: "mfu" };
   Object.keys(columns).forEach(id => {
     const traces = data.trainings.map((t, i) => ({

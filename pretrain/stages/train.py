@@ -190,6 +190,7 @@ class Train(Stage):
         from pretrain.core import checkpoint
         from pretrain.core.hardware import pick_device
         from pretrain.core.models.storage import narrow
+        from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
@@ -223,7 +224,7 @@ class Train(Stage):
                 budget=self.budget, seed=job.seed, clip=self.clip, evaluate_every=self.evaluate_every,
                 save_every=self.save_every, keep=self.keep, log_every=self.log_every, precision=self.precision,
                 strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing,
-                max_skips=self.max_skips, bar=job.bar,
+                max_skips=self.max_skips, bar=job.bar, unit=unit_of(processor),
             ),
             job.folder, weights=[w.weight for w in self.weighted()], policies=self.policies,
             evaluate=data.evaluation(self, splits["validation"], vocabulary),
@@ -238,19 +239,20 @@ class Train(Stage):
             job.say(f"warning: {skipped}")
         bits = training.metrics.get("bits_per_byte")
         likelihood = f", {bits:.3f} bits per byte" if bits else ""
-        job.say(f"{spent['tokens']:,} tokens, {spent['flops']:.3g} FLOPs{likelihood}")
+        job.say(f"{spent['tokens']:,} {unit_of(processor)}, {spent['flops']:.3g} FLOPs{likelihood}")
         return {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
 
     def _write(self, job: Job, training: Training, spent: Record, processor: Processor, splits: Splits) -> None:
         """The checkpoint with its lineage, what the objectives have trained beside it, and samples to look at."""
         from pretrain.core import checkpoint
+        from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
 
         source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
         lineage = job.history({"metrics": training.metrics | spent, "flops": spent["flops"]}, source)
         lineage |= {"data": splits["train"].info["corpus"], "metrics": training.metrics} | spent
         lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
-        lineage["length"] = self.length
+        lineage |= {"length": self.length, "unit": unit_of(processor)}
         model = cast("PreTrainedModel", training.model)
         checkpoint.save(model, processor, job.folder / "checkpoint", lineage)
         if shown := data.samples(self, model, splits, data.vocabulary_of(processor)):

@@ -29,8 +29,8 @@ def keep_until(path: Path, step: int) -> None:
 class Log:
     """Writes one training's events; silent in all processes but the first."""
 
-    def __init__(self, folder: Path, *, main: bool, from_step: int, bar: bool = True) -> None:
-        self.main = main
+    def __init__(self, folder: Path, *, main: bool, from_step: int, bar: bool = True, unit: str = "tokens") -> None:
+        self.main, self.unit = main, unit
         if not main:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -67,7 +67,7 @@ class Log:
                 if isinstance(value, int | float) and name != "step":
                     self.board.add_scalar(f"{event}/{name}", value, record["step"])
         if event == "step" and self.bar and self.task is not None:
-            text = f"step {record['step']}  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} tokens/s"
+            text = f"step {record['step']}  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} {self.unit}/s"
             self.bar.update(self.task, completed=progress, description=text)
 
 

@@ -89,7 +89,7 @@ def train(
         return interval > 0 and training.step % interval == 0
 
     with (
-        Log(folder, main=world.main, from_step=training.step, bar=settings.bar) as log,
+        Log(folder, main=world.main, from_step=training.step, bar=settings.bar, unit=settings.unit) as log,
         training.interrupts,
         training.background,
     ):

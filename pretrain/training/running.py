@@ -42,6 +42,7 @@ class Settings:
     checkpointing: bool = False  # recompute activations in the backward pass
     max_skips: int = 10  # training stops when so many steps in a row are not finite
     bar: bool = True
+    unit: str = "tokens"  # what the bar calls the tokens: images are none
 
 
 class Trainee(nn.Module):
