@@ -111,3 +111,15 @@ def test_no_room_is_too_full_to_look_through():
 def test_each_room_says_what_is_in_it():
     for path in PACKAGE.rglob("__init__.py"):
         assert ast.get_docstring(ast.parse(path.read_text())), path
+
+
+def test_variables_are_named_for_what_they_hold():
+    """`found`, `said`, `own`, `one` and `told` are no names, but for fields that a paper or a recipe names so."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        fields = {node.target.id for cls in ast.walk(tree) if isinstance(cls, ast.ClassDef)
+                  for node in cls.body if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)}  # fmt: skip
+        arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        odd = ((stored - fields) | arguments) & {"found", "said", "own", "one", "told"}
+        assert not odd, f"{path}: {', '.join(sorted(odd))}"

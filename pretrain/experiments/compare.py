@@ -57,11 +57,11 @@ def compare(
             raise PretrainError(f"compare: {name}, seed {seed}: {outcome['diverged']}")
         outcome.pop("wall")  # of this call alone
         runs[name].append({"seed": seed} | outcome)
-    found = summarise(runs, flops, metric) | {"environment": describe()}
-    write_json(Path(output) / "comparison.json", found)
-    curves = {name: [run["curve"] for run in of] for name, of in found["runs"].items()}
+    comparison = summarise(runs, flops, metric) | {"environment": describe()}
+    write_json(Path(output) / "comparison.json", comparison)
+    curves = {name: [run["curve"] for run in of] for name, of in comparison["runs"].items()}
     write_text(Path(output) / "comparison.svg", draw(curves, metric))
-    return found
+    return comparison
 
 
 def _trial(
@@ -89,12 +89,14 @@ def summarise(runs: dict[str, list[Outcome]], flops: float, metric: str) -> Outc
     """
     baseline = next(iter(runs))
     table = {}
-    for name, own in runs.items():
-        finals = [run["final"] for run in own]
+    for name, recipe_runs in runs.items():
+        finals = [run["final"] for run in recipe_runs]
         row: Outcome = {"mean": statistics.mean(finals), "deviation": statistics.stdev(finals)}
         if name != baseline:
-            row["verdict"] = asdict(judge([a["final"] - b["final"] for a, b in zip(own, runs[baseline], strict=True)]))
-            mine, theirs = ([run["curve"] for run in side] for side in (own, runs[baseline]))
+            row["verdict"] = asdict(
+                judge([a["final"] - b["final"] for a, b in zip(recipe_runs, runs[baseline], strict=True)])
+            )
+            mine, theirs = ([run["curve"] for run in side] for side in (recipe_runs, runs[baseline]))
             shares = shares_to_reach(mine, theirs)
             row["compute_to_reach"] = {
                 "baseline's end": share_to_reach(mine, theirs),

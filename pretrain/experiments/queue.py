@@ -96,10 +96,10 @@ class Entry:
 
     def finals(self, side: str, value: Value) -> list[float]:
         """The test scores of a side's runs, by seed, as far as they go."""
-        found: list[float] = []
-        while (outcome := self.outcome(Point(side, value, len(found)))) is not None and outcome["final"] is not None:
-            found.append(float(outcome["final"]))
-        return found
+        scores: list[float] = []
+        while (outcome := self.outcome(Point(side, value, len(scores)))) is not None and outcome["final"] is not None:
+            scores.append(float(outcome["final"]))
+        return scores
 
 
 def advance(entry: Entry, pools: Mapping[Base, Sequence[Sequence[float]]]) -> list[Point] | Result:
@@ -107,13 +107,13 @@ def advance(entry: Entry, pools: Mapping[Base, Sequence[Sequence[float]]]) -> li
 
     `pools`: the runs of baselines by base, a group for each recipe.
     """
-    claim, found = entry.claim, entry.search()
-    if found.chosen is None:
-        return list(found.missing)
+    claim, search = entry.claim, entry.search()
+    if search.chosen is None:
+        return list(search.missing)
     count = claim.scales[entry.scale].seeds or (SMOKE_SEEDS if entry.scale == "smoke" else LOOKS[0])
     fixed = bool(claim.scales[entry.scale].seeds) or entry.scale == "smoke"
     while True:
-        points = judged(found.chosen, count)
+        points = judged(search.chosen, count)
         missing = [point for point in points if entry.outcome(point) is None]
         if missing:
             return missing
@@ -131,7 +131,7 @@ def advance(entry: Entry, pools: Mapping[Base, Sequence[Sequence[float]]]) -> li
         if not fixed:
             groups = pools.get(entry.base, [])
             noise = Noise.of_runs(groups)
-            value = found.chosen["baseline"]
+            value = search.chosen["baseline"]
             others = (noise.freedom if noise else 0) - max(0, len(entry.finals("baseline", value)) - 1)
             more = [Point("baseline", value, seed) for seed in range(count, POOL - others)]
             if short := [point for point in more if entry.outcome(point) is None]:
@@ -142,9 +142,9 @@ def advance(entry: Entry, pools: Mapping[Base, Sequence[Sequence[float]]]) -> li
             count += verdict.more
             continue
         check_budgets(claim, entry.scale, runs)
-        pair = judged(found.chosen, 1)
+        pair = judged(search.chosen, 1)
         check_leaks(claim, [(entry.trial(p), runs[p.side][0]) for p in pair])
-        return result(claim, entry.scale, runs, found, _searched(entry), verdict)
+        return result(claim, entry.scale, runs, search, _searched(entry), verdict)
 
 
 def _by_document(runs: Mapping[str, Sequence[Outcome]]) -> NDArray[np.float64] | None:
@@ -157,24 +157,24 @@ def _by_document(runs: Mapping[str, Sequence[Outcome]]) -> NDArray[np.float64] |
 
 def _searched(entry: Entry) -> dict[str, list[Outcome]]:
     """The runs of the search, as they are recorded."""
-    found: dict[str, list[Outcome]] = {side: [] for side in SIDES}
+    runs: dict[str, list[Outcome]] = {side: [] for side in SIDES}
     for point in sorted(entry.trials, key=lambda p: (p.side, p.share, p.seed)):
         outcome = entry.outcome(point)
         if point.split == "validation" and outcome is not None:
-            found[point.side].append(
+            runs[point.side].append(
                 {"value": point.value, "seed": point.seed, "share": point.share}
                 | {"metric": outcome["final"], "flops": outcome["flops"]}
             )
-    return found
+    return runs
 
 
 def pools_of(entries: Iterable[Entry]) -> dict[Base, list[list[float]]]:
     """Runs of the baselines of each base, a group for each recipe."""
     pools: dict[Base, dict[str, list[float]]] = {}
     for entry in entries:
-        found = entry.search()
-        if found.chosen is not None and entry.scale != "smoke":
-            value = found.chosen["baseline"]
+        search = entry.search()
+        if search.chosen is not None and entry.scale != "smoke":
+            value = search.chosen["baseline"]
             first = entry.trial(Point("baseline", value, 0)).key
             pools.setdefault(entry.base, {})[first] = entry.finals("baseline", value)
     return {base: list(groups.values()) for base, groups in pools.items()}
@@ -236,7 +236,7 @@ def _next(
 
     What has come to an end is recorded.
     """
-    finished = {(found["name"], found["size"]) for found in done}
+    finished = {(result["name"], result["size"]) for result in done}
     pools = pools_of(entries)
     waiting: list[tuple[float, Entry, list[Point]]] = []
     for entry in entries:

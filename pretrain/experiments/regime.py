@@ -43,20 +43,20 @@ def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str,
     """Of the model that the stage `trained` has made; `metric` is STAGE.NAME. The stages lie in `output` by name."""
     folder = checkpoint_of(output / trained)
     tokens = float(checkpoint.lineage(folder).get("tokens", 0))
-    found: Regime = {"tokens_per_weight": tokens / max(1, _weights(folder))}
+    row: Regime = {"tokens_per_weight": tokens / max(1, _weights(folder))}
     judge, _, name = metric.partition(".")
     stage, training = stages[judge], stages[trained]
     if isinstance(stage, Evaluate) and isinstance(training, Train) and name.partition("/")[0] in PER:
-        found["bigram"] = _bigram_line(stage, training, output, store, name, int(tokens))
-    return found
+        row["bigram"] = _bigram_line(stage, training, output, store, name, int(tokens))
+    return row
 
 
 def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:
     """`nll_D`: what each document adds to a likelihood, so that the metric is their mean; None for another metric."""
     judge, _, name = metric.partition(".")
     path, evaluation = output / judge / "documents.json", ROWS.get(name.partition("/")[0], "")
-    found: Mapping[str, Rows] = read_json(path) if path.exists() else {}
-    return _shares(found[evaluation], name) if evaluation in found else None
+    rows: Mapping[str, Rows] = read_json(path) if path.exists() else {}
+    return _shares(rows[evaluation], name) if evaluation in rows else None
 
 
 def _shares(documents: Rows, name: str) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ def result(
     claim: Claim,
     scale: str,
     runs: Mapping[str, Sequence[Outcome]],
-    found: Search,
+    search: Search,
     searched: Mapping[str, Sequence[Outcome]],
     verdict: Standing,
 ) -> Result:
@@ -50,7 +50,7 @@ def result(
         "size": claim.size,
         "protocol": PROTOCOL,
         "claim": claim.model_dump(mode="json", exclude={"path"}),
-        "word": word(verdict.word, found.edges, regime, statistics.mean(finals["baseline"]), claim.better),
+        "word": word(verdict.word, search.edges, regime, statistics.mean(finals["baseline"]), claim.better),
         "verdict": asdict(verdict),
         "mean": {side: statistics.mean(values) for side, values in finals.items()},
         "deviation": {side: statistics.stdev(values) for side, values in finals.items()},
@@ -63,8 +63,8 @@ def result(
         },
         "regime": regime,
         "compute_to_reach": reach,
-        "chosen": dict(found.chosen or {}),
-        "edges": dict(found.edges),
+        "chosen": dict(search.chosen or {}),
+        "edges": dict(search.edges),
         "tuned": searched,
         "runs": runs,
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -84,12 +84,12 @@ def word(standing: str, edges: Mapping[str, bool], regime: Mapping[str, float], 
     return UNDECIDED if any(edges.values()) else WORDS[standing]
 
 
-def write(found: Result, folder: Path) -> Path:
+def write(result: Result, folder: Path) -> Path:
     """A file of its own for each outcome: a rerun that gives the same numbers replaces it, another stands beside it."""
-    mark = digest([found["claim"], [[run["final"] for run in runs] for runs in found["runs"].values()]])[:8]
-    size = f"-{found['size']}" if found["size"] else ""
-    path = folder / f"{found['name']}-{found['scale']}{size}-{mark}.json"
-    write_json(path, found)
+    mark = digest([result["claim"], [[run["final"] for run in runs] for runs in result["runs"].values()]])[:8]
+    size = f"-{result['size']}" if result["size"] else ""
+    path = folder / f"{result['name']}-{result['scale']}{size}-{mark}.json"
+    write_json(path, result)
     return path
 
 

@@ -55,13 +55,15 @@ class Noise:
 
     def joined(self, differences: Sequence[float]) -> Noise:
         """With what these differences show. Where they are clearly the noisier ones, theirs alone."""
-        own = Noise.pooled([differences])
-        if own is None:
+        noise = Noise.pooled([differences])
+        if noise is None:
             return self
-        if own.deviation > self.deviation * math.sqrt(_f_quantile(own.freedom, self.freedom)):
-            return own
-        freedom = self.freedom + own.freedom
-        return Noise(math.sqrt((self.deviation**2 * self.freedom + own.deviation**2 * own.freedom) / freedom), freedom)
+        if noise.deviation > self.deviation * math.sqrt(_f_quantile(noise.freedom, self.freedom)):
+            return noise
+        freedom = self.freedom + noise.freedom
+        return Noise(
+            math.sqrt((self.deviation**2 * self.freedom + noise.deviation**2 * noise.freedom) / freedom), freedom
+        )
 
 
 @dataclass(frozen=True)
@@ -90,8 +92,8 @@ def standing(
     `documents_SD`: each document's share in each seed's difference, so that its means over documents are `differences`.
     Without `noise` the pairs' own is all there is.
     """
-    own = Noise.pooled([differences])
-    joined = noise.joined(differences) if noise else own
+    paired = Noise.pooled([differences])
+    joined = noise.joined(differences) if noise else paired
     if joined is None:
         raise ValueError(f"{len(differences)} differences: accepted: two or more, or the noise of earlier runs")
     documents = 0.0
@@ -115,7 +117,7 @@ def _t_quantile(freedom: int) -> float:
 
 
 @cache
-def _f_quantile(own: int, pooled: int) -> float:
+def _f_quantile(freedom: int, pooled: int) -> float:
     from scipy.stats import f
 
-    return float(f.ppf(0.9, own, pooled))
+    return float(f.ppf(0.9, freedom, pooled))

@@ -33,10 +33,10 @@ def rows(results: Sequence[Result]) -> list[Result]:
     words, trends = defaultdict(set), _trends(results)
     for result in results:
         words[_key(result)].add(result["word"])
-    found = []
+    table = []
     for result in sorted(results, key=lambda r: r["finished"], reverse=True):
         claim, low, high = result["claim"], *interval(result)
-        found.append(
+        table.append(
             {
                 "name": result["name"], "scale": result["scale"], "size": result.get("size", ""),
                 "title": claim["title"], "arxiv": claim["arxiv"],
@@ -52,7 +52,7 @@ def rows(results: Sequence[Result]) -> list[Result]:
                 "cpu": result["environment"]["cpu"], "gpus": result["environment"]["gpus"],
             }
         )  # fmt: skip
-    return sorted(found, key=lambda row: (row["name"], row["scale"], row["size"]))
+    return sorted(table, key=lambda row: (row["name"], row["scale"], row["size"]))
 
 
 def _key(result: Result) -> tuple[str | int, ...]:
@@ -66,13 +66,13 @@ def _trends(results: Sequence[Result]) -> dict[tuple[str, str], str]:
         if _protocol(result) == PROTOCOL:
             budget = result["claim"]["scales"][result["scale"]]["budget"]
             newest[result["name"], result["scale"]][budget] = result
-    said = {}
+    trends = {}
     for key, by_budget in newest.items():
         shares = {budget: r["compute_to_reach"]["method"] for budget, r in sorted(by_budget.items())}
         each = [f"{'more than all' if share is None else f'{share:.0%}'} at {b:.2g}" for b, share in shares.items()]
         if len(each) > 1:
-            said[key] = "trend: " + ", ".join(each)
-    return said
+            trends[key] = "trend: " + ", ".join(each)
+    return trends
 
 
 def _protocol(result: Result) -> int:
@@ -122,5 +122,5 @@ def markdown(results: Sequence[Result]) -> str:
 
 
 def _regime(regime: dict[str, float]) -> str:
-    said = [f"{regime['tokens_per_weight']:.2g} tokens a weight"] if "tokens_per_weight" in regime else []
-    return "; ".join(said + ([f"bigrams {regime['bigram']:.4g}"] if "bigram" in regime else []))
+    parts = [f"{regime['tokens_per_weight']:.2g} tokens a weight"] if "tokens_per_weight" in regime else []
+    return "; ".join(parts + ([f"bigrams {regime['bigram']:.4g}"] if "bigram" in regime else []))

@@ -119,12 +119,12 @@ def value_of(metric: str, records: dict[str, StageRecord], output: Path) -> floa
     if name in known:
         return float(known[name])
     path = output / stage / "evaluation.json"
-    found: Any = read_json(path) if path.exists() else {}
+    value: Any = read_json(path) if path.exists() else {}
     for step in name.split("."):
-        if not isinstance(found, dict) or step not in found:
+        if not isinstance(value, dict) or step not in value:
             raise unknown(f"metric of stage {stage!r}", name, known)
-        found = found[step]
-    return float(found)
+        value = value[step]
+    return float(value)
 
 
 def held_out_curve(log: Path, metric: str, records: dict[str, StageRecord], before: Sequence[str]) -> list[list[float]]:

@@ -133,13 +133,13 @@ def standings(root: Path = PACKAGE.parent) -> list[Standing]:
     """What stands for each paper; recipes and claims are those under `root`."""
     by_title, by_arxiv = _methods()
     recipes, claims = _recipes(root / "recipes" / "papers"), _claims(root / "claims")
-    found = []
+    rows = []
     for paper in papers():
         names = {*by_title.get(key(paper.title), ()), *by_arxiv.get(paper.arxiv, ()), *paper.made_of}
         recipe = recipes.get(key(paper.title), recipes.get(key(paper.name)))
         ordered = sorted(claims.get(key(paper.title), ()), key=lambda claim: (claim.finished, claim.name), reverse=True)
-        found.append(Standing(paper, tuple(sorted(names)), recipe and f"recipes/papers/{recipe}", tuple(ordered)))
-    return found
+        rows.append(Standing(paper, tuple(sorted(names)), recipe and f"recipes/papers/{recipe}", tuple(ordered)))
+    return rows
 
 
 def _methods() -> tuple[dict[str, list[str]], dict[str | None, list[str]]]:
@@ -173,12 +173,12 @@ def _claims(folder: Path) -> dict[str, list[Claim]]:
         word = result["word"] if result.get("protocol", 1) > 1 else f"superseded: {result['word']}"
         claim = Claim(result["name"], word, result["scale"], result["finished"])
         newest[claim.name] = max(claim, newest.get(claim.name, claim), key=lambda claim: claim.finished)
-    found: dict[str, list[Claim]] = {}
+    by_title: dict[str, list[Claim]] = {}
     for path in sorted(folder.glob("*.yaml")):
         title = _TITLE.search(path.read_text(encoding="utf-8"))
         if title is not None:
-            found.setdefault(key(title[1]), []).append(newest.get(path.stem, Claim(path.stem)))
-    return found
+            by_title.setdefault(key(title[1]), []).append(newest.get(path.stem, Claim(path.stem)))
+    return by_title
 
 
 def search(rows: Iterable[Standing], words: Iterable[str]) -> list[Standing]:

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def averages(training: Training) -> dict[nn.Parameter, Tensor]:
     """What stands for the weights in training, by parameter: a policy's or the optimiser's; empty where none does."""
-    found: dict[nn.Parameter, Tensor] = dict(getattr(training.optimizer, "averages", {}))
+    weights: dict[nn.Parameter, Tensor] = dict(getattr(training.optimizer, "averages", {}))
     for policy in training.policies:
-        found |= policy.averages(training, training.state[policy.name])
-    return found
+        weights |= policy.averages(training, training.state[policy.name])
+    return weights
 
 
 @contextmanager

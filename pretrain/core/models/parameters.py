@@ -47,11 +47,11 @@ def _roles(model: nn.Module) -> dict[int, Role]:
     inside = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     heads = {id(parameter) for part in inside for parameter in _head(part)}
     for around, name, parameter in _walk(model, ()):
-        found = _role(around, name, parameter)
-        if found == "matrix" and id(parameter) in heads:
-            found = "head"
+        role = _role(around, name, parameter)
+        if role == "matrix" and id(parameter) in heads:
+            role = "head"
         if roles.get(id(parameter)) != "table":  # it is one wherever else it is used
-            roles[id(parameter)] = found
+            roles[id(parameter)] = role
     return roles
 
 
@@ -99,9 +99,9 @@ def _attention_heads(around: tuple[nn.Module, ...]) -> set[int]:
     """How many heads attention may have here: a table as wide as that is added to its scores."""
     configs = [config for module in around if (config := getattr(module, "config", None)) is not None]
     counts = [getattr(config, "num_attention_heads", None) for config in configs[-1:]]
-    found = {count for many in counts for count in (many if isinstance(many, list | tuple) else [many])}
+    heads = {count for many in counts for count in (many if isinstance(many, list | tuple) else [many])}
     width = {getattr(config, "hidden_size", None) for config in configs[-1:]}
-    return {count for count in found - width if isinstance(count, int) and count > 1}
+    return {count for count in heads - width if isinstance(count, int) and count > 1}
 
 
 def _of_peft() -> tuple[tuple[type, ...], tuple[type, ...]]:

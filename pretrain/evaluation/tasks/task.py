@@ -77,8 +77,8 @@ class Task(Evaluation):
         (predicted, nll), true = objective.answered(model, examples, context), objective.expected(examples, context)
 
         def metrics(chosen: Sequence[int]) -> dict[str, float]:
-            found = objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
-            return found | ({"label_loss": float(np.mean([nll[i] for i in chosen]))} if nll else {})
+            measured = objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
+            return measured | ({"label_loss": float(np.mean([nll[i] for i in chosen]))} if nll else {})
 
         names = [d.get("domain") or "" for d in known]
         domains = {name: [i for i, other in enumerate(names) if other == name] for name in sorted({*names} - {""})}

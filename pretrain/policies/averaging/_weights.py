@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 def trained(model: nn.Module, method: str) -> dict[str, nn.Parameter]:
     """The parameters that are trained; sharded ones are refused."""
-    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if any(hasattr(p, "full_tensor") for p in found.values()):
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if any(hasattr(p, "full_tensor") for p in weights.values()):
         raise PretrainError(f"{method}: sharded weights are not supported; accepted: strategy: ddp")
-    return found
+    return weights
 
 
 def copies(parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
