@@ -167,7 +167,9 @@ class Case:
         works = [work_of(batches) for batches in micro_batches]
         with still():
             totals = exchange(training, micro_batches, works, {})
-            _, record = forward_backward(training, micro_batches, works, {}, targets or totals.targets)
+            _, record = forward_backward(
+                training, micro_batches, works, {}, replace(totals, targets=targets or totals.targets)
+            )
         for name, buffer in self.trainee.named_buffers():  # what is averaged or counted begins anew
             buffer.copy_(self.buffers[name])
         found = {n: full(p.grad).clone() for n, p in self.trainee.named_parameters() if p.grad is not None}

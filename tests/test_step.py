@@ -83,7 +83,7 @@ def test_gradients_are_made_without_reading_anything_of_the_device(prepared, tmp
     micro_batches = [[to_device(batch, META) for batch in batches] for batches in made.micro_batches()]
     works = [Work(str(number)) for number, _ in enumerate(micro_batches)]
     totals = exchange(training, micro_batches, works, {})
-    losses, record = forward_backward(training, micro_batches, works, {}, totals.targets)
+    losses, record = forward_backward(training, micro_batches, works, {}, totals)
     norm = torch.nn.utils.clip_grad_norm_(made.trainee.parameters(), 1.0)
     assert len(losses) == 3 and record["loss"].device == norm.device == META
     with pytest.raises(RuntimeError, match="meta"):

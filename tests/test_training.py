@@ -21,7 +21,7 @@ from training_job import parts
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.meter import count_flops
+from pretrain.core.meter import Meter, count_flops
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives.language.causal_lm import CausalLM
@@ -95,6 +95,25 @@ def small(
     )
     settings = settings or Settings(budget=Budget(steps=5), save_every=0, bar=False)
     return train(net, loader, [objective], optimizer or AdamW(lr=1e-2), Constant(), settings, folder, policies=policies)
+
+
+def test_what_a_micro_batch_costs_is_worked_out_once_a_step(prepared, tiny, tmp_path, monkeypatch):
+    asked, known = [], Meter.known
+
+    @dataclass(frozen=True)
+    class Begin(Policy):
+        name = "begin"
+
+        def before_step(self, training, state, batches):
+            asked.clear()
+
+    def counted(self, work, zeros=()):
+        asked.append(work)
+        return known(self, work, zeros)
+
+    monkeypatch.setattr(Meter, "known", counted)
+    small(prepared, tiny, tmp_path, micro_rows=2, policies=[Begin()])
+    assert len([work for work in asked if not work.shapes.startswith("optimizer")]) == 8 // 2
 
 
 @dataclass(frozen=True)

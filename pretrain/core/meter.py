@@ -196,16 +196,12 @@ class Meter:
     def __init__(self, counts: Mapping[str, Sequence[Counted]] | None = None) -> None:
         self.counts: dict[str, list[Counted]] = {shapes: list(each) for shapes, each in (counts or {}).items()}
 
-    def knows(self, work: Work, zeros: Collection[str] = ()) -> bool:
-        """Whether it is known what `work` costs, with the products of layers that have `zeros`."""
+    def known(self, work: Work, zeros: Collection[str] = ()) -> Cost | None:
+        """What `work` costs, with the products of layers that have `zeros`; None while that is to be counted."""
         counted = self.counts.get(work.shapes, [])
-        return all(set(zeros) <= set(c[3]) for c in counted) and _coordinates(counted, work.sizes) is not None
-
-    def cost(self, work: Work) -> Cost:
-        """What `work` costs; it must be known."""
-        counted = self.counts[work.shapes]
         at = _coordinates(counted, work.sizes)
-        assert at is not None, f"the meter has not counted {work}"
+        if at is None or not all(set(zeros) <= set(c[3]) for c in counted):
+            return None
 
         def between(numbers: Sequence[int]) -> int:
             return round(float(at @ np.array(numbers, dtype=np.float64)))
@@ -219,7 +215,7 @@ class Meter:
 
         Those of `layers` are counted apart, for `Cost.skipped`.
         """
-        if self.knows(work, layers or ()):
+        if self.known(work, layers or ()) is not None:
             yield
             return
         with matrix_products(layers or {}) as products, _counter() as counter:
@@ -233,6 +229,12 @@ class Meter:
         with self.counting(work, layers):
             result = call()
         return result, self.cost(work).flops
+
+    def cost(self, work: Work) -> Cost:
+        """What `work` costs, which has been counted."""
+        cost = self.known(work)
+        assert cost is not None, f"the meter has not counted {work}"
+        return cost
 
 
 def _coordinates(counted: Sequence[Counted], sizes: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]] | None:

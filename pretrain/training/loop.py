@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from pretrain.core import hardware
 from pretrain.core.batch import Batch, counts, to_device
 from pretrain.core.errors import Diverged, PretrainError
-from pretrain.core.meter import Work, peak_memory, recomputing
+from pretrain.core.meter import Cost, Work, peak_memory, recomputing
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
 from pretrain.core.models.parameters import described
@@ -184,7 +184,7 @@ def step(training: Training) -> Step:
     works, zeros = [_work(batches) for batches in micro_batches], _zeros(training)
     training.new = number < FIRST and not training.ready.issuperset(work.shapes for work in works)
     totals = exchange(training, micro_batches, works, zeros)
-    losses, record = forward_backward(training, micro_batches, works, zeros, totals.targets)
+    losses, record = forward_backward(training, micro_batches, works, zeros, totals)
     for policy in training.policies:
         policy.before_update(training, training.state[policy.name])
     record["grad_norm"] = full(nn.utils.clip_grad_norm_(training.trainee.parameters(), settings.clip or math.inf))
@@ -209,7 +209,7 @@ def step(training: Training) -> Step:
 
 
 def forward_backward(
-    training: Training, micro_batches: MicroBatches, works: list[Work], zeros: Zeros, targets: list[Counts]
+    training: Training, micro_batches: MicroBatches, works: list[Work], zeros: Zeros, totals: Totals
 ) -> tuple[list[Loss], Step]:
     """Leave the gradient of the mean over all targets of the step, over micro-batches and processes alike."""
     world, layers = training.world, families.linears(training.model) if zeros else {}
@@ -220,10 +220,11 @@ def forward_backward(
         # Each term of an objective counts by its share of the step's targets; processes average, hence their number.
         shares = [
             {name: number * world.size / max(total[name], 1.0) for name, number in counts(batch).items()}
-            for batch, total in zip(batches, targets, strict=True)
+            for batch, total in zip(batches, totals.targets, strict=True)
         ]
         last = index + 1 == len(micro_batches)
-        with training.meter.counting(work, layers), synchronised(training.wrapped, last=last):
+        counting = training.meter.counting(work, layers) if totals.flops is None else nullcontext()
+        with counting, synchronised(training.wrapped, last=last):
             with autocast(world.device, training.settings.precision):
                 value, micro_losses = training.wrapped(batches, shares)
             value.backward(seed(value))
@@ -258,10 +259,9 @@ def exchange(training: Training, micro_batches: MicroBatches, works: list[Work],
     to stop.
     """
     world = training.world
-    known = all(training.meter.knows(work, zeros) for work in works)
-    flops = _flops(training, works, zeros) if known else dict.fromkeys(("dense", "useful", "skipped"), 0.0)
-    local: dict[str | tuple[int, str], float] = {"unknown": not known}
-    local.update(flops)
+    costs = [cost for work in works if (cost := training.meter.known(work, zeros)) is not None]
+    flops = _flops(costs, zeros)
+    local: dict[str | tuple[int, str], float] = {"unknown": len(costs) < len(works), **flops}
     local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
     local |= {name: training.unshared.get(name, 0.0) for name in ("seconds", "preparing")}
     local |= {"asked": training.interrupts.asked}
@@ -279,7 +279,7 @@ def spend(training: Training, works: list[Work], zeros: Zeros, totals: Totals) -
     """Count the step and what its gradient has cost."""
     flops = totals.flops
     if flops is None:  # a further all-reduce, in the few steps in which some process met a new shape
-        local = _flops(training, works, zeros)
+        local = _flops([training.meter.cost(work) for work in works], zeros)
         flops = dict(zip(local, training.world.sum([*local.values()]), strict=True))
     training.step, training.tokens = training.step + 1, training.tokens + totals.tokens
     training.flops += int(flops["dense"] - flops["skipped"])
@@ -288,9 +288,8 @@ def spend(training: Training, works: list[Work], zeros: Zeros, totals: Totals) -
     training.tick()
 
 
-def _flops(training: Training, works: list[Work], zeros: Zeros) -> dict[str, float]:
+def _flops(costs: list[Cost], zeros: Zeros) -> dict[str, float]:
     """What this process's micro-batches cost: all, what is not computed a second time, products with zeros."""
-    costs = [training.meter.cost(work) for work in works]
     return {
         "dense": sum(cost.flops for cost in costs),
         "useful": sum(cost.useful for cost in costs),
