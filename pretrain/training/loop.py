@@ -261,7 +261,8 @@ def exchange(training: Training, micro_batches: MicroBatches, works: list[Work],
     world = training.world
     costs = [cost for work in works if (cost := training.meter.known(work, zeros)) is not None]
     flops = _flops(costs, zeros)
-    local: dict[str | tuple[int, str], float] = {"unknown": len(costs) < len(works), **flops}
+    local: dict[str | tuple[int, str], float] = {"unknown": len(costs) < len(works)}
+    local.update(flops)
     local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
     local |= {name: training.unshared.get(name, 0.0) for name in ("seconds", "preparing")}
     local |= {"asked": training.interrupts.asked}
