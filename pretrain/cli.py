@@ -16,7 +16,7 @@ from pretrain import __version__, cli_claim, cli_papers
 from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
-from pretrain.core.method import default_of, method_class
+from pretrain.core.method import declared_class, default_of
 from pretrain.core.registry import info, kinds, methods, use_methods
 
 if TYPE_CHECKING:
@@ -335,7 +335,7 @@ def list_methods(
 
 def _show(name: str) -> None:
     row = info(name)
-    cls = method_class(name)
+    cls = declared_class(name)
     typer.secho(f"{row.name} ({row.kind})", bold=True)
     typer.echo(cleandoc(cls.__doc__ or ""))
     typer.echo(f"\nmodel families: {', '.join(row.families) or 'any'}")

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import json
-import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -29,6 +28,7 @@ from pretrain import closure
 from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON, digest, locked, read_json, write_json
+from pretrain.core.outline import source_of
 from pretrain.core.registry import info
 from pretrain.recipe import Recipe
 from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord
@@ -217,7 +217,7 @@ def _code(item: Planned) -> Code:
 
 def _home(cls: type) -> list[Home]:
     """The module of a class and its file; what was typed at a prompt has none."""
-    path = getattr(sys.modules[cls.__module__], "__file__", None)
+    path = source_of(cls)
     return [(cls.__module__, path)] if path else []
 
 

@@ -7,11 +7,13 @@ title and arXiv number. How methods are found: `core/registry.py`.
 from __future__ import annotations
 
 import importlib
+import sys
 from dataclasses import MISSING, Field, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
+from pretrain.core.outline import outline
 from pretrain.core.registry import info
 
 
@@ -120,6 +122,20 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
     return cls
 
 
+def declared_class(name: str, kind: str | None = None) -> type[Method]:
+    """One method's class, to check fields with: before torch is imported its outline, which waits for no import."""
+    row = info(name, kind)
+    if "torch" in sys.modules or row.module in sys.modules:
+        return method_class(name, kind)
+    try:
+        cls = outline(row.module, row.path)[row.cls]
+        assert isinstance(cls, type) and issubclass(cls, Method)
+        hints(cls)
+        return cls
+    except Exception:  # what cannot be read piece by piece: the file as a whole says what is wrong, if anything is
+        return method_class(name, kind)
+
+
 def nested(value: object, kind: str) -> Method:
     """A method that is a field of another: from `NAME` or `{method: NAME, field: value, …}`."""
     if isinstance(value, Method):
@@ -127,7 +143,7 @@ def nested(value: object, kind: str) -> Method:
     declared = {"method": value} if isinstance(value, str) else value
     if not isinstance(declared, dict) or not isinstance(declared.get("method"), str):
         raise PretrainError(f"{value!r} is no {kind}; accepted: a name, or {{method: NAME, field: value}}")
-    cls = method_class(declared["method"], kind)
+    cls = declared_class(declared["method"], kind)
     try:
         return cls(**{name: given for name, given in declared.items() if name != "method"})
     except TypeError as error:

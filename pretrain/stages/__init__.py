@@ -23,7 +23,7 @@ from pretrain.core.files import digest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
-from pretrain.core.method import REF, Method, is_ref, method_class
+from pretrain.core.method import REF, Method, declared_class, is_ref
 from pretrain.core.method import Ref as Ref
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Source
@@ -159,7 +159,7 @@ class Stage(BaseModel):
     def method_classes(self) -> dict[str, type[Method]]:
         """The classes of the methods that the stage uses, by name."""
         placed = {method.name: type(method) for _, method in self._placed()}
-        return {name: placed.get(name) or method_class(name) for name in self.methods()}
+        return {name: placed.get(name) or declared_class(name) for name in self.methods()}
 
     def config(self) -> Record:
         """What is hashed: all fields but the name and the neutral ones, and the versions of stage and methods."""
@@ -230,7 +230,7 @@ def build_method(value: object, kind: str) -> Any:
     if not isinstance(value, dict) or not isinstance(value.get("method"), str):
         raise ValueError(f"{value!r} is no {kind}; accepted: a name, or {{method: NAME, field: value}}")
     try:
-        cls = method_class(info(value["method"], kind).name, kind)
+        cls = declared_class(info(value["method"], kind).name, kind)
     except PretrainError as error:
         raise ValueError(str(error)) from error
     given = {k: v for k, v in value.items() if k != "method"}

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from pretrain.core.bounds import Count, Ge, NonNegative, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.declared import check_config, check_task
 from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
 from pretrain.stages import (
@@ -30,7 +31,7 @@ from pretrain.stages import (
     checkpoint_of,
 )
 from pretrain.training.budget import Budget
-from pretrain.training.compatible import check_averages, check_together, ill_scheduled
+from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,12 +131,10 @@ class Train(Stage):
             )
         if self.tokenizer is not None and self.processor is not None:
             raise ValueError("accepted: one of tokenizer and processor")
-        from pretrain.core.models.families import check_task, new_config
-
         if self.task != "auto":
             check_task(self.task)
         if self.model:
-            new_config(self.model["family"], self.fields())
+            check_config(self.model["family"], self.fields())
         return self
 
     def fields(self) -> Record:
@@ -155,8 +154,6 @@ class Train(Stage):
 
     @model_validator(mode="after")
     def _together(self) -> Train:
-        from pretrain.training.compatible import check_families
-
         batches = -(-self.batch_rows // (self.micro_rows or self.batch_rows))
         try:
             check_together([w.method for w in self.weighted()], self.policies, batches)

@@ -7,7 +7,7 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.models import families
+from pretrain.core.models.table import FAMILIES
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
@@ -60,7 +60,7 @@ def ill_scheduled(optimizer: Optimizer, schedule: Schedule) -> str:
 
 def check_families(methods: Iterable[Method], model_type: str) -> None:
     """An error for a method, or one that it holds, that is declared for other families than this one of `FAMILIES`."""
-    name = next((entry.name for entry in families.FAMILIES if model_type in entry.types), None)
+    name = next((entry.name for entry in FAMILIES if model_type in entry.types), None)
     for method in methods:
         if name is not None and method.families and name not in method.families:
             raise PretrainError(f"{method.name}: model family {name!r}: accepted: {', '.join(method.families)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar
 
@@ -23,68 +22,19 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch, Vocabulary, document_mask
-from pretrain.core.errors import PretrainError, nearest, unknown
+from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.models.initial import completed
 from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
+from pretrain.core.models.table import FAMILIES as FAMILIES
+from pretrain.core.models.table import TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
+from pretrain.core.models.table import Family as Family
 
 Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
 
 
-@dataclass(frozen=True)
-class Family:
-    """Paths are relative to the base model (`blocks`, `final_norm`) or to one block (the rest)."""
-
-    name: str
-    types: tuple[str, ...]  # `config.model_type` of its members
-    blocks: str
-    attention: str
-    queries: tuple[str, ...]  # projections to queries, keys, values: one when fused
-    output: str
-    feed_forward: str
-    up: tuple[str, ...]  # the gate first where there is one; one name when fused
-    down: str
-    norms: tuple[str, ...]  # before attention, before the feed-forward
-    final_norm: str | None
-    positions: str | None = None  # the table of absolute positions
-    causal: bool = True
-    decoder_blocks: str | None = None  # encoder-decoders: `blocks` are the encoder's
-    head_transform: str | None = None  # what stands between the base model and the head's linear
-    unused: tuple[str, ...] = ()  # beginnings of weights in published checkpoints that a language model has no use for
-
-
-FAMILIES = (
-    Family(
-        "llama", ("llama", "mistral", "qwen2", "qwen3"),
-        "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj",
-        "mlp", ("gate_proj", "up_proj"), "down_proj", ("input_layernorm", "post_attention_layernorm"), "norm",
-    ),
-    Family(
-        "gpt2", ("gpt2",), "h", "attn", ("c_attn",), "c_proj",
-        "mlp", ("c_fc",), "c_proj", ("ln_1", "ln_2"), "ln_f", positions="wpe",
-    ),
-    Family(
-        "bert", ("bert",), "encoder.layer", "attention", ("self.query", "self.key", "self.value"), "output.dense",
-        "", ("intermediate.dense",), "output.dense", ("attention.output.LayerNorm", "output.LayerNorm"), None,
-        positions="embeddings.position_embeddings", causal=False, head_transform="cls.predictions.transform",
-        unused=("bert.pooler.", "cls.seq_relationship."),
-    ),
-    Family(
-        "modernbert", ("modernbert",), "layers", "attn", ("Wqkv",), "Wo",
-        "mlp", ("Wi",), "Wo", ("attn_norm", "mlp_norm"), "final_norm", causal=False, head_transform="head",
-    ),
-    Family(
-        "t5", ("t5",), "encoder.block", "layer.0.SelfAttention", ("q", "k", "v"), "o",
-        "layer.-1.DenseReluDense", ("wi", "wi_0", "wi_1"), "wo", ("layer.0.layer_norm", "layer.-1.layer_norm"),
-        "encoder.final_layer_norm", causal=False, decoder_blocks="decoder.block",
-    ),
-)  # fmt: skip
 M = TypeVar("M")  # a mask of any kind
 _MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  # of an encoder-decoder
-TASKS = {  # besides them any `AutoModelFor…` of transformers is a task
-    "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
-    "base": "AutoModel", "pretraining": "AutoModelForPreTraining",
-}  # fmt: skip
 
 
 def family(model: nn.Module) -> Family:
@@ -300,16 +250,11 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> Arguments:
 def new_config(model_type: str, fields: Mapping[str, object]) -> PreTrainedConfig:
     """A `transformers` configuration from its type and fields; an unknown one of either is an error."""
     if model_type not in CONFIG_MAPPING:
-        types = [t for entry in FAMILIES for t in entry.types]
-        hint = nearest(model_type, CONFIG_MAPPING)
-        raise PretrainError(
-            f"unknown model family {model_type!r}{hint}; accepted: {', '.join(sorted(types))}, "
-            f"or another model_type of transformers {transformers.__version__}"
-        )
+        raise unknown_type(model_type, CONFIG_MAPPING, transformers.__version__)
     known = _config_fields(model_type)
     for name in fields:
         if name not in known:
-            raise PretrainError(f"unknown field {name!r} of model family {model_type!r}{nearest(name, known)}")
+            raise unknown_field(name, model_type, known)
     try:
         config = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # a strict configuration has error types of its own
@@ -326,9 +271,7 @@ def new_config(model_type: str, fields: Mapping[str, object]) -> PreTrainedConfi
 @functools.cache
 def _config_fields(model_type: str) -> frozenset[str]:
     blank = AutoConfig.for_model(model_type)
-    names = frozenset(blank.to_dict()) | frozenset(blank.attribute_map)
-    names |= {"rope_theta", "rope_scaling"} if "rope_parameters" in names else set()  # the names in older config.json
-    return names - {"model_type", "transformers_version"}
+    return accepted_fields({*blank.to_dict(), *blank.attribute_map})
 
 
 def new_model(
@@ -373,11 +316,8 @@ def new_model(
 def check_task(task: str) -> None:
     """Refuse a task that there is not."""
     if task not in TASKS and not (task.startswith("AutoModelFor") and hasattr(transformers, task)):
-        known = (*TASKS, *(name for name in _library() if name.startswith("AutoModelFor")))
-        raise PretrainError(
-            f"unknown task {task!r}{nearest(task, known)}; accepted: {', '.join(TASKS)}, or an AutoModelFor… of "
-            f"transformers {transformers.__version__}"
-        )
+        known = [name for name in _library() if name.startswith("AutoModelFor")]
+        raise unknown_task(task, known, transformers.__version__)
 
 
 def model_for(config: PreTrainedConfig, task: str) -> type[PreTrainedModel] | None:

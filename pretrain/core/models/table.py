@@ -1,0 +1,91 @@
+"""The table of families and tasks, and what is said of a model that fits none: needs neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from pretrain.core.errors import PretrainError, nearest
+
+
+@dataclass(frozen=True)
+class Family:
+    """Paths are relative to the base model (`blocks`, `final_norm`) or to one block (the rest)."""
+
+    name: str
+    types: tuple[str, ...]  # `config.model_type` of its members
+    blocks: str
+    attention: str
+    queries: tuple[str, ...]  # projections to queries, keys, values: one when fused
+    output: str
+    feed_forward: str
+    up: tuple[str, ...]  # the gate first where there is one; one name when fused
+    down: str
+    norms: tuple[str, ...]  # before attention, before the feed-forward
+    final_norm: str | None
+    positions: str | None = None  # the table of absolute positions
+    causal: bool = True
+    decoder_blocks: str | None = None  # encoder-decoders: `blocks` are the encoder's
+    head_transform: str | None = None  # what stands between the base model and the head's linear
+    unused: tuple[str, ...] = ()  # beginnings of weights in published checkpoints that a language model has no use for
+
+
+FAMILIES = (
+    Family(
+        "llama", ("llama", "mistral", "qwen2", "qwen3"),
+        "layers", "self_attn", ("q_proj", "k_proj", "v_proj"), "o_proj",
+        "mlp", ("gate_proj", "up_proj"), "down_proj", ("input_layernorm", "post_attention_layernorm"), "norm",
+    ),
+    Family(
+        "gpt2", ("gpt2",), "h", "attn", ("c_attn",), "c_proj",
+        "mlp", ("c_fc",), "c_proj", ("ln_1", "ln_2"), "ln_f", positions="wpe",
+    ),
+    Family(
+        "bert", ("bert",), "encoder.layer", "attention", ("self.query", "self.key", "self.value"), "output.dense",
+        "", ("intermediate.dense",), "output.dense", ("attention.output.LayerNorm", "output.LayerNorm"), None,
+        positions="embeddings.position_embeddings", causal=False, head_transform="cls.predictions.transform",
+        unused=("bert.pooler.", "cls.seq_relationship."),
+    ),
+    Family(
+        "modernbert", ("modernbert",), "layers", "attn", ("Wqkv",), "Wo",
+        "mlp", ("Wi",), "Wo", ("attn_norm", "mlp_norm"), "final_norm", causal=False, head_transform="head",
+    ),
+    Family(
+        "t5", ("t5",), "encoder.block", "layer.0.SelfAttention", ("q", "k", "v"), "o",
+        "layer.-1.DenseReluDense", ("wi", "wi_0", "wi_1"), "wo", ("layer.0.layer_norm", "layer.-1.layer_norm"),
+        "encoder.final_layer_norm", causal=False, decoder_blocks="decoder.block",
+    ),
+)  # fmt: skip
+TASKS = {  # besides them any `AutoModelFor…` of transformers is a task
+    "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
+    "base": "AutoModel", "pretraining": "AutoModelForPreTraining",
+}  # fmt: skip
+
+
+def accepted_fields(names: Iterable[str]) -> frozenset[str]:
+    """The fields of a configuration that a recipe may give."""
+    known = {*names}
+    known |= {"rope_theta", "rope_scaling"} if "rope_parameters" in known else set()  # the names in older config.json
+    return frozenset(known - {"model_type", "transformers_version"})
+
+
+def unknown_field(name: str, model_type: str, known: Iterable[str]) -> PretrainError:
+    """The error for a field that a model type does not have."""
+    return PretrainError(f"unknown field {name!r} of model family {model_type!r}{nearest(name, known)}")
+
+
+def unknown_type(model_type: object, known: Iterable[str], version: str) -> PretrainError:
+    """The error for a model type that `transformers` does not have."""
+    types = sorted(name for entry in FAMILIES for name in entry.types)
+    return PretrainError(
+        f"unknown model family {model_type!r}{nearest(str(model_type), known)}; accepted: {', '.join(types)}, "
+        f"or another model_type of transformers {version}"
+    )
+
+
+def unknown_task(task: str, known: Iterable[str], version: str) -> PretrainError:
+    """The error for a task that there is not."""
+    return PretrainError(
+        f"unknown task {task!r}{nearest(task, (*TASKS, *known))}; accepted: {', '.join(TASKS)}, or an AutoModelFor… of "
+        f"transformers {version}"
+    )
