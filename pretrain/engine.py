@@ -28,7 +28,7 @@ from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
-from pretrain.recipe import Recipe, load
+from pretrain.recipe import Recipe, load, whole
 from pretrain.records import StageRecord, StageResult
 from pretrain.report import write as write_report
 from pretrain.stages import Job
@@ -62,7 +62,7 @@ def run(
     the same store share them. `say` gets a line as each stage begins and ends; `silent` says nothing and draws no
     progress. Under `torchrun` every process calls this; training runs on all of them, the rest on the first.
     """
-    recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
+    recipe = whole(recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output))
     main, wait = _processes()
     say = (say or (lambda text: print(text, file=sys.stderr))) if main else silent
     records: dict[str, StageRecord] = {}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -50,6 +51,7 @@ class Recipe:
     raw: Raw = field(default_factory=dict)  # as read, with `base` and overrides worked in
     path: Path | None = None
     places: Places = field(default_factory=dict, repr=False)
+    outlined: bool = False  # whether it was checked without torch: its methods are outlines
 
     def at(self, stage: Stage, place: Place = ()) -> str:
         """Where a value of a stage stands, as errors begin: `FILE:LINE: STAGE.field`."""
@@ -240,6 +242,7 @@ def _key(target: object, step: str, name: str, where: str) -> str | int:
 def check(raw: Raw, path: Path | None = None, places: Places | None = None, output: Path | str | None = None) -> Recipe:
     """Check a recipe's mapping and build its stages."""
     whole, places = str(path or "recipe"), places or {}
+    outlined = "torch" not in sys.modules
 
     def wrong(name: str, accepted: str) -> PretrainError:
         return PretrainError(f"{_at(places, (name,), whole)}: {name} {_shown(raw.get(name))}: accepted: {accepted}")
@@ -269,7 +272,14 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
     for index, entry in enumerate(given):
         stages.append(_stage(entry, index, whole, places, {stage.name: stage.stage for stage in stages}))
     folder = Path(output) if output is not None else Path(declared_output or Path("runs") / name)
-    return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places)
+    return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places, outlined)
+
+
+def whole(recipe: Recipe) -> Recipe:
+    """A recipe to run: one that was checked without torch is checked again, with its methods' own classes."""
+    import torch  # noqa: F401 - from here on methods are made by their own classes
+
+    return check(recipe.raw, recipe.path, recipe.places, recipe.output) if recipe.outlined else recipe
 
 
 def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:

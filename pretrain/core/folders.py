@@ -23,6 +23,12 @@ def corpus_of(folder: Path) -> Path:
     return folder / "corpus" if (folder / "corpus").is_dir() else folder
 
 
+def corpus_in(output: Path, reference: object) -> Path:
+    """The corpus of a run that a stage names: another stage's, or a folder's."""
+    inside = output / str(reference)
+    return corpus_of(inside if inside.exists() else Path(str(reference)).expanduser())
+
+
 def tokenizer_of(folder: Path) -> Path:
     """The tokenizer in a stage's folder, alone or in its checkpoint, or the folder itself."""
     folder = Path(folder)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from pretrain.core.machine import cpu_name, remember_rate
+
 
 def pick_device() -> torch.device:
     """The first CUDA device, where float32 matrix products are in TF32 from now on, or the CPU."""
@@ -74,7 +76,9 @@ def _measured_rate(device: torch.device) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - started)
-    return 2 * size**3 / min(seconds)
+    rate = 2 * size**3 / min(seconds)
+    remember_rate(device.type, rate)  # for plans, which do not wait for torch
+    return rate
 
 
 def tune_allocator() -> None:
@@ -105,7 +109,7 @@ def describe() -> dict[str, object]:
             continue
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "gpus": gpus,
@@ -113,11 +117,3 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": versions,
     }
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

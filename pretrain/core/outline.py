@@ -20,6 +20,8 @@ from pretrain.core.errors import PretrainError
 
 P, R = ParamSpec("P"), TypeVar("R")
 PACKAGE = Path(__file__).resolve().parent.parent
+_NEEDS = "_needs"  # under this name an outline holds its `_needs`
+_PLAIN = ("property", "cached_property", "classmethod", "staticmethod", "abstractmethod", "setter")
 _outlines: dict[str, Outline] = {}  # by module
 
 
@@ -44,7 +46,7 @@ class Outline:
         package = module if path.name == "__init__.py" else module.rpartition(".")[0]
         self.module, self.path, self.package = module, path, package
         self.names: dict[str, object] = {
-            "__name__": module, "__file__": str(path), "__package__": package, "_needs": self._needs
+            "__name__": module, "__file__": str(path), "__package__": package, _NEEDS: self._needs
         }  # fmt: skip
         self.waiting: dict[str, list[ast.stmt]] = {}
         try:
@@ -97,15 +99,17 @@ class Outline:
         path = root.joinpath(*steps)
         return next((file for file in (path / "__init__.py", path.with_suffix(".py")) if file.is_file()), None)
 
-    def _needs(self, *names: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """Makes a function that defines what its body reads when it is called."""
+    def _needs(
+        self, names: tuple[str, ...], marks: Callable[[], tuple[Callable[[Callable[P, R]], Callable[P, R]], ...]]
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Makes a function that defines what its body reads, and is decorated with its `marks`, when it is called."""
 
         def decorate(function: Callable[P, R]) -> Callable[P, R]:
             @functools.wraps(function)
             def call(*values: P.args, **named: P.kwargs) -> R:
                 for name in names:
                     self.define(name)
-                return function(*values, **named)
+                return functools.reduce(lambda done, mark: mark(done), reversed(marks()), function)(*values, **named)
 
             return call
 
@@ -133,15 +137,22 @@ class _Deferred(ast.NodeTransformer):
         return node
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.FunctionDef:
-        names = sorted({name for statement in node.body for name in _read(statement)})
-        needs = ast.Call(ast.Name("_needs", ast.Load()), [ast.Constant(name) for name in names], [])
-        arguments = node.args
-        for argument in ast.walk(arguments):
+        now = [mark for mark in node.decorator_list if _is_plain(mark)]
+        later = ast.Tuple([mark for mark in node.decorator_list if not _is_plain(mark)], ast.Load())
+        names = sorted({name for part in (*node.body, later) for name in _read(part)})
+        nothing = ast.arguments([], [], None, [], [], None, [])
+        needs = [ast.Tuple([ast.Constant(name) for name in names], ast.Load()), ast.Lambda(nothing, later)]
+        for argument in ast.walk(node.args):
             if isinstance(argument, ast.arg):
                 argument.annotation = None
         node.returns = None
-        node.decorator_list = [*node.decorator_list, needs]
+        node.decorator_list = [*now, ast.Call(ast.Name(_NEEDS, ast.Load()), needs, [])]
         return node
+
+
+def _is_plain(mark: ast.expr) -> bool:
+    """Whether a decorator makes something else of a function than a function, and needs no library."""
+    return ast.unparse(mark).rpartition(".")[2] in _PLAIN
 
 
 def _submodule(package: str, name: str) -> object:
@@ -178,10 +189,10 @@ def _read(node: ast.AST) -> Iterator[str]:
         yield node.id
         return
     waits = isinstance(node, ast.FunctionDef) and any(_is_needs(mark) for mark in node.decorator_list)
-    parts = [*node.decorator_list, node.args] if waits else ast.iter_child_nodes(node)
+    parts = [*node.decorator_list[:-1], node.args] if waits else ast.iter_child_nodes(node)
     for inner in parts:
         yield from _read(inner)
 
 
 def _is_needs(node: ast.expr) -> bool:
-    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_needs"
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == _NEEDS

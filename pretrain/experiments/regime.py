@@ -16,7 +16,7 @@ from safetensors import safe_open
 
 from pretrain.core import checkpoint
 from pretrain.core.files import digest, read_json, write_json
-from pretrain.core.folders import checkpoint_of, corpus_of
+from pretrain.core.folders import checkpoint_of, corpus_in
 from pretrain.core.processors import load_processor, tokenizer_in
 from pretrain.corpus.shards import tokenise, tokens_key
 from pretrain.corpus.store import Corpus
@@ -81,12 +81,6 @@ def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, na
         line = _shares(bigram_line(shards, tokenizer, documents, seen=seen).documents, name)
         write_json(path, {"bigram": float(line.mean())})
     return float(read_json(path)["bigram"])
-
-
-def corpus_in(output: Path, reference: object) -> Path:
-    """The corpus of a run that a stage names: another stage's, or a folder's."""
-    inside = output / str(reference)
-    return corpus_of(inside if inside.exists() else Path(str(reference)).expanduser())
 
 
 def _weights(folder: Path) -> int:

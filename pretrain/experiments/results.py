@@ -11,11 +11,10 @@ from typing import Any
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest, read_json, write_json
-from pretrain.core.hardware import describe
+from pretrain.core.folders import corpus_in
 from pretrain.corpus.store import Corpus
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Search
-from pretrain.experiments.regime import corpus_in
 from pretrain.experiments.sequential import EQUAL, Standing
 from pretrain.experiments.trials import Outcome, Trial
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, share_to_reach
@@ -36,6 +35,8 @@ def result(
     verdict: Standing,
 ) -> Result:
     """The record of a claim that has come to its end."""
+    from pretrain.core.hardware import describe
+
     finals = {side: [run["final"] for run in runs[side]] for side in SIDES}
     curves = {side: [run["curve"] for run in runs[side]] for side in SIDES}
     both = {"method": ("method", "baseline"), "baseline": ("baseline", "method")}

@@ -19,10 +19,8 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from pretrain import engine
 from pretrain.core.errors import Diverged, PretrainError, unknown
 from pretrain.core.files import digest, read_json
-from pretrain.experiments.regime import by_document, regime
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
@@ -73,6 +71,8 @@ class Trial:
         return outcome | {"output": self.output, "wall": time.perf_counter() - begun}
 
     def _outcome(self) -> Outcome:
+        from pretrain.experiments.regime import by_document, regime
+
         recipe = copy.deepcopy(self.recipe)
         names = [stage.get("name", stage.get("stage")) for stage in recipe["stages"]]
         if self.trained not in names:
@@ -106,6 +106,8 @@ class Trial:
         }
 
     def _run(self, recipe: Fields) -> dict[str, StageRecord]:
+        from pretrain import engine
+
         checked = check(recipe, None, output=self.output)
         return engine.run(checked, say=engine.silent, store=self.store, report=False).stages
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import suppress
+from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import model_validator
 
-from pretrain.core.files import atomic_folder
+from pretrain.core.files import atomic_folder, digest, file_digest
+from pretrain.core.folders import cache_folder
 from pretrain.records import StageResult
 from pretrain.stages import Job, Record, Ref, Stage
 
@@ -34,8 +39,19 @@ class Processor(Stage):
         if self.processor:
             if not isinstance(self.processor.get("class"), str):
                 raise ValueError(f"processor {self.processor}: accepted: {{class: ViTImageProcessor, …}}")
-            self._new()
+            self._check()
         return self
+
+    def _check(self) -> None:
+        """Make the processor to see whether it can be made; not where torch is yet to come and it was made before."""
+        libraries = [version(name) for name in ("transformers", "torch")]
+        made_before = cache_folder() / "processors" / digest([self.processor, libraries, _code()])[:24]
+        if "torch" not in sys.modules and made_before.exists():
+            return
+        self._new()
+        with suppress(OSError):
+            made_before.parent.mkdir(parents=True, exist_ok=True)
+            made_before.touch()
 
     def _new(self) -> processors.Processor:
         """The processor that the fields make."""
@@ -52,3 +68,8 @@ class Processor(Stage):
             made.save_pretrained(work)
         job.say(type(made).__name__)
         return {"metrics": {}}
+
+
+def _code() -> str:
+    """The state of the file that makes processors."""
+    return file_digest(Path(__file__).parents[1] / "core" / "processors.py")

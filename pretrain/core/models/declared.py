@@ -52,7 +52,9 @@ class Declared:
         return all(isinstance(big, int) and small > 0 and big % small == 0 for big, small in pairs)
 
     def _fits(self, name: str, value: object) -> bool:
-        kinds = [_KINDS.get(part.partition("[")[0].strip()) for part in self.types.get(name, "").split("|")]
+        if not self.types.get(name):
+            return True  # the source says nothing of its type
+        kinds = [_KINDS.get(part.partition("[")[0].strip()) for part in self.types[name].split("|")]
         low, high = self.bounds.get(name, (float("-inf"), float("inf")))
         if type(value) not in kinds or (isinstance(value, int | float) and not low <= value <= high):
             return False
