@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import fields
 from inspect import cleandoc
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,6 +17,7 @@ from pretrain import __version__, cli_claim, cli_papers
 from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
+from pretrain.core.imports import uncollected
 from pretrain.core.method import declared_class, default_of
 from pretrain.core.registry import info, kinds, methods, use_methods
 
@@ -100,7 +102,8 @@ def run(
     if dry_run:
         _print_plan(loaded, store, refresh or [], why)
         return
-    from pretrain import engine
+    with uncollected():
+        from pretrain import engine
 
     result = engine.run(loaded, store=store, refresh=refresh or [], say=lambda text: typer.echo(text, err=True))
     if result.report:
@@ -179,16 +182,16 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Continue a prompt with a checkpoint."""
-    from pretrain.recipe import parse
-    from pretrain.stages import build_method, checkpoint_of
+    from pretrain.stages import checkpoint_of
     from pretrain.stages.decode import continue_prompt
     from pretrain.stages.evaluate import load_text
 
-    try:
-        decoding = build_method(parse(method), "decoding") if method else None
-    except ValueError as error:
-        raise PretrainError(str(error)) from error
-    model, tokenizer = load_text(checkpoint_of(checkpoint))
+    chosen = [method] if method else []
+    _methods(chosen, "decoding")  # what is wrong with it is said before anything large is imported
+    place = checkpoint_of(checkpoint)
+    with uncollected():
+        model, tokenizer = load_text(place)
+    decoding = next(iter(_methods(chosen, "decoding")), None)
     text = sys.stdin.read() if prompt == "-" else prompt
     sample = continue_prompt(
         model,
@@ -203,6 +206,17 @@ def generate(
     typer.echo(text + sample["continuation"])
 
 
+def _methods(texts: Sequence[str], kind: str, option: str = "") -> list[Any]:
+    """The methods that an option names: NAME, or {method: NAME, field: value}."""
+    from pretrain.recipe import parse
+    from pretrain.stages import build_method
+
+    try:
+        return [build_method(parse(text), kind) for text in texts]
+    except ValueError as error:
+        raise PretrainError(f"{option}{error}") from error
+
+
 @app.command()
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a stage that wrote one.")],
@@ -215,20 +229,20 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd."""
-    from pretrain.core import checkpoint as checkpoints
     from pretrain.corpus.sources import Files, evenly, read
     from pretrain.corpus.store import Corpus
-    from pretrain.recipe import parse
-    from pretrain.stages import build_method, checkpoint_of
+    from pretrain.stages import checkpoint_of
     from pretrain.stages.evaluate import documents_of, load_both
     from pretrain.stages.evaluate import evaluate as measure
 
-    try:
-        chosen = [build_method(parse(name), "evaluation") for name in evaluations or ["held_out"]]
-    except ValueError as error:
-        raise PretrainError(f"--evaluation: {error}") from error
+    names = evaluations or ["held_out"]
+    _methods(names, "evaluation", "--evaluation: ")
     place = checkpoint_of(checkpoint)
-    model, processor = load_both(place)
+    with uncollected():
+        from pretrain.core import checkpoint as checkpoints
+
+        model, processor = load_both(place)
+    chosen = _methods(names, "evaluation", "--evaluation: ")
     folder = next((f for f in (Path(data) / "corpus", Path(data)) if (f / "corpus.json").exists()), None)
     if folder:
         documents = documents_of(Corpus(folder), split, max_documents, chosen, processor)

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON
+from pretrain.core.imports import uncollected
 from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
 
@@ -277,9 +278,12 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
 
 def whole(recipe: Recipe) -> Recipe:
     """A recipe to run: one that was checked without torch is checked again, with its methods' own classes."""
-    import torch  # noqa: F401 - from here on methods are made by their own classes
+    if not recipe.outlined:
+        return recipe
+    with uncollected():
+        import torch  # noqa: F401 - from here on methods are made by their own classes
 
-    return check(recipe.raw, recipe.path, recipe.places, recipe.output) if recipe.outlined else recipe
+        return check(recipe.raw, recipe.path, recipe.places, recipe.output)
 
 
 def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:
