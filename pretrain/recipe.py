@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import re
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON
 from pretrain.core.imports import uncollected
+from pretrain.core.outline import torch_imported
 from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
 
@@ -243,7 +243,7 @@ def _key(target: object, step: str, name: str, where: str) -> str | int:
 def check(raw: Raw, path: Path | None = None, places: Places | None = None, output: Path | str | None = None) -> Recipe:
     """Check a recipe's mapping and build its stages."""
     whole, places = str(path or "recipe"), places or {}
-    outlined = "torch" not in sys.modules
+    outlined = not torch_imported()
 
     def wrong(name: str, accepted: str) -> PretrainError:
         return PretrainError(f"{_at(places, (name,), whole)}: {name} {_shown(raw.get(name))}: accepted: {accepted}")

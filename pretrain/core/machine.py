@@ -1,4 +1,4 @@
-"""What is remembered of this machine, so that a plan needs no torch: its name, and the matrix rate that was measured."""
+"""What is known of this machine without torch: its name, its cores, the matrix rate that a run has measured."""
 
 from __future__ import annotations
 

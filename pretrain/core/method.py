@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
-from pretrain.core.outline import outline
+from pretrain.core.outline import outline, torch_imported
 from pretrain.core.registry import info
 
 
@@ -125,15 +125,17 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
 def declared_class(name: str, kind: str | None = None) -> type[Method]:
     """One method's class, to check fields with: before torch is imported its outline, which waits for no import."""
     row = info(name, kind)
-    if "torch" in sys.modules or row.module in sys.modules:
+    if torch_imported() or row.module in sys.modules:
         return method_class(name, kind)
     try:
-        cls = outline(row.module, row.path)[row.cls]
-        assert isinstance(cls, type) and issubclass(cls, Method)
-        hints(cls)
-        return cls
-    except Exception:  # what cannot be read piece by piece: the file as a whole says what is wrong, if anything is
-        return method_class(name, kind)
+        file = outline(row.module, row.path)
+        cls = file[row.cls]
+        if isinstance(cls, type) and issubclass(cls, Method) and (row.ours or not file.absent()):
+            hints(cls)
+            return cls
+    except Exception:  # whatever a file from outside does when it is taken to pieces
+        pass
+    return method_class(name, kind)  # the file as a whole says what is wrong, if anything is
 
 
 def nested(value: object, kind: str) -> Method:

@@ -13,6 +13,7 @@ import functools
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -33,6 +34,11 @@ def outline(module: str, path: Path) -> Outline:
     return known
 
 
+def torch_imported() -> bool:
+    """Whether this process has paid for torch: from then on nothing is made by outlines."""
+    return "torch" in sys.modules
+
+
 def source_of(cls: type) -> str | None:
     """The file of a class, or of what it is the outline of; `None` for what was typed at a prompt."""
     module, known = sys.modules.get(cls.__module__), _outlines.get(cls.__module__)
@@ -49,6 +55,7 @@ class Outline:
             "__name__": module, "__file__": str(path), "__package__": package, _NEEDS: self._needs
         }  # fmt: skip
         self.waiting: dict[str, list[ast.stmt]] = {}
+        self.libraries: set[str] = set()  # that the file imports at its top
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError) as error:
@@ -56,12 +63,20 @@ class Outline:
         for node in _statements(tree.body):
             for name in _defined(node):
                 self.waiting.setdefault(name, []).append(node)
+            if isinstance(node, ast.Import):
+                self.libraries |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                self.libraries.add(node.module.partition(".")[0])
 
     def __getitem__(self, name: str) -> object:
         self.define(name)
         if name not in self.names:
             raise ImportError(f"cannot import name {name!r} from {self.module!r} ({self.path})")
         return self.names[name]
+
+    def absent(self) -> bool:
+        """Whether the file imports a library that is not installed: then it cannot be imported."""
+        return any(name not in sys.modules and find_spec(name) is None for name in self.libraries)
 
     def define(self, name: str) -> None:
         """Run the statements that define a name, after those that define what they read."""

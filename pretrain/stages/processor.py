@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
@@ -12,6 +11,7 @@ from pydantic import model_validator
 
 from pretrain.core.files import atomic_folder, digest, file_digest
 from pretrain.core.folders import cache_folder
+from pretrain.core.outline import torch_imported
 from pretrain.records import StageResult
 from pretrain.stages import Job, Record, Ref, Stage
 
@@ -46,7 +46,7 @@ class Processor(Stage):
         """Make the processor to see whether it can be made; not where torch is yet to come and it was made before."""
         libraries = [version(name) for name in ("transformers", "torch")]
         made_before = cache_folder() / "processors" / digest([self.processor, libraries, _code()])[:24]
-        if "torch" not in sys.modules and made_before.exists():
+        if not torch_imported() and made_before.exists():
             return
         self._new()
         with suppress(OSError):

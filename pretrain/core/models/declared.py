@@ -8,7 +8,6 @@ source does not tell, is left to the configuration itself, whose error it is.
 from __future__ import annotations
 
 import ast
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -16,10 +15,11 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError
 from pretrain.core.models.table import FAMILIES, TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
+from pretrain.core.outline import torch_imported
 
 _NAMES, _MODULES = "CONFIG_MAPPING_NAMES", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"  # its tables of model types
+_BASE = "PreTrainedConfig"
 _SET_LATER = ("_name_or_path", "output_attentions")  # by each configuration that is made
 _KINDS = {"int": int, "float": float, "bool": bool, "str": str, "list": list, "dict": dict, "None": type(None)}
 
@@ -63,7 +63,7 @@ class Declared:
 
 def check_config(model_type: str, fields: Mapping[str, object]) -> None:
     """Refuse a new model's type and fields as `families.new_config` does, which is asked where the source says no."""
-    if "torch" not in sys.modules and isinstance(model_type, str) and (known := _types()[0]):
+    if not torch_imported() and isinstance(model_type, str) and (known := _types()[0]):
         if model_type not in known:
             raise unknown_type(model_type, known, version("transformers"))
         facts = declared(model_type)
@@ -81,7 +81,7 @@ def check_task(task: str) -> None:
     """Refuse a task that there is not."""
     if task in TASKS:
         return
-    if "torch" in sys.modules or not (known := _auto_classes()):
+    if torch_imported() or not (known := _auto_classes()):
         from pretrain.core.models import families
 
         families.check_task(task)
@@ -97,7 +97,7 @@ def declared(model_type: str) -> Declared | None:
     home = _root() / "models" / module / f"configuration_{module}.py"
     try:
         classes = [
-            *_classes(_root() / "configuration_utils.py", "PreTrainedConfig"), *_classes(home, names[model_type])
+            *_classes(_root() / "configuration_utils.py", _BASE), *_classes(home, names[model_type])
         ]  # fmt: skip
     except (OSError, SyntaxError, KeyError):
         return None
@@ -116,7 +116,7 @@ def declared(model_type: str) -> Declared | None:
                 defaults[name] = default
                 if limits:
                     bounds[name] = limits
-    for name in (name for cls in classes[1:] for name in _attributes(cls)):
+    for name in (name for cls in classes if cls.name != _BASE for name in _attributes(cls)):
         types.setdefault(name, "")
     return Declared(types, defaults, bounds, aliases)
 
@@ -177,7 +177,8 @@ def _classes(path: Path, name: str) -> Iterator[ast.ClassDef]:
 
 
 def _assigned(node: ast.stmt) -> tuple[str, ast.expr | None]:
-    target = node.targets[0] if isinstance(node, ast.Assign) else node.target if isinstance(node, ast.AnnAssign) else None
+    targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+    target = targets[0]
     return (target.id, getattr(node, "value", None)) if isinstance(target, ast.Name) else ("", None)
 
 
@@ -197,7 +198,6 @@ def _default(value: ast.expr | None) -> tuple[object, tuple[float, float] | None
 
 def _attributes(cls: ast.ClassDef) -> Iterator[str]:
     """What `__post_init__` sets besides the fields."""
-    for node in (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"):
-        for inner in ast.walk(node):
-            if isinstance(inner, ast.Attribute) and isinstance(inner.ctx, ast.Store) and ast.unparse(inner.value) == "self":
-                yield inner.attr
+    for start in (n for n in cls.body if isinstance(n, ast.FunctionDef) and n.name == "__post_init__"):
+        stored = [n for n in ast.walk(start) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)]
+        yield from (node.attr for node in stored if ast.unparse(node.value) == "self")
