@@ -64,12 +64,8 @@ def test_an_outline_says_what_the_class_says(name):
     given = {field: "x" for field in required(theirs)}
     for field in [f.name for f in fields(theirs)]:
         for value in WRONG:
-            both = [
-                answer(lambda cls=cls: build_dataclass(cls, given | {field: value}, "it")) for cls in (ours, theirs)
-            ]
-            assert both[0] == both[1], (field, value)
-    both = [answer(lambda cls=cls: build_dataclass(cls, {"unknown": 1}, "it")) for cls in (ours, theirs)]
-    assert both[0] == both[1] and "unknown field" in both[0][1]
+            assert answer(ours, given | {field: value}) == answer(theirs, given | {field: value}), (field, value)
+    assert answer(ours, {"unknown": 1}) == answer(theirs, {"unknown": 1})
 
 
 def test_a_function_of_an_outline_imports_what_it_needs_when_it_is_called():
@@ -171,7 +167,7 @@ class Sharp:
     "imports, fields, message, torch",
     [
         ("", "{}", "checked", False),
-        ("", "{power: 10}", "polynomial: power 10.0: accepted: at most 9", False),
+        ("", "{power: 10}", "'polynomial': power 10.0: accepted: at most 9", False),
         ("", "{powr: 1}", "did you mean 'power'", False),
         ("import no_such_library", "{}", "cannot be imported: No module named 'no_such_library'", True),
     ],
