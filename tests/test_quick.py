@@ -1,0 +1,157 @@
+"""What needs no model answers without torch and within a second of a processor; `generate` imports no more than it must."""
+
+from __future__ import annotations
+
+import json
+import resource
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+
+from pretrain import recipe as recipes
+from pretrain.core import checkpoint, hardware, machine
+from pretrain.identity import plan
+
+ROOT = Path(__file__).parent.parent
+SHIPPED = [*sorted((ROOT / "recipes").rglob("*.yaml")), *sorted((ROOT / "claims" / "bases").glob("*.yaml"))]
+LARGE = ("torch", "transformers", "datasets", "pyarrow", "pandas", "scipy", "sklearn", "peft")
+
+
+def python(code, **more):
+    """What a fresh process prints, and the seconds of a processor that it takes: other work is not counted."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, **more
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def command(*arguments, before="", **more):
+    """Run a command; its output, the large libraries that it imported, the seconds of a processor."""
+    code = f"""
+        import atexit, sys
+        atexit.register(lambda: print("IMPORTED", *[name for name in {LARGE} if name in sys.modules], file=sys.stderr))
+        {before}
+        sys.argv = ["pretrain", *{list(map(str, arguments))!r}]
+        from pretrain.cli import app
+        app()
+    """
+    done, seconds = python(code, **more)
+    return done, done.stderr.rpartition("IMPORTED")[2].split(), seconds
+
+
+LIGHT = {
+    "help": (["--help"], "Usage"),
+    "methods": (["methods"], "causal_lm"),
+    "show": (["methods", "show", "gptq"], "group_size"),
+    "papers": (["papers", "masked"], "DrBERT"),
+    "claims": (["claim", "list", "--folder", str(ROOT / "claims")], "lion"),
+    "new": (["new", "mine"], "mine.yaml"),
+    "unknown method": (["methods", "show", "loar"], "did you mean 'lora'"),
+    "field": (["run", "R", "--set", "model.batch_rowz=3"], "did you mean 'batch_rows'"),
+    "method's field": (["run", "R", "--set", "model.optimizer.lrr=3"], "did you mean 'lr'"),
+    "method's value": (["run", "R", "--set", "model.optimizer.lr=fast"], "accepted: a finite number"),
+    "model's field": (["run", "R", "--set", "model.model.hidden_sise=3"], "did you mean 'hidden_size'"),
+    "family": (["run", "R", "--set", "model.model.family=lama"], "did you mean 'llama'"),
+    "task": (["run", "R", "--set", "model.task=causel"], "did you mean 'causal'"),
+    "reference": (["run", "R", "--set", "model.tokenizer=tokeniser"], "did you mean 'tokenizer'"),
+    "held method": (["run", "R", "--set", "model.objective={method: deft, objective: causal_ml}"], "causal_lm"),
+    "generate": (["generate", "nowhere", "--method", "token_recyclin"], "did you mean 'token_recycling'"),
+    "evaluate": (["evaluate", "nowhere", "--data", "x", "--evaluation", "held_oud"], "did you mean 'held_out'"),
+}
+
+
+@pytest.mark.parametrize("arguments, answer", LIGHT.values(), ids=LIGHT)
+def test_what_needs_no_model_answers_at_once_and_without_torch(arguments, answer, tmp_path):
+    arguments = [str(ROOT / "recipes" / "quickstart.yaml") if word == "R" else word for word in arguments]
+    done, imported, seconds = command(*arguments, cwd=tmp_path)
+    assert answer in done.stdout + done.stderr and imported == []
+    assert seconds < 1.0
+
+
+@pytest.mark.parametrize("name", ["quickstart", "frugal", "compress"])
+def test_a_plan_and_its_reasons_are_told_at_once_and_without_torch(name, tmp_path):
+    """All but what training stages are expected to take, which they tell themselves."""
+    alone = "from pretrain.stages import Estimate, train; train.Train.estimate = lambda self, inputs: Estimate()"
+    arguments = ["run", ROOT / "recipes" / f"{name}.yaml", "--output", tmp_path / "run", "--dry-run", "--why"]
+    done, imported, seconds = command(*arguments, before=alone)
+    assert done.returncode == 0 and "never run" in done.stdout and imported == [], done.stderr
+    assert seconds < 1.5
+
+
+def test_stages_have_the_same_address_and_code_with_torch_and_without(tmp_path):
+    """Over all recipes here: outlines change nothing of what makes a stage's address."""
+    theirs = {str(path): told(path) for path in SHIPPED}  # which makes the processors too
+    probe = f"""
+        import json, sys
+        from pretrain import recipe as recipes
+        from pretrain.identity import plan
+        told = {{}}
+        for path in {list(theirs)!r}:
+            recipe = recipes.load(path)
+            assert recipe.outlined, path
+            told[path] = [[item.stage.name, item.address, item.config["methods"], item.code().as_json()] for item in plan(recipe)]
+            assert "torch" not in sys.modules and "transformers" not in sys.modules, path
+        print(json.dumps(told))
+    """
+    done, _ = python(probe)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == json.loads(json.dumps(theirs))
+
+
+def told(path):
+    recipe = recipes.load(path)
+    assert not recipe.outlined
+    return [[item.stage.name, item.address, item.config["methods"], item.code().as_json()] for item in plan(recipe)]
+
+
+def test_a_run_has_the_methods_own_classes(tmp_path, stories):
+    """A recipe that was checked without torch is checked again before its first stage."""
+    (tmp_path / "a.txt").write_text("\n\n".join(story["text"] for story in stories[:20]))
+    (tmp_path / "r.yaml").write_text(
+        "stages:\n- {stage: data, sources: [a.txt], validation: 0.2, operations: [deduplicate]}\n"
+    )
+    probe = """
+        from pretrain import recipe as recipes
+        from pretrain.core.method import method_class
+        recipe = recipes.load("r.yaml")
+        whole = recipes.whole(recipe)
+        kinds = [type(made.stages[0].operations[0]) for made in (recipe, whole)]
+        cls = method_class("deduplicate")
+        print(kinds[0] is not cls, kinds[1] is cls, whole.outlined, whole.output == recipe.output)
+    """
+    done, _ = python(probe, cwd=tmp_path)
+    assert done.stdout.split() == ["True", "True", "False", "True"], done.stderr
+
+
+def test_generate_imports_no_more_than_it_must(tiny, prepared, tmp_path):
+    """It takes less of a processor, the model and its answer included, than to import a model's class plainly."""
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    checkpoint.save(tiny(vocab_size=512, max_position_embeddings=128), load_tokenizer(prepared / "tokenizer"), tmp_path)
+    (done, imported, ours), (_, plain) = min(
+        ((command("generate", tmp_path, "--prompt", "def ", "--max-new-tokens", 8),
+          python("from transformers import LlamaForCausalLM")) for _ in range(2)),
+        key=lambda pair: pair[0][2],
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout.startswith("def "), done.stderr
+    assert not {"datasets", "pyarrow", "pandas", "sklearn", "peft"} & {*imported}
+    assert ours < plain
+
+
+def test_a_measured_rate_is_remembered_for_plans(tmp_path, monkeypatch):
+    import torch
+
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(hardware, "_rates", {})
+    assert machine.remembered_rate("cpu") is None
+    rate = hardware.matrix_rate(torch.device("cpu"))
+    assert machine.remembered_rate("cpu") == rate and machine.remembered_rate("cuda") is None
+    machine.remember_rate("cpu", rate / 2)  # on a busy machine
+    assert machine.remembered_rate("cpu") == rate
+    (tmp_path / "rates.json").write_text("{")
+    assert machine.remembered_rate("cpu") is None
