@@ -17,6 +17,7 @@ from pretrain import __version__, cli_claim, cli_papers
 from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
+from pretrain.core.folders import newest_checkpoint
 from pretrain.core.imports import uncollected
 from pretrain.core.method import declared_class, default_of
 from pretrain.core.registry import info, kinds, methods, use_methods
@@ -171,7 +172,7 @@ def _minutes(seconds: float | None) -> str:
 
 @app.command()
 def generate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a stage that wrote one.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
     prompt: Annotated[str, typer.Option(help="What to continue; '-' reads it from standard input.")] = "",
     method: Annotated[
         str | None, typer.Option(help="Decoding: NAME, or {method: NAME, field: value}.", autocompletion=_names)
@@ -182,13 +183,12 @@ def generate(
     seed: int = 0,
 ) -> None:
     """Continue a prompt with a checkpoint."""
-    from pretrain.stages import checkpoint_of
     from pretrain.stages.decode import continue_prompt
     from pretrain.stages.evaluate import load_text
 
     chosen = [method] if method else []
     _methods(chosen, "decoding")  # what is wrong with it is said before anything large is imported
-    place = checkpoint_of(checkpoint)
+    place = newest_checkpoint(checkpoint)
     with uncollected():
         model, tokenizer = load_text(place)
     decoding = next(iter(_methods(chosen, "decoding")), None)
@@ -219,7 +219,7 @@ def _methods(texts: Sequence[str], kind: str, option: str = "") -> list[Any]:
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, or a stage that wrote one.")],
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
     data: Annotated[str, typer.Option(help="A corpus, a file, a folder or a glob.")],
     split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
     max_documents: Annotated[int, typer.Option(min=1)] = 2000,
@@ -231,13 +231,12 @@ def evaluate(
     """Measure a checkpoint on held-out text, beside xz and zstd."""
     from pretrain.corpus.sources import Files, evenly, read
     from pretrain.corpus.store import Corpus
-    from pretrain.stages import checkpoint_of
     from pretrain.stages.evaluate import documents_of, load_both
     from pretrain.stages.evaluate import evaluate as measure
 
     names = evaluations or ["held_out"]
     _methods(names, "evaluation", "--evaluation: ")
-    place = checkpoint_of(checkpoint)
+    place = newest_checkpoint(checkpoint)
     with uncollected():
         from pretrain.core import checkpoint as checkpoints
 

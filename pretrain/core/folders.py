@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -15,6 +16,19 @@ def checkpoint_of(folder: Path) -> Path:
         if (path / "config.json").exists():
             return path
     raise PretrainError(f"no checkpoint at {folder}; accepted: a train or surgery stage, or a folder with config.json")
+
+
+def newest_checkpoint(place: Path | str) -> Path:
+    """The checkpoint of what a run, a stage or a checkpoint has printed: of a run, or its report, the last one."""
+    place = Path(place).expanduser()
+    place = place.parent if place.name == "report.html" else place
+    if not (place / "run.json").exists():
+        return checkpoint_of(place)
+    stages = [place / stage["name"] for stage in read_json(place / "run.json")["stages"]]
+    made = [stage / "checkpoint" for stage in stages if (stage / "checkpoint" / "config.json").exists()]
+    if not made:
+        raise PretrainError(f"no stage of the run {place} has written a checkpoint; accepted: a run with a trained model")
+    return made[-1]
 
 
 def corpus_of(folder: Path) -> Path:

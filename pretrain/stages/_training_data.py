@@ -14,7 +14,7 @@ from pretrain.core import checkpoint
 from pretrain.core.batch import NO_VOCABULARY, Context, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
-from pretrain.core.models.families import at, new_model
+from pretrain.core.models.families import at
 from pretrain.core.models.heads import labels_of
 from pretrain.core.processors import Processor, columns_of, load_processor, tokenizer_in
 from pretrain.core.samples import Sample
@@ -61,8 +61,8 @@ class Asked(Protocol):
     micro_rows: int
     evaluate_tokens: int
 
-    def fields(self) -> Record:
-        """The new model's."""
+    def new_model(self, processor: Processor, seed: int) -> PreTrainedModel:
+        """The new model."""
 
     def weighted(self) -> Sequence[Weighted]:
         """The objectives with their weights."""
@@ -82,12 +82,8 @@ def open_model(stage: Asked, job: Job) -> tuple[PreTrainedModel, Processor]:
         if processor is None:
             raise PretrainError(f"stage {stage.name!r}: {stage.init} has no tokenizer; accepted: a tokenizer field")
         return model, processor
-    task = stage.task if stage.task != "auto" else stage.weighted()[0].method.task
-    tokenizer = tokenizer_in(processor)
-    vocabulary = None if tokenizer is None else Vocabulary.of(tokenizer)
-    model = new_model(stage.model["family"], stage.fields(), task=task, vocabulary=vocabulary, seed=job.seed)
     assert processor is not None, "a new model has a tokenizer or a processor: see the stage's check"
-    return model, processor
+    return stage.new_model(processor, job.seed), processor
 
 
 def open_processor(folder: Path) -> Processor:

@@ -34,6 +34,7 @@ from pretrain.training.budget import Budget
 from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.processors import Processor
@@ -185,20 +186,45 @@ class Train(Stage):
     def run(self, job: Job) -> StageResult:
         """Train, then write the checkpoint."""
         from pretrain.core import checkpoint
+        from pretrain.core.processors import unit_of
+        from pretrain.stages import _training_data as data
+        from pretrain.surgery import Inputs, operate
+
+        model, processor = data.open_model(self, job)
+        given = Inputs(tokenizer=cast("PreTrainedTokenizerBase", processor), seed=job.seed)
+        model, inputs, surgery_flops = operate(self.surgeries, model, given)
+        processor = cast("Processor", inputs.tokenizer)
+        stored = None
+        if self.init is not None and checkpoint.surgery_of(model):  # what an adapter has frozen
+            stored = checkpoint.stored_dtype(checkpoint_of(job.inputs["init"]))
+        if odd := ill_scheduled(self.optimizer, self.schedule):
+            job.say(odd)
+        training, splits = self.fit(job, model, processor, stored)
+        skips = {"skipped_steps": training.guard.skipped, "skipped_at_end": training.guard.in_row}
+        spent = training.spent | {name: steps for name, steps in skips.items() if steps}
+        spent["flops"] += surgery_flops
+        if training.world.main:
+            self._write(job, training, spent, processor, splits)
+        if skipped := training.guard.summary(training.step):
+            job.say(f"warning: {skipped}")
+        bits = training.metrics.get("bits_per_byte")
+        likelihood = f", {bits:.3f} bits per byte" if bits else ""
+        job.say(f"{spent['tokens']:,} {unit_of(processor)}, {spent['flops']:.3g} FLOPs{likelihood}")
+        return {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
+
+    def fit(
+        self, job: Job, model: PreTrainedModel, processor: Processor, stored: torch.dtype | None = None
+    ) -> tuple[Training, Splits]:
+        """Train a model in place on the job's corpus; what is frozen is kept in the type that it is `stored` in."""
         from pretrain.core.hardware import pick_device
         from pretrain.core.models.storage import narrow
         from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
-        from pretrain.surgery import Inputs, operate
         from pretrain.training.distributed import join
         from pretrain.training.loader import Loader
         from pretrain.training.loop import Settings, train
 
         world = join(pick_device())
-        model, processor = data.open_model(self, job)
-        given = Inputs(tokenizer=cast("PreTrainedTokenizerBase", processor), seed=job.seed)
-        model, inputs, surgery_flops = operate(self.surgeries, model, given)
-        processor = cast("Processor", inputs.tokenizer)
         data.check_entries(self, model, processor)
         vocabulary, objectives = data.vocabulary_of(processor), [w.method for w in self.weighted()]
         splits: data.Splits
@@ -211,10 +237,8 @@ class Train(Stage):
             micro_rows=self.micro_rows or None, seed=job.seed, rank=world.rank, world=world.size, workers=self.workers,
             mixture=self.mixture, pin=world.device.type == "cuda",
         )  # fmt: skip
-        if self.init is not None and checkpoint.surgery_of(model):  # what an adapter has frozen
-            narrow(model, checkpoint.stored_dtype(checkpoint_of(job.inputs["init"])))
-        if odd := ill_scheduled(self.optimizer, self.schedule):
-            job.say(odd)
+        if stored is not None:
+            narrow(model, stored)
         training = train(
             model, loader, objectives, self.optimizer, self.schedule,
             Settings(
@@ -227,17 +251,17 @@ class Train(Stage):
             evaluate=data.evaluation(self, splits["validation"], vocabulary),
             targets_per_byte=data.targets_per_byte(splits["train"]) if self._plain() else None,
         )  # fmt: skip
-        skips = {"skipped_steps": training.guard.skipped, "skipped_at_end": training.guard.in_row}
-        spent = training.spent | {name: steps for name, steps in skips.items() if steps}
-        spent["flops"] += surgery_flops
-        if world.main:
-            self._write(job, training, spent, processor, splits)
-        if skipped := training.guard.summary(training.step):
-            job.say(f"warning: {skipped}")
-        bits = training.metrics.get("bits_per_byte")
-        likelihood = f", {bits:.3f} bits per byte" if bits else ""
-        job.say(f"{spent['tokens']:,} {unit_of(processor)}, {spent['flops']:.3g} FLOPs{likelihood}")
-        return {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
+        return training, splits
+
+    def new_model(self, processor: Processor, seed: int) -> PreTrainedModel:
+        """The model that `model` describes, with random weights, for a processor's vocabulary."""
+        from pretrain.core.models import families
+        from pretrain.core.processors import tokenizer_in
+        from pretrain.stages._training_data import vocabulary_of
+
+        task = self.task if self.task != "auto" else self.weighted()[0].method.task
+        vocabulary = None if tokenizer_in(processor) is None else vocabulary_of(processor)
+        return families.new_model(self.model["family"], self.fields(), task=task, vocabulary=vocabulary, seed=seed)
 
     def _write(self, job: Job, training: Training, spent: Record, processor: Processor, splits: Splits) -> None:
         """The checkpoint with its lineage, what the objectives have trained beside it, and samples to look at."""

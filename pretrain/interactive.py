@@ -1,0 +1,168 @@
+"""`pretrain` from Python, without a recipe: open a model, train it on texts, let it write, measure it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
+from pretrain.core.folders import newest_checkpoint
+from pretrain.core.processors import Processor
+from pretrain.corpus.sources import Document
+from pretrain.corpus.store import write_corpus
+from pretrain.engine import silent
+from pretrain.objectives import Objective
+from pretrain.optim import Optimizer, Schedule
+from pretrain.recipe import check
+from pretrain.records import Metrics
+from pretrain.stages import Job, Record, build_method, corpus_of
+from pretrain.stages import evaluate as evaluating
+from pretrain.stages.decode import continue_prompt
+from pretrain.stages.train import Train
+
+if TYPE_CHECKING:
+    from pretrain.decoding import Decoding
+    from pretrain.evaluation import Evaluation
+
+Method = str | Mapping[str, object]  # as a recipe names one: `"lion"`, `{"method": "lion", "lr": 3e-4}`
+Texts = Iterable[str | Mapping[str, object]]  # documents, or their texts alone
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` gives. `metrics` are of held-out documents, `log` a row for each step and evaluation."""
+
+    model: PreTrainedModel
+    tokenizer: Processor
+    metrics: Metrics
+    spent: Metrics  # tokens, steps, flops, seconds
+    log: list[Record]
+
+
+def load(
+    place: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+) -> tuple[PreTrainedModel, Any]:
+    """The model (in evaluation mode) and its processor: a tokenizer for a model of text; None where there is none.
+
+    `place` is a checkpoint, a stage that wrote one, a run, whose last checkpoint it is, or a run's report. `dtype` is
+    that of the weights, by default the one they are stored in. Raises `PretrainError` for what is missing, damaged, or
+    does not fit its configuration, and for pickled weights, which are never read.
+    """
+    return checkpoint.load(newest_checkpoint(place), device=device, dtype=dtype)
+
+
+def train(
+    model: PreTrainedModel | Mapping[str, object],
+    tokenizer: Processor,
+    data: Texts | Path,
+    *,
+    budget: Mapping[str, object],
+    objective: Objective | Method = "causal_lm",
+    optimizer: Optimizer | Method = "adamw",
+    schedule: Schedule | Method = "cosine",
+    length: int = 128,
+    batch_rows: int = 16,
+    validation: float = 0.1,
+    seed: int = 0,
+    bar: bool = False,
+    **fields: object,
+) -> Trained:
+    """Train a model in memory, by the loop that recipes use, until the budget is spent.
+
+    `model` is one of `transformers`, which is trained in place, or `{"family": "llama", "hidden_size": 64, …}`, one
+    that is made anew for the tokenizer. `data` are texts, documents (`{"text": …, "label": …}`) or the folder of a
+    corpus; a share `validation` of the documents is held out, of a corpus its own. `budget` is one of tokens, steps,
+    flops, seconds: `{"seconds": 30}`. `fields` are further ones of a `train` stage: `policies`, `clip`, `task`, …
+    Nothing is kept on the disk. Raises `PretrainError` for a field or value that is not accepted.
+    """
+    with TemporaryDirectory(prefix="pretrain-") as work:
+        folder = Path(work)
+        corpus = corpus_of(data) if isinstance(data, Path) else _corpus(data, folder, validation)
+        new = isinstance(model, Mapping)
+        given: Record = {"budget": budget, "objective": objective, "optimizer": optimizer, "schedule": schedule}
+        given |= {"length": length, "batch_rows": batch_rows, "seed": seed, "save_every": 0} | fields
+        given |= {"model": dict(model), "tokenizer": work} if isinstance(model, Mapping) else {"init": work}
+        stage = _stage(given | {"corpus": str(corpus)})
+        inputs = {place: Path(str(value)) for place, value in stage.references().items()}
+        stage = stage.pointing_to(inputs)
+        job = Job(folder / "train", inputs, seed=seed, name="train", say=silent, bar=bar)
+        trained = stage.new_model(tokenizer, seed) if new else cast("PreTrainedModel", model).float()
+        training, _ = stage.fit(job, trained, tokenizer)
+        log = [json.loads(line) for line in (job.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    ended = cast("PreTrainedModel", training.model).eval()
+    return Trained(ended, tokenizer, dict(training.metrics), dict(training.spent), log)
+
+
+def _stage(given: Record) -> Train:
+    """The checked `train` stage; errors name the field, not a recipe."""
+    try:
+        stage = check({"stages": [{"stage": "train"} | given]}).stages[0]
+    except PretrainError as error:
+        raise PretrainError(str(error).removeprefix("recipe: "), place=error.place) from error
+    assert isinstance(stage, Train)
+    return stage
+
+
+def _documents(texts: Texts) -> list[Document]:
+    if isinstance(texts, str | Mapping):
+        raise PretrainError(f"texts {str(texts)[:40]!r}: accepted: a list of texts, or of documents with a text")
+    whole = [{"text": text} if isinstance(text, str) else dict(text) for text in texts]
+    return [{"id": str(number), "domain": "texts"} | document for number, document in enumerate(whole)]
+
+
+def _corpus(texts: Texts, folder: Path, validation: float) -> Path:
+    write_corpus(iter(_documents(texts)), folder / "corpus", validation=validation, test=0.0, near_duplicates=None)
+    return folder / "corpus"
+
+
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str = "",
+    *,
+    method: Decoding | Method | None = None,
+    max_new_tokens: int = 64,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    seed: int = 0,
+) -> str:
+    """What the model writes after a prompt. By default it samples at temperature 0.8 with top_p 0.95; 0 is greedy."""
+    chosen: Decoding | None = None if method is None else _method(method, "decoding")
+    sample = continue_prompt(
+        model, tokenizer, prompt, method=chosen, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        seed=seed,
+    )  # fmt: skip
+    return str(sample["continuation"])
+
+
+def evaluate(
+    model: PreTrainedModel,
+    tokenizer: Processor,
+    texts: Texts,
+    evaluations: Sequence[Evaluation | Method] = ("held_out",),
+    *,
+    length: int | None = None,
+    compressors: bool = False,
+) -> Record:
+    """Measure a model on texts or documents: `metrics`, the same in `domains`, and 95% `intervals`, as a stage does.
+
+    `length` is the window for evaluations that leave theirs open. `compressors` adds what xz and zstd make of the texts.
+    Raises `PretrainError` for an evaluation that does not fit the model.
+    """
+    chosen = [_method(entry, "evaluation") for entry in evaluations]
+    return evaluating.evaluate(model, tokenizer, _documents(texts), chosen, compressors=compressors, length=length)
+
+
+def _method(value: object, kind: str) -> Any:
+    try:
+        return build_method(dict(value) if isinstance(value, Mapping) else value, kind)
+    except ValueError as error:
+        raise PretrainError(str(error)) from error

@@ -1,0 +1,27 @@
+"""The methods by the names of their classes: `pretrain.methods.LoRA(rank=4)`; each is imported when it is asked for.
+
+`dir(pretrain.methods)` lists them, those from outside (`pretrain.use_methods`) among them. For editors and type checkers
+`methods.pyi` says the same of those of this package; `make docs` writes it.
+"""
+
+from pretrain.core.errors import unknown
+from pretrain.core.method import method_class
+from pretrain.core.registry import methods as _known
+
+
+def _names() -> dict[str, str]:
+    """The methods' names by those of their classes."""
+    return {row.cls: name for name, row in _known().items()}
+
+
+def __getattr__(name: str) -> type:
+    names = _names()
+    if name in names:
+        return method_class(names[name])
+    if name.startswith("_"):
+        raise AttributeError(name)
+    raise AttributeError(str(unknown("method", name, names)))
+
+
+def __dir__() -> list[str]:
+    return sorted(_names())
