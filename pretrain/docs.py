@@ -1,6 +1,6 @@
 """What is made in `docs/`: `methods/` and `sources.md` from docstrings, `recipes.md` and `papers.md`.
 
-One page for each kind of method, and one table of all; what stands for each paper. `python -m pretrain.docs` writes
+Beside the package's `methods.py` its stub for editors. One page for each kind of method, and one table of all; what stands for each paper. `python -m pretrain.docs` writes
 them anew.
 """
 
@@ -129,6 +129,13 @@ def _paper_row(row: Standing) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
+def stub() -> str:
+    """`methods.pyi`: each method's class under its name, for editors and type checkers."""
+    rows = sorted((row for row in methods().values() if row.ours), key=lambda row: row.module)
+    lines = [f"from {row.module} import {row.cls} as {row.cls}" for row in rows]
+    return "\n".join(["# Made by `make docs`.", *lines]) + "\n"
+
+
 def main(docs: Path, recipes: Path) -> None:
     """Write the pages; pages of kinds that are gone are removed."""
     made = pages()
@@ -140,6 +147,7 @@ def main(docs: Path, recipes: Path) -> None:
     write_text(docs / "sources.md", source_page())
     write_text(docs / "recipes.md", recipe_page(recipes))
     write_text(docs / "papers.md", papers_page(recipes.parent))
+    write_text(PACKAGE / "methods.pyi", stub())
 
 
 if __name__ == "__main__":

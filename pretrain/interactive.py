@@ -154,8 +154,8 @@ def evaluate(
 ) -> Record:
     """Measure a model on texts or documents: `metrics`, the same in `domains`, and 95% `intervals`, as a stage does.
 
-    `length` is the window for evaluations that leave theirs open. `compressors` adds what xz and zstd make of the texts.
-    Raises `PretrainError` for an evaluation that does not fit the model.
+    `length` is the window for evaluations that leave theirs open. `compressors` adds what xz and zstd make of the same
+    texts. Raises `PretrainError` for an evaluation that does not fit the model.
     """
     chosen = [_method(entry, "evaluation") for entry in evaluations]
     return evaluating.evaluate(model, tokenizer, _documents(texts), chosen, compressors=compressors, length=length)

@@ -1,10 +1,10 @@
 """The methods by the names of their classes: `pretrain.methods.LoRA(rank=4)`; each is imported when it is asked for.
 
-`dir(pretrain.methods)` lists them, those from outside (`pretrain.use_methods`) among them. For editors and type checkers
-`methods.pyi` says the same of those of this package; `make docs` writes it.
+`dir(pretrain.methods)` lists them, those from outside (`pretrain.use_methods`) among them. For editors and type
+checkers `methods.pyi` says the same of those of this package; `make docs` writes it.
 """
 
-from pretrain.core.errors import unknown
+from pretrain.core.errors import nearest
 from pretrain.core.method import method_class
 from pretrain.core.registry import methods as _known
 
@@ -20,7 +20,10 @@ def __getattr__(name: str) -> type:
         return method_class(names[name])
     if name.startswith("_"):
         raise AttributeError(name)
-    raise AttributeError(str(unknown("method", name, names)))
+    alike = {known.lower(): known for known in names}.get(name.lower())
+    raise AttributeError(
+        f"unknown method {name!r}" + (f" (did you mean {alike!r}?)" if alike else nearest(name, names))
+    )
 
 
 def __dir__() -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info, kinds, methods
-from pretrain.docs import pages, papers_page, recipe_page, source_page
+from pretrain.docs import pages, papers_page, recipe_page, source_page, stub
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
@@ -24,6 +24,7 @@ def test_the_made_pages_are_those_of_the_docstrings():
     assert (ROOT / "docs" / "sources.md").read_text() == source_page(), "run `make docs`"
     assert (ROOT / "docs" / "recipes.md").read_text() == recipe_page(ROOT / "recipes"), "run `make docs`"
     assert (ROOT / "docs" / "papers.md").read_text() == papers_page(ROOT), "run `make docs`"
+    assert (ROOT / "pretrain" / "methods.pyi").read_text() == stub(), "run `make docs`"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))

@@ -27,7 +27,9 @@ def newest_checkpoint(place: Path | str) -> Path:
     stages = [place / stage["name"] for stage in read_json(place / "run.json")["stages"]]
     made = [stage / "checkpoint" for stage in stages if (stage / "checkpoint" / "config.json").exists()]
     if not made:
-        raise PretrainError(f"no stage of the run {place} has written a checkpoint; accepted: a run with a trained model")
+        raise PretrainError(
+            f"no stage of the run {place} has written a checkpoint; accepted: a run with a trained model"
+        )
     return made[-1]
 
 

@@ -19,7 +19,8 @@ from typing import ParamSpec, TypeVar
 
 from pretrain.core.errors import PretrainError
 
-P, R = ParamSpec("P"), TypeVar("R")
+P = ParamSpec("P")
+R = TypeVar("R")
 PACKAGE = Path(__file__).resolve().parent.parent
 _NEEDS = "_needs"  # under this name an outline holds its `_needs`
 _PLAIN = ("property", "cached_property", "classmethod", "staticmethod", "abstractmethod", "setter")
@@ -203,8 +204,9 @@ def _read(node: ast.AST) -> Iterator[str]:
     if isinstance(node, ast.Name):
         yield node.id
         return
-    waits = isinstance(node, ast.FunctionDef) and any(_is_needs(mark) for mark in node.decorator_list)
-    parts = [*node.decorator_list[:-1], node.args] if waits else ast.iter_child_nodes(node)
+    parts = ast.iter_child_nodes(node)
+    if isinstance(node, ast.FunctionDef) and any(_is_needs(mark) for mark in node.decorator_list):
+        parts = iter([*node.decorator_list[:-1], node.args])
     for inner in parts:
         yield from _read(inner)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
@@ -43,7 +44,7 @@ class Declared:
         fields = {self.aliases.get(name, name): value for name, value in given.items()}
         if not all(name in self.names and self._fits(name, value) for name, value in fields.items()):
             return False
-        sizes = self.defaults | fields
+        sizes = {**self.defaults, **fields}
         width, heads, shared = (
             sizes.get(self.aliases.get(name, name))
             for name in ("hidden_size", "num_attention_heads", "num_key_value_heads")
@@ -184,10 +185,10 @@ def _assigned(node: ast.stmt) -> tuple[str, ast.expr | None]:
 
 def _default(value: ast.expr | None) -> tuple[object, tuple[float, float] | None]:
     """A default that is written out, and its bounds: of `interval(min=0.0, max=1.0)(default=0.02)` both."""
-    try:
-        return (None if value is None else ast.literal_eval(value)), None
-    except ValueError:
-        pass
+    if value is None:
+        return None, None
+    with suppress(ValueError):
+        return ast.literal_eval(value), None
     words = {w.arg: w.value for call in ast.walk(value) if isinstance(call, ast.Call) for w in call.keywords}
     try:
         plain = {name: ast.literal_eval(word) for name, word in words.items() if name in ("min", "max", "default")}
