@@ -1,7 +1,7 @@
 """What is made in `docs/`: `methods/` and `sources.md` from docstrings, `recipes.md` and `papers.md`.
 
-Beside the package's `methods.py` its stub for editors. One page for each kind of method, and one table of all; what stands for each paper. `python -m pretrain.docs` writes
-them anew.
+One page for each kind of method, and one table of all; what stands for each paper; beside `pretrain/methods.py` its
+stub, for editors. `python -m pretrain.docs` writes them anew.
 """
 
 from __future__ import annotations

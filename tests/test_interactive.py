@@ -132,7 +132,7 @@ def test_texts_are_measured_as_documents_are(texts, trained):
     both = pretrain.evaluate(
         trained.model, trained.tokenizer, texts[:5], [{"method": "held_out", "length": 64}], compressors=True
     )
-    assert both["metrics"] == ours["metrics"] and "xz" in both["compressors"]
+    assert both["metrics"] == ours["metrics"] and any("xz" in tool for tool in both["compressors"])
     with pytest.raises(pretrain.PretrainError, match="did you mean 'held_out'"):
         pretrain.evaluate(trained.model, trained.tokenizer, texts[:1], ["heldout"])
 
@@ -174,17 +174,15 @@ def test_methods_are_found_by_the_names_of_their_classes():
         pretrain.methods.Cosin  # noqa: B018
 
 
-def test_the_stub_gives_editors_and_type_checkers_every_method(tmp_path):
-    code = "import pretrain\nreveal_type(pretrain.methods.LoRA(rank=4).rank)\npretrain.methods.LoRA(rnak=4)\n"
-    code += "trained = pretrain.train({'family': 'llama'}, None, ['a'], budget={'steps': 3})\nreveal_type(trained.metrics)\n"
-    (tmp_path / "use.py").write_text(code)
-    environment = os.environ | {"MYPYPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "use.py"],
-        capture_output=True, text=True, check=False, cwd=tmp_path, env=environment,
-    )  # fmt: skip
-    assert 'Revealed type is "int"' in done.stdout or 'Revealed type is "builtins.int"' in done.stdout, done.stdout
-    assert "rnak" in done.stdout and "dict[str, float]" in done.stdout.replace("builtins.", "")
+def test_the_stub_gives_editors_and_type_checkers_every_method():
+    """Each name leads to the class itself; what is public is there for them too."""
+    stub = ast.parse((ROOT / "pretrain" / "methods.pyi").read_text()).body
+    named = {(row.cls, row.module) for row in registered().values() if row.ours}
+    assert {(node.names[0].asname, node.module) for node in stub} == named
+    package = ast.parse((ROOT / "pretrain" / "__init__.py").read_text()).body
+    typed = next(node.body for node in package if isinstance(node, ast.If))
+    assert {alias.name for node in typed for alias in node.names} == set(pretrain.__all__)
+    assert (ROOT / "pretrain" / "py.typed").exists()
 
 
 def test_to_import_the_package_is_to_import_nothing_large():
