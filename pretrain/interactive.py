@@ -33,6 +33,10 @@ if TYPE_CHECKING:
     from pretrain.evaluation import Evaluation
 
 Method = str | Mapping[str, object]  # as a recipe names one: `"lion"`, `{"method": "lion", "lr": 3e-4}`
+OTHERWISE = {  # fields of a `train` stage that are said in another way
+    "init": "a model, from pretrain.load", "corpus": "the folder as data", "processor": "it in the tokenizer's place",
+    "surgeries": "the model that they have made: pretrain.methods.LoRA()(model)",
+}  # fmt: skip
 Texts = Iterable[str | Mapping[str, object]]  # documents, or their texts alone
 
 
@@ -83,6 +87,8 @@ def train(
     flops, seconds: `{"seconds": 30}`. `fields` are further ones of a `train` stage: `policies`, `clip`, `task`, …
     Nothing is kept on the disk. Raises `PretrainError` for a field or value that is not accepted.
     """
+    for name in OTHERWISE.keys() & fields.keys():
+        raise PretrainError(f"train.{name}: accepted here: {OTHERWISE[name]}")
     with TemporaryDirectory(prefix="pretrain-") as work:
         folder = Path(work)
         corpus = corpus_of(data) if isinstance(data, Path) else _corpus(data, folder, validation)

@@ -112,6 +112,7 @@ def test_a_model_with_an_adapter_is_trained_in_place(texts, tiny, trained):
         ({"budget": {"step": 3}}, "train.budget: unknown field 'step' of budget (did you mean 'steps'?)"),
         ({"budget": {"steps": 3}, "batch_rowz": 3}, "train.batch_rowz: unknown field (did you mean 'batch_rows'?)"),
         ({"budget": {"steps": 3}, "optimizer": "adam"}, "unknown optimiser 'adam' (did you mean 'adamw'?)"),
+        ({"budget": {"steps": 3}, "surgeries": ["lora"]}, "pretrain.methods.LoRA()(model)"),
         ({"budget": {"steps": 3}, "data": "a text"}, "accepted: a list of texts"),
         ({"budget": {"steps": 3}, "model": MODEL | {"hidden_sise": 3}}, "did you mean 'hidden_size'"),
     ],

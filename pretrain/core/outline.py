@@ -56,6 +56,7 @@ class Outline:
             "__name__": module, "__file__": str(path), "__package__": package, _NEEDS: self._needs
         }  # fmt: skip
         self.waiting: dict[str, list[ast.stmt]] = {}
+        self.ran: set[ast.stmt] = set()
         self.libraries: set[str] = set()  # that the file imports at its top
         try:
             tree = ast.parse(path.read_bytes())
@@ -85,7 +86,10 @@ class Outline:
             if isinstance(node, ast.ImportFrom):
                 self._take(node, name)
                 continue
-            node = _Deferred(self.names).visit(node)
+            if node in self.ran:  # for another name that it defines
+                continue
+            self.ran.add(node)
+            node = _Deferred().visit(node)
             for needed in _read(node):
                 self.define(needed)
             module = ast.fix_missing_locations(ast.Module([node], []))
@@ -102,7 +106,8 @@ class Outline:
             self.names[name] = outline(home, file)[there]
         else:
             module = importlib.import_module(home)
-            self.names[name] = getattr(module, there) if hasattr(module, there) else _submodule(home, there)
+            whole = hasattr(module, there)
+            self.names[name] = getattr(module, there) if whole else importlib.import_module(f"{home}.{there}")
 
     def _file(self, module: str) -> Path | None:
         """The source of a module of ours, or of the package that this file is in."""
@@ -135,8 +140,7 @@ class Outline:
 class _Deferred(ast.NodeTransformer):
     """What a statement says once the bodies of its functions wait, and only fields' types are read."""
 
-    def __init__(self, names: dict[str, object]) -> None:
-        self.fields = False  # whether the class at hand is a dataclass
+    fields = False  # whether the class at hand is a dataclass
 
     def visit_ClassDef(self, node: ast.ClassDef) -> ast.ClassDef:
         outer, self.fields = self.fields, any("dataclass" in ast.unparse(mark) for mark in node.decorator_list)
@@ -169,10 +173,6 @@ class _Deferred(ast.NodeTransformer):
 def _is_plain(mark: ast.expr) -> bool:
     """Whether a decorator makes something else of a function than a function, and needs no library."""
     return ast.unparse(mark).rpartition(".")[2] in _PLAIN
-
-
-def _submodule(package: str, name: str) -> object:
-    return importlib.import_module(f"{package}.{name}")
 
 
 def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
