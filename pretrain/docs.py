@@ -20,6 +20,7 @@ from pretrain.corpus.sources import SOURCES
 from pretrain.papers import STAGES, STANDS, Standing, standings
 from pretrain.recipe import load
 
+WIDTH = 120  # of a line of code
 HEAD = "<!-- Made from the docstrings by `make docs`; edit those. -->\n"
 
 
@@ -133,6 +134,7 @@ def stub() -> str:
     """`methods.pyi`: each method's class under its name, for editors and type checkers."""
     rows = sorted((row for row in methods().values() if row.ours), key=lambda row: row.module)
     lines = [f"from {row.module} import {row.cls} as {row.cls}" for row in rows]
+    lines = [line if len(line) <= WIDTH else line.replace("import ", "import (\n    ") + ",\n)" for line in lines]
     return "\n".join(["# Made by `make docs`.", *lines]) + "\n"
 
 

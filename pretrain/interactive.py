@@ -33,11 +33,11 @@ if TYPE_CHECKING:
     from pretrain.evaluation import Evaluation
 
 Method = str | Mapping[str, object]  # as a recipe names one: `"lion"`, `{"method": "lion", "lr": 3e-4}`
+Texts = Iterable[str | Mapping[str, object]]  # documents, or their texts alone
 OTHERWISE = {  # fields of a `train` stage that are said in another way
     "init": "a model, from pretrain.load", "corpus": "the folder as data", "processor": "it in the tokenizer's place",
     "surgeries": "the model that they have made: pretrain.methods.LoRA()(model)",
 }  # fmt: skip
-Texts = Iterable[str | Mapping[str, object]]  # documents, or their texts alone
 
 
 @dataclass(frozen=True)
