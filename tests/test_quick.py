@@ -143,6 +143,21 @@ def test_generate_imports_no_more_than_it_must(tiny, prepared, tmp_path):
     assert ours < plain
 
 
+def test_the_collector_passes_over_what_imports_have_made():
+    probe = """
+        import gc
+        from pretrain.core.imports import uncollected
+        try:
+            with uncollected():
+                import pydantic
+                assert not gc.isenabled()
+                raise ImportError
+        except ImportError:
+            print(gc.isenabled(), gc.get_freeze_count() > 10_000)
+    """
+    assert python(probe)[0].stdout.split() == ["True", "True"]
+
+
 def test_a_measured_rate_is_remembered_for_plans(tmp_path, monkeypatch):
     import torch
 
