@@ -42,7 +42,7 @@ OTHERWISE = {  # fields of a `train` stage that are said in another way
 
 @dataclass(frozen=True)
 class Trained:
-    """What `train` gives. `metrics` are of held-out documents, `log` a row for each step and evaluation."""
+    """What `train` gives. `metrics` are of held-out documents, none where none is; `log` has a row for each step."""
 
     model: PreTrainedModel
     tokenizer: Processor

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -44,8 +45,7 @@ class Processor(Stage):
 
     def _check(self) -> None:
         """Make the processor to see whether it can be made; not where torch is yet to come and it was made before."""
-        libraries = [version(name) for name in ("transformers", "torch")]
-        made_before = cache_folder() / "processors" / digest([self.processor, libraries, _code()])[:24]
+        made_before = cache_folder() / "processors" / digest([self.processor, *_makers()])[:24]
         if not torch_imported() and made_before.exists():
             return
         self._new()
@@ -70,6 +70,9 @@ class Processor(Stage):
         return {"metrics": {}}
 
 
-def _code() -> str:
-    """The state of the file that makes processors."""
-    return file_digest(Path(__file__).parents[1] / "core" / "processors.py")
+def _makers() -> Iterator[str]:
+    """The state of what makes processors: a file of ours, and the libraries."""
+    yield file_digest(Path(__file__).parents[1] / "core" / "processors.py")
+    for name in ("transformers", "torch"):
+        with suppress(PackageNotFoundError):
+            yield version(name)
