@@ -18,8 +18,8 @@ from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
 from pretrain.core.folders import newest_checkpoint
-from pretrain.core.imports import uncollected
 from pretrain.core.method import declared_class, default_of
+from pretrain.core.quick.imports import uncollected
 from pretrain.core.registry import info, kinds, methods, use_methods
 
 if TYPE_CHECKING:

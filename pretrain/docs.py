@@ -1,7 +1,7 @@
 """What is made in `docs/`: `methods/` and `sources.md` from docstrings, `recipes.md` and `papers.md`.
 
-One page for each kind of method, and one table of all; what stands for each paper; beside `pretrain/methods.py` its
-stub, for editors. `python -m pretrain.docs` writes them anew.
+One page for each kind of method, and one table of all; what stands for each paper; the
+stub of `pretrain.methods` for editors. `python -m pretrain.docs` writes them anew.
 """
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ def _paper_row(row: Standing) -> str:
 
 
 def stub() -> str:
-    """`methods.pyi`: each method's class under its name, for editors and type checkers."""
+    """The stub of `pretrain.methods`: each method's class under its name, for editors and type checkers."""
     rows = sorted((row for row in methods().values() if row.ours), key=lambda row: row.module)
     lines = [f"from {row.module} import {row.cls} as {row.cls}" for row in rows]
     lines = [line if len(line) <= WIDTH else line.replace("import ", "import (\n    ") + ",\n)" for line in lines]
@@ -149,7 +149,7 @@ def main(docs: Path, recipes: Path) -> None:
     write_text(docs / "sources.md", source_page())
     write_text(docs / "recipes.md", recipe_page(recipes))
     write_text(docs / "papers.md", papers_page(recipes.parent))
-    write_text(PACKAGE / "methods.pyi", stub())
+    write_text(PACKAGE / "methods" / "__init__.pyi", stub())
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from pretrain import closure
 from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON, digest, locked, read_json, write_json
-from pretrain.core.outline import source_of
+from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
 from pretrain.recipe import Recipe
 from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ValidationError
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON
-from pretrain.core.imports import uncollected
-from pretrain.core.outline import torch_imported
+from pretrain.core.quick.imports import uncollected
+from pretrain.core.quick.outline import torch_imported
 from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
 

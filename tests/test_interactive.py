@@ -177,7 +177,7 @@ def test_methods_are_found_by_the_names_of_their_classes():
 
 def test_the_stub_gives_editors_and_type_checkers_every_method():
     """Each name leads to the class itself; what is public is there for them too."""
-    stub = ast.parse((ROOT / "pretrain" / "methods.pyi").read_text()).body
+    stub = ast.parse((ROOT / "pretrain" / "methods" / "__init__.pyi").read_text()).body
     named = {(row.cls, row.module) for row in registered().values() if row.ours}
     assert {(node.names[0].asname, node.module) for node in stub} == named
     package = ast.parse((ROOT / "pretrain" / "__init__.py").read_text()).body

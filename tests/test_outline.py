@@ -15,9 +15,10 @@ from pretrain.core import method
 from pretrain.core.bounds import hints, words
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
-from pretrain.core.models import declared, families
-from pretrain.core.models.table import FAMILIES
-from pretrain.core.outline import outline, source_of
+from pretrain.core.models import families
+from pretrain.core.quick import declared
+from pretrain.core.quick.outline import outline, source_of
+from pretrain.core.quick.table import FAMILIES
 from pretrain.core.registry import info, methods
 from pretrain.stages import Misfit, build_dataclass
 

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 from pretrain import recipe as recipes
-from pretrain.core import checkpoint, hardware, machine
+from pretrain.core import checkpoint, hardware
+from pretrain.core.quick import machine
 from pretrain.identity import plan
 
 ROOT = Path(__file__).parent.parent
@@ -146,7 +147,7 @@ def test_generate_imports_no_more_than_it_must(tiny, prepared, tmp_path):
 def test_the_collector_passes_over_what_imports_have_made():
     probe = """
         import gc
-        from pretrain.core.imports import uncollected
+        from pretrain.core.quick.imports import uncollected
         try:
             with uncollected():
                 import pydantic

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from pretrain.core.machine import cpu_name, remember_rate
+from pretrain.core.quick.machine import cpu_name, remember_rate
 
 
 def pick_device() -> torch.device:

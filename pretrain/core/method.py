@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
-from pretrain.core.outline import outline, torch_imported
+from pretrain.core.quick.outline import outline, torch_imported
 from pretrain.core.registry import info
 
 

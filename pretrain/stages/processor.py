@@ -12,7 +12,7 @@ from pydantic import model_validator
 
 from pretrain.core.files import atomic_folder, digest, file_digest
 from pretrain.core.folders import cache_folder
-from pretrain.core.outline import torch_imported
+from pretrain.core.quick.outline import torch_imported
 from pretrain.records import StageResult
 from pretrain.stages import Job, Record, Ref, Stage
 

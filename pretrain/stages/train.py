@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidat
 
 from pretrain.core.bounds import Count, Ge, NonNegative, Whole
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.declared import check_config, check_task
+from pretrain.core.quick.declared import check_config, check_task
 from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
 from pretrain.stages import (

@@ -7,7 +7,7 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.table import FAMILIES
+from pretrain.core.quick.table import FAMILIES
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy

@@ -26,9 +26,9 @@ from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.models.initial import completed
 from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
-from pretrain.core.models.table import FAMILIES as FAMILIES
-from pretrain.core.models.table import TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
-from pretrain.core.models.table import Family as Family
+from pretrain.core.quick.table import FAMILIES as FAMILIES
+from pretrain.core.quick.table import TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
+from pretrain.core.quick.table import Family as Family
 
 Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
 

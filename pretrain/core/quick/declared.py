@@ -16,8 +16,8 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from pretrain.core.models.table import FAMILIES, TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
-from pretrain.core.outline import torch_imported
+from pretrain.core.quick.outline import torch_imported
+from pretrain.core.quick.table import FAMILIES, TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
 
 _NAMES, _MODULES = "CONFIG_MAPPING_NAMES", "SPECIAL_MODEL_TYPE_TO_MODULE_NAME"  # its tables of model types
 _BASE = "PreTrainedConfig"

@@ -1,7 +1,7 @@
 """The methods by the names of their classes: `pretrain.methods.LoRA(rank=4)`; each is imported when it is asked for.
 
 `dir(pretrain.methods)` lists them, those from outside (`pretrain.use_methods`) among them. For editors and type
-checkers `methods.pyi` says the same of those of this package; `make docs` writes it.
+checkers `__init__.pyi` says the same of those of this package; `make docs` writes it.
 """
 
 from pretrain.core.errors import nearest

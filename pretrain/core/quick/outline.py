@@ -21,7 +21,7 @@ from pretrain.core.errors import PretrainError
 
 P = ParamSpec("P")
 R = TypeVar("R")
-PACKAGE = Path(__file__).resolve().parent.parent
+PACKAGE = Path(__file__).resolve().parents[2]
 _NEEDS = "_needs"  # under this name an outline holds its `_needs`
 _PLAIN = ("property", "cached_property", "classmethod", "staticmethod", "abstractmethod", "setter")
 _outlines: dict[str, Outline] = {}  # by module

@@ -1,0 +1,1 @@
+"""What is known before torch is imported, and how its import takes less time."""
