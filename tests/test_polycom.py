@@ -9,7 +9,8 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, new_model
 from pretrain.surgery import Inputs
-from pretrain.surgery.architecture.polycom import Activation, FeedForward, PolyCom
+from pretrain.surgery._feed_forward import FeedForward
+from pretrain.surgery.architecture.polycom import Activation, PolyCom
 
 TOKENS = torch.arange(3, 23)[None]
 FAMILIES = ["llama", "qwen3", "gpt2", "bert", "modernbert", "t5"]

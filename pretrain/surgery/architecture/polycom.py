@@ -17,16 +17,10 @@ from transformers import PreTrainedModel
 from pretrain.core.bounds import Count, NonNegative
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import at, blocks, family, set_module
 from pretrain.core.models.layers import Saved
 from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._feed_forward import replace_activations
 from pretrain.surgery._random import generator
-
-# Where in a block's feed-forward the activation is, and the dropout after it.
-ACTIVATION = {
-    "llama": "act_fn", "gpt2": "act", "bert": "intermediate.intermediate_act_fn", "modernbert": "act", "t5": "act",
-}  # fmt: skip
-DROPOUT = {"modernbert": "drop", "t5": "dropout"}
 
 
 class _PolyReLU(torch.autograd.Function):
@@ -129,25 +123,6 @@ class Activation(nn.Module):
         return f"{self.activation}, order={self.a.numel() - 1}"
 
 
-class FeedForward(nn.Module):
-    """down(activation(up(x))), in place of a gated feed-forward; the two matrices keep the names of the family."""
-
-    def __init__(
-        self, up: tuple[str, nn.Linear], down: tuple[str, nn.Linear], activation: Activation, drop: nn.Module
-    ) -> None:
-        super().__init__()
-        self.names = (up[0], down[0])
-        self.add_module(*up)
-        self.act_fn = activation
-        self.drop = drop
-        self.add_module(*down)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """One row a token."""
-        up, down = (getattr(self, name) for name in self.names)
-        return down(self.drop(self.act_fn(up(x))))
-
-
 @dataclass(frozen=True)
 class PolyCom(Surgery):
     """Polynomial Composition Activations: Unleashing the Dynamics of Large Language Models (arXiv:2411.03884).
@@ -177,48 +152,10 @@ class PolyCom(Surgery):
         return model
 
     def _replace(self, model: PreTrainedModel, source: torch.Generator | None) -> None:
-        entry = family(model)
-        if entry.name not in self.families:
-            raise PretrainError(f"polycom: family {entry.name!r}: accepted: {', '.join(self.families)}")
-        for block in blocks(model) + (blocks(model, "decoder") if entry.decoder_blocks else []):
-            old = at(block, entry.feed_forward)
-            if any(isinstance(module, Activation) for module in old.modules()):
-                raise PretrainError("polycom: this model has such activations already; accepted: one polycom")
-            present = [n for n in entry.up if n and _has(old, n)]
-            down = at(old, entry.down)
-            activation = Activation(self.activation, self.order, self.eps, down.weight)
-            fused = entry.name == "modernbert"
-            if len(present) == 1 and not fused:
-                set_module(old, ACTIVATION[entry.name], activation)
-                continue
-            last = present[-1]  # Llama's `up_proj`
-            name = "wi" if entry.name == "t5" else last
-            width = down.weight.shape[1] * 3 // 2
-            new_up = _drawn(at(old, last), (width, down.weight.shape[0]), source)
-            new_down = _drawn(down, (down.weight.shape[0], width), source)
-            drop = at(old, DROPOUT[entry.name]) if entry.name in DROPOUT else nn.Identity()
-            made = FeedForward((name, new_up), (entry.down, new_down), activation, drop)
-            set_module(block, _path(block, old), made.train(model.training))
+        if any(isinstance(module, Activation) for module in model.modules()):
+            raise PretrainError("polycom: this model has such activations already; accepted: one polycom")
 
+        def made(weight: Tensor) -> Activation:
+            return Activation(self.activation, self.order, self.eps, weight)
 
-def _has(module: nn.Module, path: str) -> bool:
-    try:
-        at(module, path)
-    except AttributeError:
-        return False
-    return True
-
-
-def _path(block: nn.Module, module: nn.Module) -> str:
-    return next(name for name, inner in block.named_modules() if inner is module)
-
-
-@torch.no_grad()
-def _drawn(old: nn.Linear, shape: tuple[int, int], source: torch.Generator | None) -> nn.Linear:
-    """A linear layer of another shape, normal with the old one's standard deviation; its bias is zero."""
-    made = nn.Linear(shape[1], shape[0], old.bias is not None, old.weight.device, old.weight.dtype)
-    if source is not None:
-        made.weight.copy_(torch.empty(shape).normal_(0, old.weight.float().std().item(), generator=source))
-        if made.bias is not None:
-            made.bias.zero_()
-    return made
+        replace_activations(model, self.name, self.families, made, source)
