@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import family, head, hidden
+from pretrain.core.models.families import family, head, hidden, softcap
 from pretrain.core.models.features import evaluating
 from pretrain.core.models.likelihood import Window, windows
 
@@ -117,12 +117,14 @@ def _predict(model: nn.Module, chosen: list[tuple[Window, int]], predicted: list
 
 def judged(model: nn.Module, states_NE: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`nll_N`, `confidence_N` and `right_N` of the targets, the logits made a chunk at a time."""
-    weight_VE, bias_V = head(model)
+    (weight_VE, bias_V), cap = head(model, capped=True), softcap(model)
     rows = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
     parts = []
     for start in range(0, len(states_NE), rows):
         states_CE, target_C = states_NE[start : start + rows], target_N[start : start + rows]
         logits_CV = torch.nn.functional.linear(states_CE, weight_VE, bias_V).float()
+        if cap is not None:
+            logits_CV = cap * torch.tanh(logits_CV / cap)
         total_C, (top_C, likeliest_C) = logits_CV.logsumexp(-1), logits_CV.max(-1)
         nll_C = total_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
         parts.append((nll_C.double(), (top_C - total_C).double().exp(), likeliest_C == target_C))

@@ -60,6 +60,7 @@ class Surgery(Method):
 
     kind: ClassVar[str] = "surgery"
     adapts: ClassVar[bool] = False
+    keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The operated model: a new one, or the same one changed in place; always use what is returned."""

@@ -12,8 +12,10 @@ from tokenizers import Tokenizer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
+from pretrain.core.method import method_class
 from pretrain.core.models.families import embeddings
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.surgery import Inputs, report
@@ -50,8 +52,14 @@ def resize(model: PreTrainedModel, rows: int) -> None:
     """That many rows of the embeddings, of the head and of its bias: what was one weight stays one, and no more.
 
     `transformers` ties anew by its classes and configurations: an untied BERT's bias to one that is never used, and
-    the head of T5 to the embeddings, be it another's.
+    the head of T5 to the embeddings, be it another's. Raises `PretrainError` after a surgery that knows the vocabulary.
     """
+    for entry in surgery_of(model):
+        if getattr(method_class(entry["method"], "surgery"), "keeps_vocabulary", False):
+            raise PretrainError(
+                f"{rows} entries for a model of {entry['method']}: accepted: a change of the vocabulary before that "
+                "surgery"
+            )
     before = dict(model.named_parameters(remove_duplicate=False))
     count, head = len(embeddings(model).weight), model.get_output_embeddings()
     around = next((name.rpartition(".")[0] for name, module in model.named_modules() if module is head), "")

@@ -34,6 +34,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target_N: Tensor,
         coefficient_N: Tensor,
         needs: tuple[bool, bool, bool],
+        softcap: float | None = None,
     ) -> tuple[Tensor, Tensor]:
         low = torch.get_autocast_dtype(h_NE.device.type) if torch.is_autocast_enabled(h_NE.device.type) else h_NE.dtype
         rows = max(LEAST_ROWS, CHUNK_BYTES.get(h_NE.device.type, 64 << 20) // (4 * weight_VE.shape[0]))
@@ -50,6 +51,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             logits_CV = torch.mm(h_CE, w_VE.T, out=buffer_CV[: len(h_CE)]).to(nll_N.dtype)
             if bias_V is not None:
                 logits_CV += bias_V
+            if softcap is not None:
+                logits_CV = softcap * torch.tanh(logits_CV / softcap)
+                slope_CV = 1 - (logits_CV / softcap).square()
             top_C, at_target_C = logits_CV.amax(-1), logits_CV.gather(-1, target_C[:, None])[:, 0]
             p_CV = torch.softmax(logits_CV, -1, out=logits_CV)
             # log Σ exp from the largest entry, whose probability is never near 0.
@@ -57,7 +61,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if not any(needs):
                 continue
             c_C = coefficient_N[part].to(nll_N.dtype)
-            p_CV = p_CV.scatter_add_(-1, target_C[:, None], torch.full_like(c_C, -1.0)[:, None]).to(low)
+            p_CV = p_CV.scatter_add_(-1, target_C[:, None], torch.full_like(c_C, -1.0)[:, None])
+            p_CV = (p_CV if softcap is None else p_CV.mul_(slope_CV)).to(low)
             if grad_h_NE is not None:
                 grad_h_NE[part] = (p_CV @ w_VE) * c_C[:, None]
             if grad_w_VE is not None:
@@ -77,7 +82,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad, _ = grads
         # In place: the gradients are this function's own, and a graph is gone through once.
         h, w, b = (None if g is None else g.mul_(grad) for g in ctx.saved_tensors)
-        return h, w, b, None, None, None
+        return h, w, b, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -88,6 +93,7 @@ def linear_cross_entropy(
     bias_V: Tensor | None = None,
     weight_BL: Tensor | None = None,
     targets: int | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of `softmax(hidden @ weight.T + bias)` against `target_BL` (-100: no target), in nats.
 
@@ -96,7 +102,7 @@ def linear_cross_entropy(
     gradient in the forward pass, chunk by chunk, is that of Liger Kernel (arXiv:2410.10989).
 
     `targets` is how many positions have a target, where the host knows it: else it has to wait for the device to learn
-    it. The value is not a number where it is wrong.
+    it. The value is not a number where it is wrong. `softcap` c makes logits z those of c · tanh(z / c).
     """
     h_NE, target_N = hidden_BLE.flatten(0, -2), target_BL.flatten()
     has_target_N = target_N != IGNORE
@@ -112,7 +118,7 @@ def linear_cross_entropy(
         h_NE, target_N, coefficient_N = h_NE[has_target_N], target_N[has_target_N], coefficient_N[has_target_N]
     needs = tuple(torch.is_grad_enabled() and t is not None and t.requires_grad for t in (h_NE, weight_VE, bias_V))
     coefficient_N = coefficient_N / max(len(target_N), 1)
-    value, nll_N = _LinearCrossEntropy.apply(h_NE, weight_VE, bias_V, target_N, coefficient_N, needs)
+    value, nll_N = _LinearCrossEntropy.apply(h_NE, weight_VE, bias_V, target_N, coefficient_N, needs, softcap)
     nll_BL = torch.zeros(target_BL.shape, dtype=nll_N.dtype, device=nll_N.device)
     if place_N is None:
         nll_BL.masked_scatter_(has_target_N.view_as(target_BL), nll_N)

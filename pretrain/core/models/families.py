@@ -131,14 +131,24 @@ def embeddings(model: nn.Module) -> nn.Embedding:
     return layer
 
 
-def head(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """`weight_VE` and `bias_V` of the linear layer that gives the logits."""
+def head(model: nn.Module, *, capped: bool = False) -> tuple[Tensor, Tensor | None]:
+    """`weight_VE` and `bias_V` of the linear layer that gives the logits.
+
+    Whoever applies `softcap` to what they give says so with `capped`; others are refused models that have one.
+    """
     layer = at(model, "get_output_embeddings")()
     if layer is None:
         raise PretrainError(
             f"{type(model).__name__} has no language-model head; accepted: a causal, masked or seq2seq LM"
         )
+    if not capped and softcap(model) is not None:
+        raise PretrainError(f"logits capped at {softcap(model)}: accepted here: a model without logit_softcap")
     return widened(layer), layer.bias
+
+
+def softcap(model: nn.Module) -> float | None:
+    """c of a model whose logits are c · tanh(z / c) of its head's z."""
+    return getattr(at(model, "get_output_embeddings")(), "softcap", None)
 
 
 def hidden(model: nn.Module, **inputs: Any) -> Tensor:

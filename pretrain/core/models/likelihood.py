@@ -17,7 +17,7 @@ from torch import nn
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import linear_cross_entropy
-from pretrain.core.models.families import family, head, hidden
+from pretrain.core.models.families import family, head, hidden, softcap
 from pretrain.core.models.features import evaluating
 
 
@@ -59,7 +59,7 @@ def document_nll(
     todo.sort(key=lambda w: len(w.tokens))
     nll_N = np.zeros(len(documents))
     with evaluating(model):
-        ends = head(model)
+        ends = head(model, capped=True)
         for chosen in _batches(todo, batch_tokens):
             for window, nll in zip(chosen, _window_nll(model, chosen, *ends), strict=True):
                 nll_N[window.document] += nll
@@ -88,7 +88,7 @@ def _window_nll(
         target_BL[b, window.context : len(tokens) - 1] = tokens[1 + window.context :]
     # Padding stands at the end, where a causal model's predictions do not see it.
     states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
-    _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V)
+    _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V, softcap=softcap(model))
     return nll_BL.double().sum(-1).tolist()
 
 

@@ -69,7 +69,7 @@ class Window:
         inside = {id(p) for block in self.blocks for p in block.parameters()}
         parts = [at(core, entry.final_norm)] if entry.final_norm else []
         parts += [at(model, entry.head_transform)] if entry.head_transform and hasattr(model, "cls") else []
-        kept = {id(p) for part in parts for p in part.parameters()} | {id(p) for p in head(model)}
+        kept = {id(p) for part in parts for p in part.parameters()} | {id(p) for p in head(model, capped=True)}
         self.outside = [p for p in model.parameters() if id(p) not in inside]
         self.frozen = [p for p in self.outside if id(p) not in kept]
 

@@ -38,15 +38,16 @@ class EmbeddedValues(Values):
 class ValueEmbeddings(Surgery):
     """Value Residual Learning (arXiv:2410.17897).
 
-    As the speed-run records have it: what a block attends to are its values and, beside them, values that depend on the token alone, looked up in a table
-    of V × C of the block: V ← (1 - mix) V + mix T[token]. That is a large part of a small model's weights and next to
-    none of its FLOPs. The two numbers are trained, a pair for each block; at a `mix` of 0 nothing is changed at first.
-    `layers` (the last block, every second one before it, where none are named) have a table each, normal with standard
-    deviation `std` / √E; nanochat alternates so, modded-nanogpt mixes half and half. Surgeries that change the
-    vocabulary come before.
+    As the speed-run records have it: what a block attends to are its values and, beside them, values that depend on the
+    token alone, looked up in a table of V × C of the block: V ← (1 - mix) V + mix T[token]. That is a large part of a
+    small model's weights and next to none of its FLOPs. The two numbers are trained, a pair for each block; at a `mix`
+    of 0 nothing is changed at first. `layers` (where none are named the last block and every second one before it) have
+    a table each, normal with standard deviation `std` / √E. nanochat alternates so, modded-nanogpt mixes half and half.
+    Surgeries that change the vocabulary come before.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    keeps_vocabulary: ClassVar[bool] = True
 
     layers: tuple[int, ...] = ()
     mix: Share = 0.5
