@@ -76,6 +76,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "conda": lambda m: {"update_gap": 2},
     "soap": lambda m: {"precondition_frequency": 2},
     "batch_size_warmup": lambda m: {"at": (0.3, 0.7)},
+    "sequence_length_warmup": lambda m: {"at": (0.3, 0.7)},
     "lawa": lambda m: {"k": 2, "every": 3.0},
     "domain_upsampling": lambda m: {"mixture": {"docstrings": 1.0}, "share": 0.6},
     "odm": lambda m: {"warmup": 0.0},

@@ -47,6 +47,17 @@ class Row:
         """The pieces one by one, in order."""
         return np.split(self.tokens_L, self.starts_D[1:])
 
+    def cut(self, length: int) -> list[Row]:
+        """As rows of at most `length` tokens, in order; a piece that goes over a cut becomes two."""
+        rows = []
+        for start in range(0, len(self.tokens_L), length):
+            ends_D = np.append(self.starts_D[1:], len(self.tokens_L))
+            inside_D = (ends_D > start) & (self.starts_D < start + length)
+            starts_D = np.maximum(self.starts_D[inside_D] - start, 0).astype(np.int32)
+            part_L, documents_D = self.tokens_L[start : start + length], self.documents_D[inside_D]
+            rows.append(Row(part_L, starts_D, documents_D, self.domain, self.index))
+        return rows
+
 
 @dataclass(frozen=True)
 class Example:

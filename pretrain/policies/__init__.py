@@ -46,10 +46,15 @@ class Shards(Protocol):
 
 
 class Loader(Protocol):
-    """What draws the rows (`pretrain.training.loader.Loader`); its `mixture` may be set."""
+    """What draws the rows (`pretrain.training.loader.Loader`); what is no property may be set."""
 
     batch_rows: int
+    cuts: int
     mixture: dict[str, float] | None
+
+    @property
+    def length(self) -> int:
+        """Tokens of a row that is not cut."""
 
     @property
     def plan(self) -> Plan:

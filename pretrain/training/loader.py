@@ -42,8 +42,8 @@ class Loader:
 
     A step takes `batch_rows` rows over all processes, in micro-batches of `micro_rows`. Without a `mixture` each row
     comes once an epoch, in a seeded order; with one, each row's domain is drawn by the weights, and each domain goes
-    through its own rows in a seeded order. `mixture` and `batch_rows` may be set at any time and hold from the next
-    step on. With `pin` batches lie in pinned memory, from which a CUDA device copies them while it computes.
+    through its own rows in a seeded order. `mixture`, `batch_rows` and `cuts` may be set at any time and hold from the
+    next step on. With `pin` batches lie in pinned memory, from which a CUDA device copies them while it computes.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Loader:
         self.pin = pin
         self.micro_rows = micro_rows or max(1, batch_rows // world)
         self._pending: deque[tuple[list[Future[list[Batch]]], dict[str, int]]] = deque()
-        self.batch_rows = batch_rows
+        self.batch_rows, self._cuts = batch_rows, 1
         raw = min(objective.raw_length(length) for objective in objectives)
         self.plan: Plan | Examples = shards.plan(raw)
         if not len(self.plan):
@@ -96,6 +96,26 @@ class Loader:
             )
         self._drop_pending()
         self._batch_rows = rows
+
+    @property
+    def cuts(self) -> int:
+        """Into how many rows each row is cut: the same tokens in the same order, as so many more and shorter rows."""
+        return self._cuts
+
+    @cuts.setter
+    def cuts(self, number: int) -> None:
+        if number < 1 or self.length % number or self.length // number < 2:
+            raise PretrainError(
+                f"length {self.length} in {number} rows: accepted: a divisor that leaves 2 tokens or more"
+            )
+        shorter = self.length // number
+        for objective in self.objectives if number > 1 else ():
+            if objective.reads != "rows" or objective.raw_length(shorter) != shorter:
+                raise PretrainError(
+                    f"rows cut in {number}: objective {objective.name}: accepted: one on rows of that length"
+                )
+        self._drop_pending()
+        self._cuts = number
 
     @property
     def mixture(self) -> dict[str, float] | None:
@@ -194,6 +214,9 @@ class Loader:
     def _prepare(self, step: int, first: int, numbers: list[int], progress: float) -> list[Batch]:
         shards = cast("Shards", self.shards)  # of which examples, which are their own plan, need nothing
         rows: list[Row | Example] = [self.plan.row(shards, number) for number in numbers]
+        length = self.length // self.cuts
+        if self.cuts > 1:
+            rows = [part for row in rows if isinstance(row, Row) for part in row.cut(length)]
         tokens = {"tokens": torch.tensor(sum(row.tokens for row in rows))}
         origin = {
             "domain_B": torch.tensor([row.domain for row in rows]),
@@ -202,7 +225,7 @@ class Loader:
         batches = []
         for index, objective in enumerate(self.objectives):
             rng = np.random.default_rng((self.seed, step, first, index, 3))
-            context = Context(self.vocabulary, self.length, rng, progress, **self.shards.given)
+            context = Context(self.vocabulary, length, rng, progress, **self.shards.given)
             batch = tokens | objective.prepare(rows, context) | origin
             if "weight" not in batch:
                 given = ", ".join(sorted(batch.keys() - origin.keys()))
