@@ -1,0 +1,137 @@
+"""Choosing a size: of all shapes and vocabularies the one whose predicted loss is lowest for the budget.
+
+What else follows from the budget: the batch and the rate by the powers of compute of DeepSeek LLM (arXiv:2401.02954),
+with constants measured on the small models of the ladder; the length of rows by steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
+
+from pretrain.core.errors import PretrainError
+from pretrain.dial.law import Law, Prediction, unique_worth
+from pretrain.dial.shapes import Shape, shape_of, widths
+
+VOCABULARIES = tuple(2**power for power in range(8, 18))
+BYTES_AN_ENTRY = 100  # of training text at least for each entry of a vocabulary
+TRUSTED = 100  # beyond so many times the largest rung a law tells too little: 20 tokens a weight instead
+TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
+YARDSTICK = 1e13  # FLOPs at which the constants below were measured
+BATCH_TOKENS, BATCH_POWER = 1024, 0.3271  # a step's tokens, and how they grow with compute
+RATES = {"adamw": 7e-3, "muon": 1.5e-2}  # peak rates, by optimiser
+RATE_POWER = -0.125
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is given: a budget of one kind, the text there is, and what the user has fixed already."""
+
+    law: Law
+    flops: float | None = None
+    tokens: float | None = None
+    seconds: float | None = None
+    rate: float | None = None  # FLOP/s of large matrix products, where the budget is of seconds
+    unique: float | None = None  # bytes of training text; None: more than will be read
+    width: int | None = None
+    depth: int | None = None
+    vocabulary: int | None = None
+    length: int | None = None
+    gated: bool = True
+    tied: bool = True
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A size and what is expected of it."""
+
+    shape: Shape
+    length: int
+    batch_rows: int
+    tokens: float
+    bytes: float
+    flops: float
+    seconds: float | None
+    prediction: Prediction | None  # None: beyond what the law can tell
+
+    @property
+    def tokens_per_weight(self) -> float:
+        return self.tokens / self.shape.weights
+
+
+def choose(task: Task) -> Choice:
+    """The best choice; errors say what cannot be met."""
+    candidates = list(_candidates(task))
+    if not candidates:
+        raise PretrainError("size: auto: no vocabulary fits the corpus; accepted: more text, or vocab_size: NUMBER")
+    if task.tokens is not None:
+        return _for_tokens(task, candidates)
+    return _best(task, candidates, task.flops)
+
+
+def rate_for(optimizer: str, flops: float) -> float | None:
+    """The peak rate of an optimiser at a budget, to two digits; None where none was measured."""
+    if optimizer not in RATES:
+        return None
+    return float(f"{RATES[optimizer] * (flops / YARDSTICK) ** RATE_POWER:.1e}")
+
+
+def efficiency(width: int) -> float:
+    """The share of the machine's rate for large products that training at a width reaches, on CPUs: measured."""
+    return 0.85 * width / (width + 60)
+
+
+def _candidates(task: Task) -> Iterable[Shape]:
+    entries = [task.vocabulary] if task.vocabulary else VOCABULARIES
+    if task.unique is not None and not task.vocabulary:
+        entries = [size for size in entries if size * BYTES_AN_ENTRY <= task.unique] or [VOCABULARIES[0]]
+    for width in [task.width] if task.width else widths():
+        for vocabulary in entries:
+            yield shape_of(width, vocabulary, depth=task.depth, gated=task.gated, tied=task.tied)
+
+
+def _best(task: Task, shapes: Iterable[Shape], flops: float | None) -> Choice:
+    priced = (_priced(task, shape, flops if flops is not None else _flops_of_seconds(task, shape)) for shape in shapes)
+    return min(priced, key=partial(_value, task))
+
+
+def _for_tokens(task: Task, shapes: list[Shape]) -> Choice:
+    """The size for which so many tokens are the best use of compute."""
+    assert task.tokens is not None
+    low, high = math.log(1e6), math.log(1e26)
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if _best(task, shapes, math.exp(middle)).tokens < task.tokens else (low, middle)
+    shape = _best(task, shapes, math.exp(high)).shape
+    return _priced(task, shape, task.tokens * shape.flops(_length(task, math.exp(high))))
+
+
+def _value(task: Task, choice: Choice) -> float:
+    """Lower is better."""
+    if choice.flops <= TRUSTED * task.law.largest:
+        return task.law.bits(choice.shape.body, choice.shape.vocabulary, unique_worth(choice.bytes, task.unique))
+    usual = min(2.0**17, max(256.0, 2.0 ** round(math.log2(5 * choice.shape.body**0.5))))  # 32,000 at 40M weights
+    return abs(math.log(choice.tokens_per_weight / TOKENS_A_WEIGHT)) + abs(math.log2(choice.shape.vocabulary / usual))
+
+
+def _priced(task: Task, shape: Shape, flops: float) -> Choice:
+    length = _length(task, flops)
+    tokens = flops / shape.flops(length)
+    bytes_ = tokens * task.law.bytes_of_token(shape.vocabulary)
+    known = flops <= TRUSTED * task.law.largest
+    prediction = task.law.predict(shape.body, shape.vocabulary, unique_worth(bytes_, task.unique)) if known else None
+    seconds = flops / (task.rate * efficiency(shape.width)) if task.rate else None
+    rows = max(1, round(BATCH_TOKENS * (flops / YARDSTICK) ** BATCH_POWER / length))
+    return Choice(shape, length, rows, tokens, bytes_, flops, seconds, prediction)
+
+
+def _flops_of_seconds(task: Task, shape: Shape) -> float:
+    assert task.seconds is not None and task.rate is not None
+    return task.seconds * task.rate * efficiency(shape.width)
+
+
+def _length(task: Task, flops: float) -> int:
+    """Tokens in a row: 256 for minutes of a laptop, up to 2048."""
+    return task.length or (256 if flops < 1e15 else 512 if flops < 1e17 else 1024 if flops < 1e19 else 2048)

@@ -1,0 +1,182 @@
+"""How good a model of a size will be after so much text: a law, fitted to small runs, with an interval.
+
+    L(N, D, V) = E + A / N^α + B (V^γ / D)^β
+
+L is bits per byte of held-out text, N the weights of the blocks, D the bytes trained on, V the entries of the
+vocabulary: Chinchilla's form (Training Compute-Optimal Large Language Models, arXiv:2203.15556), fitted as there by a
+Huber loss on logarithms, with a vocabulary whose entries each want text of their own (after Scaling Laws with
+Vocabulary, arXiv:2407.13623). Text that is read again counts less (Scaling Data-Constrained Language Models,
+arXiv:2305.16264): of U unique bytes, read R times more,
+
+    D = U + U R* (1 - exp(-R / R*)),   R* = 15.4
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.core.errors import PretrainError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+REPEATS = 15.4  # R*, after which reading again is worth nothing more
+HUBER = 1e-3  # of a difference of logarithms, as in arXiv:2203.15556
+NAMES = ("floor", "A", "alpha", "B", "beta", "gamma")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A run that a law is fitted to."""
+
+    body: int  # weights of the blocks
+    vocabulary: int
+    bytes: float  # trained on
+    bits: float  # per byte of held-out text
+    flops: float
+    width: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Bits per byte and its 95% interval."""
+
+    bits: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Law:
+    """A fitted law; `covariance` is that of the logarithms and exponents in the order of `NAMES`."""
+
+    floor: float
+    A: float
+    alpha: float
+    B: float
+    beta: float
+    gamma: float
+    bytes_per_token: dict[int, float]  # of the corpus, by vocabulary
+    largest: float  # FLOPs of the largest rung
+    deviation: float = 0.0  # of a rung about the law, relative
+    freedom: int = 1
+    covariance: list[list[float]] = field(default_factory=list)
+    rungs: list[Rung] = field(default_factory=list)
+
+    def bits(self, body: float, vocabulary: float, bytes_: float) -> float:
+        """The law's value."""
+        return math.exp(_log_bits(self._parameters(), body, vocabulary, bytes_))
+
+    def predict(self, body: float, vocabulary: float, bytes_: float) -> Prediction:
+        """With the interval for one new run: by the parameters' covariance and the rungs' own deviation."""
+        import numpy as np
+        from scipy.stats import t
+
+        parameters = self._parameters()
+        value, steps = _log_bits(parameters, body, vocabulary, bytes_), 1e-5
+        slopes = np.array(
+            [
+                (_log_bits([*parameters[:i], p + steps, *parameters[i + 1 :]], body, vocabulary, bytes_) - value)
+                / steps
+                for i, p in enumerate(parameters)
+            ]
+        )
+        variance = float(slopes @ np.array(self.covariance) @ slopes) if self.covariance else 0.0
+        half = float(t.ppf(0.975, self.freedom)) * math.sqrt(max(0.0, variance) + self.deviation**2)
+        return Prediction(math.exp(value), math.exp(value - half), math.exp(value + half))
+
+    def bytes_of_token(self, vocabulary: float) -> float:
+        """Bytes of text in a token, between and beyond the vocabularies that were measured along their logarithm."""
+        import numpy as np
+
+        known = sorted(self.bytes_per_token.items())
+        logs = [math.log(size) for size, _ in known]
+        value = float(np.interp(math.log(vocabulary), logs, [each for _, each in known]))
+        if vocabulary > known[-1][0] and len(known) > 1:  # each doubling adds less than the one before
+            last = (known[-1][1] - known[-2][1]) / (logs[-1] - logs[-2])
+            value += 0.7 * last * (math.log(vocabulary) - logs[-1])
+        return value
+
+    def _parameters(self) -> list[float]:
+        return [math.log(self.floor), math.log(self.A), self.alpha, math.log(self.B), self.beta, self.gamma]
+
+    def write(self, path: Path) -> None:
+        """As JSON."""
+        from pretrain.core.files import write_json
+
+        write_json(path, asdict(self))
+
+
+def unique_worth(seen: float, unique: float | None) -> float:
+    """How much new text `seen` bytes are worth of a corpus of `unique` bytes; None: it never ends."""
+    if unique is None or seen <= unique:
+        return seen
+    return unique + unique * REPEATS * (1 - math.exp(-(seen / unique - 1) / REPEATS))
+
+
+def load(path: Path) -> Law:
+    """Read a law; errors name the file."""
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        sizes = {int(k): float(v) for k, v in given.pop("bytes_per_token").items()}
+        rungs = [Rung(**rung) for rung in given.pop("rungs", [])]
+        return Law(bytes_per_token=sizes, rungs=rungs, **given)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PretrainError(f"law {path}: {error}; accepted: a law.json that `pretrain ladder` wrote") from error
+
+
+def fit(rungs: Sequence[Rung]) -> Law:
+    """The law of these runs. With one vocabulary among them gamma is 0, which it cannot tell."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    several = len({rung.vocabulary for rung in rungs}) > 1
+    free = 6 if several else 5
+    if len(rungs) <= free:
+        raise PretrainError(f"{len(rungs)} rungs: accepted: more than the law's {free} parameters")
+    wanted = np.log([rung.bits for rung in rungs])
+    lowest = float(wanted.min())
+
+    def residuals(parameters: Sequence[float]) -> NDArray[np.float64]:
+        whole = [*parameters, *([] if several else [0.0])]
+        predicted = [_log_bits(whole, rung.body, rung.vocabulary, rung.bytes) for rung in rungs]
+        return np.array(predicted) - wanted
+
+    low = [math.log(1e-3), -5.0, 0.05, -5.0, 0.05, 0.0][:free]
+    high = [lowest, 40.0, 1.5, 40.0, 1.5, 2.0][:free]
+    best = None
+    for floor in (0.3, 0.6, 0.9):
+        for exponent in (0.25, 0.5, 0.8):
+            a, b = (math.log(0.5) + exponent * math.log(size) for size in (rungs[0].body, rungs[0].bytes))
+            begin = [lowest + math.log(floor), a, exponent, b, exponent, 0.5]
+            solved = least_squares(
+                residuals, np.clip(begin[:free], low, high), bounds=(low, high), loss="huber", f_scale=HUBER,
+                x_scale=np.maximum(1e-2, np.abs(begin[:free])), max_nfev=4000,
+            )  # fmt: skip
+            if best is None or solved.cost < best.cost:
+                best = solved
+    assert best is not None
+    freedom = len(rungs) - free
+    deviation = float(np.sqrt(np.square(residuals(best.x)).sum() / freedom))
+    covariance = np.zeros((6, 6))
+    covariance[:free, :free] = deviation**2 * np.linalg.pinv(best.jac.T @ best.jac, rcond=1e-10)
+    floor, a, alpha, b, beta, gamma = [*map(float, best.x), *([] if several else [0.0])]
+    tokens = {rung.vocabulary: 0.0 for rung in rungs}
+    return Law(
+        math.exp(floor), math.exp(a), alpha, math.exp(b), beta, gamma, tokens, max(rung.flops for rung in rungs),
+        deviation, freedom, covariance.tolist(), list(rungs),
+    )  # fmt: skip
+
+
+def _log_bits(parameters: Sequence[float], body: float, vocabulary: float, bytes_: float) -> float:
+    floor, a, alpha, b, beta, gamma = parameters
+    terms = (floor, a - alpha * math.log(body), b + beta * (gamma * math.log(vocabulary) - math.log(bytes_)))
+    top = max(terms)
+    return top + math.log(sum(math.exp(term - top) for term in terms))
