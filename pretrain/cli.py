@@ -15,11 +15,12 @@ import typer
 
 from pretrain import __version__, cli_claim, cli_papers
 from pretrain.core.bounds import words
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import write_text
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.method import declared_class, default_of
 from pretrain.core.quick.imports import uncollected
+from pretrain.core.quick.quantities import quantity
 from pretrain.core.registry import info, kinds, methods, use_methods
 
 if TYPE_CHECKING:
@@ -287,7 +288,8 @@ def compare(
 
     unit, _, amount = budget.partition("=")
     try:
-        flops = float(amount)
+        read = quantity(amount)
+        flops = float(amount) if read is None else float(read)
     except ValueError:
         flops = 0.0
     if unit != "flops" or flops <= 0:
@@ -337,6 +339,10 @@ def list_methods(
     if as_json:
         typer.echo(json.dumps([m.row() for m in rows], indent=2))
         return
+    if not rows:
+        asked = " ".join(words)
+        hint = nearest(asked, methods())
+        raise PretrainError(f"no method has {asked!r}{hint}; accepted: words of names, kinds and titles")
     width = max((len(m.name) for m in rows), default=0)
     last = None
     for row in sorted(rows, key=lambda m: (m.kind, m.name)):

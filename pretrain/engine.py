@@ -24,8 +24,10 @@ import yaml
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, write_json, write_text
+from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
+from pretrain.core.quick import hub
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
@@ -78,8 +80,11 @@ def run(
             write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
             keep_generations(planned)
             _write_run(recipe, planned, {})
+            for folder in _weights(planned):
+                hub.fetch_weights(folder, say)
         wait()
         for item in planned:
+            _refuse_empty_splits(recipe, planned)
             finished = _run_once(item, records, say, main, wait)
             records[item.stage.name] = read_json(item.folder / RECORD)
             if main:
@@ -139,7 +144,8 @@ def _run_stage(
                 f"stage {name!r}: {reason} ({error.filename or item.folder}); run again to go on"
             ) from error
         except PretrainError as error:
-            raise type(error)(f"stage {name!r}: {error}") from error  # a divergence stays one
+            named = f"stage {name!r}: "  # a divergence stays one
+            raise type(error)(f"{named}{str(error).removeprefix(named)}") from error
     wait()
     if main:
         write_record(item, result, started, time.perf_counter() - clock)
@@ -192,6 +198,31 @@ def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:
         raise PretrainError(
             f"output {recipe.output} holds the recipe itself as {written.name}; accepted: another --output"
         )
+
+
+def _weights(planned: list[Planned]) -> Iterator[Path]:
+    """The folders that stages which are to run read models from."""
+    for item in planned:
+        for place, value in item.inputs.items():
+            if not item.finished and place.rpartition(".")[2] not in ("tokenizer", "processor", "corpus"):
+                yield from value if isinstance(value, list) else [value]
+
+
+def _refuse_empty_splits(recipe: Recipe, planned: list[Planned]) -> None:
+    """Say of a corpus, as soon as it is there, that a split which a later stage needs holds no documents."""
+    for item in planned:
+        for place, split in item.stage.splits().items():
+            folder = item.inputs.get(place)
+            info = corpus_of(folder) / "corpus.json" if isinstance(folder, Path) else None
+            if item.finished or info is None or not info.exists():
+                continue
+            counts = read_json(info)["documents"]
+            if not counts.get(split):
+                corpus = item.stage.references()[place]
+                raise PretrainError(
+                    f"{recipe.at(item.stage)}: the corpus {corpus!r} has no {split} documents, which this stage needs "
+                    f"({sum(counts.values())} in all); accepted: more documents, or a larger share ({split}: 0.2)"
+                )
 
 
 def _relative(folder: Path, output: Path) -> str:

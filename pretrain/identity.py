@@ -28,6 +28,7 @@ from pretrain import closure
 from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON, digest, locked, read_json, write_json
+from pretrain.core.quick import hub
 from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
 from pretrain.recipe import Recipe
@@ -145,8 +146,8 @@ def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Pat
     behind: set[str] = set()
     for place, value in stage.references().items():
         names = value if isinstance(value, list) else [value]
-        folders = [planned[name].folder if name in planned else Path(name).expanduser() for name in names]
-        states = [planned[name].address if name in planned else state_of(Path(name).expanduser()) for name in names]
+        folders = [planned[name].folder if name in planned else hub.located(name) for name in names]
+        states = [planned[name].address if name in planned else state_of(hub.located(name)) for name in names]
         inputs[place], marks[place] = (folders, states) if isinstance(value, list) else (folders[0], states[0])
         behind = behind.union(*({name, *planned[name].behind} for name in names if name in planned))
     try:
@@ -173,7 +174,9 @@ def _without(config: Config, places: Iterable[str]) -> Config:
 
 
 def state_of(path: Path) -> str:
-    """The state of a file or folder: names, sizes and times."""
+    """The state of a file or folder: names, sizes and times; of what the hub gave its revision."""
+    if pinned := hub.state(path):
+        return pinned
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 

@@ -10,17 +10,21 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pretrain.core.bounds import accepted as accepted_values
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON
+from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.outline import torch_imported
+from pretrain.core.quick.quantities import element
 from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
+from pretrain.training.budget import UNITS
 
 FIELDS = ("name", "seed", "output", "base", "set", "methods", "stages")
 Place = tuple[str | int, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
@@ -222,7 +226,7 @@ def put(raw: Raw, name: str, value: JSON, where: str) -> Place:
         target = target[key]
         place.append(key)
     key = _key(target, steps[-1], name, where)
-    if steps[-1] in ("tokens", "steps", "flops", "seconds") and len(steps) > 2 and steps[-2] == "budget":
+    if steps[-1] in UNITS and len(steps) > 2 and steps[-2] == "budget":
         target.clear()  # a budget is of one unit
     target[key] = value
     return (*place, key)
@@ -272,6 +276,11 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
     stages: list[Stage] = []
     for index, entry in enumerate(given):
         stages.append(_stage(entry, index, whole, places, {stage.name: stage.stage for stage in stages}))
+        try:
+            stages[-1].check_inputs({stage.name: stage for stage in stages[:-1]})
+        except PretrainError as error:
+            where = _at(places, ("stages", index, *error.place), whole)
+            raise PretrainError(f"{where}: {'.'.join(map(str, (stages[-1].name, *error.place)))}: {error}") from error
     folder = Path(output) if output is not None else Path(declared_output or Path("runs") / name)
     return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places, outlined)
 
@@ -312,7 +321,8 @@ def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[
     except ValidationError as error:
         raise PretrainError(_explain(error, known[kind], index, entry["name"], whole, places)) from error
     except PretrainError as error:
-        raise PretrainError(f"{where}: {entry['name']}: {error}") from error
+        where = _blamed(places, ("stages", index, *error.place), whole)
+        raise PretrainError(f"{where}: {'.'.join(map(str, (entry['name'], *error.place)))}: {error}") from error
     _check_references(stage, index, whole, places, earlier)
     return stage
 
@@ -332,14 +342,28 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
                     f"{target!r} is a {earlier[target]} stage; accepted: a stage of kind {' or '.join(accepted or ())}"
                 )
                 wrong += f" ({', '.join(fitting)})" if fitting else ""
-            elif Path(target).expanduser().exists():
+            elif hub.located(target).exists():
                 continue
             else:
                 known = ", ".join(earlier) or "there is none"
-                wrong = (
-                    f"{target!r}{nearest(target, earlier)}; accepted: an earlier stage ({known}) or a path that exists"
-                )
+                hint, wrong = nearest(target, earlier), ""
+                if accepted is not None and "data" not in accepted and not hint and hub.looks_like(target):
+                    try:
+                        hub.pin(target)
+                        continue
+                    except PretrainError as error:
+                        wrong = f", and {error}"
+                wrong = f"{target!r}{hint}; accepted: an earlier stage ({known}) or a path that exists{wrong}"
             raise PretrainError(f"{_at(places, place, whole)}: {stage.name}.{name}: {wrong}")
+
+
+def _blamed(places: Places, place: Place, whole: str) -> str:
+    """Where a mistake stands. One of a whole stage that `--set` has changed may be of what that has set."""
+    where = _at(places, place, whole)
+    place = place[:-1] if len(place) > 3 else place  # of a mapping's field: the mistake may lie in one beside it
+    sets = [w for inner, w in places.items() if inner[: len(place)] == place and len(inner) > len(place)]
+    changed = list(dict.fromkeys(w for w in sets if w.startswith("--set ")))
+    return where if where.startswith("--set ") or not changed else f"{where} with {', '.join(changed)}"
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: str, whole: str, places: Places) -> str:
@@ -347,7 +371,8 @@ def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: st
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     place = tuple(first["loc"])
     deeper = getattr(first.get("ctx", {}).get("error"), "place", ())
-    where, dotted = _at(places, ("stages", index, *place, *deeper), whole), ".".join([label, *map(str, place)])
+    where = _blamed(places, ("stages", index, *place, *deeper), whole)
+    dotted = ".".join([label, *map(str, place or deeper)])
     message = " ".join(first["msg"].removeprefix("Value error, ").split())
     if first["type"] == "extra_forbidden":
         known = [name for name in cls.model_fields if name != "version"]
@@ -356,4 +381,18 @@ def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: st
         return f"{where}: {dotted}: missing; accepted: a value for this field"
     if first["type"] == "value_error":
         return f"{where}: {dotted}: {message}"
-    return f"{where}: {dotted}: {_shown(first['input'])}: {message}"
+    words = accepted_values(_hint(cls, place), first["input"])
+    if first["type"] == "too_short":
+        words = f"a list of at least {first['ctx']['min_length']}"
+    return f"{where}: {dotted}: {_shown(first['input'])}: {f'accepted: {words}' if words else message}"
+
+
+def _hint(cls: type[BaseModel], place: Place) -> object:
+    """The type of a stage's field, or of what lies in it; None where it is not told."""
+    if not place or place[0] not in cls.model_fields:
+        return None
+    field = cls.model_fields[str(place[0])]
+    hint: object = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    for _ in place[1:]:
+        hint = element(hint)
+    return hint

@@ -94,9 +94,17 @@ class Evaluation(Measurement, total=False):
     documents: int
 
 
+class PassedOver(TypedDict):
+    """What the sources of a corpus have passed over for one reason: how many, and the first names."""
+
+    count: int
+    names: list[str]
+
+
 class CorpusInfo(TypedDict, total=False):
     """What a report asks of `corpus.json`: documents and bytes by split and domain, copies taken out, a digest."""
 
     domains: dict[str, dict[str, dict[str, int]]]
     removed: dict[str, int]
     fingerprint: str
+    passed_over: dict[str, PassedOver]

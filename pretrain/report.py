@@ -208,7 +208,18 @@ def _corpus_table(corpus: CorpusRow) -> str:
     note += (
         f"training documents near to held-out ones. Fingerprint {html.escape(str(corpus.get('fingerprint', ''))[:12])}."
     )
-    return f'<p class="note">{note}</p>' + _table(("domain", *splits), rows)
+    return f'<p class="note">{note}</p>' + _table(("domain", *splits), rows) + _passed_over(corpus)
+
+
+def _passed_over(corpus: CorpusRow) -> str:
+    """What the sources have left out, by reason, with the first names."""
+    over = corpus.get("passed_over") or {}
+    if not over:
+        return ""
+    rows = [(reason, f"{row['count']:,}", ", ".join(row["names"])) for reason, row in over.items()]
+    table = _table(("reason", "how many", "the first of them"), rows)
+    total = sum(row["count"] for row in over.values())
+    return f"<details><summary>Passed over: {total:,}</summary>{table}</details>"
 
 
 def _evaluation_table(evaluations: Sequence[Evaluated]) -> str:

@@ -174,3 +174,13 @@ def test_an_encoder_cannot_be_asked_to_generate(tiny, prepared, tmp_path):
     checkpoint.save(tiny("bert", vocab_size=512), load_tokenizer(prepared / "tokenizer"), tmp_path / "c")
     done = cli("generate", tmp_path / "c", "--prompt", "x")
     assert done.returncode == 1 and "BertForMaskedLM predicts no next token" in done.stderr
+
+
+def test_a_misspelt_method_gets_a_guess_and_few_names(capsys):
+    from pretrain.cli import app
+
+    for command in (["methods", "show", "loar"], ["methods", "loar"]):
+        with pytest.raises(SystemExit):
+            app(command)
+        text = capsys.readouterr().err
+        assert "'loar' (did you mean 'lora'?)" in text and len(text) < 300

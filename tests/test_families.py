@@ -278,7 +278,12 @@ def test_the_names_of_older_configurations_are_accepted():
     ("model_type", "fields", "task", "message"),
     [
         ("llama", {"hidden_size": 30, "num_attention_heads": 4}, "causal", "model family 'llama'"),
-        ("llama", SHAPE | {"hidden_act": "sillu"}, "causal", "model family 'llama' as causal model: .*sillu"),
+        (
+            "llama",
+            SHAPE | {"hidden_act": "sillu"},
+            "causal",
+            "model family 'llama': hidden_act 'sillu' .did you mean 'silu'..: accepted: gelu",
+        ),
         ("t5", {}, "causal", "model family 't5' has no model for task 'causal'; accepted: seq2seq, base"),
         ("t5", {}, "casual", r"unknown task 'casual' \(did you mean 'causal'\?\)"),
     ],

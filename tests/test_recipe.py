@@ -50,12 +50,12 @@ def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
         ("method: adamw", "method: adamv", r"r.yaml:15: model.optimizer: unknown optimiser 'adamv' \(did you mean 'adamw'\?\)"),
         ("method: adamw", "method: cosine", r"method 'cosine' is of kind 'schedule', not 'optimiser'"),
         ("    budget:", "    bugdet:", r"r.yaml:16: model.bugdet: unknown field \(did you mean 'budget'\?\); accepted: .*corpus|model.budget: missing"),
-        ("vocab_size: 512", "vocab_size: many", r"r.yaml:9: tokenizer.vocab_size: 'many': .*integer"),
+        ("vocab_size: 512", "vocab_size: many", r"r.yaml:9: tokenizer.vocab_size: 'many': accepted: a whole number"),
         ("tokens: 1e4", "tokens: 1e4, steps: 2", r"r.yaml:16: model.budget: budget: budget .*exactly one of tokens, steps, flops, seconds"),
         ("corpus: corpus\n    tok", "corpus: korpus\n    tok", r"r.yaml:12: model.corpus: 'korpus' \(did you mean 'corpus'\?\); accepted: an earlier stage \(corpus, tokenizer\)"),
         ("stage: tokenizer", "stage: tokeniser", r"r.yaml:7: stages.1.stage: unknown stage 'tokeniser' \(did you mean 'tokenizer'\?\)"),
         ("name: model", "name: corpus", r"two stages are named 'corpus'"),
-        ("hidden_size: 32", "hiden_size: 32", r"r.yaml:10: model: unknown field 'hiden_size' of model family 'llama' \(did you mean 'hidden_size'\?\)"),
+        ("hidden_size: 32", "hiden_size: 32", r"r.yaml:14: model.model.hiden_size: unknown field 'hiden_size' of model family 'llama' \(did you mean 'hidden_size'\?\)"),
         ("[stdlib]", "[{flies: x}]", r"r.yaml:6: corpus.sources.0: .* is no source; accepted: a path"),
         ("[stdlib]", "[{files: x, suffix: y}]", r"unknown field 'suffix' of source 'files' \(did you mean 'suffixes'\?\)"),
         ("seed: 3", "seed: -3", r"r.yaml:2: seed -3: accepted: a whole number of 0 or more"),
@@ -64,7 +64,7 @@ def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
         ("seed: 3", "seed: [3", r"r.yaml:\d+: not valid YAML"),
         ("seed: 3", "seed: 3\nset: 5", r"r.yaml:3: set 5: accepted: a mapping from STAGE.field to a value"),
         ("seed: 3", "seed: 3\nset: {corpus.sources.5: a}", r"r.yaml:3: set 'corpus.sources.5': '5' of a list; accepted: a number from 0 to 0"),
-        ("seed: 3", "seed: 3\nset: {model.length: -4}", r"r.yaml:3: model.length: -4: .*greater"),
+        ("seed: 3", "seed: 3\nset: {model.length: -4}", r"r.yaml:3: model.length: -4: accepted: 2 or more"),
         ("name: small", "name: 5", r"r.yaml:1: name 5: accepted: letters"),
         ("name: small", "output: 5", r"r.yaml:1: output 5: accepted: a folder's path"),
         ("name: small", "? [a, b]\n: 5", r"r.yaml:1: a key that is a list or a mapping; accepted: a word"),
@@ -206,3 +206,39 @@ def test_a_weight_of_an_objective_is_a_finite_number_above_0(weight):
 
     with pytest.raises(ValueError, match="accepted: a number above 0"):
         build_weighted({"method": "causal_lm", "weight": weight})
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "model.model.hidden_size=0",
+            r"^--set model.model.hidden_size=0: model.model.hidden_size: model family 'llama': hidden_size 0: accepted: 1 or more",
+        ),
+        (
+            "model.model.hidden_size=31",
+            r"^--set model.model.hidden_size=31: .*hidden_size 31: accepted: a multiple of num_attention_heads 2",
+        ),
+        ("model.model.hidden_act=gelo", r"^--set .*hidden_act 'gelo' \(did you mean 'gelu'\?\): accepted: gelu"),
+        ("model.model.hidden_size=wide", r"^--set .*hidden_size 'wide': accepted: a whole number"),
+        ("model.model.attention_dropout=1.5", r"^--set .*attention_dropout 1.5: accepted: from 0 to below 1"),
+        (
+            "model.model.num_attention_heads=3",
+            r"r.yaml:14 with --set model.model.num_attention_heads=3: .*hidden_size 32: accepted: a multiple of num_attention_heads 3",
+        ),
+        ("model.model=llama", r"^--set model.model=llama: model.model: 'llama': accepted: a mapping"),
+        ("model.task=casual", r"^--set model.task=casual: model.task: unknown task 'casual' \(did you mean 'causal'"),
+        (
+            "model.budget=100k",
+            r"^--set model.budget=100k: model.budget: budget '100k': accepted: a mapping with tokens, steps",
+        ),
+        ("model.budget={seconds: soon}", r"seconds: 'soon': accepted: seconds, or 30min, 2h"),
+        ("model.length=4096", r"^--set model.length=4096: model.length: length 4096: this llama has 2048 positions"),
+        ("model.init=.", r"r.yaml:10 with --set model.init=.: model: accepted: exactly one of init"),
+        ("model.budget={}", r"^--set model.budget=\{\}: .*exactly one of tokens, steps, flops, seconds, epochs"),
+    ],
+)
+def test_a_mistake_that_set_makes_is_blamed_on_it(tmp_path, override, message):
+    with pytest.raises(PretrainError, match=message) as caught:
+        recipe(tmp_path, GOOD, override)
+    assert "\n" not in str(caught.value)

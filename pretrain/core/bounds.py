@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.quantities import Duration
 
 if TYPE_CHECKING:
     from annotated_types import Ge, Gt, Le, Lt
@@ -27,6 +28,7 @@ else:
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
+Seconds = Annotated[float, Gt(0), Duration()]  # `30min` in a recipe
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
 PositiveShare = Annotated[float, Gt(0), Le(1)]
@@ -54,6 +56,8 @@ def accepted(hint: object, value: object = ...) -> str:
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
+        if isinstance(value, str) and any(isinstance(mark, Duration) for mark in parts[1:]):
+            return "seconds, or 30min, 2h"
         if value is not ... and not fits(value, parts[0]):
             return accepted(parts[0], value)
         bounds = {n: getattr(mark, n) for mark in parts[1:] for n in ("gt", "ge", "lt", "le") if hasattr(mark, n)}
@@ -65,6 +69,8 @@ def accepted(hint: object, value: object = ...) -> str:
     if origin in (tuple, list):
         inner = accepted(parts[0]) if parts else ""
         return f"a list, each {inner}" if inner else "a list"
+    if origin is dict:
+        return "a mapping"
     return _NAMES.get(hint, "")
 
 

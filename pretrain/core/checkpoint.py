@@ -32,6 +32,7 @@ from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import is_narrow
 from pretrain.core.processors import Processor, load_processor, quiet
+from pretrain.core.quick import hub
 from pretrain.core.weights import align
 
 transformers.utils.logging.disable_progress_bar()
@@ -196,6 +197,15 @@ def read_record(folder: Path | str) -> Record:
 
 def lineage(folder: Path | str) -> Lineage:
     """How the checkpoint came to be; empty when it is not known."""
+    given = hub.snapshot(Path(folder))
+    if given is not None:
+        made_by = {
+            "name": given["repo"],
+            "stage": "hub",
+            "address": hub.state(Path(folder)),
+            "revision": given["revision"],
+        }
+        return {"made_by": made_by}
     return read_record(folder).get("lineage", {})
 
 

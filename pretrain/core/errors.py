@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+
+LISTED = 24  # words that an error names at most
 
 
 class PretrainError(Exception):
@@ -30,4 +32,12 @@ def nearest(word: str, accepted: Iterable[str]) -> str:
 def unknown(kind: str, word: str, accepted: Iterable[str]) -> PretrainError:
     """The error for a word that is not among those accepted."""
     words = sorted(accepted)
-    return PretrainError(f"unknown {kind} {word!r}{nearest(word, words)}; accepted: {', '.join(words) or 'none'}")
+    return PretrainError(f"unknown {kind} {word!r}{nearest(word, words)}; accepted: {listed(words, word)}")
+
+
+def listed(words: Sequence[str], word: str) -> str:
+    """The accepted words; of very many those that are spelled most like `word`, and how many there are."""
+    if len(words) <= LISTED:
+        return ", ".join(words) or "none"
+    like = difflib.get_close_matches(word, words, n=LISTED // 2, cutoff=0.0)
+    return f"{', '.join(like)}, … ({len(words)} in all)"

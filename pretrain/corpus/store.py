@@ -33,7 +33,7 @@ from pretrain.corpus.payload import (
 )
 from pretrain.corpus.payload import belongs as belongs
 from pretrain.corpus.payload import beside as beside
-from pretrain.corpus.sources import Document, evenly
+from pretrain.corpus.sources import Document, Skipped, evenly
 
 if TYPE_CHECKING:
     import pyarrow
@@ -96,13 +96,13 @@ def write_corpus(
     near_duplicates: float | None = 0.8,
     operations: Sequence[Callable[[Dataset], Dataset]] = (),
     facts: dict[str, Any] | None = None,
-    skipped: dict[str, int] | None = None,
+    skipped: Skipped | None = None,
 ) -> dict[str, Any]:
     """Split, deduplicate and store documents; returns what `corpus.json` says.
 
     `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a
     held-out one are removed (None: not looked for). `operations` then act on the training split; `facts` are noted;
-    `skipped` counts, by reason, the documents that the source passes over as it is read.
+    `skipped` holds what the sources pass over as they are read.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise PretrainError(
@@ -118,13 +118,14 @@ def write_corpus(
             _operate(work, operations)
         counts, content = _count(work)
         if not counts["train"]:
-            why = f" (passed over: {skipped})" if skipped else ""
+            why = f" (passed over: {skipped})" if skipped and skipped.reasons else ""
             raise PretrainError(f"no training documents are left{why}; accepted: at least one document")
         info = {
             "documents": {s: sum(d["documents"] for d in counts[s].values()) for s in SPLITS},
             "bytes": {s: sum(d["bytes"] for d in counts[s].values()) for s in SPLITS},
             "domains": counts,
             "removed": removed,
+            "passed_over": skipped.facts() if skipped else {},
             "fingerprint": digest([counts, content]),
         } | (facts or {})
         write_json(work / "corpus.json", info)

@@ -81,6 +81,7 @@ from pretrain.policies.mixing.odm import ODM as ODM
 from pretrain.policies.mixing.stability_gap import StabilityGap as StabilityGap
 from pretrain.policies.mixing.toremi import ToReMi as ToReMi
 from pretrain.policies.pacing.batch_size_warmup import BatchSizeWarmup as BatchSizeWarmup
+from pretrain.policies.pacing.sequence_length_warmup import SequenceLengthWarmup as SequenceLengthWarmup
 from pretrain.policies.pruning.gradual_pruning import GradualPruning as GradualPruning
 from pretrain.policies.pruning.increlora_allocation import IncreLoRAAllocation as IncreLoRAAllocation
 from pretrain.policies.pruning.spdf import SPDF as SPDF
@@ -99,10 +100,17 @@ from pretrain.surgery.adapters.svfit import SVFit as SVFit
 from pretrain.surgery.architecture.exit_heads import ExitHeads as ExitHeads
 from pretrain.surgery.architecture.flexi_depth import FlexiDepth as FlexiDepth
 from pretrain.surgery.architecture.hedgehog import Hedgehog as Hedgehog
+from pretrain.surgery.architecture.input_skip import InputSkip as InputSkip
+from pretrain.surgery.architecture.logit_softcap import LogitSoftcap as LogitSoftcap
 from pretrain.surgery.architecture.polycom import PolyCom as PolyCom
 from pretrain.surgery.architecture.pre_rmsnorm import PreRMSNorm as PreRMSNorm
+from pretrain.surgery.architecture.qk_norm import QKNorm as QKNorm
+from pretrain.surgery.architecture.relu2 import ReLU2 as ReLU2
 from pretrain.surgery.architecture.sltrain import SLTrain as SLTrain
 from pretrain.surgery.architecture.spike_no_more import SpikeNoMore as SpikeNoMore
+from pretrain.surgery.architecture.value_embeddings import ValueEmbeddings as ValueEmbeddings
+from pretrain.surgery.architecture.value_residual import ValueResidual as ValueResidual
+from pretrain.surgery.architecture.zero_init import ZeroInit as ZeroInit
 from pretrain.surgery.compression.compressor import Compressor as Compressor
 from pretrain.surgery.compression.edkm import EDKM as EDKM
 from pretrain.surgery.compression.gptq import GPTQ as GPTQ

@@ -8,13 +8,21 @@ type `Ref` names an earlier stage or a path; a field of type `ObjectiveField`, `
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, PlainSerializer, PlainValidator, TypeAdapter, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    PlainSerializer,
+    PlainValidator,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
 from pydantic.fields import FieldInfo
 
 from pretrain.core.bounds import Whole, accepted, check_fields, hints
@@ -25,6 +33,7 @@ from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import REF, Method, declared_class, is_ref
 from pretrain.core.method import Ref as Ref
+from pretrain.core.quick.quantities import as_typed
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Source
 from pretrain.data import DataOperation
@@ -103,6 +112,15 @@ class Stage(BaseModel):
     stage: str
     seed: Whole | None = None  # by default the recipe's
 
+    @model_validator(mode="before")
+    @classmethod
+    def _quantities(cls, given: object) -> object:
+        """`100k` and `30min` are numbers where a field takes numbers."""
+        known = cls.model_fields
+        if not isinstance(given, dict):
+            return given
+        return {name: as_typed(v, known[name].annotation) if name in known else v for name, v in given.items()}
+
     def run(self, job: Job) -> StageResult:
         """Do the work; returns `metrics`, and `flops` where it is metered."""
         raise NotImplementedError
@@ -110,6 +128,13 @@ class Stage(BaseModel):
     def estimate(self, inputs: Folders) -> Estimate:
         """What `--dry-run` says; `inputs` holds what is there already."""
         return Estimate()
+
+    def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
+        """Refuse what does not go with the stages before this one, by name, or with the folders that it names."""
+
+    def splits(self) -> dict[str, str]:
+        """The splits of corpora that must hold documents, by the field that names the corpus."""
+        return {}
 
     def outside(self) -> object:
         """A fingerprint of what the stage reads besides its references."""
@@ -195,13 +220,16 @@ class Misfit(ValueError):
         self.place = place
 
 
-def build_dataclass(cls: type[Built], given: Record, what: str) -> Built:
+def build_dataclass(cls: type[Built], given: object, what: str) -> Built:
     """A frozen dataclass from a mapping, its types checked; errors name the field, the value and what is accepted."""
     known = [f.name for f in fields(cls)]
+    if not isinstance(given, dict):
+        raise Misfit(f"{what} {given!r}: accepted: a mapping with {', '.join(known)}")
     for name in given:
         if name not in known:
             names = ", ".join(known) or "none"
             raise Misfit(f"unknown field {name!r} of {what}{nearest(name, known)}; accepted: {names}", (name,))
+    given = {name: as_typed(value, hints(cls)[name]) for name, value in given.items()}
     try:
         made = TypeAdapter(cls).validate_python(given)
         check_fields(made, "")

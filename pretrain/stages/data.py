@@ -43,7 +43,7 @@ SourceField = Annotated[Source, PlainValidator(build_source), PlainSerializer(du
 class Data(Stage):
     """Fields of a `data` stage. `near_duplicates`: how alike training documents may be to held-out ones (null: any)."""
 
-    version = 4
+    version = 5
     seeded: ClassVar[bool] = False
     writes: ClassVar[str] = "corpus"
     stage: Literal["data"] = "data"
@@ -78,14 +78,18 @@ class Data(Stage):
             facts["operations"] = desk.reports  # filled by the time `corpus.json` is written
             info = write_corpus(
                 stream, job.folder / "corpus", validation=self.validation, test=self.test,
-                near_duplicates=self.near_duplicates, operations=operations, facts=facts, skipped=skipped.reasons,
+                near_duplicates=self.near_duplicates, operations=operations, facts=facts, skipped=skipped,
             )  # fmt: skip
         shutil.rmtree(job.folder / "work", ignore_errors=True)
         write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
         counted = f"{info['documents']['train']:,} training documents, {info['bytes']['train'] / 1e6:,.1f} MB"
         job.say(f"{counted}; removed {info['removed']['exact']} copies, {info['removed']['near']} near-duplicates")
         if skipped.reasons:
-            job.say("passed over: " + ", ".join(f"{n} {reason}" for reason, n in sorted(skipped.reasons.items())))
+            job.say(f"passed over: {skipped}")
+        for split in ("validation", "test"):
+            if getattr(self, split) and not info["documents"][split]:
+                count = sum(info["documents"].values())
+                job.say(f"no {split} documents: {count} are too few for a share of {getattr(self, split):g}")
         sizes = {f"{what}/{split}": info[what][split] for what in ("documents", "bytes") for split in info[what]}
         return {
             "metrics": sizes | {f"removed/{k}": v for k, v in info["removed"].items()},

@@ -40,6 +40,10 @@ class Evaluate(Stage):
 
     model_config = ConfigDict(validate_default=True)
 
+    def splits(self) -> dict[str, str]:
+        """The one that is measured on."""
+        return {"corpus": self.split}
+
     @field_validator("evaluations")
     @classmethod
     def _once(cls, evaluations: list[Evaluation]) -> list[Evaluation]:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
 from pretrain.core.bounds import Count, Ge, NonNegative, Whole
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.declared import check_config, check_task
+from pretrain.core.files import read_json
+from pretrain.core.quick.declared import check_config, check_task, config_values
+from pretrain.core.quick.hub import located
+from pretrain.core.quick.positions import check_length, positions
+from pretrain.core.quick.quantities import bare
 from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
 from pretrain.stages import (
     Estimate,
     Folders,
     Job,
+    Misfit,
     ObjectiveField,
     OptimizerField,
     PolicyField,
@@ -81,8 +87,11 @@ class Train(Stage):
     fields of the family's `transformers` configuration. `surgeries` change it before training. The tokenizer is that of
     the checkpoint unless `tokenizer` says otherwise, or `processor`, for other inputs than text. A step takes
     `batch_rows` rows of `length` tokens, or so many examples of at most `length` tokens or samples, `micro_rows` at a
-    time (0: all). A step whose loss or gradient is not finite changes nothing; `max_skips` of them in a row, or most
-    of all, are an error.
+    time (0: all). `budget` is one of `tokens`, `steps`, `flops`, `seconds` and `epochs`, passes over the training
+    split. Numbers may be written as `100k`, `2M`, `1B`, seconds as `30min`, `2h`. What `init` and `tokenizer` name may
+    be a model of the Hugging Face hub, `org/name` or `org/name@REVISION`: its safetensors and JSON are fetched once,
+    and the name stands for that revision from then on. A step whose loss or gradient is not finite changes nothing;
+    `max_skips` of them in a row, or most of all, are an error.
     """
 
     version = 1
@@ -120,6 +129,11 @@ class Train(Stage):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     strategy: Literal["ddp", "fsdp"] = "ddp"
 
+    @field_validator("model")
+    @classmethod
+    def _model_quantities(cls, model: Record) -> Record:
+        return {name: value if name == "family" else bare(value) for name, value in model.items()}
+
     @model_validator(mode="after")
     def _one_origin(self) -> Train:
         if (self.init is None) == (not self.model):
@@ -133,14 +147,53 @@ class Train(Stage):
         if self.tokenizer is not None and self.processor is not None:
             raise ValueError("accepted: one of tokenizer and processor")
         if self.task != "auto":
-            check_task(self.task)
+            try:
+                check_task(self.task)
+            except PretrainError as error:
+                raise Misfit(str(error), ("task",)) from error
         if self.model:
-            check_config(self.model["family"], self.fields())
+            try:
+                check_config(self.model["family"], self.fields())
+            except PretrainError as error:
+                raise Misfit(str(error), ("model", *(error.place or ("family",)))) from error
+            if self.tokenizer is not None and not self.surgeries:
+                remedy = f", or model.max_position_embeddings: {self.length}"
+                count = positions(config_values(self.model["family"], self.fields()))
+                try:
+                    check_length(self.length, count, f"this {self.model['family']}", remedy)
+                except PretrainError as error:
+                    raise Misfit(str(error), error.place) from error
         return self
 
     def fields(self) -> Record:
         """The new model's fields, without the name of its family."""
         return {k: v for k, v in self.model.items() if k != "family"}
+
+    def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
+        """Refuse a length beyond the positions of the checkpoint to go on from, where its configuration is known."""
+        count = None if self.surgeries else self._positions(earlier)
+        check_length(self.length, count, f"{self.init or 'the model'}")
+
+    def _positions(self, earlier: Mapping[str, Stage]) -> int | None:
+        """Those of the model before any surgery; None where they are not known yet, or not told in tokens of text."""
+        if self.processor is not None:
+            return None
+        if self.model:
+            from pretrain.core.models.families import new_config
+
+            return positions(new_config(self.model["family"], self.fields()).to_dict()) if self.tokenizer else None
+        before = earlier.get(self.init or "")
+        if before is not None:
+            return before._positions(earlier) if isinstance(before, Train) and not before.surgeries else None
+        try:
+            folder = checkpoint_of(located(self.init or ""))
+        except PretrainError as error:
+            raise PretrainError(str(error), place=("init",)) from error
+        return positions(read_json(folder / "config.json"))
+
+    def splits(self) -> dict[str, str]:
+        """Training that keeps its best weights needs held-out text."""
+        return {"corpus": "validation"} if any(policy.name == "keep_best" for policy in self.policies) else {}
 
     def weighted(self) -> list[Weighted]:
         """The objectives with their weights."""
@@ -226,6 +279,8 @@ class Train(Stage):
 
         world = join(pick_device())
         data.check_entries(self, model, processor)
+        if data.tokenizer_in(processor) is not None:
+            check_length(self.length, positions(model.config.to_dict()), "the model")
         vocabulary, objectives = data.vocabulary_of(processor), [w.method for w in self.weighted()]
         splits: data.Splits
         if self._reads() == "examples":
@@ -239,10 +294,11 @@ class Train(Stage):
         )  # fmt: skip
         if stored is not None:
             narrow(model, stored)
+        budget = self.budget.resolved(len(loader.plan), self.batch_rows)
         training = train(
             model, loader, objectives, self.optimizer, self.schedule,
             Settings(
-                budget=self.budget, seed=job.seed, clip=self.clip, evaluate_every=self.evaluate_every,
+                budget=budget, seed=job.seed, clip=self.clip, evaluate_every=self.evaluate_every,
                 save_every=self.save_every, keep=self.keep, log_every=self.log_every, precision=self.precision,
                 strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing,
                 max_skips=self.max_skips, bar=job.bar, unit=unit_of(processor),
@@ -287,6 +343,8 @@ class Train(Stage):
         from pretrain.core.hardware import matrix_rate, pick_device
 
         weights, rate = self._count_weights(inputs), matrix_rate(pick_device()) / 2
+        if self.budget.epochs is not None:  # what that makes in tokens is known once the corpus is packed
+            return Estimate(None, 16.0 * weights if weights else None)
         flops = {"flops": self.budget.limit, "seconds": self.budget.limit * rate}.get(self.budget.unit)
         if flops is None and weights and self.processor is None:  # of an image or a recording the length says little
             rows = {"tokens": 1, "steps": self.batch_rows * self.length}[self.budget.unit]

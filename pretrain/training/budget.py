@@ -1,37 +1,51 @@
-"""When training stops: after so many tokens, steps, FLOPs or seconds."""
+"""When training stops: after so many tokens, steps, FLOPs or seconds, or passes over the training split."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
-from pretrain.core.bounds import Positive, check_fields
+from pretrain.core.bounds import Positive, Seconds, check_fields
 from pretrain.core.errors import PretrainError
+
+UNITS = ("tokens", "steps", "flops", "seconds", "epochs")
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Exactly one of the four. Training ends with the first step that reaches it; seconds count training steps only."""
+    """Exactly one of the five. Training ends with the first step that reaches it; seconds count training steps only.
+
+    `epochs` are passes over the training split. How many steps they make is known once the corpus is packed into rows:
+    `resolved` gives the budget in steps, which is what training and its schedule go by.
+    """
 
     tokens: Positive | None = None
     steps: Positive | None = None
     flops: Positive | None = None
-    seconds: Positive | None = None
+    seconds: Seconds | None = None
+    epochs: Positive | None = None
 
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if len(given) != 1:
-            raise PretrainError(f"budget {given or '{}'}: accepted: exactly one of tokens, steps, flops, seconds")
+            raise PretrainError(f"budget {given or '{}'}: accepted: exactly one of {', '.join(UNITS)}")
         check_fields(self, "budget")
 
     @property
     def unit(self) -> str:
-        """Which of the four it is."""
+        """Which of the five it is."""
         return next(f.name for f in fields(self) if getattr(self, f.name) is not None)
 
     @property
     def limit(self) -> float:
         """How much of it."""
         return float(getattr(self, self.unit))
+
+    def resolved(self, rows: int, batch_rows: int) -> Budget:
+        """Epochs in steps, for a split of `rows` rows (or examples) of which a step takes `batch_rows`."""
+        if self.epochs is None:
+            return self
+        return Budget(steps=max(1, math.ceil(round(self.epochs * rows / batch_rows, 9))))
 
     def progress(self, spent: dict[str, float]) -> float:
         """The share that is spent, 0 to 1."""

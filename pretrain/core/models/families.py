@@ -17,15 +17,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch, Vocabulary, document_mask
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.models.initial import completed
 from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
+from pretrain.core.quick.model_fields import check_heads, check_values, in_our_words, misfit
 from pretrain.core.quick.table import FAMILIES as FAMILIES
 from pretrain.core.quick.table import TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
 from pretrain.core.quick.table import Family as Family
@@ -265,17 +267,26 @@ def new_config(model_type: str, fields: Mapping[str, object]) -> PreTrainedConfi
     for name in fields:
         if name not in known:
             raise unknown_field(name, model_type, known)
+    check_values(model_type, fields)
     try:
         config = AutoConfig.for_model(model_type, **fields)
     except Exception as error:  # a strict configuration has error types of its own
-        raise PretrainError(f"model family {model_type!r}: {' '.join(str(error).split())}") from error
-    heads, shared = (getattr(config, n, None) for n in ("num_attention_heads", "num_key_value_heads"))
-    if isinstance(heads, int) and isinstance(shared, int) and (shared < 1 or heads % shared):
-        raise PretrainError(
-            f"model family {model_type!r}: num_key_value_heads {shared}: accepted: "
-            f"a divisor of num_attention_heads {heads}"
-        )
+        raise in_our_words(model_type, fields, error) from error
+    given = ("hidden_size", "num_attention_heads", "num_key_value_heads")
+    width, heads, shared = (getattr(config, name, None) for name in given)
+    called = {standard: config.attribute_map.get(standard, standard) for standard in given}
+    whole = width if model_type in ("gpt2", "bert", "modernbert") else None  # others may have a head_dim of their own
+    check_heads(model_type, whole, heads, shared, (called["hidden_size"], called["num_attention_heads"]))
+    _check_activation(model_type, fields)
     return config
+
+
+def _check_activation(model_type: str, fields: Mapping[str, object]) -> None:
+    """Refuse an activation that transformers does not know."""
+    for name in ("hidden_act", "hidden_activation", "activation_function"):
+        value = fields.get(name)
+        if isinstance(value, str) and value not in ACT2FN:
+            raise misfit(model_type, name, value, ", ".join(sorted(ACT2FN)), nearest(value, ACT2FN))
 
 
 @functools.cache
@@ -319,8 +330,7 @@ def new_model(
         try:
             return completed(made._from_config(config))
         except Exception as error:  # whatever a model's constructor makes of a value that does not suit it
-            reason = f"{type(error).__name__} {' '.join(str(error).split())[:300]}"
-            raise PretrainError(f"model family {model_type!r} as {task} model: {reason}") from error
+            raise in_our_words(model_type, fields, error) from error
 
 
 def check_task(task: str) -> None:

@@ -16,6 +16,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from pretrain.core.quick.model_fields import check_values
 from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.table import FAMILIES, TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
 
@@ -64,6 +65,7 @@ class Declared:
 
 def check_config(model_type: str, fields: Mapping[str, object]) -> None:
     """Refuse a new model's type and fields as `families.new_config` does, which is asked where the source says no."""
+    check_values(str(model_type), fields)
     if not torch_imported() and isinstance(model_type, str) and (known := _types()[0]):
         if model_type not in known:
             raise unknown_type(model_type, known, version("transformers"))
@@ -76,6 +78,14 @@ def check_config(model_type: str, fields: Mapping[str, object]) -> None:
     from pretrain.core.models.families import new_config
 
     new_config(model_type, fields)
+
+
+def config_values(model_type: str, fields: Mapping[str, object]) -> dict[str, object]:
+    """A new model's configuration as far as it is known without `transformers`: its plain defaults and the fields."""
+    facts = declared(model_type) if model_type in _types()[0] else None
+    aliases = facts.aliases if facts is not None else {}
+    given = {aliases.get(name, name): value for name, value in fields.items()}
+    return {"model_type": model_type, **(facts.defaults if facts is not None else {}), **given}
 
 
 def check_task(task: str) -> None:

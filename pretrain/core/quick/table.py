@@ -71,7 +71,8 @@ def accepted_fields(names: Iterable[str]) -> frozenset[str]:
 
 def unknown_field(name: str, model_type: str, known: Iterable[str]) -> PretrainError:
     """The error for a field that a model type does not have."""
-    return PretrainError(f"unknown field {name!r} of model family {model_type!r}{nearest(name, known)}")
+    hint = nearest(name, known)
+    return PretrainError(f"unknown field {name!r} of model family {model_type!r}{hint}", place=(name,))
 
 
 def unknown_type(model_type: object, known: Iterable[str], version: str) -> PretrainError:

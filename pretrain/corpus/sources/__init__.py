@@ -3,13 +3,14 @@
 A source is a frozen dataclass; `read(source)` yields documents, dicts of typed columns: `domain`, `id`, and what the
 theme gives, `text`, `image`, `audio` or `series`, `label`, and `group` (documents that must stay on one side of the
 split). `fingerprint(source)` changes when the source does. A path that is missing or a column that is not there is an
-error; one unreadable file among many is passed over and counted. Sources of files take their files from a package of
-PyPI or Debian where the field `package` names one.
+error; what is passed over is counted, with its reason and its name (`Skipped`). Sources of files take their files from
+a package of PyPI or Debian where the field `package` names one.
 """
 
 from pretrain.core.packages import Package
 from pretrain.corpus.roff import unroff
-from pretrain.corpus.sources._files import Document, Skipped, Source, described, evenly, fingerprint, read
+from pretrain.corpus.sources._files import Document, Source, described, evenly, fingerprint, read
+from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
 from pretrain.corpus.sources.debian import DebianDocs

@@ -1,36 +1,25 @@
-"""What sources share: documents, which files a path names, and how one is opened."""
+"""What sources share: documents, and how a file is opened."""
 
 from __future__ import annotations
 
-import gzip
-import re
+import builtins
+import importlib
+import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, asdict
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, TypeVar
 
 from pretrain.core.bounds import check_fields
-from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
-from pretrain.core.packages import Package, package_facts, package_folder
+from pretrain.core.packages import Package, package_facts
+from pretrain.corpus.sources._skipped import Skipped
 
 Document = dict[str, Any]  # its columns by name
+# What is told of something that cannot be read: where it is, what is wrong, its reason in the counts, what is accepted.
+Wrong = Callable[[str, str, str, str], None]
 T = TypeVar("T")
-HIDDEN = {".git", ".hg", ".venv", "__pycache__", "node_modules"}
-MADE = ("run.json", "CACHEDIR.TAG")  # what lies beside these is a run's output or a cache, and no source
-Named = tuple[str, Path]  # a file's id, and where it is
-
-
-class Skipped:
-    """Counts the files that were passed over, by reason."""
-
-    def __init__(self) -> None:
-        self.reasons: dict[str, int] = {}
-
-    def add(self, reason: str) -> None:
-        """One more."""
-        self.reasons[reason] = self.reasons.get(reason, 0) + 1
 
 
 class Source:
@@ -85,65 +74,6 @@ def evenly_read(make: Callable[[Skipped], Iterator[T]], limit: int | None, skipp
     yield from (item for number, item in enumerate(make(skipped)) if number in chosen)
 
 
-def located(where: str, package: Package | None, suffixes: Iterable[str] = ()) -> list[Named]:
-    """The files at a path, a folder or a glob, sorted, with their ids: inside a package, their paths in it."""
-    if package is None:
-        return [(str(path), path) for path in _matching(Path(where).expanduser(), where, suffixes)]
-    inside = PurePath(where)
-    if inside.is_absolute() or ".." in inside.parts:
-        raise PretrainError(f"{where!r}: accepted: a path inside the package {package.spec!r}")
-    root = package_folder(package)
-    paths = _matching(root / inside, f"{where} of the package {package.spec}", suffixes)
-    return [(path.relative_to(root).as_posix(), path) for path in paths]
-
-
-def _matching(path: Path, where: str, suffixes: Iterable[str]) -> list[Path]:
-    ends = tuple(suffixes)
-    if path.is_dir():
-        paths = below(path)
-    elif path.exists():
-        paths = [path]
-    else:
-        fixed = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), len(path.parts) - 1)
-        root = Path(*path.parts[:fixed])
-        paths = _seen(root, root.glob(str(Path(*path.parts[fixed:])))) if root.is_dir() else []
-    kept = [p for p in paths if not ends or p.name.endswith(ends)]
-    if not kept:
-        endings = f" that end with {', '.join(ends)}" if ends else ""
-        raise PretrainError(f"no files{endings} at {where!r}; accepted: a file, a folder or a glob")
-    return kept
-
-
-def below(folder: Path) -> list[Path]:
-    """The files in a folder, as deep as they lie, sorted."""
-    return _seen(folder, folder.rglob("*"))
-
-
-def _seen(root: Path, paths: Iterator[Path]) -> list[Path]:
-    """The files among those found below a folder, sorted, without what hidden folders, caches and runs hold."""
-    made: dict[Path, bool] = {root: False}  # what is asked for by name is taken
-
-    def is_made(folder: Path) -> bool:
-        if folder not in made:
-            made[folder] = any((folder / name).exists() for name in MADE) or is_made(folder.parent)
-        return made[folder]
-
-    return sorted(
-        p for p in paths if p.is_file() and not HIDDEN & set(p.relative_to(root).parts) and not is_made(p.parent)
-    )
-
-
-def stamps(where: str, package: Package | None, suffixes: Iterable[str] = ()) -> list[list[str | int]] | None:
-    """Names, sizes and times of the files at a path; nothing for those of a package, whose version says it."""
-    return None if package else [stamp(path) for _, path in located(where, None, suffixes)]
-
-
-def stamp(path: Path) -> list[str | int]:
-    """A file's name, size and time."""
-    stat = path.stat()
-    return [str(path), stat.st_size, stat.st_mtime_ns]
-
-
 def any_case(*suffixes: str) -> tuple[str, ...]:
     """The suffixes in small and in capital letters, as cameras write them."""
     return (*suffixes, *(suffix.upper() for suffix in suffixes))
@@ -159,46 +89,85 @@ def path_label(path: Path, label: PathLabel) -> dict[str, str]:
     return {"label": path.absolute().parent.name if label == "parent" else path.name.split(".")[0]}
 
 
-def open_text(path: Path) -> TextIO:
-    """A text file, plain, `.gz` or `.zst`."""
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8")
-    if path.suffix == ".zst":
-        import zstandard
+OPENED: dict[str, str] = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard"}  # by which module
+BROKEN = (
+    OSError,
+    EOFError,
+    ValueError,
+    zlib.error,
+    lzma.LZMAError,
+)  # of files that end too early, and more
 
-        return zstandard.open(path, "rt", encoding="utf-8")
-    return path.open(encoding="utf-8")
+
+def plain_name(path: Path) -> str:
+    """A file's name without the ending that says how it is compressed."""
+    return path.stem if path.suffix in OPENED else path.name
+
+
+def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
+    """A text file in UTF-8, plain or compressed (`.gz`, `.bz2`, `.xz`, `.zst`); a byte-order mark is left out."""
+    module = importlib.import_module(OPENED[path.suffix]) if path.suffix in OPENED else builtins
+    opened: TextIO = module.open(path, "rt", encoding="utf-8-sig", errors=errors, newline=newline)
+    return opened
 
 
 def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
     """The lines of a text file; one that cannot be read to its end is counted, and ends there."""
     import zstandard
 
+    number = 0
     try:
         with open_text(path) as lines:
             for line in lines:
+                number += 1
                 yield line.rstrip("\r\n")
     except UnicodeDecodeError:
-        skipped.add("not UTF-8")
-    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
-        skipped.add(f"unreadable ({type(error).__name__})")
+        skipped.add("not UTF-8", f"{path}:{number + 1}")
+    except (*BROKEN, zstandard.ZstdError) as error:
+        skipped.add(f"unreadable ({type(error).__name__})", f"{path}:{number + 1}")
 
 
-def read_text(path: Path, skipped: Skipped) -> str | None:
-    """A text file's content (`.gz` too), or None, counted, when it is binary, undecodable, broken or empty."""
+def read_text(path: Path, skipped: Skipped, wrong: Wrong | None = None, name: str = "") -> str | None:
+    """A text file's content (a compressed one's too), or None, counted, when it is binary, broken or empty.
+
+    With `wrong` a broken one, or one with bytes that are not UTF-8, is told to it; else it is counted.
+    """
+    import zstandard
+
+    name = name or str(path)
+    wrong = wrong or (lambda where, what, reason, accepted: skipped.add(reason, where))
     try:
-        data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-        if b"\0" in data[:8192]:
-            skipped.add("binary")
-            return None
-        text = data.decode("utf-8")
-    except UnicodeDecodeError:
-        skipped.add("not UTF-8")
+        module = importlib.import_module(OPENED[path.suffix]) if path.suffix in OPENED else builtins
+        with module.open(path, "rb") as file:
+            data: bytes = file.read()
+    except (*BROKEN, zstandard.ZstdError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        wrong(name, f"cannot be read ({why})", f"unreadable ({type(error).__name__})", "a whole file")
         return None
-    except (OSError, EOFError, ValueError, zlib.error) as error:
-        skipped.add(f"unreadable ({type(error).__name__})")
+    if is_binary(data):
+        skipped.add("binary", name)
+        return None
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        wrong(f"{name}:{line}", f"byte 0x{data[error.start]:02x} is not UTF-8", "not UTF-8", "text in UTF-8")
         return None
     if not text.strip():
-        skipped.add("empty")
+        skipped.add("empty", name)
         return None
     return text
+
+
+HEAD = 8192
+
+
+def is_binary(data: bytes) -> bool:
+    """Whether bytes are no text in any encoding: a zero byte, or control characters (2% of the first ones)."""
+    head = data[:HEAD]
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff") and not len(data) % 2:  # UTF-16, which is text
+        return False
+    return b"\0" in head or len(head.translate(None, _NO_CONTROL)) > len(head) / 50
+
+
+_NO_CONTROL = bytes(sorted({*range(32, 256), *b"\t\n\r\f\b\x1b"}))

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.corpus.sources._files import Skipped, lines_of
+from pretrain.corpus.sources._files import lines_of
+from pretrain.corpus.sources._skipped import Skipped
 
 
 def rows_of(path: Path, skipped: Skipped) -> tuple[list[str], Iterator[list[str]]]:

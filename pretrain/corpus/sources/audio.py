@@ -11,20 +11,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
-from pretrain.core.bounds import Count, Ge, Le, NonNegative, Positive
+from pretrain.core.bounds import Count, Ge, Le, NonNegative, Seconds
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import (
-    Document,
-    PathLabel,
-    Skipped,
-    Source,
-    any_case,
-    evenly,
-    located,
-    path_label,
-    stamps,
-)
+from pretrain.core.quick.quantities import Duration
+from pretrain.corpus.sources._files import Document, PathLabel, Source, any_case, evenly, path_label
+from pretrain.corpus.sources._paths import located, stamps
+from pretrain.corpus.sources._skipped import Skipped
 
 if TYPE_CHECKING:
     from soundfile import SoundFile
@@ -47,8 +40,8 @@ class Audio(Source):
     label: PathLabel = None
     rate: Annotated[int, Ge(1000), Le(384_000)] | None = None
     mono: bool = True
-    shortest: NonNegative = 0.1
-    longest: Positive = 30.0
+    shortest: Annotated[NonNegative, Duration()] = 0.1
+    longest: Seconds = 30.0
     limit: Count | None = None  # at most so many files, from the whole folder alike
     suffixes: tuple[str, ...] = SUFFIXES
     domain: str = "audio"
@@ -60,7 +53,7 @@ class Audio(Source):
             raise PretrainError(f"shortest {self.shortest}, longest {self.longest}: accepted: shortest below longest")
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        for name, path in evenly(located(self.audio, self.package, self.suffixes), self.limit):
+        for name, path in evenly(located(self.audio, self.package, self.suffixes, skipped), self.limit):
             for number, (data, whole) in enumerate(self._pieces(path, skipped)):
                 place = {"id": name} if whole else {"id": f"{name}#{number}", "group": name}
                 label = path_label(path, self.label)
@@ -77,7 +70,7 @@ class Audio(Source):
             with soundfile.SoundFile(path) as file:
                 rate, whole = file.samplerate, file.frames <= self.longest * file.samplerate
                 if file.frames < max(1.0, self.shortest * rate):
-                    skipped.add(f"recordings of less than {self.shortest} seconds")
+                    skipped.add(f"recordings of less than {self.shortest} seconds", path)
                     return
                 same = file.channels == 1 or not self.mono
                 if whole and same and self.rate in (None, rate) and file.format in KEPT:
@@ -88,9 +81,9 @@ class Audio(Source):
                     if whole or len(samples_LC) >= self.shortest * rate:
                         yield self._flac(samples_LC, rate), whole
         except (soundfile.LibsndfileError, EOFError):
-            skipped.add("no whole recordings")
+            skipped.add("no whole recordings", path)
         except (OSError, RuntimeError, ValueError, AssertionError, MemoryError):
-            skipped.add("unreadable")
+            skipped.add("unreadable", path)
 
     def _flac(self, samples_LC: np.ndarray, rate: int) -> bytes:
         import soundfile

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.corpus import modules
-from pretrain.corpus.sources._files import Document, Skipped, Source, evenly, read_text
+from pretrain.corpus.sources._files import Document, Source, evenly, read_text
+from pretrain.corpus.sources._skipped import Skipped
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.roff import unroff
-from pretrain.corpus.sources._files import Document, Skipped, Source, below, read_text, stamp
+from pretrain.corpus.sources._files import Document, Source, read_text
+from pretrain.corpus.sources._paths import below, stamp
+from pretrain.corpus.sources._skipped import Skipped
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".log")
 
@@ -26,7 +28,7 @@ class DebianDocs(Source):
         doc, man = Path(self.doc), Path(self.man)
         if not doc.is_dir() and not man.is_dir():
             raise PretrainError(f"neither {doc} nor {man} is a folder; accepted: where Debian keeps its documentation")
-        for path in below(doc) if doc.is_dir() else ():
+        for path in below(doc, skipped) if doc.is_dir() else ():
             if path.name.removesuffix(".gz").endswith((*TEXT_SUFFIXES, "README", "NEWS", "copyright", "TODO", "FAQ")):
                 text = read_text(path, skipped)
                 if text is not None:

@@ -11,17 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pretrain.core.bounds import Count
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import (
-    Document,
-    PathLabel,
-    Skipped,
-    Source,
-    any_case,
-    evenly,
-    located,
-    path_label,
-    stamps,
-)
+from pretrain.corpus.sources._files import Document, PathLabel, Source, any_case, evenly, path_label
+from pretrain.corpus.sources._paths import located, stamps
+from pretrain.corpus.sources._skipped import Skipped
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -52,7 +44,7 @@ class Images(Source):
     package: Package | None = None
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        for name, path in evenly(located(self.images, self.package, self.suffixes), self.limit):
+        for name, path in evenly(located(self.images, self.package, self.suffixes, skipped), self.limit):
             data = self._bytes(path, skipped)
             if data is not None:
                 place = {"domain": self.domain, "id": name}
@@ -71,16 +63,16 @@ class Images(Source):
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides
                 with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                     if image.width * image.height > self.max_pixels:
-                        skipped.add(f"images of more than {self.max_pixels} pixels")
+                        skipped.add(f"images of more than {self.max_pixels} pixels", path)
                         return None
                     kind = image.format
                     image.load()  # all of it, since a file that ends too early still opens
                     made = self._changed(image)
             return data if made is image and kind in ("PNG", "JPEG") else png(made)
         except Image.DecompressionBombError:
-            skipped.add(f"images of more than {self.max_pixels} pixels")
+            skipped.add(f"images of more than {self.max_pixels} pixels", path)
         except (OSError, ValueError, SyntaxError, EOFError) as error:  # pillow's ways to tell of a broken file
-            skipped.add("no image" if isinstance(error, Image.UnidentifiedImageError) else "broken images")
+            skipped.add("no image" if isinstance(error, Image.UnidentifiedImageError) else "broken images", path)
         return None
 
     def _changed(self, image: Image.Image) -> Image.Image:

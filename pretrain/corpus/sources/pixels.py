@@ -13,7 +13,9 @@ import numpy as np
 from pretrain.core.bounds import Count, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import Document, Skipped, Source, evenly_read, located, stamps
+from pretrain.corpus.sources._files import Document, Source, evenly_read
+from pretrain.corpus.sources._paths import located, stamps
+from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import column, rows_of
 from pretrain.corpus.sources.images import png
 
@@ -51,18 +53,18 @@ class Pixels(Source):
         return stamps(self.pixels, self.package, SUFFIXES)
 
     def _all(self, skipped: Skipped) -> Iterator[Document]:
-        for name, path in located(self.pixels, self.package, SUFFIXES):
+        for name, path in located(self.pixels, self.package, SUFFIXES, skipped):
             names, rows = rows_of(path, skipped)
             labelled = None if self.label is None else column(names, str(self.label), "label", path)
             make = partial(self._image, count=len(names) - (labelled is not None), path=path)
             for number, row in enumerate(rows):
                 label = {} if labelled is None else {"label": row.pop(labelled) if len(row) == len(names) else ""}
-                data = make(row, skipped)
+                data = make(row, skipped, place=f"{name}:{number}")
                 if data is not None:
                     place = {"domain": self.domain, "id": f"{name}:{number}"}
                     yield {"image": {"bytes": data, "path": None}} | label | place
 
-    def _image(self, row: list[str], skipped: Skipped, *, count: int, path: Path) -> bytes | None:
+    def _image(self, row: list[str], skipped: Skipped, *, count: int, path: Path, place: str) -> bytes | None:
         from PIL import Image
 
         side = math.isqrt(count)
@@ -74,7 +76,7 @@ class Pixels(Source):
         except ValueError:
             values_N = np.array([np.nan])
         if values_N.size != count or not np.isfinite(values_N).all():
-            skipped.add("rows that are no image")
+            skipped.add("rows that are no image", place)
             return None
         grey = np.clip(np.rint(values_N * (255.0 / self.white)), 0, 255).astype(np.uint8).reshape(shape)
         return png(Image.fromarray(grey.squeeze(-1) if grey.ndim == 3 and grey.shape[-1] == 1 else grey))

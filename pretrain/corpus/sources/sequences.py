@@ -11,16 +11,9 @@ from typing import Literal
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import (
-    Document,
-    Skipped,
-    Source,
-    evenly_read,
-    lines_of,
-    located,
-    path_label,
-    stamps,
-)
+from pretrain.corpus.sources._files import Document, Source, evenly_read, lines_of, path_label
+from pretrain.corpus.sources._paths import located, stamps
+from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import column, rows_of
 
 Format = Literal["fasta", "swissprot", "genbank", "smiles"]
@@ -83,17 +76,17 @@ class Sequences(Source):
         return tuple(end + more for ends in kinds.values() for end in ends for more in ("", ".gz"))
 
     def _all(self, skipped: Skipped) -> Iterator[Document]:
-        for name, path in located(self.sequences, self.package, self._suffixes()):
+        for name, path in located(self.sequences, self.package, self._suffixes(), skipped):
             kind = self.format or format_of(path)
             for record in self._records(path, kind, skipped):
                 if kind != "smiles":
                     record.sequence = re.sub(r"[^A-Za-z]", "", record.sequence).upper()
                 if len(record.sequence) < self.shortest:
-                    skipped.add("sequences that are too short")
+                    skipped.add("sequences that are too short", f"{name}:{record.name}")
                     continue
                 label = self._label(record, path)
                 if label is None:
-                    skipped.add(f"sequences without {self.label}")
+                    skipped.add(f"sequences without {self.label}", f"{name}:{record.name}")
                     continue
                 yield from self._pieces(record, f"{name}:{record.name}", label)
 

@@ -18,17 +18,9 @@ import numpy as np
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import (
-    Document,
-    PathLabel,
-    Skipped,
-    Source,
-    evenly_read,
-    lines_of,
-    located,
-    path_label,
-    stamps,
-)
+from pretrain.corpus.sources._files import Document, PathLabel, Source, evenly_read, lines_of, path_label
+from pretrain.corpus.sources._paths import located, stamps
+from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import column, number, rows_of
 
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".ts", ".ts.gz", ".tsf", ".tsf.gz")
@@ -71,13 +63,13 @@ class Series(Source):
         return stamps(self.series, self.package, SUFFIXES)
 
     def _all(self, skipped: Skipped) -> Iterator[Document]:
-        for name, path in located(self.series, self.package, SUFFIXES):
+        for name, path in located(self.series, self.package, SUFFIXES, skipped):
             for index, (values_LC, label) in enumerate(self._of(path, skipped)):
                 filled_LC = fill(values_LC)
                 if filled_LC is None:
-                    skipped.add("series without values")
+                    skipped.add("series without values", f"{name}:{index}")
                 elif self.window is None and len(filled_LC) > self.longest:
-                    skipped.add(f"series of more than {self.longest} steps")
+                    skipped.add(f"series of more than {self.longest} steps", f"{name}:{index}")
                 else:
                     _in_range(filled_LC, f"{path}: series {index + 1}")
                     place = label | path_label(path, self.label) | {"domain": self.domain}
@@ -98,7 +90,7 @@ class Series(Source):
     def _of(self, path: Path, skipped: Skipped) -> Iterator[Found]:
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
         if kind in ("ts", "tsf"):
-            yield from archived(lines_of(path, skipped), kind, skipped)
+            yield from archived(lines_of(path, skipped), kind, skipped, path)
         else:
             yield from self._rows(path, skipped) if self.rows else self._table(path, skipped)
 
@@ -121,16 +113,16 @@ class Series(Source):
             chosen = [i for i in range(len(names)) if i != time and any(number(row[i]) is not None for row in cells)]
             chosen = [i for i in chosen if not any(_worded(row[i]) for row in cells)]
         if not chosen or not cells:
-            skipped.add("tables without columns of numbers")
+            skipped.add("tables without columns of numbers", path)
             return
         yield np.array([[_value(row[i]) for i in chosen] for row in cells]), {}
 
 
-def archived(lines: Iterator[str], kind: str, skipped: Skipped) -> Iterator[Found]:
+def archived(lines: Iterator[str], kind: str, skipped: Skipped, path: Path) -> Iterator[Found]:
     """The cases of a `.ts` file, channels apart by `:` and the class last, or of a `.tsf` file, its values last."""
     head: dict[str, str] = {}
     attributes, data = 0, False
-    for line in lines:
+    for place, line in enumerate(lines, 1):
         line = line.strip()
         if not line or line[0] in "#%":
             continue
@@ -149,9 +141,9 @@ def archived(lines: Iterator[str], kind: str, skipped: Skipped) -> Iterator[Foun
             label = {"label": cells.pop().strip()} if labelled else {}
             yield np.stack([_channel(cell) for cell in cells], axis=1), label
         except (ValueError, IndexError):  # words for numbers, or channels of unequal lengths
-            skipped.add("broken series")
+            skipped.add("broken series", f"{path}:{place}")
     if not data:
-        skipped.add("no series")
+        skipped.add("no series", path)
 
 
 def _channel(cell: str) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Text: files and folders, JSON lines, Parquet, and data sets of the `datasets` library."""
+"""Text: files and folders, tables, notebooks, and data sets of the `datasets` library."""
 
 from __future__ import annotations
 
@@ -6,50 +6,100 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pretrain.core.bounds import Count
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import (
-    Document,
-    Skipped,
-    Source,
-    below,
-    located,
-    open_text,
-    read_text,
-    stamp,
-    stamps,
-)
+from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, unread
+from pretrain.corpus.sources._files import BROKEN, Document, Source, Wrong, open_text, read_text
+from pretrain.corpus.sources._paths import below, located, stamp, stamps
+from pretrain.corpus.sources._skipped import Skipped
+
+OnError = Literal["stop", "skip"]
 
 
 @dataclass(frozen=True)
 class Files(Source):
-    """A file, a folder or a glob: text and code (a document a file), `.jsonl[.gz|.zst]`, `.parquet`.
+    """A file, a folder, a glob or a URL: text and code (a document a file), and the rows of tables.
+
+    Tables are `.csv`, `.tsv`, `.jsonl`, arrays in `.json`, `.parquet`, `.arrow`, `.feather` and `.orc`; their text is
+    the column `text`, their other columns stay beside it. A notebook (`.ipynb`) gives a document a cell. Text may be
+    compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A URL is one that `fsspec` opens: `s3://`, `gs://`, `https://`.
 
     `suffixes` keeps only the files of a folder that end so (empty: all that are text). The domain is `domain`, or the
     column of that name where the file has one, or the file's suffix without its dot. With `package` the path is one
-    inside that package.
+    inside that package. Hidden files and those that look like secrets (`.env`, `*.pem`, `id_rsa`, `credentials*`, …)
+    are left out. They, binary files, containers of other kinds and all else that is passed over are listed in
+    `corpus.json`, with the reason. A line, row or file that cannot be read ends the stage, or with `on_error: skip`
+    is passed over too.
     """
 
     files: str
     suffixes: tuple[str, ...] = ()
-    text: str = "text"  # the column that holds the text, for jsonl and parquet
+    text: str = "text"  # the column that holds the text, for tables
     domain: str | None = None
     package: Package | None = None
+    on_error: OnError = "stop"  # what bad lines, bad bytes and rows without the column do: stop, or skip
+    tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
+    hidden: bool = False  # whether to take files and folders whose names begin with a dot
+    secrets: bool = False  # whether to take files that look like secrets
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        for name, path in located(self.files, self.package, self.suffixes):
-            if path.name.endswith((".jsonl", ".jsonl.gz", ".jsonl.zst")):
-                yield from _rows(_read_jsonl(path), name, self, skipped)
-            elif path.suffix == ".parquet":
-                yield from _rows(_read_parquet(path), name, self, skipped)
-            elif (text := read_text(path, skipped)) is not None:
-                ending = Path(path.name.removesuffix(".gz")).suffix.lstrip(".")
-                yield {"text": text, "domain": self.domain or ending or "text", "id": name}
+        wrong = wrong_of(self.on_error, skipped)
+        files = located(
+            self.files, self.package, self.suffixes, skipped, hidden=self.hidden, secrets=self.secrets
+        )  # fmt: skip
+        readers = [READERS.get(ending(path)) if self.tables == "rows" else None for _, path in files]
+        if self.text != "text" and not any(readers):
+            accepted = f"files with columns ({', '.join(READERS)})"
+            raise PretrainError(f"text {self.text!r}: there is no table at {self.files!r}; accepted: {accepted}")
+        for (name, path), reader in zip(files, readers, strict=True):
+            kind = unread(path)
+            if kind is not None and len(files) == 1:
+                raise PretrainError(f"{name} is {kind}; accepted: text, or one of {', '.join(READERS)}")
+            if kind is not None:
+                skipped.add(kind, name)
+            elif reader is not None and not self._is_text(path, reader):
+                yield from _documents(reader(path, name, self.text, wrong), name, self, skipped, wrong)
+            elif (text := read_text(path, skipped, wrong, name)) is not None:
+                yield {"text": text, "domain": self.domain or ending(path).lstrip(".") or "text", "id": name}
+
+    def _is_text(self, path: Path, reader: Reader) -> bool:
+        """Whether a `.json` file is one object without the column, as settings are: text like any other."""
+        if reader is not read_json or self.text != "text":
+            return False
+        try:
+            with open_text(path) as opened:
+                start = opened.read(4096).lstrip()
+                return start.startswith("{") and not _is_row(start + opened.read(), self.text)
+        except (*BROKEN, RecursionError):
+            return False
 
     def state(self) -> object:
-        return stamps(self.files, self.package, self.suffixes)
+        return stamps(self.files, self.package, self.suffixes, hidden=self.hidden, secrets=self.secrets)
+
+
+def _is_row(content: str, column: str) -> bool:
+    """Whether a JSON text that begins with an object holds rows: the object has the column, or lines are objects."""
+    try:
+        return isinstance(json.loads(content).get(column), str)
+    except json.JSONDecodeError:
+        try:
+            return isinstance(json.loads(content.lstrip().partition("\n")[0]), dict)
+        except json.JSONDecodeError:  # JSON with comments, or a template
+            return False
+
+
+def wrong_of(on_error: OnError, skipped: Skipped) -> Wrong:
+    """What is done with what cannot be read."""
+
+    def wrong(where: str, what: str, reason: str, accepted: str) -> None:
+        if on_error == "stop":
+            raise PretrainError(f"{where}: {what}; accepted: {accepted}, or on_error: skip")
+        skipped.add(reason, where.partition(" (row")[0])
+
+    return wrong
 
 
 @dataclass(frozen=True)
@@ -63,9 +113,12 @@ class HubDataset(Source):
     text: str = "text"
     domain: str | None = None
     limit: Count | None = None  # read at most so many documents
+    on_error: OnError = "stop"  # what rows without the column do: stop, or skip
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        for number, document in enumerate(_rows(enumerate(self._open(), 1), self.dataset, self, skipped)):
+        rows = ((f"{self.dataset}, row {number}", row) for number, row in enumerate(self._open(), 1))
+        found = _documents(rows, self.dataset, self, skipped, wrong_of(self.on_error, skipped))
+        for number, document in enumerate(found):
             if self.limit is not None and number >= self.limit:
                 return
             yield document
@@ -89,61 +142,32 @@ class HubDataset(Source):
         return [stamp(path) for path in below(Path(self.dataset))] if Path(self.dataset).exists() else None
 
 
-Row = tuple[int, Document]  # where it stands, its line or its number from 1, and its columns
-
-
-def _rows(rows: Iterator[Row], path: str, source: Files | HubDataset, skipped: Skipped) -> Iterator[Document]:
+def _documents(
+    rows: Iterator[Row], name: str, source: Files | HubDataset, skipped: Skipped, wrong: Wrong
+) -> Iterator[Document]:
     """Documents from rows with columns."""
-    for number, (place, row) in enumerate(rows):
-        if source.text not in row:
-            hint, columns = nearest(source.text, row), ", ".join(sorted(row)) or "no column"
-            raise PretrainError(
-                f"{path}:{place} (row {number + 1}): no column {source.text!r}{hint}; accepted: rows that all "
-                f"have it, or another `text`; this one has {columns}"
-            )
-        text, domain = row.get(source.text), source.domain
+    for number, (where, row) in enumerate(rows):
+        column = source.text
+        if column not in row and column.isdecimal() and int(column) < len(row):  # a column by its number
+            column = list(row)[int(column)]
+        if column not in row:
+            columns = ", ".join(sorted(row)) or "an object with columns"
+            as_text = ", or tables: text to read the file as it stands" if isinstance(source, Files) else ""
+            wrong(where, no_column(column, row), "rows without the column", f"{columns}{as_text}")
+            continue
+        text, domain = row[column], source.domain
         if text is None or (isinstance(text, str) and not text.strip()):
-            skipped.add("empty")
+            skipped.add("empty", where.partition(" (row")[0])
             continue
         if not isinstance(text, str):
-            raise PretrainError(
-                f"{path}:{place} (row {number + 1}): column {source.text!r} is {type(text).__name__}, not text"
-            )
+            wrong(where, f"column {column!r} is {type(text).__name__}, not text", "rows without text", "text")
+            continue
         try:
             text.encode()
-        except UnicodeEncodeError:
-            skipped.add("not UTF-8")  # half of a character, as broken JSON holds
+        except UnicodeEncodeError:  # half of a character, as broken JSON holds
+            skipped.add("not UTF-8", where.partition(" (row")[0])
             continue
         if domain is None or domain in row:
-            domain = row.get(domain or "domain") or Path(path).name.split(".")[0]
-        rest = {k: v for k, v in row.items() if k not in (source.text, "text", "domain", "id")}
-        yield {"text": text, "domain": str(domain), "id": str(row.get("id", f"{path}:{number}"))} | rest
-
-
-def _read_jsonl(path: Path) -> Iterator[Row]:
-    import zstandard
-
-    number = 0
-    try:
-        with open_text(path) as lines:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise PretrainError(f"{path}:{number}: accepted: one JSON object a line")
-                    yield number, row
-    except json.JSONDecodeError as error:
-        raise PretrainError(f"{path}:{number}: not JSON ({error.msg}): truncated or damaged") from error
-    except (EOFError, OSError, UnicodeDecodeError, zstandard.ZstdError) as error:
-        raise PretrainError(f"{path}: cannot be read after line {number} ({error}): truncated or damaged") from error
-
-
-def _read_parquet(path: Path) -> Iterator[Row]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            yield from enumerate((row for part in file.iter_batches(batch_size=256) for row in part.to_pylist()), 1)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
+            domain = row.get(domain or "domain") or Path(name).name.split(".")[0]
+        rest = {k: v for k, v in row.items() if k not in (column, "text", "domain", "id")}
+        yield {"text": text, "domain": str(domain), "id": str(row.get("id", f"{name}:{number}"))} | rest

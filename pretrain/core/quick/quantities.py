@@ -1,0 +1,86 @@
+"""Numbers as people write them: `100k`, `2M`, `1B`, and, for seconds, `30min`, `2h`, `1h30min`.
+
+They are read by what a field is to hold: a word stays a word where the field takes text, and becomes a number only
+where it takes numbers and no text.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from types import NoneType, UnionType
+from typing import Annotated, Any, Union, get_args, get_origin
+
+SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+TIMES = {
+    "s": 1, "sec": 1, "secs": 1, "second": 1, "seconds": 1, "m": 60, "min": 60, "mins": 60, "minute": 60, "minutes": 60,
+    "h": 3600, "hr": 3600, "hrs": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400,
+}  # fmt: skip
+_NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?"
+_COUNT = re.compile(rf"([-+]?{_NUMBER})\s?([{''.join(SCALES)}])")
+_TIME = re.compile(rf"({_NUMBER})\s?([a-z]+)\s?")
+_WHOLE_TIME = re.compile(rf"(?:{_TIME.pattern})+")
+
+
+@dataclass(frozen=True)
+class Duration:
+    """Beside a field's type: it holds seconds."""
+
+
+def quantity(word: str, *, duration: bool = False) -> float | None:
+    """The number that a word says, a whole one as `int`; None where it says none."""
+    if duration and _WHOLE_TIME.fullmatch(word):
+        parts = [(float(number.replace("_", "")), unit) for number, unit in _TIME.findall(word)]
+        if all(unit in TIMES for _, unit in parts):
+            return _whole(sum(number * TIMES[unit] for number, unit in parts))
+    match = _COUNT.fullmatch(word)
+    return _whole(float(match[1].replace("_", "")) * SCALES[match[2]]) if match else None
+
+
+def _whole(value: float) -> float:
+    near = round(value)
+    return near if abs(value - near) <= 1e-9 * abs(value) else value
+
+
+def as_typed(value: Any, hint: object) -> Any:
+    """The value with quantities read wherever the type asks for numbers and not for text."""
+    numbers, texts, durations = _kinds(hint)
+    if isinstance(value, str):
+        read = None if texts or not numbers else quantity(value.strip(), duration=durations)
+        return value if read is None else read
+    part = element(hint)
+    if part is not None and isinstance(value, list | tuple):
+        return type(value)(as_typed(item, part) for item in value)
+    if part is not None and isinstance(value, dict):
+        return {key: as_typed(item, part) for key, item in value.items()}
+    return value
+
+
+def _kinds(hint: object) -> tuple[bool, bool, bool]:
+    """Whether a type has room for numbers, for any text, and says that the numbers are seconds."""
+    if get_origin(hint) is Annotated:
+        inner, *marks = get_args(hint)
+        numbers, texts, durations = _kinds(inner)
+        return numbers, texts, durations or any(isinstance(mark, Duration) for mark in marks)
+    if get_origin(hint) in (Union, UnionType):
+        kinds = [_kinds(part) for part in get_args(hint) if part is not NoneType]
+        return any(k[0] for k in kinds), any(k[1] for k in kinds), any(k[2] for k in kinds)
+    return hint in (int, float), hint is str or hint is Any, False
+
+
+def element(hint: object) -> object | None:
+    """The type of the elements of a list, or of the values of a mapping; None of what holds none."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated or origin in (Union, UnionType):
+        return next((inner for part in parts if (inner := element(part)) is not None), None)
+    if origin in (list, tuple) and parts:
+        return parts[0]
+    return parts[1] if origin is dict and len(parts) == 2 else None
+
+
+def bare(value: Any) -> Any:
+    """A mapping of fields whose types are not known here, with its quantities read: `vocab_size: 32k`."""
+    if isinstance(value, str):
+        read = quantity(value)
+        return value if read is None else read
+    return {key: bare(item) for key, item in value.items()} if isinstance(value, dict) else value

@@ -1,0 +1,190 @@
+"""Which files a path, a folder or a glob names, and which of them are passed over: hidden, secret-looking, a run's own.
+
+A path that names one file is taken as it is, unless it looks like a secret; of a folder's and a glob's files those are
+left out whose name begins with a dot (unless the path says the dot itself), and what lies in tools' folders and runs.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from fnmatch import fnmatchcase
+from pathlib import Path, PurePath
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.packages import Package, package_folder
+from pretrain.corpus.sources._remote import is_remote, local_copies, remote_stamps
+from pretrain.corpus.sources._skipped import Skipped
+
+TOOLS = {".git", ".hg", ".svn", ".venv", "__pycache__", "node_modules"}  # folders that are never looked into
+MADE = ("run.json", "CACHEDIR.TAG")  # what lies beside these is a run's output or a cache, and no source
+SECRET = (
+    ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.gpg",
+    "id_rsa*", "id_dsa*", "id_ecdsa*", "id_ed25519*", "credentials*", "*credentials.json", "secrets.*", "secret.*",
+    "client_secret*.json", "service[-_]account*.json", ".netrc", "_netrc", ".pgpass", ".npmrc", ".pypirc",
+    ".git-credentials", ".htpasswd", "*.tfstate", "*.tfvars", "*.ovpn", "kubeconfig",
+)  # fmt: skip
+SECRET_FOLDERS = (".ssh", ".aws", ".gnupg", ".kube")
+PUBLIC = ("*.example", "*.sample", "*.template", "*.pub")  # `.env.example` says which secrets there are, and none
+Named = tuple[str, Path]  # a file's id, and where it is
+
+
+def located(
+    where: str,
+    package: Package | None,
+    suffixes: Iterable[str] = (),
+    skipped: Skipped | None = None,
+    *,
+    hidden: bool = False,
+    secrets: bool = False,
+) -> list[Named]:
+    """The files at a path, a folder, a glob or a URL, sorted, with their ids: inside a package, their paths in it.
+
+    What is passed over is noted in `skipped`; `hidden` and `secrets` take the files that are left out otherwise.
+    """
+    skipped, ends = Skipped() if skipped is None else skipped, tuple(suffixes)
+    if package is None and is_remote(where):
+        ids = local_copies(where, lambda name: _wanted(name, ends, hidden, secrets, skipped))
+        return _some(ids, where, ends, skipped)
+    if package is None:
+        paths = _matching(Path(where).expanduser(), where, ends, skipped, hidden, secrets)
+        return [(str(path), path) for path in paths]
+    inside = PurePath(where)
+    if inside.is_absolute() or ".." in inside.parts:
+        raise PretrainError(f"{where!r}: accepted: a path inside the package {package.spec!r}")
+    root = package_folder(package)
+    paths = _matching(root / inside, f"{where} of the package {package.spec}", ends, skipped, hidden, secrets)
+    return [(path.relative_to(root).as_posix(), path) for path in paths]
+
+
+def _matching(
+    path: Path, where: str, ends: tuple[str, ...], skipped: Skipped, hidden: bool, secrets: bool
+) -> list[Path]:
+    if path.is_dir():
+        paths = sorted(_tree(path, _refusal(path, skipped, hidden, secrets)))
+    elif path.exists():
+        if not secrets and is_secret(path.name):
+            raise PretrainError(f"{where!r} looks like a secret; accepted: another file, or secrets: true to read it")
+        paths = [path]
+    else:
+        fixed = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), len(path.parts) - 1)
+        root, pattern = Path(*path.parts[:fixed]), path.parts[fixed:]
+        dotted = hidden or any(part.startswith(".") for part in pattern)
+        refused = _refusal(root, skipped, dotted, secrets)
+        found = sorted(root.glob(str(Path(*pattern)))) if root.is_dir() else []
+        paths = [p for p in found if not p.is_dir() and not _any_refused(root, p, refused)]
+    kept = []
+    for p in paths:
+        if ends and not p.name.endswith(ends):
+            skipped.add("other endings", p)
+        else:
+            kept.append(p)
+    return _some(kept, where, ends, skipped)
+
+
+def _some(kept: list, where: str, ends: tuple[str, ...], skipped: Skipped) -> list:  # type: ignore[type-arg]
+    """The files, or an error where there are none."""
+    if not kept:
+        endings = f" that end with {', '.join(ends)}" if ends else ""
+        over = f" (passed over: {skipped})" if skipped.reasons else ""
+        raise PretrainError(f"no files{endings} at {where!r}{over}; accepted: a file, a folder or a glob")
+    return kept
+
+
+def below(folder: Path, skipped: Skipped | None = None) -> list[Path]:
+    """The files in a folder, as deep as they lie, sorted, without those of tools and runs."""
+    return sorted(_tree(folder, _refusal(folder, skipped or Skipped(), True, True)))
+
+
+Refused = Callable[[Path, bool], bool]  # of a path and whether it is a folder
+
+
+def _tree(root: Path, refused: Refused) -> Iterator[Path]:
+    """The files below a folder; what is refused is not looked into."""
+    for here, folders, files in os.walk(root, onerror=lambda error: refused(Path(error.filename), True) and None):
+        home = Path(here)
+        folders[:] = [name for name in folders if not refused(home / name, True)]
+        yield from (home / name for name in files if not refused(home / name, False))
+
+
+def _any_refused(root: Path, path: Path, refused: Refused) -> bool:
+    """Whether a file, or a folder between the root and it, is refused."""
+    between = [folder for folder in path.parents if folder != root and folder.is_relative_to(root)]
+    return any(refused(folder, True) for folder in reversed(between)) or refused(path, False)
+
+
+def _refusal(root: Path, skipped: Skipped, hidden: bool, secrets: bool) -> Refused:
+    """What tells of a path whether it is passed over, and notes each once."""
+    known: dict[Path, bool] = {root: False}
+
+    def refused(path: Path, folder: bool) -> bool:
+        if path not in known:
+            reason = _reason(path, folder, hidden, secrets)
+            known[path] = reason is not None
+            if reason is not None:
+                skipped.add(reason, f"{path}/" if folder else path)
+        return known[path]
+
+    return refused
+
+
+def _reason(path: Path, folder: bool, hidden: bool, secrets: bool) -> str | None:
+    """Why a file or folder is passed over."""
+    if folder and path.name in TOOLS:
+        return "tools' folders"
+    if not secrets and (path.name in SECRET_FOLDERS if folder else is_secret(path.name)):
+        return "secret-looking"
+    if not hidden and path.name.startswith("."):
+        return "hidden"
+    if not folder:
+        return None if path.is_file() else "no regular files"
+    if path.is_symlink():
+        return "linked folders"
+    if not os.access(path, os.R_OK | os.X_OK):
+        return "folders that cannot be opened"
+    return "runs and caches" if any((path / name).exists() for name in MADE) else None
+
+
+def _wanted(name: str, ends: tuple[str, ...], hidden: bool, secrets: bool, skipped: Skipped) -> bool:
+    """Whether a file elsewhere is taken; `name` is its path from the place that was asked for."""
+    parts = PurePath(name).parts
+    reason = None
+    if TOOLS.intersection(parts[:-1]):
+        reason = "tools' folders"
+    elif not secrets and (is_secret(parts[-1]) or set(SECRET_FOLDERS).intersection(parts)):
+        reason = "secret-looking"
+    elif not hidden and any(part.startswith(".") for part in parts):
+        reason = "hidden"
+    elif ends and not name.endswith(ends):
+        reason = "other endings"
+    if reason:
+        skipped.add(reason, name)
+    return reason is None
+
+
+def is_secret(name: str) -> bool:
+    """Whether a file's name is one that keys, passwords and tokens go by."""
+    small = name.lower()
+    return _fits(small, SECRET) and not _fits(small, PUBLIC)
+
+
+def _fits(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def stamps(
+    where: str, package: Package | None, suffixes: Iterable[str] = (), *, hidden: bool = False, secrets: bool = False
+) -> object:
+    """Names, sizes and times of the files at a path; nothing for those of a package, whose version says it."""
+    if package is not None:
+        return None
+    if is_remote(where):
+        return remote_stamps(where)
+    return [stamp(path) for _, path in located(where, None, suffixes, hidden=hidden, secrets=secrets)]
+
+
+def stamp(path: Path) -> list[str | int]:
+    """A file's name, size and time."""
+    stat = path.stat()
+    return [str(path), stat.st_size, stat.st_mtime_ns]

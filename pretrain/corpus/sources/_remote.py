@@ -1,0 +1,120 @@
+"""Sources elsewhere: `s3://…`, `gs://…`, `https://…`, whatever `fsspec` has the protocol of, copied into the cache.
+
+A file is fetched once for each state that its store tells of it (an ETag, a time, a size), so that reading it again,
+and again after an interrupt, takes no network but for that question.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import digest, locked, write_text
+from pretrain.core.folders import cache_folder
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
+
+MAX_FILES = 100_000
+NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+
+
+def is_remote(where: str) -> bool:
+    """Whether a path is a URL: `PROTOCOL://…`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", where) is not None
+
+
+def opened(where: str) -> tuple[AbstractFileSystem, str]:
+    """The file system of a URL, and the path in it."""
+    protocol = where.partition("://")[0]
+    try:
+        import fsspec
+    except ImportError as error:
+        raise PretrainError(f"{where!r}: needs the package fsspec; accepted: pip install fsspec") from error
+    try:
+        system, path = fsspec.core.url_to_fs(where)
+    except ImportError as error:
+        package = NEEDS.get(protocol, str(error))
+        raise PretrainError(f"{where!r}: needs the package {package}; accepted: pip install {package}") from error
+    except ValueError as error:
+        known = ", ".join(f"{name}://" for name in ("s3", "gs", "https"))
+        raise PretrainError(f"{where!r}: fsspec knows no protocol {protocol!r}; accepted: {known}, a path") from error
+    return system, path
+
+
+def _listed(where: str) -> tuple[AbstractFileSystem, str, list[str]]:
+    """The file system, the fixed part of the path, and the files: one, a folder's or a glob's."""
+    system, path = opened(where)
+    try:
+        if re.search(r"[*?\[]", path.partition("?")[0] if where.startswith("http") else path):
+            files = [name for name in system.glob(path) if system.isfile(name)]
+            root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
+        elif where.startswith("http") or system.isfile(path):
+            files, root = [path], path.rpartition("/")[0]
+        else:
+            files, root = system.find(path), path
+    except PretrainError:
+        raise
+    except Exception as error:  # each store has error types of its own
+        raise unreachable(where, error) from error
+    if not files:
+        raise PretrainError(f"no files at {where!r}; accepted: a file, a folder or a glob")
+    if len(files) > MAX_FILES:
+        raise PretrainError(f"{where!r}: {len(files):,} files; accepted: at most {MAX_FILES:,}")
+    return system, root, sorted(files)
+
+
+def unreachable(where: str, error: Exception) -> PretrainError:
+    """What to raise of an error of a store."""
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+    return PretrainError(f"{where!r} cannot be read ({reason}); accepted: a URL that can be reached, or a path")
+
+
+def local_copies(where: str, wanted: Callable[[str], bool]) -> list[tuple[str, Path]]:
+    """The files that are `wanted`, by their path from the place asked for, each with its URL and its copy here."""
+    system, root, files = _listed(where)
+    protocol, copies = where.partition("://")[0], []
+    for name in files:
+        if wanted(name.removeprefix(root).lstrip("/")):
+            url = name if "://" in name else f"{protocol}://{name.lstrip('/')}"
+            copies.append((url, _fetched(system, name, url)))
+    return copies
+
+
+def _state(system: AbstractFileSystem, name: str, where: str) -> str:
+    try:
+        facts = system.info(name)  # of HTTP `ukey` is the URL alone
+        return f"{system.ukey(name)} {facts.get('size')} {facts.get('ETag')} {facts.get('LastModified')}"
+    except Exception as error:
+        raise unreachable(where, error) from error
+
+
+def _fetched(system: AbstractFileSystem, name: str, url: str) -> Path:
+    home = cache_folder() / "remote"
+    last = PurePosixPath(url.partition("?")[0]).name or "index"
+    target = home / digest([url, _state(system, name, url)])[:24] / last
+    if not target.exists():
+        if not (home / "CACHEDIR.TAG").exists():
+            write_text(home / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
+        with locked(target.parent.with_name(f".{target.parent.name}.lock")):
+            if not target.exists():
+                part = target.with_name(f".tmp-{last}")
+                part.parent.mkdir(parents=True, exist_ok=True)
+                try:
+                    with system.open(name, "rb") as source, part.open("wb") as copy:
+                        shutil.copyfileobj(source, copy, 1 << 20)
+                except Exception as error:
+                    part.unlink(missing_ok=True)
+                    raise unreachable(url, error) from error
+                part.replace(target)
+    return target
+
+
+def remote_stamps(where: str) -> object:
+    """The files at a URL, and what tells that one has changed."""
+    system, _, files = _listed(where)
+    return [[name, _state(system, name, where)] for name in files]

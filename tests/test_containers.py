@@ -1,0 +1,350 @@
+"""What the source `files` makes of every kind of file: rows, cells, text, or a name and a reason."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import json
+import lzma
+
+import pytest
+
+from pretrain import engine
+from pretrain.core.errors import PretrainError
+from pretrain.corpus.sources import Files, Images, Skipped, read
+from pretrain.recipe import check
+
+ROWS = [{"id": "7", "body": 'one, or "two"\nlines', "label": "a"}, {"id": "8", "body": "three", "label": "b"}]
+CSV = 'id,body,label\n7,"one, or ""two""\nlines",a\n\n8,three,b\n'
+
+
+def put(path, data):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data) if isinstance(data, bytes) else path.write_text(data, encoding="utf-8")
+    return path
+
+
+def collect(where, **fields):
+    skipped = Skipped()
+    return list(read(Files(str(where), **fields), skipped)), skipped
+
+
+def table(ending):
+    """The rows as a file of that ending."""
+    import pyarrow
+    import pyarrow.feather
+    import pyarrow.orc
+    import pyarrow.parquet
+
+    arrow, sink = pyarrow.Table.from_pylist(ROWS), pyarrow.BufferOutputStream()
+    lines = "".join(json.dumps(row) + "\n" for row in ROWS)
+    text = {
+        ".csv": CSV, ".tsv": CSV.replace(",", "\t").replace("one\t", "one,"), ".jsonl": lines, ".ndjson": "\n" + lines,
+        ".json": json.dumps(ROWS, indent=2),
+    }  # fmt: skip
+    if ending in text:
+        return text[ending].encode()
+    if ending == ".arrow":
+        with pyarrow.ipc.new_stream(sink, arrow.schema) as writer:
+            writer.write_table(arrow)
+    else:
+        module = {
+            ".parquet": pyarrow.parquet.write_table,
+            ".feather": pyarrow.feather.write_feather,
+            ".orc": pyarrow.orc.write_table,
+        }
+        module[ending](arrow, sink)
+    return sink.getvalue().to_pybytes()
+
+
+@pytest.mark.parametrize(
+    "ending", [".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet", ".feather", ".arrow", ".orc"]
+)
+def test_the_column_is_the_text_of_every_table_and_the_others_stay_beside_it(tmp_path, ending):
+    found, skipped = collect(put(tmp_path / f"x{ending}", table(ending)), text="body")
+    assert [(d["text"], d["label"], d["id"]) for d in found] == [(r["body"], r["label"], r["id"]) for r in ROWS]
+    assert all("body" not in d and d["domain"] == "x" for d in found) and not skipped.reasons
+    with pytest.raises(PretrainError, match=r"no column 'bodi' \(did you mean 'body'\?\); accepted: body, id, label"):
+        collect(tmp_path / f"x{ending}", text="bodi")
+
+
+@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
+def test_tables_and_text_may_be_compressed(tmp_path, ending, pack):
+    put(tmp_path / f"x.csv{ending}", pack.compress(CSV.encode()))
+    put(tmp_path / f"y.txt{ending}", pack.compress("fünf".encode()))
+    found, _ = collect(tmp_path, text="body")
+    assert [(d["text"], d["domain"]) for d in found] == [(ROWS[0]["body"], "x"), ("three", "x"), ("fünf", "txt")]
+    put(tmp_path / f"y.txt{ending}", pack.compress(b"five" * 999)[:-9])
+    with pytest.raises(PretrainError, match=f"y.txt{ending}: cannot be read"):
+        collect(tmp_path, text="body")
+
+
+def test_excels_mark_semicolons_and_tables_without_a_header_are_read(tmp_path):
+    found, _ = collect(put(tmp_path / "a.csv", "\ufeffbody;n\nein Satz, lang;1\n"), text="body")
+    assert [(d["text"], d["n"]) for d in found] == [("ein Satz, lang", "1")]
+    found, _ = collect(put(tmp_path / "b.csv", "3,good\n4,bad\n"), text="1")
+    assert [(d["text"], d["0"]) for d in found] == [("good", "3"), ("bad", "4")]
+    with pytest.raises(PretrainError, match="c.csv:1: two columns are named 'a'"):
+        collect(put(tmp_path / "c.csv", "a,a\nx,y\n"), text="a")
+
+
+def test_arrays_of_texts_objects_with_the_column_and_lines_named_json_are_rows(tmp_path):
+    put(tmp_path / "a.json", '["one", "two"]')
+    put(tmp_path / "b.json", '{"text": "three", "label": 1}')
+    put(tmp_path / "c.json", '{"text": "four"}\n{"text": "five"}\n')
+    put(tmp_path / "settings.json", '{\n  // a comment\n  "strict": true\n}')
+    put(tmp_path / "plain.json", '{"name": "x"}')
+    found, _ = collect(tmp_path)
+    texts = {d["id"].rpartition("/")[2]: d["text"] for d in found}
+    assert [texts[f"{name}"] for name in ("a.json:0", "a.json:1", "b.json:0", "c.json:0", "c.json:1")] == [
+        "one", "two", "three", "four", "five",
+    ]  # fmt: skip
+    assert texts["plain.json"] == '{"name": "x"}' and "a comment" in texts["settings.json"]
+
+
+def test_a_notebook_is_its_cells_on_one_side_of_the_split(tmp_path):
+    cells = [
+        {"cell_type": "markdown", "source": ["# A\n", "title"]},
+        {"cell_type": "code", "source": "x = 1", "outputs": [{"text": "a secret output"}]},
+        {"cell_type": "code", "source": []},
+    ]
+    found, skipped = collect(put(tmp_path / "n.ipynb", json.dumps({"cells": cells, "nbformat": 4})))
+    assert [(d["text"], d["cell"], d["domain"]) for d in found] == [
+        ("# A\ntitle", "markdown", "ipynb"), ("x = 1", "code", "ipynb"),
+    ]  # fmt: skip
+    assert {d["group"] for d in found} == {str(tmp_path / "n.ipynb")} and skipped.reasons == {"empty": 1}
+    with pytest.raises(PretrainError, match="m.ipynb:1: no notebook"):
+        collect(put(tmp_path / "m.ipynb", "[1]"))
+    found, _ = collect(tmp_path, tables="text")
+    assert len(found) == 2 and '"cells"' in found[1]["text"]
+
+
+BAD = {
+    "csv line": ("x.csv", b"text,n\na,1\n\nb\nc,3\n", r"x.csv:4 \(row 2\): 1 cells; accepted: 2 cells", "x.csv:4", "bad lines"),
+    "csv bytes": ("x.csv", b"text,n\na,1\n\xe9,2\nc,3\n", r"x.csv:3 \(row 2\): byte 0xe9 is not UTF-8", "x.csv:3", "lines with bad bytes"),
+    "csv line after a long cell": ("x.csv", b'text,n\n"a\n\na",1\nb\nc,3\n', r"x.csv:5 \(row 2\): 1 cells", "x.csv:5", "bad lines"),
+    "csv quote": ("x.csv", b'text,n\na,1\nc,3\n"b,2\n', r"x.csv:4: no row of a table \(unexpected end", "x.csv:4", "bad lines"),
+    "jsonl line": ("x.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "c"}\n', r"x.jsonl:3: not JSON", "x.jsonl:3", "bad lines"),
+    "jsonl bytes": ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "c"}\n', r"x.jsonl:2: byte 0xff", "x.jsonl:2", "lines with bad bytes"),
+    "jsonl column": ("x.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n{"text": "c"}\n', r"x.jsonl:3 \(row 2\): no column 'text' \(did you mean 'txt'", "x.jsonl:3", "rows without the column"),
+    "jsonl type": ("x.jsonl", b'{"text": "a"}\n{"text": 3}\n{"text": "c"}\n', r"x.jsonl:2 \(row 2\): column 'text' is int, not text", "x.jsonl:2", "rows without text"),
+    "array item": ("x.json", b'["a", 4, "c"]', r"x.json, item 2: int", "x.json, item 2", "bad items"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BAD)
+def test_what_cannot_be_read_stops_with_its_line_and_row_or_is_counted(tmp_path, kind):
+    name, data, message, place, reason = BAD[kind]
+    path = put(tmp_path / name, data)
+    with pytest.raises(PretrainError, match=f"{message}.*or on_error: skip"):
+        collect(path)
+    found, skipped = collect(path, on_error="skip")
+    assert [d["text"].strip()[0] for d in found] == ["a", "c"] and skipped.reasons == {reason: 1}
+    assert skipped.names[reason] == [str(tmp_path / place)]
+
+
+def test_a_text_file_with_bad_bytes_stops_with_its_line_or_is_counted(tmp_path):
+    put(tmp_path / "a.txt", b"one\ntwo\n" + b"caf\xe9\n")
+    put(tmp_path / "b.txt", "good")
+    with pytest.raises(
+        PretrainError, match=r"a.txt:3: byte 0xe9 is not UTF-8; accepted: text in UTF-8, or on_error: skip"
+    ):
+        collect(tmp_path)
+    found, skipped = collect(tmp_path, on_error="skip")
+    assert [d["text"] for d in found] == ["good"] and skipped.names == {"not UTF-8": [f"{tmp_path}/a.txt:3"]}
+
+
+def test_other_containers_and_binaries_are_named_and_alone_they_are_refused(tmp_path):
+    put(tmp_path / "a.txt", "text")
+    for name, data in (
+        ("b.pdf", b"%PDF-1.4 text"),
+        ("c.xlsx", b"PK\3\4"),
+        ("d.bin", b"\1\2\3\4"),
+        ("e.pkl", b"\x80\4."),
+    ):
+        put(tmp_path / name, data)
+    found, skipped = collect(tmp_path)
+    assert [d["text"] for d in found] == ["text"]
+    assert skipped.names == {
+        reason: [str(tmp_path / name)]
+        for reason, name in {
+            "a document (.pdf)": "b.pdf", "a workbook (.xlsx)": "c.xlsx", "binary": "d.bin", "a pickle, which is never read (.pkl)": "e.pkl",
+        }.items()
+    }  # fmt: skip
+    with pytest.raises(PretrainError, match=r"c.xlsx is a workbook \(.xlsx\); accepted: text, or one of .jsonl"):
+        collect(tmp_path / "c.xlsx")
+    with pytest.raises(PretrainError, match=r"text 'body': there is no table at"):
+        collect(tmp_path, text="body")
+
+
+SECRETS = (
+    ".env",
+    "prod.env",
+    "server.pem",
+    "id_rsa",
+    "credentials",
+    "credentials.json",
+    ".netrc",
+    "KEY.PEM",
+    ".ssh/config",
+)
+
+
+def test_hidden_files_and_secrets_are_left_out_unless_a_field_asks(tmp_path):
+    put(tmp_path / "a.txt", "seen")
+    for name in (*SECRETS, ".hidden.txt", ".notes/b.txt", "deep/.c.txt", ".env.example"):
+        put(tmp_path / name, f"text of {name}")
+
+    def texts(where=tmp_path, **fields):
+        return {d["text"].removeprefix("text of ") for d in collect(where, tables="text", **fields)[0]}
+
+    hidden = {".hidden.txt", ".notes/b.txt", "deep/.c.txt", ".env.example"}
+    assert texts() == {"seen"} == texts(tmp_path / "**" / "*")
+    assert texts(hidden=True) == {"seen"} | hidden
+    assert texts(hidden=True, secrets=True) == {"seen"} | hidden | set(SECRETS)
+    assert texts(secrets=True) == {"seen"} | {name for name in SECRETS if not name.startswith(".")}
+    assert texts(tmp_path / ".hidden.txt") == {".hidden.txt"} and texts(tmp_path / ".n*" / "*") == {".notes/b.txt"}
+    with pytest.raises(PretrainError, match="id_rsa' looks like a secret; accepted: another file, or secrets: true"):
+        collect(tmp_path / "id_rsa")
+    _, skipped = collect(tmp_path)
+    assert skipped.reasons == {"secret-looking": len(SECRETS), "hidden": 4}  # a folder counts once
+    assert (
+        str(tmp_path / ".env") in skipped.names["secret-looking"] and f"{tmp_path}/.notes/" in skipped.names["hidden"]
+    )
+
+
+def test_what_a_modalitys_source_passes_over_has_its_name(tmp_path):
+    put(tmp_path / "a.png", "no image")
+    put(tmp_path / "b.heic", b"\0")
+    put(tmp_path / "._c.png", "a mac's")
+    skipped = Skipped()
+    assert list(read(Images(str(tmp_path)), skipped)) == []
+    assert {reason: [name.rpartition("/")[2] for name in names] for reason, names in skipped.names.items()} == {
+        "no image": ["a.png"], "other endings": ["b.heic"], "hidden": ["._c.png"],
+    }  # fmt: skip
+
+
+def test_the_list_of_names_is_bounded_and_the_count_is_not(tmp_path):
+    for number in range(30):
+        put(tmp_path / f"{number}.bin", b"\0")
+    put(tmp_path / "a.txt", "text")
+    _, skipped = collect(tmp_path)
+    facts = skipped.facts()
+    assert facts["binary"]["count"] == 30 and len(facts["binary"]["names"]) == 20
+    assert str(skipped).startswith("30 binary (") and str(skipped).endswith(", …)")
+
+
+STAGES = [
+    {"stage": "data", "sources": [{"files": "text"}]},
+    {"stage": "tokenizer", "corpus": "data", "vocab_size": 300},
+    {"stage": "train", "corpus": "data", "tokenizer": "tokenizer", "budget": {"steps": 1}, "length": 16, "model": {
+        "family": "gpt2", "n_embd": 8, "n_layer": 1, "n_head": 1, "n_positions": 16}},
+    {"stage": "evaluate", "corpus": "data", "checkpoint": "train"},
+]  # fmt: skip
+
+
+def test_a_corpus_says_what_it_passed_over_and_a_split_that_is_needed_and_empty_is_told_before_training(
+    tmp_path, monkeypatch
+):
+    from pretrain.report import write
+
+    monkeypatch.chdir(tmp_path)
+    for number in range(3):
+        put(tmp_path / "text" / f"{number}.txt", f"text number {number} " * 9)
+    put(tmp_path / "text" / "x.bin", b"\0")
+    put(tmp_path / "text" / ".env", "KEY=1")
+    said = []
+    with pytest.raises(
+        PretrainError,
+        match=r"evaluate: the corpus 'data' has no test documents, which this stage needs \(3 in all\); accepted: more documents, or a larger share \(test: 0.2\)",
+    ):
+        engine.run(check({"stages": STAGES}), say=said.append)
+    info = json.loads((tmp_path / "runs" / "run" / "data" / "corpus" / "corpus.json").read_text())
+    assert info["passed_over"] == {
+        "binary": {"count": 1, "names": ["text/x.bin"]}, "secret-looking": {"count": 1, "names": ["text/.env"]},
+    }  # fmt: skip
+    lines = [line.removeprefix("[data] ") for line in said]
+    assert "passed over: 1 binary (text/x.bin), 1 secret-looking (text/.env)" in lines
+    assert "no test documents: 3 are too few for a share of 0.02" in lines
+    assert not any("[tokenizer]" in line or "[train]" in line for line in said)
+    page = write(tmp_path / "runs" / "run").read_text()
+    assert "Passed over: 2" in page and "text/x.bin" in page
+
+
+@pytest.mark.parametrize("model", [{"n_positions": 16}, {"max_position_embeddings": 16}])
+def test_a_length_beyond_the_models_positions_is_refused_as_the_recipe_is_read(tmp_path, model):
+    train = STAGES[2] | {"model": STAGES[2]["model"] | model}
+    check({"stages": [*STAGES[:2], train]})
+    with pytest.raises(
+        PretrainError,
+        match=r"train.length: length 17: this gpt2 has 16 positions; accepted: at most 16, or model.max_pos",
+    ):
+        check({"stages": [*STAGES[:2], train | {"length": 17}]})
+    more = {"stage": "train", "name": "more", "corpus": "data", "init": "train", "budget": {"steps": 1}, "length": 17}
+    with pytest.raises(PretrainError, match=r"more.length: length 17: train has 16 positions; accepted: at most 16"):
+        check({"stages": [*STAGES[:2], train, more]})
+    put(tmp_path / "gpt2" / "config.json", json.dumps({"model_type": "gpt2", "n_positions": 12}))
+    with pytest.raises(PretrainError, match=r"more.length: length 17: .*/gpt2 has 12 positions"):
+        check({"stages": [*STAGES[:2], more | {"init": str(tmp_path / "gpt2")}]})
+    with pytest.raises(PretrainError, match=r"more.init: no checkpoint at"):
+        check({"stages": [*STAGES[:2], more | {"init": str(tmp_path)}]})
+
+
+@pytest.fixture
+def bucket(tmp_path, monkeypatch):
+    """A store in memory, and a cache of its own."""
+    import fsspec
+
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    store = fsspec.filesystem("memory")
+    store.store.clear()
+    for name, data in (
+        ("a.txt", b"one"),
+        ("deep/b.csv", CSV.encode()),
+        (".env", b"KEY=1"),
+        ("deep/.c.txt", b"x"),
+        ("d.bin", b"\0"),
+    ):
+        store.pipe(f"/bucket/{name}", data)
+    yield store
+    store.store.clear()
+
+
+def test_sources_elsewhere_are_read_through_fsspec_and_fetched_once(bucket, monkeypatch):
+    source = Files("memory://bucket", text="body")
+    skipped = Skipped()
+    found = list(read(source, skipped))
+    assert [(d["text"], d["id"]) for d in found] == [
+        ("one", "memory://bucket/a.txt"), (ROWS[0]["body"], "7"), ("three", "8"),
+    ]  # fmt: skip
+    assert skipped.reasons == {"secret-looking": 1, "hidden": 1, "binary": 1} and skipped.names["secret-looking"] == [
+        ".env"
+    ]
+    before = source.state()
+    with monkeypatch.context() as patched:
+        patched.setattr(type(bucket), "open", None)  # what is in the cache is not fetched again
+        assert list(read(source)) == found
+    assert source.state() == before
+    bucket.pipe("/bucket/a.txt", b"two!")
+    assert source.state() != before and next(iter(read(source)))["text"] == "two!"
+    assert [d["text"] for d in read(Files("memory://bucket/*.txt"))] == ["two!"]
+    assert [d["text"] for d in read(Files("memory://bucket/a.txt"))] == ["two!"]
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("memory://nowhere", r"no files at 'memory://nowhere'|'memory://nowhere' cannot be read"),
+        ("s3://bucket/x", r"'s3://bucket/x': needs the package s3fs; accepted: pip install s3fs"),
+        ("gs://bucket/x", r"'gs://bucket/x': needs the package gcsfs"),
+        ("odd://x", r"'odd://x': fsspec knows no protocol 'odd'; accepted: s3://, gs://, https://, a path"),
+        ("https://localhost:9/x.txt", r"'https://localhost:9/x.txt' cannot be read \(.*\); accepted: a URL"),
+    ],
+)
+def test_what_cannot_be_reached_is_one_line(where, message, bucket, monkeypatch):
+    for package in ("s3fs", "gcsfs"):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+    for ask in (lambda: list(read(Files(where))), lambda: Files(where).state()):
+        with pytest.raises(PretrainError, match=message) as caught:
+            ask()
+        assert "\n" not in str(caught.value)

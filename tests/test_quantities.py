@@ -1,0 +1,95 @@
+"""Words people think in: counts with a letter, durations, passes over the data; names stay names."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from small_recipe import small_recipe
+
+from pretrain import engine
+from pretrain.core.errors import PretrainError
+from pretrain.core.quick.quantities import SCALES, TIMES, as_typed, quantity
+from pretrain.corpus.shards import Shards
+from pretrain.recipe import load
+from pretrain.training.budget import Budget
+
+
+@pytest.mark.parametrize(
+    ("word", "value"),
+    [("100k", 100_000), ("2M", 2_000_000), ("1B", 10**9), ("1.5k", 1500), ("0.3M", 300_000), ("2 M", 2_000_000), ("1_000k", 10**6),
+     ("-2k", -2000), ("2P", 2 * 10**15), ("30min", None), ("k", None), ("2Mx", None), ("M2", None), ("1e3k", None), ("2m", None), ("", None)],
+)  # fmt: skip
+def test_counts_with_a_letter_are_numbers_and_whole_ones_are_whole(word, value):
+    found = quantity(word)
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("word", "seconds"),
+    [("30min", 1800), ("2h", 7200), ("90s", 90), ("1h30min", 5400), ("1 h 30 min", 5400), ("0.5 s", 0.5), ("2d", 172_800), ("5m", 300),
+     ("2k", 2000), ("90x", None), ("min", None), ("s90", None)],
+)  # fmt: skip
+def test_durations_are_seconds(word, seconds):
+    assert quantity(word, duration=True) == seconds
+    assert quantity("30min") is None
+
+
+@given(st.integers(1, 10**6), st.sampled_from(sorted(SCALES)), st.sampled_from(sorted(TIMES)))
+def test_every_letter_scales_by_what_it_stands_for(number, letter, unit):
+    assert quantity(f"{number}{letter}") == number * SCALES[letter]
+    assert quantity(f"{number}{unit}", duration=True) == number * TIMES[unit]
+
+
+def test_only_where_numbers_and_no_text_are_asked_for_a_word_becomes_one():
+    assert as_typed("2k", int) == 2000 and as_typed("2k", int | None) == 2000
+    assert as_typed("2k", str) == "2k" == as_typed("2k", str | int | None)
+    assert as_typed(["1k", 2], list[int]) == [1000, 2] and as_typed(("1k",), tuple[str, ...]) == ("1k",)
+    assert as_typed({"2M": "3k"}, dict[str, float]) == {"2M": 3000}
+    assert as_typed({"a": ["1k"]}, dict[str, list[int]]) == {"a": [1000]}
+
+
+@pytest.fixture
+def recipe(tmp_path, stories):
+    def read(*overrides, **fields):
+        (tmp_path / "r.yaml").write_text(small_recipe(tmp_path, stories[:30], **{"budget": {"steps": 3}} | fields))
+        return load(tmp_path / "r.yaml", overrides, tmp_path / "out")
+
+    return read
+
+
+def test_recipes_and_overrides_take_them_everywhere_and_names_stay_names(recipe):
+    fields = {
+        "budget": {"tokens": "100k"}, "evaluate_tokens": "2k", "mixture": {"2M": "1k"}, "optimizer": {"method": "adamw", "lr": 1e-3},
+        "schedule": {"method": "cosine", "warmup": "1k"}, "policies": [{"method": "domain_upsampling", "mixture": {"2M": 1}, "share": 0.5}],
+        "model": {"family": "llama", "hidden_size": "0.016k", "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": "32k"},
+    }  # fmt: skip
+    found = recipe("tokenizer.vocab_size=0.5k", **fields)
+    model = found.stages[2]
+    assert model.budget.tokens == 100_000 and model.evaluate_tokens == 2000 and model.mixture == {"2M": 1000}
+    assert model.schedule.warmup == 1000 and found.stages[1].vocab_size == 500
+    assert model.fields()["vocab_size"] == 32_000 and model.fields()["hidden_size"] == 16
+    assert recipe("model.budget.seconds=30min").stages[2].budget == Budget(seconds=1800)
+    assert recipe("model.budget={flops: 2T}").stages[2].budget == Budget(flops=2e12)
+    assert recipe("corpus.sources=[{files: 2M}]").stages[0].sources[0].files == "2M"
+    with pytest.raises(PretrainError, match=r"--set model.budget.tokens=30min: model.budget.*'30min'"):
+        recipe("model.budget.tokens=30min")
+
+
+def test_epochs_are_passes_over_the_packed_rows_of_the_training_split(recipe):
+    done = engine.run(recipe(budget={"epochs": 0.5}), say=engine.silent)
+    (train,) = done.folder.glob(".tokens/*/train")
+    rows = len(Shards(train).plan(32))
+    assert rows > 100 and done.stages["model"]["metrics"]["steps"] == -(-rows // 4)  # half of them, two a step
+    steps = [json.loads(line) for line in (done.folder / "model" / "log.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in steps if line["event"] == "step"]
+    assert rates[-1] < rates[len(rates) // 2] / 2  # the schedule ends where the budget does
+    assert done.stages["model"]["config"]["budget"] == {"epochs": 0.5}
+
+
+@pytest.mark.parametrize(("epochs", "rows", "batch", "steps"), [(3, 100, 10, 30), (1, 101, 10, 11), (0.1, 100, 10, 1), (0.001, 100, 10, 1), (0.3, 100, 1, 30)])  # fmt: skip
+def test_epochs_become_the_steps_that_take_all_rows_so_often(epochs, rows, batch, steps):
+    assert Budget(epochs=epochs).resolved(rows, batch) == Budget(steps=steps)
+    assert Budget(tokens=5).resolved(rows, batch) == Budget(tokens=5)
