@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
+from typing import TypeVar
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package, package_folder
@@ -27,6 +28,7 @@ SECRET = (
 )  # fmt: skip
 SECRET_FOLDERS = (".ssh", ".aws", ".gnupg", ".kube")
 PUBLIC = ("*.example", "*.sample", "*.template", "*.pub")  # `.env.example` says which secrets there are, and none
+T = TypeVar("T")
 Named = tuple[str, Path]  # a file's id, and where it is
 
 
@@ -83,7 +85,7 @@ def _matching(
     return _some(kept, where, ends, skipped)
 
 
-def _some(kept: list, where: str, ends: tuple[str, ...], skipped: Skipped) -> list:  # type: ignore[type-arg]
+def _some(kept: list[T], where: str, ends: tuple[str, ...], skipped: Skipped) -> list[T]:
     """The files, or an error where there are none."""
     if not kept:
         endings = f" that end with {', '.join(ends)}" if ends else ""
