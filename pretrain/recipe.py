@@ -21,7 +21,7 @@ from pretrain.core.files import JSON
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.outline import torch_imported
-from pretrain.core.quick.quantities import element
+from pretrain.core.quick.quantities import as_typed, element
 from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
 from pretrain.training.budget import UNITS
@@ -256,7 +256,7 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
     name = (path.stem if path else "run") if name is None else name
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
         raise wrong("name", "letters, digits, '.', '_', '-' (in quotes if there are digits only)")
-    seed = raw.get("seed", 0)
+    seed = as_typed(raw.get("seed", 0), int)
     if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
         raise wrong("seed", "a whole number of 0 or more")
     declared_output = raw.get("output")

@@ -73,6 +73,9 @@ def test_recipes_and_overrides_take_them_everywhere_and_names_stay_names(recipe)
     assert model.fields()["vocab_size"] == 32_000 and model.fields()["hidden_size"] == 16
     assert recipe("model.budget.seconds=30min").stages[2].budget == Budget(seconds=1800)
     assert recipe("model.budget={flops: 2T}").stages[2].budget == Budget(flops=2e12)
+    assert recipe("seed=1k").seed == 1000 and recipe("name=2M").name == "2M"
+    weighted = recipe("model.objectives=[{method: causal_lm, weight: 1k}]").stages[2].weighted()
+    assert [w.weight for w in weighted] == [1000]
     assert recipe("corpus.sources=[{files: 2M}]").stages[0].sources[0].files == "2M"
     with pytest.raises(PretrainError, match=r"--set model.budget.tokens=30min: model.budget.*'30min'"):
         recipe("model.budget.tokens=30min")

@@ -61,7 +61,7 @@ def build_weighted(value: object) -> Weighted:
     if isinstance(value, Weighted):
         return value
     given = {"method": value} if isinstance(value, str) else dict(value) if isinstance(value, dict) else value
-    weight = given.pop("weight", 1.0) if isinstance(given, dict) else 1.0
+    weight = bare(given.pop("weight", 1.0)) if isinstance(given, dict) else 1.0
     if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < math.inf:
         raise ValueError(f"weight {weight!r}: accepted: a number above 0")
     given = build_method(given, "objective")
