@@ -78,10 +78,13 @@ def _main(
         use_methods(folder)
 
 
+Overrides = Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")]
+
+
 @app.command()
 def run(
     recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
-    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")] = None,
+    set_: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Where to write; the recipe says by default.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and what it is expected to take.")] = False,
@@ -112,13 +115,52 @@ def run(
         typer.echo(f"report: {result.report}")
 
 
+@app.command("plan")
+def print_plan(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with a train stage of size: auto.")],
+    budget: Annotated[str | None, typer.Option(help="Another budget: flops=1e13, tokens=1e8, seconds=600.")] = None,
+    set_: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+) -> None:
+    """What the dial chooses for a recipe, and what is expected of it."""
+    from pretrain import recipe as recipes
+
+    loaded = recipes.load(recipe, set_ or [], output)
+    if budget is not None:
+        unit, _, limit = budget.partition("=")
+        names = [each.stage for each in loaded.sizes]
+        loaded = recipes.load(recipe, [*(set_ or []), *(f"{name}.budget.{unit}={limit}" for name in names)], output)
+    if not loaded.sizes:
+        raise PretrainError(f"{recipe}: no train stage says size: auto, so there is nothing to choose")
+    for chosen in loaded.sizes:
+        typer.echo("\n".join([f"{chosen.stage}:", *(f"  {line}" for line in chosen.lines())]))
+
+
+@app.command()
+def ladder(
+    recipe: Annotated[Path, typer.Argument(help="A recipe with a train stage of size: auto.")],
+    set_: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
+) -> None:
+    """Train small sizes of a recipe and fit the law of loss that the dial goes by."""
+    from pretrain import recipe as recipes
+
+    loaded = recipes.load(recipe, set_ or [], output)
+    with uncollected():
+        from pretrain.experiments.ladder import LAW, climb, summary
+
+    law, settled = climb(loaded, typer.echo)
+    typer.echo("\n".join([*summary(law, settled.choice), *settled.lines()]))
+    typer.echo(f"to go by it: size: {{law: {loaded.output / 'ladder' / LAW}}}")
+
+
 @app.command()
 def adopt(
     recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
     stage: Annotated[str, typer.Argument(help="The stage whose result it is.")],
     folder: Annotated[Path, typer.Argument(help="A corpus, a tokenizer or a checkpoint made elsewhere.")],
     link: Annotated[bool, typer.Option("--link", help="Link its files instead of copying them.")] = False,
-    set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")] = None,
+    set_: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Where the run is; the recipe says by default.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
 ) -> None:

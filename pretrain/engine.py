@@ -34,6 +34,7 @@ from pretrain.recipe import Recipe, load, whole
 from pretrain.records import StageRecord, StageResult
 from pretrain.report import write as write_report
 from pretrain.stages import Job
+from pretrain.stages._size import write as write_sizes
 from pretrain.training.distributed import join
 
 CACHED, TO_RUN, DONE = "cached", "to run", "done"
@@ -82,6 +83,10 @@ def run(
             _write_run(recipe, planned, {})
             for folder in _weights(planned):
                 hub.fetch_weights(folder, say)
+            if recipe.sizes:
+                write_sizes(recipe.sizes, recipe.output)
+            for chosen in recipe.sizes:
+                say("\n".join(f"[{chosen.stage}] {line}" for line in chosen.lines()))
         wait()
         for item in planned:
             _refuse_empty_splits(recipe, planned)

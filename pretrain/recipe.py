@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -24,6 +24,7 @@ from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.quantities import as_typed, element
 from pretrain.core.registry import use_methods
 from pretrain.stages import Stage, stage_classes
+from pretrain.stages._size import Settled, settle
 from pretrain.training.budget import UNITS
 
 FIELDS = ("name", "seed", "output", "base", "set", "methods", "stages")
@@ -57,6 +58,8 @@ class Recipe:
     path: Path | None = None
     places: Places = field(default_factory=dict, repr=False)
     outlined: bool = False  # whether it was checked without torch: its methods are outlines
+    sizes: list[Settled] = field(default_factory=list, repr=False)  # what the dial has chosen
+    asked: Raw = field(default_factory=dict, repr=False)  # `raw` before it did
 
     def at(self, stage: Stage, place: Place = ()) -> str:
         """Where a value of a stage stands, as errors begin: `FILE:LINE: STAGE.field`."""
@@ -270,6 +273,12 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
             use_methods(outside)
         except PretrainError as error:
             raise PretrainError(f"{_at(places, ('methods',), whole)}: {error}") from error
+    folder = Path(output) if output is not None else Path(declared_output or Path("runs") / name)
+    asked = raw
+    try:
+        raw, sizes = settle(raw, folder)
+    except PretrainError as error:
+        raise PretrainError(f"{_at(places, error.place, whole)}: {error}") from error
     given = raw.get("stages")
     if not isinstance(given, list) or not given:
         raise wrong("stages", "a list of at least one stage")
@@ -281,8 +290,7 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
         except PretrainError as error:
             where = _at(places, ("stages", index, *error.place), whole)
             raise PretrainError(f"{where}: {'.'.join(map(str, (stages[-1].name, *error.place)))}: {error}") from error
-    folder = Path(output) if output is not None else Path(declared_output or Path("runs") / name)
-    return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places, outlined)
+    return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places, outlined, sizes, asked)
 
 
 def whole(recipe: Recipe) -> Recipe:
@@ -292,7 +300,9 @@ def whole(recipe: Recipe) -> Recipe:
     with uncollected():
         import torch  # noqa: F401 - from here on methods are made by their own classes
 
-        return check(recipe.raw, recipe.path, recipe.places, recipe.output)
+        return replace(
+            check(recipe.raw, recipe.path, recipe.places, recipe.output), sizes=recipe.sizes, asked=recipe.asked
+        )
 
 
 def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:

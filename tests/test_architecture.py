@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "pretrain"
 # From the ground up: what stands later may import what stands before, and nothing else.
 FLOORS = (
     ("core",),
-    ("corpus",),
+    ("corpus", "dial"),
     ("decoding", "optim", "surgery"),
     ("objectives",),
     ("data", "evaluation", "policies"),

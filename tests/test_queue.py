@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import subprocess
+import sys
+import time
 from concurrent.futures import Future
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +23,7 @@ from pretrain.experiments.results import recorded
 from pretrain.experiments.sequential import LOOKS
 from pretrain.experiments.table import markdown, rows
 
+ROOT = Path(__file__).parent.parent
 CLAIM = """\
 title: "Decoupled Weight Decay Regularization"
 arxiv: "1711.05101"
@@ -197,3 +203,30 @@ def test_a_claim_is_tested_at_each_of_its_sizes_and_the_table_shows_the_trend(se
     assert [row["size"] for row in shown] == ["", "large"]
     assert shown[0]["trend"] == shown[1]["trend"] == "trend: more than all at 5e+08, more than all at 4e+09"
     assert "cpu, large" in markdown(found)
+
+
+def test_runs_end_with_the_queue_that_began_them(tmp_path):
+    (tmp_path / "sleeper.py").write_text(
+        "import os, pathlib, sys, time\n"
+        "from pretrain.experiments.trials import workers\n"
+        "class Sleeper:\n"
+        "    def run(self):\n"
+        "        pathlib.Path(sys.argv[0]).with_name(f'{os.getpid()}.pid').touch()\n"
+        "        time.sleep(600)\n"
+        "if __name__ == '__main__':\n"
+        "    with workers(2) as start:\n"
+        "        start(Sleeper()).result()\n"
+    )
+    queue = subprocess.Popen([sys.executable, str(tmp_path / "sleeper.py")], env=os.environ | {"PYTHONPATH": str(ROOT)})
+    until(lambda: list(tmp_path.glob("*.pid")))
+    queue.kill()
+    (worker,) = [int(path.stem) for path in tmp_path.glob("*.pid")]
+    until(lambda: not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2])
+
+
+def until(true, seconds=60.0):
+    """Wait until something is true."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.1)

@@ -4,9 +4,10 @@
 
 L is bits per byte of held-out text, N the weights of the blocks, D the bytes trained on, V the entries of the
 vocabulary: Chinchilla's form (Training Compute-Optimal Large Language Models, arXiv:2203.15556), fitted as there by a
-Huber loss on logarithms, with a vocabulary whose entries each want text of their own (after Scaling Laws with
-Vocabulary, arXiv:2407.13623). Text that is read again counts less (Scaling Data-Constrained Language Models,
-arXiv:2305.16264): of U unique bytes, read R times more,
+Huber loss on logarithms, with a vocabulary of which the worth of the text depends (Scaling Laws with Vocabulary,
+arXiv:2407.13623): the entries each want text of their own (γ > 0), and say more of it at a time (γ < 0). Text that is
+read again counts less (Scaling Data-Constrained Language Models, arXiv:2305.16264): of U unique bytes, read R times
+more,
 
     D = U + U R* (1 - exp(-R / R*)),   R* = 15.4
 """
@@ -27,7 +28,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 REPEATS = 15.4  # R*, after which reading again is worth nothing more
-HUBER = 1e-3  # of a difference of logarithms, as in arXiv:2203.15556
+HUBER = 1e-2  # of a difference of logarithms: small models scatter by about so much
+LEAST = 0.3  # bits per byte that no model of text or code is expected to come below: small runs cannot tell the floor
 NAMES = ("floor", "A", "alpha", "B", "beta", "gamma")
 
 
@@ -149,13 +151,13 @@ def fit(rungs: Sequence[Rung]) -> Law:
         predicted = [_log_bits(whole, rung.body, rung.vocabulary, rung.bytes) for rung in rungs]
         return np.array(predicted) - wanted
 
-    low = [math.log(1e-3), -5.0, 0.05, -5.0, 0.05, 0.0][:free]
+    low = [math.log(LEAST), -5.0, 0.05, -5.0, 0.05, -2.0][:free]
     high = [lowest, 40.0, 1.5, 40.0, 1.5, 2.0][:free]
     best = None
     for floor in (0.3, 0.6, 0.9):
         for exponent in (0.25, 0.5, 0.8):
             a, b = (math.log(0.5) + exponent * math.log(size) for size in (rungs[0].body, rungs[0].bytes))
-            begin = [lowest + math.log(floor), a, exponent, b, exponent, 0.5]
+            begin = [lowest + math.log(floor), a, exponent, b, exponent, 0.0]
             solved = least_squares(
                 residuals, np.clip(begin[:free], low, high), bounds=(low, high), loss="huber", f_scale=HUBER,
                 x_scale=np.maximum(1e-2, np.abs(begin[:free])), max_nfev=4000,

@@ -53,8 +53,8 @@ class Shape:
         """
         return 6.0 * (self.body + self.vocabulary * self.width) + 14.0 * self.depth * self.width * length
 
-    def memory(self, tokens: int, length: int) -> float:
-        """Bytes of training on `tokens` at a time in rows of `length`, in float32 with two moments: about.
+    def memory(self, tokens: int) -> float:
+        """Bytes of training on `tokens` at a time, in float32 with two moments: about.
 
         Weights, gradients and moments; what a block keeps for the backward pass; the logits and their gradient.
         """

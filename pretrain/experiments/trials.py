@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 from pretrain.core.errors import Diverged, PretrainError, unknown
@@ -175,11 +177,25 @@ def workers(jobs: int = 1, ray: str | None = None) -> Iterator[Start]:
     else:
         with _threads(max(1, len(os.sched_getaffinity(0)) // jobs)):
             # A process is made anew from time to time: what torch has allocated it never gives back.
-            pool = ProcessPoolExecutor(jobs, mp_context=get_context("spawn"), max_tasks_per_child=20)
+            pool = ProcessPoolExecutor(
+                jobs, mp_context=get_context("spawn"), initializer=_end_with_parent, max_tasks_per_child=20
+            )
             try:
                 yield lambda trial: pool.submit(trial.run)
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _end_with_parent() -> None:
+    """Let this process be asked to end when the one that made it is gone, killed or not: nobody waits for it then."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _now(trial: Trial) -> Future[Outcome]:

@@ -96,7 +96,7 @@ class Train(Stage):
 
     version = 1
     distributed: ClassVar[bool] = True
-    neutral: ClassVar[tuple[str, ...]] = ("save_every", "keep", "log_every", "max_skips", "workers")
+    neutral: ClassVar[tuple[str, ...]] = ("size", "save_every", "keep", "log_every", "max_skips", "workers")
     writes: ClassVar[str] = "checkpoint"
     stage: Literal["train"] = "train"
     corpus: Ref
@@ -104,6 +104,7 @@ class Train(Stage):
     processor: Ref | None = None
     init: Ref | None = None
     model: Record = {}
+    size: str | dict[str, str] | None = None  # auto: what is not said here is chosen for the budget (docs/size.md)
     surgeries: list[SurgeryField] = []
     task: str = "auto"  # causal, masked, seq2seq, base, pretraining, or an AutoModelFor… of transformers
     length: Annotated[int, Ge(2)] = 512

@@ -40,6 +40,10 @@ class Source:
         """What changes when the files do; None where the fields say it all, as a package's version does."""
         return None
 
+    def size(self) -> int | None:
+        """About how many bytes its documents hold, as the files' sizes tell; None where they do not."""
+        return None
+
 
 def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
     """The source's documents, in a fixed order."""

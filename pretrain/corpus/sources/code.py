@@ -36,6 +36,12 @@ class PythonStdlib(Source):
     def state(self) -> object:
         return sys.version
 
+    def size(self) -> int:
+        files = evenly(modules.without(modules.of_stdlib(self.tests), self.exclude), self.limit)
+        return round(
+            sum(path.stat().st_size for _, path in files) * (1 + 0.15 * self.docstrings)
+        )  # as measured of Python 3.11
+
 
 @dataclass(frozen=True)
 class Packages(Source):

@@ -101,6 +101,12 @@ def wrong_of(on_error: OnError, skipped: Skipped) -> Wrong:
 
     return wrong
 
+    def size(self) -> int | None:
+        if self.package is not None:
+            return None
+        files = [path for _, path in located(self.files, None, self.suffixes)]
+        return sum(path.stat().st_size * (3 if path.suffix in (".gz", ".zst") else 1) for path in files)
+
 
 @dataclass(frozen=True)
 class HubDataset(Source):

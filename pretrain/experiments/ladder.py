@@ -1,0 +1,112 @@
+"""`pretrain ladder`: small runs of a recipe, and the law of loss that they follow.
+
+Around the size that the dial would take for a 64th, a 24th and an eighth of the budget stand models half as wide to
+half as wide again, and at the two smaller budgets ones with half and twice the vocabulary where that is the dial's to
+choose. All run as the recipe's own first stages, so what they share is made once, and a ladder that was interrupted
+goes on. Together they cost about two thirds of the budget.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from pretrain.core.errors import PretrainError
+from pretrain.dial.choose import Choice, choose
+from pretrain.dial.law import Law, Rung, fit
+from pretrain.dial.shapes import FIELDS
+from pretrain.recipe import Raw, Recipe, check
+from pretrain.stages._size import Settled
+
+SHARES = (1 / 64, 1 / 24, 1 / 8)  # of the budget
+WIDTHS = (0.5, 1.0, 1.5)  # of the dial's
+LAW = "law.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """A run that is to be made."""
+
+    width: int
+    vocabulary: int
+    flops: float
+
+
+def steps(settled: Settled) -> Iterator[Step]:
+    """The runs of a ladder, from the cheapest."""
+    task, target = settled.task, settled.choice.flops
+    for share in SHARES:
+        flops = target * share
+        task_there = replace(task, flops=flops, tokens=None, seconds=None)
+        middle = choose(replace(task_there, vocabulary=settled.choice.shape.vocabulary)).shape
+        widths = sorted({max(32, round(middle.width * factor / 16) * 16) for factor in WIDTHS})
+        yield from (Step(width, middle.vocabulary, flops) for width in widths)
+        if task.vocabulary is None and share < max(SHARES):
+            yield from (Step(middle.width, middle.vocabulary * 2 // factor, flops) for factor in (1, 4))
+
+
+def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Settled]:
+    """Run a recipe's ladder in its output and fit the law, which is written to `OUTPUT/ladder/law.json`."""
+    from pretrain import engine
+
+    if not recipe.sizes:
+        raise PretrainError("ladder: accepted: a recipe with a train stage of size: auto")
+    settled = recipe.sizes[0]
+    folder = recipe.output / "ladder"
+    rungs: list[Rung] = []
+    sizes: dict[int, float] = {}
+    wanted, unique = list(steps(settled)), settled.task.unique
+    for number, step in enumerate(wanted, 1):
+        name = f"{step.width}-{step.vocabulary}-{step.flops:.2e}"
+        made = check(_raw(recipe, settled, step), recipe.path, recipe.places, folder / name)
+        result = engine.run(made, store=folder / "stages", report=False, say=engine.silent)
+        record = result.stages[settled.stage]
+        metrics, entry = record["metrics"], made.raw["stages"][-1]
+        if not isinstance(metrics.get("bits_per_byte"), float):
+            raise PretrainError("ladder: accepted: a training on causal_lm alone, whose loss is told in bits per byte")
+        bytes_per_token = metrics["loss"] / math.log(2) / metrics["bits_per_byte"]
+        sizes[step.vocabulary] = bytes_per_token
+        shape = made.sizes[0].choice.shape
+        rungs.append(
+            Rung(
+                shape.body, step.vocabulary, metrics["tokens"] * bytes_per_token, metrics["bits_per_byte"],
+                metrics["flops"], step.width, record["seconds"],
+            )
+        )  # fmt: skip
+        size = f"width {step.width}, vocabulary {step.vocabulary}, {step.flops:.2g} FLOPs"
+        say(f"{number} of {len(wanted)}: {size}: {rungs[-1].bits:.3f} bits per byte, {record['seconds']:.0f} s")
+        corpus = result.stages.get(str(entry.get("corpus")))
+        unique = corpus["metrics"]["bytes/train"] if corpus is not None else unique
+    law = replace(fit(rungs), bytes_per_token=sizes)
+    law.write(folder / LAW)
+    task = replace(settled.task, law=law, unique=unique)
+    return law, replace(settled, choice=choose(task), task=task)
+
+
+def _raw(recipe: Recipe, settled: Settled, step: Step) -> Raw:
+    """The recipe up to its training, in another size."""
+    raw = copy.deepcopy(recipe.asked)
+    index = next(n for n, stage in enumerate(recipe.stages) if stage.name == settled.stage)
+    raw["stages"] = raw["stages"][: index + 1]
+    entry = raw["stages"][index]
+    entry["budget"] = {"flops": step.flops}
+    entry["model"] = entry["model"] | {FIELDS[entry["model"]["family"]]["width"]: step.width}
+    entry["evaluate_every"] = 0
+    for other in raw["stages"]:
+        if other.get("stage") == "tokenizer" and other.get("vocab_size") == "auto":
+            other["vocab_size"] = step.vocabulary
+    return raw
+
+
+def summary(law: Law, choice: Choice) -> list[str]:
+    """What a ladder found, in sentences."""
+    formula = (
+        f"L = {law.floor:.3f} + {law.A:.3g} / N^{law.alpha:.3f} + {law.B:.3g} · (V^{law.gamma:.2f} / D)^{law.beta:.3f}"
+    )
+    lines = [formula, f"{len(law.rungs)} runs; one lies {law.deviation:.2%} beside it"]
+    if choice.prediction is not None:
+        best = choice.prediction
+        lines.append(f"expected of {choice.flops:.3g} FLOPs: {best.bits:.3f} ({best.low:.3f} to {best.high:.3f})")
+    return lines

@@ -1,0 +1,236 @@
+"""`size: auto` in a recipe: each training that asks for it gets the sizes, the batch and the rate of the dial.
+
+What the user has written stays as it is, and the dial chooses the rest around it. The recipe that comes out says every
+number, so it can be run, kept and changed like any other.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.quick.machine import likely_device, remembered_rate
+from pretrain.dial import shapes
+from pretrain.dial.choose import RATES, Choice, Task, choose, rate_for
+from pretrain.dial.law import load
+from pretrain.training.budget import Budget
+
+Raw = dict[str, Any]  # a recipe as it is read
+LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's standard library, for corpora without a law
+OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
+PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the dial has chosen for a training, and what it was given."""
+
+    stage: str
+    task: Task
+    choice: Choice
+    lr: float | None
+
+    def lines(self) -> list[str]:
+        """What was chosen and why, in sentences."""
+        shape, choice = self.choice.shape, self.choice
+        size = f"width {shape.width}, {shape.depth} blocks, vocabulary {shape.vocabulary:,}"
+        passes = f", {choice.bytes / self.task.unique:.2g} passes" if self.task.unique else ""
+        text = f"{_short(choice.tokens)} tokens ({choice.tokens_per_weight:.1f} a weight{passes})"
+        lines = [
+            f"{size}: {_short(shape.weights)} weights, {text}",
+            f"rows of {choice.length} tokens, {choice.batch_rows} a step; peak rate {self.lr or 'as given'}",
+        ]
+        time = f", about {choice.seconds:,.0f} s" if choice.seconds else ""
+        memory = shape.memory(choice.batch_rows * choice.length) / 2**20
+        lines.append(f"{choice.flops:.3g} FLOPs{time}, about {memory:,.0f} MB of weights, states and activations")
+        if choice.prediction is None:
+            lines.append("too far beyond the runs that the law was fitted to for a prediction: 20 tokens a weight")
+            return lines
+        best = choice.prediction
+        lines.append(f"expected: {best.bits:.3f} bits per byte of held-out text ({best.low:.3f} to {best.high:.3f})")
+        others = [f"{what} {bits:.3f}" for what, bits in self._others()]
+        return [*lines, f"the same budget elsewhere: {', '.join(others)}"] if others else lines
+
+    def _others(self) -> list[tuple[str, float]]:
+        """What other sizes are expected to give."""
+        width, vocabulary = self.choice.shape.width, self.choice.shape.vocabulary
+        others = {
+            "half the width": (width // 2, vocabulary), "twice the width": (width * 2, vocabulary),
+            "half the vocabulary": (width, vocabulary // 2), "twice the vocabulary": (width, vocabulary * 2),
+        }  # fmt: skip
+        flops = None if self.task.seconds is not None else self.choice.flops
+        rows = []
+        for what, (wide, entries) in others.items():
+            other = choose(replace(self.task, width=wide, depth=None, vocabulary=entries, tokens=None, flops=flops))
+            if other.prediction is not None:
+                rows.append((what, other.prediction.bits))
+        return rows
+
+
+def settle(raw: Raw, output: Path | None = None) -> tuple[Raw, list[Settled]]:
+    """The recipe with every `size: auto` worked in, and what was chosen; errors have a `place` in the recipe."""
+    given = raw.get("stages")
+    stages = [entry for entry in given if isinstance(entry, dict)] if isinstance(given, list) else []
+    wanted = [n for n, entry in enumerate(stages) if entry.get("stage") == "train" and entry.get("size") is not None]
+    if not wanted or len(stages) != len(given or []):
+        return raw, []
+    raw = copy.deepcopy(raw)
+    settled = []
+    for number in wanted:
+        try:
+            settled.append(_settle_stage(raw["stages"], number, output))
+        except PretrainError as error:
+            raise PretrainError(str(error), place=("stages", number, *(error.place or ("size",)))) from error
+    return raw, settled
+
+
+def _settle_stage(stages: list[dict[str, Any]], number: int, output: Path | None) -> Settled:
+    entry = stages[number]
+    model, name = entry.get("model"), str(entry.get("name", "train"))
+    family = model.get("family") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or family not in shapes.CAUSAL:
+        accepted = ", ".join(shapes.CAUSAL)
+        raise PretrainError(f"size: auto chooses for new decoders; accepted: model: {{family: one of {accepted}}}")
+    tokenizer = next((e for e in stages[:number] if e.get("name", e.get("stage")) == entry.get("tokenizer")), None)
+    task = _task(entry, model, tokenizer, stages[:number], output)
+    choice = choose(task)
+    method, lr = _optimizer(entry, choice.flops)
+    sizes = shapes.fields(choice.shape, str(family), max(choice.length, 1024))
+    entry["model"] = {"family": family} | sizes | model
+    entry.setdefault("length", choice.length)
+    entry.setdefault("batch_rows", choice.batch_rows)
+    entry["optimizer"] = method
+    entry.setdefault("schedule", dict(SCHEDULE))
+    if tokenizer is not None and tokenizer.get("vocab_size") == "auto":
+        tokenizer["vocab_size"] = choice.shape.vocabulary
+    choice = replace(choice, batch_rows=entry["batch_rows"])
+    return Settled(name, task, choice, lr)
+
+
+def _task(
+    entry: dict[str, Any],
+    model: dict[str, Any],
+    tokenizer: dict[str, Any] | None,
+    before: list[dict[str, Any]],
+    output: Path | None,
+) -> Task:
+    """What the dial is given by a training and the stages before it."""
+    size = entry["size"]
+    where = size.get("law") if isinstance(size, dict) and set(size) == {"law"} else None
+    if size != "auto" and not isinstance(where, str):
+        raise PretrainError(f"size {size!r}: accepted: auto, or {{law: FILE}} with what `pretrain ladder` wrote")
+    budget = _budget(entry.get("budget"))
+    names = shapes.FIELDS[model["family"]]
+    fixed = {what: model.get(names[what]) for what in ("width", "depth")}
+    for what, value in fixed.items():
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise PretrainError(f"model.{names[what]} {value!r}: accepted: a whole number", place=("model",))
+    vocabulary = model.get("vocab_size", (tokenizer or {}).get("vocab_size", 8192))
+    return Task(
+        load(Path(where)) if where else load(LAW),
+        flops=budget.flops, tokens=budget.tokens, seconds=budget.seconds,
+        rate=_rate(output, needed=budget.seconds is not None),
+        unique=_unique(entry, before),
+        width=fixed["width"], depth=fixed["depth"],
+        vocabulary=None if vocabulary == "auto" and tokenizer is not None else _entries(entry, tokenizer, vocabulary),
+        length=entry.get("length"),
+        gated=model["family"] in shapes.GATED,
+        tied=bool(model.get("tie_word_embeddings", True)),
+    )  # fmt: skip
+
+
+def _budget(value: object) -> Budget:
+    from pydantic import TypeAdapter, ValidationError
+
+    from pretrain.stages.train import BudgetField
+
+    try:
+        budget = TypeAdapter(BudgetField).validate_python(value)
+    except (ValidationError, ValueError, TypeError) as error:
+        raise PretrainError(
+            f"budget {value!r}: accepted: {{flops: 1e13}}, tokens or seconds", place=("budget",)
+        ) from error
+    assert isinstance(budget, Budget)
+    if budget.unit not in ("flops", "tokens", "seconds"):
+        raise PretrainError(
+            f"budget {{{budget.unit}: …}} with size: auto: accepted: flops, tokens or seconds", place=("budget",)
+        )
+    return budget
+
+
+def _entries(entry: dict[str, Any], tokenizer: dict[str, Any] | None, vocabulary: object) -> int:
+    """The vocabulary that is there already: as the recipe says it, or as a tokenizer's folder has it."""
+    if tokenizer is None and isinstance(entry.get("tokenizer"), str):
+        for path in (
+            Path(entry["tokenizer"]) / "tokenizer" / "tokenizer.json",
+            Path(entry["tokenizer"], "tokenizer.json"),
+        ):
+            if path.exists():
+                return max(1, len(json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]))
+    if isinstance(vocabulary, bool) or not isinstance(vocabulary, int) or vocabulary < 1:
+        raise PretrainError(f"vocab_size {vocabulary!r}: accepted: a whole number, or auto")
+    return vocabulary
+
+
+def _unique(entry: dict[str, Any], before: list[dict[str, Any]]) -> float | None:
+    """Bytes of training text, as the sources' sizes tell; None where they do not."""
+    from pretrain.stages.data import Data, build_source
+
+    corpus = next((e for e in before if e.get("name", e.get("stage")) == entry.get("corpus")), None)
+    if corpus is None or corpus.get("stage") != "data":
+        folder = Path(str(entry.get("corpus")))
+        facts = next((p for p in (folder / "corpus" / "corpus.json", folder / "corpus.json") if p.exists()), None)
+        return float(json.loads(facts.read_text(encoding="utf-8"))["bytes"]["train"]) if facts else None
+    try:
+        sizes = [build_source(copy.deepcopy(source)).size() for source in corpus.get("sources", [])]
+    except (ValueError, TypeError):  # told when the stage itself is checked
+        return None
+    held_out = sum(float(corpus.get(split, Data.model_fields[split].default)) for split in ("validation", "test"))
+    return math.fsum(s for s in sizes if s) * (1 - held_out) if sizes and None not in sizes else None
+
+
+def _rate(output: Path | None, *, needed: bool) -> float | None:
+    """FLOP/s of this machine: what this run's sizes were chosen by before, what was measured once, or a measurement."""
+    kept = output / PLAN if output is not None else None
+    if kept is not None and kept.exists():
+        rate = json.loads(kept.read_text(encoding="utf-8")).get("rate")
+        if isinstance(rate, int | float) and rate > 0:
+            return float(rate)
+    rate = remembered_rate(likely_device())
+    if rate is None and needed:
+        from pretrain.core.hardware import matrix_rate, pick_device
+
+        rate = matrix_rate(pick_device())
+    return rate
+
+
+def _optimizer(entry: Mapping[str, Any], flops: float) -> tuple[object, float | None]:
+    """The optimiser with its rate; one whose rate the dial does not know keeps its own."""
+    given = entry.get("optimizer", OPTIMIZER)
+    method = {"method": given} if isinstance(given, str) else given
+    if not isinstance(method, dict) or "lr" in method or method.get("method") not in RATES:
+        return given, method.get("lr") if isinstance(method, dict) else None
+    lr = rate_for(method["method"], flops)
+    return method | {"lr": lr}, lr
+
+
+def write(settled: list[Settled], output: Path) -> None:
+    """Keep the plan in a run's folder."""
+    from pretrain.core.files import write_json
+
+    rates = [each.task.rate for each in settled if each.task.rate is not None]
+    plan = {each.stage: asdict(each.choice) | {"lr": each.lr} for each in settled}
+    write_json(output / PLAN, {"rate": rates[0] if rates else None, "stages": plan})
+
+
+def _short(value: float) -> str:
+    for power, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if value >= power:
+            return f"{value / power:.3g}{letter}"
+    return f"{value:.3g}"

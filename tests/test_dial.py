@@ -1,0 +1,219 @@
+"""The dial: sizes in numbers, the law of loss, the choice for a budget, and `size: auto` in a recipe."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pretrain import recipe as recipes
+from pretrain.core.errors import PretrainError
+from pretrain.dial import law as laws
+from pretrain.dial.choose import Task, choose
+from pretrain.dial.law import Law, Rung, fit, unique_worth
+from pretrain.dial.shapes import Shape, depth_of, fields, shape_of, widths
+from pretrain.stages._size import LAW
+
+TRUE = Law(0.8, 60.0, 0.4, 60.0, 0.42, 0.5, {512: 2.1, 2048: 2.9, 8192: 3.6}, 1e12)
+
+
+def rungs(noise: float = 0.0) -> list[Rung]:
+    random = np.random.default_rng(0)
+    sizes = itertools.product((40_000, 200_000, 900_000), (3e5, 1e6, 4e6), (512, 2048))
+    return [
+        Rung(body, vocabulary, seen, TRUE.bits(body, vocabulary, seen) * math.exp(random.normal(0, noise)), 6.0 * body)
+        for body, seen, vocabulary in sizes
+    ]
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt2"])
+@pytest.mark.parametrize("width", [32, 96])
+def test_a_shape_says_the_weights_and_the_flops_of_the_model_it_stands_for(family: str, width: int) -> None:
+    import torch
+
+    from pretrain.core.meter import count_flops
+    from pretrain.core.models.families import new_model
+
+    shape = shape_of(width, 500, gated=family != "gpt2")
+    model = new_model(family, {"vocab_size": 500, **fields(shape, family, 64)}, task="causal").eval()
+    embeddings = sum(
+        p.numel() for n, p in model.named_parameters() if "wpe" in n or "bias" in n or "norm" in n or "ln_" in n
+    )
+    expected = shape.body + shape.vocabulary * shape.width
+    assert sum(p.numel() for p in model.parameters()) - embeddings == expected
+    tokens_BL = torch.randint(0, 500, (2, 64))
+
+    def train() -> None:
+        model(input_ids=tokens_BL).logits.float().logsumexp(-1).sum().backward()
+
+    assert count_flops(train)[1] == pytest.approx(shape.flops(64) * 128, rel=0.02)
+
+
+def test_widths_grow_by_less_than_half_and_hold_whole_heads() -> None:
+    each = list(widths())
+    assert all(1 < b / a <= 1.5 for a, b in itertools.pairwise(each))
+    assert all(width % shape_of(width, 256).heads == 0 for width in each)
+    assert [depth_of(width) for width in (64, 128, 256, 768)] == [2, 3, 5, 12]
+
+
+def test_a_law_is_found_again_from_its_own_values() -> None:
+    found = fit(rungs())
+    for body, seen in ((20_000, 2e5), (3_000_000, 3e7)):
+        assert found.bits(body, 1024, seen) == pytest.approx(TRUE.bits(body, 1024, seen), rel=0.01)
+
+
+def test_the_interval_of_a_prediction_holds_the_truth_and_grows_with_the_distance() -> None:
+    fitted = replace(fit(rungs(noise=0.004)), bytes_per_token=TRUE.bytes_per_token)
+    near, far = fitted.predict(200_000, 2048, 2e6), fitted.predict(5_000_000, 2048, 1e8)
+    for body, seen, prediction in ((200_000, 2e6, near), (5_000_000, 1e8, far)):
+        assert prediction.low < TRUE.bits(body, 2048, seen) < prediction.high
+    assert far.high / far.low > near.high / near.low
+
+
+def test_too_few_rungs_are_refused() -> None:
+    with pytest.raises(PretrainError, match="rungs"):
+        fit(rungs()[:5])
+
+
+def test_text_read_again_counts_less_and_less() -> None:
+    assert unique_worth(5e5, 1e6) == 5e5
+    assert unique_worth(1e6, None) == 1e6
+    worth = [unique_worth(passes * 1e6, 1e6) for passes in (1, 2, 4, 16, 1000)]
+    assert worth == sorted(worth)
+    assert worth[2] > 0.9 * 4e6  # four passes are nearly as good as new text (arXiv:2305.16264)
+    assert worth[-1] < (1 + laws.REPEATS) * 1e6 * 1.001
+
+
+def test_more_compute_means_more_weights_more_tokens_and_less_loss() -> None:
+    choices = [choose(Task(TRUE, flops=flops)) for flops in (1e11, 1e12, 1e13)]
+    for smaller, larger in itertools.pairwise(choices):
+        assert smaller.shape.weights < larger.shape.weights
+        assert smaller.tokens < larger.tokens
+        assert smaller.prediction is not None and larger.prediction is not None
+        assert smaller.prediction.bits > larger.prediction.bits
+
+
+def test_no_other_size_is_expected_to_be_better() -> None:
+    best = choose(Task(TRUE, flops=1e12))
+    assert best.prediction is not None
+    for width, vocabulary in itertools.product((32, 64, 128, 256), (256, 1024, 4096, 16384)):
+        other = choose(Task(TRUE, flops=1e12, width=width, vocabulary=vocabulary))
+        assert other.prediction is not None and other.prediction.bits >= best.prediction.bits
+
+
+def test_a_small_corpus_asks_for_a_smaller_model_and_vocabulary() -> None:
+    endless, small = choose(Task(TRUE, flops=1e13)), choose(Task(TRUE, flops=1e13, unique=2e5))
+    assert small.shape.vocabulary * 100 <= 2e5
+    assert endless.prediction is not None and small.prediction is not None
+    assert small.prediction.bits > endless.prediction.bits
+
+
+def test_a_budget_of_tokens_gets_the_size_that_they_suit() -> None:
+    by_compute = choose(Task(TRUE, flops=1e12))
+    by_tokens = choose(Task(TRUE, tokens=by_compute.tokens))
+    assert by_tokens.tokens == pytest.approx(by_compute.tokens)
+    assert by_tokens.shape.width == pytest.approx(by_compute.shape.width, rel=0.51)
+
+
+def test_far_beyond_its_rungs_a_law_is_not_asked() -> None:
+    choice = choose(Task(TRUE, flops=1e20))
+    assert choice.prediction is None
+    assert 10 < choice.tokens_per_weight < 40
+
+
+RECIPE = {
+    "name": "auto",
+    "stages": [
+        {"name": "corpus", "stage": "data", "sources": [{"stdlib": True, "limit": 60}]},
+        {"name": "tokenizer", "stage": "tokenizer", "corpus": "corpus", "vocab_size": "auto"},
+        {
+            "name": "model", "stage": "train", "corpus": "corpus", "tokenizer": "tokenizer", "size": "auto",
+            "model": {"family": "llama"}, "budget": {"flops": 2e9},
+        },
+    ],
+}  # fmt: skip
+
+
+@pytest.fixture
+def written(tmp_path: Path) -> Path:
+    path = tmp_path / "auto.yaml"
+    path.write_text(yaml.safe_dump(RECIPE))
+    return path
+
+
+def test_auto_says_every_number_and_keeps_what_the_user_has_written(written: Path, tmp_path: Path) -> None:
+    checked = recipes.load(written, ["model.length=64", "model.optimizer={method: adamw, weight_decay: 0.2}"], tmp_path)
+    entry = checked.raw["stages"][2]
+    assert entry["length"] == 64
+    assert entry["optimizer"]["weight_decay"] == 0.2 and entry["optimizer"]["lr"] > 0
+    assert isinstance(checked.raw["stages"][1]["vocab_size"], int)
+    assert {"hidden_size", "num_hidden_layers", "initializer_range"} <= set(entry["model"])
+    fixed = recipes.load(written, ["model.model.hidden_size=96", "tokenizer.vocab_size=300"], tmp_path)
+    assert fixed.raw["stages"][2]["model"]["hidden_size"] == 96
+    assert fixed.sizes[0].choice.shape.vocabulary == 300
+
+
+def test_what_auto_has_written_out_is_a_recipe_of_the_same_stages(written: Path, tmp_path: Path) -> None:
+    from pretrain.identity import plan
+
+    first = recipes.load(written, (), tmp_path)
+    again = tmp_path / "again.yaml"
+    again.write_text(yaml.safe_dump(first.raw))
+    second = recipes.load(again, (), tmp_path)
+    assert [item.address for item in plan(first)] == [item.address for item in plan(second)]
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ("model.size=large", "accepted: auto"),
+        ("model.model={family: t5}", "accepted: model: {family: one of llama"),
+        ("model.budget={steps: 10}", "accepted: flops, tokens or seconds"),
+        ("model.size={law: nowhere.json}", "nowhere.json"),
+        ("model.model.hidden_size=wide", "accepted: a whole number"),
+    ],
+)
+def test_what_the_dial_cannot_do_is_one_line(written: Path, tmp_path: Path, change: str, told: str) -> None:
+    with pytest.raises(PretrainError) as caught:
+        recipes.load(written, [change], tmp_path)
+    assert told in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_plan_prints_what_is_chosen_and_what_is_expected(written: Path, tmp_path: Path) -> None:
+    from pretrain.cli import app
+
+    result = CliRunner().invoke(app, ["plan", str(written), "--budget", "flops=1e12", "--output", str(tmp_path)])
+    assert result.exit_code == 0, result.output
+    assert "width" in result.output and "bits per byte" in result.output and "twice the width" in result.output
+
+
+def test_the_law_in_the_package_has_its_runs_and_fits_them() -> None:
+    law = laws.load(LAW)
+    assert len(law.rungs) > 12
+    assert all(law.bits(r.body, r.vocabulary, r.bytes) == pytest.approx(r.bits, rel=0.05) for r in law.rungs)
+
+
+def test_a_ladder_fits_a_law_that_the_dial_goes_by(written: Path, tmp_path: Path) -> None:
+    from pretrain.experiments.ladder import climb
+
+    recipe = recipes.load(written, ["model.length=32", "model.evaluate_tokens=2000"], tmp_path / "run")
+    told: list[str] = []
+    law, settled = climb(recipe, told.append)
+    assert len(told) == len(law.rungs) > 8
+    assert settled.task.law is law
+    path = tmp_path / "run" / "ladder" / "law.json"
+    assert laws.load(path) == law
+    by_it = recipes.load(written, [f"model.size={{law: {path}}}"], tmp_path / "run")
+    assert by_it.sizes[0].task.law == law
+
+
+def test_a_shape_of_given_parts_counts_them() -> None:
+    shape = Shape(width=8, depth=2, heads=2, intermediate=16, vocabulary=10)
+    assert shape.body == 2 * (4 * 64 + 3 * 8 * 16)
+    assert shape.weights == shape.body + 5 * 8 + 80
