@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from html import escape
 
 import numpy as np
 
+from pretrain.core.markup import escape
 from pretrain.experiments.verdict import Curve
 
 POINTS = 60  # of a drawn band

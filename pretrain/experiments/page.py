@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.core.files import write_text
+from pretrain.core.markup import fill, script_json
 from pretrain.core.registry import methods
 from pretrain.experiments.drawing import band
 from pretrain.experiments.results import Result
@@ -27,7 +27,7 @@ def page(results: Sequence[Result]) -> str:
         kind = kinds.get(row["name"], kinds.get(row["title"], ""))
         data.append(row | {"kind": kind, "curves": drawn, "finals": finals, "chosen": result["chosen"]})
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return template.replace("/*DATA*/[]", json.dumps(data, ensure_ascii=False).replace("</", "<\\/"))
+    return fill(template, {"DATA": script_json(data)})
 
 
 def write(results: Sequence[Result], folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, field_validator, model_validator
 
-from pretrain.core.bounds import Count, Ge, NonNegative, Whole
+from pretrain.core.bounds import Count, Ge, NonNegative, OpenShare, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.quick.declared import check_config, check_task, config_values
@@ -118,7 +118,7 @@ class Train(Stage):
     mixture: dict[str, float] | None = None
     budget: BudgetField
     clip: NonNegative = 1.0
-    evaluate_every: Whole = 0
+    evaluate_every: Whole | OpenShare = 0  # steps, or a share of the budget: 0.04 is 25 times; 0: only at the end
     evaluate_tokens: Count = 100_000  # held-out tokens of each evaluation while training
     save_every: Whole = 200
     keep: Count = 2

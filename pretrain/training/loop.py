@@ -85,8 +85,11 @@ def train(
     training = _start(model, loader, objectives, optimizer, schedule, settings, folder, weights, policies)
     world, every = training.world, settings.log_every or (10 if training.world.device.type == "cuda" else 1)
 
-    def now(interval: int) -> bool:
+    def now(interval: float) -> bool:
         return interval > 0 and training.step % interval == 0
+
+    share = settings.evaluate_every if 0 < settings.evaluate_every < 1 else 0.0
+    passed = _passed(share, training.progress)
 
     with (
         Log(folder, main=world.main, from_step=training.step, bar=settings.bar, unit=settings.unit) as log,
@@ -97,7 +100,9 @@ def train(
             record = step(training)
             done, stop = training.progress >= 1, training.stopping
             saving = settings.save_every > 0 and (done or stop or now(settings.save_every))
-            evaluating = evaluate is not None and (done or now(settings.evaluate_every))
+            before, passed = passed, _passed(share, training.progress)
+            due = passed > before if share else now(settings.evaluate_every)
+            evaluating = evaluate is not None and (done or due)
             telling = done or saving or evaluating or now(every)
 
             good = check(training, log, record, telling)
@@ -122,6 +127,11 @@ def train(
     settle(training)
     gather(training.trainee, world)
     return training
+
+
+def _passed(share: float, progress: float) -> int:
+    """How many whole shares of the budget are spent; a share that binary fractions miss by a hair is whole."""
+    return int(progress / share + 1e-9) if share else 0
 
 
 def _start(

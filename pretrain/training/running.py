@@ -32,7 +32,7 @@ class Settings:
     budget: Budget
     seed: int = 0
     clip: float = 1.0  # the gradient's norm is held below it; 0: no clipping
-    evaluate_every: int = 0  # 0: only at the end
+    evaluate_every: float = 0  # steps, or a share of the budget below 1; 0: only at the end
     save_every: int = 200  # 0: never
     keep: int = 2  # how many training states stay
     log_every: int = 0  # 0: each step on a CPU, each tenth on a GPU
