@@ -1,178 +1,179 @@
 """The report: one self-contained HTML page of a run, made from the files that its stages wrote.
 
-Nothing is fetched when it is opened: styles, data and plotly are in the file. A run that is still going, or that was
-interrupted, gives a report of what there is.
+Nothing is fetched when it is opened: styles, data and the drawing are in the file. A run that is still going, or that
+was interrupted, gives a report of what there is.
 """
 
 from __future__ import annotations
 
-import html
 import json
-import math
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pretrain import report_samples
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
-from pretrain.report_data import BITS, Chart, CorpusRow, Evaluated, Page, StageRow, Trained
+from pretrain.core.markup import Html, fill, join, script_json, tag
+from pretrain.report_charts import bits_chart, changes
+from pretrain.report_data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
 from pretrain.report_data import collect as collect
+from pretrain.report_data import with_bigrams as with_bigrams
+from pretrain.report_summary import Headline, clock, headline, known, last, short, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
+CHARTS = ("rate", "norm", "speed", "mfu")
 
 
-def write(folder: Path | str) -> Path:
-    """Write `report.html` into a run's folder and return its path."""
+def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
+    """Write `report.html` into a run's folder and return its path.
+
+    While the stage `running` runs, the page loads itself again `every` so many seconds.
+    """
     folder = Path(folder)
     if not (folder / "run.json").exists():
         raise PretrainError(f"{folder} is not a run (no run.json); accepted: the folder that `pretrain run` wrote")
-    from plotly.offline import get_plotlyjs
-
     data = collect(folder)
+    if not running:
+        with_bigrams(data, folder)
     here = Path(__file__).with_name("report_page")
-    page = (here / "page.html").read_text(encoding="utf-8")
-    parts = {
-        "TITLE": html.escape(data["run"]["name"]),
-        "HEADING": html.escape(data["run"]["name"]),
-        "STYLE": (here / "style.css").read_text(encoding="utf-8"),
-        "DATA": script_json({"trainings": data["trainings"], "plots": data["plots"], "bars": data["bars"]}),
-        "BODY": _body(data),
-        "DRAW": (here / "draw.js").read_text(encoding="utf-8"),
-        "PLOTLY": get_plotlyjs(),
+    parts: dict[str, object] = {
+        "TITLE": data["run"]["name"],
+        "HEADING": data["run"]["name"],
+        "RELOAD": tag("meta", http_equiv="refresh", content=every) if every else "",
+        "STYLE": Html((here / "style.css").read_text(encoding="utf-8")),
+        "DATA": script_json({"trainings": data["trainings"], "plots": data["plots"]}),
+        "BODY": _body(data, running),
+        "DRAW": Html((here / "draw.js").read_text(encoding="utf-8")),
     }
-    for name, text in parts.items():
-        page = page.replace(f"<!--{name}-->", text, 1)
-    write_text(folder / "report.html", re.sub("[\ud800-\udfff]", "\ufffd", page))  # halves of characters have no bytes
+    write_text(folder / "report.html", fill((here / "page.html").read_text(encoding="utf-8"), parts))
     return folder / "report.html"
 
 
-def script_json(value: object) -> str:
-    """JSON that is safe inside a script element: no text can close it."""
-    return json.dumps(_finite(value), allow_nan=False, default=str).replace("<", "\\u003c").replace("\u2028", "\\u2028")
-
-
-def _finite(value: object) -> object:
-    """The value with None for what no chart can show: NaN and infinity."""
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _body(data: Page) -> str:
-    parts = [_cards(data)]
+def _body(data: Page, running: str) -> Html:
+    about = headline(data)
+    said = summarise(data, running)
+    parts = [tag("div", tag("p", said.result, " ", said.judgement, class_="first"), tag("p", said.advice), class_="lead")]
+    parts.append(_cards(data, about))
     if data["trainings"]:
-        losses = "".join(f'<div class="chart tall" id="loss-{i}"></div>' for i in range(len(data["plots"])))
-        parts.append(
-            _section("Training", _CURVES.replace("LOSSES", losses).replace("UNIT", unit_of(data["trainings"])))
-        )
+        parts.append(_section("Training", _curves(data)))
     if data["bars"]:
-        parts.append(_section("Held-out text", "".join(map(_bar_chart, range(len(data["bars"])), data["bars"]))))
-    if data["evaluations"]:
-        parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
+        parts.append(_section("Held-out text", join(map(bits_chart, range(len(data["bars"])), data["bars"]))))
+    if drawn := changes(data):
+        parts.append(_section("What each stage changed", drawn))
     left = report_samples.MAX_BYTES
     for group in data["samples"]:
         panel, left = report_samples.panel(group.get("samples") or [], left)
-        parts.append(_section(f"Samples: {html.escape(group['name'])}", panel) if panel else "")
-    parts += [_section(f"Corpus: {html.escape(corpus['name'])}", _corpus_table(corpus)) for corpus in data["corpora"]]
+        parts += [_section(f"Samples: {group['name']}", panel)] if panel else []
+    if data["evaluations"]:
+        parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
+    parts += [_section(f"Corpus: {corpus['name']}", _corpus_table(corpus)) for corpus in data["corpora"]]
     parts.append(_section("Stages", _stage_table(data["stages"])))
     parts.append(_section("Lineage", _lineage_table(data["stages"])))
-    parts.append(_details("Recipe", f"<pre>{html.escape(data['recipe'])}</pre>"))
-    environment = html.escape(json.dumps(data["environment"], indent=2))
-    parts.append(_details("Environment", f"<pre>{environment}</pre>"))
+    parts.append(_details("Recipe", data["recipe"]))
+    parts.append(_details("Environment", json.dumps(data["environment"], indent=2)))
     metrics = {s["name"]: s["metrics"] for s in data["stages"] if s.get("metrics")}
-    parts.append(_details("All metrics", f"<pre>{html.escape(json.dumps(metrics, indent=2))}</pre>"))
-    return "\n".join(parts)
+    parts.append(_details("All metrics", json.dumps(metrics, indent=2)))
+    return join(parts, "\n")
 
 
-_CURVES = (
-    '<div class="axes" role="group" aria-label="horizontal axis">'
-    '<button data-axis="tokens" class="on">UNIT</button><button data-axis="flops">FLOPs</button>'
-    '<button data-axis="seconds">seconds</button></div>LOSSES'
-    '<div class="pair"><div class="chart" id="rate"></div><div class="chart" id="norm"></div>'
-    '<div class="chart" id="speed"></div><div class="chart" id="mfu"></div></div>'
-)
+def _curves(data: Page) -> Html:
+    """Buttons for the axis and places for the curves, which `draw.js` fills."""
+    names = {"tokens": unit_of(data["trainings"]), "flops": "FLOPs", "seconds": "seconds"}
+    buttons = [
+        tag("button", name, data_axis=axis, class_="on" if axis == "tokens" else None) for axis, name in names.items()
+    ]
+    losses = [tag("div", class_="chart tall", id=f"loss-{i}") for i in range(len(data["plots"]))]
+    others = [tag("div", class_="chart", id=name) for name in CHARTS]
+    axes = tag("div", *buttons, class_="axes", role="group", aria_label="horizontal axis")
+    return join([axes, *losses, tag("div", *others, class_="pair")])
 
 
 def unit_of(trainings: Iterable[Trained]) -> str:
     """What the axis of tokens counts: images, steps of series, …; `tokens` where trainings differ."""
     units = {training["unit"] for training in trainings}
-    return html.escape(units.pop()) if len(units) == 1 else "tokens"
+    return units.pop() if len(units) == 1 else "tokens"
 
 
-def _bar_chart(number: int, chart: Chart) -> str:
-    note = "Bits for each byte of held-out text; lower is better."
-    note += " The compressors see each domain as one stream." if chart["tools"] else ""
-    note += f" {chart['more']} more domains are under All metrics." if chart["more"] else ""
-    rows = (len(chart["models"]) + len(chart["tools"])) * (1 + len(chart["domains"]))
-    height = 22 * rows + 14 * len(chart["domains"]) + 90
-    return f'<p class="note">{note}</p><div class="chart" id="bars-{number}" style="height:{height}px"></div>'
+def _section(title: str, inner: Html) -> Html:
+    return tag("section", tag("h2", title), inner)
 
 
-def _section(title: str, inner: str) -> str:
-    return f"<section><h2>{title}</h2>{inner}</section>"
+def _details(title: str, text: str) -> Html:
+    return tag("section", tag("details", tag("summary", title), tag("pre", text)))
 
 
-def _details(title: str, inner: str) -> str:
-    return f"<section><details><summary>{title}</summary>{inner}</details></section>"
-
-
-def _cards(data: Page) -> str:
+def _cards(data: Page, about: Headline) -> Html:
+    """Of the last model what is measured; of all stages what they took."""
     cards: list[tuple[str, str, str]] = []
-    newest: dict[str, Evaluated] = {}  # the evaluation that gives a metric's card
-    for evaluation in data["evaluations"]:
-        newest |= dict.fromkeys(evaluation.get("metrics") or {}, evaluation)
-    if BITS in newest:
-        tools = newest[BITS].get("compressors") or {}
-        rivals = {tool: (measured.get("metrics") or {}).get(BITS) for tool, measured in tools.items()}
-        rivals_line = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
-        cards.append(("bits per byte", f"{newest[BITS]['metrics'][BITS]:.3f}", rivals_line))
+    model, evaluation = about.model, about.evaluation
+    metrics = (evaluation or {}).get("metrics") or {}
+    if evaluation and BITS in metrics:
+        tools = {tool: (v.get("metrics") or {}).get(BITS) for tool, v in (evaluation.get("compressors") or {}).items()}
+        rivals = {"pairs of tokens": evaluation.get("bigram")} | tools
+        note = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
+        cards.append(("bits per byte", f"{metrics[BITS]:.3f}", note))
     for name, title, note in (
         ("perplexity", "perplexity", "a token, held-out"),
         ("probe_accuracy", "probe accuracy", "on frozen states"),
         ("ndcg@10", "nDCG@10", "halves of documents"),
     ):
-        if name in newest:
-            cards.append((title, f"{newest[name]['metrics'][name]:.4g}", note))
-    for training in data["trainings"][-1:]:
-        step = training["step"]
-        if step["tokens"]:
-            speeds, shares = (sorted(v for v in step[name] if v) for name in ("tokens_per_second", "mfu"))
-            pace = f"{short(speeds[len(speeds) // 2])} a second" if speeds else ""
-            used = f"{shares[len(shares) // 2]:.0%} of the machine's matrix rate" if shares else ""
-            count = short(step["tokens"][-1] or 0)
-            cards += [(training["unit"], count, pace), ("FLOPs", short(step["flops"][-1] or 0), used)]
-    total = sum(s["seconds"] or 0 for s in data["stages"])
+        if name in metrics:
+            cards.append((title, f"{metrics[name]:.4g}", note))
+    if model and model["weights"]:
+        cards.append(("model", short(model["weights"]), f"weights, {short(model['bytes'])}B"))
+    cards += _spent(data)
+    inner = [tag("div", tag("span", a), tag("b", b), tag("small", c), class_="card") for a, b, c in cards]
+    return tag("div", *inner, class_="cards")
+
+
+def _spent(data: Page) -> list[tuple[str, str, str]]:
+    """Totals over all stages; of one that has not finished, what its log has."""
+    cards = []
+    logs = {t["name"]: t for t in data["trainings"]}
+    flops = sum(s["flops"] or last(logs[s["name"]]["step"]["flops"] if s["name"] in logs else []) for s in data["stages"])
+    if data["trainings"]:
+        step = data["trainings"][-1]["step"]
+        speeds, shares = (sorted(known(step[name])) for name in ("tokens_per_second", "mfu"))
+        alike = len({t["unit"] for t in data["trainings"]}) == 1
+        counted = data["trainings"] if alike else data["trainings"][-1:]
+        count = short(sum(last(t["step"]["tokens"]) for t in counted))
+        pace = f"{short(speeds[len(speeds) // 2])} a second" if speeds else ""
+        used = f"{shares[len(shares) // 2]:.0%} of the machine's matrix rate" if shares else ""
+        cards += [(counted[-1]["unit"], count, pace), ("FLOPs", short(flops), used)]
+    elif flops:
+        cards.append(("FLOPs", short(flops), ""))
+    unfinished = (last(t["step"]["seconds"]) for t in data["trainings"] if _unfinished(data, t["name"]))
+    total = sum(s["seconds"] or 0 for s in data["stages"]) + sum(unfinished)
     memory = max((s["peak_memory_bytes"] or 0 for s in data["stages"]), default=0)
-    cards.append(("time", _clock(total), f"peak {memory / 2**30:.1f} GiB" if memory else ""))
-    inner = "".join(
-        f'<div class="card"><span>{html.escape(a)}</span><b>{html.escape(b)}</b><small>{html.escape(c)}</small></div>'
-        for a, b, c in cards
-    )
-    return f'<div class="cards">{inner}</div>'
+    cards.append(("time", clock(total), f"peak {memory / 2**30:.1f} GiB" if memory else ""))
+    return cards
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
-    """A table; of a cell's text nothing is taken for markup."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+def _unfinished(data: Page, name: str) -> bool:
+    return any(s["name"] == name and s["seconds"] is None for s in data["stages"])
 
 
-def _stage_table(stages: Sequence[StageRow]) -> str:
+def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
+    """A table, whose rows become cards with the heads as labels where a page is narrow."""
+    head = tag("thead", tag("tr", *(tag("th", h) for h in heads)))
+    body = [
+        tag("tr", *(tag("td", cell, data_label=h) for h, cell in zip(heads, row, strict=True))) for row in rows
+    ]  # fmt: skip
+    return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
+
+
+def _stage_table(stages: Sequence[StageRow]) -> Html:
     rows = []
     for s in stages:
         peak, seconds, spent = s["peak_memory_bytes"], s["seconds"], s["flops"]
         memory = f"{peak / 2**30:.1f} GiB" if peak else ""
-        took = _clock(seconds) if seconds is not None else ""
+        took = clock(seconds) if seconds is not None else ""
         flops, used = short(spent) if spent else "", ", ".join(s["methods"] or {})
         rows.append((s["name"], s["stage"], s["status"], used, took, flops, memory, s["address"][:8]))
     return _table(HEADS, rows)
 
 
-def _lineage_table(stages: Sequence[StageRow]) -> str:
+def _lineage_table(stages: Sequence[StageRow]) -> Html:
     """What each stage read and wrote; of a checkpoint, what its weights were trained with and all stages behind it."""
     rows = []
     for s in stages:
@@ -188,7 +189,7 @@ def _lineage_table(stages: Sequence[StageRow]) -> str:
     return _table(("stage", "reads", "writes", "trained", "data fingerprint", "made by"), rows)
 
 
-def _corpus_table(corpus: CorpusRow) -> str:
+def _corpus_table(corpus: CorpusRow) -> Html:
     """Documents and bytes by domain and split, the largest domain first."""
     splits = corpus.get("domains") or {}
     size = {d: sum(s.get(d, {}).get("bytes", 0) for s in splits.values()) for s in splits.values() for d in s}
@@ -204,25 +205,25 @@ def _corpus_table(corpus: CorpusRow) -> str:
     ]
     rows.append(("all", *(cell(by_domain.values()) for by_domain in splits.values())))
     removed = corpus.get("removed") or {}
-    note = f"Documents · bytes. Removed: {removed.get('exact', 0):,} exact copies, {removed.get('near', 0):,} of the "
-    note += (
-        f"training documents near to held-out ones. Fingerprint {html.escape(str(corpus.get('fingerprint', ''))[:12])}."
+    note = (
+        f"Documents · bytes. Removed: {removed.get('exact', 0):,} exact copies, {removed.get('near', 0):,} of the "
+        f"training documents near to held-out ones. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
     )
-    return f'<p class="note">{note}</p>' + _table(("domain", *splits), rows) + _passed_over(corpus)
+    return join([tag("p", note, class_="note"), _table(("domain", *splits), rows), _passed_over(corpus)])
 
 
-def _passed_over(corpus: CorpusRow) -> str:
+def _passed_over(corpus: CorpusRow) -> Html:
     """What the sources have left out, by reason, with the first names."""
     over = corpus.get("passed_over") or {}
     if not over:
-        return ""
+        return join([])
     rows = [(reason, f"{row['count']:,}", ", ".join(row["names"])) for reason, row in over.items()]
     table = _table(("reason", "how many", "the first of them"), rows)
     total = sum(row["count"] for row in over.values())
-    return f"<details><summary>Passed over: {total:,}</summary>{table}</details>"
+    return tag("details", join([tag("summary", f"Passed over: {total:,}"), table]))
 
 
-def _evaluation_table(evaluations: Sequence[Evaluated]) -> str:
+def _evaluation_table(evaluations: Sequence[Evaluated]) -> Html:
     rows = []
     for evaluation in evaluations:
         intervals = evaluation.get("intervals") or {}
@@ -230,16 +231,3 @@ def _evaluation_table(evaluations: Sequence[Evaluated]) -> str:
             ends = intervals.get(name)
             rows.append((evaluation["name"], name, f"{value:.4g}", f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""))
     return _table(("stage", "metric", "value", "95% interval"), rows)
-
-
-def short(value: float) -> str:
-    """A number with three digits and a unit prefix."""
-    for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= power:
-            return f"{value / power:.3g} {letter}"
-    return f"{value:.3g}"
-
-
-def _clock(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeVar
@@ -37,7 +38,11 @@ class StageRow(RunStage):
     methods: dict[str, int | str] | None
     inputs: Marks | None
     lineage: dict[str, Any] | None
+    config: Config  # as the recipe has it, where the stage has not finished
     writes: str
+    family: str  # of the checkpoint it wrote
+    weights: int  # how many numbers that holds
+    bytes: int
 
 
 class Trained(TypedDict):
@@ -54,6 +59,8 @@ class Evaluated(Evaluation):
     """What a stage has measured."""
 
     name: str
+    of: str  # the stage whose checkpoint it judged; empty where that is not known
+    bigram: NotRequired[float | None]  # bits per byte of counts of adjacent tokens on the same text
 
 
 class Samples(TypedDict):
@@ -118,7 +125,10 @@ class Page(TypedDict):
 
 
 def collect(folder: Path) -> Page:
-    """All that the page shows; stages that left nothing are passed over."""
+    """All that the page shows; stages that left nothing are passed over.
+
+    The bigram line is left to the caller, since it may have to count a corpus.
+    """
     run: Run = read_json(folder / "run.json")
     recipe = folder / "recipe.yaml"
     text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
@@ -130,12 +140,13 @@ def collect(folder: Path) -> Page:
     for entry in run["stages"]:
         home, record = folder / entry["folder"], _json(folder / entry["folder"] / "stage.json") or {}
         lineage = (_json(home / "checkpoint" / "pretrain.json") or {}).get("lineage")
-        row: Any = {**entry, **{k: record.get(k) for k in RECORDED}, "lineage": lineage, "writes": _writes(home)}
-        stages.append(row)
         name = entry["name"]
+        row: Any = {**entry, **{k: record.get(k) for k in RECORDED}, "lineage": lineage, "writes": _writes(home)}
+        row |= {"config": record.get("config") or _raw(text, name)} | checkpoint_size(home / "checkpoint")
+        stages.append(row)
         if (home / "log.jsonl").exists():
             objective, (steps, held_out) = (
-                _objective(record.get("config") or _raw(text, name)),
+                _objective(row["config"]),
                 curves(home / "log.jsonl"),
             )
             unit = str((lineage or {}).get("unit", "tokens"))
@@ -143,7 +154,8 @@ def collect(folder: Path) -> Page:
                 {"name": name, "unit": unit, "objective": objective, "step": steps, "evaluation": held_out}
             )
         if isinstance(measured := _json(home / "evaluation.json"), dict):
-            evaluations.append({**measured, "name": name})
+            judged = (row["inputs"] or {}).get("checkpoint") or row["config"].get("checkpoint")
+            evaluations.append({**measured, "name": name, "of": str(judged or "")})
         if isinstance(shown := _json(home / "samples.json"), dict):
             samples.append({**shown, "name": name})
         if info := _json(home / "corpus" / "corpus.json"):
@@ -160,6 +172,48 @@ def collect(folder: Path) -> Page:
         "recipe": text,
         "environment": next((s["environment"] for s in reversed(stages) if s.get("environment")), {}),
     }
+
+
+def with_bigrams(page: Page, folder: Path) -> None:
+    """Add to each evaluation in bits the line of the counts of adjacent tokens, and the charts anew.
+
+    It is counted from the run's corpora once and then kept beside the stages; of a run that has lost what it needs
+    there is none.
+    """
+    judged = [e for e in page["evaluations"] if e["of"] and BITS in (e.get("metrics") or {})]
+    stored = {s["name"]: s["folder"] for s in page["stages"]}
+    if not judged:
+        return
+    from pretrain.experiments.regime import line_of
+    from pretrain.recipe import load, whole
+
+    try:
+        stages = {stage.name: stage for stage in whole(load(folder / "recipe.yaml", [], folder)).stages}
+    except PretrainError:
+        return
+    for evaluation in judged:
+        store = (folder / stored[evaluation["name"]]).resolve().parent
+        try:
+            evaluation["bigram"] = line_of(stages, folder, store, evaluation["of"], f"{evaluation['name']}.{BITS}")
+        except (PretrainError, OSError, KeyError, ValueError):
+            continue
+    page["bars"] = bars(page["evaluations"])
+
+
+def checkpoint_size(folder: Path) -> dict[str, object]:
+    """`family`, `weights` and `bytes` of a checkpoint, from the headers of its files alone."""
+    weights = size = 0
+    for path in folder.glob("*.safetensors"):
+        try:
+            with path.open("rb") as file:
+                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+            weights += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+            size += path.stat().st_size
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    config = _json(folder / "config.json")
+    family = str(config.get("model_type") or "") if isinstance(config, dict) else ""
+    return {"family": family, "weights": weights, "bytes": size}
 
 
 def _writes(home: Path) -> str:
@@ -194,6 +248,9 @@ def curves(path: Path) -> tuple[Columns, Columns]:
             continue
     names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu")
     steps, held_out = thin(rows["step"]), rows["evaluation"]
+    for row in steps:  # a core that was busy while the machine's rate was measured has made that too low
+        if isinstance(row.get("mfu"), int | float):
+            row["mfu"] = min(1.0, row["mfu"])
     metrics = {name: [(row.get("metrics") or {}).get(name) for row in held_out] for name in ("loss", BITS)}
     return (
         {name: [row.get(name) for row in steps] for name in names},
@@ -242,6 +299,8 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
             charts[key]["tools"] = [_bar(tool, measured, shown) for tool, measured in tools.items()]
         row = _bar(evaluation["name"], evaluation, charts[key]["domains"])
         row["interval"] = (evaluation.get("intervals") or {}).get(BITS)
+        if (line := evaluation.get("bigram")) is not None:
+            charts[key]["tools"].append({"name": f"pairs of tokens ({evaluation['name']})", "all": line, "values": []})
         charts[key]["models"].append(row)
     return list(charts.values())
 

@@ -6,12 +6,13 @@ out.
 
 from __future__ import annotations
 
-import html
 import json
 import math
 import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
+
+from pretrain.core.markup import Html, join, tag
 
 if TYPE_CHECKING:
     from pretrain.core.samples import Sample
@@ -22,7 +23,7 @@ PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+=*")
 NAMES = {"input": "input", "masked": "seen", "output": "output"}
 
 
-def panel(samples: list[Sample], left: int) -> tuple[str, int]:
+def panel(samples: list[Sample], left: int) -> tuple[Html, int]:
     """The samples of a stage, as many as fit into `left` bytes, and what then is left."""
     shown, out = [], 0
     for sample in samples:
@@ -33,14 +34,15 @@ def panel(samples: list[Sample], left: int) -> tuple[str, int]:
             continue
         left -= size
         shown.append((sample.get("kind"), drawn))
-    wide = "".join(text for kind, text in shown if kind != "image")
-    images = "".join(text for kind, text in shown if kind == "image")
-    more = f'<p class="note">{out} more are in samples.json.</p>' if out else ""
-    images = f'<div class="samples images">{images}</div>' if images else ""
-    return images + (f'<div class="samples">{wide}</div>' if wide else "") + more, left
+    wide = [drawn for kind, drawn in shown if kind != "image"]
+    images = [drawn for kind, drawn in shown if kind == "image"]
+    parts = [tag("div", *images, class_="samples images")] if images else []
+    parts += [tag("div", *wide, class_="samples")] if wide else []
+    parts += [tag("p", f"{out} more are in samples.json.", class_="note")] if out else []
+    return join(parts), left
 
 
-def _figure(sample: object) -> str | None:
+def _figure(sample: object) -> Html | None:
     """One sample; None for what cannot be drawn."""
     if not isinstance(sample, dict):
         return None
@@ -51,33 +53,40 @@ def _figure(sample: object) -> str | None:
         inner = draw(sample) if draw else ""
     except (TypeError, ValueError, KeyError, IndexError, AttributeError):
         return None
-    return f"<figure>{inner}{_caption(sample)}</figure>" if inner else None
+    return tag("figure", inner, _caption(sample)) if inner else None
 
 
-def _continuation(sample: Sample) -> str:
-    prompt, text = html.escape(str(sample.get("prompt", ""))), html.escape(str(sample.get("continuation", "")))
-    return f'<pre class="sample"><mark>{prompt}</mark>{text}</pre>'
+def _continuation(sample: Sample) -> Html:
+    """A prompt and what a model makes of it; beside it how the text itself goes on, where that is known."""
+    prompt, text = tag("mark", sample.get("prompt", "")), sample.get("continuation", "")
+    if not isinstance(sample.get("truth"), str):
+        return tag("pre", prompt, text, class_="sample")
+    model, truth = (
+        tag("div", tag("small", title), tag("pre", prompt, words, class_="sample"))
+        for title, words in (("the model", text), ("the text itself", sample["truth"]))
+    )
+    return tag("div", model, truth, class_="beside")
 
 
-def _caption(sample: Sample) -> str:
-    label = f"<b>{html.escape(str(sample['label']))}</b> " if sample.get("label") is not None else ""
-    title, text = html.escape(str(sample.get("title") or "")), html.escape(str(sample.get("text") or ""))
-    return f"<figcaption>{label}{title}{f'<br>{text}' if text else ''}</figcaption>"
+def _caption(sample: Sample) -> Html:
+    label = [tag("b", sample["label"]), " "] if sample.get("label") is not None else []
+    text = [tag("br"), sample["text"]] if sample.get("text") else []
+    return tag("figcaption", *label, sample.get("title") or "", *text)
 
 
-def _image(sample: Sample) -> str:
+def _image(sample: Sample) -> Html:
     """The pictures side by side."""
     known = {name: str(sample[name]) for name in NAMES if PNG.fullmatch(str(sample.get(name) or ""))}
     names = NAMES if len(known) > 1 else {"input": ""}
     cells = [
-        f'<span><img src="{known[name]}" alt="{name}">{f"<small>{caption}</small>" if caption else ""}</span>'
+        tag("span", tag("img", src=known[name], alt=name), *([tag("small", caption)] if caption else []))
         for name, caption in names.items()
         if name in known
     ]
-    return f'<div class="pictures">{"".join(cells)}</div>' if cells else ""
+    return tag("div", *cells, class_="pictures") if cells else Html("")
 
 
-def _series(sample: Sample) -> str:
+def _series(sample: Sample) -> Html:
     """A chart for each channel: the input a line, the output a line over it, what was hidden a shade."""
     outputs, hidden, charts = sample.get("output") or [], sample.get("masked") or [], []
     for number, channel in enumerate(sample["input"]):
@@ -89,16 +98,14 @@ def _series(sample: Sample) -> str:
             continue
         low, high = min(values), max(values)
         points = max(map(len, lines.values()))
-        drawn = "".join(
-            f'<path class="{name}" d="{_path(line, points, low, high, TALL)}"/>' for name, line in lines.items()
-        )
+        drawn = [tag("path", class_=name, d=_path(line, points, low, high, TALL)) for name, line in lines.items()]
         label = f"channel {number + 1}, {low:.4g} to {high:.4g}"
-        shades = _shades(hidden[number], points, TALL) if number < len(hidden) else ""
-        charts.append(_svg(TALL, shades + drawn, label))
-    return "".join(charts) + _legend(sample) if charts else ""
+        shades = _shades(hidden[number], points, TALL) if number < len(hidden) else []
+        charts.append(_svg(TALL, [*shades, *drawn], label))
+    return join([*charts, _legend(sample)]) if charts else Html("")
 
 
-def _waveform(sample: Sample) -> str:
+def _waveform(sample: Sample) -> Html:
     """The samples' range in each bin, what was hidden a shade; a spectrogram; the model's value for each frame."""
     bins = [_numbers(pair) for pair in sample["input"]]
     step = WIDTH / max(1, len(bins))
@@ -108,29 +115,26 @@ def _waveform(sample: Sample) -> str:
         if low is not None and high is not None
     )
     seconds = float(sample.get("seconds") or 0)
-    shade = _shades(sample.get("masked"), len(bins), WAVE)
-    drawn = _svg(WAVE, f'{shade}<path class="input" d="{bars}"/>', f"waveform, {seconds:.2f} seconds")
+    shades = _shades(sample.get("masked"), len(bins), WAVE)
+    drawn = [_svg(WAVE, [*shades, tag("path", class_="input", d=bars)], f"waveform, {seconds:.2f} seconds")]
     if PNG.fullmatch(str(sample.get("spectrogram") or "")):
-        drawn += f'<img class="wide" src="{sample["spectrogram"]}" alt="spectrogram">'
+        drawn.append(tag("img", class_="wide", src=sample["spectrogram"], alt="spectrogram"))
     values = _numbers(sample.get("output") or [])
     if any(v is not None for v in values):
-        zero = f'<path class="zero" d="M0 {LINE / 2}H{WIDTH}"/>'
-        line = f'<path class="output" d="{_path(values, len(values), -1, 1, LINE)}"/>'
-        drawn += _svg(LINE, zero + line, "output for each frame, from -1 to 1")
-    return drawn + _legend(sample, f"{seconds:.2f} s", str(sample.get("measure") or "output"))
+        zero = tag("path", class_="zero", d=f"M0 {LINE / 2}H{WIDTH}")
+        line = tag("path", class_="output", d=_path(values, len(values), -1, 1, LINE))
+        drawn.append(_svg(LINE, [zero, line], "output for each frame, from -1 to 1"))
+    return join([*drawn, _legend(sample, f"{seconds:.2f} s", str(sample.get("measure") or "output"))])
 
 
-def _text(sample: Sample) -> str:
+def _text(sample: Sample) -> Html:
     """The texts one below the other."""
     names = {name: caption for name, caption in NAMES.items() if isinstance(sample.get(name), str)}
-    alone = len(names) == 1
-    return "".join(
-        f"{'' if alone else f'<small>{caption}</small>'}<pre>{html.escape(sample[name])}</pre>"
-        for name, caption in names.items()
-    )
+    heads = {name: [] if len(names) == 1 else [tag("small", caption)] for name, caption in names.items()}
+    return join(part for name in names for part in (*heads[name], tag("pre", sample[name])))
 
 
-DRAW: dict[str, Callable[[Sample], str]] = {
+DRAW: dict[str, Callable[[Sample], Html]] = {
     "image": _image,
     "series": _series,
     "waveform": _waveform,
@@ -160,27 +164,27 @@ def _path(values: list[float | None], points: int, low: float, high: float, heig
     return "".join(parts)
 
 
-def _shades(spans: Iterable[Iterable[float]] | None, points: int, height: int) -> str:
+def _shades(spans: Iterable[Iterable[float]] | None, points: int, height: int) -> list[Html]:
     """What was hidden, as columns over the whole height."""
     step = WIDTH / max(1, points)
-    return "".join(
-        f'<rect class="hidden" x="{_short(start * step)}" width="{_short((end - start) * step)}" height="{height}"/>'
+    return [
+        tag("rect", class_="hidden", x=_short(start * step), width=_short((end - start) * step), height=height)
         for start, end in (map(float, span) for span in spans or [])
-    )
+    ]
 
 
-def _svg(height: int, inner: str, label: str) -> str:
-    return (
-        f'<svg class="draw" viewBox="0 0 {WIDTH} {height}" preserveAspectRatio="none" style="height:{height}px" '
-        f'role="img" aria-label="{html.escape(label)}"><title>{html.escape(label)}</title>{inner}</svg>'
-    )
+def _svg(height: int, inner: Iterable[Html], label: str) -> Html:
+    return tag(
+        "svg", tag("title", label), *inner, class_="draw", viewBox=f"0 0 {WIDTH} {height}", preserveAspectRatio="none",
+        style=f"height:{height}px", role="img", aria_label=label,
+    )  # fmt: skip
 
 
-def _legend(sample: Sample, note: str = "", output: str = "output") -> str:
+def _legend(sample: Sample, note: str = "", output: str = "output") -> Html:
     keys = [("input", "input"), ("output", output), ("masked", "hidden")]
-    present = [f'<i class="key {name}"></i>{html.escape(word)}' for name, word in keys if sample.get(name)]
-    words = [note, *(present if len(present) > 1 else [])]
-    return f"<small>{' '.join(filter(None, words))}</small>" if any(words) else ""
+    present = [join([tag("i", class_=f"key {name}"), word]) for name, word in keys if sample.get(name)]
+    words = [*([note] if note else []), *(present if len(present) > 1 else [])]
+    return tag("small", join(words, " ")) if words else Html("")
 
 
 def _short(value: float) -> str:

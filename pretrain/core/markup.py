@@ -12,7 +12,8 @@ import math
 import re
 from collections.abc import Iterable, Mapping
 
-VOID = ("br", "img", "rect", "path")  # elements without content
+VOID = ("br", "img", "meta")  # elements without content
+CLOSED = ("rect", "path")  # of a drawing: they close themselves
 HALF = re.compile("[\ud800-\udfff]")  # halves of characters, which have no bytes
 
 
@@ -36,8 +37,8 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
     """An element; `class_` and `data_label` are the attributes `class` and `data-label`, None is no attribute."""
     given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     words = [f'{key}="{escape(value)}"' for key, value in given.items()]
-    opening = f"<{' '.join([name, *words])}>"
-    return Html(opening if name in VOID else f"{opening}{join(children)}</{name}>")
+    opening = f"<{' '.join([name, *words])}{'/' if name in CLOSED else ''}>"
+    return Html(opening if name in VOID + CLOSED else f"{opening}{join(children)}</{name}>")
 
 
 def script_json(value: object) -> Html:

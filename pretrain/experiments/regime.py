@@ -44,11 +44,19 @@ def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str,
     folder = checkpoint_of(output / trained)
     tokens = float(checkpoint.lineage(folder).get("tokens", 0))
     row: Regime = {"tokens_per_weight": tokens / max(1, _weights(folder))}
+    if (line := line_of(stages, output, store, trained, metric)) is not None:
+        row["bigram"] = line
+    return row
+
+
+def line_of(stages: Mapping[str, Stage], output: Path, store: Path, trained: str, metric: str) -> float | None:
+    """The bigram line of a metric STAGE.NAME; None where the metric is no likelihood of text."""
     judge, _, name = metric.partition(".")
     stage, training = stages[judge], stages[trained]
-    if isinstance(stage, Evaluate) and isinstance(training, Train) and name.partition("/")[0] in PER:
-        row["bigram"] = _bigram_line(stage, training, output, store, name, int(tokens))
-    return row
+    if not (isinstance(stage, Evaluate) and isinstance(training, Train) and name.partition("/")[0] in PER):
+        return None
+    tokens = float(checkpoint.lineage(checkpoint_of(output / trained)).get("tokens", 0))
+    return _bigram_line(stage, training, output, store, name, int(tokens))
 
 
 def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:

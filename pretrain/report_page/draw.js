@@ -1,104 +1,136 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const colours = ["#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d"];
-const style = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 let axis = "tokens";
 const units = new Set(data.trainings.map(t => t.unit)), unit = units.size === 1 ? [...units][0] : "tokens";
 
-function layout(more) {
-  const line = { gridcolor: style("--line"), zeroline: false, automargin: true };
-  return Object.assign({
-    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", margin: { l: 8, r: 8, t: 28, b: 8 },
-    font: { color: style("--soft"), family: "system-ui, sans-serif", size: 12 }, hovermode: "x unified",
-    hoverlabel: { bgcolor: style("--card"), bordercolor: style("--line"), font: { color: style("--ink") } },
-    legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0 },
-  }, more, { xaxis: Object.assign({}, line, more.xaxis), yaxis: Object.assign({}, line, more.yaxis) });
+// The one place that makes elements: texts are text nodes and values attributes, so that none is read as markup.
+function element(space, name, attributes, ...children) {
+  const made = document.createElementNS(space, name);
+  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
+  made.append(...children.flat());
+  return made;
+}
+const html = (name, attributes, ...children) => element("http://www.w3.org/1999/xhtml", name, attributes, ...children);
+const svg = (name, attributes, ...children) => element("http://www.w3.org/2000/svg", name, attributes, ...children);
+
+const known = values => values.filter(v => v !== null && v !== undefined);
+const label = (t, text) => data.trainings.length > 1 ? `${t.name}: ${text}` : text;
+
+function number(v) {
+  for (const [power, letter] of [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
+    if (Math.abs(v) >= power) return `${+(v / power).toPrecision(3)}${letter}`;
+  return v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential(1) : String(+v.toPrecision(3));
 }
 
-const draw = (id, traces, more) => {
-  if (document.getElementById(id)) Plotly.react(id, traces, layout(more), { responsive: true, displayModeBar: false });
-};
+// Round numbers from low to high, about `wanted` of them.
+function ticks(low, high, wanted) {
+  const rough = (high - low) / wanted || 1, power = 10 ** Math.floor(Math.log10(rough));
+  const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= rough);
+  const marks = [];
+  for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) marks.push(Math.abs(v) < step / 1e6 ? 0 : v);
+  return marks;
+}
 
 // Half-way smoothing over a window of values, so that the trend shows through the noise of single batches.
 function smooth(values) {
   const width = Math.max(1, Math.round(values.length / 60));
   return values.map((_, i) => {
-    const part = values.slice(Math.max(0, i - width), i + width + 1).filter(v => v !== null);
+    const part = known(values.slice(Math.max(0, i - width), i + width + 1));
     return part.length ? part.reduce((a, b) => a + b, 0) / part.length : null;
   });
 }
 
-const known = values => values.filter(v => v !== null);
-
-// All curves of a training have its colour; held-out ones are dotted.
-function losses() {
-  const x = { title: { text: { tokens: unit, flops: "FLOPs", seconds: "seconds of training" }[axis] }, rangemode: "tozero" };
-  data.plots.forEach((plot, number) => {
-    const traces = [], settled = [];
-    plot.curves.forEach(({ training, part, column }) => {
-      const t = data.trainings[training], colour = colours[training % colours.length], y = t[part][column];
-      const curve = { x: t[part][axis], name: label(t, part === "step" ? "training" : "held-out") };
-      if (part === "step") {
-        const trend = smooth(y);
-        settled.push(...known(trend.slice(Math.floor(y.length / 50))));
-        traces.push(Object.assign({}, curve, { y, mode: "lines", line: { color: colour, width: 1 }, opacity: .25, hoverinfo: "skip", showlegend: false }));
-        traces.push(Object.assign(curve, { y: trend, mode: "lines", line: { color: colour, width: 2 } }));
-      } else {
-        settled.push(...known(y));
-        traces.push(Object.assign(curve, { y, mode: "lines+markers", line: { color: colour, width: 2, dash: "dot" } }));
-      }
+// A chart in the element `id`: curves of { name, x, y, colour, dots, faint }, a legend, and the values under the pointer.
+function chart(id, curves, { title, across, range, zero, write = number }) {
+  const place = document.getElementById(id);
+  if (!place) return;
+  const legend = html("div", { class: "legend" }, ...(title ? [html("b", {}, title)] : []),
+    curves.filter(c => c.name).map(c => html("span", {}, html("i", { class: c.dots ? "dots" : "", style: `border-color:${c.colour}` }), c.name)));
+  place.replaceChildren(legend);
+  const xs = curves.flatMap(c => known(c.x)), ys = curves.flatMap(c => known(c.y));
+  if (!xs.length || !ys.length) { place.append(html("p", { class: "note" }, "Nothing is logged yet.")); return; }
+  const W = Math.max(200, place.clientWidth), H = Math.max(90, place.clientHeight - legend.offsetHeight), top = 8, right = 10, bottom = across ? 38 : 22;
+  const x1 = Math.max(...xs) || 1;
+  let [low, high] = range || [zero ? 0 : Math.min(...ys), Math.max(...ys)];
+  if (!(high > low)) [low, high] = [low - (zero ? 0 : .5), low + .5];
+  const marks = ticks(low, high, H < 220 ? 4 : 6), left = 14 + 7 * Math.max(...marks.map(v => write(v).length));
+  const X = v => left + v / x1 * (W - left - right), Y = v => top + (high - v) / (high - low) * (H - top - bottom);
+  const drawn = [];
+  for (const v of marks) drawn.push(svg("path", { class: "grid", d: `M${left} ${Y(v)}H${W - right}` }), svg("text", { x: left - 7, y: Y(v) + 4, "text-anchor": "end" }, write(v)));
+  for (const v of ticks(0, x1, W < 500 ? 3 : 6)) drawn.push(svg("text", { x: X(v), y: H - bottom + 16, "text-anchor": "middle" }, number(v)));
+  if (across) drawn.push(svg("text", { class: "across", x: (left + W - right) / 2, y: H - 5, "text-anchor": "middle" }, across));
+  const inside = v => Y(Math.min(high, Math.max(low, v)));
+  for (const c of curves) {
+    let d = "", pen = "M";
+    c.y.forEach((v, i) => {
+      if (v === null || v === undefined || c.x[i] === null) { pen = "M"; return; }
+      d += `${pen}${X(c.x[i]).toFixed(1)} ${inside(v).toFixed(1)}`;
+      pen = "L";
     });
-    const top = Math.max(...settled), low = Math.min(...settled), edge = .05 * (top - low) || .1;
-    draw(`loss-${number}`, traces, { xaxis: x, yaxis: { title: { text: plot.unit }, range: [low - edge, top + edge] } });
+    drawn.push(svg("path", { class: `curve${c.dots ? " dots" : ""}`, d, stroke: c.colour, "stroke-width": c.faint ? 1 : 2, opacity: c.faint ? .25 : 1 }));
+    if (c.dots) c.y.forEach((v, i) => { if (v !== null && v !== undefined) drawn.push(svg("circle", { cx: X(c.x[i]), cy: inside(v), r: 3, fill: c.colour })); });
+  }
+  const cursor = svg("path", { class: "cursor", d: "" });
+  const picture = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title || across || id }, drawn, cursor);
+  const tip = html("div", { class: "tip", hidden: "" });
+  place.append(picture, tip);
+  picture.addEventListener("pointerleave", () => { tip.hidden = true; cursor.setAttribute("d", ""); });
+  picture.addEventListener("pointermove", event => {
+    const at = (event.clientX - picture.getBoundingClientRect().left - left) / (W - left - right) * x1;
+    const near = curves.filter(c => c.name || curves.length === 1).map(c => {
+      let best = -1;
+      c.x.forEach((x, i) => { if (x !== null && known([c.y[i]]).length && (best < 0 || Math.abs(x - at) < Math.abs(c.x[best] - at))) best = i; });
+      return best < 0 ? null : { name: c.name, colour: c.colour, x: c.x[best], y: c.y[best] };
+    }).filter(Boolean);
+    if (!near.length) return;
+    const x = near[0].x, write3 = v => write === number ? String(+v.toPrecision(4)) : write(v);
+    cursor.setAttribute("d", `M${X(x)} ${top}V${H - bottom}`);
+    tip.replaceChildren(html("b", {}, `${number(x)} ${across || ""}`), ...near.map(n => html("div", {}, html("i", { style: `border-color:${n.colour}` }), `${n.name || ""} ${write3(n.y)}`)));
+    tip.hidden = false;
+    tip.style.left = `${Math.max(0, Math.min(W - tip.offsetWidth - 4, X(x) + 12))}px`;
   });
 }
 
-const label = (t, text) => data.trainings.length > 1 ? `${t.name}: ${text}` : text;
+// All curves of a training have its colour; held-out ones are dotted.
+function losses() {
+  const across = { tokens: unit, flops: "FLOPs", seconds: "seconds of training" }[axis];
+  data.plots.forEach((plot, n) => {
+    const curves = [], settled = [];
+    plot.curves.forEach(({ training, part, column }) => {
+      const t = data.trainings[training], colour = colours[training % colours.length], x = t[part][axis], y = t[part][column];
+      if (part === "step") {
+        const trend = smooth(y);
+        settled.push(...known(trend.slice(Math.floor(y.length / 20))));
+        curves.push({ x, y, colour, faint: true }, { x, y: trend, colour, name: label(t, "training") });
+      } else {
+        settled.push(...known(y.slice(Math.floor(y.length / 20))));
+        curves.push({ x, y, colour, dots: true, name: label(t, "held-out") });
+      }
+    });
+    const high = Math.max(...settled), low = Math.min(...settled), edge = .05 * (high - low) || .1;
+    chart(`loss-${n}`, curves, { title: plot.unit, across, range: settled.length ? [low - edge, high + edge] : null });
+  });
+}
 
 function trainings() {
   losses();
   const titles = { rate: "learning rate", norm: "gradient norm", speed: `${unit} a second`, mfu: "share of the matrix rate" };
   const columns = { rate: "lr", norm: "grad_norm", speed: "tokens_per_second", mfu: "mfu" };
   Object.keys(columns).forEach(id => {
-    const traces = data.trainings.map((t, i) => ({
-      x: t.step[axis], y: t.step[columns[id]], name: t.name, mode: "lines", line: { color: colours[i % colours.length], width: id === "rate" ? 2 : 1 },
+    const curves = data.trainings.map((t, i) => ({
+      x: t.step[axis], y: t.step[columns[id]], name: data.trainings.length > 1 ? t.name : "", colour: colours[i % colours.length],
     }));
-    draw(id, traces, {
-      title: { text: titles[id], font: { size: 13 }, x: 0, xanchor: "left" }, showlegend: data.trainings.length > 1,
-      legend: { orientation: "h", y: -.18, x: 0 }, xaxis: { rangemode: "tozero" }, yaxis: { rangemode: "tozero", tickformat: id === "mfu" ? ".0%" : "" },
-    });
+    const share = v => `${+(100 * v).toPrecision(3)}%`;
+    chart(id, curves, { title: titles[id], zero: true, ...(id === "mfu" ? { write: share } : {}) });
   });
 }
 
-// Bars lie, so that names and numbers have room on a phone; a row for all text, then one for each domain.
-function bars() {
-  const shorten = name => name.length > 16 ? name.slice(0, 15) + "…" : name;
-  data.bars.forEach((chart, number) => {
-    const rows = ["all text", ...chart.domains.map(shorten)];
-    const greys = ["#adb5bd", "#868e96", "#ced4da"], models = chart.models.length;
-    const traces = [...chart.models, ...chart.tools].map((series, i) => {
-      const x = [series.all, ...series.values], ends = series.interval;
-      return {
-        type: "bar", orientation: "h", name: series.name, x, y: rows.map((_, k) => k), hoverinfo: "skip", cliponaxis: false,
-        marker: { color: i < models ? colours[i % colours.length] : greys[(i - models) % greys.length] },
-        text: x.map(v => v === null ? "" : v.toFixed(2)), textposition: ends ? "inside" : "outside", insidetextanchor: "start", textangle: 0, textfont: { size: 12 }, constraintext: "none",
-        error_x: ends ? { type: "data", symmetric: false, array: [ends[1] - series.all], arrayminus: [series.all - ends[0]], color: style("--ink"), thickness: 1.2, width: 3 } : undefined,
-      };
-    });
-    const top = Math.max(...traces.flatMap(t => known(t.x)), ...chart.models.map(m => m.interval ? m.interval[1] : 0));
-    draw(`bars-${number}`, traces, {
-      barmode: "group", bargap: .3, hovermode: false, legend: { orientation: "h", y: 1, yanchor: "bottom", x: 0, traceorder: "normal" },
-      xaxis: { title: { text: "bits per byte" }, range: [0, top * 1.15] },
-      yaxis: { autorange: "reversed", tickvals: rows.map((_, k) => k), ticktext: rows, showgrid: false },
-    });
-  });
-}
-
-function all() { if (data.trainings.length) trainings(); bars(); }
 document.querySelectorAll(".axes button").forEach(button => button.addEventListener("click", () => {
   document.querySelectorAll(".axes button").forEach(b => b.classList.toggle("on", b === button));
   axis = button.dataset.axis;
   trainings();
 }));
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", all);
-all();
+let width = 0;
+addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; trainings(); } });
+if (data.trainings.length) trainings();

@@ -1,0 +1,109 @@
+"""The report's bars, drawn as elements whose widths are shares: bits per byte, and what each stage changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from pretrain.core.markup import Html, join, tag
+from pretrain.report_data import BITS, Bar, Chart, Page, StageRow
+from pretrain.report_summary import clock, known, short
+
+COLOURS = ("#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d")  # draw.js has them
+GREYS = ("#868e96", "#adb5bd", "#5c636a", "#ced4da")
+Value = tuple[float | None, str]  # a number and how it is written
+
+
+def bits_chart(number: int, chart: Chart) -> Html:
+    """A group of bars for all text, then one for each domain; a line on a bar is its 95% interval."""
+    series = [*chart["models"], *chart["tools"]]
+    greys = len(chart["models"])
+    colours = [COLOURS[i % len(COLOURS)] if i < greys else GREYS[(i - greys) % len(GREYS)] for i in range(len(series))]
+    values = [v for bar in series for v in (bar["all"], *bar["values"]) if v is not None]
+    top = max([*values, *(ends[1] for bar in series if (ends := bar.get("interval")))], default=1.0) or 1.0
+    rows = [_group("all text", [(bar, bar["all"]) for bar in series], colours, top, whole=True)]
+    for i, domain in enumerate(chart["domains"]):
+        group = [(bar, bar["values"][i] if i < len(bar["values"]) else None) for bar in series]
+        rows.append(_group(domain, group, colours, top))
+    note = "Bits for each byte of held-out text; lower is better."
+    note += " The compressors see each domain as one stream." if chart["tools"] else ""
+    note += f" {chart['more']} more domains are under All metrics." if chart["more"] else ""
+    return join([tag("p", note, class_="note"), tag("div", *rows, class_="bars", id=f"bars-{number}")])
+
+
+def _group(
+    title: str, bars: Sequence[tuple[Bar, float | None]], colours: Sequence[str], top: float, whole: bool = False
+) -> Html:
+    lines = []
+    for (bar, value), colour in zip(bars, colours, strict=True):
+        if value is None:
+            continue
+        ends = bar.get("interval") if whole else None
+        span = None
+        if ends:
+            place = f"left:{_percent(ends[0] / top)};width:{_percent((ends[1] - ends[0]) / top)}"
+            span = tag("u", style=place, title=f"95% interval {ends[0]:.2f} to {ends[1]:.2f}")
+        fill = tag("i", style=f"width:{_percent(value / top)};background:{colour}")
+        track = tag("span", fill, *([span] if span else []), class_="track")
+        lines.append(tag("div", tag("em", bar["name"]), track, tag("b", f"{value:.2f}"), class_="bar"))
+    return tag("div", tag("h3", title), *lines, class_="group")
+
+
+def changes(page: Page) -> Html:
+    """A row for each stage: the size of what it wrote, the held-out loss of it, and the time that it took."""
+    stages = [s for s in page["stages"] if s["seconds"] is not None]
+    if not stages:
+        return Html("")
+    by_name = {s["name"]: s for s in page["stages"]}
+    losses = {s["name"]: _loss(page, s) for s in stages}
+    unit = BITS if any(name == BITS for name, _ in losses.values()) else "loss"
+    columns: list[tuple[str, Callable[[StageRow], float | None], Callable[[float], str], bool]] = [
+        ("size", lambda s: float(s["bytes"]) or None, lambda v: f"{short(v)}B", True),
+        (
+            "bits per byte" if unit == BITS else "held-out loss",
+            lambda s: losses[s["name"]][1] if s["name"] in losses and losses[s["name"]][0] == unit else None,
+            lambda v: f"{v:.3g}",
+            True,
+        ),
+        ("time", lambda s: s["seconds"], clock, False),
+    ]
+    tops = [max((v for s in stages if (v := value(s)) is not None), default=0.0) for _, value, _, _ in columns]
+    rows = [tag("div", tag("em", "stage"), *(tag("span", name) for name, *_ in columns), class_="step head")]
+    for s in stages:
+        before = by_name.get(_source(s))
+        cells = []
+        for (name, value, write, compared), top in zip(columns, tops, strict=True):
+            here, there = value(s), value(before) if before and compared else None
+            change = f" {here / there - 1:+.0%}" if here and there and here != there else ""
+            fill = tag("i", style=f"width:{_percent((here or 0) / top if top else 0)}")
+            text = [tag("b", write(here)), tag("small", change)] if here is not None else [tag("small", "–")]
+            cells.append(tag("span", tag("span", fill, class_="track"), *text, title=name))
+        rows.append(tag("div", tag("em", s["name"], " ", tag("small", s["stage"])), *cells, class_="step"))
+    note = "The percentages compare with the checkpoint that a stage began from."
+    more = [tag("p", note, class_="note")] if any(_source(s) in by_name for s in stages) else []
+    return join([*more, tag("div", *rows, class_="steps", id="changes")])
+
+
+def _source(stage: StageRow) -> str:
+    """The stage whose checkpoint it began from; empty of one that measures, or makes a model anew."""
+    inputs = stage["inputs"] or {}
+    names = next((inputs[key] for key in ("init", "checkpoint", "models") if inputs.get(key)), "")
+    first = (names or [""])[0] if isinstance(names, list) else names
+    return first if stage["writes"] == "checkpoint" else ""
+
+
+def _loss(page: Page, stage: StageRow) -> tuple[str, float | None]:
+    """Of the model that a stage wrote: what the first evaluation of it says, else the end of its own training."""
+    for evaluation in page["evaluations"]:
+        if evaluation["of"] == stage["name"]:
+            for name in (BITS, "loss"):
+                if name in (evaluation.get("metrics") or {}):
+                    return name, evaluation["metrics"][name]
+    training = next((t for t in page["trainings"] if t["name"] == stage["name"]), None)
+    for name in (BITS, "loss") if training else ():
+        if values := known(training["evaluation"][name] if training else []):
+            return name, values[-1]
+    return "", None
+
+
+def _percent(share: float) -> str:
+    return f"{100 * min(1.0, max(0.0, share)):.2f}%"
