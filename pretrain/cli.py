@@ -360,6 +360,17 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
     typer.echo(str(write(run_folder)))
 
 
+@app.command()
+def watch(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
+    every: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 5.0,
+) -> None:
+    """Keep a running run's report up to date; the open page follows by itself."""
+    from pretrain.watch import watch as follow
+
+    typer.echo(str(follow(run_folder, every=every, say=typer.echo)))
+
+
 @app.command("methods")
 def list_methods(
     words: Annotated[list[str] | None, typer.Argument(metavar="[SEARCH] | show NAME", autocompletion=_names)] = None,

@@ -39,9 +39,8 @@ def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
     parts: dict[str, object] = {
         "TITLE": data["run"]["name"],
         "HEADING": data["run"]["name"],
-        "RELOAD": tag("meta", http_equiv="refresh", content=every) if every else "",
         "STYLE": Html((here / "style.css").read_text(encoding="utf-8")),
-        "DATA": script_json({"trainings": data["trainings"], "plots": data["plots"]}),
+        "DATA": script_json({"trainings": data["trainings"], "plots": data["plots"], "reload": every}),
         "BODY": _body(data, running),
         "DRAW": Html((here / "draw.js").read_text(encoding="utf-8")),
     }
@@ -52,7 +51,9 @@ def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
 def _body(data: Page, running: str) -> Html:
     about = headline(data)
     said = summarise(data, running)
-    parts = [tag("div", tag("p", said.result, " ", said.judgement, class_="first"), tag("p", said.advice), class_="lead")]
+    command = [tag("pre", said.command, class_="command")] if said.command else []
+    first = tag("p", said.result, " ", said.judgement, class_="first")
+    parts = [tag("div", first, tag("p", said.advice), *command, class_="lead")]
     parts.append(_cards(data, about))
     if data["trainings"]:
         parts.append(_section("Training", _curves(data)))
@@ -60,12 +61,15 @@ def _body(data: Page, running: str) -> Html:
         parts.append(_section("Held-out text", join(map(bits_chart, range(len(data["bars"])), data["bars"]))))
     if drawn := changes(data):
         parts.append(_section("What each stage changed", drawn))
-    left = report_samples.MAX_BYTES
+    corpora = {corpus["name"] for corpus in data["corpora"]}
+    samples, left = {}, report_samples.MAX_BYTES
     for group in data["samples"]:
         panel, left = report_samples.panel(group.get("samples") or [], left)
-        parts += [_section(f"Samples: {group['name']}", panel)] if panel else []
+        samples |= {group["name"]: _section(f"Samples: {group['name']}", panel)} if panel else {}
+    parts += [panel for name, panel in samples.items() if name not in corpora]
     if data["evaluations"]:
         parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
+    parts += [panel for name, panel in samples.items() if name in corpora]  # what a model makes is asked for first
     parts += [_section(f"Corpus: {corpus['name']}", _corpus_table(corpus)) for corpus in data["corpora"]]
     parts.append(_section("Stages", _stage_table(data["stages"])))
     parts.append(_section("Lineage", _lineage_table(data["stages"])))
@@ -130,7 +134,9 @@ def _spent(data: Page) -> list[tuple[str, str, str]]:
     """Totals over all stages; of one that has not finished, what its log has."""
     cards = []
     logs = {t["name"]: t for t in data["trainings"]}
-    flops = sum(s["flops"] or last(logs[s["name"]]["step"]["flops"] if s["name"] in logs else []) for s in data["stages"])
+    flops = sum(
+        s["flops"] or last(logs[s["name"]]["step"]["flops"] if s["name"] in logs else []) for s in data["stages"]
+    )
     if data["trainings"]:
         step = data["trainings"][-1]["step"]
         speeds, shares = (sorted(known(step[name])) for name in ("tokens_per_second", "mfu"))

@@ -9,8 +9,8 @@ from pretrain.report_data import BITS, Bar, Chart, Page, StageRow
 from pretrain.report_summary import clock, known, short
 
 COLOURS = ("#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d")  # draw.js has them
-GREYS = ("#868e96", "#adb5bd", "#5c636a", "#ced4da")
-Value = tuple[float | None, str]  # a number and how it is written
+GREYS = ("#747d86", "#949ca4", "#b4bac0", "#ced4da")
+Column = tuple[str, dict[str, float], Callable[[float], str]]  # its title, its numbers by stage, how they are written
 
 
 def bits_chart(number: int, chart: Chart) -> Html:
@@ -53,34 +53,36 @@ def changes(page: Page) -> Html:
     stages = [s for s in page["stages"] if s["seconds"] is not None]
     if not stages:
         return Html("")
-    by_name = {s["name"]: s for s in page["stages"]}
-    losses = {s["name"]: _loss(page, s) for s in stages}
+    losses = {s["name"]: _loss(page, s) for s in page["stages"]}
     unit = BITS if any(name == BITS for name, _ in losses.values()) else "loss"
-    columns: list[tuple[str, Callable[[StageRow], float | None], Callable[[float], str], bool]] = [
-        ("size", lambda s: float(s["bytes"]) or None, lambda v: f"{short(v)}B", True),
+    columns: list[Column] = [
+        ("size", {s["name"]: float(s["bytes"]) for s in page["stages"] if s["bytes"]}, lambda v: f"{short(v)}B"),
         (
             "bits per byte" if unit == BITS else "held-out loss",
-            lambda s: losses[s["name"]][1] if s["name"] in losses and losses[s["name"]][0] == unit else None,
+            {stage: value for stage, (name, value) in losses.items() if name == unit},
             lambda v: f"{v:.3g}",
-            True,
         ),
-        ("time", lambda s: s["seconds"], clock, False),
+        ("time", {s["name"]: s["seconds"] for s in stages if s["seconds"] is not None}, clock),
     ]
-    tops = [max((v for s in stages if (v := value(s)) is not None), default=0.0) for _, value, _, _ in columns]
     rows = [tag("div", tag("em", "stage"), *(tag("span", name) for name, *_ in columns), class_="step head")]
     for s in stages:
-        before = by_name.get(_source(s))
-        cells = []
-        for (name, value, write, compared), top in zip(columns, tops, strict=True):
-            here, there = value(s), value(before) if before and compared else None
-            change = f" {here / there - 1:+.0%}" if here and there and here != there else ""
-            fill = tag("i", style=f"width:{_percent((here or 0) / top if top else 0)}")
-            text = [tag("b", write(here)), tag("small", change)] if here is not None else [tag("small", "–")]
-            cells.append(tag("span", tag("span", fill, class_="track"), *text, title=name))
+        cells = [_cell(column, s["name"], _source(s) if column[0] != "time" else "") for column in columns]
         rows.append(tag("div", tag("em", s["name"], " ", tag("small", s["stage"])), *cells, class_="step"))
-    note = "The percentages compare with the checkpoint that a stage began from."
-    more = [tag("p", note, class_="note")] if any(_source(s) in by_name for s in stages) else []
-    return join([*more, tag("div", *rows, class_="steps", id="changes")])
+    parts = [tag("div", *rows, class_="steps", id="changes")]
+    if any(_source(s) in losses for s in stages):
+        parts.insert(0, tag("p", "The percentages compare with the checkpoint that a stage began from.", class_="note"))
+    return join(parts)
+
+
+def _cell(column: Column, stage: str, before: str) -> Html:
+    """A bar, its number, and the change from what the stage began with."""
+    title, values, write = column
+    if stage not in values:
+        return tag("span")
+    here, there = values[stage], values.get(before)
+    change = f" {here / there - 1:+.0%}" if there and here != there else ""
+    fill = tag("i", style=f"width:{_percent(here / (max(values.values()) or 1))}")
+    return tag("span", tag("span", fill, class_="track"), tag("b", write(here)), tag("small", change), title=title)
 
 
 def _source(stage: StageRow) -> str:
@@ -91,7 +93,7 @@ def _source(stage: StageRow) -> str:
     return first if stage["writes"] == "checkpoint" else ""
 
 
-def _loss(page: Page, stage: StageRow) -> tuple[str, float | None]:
+def _loss(page: Page, stage: StageRow) -> tuple[str, float]:
     """Of the model that a stage wrote: what the first evaluation of it says, else the end of its own training."""
     for evaluation in page["evaluations"]:
         if evaluation["of"] == stage["name"]:
@@ -102,7 +104,7 @@ def _loss(page: Page, stage: StageRow) -> tuple[str, float | None]:
     for name in (BITS, "loss") if training else ():
         if values := known(training["evaluation"][name] if training else []):
             return name, values[-1]
-    return "", None
+    return "", 0.0
 
 
 def _percent(share: float) -> str:

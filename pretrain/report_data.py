@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 MAX_POINTS = 1500
 MAX_DOMAINS = 12  # in a chart; a table has all
 RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods", "inputs", "config")
-AXES = ("tokens", "flops", "seconds")
+AXES = ("tokens", "flops", "seconds", "steps")
 BITS = "bits_per_byte"
+PAIRS = "pairs of tokens"  # the bigram line: counts of which token follows which
 T = TypeVar("T")
 Part: TypeAlias = Literal["step", "evaluation"]  # of a training's log
 Columns: TypeAlias = dict[str, list[float | None]]
@@ -297,10 +298,15 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
                 "tools": [],
             }
             charts[key]["tools"] = [_bar(tool, measured, shown) for tool, measured in tools.items()]
-        row = _bar(evaluation["name"], evaluation, charts[key]["domains"])
+        model = evaluation.get("of") or evaluation["name"]  # two evaluations of one model bear their own names
+        taken = any(bar["name"] == model for bar in charts[key]["models"])
+        row = _bar(evaluation["name"] if taken else model, evaluation, charts[key]["domains"])
         row["interval"] = (evaluation.get("intervals") or {}).get(BITS)
         if (line := evaluation.get("bigram")) is not None:
-            charts[key]["tools"].append({"name": f"pairs of tokens ({evaluation['name']})", "all": line, "values": []})
+            lines = sum(bar["name"].startswith(PAIRS) for bar in charts[key]["tools"])
+            name = f"{PAIRS}, for {row['name']}" if lines else PAIRS
+            if line not in [bar["all"] for bar in charts[key]["tools"]]:
+                charts[key]["tools"].insert(lines, {"name": name, "all": line, "values": []})
         charts[key]["models"].append(row)
     return list(charts.values())
 

@@ -11,8 +11,16 @@ from pretrain.report_data import BITS, Evaluated, Page, StageRow, Trained
 
 TOKENS_A_WEIGHT = 20  # about what is best for a given compute (Hoffmann et al., arXiv:2203.15556)
 ENDED = ("done", "cached")
+RISE, FALL = 0.01, 0.005  # of a held-out loss: it has risen again, it still falls
 # Metrics worth a first sentence, with the ones that say what guessing gives.
-SCORES = {"accuracy": "majority", "probe_accuracy": "probe_majority", "f1": "", "ndcg@10": "", "loss": "", "label_loss": ""}
+SCORES = {
+    "accuracy": "majority",
+    "probe_accuracy": "probe_majority",
+    "f1": "",
+    "ndcg@10": "",
+    "loss": "",
+    "label_loss": "",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +39,7 @@ class Summary:
     result: str
     judgement: str
     advice: str
+    command: str = ""  # that does what is advised
 
 
 def headline(page: Page) -> Headline:
@@ -47,8 +56,7 @@ def headline(page: Page) -> Headline:
 def summarise(page: Page, running: str = "") -> Summary:
     """`running` is the stage that is being run at this moment, if one is."""
     about = headline(page)
-    result = _result(page, about)
-    return Summary(result, _judgement(page, about), _advice(page, about, running))
+    return Summary(_result(page, about), _judgement(page, about), *_advice(page, about, running))
 
 
 def _result(page: Page, about: Headline) -> str:
@@ -92,23 +100,23 @@ def _judgement(page: Page, about: Headline) -> str:
     tools = {k: (v.get("metrics") or {}).get(BITS) for k, v in (evaluation.get("compressors") or {}).items()}
     rivals = {name: value for name, value in tools.items() if value is not None}
     name, best = min(rivals.items(), key=lambda item: item[1], default=("", math.inf))
+    beaten = f"fewer than {name} ({best:.2f})" if bits < best < math.inf else ""
     words = []
     if line is not None and bits >= line:
         words.append(f"That is not good yet: counting which token follows which comes to {line:.2f}.")
     elif line is not None:
-        words.append(
-            f"{'Good' if bits < best else 'It has learnt something'}: that is {1 - bits / line:.0%} fewer than counting "
-            f"which token follows which ({line:.2f})"
-            + (f", and fewer than {name} ({best:.2f})." if bits < best < math.inf else ".")
-        )
-    elif bits < best < math.inf:
-        words.append(f"Good: that is fewer than {name} ({best:.2f}).")
+        learnt = f"that is {1 - bits / line:.0%} fewer than counting which token follows which ({line:.2f})"
+        words.append(f"Good: {learnt}, and {beaten}." if beaten else f"It has learnt something: {learnt}.")
+    elif beaten:
+        words.append(f"Good: that is {beaten}.")
     if best <= bits:
         words.append(f"{name}, which learns from the text that it packs, still does better ({best:.2f}).")
     before = _before(page, evaluation)
     if before is not None:
         base = before["metrics"][BITS]
-        change = f"{abs(1 - bits / base):.0%} {'fewer' if bits < base else 'more'} than" if bits != base else "the same as"
+        change = (
+            f"{abs(1 - bits / base):.0%} {'fewer' if bits < base else 'more'} than" if bits != base else "the same as"
+        )
         words.append(f"It is {change} “{before['of']}” ({base:.2f}).")
     return " ".join(words)
 
@@ -131,37 +139,56 @@ def _trend(training: Trained | None) -> str:
     return f"The held-out loss {'fell' if change < 0 else 'rose'} by {abs(change):.0%} since it was first measured."
 
 
-def _advice(page: Page, about: Headline, running: str) -> str:
-    if running:
-        return f"Still running: “{running}”. This page is of now."
+def _advice(page: Page, about: Headline, running: str) -> tuple[str, str]:
+    """What to do next, and the command for it if there is one."""
     command = f"pretrain run {shlex.quote(page['run'].get('recipe') or 'RECIPE')}"
+    if running:
+        done = spent_share(page, running)
+        return f"Still running: “{running}”" + ("." if done is None else f", {done:.0%} of its budget spent."), ""
     missing = [s["name"] for s in page["stages"] if s["status"] not in ENDED]
     if missing:
-        return f"Not finished: {command} goes on with “{missing[0]}”."
+        return f"Not finished. To go on with “{missing[0]}”:", command
     model, training = about.model, about.training
     if model is None:
-        return "Next: add a train stage."
+        return "Next: add a train stage.", ""
     if training is None:
-        return "" if about.evaluation else "Next: add an evaluate stage, which measures it on text that it has not seen."
-    column = BITS if known(training["evaluation"][BITS]) else "loss"
-    change, rise = course(training["evaluation"][column])
+        return "" if about.evaluation else "Next: add an evaluate stage, which measures it on unseen text.", ""
+    change, rise = course(training["evaluation"][BITS if known(training["evaluation"][BITS]) else "loss"])
     tokens = float((model["lineage"] or {}).get("tokens") or 0)
     share = tokens / model["weights"] if model["weights"] and training["unit"] == "tokens" else math.inf
-    budget = model["config"].get("budget")
-    longer = ""
-    if isinstance(budget, dict) and len(budget) == 1 and isinstance(next(iter(budget.values())), int | float):
-        unit, limit = next(iter(budget.items()))
-        longer = f": {command} --set {model['name']}.budget.{unit}={4 * limit:g}"
-    if rise > 0.01:
-        return f"Next: more text, or a shorter training: the held-out loss was {rise:.0%} lower before it rose again."
-    if share < TOKENS_A_WEIGHT:
+    unit, limit = _budget(model)
+    longer = f"{command} --set {model['name']}.budget.{unit}={4 * limit:g}" if unit else ""
+    if rise > RISE:
         return (
-            f"Next: train longer; it has seen {share:.2g} tokens for each weight, where about {TOKENS_A_WEIGHT} are "
-            f"usual{longer}"
+            f"Next: more text, or a shorter training: the held-out loss was {rise:.0%} lower before it rose again.",
+            "",
         )
-    if change < -0.005:
-        return f"Next: train longer; the held-out loss still fell by {-change:.1%} in the last fifth{longer}"
-    return "Next: a larger model or other text; the held-out loss has levelled off."
+    if share < TOKENS_A_WEIGHT:
+        few = f"it has seen {share:.2g} tokens for each weight, and about {TOKENS_A_WEIGHT} are usual."
+        return f"Next: train longer; {few}", longer
+    if change < -FALL:
+        return f"Next: train longer; the held-out loss still fell by {-change:.1%} in the last fifth.", longer
+    return "Next: a larger model or other text; the held-out loss has levelled off.", ""
+
+
+def spent_share(page: Page, stage: str) -> float | None:
+    """How much of a train stage's budget its log has spent, 0 to 1."""
+    training = next((t for t in page["trainings"] if t["name"] == stage), None)
+    row = next((s for s in page["stages"] if s["name"] == stage), None)
+    unit, limit = _budget(row) if row else ("", 0.0)
+    if training is None or not limit:
+        return None
+    column = training["step"].get(unit, [])
+    return min(1.0, last(column) / limit)
+
+
+def _budget(stage: StageRow) -> tuple[str, float]:
+    """The unit and the limit of a train stage's budget; an empty unit where the recipe says none that is a number."""
+    budget = stage["config"].get("budget")
+    for unit, limit in budget.items() if isinstance(budget, dict) else ():
+        if isinstance(limit, int | float) and limit > 0:
+            return str(unit), float(limit)
+    return "", 0.0
 
 
 def course(values: Sequence[float | None]) -> tuple[float, float]:

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
+from html.parser import HTMLParser
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
+from pretrain import report
 from pretrain.core.errors import PretrainError
 from pretrain.report import collect, write
+from pretrain.report_charts import changes
 from pretrain.report_data import plots, thin
 from pretrain.report_samples import panel
+from pretrain.report_summary import summarise
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NASTY = "</script><script>window.broken = 1</script><b>& bold"
@@ -100,7 +106,7 @@ def example(folder, *, evaluated=True, trained=True):
 def test_corpus_and_model_text_cannot_break_out(tmp_path):
     page = write(example(tmp_path / "r")).read_text()
     assert NASTY not in page and page.count("&lt;/script&gt;") >= 4
-    assert "http" not in page[: page.index('<script type="application/json"')]
+    assert "http" not in page[: page.index('<script type="application/json"')] and len(page) < 1_000_000
 
 
 def test_all_that_a_run_left_is_collected(tmp_path):
@@ -124,8 +130,9 @@ def test_what_a_training_counts_is_called_what_it_is(tmp_path, units, axis):
         put(folder / name / "checkpoint" / "pretrain.json", {"lineage": lineage})
     page = write(folder).read_text()
     assert f'<button data-axis="tokens" class="on">{axis}</button>' in page
-    assert f'<div class="card"><span>{units[1] or "tokens"}</span><b>3 k</b>' in page
-    assert f"<td>7.9 k {units[0] or 'tokens'}, 3 T FLOPs</td>" in page
+    total = "10.9 k" if units[0] == units[1] else "3 k"  # what is not alike is not added up
+    assert f'<div class="card"><span>{units[1] or "tokens"}</span><b>{total}</b>' in page
+    assert f'<td data-label="trained">7.9 k {units[0] or "tokens"}, 3 T FLOPs</td>' in page
 
 
 def test_losses_of_different_units_have_plots_of_their_own(tmp_path):
@@ -152,8 +159,10 @@ def test_thinning_keeps_the_last_row_and_even_steps(count):
 def test_the_page_tells_of_the_corpus_the_lineage_and_each_metric(tmp_path):
     page = write(example(tmp_path / "r")).read_text()
     for cell in ("1,200 · 5 MB", "3 · 12 B", "model/checkpoint", "7.9 k tokens, 3 T FLOPs", "d" * 12, "data → model"):
-        assert f"<td>{cell}</td>" in page
-    assert "<td>probe_accuracy</td><td>0.9</td>" in page and "<td>1.5</td><td>1.4 to 1.6</td>" in page
+        assert f">{cell}</td>" in page
+    cell = '<td data-label="{}">{}</td>'.format
+    assert cell("metric", "probe_accuracy") + cell("value", "0.9") in page
+    assert cell("value", "1.5") + cell("95% interval", "1.4 to 1.6") in page
     assert "4 exact copies, 5 of the training documents" in page
 
 
@@ -221,40 +230,247 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path):
         write(tmp_path)
 
 
-@pytest.mark.browser
-@pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 900, "light"), (390, 844, "dark")])
-def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height, scheme):
+def test_the_headline_is_the_last_model_and_the_totals_are_of_all_stages(tmp_path):
+    folder = example(tmp_path / "r")
+    record = json.loads((folder / "model" / "stage.json").read_text())
+    put(folder / "encoder" / "stage.json", record | {"flops": 1e12, "seconds": 45.0})
+    for name, judged in (("test", "encoder"), ("more", "model")):
+        put(folder / name / "stage.json", record | {"flops": 0, "seconds": 1.0, "inputs": {"checkpoint": judged}})
+    evaluation = json.loads((folder / "test" / "evaluation.json").read_text())
+    put(folder / "test" / "evaluation.json", evaluation | {"metrics": {"bits_per_byte": 1.2}})
+    page = write(folder).read_text()
+    assert "<span>bits per byte</span><b>1.200</b>" in page
+    assert "<span>FLOPs</span><b>4 T</b>" in page and "<span>time</span><b>2 min 2 s</b>" in page
+
+
+def test_no_share_of_the_machine_is_above_the_whole(tmp_path):
+    folder = example(tmp_path / "r")
+    put(folder / "model" / "log.jsonl", "".join(json.dumps(r | {"mfu": 1.7}) + "\n" for r in rows(9)))
+    (training, _) = collect(folder)["trainings"]
+    assert training["step"]["mfu"] == [1.0] * 9
+
+
+def test_a_prompt_from_held_out_text_stands_beside_how_the_text_goes_on(tmp_path):
+    text, _ = panel([{"prompt": "once", "continuation": " twice", "truth": " upon <a> time"}], 10_000)
+    assert text.count("<mark>once</mark>") == 2
+    assert "<mark>once</mark> twice</pre>" in text and "<mark>once</mark> upon &lt;a&gt; time</pre>" in text
+
+
+def measured(bits, line=None, xz=None, of="model", **more):
+    tools = {} if xz is None else {"xz -9e": {"metrics": {"bits_per_byte": xz}}}
+    return {
+        "name": f"of-{of}",
+        "of": of,
+        "metrics": {"bits_per_byte": bits},
+        "compressors": tools,
+        "bigram": line,
+    } | more
+
+
+def page_of(*evaluations, held_out=(), tokens=1e6, weights=1000, statuses=("done",), budget=None):
+    """What a run with one trained model shows."""
+    lineage = {"tokens": tokens, "unit": "tokens"}
+    stages = [
+        {
+            "name": "model" if i == 0 else f"stage-{i}", "stage": "train", "status": status, "writes": "checkpoint" if i == 0 else "",
+            "lineage": lineage, "weights": weights, "bytes": 4 * weights, "family": "llama", "config": {"budget": budget or {"seconds": 60}},
+        }
+        for i, status in enumerate(statuses)
+    ]  # fmt: skip
+    step = {"tokens": [tokens], "seconds": [15.0]}
+    evaluation = {"loss": list(held_out), "bits_per_byte": [None] * len(held_out)}
+    training = {"name": "model", "unit": "tokens", "objective": ["causal_lm"], "step": step, "evaluation": evaluation}
+    run = {"name": "r", "recipe": "my recipe.yaml", "seed": 0, "stages": stages}
+    return {"run": run, "stages": stages, "trainings": [training], "evaluations": list(evaluations)}
+
+
+@pytest.mark.parametrize(
+    ("evaluation", "words"),
+    [
+        (measured(2.0, line=1.9, xz=1.5), ("not good yet", "comes to 1.90", "xz -9e", "still does better (1.50)")),
+        (measured(1.8, line=2.4, xz=1.5), ("learnt something", "25% fewer", "still does better")),
+        (measured(1.2, line=2.4, xz=1.5), ("Good", "50% fewer", "fewer than xz -9e (1.50)")),
+        (measured(1.2, xz=1.5), ("Good", "fewer than xz -9e (1.50)")),
+    ],
+)
+def test_the_first_sentence_says_whether_it_is_good(evaluation, words):
+    summary = summarise(page_of(evaluation))
+    assert "“model”, a llama model of 1 k weights, has seen 1 M tokens" in summary.result
+    assert f"{evaluation['metrics']['bits_per_byte']:.2f} bits for each byte" in summary.result
+    assert all(word in summary.judgement for word in words)
+
+
+def test_the_run_is_compared_with_its_baseline():
+    summary = summarise(page_of(measured(2.0, of="base"), measured(1.5), measured(1.0, of="elsewhere", documents=7)))
+    assert "25% fewer than “base” (2.00)" in summary.judgement
+    assert "than “base”" not in summarise(page_of(measured(2.0, of="base", documents=3), measured(1.5))).judgement
+
+
+FALLING, FLAT, RISING = [5, 4, 3.5, 3.2, 3.0, 2.9], [5, 4, 3, 3, 3, 3], [5, 4, 3, 3.2, 3.4, 3.6]
+
+
+@pytest.mark.parametrize(
+    ("given", "advice", "command"),
+    [
+        ({"held_out": FALLING}, "still fell by 3.3%", "pretrain run 'my recipe.yaml' --set model.budget.seconds=240"),
+        ({"held_out": FLAT}, "has levelled off", ""),
+        ({"held_out": RISING}, "17% lower before it rose", ""),
+        ({"held_out": FLAT, "weights": 10**6}, "1 tokens for each weight", "pretrain run 'my recipe.yaml' --set model.budget.seconds=240"),
+        ({"statuses": ("done", "to run")}, "Not finished", "pretrain run 'my recipe.yaml'"),
+    ],
+)  # fmt: skip
+def test_what_to_do_next_follows_from_the_curve(given, advice, command):
+    summary = summarise(page_of(**given))
+    assert advice in summary.advice and summary.command == command
+
+
+def test_a_run_that_goes_on_says_how_far_it_is():
+    assert "25% of its budget" in summarise(page_of(statuses=("to run",)), "model").advice
+
+
+def test_what_each_stage_changed_is_told_against_what_it_began_with(tmp_path):
+    page = page_of(measured(2.0), measured(2.5, of="small"))
+    base = page["stages"][0] | {"seconds": 60.0, "inputs": {}}
+    small = base | {
+        "name": "small",
+        "stage": "surgery",
+        "bytes": 1000,
+        "seconds": 2.0,
+        "inputs": {"checkpoint": "model"},
+    }
+    judge = base | {"name": "judge", "stage": "evaluate", "writes": "", "bytes": 0, "seconds": 3.0, "inputs": {"checkpoint": "small"}}  # fmt: skip
+    text = changes(page | {"stages": [base, small, judge]})
+    assert "<b>4 kB</b>" in text and "<b>1 kB</b><small> -75%</small>" in text
+    assert "<b>2.5</b><small> +25%</small>" in text and text.count("width:100.00%") == 3 and "width:25.00%" in text
+    assert text.count("<span></span>") == 2  # what measures has neither size nor loss
+
+
+class Shape(HTMLParser):
+    """The tags of a page with the names of their attributes, in order."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags = []
+        self.feed(page)
+
+    def handle_starttag(self, name, attributes):
+        self.tags.append((name, tuple(key for key, _ in attributes)))
+
+
+KEPT = {"folder", "stage", "event", "status", "kind", "unit"}  # what says where and of what kind a thing is
+
+
+def poisoned(value, payload, key=""):
+    """A value with the payload in each of its texts and in each name that a run may choose."""
+    if isinstance(value, dict):
+        chosen = key in ("domains", "train", "test", "compressors", "methods", "environment")
+        return {
+            (name + payload if chosen and name not in ("train", "test") else name): poisoned(v, payload, name)
+            for name, v in value.items()
+        }
+    if isinstance(value, list):
+        return [poisoned(v, payload, key) for v in value]
+    image = isinstance(value, str) and value.startswith("data:image")
+    return value + payload if isinstance(value, str) and key not in KEPT and not image else value
+
+
+PAYLOADS = (
+    "<img src=x onerror=window.broken=1>",
+    "</script><script>window.broken=1</script>",
+    "<!--<script>",
+    '" onload="window.broken=1',
+    "<!--BODY-->",
+)
+
+
+def poison(folder, payload):
+    """The example run with the payload in every field of every file."""
+    example(folder)
+    for path in [*folder.rglob("*.json")]:
+        put(path, poisoned(json.loads(path.read_text()), payload))
+    put(folder / "recipe.yaml", (folder / "recipe.yaml").read_text() + f"# {payload}\n")
+    return folder
+
+
+@pytest.mark.parametrize("payload", PAYLOADS)
+def test_no_text_of_any_field_becomes_markup(tmp_path, payload):
+    clean = write(poison(tmp_path / "clean", "-")).read_text()
+    page = write(poison(tmp_path / "poisoned", payload)).read_text()
+    assert clean.count("-</td>") > 20 and "-</h1>" in clean  # the payload is in many fields
+    assert Shape(page).tags == Shape(clean).tags
+    data = page[page.index('id="data">') + len('id="data">') :]
+    data = data[: data.index("</script>")]
+    assert "<" not in data and payload in json.loads(data)["trainings"][0]["name"]
+
+
+def test_no_page_reads_text_as_markup_in_the_browser():
+    for path in ("report_page/draw.js", "experiments/page.html"):
+        text = (Path(report.__file__).parent / path).read_text()
+        assert not re.search(
+            "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", text.replace("evaluation", "")
+        )
+
+
+def browser_page(play, width, height, scheme):
+    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
+    browser = play.chromium.launch(executable_path=CHROMIUM, args=flags.split())
+    return browser, browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
+
+
+def needs_chromium():
     if CHROMIUM is None:
         if os.environ.get("CI"):
             pytest.fail("Chromium is missing; `make test` installs it")
         pytest.skip("Chromium is missing: install Debian's `chromium`")
+
+
+@pytest.mark.browser
+def test_no_text_runs_in_a_browser(tmp_path):
+    needs_chromium()
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as play:
+        browser, page = browser_page(play, 390, 844, "light")
+        for number, payload in enumerate(PAYLOADS):
+            page.goto(write(poison(tmp_path / str(number), payload)).as_uri())
+            page.wait_for_selector("#loss-0 path.curve")
+            assert page.evaluate("window.broken") is None and page.locator("img[src=x]").count() == 0
+            assert payload in page.locator("#loss-0 .legend").inner_text()
+            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        browser.close()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 900, "light"), (390, 844, "dark")])
+def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height, scheme):
+    needs_chromium()
     from playwright.sync_api import sync_playwright
 
     path = write(example(tmp_path / "r"))
-    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
     problems, requests = [], []
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=flags.split())
-        page = browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
+        browser, page = browser_page(play, width, height, scheme)
         page.on(
             "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
         )
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("request", lambda request: requests.append(request.url))
         page.goto(path.as_uri())
-        page.wait_for_selector("#bars-0 .bars .point")
         for button in ("flops", "seconds", "tokens"):
             page.click(f"button[data-axis={button}]")
-            page.wait_for_selector("#loss-1 .scatterlayer .trace path.js-line")
-            assert page.locator("#loss-0 .xtitle").text_content().lower().startswith(button[:5])
+            assert page.locator("#loss-0 .across").text_content().lower().startswith(button[:5])
+        page.reload()  # as a page does by itself while its run goes on
+        assert page.locator("button.on").get_attribute("data-axis") == "tokens"
+        page.hover("#loss-0 svg")
+        assert "held-out" in page.locator("#loss-0 .tip").inner_text()
         sizes = page.eval_on_selector_all(
             ".chart", "all => all.map(e => [e.id, e.clientWidth, e.clientHeight, e.querySelectorAll('path').length])"
         )
+        inside = page.eval_on_selector_all(".chart", "all => all.every(e => e.scrollHeight <= e.clientHeight + 1)")
         overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        wide = page.eval_on_selector_all(".scroll", "all => all.some(e => e.scrollWidth > e.clientWidth)")
         broken = page.evaluate("window.broken")
-        lines = page.eval_on_selector_all(
-            "#loss-0 .scatterlayer path.js-line", "all => all.map(e => getComputedStyle(e).stroke)"
-        )
+        lines = page.eval_on_selector_all("#loss-0 path.curve", "all => all.map(e => getComputedStyle(e).stroke)")
         drawings = page.eval_on_selector_all(
             "figure svg",
             "all => all.map(e => [e.clientWidth, e.clientHeight, getComputedStyle(e.querySelector('path')).stroke])",
@@ -262,14 +478,14 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
         pictures = page.eval_on_selector_all(
             "figure img", "all => all.map(e => [e.naturalWidth, e.clientWidth, e.clientHeight])"
         )
-        labels = page.eval_on_selector_all("#bars-0 .bartext", "all => all.map(e => e.getBoundingClientRect().height)")
+        labels = page.eval_on_selector_all("#bars-0 .bar b", "all => all.map(e => e.getBoundingClientRect().height)")
         browser.close()
     assert len(lines) == 3 and len(set(lines)) == 1  # the held-out curve has its training's colour
     assert len(labels) == 8 and min(labels) >= 10
     assert len(drawings) == 4 and all(wide > 250 and tall >= 50 and stroke != "none" for wide, tall, stroke in drawings)
     assert len(pictures) == 5 and all(own == 1 and wide > 50 and tall > 50 for own, wide, tall in pictures)
-    assert {s[0] for s in sizes} == {"loss-0", "loss-1", "rate", "norm", "speed", "mfu", "bars-0"} and all(
+    assert {s[0] for s in sizes} == {"loss-0", "loss-1", "rate", "norm", "speed", "mfu"} and all(
         min(s[1:]) > 3 for s in sizes
     )
     assert problems == [] and [u for u in requests if not u.startswith(("file:", "data:"))] == []
-    assert overflow == 0 and broken is None
+    assert overflow == 0 and not wide and inside and broken is None

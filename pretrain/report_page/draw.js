@@ -1,7 +1,8 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
 const colours = ["#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d"];
-let axis = "tokens";
+const buttons = [...document.querySelectorAll(".axes button")];
+let axis = buttons.some(b => `#${b.dataset.axis}` === location.hash) ? location.hash.slice(1) : "tokens";
 const units = new Set(data.trainings.map(t => t.unit)), unit = units.size === 1 ? [...units][0] : "tokens";
 
 // The one place that makes elements: texts are text nodes and values attributes, so that none is read as markup.
@@ -26,7 +27,7 @@ function number(v) {
 // Round numbers from low to high, about `wanted` of them.
 function ticks(low, high, wanted) {
   const rough = (high - low) / wanted || 1, power = 10 ** Math.floor(Math.log10(rough));
-  const step = [1, 2, 5, 10].map(m => m * power).find(s => s >= rough);
+  const step = [1, 2, 2.5, 5, 10].map(m => m * power).find(s => s >= rough);
   const marks = [];
   for (let v = Math.ceil(low / step - 1e-9) * step; v <= high + step * 1e-9; v += step) marks.push(Math.abs(v) < step / 1e6 ? 0 : v);
   return marks;
@@ -54,7 +55,7 @@ function chart(id, curves, { title, across, range, zero, write = number }) {
   const x1 = Math.max(...xs) || 1;
   let [low, high] = range || [zero ? 0 : Math.min(...ys), Math.max(...ys)];
   if (!(high > low)) [low, high] = [low - (zero ? 0 : .5), low + .5];
-  const marks = ticks(low, high, H < 220 ? 4 : 6), left = 14 + 7 * Math.max(...marks.map(v => write(v).length));
+  const marks = ticks(low, high, H < 220 ? 5 : 6), left = 14 + 7 * Math.max(...marks.map(v => write(v).length));
   const X = v => left + v / x1 * (W - left - right), Y = v => top + (high - v) / (high - low) * (H - top - bottom);
   const drawn = [];
   for (const v of marks) drawn.push(svg("path", { class: "grid", d: `M${left} ${Y(v)}H${W - right}` }), svg("text", { x: left - 7, y: Y(v) + 4, "text-anchor": "end" }, write(v)));
@@ -119,18 +120,20 @@ function trainings() {
   const columns = { rate: "lr", norm: "grad_norm", speed: "tokens_per_second", mfu: "mfu" };
   Object.keys(columns).forEach(id => {
     const curves = data.trainings.map((t, i) => ({
-      x: t.step[axis], y: t.step[columns[id]], name: data.trainings.length > 1 ? t.name : "", colour: colours[i % colours.length],
+      x: t.step[axis], y: id === "rate" ? t.step.lr : smooth(t.step[columns[id]]), name: data.trainings.length > 1 ? t.name : "", colour: colours[i % colours.length],
     }));
     const share = v => `${+(100 * v).toPrecision(3)}%`;
     chart(id, curves, { title: titles[id], zero: true, ...(id === "mfu" ? { write: share } : {}) });
   });
 }
 
-document.querySelectorAll(".axes button").forEach(button => button.addEventListener("click", () => {
-  document.querySelectorAll(".axes button").forEach(b => b.classList.toggle("on", b === button));
-  axis = button.dataset.axis;
+function choose(name) {
+  axis = name;
+  buttons.forEach(b => b.classList.toggle("on", b.dataset.axis === axis));
   trainings();
-}));
+}
+buttons.forEach(button => button.addEventListener("click", () => { location.hash = button.dataset.axis; choose(button.dataset.axis); }));
 let width = 0;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; trainings(); } });
-if (data.trainings.length) trainings();
+if (data.trainings.length) choose(axis);
+if (data.reload) setTimeout(() => location.reload(), 1000 * data.reload);  // of a run that is still going

@@ -1,18 +1,19 @@
-"""`decode`: continue prompts with a checkpoint; writes `samples.json`."""
+"""`decode`: continue prompts, or the beginnings of held-out documents, with a checkpoint; writes `samples.json`."""
 
 from __future__ import annotations
 
 import time
 from typing import TYPE_CHECKING, Literal
 
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import ConfigDict, model_validator
 
 from pretrain.core.bounds import Count, NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json
+from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
 from pretrain.records import StageResult
-from pretrain.stages import DecodingField, Job, Record, Ref, Stage, checkpoint_of
+from pretrain.stages import DecodingField, Job, Record, Ref, Stage, checkpoint_of, corpus_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from pretrain.core.generation.options import OptionFields
 
 TEMPERATURE, TOP_P = 0.8, 0.95  # of sampling, unless it is said otherwise
+BEGINNING = 200  # letters of a held-out document that make a prompt, or half of it if that is less
 
 
 class Decode(Stage):
@@ -27,18 +29,27 @@ class Decode(Stage):
 
     `temperature` 0 is greedy; by default 0.8 with `top_p` 0.95. `method` names a decoding method instead, which is
     given the two only if it samples. Without one, models that `core.generation.forward` can run are
-    decoded by its loop, the others by `transformers`' `generate`.
+    decoded by its loop, the others by `transformers`' `generate`. Of a `corpus` the beginnings of as many held-out
+    `documents` are continued too, and how those go on in truth is kept beside it.
     """
 
     stage: Literal["decode"] = "decode"
     checkpoint: Ref
-    prompts: list[str] = Field(min_length=1)
+    prompts: list[str] = []
+    corpus: Ref | None = None
+    documents: Count = 3
     method: DecodingField | None = None
     max_new_tokens: Count = 64
     temperature: NonNegative | None = None
     top_p: PositiveShare | None = None
 
     model_config = ConfigDict(protected_namespaces=())
+
+    @model_validator(mode="after")
+    def _something_to_continue(self) -> Decode:
+        if not self.prompts and self.corpus is None:
+            raise ValueError("prompts []: accepted: at least one, or a corpus whose held-out documents begin them")
+        return self
 
     @model_validator(mode="after")
     def _method_samples(self) -> Decode:
@@ -53,16 +64,33 @@ class Decode(Stage):
         from pretrain.stages.evaluate import load_text
 
         model, tokenizer = load_text(checkpoint_of(job.inputs["checkpoint"]))
+        held_out = beginnings(Corpus(corpus_of(job.inputs["corpus"])), self.documents) if self.corpus else []
         samples = [
             continue_prompt(
                 model, tokenizer, prompt, method=self.method, max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature, top_p=self.top_p, seed=job.seed + number,
             )
-            for number, prompt in enumerate(self.prompts)
+            for number, prompt in enumerate([*self.prompts, *(prompt for prompt, _ in held_out)])
         ]  # fmt: skip
+        for sample, (_, rest) in zip(samples[len(self.prompts) :], held_out, strict=True):
+            tokens = tokenizer(rest, add_special_tokens=False)["input_ids"][: self.max_new_tokens]
+            sample["truth"] = tokenizer.decode(tokens)
         write_json(job.folder / "samples.json", {"samples": samples})
         seconds = sum(s["seconds"] for s in samples)
         return {"metrics": {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}}
+
+
+def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:
+    """Of at most so many held-out documents their beginning, to the end of a word if there is one, and the rest."""
+    texts = [str(document.get("text") or "") for document in corpus.sample("test", 4 * most)]
+    cut = []
+    for text in texts:
+        half = text[: min(BEGINNING, len(text) // 2)]
+        end = max(half.rfind(" "), half.rfind("\n"))
+        prompt = half[:end] if end > 0 else half
+        if prompt.strip():
+            cut.append((prompt, text[len(prompt) :]))
+    return cut[:most]
 
 
 def sampling(method: Decoding | None, temperature: float | None, top_p: float | None) -> tuple[float, float]:
