@@ -24,7 +24,7 @@ from pretrain.core.registry import PACKAGE
 
 FORMAT = 1  # of what `as_json` gives; raised when the digests are made otherwise
 ALWAYS = ("torch", "transformers", "tokenizers")
-SILENT = ("annotated_types", "plotly", "psutil", "pydantic", "rich", "tqdm", "typer", "yaml")  # these compute nothing
+SILENT = ("annotated_types", "psutil", "pydantic", "rich", "tqdm", "typer", "yaml")  # these compute nothing
 KEPT = 4000  # parsed files in the cache
 Home = tuple[str, str]  # a module's name and its file
 Import = tuple[int, str, str]  # level, module, name: `from ..a import b` is (2, "a", "b"), `import a` is (0, "a", "")

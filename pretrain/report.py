@@ -14,6 +14,7 @@ from pretrain import report_samples
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
 from pretrain.core.markup import Html, fill, join, script_json, tag
+from pretrain.records import Metrics
 from pretrain.report_charts import bits_chart, changes
 from pretrain.report_data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
 from pretrain.report_data import collect as collect
@@ -62,7 +63,8 @@ def _body(data: Page, running: str) -> Html:
     if drawn := changes(data):
         parts.append(_section("What each stage changed", drawn))
     corpora = {corpus["name"] for corpus in data["corpora"]}
-    samples, left = {}, report_samples.MAX_BYTES
+    samples: dict[str, Html] = {}
+    left = report_samples.MAX_BYTES
     for group in data["samples"]:
         panel, left = report_samples.panel(group.get("samples") or [], left)
         samples |= {group["name"]: _section(f"Samples: {group['name']}", panel)} if panel else {}
@@ -110,7 +112,7 @@ def _cards(data: Page, about: Headline) -> Html:
     """Of the last model what is measured; of all stages what they took."""
     cards: list[tuple[str, str, str]] = []
     model, evaluation = about.model, about.evaluation
-    metrics = (evaluation or {}).get("metrics") or {}
+    metrics: Metrics = (evaluation["metrics"] if evaluation else {}) or {}
     if evaluation and BITS in metrics:
         tools = {tool: (v.get("metrics") or {}).get(BITS) for tool, v in (evaluation.get("compressors") or {}).items()}
         rivals = {"pairs of tokens": evaluation.get("bigram")} | tools

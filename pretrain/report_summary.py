@@ -50,7 +50,7 @@ def headline(page: Page) -> Headline:
     name = model["name"] if model else ""
     about = [e for e in page["evaluations"] if e["of"] in (name, "") and e.get("metrics")]
     with_bits = [e for e in about if BITS in e["metrics"]]
-    return Headline(model, ((with_bits or about)[-1:] or [None])[0], logged.get(name))
+    return Headline(model, next(reversed(with_bits or about), None), logged.get(name))
 
 
 def summarise(page: Page, running: str = "") -> Summary:

@@ -288,3 +288,43 @@ def test_the_page_filters_and_draws_curves_in_a_browser(tmp_path, width):
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
         browser.close()
     assert errors == []
+
+
+def _poisoned(value: object, payload: str, key: str = "") -> object:
+    """The payload in each text of a result, and in each name that is not a field's."""
+    if isinstance(value, dict):
+        more = payload if key in ("also", "environment") else ""
+        return {name + more * (name not in ("cpu", "gpus")): _poisoned(v, payload, name) for name, v in value.items()}
+    if isinstance(value, list):
+        return [_poisoned(v, payload, key) for v in value]
+    return value + payload if isinstance(value, str) and key not in ("word", "name", "scale", "finished") else value
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    "payload", ["<img src=x onerror=window.broken=1>", "</script><script>window.broken=1</script>", "<!--<script>"]
+)
+def test_no_text_of_a_result_becomes_markup(tmp_path, payload):
+    plain = _result("conda", "reproduced", "title")
+    result = _poisoned(plain, payload) | {f: plain[f] + payload for f in ("name", "scale", "finished", "word")}
+    result["claim"]["scales"] = {result["scale"]: {"budget": 3e9}}
+    result["chosen"] = {"baseline": payload, "method": payload}
+    result["environment"] = {"cpu": payload, "gpus": [payload]}
+    written = page([result])
+    assert written.count("<script") == page([plain]).count("<script") and "<img" not in written
+    assert "<!--" not in written
+    if CHROMIUM is None:
+        pytest.skip("Chromium is missing: install Debian's `chromium`")
+    from playwright.sync_api import sync_playwright
+
+    (tmp_path / "claims.html").write_text(written)
+    with sync_playwright() as play:
+        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        tab = browser.new_page()
+        tab.goto(f"file://{tmp_path}/claims.html")
+        tab.locator("summary").click()
+        tab.wait_for_selector("svg path.curve")
+        text = tab.locator("details").inner_text()
+        assert text.count(payload) >= 12 and f"lower{payload} is better" in text and f"flops{payload}, 2 seeds" in text
+        assert tab.evaluate("window.broken") is None and tab.locator("img").count() == 0
+        browser.close()

@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import tracemalloc
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood._shards import shard_loss
 from pretrain.evaluation.likelihood.held_out import HeldOut, measured, tokens_of
 from pretrain.stages import Job
-from pretrain.stages.decode import Decode, continue_prompt
+from pretrain.stages.decode import Decode, beginnings, continue_prompt
 from pretrain.stages.evaluate import Evaluate, evaluate
 
 
@@ -232,6 +233,40 @@ def test_a_checkpoint_without_a_tokenizer_is_one_clear_error(tiny, prepared, tmp
     for stage in (Evaluate(checkpoint="c", corpus="d"), Decode(checkpoint="c", prompts=["a"])):
         with pytest.raises(PretrainError, match="has no tokenizer; accepted: one with tokenizer.json"):
             stage.run(Job(tmp_path, inputs))
+
+
+def test_beginnings_of_held_out_documents_are_continued_beside_how_they_go_on(tiny, prepared, tmp_path):
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    checkpoint.save(tiny(vocab_size=512, max_position_embeddings=1024), tokenizer, tmp_path / "c")
+    inputs = {"checkpoint": tmp_path / "c", "corpus": prepared / "corpus"}
+    stage = Decode(checkpoint="c", prompts=["def "], corpus="d", documents=2, max_new_tokens=6)
+    assert stage.references() == {"checkpoint": "c", "corpus": "d"}
+    stage.run(Job(tmp_path, inputs))
+    first, *others = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    texts = [document["text"] for document in Corpus(prepared / "corpus").documents("test")]
+    assert first["prompt"] == "def " and "truth" not in first and len(others) == 2
+    for sample in others:
+        assert any(text.startswith(sample["prompt"] + sample["truth"]) for text in texts) and sample["truth"]
+        assert len(tokenizer(sample["truth"], add_special_tokens=False)["input_ids"]) <= 7
+
+
+@pytest.mark.parametrize(
+    ("texts", "cut"),
+    [
+        (["one two three four"], [("one two", " three four")]),  # half of it, to the end of a word
+        (["x" * 1000], [("x" * 200, "x" * 800)]),
+        (["", " ", "\n\n\n\n"], []),
+        (["aa bb cc dd"] * 5, [("aa", " bb cc dd")] * 3),
+    ],
+)
+def test_what_a_held_out_prompt_is(texts, cut):
+    documents = SimpleNamespace(sample=lambda split, most: [{"text": text} for text in texts])
+    assert beginnings(documents, 3) == cut
+
+
+def test_a_decode_stage_without_anything_to_continue_is_refused():
+    with pytest.raises(ValidationError, match="at least one, or a corpus"):
+        Decode(checkpoint="c")
 
 
 class Echo(Decoding):

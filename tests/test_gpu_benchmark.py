@@ -63,7 +63,7 @@ def test_training_from_tokens_on_disk_asks_for_little():
     """A machine with a GPU may have torch, transformers and numpy, and no network to get more from."""
     work = """
 import sys
-for name in ("datasets", "pydantic", "typer", "rich", "plotly", "zstandard", "rensa", "sklearn", "peft", "pyarrow",
+for name in ("datasets", "pydantic", "typer", "rich", "zstandard", "rensa", "sklearn", "peft", "pyarrow",
              "tensorboard", "psutil", "scipy"):
     sys.modules[name] = None  # as if it were not installed
 import pretrain.corpus.packing, pretrain.corpus.shards, pretrain.training.loader, pretrain.training.loop

@@ -1,0 +1,82 @@
+"""`pretrain watch`: a running run's page loads itself until the run is over."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+
+import pytest
+
+from pretrain.core.errors import PretrainError
+from pretrain.watch import running, watch
+
+
+def run_folder(folder, status="to run"):
+    (folder / "model").mkdir(exist_ok=True)
+    stages = [{"name": "model", "stage": "train", "folder": "model", "address": "0" * 8, "status": status}]
+    (folder / "run.json").write_text(json.dumps({"name": "r", "recipe": "r.yaml", "seed": 0, "stages": stages}))
+    (folder / "recipe.yaml").write_text("stages:\n- {name: model, stage: train, budget: {steps: 8}}\n")
+    return folder
+
+
+def log(folder, steps):
+    row = {
+        "tokens": 64,
+        "flops": 1.0,
+        "seconds": 1.0,
+        "lr": 0.1,
+        "grad_norm": 1.0,
+        "tokens_per_second": 1.0,
+        "mfu": 0.1,
+    }
+    lines = [{"event": "step", "step": i, "steps": i, "loss": 4.0} | row for i in range(1, steps + 1)]
+    lines.append({"event": "evaluation", "step": steps, "steps": steps, "metrics": {"loss": 4.0 / steps}} | row)
+    (folder / "model" / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_the_page_follows_a_run_until_it_is_over(tmp_path):
+    folder, lines = run_folder(tmp_path), []
+    log(folder, 2)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert running(folder) == "model"
+
+        def say(line):
+            lines.append(line)
+            page = (folder / "report.html").read_text()
+            assert '"reload": 1' in page and "Still running: “model”" in page
+            if len(lines) == 2:
+                log(folder, 4)
+            if len(lines) == 3:
+                run_folder(folder, "done")
+                fcntl.flock(lock, fcntl.LOCK_UN)
+
+        path = watch(folder, every=0.01, say=say)
+    assert lines == [f"report: {path}", "[model] 25% held-out 2.000 nats", "[model] 50% held-out 1.000 nats"]
+    assert '"reload": 0' in path.read_text() and "Still running" not in path.read_text()
+
+
+def test_an_interrupt_leaves_a_page_that_no_longer_loads_itself(tmp_path):
+    folder = run_folder(tmp_path)
+
+    def say(line):
+        raise KeyboardInterrupt
+
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(KeyboardInterrupt):
+            watch(folder, every=0.01, say=say)
+    assert '"reload": 0' in (folder / "report.html").read_text()
+
+
+def test_a_run_that_is_over_is_written_once_and_a_run_may_start_after(tmp_path):
+    folder, lines = run_folder(tmp_path), []
+    (folder / ".lock").touch()
+    assert "Not finished" in watch(folder, say=lines.append).read_text() and lines == []
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # watching holds nothing
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    with pytest.raises(PretrainError, match="is not a run"):
+        watch(tmp_path)
