@@ -70,8 +70,8 @@ def test_whole_numbers_are_steps_as_ever(prepared, tiny, tmp_path):
 
 def test_a_resumed_training_measures_at_the_same_points(prepared, tiny, tmp_path):
     with pytest.raises(InterruptedError):
-        points(prepared, tiny, tmp_path, Budget(steps=50), 0.06, Breaking(at=22))
-    assert points(prepared, tiny, tmp_path, Budget(steps=50), 0.06) == [*range(3, 50, 3), 50]
+        points(prepared, tiny, tmp_path, Budget(steps=50), 0.1, Breaking(at=22))
+    assert points(prepared, tiny, tmp_path, Budget(steps=50), 0.1) == [*range(5, 51, 5)]
 
 
 def test_what_a_stage_accepts_and_keeps_of_it():
