@@ -355,7 +355,7 @@ def compare(
 @app.command()
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Write a run's report again."""
-    from pretrain.report import write
+    from pretrain.report.page import write
 
     typer.echo(str(write(run_folder)))
 
@@ -366,7 +366,7 @@ def watch(
     every: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 5.0,
 ) -> None:
     """Keep a running run's report up to date; the open page follows by itself."""
-    from pretrain.watch import watch as follow
+    from pretrain.report.watch import watch as follow
 
     typer.echo(str(follow(run_folder, every=every, say=typer.echo)))
 

@@ -32,7 +32,7 @@ from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
 from pretrain.records import StageRecord, StageResult
-from pretrain.report import write as write_report
+from pretrain.report.page import write as write_report
 from pretrain.stages import Job
 from pretrain.stages._size import write as write_sizes
 from pretrain.training.distributed import join

@@ -20,7 +20,7 @@ FLOORS = (
     ("data", "evaluation", "policies"),
     ("training", "records"),
     ("stages",),
-    ("recipe", "report_data", "report_samples"),
+    ("recipe",),
     ("papers", "report", "methods"),
     ("closure",),
     ("identity",),

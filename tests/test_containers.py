@@ -246,7 +246,7 @@ STAGES = [
 def test_a_corpus_says_what_it_passed_over_and_a_split_that_is_needed_and_empty_is_told_before_training(
     tmp_path, monkeypatch
 ):
-    from pretrain.report import write
+    from pretrain.report.page import write
 
     monkeypatch.chdir(tmp_path)
     for number in range(3):

@@ -249,7 +249,7 @@ def share(tmp_path, output, say=lambda text: None, **values):
 
 
 def test_runs_with_one_store_share_finished_stages(tmp_path):
-    from pretrain.report import collect
+    from pretrain.report.page import collect
 
     share(tmp_path, "one")
     RUNS.clear()

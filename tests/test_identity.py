@@ -601,7 +601,7 @@ def finished(tmp_path_factory, stories):
 
 def test_a_run_of_an_earlier_version_still_opens_and_why_says_so(tmp_path, finished):
     from pretrain.cli import app
-    from pretrain.report import collect
+    from pretrain.report.page import collect
 
     shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
     older(tmp_path / "run")

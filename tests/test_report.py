@@ -14,11 +14,11 @@ import pytest
 
 from pretrain import report
 from pretrain.core.errors import PretrainError
-from pretrain.report import collect, write
-from pretrain.report_charts import changes
-from pretrain.report_data import plots, thin
-from pretrain.report_samples import panel
-from pretrain.report_summary import summarise
+from pretrain.report.charts import changes
+from pretrain.report.data import plots, thin
+from pretrain.report.page import collect, write
+from pretrain.report.samples import panel
+from pretrain.report.summary import summarise
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 NASTY = "</script><script>window.broken = 1</script><b>& bold"
@@ -404,8 +404,8 @@ def test_no_text_of_any_field_becomes_markup(tmp_path, payload):
 
 
 def test_no_page_reads_text_as_markup_in_the_browser():
-    for path in ("report_page/draw.js", "experiments/page.html"):
-        text = (Path(report.__file__).parent / path).read_text()
+    for path in ("report/template/draw.js", "experiments/page.html"):
+        text = (Path(report.__file__).parent.parent / path).read_text()
         assert not re.search(
             "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", text.replace("evaluation", "")
         )

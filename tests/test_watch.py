@@ -8,7 +8,7 @@ import json
 import pytest
 
 from pretrain.core.errors import PretrainError
-from pretrain.watch import running, watch
+from pretrain.report.watch import running, watch
 
 
 def run_folder(folder, status="to run"):

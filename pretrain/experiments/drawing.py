@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from pretrain.core.markup import escape
 from pretrain.experiments.verdict import Curve
+from pretrain.report.markup import escape
 
 POINTS = 60  # of a drawn band
 COLOURS = ("#6b7280", "#2563eb", "#c2410c", "#15803d", "#7c3aed", "#be185d")

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pretrain.core.files import write_text
-from pretrain.core.markup import fill, script_json
 from pretrain.core.registry import methods
 from pretrain.experiments.drawing import band
 from pretrain.experiments.results import Result
 from pretrain.experiments.table import markdown, rows
+from pretrain.report.markup import fill, script_json
 
 
 def page(results: Sequence[Result]) -> str:

@@ -106,8 +106,8 @@ def fetch_weights(folder: Path, say: Callable[[str], None]) -> None:
         say(f"fetching {repo} at {revision[:12]} from the hub")
         with atomic_folder(folder.with_name(f"{folder.name}-weights")) as work:
             _download(repo, revision, work, WEIGHTS)
-            found = sorted(work.glob("*.safetensors"))
-        for path in found:
+            files = sorted(work.glob("*.safetensors"))
+        for path in files:
             (folder.with_name(f"{folder.name}-weights") / path.name).replace(folder / path.name)
         shutil.rmtree(folder.with_name(f"{folder.name}-weights"), ignore_errors=True)
 

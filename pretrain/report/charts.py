@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pretrain.core.markup import Html, join, tag
-from pretrain.report_data import BITS, Bar, Chart, Page, StageRow
-from pretrain.report_summary import clock, known, short
+from pretrain.report.data import BITS, Bar, Chart, Page, StageRow
+from pretrain.report.markup import Html, join, tag
+from pretrain.report.summary import clock, known, short
 
 COLOURS = ("#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d")  # draw.js has them
 GREYS = ("#747d86", "#949ca4", "#b4bac0", "#ced4da")

@@ -10,16 +10,16 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from pretrain import report_samples
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
-from pretrain.core.markup import Html, fill, join, script_json, tag
 from pretrain.records import Metrics
-from pretrain.report_charts import bits_chart, changes
-from pretrain.report_data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
-from pretrain.report_data import collect as collect
-from pretrain.report_data import with_bigrams as with_bigrams
-from pretrain.report_summary import Headline, clock, headline, known, last, short, summarise
+from pretrain.report import samples as report_samples
+from pretrain.report.charts import bits_chart, changes
+from pretrain.report.data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
+from pretrain.report.data import collect as collect
+from pretrain.report.data import with_bigrams as with_bigrams
+from pretrain.report.markup import Html, fill, join, script_json, tag
+from pretrain.report.summary import Headline, clock, headline, known, last, short, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
 CHARTS = ("rate", "norm", "speed", "mfu")
@@ -36,7 +36,7 @@ def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
     data = collect(folder)
     if not running:
         with_bigrams(data, folder)
-    here = Path(__file__).with_name("report_page")
+    here = Path(__file__).with_name("report/template")
     parts: dict[str, object] = {
         "TITLE": data["run"]["name"],
         "HEADING": data["run"]["name"],

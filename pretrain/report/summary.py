@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pretrain.report_data import BITS, Evaluated, Page, StageRow, Trained
+from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained
 
 TOKENS_A_WEIGHT = 20  # about what is best for a given compute (Hoffmann et al., arXiv:2203.15556)
 ENDED = ("done", "cached")

@@ -185,8 +185,8 @@ def with_bigrams(page: Page, folder: Path) -> None:
     stored = {s["name"]: s["folder"] for s in page["stages"]}
     if not judged:
         return
-    from pretrain.experiments.regime import line_of
     from pretrain.recipe import load, whole
+    from pretrain.stages._regime import line_of
 
     try:
         stages = {stage.name: stage for stage in whole(load(folder / "recipe.yaml", [], folder)).stages}

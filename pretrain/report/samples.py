@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
-from pretrain.core.markup import Html, join, tag
+from pretrain.report.markup import Html, join, tag
 
 if TYPE_CHECKING:
     from pretrain.core.samples import Sample

@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.core.files import read_json
-from pretrain.report import collect, write
-from pretrain.report_data import BITS
-from pretrain.report_summary import ENDED, known, spent_share
+from pretrain.report.data import BITS
+from pretrain.report.page import collect, write
+from pretrain.report.summary import ENDED, known, spent_share
 
 
 def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] = print) -> Path:
