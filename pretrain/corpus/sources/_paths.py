@@ -74,8 +74,8 @@ def _matching(
         root, pattern = Path(*path.parts[:fixed]), path.parts[fixed:]
         dotted = hidden or any(part.startswith(".") for part in pattern)
         refused = _refusal(root, skipped, dotted, secrets)
-        found = sorted(root.glob(str(Path(*pattern)))) if root.is_dir() else []
-        paths = [p for p in found if not p.is_dir() and not _any_refused(root, p, refused)]
+        paths = sorted(root.glob(str(Path(*pattern)))) if root.is_dir() else []
+        paths = [p for p in paths if not p.is_dir() and not _any_refused(root, p, refused)]
     kept = []
     for p in paths:
         if ends and not p.name.endswith(ends):
