@@ -9,9 +9,15 @@ from typing import Annotated
 import typer
 
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.system.shipped import claims_folder, shipped_file
 
 app = typer.Typer(help="What papers claim, tested at equal compute.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option(help="Where the claim files lie.")]
+
+
+def _results(folder: Path) -> list[Path]:
+    """Where results lie: those that come with the package, and those recorded here."""
+    return list(dict.fromkeys((claims_folder(folder) / "results", folder / "results")))
 
 
 @app.command("list")
@@ -25,10 +31,10 @@ def list_claims(folder: Folder = Path("claims")) -> None:
     from pretrain.experiments.table import word_of
 
     words: dict[str, list[str]] = {}
-    for result in recorded(folder / "results"):
+    for result in recorded(*_results(folder)):
         words.setdefault(result["name"], []).append(f"{result['scale']}: {word_of(result)}")
     table = Table("claim", "paper", "what it says", "recorded")
-    for name, claim in claims(folder).items():
+    for name, claim in claims(claims_folder(folder)).items():
         table.add_row(name, f"{claim.title} ({claim.arxiv})", claim.claim, "\n".join(words.get(name, [])))
     Console().print(table)
 
@@ -51,14 +57,15 @@ def run_claims(
     names = names or []
     if every == bool(names):
         raise PretrainError(f"claims {', '.join(names) or 'none'}: accepted: names of claims, or --all")
-    known = claims(folder) if every or any(Path(name).suffix != ".yaml" for name in names) else {}
+    known = claims(claims_folder(folder)) if every or any(Path(name).suffix != ".yaml" for name in names) else {}
     for name in names:
         if Path(name).suffix != ".yaml" and name not in known:
             raise unknown("claim", name, known)
     chosen = list(known.values()) if every else []
-    chosen += [load_claim(name) if Path(name).suffix == ".yaml" else known[name] for name in names]
+    chosen += [load_claim(shipped_file(name)) if Path(name).suffix == ".yaml" else known[name] for name in names]
     seconds = math.inf if hours is None else hours * 3600
-    _, failed = run(chosen, scale, output=output, jobs=jobs, ray=ray, seconds=seconds, say=typer.echo)
+    results = folder / "results" if claims_folder(folder) != folder else None  # a package is no place to write to
+    _, failed = run(chosen, scale, output=output, results=results, jobs=jobs, ray=ray, seconds=seconds, say=typer.echo)
     if failed:
         raise PretrainError(f"{len(failed)} of {len(chosen)} claims were set aside: {'; '.join(failed.values())}")
 
@@ -72,7 +79,7 @@ def table(
     from pretrain.experiments.page import write
     from pretrain.experiments.results import recorded
 
-    results = recorded(folder / "results")
+    results = recorded(*_results(folder))
     if not results:
         raise PretrainError(f"no results in {folder / 'results'}; accepted: those that `pretrain claim run` records")
     for path in write(results, docs):

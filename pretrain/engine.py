@@ -9,7 +9,6 @@ that come to the same stage at once the second waits.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import time
@@ -28,6 +27,7 @@ from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
+from pretrain.core.system.portable import link, link_target, take
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
@@ -94,8 +94,10 @@ def run(
             records[item.stage.name] = read_json(item.folder / RECORD)
             if main:
                 seconds = records[item.stage.name]["seconds"]
-                _point(recipe.output / item.stage.name, item.folder)
+                moved = _point(recipe.output / item.stage.name, item.folder)
                 say(f"[{item.stage.name}] {_finished(item) if finished else f'done in {_time(seconds)}'}")
+                if moved:
+                    say(f"[{item.stage.name}] {moved}")
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
         written = write_report(recipe.output) if main and report else None
     return Result(recipe.output, records, written)
@@ -195,9 +197,9 @@ def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> N
 def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:
     """Never touch what is not of a run: neither a folder that bears a stage's name nor the recipe itself."""
     for item in planned:
-        link = recipe.output / item.stage.name
-        if link.exists() and not link.is_symlink():
-            raise PretrainError(f"{link} exists and is no stage of a run; accepted: another --output or stage name")
+        shown = recipe.output / item.stage.name
+        if shown.exists() and link_target(shown) is None:
+            raise PretrainError(f"{shown} exists and is no stage of a run; accepted: another --output or stage name")
     written = recipe.output / "recipe.yaml"
     if recipe.path is not None and written.exists() and written.resolve() == recipe.path.resolve():
         raise PretrainError(
@@ -235,15 +237,14 @@ def _relative(folder: Path, output: Path) -> str:
     return os.path.relpath(folder.resolve(), output.resolve())
 
 
-def _point(link: Path, folder: Path) -> None:
-    """Make the symbolic link `OUTPUT/STAGE` show to the current folder."""
-    target = _relative(folder, link.parent)
-    if link.is_symlink() and os.readlink(link) == target:
-        return
-    fresh = link.with_name(f".tmp-{link.name}")
-    fresh.unlink(missing_ok=True)
-    fresh.symlink_to(target)
-    os.replace(fresh, link)
+def _point(shown: Path, folder: Path) -> str:
+    """Make the link `OUTPUT/STAGE` show the current folder; says so where it showed another that is still there."""
+    target, before = _relative(folder, shown.parent), link_target(shown)
+    if before != target:
+        link(shown, target)
+    if before in (None, target) or not (shown.parent / str(before) / RECORD).exists():
+        return ""
+    return f"{shown} shows {Path(target).name} now; {Path(str(before)).name}, which it showed, is kept"
 
 
 @contextmanager
@@ -258,12 +259,8 @@ def _only_one(output: Path, main: bool) -> Iterator[None]:
     except OSError as error:
         raise PretrainError(f"output {output}: {error.strerror}; accepted: a folder that can be written") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise PretrainError(
-                f"{output} is in use by another run; accepted: wait for it, or --output elsewhere"
-            ) from error
+        if not take(lock):
+            raise PretrainError(f"{output} is in use by another run; accepted: wait for it, or --output elsewhere")
         yield
 
 

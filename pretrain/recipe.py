@@ -23,6 +23,7 @@ from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.quantities import as_typed, element
 from pretrain.core.registry import use_methods
+from pretrain.core.system.shipped import recipe_file
 from pretrain.stages import Stage, stage_classes
 from pretrain.stages._size import Settled, settle
 from pretrain.training.budget import UNITS
@@ -69,7 +70,7 @@ class Recipe:
 
 def load(path: Path | str, overrides: Iterable[str] = (), output: Path | str | None = None) -> Recipe:
     """Read and check a recipe; `overrides` are `path.to.field=value`, the path beginning with a stage's name."""
-    path = Path(path)
+    path = recipe_file(path)
     raw, places = read(path)
     for override in overrides:
         name, equals, value = override.partition("=")

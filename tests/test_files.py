@@ -39,7 +39,7 @@ def test_a_folder_is_replaced_in_one_step(tmp_path, moment, status):
 
 
 def test_where_folders_cannot_be_exchanged_two_renames_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "_exchange", lambda one, other: False)
+    monkeypatch.setattr(files, "exchange", lambda one, other: False)
     for text in ("old", "new"):
         with files.atomic_folder(tmp_path / "target") as work:
             (work / "file").write_text(text)

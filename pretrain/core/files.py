@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import fcntl
 import hashlib
 import json
 import os
@@ -15,24 +13,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.system.portable import exchange, fsync, take
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
-
-
-def fsync(path: Path) -> None:
-    """Flush one file or folder entry to the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _exchange(folder: Path, other: Path) -> bool:
-    """Let two folders trade names in one step (Linux's `renameat2`); False where the system cannot."""
-    call = getattr(ctypes.CDLL(None), "renameat2", None)
-    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
-    return call is not None and call(here, os.fsencode(folder), here, os.fsencode(other), swap) == 0
 
 
 @contextmanager
@@ -59,7 +42,7 @@ def put_in_place(work: Path, target: Path) -> None:
     """Let the folder `work`, whose files are synced, become `target` in one rename; what was there is replaced."""
     fsync(work)
     work.chmod(0o755)
-    if target.is_dir() and not target.is_symlink() and _exchange(work, target):
+    if target.is_dir() and not target.is_symlink() and exchange(work, target):
         shutil.rmtree(work, ignore_errors=True)  # what was at `target` before
     elif target.is_dir() and not target.is_symlink():  # two renames: a kill between them leaves nothing at `target`
         aside = Path(tempfile.mkdtemp(prefix=f".tmp-old-{target.name}-", dir=target.parent))
@@ -90,11 +73,9 @@ def locked(path: Path, blocked: Callable[[], None] = lambda: None) -> Iterator[N
     except OSError as error:
         raise PretrainError(f"cannot write {path}: {error.strerror}") from error
     with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not take(lock):
             blocked()
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take(lock, wait=True)
         yield
 
 
@@ -115,8 +96,10 @@ def write_text(path: Path, text: str) -> None:
                 f.flush()
                 os.fsync(f.fileno())
                 Path(f.name).chmod(0o644)
+                f.close()  # Windows renames no open file
                 os.replace(f.name, path)
             except BaseException:
+                f.close()
                 Path(f.name).unlink(missing_ok=True)
                 raise
         fsync(path.parent)

@@ -18,8 +18,6 @@ step spends on each of such matrices is counted apart, so that the share that is
 from __future__ import annotations
 
 import math
-import resource
-import sys
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -30,6 +28,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
+
+from pretrain.core.system.portable import peak_resident
 
 T = TypeVar("T")
 Shape = Sequence[int]
@@ -255,5 +255,4 @@ def peak_memory(device: torch.device | str = "cpu") -> int:
     """Bytes at the peak so far: allocated on a CUDA device, else resident in this process."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident()

@@ -94,9 +94,10 @@ def write(result: Result, folder: Path) -> Path:
     return path
 
 
-def recorded(folder: Path | str) -> list[Result]:
-    """All recorded results, oldest first."""
-    return sorted((read_json(path) for path in Path(folder).glob("*.json")), key=lambda result: result["finished"])
+def recorded(*folders: Path | str) -> list[Result]:
+    """All results recorded in the folders, oldest first."""
+    paths = [path for folder in folders for path in Path(folder).glob("*.json")]
+    return sorted(map(read_json, paths), key=lambda result: result["finished"])
 
 
 def check_budgets(claim: Claim, scale: str, runs: Mapping[str, Sequence[Outcome]], within: float = 0.01) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json
 from pretrain.core.registry import PACKAGE, methods
+from pretrain.core.system.shipped import shipped
 
 STAGES = (
     "prepare data", "pretrain", "grow", "continue", "tune", "merge", "compress", "decode", "evaluate",
@@ -129,8 +130,9 @@ def papers() -> tuple[Paper, ...]:
     return tuple(map(_paper, lines))
 
 
-def standings(root: Path = PACKAGE.parent) -> list[Standing]:
-    """What stands for each paper; recipes and claims are those under `root`."""
+def standings(root: Path | None = None) -> list[Standing]:
+    """What stands for each paper; recipes and claims are those under `root`, by default those of the package."""
+    root = shipped() if root is None else root
     by_title, by_arxiv = _methods()
     recipes, claims = _recipes(root / "recipes" / "papers"), _claims(root / "claims")
     rows = []

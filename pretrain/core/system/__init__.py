@@ -1,0 +1,1 @@
+"""What differs by machine: operating systems (`portable`), a checkout or an installed package (`shipped`)."""

@@ -1,0 +1,51 @@
+"""The recipes, claims and their bases that come with the package: of the checkout, or inside an installed wheel."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError, nearest
+
+PACKAGE = Path(__file__).resolve().parents[2]
+RECIPES, CLAIMS = "recipes", "claims"
+
+
+def shipped() -> Path:
+    """The folder that holds `recipes/` and `claims/`: a wheel's own, else the checkout."""
+    packed = PACKAGE / "shipped"
+    return packed if packed.is_dir() else PACKAGE.parent
+
+
+def shipped_recipes() -> list[str]:
+    """What the recipes that come with the package are called: `quickstart`, `papers/stream-of-domains`."""
+    home = shipped() / RECIPES
+    return sorted(path.relative_to(home).with_suffix("").as_posix() for path in home.rglob("*.yaml"))
+
+
+def shipped_file(path: Path | str) -> Path:
+    """A path as it is, but for one that is not there and begins with `recipes` or `claims`: then the package's own."""
+    path = Path(path).expanduser()
+    packed_file = shipped() / path
+    packed = not path.is_absolute() and path.parts[:1] in ((RECIPES,), (CLAIMS,))
+    return packed_file if packed and not path.exists() and packed_file.exists() else path
+
+
+def recipe_file(name: Path | str) -> Path:
+    """A recipe's file: that of the path, else what comes with the package as `recipes/NAME.yaml` or `NAME`."""
+    path = shipped_file(name)
+    if path.is_file() or path.is_absolute():
+        return path
+    known, asked = shipped_recipes(), path.as_posix().removesuffix(".yaml").removeprefix(f"{RECIPES}/")
+    if asked in known:
+        return shipped() / RECIPES / f"{asked}.yaml"
+    if path.exists():
+        return path
+    hint = nearest(asked, known)
+    raise PretrainError(
+        f"recipe {name} cannot be read: no such file{hint}; accepted: a recipe's path, or {', '.join(known)}"
+    )
+
+
+def claims_folder(given: Path) -> Path:
+    """A folder of claims; `claims`, where it holds none, is what comes with the package."""
+    return given if given != Path(CLAIMS) or any(given.glob("*.yaml")) else shipped() / CLAIMS
