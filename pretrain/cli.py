@@ -17,11 +17,12 @@ from pretrain import __version__, cli_claim, cli_papers
 from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import write_text
-from pretrain.core.folders import newest_checkpoint
+from pretrain.core.folders import corpus_at, newest_checkpoint, run_of
 from pretrain.core.method import declared_class, default_of
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import quantity
 from pretrain.core.registry import info, kinds, methods, use_methods
+from pretrain.runs import command as runs
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
@@ -49,6 +50,7 @@ app = _App(
     help="The whole life of a pretrained model on a limited budget.",
 )  # fmt: skip
 app.add_typer(cli_claim.app, name="claim")
+app.add_typer(runs.app, name="runs")
 app.command("papers")(cli_papers.list_papers)
 
 
@@ -109,8 +111,11 @@ def run(
         return
     with uncollected():
         from pretrain import engine
+        from pretrain.runs.targets import made
 
     result = engine.run(loaded, store=store, refresh=refresh or [], say=lambda text: typer.echo(text, err=True))
+    for line in made(result.folder):
+        typer.echo(line)
     if result.report:
         typer.echo(f"report: {result.report}")
 
@@ -177,12 +182,16 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     from rich.table import Table
 
     from pretrain.identity import plan, why
+    from pretrain.runs.targets import repointed
 
     planned = plan(recipe, store, refresh)
     if reasons:
         width = max(len(item.stage.name) for item in planned)
         for item in planned:
             typer.echo(f"{item.stage.name:<{width}}  {'done' if item.finished else 'runs'}  {why(item)}")
+    for item in planned:
+        for line in repointed(item):
+            typer.echo(f"{item.stage.name}: {line}")
     table = Table("stage", "kind", "status", "FLOPs", "memory", "time", title=f"{recipe.name} in {recipe.output}")
     for item in planned:
         status = "cached" if item.finished else "to run"
@@ -285,8 +294,7 @@ def evaluate(
 
         model, processor = load_both(place)
     chosen = _methods(names, "evaluation", "--evaluation: ")
-    folder = next((f for f in (Path(data) / "corpus", Path(data)) if (f / "corpus.json").exists()), None)
-    if folder:
+    if folder := corpus_at(data):
         documents = documents_of(Corpus(folder), split, max_documents, chosen, processor)
     else:
         documents = evenly(list(read(Files(data))), max_documents)
@@ -357,7 +365,7 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
     """Write a run's report again."""
     from pretrain.report.page import write
 
-    typer.echo(str(write(run_folder)))
+    typer.echo(str(write(run_of(run_folder))))
 
 
 @app.command()

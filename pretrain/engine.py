@@ -33,6 +33,8 @@ from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
 from pretrain.records import StageRecord, StageResult
 from pretrain.report.page import write as write_report
+from pretrain.runs.shelf import join_store
+from pretrain.runs.targets import repointed, targets
 from pretrain.stages import Job
 from pretrain.stages._size import write as write_sizes
 from pretrain.training.distributed import join
@@ -78,7 +80,11 @@ def run(
             _refuse_foreign(recipe, planned)
             if store is not None:  # so that no source and no backup takes the store's folders for documents
                 write_text(Path(store) / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
+                join_store(Path(store), recipe.output)
             write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
+            for item in planned:
+                for line in repointed(item):
+                    say(f"[{item.stage.name}] {line}")
             keep_generations(planned)
             _write_run(recipe, planned, {})
             for folder in _weights(planned):
@@ -164,7 +170,7 @@ def write_record(item: Planned, result: StageResult, started: datetime, seconds:
     record: StageRecord = {
         "name": item.stage.name, "stage": item.stage.stage, "address": item.address, "seed": item.seed,
         "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
-        "inputs": item.stage.references(), "identity": item.identity(),
+        "inputs": item.stage.references(), "identity": item.identity(), "targets": targets(item),
         "metrics": result.get("metrics", {}), "flops": result.get("flops", 0),
         "seconds": seconds, "peak_memory_bytes": peak_memory(),
         "started": started.isoformat(timespec="seconds"),

@@ -31,6 +31,7 @@ from pretrain.core.files import JSON, digest, locked, read_json, write_json
 from pretrain.core.quick import hub
 from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
+from pretrain.core.system.portable import link_target
 from pretrain.recipe import Recipe
 from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord
 from pretrain.stages import Stage
@@ -101,7 +102,7 @@ def _end(address: str) -> str:
 
 def _folder(home: Path, stage: Stage, address: str) -> Path:
     """Where a stage lies: in `KIND-ADDRESS`, or where it was finished or begun when folders bore the stages' names."""
-    folders = [path for path in sorted(home.glob(f"*{_end(address)}")) if not path.is_symlink()]
+    folders = [path for path in sorted(home.glob(f"*{_end(address)}")) if link_target(path) is None]
     finished = [path for path in folders if _address(path) == address]
     begun = [path for path in folders if (path / CODE).exists() and not (path / RECORD).exists()]
     return [*finished, *begun, home / f"{stage.stage}{_end(address)}"][0]
@@ -253,7 +254,7 @@ def drift(item: Planned, verb: str = "made") -> str:
     if codes is None:
         return f"{verb} with code that is not recorded"
     phrases = list(dict.fromkeys(phrase for then in codes for phrase in closure.differences(then, now)))
-    return f"{verb} with other code: {_shortened(phrases)}" if phrases else ""
+    return f"{verb} with other code: {shortened(phrases)}" if phrases else ""
 
 
 def begin(item: Planned) -> str:
@@ -266,7 +267,7 @@ def begin(item: Planned) -> str:
     return other
 
 
-def _shortened(phrases: list[str]) -> str:
+def shortened(phrases: list[str]) -> str:
     """A few of them, and how many more there are."""
     more = f", and {len(phrases) - SHOWN} more" if len(phrases) > SHOWN else ""
     return ", ".join(phrases[:SHOWN]) + more
@@ -291,24 +292,24 @@ def why(item: Planned) -> str:
         return "asked by --refresh"
     if item.generation:
         return "asked by an earlier --refresh, or adopted and gone since"
-    last = _newest(item)
+    last = newest(item)
     if last is None:
         return "never run"
     folder, record = last
-    return f"{_shortened(_changes(record, item))} (compared with {folder.name}, finished on {_when(record)})"
+    return f"{shortened(_changes(record, item))} (compared with {folder.name}, finished on {_when(record)})"
 
 
 def _when(record: StageRecord) -> str:
     return f"{record['finished'][:16].replace('T', ' ')} UTC"
 
 
-def _newest(item: Planned) -> tuple[Path, StageRecord] | None:
+def newest(item: Planned) -> tuple[Path, StageRecord] | None:
     """The newest finished folder of a stage of this name, and its record."""
     records = []
     for path in item.folder.parent.glob(f"*-*/{RECORD}"):
         with suppress(PretrainError):
             record = read_json(path)
-            if record.get("name") == item.stage.name and not path.parent.is_symlink():
+            if record.get("name") == item.stage.name and not link_target(path.parent) is not None:
                 records.append((path.parent, record))
     return max(records, key=lambda row: str(row[1].get("finished")), default=None)
 
@@ -321,13 +322,13 @@ def _changes(record: StageRecord, item: Planned) -> list[str]:
     if record["stage"] != kind:
         return [f"stage changed from {record['stage']} to {kind}"]
     config = {name: value for name, value in item.config.items() if name != "methods"}
-    before, after = _flat(_without(record["config"], then["inputs"])), _flat(_plain(_without(config, now["inputs"])))
+    before, after = flat(_without(record["config"], then["inputs"])), flat(_plain(_without(config, now["inputs"])))
     versions, methods = (before.pop("version", None), after.pop("version", None)), item.config["methods"]
     changes = [f"stage {kind}: version {versions[0]} → {versions[1]}"] if versions[0] != versions[1] else []
     for name, version in record["methods"].items():
         if methods.get(name, version) != version:
             changes.append(f"method {name}: version {version} → {methods[name]}")
-    changes += _field_changes(before, after)
+    changes += field_changes(before, after)
     if item.stage.seeded and record["seed"] != item.seed:
         changes.append(f"seed changed from {record['seed']} to {item.seed}")
     changes += _input_changes(then["inputs"], now["inputs"], record["inputs"] | item.stage.references())
@@ -336,7 +337,7 @@ def _changes(record: StageRecord, item: Planned) -> list[str]:
     return changes or ["its address differs"]
 
 
-def _flat(value: JSON, place: str = "") -> dict[str, JSON]:
+def flat(value: JSON, place: str = "") -> dict[str, JSON]:
     """A tree's leaves by their dotted places; a list of plain values is a leaf."""
     if isinstance(value, dict) and value:
         items = [(str(key), inner) for key, inner in value.items()]
@@ -344,10 +345,10 @@ def _flat(value: JSON, place: str = "") -> dict[str, JSON]:
         items = [(str(number), inner) for number, inner in enumerate(value)]
     else:
         return {place: value}
-    return {k: v for key, inner in items for k, v in _flat(inner, f"{place}.{key}" if place else key).items()}
+    return {k: v for key, inner in items for k, v in flat(inner, f"{place}.{key}" if place else key).items()}
 
 
-def _field_changes(before: dict[str, JSON], after: dict[str, JSON]) -> list[str]:
+def field_changes(before: dict[str, JSON], after: dict[str, JSON]) -> list[str]:
     """The fields that are others; one that was null before it was filled is told by what fills it."""
     changes, both = [], before | after
     for name in both:

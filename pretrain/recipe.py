@@ -353,7 +353,7 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
                     f"{target!r} is a {earlier[target]} stage; accepted: a stage of kind {' or '.join(accepted or ())}"
                 )
                 wrong += f" ({', '.join(fitting)})" if fitting else ""
-            elif hub.located(target).exists():
+            elif _is_there(target, _at(places, place, whole), f"{stage.name}.{name}"):
                 continue
             else:
                 known = ", ".join(earlier) or "there is none"
@@ -375,6 +375,14 @@ def _blamed(places: Places, place: Place, whole: str) -> str:
     sets = [w for inner, w in places.items() if inner[: len(place)] == place and len(inner) > len(place)]
     changed = list(dict.fromkeys(w for w in sets if w.startswith("--set ")))
     return where if where.startswith("--set ") or not changed else f"{where} with {', '.join(changed)}"
+
+
+def _is_there(target: str, where: str, name: str) -> bool:
+    """Whether a reference is a path that exists, or names a result of a run."""
+    try:
+        return hub.located(target).exists()
+    except PretrainError as error:
+        raise PretrainError(f"{where}: {name}: {error}") from error
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: str, whole: str, places: Places) -> str:

@@ -34,6 +34,15 @@ class Adopted(TypedDict):
     state: NotRequired[str]  # of the files that are linked
 
 
+class Target(TypedDict):
+    """Where a path of a recipe led when a stage was run: to which finished result of which run."""
+
+    place: str  # of the field, `init`
+    name: str  # the path as the recipe gives it, `runs/base/model`
+    folder: str  # what it stood for then, `runs/base/train-abdbb326af1e`
+    address: str
+
+
 class StageResult(TypedDict, total=False):
     """What a stage's run gives."""
 
@@ -52,6 +61,7 @@ class StageRecord(StageResult):
     config: Config
     methods: dict[str, int | str]  # their versions, which once were digests
     inputs: Marks
+    targets: NotRequired[list[Target]]  # of the paths among the inputs that are stages of runs
     identity: NotRequired[Identity]  # not of those of earlier versions
     seconds: float
     peak_memory_bytes: int

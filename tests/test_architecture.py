@@ -24,6 +24,7 @@ FLOORS = (
     ("papers", "report", "methods"),
     ("closure",),
     ("identity",),
+    ("runs",),
     ("engine",),
     ("adopt", "experiments", "docs", "interactive"),
     ("cli_claim", "cli_papers"),

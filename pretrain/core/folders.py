@@ -3,15 +3,76 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
+from pretrain.core.system.portable import link_target
+from pretrain.core.system.shipped import shipped_file
+
+
+def place_of(name: Path | str) -> Path:
+    """The path that a name stands for, whatever is changed later: the links of runs are followed.
+
+    `runs/NAME/STAGE@ADDRESS` is the result of a run whose address begins so, whatever the stage's link shows now;
+    `recipes/…` and `claims/…`, where they are not there, are those of the package. What is no such name is the path as
+    it is. Raises `PretrainError` for an address that no result has, or more than one.
+    """
+    path = shipped_file(name)
+    place = Path(path.anchor)
+    for step in path.relative_to(path.anchor).parts:
+        here, place = place, place / step
+        target = link_target(place) if (here / "run.json").exists() else None
+        if target is not None:
+            place = Path(os.path.normpath(here / target))
+        elif "@" in step and (here / "run.json").exists() and not place.exists():
+            place = _result(here, *step.rsplit("@", 1))
+    return place
+
+
+def _result(run: Path, stage: str, address: str) -> Path:
+    """The folder in which a run has a result of an address that begins so."""
+    homes = {run, *(stage_folder.parent for stage_folder in stage_folders(run).values())}
+    every = sorted(
+        path.parent for home in homes for path in home.glob("*-*/stage.json") if not path.parent.is_symlink()
+    )
+    fitting = [path for path in every if path.name.rpartition("-")[2].startswith(address[:12]) and address]
+    if len(fitting) == 1:
+        return fitting[0]
+    known = [path for path in every if read_json(path / "stage.json").get("name") == stage]
+    names = ", ".join(f"{stage}@{path.name.rpartition('-')[2]}" for path in fitting or known)
+    number = f"{len(fitting)} results begin so" if fitting else "no such result"
+    raise PretrainError(f"{run / stage}@{address}: {number}; accepted: {names or 'none, since none is finished'}")
+
+
+def stage_folders(run: Path) -> dict[str, Path]:
+    """The folders that a run shows now, by the stages' names; whether they are there or not."""
+    return {row["name"]: Path(os.path.normpath(run / row["folder"])) for row in read_json(run / "run.json")["stages"]}
+
+
+def stage_at(path: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The finished stage that a path is, or lies in: its folder and `stage.json`."""
+    for folder in (path, *list(path.parents)[:2]):
+        if (folder / "stage.json").is_file():
+            with suppress(PretrainError):
+                return folder, read_json(folder / "stage.json")
+    return None
+
+
+def run_of(place: Path | str) -> Path:
+    """The run of what has been printed of it: its folder, its report, a stage in it or a checkpoint of one."""
+    path = Path(place).expanduser()
+    for folder in (path, *list(path.parents)[:2]):
+        if (folder / "run.json").is_file():
+            return folder
+    raise PretrainError(f"{place} is not a run (no run.json); accepted: the folder that `pretrain run` wrote")
 
 
 def checkpoint_of(folder: Path) -> Path:
     """The checkpoint in a stage's folder, or the folder itself when it is one."""
-    folder = Path(folder)
+    folder = place_of(folder)
     for path in (folder / "checkpoint", folder):
         if (path / "config.json").exists():
             return path
@@ -20,11 +81,11 @@ def checkpoint_of(folder: Path) -> Path:
 
 def newest_checkpoint(place: Path | str) -> Path:
     """The checkpoint of what a run, a stage or a checkpoint has printed: of a run, or its report, the last one."""
-    place = Path(place).expanduser()
+    place = place_of(place)
     place = place.parent if place.name == "report.html" else place
     if not (place / "run.json").exists():
         return checkpoint_of(place)
-    stages = [place / stage["name"] for stage in read_json(place / "run.json")["stages"]]
+    stages = stage_folders(place).values()
     made = [stage / "checkpoint" for stage in stages if (stage / "checkpoint" / "config.json").exists()]
     if not made:
         raise PretrainError(
@@ -35,19 +96,27 @@ def newest_checkpoint(place: Path | str) -> Path:
 
 def corpus_of(folder: Path) -> Path:
     """The corpus in a data stage's folder, or the folder itself."""
-    folder = Path(folder)
+    folder = place_of(folder)
     return folder / "corpus" if (folder / "corpus").is_dir() else folder
+
+
+def corpus_at(place: Path | str) -> Path | None:
+    """The corpus at a place, of a run the last one it shows; None where there is none, since it may be a glob."""
+    path = place_of(place)
+    shown = stage_folders(path).values() if (path / "run.json").exists() else [path]
+    corpora = [corpus_of(folder) for folder in shown if (corpus_of(folder) / "corpus.json").exists()]
+    return corpora[-1] if corpora else None
 
 
 def corpus_in(output: Path, reference: object) -> Path:
     """The corpus of a run that a stage names: another stage's, or a folder's."""
     inside = output / str(reference)
-    return corpus_of(inside if inside.exists() else Path(str(reference)).expanduser())
+    return corpus_of(inside if inside.exists() else Path(str(reference)))
 
 
 def tokenizer_of(folder: Path) -> Path:
     """The tokenizer in a stage's folder, alone or in its checkpoint, or the folder itself."""
-    folder = Path(folder)
+    folder = place_of(folder)
     return next((folder / name for name in ("tokenizer", "checkpoint") if (folder / name).is_dir()), folder)
 
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, locked, read_json, write_json, write_text
-from pretrain.core.folders import cache_folder
+from pretrain.core.folders import cache_folder, place_of
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -34,7 +34,7 @@ def looks_like(name: str) -> bool:
 
 def located(name: str) -> Path:
     """The path of that name or, where there is none, the snapshot that the name is pinned to."""
-    path = Path(name).expanduser()
+    path = place_of(name)
     return path if path.exists() else (pinned(name) or path)
 
 

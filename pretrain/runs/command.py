@@ -1,0 +1,183 @@
+"""`pretrain runs`: list runs, show one, compare some, clean what none shows any more."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json
+from pretrain.core.folders import run_of
+from pretrain.runs.shelf import RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
+
+app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
+Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")]
+SHOWN = 4  # metrics of a run that a list names
+
+
+@app.command("list")
+def list_runs(folder: Folder = RUNS) -> None:
+    """The runs of a folder, the newest last, with what they take."""
+    runs = find_runs(folder)
+    if not runs:
+        raise PretrainError(f"{folder}: no run there; accepted: a folder in which `pretrain run` has written")
+    rows = [("run", "status", "stages", "finished", "time", "FLOPs", "size", "last measured")]
+    for run in runs:
+        done = f"{len(run.records)} of {len(run.stages)}"
+        size = _bytes(size_of(run.folder, *run.stages.values()))
+        spent = (_seconds(run.total("seconds")), f"{run.total('flops'):.3g}")
+        rows.append((str(run.folder), run.status, done, _when(run.finished), *spent, size, _metrics(run)))
+    _table(rows)
+    typer.echo(f"{len(runs)} runs, {_bytes(size_of(*(home for run in runs for home in run.homes)))}")
+
+
+@app.command("show")
+def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of it.")]) -> None:
+    """A run's stages by names that stay, and the results that it has beside those it shows."""
+    shown = open_run(run_of(run))
+    typer.echo(f"{shown.folder}: {shown.status}, {_bytes(size_of(*shown.homes))}")
+    recipe = read_json(shown.folder / "run.json").get("recipe")
+    typer.echo(f"recipe: {recipe or 'none of a file'}, as it was run: {shown.folder / 'recipe.yaml'}\n")
+    rows = [("stage", "kind", "status", "name that stays", "time", "FLOPs", "size", "measured")]
+    for name, folder in shown.stages.items():
+        record = shown.records.get(name)
+        kind, _, address = folder.name.rpartition("-")
+        kind = record["stage"] if record else kind
+        spent = (_seconds(record["seconds"]), f"{record['flops']:.3g}") if record else ("", "")
+        measured = _few(record["metrics"]) if record else ""
+        stable = f"{shown.folder / name}@{address}" if record else ""
+        size = _bytes(size_of(folder))
+        rows.append((name, kind, "finished" if record else "to run", stable, *spent, size, measured))
+    _table(rows)
+    others = [path for path in stored(shown.folder) if path.resolve() not in _resolved(shown)]
+    if others:
+        typer.echo("\nbeside these:")
+    for path in others:
+        _beside(shown, path)
+
+
+def _resolved(run: Run) -> set[Path]:
+    return {folder.resolve() for folder in run.stages.values()}
+
+
+def _beside(run: Run, path: Path) -> None:
+    """A line for a result that the run does not show: how it differs from the one it shows."""
+    from pretrain.runs.targets import differences
+
+    size = _bytes(size_of(path))
+    if not (path / "stage.json").exists():
+        typer.echo(f"  {path}  {size}  begun")
+        return
+    record = read_json(path / "stage.json")
+    now = run.records.get(record["name"])
+    changes = ", ".join(differences(record, now)) if now else "the run has no stage of its name"
+    stable = f"{run.folder / record['name']}@{path.name.rpartition('-')[2]}"
+    typer.echo(f"  {stable}  {size}  finished {_when(record['finished'])}: {changes or 'asked again'}")
+
+
+@app.command("compare")
+def compare(runs: Annotated[list[Path], typer.Argument(help="Two runs or more.")]) -> None:
+    """How runs differ: in what their recipes say, and in what came of it."""
+    from pretrain.identity import flat
+    from pretrain.recipe import read
+
+    if len(runs) < 2:
+        raise PretrainError(f"runs compare: {len(runs)} run given; accepted: two or more")
+    opened = [open_run(run_of(run)) for run in runs]
+    rows = [("", *(str(run.folder) for run in opened))]
+    recipes = [flat(_by_name(read(run.folder / "recipe.yaml")[0])) for run in opened]
+    for field in dict.fromkeys(name for recipe in recipes for name in recipe):
+        values = [recipe.get(field) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            rows.append((field, *("" if value is None else str(value) for value in values)))
+    measured = [_measured(run) for run in opened]
+    for name in dict.fromkeys(name for metrics in measured for name in metrics):
+        rows.append((name, *(f"{metrics[name]:.6g}" if name in metrics else "" for metrics in measured)))
+    rows.append(("time", *(_seconds(run.total("seconds")) for run in opened)))
+    rows.append(("FLOPs", *(f"{run.total('flops'):.4g}" for run in opened)))
+    rows.append(("size", *(_bytes(size_of(run.folder, *run.stages.values())) for run in opened)))
+    _table(rows)
+
+
+def _by_name(recipe: dict[str, object]) -> dict[str, object]:
+    """A recipe with its stages by their names, so that another stage before them moves none."""
+    stages = recipe.pop("stages", [])
+    rows = stages if isinstance(stages, list) else []
+    return recipe | {str(row.get("name", row["stage"])): row for row in rows}
+
+
+def _measured(run: Run) -> dict[str, float]:
+    return {f"{name}: {k}": v for name, record in run.records.items() for k, v in record["metrics"].items()}
+
+
+@app.command("clean")
+def clean(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or stores that runs share.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing.")] = False,
+    among: Annotated[
+        list[Path] | None, typer.Option(metavar="FOLDER", help="Where else runs lie that may take from these.")
+    ] = None,
+) -> None:
+    """Remove results that no run shows, was made of or names; what would go is listed, with sizes, before it goes."""
+    going: list[Path] = []
+    for place in runs:
+        home = place.expanduser() if (place.expanduser() / ".runs").exists() else run_of(place)
+        roots = [root for root in dict.fromkeys([RUNS, home.parent, *(among or [])]) if root.is_dir()]
+        going, kept, known = unused(home, roots)
+        for folder, reason in kept.items():
+            typer.echo(f"stays  {_bytes(size_of(folder)):>9}  {home / folder.name}  ({reason})")
+        for folder in going:
+            typer.echo(f"goes   {_bytes(size_of(folder)):>9}  {home / folder.name}  ({_what(folder)})")
+        if not going:
+            typer.echo(f"{home}: nothing to remove")
+            continue
+        freed = _bytes(size_of(*going))
+        if not yes and not sys.stdin.isatty():
+            typer.echo(f"{home}: nothing is removed without --yes, which frees {freed}")
+            continue
+        if yes or typer.confirm(f"Remove {len(going)} from {home} ({freed})?"):
+            with hold(known, home):
+                remove(folder for folder in unused(home, roots)[0] if folder in going)
+            typer.echo(f"{home}: {freed} freed")
+
+
+def _what(folder: Path) -> str:
+    if not (folder / "stage.json").exists():
+        return "begun, never finished"
+    record = read_json(folder / "stage.json")
+    return f"{record['name']}, finished {_when(record['finished'])}"
+
+
+def _metrics(run: Run) -> str:
+    return _few(run.metrics)
+
+
+def _few(metrics: dict[str, float]) -> str:
+    return ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:SHOWN])
+
+
+def _when(moment: str) -> str:
+    return moment[:16].replace("T", " ")
+
+
+def _seconds(number: float) -> str:
+    return (
+        f"{number:.0f} s" if number < 120 else f"{number / 60:.0f} min" if number < 7200 else f"{number / 3600:.1f} h"
+    )
+
+
+def _bytes(number: int) -> str:
+    for power, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if number >= power:
+            return f"{number / power:.3g} {unit}"
+    return f"{number} B"
+
+
+def _table(rows: list[tuple[str, ...]]) -> None:
+    """Plain columns, as wide as they must be: names are to be copied whole."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    for row in rows:
+        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

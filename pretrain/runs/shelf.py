@@ -1,0 +1,204 @@
+"""The runs of a folder, what each holds and takes on the disk, and what no run needs any more.
+
+All is read from `run.json` and `stage.json`; no model is opened.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json
+from pretrain.core.folders import stage_folders
+from pretrain.core.system.portable import held, link_target, take
+from pretrain.records import StageRecord
+
+RUNS, USERS = Path("runs"), ".runs"
+RESULT = re.compile(r"[\w-]+-[0-9a-f]{12}")  # KIND-ADDRESS, or NAME-ADDRESS of earlier versions
+ADDRESS = re.compile(r"@([0-9a-f]{1,64})|-([0-9a-f]{12})\b")  # as recipes name a result
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run: its folder, the folders of its stages in order, and the records of those that are finished."""
+
+    folder: Path
+    stages: dict[str, Path]
+    records: dict[str, StageRecord]
+
+    @property
+    def status(self) -> str:
+        """`running`, `finished` or `unfinished`."""
+        if held(self.folder / ".lock"):
+            return "running"
+        return "finished" if len(self.records) == len(self.stages) else "unfinished"
+
+    @property
+    def homes(self) -> set[Path]:
+        """Where its stages' folders lie: itself, or a store."""
+        return {self.folder, *(folder.parent for folder in self.stages.values())}
+
+    @property
+    def finished(self) -> str:
+        """When its last stage was finished, empty where none is."""
+        return max((record["finished"] for record in self.records.values()), default="")
+
+    def total(self, field: str) -> float:
+        """Of its stages' `flops` or `seconds`."""
+        return sum(float(record.get(field) or 0) for record in self.records.values())  # type: ignore[arg-type]
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Those of its last stage that has any."""
+        return next((r["metrics"] for r in reversed(list(self.records.values())) if r["metrics"]), {})
+
+
+def open_run(folder: Path) -> Run:
+    """Read a run's folder; raises `PretrainError` where it is none or damaged."""
+    try:
+        stages = stage_folders(folder)
+    except (KeyError, TypeError) as error:
+        raise PretrainError(f"{folder / 'run.json'} is not what `pretrain run` writes") from error
+    finished = {name: path / "stage.json" for name, path in stages.items() if (path / "stage.json").exists()}
+    return Run(folder, stages, {name: read_json(path) for name, path in finished.items()})
+
+
+def find_runs(root: Path) -> list[Run]:
+    """The runs in a folder, however deep, the newest last; what lies in a run is not searched."""
+    runs = []
+    for where, folders, files in os.walk(root):
+        if "run.json" in files and not (Path(where) / "stage.json").exists():
+            runs.append(open_run(Path(where)))
+            folders.clear()
+        folders[:] = sorted(name for name in folders if not name.startswith(".") and not RESULT.fullmatch(name))
+    return sorted(runs, key=lambda run: (run.finished, str(run.folder)))
+
+
+def size_of(*folders: Path) -> int:
+    """Bytes that folders take on the disk; a file with two names in them counts once."""
+    sizes: dict[tuple[int, int], int] = {}
+    for folder in folders:
+        for where, _, files in os.walk(folder):
+            for name in files:
+                state = os.lstat(os.path.join(where, name))
+                sizes[state.st_dev, state.st_ino] = state.st_size
+    return sum(sizes.values())
+
+
+def stored(home: Path) -> list[Path]:
+    """The results of a run or store, finished or begun: folders that bear an address."""
+    marks = ("stage.json", "code.json")
+    folders = [path for path in sorted(home.iterdir()) if RESULT.fullmatch(path.name) and link_target(path) is None]
+    return [path for path in folders if any((path / mark).exists() for mark in marks)]
+
+
+def join_store(store: Path, output: Path) -> None:
+    """Note in a store that a run uses it, so that no cleaning takes what that run shows."""
+    entry = os.path.relpath(output.resolve(), store.resolve())
+    path = store / USERS
+    if entry not in _lines(path):
+        with path.open("a", encoding="utf-8") as users:
+            users.write(entry + "\n")
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+
+
+def unused(home: Path, roots: Iterable[Path]) -> tuple[list[Path], dict[Path, str], list[Run]]:
+    """What can go from a run or a store, why what else it holds stays, and the runs that were asked.
+
+    They are those in `roots`, those that noted that they use the store, and `home` itself. Kept is what a run shows, what a
+    result that is shown was made of, what a recipe names by its address, and what a process is at.
+    """
+    home = home.resolve()
+    users = [home / line for line in _lines(home / USERS)]
+    places = dict.fromkeys(run.resolve() for run in [home, *users] if (run / "run.json").exists())
+    runs = {place: open_run(place) for place in places}
+    for root in roots:
+        runs |= {run.folder.resolve(): open_run(run.folder.resolve()) for run in find_runs(root)}
+    candidates = stored(home)
+    kept: dict[Path, str] = {}
+    for run in runs.values():
+        for name, folder in run.stages.items():
+            kept.setdefault(folder, f"{_from(home, run.folder)}/{name} shows it" if run.folder != home else f"{name}")
+    for shown in home.iterdir():
+        if (target := link_target(shown)) is not None:
+            kept.setdefault(Path(os.path.normpath(home / target)), shown.name)
+    addresses = _addresses(candidates)
+    for run in runs.values():
+        for name, record in run.records.items():
+            for address in _sources(record):
+                if address in addresses:
+                    kept.setdefault(addresses[address], f"{_from(home, run.folder)}/{name} was made of it")
+    for recipe in _recipes(runs.values(), roots):
+        for folder in _named(recipe, candidates):
+            kept.setdefault(folder, f"{_from(home, recipe)} names it")
+    for folder in candidates:
+        if held(folder / ".lock"):
+            kept.setdefault(folder, "a run is at it")
+    reasons = {folder: kept[folder] for folder in candidates if folder in kept}
+    return [folder for folder in candidates if folder not in kept], reasons, list(runs.values())
+
+
+def _from(home: Path, path: Path) -> str:
+    return os.path.relpath(path, home.parent)
+
+
+def _addresses(folders: Iterable[Path]) -> dict[str, Path]:
+    return {f.name.rpartition("-")[2]: f for f in folders}
+
+
+def _sources(record: StageRecord) -> Iterator[str]:
+    """How the addresses begin of what a result was made of: inputs, paths of its recipe, a linked adoption."""
+    marks: dict[str, Any] = dict(record.get("identity", {}).get("inputs", {}))
+    for value in marks.values():
+        yield from (str(mark)[:12] for mark in (value if isinstance(value, list) else [value]))
+    yield from (row["address"][:12] for row in record.get("targets", []))
+    adopted = record.get("adopted")
+    if adopted and adopted.get("linked"):
+        yield from (match[2] for match in ADDRESS.finditer(adopted["source"]) if match[2])
+
+
+def _recipes(runs: Iterable[Run], roots: Iterable[Path]) -> Iterator[Path]:
+    """The recipes of the runs, as they were run and as they are, and those that lie beside the folders of runs."""
+    paths = []
+    for run in runs:
+        paths += [run.folder / "recipe.yaml", Path(read_json(run.folder / "run.json").get("recipe") or "")]
+    for root in roots:
+        paths += [*root.parent.glob("*.yaml"), *root.parent.glob("recipes/**/*.yaml")]
+    yield from dict.fromkeys(path.resolve() for path in paths if path.is_file())
+
+
+def _named(recipe: Path, candidates: list[Path]) -> Iterator[Path]:
+    """The results that a recipe names by their addresses."""
+    text = recipe.read_text(encoding="utf-8", errors="replace")
+    for match in ADDRESS.finditer(text):
+        begins = (match[1] or match[2])[:12]
+        yield from (folder for folder in candidates if folder.name.rpartition("-")[2].startswith(begins))
+
+
+@contextmanager
+def hold(runs: Iterable[Run], home: Path) -> Iterator[None]:
+    """Keep runs from being gone on with meanwhile; raises `PretrainError` where one is running."""
+    with ExitStack() as stack:
+        for folder in {home.resolve(), *(run.folder for run in runs if home.resolve() in run.homes)}:
+            lock = stack.enter_context((folder / ".lock").open("a"))
+            if not take(lock):
+                raise PretrainError(f"{folder} is in use by a run; accepted: to clean when it is done")
+        yield
+
+
+def remove(folders: Iterable[Path]) -> None:
+    """Delete results, each first out of sight, so that what is left of an interrupted removal counts as nothing."""
+    for folder in folders:
+        aside = folder.with_name(f".tmp-removed-{folder.name}")
+        os.replace(folder, aside)
+        shutil.rmtree(aside)
