@@ -1,4 +1,4 @@
-"""What a wheel holds beside `pyproject.toml`'s files: the recipes and claims of the repository, as `pretrain/shipped`."""
+"""What a wheel holds beside the package's files: the recipes and claims of the repository, as `pretrain/shipped`."""
 
 import shutil
 from pathlib import Path

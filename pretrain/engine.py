@@ -196,6 +196,7 @@ def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> N
         status = now.get(name) or before.get(name) or (CACHED if item.finished else TO_RUN)
         folder = _relative(item.folder, recipe.output)
         row = {"name": name, "stage": item.stage.stage, "folder": folder, "address": item.address, "status": status}
+        row |= {"targets": taken} if (taken := targets(item)) else {}
         stages.append(row)
     write_json(path, {"name": recipe.name, "recipe": str(recipe.path or ""), "seed": recipe.seed, "stages": stages})
 

@@ -78,6 +78,7 @@ class RunStage(TypedDict):
     folder: str  # from the run's
     address: str
     status: str
+    targets: NotRequired[list[Target]]
 
 
 class Run(TypedDict):

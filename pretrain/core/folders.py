@@ -35,9 +35,8 @@ def place_of(name: Path | str) -> Path:
 def _result(run: Path, stage: str, address: str) -> Path:
     """The folder in which a run has a result of an address that begins so."""
     homes = {run, *(stage_folder.parent for stage_folder in stage_folders(run).values())}
-    every = sorted(
-        path.parent for home in homes for path in home.glob("*-*/stage.json") if not path.parent.is_symlink()
-    )
+    paths = [path.parent for home in homes for path in home.glob("*-*/stage.json")]
+    every = sorted(path for path in paths if link_target(path) is None)
     fitting = [path for path in every if path.name.rpartition("-")[2].startswith(address[:12]) and address]
     if len(fitting) == 1:
         return fitting[0]

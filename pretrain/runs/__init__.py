@@ -1,1 +1,1 @@
-"""Runs as things: what they are made of (`shelf`), which results they take (`targets`), and their command (`command`)."""
+"""Runs as things: what they hold (`shelf`), which results they take (`targets`), and their `command`."""

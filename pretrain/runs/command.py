@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -24,7 +24,7 @@ def list_runs(folder: Folder = RUNS) -> None:
     runs = find_runs(folder)
     if not runs:
         raise PretrainError(f"{folder}: no run there; accepted: a folder in which `pretrain run` has written")
-    rows = [("run", "status", "stages", "finished", "time", "FLOPs", "size", "last measured")]
+    rows: list[tuple[str, ...]] = [("run", "status", "stages", "finished", "time", "FLOPs", "size", "last measured")]
     for run in runs:
         done = f"{len(run.records)} of {len(run.stages)}"
         size = _bytes(size_of(run.folder, *run.stages.values()))
@@ -41,7 +41,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
     typer.echo(f"{shown.folder}: {shown.status}, {_bytes(size_of(*shown.homes))}")
     recipe = read_json(shown.folder / "run.json").get("recipe")
     typer.echo(f"recipe: {recipe or 'none of a file'}, as it was run: {shown.folder / 'recipe.yaml'}\n")
-    rows = [("stage", "kind", "status", "name that stays", "time", "FLOPs", "size", "measured")]
+    rows: list[tuple[str, ...]] = [("stage", "kind", "status", "name that stays", "time", "FLOPs", "size", "measured")]
     for name, folder in shown.stages.items():
         record = shown.records.get(name)
         kind, _, address = folder.name.rpartition("-")
@@ -87,26 +87,25 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Two runs or more.")
     if len(runs) < 2:
         raise PretrainError(f"runs compare: {len(runs)} run given; accepted: two or more")
     opened = [open_run(run_of(run)) for run in runs]
-    rows = [("", *(str(run.folder) for run in opened))]
+    rows: list[tuple[str, ...]] = [("", *(str(run.folder) for run in opened))]
     recipes = [flat(_by_name(read(run.folder / "recipe.yaml")[0])) for run in opened]
     for field in dict.fromkeys(name for recipe in recipes for name in recipe):
         values = [recipe.get(field) for recipe in recipes]
         if any(value != values[0] for value in values):
             rows.append((field, *("" if value is None else str(value) for value in values)))
     measured = [_measured(run) for run in opened]
-    for name in dict.fromkeys(name for metrics in measured for name in metrics):
-        rows.append((name, *(f"{metrics[name]:.6g}" if name in metrics else "" for metrics in measured)))
+    names = dict.fromkeys(name for metrics in measured for name in metrics)
+    rows += [(name, *(f"{of[name]:.6g}" if name in of else "" for of in measured)) for name in names]
     rows.append(("time", *(_seconds(run.total("seconds")) for run in opened)))
     rows.append(("FLOPs", *(f"{run.total('flops'):.4g}" for run in opened)))
     rows.append(("size", *(_bytes(size_of(run.folder, *run.stages.values())) for run in opened)))
     _table(rows)
 
 
-def _by_name(recipe: dict[str, object]) -> dict[str, object]:
+def _by_name(recipe: dict[str, Any]) -> dict[str, Any]:
     """A recipe with its stages by their names, so that another stage before them moves none."""
-    stages = recipe.pop("stages", [])
-    rows = stages if isinstance(stages, list) else []
-    return recipe | {str(row.get("name", row["stage"])): row for row in rows}
+    stages = {str(row.get("name", row["stage"])): row for row in recipe.pop("stages")}
+    return recipe | {name: {k: v for k, v in row.items() if k != "name"} for name, row in stages.items()}
 
 
 def _measured(run: Run) -> dict[str, float]:
@@ -164,9 +163,9 @@ def _when(moment: str) -> str:
 
 
 def _seconds(number: float) -> str:
-    return (
-        f"{number:.0f} s" if number < 120 else f"{number / 60:.0f} min" if number < 7200 else f"{number / 3600:.1f} h"
-    )
+    if number >= 7200:
+        return f"{number / 3600:.1f} h"
+    return f"{number:.0f} s" if number < 120 else f"{number / 60:.0f} min"
 
 
 def _bytes(number: int) -> str:

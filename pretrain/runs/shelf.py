@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
@@ -50,9 +50,9 @@ class Run:
         """When its last stage was finished, empty where none is."""
         return max((record["finished"] for record in self.records.values()), default="")
 
-    def total(self, field: str) -> float:
+    def total(self, field: Literal["flops", "seconds"]) -> float:
         """Of its stages' `flops` or `seconds`."""
-        return sum(float(record.get(field) or 0) for record in self.records.values())  # type: ignore[arg-type]
+        return sum(record.get(field, 0) for record in self.records.values())
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -115,8 +115,8 @@ def _lines(path: Path) -> list[str]:
 def unused(home: Path, roots: Iterable[Path]) -> tuple[list[Path], dict[Path, str], list[Run]]:
     """What can go from a run or a store, why what else it holds stays, and the runs that were asked.
 
-    They are those in `roots`, those that noted that they use the store, and `home` itself. Kept is what a run shows, what a
-    result that is shown was made of, what a recipe names by its address, and what a process is at.
+    They are those in `roots`, those that noted that they use the store, and `home` itself. Kept is what a run shows,
+    what a result that is shown was made of, what a recipe names by its address, and what a process is at.
     """
     home = home.resolve()
     users = [home / line for line in _lines(home / USERS)]
@@ -134,10 +134,9 @@ def unused(home: Path, roots: Iterable[Path]) -> tuple[list[Path], dict[Path, st
             kept.setdefault(Path(os.path.normpath(home / target)), shown.name)
     addresses = _addresses(candidates)
     for run in runs.values():
-        for name, record in run.records.items():
-            for address in _sources(record):
-                if address in addresses:
-                    kept.setdefault(addresses[address], f"{_from(home, run.folder)}/{name} was made of it")
+        for name, address in _sources(run):
+            if address in addresses:
+                kept.setdefault(addresses[address], f"{_from(home, run.folder)}/{name} is made of it")
     for recipe in _recipes(runs.values(), roots):
         for folder in _named(recipe, candidates):
             kept.setdefault(folder, f"{_from(home, recipe)} names it")
@@ -156,15 +155,18 @@ def _addresses(folders: Iterable[Path]) -> dict[str, Path]:
     return {f.name.rpartition("-")[2]: f for f in folders}
 
 
-def _sources(record: StageRecord) -> Iterator[str]:
-    """How the addresses begin of what a result was made of: inputs, paths of its recipe, a linked adoption."""
-    marks: dict[str, Any] = dict(record.get("identity", {}).get("inputs", {}))
-    for value in marks.values():
-        yield from (str(mark)[:12] for mark in (value if isinstance(value, list) else [value]))
-    yield from (row["address"][:12] for row in record.get("targets", []))
-    adopted = record.get("adopted")
-    if adopted and adopted.get("linked"):
-        yield from (match[2] for match in ADDRESS.finditer(adopted["source"]) if match[2])
+def _sources(run: Run) -> Iterator[tuple[str, str]]:
+    """The stages of a run with how the addresses begin of what each is made of; a stage that waits has its paths."""
+    for row in read_json(run.folder / "run.json")["stages"]:
+        yield from ((row["name"], target["address"][:12]) for target in row.get("targets", []))
+    for name, record in run.records.items():
+        marks = [*record.get("identity", {}).get("inputs", {}).values()]
+        flat = [mark for value in marks for mark in (value if isinstance(value, list) else [value])]
+        flat += [target["address"] for target in record.get("targets", [])]
+        if record.get("adopted", {}).get("linked"):
+            files = [path.resolve() for path in run.stages[name].rglob("*") if path.is_symlink()]
+            flat += [folder.name.rpartition("-")[2] for path in files for folder in path.parents]
+        yield from ((name, mark[:12]) for mark in flat)
 
 
 def _recipes(runs: Iterable[Run], roots: Iterable[Path]) -> Iterator[Path]:
