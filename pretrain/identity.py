@@ -311,7 +311,7 @@ def newest(item: Planned) -> tuple[Path, StageRecord] | None:
             record = read_json(path)
             if record.get("name") == item.stage.name and not link_target(path.parent) is not None:
                 records.append((path.parent, record))
-    return max(records, key=lambda row: str(row[1].get("finished")), default=None)
+    return max(records, key=lambda row: (str(row[1].get("finished")), (row[0] / RECORD).stat().st_mtime), default=None)
 
 
 def _changes(record: StageRecord, item: Planned) -> list[str]:

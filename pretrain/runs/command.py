@@ -124,6 +124,7 @@ def clean(
     going: list[Path] = []
     for place in runs:
         home = place.expanduser() if (place.expanduser() / ".runs").exists() else run_of(place)
+        remove(home)  # what an interrupted removal has left
         roots = [root for root in dict.fromkeys([RUNS, home.parent, *(among or [])]) if root.is_dir()]
         going, kept, known = unused(home, roots)
         for folder, reason in kept.items():
@@ -139,7 +140,7 @@ def clean(
             continue
         if yes or typer.confirm(f"Remove {len(going)} from {home} ({freed})?"):
             with hold(known, home):
-                remove(folder for folder in unused(home, roots)[0] if folder in going)
+                remove(home, [folder for folder in unused(home, roots)[0] if folder in going])
             typer.echo(f"{home}: {freed} freed")
 
 

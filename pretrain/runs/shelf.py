@@ -20,7 +20,7 @@ from pretrain.core.folders import stage_folders
 from pretrain.core.system.portable import held, link_target, take
 from pretrain.records import StageRecord
 
-RUNS, USERS = Path("runs"), ".runs"
+RUNS, USERS, REMOVED = Path("runs"), ".runs", ".tmp-removed-"
 RESULT = re.compile(r"[\w-]+-[0-9a-f]{12}")  # KIND-ADDRESS, or NAME-ADDRESS of earlier versions
 ADDRESS = re.compile(r"@([0-9a-f]{1,64})|-([0-9a-f]{12})\b")  # as recipes name a result
 
@@ -198,9 +198,11 @@ def hold(runs: Iterable[Run], home: Path) -> Iterator[None]:
         yield
 
 
-def remove(folders: Iterable[Path]) -> None:
-    """Delete results, each first out of sight, so that what is left of an interrupted removal counts as nothing."""
+def remove(home: Path, folders: Iterable[Path] = ()) -> None:
+    """Delete results of a run or store, each first out of sight, and what an interrupted removal has left."""
+    for left in home.glob(f"{REMOVED}*"):
+        shutil.rmtree(left)
     for folder in folders:
-        aside = folder.with_name(f".tmp-removed-{folder.name}")
+        aside = folder.with_name(REMOVED + folder.name)
         os.replace(folder, aside)
         shutil.rmtree(aside)
