@@ -38,7 +38,7 @@ $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TORCH)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[dev,eval]'
+	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[audio,dev,eval,images,optimizers,tensorboard]'
 	touch $@
 
 clean:

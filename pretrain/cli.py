@@ -22,6 +22,7 @@ from pretrain.core.method import declared_class, default_of
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import quantity
 from pretrain.core.registry import info, kinds, methods, use_methods
+from pretrain.core.system.extras import extras_named
 from pretrain.runs import command as runs
 
 if TYPE_CHECKING:
@@ -33,7 +34,8 @@ class _App(typer.Typer):
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         try:
-            return super().__call__(*args, **kwargs)
+            with extras_named():
+                return super().__call__(*args, **kwargs)
         except PretrainError as error:
             if os.environ.get("PRETRAIN_DEBUG"):
                 raise

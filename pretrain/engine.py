@@ -27,6 +27,7 @@ from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
+from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
@@ -150,7 +151,8 @@ def _run_stage(
             bar=say is not silent, refreshed=item.refreshed,
         )  # fmt: skip
         try:
-            result = stage.pointing_to(item.inputs).run(job)
+            with extras_named():
+                result = stage.pointing_to(item.inputs).run(job)
         except OSError as error:
             reason = error.strerror or str(error)
             raise PretrainError(

@@ -16,6 +16,7 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.processors import Processor
+from pretrain.core.system.extras import extras_named
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import write_corpus
 from pretrain.engine import silent
@@ -51,6 +52,7 @@ class Trained:
     log: list[Record]
 
 
+@extras_named()
 def load(
     place: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -63,6 +65,7 @@ def load(
     return checkpoint.load(newest_checkpoint(place), device=device, dtype=dtype)
 
 
+@extras_named()
 def train(
     model: PreTrainedModel | Mapping[str, object],
     tokenizer: Processor,
@@ -129,6 +132,7 @@ def _corpus(texts: Texts, folder: Path, validation: float) -> Path:
     return folder / "corpus"
 
 
+@extras_named()
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -149,6 +153,7 @@ def generate(
     return str(sample["continuation"])
 
 
+@extras_named()
 def evaluate(
     model: PreTrainedModel,
     tokenizer: Processor,

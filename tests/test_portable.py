@@ -153,5 +153,9 @@ def test_no_other_module_asks_for_what_one_system_alone_has():
     for path in package.rglob("*.py"):
         if path != Path(portable.__file__):
             text = path.read_text(encoding="utf-8")
-            odd = [word for word in ("import fcntl", "import resource", "renameat2", "os.fork", "os.getuid", "os.readlink") if word in text]
+            odd = [
+                word
+                for word in ("import fcntl", "import resource", "renameat2", "os.fork", "os.getuid", "os.readlink")
+                if word in text
+            ]
             assert not odd, f"{path}: {odd}"

@@ -125,7 +125,10 @@ def test_a_path_that_leads_elsewhere_is_told_before_anything_runs():
     assert line.startswith("warning: init runs/base/model leads to fake-") and "(value changed from 1 to 2)" in line
     assert line.endswith(f"{first} is the earlier one")
     run("next", say=said.append, tuned={"init": "runs/base/model"})
-    assert [text for text in said if "warning" in text or text.endswith("] fake")] == [f"[tuned] {line}", "[tuned] fake"]
+    assert [text for text in said if "warning" in text or text.endswith("] fake")] == [
+        f"[tuned] {line}",
+        "[tuned] fake",
+    ]
     run("base", model={"value": 1})  # back again: what is finished is used, and that is told as well
     (item,) = engine.plan(recipe("next", tuned={"init": "runs/base/model"}))
     assert item.finished and len(repointed(item)) == 1
@@ -282,5 +285,7 @@ def test_a_killed_removal_is_finished_by_the_next(monkeypatch):
 
 
 def test_where_there_are_no_runs_that_is_told():
-    done = subprocess.run([sys.executable, "-m", "pretrain", "runs", "list"], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", "runs", "list"], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 1 and done.stderr.startswith("error: runs: no run there")

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.system.shipped import base_file
 from pretrain.experiments.protocol import SIDES, Point, Value
 from pretrain.experiments.trials import Fields, Trial
 from pretrain.recipe import parse, put, read
@@ -127,7 +128,7 @@ class Claim(BaseModel):
         """
         if scale not in self.scales:
             raise unknown(f"scale of claim {self.name!r}", scale, self.scales)
-        raw, _ = read(self.path.parent / "bases" / f"{self.base}-{scale}.yaml")
+        raw, _ = read(base_file(self.path.parent, f"{self.base}-{scale}.yaml"))
         chosen: Side = getattr(self, side)
         where = f"{self.path}: {side}"
         _set(raw, self.scales[scale].set, f"{self.path}: scales.{scale}.set")

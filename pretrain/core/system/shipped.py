@@ -46,6 +46,13 @@ def recipe_file(name: Path | str) -> Path:
     )
 
 
+def base_file(folder: Path, name: str) -> Path:
+    """A base of claims that lie in a folder: that beside them, else the package's."""
+    packed = shipped() / CLAIMS / "bases" / name
+    beside = folder / "bases" / name
+    return packed if packed.is_file() and not beside.is_file() else beside
+
+
 def claims_folder(given: Path) -> Path:
     """A folder of claims; `claims`, where it holds none, is what comes with the package."""
     return given if given != Path(CLAIMS) or any(given.glob("*.yaml")) else shipped() / CLAIMS
