@@ -18,7 +18,6 @@ from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.evaluation import Evaluation, Measured
-from pretrain.evaluation.tasks._harness import OurModel, configurations, undisturbed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,6 +67,7 @@ class Harness(Evaluation):
                 import lm_eval
                 from lm_eval.tasks import TaskManager
 
+                from pretrain.evaluation.tasks._harness import OurModel, configurations, undisturbed
             except ImportError as error:
                 raise PretrainError(
                     f"harness: {error}: accepted: lm-eval, of the extra eval: pip install 'pretrain[eval]'"
