@@ -48,7 +48,8 @@ def _result(run: Path, stage: str, address: str) -> Path:
 
 def stage_folders(run: Path) -> dict[str, Path]:
     """The folders that a run shows now, by the stages' names; whether they are there or not."""
-    return {row["name"]: Path(os.path.normpath(run / row.get("folder", row["name"]))) for row in read_json(run / "run.json")["stages"]}
+    rows = read_json(run / "run.json")["stages"]
+    return {row["name"]: Path(os.path.normpath(run / row.get("folder", row["name"]))) for row in rows}
 
 
 def stage_at(path: Path) -> tuple[Path, dict[str, Any]] | None:
