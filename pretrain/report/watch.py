@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.core.files import read_json
+from pretrain.core.system.portable import held
 from pretrain.report.data import BITS
 from pretrain.report.page import collect, write
 from pretrain.report.summary import ENDED, known, spent_share
@@ -36,22 +36,10 @@ def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] 
 
 def running(folder: Path) -> str:
     """The stage that a run is at; empty where no process holds the run."""
-    if not (folder / "run.json").exists() or not _held(folder / ".lock"):
+    if not (folder / "run.json").exists() or not held(folder / ".lock"):
         return ""
     stages = read_json(folder / "run.json")["stages"]
     return next((stage["name"] for stage in stages if stage["status"] not in ENDED), "")
-
-
-def _held(lock: Path) -> bool:
-    """Whether a process holds the lock, which is let go of at once where none does."""
-    try:
-        with lock.open() as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
-    return False
 
 
 def _line(folder: Path, stage: str) -> str:
