@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from pretrain import __version__, cli_claim, cli_papers
+from pretrain import __version__, cli_claim, cli_papers, cli_plan
+from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import write_text
@@ -53,6 +54,8 @@ app = _App(
 )  # fmt: skip
 app.add_typer(cli_claim.app, name="claim")
 app.add_typer(runs.app, name="runs")
+app.command("plan")(cli_plan.print_plan)
+app.command("ladder")(cli_plan.ladder)
 app.command("papers")(cli_papers.list_papers)
 
 
@@ -80,9 +83,6 @@ def _main(
     """The whole life of a pretrained model on a limited budget."""
     for folder in folders or []:
         use_methods(folder)
-
-
-Overrides = Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")]
 
 
 @app.command()
@@ -120,45 +120,6 @@ def run(
         typer.echo(line)
     if result.report:
         typer.echo(f"report: {result.report}")
-
-
-@app.command("plan")
-def print_plan(
-    recipe: Annotated[Path, typer.Argument(help="A recipe with a train stage of size: auto.")],
-    budget: Annotated[str | None, typer.Option(help="Another budget: flops=1e13, tokens=1e8, seconds=600.")] = None,
-    set_: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
-) -> None:
-    """What the dial chooses for a recipe, and what is expected of it."""
-    from pretrain import recipe as recipes
-
-    loaded = recipes.load(recipe, set_ or [], output)
-    if budget is not None:
-        unit, _, limit = budget.partition("=")
-        names = [each.stage for each in loaded.sizes]
-        loaded = recipes.load(recipe, [*(set_ or []), *(f"{name}.budget.{unit}={limit}" for name in names)], output)
-    if not loaded.sizes:
-        raise PretrainError(f"{recipe}: no train stage says size: auto, so there is nothing to choose")
-    for chosen in loaded.sizes:
-        typer.echo("\n".join([f"{chosen.stage}:", *(f"  {line}" for line in chosen.lines())]))
-
-
-@app.command()
-def ladder(
-    recipe: Annotated[Path, typer.Argument(help="A recipe with a train stage of size: auto.")],
-    set_: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
-) -> None:
-    """Train small sizes of a recipe and fit the law of loss that the dial goes by."""
-    from pretrain import recipe as recipes
-
-    loaded = recipes.load(recipe, set_ or [], output)
-    with uncollected():
-        from pretrain.experiments.ladder import LAW, climb, summary
-
-    law, settled = climb(loaded, typer.echo)
-    typer.echo("\n".join([*summary(law, settled.choice), *settled.lines()]))
-    typer.echo(f"to go by it: size: {{law: {loaded.output / 'ladder' / LAW}}}")
 
 
 @app.command()

@@ -27,7 +27,7 @@ FLOORS = (
     ("runs",),
     ("engine",),
     ("adopt", "experiments", "docs", "interactive"),
-    ("cli_claim", "cli_papers"),
+    ("cli_claim", "cli_papers", "cli_plan"),
     ("cli",),
     ("__main__",),
 )

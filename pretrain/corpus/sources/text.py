@@ -123,8 +123,8 @@ class HubDataset(Source):
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         rows = ((f"{self.dataset}, row {number}", row) for number, row in enumerate(self._open(), 1))
-        found = _documents(rows, self.dataset, self, skipped, wrong_of(self.on_error, skipped))
-        for number, document in enumerate(found):
+        documents = _documents(rows, self.dataset, self, skipped, wrong_of(self.on_error, skipped))
+        for number, document in enumerate(documents):
             if self.limit is not None and number >= self.limit:
                 return
             yield document
