@@ -15,7 +15,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.dial.law import Law, Prediction, unique_worth
 from pretrain.dial.shapes import Shape, shape_of, widths
 
-VOCABULARIES = tuple(2**power for power in range(8, 18))
+VOCABULARIES = tuple(2**power for power in range(9, 18))
 BYTES_AN_ENTRY = 100  # of training text at least for each entry of a vocabulary
 TRUSTED = 100  # beyond so many times the largest rung a law tells too little: 20 tokens a weight instead
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 REPEATS = 15.4  # R*, after which reading again is worth nothing more
-HUBER = 1e-2  # of a difference of logarithms: small models scatter by about so much
+HUBER = 3e-2  # of a difference of logarithms: one run of a small model lies 1% to 2% beside any law
 LEAST = 0.3  # bits per byte that no model of text or code is expected to come below: small runs cannot tell the floor
 NAMES = ("floor", "A", "alpha", "B", "beta", "gamma")
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pretrain.core.errors import PretrainError
-from pretrain.dial.choose import Choice, choose
+from pretrain.dial.choose import VOCABULARIES, Choice, choose
 from pretrain.dial.law import Law, Rung, fit
 from pretrain.dial.shapes import FIELDS
 from pretrain.recipe import Raw, Recipe, check
@@ -44,7 +44,8 @@ def steps(settled: Settled) -> Iterator[Step]:
         widths = sorted({max(32, round(middle.width * factor / 16) * 16) for factor in WIDTHS})
         yield from (Step(width, middle.vocabulary, flops) for width in widths)
         if task.vocabulary is None and share < max(SHARES):
-            yield from (Step(middle.width, middle.vocabulary * 2 // factor, flops) for factor in (1, 4))
+            others = {max(VOCABULARIES[0], middle.vocabulary // 2), middle.vocabulary * 2}
+            yield from (Step(middle.width, size, flops) for size in sorted(others - {middle.vocabulary}))
 
 
 def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Settled]:
