@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias
 
@@ -301,9 +301,8 @@ def whole(recipe: Recipe) -> Recipe:
     with uncollected():
         import torch  # noqa: F401 - from here on methods are made by their own classes
 
-        return replace(
-            check(recipe.raw, recipe.path, recipe.places, recipe.output), sizes=recipe.sizes, asked=recipe.asked
-        )
+        raw = recipe.asked if recipe.sizes else recipe.raw  # sizes go by the machine's rate, which is known from now on
+        return check(raw, recipe.path, recipe.places, recipe.output)
 
 
 def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:

@@ -169,12 +169,18 @@ def test_what_auto_has_written_out_is_a_recipe_of_the_same_stages(written: Path,
     assert [item.address for item in plan(first)] == [item.address for item in plan(second)]
 
 
+@pytest.mark.parametrize("budget", ["{steps: 500}", "{epochs: 1}", "{tokens: 1M}", "{seconds: 60}"])
+def test_a_budget_may_be_of_any_unit(written: Path, tmp_path: Path, budget: str) -> None:
+    checked = recipes.load(written, [f"model.budget={budget}"], tmp_path)
+    assert checked.sizes[0].choice.tokens > 1e4
+
+
 @pytest.mark.parametrize(
     ("change", "told"),
     [
         ("model.size=large", "accepted: auto"),
         ("model.model={family: t5}", "accepted: model: {family: one of llama"),
-        ("model.budget={steps: 10}", "accepted: flops, tokens or seconds"),
+        ("model.budget={years: 10}", "years"),
         ("model.size={law: nowhere.json}", "nowhere.json"),
         ("model.model.hidden_size=wide", "accepted: a whole number"),
     ],

@@ -21,7 +21,8 @@ TRUSTED = 100  # beyond so many times the largest rung a law tells too little: 2
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
 YARDSTICK = 1e13  # FLOPs at which the constants below were measured
 BATCH_TOKENS, BATCH_POWER = 1024, 0.3271  # a step's tokens, and how they grow with compute
-RATES = {"adamw": 7e-3, "muon": 1.5e-2}  # peak rates, by optimiser
+NARROW = 64  # the width that rates are given at
+RATES = {"adamw": (6e-3, -0.5), "muon": (2e-2, -0.5)}  # peak rates by optimiser, and how they fall with the width
 RATE_POWER = -0.125
 
 
@@ -71,11 +72,13 @@ def choose(task: Task) -> Choice:
     return _best(task, candidates, task.flops)
 
 
-def rate_for(optimizer: str, flops: float) -> float | None:
-    """The peak rate of an optimiser at a budget, to two digits; None where none was measured."""
+def rate_for(optimizer: str, choice: Choice) -> float | None:
+    """The peak rate of an optimiser for a choice, to two digits; None where none was measured."""
     if optimizer not in RATES:
         return None
-    return float(f"{RATES[optimizer] * (flops / YARDSTICK) ** RATE_POWER:.1e}")
+    rate, power = RATES[optimizer]
+    width = (choice.shape.width / NARROW) ** power
+    return float(f"{rate * width * (choice.flops / YARDSTICK) ** RATE_POWER:.1e}")
 
 
 def efficiency(width: int) -> float:

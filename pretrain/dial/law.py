@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+from bisect import bisect
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -68,7 +69,7 @@ class Law:
     bytes_per_token: dict[int, float]  # of the corpus, by vocabulary
     largest: float  # FLOPs of the largest rung
     deviation: float = 0.0  # of a rung about the law, relative
-    freedom: int = 1
+    quantile: float = 2.0  # Student's, of a 95% interval with the rungs' degrees of freedom
     covariance: list[list[float]] = field(default_factory=list)
     rungs: list[Rung] = field(default_factory=list)
 
@@ -78,33 +79,28 @@ class Law:
 
     def predict(self, body: float, vocabulary: float, bytes_: float) -> Prediction:
         """With the interval for one new run: by the parameters' covariance and the rungs' own deviation."""
-        import numpy as np
-        from scipy.stats import t
-
-        parameters = self._parameters()
-        value, steps = _log_bits(parameters, body, vocabulary, bytes_), 1e-5
-        slopes = np.array(
-            [
-                (_log_bits([*parameters[:i], p + steps, *parameters[i + 1 :]], body, vocabulary, bytes_) - value)
-                / steps
-                for i, p in enumerate(parameters)
-            ]
-        )
-        variance = float(slopes @ np.array(self.covariance) @ slopes) if self.covariance else 0.0
-        half = float(t.ppf(0.975, self.freedom)) * math.sqrt(max(0.0, variance) + self.deviation**2)
+        parameters, step = self._parameters(), 1e-5
+        value = _log_bits(parameters, body, vocabulary, bytes_)
+        slopes = []
+        for place, parameter in enumerate(parameters):
+            beside = [*parameters[:place], parameter + step, *parameters[place + 1 :]]
+            slopes.append((_log_bits(beside, body, vocabulary, bytes_) - value) / step)
+        rows = zip(slopes, self.covariance, strict=False)
+        variance = sum(slope * other * cell for slope, row in rows for other, cell in zip(slopes, row, strict=True))
+        half = self.quantile * math.sqrt(max(0.0, variance) + self.deviation**2)
         return Prediction(math.exp(value), math.exp(value - half), math.exp(value + half))
 
     def bytes_of_token(self, vocabulary: float) -> float:
         """Bytes of text in a token, between and beyond the vocabularies that were measured along their logarithm."""
-        import numpy as np
-
-        known = sorted(self.bytes_per_token.items())
-        logs = [math.log(size) for size, _ in known]
-        value = float(np.interp(math.log(vocabulary), logs, [each for _, each in known]))
-        if vocabulary > known[-1][0] and len(known) > 1:  # each doubling adds less than the one before
-            last = (known[-1][1] - known[-2][1]) / (logs[-1] - logs[-2])
-            value += 0.7 * last * (math.log(vocabulary) - logs[-1])
-        return value
+        known = sorted((math.log(size), each) for size, each in self.bytes_per_token.items())
+        at = math.log(vocabulary)
+        if len(known) == 1:
+            return known[0][1]
+        place = min(max(bisect([log for log, _ in known], at), 1), len(known) - 1)
+        (left, low), (right, high) = known[place - 1], known[place]
+        slope = (high - low) / (right - left)
+        inside = low + slope * (min(at, right) - left)
+        return max(1.0, inside + 0.7 * slope * max(0.0, at - right))  # each doubling adds less than the one before
 
     def _parameters(self) -> list[float]:
         return [math.log(self.floor), math.log(self.A), self.alpha, math.log(self.B), self.beta, self.gamma]
@@ -138,6 +134,7 @@ def fit(rungs: Sequence[Rung]) -> Law:
     """The law of these runs. With one vocabulary among them gamma is 0, which it cannot tell."""
     import numpy as np
     from scipy.optimize import least_squares
+    from scipy.stats import t
 
     several = len({rung.vocabulary for rung in rungs}) > 1
     free = 6 if several else 5
@@ -173,7 +170,7 @@ def fit(rungs: Sequence[Rung]) -> Law:
     tokens = {rung.vocabulary: 0.0 for rung in rungs}
     return Law(
         math.exp(floor), math.exp(a), alpha, math.exp(b), beta, gamma, tokens, max(rung.flops for rung in rungs),
-        deviation, freedom, covariance.tolist(), list(rungs),
+        deviation, float(t.ppf(0.975, freedom)), covariance.tolist(), list(rungs),
     )  # fmt: skip
 
 

@@ -15,15 +15,17 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.machine import likely_device, remembered_rate
+from pretrain.core.quick.machine import cores, likely_device, remembered_rate
+from pretrain.core.quick.outline import torch_imported
 from pretrain.dial import shapes
-from pretrain.dial.choose import RATES, Choice, Task, choose, rate_for
-from pretrain.dial.law import load
+from pretrain.dial.choose import BATCH_TOKENS, RATES, Choice, Task, choose, rate_for
+from pretrain.dial.law import Law, load
 from pretrain.training.budget import Budget
 
 Raw = dict[str, Any]  # a recipe as it is read
 LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's standard library, for corpora without a law
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
+CORE = 5e10  # FLOP/s of a core, as long as none is measured
 PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
 
 
@@ -100,7 +102,7 @@ def _settle_stage(stages: list[dict[str, Any]], number: int, output: Path | None
     tokenizer = next((e for e in stages[:number] if e.get("name", e.get("stage")) == entry.get("tokenizer")), None)
     task = _task(entry, model, tokenizer, stages[:number], output)
     choice = choose(task)
-    method, lr = _optimizer(entry, choice.flops)
+    method, lr = _optimizer(entry, choice)
     sizes = shapes.fields(choice.shape, str(family), max(choice.length, 1024))
     entry["model"] = {"family": family} | sizes | model
     entry.setdefault("length", choice.length)
@@ -132,11 +134,10 @@ def _task(
         if value is not None and (not isinstance(value, int) or value < 1):
             raise PretrainError(f"model.{names[what]} {value!r}: accepted: a whole number", place=("model",))
     vocabulary = model.get("vocab_size", (tokenizer or {}).get("vocab_size", 8192))
+    law, unique = load(Path(where)) if where else load(LAW), _unique(entry, before)
     return Task(
-        load(Path(where)) if where else load(LAW),
-        flops=budget.flops, tokens=budget.tokens, seconds=budget.seconds,
-        rate=_rate(output, needed=budget.seconds is not None),
-        unique=_unique(entry, before),
+        law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds, rate=_rate(output),
+        unique=unique,
         width=fixed["width"], depth=fixed["depth"],
         vocabulary=None if vocabulary == "auto" and tokenizer is not None else _entries(entry, tokenizer, vocabulary),
         length=entry.get("length"),
@@ -157,11 +158,19 @@ def _budget(value: object) -> Budget:
             f"budget {value!r}: accepted: {{flops: 1e13}}, tokens or seconds", place=("budget",)
         ) from error
     assert isinstance(budget, Budget)
-    if budget.unit not in ("flops", "tokens", "seconds"):
-        raise PretrainError(
-            f"budget {{{budget.unit}: …}} with size: auto: accepted: flops, tokens or seconds", place=("budget",)
-        )
     return budget
+
+
+def _tokens(budget: Budget, entry: Mapping[str, Any], unique: float | None, law: Law) -> float | None:
+    """A budget of tokens, or of steps or passes in tokens: about, where rows and vocabulary are still to be chosen."""
+    if budget.unit == "steps":
+        rows, length = entry.get("batch_rows"), entry.get("length")
+        return budget.limit * (rows * length if isinstance(rows, int) and isinstance(length, int) else BATCH_TOKENS)
+    if budget.unit == "epochs":
+        if unique is None:
+            raise PretrainError("budget of epochs: the corpus's size is not known; accepted: tokens", place=("budget",))
+        return budget.limit * unique / law.bytes_of_token(2048)
+    return budget.tokens
 
 
 def _entries(entry: dict[str, Any], tokenizer: dict[str, Any] | None, vocabulary: object) -> int:
@@ -195,28 +204,31 @@ def _unique(entry: dict[str, Any], before: list[dict[str, Any]]) -> float | None
     return math.fsum(s for s in sizes if s) * (1 - held_out) if sizes and None not in sizes else None
 
 
-def _rate(output: Path | None, *, needed: bool) -> float | None:
-    """FLOP/s of this machine: what this run's sizes were chosen by before, what was measured once, or a measurement."""
+def _rate(output: Path | None) -> float:
+    """FLOP/s of this machine: what this run's sizes were chosen by before, what was measured once, or a measurement.
+
+    Before torch is there it is not measured: what a core usually does stands for it, until the recipe is run.
+    """
     kept = output / PLAN if output is not None else None
     if kept is not None and kept.exists():
         rate = json.loads(kept.read_text(encoding="utf-8")).get("rate")
         if isinstance(rate, int | float) and rate > 0:
             return float(rate)
     rate = remembered_rate(likely_device())
-    if rate is None and needed:
+    if rate is None and torch_imported():
         from pretrain.core.hardware import matrix_rate, pick_device
 
         rate = matrix_rate(pick_device())
-    return rate
+    return rate or cores() * CORE
 
 
-def _optimizer(entry: Mapping[str, Any], flops: float) -> tuple[object, float | None]:
+def _optimizer(entry: Mapping[str, Any], choice: Choice) -> tuple[object, float | None]:
     """The optimiser with its rate; one whose rate the dial does not know keeps its own."""
     given = entry.get("optimizer", OPTIMIZER)
     method = {"method": given} if isinstance(given, str) else given
     if not isinstance(method, dict) or "lr" in method or method.get("method") not in RATES:
         return given, method.get("lr") if isinstance(method, dict) else None
-    lr = rate_for(method["method"], flops)
+    lr = rate_for(method["method"], choice)
     return method | {"lr": lr}, lr
 
 

@@ -180,9 +180,7 @@ class Train(Stage):
         if self.processor is not None:
             return None
         if self.model:
-            from pretrain.core.models.families import new_config
-
-            return positions(new_config(self.model["family"], self.fields()).to_dict()) if self.tokenizer else None
+            return positions(config_values(self.model["family"], self.fields())) if self.tokenizer else None
         before = earlier.get(self.init or "")
         if before is not None:
             return before._positions(earlier) if isinstance(before, Train) and not before.surgeries else None
