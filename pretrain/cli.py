@@ -28,6 +28,7 @@ from pretrain.runs import command as runs
 
 if TYPE_CHECKING:
     from pretrain.recipe import Recipe
+    from pretrain.stages import Estimate
 
 
 class _App(typer.Typer):
@@ -144,6 +145,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     from rich.console import Console
     from rich.table import Table
 
+    from pretrain.forecast import check_fits, forecast, total, warnings
     from pretrain.identity import plan, why
     from pretrain.runs.targets import repointed
 
@@ -155,33 +157,44 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for item in planned:
         for line in repointed(item):
             typer.echo(f"{item.stage.name}: {line}")
-    table = Table("stage", "kind", "status", "FLOPs", "memory", "time", title=f"{recipe.name} in {recipe.output}")
-    for item in planned:
-        status = "cached" if item.finished else "to run"
-        guess = item.stage.estimate(item.inputs)
-        cells = (_short(guess.flops), _short(guess.memory_bytes, "B"), _minutes(guess.seconds))
-        table.add_row(item.stage.name, item.stage.stage, status, *(("-",) * 3 if item.finished else cells))
+    names = ("stage", "kind", "status", "FLOPs", "memory", "time", "disk", "passes")
+    table = Table(*names, title=f"{recipe.name} in {recipe.output}: about")
+    expected = forecast(planned)
+    for each in expected:
+        stage, cells = each.item.stage, _cells(each.estimate) if each.to_run else ("-",) * 5
+        table.add_row(stage.name, stage.stage, "to run" if each.to_run else "cached", *cells)
+    table.add_section()
+    table.add_row("total", "", "", *_cells(total(expected)))
     Console().print(table)
+    for line in warnings(expected):
+        typer.echo(f"warning: {line}")
+    check_fits(expected)
+
+
+def _cells(guess: Estimate) -> tuple[str, ...]:
+    passes = "-" if guess.passes is None else f"{guess.passes:.2g}"
+    memory, disk = _short(guess.memory_bytes, "B"), _short(guess.disk_bytes, "B")
+    return _short(guess.flops), memory, _minutes(guess.seconds), disk, passes
 
 
 def _short(value: float | None, unit: str = "") -> str:
     if value is None:
         return "-"
-    for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+    for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= power:
-            return f"about {value / power:.3g} {letter}{unit}"
-    return f"about {value:.3g} {unit}"
+            return f"{value / power:.3g} {letter}{unit}"
+    return f"{value:.3g} {unit}".rstrip()
 
 
 def _minutes(seconds: float | None) -> str:
     if seconds is None:
         return "-"
     return (
-        f"about {seconds:.0f} s"
+        f"{seconds:.0f} s"
         if seconds < 120
-        else f"about {seconds / 60:.0f} min"
+        else f"{seconds / 60:.0f} min"
         if seconds < 7200
-        else f"about {seconds / 3600:.1f} h"
+        else f"{seconds / 3600:.1f} h"
     )
 
 

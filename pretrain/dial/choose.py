@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from functools import partial
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.machine import efficiency
 from pretrain.dial.law import Law, Prediction, unique_worth
 from pretrain.dial.shapes import Shape, shape_of, widths
 
@@ -79,11 +80,6 @@ def rate_for(optimizer: str, choice: Choice) -> float | None:
     rate, power = RATES[optimizer]
     width = (choice.shape.width / NARROW) ** power
     return float(f"{rate * width * (choice.flops / YARDSTICK) ** RATE_POWER:.1e}")
-
-
-def efficiency(width: int) -> float:
-    """The share of the machine's rate for large products that training at a width reaches, on CPUs: measured."""
-    return 0.85 * width / (width + 60)
 
 
 def _candidates(task: Task) -> Iterable[Shape]:

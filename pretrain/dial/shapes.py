@@ -7,7 +7,7 @@ The widths go in small steps, the depth follows from the width: 2 blocks at 64, 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 _USUAL = {
     "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
@@ -24,7 +24,11 @@ SMALLEST, LARGEST = 32, 8192  # widths
 
 @dataclass(frozen=True)
 class Shape:
-    """A transformer's size; `intermediate` is the width of a feed-forward, which has a third matrix where `gated`."""
+    """A transformer's size; `intermediate` is the width of a feed-forward, which has a third matrix where `gated`.
+
+    What a plain decoder does not have is nothing by default. An encoder-decoder counts the decoder's blocks in
+    `decoder`: they attend twice.
+    """
 
     width: int
     depth: int
@@ -33,33 +37,72 @@ class Shape:
     vocabulary: int
     gated: bool = True
     tied: bool = True  # whether the head shares the embeddings
+    queries: int = 0  # the width of all heads' queries, where it is not the model's
+    keys: int = 0  # that of keys, and of values, where heads share them
+    decoder: int = 0
+    transform: bool = False  # whether a square matrix stands before the head
+    density: float = 1.0  # the share of the matrices' weights that there are
+    beside: int = (
+        -1
+    )  # weights outside matrices and embeddings; -1: a norm before each half of a block and one at the end
+    fused: bool = True  # whether attention's kernel makes the scores again backwards, as it does without dropout
 
     @property
     def body(self) -> int:
         """Weights of the matrices between embeddings and head."""
-        return self.depth * self.width * (4 * self.width + (3 if self.gated else 2) * self.intermediate)
+        queries = self.queries or self.width
+        attention = 2 * self.width * (queries + (self.keys or queries))
+        feed_forward = (3 if self.gated else 2) * self.width * self.intermediate
+        blocks = (self.depth + self.decoder) * (attention + feed_forward) + self.decoder * attention
+        return round(blocks * self.density) + (self.width**2 if self.transform else 0)
 
     @property
     def weights(self) -> int:
-        """All weights, without positions and biases."""
-        norms = (2 * self.depth + 1) * self.width
-        return self.body + norms + self.vocabulary * self.width * (1 if self.tied else 2)
+        """All weights, without a decoder's positions and biases unless `beside` has them."""
+        beside = (2 * self.depth + 1) * self.width if self.beside < 0 else self.beside
+        return self.body + beside + self.vocabulary * self.width * (1 if self.tied else 2)
 
-    def flops(self, length: int) -> float:
+    def forward(self, length: int, targets: float = 1.0) -> float:
+        """FLOPs a token of a forward pass on rows of `length`, with a target at a share `targets` of the positions."""
+        head = targets * self.vocabulary * self.width
+        return 2.0 * (self.body + head) + 4.0 * self._attending * length
+
+    def flops(self, length: int, targets: float = 1.0, passes: float = 3.0) -> float:
         """FLOPs of training on one token in rows of `length`, as the meter counts them.
 
-        Six a weight of the body and the head; of attention four products of `length` by `width` forwards, and ten
-        backwards, where the fused kernels make the scores again.
+        Six a weight of the body and, at the share `targets` of positions, of the head; of attention four products of
+        `length` by the queries' width forwards, and ten backwards, where the fused kernels make the scores again. With
+        frozen weights, of which no gradient is made, a body is gone through not three times (`passes`) but twice.
         """
-        return 6.0 * (self.body + self.vocabulary * self.width) + 14.0 * self.depth * self.width * length
+        head = 6.0 * targets * self.vocabulary * self.width
+        return 2.0 * passes * self.body + head + (14.0 if self.fused else 12.0) * self._attending * length
 
-    def memory(self, tokens: int) -> float:
-        """Bytes of training on `tokens` at a time, in float32 with two moments: about.
+    @property
+    def chunk(self) -> int:
+        """Positions whose logits are made at once."""
+        return max(256, 2**21 // max(1, self.vocabulary))
 
-        Weights, gradients and moments; what a block keeps for the backward pass; the logits and their gradient.
+    def with_blocks(self, share: float) -> Shape:
+        """With so many times the weights in its blocks: more blocks, or matrices with fewer weights."""
+        whole = max(1, round(share))
+        return replace(self, depth=self.depth * whole, density=self.density * share / whole)
+
+    @property
+    def _attending(self) -> int:
+        return (self.depth + 2 * self.decoder) * (self.queries or self.width)
+
+    def memory(self, tokens: int, length: int, trained: float = 1.0) -> float:
+        """Bytes of training on `tokens` at a time in rows of `length`, in float32 with two moments: about.
+
+        Weights, and of the share that is `trained` gradients and moments; what a block keeps for the backward pass, the
+        scores of attention too where no fused kernel makes them again; a chunk of the logits.
         """
-        kept = self.depth * (10 * self.width + (4 if self.gated else 2) * self.intermediate)
-        return 16.0 * self.weights + 4.0 * tokens * (kept + 3 * self.vocabulary)
+        queries = self.queries or self.width
+        kept = (8 if self.fused else 12) * self.width + 3 * queries + (4 if self.gated else 2) * self.intermediate
+        scores = 0 if self.fused else 3 * self.heads * length
+        blocks = self.depth + 1.5 * self.decoder
+        logits = 4.0 * self.vocabulary * min(tokens, self.chunk)
+        return (4.0 + 12.0 * trained) * self.weights + 4.0 * tokens * blocks * (kept + scores) + logits
 
 
 def depth_of(width: int) -> int:

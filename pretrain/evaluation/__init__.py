@@ -35,6 +35,11 @@ class Evaluation(Method):
     kind: ClassVar[str] = "evaluation"
 
     @property
+    def passes(self) -> float:
+        """How often the model reads each document's tokens, without gradients."""
+        return 1.0
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The columns that it needs besides `text` and `domain`."""
         return ()

@@ -74,6 +74,7 @@ class Objective(Method):
     """
 
     kind: ClassVar[str] = "objective"
+    again: ClassVar[bool] = False  # whether logits, of more than one chunk, are made again for the backward pass
 
     @property
     def task(self) -> str:
@@ -99,6 +100,21 @@ class Objective(Method):
     def token_weights(self) -> bool:
         """Whether policies may weigh tokens."""
         return False
+
+    @property
+    def predicted(self) -> float:
+        """The share of positions with a target, for which logits are made."""
+        return float(getattr(self, "rate", 1.0)) if self.task == "masked" else 1.0
+
+    @property
+    def taught(self) -> float:
+        """The share of positions at which a model that is only read, as a teacher, makes its logits."""
+        return self.predicted
+
+    @property
+    def effort(self) -> float:
+        """What a step computes in blocks, the model's and others, next to one pass of the model and back."""
+        return 1.0
 
     @property
     def columns(self) -> tuple[str, ...]:

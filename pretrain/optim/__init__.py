@@ -38,6 +38,10 @@ class Optimizer(Method):
         """
         raise NotImplementedError
 
+    def update_flops(self, width: int) -> float:
+        """FLOPs of a step's update for each weight of the blocks, of a model of that width."""
+        return 0.0
+
 
 class Schedule(Method):
     """Base of the schedules."""

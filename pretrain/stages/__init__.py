@@ -43,6 +43,8 @@ from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.records import StageResult
+from pretrain.stages._estimates import Estimate as Estimate
+from pretrain.stages._estimates import Given as Given
 from pretrain.surgery import Surgery as SurgeryMethod
 
 if TYPE_CHECKING:
@@ -75,15 +77,6 @@ class Job:
         stages = [s for lineage in sources for s in (*lineage.get("stages", []), lineage.get("made_by")) if s]
         whole = {stage["address"]: stage for stage in (*stages, *self.lineage)}  # those of this run say the most
         return {"stages": list(whole.values()), "made_by": self.identity | result}
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """What a stage is expected to take; None where nothing can be said."""
-
-    flops: float | None = None
-    memory_bytes: float | None = None
-    seconds: float | None = None
 
 
 class Stage(BaseModel):
@@ -125,8 +118,8 @@ class Stage(BaseModel):
         """Do the work; returns `metrics`, and `flops` where it is metered."""
         raise NotImplementedError
 
-    def estimate(self, inputs: Folders) -> Estimate:
-        """What `--dry-run` says; `inputs` holds what is there already."""
+    def estimate(self, given: Given) -> Estimate:
+        """What `--dry-run` says, from what the stages and folders that it names leave, or are expected to."""
         return Estimate()
 
     def check_inputs(self, earlier: Mapping[str, Stage]) -> None:

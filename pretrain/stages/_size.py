@@ -49,7 +49,7 @@ class Settled:
             f"rows of {choice.length} tokens, {choice.batch_rows} a step; peak rate {self.lr or 'as given'}",
         ]
         time = f", about {choice.seconds:,.0f} s" if choice.seconds else ""
-        memory = shape.memory(choice.batch_rows * choice.length) / 2**20
+        memory = shape.memory(choice.batch_rows * choice.length, choice.length) / 2**20
         lines.append(f"{choice.flops:.3g} FLOPs{time}, about {memory:,.0f} MB of weights, states and activations")
         if choice.prediction is None:
             lines.append("too far beyond the runs that the law was fitted to for a prediction: 20 tokens a weight")
@@ -201,7 +201,8 @@ def _unique(entry: dict[str, Any], before: list[dict[str, Any]]) -> float | None
     except (ValueError, TypeError):  # told when the stage itself is checked
         return None
     held_out = sum(float(corpus.get(split, Data.model_fields[split].default)) for split in ("validation", "test"))
-    return math.fsum(s for s in sizes if s) * (1 - held_out) if sizes and None not in sizes else None
+    known = [size.bytes for size in sizes if size is not None]
+    return math.fsum(known) * (1 - held_out) if sizes and len(known) == len(sizes) else None
 
 
 def _rate(output: Path | None) -> float:

@@ -19,7 +19,8 @@ from pretrain.corpus.store import write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._work import working
 from pretrain.records import StageResult
-from pretrain.stages import DataOperationField, Job, Record, Stage, build_dataclass, dump
+from pretrain.stages import DataOperationField, Estimate, Given, Job, Record, Stage, build_dataclass, dump
+from pretrain.stages._estimates import corpus_estimate, uneven
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -63,6 +64,15 @@ class Data(Stage):
                 raise PretrainError(str(error), place=("sources", number)) from error
         return fingerprints
 
+    def estimate(self, given: Given) -> Estimate:
+        """From the sizes of the files; an operation may compute what it likes."""
+        sizes = [source.size() for source in self.sources]
+        known = [size for size in sizes if size is not None]
+        if len(known) < len(sizes):
+            return Estimate(None if self.operations else 0.0)
+        total, documents = sum(size.bytes for size in known), sum(size.documents for size in known)
+        return corpus_estimate(total, documents, self.validation, self.test, bool(self.operations))
+
     def progress(self, folder: Path) -> str:
         """What operations keep while they work."""
         return "with its operations under way" if any(folder.glob("work/*")) else ""
@@ -90,6 +100,8 @@ class Data(Stage):
             if getattr(self, split) and not info["documents"][split]:
                 count = sum(info["documents"].values())
                 job.say(f"no {split} documents: {count} are too few for a share of {getattr(self, split):g}")
+        for line in uneven(info, {"validation": self.validation, "test": self.test}):
+            job.say(f"warning: {line}")
         sizes = {f"{what}/{split}": info[what][split] for what in ("documents", "bytes") for split in info[what]}
         return {
             "metrics": sizes | {f"removed/{k}": v for k, v in info["removed"].items()},

@@ -13,7 +13,8 @@ from pretrain.core.files import write_json
 from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
 from pretrain.records import StageResult
-from pretrain.stages import DecodingField, Job, Record, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages import DecodingField, Estimate, Given, Job, Record, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages._estimates import decoding
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -58,6 +59,10 @@ class Decode(Stage):
         except PretrainError as error:
             raise ValueError(str(error)) from error
         return self
+
+    def estimate(self, given: Given) -> Estimate:
+        """A forward pass for each token."""
+        return decoding(given, sum(map(len, self.prompts)), len(self.prompts) * self.max_new_tokens)
 
     def run(self, job: Job) -> StageResult:
         """Write `samples.json`."""

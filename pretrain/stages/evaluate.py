@@ -18,7 +18,8 @@ from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.records import StageResult
-from pretrain.stages import EvaluationField, Job, Record, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages import Estimate, EvaluationField, Given, Job, Record, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages._estimates import reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,6 +52,12 @@ class Evaluate(Stage):
         if len(set(names)) < len(names):
             raise ValueError(f"{', '.join(names)}: accepted: each method once, since their metrics have the same names")
         return evaluations
+
+    def estimate(self, given: Given) -> Estimate:
+        """The documents' tokens, read as often as the evaluations say."""
+        return reading(
+            given, self.split, self.max_documents, sum(each.passes for each in self.evaluations), self.compressors
+        )  # fmt: skip
 
     def run(self, job: Job) -> StageResult:
         """Write `evaluation.json`, and each document's numbers by evaluation to `documents.json`."""

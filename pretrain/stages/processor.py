@@ -14,7 +14,8 @@ from pretrain.core.files import atomic_folder, digest, file_digest
 from pretrain.core.folders import cache_folder
 from pretrain.core.quick.outline import torch_imported
 from pretrain.records import StageResult
-from pretrain.stages import Job, Record, Ref, Stage
+from pretrain.stages import Estimate, Given, Job, Record, Ref, Stage
+from pretrain.stages._estimates import FLOOR
 
 if TYPE_CHECKING:
     from pretrain.core import processors
@@ -42,6 +43,10 @@ class Processor(Stage):
                 raise ValueError(f"processor {self.processor}: accepted: {{class: ViTImageProcessor, …}}")
             self._check()
         return self
+
+    def estimate(self, given: Given) -> Estimate:
+        """Next to nothing."""
+        return Estimate(0.0, FLOOR, 1.0, 1e4)
 
     def _check(self) -> None:
         """Make the processor to see whether it can be made; not where torch is yet to come and it was made before."""

@@ -9,7 +9,7 @@ from pydantic import Field
 from pretrain.core.bounds import Count, Ge
 from pretrain.core.errors import PretrainError
 from pretrain.records import StageResult
-from pretrain.stages import Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
+from pretrain.stages import Estimate, Given, Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +35,12 @@ class Surgery(Stage):
     corpus: Ref | None = None
     calibration_rows: Count = 128
     length: Annotated[int, Ge(2)] = 512
+
+    def estimate(self, given: Given) -> Estimate:
+        """What the surgeries compute, and the forward passes of calibration."""
+        from pretrain.stages._expected import operation
+
+        return operation(given, self.surgeries, self.calibration_rows if self.corpus else 0, self.length)
 
     def run(self, job: Job) -> StageResult:
         """Operate and save."""

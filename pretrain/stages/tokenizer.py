@@ -12,7 +12,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, digest
 from pretrain.corpus.store import Corpus
 from pretrain.records import StageResult
-from pretrain.stages import Job, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages import Estimate, Given, Job, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages._estimates import BYTES_AN_ENTRY, FLOOR, Left
 
 
 class Tokenizer(Stage):
@@ -52,6 +53,20 @@ class Tokenizer(Stage):
             tokenizer.save_pretrained(work)
         job.say(f"{len(tokenizer):,} entries")
         return {"metrics": {"vocabulary": len(tokenizer)}}
+
+    def estimate(self, given: Given) -> Estimate:
+        """The time of reading the text that it learns from; a vocabulary that this text cannot fill is told."""
+        if self.checkpoint is not None:
+            return Estimate(0.0, FLOOR, 1.0, 2e6, left=Left(vocabulary=given["checkpoint"].vocabulary))
+        entries = self.vocab_size if self.algorithm != "bytes" else 256 + 5
+        text = given["corpus"].bytes.get("train") if "corpus" in given else None
+        read = min(text or 0.0, self.max_bytes)
+        few = f"vocab_size {entries:,}: {read / 1e6:.3g} MB of text fill no more than about {read / 100:,.0f} entries"
+        return Estimate(
+            0.0, FLOOR + 12 * read if text else None, 1 + read / 4e6 if text else None, 130.0 * entries,
+            min(1.0, read / text) if text else None, Left(vocabulary=entries),
+            (few,) if text and self.algorithm != "bytes" and entries * BYTES_AN_ENTRY > read else (),
+        )  # fmt: skip
 
     def _texts(self, corpus: Corpus) -> Iterator[str]:
         """Training documents; of more than `max_bytes` a sample by the hash of their id, so from all sources alike."""

@@ -21,7 +21,7 @@ from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
 from pretrain.stages import (
     Estimate,
-    Folders,
+    Given,
     Job,
     Misfit,
     ObjectiveField,
@@ -36,6 +36,7 @@ from pretrain.stages import (
     build_method,
     checkpoint_of,
 )
+from pretrain.stages._expected import expect
 from pretrain.training.budget import Budget
 from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
 
@@ -337,40 +338,6 @@ class Train(Stage):
             for name, other in objective.export(modules).items():
                 checkpoint.save(other, processor, job.folder / name / "checkpoint", lineage)
 
-    def estimate(self, inputs: Folders) -> Estimate:
-        """From the weights: 6 FLOPs a weight and token, 16 bytes a weight, half the machine's matrix rate."""
-        from pretrain.core.hardware import matrix_rate, pick_device
-
-        weights, rate = self._count_weights(inputs), matrix_rate(pick_device()) / 2
-        if self.budget.epochs is not None:  # what that makes in tokens is known once the corpus is packed
-            return Estimate(None, 16.0 * weights if weights else None)
-        flops = {"flops": self.budget.limit, "seconds": self.budget.limit * rate}.get(self.budget.unit)
-        if flops is None and weights and self.processor is None:  # of an image or a recording the length says little
-            rows = {"tokens": 1, "steps": self.batch_rows * self.length}[self.budget.unit]
-            flops = 6.0 * weights * self.budget.limit * rows
-        return Estimate(flops, 16.0 * weights if weights else None, flops / rate if flops else None)
-
-    def _count_weights(self, inputs: Folders) -> int | None:
-        """The model's weights; None when they are those of a stage that has not run yet."""
-        import torch
-        from transformers import AutoModel
-
-        from pretrain.core.checkpoint import load_config
-        from pretrain.core.models.families import new_model
-        from pretrain.corpus.tokenizers import load_tokenizer
-
-        with torch.device("meta"):
-            if self.init is not None:
-                try:
-                    model = AutoModel.from_config(load_config(checkpoint_of(inputs["init"])))
-                except PretrainError:
-                    return None
-            else:
-                fields = self.fields()
-                if self.tokenizer and (inputs["tokenizer"] / "tokenizer").is_dir():
-                    fields = {"vocab_size": len(load_tokenizer(inputs["tokenizer"] / "tokenizer"))} | fields
-                try:
-                    model = new_model(self.model["family"], fields, task="base")
-                except PretrainError:  # of a size that a stage which has not run yet says
-                    return None
-        return sum(p.numel() for p in model.parameters())
+    def estimate(self, given: Given) -> Estimate:
+        """From the shape of the model and the budget."""
+        return expect(self, given)

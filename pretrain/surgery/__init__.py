@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.batch import Batch
+    from pretrain.dial.shapes import Shape
 
 
 PeftFormat = tuple[dict[str, object], dict[str, "Tensor"]]  # an adapter's configuration, and its tensors by name
@@ -60,7 +61,19 @@ class Surgery(Method):
 
     kind: ClassVar[str] = "surgery"
     adapts: ClassVar[bool] = False
+    calibration: ClassVar[float] = 1.0  # FLOPs on the rows of calibration, in forward passes of whole matrices
+    estimated: ClassVar[bool] = True  # whether `work` and `calibration` tell what it computes: not of one that trains
+    trained: ClassVar[float] = 0.02  # of one that `adapts`: the share of weights that it leaves to train, about
     keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
+
+    @property
+    def growth_of_blocks(self) -> float:
+        """The weights of the blocks after it, next to those before."""
+        return 1.0
+
+    def work(self, shape: Shape) -> float:
+        """FLOPs on a model of this shape, besides those on the rows of calibration."""
+        return 0.0
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The operated model: a new one, or the same one changed in place; always use what is returned."""

@@ -6,10 +6,10 @@ import builtins
 import importlib
 import lzma
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TextIO, TypeVar
 
 from pretrain.core.bounds import check_fields
 from pretrain.core.files import digest
@@ -20,6 +20,23 @@ Document = dict[str, Any]  # its columns by name
 # What is told of something that cannot be read: where it is, what is wrong, its reason in the counts, what is accepted.
 Wrong = Callable[[str, str, str, str], None]
 T = TypeVar("T")
+
+
+class Size(NamedTuple):
+    """What a source is about to give: bytes of text, and documents (0: not known without reading)."""
+
+    bytes: float
+    documents: float = 0
+
+
+PACKED = (".gz", ".bz2", ".xz", ".zst")
+UNPACKED = 4  # times as large is text as its compressed file, about
+
+
+def size_of(paths: Iterable[Path]) -> Size:
+    """Of files that are a document each."""
+    sizes = [path.stat().st_size * (UNPACKED if path.suffix in PACKED else 1) for path in paths]
+    return Size(sum(sizes), len(sizes))
 
 
 class Source:
@@ -36,12 +53,12 @@ class Source:
         """The documents, in a fixed order; what is passed over is counted in `skipped`."""
         raise NotImplementedError
 
-    def state(self) -> object:
-        """What changes when the files do; None where the fields say it all, as a package's version does."""
+    def size(self) -> Size | None:
+        """About what it gives, from the sizes of files alone; None where that is not known."""
         return None
 
-    def size(self) -> int | None:
-        """About how many bytes its documents hold, as the files' sizes tell; None where they do not."""
+    def state(self) -> object:
+        """What changes when the files do; None where the fields say it all, as a package's version does."""
         return None
 
 

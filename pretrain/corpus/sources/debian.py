@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.roff import unroff
-from pretrain.corpus.sources._files import Document, Source, read_text
+from pretrain.corpus.sources._files import Document, Size, Source, read_text, size_of
 from pretrain.corpus.sources._paths import below, stamp
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -38,6 +38,9 @@ class DebianDocs(Source):
                 text = read_text(path, skipped)
                 if text is not None and (plain := unroff(text).strip()):
                     yield {"text": plain + "\n", "domain": "man", "id": str(path)}
+
+    def size(self) -> Size:
+        return size_of(path for folder in (self.doc, self.man) for path in below(Path(folder)))
 
     def state(self) -> object:
         return [stamp(path) for folder in (self.doc, self.man) for path in below(Path(folder))]

@@ -12,11 +12,13 @@ from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, unread
-from pretrain.corpus.sources._files import BROKEN, Document, Source, Wrong, open_text, read_text
+from pretrain.corpus.sources._files import BROKEN, Document, Size, Source, Wrong, open_text, read_text, size_of
 from pretrain.corpus.sources._paths import below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 
 OnError = Literal["stop", "skip"]
+
+TABLES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".feather", ".orc", ".ipynb")
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,12 @@ class Files(Source):
         except (*BROKEN, RecursionError):
             return False
 
+    def size(self) -> Size | None:
+        if self.package is not None:
+            return None
+        paths = [path for _, path in located(self.files, None, self.suffixes)]
+        return size_of(paths) if all(path.suffix not in TABLES for path in paths) else Size(size_of(paths).bytes)
+
     def state(self) -> object:
         return stamps(self.files, self.package, self.suffixes, hidden=self.hidden, secrets=self.secrets)
 
@@ -100,12 +108,6 @@ def wrong_of(on_error: OnError, skipped: Skipped) -> Wrong:
         skipped.add(reason, where.partition(" (row")[0])
 
     return wrong
-
-    def size(self) -> int | None:
-        if self.package is not None:
-            return None
-        files = [path for _, path in located(self.files, None, self.suffixes)]
-        return sum(path.stat().st_size * (3 if path.suffix in (".gz", ".zst") else 1) for path in files)
 
 
 @dataclass(frozen=True)

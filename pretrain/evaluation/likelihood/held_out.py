@@ -39,6 +39,11 @@ class HeldOut(Evaluation):
     resamples: int = 1000
     seed: int = 0
 
+    @property
+    def passes(self) -> float:
+        """Windows overlap by all but their stride, half of the length unless it is said."""
+        return self.length / self.stride if self.length and self.stride else 2.0
+
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:

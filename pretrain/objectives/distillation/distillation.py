@@ -49,6 +49,7 @@ class Distillation(Taught):
     tokenizer, is only read.
     """
 
+    again: ClassVar[bool] = True
     version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 

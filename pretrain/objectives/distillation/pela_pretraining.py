@@ -48,6 +48,8 @@ class PELAPretraining(Taught):
     version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
+    taught: ClassVar[float] = 0.0  # the teacher's states alone
+
     teacher: Ref
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     rate: float = 0.15  # of masked_lm

@@ -20,6 +20,7 @@ class FineTuning(Objective, Generic[Answer]):
     """Base of the objectives on labelled documents. `prepare` is given `Example`s and sees `context.encoder`."""
 
     reads: ClassVar[Literal["rows", "examples"]] = "examples"
+    predicted: ClassVar[float] = 0.0  # the head is one of labels
 
     @property
     def task(self) -> str:

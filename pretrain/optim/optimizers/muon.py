@@ -50,3 +50,7 @@ class Muon(Optimizer):
             lr = self.lr if self.adamw_lr is None else self.adamw_lr
             parts.append(torch.optim.AdamW(groups, lr=lr, betas=(self.beta1, self.beta2), eps=self.eps, fused=True))
         return Together(parts)
+
+    def update_flops(self, width: int) -> float:
+        """Three products an iteration: 4 A + 2 A² / B a weight of an A × B matrix, A the smaller side."""
+        return self.ns_steps * 5.0 * width

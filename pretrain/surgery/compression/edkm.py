@@ -214,6 +214,7 @@ class EDKM(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    estimated: ClassVar[bool] = False
 
     bits: Annotated[int, Ge(1), Le(8)] = 3
     tau: Positive = 1e-4

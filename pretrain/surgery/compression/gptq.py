@@ -149,6 +149,7 @@ class GPTQ(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    calibration: ClassVar[float] = 3.6  # through the blocks twice, and the products of inputs
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: GroupSize = 128

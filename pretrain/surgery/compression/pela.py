@@ -18,6 +18,7 @@ from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import set_module
 from pretrain.core.models.layers import Linear, like, sides
+from pretrain.dial.shapes import Shape
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_layer, plain_linears, weight_of
 
@@ -94,6 +95,18 @@ class PELA(Surgery):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
 
     compression: Annotated[float, Ge(0.5)] = 3.0
+
+    def work(self, shape: Shape) -> float:
+        """The singular value decompositions of four square matrices and of the feed-forward's."""
+        small, large = sorted((shape.width, shape.intermediate))
+        inner = (3 if shape.gated else 2) * (6 * large * small**2 + 20 * small**3)
+        return float(shape.depth * (4 * 26 * shape.width**3 + inner))
+
+    @property
+    def growth_of_blocks(self) -> float:
+        """What the factors keep."""
+        return 1 / self.compression
+
     merge: bool = False
 
     def rank(self, outputs: int, inputs: int) -> int:

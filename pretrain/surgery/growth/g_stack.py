@@ -30,6 +30,11 @@ class GStack(Surgery):
 
     growth: Count = 4
 
+    @property
+    def growth_of_blocks(self) -> float:
+        """As many times as there are copies."""
+        return float(self.growth)
+
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """A model of `growth` times as many blocks, block i a copy of block i mod n."""
         entry = family(model)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -46,6 +46,7 @@ class VocabularyExpansion(Surgery):
     normal with the configuration's initial deviation. But for "cw2v" the head's bias is the mean of the old ones.
     """
 
+    estimated: ClassVar[bool] = False
     tokenizer: Ref
     initialisation: Literal["cw2v", "mean", "multivariate", "univariate", "random"] = "cw2v"
     corpus: Ref = ""

@@ -1,0 +1,84 @@
+"""What a run is expected to take, stage by stage, and what is wrong with it, before anything runs and without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.quick.machine import likely_device, memory
+from pretrain.identity import Planned
+from pretrain.stages._estimates import Estimate, Left, left_in
+
+SURE = 1.3  # an estimate of memory so many times what there is does not fit, whatever it is off by
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A stage of the plan and what it is expected to take: nothing where it is finished."""
+
+    item: Planned
+    estimate: Estimate
+
+    @property
+    def to_run(self) -> bool:
+        """Whether it is still to run."""
+        return not self.item.finished
+
+
+def forecast(planned: Sequence[Planned]) -> list[Forecast]:
+    """Each stage's estimate, from what those before it leave or are expected to leave."""
+    left: dict[str, Left] = {}
+    made = []
+    for item in planned:
+        if item.finished:
+            estimate = Estimate(left=left_in(item.folder))
+        else:
+            estimate = item.stage.estimate(dict(_given(item, left)))
+        left[item.stage.name] = estimate.left
+        made.append(Forecast(item, estimate))
+    return made
+
+
+def _given(item: Planned, left: dict[str, Left]) -> Iterator[tuple[str, Left]]:
+    """What the references of a stage lead to, by field; of a list each with its number."""
+    for field, names in item.stage.references().items():
+        places = item.inputs[field]
+        if isinstance(names, list) and isinstance(places, list):
+            listed = {f"{field}.{number}": pair for number, pair in enumerate(zip(names, places, strict=True))}
+        else:
+            listed = {field: (str(names), Path(str(places)))}
+        for key, (name, place) in listed.items():
+            yield key, left[name] if name in left else left_in(place)
+
+
+def total(forecasts: Sequence[Forecast]) -> Estimate:
+    """Of what is still to run: sums, and the most memory; of what is known."""
+    ahead = [each.estimate for each in forecasts if each.to_run]
+
+    def known(name: str) -> list[float]:
+        return [value for each in ahead if (value := getattr(each, name)) is not None]
+
+    return Estimate(
+        sum(known("flops")) if known("flops") else None, max(known("memory_bytes"), default=None),
+        sum(known("seconds")) if known("seconds") else None, sum(known("disk_bytes")) if known("disk_bytes") else None,
+    )  # fmt: skip
+
+
+def warnings(forecasts: Sequence[Forecast]) -> list[str]:
+    """A line for each thing that is likely a mistake."""
+    ahead = [each for each in forecasts if each.to_run]
+    return [f"stage {each.item.stage.name!r}: {text}" for each in ahead for text in each.estimate.warnings]
+
+
+def check_fits(forecasts: Sequence[Forecast]) -> None:
+    """Refuse what this machine's memory cannot hold; that of a device is its own affair."""
+    most = memory()
+    for each in forecasts:
+        need = each.estimate.memory_bytes or 0.0
+        if each.to_run and need > SURE * most and likely_device() == "cpu":
+            raise PretrainError(
+                f"stage {each.item.stage.name!r}: about {need / 1e9:.3g} GB of memory, this machine has "
+                f"{most / 1e9:.3g} GB; accepted: a smaller model, a smaller micro_rows or length, or less text"
+            )

@@ -1,0 +1,147 @@
+"""What stages are expected to take and to leave, known before anything runs and without torch.
+
+Times and memory of the data and of the process were measured on a CPU; of training see `core.quick.machine`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSON, read_json
+from pretrain.core.folders import corpus_of, tokenizer_of
+from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
+from pretrain.dial.configs import shape_from
+from pretrain.dial.shapes import Shape
+
+FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
+RATE = 4e10  # FLOP/s where no run has measured this machine: a core or two
+DOCUMENT = 8e3  # bytes, where nobody has counted the documents
+BYTES_AN_ENTRY = 100  # of training text at least for each entry of a vocabulary
+MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
+DECODING = 0.2  # of the rate of training, a token at a time
+
+
+@dataclass(frozen=True)
+class Left:
+    """What a stage leaves for others, or is expected to; nothing where that is not known."""
+
+    bytes: Mapping[str, float] = field(default_factory=dict)  # of a corpus, by split
+    documents: Mapping[str, float] = field(default_factory=dict)
+    vocabulary: int | None = None
+    config: Mapping[str, JSON] = field(default_factory=dict)  # of a model, with its `model_type`
+    blocks: float = 1.0  # how many times the weights of its blocks that its configuration says
+    trained: float = 1.0  # the share of its weights that is trained
+    length: int | None = None  # that a model was trained at
+    exact: bool = False  # whether it is there, and no guess
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a stage is expected to take; None where nothing can be said. `passes`: how often it reads its corpus."""
+
+    flops: float | None = None
+    memory_bytes: float | None = None
+    seconds: float | None = None
+    disk_bytes: float | None = None
+    passes: float | None = None
+    left: Left = Left()
+    warnings: tuple[str, ...] = ()
+
+
+Given = Mapping[str, Left]  # by the fields that name them, as `Stage.references` does
+
+
+def left_in(folder: Path) -> Left:
+    """What lies in a stage's folder, or in a corpus, a tokenizer or a checkpoint."""
+    left = Left()
+    with suppress(PretrainError, OSError, KeyError, TypeError):
+        corpus = corpus_of(folder) / "corpus.json"
+        if corpus.exists():
+            info = read_json(corpus)
+            left = Left(info["bytes"], info["documents"], exact=True)
+        tokenizer = tokenizer_of(folder) / "tokenizer.json"
+        place = next((path for path in (folder / "checkpoint", folder) if (path / "config.json").exists()), None)
+        entries = _entries(read_json(tokenizer)) if tokenizer.exists() else None
+        config = read_json(place / "config.json") if place else {}
+        note = place / "pretrain.json" if place else folder
+        length = read_json(note).get("lineage", {}).get("length") if note.is_file() else None
+        left = Left(left.bytes, left.documents, entries, config, length=length, exact=True)
+    return left
+
+
+def _entries(tokenizer: Mapping[str, Any]) -> int:
+    """Of the vocabulary in a `tokenizer.json`: the model's, and those added to it."""
+    vocabulary = tokenizer["model"]["vocab"]
+    names = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
+    return len(names | {entry["content"] for entry in tokenizer["added_tokens"]})
+
+
+def bytes_of_token(vocabulary: int) -> float:
+    """Bytes of text in a token of a BPE trained on it: one of 256 entries, and with each doubling 0.6 more at most."""
+    doublings = max(0.0, math.log2(max(vocabulary, 256) / 256))
+    return 1 + 1.3 * doublings**0.6
+
+
+def training_seconds(flops: float, width: int) -> float:
+    """Of so many FLOPs at a width, on this machine."""
+    device = likely_device()
+    return flops / ((remembered_rate(device) or RATE) * efficiency(width))
+
+
+def forward(shape: Shape, tokens: float, length: int, targets: float = 1.0) -> tuple[float, float]:
+    """FLOPs and seconds of reading tokens once, without gradients."""
+    flops = tokens * shape.forward(length, targets)
+    return flops, training_seconds(flops, shape.width)
+
+
+def uneven(info: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]) -> Iterable[str]:
+    """What is said of splits that documents of unequal size have made unlike what was asked for."""
+    whole = sum(info["bytes"].values())
+    for split, share in shares.items():
+        documents, held = info["documents"].get(split, 0), info["bytes"].get(split, 0) / max(1, whole)
+        if share and documents and (documents == 1 or not share / 5 < held < 5 * share):
+            yield (
+                f"the {split} split has {documents:,} of the documents with {held:.1%} of the text, not {share:.1%}: "
+                "the documents are uneven; accepted: smaller ones, or another share"
+            )
+
+
+def corpus_estimate(total: float, documents: float, validation: float, test: float, works: bool) -> Estimate:
+    """Of a corpus of so many bytes of files; `works`: operations on it compute something too."""
+    shares = {"train": 1 - validation - test, "validation": validation, "test": test}
+    left = Left({split: share * total for split, share in shares.items()},
+                {split: share * documents for split, share in shares.items() if documents})  # fmt: skip
+    return Estimate(None if works else 0.0, FLOOR + 10 * total, 1 + total / 1.5e6, 0.25 * total, 1.0, left)
+
+
+def reading(given: Given, split: str, most: float, passes: float, compressors: bool) -> Estimate:
+    """Of evaluating a model on at most so many documents of a split."""
+    corpus, model = given.get("corpus", Left()), given.get("checkpoint", Left())
+    shape = shape_from(model.config)
+    size = corpus.bytes.get(split)
+    if shape is None or size is None or not model.vocabulary:
+        return Estimate()
+    shape = shape.with_blocks(model.blocks)
+    share = min(1.0, most / (corpus.documents.get(split) or size / DOCUMENT))
+    length, tokens = model.length or 512, share * size / bytes_of_token(model.vocabulary)
+    flops, seconds = forward(shape, tokens * passes, length, 1 / passes)
+    squeezed = 2e-6 * share * size if compressors else 0.0
+    return Estimate(
+        flops, FLOOR + MEASURING + 4.0 * shape.weights + 10 * share * size, seconds + squeezed + 1, 1e5, share
+    )
+
+
+def decoding(given: Given, characters: float, new: float) -> Estimate:
+    """Of continuing prompts of so many characters by so many tokens."""
+    model = given.get("checkpoint", Left())
+    shape = shape_from(model.config)
+    if shape is None or not model.vocabulary:
+        return Estimate()
+    flops = (characters / bytes_of_token(model.vocabulary) + new) * shape.forward(model.length or 512)
+    return Estimate(flops, FLOOR + 4.0 * shape.weights, training_seconds(flops, shape.width) / DECODING + 1, 1e4)

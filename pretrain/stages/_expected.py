@@ -1,0 +1,220 @@
+"""What a `train` stage is expected to take, from the fields of the recipe and what the stages before it leave."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from pretrain.core.files import JSON
+from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
+from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
+from pretrain.dial.shapes import Shape
+from pretrain.objectives import Objective
+from pretrain.optim import Optimizer
+from pretrain.stages._estimates import FLOOR, RATE, Estimate, Given, Left, bytes_of_token, forward, training_seconds
+from pretrain.surgery import Surgery
+from pretrain.training.budget import Budget
+
+FEW_STEPS, MANY_PASSES = 10, 4  # arXiv:2305.16264: up to 4 passes are worth nearly as much as new text
+FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
+START = 3.0  # seconds before the first step
+TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
+TRAINING = 0.1e9  # bytes that the loop's own libraries hold
+
+
+class Weighted(Protocol):
+    """An objective and its weight in the sum."""
+
+    @property
+    def method(self) -> Objective:
+        """The objective."""
+
+
+class Asked(Protocol):
+    """What of a `train` stage's fields this file reads."""
+
+    init: str | None
+    model: dict[str, JSON]
+    surgeries: list[Surgery]
+    length: int
+    batch_rows: int
+    micro_rows: int
+    optimizer: Optimizer
+    budget: Budget
+    evaluate_every: float  # in steps, below 1 a share of the budget
+    evaluate_tokens: int
+    save_every: int
+    keep: int
+    checkpointing: bool
+
+    def weighted(self) -> Sequence[Weighted]:
+        """The objectives with their weights."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """A training in numbers: of a step its tokens, of a token its FLOPs, of the corpus its tokens."""
+
+    step_tokens: float
+    positions: float  # of a row, that the blocks see
+    flops: float
+    rate: float  # FLOP/s
+    corpus_tokens: float | None
+
+    def tokens(self, budget: Budget) -> float | None:
+        """What the budget makes, in whole steps."""
+        each: dict[str, float | None] = {
+            "tokens": 1.0, "steps": self.step_tokens, "flops": 1 / self.flops, "seconds": self.rate / self.flops,
+            "epochs": self.corpus_tokens,
+        }  # fmt: skip
+        share = each[budget.unit]
+        return (
+            None if share is None else math.ceil(round(share * budget.limit / self.step_tokens, 6)) * self.step_tokens
+        )
+
+
+def expect(stage: Asked, given: Given) -> Estimate:
+    """FLOPs, memory, seconds, disk and passes over the corpus; what of the budget is odd in `warnings`."""
+    model, corpus = described(stage, given), given.get("corpus", Left())
+    shape = shape_from(model.config)
+    left = replace(model, bytes={}, documents={}, length=stage.length, exact=False)
+    device = likely_device()
+    if shape is None:
+        return Estimate(flops=stage.budget.limit if stage.budget.unit == "flops" else None, left=left)
+    shape = shape.with_blocks(model.blocks)
+    work = _work(stage, shape, model, given, (remembered_rate(device) or RATE) * efficiency(shape.width))
+    tokens = work.tokens(stage.budget)
+    if tokens is None:
+        return Estimate(memory_bytes=_memory(stage, shape, model, given, work), left=left)
+    flops, steps = tokens * work.flops, tokens / work.step_tokens
+    every = stage.evaluate_every
+    evaluations = 1 + int((steps // every if every >= 1 else 1 / every) if every else 0)
+    held_out = _tokens(corpus, "validation", model) or stage.evaluate_tokens
+    evaluated = forward(shape, evaluations * min(stage.evaluate_tokens, held_out), stage.length)[1]
+    saved = min(stage.keep, 1 + steps // stage.save_every) if stage.save_every else 0
+    trained = shape.weights * model.trained
+    return Estimate(
+        flops, _memory(stage, shape, model, given, work), training_seconds(flops, shape.width) + evaluated + START,
+        4.0 * shape.weights + saved * (4.0 * shape.weights + 8.0 * trained) + 2.0 * (work.corpus_tokens or 0),
+        tokens / work.corpus_tokens if work.corpus_tokens else None, left, tuple(_odd(stage, work, tokens)),
+    )  # fmt: skip
+
+
+def described(stage: Asked, given: Given) -> Left:
+    """The model that is trained: its configuration, its entries, how much of it is trained."""
+    made = given.get("init", Left())
+    entries = given.get("tokenizer", made).vocabulary
+    if stage.model:
+        config = {name: value for name, value in stage.model.items() if name != "family"}
+        known = {"vocab_size": entries} if entries else {}
+        made = Left(config={"model_type": stage.model["family"], **known, **config}, vocabulary=entries)
+    return operated(made, stage.surgeries)
+
+
+def operated(made: Left, surgeries: Sequence[Surgery]) -> Left:
+    """A model after surgeries, as far as they say what becomes of its size."""
+    for surgery in surgeries:
+        trained = surgery.trained if surgery.adapts else made.trained
+        made = replace(made, blocks=made.blocks * surgery.growth_of_blocks, trained=trained)
+    return made
+
+
+def operation(given: Given, surgeries: Sequence[Surgery], rows: int, length: int) -> Estimate:
+    """Of surgeries on a checkpoint: two models in memory, a pass over the rows of calibration, what each computes."""
+    before = given.get("checkpoint", Left())
+    left, shape = operated(before, surgeries), shape_from(before.config)
+    if shape is None:
+        return Estimate(left=left)
+    blocks, after = shape.with_blocks(before.blocks), shape.with_blocks(left.blocks)
+    passed = rows * length * replace(blocks, density=1.0).forward(length, 0.0)
+    flops = sum(each.work(blocks) + each.calibration * passed for each in surgeries)
+    known = all(each.estimated for each in surgeries)
+    weights = blocks.weights + after.weights
+    weights += sum(_weights(other) for name, other in given.items() if name.startswith("models."))
+    memory = FLOOR + 4.0 * weights + 16.0 * rows * length * shape.width
+    return Estimate(
+        flops if known else None, memory, training_seconds(flops, shape.width) + 2 if known else None,
+        4.0 * after.weights, left=left,
+    )  # fmt: skip
+
+
+def _weights(model: Left) -> int:
+    """Of a model, or none where it is not known."""
+    shape = shape_from(model.config)
+    return shape.weights if shape else 0
+
+
+def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) -> Work:
+    objectives = [each.method for each in stage.weighted()]
+    length, corpus = stage.length, given.get("corpus", Left())
+    seen = positions_of(model.config, length)  # positions of the blocks in a row
+    if objectives[0].reads == "examples" and model.vocabulary:  # whole documents, cut off at `length`
+        documents, tokens = corpus.documents.get("train"), _tokens(corpus, "train", model)
+        length = round(min(length, max(2.0, tokens / documents))) if documents and tokens else length
+        seen = float(length)
+    flops = 0.0
+    for objective in objectives:
+        targets = objective.predicted * (1 - 1 / length if objective.task == "causal" else 1)
+        taught, logits = objective.taught, targets * length * (stage.micro_rows or stage.batch_rows)
+        if objective.again and logits > shape.chunk:
+            targets, taught = targets * 4 / 3, taught * 2
+        passes = (3.0 if model.trained == 1 else 2.0) + stage.checkpointing
+        each = shape.flops(max(1, round(seen)), targets, passes)
+        head = 6.0 * targets * shape.vocabulary * shape.width
+        flops += (each - head) * objective.effort + head
+        flops += sum(teacher.forward(length, taught) for teacher in _teachers(objective, given))
+    flops = flops * seen + convolutions(model.config, length)
+    if decoder := reconstructor(model.config):
+        flops += decoder[0].flops(round(decoder[1])) * decoder[1]
+    step = stage.batch_rows * length * FILLED
+    update = stage.optimizer.update_flops(shape.width) * shape.body * model.trained
+    return Work(step, seen, (flops * stage.batch_rows + update) / step, rate, _tokens(corpus, "train", model))
+
+
+def _teachers(objective: Objective, given: Given) -> Iterator[Shape]:
+    """The models that an objective only reads."""
+    for name in objective.references():
+        place = next((field for field in given if field.endswith(f".{name}")), "")
+        shape = shape_from(given[place].config) if place else None
+        if shape is not None:
+            yield shape.with_blocks(given[place].blocks)
+
+
+def _tokens(corpus: Left, split: str, model: Left) -> float | None:
+    """Of a split, where both the corpus and the vocabulary are known."""
+    size = corpus.bytes.get(split)
+    return size / bytes_of_token(model.vocabulary) if size and model.vocabulary else None
+
+
+def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -> float:
+    """The process, the corpus, the model, those that teach it, and the copies that are written while it trains."""
+    tokens = round(work.positions * (stage.micro_rows or stage.batch_rows))
+    copies = (4.0 + 8.0 * model.trained) * shape.weights if stage.save_every else 0.0
+    teachers = sum(4.0 * teacher.weights for each in stage.weighted() for teacher in _teachers(each.method, given))
+    corpus = given.get("corpus", Left())
+    read = (TEXT_THERE if corpus.exact else TEXT_MADE) * sum(corpus.bytes.values())
+    effort = max(each.method.effort for each in stage.weighted())
+    return (
+        FLOOR
+        + TRAINING
+        + read
+        + effort * shape.memory(tokens, round(work.positions), model.trained)
+        + copies
+        + teachers
+    )
+
+
+def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[str]:
+    """What a user would want to know of the budget before it is spent."""
+    steps, step = tokens / work.step_tokens, f"{work.step_tokens:,.0f} tokens"
+    if stage.budget.unit == "tokens" and stage.budget.limit < work.step_tokens:
+        yield f"budget.tokens {stage.budget.limit:,.0f}: one step takes {step}; accepted: fewer batch_rows"
+    elif steps < FEW_STEPS:
+        yield f"the budget makes {steps:,.0f} steps of {step}: few to learn from; accepted: more, or fewer batch_rows"
+    if work.corpus_tokens and work.step_tokens > work.corpus_tokens:
+        yield f"batch_rows {stage.batch_rows}: a step takes {step}, the corpus has about {work.corpus_tokens:,.0f}"
+    elif work.corpus_tokens and tokens > MANY_PASSES * work.corpus_tokens:
+        passes = tokens / work.corpus_tokens
+        yield f"the corpus is read {passes:.1f} times: after {MANY_PASSES} passes text teaches little; more text does"
