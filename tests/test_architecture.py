@@ -24,6 +24,7 @@ FLOORS = (
     ("papers", "report", "methods"),
     ("closure",),
     ("identity",),
+    ("forecast",),
     ("runs",),
     ("engine",),
     ("adopt", "experiments", "docs", "interactive"),

@@ -36,7 +36,7 @@ def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
     data = collect(folder)
     if not running:
         with_bigrams(data, folder)
-    here = Path(__file__).with_name("report/template")
+    here = Path(__file__).with_name("template")
     parts: dict[str, object] = {
         "TITLE": data["run"]["name"],
         "HEADING": data["run"]["name"],
@@ -51,10 +51,10 @@ def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
 
 def _body(data: Page, running: str) -> Html:
     about = headline(data)
-    said = summarise(data, running)
-    command = [tag("pre", said.command, class_="command")] if said.command else []
-    first = tag("p", said.result, " ", said.judgement, class_="first")
-    parts = [tag("div", first, tag("p", said.advice), *command, class_="lead")]
+    summary = summarise(data, running)
+    command = [tag("pre", summary.command, class_="command")] if summary.command else []
+    first = tag("p", summary.result, " ", summary.judgement, class_="first")
+    parts = [tag("div", first, tag("p", summary.advice), *command, class_="lead")]
     parts.append(_cards(data, about))
     if data["trainings"]:
         parts.append(_section("Training", _curves(data)))

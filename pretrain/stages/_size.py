@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.quick.machine import cores, likely_device, remembered_rate
 from pretrain.core.quick.outline import torch_imported
 from pretrain.dial import shapes
@@ -97,9 +97,13 @@ def _settle_stage(stages: list[dict[str, Any]], number: int, output: Path | None
     model, name = entry.get("model"), str(entry.get("name", "train"))
     family = model.get("family") if isinstance(model, dict) else None
     if not isinstance(model, dict) or family not in shapes.CAUSAL:
-        accepted = ", ".join(shapes.CAUSAL)
-        raise PretrainError(f"size: auto chooses for new decoders; accepted: model: {{family: one of {accepted}}}")
-    tokenizer = next((e for e in stages[:number] if e.get("name", e.get("stage")) == entry.get("tokenizer")), None)
+        accepted, hint = ", ".join(shapes.CAUSAL), nearest(str(family), shapes.CAUSAL)
+        raise PretrainError(
+            f"size: auto chooses for new decoders{hint}; accepted: model: {{family: one of {accepted}}}"
+        )
+    made = [e for e in stages[:number] if e.get("stage") == "tokenizer"]
+    named = [e for e in made if e.get("name", "tokenizer") == entry.get("tokenizer")]
+    tokenizer = next(iter(named or [e for e in made if e.get("vocab_size") == "auto"]), None)
     task = _task(entry, model, tokenizer, stages[:number], output)
     choice = choose(task)
     method, lr = _optimizer(entry, choice)
@@ -227,6 +231,8 @@ def _optimizer(entry: Mapping[str, Any], choice: Choice) -> tuple[object, float 
     """The optimiser with its rate; one whose rate the dial does not know keeps its own."""
     given = entry.get("optimizer", OPTIMIZER)
     method = {"method": given} if isinstance(given, str) else given
+    if isinstance(method, dict) and "method" not in method:  # a field of the default one
+        given = method = {"method": OPTIMIZER} | method
     if not isinstance(method, dict) or "lr" in method or method.get("method") not in RATES:
         return given, method.get("lr") if isinstance(method, dict) else None
     lr = rate_for(method["method"], choice)
