@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 import textwrap
-from dataclasses import replace
 
 import pytest
 import torch
@@ -163,15 +162,18 @@ def test_four_recipes_take_the_flops_and_the_memory_that_they_were_expected_to(t
 
 
 def test_every_stage_of_the_shipped_recipes_has_an_estimate_and_a_total(tmp_path):
-    for path in sorted(RECIPES.glob("*.yaml")):
+    """But for what is read out of packages that are fetched first, and what trains a model beside the stage's own."""
+    packaged, unknown = ("images", "series", "speech", "proteins"), {"expanded", "subset"}
+    for path in (path for path in sorted(RECIPES.glob("*.yaml")) if path.stem not in packaged):
         expected = forecast(plan(load(path, [], tmp_path / "none")))
         for each in expected:
-            of_packages = each.item.stage.stage == "data" and path.stem in ("images", "series", "speech", "proteins")
-            known = (each.estimate.memory_bytes, each.estimate.seconds)
-            assert of_packages or path.stem in ("images", "series", "speech", "proteins") or all(known), (path, each)
+            made = each.estimate
+            known = None not in (made.flops, made.memory_bytes, made.seconds, made.disk_bytes)
+            assert known or each.item.stage.name in unknown, (path, each.item.stage.name, made)
         sums = total(expected)
-        assert sums.flops and sums.seconds and sums.disk_bytes
+        assert sums.flops == sum(each.estimate.flops or 0 for each in expected) > 1e9
         assert sums.memory_bytes == max(each.estimate.memory_bytes or 0 for each in expected)
+        assert 10 < sums.seconds < 1e7 and sums.disk_bytes > 1e6
 
 
 def test_a_dry_run_ends_with_a_total_and_says_how_often_the_corpus_is_read(tmp_path, text):
@@ -183,7 +185,6 @@ def test_a_dry_run_ends_with_a_total_and_says_how_often_the_corpus_is_read(tmp_p
     assert done.exit_code == 0, done.output
     assert "passes" in done.output and "total" in done.output
     assert "warning: stage 'model': the corpus is read" in done.output
-    assert "vocab_size 4,096" not in done.output or "fill no more" in done.output
 
 
 ODD = {
@@ -233,7 +234,7 @@ def test_what_earlier_stages_have_left_is_read_and_not_guessed(tmp_path, prepare
     left = left_in(tmp_path)
     assert shape_from(left.config).weights == sum(p.numel() for p in model.parameters())
     assert left.length == 48 and left.vocabulary == len(tokenizer)
-    assert left_in(tmp_path / "nowhere") == replace(left_in(tmp_path / "nowhere"), exact=True)
+    assert not left_in(tmp_path / "nowhere").config and left_in(tmp_path / "nowhere").vocabulary is None
 
 
 def test_uneven_documents_are_told_by_what_their_split_holds():
@@ -247,8 +248,6 @@ def test_uneven_documents_are_told_by_what_their_split_holds():
     assert not list(uneven(even, {"validation": 0.02, "test": 0.02}))
 
 
-def test_a_token_holds_more_text_the_more_entries_there_are(prepared):
+def test_a_token_holds_more_text_the_more_entries_there_are():
     assert bytes_of_token(256) == 1
-    tokens = json.loads(next(prepared.joinpath("tokens").rglob("*.json")).read_text())
-    del tokens
     assert bytes_of_token(512) < bytes_of_token(4096) < bytes_of_token(32768) < 6

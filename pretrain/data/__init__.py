@@ -14,6 +14,7 @@ class DataOperation(Method):
     """Base of the data operations."""
 
     kind: ClassVar[str] = "data operation"
+    computes: ClassVar[bool] = True  # whether it may run a model, or other products that are metered
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus after the operation; columns that it does not know are kept."""

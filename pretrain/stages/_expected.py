@@ -208,7 +208,7 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -
 
 def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[str]:
     """What a user would want to know of the budget before it is spent."""
-    steps, step = tokens / work.step_tokens, f"{work.step_tokens:,.0f} tokens"
+    steps, step = tokens / work.step_tokens, f"{work.step_tokens / FILLED:,.0f} tokens"
     if stage.budget.unit == "tokens" and stage.budget.limit < work.step_tokens:
         yield f"budget.tokens {stage.budget.limit:,.0f}: one step takes {step}; accepted: fewer batch_rows"
     elif steps < FEW_STEPS:

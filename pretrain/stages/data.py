@@ -66,12 +66,13 @@ class Data(Stage):
 
     def estimate(self, given: Given) -> Estimate:
         """From the sizes of the files; an operation may compute what it likes."""
+        works = any(operation.computes for operation in self.operations)
         sizes = [source.size() for source in self.sources]
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes):
-            return Estimate(None if self.operations else 0.0)
+            return Estimate(None if works else 0.0)
         total, documents = sum(size.bytes for size in known), sum(size.documents for size in known)
-        return corpus_estimate(total, documents, self.validation, self.test, bool(self.operations))
+        return corpus_estimate(total, documents, self.validation, self.test, works)
 
     def progress(self, folder: Path) -> str:
         """What operations keep while they work."""

@@ -62,7 +62,9 @@ class Decode(Stage):
 
     def estimate(self, given: Given) -> Estimate:
         """A forward pass for each token."""
-        return decoding(given, sum(map(len, self.prompts)), len(self.prompts) * self.max_new_tokens)
+        count = len(self.prompts) + (self.documents if self.corpus else 0)
+        letters = sum(map(len, self.prompts)) + BEGINNING * (count - len(self.prompts))
+        return decoding(given, letters, count * self.max_new_tokens)
 
     def run(self, job: Job) -> StageResult:
         """Write `samples.json`."""

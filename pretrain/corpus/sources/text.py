@@ -79,9 +79,9 @@ class Files(Source):
             return False
 
     def size(self) -> Size | None:
-        if self.package is not None:
+        if self.package is not None or "://" in self.files:
             return None
-        paths = [path for _, path in located(self.files, None, self.suffixes)]
+        paths = [path for _, path in located(self.files, None, self.suffixes, hidden=self.hidden, secrets=self.secrets)]
         return size_of(paths) if all(path.suffix not in TABLES for path in paths) else Size(size_of(paths).bytes)
 
     def state(self) -> object:

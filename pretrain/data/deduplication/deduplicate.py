@@ -25,6 +25,7 @@ class Deduplicate(DataOperation):
     (`domain`, `url`, …). Of documents without text exact copies are removed.
     """
 
+    computes: ClassVar[bool] = False
     version: ClassVar[int] = 2  # copies in scripts without spaces, order in short texts, bands by the threshold
 
     threshold: Share = 0.8
