@@ -189,10 +189,10 @@ def test_a_dry_run_ends_with_a_total_and_says_how_often_the_corpus_is_read(tmp_p
 
 ODD = {
     "batch beyond the budget": (
-        ["model.budget={tokens: 100}", "model.batch_rows=8"],
+        ["model.batch_rows=8", "model.budget={tokens: 100}"],
         "budget.tokens 100: one step takes 512 tokens",
     ),
-    "few steps": (["model.budget={steps: 3}", "model.batch_rows=8"], "makes 3 steps of 512 tokens"),
+    "few steps": (["model.batch_rows=8", "model.budget={steps: 3}"], "makes 3 steps of 512 tokens"),
     "batch beyond the corpus": (["model.batch_rows=9000"], "batch_rows 9000: a step takes 576,000 tokens"),
     "many passes": (["model.budget={tokens: 5e6}"], "the corpus is read"),
     "vocabulary": (["tokenizer.vocab_size=60000"], "vocab_size 60,000"),
