@@ -99,6 +99,8 @@ def train(
         given: Record = {"budget": budget, "objective": objective, "optimizer": optimizer, "schedule": schedule}
         given |= {"length": length, "batch_rows": batch_rows, "seed": seed, "save_every": 0} | fields
         given |= {"model": dict(model), "tokenizer": work} if isinstance(model, Mapping) else {"init": work}
+        if not isinstance(model, Mapping):  # for what is checked by a checkpoint's configuration
+            model.config.save_pretrained(work)
         stage = _stage(given | {"corpus": str(corpus)})
         inputs = {place: Path(str(value)) for place, value in stage.references().items()}
         stage = stage.pointing_to(inputs)

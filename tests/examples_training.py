@@ -149,7 +149,7 @@ def reread(method: Method, folder: Path, family: str = "llama") -> Method:
         {"stage": "tokenizer", "name": "t", "corpus": "c"},
     ]
     train = {
-        "stage": "train", "corpus": "c", "tokenizer": "t", "budget": {"steps": 1}, "model": {"family": family, **TINY[family]},
+        "stage": "train", "corpus": "c", "tokenizer": "t", "budget": {"steps": 1}, "length": 64, "model": {"family": family, **TINY[family]},
     }  # fmt: skip
     field, _, number = place.partition(".")
     said = json.loads(json.dumps(dump(method)))

@@ -220,7 +220,7 @@ def _weights(**changes):
 
 
 BAD = {
-    "no config": (lambda folder: (folder / "config.json").unlink(), "is not a checkpoint: it has no config.json"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "no checkpoint at .*; accepted: .* a folder with config.json"),
     "cut config": (_text("config.json", '{"model_type": "lla'), "config.json is not valid JSON"),
     "config of another kind": (_text("config.json", "[]"), "config.json holds a list; accepted: a JSON object"),
     "type misspelt": (_config(model_type="lama"), r"model_type 'lama' \(did you mean 'llama'\?\)"),
