@@ -1,17 +1,16 @@
 """Choosing a size: of all shapes and vocabularies the one whose predicted loss is lowest for the budget.
 
 What else follows from the budget: the batch and the rate by the powers of compute of DeepSeek LLM (arXiv:2401.02954),
-with constants measured on the small models of the ladder; the length of rows by steps.
+with constants that go by a handful of small runs; the length of rows by steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
-from pretrain.core.errors import PretrainError
 from pretrain.core.quick.machine import efficiency
 from pretrain.dial.law import Law, Prediction, unique_worth
 from pretrain.dial.shapes import Shape, shape_of, widths
@@ -20,10 +19,12 @@ VOCABULARIES = tuple(2**power for power in range(9, 18))
 BYTES_AN_ENTRY = 100  # of training text at least for each entry of a vocabulary
 TRUSTED = 100  # beyond so many times the largest rung a law tells too little: 20 tokens a weight instead
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
-YARDSTICK = 1e13  # FLOPs at which the constants below were measured
-BATCH_TOKENS, BATCH_POWER = 1024, 0.3271  # a step's tokens, and how they grow with compute
+YARDSTICK = 1e13  # FLOPs that the constants below are given at
+BATCH_TOKENS, BATCH_POWER = 1024, 0.3271  # a step's tokens (at 2e12 FLOPs 1,024 and 2,048 were level), and their growth
 NARROW = 64  # the width that rates are given at
-RATES = {"adamw": (6e-3, -0.5), "muon": (2e-2, -0.5)}  # peak rates by optimiser, and how they fall with the width
+# Peak rates by optimiser, and how they fall with the width: for Muon from few runs at widths 64 to 192, for AdamW taken
+# over from it.
+RATES = {"adamw": (6e-3, -0.5), "muon": (2e-2, -0.5)}
 RATE_POWER = -0.125
 
 
@@ -56,7 +57,7 @@ class Choice:
     bytes: float
     flops: float
     seconds: float | None
-    prediction: Prediction | None  # None: beyond what the law can tell
+    prediction: Prediction | None = None  # None: beyond what the law can tell
 
     @property
     def tokens_per_weight(self) -> float:
@@ -64,13 +65,13 @@ class Choice:
 
 
 def choose(task: Task) -> Choice:
-    """The best choice; errors say what cannot be met."""
-    candidates = list(_candidates(task))
-    if not candidates:
-        raise PretrainError("size: auto: no vocabulary fits the corpus; accepted: more text, or vocab_size: NUMBER")
-    if task.tokens is not None:
-        return _for_tokens(task, candidates)
-    return _best(task, candidates, task.flops)
+    """The best choice, with what is expected of it."""
+    shapes = list(_candidates(task))
+    best = _best(task, shapes, task.flops) if task.tokens is None else _for_tokens(task, shapes)
+    if not _told(task, best.flops):
+        return best
+    worth = unique_worth(best.bytes, task.unique)
+    return replace(best, prediction=task.law.predict(best.shape.body, best.shape.vocabulary, worth))
 
 
 def rate_for(optimizer: str, choice: Choice) -> float | None:
@@ -109,7 +110,7 @@ def _for_tokens(task: Task, shapes: list[Shape]) -> Choice:
 
 def _value(task: Task, choice: Choice) -> float:
     """Lower is better."""
-    if choice.flops <= TRUSTED * task.law.largest:
+    if _told(task, choice.flops):
         return task.law.bits(choice.shape.body, choice.shape.vocabulary, unique_worth(choice.bytes, task.unique))
     usual = min(2.0**17, max(256.0, 2.0 ** round(math.log2(5 * choice.shape.body**0.5))))  # 32,000 at 40M weights
     return abs(math.log(choice.tokens_per_weight / TOKENS_A_WEIGHT)) + abs(math.log2(choice.shape.vocabulary / usual))
@@ -119,11 +120,14 @@ def _priced(task: Task, shape: Shape, flops: float) -> Choice:
     length = _length(task, flops)
     tokens = flops / shape.flops(length)
     bytes_ = tokens * task.law.bytes_of_token(shape.vocabulary)
-    known = flops <= TRUSTED * task.law.largest
-    prediction = task.law.predict(shape.body, shape.vocabulary, unique_worth(bytes_, task.unique)) if known else None
     seconds = flops / (task.rate * efficiency(shape.width)) if task.rate else None
     rows = max(1, round(BATCH_TOKENS * (flops / YARDSTICK) ** BATCH_POWER / length))
-    return Choice(shape, length, rows, tokens, bytes_, flops, seconds, prediction)
+    return Choice(shape, length, rows, tokens, bytes_, flops, seconds)
+
+
+def _told(task: Task, flops: float) -> bool:
+    """Whether the law can tell what comes of so many FLOPs."""
+    return flops <= TRUSTED * task.law.largest
 
 
 def _flops_of_seconds(task: Task, shape: Shape) -> float:

@@ -142,5 +142,5 @@ def fields(shape: Shape, family: str, positions: int) -> dict[str, object]:
 
 
 def deviation(width: int) -> float:
-    """Of the new weights: 0.7 / √width, with which a block hands on about what it is given (measured at 32 to 256)."""
+    """Of the new weights: 0.7 / √width, 0.0875 at 64."""
     return round(0.7 / width**0.5, 4)

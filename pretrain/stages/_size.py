@@ -20,6 +20,7 @@ from pretrain.core.quick.outline import torch_imported
 from pretrain.dial import shapes
 from pretrain.dial.choose import BATCH_TOKENS, RATES, Choice, Task, choose, rate_for
 from pretrain.dial.law import Law, load
+from pretrain.stages._estimates import left_in
 from pretrain.training.budget import Budget
 
 Raw = dict[str, Any]  # a recipe as it is read
@@ -179,13 +180,9 @@ def _tokens(budget: Budget, entry: Mapping[str, Any], unique: float | None, law:
 
 def _entries(entry: dict[str, Any], tokenizer: dict[str, Any] | None, vocabulary: object) -> int:
     """The vocabulary that is there already: as the recipe says it, or as a tokenizer's folder has it."""
-    if tokenizer is None and isinstance(entry.get("tokenizer"), str):
-        for path in (
-            Path(entry["tokenizer"]) / "tokenizer" / "tokenizer.json",
-            Path(entry["tokenizer"], "tokenizer.json"),
-        ):
-            if path.exists():
-                return max(1, len(json.loads(path.read_text(encoding="utf-8"))["model"]["vocab"]))
+    there = left_in(Path(str(entry.get("tokenizer")))).vocabulary if tokenizer is None else None
+    if there is not None:
+        return there
     if isinstance(vocabulary, bool) or not isinstance(vocabulary, int) or vocabulary < 1:
         raise PretrainError(f"vocab_size {vocabulary!r}: accepted: a whole number, or auto")
     return vocabulary
@@ -197,9 +194,7 @@ def _unique(entry: dict[str, Any], before: list[dict[str, Any]]) -> float | None
 
     corpus = next((e for e in before if e.get("name", e.get("stage")) == entry.get("corpus")), None)
     if corpus is None or corpus.get("stage") != "data":
-        folder = Path(str(entry.get("corpus")))
-        facts = next((p for p in (folder / "corpus" / "corpus.json", folder / "corpus.json") if p.exists()), None)
-        return float(json.loads(facts.read_text(encoding="utf-8"))["bytes"]["train"]) if facts else None
+        return left_in(Path(str(entry.get("corpus")))).bytes.get("train")
     try:
         sizes = [build_source(copy.deepcopy(source)).size() for source in corpus.get("sources", [])]
     except (ValueError, TypeError):  # told when the stage itself is checked
