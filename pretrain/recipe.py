@@ -10,14 +10,14 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, TypeAlias
+from typing import Annotated, TypeAlias
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from pretrain.core.bounds import accepted as accepted_values
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import JSON
+from pretrain.core.files import JSON, JSONObject
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.outline import torch_imported
@@ -30,7 +30,7 @@ from pretrain.training.budget import UNITS
 
 FIELDS = ("name", "seed", "output", "base", "set", "methods", "stages")
 Place = tuple[str | int, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
-Raw: TypeAlias = dict[str, Any]  # a recipe as it is read, with nothing checked
+Raw: TypeAlias = JSONObject  # a recipe as it is read, with nothing checked
 Places = dict[Place, str]  # where each stands: FILE:LINE
 
 

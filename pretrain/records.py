@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NotRequired, TypeAlias, TypedDict
+from typing import NotRequired, TypeAlias, TypedDict
+
+from pretrain.core.files import JSONObject
 
 Inputs: TypeAlias = dict[str, Path | list[Path]]  # the folders that a stage reads, by place
 Marks: TypeAlias = dict[str, str | list[str]]  # addresses, or names, by place
-Config: TypeAlias = dict[str, Any]  # what a recipe says of a stage, and what it leaves to defaults
+Config: TypeAlias = JSONObject  # what a recipe says of a stage, and what it leaves to defaults
 Metrics: TypeAlias = dict[str, float]
 
 

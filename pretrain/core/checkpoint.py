@@ -24,7 +24,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.core.bounds import hints
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import atomic_folder, file_digest, read_json, write_json
+from pretrain.core.files import JSONObject, atomic_folder, file_digest, read_json, write_json
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
@@ -45,7 +45,7 @@ FOREIGN = "pretrain_"  # before the model type of a checkpoint that only `load` 
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
-Lineage: TypeAlias = dict[str, Any]  # what stages say of themselves, each what it has to say
+Lineage: TypeAlias = JSONObject  # what stages say of themselves, each what it has to say
 
 
 class Record(TypedDict, total=False):
@@ -386,7 +386,7 @@ def _check(files: list[Path], checksums: dict[str, str] | None) -> None:
             raise PretrainError(f"{path} is damaged or was replaced: its checksum is not the one in {RECORD}")
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def _read_object(path: Path) -> JSONObject:
     content = read_json(path)
     if not isinstance(content, dict):
         raise PretrainError(f"{path} holds a {type(content).__name__}; accepted: a JSON object")

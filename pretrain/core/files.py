@@ -16,6 +16,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.system.portable import exchange, fsync, take
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
+JSONObject: TypeAlias = dict[str, Any]  # whose values are what the file says they are
 
 
 @contextmanager

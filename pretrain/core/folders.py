@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json
+from pretrain.core.files import JSONObject, read_json
 from pretrain.core.system.portable import link_target
 from pretrain.core.system.shipped import shipped_file
 
@@ -52,7 +51,7 @@ def stage_folders(run: Path) -> dict[str, Path]:
     return {row["name"]: Path(os.path.normpath(run / row.get("folder", row["name"]))) for row in rows}
 
 
-def stage_at(path: Path) -> tuple[Path, dict[str, Any]] | None:
+def stage_at(path: Path) -> tuple[Path, JSONObject] | None:
     """The finished stage that a path is, or lies in: its folder and `stage.json`."""
     for folder in (path, *list(path.parents)[:2]):
         if (folder / "stage.json").is_file():

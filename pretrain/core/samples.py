@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pretrain.core.files import write_json
+from pretrain.core.files import JSONObject, write_json
 
 if TYPE_CHECKING:
     from PIL import Image
 
-Sample = dict[str, Any]
+Sample = JSONObject
 MAX_BYTES = 600_000  # of a stage's samples
 SIDE = 96  # pixels of a picture
 POINTS = 240  # of a series

@@ -11,13 +11,13 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import atomic_folder, digest, file_digest, locked, read_json, write_json
+from pretrain.core.files import JSONObject, atomic_folder, digest, file_digest, locked, read_json, write_json
 from pretrain.corpus.packing import Plan, plan_for
 
 if TYPE_CHECKING:
@@ -33,11 +33,11 @@ BATCH_CHARACTERS = 4 << 20
 class Shards:
     """One split's tokens, opened for reading."""
 
-    given: dict[str, Any] = {}  # what objectives are told besides the rows
+    given: JSONObject = {}  # what objectives are told besides the rows
 
     def __init__(self, folder: Path) -> None:
         self.folder = Path(folder)
-        self.info: dict[str, Any] = read_json(self.folder / "tokens.json")
+        self.info: JSONObject = read_json(self.folder / "tokens.json")
         self.domain_names: list[str] = self.info["domains"]
         path, dtype = self.folder / "tokens.bin", np.dtype(self.info["dtype"])
         expected = self.info["tokens"] * dtype.itemsize

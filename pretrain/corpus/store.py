@@ -16,10 +16,10 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, unknown
-from pretrain.core.files import atomic_folder, digest, read_json, write_json
+from pretrain.core.files import JSONObject, atomic_folder, digest, read_json, write_json
 from pretrain.corpus.payload import (
     CONTENT,
     content,
@@ -95,9 +95,9 @@ def write_corpus(
     test: float = 0.02,
     near_duplicates: float | None = 0.8,
     operations: Sequence[Callable[[Dataset], Dataset]] = (),
-    facts: dict[str, Any] | None = None,
+    facts: JSONObject | None = None,
     skipped: Skipped | None = None,
-) -> dict[str, Any]:
+) -> JSONObject:
     """Split, deduplicate and store documents; returns what `corpus.json` says.
 
     `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a
@@ -278,7 +278,7 @@ class Corpus:
             raise PretrainError(f"{folder} is not a corpus (no corpus.json); accepted: what a data stage wrote")
 
     @cached_property
-    def info(self) -> dict[str, Any]:
+    def info(self) -> JSONObject:
         """`corpus.json`."""
         return read_json(self.folder / "corpus.json")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
@@ -37,8 +37,8 @@ class Tune(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     field: str
-    baseline: list[Any] = Field(min_length=1)
-    method: list[Any] = Field(min_length=1)
+    baseline: list[object] = Field(min_length=1)
+    method: list[object] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _as_many(self) -> Tune:
@@ -95,7 +95,7 @@ class Claim(BaseModel):
 
     @field_validator("scales", mode="before")
     @classmethod
-    def _known_scales(cls, value: Any) -> Any:
+    def _known_scales(cls, value: object) -> object:
         if not isinstance(value, dict) or not value or set(value) - set(SCALES):
             raise ValueError(f"{value!r}: accepted: a budget for one or more of {', '.join(SCALES)}")
         return {k: v if isinstance(v, dict) else {"budget": v} for k, v in value.items()}

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.files import JSONObject, digest, read_json, write_json
 from pretrain.core.folders import corpus_in
 from pretrain.corpus.store import Corpus
 from pretrain.experiments.claims import Claim
@@ -23,7 +22,7 @@ PROTOCOL = 2  # 1: three seeds, one tuning seed, ranges as given, bases of under
 REPRODUCED, NOT_REPRODUCED, UNDER_TRAINED = "reproduced", "not reproduced", "under-trained"
 WORDS = {BETTER: REPRODUCED, WORSE: NOT_REPRODUCED, UNDECIDED: UNDECIDED, EQUAL: EQUAL}
 
-Result = dict[str, Any]  # what is in a result's file
+Result = JSONObject  # what is in a result's file
 
 
 def result(

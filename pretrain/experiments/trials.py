@@ -22,12 +22,12 @@ from threading import Thread
 from typing import Any
 
 from pretrain.core.errors import Diverged, PretrainError, unknown
-from pretrain.core.files import digest, read_json
+from pretrain.core.files import JSONObject, digest, read_json
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
-Fields = dict[str, Any]  # of a recipe, as it is read
-Outcome = dict[str, Any]  # JSON: what a trial comes to
+Fields = JSONObject  # of a recipe, as it is read
+Outcome = JSONObject  # JSON: what a trial comes to
 UNITS = ("flops", "tokens", "steps", "none")
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDic
 import yaml
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json
+from pretrain.core.files import JSONObject, read_json
 from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class StageRow(RunStage):
     environment: dict[str, object] | None
     methods: dict[str, int | str] | None
     inputs: Marks | None
-    lineage: dict[str, Any] | None
+    lineage: JSONObject | None
     config: Config  # as the recipe has it, where the stage has not finished
     writes: str
     family: str  # of the checkpoint it wrote

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json
+from pretrain.core.files import JSONObject, read_json
 from pretrain.core.folders import run_of
 from pretrain.runs.shelf import RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
 
@@ -102,7 +102,7 @@ def compare(runs: Annotated[list[Path], typer.Argument(help="Two runs or more.")
     _table(rows)
 
 
-def _by_name(recipe: dict[str, Any]) -> dict[str, Any]:
+def _by_name(recipe: JSONObject) -> JSONObject:
     """A recipe with its stages by their names, so that another stage before them moves none."""
     stages = {str(row.get("name", row["stage"])): row for row in recipe.pop("stages")}
     return recipe | {name: {k: v for k, v in row.items() if k != "name"} for name, row in stages.items()}

@@ -27,7 +27,7 @@ from pydantic.fields import FieldInfo
 
 from pretrain.core.bounds import Whole, accepted, check_fields, hints
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import digest
+from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
@@ -54,7 +54,7 @@ if TYPE_CHECKING:
     from pretrain.corpus.shards import Shards
 
 Built = TypeVar("Built", bound="DataclassInstance")
-Record = dict[str, Any]  # JSON: a recipe's fields, a lineage, what a stage answers
+Record = JSONObject  # JSON: a recipe's fields, a lineage, what a stage answers
 Folders = dict[str, Any]  # field -> the folder, or the list of folders, of what it names
 
 

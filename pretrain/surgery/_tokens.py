@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSONObject
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.method import method_class
 from pretrain.core.models.families import embeddings
@@ -21,7 +21,7 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.surgery import Inputs, report
 
 MODELS = ("BPE", "Unigram", "WordPiece")
-State = dict[str, Any]  # `tokenizer.json`
+State = JSONObject  # `tokenizer.json`
 
 
 def expand(method: str, model: PreTrainedModel, folder: str, inputs: Inputs | None) -> tuple[list[int], list[int]]:

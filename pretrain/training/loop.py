@@ -110,13 +110,7 @@ def train(
             if telling and good:
                 log.write("step", _finished(record, training, targets_per_byte), training.progress)
             if evaluate and evaluating:
-                with averaged(training):
-                    with unsharded(training.wrapped), autocast(world.device, settings.precision):
-                        training.metrics = evaluate(training.trainee.eval())
-                    training.trainee.train()
-                    for policy in policies:
-                        policy.on_evaluation(training, training.state[policy.name], training.metrics)
-                log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
+                measure(training, log, evaluate, policies)
                 if done and not good and not all(map(math.isfinite, training.metrics.values())):
                     raise _diverged(training, record, "the last steps were skipped and its metrics are not finite")
             if saving or (settings.save_every > 0 and training.enough):
@@ -127,6 +121,19 @@ def train(
     settle(training)
     gather(training.trainee, world)
     return training
+
+
+def measure(
+    training: Training, log: Log, evaluate: Callable[[Trainee], dict[str, float]], policies: Sequence[Policy]
+) -> None:
+    """Take the held-out metrics, of averaged weights where a policy averages, and tell the policies and the log."""
+    with averaged(training):
+        with unsharded(training.wrapped), autocast(training.world.device, training.settings.precision):
+            training.metrics = evaluate(training.trainee.eval())
+        training.trainee.train()
+        for policy in policies:
+            policy.on_evaluation(training, training.state[policy.name], training.metrics)
+    log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
 
 
 def _passed(share: float, progress: float) -> int:

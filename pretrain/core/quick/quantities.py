@@ -42,7 +42,7 @@ def _whole(value: float) -> float:
     return near if abs(value - near) <= 1e-9 * abs(value) else value
 
 
-def as_typed(value: Any, hint: object) -> Any:
+def as_typed(value: object, hint: object) -> object:
     """The value with quantities read wherever the type asks for numbers and not for text."""
     numbers, texts, durations = _kinds(hint)
     if isinstance(value, str):
@@ -78,7 +78,7 @@ def element(hint: object) -> object | None:
     return parts[1] if origin is dict and len(parts) == 2 else None
 
 
-def bare(value: Any) -> Any:
+def bare(value: object) -> object:
     """A mapping of fields whose types are not known here, with its quantities read: `vocab_size: 32k`."""
     if isinstance(value, str):
         read = quantity(value)

@@ -6,7 +6,7 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.files import JSONObject
 from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation._predictions import framed, predictions
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 READERS = ("json", "csv", "parquet", "text")
 NEW_TOKENS = 256  # of an answer, where a task does not say
 
-Task = dict[str, Any]  # of a YAML file
+Task = JSONObject  # of a YAML file
 
 
 class OurModel(TemplateLM):

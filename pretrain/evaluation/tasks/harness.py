@@ -10,12 +10,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSONObject
 from pretrain.core.method import Ref
 from pretrain.evaluation import Evaluation, Measured
 
@@ -100,7 +101,7 @@ class Harness(Evaluation):
         return self.length or (limit if isinstance(limit, int) else 2048)
 
 
-def measured(results: dict[str, Any]) -> Measured:
+def measured(results: JSONObject) -> Measured:
     """The numbers of what lm-eval returns."""
     metrics, intervals = {}, {}
     for task, values in results["results"].items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from pretrain.core.batch import Batch
 from pretrain.core.bounds import NonNegative, Positive
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSONObject
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.method import Ref
 from pretrain.core.models.families import at, head, new_model
@@ -30,7 +31,7 @@ from pretrain.objectives.distillation._distil import (
     targets,
 )
 
-Fields = dict[str, Any]  # of a model's configuration
+Fields = JSONObject  # of a model's configuration
 
 
 @dataclass(frozen=True)

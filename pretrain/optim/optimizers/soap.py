@@ -84,7 +84,10 @@ class SOAPOptimizer(Stepping):
                 state["step"] += 1
 
 
-def rotated_sides(p: Tensor, group: dict[str, Any]) -> dict[str, int]:
+State = dict[str, Any]  # of an optimiser: tensors and numbers by name; a group of its parameters too
+
+
+def rotated_sides(p: Tensor, group: State) -> dict[str, int]:
     """The sides of a parameter that are rotated, `left` (rows) and `right` (columns), and how long they are."""
     if p.ndim != 2:
         return {}
@@ -92,7 +95,7 @@ def rotated_sides(p: Tensor, group: dict[str, Any]) -> dict[str, int]:
     return {side: n for side, n in zip(("left", "right"), p.shape, strict=True) if n <= most}
 
 
-def rotate(matrix: Tensor, state: dict[str, Any], *, back: bool = False) -> Tensor:
+def rotate(matrix: Tensor, state: State, *, back: bool = False) -> Tensor:
     """Q_Lᵀ X Q_R, or `back` Q_L X Q_Rᵀ, where a side that is not rotated has the identity."""
     if "left_basis" in state:
         matrix = (state["left_basis"] if back else state["left_basis"].T) @ matrix
@@ -101,7 +104,7 @@ def rotate(matrix: Tensor, state: dict[str, Any], *, back: bool = False) -> Tens
     return matrix
 
 
-def adam_step(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Tensor:
+def adam_step(state: State, grad: Tensor, group: State) -> Tensor:
     """Adam's step in the bases, rotated back; momentum is kept outside them, the second moment within."""
     beta1, beta2 = group["betas"]
     state["exp_avg"].lerp_(grad, 1 - beta1)
@@ -111,7 +114,7 @@ def adam_step(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> Ten
     return rotate(update, state, back=True).mul_(correction)
 
 
-def precondition(state: dict[str, Any], grad: Tensor, group: dict[str, Any]) -> None:
+def precondition(state: State, grad: Tensor, group: State) -> None:
     """Take the gradient into L and R; take or refine their eigenvectors, largest eigenvalue first, where it is time.
 
     Bases lie in memory as they do when they are read from a training state: products' bits depend on it.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -16,13 +16,13 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError, unknown
-from pretrain.core.files import read_json
+from pretrain.core.files import JSONObject, read_json
 from pretrain.core.method import Ref
 from pretrain.core.models.heads import new_modules, output
 from pretrain.core.weights import load_tensors
 from pretrain.surgery import Inputs, PeftFormat, Surgery
 
-Config = dict[str, Any]  # JSON
+Config = JSONObject  # JSON
 PREFIX = "base_model.model."  # of each weight's name in a file of `peft`
 
 
