@@ -67,7 +67,7 @@ def adopt(
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.symlink_to(path.resolve()) if link else shutil.copyfile(path, target)
             if part == "checkpoint":
-                _sign(work, source, item, marks, adopted)
+                _sign(work, source, item, adopted)
         keep_generations([item])
         write_json(item.folder / CODE, [])
         if link:
@@ -147,14 +147,13 @@ def _check_checkpoint(folder: Path) -> Metrics:
     return {"parameters": model.num_parameters()}
 
 
-def _sign(work: Path, source: Path, item: Planned, marks: dict[str, str], adopted: Adopted) -> None:
-    """Write the checkpoint's own `pretrain.json`: its history, that it was adopted, its checksums."""
+def _sign(work: Path, source: Path, item: Planned, adopted: Adopted) -> None:
+    """Write the checkpoint's own `pretrain.json`: its history, that it was adopted."""
     before, lineage = checkpoint.read_record(source), checkpoint.lineage(source)
     stages = [stage for stage in (*lineage.get("stages", []), lineage.get("made_by")) if stage]
     made_by = {
         "name": item.stage.name, "stage": item.stage.stage, "address": item.address, "methods": {}, "adopted": adopted
     }  # fmt: skip
-    sums = {name: mark for name, mark in marks.items() if name.endswith(".safetensors") and "/" not in name}
-    record = {"format": checkpoint.FORMAT, "surgery": before.get("surgery", []), "checksums": sums}
+    record = {"format": checkpoint.FORMAT, "surgery": before.get("surgery", [])}
     (work / checkpoint.RECORD).unlink(missing_ok=True)
     write_json(work / checkpoint.RECORD, record | {"lineage": lineage | {"stages": stages, "made_by": made_by}})

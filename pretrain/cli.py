@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from inspect import cleandoc
@@ -16,7 +17,7 @@ import typer
 from pretrain import __version__, cli_claim, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import words
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, PretrainWarning, nearest
 from pretrain.core.files import write_text
 from pretrain.core.folders import corpus_at, newest_checkpoint, run_of
 from pretrain.core.method import declared_class, default_of
@@ -35,6 +36,7 @@ class _App(typer.Typer):
     """Typer, with the project's errors as one line and an exit status."""
 
     def __call__(self, *args: object, **kwargs: object) -> object:
+        warnings.formatwarning = _format_warning
         try:
             with extras_named():
                 return super().__call__(*args, **kwargs)
@@ -49,6 +51,16 @@ class _App(typer.Typer):
             raise
 
 
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line of a warning of ours; those of libraries as Python shows them."""
+    if issubclass(category, PretrainWarning):
+        return f"warning: {message}\n"
+    return _format_plain(message, category, filename, lineno, line)
+
+
+_format_plain = warnings.formatwarning
 app = _App(
     name="pretrain", no_args_is_help=True, pretty_exceptions_enable=False,
     help="The whole life of a pretrained model on a limited budget.",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json_lines
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.processors import Processor
 from pretrain.core.system.extras import extras_named
@@ -107,7 +107,7 @@ def train(
         job = Job(folder / "train", inputs, seed=seed, name="train", say=silent, bar=bar)
         trained = stage.new_model(tokenizer, seed) if new else cast("PreTrainedModel", model).float()
         training, _ = stage.fit(job, trained, tokenizer)
-        log = [json.loads(line) for line in (job.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        log = read_json_lines(job.folder / "log.jsonl")
     ended = cast("PreTrainedModel", training.model).eval()
     return Trained(ended, tokenizer, dict(training.metrics), dict(training.spent), log)
 

@@ -186,7 +186,28 @@ def test_a_flipped_bit_and_swapped_weights_are_found_by_the_checksum(saved, tiny
         pretrain.load(saved)
     path.unlink()
     tiny(seed=1).save_pretrained(saved, max_shard_size="20KB")
-    with pytest.raises(PretrainError, match=r"model-00001-of-.*its checksum is not the one in pretrain.json"):
+    with pytest.raises(PretrainError, match=r"model.safetensors: No such file"):
+        pretrain.load(saved)
+
+
+def test_weights_of_an_older_release_are_compared_with_the_checksums_in_its_record(saved, tiny):
+    (saved / "checksums.json").unlink()
+    sums = {"model.safetensors": files.file_digest(saved / "model.safetensors")}
+    (saved / "pretrain.json").write_text(json.dumps({"format": 1, "lineage": {}, "surgery": [], "checksums": sums}))
+    pretrain.load(saved)
+    tiny(seed=1).save_pretrained(saved)
+    with pytest.raises(PretrainError, match=r"its checksum is not the one in pretrain.json"):
+        pretrain.load(saved)
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json", "pretrain.json", "checksums.json"])
+def test_one_digit_changed_in_any_file_of_a_checkpoint_is_found(saved, name):
+    path = saved / name
+    text = path.read_text()
+    digit = max(index for index, letter in enumerate(text) if letter.isdigit())
+    path.write_text(f"{text[:digit]}{(int(text[digit]) + 1) % 10}{text[digit + 1 :]}")
+    json.loads(path.read_text())
+    with pytest.raises(PretrainError, match=rf"{name} is damaged"):
         pretrain.load(saved)
 
 
@@ -252,6 +273,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_one_line_that_names_it(saved, case, capfd):
     change, message = BAD[case]
+    (saved / "checksums.json").unlink()
     change(saved)
     with pytest.raises(PretrainError, match=message) as caught:
         pretrain.load(saved)
@@ -264,6 +286,7 @@ def test_published_bert_weights_without_use_in_a_masked_model_are_let_be(tiny, t
     model = tiny("bert")
     checkpoint.save(model, None, tmp_path / "c")
     extra = {"cls.seq_relationship.bias": torch.zeros(2), "bert.pooler.dense.bias": torch.zeros(32)}
+    (tmp_path / "c" / "checksums.json").unlink()
     _weights(**extra)(tmp_path / "c")
     assert torch.equal(logits(pretrain.load(tmp_path / "c")[0]), logits(model))
 
@@ -404,7 +427,7 @@ def test_weights_that_do_not_fit_the_record_are_named(tiny, tmp_path, known_surg
     path = tmp_path / "pretrain.safetensors"
     save_file({k: v for k, v in (load_file(path) | change).items() if v is not None}, path, {"format": "pt"})
     record = json.loads((tmp_path / "pretrain.json").read_text())
-    record["checksums"] = {path.name: files.file_digest(path)}
+    (tmp_path / "checksums.json").unlink()
     record["surgery"][0]["config"]["ranks"] = ranks
     (tmp_path / "pretrain.json").write_text(json.dumps(record))
     with pytest.raises(PretrainError, match=message):
@@ -413,6 +436,7 @@ def test_weights_that_do_not_fit_the_record_are_named(tiny, tmp_path, known_surg
 
 def test_a_recorded_surgery_that_is_not_here_or_has_changed_is_named(tiny, tmp_path, monkeypatch, known_surgery):
     checkpoint.save(Factorise()(tiny()), None, tmp_path)
+    (tmp_path / "checksums.json").unlink()
     (tmp_path / "pretrain.json").write_text((tmp_path / "pretrain.json").read_text().replace('"ranks"', '"width"'))
     with pytest.raises(PretrainError, match=r"recorded surgery 'factorise_for_this_test': .*'width'"):
         pretrain.load(tmp_path)

@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from test_training import finish, log, small, weights
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.files import file_digest, write_json
 from pretrain.policies import Policy
 from pretrain.training import state
@@ -119,7 +119,11 @@ def test_a_state_of_which_one_processs_file_is_lost_is_passed_over(saved, tmp_pa
     for path in source.iterdir():
         if path.name != lost:
             (tmp_path / "step-000000003" / path.name).symlink_to(path)
-    assert state.newest(tmp_path) is None
+    with (
+        pytest.warns(PretrainWarning, match="step-000000003 is damaged and passed over"),
+        pytest.raises(PretrainError, match=r"all training states are damaged \(step-000000003\).*--refresh"),
+    ):
+        state.newest(tmp_path)
 
 
 @pytest.mark.bits

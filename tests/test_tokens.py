@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import fields
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +13,10 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from pretrain.core.batch import Vocabulary, document_mask, rows_to_tensors
-from pretrain.core.errors import PretrainError
-from pretrain.corpus.packing import pack, plan_for
+from pretrain.core.errors import PretrainError, PretrainWarning
+from pretrain.core.files import atomic_folder
+from pretrain.core.processors import load_processor
+from pretrain.corpus.packing import Plan, pack, plan_for
 from pretrain.corpus.shards import Shards, tokenise
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
@@ -248,25 +253,57 @@ def test_an_edited_corpus_is_tokenised_anew(tmp_path):
         assert tokenizer.decode(shards.document(0)[1:-1].tolist()) == text
 
 
-@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "domains.npy", "bytes.npy"])
-def test_damage_to_any_file_of_a_split_is_found_when_it_is_used_again(prepared, tmp_path, name):
-    corpus, tokenizer = Corpus(prepared / "corpus"), load_tokenizer(prepared / "tokenizer")
-    tokenise(corpus, tokenizer, tmp_path)
-    path = tmp_path / "train" / name
+def _flip(path):
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[-2] ^= 1
     path.write_bytes(data)
-    with pytest.raises(PretrainError, match="damaged"):
-        tokenise(corpus, tokenizer, tmp_path)
 
 
-def test_a_damaged_plan_is_made_anew(prepared, tmp_path):
+@pytest.mark.parametrize("name", ["tokens.bin", "offsets.npy", "domains.npy", "bytes.npy", "tokens.json"])
+def test_a_damaged_split_is_put_into_tokens_anew_with_a_warning(prepared, tmp_path, name):
+    corpus, tokenizer = Corpus(prepared / "corpus"), load_tokenizer(prepared / "tokenizer")
+    whole = tokenise(corpus, tokenizer, tmp_path)["train"].flat.tobytes()
+    _flip(tmp_path / "train" / name)
+    with pytest.warns(PretrainWarning, match=rf"train/{name} .*the train split is put into tokens anew"):
+        again = tokenise(corpus, tokenizer, tmp_path)["train"]
+    assert again.flat.tobytes() == whole
+    again.verify()
+
+
+@pytest.mark.parametrize("name", [f"{field.name}.npy" for field in fields(Plan)])
+def test_a_damaged_plan_is_made_anew_with_a_warning(prepared, tmp_path, name):
     corpus, tokenizer = Corpus(prepared / "corpus"), load_tokenizer(prepared / "tokenizer")
     shards = tokenise(corpus, tokenizer, tmp_path)["train"]
-    whole = np.array(plan_for(shards, 48).document_P)
-    path = tmp_path / "train" / "rows-48" / "document_P.npy"
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    assert np.array_equal(plan_for(shards, 48).document_P, whole)
+    whole = {field.name: np.array(getattr(plan_for(shards, 48), field.name)) for field in fields(Plan)}
+    _flip(tmp_path / "train" / "rows-48" / name)
+    with pytest.warns(PretrainWarning, match=rf"rows-48/{name} .*the rows of 48 tokens are planned anew"):
+        again = plan_for(shards, 48)
+    assert all(np.array_equal(getattr(again, field), kept) for field, kept in whole.items())
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_one_flipped_bit_in_a_split_of_a_corpus_is_found_when_it_is_read(prepared, tmp_path, split):
+    shutil.copytree(prepared / "corpus", tmp_path / "corpus")
+    part = next((tmp_path / "corpus" / split).glob("*.parquet"))
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1
+    part.write_bytes(data)
+    for read in (Corpus.split, Corpus.documents, lambda corpus, name: corpus.sample(name, 3)):
+        with pytest.raises(PretrainError, match=rf"{split}/.*is damaged or was replaced: its checksum"):
+            read(Corpus(tmp_path / "corpus"), split)
+
+
+def test_one_digit_changed_beside_a_tokenizer_is_found(prepared, tmp_path):
+    with atomic_folder(tmp_path / "tokenizer") as work:
+        load_tokenizer(prepared / "tokenizer").save_pretrained(work)
+    for path in sorted((tmp_path / "tokenizer").glob("*.json")):
+        text = path.read_text()
+        path.write_text(text.replace("true", "false", 1) if "true" in text else text.replace("1", "2", 1))
+        with pytest.raises(PretrainError, match=rf"{path.name} is damaged"):
+            load_tokenizer(tmp_path / "tokenizer")
+        with pytest.raises(PretrainError, match=rf"{path.name} is damaged"):
+            load_processor(tmp_path / "tokenizer")
+        path.write_text(text)
 
 
 def test_two_runs_that_tokenise_the_same_at_once_do_it_once(tmp_path, prepared, monkeypatch):

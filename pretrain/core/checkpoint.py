@@ -1,10 +1,10 @@
 """Checkpoints: a folder in Hugging Face format, plus `pretrain.json`.
 
 `config.json`, `model.safetensors`, the processor's files (a tokenizer's, an image processor's): plain `from_pretrained`
-opens it. `pretrain.json` adds the lineage (what was done, tokens, FLOPs, metrics), the weights' checksums, and, where a
-surgery put in modules that plain `transformers` cannot build, the record from which `load` rebuilds them. Such a
-checkpoint carries a `model_type` that `transformers` refuses and keeps its weights in a file that `transformers` does
-not look for, so that neither `AutoModel` nor a model class of its own opens it to silently wrong weights. What was
+opens it. `pretrain.json` adds the lineage (what was done, tokens, FLOPs, metrics) and, where a surgery put in modules
+that plain `transformers` cannot build, the record from which `load` rebuilds them; `checksums.json` vouches for all
+files. A surgical checkpoint carries a `model_type` that `transformers` refuses and keeps its weights in a file that it
+does not look for, so that neither `AutoModel` nor a model class of its own opens it to silently wrong weights. What was
 trained beside frozen weights lies in the folder `adapter` once more, in `peft`'s format, where that can express it.
 """
 
@@ -28,6 +28,7 @@ from pretrain.core.files import JSONObject, atomic_folder, file_digest, read_jso
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
+from pretrain.core.folders import verify
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import is_narrow
@@ -54,7 +55,7 @@ class Record(TypedDict, total=False):
     format: int
     lineage: Lineage
     surgery: list[Entry]
-    checksums: dict[str, str]  # by file
+    checksums: dict[str, str]  # of the weights, as releases wrote them that knew no `checksums.json`
     dtype: str  # that it was trained in, where some of its weights are stored in a narrower one
 
 
@@ -178,8 +179,7 @@ def _write(model: PreTrainedModel, processor: Processor | None, work: Path, line
             (work / ADAPTER).mkdir(exist_ok=True)
             write_json(work / ADAPTER / "adapter_config.json", adapter[0])
             save_file(adapter[1], work / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-    sums = {path.name: file_digest(path) for path in sorted(work.glob("*.safetensors"))}
-    write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, "checksums": sums} | held)
+    write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery} | held)
 
 
 def read_record(folder: Path | str) -> Record:
@@ -187,6 +187,7 @@ def read_record(folder: Path | str) -> Record:
     path = Path(folder) / RECORD
     if not path.exists():
         return {}
+    verify(path.parent, lambda name: name == RECORD)
     record = cast("Record", _read_object(path))
     if not isinstance(record.get("format"), int) or not 1 <= record["format"] <= FORMAT:
         raise PretrainError(
@@ -214,6 +215,7 @@ def load_config(folder: Path | str) -> PreTrainedConfig:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise PretrainError(f"{folder} is not a checkpoint: it has no config.json")
+    verify(path.parent, lambda name: name == path.name)
     raw = _read_object(path)
     kind = str(raw.pop("model_type", None) or "").removeprefix(FOREIGN).partition(":")[0]
     if kind not in CONFIG_MAPPING:
@@ -244,6 +246,7 @@ def load(
     surgery = entry.get("surgery", [])
     files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
     _check(files, entry.get("checksums"))
+    verify(folder)
     model_class = _model_class(folder, config)
     if entry.get("dtype") == "float32":  # frozen weights are stored in the type they came in, and computed with in this
         dtype = dtype or torch.float32

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from collections.abc import Iterable, Sequence
 
 LISTED = 24  # words that an error names at most
@@ -17,6 +18,15 @@ class PretrainError(Exception):
     def __init__(self, message: str = "", *, place: tuple[str | int, ...] = ()) -> None:
         super().__init__(message)
         self.place = place
+
+
+class PretrainWarning(UserWarning):
+    """What the user should know, though work goes on; the command line prints it as one line."""
+
+
+def warn(message: str) -> None:
+    """Say that something was damaged, or passed over, and what is done instead."""
+    warnings.warn(message, PretrainWarning, stacklevel=3)
 
 
 class Diverged(PretrainError):

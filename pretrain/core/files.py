@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: atomic writing, checksums, safe reading of JSON."""
+"""Files that are either whole or not there, and folders that vouch for their files; safe reading of JSON."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -18,19 +18,25 @@ from pretrain.core.system.portable import exchange, fsync, take
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 JSONObject: TypeAlias = dict[str, Any]  # whose values are what the file says they are
 
+SUMS = "checksums.json"  # of a folder: the digests of its files, and its own
+_READ: dict[tuple[int, int, int, int], str] = {}  # digests of files that were read, by what changes with a file
+
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
     """Give a temporary folder beside `target`; on success it becomes `target` in one rename, on an error it is removed.
 
     An existing `target` is replaced. A process killed inside leaves `target` as it was, and a `.tmp-*` folder that
-    `sweep` removes.
+    `sweep` removes. `checksums.json` in it holds the digests of its files, by which `damage` finds one that is no
+    longer as it was written.
     """
     target = Path(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".tmp-{target.name}-", dir=target.parent))
     try:
         yield work
+        sums = {name: file_digest(work / name) for name in _names(work)}
+        (work / SUMS).write_text(json.dumps(_sealed({"sha256": sums}), indent=2), encoding="utf-8")
         for path in work.rglob("*"):
             fsync(path)
         put_in_place(work, target)
@@ -121,6 +127,61 @@ def read_json(path: Path) -> Any:
         raise PretrainError(f"missing file {path}") from error
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise PretrainError(f"{path} is not valid JSON ({error}): truncated or damaged") from error
+
+
+def read_json_lines(path: Path) -> list[JSONObject]:
+    """The objects of a file of JSON lines; a line that is half-written or damaged is left out."""
+    rows: list[JSONObject] = []
+    for line in Path(path).read_bytes().splitlines():
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            rows += [row] if isinstance(row, dict) else []
+    return rows
+
+
+def damage(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> str:
+    """The first file of a folder that is not as it was written, and how it differs; empty where all are.
+
+    `wanted` tells of a name whether the file is looked at. A file is read once in a process, unless it changes. A
+    folder without `checksums.json` is of an older release or from elsewhere: nothing is known of it.
+    """
+    path = Path(folder) / SUMS
+    if not path.is_file():
+        return ""
+    try:
+        sums = read_json(path)
+        whole = _sealed({"sha256": sums["sha256"]}) == sums
+    except (PretrainError, OSError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        return f"{path} is damaged"
+    for name, known in sums["sha256"].items():
+        if wanted(name):
+            try:
+                if _digest_read(path.parent / name) != known:
+                    return f"{path.parent / name} is damaged or was replaced: its checksum is not the one in {SUMS}"
+            except OSError as error:
+                return f"{path.parent / name}: {error.strerror or error}"
+    return ""
+
+
+def _sealed(record: JSONObject) -> JSONObject:
+    return record | {"seal": digest(record)}
+
+
+def _names(folder: Path) -> list[str]:
+    """All files of a folder but its own list of them."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path != folder / SUMS)
+    return [path.relative_to(folder).as_posix() for path in files]
+
+
+def _digest_read(path: Path) -> str:
+    """The digest of a file, taken once in a process while nothing changes it."""
+    state = path.stat()
+    key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)
+    if key not in _READ:
+        _READ[key] = file_digest(path)
+    return _READ[key]
 
 
 def digest(value: object) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, read_json
+from pretrain.core.files import SUMS, JSONObject, damage, read_json
 from pretrain.core.system.portable import link_target
 from pretrain.core.system.shipped import shipped_file
 
@@ -58,6 +59,18 @@ def stage_at(path: Path) -> tuple[Path, JSONObject] | None:
             with suppress(PretrainError):
                 return folder, read_json(folder / "stage.json")
     return None
+
+
+def verify(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None:
+    """Raise `PretrainError` where a file of the folder is not as it was written, with the way to have it again.
+
+    `wanted` tells of a name whether the file is looked at.
+    """
+    finding = damage(folder, wanted)
+    if finding:
+        made = stage_at(Path(folder))
+        again = f"`--refresh {made[1].get('name')}` makes it again" if made else "a whole copy"
+        raise PretrainError(f"{finding}; accepted: {again}, or no {SUMS} beside what was changed on purpose")
 
 
 def run_of(place: Path | str) -> Path:

@@ -36,6 +36,7 @@ from pretrain.core.batch import Batch
 from pretrain.core.batch import Document as Document
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json
+from pretrain.core.folders import verify
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -160,6 +161,7 @@ def load_processor(folder: Path | str) -> Processor | None:
     present = [folder / name for name in (*PREPROCESSOR_FILES, *TOKENIZER_FILES) if (folder / name).exists()]
     if not present:
         return None
+    verify(folder, lambda name: not name.endswith(".safetensors"))
     try:
         with quiet():
             return _opener(folder)(folder)

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import re
 import sys
-import warnings
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -22,7 +21,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError, unknown, warn
 from pretrain.core.files import digest, write_json
 from pretrain.core.folders import cache_folder
 
@@ -204,7 +203,7 @@ def methods() -> dict[str, MethodInfo]:
     outside = [*map(_read_installed, packages), *(_read(path, module) for path, module in _in_folders())]
     for info in [*_ours(), *filter(None, outside)]:
         if info.name in known and info.path in installed:
-            warnings.warn(f"two methods are named {info.name!r}: {info.path} is passed over", stacklevel=2)
+            warn(f"two methods are named {info.name!r}: {info.path} is passed over")
             continue
         if info.name in known:
             raise PretrainError(f"two methods are named {info.name!r}: {known[info.name].path} and {info.path}")
@@ -243,7 +242,7 @@ def _installed() -> list[tuple[Path, str]]:
         else:
             reason = ""
         if spec is None or not (spec.origin or spec.submodule_search_locations):
-            warnings.warn(f"entry point {entry.name} = {entry.value!r}: there is no such module{reason}", stacklevel=2)
+            warn(f"entry point {entry.name} = {entry.value!r}: there is no such module{reason}")
             continue
         folders = list(map(Path, spec.submodule_search_locations or []))  # of a package, with or without `__init__.py`
         paths = [path for folder in folders for path in sorted(folder.glob("[!_]*.py"))]
@@ -258,7 +257,7 @@ def _read_installed(place: tuple[Path, str]) -> MethodInfo | None:
     try:
         return _read(*place)
     except PretrainError as error:
-        warnings.warn(str(error), stacklevel=2)
+        warn(str(error))
         return None
 
 

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Row
-from pretrain.core.errors import PretrainError
-from pretrain.core.files import atomic_folder
+from pretrain.core.errors import PretrainError, warn
+from pretrain.core.files import SUMS, atomic_folder, damage
 
 
 class Tokens(Protocol):
@@ -135,7 +135,10 @@ def _best_fit(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64],
 def plan_for(shards: Tokens, length: int) -> Plan:
     """The plan of a split at one row length, kept beside its tokens and memory-mapped."""
     folder = shards.folder / f"rows-{length}"
-    if folder.exists():
+    finding = damage(folder)
+    if finding:
+        warn(f"{finding}: the rows of {length} tokens are planned anew")
+    elif (folder / SUMS).exists():
         try:
             plan = _read(folder)
             if int(plan.length_P.sum()) == shards.tokens and int(plan.first_R1[-1]) == len(plan.document_P):

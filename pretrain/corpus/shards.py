@@ -7,7 +7,6 @@ the tokenizer has them. Reading needs numpy only.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,8 +15,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, atomic_folder, digest, file_digest, locked, read_json, write_json
+from pretrain.core.errors import PretrainError, warn
+from pretrain.core.files import JSONObject, atomic_folder, damage, digest, file_digest, locked, read_json, write_json
+from pretrain.core.folders import verify
 from pretrain.corpus.packing import Plan, plan_for
 
 if TYPE_CHECKING:
@@ -85,8 +85,9 @@ class Shards:
         return (self.tokens - len(self)) / max(1, int(np.sum(self.bytes_N, dtype=np.int64)))
 
     def verify(self) -> None:
-        """Compare the files with their checksums."""
-        for name, checksum in self.info["checksums"].items():
+        """Compare the files with their checksums, which older releases kept in `tokens.json`."""
+        verify(self.folder)
+        for name, checksum in self.info.get("checksums", {}).items():
             if file_digest(self.folder / name) != checksum:
                 raise PretrainError(f"{self.folder / name} is damaged (checksum); remove {self.folder} to redo it")
 
@@ -115,7 +116,7 @@ def tokenise(
 ) -> dict[str, Shards]:
     """Tokenise a corpus into `folder/SPLIT`; splits that are there already, of the same corpus and tokenizer, stay.
 
-    Those are compared with their checksums unless `verify` is off.
+    Those are compared with their checksums unless `verify` is off; what is damaged is made anew, with a warning.
     """
     from pretrain.core.batch import Vocabulary
 
@@ -123,7 +124,10 @@ def tokenise(
 
     def missing(split: str) -> bool:
         info = folder / split / "tokens.json"
-        return not info.exists() or {k: read_json(info).get(k) for k in wanted} != wanted
+        finding = damage(folder / split) if verify else ""
+        if finding:
+            warn(f"{finding}: the {split} split is put into tokens anew")
+        return bool(finding) or not info.exists() or {k: read_json(info).get(k) for k in wanted} != wanted
 
     here = [split for split in splits if not missing(split)]
     if len(here) < len(splits):
@@ -152,7 +156,7 @@ def _write(
     before, after = (np.array([] if end is None else [end], dtype) for end in (vocabulary.bos, vocabulary.eos))
     names = corpus.domains
     number = {name: i for i, name in enumerate(names)}
-    lengths, domains, sizes, checksum = [], [], [], hashlib.sha256()
+    lengths, domains, sizes = [], [], []
     backend = plain_backend(tokenizer)
 
     def encode(documents: list[Document]) -> list[NDArray[np.integer]]:
@@ -172,17 +176,14 @@ def _write(
                 lengths.append(len(before) + len(ids) + len(after))
                 domains.append(number[document["domain"]])
                 sizes.append(len(document["text"].encode()))
-            data = np.concatenate(parts).tobytes()
-            checksum.update(data)
-            out.write(data)
+            out.write(np.concatenate(parts).tobytes())
             documents = following
     np.save(work / "offsets.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
     np.save(work / "domains.npy", np.array(domains, np.uint16))
     np.save(work / "bytes.npy", np.array(sizes, np.uint32))
     counts = {"documents": len(lengths), "tokens": int(sum(lengths)), "dtype": dtype.name, "domains": names}
-    sums = {"tokens.bin": checksum.hexdigest()} | {path.name: file_digest(path) for path in sorted(work.glob("*.npy"))}
-    counts |= {"begins": len(before) > 0, "checksums": sums}
-    write_json(work / "tokens.json", facts | counts | {"vocabulary": vocabulary.size})
+    counts |= {"begins": len(before) > 0, "vocabulary": vocabulary.size}
+    write_json(work / "tokens.json", facts | counts)
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[Document]]:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, atomic_folder, digest, read_json, write_json
+from pretrain.core.folders import verify
 from pretrain.corpus.payload import (
     CONTENT,
     content,
@@ -280,6 +281,7 @@ class Corpus:
     @cached_property
     def info(self) -> JSONObject:
         """`corpus.json`."""
+        verify(self.folder, lambda name: name == "corpus.json")
         return read_json(self.folder / "corpus.json")
 
     @property
@@ -289,11 +291,17 @@ class Corpus:
 
     def split(self, name: str) -> Dataset:
         """One split as a `datasets.Dataset`."""
-        if name not in SPLITS:
-            raise unknown("split", name, SPLITS)
+        folder = self._whole(name)
         if self._cache is None:
             self._cache = tempfile.TemporaryDirectory(prefix="pretrain-corpus-")
-        return _open(self.folder / name, Path(self._cache.name))
+        return _open(folder, Path(self._cache.name))
+
+    def _whole(self, name: str) -> Path:
+        """The folder of a split, whose files are as they were written."""
+        if name not in SPLITS:
+            raise unknown("split", name, SPLITS)
+        verify(self.folder, lambda file: file.startswith(f"{name}/"))
+        return self.folder / name
 
     @property
     def columns(self) -> list[str]:
@@ -305,15 +313,12 @@ class Corpus:
 
     def documents(self, name: str, columns: Columns = ("text", "domain", "id")) -> Iterator[Document]:
         """One split's documents, streamed."""
-        if name not in SPLITS:
-            raise unknown("split", name, SPLITS)
-        return iterate(self.folder / name, columns)
+        return iterate(self._whole(name), columns)
 
     def sample(self, name: str, limit: int, columns: Columns = ("text", "domain", "id")) -> list[Document]:
         """At most `limit` of one split's documents, from its whole length alike, so from all sources."""
-        if name not in SPLITS:
-            raise unknown("split", name, SPLITS)
+        folder = self._whole(name)
         count = self.info["documents"][name]
         chosen = set(evenly(range(count), limit))
-        stream = iterate(self.folder / name, columns)
+        stream = iterate(folder, columns)
         return [document for number, document in enumerate(stream) if number in chosen]

@@ -9,6 +9,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.folders import verify
 
 END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
 ALGORITHMS = ("bpe", "unigram", "bytes")
@@ -98,6 +99,8 @@ def _unigram(texts: Iterable[str], vocab_size: int, special: list[str]) -> Token
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     """The tokenizer of a folder, of a checkpoint or of a hub name; no code of theirs is run."""
+    if Path(folder).is_dir():
+        verify(Path(folder), lambda name: not name.endswith(".safetensors"))
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:

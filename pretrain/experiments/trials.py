@@ -7,7 +7,6 @@ interrupted goes on, and stages that several trials share (a corpus, a tokenizer
 from __future__ import annotations
 
 import copy
-import json
 import os
 import signal
 import time
@@ -22,7 +21,7 @@ from threading import Thread
 from typing import Any
 
 from pretrain.core.errors import Diverged, PretrainError, unknown
-from pretrain.core.files import JSONObject, digest, read_json
+from pretrain.core.files import JSONObject, digest, read_json, read_json_lines
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
@@ -134,8 +133,7 @@ def value_of(metric: str, records: dict[str, StageRecord], output: Path) -> floa
 def held_out_curve(log: Path, metric: str, records: dict[str, StageRecord], before: Sequence[str]) -> list[list[float]]:
     """Pairs of FLOPs (those of the stages before included) and the held-out metric, as training logged them."""
     spent = sum(records[name]["flops"] for name in before)
-    rows = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    measured = [row for row in rows if row["event"] == "evaluation"]
+    measured = [row for row in read_json_lines(log) if row.get("event") == "evaluation"]
     curve = [[spent + row["flops"], row["metrics"][metric]] for row in measured if metric in row["metrics"]]
     if not curve:
         known = sorted({name for row in measured for name in row["metrics"]})

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDic
 import yaml
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, read_json
+from pretrain.core.files import JSONObject, read_json, read_json_lines
 from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage
 
 if TYPE_CHECKING:
@@ -241,12 +241,9 @@ def _objective(config: Config) -> list[str]:
 def curves(path: Path) -> tuple[Columns, Columns]:
     """A training log as columns, of its steps and of its evaluations; lines that are not whole are passed over."""
     rows: dict[str, list[Config]] = {"step": [], "evaluation": []}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
+    for row in read_json_lines(path):
+        if row.get("event") in ("step", "evaluation"):
             rows[row["event"]].append(row)
-        except (json.JSONDecodeError, KeyError, TypeError):
-            continue
     names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu")
     steps, held_out = thin(rows["step"]), rows["evaluation"]
     for row in steps:  # a core that was busy while the machine's rate was measured has made that too low

@@ -22,7 +22,7 @@ from typing import Any, TypeAlias, TypedDict
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import JSON, file_digest, fsync, not_written, put_in_place, read_json, sweep, write_json
 from pretrain.core.meter import Counted
 from pretrain.training.background import Background
@@ -163,13 +163,23 @@ def _check_finite(pieces: dict[str, Piece], finite: Collection[str], step: int) 
 
 
 def newest(folder: Path, world: World | None = None) -> Path | None:
-    """The newest state whose files all match their checksums; damaged ones are passed over.
+    """The newest state whose files all match their checksums; of those passed over a warning tells.
 
-    Among several processes, which must all call it, each checks a share of the files.
+    Among several processes, which must all call it, each checks a share of the files. Raises `PretrainError` where
+    there are states and all are damaged: beginning again is the user's choice.
     """
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    paths = sorted(folder.glob("step-[0-9]*"), reverse=True)
+    for path in paths:
         if not _damaged(path, world):
             return path
+        if world is None or world.main:
+            warn(f"the training state {path} is damaged and passed over")
+    if paths:
+        names = ", ".join(path.name for path in reversed(paths))
+        raise PretrainError(
+            f"{folder}: all training states are damaged ({names}); accepted: one of them as it was written, or "
+            "`--refresh` of this stage, which trains from the beginning"
+        )
     return None
 
 
