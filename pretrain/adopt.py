@@ -17,8 +17,8 @@ import pyarrow.parquet
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import atomic_folder, digest, file_digest, locked, write_json
-from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
+from pretrain.core.files import SUMS, atomic_folder, digest, file_digest, locked, write_json
+from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of, verify
 from pretrain.core.processors import load_processor
 from pretrain.corpus.store import SPLITS, Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
@@ -94,12 +94,14 @@ def _files(source: Path) -> list[Path]:
     return sorted(
         path
         for path in source.rglob("*")
-        if not any(part.match(mark) for part in map(Path, path.relative_to(source).parts) for mark in LEFT)
+        if path != source / SUMS
+        and not any(part.match(mark) for part in map(Path, path.relative_to(source).parts) for mark in LEFT)
     )
 
 
 def _check_corpus(folder: Path) -> Metrics:
     """Open a corpus and count its documents; its sizes are the stage's metrics."""
+    verify(folder)
     info = Corpus(folder).info
     sizes = {
         (measure, split): info.get(measure, {}).get(split) for measure in ("documents", "bytes") for split in SPLITS

@@ -633,7 +633,7 @@ def test_an_adopted_checkpoint_is_run_on_and_says_where_it_is_from(tmp_path, fin
 
     given = finished / "run" / "model" / "checkpoint"
     source = tmp_path / "given"  # as from elsewhere: no pretrain.json, other files beside
-    shutil.copytree(given, source, ignore=shutil.ignore_patterns("pretrain.json"))
+    shutil.copytree(given, source, ignore=shutil.ignore_patterns("pretrain.json", "checksums.json"))
     for name in ("modeling_x.py", "pytorch_model.bin", ".git/config", "notes/more.txt"):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text("x")
@@ -737,6 +737,8 @@ def test_of_two_adoptions_the_second_is_measured(tmp_path, finished):
 def spoil(finished, tmp_path, name, file, text):
     shutil.copytree(finished / "run" / name, tmp_path / "bad", symlinks=False)
     (tmp_path / "bad" / file).write_bytes(text)
+    for sums in (tmp_path / "bad").rglob("checksums.json"):
+        sums.unlink()
     return tmp_path / "bad"
 
 
