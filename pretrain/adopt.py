@@ -17,7 +17,7 @@ import pyarrow.parquet
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import SUMS, atomic_folder, digest, file_digest, locked, write_json
+from pretrain.core.files import SUMS, atomic_folder, digest, file_digest, locked, sweep, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of, verify
 from pretrain.core.processors import load_processor
 from pretrain.corpus.store import SPLITS, Corpus
@@ -61,6 +61,7 @@ def adopt(
     adopted: Adopted = {"source": str(folder), "fingerprint": digest(marks), "linked": link}
     item, started = item.at(item.generation + 1).afresh(), datetime.now(UTC)
     with locked(item.folder / ".lock"):
+        sweep(item.folder)
         with atomic_folder(item.folder / part) as work:
             for path in files:
                 target = work / path.relative_to(source)

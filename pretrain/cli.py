@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import fields
 from inspect import cleandoc
@@ -17,14 +15,14 @@ import typer
 from pretrain import __version__, cli_claim, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import words
-from pretrain.core.errors import PretrainError, PretrainWarning, nearest
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import write_text
 from pretrain.core.folders import corpus_at, newest_checkpoint, run_of
 from pretrain.core.method import declared_class, default_of
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import quantity
 from pretrain.core.registry import info, kinds, methods, use_methods
-from pretrain.core.system.extras import extras_named
+from pretrain.core.system.console import App
 from pretrain.runs import command as runs
 
 if TYPE_CHECKING:
@@ -32,36 +30,7 @@ if TYPE_CHECKING:
     from pretrain.stages import Estimate
 
 
-class _App(typer.Typer):
-    """Typer, with the project's errors as one line and an exit status."""
-
-    def __call__(self, *args: object, **kwargs: object) -> object:
-        warnings.formatwarning = _format_warning
-        try:
-            with extras_named():
-                return super().__call__(*args, **kwargs)
-        except PretrainError as error:
-            if os.environ.get("PRETRAIN_DEBUG"):
-                raise
-            typer.secho(f"error: {error}", fg="red", err=True)
-            sys.exit(1)
-        except SystemExit as error:  # typer's own way to pass on an interrupt
-            if error.code == 130:
-                typer.secho("interrupted; what is done is kept: run the same again to go on", fg="yellow", err=True)
-            raise
-
-
-def _format_warning(
-    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-) -> str:
-    """One line of a warning of ours; those of libraries as Python shows them."""
-    if issubclass(category, PretrainWarning):
-        return f"warning: {message}\n"
-    return _format_plain(message, category, filename, lineno, line)
-
-
-_format_plain = warnings.formatwarning
-app = _App(
+app = App(
     name="pretrain", no_args_is_help=True, pretty_exceptions_enable=False,
     help="The whole life of a pretrained model on a limited budget.",
 )  # fmt: skip

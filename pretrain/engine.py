@@ -22,7 +22,7 @@ from pathlib import Path
 import yaml
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import locked, read_json, write_json, write_text
+from pretrain.core.files import locked, read_json, sweep, write_json, write_text
 from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
@@ -79,6 +79,7 @@ def run(
             item.code()  # read now: what is edited while stages run is not what this process has imported
     with _only_one(recipe.output, main):
         if main:
+            sweep(recipe.output)
             _refuse_foreign(recipe, planned)
             expected = forecast(planned)
             check_fits(expected)
@@ -144,6 +145,8 @@ def _run_stage(
 ) -> None:
     stage, name = item.stage, item.stage.name
     say(f"[{name}] {stage.stage}")
+    if main:
+        sweep(item.folder)
     if main and (other := begin(item)):
         say(f"[{name}] {other}; going on from there (--refresh {name} begins again)")
     started, clock = datetime.now(UTC), time.perf_counter()

@@ -168,6 +168,22 @@ def test_an_interrupt_says_how_to_go_on():
     assert done.returncode == 130 and "run the same again to go on" in done.stderr
 
 
+def test_a_termination_outside_training_says_that_what_is_done_is_kept():
+    program = "import os, signal, time, pretrain.cli as c, pretrain.recipe as r\n"
+    program += "def stop(*a, **k): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
+    program += "r.load = stop\nimport sys; sys.argv = ['pretrain', 'run', 'x.yaml']\nc.app()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 143 and "terminated; what is done is kept" in done.stderr
+
+
+def test_a_warning_of_ours_is_one_line():
+    program = "import pretrain.cli as c, pretrain.recipe as r; from pretrain.core.errors import warn\n"
+    program += "r.load = lambda *a, **k: warn('rows are planned anew')\n"
+    program += "import sys; sys.argv = ['pretrain', 'run', 'x.yaml']\ntry:\n    c.app()\nexcept Exception: pass"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert "warning: rows are planned anew\n" in done.stderr and "UserWarning" not in done.stderr
+
+
 def test_an_encoder_cannot_be_asked_to_generate(tiny, prepared, tmp_path):
     from pretrain.corpus.tokenizers import load_tokenizer
 

@@ -64,3 +64,28 @@ def test_texts_are_written_whole_and_broken_json_is_named(tmp_path):
     with pytest.raises(PretrainError, match=r"missing file .*y.json"):
         files.read_json(tmp_path / "y.json")
     assert files.digest({"a": 1, "b": 2}) == files.digest({"b": 2, "a": 1}) != files.digest({"a": 1, "b": 3})
+
+
+def test_what_killed_processes_left_is_swept_when_its_place_is_written_again(tmp_path):
+    for name in ("rows-48-aa", "rows-480-bb", "train-cc"):
+        (tmp_path / f".tmp-{name}").mkdir()
+    files.sweep(tmp_path, "rows-48")
+    assert {path.name for path in tmp_path.iterdir()} == {".tmp-rows-480-bb", ".tmp-train-cc"}
+    files.sweep(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_damage_names_the_first_file_that_is_not_as_it_was_written(tmp_path):
+    with files.atomic_folder(tmp_path / "target") as work:
+        for name in ("a", "b/c"):
+            (work / name).parent.mkdir(exist_ok=True)
+            (work / name).write_text(name)
+    folder = tmp_path / "target"
+    assert files.damage(folder) == "" and files.damage(tmp_path) == ""
+    (folder / "b" / "c").write_text("x")
+    assert files.damage(folder).startswith(f"{folder / 'b' / 'c'} is damaged or was replaced")
+    assert files.damage(folder, lambda name: name == "a") == ""
+    (folder / "a").unlink()
+    assert files.damage(folder) == f"{folder / 'a'}: No such file or directory"
+    (folder / "checksums.json").write_text((folder / "checksums.json").read_text().replace("a", "b"))
+    assert files.damage(folder) == f"{folder / 'checksums.json'} is damaged"

@@ -86,9 +86,12 @@ def locked(path: Path, blocked: Callable[[], None] = lambda: None) -> Iterator[N
         yield
 
 
-def sweep(folder: Path) -> None:
-    """Remove the temporary folders that killed processes left in `folder`."""
-    for path in Path(folder).glob(".tmp-*"):
+def sweep(folder: Path, name: str = "") -> None:
+    """Remove what killed processes left in `folder`, or of what they were writing as `name` there.
+
+    The caller holds a lock, so that nobody is writing it at this moment.
+    """
+    for path in Path(folder).glob(f".tmp-{name and f'{name}-'}*"):
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 

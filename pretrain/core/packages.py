@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TypedDict
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import atomic_folder, file_digest, locked, read_json, write_json, write_text
+from pretrain.core.files import atomic_folder, file_digest, locked, read_json, sweep, write_json, write_text
 from pretrain.core.folders import cache_folder
 
 MAX_FILES = 200_000
@@ -66,6 +66,7 @@ def package_folder(package: Package) -> Path:
     if not (home / "package.json").exists():
         _mark_cache(home.parents[1])
         with locked(home.with_name(f".{home.name}.lock")):
+            sweep(home.parent, home.name)
             if not (home / "package.json").exists():  # another process may have fetched it meanwhile
                 _fetch(package, home)
     _check_digest(package, read_json(home / "package.json")["sha256"])

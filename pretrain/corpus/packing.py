@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from pretrain.core.batch import Row
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.files import SUMS, atomic_folder, damage
+from pretrain.core.files import SUMS, atomic_folder, damage, locked, sweep
 
 
 class Tokens(Protocol):
@@ -147,9 +147,11 @@ def plan_for(shards: Tokens, length: int) -> Plan:
             pass  # damaged: it can be made anew from the lengths
     made = pack(shards.lengths_N, shards.domains_N, length)
     try:
-        with atomic_folder(folder) as work:
-            for field in fields(Plan):
-                np.save(work / f"{field.name}.npy", getattr(made, field.name))
+        with locked(shards.folder / ".lock"):
+            sweep(shards.folder, folder.name)
+            with atomic_folder(folder) as work:
+                for field in fields(Plan):
+                    np.save(work / f"{field.name}.npy", getattr(made, field.name))
     except PretrainError:
         return made  # another process wrote it first, or the folder cannot be written: the plan is the same
     return _read(folder)

@@ -16,7 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.files import JSONObject, atomic_folder, damage, digest, file_digest, locked, read_json, write_json
+from pretrain.core.files import (
+    JSONObject,
+    atomic_folder,
+    damage,
+    digest,
+    file_digest,
+    locked,
+    read_json,
+    sweep,
+    write_json,
+)
 from pretrain.core.folders import verify
 from pretrain.corpus.packing import Plan, plan_for
 
@@ -132,6 +142,7 @@ def tokenise(
     here = [split for split in splits if not missing(split)]
     if len(here) < len(splits):
         with locked(folder / ".lock"):  # another run may be at the same: what it has made is taken
+            sweep(folder)
             for split in filter(missing, splits):
                 with atomic_folder(folder / split) as work:
                     _write(work, corpus, split, tokenizer, Vocabulary.of(tokenizer), wanted)

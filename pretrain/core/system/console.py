@@ -1,0 +1,69 @@
+"""How a command speaks: a warning or an error is one line, a signal says that what is done is kept."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import typer
+
+from pretrain.core.errors import PretrainError, PretrainWarning
+from pretrain.core.system.extras import extras_named
+
+STOPPED = {130: "interrupted", 128 + signal.SIGTERM: "terminated"}  # by exit status
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    """Leave as an interrupt does, so that temporary files are removed and locks given back."""
+    raise SystemExit(128 + number)
+
+
+class App(typer.Typer):
+    """Typer, with the project's errors as one line and an exit status."""
+
+    def __call__(self, *args: object, **kwargs: object) -> object:
+        try:
+            with _listening(), extras_named():
+                return super().__call__(*args, **kwargs)
+        except PretrainError as error:
+            if os.environ.get("PRETRAIN_DEBUG"):
+                raise
+            typer.secho(f"error: {error}", fg="red", err=True)
+            sys.exit(1)
+        except SystemExit as error:  # typer's own way to pass on an interrupt
+            if error.code in STOPPED:
+                typer.secho(
+                    f"{STOPPED[error.code]}; what is done is kept: run the same again to go on", fg="yellow", err=True
+                )
+            raise
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """One line of a warning of ours; those of libraries as Python shows them."""
+    if issubclass(category, PretrainWarning):
+        return f"warning: {message}\n"
+    return _format_plain(message, category, filename, lineno, line)
+
+
+_format_plain = warnings.formatwarning
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """While open, warnings are lines and SIGTERM ends the command as an interrupt does."""
+    warnings.formatwarning, main = _format_warning, threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, _terminate) if main else None
+    try:
+        yield
+    finally:
+        warnings.formatwarning = _format_plain
+        if main:
+            signal.signal(signal.SIGTERM, before)
