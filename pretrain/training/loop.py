@@ -2,7 +2,7 @@
 
 Reads top to bottom: `train` is the loop, `step` one step of it, and the few functions below are a step's parts; what a
 training holds stands in `running`. What a step computes is a function of the state before it and (seed, step, rank)
-alone.
+alone; of that state the meter's counts are part, since a step whose FLOPs are counted may round otherwise.
 
 The host never waits for the device inside a step, except where a comment says why: it would leave the device idle.
 
