@@ -1,11 +1,19 @@
 PYTHON ?= python3
 VENV := .venv
 TORCH ?= torch==2.13.0
+# Only errors are worth reading here; and what is never imported needs no bytecode, which takes a third of the time.
+PIP := $(VENV)/bin/python -m pip install -qq --no-compile
 
 .PHONY: quickstart test test-claims test-bits lint docs gpu clean
 
 quickstart: $(VENV)/installed  ## set up and run the main job on Python's standard library
-	$(VENV)/bin/pretrain run recipes/quickstart.yaml
+	@$(VENV)/bin/pretrain run recipes/quickstart.yaml
+	@echo
+	@echo "Look at runs/quickstart/report.html in a browser. To try next:"
+	@echo
+	@echo "  $(VENV)/bin/pretrain generate runs/quickstart/model --prompt 'def '     # let the model write"
+	@echo "  $(VENV)/bin/pretrain runs show runs/quickstart                          # each stage: what it took, what it made"
+	@echo "  $(VENV)/bin/pretrain new docs                                           # a recipe; put a folder of yours for docs"
 
 test: $(VENV)/installed  ## set up and run the tests
 	@command -v chromium >/dev/null 2>&1 || command -v chromium-browser >/dev/null 2>&1 || \
@@ -30,16 +38,19 @@ lint: $(VENV)/installed
 gpu:  ## on a machine with a GPU, in less than 8 minutes: tests, speed, memory, decoding; writes runs/gpu.json
 	$(PYTHON) benchmarks/gpu.py
 
-docs: $(VENV)/installed  ## regenerate the pages made from docstrings
+docs: $(VENV)/installed  ## regenerate the pages made from docstrings, and build the site: build/site/index.html
 	$(VENV)/bin/python -m pretrain.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q
 
 # torch first: with it in place nothing else pulls another build.
 $(VENV)/installed: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install -q --upgrade pip
-	$(VENV)/bin/python -m pip install -q -c constraints.txt $(TORCH)
-	$(VENV)/bin/python -m pip install -q -c constraints.txt -e '.[audio,dev,eval,images,optimizers,tensorboard]'
-	touch $@
+	@echo "Setting up $(VENV) (1 to 2 minutes): pip and torch"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade pip
+	@$(PIP) -c constraints.txt $(TORCH)
+	@echo "Setting up $(VENV): the rest"
+	@$(PIP) -c constraints.txt -e '.[audio,dev,docs,eval,images,optimizers,tensorboard]'
+	@touch $@
 
 clean:
 	rm -rf $(VENV) runs build .pytest_cache .mypy_cache .ruff_cache .hypothesis
