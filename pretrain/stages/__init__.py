@@ -80,7 +80,12 @@ class Job:
 
 
 class Stage(BaseModel):
-    """Base of the stages."""
+    """Base of the stages. A docstring says what a stage does, and below, `field: sentence`, what each field does.
+
+    stage: The kind of the stage, this one.
+    name: What other stages and `--set` call it; the kind by default.
+    seed: Of this stage alone; the recipe's by default.
+    """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
 

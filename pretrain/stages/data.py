@@ -42,7 +42,14 @@ SourceField = Annotated[Source, PlainValidator(build_source), PlainSerializer(du
 
 
 class Data(Stage):
-    """Fields of a `data` stage. `near_duplicates`: how alike training documents may be to held-out ones (null: any)."""
+    """Read sources, set held-out documents aside, remove copies, apply data operations; writes a corpus.
+
+    sources: What to read: paths, or mappings whose first word is the kind of source.
+    operations: Methods that drop, add or order the training documents, one after another.
+    validation: Share of the documents to measure on while training.
+    test: Share of the documents to measure on at the end.
+    near_duplicates: How alike training documents may be to held-out ones before they are removed; null keeps all.
+    """
 
     version = 5
     seeded: ClassVar[bool] = False

@@ -26,12 +26,18 @@ BEGINNING = 200  # letters of a held-out document that make a prompt, or half of
 
 
 class Decode(Stage):
-    """Fields of a `decode` stage.
+    """Continue prompts, or the beginnings of held-out documents, with a checkpoint; writes `samples.json`.
 
-    `temperature` 0 is greedy; by default 0.8 with `top_p` 0.95. `method` names a decoding method instead, which is
-    given the two only if it samples. Without one, models that `core.generation.forward` can run are
-    decoded by its loop, the others by `transformers`' `generate`. Of a `corpus` the beginnings of as many held-out
-    `documents` are continued too, and how those go on in truth is kept beside it.
+    Models that `core.generation.forward` can run are decoded by its loop, the others by `transformers`' `generate`.
+
+    checkpoint: The model that continues.
+    prompts: Texts to continue.
+    corpus: Whose held-out documents give beginnings to continue too, beside how they go on in truth.
+    documents: How many of them.
+    method: A decoding method in place of plain sampling; given temperature and top_p only if it samples.
+    max_new_tokens: Tokens of each continuation at most.
+    temperature: Of sampling, 0 takes the likeliest token; 0.8 by default.
+    top_p: Probability from which tokens are drawn, the likeliest first; 0.95 by default.
     """
 
     stage: Literal["decode"] = "decode"

@@ -28,7 +28,15 @@ if TYPE_CHECKING:
 
 
 class Evaluate(Stage):
-    """Fields of an `evaluate` stage. `compressors` adds xz and zstd on the same text as a yardstick."""
+    """Measure a checkpoint on held-out documents; writes `evaluation.json` and the numbers of each document.
+
+    checkpoint: The model to measure.
+    corpus: The documents to measure it on.
+    split: Which of the held-out ones.
+    evaluations: What is measured, each method once.
+    max_documents: Documents at most, taken evenly from the whole split.
+    compressors: Whether xz and zstd are tried on the same text, as a yardstick.
+    """
 
     stage: Literal["evaluate"] = "evaluate"
     version = 3

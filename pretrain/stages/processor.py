@@ -22,10 +22,11 @@ if TYPE_CHECKING:
 
 
 class Processor(Stage):
-    """Fields of a `processor` stage: a class with its fields, or a `checkpoint` to take a processor from.
+    """Make what turns images, recordings or series into a model's inputs: one of `processor` and `checkpoint` is needed.
 
-    `processor: {class: ViTImageProcessor, size: {height: 32, width: 32}}` names an image processor, feature extractor,
-    tokenizer or processor of `transformers`, or `SeriesProcessor`; the other fields are its own.
+    processor: `class` names a processor, image processor or feature extractor of `transformers`, or `SeriesProcessor`;
+        the rest are that class's own fields.
+    checkpoint: Whose processor is taken as it is.
     """
 
     seeded: ClassVar[bool] = False

@@ -21,10 +21,14 @@ BATCH_ROWS = 8
 
 
 class Surgery(Stage):
-    """Fields of a `surgery` stage. `models` are the other models of a merge, or a teacher.
+    """Change a checkpoint's model by surgeries: grow, prune, quantise, merge, adapt; writes a checkpoint.
 
-    Surgeries that calibrate are given `calibration_rows` rows of `length` tokens, drawn by the seed from the training
-    documents of `corpus`.
+    checkpoint: The model to change.
+    surgeries: What changes it, one after another.
+    models: The other models of a merge, or a teacher.
+    corpus: Whose training documents a surgery that calibrates is shown, drawn by the seed.
+    calibration_rows: Rows of them that it is shown.
+    length: Tokens of such a row.
     """
 
     writes: ClassVar[str] = "checkpoint"

@@ -17,7 +17,18 @@ from pretrain.stages._estimates import BYTES_AN_ENTRY, FLOOR, Left
 
 
 class Tokenizer(Stage):
-    """Fields of a `tokenizer` stage: a `corpus` to train on, or a `checkpoint` to take one from."""
+    """Train a tokenizer on a corpus, or take that of a checkpoint: one of `corpus` and `checkpoint` is needed.
+
+    corpus: Whose training documents it is trained on.
+    checkpoint: Whose tokenizer is taken as it is.
+    algorithm: Byte pairs, a unigram model, or an entry for each byte and no training.
+    vocab_size: Entries, the special ones included; fewer where the text gives no more.
+    mask: Whether there is a mask token, for masked models.
+    cls: Whether texts begin and end with class and separator tokens, as BERT's do.
+    sentinels: How many sentinel tokens there are, for models of the T5 family.
+    extra: Further special tokens.
+    max_bytes: Bytes of text that it is trained on at most.
+    """
 
     seeded: ClassVar[bool] = False
     writes: ClassVar[str] = "tokenizer"

@@ -82,17 +82,43 @@ BudgetField = Annotated[
 
 
 class Train(Stage):
-    """Fields of a `train` stage.
+    """Train a new model (`model`), or go on with a checkpoint (`init`), on a corpus; writes a checkpoint.
 
-    `init` is a checkpoint to go on from; without it `model` is built anew: `{family: llama, hidden_size: 256, …}`, the
-    fields of the family's `transformers` configuration. `surgeries` change it before training. The tokenizer is that of
-    the checkpoint unless `tokenizer` says otherwise, or `processor`, for other inputs than text. A step takes
-    `batch_rows` rows of `length` tokens, or so many examples of at most `length` tokens or samples, `micro_rows` at a
-    time (0: all). `budget` is one of `tokens`, `steps`, `flops`, `seconds` and `epochs`, passes over the training
-    split. Numbers may be written as `100k`, `2M`, `1B`, seconds as `30min`, `2h`. What `init` and `tokenizer` name may
-    be a model of the Hugging Face hub, `org/name` or `org/name@REVISION`: its safetensors and JSON are fetched once,
-    and the name stands for that revision from then on. A step whose loss or gradient is not finite changes nothing;
-    `max_skips` of them in a row, or most of all, are an error.
+    Numbers may be written as `100k`, `2M`, `1B`, seconds as `30min`, `2h`. What `init` and `tokenizer` name may be a
+    model of the Hugging Face hub, `org/name` or `org/name@REVISION`: its safetensors and JSON are fetched once, and the
+    name stands for that revision from then on.
+
+    corpus: Its training split is trained on, its validation split measured on.
+    tokenizer: By default that of the checkpoint to go on with.
+    processor: In place of a tokenizer, for other inputs than text.
+    init: The checkpoint to go on with.
+    model: A new model: `family`, and fields of that family's `transformers` configuration.
+    size: `auto` chooses for the budget what the recipe does not say itself; see [size](../size.md).
+    surgeries: What changes the model before training.
+    task: The head: `causal`, `masked`, `seq2seq`, `base`, `pretraining` or an `AutoModelFor…` of `transformers`; by
+        default what the objective needs.
+    length: Tokens of a row; of whole examples at most so many tokens or samples.
+    batch_rows: Rows, or examples, of an optimiser step, over all processes.
+    micro_rows: How many of them are computed at a time; 0 is all. Fewer take less memory for the same gradient.
+    objective: What is learnt.
+    objectives: Several in place of `objective`, each with a `weight` in the sum.
+    optimizer: What makes a step of a gradient; its `lr` is the peak.
+    schedule: The rate's course over the budget.
+    policies: What changes data or weights while training runs.
+    mixture: Weights of the domains in what is trained on, by name; by default each row comes once an epoch.
+    budget: When training ends: exactly one of the five fields below.
+    clip: The gradient's norm is held below it; 0 does not clip.
+    evaluate_every: Steps, or a share of the budget, between two measurements; 0 measures at the end alone.
+    evaluate_tokens: Held-out tokens of each measurement, the same ones.
+    save_every: Steps between two training states, from which an interrupted run goes on; 0 saves none.
+    keep: How many training states stay.
+    log_every: Steps between two lines of the log; 0 is each step on a CPU, each tenth on a GPU.
+    max_skips: A step whose loss or gradient is not finite changes nothing; so many in a row are an error.
+    workers: Threads that prepare batches while a step runs; 0 prepares them in between.
+    compile: Whether each block is compiled with `torch.compile`.
+    checkpointing: Whether activations are computed again in the backward pass in place of being kept.
+    precision: Of matrix products; `auto` is bfloat16 where the hardware is quick at it.
+    strategy: Under `torchrun`: copies of the model (`ddp`), or its parts spread over the processes (`fsdp`).
     """
 
     version = 1
