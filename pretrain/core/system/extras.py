@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pretrain.core.errors import PretrainError
 
 EXTRAS = {
-    "soundfile": "audio", "lm_eval": "eval", "PIL": "images", "pytorch_optimizer": "optimizers", "ray": "ray",
+    "soundfile": "audio", "lm_eval": "eval", "mkdocs": "docs", "PIL": "images", "pytorch_optimizer": "optimizers", "ray": "ray",
     "tensorboard": "tensorboard",
 }  # fmt: skip
 

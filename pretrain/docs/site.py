@@ -1,0 +1,69 @@
+"""Hooks of MkDocs: what of the repository the pages lead to becomes pages of the site, the notebook among them."""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mkdocs.config.defaults import MkDocsConfig
+    from mkdocs.structure.files import Files
+    from mkdocs.structure.pages import Page
+
+SHOWN = "files"  # where in the site the repository's files are shown
+CURVES = "claims.html"  # a page that is made already, whose name is that of the page made from claims.md
+_LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add a page for each file of the repository that a page leads to, and for the notebook."""
+    from mkdocs.structure.files import File
+
+    docs = Path(config.docs_dir)
+    places = {outside(file.src_uri, link) for file in files for link in _links(file.src_uri, docs)}
+    for place in sorted(filter(None, places)):
+        files.append(File.generated(config, f"{SHOWN}/{place}.md", content=_shown(docs.parent / place, place)))
+    for notebook in docs.glob("*.ipynb"):
+        files.append(File.generated(config, f"{notebook.stem}.md", content=_cells(notebook)))
+    curves = files.get_file_from_path(CURVES)
+    if curves is not None:
+        files.remove(curves)
+        files.append(File(CURVES, config.docs_dir, config.site_dir, config.use_directory_urls, dest_uri="curves.html"))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Lead links to files outside of `docs/` to the pages that show them."""
+
+    def shown(match: re.Match[str]) -> str:
+        place = outside(page.file.src_uri, match[1])
+        folder = posixpath.dirname(page.file.src_uri) or "."
+        return posixpath.relpath(f"{SHOWN}/{place}.md", folder) if place else match[1]
+
+    return markdown if page.file.src_uri.startswith(f"{SHOWN}/") else _LINK.sub(shown, markdown)
+
+
+def outside(page: str, link: str) -> str | None:
+    """The file of the repository, outside of `docs/`, that a link of a page of `docs/` leads to."""
+    place = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
+    return None if place.startswith("docs/") else place
+
+
+def _links(page: str, docs: Path) -> list[str]:
+    return _LINK.findall((docs / page).read_text(encoding="utf-8")) if page.endswith(".md") else []
+
+
+def _shown(path: Path, place: str) -> str:
+    """A file of the repository as a page."""
+    language = {".yaml": "yaml", ".py": "python"}.get(path.suffix, "text")
+    return f"---\nsearch: {{exclude: true}}\n---\n# {place}\n\n````{language}\n{path.read_text(encoding='utf-8')}````\n"
+
+
+def _cells(notebook: Path) -> str:
+    """A notebook's cells as a page."""
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    texts = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for kind, text in texts) + "\n"
