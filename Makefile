@@ -40,7 +40,7 @@ gpu:  ## on a machine with a GPU, in less than 8 minutes: tests, speed, memory, 
 
 docs: $(VENV)/installed  ## regenerate the pages made from docstrings, and build the site: build/site/index.html
 	$(VENV)/bin/python -m pretrain.docs
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict -q
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 # torch first: with it in place nothing else pulls another build.
 $(VENV)/installed: pyproject.toml constraints.txt

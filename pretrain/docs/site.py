@@ -13,8 +13,9 @@ if TYPE_CHECKING:
     from mkdocs.structure.files import Files
     from mkdocs.structure.pages import Page
 
+ROOT = Path(__file__).parents[2]  # of the repository
 SHOWN = "files"  # where in the site the repository's files are shown
-CURVES = "claims.html"  # a page that is made already, whose name is that of the page made from claims.md
+CURVES = "claims.html"  # a page that is there already, with the name of the one made from claims.md
 _LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")
 
 
@@ -25,12 +26,10 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     docs = Path(config.docs_dir)
     places = {outside(file.src_uri, link) for file in files for link in _links(file.src_uri, docs)}
     for place in sorted(filter(None, places)):
-        files.append(File.generated(config, f"{SHOWN}/{place}.md", content=_shown(docs.parent / place, place)))
+        files.append(File.generated(config, f"{SHOWN}/{place}.md", content=_shown(place)))
     for notebook in docs.glob("*.ipynb"):
         files.append(File.generated(config, f"{notebook.stem}.md", content=_cells(notebook)))
-    curves = files.get_file_from_path(CURVES)
-    if curves is not None:
-        files.remove(curves)
+    if (docs / CURVES).is_file():  # which MkDocs leaves out, for its name
         files.append(File(CURVES, config.docs_dir, config.site_dir, config.use_directory_urls, dest_uri="curves.html"))
     return files
 
@@ -49,17 +48,17 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def outside(page: str, link: str) -> str | None:
     """The file of the repository, outside of `docs/`, that a link of a page of `docs/` leads to."""
     place = posixpath.normpath(posixpath.join("docs", posixpath.dirname(page), link))
-    return None if place.startswith("docs/") else place
+    return None if place.startswith("docs/") or not (ROOT / place).is_file() else place
 
 
 def _links(page: str, docs: Path) -> list[str]:
     return _LINK.findall((docs / page).read_text(encoding="utf-8")) if page.endswith(".md") else []
 
 
-def _shown(path: Path, place: str) -> str:
+def _shown(place: str) -> str:
     """A file of the repository as a page."""
-    language = {".yaml": "yaml", ".py": "python"}.get(path.suffix, "text")
-    return f"---\nsearch: {{exclude: true}}\n---\n# {place}\n\n````{language}\n{path.read_text(encoding='utf-8')}````\n"
+    text, language = (ROOT / place).read_text(encoding="utf-8"), place.rpartition(".")[2]
+    return f"---\nsearch: {{exclude: true}}\n---\n# {place}\n\n````{language}\n{text}````\n"
 
 
 def _cells(notebook: Path) -> str:
