@@ -30,7 +30,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     for notebook in docs.glob("*.ipynb"):
         files.append(File.generated(config, f"{notebook.stem}.md", content=_cells(notebook)))
     if (docs / CURVES).is_file():  # which MkDocs leaves out, for its name
-        files.append(File(CURVES, config.docs_dir, config.site_dir, config.use_directory_urls, dest_uri="curves.html"))
+        files.append(File.generated(config, "curves.html", abs_src_path=str(docs / CURVES)))
     return files
 
 
@@ -42,7 +42,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         folder = posixpath.dirname(page.file.src_uri) or "."
         return posixpath.relpath(f"{SHOWN}/{place}.md", folder) if place else match[1]
 
-    return markdown if page.file.src_uri.startswith(f"{SHOWN}/") else _LINK.sub(shown, markdown)
+    if page.file.src_uri.startswith(f"{SHOWN}/"):
+        return markdown
+    return _LINK.sub(shown, markdown).replace(f"]({CURVES})", "](curves.html)")
 
 
 def outside(page: str, link: str) -> str | None:

@@ -24,7 +24,7 @@ ORDER = ("data", "tokenizer", "processor", "train", "surgery", "evaluate", "deco
 _FIELD = re.compile(r"^(\w+): (.*(?:\n +.*)*)", re.MULTILINE)
 _WORDS: dict[object, tuple[str, str]] = {
     int: ("whole number", "whole numbers"), float: ("number", "numbers"), str: ("text", "texts"),
-    bool: ("`true` or `false`", "`true` or `false`"), NoneType: ("`null`", "`null`"),
+    bool: ("`true` or `false`", "`true` or `false`"),
     Weighted: ("[objective](../methods/objective.md) with a `weight`", "[objectives](../methods/objective.md)"),
     Source: ("[source](../sources.md)", "[sources](../sources.md)"),
     Budget: ("[budget](#budget)", "budgets"),
@@ -58,12 +58,12 @@ def _page(name: str) -> str:
     cls = stage_classes()[name]
     opening, more, sentences = described(cls)
     sentences = described(Stage)[2] | sentences
-    lines = [HEAD, f"# `{name}`\n", opening + "\n", *([more + "\n"] if more else [])]
-    lines += ["```yaml", *examples(name), "```\n", "| field | holds | accepted | default | what it does |"]
-    lines += ["|---|---|---|---|---|"]
+    lines = [HEAD, f"# The stage `{name}`\n", opening + "\n", *([more + "\n"] if more else [])]
+    lines += ["```yaml", *examples(name), "```\n", "| field | what it does | holds; default |", "|---|---|---|"]
     for field, declared in sorted(cls.model_fields.items(), key=lambda item: item[0] in Stage.model_fields):
         hint = hints(cls)[field]
-        cells = (f"`{field}`", in_words(hint), _bounds(hint), _default(declared), sentences[field])
+        default = _default(declared)
+        cells = (f"`{field}`", sentences[field], f"{_holds(hint)}{default and '; '}{default}")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     if "budget" in cls.model_fields:
         lines += ["\n## Budget\n", cleandoc(Budget.__doc__ or "") + "\n", *field_table(Budget)]
@@ -77,15 +77,29 @@ def examples(name: str) -> list[str]:
     return [line.removeprefix("  ") for line in "\n".join(chosen).splitlines()]
 
 
+def _holds(hint: object) -> str:
+    """What a field holds: its type in words, and what of it is accepted where that is less than all of it."""
+    parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+    parts = tuple(part for part in parts if part is not NoneType)
+    chosen = [f"`{value}`" for part in parts if get_origin(part) is Literal for value in get_args(part)]
+    bounded = [part for part in parts if get_origin(part) is Annotated]
+    ranges = [accepted(part) for part in bounded if accepted(part) != accepted(get_args(part)[0])]
+    plain = [part for part in parts if get_origin(part) is not Literal]
+    if int in map(_bare, plain):
+        plain = [part for part in plain if _bare(part) is not int or float not in map(_bare, plain)]
+    words = list(dict.fromkeys(in_words(part) for part in plain))
+    return ", ".join(filter(None, (" or ".join(words + chosen), ", or ".join(dict.fromkeys(ranges)))))
+
+
+def _bare(hint: object) -> object:
+    return get_args(hint)[0] if get_origin(hint) is Annotated else hint
+
+
 def in_words(hint: object, many: bool = False) -> str:
     """A type as a reader says it: `whole number`, `list of surgeries`, `stage or path`."""
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         return ("stages or paths" if many else "stage or path") if is_ref(hint) else in_words(parts[0], many)
-    if origin in (Union, UnionType):
-        return " or ".join(dict.fromkeys(in_words(part, many) for part in parts))
-    if origin is Literal:
-        return "text" if all(isinstance(part, str) for part in parts) else "one of these"
     if origin in (list, tuple):
         return f"list of {in_words(parts[0], many=True)}"
     if origin is dict:
@@ -96,27 +110,15 @@ def in_words(hint: object, many: bool = False) -> str:
     return _WORDS[hint][many]
 
 
-def _bounds(hint: object) -> str:
-    """What of the type is accepted, where that is less than all of it."""
-    literal = [part for inner in _alternatives(hint) if get_origin(inner) is Literal for part in get_args(inner)]
-    if literal:
-        return ", ".join(f"`{part}`" for part in literal)
-    bounded = [inner for inner in _alternatives(hint) if get_origin(inner) is Annotated]
-    said = [accepted(inner) for inner in bounded if accepted(inner) != accepted(get_args(inner)[0])]
-    return ", or ".join(dict.fromkeys(said))
-
-
-def _alternatives(hint: object) -> list[object]:
-    return list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [hint]
-
-
 def _default(declared: FieldInfo) -> str:
     """A default as a recipe writes it."""
-    value = declared.get_default(call_default_factory=True)
     if declared.is_required():
-        return "required"
+        return "**required**"
+    value = declared.get_default(call_default_factory=True)
+    if value is None:
+        return ""
     if isinstance(value, list):
         return f"`[{', '.join(item.name if isinstance(item, Method) else str(item) for item in value)}]`"
-    if isinstance(value, bool) or value is None:
-        return f"`{'null' if value is None else str(value).lower()}`"
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
     return f"`{value:g}`" if isinstance(value, float) else f"`{value}`" if value != "" else "its kind"

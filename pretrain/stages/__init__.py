@@ -82,8 +82,8 @@ class Job:
 class Stage(BaseModel):
     """Base of the stages. A docstring says what a stage does, and below, `field: sentence`, what each field does.
 
-    stage: The kind of the stage, this one.
-    name: What other stages and `--set` call it; the kind by default.
+    stage: The kind of stage.
+    name: What other stages and `--set` call it.
     seed: Of this stage alone; the recipe's by default.
     """
 

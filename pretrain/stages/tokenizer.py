@@ -22,7 +22,7 @@ class Tokenizer(Stage):
     corpus: Whose training documents it is trained on.
     checkpoint: Whose tokenizer is taken as it is.
     algorithm: Byte pairs, a unigram model, or an entry for each byte and no training.
-    vocab_size: Entries, the special ones included; fewer where the text gives no more.
+    vocab_size: Entries, the special ones included; fewer where the text gives no more; `auto` leaves it to the dial.
     mask: Whether there is a mask token, for masked models.
     cls: Whether texts begin and end with class and separator tokens, as BERT's do.
     sentinels: How many sentinel tokens there are, for models of the T5 family.
