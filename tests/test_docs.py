@@ -13,24 +13,34 @@ import pytest
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info, kinds, methods
-from pretrain.docs import pages, papers_page, recipe_page, source_page, stub
+from pretrain.docs.made import made, stale
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 
 
 def test_the_made_pages_are_those_of_the_docstrings():
-    assert {p.name: p.read_text() for p in (ROOT / "docs" / "methods").glob("*.md")} == pages(), "run `make docs`"
-    assert (ROOT / "docs" / "sources.md").read_text() == source_page(), "run `make docs`"
-    assert (ROOT / "docs" / "recipes.md").read_text() == recipe_page(ROOT / "recipes"), "run `make docs`"
-    assert (ROOT / "docs" / "papers.md").read_text() == papers_page(ROOT), "run `make docs`"
-    assert (ROOT / "pretrain" / "methods" / "__init__.pyi").read_text() == stub(), "run `make docs`"
+    for path, text in made(ROOT).items():
+        assert path.read_text() == text, f"{path}: run `make docs`"
+    assert not stale(ROOT), "run `make docs`"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and the site make them."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    plain = [re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in plain}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_links_lead_to_files_that_are_there(page):
-    for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
-        assert link.startswith("https://") or (page.parent / link).exists(), link
+def test_links_lead_to_files_and_headings_that_are_there(page):
+    for link, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)]*))?\)", page.read_text()):
+        if link.startswith("https://"):
+            continue
+        target = page.parent / link if link else page
+        assert target.exists(), link
+        assert not anchor or target.suffix != ".md" or anchor in anchors(target), f"{link}#{anchor}"
 
 
 def test_the_guides_example_is_found_and_works_as_printed(tmp_path):
