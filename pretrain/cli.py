@@ -98,9 +98,9 @@ def run(
         from pretrain.runs.targets import made
 
     result = engine.run(loaded, store=store, refresh=refresh or [], say=lambda text: typer.echo(text, err=True))
-    for line in made(result.folder):
-        typer.echo(line)
-    if result.report:
+    if result.report:  # of several processes the first one's
+        for line in made(result.folder):
+            typer.echo(line)
         typer.echo(f"report: {result.report}")
 
 

@@ -35,7 +35,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Lead links to files outside of `docs/` to the pages that show them."""
+    """Lead links to what is no page of `docs/` to the page that shows it."""
 
     def shown(match: re.Match[str]) -> str:
         place = outside(page.file.src_uri, match[1])
@@ -44,7 +44,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
     if page.file.src_uri.startswith(f"{SHOWN}/"):
         return markdown
-    return _LINK.sub(shown, markdown).replace(f"]({CURVES})", "](curves.html)")
+    markdown = _LINK.sub(shown, markdown).replace(f"]({CURVES})", "](curves.html)")
+    return markdown.replace(".ipynb)", ".md)")
 
 
 def outside(page: str, link: str) -> str | None:
