@@ -27,9 +27,10 @@ FLOORS = (
     ("forecast",),
     ("runs",),
     ("engine",),
-    ("adopt", "experiments", "docs", "interactive"),
+    ("adopt", "experiments", "interactive"),
     ("cli_claim", "cli_papers", "cli_plan"),
     ("cli",),
+    ("docs",),
     ("__main__",),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

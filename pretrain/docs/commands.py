@@ -23,9 +23,14 @@ def command_page() -> str:
     text = re.sub(r"<(\w+)>", r"\1", text.replace("<list[str]>", "<str>"))
     helps = {section["command"]: section["help"] for section in _SECTION.finditer(text)}
     sections = re.split(r"(?=^#+ `)", text, flags=re.MULTILINE)
-    return HEAD + "\n" + "".join(_linked(section, helps) for section in sections).rstrip().replace(
-        "# `pretrain`", "# The command line", 1
-    ) + "\n"
+    return (
+        HEAD
+        + "\n"
+        + "".join(_linked(section, helps) for section in sections)
+        .rstrip()
+        .replace("# `pretrain`", "# The command line", 1)
+        + "\n"
+    )
 
 
 def _linked(section: str, helps: dict[str, str]) -> str:

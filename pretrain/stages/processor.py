@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class Processor(Stage):
-    """Make what turns images, recordings or series into a model's inputs: one of `processor` and `checkpoint` is needed.
+    """Make what turns images, recordings or series into a model's inputs: one of `processor` and `checkpoint`.
 
     processor: `class` names a processor, image processor or feature extractor of `transformers`, or `SeriesProcessor`;
         the rest are that class's own fields.

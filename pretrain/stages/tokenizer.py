@@ -17,7 +17,7 @@ from pretrain.stages._estimates import BYTES_AN_ENTRY, FLOOR, Left
 
 
 class Tokenizer(Stage):
-    """Train a tokenizer on a corpus, or take that of a checkpoint: one of `corpus` and `checkpoint` is needed.
+    """Train a tokenizer on a corpus, or take that of a checkpoint: one of `corpus` and `checkpoint`.
 
     corpus: Whose training documents it is trained on.
     checkpoint: Whose tokenizer is taken as it is.

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pretrain.core.errors import PretrainError
 
 EXTRAS = {
-    "soundfile": "audio", "lm_eval": "eval", "mkdocs": "docs", "PIL": "images", "pytorch_optimizer": "optimizers", "ray": "ray",
-    "tensorboard": "tensorboard",
+    "soundfile": "audio", "lm_eval": "eval", "mkdocs": "docs", "PIL": "images", "pytorch_optimizer": "optimizers",
+    "ray": "ray", "tensorboard": "tensorboard",
 }  # fmt: skip
 
 
