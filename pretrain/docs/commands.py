@@ -22,15 +22,9 @@ def command_page() -> str:
     text = re.sub(r"\n\*\*Options\*\*:\n\n(?!\*)", "\n", text)  # of a command that has none but those
     text = re.sub(r"<(\w+)>", r"\1", text.replace("<list[str]>", "<str>"))
     helps = {section["command"]: section["help"] for section in _SECTION.finditer(text)}
-    sections = re.split(r"(?=^#+ `)", text, flags=re.MULTILINE)
-    return (
-        HEAD
-        + "\n"
-        + "".join(_linked(section, helps) for section in sections)
-        .rstrip()
-        .replace("# `pretrain`", "# The command line", 1)
-        + "\n"
-    )
+    sections = [_linked(section, helps) for section in re.split(r"(?=^#+ `)", text, flags=re.MULTILINE)]
+    page = "".join(sections).replace("# `pretrain`", "# The command line", 1)
+    return f"{HEAD}\n{page.rstrip()}\n"
 
 
 def _linked(section: str, helps: dict[str, str]) -> str:

@@ -80,18 +80,19 @@ def examples(name: str) -> list[str]:
 def _holds(hint: object) -> str:
     """What a field holds: its type in words, and what of it is accepted where that is less than all of it."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    parts = tuple(part for part in parts if part is not NoneType)
     chosen = [f"`{value}`" for part in parts if get_origin(part) is Literal for value in get_args(part)]
-    bounded = [part for part in parts if get_origin(part) is Annotated]
-    ranges = [accepted(part) for part in bounded if accepted(part) != accepted(get_args(part)[0])]
-    plain = [part for part in parts if get_origin(part) is not Literal]
-    if int in map(_bare, plain):
-        plain = [part for part in plain if _bare(part) is not int or float not in map(_bare, plain)]
-    words = list(dict.fromkeys(in_words(part) for part in plain))
-    return ", ".join(filter(None, (" or ".join(words + chosen), ", or ".join(dict.fromkeys(ranges)))))
+    plain = {part: _bare(part) for part in parts if part is not NoneType and get_origin(part) is not Literal}
+    if float in plain.values():  # a whole number is one too
+        words = [in_words(part) for part, bare in plain.items() if bare is not int]
+    else:
+        words = [in_words(part) for part in plain]
+    ranges = [accepted(part) for part, bare in plain.items() if accepted(part) != accepted(bare)]
+    text = " or ".join(dict.fromkeys(words + chosen)), ", or ".join(dict.fromkeys(ranges))
+    return ", ".join(filter(None, text))
 
 
 def _bare(hint: object) -> object:
+    """A type without its bounds."""
     return get_args(hint)[0] if get_origin(hint) is Annotated else hint
 
 
