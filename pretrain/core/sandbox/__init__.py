@@ -31,6 +31,7 @@ from pretrain.core.sandbox.filter import program as filter_program
 SYSTEM = ("/usr", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache", "/etc/alternatives")
 ENVIRONMENT = {"HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
 GRACE = 5.0  # seconds that it may take to begin, and to end once it is killed
+DEVICES = ("null", "zero", "full", "random", "urandom")
 WAYS = ("bubblewrap", "namespaces")
 
 
@@ -84,20 +85,26 @@ def run(
     python = str(Path(sys.executable).resolve())
     settings = {
         "program": [python if program[0] == "python" else program[0], *program[1:]], "files": _checked(files or {}), "seconds": seconds, "memory": memory,
-        "processes": processes, "disk": disk, "readable": readable, "entered": command == "bubblewrap",
+        "processes": processes, "disk": disk, "readable": readable, "devices": DEVICES, "entered": command == "bubblewrap",
         "filter": base64.b64encode(filter_program()).decode(),
         "environment": ENVIRONMENT | {"PATH": f"{Path(python).parent}:/usr/bin:/bin"},
     }  # fmt: skip
     inside = [python, "-I", "-S", "-c", Path(__file__).with_name("inside.py").read_text()]
     reader, writer = os.pipe()
-    started = [*(_bubblewrap(readable, disk) if settings["entered"] else []), *inside, str(writer)]
+    life, lifeline = os.pipe()  # its end is heard inside when this process dies, however that be
+    started = [*(_bubblewrap(readable, disk) if settings["entered"] else []), *inside, str(writer), str(life)]
     try:
         process = subprocess.Popen(
-            started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(writer,), env={},
-            cwd="/", start_new_session=True,
+            started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(writer, life),
+            env={}, cwd="/", start_new_session=True,
         )  # fmt: skip
+    except BaseException:
+        os.close(lifeline)
+        os.close(reader)
+        raise
     finally:
         os.close(writer)
+        os.close(life)
     heard = _Heard()
     try:
         assert process.stdin is not None
@@ -105,11 +112,12 @@ def run(
             process.stdin.write(json.dumps(settings).encode())
         reason = _listen(process, reader, heard, seconds, output)
     finally:
+        os.close(lifeline)
         _end(process, heard)
         os.close(reader)
     facts = heard.facts()
     stdout, stderr = (bytes(heard.texts[name]).decode(errors="replace") for name in ("stdout", "stderr"))
-    if "ready" not in facts:
+    if "ready" not in facts or "refused" in facts:
         why = facts.get("refused") or " ".join(stderr.split())[-300:] or "it did not begin"
         raise PretrainError(f"sandbox ({command}): {why}; accepted: {NEEDED}")
     code = facts.get("exit", -int(signal.SIGKILL))
@@ -146,9 +154,10 @@ def _bubblewrap(readable: Sequence[str], disk: int) -> list[str]:
         shown += ["--symlink", os.readlink(path), path] if os.path.islink(path) else ["--ro-bind", path, path]
     user = ["--unshare-user"] if os.getuid() else []  # root is given up inside, for which it must be root
     spaces = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts")]
+    devices = [word for name in DEVICES for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
     return [
         program, *user, *spaces, "--die-with-parent", "--new-session", "--clearenv", "--as-pid-1", *shown,
-        "--dev", "/dev", "--proc", "/proc", "--size", str(disk), "--perms", "1777", "--tmpfs", "/tmp",
+        "--perms", "0755", "--dir", "/dev", *devices, "--symlink", "/tmp", "/dev/shm", "--proc", "/proc", "--size", str(disk), "--perms", "1777", "--tmpfs", "/tmp",
         "--remount-ro", "/", "--chdir", "/tmp", "--",
     ]  # fmt: skip
 
@@ -192,16 +201,18 @@ def _listen(process: subprocess.Popen[bytes], status: int, heard: _Heard, second
 
 
 def _end(process: subprocess.Popen[bytes], heard: _Heard) -> None:
-    """Kill what is left: with the first process of the namespace all others end."""
-    inits = [pid for pid in [heard.facts().get("init")] if isinstance(pid, int)]
-    if process.poll() is None:
-        for pid in inits:  # the child of a process that has not been waited for: the number is still its own
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    """Wait for the end, and force it: with the first process of the namespace the kernel ends all others."""
+    first = heard.facts().get("init")
+    if process.poll() is None and isinstance(first, int):  # not yet waited for: the number is still its own
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(GRACE)
+            os.kill(first, signal.SIGKILL)
+    for wait in (GRACE, GRACE):
+        try:
+            process.wait(wait)
+            break
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
     for stream in (process.stdout, process.stderr):
         if stream is not None:
             stream.close()

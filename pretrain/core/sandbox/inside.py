@@ -1,9 +1,10 @@
 """What runs inside the sandbox before the program does; the standard library alone, since nothing else is mounted.
 
-`run` starts it as `python -I -S -c SOURCE STATUS`, with its settings as JSON on standard input. It makes the namespaces
+`run` starts it as `python -I -S -c SOURCE STATUS LIFE`, with its settings as JSON on standard input. It makes the namespaces
 and mounts (unless bubblewrap has), becomes process 1 of them, gives up all rights, and starts the program under limits.
 It watches what limits of single processes do not bound, the sum of all, and its end is the end of every process inside.
-On the file descriptor STATUS it writes a line of JSON for each thing that the other side has to know.
+On the file descriptor STATUS it writes a line of JSON for each thing that the other side has to know; LIFE is a pipe
+that is closed when the other side has ended, or wants an end.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ import errno
 import json
 import os
 import resource
+import select
 import signal
 import sys
-import time
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MNT_DETACH = 442, -100, 0x8000, 2  # the number is that of all architectures
@@ -26,7 +27,6 @@ CLONES = {"ns": 0x20000, "uts": 0x4000000, "ipc": 0x8000000, "pid": 0x20000000, 
 CLONE_NEWUSER = 0x10000000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 CAPABILITY_VERSION_3, NOBODY, MAX_INODES, WATCH_SECONDS = 0x20080522, 65534, 20_000, 0.02
-DEVICES = ("null", "zero", "full", "random", "urandom")
 
 libc = ctypes.CDLL(None, use_errno=True)
 
@@ -74,7 +74,7 @@ def mount(settings):
     root("/tmp", "/tmp/old")  # so that what lies in /tmp itself can be mounted too
     for path in settings["readable"]:
         bind(path, ATTR_READ_ONLY | ATTR_NOSUID | ATTR_NODEV)
-    for name in DEVICES:
+    for name in settings["devices"]:
         bind(f"/dev/{name}", ATTR_NOSUID)
     for name in ("proc", "tmp"):
         os.makedirs(f"/new/{name}", exist_ok=True)
@@ -181,11 +181,11 @@ def breach(settings):
         return "memory"
     if count > settings["processes"]:
         return "processes"
-    full = place.f_bavail * place.f_frsize < resource.getpagesize() or place.f_files - place.f_ffree > MAX_INODES
+    full = place.f_bavail < 1 or place.f_ffree < 1 or place.f_files - place.f_ffree > MAX_INODES
     return "disk" if full else ""
 
 
-def watch(settings, child, status):
+def watch(settings, child, status, life):
     """Wait for the program, and end all when it ends or a limit is passed; children that it left are reaped."""
     reason, code = "", None
     while code is None and not reason:
@@ -197,15 +197,15 @@ def watch(settings, child, status):
             code = os.waitstatus_to_exitcode(state)
         elif not pid:
             reason = breach(settings)
-            time.sleep(WATCH_SECONDS)
+            if select.select([life], [], [], WATCH_SECONDS)[0]:
+                os._exit(0)
     tell(status, exit=-int(signal.SIGKILL) if code is None else code, reason=reason)
     os._exit(0)  # with the first process of a namespace the kernel ends all others
 
 
 def main():
     """Set up, run, tell."""
-    status, settings = int(sys.argv[1]), json.loads(sys.stdin.buffer.read())
-    os.set_inheritable(status, False)
+    status, life, settings = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.stdin.buffer.read())
     try:
         if not settings["entered"]:
             enter(settings, status)
@@ -220,7 +220,7 @@ def main():
     except OSError as error:
         tell(status, refused="the files do not fit" if error.errno == errno.ENOSPC else error.strerror or str(error))
         os._exit(1)
-    watch(settings, child, status)
+    watch(settings, child, status, life)
 
 
 main()
