@@ -293,11 +293,22 @@ def test_without_a_way_it_refuses_and_runs_nothing(monkeypatch, tmp_path):
     assert forbidden != source
     read = Path.read_text
     monkeypatch.setattr(Path, "read_text", lambda path, *a: forbidden if path.name == "inside.py" else read(path, *a))
-    with pytest.raises(PretrainError, match=r"sandbox \(namespaces\): unshare refused; accepted: Linux 5.12"):
+    with pytest.raises(PretrainError, match="sandbox: namespaces: unshare refused; accepted: Linux 5.12"):
         run(["python", "-c", "print('ran')"])
     monkeypatch.setattr(sys, "platform", "darwin")
     with pytest.raises(PretrainError, match="darwin; accepted: Linux"):
         run(["python", "-c", "pass"])
+
+
+def test_bubblewrap_that_does_not_work_is_passed_over(monkeypatch, tmp_path):
+    if not works("namespaces"):
+        pytest.skip("namespaces cannot be had here")
+    (tmp_path / "bwrap").write_text("#!/bin/sh\necho 'bwrap: no rights' >&2\nexit 1\n")
+    (tmp_path / "bwrap").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert run(["python", "-c", "print('ran')"]).stdout == "ran\n"
+    with pytest.raises(PretrainError, match="bubblewrap: bwrap: no rights; accepted"):
+        run(["python", "-c", "pass"], way="bubblewrap")
 
 
 def test_a_processor_without_a_filter_is_refused(monkeypatch):

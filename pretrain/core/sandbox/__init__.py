@@ -33,6 +33,7 @@ ENVIRONMENT = {"HOME": "/tmp", "TMPDIR": "/tmp", "LANG": "C.UTF-8", "PYTHONDONTW
 GRACE = 5.0  # seconds that it may take to begin, and to end once it is killed
 DEVICES = ("null", "zero", "full", "random", "urandom")
 WAYS = ("bubblewrap", "namespaces")
+NEEDED = "Linux 5.12 or newer, and root or user namespaces, or bubblewrap that works"
 
 
 @dataclass(frozen=True)
@@ -80,36 +81,55 @@ def run(
     `way` is one of `WAYS`, by default the first that can be had. Raises `PretrainError` where no sandbox can be had,
     and for files whose paths lead out of the folder.
     """
-    command = _ways(way)
-    readable = [*(p for p in SYSTEM if os.path.lexists(p)), *_python()]
-    python = str(Path(sys.executable).resolve())
+    python, readable = str(Path(sys.executable).resolve()), [*filter(os.path.lexists, SYSTEM), *_python()]
     settings = {
-        "program": [python if program[0] == "python" else program[0], *program[1:]], "files": _checked(files or {}), "seconds": seconds, "memory": memory,
-        "processes": processes, "disk": disk, "readable": readable, "devices": DEVICES, "entered": command == "bubblewrap",
-        "filter": base64.b64encode(filter_program()).decode(),
+        "program": [python if program[0] == "python" else program[0], *program[1:]],
         "environment": ENVIRONMENT | {"PATH": f"{Path(python).parent}:/usr/bin:/bin"},
+        "files": _checked(files or {}), "seconds": seconds, "memory": memory, "processes": processes, "disk": disk,
+        "readable": readable, "devices": DEVICES, "filter": base64.b64encode(filter_program()).decode(),
     }  # fmt: skip
     inside = [python, "-I", "-S", "-c", Path(__file__).with_name("inside.py").read_text()]
-    reader, writer = os.pipe()
+    refusals = []
+    for name in _ways(way):
+        by_bubblewrap = name == "bubblewrap"
+        command = [*(_bubblewrap(readable, disk) if by_bubblewrap else []), *inside]
+        ran = _attempt(command, json.dumps(settings | {"entered": by_bubblewrap}), seconds, output)
+        if isinstance(ran, Ran):
+            return ran
+        refusals.append(f"{name}: {ran}")
+    raise PretrainError(f"sandbox: {'; '.join(refusals)}; accepted: {NEEDED}")
+
+
+def _ways(way: str | None) -> list[str]:
+    """The way that is asked for, or those there may be."""
+    if not sys.platform.startswith("linux"):
+        raise PretrainError(f"sandbox: {sys.platform}; accepted: {NEEDED}")
+    if way is not None and way not in WAYS:
+        raise PretrainError(f"sandbox: way {way!r}; accepted: {', '.join(WAYS)}")
+    return [way] if way else [name for name in WAYS if name != "bubblewrap" or shutil.which("bwrap")]
+
+
+def _attempt(command: Sequence[str], settings: str, seconds: float, output: int) -> Ran | str:
+    """What came of it, or why nothing was run."""
+    reader, status = os.pipe()
     life, lifeline = os.pipe()  # its end is heard inside when this process dies, however that be
-    started = [*(_bubblewrap(readable, disk) if settings["entered"] else []), *inside, str(writer), str(life)]
     try:
         process = subprocess.Popen(
-            started, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, pass_fds=(writer, life),
-            env={}, cwd="/", start_new_session=True,
+            [*command, str(status), str(life)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            pass_fds=(status, life), env={}, cwd="/", start_new_session=True,
         )  # fmt: skip
     except BaseException:
         os.close(lifeline)
         os.close(reader)
         raise
     finally:
-        os.close(writer)
+        os.close(status)
         os.close(life)
     heard = _Heard()
     try:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:
-            process.stdin.write(json.dumps(settings).encode())
+            process.stdin.write(settings.encode())
         reason = _listen(process, reader, heard, seconds, output)
     finally:
         os.close(lifeline)
@@ -118,22 +138,9 @@ def run(
     facts = heard.facts()
     stdout, stderr = (bytes(heard.texts[name]).decode(errors="replace") for name in ("stdout", "stderr"))
     if "ready" not in facts or "refused" in facts:
-        why = facts.get("refused") or " ".join(stderr.split())[-300:] or "it did not begin"
-        raise PretrainError(f"sandbox ({command}): {why}; accepted: {NEEDED}")
+        return str(facts.get("refused") or " ".join(stderr.split())[-300:] or "it did not begin")
     code = facts.get("exit", -int(signal.SIGKILL))
     return Ran(int(str(code)), stdout, stderr, reason or str(facts.get("reason", "")))
-
-
-NEEDED = "Linux 5.12 or newer, and root or user namespaces, or bubblewrap that works"
-
-
-def _ways(way: str | None) -> str:
-    """The way that is asked for, or the first there is."""
-    if not sys.platform.startswith("linux"):
-        raise PretrainError(f"sandbox: {sys.platform}; accepted: {NEEDED}")
-    if way is not None and way not in WAYS:
-        raise PretrainError(f"sandbox: way {way!r}; accepted: {', '.join(WAYS)}")
-    return way or ("bubblewrap" if shutil.which("bwrap") else "namespaces")
 
 
 def _python() -> list[str]:
@@ -155,10 +162,12 @@ def _bubblewrap(readable: Sequence[str], disk: int) -> list[str]:
     user = ["--unshare-user"] if os.getuid() else []  # root is given up inside, for which it must be root
     spaces = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts")]
     devices = [word for name in DEVICES for word in ("--dev-bind", f"/dev/{name}", f"/dev/{name}")]
+    user = ["--unshare-user"] if os.getuid() else []  # root is given up inside, for which it must be root
+    spaces = [f"--unshare-{name}" for name in ("ipc", "pid", "net", "uts")]
     return [
         program, *user, *spaces, "--die-with-parent", "--new-session", "--clearenv", "--as-pid-1", *shown,
-        "--perms", "0755", "--dir", "/dev", *devices, "--symlink", "/tmp", "/dev/shm", "--proc", "/proc", "--size", str(disk), "--perms", "1777", "--tmpfs", "/tmp",
-        "--remount-ro", "/", "--chdir", "/tmp", "--",
+        "--perms", "0755", "--dir", "/dev", *devices, "--symlink", "/tmp", "/dev/shm", "--proc", "/proc",
+        "--size", str(disk), "--perms", "1777", "--tmpfs", "/tmp", "--remount-ro", "/", "--chdir", "/tmp", "--",
     ]  # fmt: skip
 
 

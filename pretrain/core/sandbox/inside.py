@@ -1,8 +1,9 @@
 """What runs inside the sandbox before the program does; the standard library alone, since nothing else is mounted.
 
-`run` starts it as `python -I -S -c SOURCE STATUS LIFE`, with its settings as JSON on standard input. It makes the namespaces
-and mounts (unless bubblewrap has), becomes process 1 of them, gives up all rights, and starts the program under limits.
-It watches what limits of single processes do not bound, the sum of all, and its end is the end of every process inside.
+`run` starts it as `python -I -S -c SOURCE STATUS LIFE`, with its settings as JSON on standard input. It makes the
+namespaces and mounts (unless bubblewrap has), becomes process 1 of them, gives up all rights, and starts the program
+under limits. It watches what limits of single processes do not bound, the sum of all, and its end is the end of every
+process inside.
 On the file descriptor STATUS it writes a line of JSON for each thing that the other side has to know; LIFE is a pipe
 that is closed when the other side has ended, or wants an end.
 """
@@ -19,6 +20,7 @@ import resource
 import select
 import signal
 import sys
+from typing import TypedDict
 
 MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_BIND, MS_REC, MS_PRIVATE = 2, 4, 8, 4096, 16384, 1 << 18
 MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MNT_DETACH = 442, -100, 0x8000, 2  # the number is that of all architectures
@@ -28,10 +30,27 @@ CLONE_NEWUSER = 0x10000000
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 4, 22, 24, 38
 CAPABILITY_VERSION_3, NOBODY, MAX_INODES, WATCH_SECONDS = 0x20080522, 65534, 20_000, 0.02
 
+
+class Settings(TypedDict):
+    """What `run` asks for: `files` and `filter` in base64, `memory` and `disk` in bytes."""
+
+    program: list[str]
+    environment: dict[str, str]
+    files: dict[str, str]
+    seconds: float
+    memory: int
+    processes: int
+    disk: int
+    readable: list[str]
+    devices: list[str]
+    filter: str
+    entered: bool  # whether bubblewrap has made the namespaces
+
+
 libc = ctypes.CDLL(None, use_errno=True)
 
 
-def call(name, *arguments):
+def call(name: str, *arguments: object) -> None:
     """A function of the C library; what it refuses is an OSError that names it."""
     words = [ctypes.c_char_p(a.encode()) if isinstance(a, str) else a for a in arguments]
     words = [ctypes.c_void_p(None) if a is None else ctypes.c_ulong(a) if isinstance(a, int) else a for a in words]
@@ -40,12 +59,12 @@ def call(name, *arguments):
         raise OSError(number, f"{name}: {os.strerror(number)}")
 
 
-def tell(status, **facts):
+def tell(status: int, **facts: object) -> None:
     """A line for the other side."""
     os.write(status, (json.dumps(facts) + "\n").encode())
 
 
-def enter(settings, status):
+def enter(settings: Settings, status: int) -> None:
     """Into namespaces of its own; returns in the process that is the first of them."""
     call("prctl", PR_SET_PDEATHSIG, int(signal.SIGKILL))
     user, group, flags = os.getuid(), os.getgid(), sum(CLONES.values())
@@ -64,7 +83,7 @@ def enter(settings, status):
     mount(settings)
 
 
-def mount(settings):
+def mount(settings: Settings) -> None:
     """A new root: the system and Python to read, /tmp to write in, and nothing else of this machine."""
     call("mount", "none", "/", None, MS_REC | MS_PRIVATE, None)
     call("mount", "tmpfs", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, "mode=755,size=1m")
@@ -88,13 +107,13 @@ def mount(settings):
     attributes("/", ATTR_READ_ONLY, 0)
 
 
-def root(new, old):
+def root(new: str, old: str) -> None:
     """Make `new` the root, with the old one at `old`, which lies in it."""
     call("syscall", 155 if os.uname().machine == "x86_64" else 41, new, old)  # pivot_root has no function
     os.chdir("/")
 
 
-def bind(path, more):
+def bind(path: str, more: int) -> None:
     """Show a file or a folder of the machine at its own place; a link is made again."""
     source, place = f"/old{path}", f"/new{path}"
     os.makedirs(os.path.dirname(place), exist_ok=True)
@@ -109,13 +128,13 @@ def bind(path, more):
     attributes(place, more, AT_RECURSIVE)
 
 
-def attributes(path, more, flags):
+def attributes(path: str, more: int, flags: int) -> None:
     """Set attributes of a mount, and of all below it where it is recursive."""
     wanted = (ctypes.c_uint64 * 4)(more, 0, 0, 0)
     call("syscall", MOUNT_SETATTR, AT_FDCWD, path, flags, ctypes.byref(wanted), ctypes.sizeof(wanted))
 
 
-def give_up_rights():
+def give_up_rights() -> None:
     """Nobody, without capabilities, now and after any `exec`."""
     if os.getuid() == 0:
         for number in range(64):
@@ -137,7 +156,7 @@ class Program(ctypes.Structure):
     _fields_ = [("length", ctypes.c_ushort), ("code", ctypes.c_char_p)]
 
 
-def start(settings):
+def start(settings: Settings) -> int:
     """The program, in a child process, under the limits of a process and the filter of system calls."""
     child = os.fork()
     if child:
@@ -153,8 +172,8 @@ def start(settings):
         resource.RLIMIT_CPU: int(settings["seconds"] * settings["processes"]) + 1, resource.RLIMIT_NOFILE: 256,
         resource.RLIMIT_NPROC: settings["processes"] + 1, resource.RLIMIT_MEMLOCK: 0, resource.RLIMIT_MSGQUEUE: 0,
     }  # fmt: skip
-    for name, most in bounds.items():
-        resource.setrlimit(name, (most, most))
+    for limit, most in bounds.items():
+        resource.setrlimit(limit, (most, most))
     code = base64.b64decode(settings["filter"])
     call("prctl", PR_SET_SECCOMP, 2, ctypes.byref(Program(len(code) // 8, code)), 0, 0)
     name, environment = settings["program"][0], settings["environment"]
@@ -165,7 +184,7 @@ def start(settings):
     os._exit(127)
 
 
-def breach(settings):
+def breach(settings: Settings) -> str:
     """The limit that all processes together are beyond; empty where they keep within."""
     pages, count = 0, 0
     for name in os.listdir("/proc"):
@@ -185,25 +204,26 @@ def breach(settings):
     return "disk" if full else ""
 
 
-def watch(settings, child, status, life):
+def watch(settings: Settings, child: int, status: int, life: int) -> None:
     """Wait for the program, and end all when it ends or a limit is passed; children that it left are reaped."""
-    reason, code = "", None
-    while code is None and not reason:
+    reason, code = "", 0
+    ended = False
+    while not ended and not reason:
         try:
             pid, state = os.waitpid(-1, os.WNOHANG)
         except ChildProcessError:
             break
         if pid == child:
-            code = os.waitstatus_to_exitcode(state)
+            ended, code = True, os.waitstatus_to_exitcode(state)
         elif not pid:
             reason = breach(settings)
             if select.select([life], [], [], WATCH_SECONDS)[0]:
                 os._exit(0)
-    tell(status, exit=-int(signal.SIGKILL) if code is None else code, reason=reason)
+    tell(status, exit=code if ended else -int(signal.SIGKILL), reason=reason)
     os._exit(0)  # with the first process of a namespace the kernel ends all others
 
 
-def main():
+def main() -> None:
     """Set up, run, tell."""
     status, life, settings = int(sys.argv[1]), int(sys.argv[2]), json.loads(sys.stdin.buffer.read())
     try:
@@ -223,4 +243,5 @@ def main():
     watch(settings, child, status, life)
 
 
-main()
+if __name__ == "__main__":
+    main()
