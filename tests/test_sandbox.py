@@ -15,7 +15,7 @@ import pytest
 from pretrain.core import sandbox
 from pretrain.core.errors import PretrainError
 from pretrain.core.sandbox import WAYS, Ran, run
-from pretrain.core.sandbox.filter import program
+from pretrain.core.sandbox.syscalls import program
 
 REPOSITORY = Path(__file__).parent.parent
 SCRIPT = "main.py"
