@@ -105,5 +105,5 @@ def test_models_that_do_not_fit_are_refused(prepared, tiny, saved):
         saved(name, tokenizer=tokenizer, vocab_size=len(own)) for name, tokenizer in (("own", own), ("other", other))
     ]
     base = checkpoint.load(folders[0])[0]
-    with pytest.raises(PretrainError, match="anti_expert .*other: .* entries .*not those of the model: accepted"):
+    with pytest.raises(PretrainError, match="token .* in anti_expert .*other and .* in the model; accepted"):
         ProxyTuning(folders[0], folders[1]).generate(base, PROMPTS_BL)

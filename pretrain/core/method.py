@@ -50,6 +50,7 @@ class Method:
     kind: ClassVar[str]
     version: ClassVar[int] = 1  # raised when the same fields come to mean something else
     families: ClassVar[tuple[str, ...]] = ()
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ()  # references to checkpoints that must number tokens as the model
 
     def __post_init__(self) -> None:
         """Refuse fields outside their bounds; a method that checks more calls this first."""
@@ -81,6 +82,13 @@ class Method:
             elif value:
                 named[name] = value
         return named
+
+    def vocabularies(self) -> dict[str, str]:
+        """Those of the references whose checkpoints must number tokens as the model does."""
+        inside = {
+            f"{name}.{ref}": to for name, method in self.held().items() for ref, to in method.vocabularies().items()
+        }
+        return inside | {n: to for n, to in self.references().items() if n.partition(".")[0] in self.shares_vocabulary}
 
     def pointing_to(self, places: dict[str, str]) -> Self:
         """The method with other values for its references, by the names that `references` gives them."""

@@ -33,7 +33,9 @@ from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import REF, Method, declared_class, is_ref
 from pretrain.core.method import Ref as Ref
+from pretrain.core.quick.hub import located
 from pretrain.core.quick.quantities import as_typed
+from pretrain.core.quick.vocabulary import check_references, stored_numbers
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Source
 from pretrain.data import DataOperation
@@ -129,6 +131,16 @@ class Stage(BaseModel):
 
     def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
         """Refuse what does not go with the stages before this one, by name, or with the folders that it names."""
+        named = [getattr(self, name, None) for name in ("tokenizer", "processor", "init", "checkpoint")]
+        whose = next((str(name) for name in named if name), "")
+        if not whose or whose in earlier:
+            return
+        if any(getattr(method, "new_vocabulary", False) for _, method in self._placed()):
+            return  # what its methods share is known when they have run
+        for place, method in self._placed():
+            if method.vocabularies():
+                steps = tuple(int(step) if step.isdigit() else step for step in place.split("."))
+                check_references(method, stored_numbers(located(whose)), whose, steps, tuple(earlier), located)
 
     def splits(self) -> dict[str, str]:
         """The splits of corpora that must hold documents, by the field that names the corpus."""

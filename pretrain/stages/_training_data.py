@@ -17,6 +17,7 @@ from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
 from pretrain.core.models.families import at
 from pretrain.core.models.heads import labels_of
 from pretrain.core.processors import Processor, columns_of, load_processor, tokenizer_in
+from pretrain.core.quick.vocabulary import check_alike, numbers_of
 from pretrain.core.samples import Sample
 from pretrain.corpus.examples import Examples
 from pretrain.corpus.shards import Shards
@@ -54,6 +55,8 @@ class Asked(Protocol):
 
     name: str
     init: str | None
+    tokenizer: str | None
+    processor: str | None
     model: Record
     task: str
     length: int
@@ -78,6 +81,9 @@ def open_model(stage: Asked, job: Job) -> tuple[PreTrainedModel, Processor]:
     if stage.init is not None:
         # Weights are trained in float32 whatever they are stored in: bfloat16 would lose small updates.
         model, saved_processor = checkpoint.load(checkpoint_of(job.inputs["init"]), dtype=torch.float32)
+        names = (f"init {stage.init}", f"tokenizer {stage.tokenizer or stage.processor}")
+        tables = (numbers_of(tokenizer_in(each)) for each in (saved_processor, processor))
+        check_alike(f"stage {stage.name!r}", dict(zip(names, tables, strict=True)), ("tokenizer",))
         processor = processor or saved_processor
         if processor is None:
             raise PretrainError(f"stage {stage.name!r}: {stage.init} has no tokenizer; accepted: a tokenizer field")

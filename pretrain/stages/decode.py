@@ -10,6 +10,7 @@ from pydantic import ConfigDict, model_validator
 from pretrain.core.bounds import Count, NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json
+from pretrain.core.quick.vocabulary import check_references, numbers_of
 from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
 from pretrain.records import StageResult
@@ -140,6 +141,8 @@ def continue_prompt(
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
     temperature, top_p = sampling(method, temperature, top_p)
+    if method is not None:
+        check_references(method, numbers_of(tokenizer), "the model")
     vocabulary = Vocabulary.of(tokenizer)
     before = [vocabulary.bos] if vocabulary.bos is not None else []
     ids = before + tokenizer(prompt, add_special_tokens=False)["input_ids"]

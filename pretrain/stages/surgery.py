@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from pretrain.core.bounds import Count, Ge
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.hub import located
+from pretrain.core.quick.vocabulary import check_alike, stored_numbers
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
 
@@ -40,6 +43,15 @@ class Surgery(Stage):
     calibration_rows: Count = 128
     length: Annotated[int, Ge(2)] = 512
 
+    def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
+        """Refuse models of other tokens than the checkpoint's, where no surgery changes those."""
+        super().check_inputs(earlier)
+        known = [n for n in self.models if n not in earlier and self.checkpoint not in earlier]
+        if known and not any(surgery.new_vocabulary for surgery in self.surgeries):
+            tables = {f"models.{self.models.index(name)} {name}": stored_numbers(located(name)) for name in known}
+            ours = {f"checkpoint {self.checkpoint}": stored_numbers(located(self.checkpoint))}
+            check_alike("surgery", ours | tables, ("models",))
+
     def estimate(self, given: Given) -> Estimate:
         """What the surgeries compute, and the forward passes of calibration."""
         from pretrain.stages._expected import operation
@@ -54,9 +66,12 @@ class Surgery(Stage):
         source = checkpoint_of(job.inputs["checkpoint"])
         model, tokenizer = checkpoint.load(source)
         merged = [checkpoint_of(folder) for folder in job.inputs.get("models", [])]
-        others = [checkpoint.load(folder)[0] for folder in merged]
+        others = [checkpoint.load(folder) for folder in merged]
         batches = self._batches(job, model, tokenizer) if self.corpus is not None else []
-        inputs = Inputs(tokenizer=tokenizer, batches=batches, models=others, seed=job.seed)
+        inputs = Inputs(
+            tokenizer=tokenizer, batches=batches, models=[opened for opened, _ in others],
+            tokenizers=[its for _, its in others], seed=job.seed,
+        )  # fmt: skip
         before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
         model, inputs, flops = operate(self.surgeries, model, inputs)
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}

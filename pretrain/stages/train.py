@@ -17,6 +17,7 @@ from pretrain.core.quick.declared import check_config, check_task, config_values
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.positions import check_length, positions
 from pretrain.core.quick.quantities import bare
+from pretrain.core.quick.vocabulary import check_alike, check_references, numbers_of, stored_numbers
 from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
 from pretrain.stages import (
@@ -198,7 +199,14 @@ class Train(Stage):
         return {k: v for k, v in self.model.items() if k != "family"}
 
     def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
-        """Refuse a length beyond the positions of the checkpoint to go on from, where its configuration is known."""
+        """Refuse a length beyond the positions of the checkpoint to go on from, and a tokenizer that is not its own."""
+        super().check_inputs(earlier)
+        given = self.tokenizer or self.processor
+        if self.init and given and not {self.init, given} & earlier.keys():
+            tables = {
+                f"{name} {of}": stored_numbers(located(of)) for name, of in (("init", self.init), ("tokenizer", given))
+            }
+            check_alike("train", tables, ("tokenizer" if self.tokenizer else "processor",))
         count = None if self.surgeries else self._positions(earlier)
         check_length(self.length, count, f"{self.init or 'the model'}")
 
@@ -305,6 +313,8 @@ class Train(Stage):
 
         world = join(pick_device())
         data.check_entries(self, model, processor)
+        for weighted in self.weighted():
+            check_references(weighted.method, numbers_of(data.tokenizer_in(processor)), "the model")
         if data.tokenizer_in(processor) is not None:
             check_length(self.length, positions(model.config.to_dict()), "the model")
         vocabulary, objectives = data.vocabulary_of(processor), [w.method for w in self.weighted()]

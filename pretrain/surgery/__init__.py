@@ -30,6 +30,7 @@ class Inputs:
     # For calibration: input_ids, position_ids, and as attention_mask each token's document in its row (0: padding).
     batches: Sequence[Batch] = ()
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
+    tokenizers: Sequence[PreTrainedTokenizerBase | None] = ()  # theirs
     seed: int = 0
     # What a surgery hands back: a new `tokenizer`, the `batches` in its tokens, its `metrics`.
     extra: dict[str, Any] = field(default_factory=dict)
@@ -46,9 +47,11 @@ def operate(
 ) -> tuple[PreTrainedModel, Inputs, int]:
     """The model after all of them, the inputs with the tokenizer that they left, and the FLOPs that they took."""
     from pretrain.core.meter import count_flops
+    from pretrain.core.quick.vocabulary import check_references, numbers_of
 
     flops = 0
     for surgery in surgeries:
+        check_references(surgery, numbers_of(inputs.tokenizer), "the checkpoint")
         model, cost = count_flops(partial(surgery, model, inputs))
         flops += cost
         changed = {name: inputs.extra.pop(name, getattr(inputs, name)) for name in ("tokenizer", "batches")}
@@ -64,6 +67,7 @@ class Surgery(Method):
     calibration: ClassVar[float] = 1.0  # FLOPs on the rows of calibration, in forward passes of whole matrices
     estimated: ClassVar[bool] = True  # whether `work` and `calibration` tell what it computes: not of one that trains
     trained: ClassVar[float] = 0.02  # of one that `adapts`: the share of weights that it leaves to train, about
+    new_vocabulary: ClassVar[bool] = False  # whether it leaves other tokens than there were
     keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
 
     @property

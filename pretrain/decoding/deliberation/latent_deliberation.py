@@ -37,6 +37,7 @@ class LatentDeliberation(Decoding):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("coprocessor",)
     samples: ClassVar[bool] = True
 
     coprocessor: Ref

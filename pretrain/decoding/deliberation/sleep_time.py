@@ -57,6 +57,7 @@ class SleepTime(Decoding):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("tokenizer",)
     samples: ClassVar[bool] = True
 
     rounds: Whole = 10

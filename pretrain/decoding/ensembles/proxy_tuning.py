@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
-from transformers import AutoTokenizer
 
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 from pretrain.core.method import Ref
+from pretrain.core.quick.vocabulary import Numbers, check_alike, numbers_of, stored_numbers
 from pretrain.decoding import Decoding
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
     from pretrain.core.generation.options import Options
 
@@ -34,6 +34,7 @@ class ProxyTuning(Decoding):
     """
 
     samples: ClassVar[bool] = True
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("expert", "anti_expert")
 
     expert: Ref
     anti_expert: Ref
@@ -59,10 +60,11 @@ class ProxyTuning(Decoding):
 
     def proxies(self, model: PreTrainedModel) -> tuple[PreTrainedModel, PreTrainedModel]:
         """The expert and the anti-expert on the model's device, read once; vocabularies that differ are an error."""
-        proxies, words = [], {}
+        proxies: list[PreTrainedModel] = []
+        words: dict[str, Numbers | None] = {}
         folder = Path(model.config._name_or_path or "/none")
-        if (folder / "tokenizer_config.json").exists():
-            words["the model"] = _vocabulary(folder, _stamp(folder))
+        if folder.is_dir():
+            words["the model"] = stored_numbers(folder)
         _check_causal("the model", model)
         wanted = _size(model)
         for field in ("expert", "anti_expert"):
@@ -74,17 +76,9 @@ class ProxyTuning(Decoding):
                     f"proxy_tuning: {field} {folder}: a vocabulary of {_size(proxy)} tokens: "
                     f"accepted: the model's {wanted}"
                 )
-            if vocabulary is not None:
-                words[f"{field} {folder}"] = vocabulary
+            words[f"{field} {folder}"] = vocabulary
             proxies.append(proxy)
-        names = list(words)
-        for name in names[1:]:
-            differ = len(words[name].items() ^ words[names[0]].items())
-            if differ:
-                raise PretrainError(
-                    f"proxy_tuning: {name}: {differ} entries of its vocabulary are not those of {names[0]}: "
-                    "accepted: the same vocabulary"
-                )
+        check_alike(self.name, words)
         return proxies[0], proxies[1]
 
 
@@ -103,15 +97,7 @@ def _stamp(folder: Path) -> int:
 
 
 @functools.lru_cache(maxsize=2)
-def _open(folder: Path, device: torch.device, _: int) -> tuple[PreTrainedModel, dict[str, int] | None]:
+def _open(folder: Path, device: torch.device, _: int) -> tuple[PreTrainedModel, Numbers | None]:
     """A checkpoint and its vocabulary, kept for the next prompt."""
     model, tokenizer = load(folder, device=device)
-    return model, None if tokenizer is None else tokenizer.get_vocab()
-
-
-@functools.lru_cache(maxsize=2)
-def _vocabulary(folder: Path, _: int) -> dict[str, int]:
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        folder, local_files_only=True, trust_remote_code=False
-    )
-    return tokenizer.get_vocab()
+    return model, numbers_of(tokenizer)

@@ -49,6 +49,7 @@ class CTCD(Taught):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("companion_init",)
 
     companion: Fields = field(default_factory=dict)
     companion_init: Ref | None = None

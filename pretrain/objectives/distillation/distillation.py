@@ -52,6 +52,7 @@ class Distillation(Taught):
     again: ClassVar[bool] = True
     version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: Ref
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"

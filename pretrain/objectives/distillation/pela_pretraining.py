@@ -47,6 +47,7 @@ class PELAPretraining(Taught):
 
     version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("teacher",)
 
     taught: ClassVar[float] = 0.0  # the teacher's states alone
 

@@ -46,6 +46,7 @@ class SelfDistillation(Taught):
 
     version: ClassVar[int] = 2  # each term is weighed by its own number
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: Ref
     objective: Literal["masked_lm", "causal_lm"] = "masked_lm"

@@ -46,6 +46,7 @@ class RandomTokenSubstitution(Objective):
 
     version: ClassVar[int] = 3  # whole words fill the rate
     families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("embeddings",)
 
     objective: Literal["rts", "c_rts", "slm"] = "rts"
     rate: OpenShare = 0.15

@@ -37,6 +37,7 @@ class PeftAdapter(Surgery):
     """
 
     adapts: ClassVar[bool] = True
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("folder",)
 
     type: str = "LORA"
     config: Config = field(default_factory=dict)

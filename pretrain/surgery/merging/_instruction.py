@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pretrain.core.checkpoint import checkpoint_of, load
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import embeddings
+from pretrain.core.quick.vocabulary import check_alike, numbers_of
 from pretrain.surgery import Inputs
 from pretrain.surgery._merge import check, weights
 from pretrain.surgery._tokens import resize
@@ -80,15 +81,7 @@ def _tokenizer(method: str, given: dict[str, PreTrainedTokenizerBase | None]) ->
     if "the checkpoint" not in known and "instruct" not in known:
         return None
     longest = max((name for name in known if name != "base"), key=lambda name: len(known[name]))
-    tokens: dict[int, tuple[str, str]] = {}
-    for name in (longest, *(n for n in known if n != longest)):
-        for token, index in known[name].get_vocab().items():
-            first, where = tokens.setdefault(index, (token, name))
-            if first != token:
-                raise PretrainError(
-                    f"{method}: token {index} is {token!r} in {name} and {first!r} in {where}; accepted: vocabularies "
-                    "of which the shorter is the beginning of the longer"
-                )
+    check_alike(method, {name: numbers_of(tokenizer) for name, tokenizer in known.items()})
     chosen = copy.deepcopy(known[longest])
     template = getattr(known.get("instruct"), "chat_template", None)
     if template is not None:

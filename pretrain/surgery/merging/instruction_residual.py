@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -24,6 +25,8 @@ class InstructionResidual(Surgery):
     the instruct model's at scale 1, and where the two others agree the checkpoint's: both exactly. Rows of the
     vocabulary that only the checkpoint has stay; those that only `instruct` has are added.
     """
+
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("base", "instruct")
 
     base: Ref
     instruct: Ref

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
@@ -25,6 +26,8 @@ class InstructionVector(Surgery):
     and rounded once; with both factors 1, where one vector is 0 the result is exactly the other model's weight. Rows
     of the vocabulary that only the checkpoint has stay; those that only `instruct` has are added.
     """
+
+    shares_vocabulary: ClassVar[tuple[str, ...]] = ("base", "instruct")
 
     base: Ref
     instruct: Ref

@@ -20,6 +20,7 @@ from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.method import InnerEvaluation, Ref
 from pretrain.core.models.metrics import better
+from pretrain.core.quick.vocabulary import check_alike, numbers_of
 from pretrain.corpus.store import Corpus
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._merge import check, mean_into
@@ -85,12 +86,15 @@ class ModelSoup(Surgery):
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """A new model of the averaged weights."""
-        others = list(inputs.models) if inputs else []
+        inputs = inputs or Inputs()
+        others = list(inputs.models)
         if not others:
             raise PretrainError("model_soup: models []: accepted: one or more models besides the checkpoint")
         for number, other in enumerate(others):
             check(self.name, model, other, f"models.{number}")
             _check_config(model, other, f"models.{number}")
+        tokenizers = {f"models.{number}": numbers_of(tokenizer) for number, tokenizer in enumerate(inputs.tokenizers)}
+        check_alike(self.name, {"the checkpoint": numbers_of(inputs.tokenizer)} | tokenizers)
         ingredients = [model, *others]
         if self.weights and len(self.weights) != len(ingredients):
             raise PretrainError(

@@ -6,6 +6,7 @@ Shape letters: V rows, N new tokens, K neighbours, E width, R the factors' commo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -81,6 +82,8 @@ class Ofa(Surgery):
     not tied too. A head's bias is mixed alike. `vectors` are files (.vec or .txt, .json, .safetensors) of one space,
     of each the first `max_words` (0: all).
     """
+
+    new_vocabulary: ClassVar[bool] = True
 
     tokenizer: Ref
     vectors: tuple[Ref, ...]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, TypeAlias
 
 import torch
 from tokenizers import pre_tokenizers
@@ -40,6 +40,8 @@ class TrimVocabulary(Surgery):
     its scores: text whose tokens are all kept is split as before. The text is `calibration_rows` rows of `length` of
     the stage's `corpus`: draw as many as the corpus has. Tokens of BPE, Unigram or WordPiece.
     """
+
+    new_vocabulary: ClassVar[bool] = True
 
     keep: Whole = 0
     minimum: Count = 1

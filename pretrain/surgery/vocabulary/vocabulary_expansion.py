@@ -47,6 +47,7 @@ class VocabularyExpansion(Surgery):
     """
 
     estimated: ClassVar[bool] = False
+    new_vocabulary: ClassVar[bool] = True
     tokenizer: Ref
     initialisation: Literal["cw2v", "mean", "multivariate", "univariate", "random"] = "cw2v"
     corpus: Ref = ""

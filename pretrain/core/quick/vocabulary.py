@@ -1,0 +1,93 @@
+"""Whether what meets numbers its tokens alike: two checkpoints, or a checkpoint and a tokenizer.
+
+As many rows in two tables say nothing of what they stand for. Read from files alone, so that a recipe can be refused
+before anything is run.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json
+from pretrain.core.folders import tokenizer_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from pretrain.core.method import Method
+
+Numbers = Mapping[str, int]  # of the tokens
+FILE = "tokenizer.json"
+
+
+def stored_numbers(place: Path | str) -> Numbers | None:
+    """The tokens of a `tokenizer.json` in a stage's folder or a checkpoint; None where there is none that is known."""
+    path = tokenizer_of(Path(place)) / FILE
+    return _numbers(path, os.stat(path).st_mtime_ns) if path.is_file() else None
+
+
+@lru_cache(maxsize=4)
+def _numbers(path: Path, _: int) -> Numbers | None:
+    facts = read_json(path)
+    model = facts.get("model") if isinstance(facts, dict) else None
+    vocabulary = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(vocabulary, list):  # a Unigram model's, with their scores
+        vocabulary = {str(entry[0]): number for number, entry in enumerate(vocabulary)}
+    if not isinstance(vocabulary, dict):
+        return None
+    return vocabulary | {entry["content"]: entry["id"] for entry in facts.get("added_tokens") or []}
+
+
+def numbers_of(tokenizer: PreTrainedTokenizerBase | None) -> Numbers | None:
+    """The tokens of an open tokenizer, or of the one that a processor holds."""
+    held = tokenizer if hasattr(tokenizer, "get_vocab") else getattr(tokenizer, "tokenizer", None)
+    return None if held is None else held.get_vocab()
+
+
+def check_alike(label: str, numbers: Mapping[str, Numbers | None], place: tuple[str | int, ...] = ()) -> None:
+    """Refuse vocabularies, by whose they are, that number a token otherwise; the error names the first.
+
+    One may go on where another ends. None is of what has no tokenizer, or none that is known.
+    """
+    known = [(name, table) for name, table in numbers.items() if table is not None]
+    for position, (name, table) in enumerate(known):
+        for other, before in known[:position]:
+            difference = _first_difference(table, before)
+            if difference is not None:
+                number, token, there = difference
+                raise PretrainError(
+                    f"{label}: token {number} is {token!r} in {name} and {there} in {other}; accepted: vocabularies "
+                    "of which the shorter is the beginning of the longer",
+                    place=place,
+                )
+
+
+def _first_difference(table: Numbers, other: Numbers) -> tuple[int, str, str] | None:
+    """The least number that stands for another token; the token that has it, and what is said of it in the other."""
+    names = {number: token for token, number in other.items()}
+    apart: list[tuple[int, str, str]] = []
+    for token, number in table.items():
+        if names.get(number, token) != token:
+            apart.append((number, token, repr(names[number])))
+        elif other.get(token, number) != number:
+            apart.append((number, token, f"token {other[token]}"))
+    return min(apart, default=None)
+
+
+def check_references(
+    method: Method, numbers: Numbers | None, whose: str, place: tuple[str | int, ...] = (), skip: tuple[str, ...] = (),
+    locate: Callable[[str], Path] = Path,
+) -> None:  # fmt: skip
+    """Refuse a method whose checkpoints must share the tokens of `whose` vocabulary and do not.
+
+    References in `skip` are of stages that have not run.
+    """
+    for name, reference in method.vocabularies().items() if numbers is not None else ():
+        if reference not in skip:
+            theirs = {whose: numbers, f"{name} {reference}": stored_numbers(locate(reference))}
+            check_alike(method.name, theirs, (*place, *name.split(".")))
