@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import statistics
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from page_cases import browser_page, claim_result
 from small_recipe import small_recipe
 
 from pretrain.core.errors import PretrainError
@@ -23,7 +23,6 @@ from pretrain.experiments.table import markdown, rows
 from pretrain.experiments.trials import run_all
 from pretrain.recipe import check
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 FOLDER = Path(__file__).parent.parent / "claims"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 SIMPLE = """\
@@ -235,41 +234,17 @@ def test_the_table_in_the_docs_is_made_from_the_results():
         assert (FOLDER.parent / "docs" / "claims.md").read_text() == markdown(results)
 
 
-def _result(name: str, word: str, title: str, finished: str = "2026-01-01T00:00:00+00:00") -> dict:
-    curve = [[[1e9, 5.0 + s], [2e9, 4.0 + s], [3e9, 3.5 + s]] for s in (0.0, 0.1)]
-    runs = [{"seed": i, "final": c[-1][1], "flops": 3e9, "seconds": 1.0, "curve": c} for i, c in enumerate(curve)]
-    claim = {
-        "title": title, "arxiv": "2509.24218", "claim": "Half the steps </script> & <b>more</b>.", "metric": "model.loss",
-        "better": "lower", "equal": "flops", "scales": {"cpu": {"budget": 3e9}}, "baseline": {"name": "AdamW"}, "method": {"name": "Other"},
-    }  # fmt: skip
-    return {
-        "name": name, "scale": "cpu", "protocol": 2, "claim": claim, "word": word, "runs": {"baseline": runs, "method": runs},
-        "verdict": {"difference": -0.1, "low": -0.2, "high": 0.01, "bootstrap": [-0.15, -0.05], "word": "better"},
-        "mean": {"baseline": 3.55, "method": 3.45}, "deviation": {"baseline": 0.05, "method": 0.05}, "also": {"model.steps": {"baseline": [9.0, 0.0], "method": [8.0, 0.5]}}, "chosen": {"baseline": 1e-3, "method": 1e-2},
-        "compute_to_reach": {"method": 0.8, "baseline": None}, "tuned": {"baseline": [], "method": []}, "finished": finished,
-        "environment": {"cpu": "a processor", "gpus": []},
-    }  # fmt: skip
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize("width", [1280, 390])
 def test_the_page_filters_and_draws_curves_in_a_browser(tmp_path, width):
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("Chromium is missing and CI is set")
-        pytest.skip("Chromium is missing: install Debian's `chromium`")
-    from playwright.sync_api import sync_playwright
-
     known = {info.kind: info.title for info in methods().values()}
     results = [
-        _result("conda", "reproduced", known["optimiser"]), _result("miniplm", "not reproduced", known["data operation"]),
-        _result("ctcd", "undecided", known["objective"]),
+        claim_result("conda", "reproduced", known["optimiser"]), claim_result("miniplm", "not reproduced", known["data operation"]),
+        claim_result("ctcd", "undecided", known["objective"]),
     ]  # fmt: skip
     (tmp_path / "claims.html").write_text(page(results))
     errors: list[str] = []
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page(viewport={"width": width, "height": 900})
+    with browser_page(width, 900, "light") as tab:
         tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.goto(f"file://{tmp_path}/claims.html")
@@ -286,45 +261,4 @@ def test_the_page_filters_and_draws_curves_in_a_browser(tmp_path, width):
         tab.select_option("#kind", "data operation")
         assert tab.locator("#none").is_visible()
         assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
-        browser.close()
     assert errors == []
-
-
-def _poisoned(value: object, payload: str, key: str = "") -> object:
-    """The payload in each text of a result, and in each name that is not a field's."""
-    if isinstance(value, dict):
-        more = payload if key in ("also", "environment") else ""
-        return {name + more * (name not in ("cpu", "gpus")): _poisoned(v, payload, name) for name, v in value.items()}
-    if isinstance(value, list):
-        return [_poisoned(v, payload, key) for v in value]
-    return value + payload if isinstance(value, str) and key not in ("word", "name", "scale", "finished") else value
-
-
-@pytest.mark.browser
-@pytest.mark.parametrize(
-    "payload", ["<img src=x onerror=window.broken=1>", "</script><script>window.broken=1</script>", "<!--<script>"]
-)
-def test_no_text_of_a_result_becomes_markup(tmp_path, payload):
-    plain = _result("conda", "reproduced", "title")
-    result = _poisoned(plain, payload) | {f: plain[f] + payload for f in ("name", "scale", "finished", "word")}
-    result["claim"]["scales"] = {result["scale"]: {"budget": 3e9}}
-    result["chosen"] = {"baseline": payload, "method": payload}
-    result["environment"] = {"cpu": payload, "gpus": [payload]}
-    written = page([result])
-    assert written.count("<script") == page([plain]).count("<script") and "<img" not in written
-    assert "<!--" not in written
-    if CHROMIUM is None:
-        pytest.skip("Chromium is missing: install Debian's `chromium`")
-    from playwright.sync_api import sync_playwright
-
-    (tmp_path / "claims.html").write_text(written)
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
-        tab = browser.new_page()
-        tab.goto(f"file://{tmp_path}/claims.html")
-        tab.locator("summary").click()
-        tab.wait_for_selector("svg path.curve")
-        text = tab.locator("details").inner_text()
-        assert text.count(payload) >= 12 and f"lower{payload} is better" in text and f"flops{payload}, 2 seeds" in text
-        assert tab.evaluate("window.broken") is None and tab.locator("img").count() == 0
-        browser.close()

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
-from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
+from page_cases import NASTY, PIXEL, browser_page, example, put, rows
 
 from pretrain import report
 from pretrain.core.errors import PretrainError
@@ -19,88 +17,6 @@ from pretrain.report.data import plots, thin
 from pretrain.report.page import collect, write
 from pretrain.report.samples import panel
 from pretrain.report.summary import summarise
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-NASTY = "</script><script>window.broken = 1</script><b>& bold"
-
-
-def rows(count, *, bits=True, every=20):
-    for i in range(1, count + 1):
-        base = {"step": i, "tokens": 100 * i, "flops": 1e9 * i, "seconds": 0.5 * i}
-        own = {"loss": 5 / i**0.3, "bits_per_byte": 3 / i**0.3 if bits else None}
-        more = {"parts": {}, "grad_norm": 1.0, "lr": 1e-3, "tokens_per_second": 200.0, "mfu": 0.4, "memory_bytes": 1}
-        yield {"event": "step"} | base | own | more
-        if i % every == 0:
-            found = {"loss": 5 / i**0.3} | ({"bits_per_byte": 3.1 / i**0.3} if bits else {})
-            yield {"event": "evaluation", "metrics": found} | base
-
-
-def put(path, value):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
-
-
-PIXEL = (
-    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGP4DwABAQEAsTGj1gAAAABJRU5ErkJggg=="
-)
-LOOKS = [
-    {"kind": "image", "title": NASTY, "label": NASTY, "text": NASTY, "input": PIXEL, "masked": PIXEL, "output": PIXEL},
-    {"kind": "image", "input": PIXEL},
-    {"kind": "series", "input": [[1.0, 2.0, None, 4.0], [5.0] * 4], "output": [[None, 2.5, 3.0, None]], "masked": [[[1, 3]]]},
-    {"kind": "waveform", "input": [[-0.5, 0.5]] * 40, "output": [0.5, None, -0.5, 0.1], "masked": [[10, 20]], "seconds": 1.5,
-     "spectrogram": PIXEL, "measure": NASTY},
-    {"kind": "text", "input": NASTY, "masked": NASTY, "output": NASTY},
-]  # fmt: skip
-
-
-def example(folder, *, evaluated=True, trained=True):
-    kinds = {
-        "data": "data",
-        "model": "train",
-        "encoder": "train",
-        "test": "evaluate",
-        "more": "evaluate",
-        "say": "decode",
-    }
-    stages = [{"name": n, "stage": s, "folder": n, "address": "0123456789", "status": "done"} for n, s in kinds.items()]
-    put(folder / "run.json", {"name": NASTY, "recipe": "r.yaml", "seed": 0, "stages": stages})
-    put(folder / "recipe.yaml", f"name: {NASTY}\nstages:\n- {{name: encoder, stage: train, objective: masked_lm}}\n")
-    domains = {
-        "train": {NASTY: {"documents": 1200, "bytes": 5_000_000}},
-        "test": {NASTY: {"documents": 3, "bytes": 12}},
-    }
-    removed = {"exact": 4, "near": 5}
-    put(folder / "data" / "corpus" / "corpus.json", {"domains": domains, "removed": removed, "fingerprint": "f" * 64})
-    record = {
-        "seconds": 75.0,
-        "flops": 3e12,
-        "peak_memory_bytes": 2**30,
-        "metrics": {"loss": 2.0},
-        "environment": {"cpu": "x"},
-        "methods": {"adamw": "1"},
-        "inputs": {"corpus": "data"},
-        "config": {"objective": {"method": "causal_lm"}, "objectives": []},
-    }
-    put(folder / "model" / "stage.json", record)
-    lineage = {"stages": [{"name": "data"}], "data": "d" * 64, "tokens": 7900, "flops": 3e12}
-    put(folder / "model" / "checkpoint" / "pretrain.json", {"lineage": lineage})
-    if trained:
-        put(folder / "model" / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows(79)) + '{"event": "st')
-        put(folder / "encoder" / "log.jsonl", "".join(json.dumps(r) + "\n" for r in rows(30, bits=False, every=10)))
-    if evaluated:
-        evaluation = {
-            "metrics": {"loss": 2.0, "perplexity": 7.4, "bits_per_byte": 1.5},
-            "domains": {"a": {"bits_per_byte": 1.4, "loss": 1}, "all": {"bits_per_byte": 1.6, "loss": 2}},
-            "intervals": {"bits_per_byte": [1.4, 1.6]},
-            "compressors": {"xz -9e": {"metrics": {"bits_per_byte": 1.7}, "domains": {"a": {"bits_per_byte": 1.6}}}},
-            "documents": 9,
-        }
-        put(folder / "test" / "evaluation.json", evaluation)
-        probe = {"probe_accuracy": 0.9, "probe_majority": 0.5, "ndcg@10": 0.25}
-        put(folder / "more" / "evaluation.json", evaluation | {"metrics": evaluation["metrics"] | probe})
-        put(folder / "say" / "samples.json", {"samples": [{"prompt": NASTY, "continuation": NASTY}]})
-        put(folder / "encoder" / "samples.json", {"samples": LOOKS})
-    return folder
 
 
 def test_corpus_and_model_text_cannot_break_out(tmp_path):
@@ -345,111 +261,20 @@ def test_what_each_stage_changed_is_told_against_what_it_began_with(tmp_path):
     assert text.count("<span></span>") == 2  # what measures has neither size nor loss
 
 
-class Shape(HTMLParser):
-    """The tags of a page with the names of their attributes, in order."""
-
-    def __init__(self, page):
-        super().__init__()
-        self.tags = []
-        self.feed(page)
-
-    def handle_starttag(self, name, attributes):
-        self.tags.append((name, tuple(key for key, _ in attributes)))
-
-
-KEPT = {"folder", "stage", "event", "status", "kind", "unit"}  # what says where and of what kind a thing is
-
-
-def poisoned(value, payload, key=""):
-    """A value with the payload in each of its texts and in each name that a run may choose."""
-    if isinstance(value, dict):
-        chosen = key in ("domains", "train", "test", "compressors", "methods", "environment")
-        return {
-            (name + payload if chosen and name not in ("train", "test") else name): poisoned(v, payload, name)
-            for name, v in value.items()
-        }
-    if isinstance(value, list):
-        return [poisoned(v, payload, key) for v in value]
-    image = isinstance(value, str) and value.startswith("data:image")
-    return value + payload if isinstance(value, str) and key not in KEPT and not image else value
-
-
-PAYLOADS = (
-    "<img src=x onerror=window.broken=1>",
-    "</script><script>window.broken=1</script>",
-    "<!--<script>",
-    '" onload="window.broken=1',
-    "<!--BODY-->",
-)
-
-
-def poison(folder, payload):
-    """The example run with the payload in every field of every file."""
-    example(folder)
-    for path in [*folder.rglob("*.json")]:
-        put(path, poisoned(json.loads(path.read_text()), payload))
-    put(folder / "recipe.yaml", (folder / "recipe.yaml").read_text() + f"# {payload}\n")
-    return folder
-
-
-@pytest.mark.parametrize("payload", PAYLOADS)
-def test_no_text_of_any_field_becomes_markup(tmp_path, payload):
-    clean = write(poison(tmp_path / "clean", "-")).read_text()
-    page = write(poison(tmp_path / "poisoned", payload)).read_text()
-    assert clean.count("-</td>") > 20 and "-</h1>" in clean  # the payload is in many fields
-    assert Shape(page).tags == Shape(clean).tags
-    data = page[page.index('id="data">') + len('id="data">') :]
-    data = data[: data.index("</script>")]
-    assert "<" not in data and payload in json.loads(data)["trainings"][0]["name"]
-
-
 def test_no_page_reads_text_as_markup_in_the_browser():
-    for path in ("report/template/draw.js", "experiments/page.html"):
+    for path in ("report/template/draw.js", "report/template/elements.js", "experiments/page.html"):
         text = (Path(report.__file__).parent.parent / path).read_text()
         assert not re.search(
             "innerHTML|outerHTML|insertAdjacentHTML|document.write|eval", text.replace("evaluation", "")
         )
 
 
-def browser_page(play, width, height, scheme):
-    flags = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync"
-    browser = play.chromium.launch(executable_path=CHROMIUM, args=flags.split())
-    return browser, browser.new_context(viewport={"width": width, "height": height}, color_scheme=scheme).new_page()
-
-
-def needs_chromium():
-    if CHROMIUM is None:
-        if os.environ.get("CI"):
-            pytest.fail("Chromium is missing; `make test` installs it")
-        pytest.skip("Chromium is missing: install Debian's `chromium`")
-
-
-@pytest.mark.browser
-def test_no_text_runs_in_a_browser(tmp_path):
-    needs_chromium()
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as play:
-        browser, page = browser_page(play, 390, 844, "light")
-        for number, payload in enumerate(PAYLOADS):
-            page.goto(write(poison(tmp_path / str(number), payload)).as_uri())
-            page.wait_for_selector("#loss-0 path.curve")
-            assert page.evaluate("window.broken") is None and page.locator("img[src=x]").count() == 0
-            assert payload in page.locator("#loss-0 .legend").inner_text()
-            assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
-        browser.close()
-
-
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 900, "light"), (390, 844, "dark")])
 def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height, scheme):
-    needs_chromium()
-    from playwright.sync_api import sync_playwright
-
     path = write(example(tmp_path / "r"))
     problems, requests = [], []
-    with sync_playwright() as play:
-        browser, page = browser_page(play, width, height, scheme)
+    with browser_page(width, height, scheme) as page:
         page.on(
             "console", lambda message: problems.append(message.text) if message.type in ("error", "warning") else None
         )
@@ -479,7 +304,6 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
             "figure img", "all => all.map(e => [e.naturalWidth, e.clientWidth, e.clientHeight])"
         )
         labels = page.eval_on_selector_all("#bars-0 .bar b", "all => all.map(e => e.getBoundingClientRect().height)")
-        browser.close()
     assert len(lines) == 3 and len(set(lines)) == 1  # the held-out curve has its training's colour
     assert len(labels) == 8 and min(labels) >= 10
     assert len(drawings) == 4 and all(wide > 250 and tall >= 50 and stroke != "none" for wide, tall, stroke in drawings)

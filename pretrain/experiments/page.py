@@ -10,7 +10,7 @@ from pretrain.core.registry import methods
 from pretrain.experiments.drawing import band
 from pretrain.experiments.results import Result
 from pretrain.experiments.table import markdown, rows
-from pretrain.report.markup import fill, script_json
+from pretrain.report.markup import fill, part, script_json
 
 
 def page(results: Sequence[Result]) -> str:
@@ -27,7 +27,7 @@ def page(results: Sequence[Result]) -> str:
         kind = kinds.get(row["name"], kinds.get(row["title"], ""))
         data.append(row | {"kind": kind, "curves": drawn, "finals": finals, "chosen": result["chosen"]})
     template = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    return fill(template, {"DATA": script_json(data)})
+    return fill(template, {"DATA": script_json(data), "ELEMENTS": part("elements.js")})
 
 
 def write(results: Sequence[Result], folder: Path) -> list[Path]:

@@ -117,8 +117,13 @@ def markdown(results: Sequence[Result]) -> str:
             "; ".join(filter(None, ("" if share is None else f"{share:.0%}", row["trend"]))),
             row["word"] + contradicted,
         )
-        lines.append("| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     return HEAD + "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    """A text on one line, which ends no cell and begins no markup."""
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _regime(regime: dict[str, float]) -> str:

@@ -11,6 +11,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 VOID = ("br", "img", "meta")  # elements without content
 CLOSED = ("rect", "path")  # of a drawing: they close themselves
@@ -45,6 +46,11 @@ def script_json(value: object) -> Html:
     """JSON for a script element, which no text can close or turn into a comment."""
     text = json.dumps(_finite(value), allow_nan=False, default=str)
     return Html(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def part(name: str) -> Html:
+    """A file of the pages' own styles, scripts and templates."""
+    return Html((Path(__file__).with_name("template") / name).read_text(encoding="utf-8"))
 
 
 def fill(template: str, parts: Mapping[str, object]) -> Html:

@@ -18,7 +18,7 @@ from pretrain.report.charts import bits_chart, changes
 from pretrain.report.data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
-from pretrain.report.markup import Html, fill, join, script_json, tag
+from pretrain.report.markup import Html, fill, join, part, script_json, tag
 from pretrain.report.summary import Headline, clock, headline, known, last, short, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
@@ -36,16 +36,16 @@ def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
     data = collect(folder)
     if not running:
         with_bigrams(data, folder)
-    here = Path(__file__).with_name("template")
     parts: dict[str, object] = {
         "TITLE": data["run"]["name"],
         "HEADING": data["run"]["name"],
-        "STYLE": Html((here / "style.css").read_text(encoding="utf-8")),
+        "STYLE": part("style.css"),
         "DATA": script_json({"trainings": data["trainings"], "plots": data["plots"], "reload": every}),
         "BODY": _body(data, running),
-        "DRAW": Html((here / "draw.js").read_text(encoding="utf-8")),
+        "ELEMENTS": part("elements.js"),
+        "DRAW": part("draw.js"),
     }
-    write_text(folder / "report.html", fill((here / "page.html").read_text(encoding="utf-8"), parts))
+    write_text(folder / "report.html", fill(part("page.html"), parts))
     return folder / "report.html"
 
 

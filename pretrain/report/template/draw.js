@@ -5,16 +5,6 @@ const buttons = [...document.querySelectorAll(".axes button")];
 let axis = buttons.some(b => `#${b.dataset.axis}` === location.hash) ? location.hash.slice(1) : "tokens";
 const units = new Set(data.trainings.map(t => t.unit)), unit = units.size === 1 ? [...units][0] : "tokens";
 
-// The one place that makes elements: texts are text nodes and values attributes, so that none is read as markup.
-function element(space, name, attributes, ...children) {
-  const made = document.createElementNS(space, name);
-  for (const [key, value] of Object.entries(attributes)) made.setAttribute(key, value);
-  made.append(...children.flat());
-  return made;
-}
-const html = (name, attributes, ...children) => element("http://www.w3.org/1999/xhtml", name, attributes, ...children);
-const svg = (name, attributes, ...children) => element("http://www.w3.org/2000/svg", name, attributes, ...children);
-
 const known = values => values.filter(v => v !== null && v !== undefined);
 const label = (t, text) => data.trainings.length > 1 ? `${t.name}: ${text}` : text;
 
