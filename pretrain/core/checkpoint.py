@@ -34,6 +34,7 @@ from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import is_narrow
 from pretrain.core.processors import Processor, load_processor, quiet
 from pretrain.core.quick import hub
+from pretrain.core.quick.trust import check_trust, check_whole, code_of, offline
 from pretrain.core.weights import align
 
 transformers.utils.logging.disable_progress_bar()
@@ -221,8 +222,9 @@ def load_config(folder: Path | str) -> PreTrainedConfig:
     if kind not in CONFIG_MAPPING:
         raise PretrainError(
             f"{path}: model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}: accepted: a type that transformers "
-            f"{transformers.__version__} knows; code that a checkpoint brings is never run"
+            f"{transformers.__version__} knows{code_of(folder)}"
         )
+    raw.pop("auto_map", None)  # so that what is written from it names no code either
     try:
         return CONFIG_MAPPING[kind].from_dict(raw)
     except Exception as error:  # a strict configuration has error types of its own
@@ -242,6 +244,8 @@ def load(
     read.
     """
     folder = Path(folder)
+    check_trust(folder)
+    check_whole(folder)
     config, entry = load_config(folder), read_record(folder)
     surgery = entry.get("surgery", [])
     files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
@@ -286,7 +290,7 @@ def _load_plain(
     if (folder / "generation_config.json").exists():
         _read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
     try:
-        with quiet():
+        with quiet(), offline():
             loaded = model_class.from_pretrained(
                 folder, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True,
                 local_files_only=True, ignore_mismatched_sizes=True,

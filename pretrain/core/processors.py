@@ -37,6 +37,8 @@ from pretrain.core.batch import Document as Document
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json
 from pretrain.core.folders import verify
+from pretrain.core.quick.trust import check_trust, code_of, offline
+from pretrain.core.samples import IMAGES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -162,8 +164,9 @@ def load_processor(folder: Path | str) -> Processor | None:
     if not present:
         return None
     verify(folder, lambda name: not name.endswith(".safetensors"))
+    check_trust(folder)
     try:
-        with quiet():
+        with quiet(), offline():
             return _opener(folder)(folder)
     except PretrainError:
         raise
@@ -172,7 +175,11 @@ def load_processor(folder: Path | str) -> Processor | None:
             if path.suffix == ".json":
                 read_json(path)  # names the file when it is the one that is damaged
         kind = "processor" if present[0].name in PREPROCESSOR_FILES else "tokenizer"
-        raise PretrainError(f"{folder}: the {kind} cannot be loaded: {' '.join(str(error).split())[:300]}") from error
+        raise PretrainError(f"{folder}: the {kind} cannot be loaded: {_reason(folder, error)}") from error
+
+
+def _reason(folder: Path, error: Exception) -> str:
+    return code_of(folder).removeprefix("; ") or " ".join(str(error).split())[:300]
 
 
 def _opener(folder: Path) -> Callable[[Path], Processor]:
@@ -287,7 +294,7 @@ def image_of(value: Image | Stored) -> Image:
     if isinstance(value, Image.Image):
         return value.convert("RGB")
     try:
-        return Image.open(io.BytesIO(value["bytes"])).convert("RGB")
+        return Image.open(io.BytesIO(value["bytes"]), formats=IMAGES).convert("RGB")
     except (TypeError, KeyError, OSError, UnidentifiedImageError) as error:
         raise PretrainError(f"an image cannot be read ({error}); accepted: {{bytes, path}} of PNG, JPEG, …") from error
 

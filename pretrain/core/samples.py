@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 Sample = JSONObject
 MAX_BYTES = 600_000  # of a stage's samples
+IMAGES = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # that are read; EPS is a program, which is never run
 SIDE = 96  # pixels of a picture
 POINTS = 240  # of a series
 CHANNELS = 4
@@ -87,7 +88,7 @@ def image_sample(value: Image.Image | Mapping[str, bytes]) -> Sample:
     """An image, decoded or as it is stored, made small."""
     from PIL import Image
 
-    image = value.copy() if isinstance(value, Image.Image) else Image.open(io.BytesIO(value["bytes"]))
+    image = value.copy() if isinstance(value, Image.Image) else Image.open(io.BytesIO(value["bytes"]), formats=IMAGES)
     image.thumbnail((SIDE, SIDE))
     return {
         "kind": "image",

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.folders import verify
+from pretrain.core.quick.trust import check_trust, code_of, offline
 
 END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
 ALGORITHMS = ("bpe", "unigram", "bytes")
@@ -98,11 +99,13 @@ def _unigram(texts: Iterable[str], vocab_size: int, special: list[str]) -> Token
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, of a checkpoint or of a hub name; no code of theirs is run."""
+    """The tokenizer of a folder, or of a checkpoint; nothing is fetched, and no code of theirs is run."""
     if Path(folder).is_dir():
         verify(Path(folder), lambda name: not name.endswith(".safetensors"))
+    check_trust(folder)
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
+        with offline():
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = code_of(folder).removeprefix("; ") or " ".join(str(error).split())[:200]
         raise PretrainError(f"no tokenizer can be loaded from {folder}: {reason}") from error

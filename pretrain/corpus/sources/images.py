@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pretrain.core.bounds import Count
 from pretrain.core.packages import Package
+from pretrain.core.samples import IMAGES
 from pretrain.corpus.sources._files import Document, PathLabel, Source, any_case, evenly, path_label
 from pretrain.corpus.sources._paths import located, stamps
 from pretrain.corpus.sources._skipped import Skipped
@@ -18,7 +19,6 @@ from pretrain.corpus.sources._skipped import Skipped
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
 SUFFIXES = any_case(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
 ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
@@ -61,7 +61,7 @@ class Images(Source):
             data = path.read_bytes()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides
-                with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+                with Image.open(io.BytesIO(data), formats=IMAGES) as image:
                     if image.width * image.height > self.max_pixels:
                         skipped.add(f"images of more than {self.max_pixels} pixels", path)
                         return None

@@ -6,17 +6,22 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
+import evaluate
 import numpy as np
 import torch
 import yaml
+from jinja2 import StrictUndefined
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from lm_eval import utils
 from lm_eval.api.model import TemplateLM
+from lm_eval.api.registry import metric_registry
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode, text_of
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError, listed, unknown
 from pretrain.core.files import JSONObject
 from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation._predictions import framed, predictions
@@ -122,6 +127,12 @@ def _read(path: Path) -> Task:
         raise PretrainError(f"harness: {path}: {reason}; accepted: YAML without tags such as !function") from error
     if not isinstance(task, dict) or not isinstance(task.get("task"), str) or "include" in task or "group" in task:
         raise PretrainError(f"harness: {path}: accepted: one task with its name, `task: NAME`, and no include or group")
+    for entry in task.get("metric_list") or []:
+        name = entry.get("metric") if isinstance(entry, dict) else entry
+        if name not in metric_registry or (isinstance(entry, dict) and entry.get("hf_evaluate")):
+            raise PretrainError(
+                f"harness: {path}: metric {name!r}: accepted: {listed(sorted(metric_registry), str(name))}"
+            )
     return task
 
 
@@ -149,13 +160,26 @@ def _local(folder: Path, task: Task, cache: Path) -> Task:
     return task | {"dataset_kwargs": kwargs | {"data_files": placed(files)}}
 
 
+def _refused(metric: object, *_: object, **__: object) -> NoReturn:
+    raise PretrainError(f"harness: metric {metric!r}: accepted: a metric of lm-eval; files of code are never run")
+
+
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """The streams of random numbers that lm-eval seeds are afterwards as they were."""
+    """No code of a task is run, and the streams of random numbers that lm-eval seeds are afterwards as they were.
+
+    A task's templates are a program of Jinja, which reaches all of Python where it is not kept in; a metric that
+    lm-eval does not know is looked for as a file of Python.
+    """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    templates, load = utils.env, evaluate.load
+    contained = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    contained.filters |= templates.filters
+    utils.env, evaluate.load = contained, _refused
     try:
         yield
     finally:
+        utils.env, evaluate.load = templates, load
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
