@@ -22,6 +22,7 @@ import pretrain
 from pretrain.core import checkpoint
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import SUMS
 from pretrain.core.processors import image_of, load_processor
 from pretrain.core.quick.trust import offline
 from pretrain.core.samples import image_sample
@@ -91,10 +92,12 @@ class Bomb:
 
 @pytest.fixture(scope="module")
 def plain(tiny, tmp_path_factory):
-    """A checkpoint with its tokenizer."""
+    """A checkpoint with its tokenizer, as from elsewhere: without checksums, by which a changed file is refused."""
     folder = tmp_path_factory.mktemp("plain") / "model"
     tokenizer = train_tokenizer(["some text to learn from"] * 3, algorithm="bytes")
     checkpoint.save(tiny(vocab_size=len(tokenizer)), tokenizer, folder)
+    for name in (checkpoint.RECORD, SUMS):
+        (folder / name).unlink()
     return folder
 
 
