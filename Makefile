@@ -42,14 +42,15 @@ docs: $(VENV)/installed  ## regenerate the pages made from docstrings, and build
 	$(VENV)/bin/python -m pretrain.docs
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
-# torch first: with it in place nothing else pulls another build.
-$(VENV)/installed: pyproject.toml constraints.txt
+# torch first: with it in place nothing else pulls another build. Of all the rest, files with the known hashes alone.
+$(VENV)/installed: pyproject.toml constraints.txt requirements.lock
 	@echo "Setting up $(VENV) (1 to 2 minutes): pip and torch"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) --upgrade pip
 	@$(PIP) -c constraints.txt $(TORCH)
 	@echo "Setting up $(VENV): the rest"
-	@$(PIP) -c constraints.txt -e '.[audio,dev,docs,eval,images,optimizers,tensorboard]'
+	@$(PIP) --require-hashes --no-deps -r requirements.lock
+	@$(PIP) --no-deps -e .
 	@touch $@
 
 clean:
