@@ -12,6 +12,7 @@ __all__ = [
     "generate",
     "load",
     "methods",
+    "predict",
     "run",
     "train",
     "train_tokenizer",
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from pretrain.core.registry import use_methods
     from pretrain.corpus.tokenizers import train_tokenizer
     from pretrain.engine import run
+    from pretrain.inference.predict import predict
     from pretrain.interactive import Trained, evaluate, generate, load, train
 
 _HOMES = {
@@ -32,6 +34,7 @@ _HOMES = {
     "evaluate": "pretrain.interactive",
     "generate": "pretrain.interactive",
     "load": "pretrain.interactive",
+    "predict": "pretrain.inference.predict",
     "run": "pretrain.engine",
     "train": "pretrain.interactive",
     "train_tokenizer": "pretrain.corpus.tokenizers",

@@ -16,13 +16,14 @@ from pretrain import __version__, cli_claim, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import words
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import write_text
 from pretrain.core.folders import corpus_at, newest_checkpoint, run_of
 from pretrain.core.method import declared_class, default_of
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import quantity
 from pretrain.core.registry import info, kinds, methods, use_methods
 from pretrain.core.system.console import App
+from pretrain.inference import command as inferring
+from pretrain.new import command as starting
 from pretrain.runs import command as runs
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ app.add_typer(runs.app, name="runs")
 app.command("plan")(cli_plan.print_plan)
 app.command("ladder")(cli_plan.ladder)
 app.command("papers")(cli_papers.list_papers)
+app.command("new")(starting.new)
+app.command("predict")(inferring.predict)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -233,30 +236,42 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
     max_documents: Annotated[int, typer.Option(min=1)] = 2000,
     evaluations: Annotated[
-        list[str] | None, typer.Option("--evaluation", help="NAME, or {method: NAME, field: value}; held_out if none.")
+        list[str] | None,
+        typer.Option(
+            "--evaluation", help="NAME, or {method: NAME, field: value}; by default what fits the model's head."
+        ),
     ] = None,
+    text: Annotated[str, typer.Option(help="The column of a table's texts.")] = "text",
+    label: Annotated[
+        str | None, typer.Option(help="The column of what is true: labels, numbers, tags, answers.")
+    ] = None,
+    pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure a checkpoint on held-out text, beside xz and zstd."""
+    """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
     from pretrain.corpus.sources import Files, evenly, read
     from pretrain.corpus.store import Corpus
     from pretrain.stages.evaluate import documents_of, load_both
     from pretrain.stages.evaluate import evaluate as measure
 
-    names = evaluations or ["held_out"]
-    _methods(names, "evaluation", "--evaluation: ")
+    _methods(evaluations or [], "evaluation", "--evaluation: ")
     place = newest_checkpoint(checkpoint)
     with uncollected():
         from pretrain.core import checkpoint as checkpoints
+        from pretrain.inference.heads import evaluation_for
+        from pretrain.stages import build_method
 
         model, processor = load_both(place)
-    chosen = _methods(names, "evaluation", "--evaluation: ")
+    lineage = checkpoints.lineage(place)
+    chosen = _methods(evaluations or [], "evaluation", "--evaluation: ")
+    chosen = chosen or [build_method(evaluation_for(model, lineage, label, pair), "evaluation")]
     if folder := corpus_at(data):
         documents = documents_of(Corpus(folder), split, max_documents, chosen, processor)
     else:
-        documents = evenly(list(read(Files(data))), max_documents)
-    length = checkpoints.lineage(place).get("length")
-    result = measure(model, processor, documents, chosen, compressors=True, length=length)
+        documents = evenly(list(read(Files(data, text=text))), max_documents)
+        documents = [document | {text: document["text"]} for document in documents]  # what a prompt may call it
+    compressors = any(method.name == "held_out" for method in chosen) or bool(evaluations)
+    result = measure(model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"))
     if as_json:
         typer.echo(json.dumps(result, indent=2))
         return
@@ -379,14 +394,3 @@ def _show(name: str) -> None:
     for item in fields(cls):
         kind, accepted = words(cls, item)
         typer.echo(f"  {item.name}: {kind} = {default_of(item)}" + (f"  ({accepted})" if accepted else ""))
-
-
-@app.command()
-def new(name: Annotated[str, typer.Argument(help="The recipe to write, NAME.yaml.")]) -> None:
-    """Write a commented starter recipe."""
-    path = Path(name if name.endswith((".yaml", ".yml")) else f"{name}.yaml")
-    if path.exists():
-        raise PretrainError(f"{path} exists; accepted: a name that is free")
-    starter = Path(__file__).with_name("starter.yaml").read_text(encoding="utf-8")
-    write_text(path, starter.replace("NAME", path.stem))
-    typer.echo(f"{path}: edit it, then: pretrain run {path}")

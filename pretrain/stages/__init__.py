@@ -31,7 +31,7 @@ from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
-from pretrain.core.method import REF, Method, declared_class, is_ref
+from pretrain.core.method import REF, Method, declared_class, is_method, is_ref, of_default
 from pretrain.core.method import Ref as Ref
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.quantities import as_typed
@@ -115,11 +115,13 @@ class Stage(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _quantities(cls, given: object) -> object:
-        """`100k` and `30min` are numbers where a field takes numbers."""
-        known = cls.model_fields
+        """`100k` and `30min` are numbers where a field takes numbers; fields without a method are of the default's."""
         if not isinstance(given, dict):
             return given
-        return {name: as_typed(v, known[name].annotation) if name in known else v for name, v in given.items()}
+        known = {name: cls.model_fields[name] for name in given if name in cls.model_fields}
+        read = {name: as_typed(given[name], item.annotation) for name, item in known.items()}
+        methods = [name for name, item in known.items() if is_method(item.annotation)]
+        return given | read | {name: of_default(given[name], known[name].default) for name in methods}
 
     def run(self, job: Job) -> StageResult:
         """Do the work; returns `metrics`, and `flops` where it is metered."""

@@ -35,6 +35,7 @@ class Evaluate(Stage):
     split: Which of the held-out ones.
     evaluations: What is measured, each method once.
     max_documents: Documents at most, taken evenly from the whole split.
+    max_characters: Characters of each at most, from its beginning (none: all), so that few large ones do not decide.
     compressors: Whether xz and zstd are tried on the same text, as a yardstick.
     """
 
@@ -45,6 +46,7 @@ class Evaluate(Stage):
     split: Literal["validation", "test"] = "test"
     evaluations: list[EvaluationField] = Field([HeldOut()], min_length=1)
     max_documents: Count = 2000
+    max_characters: Count | None = None  # of a document's text, from its beginning
     compressors: bool = True
 
     model_config = ConfigDict(validate_default=True)
@@ -61,11 +63,15 @@ class Evaluate(Stage):
             raise ValueError(f"{', '.join(names)}: accepted: each method once, since their metrics have the same names")
         return evaluations
 
+    def config(self) -> Record:
+        """Whole documents have the address that they had before any could be cut."""
+        fields = super().config()
+        return {k: v for k, v in fields.items() if k != "max_characters" or v is not None}
+
     def estimate(self, given: Given) -> Estimate:
         """The documents' tokens, read as often as the evaluations say."""
-        return reading(
-            given, self.split, self.max_documents, sum(each.passes for each in self.evaluations), self.compressors
-        )  # fmt: skip
+        passes = sum(each.passes for each in self.evaluations)
+        return reading(given, self.split, self.max_documents, passes, self.compressors, self.max_characters)
 
     def run(self, job: Job) -> StageResult:
         """Write `evaluation.json`, and each document's numbers by evaluation to `documents.json`."""
@@ -75,7 +81,9 @@ class Evaluate(Stage):
         folder = checkpoint_of(job.inputs["checkpoint"])
         model, processor = load_both(folder)
         corpus = Corpus(corpus_of(job.inputs["corpus"]))
-        documents = documents_of(corpus, self.split, self.max_documents, self.evaluations, processor)
+        documents = documents_of(
+            corpus, self.split, self.max_documents, self.evaluations, processor, self.max_characters
+        )
         length = lineage(folder).get("length")
         measured, flops = count_flops(lambda: measure(model, processor, documents, self.evaluations, length=length))
         result = summary(measured, documents, compressors=self.compressors)
@@ -93,9 +101,13 @@ class Evaluate(Stage):
 
 
 def documents_of(
-    corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Processor
-) -> list[Document]:
-    """At most so many documents of a split, from all sources alike, with the columns that are needed."""
+    corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Processor,
+    longest: int | None = None,
+) -> list[Document]:  # fmt: skip
+    """At most so many documents of a split, from all sources alike, with the columns that are needed.
+
+    Of text there are at most `longest` characters.
+    """
     from pretrain.core.processors import columns_of
 
     read = columns_of(processor)
@@ -105,7 +117,11 @@ def documents_of(
             f"{corpus.folder} has no column {missing!r}, which a {type(processor).__name__} reads; accepted: another "
             f"corpus, or another checkpoint; its columns: {', '.join(corpus.columns)}"
         )
-    return corpus.sample(split, most, (*read, *columns(methods)))
+    documents = corpus.sample(split, most, (*read, *columns(methods)))
+    if longest is None:
+        return documents
+    texts = [document.get("text") for document in documents]
+    return [d if text is None else d | {"text": text[:longest]} for d, text in zip(documents, texts, strict=True)]
 
 
 def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:

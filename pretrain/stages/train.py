@@ -143,7 +143,7 @@ class Train(Stage):
     optimizer: OptimizerField = Field(default="adamw", validate_default=True)
     schedule: ScheduleField = Field(default="cosine", validate_default=True)
     policies: list[PolicyField] = []
-    mixture: dict[str, float] | None = None
+    mixture: dict[str, NonNegative] | None = None
     budget: BudgetField
     clip: NonNegative = 1.0
     evaluate_every: Whole | OpenShare = 0  # steps, or a share of the budget: 0.04 is 25 times; 0: only at the end
@@ -366,6 +366,8 @@ class Train(Stage):
         lineage |= {"data": splits["train"].info["corpus"], "metrics": training.metrics} | spent
         lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
         lineage |= {"length": self.length, "unit": unit_of(processor)}
+        if data.predicts(objective := self.weighted()[0].method):  # what it predicts, and from which columns
+            lineage["objective"] = {"method": objective.name} | asdict(objective)
         model = cast("PreTrainedModel", training.model)
         checkpoint.save(model, processor, job.folder / "checkpoint", lineage)
         if shown := data.samples(self, model, splits, data.vocabulary_of(processor)):

@@ -11,6 +11,7 @@ from typing import Literal
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
+from pretrain.corpus.sources._chat import exchanges, is_chat
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, unread
 from pretrain.corpus.sources._files import BROKEN, Document, Size, Source, Wrong, open_text, read_text, size_of
 from pretrain.corpus.sources._paths import below, located, stamp, stamps
@@ -26,7 +27,9 @@ class Files(Source):
     """A file, a folder, a glob or a URL: text and code (a document a file), and the rows of tables.
 
     Tables are `.csv`, `.tsv`, `.jsonl`, arrays in `.json`, `.parquet`, `.arrow`, `.feather` and `.orc`; their text is
-    the column `text`, their other columns stay beside it. A notebook (`.ipynb`) gives a document a cell. Text may be
+    the column `text`, their other columns stay beside it. A column that holds conversations (lists of
+    `{role, content}`) gives a document for each answer of the assistant's: its text is what comes before, `user: …`,
+    its `target` the answer. A notebook (`.ipynb`) gives a document a cell. Text may be
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A URL is one that `fsspec` opens: `s3://`, `gs://`, `https://`.
 
     `suffixes` keeps only the files of a folder that end so (empty: all that are text). The domain is `domain`, or the
@@ -163,9 +166,16 @@ def _documents(
             as_text = ", or tables: text to read the file as it stands" if isinstance(source, Files) else ""
             wrong(where, no_column(column, row), "rows without the column", f"{columns}{as_text}")
             continue
-        text, domain = row[column], source.domain
+        text = row[column]
         if text is None or (isinstance(text, str) and not text.strip()):
             skipped.add("empty", where.partition(" (row")[0])
+            continue
+        place = f"{name}:{number}"
+        if is_chat(text):
+            answers = list(_answers(text, source, row, name, place))
+            if not answers:
+                skipped.add("conversations without an answer", where.partition(" (row")[0])
+            yield from answers
             continue
         if not isinstance(text, str):
             wrong(where, f"column {column!r} is {type(text).__name__}, not text", "rows without text", "text")
@@ -175,7 +185,22 @@ def _documents(
         except UnicodeEncodeError:  # half of a character, as broken JSON holds
             skipped.add("not UTF-8", where.partition(" (row")[0])
             continue
-        if domain is None or domain in row:
-            domain = row.get(domain or "domain") or Path(name).name.split(".")[0]
         rest = {k: v for k, v in row.items() if k not in (column, "text", "domain", "id")}
-        yield {"text": text, "domain": str(domain), "id": str(row.get("id", f"{name}:{number}"))} | rest
+        yield {"text": text, "domain": _domain(source, row, name), "id": str(row.get("id", place))} | rest
+
+
+def _domain(source: Files | HubDataset, row: Document, name: str) -> str:
+    """The domain of a row: the source's, the row's, or that of its file."""
+    if source.domain is not None and source.domain not in row:
+        return source.domain
+    return str(row.get(source.domain or "domain") or Path(name).name.split(".")[0])
+
+
+def _answers(
+    chat: list[object], source: Files | HubDataset, row: Document, name: str, place: str
+) -> Iterator[Document]:
+    """A document for each answer of a conversation; all of one conversation lie on one side of the split."""
+    known = str(row.get("id", place))
+    for number, (text, answer) in enumerate(exchanges(chat)):
+        facts = {"text": text, "target": answer, "domain": _domain(source, row, name)}
+        yield facts | {"id": f"{known}:{number}", "group": known}

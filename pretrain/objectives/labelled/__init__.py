@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
@@ -42,10 +43,12 @@ class FineTuning(Objective, Generic[Answer]):
         """The model with the head that the objective trains."""
         return model
 
+    @abstractmethod
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
         """Turn examples into tensors; `tokens` among them, how many they hold."""
         raise NotImplementedError
 
+    @abstractmethod
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[Answer]:
         """What the model says of each example of a batch."""
         raise NotImplementedError
@@ -54,10 +57,12 @@ class FineTuning(Objective, Generic[Answer]):
         """What `predict` says, and -log p of each example's true class in nats; none where answers are no classes."""
         return self.predict(model, batch, context), []
 
+    @abstractmethod
     def metrics(self, predictions: Sequence[Answer], references: Sequence[Answer]) -> dict[str, float]:
         """How well predictions fit the examples' references."""
         raise NotImplementedError
 
+    @abstractmethod
     def expected(self, examples: Sequence[Example], context: Context) -> list[Answer]:
         """What `metrics` compares the predictions with."""
         raise NotImplementedError

@@ -1,0 +1,47 @@
+"""`pretrain predict`: what a tuned checkpoint says of the rows of a file."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pretrain.core.folders import newest_checkpoint
+from pretrain.core.quick.imports import uncollected
+
+
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
+    file: Annotated[
+        str, typer.Argument(help=".jsonl, .csv, .tsv, .parquet, .txt (a text a line); - reads it from standard input.")
+    ],
+    text: Annotated[str, typer.Option(help="The column of the texts.")] = "text",
+    pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="OUT.jsonl or OUT.csv; JSON lines to the screen by default.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
+    scores: Annotated[bool, typer.Option("--scores", help="Each label's probability beside the likeliest.")] = False,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of an answer; by default as it was trained.")
+    ] = None,
+) -> None:
+    """Label, tag, score or answer the rows of a file with a tuned checkpoint."""
+    newest_checkpoint(checkpoint)  # what is wrong is said before anything large is imported
+    from pretrain.inference.rows import check
+
+    check(file, output)
+    with uncollected():
+        from pretrain.inference.predict import open_head, predict_file
+
+        head = open_head(checkpoint, text=text, pair=pair, scores=scores, answer=max_new_tokens)
+    start = time.perf_counter()
+    count, names = predict_file(head, file, output, batch_size)
+    seconds = time.perf_counter() - start
+    added = ", ".join(names.values())
+    if full := head.tally["full"]:
+        length = head.context.length
+        typer.echo(f"warning: of {full:,} texts the first {length} tokens are read, and no more", err=True)
+    typer.echo(f"{count:,} rows in {seconds:.1f} s: {added}{f', in {output}' if output else ''}", err=True)

@@ -1,0 +1,83 @@
+"""Predictions for the rows of a file, or for texts in memory: in batches of alike lengths, and in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.folders import newest_checkpoint
+from pretrain.corpus.sources._containers import Row
+from pretrain.inference.heads import Head, Predicted, head_of, predict_batch
+from pretrain.inference.rows import batches, check, chunks, rows_of, text_in, writer
+from pretrain.stages.evaluate import load_both
+
+BATCH = 32
+
+
+def open_head(
+    place: Path | str, *, text: str = "text", pair: str | None = None, scores: bool = False, answer: int | None = None
+) -> Head:
+    """The model of a checkpoint, a stage or a run, ready to predict."""
+    folder = newest_checkpoint(place)
+    model, processor = load_both(folder)
+    return head_of(folder, model, processor, text=text, pair=pair, scores=scores, answer=answer)
+
+
+def predictions(head: Head, rows: Iterable[Row], batch: int = BATCH) -> Iterator[tuple[Row, Predicted]]:
+    """Each row with what is predicted of it, in order; only a few thousand rows are held at once."""
+    for chunk in chunks(rows, head.text):
+        for row in chunk:
+            for column in head.columns:
+                text_in(row, column, "--pair" if column == head.pair else "--text")
+        sizes = [sum(len(str(row[1][column])) for column in head.columns) for row in chunk]
+        done: dict[int, Predicted] = {}
+        for chosen in batches(sizes, batch):
+            done.update(zip(chosen, predict_batch(head, [chunk[i][1] for i in chosen]), strict=True))
+        yield from ((row, done[number]) for number, row in enumerate(chunk))
+
+
+def predict_file(head: Head, source: str, output: Path | None, batch: int = BATCH) -> tuple[int, dict[str, str]]:
+    """Write each row of a file with its predictions; how many rows, and the names of what is added by their usual ones.
+
+    A column that the input has already stays: what is added is called `predicted_…` then.
+    """
+    check(source, output)
+    count, names = 0, dict[str, str]()
+    with writer(output) as write:
+        for (where, columns), added in predictions(head, rows_of(source, head.text), batch):
+            if not count:
+                names = {name: f"predicted_{name}" if name in columns else name for name in head.adds}
+            both = next((name for name in names.values() if name in columns), None)
+            if both is not None:
+                raise PretrainError(
+                    f"{where}: a column {both!r} that the first row has not; accepted: the same columns"
+                )
+            write(columns | {names[name]: value for name, value in added.items()})
+            count += 1
+    return count, names
+
+
+def predict(
+    checkpoint: Path | str,
+    texts: Iterable[str | Mapping[str, object]],
+    *,
+    text: str = "text",
+    pair: str | None = None,
+    scores: bool = False,
+    batch_size: int = BATCH,
+) -> list[Predicted]:
+    """What a tuned checkpoint says of each text.
+
+    By its head `label` and `score`, `labels` and `scores` (of several), `value`, `tags`, or `prediction`, an answer.
+    `checkpoint` is a classifier of texts or tokens, a regressor or a sequence-to-sequence model: its folder, a stage
+    that wrote it, or a run, whose last checkpoint it is. `texts` are texts or documents (`{"text": …}`), with the
+    column `pair` beside `text` for a classifier of pairs. `scores` adds the probability of each label. Raises
+    `PretrainError` for a checkpoint that predicts nothing of the kind, and for a document without its text.
+    """
+    if isinstance(texts, str | Mapping):
+        raise PretrainError(f"texts {str(texts)[:40]!r}: accepted: a list of texts, or of documents with a text")
+    whole = [{text: each} if isinstance(each, str) else dict(each) for each in texts]
+    head = open_head(checkpoint, text=text, pair=pair, scores=scores)
+    rows = ((f"text {number}", document) for number, document in enumerate(whole))
+    return [added for _, added in predictions(head, rows, batch_size)]

@@ -1,0 +1,159 @@
+"""Rows in and rows out: a file of any kind read a little at a time, and results written beside what they are of."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import TextIO
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import atomic_text
+from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, unread
+from pretrain.corpus.sources._paths import is_secret
+
+CHUNK = 2048  # rows that are held at once
+LETTERS = 8 << 20  # or fewer, where they are long
+TABLES = [name for name in READERS if name != ".ipynb"]
+TEXTS = ("", ".txt", ".text")
+ACCEPTED = f"{', '.join(TABLES)}, .txt"
+OUTPUTS = (".jsonl", ".csv")
+Write = Callable[[Mapping[str, object]], None]
+
+
+def _wrong(where: str, what: str, reason: str, accepted: str) -> None:
+    raise PretrainError(f"{where}: {what}; accepted: {accepted}")
+
+
+def rows_of(name: str, text: str) -> Iterator[Row]:
+    """Each row of a file with where it stands. A `.txt` has a text a line; `-` is standard input, JSON lines or texts.
+
+    `text` is the column of the texts. Raises `PretrainError` with file, line and row for what cannot be read.
+    """
+    if name == "-":
+        yield from _piped(text)
+        return
+    path = Path(name).expanduser()
+    yield from _read(path, name, text, ending(path))
+
+
+def check(name: str, output: Path | None) -> None:
+    """Refuse an input that is not there or of a kind that is not read, and an output that cannot be written."""
+    path = Path(name).expanduser()
+    if name != "-":
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "no such file"
+            raise PretrainError(f"{name}: {what}; accepted: a file: {ACCEPTED}, or - for standard input")
+        if is_secret(path.name):
+            raise PretrainError(f"{name} looks like a secret; accepted: another file")
+        if ending(path) not in (*TABLES, *TEXTS):
+            raise PretrainError(
+                f"{name} is {unread(path) or f'of an unknown kind ({ending(path)})'}; accepted: {ACCEPTED}"
+            )
+    if output is not None and output.suffix not in OUTPUTS:
+        raise PretrainError(f"--output {output}: accepted: a file that ends with {' or '.join(OUTPUTS)}")
+    if output is not None and name != "-" and output.exists() and output.samefile(path):
+        raise PretrainError(f"--output {output} is the input; accepted: another file")
+
+
+def _read(path: Path, name: str, text: str, end: str) -> Iterator[Row]:
+    yield from READERS[end](path, name, text, _wrong) if end in TABLES else _lines(path, name, text)
+
+
+def _lines(path: Path, name: str, text: str) -> Iterator[Row]:
+    """A text a line; empty ones too, so that results stand where the lines do."""
+    for number, line in lines(path, name, _wrong):
+        if has_bad_bytes(line):
+            _wrong(f"{name}:{number}", "bytes that are not UTF-8", "", "text in UTF-8")
+        yield f"{name}:{number} (row {number})", {text: line.rstrip("\r\n")}
+
+
+def _piped(text: str) -> Iterator[Row]:
+    """Standard input, kept in a file as it is read: JSON lines if it begins with an object, else a text a line."""
+    with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
+        path = Path(folder) / "input"
+        with path.open("wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        with path.open("rb") as file:
+            jsonl = file.read(4096).lstrip().startswith(b"{")
+        yield from _read(path, "standard input", text, ".jsonl" if jsonl else ".txt")
+
+
+def chunks(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
+    """The rows a few at a time, as many as fit into a bounded memory."""
+    chunk: list[Row] = []
+    letters = 0
+    for row in rows:
+        chunk.append(row)
+        letters += len(str(row[1].get(column, "")))
+        if len(chunk) >= CHUNK or letters >= LETTERS:
+            yield chunk
+            chunk, letters = [], 0
+    if chunk:
+        yield chunk
+
+
+def text_in(row: Row, column: str, option: str) -> str:
+    """The text in a column of a row; errors name the place."""
+    where, columns = row
+    if column not in columns:
+        raise PretrainError(
+            f"{where}: {no_column(column, columns)}; accepted: {option} with one of {', '.join(columns)}"
+        )
+    value = columns[column]
+    if not isinstance(value, str):
+        kind = "empty" if value is None else type(value).__name__
+        raise PretrainError(f"{where}: column {column!r} is {kind}; accepted: text")
+    return value
+
+
+@contextmanager
+def writer(output: Path | None) -> Iterator[Write]:
+    """What writes results: to a file that is whole or not there, `.jsonl` or `.csv`, or as JSON lines to the screen."""
+    if output is None:
+        yield lambda row: print(_json(row))
+        return
+    with atomic_text(output) as file:
+        yield _csv(file) if output.suffix == ".csv" else lambda row: print(_json(row), file=file)
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _csv(file: TextIO) -> Write:
+    """Rows of a CSV under the first one's columns; what is no number or text stands as JSON."""
+    table = csv.writer(file)
+    names: list[str] = []
+
+    def write(row: Mapping[str, object]) -> None:
+        if not names:
+            names.extend(row)
+            table.writerow(names)
+        extra = next((name for name in row if name not in names), None)
+        if extra is not None:
+            raise PretrainError(
+                f"row {row}"[:80] + f" …: a column {extra!r} that the first row has not; accepted: .jsonl"
+            )
+        table.writerow([_cell(row.get(name)) for name in names])
+
+    return write
+
+
+def _cell(value: object) -> object:
+    if value is None or isinstance(value, str | int | float):
+        return "" if value is None else value
+    return _json(value)
+
+
+def batches(sizes: Sequence[int], batch: int) -> Iterator[list[int]]:
+    """The numbers of rows in batches of alike sizes, the largest first, so that memory that lasts once lasts."""
+    order = iter(sorted(range(len(sizes)), key=lambda i: -sizes[i]))
+    while chosen := list(islice(order, batch)):
+        yield chosen

@@ -1,0 +1,1 @@
+"""`pretrain new`: looks at a folder or a file (`look`, `tables`), and writes a recipe for it (`plans`, `stages`)."""

@@ -1,0 +1,231 @@
+"""What is in a folder or a file: code, prose, a table or images, by a look at its names and its beginnings."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError
+from pretrain.corpus.sources import Skipped
+from pretrain.corpus.sources._containers import READERS, ending, unread
+from pretrain.corpus.sources._files import PACKED, evenly, read_text
+from pretrain.corpus.sources._paths import located
+from pretrain.corpus.sources.audio import SUFFIXES as RECORDINGS
+from pretrain.corpus.sources.images import SUFFIXES as IMAGES
+from pretrain.corpus.store import side
+from pretrain.new.languages import LANGUAGE_OF, prose_language
+from pretrain.new.tables import Table, read_table
+
+PROSE = (".txt", ".md", ".rst", ".text", ".tex", ".org", ".adoc", ".markdown", "")  # and others that are text
+SAMPLE = 24  # texts that are opened to tell their language
+FEW = 400  # documents, of which each is read: whether the splits will have some of them
+SHARES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
+HELD, ROWS_HELD = 10, 100  # files, or rows, that are to be held out in each split
+MODEST = 0.1  # of the documents at most for that, where so few are enough to have some
+MUCH = 8 << 20  # bytes of text that may be read for that
+
+
+@dataclass(frozen=True)
+class Look:
+    """What lies at a place. `kind` is code, prose, table or images."""
+
+    place: str  # as a recipe names it
+    kind: str
+    files: tuple[Path, ...]  # of that kind
+    bytes: float
+    languages: tuple[str, ...] = ()  # the commonest first
+    endings: tuple[str, ...] = ()
+    domains: tuple[tuple[str, str], ...] = ()  # a folder for each language: its path, the language
+    table: Table | None = None
+    classes: tuple[str, ...] = ()  # folders of images
+    side: int = 0  # pixels that most images have at least
+    share: float = 0.0  # of the documents that can be held out twice; 0: too few
+    beginnings: tuple[str, ...] = ()  # of texts
+    others: tuple[str, ...] = ()  # tables beside it
+    over: str = ""  # what was passed over
+
+
+def look(place: str, *, text: str | None = None, label: str | None = None, table: bool = False) -> Look:
+    """Look at a folder or a file; `table` asks for a table even where most is text."""
+    skipped = Skipped()
+    paths = [path for _, path in located(place, None, (), skipped)]
+    for path in paths:
+        if (what := unread(path)) is not None:
+            skipped.add(what, path)
+    paths = [path for path in paths if unread(path) is None]
+    groups: dict[str, list[Path]] = {"images": [], "recordings": [], "table": [], "code": [], "prose": []}
+    for path in paths:
+        kind = _kind(path, len(paths) == 1)
+        groups[kind].append(path) if kind else skipped.add("of other kinds", path)
+    chosen = _most(groups, table or text is not None or label is not None)
+    if chosen == "recordings":
+        raise PretrainError(
+            f"{place} holds recordings; accepted: text, tables, images; recipes/speech.yaml begins with them"
+        )
+    if chosen is None:
+        over = f" (passed over: {skipped})" if skipped.reasons else ""
+        raise PretrainError(f"{place}: nothing to learn from{over}; accepted: code, text, tables, chats or images")
+    size = sum(path.stat().st_size for path in groups[chosen])
+    seen = Look(place, chosen, tuple(groups[chosen]), size, over=_over(skipped, place))
+    if chosen == "table":
+        return _table(seen, text, label)
+    makers = {"images": _images, "code": _code, "prose": _prose}
+    return makers[chosen](seen, groups)
+
+
+def _over(skipped: Skipped, place: str) -> str:
+    """What was passed over, the most first, each with a name; not what nobody would have wanted to be taken."""
+    reasons = [reason for reason in skipped.reasons if reason not in ("tools' folders", "runs and caches")]
+    parts = []
+    for reason in sorted(reasons, key=lambda reason: -skipped.reasons[reason]):
+        name = skipped.names[reason][0]
+        name = Path(name).relative_to(place).as_posix() if Path(name).is_relative_to(place) and name != place else name
+        parts.append(f"{skipped.reasons[reason]:,} {reason} ({name}{', …' if skipped.reasons[reason] > 1 else ''})")
+    return ", ".join(parts)
+
+
+def _ended(path: Path) -> str:
+    """A file's ending as a recipe has it, `.txt` or `.txt.gz`; empty of one without."""
+    return ending(path) + path.suffix if path.suffix in PACKED else path.suffix
+
+
+def _kind(path: Path, alone: bool) -> str:
+    end = ending(path)
+    if end in IMAGES:
+        return "images"
+    if end in RECORDINGS:
+        return "recordings"
+    if end in READERS and end != ".ipynb" and (end != ".json" or alone):  # which is settings, more often than not
+        return "table"
+    if end in LANGUAGE_OF or end == ".ipynb":
+        return "code"
+    return "prose" if end in PROSE or alone else ""
+
+
+def _most(groups: dict[str, list[Path]], table: bool) -> str | None:
+    """What a folder is about: of text what has the most bytes, and images where they are most of the files."""
+    if table and groups["table"]:
+        return "table"
+    text = len(groups["table"]) + len(groups["code"]) + len(groups["prose"])
+    for kind in ("images", "recordings"):
+        if len(groups[kind]) > text:
+            return kind
+    sizes = {kind: sum(path.stat().st_size for path in groups[kind]) for kind in ("table", "code", "prose")}
+    if len(groups["code"]) > 10 * len(groups["table"]):  # data that a program brings for its tests
+        sizes["table"] = 0
+    best = max(sizes, key=lambda kind: sizes[kind])
+    return best if sizes[best] else None
+
+
+def _texts(paths: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Some texts of the files, from all of them alike."""
+    pairs = [(path, read_text(path, Skipped())) for path in evenly(paths, SAMPLE) if path.stat().st_size < MUCH]
+    return [(path, text) for path, text in pairs if text is not None]
+
+
+def _with_endings(paths: Sequence[Path]) -> list[Path]:
+    """The files with an ending, by which a recipe names them; all where none has one."""
+    return [path for path in paths if _ended(path)] or list(paths)
+
+
+def _code(seen: Look, groups: dict[str, list[Path]]) -> Look:
+    """Code by its languages, with the prose beside it."""
+    files = _with_endings(groups["code"] + groups["prose"])
+    sizes = Counter[str]()
+    for path in groups["code"]:
+        sizes[LANGUAGE_OF.get(ending(path), "Python")] += path.stat().st_size
+    endings = Counter(filter(None, map(_ended, files)))
+    languages = tuple(name for name, _ in sizes.most_common())
+    return replace(_shared(seen, files), languages=languages, endings=tuple(e for e, _ in endings.most_common()))
+
+
+def _prose(seen: Look, groups: dict[str, list[Path]]) -> Look:
+    """Prose by its languages, with a domain each where each has a folder."""
+    seen = replace(seen, files=tuple(_with_endings(seen.files)))
+    root, counts = Path(seen.place), Counter[str]()
+    by_folder: dict[str, list[Path]] = {}
+    for path in seen.files:
+        inside = path.relative_to(root).parts if root.is_dir() else ()
+        by_folder.setdefault(inside[0] if len(inside) > 1 else "", []).append(path)
+    domains = []
+    for name, paths in sorted(by_folder.items()):
+        languages = Counter(filter(None, (prose_language(text[:20_000]) for _, text in _texts(paths))))
+        counts.update({language: count * len(paths) for language, count in languages.items()})
+        if name and languages and languages.most_common(1)[0][1] > 0.8 * sum(languages.values()):
+            domains.append((f"{seen.place.rstrip('/')}/{name}", languages.most_common(1)[0][0]))
+    whole = "" not in by_folder and len(domains) == len(by_folder) and len({language for _, language in domains}) > 1
+    least = 0.02 * sum(counts.values())
+    return replace(
+        _shared(seen, seen.files), languages=tuple(name for name, count in counts.most_common() if count > least),
+        domains=tuple(domains) if whole else (), endings=tuple(sorted({*map(_ended, seen.files)} - {""})),
+    )  # fmt: skip
+
+
+def _shared(seen: Look, files: Sequence[Path]) -> Look:
+    """With what can be held out, and how texts begin."""
+    size = float(sum(path.stat().st_size for path in files))
+    texts = [text for _, text in _texts(files)]
+    share = _share(len(files), _all(files) if len(files) < FEW and size < MUCH else None)
+    return replace(seen, files=tuple(files), bytes=size, share=share, beginnings=tuple(text[:80] for text in texts))
+
+
+def _all(files: Sequence[Path]) -> list[str]:
+    return list(dict.fromkeys(filter(None, (read_text(path, Skipped()) for path in files))))
+
+
+def _share(count: float, keys: Sequence[str] | None, held: int = HELD) -> float:
+    """The share to hold out for each of two splits: of `held` documents if that is no large one; 0: too few for any.
+
+    Documents are put on a side by a hash: of a few, whose `keys` are known, it is known which go where.
+    """
+    fitting = [share for share in SHARES if keys is None or _fits(keys, share)]
+    plenty = [share for share in fitting if share * count >= held]
+    modest = [share for share in fitting if share >= MODEST]
+    chosen = (*plenty[:1], *modest[:1], *fitting[-1:])
+    return min(chosen[0], modest[0]) if plenty and modest else next(iter(chosen), 0.0)
+
+
+def _fits(keys: Sequence[str], share: float) -> bool:
+    sides = Counter(side(key, share, share) for key in keys)
+    return bool(sides["validation"] and sides["test"]) and sides["train"] > len(keys) / 3
+
+
+def _table(seen: Look, text: str | None, label: str | None) -> Look:
+    """A table, of several the largest."""
+    largest = max(seen.files, key=lambda path: path.stat().st_size)
+    table = read_table(largest, str(largest), text=text, label=label)
+    rows = table.rows if table.whole else table.rows * largest.stat().st_size / max(1, sum(map(len, table.texts)))
+    share = _share(rows, table.keys if table.whole else None, ROWS_HELD)
+    others = tuple(path.name for path in seen.files if path != largest and ending(path) == ending(largest))
+    return replace(
+        seen, files=(largest,), bytes=float(largest.stat().st_size), table=table, share=share,
+        beginnings=tuple(each[:80] for each in table.texts[:SAMPLE]), others=others,
+    )  # fmt: skip
+
+
+def _images(seen: Look, groups: dict[str, list[Path]]) -> Look:
+    """Images, by the folders they lie in."""
+    folders = Counter(path.parent.name for path in seen.files)
+    classes = tuple(sorted(name for name, count in folders.items() if count > 1))
+    labelled = len(classes) > 1 and all(path.parent != Path(seen.place) for path in seen.files)
+    sides = sorted(_sides(evenly(seen.files, SAMPLE)))
+    if not sides:
+        raise PretrainError(f"{seen.place}: none of its images can be opened; accepted: PNG, JPEG, WEBP, …")
+    share = 0.2 if len(seen.files) >= 30 else 0.0
+    return replace(seen, classes=classes if labelled else (), side=sides[len(sides) // 2], share=share)
+
+
+def _sides(paths: Sequence[Path]) -> list[int]:
+    """The shorter sides of the images that can be opened."""
+    from PIL import Image
+
+    sides = []
+    for path in paths:
+        try:
+            with Image.open(path) as image:
+                sides.append(min(image.size))
+        except (OSError, ValueError, SyntaxError):
+            continue
+    return sides

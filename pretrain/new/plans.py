@@ -1,0 +1,272 @@
+"""The recipes that `pretrain new` writes: one for each task, sized for the time there is."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from pretrain.core.quick.machine import efficiency
+from pretrain.dial import choose as dial
+from pretrain.dial.law import load
+from pretrain.new import stages, start
+from pretrain.new.look import Look
+from pretrain.new.stages import written
+from pretrain.new.start import MOST_PASSES, Start
+from pretrain.new.tables import Table
+from pretrain.new.words import contents
+
+LAW = Path(dial.__file__).parent / "laws" / "python.json"
+MINUTES = (1, 2, 5, 10, 20, 30)
+EVENING = 60.0 * MINUTES[-1]
+ENOUGH = 1.03  # of the loss of an evening's training is as good as it
+TOKEN = 3.5  # bytes, about
+PIXEL_FLOPS = 6 * 1.1e6 * 48  # of an image of 64 patches in training
+RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a recipe is to be of."""
+
+    name: str
+    look: Look
+    task: str
+    init: Start | None = None
+    seconds: float | None = None  # all its trainings together
+
+    @property
+    def text(self) -> float:
+        """Bytes to train on."""
+        table, size = self.look.table, self.look.bytes
+        if table is not None and table.whole:
+            size = min(size, sum(map(len, table.texts)))
+        return max(1.0, size * (1 - 2 * self.look.share))
+
+    @cached_property
+    def budget(self) -> float:
+        """Seconds: those asked for, or as few as come near to what an evening gives."""
+        if self.seconds is not None:
+            return self.seconds
+        law, rate = load(LAW), start.rate()
+        times = [60.0 * minutes for minutes in MINUTES]
+        choices = [dial.choose(dial.Task(law, seconds=time, rate=rate, unique=self.text)) for time in times]
+        bits = [choice.prediction.bits if choice.prediction else math.inf for choice in choices]
+        if math.inf in bits:  # more than the law can tell of
+            return EVENING
+        return next(time for time, each in zip(times, bits, strict=True) if each <= ENOUGH * bits[-1])
+
+    @property
+    def measured(self) -> str:
+        """How often is measured while it trains, where something is held out."""
+        return stages.MEASURED if self.look.share else ""
+
+    def tuning(self, width: int, blocks: int, epochs: int) -> str:
+        """A budget of passes over labelled documents, or of a third of the time where they would take longer."""
+        flops = epochs * 6 * 12 * blocks * width**2 * self.text / TOKEN
+        seconds = flops / (start.rate() * efficiency(width))
+        return f"{{epochs: {epochs}}}" if seconds < self.budget / 3 else f"{{seconds: {duration(self.budget / 3)}}}"
+
+
+def recipe(asked: Asked) -> str:
+    """The recipe's text."""
+    makers = {
+        "pretrain": _images if asked.look.kind == "images" else _pretrain, "continue": _continue,
+        "classify": _classify, "chat": _chat, "compress": _compress,
+    }  # fmt: skip
+    head = [
+        f"# Written by `pretrain new` for {asked.look.place}: {contents(asked.look)}.",
+        "# Change what you like and run it again: only what depends on the change is done anew.",
+        f"name: {quoted(asked.name)}",
+        "seed: 0",
+        "stages:",
+    ]
+    return "\n".join(head) + "\n" + "\n\n".join(filter(None, makers[asked.task](asked))) + "\n"
+
+
+def duration(seconds: float) -> str:
+    """`90s`, `20min`, `2h`."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= size and seconds % size == 0:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{seconds:.3g}s" if seconds < 100 else f"{seconds:.0f}s"
+
+
+def quoted(word: str) -> str:
+    """A word as YAML reads it back: bare where that is safe."""
+    bare = re.fullmatch(r"[A-Za-z_./~][\w./~-]*", word) and word.lower() not in RESERVED
+    return word if bare else json.dumps(word, ensure_ascii=False)
+
+
+def _corpus(asked: Asked) -> str:
+    look, table = asked.look, asked.look.table
+    held = written(stages.HELD, share=f"{look.share:g}") if look.share else stages.NOT_HELD
+    copies = table is None and look.kind != "images" and asked.task != "compress"
+    return written(
+        stages.CORPUS, sources="\n".join(_sources(asked)), operations=stages.COPIES if copies else "", held=held
+    )
+
+
+def _sources(asked: Asked) -> list[str]:
+    look, table = asked.look, asked.look.table
+    if table is not None:
+        text = "" if table.text == "text" else f", text: {quoted(table.text)}"
+        why = f"{table.bad} of the first {table.rows + table.bad} rows cannot be read: they are counted and left out"
+        bad = f", on_error: skip}}  # {why}" if table.bad else "}"
+        return [f"      - {{files: {quoted(str(look.files[0]))}{text}{bad}"]
+    if look.domains:
+        each = [f"      - {{files: {quoted(folder)}, domain: {quoted(name)}}}" for folder, name in look.domains]
+        return ["      # a domain each, so that each is measured alone", *each]
+    if look.kind == "images":
+        return [f"      - {{images: {quoted(look.place)}{', label: parent' if look.classes else ''}}}"]
+    if not Path(look.place).is_dir() or not look.endings:
+        return [f"      - {{files: {quoted(look.place)}}}"]
+    endings = ", ".join(map(quoted, look.endings))
+    return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]}}  # hidden files and secrets are left out"]
+
+
+def _evaluation(asked: Asked, checkpoint: str, name: str = "evaluation", more: str = "") -> str:
+    if not asked.look.share:
+        return ""
+    return written(stages.EVALUATION, name=name, checkpoint=quoted(checkpoint), more=more)
+
+
+def _task(objective: str, more: str = "") -> str:
+    return f"    evaluations: [{{method: task, objective: {objective}}}]\n{more}    compressors: false"
+
+
+def _samples(asked: Asked) -> str:
+    starts = dict.fromkeys(each.split("\n")[0][:40].strip() for each in asked.look.beginnings)
+    prompts = [json.dumps(each, ensure_ascii=False) for each in starts if each][:3] or ['"The "']
+    more = "    corpus: corpus  # and held-out beginnings, beside how they go on" if asked.look.share else ""
+    return written(stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more=more)
+
+
+def _pretrain(asked: Asked) -> list[str]:
+    why = "longer helps little: there is too little text for it" if asked.budget < EVENING else "longer helps"
+    why = why if asked.seconds is None else "or tokens: 10M, flops: 1e14, epochs: 4"
+    model = written(stages.MODEL, seconds=duration(asked.budget), why=why, measured=asked.measured)
+    return [_corpus(asked), written(stages.TOKENIZER), model, _evaluation(asked, "model"), _samples(asked)]
+
+
+def _continue(asked: Asked) -> list[str]:
+    init = asked.init
+    assert init is not None, "the command asks for one"
+    model = written(
+        stages.CONTINUED, init=quoted(init.name), seconds=duration(asked.budget), measured=asked.measured,
+        objective={"masked": "masked_lm", "seq2seq": "span_corruption"}.get(init.kind, "causal_lm"),
+        length=init.length(512 if init.wide else 256), rate="1e-4" if init.wide else "5e-4",
+    )  # fmt: skip
+    before, after = _before_and_after(asked, init, "model")
+    return [_corpus(asked), before, model, after, _samples(asked) if init.kind == "causal" else ""]
+
+
+def _before_and_after(asked: Asked, init: Start, made: str) -> tuple[str, str]:
+    """Evaluations of a checkpoint and of what is made of it, where it says the likelihood of text."""
+    if init.kind != "causal" or init.family not in ("llama", "gpt2"):
+        return "", ""
+    return _evaluation(asked, init.name, "before"), _evaluation(asked, made, "after")
+
+
+def _objective(table: Table) -> str:
+    """The objective of a labelled table, as a recipe says it."""
+    method, column = {"tag": ("tagging", "tags"), "regress": ("regression", "label")}.get(
+        table.kind, ("classification", "label")
+    )
+    fields = {"method": method, column: str(table.label)} | ({"pair": table.pair} if table.pair else {})
+    return f"{{{', '.join(f'{name}: {quoted(value)}' for name, value in fields.items())}}}"
+
+
+def _length(table: Table, most: int) -> int:
+    """Tokens that nearly all texts fit in, a multiple of 32."""
+    return max(32, min(most, 32 * math.ceil(table.characters / TOKEN / 32)))
+
+
+def _classify(asked: Asked) -> list[str]:
+    table, init = asked.look.table, asked.init
+    assert table is not None, "the command asks for one"
+    objective, length = _objective(table), _length(table, 256)
+    before = [] if init is not None else _encoder(asked, length)
+    if init is None:
+        budget = asked.tuning(*_encoder_size(asked), epochs=8)
+    else:
+        length = init.length(length)
+        budget = asked.tuning(init.width or 768, 12, epochs=3 if init.wide else 8)
+    name = "classifier" if table.kind == "classify" else "tuned"
+    adapted = init is not None and init.wide
+    tuned = written(
+        stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length, budget=budget,
+        adapter=stages.ADAPTER if adapted else "", objective=objective, label=table.label,
+        rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured,
+        best=stages.BEST if asked.look.share else "",
+    )  # fmt: skip
+    then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {quoted(table.text)}"
+    return [_corpus(asked), *before, tuned, _evaluation(asked, name, more=_task(objective)), then]
+
+
+def _encoder_size(asked: Asked) -> tuple[int, int]:
+    return start.encoder(asked.budget / 2, asked.text / TOKEN, start.vocabulary(asked.text))
+
+
+def _encoder(asked: Asked, length: int) -> list[str]:
+    """An encoder of the table's own texts, from nothing, for half of the time."""
+    entries, (width, blocks), length = start.vocabulary(asked.text), _encoder_size(asked), max(64, length)
+    weights = 12 * blocks * width**2 + 0.15 * entries * width  # a masked one in seven is predicted
+    tokens = asked.budget / 2 * start.rate() * efficiency(width) / (6 * weights)
+    enough = tokens > MOST_PASSES * asked.text / TOKEN
+    size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
+    encoder = written(
+        stages.ENCODER, width=width, inner=4 * width, blocks=blocks, heads=max(2, width // 32),
+        positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length, measured=asked.measured,
+        budget=f"{{epochs: {MOST_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
+        why="more text teaches more than more time" if enough else "",
+    )  # fmt: skip
+    return [written(stages.ENCODER_TOKENIZER, entries=size), encoder]
+
+
+def _chat(asked: Asked) -> list[str]:
+    init, table = asked.init, asked.look.table
+    assert init is not None and table is not None, "the command asks for both"
+    more = f"{{{table.more}}}\n" if table.more else ""
+    prompt = "{text}\n\nassistant: " if table.talk else f"{{text}}\n{more}"
+    target = quoted(str(table.label))
+    objective = f"{{method: seq2seq, prompt: {json.dumps(prompt)}, target: {target}, answer: 64}}"
+    tuned = written(
+        stages.CHAT, name="tuned" if init.wide else "model", init=quoted(init.name), objective=objective,
+        adapter=stages.ADAPTER if init.wide else "", length=init.length(512 if init.wide else 256),
+        rate="3e-4" if init.wide else "1e-3", measured=asked.measured,
+        budget=asked.tuning(init.width or 768, 12, epochs=3 if init.wide else 8),
+    )  # fmt: skip
+    starts = ["user: Hello!"] if table.talk else [each for each in asked.look.beginnings if "\n" not in each][:2]
+    prompts = [json.dumps(prompt.replace("{text}", each), ensure_ascii=False) for each in starts]
+    samples = written(
+        stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more="    temperature: 0"
+    )  # fmt: skip
+    merged = written(stages.MERGED) if init.wide else ""
+    evaluation = _evaluation(asked, "model", more=_task(objective, "    max_documents: 200\n"))
+    return [_corpus(asked), tuned, merged, evaluation, samples if prompts and not more else ""]
+
+
+def _compress(asked: Asked) -> list[str]:
+    init = asked.init
+    assert init is not None, "the command asks for one"
+    group = 64 if (init.width or 64) % 64 == 0 else -1  # weights that share a scale; -1: a whole row
+    quantised = written(stages.QUANTISED, init=quoted(init.name), group=group, length=init.length(256))
+    before, after = _before_and_after(asked, init, "quantised")
+    return [_corpus(asked), before, quantised, after]
+
+
+def _images(asked: Asked) -> list[str]:
+    look = asked.look
+    side, patch = (32, 4) if look.side < 64 else (64, 8)
+    images = asked.budget * start.rate() * efficiency(128) / (PIXEL_FLOPS * (side / patch) ** 2)
+    budget = "{epochs: 100}" if images > 100 * len(look.files) else f"{{seconds: {duration(asked.budget)}}}"
+    model = written(
+        stages.IMAGES, side=side, patch=patch, rows=max(4, min(64, len(look.files) // 8)), budget=budget,
+        measured=asked.measured,
+    )  # fmt: skip
+    probe = _evaluation(asked, "model", more="    evaluations: [{method: probe, label: label}]") if look.classes else ""
+    return [_corpus(asked), written(stages.PIXELS, side=side), model, probe]

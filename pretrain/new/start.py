@@ -1,0 +1,104 @@
+"""What a recipe begins with: a checkpoint, as far as its configuration tells, or the size of a new model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSON, read_json
+from pretrain.core.folders import checkpoint_of, newest_checkpoint, place_of
+from pretrain.core.quick.hub import located, looks_like
+from pretrain.core.quick.machine import cores, efficiency, likely_device, remembered_rate
+from pretrain.core.quick.positions import positions
+from pretrain.core.quick.table import FAMILIES
+
+RATES = {"cpu": 5e10, "cuda": 5e13}  # FLOP/s of a core or a card, as long as none is measured
+TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
+# Width and blocks of encoders: heads of 32 on the way up.
+ENCODERS = ((64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (768, 12))
+MOST_PASSES = 16  # over the text: arXiv:2305.16264 finds nothing more after them
+BYTES, BYTES_AN_ENTRY, LEAST = (
+    256,
+    100,
+    320,
+)  # of text for an entry of a vocabulary; fewer entries are hardly more than the bytes
+WIDE = 512  # from this width on what is tuned is a LoRA: all weights are too many for an evening
+
+
+@dataclass(frozen=True)
+class Start:
+    """A checkpoint: its name in the recipe, and its configuration, empty of a hub's that has not been fetched."""
+
+    name: str
+    config: Mapping[str, JSON] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What its head is: causal (and where it is not known), masked, seq2seq, or another class of `transformers`."""
+        given = self.config.get("architectures")
+        named = str(given[0]) if isinstance(given, list) and given else ""
+        ends = {"ForCausalLM": "causal", "LMHeadModel": "causal", "ForMaskedLM": "masked",
+                "ForConditionalGeneration": "seq2seq"}  # fmt: skip
+        return next((kind for end, kind in ends.items() if named.endswith(end)), named or "causal")
+
+    @property
+    def family(self) -> str | None:
+        """Its family here, None of others; llama of what is not known."""
+        kind = str(self.config.get("model_type", "llama")).rpartition("-")[2].partition(":")[0]
+        return next((family.name for family in FAMILIES if kind in family.types), None)
+
+    @property
+    def width(self) -> int | None:
+        """Of its states."""
+        sizes = [self.config.get(name) for name in ("hidden_size", "n_embd", "d_model", "dim")]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is large, or not known."""
+        return self.width is None or self.width >= WIDE
+
+    def length(self, wanted: int) -> int:
+        """At most what it has positions for."""
+        return min(wanted, positions(self.config) or wanted)
+
+
+def start_of(name: str) -> Start:
+    """What `--init` names: a checkpoint, a stage, a run (its last checkpoint), or a model of the hub."""
+    place = located(name)
+    if (place / "run.json").exists():
+        place = newest_checkpoint(place)
+        return Start(str(place), read_json(place / "config.json"))
+    if place.exists():
+        return Start(name, read_json(checkpoint_of(place_of(place)) / "config.json"))
+    if looks_like(name) and name.count("/") <= 1 and not name.startswith("runs/"):
+        return Start(name)
+    raise PretrainError(
+        f"--init {name!r}: no such folder; accepted: a checkpoint, a stage or a run, or a name of the hub"
+    )
+
+
+def rate() -> float:
+    """FLOP/s of this machine's large matrix products."""
+    device = likely_device()
+    return remembered_rate(device) or RATES[device] * (cores() if device == "cpu" else 1)
+
+
+def encoder(seconds: float, text: float, vocabulary: int) -> tuple[int, int]:
+    """Width and blocks of the largest encoder that an evening's tokens, or the text's, are enough for."""
+    best = ENCODERS[0]
+    for width, blocks in ENCODERS:
+        weights = 12 * blocks * width**2
+        tokens = seconds * rate() * efficiency(width) / (6 * (weights + 0.15 * vocabulary * width))
+        if min(tokens, MOST_PASSES * text) >= TOKENS_A_WEIGHT / 2 * weights:
+            best = (width, blocks)
+    return best
+
+
+def vocabulary(text: float) -> int:
+    """Entries that so many bytes of text can fill, at 100 bytes an entry; 256 stands for bytes alone."""
+    if text < LEAST * BYTES_AN_ENTRY:
+        return BYTES
+    return min(16384, 2 ** math.floor(math.log2(text / BYTES_AN_ENTRY)) if text >= 512 * BYTES_AN_ENTRY else LEAST)

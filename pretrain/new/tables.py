@@ -1,0 +1,197 @@
+"""What the columns of a table are: a text, a label, tags, a second text, an answer, a conversation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.corpus.sources._chat import is_chat
+from pretrain.corpus.sources._containers import READERS, ending
+from pretrain.corpus.sources._files import Document
+from pretrain.corpus.sources._tables import number
+
+ROWS = 1000  # that are looked at
+MOST_CLASSES, MOST_RATINGS = 100, 20  # more different numbers than that are a quantity
+LONGEST_LABEL = 60
+TEXTS = ("text", "content", "sentence", "review", "comment", "message", "body", "document", "abstract", "description",
+         "question", "tweet", "title", "utterance", "headline", "input")  # fmt: skip
+LABELS = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "rating", "stars", "score",
+          "emotion", "tag", "type", "gold_label", "y")  # fmt: skip
+PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"),
+         ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("question", "passage"), ("query", "text"))  # fmt: skip
+ANSWERS = (("prompt", "response"), ("prompt", "completion"), ("prompt", "answer"), ("instruction", "output"),
+           ("instruction", "response"), ("question", "answer"), ("input", "output"), ("source", "target"),
+           ("article", "summary"), ("document", "summary"), ("text", "summary"), ("src", "tgt"),
+           ("text", "target"))  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table, and what its first rows say of it. `kind` is classify, regress, tag, chat (pairs too) or prose."""
+
+    columns: tuple[str, ...]
+    rows: int  # that were read
+    whole: bool  # whether these are all
+    bad: int  # of them could not be read
+    kind: str
+    text: str
+    label: str | None = None  # the column of labels, numbers, tags or answers
+    pair: str | None = None  # of second texts
+    more: str | None = None  # of what stands between the text and the answer
+    classes: int = 0
+    lacking: int = 0  # rows without a label
+    doubts: tuple[str, ...] = ()  # columns that may be the label as well
+    texts: tuple[str, ...] = ()  # those that were read
+    keys: tuple[str, ...] = ()  # by which rows are put on a side of a split
+
+    @property
+    def talk(self) -> bool:
+        """Whether it holds whole conversations, whose answers the source gives as `target`."""
+        return self.kind == "chat" and self.label == "target" and "target" not in self.columns
+
+    @property
+    def characters(self) -> int:
+        """That 95% of the texts, with their second texts, do not exceed."""
+        sizes = sorted(map(len, self.texts))
+        return sizes[int(0.95 * (len(sizes) - 1))] * (2 if self.pair else 1) if sizes else 0
+
+
+Rows = list[Document]
+
+
+def read_table(path: Path, name: str, *, text: str | None = None, label: str | None = None) -> Table:
+    """What a table is; `text` and `label` are columns that are known already."""
+    bad: list[str] = []
+    reader = READERS[ending(path)](path, name, text or "text", lambda where, *_: bad.append(where))
+    rows = [row for _, row in islice(reader, ROWS + 1)]
+    whole, rows = len(rows) <= ROWS, rows[:ROWS]
+    if not rows:
+        first = f" ({bad[0]} is none)" if bad else ""
+        raise PretrainError(f"{name}: no rows that can be read{first}; accepted: rows under a header")
+    columns = tuple(dict.fromkeys(column for row in rows for column in row))
+    for option, wanted in {"--text": text, "--label": label}.items():
+        if wanted is not None and wanted not in columns:
+            raise PretrainError(
+                f"{option} {wanted!r}: {name} has no such column{nearest(wanted, columns)}; "
+                f"accepted: {', '.join(columns)}"
+            )
+    seen = Table(columns, len(rows), whole, len(bad), "prose", "")
+    table = None
+    for guess in (_chat, _labelled, _answered, _prose):  # the first that fits
+        table = table or guess(seen, rows, text, label)
+    if table is None:
+        raise PretrainError(f"{name}: no column holds texts; accepted: --text with one of {', '.join(columns)}")
+    texts = tuple(str(row[table.text]) for row in rows if _given(row, table.text))
+    groups = [str(row.get("id", f"{name}:{number}")) for number, row in enumerate(rows)]
+    return replace(table, texts=texts, keys=tuple(dict.fromkeys(groups if table.talk else texts)))
+
+
+def _given(row: Document, column: str) -> bool:
+    return row.get(column) is not None and row[column] != ""
+
+
+def _values(rows: Rows, column: str) -> list[object]:
+    return [row[column] for row in rows if _given(row, column)]
+
+
+def _first(names: Iterable[str], columns: Iterable[str]) -> str | None:
+    """The column that has the first of some names, in whatever letters."""
+    by_name = {column.lower(): column for column in columns}
+    return next((by_name[name] for name in names if name in by_name), None)
+
+
+def _chat(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
+    chats = [text] if text else seen.columns
+    column = next((c for c in chats if (v := _values(rows, c)) and all(map(is_chat, v))), None)
+    return None if column is None or label else replace(seen, kind="chat", text=column, label="target")
+
+
+def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
+    """Classes, numbers or tags beside a text."""
+    pair = next((pair for pair in PAIRS if text in (None, pair[0]) and set(pair) <= set(seen.columns)), None)
+    column = text or (pair[0] if pair else _text(seen.columns, rows))
+    if column is None:
+        return None
+    others = [name for name in seen.columns if name not in (column, *(pair or ()))]
+    candidates = [label] if label else [name for name in others if _is_label(rows, name)]
+    named = _first(LABELS, candidates)
+    if label is None and named is None and _answer(seen, rows, column) is not None:
+        return None  # a text beside a text, and nothing that is called a label
+    chosen = label or named or next(iter(candidates), None)
+    if tagged := next((n for n in [label or "", *others] if n and _is_tags(rows, column, n)), None):
+        return replace(seen, kind="tag", text=column, label=tagged)
+    if chosen is None:
+        return None
+    values = _values(rows, chosen)
+    classes = len({str(value) for value in values})
+    kind = "regress" if _is_number(values) and classes > MOST_RATINGS else "classify"
+    doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
+    return replace(
+        seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, classes=classes, doubts=doubts,
+        lacking=len(rows) - len(values),
+    )  # fmt: skip
+
+
+def _answered(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
+    """A prompt and an answer."""
+    answer = _answer(seen, rows, text)
+    if answer is None:
+        return None
+    more = _first(("input", "context"), [c for c in seen.columns if c not in answer])
+    whole = more is not None and all(row.get(more) is not None for row in rows)
+    return replace(seen, kind="chat", text=answer[0], label=label or answer[1], more=more if whole else None)
+
+
+def _answer(seen: Table, rows: Rows, text: str | None) -> tuple[str, str] | None:
+    by_name = {column.lower(): column for column in seen.columns}
+    pairs = [(by_name[a], by_name[b]) for a, b in ANSWERS if a in by_name and b in by_name]
+    texts = [pair for pair in pairs if text in (None, pair[0]) and all(_is_text(rows, name) for name in pair)]
+    return texts[0] if texts else None
+
+
+def _prose(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
+    column = text or _text(seen.columns, rows)
+    return None if column is None else replace(seen, text=column)
+
+
+def _text(columns: Sequence[str], rows: Rows) -> str | None:
+    """The column of texts: by its name, else the one with the longest."""
+    texts = [name for name in columns if _is_text(rows, name)]
+    named = _first(TEXTS, texts)
+    return named or max(texts, key=lambda name: sum(len(str(v)) for v in _values(rows, name)), default=None)
+
+
+def _is_text(rows: Rows, column: str) -> bool:
+    """Words, mostly different from row to row."""
+    values = _values(rows, column)
+    if not values or not all(isinstance(value, str) for value in values):
+        return False
+    texts = [str(value) for value in values]
+    several = sum(len(value.split()) > 1 for value in texts) >= len(texts) / 2
+    return several and len(set(texts)) > len(texts) / 2 and not _is_number(values)
+
+
+def _is_label(rows: Rows, column: str) -> bool:
+    """Few short values that come again, or numbers under the name of a label."""
+    values = _values(rows, column)
+    if len(values) < 2 or not all(isinstance(value, str | int | float) for value in values):
+        return False
+    distinct, called = {str(value) for value in values}, column.lower() in LABELS
+    short = max(map(len, distinct)) <= LONGEST_LABEL
+    few = 2 <= len(distinct) <= min(MOST_CLASSES, len(values) / (1.5 if called else 4))
+    return (short and few) or (called and _is_number(values) and len(distinct) > 1)
+
+
+def _is_number(values: Iterable[object]) -> bool:
+    return all(isinstance(v, int | float) or (isinstance(v, str) and number(v) is not None) for v in values)
+
+
+def _is_tags(rows: Rows, text: str, column: str) -> bool:
+    """Whether a column holds a tag for each word of the texts."""
+    both = [(str(row[text]).split(), row[column]) for row in rows if _given(row, text) and _given(row, column)]
+    tags = [value.split() if isinstance(value, str) else value for _, value in both]
+    lists = all(isinstance(each, list) for each in tags) and any(len(words) > 1 for words, _ in both)
+    return lists and all(len(each) == len(words) for each, (words, _) in zip(tags, both, strict=True))

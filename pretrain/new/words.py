@@ -1,0 +1,40 @@
+"""What is said of a place, in words."""
+
+from __future__ import annotations
+
+from pretrain.new.look import Look
+
+
+def contents(look: Look) -> str:
+    """`120 files of prose in English and French, 0.8 MB`."""
+    size, table = f"{look.bytes / 1e6:,.1f} MB" if look.bytes >= 1e5 else f"{look.bytes / 1e3:,.1f} kB", look.table
+    if table is not None:
+        rows = f"{table.rows:,} rows" if table.whole else f"more than {table.rows:,} rows"
+        return f"a table of {rows}, {size}; {columns(table.kind, look)}"
+    number = f"{len(look.files):,} file{'s' if len(look.files) != 1 else ''}"
+    if look.kind == "images":
+        folders = f" in {len(look.classes)} folders, which are taken for their labels" if look.classes else ""
+        return f"{len(look.files):,} images{folders}, {size}"
+    languages = listed(look.languages)
+    return f"{number} of {look.kind}{f' in {languages}' if languages else ''}, {size}"
+
+
+def columns(kind: str, look: Look) -> str:
+    """What the columns of its table are taken for."""
+    table = look.table
+    assert table is not None
+    text = f"texts in {table.text}" + (f" and {table.pair}" if table.pair else "")
+    if kind == "chat":
+        return f"conversations in {table.text}" if table.talk else f"prompts in {table.text}, answers in {table.label}"
+    if kind == "classify":
+        return f"{text}, {table.classes} labels in {table.label}"
+    return {"regress": f"{text}, numbers in {table.label}", "tag": f"{text}, a tag a word in {table.label}"}.get(
+        kind, text
+    )
+
+
+def listed(names: tuple[str, ...], most: int = 3) -> str:
+    """`A, B and C`, with how many more there are."""
+    if len(names) > most:
+        return f"{', '.join(names[:most])} and {len(names) - most} more"
+    return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)

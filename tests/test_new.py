@@ -1,0 +1,371 @@
+"""`pretrain new`: what it sees in a folder or a file, and that each recipe it writes runs to its end."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pretrain.cli import app
+from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
+from pretrain.engine import run
+from pretrain.new import command
+from pretrain.new.languages import prose_language
+from pretrain.new.look import look
+from pretrain.new.plans import duration, quoted
+from pretrain.new.start import encoder, vocabulary
+from pretrain.recipe import load
+
+ENGLISH = [
+    "the",
+    "of",
+    "and",
+    "to",
+    "in",
+    "that",
+    "was",
+    "with",
+    "his",
+    "for",
+    "her",
+    "river",
+    "mountain",
+    "house",
+    "stone",
+    "window",
+    "garden",
+    "letter",
+    "winter",
+]
+FRENCH = [
+    "le",
+    "la",
+    "les",
+    "des",
+    "et",
+    "dans",
+    "une",
+    "est",
+    "que",
+    "pour",
+    "pas",
+    "qui",
+    "maison",
+    "rivière",
+    "montagne",
+    "jardin",
+    "lettre",
+    "hiver",
+    "matin",
+]
+
+
+def new(*arguments: object) -> str:
+    """What the command prints; its error is raised."""
+    outcome = CliRunner().invoke(app, ["new", *map(str, arguments)])
+    if outcome.exception is not None:
+        raise outcome.exception
+    return outcome.output
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def sentences(words, rng, count):
+    return ". ".join(" ".join(rng.choices(words, k=8)).capitalize() for _ in range(count)) + "."
+
+
+def write_prose(folder: Path) -> None:
+    rng = random.Random(0)
+    for name, words in {"en": ENGLISH, "fr": FRENCH}.items():
+        (folder / name).mkdir(parents=True)
+        for number in range(25):
+            (folder / name / f"{number}.txt").write_text(sentences(words, rng, 20), encoding="utf-8")
+
+
+def write_code(folder: Path, stories) -> None:
+    (folder / "web").mkdir(parents=True)
+    for number, story in enumerate(s for s in stories if s["domain"] == "python"):
+        (folder / f"m{number}.py").write_text(story["text"][:2000], encoding="utf-8")
+    for number in range(4):
+        (folder / "web" / f"{number}.js").write_text(f"export const a{number} = (b) => b + {number};\n" * 20)
+    (folder / ".env").write_text("TOKEN=1\n")
+    (folder / "logo.bin").write_bytes(b"\0" * 64)
+
+
+def write_reviews(path: Path, count: int = 90) -> None:
+    rng = random.Random(0)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["number", "review", "sentiment"])
+        for number in range(count):
+            good = rng.random() < 0.5
+            table.writerow([number, f"{sentences(ENGLISH, rng, 1)} {'great' if good else 'awful'} {number}",
+                            "positive" if good else "negative"])  # fmt: skip
+
+
+def write_lines(path: Path, rows) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def chats(count: int = 60):
+    for number in range(count):
+        turns = [("user", f"What is {number} plus one?"), ("assistant", f"It is {number + 1}."), ("user", "Thanks."),
+                 ("assistant", f"You are welcome, {number}.")]  # fmt: skip
+        yield {"messages": [{"role": role, "content": words} for role, words in turns]}
+
+
+def write_images(folder: Path) -> None:
+    from PIL import Image
+
+    for grey, name in ((40, "dark"), (200, "light")):
+        (folder / name).mkdir(parents=True)
+        for number in range(24):
+            Image.new("RGB", (36, 40), (grey, number * 9, 90)).save(folder / name / f"{number}.png")
+
+
+@pytest.fixture(scope="module")
+def base(prepared, tiny, tmp_path_factory):
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    folder = tmp_path_factory.mktemp("base") / "model"
+    model = tiny(vocab_size=512, max_position_embeddings=256)
+    checkpoint.save(model, load_tokenizer(prepared / "tokenizer"), folder)
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["code", "prose", "labels", "chat", "pairs", "images", "tags", "numbers"])
+def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stories, base, tmp_path):
+    rng = random.Random(1)
+    more: list[object] = []
+    if kind == "code":
+        place = here / "code"
+        write_code(place, stories)
+    elif kind == "prose":
+        place = here / "prose"
+        write_prose(place)
+    elif kind == "labels":
+        place = here / "reviews.csv"
+        write_reviews(place)
+    elif kind == "chat":
+        place, more = here / "chat.jsonl", ["--init", base]
+        write_lines(place, chats())
+    elif kind == "pairs":
+        place, more = here / "pairs.jsonl", ["--init", base]
+        write_lines(
+            place, ({"prompt": f"Count on from {n}, please", "response": f"So {n + 1} it is"} for n in range(60))
+        )
+    elif kind == "images":
+        place = here / "shapes"
+        write_images(place)
+    elif kind == "tags":
+        place = here / "names.jsonl"
+        words = [rng.choices(ENGLISH, k=6) for _ in range(80)]
+        write_lines(
+            place, ({"text": " ".join([*w, f"Ann{n}"]), "tags": ["O"] * 6 + ["B-PER"]} for n, w in enumerate(words))
+        )
+    else:
+        place = here / "scores.tsv"
+        rows = [f"{sentences(ENGLISH, rng, 1)} {n}\t{n / 7:.3f}" for n in range(80)]
+        place.write_text("text\tscore\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    printed = new(place.name, "--budget", "1s", "--output", "r.yaml", *more)
+    assert "wrote r.yaml; next: pretrain run r.yaml --dry-run" in printed and len(printed.splitlines()) <= 3
+    assert len((here / "r.yaml").read_text().splitlines()) < 75
+    result = run(load(here / "r.yaml"))
+    wanted = {"labels": "accuracy", "chat": "exact_match", "pairs": "exact_match", "images": "probe_accuracy",
+              "tags": "accuracy", "numbers": "mse"}.get(kind, "bits_per_byte")  # fmt: skip
+    assert wanted in result.stages["evaluation"]["metrics"]
+
+
+def test_code_is_told_by_its_languages_and_what_is_no_text_of_it_is_named(here, stories):
+    write_code(here / "code", stories)
+    printed = new("code")
+    assert (
+        "of code in Python and JavaScript" in printed and "secret-looking (.env)" in printed and "logo.bin" in printed
+    )
+    source = yaml.safe_load(Path("code.yaml").read_text())["stages"][0]["sources"][0]
+    assert source["files"] == "code" and set(source["suffixes"]) == {".py", ".js"}
+
+
+def test_prose_in_two_languages_gets_a_domain_each(here):
+    write_prose(here / "prose")
+    assert "English and French" in new("prose")
+    sources = yaml.safe_load(Path("prose.yaml").read_text())["stages"][0]["sources"]
+    assert sources == [{"files": "prose/en", "domain": "English"}, {"files": "prose/fr", "domain": "French"}]
+
+
+def test_a_recipe_is_never_written_over_another(here):
+    write_reviews(here / "reviews.csv")
+    (here / "reviews.yaml").write_text("mine")
+    with pytest.raises(PretrainError, match=r"reviews\.yaml exists; accepted: a name that is free"):
+        new("reviews.csv")
+    assert (here / "reviews.yaml").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["chat.jsonl"], "chat tunes a checkpoint; accepted: --init"),
+        (["reviews.csv", "--task", "compress"], "--task compress makes smaller a checkpoint; accepted: --init"),
+        (["reviews.csv", "--task", "continue"], "--task continue goes on with a checkpoint; accepted: --init"),
+        (["reviews.csv", "--task", "chat", "--init", "BASE"], "holds no conversations or answers; its columns: number"),
+        (["chat.jsonl", "--task", "pretrain"], "holds conversations; accepted: --task chat"),
+        (["chat.jsonl", "--task", "classify"], "holds no texts with labels"),
+        (["reviews.csv", "--task", "clasify"], "did you mean 'classify'"),
+        (["reviews.csv", "--label", "sentimen"], "did you mean 'sentiment'"),
+        (["reviews.csv", "--text", "body"], "--text 'body': reviews.csv has no such column"),
+        (["reviews.csv", "--budget", "10M"], "--budget '10M': accepted: a time"),
+        (["reviews.csv", "--init", "no/such/place"], "--init 'no/such/place': no such folder"),
+        (["none.csv"], "'none.csv': no such file or folder"),
+        (["archive.zip"], "nothing to learn from"),
+        (["half.csv"], "2 of the first 40 rows lack a 'label'"),
+        (["bare.csv"], "bare.csv: no column holds texts"),
+    ],
+)
+def test_what_no_recipe_can_do_is_one_line(here, base, arguments, message):
+    write_reviews(here / "reviews.csv")
+    write_lines(here / "chat.jsonl", chats(8))
+    (here / "archive.zip").write_bytes(b"PK\x03\x04")
+    half = [f"some words of the row {n},{'' if n < 2 else 'ab'[n % 2]}" for n in range(40)]
+    (here / "half.csv").write_text("text,label\n" + "\n".join(half))
+    (here / "bare.csv").write_text("x,y\n1,2\n3,4\n5,6\n")
+    given = [str(base) if word == "BASE" else word for word in arguments]
+    with pytest.raises(PretrainError, match=message) as error:
+        new(*given)
+    assert "\n" not in str(error.value) and not list(here.glob("*.yaml"))
+
+
+def test_a_classifier_cannot_be_gone_on_with_as_a_language_model(here, base, tmp_path):
+    place = tmp_path / "classifier"
+    place.mkdir()
+    (place / "config.json").write_text('{"model_type": "bert", "architectures": ["BertForSequenceClassification"]}')
+    write_prose(here / "prose")
+    with pytest.raises(PretrainError, match=r"is a bert \(BertForSequenceClassification\); accepted for continue"):
+        new("prose", "--task", "continue", "--init", place)
+
+
+@pytest.mark.parametrize("task", ["continue", "compress"])
+def test_a_checkpoint_is_gone_on_with_or_made_smaller_and_measured_before_and_after(here, base, task):
+    write_prose(here / "prose")
+    new("prose", "--task", task, "--init", base, "--budget", "1s")
+    result = run(load(here / "prose.yaml"))
+    before, after = (result.stages[name]["metrics"]["bits_per_byte"] for name in ("before", "after"))
+    assert after < before if task == "continue" else abs(after - before) < 0.2
+
+
+def test_of_too_few_documents_none_is_held_out_and_the_recipe_still_runs(here):
+    (here / "one").mkdir()
+    (here / "one" / "book.txt").write_text(sentences(ENGLISH, random.Random(0), 200))
+    assert "too few documents to hold any out" in new("one", "--budget", "1s")
+    stages = yaml.safe_load((here / "one.yaml").read_text())["stages"]
+    assert [s["stage"] for s in stages] == ["data", "tokenizer", "train", "decode"]
+    assert run(load(here / "one.yaml")).stages["model"]["metrics"]["steps"] > 0
+
+
+def test_rows_that_cannot_be_read_are_said_and_skipped(here):
+    write_reviews(here / "reviews.csv")
+    with (here / "reviews.csv").open("a") as file:
+        file.write("a,b,c,d\n")
+    new("reviews.csv")
+    assert yaml.safe_load((here / "reviews.yaml").read_text())["stages"][0]["sources"][0]["on_error"] == "skip"
+    assert "1 of the first 91 rows cannot be read" in (here / "reviews.yaml").read_text()
+
+
+def test_of_two_columns_that_may_be_the_label_the_guess_is_told(here):
+    rows = [f"words of a longer text {n},{'ab'[n % 2]},{'xyz'[n % 3]}" for n in range(60)]
+    (here / "t.csv").write_text("text,topic,sentiment\n" + "\n".join(rows))
+    assert "the label may as well be topic: --label" in new("t.csv")
+    assert "3 labels in sentiment" in Path("t.yaml").read_text()
+    new("t.csv", "--label", "topic", "--output", "other.yaml")
+    assert "label: topic" in Path("other.yaml").read_text()
+
+
+def test_on_a_terminal_it_asks_which_of_two_columns_is_the_label(here, monkeypatch):
+    rows = [f"words of a longer text {n},{'ab'[n % 2]},{'xyz'[n % 3]}" for n in range(60)]
+    (here / "t.csv").write_text("text,topic,sentiment\n" + "\n".join(rows))
+    terminal = SimpleNamespace(isatty=lambda: True)
+    monkeypatch.setattr(command, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
+    asked = CliRunner().invoke(app, ["new", "t.csv"], input="topic\n")
+    assert "which column is the label: sentiment, topic" in asked.output
+    assert "2 labels in topic" in Path("t.yaml").read_text()
+
+
+def test_files_without_an_ending_and_compressed_ones_are_named_as_the_recipe_can(here):
+    (here / "notes").mkdir()
+    for number in range(4):
+        with gzip.open(here / "notes" / f"{number}.txt.gz", "wt", encoding="utf-8") as file:
+            file.write(sentences(ENGLISH, random.Random(number), 5))
+    (here / "notes" / "LICENSE").write_text("the terms of it " * 9)
+    assert look("notes").endings == (".txt.gz",) and len(look("notes").files) == 4
+    new("notes")
+    assert "suffixes: [.txt.gz]" in (here / "notes.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "header, row, kind, columns",
+    [
+        (
+            "sentence1,sentence2,label",
+            "a cat sat {n},a dog ran {n},{c}",
+            "classify",
+            ("sentence1", "sentence2", "label"),
+        ),
+        ("title,stars", "quite a long title {n},{c}", "classify", ("title", None, "stars")),
+        ("text,score", "quite a long text {n},{n}.5", "regress", ("text", None, "score")),
+        ("question,answer", "what is a {n} then,it is the {n} indeed", "chat", ("question", None, "answer")),
+        ("id,body", "{n},only some words {n}", "prose", ("body", None, None)),
+    ],
+)
+def test_columns_are_told_by_names_and_values(here, header, row, kind, columns):
+    (here / "t.csv").write_text("\n".join([header, *(row.format(n=n, c=n % 2) for n in range(50))]))
+    table = look("t.csv").table
+    assert table is not None and table.kind == kind and (table.text, table.pair, table.label) == columns
+
+
+def test_a_data_file_of_a_programs_tests_makes_no_table_of_its_folder(here, stories):
+    write_code(here / "code", stories)
+    write_reviews(here / "code" / "fixture.csv", 4000)
+    assert look("code").kind == "code" and look("code", table=True).kind == "table"
+
+
+@pytest.mark.parametrize(
+    "text, language",
+    [("It was the best of times and it was not the worst of them", "English"), ("Der Hund und die Katze sind nicht da", "German"),
+     ("Он не был в городе, и это было хорошо, как и что", "Russian"), ("今日は天気がいいですね。散歩に行きましょう", "Japanese"),
+     ("今天天气很好我们去公园散步吧", "Chinese"), ("x = 1", None)],
+)  # fmt: skip
+def test_the_language_of_prose(text, language):
+    assert prose_language(text) == language
+
+
+def test_words_are_quoted_where_yaml_would_read_them_otherwise():
+    for word in ("review", "no", "a: b", "# x", "1.5", "null", "Größe", "a b", "*"):
+        assert yaml.safe_load(f"x: {quoted(word)}") == {"x": word}
+    assert [duration(s) for s in (45, 90, 600, 7200)] == ["45s", "90s", "10min", "2h"]
+
+
+def test_sizes_grow_with_time_and_text():
+    assert encoder(10, 1e4, 512) < encoder(3600, 1e8, 8192)
+    assert encoder(3600, 1e4, 512) == encoder(10, 1e4, 512)  # there is too little text for more
+    assert [vocabulary(size) for size in (1e3, 4e4, 1e5, 1e9)] == [256, 320, 512, 16384]
+
+
+def test_it_answers_without_torch(here):
+    write_reviews(here / "reviews.csv")
+    probe = "import sys, atexit; atexit.register(lambda: print('HEAVY' if 'torch' in sys.modules else 'LIGHT')); "
+    probe += "sys.argv = ['pretrain', 'new', 'reviews.csv']; from pretrain.cli import app; app()"
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("LIGHT\n")

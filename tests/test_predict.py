@@ -1,0 +1,377 @@
+"""`pretrain predict` and `evaluate` by the head: labels, tags, numbers and answers for the rows of a file."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+
+import pytest
+import torch
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertForTokenClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+)
+from typer.testing import CliRunner
+
+import pretrain
+from pretrain.cli import app
+from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
+from pretrain.core.folders import newest_checkpoint
+from pretrain.core.models.heads import NUMBER, with_head
+from pretrain.corpus.store import write_corpus
+from pretrain.corpus.tokenizers import train_tokenizer
+from pretrain.inference import rows as reading
+from pretrain.inference.heads import spans
+from pretrain.inference.predict import open_head, predict_file, predictions
+
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXTS = [
+    "def main(argv=None):",
+    "a",
+    "",
+    "Return the number of items\nin a list, and some more words",
+    "import os " * 9,
+]
+
+
+@pytest.fixture(scope="module")
+def words(stories):
+    """A tokenizer that frames a text as `[cls] text [sep]` by itself."""
+    return train_tokenizer((s["text"] for s in stories), vocab_size=400, mask=True, cls=True)
+
+
+def config(tokenizer, labels=("no", "yes", "maybe"), **fields):
+    names = {"id2label": dict(enumerate(labels)), "label2id": {name: n for n, name in enumerate(labels)}}
+    return BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **SMALL, **names, **fields)
+
+
+def saved(model, tokenizer, folder):
+    """A folder as `transformers` writes it: nothing of this toolkit is in it."""
+    for parameter in model.parameters():  # so that answers differ from text to text
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def places(words, tmp_path_factory):
+    """Plain folders of `transformers`, one for each kind of head."""
+    torch.manual_seed(0)
+    home = tmp_path_factory.mktemp("plain")
+    several = {"problem_type": "multi_label_classification"}
+    models = {
+        "single": BertForSequenceClassification(config(words)),
+        "several": BertForSequenceClassification(config(words, **several)),
+        "number": BertForSequenceClassification(config(words, (NUMBER,))),
+        "tags": BertForTokenClassification(config(words, ("O", "B-LOC", "I-LOC"))),
+        "masked": BertForMaskedLM(config(words)),
+        "gpt2": GPT2ForSequenceClassification(
+            GPT2Config(vocab_size=len(words), n_embd=32, n_layer=2, n_head=4, bos_token_id=3, eos_token_id=4,
+                       id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1})
+        ),
+        "bart": BartForConditionalGeneration(
+            BartConfig(vocab_size=len(words), d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=48,
+                       decoder_ffn_dim=48, encoder_attention_heads=4, decoder_attention_heads=4, pad_token_id=1,
+                       bos_token_id=3, eos_token_id=4, decoder_start_token_id=4, forced_eos_token_id=None)
+        ),
+    }  # fmt: skip
+    return {name: saved(model, words, home / name) for name, model in models.items()}
+
+
+def predict(*arguments, **more):
+    """What the command writes to the screen; its error is raised."""
+    outcome = CliRunner().invoke(app, ["predict", *map(str, arguments)], **more)
+    if outcome.exception is not None:
+        raise outcome.exception
+    return outcome.stdout
+
+
+def lines(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def alone(place, words, text, pair=None):
+    """A text's logits by `transformers` alone."""
+    model, _ = checkpoint.load(place)
+    with torch.no_grad():
+        return model(**words([text], None if pair is None else [pair], return_tensors="pt")).logits[0]
+
+
+def test_labels_are_those_that_transformers_gives_each_text_alone(places, words):
+    rows = pretrain.predict(places["single"], TEXTS, scores=True, batch_size=2)
+    for text, row in zip(TEXTS, rows, strict=True):
+        p_C = alone(places["single"], words, text).softmax(-1)
+        assert row["label"] == ["no", "yes", "maybe"][int(p_C.argmax())]
+        assert row["score"] == pytest.approx(float(p_C.max()), abs=1e-5)
+        assert list(row["scores"].values()) == pytest.approx(p_C.tolist(), abs=1e-5)
+    assert len({row["label"] for row in rows}) > 1  # a model of a single answer would show nothing
+
+
+def test_pairs_several_labels_and_numbers_too(places, words):
+    pairs = [{"text": text, "other": TEXTS[-1 - n]} for n, text in enumerate(TEXTS)]
+    for row, pair in zip(pretrain.predict(places["single"], pairs, pair="other"), pairs, strict=True):
+        expected = alone(places["single"], words, pair["text"], pair["other"]).softmax(-1)
+        assert row["score"] == pytest.approx(float(expected.max()), abs=1e-5)
+    for row, text in zip(pretrain.predict(places["several"], TEXTS), TEXTS, strict=True):
+        p_C = alone(places["several"], words, text).sigmoid().tolist()
+        assert row["labels"] == [name for name, p in zip(("no", "yes", "maybe"), p_C, strict=True) if p >= 0.5]
+        assert list(row["scores"].values()) == pytest.approx(p_C, abs=1e-5)
+    for row, text in zip(pretrain.predict(places["number"], TEXTS), TEXTS, strict=True):
+        assert row == {"value": pytest.approx(float(alone(places["number"], words, text)), rel=1e-4, abs=1e-5)}
+
+
+def test_a_causal_classifier_without_a_token_for_padding_reads_each_texts_last_token(places, words):
+    rows = pretrain.predict(places["gpt2"], [t for t in TEXTS if t], scores=True)
+    for text, row in zip([t for t in TEXTS if t], rows, strict=True):
+        p_C = alone(places["gpt2"], words, text).softmax(-1).tolist()
+        assert list(row["scores"].values()) == pytest.approx(p_C, abs=1e-5)
+
+
+def test_tags_have_the_characters_that_they_stand_for(places, words):
+    text = "  Ann went\tto New  York"
+    (row,) = pretrain.predict(places["tags"], [text])
+    assert all(text[tag["start"] : tag["end"]] == tag["text"] for tag in row["tags"])
+    tags = ["B-PER", "O", "O", "B-LOC", "I-LOC"]
+    assert [(t["tag"], t["text"]) for t in spans(text, tags)] == [("PER", "Ann"), ("LOC", "New  York")]
+    assert spans("a bc", ["DET", "NOUN"])[1] == {"tag": "NOUN", "start": 2, "end": 4, "text": "bc"}
+
+
+def test_an_encoder_decoder_of_another_family_answers_as_its_own_generate_does(places, words):
+    model, _ = checkpoint.load(places["bart"])
+    rows = pretrain.predict(places["bart"], TEXTS[:2])
+    for text, row in zip(TEXTS, rows, strict=False):
+        inputs = words(text, return_tensors="pt")
+        inputs.pop("token_type_ids", None)
+        made = model.generate(**inputs, max_new_tokens=64, do_sample=False, num_beams=1)
+        assert row["prediction"] == words.decode(made[0], skip_special_tokens=True).strip()
+
+
+def test_a_lora_tuned_classifier_predicts_as_the_model_that_was_saved(tiny, words, tmp_path):
+    model = with_head(tiny("bert", vocab_size=len(words), max_position_embeddings=64), "sequence", ("bad", "good"),
+                      pretrain.core.batch.Vocabulary.of(words))  # fmt: skip
+    model = pretrain.methods.LoRA(rank=2, where="all")(model)
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.5)
+    checkpoint.save(model.eval(), words, tmp_path / "c", {"made_by": {"name": "x"}, "length": 48})
+    rows = pretrain.predict(tmp_path / "c", TEXTS, scores=True)
+    with torch.no_grad():
+        for text, row in zip(TEXTS, rows, strict=True):
+            p_C = model(**words(text, return_tensors="pt")).logits[0].softmax(-1)
+            assert list(row["scores"].values()) == pytest.approx(p_C.tolist(), abs=1e-5)
+
+
+def test_a_model_that_only_continues_text_is_refused_with_what_to_do(places, prepared, tiny, tmp_path):
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    checkpoint.save(tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer"), tmp_path / "lm")
+    for place in (tmp_path / "lm", places["masked"]):
+        with pytest.raises(PretrainError, match=r"which predicts no labels or answers.*pretrain generate"):
+            pretrain.predict(place, ["a"])
+
+
+def test_rows_keep_their_order_and_columns_whatever_the_batches(places, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "CHUNK", 7)
+    rows = [{"id": n, "text": "word " * (n * 7 % 23), "more": [n, {"a": None}]} for n in range(40)]
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    predict(places["single"], path, "--output", tmp_path / "out.jsonl", "--batch-size", 3)
+    out = lines((tmp_path / "out.jsonl").read_text())
+    assert [{name: row[name] for name in ("id", "text", "more")} for row in out] == rows
+    for row in out:
+        p_C = alone(places["single"], words, row["text"]).softmax(-1)
+        assert row["label"] == ["no", "yes", "maybe"][int(p_C.argmax())]
+        assert row["score"] == pytest.approx(float(p_C.max()), abs=1e-5)
+
+
+def test_a_large_file_is_read_a_little_at_a_time(places, monkeypatch):
+    monkeypatch.setattr(reading, "CHUNK", 10)
+    taken = []
+
+    def many():
+        for number in range(1000):
+            taken.append(number)
+            yield f"row {number}", {"text": "a b"}
+
+    stream = predictions(open_head(places["single"]), many())
+    assert [next(stream)[0][0] for _ in range(25)][-1] == "row 24" and len(taken) == 30
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "txt", "parquet", "stdin lines", "stdin jsonl"])
+def test_each_kind_of_input_is_read_and_csv_is_written(places, tmp_path, kind):
+    texts = ["some words", 'with "quotes", a comma', "Größe"]
+    place, more = tmp_path / f"in.{kind}", {}
+    if kind in ("csv", "tsv"):
+        with place.open("w", newline="", encoding="utf-8") as file:
+            csv.writer(file, delimiter="\t" if kind == "tsv" else ",").writerows([("n", "text"), *enumerate(texts)])
+    elif kind == "txt":
+        place.write_text("\n".join(texts) + "\n", encoding="utf-8")
+    elif kind == "parquet":
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), place)
+    else:
+        given = [json.dumps({"text": text}) for text in texts] if "jsonl" in kind else texts
+        place, more = "-", {"input": "\n".join(given)}
+    predict(places["single"], place, "--output", tmp_path / "out.csv", **more)
+    with (tmp_path / "out.csv").open(newline="", encoding="utf-8") as file:
+        out = list(csv.DictReader(file))
+    assert [row["text"] for row in out] == texts
+    assert [row["label"] for row in out] == [row["label"] for row in pretrain.predict(places["single"], texts)]
+
+
+def test_empty_lines_of_a_text_keep_their_place(places, tmp_path):
+    (tmp_path / "in.txt").write_text("one\n\nthree\n")
+    assert [row["text"] for row in lines(predict(places["single"], tmp_path / "in.txt"))] == ["one", "", "three"]
+
+
+def test_a_column_that_is_there_already_is_kept(places, tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [{"text": "a", "label": "true one"}, {"text": "b", "label": "other"}])
+    out = lines(predict(places["single"], path))
+    assert [row["label"] for row in out] == ["true one", "other"]
+    assert {row["predicted_label"] for row in out} <= {"no", "yes", "maybe"} and "score" in out[0]
+
+
+@pytest.mark.parametrize(
+    "content, name, message",
+    [
+        ('{"text": "a"}\n{"txt": "b"}\n', "in.jsonl", r"in\.jsonl:2 \(row 2\): no column 'text' \(did you mean 'txt'\?\)"),
+        ('{"text": "a"}\n\n{"text": 3}\n', "in.jsonl", r"in\.jsonl:3 \(row 2\): column 'text' is int; accepted: text"),
+        ('{"text": "a"}\nnothing\n', "in.jsonl", r"in\.jsonl:2: not JSON"),
+        ("text,n\na,1\nb\n", "in.csv", r"in\.csv:3 \(row 2\): 1 cells; accepted: 2 cells"),
+        ('{"text": "a"}\n{"text": "b", "label": 1}\n', "in.jsonl", r"in\.jsonl:2 \(row 2\): a column 'label' that the first"),
+        ("a", "in.zip", r"in\.zip is an archive \(\.zip\); accepted: \.jsonl"),
+        ("a", "in.env", "looks like a secret"),
+        (None, "none.csv", "no such file"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_read_is_told_with_line_and_row_and_leaves_nothing(places, tmp_path, content, name, message):
+    if content is not None:
+        (tmp_path / name).write_text(content)
+    (tmp_path / "out.jsonl").write_text("before")
+    with pytest.raises(PretrainError, match=message) as error:
+        predict(places["single"], tmp_path / name, "--output", tmp_path / "out.jsonl")
+    assert "\n" not in str(error.value) and (tmp_path / "out.jsonl").read_text() == "before"
+    assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl"} | ({name} if content is not None else set())
+
+
+def test_an_output_of_another_kind_or_the_input_itself_is_refused(places, tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [{"text": "a"}])
+    with pytest.raises(PretrainError, match=r"accepted: a file that ends with \.jsonl or \.csv"):
+        predict(places["single"], path, "--output", tmp_path / "out.xlsx")
+    with pytest.raises(PretrainError, match="is the input"):
+        predict(places["single"], path, "--output", path)
+
+
+def test_texts_longer_than_what_is_read_are_counted(places, tmp_path):
+    head = open_head(places["single"])
+    path = write_rows(tmp_path / "in.jsonl", [{"text": "word " * 2000}, {"text": "short"}])
+    predict_file(head, str(path), tmp_path / "out.jsonl")
+    assert head.tally["full"] == 1
+
+
+def tuned(folder, prepared, init, objective, rows):
+    """A checkpoint that a recipe's training has made of labelled rows."""
+    from pretrain.engine import run
+    from pretrain.recipe import check
+
+    write_corpus(iter(rows), folder / "corpus", validation=0.1, test=0.1, near_duplicates=None)
+    stage = {"stage": "train", "name": "model", "corpus": str(folder / "corpus"), "init": str(init), "save_every": 0,
+             "objective": objective, "length": 64, "batch_rows": 8, "budget": {"steps": 2}}  # fmt: skip
+    run(check({"name": "t", "output": str(folder / "run"), "stages": [stage]}))
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def answering(prepared, tiny, tmp_path_factory):
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    home = tmp_path_factory.mktemp("answering")
+    checkpoint.save(tiny(vocab_size=512, initializer_range=0.4), load_tokenizer(prepared / "tokenizer"), home / "init")
+    rows = [{"id": str(n), "domain": "d", "text": f"count {n}", "reply": f"so {n + 1}"} for n in range(40)]
+    objective = {"method": "seq2seq", "prompt": "{text}\nreply: ", "target": "reply", "answer": 5}
+    return tuned(home, prepared, home / "init", objective, rows)
+
+
+def test_a_decoder_that_has_learnt_answers_gives_them_by_its_own_prompt(answering, tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [{"question": "count 3"}, {"question": "a longer one, count 11"}])
+    out = lines(predict(answering, path, "--text", "question"))
+    model, tokenizer = pretrain.load(answering)
+    for row in out:
+        ids = torch.tensor([[tokenizer.bos_token_id, *tokenizer(f"{row['question']}\nreply: ")["input_ids"]]])
+        made = model.generate(
+            ids, max_new_tokens=5, do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+        )
+        assert row["prediction"] == tokenizer.decode(made[0, ids.shape[1] :], skip_special_tokens=True).strip()
+
+
+def evaluate(*arguments):
+    outcome = CliRunner().invoke(app, ["evaluate", *map(str, arguments), "--json"])
+    if outcome.exception is not None:
+        raise outcome.exception
+    return json.loads(outcome.stdout[outcome.stdout.index("{") :])["metrics"]
+
+
+def test_evaluate_measures_a_classifier_on_a_file_as_its_predictions_say(places, tmp_path):
+    texts = ["word " * n for n in range(1, 13)]
+    predicted = [row["label"] for row in pretrain.predict(places["single"], texts)]
+    rows = [
+        {"body": t, "truth": p if n % 3 else "maybe"} for n, (t, p) in enumerate(zip(texts, predicted, strict=True))
+    ]
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    right = sum(row["truth"] == p for row, p in zip(rows, predicted, strict=True))
+    metrics = evaluate(places["single"], "--data", path, "--text", "body", "--label", "truth")
+    assert metrics["accuracy"] == pytest.approx(right / 12) and {"macro_f1", "label_loss"} <= metrics.keys()
+
+
+def test_evaluate_fits_the_head_taggers_regressors_answers_and_language_models(places, answering, prepared, tmp_path):
+    tags = write_rows(
+        tmp_path / "t.jsonl", [{"text": "Ann in Rome", "ner": ["O", "O", "B-LOC"]}, {"text": "a b", "ner": ["O", "O"]}]
+    )
+    assert "f1" in evaluate(places["tags"], "--data", tags, "--label", "ner")
+    numbers = tmp_path / "n.csv"
+    numbers.write_text("text,stars\na b,1\nc d e,2\nf,4\n")
+    assert evaluate(places["number"], "--data", numbers, "--label", "stars")["mse"] > 0
+    answers = write_rows(tmp_path / "a.jsonl", [{"text": "count 3", "reply": "so 4"}])
+    assert "exact_match" in evaluate(answering, "--data", answers)  # the column is the one that it was trained with
+    bodies = write_rows(tmp_path / "b.jsonl", [{"body": "def main():\n    return 1\n" * 4}])
+    place = newest_checkpoint(answering).parents[2] / "init"
+    assert evaluate(place, "--data", bodies, "--text", "body")["bits_per_byte"] > 0
+    with pytest.raises(PretrainError, match=r"label 'x': a LlamaForCausalLM predicts none"):
+        evaluate(place, "--data", bodies, "--text", "body", "--label", "x")
+    with pytest.raises(PretrainError, match="several labels: no evaluation fits it"):
+        evaluate(places["several"], "--data", bodies, "--text", "body")
+
+
+def test_a_prompts_own_columns_are_read_and_one_that_is_missing_is_told(answering, tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [{"txt": "count 3"}])
+    with pytest.raises(
+        PretrainError, match=r"in\.jsonl:1 \(row 1\): no column 'text' .*accepted: --text with one of txt"
+    ):
+        predict(answering, path)
+
+
+def test_a_masked_model_is_told_what_to_ask_for(places, tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [{"text": "a b c"}])
+    with pytest.raises(PretrainError, match=r"BertForMaskedLM: no evaluation is chosen .*accepted: --evaluation"):
+        evaluate(places["masked"], "--data", path)
+
+
+def test_without_an_output_rows_go_to_the_screen_as_json(places):
+    out = io.StringIO(predict(places["single"], "-", input="one\ntwo\n"))
+    assert [set(json.loads(line)) for line in out] == [{"text", "label", "score"}] * 2
