@@ -14,10 +14,11 @@ from typer.testing import CliRunner
 
 from pretrain import recipe as recipes
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.machine import efficiency
 from pretrain.dial import law as laws
-from pretrain.dial.choose import Task, choose
+from pretrain.dial.choose import LONGEST, Task, choose, optimizer_for
 from pretrain.dial.law import Law, Rung, fit, unique_worth
-from pretrain.dial.shapes import Shape, depth_of, fields, shape_of, widths
+from pretrain.dial.shapes import CAUSAL, Shape, depth_of, fields, shape_of, widths
 from pretrain.stages._size import LAW
 
 TRUE = Law(0.8, 60.0, 0.4, 60.0, 0.42, 0.5, {512: 2.1, 2048: 2.9, 8192: 3.6}, 1e12)
@@ -107,6 +108,12 @@ def test_no_other_size_is_expected_to_be_better() -> None:
         assert other.prediction is not None and other.prediction.bits >= best.prediction.bits
 
 
+def test_no_vocabulary_is_chosen_far_beyond_those_that_the_law_has_seen() -> None:
+    seen = replace(TRUE, gamma=-0.7, bytes_per_token={512: 2.1, 1024: 2.5})  # by which the larger is ever the better
+    assert choose(Task(seen, flops=1e13)).shape.vocabulary == 2048
+    assert choose(Task(seen, flops=1e13, vocabulary=8192)).shape.width > 32  # but the user's own is as good as any
+
+
 def test_a_small_corpus_asks_for_a_smaller_model_and_vocabulary() -> None:
     endless, small = choose(Task(TRUE, flops=1e13)), choose(Task(TRUE, flops=1e13, unique=2e5))
     assert small.shape.vocabulary * 100 <= 2e5
@@ -119,6 +126,19 @@ def test_a_budget_of_tokens_gets_the_size_that_they_suit() -> None:
     by_tokens = choose(Task(TRUE, tokens=by_compute.tokens))
     assert by_tokens.tokens == pytest.approx(by_compute.tokens)
     assert by_tokens.shape.width == pytest.approx(by_compute.shape.width, rel=0.51)
+
+
+def test_a_budget_of_seconds_counts_what_a_step_takes_beside_its_products() -> None:
+    slow, quick = (Task(TRUE, seconds=180, rate=1e11, width=width, vocabulary=2048) for width in (32, 256))
+    for task in (slow, quick):
+        assert choose(task).seconds == pytest.approx(180, rel=0.01)
+    lost = [choose(task).flops / (180 * 1e11 * efficiency(task.width or 0)) for task in (slow, quick)]
+    assert lost[0] < 0.75 and lost[1] > 0.95
+    free = choose(Task(TRUE, seconds=180, rate=1e11))
+    assert free.prediction is not None
+    for width in (32, 64, 128):
+        other = choose(Task(TRUE, seconds=180, rate=1e11, width=width)).prediction
+        assert other is not None and other.bits >= free.prediction.bits
 
 
 def test_far_beyond_its_rungs_a_law_is_not_asked() -> None:
@@ -157,6 +177,56 @@ def test_auto_says_every_number_and_keeps_what_the_user_has_written(written: Pat
     fixed = recipes.load(written, ["model.model.hidden_size=96", "tokenizer.vocab_size=300"], tmp_path)
     assert fixed.raw["stages"][2]["model"]["hidden_size"] == 96
     assert fixed.sizes[0].choice.shape.vocabulary == 300
+
+
+def test_the_second_moment_remembers_as_many_tokens_whatever_the_batch() -> None:
+    choice = replace(choose(Task(TRUE, flops=1e12)), length=1000)
+    decays = {rows: optimizer_for("muon", replace(choice, batch_rows=rows))["beta2"] for rows in (1, 100, 1000)}
+    assert decays[1] == LONGEST  # no longer than a short run is
+    assert 100 * math.log(decays[1000]) / math.log(decays[100]) == pytest.approx(1000, rel=0.01)
+    assert decays[1000] == pytest.approx(0.5**0.1, abs=1e-3)  # a tenth of the half-life
+    assert optimizer_for("lion", choice) == {}
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_a_step_moves_what_a_matrix_answers_as_much_at_any_width(width: int) -> None:
+    import torch
+
+    from pretrain.core.models.parameters import described
+    from pretrain.optim.optimizers.muon import Muon
+
+    choice = choose(Task(TRUE, flops=1e12))
+    choice = replace(choice, shape=shape_of(width, choice.shape.vocabulary))
+    torch.manual_seed(0)
+    matrix = torch.nn.Linear(width, width, bias=False)
+    before_EE, x_BE = matrix.weight.detach().clone(), torch.randn(100, width)
+    matrix.weight.grad = torch.randn(width, width)
+    Muon(**optimizer_for("muon", choice)).build(described(torch.nn.ModuleDict({"block": matrix}))).step()
+    moved = (x_BE @ (matrix.weight.detach() - before_EE).T).square().mean().sqrt()
+    # 0.2 √width times an orthogonal matrix, at a rate that falls by 1 / √width: 0.2 √64 times the rate at 64
+    expected = 0.2 * 8 * optimizer_for("muon", replace(choice, shape=shape_of(64, 512)))["lr"]
+    assert float(moved) == pytest.approx(expected, rel=0.2)
+
+
+def test_a_sized_model_is_plain_and_its_blocks_begin_as_nothing(written: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import pretrain
+    from pretrain.core.models.families import new_model
+    from pretrain.surgery.architecture.zero_init import ZeroInit
+
+    checked = recipes.load(written, [], tmp_path)
+    assert checked.raw["stages"][2]["surgeries"] == [{"method": "zero_init"}]
+    assert recipes.load(written, ["model.surgeries=[]"], tmp_path).raw["stages"][2]["surgeries"] == []
+    for family in CAUSAL:
+        shape = shape_of(32, 64, gated=family != "gpt2")
+        new = ZeroInit()(new_model(family, {"vocab_size": 64, **fields(shape, family, 32)}, task="causal"))
+        assert not any(p.any() for n, p in new.named_parameters() if n.endswith(("o_proj.weight", "c_proj.weight")))
+    pretrain.run(str(written), overrides=["model.length=32", "model.budget={steps: 2}"], output=tmp_path / "run")
+    folder = tmp_path / "run" / "model" / "checkpoint"
+    plain, told = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    assert type(plain).__name__ == "LlamaForCausalLM"
 
 
 def test_what_auto_has_written_out_is_a_recipe_of_the_same_stages(written: Path, tmp_path: Path) -> None:

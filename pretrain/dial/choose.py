@@ -21,11 +21,14 @@ TRUSTED = 100  # beyond so many times the largest rung a law tells too little: 2
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
 YARDSTICK = 1e13  # FLOPs that the constants below are given at
 BATCH_TOKENS, BATCH_POWER = 1024, 0.3271  # a step's tokens (at 2e12 FLOPs 1,024 and 2,048 were level), and their growth
+# Seconds of a step beside its large products (Python, an optimiser's many small ones): on a core steps of 0.22 GFLOP at
+# width 32 took 14 ms, of 1.0 GFLOP at 48 27 ms, of 10 GFLOP at 128 125 ms, where products alone ran at 105 GFLOP/s.
+STEP = 8e-3
 NARROW = 64  # the width that rates are given at
-# Peak rates by optimiser, and how they fall with the width: for Muon from few runs at widths 64 to 192, for AdamW taken
-# over from it.
-RATES = {"adamw": (6e-3, -0.5), "muon": (2e-2, -0.5)}
-RATE_POWER = -0.125
+# Peak rates by optimiser: of Muon for matrices and, twice as high, for embeddings and head.
+RATES = {"adamw": {"lr": 6e-3}, "muon": {"lr": 1e-2, "adamw_lr": 2e-2}}
+HALF_LIFE, LONGEST = 1e7, 0.999  # tokens; and at the most so slow, since short runs have a thousand steps
+RATE_POWER, WIDTH_POWER = -0.125, -0.5  # the latter for Muon from few runs at widths 64 to 192; AdamW's taken over
 
 
 @dataclass(frozen=True)
@@ -74,13 +77,16 @@ def choose(task: Task) -> Choice:
     return replace(best, prediction=task.law.predict(best.shape.body, best.shape.vocabulary, worth))
 
 
-def rate_for(optimizer: str, choice: Choice) -> float | None:
-    """The peak rate of an optimiser for a choice, to two digits; None where none was measured."""
-    if optimizer not in RATES:
-        return None
-    rate, power = RATES[optimizer]
-    width = (choice.shape.width / NARROW) ** power
-    return float(f"{rate * width * (choice.flops / YARDSTICK) ** RATE_POWER:.1e}")
+def optimizer_for(method: str, choice: Choice) -> dict[str, float]:
+    """What an optimiser is given for a choice: its peak rates, to two digits; nothing where none was measured.
+
+    And the decay of the second moment, which has the same half-life in tokens for any batch (arXiv:2507.07101).
+    """
+    if method not in RATES:
+        return {}
+    scale = (choice.shape.width / NARROW) ** WIDTH_POWER * (choice.flops / YARDSTICK) ** RATE_POWER
+    beta2 = min(LONGEST, 0.5 ** (choice.batch_rows * choice.length / HALF_LIFE))
+    return {name: float(f"{rate * scale:.1e}") for name, rate in RATES[method].items()} | {"beta2": round(beta2, 4)}
 
 
 def _candidates(task: Task) -> Iterable[Shape]:
@@ -111,6 +117,8 @@ def _for_tokens(task: Task, shapes: list[Shape]) -> Choice:
 def _value(task: Task, choice: Choice) -> float:
     """Lower is better."""
     if _told(task, choice.flops):
+        if not task.vocabulary and choice.shape.vocabulary > 2 * max(task.law.bytes_per_token):
+            return math.inf  # further from the vocabularies that the law has seen than its power holds
         return task.law.bits(choice.shape.body, choice.shape.vocabulary, unique_worth(choice.bytes, task.unique))
     usual = min(2.0**17, max(256.0, 2.0 ** round(math.log2(5 * choice.shape.body**0.5))))  # 32,000 at 40M weights
     return abs(math.log(choice.tokens_per_weight / TOKENS_A_WEIGHT)) + abs(math.log2(choice.shape.vocabulary / usual))
@@ -120,9 +128,17 @@ def _priced(task: Task, shape: Shape, flops: float) -> Choice:
     length = _length(task, flops)
     tokens = flops / shape.flops(length)
     bytes_ = tokens * task.law.bytes_of_token(shape.vocabulary)
-    seconds = flops / (task.rate * efficiency(shape.width)) if task.rate else None
-    rows = max(1, round(BATCH_TOKENS * (flops / YARDSTICK) ** BATCH_POWER / length))
-    return Choice(shape, length, rows, tokens, bytes_, flops, seconds)
+    seconds = flops * _seconds(task.rate, shape, length, flops) if task.rate else None
+    return Choice(shape, length, _rows(length, flops), tokens, bytes_, flops, seconds)
+
+
+def _rows(length: int, flops: float) -> int:
+    return max(1, round(BATCH_TOKENS * (flops / YARDSTICK) ** BATCH_POWER / length))
+
+
+def _seconds(rate: float, shape: Shape, length: int, flops: float) -> float:
+    """Of a FLOP, in a training of so many: narrow models with few rows a step are slowed by what every step takes."""
+    return 1 / (rate * efficiency(shape.width)) + STEP / (_rows(length, flops) * length * shape.flops(length))
 
 
 def _told(task: Task, flops: float) -> bool:
@@ -132,7 +148,10 @@ def _told(task: Task, flops: float) -> bool:
 
 def _flops_of_seconds(task: Task, shape: Shape) -> float:
     assert task.seconds is not None and task.rate is not None
-    return task.seconds * task.rate * efficiency(shape.width)
+    flops = task.seconds * task.rate * efficiency(shape.width)
+    for _ in range(5):  # how many rows a step has follows from the FLOPs
+        flops = task.seconds / _seconds(task.rate, shape, _length(task, flops), flops)
+    return flops
 
 
 def _length(task: Task, flops: float) -> int:

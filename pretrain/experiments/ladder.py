@@ -1,9 +1,9 @@
 """`pretrain ladder`: small runs of a recipe, and the law of loss that they follow.
 
 Around the size that the dial would take for a 64th, a 24th and an eighth of the budget stand models half as wide to
-half as wide again, and at the two smaller budgets ones with half and twice the vocabulary where that is the dial's to
-choose. All run as the recipe's own first stages, so what they share is made once, and a ladder that was interrupted
-goes on. Together they cost about two thirds of the budget.
+half as wide again (twice as wide where the dial has nothing narrower), and at the two smaller budgets ones with half
+and twice the vocabulary where that is the dial's to choose. All run as the recipe's own first stages, so what they
+share is made once, and a ladder that was interrupted goes on. Together they cost about two thirds of the budget.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pretrain.core.errors import PretrainError
 from pretrain.dial.choose import VOCABULARIES, Choice, choose
 from pretrain.dial.law import Law, Rung, fit
-from pretrain.dial.shapes import FIELDS
+from pretrain.dial.shapes import FIELDS, SMALLEST
 from pretrain.recipe import Raw, Recipe, check
 from pretrain.stages._size import Settled
 
@@ -41,7 +41,8 @@ def steps(settled: Settled) -> Iterator[Step]:
         flops = target * share
         task_there = replace(task, flops=flops, tokens=None, seconds=None)
         middle = choose(replace(task_there, vocabulary=settled.choice.shape.vocabulary)).shape
-        widths = sorted({max(32, round(middle.width * factor / 16) * 16) for factor in WIDTHS})
+        widths = sorted({max(SMALLEST, round(middle.width * factor / 16) * 16) for factor in WIDTHS})
+        widths += [2 * middle.width] if len(widths) < len(WIDTHS) else []
         yield from (Step(width, middle.vocabulary, flops) for width in widths)
         if task.vocabulary is None and share < max(SHARES):
             others = {max(VOCABULARIES[0], middle.vocabulary // 2), middle.vocabulary * 2}

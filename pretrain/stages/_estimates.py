@@ -120,15 +120,20 @@ def corpus_estimate(total: float, documents: float, validation: float, test: flo
     return Estimate(None if works else 0.0, FLOOR + 10 * total, 1 + total / 1.5e6, 0.25 * total, 1.0, left)
 
 
-def reading(given: Given, split: str, most: float, passes: float, compressors: bool) -> Estimate:
-    """Of evaluating a model on at most so many documents of a split."""
+def reading(
+    given: Given, split: str, most: float, passes: float, compressors: bool, longest: float | None = None
+) -> Estimate:
+    """Of evaluating a model on at most so many documents of a split, of each at most so many characters."""
     corpus, model = given.get("corpus", Left()), given.get("checkpoint", Left())
     shape = shape_from(model.config)
     size = corpus.bytes.get(split)
     if shape is None or size is None or not model.vocabulary:
         return Estimate()
     shape = shape.with_blocks(model.blocks)
-    share = min(1.0, most / (corpus.documents.get(split) or size / DOCUMENT))
+    documents = corpus.documents.get(split) or size / DOCUMENT
+    share = min(1.0, most / documents)
+    if longest is not None:
+        size = min(size, documents * longest)
     length, tokens = model.length or 512, share * size / bytes_of_token(model.vocabulary)
     flops, seconds = forward(shape, tokens * passes, length, 1 / passes)
     squeezed = 2e-6 * share * size if compressors else 0.0

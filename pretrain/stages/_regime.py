@@ -81,11 +81,14 @@ def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, na
     assert tokenizer is not None, "a likelihood of text without a tokenizer"
     judged, read = (Corpus(corpus_in(output, reference)) for reference in (stage.corpus, training.corpus))
     key = tokens_key(read, tokenizer)
-    mark = digest([key, judged.info["fingerprint"], stage.split, stage.max_documents, name, seen])[:16]
+    cut = [] if stage.max_characters is None else [stage.max_characters]
+    mark = digest([key, judged.info["fingerprint"], stage.split, stage.max_documents, *cut, name, seen])[:16]
     path = store / ".bigrams" / f"{mark}.json"
     if not path.exists():
         shards = tokenise(read, tokenizer, store / ".tokens" / key, splits=["train"])["train"]
-        documents = documents_of(judged, stage.split, stage.max_documents, stage.evaluations, tokenizer)
+        documents = documents_of(
+            judged, stage.split, stage.max_documents, stage.evaluations, tokenizer, stage.max_characters
+        )
         line = _shares(bigram_line(shards, tokenizer, documents, seen=seen).documents, name)
         write_json(path, {"bigram": float(line.mean())})
     return float(read_json(path)["bigram"])

@@ -12,20 +12,21 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.quick.machine import cores, likely_device, remembered_rate
 from pretrain.core.quick.outline import torch_imported
+from pretrain.core.quick.quantities import bare
 from pretrain.dial import shapes
-from pretrain.dial.choose import BATCH_TOKENS, RATES, Choice, Task, choose, rate_for
+from pretrain.dial.choose import BATCH_TOKENS, RATES, Choice, Task, choose, optimizer_for
 from pretrain.dial.law import Law, load
 from pretrain.stages._estimates import left_in
 from pretrain.training.budget import Budget
 
-Raw = dict[str, Any]  # a recipe as it is read
+Raw = dict[str, object]  # a recipe as it is read, or a stage of it
 LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's standard library, for corpora without a law
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
+SURGERIES = [{"method": "zero_init"}]
 CORE = 5e10  # FLOP/s of a core, as long as none is measured
 PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
 
@@ -38,6 +39,7 @@ class Settled:
     task: Task
     choice: Choice
     lr: float | None
+    optimizer: object
 
     def lines(self) -> list[str]:
         """What was chosen and why, in sentences."""
@@ -79,25 +81,26 @@ class Settled:
 def settle(raw: Raw, output: Path | None = None) -> tuple[Raw, list[Settled]]:
     """The recipe with every `size: auto` worked in, and what was chosen; errors have a `place` in the recipe."""
     given = raw.get("stages")
-    stages = [entry for entry in given if isinstance(entry, dict)] if isinstance(given, list) else []
+    whole = isinstance(given, list) and all(isinstance(entry, dict) for entry in given)
+    stages: list[Raw] = copy.deepcopy(given) if isinstance(given, list) and whole else []
     wanted = [n for n, entry in enumerate(stages) if entry.get("stage") == "train" and entry.get("size") is not None]
-    if not wanted or len(stages) != len(given or []):
+    if not wanted:
         return raw, []
-    raw = copy.deepcopy(raw)
+    raw = copy.deepcopy(raw) | {"stages": stages}
     settled = []
     for number in wanted:
         try:
-            settled.append(_settle_stage(raw["stages"], number, output))
+            settled.append(_settle_stage(stages, number, output))
         except PretrainError as error:
             raise PretrainError(str(error), place=("stages", number, *(error.place or ("size",)))) from error
     return raw, settled
 
 
-def _settle_stage(stages: list[dict[str, Any]], number: int, output: Path | None) -> Settled:
+def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settled:
     entry = stages[number]
     model, name = entry.get("model"), str(entry.get("name", "train"))
     family = model.get("family") if isinstance(model, dict) else None
-    if not isinstance(model, dict) or family not in shapes.CAUSAL:
+    if not isinstance(model, dict) or not isinstance(family, str) or family not in shapes.CAUSAL:
         accepted, hint = ", ".join(shapes.CAUSAL), nearest(str(family), shapes.CAUSAL)
         raise PretrainError(
             f"size: auto chooses for new decoders{hint}; accepted: model: {{family: one of {accepted}}}"
@@ -105,50 +108,54 @@ def _settle_stage(stages: list[dict[str, Any]], number: int, output: Path | None
     made = [e for e in stages[:number] if e.get("stage") == "tokenizer"]
     named = [e for e in made if e.get("name", "tokenizer") == entry.get("tokenizer")]
     tokenizer = next(iter(named or [e for e in made if e.get("vocab_size") == "auto"]), None)
-    task = _task(entry, model, tokenizer, stages[:number], output)
+    task = _task(entry, family, model, tokenizer, stages[:number], output)
     choice = choose(task)
-    method, lr = _optimizer(entry, choice)
-    sizes = shapes.fields(choice.shape, str(family), max(choice.length, 1024))
+    choice = replace(choice, batch_rows=_size(entry, "batch_rows") or choice.batch_rows)
+    method = _optimizer(entry, choice)
+    lr = method.get("lr") if isinstance(method, dict) else None
+    sizes = shapes.fields(choice.shape, family, max(choice.length, 1024))
     entry["model"] = {"family": family} | sizes | model
     entry.setdefault("length", choice.length)
     entry.setdefault("batch_rows", choice.batch_rows)
     entry["optimizer"] = method
-    entry.setdefault("schedule", dict(SCHEDULE))
+    given = entry.get("schedule", {})
+    entry["schedule"] = SCHEDULE | given if isinstance(given, dict) and "method" not in given else given
+    entry.setdefault("surgeries", copy.deepcopy(SURGERIES))
     if tokenizer is not None and tokenizer.get("vocab_size") == "auto":
         tokenizer["vocab_size"] = choice.shape.vocabulary
-    choice = replace(choice, batch_rows=entry["batch_rows"])
-    return Settled(name, task, choice, lr)
+    return Settled(name, task, choice, lr, method)
 
 
-def _task(
-    entry: dict[str, Any],
-    model: dict[str, Any],
-    tokenizer: dict[str, Any] | None,
-    before: list[dict[str, Any]],
-    output: Path | None,
-) -> Task:
+def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: list[Raw], output: Path | None) -> Task:
     """What the dial is given by a training and the stages before it."""
     size = entry["size"]
     where = size.get("law") if isinstance(size, dict) and set(size) == {"law"} else None
     if size != "auto" and not isinstance(where, str):
         raise PretrainError(f"size {size!r}: accepted: auto, or {{law: FILE}} with what `pretrain ladder` wrote")
     budget = _budget(entry.get("budget"))
-    names = shapes.FIELDS[model["family"]]
-    fixed = {what: model.get(names[what]) for what in ("width", "depth")}
-    for what, value in fixed.items():
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise PretrainError(f"model.{names[what]} {value!r}: accepted: a whole number", place=("model",))
+    names = shapes.FIELDS[family]
     vocabulary = model.get("vocab_size", (tokenizer or {}).get("vocab_size", 8192))
     law, unique = load(Path(where)) if where else load(LAW), _unique(entry, before)
     return Task(
         law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds, rate=_rate(output),
         unique=unique,
-        width=fixed["width"], depth=fixed["depth"],
+        width=_size(model, names["width"], "model"), depth=_size(model, names["depth"], "model"),
         vocabulary=None if vocabulary == "auto" and tokenizer is not None else _entries(entry, tokenizer, vocabulary),
-        length=entry.get("length"),
-        gated=model["family"] in shapes.GATED,
+        length=_size(entry, "length"),
+        gated=family in shapes.GATED,
         tied=bool(model.get("tie_word_embeddings", True)),
     )  # fmt: skip
+
+
+def _size(given: Raw, field: str, within: str | None = None) -> int | None:
+    """A size that the recipe says itself; None where it says none."""
+    value = bare(given.get(field))
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        name = f"{within}.{field}" if within else field
+        raise PretrainError(f"{name} {value!r}: accepted: a whole number", place=(within or field,))
+    return value
 
 
 def _budget(value: object) -> Budget:
@@ -166,7 +173,7 @@ def _budget(value: object) -> Budget:
     return budget
 
 
-def _tokens(budget: Budget, entry: Mapping[str, Any], unique: float | None, law: Law) -> float | None:
+def _tokens(budget: Budget, entry: Mapping[str, object], unique: float | None, law: Law) -> float | None:
     """A budget of tokens, or of steps or passes in tokens: about, where rows and vocabulary are still to be chosen."""
     if budget.unit == "steps":
         rows, length = entry.get("batch_rows"), entry.get("length")
@@ -178,7 +185,7 @@ def _tokens(budget: Budget, entry: Mapping[str, Any], unique: float | None, law:
     return budget.tokens
 
 
-def _entries(entry: dict[str, Any], tokenizer: dict[str, Any] | None, vocabulary: object) -> int:
+def _entries(entry: Raw, tokenizer: Raw | None, vocabulary: object) -> int:
     """The vocabulary that is there already: as the recipe says it, or as a tokenizer's folder has it."""
     there = left_in(Path(str(entry.get("tokenizer")))).vocabulary if tokenizer is None else None
     if there is not None:
@@ -188,7 +195,7 @@ def _entries(entry: dict[str, Any], tokenizer: dict[str, Any] | None, vocabulary
     return vocabulary
 
 
-def _unique(entry: dict[str, Any], before: list[dict[str, Any]]) -> float | None:
+def _unique(entry: Raw, before: list[Raw]) -> float | None:
     """Bytes of training text, as the sources' sizes tell; None where they do not."""
     from pretrain.stages.data import Data, build_source
 
@@ -196,10 +203,12 @@ def _unique(entry: dict[str, Any], before: list[dict[str, Any]]) -> float | None
     if corpus is None or corpus.get("stage") != "data":
         return left_in(Path(str(entry.get("corpus")))).bytes.get("train")
     try:
-        sizes = [build_source(copy.deepcopy(source)).size() for source in corpus.get("sources", [])]
+        sources = corpus.get("sources")
+        sizes = [build_source(copy.deepcopy(each)).size() for each in (sources if isinstance(sources, list) else [])]
+        shares = [corpus.get(split, Data.model_fields[split].default) for split in ("validation", "test")]
+        held_out = math.fsum(float(str(share)) for share in shares)
     except (ValueError, TypeError):  # told when the stage itself is checked
         return None
-    held_out = sum(float(corpus.get(split, Data.model_fields[split].default)) for split in ("validation", "test"))
     known = [size.bytes for size in sizes if size is not None]
     return math.fsum(known) * (1 - held_out) if sizes and len(known) == len(sizes) else None
 
@@ -222,16 +231,15 @@ def _rate(output: Path | None) -> float:
     return rate or cores() * CORE
 
 
-def _optimizer(entry: Mapping[str, Any], choice: Choice) -> tuple[object, float | None]:
-    """The optimiser with its rate; one whose rate the dial does not know keeps its own."""
+def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
+    """The optimiser with its rates; one whose rates the dial does not know keeps its own."""
     given = entry.get("optimizer", OPTIMIZER)
     method = {"method": given} if isinstance(given, str) else given
     if isinstance(method, dict) and "method" not in method:  # a field of the default one
         given = method = {"method": OPTIMIZER} | method
     if not isinstance(method, dict) or "lr" in method or method.get("method") not in RATES:
-        return given, method.get("lr") if isinstance(method, dict) else None
-    lr = rate_for(method["method"], choice)
-    return method | {"lr": lr}, lr
+        return given
+    return optimizer_for(method["method"], choice) | method
 
 
 def write(settled: list[Settled], output: Path) -> None:

@@ -33,7 +33,7 @@ class ExitHeads(Surgery):
     the decoding method `softmax_cascade` uses the maps. `metrics`: each exit's loss on the rows, before and after.
     """
 
-    exits: tuple[int, ...] | None = None
+    exits: tuple[Count, ...] | None = None
     epochs: Count = 4
     lr: Positive = 1e-3
 

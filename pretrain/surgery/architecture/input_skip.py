@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pretrain.core.bounds import AnyNumber
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import embeddings
@@ -46,7 +47,7 @@ class InputSkip(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
-    start: float = 0.1
+    start: AnyNumber = 0.1
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with other inputs of its blocks, changed in place."""

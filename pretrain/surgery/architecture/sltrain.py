@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.bounds import Gt, ProperShare
+from pretrain.core.bounds import Gt, Positive, ProperShare
 from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import embeddings, linears, set_module
@@ -151,7 +151,7 @@ class SLTrain(Surgery):
 
     rank: Annotated[int | float, Gt(0)] = 0.25
     delta: ProperShare = 0.03
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     merge: bool = False
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Positive, Share
+from pretrain.core.bounds import Positive, Share, Whole
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, embeddings, set_module
@@ -49,7 +49,7 @@ class ValueEmbeddings(Surgery):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     keeps_vocabulary: ClassVar[bool] = True
 
-    layers: tuple[int, ...] = ()
+    layers: tuple[Whole, ...] = ()
     mix: Share = 0.5
     std: Positive = 1.0
 
