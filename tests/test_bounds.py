@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from dataclasses import MISSING, dataclass, fields
-from typing import Annotated, Any, Literal, get_args, get_origin
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from pydantic import ValidationError
 
 from pretrain.core.bounds import (
     Count,
+    Free,
     Ge,
     Gt,
     Le,
@@ -44,6 +48,7 @@ from pretrain.stages.data import build_source
         (Literal["mean", "sum"], ["mean"], ["max", 3, None], "mean, sum"),
         (Count | None, [None, 2], [0, "a"], "1 or more, or null"),
         (tuple[Share, ...], [(), (0, 1), [0.5]], [(2,), 0.5], "a list, each from 0 to 1"),
+        (dict[str, Share], [{}, {"a": 0.5}], [{"a": 2}, {"a": "x"}, 0.5], "a mapping, each value from 0 to 1"),
         (tuple[Count, Share], [(1, 0.5)], [(1,), (0, 0.5), (1, 2)], "a list, each 1 or more"),
     ],
 )
@@ -86,6 +91,8 @@ def outside(hint: Any) -> Any:
                     return getattr(mark, name) + step
     for part in get_args(hint):
         if part is not ... and (value := outside(part)) is not ...:
+            if get_origin(hint) is dict:
+                return {"a" if get_args(hint)[0] is str else 1: value}
             return (value,) if get_origin(hint) is tuple else value
     return ...
 
@@ -97,6 +104,50 @@ def given_for(field: str, hint: Any) -> Any:
     values = {dict: {"a": "x", "b": "y"} if words else {"a": 1.0, "b": 2.0}, tuple: ("x", "y"), int: 2, float: 0.5}
     return values.get(get_origin(kind) or kind, "causal_lm" if "objective" in field else "x")
 
+
+def neither_bounded_nor_free(hint: Any) -> bool:
+    """Whether a type holds a number of which nothing is said; the keys of a mapping are names."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        declared = any(isinstance(mark, (Free, Ge, Gt, Le, Lt)) for mark in parts[1:])
+        return not declared and neither_bounded_nor_free(parts[0])
+    return hint in (int, float) or any(map(neither_bounded_nor_free, parts[1:] if origin is dict else parts))
+
+
+def test_each_number_of_each_method_stage_and_source_has_bounds_or_is_free_on_purpose():
+    classes: dict[str, type] = {name: method_class(name) for name in methods()}
+    classes |= dict(stage_classes()) | {f"source {word}": cls for word, cls in SOURCES.items()}
+    found = [
+        f"{name}.{field}: {hint}"
+        for name, cls in classes.items()
+        for field, hint in hints(cls).items()
+        if get_origin(hint) is not ClassVar and neither_bounded_nor_free(hint)
+    ]
+    assert not found, "bounds of core/bounds.py, or AnyNumber, AnyInteger where each value has its meaning"
+
+
+@pytest.mark.parametrize(
+    ("name", "values", "words"),
+    [
+        ("masked_lm", {"masked": 0.9, "random": 0.9}, "masked 0.9, random 0.9: accepted: shares that come to 1"),
+        ("drbert", {"random": 0.3}, "masked 0.8, random 0.3: accepted: shares that come to 1"),
+        ("mask_later", {"masked": 0.95}, "masked 0.95, random 0.1: accepted: shares that come to 1"),
+        ("held_out", {"length": 8, "stride": 9}, "stride 9, length 8: accepted: stride at most length"),
+        ("calibration", {"length": 8, "stride": 9}, "stride 9, length 8: accepted: stride at most length"),
+    ],
+)
+def test_fields_that_do_not_go_together_are_refused_when_the_method_is_made(name, values, words):
+    with pytest.raises(PretrainError, match=f"{name}: {words}"):
+        method_class(name)(**values)
+
+
+def test_shares_whose_sum_is_rounded_to_a_little_more_than_all_are_accepted():
+    for masked in (0.1, 0.3, 0.6, 0.7, 0.8, 0.9):
+        method_class("masked_lm")(masked=masked, random=1 - masked)
+        method_class("masked_lm")(masked=masked, random=round(1 - masked, 1))
+
+
+RESULTS = Path(__file__).parent.parent / "claims" / "results"
 
 CASES = [
     (name, item.name)
@@ -152,5 +203,38 @@ def test_each_bounded_field_of_each_source_is_refused_beyond_its_bounds(word, fi
     hint = hints(SOURCES[word])[field]
     kind = hints(SOURCES[word])[word]
     given = {word: {tuple: ["x"], bool: True}.get(get_origin(kind) or kind, "x"), field: outside(hint)}
-    with pytest.raises(ValueError, match=rf"{field}: .*accepted: "):
+    with pytest.raises(ValueError, match=rf"{field}(\.0)?: .*accepted: "):
         build_source(given)
+
+
+def recorded_methods(value: Any) -> Iterator[dict[str, Any]]:
+    """The methods that a recorded claim names, with their fields, at any depth."""
+    if isinstance(value, dict):
+        if isinstance(value.get("method"), str):
+            yield value
+        value = list(value.values())
+    if isinstance(value, list):
+        for item in value:
+            yield from recorded_methods(item)
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*.json")), ids=lambda path: path.stem)
+def test_no_bound_is_narrower_than_what_recorded_results_were_made_with(path):
+    claim = json.loads(path.read_text(encoding="utf-8"))["claim"]
+    for method in recorded_methods(claim):
+        check_within(method)
+    tune = claim["tune"] or {"field": ""}
+    field = tune["field"].rpartition(".")[2]
+    for side in ("baseline", "method"):
+        optimizer = (claim[side]["set"].get("model.optimizer") or {}).get("method", "adamw")
+        if hint := hints(method_class(optimizer)).get(field):
+            assert all(fits(value, hint) for value in tune[side]), (side, field)
+
+
+def check_within(method: dict[str, Any]) -> None:
+    """Refuse the fields of a method that lie outside its bounds; those that a method no longer has are passed over."""
+    known = hints(method_class(method["method"]))
+    for field, value in method.items():
+        if field != "method" and field in known:
+            held = tuple(value) if isinstance(value, list) else value
+            assert fits(held, known[field]), (method["method"], field, value)

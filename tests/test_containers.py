@@ -348,3 +348,24 @@ def test_what_cannot_be_reached_is_one_line(where, message, bucket, monkeypatch)
         with pytest.raises(PretrainError, match=message) as caught:
             ask()
         assert "\n" not in str(caught.value)
+
+
+def test_a_column_of_conversations_gives_each_answer_with_what_comes_before_it(tmp_path):
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello."}, {"from": "human", "value": "Bye"},
+             {"from": "gpt", "value": "Until then."}]  # fmt: skip
+    rows = [{"chat": turns, "n": 1}, {"chat": [{"role": "user", "content": "alone"}], "n": 2}]
+    (tmp_path / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    skipped = Skipped()
+    documents = list(read(Files(str(tmp_path / "chats.jsonl"), text="chat"), skipped))
+    assert skipped.reasons == {"conversations without an answer": 1}
+    assert [(d["text"], d["target"]) for d in documents] == [
+        ("user: Hi", "Hello."), ("user: Hi\n\nassistant: Hello.\n\nuser: Bye", "Until then."),
+    ]  # fmt: skip
+    assert documents[0]["group"] == documents[1]["group"] and documents[0]["id"] != documents[1]["id"]
+    assert documents[0]["domain"] == "chats"
+
+
+def test_a_list_that_is_no_conversation_is_still_no_text(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"chat": [{"role": "user"}]}\n')
+    with pytest.raises(PretrainError, match="column 'chat' is list, not text"):
+        list(read(Files(str(tmp_path / "a.jsonl"), text="chat")))

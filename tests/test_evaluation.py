@@ -227,6 +227,21 @@ def test_the_stage_gives_evaluations_the_columns_that_they_ask_for(tiny, prepare
         wrong.run(Job(tmp_path, inputs))
 
 
+def test_beginnings_of_documents_are_judged_by_model_and_compressors_alike(tiny, prepared, tmp_path):
+    checkpoint.save(tiny("llama", vocab_size=512), load_tokenizer(prepared / "tokenizer"), tmp_path / "c")
+    whole = Corpus(prepared / "corpus").sample("test", 5)
+    cut = [document | {"text": document["text"][:40]} for document in whole]
+    assert cut != whole
+    stage = Evaluate(checkpoint="c", corpus="d", max_documents=5, max_characters=40)
+    stage.run(Job(tmp_path, {"checkpoint": tmp_path / "c", "corpus": prepared / "corpus"}))
+    rows = json.loads((tmp_path / "documents.json").read_text())["held_out"]
+    assert [row["digest"] for row in rows] == [digest(document["text"])[:16] for document in cut]
+    found = json.loads((tmp_path / "evaluation.json").read_text())
+    assert found["compressors"] == compressed_bits(cut)
+    assert "max_characters" not in Evaluate(checkpoint="c", corpus="d").config()
+    assert stage.config()["max_characters"] == 40
+
+
 def test_a_checkpoint_without_a_tokenizer_is_one_clear_error(tiny, prepared, tmp_path):
     checkpoint.save(tiny(vocab_size=512), None, tmp_path / "c")
     inputs = {"checkpoint": tmp_path / "c", "corpus": prepared / "corpus"}

@@ -149,8 +149,14 @@ def test_the_newest_of_several_results_counts_whatever_the_files_are_called(tmp_
             "finished": f"2026-01-0{day + 1}T00:00:00",
         }
         (claims / "results" / f"odm-cpu-{name}.json").write_text(json.dumps(result))
+    old = {"name": "odm", "scale": "cpu", "word": "undecided", "finished": "2026-02-01T00:00:00"}  # of protocol 1
+    (claims / "results" / "odm-cpu-d.json").write_text(json.dumps(old))
     row = papers.find(standings(tmp_path), "odm")
-    assert row.claims == (Claim("odm", "reproduced", "cpu", "2026-01-03T00:00:00"),) and row.recipe is None
+    assert row.claims == (Claim("odm", "reproduced", "cpu", "2026-01-03T00:00:00", 2),) and row.recipe is None
+    for name in "abc":
+        (claims / "results" / f"odm-cpu-{name}.json").unlink()
+    (earlier,) = papers.find(standings(tmp_path), "odm").claims
+    assert earlier.verdict == "superseded: undecided"
     assert str(row.claims[0]) == "odm: reproduced (cpu)" and str(Claim("odm")) == "odm: not recorded"
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.method import method_class
 from pretrain.recipe import load
 
 GOOD = """\
@@ -25,6 +28,7 @@ stages:
     optimizer: {method: adamw, lr: 1e-3}
     budget: {tokens: 1e4}
 """
+PLAIN = GOOD.replace("    optimizer: {method: adamw, lr: 1e-3}\n", "")
 
 
 def recipe(tmp_path, text=GOOD, *overrides):
@@ -139,6 +143,27 @@ def test_overrides_reach_into_stages_and_methods(tmp_path):
 def test_a_wrong_override_is_named(tmp_path, override, message):
     with pytest.raises(PretrainError, match=message):
         recipe(tmp_path, GOOD, override)
+
+
+def test_fields_without_a_method_are_those_of_the_default_one(tmp_path):
+    plain = recipe(tmp_path, PLAIN)
+    found = recipe(tmp_path, PLAIN, "model.optimizer.lr=1e-4", "model.schedule.warmup=0.3").stages[2]
+    assert found.optimizer == replace(plain.stages[2].optimizer, lr=1e-4) and found.optimizer.name == "adamw"
+    assert found.schedule == replace(plain.stages[2].schedule, warmup=0.3) and found.schedule.name == "cosine"
+    written = recipe(tmp_path, PLAIN + "    optimizer: {lr: 100}\n").stages[2]
+    assert written.optimizer == replace(plain.stages[2].optimizer, lr=100)
+    with pytest.raises(PretrainError, match=r"unknown field 'lrr' of optimiser 'adamw'"):
+        recipe(tmp_path, PLAIN, "model.optimizer.lrr=1e-4")
+
+
+def test_fields_without_a_method_inside_a_method_are_those_of_the_default_one():
+    held = method_class("model_soup")(corpus="x", evaluation={"length": 3}).held()["evaluation"]
+    assert held == method_class("held_out")(length=3)
+
+
+def test_the_address_of_a_stage_is_the_same_however_its_default_is_said(tmp_path):
+    plain = recipe(tmp_path, PLAIN).stages[2].config()
+    assert recipe(tmp_path, PLAIN, f"model.optimizer.lr={plain['optimizer']['lr']}").stages[2].config() == plain
 
 
 def test_a_base_is_taken_over_and_changed(tmp_path):

@@ -117,6 +117,28 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     assert "two methods are named 'cosine'" in done.stderr
 
 
+def test_the_same_file_by_an_entry_point_and_by_a_folder_is_no_conflict(tmp_path):
+    outside(tmp_path / "guest" / "methods")
+    outside(tmp_path / "copy")
+    outside(tmp_path / "changed", EXAMPLE.replace("0.9", "0.8"))
+    (tmp_path / "guest-1.0.dist-info").mkdir()
+    (tmp_path / "guest-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: guest\nVersion: 1.0\n")
+    (tmp_path / "guest-1.0.dist-info" / "entry_points.txt").write_text("[pretrain.methods]\nguest = guest.methods\n")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
+
+    def listed(folder: str) -> subprocess.CompletedProcess[str]:
+        program = (
+            "from pretrain.core.registry import info, use_methods; "
+            f"use_methods({str(tmp_path / folder)!r}); print(info('polynomial').module)"
+        )
+        return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
+
+    for folder in ("guest/methods", "copy"):
+        done = listed(folder)
+        assert (done.stdout, done.stderr) == ("guest.methods.polynomial\n", "")
+    assert "two methods are named 'polynomial'" in listed("changed").stderr
+
+
 @pytest.mark.parametrize("other", ["_a", "_b"], ids=["in one file", "in two files"])
 def test_base_classes_in_a_circle_are_one_line_that_names_them(tmp_path, clean, other):
     bases = {"_a": "from .{other} import B\nclass A(B): pass\n", "_b": "from ._a import A\nclass B(A): pass\n"}
@@ -164,6 +186,12 @@ def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
             "polynomial.py",
             "polynomial.py: class Polynomial is no dataclass",
         ),
+        (
+            EXAMPLE.replace("(frozen=True)", ""),
+            "polynomial.py",
+            "polynomial.py: the dataclass Polynomial may be changed; accepted: @dataclass(frozen=True)",
+        ),
+        (EXAMPLE.replace("frozen=True", "frozen=False"), "polynomial.py", "may be changed; accepted: @dataclass(fro"),
         (EXAMPLE.replace("(Schedule)", ""), "polynomial.py", "class Polynomial has no base that says its kind"),
     ],
 )
@@ -202,7 +230,7 @@ def test_a_class_is_a_method_however_its_decorator_and_base_are_written(tmp_path
     ("code", "message"),
     [
         (EXAMPLE + "\nX = undefined_name\n", "NameError: name 'undefined_name' is not defined"),
-        (EXAMPLE.replace("power: float", "power: Sharee"), "NameError: name 'Sharee' is not defined"),
+        (EXAMPLE.replace("power: Positive", "power: Sharee"), "NameError: name 'Sharee' is not defined"),
     ],
 )
 def test_a_method_whose_file_fails_is_one_line_that_names_the_file(tmp_path, clean, code, message):
@@ -243,3 +271,47 @@ def test_the_list_is_kept_until_a_file_changes_and_a_damaged_copy_is_made_anew(t
     monkeypatch.setattr(Path, "stat", lambda path, **more: os.stat_result([*size(path, **more)[:6], 1, *size(path, **more)[7:]]) if path.name == "gptq.py" else size(path, **more))  # fmt: skip
     methods.cache_clear()
     assert methods() == first and len(list(tmp_path.glob("methods-*.json"))) == 2
+
+
+LACKING = [
+    ("data", "DataOperation", "__call__", "def __call__(self, corpus)"),
+    ("objectives", "Objective", "loss", "def loss(self, model, batch, modules)"),
+    ("objectives", "Objective", "prepare", "def prepare(self, rows, context)"),
+    ("objectives.labelled", "FineTuning", "expected", "def expected(self, examples, context)"),
+    ("optim", "Optimizer", "build", "def build(self, named_parameters)"),
+    ("optim", "Schedule", "factor", "def factor(self, step, total)"),
+    ("surgery", "Surgery", "__call__", "def __call__(self, model, inputs)"),
+    ("decoding", "Decoding", "decode", "def decode(self, model, input_ids_BL, options)"),
+    ("evaluation", "Evaluation", "__call__", "def __call__(self, model, tokenizer, documents)"),
+]
+
+
+@pytest.mark.parametrize(("room", "base", "missing", "words"), LACKING)
+def test_a_method_without_what_its_kind_asks_for_is_refused_when_it_is_made(
+    tmp_path, clean, room, base, missing, words
+):
+    every = [name for other_room, _, name, _ in LACKING if other_room == room] + ["predict", "metrics", "prepare"]
+    given = "".join(f"\n    def {name}(self, *given):\n        return given\n" for name in {*every} - {missing})
+    head = f"from dataclasses import dataclass\n\nfrom pretrain.{room} import {base}\n\n\n@dataclass(frozen=True)\n"
+    outside(
+        tmp_path / "mine", f'{head}class Half({base}):\n    """Half a method (arXiv:1606.00915)."""\n{given}', "half.py"
+    )
+    use_methods(tmp_path / "mine")
+    with pytest.raises(PretrainError, match=re.escape(f"Half has no {missing}; accepted: {words}")):
+        method_class("half")()
+
+
+def test_a_recipe_with_half_a_method_is_refused_before_anything_runs(tmp_path, clean):
+    code = EXAMPLE.replace("def factor(", "def factors(")
+    outside(tmp_path / "my_methods", code)
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("Some text.\n" * 50)
+    (tmp_path / "r.yaml").write_text(RECIPE)
+    command = [sys.executable, "-m", "pretrain", "run", str(tmp_path / "r.yaml"), "--dry-run"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert (
+        done.returncode
+        and "train.schedule: schedule 'polynomial': the schedule Polynomial has no factor" in done.stderr
+    )

@@ -190,7 +190,7 @@ def test_mistakes_are_refused(tiny, tmp_path):
             r"exits \(1, 4\): accepted: rising numbers of blocks from 1 to 3",
         ),
         ({"exits": (2, 1)}, "accepted: rising numbers of blocks"),
-        ({"exits": (0, 1)}, "accepted: rising numbers of blocks"),
+        ({"exits": (0, 1)}, "accepted: a list, each 1 or more"),
         ({"thresholds": (0.5, 0.5), "calibration": str(tmp_path)}, "accepted: one of them"),
         ({"calibration": str(tmp_path / "none.json")}, "missing file"),
     ]:

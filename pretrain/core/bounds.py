@@ -6,7 +6,7 @@ From it follow the check when the object is made, the words of the error, and th
 from __future__ import annotations
 
 import math
-from dataclasses import Field, fields, is_dataclass
+from dataclasses import Field, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
@@ -25,6 +25,14 @@ else:
 
         Gt, Ge, Lt, Le = (namedtuple(name.title(), name) for name in ("gt", "ge", "lt", "le"))
 
+
+@dataclass(frozen=True)
+class Free:
+    """Marks a number that has no bounds on purpose: each value has its meaning."""
+
+
+AnyNumber = Annotated[float, Free()]  # a factor of either sign, a logit
+AnyInteger = Annotated[int, Free()]  # a layer, counted from the end where it is negative
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
@@ -70,7 +78,8 @@ def accepted(hint: object, value: object = ...) -> str:
         inner = accepted(parts[0]) if parts else ""
         return f"a list, each {inner}" if inner else "a list"
     if origin is dict:
-        return "a mapping"
+        values = accepted(parts[1]) if parts and _bounded(parts[1]) else ""
+        return f"a mapping, each value {values}" if values else "a mapping"
     return _NAMES.get(hint, "")
 
 
@@ -101,6 +110,9 @@ def fits(value: object, hint: object) -> bool:
             return False
         inner = [parts[0]] * len(value) if parts[1:] == (...,) or origin is list else list(parts)
         return len(value) == len(inner) and all(map(fits, value, inner))
+    if origin is dict:
+        key, inner = parts
+        return isinstance(value, dict) and all(fits(k, key) and fits(v, inner) for k, v in value.items())
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if hint is float:

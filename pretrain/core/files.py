@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.system.portable import exchange, fsync, take
@@ -97,12 +97,24 @@ def sweep(folder: Path, name: str = "") -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write `text` to `path` atomically (temporary name, fsync, rename)."""
+    with atomic_text(path) as file:
+        file.write(text)
+
+
+@contextmanager
+def atomic_text(path: Path) -> Iterator[TextIO]:
+    """Give a text file that becomes `path` when the block ends, and is removed if it ends with an error.
+
+    Line ends are written as they come.
+    """
     path = Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=".tmp-", delete=False) as f:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="", dir=path.parent, prefix=".tmp-", delete=False
+        ) as f:  # fmt: skip
             try:
-                f.write(text)
+                yield cast("TextIO", f)
                 f.flush()
                 os.fsync(f.fileno())
                 Path(f.name).chmod(0o644)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import check_fields, hints
@@ -53,7 +54,11 @@ class Method:
     shares_vocabulary: ClassVar[tuple[str, ...]] = ()  # references to checkpoints that must number tokens as the model
 
     def __post_init__(self) -> None:
-        """Refuse fields outside their bounds; a method that checks more calls this first."""
+        """Refuse a method that lacks what its kind asks for, and fields outside their bounds.
+
+        A method that checks more calls this first.
+        """
+        check_whole(type(self))
         check_fields(self, self.name)
 
     @property
@@ -63,7 +68,11 @@ class Method:
 
     def held(self) -> dict[str, Any]:
         """The methods that fields of this one hold, by field."""
-        return {name: nested(getattr(self, name), kind) for name, kind in _held_fields(type(self)).items()}
+        defaults = {item.name: item.default for item in fields(self)}
+        return {
+            name: nested(of_default(getattr(self, name), defaults[name]), kind)
+            for name, kind in _held_fields(type(self)).items()
+        }
 
     def parts(self) -> tuple[str, ...]:
         """The names of the methods that this one is made of: with their code its results change."""
@@ -107,6 +116,11 @@ class Method:
         return replace(self, **changed) if changed else self
 
 
+def is_method(annotation: object) -> bool:
+    """Whether a field's type is that of a kind of methods."""
+    return isinstance(annotation, type) and issubclass(annotation, Method)
+
+
 def _ref_fields(cls: type) -> tuple[str, ...]:
     return tuple(name for name, hint in hints(cls).items() if is_ref(hint))
 
@@ -144,6 +158,23 @@ def declared_class(name: str, kind: str | None = None) -> type[Method]:
     except Exception:  # whatever a file from outside does when it is taken to pieces
         pass
     return method_class(name, kind)  # the file as a whole says what is wrong, if anything is
+
+
+def check_whole(cls: type[Method]) -> None:
+    """Refuse a class that leaves out what the base of its kind only declares, with `@abstractmethod`."""
+    for name in dir(cls):
+        declared = getattr(cls, name)
+        if getattr(declared, "__isabstractmethod__", False):
+            words = f"def {name}({', '.join(signature(declared).parameters)})"
+            file = cls.__module__.rpartition(".")[2]
+            raise PretrainError(f"{file}: the {cls.kind} {cls.__name__} has no {name}; accepted: {words}")
+
+
+def of_default(given: object, default: object) -> object:
+    """A mapping of fields alone with the method that is meant: the field's default, where that is a method's name."""
+    if isinstance(given, dict) and "method" not in given and isinstance(default, str):
+        return {"method": default} | given
+    return given
 
 
 def nested(value: object, kind: str) -> Method:

@@ -155,6 +155,8 @@ def _read(path: Path, module: str) -> MethodInfo | None:
     if not classes:
         return None
     cls = classes[0]
+    if not _is_frozen(cls):
+        raise PretrainError(f"{path}: the dataclass {cls.name} may be changed; accepted: @dataclass(frozen=True)")
     title = _TITLE.match(" ".join((ast.get_docstring(cls) or "").split("\n\n")[0].split()))
     if title is None:
         raise PretrainError(f"{path}: the docstring of {cls.name} must open with 'Title (arXiv:NUMBER).'")
@@ -182,6 +184,12 @@ def _is_dataclass(path: Path, cls: ast.ClassDef) -> bool:
     return "dataclasses.dataclass" in names
 
 
+def _is_frozen(cls: ast.ClassDef) -> bool:
+    """Whether a decorator of a class says `frozen=True`."""
+    keywords = [word for node in cls.decorator_list if isinstance(node, ast.Call) for word in node.keywords]
+    return any(word.arg == "frozen" and ast.unparse(word.value) == "True" for word in keywords)
+
+
 @cache
 def kinds() -> dict[str, str]:
     """The kinds of methods and the folder of each, in the order of a model's life."""
@@ -202,6 +210,8 @@ def methods() -> dict[str, MethodInfo]:
     installed = {path for path, _ in packages}
     outside = [*map(_read_installed, packages), *(_read(path, module) for path, module in _in_folders())]
     for info in [*_ours(), *filter(None, outside)]:
+        if info.name in known and info.path.read_bytes() == known[info.name].path.read_bytes():
+            continue  # the same file by two ways, or a copy of it
         if info.name in known and info.path in installed:
             warn(f"two methods are named {info.name!r}: {info.path} is passed over")
             continue
@@ -284,7 +294,7 @@ def use_methods(folder: Path | str) -> None:
         for path, _ in _in_folders():
             if path.parent == folder and path not in defined and (reason := _passed_over(path)):
                 raise PretrainError(reason)
-        if not any(path.parent == folder for path in defined):
+        if not any(_read(path, module) for path, module in _in_folders() if path.parent == folder):
             raise PretrainError(f"methods {str(folder)!r}: no file there defines a method; accepted: one method a file")
     except PretrainError:
         _added.remove(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.core.method import Method
@@ -16,6 +17,7 @@ class DataOperation(Method):
     kind: ClassVar[str] = "data operation"
     computes: ClassVar[bool] = True  # whether it may run a model, or other products that are metered
 
+    @abstractmethod
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus after the operation; columns that it does not know are kept."""
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from typing import TYPE_CHECKING, ClassVar, Unpack
 
 from pretrain.core.method import Method
@@ -32,6 +33,7 @@ class Decoding(Method):
 
         return self.decode(model, input_ids_BL, Options(**options))
 
+    @abstractmethod
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """What a method does for `generate`."""
         raise NotImplementedError

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import operator
+from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from pretrain.core.method import Method
@@ -125,6 +126,7 @@ class Objective(Method):
         """How many tokens of text make a row of `length` once prepared (span corruption takes more than it shows)."""
         return length
 
+    @abstractmethod
     def prepare(self, rows: Sequence[Any], context: Context) -> Batch:
         """Turn rows or examples into the tensors that `loss` needs, `weight` (the number of targets) among them.
 
@@ -140,6 +142,7 @@ class Objective(Method):
         """Models among `modules` that are worth a checkpoint of their own, by the name of their folder."""
         return {}
 
+    @abstractmethod
     def loss(self, model: torch.nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The loss on one micro-batch.
 

@@ -6,6 +6,7 @@ the peak learning rate is multiplied by.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NotRequired, TypedDict
@@ -29,6 +30,7 @@ class Optimizer(Method):
     lr: NonNegative = 1e-3
     weight_decay: NonNegative = 0.1
 
+    @abstractmethod
     def build(self, named_parameters: Iterable[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:
         """Make the optimiser over these parameters, which `described` has marked with what they are.
 
@@ -48,6 +50,7 @@ class Schedule(Method):
 
     kind: ClassVar[str] = "schedule"
 
+    @abstractmethod
     def factor(self, step: int, total: int) -> float:
         """The factor on the peak learning rate at `step` (from 0) of `total` steps."""
         raise NotImplementedError

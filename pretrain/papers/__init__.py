@@ -67,12 +67,13 @@ class Paper:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim file, and the newest of its recorded results."""
+    """A claim file, and the newest of its recorded results by the newest protocol; older protocols are superseded."""
 
     name: str
     verdict: str | None = None
     scale: str | None = None
     finished: str = ""
+    protocol: int = 1
 
     def __str__(self) -> str:
         return f"{self.name}: {self.verdict} ({self.scale})" if self.verdict else f"{self.name}: not recorded"
@@ -172,9 +173,11 @@ def _claims(folder: Path) -> dict[str, list[Claim]]:
     """Claims by the key of their title. Only the heads of the files are read: parsing YAML takes its time."""
     newest: dict[str, Claim] = {}
     for result in map(read_json, sorted((folder / "results").glob("*.json"))):
-        word = result["word"] if result.get("protocol", 1) > 1 else f"superseded: {result['word']}"
-        claim = Claim(result["name"], word, result["scale"], result["finished"])
-        newest[claim.name] = max(claim, newest.get(claim.name, claim), key=lambda claim: claim.finished)
+        protocol = result.get("protocol", 1)
+        word = result["word"] if protocol > 1 else f"superseded: {result['word']}"
+        claim = Claim(result["name"], word, result["scale"], result["finished"], protocol)
+        before = newest.get(claim.name, claim)
+        newest[claim.name] = max(claim, before, key=lambda claim: (claim.protocol, claim.finished))
     by_title: dict[str, list[Claim]] = {}
     for path in sorted(folder.glob("*.yaml")):
         title = _TITLE.search(path.read_text(encoding="utf-8"))

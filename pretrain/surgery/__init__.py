@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -79,6 +80,7 @@ class Surgery(Method):
         """FLOPs on a model of this shape, besides those on the rows of calibration."""
         return 0.0
 
+    @abstractmethod
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The operated model: a new one, or the same one changed in place; always use what is returned."""
         raise NotImplementedError

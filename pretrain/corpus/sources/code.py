@@ -90,7 +90,7 @@ class Functions(Source):
 
     functions: tuple[str, ...]
     limit: Count | None = None  # at most so many modules of each package, from the whole of it alike
-    longest: int = 2000  # characters of code; longer functions are left out
+    longest: Count = 2000  # characters of code; longer functions are left out
 
     def __post_init__(self) -> None:
         super().__post_init__()

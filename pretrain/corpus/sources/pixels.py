@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pretrain.core.bounds import Count, Positive
+from pretrain.core.bounds import AnyInteger, Count, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
 from pretrain.corpus.sources._files import Document, Source, evenly_read
@@ -31,8 +31,8 @@ class Pixels(Source):
     """
 
     pixels: str
-    label: str | int | None = -1  # a column's name or number; -1 is the last
-    shape: tuple[int, ...] | None = None
+    label: str | AnyInteger | None = -1  # a column's name or number; -1 is the last
+    shape: tuple[Count, ...] | None = None
     white: Positive = 255.0
     limit: Count | None = None  # at most so many, from the whole table alike
     domain: str = "images"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.core.bounds import Count, PositiveShare, Whole
+from pretrain.core.bounds import AnyNumber, Count, PositiveShare, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
@@ -44,7 +44,7 @@ class Preselect(DataOperation):
     models: tuple[Ref, ...]
     target: Ref = ""
     domains: tuple[str, ...] = ()
-    ability: tuple[float, ...] = ()
+    ability: tuple[AnyNumber, ...] = ()
     ratio: PositiveShare = 0.1
     documents: Count = 900_000
     length: Count = 1900

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from pretrain.core.bounds import AnyNumber
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
@@ -38,7 +39,7 @@ class ProxyTuning(Decoding):
 
     expert: Ref
     anti_expert: Ref
-    alpha: float = 1.0
+    alpha: AnyNumber = 1.0
 
     def logits(self, base_BV: Tensor, expert_BV: Tensor, anti_expert_BV: Tensor) -> Tensor:
         """The logits that tokens are chosen from."""

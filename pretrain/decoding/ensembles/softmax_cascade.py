@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import NonNegative
+from pretrain.core.bounds import Count, NonNegative
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_json
 from pretrain.core.generation.options import OptionFields, Options
@@ -43,7 +43,7 @@ class SoftmaxCascade(Decoding):
     `exits` None: a third and two thirds of the blocks. `thresholds`, one an exit, or `calibration`, the file of them.
     """
 
-    exits: tuple[int, ...] | None = None
+    exits: tuple[Count, ...] | None = None
     thresholds: tuple[NonNegative, ...] = ()  # above 1: never
     calibration: Ref = ""
 

@@ -12,7 +12,7 @@ from weakref import WeakKeyDictionary
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Count, Ge
+from pretrain.core.bounds import Count, Ge, NonNegative, Positive
 from pretrain.core.generation.options import Options
 from pretrain.core.models.families import embeddings
 from pretrain.decoding import Decoding
@@ -39,11 +39,11 @@ class ADED(Decoding):
     iterations: Count | None = None
     length: Annotated[int, Ge(2)] = 4
     successors: Count = 12
-    c1: float = 32.0
-    c2: float = 8.0
+    c1: NonNegative = 32.0
+    c2: Positive = 8.0
     window: Annotated[int, Ge(3)] = 16
-    step: float = 0.04
-    limit: float = 3.0
+    step: Positive = 0.04
+    limit: Positive = 3.0
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True

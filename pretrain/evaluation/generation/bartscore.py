@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.bounds import Count
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
@@ -55,8 +55,8 @@ class BARTScore(Evaluation):
     judgement: str = ""
     separator: str = "\n"
     length: Count = 1024
-    resamples: int = 1000
-    seed: int = 0
+    resamples: Count = 1000
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

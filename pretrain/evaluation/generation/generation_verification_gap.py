@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.bounds import Count, Ge, Positive, ProperShare, Whole
+from pretrain.core.bounds import Count, Ge, Positive, PositiveShare, ProperShare, Whole
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.evaluation import Evaluation, Measured
@@ -60,14 +60,14 @@ class GenerationVerificationGap(Evaluation):
     generations: Annotated[int, Ge(2)] = 128
     max_new_tokens: Count = 512
     temperature: Positive = 0.7
-    top_p: float = 0.9
+    top_p: PositiveShare = 0.9
     stop: str = "\n"
     prompt_tokens: Whole = 0  # of a prompt, its first; 0: all
     question: str = QUESTION
     yes: str = " yes"
     no: str = " no"
-    resamples: int = 1000
-    seed: int = 0
+    resamples: Whole = 1000
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

@@ -78,8 +78,8 @@ class SCBench(Evaluation):
     cache: Any = "full"  # full, window, or a decoding method as a recipe says it
     sink: Whole = 4
     window: Count = 1020
-    resamples: int = 1000
-    seed: int = 0
+    resamples: Count = 1000
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

@@ -45,16 +45,19 @@ class Calibration(Evaluation):
 
     bins: Count = 15
     positions: tuple[Whole, ...] = (0, 16, 64, 256, 1024)
-    length: int = 0
-    stride: int = 0
-    resamples: int = 1000
-    seed: int = 0
+    length: Whole = 0
+    stride: Whole = 0
+    resamples: Count = 1000
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""
         super().__post_init__()
         if any(a >= b for a, b in zip(self.positions, self.positions[1:])):
             raise PretrainError(f"calibration: positions {self.positions}: accepted: numbers that rise")
+        if self.length and self.stride > self.length:
+            accepted = "stride at most length"
+            raise PretrainError(f"calibration: stride {self.stride}, length {self.length}: accepted: {accepted}")
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
 from pretrain.evaluation import Evaluation, Measured
@@ -34,10 +35,18 @@ class HeldOut(Evaluation):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
-    length: int = 0
-    stride: int = 0
-    resamples: int = 1000
-    seed: int = 0
+    length: Whole = 0
+    stride: Whole = 0
+    resamples: Count = 1000
+    seed: Whole = 0
+
+    def __post_init__(self) -> None:
+        """Refuse windows that leave tokens out."""
+        super().__post_init__()
+        if self.length and self.stride > self.length:
+            raise PretrainError(
+                f"held_out: stride {self.stride}, length {self.length}: accepted: stride at most length"
+            )
 
     @property
     def passes(self) -> float:

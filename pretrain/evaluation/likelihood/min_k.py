@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.bounds import Count, OpenShare, PositiveShare
+from pretrain.core.bounds import Count, OpenShare, PositiveShare, Whole
 from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
@@ -53,8 +53,8 @@ class MinK(Evaluation):
     members: Ref | None = None
     member: str = ""
     false_positives: OpenShare = 0.05
-    resamples: int = 1000
-    seed: int = 0
+    resamples: Count = 1000
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.bounds import Count, Ge, OpenShare
+from pretrain.core.bounds import AnyInteger, Count, Ge, NonNegative, OpenShare, Positive, Whole
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks
@@ -52,9 +52,9 @@ class AstProbe(Evaluation):
     """
 
     rank: Count = 128
-    layer: int | None = None
-    orthogonal: float = 5.0
-    lr: float = 1e-3
+    layer: AnyInteger | None = None
+    orthogonal: NonNegative = 5.0
+    lr: Positive = 1e-3
     batch: Count = 32
     epochs: Count = 20
     patience: Count = 5
@@ -62,8 +62,8 @@ class AstProbe(Evaluation):
     snippets: Annotated[int, Ge(3)] = 2000
     validation: OpenShare = 0.1
     test: OpenShare = 0.2
-    resamples: int = 1000
-    seed: int = 0
+    resamples: Count = 1000
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

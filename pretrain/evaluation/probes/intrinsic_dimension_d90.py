@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from pretrain.core.batch import Context, Example, Vocabulary, to_device
-from pretrain.core.bounds import Count, Positive, PositiveShare
+from pretrain.core.bounds import Count, Positive, PositiveShare, Whole
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.heads import output
@@ -48,7 +48,7 @@ class IntrinsicDimensionD90(Evaluation):
     length: Count = 128
     rates: tuple[Positive, ...] = (3e-4, 1e-3)
     subspace_rates: tuple[Positive, ...] = (1e-2, 1e-1)
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

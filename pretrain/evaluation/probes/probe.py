@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.core.bounds import Whole
+from pretrain.core.bounds import AnyInteger, Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.features import labelled, piece_features
 from pretrain.corpus.payload import content, only_text
@@ -46,9 +46,9 @@ class Probe(Evaluation):
     label: str = "domain"
     pooling: Literal["mean", "cls", "last"] = "mean"
     length: Whole = 128
-    layer: int = -1
-    resamples: int = 1000
-    seed: int = 0
+    layer: AnyInteger = -1
+    resamples: Count = 1000
+    seed: Whole = 0
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.bounds import Count
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.features import Framing, text_features
@@ -38,8 +38,8 @@ class Retrieval(Evaluation):
     pooling: Literal["cls", "mean"] = "mean"
     length: Count = 128
     shortest: Count = 8
-    resamples: int = 1000
-    seed: int = 0
+    resamples: Count = 1000
+    seed: Whole = 0
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

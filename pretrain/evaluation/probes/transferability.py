@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.core.bounds import Count, Ge, Positive, Whole
+from pretrain.core.bounds import AnyInteger, Count, Ge, Positive, Whole
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.models.features import labelled, piece_features
 from pretrain.evaluation import Evaluation, Measured
@@ -47,13 +47,13 @@ class Transferability(Evaluation):
     measures: tuple[str, ...] = ("h_score", "h_score_shrunk", "logme", "transrate", "gbc", "knn", "msc", "parc")
     pooling: Literal["mean", "cls", "last"] = "mean"
     length: Count = 128
-    layer: int = -1
+    layer: AnyInteger = -1
     components: Whole = 0
     neighbours: Count = 1
     epsilon: Positive = 1e-4
     smallest: Annotated[int, Ge(2)] = 10
     groups: Annotated[int, Ge(2)] = 10
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 
-from pretrain.core.bounds import Whole
+from pretrain.core.bounds import Ge, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject
 from pretrain.core.method import Ref
@@ -47,11 +47,11 @@ class Harness(Evaluation):
 
     folder: Ref | None = None
     tasks: tuple[str, ...] = ()
-    shots: int = -1
+    shots: Annotated[int, Ge(-1)] = -1
     limit: Whole = 0
     length: Whole = 0
     resamples: Whole = 1000
-    seed: int = 1234
+    seed: Whole = 1234
 
     def __post_init__(self) -> None:
         """Refuse what cannot be measured."""

@@ -44,7 +44,7 @@ class Task(Evaluation):
     pool: Ref = ""
     length: Whole = 0
     resamples: Whole = 200
-    seed: int = 0
+    seed: Whole = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

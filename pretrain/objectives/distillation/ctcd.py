@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pretrain.core.batch import Batch
-from pretrain.core.bounds import NonNegative, Positive
+from pretrain.core.bounds import NonNegative, Positive, PositiveShare
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject
@@ -54,7 +54,7 @@ class CTCD(Taught):
     companion: Fields = field(default_factory=dict)
     companion_init: Ref | None = None
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
-    rate: float = 0.15  # of masked_lm
+    rate: PositiveShare = 0.15  # of masked_lm
     hard: NonNegative = 1.0
     companion_hard: NonNegative = 1.0
     from_companion: NonNegative = 1.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row
-from pretrain.core.bounds import NonNegative, Positive, Whole
+from pretrain.core.bounds import NonNegative, Positive, PositiveShare, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import at, blocks, head
@@ -56,14 +56,14 @@ class Distillation(Taught):
 
     teacher: Ref
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
-    rate: float = 0.15  # of masked_lm
+    rate: PositiveShare = 0.15  # of masked_lm
     hard: NonNegative = 0.5
     soft: NonNegative = 1.0
     temperature: Positive = 2.0
     divergence: Literal["forward", "reverse", "jensen_shannon"] = "forward"
     top_k: Whole = 0  # 0: the whole vocabulary
     features: NonNegative = 0.0
-    layers: dict[int, int] = field(default_factory=dict)
+    layers: dict[Whole, Whole] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch, Context, Row
-from pretrain.core.bounds import NonNegative
+from pretrain.core.bounds import NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import at, blocks, linears
@@ -53,7 +53,7 @@ class PELAPretraining(Taught):
 
     teacher: Ref
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
-    rate: float = 0.15  # of masked_lm
+    rate: PositiveShare = 0.15  # of masked_lm
     own: NonNegative = 1.0
     features: NonNegative = 1.0
     perturbation: NonNegative = 1.0

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row
-from pretrain.core.bounds import NonNegative
+from pretrain.core.bounds import NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.attention import attend
@@ -50,7 +50,7 @@ class SelfDistillation(Taught):
 
     teacher: Ref
     objective: Literal["masked_lm", "causal_lm"] = "masked_lm"
-    rate: float = 0.15  # of masked_lm
+    rate: PositiveShare = 0.15  # of masked_lm
     distance: NonNegative = 1.0
     states: Literal["auto", "first", "all"] = "auto"
 

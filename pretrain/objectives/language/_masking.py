@@ -10,6 +10,13 @@ from pretrain.core.errors import PretrainError
 from pretrain.objectives._fill import fill
 
 
+def check_shares(name: str, masked: float, random: float) -> None:
+    """Refuse shares of the chosen tokens, those that are masked and those that are swapped, of more than all."""
+    if masked + random > 1 + 1e-9:  # 0.7 + 0.3 need not be 1
+        accepted = "shares that come to 1 at most"
+        raise PretrainError(f"{name}: masked {masked}, random {random}: accepted: {accepted}", place=("random",))
+
+
 def choose_words(
     tokens_L: NDArray[np.int64], rate: float, vocabulary: Vocabulary, rng: np.random.Generator, whole_words: bool
 ) -> NDArray[np.bool_]:

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Row, document_mask
-from pretrain.core.bounds import ProperShare, Share, Whole
+from pretrain.core.bounds import PositiveShare, ProperShare, Share, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, attention_inputs, base, family, head
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives.language._encoder_blocks import new_blocks, run
+from pretrain.objectives.language._masking import check_shares
 from pretrain.objectives.language.masked_lm import MaskedLM
 
 
@@ -38,14 +39,19 @@ class DrBERT(Objective):
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True
 
-    rate: float = 0.15
-    masked: float = 0.8
-    random: float = 0.1
+    rate: PositiveShare = 0.15
+    masked: Share = 0.8
+    random: Share = 0.1
     whole_words: bool = False
     layers: Whole = 2
     attention: Literal["full", "unmasked", "gradual"] = "gradual"
     revealed: Share = 0.5
     encoder_share: ProperShare = 0.5
+
+    def __post_init__(self) -> None:
+        """Refuse shares of the chosen tokens of more than all."""
+        super().__post_init__()
+        check_shares(self.name, self.masked, self.random)
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """As masked LM's, with `revealed_BL` and `from_encoder_BL`: draws for each position."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import ElectraConfig, ElectraForMaskedLM
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.bounds import NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import linear_cross_entropy
@@ -34,9 +35,9 @@ class Electra(Objective):
     families: ClassVar[tuple[str, ...]] = ("bert",)
     task: ClassVar[str] = "base"
 
-    rate: float = 0.15
-    generator_size: float = 0.25
-    discriminator_weight: float = 50.0
+    rate: PositiveShare = 0.15
+    generator_size: PositiveShare = 0.25
+    discriminator_weight: NonNegative = 50.0
     whole_words: bool = False
 
     @property

@@ -16,13 +16,14 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
-from pretrain.core.bounds import NonNegative, PositiveShare, Whole
+from pretrain.core.bounds import PositiveShare, Share, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, blocks, embeddings, family, head
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives.language._encoder_blocks import embedded, last_norm, new_blocks, run
+from pretrain.objectives.language._masking import check_shares
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,13 @@ class MaskLater(Objective):
 
     rate: PositiveShare = 0.5
     masked: PositiveShare = 0.8
-    random: NonNegative = 0.1
-    layer: int | None = None
+    random: Share = 0.1
+    layer: Whole | None = None
     decoder_layers: Whole = 2
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.masked + self.random > 1:
-            raise PretrainError(f"mask_later: random {self.random}: accepted: at most 1 - masked")
+        check_shares(self.name, self.masked, self.random)
         if self.layer is None and not self.decoder_layers:
             accepted = "1 or more, or 0 with a layer inside the model"
             raise PretrainError(f"mask_later: decoder_layers {self.decoder_layers}: accepted: {accepted}")

@@ -11,11 +11,12 @@ import torch
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row, rows_to_tensors
+from pretrain.core.bounds import PositiveShare, Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives._token_loss import token_loss
-from pretrain.objectives.language._masking import choose_words
+from pretrain.objectives.language._masking import check_shares, choose_words
 
 
 @dataclass(frozen=True)
@@ -33,11 +34,16 @@ class MaskedLM(Objective):
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True
 
-    rate: float = 0.15
-    final_rate: float | None = None
-    masked: float = 0.8
-    random: float = 0.1
+    rate: PositiveShare = 0.15
+    final_rate: Share | None = None
+    masked: Share = 0.8
+    random: Share = 0.1
     whole_words: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse shares of the chosen tokens of more than all."""
+        super().__post_init__()
+        check_shares(self.name, self.masked, self.random)
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """`tokens_BL` with tokens hidden, and `target_BL`: the original where one was chosen, else -100."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row, document_mask, padded_length
+from pretrain.core.bounds import Ge, OpenShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import encode_decode, head
@@ -35,8 +36,8 @@ class SpanCorruption(Objective):
     families: ClassVar[tuple[str, ...]] = ("t5",)
     task: ClassVar[str] = "seq2seq"
 
-    rate: float = 0.15
-    mean_span: float = 3.0
+    rate: OpenShare = 0.15
+    mean_span: Annotated[float, Ge(1)] = 3.0
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:
         """Inputs `tokens_BL` and targets `target_BM` with the documents that each position belongs to."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Row
+from pretrain.core.bounds import Ge
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives.language._masking import choose_spans, corrupt
@@ -31,7 +32,7 @@ class UL2(Objective):
     families: ClassVar[tuple[str, ...]] = ("t5",)
     task: ClassVar[str] = "seq2seq"
 
-    long_span: float = 64.0
+    long_span: Annotated[float, Ge(1)] = 64.0
     modes: tuple[str, str, str] = ("[R]", "[S]", "[X]")
 
     def denoisers(self) -> list[tuple[str, float, float | None]]:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.core.batch import Batch
-from pretrain.core.bounds import PositiveShare
+from pretrain.core.bounds import NonNegative, PositiveShare
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training
 
@@ -19,7 +19,7 @@ class DomainUpsampling(Policy):
     before. The paper finds 10 to 20% of training best.
     """
 
-    mixture: dict[str, float]
+    mixture: dict[str, NonNegative]
     share: PositiveShare = 0.2
 
     def start(self, training: Training, state: State) -> None:

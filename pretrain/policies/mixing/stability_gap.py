@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pretrain.core.batch import Batch
-from pretrain.core.bounds import Ge, ProperShare
+from pretrain.core.bounds import Ge, NonNegative, ProperShare
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training
@@ -28,7 +28,7 @@ class StabilityGap(Policy):
     domain: str
     epochs: Annotated[float, Ge(1)] = 4.0
     replay_share: ProperShare = 0.18
-    replay: dict[str, float] | None = None
+    replay: dict[str, NonNegative] | None = None
 
     def start(self, training: Training, state: State) -> None:
         """Set the mixture; after a resume, take the same part of the domain."""

@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 
 from pretrain.core.batch import Batch
-from pretrain.core.bounds import ProperShare
+from pretrain.core.bounds import ProperShare, Whole
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training
 from pretrain.policies.pruning._masks import hold, hold_gradients, unsharded_weights, zero_count, zero_shares
@@ -30,7 +30,7 @@ class SPDF(Policy):
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
     sparsity: ProperShare = 0.75
-    seed: int = 0
+    seed: Whole = 0
     credit: bool = True
 
     def start(self, training: Training, state: State) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Count, ProperShare, Whole
+from pretrain.core.bounds import Count, Positive, ProperShare, Whole
 from pretrain.core.checkpoint import Entry, record, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
@@ -119,7 +119,7 @@ class DSEE(Surgery):
 
     rank: Count = 16
     nonzero: Whole = 64
-    alpha: float = 32.0
+    alpha: Positive = 32.0
     sparsity: ProperShare = 0.0
     scores: Literal["weights", "updates"] = "weights"
     where: Where = "query_value"

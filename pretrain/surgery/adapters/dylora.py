@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Count, OpenShare
+from pretrain.core.bounds import Count, OpenShare, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.layers import Linear
@@ -81,7 +81,7 @@ class DyLoRA(Surgery):
     adapts: ClassVar[bool] = True
 
     rank: Count = 8
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     lowest: Count = 1
     distribution: Literal["uniform", "geometric"] = "uniform"
     p: OpenShare = 0.15

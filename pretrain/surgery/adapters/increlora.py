@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Count
+from pretrain.core.bounds import Count, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.layers import Linear, like
@@ -118,7 +118,7 @@ class IncreLoRA(Surgery):
 
     rank: Count = 1
     max_rank: Count = 16
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     where: Where = "all"
     targets: tuple[str, ...] = ()
 

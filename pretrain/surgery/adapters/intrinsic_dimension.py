@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Count
+from pretrain.core.bounds import Count, Whole
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
@@ -119,7 +119,7 @@ class IntrinsicDimension(Surgery):
     dimension: Count = 200
     said: bool = True
     where: Where = "all"
-    seed: int = 0
+    seed: Whole = 0
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with the subspace, which changes nothing at first."""

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Count, ProperShare
+from pretrain.core.bounds import Count, Positive, ProperShare
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery.adapters._adapters import Where, targets
 from pretrain.surgery.adapters.peft_adapter import PeftAdapter
@@ -26,7 +26,7 @@ class LoRA(Surgery):
     adapts: ClassVar[bool] = True
 
     rank: Count = 8
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     dropout: ProperShare = 0.0
     where: Where = "attention"
     targets: tuple[str, ...] = ()

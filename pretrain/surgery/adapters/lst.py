@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedConfig, PreTrainedModel
 
-from pretrain.core.bounds import Count, Ge, Positive
+from pretrain.core.bounds import AnyNumber, Count, Ge, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, base, blocks, embeddings, family, set_module
@@ -118,7 +118,7 @@ class LST(Surgery):
 
     reduction: Count = 8
     temperature: Positive = 0.1
-    alpha: float = 0.0
+    alpha: AnyNumber = 0.0
     drop_every: Literal[0] | Annotated[int, Ge(2)] = 4
     importance: Literal["auto", "fisher", "magnitude"] = "auto"
 

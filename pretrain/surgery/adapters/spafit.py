@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from pretrain.core.bounds import Count, Ge
+from pretrain.core.bounds import Count, Ge, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, family
@@ -41,7 +41,7 @@ class SPAFIT(Surgery):
     n1: Blocks = 4 / 24
     n2: Blocks = 9 / 24
     rank: Count = 8
-    alpha: float = 16.0
+    alpha: Positive = 16.0
     where: Where = "query_value"
     targets: tuple[str, ...] = ()
     last_biases: bool = True

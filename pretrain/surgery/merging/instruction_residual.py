@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from pretrain.core.bounds import AnyNumber
 from pretrain.core.method import Ref
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._merge import add_vectors, toward
@@ -30,7 +31,7 @@ class InstructionResidual(Surgery):
 
     base: Ref
     instruct: Ref
-    scale: float = 1.0
+    scale: AnyNumber = 1.0
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from transformers import PreTrainedModel
 
+from pretrain.core.bounds import AnyNumber
 from pretrain.core.method import Ref
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._merge import add_vectors, toward
@@ -31,8 +32,8 @@ class InstructionVector(Surgery):
 
     base: Ref
     instruct: Ref
-    instruction: float = 1.0
-    domain: float = 1.0
+    instruction: AnyNumber = 1.0
+    domain: AnyNumber = 1.0
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Literal, cast
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from pretrain.core.bounds import Count, Whole
+from pretrain.core.bounds import AnyNumber, Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.hardware import pick_device
@@ -50,7 +50,7 @@ class ModelSoup(Surgery):
     version: ClassVar[int] = 2  # which way is better follows from the metric
 
     recipe: Literal["greedy", "uniform", "best"] = "greedy"
-    weights: tuple[float, ...] = ()
+    weights: tuple[AnyNumber, ...] = ()
     corpus: Ref = ""
     evaluation: InnerEvaluation = "held_out"
     metric: str = "loss"
