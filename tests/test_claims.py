@@ -18,9 +18,9 @@ from pretrain.experiments.claims import Claim, claims, load_claim
 from pretrain.experiments.page import page
 from pretrain.experiments.protocol import TUNING_SEEDS, Point
 from pretrain.experiments.queue import run as run_queue
-from pretrain.experiments.results import Result, check_budgets, check_leaks, recorded
+from pretrain.experiments.results import Result, check_budgets, recorded
 from pretrain.experiments.table import markdown, rows
-from pretrain.experiments.trials import run_all
+from pretrain.experiments.trials import check_leaks, run_all
 from pretrain.recipe import check
 
 FOLDER = Path(__file__).parent.parent / "claims"
@@ -151,12 +151,12 @@ def test_documents_that_are_judged_on_must_not_be_trained_on(simple, tmp_path):
         claim = simple.model_copy(update={"metric": "evaluation.loss", "curve": None}) if found else simple
         trial = claim.trial("smoke", Point("method", 1e-2, 0), tmp_path / "runs")
         trial = replace(trial, recipe=trial.recipe | {"stages": stages}, metric=claim.metric, curve=claim.curve)
-        (outcome,) = run_all([trial], say=lambda text: None)
+        run_all([trial], say=lambda text: None)
         if found:
             with pytest.raises(PretrainError, match="documents of corpus/test are in the training split of 'more'"):
-                check_leaks(claim, [(trial, outcome)])
+                check_leaks(trial)
         else:
-            check_leaks(claim, [(trial, outcome)])
+            check_leaks(trial)
 
 
 def test_what_is_finished_is_not_run_again_and_the_same_outcome_is_one_file(simple, tmp_path):

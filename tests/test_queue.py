@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import subprocess
@@ -66,7 +67,7 @@ class World:
         rng = np.random.default_rng([trial.recipe["seed"], int(1e6 * optimizer.get("beta1", 0)), trial.unit == "flops"])
         final = 3.0 + effect + math.log(optimizer["lr"] / BEST) ** 2 + self.noise * rng.standard_normal()
         return {
-            "final": final, "also": {}, "flops": trial.amount, "curve": [], "output": trial.output, "wall": 10.0,
+            "final": final, "also": {}, "flops": trial.amount, "curve": [], "wall": 10.0,
             "seconds": 9.0,
         }  # fmt: skip
 
@@ -95,7 +96,8 @@ def several(tmp_path, stories, monkeypatch):
 
 def go(claims, folder, **given):
     said = []
-    found, failed = run(claims, "cpu", output=folder / "runs", results=folder / "results", say=said.append, **given)
+    places = {"output": folder / "runs", "results": folder / "results"}
+    found, failed = run(claims, "cpu", **places | given, say=said.append)
     return {r["name"]: r for r in found}, failed, said
 
 
@@ -113,6 +115,26 @@ def test_claims_come_to_their_words_and_share_the_baselines_runs(several, tmp_pa
     assert all(r["verdict"]["noise"]["freedom"] >= POOL - 1 for r in found.values())
     assert [r["name"] for r in recorded(tmp_path / "results")] and "3 of 3 claims" not in said[0]
     assert any("min left" in line for line in said)
+
+
+def test_outcomes_lie_beside_the_results_and_serve_another_machine_and_other_claims(several, tmp_path):
+    (first, second), world = several(-0.5, 0.5)
+    found, _, _ = go([first], tmp_path / "here")
+    lines = tmp_path / "here" / "outcomes" / "small-cpu.jsonl"
+    ran = {trial.key for trial in world.ran}
+    assert {key for line in lines.read_text().splitlines() for key in json.loads(line)} == ran
+    assert str(tmp_path) not in lines.read_text() + "".join(map(str, found["a"]["runs"].values()))  # no path of here
+    lines.write_text(lines.read_text() + '{"cut": {"fin')  # as a crash leaves it
+    (tmp_path / "there").mkdir()
+    (tmp_path / "here" / "outcomes").rename(tmp_path / "there" / "outcomes")
+    world.ran.clear()
+    again, _, _ = go([first, second], tmp_path / "there")
+    assert again["a"]["verdict"] == found["a"]["verdict"] and again["b"]["word"] == "not reproduced"
+    assert world.ran and all("beta1" in t.recipe["stages"][-1]["optimizer"] for t in world.ran if t.recipe["seed"] < 3)
+    assert not {trial.key for trial in world.ran} & ran
+    world.ran.clear()
+    again, _, _ = go([first, second], tmp_path / "there" / "again", results=tmp_path / "there" / "results")
+    assert again["b"]["word"] == "not reproduced" and not world.ran
 
 
 def test_what_is_finished_is_not_run_again_and_what_was_stopped_goes_on(several, tmp_path):

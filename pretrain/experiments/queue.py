@@ -6,11 +6,14 @@ whatever is finished is never run again. One that cannot be run sets its claim a
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,9 +24,9 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_json
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
-from pretrain.experiments.results import Result, check_budgets, check_leaks, result, write
+from pretrain.experiments.results import Result, check_budgets, result, write
 from pretrain.experiments.sequential import LOOKS, Noise, standing
-from pretrain.experiments.trials import Outcome, Trial, workers
+from pretrain.experiments.trials import Outcome, Trial, check_leaks, workers
 
 Base = tuple[str, ...]  # what claims of the same noise have in common
 POOL = 20  # runs of a base's baseline that its noise is known by
@@ -33,10 +36,21 @@ USUAL = len(SIDES) * LOOKS[-2]  # runs that a verdict takes
 
 @dataclass
 class Shelf:
-    """The outcomes so far, in a folder, by what makes them."""
+    """The outcomes so far, by what makes them: in a folder, a file each, and in files of lines beside the results.
+
+    The lines travel with the results, so that on another machine, too, no run is repeated: a claim for a new method
+    runs the method's side alone, against a baseline and a noise that are known.
+    """
 
     folder: Path
     known: dict[str, Outcome] = field(default_factory=dict)
+
+    def read(self, *files: Path) -> None:
+        """Take in the outcomes of files of lines; a line that was cut off is passed over."""
+        for path in dict.fromkeys(file for file in files if file.exists()):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with suppress(json.JSONDecodeError):
+                    self.known.update(json.loads(line))
 
     def get(self, trial: Trial) -> Outcome | None:
         """What a trial came to; None: it was not run yet."""
@@ -46,10 +60,16 @@ class Shelf:
             self.known[key] = read_json(path)
         return self.known.get(key)
 
-    def put(self, trial: Trial, outcome: Outcome) -> None:
-        """Keep it."""
+    def put(self, trial: Trial, outcome: Outcome, lines: Path | None = None) -> None:
+        """Keep it, and add a line to a file where there is one for it."""
         self.known[trial.key] = outcome
         write_json(self.folder / f"{trial.key}.json", outcome)
+        if lines is not None:
+            lines.parent.mkdir(parents=True, exist_ok=True)
+            with lines.open("a+b") as file:
+                file.seek(-min(1, file.tell()), os.SEEK_END)
+                start = b"" if file.read(1) in (b"", b"\n") else b"\n"  # a line that a crash cut off
+                file.write(start + json.dumps({trial.key: outcome}, separators=(",", ":")).encode() + b"\n")
 
 
 @dataclass
@@ -142,8 +162,6 @@ def advance(entry: Entry, pools: Mapping[Base, Sequence[Sequence[float]]]) -> li
             count += verdict.more
             continue
         check_budgets(claim, entry.scale, runs)
-        pair = judged(search.chosen, 1)
-        check_leaks(claim, [(entry.trial(p), runs[p.side][0]) for p in pair])
         return result(claim, entry.scale, runs, search, _searched(entry), verdict)
 
 
@@ -197,6 +215,9 @@ def run(
     """
     work, begun = Path(output).resolve() / scale, time.monotonic()
     shelf = Shelf(work / "outcomes")
+    if scale != "smoke":  # whose numbers mean nothing
+        for claim in chosen:
+            shelf.read(_lines(claim, scale, None), _lines(claim, scale, results))
     entries = [Entry(sized, scale, work, shelf) for claim in chosen for sized in claim.sized(scale)]
     done: list[Result] = []
     failed: dict[str, str] = {}
@@ -214,7 +235,10 @@ def run(
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 entry, trial = running.pop(future)
                 try:
-                    shelf.put(trial, outcome := future.result())
+                    lines = _lines(entry.claim, scale, results) if scale != "smoke" else None
+                    outcome = future.result()
+                    check_leaks(trial)
+                    shelf.put(trial, outcome, lines)
                 except PretrainError as error:
                     failed[entry.claim.label] = f"{trial.name}: {error}"
                     say(f"{entry.claim.label}: set aside: {trial.name}: {error}")
@@ -223,6 +247,12 @@ def run(
                 hours, minutes = divmod(round(left / max(1, jobs) / 60), 60)
                 far = f"{len(done)} of {len(entries)} claims, about {hours} h {minutes:02d} min left"
                 say(f"{trial.name}: {trial.metric} {value}, {outcome['wall']:.0f} s; {far}")
+
+
+def _lines(claim: Claim, scale: str, results: Path | str | None) -> Path:
+    """The file of outcomes for claims of a base, in the folder that holds the results."""
+    home = Path(results).parent if results else claim.path.parent
+    return home / "outcomes" / f"{claim.base}-{scale}.jsonl"
 
 
 def _next(

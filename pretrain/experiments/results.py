@@ -10,12 +10,10 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, digest, read_json, write_json
-from pretrain.core.folders import corpus_in
-from pretrain.corpus.store import Corpus
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Search
 from pretrain.experiments.sequential import EQUAL, Standing
-from pretrain.experiments.trials import Outcome, Trial
+from pretrain.experiments.trials import Outcome
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, share_to_reach
 
 PROTOCOL = 2  # 1: three seeds, one tuning seed, ranges as given, bases of under one token a weight
@@ -109,23 +107,3 @@ def check_budgets(claim: Claim, scale: str, runs: Mapping[str, Sequence[Outcome]
                 f"claim {claim.label!r}, seed {seed}: {a['flops']:.4g} FLOPs against {b['flops']:.4g}; accepted: "
                 f"equal to {within:.0%}: a smaller step or a larger budget"
             )
-
-
-def check_leaks(claim: Claim, trials: Sequence[tuple[Trial, Outcome]]) -> None:
-    """No document that is judged on may stand in what any stage of a side was trained on."""
-    for trial, outcome in trials:
-        stages = {stage.get("name", stage["stage"]): stage for stage in trial.recipe["stages"]}
-
-        def texts(reference: str, split: str, output: str = outcome["output"]) -> set[str]:
-            return {digest(d["text"]) for d in Corpus(corpus_in(Path(output), reference)).documents(split)}
-
-        judge_stage = stages[claim.metric.partition(".")[0]]
-        split = judge_stage.get("split", "test") if judge_stage["stage"] == "evaluate" else "validation"
-        judged = texts(judge_stage["corpus"], split) if "corpus" in judge_stage else set()
-        for reference in {stage["corpus"] for stage in stages.values() if stage["stage"] in ("train", "tokenizer")}:
-            leaked = len(judged & texts(reference, "train"))
-            if leaked:
-                raise PretrainError(
-                    f"claim {claim.label!r}: {leaked} documents of {judge_stage['corpus']}/{split} are in the training "
-                    f"split of {reference!r}; accepted: none"
-                )

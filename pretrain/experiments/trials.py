@@ -22,6 +22,7 @@ from typing import Any
 
 from pretrain.core.errors import Diverged, PretrainError, unknown
 from pretrain.core.files import JSONObject, digest, read_json, read_json_lines
+from pretrain.core.folders import corpus_in
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
@@ -66,10 +67,9 @@ class Trial:
                 "diverged": str(error),
                 "also": {},
                 "flops": 0,
-                "output": self.output,
                 "curve": [],
             }
-        return outcome | {"output": self.output, "wall": time.perf_counter() - begun}
+        return outcome | {"wall": time.perf_counter() - begun}
 
     def _outcome(self) -> Outcome:
         from pretrain.stages._regime import by_document, regime
@@ -111,6 +111,26 @@ class Trial:
 
         checked = check(recipe, None, output=self.output)
         return engine.run(checked, say=engine.silent, store=self.store, report=False).stages
+
+
+def check_leaks(trial: Trial) -> None:
+    """No document that is judged on may stand in what any stage was trained on."""
+    from pretrain.corpus.store import Corpus
+
+    stages = {stage.get("name", stage["stage"]): stage for stage in trial.recipe["stages"]}
+
+    def texts(reference: str, split: str) -> set[str]:
+        return {digest(d["text"]) for d in Corpus(corpus_in(Path(trial.output), reference)).documents(split)}
+
+    judge = stages[trial.metric.partition(".")[0]]
+    split = judge.get("split", "test") if judge["stage"] == "evaluate" else "validation"
+    judged = texts(judge["corpus"], split) if "corpus" in judge else set()
+    for reference in {stage["corpus"] for stage in stages.values() if stage["stage"] in ("train", "tokenizer")}:
+        if leaked := len(judged & texts(reference, "train")):
+            raise PretrainError(
+                f"{trial.name}: {leaked} documents of {judge['corpus']}/{split} are in the training split of "
+                f"{reference!r}; accepted: none"
+            )
 
 
 def value_of(metric: str, records: dict[str, StageRecord], output: Path) -> float:
