@@ -8,6 +8,7 @@ import math
 import shutil
 import subprocess
 import tracemalloc
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
@@ -284,22 +285,28 @@ def test_a_decode_stage_without_anything_to_continue_is_refused():
         Decode(checkpoint="c")
 
 
+@dataclass(frozen=True)
 class Echo(Decoding):
     """Continues with the token 5."""
 
     name = "echo"
 
+    def decode(self, model, input_ids_BL, options):
+        raise NotImplementedError
+
     def generate(self, model, input_ids_BL, *, max_new_tokens=64, eos=None, pad=0):
         return torch.cat([input_ids_BL, torch.full((1, max_new_tokens), 5)], dim=1)
 
 
-class Dice(Decoding):
+@dataclass(frozen=True)
+class Dice(Echo):
     """Notes what it is asked to sample with."""
 
     name, samples = "dice", True
+    asked: list[tuple[float, float]] = field(default_factory=list)
 
     def generate(self, model, input_ids_BL, *, temperature, top_p, **more):
-        self.asked = (temperature, top_p)
+        self.asked.append((temperature, top_p))
         return input_ids_BL
 
 
@@ -317,7 +324,7 @@ def test_a_method_is_given_the_temperature_or_refuses_it(tiny, prepared):
     dice = Dice()
     for more, expected in (({}, (0.8, 0.95)), ({"temperature": 0.3}, (0.3, 0.95)), ({"top_p": 0.5}, (0.8, 0.5))):
         continue_prompt(model, tokenizer, "a", method=dice, **more)
-        assert dice.asked == expected
+        assert dice.asked.pop() == expected
 
 
 def test_greedy_decoding_is_the_likeliest_token_and_sampling_is_seeded(tiny, prepared):

@@ -151,7 +151,7 @@ def test_the_unit_of_peak_memory_is_the_systems(system, unit, monkeypatch):
 def test_no_other_module_asks_for_what_one_system_alone_has():
     package = Path(portable.__file__).parents[2]
     for path in package.rglob("*.py"):
-        if path != Path(portable.__file__):
+        if path != Path(portable.__file__) and path.parent.name != "sandbox":  # which is for Linux alone, and says so
             text = path.read_text(encoding="utf-8")
             odd = [
                 word
