@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
-from inspect import cleandoc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,13 +12,11 @@ import typer
 
 from pretrain import __version__, cli_claim, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
-from pretrain.core.bounds import words
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_at, newest_checkpoint, run_of
-from pretrain.core.method import declared_class, default_of
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import quantity
-from pretrain.core.registry import info, kinds, methods, use_methods
+from pretrain.core.registry import methods, use_methods
 from pretrain.core.system.console import App
 from pretrain.inference import command as inferring
 from pretrain.new import command as starting
@@ -40,6 +36,7 @@ app.add_typer(runs.app, name="runs")
 app.command("plan")(cli_plan.print_plan)
 app.command("ladder")(cli_plan.ladder)
 app.command("papers")(cli_papers.list_papers)
+app.command("methods")(cli_papers.list_methods)
 app.command("new")(starting.new)
 app.command("predict")(inferring.predict)
 
@@ -150,6 +147,9 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     table.add_section()
     table.add_row("total", "", "", *_cells(total(expected)))
     Console().print(table)
+    for chosen in recipe.sizes:
+        for line in chosen.warnings():
+            typer.echo(f"[{chosen.stage}] {line}")
     for line in warnings(expected):
         typer.echo(f"warning: {line}")
     check_fits(expected)
@@ -301,6 +301,9 @@ def compare(
     output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs") / "compare",
     jobs: Annotated[int, typer.Option(min=1, help="How many runs at once on this machine.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a ray cluster to run on.")] = None,
+    rates: Annotated[
+        int, typer.Option(help="How many peak rates of each recipe are tried first, at a third of the budget each.")
+    ] = 1,
 ) -> None:
     """Compare recipes at equal FLOPs over several seeds."""
     from rich.console import Console
@@ -318,18 +321,21 @@ def compare(
         raise PretrainError(f"--budget {budget!r}: accepted: flops=NUMBER, for example flops=1e13")
     result = measure(
         recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [], jobs=jobs,
-        ray=ray, say=lambda text: typer.echo(text, err=True),
+        ray=ray, rates=rates, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip
     table = Table(
-        "recipe", f"{metric} (mean ± s.d.)", "difference, 97% interval", "verdict", "FLOPs to the baseline's end"
-    )
+        "recipe", f"{metric} (mean ± s.d.)", "difference, 97% interval", "verdict", "FLOPs to the baseline's end",
+        "peak rate",
+    )  # fmt: skip
     for name, row in result["table"].items():
         verdict, share = row.get("verdict"), row.get("compute_to_reach", {}).get("baseline's end")
         interval = f"{verdict['difference']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})" if verdict else ""
         word = verdict["word"] if verdict else "baseline"
         cells = (f"{row['mean']:.4f} ± {row['deviation']:.4f}", interval, word, "" if share is None else f"{share:.0%}")
-        table.add_row(name, *cells)
+        table.add_row(name, *cells, row["rate"]["words"])
     Console().print(table)
+    for line in result["notes"]:
+        typer.echo(line)
 
 
 @app.command()
@@ -349,48 +355,3 @@ def watch(
     from pretrain.report.watch import watch as follow
 
     typer.echo(str(follow(run_folder, every=every, say=typer.echo)))
-
-
-@app.command("methods")
-def list_methods(
-    words: Annotated[list[str] | None, typer.Argument(metavar="[SEARCH] | show NAME", autocompletion=_names)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON rows.")] = False,
-    kind: Annotated[str | None, typer.Option(help="Only those of a kind.")] = None,
-) -> None:
-    """List the methods, those that a SEARCH finds, or show one."""
-    words = words or []
-    if words[:1] == ["show"]:
-        if len(words) != 2:
-            raise PretrainError("methods show: accepted: the name of one method")
-        _show(words[1])
-        return
-    if kind is not None and kind not in kinds():
-        raise PretrainError(f"kind {kind!r}: accepted: {', '.join(kinds())}")
-    wanted = [word.lower() for word in words]
-    rows = [m for m in methods().values() if kind in (None, m.kind)]
-    rows = [m for m in rows if all(w in f"{m.name} {m.kind} {m.title} {m.arxiv}".lower() for w in wanted)]
-    if as_json:
-        typer.echo(json.dumps([m.row() for m in rows], indent=2))
-        return
-    if not rows:
-        asked = " ".join(words)
-        hint = nearest(asked, methods())
-        raise PretrainError(f"no method has {asked!r}{hint}; accepted: words of names, kinds and titles")
-    width = max((len(m.name) for m in rows), default=0)
-    last = None
-    for row in sorted(rows, key=lambda m: (m.kind, m.name)):
-        if row.kind != last:
-            typer.secho(("" if last is None else "\n") + row.kind, bold=True)
-            last = row.kind
-        typer.echo(f"  {row.name:<{width}}  {row.title}" + (f" (arXiv:{row.arxiv})" if row.arxiv else ""))
-
-
-def _show(name: str) -> None:
-    row = info(name)
-    cls = declared_class(name)
-    typer.secho(f"{row.name} ({row.kind})", bold=True)
-    typer.echo(cleandoc(cls.__doc__ or ""))
-    typer.echo(f"\nmodel families: {', '.join(row.families) or 'any'}")
-    for item in fields(cls):
-        kind, accepted = words(cls, item)
-        typer.echo(f"  {item.name}: {kind} = {default_of(item)}" + (f"  ({accepted})" if accepted else ""))

@@ -1,15 +1,22 @@
-"""`pretrain papers`: the papers and what stands for each here."""
+"""`pretrain papers`: the papers and what stands for each here. `pretrain methods`: the methods."""
 
 from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import fields
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
 
-from pretrain.core.errors import PretrainError, unknown
-from pretrain.papers import STAGES, TIERS, Standing, find, papers, search, standings
+from pretrain.core.bounds import words as bound_words
+from pretrain.core.errors import PretrainError, nearest, unknown
+from pretrain.core.method import declared_class, default_of
+from pretrain.core.quick.search import closest
+from pretrain.core.quick.search import search as ranked
+from pretrain.core.registry import MethodInfo, info, kinds, methods
+from pretrain.papers import STAGES, TIERS, Standing, find, paper_texts, papers, search, standings
 
 
 def _names(incomplete: str) -> list[str]:
@@ -52,10 +59,28 @@ def list_papers(
     if as_json:
         typer.echo(json.dumps([row.row() for row in chosen], indent=2, ensure_ascii=False))
         return
-    for part in STAGES:
+    if words and not chosen:
+        raise PretrainError(_no_paper(rows, words))
+    if words:
+        _section("the nearest first", chosen)
+    for part in () if words else STAGES:
         _section(part, [row for row in chosen if row.paper.stage == part])
     standing = sum(row.status == "stands" for row in chosen)
-    typer.echo(f"{len(chosen)} papers, {standing} of them stand here")
+    typer.echo(f"{_count(len(chosen), 'paper')}, {standing} of them {'stands' if standing == 1 else 'stand'} here")
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
+def _no_paper(rows: list[Standing], words: list[str]) -> str:
+    """That no paper has the words, and what is nearest: a paper, or methods of other papers than these."""
+    asked = " ".join(words)
+    like = closest(asked, rows, lambda row: row.paper.name, paper_texts)
+    near = f"; nearest: {', '.join(row.paper.name for row in like)}" if like else ""
+    have = [row.name for row in ranked(methods().values(), words, _texts)]
+    other = f"; methods that have it (`pretrain methods {asked}`): {', '.join(have[:5])}" if have else ""
+    return f"no paper has {asked!r}{near}{other}; accepted: words of names, titles and what papers do"
 
 
 def _section(title: str, rows: list[Standing]) -> None:
@@ -87,3 +112,78 @@ def _page(row: Standing) -> str:
     lines += [f"claim:           {claim}" for claim in row.claims]
     lines += [f"checked against: {row.check}"] if row.check else []
     return "\n".join(lines)
+
+
+def _method_names(incomplete: str) -> list[str]:
+    """Method names that begin so, for shell completion."""
+    return [name for name in methods() if name.startswith(incomplete)]
+
+
+def list_methods(
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="[SEARCH…] | show NAME", autocompletion=_method_names)
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON rows.")] = False,
+    kind: Annotated[str | None, typer.Option(help="Only those of a kind.")] = None,
+) -> None:
+    """List the methods, those that a SEARCH finds, or show one."""
+    words = words or []
+    if words[:1] == ["show"]:
+        if len(words) < 2:
+            raise PretrainError("methods show: accepted: the name of one method")
+        _show(" ".join(words[1:]))
+        return
+    if kind is not None and kind not in kinds():
+        raise PretrainError(f"kind {kind!r}: accepted: {', '.join(kinds())}")
+    rows = ranked([m for m in methods().values() if kind in (None, m.kind)], words, _texts)
+    if as_json:
+        typer.echo(json.dumps([m.row() for m in rows], indent=2))
+        return
+    if not rows:
+        asked = " ".join(words)
+        like = closest(asked, methods().values(), lambda m: m.name, _texts)
+        hint = f" (did you mean {', '.join(repr(m.name) for m in like)}?)" if like else ""
+        raise PretrainError(f"no method has {asked!r}{hint}; accepted: words of names, kinds, titles and descriptions")
+    width = max(len(m.name) for m in rows)
+    if words:
+        for row in rows:
+            typer.echo(f"  {row.name:<{width}}  {row.kind:<14}  {_titled(row)}")
+        return
+    last = None
+    for row in sorted(rows, key=lambda m: (m.kind, m.name)):
+        if row.kind != last:
+            typer.secho(("" if last is None else "\n") + row.kind, bold=True)
+            last = row.kind
+        typer.echo(f"  {row.name:<{width}}  {_titled(row)}")
+
+
+def _texts(method: MethodInfo) -> list[tuple[float, str]]:
+    """What of a method is searched, and what a hit is worth."""
+    named = [(8.0, method.name), (8.0, method.cls), (8.0, method.arxiv or "")]
+    return [*named, (4.0, method.title), (3.0, method.kind), (2.0, method.about)]
+
+
+def _titled(method: MethodInfo) -> str:
+    return method.title + (f" (arXiv:{method.arxiv})" if method.arxiv else "")
+
+
+def _spelling(name: str) -> str:
+    """What `LoRA` and `lora`, `Sparse-LLM` and `sparse_llm` share."""
+    return "".join(letter for letter in name.lower() if letter.isalnum())
+
+
+def _show(name: str) -> None:
+    known = {_spelling(each): each for m in methods().values() for each in (m.name,)}
+    known = {_spelling(m.cls): m.name for m in methods().values()} | known
+    found = known.get(_spelling(name), name)
+    if found not in methods():
+        like = [m.name for m in closest(name, methods().values(), lambda m: m.name, _texts)]
+        hint = nearest(name.lower(), methods(), 0.8) or (f"; nearest: {', '.join(like)}" if like else "")
+        raise PretrainError(f"unknown method {name!r}{hint}; accepted: a name of `pretrain methods`")
+    row, cls = info(found), declared_class(found)
+    typer.secho(f"{row.name} ({row.kind})", bold=True)
+    typer.echo(cleandoc(cls.__doc__ or ""))
+    typer.echo(f"\nmodel families: {', '.join(row.families) or 'any'}")
+    for item in fields(cls):
+        kind, accepted = bound_words(cls, item)
+        typer.echo(f"  {item.name}: {kind} = {default_of(item)}" + (f"  ({accepted})" if accepted else ""))

@@ -19,7 +19,10 @@ from pretrain.dial import law as laws
 from pretrain.dial.choose import LONGEST, Task, choose, optimizer_for
 from pretrain.dial.law import Law, Rung, fit, unique_worth
 from pretrain.dial.shapes import CAUSAL, Shape, depth_of, fields, shape_of, widths
-from pretrain.stages._size import LAW
+from pretrain.optim.optimizers import adamw
+from pretrain.stages._size import LAW, Settled
+
+adamw_file = adamw.__file__
 
 TRUE = Law(0.8, 60.0, 0.4, 60.0, 0.42, 0.5, {512: 2.1, 2048: 2.9, 8192: 3.6}, 1e12)
 
@@ -185,7 +188,70 @@ def test_the_second_moment_remembers_as_many_tokens_whatever_the_batch() -> None
     assert decays[1] == LONGEST  # no longer than a short run is
     assert 100 * math.log(decays[1000]) / math.log(decays[100]) == pytest.approx(1000, rel=0.01)
     assert decays[1000] == pytest.approx(0.5**0.1, abs=1e-3)  # a tenth of the half-life
-    assert optimizer_for("lion", choice) == {}
+    assert set(optimizer_for("lion", choice)) == {"lr"}  # whose momentum is no second moment
+    assert optimizer_for("of_mine", choice) == {}
+
+
+@pytest.mark.parametrize("asked", ["soap", "{method: lion}", "{method: schedule_free, beta1: 0.8}"])
+def test_an_optimiser_whose_rate_was_measured_gets_a_rate_for_the_size(
+    written: Path, tmp_path: Path, asked: str
+) -> None:
+    sized = [
+        recipes.load(written, [f"model.optimizer={asked}", f"model.budget.flops={flops}"], tmp_path).sizes[0]
+        for flops in (1e10, 1e14)
+    ]
+    assert sized[0].lr and sized[1].lr and sized[0].lr > 2 * sized[1].lr
+    assert not sized[0].warnings()
+
+
+def test_a_rate_that_nobody_has_tuned_is_told_before_the_run(written: Path, tmp_path: Path) -> None:
+    from pretrain.cli import app
+
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    source = Path(adamw_file).read_text().replace("class AdamW(", "class Mine(")
+    (folder / "mine_w.py").write_text(source)
+    told = "the rate of mine_w is not tuned"
+    for command in ("plan", "run"):
+        more = ["--dry-run"] if command == "run" else []
+        words = ["--methods", str(folder), command, str(written), "--set", "model.optimizer=mine_w", *more]
+        result = CliRunner().invoke(app, words)
+        assert result.exit_code == 0, result.output
+        assert told in result.output
+        again = CliRunner().invoke(app, [*words, "--set", "model.optimizer={method: mine_w, lr: 0.01}"])
+        assert again.exit_code == 0 and told not in again.output
+
+
+def test_a_field_of_the_optimiser_keeps_what_else_the_dial_has_chosen(written: Path, tmp_path: Path) -> None:
+    usual = recipes.load(written, [], tmp_path).sizes[0].optimizer
+    assert isinstance(usual, dict) and set(usual) == {"method", "lr", "adamw_lr", "beta2"}
+    for field, value in (("lr", 0.003), ("adamw_lr", 0.5), ("beta2", 0.9), ("weight_decay", 0.2)):
+        changed = recipes.load(written, [f"model.optimizer={{{field}: {value}}}"], tmp_path).sizes[0].optimizer
+        assert changed == usual | {field: value}
+
+
+def test_the_expected_loss_is_of_the_optimiser_that_the_law_was_fitted_with(written: Path, tmp_path: Path) -> None:
+    def expected(optimizer: str) -> str:
+        (chosen,) = recipes.load(written, [f"model.optimizer={optimizer}"], tmp_path).sizes
+        return next(line for line in chosen.lines() if line.startswith("expected"))
+
+    assert expected("muon").endswith("by a law of runs with muon")
+    assert expected("soap").endswith("by a law of runs with muon; with soap it was not measured")
+
+
+@pytest.mark.parametrize("unique", [None, 1e5])
+@pytest.mark.parametrize("vocabulary", [None, 300, 50_000])
+def test_the_expected_loss_lies_within_its_interval_and_no_size_named_beside_it_is_better(
+    unique: float | None, vocabulary: int | None
+) -> None:
+    law = laws.load(LAW)
+    for flops in (1e8, 1e10, 1e12, 1e14, law.largest * 90):
+        task = Task(law, flops=flops, unique=unique, vocabulary=vocabulary)
+        choice = choose(task)
+        assert choice.prediction is not None
+        assert choice.prediction.low < choice.prediction.bits < choice.prediction.high
+        for what, bits in Settled("model", task, choice, None, "muon").others():
+            assert bits >= choice.prediction.bits - 1e-9 or vocabulary, what
 
 
 @pytest.mark.parametrize("width", [64, 128, 256])

@@ -213,7 +213,7 @@ def test_the_command_prints_rows_lists_and_one_paper():
     tier = json.loads(run("--json", "--tier", "core", "--modality", "code", "--stage", "compress").stdout)
     assert tier and all(r["tier"] == "core" and "code" in r["modality"] and r["stage"] == "compress" for r in tier)
     listed = run("gptq").stdout
-    assert "GPTQ" in listed and "1 of them stand here" in listed
+    assert "GPTQ" in listed and "1 paper, 1 of them stands here" in listed
     page = run("show", "gptq").stdout
     assert "https://arxiv.org/abs/2210.17323" in page and "IST-DASLab/gptq at 2d65066eeb06" in page
     assert json.loads(run("show", "clip", "--json").stdout)["status"] == NOT_YET

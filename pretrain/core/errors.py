@@ -33,9 +33,9 @@ class Diverged(PretrainError):
     """A training whose loss or gradient is no number any more, step after step."""
 
 
-def nearest(word: str, accepted: Iterable[str]) -> str:
+def nearest(word: str, accepted: Iterable[str], cutoff: float = 0.6) -> str:
     """`" (did you mean 'x'?)"` when one accepted word is spelled much like `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), list(accepted), n=1, cutoff=0.6)
+    close = difflib.get_close_matches(str(word), list(accepted), n=1, cutoff=cutoff)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -28,6 +28,7 @@ from pretrain.core.folders import cache_folder
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = ("data", "objectives", "optim", "policies", "surgery", "decoding", "evaluation")
 GROUP = "pretrain.methods"  # of entry points
+ABOUT = 600  # characters of a method's docstrings that are searched
 _TITLE = re.compile(r"(?P<title>.+?) \((?:arXiv:(?P<arxiv>[\w./-]+)|(?P<venue>[^()]+))\)\.?\Z", re.DOTALL)
 _added: list[Path] = []  # folders of methods from outside
 
@@ -44,6 +45,7 @@ class MethodInfo:
     module: str
     cls: str
     path: Path
+    about: str = ""  # what its docstrings begin with, for searching
 
     @property
     def ours(self) -> bool:
@@ -59,10 +61,11 @@ class MethodInfo:
 
 @dataclass(frozen=True)
 class _Source:
-    """A parsed file: its classes by name, and the full names of what it imports."""
+    """A parsed file: its classes by name, the full names of what it imports, and its first paragraph."""
 
     classes: dict[str, ast.ClassDef]
     imports: dict[str, str]
+    summary: str
 
 
 @cache
@@ -79,7 +82,7 @@ def _source(path: Path) -> _Source:
         if isinstance(node, ast.ImportFrom):
             home = "." * node.level + (node.module or "")
             imports |= {alias.asname or alias.name: f"{home}.{alias.name}" for alias in node.names}
-    return _Source(classes, imports)
+    return _Source(classes, imports, (ast.get_docstring(tree) or "").partition("\n\n")[0])
 
 
 def _constant(cls: ast.ClassDef, name: str) -> object:
@@ -173,7 +176,14 @@ def _read(path: Path, module: str) -> MethodInfo | None:
         module=module,
         cls=cls.name,
         path=path,
+        about=_about(path, cls),
     )
+
+
+def _about(path: Path, cls: ast.ClassDef) -> str:
+    """The first sentences of a method's file and of its class, the paper's title aside."""
+    text = [_source(path).summary, *(ast.get_docstring(cls) or "").split("\n\n")[1:2]]
+    return " ".join(" ".join(text).split())[:ABOUT]
 
 
 def _is_dataclass(path: Path, cls: ast.ClassDef) -> bool:

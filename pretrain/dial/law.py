@@ -72,6 +72,7 @@ class Law:
     quantile: float = 2.0  # Student's, of a 95% interval with the rungs' degrees of freedom
     covariance: list[list[float]] = field(default_factory=list)
     rungs: list[Rung] = field(default_factory=list)
+    optimizer: str = ""  # that the rungs were trained with
 
     def bits(self, body: float, vocabulary: float, bytes_: float) -> float:
         """The law's value."""

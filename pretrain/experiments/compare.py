@@ -1,23 +1,25 @@
 """Compare recipes at equal compute: the same metered FLOPs, the same data, the same seeds, an honest verdict.
 
 Each recipe is run once a seed. What its earlier stages spend (a small model that is then grown, a surgery) counts: the
-last training stage gets what is left of the budget. The first recipe is the baseline; the others are judged against it
-by the paired differences over seeds.
+last training stage gets what is left of the budget, and where it is of `size: auto` it is sized for that budget. The
+first recipe is the baseline; the others are judged against it by the paired differences over seeds. Beside the verdict
+stands each side's peak rate and who has chosen it: a difference of two recipes may be one of their rates.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json, write_text
 from pretrain.experiments.drawing import draw
+from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
 from pretrain.experiments.verdict import interval, judge, share_to_reach, shares_to_reach
-from pretrain.recipe import load
+from pretrain.recipe import Recipe, load
 
 
 def compare(
@@ -30,12 +32,14 @@ def compare(
     overrides: Sequence[str] = (),
     jobs: int = 1,
     ray: str | None = None,
+    rates: int = 1,
     say: Callable[[str], None] = print,
 ) -> Outcome:
     """Run each recipe with each seed for `flops`; writes `comparison.svg`, writes and returns `comparison.json`.
 
     `metric` is one of the held-out metrics that training logs; lower is better. Runs that are finished are not run
-    again, so a comparison that was interrupted goes on. `jobs` processes share the work, or a `ray` cluster does.
+    again, so a comparison that was interrupted goes on. `jobs` processes share the work, or a `ray` cluster does. With
+    `rates` of 3 or more so many peak rates of each side are tried first, at a third of the budget each.
     """
     from pretrain.core.hardware import describe
 
@@ -48,32 +52,74 @@ def compare(
         raise PretrainError(
             f"compare: recipes of the same name: {', '.join(names)}; accepted: a name of its own for each"
         )
-    queue = [(name, path, seed) for seed in range(seeds) for name, path in zip(names, recipes, strict=True)]
-    trials = [_trial(name, path, seed, flops, metric, Path(output).resolve(), overrides) for name, path, seed in queue]
+    paths = dict(zip(names, recipes, strict=True))
+    usual = {name: rate_of(*_loaded(path, 0, flops, overrides)) for name, path in paths.items()}
+
+    def trial(name: str, seed: int) -> Trial:
+        return _trial(name, paths[name], seed, flops, metric, Path(output).resolve(), overrides)
+
+    chosen = dict(usual)
+    searched = {name: rate.lr for name, rate in usual.items() if rate.lr}
+    if rates != 1:
+        chosen |= best_rates(searched, trial, rates=rates, jobs=jobs, ray=ray, say=say)
+    queue = [(name, seed) for seed in range(seeds) for name in names]
+    trials = [_at(trial(name, seed), chosen[name].lr, usual[name].lr) for name, seed in queue]
     outcomes = run_all(trials, jobs=jobs, ray=ray, say=say)
     runs: dict[str, list[Outcome]] = {name: [] for name in names}
-    for (name, _, seed), outcome in zip(queue, outcomes, strict=True):
+    for (name, seed), outcome in zip(queue, outcomes, strict=True):
         if outcome["final"] is None:
             raise PretrainError(f"compare: {name}, seed {seed}: {outcome['diverged']}")
         outcome.pop("wall")  # of this call alone
         runs[name].append({"seed": seed} | outcome)
     comparison = summarise(runs, flops, metric) | {"environment": describe()}
+    for name, rate in chosen.items():
+        comparison["table"][name]["rate"] = asdict(rate) | {"words": str(rate)}
+    comparison["notes"] = _notes(chosen)
     write_json(Path(output) / "comparison.json", comparison)
     curves = {name: [run["curve"] for run in of] for name, of in comparison["runs"].items()}
     write_text(Path(output) / "comparison.svg", draw(curves, metric))
     return comparison
 
 
+def _notes(rates: Mapping[str, Rate]) -> list[str]:
+    """What a reader of the verdict has to know of the rates."""
+    untuned = [name for name, rate in rates.items() if rate.chosen_by == UNTUNED]
+    edges = [name for name, rate in rates.items() if rate.edge]
+    notes = []
+    if untuned:
+        notes.append(
+            f"warning: the rate of {', '.join(untuned)} is the method's default, which nobody has tuned here, so the "
+            "verdict may be one of rates; --rates 3 tries three for each side"
+        )
+    if edges:
+        notes.append(f"warning: the best rate of {', '.join(edges)} is the last that was tried; more may be better")
+    return notes
+
+
+def _at(trial: Trial, lr: float | None, usual: float | None) -> Trial:
+    """A trial at another rate than its recipe's, if there is another."""
+    return trial if lr is None or usual is None or lr == usual else with_rate(trial, lr, usual)
+
+
+def _loaded(path: Path | str, seed: int, flops: float, overrides: Sequence[str]) -> tuple[Recipe, str]:
+    """A recipe, sized for the budget, and its last training."""
+    overrides = [*overrides, f"seed={seed}"]
+    recipe = load(path, overrides)
+    trainings = [stage.name for stage in recipe.stages if stage.stage == "train"]
+    if not trainings:
+        raise PretrainError(f"{path}: no train stage; accepted: a recipe that trains")
+    if any(each.stage == trainings[-1] for each in recipe.sizes):
+        recipe = load(path, [*overrides, f"{trainings[-1]}.budget.flops={flops:g}"])
+    return recipe, trainings[-1]
+
+
 def _trial(
     name: str, path: Path | str, seed: int, flops: float, metric: str, output: Path, overrides: Sequence[str]
 ) -> Trial:
     """The recipe up to its last training."""
-    recipe = load(path, [*overrides, f"seed={seed}"])
-    trainings = [number for number, stage in enumerate(recipe.stages) if stage.stage == "train"]
-    if not trainings:
-        raise PretrainError(f"{path}: no train stage; accepted: a recipe that trains")
-    trained = recipe.stages[trainings[-1]].name
-    raw = recipe.raw | {"name": name, "stages": recipe.raw["stages"][: trainings[-1] + 1]}
+    recipe, trained = _loaded(path, seed, flops, overrides)
+    last = next(number for number, stage in enumerate(recipe.stages) if stage.name == trained)
+    raw = recipe.raw | {"name": name, "stages": recipe.raw["stages"][: last + 1]}
     return Trial(
         name=f"{name}, seed {seed}", recipe=raw, output=str(output / f"seed-{seed}" / name),
         store=str(output / "stages"), trained=trained, unit="flops", amount=flops,

@@ -81,7 +81,7 @@ def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Sett
         say(f"{number} of {len(wanted)}: {size}: {rungs[-1].bits:.3f} bits per byte, {record['seconds']:.0f} s")
         corpus = result.stages.get(str(entry.get("corpus")))
         unique = corpus["metrics"]["bytes/train"] if corpus is not None else unique
-    law = replace(fit(rungs), bytes_per_token=sizes)
+    law = replace(fit(rungs), bytes_per_token=sizes, optimizer=settled.optimizer_name)
     law.write(folder / LAW)
     task = replace(settled.task, law=law, unique=unique)
     return law, replace(settled, choice=choose(task), task=task)

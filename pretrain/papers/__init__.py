@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json
+from pretrain.core.quick.search import closest
+from pretrain.core.quick.search import search as ranked
 from pretrain.core.registry import PACKAGE, methods
 from pretrain.core.system.shipped import shipped
 
@@ -186,16 +188,17 @@ def _claims(folder: Path) -> dict[str, list[Claim]]:
     return by_title
 
 
-def search(rows: Iterable[Standing], words: Iterable[str]) -> list[Standing]:
-    """The rows in which all words stand, in any case."""
-    wanted = [word.lower() for word in words]
+def search(rows: Iterable[Standing], words: Sequence[str]) -> list[Standing]:
+    """The rows that have all the words in some form, the best first."""
+    return ranked(rows, words, paper_texts)
 
-    def text(row: Standing) -> str:
-        paper = row.paper
-        parts = (paper.name, paper.title, paper.arxiv or "", paper.venue or "", paper.tier, *paper.modality)
-        return " ".join((*parts, paper.stage, paper.does, *row.methods, row.status)).lower()
 
-    return [row for row in rows if all(word in text(row) for word in wanted)]
+def paper_texts(row: Standing) -> list[tuple[float, str]]:
+    """What of a row is searched, and what a hit is worth."""
+    paper = row.paper
+    rest = " ".join((paper.venue or "", paper.tier, *paper.modality, paper.stage, row.status))
+    named = [(8.0, name) for name in (paper.name, *row.methods, paper.arxiv or "")]
+    return [*named, (4.0, paper.title), (2.0, paper.does), (1.0, rest)]
 
 
 def find(rows: Iterable[Standing], word: str) -> Standing:
@@ -214,8 +217,10 @@ def find(rows: Iterable[Standing], word: str) -> Standing:
     by_key = {key(name): row for name, row in reversed(known.items())}
     if key(word) in by_key:
         return by_key[key(word)]
-    hint = nearest(word.lower(), known)
-    raise PretrainError(f"unknown paper {word!r}{hint}; accepted: a name or arXiv number of `pretrain papers`")
+    hint = nearest(word.lower(), known, 0.8)
+    like = closest(word, rows, lambda row: row.paper.name, paper_texts) if not hint else []
+    near = f"; nearest: {', '.join(row.paper.name for row in like)}" if like else ""
+    raise PretrainError(f"unknown paper {word!r}{hint}{near}; accepted: a name or arXiv number of `pretrain papers`")
 
 
 def _exact(row: Standing) -> tuple[str, ...]:

@@ -41,6 +41,22 @@ class Settled:
     lr: float | None
     optimizer: object
 
+    @property
+    def optimizer_name(self) -> str:
+        """The method that makes the steps."""
+        name = self.optimizer.get("method") if isinstance(self.optimizer, dict) else self.optimizer
+        return str(name)
+
+    def warnings(self) -> list[str]:
+        """That nobody has chosen the rate, where the dial knows none for the optimiser and the recipe says none."""
+        if self.lr is not None or self.optimizer_name in RATES:
+            return []
+        name = self.optimizer_name
+        return [
+            f"warning: the rate of {name} is not tuned: the dial knows none for it, and the recipe says none, so it "
+            "trains at the method's own default; accepted: optimizer.lr; `pretrain compare --rates 3` tries some"
+        ]
+
     def lines(self) -> list[str]:
         """What was chosen and why, in sentences."""
         shape, choice = self.choice.shape, self.choice
@@ -49,7 +65,9 @@ class Settled:
         text = f"{_short(choice.tokens)} tokens ({choice.tokens_per_weight:.1f} a weight{passes})"
         lines = [
             f"{size}: {_short(shape.weights)} weights, {text}",
-            f"rows of {choice.length} tokens, {choice.batch_rows} a step; peak rate {self.lr or 'as given'}",
+            f"rows of {choice.length} tokens, {choice.batch_rows} a step; {self.optimizer_name}, peak rate "
+            f"{self.lr or 'its own default'}",
+            *self.warnings(),
         ]
         time = f", about {choice.seconds:,.0f} s" if choice.seconds else ""
         memory = shape.memory(choice.batch_rows * choice.length, choice.length) / 2**20
@@ -58,11 +76,15 @@ class Settled:
             lines.append("too far beyond the runs that the law was fitted to for a prediction: 20 tokens a weight")
             return lines
         best = choice.prediction
-        lines.append(f"expected: {best.bits:.3f} bits per byte of held-out text ({best.low:.3f} to {best.high:.3f})")
-        others = [f"{what} {bits:.3f}" for what, bits in self._others()]
+        fitted = f", by a law of runs with {self.task.law.optimizer}" if self.task.law.optimizer else ""
+        if fitted and self.optimizer_name != self.task.law.optimizer:
+            fitted += f"; with {self.optimizer_name} it was not measured"
+        expected = f"expected: {best.bits:.3f} bits per byte of held-out text ({best.low:.3f} to {best.high:.3f})"
+        lines.append(expected + fitted)
+        others = [f"{what} {bits:.3f}" for what, bits in self.others()]
         return [*lines, f"the same budget elsewhere: {', '.join(others)}"] if others else lines
 
-    def _others(self) -> list[tuple[str, float]]:
+    def others(self) -> list[tuple[str, float]]:
         """What other sizes are expected to give."""
         width, vocabulary = self.choice.shape.width, self.choice.shape.vocabulary
         others = {
@@ -73,7 +95,8 @@ class Settled:
         rows = []
         for what, (wide, entries) in others.items():
             other = choose(replace(self.task, width=wide, depth=None, vocabulary=entries, tokens=None, flops=flops))
-            if other.prediction is not None:
+            beyond = entries > 2 * max(self.task.law.bytes_per_token)  # as `choose` takes none further
+            if other.prediction is not None and not beyond:
                 rows.append((what, other.prediction.bits))
         return rows
 
@@ -232,12 +255,12 @@ def _rate(output: Path | None) -> float:
 
 
 def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
-    """The optimiser with its rates; one whose rates the dial does not know keeps its own."""
+    """The optimiser with the dial's rates around what the recipe says of it; one that it does not know as it is."""
     given = entry.get("optimizer", OPTIMIZER)
     method = {"method": given} if isinstance(given, str) else given
     if isinstance(method, dict) and "method" not in method:  # a field of the default one
         given = method = {"method": OPTIMIZER} | method
-    if not isinstance(method, dict) or "lr" in method or method.get("method") not in RATES:
+    if not isinstance(method, dict) or method.get("method") not in RATES:
         return given
     return optimizer_for(method["method"], choice) | method
 
