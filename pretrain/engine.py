@@ -12,8 +12,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
@@ -33,7 +33,7 @@ from pretrain.forecast import check_fits, forecast, warnings
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
-from pretrain.records import StageRecord, StageResult
+from pretrain.records import Part, StageRecord, StageResult
 from pretrain.report.page import write as write_report
 from pretrain.runs.shelf import join_store
 from pretrain.runs.targets import repointed, targets
@@ -42,6 +42,7 @@ from pretrain.stages._size import write as write_sizes
 from pretrain.training.distributed import join
 
 CACHED, TO_RUN, DONE = "cached", "to run", "done"
+PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def _run_stage(
         sweep(item.folder)
     if main and (other := begin(item)):
         say(f"[{name}] {other}; going on from there (--refresh {name} begins again)")
+    parts = _earlier(item) if main else []
     started, clock = datetime.now(UTC), time.perf_counter()
     result: StageResult = {}
     if main or stage.distributed:
@@ -159,7 +161,7 @@ def _run_stage(
             bar=say is not silent, refreshed=item.refreshed,
         )  # fmt: skip
         try:
-            with extras_named():
+            with _noted(item, parts, main), extras_named():
                 result = stage.pointing_to(item.inputs).run(job)
         except OSError as error:
             reason = error.strerror or str(error)
@@ -171,19 +173,56 @@ def _run_stage(
             raise type(error)(f"{named}{str(error).removeprefix(named)}") from error
     wait()
     if main:
-        write_record(item, result, started, time.perf_counter() - clock)
+        write_record(item, result, started, time.perf_counter() - clock, parts)
+        (item.folder / PARTS).unlink(missing_ok=True)
     wait()
 
 
-def write_record(item: Planned, result: StageResult, started: datetime, seconds: float) -> None:
-    """Write `stage.json`, which makes the stage a finished one."""
+@contextmanager
+def _noted(item: Planned, parts: list[Part], main: bool) -> Iterator[None]:
+    """Note what was spent where a stage does not come to its end, since it is part of what the stage takes."""
+    started, clock = datetime.now(UTC), time.perf_counter()
+    try:
+        yield
+    except BaseException:
+        if main:
+            with suppress(PretrainError, OSError):  # of a full disk the error is told by what ends the stage
+                write_json(item.folder / PARTS, [*parts, _part(started, time.perf_counter() - clock)])
+        raise
+
+
+def _part(started: datetime, seconds: float) -> Part:
+    """What a part of a stage has taken, which an interrupt has ended."""
+    began = started.isoformat(timespec="seconds")
+    return {"started": began, "seconds": seconds, "peak_memory_bytes": peak_memory()}
+
+
+def _earlier(item: Planned) -> list[Part]:
+    """The parts of a stage that is gone on with; of one that begins again none."""
+    path = item.folder / PARTS
+    if path.exists() and not item.stage.progress(item.folder):
+        path.unlink()
+    return read_json(path) if path.exists() else []
+
+
+def write_record(
+    item: Planned, result: StageResult, started: datetime, seconds: float, parts: Sequence[Part] = ()
+) -> None:
+    """Write `stage.json`, which makes the stage a finished one. Its time is that of all its parts.
+
+    A part that was killed has left no note of its time; of a training what its state has counted is then the least.
+    """
+    metrics = result.get("metrics", {})
+    last = _part(started, seconds)
+    every = [*parts, last]
+    seconds = max(sum(part["seconds"] for part in every), metrics.get("seconds", 0.0))
     record: StageRecord = {
         "name": item.stage.name, "stage": item.stage.stage, "address": item.address, "seed": item.seed,
         "config": {k: v for k, v in item.config.items() if k != "methods"}, "methods": item.config["methods"],
         "inputs": item.stage.references(), "identity": item.identity(), "targets": targets(item),
-        "metrics": result.get("metrics", {}), "flops": result.get("flops", 0),
-        "seconds": seconds, "peak_memory_bytes": peak_memory(),
-        "started": started.isoformat(timespec="seconds"),
+        "metrics": metrics, "flops": result.get("flops", 0),
+        "seconds": seconds, "peak_memory_bytes": max(part["peak_memory_bytes"] for part in every),
+        "started": every[0]["started"],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"), "environment": describe(),
     }  # fmt: skip
     if "adopted" in result:

@@ -53,6 +53,14 @@ class StageResult(TypedDict, total=False):
     adopted: Adopted
 
 
+class Part(TypedDict):
+    """What a stage has taken up to where it was interrupted."""
+
+    started: str
+    seconds: float
+    peak_memory_bytes: int
+
+
 class StageRecord(StageResult):
     """`stage.json`, which makes a stage a finished one."""
 
@@ -65,7 +73,7 @@ class StageRecord(StageResult):
     inputs: Marks
     targets: NotRequired[list[Target]]  # of the paths among the inputs that are stages of runs
     identity: NotRequired[Identity]  # not of those of earlier versions
-    seconds: float
+    seconds: float  # of all its parts, where it was interrupted
     peak_memory_bytes: int
     started: str
     finished: str

@@ -186,9 +186,52 @@ def test_a_run_shows_names_that_stay_and_what_else_it_has():
 def test_runs_are_compared_in_what_was_said_and_what_came_of_it():
     for name, value in (("a", 1), ("b", 2)):
         run(name, model={"value": value}, same={"value": 5})
-    rows = {line.split()[0]: line.split()[1:] for line in invoke("compare", "runs/a", "runs/b").splitlines()}
+    rows = {line.split()[0]: line.split()[1:] for line in invoke("compare", "runs/a", "runs/b").splitlines() if line}
     assert rows["model.value"] == ["1", "2"] and "same.value" not in rows
-    assert "model: value" in invoke("compare", "runs/a", "runs/b")
+    lines = invoke("compare", "runs/a", "runs/b").splitlines()
+    assert lines[0].split() == ["runs/a", "runs/b", "difference"]
+    assert next(line for line in lines if line.startswith("model: value")).split()[2:] == ["1", "2", "+1,", "+100.0%"]
+    assert next(line for line in lines if line.startswith("same: value")).split()[4:] == ["the", "same"]
+    assert next(line for line in lines if line.startswith("status")).split() == ["status", "finished", "finished"]
+    three = invoke("compare", "runs/a", "runs/b", "runs/a")
+    assert "2 (+1, +100.0%)" in three and "1 (the same)" in three
+
+
+def test_a_run_that_has_not_come_to_its_evaluation_is_said_to_be_so():
+    for name, value in (("a", 1), ("b", 2)):
+        run(name, model={"value": value})
+    row = read_json(Path("runs/b/run.json"))
+    row["stages"].append({"name": "judged", "stage": "evaluate", "folder": "evaluate-012345678901", "address": "01"})
+    Path("runs/b/run.json").write_text(json.dumps(row))
+    assert "unfinished: judged to run; did not finish its own evaluation yet" in invoke("compare", "runs/a", "runs/b")
+
+
+def test_recipes_that_have_been_run_and_comparisons_are_compared_too():
+    for name, value in (("a", 1), ("b", 2)):
+        stages = [{"stage": "fake", "name": "model", "value": value}]
+        Path(f"{name}.yaml").write_text(json.dumps({"name": name, "stages": stages}))
+    run("a", model={"value": 1})
+    with pytest.raises(PretrainError, match=r"b.yaml has not been run in runs/b"):
+        invoke("compare", "a.yaml", "b.yaml")
+    run("b", model={"value": 2})
+    assert invoke("compare", "a.yaml", "b.yaml") == invoke("compare", "runs/a", "runs/b")
+    verdict = {"word": "better", "difference": -0.5}
+    table = {"one": {"mean": 2.0, "deviation": 0.1}, "two": {"mean": 1.5, "deviation": 0.1, "verdict": verdict}}
+    written = {"metric": "loss", "flops": 1e9, "table": table, "runs": {"one": [{}, {}], "two": [{}, {}]}}
+    for name in ("first", "second"):
+        Path(name).mkdir()
+        Path(name, "comparison.json").write_text(json.dumps(written))
+    shown = invoke("compare", "first", "second")
+    assert shown.count("better (-0.5000)") == 2 and shown.count("baseline") == 2 and "2.0000 ± 0.1000" in shown
+    with pytest.raises(PretrainError, match="accepted: runs alone, or comparisons alone"):
+        invoke("compare", "first", "runs/a")
+
+
+def test_one_run_is_not_called_runs():
+    run("a", model={"value": 1})
+    assert "\n1 run, " in invoke("list")
+    with pytest.raises(PretrainError, match="1 run given"):
+        invoke("compare", "runs/a")
 
 
 def gone(base):

@@ -9,9 +9,10 @@ from typing import Annotated
 import typer
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, read_json
+from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
 from pretrain.runs.shelf import RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
+from pretrain.runs.words import bytes_in_words, counted, seconds_in_words
 
 app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")]
@@ -27,18 +28,20 @@ def list_runs(folder: Folder = RUNS) -> None:
     rows: list[tuple[str, ...]] = [("run", "status", "stages", "finished", "time", "FLOPs", "size", "last measured")]
     for run in runs:
         done = f"{len(run.records)} of {len(run.stages)}"
-        size = _bytes(size_of(run.folder, *run.stages.values()))
-        spent = (_seconds(run.total("seconds")), f"{run.total('flops'):.3g}")
+        size = bytes_in_words(size_of(run.folder, *run.stages.values()))
+        spent = (seconds_in_words(run.total("seconds")), f"{run.total('flops'):.3g}")
         rows.append((str(run.folder), run.status, done, _when(run.finished), *spent, size, _metrics(run)))
     _table(rows)
-    typer.echo(f"{len(runs)} runs, {_bytes(size_of(*(home for run in runs for home in run.homes)))}")
+    typer.echo(f"{counted(len(runs), 'run')}, {bytes_in_words(size_of(*(home for run in runs for home in run.homes)))}")
 
 
 @app.command("show")
 def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of it.")]) -> None:
     """A run's stages by names that stay, and the results that it has beside those it shows."""
+    from pretrain.runs.comparison import spent_so_far
+
     shown = open_run(run_of(run))
-    typer.echo(f"{shown.folder}: {shown.status}, {_bytes(size_of(*shown.homes))}")
+    typer.echo(f"{shown.folder}: {shown.status}, {bytes_in_words(size_of(*shown.homes))}")
     recipe = read_json(shown.folder / "run.json").get("recipe")
     typer.echo(f"recipe: {recipe or 'none of a file'}, as it was run: {shown.folder / 'recipe.yaml'}\n")
     rows: list[tuple[str, ...]] = [("stage", "kind", "status", "name that stays", "time", "FLOPs", "size", "measured")]
@@ -46,11 +49,16 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
         record = shown.records.get(name)
         kind, _, address = folder.name.rpartition("-")
         kind = record["stage"] if record else kind
-        spent = (_seconds(record["seconds"]), f"{record['flops']:.3g}") if record else ("", "")
+        begun = {} if record else spent_so_far(shown, name)
+        spent = (seconds_in_words(record["seconds"]), f"{record['flops']:.3g}") if record else ("", "")
         measured = _few(record["metrics"]) if record else ""
+        if begun:  # a training that was interrupted, or is under way: what it has counted, over all its parts
+            spent = (seconds_in_words(begun.get("seconds", 0.0)), f"{begun.get('flops', 0.0):.3g}")
+            measured = f"so far: step {begun.get('step', 0):,.0f}, tokens {begun.get('tokens', 0):.4g}"
         stable = f"{shown.folder / name}@{address}" if record else ""
-        size = _bytes(size_of(folder))
-        rows.append((name, kind, "finished" if record else "to run", stable, *spent, size, measured))
+        size = bytes_in_words(size_of(folder))
+        status = "finished" if record else "begun" if begun else "to run"
+        rows.append((name, kind, status, stable, *spent, size, measured))
     _table(rows)
     others = [path for path in stored(shown.folder) if path.resolve() not in _resolved(shown)]
     if others:
@@ -67,7 +75,7 @@ def _beside(run: Run, path: Path) -> None:
     """A line for a result that the run does not show: how it differs from the one it shows."""
     from pretrain.runs.targets import differences
 
-    size = _bytes(size_of(path))
+    size = bytes_in_words(size_of(path))
     if not (path / "stage.json").exists():
         typer.echo(f"  {path}  {size}  begun")
         return
@@ -79,37 +87,18 @@ def _beside(run: Run, path: Path) -> None:
 
 
 @app.command("compare")
-def compare(runs: Annotated[list[Path], typer.Argument(help="Two runs or more.")]) -> None:
-    """How runs differ: in what their recipes say, and in what came of it."""
-    from pretrain.identity import flat
-    from pretrain.recipe import read
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Runs, recipes that have been run, or folders of `compare`.")],
+) -> None:
+    """How runs differ: in what came of them, in what they took, and in what their recipes say."""
+    from pretrain.runs.comparison import tables
 
     if len(runs) < 2:
-        raise PretrainError(f"runs compare: {len(runs)} run given; accepted: two or more")
-    opened = [open_run(run_of(run)) for run in runs]
-    rows: list[tuple[str, ...]] = [("", *(str(run.folder) for run in opened))]
-    recipes = [flat(_by_name(read(run.folder / "recipe.yaml")[0])) for run in opened]
-    for field in dict.fromkeys(name for recipe in recipes for name in recipe):
-        values = [recipe.get(field) for recipe in recipes]
-        if any(value != values[0] for value in values):
-            rows.append((field, *("" if value is None else str(value) for value in values)))
-    measured = [_measured(run) for run in opened]
-    names = dict.fromkeys(name for metrics in measured for name in metrics)
-    rows += [(name, *(f"{of[name]:.6g}" if name in of else "" for of in measured)) for name in names]
-    rows.append(("time", *(_seconds(run.total("seconds")) for run in opened)))
-    rows.append(("FLOPs", *(f"{run.total('flops'):.4g}" for run in opened)))
-    rows.append(("size", *(_bytes(size_of(run.folder, *run.stages.values())) for run in opened)))
-    _table(rows)
-
-
-def _by_name(recipe: JSONObject) -> JSONObject:
-    """A recipe with its stages by their names, so that another stage before them moves none."""
-    stages = {str(row.get("name", row["stage"])): row for row in recipe.pop("stages")}
-    return recipe | {name: {k: v for k, v in row.items() if k != "name"} for name, row in stages.items()}
-
-
-def _measured(run: Run) -> dict[str, float]:
-    return {f"{name}: {k}": v for name, record in run.records.items() for k, v in record["metrics"].items()}
+        raise PretrainError(f"runs compare: {counted(len(runs), 'run')} given; accepted: two or more")
+    for number, rows in enumerate(tables(runs)):
+        if number:
+            typer.echo("")
+        _table(rows)
 
 
 @app.command("clean")
@@ -128,13 +117,13 @@ def clean(
         roots = [root for root in dict.fromkeys([RUNS, home.parent, *(among or [])]) if root.is_dir()]
         going, kept, known = unused(home, roots)
         for folder, reason in kept.items():
-            typer.echo(f"stays  {_bytes(size_of(folder)):>9}  {home / folder.name}  ({reason})")
+            typer.echo(f"stays  {bytes_in_words(size_of(folder)):>9}  {home / folder.name}  ({reason})")
         for folder in going:
-            typer.echo(f"goes   {_bytes(size_of(folder)):>9}  {home / folder.name}  ({_what(folder)})")
+            typer.echo(f"goes   {bytes_in_words(size_of(folder)):>9}  {home / folder.name}  ({_what(folder)})")
         if not going:
             typer.echo(f"{home}: nothing to remove")
             continue
-        freed = _bytes(size_of(*going))
+        freed = bytes_in_words(size_of(*going))
         if not yes and not sys.stdin.isatty():
             typer.echo(f"{home}: nothing is removed without --yes, which frees {freed}")
             continue
@@ -163,21 +152,10 @@ def _when(moment: str) -> str:
     return moment[:16].replace("T", " ")
 
 
-def _seconds(number: float) -> str:
-    if number >= 7200:
-        return f"{number / 3600:.1f} h"
-    return f"{number:.0f} s" if number < 120 else f"{number / 60:.0f} min"
-
-
-def _bytes(number: int) -> str:
-    for power, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if number >= power:
-            return f"{number / power:.3g} {unit}"
-    return f"{number} B"
-
-
 def _table(rows: list[tuple[str, ...]]) -> None:
     """Plain columns, as wide as they must be: names are to be copied whole."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    columns = max(map(len, rows))
+    rows = [(*row, *[""] * (columns - len(row))) for row in rows]
+    widths = [max(len(row[column]) for row in rows) for column in range(columns)]
     for row in rows:
         typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())

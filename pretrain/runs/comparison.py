@@ -1,0 +1,180 @@
+"""What `pretrain runs compare` prints: runs side by side, first what came of them, then what they took, then why.
+
+Held-out results stand first, each with its difference to the first run's; a run that has not come to its own evaluation
+is said to be so, and what its training has last measured stands for it. Folders that `pretrain compare` wrote are set
+side by side by their recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSONObject, read_json, read_json_lines
+from pretrain.core.folders import run_of
+from pretrain.runs.shelf import Run, open_run, size_of
+from pretrain.runs.words import bytes_in_words, number_of, seconds_in_words
+
+COMPARISON = "comparison.json"
+RECIPES = (".yaml", ".yml")
+Rows = list[tuple[str, ...]]
+
+
+def tables(places: Sequence[Path]) -> list[Rows]:
+    """The tables for runs, for recipes that have been run, or for folders of comparisons."""
+    experiments = [place for place in places if (place / COMPARISON).exists()]
+    if len(experiments) == len(places):
+        return [_experiments(experiments)]
+    if experiments:
+        raise PretrainError(f"{experiments[0]} is a comparison of recipes; accepted: runs alone, or comparisons alone")
+    runs = [open_run(_run_at(place)) for place in places]
+    head = ("", *(str(run.folder) for run in runs), *(["difference"] if len(runs) == 2 else []))
+    return [[head, *_results(runs), *_spent(runs)], _differing(runs)]
+
+
+def _run_at(place: Path) -> Path:
+    """A run: what was printed of it, or the recipe that it is of."""
+    if place.suffix not in RECIPES or not place.is_file():
+        return run_of(place)
+    from pretrain.recipe import load
+
+    output = load(place).output
+    if not (output / "run.json").exists():
+        raise PretrainError(f"{place} has not been run in {output}; accepted: a recipe that has, or a run")
+    return output
+
+
+def _results(runs: Sequence[Run]) -> Rows:
+    """A row for the runs' states and one for each thing measured, held-out evaluations first."""
+    rows: Rows = [("status", *(_status(run) for run in runs))]
+    measured = [_measured(run) for run in runs]
+    names = dict.fromkeys(name for metrics in measured for name in metrics)
+    for name in sorted(names, key=lambda name: not any(_judged(run, name) for run in runs)):
+        values = [metrics.get(name) for metrics in measured]
+        rows.append((name, *_with_differences(values, ".6g")))
+    return rows
+
+
+def _judged(run: Run, name: str) -> bool:
+    record = run.records.get(name.partition(": ")[0])
+    return record is not None and record["stage"] == "evaluate"
+
+
+def _status(run: Run) -> str:
+    """Whether it is whole; of one that is not, how far it has come."""
+    missing = [name for name in run.stages if name not in run.records]
+    if not missing:
+        return run.status
+    judges = [name for name in missing if run.stages[name].name.startswith("evaluate")]
+    words = f"{run.status}: {', '.join(missing)} to run"
+    return f"{words}; did not finish its own evaluation yet" if judges else words
+
+
+def _measured(run: Run) -> dict[str, float]:
+    """All metrics by stage; of a training that is not finished the last that its log has."""
+    values = {
+        f"{name}: {metric}": value
+        for name, record in run.records.items()
+        for metric, value in record["metrics"].items()
+        if metric not in ("flops", "seconds") and isinstance(value, int | float)
+    }
+    for name, folder in run.stages.items():
+        if name not in run.records:
+            values |= {f"{name}: {metric}": value for metric, value in _last_measured(folder).items()}
+    return values
+
+
+def _last_measured(folder: Path) -> dict[str, float]:
+    rows = [row for row in _log(folder) if row.get("event") == "evaluation"]
+    metrics = rows[-1].get("metrics") if rows else None
+    return metrics if isinstance(metrics, dict) else {}
+
+
+def _log(folder: Path) -> list[JSONObject]:
+    path = folder / "log.jsonl"
+    return list(read_json_lines(path)) if path.exists() else []
+
+
+def spent_so_far(run: Run, name: str) -> dict[str, float]:
+    """What a training that has begun has counted up to its log's last line: `step`, `tokens`, `flops`, `seconds`."""
+    rows = [row for row in _log(run.stages[name]) if row.get("event") == "step"]
+    return {key: float(rows[-1][key]) for key in ("step", "tokens", "flops", "seconds") if rows and key in rows[-1]}
+
+
+def _spent(runs: Sequence[Run]) -> Rows:
+    """FLOPs, time and size, of what is under way what it has counted."""
+    spent = [
+        {
+            field: run.total(field)
+            + sum(spent_so_far(run, name).get(field, 0.0) for name in run.stages if name not in run.records)
+            for field in ("flops", "seconds")
+        }
+        for run in runs
+    ]
+    sizes = [float(size_of(run.folder, *run.stages.values())) for run in runs]
+    times = [each["seconds"] for each in spent]
+    return [
+        ("FLOPs", *_with_differences([each["flops"] for each in spent], ".4g")),
+        ("time", *map(seconds_in_words, times), *_relative(times)),
+        ("size", *map(bytes_in_words, sizes), *_relative(sizes)),
+    ]
+
+
+def _with_differences(values: Sequence[float | None], form: str) -> list[str]:
+    """Cells of a row: of two runs a third one with the difference, of more each with its own to the first."""
+    cells = ["" if value is None else f"{value:{form}}" for value in values]
+    if len(values) == 2:
+        return [*cells, *_relative(values, form)]
+    others = [_change(values[0], value, form) for value in values[1:]]
+    return [cells[0], *(f"{cell} ({other})" if other else cell for cell, other in zip(cells[1:], others, strict=True))]
+
+
+def _relative(values: Sequence[float | None], form: str = "") -> list[str]:
+    return [_change(values[0], values[1], form)] if len(values) == 2 else []
+
+
+def _change(first: float | None, other: float | None, form: str) -> str:
+    if first is None or other is None:
+        return ""
+    if first == other:
+        return "the same"
+    share = f"{other / first - 1:+.1%}" if first else ""
+    return f"{other - first:+{form}}, {share}".removesuffix(", ") if form else share
+
+
+def _differing(runs: Sequence[Run]) -> Rows:
+    """What the recipes say differently, a field a row."""
+    from pretrain.identity import flat
+    from pretrain.recipe import read
+
+    recipes = [flat(_by_name(read(run.folder / "recipe.yaml")[0])) for run in runs]
+    rows: Rows = []
+    for field in dict.fromkeys(name for recipe in recipes for name in recipe):
+        values = [recipe.get(field) for recipe in recipes]
+        if any(value != values[0] for value in values):
+            rows.append((field, *("" if value is None else str(value) for value in values)))
+    if not rows:
+        return [("the recipes say the same",)]
+    return [("the recipes differ in", *("" for _ in runs)), *rows]
+
+
+def _by_name(recipe: JSONObject) -> JSONObject:
+    """A recipe with its stages by their names, so that another stage before them moves none."""
+    stages = {str(row.get("name", row["stage"])): row for row in recipe.pop("stages")}
+    return recipe | {name: {k: v for k, v in row.items() if k != "name"} for name, row in stages.items()}
+
+
+def _experiments(places: Sequence[Path]) -> Rows:
+    """A row for each recipe of the comparisons, with what was measured of it at how many FLOPs."""
+    rows: Rows = [("comparison", "recipe", "metric", "mean ± s.d.", "seeds", "FLOPs", "verdict", "peak rate")]
+    for place in places:
+        found = read_json(place / COMPARISON)
+        for name, row in found["table"].items():
+            verdict = row.get("verdict")
+            word = f"{verdict['word']} ({verdict['difference']:+.4f})" if verdict else "baseline"
+            measured = f"{row['mean']:.4f} ± {row['deviation']:.4f}"
+            seeds, flops = str(len(found["runs"][name])), number_of(found["flops"])
+            rate = row.get("rate", {}).get("words", "")
+            rows.append((str(place), name, found["metric"], measured, seeds, flops, word, rate))
+    return rows

@@ -1,0 +1,83 @@
+"""What an interrupted stage has taken is the sum of its parts, in its record, in `runs show` and in the report."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+from typer.testing import CliRunner
+
+import pretrain.stages
+from pretrain import engine
+from pretrain.core.files import read_json
+from pretrain.core.folders import place_of
+from pretrain.recipe import check
+from pretrain.runs.command import app
+from pretrain.stages import Job, Stage
+
+ENDS: list[BaseException | None] = []
+SLEEP = 0.3
+
+
+class Slow(Stage):
+    stage: Literal["slow"] = "slow"
+    keeps: bool = True
+    counts: float = 0.0
+
+    def progress(self, folder: Path) -> str:
+        return "at step 1" if (folder / "kept").exists() else ""
+
+    def run(self, job: Job) -> dict[str, Any]:
+        time.sleep(SLEEP)
+        if self.keeps:
+            (job.folder / "kept").touch()
+        if error := ENDS.pop(0):
+            raise error
+        return {"metrics": {"seconds": self.counts}, "flops": 7}
+
+
+@pytest.fixture(autouse=True)
+def slow_stages(monkeypatch, tmp_path):
+    known = pretrain.stages.stage_classes() | {"slow": Slow}
+    monkeypatch.setattr("pretrain.recipe.stage_classes", lambda: known)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*ends: BaseException | None, **fields: object) -> dict[str, Any]:
+    """The stage's record after runs of which each ends so."""
+    ENDS[:] = list(ends)
+    recipe = check({"name": "r", "stages": [{"stage": "slow", "name": "model"} | fields]})
+    for end in ends:
+        if end is None:
+            engine.run(recipe, report=False, say=lambda text: None)
+        else:
+            with pytest.raises(type(end)):
+                engine.run(recipe, report=False, say=lambda text: None)
+    return read_json(Path("runs/r/model/stage.json"))
+
+
+def test_the_time_of_a_stage_is_that_of_all_its_parts():
+    record = run(KeyboardInterrupt(), SystemExit(143), None)
+    assert record["seconds"] >= 3 * SLEEP
+    assert record["started"] < record["finished"]
+    assert not (place_of("runs/r/model") / "parts.json").exists()
+
+
+def test_a_part_that_nothing_is_left_of_does_not_count():
+    assert SLEEP <= run(KeyboardInterrupt(), None, keeps=False)["seconds"] < 1.9 * SLEEP
+
+
+def test_of_a_killed_part_counts_what_the_training_has_counted():
+    assert run(None, counts=500.0)["seconds"] == 500.0
+
+
+def test_a_training_that_is_begun_is_shown_with_what_it_has_taken_so_far():
+    ENDS[:] = [KeyboardInterrupt()]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(check({"name": "r", "stages": [{"stage": "slow", "name": "model"}]}), report=False, say=print)
+    folder = next(Path("runs/r").glob("slow-*"))
+    (folder / "log.jsonl").write_text('{"event": "step", "step": 7, "tokens": 900, "flops": 5e9, "seconds": 61}\n')
+    shown = CliRunner().invoke(app, ["show", "runs/r"], catch_exceptions=False).output
+    assert "begun" in shown and "61 s" in shown and "5e+09" in shown and "step 7, tokens 900" in shown
