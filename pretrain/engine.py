@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,11 +37,12 @@ from pretrain.records import Part, StageRecord, StageResult
 from pretrain.report.page import write as write_report
 from pretrain.runs.shelf import join_store
 from pretrain.runs.targets import repointed, targets
-from pretrain.stages import Job
+from pretrain.stages import Estimate, Job, Stage
 from pretrain.stages._size import write as write_sizes
 from pretrain.training.distributed import join
 
 CACHED, TO_RUN, DONE = "cached", "to run", "done"
+MUCH = 0.6  # of the FLOPs that a budget of seconds was planned to make: below it the run says so
 PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far
 
 
@@ -74,6 +75,7 @@ def run(
     main, wait = _processes()
     say = (say or (lambda text: print(text, file=sys.stderr))) if main else silent
     records: dict[str, StageRecord] = {}
+    estimates: dict[str, Estimate] = {}
     planned = plan(recipe, store, refresh)
     if main:
         for item in planned:
@@ -83,6 +85,7 @@ def run(
             sweep(recipe.output)
             _refuse_foreign(recipe, planned)
             expected = forecast(planned)
+            estimates = {each.item.stage.name: each.estimate for each in expected if each.to_run}
             check_fits(expected)
             for line in warnings(expected):
                 say(f"warning: {line}")
@@ -110,6 +113,8 @@ def run(
                 seconds = records[item.stage.name]["seconds"]
                 moved = _point(recipe.output / item.stage.name, item.folder)
                 say(f"[{item.stage.name}] {_finished(item) if finished else f'done in {_time(seconds)}'}")
+                if not finished and (short := shortfall(item.stage, records[item.stage.name], estimates)):
+                    say(f"[{item.stage.name}] {short}")
                 if moved:
                     say(f"[{item.stage.name}] {moved}")
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
@@ -121,6 +126,23 @@ def _finished(item: Planned) -> str:
     """That a stage is done, or that other code than today's has done it."""
     other, name = drift(item), item.stage.name
     return f"{other}; going on with what is there (--refresh {name} runs it again)" if other else "already done"
+
+
+def shortfall(stage: Stage, record: StageRecord, estimates: Mapping[str, Estimate]) -> str:
+    """That a budget of seconds made far fewer FLOPs than was planned, or far more; else nothing."""
+    budget = record["config"].get("budget")
+    planned, spent = estimates[stage.name].flops if stage.name in estimates else None, record["flops"]
+    if not isinstance(budget, dict) or "seconds" not in budget or not planned or not spent:
+        return ""
+    share = spent / planned
+    if MUCH <= share <= 1 / MUCH:
+        return ""
+    how = "slower, or busier," if share < 1 else "quicker"
+    advice = "; a smaller size or more seconds would suit it" if share < 1 else ""
+    return (
+        f"warning: {budget['seconds']:,.0f} s made {share:.0%} of the FLOPs that were planned ({spent:.3g} of "
+        f"{planned:.3g}): this machine was {how} than it was taken to be{advice}"
+    )
 
 
 def silent(text: str) -> None:

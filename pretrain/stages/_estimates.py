@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from pretrain.core.folders import corpus_of, tokenizer_of
 from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
+from pretrain.stages._examples import Texts
 
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
 RATE = 4e10  # FLOP/s where no run has measured this machine: a core or two
@@ -39,6 +40,9 @@ class Left:
     trained: float = 1.0  # the share of its weights that is trained
     length: int | None = None  # that a model was trained at
     exact: bool = False  # whether it is there, and no guess
+    rows: Texts = ()  # a few documents of a corpus of examples, as far as its sources show them
+    folder: Path | None = None  # of a corpus that is there
+    tokenizer: Path | None = None  # the file of one that is there
 
 
 @dataclass(frozen=True)
@@ -64,14 +68,15 @@ def left_in(folder: Path) -> Left:
         corpus = corpus_of(folder) / "corpus.json"
         if corpus.exists():
             info = read_json(corpus)
-            left = Left(info["bytes"], info["documents"], exact=True)
+            left = Left(info["bytes"], info["documents"], exact=True, folder=folder)
         tokenizer = tokenizer_of(folder) / "tokenizer.json"
         place = next((path for path in (folder / "checkpoint", folder) if (path / "config.json").exists()), None)
         entries = _entries(read_json(tokenizer)) if tokenizer.exists() else None
         config = read_json(place / "config.json") if place else {}
         note = place / "pretrain.json" if place else folder
         length = read_json(note).get("lineage", {}).get("length") if note.is_file() else None
-        left = Left(left.bytes, left.documents, entries, config, length=length, exact=True)
+        left = replace(left, vocabulary=entries, config=config, length=length, exact=True)
+        left = replace(left, tokenizer=tokenizer if tokenizer.exists() else None)
     return left
 
 
@@ -112,11 +117,13 @@ def uneven(info: Mapping[str, Mapping[str, float]], shares: Mapping[str, float])
             )
 
 
-def corpus_estimate(total: float, documents: float, validation: float, test: float, works: bool) -> Estimate:
-    """Of a corpus of so many bytes of files; `works`: operations on it compute something too."""
+def corpus_estimate(
+    total: float, documents: float, validation: float, test: float, works: bool, rows: Texts = ()
+) -> Estimate:
+    """Of a corpus of so many bytes of files, and a few documents of it; `works`: operations compute something too."""
     shares = {"train": 1 - validation - test, "validation": validation, "test": test}
     left = Left({split: share * total for split, share in shares.items()},
-                {split: share * documents for split, share in shares.items() if documents})  # fmt: skip
+                {split: share * documents for split, share in shares.items() if documents}, rows=rows)  # fmt: skip
     return Estimate(None if works else 0.0, FLOOR + 10 * total, 1 + total / 1.5e6, 0.25 * total, 1.0, left)
 
 

@@ -5,18 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Protocol, cast
 
 from pretrain.core.files import JSON
 from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
+from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
 from pretrain.stages._estimates import FLOOR, RATE, Estimate, Given, Left, bytes_of_token, forward, training_seconds
+from pretrain.stages._examples import Labelled, Lengths, counter, lengths, stored
 from pretrain.surgery import Surgery
 from pretrain.training.budget import Budget
 
+LONG = 0.3  # of the time of training from which that of measuring is told
+ANSWERED, WORD = 32, 1.5e-3  # documents that are answered at a time; seconds of a word in a block
 FEW_STEPS, MANY_PASSES = 10, 4  # arXiv:2305.16264: up to 4 passes are worth nearly as much as new text
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
 START = 3.0  # seconds before the first step
@@ -57,17 +61,23 @@ class Asked(Protocol):
 class Work:
     """A training in numbers: of a step its tokens, of a token its FLOPs, of the corpus its tokens."""
 
-    step_tokens: float
+    step_tokens: float  # of text
     positions: float  # of a row, that the blocks see
     flops: float
     rate: float  # FLOP/s
     corpus_tokens: float | None
+    filled: float = 1.0  # how many positions are computed for each token: labelled documents are filled up
+
+    @property
+    def seconds(self) -> float:
+        """Of a step: its products, and what every step takes beside them."""
+        return self.flops * self.step_tokens / self.rate + STEP
 
     def tokens(self, budget: Budget) -> float | None:
         """What the budget makes, in whole steps."""
         each: dict[str, float | None] = {
-            "tokens": 1.0, "steps": self.step_tokens, "flops": 1 / self.flops, "seconds": self.rate / self.flops,
-            "epochs": self.corpus_tokens,
+            "tokens": 1.0, "steps": self.step_tokens, "flops": 1 / self.flops,
+            "seconds": self.step_tokens / self.seconds, "epochs": self.corpus_tokens,
         }  # fmt: skip
         share = each[budget.unit]
         return (
@@ -91,14 +101,14 @@ def expect(stage: Asked, given: Given) -> Estimate:
     flops, steps = tokens * work.flops, tokens / work.step_tokens
     every = stage.evaluate_every
     evaluations = 1 + int((steps // every if every >= 1 else 1 / every) if every else 0)
-    held_out = _tokens(corpus, "validation", model) or stage.evaluate_tokens
-    evaluated = forward(shape, evaluations * min(stage.evaluate_tokens, held_out), stage.length)[1]
+    measuring = _measuring(stage, shape, model, corpus, work, evaluations)
     saved = min(stage.keep, 1 + steps // stage.save_every) if stage.save_every else 0
     trained = shape.weights * model.trained
     return Estimate(
-        flops, _memory(stage, shape, model, given, work), training_seconds(flops, shape.width) + evaluated + START,
+        flops, _memory(stage, shape, model, given, work), steps * work.seconds + measuring + START,
         4.0 * shape.weights + saved * (4.0 * shape.weights + 8.0 * trained) + 2.0 * (work.corpus_tokens or 0),
-        tokens / work.corpus_tokens if work.corpus_tokens else None, left, tuple(_odd(stage, work, tokens)),
+        tokens / work.corpus_tokens if work.corpus_tokens else None, left,
+        (*_odd(stage, work, tokens), *_measured_long(stage, steps * work.seconds, measuring, evaluations)),
     )  # fmt: skip
 
 
@@ -148,16 +158,22 @@ def _weights(model: Left) -> int:
 
 def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) -> Work:
     objectives = [each.method for each in stage.weighted()]
-    length, corpus = stage.length, given.get("corpus", Left())
-    seen = positions_of(model.config, length)  # positions of the blocks in a row
+    length: float = stage.length
+    corpus, corpus_tokens = given.get("corpus", Left()), _tokens(given.get("corpus", Left()), "train", model)
+    seen = positions_of(model.config, stage.length)  # positions of the blocks in a row
+    example = _example(stage, objectives[0], model, given)
     if objectives[0].reads == "examples" and model.vocabulary:  # whole documents, cut off at `length`
-        documents, tokens = corpus.documents.get("train"), _tokens(corpus, "train", model)
-        length = round(min(length, max(2.0, tokens / documents))) if documents and tokens else length
-        seen = float(length)
+        documents = corpus.documents.get("train")
+        if example is not None:
+            length, seen = example.real, example.filled
+            corpus_tokens = documents * length if documents else corpus_tokens
+        elif documents and corpus_tokens:
+            length = seen = min(length, max(2.0, corpus_tokens / documents))
     flops = 0.0
     for objective in objectives:
-        targets = objective.predicted * (1 - 1 / length if objective.task == "causal" else 1)
-        taught, logits = objective.taught, targets * length * (stage.micro_rows or stage.batch_rows)
+        predicted = example.learnt / seen if example is not None and example.learnt else objective.predicted
+        targets = predicted * (1 - 1 / length if objective.task == "causal" else 1)
+        taught, logits = objective.taught, targets * seen * (stage.micro_rows or stage.batch_rows)
         if objective.again and logits > shape.chunk:
             targets, taught = targets * 4 / 3, taught * 2
         passes = (3.0 if model.trained == 1 else 2.0) + stage.checkpointing
@@ -165,12 +181,48 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
         head = 6.0 * targets * shape.vocabulary * shape.width
         flops += (each - head) * objective.effort + head
         flops += sum(teacher.forward(length, taught) for teacher in _teachers(objective, given))
-    flops = flops * seen + convolutions(model.config, length)
+    flops = flops * seen + convolutions(model.config, stage.length)
     if decoder := reconstructor(model.config):
         flops += decoder[0].flops(round(decoder[1])) * decoder[1]
-    step = stage.batch_rows * length * FILLED
+    step = stage.batch_rows * length * (FILLED if example is None else 1.0)
     update = stage.optimizer.update_flops(shape.width) * shape.body * model.trained
-    return Work(step, seen, (flops * stage.batch_rows + update) / step, rate, _tokens(corpus, "train", model))
+    return Work(step, seen, (flops * stage.batch_rows + update) / step, rate, corpus_tokens, seen / length)
+
+
+def _example(stage: Asked, objective: Objective, model: Left, given: Given) -> Lengths | None:
+    """How long the corpus's examples are, where a few of them can be looked at."""
+    corpus = given.get("corpus", Left())
+    objective = getattr(objective, "wrapped", objective)
+    if objective.reads != "examples" or not model.vocabulary or not hasattr(objective, "inputs"):
+        return None
+    rows = corpus.rows or stored(corpus.folder)
+    known = given.get("tokenizer", given.get("init", Left())).tokenizer
+    if not rows:
+        return None
+    count = counter(known, model.vocabulary, rows)
+    return lengths(cast("Labelled", objective), rows, count, stage.length, stage.micro_rows or stage.batch_rows)
+
+
+def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work, evaluations: int) -> float:
+    """Seconds of the held-out measurements: reading, and of labelled documents answering too."""
+    held_out = _tokens(corpus, "validation", model) or stage.evaluate_tokens
+    tokens = evaluations * min(stage.evaluate_tokens, held_out)
+    objective = stage.weighted()[0].method
+    if objective.reads != "examples":
+        return forward(shape, tokens, stage.length)[1]
+    seconds = forward(shape, 2 * tokens * work.filled, stage.length)[1]  # once for the loss, once for the answers
+    documents = min(stage.evaluate_tokens // stage.length or 1, corpus.documents.get("validation", 1e9))
+    words = float(getattr(objective, "answer", 0))  # of answers that are generated, a word at a time
+    return seconds + evaluations * math.ceil(documents / ANSWERED) * words * shape.depth * WORD
+
+
+def _measured_long(stage: Asked, training: float, measuring: float, evaluations: int) -> Iterator[str]:
+    """That measuring takes a large part of the time, which `evaluate_every` does not look like."""
+    if measuring > LONG * training and evaluations > 1:
+        yield (
+            f"evaluate_every {stage.evaluate_every:g}: {evaluations} measurements take about {measuring:,.0f} s beside "
+            f"{training:,.0f} s of training; accepted: fewer of them, or fewer evaluate_tokens"
+        )
 
 
 def _teachers(objective: Objective, given: Given) -> Iterator[Shape]:

@@ -21,6 +21,7 @@ from pretrain.data._work import working
 from pretrain.records import StageResult
 from pretrain.stages import DataOperationField, Estimate, Given, Job, Record, Stage, build_dataclass, dump
 from pretrain.stages._estimates import corpus_estimate, uneven
+from pretrain.stages._examples import sampled
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -78,8 +79,11 @@ class Data(Stage):
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes):
             return Estimate(None if works else 0.0)
-        total, documents = sum(size.bytes for size in known), sum(size.documents for size in known)
-        return corpus_estimate(total, documents, self.validation, self.test, works)
+        seen = [sampled(source, size.bytes) for source, size in zip(self.sources, known, strict=True)]
+        total = sum(size.bytes for size in known)
+        documents = sum(size.documents or few.documents for size, few in zip(known, seen, strict=True))
+        rows = tuple(row for few in seen for row in few.rows)
+        return corpus_estimate(total, documents, self.validation, self.test, works, rows)
 
     def progress(self, folder: Path) -> str:
         """What operations keep while they work."""

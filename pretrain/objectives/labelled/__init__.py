@@ -33,6 +33,11 @@ class FineTuning(Objective, Generic[Answer]):
         """The columns that each document must have."""
         return ("text",)
 
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """The columns that go into an input, in groups of which each is filled up to its longest by itself."""
+        return (self.columns[:-1] or self.columns,)
+
     def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """The names of the classes among the values of the last of `columns`."""
         return ()

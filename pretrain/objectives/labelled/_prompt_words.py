@@ -74,7 +74,7 @@ def _log_probabilities(
     entries = []
     with evaluating(model):
         for start in range(0, len(examples), BATCH):
-            batch = bare.inputs(examples[start : start + BATCH], context) | {"word_C": torch.arange(size)}
+            batch = bare.rendered(examples[start : start + BATCH], context) | {"word_C": torch.arange(size)}
             entries.append(bare.logits(model, to_device(batch, model.device)).float().log_softmax(-1).cpu())
     return torch.cat(entries)
 

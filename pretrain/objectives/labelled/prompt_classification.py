@@ -135,11 +135,11 @@ class PromptClassification(FineTuning[str]):
         labels = [example.columns.get(self.label) for example in examples]
         label_B = torch.tensor([-100 if value is None else self._number(value) for value in labels])
         word_C = torch.tensor(self._word_ids(context))
-        return self.inputs(examples, context) | {
+        return self.rendered(examples, context) | {
             "word_C": word_C, "label_B": label_B, "weight": (label_B != -100).sum(),
         }  # fmt: skip
 
-    def inputs(self, examples: Sequence[Example], context: Context) -> Batch:
+    def rendered(self, examples: Sequence[Example], context: Context) -> Batch:
         """`tokens_NL`, `mask_NL`, `place_N` and how many `tokens` they are."""
         times = self.samples if self.demonstrations and context.predicting else 1
         inputs = [self._input(example, context) for example in examples for _ in range(times)]

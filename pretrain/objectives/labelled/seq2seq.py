@@ -61,6 +61,11 @@ class Seq2Seq(FineTuning[str]):
         names = [name for _, name, _, _ in string.Formatter().parse(self.prompt) if name]
         return (*dict.fromkeys(names), self.target)
 
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """The prompt's columns, and the target."""
+        return self.columns[:-1], (self.target,)
+
     def ready(
         self, model: PreTrainedModel, labels: Sequence[str], vocabulary: Vocabulary, seed: int
     ) -> PreTrainedModel:

@@ -1,0 +1,130 @@
+"""How long labelled documents are, known before anything runs: from a few of them, read from their sources or corpus.
+
+Examples are not packed into rows as text is: each batch is filled up to its longest, and what is filled is computed
+like the rest. So a step costs what the longest of its examples do, several times what its tokens would.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
+from pretrain.corpus.sources import Files, Functions, Source, evenly, read
+
+FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
+STEP = 16  # tokens that inputs are filled up to a multiple of
+ENDS = 2  # tokens at the ends of an input
+
+Texts = tuple[Mapping[str, str], ...]  # the text columns of a few documents
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A few documents of a source, and how many it has, as far as that was read or can be told from them."""
+
+    rows: Texts = ()
+    documents: float = 0.0
+
+
+class Labelled(Protocol):
+    """What of an objective on examples this file reads."""
+
+    @property
+    def inputs(self) -> tuple[tuple[str, ...], ...]:
+        """The columns that go into an input; those of each group are filled up by themselves."""
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Of an example, in tokens: those it has, those that are computed, and those that are learnt."""
+
+    real: float
+    filled: float
+    learnt: float
+
+
+def sampled(source: Source, size: float) -> Sampled:
+    """Documents of a source of examples: a table, or documented functions; none of others, which are text."""
+    if not isinstance(source, Functions) and not (isinstance(source, Files) and source.tables == "rows"):
+        return Sampled()
+    rows: list[Mapping[str, str]] = []
+    whole, begun = True, time.perf_counter()
+    with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
+        for document in read(source):
+            rows.append({name: value for name, value in document.items() if isinstance(value, str)})
+            if len(rows) >= MANY or time.perf_counter() - begun > PATIENCE:
+                whole = False
+                break
+    if not rows:
+        return Sampled()
+    held = sum(len(value.encode()) + 1 for row in rows for name, value in row.items() if name not in ("id", "domain"))
+    return Sampled(tuple(evenly(rows, FEW)), float(len(rows)) if whole else max(len(rows), size * len(rows) / held))
+
+
+def stored(folder: Path | None) -> Texts:
+    """Documents of a corpus that is there."""
+    if folder is None:
+        return ()
+    rows: list[Mapping[str, str]] = []
+    with suppress(OSError, ValueError, ImportError):
+        from pyarrow import parquet
+
+        for path in sorted((corpus_of(folder) / "train").glob("*.parquet"))[:1]:
+            batch = next(parquet.ParquetFile(path).iter_batches(batch_size=FEW), None)
+            found = batch.to_pylist() if batch is not None else []
+            rows = [{name: value for name, value in row.items() if isinstance(value, str)} for row in found]
+    return tuple(rows)
+
+
+def counter(tokenizer: Path | None, vocabulary: int, rows: Texts) -> Callable[[Sequence[str]], list[float]]:
+    """What counts the tokens of texts: a tokenizer that is there, else one of the same size made of the documents."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    backend = None
+    if tokenizer is not None and tokenizer.exists():
+        with suppress(Exception):  # of a tokenizer that this version cannot read
+            backend = Tokenizer.from_file(str(tokenizer))
+    if backend is None:
+        backend = Tokenizer(models.BPE())
+        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+        names = ("id", "domain")
+        backend.train_from_iterator((text for row in rows for name, text in row.items() if name not in names), trainer)
+    backend.no_truncation()
+    backend.no_padding()
+    return lambda texts: [float(len(each)) for each in backend.encode_batch(list(texts), add_special_tokens=False)]
+
+
+def lengths(
+    objective: Labelled, rows: Texts, count: Callable[[Sequence[str]], list[float]], length: int, batch: int
+) -> Lengths | None:
+    """Of a batch's examples, if the documents have the columns."""
+    groups = objective.inputs
+    if any(name not in row for group in groups for name in group for row in rows):
+        return None
+    step = STEP if len(groups) == 1 else max(1, min(64, length // 8))
+    columns = {name: count([row[name] for row in rows]) for group in groups for name in group}
+    real = filled = learnt = 0.0
+    most = float(length)
+    for number, group in reversed([*enumerate(groups)]):  # targets first: their prompts have the room that is left
+        cap = most if number == 0 else length / 2
+        sizes = [min(cap, sum(columns[name][n] for name in group) + ENDS) for n in range(len(rows))]
+        real += sum(sizes) / len(sizes)
+        filled += _longest([min(length, -(-size // step) * step) for size in sizes], batch)
+        if number:
+            learnt, most = sum(sizes) / len(sizes), length - max(sizes)
+    return Lengths(real, filled, learnt)
+
+
+def _longest(sizes: Iterable[float], batch: int) -> float:
+    """The expected longest of so many that are drawn."""
+    ordered = sorted(sizes)
+    count = len(ordered)
+    return sum(size * (((k + 1) / count) ** batch - (k / count) ** batch) for k, size in enumerate(ordered))
