@@ -18,13 +18,14 @@ from pretrain.core.folders import corpus_of, tokenizer_of
 from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
-from pretrain.stages._examples import Texts
+from pretrain.stages._examples import Labelled, Texts, counter, lengths, stored
 
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
 RATE = 4e10  # FLOP/s where no run has measured this machine: a core or two
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
 BYTES_AN_ENTRY = 100  # of training text at least for each entry of a vocabulary
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
+BATCH = 32  # documents that are answered at a time
 DECODING = 0.2  # of the rate of training, a token at a time
 
 
@@ -147,6 +148,23 @@ def reading(
     return Estimate(
         flops, FLOOR + MEASURING + 4.0 * shape.weights + 10 * share * size, seconds + squeezed + 1, 1e5, share
     )
+
+
+def answering(given: Given, objective: Labelled, split: str, most: float, limit: int) -> Estimate:
+    """Of evaluating a model on at most so many labelled documents of a split, each of at most `limit` tokens."""
+    corpus, model = given.get("corpus", Left()), given.get("checkpoint", Left())
+    shape, rows = shape_from(model.config), corpus.rows or stored(corpus.folder)
+    if shape is None or not model.vocabulary or not rows:
+        return Estimate()
+    documents = min(most, corpus.documents.get(split, most))
+    count = counter(model.tokenizer, model.vocabulary, rows)
+    example = lengths(objective, rows, count, limit, BATCH, ordered=max(1.0, documents))
+    if example is None:
+        return Estimate()
+    shape = shape.with_blocks(model.blocks)
+    read = example.filled - example.learnt  # what is to be answered is not there yet
+    flops, seconds = forward(shape, documents * read, round(read), 1 / read if example.learnt else 0.0)
+    return Estimate(flops, FLOOR + MEASURING + 4.0 * shape.weights, seconds + 1, 1e5, documents)
 
 
 def decoding(given: Given, characters: float, new: float) -> Estimate:

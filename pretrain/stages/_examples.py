@@ -7,7 +7,7 @@ like the rest. So a step costs what the longest of its examples do, several time
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -103,9 +103,17 @@ def counter(tokenizer: Path | None, vocabulary: int, rows: Texts) -> Callable[[S
 
 
 def lengths(
-    objective: Labelled, rows: Texts, count: Callable[[Sequence[str]], list[float]], length: int, batch: int
+    objective: Labelled,
+    rows: Texts,
+    count: Callable[[Sequence[str]], list[float]],
+    length: int,
+    batch: int,
+    ordered: float | None = None,
 ) -> Lengths | None:
-    """Of a batch's examples, if the documents have the columns."""
+    """Of a batch's examples, if the documents have the columns.
+
+    Batches are drawn, or of so many (`ordered`) documents in the order of their lengths.
+    """
     groups = objective.inputs
     if any(name not in row for group in groups for name in group for row in rows):
         return None
@@ -117,14 +125,22 @@ def lengths(
         cap = most if number == 0 else length / 2
         sizes = [min(cap, sum(columns[name][n] for name in group) + ENDS) for n in range(len(rows))]
         real += sum(sizes) / len(sizes)
-        filled += _longest([min(length, -(-size // step) * step) for size in sizes], batch)
+        wide = sorted(min(length, -(-size // step) * step) for size in sizes)
+        filled += _longest(wide, batch) if ordered is None else _in_order(wide, batch * len(wide) / ordered)
         if number:
             learnt, most = sum(sizes) / len(sizes), length - max(sizes)
     return Lengths(real, filled, learnt)
 
 
-def _longest(sizes: Iterable[float], batch: int) -> float:
+def _longest(ordered: Sequence[float], batch: int) -> float:
     """The expected longest of so many that are drawn."""
-    ordered = sorted(sizes)
     count = len(ordered)
     return sum(size * (((k + 1) / count) ** batch - (k / count) ** batch) for k, size in enumerate(ordered))
+
+
+def _in_order(ordered: Sequence[float], batch: float) -> float:
+    """The mean, over all, of the longest of the batch that each is in."""
+    last = len(ordered) - 1
+    return sum(ordered[min(last, int((k // batch + 1) * batch) - 1 if batch >= 1 else k)] for k in range(last + 1)) / (
+        last + 1
+    )

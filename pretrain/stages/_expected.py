@@ -14,13 +14,23 @@ from pretrain.dial.configs import convolutions, positions_of, reconstructor, sha
 from pretrain.dial.shapes import Shape
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
-from pretrain.stages._estimates import FLOOR, RATE, Estimate, Given, Left, bytes_of_token, forward, training_seconds
+from pretrain.stages._estimates import (
+    BATCH,
+    FLOOR,
+    RATE,
+    Estimate,
+    Given,
+    Left,
+    bytes_of_token,
+    forward,
+    training_seconds,
+)
 from pretrain.stages._examples import Labelled, Lengths, counter, lengths, stored
 from pretrain.surgery import Surgery
 from pretrain.training.budget import Budget
 
 LONG = 0.3  # of the time of training from which that of measuring is told
-ANSWERED, WORD = 32, 1.5e-3  # documents that are answered at a time; seconds of a word in a block
+WORD = 1.5e-3  # seconds of a word that is generated, in a block
 FEW_STEPS, MANY_PASSES = 10, 4  # arXiv:2305.16264: up to 4 passes are worth nearly as much as new text
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
 START = 3.0  # seconds before the first step
@@ -213,7 +223,7 @@ def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work
     seconds = forward(shape, 2 * tokens * work.filled, stage.length)[1]  # once for the loss, once for the answers
     documents = min(stage.evaluate_tokens // stage.length or 1, corpus.documents.get("validation", 1e9))
     words = float(getattr(objective, "answer", 0))  # of answers that are generated, a word at a time
-    return seconds + evaluations * math.ceil(documents / ANSWERED) * words * shape.depth * WORD
+    return seconds + evaluations * math.ceil(documents / BATCH) * words * shape.depth * WORD
 
 
 def _measured_long(stage: Asked, training: float, measuring: float, evaluations: int) -> Iterator[str]:

@@ -19,7 +19,7 @@ from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, EvaluationField, Given, Job, Record, Ref, Stage, checkpoint_of, corpus_of
-from pretrain.stages._estimates import reading
+from pretrain.stages._estimates import Left, answering, reading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -70,6 +70,11 @@ class Evaluate(Stage):
 
     def estimate(self, given: Given) -> Estimate:
         """The documents' tokens, read as often as the evaluations say."""
+        tasks = [each for each in self.evaluations if hasattr(getattr(each, "method", None), "inputs")]
+        if len(tasks) == len(self.evaluations) == 1:
+            task = tasks[0]
+            limit = getattr(task, "length", 0) or given.get("checkpoint", Left()).length or 512
+            return answering(given, getattr(task, "method"), self.split, self.max_documents, limit)  # noqa: B009
         passes = sum(each.passes for each in self.evaluations)
         return reading(given, self.split, self.max_documents, passes, self.compressors, self.max_characters)
 
