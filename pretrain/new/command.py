@@ -145,6 +145,8 @@ def _say(asked: Asked, target: Path, guessed: bool) -> None:
         notes.append(f"of {len(seen.others) + 1} tables the largest: {seen.files[0]}")
     if not seen.share:
         notes.append("too few documents to hold any out, so nothing is measured")
+    if asked.tuned is not None and asked.tuned.warning:
+        notes.append(asked.tuned.warning)
     if notes:
         typer.echo("; ".join(notes))
     typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")

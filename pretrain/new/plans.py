@@ -17,13 +17,13 @@ from pretrain.new.look import Look
 from pretrain.new.stages import written
 from pretrain.new.start import MOST_PASSES, Start
 from pretrain.new.tables import Table
+from pretrain.new.tuning import TOKEN, Plan, Tuned, plan
 from pretrain.new.words import contents
 
 LAW = Path(dial.__file__).parent / "laws" / "python.json"
 MINUTES = (1, 2, 5, 10, 20, 30)
 EVENING = 60.0 * MINUTES[-1]
 ENOUGH = 1.03  # of the loss of an evening's training is as good as it
-TOKEN = 3.5  # bytes, about
 PIXEL_FLOPS = 6 * 1.1e6 * 48  # of an image of 64 patches in training
 RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
 
@@ -64,11 +64,27 @@ class Asked:
         """How often is measured while it trains, where something is held out."""
         return stages.MEASURED if self.look.share else ""
 
-    def tuning(self, width: int, blocks: int, epochs: int) -> str:
-        """A budget of passes over labelled documents, or of a third of the time where they would take longer."""
-        flops = epochs * 6 * 12 * blocks * width**2 * self.text / TOKEN
-        seconds = flops / (start.rate() * efficiency(width))
-        return f"{{epochs: {epochs}}}" if seconds < self.budget / 3 else f"{{seconds: {duration(self.budget / 3)}}}"
+    def tuning(self, width: int, blocks: int, epochs: int, length: int, share: float = 1.0) -> Plan:
+        """The budget of tuning a model on labelled documents, in a share of the time."""
+        table = self.look.table
+        assert table is not None, "there are labels"
+        sizes = [len(text) for text in table.texts] or [length]
+        documents = max(1.0, self.text / max(1.0, sum(sizes) / len(sizes)))
+        adapted, held_out = self.init is not None and self.init.wide, documents * self.look.share
+        tuned = Tuned(width, blocks, sizes, documents, held_out, length, start.rate(), adapted)
+        return plan(tuned, self.budget * share, epochs, duration(self.budget * share))
+
+    @cached_property
+    def tuned(self) -> Plan | None:
+        """The budget of the fine-tuning, where the recipe has one."""
+        table, init = self.look.table, self.init
+        if table is None or self.task not in ("classify", "chat"):
+            return None
+        length = _length(table, 256) if self.task == "classify" else 512 if init is not None and init.wide else 256
+        if init is None:
+            return self.tuning(*_encoder_size(self), epochs=8, length=length, share=0.5)
+        epochs = 3 if init.wide else 8
+        return self.tuning(init.width or 768, init.blocks or 12, epochs=epochs, length=init.length(length))
 
 
 def recipe(asked: Asked) -> str:
@@ -190,15 +206,13 @@ def _classify(asked: Asked) -> list[str]:
     assert table is not None, "the command asks for one"
     objective, length = _objective(table), _length(table, 256)
     before = [] if init is not None else _encoder(asked, length)
-    if init is None:
-        budget = asked.tuning(*_encoder_size(asked), epochs=8)
-    else:
-        length = init.length(length)
-        budget = asked.tuning(init.width or 768, 12, epochs=3 if init.wide else 8)
+    length = length if init is None else init.length(length)
+    assert asked.tuned is not None
     name = "classifier" if table.kind == "classify" else "tuned"
     adapted = init is not None and init.wide
     tuned = written(
-        stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length, budget=budget,
+        stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length,
+        budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows,
         adapter=stages.ADAPTER if adapted else "", objective=objective, label=table.label,
         rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured,
         best=stages.BEST if asked.look.share else "",
@@ -230,6 +244,7 @@ def _encoder(asked: Asked, length: int) -> list[str]:
 def _chat(asked: Asked) -> list[str]:
     init, table = asked.init, asked.look.table
     assert init is not None and table is not None, "the command asks for both"
+    assert asked.tuned is not None
     more = f"{{{table.more}}}\n" if table.more else ""
     prompt = "{text}\n\nassistant: " if table.talk else f"{{text}}\n{more}"
     target = quoted(str(table.label))
@@ -238,7 +253,7 @@ def _chat(asked: Asked) -> list[str]:
         stages.CHAT, name="tuned" if init.wide else "model", init=quoted(init.name), objective=objective,
         adapter=stages.ADAPTER if init.wide else "", length=init.length(512 if init.wide else 256),
         rate="3e-4" if init.wide else "1e-3", measured=asked.measured,
-        budget=asked.tuning(init.width or 768, 12, epochs=3 if init.wide else 8),
+        budget=asked.tuned.budget, why=asked.tuned.why, rows=min(8, asked.tuned.rows),
     )  # fmt: skip
     starts = ["user: Hello!"] if table.talk else [each for each in asked.look.beginnings if "\n" not in each][:2]
     prompts = [json.dumps(prompt.replace("{text}", each), ensure_ascii=False) for each in starts]

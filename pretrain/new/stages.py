@@ -112,10 +112,10 @@ TUNED = """
 $adapter
     objective: $objective  # from the column $label
     length: $length  # nearly all texts are shorter
-    batch_rows: 16
+    batch_rows: $rows
     optimizer: {method: adamw, lr: $rate}
     schedule: {method: linear, warmup: 0.1}
-    budget: $budget
+    budget: $budget  # $why
 $measured
 $best
 """
@@ -131,10 +131,10 @@ CHAT = """
 $adapter
     objective: $objective
     length: $length
-    batch_rows: 8
+    batch_rows: $rows
     optimizer: {method: adamw, lr: $rate}
     schedule: {method: cosine, warmup: 0.05}
-    budget: $budget
+    budget: $budget  # $why
 $measured
     evaluate_tokens: 8_000
 """

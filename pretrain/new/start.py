@@ -56,6 +56,12 @@ class Start:
         return next((size for size in sizes if isinstance(size, int)), None)
 
     @property
+    def blocks(self) -> int | None:
+        """How many it has."""
+        sizes = [self.config.get(name) for name in ("num_hidden_layers", "n_layer", "num_layers", "n_layers")]
+        return next((size for size in sizes if isinstance(size, int)), None)
+
+    @property
     def wide(self) -> bool:
         """Whether it is large, or not known."""
         return self.width is None or self.width >= WIDE

@@ -115,7 +115,9 @@ def _cards(data: Page, about: Headline) -> Html:
     metrics: Metrics = (evaluation["metrics"] if evaluation else {}) or {}
     if evaluation and BITS in metrics:
         tools = {tool: (v.get("metrics") or {}).get(BITS) for tool, v in (evaluation.get("compressors") or {}).items()}
-        rivals = {"pairs of tokens": evaluation.get("bigram")} | tools
+        read = ((model["lineage"] or {}) if model else {}).get("tokens")
+        counted = f"pairs in the {short(read)} tokens read" if read else "pairs of tokens"  # more text, a lower line
+        rivals = {counted: evaluation.get("bigram")} | tools
         note = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
         cards.append(("bits per byte", f"{metrics[BITS]:.3f}", note))
     for name, title, note in (

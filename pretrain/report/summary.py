@@ -56,7 +56,21 @@ def headline(page: Page) -> Headline:
 def summarise(page: Page, running: str = "") -> Summary:
     """`running` is the stage that is being run at this moment, if one is."""
     about = headline(page)
-    return Summary(_result(page, about), _judgement(page, about), *_advice(page, about, running))
+    judgement = " ".join(filter(None, (_judgement(page, about), _quantised(about))))
+    return Summary(_result(page, about), judgement, *_advice(page, about, running))
+
+
+def _quantised(about: Headline) -> str:
+    """How much of the model is held in few bits, and what its files take."""
+    metrics = (about.model["metrics"] if about.model else None) or {}
+    if "quantised_share" not in metrics or not metrics.get("disk_bytes_before"):
+        return ""
+    saved = 1 - metrics["disk_bytes"] / metrics["disk_bytes_before"]
+    size = short(metrics["disk_bytes"])
+    return (
+        f"Quantised are {metrics['quantised_share']:.0%} of its weights; its files take {size}B, "
+        f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than before."
+    )
 
 
 def _result(page: Page, about: Headline) -> str:
@@ -102,10 +116,13 @@ def _judgement(page: Page, about: Headline) -> str:
     name, best = min(rivals.items(), key=lambda item: item[1], default=("", math.inf))
     beaten = f"fewer than {name} ({best:.2f})" if bits < best < math.inf else ""
     words = []
+    # The line goes by how much has been counted: of a model that has read more it is lower.
+    read = (about.model["lineage"] or {}).get("tokens") if about.model else None
+    counting = "counting which token follows which" + (f" in the {short(read)} tokens that it has read" if read else "")
     if line is not None and bits >= line:
-        words.append(f"That is not good yet: counting which token follows which comes to {line:.2f}.")
+        words.append(f"That is not good yet: {counting} comes to {line:.2f}.")
     elif line is not None:
-        learnt = f"that is {1 - bits / line:.0%} fewer than counting which token follows which ({line:.2f})"
+        learnt = f"that is {1 - bits / line:.0%} fewer than {counting} ({line:.2f})"
         words.append(f"Good: {learnt}, and {beaten}." if beaten else f"It has learnt something: {learnt}.")
     elif beaten:
         words.append(f"Good: that is {beaten}.")

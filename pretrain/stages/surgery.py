@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
@@ -75,11 +76,16 @@ class Surgery(Stage):
         before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
         model, inputs, flops = operate(self.surgeries, model, inputs)
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
-        metrics = after | before | inputs.extra.get("metrics", {})
+        few = _few_bits(model)
+        share = {"quantised_share": sum(few.values()) / max(1, _numbers(model))} if few else {}
+        metrics = after | before | share | inputs.extra.get("metrics", {})
         lineage = checkpoint.lineage(source)
         history = job.history({"metrics": metrics, "flops": flops}, lineage, *map(checkpoint.lineage, merged))
         lineage |= history | {"flops": lineage.get("flops", 0) + flops}
         checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage)
+        if few:
+            metrics |= {"disk_bytes": _on_disk(job.folder / "checkpoint"), "disk_bytes_before": _on_disk(source)}
+            job.say(_told(few, metrics))
         job.say(
             f"{before['parameters_before']:,} -> {after['parameters']:,} parameters, "
             f"{before['bytes_before']:,} -> {after['bytes']:,} bytes"
@@ -116,6 +122,39 @@ class Surgery(Stage):
             tensors = rows_to_tensors(rows, self.length, pad)
             batches.append({theirs: tensors[ours] for theirs, ours in names.items()})
         return batches
+
+
+def _few_bits(model: nn.Module) -> dict[int, int]:
+    """How many weights are held in so many bits: those of layers that say their `bits` and hold them packed."""
+    counts: dict[int, int] = {}
+    for module in model.modules():
+        bits, sides = (
+            getattr(module, "bits", None),
+            (getattr(module, "in_features", 0), getattr(module, "out_features", 0)),
+        )
+        if isinstance(bits, int) and all(sides) and not hasattr(module, "weight"):
+            counts[bits] = counts.get(bits, 0) + sides[0] * sides[1]
+    return counts
+
+
+def _numbers(model: nn.Module) -> int:
+    """The weights of a model, those that are packed as well."""
+    return sum(_few_bits(model).values()) + sum(parameter.numel() for parameter in model.parameters())
+
+
+def _on_disk(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def _told(few: dict[int, int], metrics: dict[str, float]) -> str:
+    """How much of a model is quantised, and what that saves: of a small one embeddings and head are much."""
+    held = " and ".join(f"{bits} bits for {count:,}" for bits, count in sorted(few.items()))
+    saved = 1 - metrics["disk_bytes"] / max(1, metrics["disk_bytes_before"])
+    return (
+        f"{held} weights, {metrics['quantised_share']:.0%} of all; the others, embeddings and head among them, stay as "
+        f"they were; the files take {metrics['disk_bytes'] / 1e6:,.3g} MB, {abs(saved):.0%} "
+        f"{'less' if saved >= 0 else 'more'} than before"
+    )
 
 
 def _bytes(model: nn.Module) -> int:
