@@ -14,6 +14,7 @@ import shutil
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -109,7 +110,7 @@ def write_corpus(
         raise PretrainError(
             f"validation {validation} + test {test}: accepted: shares of 0 or more that leave some to train"
         )
-    with atomic_folder(folder) as work:
+    with atomic_folder(folder) as work, without_bars():
         removed = {"exact": 0, "near": 0}
         _write_splits(documents, work, validation, test, removed)
         _same_columns(work)
@@ -222,10 +223,19 @@ def _open(split: Path, cache: Path) -> Dataset:
     files = [str(path) for path in sorted(split.glob("*.parquet"))]
     if not files:
         return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
-    shown = not datasets.are_progress_bars_disabled()  # a bar of its own for each split would bury the training's
+    with without_bars():
+        return datasets.Dataset.from_parquet(files, cache_dir=str(cache))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep `datasets` from drawing bars: one for each split and part would bury what the stage itself says."""
+    import datasets
+
+    shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        return datasets.Dataset.from_parquet(files, cache_dir=str(cache))
+        yield
     finally:
         if shown:
             datasets.enable_progress_bars()

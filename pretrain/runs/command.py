@@ -11,7 +11,7 @@ import typer
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
-from pretrain.runs.shelf import RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
+from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
 from pretrain.runs.words import bytes_in_words, counted, seconds_in_words
 
 app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
@@ -113,7 +113,9 @@ def clean(
     going: list[Path] = []
     for place in runs:
         home = place.expanduser() if (place.expanduser() / ".runs").exists() else run_of(place)
-        remove(home)  # what an interrupted removal has left
+        for left in home.glob(f"{REMOVED}*"):  # which were listed before that
+            typer.echo(f"goes   {bytes_in_words(size_of(left)):>9}  {left}  (an interrupted removal has left it)")
+        remove(home)
         roots = [root for root in dict.fromkeys([RUNS, home.parent, *(among or [])]) if root.is_dir()]
         going, kept, known = unused(home, roots)
         for folder, reason in kept.items():

@@ -13,6 +13,7 @@ from pretrain.core.bounds import PositiveShare, ProperShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
+from pretrain.corpus.progress import told
 from pretrain.corpus.samples import corpus_documents
 from pretrain.corpus.sources import SOURCES, Source
 from pretrain.corpus.store import write_corpus
@@ -92,7 +93,9 @@ class Data(Stage):
     def run(self, job: Job) -> StageResult:
         """Write the corpus."""
         skipped = kinds.Skipped()
-        stream = (document for source in self.sources for document in kinds.read(source, skipped))
+        stream = told(
+            (document for source in self.sources for document in kinds.read(source, skipped)), job.say, "documents read"
+        )
         facts: Record = {"sources": [kinds.described(source) for source in self.sources]}
         spent: list[int] = []
         operations = [partial(_metered, operation, spent) for operation in self.operations]

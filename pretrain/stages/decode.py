@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import ConfigDict, model_validator
 
 from pretrain.core.bounds import Count, NonNegative, PositiveShare
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import write_json
+from pretrain.core.quick.positions import positions
 from pretrain.core.quick.vocabulary import check_references, numbers_of
 from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
@@ -119,6 +120,20 @@ def sampling(method: Decoding | None, temperature: float | None, top_p: float | 
     return 0.0, 1.0
 
 
+def _fitting(ids: list[int], others: int, most: int | None) -> list[int]:
+    """The end of a prompt that fits into a model's positions beside `others`; says how much of it is cut."""
+    if most is None or len(ids) + others <= most:
+        return ids
+    room = most - others
+    if room < 1:
+        raise PretrainError(f"max_new_tokens leave no room for a prompt: the model has {most:,} positions in all")
+    warn(
+        f"the prompt has {len(ids):,} tokens, and beside {others:,} others the model has positions for {room:,}: "
+        f"its first {len(ids) - room:,} tokens are cut off"
+    )
+    return ids[-room:]
+
+
 def continue_prompt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -146,6 +161,8 @@ def continue_prompt(
     vocabulary = Vocabulary.of(tokenizer)
     before = [vocabulary.bos] if vocabulary.bos is not None else []
     ids = before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if method is None and not model.config.is_encoder_decoder:  # methods for long prompts have ways of their own
+        ids = before + _fitting(ids[len(before) :], len(before) + max_new_tokens, positions(model.config.to_dict()))
     input_BL = torch.tensor([ids or [vocabulary.pad]], device=model.device)
     torch.manual_seed(seed)
     options: OptionFields = {"max_new_tokens": max_new_tokens, "eos": vocabulary.eos, "pad": vocabulary.pad}

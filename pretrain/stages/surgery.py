@@ -128,12 +128,10 @@ def _few_bits(model: nn.Module) -> dict[int, int]:
     """How many weights are held in so many bits: those of layers that say their `bits` and hold them packed."""
     counts: dict[int, int] = {}
     for module in model.modules():
-        bits, sides = (
-            getattr(module, "bits", None),
-            (getattr(module, "in_features", 0), getattr(module, "out_features", 0)),
-        )
-        if isinstance(bits, int) and all(sides) and not hasattr(module, "weight"):
-            counts[bits] = counts.get(bits, 0) + sides[0] * sides[1]
+        bits, size = getattr(module, "bits", None), getattr(module, "in_features", 0)
+        size *= getattr(module, "out_features", 0)
+        if isinstance(bits, int) and size and not hasattr(module, "weight"):
+            counts[bits] = counts.get(bits, 0) + size
     return counts
 
 

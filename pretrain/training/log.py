@@ -1,13 +1,20 @@
-"""What training tells while it runs: JSON Lines, TensorBoard, and a progress bar with the time left."""
+"""What training tells while it runs: JSON Lines, TensorBoard, and a progress bar with the time left.
+
+Where nobody looks at a terminal (a file, a pipe) the bar is a line at each tenth, and every half minute.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.core.files import write_text
+
+EVERY = 30.0  # seconds between two lines of progress
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,7 +47,8 @@ class Log:
         keep_until(folder / "log.jsonl", from_step)
         self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
         self.board = _board(folder / "tensorboard", from_step)
-        self.bar = _bar() if bar else None
+        self.bar = _bar() if bar and sys.stderr.isatty() else None
+        self.lines = Lines() if bar and not self.bar else None
         self.task = self.bar.add_task("starting", total=1.0) if self.bar else None
 
     def __enter__(self) -> Log:
@@ -69,9 +77,34 @@ class Log:
             for name, value in values.items():
                 if isinstance(value, int | float) and name != "step":
                     self.board.add_scalar(f"{event}/{name}", value, record["step"])
-        if event == "step" and self.bar and self.task is not None:
+        if event == "step" and (self.bar or self.lines):
             text = f"step {record['step']}  loss {record['loss']:.3f}  {record['tokens_per_second']:,.0f} {self.unit}/s"
-            self.bar.update(self.task, completed=progress, description=text)
+            if self.bar and self.task is not None:
+                self.bar.update(self.task, completed=progress, description=text)
+            if self.lines:
+                self.lines.update(progress, text)
+
+
+class Lines:
+    """Progress as lines of a file: one at each tenth that is passed, and one when the last is half a minute old."""
+
+    def __init__(self, say: Callable[[str], None] | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self.say = say or (lambda text: print(text, file=sys.stderr, flush=True))
+        self.clock, self.begun = clock, clock()
+        self.last, self.tenths, self.start = self.begun, -1, 0.0
+
+    def update(self, progress: float, text: str) -> None:
+        """Say how far it is and what is left, if it is time to."""
+        now, tenths = self.clock(), int(10 * progress + 1e-9)
+        if self.tenths < 0:  # a training that is gone on with does not begin at nothing
+            self.tenths, self.start, self.begun = tenths, progress, now
+            return
+        if tenths == self.tenths and now - self.last < EVERY:
+            return
+        self.last, self.tenths = now, tenths
+        done = progress - self.start
+        left = (now - self.begun) * (1 - progress) / done if done > 0 else 0.0
+        self.say(f"{progress:4.0%}  {text}" + (f"  {left:,.0f} s left" if progress < 1 else ""))
 
 
 def _bar() -> Progress:
