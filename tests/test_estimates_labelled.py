@@ -32,7 +32,7 @@ def table(tmp_path_factory, stories):
     rows = []
     for number in range(300):
         story = stories[number % len(stories)]
-        text = story["text"][number : number + 20 + (number * 97) % 700]
+        text = (3 * story["text"])[number : number + 20 + (number * 97) % 700]
         rows.append({"text": text, "label": story["domain"], "number": number % 7, "target": text[:40]})
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path

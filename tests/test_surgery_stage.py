@@ -97,6 +97,25 @@ def test_quantising_says_how_many_bytes_it_saves_and_meters_its_flops(run, tmp_p
     assert said[-1].endswith(f"{numbers['bytes_before']:,} -> {numbers['bytes']:,} bytes")
 
 
+@pytest.mark.parametrize("packed", [True, False])
+def test_quantising_says_what_share_of_the_weights_it_holds_and_what_the_files_take(run, source, tmp_path, packed):
+    result, said = run(GPTQ(group_size=16, pack=packed, solver="rtn"), corpus=False)
+    numbers = result["metrics"]
+    if not packed:  # dense weights on a grid save nothing
+        assert len(said) == 1 and "quantised_share" not in numbers
+        return
+    model, _ = checkpoint.load(source)
+    inner = sum(p.numel() for name, p in model.named_parameters() if "layers." in name and p.ndim == 2)
+    assert numbers["quantised_share"] == pytest.approx(inner / model.num_parameters())
+    sizes = [
+        sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+        for folder in (tmp_path / "stage/checkpoint", source)
+    ]
+    assert [numbers["disk_bytes"], numbers["disk_bytes_before"]] == sizes
+    assert f"4 bits for {inner:,} weights, {inner / model.num_parameters():.0%} of all" in said[0]
+    assert f"{1 - sizes[0] / sizes[1]:.0%} less than before" in said[0]
+
+
 def test_without_a_corpus_surgeries_are_as_before_and_those_that_need_one_say_so(run):
     spy = Spy()
     run(spy, corpus=False)
