@@ -216,6 +216,20 @@ def test_the_first_sentence_says_whether_it_is_good(evaluation, words):
     assert all(word in summary.judgement for word in words)
 
 
+def test_the_line_of_counts_says_how_much_was_counted():
+    judged = summarise(page_of(measured(1.8, line=2.4, xz=1.5), tokens=3e5)).judgement
+    assert "which token follows which in the 300 k tokens that it has read (2.40)" in judged
+
+
+def test_a_quantised_model_says_how_much_of_it_is_and_what_its_files_take():
+    page = page_of(measured(1.8, line=2.4))
+    assert "Quantised" not in summarise(page).judgement
+    page["stages"][0]["metrics"] = {"quantised_share": 0.4, "disk_bytes": 9.3e6, "disk_bytes_before": 1e7}
+    assert summarise(page).judgement.endswith(
+        "Quantised are 40% of its weights; its files take 9.3 MB, 7% less than before."
+    )
+
+
 def test_the_run_is_compared_with_its_baseline():
     summary = summarise(page_of(measured(2.0, of="base"), measured(1.5), measured(1.0, of="elsewhere", documents=7)))
     assert "25% fewer than “base” (2.00)" in summary.judgement

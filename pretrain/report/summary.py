@@ -62,7 +62,7 @@ def summarise(page: Page, running: str = "") -> Summary:
 
 def _quantised(about: Headline) -> str:
     """How much of the model is held in few bits, and what its files take."""
-    metrics = (about.model["metrics"] if about.model else None) or {}
+    metrics = (about.model.get("metrics") if about.model else None) or {}
     if "quantised_share" not in metrics or not metrics.get("disk_bytes_before"):
         return ""
     saved = 1 - metrics["disk_bytes"] / metrics["disk_bytes_before"]

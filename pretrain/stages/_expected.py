@@ -190,7 +190,7 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
         each = shape.flops(max(1, round(seen)), targets, passes)
         head = 6.0 * targets * shape.vocabulary * shape.width
         flops += (each - head) * objective.effort + head
-        flops += sum(teacher.forward(length, taught) for teacher in _teachers(objective, given))
+        flops += sum(teacher.forward(round(length), taught) for teacher in _teachers(objective, given))
     flops = flops * seen + convolutions(model.config, stage.length)
     if decoder := reconstructor(model.config):
         flops += decoder[0].flops(round(decoder[1])) * decoder[1]
