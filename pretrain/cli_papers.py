@@ -173,14 +173,14 @@ def _spelling(name: str) -> str:
 
 
 def _show(name: str) -> None:
-    known = {_spelling(each): each for m in methods().values() for each in (m.name,)}
+    known = {_spelling(each): each for each in methods()}
     known = {_spelling(m.cls): m.name for m in methods().values()} | known
-    found = known.get(_spelling(name), name)
-    if found not in methods():
+    method = known.get(_spelling(name), name)
+    if method not in methods():
         like = [m.name for m in closest(name, methods().values(), lambda m: m.name, _texts)]
         hint = nearest(name.lower(), methods(), 0.8) or (f"; nearest: {', '.join(like)}" if like else "")
         raise PretrainError(f"unknown method {name!r}{hint}; accepted: a name of `pretrain methods`")
-    row, cls = info(found), declared_class(found)
+    row, cls = info(method), declared_class(method)
     typer.secho(f"{row.name} ({row.kind})", bold=True)
     typer.echo(cleandoc(cls.__doc__ or ""))
     typer.echo(f"\nmodel families: {', '.join(row.families) or 'any'}")

@@ -142,9 +142,9 @@ def test_the_columns_of_an_input_are_known_without_the_label():
 def test_the_rows_of_a_table_are_counted(table):
     from pretrain.corpus.sources import Files
 
-    few = sampled(Files(str(table)), table.stat().st_size)
+    few = sampled(Files(str(table)), table.stat().st_size, rows_alone=True)
     assert few.documents == 300 and set(few.rows[0]) >= {"text", "label", "target"}
-    assert not sampled(Files(str(table), tables="text"), 1.0).rows
+    assert not sampled(Files(str(table), tables="text"), 1.0, rows_alone=False).rows
 
 
 @pytest.mark.parametrize(("spent", "told"), [(25e9, "25% of the FLOPs"), (90e9, ""), (400e9, "quicker")])

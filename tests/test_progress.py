@@ -6,7 +6,7 @@ import pytest
 
 from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.corpus import progress
-from pretrain.corpus.progress import told
+from pretrain.corpus.progress import reported
 from pretrain.corpus.store import write_corpus
 from pretrain.stages.decode import _fitting
 from pretrain.training.log import EVERY, Lines, Log
@@ -61,7 +61,7 @@ def test_a_file_gets_lines_in_place_of_a_bar(tmp_path, capsys):
 def test_reading_says_how_far_it_is(monkeypatch):
     said: list[str] = []
     monkeypatch.setattr(progress, "EVERY", -1.0)
-    assert list(told("abc", said.append, "documents read")) == ["a", "b", "c"]
+    assert list(reported("abc", said.append, "documents read")) == ["a", "b", "c"]
     assert said == ["0 documents read", "1 documents read", "2 documents read"]
 
 

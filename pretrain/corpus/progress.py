@@ -10,7 +10,7 @@ EVERY = 30.0  # seconds between two lines
 Item = TypeVar("Item")
 
 
-def told(items: Iterable[Item], say: Callable[[str], None], what: str) -> Iterator[Item]:
+def reported(items: Iterable[Item], say: Callable[[str], None], what: str) -> Iterator[Item]:
     """The items; meanwhile `say` is told how many there have been."""
     last = time.monotonic()
     for number, item in enumerate(items):

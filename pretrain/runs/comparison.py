@@ -169,12 +169,12 @@ def _experiments(places: Sequence[Path]) -> Rows:
     """A row for each recipe of the comparisons, with what was measured of it at how many FLOPs."""
     rows: Rows = [("comparison", "recipe", "metric", "mean ± s.d.", "seeds", "FLOPs", "verdict", "peak rate")]
     for place in places:
-        found = read_json(place / COMPARISON)
-        for name, row in found["table"].items():
+        comparison = read_json(place / COMPARISON)
+        for name, row in comparison["table"].items():
             verdict = row.get("verdict")
             word = f"{verdict['word']} ({verdict['difference']:+.4f})" if verdict else "baseline"
             measured = f"{row['mean']:.4f} ± {row['deviation']:.4f}"
-            seeds, flops = str(len(found["runs"][name])), number_of(found["flops"])
+            seeds, flops = str(len(comparison["runs"][name])), number_of(comparison["flops"])
             rate = row.get("rate", {}).get("words", "")
-            rows.append((str(place), name, found["metric"], measured, seeds, flops, word, rate))
+            rows.append((str(place), name, comparison["metric"], measured, seeds, flops, word, rate))
     return rows

@@ -49,9 +49,9 @@ class Lengths:
     learnt: float
 
 
-def sampled(source: Source, size: float) -> Sampled:
-    """Documents of a source of examples: a table, or documented functions; none of others, which are text."""
-    if not isinstance(source, Functions) and not (isinstance(source, Files) and source.tables == "rows"):
+def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
+    """Documents of a source of examples: tables (`rows_alone`), or documented functions; of texts none."""
+    if not isinstance(source, Functions) and not (isinstance(source, Files) and rows_alone):
         return Sampled()
     rows: list[Mapping[str, str]] = []
     whole, begun = True, time.perf_counter()
@@ -77,8 +77,8 @@ def stored(folder: Path | None) -> Texts:
 
         for path in sorted((corpus_of(folder) / "train").glob("*.parquet"))[:1]:
             batch = next(parquet.ParquetFile(path).iter_batches(batch_size=FEW), None)
-            found = batch.to_pylist() if batch is not None else []
-            rows = [{name: value for name, value in row.items() if isinstance(value, str)} for row in found]
+            documents = batch.to_pylist() if batch is not None else []
+            rows = [{name: value for name, value in row.items() if isinstance(value, str)} for row in documents]
     return tuple(rows)
 
 

@@ -13,7 +13,7 @@ from pretrain.core.bounds import PositiveShare, ProperShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
-from pretrain.corpus.progress import told
+from pretrain.corpus.progress import reported
 from pretrain.corpus.samples import corpus_documents
 from pretrain.corpus.sources import SOURCES, Source
 from pretrain.corpus.store import write_corpus
@@ -80,7 +80,9 @@ class Data(Stage):
         known = [size for size in sizes if size is not None]
         if len(known) < len(sizes):
             return Estimate(None if works else 0.0)
-        seen = [sampled(source, size.bytes) for source, size in zip(self.sources, known, strict=True)]
+        seen = [
+            sampled(source, size.bytes, not size.documents) for source, size in zip(self.sources, known, strict=True)
+        ]
         total = sum(size.bytes for size in known)
         documents = sum(size.documents or few.documents for size, few in zip(known, seen, strict=True))
         rows = tuple(row for few in seen for row in few.rows)
@@ -93,7 +95,7 @@ class Data(Stage):
     def run(self, job: Job) -> StageResult:
         """Write the corpus."""
         skipped = kinds.Skipped()
-        stream = told(
+        stream = reported(
             (document for source in self.sources for document in kinds.read(source, skipped)), job.say, "documents read"
         )
         facts: Record = {"sources": [kinds.described(source) for source in self.sources]}

@@ -114,6 +114,6 @@ def closest(asked: str, rows: Iterable[Row], name: Callable[[Row], str], fields:
     for row in rows:
         score = sum(worth for worth, text in fields(row) for each in stems if each in _indexed(text).stems)
         shared += [(score, row)] if score else []
-    said = [row for _, row in sorted(shared, key=lambda pair: -pair[0])]
+    sharing = [row for _, row in sorted(shared, key=lambda pair: -pair[0])]
     near = [row for row in sorted(rows, key=alike, reverse=True) if alike(row) >= CLOSE]
-    return list({id(row): row for row in [*spelt, *said, *near]}.values())[:3]
+    return list({id(row): row for row in [*spelt, *sharing, *near]}.values())[:3]
