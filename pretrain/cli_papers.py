@@ -178,7 +178,7 @@ def _show(name: str) -> None:
     method = known.get(_spelling(name), name)
     if method not in methods():
         like = [m.name for m in closest(name, methods().values(), lambda m: m.name, _texts)]
-        hint = nearest(name.lower(), methods(), 0.8) or (f"; nearest: {', '.join(like)}" if like else "")
+        hint = nearest(name.lower(), methods(), 0.72) or (f"; nearest: {', '.join(like)}" if like else "")
         raise PretrainError(f"unknown method {name!r}{hint}; accepted: a name of `pretrain methods`")
     row, cls = info(method), declared_class(method)
     typer.secho(f"{row.name} ({row.kind})", bold=True)

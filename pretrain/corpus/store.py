@@ -110,14 +110,15 @@ def write_corpus(
         raise PretrainError(
             f"validation {validation} + test {test}: accepted: shares of 0 or more that leave some to train"
         )
-    with atomic_folder(folder) as work, without_bars():
+    with atomic_folder(folder) as work:
         removed = {"exact": 0, "near": 0}
         _write_splits(documents, work, validation, test, removed)
         _same_columns(work)
         if near_duplicates:
             removed["near"] = _drop_near_heldout(work, near_duplicates)
         if operations:
-            _operate(work, operations)
+            with without_bars():
+                _operate(work, operations)
         counts, content = _count(work)
         if not counts["train"]:
             why = f" (passed over: {skipped})" if skipped and skipped.reasons else ""
