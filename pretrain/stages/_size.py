@@ -18,7 +18,16 @@ from pretrain.core.quick.machine import cores, likely_device, remembered_rate
 from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.quantities import bare
 from pretrain.dial import shapes
-from pretrain.dial.choose import BATCH_TOKENS, RATES, Choice, Task, choose, optimizer_for
+from pretrain.dial.choose import (
+    BATCH_TOKENS,
+    BYTES_AN_ENTRY,
+    RATES,
+    VOCABULARIES,
+    Choice,
+    Task,
+    choose,
+    optimizer_for,
+)
 from pretrain.dial.law import Law, load
 from pretrain.stages._estimates import left_in
 from pretrain.training.budget import Budget
@@ -95,7 +104,9 @@ class Settled:
         rows = []
         for what, (wide, entries) in others.items():
             other = choose(replace(self.task, width=wide, depth=None, vocabulary=entries, tokens=None, flops=flops))
-            beyond = entries > 2 * max(self.task.law.bytes_per_token)  # as `choose` takes none further
+            unique = self.task.unique or math.inf
+            beyond = entries > 2 * max(self.task.law.bytes_per_token) or entries * BYTES_AN_ENTRY > unique
+            beyond |= wide < shapes.SMALLEST or entries < VOCABULARIES[0]  # none of which `choose` takes
             if other.prediction is not None and not beyond:
                 rows.append((what, other.prediction.bits))
         return rows
