@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pretrain import __version__, cli_claim, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.errors import PretrainError
-from pretrain.core.folders import corpus_at, newest_checkpoint, run_of
+from pretrain.core.folders import newest_checkpoint, run_of
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import quantity
 from pretrain.core.registry import methods, use_methods
 from pretrain.core.system.console import App
 from pretrain.inference import command as inferring
+from pretrain.inference import measuring
 from pretrain.new import command as starting
 from pretrain.runs import command as runs
 
@@ -199,11 +199,11 @@ def generate(
     from pretrain.stages.evaluate import load_text
 
     chosen = [method] if method else []
-    _methods(chosen, "decoding")  # what is wrong with it is said before anything large is imported
+    measuring.methods_of(chosen, "decoding")  # what is wrong with it is said before anything large is imported
     place = newest_checkpoint(checkpoint)
     with uncollected():
         model, tokenizer = load_text(place)
-    decoding = next(iter(_methods(chosen, "decoding")), None)
+    decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
     text = sys.stdin.read() if prompt == "-" else prompt
     sample = continue_prompt(
         model,
@@ -218,77 +218,7 @@ def generate(
     typer.echo(text + sample["continuation"])
 
 
-def _methods(texts: Sequence[str], kind: str, option: str = "") -> list[Any]:
-    """The methods that an option names: NAME, or {method: NAME, field: value}."""
-    from pretrain.recipe import parse
-    from pretrain.stages import build_method
-
-    try:
-        return [build_method(parse(text), kind) for text in texts]
-    except ValueError as error:
-        raise PretrainError(f"{option}{error}") from error
-
-
-@app.command()
-def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
-    data: Annotated[str, typer.Option(help="A corpus, a file, a folder or a glob.")],
-    split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
-    max_documents: Annotated[int, typer.Option(min=1)] = 2000,
-    evaluations: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--evaluation", help="NAME, or {method: NAME, field: value}; by default what fits the model's head."
-        ),
-    ] = None,
-    text: Annotated[str, typer.Option(help="The column of a table's texts.")] = "text",
-    label: Annotated[
-        str | None, typer.Option(help="The column of what is true: labels, numbers, tags, answers.")
-    ] = None,
-    pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
-    from pretrain.corpus.sources import Files, evenly, read
-    from pretrain.corpus.store import Corpus
-    from pretrain.stages.evaluate import documents_of, load_both
-    from pretrain.stages.evaluate import evaluate as measure
-
-    _methods(evaluations or [], "evaluation", "--evaluation: ")
-    place = newest_checkpoint(checkpoint)
-    with uncollected():
-        from pretrain.core import checkpoint as checkpoints
-        from pretrain.inference.heads import evaluation_for
-        from pretrain.stages import build_method
-
-        model, processor = load_both(place)
-    lineage = checkpoints.lineage(place)
-    chosen = _methods(evaluations or [], "evaluation", "--evaluation: ")
-    chosen = chosen or [build_method(evaluation_for(model, lineage, label, pair), "evaluation")]
-    if folder := corpus_at(data):
-        documents = documents_of(Corpus(folder), split, max_documents, chosen, processor)
-    else:
-        documents = evenly(list(read(Files(data, text=text))), max_documents)
-        documents = [document | {text: document["text"]} for document in documents]  # what a prompt may call it
-    compressors = any(method.name == "held_out" for method in chosen) or bool(evaluations)
-    result = measure(model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"))
-    if as_json:
-        typer.echo(json.dumps(result, indent=2))
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("metric", "value", "95% interval")
-    for name, value in result["metrics"].items():
-        low, high = result["intervals"].get(name, (None, None))
-        table.add_row(name, f"{value:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}")
-    for domain, domain_metrics in result["domains"].items():
-        for name, value in domain_metrics.items():
-            table.add_row(f"{name}, {domain}", f"{value:.4f}", "")
-    for tool, measured in result["compressors"].items():
-        for name, value in measured["metrics"].items():
-            table.add_row(f"{name} of {tool}", f"{value:.4f}", "")
-    Console().print(table)
+app.command()(measuring.evaluate)
 
 
 @app.command()

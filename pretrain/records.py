@@ -113,6 +113,9 @@ class Evaluation(Measurement, total=False):
     intervals: dict[str, tuple[float, float]]
     compressors: dict[str, Measurement]
     documents: int
+    confusion: dict[str, dict[str, int]]  # of a classifier: by true class how often each was answered
+    no_intervals: str  # why there are none
+    seen: str  # that documents were trained on
 
 
 class PassedOver(TypedDict):

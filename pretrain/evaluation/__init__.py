@@ -21,19 +21,23 @@ class Measured:
     """What an evaluation finds: metrics by name, the same by domain, and 95% intervals of those that have one.
 
     `documents`, where an evaluation gives them: for each document a row of the numbers that the metrics are made of, so
-    that two models can be compared document by document.
+    that two models can be compared document by document. `confusion`, of a classifier: by true class how often each
+    class was answered. `few` is the number of documents where it is too small for intervals.
     """
 
     metrics: dict[str, float]
     domains: dict[str, dict[str, float]] = field(default_factory=dict)
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
     documents: list[dict[str, str | float]] = field(default_factory=list)
+    confusion: dict[str, dict[str, int]] = field(default_factory=dict)
+    few: int = 0
 
 
 class Evaluation(Method):
     """Base of the evaluations. `documents` are dicts with `text`, where known `domain`, and the `columns` asked for."""
 
     kind: ClassVar[str] = "evaluation"
+    given: ClassVar[bool] = True  # what is measured are the documents that it is given, and no items of its own
 
     @property
     def passes(self) -> float:

@@ -9,7 +9,10 @@ import numpy as np
 
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """`accuracy`, `macro_f1` over the classes of the references, and Matthews' correlation (`matthews`)."""
+    """`accuracy`, `macro_f1` over the classes of the references, and Matthews' correlation (`matthews`).
+
+    `majority` is the accuracy of always answering the commonest class.
+    """
     from sklearn.metrics import f1_score, matthews_corrcoef
 
     classes = sorted(set(references))
@@ -17,19 +20,29 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
     macro = f1_score(references, predictions, labels=classes, average="macro", zero_division=0)
     return {
         "accuracy": accuracy,
+        "majority": majority(references),
         "macro_f1": float(macro),
         "matthews": float(matthews_corrcoef(references, predictions)),
     }
 
 
+def majority(references: Sequence[str]) -> float:
+    """The share of the commonest class: the accuracy of a classifier that has learnt nothing else."""
+    return max(Counter(references).values(), default=0) / max(1, len(references))
+
+
 def regression(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-    """`mse`, and the correlations `pearson` and `spearman` (0 where one side does not vary)."""
+    """`mse`, and the correlations `pearson` and `spearman` (0 where one side does not vary).
+
+    `mse_of_mean` is the error of always answering the mean.
+    """
     from scipy.stats import pearsonr, spearmanr
 
     p, r = np.asarray(predictions, float), np.asarray(references, float)
     varied = len(p) > 1 and p.std() > 0 and r.std() > 0
     return {
         "mse": float(np.mean((p - r) ** 2)),
+        "mse_of_mean": float(r.var()) if len(r) else 0.0,
         "pearson": float(pearsonr(p, r).statistic) if varied else 0.0,
         "spearman": float(spearmanr(p, r).statistic) if varied else 0.0,
     }
@@ -49,9 +62,13 @@ def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
 
 
 def tagging(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """`accuracy` of words; where the tags are B-x, I-x and O, `precision`, `recall` and `f1` of whole entities too."""
+    """`accuracy` of words; where the tags are B-x, I-x and O, `precision`, `recall` and `f1` of whole entities too.
+
+    `majority` is the accuracy of always answering the commonest tag.
+    """
     pairs = [(p, r) for ps, rs in zip(predictions, references, strict=True) for p, r in zip(ps, rs, strict=True)]
     metrics = {"accuracy": float(np.mean([p == r for p, r in pairs])) if pairs else 0.0}
+    metrics["majority"] = majority([r for _, r in pairs])
     if not all(r == "O" or r[:2] in ("B-", "I-") for _, r in pairs):
         return metrics
     predicted = [entities(tags) for tags in predictions]

@@ -12,6 +12,7 @@ from pydantic import ConfigDict, Field, field_validator
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_json
+from pretrain.corpus.overlap import overlap_warning
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation, Measured
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.processors import Processor
+
+LEAST = 8  # documents that an interval by drawing from them needs
 
 
 class Evaluate(Stage):
@@ -92,6 +95,9 @@ class Evaluate(Stage):
         length = lineage(folder).get("length")
         measured, flops = count_flops(lambda: measure(model, processor, documents, self.evaluations, length=length))
         result = summary(measured, documents, compressors=self.compressors)
+        if seen := overlap_warning(documents, folder, corpus.folder):
+            result["seen"] = seen
+            job.say(f"warning: {seen}")
         write_json(job.folder / "evaluation.json", result)
         write_json(job.folder / "documents.json", {name: m.documents for name, m in measured.items() if m.documents})
         metrics = result["metrics"]
@@ -193,6 +199,9 @@ def measure(
         if length and getattr(method, "length", None) == 0:
             method = dataclasses.replace(method, length=length)
         measured[method.name] = method(model, cast("PreTrainedTokenizerBase", processor), documents)
+        count = int(measured[method.name].metrics.get("documents", len(documents)))
+        if method.given and measured[method.name].intervals and count < LEAST:  # drawing from them says nothing
+            measured[method.name] = dataclasses.replace(measured[method.name], intervals={}, few=count)
     return measured
 
 
@@ -200,14 +209,16 @@ def summary(measured: dict[str, Measured], documents: list[Document], *, compres
     """What `evaluation.json` holds: metrics, the same by domain, 95% intervals, and the compressors' bits per byte."""
     texts = [document for document in documents if document.get("text") is not None]
     metrics: dict[str, float] = {}
+    confusion: dict[str, dict[str, int]] = {}
     domains: dict[str, dict[str, float]] = {}
     intervals: dict[str, list[float]] = {}
     for part in measured.values():
         metrics |= part.metrics
+        confusion |= part.confusion
         intervals |= {name: list(ends) for name, ends in part.intervals.items()}
         for domain, values in part.domains.items():
             domains[domain] = domains.get(domain, {}) | values
-    return {
+    found: Record = {
         "metrics": metrics,
         "domains": domains,
         "intervals": intervals,
@@ -215,3 +226,7 @@ def summary(measured: dict[str, Measured], documents: list[Document], *, compres
         "documents": len(documents),
         "methods": list(measured),
     }
+    if few := [part.few for part in measured.values() if part.few]:
+        number = f"{min(few)} documents are" if min(few) > 1 else "1 document is"
+        found["no_intervals"] = f"{number} too few to tell how far other documents would differ: {LEAST} or more"
+    return found | ({"confusion": confusion} if confusion else {})

@@ -51,6 +51,10 @@ class Files(Source):
     secrets: bool = False  # whether to take files that look like secrets
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
+        yield from (document for _, document in self.placed(skipped))
+
+    def placed(self, skipped: Skipped) -> Iterator[Row]:
+        """The documents, each with where it stands, as messages say it."""
         wrong = wrong_of(self.on_error, skipped)
         files = located(
             self.files, self.package, self.suffixes, skipped, hidden=self.hidden, secrets=self.secrets
@@ -68,7 +72,7 @@ class Files(Source):
             elif reader is not None and not self._is_text(path, reader):
                 yield from _documents(reader(path, name, self.text, wrong), name, self, skipped, wrong)
             elif (text := read_text(path, skipped, wrong, name)) is not None:
-                yield {"text": text, "domain": self.domain or ending(path).lstrip(".") or "text", "id": name}
+                yield name, {"text": text, "domain": self.domain or ending(path).lstrip(".") or "text", "id": name}
 
     def _is_text(self, path: Path, reader: Reader) -> bool:
         """Whether a `.json` file is one object without the column, as settings are: text like any other."""
@@ -129,7 +133,7 @@ class HubDataset(Source):
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         rows = ((f"{self.dataset}, row {number}", row) for number, row in enumerate(self._open(), 1))
         documents = _documents(rows, self.dataset, self, skipped, wrong_of(self.on_error, skipped))
-        for number, document in enumerate(documents):
+        for number, (_, document) in enumerate(documents):
             if self.limit is not None and number >= self.limit:
                 return
             yield document
@@ -155,8 +159,8 @@ class HubDataset(Source):
 
 def _documents(
     rows: Iterator[Row], name: str, source: Files | HubDataset, skipped: Skipped, wrong: Wrong
-) -> Iterator[Document]:
-    """Documents from rows with columns."""
+) -> Iterator[Row]:
+    """Documents from rows with columns, each with where it stands."""
     for number, (where, row) in enumerate(rows):
         column = source.text
         if column not in row and column.isdecimal() and int(column) < len(row):  # a column by its number
@@ -175,7 +179,7 @@ def _documents(
             answers = list(_answers(text, source, row, name, place))
             if not answers:
                 skipped.add("conversations without an answer", where.partition(" (row")[0])
-            yield from answers
+            yield from ((where, answer) for answer in answers)
             continue
         if not isinstance(text, str):
             wrong(where, f"column {column!r} is {type(text).__name__}, not text", "rows without text", "text")
@@ -186,7 +190,8 @@ def _documents(
             skipped.add("not UTF-8", where.partition(" (row")[0])
             continue
         rest = {k: v for k, v in row.items() if k not in (column, "text", "domain", "id")}
-        yield {"text": text, "domain": _domain(source, row, name), "id": str(row.get("id", place))} | rest
+        facts = {"text": text, "domain": _domain(source, row, name), "id": str(row.get("id", place))}
+        yield where, facts | rest
 
 
 def _domain(source: Files | HubDataset, row: Document, name: str) -> str:

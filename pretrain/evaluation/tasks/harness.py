@@ -44,6 +44,7 @@ class Harness(Evaluation):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    given: ClassVar[bool] = False
 
     folder: Ref | None = None
     tasks: tuple[str, ...] = ()

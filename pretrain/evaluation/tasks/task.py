@@ -17,6 +17,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.core.models.heads import labels_of
+from pretrain.core.quick.confusion import confusion_of
 from pretrain.corpus.examples import Examples
 from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation, Measured
@@ -27,13 +28,16 @@ if TYPE_CHECKING:
     from pretrain.corpus.sources import Document
     from pretrain.objectives.labelled import FineTuning
 
+BASELINES = {"majority", "mse_of_mean"}  # of the documents alone, which say nothing of the model
+
 
 @dataclass(frozen=True)
 class Task(Evaluation):
     """GLUE: A Multi-Task Benchmark and Analysis Platform for Natural Language Understanding (arXiv:1804.07461).
 
     What the fine-tuning `objective` (`classification`, or `{method: seq2seq, target: summary}`) measures on documents
-    with its columns: accuracy, macro F1 and Matthews' correlation of classes, and `label_loss`, the mean of -log p(true
+    with its columns: accuracy (`majority`: that of always answering the commonest class), macro F1 and Matthews'
+    correlation of classes, with how often each is taken for which, and `label_loss`, the mean of -log p(true
     label) in nats; Pearson's and Spearman's correlation of
     numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Documents are cut to `length` tokens (0:
     the length that the checkpoint was trained at); an objective that shows training examples beside each document takes
@@ -77,7 +81,7 @@ class Task(Evaluation):
         (predicted, nll), true = objective.answered(model, examples, context), objective.expected(examples, context)
 
         def metrics(chosen: Sequence[int]) -> dict[str, float]:
-            measured = objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
+            measured: dict[str, float] = objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
             return measured | ({"label_loss": float(np.mean([nll[i] for i in chosen]))} if nll else {})
 
         names = [d.get("domain") or "" for d in known]
@@ -88,7 +92,8 @@ class Task(Evaluation):
             {"domain": name, "nll": value, "targets": 1.0} for name, value in zip(names, nll, strict=bool(nll))
         ]
         whole |= {"documents": float(len(known))}
-        return Measured(whole, by_domain, self._intervals(metrics, len(known)), rows)
+        confusion = confusion_of(objective.classes(predicted), objective.classes(true))
+        return Measured(whole, by_domain, self._intervals(metrics, len(known)), rows, confusion)
 
     def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
         """The training examples of the corpus `pool`."""
@@ -102,7 +107,7 @@ class Task(Evaluation):
         rng = np.random.default_rng(self.seed)
         drawn = [metrics(rng.integers(count, size=count).tolist()) for _ in range(self.resamples)]
         ends: dict[str, tuple[float, float]] = {}
-        for name in drawn[0] if drawn else ():
+        for name in [name for name in drawn[0] if name not in BASELINES] if drawn else ():
             low, high = np.quantile([resample[name] for resample in drawn], [0.025, 0.975])
             ends[name] = (float(low), float(high))
         return ends

@@ -67,6 +67,10 @@ class FineTuning(Objective, Generic[Answer]):
         """How well predictions fit the examples' references."""
         raise NotImplementedError
 
+    def classes(self, answers: Sequence[Answer]) -> list[str]:
+        """The classes among answers or references, one after another; none where they are no classes."""
+        return []
+
     @abstractmethod
     def expected(self, examples: Sequence[Example], context: Context) -> list[Answer]:
         """What `metrics` compares the predictions with."""

@@ -188,8 +188,12 @@ class PromptClassification(FineTuning[str]):
         """The labels."""
         return texts_of(examples, self.label)
 
+    def classes(self, answers: Sequence[str]) -> list[str]:
+        """The labels."""
+        return list(answers)
+
     def metrics(self, predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-        """Accuracy, macro F1, Matthews' correlation."""
+        """Accuracy, that of the commonest class, macro F1, Matthews' correlation."""
         return classification(predictions, references)
 
     def _number(self, value: object) -> int:

@@ -115,6 +115,10 @@ class Tagging(FineTuning[list[str]]):
             references.append(tags)
         return references
 
+    def classes(self, answers: Sequence[list[str]]) -> list[str]:
+        """The tags of all words."""
+        return [tag for tags in answers for tag in tags]
+
     def metrics(self, predictions: Sequence[list[str]], references: Sequence[list[str]]) -> dict[str, float]:
         """Accuracy of words; precision, recall and F1 of entities."""
         return tagging(predictions, references)

@@ -1,0 +1,75 @@
+"""Which documents a checkpoint was trained on: those of the corpora in its lineage, as long as they lie beside it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSONObject, read_json
+from pretrain.corpus.payload import CONTENT, content
+from pretrain.corpus.sources import Document
+from pretrain.corpus.store import iterate
+
+RECORD = "pretrain.json"  # of a checkpoint
+
+
+def training_corpora(checkpoint: Path) -> tuple[list[Path], int]:
+    """The corpora that a checkpoint comes from, and how many more are named by its lineage and not to be found."""
+    path = checkpoint / RECORD
+    lineage: JSONObject = read_json(path).get("lineage") or {} if path.exists() else {}
+    addresses = [stage["address"] for stage in lineage.get("stages") or [] if stage.get("stage") == "data"]
+    home = checkpoint.resolve().parent.parent  # the store: stages lie beside one another
+    places: list[Path] = []
+    for address in dict.fromkeys(addresses):
+        end = f"*-{str(address)[:12]}/corpus/corpus.json"
+        places += [found.parent for found in [*home.glob(end), *home.parent.glob(f"*/{end}")][:1]]
+    return places, len({*addresses}) - len(places)
+
+
+def trained_on(documents: Sequence[Document], corpora: Sequence[Path]) -> list[int]:
+    """The numbers of the documents whose content, but for white space, stands in the training split of a corpus."""
+    sought: dict[bytes, list[int]] = {}
+    for number, document in enumerate(documents):
+        if any(document.get(name) is not None for name in CONTENT):
+            sought.setdefault(_mark(document), []).append(number)
+    seen: set[int] = set()
+    for corpus in corpora:
+        for document in iterate(corpus / "train", CONTENT):
+            seen.update(sought.pop(_mark(document), ()))
+            if not sought:
+                return sorted(seen)
+    return sorted(seen)
+
+
+def overlap_warning(documents: Sequence[Document], checkpoint: Path, known: Path | None = None) -> str:
+    """A line where documents were trained on, or where that cannot be told; none for a corpus's own held-out ones.
+
+    `known` is the corpus that they are from: its splits share no document.
+    """
+    corpora, missing = training_corpora(checkpoint)
+    corpora = [place for place in corpora if known is None or not _same(place, known)]
+    count, total = len(trained_on(documents, corpora)), len(documents)
+    if count:
+        were = "was" if count == 1 else "were"
+        return f"{count:,} of {total:,} documents {were} in the training data: what is measured says little of new text"
+    if missing and known is None:
+        return "the corpus that it was trained on is not there any more: whether it has seen these documents is unknown"
+    return ""
+
+
+def _same(first: Path, second: Path) -> bool:
+    """Whether two corpora hold the same documents."""
+    try:
+        marks = [read_json(folder / "corpus.json").get("fingerprint") for folder in (first, second)]
+    except PretrainError:
+        return False
+    return marks[0] is not None and marks[0] == marks[1]
+
+
+def _mark(document: Document) -> bytes:
+    """16 bytes of a document's content; of text its words, so that line ends make no difference."""
+    only = [name for name in CONTENT if document.get(name) is not None] == ["text"]
+    data = " ".join(str(document["text"]).split()).encode("utf-8", "surrogatepass") if only else content(document)
+    return hashlib.blake2b(data, digest_size=16).digest()

@@ -1,0 +1,218 @@
+"""`pretrain evaluate`: a checkpoint on held-out text, or on labelled documents of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+
+import typer
+
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.folders import corpus_at, newest_checkpoint
+from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
+from pretrain.core.quick.imports import uncollected
+from pretrain.core.registry import kinds
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pretrain.core.processors import Processor
+    from pretrain.corpus.sources import Document
+    from pretrain.evaluation import Evaluation
+    from pretrain.records import JSONObject
+
+Placed = list[tuple[str, dict[str, Any]]]  # documents with where they stand
+OnError = Literal["stop", "skip"]
+ON_ERROR = "What a row that cannot be read does: stop, or skip."
+
+
+def evaluate(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
+    data: Annotated[str, typer.Option(help="A corpus, a file, a folder or a glob.")],
+    split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
+    max_documents: Annotated[int, typer.Option(min=1)] = 2000,
+    evaluations: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--evaluation", help="NAME, or {method: NAME, field: value}; by default what fits the model's head."
+        ),
+    ] = None,
+    text: Annotated[str, typer.Option(help="The column of a table's texts.")] = "text",
+    label: Annotated[
+        str | None, typer.Option(help="The column of what is true: labels, numbers, tags, answers.")
+    ] = None,
+    pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
+    on_error: Annotated[str, typer.Option(help=ON_ERROR)] = "stop",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
+    policy = on_error_of(on_error)
+    methods_of(evaluations or [], "evaluation", "--evaluation: ")
+    place = newest_checkpoint(checkpoint)
+    with uncollected():
+        from pretrain.core import checkpoint as checkpoints
+        from pretrain.corpus.overlap import overlap_warning
+        from pretrain.corpus.store import Corpus
+        from pretrain.inference.heads import evaluation_for
+        from pretrain.stages import build_method
+        from pretrain.stages import evaluate as stage
+
+        model, processor = stage.load_both(place)
+    lineage = checkpoints.lineage(place)
+    chosen: list[Evaluation] = methods_of(evaluations or [], "evaluation", "--evaluation: ")
+    chosen = chosen or [build_method(evaluation_for(model, lineage, label, pair), "evaluation")]
+    folder = corpus_at(data)
+    if folder is not None:
+        documents = stage.documents_of(Corpus(folder), split, max_documents, chosen, processor)
+    else:
+        documents = _read(data, text, policy, max_documents, chosen, (model, processor))
+    seen = overlap_warning(documents, place, folder if split != "train" else None)
+    if seen:
+        typer.echo(f"warning: {seen}", err=True)
+    compressors = any(method.name == "held_out" for method in chosen) or bool(evaluations)
+    result = stage.evaluate(model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"))
+    if as_json:
+        typer.echo(json.dumps(result | ({"seen": seen} if seen else {}), indent=2))
+    else:
+        _print(result)
+
+
+def on_error_of(given: str) -> OnError:
+    """The option as a source has it."""
+    if given not in ("stop", "skip"):
+        raise PretrainError(f"--on-error {given!r}{nearest(given, ('stop', 'skip'))}; accepted: stop, skip")
+    return cast("OnError", given)
+
+
+def methods_of(texts: Sequence[str], kind: str, option: str = "") -> list[Any]:
+    """The methods that an option names: NAME, or {method: NAME, field: value}."""
+    from pretrain.recipe import parse
+    from pretrain.stages import build_method
+
+    assert kind in kinds(), kind
+    try:
+        return [build_method(parse(text), kind) for text in texts]
+    except ValueError as error:
+        raise PretrainError(f"{option}{error}") from error
+
+
+def _read(
+    data: str, text: str, on_error: OnError, most: int, chosen: Sequence[Evaluation],
+    opened: tuple[PreTrainedModel, Processor],
+) -> list[Document]:  # fmt: skip
+    """At most so many documents of files, from all alike, with what is true of each where that is asked for."""
+    from pretrain.corpus.sources import Files, Skipped, evenly
+
+    skipped = Skipped()
+    try:
+        placed = evenly(list(Files(data, text=text, on_error=on_error).placed(skipped)), most)
+    except PretrainError as error:
+        message = str(error).replace(", or tables: text to read the file as it stands", " (--text)")
+        raise PretrainError(message.replace("on_error: skip", "--on-error skip")) from error
+    if skipped.reasons:
+        typer.echo(f"passed over: {skipped}", err=True)
+    placed = [(where, document | {text: document["text"]}) for where, document in placed]  # as prompts may call it
+    for method in chosen:
+        placed = _labelled(placed, data, method, opened, on_error)
+    return [document for _, document in placed]
+
+
+def _labelled(
+    placed: Placed, data: str, method: Evaluation, opened: tuple[PreTrainedModel, Processor], on_error: OnError
+) -> Placed:
+    """The documents that have what an evaluation compares with; what is wrong with one is told with its place."""
+    objective = getattr(method, "method", None)
+    if not hasattr(objective, "expected") or not placed:
+        return placed
+    known = dict.fromkeys(name for _, document in placed for name in document if name not in ("domain", "id"))
+    for column in method.columns:
+        if column not in known:
+            option = "--label" if column == method.columns[-1] else "--pair"
+            raise PretrainError(
+                f"{option} {column!r}: {data} has no such column{nearest(column, known)}; accepted: {option} with one "
+                f"of {', '.join(known)}"
+            )
+    answer = method.columns[-1]
+    whole = [(where, d) for where, d in placed if all(d.get(column) not in (None, "") for column in method.columns)]
+    if len(whole) < len(placed):
+        lacking = next(where for where, d in placed if any(d.get(column) in (None, "") for column in method.columns))
+        lost = len(placed) - len(whole)
+        typer.echo(f"warning: {lost:,} of {len(placed):,} rows lack a {answer!r} ({lacking}): passed over", err=True)
+    kept, wrong = [], list[str]()
+    for where, document in whole:
+        if reason := _misfit(document, answer, objective, opened):
+            if on_error == "stop":
+                raise PretrainError(f"{where}: {reason}, or --on-error skip")
+            wrong.append(where)
+        else:
+            kept.append((where, document))
+    if wrong:
+        typer.echo(f"warning: {len(wrong):,} rows with another {answer!r} are passed over ({wrong[0]})", err=True)
+    if not kept:
+        raise PretrainError(f"{data}: no row has a {answer!r} to compare with; accepted: at least one")
+    return kept
+
+
+def _misfit(document: Document, answer: str, objective: Any, opened: tuple[PreTrainedModel, Processor]) -> str:
+    """What is wrong with what is said to be true of a document; empty where nothing is."""
+    import numpy as np
+
+    from pretrain.core.batch import Context, Example
+    from pretrain.core.models.heads import labels_of
+    from pretrain.stages._training_data import vocabulary_of
+
+    model, processor = opened
+    names = labels_of(model)
+    if objective.name == "classification" and str(document[answer]) not in names:
+        value = str(document[answer])
+        return f"{answer} {value!r}{nearest(value, names)}; accepted: a label that it has learnt ({', '.join(names)})"
+    try:
+        objective.expected([Example(document, 0, 0)], Context(vocabulary_of(processor), 2, np.random.default_rng(0)))
+    except PretrainError as error:
+        return str(error)
+    return ""
+
+
+def _print(result: JSONObject) -> None:
+    """Tables for a terminal: what is measured, and of a classifier each class and what is taken for what."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("metric", "value", "95% interval")
+    for name, value in result["metrics"].items():
+        low, high = result["intervals"].get(name, (None, None))
+        table.add_row(name, f"{value:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}")
+    for domain, domain_metrics in result["domains"].items():
+        for name, value in domain_metrics.items():
+            table.add_row(f"{name}, {domain}", f"{value:.4f}", "")
+    for tool, measured in result["compressors"].items():
+        for name, value in measured["metrics"].items():
+            table.add_row(f"{name} of {tool}", f"{value:.4f}", "")
+    console.print(table)
+    if why := result.get("no_intervals"):
+        typer.echo(f"no intervals: {why}")
+    if confusion := result.get("confusion"):
+        _print_classes(console, confusion)
+
+
+def _print_classes(console: Any, confusion: Mapping[str, Mapping[str, int]]) -> None:
+    from rich.table import Table
+
+    table = Table("class", "documents", "answered", "precision", "recall", "F1")
+    for row in class_rows(confusion):
+        shares = [("-" if share is None else f"{share:.3f}") for share in (row.precision, row.recall)]
+        table.add_row(row.name, f"{row.count:,}", f"{row.answered:,}", *shares, f"{row.f1:.3f}")
+    console.print(table)
+    names = classes_of(confusion)
+    if len(names) <= MOST:
+        table = Table("true \\ answered", *names)
+        for truth in names:
+            table.add_row(truth, *(f"{confusion.get(truth, {}).get(answer, 0):,}" for answer in names))
+    else:
+        table = Table("true", "answered", "times", title="the commonest mistakes")
+        for truth, answer, times in mistakes(confusion):
+            table.add_row(truth, answer, f"{times:,}")
+    console.print(table)
