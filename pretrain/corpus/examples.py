@@ -57,6 +57,11 @@ class Examples:
         """Examples are not packed."""
         return self
 
+    def keep(self, numbers: Sequence[int]) -> None:
+        """Leave out all other documents."""
+        self.split, self.domain_R = self.split.select(numbers), self.domain_R[list(numbers)]
+        self._members = {}
+
     def row(self, _: object, index: int) -> Example:
         """One document."""
         return Example(self.split[index], int(self.domain_R[index]), index)

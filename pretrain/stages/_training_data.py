@@ -142,10 +142,23 @@ def open_examples(
     if predicts(objective):
         labels = objective.labels(examples_by_split["train"].split[objective.columns[-1]])
         model = objective.ready(model, labels, vocabulary_of(processor), job.seed)
+        _leave_unlearnt(objective, labels, examples_by_split["validation"], job)
     model.config.architectures = [type(model).__name__]  # so that the configuration says the whole kind of the model
     for examples in examples_by_split.values():
         examples.given |= {"labels": labels_of(model), "pool": examples_by_split["train"], "config": model.config}
     return model, examples_by_split
+
+
+def _leave_unlearnt(objective: FineTuning[object], labels: Sequence[str], held_out: Examples, job: Job) -> None:
+    """Leave out held-out documents of classes that no training document has: nothing can be learnt of them."""
+    column = objective.columns[-1]
+    values = held_out.split[column] if len(held_out) else []
+    known = [number for number, value in enumerate(values) if objective.learnt(value, labels)]
+    if len(known) < len(values):
+        unlearnt = {str(value) for value in values if not objective.learnt(value, labels)}
+        what = f"{len(values) - len(known)} held-out documents have a {column!r} that no training document has"
+        job.say(f"warning: {what} ({', '.join(sorted(unlearnt)[:3])}): they are passed over")
+        held_out.keep(known)
 
 
 def targets_per_byte(split: Shards | Examples) -> float | None:

@@ -40,7 +40,8 @@ class Task(Evaluation):
     correlation of classes, with how often each is taken for which, and `label_loss`, the mean of -log p(true
     label) in nats; Pearson's and Spearman's correlation of
     numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Documents are cut to `length` tokens (0:
-    the length that the checkpoint was trained at); an objective that shows training examples beside each document takes
+    the length that the checkpoint was trained at); those of a class that was never learnt are passed over (`unlearnt`
+    says how many); an objective that shows training examples beside each document takes
     them from the corpus `pool`. Intervals: bootstrap over documents, `resamples` times.
     """
 
@@ -73,10 +74,13 @@ class Task(Evaluation):
         known = [d for d in documents if all(d.get(column) is not None for column in objective.columns)]
         if not known:
             raise PretrainError(f"task: no document has all of {', '.join(objective.columns)}: accepted: at least one")
+        whole_count, labels = len(known), labels_of(model)
+        learnt = [d for d in known if objective.learnt(d[objective.columns[-1]], labels)]
+        known = learnt or known  # of none at all the objective says what is wrong
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
         context = Context(
             Vocabulary.of(tokenizer), self.length or 512, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
-            labels=labels_of(model), pool=self._pool(tokenizer),
+            labels=labels, pool=self._pool(tokenizer),
         )  # fmt: skip
         (predicted, nll), true = objective.answered(model, examples, context), objective.expected(examples, context)
 
@@ -92,6 +96,7 @@ class Task(Evaluation):
             {"domain": name, "nll": value, "targets": 1.0} for name, value in zip(names, nll, strict=bool(nll))
         ]
         whole |= {"documents": float(len(known))}
+        whole |= {"unlearnt": float(whole_count - len(known))} if len(known) < whole_count else {}
         confusion = confusion_of(objective.classes(predicted), objective.classes(true))
         return Measured(whole, by_domain, self._intervals(metrics, len(known)), rows, confusion)
 

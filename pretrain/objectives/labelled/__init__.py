@@ -67,6 +67,10 @@ class FineTuning(Objective, Generic[Answer]):
         """How well predictions fit the examples' references."""
         raise NotImplementedError
 
+    def learnt(self, value: object, labels: Sequence[str]) -> bool:
+        """Whether what is true of a document, the last of `columns`, is among the classes that were learnt."""
+        return True
+
     def classes(self, answers: Sequence[Answer]) -> list[str]:
         """The classes among answers or references, one after another; none where they are no classes."""
         return []

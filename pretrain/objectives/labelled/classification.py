@@ -97,6 +97,10 @@ class Classification(FineTuning[str]):
         """The labels."""
         return texts_of(examples, self.label)
 
+    def learnt(self, value: object, labels: Sequence[str]) -> bool:
+        """Whether it is one of the labels."""
+        return str(value) in labels
+
     def classes(self, answers: Sequence[str]) -> list[str]:
         """The labels."""
         return list(answers)

@@ -155,6 +155,14 @@ class Smart(FineTuning[str | float]):
         """The wrapped objective's."""
         return self.wrapped.expected(examples, context)
 
+    def learnt(self, value: object, labels: Sequence[str]) -> bool:
+        """The wrapped objective's."""
+        return self.wrapped.learnt(value, labels)
+
+    def classes(self, answers: Sequence[str | float]) -> list[str]:
+        """The wrapped objective's."""
+        return self.wrapped.classes(answers)
+
     def metrics(self, predictions: Sequence[str | float], references: Sequence[str | float]) -> dict[str, float]:
         """The wrapped objective's."""
         return self.wrapped.metrics(predictions, references)

@@ -115,6 +115,10 @@ class Tagging(FineTuning[list[str]]):
             references.append(tags)
         return references
 
+    def learnt(self, value: object, labels: Sequence[str]) -> bool:
+        """Whether all its tags are among them."""
+        return set(_tags(value)) <= set(labels)
+
     def classes(self, answers: Sequence[list[str]]) -> list[str]:
         """The tags of all words."""
         return [tag for tags in answers for tag in tags]
