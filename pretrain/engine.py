@@ -269,7 +269,8 @@ def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> N
         row = {"name": name, "stage": item.stage.stage, "folder": folder, "address": item.address, "status": status}
         row |= {"targets": taken} if (taken := targets(item)) else {}
         stages.append(row)
-    write_json(path, {"name": recipe.name, "recipe": str(recipe.path or ""), "seed": recipe.seed, "stages": stages})
+    facts = {"name": recipe.name, "recipe": str(recipe.path or ""), "seed": recipe.seed, "stages": stages}
+    write_json(path, facts | ({"given": list(recipe.given)} if recipe.given else {}))
 
 
 def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
@@ -61,6 +61,7 @@ class Recipe:
     outlined: bool = False  # whether it was checked without torch: its methods are outlines
     sizes: list[Settled] = field(default_factory=list, repr=False)  # what the dial has chosen
     asked: Raw = field(default_factory=dict, repr=False)  # `raw` before it did
+    given: tuple[str, ...] = ()  # the options that it was read with, as a command has them
 
     def at(self, stage: Stage, place: Place = ()) -> str:
         """Where a value of a stage stands, as errors begin: `FILE:LINE: STAGE.field`."""
@@ -72,7 +73,9 @@ def load(path: Path | str, overrides: Iterable[str] = (), output: Path | str | N
     """Read and check a recipe; `overrides` are `path.to.field=value`, the path beginning with a stage's name."""
     path = recipe_file(path)
     raw, places = read(path)
+    given = ["--output", str(output)] if output is not None else []
     for override in overrides:
+        given += ["--set", override]
         name, equals, value = override.partition("=")
         if not equals:
             raise PretrainError(f"--set {override!r}: accepted: path.to.field=value")
@@ -81,7 +84,7 @@ def load(path: Path | str, overrides: Iterable[str] = (), output: Path | str | N
         except PretrainError as error:
             raise PretrainError(f"--set {override}: {error}") from error
         _move(places, put(raw, name.strip(), parsed, "--set"), f"--set {override}")
-    return check(raw, path, places, output)
+    return replace(check(raw, path, places, output), given=tuple(given))
 
 
 def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Raw, Places]:
@@ -302,7 +305,7 @@ def whole(recipe: Recipe) -> Recipe:
         import torch  # noqa: F401 - from here on methods are made by their own classes
 
         raw = recipe.asked if recipe.sizes else recipe.raw  # sizes go by the machine's rate, which is known from now on
-        return check(raw, recipe.path, recipe.places, recipe.output)
+        return replace(check(raw, recipe.path, recipe.places, recipe.output), given=recipe.given)
 
 
 def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:

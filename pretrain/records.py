@@ -98,6 +98,7 @@ class Run(TypedDict):
     recipe: str
     seed: int
     stages: list[RunStage]
+    given: NotRequired[list[str]]  # the options of its command, `--set` and what follows it one after another
 
 
 class Measurement(TypedDict, total=False):

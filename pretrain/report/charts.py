@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from pretrain.report.data import BITS, Bar, Chart, Page, StageRow
+from pretrain.report.data import BITS, Bar, Chart, Page, StageRow, end_of, unit_of_loss
 from pretrain.report.markup import Html, join, tag
-from pretrain.report.summary import clock, known, short
+from pretrain.report.numbers import clock, short
 
 COLOURS = ("#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d")  # draw.js has them
 GREYS = ("#747d86", "#949ca4", "#b4bac0", "#ced4da")
@@ -54,11 +54,12 @@ def changes(page: Page) -> Html:
     if not stages:
         return Html("")
     losses = {s["name"]: _loss(page, s) for s in page["stages"]}
-    unit = BITS if any(name == BITS for name, _ in losses.values()) else "loss"
+    units = [name for name, _ in losses.values() if name]
+    unit = BITS if BITS in units else next(reversed(units), "")  # of one objective: losses of several do not compare
     columns: list[Column] = [
         ("size", {s["name"]: float(s["bytes"]) for s in page["stages"] if s["bytes"]}, lambda v: f"{short(v)}B"),
         (
-            "bits per byte" if unit == BITS else "held-out loss",
+            "bits per byte" if unit == BITS else f"held-out {unit}" if unit else "held-out loss",
             {stage: value for stage, (name, value) in losses.items() if name == unit},
             lambda v: f"{v:.3g}",
         ),
@@ -97,13 +98,14 @@ def _loss(page: Page, stage: StageRow) -> tuple[str, float]:
     """Of the model that a stage wrote: what the first evaluation of it says, else the end of its own training."""
     for evaluation in page["evaluations"]:
         if evaluation["of"] == stage["name"]:
-            for name in (BITS, "loss"):
-                if name in (evaluation.get("metrics") or {}):
-                    return name, evaluation["metrics"][name]
+            metrics = evaluation.get("metrics") or {}
+            for name, unit in ((BITS, BITS), ("loss", "loss of causal_lm (nats)")):
+                if name in metrics:
+                    return unit, metrics[name]
     training = next((t for t in page["trainings"] if t["name"] == stage["name"]), None)
     for name in (BITS, "loss") if training else ():
-        if values := known(training["evaluation"][name] if training else []):
-            return name, values[-1]
+        if training and (value := end_of(page, training, name)) is not None:
+            return (BITS if name == BITS else unit_of_loss(training)), value
     return "", 0.0
 
 

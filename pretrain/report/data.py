@@ -23,6 +23,8 @@ RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "
 AXES = ("tokens", "flops", "seconds", "steps")
 BITS = "bits_per_byte"
 PAIRS = "pairs of tokens"  # the bigram line: counts of which token follows which
+# Objectives that learn what documents are labelled with: what is advised of them is not what is of a language model.
+LABELLED = ("classification", "prompt_classification", "regression", "tagging", "seq2seq", "smart")
 T = TypeVar("T")
 Part: TypeAlias = Literal["step", "evaluation"]  # of a training's log
 Columns: TypeAlias = dict[str, list[float | None]]
@@ -54,6 +56,7 @@ class Trained(TypedDict):
     objective: list[str]
     step: Columns
     evaluation: Columns
+    kept: NotRequired[int]  # the place among the evaluations of the weights that were kept, where they are not the last
 
 
 class Evaluated(Evaluation):
@@ -123,6 +126,7 @@ class Page(TypedDict):
     bars: list[Chart]
     recipe: str
     environment: dict[str, object] | None
+    folder: NotRequired[str]
 
 
 def collect(folder: Path) -> Page:
@@ -151,9 +155,11 @@ def collect(folder: Path) -> Page:
                 curves(home / "log.jsonl"),
             )
             unit = str((lineage or {}).get("unit", "tokens"))
-            trainings.append(
-                {"name": name, "unit": unit, "objective": objective, "step": steps, "evaluation": held_out}
-            )
+            kept = _kept(home / "log.jsonl", (row["metrics"] or {}).get("best_step"))
+            training: Trained = {
+                "name": name, "unit": unit, "objective": objective, "step": steps, "evaluation": held_out,
+            }  # fmt: skip
+            trainings.append(training if kept is None else {**training, "kept": kept})
         if isinstance(measured := _json(home / "evaluation.json"), dict):
             judged = (row["inputs"] or {}).get("checkpoint") or row["config"].get("checkpoint")
             evaluations.append({**measured, "name": name, "of": str(judged or "")})
@@ -172,7 +178,31 @@ def collect(folder: Path) -> Page:
         "bars": bars(evaluations),
         "recipe": text,
         "environment": next((s["environment"] for s in reversed(stages) if s.get("environment")), {}),
+        "folder": str(folder),
     }
+
+
+def _kept(log: Path, step: float | None) -> int | None:
+    """Which evaluation of a log is that of the weights which were kept."""
+    rows = [row for row in read_json_lines(log) if row.get("event") == "evaluation"] if step is not None else []
+    return next((place for place, row in enumerate(rows) if row.get("step") == step), None)
+
+
+def end_of(page: Page, training: Trained, column: str) -> float | None:
+    """What the weights that a training has left reach: what its stage records, else the end of its curve."""
+    row = next((s for s in page["stages"] if s["name"] == training["name"]), None)
+    recorded = ((row.get("metrics") if row else None) or {}).get(column)
+    values = [v for v in training["evaluation"][column] if v is not None and math.isfinite(v)]
+    if not values:
+        return None
+    return recorded if isinstance(recorded, int | float) and math.isfinite(recorded) else values[-1]
+
+
+def unit_of_loss(training: Trained, objective: str | None = None) -> str:
+    """`loss of classification (nats)`: losses of different objectives never stand beside one another."""
+    objective = objective or training["objective"][0]
+    nats = training.get("unit", "tokens") == "tokens" and objective not in ("regression", "native")
+    return f"loss of {objective}{' (nats)' if nats else ''}"
 
 
 def with_bigrams(page: Page, folder: Path) -> None:
@@ -272,7 +302,7 @@ def plots(trainings: Sequence[Trained]) -> list[Plot]:
         for part, objective in names.items():
             column = BITS if bits[part] and (bits["step"] or part == "evaluation") else "loss"
             if any(v is not None for v in training[part][column]):
-                unit = "bits per byte" if column == BITS else f"loss of {objective} (nats)"
+                unit = "bits per byte" if column == BITS else unit_of_loss(training, objective)
                 curves_by_unit.setdefault(unit, []).append({"training": number, "part": part, "column": column})
     return [{"unit": unit, "curves": curves} for unit, curves in curves_by_unit.items()]
 

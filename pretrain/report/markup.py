@@ -10,7 +10,7 @@ import html
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 VOID = ("br", "img", "meta")  # elements without content
@@ -40,6 +40,13 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
     words = [f'{key}="{escape(value)}"' for key, value in given.items()]
     opening = f"<{' '.join([name, *words])}{'/' if name in CLOSED else ''}>"
     return Html(opening if name in VOID + CLOSED else f"{opening}{join(children)}</{name}>")
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
+    """A table, whose rows become cards with the heads as labels where a page is narrow."""
+    head = tag("thead", tag("tr", *(tag("th", h) for h in heads)))
+    body = [tag("tr", *(tag("td", cell, data_label=h) for h, cell in zip(heads, row, strict=True))) for row in rows]
+    return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
 
 
 def script_json(value: object) -> Html:

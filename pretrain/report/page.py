@@ -15,11 +15,13 @@ from pretrain.core.files import write_text
 from pretrain.records import Metrics
 from pretrain.report import samples as report_samples
 from pretrain.report.charts import bits_chart, changes
+from pretrain.report.classes import classes
 from pretrain.report.data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
-from pretrain.report.markup import Html, fill, join, part, script_json, tag
-from pretrain.report.summary import Headline, clock, headline, known, last, short, summarise
+from pretrain.report.markup import Html, fill, join, part, script_json, table, tag
+from pretrain.report.numbers import clock, known, last, short
+from pretrain.report.summary import Headline, headline, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
 CHARTS = ("rate", "norm", "speed", "mfu")
@@ -71,6 +73,9 @@ def _body(data: Page, running: str) -> Html:
     parts += [panel for name, panel in samples.items() if name not in corpora]
     if data["evaluations"]:
         parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
+    for evaluation in data["evaluations"]:
+        if confusion := evaluation.get("confusion"):
+            parts.append(_section(f"Classes: {evaluation['name']}", classes(confusion)))
     parts += [panel for name, panel in samples.items() if name in corpora]  # what a model makes is asked for first
     parts += [_section(f"Corpus: {corpus['name']}", _corpus_table(corpus)) for corpus in data["corpora"]]
     parts.append(_section("Stages", _stage_table(data["stages"])))
@@ -89,6 +94,10 @@ def _curves(data: Page) -> Html:
         tag("button", name, data_axis=axis, class_="on" if axis == "tokens" else None) for axis, name in names.items()
     ]
     losses = [tag("div", class_="chart tall", id=f"loss-{i}") for i in range(len(data["plots"]))]
+    kept = [t["name"] for t in data["trainings"] if "kept" in t]
+    if kept:
+        note = "A ring is where the weights that were kept were measured; those after it were no better."
+        losses.insert(0, tag("p", note, class_="note"))
     others = [tag("div", class_="chart", id=name) for name in CHARTS]
     axes = tag("div", *buttons, class_="axes", role="group", aria_label="horizontal axis")
     return join([axes, *losses, tag("div", *others, class_="pair")])
@@ -120,7 +129,15 @@ def _cards(data: Page, about: Headline) -> Html:
         rivals = {counted: evaluation.get("bigram")} | tools
         note = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
         cards.append(("bits per byte", f"{metrics[BITS]:.3f}", note))
+    for name, baseline in (("accuracy", "majority"), ("mse", "mse_of_mean")):
+        if name in metrics:
+            guess = metrics.get(baseline)
+            note = {"accuracy": "the commonest", "mse": "the mean"}[name] + f" alone: {guess:.4g}" if guess else ""
+            cards.append((name, f"{metrics[name]:.4g}", note))
     for name, title, note in (
+        ("macro_f1", "macro F1", "each class alike"),
+        ("f1", "F1", "whole entities"),
+        ("pearson", "Pearson", "correlation"),
         ("perplexity", "perplexity", "a token, held-out"),
         ("probe_accuracy", "probe accuracy", "on frozen states"),
         ("ndcg@10", "nDCG@10", "halves of documents"),
@@ -163,15 +180,6 @@ def _unfinished(data: Page, name: str) -> bool:
     return any(s["name"] == name and s["seconds"] is None for s in data["stages"])
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table, whose rows become cards with the heads as labels where a page is narrow."""
-    head = tag("thead", tag("tr", *(tag("th", h) for h in heads)))
-    body = [
-        tag("tr", *(tag("td", cell, data_label=h) for h, cell in zip(heads, row, strict=True))) for row in rows
-    ]  # fmt: skip
-    return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
-
-
 def _stage_table(stages: Sequence[StageRow]) -> Html:
     rows = []
     for s in stages:
@@ -180,7 +188,7 @@ def _stage_table(stages: Sequence[StageRow]) -> Html:
         took = clock(seconds) if seconds is not None else ""
         flops, used = short(spent) if spent else "", ", ".join(s["methods"] or {})
         rows.append((s["name"], s["stage"], s["status"], used, took, flops, memory, s["address"][:8]))
-    return _table(HEADS, rows)
+    return table(HEADS, rows)
 
 
 def _lineage_table(stages: Sequence[StageRow]) -> Html:
@@ -196,7 +204,7 @@ def _lineage_table(stages: Sequence[StageRow]) -> Html:
         chain = " → ".join([stage.get("name", "?") for stage in lineage.get("stages") or []] + [s["name"]])
         wrote, data = f"{s['folder']}/{s['writes']}" if s["writes"] else "", str(lineage.get("data") or "")[:12]
         rows.append((s["name"], ", ".join(reads), wrote, spent, data, chain if lineage else ""))
-    return _table(("stage", "reads", "writes", "trained", "data fingerprint", "made by"), rows)
+    return table(("stage", "reads", "writes", "trained", "data fingerprint", "made by"), rows)
 
 
 def _corpus_table(corpus: CorpusRow) -> Html:
@@ -219,7 +227,7 @@ def _corpus_table(corpus: CorpusRow) -> Html:
         f"Documents · bytes. Removed: {removed.get('exact', 0):,} exact copies, {removed.get('near', 0):,} of the "
         f"training documents near to held-out ones. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
     )
-    return join([tag("p", note, class_="note"), _table(("domain", *splits), rows), _passed_over(corpus)])
+    return join([tag("p", note, class_="note"), table(("domain", *splits), rows), _passed_over(corpus)])
 
 
 def _passed_over(corpus: CorpusRow) -> Html:
@@ -228,9 +236,9 @@ def _passed_over(corpus: CorpusRow) -> Html:
     if not over:
         return join([])
     rows = [(reason, f"{row['count']:,}", ", ".join(row["names"])) for reason, row in over.items()]
-    table = _table(("reason", "how many", "the first of them"), rows)
+    listed = table(("reason", "how many", "the first of them"), rows)
     total = sum(row["count"] for row in over.values())
-    return tag("details", join([tag("summary", f"Passed over: {total:,}"), table]))
+    return tag("details", join([tag("summary", f"Passed over: {total:,}"), listed]))
 
 
 def _evaluation_table(evaluations: Sequence[Evaluated]) -> Html:
@@ -240,4 +248,7 @@ def _evaluation_table(evaluations: Sequence[Evaluated]) -> Html:
         for name, value in (evaluation.get("metrics") or {}).items():
             ends = intervals.get(name)
             rows.append((evaluation["name"], name, f"{value:.4g}", f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""))
-    return _table(("stage", "metric", "value", "95% interval"), rows)
+    notes = {e["no_intervals"]: None for e in evaluations if e.get("no_intervals")}
+    notes |= {f"{e['name']}: {e['seen']}": None for e in evaluations if e.get("seen")}
+    rows_table = table(("stage", "metric", "value", "95% interval"), rows)
+    return join([*(tag("p", f"{note}.", class_="note") for note in notes), rows_table])

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from pretrain.core.files import read_json
 from pretrain.core.system.portable import held
+from pretrain.report.advice import ENDED, spent_share
 from pretrain.report.data import BITS
+from pretrain.report.numbers import known
 from pretrain.report.page import collect, write
-from pretrain.report.summary import ENDED, known, spent_share
 
 
 def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] = print) -> Path:

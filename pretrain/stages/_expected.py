@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
@@ -31,6 +32,7 @@ from pretrain.training.budget import Budget
 
 LONG = 0.3  # of the time of training from which that of measuring is told
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
+OTHER_PASSES = 20  # where each hides other tokens, or labels are learnt
 FEW_STEPS, MANY_PASSES = 10, 4  # arXiv:2305.16264: up to 4 passes are worth nearly as much as new text
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
 START = 3.0  # seconds before the first step
@@ -50,6 +52,7 @@ class Asked(Protocol):
     """What of a `train` stage's fields this file reads."""
 
     init: str | None
+    processor: str | None
     model: dict[str, JSON]
     surgeries: list[Surgery]
     length: int
@@ -277,6 +280,14 @@ def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[str]:
         yield f"the budget makes {steps:,.0f} steps of {step}: few to learn from; accepted: more, or fewer batch_rows"
     if work.corpus_tokens and work.step_tokens > work.corpus_tokens:
         yield f"batch_rows {stage.batch_rows}: a step takes {step}, the corpus has about {work.corpus_tokens:,.0f}"
-    elif work.corpus_tokens and tokens > MANY_PASSES * work.corpus_tokens:
+    elif work.corpus_tokens and tokens > (most := _many(stage)) * work.corpus_tokens:
         passes = tokens / work.corpus_tokens
-        yield f"the corpus is read {passes:.1f} times: after {MANY_PASSES} passes text teaches little; more text does"
+        yield f"the corpus is read {passes:.1f} times: after {most} passes text teaches little; more text does"
+
+
+def _many(stage: Asked) -> int:
+    """Passes over the same documents that are sensible; of anything but text there is no such rule."""
+    objective = stage.weighted()[0].method
+    if stage.processor is not None:
+        return sys.maxsize
+    return OTHER_PASSES if objective.reads == "examples" or objective.task != "causal" else MANY_PASSES

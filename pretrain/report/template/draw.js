@@ -61,6 +61,7 @@ function chart(id, curves, { title, across, range, zero, write = number }) {
     });
     drawn.push(svg("path", { class: `curve${c.dots ? " dots" : ""}`, d, stroke: c.colour, "stroke-width": c.faint ? 1 : 2, opacity: c.faint ? .25 : 1 }));
     if (c.dots) c.y.forEach((v, i) => { if (v !== null && v !== undefined) drawn.push(svg("circle", { cx: X(c.x[i]), cy: inside(v), r: 3, fill: c.colour })); });
+    if (c.ring !== undefined && known([c.y[c.ring], c.x[c.ring]]).length === 2) drawn.push(svg("circle", { class: "kept", cx: X(c.x[c.ring]), cy: inside(c.y[c.ring]), r: 7, fill: "none", stroke: c.colour, "stroke-width": 2 }));
   }
   const cursor = svg("path", { class: "cursor", d: "" });
   const picture = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title || across || id }, drawn, cursor);
@@ -96,7 +97,7 @@ function losses() {
         curves.push({ x, y, colour, faint: true }, { x, y: trend, colour, name: label(t, "training") });
       } else {
         settled.push(...known(y.slice(Math.floor(y.length / 20))));
-        curves.push({ x, y, colour, dots: true, name: label(t, "held-out") });
+        curves.push({ x, y, colour, dots: true, ring: t.kept, name: label(t, "held-out") });
       }
     });
     const high = Math.max(...settled), low = Math.min(...settled), edge = .05 * (high - low) || .1;

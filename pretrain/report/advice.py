@@ -1,0 +1,170 @@
+"""What the report advises: of a model by its tokens and its curve, of one that has learnt labels by its answers."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from collections.abc import Mapping
+
+from pretrain.core.quick.confusion import class_rows, never_answered
+from pretrain.report.data import BITS, LABELLED, Evaluated, Page, StageRow, Trained
+from pretrain.report.numbers import course, known, last
+
+TOKENS_A_WEIGHT = 20  # about what is best for a given compute (Hoffmann et al., arXiv:2203.15556)
+MOST_PASSES = 4  # over the same text: more of them are worth less and less (arXiv:2305.16264)
+BYTES_A_TOKEN = 3.5  # about
+ENDED = ("done", "cached")
+RISE, FALL = 0.01, 0.005  # of a held-out loss: it has risen again, it still falls
+FEW_POINTS = 5  # of a curve say nothing of its course
+Advice = tuple[str, str]  # the sentence, and the command for it if there is one
+
+
+def advise(page: Page, model: StageRow | None, evaluation: Evaluated | None, training: Trained | None) -> Advice:
+    """What to do next with a finished run's last model; with an unfinished run, to go on."""
+    missing = [s["name"] for s in page["stages"] if s["status"] not in ENDED]
+    if missing:
+        return f"Not finished. To go on with “{missing[0]}”:", run_command(page)
+    if model is None:
+        return "Next: add a train stage.", ""
+    if training is None:
+        return "" if evaluation else "Next: add an evaluate stage, which measures it on unseen documents.", ""
+    if labelled(training):
+        return _of_labels(page, model, evaluation, training)
+    return _of_curve(page, model, training)
+
+
+def labelled(training: Trained | None) -> bool:
+    """Whether it has learnt what documents are labelled with."""
+    return training is not None and training["objective"][0] in LABELLED
+
+
+def run_command(page: Page, changes: Mapping[str, object] | None = None) -> str:
+    """The command that this run was made by, with changes: `--set`s of the same field give way to them."""
+    given = list(page["run"].get("given") or [])
+    words = ["pretrain", "run", page["run"].get("recipe") or "RECIPE"]
+    for option, value in zip(given[::2], given[1::2], strict=False):
+        place = value.partition("=")[0].removeprefix("stages.")
+        replaced = any(place == name or _both_budgets(place, name) for name in changes or {})
+        words += [] if option == "--set" and replaced else [option, value]
+    words += [word for name, value in (changes or {}).items() for word in ("--set", f"{name}={value}")]
+    return shlex.join(words)
+
+
+def _both_budgets(place: str, name: str) -> bool:
+    """Whether two fields are the budget of the same stage, in whatever units."""
+    sides = [each.split(".") for each in (place, name)]
+    return all(side[1:2] == ["budget"] for side in sides) and sides[0][0] == sides[1][0]
+
+
+def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
+    column = BITS if known(training["evaluation"][BITS]) else "loss"
+    points = known(training["evaluation"][column])
+    more = "text" if training["unit"] == "tokens" else training["unit"] if training["unit"] == "images" else "data"
+    if not points:
+        return "Next: hold some documents out (validation: 0.1): nothing says yet whether it is good.", ""
+    change, rise = course(training["evaluation"][column])
+    if rise > RISE:
+        lower = f"the held-out loss was {rise:.0%} lower before it rose again"
+        kept = ", and those weights are kept" if training.get("kept") else ""
+        return f"Next: more {more}, or a shorter training: {lower}{kept}.", ""
+    passes = _passes(page, model, training)
+    if passes > MOST_PASSES and change >= -FALL:
+        return f"Next: more text; it has read what there is about {passes:.0f} times.", ""
+    share = _tokens_a_weight(model, training)
+    if share < TOKENS_A_WEIGHT and passes <= MOST_PASSES:
+        few = f"it has seen {share:.2g} tokens for each weight, and about {TOKENS_A_WEIGHT} are usual."
+        return f"Next: train longer; {few}", _longer(page, model)
+    if len(points) < FEW_POINTS:
+        times = "once" if len(points) == 1 else f"{len(points)} times"
+        often = f"{model['name']}.evaluate_every"
+        return (
+            f"Next: measure more often; held-out documents were looked at {times}, which says nothing of the course.",
+            run_command(page, {often: 0.05}),
+        )
+    if change < -FALL:
+        fell = f"the held-out loss still fell by {-change:.1%} in the last fifth"
+        return f"Next: train longer; {fell}.", _longer(page, model)
+    return f"Next: a larger model or other {more}; the held-out loss has levelled off.", ""
+
+
+def _of_labels(page: Page, model: StageRow, evaluation: Evaluated | None, training: Trained) -> Advice:
+    """Of a classifier, a tagger, a regressor or what gives answers."""
+    if evaluation is None:
+        return "Next: add an evaluate stage (evaluations: [task]), which measures it on unseen documents.", ""
+    change, better = course(training["evaluation"]["loss"]), beats_guessing(evaluation)
+    pretrained = " or a pretrained model to begin with (init: NAME, or pretrain new … --init NAME)"
+    if better is not None and better <= 0:
+        return f"Next: more labelled documents,{pretrained}: so far the texts have taught it too little.", ""
+    missed = never_answered(evaluation.get("confusion") or {})
+    if change[0] < -FALL and change[1] <= RISE:
+        fell = f"the held-out loss still fell by {-change[0]:.1%} in the last fifth"
+        return f"Next: train longer; {fell}.", _longer(page, model)
+    if missed:
+        counts = {row.name: row.count for row in class_rows(evaluation.get("confusion") or {})}
+        few = ", ".join(f"“{name}” ({counts[name]} held out)" for name in missed[:3])
+        return f"Next: more documents of {few}, which it never answers.", ""
+    use = f"pretrain predict {shlex.quote(str(page.get('folder') or 'RUN'))} FILE"
+    if change[1] > RISE:
+        rose = "its held-out loss rose again before the end, so more passes do not help"
+        kept = " (the best weights are kept)" if training.get("kept") else ""
+        return f"Next: more labelled documents,{pretrained}; {rose}{kept}. To use it as it is:", use
+    return "Next: see below what it takes for what, and label more of that. To use it:", use
+
+
+def beats_guessing(evaluation: Evaluated) -> float | None:
+    """1 where it is surely better than an answer that looks at no text, 0 where that is not sure, -1 where it is not.
+
+    None where there is nothing to compare with.
+    """
+    metrics = evaluation["metrics"] or {}
+    if "majority" in metrics and "accuracy" in metrics:
+        ends = (evaluation.get("intervals") or {}).get("accuracy")
+        if metrics["accuracy"] <= metrics["majority"]:
+            return -1.0
+        return 1.0 if ends and ends[0] > metrics["majority"] else 0.5
+    if "mse_of_mean" in metrics and "mse" in metrics:
+        return 1.0 if metrics["mse"] < metrics["mse_of_mean"] else -1.0
+    return None
+
+
+def _tokens_a_weight(model: StageRow, training: Trained) -> float:
+    """Of what was trained from nothing on text; of all else there is no such rule."""
+    tokens = float((model["lineage"] or {}).get("tokens") or 0)
+    fresh = training["unit"] == "tokens" and not model["config"].get("init")
+    return tokens / model["weights"] if model["weights"] and fresh and tokens else math.inf
+
+
+def _passes(page: Page, model: StageRow, training: Trained) -> float:
+    """How often the training text was read, about; 0 where that is not known."""
+    name = (model.get("inputs") or {}).get("corpus") or model["config"].get("corpus")
+    corpus = next((each for each in page.get("corpora") or [] if each["name"] == name), None)
+    splits = (corpus.get("domains") or {}).get("train", {}) if corpus else {}
+    size = sum(counts.get("bytes", 0) for counts in splits.values())
+    if not size or training["unit"] != "tokens":
+        return 0.0
+    return last(training["step"]["tokens"]) * BYTES_A_TOKEN / size
+
+
+def _longer(page: Page, model: StageRow) -> str:
+    unit, limit = budget_of(model)
+    return run_command(page, {f"{model['name']}.budget.{unit}": f"{4 * limit:g}"}) if unit else ""
+
+
+def spent_share(page: Page, stage: str) -> float | None:
+    """How much of a train stage's budget its log has spent, 0 to 1."""
+    training = next((t for t in page["trainings"] if t["name"] == stage), None)
+    row = next((s for s in page["stages"] if s["name"] == stage), None)
+    unit, limit = budget_of(row) if row else ("", 0.0)
+    if training is None or not limit:
+        return None
+    column = training["step"].get(unit, [])
+    return min(1.0, last(column) / limit)
+
+
+def budget_of(stage: StageRow) -> tuple[str, float]:
+    """The unit and the limit of a train stage's budget; an empty unit where the recipe says none that is a number."""
+    budget = stage["config"].get("budget")
+    for unit, limit in budget.items() if isinstance(budget, dict) else ():
+        if isinstance(limit, int | float) and limit > 0:
+            return str(unit), float(limit)
+    return "", 0.0
