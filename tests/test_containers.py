@@ -220,7 +220,7 @@ def test_what_a_modalitys_source_passes_over_has_its_name(tmp_path):
     skipped = Skipped()
     assert list(read(Images(str(tmp_path)), skipped)) == []
     assert {reason: [name.rpartition("/")[2] for name in names] for reason, names in skipped.names.items()} == {
-        "no image": ["a.png"], "other endings": ["b.heic"], "hidden": ["._c.png"],
+        "no image": ["a.png"], "other endings (.heic)": ["b.heic"], "hidden": ["._c.png"],
     }  # fmt: skip
 
 

@@ -69,7 +69,7 @@ def test_a_folder_of_images_gives_their_own_bytes_and_its_folders_as_labels(tmp_
         ("dog", "images", str(two)),
     ]
     assert [d["image"]["bytes"] for d in found] == [one.read_bytes(), two.read_bytes()]
-    assert skipped == {"other endings": 1}
+    assert skipped == {"other endings (.txt)": 1}
     assert [d["label"] for d in read(Images(str(tmp_path / "*" / "*.png"), label="stem"))] == ["a"]
     assert all("label" not in d for d in read(Images(str(tmp_path))))
 

@@ -11,7 +11,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.corpus.sources import Skipped
 from pretrain.corpus.sources._containers import READERS, ending, unread
 from pretrain.corpus.sources._files import PACKED, evenly, read_text
-from pretrain.corpus.sources._paths import located
+from pretrain.corpus.sources._paths import Taken, located
 from pretrain.corpus.sources.audio import SUFFIXES as RECORDINGS
 from pretrain.corpus.sources.images import SUFFIXES as IMAGES
 from pretrain.corpus.store import side
@@ -50,7 +50,7 @@ class Look:
 def look(place: str, *, text: str | None = None, label: str | None = None, table: bool = False) -> Look:
     """Look at a folder or a file; `table` asks for a table even where most is text."""
     skipped = Skipped()
-    paths = [path for _, path in located(place, None, (), skipped)]
+    paths = [path for _, path in located(place, None, (), skipped, Taken(ignored=False, generated=False))]
     for path in paths:
         if (what := unread(path)) is not None:
             skipped.add(what, path)
@@ -58,7 +58,7 @@ def look(place: str, *, text: str | None = None, label: str | None = None, table
     groups: dict[str, list[Path]] = {"images": [], "recordings": [], "table": [], "code": [], "prose": []}
     for path in paths:
         kind = _kind(path, len(paths) == 1)
-        groups[kind].append(path) if kind else skipped.add("of other kinds", path)
+        groups[kind].append(path) if kind else skipped.add(f"{path.suffix or 'other'} files", path)
     chosen = _most(groups, table or text is not None or label is not None)
     if chosen == "recordings":
         raise PretrainError(

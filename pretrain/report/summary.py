@@ -13,10 +13,10 @@ from pretrain.report.numbers import article, known, last, short
 # Metrics worth a first sentence: how they are called, those that say what guessing gives, and what guessing is.
 SCORES = {
     "f1": ("an F1 of entities of", "", ""),
-    "accuracy": ("an accuracy of", "majority", "always answering the commonest"),
+    "accuracy": ("an accuracy of", "majority", "always answering the commonest class"),
     "mse": ("a mean squared error of", "mse_of_mean", "always answering the mean"),
     "exact_match": ("the very answer in a share of", "", ""),
-    "probe_accuracy": ("a probe accuracy of", "probe_majority", "always answering the commonest"),
+    "probe_accuracy": ("a probe accuracy of", "probe_majority", "always answering the commonest class"),
     "ndcg@10": ("an nDCG@10 of", "", ""),
     "label_loss": ("a loss of labels, in nats, of", "", ""),
     "loss": ("a loss of", "", ""),

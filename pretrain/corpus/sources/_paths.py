@@ -1,5 +1,7 @@
 """Which files a path, a folder or a glob names, and which of them are passed over: hidden, secret-looking, a run's own.
 
+Where a source says so, also those that git is told to ignore, and those whose names are a program's work.
+
 A path that names one file is taken as it is, unless it looks like a secret; of a folder's and a glob's files those are
 left out whose name begins with a dot (unless the path says the dot itself), and what lies in tools' folders and runs.
 """
@@ -9,12 +11,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePath
 from typing import TypeVar
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package, package_folder
+from pretrain.corpus.gitignore import Ignored
+from pretrain.corpus.leaks import is_generated
 from pretrain.corpus.sources._remote import is_remote, local_copies, remote_stamps
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -32,54 +37,64 @@ T = TypeVar("T")
 Named = tuple[str, Path]  # a file's id, and where it is
 
 
+@dataclass(frozen=True)
+class Taken:
+    """What is taken of a folder's files that may as well be left out."""
+
+    hidden: bool = False
+    secrets: bool = False
+    ignored: bool = True  # by git
+    generated: bool = True
+
+
+PLAIN = Taken()
+
+
 def located(
     where: str,
     package: Package | None,
     suffixes: Iterable[str] = (),
     skipped: Skipped | None = None,
-    *,
-    hidden: bool = False,
-    secrets: bool = False,
+    taken: Taken = PLAIN,
 ) -> list[Named]:
     """The files at a path, a folder, a glob or a URL, sorted, with their ids: inside a package, their paths in it.
 
-    What is passed over is noted in `skipped`; `hidden` and `secrets` take the files that are left out otherwise.
+    What is passed over is noted in `skipped`.
     """
     skipped, ends = Skipped() if skipped is None else skipped, tuple(suffixes)
     if package is None and is_remote(where):
-        ids = local_copies(where, lambda name: _wanted(name, ends, hidden, secrets, skipped))
+        ids = local_copies(where, lambda name: _wanted(name, ends, taken, skipped))
         return _some(ids, where, ends, skipped)
     if package is None:
-        paths = _matching(Path(where).expanduser(), where, ends, skipped, hidden, secrets)
+        paths = _matching(Path(where).expanduser(), where, ends, skipped, taken)
         return [(str(path), path) for path in paths]
     inside = PurePath(where)
     if inside.is_absolute() or ".." in inside.parts:
         raise PretrainError(f"{where!r}: accepted: a path inside the package {package.spec!r}")
     root = package_folder(package)
-    paths = _matching(root / inside, f"{where} of the package {package.spec}", ends, skipped, hidden, secrets)
+    taken = replace(taken, ignored=True)
+    paths = _matching(root / inside, f"{where} of the package {package.spec}", ends, skipped, taken)
     return [(path.relative_to(root).as_posix(), path) for path in paths]
 
 
-def _matching(
-    path: Path, where: str, ends: tuple[str, ...], skipped: Skipped, hidden: bool, secrets: bool
-) -> list[Path]:
+def _matching(path: Path, where: str, ends: tuple[str, ...], skipped: Skipped, taken: Taken) -> list[Path]:
     if path.is_dir():
-        paths = sorted(_tree(path, _refusal(path, skipped, hidden, secrets)))
+        paths = sorted(_tree(path, _refusal(path, skipped, taken)))
     elif path.exists():
-        if not secrets and is_secret(path.name):
+        if not taken.secrets and is_secret(path.name):
             raise PretrainError(f"{where!r} looks like a secret; accepted: another file, or secrets: true to read it")
         paths = [path]
     else:
         fixed = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), len(path.parts) - 1)
         root, pattern = Path(*path.parts[:fixed]), path.parts[fixed:]
-        dotted = hidden or any(part.startswith(".") for part in pattern)
-        refused = _refusal(root, skipped, dotted, secrets)
+        dotted = taken.hidden or any(part.startswith(".") for part in pattern)
+        refused = _refusal(root, skipped, replace(taken, hidden=dotted))
         paths = sorted(root.glob(str(Path(*pattern)))) if root.is_dir() else []
         paths = [p for p in paths if not p.is_dir() and not _any_refused(root, p, refused)]
     kept = []
     for p in paths:
         if ends and not p.name.endswith(ends):
-            skipped.add("other endings", p)
+            skipped.add(f"other endings ({p.suffix})" if p.suffix else "other endings", p)
         else:
             kept.append(p)
     return _some(kept, where, ends, skipped)
@@ -96,7 +111,7 @@ def _some(kept: list[T], where: str, ends: tuple[str, ...], skipped: Skipped) ->
 
 def below(folder: Path, skipped: Skipped | None = None) -> list[Path]:
     """The files in a folder, as deep as they lie, sorted, without those of tools and runs."""
-    return sorted(_tree(folder, _refusal(folder, skipped or Skipped(), True, True)))
+    return sorted(_tree(folder, _refusal(folder, skipped or Skipped(), Taken(True, True))))
 
 
 Refused = Callable[[Path, bool], bool]  # of a path and whether it is a folder
@@ -116,13 +131,16 @@ def _any_refused(root: Path, path: Path, refused: Refused) -> bool:
     return any(refused(folder, True) for folder in reversed(between)) or refused(path, False)
 
 
-def _refusal(root: Path, skipped: Skipped, hidden: bool, secrets: bool) -> Refused:
+def _refusal(root: Path, skipped: Skipped, taken: Taken) -> Refused:
     """What tells of a path whether it is passed over, and notes each once."""
     known: dict[Path, bool] = {root: False}
+    ignored = None if taken.ignored else Ignored(root)
 
     def refused(path: Path, folder: bool) -> bool:
         if path not in known:
-            reason = _reason(path, folder, hidden, secrets)
+            reason = _reason(path, folder, taken)
+            if reason is None and ignored is not None and ignored(path, folder):
+                reason = "ignored by git"
             known[path] = reason is not None
             if reason is not None:
                 skipped.add(reason, f"{path}/" if folder else path)
@@ -131,15 +149,17 @@ def _refusal(root: Path, skipped: Skipped, hidden: bool, secrets: bool) -> Refus
     return refused
 
 
-def _reason(path: Path, folder: bool, hidden: bool, secrets: bool) -> str | None:
+def _reason(path: Path, folder: bool, taken: Taken) -> str | None:
     """Why a file or folder is passed over."""
     if folder and path.name in TOOLS:
         return "tools' folders"
-    if not secrets and (path.name in SECRET_FOLDERS if folder else is_secret(path.name)):
+    if not taken.secrets and (path.name in SECRET_FOLDERS if folder else is_secret(path.name)):
         return "secret-looking"
-    if not hidden and path.name.startswith("."):
+    if not taken.hidden and path.name.startswith("."):
         return "hidden"
     if not folder:
+        if not taken.generated and is_generated(path.name):
+            return "generated"
         return None if path.is_file() else "no regular files"
     if path.is_symlink():
         return "linked folders"
@@ -148,18 +168,21 @@ def _reason(path: Path, folder: bool, hidden: bool, secrets: bool) -> str | None
     return "runs and caches" if any((path / name).exists() for name in MADE) else None
 
 
-def _wanted(name: str, ends: tuple[str, ...], hidden: bool, secrets: bool, skipped: Skipped) -> bool:
+def _wanted(name: str, ends: tuple[str, ...], taken: Taken, skipped: Skipped) -> bool:
     """Whether a file elsewhere is taken; `name` is its path from the place that was asked for."""
     parts = PurePath(name).parts
     reason = None
     if TOOLS.intersection(parts[:-1]):
         reason = "tools' folders"
-    elif not secrets and (is_secret(parts[-1]) or set(SECRET_FOLDERS).intersection(parts)):
+    elif not taken.secrets and (is_secret(parts[-1]) or set(SECRET_FOLDERS).intersection(parts)):
         reason = "secret-looking"
-    elif not hidden and any(part.startswith(".") for part in parts):
+    elif not taken.hidden and any(part.startswith(".") for part in parts):
         reason = "hidden"
+    elif not taken.generated and is_generated(parts[-1]):
+        reason = "generated"
     elif ends and not name.endswith(ends):
-        reason = "other endings"
+        end = PurePath(name).suffix
+        reason = f"other endings ({end})" if end else "other endings"
     if reason:
         skipped.add(reason, name)
     return reason is None
@@ -175,15 +198,13 @@ def _fits(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def stamps(
-    where: str, package: Package | None, suffixes: Iterable[str] = (), *, hidden: bool = False, secrets: bool = False
-) -> object:
+def stamps(where: str, package: Package | None, suffixes: Iterable[str] = (), taken: Taken = PLAIN) -> object:
     """Names, sizes and times of the files at a path; nothing for those of a package, whose version says it."""
     if package is not None:
         return None
     if is_remote(where):
         return remote_stamps(where)
-    return [stamp(path) for _, path in located(where, None, suffixes, hidden=hidden, secrets=secrets)]
+    return [stamp(path) for _, path in located(where, None, suffixes, taken=taken)]
 
 
 def stamp(path: Path) -> list[str | int]:

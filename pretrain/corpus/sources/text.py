@@ -11,10 +11,11 @@ from typing import Literal
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
+from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, unread
 from pretrain.corpus.sources._files import BROKEN, Document, Size, Source, Wrong, open_text, read_text, size_of
-from pretrain.corpus.sources._paths import below, located, stamp, stamps
+from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 
 OnError = Literal["stop", "skip"]
@@ -34,10 +35,11 @@ class Files(Source):
 
     `suffixes` keeps only the files of a folder that end so (empty: all that are text). The domain is `domain`, or the
     column of that name where the file has one, or the file's suffix without its dot. With `package` the path is one
-    inside that package. Hidden files and those that look like secrets (`.env`, `*.pem`, `id_rsa`, `credentials*`, …)
-    are left out. They, binary files, containers of other kinds and all else that is passed over are listed in
-    `corpus.json`, with the reason. A line, row or file that cannot be read ends the stage, or with `on_error: skip`
-    is passed over too.
+    inside that package. Of a folder's files those are left out that are hidden, that look like secrets (`.env`,
+    `*.pem`, `id_rsa`, `credentials*`, …) or hold what looks like a key or a password, that `.gitignore` names, and that
+    programs have written (`*.min.js`, lock files, code in very long lines). They, binary files, containers of other
+    kinds and all else that is passed over are listed in `corpus.json`, with the reason. A line, row or file that cannot
+    be read ends the stage, or with `on_error: skip` is passed over too.
     """
 
     files: str
@@ -48,7 +50,9 @@ class Files(Source):
     on_error: OnError = "stop"  # what bad lines, bad bytes and rows without the column do: stop, or skip
     tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
     hidden: bool = False  # whether to take files and folders whose names begin with a dot
-    secrets: bool = False  # whether to take files that look like secrets
+    secrets: bool = False  # whether to take files that look like secrets, or hold what looks like a key or a password
+    ignored: bool = False  # whether to take what `.gitignore` names
+    generated: bool = False  # whether to take what programs have written: minified, lock files, very long lines of code
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from (document for _, document in self.placed(skipped))
@@ -56,9 +60,7 @@ class Files(Source):
     def placed(self, skipped: Skipped) -> Iterator[Row]:
         """The documents, each with where it stands, as messages say it."""
         wrong = wrong_of(self.on_error, skipped)
-        files = located(
-            self.files, self.package, self.suffixes, skipped, hidden=self.hidden, secrets=self.secrets
-        )  # fmt: skip
+        files = located(self.files, self.package, self.suffixes, skipped, self._taken())
         readers = [READERS.get(ending(path)) if self.tables == "rows" else None for _, path in files]
         if self.text != "text" and not any(readers):
             accepted = f"files with columns ({', '.join(READERS)})"
@@ -71,8 +73,27 @@ class Files(Source):
                 skipped.add(kind, name)
             elif reader is not None and not self._is_text(path, reader):
                 yield from _documents(reader(path, name, self.text, wrong), name, self, skipped, wrong)
-            elif (text := read_text(path, skipped, wrong, name)) is not None:
+            elif (text := read_text(path, skipped, wrong, name)) is not None and self._fit(
+                text, path, name, skipped, len(files) == 1
+            ):
                 yield name, {"text": text, "domain": self.domain or ending(path).lstrip(".") or "text", "id": name}
+
+    def _taken(self) -> Taken:
+        """Which files are taken."""
+        return Taken(self.hidden, self.secrets, self.ignored or self.package is not None, self.generated)
+
+    def _fit(self, text: str, path: Path, name: str, skipped: Skipped, alone: bool) -> bool:
+        """Whether a text may be learnt: it holds no key, and no program has written it."""
+        if not self.secrets and self.package is None and (key := key_in(text)):
+            if alone:
+                what = f"{name}, {key}: looks like a key or a password"
+                raise PretrainError(f"{what}; accepted: another file, or secrets: true to read it")
+            skipped.add("holding what looks like a key or a password", f"{name}, {key}")
+            return False
+        if not self.generated and not alone and self.package is None and (why := looks_generated(text, ending(path))):
+            skipped.add(why, name)
+            return False
+        return True
 
     def _is_text(self, path: Path, reader: Reader) -> bool:
         """Whether a `.json` file is one object without the column, as settings are: text like any other."""
@@ -88,11 +109,11 @@ class Files(Source):
     def size(self) -> Size | None:
         if self.package is not None or "://" in self.files:
             return None
-        paths = [path for _, path in located(self.files, None, self.suffixes, hidden=self.hidden, secrets=self.secrets)]
+        paths = [path for _, path in located(self.files, None, self.suffixes, taken=self._taken())]
         return size_of(paths) if all(path.suffix not in TABLES for path in paths) else Size(size_of(paths).bytes)
 
     def state(self) -> object:
-        return stamps(self.files, self.package, self.suffixes, hidden=self.hidden, secrets=self.secrets)
+        return stamps(self.files, self.package, self.suffixes, self._taken())
 
 
 def _is_row(content: str, column: str) -> bool:
