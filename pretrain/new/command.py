@@ -141,8 +141,17 @@ def _say(asked: Asked, target: Path, guessed: bool) -> None:
         notes.append(f"guessed --task {asked.task}")
     if table is not None and table.doubts and asked.task == "classify":
         notes.append(f"the label may as well be {' or '.join(table.doubts)}: --label")
+    if table is not None and table.rare and asked.task == "classify":
+        some = ", ".join(map(repr, table.rare[:3])) + (", …" if len(table.rare) > 3 else "")
+        looked = "" if table.whole else f" of the first {table.rows:,}"
+        notes.append(
+            f"a single row{looked} has the label {some}: too few to learn it and to measure it; merge or drop such rows"
+        )
     if seen.others:
         notes.append(f"of {len(seen.others) + 1} tables the largest: {seen.files[0]}")
+    if seen.undecoded:
+        first, more = seen.undecoded[0], len(seen.undecoded) - 1
+        notes.append(f"not UTF-8, so left out (on_error: skip): {first}" + (f" and {more:,} more" if more else ""))
     if not seen.share:
         notes.append("too few documents to hold any out, so nothing is measured")
     if asked.tuned is not None and asked.tuned.warning:

@@ -14,6 +14,11 @@ CODE = {
     "SQL": (".sql",), "Haskell": (".hs",), "OCaml": (".ml", ".mli"), "Elixir": (".ex", ".exs"), "Erlang": (".erl",),
     "Clojure": (".clj",), "Dart": (".dart",), "Zig": (".zig",), "Fortran": (".f90", ".f"), "CUDA": (".cu", ".cuh"),
     "CSS": (".css", ".scss"), "Vue": (".vue",), "Lisp": (".lisp", ".el", ".scm"), "Verilog": (".v", ".sv"),
+    "Cython": (".pyx", ".pxd", ".pxi"), "Objective-C": (".m", ".mm"), "Svelte": (".svelte",), "Nim": (".nim",),
+    "PowerShell": (".ps1", ".psm1"), "F#": (".fs", ".fsx"), "Groovy": (".groovy", ".gradle"), "D": (".d",),
+    "Solidity": (".sol",), "assembly": (".s", ".asm"), "Protobuf": (".proto",), "GLSL": (".glsl", ".vert", ".frag"),
+    "Tcl": (".tcl",), "Pascal": (".pas",), "Ada": (".adb", ".ads"), "Crystal": (".cr",), "VHDL": (".vhd", ".vhdl"),
+    "CMake": (".cmake",), "TeX style": (".sty", ".cls"), "Visual Basic": (".vb",), "Terraform": (".tf",),
 }  # fmt: skip
 LANGUAGE_OF = {end: name for name, ends in CODE.items() for end in ends}
 # A dozen of the commonest words of each language, those that it has alone or nearly so.

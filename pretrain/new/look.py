@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
+from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources import Skipped
 from pretrain.corpus.sources._containers import READERS, ending, unread
 from pretrain.corpus.sources._files import PACKED, evenly, read_text
@@ -25,6 +26,9 @@ SHARES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
 HELD, ROWS_HELD = 10, 100  # files, or rows, that are to be held out in each split
 MODEST = 0.1  # of the documents at most for that, where so few are enough to have some
 MUCH = 8 << 20  # bytes of text that may be read for that
+NAMED = ("secret-looking", "holding what looks like a key or a password")  # of which each name is told
+ALL_NAMES = 10
+LOOKED = 64 << 20  # bytes of files that are opened to see what may not be learnt of them
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Look:
     beginnings: tuple[str, ...] = ()  # of texts
     others: tuple[str, ...] = ()  # tables beside it
     over: str = ""  # what was passed over
+    undecoded: tuple[str, ...] = ()  # files that are not UTF-8, with the line
 
 
 def look(place: str, *, text: str | None = None, label: str | None = None, table: bool = False) -> Look:
@@ -59,6 +64,7 @@ def look(place: str, *, text: str | None = None, label: str | None = None, table
     for path in paths:
         kind = _kind(path, len(paths) == 1)
         groups[kind].append(path) if kind else skipped.add(f"{path.suffix or 'other'} files", path)
+    undecoded = _unfit(groups, skipped)
     chosen = _most(groups, table or text is not None or label is not None)
     if chosen == "recordings":
         raise PretrainError(
@@ -68,22 +74,53 @@ def look(place: str, *, text: str | None = None, label: str | None = None, table
         over = f" (passed over: {skipped})" if skipped.reasons else ""
         raise PretrainError(f"{place}: nothing to learn from{over}; accepted: code, text, tables, chats or images")
     size = sum(path.stat().st_size for path in groups[chosen])
-    seen = Look(place, chosen, tuple(groups[chosen]), size, over=_over(skipped, place))
+    odd = tuple(undecoded) if chosen in ("code", "prose") else ()
+    seen = Look(place, chosen, tuple(groups[chosen]), size, over=_over(skipped, place), undecoded=odd)
     if chosen == "table":
         return _table(seen, text, label)
     makers = {"images": _images, "code": _code, "prose": _prose}
     return makers[chosen](seen, groups)
 
 
+def _unfit(groups: dict[str, list[Path]], skipped: Skipped) -> list[str]:
+    """Take out what the source would leave out for what it holds; the places of files that are not UTF-8.
+
+    Of very many files only the first are opened: the rest is told when the corpus is made.
+    """
+    budget, undecoded = LOOKED, list[str]()
+    alone = sum(map(len, groups.values())) == 1
+    for kind in ("code", "prose"):
+        kept = []
+        for path in groups[kind]:
+            budget -= path.stat().st_size
+            text = read_text(path, skipped, lambda where, *_: undecoded.append(where)) if budget > 0 else ""
+            key = key_in(text) if text else None
+            why = looks_generated(text, ending(path)) if text and not alone else None
+            if key:
+                skipped.add("holding what looks like a key or a password", f"{path}, {key}")
+            elif why:
+                skipped.add(why, path)
+            elif text is not None:
+                kept.append(path)
+        groups[kind] = kept
+    return undecoded
+
+
 def _over(skipped: Skipped, place: str) -> str:
     """What was passed over, the most first, each with a name; not what nobody would have wanted to be taken."""
     reasons = [reason for reason in skipped.reasons if reason not in ("tools' folders", "runs and caches")]
     parts = []
-    for reason in sorted(reasons, key=lambda reason: -skipped.reasons[reason]):
-        name = skipped.names[reason][0]
-        name = Path(name).relative_to(place).as_posix() if Path(name).is_relative_to(place) and name != place else name
-        parts.append(f"{skipped.reasons[reason]:,} {reason} ({name}{', …' if skipped.reasons[reason] > 1 else ''})")
+    for reason in sorted(reasons, key=lambda reason: (reason not in NAMED, -skipped.reasons[reason])):
+        most = ALL_NAMES if reason in NAMED else 1
+        names = [_inside(name, place) for name in skipped.names[reason][:most]]
+        more = ", …" if skipped.reasons[reason] > len(names) else ""
+        parts.append(f"{skipped.reasons[reason]:,} {reason} ({', '.join(names)}{more})")
     return ", ".join(parts)
+
+
+def _inside(name: str, place: str) -> str:
+    """A file's name from the place that was asked for."""
+    return Path(name).relative_to(place).as_posix() if Path(name).is_relative_to(place) and name != place else name
 
 
 def _ended(path: Path) -> str:

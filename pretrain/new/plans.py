@@ -133,15 +133,17 @@ def _sources(asked: Asked) -> list[str]:
         why = f"{table.bad} of the first {table.rows + table.bad} rows cannot be read: they are counted and left out"
         bad = f", on_error: skip}}  # {why}" if table.bad else "}"
         return [f"      - {{files: {quoted(str(look.files[0]))}{text}{bad}"]
+    skip = ", on_error: skip" if look.undecoded else ""
+    why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
     if look.domains:
-        each = [f"      - {{files: {quoted(folder)}, domain: {quoted(name)}}}" for folder, name in look.domains]
+        each = [f"      - {{files: {quoted(folder)}, domain: {quoted(name)}{skip}}}" for folder, name in look.domains]
         return ["      # a domain each, so that each is measured alone", *each]
     if look.kind == "images":
         return [f"      - {{images: {quoted(look.place)}{', label: parent' if look.classes else ''}}}"]
     if not Path(look.place).is_dir() or not look.endings:
         return [f"      - {{files: {quoted(look.place)}}}"]
     endings = ", ".join(map(quoted, look.endings))
-    return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]}}  # hidden files and secrets are left out"]
+    return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
 
 
 def _evaluation(asked: Asked, checkpoint: str, name: str = "evaluation", more: str = "") -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -14,6 +15,7 @@ from pretrain.corpus.sources._files import Document
 from pretrain.corpus.sources._tables import number
 
 ROWS = 1000  # that are looked at
+OWN = 0.5  # of the rows have a value that no other has: these are names, and no labels
 MOST_CLASSES, MOST_RATINGS = 100, 20  # more different numbers than that are a quantity
 LONGEST_LABEL = 60
 TEXTS = ("text", "content", "sentence", "review", "comment", "message", "body", "document", "abstract", "description",
@@ -43,6 +45,7 @@ class Table:
     more: str | None = None  # of what stands between the text and the answer
     classes: int = 0
     lacking: int = 0  # rows without a label
+    rare: tuple[str, ...] = ()  # labels of a single row
     doubts: tuple[str, ...] = ()  # columns that may be the label as well
     texts: tuple[str, ...] = ()  # those that were read
     keys: tuple[str, ...] = ()  # by which rows are put on a side of a split
@@ -126,13 +129,40 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
     if chosen is None:
         return None
     values = _values(rows, chosen)
+    if label is not None and _is_text(rows, label) and not _is_label(rows, label):
+        return replace(seen, kind="chat", text=column, label=label)  # an answer to each text
+    if label is not None and _names_rows(label, values):
+        own = len({str(value) for value in values})
+        labels = ", ".join(name for name in seen.columns if name != column and _is_label(rows, name))
+        raise PretrainError(
+            f"--label {label!r}: {own:,} different values in {len(values):,} rows, so it names rows and labels none; "
+            f"accepted: a column whose values come again{f' ({labels})' if labels else ''}"
+        )
     classes = len({str(value) for value in values})
     kind = "regress" if _is_number(values) and classes > MOST_RATINGS else "classify"
     doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
     return replace(
         seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, classes=classes, doubts=doubts,
-        lacking=len(rows) - len(values),
+        lacking=len(rows) - len(values), rare=_rare(values) if kind == "classify" else (),
     )  # fmt: skip
+
+
+def _names_rows(column: str, values: Sequence[object]) -> bool:
+    """Whether nearly each row has a value of its own that is no quantity: an identifier, a running number."""
+    distinct = {str(value) for value in values}
+    if len(values) < 8 or len(distinct) <= OWN * len(values):
+        return False
+    numbers = [n for value in values if (n := number(str(value))) is not None]
+    if len(numbers) < len(values):
+        return True
+    whole, running = all(n == int(n) for n in numbers), numbers == sorted(numbers)
+    called = column.lower() in ("id", "index", "key", "row", "nr", "no", "number") or column.lower().endswith("_id")
+    return len(distinct) == len(values) and whole and (running or called)
+
+
+def _rare(values: Sequence[object]) -> tuple[str, ...]:
+    """The labels that a single row has."""
+    return tuple(sorted(name for name, count in Counter(map(str, values)).items() if count == 1))
 
 
 def _answered(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
