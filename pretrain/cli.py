@@ -126,7 +126,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.forecast import check_fits, forecast, total, warnings
+    from pretrain.forecast import check_documents, check_fits, forecast, total, warnings
     from pretrain.identity import plan, why
     from pretrain.runs.targets import repointed
 
@@ -138,6 +138,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for item in planned:
         for line in repointed(item):
             typer.echo(f"{item.stage.name}: {line}")
+    odd = check_documents(recipe, planned)
     names = ("stage", "kind", "status", "FLOPs", "memory", "time", "disk", "passes")
     table = Table(*names, title=f"{recipe.name} in {recipe.output}: about")
     expected = forecast(planned)
@@ -150,7 +151,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for chosen in recipe.sizes:
         for line in chosen.warnings():
             typer.echo(f"[{chosen.stage}] {line}")
-    for line in warnings(expected):
+    for line in [*odd, *warnings(expected)]:
         typer.echo(f"warning: {line}")
     check_fits(expected)
 

@@ -29,7 +29,7 @@ from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
-from pretrain.forecast import check_fits, forecast, warnings
+from pretrain.forecast import check_documents, check_fits, forecast, warnings
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
@@ -84,10 +84,11 @@ def run(
         if main:
             sweep(recipe.output)
             _refuse_foreign(recipe, planned)
+            odd = check_documents(recipe, planned)
             expected = forecast(planned)
             estimates = {each.item.stage.name: each.estimate for each in expected if each.to_run}
             check_fits(expected)
-            for line in warnings(expected):
+            for line in [*odd, *warnings(expected)]:
                 say(f"warning: {line}")
             if store is not None:  # so that no source and no backup takes the store's folders for documents
                 write_text(Path(store) / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")

@@ -7,9 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import corpus_of
 from pretrain.core.quick.machine import likely_device, memory
 from pretrain.identity import Planned
+from pretrain.recipe import Recipe
 from pretrain.stages._estimates import Estimate, Left, left_in
+from pretrain.stages._preflight import Seen, check_columns, columns_asked, seen_in_corpus, seen_in_sources
+from pretrain.stages.data import Data
 
 SURE = 1.3  # an estimate of memory so many times what there is does not fit, whatever it is off by
 
@@ -70,6 +74,26 @@ def warnings(forecasts: Sequence[Forecast]) -> list[str]:
     """A line for each thing that is likely a mistake."""
     ahead = [each for each in forecasts if each.to_run]
     return [f"stage {each.item.stage.name!r}: {text}" for each in ahead for text in each.estimate.warnings]
+
+
+def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
+    """Look at the documents of stages that are to run; refuses what cannot work, and gives a line for what is odd."""
+    seen: dict[str, Seen] = {}
+    lines: list[str] = []
+    for item in planned:
+        stage = item.stage
+        try:
+            if isinstance(stage, Data) and not item.finished:
+                seen[stage.name] = seen_in_sources(stage)
+            elif not item.finished and "corpus" in item.inputs and (asked := columns_asked(stage)):
+                corpus = str(stage.references().get("corpus", ""))
+                if corpus not in seen:
+                    wanted = [column for _, _, columns in asked for column in columns]
+                    seen[corpus] = seen_in_corpus(corpus_of(Path(str(item.inputs["corpus"]))), wanted)
+                lines += [f"stage {stage.name!r}: {line}" for line in check_columns(stage, seen[corpus])]
+        except PretrainError as error:
+            raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
+    return lines
 
 
 def check_fits(forecasts: Sequence[Forecast]) -> None:

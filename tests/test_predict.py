@@ -36,7 +36,7 @@ SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "nu
 TEXTS = [
     "def main(argv=None):",
     "a",
-    "",
+    "b",
     "Return the number of items\nin a list, and some more words",
     "import os " * 9,
 ]
@@ -192,7 +192,8 @@ def test_rows_keep_their_order_and_columns_whatever_the_batches(places, words, t
     predict(places["single"], path, "--output", tmp_path / "out.jsonl", "--batch-size", 3)
     out = lines((tmp_path / "out.jsonl").read_text())
     assert [{name: row[name] for name in ("id", "text", "more")} for row in out] == rows
-    for row in out:
+    assert [row["id"] for row in out if row["label"] is None] == [0, 23]  # of nothing nothing is said
+    for row in (row for row in out if row["text"]):
         p_C = alone(places["single"], words, row["text"]).softmax(-1)
         assert row["label"] == ["no", "yes", "maybe"][int(p_C.argmax())]
         assert row["score"] == pytest.approx(float(p_C.max()), abs=1e-5)
@@ -237,7 +238,28 @@ def test_each_kind_of_input_is_read_and_csv_is_written(places, tmp_path, kind):
 
 def test_empty_lines_of_a_text_keep_their_place(places, tmp_path):
     (tmp_path / "in.txt").write_text("one\n\nthree\n")
-    assert [row["text"] for row in lines(predict(places["single"], tmp_path / "in.txt"))] == ["one", "", "three"]
+    rows = lines(predict(places["single"], tmp_path / "in.txt"))
+    assert [row["text"] for row in rows] == ["one", "", "three"]
+    assert [row["label"] is None for row in rows] == [False, True, False] and rows[1]["score"] is None
+
+
+def test_rows_that_cannot_be_read_are_left_out_where_that_is_asked_for(places, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a"}\nnothing\n{"txt": "b"}\n{"text": 3}\n{"text": "c"}\n')
+    rows = lines(predict(places["single"], path, "--on-error", "skip"))
+    assert [row["text"] for row in rows] == ["a", "c"]
+    with pytest.raises(PretrainError, match=r"in\.jsonl:2: not JSON.*or --on-error skip"):
+        predict(places["single"], path)
+
+
+def test_an_output_that_is_there_is_written_over_with_force_alone(places, tmp_path):
+    (tmp_path / "in.txt").write_text("one\n")
+    (tmp_path / "out.jsonl").write_text("what was there\n")
+    with pytest.raises(PretrainError, match="out.jsonl exists; accepted: another file, or --force"):
+        predict(places["single"], tmp_path / "in.txt", "--output", tmp_path / "out.jsonl")
+    assert (tmp_path / "out.jsonl").read_text() == "what was there\n"
+    predict(places["single"], tmp_path / "in.txt", "--output", tmp_path / "out.jsonl", "--force")
+    assert lines((tmp_path / "out.jsonl").read_text())[0]["text"] == "one"
 
 
 def test_a_column_that_is_there_already_is_kept(places, tmp_path):
@@ -265,7 +287,7 @@ def test_what_cannot_be_read_is_told_with_line_and_row_and_leaves_nothing(places
         (tmp_path / name).write_text(content)
     (tmp_path / "out.jsonl").write_text("before")
     with pytest.raises(PretrainError, match=message) as error:
-        predict(places["single"], tmp_path / name, "--output", tmp_path / "out.jsonl")
+        predict(places["single"], tmp_path / name, "--output", tmp_path / "out.jsonl", "--force")
     assert "\n" not in str(error.value) and (tmp_path / "out.jsonl").read_text() == "before"
     assert {path.name for path in tmp_path.iterdir()} == {"out.jsonl"} | ({name} if content is not None else set())
 

@@ -10,6 +10,7 @@ import typer
 
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.imports import uncollected
+from pretrain.inference.measuring import ON_ERROR, on_error_of
 
 
 def predict(
@@ -24,24 +25,33 @@ def predict(
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
     scores: Annotated[bool, typer.Option("--scores", help="Each label's probability beside the likeliest.")] = False,
+    on_error: Annotated[str, typer.Option(help=ON_ERROR)] = "stop",
+    force: Annotated[bool, typer.Option("--force", help="Write over an output that is there.")] = False,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer; by default as it was trained.")
     ] = None,
 ) -> None:
     """Label, tag, score or answer the rows of a file with a tuned checkpoint."""
     newest_checkpoint(checkpoint)  # what is wrong is said before anything large is imported
+    from pretrain.corpus.sources import Skipped
     from pretrain.inference.rows import check
 
-    check(file, output)
+    check(file, output, force)
+    skipped = Skipped() if on_error_of(on_error) == "skip" else None
     with uncollected():
         from pretrain.inference.predict import open_head, predict_file
 
         head = open_head(checkpoint, text=text, pair=pair, scores=scores, answer=max_new_tokens)
     start = time.perf_counter()
-    count, names = predict_file(head, file, output, batch_size)
+    count, names = predict_file(head, file, output, batch_size, force=force, skipped=skipped)
     seconds = time.perf_counter() - start
     added = ", ".join(names.values())
     if full := head.tally["full"]:
         length = head.context.length
         typer.echo(f"warning: of {full:,} texts the first {length} tokens are read, and no more", err=True)
+    if empty := head.tally["empty"]:
+        nulls = "is null" if empty == 1 else "are null"
+        typer.echo(f"warning: {empty:,} of {count:,} rows have no text: what is added to them {nulls}", err=True)
+    if skipped is not None and skipped.reasons:
+        typer.echo(f"warning: left out: {skipped}", err=True)
     typer.echo(f"{count:,} rows in {seconds:.1f} s: {added}{f', in {output}' if output else ''}", err=True)

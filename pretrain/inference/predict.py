@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
+from pretrain.corpus.sources import Document, Skipped
 from pretrain.corpus.sources._containers import Row
 from pretrain.inference.heads import Head, Predicted, head_of, predict_batch
 from pretrain.inference.rows import batches, check, chunks, rows_of, text_in, writer
@@ -24,28 +25,54 @@ def open_head(
     return head_of(folder, model, processor, text=text, pair=pair, scores=scores, answer=answer)
 
 
-def predictions(head: Head, rows: Iterable[Row], batch: int = BATCH) -> Iterator[tuple[Row, Predicted]]:
-    """Each row with what is predicted of it, in order; only a few thousand rows are held at once."""
+def predictions(
+    head: Head, rows: Iterable[Row], batch: int = BATCH, skipped: Skipped | None = None
+) -> Iterator[tuple[Row, Predicted]]:
+    """Each row with what is predicted of it, in order; only a few thousand rows are held at once.
+
+    Of an empty text nothing is predicted: what is added is None. A row without its column is an error, or with
+    `skipped` counted there and left out.
+    """
     for chunk in chunks(rows, head.text):
+        kept, sizes = list[Row](), list[int]()
         for row in chunk:
-            for column in head.columns:
-                text_in(row, column, "--pair" if column == head.pair else "--text")
-        sizes = [sum(len(str(row[1][column])) for column in head.columns) for row in chunk]
-        done: dict[int, Predicted] = {}
-        for chosen in batches(sizes, batch):
-            done.update(zip(chosen, predict_batch(head, [chunk[i][1] for i in chosen]), strict=True))
-        yield from ((row, done[number]) for number, row in enumerate(chunk))
+            try:
+                texts = [text_in(row, name, "--pair" if name == head.pair else "--text") for name in head.columns]
+            except PretrainError as error:
+                if skipped is None:
+                    raise PretrainError(f"{error}, or --on-error skip") from error
+                skipped.add("rows without text", row[0].partition(" (row")[0])
+                continue
+            kept.append(row)
+            whole = any(texts) if head.kind in ("answer", "words") else None not in texts  # a prompt may have gaps
+            sizes.append(sum(len(text or "") for text in texts) if whole else 0)
+        done: dict[int, Predicted] = {number: dict.fromkeys(head.adds) for number, size in enumerate(sizes) if not size}
+        head.tally["empty"] += len(done)
+        ahead = [number for number, size in enumerate(sizes) if size]
+        for places in batches([sizes[number] for number in ahead], batch):
+            chosen = [ahead[place] for place in places]
+            done.update(zip(chosen, predict_batch(head, [_given(head, kept[i][1]) for i in chosen]), strict=True))
+        yield from ((row, done[number]) for number, row in enumerate(kept))
 
 
-def predict_file(head: Head, source: str, output: Path | None, batch: int = BATCH) -> tuple[int, dict[str, str]]:
+def _given(head: Head, document: Document) -> Document:
+    """A row with nothing where a column of text has no value."""
+    return document | {name: "" for name in head.columns if document[name] is None}
+
+
+def predict_file(
+    head: Head, source: str, output: Path | None, batch: int = BATCH, *, force: bool = True,
+    skipped: Skipped | None = None,
+) -> tuple[int, dict[str, str]]:  # fmt: skip
     """Write each row of a file with its predictions; how many rows, and the names of what is added by their usual ones.
 
-    A column that the input has already stays: what is added is called `predicted_…` then.
+    A column that the input has already stays: what is added is called `predicted_…` then. What cannot be read is an
+    error, or with `skipped` counted there and left out.
     """
-    check(source, output)
+    check(source, output, force)
     count, names = 0, dict[str, str]()
     with writer(output) as write:
-        for (where, columns), added in predictions(head, rows_of(source, head.text), batch):
+        for (where, columns), added in predictions(head, rows_of(source, head.text, skipped), batch, skipped):
             if not count:
                 names = {name: f"predicted_{name}" if name in columns else name for name in head.adds}
             both = next((name for name in names.values() if name in columns), None)

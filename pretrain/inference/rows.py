@@ -15,7 +15,9 @@ from typing import TextIO
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_text
+from pretrain.corpus.sources import Skipped
 from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, unread
+from pretrain.corpus.sources._files import Wrong
 from pretrain.corpus.sources._paths import is_secret
 
 CHUNK = 2048  # rows that are held at once
@@ -27,24 +29,35 @@ OUTPUTS = (".jsonl", ".csv")
 Write = Callable[[Mapping[str, object]], None]
 
 
-def _wrong(where: str, what: str, reason: str, accepted: str) -> None:
-    raise PretrainError(f"{where}: {what}; accepted: {accepted}")
+def wrong_of(skipped: Skipped | None) -> Wrong:
+    """What is done with a row that cannot be read: an error, or with `skipped` it is counted there."""
+
+    def wrong(where: str, what: str, reason: str, accepted: str) -> None:
+        if skipped is None:
+            raise PretrainError(f"{where}: {what}; accepted: {accepted}, or --on-error skip")
+        skipped.add(reason, where.partition(" (row")[0])
+
+    return wrong
 
 
-def rows_of(name: str, text: str) -> Iterator[Row]:
+def rows_of(name: str, text: str, skipped: Skipped | None = None) -> Iterator[Row]:
     """Each row of a file with where it stands. A `.txt` has a text a line; `-` is standard input, JSON lines or texts.
 
-    `text` is the column of the texts. Raises `PretrainError` with file, line and row for what cannot be read.
+    `text` is the column of the texts. Raises `PretrainError` with file, line and row for what cannot be read, which is
+    passed over and counted where there is a `skipped`.
     """
     if name == "-":
-        yield from _piped(text)
+        yield from _piped(text, wrong_of(skipped))
         return
     path = Path(name).expanduser()
-    yield from _read(path, name, text, ending(path))
+    yield from _read(path, name, text, ending(path), wrong_of(skipped))
 
 
-def check(name: str, output: Path | None) -> None:
-    """Refuse an input that is not there or of a kind that is not read, and an output that cannot be written."""
+def check(name: str, output: Path | None, force: bool = True) -> None:
+    """Refuse an input that is not there or of a kind that is not read, and an output that cannot be written.
+
+    Without `force` an output that is there already is refused too.
+    """
     path = Path(name).expanduser()
     if name != "-":
         if not path.is_file():
@@ -60,21 +73,24 @@ def check(name: str, output: Path | None) -> None:
         raise PretrainError(f"--output {output}: accepted: a file that ends with {' or '.join(OUTPUTS)}")
     if output is not None and name != "-" and output.exists() and output.samefile(path):
         raise PretrainError(f"--output {output} is the input; accepted: another file")
+    if output is not None and output.exists() and not force:
+        raise PretrainError(f"--output {output} exists; accepted: another file, or --force to write over it")
 
 
-def _read(path: Path, name: str, text: str, end: str) -> Iterator[Row]:
-    yield from READERS[end](path, name, text, _wrong) if end in TABLES else _lines(path, name, text)
+def _read(path: Path, name: str, text: str, end: str, wrong: Wrong) -> Iterator[Row]:
+    yield from READERS[end](path, name, text, wrong) if end in TABLES else _lines(path, name, text, wrong)
 
 
-def _lines(path: Path, name: str, text: str) -> Iterator[Row]:
+def _lines(path: Path, name: str, text: str, wrong: Wrong) -> Iterator[Row]:
     """A text a line; empty ones too, so that results stand where the lines do."""
-    for number, line in lines(path, name, _wrong):
+    for number, line in lines(path, name, wrong):
         if has_bad_bytes(line):
-            _wrong(f"{name}:{number}", "bytes that are not UTF-8", "", "text in UTF-8")
+            wrong(f"{name}:{number}", "bytes that are not UTF-8", "not UTF-8", "text in UTF-8")
+            continue
         yield f"{name}:{number} (row {number})", {text: line.rstrip("\r\n")}
 
 
-def _piped(text: str) -> Iterator[Row]:
+def _piped(text: str, wrong: Wrong) -> Iterator[Row]:
     """Standard input, kept in a file as it is read: JSON lines if it begins with an object, else a text a line."""
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
         path = Path(folder) / "input"
@@ -82,7 +98,7 @@ def _piped(text: str) -> Iterator[Row]:
             shutil.copyfileobj(sys.stdin.buffer, file)
         with path.open("rb") as file:
             jsonl = file.read(4096).lstrip().startswith(b"{")
-        yield from _read(path, "standard input", text, ".jsonl" if jsonl else ".txt")
+        yield from _read(path, "standard input", text, ".jsonl" if jsonl else ".txt", wrong)
 
 
 def chunks(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
@@ -99,18 +115,19 @@ def chunks(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
         yield chunk
 
 
-def text_in(row: Row, column: str, option: str) -> str:
-    """The text in a column of a row; errors name the place."""
+def text_in(row: Row, column: str, option: str) -> str | None:
+    """The text in a column of a row, None of one that is empty; errors name the place."""
     where, columns = row
     if column not in columns:
         raise PretrainError(
             f"{where}: {no_column(column, columns)}; accepted: {option} with one of {', '.join(columns)}"
         )
     value = columns[column]
+    if value is None:
+        return None
     if not isinstance(value, str):
-        kind = "empty" if value is None else type(value).__name__
-        raise PretrainError(f"{where}: column {column!r} is {kind}; accepted: text")
-    return value
+        raise PretrainError(f"{where}: column {column!r} is {type(value).__name__}; accepted: text")
+    return value if value.strip() else None
 
 
 @contextmanager

@@ -137,9 +137,9 @@ class Stage(BaseModel):
         whose = next((str(name) for name in named if name), "")
         if not whose or whose in earlier:
             return
-        if any(getattr(method, "new_vocabulary", False) for _, method in self._placed()):
+        if any(getattr(method, "new_vocabulary", False) for _, method in self.placed_methods()):
             return  # what its methods share is known when they have run
-        for place, method in self._placed():
+        for place, method in self.placed_methods():
             if method.vocabularies():
                 steps = tuple(int(step) if step.isdigit() else step for step in place.split("."))
                 check_references(method, stored_numbers(located(whose)), whose, steps, tuple(earlier), located)
@@ -156,14 +156,14 @@ class Stage(BaseModel):
         """What names stages or paths: the stage's fields (`corpus`), and its methods' (`policies.1.teacher`)."""
         named = {n: getattr(self, n) for n, f in type(self).model_fields.items() if _is_ref(f)}
         references: dict[str, str | list[str]] = {n: v for n, v in named.items() if v}
-        for place, method in self._placed():
+        for place, method in self.placed_methods():
             references |= {f"{place}.{name}": value for name, value in method.references().items()}
         return references
 
     def pointing_to(self, folders: Folders) -> Self:
         """The stage with its methods' references replaced by folders, as `references` names them."""
         changed: Record = {}
-        for place, method in self._placed():
+        for place, method in self.placed_methods():
             inside = {k.removeprefix(f"{place}."): str(v) for k, v in folders.items() if k.startswith(f"{place}.")}
             if not inside:
                 continue
@@ -178,7 +178,7 @@ class Stage(BaseModel):
                 changed[name] = made
         return self.model_copy(update=changed) if changed else self
 
-    def _placed(self) -> list[tuple[str, Method]]:
+    def placed_methods(self) -> list[tuple[str, Method]]:
         """The methods with their places: `objective`, `policies.1`."""
         placed: list[tuple[str, Method]] = []
         for name, value in self.__dict__.items():
@@ -191,11 +191,11 @@ class Stage(BaseModel):
 
     def methods(self) -> list[str]:
         """The names of the methods that the stage uses."""
-        return sorted({name for _, method in self._placed() for name in (method.name, *method.parts())})
+        return sorted({name for _, method in self.placed_methods() for name in (method.name, *method.parts())})
 
     def method_classes(self) -> dict[str, type[Method]]:
         """The classes of the methods that the stage uses, by name."""
-        placed = {method.name: type(method) for _, method in self._placed()}
+        placed = {method.name: type(method) for _, method in self.placed_methods()}
         return {name: placed.get(name) or declared_class(name) for name in self.methods()}
 
     def config(self) -> Record:

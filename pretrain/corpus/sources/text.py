@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -57,8 +58,8 @@ class Files(Source):
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from (document for _, document in self.placed(skipped))
 
-    def placed(self, skipped: Skipped) -> Iterator[Row]:
-        """The documents, each with where it stands, as messages say it."""
+    def placed(self, skipped: Skipped, rows: int | None = None) -> Iterator[Row]:
+        """The documents, each with where it stands, as messages say it; of each table at most so many `rows`."""
         wrong = wrong_of(self.on_error, skipped)
         files = located(self.files, self.package, self.suffixes, skipped, self._taken())
         readers = [READERS.get(ending(path)) if self.tables == "rows" else None for _, path in files]
@@ -72,7 +73,8 @@ class Files(Source):
             if kind is not None:
                 skipped.add(kind, name)
             elif reader is not None and not self._is_text(path, reader):
-                yield from _documents(reader(path, name, self.text, wrong), name, self, skipped, wrong)
+                read = islice(reader(path, name, self.text, wrong), rows)
+                yield from _documents(read, name, self, skipped, wrong)
             elif (text := read_text(path, skipped, wrong, name)) is not None and self._fit(
                 text, path, name, skipped, len(files) == 1
             ):

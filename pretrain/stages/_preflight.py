@@ -1,0 +1,144 @@
+"""What the documents say before anything runs: whether files can be read, columns are there, and labels can be learnt.
+
+Files are opened for half a second at most, tables at their beginning, so that a plan is told at once; what is read is
+read as the stage will do it, and fails with the same words.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.method import Method
+from pretrain.core.registry import info
+from pretrain.corpus.sources import Files, Skipped
+from pretrain.stages.data import Data
+
+if TYPE_CHECKING:
+    from pretrain.stages import Stage
+
+ROWS = 2000  # of each table
+SECONDS = 0.5
+SHORT = 60  # letters of a label
+ABOUT = ("text", "domain", "id")
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What is known of documents: their columns (None: not all), and how often each short value stands in one."""
+
+    columns: tuple[str, ...] | None
+    values: dict[str, Counter[str]]
+    whole: bool  # whether all documents were looked at
+
+
+def seen_in_sources(stage: Data) -> Seen:
+    """Read the beginnings of files; raises `PretrainError` for what the stage would fail at."""
+    columns: dict[str, None] = {}
+    values: dict[str, Counter[str]] = {}
+    end, known, whole = time.perf_counter() + SECONDS, True, True
+    for number, source in enumerate(stage.sources):
+        if not isinstance(source, Files) or source.package is not None or "://" in source.files:
+            known = whole = False
+            continue
+        counts = Counter[str]()
+        try:
+            for where, document in source.placed(Skipped(), rows=ROWS):
+                columns |= dict.fromkeys(document)
+                counts[where.partition(":")[0].partition(", row")[0]] += 1
+                _count(values, document)
+                if time.perf_counter() > end:
+                    whole = False
+                    break
+        except PretrainError as error:
+            raise PretrainError(str(error), place=("sources", number)) from error
+        whole = whole and all(count < ROWS for count in counts.values())
+    if any(".rewriting" in info(operation.name).module for operation in stage.operations):
+        known = False  # which columns these add is known when they have run
+    return Seen(tuple(columns) if known and columns else None, values, whole)
+
+
+def _count(values: dict[str, Counter[str]], document: dict[str, object]) -> None:
+    for name, value in document.items():
+        if name not in ABOUT and isinstance(value, str | int | float) and len(str(value)) <= SHORT:
+            values.setdefault(name, Counter())[str(value)] += 1
+
+
+def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
+    """The columns of a corpus that is there, and the values of some."""
+    import pyarrow.parquet
+
+    parts = sorted(folder.glob("*/*.parquet"))
+    if not parts:
+        return Seen(None, {}, False)
+    columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
+    values: dict[str, Counter[str]] = {}
+    for name in set(wanted) & set(columns) - set(ABOUT):
+        for part in parts:
+            for value in pyarrow.parquet.read_table(part, columns=[name])[name].to_pylist():
+                _count(values, {name: value})
+    return Seen(columns, values, True)
+
+
+def columns_asked(stage: Stage) -> list[tuple[tuple[str | int, ...], Method, tuple[str, ...]]]:
+    """Of each method of a stage that reads labelled documents its place, and the columns that it reads."""
+    asked: list[tuple[tuple[str | int, ...], Method, tuple[str, ...]]] = []
+    for place, method in stage.placed_methods():
+        steps = tuple(int(step) if step.isdigit() else step for step in place.split("."))
+        inner = getattr(method, "method", None) if method.name == "task" else method
+        if isinstance(inner, Method) and (method.name == "task" or hasattr(inner, "predict")):
+            asked.append((steps, inner, tuple(getattr(inner, "columns", ()))))
+    return asked
+
+
+def check_columns(stage: Stage, seen: Seen) -> Iterator[str]:
+    """Refuse columns that no document has; a line for each thing about labels that is likely a mistake."""
+    for place, method, columns in columns_asked(stage):
+        for column in columns if seen.columns is not None else ():
+            if column in (seen.columns or ()):
+                continue
+            named = next((f.name for f in fields(method) if getattr(method, f.name) == column), "")
+            known = [name for name in seen.columns or () if name not in ("domain", "id")]
+            raise PretrainError(
+                f"no document has a column {column!r}{nearest(column, known)}; accepted: {', '.join(known)}",
+                place=(*place, named) if named else place,
+            )
+        counts = seen.values.get(columns[-1]) if columns else None
+        if counts and stage.stage == "train":
+            yield from _labels(method, columns[-1], counts, seen.whole, place)
+
+
+def _labels(
+    method: Method, column: str, counts: Counter[str], whole: bool, place: tuple[str | int, ...]
+) -> Iterator[str]:
+    """What is wrong with the values of a column of labels."""
+    if method.name == "regression":
+        odd = next((value for value in counts if not _is_number(value)), None)
+        if odd is not None:
+            raise PretrainError(f"column {column!r} holds {odd!r}; accepted: numbers", place=place)
+    if method.name != "classification":
+        return
+    if whole and len(counts) < 2:
+        only = next(iter(counts))
+        raise PretrainError(f"column {column!r} holds one label, {only!r}; accepted: 2 or more", place=place)
+    rows = sum(counts.values())
+    singles = sorted(name for name, count in counts.items() if count == 1)
+    if len(counts) > rows / 2 and rows >= 8:
+        yield f"{column!r} has {len(counts):,} different values in {rows:,} rows: names of rows rather than labels"
+    elif singles and whole:
+        some = ", ".join(map(repr, singles[:3])) + (", …" if len(singles) > 3 else "")
+        what = "labels have a single row each" if len(singles) > 1 else "label has a single row"
+        yield f"{len(singles):,} {what} ({some}): it can be learnt or measured, and not both; merge or drop them"
+
+
+def _is_number(value: str) -> bool:
+    try:
+        float(value)
+    except ValueError:
+        return False
+    return True
