@@ -1,0 +1,251 @@
+"""What a plan says of the documents before anything runs, and what an evaluation says of what it was trained on."""
+
+from __future__ import annotations
+
+import csv
+import json
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from pretrain.cli import app
+from pretrain.core.errors import PretrainError
+from pretrain.core.quick.confusion import class_rows, confusion_of, mistakes, never_answered
+from pretrain.corpus.overlap import overlap_warning, trained_on
+from pretrain.corpus.store import write_corpus
+from pretrain.evaluation import Measured
+from pretrain.forecast import check_documents
+from pretrain.identity import plan
+from pretrain.objectives._metrics import classification, regression, tagging
+from pretrain.recipe import load
+from pretrain.report.classes import classes
+from pretrain.report.data import plots
+from pretrain.report.summary import summarise
+from pretrain.stages.evaluate import LEAST, summary
+
+ROWS = [(f"text number {n} {'good' if n % 2 else 'bad'}", "yes" if n % 2 else "no", n) for n in range(40)]
+
+
+def recipe(tmp_path, objective="{method: classification, label: label}", source="", rows=ROWS):
+    """A classifier of a table, as a plan sees it."""
+    with (tmp_path / "data.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("text", "label", "number"), *rows])
+    stages = f"""
+name: mine
+stages:
+  - {{name: corpus, stage: data, sources: [{{files: {tmp_path}/data.csv{source}}}], validation: 0.2, test: 0.2}}
+  - {{name: tokenizer, stage: tokenizer, corpus: corpus, vocab_size: 300, cls: true, mask: true}}
+  - name: tuned
+    stage: train
+    corpus: corpus
+    tokenizer: tokenizer
+    model: {{family: bert, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2}}
+    objective: {objective}
+    length: 32
+    budget: {{epochs: 8}}
+  - {{name: test, stage: evaluate, checkpoint: tuned, corpus: corpus, compressors: false,
+      evaluations: [{{method: task, objective: {objective}}}]}}
+"""
+    (tmp_path / "mine.yaml").write_text(stages)
+    return load(tmp_path / "mine.yaml", output=tmp_path / "run")
+
+
+def checked(loaded):
+    return check_documents(loaded, plan(loaded))
+
+
+@pytest.mark.parametrize(
+    ("objective", "source", "message"),
+    [
+        ("{method: classification, label: lable}", "", r"mine.yaml:\d+: tuned.objective.label: .*'lable' \(did you mean 'label'"),
+        ("{method: classification, label: label, pair: txt}", "", r"tuned.objective.pair: .*'txt' \(did you mean 'text'"),
+        ("{method: regression, label: label}", "", r"column 'label' holds 'no'; accepted: numbers"),
+        ("{method: classification, label: label}", ", text: txet", r"corpus.sources.0: .*data.csv:2 \(row 1\): no column 'txet' \(did you mean 'text'"),
+    ],
+)  # fmt: skip
+def test_a_column_that_no_document_has_is_refused_before_anything_runs(tmp_path, objective, source, message):
+    with pytest.raises(PretrainError, match=message):
+        checked(recipe(tmp_path, objective, source))
+
+
+def test_labels_that_cannot_be_learnt_are_told_before_training(tmp_path):
+    assert checked(recipe(tmp_path)) == []
+    (line,) = checked(recipe(tmp_path, rows=[*ROWS, ("an odd one", "maybe", 3)]))
+    assert "1 label has a single row ('maybe')" in line
+    (line,) = checked(recipe(tmp_path, "{method: classification, label: number}"))
+    assert "40 different values in 40 rows" in line
+    with pytest.raises(PretrainError, match="holds one label, 'yes'; accepted: 2 or more"):
+        checked(recipe(tmp_path, rows=[(text, "yes", n) for text, _, n in ROWS]))
+
+
+def test_a_file_that_is_not_utf_8_is_told_by_the_plan(tmp_path):
+    loaded = recipe(tmp_path)
+    (tmp_path / "data.csv").write_bytes(b"text,label,number\ncaf\xe9,yes,1\n")
+    result = CliRunner().invoke(app, ["run", str(tmp_path / "mine.yaml"), "--dry-run"])
+    assert "data.csv:2 (row 1): byte 0xe9 is not UTF-8" in str(result.exception)
+    assert loaded.given == ("--output", str(tmp_path / "run"))
+
+
+def test_labels_of_a_corpus_that_is_there_are_looked_at_too(tmp_path):
+    documents = [{"text": text, "label": label, "domain": "a", "id": text} for text, label, _ in ROWS]
+    write_corpus(documents, tmp_path / "there" / "corpus", validation=0.2, test=0.2)
+    raw = yaml.safe_load((recipe(tmp_path).path).read_text())
+    for stage in raw["stages"][1:]:
+        stage["corpus"] = str(tmp_path / "there")
+    raw["stages"] = raw["stages"][1:]
+    raw["stages"][1]["objective"] = {"method": "classification", "label": "lable"}
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw))
+    with pytest.raises(PretrainError, match="no document has a column 'lable'"):
+        checked(load(tmp_path / "other.yaml", output=tmp_path / "run"))
+
+
+def trained(tmp_path, corpus_address="abcdef123456789"):
+    """A checkpoint whose lineage names a corpus beside it."""
+    documents = [{"text": f"document {n}\nof words", "domain": "a", "id": str(n)} for n in range(30)]
+    write_corpus(documents, tmp_path / "run" / f"data-{corpus_address[:12]}" / "corpus", validation=0.2, test=0.2)
+    folder = tmp_path / "run" / "train-1" / "checkpoint"
+    folder.mkdir(parents=True)
+    lineage = {"stages": [{"stage": "data", "address": corpus_address}]}
+    (folder / "pretrain.json").write_text(json.dumps({"lineage": lineage}))
+    return folder, tmp_path / "run" / f"data-{corpus_address[:12]}" / "corpus", documents
+
+
+def test_documents_that_were_trained_on_are_counted_and_held_out_ones_are_not(tmp_path):
+    folder, corpus, documents = trained(tmp_path)
+    known = json.loads((corpus / "corpus.json").read_text())["documents"]["train"]
+    warned = overlap_warning([*documents, {"text": "a new one"}], folder)
+    assert warned.startswith(f"{known} of 31 documents were in the training data")
+    other_line_ends = [{"text": document["text"].replace("\n", "\r\n")} for document in documents]
+    assert len(trained_on(other_line_ends, [corpus])) == known
+    assert overlap_warning([{"text": "a new one"}], folder) == ""
+    assert overlap_warning(documents, folder, corpus) == ""  # its own held-out ones
+    (corpus / "corpus.json").unlink()
+    assert "whether it has seen these documents is unknown" in overlap_warning(documents, folder)
+
+
+def test_of_a_few_documents_there_are_no_intervals_and_it_is_said_why(tiny, prepared):
+    from pretrain.corpus.tokenizers import load_tokenizer
+    from pretrain.evaluation.likelihood.held_out import HeldOut
+    from pretrain.stages.evaluate import evaluate
+
+    model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    documents = [{"text": f"some words to read, {n} of them", "domain": "a"} for n in range(LEAST)]
+    few = evaluate(model, tokenizer, documents[:1], [HeldOut()], compressors=False)
+    assert few["intervals"] == {} and few["no_intervals"].startswith("1 document is too few")
+    enough = evaluate(model, tokenizer, documents, [HeldOut()], compressors=False)
+    assert enough["intervals"] and "no_intervals" not in enough
+
+
+def test_the_commonest_class_stands_beside_the_accuracy():
+    assert classification(["a", "a", "b", "a"], ["a", "a", "a", "b"]) | {"majority": 0.75, "accuracy": 0.5} == (
+        classification(["a", "a", "b", "a"], ["a", "a", "a", "b"])
+    )
+    assert tagging([["O", "B-X"]], [["O", "O"]])["majority"] == 1.0
+    assert regression([1.0, 2.0], [0.0, 2.0])["mse_of_mean"] == 1.0
+
+
+def test_a_confusion_gives_each_class_its_precision_recall_and_f1():
+    from sklearn.metrics import precision_recall_fscore_support
+
+    true, answered = list("aaaabbbcc"), list("aaabbbaac")
+    confusion = confusion_of(answered, true)
+    expected = precision_recall_fscore_support(true, answered, labels=["a", "b", "c"])
+    rows = class_rows(confusion)
+    assert [row.name for row in rows] == ["a", "b", "c"] and [row.count for row in rows] == [4, 3, 2]
+    for row, precision, recall, f1 in zip(rows, *expected[:3], strict=True):
+        assert (row.precision, row.recall, row.f1) == pytest.approx((precision, recall, f1))
+    assert mistakes(confusion) == [("a", "b", 1), ("b", "a", 1), ("c", "a", 1)]
+    assert never_answered(confusion_of(["a", "a"], ["a", "b"])) == ["b"]
+    found = summary({"task": Measured({"accuracy": 0.6}, confusion=confusion)}, [], compressors=False)
+    assert found["confusion"] == confusion
+    page = str(classes(confusion))
+    assert '<td data-label="recall">0.750</td>' in page and "a: answered b, 25%" in page
+    many = confusion_of([f"c{n}" for n in range(20)], [f"c{(n + 1) % 20}" for n in range(20)])
+    assert "The commonest mistakes" in str(classes(many))
+
+
+def page_of(accuracy, majority, interval, held_out, *, confusion=None, kept=None, given=(), unit="tokens", objective="classification"):  # fmt: skip
+    """A run with an encoder and what was tuned on labels."""
+    stages = [
+        {"name": name, "stage": "train", "status": "done", "writes": "checkpoint", "weights": 10**5, "bytes": 4, "family": "bert",
+         "lineage": {"tokens": 1000, "unit": unit}, "metrics": metrics, "seconds": 1.0, "inputs": {"init": init} if init else {},
+         "config": {"budget": {"epochs": 3}} | ({"init": init} if init else {})}
+        for name, init, metrics in (("encoder", "", {"loss": 2.5}), ("tuned", "encoder", {"loss": 0.3}))
+    ]  # fmt: skip
+    axes = {"tokens": [1000], "seconds": [1.0]}
+    trainings = [
+        {"name": name, "unit": unit, "objective": [method], "step": axes | {"loss": [1.0], "bits_per_byte": [None]},
+         "evaluation": {"loss": losses, "bits_per_byte": [None] * len(losses)}}
+        for name, method, losses in (("encoder", "masked_lm", [3.0, 2.5]), ("tuned", objective, held_out))
+    ]  # fmt: skip
+    trainings[1] |= {} if kept is None else {"kept": kept}
+    metrics = {"accuracy": accuracy, "majority": majority, "documents": 50.0}
+    evaluation = {"name": "test", "of": "tuned", "metrics": metrics, "intervals": {"accuracy": interval}, "confusion": confusion or {}}  # fmt: skip
+    run = {"name": "r", "recipe": "r.yaml", "seed": 0, "stages": stages, "given": list(given)}
+    evaluations = [evaluation] if accuracy is not None else []
+    return {"run": run, "stages": stages, "trainings": trainings, "evaluations": evaluations, "corpora": [], "folder": "runs/r"}  # fmt: skip
+
+
+FALLING, FLAT, RISING = [1, 0.8, 0.6, 0.5, 0.4, 0.3], [1, 0.5, 0.3, 0.3, 0.3, 0.3], [1, 0.5, 0.3, 0.4, 0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("given", "judgement", "advice"),
+    [
+        ((0.9, 0.5, (0.8, 0.95), FLAT), "Good: it is better than", "label more of that"),
+        ((0.6, 0.5, (0.4, 0.8), FLAT), "not surely so: the interval reaches down to 0.4", "label more of that"),
+        ((0.5, 0.5, (0.4, 0.6), FLAT), "That is not good", "more labelled documents, or a pretrained model"),
+        ((0.9, 0.5, (0.8, 0.95), RISING), "Good", "more passes do not help"),
+        ((0.9, 0.5, (0.8, 0.95), FALLING), "Good", "train longer; the held-out loss still fell"),
+    ],
+)
+def test_a_classifier_is_judged_and_advised_as_one(given, judgement, advice):
+    found = summarise(page_of(*given))
+    assert f"an accuracy of {given[0]:.3g} on 50 documents" in found.result and "0.5" in found.result
+    assert judgement in found.judgement and advice in found.advice
+    assert "tokens for each weight" not in found.advice
+
+
+def test_a_class_that_is_never_answered_is_named():
+    found = summarise(page_of(0.9, 0.5, (0.8, 0.95), FLAT, confusion={"a": {"a": 9}, "rare": {"a": 2}}))
+    assert "never answers “rare” (2)" in found.judgement and "“rare” (2 held out)" in found.advice
+
+
+def test_the_next_command_keeps_what_set_gave_and_replaces_what_it_changes():
+    given = ("--set", "tuned.length=64", "--set", "tuned.budget.steps=5", "--output", "runs/my r")
+    found = summarise(page_of(0.9, 0.5, (0.8, 0.95), FALLING, given=given))
+    assert found.command == (
+        "pretrain run r.yaml --set tuned.length=64 --output 'runs/my r' --set tuned.budget.epochs=12"
+    )
+
+
+def test_losses_of_different_objectives_are_never_compared():
+    from pretrain.report.charts import changes
+
+    page = page_of(0.9, 0.5, (0.8, 0.95), FLAT, kept=2)
+    text = str(changes(page))
+    assert "held-out loss of classification (nats)" in text and "<b>0.3</b>" in text and "<b>2.5</b>" not in text
+    assert {plot["unit"] for plot in plots(page["trainings"])} == {"loss of masked_lm (nats)", "loss of classification (nats)"}  # fmt: skip
+    assert plots(page_of(None, 0, (0, 0), FLAT, unit="images", objective="native")["trainings"])[1]["unit"] == "loss of native"  # fmt: skip
+
+
+def test_what_was_kept_is_shown_and_not_the_end_of_the_curve():
+    page = page_of(None, 0, (0, 0), RISING, kept=2)
+    found = summarise(page)
+    assert "a held-out loss of classification (nats) of 0.3." in found.result
+    assert "fell by 70%" in found.judgement
+
+
+@pytest.mark.parametrize(
+    ("unit", "words"), [("images", "more images"), ("steps", "more data"), ("tokens", "more text")]
+)
+def test_other_things_than_text_are_called_what_they_are(unit, words):
+    page = page_of(None, 0, (0, 0), RISING, unit=unit, objective="native")
+    assert words in summarise(page).advice
+
+
+def test_a_curve_of_two_points_is_said_to_say_nothing():
+    found = summarise(page_of(None, 0, (0, 0), [1.0, 0.9], unit="images", objective="native"))
+    assert "measure more often" in found.advice and "levelled off" not in found.advice
+    assert found.command == "pretrain run r.yaml --set tuned.evaluate_every=0.05"
