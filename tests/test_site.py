@@ -16,6 +16,7 @@ import typer
 
 from pretrain import recipe
 from pretrain.cli import app
+from pretrain.docs.site import labelled
 from pretrain.docs.stages import EXAMPLES, described, examples, names
 from pretrain.stages import Stage, stage_classes
 
@@ -165,3 +166,8 @@ def test_the_quickstart_ends_with_where_to_look_and_three_commands_that_are_unde
     assert len(suggested) == 3 and closing.count(str(place / "bin" / "pretrain")) == 3
     for command in suggested:
         parsed(shlex.split(command, comments=True)[1:])
+
+
+def test_each_cell_of_a_table_is_named_by_the_head_of_its_column():
+    table = "<table><thead><tr><th>a <b>x</b></th><th>b</th></tr></thead><tbody><tr><td>1</td><td>2</td></tr></tbody></table>"  # fmt: skip
+    assert '<td data-label="a x">1</td><td data-label="b">2</td>' in labelled(table)

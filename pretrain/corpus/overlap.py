@@ -28,6 +28,15 @@ def training_corpora(checkpoint: Path) -> tuple[list[Path], int]:
     return places, len({*addresses}) - len(places)
 
 
+def text_column(checkpoint: Path) -> str:
+    """The column that held the texts of the tables which a checkpoint has learnt from; `text` where that is unknown."""
+    names = set()
+    for corpus in training_corpora(checkpoint)[0]:
+        sources = read_json(corpus / "corpus.json").get("sources") or []
+        names |= {str(source.get("text") or "text") for source in sources if isinstance(source, dict)}
+    return names.pop() if len(names) == 1 else "text"
+
+
 def trained_on(documents: Sequence[Document], corpora: Sequence[Path]) -> list[int]:
     """The numbers of the documents whose content, but for white space, stands in the training split of a corpus."""
     sought: dict[bytes, list[int]] = {}

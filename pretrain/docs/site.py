@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import posixpath
 import re
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[2]  # of the repository
 SHOWN = "files"  # where in the site the repository's files are shown
 CURVES = "claims.html"  # a page that is there already, with the name of the one made from claims.md
+_TABLE = re.compile(r"<table>.*?</table>", re.DOTALL)
+_ROW = re.compile(r"<tr>.*?</tr>", re.DOTALL)
+_HEAD = re.compile(r"<th\b[^>]*>(.*?)</th>", re.DOTALL)
 _LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)(?=[)#])")
 
 
@@ -46,6 +50,24 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         return markdown
     markdown = _LINK.sub(shown, markdown).replace(f"]({CURVES})", "](curves.html)")
     return markdown.replace(".ipynb)", ".md)")
+
+
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Name in each cell of a table the head of its column, which stands above it where a page is narrow."""
+    return _TABLE.sub(lambda table: labelled(table[0]), html)
+
+
+def labelled(table: str) -> str:
+    """A table in HTML with `data-label` in its cells."""
+    heads = [re.sub(r"<[^>]+>", "", head).strip().replace('"', "&quot;") for head in _HEAD.findall(table)]
+
+    def row(match: re.Match[str]) -> str:
+        places = count()
+        return re.sub(
+            r"<td\b", lambda _: f'<td data-label="{heads[n] if (n := next(places)) < len(heads) else ""}"', match[0]
+        )
+
+    return _ROW.sub(row, table)
 
 
 def outside(page: str, link: str) -> str | None:

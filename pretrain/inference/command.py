@@ -10,7 +10,7 @@ import typer
 
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.imports import uncollected
-from pretrain.inference.measuring import ON_ERROR, on_error_of
+from pretrain.inference.measuring import ON_ERROR, TEXT, on_error_of
 
 
 def predict(
@@ -18,7 +18,7 @@ def predict(
     file: Annotated[
         str, typer.Argument(help=".jsonl, .csv, .tsv, .parquet, .txt (a text a line); - reads it from standard input.")
     ],
-    text: Annotated[str, typer.Option(help="The column of the texts.")] = "text",
+    text: Annotated[str | None, typer.Option(help=TEXT)] = None,
     pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
     output: Annotated[
         Path | None, typer.Option(help="OUT.jsonl or OUT.csv; JSON lines to the screen by default.")
@@ -32,7 +32,8 @@ def predict(
     ] = None,
 ) -> None:
     """Label, tag, score or answer the rows of a file with a tuned checkpoint."""
-    newest_checkpoint(checkpoint)  # what is wrong is said before anything large is imported
+    place = newest_checkpoint(checkpoint)  # what is wrong is said before anything large is imported
+    from pretrain.corpus.overlap import text_column
     from pretrain.corpus.sources import Skipped
     from pretrain.inference.rows import check
 
@@ -41,7 +42,7 @@ def predict(
     with uncollected():
         from pretrain.inference.predict import open_head, predict_file
 
-        head = open_head(checkpoint, text=text, pair=pair, scores=scores, answer=max_new_tokens)
+        head = open_head(place, text=text or text_column(place), pair=pair, scores=scores, answer=max_new_tokens)
     start = time.perf_counter()
     count, names = predict_file(head, file, output, batch_size, force=force, skipped=skipped)
     seconds = time.perf_counter() - start

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 Placed = list[tuple[str, dict[str, Any]]]  # documents with where they stand
 OnError = Literal["stop", "skip"]
+TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
 ON_ERROR = "What a row that cannot be read does: stop, or skip."
 
 
@@ -39,7 +40,7 @@ def evaluate(
             "--evaluation", help="NAME, or {method: NAME, field: value}; by default what fits the model's head."
         ),
     ] = None,
-    text: Annotated[str, typer.Option(help="The column of a table's texts.")] = "text",
+    text: Annotated[str | None, typer.Option(help=TEXT)] = None,
     label: Annotated[
         str | None, typer.Option(help="The column of what is true: labels, numbers, tags, answers.")
     ] = None,
@@ -53,7 +54,7 @@ def evaluate(
     place = newest_checkpoint(checkpoint)
     with uncollected():
         from pretrain.core import checkpoint as checkpoints
-        from pretrain.corpus.overlap import overlap_warning
+        from pretrain.corpus.overlap import overlap_warning, text_column
         from pretrain.corpus.store import Corpus
         from pretrain.inference.heads import evaluation_for
         from pretrain.stages import build_method
@@ -67,7 +68,7 @@ def evaluate(
     if folder is not None:
         documents = stage.documents_of(Corpus(folder), split, max_documents, chosen, processor)
     else:
-        documents = _read(data, text, policy, max_documents, chosen, (model, processor))
+        documents = _read(data, text or text_column(place), policy, max_documents, chosen, (model, processor))
     seen = overlap_warning(documents, place, folder if split != "train" else None)
     if seen:
         typer.echo(f"warning: {seen}", err=True)

@@ -17,13 +17,15 @@ from pretrain.new.look import Look
 from pretrain.new.stages import written
 from pretrain.new.start import MOST_PASSES, Start
 from pretrain.new.tables import Table
-from pretrain.new.tuning import TOKEN, Plan, Tuned, plan
+from pretrain.new.tuning import Plan, Tuned, plan
 from pretrain.new.words import contents
 
 LAW = Path(dial.__file__).parent / "laws" / "python.json"
 MINUTES = (1, 2, 5, 10, 20, 30)
 EVENING = 60.0 * MINUTES[-1]
 ENOUGH = 1.03  # of the loss of an evening's training is as good as it
+TOKEN = 3.5  # bytes, about
+FRAME = 2  # tokens that begin and end a text
 PIXEL_FLOPS = 6 * 1.1e6 * 48  # of an image of 64 patches in training
 RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
 
@@ -60,6 +62,11 @@ class Asked:
         return next(time for time, each in zip(times, bits, strict=True) if each <= ENOUGH * bits[-1])
 
     @property
+    def token(self) -> float:
+        """Bytes of a token, about: one where there is too little text for a vocabulary."""
+        return 1.0 if self.init is None and start.vocabulary(self.text) <= start.BYTES else TOKEN
+
+    @property
     def measured(self) -> str:
         """How often is measured while it trains, where something is held out."""
         return stages.MEASURED if self.look.share else ""
@@ -71,7 +78,8 @@ class Asked:
         sizes = [len(text) for text in table.texts] or [length]
         documents = max(1.0, self.text / max(1.0, sum(sizes) / len(sizes)))
         adapted, held_out = self.init is not None and self.init.wide, documents * self.look.share
-        tuned = Tuned(width, blocks, sizes, documents, held_out, length, start.rate(), adapted)
+        tokens = [FRAME + size / self.token for size in sizes]
+        tuned = Tuned(width, blocks, tokens, documents, held_out, length, start.rate(), adapted)
         return plan(tuned, self.budget * share, epochs, duration(self.budget * share))
 
     @cached_property
@@ -80,7 +88,7 @@ class Asked:
         table, init = self.look.table, self.init
         if table is None or self.task not in ("classify", "chat"):
             return None
-        length = _length(table, 256) if self.task == "classify" else 512 if init is not None and init.wide else 256
+        length = _length(table, 256, self.token) if self.task == "classify" else 512 if init is not None and init.wide else 256
         if init is None:
             return self.tuning(*_encoder_size(self), epochs=8, length=length, share=0.5)
         epochs = 3 if init.wide else 8
@@ -198,15 +206,15 @@ def _objective(table: Table) -> str:
     return f"{{{', '.join(f'{name}: {quoted(value)}' for name, value in fields.items())}}}"
 
 
-def _length(table: Table, most: int) -> int:
-    """Tokens that nearly all texts fit in, a multiple of 32."""
-    return max(32, min(most, 32 * math.ceil(table.characters / TOKEN / 32)))
+def _length(table: Table, most: int, token: float) -> int:
+    """Tokens, of so many bytes, that nearly all texts fit in, a multiple of 32."""
+    return max(32, min(most, 32 * math.ceil((table.characters / token + FRAME) / 32)))
 
 
 def _classify(asked: Asked) -> list[str]:
     table, init = asked.look.table, asked.init
     assert table is not None, "the command asks for one"
-    objective, length = _objective(table), _length(table, 256)
+    objective, length = _objective(table), _length(table, 256, asked.token)
     before = [] if init is not None else _encoder(asked, length)
     length = length if init is None else init.length(length)
     assert asked.tuned is not None

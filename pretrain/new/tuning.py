@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pretrain.core.quick.machine import efficiency
 from pretrain.dial.choose import STEP
 
-TOKEN = 3.5  # bytes, about
 FEW = 50  # steps, below which a fine-tuning learns little
 ROWS = (16, 8, 4)  # of a step: fewer where steps are dear
 MEASUREMENTS = 20
@@ -25,7 +24,7 @@ class Tuned:
 
     width: int
     blocks: int
-    texts: Sequence[int]  # characters of some documents
+    sizes: Sequence[float]  # tokens of some documents
     documents: float  # that are trained on
     held_out: float  # that are measured, each time
     length: int  # tokens of a document at most
@@ -46,7 +45,7 @@ class Tuned:
 
     def _longest(self, rows: int) -> float:
         """Tokens of the longest of so many documents."""
-        sizes = sorted(min(float(self.length), 2 + size / TOKEN) for size in self.texts) or [float(self.length)]
+        sizes = sorted(min(float(self.length), size) for size in self.sizes) or [float(self.length)]
         count = len(sizes)
         return sum(size * (((k + 1) / count) ** rows - (k / count) ** rows) for k, size in enumerate(sizes))
 
