@@ -143,7 +143,10 @@ def check(page, path, payload, at_least):
         for found in re.finditer("§([0-9]+)§", text):
             numbers.add(found[1])
             rest = text[found.end() :]
-            assert rest.startswith(payload) or json.dumps(payload, ensure_ascii=False)[1:-1] in rest, text[:300]
+            quoted = payload.replace("'", "'\"'\"'")  # in a command for a shell
+            assert rest.startswith((payload, quoted)) or json.dumps(payload, ensure_ascii=False)[1:-1] in rest, text[
+                :300
+            ]
     assert len(numbers) >= at_least, sorted(numbers, key=int)
     return numbers, page.evaluate(TAGS)
 

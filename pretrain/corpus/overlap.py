@@ -17,14 +17,14 @@ RECORD = "pretrain.json"  # of a checkpoint
 
 def training_corpora(checkpoint: Path) -> tuple[list[Path], int]:
     """The corpora that a checkpoint comes from, and how many more are named by its lineage and not to be found."""
-    path = checkpoint / RECORD
-    lineage: JSONObject = read_json(path).get("lineage") or {} if path.exists() else {}
+    record = checkpoint / RECORD
+    lineage: JSONObject = read_json(record).get("lineage") or {} if record.exists() else {}
     addresses = [stage["address"] for stage in lineage.get("stages") or [] if stage.get("stage") == "data"]
     home = checkpoint.resolve().parent.parent  # the store: stages lie beside one another
     places: list[Path] = []
     for address in dict.fromkeys(addresses):
         end = f"*-{str(address)[:12]}/corpus/corpus.json"
-        places += [found.parent for found in [*home.glob(end), *home.parent.glob(f"*/{end}")][:1]]
+        places += [path.parent for path in [*home.glob(end), *home.parent.glob(f"*/{end}")][:1]]
     return places, len({*addresses}) - len(places)
 
 

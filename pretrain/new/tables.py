@@ -132,10 +132,10 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
     if label is not None and _is_text(rows, label) and not _is_label(rows, label):
         return replace(seen, kind="chat", text=column, label=label)  # an answer to each text
     if label is not None and _names_rows(label, values):
-        own = len({str(value) for value in values})
+        different = len({str(value) for value in values})
         labels = ", ".join(name for name in seen.columns if name != column and _is_label(rows, name))
         raise PretrainError(
-            f"--label {label!r}: {own:,} different values in {len(values):,} rows, so it names rows and labels none; "
+            f"--label {label!r}: {different:,} different values in {len(values):,} rows, so it names rows and labels none; "
             f"accepted: a column whose values come again{f' ({labels})' if labels else ''}"
         )
     classes = len({str(value) for value in values})

@@ -218,7 +218,7 @@ def summary(measured: dict[str, Measured], documents: list[Document], *, compres
         intervals |= {name: list(ends) for name, ends in part.intervals.items()}
         for domain, values in part.domains.items():
             domains[domain] = domains.get(domain, {}) | values
-    found: Record = {
+    whole: Record = {
         "metrics": metrics,
         "domains": domains,
         "intervals": intervals,
@@ -228,5 +228,5 @@ def summary(measured: dict[str, Measured], documents: list[Document], *, compres
     }
     if few := [part.few for part in measured.values() if part.few]:
         number = f"{min(few)} documents are" if min(few) > 1 else "1 document is"
-        found["no_intervals"] = f"{number} too few to tell how far other documents would differ: {LEAST} or more"
-    return found | ({"confusion": confusion} if confusion else {})
+        whole["no_intervals"] = f"{number} too few to tell how far other documents would differ: {LEAST} or more"
+    return whole | ({"confusion": confusion} if confusion else {})
