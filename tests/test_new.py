@@ -369,3 +369,42 @@ def test_it_answers_without_torch(here):
     probe += "sys.argv = ['pretrain', 'new', 'reviews.csv']; from pretrain.cli import app; app()"
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("LIGHT\n")
+
+
+def test_a_label_that_names_rows_is_refused_and_labels_of_one_row_are_told(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [(n, f"some words to read, number {n}", "yes" if n % 2 else "no") for n in range(30)]
+    with open("data.csv", "w", newline="") as file:
+        csv.writer(file).writerows([("id", "text", "label"), *rows, (30, "an odd one out", "maybe")])
+    outcome = CliRunner().invoke(app, ["new", "data.csv", "--label", "id"])
+    assert "31 different values in 31 rows" in str(outcome.exception) and "(label)" in str(outcome.exception)
+    outcome = CliRunner().invoke(app, ["new", "data.csv"], catch_exceptions=False)
+    assert "a single row has the label 'maybe'" in outcome.output
+
+
+def test_a_folder_is_described_with_all_that_is_left_out_and_its_recipe_passes_the_plan(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    files = {f"src/m{n}.py": f"def f{n}(x):\n    return x + {n}\n" for n in range(40)} | {
+        "src/fast.pyx": "cdef int a\n", "src/conf.py": "password=hunter2\n", "app.min.js": "var a", "a.svg": "<svg/>", "b.svg": "<svg/>",
+        ".gitignore": "out/\n", "out/x.py": "x = 1\n",
+    }  # fmt: skip
+    for name, text in files.items():
+        (Path("mine") / name).parent.mkdir(parents=True, exist_ok=True)
+        (Path("mine") / name).write_text(text)
+    Path("mine/src/old.py").write_bytes(b"# caf\xe9\nx = 1\n")
+    outcome = CliRunner().invoke(app, ["new", "mine", "--budget", "1min"], catch_exceptions=False)
+    said_of = (
+        "src/conf.py, line 1: password=…",
+        "2 .svg files",
+        "1 generated (app.min.js)",
+        "1 ignored by git (out)",
+        "Cython",
+    )
+    assert all(words in outcome.output for words in said_of), outcome.output
+    assert "not UTF-8, so left out (on_error: skip): mine/src/old.py:1" in outcome.output
+    plan = CliRunner().invoke(app, ["run", "mine.yaml", "--dry-run"])
+    assert plan.exception is None or plan.exit_code == 0, plan.exception
+    text = Path("mine.yaml").read_text()
+    Path("mine.yaml").write_text(text.replace(", on_error: skip", ""))
+    stopped = CliRunner().invoke(app, ["run", "mine.yaml", "--dry-run"])
+    assert "mine/src/old.py:1: byte 0xe9 is not UTF-8" in str(stopped.exception)

@@ -135,8 +135,8 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
         different = len({str(value) for value in values})
         labels = ", ".join(name for name in seen.columns if name != column and _is_label(rows, name))
         raise PretrainError(
-            f"--label {label!r}: {different:,} different values in {len(values):,} rows, so it names rows and labels none; "
-            f"accepted: a column whose values come again{f' ({labels})' if labels else ''}"
+            f"--label {label!r}: {different:,} different values in {len(values):,} rows, so it names rows and labels "
+            f"none; accepted: a column whose values come again{f' ({labels})' if labels else ''}"
         )
     classes = len({str(value) for value in values})
     kind = "regress" if _is_number(values) and classes > MOST_RATINGS else "classify"
