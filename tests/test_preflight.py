@@ -249,3 +249,53 @@ def test_a_curve_of_two_points_is_said_to_say_nothing():
     found = summarise(page_of(None, 0, (0, 0), [1.0, 0.9], unit="images", objective="native"))
     assert "measure more often" in found.advice and "levelled off" not in found.advice
     assert found.command == "pretrain run r.yaml --set tuned.evaluate_every=0.05"
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "labels", "kept"),
+    [
+        ("classification", ["a", "c", "b", "a"], ("a", "b"), [0, 2, 3]),
+        ("classification", [1, 2, 3], ("1", "2", "3"), None),
+        ("tagging", ["O B-x", "O B-y"], ("O", "B-x"), [0]),
+    ],
+)
+def test_held_out_documents_of_a_class_that_no_training_document_has_are_left_out_and_told(
+    method, values, labels, kept
+):
+    from types import SimpleNamespace
+
+    from pretrain.core.method import method_class
+    from pretrain.stages._training_data import _leave_unlearnt
+
+    class HeldOutExamples:
+        def __init__(self):
+            self.kept, objective = None, method_class(method)()
+            self.split = {objective.columns[-1]: values}
+
+        def __len__(self):
+            return len(values)
+
+        def keep(self, numbers):
+            self.kept = list(numbers)
+
+    examples, lines = HeldOutExamples(), []
+    _leave_unlearnt(method_class(method)(), labels, examples, SimpleNamespace(say=lines.append))
+    assert examples.kept == kept and len(lines) == (kept is not None)
+    assert all("that no training document has" in line for line in lines)
+
+
+def test_an_evaluation_of_a_file_names_the_row_and_the_label_that_was_never_learnt(tmp_path):
+    from types import SimpleNamespace
+
+    from pretrain.core.method import method_class
+    from pretrain.inference.measuring import _labelled
+
+    task = method_class("task")()
+    model = SimpleNamespace(config=SimpleNamespace(id2label={0: "no", 1: "yes"}))
+    opened = (model, SimpleNamespace())
+    rows = [("f.csv:2 (row 1)", {"text": "a", "label": "yes"}), ("f.csv:3 (row 2)", {"text": "b", "label": "yse"})]
+    with pytest.raises(PretrainError, match=r"f\.csv:3 \(row 2\): label 'yse' \(did you mean 'yes'\?\); accepted"):
+        _labelled(rows, "f.csv", task, opened, "stop")
+    gone = [(where, {"text": row["text"], "lable": row["label"]}) for where, row in rows]
+    with pytest.raises(PretrainError, match=r"--label 'label': f\.csv has no such column \(did you mean 'lable'\?\)"):
+        _labelled(gone, "f.csv", task, opened, "stop")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 Placed = list[tuple[str, dict[str, Any]]]  # documents with where they stand
 OnError = Literal["stop", "skip"]
 TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
+COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
 ON_ERROR = "What a row that cannot be read does: stop, or skip."
 
 
@@ -185,7 +186,8 @@ def _print(result: JSONObject) -> None:
     table = Table("metric", "value", "95% interval")
     for name, value in result["metrics"].items():
         low, high = result["intervals"].get(name, (None, None))
-        table.add_row(name, f"{value:.4f}", "" if low is None else f"{low:.4f} to {high:.4f}")
+        shown = f"{value:,.0f}" if name in COUNTS else f"{value:.4f}"
+        table.add_row(name, shown, "" if low is None else f"{low:.4f} to {high:.4f}")
     for domain, domain_metrics in result["domains"].items():
         for name, value in domain_metrics.items():
             table.add_row(f"{name}, {domain}", f"{value:.4f}", "")
