@@ -19,7 +19,7 @@ from pretrain.cli import app
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.engine import run
-from pretrain.new import command
+from pretrain.new import written
 from pretrain.new.languages import prose_language
 from pretrain.new.look import look
 from pretrain.new.plans import duration, quoted
@@ -297,7 +297,7 @@ def test_on_a_terminal_it_asks_which_of_two_columns_is_the_label(here, monkeypat
     rows = [f"words of a longer text {n},{'ab'[n % 2]},{'xyz'[n % 3]}" for n in range(60)]
     (here / "t.csv").write_text("text,topic,sentiment\n" + "\n".join(rows))
     terminal = SimpleNamespace(isatty=lambda: True)
-    monkeypatch.setattr(command, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
+    monkeypatch.setattr(written, "sys", SimpleNamespace(stdin=terminal, stdout=terminal))
     asked = CliRunner().invoke(app, ["new", "t.csv"], input="topic\n")
     assert "which column is the label: sentiment, topic" in asked.output
     assert "2 labels in topic" in Path("t.yaml").read_text()

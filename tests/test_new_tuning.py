@@ -8,7 +8,7 @@ import pytest
 
 from pretrain.new.tuning import FEW, ROWS, Tuned, plan
 
-SMALL = Tuned(128, 4, [100] * 90 + [600] * 10, 2000.0, 200.0, 256, 5e10)
+SMALL = Tuned(128, 4, [31.0] * 90 + [173.0] * 10, 2000.0, 200.0, 256, 5e10)
 LARGE = replace(SMALL, width=768, blocks=12, adapted=True)
 
 

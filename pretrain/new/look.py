@@ -258,10 +258,12 @@ def _sides(paths: Sequence[Path]) -> list[int]:
     """The shorter sides of the images that can be opened."""
     from PIL import Image
 
+    from pretrain.core.samples import IMAGES as FORMATS
+
     sides = []
     for path in paths:
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 sides.append(min(image.size))
         except (OSError, ValueError, SyntaxError):
             continue

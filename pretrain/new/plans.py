@@ -88,7 +88,13 @@ class Asked:
         table, init = self.look.table, self.init
         if table is None or self.task not in ("classify", "chat"):
             return None
-        length = _length(table, 256, self.token) if self.task == "classify" else 512 if init is not None and init.wide else 256
+        length = (
+            _length(table, 256, self.token)
+            if self.task == "classify"
+            else 512
+            if init is not None and init.wide
+            else 256
+        )
         if init is None:
             return self.tuning(*_encoder_size(self), epochs=8, length=length, share=0.5)
         epochs = 3 if init.wide else 8

@@ -1,0 +1,157 @@
+"""A recipe for what lies in a folder: looked at, checked against what is asked for, written, and told."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import typer
+
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.files import write_text
+from pretrain.core.quick.quantities import quantity
+from pretrain.new.command import TASKS
+from pretrain.new.look import Look, look
+from pretrain.new.plans import Asked, recipe
+from pretrain.new.start import Start, start_of
+from pretrain.new.words import contents
+
+BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
+HEADS = {"continue": ("causal", "masked", "seq2seq"), "chat": ("causal", "seq2seq"), "compress": ("causal", "masked")}
+WANTED = {"classify": ("classify", "regress", "tag"), "chat": ("chat",)}  # kinds of tables
+LACKING = {"classify": "texts with labels", "chat": "conversations or answers"}
+
+
+def write(
+    place: str,
+    *,
+    task: str | None = None,
+    init: str | None = None,
+    output: Path | None = None,
+    budget: str | None = None,
+    text: str | None = None,
+    label: str | None = None,
+) -> None:
+    """Look at what is there, write a recipe for it, and say what was seen, guessed and left out."""
+    if task is not None and task not in TASKS:
+        raise unknown("task", task, TASKS)
+    path = Path(place).expanduser()
+    target = output or Path(f"{name_of(path)}.yaml")
+    if target.exists():
+        raise PretrainError(f"{target} exists; accepted: a name that is free, with --output")
+    if not path.exists() and not re.search(r"[*?\[]|://", place):
+        _starter(place, target, (task, init, budget, text, label))
+        return
+    seconds = None if budget is None else _seconds(budget)
+    seen = look(place, text=text, label=label, table=task in ("classify", "chat"))
+    chosen = task or _guess(seen, init)
+    seen = _settled(seen, place, text, label) if chosen == "classify" else seen
+    start = None if init is None else start_of(init)
+    _check(seen, chosen, start, guessed=task is None)
+    asked = Asked(name_of(target), seen, chosen, start if chosen != "pretrain" else None, seconds)
+    write_text(target, recipe(asked))
+    _say(asked, target, task is None)
+
+
+def name_of(path: Path) -> str:
+    """A recipe's name, from a folder's or a file's."""
+    stem = path.absolute().name.split(".")[0] if not path.is_dir() else path.resolve().name
+    return re.sub(r"[^\w-]+", "-", stem).strip("-") or "mine"
+
+
+def _starter(place: str, target: Path, others: tuple[object, ...]) -> None:
+    """The starter, for a name at which nothing lies."""
+    if any(others) or re.search(r"[/\\]", place) or not re.fullmatch(r"[\w-]+(\.ya?ml)?", place):
+        raise PretrainError(f"{place!r}: no such file or folder; accepted: one to learn from, or the name of a starter")
+    starter = Path(__file__).parents[1].joinpath("starter.yaml").read_text(encoding="utf-8")
+    write_text(target, starter.replace("NAME", target.stem))
+    typer.echo(f"{target}: nothing lies at {place}, so it is a starter: edit it, then: pretrain run {target}")
+
+
+def _seconds(budget: str) -> float:
+    value = quantity(budget.strip(), duration=True) if not re.fullmatch(r"[\d.]+\s?[kMBGTPE]", budget.strip()) else None
+    if value is None or value <= 0:
+        raise PretrainError(f"--budget {budget!r}: accepted: a time, 30min or 2h")
+    return float(value)
+
+
+def _guess(seen: Look, init: str | None) -> str:
+    kind = seen.table.kind if seen.table else ""
+    if kind in ("classify", "regress", "tag"):
+        return "classify"
+    if kind == "chat":
+        return "chat"
+    return "continue" if init is not None and seen.kind != "images" else "pretrain"
+
+
+def _settled(seen: Look, place: str, text: str | None, label: str | None) -> Look:
+    """With the label that the user chooses, on a terminal and where several columns may be it."""
+    table = seen.table
+    if table is None or not table.doubts or label is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return seen
+    candidates = [str(table.label), *table.doubts]
+    answer = typer.prompt(f"which column is the label: {', '.join(candidates)}", default=table.label)
+    if answer not in table.columns:
+        raise unknown("column", answer, table.columns)
+    return look(place, text=text, label=answer, table=True)
+
+
+def _check(seen: Look, task: str, init: Start | None, guessed: bool) -> None:
+    """Refuse what no recipe can do."""
+    table, place = seen.table, seen.place
+    kind = table.kind if table else ""
+    if task in BEGIN and init is None:
+        why = f"{place} holds {contents(seen)}. {task}" if guessed else f"--task {task}"
+        raise PretrainError(
+            f"{why} {BEGIN[task]} a checkpoint; accepted: --init with its folder, a run, or its name on the hub "
+            "(--init HuggingFaceTB/SmolLM2-135M)"
+        )
+    if task not in WANTED and table is not None and table.talk:
+        raise PretrainError(f"--task {task}: {place} holds conversations; accepted: --task chat, or a column of texts")
+    if seen.kind == "images" and task != "pretrain":
+        raise PretrainError(
+            f"--task {task}: {place} holds images; accepted: --task pretrain, which probes their labels"
+        )
+    if task in WANTED and kind not in WANTED[task]:
+        has = f"; its columns: {', '.join(table.columns)}" if table else ""
+        raise PretrainError(
+            f"--task {task}: {place} holds no {LACKING[task]}{has}; accepted: a table of them, or --label"
+        )
+    if task == "classify" and table is not None and table.lacking:
+        raise PretrainError(
+            f"{place}: {table.lacking} of the first {table.rows} rows lack a {table.label!r}; accepted: one in each"
+        )
+    if task in HEADS and init is not None and (init.kind not in HEADS[task] or init.family is None):
+        raise PretrainError(
+            f"--init {init.name!r} is a {init.config.get('model_type')} ({init.kind}); accepted for {task}: "
+            f"{' or '.join(HEADS[task])} language models"
+        )
+
+
+def _say(asked: Asked, target: Path, guessed: bool) -> None:
+    seen, table = asked.look, asked.look.table
+    typer.echo(f"{seen.place}: {contents(seen)}" + (f"; passed over: {seen.over}" if seen.over else ""))
+    notes = []
+    if guessed:
+        notes.append(f"guessed --task {asked.task}")
+    if table is not None and table.doubts and asked.task == "classify":
+        notes.append(f"the label may as well be {' or '.join(table.doubts)}: --label")
+    if table is not None and table.rare and asked.task == "classify":
+        some = ", ".join(map(repr, table.rare[:3])) + (", …" if len(table.rare) > 3 else "")
+        looked = "" if table.whole else f" of the first {table.rows:,}"
+        notes.append(
+            f"a single row{looked} has the label {some}: too few to learn it and to measure it; merge or drop such rows"
+        )
+    if seen.others:
+        notes.append(f"of {len(seen.others) + 1} tables the largest: {seen.files[0]}")
+    if seen.undecoded:
+        first, more = seen.undecoded[0], len(seen.undecoded) - 1
+        notes.append(f"not UTF-8, so left out (on_error: skip): {first}" + (f" and {more:,} more" if more else ""))
+    if not seen.share:
+        notes.append("too few documents to hold any out, so nothing is measured")
+    if asked.tuned is not None and asked.tuned.warning:
+        notes.append(asked.tuned.warning)
+    if notes:
+        typer.echo("; ".join(notes))
+    typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")
