@@ -13,7 +13,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json, write_json
+from pretrain.core.files import read_json, read_json_lines, write_json
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
 from pretrain.experiments.results import Result, check_budgets, result, write
@@ -48,9 +47,8 @@ class Shelf:
     def read(self, *files: Path) -> None:
         """Take in the outcomes of files of lines; a line that was cut off is passed over."""
         for path in dict.fromkeys(file for file in files if file.exists()):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with suppress(json.JSONDecodeError):
-                    self.known.update(json.loads(line))
+            for row in read_json_lines(path):
+                self.known.update(row)
 
     def get(self, trial: Trial) -> Outcome | None:
         """What a trial came to; None: it was not run yet."""
