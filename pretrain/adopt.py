@@ -19,6 +19,7 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import SUMS, atomic_folder, digest, file_digest, locked, sweep, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of, verify
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.processors import load_processor
 from pretrain.corpus.store import SPLITS, Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
@@ -47,7 +48,7 @@ def adopt(
     Raises `PretrainError` for a folder that a later stage could not open.
     """
     item = _chosen(plan(recipe, store), name)
-    part, source = item.stage.writes, Path(folder).expanduser()
+    part, source = item.stage.writes, expanded(folder)
     if not source.is_dir():
         raise PretrainError(f"{folder} is no folder; accepted: a {part} made elsewhere")
     find, check = {

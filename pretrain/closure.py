@@ -7,7 +7,6 @@ it never runs. A digest is of the syntax tree without docstrings, so that commen
 from __future__ import annotations
 
 import ast
-import json
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -20,6 +19,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest, write_json
 from pretrain.core.folders import cache_folder
+from pretrain.core.foreign import json as foreign
 from pretrain.core.registry import PACKAGE
 
 FORMAT = 1  # of what `as_json` gives; raised when the digests are made otherwise
@@ -202,9 +202,9 @@ def _cache_file() -> Path:
 
 def _on_disk() -> dict[str, Parsed]:
     try:
-        rows = json.loads(_cache_file().read_text(encoding="utf-8"))
+        rows = foreign.read(_cache_file())
         return {key: Parsed(mark, tuple((n, base, name) for n, base, name in imports)) for key, mark, imports in rows}
-    except (OSError, ValueError, TypeError):
+    except (PretrainError, OSError, ValueError, TypeError):
         return {}  # there is none yet, or it is damaged
 
 

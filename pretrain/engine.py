@@ -24,6 +24,7 @@ import yaml
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, sweep, write_json, write_text
 from pretrain.core.folders import corpus_of
+from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
@@ -186,8 +187,14 @@ def _run_stage(
         try:
             with _noted(item, parts, main), extras_named():
                 result = stage.pointing_to(item.inputs).run(job)
+        except (MemoryError, RuntimeError) as error:
+            if not out_of_memory(error):
+                raise
+            raise PretrainError(
+                f"stage {name!r}: there is not enough memory; accepted: a smaller model, fewer micro_rows, or less text"
+            ) from error
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = "there is not enough memory" if out_of_memory(error) else error.strerror or str(error)
             raise PretrainError(
                 f"stage {name!r}: {reason} ({error.filename or item.folder}); run again to go on"
             ) from error

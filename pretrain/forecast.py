@@ -39,7 +39,10 @@ def forecast(planned: Sequence[Planned]) -> list[Forecast]:
         if item.finished:
             estimate = Estimate(left=left_in(item.folder))
         else:
-            estimate = item.stage.estimate(dict(_given(item, left)))
+            try:
+                estimate = item.stage.estimate(dict(_given(item, left)))
+            except ArithmeticError:  # of a split without text, or numbers beyond what can be computed with
+                estimate = Estimate()
         left[item.stage.name] = estimate.left
         made.append(Forecast(item, estimate))
     return made

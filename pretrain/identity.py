@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -38,6 +39,7 @@ from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"
 FORMAT = 2  # of addresses; those of 1, which no record names, were made of the text of the methods' files too
+MANY = 20_000  # files of a folder that a recipe names
 SHOWN = 4  # differences that one line names
 
 
@@ -178,8 +180,21 @@ def state_of(path: Path) -> str:
     """The state of a file or folder: names, sizes and times; of what the hub gave its revision."""
     if pinned := hub.state(path):
         return pinned
-    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    files = sorted(_files(path)) if path.is_dir() else [path]
     return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder; one with more than `MANY` is no result of a stage."""
+    count = 0
+    for here, folders, names in os.walk(folder):
+        count += len(folders) + len(names)
+        if count > MANY:
+            raise PretrainError(
+                f"{folder} holds more than {MANY:,} files; accepted: the folder of a corpus, a tokenizer, a checkpoint "
+                "or a stage"
+            )
+        yield from (path for path in (Path(here, name) for name in names) if path.is_file())
 
 
 def _generations(home: Path) -> dict[str, int]:

@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from pretrain.core.bounds import accepted as accepted_values
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON, JSONObject
+from pretrain.core.foreign import yaml
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.outline import torch_imported
@@ -29,22 +30,10 @@ from pretrain.stages._size import Settled, settle
 from pretrain.training.budget import UNITS
 
 FIELDS = ("name", "seed", "output", "base", "set", "methods", "stages")
+SEEDS = 1 << 63  # as many as torch takes
 Place = tuple[str | int, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
 Raw: TypeAlias = JSONObject  # a recipe as it is read, with nothing checked
 Places = dict[Place, str]  # where each stands: FILE:LINE
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML with `1e6` read as a number, and no key given twice."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(
-        r"^[-+]?(?:[0-9][0-9_]*\.?[0-9_]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)$|^[-+]?[0-9][0-9_]*\.[0-9_]*$|^[-+]?\.(inf|nan)$"
-    ),
-    list("-+0123456789."),
-)
 
 
 @dataclass(frozen=True)
@@ -97,7 +86,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Raw, Places]:
                 f"{_at(places, (key,), path)}: unknown field {key!r}{hint}; accepted: {', '.join(FIELDS)}"
             )
     if isinstance(raw.get("methods"), str):
-        raw["methods"] = str((path.parent / Path(raw["methods"]).expanduser()).resolve())
+        raw["methods"] = str((path.parent / expanded(raw["methods"])).resolve())
     if raw.get("base") is not None:
         where = _at(places, ("base",), path)
         base = (path.parent / str(raw["base"])).resolve()
@@ -123,19 +112,10 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Raw, Places]:
 def _read_file(path: Path) -> tuple[Raw, Places]:
     """One file's mapping as it stands."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise PretrainError(f"recipe {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
-    try:
-        node = yaml.compose(text, Loader=_Loader)
-        places = {} if node is None else _locate(node, (), path)
-        raw = _unshared(yaml.load(text, Loader=_Loader))
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}:{mark.line + 1}" if mark else str(path)
-        raise PretrainError(f"{where}: not valid YAML: {getattr(error, 'problem', None) or error}") from error
-    except ValueError as error:  # a date such as 2026-13-45
-        raise PretrainError(f"{path}: not valid YAML: {error}") from error
+        text = yaml.read_text(path)
+    except PretrainError as error:
+        raise PretrainError(f"recipe {error}") from error
+    raw, places = yaml.loads(text, str(path))
     if not isinstance(raw, dict):
         raise PretrainError(f"{path}: accepted: a mapping with {', '.join(FIELDS)}")
     return raw, places
@@ -158,45 +138,9 @@ def _shown(value: object) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-def _unshared(value: JSON) -> JSON:
-    """The value with a copy wherever YAML's aliases share one, so that changing one place changes no other."""
-    if isinstance(value, dict):
-        return {k: _unshared(v) for k, v in value.items()}
-    return [_unshared(v) for v in value] if isinstance(value, list) else value
-
-
-def _locate(node: yaml.Node, place: Place, path: Path, within: tuple[yaml.Node, ...] = ()) -> Places:
-    """Where each place of the document stands; a key given twice, or one that is no plain word, is an error."""
-    where = f"{path}:{node.start_mark.line + 1}"
-    if node in within:
-        raise PretrainError(f"{where}: {'.'.join(map(str, place))} holds itself; accepted: no alias inside its anchor")
-    places = {place: where}
-    if isinstance(node, yaml.MappingNode):
-        names = set()
-        for key, value in node.value:
-            line = f"{path}:{key.start_mark.line + 1}"
-            if not isinstance(key, yaml.ScalarNode):
-                raise PretrainError(f"{line}: a key that is a list or a mapping; accepted: a word")
-            if key.value in names:
-                raise PretrainError(f"{line}: {key.value!r} is given twice")
-            names.add(key.value)
-            places |= _locate(value, (*place, key.value), path, (*within, node))
-            places[(*place, key.value)] = line
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            places |= _locate(value, (*place, index), path, (*within, node))
-    return places
-
-
 def parse(value: str) -> JSON:
     """A value as YAML reads it."""
-    try:
-        node = yaml.compose(value, Loader=_Loader)
-        if node is not None:
-            _locate(node, (), Path("value"))
-        return _unshared(yaml.load(value, Loader=_Loader))
-    except (yaml.YAMLError, ValueError) as error:
-        raise PretrainError(f"value {value!r} is not valid YAML") from error
+    return yaml.loads(value, f"value {_shown(value)}")[0]
 
 
 def put(raw: Raw, name: str, value: JSON, where: str) -> Place:
@@ -261,11 +205,11 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
 
     name = raw.get("name")
     name = (path.stem if path else "run") if name is None else name
-    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]*", name):
-        raise wrong("name", "letters, digits, '.', '_', '-' (in quotes if there are digits only)")
+    if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]{0,99}", name):
+        raise wrong("name", "letters, digits, '.', '_', '-', at most 100 (in quotes if there are digits only)")
     seed = as_typed(raw.get("seed", 0), int)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise wrong("seed", "a whole number of 0 or more")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+        raise wrong("seed", "a whole number of 0 or more, below 2**63")
     declared_output = raw.get("output")
     if declared_output is not None and (not isinstance(declared_output, str) or not declared_output.strip()):
         raise wrong("output", "a folder's path")
@@ -277,7 +221,10 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
             use_methods(outside)
         except PretrainError as error:
             raise PretrainError(f"{_at(places, ('methods',), whole)}: {error}") from error
-    folder = Path(output) if output is not None else Path(declared_output or Path("runs") / name)
+    try:
+        folder = Path(output) if output is not None else Path(expanded(declared_output or Path("runs") / name))
+    except PretrainError as error:
+        raise PretrainError(f"{_at(places, ('output',), whole)}: output: {error}") from error
     asked = raw
     try:
         raw, sizes = settle(raw, folder)
@@ -319,10 +266,12 @@ def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[
             f"{where}: stages.{index}.stage: unknown stage {_shown(kind)}{hint}; accepted: {', '.join(known)}"
         )
     entry = {"name": kind} | entry
-    if not isinstance(entry["name"], str) or not re.fullmatch(r"[\w-]+", entry["name"]):
+    if not isinstance(entry["name"], str) or not re.fullmatch(r"[\w-]{1,100}", entry["name"]):
         where = _at(places, ("stages", index, "name"), whole)
         shown = _shown(entry["name"])
-        raise PretrainError(f"{where}: stages.{index}.name {shown}: accepted: letters, digits, '_', '-', as text")
+        raise PretrainError(
+            f"{where}: stages.{index}.name {shown}: accepted: letters, digits, '_', '-', at most 100, as text"
+        )
     if entry["name"] in earlier:
         raise PretrainError(f"{where}: two stages are named {entry['name']!r}; accepted: a name of its own for each")
     unnamed = next((key for key in entry if not isinstance(key, str)), None)

@@ -35,7 +35,7 @@ def test_a_folder_gives_a_document_a_file_and_counts_what_it_passes_over(tmp_pat
     (tmp_path / "a.py").write_text("x = 1\n")
     (tmp_path / "b.md").write_text("# héllo\n")
     (tmp_path / "c.bin").write_bytes(b"\0\1\2")
-    (tmp_path / "d.txt").write_bytes(b"\xff\xfe broken")
+    (tmp_path / "d.txt").write_bytes(b"\xff broken")
     (tmp_path / "e.txt").write_text("  \n")
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "f.txt").write_text("hidden")

@@ -73,7 +73,6 @@ def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
         ("name: small", "output: 5", r"r.yaml:1: output 5: accepted: a folder's path"),
         ("name: small", "? [a, b]\n: 5", r"r.yaml:1: a key that is a list or a mapping; accepted: a word"),
         ("name: small", "5: small", r"r.yaml:1: unknown field 5; accepted: name"),
-        ("name: small", "name: 2026-13-45", r"r.yaml: not valid YAML: month must be in 1..12"),
         ("stage: data", "stage: data\n    7: x", r"r.yaml:6: corpus: field 7: accepted: a word"),
         ("stage: data", "stage: [data]", r"r.yaml:5: stages.0.stage: unknown stage \['data'\]"),
         ("name: corpus", "name: 7", r"r.yaml:4: stages.0.name 7: accepted: .*as text"),
@@ -137,7 +136,7 @@ def test_overrides_reach_into_stages_and_methods(tmp_path):
         ("set=5", r"--set 'set': accepted: one of name, seed, output, methods, stages, or STAGE.field"),
         ("model.optimizer.lr=-1", r"--set model.optimizer.lr=-1: model.optimizer: .*lr: -1"),
         ("corpus.sources=&a [*a]", r"--set .*holds itself"),
-        ("model.model=[5", "is not valid YAML"),
+        ("model.model=[5", "not valid YAML"),
     ],
 )
 def test_a_wrong_override_is_named(tmp_path, override, message):

@@ -55,7 +55,7 @@ def test_no_file_of_the_package_reads_a_pickle():
             assert not call.endswith(("load_state_dict_from_url", "read_pickle", "to_pickle", "_reconstruct")), name
             assert words.get("allow_pickle", "False") == "False" and words.get("weights_only", "True") == "True", name
             if call in ("yaml.load", "yaml.load_all"):
-                assert name == "recipe.py" and words == {"Loader": "_Loader"}
+                raise AssertionError(name)
             assert call not in ("yaml.unsafe_load", "yaml.full_load"), name
 
 
@@ -77,7 +77,7 @@ def test_what_could_run_code_stands_where_it_is_looked_after():
             assert call != "exec" or name in RUNNERS["exec"], name
             assert not call.startswith("subprocess.") or name in RUNNERS["subprocess"], name
             assert call != "Image.open" or "formats" in words, name
-    assert "yaml.SafeLoader" in ast.unparse(MODULES["recipe.py"])
+    assert "yaml.SafeLoader" in ast.unparse(MODULES["core/foreign/yaml.py"])
 
 
 class Bomb:

@@ -11,24 +11,27 @@ trained beside frozen weights lies in the folder `adapter` once more, in `peft`'
 from __future__ import annotations
 
 import dataclasses
-import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NotRequired, Protocol, TypeAlias, TypedDict, cast, get_origin
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.core.bounds import hints
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import JSONObject, atomic_folder, file_digest, read_json, write_json
+from pretrain.core.files import JSONObject, atomic_folder, file_digest, read_json, read_object, write_json
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.folders import verify
+from pretrain.core.foreign.configs import check_config, check_count, check_layers, check_record, check_types, unmarked
+from pretrain.core.foreign.parsing import parsing, reason
+from pretrain.core.foreign.weights import Stored, headers
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import is_narrow
@@ -129,8 +132,8 @@ def recorded(entry: Entry) -> Recorded:
     config |= {name: ("",) for name in many if config.get(name) == ""}  # as references were blanked in older files
     try:
         return cls(**config)
-    except TypeError as error:
-        raise PretrainError(f"recorded surgery {entry['method']!r}: {_one_line(error)}") from error
+    except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
+        raise PretrainError(f"recorded surgery {entry['method']!r}: {reason(error)}") from error
 
 
 def save(
@@ -189,11 +192,12 @@ def read_record(folder: Path | str) -> Record:
     if not path.exists():
         return {}
     verify(path.parent, lambda name: name == RECORD)
-    record = cast("Record", _read_object(path))
+    record = cast("Record", read_object(path))
     if not isinstance(record.get("format"), int) or not 1 <= record["format"] <= FORMAT:
         raise PretrainError(
             f"{path}: format {record.get('format')!r}: accepted: up to {FORMAT}; a newer pretrain wrote it"
         )
+    check_record(path, record)
     return record
 
 
@@ -217,18 +221,17 @@ def load_config(folder: Path | str) -> PreTrainedConfig:
     if not path.exists():
         raise PretrainError(f"{folder} is not a checkpoint: it has no config.json")
     verify(path.parent, lambda name: name == path.name)
-    raw = _read_object(path)
+    raw = read_object(path)
     kind = str(raw.pop("model_type", None) or "").removeprefix(FOREIGN).partition(":")[0]
     if kind not in CONFIG_MAPPING:
         raise PretrainError(
             f"{path}: model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}: accepted: a type that transformers "
             f"{transformers.__version__} knows{code_of(folder)}"
         )
+    check_config(path, raw)
     raw.pop("auto_map", None)  # so that what is written from it names no code either
-    try:
+    with parsing(str(path), f"a configuration of {kind}"), quiet():
         return CONFIG_MAPPING[kind].from_dict(raw)
-    except Exception as error:  # a strict configuration has error types of its own
-        raise PretrainError(f"{path}: {_one_line(error)}") from error
 
 
 def load(
@@ -252,15 +255,21 @@ def load(
     _check(files, entry.get("checksums"))
     verify(folder)
     model_class = _model_class(folder, config)
+    _check_built(folder, model_class, config, headers(files), surgical=bool(surgery))
     if entry.get("dtype") == "float32":  # frozen weights are stored in the type they came in, and computed with in this
         dtype = dtype or torch.float32
     if surgery:
         model = _restore(model_class, config, surgery, files, dtype)
-        if (folder / "generation_config.json").exists():
-            model.generation_config = GenerationConfig.from_pretrained(folder)
     else:
         model = _load_plain(model_class, folder, config, dtype)
-    return align(model.to(device or "cpu")).eval(), load_processor(folder)  # type: ignore[arg-type]  # transformers hides what `to` takes
+    if (path := folder / "generation_config.json").exists():
+        with parsing(str(path), "a generation configuration"), quiet():
+            model.generation_config = GenerationConfig.from_dict(read_object(path))
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            raise PretrainError(f"{folder}: {name} holds NaN or infinity; accepted: finite weights")
+    processor = load_processor(folder)
+    return align(model.to(device or "cpu")).eval(), processor  # type: ignore[arg-type]  # transformers hides what `to` takes
 
 
 def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -288,15 +297,13 @@ def _load_plain(
     model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None
 ) -> PreTrainedModel:
     if (folder / "generation_config.json").exists():
-        _read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
-    try:
-        with quiet(), offline():
-            loaded = model_class.from_pretrained(
-                folder, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True,
-                local_files_only=True, ignore_mismatched_sizes=True,
-            )  # fmt: skip
-    except (OSError, RuntimeError, ValueError, ImportError, SafetensorError) as error:
-        raise PretrainError(f"{folder} cannot be loaded: {_one_line(error)}") from error
+        read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
+    told = parsing(f"{folder} cannot be loaded", "a whole checkpoint of transformers")
+    with told, quiet(), offline(), unmarked(folder) as place:
+        loaded = model_class.from_pretrained(
+            place, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True,
+            local_files_only=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
     model, report = cast("tuple[PreTrainedModel, _Report]", loaded)
     kind = config.model_type
     unused = next((family.unused for family in FAMILIES if kind in family.types), ())
@@ -312,6 +319,29 @@ def _load_plain(
     return model
 
 
+def _check_built(
+    folder: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, Stored], *,
+    surgical: bool,
+) -> None:  # fmt: skip
+    """Refuse a configuration that does not go with the weights, by a model that is built without any memory."""
+    path = folder / "config.json"
+    raw = read_object(path)
+    check_layers(path, raw, stored)
+    if raw.get("quantization_config") is not None:
+        return  # what is packed into whole numbers has other types and counts than its model
+    try:
+        with quiet(), torch.device("meta"):
+            built = model_class(config)
+    except Exception as error:
+        if "meta" in str(error):  # a constructor that looks at values, of which there are none here
+            return
+        raise PretrainError(f"{path}: {reason(error)}; accepted: the configuration of a model") from error
+    check_count(path, sum(parameter.numel() for parameter in built.parameters()), stored)
+    if not surgical:
+        kinds = {name: tensor.is_floating_point() for name, tensor in built.state_dict().items()}
+        check_types(folder, kinds, stored)
+
+
 def _restore(
     model_class: type[PreTrainedModel],
     config: PreTrainedConfig,
@@ -320,14 +350,17 @@ def _restore(
     dtype: torch.dtype | None,
 ) -> PreTrainedModel:
     """Build from the configuration, repeat the recorded surgeries' changes of structure, load the weights strictly."""
-    model = model_class(config)
+    with parsing(f"{files[0].parent}: a model of config.json", "the configuration as it was written"):
+        model = model_class(config)
     for entry in surgery:
         method = recorded(entry)
-        model = method.restore(model)
+        with parsing(f"{files[0].parent}: recorded surgery {method.name!r}", "the record as it was written"):
+            model = method.restore(model)
         record(model, method, foreign=entry.get("foreign", True))
     weights: dict[str, torch.Tensor] = {}
     for path in files:
-        weights |= load_file(path)
+        with parsing(f"{path} is truncated or damaged", "a whole safetensors file"):
+            weights |= load_file(path)
     known = model.state_dict(keep_vars=True)
     stored = {id(known[name]) for name in weights if name in known}  # tied weights are stored under one of their names
     missing = [
@@ -337,12 +370,12 @@ def _restore(
     if missing or extra:
         raise PretrainError(f"{files[0]}: weights do not fit the recorded surgery, first: {(missing + extra)[0]}")
     for name, tensor in weights.items():
+        if known[name].is_floating_point() and not tensor.is_floating_point():
+            raise PretrainError(f"{files[0]}: {name} is of {tensor.dtype}; accepted: floating-point weights")
         wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
         known[name].data = known[name].data.to(wanted)  # not model.to(), which would round the rotary tables too
-    try:
+    with parsing(f"{files[0]}: weights do not fit the recorded surgery", "weights of the recorded shapes"):
         model.load_state_dict(weights, strict=False)
-    except RuntimeError as error:
-        raise PretrainError(f"{files[0]}: weights do not fit the recorded surgery: {_one_line(error)}") from error
     return model
 
 
@@ -351,11 +384,9 @@ def stored_dtype(folder: Path | str) -> torch.dtype:
     folder, names = Path(folder), {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     held = dict.fromkeys(names, 0)
     for path in _weight_files(folder, "pretrain" if _foreign(read_record(folder).get("surgery", [])) else "model"):
-        with safe_open(path, "pt") as file:
-            for name in file.keys():  # noqa: SIM118
-                part = file.get_slice(name)
-                if part.get_dtype() in held:
-                    held[part.get_dtype()] += math.prod(part.get_shape())
+        for each in headers([path]).values():
+            if each.dtype in held:
+                held[each.dtype] += each.count
     return names[max(held, key=lambda kind: held[kind])]
 
 
@@ -364,7 +395,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
     whole, index = folder / f"{stem}{WEIGHTS}", folder / f"{stem}{INDEX}"
     files = [whole]
     if not whole.exists() and index.exists():
-        shards = _read_object(index).get("weight_map")
+        shards = read_object(index).get("weight_map")
         if not isinstance(shards, dict) or not shards or not all(Path(str(n)).name == n for n in shards.values()):
             raise PretrainError(f"{index} is damaged: accepted: a weight_map from weights to files beside it")
         files = [folder / name for name in sorted(set(shards.values()))]
@@ -380,24 +411,12 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _check(files: list[Path], checksums: dict[str, str] | None) -> None:
-    for path in files:
-        try:
-            with safe_open(path, "pt") as file:
-                file.keys()
-        except (SafetensorError, OSError) as error:
-            raise PretrainError(f"{path} is truncated or damaged ({_one_line(error)})") from error
+    headers(files)
     if checksums is None:
         return
     for path in files:
         if path.name not in checksums or file_digest(path) != checksums[path.name]:
             raise PretrainError(f"{path} is damaged or was replaced: its checksum is not the one in {RECORD}")
-
-
-def _read_object(path: Path) -> JSONObject:
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise PretrainError(f"{path} holds a {type(content).__name__}; accepted: a JSON object")
-    return content
 
 
 def _one_line(error: BaseException) -> str:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import re
 import warnings
 from collections.abc import Iterable, Sequence
 
+LONGEST = 4000  # characters of a message
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LISTED = 24  # words that an error names at most
 
 
@@ -16,8 +19,18 @@ class PretrainError(Exception):
     """
 
     def __init__(self, message: str = "", *, place: tuple[str | int, ...] = ()) -> None:
-        super().__init__(message)
+        super().__init__(_one_line(message))
         self.place = place
+
+
+def _one_line(message: str) -> str:
+    """A message that any terminal takes, whatever foreign text it names: one line, and no halves of characters."""
+    text = message if message.isprintable() else _UNPRINTABLE.sub(_escaped, message)
+    return text if len(text) <= LONGEST else f"{text[: LONGEST // 2]} … {text[-LONGEST // 2 :]}"
+
+
+def _escaped(match: re.Match[str]) -> str:
+    return " " if match[0].isspace() else match[0].encode("unicode_escape").decode("ascii")
 
 
 class PretrainWarning(UserWarning):

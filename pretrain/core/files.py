@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any, TextIO, TypeAlias, cast
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign import json as foreign
+from pretrain.core.foreign.json import JSON as JSON
+from pretrain.core.foreign.reading import open_file
 from pretrain.core.system.portable import exchange, fsync, take
 
-JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
 JSONObject: TypeAlias = dict[str, Any]  # whose values are what the file says they are
 
+LINE = 1 << 20  # bytes of a line of JSON of ours
 SUMS = "checksums.json"  # of a folder: the digests of its files, and its own
 _READ: dict[tuple[int, int, int, int], str] = {}  # digests of files that were read, by what changes with a file
 
@@ -137,21 +141,36 @@ def write_json(path: Path, value: object) -> None:
 def read_json(path: Path) -> Any:
     """Read a JSON file; a missing or broken one is an error that names it."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+        return foreign.read(path)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise PretrainError(f"missing file {path}") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise PretrainError(f"{path} is not valid JSON ({error}): truncated or damaged") from error
+
+
+def read_object(path: Path) -> JSONObject:
+    """Read a JSON file that holds an object."""
+    value = read_json(path)
+    if not isinstance(value, dict):
+        raise PretrainError(f"{path} holds a {type(value).__name__}; accepted: a JSON object")
+    return value
 
 
 def read_json_lines(path: Path) -> list[JSONObject]:
     """The objects of a file of JSON lines; a line that is half-written or damaged is left out."""
-    rows: list[JSONObject] = []
-    for line in Path(path).read_bytes().splitlines():
-        with suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            rows += [row] if isinstance(row, dict) else []
-    return rows
+    return [row for row, _ in whole_lines(path)]
+
+
+def whole_lines(path: Path) -> Iterator[tuple[JSONObject, bytes]]:
+    """The objects of a file of JSON lines with their lines; one that is half-written or damaged is left out."""
+    with open_file(path) as file:
+        while line := file.readline(LINE):
+            if len(line) < LINE or line.endswith(b"\n"):
+                with suppress(ValueError):
+                    row = foreign.loads(line.decode())
+                    if isinstance(row, dict):
+                        yield row, line
+            else:
+                while len(line) == LINE and not line.endswith(b"\n"):
+                    line = file.readline(LINE)
 
 
 def damage(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> str:
@@ -206,5 +225,5 @@ def digest(value: object) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 (hex) of a file's bytes."""
-    with Path(path).open("rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
+    with open_file(path) as file:
+        return hashlib.file_digest(cast("io.BufferedReader", file), "sha256").hexdigest()

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import SUMS, JSONObject, damage, read_json
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.system.portable import link_target
 from pretrain.core.system.shipped import shipped_file
 
@@ -75,7 +76,7 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None
 
 def run_of(place: Path | str) -> Path:
     """The run of what has been printed of it: its folder, its report, a stage in it or a checkpoint of one."""
-    path = Path(place).expanduser()
+    path = expanded(place)
     for folder in (path, *list(path.parents)[:2]):
         if (folder / "run.json").is_file():
             return folder

@@ -35,8 +35,10 @@ from transformers.image_processing_utils import BaseImageProcessor
 from pretrain.core.batch import Batch
 from pretrain.core.batch import Document as Document
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import read_json
+from pretrain.core.files import read_object
 from pretrain.core.folders import verify
+from pretrain.core.foreign.configs import unmarked
+from pretrain.core.foreign.parsing import parsing
 from pretrain.core.quick.trust import check_trust, code_of, offline
 from pretrain.core.samples import IMAGES
 
@@ -166,19 +168,21 @@ def load_processor(folder: Path | str) -> Processor | None:
     verify(folder, lambda name: not name.endswith(".safetensors"))
     check_trust(folder)
     try:
-        with quiet(), offline():
-            return _opener(folder)(folder)
+        with quiet(), offline(), unmarked(folder) as place:
+            return _opener(place)(place)
     except PretrainError:
         raise
-    except Exception as error:  # tokenizers raises plain `Exception`
+    except BaseException as error:  # tokenizers raises plain `Exception`, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         for path in present:
             if path.suffix == ".json":
-                read_json(path)  # names the file when it is the one that is damaged
+                read_object(path)  # names the file when it is the one that is damaged
         kind = "processor" if present[0].name in PREPROCESSOR_FILES else "tokenizer"
         raise PretrainError(f"{folder}: the {kind} cannot be loaded: {_reason(folder, error)}") from error
 
 
-def _reason(folder: Path, error: Exception) -> str:
+def _reason(folder: Path, error: BaseException) -> str:
     return code_of(folder).removeprefix("; ") or " ".join(str(error).split())[:300]
 
 
@@ -190,15 +194,32 @@ def _opener(folder: Path) -> Callable[[Path], Processor]:
     }
     opened: Callable[..., Processor] = AutoTokenizer.from_pretrained
     for path in filter(Path.exists, (folder / name for name in PREPROCESSOR_FILES)):
-        facts = read_json(path)
+        facts = read_object(path)
         if facts.get("feature_extractor_type") in OURS:
             ours = OURS[facts.pop("feature_extractor_type")]
-            return lambda _: ours(**facts)
+            with parsing(str(path), "the file as it was written"):
+                made = ours(**facts)
+            return lambda _: made
         opened = AutoProcessor.from_pretrained
         if "processor_class" not in facts:
             opened = next((kind.from_pretrained for key, kind in kinds.items() if key in facts), opened)
         break
     return partial(opened, local_files_only=True, trust_remote_code=False)
+
+
+def check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase | None, size: object) -> None:
+    """Refuse a tokenizer that gives tokens for which the model has no row; one for padding is in no text."""
+    if tokenizer is None or not isinstance(size, int) or isinstance(size, bool):
+        return
+    numbers = tokenizer.get_vocab()
+    if max(numbers.values(), default=-1) < size:
+        return
+    beyond = [name for name, each in numbers.items() if each >= size and name != tokenizer.pad_token]
+    if beyond:
+        raise PretrainError(
+            f"{folder}: token {numbers[beyond[0]]} of its tokenizer, {beyond[0][:40]!r}, has no row in the model; "
+            f"accepted: tokens from 0 to {size - 1}, as vocab_size in config.json says"
+        )
 
 
 def tokenizer_in(processor: Processor | None) -> PreTrainedTokenizerBase | None:
@@ -289,13 +310,13 @@ _READERS: dict[str, Callable[[Any, Sequence[Any], int], tuple[Batch, int]]] = {
 
 def image_of(value: Image | Stored) -> Image:
     """A column's image as RGB, decoded where it is still a file's `{"bytes", "path"}`."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if isinstance(value, Image.Image):
         return value.convert("RGB")
     try:
         return Image.open(io.BytesIO(value["bytes"]), formats=IMAGES).convert("RGB")
-    except (TypeError, KeyError, OSError, UnidentifiedImageError) as error:
+    except Exception as error:  # pillow has many ways to tell of a broken file
         raise PretrainError(f"an image cannot be read ({error}); accepted: {{bytes, path}} of PNG, JPEG, …") from error
 
 
@@ -306,7 +327,7 @@ def samples_of(value: Stored, rate: int) -> NDArray[np.float32]:
 
     try:
         samples_TC, stored_rate = soundfile.read(io.BytesIO(value["bytes"]), dtype="float32", always_2d=True)
-    except (TypeError, KeyError, soundfile.SoundFileError) as error:
+    except (TypeError, KeyError, RuntimeError, ValueError, OSError) as error:
         raise PretrainError(f"a recording cannot be read ({error}); accepted: {{bytes, path}} of WAV, FLAC") from error
     samples_T = samples_TC.mean(1)
     if stored_rate != rate:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
-import json
 import re
 import sys
 from contextlib import suppress
@@ -24,6 +23,8 @@ from types import ModuleType
 from pretrain.core.errors import PretrainError, unknown, warn
 from pretrain.core.files import digest, write_json
 from pretrain.core.folders import cache_folder
+from pretrain.core.foreign import json as foreign
+from pretrain.core.foreign.paths import expanded
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = ("data", "objectives", "optim", "policies", "surgery", "decoding", "evaluation")
@@ -237,9 +238,9 @@ def _ours() -> list[MethodInfo]:
     states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in [Path(__file__), *files]]
     cache = cache_folder() / f"methods-{digest(states)[:16]}.json"
     try:
-        rows = json.loads(cache.read_text(encoding="utf-8"))
+        rows = foreign.read(cache)
         return [MethodInfo(**row | {"families": tuple(row["families"]), "path": Path(row["path"])}) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (PretrainError, OSError, ValueError, TypeError, KeyError):
         pass  # there is none yet, or it is damaged
     named = [path for path in files if not path.name.startswith("_")]
     modules = [".".join((PACKAGE.name, *path.relative_to(PACKAGE).with_suffix("").parts)) for path in named]
@@ -292,7 +293,7 @@ def _package(folder: Path) -> str:
 
 def use_methods(folder: Path | str) -> None:
     """Add a folder of methods, one a file, to those there are; its files may import one another (`from . import x`)."""
-    folder = Path(folder).expanduser().resolve()
+    folder = expanded(folder).resolve()
     if not folder.is_dir():
         raise PretrainError(f"methods {str(folder)!r}: accepted: a folder of Python files, one method each")
     if folder in _added:

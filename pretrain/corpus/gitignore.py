@@ -9,6 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.reading import read_bytes
+
 if TYPE_CHECKING:
     from pathspec import GitIgnoreSpec
 
@@ -54,13 +57,16 @@ class Ignored:
         return spec.check_file(f"{name}/" if folder else name).include
 
 
+MOST = 1 << 20  # bytes of a file of rules
+
+
 def _spec(home: Path) -> GitIgnoreSpec | None:
     """The rules of a folder, and those that a repository keeps for itself; None where there are none."""
     lines: list[str] = []
     for path in (home / ".git" / "info" / "exclude", home / ".gitignore"):  # the last that fits decides
         try:
-            lines += path.read_text(encoding="utf-8", errors="replace").splitlines()
-        except OSError:
+            lines += read_bytes(path, MOST).decode(errors="replace").splitlines()
+        except (OSError, PretrainError):  # none there, or none that git would read
             continue
     if not any(line.strip() and not line.startswith("#") for line in lines):
         return None

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from pretrain.core.batch import Row
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import SUMS, atomic_folder, damage, locked, sweep
+from pretrain.core.foreign.arrays import read_array
 
 
 class Tokens(Protocol):
@@ -158,4 +159,4 @@ def plan_for(shards: Tokens, length: int) -> Plan:
 
 
 def _read(folder: Path) -> Plan:
-    return Plan(**{f.name: np.load(folder / f"{f.name}.npy", mmap_mode="r") for f in fields(Plan)})
+    return Plan(**{f.name: read_array(folder / f"{f.name}.npy") for f in fields(Plan)})

@@ -28,6 +28,7 @@ from pretrain.core.files import (
     write_json,
 )
 from pretrain.core.folders import verify
+from pretrain.core.foreign.arrays import read_array
 from pretrain.corpus.packing import Plan, plan_for
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from pretrain.corpus.sources import Document
     from pretrain.corpus.store import Corpus
 
-BATCH_CHARACTERS = 4 << 20
+BATCH_CHARACTERS = 1 << 20
 
 
 class Shards:
@@ -56,9 +57,9 @@ class Shards:
             raise PretrainError(f"{path} has {size} bytes instead of {expected}: truncated; remove {folder} to redo it")
         self.flat = np.memmap(path, dtype=dtype, mode="r") if expected else np.zeros(0, dtype=dtype)
         try:
-            self.offsets_N1: NDArray[np.int64] = np.load(self.folder / "offsets.npy", mmap_mode="r")
-            self.domains_N: NDArray[np.uint16] = np.load(self.folder / "domains.npy", mmap_mode="r")
-            self.bytes_N: NDArray[np.uint32] = np.load(self.folder / "bytes.npy", mmap_mode="r")
+            self.offsets_N1: NDArray[np.int64] = read_array(self.folder / "offsets.npy")
+            self.domains_N: NDArray[np.uint16] = read_array(self.folder / "domains.npy")
+            self.bytes_N: NDArray[np.uint32] = read_array(self.folder / "bytes.npy")
         except (OSError, ValueError, EOFError) as error:
             raise PretrainError(f"{folder}: {error}; remove the folder to redo it") from error
         if len(self.offsets_N1) != self.info["documents"] + 1 or int(self.offsets_N1[-1]) != self.tokens:

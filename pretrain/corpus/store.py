@@ -43,6 +43,7 @@ if TYPE_CHECKING:
 
 Columns = Sequence[str] | Callable[[list[str]], Sequence[str]]
 SPLITS = ("train", "validation", "test")
+DOMAINS = 1 << 16  # that shards can number
 PART_BYTES = 64 << 20
 GROUP_BYTES = 16 << 20  # of one Parquet row group, read at once
 
@@ -140,12 +141,19 @@ def _write_splits(
 ) -> None:
     writers = {split: _Writer(work / split) for split in SPLITS}
     seen: set[bytes] = set()
+    domains: set[str] = set()
     for document in documents:
         key = identity(document)
         if key in seen:
             removed["exact"] += 1
             continue
         seen.add(key)
+        domains.add(document["domain"])
+        if len(domains) > DOMAINS:
+            raise PretrainError(
+                f"domain {document['domain']!r} of document {document.get('id')!r}: more than {DOMAINS:,} domains; "
+                "accepted: fewer, or domain: NAME for a whole source"
+            )
         writers[side(_key(document), validation, test)].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.folders import verify
+from pretrain.core.foreign.configs import unmarked
 from pretrain.core.quick.trust import check_trust, code_of, offline
 
 END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
@@ -104,8 +105,10 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
         verify(Path(folder), lambda name: not name.endswith(".safetensors"))
     check_trust(folder)
     try:
-        with offline():
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
-    except Exception as error:
+        with offline(), unmarked(Path(folder)) as place:
+            return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers
+            raise
         reason = code_of(folder).removeprefix("; ") or " ".join(str(error).split())[:200]
         raise PretrainError(f"no tokenizer can be loaded from {folder}: {reason}") from error

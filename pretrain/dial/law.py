@@ -14,7 +14,6 @@ more,
 
 from __future__ import annotations
 
-import json
 import math
 from bisect import bisect
 from collections.abc import Sequence
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign import json as foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -123,7 +123,7 @@ def unique_worth(seen: float, unique: float | None) -> float:
 def load(path: Path) -> Law:
     """Read a law; errors name the file."""
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))
+        given = foreign.read(path)
         sizes = {int(k): float(v) for k, v in given.pop("bytes_per_token").items()}
         rungs = [Rung(**rung) for rung in given.pop("rungs", [])]
         return Law(bytes_per_token=sizes, rungs=rungs, **given)

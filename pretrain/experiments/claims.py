@@ -14,10 +14,11 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.foreign import yaml
 from pretrain.core.system.shipped import base_file
 from pretrain.experiments.protocol import SIDES, Point, Value
 from pretrain.experiments.trials import Fields, Trial
-from pretrain.recipe import parse, put, read
+from pretrain.recipe import put, read
 
 SCALES = ("smoke", "cpu", "gpu")
 TRAINED = "model"  # the stage that gets the budget, by agreement between claims and their bases
@@ -192,9 +193,9 @@ def load_claim(path: Path | str) -> Claim:
     """Read and check a claim file; a mistake is one line that names the file and the field."""
     path = Path(path)
     try:
-        raw = parse(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PretrainError(f"claim {path} cannot be read: {getattr(error, 'strerror', None) or error}") from error
+        raw, _ = yaml.loads(yaml.read_text(path), str(path))
+    except PretrainError as error:
+        raise PretrainError(f"claim {error}") from error
     if not isinstance(raw, dict):
         raise PretrainError(f"{path}: accepted: a mapping with {', '.join(Claim.model_fields)}")
     try:

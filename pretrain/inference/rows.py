@@ -15,10 +15,11 @@ from typing import TextIO
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_text
-from pretrain.corpus.sources import Skipped
+from pretrain.core.foreign.paths import expanded
 from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, unread
 from pretrain.corpus.sources._files import Wrong
 from pretrain.corpus.sources._paths import is_secret
+from pretrain.corpus.sources._skipped import Skipped
 
 CHUNK = 2048  # rows that are held at once
 LETTERS = 8 << 20  # or fewer, where they are long
@@ -40,6 +41,13 @@ def wrong_of(skipped: Skipped | None) -> Wrong:
     return wrong
 
 
+class _Refusing(Skipped):
+    """Refuses what is passed over elsewhere: each row has its answer."""
+
+    def add(self, reason: str, name: str | Path = "") -> None:
+        raise PretrainError(f"{name}: {reason}; accepted: shorter ones, or --on-error skip")
+
+
 def rows_of(name: str, text: str, skipped: Skipped | None = None) -> Iterator[Row]:
     """Each row of a file with where it stands. A `.txt` has a text a line; `-` is standard input, JSON lines or texts.
 
@@ -47,10 +55,10 @@ def rows_of(name: str, text: str, skipped: Skipped | None = None) -> Iterator[Ro
     passed over and counted where there is a `skipped`.
     """
     if name == "-":
-        yield from _piped(text, wrong_of(skipped))
+        yield from _piped(text, skipped)
         return
-    path = Path(name).expanduser()
-    yield from _read(path, name, text, ending(path), wrong_of(skipped))
+    path = expanded(name)
+    yield from _read(path, name, text, ending(path), skipped)
 
 
 def check(name: str, output: Path | None, force: bool = True) -> None:
@@ -58,7 +66,7 @@ def check(name: str, output: Path | None, force: bool = True) -> None:
 
     Without `force` an output that is there already is refused too.
     """
-    path = Path(name).expanduser()
+    path = expanded(name)
     if name != "-":
         if not path.is_file():
             what = "a folder" if path.is_dir() else "no such file"
@@ -77,20 +85,21 @@ def check(name: str, output: Path | None, force: bool = True) -> None:
         raise PretrainError(f"--output {output} exists; accepted: another file, or --force to write over it")
 
 
-def _read(path: Path, name: str, text: str, end: str, wrong: Wrong) -> Iterator[Row]:
-    yield from READERS[end](path, name, text, wrong) if end in TABLES else _lines(path, name, text, wrong)
+def _read(path: Path, name: str, text: str, end: str, skipped: Skipped | None) -> Iterator[Row]:
+    reader = READERS[end] if end in TABLES else _lines
+    yield from reader(path, name, text, wrong_of(skipped), _Refusing() if skipped is None else skipped)
 
 
-def _lines(path: Path, name: str, text: str, wrong: Wrong) -> Iterator[Row]:
+def _lines(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """A text a line; empty ones too, so that results stand where the lines do."""
-    for number, line in lines(path, name, wrong):
+    for number, line in lines(path, name, wrong, skipped):
         if has_bad_bytes(line):
             wrong(f"{name}:{number}", "bytes that are not UTF-8", "not UTF-8", "text in UTF-8")
             continue
         yield f"{name}:{number} (row {number})", {text: line.rstrip("\r\n")}
 
 
-def _piped(text: str, wrong: Wrong) -> Iterator[Row]:
+def _piped(text: str, skipped: Skipped | None) -> Iterator[Row]:
     """Standard input, kept in a file as it is read: JSON lines if it begins with an object, else a text a line."""
     with tempfile.TemporaryDirectory(prefix="pretrain-") as folder:
         path = Path(folder) / "input"
@@ -98,7 +107,7 @@ def _piped(text: str, wrong: Wrong) -> Iterator[Row]:
             shutil.copyfileobj(sys.stdin.buffer, file)
         with path.open("rb") as file:
             jsonl = file.read(4096).lstrip().startswith(b"{")
-        yield from _read(path, "standard input", text, ".jsonl" if jsonl else ".txt", wrong)
+        yield from _read(path, "standard input", text, ".jsonl" if jsonl else ".txt", skipped)
 
 
 def chunks(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.samples import IMAGES as FORMATS
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources import Skipped
 from pretrain.corpus.sources._containers import READERS, ending, unread
@@ -257,8 +258,6 @@ def _images(seen: Look, groups: dict[str, list[Path]]) -> Look:
 def _sides(paths: Sequence[Path]) -> list[int]:
     """The shorter sides of the images that can be opened."""
     from PIL import Image
-
-    from pretrain.core.samples import IMAGES as FORMATS
 
     sides = []
     for path in paths:

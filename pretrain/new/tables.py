@@ -12,6 +12,7 @@ from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.sources._chat import is_chat
 from pretrain.corpus.sources._containers import READERS, ending
 from pretrain.corpus.sources._files import Document
+from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import number
 
 ROWS = 1000  # that are looked at
@@ -68,7 +69,7 @@ Rows = list[Document]
 def read_table(path: Path, name: str, *, text: str | None = None, label: str | None = None) -> Table:
     """What a table is; `text` and `label` are columns that are known already."""
     bad: list[str] = []
-    reader = READERS[ending(path)](path, name, text or "text", lambda where, *_: bad.append(where))
+    reader = READERS[ending(path)](path, name, text or "text", lambda where, *_: bad.append(where), Skipped())
     rows = [row for _, row in islice(reader, ROWS + 1)]
     whole, rows = len(rows) <= ROWS, rows[:ROWS]
     if not rows:

@@ -10,6 +10,7 @@ import typer
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import write_text
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
 from pretrain.new.command import TASKS
 from pretrain.new.look import Look, look
@@ -36,7 +37,7 @@ def write(
     """Look at what is there, write a recipe for it, and say what was seen, guessed and left out."""
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
-    path = Path(place).expanduser()
+    path = expanded(place)
     target = output or Path(f"{name_of(path)}.yaml")
     if target.exists():
         raise PretrainError(f"{target} exists; accepted: a name that is free, with --output")

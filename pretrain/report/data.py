@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeVar
-
-import yaml
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeVar, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, read_json, read_json_lines
+from pretrain.core.foreign import yaml
+from pretrain.core.foreign.weights import header
 from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ def collect(folder: Path) -> Page:
     """
     run: Run = read_json(folder / "run.json")
     recipe = folder / "recipe.yaml"
-    text = recipe.read_text(encoding="utf-8") if recipe.exists() else ""
+    text = yaml.read_text(recipe) if recipe.exists() else ""
     stages: list[StageRow] = []
     trainings: list[Trained] = []
     evaluations: list[Evaluated] = []
@@ -236,11 +236,9 @@ def checkpoint_size(folder: Path) -> dict[str, object]:
     weights = size = 0
     for path in folder.glob("*.safetensors"):
         try:
-            with path.open("rb") as file:
-                header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-            weights += sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+            weights += sum(each.count for each in header(path).values())
             size += path.stat().st_size
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, PretrainError):
             continue
     config = _json(folder / "config.json")
     family = str(config.get("model_type") or "") if isinstance(config, dict) else ""
@@ -255,9 +253,9 @@ def _writes(home: Path) -> str:
 def _raw(recipe: str, stage: str) -> Config:
     """What the recipe says of a stage that has not finished."""
     try:
-        stages = yaml.safe_load(recipe)["stages"]
+        stages: Any = dict(cast("JSONObject", yaml.loads(recipe, "recipe")[0]))["stages"]
         return next((s for s in stages if s.get("name") == stage), {})
-    except (yaml.YAMLError, KeyError, TypeError, AttributeError):
+    except (PretrainError, KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 

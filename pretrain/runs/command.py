@@ -11,6 +11,7 @@ import typer
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
+from pretrain.core.foreign.paths import expanded
 from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
 from pretrain.runs.words import bytes_in_words, counted, seconds_in_words
 
@@ -112,7 +113,7 @@ def clean(
     """Remove results that no run shows, was made of or names; what would go is listed, with sizes, before it goes."""
     going: list[Path] = []
     for place in runs:
-        home = place.expanduser() if (place.expanduser() / ".runs").exists() else run_of(place)
+        home = expanded(place) if (expanded(place) / ".runs").exists() else run_of(place)
         for left in home.glob(f"{REMOVED}*"):  # which were listed before that
             typer.echo(f"goes   {bytes_in_words(size_of(left)):>9}  {left}  (an interrupted removal has left it)")
         remove(home)

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 
-from pretrain.core.bounds import Whole, accepted, check_fields, hints
+from pretrain.core.bounds import Ge, Lt, accepted, check_fields, hints
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
@@ -110,7 +110,7 @@ class Stage(BaseModel):
 
     name: str = ""
     stage: str
-    seed: Whole | None = None  # by default the recipe's
+    seed: Annotated[int, Ge(0), Lt(1 << 63)] | None = None  # by default the recipe's
 
     @model_validator(mode="before")
     @classmethod

@@ -37,6 +37,7 @@ FEW_STEPS, MANY_PASSES = 10, 4  # arXiv:2305.16264: up to 4 passes are worth nea
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
 START = 3.0  # seconds before the first step
 TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
+ORDER = 64.0  # bytes that the loader holds for each row of a step
 TRAINING = 0.1e9  # bytes that the loop's own libraries hold
 
 
@@ -265,6 +266,7 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -
         FLOOR
         + TRAINING
         + read
+        + ORDER * stage.batch_rows
         + effort * shape.memory(tokens, round(work.positions), model.trained)
         + copies
         + teachers

@@ -12,11 +12,11 @@ from typing import TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors import safe_open
 
 from pretrain.core import checkpoint
 from pretrain.core.files import digest, read_json, write_json
 from pretrain.core.folders import checkpoint_of, corpus_in
+from pretrain.core.foreign.weights import header
 from pretrain.core.processors import load_processor, tokenizer_in
 from pretrain.corpus.shards import tokenise, tokens_key
 from pretrain.corpus.store import Corpus
@@ -98,6 +98,5 @@ def _weights(folder: Path) -> int:
     """How many numbers a checkpoint's files hold."""
     total = 0
     for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            total += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+        total += sum(each.count for each in header(path).values())
     return total

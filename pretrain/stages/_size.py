@@ -7,13 +7,13 @@ number, so it can be run, kept and changed like any other.
 from __future__ import annotations
 
 import copy
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.files import read_object
 from pretrain.core.quick.machine import cores, likely_device, remembered_rate
 from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.quantities import bare
@@ -254,7 +254,7 @@ def _rate(output: Path | None) -> float:
     """
     kept = output / PLAN if output is not None else None
     if kept is not None and kept.exists():
-        rate = json.loads(kept.read_text(encoding="utf-8")).get("rate")
+        rate = read_object(kept).get("rate")
         if isinstance(rate, int | float) and rate > 0:
             return float(rate)
     rate = remembered_rate(likely_device())

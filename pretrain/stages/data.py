@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
-from pretrain.core.bounds import PositiveShare, ProperShare
+from pretrain.core.bounds import Ge, Le, PositiveShare, ProperShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
 from pretrain.corpus.progress import reported
 from pretrain.corpus.samples import corpus_documents
 from pretrain.corpus.sources import SOURCES, Source
+from pretrain.corpus.sources._skipped import LONGEST
 from pretrain.corpus.store import write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._work import working
@@ -50,6 +51,7 @@ class Data(Stage):
     operations: Methods that drop, add or order the training documents, one after another.
     validation: Share of the documents to measure on while training.
     test: Share of the documents to measure on at the end.
+    longest: Characters of a document, a line or a cell; longer lines and rows are passed over, longer files cut.
     near_duplicates: How alike training documents may be to held-out ones before they are removed; null keeps all.
     """
 
@@ -61,6 +63,7 @@ class Data(Stage):
     operations: list[DataOperationField] = []
     validation: ProperShare = 0.02
     test: ProperShare = 0.02
+    longest: Annotated[int, Ge(1), Le(1 << 28)] = LONGEST
     near_duplicates: PositiveShare | None = 0.8
 
     def outside(self) -> list[str]:
@@ -94,7 +97,7 @@ class Data(Stage):
 
     def run(self, job: Job) -> StageResult:
         """Write the corpus."""
-        skipped = kinds.Skipped()
+        skipped = kinds.Skipped(self.longest)
         stream = reported(
             (document for source in self.sources for document in kinds.read(source, skipped)), job.say, "documents read"
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -11,7 +11,9 @@ from pydantic import ConfigDict, Field, field_validator
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import write_json
+from pretrain.core.files import read_object, write_json
+from pretrain.core.quick.hub import located
+from pretrain.core.quick.positions import check_length, positions
 from pretrain.corpus.overlap import overlap_warning
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
@@ -57,6 +59,14 @@ class Evaluate(Stage):
     def splits(self) -> dict[str, str]:
         """The one that is measured on."""
         return {"corpus": self.split}
+
+    def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
+        """Refuse windows beyond the positions of the checkpoint that is named, where it is there."""
+        super().check_inputs(earlier)
+        path = located(self.checkpoint) / "config.json"
+        if self.checkpoint not in earlier and path.exists():
+            for number, method in enumerate(self.evaluations):
+                check_windows(method, positions(read_object(path)), self.checkpoint, ("evaluations", number))
 
     @field_validator("evaluations")
     @classmethod
@@ -111,6 +121,14 @@ class Evaluate(Stage):
         return {"metrics": by_domain | metrics, "flops": flops}
 
 
+def check_windows(method: Evaluation, count: int | None, whose: str, place: tuple[str | int, ...] = ()) -> None:
+    """Refuse windows of an evaluation that are longer than the positions of the model."""
+    try:
+        check_length(int(getattr(method, "length", 0)), count, whose)
+    except PretrainError as error:
+        raise PretrainError(f"{method.name}: {error}", place=place) from error
+
+
 def documents_of(
     corpus: Corpus, split: str, most: int, methods: Sequence[Evaluation], processor: Processor,
     longest: int | None = None,
@@ -144,12 +162,15 @@ def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
     """A checkpoint's model, on the device that there is, and its processor, which must be there."""
     from pretrain.core import checkpoint
     from pretrain.core.hardware import pick_device
+    from pretrain.core.processors import check_tokens, tokenizer_in
 
     model, tokenizer = checkpoint.load(folder, device=pick_device())
     if tokenizer is None:
         raise PretrainError(
             f"checkpoint {folder} has no tokenizer; accepted: one with tokenizer.json beside config.json"
         )
+    if (table := model.get_input_embeddings()) is not None and hasattr(table, "num_embeddings"):
+        check_tokens(folder, tokenizer_in(tokenizer), table.num_embeddings)
     return model, tokenizer
 
 
@@ -194,10 +215,11 @@ def measure(
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")
     check_families(methods, model.config.model_type)
-    measured = {}
+    measured, count = {}, positions(model.config.to_dict())
     for method in methods:
         if length and getattr(method, "length", None) == 0:
             method = dataclasses.replace(method, length=length)
+        check_windows(method, count, "the model")
         measured[method.name] = method(model, cast("PreTrainedTokenizerBase", processor), documents)
         count = int(measured[method.name].metrics.get("documents", len(documents)))
         if method.given and measured[method.name].intervals and count < LEAST:  # drawing from them says nothing

@@ -169,6 +169,8 @@ class Train(Stage):
             raise ValueError("accepted: exactly one of init (a checkpoint) and model (a family and its fields)")
         if self.model and "family" not in self.model:
             raise ValueError(f"model {self.model}: accepted: {{family: llama, …}}")
+        if self.model and not isinstance(self.model["family"], str):
+            raise Misfit(f"model family {str(self.model['family'])[:80]!r}: accepted: a name", ("model", "family"))
         if self.init is None and self.tokenizer is None and self.processor is None:
             raise ValueError(
                 "a new model needs a tokenizer or a processor; accepted: tokenizer: NAME of a stage, or a folder"

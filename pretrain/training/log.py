@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.core.files import write_text
+from pretrain.core.files import atomic_text, whole_lines
 
 EVERY = 30.0  # seconds between two lines of progress
 
@@ -25,15 +25,10 @@ def keep_until(path: Path, step: int) -> None:
     """Drop the lines after `step` (of a process that died before its next state) and a half-written last one."""
     if not path.exists():
         return
-    kept = []
-    for line in path.read_bytes().splitlines():
-        try:
-            text = line.decode()
-            if json.loads(text)["step"] <= step:
-                kept.append(text + "\n")
-        except (ValueError, KeyError, TypeError, RecursionError):
-            continue
-    write_text(path, "".join(kept))
+    with atomic_text(path) as kept:
+        for row, line in whole_lines(path):
+            if isinstance(row.get("step"), int | float) and row["step"] <= step:
+                kept.write(line.decode().rstrip("\n") + "\n")
 
 
 class Log:

@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign import json as foreign
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # where a piece begins in its tensor, and its shape
 
@@ -86,13 +87,13 @@ class Stored:
         for path, before in files.items():
             try:
                 with safe_open(path, framework="pt") as file:
-                    index = json.loads((file.metadata() or {}).get("pieces", "{}"))
+                    index = foreign.loads((file.metadata() or {}).get("pieces", "{}"))
                     for key in file.keys():  # noqa: SIM118
                         shape = tuple(file.get_slice(key).get_shape())
                         whole, start = index.get(key, [shape, (0,) * len(shape)])
                         self.shapes[before + key] = tuple(whole)
                         self._pieces.setdefault(before + key, []).append((path, key, (tuple(start), shape)))
-            except (SafetensorError, OSError) as error:
+            except (SafetensorError, OSError, ValueError, TypeError, AttributeError) as error:
                 raise PretrainError(f"{path} cannot be read ({error})") from error
 
     def read(self, name: str, box: Box | None = None) -> Tensor:

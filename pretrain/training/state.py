@@ -191,7 +191,7 @@ def _damaged(path: Path, world: World | None) -> bool:
         bad = "training.json" not in sums or len(lists) < read_json(path / "training.json").get("files", 1)
         for name in sorted(sums)[rank::size]:
             bad = bad or file_digest(path / name) != sums[name]
-    except (PretrainError, OSError):
+    except (PretrainError, OSError, AttributeError, TypeError):
         bad = True
     return world.sum([bad])[0] > 0 if world else bad
 

@@ -35,8 +35,14 @@ def likely_device() -> str:
 
 
 def memory() -> int:
-    """Bytes of memory that this machine has."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    """Bytes of memory that this machine has, or that this process may use where that is less (`ulimit -v`)."""
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        import resource
+    except ImportError:  # Windows
+        return there
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return there if allowed == resource.RLIM_INFINITY else min(there, allowed)
 
 
 def efficiency(width: int) -> float:

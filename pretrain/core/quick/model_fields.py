@@ -10,12 +10,14 @@ import re
 from collections.abc import Mapping
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.configs import LAYERS, MOST_LAYERS
 
 SIZE = re.compile(
     r"(.*_)?(size|dim|heads|n_head|n_layer|layers|n_embd|n_inner|n_positions|d_model|d_ff|d_kv|experts|channels|embeddings)"
 )
 FROM_ZERO = re.compile(r"(.*layers|n_layer|type_vocab_size|.*(adapter|shared|padding).*)")
 SHARE = re.compile(r"(.*_)?(dropout|drop|pdrop|drop_rate|dropout_rate|dropout_prob)")
+LARGEST = 1 << 31  # of a size
 NAMED = {
     "int": "a whole number", "float": "a number", "bool": "true or false", "str": "a text", "NoneType": "null",
     "list": "a list", "dict": "a mapping",
@@ -28,6 +30,10 @@ def check_values(model_type: str, fields: Mapping[str, object]) -> None:
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
         least = 0 if FROM_ZERO.fullmatch(name) else 1
+        if LAYERS.fullmatch(name) and value > MOST_LAYERS:
+            raise misfit(model_type, name, value, f"at most {MOST_LAYERS:,}")
+        if SIZE.fullmatch(name) and value > LARGEST:
+            raise misfit(model_type, name, value, f"at most {LARGEST:,}")
         if SIZE.fullmatch(name) and value < least:
             raise misfit(model_type, name, value, f"{least} or more")
         if SHARE.fullmatch(name) and not 0 <= value < 1:

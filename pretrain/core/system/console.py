@@ -14,6 +14,7 @@ from types import FrameType
 import typer
 
 from pretrain.core.errors import PretrainError, PretrainWarning
+from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.system.extras import extras_named
 
 STOPPED = {130: "interrupted", 128 + signal.SIGTERM: "terminated"}  # by exit status
@@ -36,12 +37,29 @@ class App(typer.Typer):
                 raise
             typer.secho(f"error: {error}", fg="red", err=True)
             sys.exit(1)
+        except (MemoryError, RuntimeError, OSError, ImportError) as error:
+            words = _of_the_machine(error)
+            if not words or os.environ.get("PRETRAIN_DEBUG"):
+                raise
+            typer.secho(f"error: {words}", fg="red", err=True)
+            sys.exit(1)
         except SystemExit as error:  # typer's own way to pass on an interrupt
             if error.code in STOPPED:
                 typer.secho(
                     f"{STOPPED[error.code]}; what is done is kept: run the same again to go on", fg="yellow", err=True
                 )
             raise
+
+
+def _of_the_machine(error: BaseException) -> str:
+    """The one line of an error of the machine or its files, which no reader has named; empty of any other."""
+    if out_of_memory(error):
+        return "there is not enough memory; accepted: a smaller model, batch or corpus, or a machine with more"
+    if isinstance(error, OSError) and error.filename is not None:
+        return str(
+            PretrainError(f"{error.filename}: {error.strerror}; what is done is kept: run the same again to go on")
+        )
+    return ""
 
 
 def _format_warning(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.foreign.paths import expanded
 
 PACKAGE = Path(__file__).resolve().parents[2]
 RECIPES, CLAIMS = "recipes", "claims"
@@ -24,7 +25,7 @@ def shipped_recipes() -> list[str]:
 
 def shipped_file(path: Path | str) -> Path:
     """A path as it is, but for one that is not there and begins with `recipes` or `claims`: then the package's own."""
-    path = Path(path).expanduser()
+    path = expanded(path)
     packed_file = shipped() / path
     packed = not path.is_absolute() and path.parts[:1] in ((RECIPES,), (CLAIMS,))
     return packed_file if packed and not path.exists() and packed_file.exists() else path

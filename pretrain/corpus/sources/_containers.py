@@ -7,22 +7,28 @@ read is told to `wrong`, which raises, or counts it and lets the reader go on.
 from __future__ import annotations
 
 import csv
-import json
-import sys
 from collections.abc import Callable, Iterator
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.corpus.sources._files import BROKEN, Document, Wrong, open_text, plain_name
+from pretrain.core.foreign import json, rows, texts
+from pretrain.core.foreign.archives import BROKEN, open_text
+from pretrain.core.foreign.parsing import reason
+from pretrain.core.foreign.reading import open_file
+from pretrain.corpus.sources._files import Document, Wrong, plain_name
+from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import number
 
 if TYPE_CHECKING:
     import pyarrow
 
+LARGE = 64 << 20  # bytes of a batch whose rows are taken out one by one
+GROUP = 2 << 30  # bytes of a row group, which may have to be held whole
 Row = tuple[str, Document]  # where it stands, and its columns
-Reader = Callable[[Path, str, str, Wrong], Iterator[Row]]  # of a file, its name, the column of the text
+# Of a file, its name, the column of the text, what is told of what is wrong, and how long rows may be.
+Reader = Callable[[Path, str, str, Wrong, Skipped], Iterator[Row]]
 # What is not read, by its ending: nobody shall take it for text, or miss it.
 UNREAD = {
     "an archive": (".zip", ".tar", ".tgz", ".7z", ".rar", ".jar", ".whl", ".deb", ".rpm", ".iso", ".dmg"),
@@ -47,17 +53,23 @@ def unread(path: Path) -> str | None:
     return next((f"{what} ({end})" for what, ends in UNREAD.items() if end in ends), None)
 
 
-def lines(path: Path, name: str, wrong: Wrong, newline: str | None = None) -> Iterator[tuple[int, str]]:
-    """The lines with their numbers, bytes that are not UTF-8 as lone surrogates (see `has_bad_bytes`)."""
-    import zstandard
+def lines(
+    path: Path, name: str, wrong: Wrong, skipped: Skipped, newline: str | None = None
+) -> Iterator[tuple[int, str]]:
+    """The lines with their numbers, bytes that are not UTF-8 as lone surrogates (see `has_bad_bytes`).
 
+    One that is too long is counted in `skipped`, and never held.
+    """
     count = 0
     try:
         with open_text(path, errors="surrogateescape", newline=newline) as opened:
-            for count, line in enumerate(opened, 1):
-                yield count, line
-    except (*BROKEN, zstandard.ZstdError) as error:
-        what = f"cannot be read after line {count} ({error}): truncated or damaged"
+            for count, line in rows.lines(opened, skipped.longest):
+                if line is None:
+                    skipped.too_long("lines", f"{name}:{count}")
+                else:
+                    yield count, line
+    except BROKEN as error:
+        what = f"cannot be read after line {count} ({reason(error)}): truncated or damaged"
         wrong(name, what, f"unreadable ({type(error).__name__})", "a whole file")
 
 
@@ -74,35 +86,34 @@ def _whole(where: str, text: str, wrong: Wrong) -> bool:
     return True
 
 
-def read_jsonl(path: Path, name: str, text: str, wrong: Wrong) -> Iterator[Row]:
+def read_jsonl(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """One JSON object a line."""
-    rows = 0
-    for line_number, line in lines(path, name, wrong):
+    count = 0
+    for line_number, line in lines(path, name, wrong, skipped):
         if not line.strip():
             continue
-        rows, where = rows + 1, f"{name}:{line_number}"
+        count, where = count + 1, f"{name}:{line_number}"
         if not _whole(where, line, wrong):
             continue
         try:
-            row = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = getattr(error, "msg", None) or error
-            wrong(where, f"not JSON ({reason}): truncated or damaged", "bad lines", "one JSON object a line")
+            row = json.loads(line, halves=True)
+        except json.NotJSON as error:
+            wrong(where, f"not JSON ({error}): truncated or damaged", "bad lines", "one JSON object a line")
             continue
         if isinstance(row, dict):
-            yield f"{where} (row {rows})", row
+            yield f"{where} (row {count})", row
         else:
             wrong(where, f"{type(row).__name__}, no object", "bad lines", "one JSON object a line")
 
 
-def read_csv(path: Path, name: str, text: str, wrong: Wrong) -> Iterator[Row]:
+def read_csv(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """Rows under a header; without one (a number stands in the first row) columns are named `0`, `1`, …
 
     The separator is a tab in `.tsv` files; in others a comma, or the semicolon or tab that the first line has in place
     of one. A cell in quotes may hold line ends.
     """
-    csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    source = (line for _, line in lines(path, name, wrong, newline=""))
+    csv.field_size_limit(min(skipped.longest, 2**31 - 1))
+    source = (line for _, line in lines(path, name, wrong, skipped, newline=""))
     first = next(source, "")
     separator = "\t" if ending(path) == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
     reader = csv.reader(chain([first], source), delimiter=separator, strict=True)
@@ -143,61 +154,100 @@ def _header(cells: list[str], text: str, where: str) -> tuple[list[str], bool]:
     return names, True
 
 
-def read_json(path: Path, name: str, text: str, wrong: Wrong) -> Iterator[Row]:
-    """An array of objects or texts, or one object with the column; a file of JSON lines that is named `.json` too."""
-    content = "".join(line for _, line in lines(path, name, wrong))
-    if not content.strip():
-        return
+def read_json(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
+    """An array of objects or texts, or one object with the column; a file of JSON lines that is named `.json` too.
+
+    An array is read an item at a time.
+    """
     try:
-        value = json.loads(content)
-    except (json.JSONDecodeError, RecursionError) as error:
-        if content.lstrip().startswith("{"):
-            yield from read_jsonl(path, name, text, wrong)
-            return
-        line = getattr(error, "lineno", 1)
-        reason = getattr(error, "msg", None) or error
-        wrong(f"{name}:{line}", f"not JSON ({reason}): truncated or damaged", "bad files", "a JSON array")
+        with open_text(path, errors="surrogateescape") as opened:
+            start = opened.read(4096).lstrip()
+    except BROKEN as error:
+        wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
         return
-    for index, item in enumerate(value if isinstance(value, list) else [value], 1):
-        where = f"{name}, item {index}"
-        item = {text: item} if isinstance(item, str) else item
-        if not isinstance(item, dict):
-            wrong(where, f"{type(item).__name__}, no object", "bad items", "objects or texts")
-        elif _whole(where, json.dumps(item, ensure_ascii=False), wrong):
-            yield where, item
+    if not start:
+        return
+    if start.startswith("{"):
+        yield from _one_object(path, name, text, wrong, skipped)
+        return
+    index = 0
+    try:
+        with open_text(path, errors="surrogateescape") as opened:
+            for index, item in enumerate(json.items(opened, skipped.longest), 1):
+                yield from _item(f"{name}, item {index}", item, text, wrong)
+    except (json.NotJSON, *BROKEN) as error:
+        what = f"not JSON ({reason(error)}): truncated or damaged"
+        wrong(f"{name}, item {index + 1}" if index else f"{name}:1", what, "bad files", "a JSON array")
 
 
-def read_notebook(path: Path, name: str, text: str, wrong: Wrong) -> Iterator[Row]:
+def _one_object(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
+    """The object that a file is, or those of its lines."""
+    content = "".join(islice(_pieces(path, name, wrong, skipped), 1))
+    try:
+        yield from _item(f"{name}, item 1", json.loads(content, halves=True), text, wrong)
+    except json.NotJSON:  # several objects, or too many characters for one
+        yield from read_jsonl(path, name, text, wrong, skipped)
+
+
+def _pieces(path: Path, name: str, wrong: Wrong, skipped: Skipped) -> Iterator[str]:
+    """A file's text where it is no longer than a document may be; nothing of one that is longer."""
+    try:
+        with open_text(path, errors="surrogateescape") as opened:
+            content = opened.read(skipped.longest + 1)
+        yield content if len(content) <= skipped.longest else ""
+    except BROKEN as error:
+        wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
+
+
+def _item(where: str, item: object, text: str, wrong: Wrong) -> Iterator[Row]:
+    """The row that an item of an array is."""
+    item = {text: item} if isinstance(item, str) else item
+    if not isinstance(item, dict):
+        wrong(where, f"{type(item).__name__}, no object", "bad items", "objects or texts")
+        return
+    bad = next((each for each in texts.strings_in(item) if has_bad_bytes(each)), "")
+    if _whole(where, bad, wrong):
+        yield where, item
+
+
+def read_notebook(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """The cells of a Jupyter notebook, without what they have put out: `cell` is `code`, `markdown` or `raw`."""
-    content = "".join(line for _, line in lines(path, name, wrong))
+    content = next(_pieces(path, name, wrong, skipped), None)
+    if not content:
+        if content is not None:
+            skipped.too_long("notebooks", name)
+        return
     try:
-        book = json.loads(content)
+        book = json.loads(content, halves=True)
         sheets = book.get("worksheets") or [book]  # of format 3
         cells = [cell for sheet in sheets for cell in sheet["cells"]]
         read = [(str(cell["cell_type"]), cell.get("source", cell.get("input", ""))) for cell in cells]
-    except (json.JSONDecodeError, RecursionError, KeyError, TypeError, AttributeError) as error:
-        wrong(f"{name}:{getattr(error, 'lineno', 1)}", "no notebook", "bad files", "a Jupyter notebook with cells")
+        sources = ["".join(source) if isinstance(source, list) else source for _, source in read]
+    except (json.NotJSON, KeyError, TypeError, AttributeError) as error:
+        wrong(f"{name}:{getattr(error, 'line', 1)}", "no notebook", "bad files", "a Jupyter notebook with cells")
         return
-    for index, (kind, source) in enumerate(read, 1):
-        where, source = f"{name}, cell {index}", "".join(source) if isinstance(source, list) else source
+    for index, ((kind, _), source) in enumerate(zip(read, sources, strict=True), 1):
+        where = f"{name}, cell {index}"
         if _whole(where, str(source), wrong):
             yield where, {text: source, "cell": kind, "domain": "ipynb", "group": name}
 
 
-def read_arrow(path: Path, name: str, text: str, wrong: Wrong) -> Iterator[Row]:
+def read_arrow(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """The rows of a Parquet, Arrow (file or stream), Feather or ORC file."""
     import pyarrow
 
     count = 0
     try:
         for batch in _batches(path):
-            for row in batch.to_pylist():
-                count += 1
-                yield f"{name}, row {count}", row
-    except (pyarrow.ArrowException, OSError) as error:
+            batch.validate(full=True)  # whatever its offsets say else, of memory that is not its own too, is read
+            large = batch.nbytes > LARGE
+            for piece in (batch.slice(place, 1) for place in range(len(batch))) if large else [batch]:
+                for row in piece.to_pylist():
+                    count += 1
+                    yield f"{name}, row {count}", row
+    except (pyarrow.ArrowException, *BROKEN) as error:
         kind = {".parquet": "Parquet", ".orc": "ORC"}.get(ending(path), "Arrow")
-        reason = " ".join(str(error).split())[:200]
-        wrong(name, f"not a whole {kind} file ({reason})", "bad files", "a whole file")
+        wrong(name, f"not a whole {kind} file after row {count} ({reason(error)})", "bad files", "a whole file")
 
 
 def _batches(path: Path) -> Iterator[pyarrow.RecordBatch | pyarrow.Table]:
@@ -205,8 +255,13 @@ def _batches(path: Path) -> Iterator[pyarrow.RecordBatch | pyarrow.Table]:
     import pyarrow.orc
     import pyarrow.parquet
 
+    open_file(path).close()  # is a regular one
     if ending(path) == ".parquet":
         with pyarrow.parquet.ParquetFile(path) as file:
+            for number in range(file.num_row_groups):
+                size = file.metadata.row_group(number).total_byte_size
+                if size > GROUP:
+                    raise ValueError(f"row group {number} of {size} bytes, where at most {GROUP} are read")
             yield from file.iter_batches(batch_size=256)
     elif ending(path) == ".orc":
         file = pyarrow.orc.ORCFile(path)

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import builtins
-import importlib
-import lzma
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import Field, asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pretrain.core.bounds import check_fields
 from pretrain.core.files import digest
+from pretrain.core.foreign import rows, texts
+from pretrain.core.foreign.archives import BROKEN, PACKED, open_packed, open_text
+from pretrain.core.foreign.parsing import reason
 from pretrain.core.packages import Package, package_facts
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -29,13 +28,14 @@ class Size(NamedTuple):
     documents: float = 0
 
 
-PACKED = (".gz", ".bz2", ".xz", ".zst")
+UNTOUCHED = ("image", "audio", "series")  # columns without text
+DOMAIN, NAME = 200, 1000  # characters of a domain's name, and of an id
 UNPACKED = 4  # times as large is text as its compressed file, about
 
 
 def size_of(paths: Iterable[Path]) -> Size:
     """Of files that are a document each."""
-    sizes = [path.stat().st_size * (UNPACKED if path.suffix in PACKED else 1) for path in paths]
+    sizes = [path.stat().st_size * (UNPACKED if path.suffix in PACKED else 1) for path in paths if path.exists()]
     return Size(sum(sizes), len(sizes))
 
 
@@ -63,8 +63,35 @@ class Source:
 
 
 def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
-    """The source's documents, in a fixed order."""
-    return source.documents(skipped or Skipped())
+    """The source's documents, in a fixed order; none is longer, or holds other characters, than can be stored."""
+    skipped = skipped or Skipped()
+    for document in source.documents(skipped):
+        if len(document.get("text") or "") > skipped.longest:
+            skipped.too_long("documents", str(document.get("id"))[:NAME])
+        else:
+            yield _storable(document, skipped)
+
+
+def _storable(document: Document, skipped: Skipped) -> Document:
+    """The document with whole characters alone, and with a domain and an id of bounded lengths."""
+    plain = {name: value for name, value in document.items() if name not in UNTOUCHED}
+    if texts.broken_in(plain) is not None:
+        document = {texts.mended(name): _mended(value) for name, value in document.items()}
+        skipped.add("halves of characters, replaced", str(document.get("id"))[:NAME])
+    for name, most in (("domain", DOMAIN), ("id", NAME)):
+        if isinstance(value := document.get(name), str) and len(value) > most:
+            document = document | {name: value[:most]}
+            skipped.add(f"long names, cut ({name})", value[:most])
+    return document
+
+
+def _mended(value: Any) -> Any:
+    """A column's value with U+FFFD in place of each half of a character."""
+    if isinstance(value, str):
+        return texts.mended(value)
+    if isinstance(value, dict):
+        return {texts.mended(name): _mended(each) for name, each in value.items()}
+    return [_mended(each) for each in value] if isinstance(value, list) else value
 
 
 def fingerprint(source: Source) -> str:
@@ -110,74 +137,101 @@ def path_label(path: Path, label: PathLabel) -> dict[str, str]:
     return {"label": path.absolute().parent.name if label == "parent" else path.name.split(".")[0]}
 
 
-OPENED: dict[str, str] = {".gz": "gzip", ".bz2": "bz2", ".xz": "lzma", ".zst": "zstandard"}  # by which module
-BROKEN = (
-    OSError,
-    EOFError,
-    ValueError,
-    zlib.error,
-    lzma.LZMAError,
-)  # of files that end too early, and more
-
-
 def plain_name(path: Path) -> str:
     """A file's name without the ending that says how it is compressed."""
-    return path.stem if path.suffix in OPENED else path.name
-
-
-def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
-    """A text file in UTF-8, plain or compressed (`.gz`, `.bz2`, `.xz`, `.zst`); a byte-order mark is left out."""
-    module = importlib.import_module(OPENED[path.suffix]) if path.suffix in OPENED else builtins
-    opened: TextIO = module.open(path, "rt", encoding="utf-8-sig", errors=errors, newline=newline)
-    return opened
+    return path.stem if path.suffix in PACKED else path.name
 
 
 def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
     """The lines of a text file; one that cannot be read to its end is counted, and ends there."""
-    import zstandard
-
     number = 0
     try:
-        with open_text(path) as lines:
-            for line in lines:
-                number += 1
-                yield line.rstrip("\r\n")
+        with open_text(path) as opened:
+            for number, line in rows.lines(opened, skipped.longest):
+                if line is None:
+                    skipped.too_long("lines", f"{path}:{number}")
+                else:
+                    yield line.rstrip("\r\n")
     except UnicodeDecodeError:
         skipped.add("not UTF-8", f"{path}:{number + 1}")
-    except (*BROKEN, zstandard.ZstdError) as error:
+    except BROKEN as error:
         skipped.add(f"unreadable ({type(error).__name__})", f"{path}:{number + 1}")
 
 
 def read_text(path: Path, skipped: Skipped, wrong: Wrong | None = None, name: str = "") -> str | None:
-    """A text file's content (a compressed one's too), or None, counted, when it is binary, broken or empty.
+    """A text file's content (a compressed one's too), or None, counted, when it is binary, broken, empty or too long.
 
     With `wrong` a broken one, or one with bytes that are not UTF-8, is told to it; else it is counted.
     """
-    import zstandard
-
     name = name or str(path)
-    wrong = wrong or (lambda where, what, reason, accepted: skipped.add(reason, where))
+    text = _read(path, skipped, wrong or _counted(skipped), name)
+    if text is TOO_LONG:
+        skipped.too_long("documents", name)
+    return None if text is TOO_LONG else text
+
+
+def read_pieces(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> Iterator[tuple[str, bool]]:
+    """A text file's content, and that this is all of it; a longer one comes in pieces, cut at ends of lines."""
+    text = _read(path, skipped, wrong, name)
+    if text is not TOO_LONG:
+        yield from () if text is None else ((text, True),)
+        return
+    skipped.add(f"documents cut to {skipped.longest:,} characters", name)
+    held = ""
     try:
-        module = importlib.import_module(OPENED[path.suffix]) if path.suffix in OPENED else builtins
-        with module.open(path, "rb") as file:
-            data: bytes = file.read()
-    except (*BROKEN, zstandard.ZstdError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        wrong(name, f"cannot be read ({why})", f"unreadable ({type(error).__name__})", "a whole file")
+        with open_text(path, newline="") as opened:
+            while piece := opened.read(skipped.longest + 1 - len(held)):
+                held += piece
+                if len(held) > skipped.longest:
+                    end = held.rfind("\n", 0, skipped.longest) + 1 or skipped.longest
+                    yield held[:end], False
+                    held = held[end:]
+    except BROKEN as error:
+        wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
+    if held.strip():
+        yield held, False
+
+
+TOO_LONG = "\0"  # in place of a text that is longer than a document may be
+
+
+def _counted(skipped: Skipped) -> Wrong:
+    return lambda where, what, why, accepted: skipped.add(why, where)
+
+
+def _read(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> str | None:
+    """A file's text; None for one that is told or counted, `TOO_LONG` of one of which not all was read."""
+    most = 4 * skipped.longest  # bytes, which no text of as many characters has more of
+    try:
+        with open_packed(path) as file:
+            data = file.read(HEAD)
+            if not is_binary(data):
+                data += file.read(max(0, most + 1 - len(data)))
+    except BROKEN as error:
+        wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
         return None
     if is_binary(data):
-        skipped.add("binary", name)
+        skipped.add("UTF-16 without a byte-order mark" if _unmarked(data) else "binary", name)
         return None
+    if len(data) > most:
+        return TOO_LONG
     try:
-        text = data.decode("utf-8-sig")
+        text = texts.decode(data)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
-        wrong(f"{name}:{line}", f"byte 0x{data[error.start]:02x} is not UTF-8", "not UTF-8", "text in UTF-8")
+        kind = texts.encoding_of(data[:4]).upper().removesuffix("-SIG")
+        wrong(f"{name}:{line}", f"byte 0x{data[error.start]:02x} is not {kind}", f"not {kind}", f"text in {kind}")
         return None
     if not text.strip():
         skipped.add("empty", name)
         return None
-    return text
+    return text if len(text) <= skipped.longest else TOO_LONG
+
+
+def _unmarked(data: bytes) -> bool:
+    """Whether bytes look like UTF-16 without a mark: of Western text every other one is zero."""
+    head = data[:HEAD]
+    return len(head) > 3 and any(head[side::2].count(0) > 0.4 * len(head) for side in (0, 1))
 
 
 HEAD = 8192
@@ -186,7 +240,7 @@ HEAD = 8192
 def is_binary(data: bytes) -> bool:
     """Whether bytes are no text in any encoding: a zero byte, or control characters (2% of the first ones)."""
     head = data[:HEAD]
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff") and not len(data) % 2:  # UTF-16, which is text
+    if texts.encoding_of(data[:4]) not in ("utf-8", "utf-8-sig"):  # of its two or four bytes a character many are zero
         return False
     return b"\0" in head or len(head.translate(None, _NO_CONTROL)) > len(head) / 50
 

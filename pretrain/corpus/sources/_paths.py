@@ -17,6 +17,8 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.paths import expanded
+from pretrain.core.foreign.reading import irregular
 from pretrain.core.packages import Package, package_folder
 from pretrain.corpus.gitignore import Ignored
 from pretrain.corpus.leaks import is_generated
@@ -24,6 +26,7 @@ from pretrain.corpus.sources._remote import is_remote, local_copies, remote_stam
 from pretrain.corpus.sources._skipped import Skipped
 
 TOOLS = {".git", ".hg", ".svn", ".venv", "__pycache__", "node_modules"}  # folders that are never looked into
+SYSTEM = ("/proc", "/sys", "/dev")  # whose files are none
 MADE = ("run.json", "CACHEDIR.TAG")  # what lies beside these is a run's output or a cache, and no source
 SECRET = (
     ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.gpg",
@@ -66,7 +69,7 @@ def located(
         ids = local_copies(where, lambda name: _wanted(name, ends, taken, skipped))
         return _some(ids, where, ends, skipped)
     if package is None:
-        paths = _matching(Path(where).expanduser(), where, ends, skipped, taken)
+        paths = _matching(expanded(where), where, ends, skipped, taken)
         return [(str(path), path) for path in paths]
     inside = PurePath(where)
     if inside.is_absolute() or ".." in inside.parts:
@@ -78,9 +81,13 @@ def located(
 
 
 def _matching(path: Path, where: str, ends: tuple[str, ...], skipped: Skipped, taken: Taken) -> list[Path]:
+    if path.is_dir() and path.resolve() == Path(path.resolve().anchor):
+        raise PretrainError(f"{where!r} is the whole machine; accepted: the folder of the documents")
     if path.is_dir():
         paths = sorted(_tree(path, _refusal(path, skipped, taken)))
     elif path.exists():
+        if kind := irregular(path):
+            raise PretrainError(f"{where!r} is {kind}, which may never end; accepted: a file, a folder or a glob")
         if not taken.secrets and is_secret(path.name):
             raise PretrainError(f"{where!r} looks like a secret; accepted: another file, or secrets: true to read it")
         paths = [path]
@@ -153,19 +160,25 @@ def _reason(path: Path, folder: bool, taken: Taken) -> str | None:
     """Why a file or folder is passed over."""
     if folder and path.name in TOOLS:
         return "tools' folders"
+    if folder and str(path) in SYSTEM:
+        return "the system's folders"
     if not taken.secrets and (path.name in SECRET_FOLDERS if folder else is_secret(path.name)):
         return "secret-looking"
     if not taken.hidden and path.name.startswith("."):
         return "hidden"
-    if not folder:
-        if not taken.generated and is_generated(path.name):
-            return "generated"
-        return None if path.is_file() else "no regular files"
+    try:
+        if not folder:
+            if not taken.generated and is_generated(path.name):
+                return "generated"
+            return None if path.is_file() else "no regular files"
+        made = any((path / name).exists() for name in MADE)
+    except OSError:
+        return f"{'folders' if folder else 'files'} that cannot be opened"
     if path.is_symlink():
         return "linked folders"
     if not os.access(path, os.R_OK | os.X_OK):
         return "folders that cannot be opened"
-    return "runs and caches" if any((path / name).exists() for name in MADE) else None
+    return "runs and caches" if made else None
 
 
 def _wanted(name: str, ends: tuple[str, ...], taken: Taken, skipped: Skipped) -> bool:
@@ -208,6 +221,9 @@ def stamps(where: str, package: Package | None, suffixes: Iterable[str] = (), ta
 
 
 def stamp(path: Path) -> list[str | int]:
-    """A file's name, size and time."""
-    stat = path.stat()
+    """A file's name, size and time; of one that is gone since it was listed that it is."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return [str(path), "gone"]
     return [str(path), stat.st_size, stat.st_mtime_ns]

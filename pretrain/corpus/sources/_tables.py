@@ -20,11 +20,24 @@ def rows_of(path: Path, skipped: Skipped) -> tuple[list[str], Iterator[list[str]
     lines = (line for line in lines_of(path, skipped) if line.strip())
     first = next(lines, "")
     separator = "\t" if ".tsv" in path.name else next((mark for mark in ",;\t" if mark in first), ",")
-    head = next(csv.reader([first], delimiter=separator), [])
-    rows = csv.reader(lines, delimiter=separator)
+    head = next(_cells(iter([first]), separator, skipped, path), [])
+    rows = _cells(lines, separator, skipped, path)
     if any(number(cell) is not None for cell in head):
         return [str(index) for index in range(len(head))], _chain(head, rows)
     return [name.strip() for name in head], rows
+
+
+def _cells(lines: Iterator[str], separator: str, skipped: Skipped, path: Path) -> Iterator[list[str]]:
+    """The rows; what is no row of a table is counted."""
+    csv.field_size_limit(min(skipped.longest, 2**31 - 1))
+    reader = csv.reader(lines, delimiter=separator)
+    while True:
+        try:
+            yield next(reader)
+        except StopIteration:
+            return
+        except csv.Error:
+            skipped.add("bad lines", path)
 
 
 def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from pretrain.core.bounds import Count, Ge, Le, NonNegative, Seconds
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.reading import open_file, read_bytes
 from pretrain.core.packages import Package
 from pretrain.core.quick.quantities import Duration
 from pretrain.corpus.sources._files import Document, PathLabel, Source, any_case, evenly, path_label
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from soundfile import SoundFile
 
 SUFFIXES = any_case(".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+MOST = 1 << 30  # bytes of a file that is kept as it is
 KEPT = ("WAV", "FLAC")  # formats whose bytes may stay as they are
 WHOLE = 0.99  # of the length that a header says; that of an MP3 is an estimate, 0.2% off where it was measured
 
@@ -67,6 +69,7 @@ class Audio(Source):
         import soundfile
 
         try:
+            open_file(path).close()  # is a regular one
             with soundfile.SoundFile(path) as file:
                 rate, whole = file.samplerate, file.frames <= self.longest * file.samplerate
                 if file.frames < max(1.0, self.shortest * rate):
@@ -75,7 +78,7 @@ class Audio(Source):
                 same = file.channels == 1 or not self.mono
                 if whole and same and self.rate in (None, rate) and file.format in KEPT:
                     file.read(dtype="int16")  # all of it, since a file that ends too early still opens
-                    yield path.read_bytes(), True
+                    yield read_bytes(path, MOST), True
                     return
                 for samples_LC in _blocks(file, math.floor(self.longest * rate)):
                     if whole or len(samples_LC) >= self.shortest * rate:

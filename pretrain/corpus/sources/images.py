@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pretrain.core.bounds import Count
+from pretrain.core.foreign.reading import read_bytes
 from pretrain.core.packages import Package
 from pretrain.core.samples import IMAGES
 from pretrain.corpus.sources._files import Document, PathLabel, Source, any_case, evenly, path_label
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 SUFFIXES = any_case(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm")
+MOST = 256 << 20  # bytes of a file
 ORIENTATION = 0x0112  # the EXIF tag that says how a camera was held
 PNG_MODES = ("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16")
 
@@ -58,7 +60,7 @@ class Images(Source):
         from PIL import Image
 
         try:
-            data = path.read_bytes()
+            data = read_bytes(path, MOST)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `max_pixels` decides
                 with Image.open(io.BytesIO(data), formats=IMAGES) as image:
@@ -71,7 +73,7 @@ class Images(Source):
             return data if made is image and kind in ("PNG", "JPEG") else png(made)
         except Image.DecompressionBombError:
             skipped.add(f"images of more than {self.max_pixels} pixels", path)
-        except (OSError, ValueError, SyntaxError, EOFError) as error:  # pillow's ways to tell of a broken file
+        except Exception as error:  # pillow has many ways to tell of a broken file
             skipped.add("no image" if isinstance(error, Image.UnidentifiedImageError) else "broken images", path)
         return None
 

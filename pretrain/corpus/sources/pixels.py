@@ -67,6 +67,9 @@ class Pixels(Source):
     def _image(self, row: list[str], skipped: Skipped, *, count: int, path: Path, place: str) -> bytes | None:
         from PIL import Image
 
+        if not count:
+            skipped.add("rows that are no image", place)
+            return None
         side = math.isqrt(count)
         shape = self.shape or (side, side)
         if math.prod(shape) != count:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -11,11 +10,13 @@ from typing import Literal
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign import json
+from pretrain.core.foreign.archives import BROKEN, open_text
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, unread
-from pretrain.corpus.sources._files import BROKEN, Document, Size, Source, Wrong, open_text, read_text, size_of
+from pretrain.corpus.sources._files import Document, Size, Source, Wrong, read_pieces, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -72,13 +73,16 @@ class Files(Source):
                 raise PretrainError(f"{name} is {kind}; accepted: text, or one of {', '.join(READERS)}")
             if kind is not None:
                 skipped.add(kind, name)
-            elif reader is not None and not self._is_text(path, reader):
-                read = islice(reader(path, name, self.text, wrong), rows)
+            elif reader is not None and not self._is_text(path, reader, skipped.longest):
+                read = islice(reader(path, name, self.text, wrong, skipped), rows)
                 yield from _documents(read, name, self, skipped, wrong)
-            elif (text := read_text(path, skipped, wrong, name)) is not None and self._fit(
-                text, path, name, skipped, len(files) == 1
-            ):
-                yield name, {"text": text, "domain": self.domain or ending(path).lstrip(".") or "text", "id": name}
+            else:
+                domain = self.domain or ending(path).lstrip(".") or "text"
+                for number, (text, whole) in enumerate(read_pieces(path, skipped, wrong, name)):
+                    if not self._fit(text, path, name, skipped, len(files) == 1):
+                        break
+                    place = {"id": name} if whole else {"id": f"{name}#{number}", "group": name}
+                    yield name, {"text": text, "domain": domain} | place
 
     def _taken(self) -> Taken:
         """Which files are taken."""
@@ -97,15 +101,15 @@ class Files(Source):
             return False
         return True
 
-    def _is_text(self, path: Path, reader: Reader) -> bool:
+    def _is_text(self, path: Path, reader: Reader, longest: int) -> bool:
         """Whether a `.json` file is one object without the column, as settings are: text like any other."""
         if reader is not read_json or self.text != "text":
             return False
         try:
             with open_text(path) as opened:
                 start = opened.read(4096).lstrip()
-                return start.startswith("{") and not _is_row(start + opened.read(), self.text)
-        except (*BROKEN, RecursionError):
+                return start.startswith("{") and not _is_row(start + opened.read(longest), self.text)
+        except BROKEN:
             return False
 
     def size(self) -> Size | None:
@@ -121,11 +125,11 @@ class Files(Source):
 def _is_row(content: str, column: str) -> bool:
     """Whether a JSON text that begins with an object holds rows: the object has the column, or lines are objects."""
     try:
-        return isinstance(json.loads(content).get(column), str)
-    except json.JSONDecodeError:
+        return isinstance(json.loads(content, halves=True).get(column), str)
+    except json.NotJSON:
         try:
-            return isinstance(json.loads(content.lstrip().partition("\n")[0]), dict)
-        except json.JSONDecodeError:  # JSON with comments, or a template
+            return isinstance(json.loads(content.lstrip().partition("\n")[0], halves=True), dict)
+        except json.NotJSON:  # JSON with comments, or a template
             return False
 
 

@@ -26,6 +26,7 @@ from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign import json as foreign
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows, stepper
 
@@ -190,7 +191,7 @@ class ServerClient:
         request = urllib.request.Request(self.address, json.dumps(body).encode(), headers, method="POST")
         try:
             with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                content = answer.read()
+                content = answer.read(foreign.MOST)
         except urllib.error.HTTPError as error:
             reason = " ".join(error.read().decode("utf-8", "replace").split())[:200]
             raise PretrainError(f"server {self.address}: HTTP {error.code}: {reason}; accepted: HTTP 200") from error
@@ -200,7 +201,7 @@ class ServerClient:
                 f"server {self.address}: {cause}; accepted: one that answers within {self.timeout:g} seconds"
             ) from error
         try:
-            read = json.loads(content)
+            read = foreign.loads(content.decode(errors="replace"))
             text, usage = read["choices"][0]["message"]["content"], read["usage"]
             kept = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
             return Reply(text + "", int(usage["prompt_tokens"]), int(usage["completion_tokens"]), int(kept))

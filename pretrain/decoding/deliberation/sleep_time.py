@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import ClassVar
 from weakref import WeakKeyDictionary
 
@@ -20,6 +19,7 @@ from pretrain.core.bounds import Count, Whole
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
 from pretrain.core.method import Ref
@@ -104,7 +104,7 @@ class SleepTime(Decoding):
         return encode(tokenizer, [f"{NOTES}{slept.notes}{self.separator}"])[0].tolist() if slept.notes else []
 
     def _tokenizer(self, model: PreTrainedModel) -> PreTrainedTokenizerBase:
-        folder = Path(self.tokenizer or model.config._name_or_path or "/none").expanduser()
+        folder = expanded(self.tokenizer or model.config._name_or_path or "/none")
         if not folder.is_dir():
             raise PretrainError(
                 f"sleep_time: tokenizer {self.tokenizer!r}: accepted: a checkpoint or a folder with a tokenizer, which "

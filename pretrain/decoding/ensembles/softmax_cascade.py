@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from pretrain.core.bounds import Count, NonNegative
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, write_json
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.generation.options import OptionFields, Options
 from pretrain.core.method import Ref
 from pretrain.core.models.exits import HEADS, check_exits, thirds
@@ -156,5 +157,5 @@ class SoftmaxCascade(Decoding):
 
 
 def _file(place: Path | str) -> Path:
-    path = Path(place).expanduser()
+    path = expanded(place)
     return path if path.suffix == ".json" else path / FILE

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pretrain.core.bounds import Count, Ge, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.generation.forward import Forward
 from pretrain.core.generation.rows import continue_rows
 from pretrain.core.method import Ref
@@ -175,7 +176,7 @@ class Homer(Decoding):
 
 
 def _file(place: Path | str) -> Path:
-    path = Path(place).expanduser()
+    path = expanded(place)
     return path if path.suffix == ".safetensors" else path / FILE
 
 

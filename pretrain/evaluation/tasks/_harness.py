@@ -6,12 +6,11 @@ import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, cast
 
 import evaluate
 import numpy as np
 import torch
-import yaml
 from jinja2 import StrictUndefined
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import utils
@@ -23,6 +22,7 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError, listed, unknown
 from pretrain.core.files import JSONObject
+from pretrain.core.foreign import yaml
 from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation._predictions import framed, predictions
 
@@ -121,10 +121,9 @@ def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[Task
 
 def _read(path: Path) -> Task:
     try:
-        task = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PretrainError(f"harness: {path}: {reason}; accepted: YAML without tags such as !function") from error
+        task = cast("Task", yaml.loads(yaml.read_text(path), str(path))[0])
+    except PretrainError as error:
+        raise PretrainError(f"harness: {error}; accepted: YAML without tags such as !function") from error
     if not isinstance(task, dict) or not isinstance(task.get("task"), str) or "include" in task or "group" in task:
         raise PretrainError(f"harness: {path}: accepted: one task with its name, `task: NAME`, and no include or group")
     for entry in task.get("metric_list") or []:

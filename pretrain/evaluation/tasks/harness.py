@@ -17,6 +17,7 @@ import numpy as np
 from pretrain.core.bounds import Ge, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject
+from pretrain.core.foreign.paths import expanded
 from pretrain.core.method import Ref
 from pretrain.evaluation import Evaluation, Measured
 
@@ -74,7 +75,7 @@ class Harness(Evaluation):
                 raise PretrainError(
                     f"harness: {error}: accepted: lm-eval, of the extra eval: pip install 'pretrain[eval]'"
                 ) from error
-            folder = Path(self.folder).expanduser() if self.folder else Path(made)
+            folder = expanded(self.folder) if self.folder else Path(made)
             if not self.folder:
                 write_cloze(documents, folder, seed=self.seed)
             read = configurations(folder, self.tasks, Path(made) / "cache")

@@ -5,7 +5,6 @@ Shape letters: W words, D their vectors' length, V tokens.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,10 +17,15 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.core.encoding import encode_plain, ids_of, plain_backend
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
+from pretrain.core.foreign import json
+from pretrain.core.foreign.archives import open_text
+from pretrain.core.foreign.rows import lines
 
 ACCEPTED = ".vec or .txt (a word and its numbers a line), .json ({word: numbers}), .safetensors (vectors, words)"
 _LANGUAGE = re.compile(r"[a-z]{3}:(?=.)")  # before a word of ColexNet+
 BATCH = 4096
+
+LONGEST = 1 << 20  # characters of a line
 
 
 def read(method: str, files: Sequence[str], most: int) -> tuple[list[str], NDArray[np.float32]]:
@@ -62,8 +66,10 @@ def _read(path: Path, most: int | None) -> tuple[list[str], NDArray[np.float32]]
             words = json.loads((file.metadata() or {})["words"])
             return words[:most], file.get_tensor("vectors").astype(np.float32)[: len(words[:most])]
     words, rows = [], []
-    with path.open(encoding="utf-8", newline="\n") as file:
-        for number, line in enumerate(file):
+    with open_text(path, newline="\n") as file:
+        for number, (_, line) in enumerate(lines(file, LONGEST)):
+            if line is None:
+                raise ValueError(f"a line of more than {LONGEST:,} characters")
             word, *numbers = line.rstrip("\r\n").rstrip(" ").split(" ")
             if number == 0 and len(numbers) == 1:
                 continue  # how many words of which length

@@ -1,0 +1,341 @@
+"""What others have written never takes more memory than is stated, nor more than seconds to be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.foreign import json as foreign_json
+from pretrain.core.foreign import texts
+from pretrain.core.foreign import yaml as foreign_yaml
+from pretrain.core.foreign.archives import BROKEN, Bomb, open_packed, open_text
+from pretrain.core.foreign.arrays import read_array
+from pretrain.core.foreign.reading import open_file, read_bytes
+from pretrain.corpus.sources import Files, Skipped, read
+from pretrain.recipe import load
+
+MB = 1 << 20
+AT_ONCE = 5.0  # seconds
+BASE = 400  # MB that Python, numpy, pyarrow and the package hold before a byte is read
+PEAK = "print(int(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0]) >> 10)"  # MB; not of the parent
+
+
+def peak(code: str, folder: Path, limit: int | None = None) -> tuple[int, str]:
+    """The largest memory in MB of a process that runs `code`, and what it has printed before; with `limit` it gets no more."""
+    bound = f"resource.setrlimit(resource.RLIMIT_AS, ({limit << 20}, {limit << 20}))" if limit else ""
+    text = f"import resource\nfrom pathlib import Path\n{bound}\n{textwrap.dedent(code)}\n{PEAK}\n"
+    done = subprocess.run([sys.executable, "-c", text], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    *said, number = done.stdout.strip().splitlines()
+    return int(number), "\n".join(said)
+
+
+def cli(folder: Path, *words: str, limit: int | None = None) -> tuple[int, str, float]:
+    """The exit status of a command, its last line of errors, and the seconds it took."""
+    before = (
+        (lambda: __import__("resource").setrlimit(__import__("resource").RLIMIT_AS, (limit << 20, limit << 20)))
+        if limit
+        else None
+    )
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *words], cwd=folder, capture_output=True, text=True, timeout=120, preexec_fn=before
+    )  # fmt: skip
+    return (
+        done.returncode,
+        done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "",
+        time.perf_counter() - start,
+    )
+
+
+CORPUS = """
+    from pathlib import Path
+    from pretrain.core.errors import PretrainError
+    from pretrain.corpus.sources import Files, Skipped, read
+    from pretrain.corpus.store import write_corpus
+    skipped = Skipped()
+    try:
+        info = write_corpus(read(Files({where!r}, on_error="skip"), skipped), Path("corpus"), near_duplicates=None, skipped=skipped)
+        print(info["passed_over"])
+    except PretrainError as error:
+        print(error)
+"""
+
+
+def large(path: Path, size: int, line: bytes = b"") -> None:
+    """A file of `size` bytes of text, without the end of a line unless `line` is what it repeats."""
+    piece = line * (MB // len(line)) if line else b"word " * (MB // 5)
+    with path.open("wb") as file:
+        file.write(b'{"text": "a good line"}\n' if path.suffix == ".jsonl" else b"")
+        file.write(b'{"text": "' if path.suffix == ".jsonl" else b"")
+        for _ in range(size // len(piece)):
+            file.write(piece)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.json", "a.ipynb"])
+def test_a_line_of_200_megabytes_is_passed_over_or_cut_in_bounded_memory(tmp_path, name):
+    (tmp_path / "good.txt").write_text("a good document\n")
+    large(tmp_path / name, 200 * MB)
+    if name == "a.json":
+        (tmp_path / name).write_bytes(b'["one", "' + (tmp_path / name).read_bytes())
+    memory, said = peak(CORPUS.format(where="."), tmp_path)
+    print(f"{name}: {memory} MB")
+    assert ("bad files" if name == "a.json" else "4,000,000 characters") in said
+    assert memory < BASE + (700 if name == "a.txt" else 300), f"{memory} MB"
+
+
+@pytest.mark.parametrize("ending", [".gz", ".zst", ".xz", ".bz2"])
+def test_a_bomb_is_unpacked_no_further_than_its_bound(tmp_path, ending):
+    """Of 128 MB of the same line, two million of them, no more is read than 250 times the file or 64 MiB."""
+    make = {".gz": "gzip", ".zst": "zstandard", ".xz": "lzma", ".bz2": "bz2"}[ending]
+    opened = __import__(make).open(tmp_path / f"a.txt{ending}", "wb")
+    with opened as file:
+        for _ in range(128):
+            file.write(b"the same old words and so on and on and on, ever again and more\n" * 16384)
+    (tmp_path / "good.txt").write_text("a good document\n")
+    memory, said = peak(CORPUS.format(where="."), tmp_path)
+    print(f"{ending}: {memory} MB")
+    assert "unreadable (Bomb)" in said and memory < BASE + 700, f"{memory} MB"
+
+
+def test_a_bomb_of_zeros_is_binary_and_one_of_a_line_is_none(tmp_path):
+    import gzip
+
+    with gzip.open(tmp_path / "a.jsonl.gz", "wb") as file:
+        for _ in range(300):
+            file.write(bytes(MB))
+    with pytest.raises(
+        PretrainError, match=r"a.jsonl.gz: cannot be read after line 1 .*it unpacks to more than 7. MiB"
+    ):
+        list(read(Files(str(tmp_path / "a.jsonl.gz"))))
+    with pytest.raises(BROKEN), open_packed(tmp_path / "a.jsonl.gz") as packed:
+        while packed.read(MB):
+            pass
+    assert issubclass(Bomb, OSError)
+
+
+def test_what_is_no_regular_file_is_refused_at_once_wherever_it_stands(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    (tmp_path / "linked").symlink_to(tmp_path / "pipe")
+    for name, kind in (
+        ("pipe", "a named pipe"),
+        ("linked", "a named pipe"),
+        ("zero", "a device"),
+        ("/dev/zero", "a device"),
+    ):
+        place = tmp_path / name
+        with pytest.raises(OSError, match=kind):
+            open_file(place)
+        with pytest.raises(PretrainError, match=f"{name}.*{kind}"):
+            list(read(Files(str(place))))
+        with pytest.raises(PretrainError, match=f"recipe .*{name}.*{kind}"):
+            load(place)
+        with pytest.raises(PretrainError, match=f"{name} cannot be read: it is {kind}"):
+            foreign_json.read(place)
+    skipped = Skipped()
+    (tmp_path / "good.txt").write_text("good")
+    assert len(list(read(Files(str(tmp_path)), skipped))) == 1 and skipped.reasons == {"no regular files": 3}
+
+
+def test_a_checkpoint_and_a_recipe_in_a_pipe_end_the_command_at_once(tmp_path):
+    (tmp_path / "model").mkdir()
+    os.mkfifo(tmp_path / "model" / "config.json")
+    recipe = {"stages": [{"stage": "evaluate", "checkpoint": "model", "corpus": "model"}]}
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    for words in (
+        ("run", "r.yaml", "--dry-run"),
+        ("generate", "model", "--prompt", "x"),
+        ("run", "/dev/zero"),
+        ("run", "model/config.json"),
+    ):
+        code, said, seconds = cli(tmp_path, *words)
+        assert code in (1, 2) and said.startswith("error: ") and ("pipe" in said or "device" in said), said
+        assert (
+            seconds < 60
+        )  # and no end at all if the pipe were opened; most of it is the start of torch on a busy machine
+
+
+def _bomb(levels: int = 9) -> str:
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, levels)]
+    return "\n".join(lines)
+
+
+def test_yaml_that_multiplies_itself_is_refused_in_files_and_values(tmp_path):
+    start = time.process_time()
+    with pytest.raises(PretrainError, match="r.yaml:5: not valid YAML: more than 20,000 values"):
+        foreign_yaml.loads(_bomb(), "r.yaml")
+    merged = "a: &a {x: 1, y: 2}\n" + "\n".join(
+        f"{b}: &{b} {{<<: [{', '.join([f'*{a}'] * 9)}]}}" for a, b in zip("abcdefgh", "bcdefghi")
+    )
+    with pytest.raises(PretrainError, match="not valid YAML: more than 20,000 values"):
+        foreign_yaml.loads(merged, "r.yaml")
+    (tmp_path / "r.yaml").write_text(f"stages: []\nname:\n{textwrap.indent(_bomb(), '  ')}")
+    with pytest.raises(PretrainError, match="more than 20,000 values"):
+        load(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("stages: [{stage: data, sources: [stdlib]}]")
+    value = "[" + ", ".join(["&a [x, x, x]"] + ["*a"] * 8000) + "]"
+    with pytest.raises(PretrainError, match="--set data.sources=.*more than 20,000 values"):
+        load(tmp_path / "r.yaml", [f"data.sources={value}"])
+    for text, why in (("[" * 5000, "more than 50 lists"), ("9" * 5000, "5000 digits"), ('"\\ud800"', "half of a character"),
+                      ("!!binary aGk=", "the tag"), ("x" * (1 << 21), "characters")):  # fmt: skip
+        with pytest.raises(PretrainError, match=why):
+            foreign_yaml.loads(text, "value")
+    assert foreign_yaml.loads("2026-13-45", "value")[0] == "2026-13-45"  # a date is a text
+    assert time.process_time() - start < AT_ONCE
+
+
+def test_json_is_bounded_in_depth_digits_and_characters(tmp_path):
+    path = tmp_path / "a.json"
+    for text, why in (("[" * 100_000, "more than 200 lists"), ("[" * 300 + "]" * 300, "more than 200 lists"), ("9" * 5000, "5000 digits"),
+                      ('{"a": "\\ud800"}', "half of a character"), ("{", "truncated or damaged")):  # fmt: skip
+        path.write_text(text)
+        with pytest.raises(PretrainError, match=f"a.json is not valid JSON .*{why}"):
+            foreign_json.read(path)
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):
+        path.write_text('{"a": "é"}', encoding=encoding)
+        assert foreign_json.read(path) == {"a": "é"}
+    path.write_bytes(b"1" * 100)
+    with pytest.raises(PretrainError, match="is too large"):
+        read_bytes(path, 99)
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "[1]", '[1, {"a": "b,]"}, "x"]', " [ 1 , 2 ] ", "[" + ",".join(['"' + "y" * 70_000 + '"'] * 5) + "]"]
+)
+def test_an_array_is_read_an_item_at_a_time(tmp_path, text):
+    (tmp_path / "a.json").write_text(text)
+    with open_text(tmp_path / "a.json") as opened:
+        assert list(foreign_json.items(opened, 1 << 20)) == json.loads(text)
+    for end in (1, len(text) // 2):
+        (tmp_path / "a.json").write_text(text.strip()[: -end or None] if len(text) > 2 else "[")
+        with open_text(tmp_path / "a.json") as opened, pytest.raises(foreign_json.NotJSON):
+            list(foreign_json.items(opened, 1 << 20))
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be-mark", "utf-32"])
+def test_a_byte_order_mark_says_the_encoding_of_text_tables_and_recipes(tmp_path, encoding):
+    def write(name: str, text: str) -> Path:
+        data = b"\xfe\xff" + text.encode("utf-16-be") if encoding == "utf-16-be-mark" else text.encode(encoding)
+        (tmp_path / name).write_bytes(data)
+        return tmp_path / name
+
+    for name, text in (
+        ("a.txt", "é is text"),
+        ("a.jsonl", '{"text": "é is text"}'),
+        ("a.csv", "text,n\né is text,1"),
+        ("a.json", '["é is text"]'),
+    ):
+        assert [d["text"] for d in read(Files(str(write(name, text))))] == ["é is text"], name
+    assert load(write("r.yaml", "stages: [{stage: data, sources: [stdlib]}]")).stages
+    skipped = Skipped()
+    (tmp_path / "u.txt").write_bytes("plain words".encode("utf-16-le"))
+    assert not list(read(Files(str(tmp_path / "u.txt")), skipped)) and skipped.reasons == {
+        "UTF-16 without a byte-order mark": 1
+    }
+
+
+def test_halves_of_characters_are_replaced_and_counted_wherever_they_stand(tmp_path):
+    row = (
+        '{"text": "words", "domain": "\\ud800", "id": "\\udc00", "label": "a\\ud800", "group": "\\ud800", "\\ud800": 1}'
+    )
+    (tmp_path / "a.jsonl").write_text(row)
+    skipped = Skipped()
+    [document] = read(Files(str(tmp_path / "a.jsonl")), skipped)
+    assert texts.broken_in(document) is None and document["label"] == "a\ufffd" and document["\ufffd"] == 1
+    assert skipped.reasons == {"halves of characters, replaced": 1}
+    assert "\\ud800" in str(PretrainError("x\ud800\ny")) and "\n" not in str(PretrainError("x\ud800\ny"))
+
+
+def test_a_document_that_is_too_long_is_cut_at_the_end_of_a_line_and_kept_on_one_side(tmp_path):
+    (tmp_path / "a.txt").write_text("line one\nline two\nline three\n" + "x" * 50 + "\n")
+    skipped = Skipped(20)
+    documents = list(read(Files(str(tmp_path / "a.txt")), skipped))
+    assert "".join(d["text"] for d in documents) == (tmp_path / "a.txt").read_text()
+    assert documents[0]["text"] == "line one\nline two\n" and max(len(d["text"]) for d in documents) <= 20
+    assert {d["group"] for d in documents} == {str(tmp_path / "a.txt")} and len({d["id"] for d in documents}) == len(
+        documents
+    )
+    assert skipped.reasons == {"documents cut to 20 characters": 1}
+    (tmp_path / "b.jsonl").write_text('{"text": "short"}\n{"text": "' + "x" * 30 + '"}\n{"text": "last"}\n')
+    skipped = Skipped(25)
+    assert [d["text"] for d in read(Files(str(tmp_path / "b.jsonl")), skipped)] == ["short", "last"]
+    assert skipped.reasons == {"lines of more than 25 characters": 1}
+
+
+def test_headers_of_arrays_say_what_the_files_hold(tmp_path):
+    import numpy as np
+
+    path = tmp_path / "a.npy"
+    np.save(path, np.arange(5))
+    assert read_array(path).tolist() == [0, 1, 2, 3, 4]
+    good = path.read_bytes()
+    for old, new in (
+        (b"(5,)", b"(9,)"),
+        (b"<i8", b"|O8"),
+        (b"'descr'", b"'d\xffscr'"),
+        (b"(5,)", b"[[[]"),
+        (b"\x93NUMPY\x01", b"\x93NUMPY\x09"),
+    ):
+        path.write_bytes(good.replace(old, new))
+        with pytest.raises((ValueError, OSError)):
+            read_array(path)
+
+
+def test_what_does_not_fit_is_one_line(tmp_path):
+    (tmp_path / "text").mkdir()
+    for number in range(40):
+        (tmp_path / "text" / f"{number}.py").write_text(f"def f{number}():\n    return {number}\n" * 20)
+    model = {
+        "family": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    recipe = {"stages": [
+        {"stage": "data", "name": "corpus", "sources": [{"files": "text"}], "validation": 0.1, "test": 0.1},
+        {"stage": "tokenizer", "corpus": "corpus", "vocab_size": 300},
+        {"stage": "train", "corpus": "corpus", "tokenizer": "tokenizer", "length": 32, "batch_rows": 4_000_000_000, "micro_rows": 2,
+         "model": model, "budget": {"steps": 1}},
+    ]}  # fmt: skip
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    code, said, _ = cli(tmp_path, "run", "r.yaml")
+    assert code == 1 and said.startswith("error: stage 'train': about ") and "GB of memory" in said, said
+    code, said, _ = cli(tmp_path, "run", "r.yaml", "--set", "train.batch_rows=2", limit=700)
+    assert code == 1 and said.startswith("error: ") and ("memory" in said or "map segment" in said), said
+
+
+TOKENS = """
+    import random
+    from pathlib import Path
+    from pretrain.corpus.shards import tokenise
+    from pretrain.corpus.sources import Files, Skipped, read
+    from pretrain.corpus.store import Corpus, write_corpus
+    from pretrain.corpus.tokenizers import train_tokenizer
+    write_corpus(read(Files("text"), Skipped()), Path("corpus"), validation=0.0, test=0.0, near_duplicates=None)
+    corpus = Corpus(Path("corpus"))
+    tokenizer = train_tokenizer((d["text"][:20_000] for d in corpus.documents("train")), vocab_size=400)
+    print(tokenise(corpus, tokenizer, Path("tokens"), splits=("train",))["train"].tokens)
+"""
+
+
+def test_documents_as_long_as_they_may_be_are_put_into_tokens_in_bounded_memory(tmp_path):
+    (tmp_path / "text").mkdir()
+    words = " ".join(f"word{n % 977}x{n % 13}" for n in range(500_000))[:3_990_000]
+    with (tmp_path / "text" / "a.jsonl").open("w") as file:
+        for number in range(4):
+            file.write(json.dumps({"text": f"{number} {words}"}) + "\n")
+    memory, said = peak(TOKENS, tmp_path)
+    print(f"tokens: {memory} MB of {said}")
+    assert memory < 2500, f"{memory} MB"

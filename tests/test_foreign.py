@@ -1,0 +1,202 @@
+"""Nothing but the room at the boundary opens and parses what others have written, and damaged models are named."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+import pretrain
+from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_json_lines
+from pretrain.core.foreign.paths import expanded
+from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
+from pretrain.evaluation.likelihood.held_out import HeldOut
+from pretrain.identity import MANY, plan
+from pretrain.recipe import load
+from pretrain.stages.evaluate import load_both, measure
+from pretrain.training.log import keep_until
+
+PACKAGE = Path(pretrain.__file__).parent
+ROOM = "core/foreign/"
+# What parses, by the names of calls, and the files besides the room that may call it: what they read is the package's
+# own, the system's, of this process, or what the room has looked at before.
+PARSERS = {
+    r"(yaml\.)(load|load_all|safe_load|compose|parse|full_load|unsafe_load)": {"core/foreign/yaml.py"},
+    r"json\.(load|loads|JSONDecoder)": {
+        "core/foreign/json.py", "docs/site.py", "core/sandbox/__init__.py", "core/sandbox/inside.py", "papers/__init__.py", "identity.py",
+        "surgery/_tokens.py",
+    },
+    r"(np|numpy)\.load": {"core/foreign/arrays.py"},
+    r"(gzip|bz2|lzma|zstandard|zstd)\.(open|decompress|GzipFile|BZ2File|LZMAFile)": {"core/foreign/archives.py"},
+    r"zlib\.decompress(obj)?|tarfile\.open|zipfile\.ZipFile": {"core/packages.py"},
+    r".*\.expanduser": {"core/foreign/paths.py", "core/folders.py"},
+    r"Image\.open": {"corpus/sources/images.py", "core/processors.py", "core/samples.py", "new/look.py"},
+    r"tomllib\.loads?|pickle\..*|configparser\..*|ET\.parse": set(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("parser", PARSERS)
+def test_no_other_file_parses_what_others_have_written(parser):
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        tree = ast.parse(path.read_text())
+        imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+        room = {
+            alias.asname or alias.name
+            for node in imports
+            if node.module == "pretrain.core.foreign"
+            for alias in node.names
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and re.fullmatch(parser, call := ast.unparse(node.func)):
+                ours = call.partition(".")[0] in room
+                assert ours or name in PARSERS[parser], f"{name}:{node.lineno}: {call}: through pretrain.core.foreign"
+
+
+@pytest.fixture(scope="module")
+def models(tiny, tmp_path_factory):
+    """Folders of tiny models with a tokenizer, without checksums, as they come from elsewhere."""
+    home = tmp_path_factory.mktemp("models")
+    tokenizer = train_tokenizer([f"def f{n}(): return {n}" for n in range(50)], vocab_size=290)
+    for family in ("llama", "gpt2"):
+        checkpoint.save(tiny(family, vocab_size=320), tokenizer, home / family)
+        (home / family / "checksums.json").unlink()
+    return home
+
+
+def edited(folder: Path, name: str, **fields: object) -> None:
+    """Set fields of a JSON file."""
+    path = folder / name
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def reweighted(folder: Path, change) -> None:
+    """Change the tensors of a checkpoint."""
+    path = folder / "model.safetensors"
+    tensors = {name: change(name, tensor) for name, tensor in load_file(path).items()}
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path, {"format": "pt"})
+
+
+NORM = "model.layers.0.input_layernorm.weight"
+BAD = {
+    "weights that are not finite": (lambda f: reweighted(f, lambda n, t: t * float("nan") if n == NORM else t), rf"{NORM} holds NaN or infinity"),
+    "weights of whole numbers": (lambda f: reweighted(f, lambda n, t: t.to(torch.int32) if n == NORM else t), rf"{NORM} is of I32; accepted: floating-point"),
+    "weights of bits": (lambda f: reweighted(f, lambda n, t: t.bool() if n == NORM else t), rf"{NORM} is of BOOL; accepted: floating-point"),
+    "an unknown activation": (lambda f: edited(f, "config.json", hidden_act="nosuch"), r"config.json: .*nosuch"),
+    "an unknown rope": (lambda f: edited(f, "config.json", rope_parameters={"rope_type": "nosuch", "rope_theta": 1e4}), r"config.json: .*nosuch"),
+    "padding outside the vocabulary": (lambda f: edited(f, "config.json", pad_token_id=10**9), r"config.json: pad_token_id 1000000000: accepted: .*to 319"),
+    "a thousand million layers": (lambda f: edited(f, "config.json", num_hidden_layers=10**9), r"config.json: num_hidden_layers 1e\+09: accepted: at most 10,000"),
+    "more layers than weights": (lambda f: edited(f, "config.json", num_hidden_layers=9000), r"config.json: num_hidden_layers 9000: accepted: layers of which"),
+    "a width that is not the files'": (lambda f: edited(f, "config.json", intermediate_size=10**8), r"config.json: a model of [\d,]+ weights, of which the files hold"),
+    "a surgery that is a text": (lambda f: edited(f, "pretrain.json", surgery="x"), r"pretrain.json: surgery 'x': accepted: a list"),
+    "a lineage that is a list": (lambda f: edited(f, "pretrain.json", lineage=[]), r"pretrain.json: lineage '\[\]': accepted: a JSON object"),
+    "a generation that is a list": (lambda f: (f / "generation_config.json").write_text("[]"), r"generation_config.json holds a list"),
+    "JSON without an end": (lambda f: (f / "config.json").write_text("[" * 100_000), r"config.json is not valid JSON .*more than 200"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_damaged_checkpoint_is_one_line_that_names_it(models, tmp_path, what):
+    shutil.copytree(models / "llama", folder := tmp_path / "m")
+    change, message = BAD[what]
+    change(folder)
+    start = time.process_time()
+    with pytest.raises(PretrainError, match=message):
+        checkpoint.load(folder)
+    assert time.process_time() - start < 5
+
+
+def test_tokens_without_a_row_are_refused_before_anything_is_measured(models, tmp_path, tiny):
+    _, tokenizer = checkpoint.load(models / "llama")
+    checkpoint.save(tiny("llama"), tokenizer, tmp_path / "m")
+    with pytest.raises(PretrainError, match=r"has no row in the model; accepted: tokens from 0 to 96"):
+        load_both(tmp_path / "m")
+
+
+def test_a_byte_order_mark_in_any_file_of_a_checkpoint_changes_nothing(models, tmp_path):
+    shutil.copytree(models / "llama", folder := tmp_path / "m")
+    for name in ("config.json", "generation_config.json", "pretrain.json"):
+        (folder / name).write_text((folder / name).read_text(), encoding="utf-8-sig")
+    edited_generation = json.loads((folder / "generation_config.json").read_text(encoding="utf-8-sig")) | {
+        "max_length": 77
+    }
+    (folder / "generation_config.json").write_text(json.dumps(edited_generation), encoding="utf-8-sig")
+    assert checkpoint.load(folder)[0].generation_config.max_length == 77
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_text((folder / name).read_text(), encoding="utf-16")
+    assert (
+        checkpoint.load(folder)[1].get_vocab()
+        == load_tokenizer(folder).get_vocab()
+        == checkpoint.load(models / "llama")[1].get_vocab()
+    )
+
+
+def test_windows_beyond_the_learned_positions_are_refused_when_planned_and_when_measured(models, tmp_path):
+    model, tokenizer = checkpoint.load(models / "gpt2")
+    with pytest.raises(PretrainError, match="held_out: length 100: the model has 64 positions; accepted: at most 64"):
+        measure(model, tokenizer, [{"text": "words " * 100}], [HeldOut(length=100)])
+    recipe = {
+        "stages": [
+            {
+                "stage": "evaluate",
+                "checkpoint": str(models / "gpt2"),
+                "corpus": str(tmp_path),
+                "evaluations": [{"method": "held_out", "length": 100}],
+            }
+        ]
+    }
+    (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(PretrainError, match="evaluate.evaluations.0: held_out: length 100: .* has 64 positions"):
+        load(tmp_path / "r.yaml")
+
+
+def test_a_reference_to_a_whole_tree_is_refused_at_once(tmp_path):
+    home = tmp_path / "home"
+    for number in range(MANY // 1000 + 1):
+        (home / str(number)).mkdir(parents=True)
+        for name in range(1000):
+            os.symlink("/dev/null", home / str(number) / str(name))
+    (tmp_path / "r.yaml").write_text(
+        yaml.safe_dump({"stages": [{"stage": "evaluate", "checkpoint": str(home), "corpus": str(home)}]})
+    )
+    start = time.process_time()
+    with pytest.raises(PretrainError, match="holds more than 20,000 files"):
+        plan(load(tmp_path / "r.yaml"))
+    assert time.process_time() - start < 5
+
+
+@pytest.mark.parametrize("path", ["~nosuch", "~nosuch/x", "x" * 300, "d/" * 3000, "a\0b", "\ud800"])
+def test_what_can_be_no_path_is_one_line(path):
+    with pytest.raises(PretrainError, match="path .*accepted: "):
+        expanded(path)
+
+
+def test_one_bad_byte_in_a_log_stops_nothing(tmp_path):
+    rows = [
+        b'{"step": 1}',
+        b'{"step": 2, \xff}',
+        b"\x00",
+        b'{"step": "x"}',
+        b"[1]",
+        b"9" * 6000,
+        b"[" * 5000,
+        b'{"step": 3}',
+        b'{"step": 4}',
+        b'{"st',
+    ]
+    path = tmp_path / "log.jsonl"
+    path.write_bytes(b"\n".join(rows))
+    assert [row["step"] for row in read_json_lines(path)] == [1, "x", 3, 4]
+    keep_until(path, 3)
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
