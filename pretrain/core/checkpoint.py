@@ -11,7 +11,6 @@ trained beside frozen weights lies in the folder `adapter` once more, in `peft`'
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NotRequired, Protocol, TypeAlias, TypedDict, cast, get_origin
 
@@ -29,9 +28,10 @@ from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.folders import verify
-from pretrain.core.foreign.configs import check_config, check_count, check_layers, check_record, check_types, unmarked
+from pretrain.core.foreign.configs import check_config, check_record, unmarked
+from pretrain.core.foreign.models import check_built
 from pretrain.core.foreign.parsing import parsing, reason
-from pretrain.core.foreign.weights import Stored, headers
+from pretrain.core.foreign.weights import headers
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import is_narrow
@@ -255,7 +255,7 @@ def load(
     _check(files, entry.get("checksums"))
     verify(folder)
     model_class = _model_class(folder, config)
-    _check_built(folder, model_class, config, headers(files), surgical=bool(surgery))
+    check_built(folder, model_class, config, headers(files), surgical=bool(surgery))
     if entry.get("dtype") == "float32":  # frozen weights are stored in the type they came in, and computed with in this
         dtype = dtype or torch.float32
     if surgery:
@@ -317,29 +317,6 @@ def _load_plain(
     if wrong:
         raise PretrainError(f"{folder}: {len(wrong)} weights do not fit config.json, first: {wrong[0]}")
     return model
-
-
-def _check_built(
-    folder: Path, model_class: type[PreTrainedModel], config: PreTrainedConfig, stored: Mapping[str, Stored], *,
-    surgical: bool,
-) -> None:  # fmt: skip
-    """Refuse a configuration that does not go with the weights, by a model that is built without any memory."""
-    path = folder / "config.json"
-    raw = read_object(path)
-    check_layers(path, raw, stored)
-    if raw.get("quantization_config") is not None:
-        return  # what is packed into whole numbers has other types and counts than its model
-    try:
-        with quiet(), torch.device("meta"):
-            built = model_class(config)
-    except Exception as error:
-        if "meta" in str(error):  # a constructor that looks at values, of which there are none here
-            return
-        raise PretrainError(f"{path}: {reason(error)}; accepted: the configuration of a model") from error
-    check_count(path, sum(parameter.numel() for parameter in built.parameters()), stored)
-    if not surgical:
-        kinds = {name: tensor.is_floating_point() for name, tensor in built.state_dict().items()}
-        check_types(folder, kinds, stored)
 
 
 def _restore(
