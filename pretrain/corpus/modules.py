@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.metadata
 import importlib.util
+import os
 import pkgutil
 import re
 import sysconfig
@@ -12,6 +13,7 @@ import textwrap
 import tokenize
 import warnings
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
@@ -20,12 +22,16 @@ TESTS = {"test", "tests", "idle_test"}
 Modules = list[tuple[str, Path]]  # the path from the library's or the package's name on, and the file
 
 
+@cache
 def of_stdlib(tests: bool) -> Modules:
-    """The modules of the standard library that are not empty, sorted."""
+    """The modules of the standard library that are not empty, sorted; it does not change while a process runs."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"site-packages", "dist-packages", "__pycache__"} | (set() if tests else TESTS)
-    files = [(path.relative_to(root), path) for path in root.rglob("*.py")]
-    kept = [(inside, path) for inside, path in files if not left_out & set(inside.parts) and path.stat().st_size]
+    kept = []
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name not in left_out]  # none of these is walked
+        paths = [Path(folder, name) for name in names if name.endswith(".py")]
+        kept += [(path.relative_to(root), path) for path in paths if path.stat().st_size]
     return [(str(inside), path) for inside, path in sorted(kept)]
 
 
