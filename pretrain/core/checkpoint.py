@@ -298,8 +298,8 @@ def _load_plain(
 ) -> PreTrainedModel:
     if (folder / "generation_config.json").exists():
         read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
-    told = parsing(f"{folder} cannot be loaded", "a whole checkpoint of transformers")
-    with told, quiet(), offline(), unmarked(folder) as place:
+    readable = parsing(f"{folder} cannot be loaded", "a whole checkpoint of transformers")
+    with readable, quiet(), offline(), unmarked(folder) as place:
         loaded = model_class.from_pretrained(
             place, config=config, dtype=dtype or "auto", output_loading_info=True, use_safetensors=True,
             local_files_only=True, ignore_mismatched_sizes=True,

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-TASKS = ("pretrain", "continue", "classify", "chat", "compress")
+from pretrain.new import TASKS
 
 
 def new(

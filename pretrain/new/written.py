@@ -12,7 +12,7 @@ from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import write_text
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
-from pretrain.new.command import TASKS
+from pretrain.new import TASKS
 from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked, recipe
 from pretrain.new.start import Start, start_of

@@ -162,6 +162,7 @@ def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
     """A checkpoint's model, on the device that there is, and its processor, which must be there."""
     from pretrain.core import checkpoint
     from pretrain.core.hardware import pick_device
+    from pretrain.core.models.families import vocabulary_of
     from pretrain.core.processors import check_tokens, tokenizer_in
 
     model, tokenizer = checkpoint.load(folder, device=pick_device())
@@ -169,8 +170,8 @@ def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
         raise PretrainError(
             f"checkpoint {folder} has no tokenizer; accepted: one with tokenizer.json beside config.json"
         )
-    if (table := model.get_input_embeddings()) is not None and hasattr(table, "num_embeddings"):
-        check_tokens(folder, tokenizer_in(tokenizer), table.num_embeddings)
+    if (entries := vocabulary_of(model)) is not None:
+        check_tokens(folder, tokenizer_in(tokenizer), entries)
     return model, tokenizer
 
 

@@ -43,7 +43,6 @@ def reason(error: BaseException) -> str:
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an error is one of the ways in which Python and libraries say that there is no more memory."""
-    words = str(error)
-    said = "can't allocate memory" in words or "Cannot allocate memory" in words or "not enough memory" in words
-    said = said or "failed to map segment" in words
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError | ImportError) and said)
+    phrases = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "failed to map segment")
+    worded = any(phrase in str(error) for phrase in phrases)
+    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError | ImportError) and worded)

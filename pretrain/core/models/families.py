@@ -133,6 +133,16 @@ def embeddings(model: nn.Module) -> nn.Embedding:
     return layer
 
 
+def vocabulary_of(model: PreTrainedModel) -> int | None:
+    """How many entries the table of token embeddings has; None for a model that reads no tokens."""
+    try:
+        table = model.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # what transformers raises of series, speech, images
+        return None
+    count = getattr(table, "num_embeddings", None)
+    return count if isinstance(count, int) else None
+
+
 def head(model: nn.Module, *, capped: bool = False) -> tuple[Tensor, Tensor | None]:
     """`weight_VE` and `bias_V` of the linear layer that gives the logits.
 

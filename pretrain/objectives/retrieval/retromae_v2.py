@@ -149,6 +149,7 @@ def pooled_scores(model: nn.Module, ready_BLE: Tensor, batch: Batch) -> Tensor:
     weight_VE, bias_V = head(model)
     first_BL, piece_BL = pieces(batch)
     present_BL = (batch["document_BL"] > 0) & ~first_BL
+    # Waits for the device: pieces are of different lengths, and each is cut out by its own.
     sizes = torch.bincount(piece_BL[present_BL], minlength=int(first_BL.sum())).tolist()
     parts = ready_BLE[present_BL].split(sizes)
     empty_1E = ready_BLE.new_zeros(1, ready_BLE.shape[-1])  # a piece that is a [CLS] and nothing else

@@ -84,6 +84,7 @@ class IncreLoRAAllocation(Policy):
         layers = growing(training.model)
         if self._total(layers) >= self._target(layers):
             return
+        # Waits for the device, once a step, as the smoothed scores are kept here.
         scores = torch.stack([layer.score for layer in layers.values()]).tolist()
         for name, score in zip(layers, scores, strict=True):
             state["scores"][name] = self.smoothed(state["scores"][name], score)
