@@ -140,7 +140,7 @@ def test_text_that_names_special_tokens_is_encoded_as_for_training(tiny, tmp_pat
 @pytest.mark.parametrize("name", ["all", "low", "high", "a/low", "a/high"])
 def test_no_domain_is_taken_for_anything_else(tiny, prepared, name):
     model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
-    documents = [{"text": "one two", "domain": name}, {"text": "three four five six", "domain": "b"}]
+    documents = [{"text": "one two", "domain": name}, {"text": "three four five six", "domain": "b"}] * 8
     found = evaluate(model, tokenizer, documents, [HeldOut(resamples=9)], compressors=True)
     assert set(found["domains"]) == {name, "b"} and set(found["intervals"]) == {"loss", "bits_per_byte"}
     assert set(found["metrics"]) == {"loss", "perplexity", "bits_per_byte"}

@@ -138,10 +138,10 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; a missing or broken one is an error that names it."""
+def read_json(path: Path, *, halves: bool = False) -> Any:
+    """Read a JSON file; a missing or broken one is an error that names it. `halves`: as `foreign.json` has it."""
     try:
-        return foreign.read(path)
+        return foreign.read(path, halves=halves)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PretrainError(f"missing file {path}") from error
 

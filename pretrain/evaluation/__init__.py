@@ -38,6 +38,7 @@ class Evaluation(Method):
 
     kind: ClassVar[str] = "evaluation"
     given: ClassVar[bool] = True  # what is measured are the documents that it is given, and no items of its own
+    windowed: ClassVar[bool] = False  # whether its `length` is that of windows, which the positions must hold
 
     @property
     def passes(self) -> float:

@@ -348,6 +348,6 @@ def _bar(name: str, measured: Measurement, domains: list[str]) -> Bar:
 
 def _json(path: Path) -> Any:
     try:
-        return read_json(path)
+        return read_json(path, halves=True)  # which the page shows as what they are
     except PretrainError:
         return None

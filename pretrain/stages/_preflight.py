@@ -73,15 +73,18 @@ def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
     """The columns of a corpus that is there, and the values of some."""
     import pyarrow.parquet
 
-    parts = sorted(folder.glob("*/*.parquet"))
+    parts = sorted(path for split in ("train", "validation") for path in folder.glob(f"{split}/*.parquet"))
     if not parts:
         return Seen(None, {}, False)
-    columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
     values: dict[str, Counter[str]] = {}
-    for name in set(wanted) & set(columns) - set(ABOUT):
-        for part in parts:
-            for value in pyarrow.parquet.read_table(part, columns=[name])[name].to_pylist():
-                _count(values, {name: value})
+    try:
+        columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
+        for name in set(wanted) & set(columns) - set(ABOUT):
+            for part in parts:
+                for value in pyarrow.parquet.read_table(part, columns=[name])[name].to_pylist():
+                    _count(values, {name: value})
+    except (OSError, ValueError):  # a damaged corpus is told by the stage that opens it
+        return Seen(None, {}, False)
     return Seen(columns, values, True)
 
 

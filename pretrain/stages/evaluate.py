@@ -123,6 +123,8 @@ class Evaluate(Stage):
 
 def check_windows(method: Evaluation, count: int | None, whose: str, place: tuple[str | int, ...] = ()) -> None:
     """Refuse windows of an evaluation that are longer than the positions of the model."""
+    if not method.windowed:  # it cuts to the positions by itself
+        return
     try:
         check_length(int(getattr(method, "length", 0)), count, whose)
     except PretrainError as error:

@@ -61,13 +61,13 @@ def _inside(value: Any) -> Any:
     return value.values() if type(value) is dict else value
 
 
-def read(path: Path | str, most: int = MOST) -> Any:
+def read(path: Path | str, most: int = MOST, *, halves: bool = False) -> Any:
     """The value of a JSON file, with or without a byte-order mark; errors of one line name the file.
 
-    Raises `FileNotFoundError` where there is none.
+    With `halves` lone surrogates are let through. Raises `FileNotFoundError` where there is none.
     """
     try:
-        return loads(texts.decode(read_bytes(path, most)))
+        return loads(texts.decode(read_bytes(path, most)), halves=halves)
     except (FileNotFoundError, NotADirectoryError):
         raise
     except (NotJSON, UnicodeDecodeError) as error:

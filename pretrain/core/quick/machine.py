@@ -10,6 +10,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, write_json
 from pretrain.core.folders import cache_folder
+from pretrain.core.system.portable import allowed_memory
 
 
 def cpu_name() -> str:
@@ -37,12 +38,8 @@ def likely_device() -> str:
 def memory() -> int:
     """Bytes of memory that this machine has, or that this process may use where that is less (`ulimit -v`)."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        import resource
-    except ImportError:  # Windows
-        return there
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return there if allowed == resource.RLIM_INFINITY else min(there, allowed)
+    allowed = allowed_memory()
+    return there if allowed is None else min(there, allowed)
 
 
 def efficiency(width: int) -> float:

@@ -81,6 +81,16 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # of bytes, of KiB
 
 
+def allowed_memory() -> int | None:
+    """Bytes of addresses that this process may use (`ulimit -v`); None where nothing bounds them."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return None if allowed == resource.RLIM_INFINITY else allowed
+
+
 def link(place: Path, target: str) -> None:
     """Let `place` show `target`, a way from its folder, in one step; a link that was there is replaced."""
     fresh = place.with_name(f".tmp-{place.name}")

@@ -42,6 +42,7 @@ class Calibration(Evaluation):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    windowed: ClassVar[bool] = True
 
     bins: Count = 15
     positions: tuple[Whole, ...] = (0, 16, 64, 256, 1024)

@@ -34,6 +34,7 @@ class HeldOut(Evaluation):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    windowed: ClassVar[bool] = True
 
     length: Whole = 0
     stride: Whole = 0
