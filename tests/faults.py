@@ -78,7 +78,9 @@ class Warm:
         self.log = desk / "said.txt"
         environment = os.environ | {"TMPDIR": str(desk), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
         command = [sys.executable, __file__]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment)
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
 
     def __enter__(self) -> Warm:
         return self
@@ -95,7 +97,13 @@ class Warm:
         """
         assert self.process.stdin is not None and self.process.stdout is not None
         self.log.unlink(missing_ok=True)
-        job = {"arguments": [str(a) for a in arguments], "log": str(self.log), "at": at, "after": after, "prelude": prelude}
+        job = {
+            "arguments": [str(a) for a in arguments],
+            "log": str(self.log),
+            "at": at,
+            "after": after,
+            "prelude": prelude,
+        }
         print(json.dumps(job), file=self.process.stdin, flush=True)
         status = int(self.process.stdout.readline())
         text, _, counted = self.log.read_text(encoding="utf-8", errors="replace").partition("\n#counted ")
@@ -168,17 +176,25 @@ def outcome(run: Path) -> dict[str, Any]:
     """All that a run has made, by name, as it must be the same however it came to be: corpora, weights, measures."""
     made: dict[str, Any] = {}
     for stage in sorted(path for path in run.iterdir() if path.is_symlink()):
-        for path in sorted(stage.glob("corpus/**/*.*")) + sorted(stage.glob("*/*.safetensors")) + sorted(stage.glob("*/tokenizer.json")):
+        for path in (
+            sorted(stage.glob("corpus/**/*.*"))
+            + sorted(stage.glob("*/*.safetensors"))
+            + sorted(stage.glob("*/tokenizer.json"))
+        ):
             made[str(path.relative_to(run))] = path.read_bytes()
         if (stage / "log.jsonl").exists():
             rows = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
-            made[f"{stage.name}/log"] = [(row["event"], row["step"], row.get("loss"), row.get("metrics")) for row in rows]
+            made[f"{stage.name}/log"] = [
+                (row["event"], row["step"], row.get("loss"), row.get("metrics")) for row in rows
+            ]
         if (stage / "evaluation.json").exists():
             measured = json.loads((stage / "evaluation.json").read_text())
             made[f"{stage.name}/evaluation"] = [measured["metrics"], measured.get("domains")]
         if (stage / "samples.json").exists():
             rows = json.loads((stage / "samples.json").read_text())
-            made[f"{stage.name}/samples"] = [{k: v for k, v in r.items() if "second" not in k} for r in rows.get("samples", [])]
+            made[f"{stage.name}/samples"] = [
+                {k: v for k, v in r.items() if "second" not in k} for r in rows.get("samples", [])
+            ]
     return made
 
 
@@ -242,12 +258,14 @@ def killed(small: Small, kills: int, seed: int, until: float = float("inf")) -> 
     while done < kills and time.monotonic() < until:
         run, history = small.folder / "killed", []
         shutil.rmtree(run, ignore_errors=True)
-        while not history or ended.status:
+        status = -1
+        while status:
             moment = small.moment(rng) if done < kills else {}
             ended = small.go_on(run, **moment)
-            done += ended.status != 0
-            history.append(f"{moment}: {ended.status}")
-            assert ended.status in (0, -signal.SIGKILL) and "Traceback" not in ended.text, f"{history}\n{ended.text}"
+            status = ended.status
+            done += status != 0
+            history.append(f"{moment}: {status}")
+            assert status in (0, -signal.SIGKILL) and "Traceback" not in ended.text, f"{history}\n{ended.text}"
         assert differing(small.first, outcome(run)) == [], history
         assert left_over(run) == [], history
         runs += 1
@@ -286,7 +304,9 @@ DAMAGES: dict[str, Callable[[Path, random.Random, list[Path]], object]] = {
 def files(run: Path) -> list[Path]:
     """The files of a run in the order of their names; locks hold nothing."""
     found = [Path(folder) / name for folder, _, names in os.walk(run) for name in names]
-    return sorted(path for path in found if path.is_file() and not path.is_symlink() and not path.name.endswith(".lock"))
+    return sorted(
+        path for path in found if path.is_file() and not path.is_symlink() and not path.name.endswith(".lock")
+    )
 
 
 def begun(small: Small, count: int) -> list[Path]:
@@ -331,7 +351,11 @@ def _verdict(small: Small, run: Path, path: Path, ended: Ended) -> str:
         return f"error: {last}" if named and last.startswith("error:") else f"WRONG: not named\n{ended.text}"
     names = differing(small.last, outcome(run))
     # What nothing has read again is looked at when it is opened.
-    unread = [name for name in names if (run / name).exists() and (finding := damage((run / name).parent)) and path.name in finding]
+    unread = [
+        name
+        for name in names
+        if (run / name).exists() and (finding := damage((run / name).parent)) and path.name in finding
+    ]
     if set(names) - set(unread):
         return f"WRONG: {'' if named else 'silently '}other {names}\n{ended.text}"
     if left_over(run):

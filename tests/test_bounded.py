@@ -81,6 +81,10 @@ def large(path: Path, size: int, line: bytes = b"") -> None:
             file.write(piece)
 
 
+@pytest.mark.promise(
+    "Memory",
+    "`data` takes 0.3 GB, 0.6 GB with near-duplicates, whatever the files hold, at the default `longest`; about 100 bytes for each document, and one row group of a Parquet file, at most 2 GiB as it says.",
+)
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.json", "a.ipynb"])
 def test_a_line_of_200_megabytes_is_passed_over_or_cut_in_bounded_memory(tmp_path, name):
     (tmp_path / "good.txt").write_text("a good document\n")
@@ -93,6 +97,9 @@ def test_a_line_of_200_megabytes_is_passed_over_or_cut_in_bounded_memory(tmp_pat
     assert memory < BASE + (700 if name == "a.txt" else 300), f"{memory} MB"
 
 
+@pytest.mark.promise(
+    "What others have written", "A compressed file gives 64 MiB, or 250 times its own size where that is more."
+)
 @pytest.mark.parametrize("ending", [".gz", ".zst", ".xz", ".bz2"])
 def test_a_bomb_is_unpacked_no_further_than_its_bound(tmp_path, ending):
     """Of 128 MB of the same line, two million of them, no more is read than 250 times the file or 64 MiB."""
@@ -123,6 +130,9 @@ def test_a_bomb_of_zeros_is_binary_and_one_of_a_line_is_none(tmp_path):
     assert issubclass(Bomb, OSError)
 
 
+@pytest.mark.promise(
+    "What others have written", "Named pipes, devices and sockets, and links to them, are never opened."
+)
 def test_what_is_no_regular_file_is_refused_at_once_wherever_it_stands(tmp_path):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "zero").symlink_to("/dev/zero")
@@ -147,6 +157,7 @@ def test_what_is_no_regular_file_is_refused_at_once_wherever_it_stands(tmp_path)
     assert len(list(read(Files(str(tmp_path)), skipped))) == 1 and skipped.reasons == {"no regular files": 3}
 
 
+@pytest.mark.promise("What others have written", "Named pipes, devices")
 def test_a_checkpoint_and_a_recipe_in_a_pipe_end_the_command_at_once(tmp_path):
     (tmp_path / "model").mkdir()
     os.mkfifo(tmp_path / "model" / "config.json")
@@ -171,6 +182,10 @@ def _bomb(levels: int = 9) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.promise(
+    "What others have written",
+    "YAML has at most 1 MiB, 20,000 values (what aliases repeat counted each time), 50 levels and numbers of 64 digits.",
+)
 def test_yaml_that_multiplies_itself_is_refused_in_files_and_values(tmp_path):
     start = time.process_time()
     with pytest.raises(PretrainError, match="r.yaml:5: not valid YAML: more than 20,000 values"):
@@ -195,6 +210,9 @@ def test_yaml_that_multiplies_itself_is_refused_in_files_and_values(tmp_path):
     assert time.process_time() - start < AT_ONCE
 
 
+@pytest.mark.promise(
+    "What others have written", "JSON read whole has at most 64 MiB, 200 levels and numbers of 64 digits."
+)
 def test_json_is_bounded_in_depth_digits_and_characters(tmp_path):
     path = tmp_path / "a.json"
     for text, why in (("[" * 100_000, "more than 200 lists"), ("[" * 300 + "]" * 300, "more than 200 lists"), ("9" * 5000, "5000 digits"),
@@ -210,6 +228,7 @@ def test_json_is_bounded_in_depth_digits_and_characters(tmp_path):
         read_bytes(path, 99)
 
 
+@pytest.mark.promise("What others have written", "An array of documents is read an item at a time.")
 @pytest.mark.parametrize(
     "text", ["[]", "[1]", '[1, {"a": "b,]"}, "x"]', " [ 1 , 2 ] ", "[" + ",".join(['"' + "y" * 70_000 + '"'] * 5) + "]"]
 )
@@ -223,6 +242,10 @@ def test_an_array_is_read_an_item_at_a_time(tmp_path, text):
             list(foreign_json.items(opened, 1 << 20))
 
 
+@pytest.mark.promise(
+    "What others have written",
+    "A byte-order mark says the encoding (UTF-8, UTF-16, UTF-32) of text, tables, recipes and checkpoints' files.",
+)
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be-mark", "utf-32"])
 def test_a_byte_order_mark_says_the_encoding_of_text_tables_and_recipes(tmp_path, encoding):
     def write(name: str, text: str) -> Path:
@@ -245,6 +268,10 @@ def test_a_byte_order_mark_says_the_encoding_of_text_tables_and_recipes(tmp_path
     }
 
 
+@pytest.mark.promise(
+    "What others have written",
+    "Halves of characters in domains, ids, labels and other columns are replaced and counted.",
+)
 def test_halves_of_characters_are_replaced_and_counted_wherever_they_stand(tmp_path):
     row = (
         '{"text": "words", "domain": "\\ud800", "id": "\\udc00", "label": "a\\ud800", "group": "\\ud800", "\\ud800": 1}'
@@ -257,6 +284,10 @@ def test_halves_of_characters_are_replaced_and_counted_wherever_they_stand(tmp_p
     assert "\\ud800" in str(PretrainError("x\ud800\ny")) and "\n" not in str(PretrainError("x\ud800\ny"))
 
 
+@pytest.mark.promise(
+    "What others have written",
+    "Lines and rows of more than `longest` characters of the data stage (4 million) are passed over, longer files of text cut at the end of a line, and both counted in `corpus.json` and said.",
+)
 def test_a_document_that_is_too_long_is_cut_at_the_end_of_a_line_and_kept_on_one_side(tmp_path):
     (tmp_path / "a.txt").write_text("line one\nline two\nline three\n" + "x" * 50 + "\n")
     skipped = Skipped(20)
@@ -292,6 +323,10 @@ def test_headers_of_arrays_say_what_the_files_hold(tmp_path):
             read_array(path)
 
 
+@pytest.mark.promise(
+    "Memory",
+    "`train`, `surgery`, `evaluate` and `decode` take what `--dry-run` says; a third more than the machine has, or than `ulimit -v` allows, is refused before anything runs, and where memory ends later that is one line.",
+)
 def test_what_does_not_fit_is_one_line(tmp_path):
     (tmp_path / "text").mkdir()
     for number in range(40):
@@ -330,6 +365,10 @@ TOKENS = """
 """
 
 
+@pytest.mark.promise(
+    "Memory",
+    "Tokens and `tokenizer` take 2 GB at the default `longest`, about 90 bytes for each character of the documents at work.",
+)
 def test_documents_as_long_as_they_may_be_are_put_into_tokens_in_bounded_memory(tmp_path):
     (tmp_path / "text").mkdir()
     words = " ".join(f"word{n % 977}x{n % 13}" for n in range(500_000))[:3_990_000]

@@ -46,6 +46,7 @@ PARSERS = {
 }  # fmt: skip
 
 
+@pytest.mark.promise("What others have written", "No other file parses what others have written.")
 @pytest.mark.parametrize("parser", PARSERS)
 def test_no_other_file_parses_what_others_have_written(parser):
     for path in PACKAGE.rglob("*.py"):
@@ -106,6 +107,10 @@ BAD = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(
+    "What others have written",
+    "A checkpoint whose configuration does not go with its weights, whose weights are no finite floating-point numbers, or whose record is none is refused before a model of that size is built.",
+)
 @pytest.mark.parametrize("what", BAD)
 def test_a_damaged_checkpoint_is_one_line_that_names_it(models, tmp_path, what):
     shutil.copytree(models / "llama", folder := tmp_path / "m")
@@ -124,6 +129,7 @@ def test_tokens_without_a_row_are_refused_before_anything_is_measured(models, tm
         load_both(tmp_path / "m")
 
 
+@pytest.mark.promise("What others have written", "A byte-order mark")
 def test_a_byte_order_mark_in_any_file_of_a_checkpoint_changes_nothing(models, tmp_path):
     shutil.copytree(models / "llama", folder := tmp_path / "m")
     for name in ("config.json", "generation_config.json", "pretrain.json"):
@@ -161,6 +167,7 @@ def test_windows_beyond_the_learned_positions_are_refused_when_planned_and_when_
         load(tmp_path / "r.yaml")
 
 
+@pytest.mark.promise("What others have written", "A reference to a folder of more than 20,000 files is refused.")
 def test_a_reference_to_a_whole_tree_is_refused_at_once(tmp_path):
     home = tmp_path / "home"
     for number in range(MANY // 1000 + 1):

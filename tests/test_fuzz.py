@@ -52,6 +52,10 @@ RECIPE = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(
+    "What others have written",
+    "Seeded mutators change recipes and `--set`, corpora and paths, and checkpoints, some dozens of each in every run of the tests and 10,000 of each with `-m long`; none ends in a traceback.",
+)
 @counts
 def test_no_recipe_and_no_override_ends_in_a_traceback(tmp_path, monkeypatch, count):
     monkeypatch.chdir(tmp_path)
@@ -161,6 +165,7 @@ def _files() -> dict[str, tuple[bytes, object]]:
     }  # fmt: skip
 
 
+@pytest.mark.promise("What others have written", "Seeded mutators change recipes")
 @counts
 def test_no_corpus_and_no_path_ends_in_a_traceback(tmp_path, monkeypatch, count):
     monkeypatch.chdir(tmp_path)
@@ -227,6 +232,7 @@ def checkpoints(tiny, tmp_path_factory):
     return home
 
 
+@pytest.mark.promise("What others have written", "Seeded mutators change recipes")
 @counts
 def test_no_checkpoint_ends_in_a_traceback(checkpoints, tmp_path, count):
     tally = Tally()

@@ -151,6 +151,10 @@ def check(page, path, payload, at_least):
     return numbers, page.evaluate(TAGS)
 
 
+@pytest.mark.promise(
+    "Pages",
+    "The report and the page of claims show the texts of runs, corpora, models, recipes and results as they are. None becomes markup or a script, whichever field it stands in, nor in the attributes and labels of charts.",
+)
 @pytest.mark.browser
 @pytest.mark.parametrize(("make", "at_least"), [(report, 30), (claims, 15)])
 def test_no_text_of_any_field_becomes_markup_or_is_changed_in_a_browser(tmp_path, make, at_least):
@@ -161,6 +165,7 @@ def test_no_text_of_any_field_becomes_markup_or_is_changed_in_a_browser(tmp_path
             assert check(page, path, payload, at_least) == clean, payload
 
 
+@pytest.mark.promise("Pages", "The report and the page of claims show")
 @pytest.mark.browser
 @pytest.mark.parametrize("make", [report, claims])
 def test_a_text_that_decides_how_a_thing_is_shown_becomes_no_markup_either(tmp_path, make):
@@ -193,6 +198,7 @@ class Shape(HTMLParser):
         self.tags.append((name, tuple(key for key, _ in attributes)))
 
 
+@pytest.mark.promise("Pages", "The report and the page of claims show")
 @pytest.mark.parametrize("make", [report, claims])
 @pytest.mark.parametrize("payload", PAYLOADS)
 def test_the_file_of_a_page_has_the_same_tags_whatever_its_texts(tmp_path, make, payload):
@@ -206,6 +212,7 @@ def test_the_file_of_a_page_has_the_same_tags_whatever_its_texts(tmp_path, make,
     ).replace('\\"', '"')
 
 
+@pytest.mark.promise("Pages", "No text becomes markup in the table of claims.")
 def test_no_text_of_a_result_becomes_markup_in_the_table():
     result, _ = poisoned_result("<img src=x onerror=alert(1)>|")
     assert "<" not in markdown([result])

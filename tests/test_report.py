@@ -283,6 +283,7 @@ def test_no_page_reads_text_as_markup_in_the_browser():
         )
 
 
+@pytest.mark.promise("Pages", "The report fetches nothing.")
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "height", "scheme"), [(1280, 900, "light"), (390, 844, "dark")])
 def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height, scheme):

@@ -52,6 +52,10 @@ def test_a_program_runs_among_its_files_and_its_ends_are_told(way):
     assert run(["python", "-c", tools], way=way).stdout == "ok\n"
 
 
+@pytest.mark.promise(
+    "The sandbox",
+    "A program inside reads the system's folders (`/usr`, `/lib`, …), Python and its own files, and nothing else.",
+)
 def test_nothing_of_the_machine_can_be_read(way, tmp_path):
     (tmp_path / "secret").write_text("secret")
     paths = ["/etc/shadow", "/etc/passwd", "/root/.bashrc", "/home", "/var/log", "/sys/kernel", "/dev/sda", "/dev/mem",
@@ -74,12 +78,16 @@ print(sorted(os.listdir('/')), len([name for name in os.listdir('/proc') if name
     assert set(eval(lines[0].rpartition(" ")[0])) <= shown | python and lines[0].endswith(" 2")
 
 
+@pytest.mark.promise("The sandbox", "No variable of the environment goes into the sandbox.")
 def test_no_variable_of_the_environment_goes_in(way, monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     done = attempt(way, "import os; print(os.environ, open('/proc/self/environ').read())")
     assert done.exit == 0 and "hunter2" not in done.stdout and "HOME" in done.stdout
 
 
+@pytest.mark.promise(
+    "The sandbox", "A program inside reaches no network, no loopback, no abstract socket, no host of a virtual machine."
+)
 def test_no_socket_reaches_out_of_it(way):
     with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_UNIX) as unix:
         name = f"\0pretrain-{os.getpid()}"
@@ -109,6 +117,7 @@ print(b.recv(1))
     assert "reached" not in done.stdout and done.stdout.count("Error") == 6 and "b'x'" in done.stdout, done
 
 
+@pytest.mark.promise("The sandbox", "A program inside writes into a folder in memory alone.")
 def test_nothing_can_be_written_outside(way, tmp_path):
     code = f"""
 import os, sys
@@ -132,6 +141,7 @@ open('/dev/null', 'w').write('x')
     assert attempt(way, code) == Ran(0, "", "") and not list(tmp_path.iterdir())
 
 
+@pytest.mark.promise("The sandbox", "A program inside has no rights and can get none.")
 def test_rights_cannot_be_had_again(way):
     code = """
 import ctypes, os
@@ -156,6 +166,7 @@ print(os.getuid() != 0, *[facts[name].strip() for name in ('CapEff', 'CapPrm', '
     assert os.getuid() != 0 or bounding == none
 
 
+@pytest.mark.promise("The sandbox", "No signal of a program inside leaves the sandbox.")
 def test_no_signal_leaves_it_and_its_first_process_cannot_be_stopped(way):
     victim = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
     try:
@@ -180,6 +191,10 @@ os.kill(-1, signal.SIGKILL)
 FILL = "i = 0\nwhile True:\n    try: open(f'/tmp/{{i}}', 'wb'){write}\n    except OSError: pass\n    i += 1"
 
 
+@pytest.mark.promise(
+    "The sandbox",
+    "A program inside is ended beyond its time, memory, processes, disk or output, and the limit is named.",
+)
 @pytest.mark.parametrize(
     ("code", "reason"),
     [
@@ -205,6 +220,10 @@ def test_what_goes_beyond_a_limit_is_ended_and_the_limit_named(way, code, reason
     assert len(done.stdout) + len(done.stderr) <= 100_000
 
 
+@pytest.mark.promise(
+    "The sandbox",
+    "Memory is looked at every 20 milliseconds, so that many processes together may pass it for that long, each of them never.",
+)
 def test_a_process_gets_no_more_memory_than_allowed(way):
     done = attempt(way, "x = bytearray(300 << 20)", memory=200 << 20)
     assert done.exit == 1 and "MemoryError" in done.stderr
@@ -235,6 +254,9 @@ time.sleep(0.3)
 """
 
 
+@pytest.mark.promise(
+    "The sandbox", "A program inside leaves no process behind, also when what has started it is killed."
+)
 @pytest.mark.parametrize("then", ["print('done')", "time.sleep(60)", "os.kill(os.getpid(), 9)"])
 def test_nothing_outlives_the_program(way, then):
     mark = f"outlives-{os.getpid()}-{way}-{len(then)}"
@@ -245,6 +267,7 @@ def test_nothing_outlives_the_program(way, then):
     assert not alive(mark)
 
 
+@pytest.mark.promise("The sandbox", "A program inside leaves no process behind")
 def test_nothing_outlives_a_killed_parent(way):
     mark = f"orphan-{os.getpid()}-{way}"
     code = f"from pretrain.core.sandbox import run\nrun(['python', '-c', 'import time; time.sleep(100)', '{mark}'], seconds=90, way='{way}')"
@@ -284,6 +307,9 @@ def test_files_that_do_not_fit_are_refused(way):
         run(["python", "-c", "pass"], files={"x": b"x" * (2 << 20)}, disk=1 << 20, way=way)
 
 
+@pytest.mark.promise(
+    "The sandbox", "Where none of those is there, or the processor is another, it refuses and runs nothing."
+)
 def test_without_a_way_it_refuses_and_runs_nothing(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(PretrainError, match="bwrap is not installed"):
@@ -311,6 +337,7 @@ def test_bubblewrap_that_does_not_work_is_passed_over(monkeypatch, tmp_path):
         run(["python", "-c", "pass"], way="bubblewrap")
 
 
+@pytest.mark.promise("The sandbox", "Where none of those is there")
 def test_a_processor_without_a_filter_is_refused(monkeypatch):
     monkeypatch.setattr("platform.machine", lambda: "sparc64")
     with pytest.raises(PretrainError, match="'sparc64'; accepted: x86_64, aarch64"):

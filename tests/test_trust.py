@@ -42,6 +42,10 @@ def calls(tree):
             yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}, node
 
 
+@pytest.mark.promise(
+    "Trust",
+    "No pickle is read: the package calls nothing that would, and pickles beside a checkpoint, in the place of any of its files, among a corpus's tokens or among its documents are passed over or are an error.",
+)
 def test_no_file_of_the_package_reads_a_pickle():
     forbidden = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pandas"}
     for name, tree in MODULES.items():
@@ -67,6 +71,10 @@ RUNNERS = {
 }
 
 
+@pytest.mark.promise(
+    "Trust",
+    "What could run code stands in few files, which the test names. Methods of `--methods FOLDER` and installed plug-ins are the user's own code, and run.",
+)
 def test_what_could_run_code_stands_where_it_is_looked_after():
     for name, tree in MODULES.items():
         for call, words, _ in calls(tree):
@@ -169,6 +177,10 @@ ASKS = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(
+    "Trust",
+    "Code that a checkpoint brings is never imported, and there is no field that allows it: `auto_map` of a kind that `transformers` knows itself is left out, of any other it is refused with the name of the file. Kernels of the hub (`attn_implementation: org/name`), a model below an adapter or behind a processor, tables and backbones of the hub are never fetched. What a recipe names on the hub itself is the exception: safetensors, JSON and tokenizers' files of it are fetched.",
+)
 @pytest.mark.parametrize("asked", ASKS)
 def test_what_a_checkpoint_asks_for_is_neither_run_nor_fetched(folder, tmp_path, watched, asked):
     name, fields, message = ASKS[asked]
@@ -216,6 +228,7 @@ PICKLES = ("pytorch_model.bin", "model.pt", "adapter_model.bin", "optimizer.pt",
            "vocab.pkl", "tokenizer.pkl", "tf_model.h5", "flax_model.msgpack", "adapter.pt.bin", "pytorch_model.bin.index.json.bin")  # fmt: skip
 
 
+@pytest.mark.promise("Trust", "No pickle is read")
 @pytest.mark.parametrize("weights", [True, False])
 def test_no_pickle_beside_a_checkpoint_is_read(folder, tmp_path, watched, weights):
     for name in PICKLES:
@@ -230,6 +243,7 @@ def test_no_pickle_beside_a_checkpoint_is_read(folder, tmp_path, watched, weight
     assert watched == [] and not (tmp_path / "mark").exists()
 
 
+@pytest.mark.promise("Trust", "No pickle is read")
 def test_a_pickle_in_the_place_of_any_file_of_a_checkpoint_is_an_error(folder, tmp_path, watched):
     content = pickle.dumps(Bomb(tmp_path / "mark"))
     for path in sorted(folder.iterdir()):
@@ -253,6 +267,7 @@ def pickled_array(mark):
     return file.getvalue()
 
 
+@pytest.mark.promise("Trust", "No pickle is read")
 def test_no_pickle_among_a_corpus_tokens_is_read(prepared, tmp_path, watched):
     tokens = Path(shutil.copytree(prepared / "tokens", tmp_path / "tokens"))
     arrays = sorted(tokens.rglob("*.npy"))
@@ -266,6 +281,7 @@ def test_no_pickle_among_a_corpus_tokens_is_read(prepared, tmp_path, watched):
     assert watched == [] and not (tmp_path / "mark").exists()
 
 
+@pytest.mark.promise("Trust", "No pickle is read")
 def test_no_pickle_among_a_corpus_documents_is_read(tmp_path, watched):
     home = tmp_path / "documents"
     home.mkdir()
@@ -299,6 +315,7 @@ showpage
 """
 
 
+@pytest.mark.promise("Trust", "An image in PostScript is no image.")
 def test_an_image_that_is_a_program_is_no_image(tmp_path, watched):
     for opened in (image_of, image_sample):
         with pytest.raises((PretrainError, OSError)):
@@ -329,6 +346,7 @@ def task(tmp_path):
     return make
 
 
+@pytest.mark.promise("Trust", "Templates and metrics of lm-eval's tasks reach nothing outside themselves.")
 def test_no_code_of_a_task_is_run(task, tiny, tokenizer, tmp_path, watched):
     pytest.importorskip("lm_eval")
     model, mark = tiny(vocab_size=512, max_position_embeddings=128), tmp_path / "mark"
@@ -343,6 +361,7 @@ def test_no_code_of_a_task_is_run(task, tiny, tokenizer, tmp_path, watched):
     assert not mark.exists() and not [event for event in watched if "evil" in event]
 
 
+@pytest.mark.promise("Trust", "Templates of conversations reach nothing outside themselves.")
 def test_a_template_of_a_conversation_reaches_nothing(folder, tmp_path):
     mark = tmp_path / "mark"
     edit(

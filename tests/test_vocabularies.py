@@ -65,6 +65,10 @@ def recipe(tmp_path, stories):
 FIRST = r"token \d+ is '.+' in .+ and '.+' in .+; accepted: vocabularies of which the shorter"
 
 
+@pytest.mark.promise(
+    "Vocabularies",
+    "Where two checkpoints meet, or a checkpoint and a tokenizer, a token that is numbered otherwise is refused, and the first named, however many rows both have; one vocabulary may be the beginning of the other.",
+)
 def test_the_first_token_that_differs_is_named():
     a, b = {"a": 0, "b": 1, "c": 2, "d": 3}, {"a": 0, "x": 1, "y": 2, "d": 3}
     with pytest.raises(PretrainError, match="soup: token 1 is 'x' in two and 'b' in one; accepted"):
@@ -83,6 +87,7 @@ def test_what_is_read_from_the_file_is_what_the_tokenizer_says(stories, tmp_path
     assert stored_numbers(tmp_path) == numbers_of(made) == made.get_vocab()
 
 
+@pytest.mark.promise("Vocabularies", "Each method says which of its references share the vocabulary.")
 def test_each_reference_of_each_method_says_whether_it_shares_the_vocabulary():
     excepted = {name for names in OTHERWISE.values() for name in names}
     every = {}
@@ -99,6 +104,9 @@ SURGERIES = {
 }
 
 
+@pytest.mark.promise(
+    "Vocabularies", "Instruction merges of two vocabularies are refused, when they are planned and when they are made."
+)
 @pytest.mark.parametrize("name", SURGERIES)
 def test_merges_refuse_it_when_they_are_planned_and_when_they_are_made(shelf, name):
     references = {field: str(shelf / folder) for field, folder in SURGERIES[name].items()}
@@ -110,6 +118,7 @@ def test_merges_refuse_it_when_they_are_planned_and_when_they_are_made(shelf, na
     operate([fine], model, Inputs(tokenizer=tokenizer))
 
 
+@pytest.mark.promise("Vocabularies", "Soups of two vocabularies are refused.")
 def test_a_soup_of_two_vocabularies_is_refused(shelf):
     (model, tokenizer), *others = (checkpoint.load(shelf / name) for name in ("own", "longer", "bare", "other"))
     models, tokenizers = zip(*others, strict=True)
@@ -128,6 +137,10 @@ def surgery_recipe(tmp_path, **fields):
     return tmp_path / "s.yaml"
 
 
+@pytest.mark.promise(
+    "Vocabularies",
+    "Where both vocabularies are there as files with a `tokenizer.json`, the recipe is refused before anything is run, else when they are opened.",
+)
 def test_a_surgery_stage_is_refused_before_anything_is_run(shelf, tmp_path):
     soup = {"checkpoint": str(shelf / "own"), "surgeries": [SOUP]}
     load(surgery_recipe(tmp_path, **soup, models=[str(shelf / "longer"), str(shelf / "bare")]))
@@ -138,6 +151,7 @@ def test_a_surgery_stage_is_refused_before_anything_is_run(shelf, tmp_path):
         load(surgery_recipe(tmp_path, checkpoint=str(shelf / "own"), surgeries=[residual]))
 
 
+@pytest.mark.promise("Vocabularies", "Surgeries whose work it is may change the vocabulary.")
 def test_a_surgery_that_changes_the_vocabulary_may(shelf, tmp_path):
     grown = {"method": "vocabulary_expansion", "tokenizer": str(shelf / "other"), "initialisation": "univariate"}
     done = engine.run(
@@ -152,6 +166,7 @@ def test_a_surgery_that_changes_the_vocabulary_may(shelf, tmp_path):
         engine.run(load(surgery_recipe(tmp_path, **soup), [], tmp_path / "soup"), say=engine.silent)
 
 
+@pytest.mark.promise("Vocabularies", "Teachers and companions of another vocabulary are refused.")
 @pytest.mark.parametrize("taught", ["distillation", "self_distillation", "pela_pretraining", "ctcd", "random_token_substitution"])  # fmt: skip
 def test_objectives_refuse_a_teacher_of_other_tokens(shelf, taught, recipe, tmp_path):
     field = {"ctcd": "companion_init", "random_token_substitution": "embeddings"}.get(taught, "teacher")
@@ -166,6 +181,7 @@ def test_objectives_refuse_a_teacher_of_other_tokens(shelf, taught, recipe, tmp_
         engine.run(load(recipe, from_stage, tmp_path / "out"), say=engine.silent)
 
 
+@pytest.mark.promise("Vocabularies", "A checkpoint without a tokenizer is taken as it is.")
 def test_a_teacher_of_the_same_tokens_or_of_none_that_are_known_teaches(shelf, recipe, tmp_path):
     for teacher in ("longer", "bare"):
         init = [f"model.init={shelf / 'own'}", "model.model={}", "model.tokenizer=null"]
@@ -174,6 +190,10 @@ def test_a_teacher_of_the_same_tokens_or_of_none_that_are_known_teaches(shelf, r
         assert done.stages["model"]["metrics"]["steps"] == 2
 
 
+@pytest.mark.promise(
+    "Vocabularies",
+    "Training goes on with the tokenizer of its checkpoint: `init` with a `tokenizer` that numbers otherwise is refused.",
+)
 def test_training_goes_on_with_the_tokenizer_of_its_checkpoint(shelf, recipe, tmp_path):
     changes = [f"model.init={shelf / 'own'}", "model.model={}"]
     with pytest.raises(PretrainError, match=f"model.tokenizer: train: {FIRST}"):
@@ -186,6 +206,7 @@ def test_training_goes_on_with_the_tokenizer_of_its_checkpoint(shelf, recipe, tm
         assert done.stages["model"]["metrics"]["steps"] == 2
 
 
+@pytest.mark.promise("Vocabularies", "Helpers in decoding of another vocabulary are refused.")
 def test_decoding_refuses_helpers_of_other_tokens(shelf, tmp_path):
     proxy = {"method": "proxy_tuning", "expert": str(shelf / "own"), "anti_expert": str(shelf / "other")}
     model, tokenizer = checkpoint.load(shelf / "own")

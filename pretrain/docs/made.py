@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from pretrain.docs.commands import command_page
+from pretrain.docs.guarantees import guarantees_page
 from pretrain.docs.methods import pages, stub
 from pretrain.docs.papers import papers_page
 from pretrain.docs.recipes import recipe_page
@@ -21,6 +22,7 @@ def made(root: Path) -> dict[Path, str]:
         **{docs / "methods" / name: text for name, text in pages().items()},
         **{docs / "stages" / name: text for name, text in stage_pages().items()},
         docs / "commands.md": command_page(),
+        docs / "guarantees.md": guarantees_page(root / "tests"),
         docs / "papers.md": papers_page(root),
         docs / "recipes.md": recipe_page(root / "recipes"),
         docs / "sources.md": source_page(),
