@@ -8,7 +8,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,19 @@ def stories() -> list[dict[str, str]]:
     from pretrain.corpus.sources import PythonStdlib, read
 
     return [d | {"text": d["text"][:6000]} for d in itertools.islice(read(PythonStdlib()), 120)]
+
+
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory: pytest.TempPathFactory, stories: list[dict[str, str]]) -> Iterator[Any]:
+    """A run of a small recipe of all kinds of stages, and a warm process that makes more of them (`faults.Small`)."""
+    from faults import Small, Warm
+
+    folder = tmp_path_factory.mktemp("faults")
+    (folder / "text").mkdir()
+    for number, story in enumerate(stories[:60]):
+        (folder / "text" / f"{number}.py").write_text(story["text"][:3000])
+    with Warm(folder / "desk") as warm:
+        yield Small.made(warm, folder, folder / "text")
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,9 @@ from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
 
-def parts(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropout: float = 0.1) -> tuple[Any, ...]:
+def parts(
+    folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropout: float = 0.1, workers: int = 1
+) -> tuple[Any, ...]:
     """What `train` takes, to its folder."""
     world = join(pick_device())
     tokenizer = load_tokenizer(prepared / "tokenizer")
@@ -32,7 +34,7 @@ def parts(folder: Path, prepared: Path, steps: int, strategy: str = "ddp", dropo
     shards, objective = Shards(prepared / "tokens" / "train"), CausalLM()
     loader = Loader(
         shards, [objective], vocabulary, length=64, batch_rows=8, micro_rows=2, seed=1, rank=world.rank,
-        world=world.size, workers=1, mixture={"python": 0.7, "docstrings": 0.3},
+        world=world.size, workers=workers, mixture={"python": 0.7, "docstrings": 0.3},
     )  # fmt: skip
     settings = Settings(
         budget=Budget(steps=steps), seed=1, evaluate_every=7, save_every=3, keep=2, bar=False, strategy=strategy

@@ -1,0 +1,159 @@
+"""Faults: runs that are killed at any moment, go on with damaged files, lose a process, a disk or the time of day."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from faults import begun, damaged, differing, files, killed, left_over, outcome
+from test_training import equal, finish, log, weights
+
+JOB = Path(__file__).with_name("killed_rank_job.py")
+BOUND = 1800.0  # seconds that the long tests take at most
+
+
+@pytest.fixture(scope="module")
+def bases(small_run):
+    return begun(small_run, 6)
+
+
+# Kills
+
+
+@pytest.mark.promise(
+    "Faults",
+    "A run that is killed, at any moment and as often as one likes, and run again makes the same corpus, tokens, weights and measures to the bit, and nothing of a killed process is left over.",
+)
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.long)])
+def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(small_run, kills):
+    done, runs = killed(small_run, kills, seed=kills, until=time.monotonic() + BOUND)
+    assert done == kills and runs
+
+
+@pytest.mark.promise("Faults", "A run that is terminated outside of training says that what is done is kept.")
+def test_a_run_that_is_terminated_says_what_is_kept(small_run, tmp_path):
+    stop = "import os, signal, pretrain.stages.surgery as s\ndef run(self, job): os.kill(os.getpid(), signal.SIGTERM)\ns.Surgery.run = run"
+    ended = small_run.warm.run("run", small_run.recipe, "--output", tmp_path / "run", prelude=stop)
+    assert ended.status == 128 + signal.SIGTERM and not left_over(tmp_path / "run")
+    assert ended.text.splitlines()[-1] == "terminated; what is done is kept: run the same again to go on"
+    assert small_run.go_on(tmp_path / "run").status == 0 and not differing(small_run.first, outcome(tmp_path / "run"))
+
+
+# Damage
+
+
+@pytest.mark.promise(
+    "Faults",
+    "Whichever file of a run is damaged, cut, emptied, exchanged or deleted, going on makes the same weights, or says which file it is; never others in silence, and never a traceback.",
+)
+@pytest.mark.parametrize("first", range(0, 60, 10))
+def test_a_damaged_file_is_named_or_changes_nothing(small_run, bases, first):
+    verdicts = [damaged(small_run, bases, seed) for seed in range(first, first + 10)]
+    assert [f"{case}: {verdict}" for case, verdict in verdicts if verdict.startswith("WRONG")] == []
+    assert len({case for case, _ in verdicts}) == 10
+
+
+@pytest.mark.long
+def test_500_damaged_files_are_named_or_change_nothing(small_run, bases):
+    until, wrong = time.monotonic() + BOUND, []
+    for seed in range(1000, 1500):
+        case, verdict = damaged(small_run, bases, seed)
+        wrong += [f"{case}: {verdict}"] if verdict.startswith("WRONG") else []
+        assert time.monotonic() < until, f"{seed - 1000} in {BOUND:.0f} s; {wrong}"
+    assert wrong == []
+
+
+def test_every_kind_of_file_is_among_those_that_are_damaged(bases):
+    names = " ".join(str(path) for run in bases for path in files(run))
+    for name in ("corpus.json", ".parquet", "tokens.bin", "length_P.npy", "tokenizer.json", "config.json", "model.safetensors", "stage.json",
+                 "run.json", "training.json", "rank-00000.safetensors", "log.jsonl", "code.json", "checksums.json", "evaluation.json", "samples.json"):  # fmt: skip
+        assert name in names, name
+
+
+# Other faults
+
+
+BROKEN_LOADER = """
+import errno
+from pretrain.training.loader import Loader
+plain = Loader._prepare
+def prepare(self, step, *more):
+    if step == 4:
+        raise OSError(errno.EIO, "Input/output error", "tokens.bin")
+    return plain(self, step, *more)
+Loader._prepare = prepare
+"""
+
+
+@pytest.mark.promise(
+    "Faults", "Where a loader's worker fails, that is one line, and the next run goes on from the newest state."
+)
+def test_a_failure_of_a_loaders_worker_is_one_line_and_the_next_run_goes_on(small_run, tmp_path):
+    ended = small_run.warm.run("run", small_run.recipe, "--output", tmp_path / "run", prelude=BROKEN_LOADER)
+    assert ended.status == 1 and "Traceback" not in ended.text
+    assert ended.text.splitlines()[-1] == "error: stage 'model': Input/output error (tokens.bin); run again to go on"
+    assert small_run.go_on(tmp_path / "run").status == 0 and not differing(small_run.first, outcome(tmp_path / "run"))
+
+
+JUMPS = """
+import datetime, itertools, random, time
+day, rng, plain = 86400.0, random.Random(%d), time.time
+jump = lambda: rng.choice((-400, -1, 0, 1, 400)) * day
+time.time = lambda: plain() + jump()
+import pretrain.engine as engine
+class Jumping(datetime.datetime):
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.datetime.fromtimestamp(plain() + jump(), tz)
+engine.datetime = Jumping
+"""
+
+
+@pytest.mark.promise("Faults", "A clock that jumps, forwards or backwards, changes nothing of what is made.")
+def test_a_clock_that_jumps_changes_nothing(small_run, tmp_path):
+    ended = small_run.warm.run(
+        "run", small_run.recipe, "--output", tmp_path / "run", at=small_run.events // 2, prelude=JUMPS % 1
+    )
+    assert ended.status == -signal.SIGKILL
+    ended = small_run.warm.run("run", small_run.recipe, "--output", tmp_path / "run", prelude=JUMPS % 2)
+    assert ended.status == 0 and "Traceback" not in ended.text, ended.text
+    assert not differing(small_run.first, outcome(tmp_path / "run"))
+
+
+@pytest.mark.promise(
+    "Faults",
+    "Under `torchrun --max-restarts`, where one process is killed, all begin again from the newest state and end with the same weights to the bit.",
+)
+def test_a_killed_process_among_several_is_started_again(prepared, tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        "--max-restarts=2",
+        str(JOB),
+    ]
+    for name, job in (("killed", JOB), ("whole", JOB.with_name("training_job.py"))):
+        subprocess.run(
+            [*command[:-1], str(job), str(tmp_path / name), str(prepared), "8", "ddp"],
+            check=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )  # fmt: skip
+    assert equal(weights(tmp_path / "killed"), weights(tmp_path / "whole"))
+    assert [row["loss"] for row in log(tmp_path / "killed")] == [row["loss"] for row in log(tmp_path / "whole")]
+
+
+@pytest.mark.promise(
+    "Determinism", "A training that goes on with 1, 2 or 4 processes has the losses of one process, to rounding."
+)
+def test_a_training_that_goes_on_with_4_and_then_2_processes_has_the_losses_of_one(prepared, tmp_path):
+    for steps, processes in ((3, 1), (6, 4), (8, 2)):
+        finish(tmp_path / "changing", prepared, steps, "ddp", "0", processes=processes)
+        finish(tmp_path / "alone", prepared, steps, "ddp", "0")
+    one, other = ([row["loss"] for row in log(tmp_path / name)] for name in ("alone", "changing"))
+    assert len(one) == 8 and other == pytest.approx(one, rel=1e-4)
