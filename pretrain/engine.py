@@ -21,9 +21,9 @@ from pathlib import Path
 
 import yaml
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import locked, read_json, sweep, write_json, write_text
-from pretrain.core.folders import corpus_of
+from pretrain.core.folders import corpus_of, verify
 from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
@@ -34,7 +34,7 @@ from pretrain.forecast import check_documents, check_fits, forecast, warnings
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
-from pretrain.records import Part, StageRecord, StageResult
+from pretrain.records import Part, StageRecord, StageResult, altered, read_stage, write_stage
 from pretrain.report.page import write as write_report
 from pretrain.runs.shelf import join_store
 from pretrain.runs.targets import repointed, targets
@@ -110,18 +110,29 @@ def run(
         for item in planned:
             _refuse_empty_splits(recipe, planned)
             finished = _run_once(item, records, say, main, wait)
-            records[item.stage.name] = read_json(item.folder / RECORD)
+            records[item.stage.name] = record = _record(item)
             if main:
-                seconds = records[item.stage.name]["seconds"]
+                for file in altered(item.folder, record):
+                    again = f"--refresh {item.stage.name} makes it again"
+                    say(f"warning: {item.folder / file} is not as the stage has left it: damaged or replaced; {again}")
+                seconds = record["seconds"]
                 moved = _point(recipe.output / item.stage.name, item.folder)
                 say(f"[{item.stage.name}] {_finished(item) if finished else f'done in {_time(seconds)}'}")
-                if not finished and (short := shortfall(item.stage, records[item.stage.name], estimates)):
+                if not finished and (short := shortfall(item.stage, record, estimates)):
                     say(f"[{item.stage.name}] {short}")
                 if moved:
                     say(f"[{item.stage.name}] {moved}")
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
         written = write_report(recipe.output) if main and report else None
     return Result(recipe.output, records, written)
+
+
+def _record(item: Planned) -> StageRecord:
+    """`stage.json` of a finished stage; where it is damaged the error says how to have the stage again."""
+    try:
+        return read_stage(item.folder / RECORD, item.address)
+    except PretrainError as error:
+        raise PretrainError(f"{error}; accepted: `--refresh {item.stage.name}`, which runs the stage again") from error
 
 
 def _finished(item: Planned) -> str:
@@ -232,7 +243,14 @@ def _earlier(item: Planned) -> list[Part]:
     path = item.folder / PARTS
     if path.exists() and not item.stage.progress(item.folder):
         path.unlink()
-    return read_json(path) if path.exists() else []
+    with suppress(KeyError, TypeError, PretrainError):  # of a damaged note: what the parts took is not known then
+        rows = read_json(path) if path.exists() else []
+        return [
+            Part(started=str(r["started"]), seconds=r["seconds"] + 0.0, peak_memory_bytes=r["peak_memory_bytes"] + 0)
+            for r in rows
+        ]
+    warn(f"{path} is damaged: what the parts of this stage before have taken is not counted")
+    return []
 
 
 def write_record(
@@ -257,7 +275,7 @@ def write_record(
     }  # fmt: skip
     if "adopted" in result:
         record["adopted"] = result["adopted"]
-    write_json(item.folder / RECORD, record)
+    write_stage(item.folder / RECORD, record)
 
 
 def _brief(record: StageRecord) -> dict[str, object]:
@@ -310,6 +328,7 @@ def _refuse_empty_splits(recipe: Recipe, planned: list[Planned]) -> None:
             info = corpus_of(folder) / "corpus.json" if isinstance(folder, Path) else None
             if item.finished or info is None or not info.exists():
                 continue
+            verify(info.parent, lambda name: name == "corpus.json")
             counts = read_json(info)["documents"]
             if not counts.get(split):
                 corpus = item.stage.references()[place]

@@ -251,7 +251,7 @@ def _recorded(folder: Path) -> Iterator[Home]:
 
 def _codes(folder: Path) -> list[Code] | None:
     """Of all runs that worked on a stage's folder, the newest last; `None` where that is not recorded."""
-    with suppress(PretrainError, TypeError):
+    with suppress(PretrainError, TypeError, KeyError, AttributeError):
         codes = [closure.stored(row) for row in read_json(folder / CODE)]
         return [code for code in codes if code is not None] if None not in codes else None
     return None
@@ -322,7 +322,7 @@ def newest(item: Planned) -> tuple[Path, StageRecord] | None:
     """The newest finished folder of a stage of this name, and its record."""
     records = []
     for path in item.folder.parent.glob(f"*-*/{RECORD}"):
-        with suppress(PretrainError):
+        with suppress(PretrainError, AttributeError):  # of what is damaged, and of what is no record
             record = read_json(path)
             if record.get("name") == item.stage.name and not link_target(path.parent) is not None:
                 records.append((path.parent, record))

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NotRequired, TypeAlias, TypedDict
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
-from pretrain.core.files import JSONObject
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSONObject, file_digest, read_json, sealed, write_json
 
 Inputs: TypeAlias = dict[str, Path | list[Path]]  # the folders that a stage reads, by place
 Marks: TypeAlias = dict[str, str | list[str]]  # addresses, or names, by place
 Config: TypeAlias = JSONObject  # what a recipe says of a stage, and what it leaves to defaults
 Metrics: TypeAlias = dict[str, float]
+
+OF_RUNS = ("parts.json", "code.json")  # what the engine notes beside a `stage.json`, and may write again
 
 
 class Reads(TypedDict):
@@ -78,6 +82,33 @@ class StageRecord(StageResult):
     started: str
     finished: str
     environment: dict[str, object]
+    files: NotRequired[dict[str, str]]  # those beside it: the digests of what the stage has left for people to read
+
+
+def write_stage(path: Path, record: StageRecord) -> None:
+    """Write a `stage.json` that vouches for itself and for the files beside it."""
+    beside = [p for p in sorted(path.parent.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    digests = {p.name: file_digest(p) for p in beside if p.name not in (path.name, *OF_RUNS)}
+    write_json(path, sealed({**record, "files": digests}))
+
+
+def read_stage(path: Path, address: str) -> StageRecord:
+    """The `stage.json` of the result of an address; anything else is an error that names the file."""
+    record = read_json(path)
+    if not isinstance(record, dict) or record.get("address") != address:
+        raise PretrainError(f"{path} is damaged or was replaced: it is not the record of {address[:12]}")
+    return cast("StageRecord", record)
+
+
+def altered(folder: Path, record: Mapping[str, Any]) -> list[str]:
+    """The files beside a `stage.json` that are not as they were when the stage ended, or are gone."""
+    names = []
+    for name, known in (record.get("files") or {}).items():
+        try:
+            names += [name] if file_digest(folder / name) != known else []
+        except OSError:
+            names.append(name)
+    return names
 
 
 class RunStage(TypedDict):

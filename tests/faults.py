@@ -341,6 +341,14 @@ def _kind(run: Path, path: Path) -> str:
     return re.sub(r"[0-9a-f]{6,}|\d+", "#", str(path.relative_to(run)))
 
 
+def _only_told(name: str, run: Path, path: Path, named: list[str]) -> bool:
+    """Whether it is the damaged file itself, of those that no stage reads: a log, or one that the run has named."""
+    place, _, part = name.partition("/")
+    if not (run / place).exists() or path.parent != (run / place).resolve():
+        return False
+    return part == "log" if path.name == "log.jsonl" else bool(named) and path.stem == part
+
+
 def _verdict(small: Small, run: Path, path: Path, ended: Ended) -> str:
     lines = [line for line in ended.text.splitlines() if line.startswith(("error:", "warning:"))]
     named = [line for line in lines if path.name in line or path.parent.name in line]
@@ -349,7 +357,7 @@ def _verdict(small: Small, run: Path, path: Path, ended: Ended) -> str:
     if ended.status:
         last = ended.text.strip().splitlines()[-1]
         return f"error: {last}" if named and last.startswith("error:") else f"WRONG: not named\n{ended.text}"
-    names = differing(small.last, outcome(run))
+    names = [name for name in differing(small.last, outcome(run)) if not _only_told(name, run, path, named)]
     # What nothing has read again is looked at when it is opened.
     unread = [
         name

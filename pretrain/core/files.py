@@ -23,6 +23,7 @@ JSONObject: TypeAlias = dict[str, Any]  # whose values are what the file says th
 
 LINE = 1 << 20  # bytes of a line of JSON of ours
 SUMS = "checksums.json"  # of a folder: the digests of its files, and its own
+SEAL = "seal"  # in an object: the digest of the rest of it
 _READ: dict[tuple[int, int, int, int], str] = {}  # digests of files that were read, by what changes with a file
 
 
@@ -40,7 +41,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
     try:
         yield work
         sums = {name: file_digest(work / name) for name in _names(work)}
-        (work / SUMS).write_text(json.dumps(_sealed({"sha256": sums}), indent=2), encoding="utf-8")
+        (work / SUMS).write_text(json.dumps(sealed({"sha256": sums}), indent=2), encoding="utf-8")
         for path in work.rglob("*"):
             fsync(path)
         put_in_place(work, target)
@@ -139,16 +140,23 @@ def write_json(path: Path, value: object) -> None:
 
 
 def read_json(path: Path, *, halves: bool = False) -> Any:
-    """Read a JSON file; a missing or broken one is an error that names it. `halves`: as `foreign.json` has it."""
+    """Read a JSON file; a missing or broken one, or one whose seal does not hold, is an error that names it.
+
+    `halves`: as `foreign.json` has it.
+    """
     try:
-        return foreign.read(path, halves=halves)
+        value = foreign.read(path, halves=halves)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise PretrainError(f"missing file {path}") from error
+    seal = value.get(SEAL) if isinstance(value, dict) else None
+    if isinstance(seal, str) and value != sealed({name: entry for name, entry in value.items() if name != SEAL}):
+        raise PretrainError(f"{path} is damaged: it does not hold what was sealed")
+    return value
 
 
-def read_object(path: Path) -> JSONObject:
+def read_object(path: Path, *, halves: bool = False) -> JSONObject:
     """Read a JSON file that holds an object."""
-    value = read_json(path)
+    value = read_json(path, halves=halves)
     if not isinstance(value, dict):
         raise PretrainError(f"{path} holds a {type(value).__name__}; accepted: a JSON object")
     return value
@@ -184,7 +192,7 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> str:
         return ""
     try:
         sums = read_json(path)
-        whole = _sealed({"sha256": sums["sha256"]}) == sums
+        whole = sealed({"sha256": sums["sha256"]}) == sums
     except (PretrainError, OSError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -199,8 +207,9 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> str:
     return ""
 
 
-def _sealed(record: JSONObject) -> JSONObject:
-    return record | {"seal": digest(record)}
+def sealed(record: JSONObject) -> JSONObject:
+    """A JSON object with a digest of its values, by which `read_json` finds out damage that leaves it valid JSON."""
+    return record | {SEAL: digest(json.loads(json.dumps(record)))}
 
 
 def _names(folder: Path) -> list[str]:

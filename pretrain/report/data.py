@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeVar, cast
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, read_json, read_json_lines
+from pretrain.core.files import JSONObject, damage, read_json, read_json_lines, read_object
 from pretrain.core.foreign import yaml
 from pretrain.core.foreign.weights import header
-from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage
+from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage, altered
 
 if TYPE_CHECKING:
     from pretrain.core.samples import Sample
@@ -143,8 +143,9 @@ def collect(folder: Path) -> Page:
     samples: list[Samples] = []
     corpora: list[CorpusRow] = []
     for entry in run["stages"]:
-        home, record = folder / entry["folder"], _json(folder / entry["folder"] / "stage.json") or {}
-        lineage = (_json(home / "checkpoint" / "pretrain.json") or {}).get("lineage")
+        home, record = folder / entry["folder"], _object(folder / entry["folder"] / "stage.json")
+        lost = altered(home, record)  # of which the run has told
+        lineage = _object(home / "checkpoint" / "pretrain.json").get("lineage")
         name = entry["name"]
         row: Any = {**entry, **{k: record.get(k) for k in RECORDED}, "lineage": lineage, "writes": _writes(home)}
         row |= {"config": record.get("config") or _raw(text, name)} | checkpoint_size(home / "checkpoint")
@@ -160,12 +161,13 @@ def collect(folder: Path) -> Page:
                 "name": name, "unit": unit, "objective": objective, "step": steps, "evaluation": held_out,
             }  # fmt: skip
             trainings.append(training if kept is None else {**training, "kept": kept})
-        if isinstance(measured := _json(home / "evaluation.json"), dict):
+        if (measured := _object(home / "evaluation.json")) and "evaluation.json" not in lost:
             judged = (row["inputs"] or {}).get("checkpoint") or row["config"].get("checkpoint")
             evaluations.append({**measured, "name": name, "of": str(judged or "")})
-        if isinstance(shown := _json(home / "samples.json"), dict):
+        if (shown := _object(home / "samples.json")) and "samples.json" not in lost:
             samples.append({**shown, "name": name})
-        if info := _json(home / "corpus" / "corpus.json"):
+        corpus = home / "corpus"
+        if (info := _object(corpus / "corpus.json")) and not damage(corpus, lambda name: name == "corpus.json"):
             corpora.append({**info, "name": name})
     return {
         "run": run,
@@ -240,8 +242,7 @@ def checkpoint_size(folder: Path) -> dict[str, object]:
             size += path.stat().st_size
         except (OSError, PretrainError):
             continue
-    config = _json(folder / "config.json")
-    family = str(config.get("model_type") or "") if isinstance(config, dict) else ""
+    family = str(_object(folder / "config.json").get("model_type") or "")
     return {"family": family, "weights": weights, "bytes": size}
 
 
@@ -346,8 +347,9 @@ def _bar(name: str, measured: Measurement, domains: list[str]) -> Bar:
     }
 
 
-def _json(path: Path) -> Any:
+def _object(path: Path) -> JSONObject:
+    """The JSON object in a file; an empty one where there is none."""
     try:
-        return read_json(path, halves=True)  # which the page shows as what they are
+        return read_object(path, halves=True)  # which the page shows as what they are
     except PretrainError:
-        return None
+        return {}
