@@ -29,7 +29,7 @@ def older(folder: Path) -> None:
         record = json.loads((home / "stage.json").read_text())
         record["methods"] = {name: "0123456789abcdef" for name in record["methods"]}
         record["address"] = entry["address"] = "f" * 12 + record["address"][12:]
-        del record["identity"]
+        del record["identity"], record["seal"], record["files"]
         (home / "code.json").unlink()
         (home / "stage.json").write_text(json.dumps(record))
         entry["folder"] = f"{entry['name']}-{'f' * 12}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 from faults import begun, damaged, differing, files, killed, left_over, outcome
 from test_training import equal, finish, log, weights
+
+from pretrain.report.data import collect
 
 JOB = Path(__file__).with_name("killed_rank_job.py")
 BOUND = 1800.0  # seconds that the long tests take at most
@@ -73,6 +77,32 @@ def test_every_kind_of_file_is_among_those_that_are_damaged(bases):
     for name in ("corpus.json", ".parquet", "tokens.bin", "length_P.npy", "tokenizer.json", "config.json", "model.safetensors", "stage.json",
                  "run.json", "training.json", "rank-00000.safetensors", "log.jsonl", "code.json", "checksums.json", "evaluation.json", "samples.json"):  # fmt: skip
         assert name in names, name
+
+
+def changed_digit(path):
+    text = path.read_text()
+    place = re.search(r'"bits_per_byte": \d', text).end() - 1
+    path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+
+
+@pytest.mark.promise(
+    "Faults",
+    "A run that comes to a finished stage says which of its measures, samples and logs is not as the stage has left it; the report leaves it out. A damaged `stage.json` is an error.",
+)
+def test_a_digit_changed_in_what_a_finished_stage_says_is_named(small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run.folder / "whole", run, symlinks=True)
+    changed_digit(run / "evaluate" / "evaluation.json")
+    ended = small_run.go_on(run)
+    assert ended.status == 0 and re.search(
+        r"^warning: .*evaluation.json is not as the stage has left it", ended.text, re.M
+    )
+    assert [row["name"] for row in collect(run)["evaluations"]] == []
+    changed_digit(run / "evaluate" / "stage.json")
+    ended = small_run.go_on(run)
+    assert ended.status == 1 and "stage.json is damaged" in ended.text and "`--refresh evaluate`" in ended.text
+    again = small_run.warm.run("run", small_run.recipe, "--output", run, "--refresh", "evaluate")
+    assert again.status == 0 and differing(small_run.first, outcome(run)) == []
 
 
 # Other faults
