@@ -344,6 +344,7 @@ for at in range(100):
 """
 
 
+@pytest.mark.promise("Faults", "A kill at any moment of writing a checkpoint leaves the old one or the new one, whole.")
 def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "c"), os.path.dirname(__file__)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
@@ -354,6 +355,7 @@ def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
     assert seeds[-1] == 2 and set(seeds[:-2]) == {1}  # only the last sync comes after the rename
 
 
+@pytest.mark.promise("Faults", "A full disk is one line, and what was there stays.")
 @pytest.mark.bits
 @pytest.mark.parametrize("what", ["weights", "tokenizer", "sync"])
 def test_a_full_disk_is_one_clear_error_and_keeps_the_old(tiny, saved, prepared, monkeypatch, what):

@@ -168,6 +168,7 @@ def test_an_interrupt_says_how_to_go_on():
     assert done.returncode == 130 and "run the same again to go on" in done.stderr
 
 
+@pytest.mark.promise("Faults", "A command that is terminated or interrupted says that what is done is kept.")
 def test_a_termination_outside_training_says_that_what_is_done_is_kept():
     program = "import os, signal, time, pretrain.cli as c, pretrain.recipe as r\n"
     program += "def stop(*a, **k): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"

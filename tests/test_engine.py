@@ -147,6 +147,7 @@ def test_an_outside_input_is_followed_by_its_state(tmp_path):
     assert engine.plan(check(recipe, output=tmp_path / "run"))[0].address != first
 
 
+@pytest.mark.promise("Faults", "A full disk is one line, and what was there stays.")
 def test_a_full_disk_names_the_stage_and_keeps_what_was_done(tmp_path):
     with pytest.raises(PretrainError, match=r"stage 'b': No space left on device \(.*big\); run again to go on"):
         go(tmp_path, b=-1)

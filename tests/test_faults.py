@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
-from faults import begun, damaged, differing, files, killed, left_over, outcome
+from faults import begun, damaged, differing, files, killed, outcome
 from test_training import equal, finish, log, weights
 
 from pretrain.report.data import collect
@@ -37,15 +37,6 @@ def bases(small_run):
 def test_a_run_killed_at_random_moments_ends_as_if_nothing_had_happened(small_run, kills):
     done, runs = killed(small_run, kills, seed=kills, until=time.monotonic() + BOUND)
     assert done == kills and runs
-
-
-@pytest.mark.promise("Faults", "A run that is terminated outside of training says that what is done is kept.")
-def test_a_run_that_is_terminated_says_what_is_kept(small_run, tmp_path):
-    stop = "import os, signal, pretrain.stages.surgery as s\ndef run(self, job): os.kill(os.getpid(), signal.SIGTERM)\ns.Surgery.run = run"
-    ended = small_run.warm.run("run", small_run.recipe, "--output", tmp_path / "run", prelude=stop)
-    assert ended.status == 128 + signal.SIGTERM and not left_over(tmp_path / "run")
-    assert ended.text.splitlines()[-1] == "terminated; what is done is kept: run the same again to go on"
-    assert small_run.go_on(tmp_path / "run").status == 0 and not differing(small_run.first, outcome(tmp_path / "run"))
 
 
 # Damage

@@ -177,6 +177,7 @@ def test_an_optimiser_that_can_leaves_the_update_out_by_itself_and_the_host_lear
     assert guard.in_row == 0 and guard.skipped == 2
 
 
+@pytest.mark.promise("Faults", "A training state that is not finite is not written, and takes no good one's place.")
 def test_no_state_is_written_that_is_not_finite(tiny, prepared, tmp_path):
     @dataclass(frozen=True)
     class Spoil(Policy):

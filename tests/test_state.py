@@ -49,6 +49,7 @@ def equal(one: Stored, other: Stored) -> bool:
     return all(torch.equal(one.read(name), other.read(name)) for name in one.shapes)
 
 
+@pytest.mark.promise("Determinism", "A training state is read by another number of processes without a bit changed.")
 @pytest.mark.parametrize(
     ("before", "processes", "strategy"),
     [("fsdp", 1, "ddp"), ("ddp", 1, "ddp"), ("alone", 2, "fsdp"), ("alone", 2, "ddp"), ("ddp", 2, "fsdp")],
@@ -78,6 +79,9 @@ def test_each_process_writes_a_share_and_none_the_whole(saved, strategy):
     assert (held, start) == (([16, 64], [16, 0]) if strategy == "fsdp" else (whole, [0, 0])) and whole == [32, 64]
 
 
+@pytest.mark.promise(
+    "Determinism", "A training that goes on with 1, 2 or 4 processes has the losses of one process, to rounding"
+)
 @pytest.mark.parametrize(("before", "processes", "strategy"), [("fsdp", 1, "ddp"), ("alone", 2, "fsdp")])
 def test_training_goes_on_as_if_the_number_of_processes_had_not_changed(
     prepared, saved, tmp_path, before, processes, strategy
@@ -112,6 +116,7 @@ def test_a_part_is_read_without_the_rest(tmp_path):
         alone.read("w")
 
 
+@pytest.mark.promise("Faults", "A training state that is damaged")
 @pytest.mark.parametrize("lost", ["rank-00001.safetensors", "checksums-00001.json", "training.json"])
 def test_a_state_of_which_one_processs_file_is_lost_is_passed_over(saved, tmp_path, lost):
     (tmp_path / "step-000000003").mkdir()
@@ -191,6 +196,7 @@ def test_a_state_is_written_while_training_goes_on(tiny, prepared, tmp_path, mon
     assert equal(one, other)
 
 
+@pytest.mark.promise("Faults", "A full disk is one line, and what was there stays.")
 def test_a_disk_that_is_full_is_told_of_at_the_next_state(tiny, prepared, tmp_path, monkeypatch):
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")

@@ -160,6 +160,7 @@ def test_a_resumed_loader_goes_on_as_if_nothing_had_happened(prepared, workers, 
                 assert torch.equal(mine[0][name], value), name
 
 
+@pytest.mark.promise("Determinism", "Any number of processes takes the rows that one would take.")
 def test_processes_together_take_what_one_alone_would(prepared):
     alone = loader(prepared, batch_rows=8, micro_rows=2)
     two = [loader(prepared, batch_rows=8, micro_rows=2, rank=r, world=2) for r in range(2)]

@@ -187,6 +187,7 @@ def test_it_learns_and_logs(undisturbed):
     assert len(list((undisturbed / "state").iterdir())) == 2
 
 
+@pytest.mark.promise("Determinism", "A training that is resumed after any of its steps gives the same bits")
 @pytest.mark.bits
 def test_killed_twice_it_ends_with_the_same_weights(tmp_path, prepared, undisturbed):
     killed_and_resumed(tmp_path, prepared, undisturbed, 2, seed=0)
@@ -199,6 +200,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_weights(tmp_path, pr
         killed_and_resumed(tmp_path / str(seed), prepared, undisturbed, 1 + seed % 3, seed)
 
 
+@pytest.mark.promise("Faults", "SIGINT and SIGTERM save the state of a training first.")
 @pytest.mark.bits
 def test_an_interrupt_saves_and_the_next_run_goes_on(tmp_path, prepared, undisturbed):
     process = start(tmp_path, prepared)
@@ -212,6 +214,10 @@ def test_an_interrupt_saves_and_the_next_run_goes_on(tmp_path, prepared, undistu
     assert equal(weights(tmp_path), weights(undisturbed))
 
 
+@pytest.mark.promise(
+    "Faults",
+    "A training state that is damaged is passed over with a warning for the one before; where all are, training begins again only with `--refresh`.",
+)
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, prepared, undisturbed):
     finish(tmp_path, prepared, 12)
     for path in sorted((tmp_path / "state").glob("step-*"))[-1:]:
@@ -220,6 +226,9 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, prepared, u
     assert state.newest(tmp_path / "state").name == "step-000000009"
 
 
+@pytest.mark.promise(
+    "Determinism", "A training that goes on with 1, 2 or 4 processes has the losses of one process, to rounding"
+)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_train_to_the_curve_of_one(tmp_path, prepared, strategy):
     finish(tmp_path / "one", prepared, 8, "ddp", "0")
