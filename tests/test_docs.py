@@ -13,6 +13,7 @@ import pytest
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info, kinds, methods
+from pretrain.docs.guarantees import SECTIONS, guarantees_page, promises
 from pretrain.docs.made import made, stale
 
 ROOT = Path(__file__).parent.parent
@@ -23,6 +24,37 @@ def test_the_made_pages_are_those_of_the_docstrings():
     for path, text in made(ROOT).items():
         assert path.read_text() == text, f"{path}: run `make docs`"
     assert not stale(ROOT), "run `make docs`"
+
+
+PROMISING = """
+import pytest
+@pytest.mark.promise("Trust", "Nothing is read.")
+def test_a(): ...
+@pytest.mark.parametrize("x", [1])
+@pytest.mark.promise("Trust", "Nothing is")
+def test_b(x): ...
+@pytest.mark.promise("%s", "%s")
+def %s(): ...
+"""
+
+
+def test_a_promise_names_the_tests_that_say_it_or_its_beginning(tmp_path):
+    path = tmp_path / "test_some.py"
+    path.write_text(PROMISING % ("Pages", "A page is.", "test_c"))
+    page = guarantees_page(tmp_path)
+    assert "- Nothing is read (`test_some.py::test_a`, `test_some.py::test_b`)." in page
+    assert page.index("Nothing is read") < page.index("## Pages") < page.index("- A page is (`test_some.py::test_c`).")
+    path.write_text(PROMISING % ("Page", "A page is.", "test_c"))
+    with pytest.raises(PretrainError, match="unknown section of promises 'Page' .did you mean 'Pages'"):
+        guarantees_page(tmp_path)
+    path.write_text(PROMISING % ("Pages", "A page is.", "helper"))
+    with pytest.raises(PretrainError, match=r"test_some.py:8: accepted: a section and a sentence, on a test"):
+        guarantees_page(tmp_path)
+
+
+def test_each_section_of_the_guarantees_holds_promises():
+    sections = {promise.section for promise in promises(ROOT / "tests")}
+    assert sections == {section.name for section in SECTIONS}
 
 
 def anchors(page: Path) -> set[str]:

@@ -121,10 +121,11 @@ def _of_file(path: Path) -> Iterator[Promise]:
     text = path.read_text(encoding="utf-8")
     if MARK not in text:
         return
-    for node in ast.parse(text).body:
-        for mark in node.decorator_list if isinstance(node, ast.FunctionDef) else ():
+    functions = (node for node in ast.parse(text).body if isinstance(node, ast.FunctionDef))
+    for node in functions:
+        for mark in node.decorator_list:
             if isinstance(mark, ast.Call) and ast.unparse(mark.func) == MARK:
-                said = [ast.literal_eval(argument) for argument in mark.args]
-                if len(said) != 2 or not all(said) or not node.name.startswith("test_"):
+                words = [str(ast.literal_eval(argument)) for argument in mark.args]
+                if len(words) != 2 or not all(words) or not node.name.startswith("test_"):
                     raise PretrainError(f"{path.name}:{mark.lineno}: accepted: a section and a sentence, on a test")
-                yield Promise(*said, f"{path.name}::{node.name}")
+                yield Promise(words[0], words[1], f"{path.name}::{node.name}")
