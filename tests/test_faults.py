@@ -15,6 +15,8 @@ import pytest
 from faults import begun, damaged, differing, files, killed, outcome
 from test_training import equal, finish, log, weights
 
+from pretrain.core.errors import PretrainWarning
+from pretrain.data._work import Desk
 from pretrain.report.data import collect
 
 JOB = Path(__file__).with_name("killed_rank_job.py")
@@ -94,6 +96,30 @@ def test_a_digit_changed_in_what_a_finished_stage_says_is_named(small_run, tmp_p
     assert ended.status == 1 and "stage.json is damaged" in ended.text and "`--refresh evaluate`" in ended.text
     again = small_run.warm.run("run", small_run.recipe, "--output", run, "--refresh", "evaluate")
     assert again.status == 0 and differing(small_run.first, outcome(run)) == []
+
+
+@pytest.mark.promise(
+    "Faults",
+    "What a data operation has computed before an interrupt is found again; where that is damaged it is made anew, with a warning.",
+)
+def test_what_an_operation_has_kept_is_found_again_unless_it_is_damaged(tmp_path):
+    makes = []
+
+    def make():
+        makes.append(1)
+        return {"nll": [1.5, 2.5], "flops": 10}
+
+    desk = Desk(tmp_path)
+    assert desk.kept("a", make)["nll"] == desk.kept("a", make)["nll"] == [1.5, 2.5] and len(makes) == 1
+    assert desk.flops == 10
+    whole = (tmp_path / "a.json").read_text()
+    for number, text in enumerate([whole.replace("2.5", "3.5"), whole[:20], "[]", '{"nll": [1], "flops": 1}'], start=2):
+        (tmp_path / "a.json").write_text(text)
+        with pytest.warns(PretrainWarning, match=r"a\.json.* made anew"):
+            assert desk.kept("a", make)["nll"] == [1.5, 2.5] and len(makes) == number
+    shutil.copy(tmp_path / "a.json", tmp_path / "b.json")  # another one's, whole
+    with pytest.warns(PretrainWarning, match=r"b\.json"):
+        desk.kept("b", make)
 
 
 # Other faults

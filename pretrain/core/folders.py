@@ -49,8 +49,11 @@ def _result(run: Path, stage: str, address: str) -> Path:
 
 def stage_folders(run: Path) -> dict[str, Path]:
     """The folders that a run shows now, by the stages' names; whether they are there or not."""
-    rows = read_json(run / "run.json")["stages"]
-    return {row["name"]: Path(os.path.normpath(run / row.get("folder", row["name"]))) for row in rows}
+    try:
+        rows = read_json(run / "run.json")["stages"]
+        return {row["name"]: Path(os.path.normpath(run / row.get("folder", row["name"]))) for row in rows}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise PretrainError(f"{run / 'run.json'} is not what `pretrain run` writes") from error
 
 
 def stage_at(path: Path) -> tuple[Path, JSONObject] | None:

@@ -6,11 +6,14 @@ The data stage opens a desk around its operations; an operation called alone wor
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from pretrain.core.errors import PretrainError, warn
+from pretrain.core.files import SEAL, JSONObject, read_object, sealed, write_json
 
 
 @dataclass
@@ -20,6 +23,26 @@ class Desk:
     folder: Path
     flops: int = 0
     reports: list[dict[str, object]] = field(default_factory=list)  # one an operation, for `corpus.json`
+
+    def kept(self, name: str, make: Callable[[], JSONObject]) -> JSONObject:
+        """What `make` gives, with the `flops` that it took: found again under its name, or made and kept.
+
+        What is damaged is made anew, with a warning.
+        """
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            try:
+                row = read_object(path)
+                if SEAL in row and row.get("of") == name:
+                    self.flops += row["flops"]
+                    return row
+                finding = f"{path} is not what was kept"
+            except PretrainError as error:
+                finding = str(error)
+            warn(f"{finding}; it is made anew")
+        made = make()
+        write_json(path, sealed({"of": name, **made}))
+        return made
 
 
 _DESK: ContextVar[Desk | None] = ContextVar("desk", default=None)

@@ -62,10 +62,7 @@ class Run:
 
 def open_run(folder: Path) -> Run:
     """Read a run's folder; raises `PretrainError` where it is none or damaged."""
-    try:
-        stages = stage_folders(folder)
-    except (KeyError, TypeError) as error:
-        raise PretrainError(f"{folder / 'run.json'} is not what `pretrain run` writes") from error
+    stages = stage_folders(folder)
     finished = {name: path / "stage.json" for name, path in stages.items() if (path / "stage.json").exists()}
     return Run(folder, stages, {name: read_json(path) for name, path in finished.items()})
 

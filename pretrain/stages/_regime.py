@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core import checkpoint
-from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.files import digest, read_json, sealed, write_json
 from pretrain.core.folders import checkpoint_of, corpus_in
 from pretrain.core.foreign.weights import header
 from pretrain.core.processors import load_processor, tokenizer_in
@@ -90,7 +90,7 @@ def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, na
             judged, stage.split, stage.max_documents, stage.evaluations, tokenizer, stage.max_characters
         )
         line = _shares(bigram_line(shards, tokenizer, documents, seen=seen).documents, name)
-        write_json(path, {"bigram": float(line.mean())})
+        write_json(path, sealed({"bigram": float(line.mean())}))
     return float(read_json(path)["bigram"])
 
 

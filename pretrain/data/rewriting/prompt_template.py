@@ -17,7 +17,7 @@ from pretrain.core.bounds import Whole
 from pretrain.core.checkpoint import lineage
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.meter import count_flops
@@ -124,14 +124,12 @@ class _Predictor:
     def __call__(self, documents: Sequence[Document], here: Desk) -> list[str]:
         """The documents' labels."""
         key = [str(self.path.resolve()), self.state, self.length, asdict(self.objective), list(documents)]
-        shard = here.folder / f"{digest(key)[:32]}.json"
-        if shard.exists():
-            stored = read_json(shard)
-            here.flops += stored["flops"]
-            return stored["labels"]
-        labels, flops = count_flops(lambda: self._predict(documents))
-        write_json(shard, {"labels": labels, "flops": flops})
-        return labels
+
+        def predict() -> JSONObject:
+            labels, flops = count_flops(lambda: self._predict(documents))
+            return {"labels": labels, "flops": flops}
+
+        return here.kept(digest(key)[:32], predict)["labels"]
 
     def _predict(self, documents: Sequence[Document]) -> list[str]:
         if self.opened is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import digest, read_json, write_json
+from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.meter import count_flops
@@ -54,14 +54,14 @@ def likelihoods(folder: str, corpus: Dataset, desk: Desk, *, length: int, stride
     shards: list[Shard] = []
     for start in range(0, len(corpus), SHARD):
         texts = corpus[start : start + SHARD]["text"]
-        shard = desk.folder / f"{digest([str(path.resolve()), state, length, stride, texts])[:32]}.json"
-        if shard.exists():
-            shards.append(read_json(shard))
-            desk.flops += shards[-1]["flops"]
-            continue
-        scorer = scorer or _Scorer(path, length, stride)
-        shards.append(scorer(texts))
-        write_json(shard, shards[-1])
+
+        def score(texts: list[str] = texts) -> JSONObject:
+            nonlocal scorer
+            scorer = scorer or _Scorer(path, length, stride)
+            return {**scorer(texts)}
+
+        name = digest([str(path.resolve()), state, length, stride, texts])[:32]
+        shards.append(cast("Shard", desk.kept(name, score)))
     return Likelihoods(
         np.array([x for part in shards for x in part["nll"]], dtype=np.float64),
         np.array([x for part in shards for x in part["tokens"]], dtype=np.int64),
