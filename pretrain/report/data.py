@@ -347,8 +347,8 @@ def _bar(name: str, measured: Measurement, domains: list[str]) -> Bar:
     }
 
 
-def _object(path: Path) -> JSONObject:
-    """The JSON object in a file; an empty one where there is none."""
+def _object(path: Path) -> Any:
+    """The JSON object in a file, of whatever type it is; an empty one where there is none."""
     try:
         return read_object(path, halves=True)  # which the page shows as what they are
     except PretrainError:
