@@ -61,6 +61,8 @@ VARIANTS: list[tuple[str, dict[str, Any], str]] = [
     ("seq2seq", {}, "t5"),
     ("smart", {"objective": "regression"}, "bert"),
     ("retromae_v2", {}, "modernbert"),
+    ("unlearning", {"mode": "random_labels"}, "llama"),
+    ("unlearning", {"mode": "adversarial_samples", "retain": "kl_divergence"}, "llama"),
 ]
 SURGERIES: dict[str, dict[str, Any]] = {
     "hedgehog_distillation": {"method": "hedgehog"}, "flexi_depth_lm": {"method": "flexi_depth", "reduction": 4},
@@ -208,7 +210,7 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
         surgery = dict(SURGERIES[name])
         made: Any = method_class(surgery.pop("method"), "surgery")(**surgery)
         model = made(copy.deepcopy(model))
-    context = Context(vocabulary, LENGTH, Still(), encoder=Encoder(tokenizer))
+    context = Context(vocabulary, LENGTH, Still(), encoder=Encoder(tokenizer), domains=("kept", "forgotten"))
     rows: list[Any] = _rows(vocabulary)
     if objective.reads == "examples":
         rows = _examples()
@@ -256,6 +258,8 @@ def _needed(name: str, missing: set[str], family: str, vocabulary: Vocabulary, t
         if not place.exists():
             checkpoint.save(model, tokenizer, place / "checkpoint")
         values["teacher"] = str(place)
+    if "forget" in missing:
+        values["forget"] = "forgotten"
     assert missing == values.keys(), f"no value for {missing - values.keys()} of {name}: give one here"
     return values
 
@@ -266,7 +270,7 @@ def _rows(vocabulary: Vocabulary) -> list[Row]:
     for index, pieces in enumerate(PIECES):
         tokens = [[vocabulary.bos, *rng.choice(ordinary, n - 2), vocabulary.eos] for n in pieces]
         starts = np.concatenate([[0], np.cumsum(pieces)[:-1]]).astype(np.int32)
-        found.append(Row(np.concatenate(tokens).astype(np.int32), starts, np.arange(len(pieces)), 0, index))
+        found.append(Row(np.concatenate(tokens).astype(np.int32), starts, np.arange(len(pieces)), index % 2, index))
     return found
 
 

@@ -164,6 +164,7 @@ class Context:
     labels: tuple[str, ...] = ()  # and the names of the classes, in the order of their numbers
     pool: Pool | None = None  # and the training examples, for an objective that shows some beside each
     predicting: bool = False  # whether the batch is for `predict`
+    domains: tuple[str, ...] = ()  # the corpus's, by the numbers that rows and examples have
 
 
 def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:

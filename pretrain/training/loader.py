@@ -225,7 +225,8 @@ class Loader:
         batches = []
         for index, objective in enumerate(self.objectives):
             rng = np.random.default_rng((self.seed, step, first, index, 3))
-            context = Context(self.vocabulary, length, rng, progress, **self.shards.given)
+            domains = tuple(self.shards.domain_names)
+            context = Context(self.vocabulary, length, rng, progress, domains=domains, **self.shards.given)
             batch = tokens | objective.prepare(rows, context) | origin
             if "weight" not in batch:
                 given = ", ".join(sorted(batch.keys() - origin.keys()))

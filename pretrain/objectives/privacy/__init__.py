@@ -1,0 +1,1 @@
+"""Objectives that make a model forget what it was trained on."""
