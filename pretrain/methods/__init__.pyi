@@ -56,6 +56,7 @@ from pretrain.objectives.language.prefix_lm import PrefixLM as PrefixLM
 from pretrain.objectives.language.random_token_substitution import RandomTokenSubstitution as RandomTokenSubstitution
 from pretrain.objectives.language.span_corruption import SpanCorruption as SpanCorruption
 from pretrain.objectives.language.ul2 import UL2 as UL2
+from pretrain.objectives.privacy.unlearning import Unlearning as Unlearning
 from pretrain.objectives.retrieval.bag_of_words import BagOfWords as BagOfWords
 from pretrain.objectives.retrieval.retromae_v2 import RetroMAEv2 as RetroMAEv2
 from pretrain.optim.optimizers.adafactor import Adafactor as Adafactor
