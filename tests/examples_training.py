@@ -93,6 +93,8 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "intrinsic_dimension_d90": lambda m: {"label": "label", "dimensions": (40, 80), "steps": 4, "length": 24, "rates": (1e-2,), "subspace_rates": (1e-2,)},
     "retrieval": lambda m: {"shortest": 8},
     "probe": lambda m: {"label": "label"},
+    "nmtune": lambda m: {"label": "label", "steps": 3},
+    "label_noise": lambda m: {"rate": 0.5},
     "transferability": lambda m: {"label": "label"},
 }  # fmt: skip
 INNER = {"causal": "causal_lm", "masked": "masked_lm"}
