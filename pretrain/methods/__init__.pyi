@@ -1,5 +1,6 @@
 # Made by `make docs`.
 from pretrain.data.deduplication.deduplicate import Deduplicate as Deduplicate
+from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
 from pretrain.data.selection.bertin import Bertin as Bertin
 from pretrain.data.selection.miniplm import Miniplm as Miniplm
@@ -26,6 +27,7 @@ from pretrain.evaluation.likelihood.min_k import MinK as MinK
 from pretrain.evaluation.probes.activation_density import ActivationDensity as ActivationDensity
 from pretrain.evaluation.probes.ast_probe import AstProbe as AstProbe
 from pretrain.evaluation.probes.intrinsic_dimension_d90 import IntrinsicDimensionD90 as IntrinsicDimensionD90
+from pretrain.evaluation.probes.nmtune import NMTune as NMTune
 from pretrain.evaluation.probes.probe import Probe as Probe
 from pretrain.evaluation.probes.retrieval import Retrieval as Retrieval
 from pretrain.evaluation.probes.transferability import Transferability as Transferability
@@ -83,6 +85,7 @@ from pretrain.policies.mixing.stability_gap import StabilityGap as StabilityGap
 from pretrain.policies.mixing.toremi import ToReMi as ToReMi
 from pretrain.policies.pacing.batch_size_warmup import BatchSizeWarmup as BatchSizeWarmup
 from pretrain.policies.pacing.sequence_length_warmup import SequenceLengthWarmup as SequenceLengthWarmup
+from pretrain.policies.privacy.dp_sgd import DPSGD as DPSGD
 from pretrain.policies.pruning.gradual_pruning import GradualPruning as GradualPruning
 from pretrain.policies.pruning.increlora_allocation import IncreLoRAAllocation as IncreLoRAAllocation
 from pretrain.policies.pruning.spdf import SPDF as SPDF

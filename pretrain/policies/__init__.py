@@ -172,6 +172,13 @@ class Policy(Method):
         """
         return {}
 
+    def after_backward(self, training: Training, state: State, shares: Sequence[Mapping[str, float]]) -> None:
+        """After each micro-batch's backward pass, its gradient added to those before it.
+
+        `shares` are, of each objective, the shares of the step's targets that its loss was multiplied by. A policy may
+        take the gradient away, and put it back in `before_update`.
+        """
+
     def before_update(self, training: Training, state: State) -> None:
         """When the step's gradient is whole, before it is clipped: take away that of weights that may not move.
 

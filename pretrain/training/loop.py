@@ -245,6 +245,8 @@ def forward_backward(
             with autocast(world.device, training.settings.precision):
                 value, micro_losses = training.wrapped(batches, shares)
             value.backward(seed(value))
+        for policy in training.policies:
+            policy.after_backward(training, training.state[policy.name], shares)
         total = total + value.detach()
         losses += [Loss(loss.value.detach(), loss.parts, loss.nll_BL) for loss in micro_losses]
         for number, (loss, mine) in enumerate(zip(micro_losses, shares, strict=True)):

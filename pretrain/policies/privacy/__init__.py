@@ -1,0 +1,1 @@
+"""Training that tells little about any one example."""
