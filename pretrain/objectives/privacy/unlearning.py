@@ -106,11 +106,11 @@ class Unlearning(Objective):
             with torch.no_grad():
                 first_BLE = states(modules.model, batch, causal=True)
         forget_BL = batch["forget_target_BL"]
-        if self.mode == "adversarial_samples" and first_BLE is not None and modules is not None:
+        if self.mode == "adversarial_samples" and first_BLE is not None and isinstance(modules, Teacher):
             forget_BL = runners_up(first_BLE, modules.model, forget_BL)
         forget, forget_nll_BL = _nll(ours_BLE, model, forget_BL, int(batch["weight_forget"]))
         retain_BL, kept = batch["retain_target_BL"], int(batch["weight_retain"])
-        if self.retain == "kl_divergence" and first_BLE is not None and modules is not None:
+        if self.retain == "kl_divergence" and first_BLE is not None and isinstance(modules, Teacher):
             retain, retain_nll_BL = _divergence(first_BLE, modules.model, ours_BLE, model, retain_BL)
         else:
             retain, retain_nll_BL = _nll(ours_BLE, model, retain_BL, kept)
