@@ -279,9 +279,23 @@ def lineage(folder: Path) -> list[str]:
 
 
 def test_each_recipe_of_a_paper_is_found_and_run_here():
-    names = {"small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain"}
+    names = {
+        "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning",
+    }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
+
+
+def test_the_unlearning_recipe_measures_membership_and_loss_before_and_after(tmp_path):
+    settings = [
+        "corpus.sources=[{packages: [networkx, sklearn], limit: 30}]", "forgotten.sources=[{packages: [networkx], limit: 30}]",
+        "tokenizer.vocab_size=512", "model.model.hidden_size=32", "model.model.intermediate_size=48",
+        "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2", "model.length=64", "model.budget.steps=4",
+        "unlearnt.length=64", "unlearnt.budget.steps=2",
+    ]  # fmt: skip
+    engine.run(load(ROOT / "recipes/papers/unlearning.yaml", settings, tmp_path), say=lambda text: None)
+    for name, metric in (("before", "loss/networkx"), ("after", "loss/networkx"), ("membership_before", "min_k_auroc"), ("membership_after", "min_k_auroc")):  # fmt: skip
+        assert f'"{metric.partition("/")[0]}' in next(tmp_path.rglob(f"{name}/evaluation.json")).read_text()
 
 
 def test_the_recipes_mix_domains_as_their_papers_do():

@@ -17,7 +17,7 @@ from pretrain import engine
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
-from pretrain.objectives.distillation._distil import block_states, states
+from pretrain.objectives._distil import block_states, states
 from pretrain.objectives.distillation.pela_pretraining import PELAPretraining, largest_change, low_rank
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.masked_lm import MaskedLM

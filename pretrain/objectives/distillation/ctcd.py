@@ -20,7 +20,7 @@ from pretrain.core.method import Ref
 from pretrain.core.models.families import at, head, new_model
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss
-from pretrain.objectives.distillation._distil import (
+from pretrain.objectives._distil import (
     Side,
     Taught,
     in_chunks,

@@ -18,7 +18,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import at, blocks, head
 from pretrain.objectives import Loss, summed
-from pretrain.objectives.distillation._distil import (
+from pretrain.objectives._distil import (
     Side,
     Taught,
     Teacher,

@@ -19,7 +19,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import at, blocks, linears
 from pretrain.objectives import Loss, summed
-from pretrain.objectives.distillation._distil import (
+from pretrain.objectives._distil import (
     Taught,
     Teacher,
     block_states,

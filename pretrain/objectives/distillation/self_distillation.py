@@ -20,7 +20,7 @@ from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.models.families import base
 from pretrain.objectives import Loss, summed
-from pretrain.objectives.distillation._distil import (
+from pretrain.objectives._distil import (
     Taught,
     Teacher,
     last_states,

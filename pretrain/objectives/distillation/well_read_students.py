@@ -26,9 +26,9 @@ from pretrain.core.models.heads import HEADS, NUMBER, labels_of, with_head
 from pretrain.corpus.shards import tokenizer_fingerprint
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives import Loss
+from pretrain.objectives._distil import Teacher
 from pretrain.objectives._fine_tuning import classified, examples_of, read
 from pretrain.objectives._metrics import classification
-from pretrain.objectives.distillation._distil import Teacher
 from pretrain.objectives.labelled import FineTuning
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from pretrain.core.models.cross_entropy import CHUNK_BYTES, IGNORE, LEAST_ROWS, 
 from pretrain.core.models.families import head, softcap
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss, Objective, summed
-from pretrain.objectives.distillation._distil import Side, Teacher, in_chunks, kl, states
+from pretrain.objectives._distil import Side, Teacher, in_chunks, kl, states
 from pretrain.objectives.language.causal_lm import next_tokens
 
 
@@ -151,9 +151,9 @@ def runners_up(states_BLE: Tensor, model: nn.Module, target_BL: Tensor) -> Tenso
     """In place of each target the token that the model finds likeliest but for it, chunk by chunk."""
     has_target_BL = target_BL != IGNORE
     weight_VE, bias_V = head(model, capped=True)  # a cap keeps the order
-    h_NE, target_N, found = states_BLE[has_target_BL], target_BL[has_target_BL], []
+    h_NE, target_N, likeliest = states_BLE[has_target_BL], target_BL[has_target_BL], []
     rows = max(LEAST_ROWS, CHUNK_BYTES.get(h_NE.device.type, 64 << 20) // (4 * len(weight_VE)))
     for h_CE, target_C in zip(h_NE.split(rows), target_N.split(rows), strict=True):
         logits_CV = nn.functional.linear(h_CE, weight_VE, bias_V)
-        found.append(logits_CV.scatter(-1, target_C[:, None], -torch.inf).argmax(-1))
-    return target_BL.masked_scatter(has_target_BL, torch.cat(found))
+        likeliest.append(logits_CV.scatter(-1, target_C[:, None], -torch.inf).argmax(-1))
+    return target_BL.masked_scatter(has_target_BL, torch.cat(likeliest))

@@ -25,13 +25,13 @@ def epsilon(noise_multiplier: float, rate: float, steps: int, delta: float) -> f
         return 0.0
     if not noise_multiplier:
         return math.inf
-    found = [
+    bounds = [
         steps * divergence(order, noise_multiplier, rate)
         + math.log1p(-1 / order)
         - (math.log(delta) + math.log(order)) / (order - 1)
         for order in ORDERS
     ]
-    return max(0.0, min(found))
+    return max(0.0, min(bounds))
 
 
 def divergence(order: int, noise_multiplier: float, rate: float) -> float:
