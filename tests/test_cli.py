@@ -177,6 +177,14 @@ def test_a_termination_outside_training_says_that_what_is_done_is_kept():
     assert done.returncode == 143 and "terminated; what is done is kept" in done.stderr
 
 
+def test_a_command_that_keeps_nothing_does_not_say_that_it_did():
+    program = "import pretrain.cli as c, pretrain.core.folders as f\n"
+    program += "def stop(*a, **k): raise KeyboardInterrupt\nc.newest_checkpoint = f.newest_checkpoint = stop\n"
+    program += "import sys; sys.argv = ['pretrain', 'generate', 'x', '--prompt', 'run']\nc.app()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 130 and done.stderr.strip() == "interrupted"
+
+
 def test_a_warning_of_ours_is_one_line():
     program = "import pretrain.cli as c, pretrain.recipe as r; from pretrain.core.errors import warn\n"
     program += "r.load = lambda *a, **k: warn('rows are planned anew')\n"

@@ -408,3 +408,13 @@ def test_a_folder_is_described_with_all_that_is_left_out_and_its_recipe_passes_t
     Path("mine.yaml").write_text(text.replace(", on_error: skip", ""))
     stopped = CliRunner().invoke(app, ["run", "mine.yaml", "--dry-run"])
     assert "mine/src/old.py:1: byte 0xe9 is not UTF-8" in str(stopped.exception)
+
+
+def test_no_name_of_a_column_or_a_file_becomes_a_line_of_the_recipe(here):
+    rows = [{"a text\nseed: 7\u2028output: /x": f"words {n} of some length", "label": "ab"[n % 2]} for n in range(60)]
+    (here / "odd.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    new("odd.jsonl", "--text", next(iter(rows[0])), "--label", "label")
+    recipe = load(here / "odd.yaml")
+    assert recipe.seed == 0 and recipe.output == Path("runs/odd")
+    comments = [line for line in (here / "odd.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
+    assert any("a text seed: 7 output: /x" in line for line in comments)

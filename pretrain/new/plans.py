@@ -108,7 +108,7 @@ def recipe(asked: Asked) -> str:
         "classify": _classify, "chat": _chat, "compress": _compress,
     }  # fmt: skip
     head = [
-        f"# Written by `pretrain new` for {asked.look.place}: {contents(asked.look)}.",
+        f"# Written by `pretrain new` for {commented(f'{asked.look.place}: {contents(asked.look)}')}.",
         "# Change what you like and run it again: only what depends on the change is done anew.",
         f"name: {quoted(asked.name)}",
         "seed: 0",
@@ -123,6 +123,11 @@ def duration(seconds: float) -> str:
         if seconds >= size and seconds % size == 0:
             return f"{seconds / size:.0f}{unit}"
     return f"{seconds:.3g}s" if seconds < 100 else f"{seconds:.0f}s"
+
+
+def commented(words: str) -> str:
+    """What others have named, for a comment: on one line whatever it holds."""
+    return " ".join("".join(each if each.isprintable() else " " for each in words).split())
 
 
 def quoted(word: str) -> str:
@@ -229,11 +234,11 @@ def _classify(asked: Asked) -> list[str]:
     tuned = written(
         stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length,
         budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows,
-        adapter=stages.ADAPTER if adapted else "", objective=objective, label=table.label,
+        adapter=stages.ADAPTER if adapted else "", objective=objective, label=commented(str(table.label)),
         rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured,
         best=stages.BEST if asked.look.share else "",
     )  # fmt: skip
-    then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {quoted(table.text)}"
+    then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}"
     return [_corpus(asked), *before, tuned, _evaluation(asked, name, more=_task(objective)), then]
 
 

@@ -19,6 +19,15 @@ from pretrain.core.system.extras import extras_named
 
 STOPPED = {130: "interrupted", 128 + signal.SIGTERM: "terminated"}  # by exit status
 
+KEPT = "what is done is kept: run the same again to go on"
+KEEPING = {"run", "compare", "ladder"}  # commands that go on where they were stopped; `claim run` is one of them
+
+
+def _keeps() -> bool:
+    """Whether the command that is being run goes on where it was stopped."""
+    words = [word for word in sys.argv[1:] if not word.startswith("-")]
+    return not KEEPING.isdisjoint(words[:2])
+
 
 def _terminate(number: int, _: FrameType | None) -> None:
     """Leave as an interrupt does, so that temporary files are removed and locks given back."""
@@ -45,9 +54,8 @@ class App(typer.Typer):
             sys.exit(1)
         except SystemExit as error:  # typer's own way to pass on an interrupt
             if error.code in STOPPED:
-                typer.secho(
-                    f"{STOPPED[error.code]}; what is done is kept: run the same again to go on", fg="yellow", err=True
-                )
+                kept = f"; {KEPT}" if _keeps() else ""
+                typer.secho(f"{STOPPED[error.code]}{kept}", fg="yellow", err=True)
             raise
 
 
@@ -56,9 +64,7 @@ def _of_the_machine(error: BaseException) -> str:
     if out_of_memory(error):
         return "there is not enough memory; accepted: a smaller model, batch or corpus, or a machine with more"
     if isinstance(error, OSError) and error.filename is not None:
-        return str(
-            PretrainError(f"{error.filename}: {error.strerror}; what is done is kept: run the same again to go on")
-        )
+        return str(PretrainError(f"{error.filename}: {error.strerror}" + (f"; {KEPT}" if _keeps() else "")))
     return ""
 
 
