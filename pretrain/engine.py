@@ -112,19 +112,27 @@ def run(
             finished = _run_once(item, records, say, main, wait)
             records[item.stage.name] = record = _record(item)
             if main:
-                for file in altered(item.folder, record):
-                    again = f"--refresh {item.stage.name} makes it again"
-                    say(f"warning: {item.folder / file} is not as the stage has left it: damaged or replaced; {again}")
-                seconds = record["seconds"]
-                moved = _point(recipe.output / item.stage.name, item.folder)
-                say(f"[{item.stage.name}] {_finished(item) if finished else f'done in {_time(seconds)}'}")
-                if not finished and (short := shortfall(item.stage, record, estimates)):
-                    say(f"[{item.stage.name}] {short}")
-                if moved:
-                    say(f"[{item.stage.name}] {moved}")
+                _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)
                 _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
         written = write_report(recipe.output) if main and report else None
     return Result(recipe.output, records, written)
+
+
+def _say_end(
+    item: Planned, record: StageRecord, finished: bool, moved: str, estimates: Mapping[str, Estimate],
+    say: Callable[[str], None],
+) -> None:  # fmt: skip
+    """Say that a stage is done or was already, and what is odd about it; `moved`: that its name shows another now."""
+    name = item.stage.name
+    for file in altered(item.folder, record):
+        again = f"--refresh {name} makes it again"
+        say(f"warning: {item.folder / file} is not as the stage has left it: damaged or replaced; {again}")
+    took = _time(record["seconds"])
+    say(f"[{name}] {_finished(item) if finished else f'done in {took}'}")
+    if not finished and (short := shortfall(item.stage, record, estimates)):
+        say(f"[{name}] {short}")
+    if moved:
+        say(f"[{name}] {moved}")
 
 
 def _record(item: Planned) -> StageRecord:
