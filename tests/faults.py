@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pretrain.core.files import damage
+from pretrain.core.errors import PretrainError
+from pretrain.core.files import SUMS, damage, read_json_lines, read_object
 
 STAGES = """
 stages:
@@ -181,21 +182,27 @@ def outcome(run: Path) -> dict[str, Any]:
             + sorted(stage.glob("*/*.safetensors"))
             + sorted(stage.glob("*/tokenizer.json"))
         ):
-            made[str(path.relative_to(run))] = path.read_bytes()
+            if path.name != SUMS:  # which vouches for the rest, and is no part of it
+                made[str(path.relative_to(run))] = path.read_bytes()
         if (stage / "log.jsonl").exists():
-            rows = [json.loads(line) for line in (stage / "log.jsonl").read_text().splitlines()]
-            made[f"{stage.name}/log"] = [
-                (row["event"], row["step"], row.get("loss"), row.get("metrics")) for row in rows
-            ]
-        if (stage / "evaluation.json").exists():
-            measured = json.loads((stage / "evaluation.json").read_text())
-            made[f"{stage.name}/evaluation"] = [measured["metrics"], measured.get("domains")]
-        if (stage / "samples.json").exists():
-            rows = json.loads((stage / "samples.json").read_text())
-            made[f"{stage.name}/samples"] = [
-                {k: v for k, v in r.items() if "second" not in k} for r in rows.get("samples", [])
-            ]
+            rows = read_json_lines(stage / "log.jsonl")
+            made[f"{stage.name}/log"] = [[row.get(n) for n in ("event", "step", "loss", "metrics")] for row in rows]
+        for name, known in (("evaluation", ("metrics", "domains")), ("samples", ("samples",))):
+            if (stage / f"{name}.json").exists():
+                made[f"{stage.name}/{name}"] = _told(stage / f"{name}.json", known)
     return made
+
+
+def _told(path: Path, known: tuple[str, ...]) -> object:
+    """What of a file for people must be the same, without what it took; None of what is no JSON object."""
+    try:
+        values = read_object(path)
+    except PretrainError:
+        return None
+    rows = values.get("samples")
+    if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
+        values["samples"] = [{k: v for k, v in row.items() if "second" not in k} for row in rows]
+    return [values.get(name) for name in known]
 
 
 def differing(expected: dict[str, Any], made: dict[str, Any]) -> list[str]:
@@ -275,29 +282,42 @@ def killed(small: Small, kills: int, seed: int, until: float = float("inf")) -> 
 # Damage
 
 
-def _flip(path: Path, rng: random.Random, _: list[Path]) -> None:
+def _flip(path: Path, rng: random.Random, _: list[Path]) -> Path:
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
     path.write_bytes(data)
+    return path
 
 
-def _cut(path: Path, rng: random.Random, _: list[Path]) -> None:
+def _cut(path: Path, rng: random.Random, _: list[Path]) -> Path:
     path.write_bytes(path.read_bytes()[: rng.randrange(path.stat().st_size)])
+    return path
 
 
-def _swap(path: Path, rng: random.Random, others: list[Path]) -> None:
+def _empty(path: Path, rng: random.Random, _: list[Path]) -> Path:
+    path.write_bytes(b"")
+    return path
+
+
+def _delete(path: Path, rng: random.Random, _: list[Path]) -> Path:
+    path.unlink()
+    return path
+
+
+def _swap(path: Path, rng: random.Random, others: list[Path]) -> Path:
     alike = [other for other in others if other.suffix == path.suffix and other.read_bytes() != path.read_bytes()]
     other = rng.choice(alike or [other for other in others if other != path])
     mine, its = path.read_bytes(), other.read_bytes()
     path.write_bytes(its), other.write_bytes(mine)
+    return other
 
 
-DAMAGES: dict[str, Callable[[Path, random.Random, list[Path]], object]] = {
+DAMAGES: dict[str, Callable[[Path, random.Random, list[Path]], Path]] = {  # which give the other file that they damage
     "one bit of": _flip,
     "the end of": _cut,
-    "all of": lambda path, rng, others: path.write_bytes(b""),
+    "all of": _empty,
     "the place of": _swap,
-    "the whole file": lambda path, rng, others: path.unlink(),
+    "the whole file": _delete,
 }
 
 
@@ -330,10 +350,10 @@ def damaged(small: Small, bases: list[Path], seed: int) -> tuple[str, str]:
     kind = rng.choice(kinds)  # so that the many files of a kind do not hide the few of another
     path = rng.choice([p for p in every if _kind(run, p) == kind])
     how = rng.choice(sorted(DAMAGES) if path.stat().st_size else ["the whole file"])
-    DAMAGES[how](path, rng, every)
+    touched = {path, DAMAGES[how](path, rng, every)}
     ended = small.warm.run("run", small.longer, "--output", run)
-    case = f"{seed}: {how} {path.relative_to(run)} ({base.name})"
-    return case, _verdict(small, run, path, ended)
+    case = f"{seed}: {how} {', '.join(sorted(str(each.relative_to(run)) for each in touched))} ({base.name})"
+    return case, _verdict(small, run, touched, ended)
 
 
 def _kind(run: Path, path: Path) -> str:
@@ -346,23 +366,23 @@ def _only_told(name: str, run: Path, path: Path, named: list[str]) -> bool:
     place, _, part = name.partition("/")
     if not (run / place).exists() or path.parent != (run / place).resolve():
         return False
-    return part == "log" if path.name == "log.jsonl" else bool(named) and path.stem == part
+    return part == "log" if path.stem == "log" else bool(named) and path.stem == part
 
 
-def _verdict(small: Small, run: Path, path: Path, ended: Ended) -> str:
+def _verdict(small: Small, run: Path, touched: set[Path], ended: Ended) -> str:
     lines = [line for line in ended.text.splitlines() if line.startswith(("error:", "warning:"))]
-    named = [line for line in lines if path.name in line or path.parent.name in line]
+    words = {word for path in touched for word in (path.name, path.parent.name)}
+    named = [line for line in lines if any(word in line for word in words)]
     if "Traceback" in ended.text:
         return f"WRONG: traceback\n{ended.text}"
     if ended.status:
         last = ended.text.strip().splitlines()[-1]
         return f"error: {last}" if named and last.startswith("error:") else f"WRONG: not named\n{ended.text}"
-    names = [name for name in differing(small.last, outcome(run)) if not _only_told(name, run, path, named)]
+    names = differing(small.last, outcome(run))
+    names = [name for name in names if not any(_only_told(name, run, path, named) for path in touched)]
     # What nothing has read again is looked at when it is opened.
     unread = [
-        name
-        for name in names
-        if (run / name).exists() and (finding := damage((run / name).parent)) and path.name in finding
+        name for name in names if any(damage(place) for place in list((run / name).parents)[:2] if place.exists())
     ]
     if set(names) - set(unread):
         return f"WRONG: {'' if named else 'silently '}other {names}\n{ended.text}"

@@ -122,6 +122,18 @@ def test_what_an_operation_has_kept_is_found_again_unless_it_is_damaged(tmp_path
         desk.kept("b", make)
 
 
+def test_an_estimate_of_a_damaged_checkpoint_leaves_the_telling_to_the_stage(small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run.folder / "whole", run, symlinks=True)
+    (run / "grown" / "checkpoint" / "config.json").write_text("[]")
+    (run / "more").resolve().joinpath("stage.json").unlink()
+    ended = small_run.go_on(run)
+    assert ended.status == 1 and "Traceback" not in ended.text
+    assert re.search(
+        r"^error: stage 'more': .*config.json is damaged or was replaced.*`--refresh grown`", ended.text, re.M
+    )
+
+
 # Other faults
 
 

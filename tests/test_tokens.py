@@ -294,6 +294,17 @@ def test_one_flipped_bit_in_a_split_of_a_corpus_is_found_when_it_is_read(prepare
             read(Corpus(tmp_path / "corpus"), split)
 
 
+@pytest.mark.parametrize("known", [True, False])
+def test_a_damaged_part_is_named_where_only_columns_are_asked_for(prepared, tmp_path, known):
+    shutil.copytree(prepared / "corpus", tmp_path / "corpus")
+    part = min((tmp_path / "corpus").glob("*/*.parquet"))
+    part.write_bytes(part.read_bytes()[:-9])
+    if not known:
+        (tmp_path / "corpus" / "checksums.json").unlink()
+    with pytest.raises(PretrainError, match="part-00000.parquet"):
+        _ = Corpus(tmp_path / "corpus").columns
+
+
 def test_one_digit_changed_beside_a_tokenizer_is_found(prepared, tmp_path):
     with atomic_folder(tmp_path / "tokenizer") as work:
         load_tokenizer(prepared / "tokenizer").save_pretrained(work)

@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import SUMS, JSONObject, damage, read_json
+from pretrain.core.files import SUMS, JSONObject, damage, read_json, read_object
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.system.portable import link_target
 from pretrain.core.system.shipped import shipped_file
@@ -61,7 +61,7 @@ def stage_at(path: Path) -> tuple[Path, JSONObject] | None:
     for folder in (path, *list(path.parents)[:2]):
         if (folder / "stage.json").is_file():
             with suppress(PretrainError):
-                return folder, read_json(folder / "stage.json")
+                return folder, read_object(folder / "stage.json")
     return None
 
 

@@ -270,7 +270,11 @@ def _read_part(path: Path, columns: Columns) -> Iterator[Document]:
             for number in range(file.num_row_groups):
                 yield from file.read_row_group(number, columns=[n for n in known if n in wanted]).to_pylist()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})") from error
+        raise _no_parquet(path, error) from error
+
+
+def _no_parquet(path: Path, error: Exception) -> PretrainError:
+    return PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})")
 
 
 def _count(work: Path) -> tuple[dict[str, dict[str, dict[str, int]]], str]:
@@ -325,10 +329,17 @@ class Corpus:
     @property
     def columns(self) -> list[str]:
         """The names of the documents' columns."""
+        import pyarrow
         import pyarrow.parquet
 
         parts = sorted(self.folder.glob("*/*.parquet"))
-        return list(pyarrow.parquet.read_schema(parts[0]).names) if parts else []
+        if not parts:
+            return []
+        verify(self.folder, lambda name: name == parts[0].relative_to(self.folder).as_posix())
+        try:
+            return list(pyarrow.parquet.read_schema(parts[0]).names)
+        except (pyarrow.ArrowInvalid, OSError) as error:
+            raise _no_parquet(parts[0], error) from error
 
     def documents(self, name: str, columns: Columns = ("text", "domain", "id")) -> Iterator[Document]:
         """One split's documents, streamed."""

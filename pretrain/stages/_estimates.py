@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSON, read_json
-from pretrain.core.folders import corpus_of, tokenizer_of
+from pretrain.core.files import JSON, JSONObject, read_object
+from pretrain.core.folders import corpus_of, tokenizer_of, verify
 from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
@@ -68,17 +68,23 @@ def left_in(folder: Path) -> Left:
     with suppress(PretrainError, OSError, KeyError, TypeError):
         corpus = corpus_of(folder) / "corpus.json"
         if corpus.exists():
-            info = read_json(corpus)
+            info = _whole(corpus)
             left = Left(info["bytes"], info["documents"], exact=True, folder=folder)
         tokenizer = tokenizer_of(folder) / "tokenizer.json"
         place = next((path for path in (folder / "checkpoint", folder) if (path / "config.json").exists()), None)
-        entries = _entries(read_json(tokenizer)) if tokenizer.exists() else None
-        config = read_json(place / "config.json") if place else {}
+        entries = _entries(_whole(tokenizer)) if tokenizer.exists() else None
+        config = _whole(place / "config.json") if place else {}
         note = place / "pretrain.json" if place else folder
-        length = read_json(note).get("lineage", {}).get("length") if note.is_file() else None
+        length = _whole(note).get("lineage", {}).get("length") if note.is_file() else None
         left = replace(left, vocabulary=entries, config=config, length=length, exact=True)
         left = replace(left, tokenizer=tokenizer if tokenizer.exists() else None)
     return left
+
+
+def _whole(path: Path) -> JSONObject:
+    """The JSON object in a file that is as it was written; the stage that opens a damaged one will tell of it."""
+    verify(path.parent, lambda name: name == path.name)
+    return read_object(path)
 
 
 def _entries(tokenizer: Mapping[str, Any]) -> int:

@@ -58,8 +58,11 @@ def join(device: torch.device) -> World:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # The others wait while the first prepares data, however long that takes.
-        backends = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backends, timeout=timedelta(days=7))
+        backends, timeout = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", timedelta(days=7)
+        # Processes that are started again meet in the store of those before, which holds the addresses of the dead.
+        store, rank, size = next(dist.rendezvous("env://", timeout=timeout))
+        store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        dist.init_process_group(backends, store=store, rank=rank, world_size=size, timeout=timeout)
     return World(dist.get_rank(), size, device)
 
 
