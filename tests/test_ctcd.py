@@ -10,7 +10,7 @@ from test_training import small
 
 from pretrain.core.checkpoint import save
 from pretrain.core.errors import PretrainError
-from pretrain.objectives.distillation import _distil
+from pretrain.objectives import _distil
 from pretrain.objectives.distillation.ctcd import CTCD
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.masked_lm import MaskedLM

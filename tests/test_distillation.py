@@ -17,7 +17,7 @@ from pretrain import engine
 from pretrain.core.checkpoint import save
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import count_flops
-from pretrain.objectives.distillation import _distil
+from pretrain.objectives import _distil
 from pretrain.objectives.distillation.distillation import Distillation, divergence, grouped
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.masked_lm import MaskedLM

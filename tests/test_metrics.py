@@ -38,7 +38,7 @@ def test_all_that_the_labelled_objectives_and_the_probes_measure_is_in_the_table
     found |= _metrics.tagging([["B-x"]], [["B-x"]]) | dict.fromkeys([*scores(np.ones(1, int))[0], *MEASURES])
     assert {better(name) for name in found} == {"higher"}
     directions = {name: better(name) for name in _metrics.regression([0.0, 1.0], [0.0, 1.0])}
-    assert directions == {"mse": "lower", "pearson": "higher", "spearman": "higher"}
+    assert directions == {"mse": "lower", "mse_of_mean": "lower", "pearson": "higher", "spearman": "higher"}
 
 
 @pytest.mark.parametrize("path", CLAIMS, ids=[path.stem for path in CLAIMS])

@@ -154,9 +154,10 @@ def test_the_quickstart_ends_with_where_to_look_and_three_commands_that_are_unde
     (place / "bin" / "pretrain").write_text("#!/bin/sh\necho ran $*\n")
     (place / "bin" / "pretrain").chmod(0o755)
     (place / "installed").touch()
+    alone = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MFLAGS", "MAKELEVEL")}
     made = subprocess.run(
-        ["make", "quickstart", f"VENV={place}"], cwd=ROOT, check=True, capture_output=True, text=True
-    )  # fmt: skip
+        ["make", "quickstart", f"VENV={place}"], cwd=ROOT, env=alone, check=True, capture_output=True, text=True
+    )
     lines = made.stdout.splitlines()
     assert lines[0] == "ran run recipes/quickstart.yaml" and not made.stderr
     closing = "\n".join(lines[1:])

@@ -18,7 +18,7 @@ HIGHER = (
 )  # fmt: skip
 LOWER = (
     "loss", "perplexity", "bits_per_byte", "mse", "ece", "mce", "seconds", "flops", "kv_bytes", "activation_density",
-    "intrinsic_d90",
+    "intrinsic_d90", "mse_of_mean",
 )  # fmt: skip
 
 
