@@ -157,7 +157,7 @@ def test_at_full_rank_there_is_nothing_to_learn_but_the_objective(setting, famil
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_the_loss_is_the_papers_formula(setting, family):
-    objective, model, beside, batch = setting(family, own=0.5, features=0.1, perturbation=2.0, epsilon=0.01)
+    objective, model, beside, batch = setting(family, objective_weight=0.5, features=0.1, perturbation=2.0, epsilon=0.01)
     with block_states(model, [0, 1]) as ours, block_states(beside.model, [0, 1]) as theirs:
         states(beside.model, batch, causal=family != "bert")
         own = (MaskedLM() if family == "bert" else CausalLM()).loss(model, batch)
@@ -191,13 +191,13 @@ def test_the_largest_change_and_its_gradient_are_those_of_the_whole_product():
 def test_a_term_of_weight_zero_costs_nothing(setting):
     objective, model, beside, batch = setting(features=0.0, perturbation=0.0)
     found = objective.loss(model, batch, beside)
-    assert set(found.parts) == {"own"} and torch.equal(found.value, CausalLM().loss(model, batch).value)
+    assert set(found.parts) == {"objective"} and torch.equal(found.value, CausalLM().loss(model, batch).value)
 
 
 def test_distillation_alone_brings_the_features_nearer_and_leaves_the_teacher_alone(prepared, tiny, tmp_path):
     teacher = with_biases(tiny(vocab_size=512))
     checkpoint.save(teacher, None, tmp_path / "teacher")
-    objective = PELAPretraining(str(tmp_path / "teacher"), own=0.0)
+    objective = PELAPretraining(str(tmp_path / "teacher"), objective_weight=0.0)
     settings = Settings(budget=Budget(steps=20), save_every=20, bar=False)
 
     def factorised(family, **fields):

@@ -78,7 +78,7 @@ def choose(task: Task) -> Choice:
     """The best choice, with what is expected of it."""
     shapes = list(_candidates(task))
     best = _best(task, shapes, task.flops) if task.tokens is None else _for_tokens(task, shapes)
-    if not _told(task, best.flops):
+    if not _within_law(task, best.flops):
         return best
     worth = unique_worth(best.bytes, task.unique)
     return replace(best, prediction=task.law.predict(best.shape.body, best.shape.vocabulary, worth))
@@ -125,7 +125,7 @@ def _for_tokens(task: Task, shapes: list[Shape]) -> Choice:
 
 def _value(task: Task, choice: Choice) -> float:
     """Lower is better."""
-    if _told(task, choice.flops):
+    if _within_law(task, choice.flops):
         if not task.vocabulary and choice.shape.vocabulary > 2 * max(task.law.bytes_per_token):
             return math.inf  # further from the vocabularies that the law has seen than its power holds
         return task.law.bits(choice.shape.body, choice.shape.vocabulary, unique_worth(choice.bytes, task.unique))
@@ -150,7 +150,7 @@ def _seconds(rate: float, shape: Shape, length: int, flops: float) -> float:
     return 1 / (rate * efficiency(shape.width)) + STEP / (_rows(length, flops) * length * shape.flops(length))
 
 
-def _told(task: Task, flops: float) -> bool:
+def _within_law(task: Task, flops: float) -> bool:
     """Whether the law can tell what comes of so many FLOPs."""
     return flops <= TRUSTED * task.law.largest
 

@@ -82,10 +82,10 @@ def best_rates(
         for key, outcome in zip(wanted, run_all(trials, jobs=jobs, ray=ray, say=say), strict=True):
             scores[key] = math.inf if outcome["final"] is None else outcome["final"]
         state = search(grids, score)
-    return {side: _found(state, side) for side in usual}
+    return {side: _rate_of(state, side) for side in usual}
 
 
-def _found(state: Search, side: str) -> Rate:
+def _rate_of(state: Search, side: str) -> Rate:
     assert state.chosen is not None
     return Rate(float(state.chosen[side] or 0), f"best of {len(state.tried[side])}", state.edges[side])
 

@@ -85,7 +85,7 @@ class Surgery(Stage):
         checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage)
         if few:
             metrics |= {"disk_bytes": _on_disk(job.folder / "checkpoint"), "disk_bytes_before": _on_disk(source)}
-            job.say(_told(few, metrics))
+            job.say(_quantised(few, metrics))
         job.say(
             f"{before['parameters_before']:,} -> {after['parameters']:,} parameters, "
             f"{before['bytes_before']:,} -> {after['bytes']:,} bytes"
@@ -144,7 +144,7 @@ def _on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def _told(few: dict[int, int], metrics: dict[str, float]) -> str:
+def _quantised(few: dict[int, int], metrics: dict[str, float]) -> str:
     """How much of a model is quantised, and what that saves: of a small one embeddings and head are much."""
     held = " and ".join(f"{bits} bits for {count:,}" for bits, count in sorted(few.items()))
     saved = 1 - metrics["disk_bytes"] / max(1, metrics["disk_bytes_before"])

@@ -38,11 +38,11 @@ class PELAPretraining(Taught):
 
     Trains the model that the surgery `pela` has made of the `teacher`, which is only read:
 
-        L = own · L_objective + features · mean over blocks of ‖s - t‖² / width
+        L = objective_weight · L_objective + features · mean over blocks of ‖s - t‖² / width
             + perturbation · mean over layers of (max |BA - W| - epsilon)²
 
     s and t are what the blocks of the two put out, at all tokens; BA and W the weights of a factorised layer and of the
-    teacher's. An `own` of 0 is distillation alone.
+    teacher's. An `objective_weight` of 0 is distillation alone.
     """
 
     version: ClassVar[int] = 2  # each term is weighed by its own number
@@ -54,7 +54,7 @@ class PELAPretraining(Taught):
     teacher: Ref
     objective: Literal["causal_lm", "masked_lm"] = "causal_lm"
     rate: PositiveShare = 0.15  # of masked_lm
-    own: NonNegative = 1.0
+    objective_weight: NonNegative = 1.0
     features: NonNegative = 1.0
     perturbation: NonNegative = 1.0
     epsilon: NonNegative = 1e-3
@@ -82,13 +82,13 @@ class PELAPretraining(Taught):
         return Teacher(teacher)
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
-        """The three losses; parts `own`, `features`, `perturbation`."""
+        """The three losses; parts `objective`, `features`, `perturbation`."""
         assert isinstance(modules, Teacher), "pela_pretraining reads a teacher: see `modules`"
         numbers = range(len(blocks(model)) if self.features else 0)
         with block_states(model, numbers) as seen:
             plain = self._inner.loss(model, batch)
         # A term of weight 0 stays in the sum, so that every parameter has a gradient on every process.
-        terms, parts = {"own": self.own * plain.value}, {"own": plain.value}
+        terms, parts = {"objective": self.objective_weight * plain.value}, {"objective": plain.value}
         if self.features:
             with torch.no_grad(), block_states(modules.model, numbers) as taught:
                 states(modules.model, batch, causal=self.task == "causal")
