@@ -4,7 +4,7 @@ TORCH ?= torch==2.13.0
 # Only errors are worth reading here; and what is never imported needs no bytecode, which takes a third of the time.
 PIP := $(VENV)/bin/python -m pip install -qq --no-compile
 
-.PHONY: quickstart test test-claims test-bits lint docs gpu clean
+.PHONY: quickstart test test-processes test-claims test-bits lint docs gpu clean
 
 quickstart: $(VENV)/installed  ## set up and run the main job on Python's standard library
 	@$(VENV)/bin/pretrain run recipes/quickstart.yaml
@@ -20,7 +20,10 @@ test: $(VENV)/installed  ## set up and run the tests
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -yq chromium; } || \
 	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped" >&2
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "not long and not gpu and not claims"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "not long and not gpu and not claims and not processes"
+
+test-processes: $(VENV)/installed  ## trainings on several processes, killed and damaged runs
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "processes and not long and not gpu"
 
 test-claims: $(VENV)/installed  ## every claim once at smoke scale, from its recipe to its verdict
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "claims and not long and not gpu"

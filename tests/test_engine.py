@@ -384,6 +384,7 @@ stages:
 """
 
 
+@pytest.mark.processes
 def test_a_real_recipe_killed_while_training_goes_on_where_it_was(tmp_path, stories):
     (tmp_path / "text").mkdir()
     for number, story in enumerate(stories[:60]):

@@ -19,6 +19,8 @@ from pretrain.core.errors import PretrainWarning
 from pretrain.data._work import Desk
 from pretrain.report.data import collect
 
+pytestmark = pytest.mark.processes
+
 JOB = Path(__file__).with_name("killed_rank_job.py")
 BOUND = 1800.0  # seconds that the long tests take at most
 

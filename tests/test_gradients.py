@@ -120,6 +120,7 @@ def test_a_recipe_with_such_a_pair_is_refused_as_it_is_read() -> None:
         Train(**fields, model={"family": "bert"}, objective="electra", policies=["toremi"])
 
 
+@pytest.mark.processes
 def test_two_processes_leave_the_gradient_of_the_whole_batch(prepared, folder) -> None:
     """With ddp and with fsdp, one after the other."""
     job = Path(__file__).with_name("gradient_job.py")

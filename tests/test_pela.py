@@ -157,7 +157,9 @@ def test_at_full_rank_there_is_nothing_to_learn_but_the_objective(setting, famil
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
 def test_the_loss_is_the_papers_formula(setting, family):
-    objective, model, beside, batch = setting(family, objective_weight=0.5, features=0.1, perturbation=2.0, epsilon=0.01)
+    objective, model, beside, batch = setting(
+        family, objective_weight=0.5, features=0.1, perturbation=2.0, epsilon=0.01
+    )
     with block_states(model, [0, 1]) as ours, block_states(beside.model, [0, 1]) as theirs:
         states(beside.model, batch, causal=family != "bert")
         own = (MaskedLM() if family == "bert" else CausalLM()).loss(model, batch)

@@ -170,6 +170,7 @@ def job(folder, prepared):
         training_job.main(folder, prepared, 4, "ddp", 0.0)
 
 
+@pytest.mark.processes
 def test_two_processes_prune_weigh_draw_and_are_credited_as_one(tmp_path, prepared):
     job(tmp_path / "one", prepared)
     script = tmp_path / "job.py"

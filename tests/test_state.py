@@ -25,6 +25,8 @@ from pretrain.training.budget import Budget
 from pretrain.training.loop import Settings
 from pretrain.training.shards import Stored
 
+pytestmark = pytest.mark.processes
+
 JOB = Path(__file__).with_name("state_job.py")
 
 

@@ -123,6 +123,7 @@ def by_number(yes: bool) -> Iterator[None]:
         cross_entropy.READABLE = was
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_two_processes_exchange_numbers_once_a_step(prepared, tmp_path, strategy):
     job = Path(__file__).with_name("step_job.py")

@@ -138,6 +138,7 @@ def job(folder, prepared):
         training_job.train = plain
 
 
+@pytest.mark.processes
 def test_two_processes_train_to_the_weights_of_one(prepared, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.syspath_prepend(str(Path(__file__).parent))

@@ -226,6 +226,7 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, prepared, u
     assert state.newest(tmp_path / "state").name == "step-000000009"
 
 
+@pytest.mark.processes
 @pytest.mark.promise(
     "Determinism", "A training that goes on with 1, 2 or 4 processes has the losses of one process, to rounding"
 )
