@@ -15,6 +15,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class, nested
 from pretrain.core.models.families import at, base, blocks, family
 from pretrain.core.models.heads import with_head
+from pretrain.inference import heads
 from pretrain.recipe import check
 
 deft = method_class("deft")
@@ -125,6 +126,9 @@ def test_an_objective_on_labels_stays_one(tiny) -> None:
     model = objective.ready(tiny("bert"), ("a", "b"), VOCABULARY, 0)
     assert len(objective.predict(model.eval(), labelled_batch(), None)) == 2
     assert copy.deepcopy(objective) == objective
+    assert objective.learnt("a", ("a", "b")) and not objective.learnt("c", ("a", "b"))
+    wrapped = heads._objective({"method": "deft", "objective": {"method": "classification", "label": "kind"}})
+    assert wrapped is not None and wrapped.columns == ("text", "kind")
 
 
 def test_the_exact_count_is_by_block_over_tokens_without_padding(tiny, prepared) -> None:

@@ -121,6 +121,7 @@ def _objective(fields: Mapping[str, object] | None) -> FineTuning[object] | None
         made = build_method(dict(fields), "objective") if fields else None
     except (ValueError, PretrainError):
         return None
+    made = getattr(made, "wrapped", made)  # of one that adds a term: what it is added to
     return made if isinstance(made, FineTuning) else None
 
 

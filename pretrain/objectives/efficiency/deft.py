@@ -21,8 +21,9 @@ from pretrain.core.method import InnerObjective
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.models.density import activations
 from pretrain.objectives import Loss, Objective, summed
+from pretrain.objectives.labelled import FineTuning
 
-_OF_FINE_TUNING = ("labels", "ready", "predict", "predictions", "metrics", "expected")
+_OF_FINE_TUNING = {name for name in vars(FineTuning) if name[0] != "_" and not hasattr(Objective, name)}
 
 
 @dataclass(frozen=True)
