@@ -9,8 +9,8 @@ import torch
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.continuations import judge, sample
 from pretrain.core.generation.loop import decode
-from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation.generation.generation_verification_gap import GenerationVerificationGap as Gap
 from pretrain.evaluation.generation.generation_verification_gap import parses
 
@@ -51,7 +51,7 @@ def plain(model, prompt, after):
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
 def test_continuations_are_judged_as_plain_transformers_does(tiny, name, monkeypatch):
-    monkeypatch.setattr("pretrain.evaluation._continuations.BATCH_TOKENS", 40)
+    monkeypatch.setattr("pretrain.core.generation.continuations.BATCH_TOKENS", 40)
     model, rng = tiny(name, initializer_range=0.4), np.random.default_rng(0)
     pairs = [(rng.integers(3, 97, m).tolist(), rng.integers(3, 97, n).tolist()) for m, n in ((1, 1), (5, 9), (20, 3))]
     with torch.no_grad():

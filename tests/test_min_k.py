@@ -10,9 +10,10 @@ import torch
 
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.likelihood import judged
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.evaluation._predictions import framed, judged, predictions
+from pretrain.evaluation._predictions import framed, predictions
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.evaluation.likelihood.min_k import MinK, auroc, least_likely, true_positives
 
@@ -52,7 +53,7 @@ def test_windows_and_chunks_put_each_prediction_in_its_place(tiny, monkeypatch):
     found = predictions(model, [tokens[:3], tokens], length=20, stride=15)[1]
     assert found.nll_T[:20] == pytest.approx(-plain(model, tokens[:21].tolist())[1], rel=1e-4)
     assert found.nll_T[20:35] == pytest.approx(-plain(model, tokens[15:36].tolist())[1][5:], rel=1e-4)
-    monkeypatch.setattr("pretrain.evaluation._predictions.CHUNK_BYTES", 4 * 97 * 7)
+    monkeypatch.setattr("pretrain.core.models.likelihood.CHUNK_BYTES", 4 * 97 * 7)
     again = predictions(model, [tokens], length=20, stride=15)[0]
     assert again.nll_T == pytest.approx(found.nll_T) and (again.right_T == found.right_T).all()
     assert len(judged(model, torch.zeros(1, 32), torch.tensor([3]))) == 3

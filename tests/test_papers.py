@@ -280,7 +280,7 @@ def lineage(folder: Path) -> list[str]:
 
 def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
-        "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning",
+        "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -296,6 +296,28 @@ def test_the_unlearning_recipe_measures_membership_and_loss_before_and_after(tmp
     engine.run(load(ROOT / "recipes/papers/unlearning.yaml", settings, tmp_path), say=lambda text: None)
     for name, metric in (("before", "loss/networkx"), ("after", "loss/networkx"), ("membership_before", "min_k_auroc"), ("membership_after", "min_k_auroc")):  # fmt: skip
         assert f'"{metric.partition("/")[0]}' in next(tmp_path.rglob(f"{name}/evaluation.json")).read_text()
+
+
+def test_the_curation_recipe_filters_tunes_corrects_and_compares(tmp_path):
+    few = "sources=[{functions: [networkx], limit: 20, longest: 200}]"
+    held_out = [f"{name}.test=0.3" for name in ("noisy", "filtered", "corrected")]
+    tuned = ("instructed", "without", "first", "second")
+    settings = [
+        "code.sources=[{packages: [networkx], limit: 20}]", *(f"{n}.{few}" for n in ("instructions", "noisy", "filtered", "corrected")),
+        "tokenizer.vocab_size=512", *small("general"), *(f"{n}.budget.tokens=300" for n in ("general", *tuned)), *held_out,
+        *(f"task_{n}.evaluations.0.resamples=2" for n in ("noisy", "filtered", "corrected")),
+    ]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/clear.yaml", settings, tmp_path), say=lambda text: None))
+    assert all("bartscore" in found[f"task_{name}"] for name in ("noisy", "filtered", "corrected"))
+    reports = {
+        name: json.loads((tmp_path / name / "corpus/corpus.json").read_text())["operations"]
+        for name in ("noisy", "filtered", "corrected")
+    }
+    assert [[row["method"] for row in rows] for rows in reports.values()] == [
+        ["label_noise"], ["label_noise", "clear"], ["label_noise", "clear", "clear"]
+    ]  # fmt: skip
+    (counts,) = reports["filtered"][1]["documents"].values()
+    assert 0.4 * counts["before"] <= counts["after"] < counts["before"]
 
 
 def test_the_recipes_mix_domains_as_their_papers_do():

@@ -180,8 +180,7 @@ def test_the_loss_of_capped_logits_and_its_gradients_are_those_of_the_formula(ro
 
 
 def test_training_and_likelihoods_see_the_cap_and_what_cannot_refuses(tiny):
-    from pretrain.core.models.likelihood import document_nll
-    from pretrain.evaluation._predictions import judged
+    from pretrain.core.models.likelihood import document_nll, judged
 
     model, _ = operated(tiny, "logit_softcap", "llama", cap=0.5)
     logits_LV = logits(model, IDS[:1])[0]

@@ -24,7 +24,7 @@ SIZE = 400
 # References of methods that need not share the model's vocabulary, and why.
 OTHERWISE = {
     "a model that reads texts with its own tokenizer": (
-        "bertin.reference", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model",
+        "bertin.reference", "clear.model", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model",
         "quality_subset.reference", "well_read_students.teacher",
     ),
     "what the vocabulary is changed to": ("ofa.tokenizer", "vocabulary_expansion.tokenizer"),

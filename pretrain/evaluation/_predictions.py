@@ -1,7 +1,6 @@
 """What a causal model says of each token: how unlikely it finds it, how sure it is, and whether it is right.
 
-Shape letters: B windows of a batch, L tokens of a window, N targets of a batch, C of a chunk, T of a document, E width,
-V vocabulary.
+Shape letters: B windows of a batch, L tokens of a window, N targets of a batch, T of a document, E width.
 """
 
 from __future__ import annotations
@@ -13,20 +12,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import family, head, hidden, softcap
+from pretrain.core.models.families import family, hidden
 from pretrain.core.models.features import evaluating
-from pretrain.core.models.likelihood import Window, windows
+from pretrain.core.models.likelihood import Window, judged, windows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from pretrain.core.batch import Vocabulary
-
-CHUNK_BYTES = 64 << 20  # of logits
 
 
 @dataclass(frozen=True)
@@ -113,20 +110,3 @@ def _predict(model: nn.Module, chosen: list[tuple[Window, int]], predicted: list
         predicted[window.document].confidence_T[there] = confidence_N[here]
         predicted[window.document].right_T[there] = right_N[here]
         done += count
-
-
-def judged(model: nn.Module, states_NE: Tensor, target_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`nll_N`, `confidence_N` and `right_N` of the targets, the logits made a chunk at a time."""
-    (weight_VE, bias_V), cap = head(model, capped=True), softcap(model)
-    rows = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
-    parts = []
-    for start in range(0, len(states_NE), rows):
-        states_CE, target_C = states_NE[start : start + rows], target_N[start : start + rows]
-        logits_CV = torch.nn.functional.linear(states_CE, weight_VE, bias_V).float()
-        if cap is not None:
-            logits_CV = cap * torch.tanh(logits_CV / cap)
-        total_C, (top_C, likeliest_C) = logits_CV.logsumexp(-1), logits_CV.max(-1)
-        nll_C = total_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
-        parts.append((nll_C.double(), (top_C - total_C).double().exp(), likeliest_C == target_C))
-    nll_N, confidence_N, right_N = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    return nll_N, confidence_N, right_N

@@ -1,5 +1,6 @@
 # Made by `make docs`.
 from pretrain.data.deduplication.deduplicate import Deduplicate as Deduplicate
+from pretrain.data.rewriting.clear import Clear as Clear
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
 from pretrain.data.selection.bertin import Bertin as Bertin

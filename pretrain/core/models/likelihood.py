@@ -1,6 +1,6 @@
 """How likely a model finds text: each token of each document predicted exactly once, from as much before as fits.
 
-Shape letters: B windows of a batch, L tokens of a window.
+Shape letters: B windows of a batch, L tokens of a window, N targets, C of a chunk, E width, V vocabulary.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.core.models.families import family, head, hidden, softcap
 from pretrain.core.models.features import evaluating
+
+CHUNK_BYTES = 64 << 20  # of logits
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,25 @@ def _window_nll(
     states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
     _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V, softcap=softcap(model))
     return nll_BL.double().sum(-1).tolist()
+
+
+def judged(
+    model: nn.Module, states_NE: torch.Tensor, target_N: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`nll_N`, `confidence_N` and `right_N` of the targets, the logits made a chunk at a time."""
+    (weight_VE, bias_V), cap = head(model, capped=True), softcap(model)
+    rows = max(1, CHUNK_BYTES // (4 * len(weight_VE)))
+    parts = []
+    for start in range(0, len(states_NE), rows):
+        states_CE, target_C = states_NE[start : start + rows], target_N[start : start + rows]
+        logits_CV = torch.nn.functional.linear(states_CE, weight_VE, bias_V).float()
+        if cap is not None:
+            logits_CV = cap * torch.tanh(logits_CV / cap)
+        total_C, (top_C, likeliest_C) = logits_CV.logsumexp(-1), logits_CV.max(-1)
+        nll_C = total_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
+        parts.append((nll_C.double(), (top_C - total_C).double().exp(), likeliest_C == target_C))
+    nll_N, confidence_N, right_N = (torch.cat(columns) for columns in zip(*parts, strict=True))
+    return nll_N, confidence_N, right_N
 
 
 def predicted_bytes(bytes_N: NDArray[np.number], tokens_N: NDArray[np.integer], *, begins: bool) -> NDArray[np.float64]:

@@ -20,8 +20,8 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.bounds import Count, Ge, Positive, PositiveShare, ProperShare, Whole
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.continuations import judge, sample
 from pretrain.evaluation import Evaluation, Measured
-from pretrain.evaluation._continuations import judge, sample
 from pretrain.evaluation._intervals import bounds, resampled_sums
 
 if TYPE_CHECKING:

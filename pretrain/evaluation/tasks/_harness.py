@@ -23,7 +23,7 @@ from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError, listed, unknown
 from pretrain.core.files import JSONObject
 from pretrain.core.foreign import yaml
-from pretrain.evaluation._continuations import judge, sample
+from pretrain.core.generation.continuations import judge, sample
 from pretrain.evaluation._predictions import framed, predictions
 
 if TYPE_CHECKING:

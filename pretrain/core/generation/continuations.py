@@ -17,7 +17,7 @@ from pretrain.core.generation.options import OptionFields, Options
 from pretrain.core.generation.rows import continue_rows, prefill, stepper
 from pretrain.core.models.families import hidden
 from pretrain.core.models.features import evaluating
-from pretrain.evaluation._predictions import judged
+from pretrain.core.models.likelihood import judged
 
 BATCH_TOKENS = 4096
 
