@@ -86,7 +86,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "gradual_pruning": lambda m: {"every": 2},
     "sub_structure": lambda m: {"layers": 1, "share": 1.0},
     "increlora_allocation": lambda m: {"target_rank": 2.0, "incre_interval": 2, "top_h": 2},
-    "dp_sgd": lambda m: {"noise_multiplier": 1.0},
+    **dict.fromkeys(("dp_sgd", "ew_tune"), lambda m: {"noise_multiplier": 1.0}),
     "harness": lambda m: {"folder": m.cloze()},
     "generation_verification_gap": lambda m: {"generations": 4, "max_new_tokens": 2},
     "scbench": lambda m: {"contexts": 1, "turns": 2, "length": 320, "width": 4},

@@ -25,7 +25,7 @@ def run(
     objective, evaluate = given.pop("objective", CausalLM()), given.pop("evaluate", None)
     optimizer, schedule = given.pop("optimizer", AdamW(lr=1e-2)), given.pop("schedule", Constant())
     chosen = {k: given.pop(k) for k in ("mixture", "workers", "micro_rows") if k in given}
-    if any(policy.name == "dp_sgd" for policy in policies):  # which must see each example's gradient
+    if any(policy.name in ("dp_sgd", "ew_tune") for policy in policies):  # which must see each example's gradient
         chosen.setdefault("micro_rows", 1)
     loader = Loader(Shards(prepared / "tokens" / "train"), [objective], vocabulary, length=64, batch_rows=8, **chosen)
     settings = Settings(budget=budget or Budget(steps=6), bar=False, **({"save_every": 0} | given))

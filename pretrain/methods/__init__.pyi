@@ -87,6 +87,7 @@ from pretrain.policies.mixing.toremi import ToReMi as ToReMi
 from pretrain.policies.pacing.batch_size_warmup import BatchSizeWarmup as BatchSizeWarmup
 from pretrain.policies.pacing.sequence_length_warmup import SequenceLengthWarmup as SequenceLengthWarmup
 from pretrain.policies.privacy.dp_sgd import DPSGD as DPSGD
+from pretrain.policies.privacy.ew_tune import EWTune as EWTune
 from pretrain.policies.pruning.gradual_pruning import GradualPruning as GradualPruning
 from pretrain.policies.pruning.increlora_allocation import IncreLoRAAllocation as IncreLoRAAllocation
 from pretrain.policies.pruning.spdf import SPDF as SPDF

@@ -10,12 +10,14 @@ to (epsilon, delta) (arXiv:2004.00010):
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
 
+Accountant = Callable[[float, float, int, float], float]  # noise multiplier, rate, steps, delta -> epsilon
 ORDERS = (*range(2, 65), 72, 80, 96, 112, 128, 160, 192, 256, 320, 384, 512)
 
 
@@ -49,14 +51,14 @@ def divergence(order: int, noise_multiplier: float, rate: float) -> float:
     return (top + math.log(float(np.exp(log_K - top).sum()))) / (order - 1)
 
 
-def noise_for(target: float, rate: float, steps: int, delta: float) -> float:
-    """The least noise multiplier, to a thousandth of itself, that keeps to `target` epsilon."""
+def noise_for(target: float, rate: float, steps: int, delta: float, spent: Accountant = epsilon) -> float:
+    """The least noise multiplier, to a thousandth of itself, that keeps to `target` epsilon by an accountant."""
     low, high = 0.0, 1.0
-    while epsilon(high, rate, steps, delta) > target:
+    while spent(high, rate, steps, delta) > target:
         low, high = high, 2 * high
         if high > 1e6:
             raise PretrainError(f"epsilon {target:g}: accepted: one that some noise gives at delta {delta:g}")
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        low, high = (low, middle) if epsilon(middle, rate, steps, delta) <= target else (middle, high)
+        low, high = (low, middle) if spent(middle, rate, steps, delta) <= target else (middle, high)
     return high

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,10 @@ from pretrain.core.batch import Batch
 from pretrain.core.bounds import NonNegative, OpenShare, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.policies import Policy, State, Training
-from pretrain.policies.privacy._accountant import epsilon, noise_for
+from pretrain.policies.privacy._accountant import Accountant, epsilon, noise_for
+from pretrain.policies.privacy._edgeworth import estimated_epsilon
+
+ACCOUNTANTS: dict[str, Accountant] = {"renyi": epsilon, "edgeworth": estimated_epsilon}
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class DPSGD(Policy):
     `noise_multiplier` or, without one, the least by which the steps of the budget keep to `target_epsilon`, which a
     budget of steps alone can know. The optimiser is any. Evaluations have `epsilon` at `delta` after the steps until
     then beside their metrics, with `noise_multiplier` and `sampling_rate`, and so has the lineage of the checkpoint.
+    `accountant: renyi` proves it; `edgeworth` (`ew_tune`) estimates it, mostly closer, and `epsilon_renyi` stands there
+    as well.
 
     What is proved: about one row, not one document, where rows are packed of documents; under Poisson sampling at the
     rate B / rows, whereas the loader takes a shuffled epoch row by row, for which this accounting is the custom and not
@@ -38,31 +44,33 @@ class DPSGD(Policy):
     delta: OpenShare = 1e-5
     target_epsilon: Positive = 8.0
     noise_multiplier: NonNegative | None = None
+    accountant: Literal["renyi", "edgeworth"] = "renyi"
 
     def start(self, training: Training, state: State) -> None:
         """Settle the noise."""
         if training.world.size > 1:
-            raise PretrainError(f"dp_sgd: {training.world.size} processes: accepted: one")
+            raise PretrainError(f"{self.name}: {training.world.size} processes: accepted: one")
         state["sampling_rate"] = min(1.0, training.loader.batch_rows / len(training.loader.plan))
         if self.noise_multiplier is not None:
             state["noise_multiplier"] = self.noise_multiplier
         elif "noise_multiplier" not in state:
             unit = getattr(training.settings.budget, "unit", "")
             if unit != "steps":
-                raise PretrainError(f"dp_sgd: a budget of {unit}: accepted: one of steps, or a noise_multiplier")
+                raise PretrainError(f"{self.name}: a budget of {unit}: accepted: one of steps, or a noise_multiplier")
             steps = training.settings.budget.total_steps(training.spent)
-            state["noise_multiplier"] = noise_for(self.target_epsilon, state["sampling_rate"], steps, self.delta)
+            spent = ACCOUNTANTS[self.accountant]
+            state["noise_multiplier"] = noise_for(self.target_epsilon, state["sampling_rate"], steps, self.delta, spent)
 
     def before_step(self, training: Training, state: State, batches: Sequence[Batch]) -> None:
         """Refuse micro-batches of several examples, whose gradients are no longer told apart."""
         rows = max(len(batch["row_B"]) for batch in batches)
         if rows > 1:
-            raise PretrainError(f"dp_sgd: micro-batches of {rows} examples: accepted: micro_rows: 1")
+            raise PretrainError(f"{self.name}: micro-batches of {rows} examples: accepted: micro_rows: 1")
 
     def after_backward(self, training: Training, state: State, shares: Sequence[Mapping[str, float]]) -> None:
         """Clip the example's gradient, and add it to the sum of the step's."""
         if len(shares) > 1 or len(shares[0]) > 1:
-            raise PretrainError("dp_sgd: a loss of several means: accepted: one objective whose loss is one mean")
+            raise PretrainError(f"{self.name}: a loss of several means: accepted: one objective whose loss is one mean")
         parameters = _trained(training.model)
         share = shares[0]["weight"]  # of the step's targets, which the loss was multiplied by
         gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in parameters]
@@ -87,9 +95,11 @@ class DPSGD(Policy):
         """What is spent so far."""
         sigma, rate = state["noise_multiplier"], state["sampling_rate"]
         metrics |= {"delta": self.delta, "noise_multiplier": sigma, "sampling_rate": rate}
-        spent = epsilon(sigma, rate, training.step, self.delta)
-        if spent < float("inf"):  # without noise nothing is proved
-            metrics["epsilon"] = spent
+        names = {"epsilon": self.accountant} | ({} if self.accountant == "renyi" else {"epsilon_renyi": "renyi"})
+        for name, accountant in names.items():
+            spent = ACCOUNTANTS[accountant](sigma, rate, training.step, self.delta)
+            if spent < float("inf"):  # without noise nothing is proved
+                metrics[name] = spent
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
