@@ -378,3 +378,21 @@ def test_documents_as_long_as_they_may_be_are_put_into_tokens_in_bounded_memory(
     memory, said = peak(TOKENS, tmp_path)
     print(f"tokens: {memory} MB of {said}")
     assert memory < 2500, f"{memory} MB"
+
+
+@pytest.mark.parametrize("end", ["parquet", "arrow", "orc"])
+def test_a_cell_far_longer_than_is_read_is_passed_over_before_text_is_made_of_it(tmp_path, monkeypatch, end):
+    import pyarrow
+    from pyarrow import feather, orc, parquet
+
+    from pretrain.corpus.sources import _containers
+
+    table = pyarrow.table({"text": ["first", "x" * 100_000, "third"], "other": ["a", "b", "c"]})
+    write = {"parquet": parquet.write_table, "arrow": feather.write_feather, "orc": orc.write_table}[end]
+    write(table, str(tmp_path / f"rows.{end}"))
+    monkeypatch.setattr(_containers, "LARGE", 10_000)
+    made, skipped = [], Skipped(1000)
+    monkeypatch.setattr(_containers, "has_bad_bytes", lambda text: made.append(len(text)) or False, raising=False)
+    rows = [document["text"] for document in read(Files(str(tmp_path / f"rows.{end}")), skipped)]
+    assert rows == ["first", "third"] and max(made, default=0) < 1000
+    assert "rows of more than 1,000 characters" in str(skipped) and "row 2" in str(skipped)

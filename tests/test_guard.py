@@ -187,7 +187,7 @@ def test_no_state_is_written_that_is_not_finite(tiny, prepared, tmp_path):
             if training.step == 4:
                 next(training.model.parameters()).data[0, 0] = math.inf
 
-    settings = Settings(budget=Budget(steps=9), save_every=2, bar=False)
+    settings = Settings(budget=Budget(steps=9), save_every=2, keep=1, bar=False)
     wrong = r"the state after step 4 is not written: model\.model\..* is not finite"
     with pytest.raises(PretrainError, match=wrong):
         small(prepared, tiny, tmp_path, settings=settings, policies=[Spoil()])

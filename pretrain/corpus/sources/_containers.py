@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 LARGE = 64 << 20  # bytes of a batch whose rows are taken out one by one
+BYTES = 16  # a character of the longest cell, with what else is in its row, before the row is made of it
 GROUP = 2 << 30  # bytes of a row group, which may have to be held whole
 Row = tuple[str, Document]  # where it stands, and its columns
 # Of a file, its name, the column of the text, what is told of what is wrong, and how long rows may be.
@@ -242,6 +243,10 @@ def read_arrow(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped)
             batch.validate(full=True)  # whatever its offsets say else, of memory that is not its own too, is read
             large = batch.nbytes > LARGE
             for piece in (batch.slice(place, 1) for place in range(len(batch))) if large else [batch]:
+                if large and piece.nbytes > BYTES * skipped.longest:
+                    count += 1
+                    skipped.too_long("rows", f"{name}, row {count}")
+                    continue
                 for row in piece.to_pylist():
                     count += 1
                     yield f"{name}, row {count}", row

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -35,16 +35,20 @@ class NMTune(Evaluation):
     The model is a black box: all that is known of it are the features F of documents, which stay as they are. A
     two-layer network makes Z of them, a linear layer predicts the `label` from Z, and both are trained by
 
-        L = CE + weight · (‖F/‖F‖ - Z/‖Z‖‖² + 1/E · Σ over i ≠ j of C(Z)²_ij - σ₁(Z) / Σ σ_j(Z)),
+        L = CE + weight · (1/NE · Σ ‖f/‖f‖ - z/‖z‖‖² + 1/E · Σ over i ≠ j of C(Z)²_ij - σ₁(Z) / Σ σ_j(Z)),
 
-    where Z keeps to F, its dimensions (covariance C) are decorrelated, and its largest singular value σ₁ is made to
-    dominate. `weight: 0` is the paper's MLP tuning. The three terms are of all documents to fit together, each of the
-    `steps` of AdamW taking them all, where the paper takes mini-batches; F is scaled to a root mean square of 1.
+    where the z of each of N documents, of E numbers, keeps to its f, the dimensions (covariance C) are decorrelated,
+    and the largest singular value σ₁ is made to dominate (in the authors' code: the mean of the first five).
+    `weight: 0` is the paper's MLP tuning. The three terms are of all documents to fit together, each of the `steps` of
+    AdamW taking them all, where the paper takes mini-batches, of augmented images, and normalises over them in the
+    network; F is scaled to a root mean square of 1.
     Features are those of the evaluation `probe`, documents to fit and to test chosen as there. Metrics on the latter:
     `nmtune_accuracy`, `nmtune_loss`, the mean of -log p(true label) in nats, labels that no document to fit has sharing
     probability as there; and the paper's two of the spectrum, of Z and (`_features`) of F: `nmtune_sve`, the entropy of
     σ_j / Σ σ, and `nmtune_lsvr`, -log(σ₁ / Σ σ). Intervals: bootstrap over the tested documents.
     """
+
+    version: ClassVar[int] = 2  # features are brought to length 1 document by document
 
     label: str = "domain"
     weight: NonNegative = 0.01
@@ -126,7 +130,9 @@ def penalties(f_NE: Tensor, z_NE: Tensor) -> dict[str, Tensor]:
     covariance_EE = covariance_EE - torch.diag(covariance_EE.diagonal())
     singular_K = torch.linalg.svdvals(z_NE)
     return {
-        "consistency": (f_NE / f_NE.norm() - z_NE / z_NE.norm()).square().sum(),
+        "consistency": nn.functional.mse_loss(
+            nn.functional.normalize(z_NE, dim=1), nn.functional.normalize(f_NE, dim=1)
+        ),
         "covariance": covariance_EE.square().sum() / z_NE.shape[1],
         "dominance": -singular_K[0] / singular_K.sum(),
     }
