@@ -50,6 +50,7 @@ def test_without_noise_and_bound_it_is_the_mean_of_the_examples_gradients(prepar
     torch.testing.assert_close(gradient, examples.mean(0), rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.promise("Privacy", "No row's gradient counts by more than `clip_norm` in a step.")
 def test_each_example_counts_by_no_more_than_the_bound(prepared, tiny, tmp_path):
     gradient, examples = a_step(prepared, tiny, tmp_path, clip_norm=0.5, noise_multiplier=0.0)
     norms = examples.norm(dim=1, keepdim=True)
@@ -66,6 +67,7 @@ def test_the_noise_has_the_deviation_of_the_bound_times_the_multiplier_over_the_
     assert float(noise.std()) == pytest.approx(40.0 * 0.5 / len(examples), rel=0.02)
 
 
+@pytest.mark.promise("Privacy", "Under Poisson sampling Rényi's epsilon is no less than the exact one.")
 def test_the_accountant_bounds_the_exact_gaussian_mechanism():
     def phi(x):
         return math.erfc(-x / math.sqrt(2)) / 2
@@ -77,6 +79,7 @@ def test_the_accountant_bounds_the_exact_gaussian_mechanism():
         assert spent <= epsilon(sigma * 10, 1.0, 100, delta) == pytest.approx(epsilon(sigma, 1.0, 1, delta))
 
 
+@pytest.mark.promise("Privacy", "Under Poisson sampling Rényi's epsilon is no less than the exact one.")
 def test_the_accountant_bounds_the_exact_sampled_mechanism_of_one_step():
     q, sigma, spent = 0.1, 1.0, 1.0
     x = torch.linspace(-20, 30, 400001, dtype=torch.float64)
@@ -114,6 +117,7 @@ def test_the_noise_that_a_target_asks_for_just_keeps_to_it():
     assert epsilon(sigma, 0.02, 500, 1e-5) <= 2.0 < epsilon(0.99 * sigma, 0.02, 500, 1e-5)
 
 
+@pytest.mark.promise("Privacy", "Epsilon, delta, the noise and the sampling rate stand in the lineage.")
 def test_what_is_spent_stands_beside_the_metrics(prepared, tiny, tmp_path):
     policy = DPSGD(target_epsilon=4.0)
     training = run(

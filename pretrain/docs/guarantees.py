@@ -76,8 +76,18 @@ SECTIONS = (
     Section(
         "Memory",
         before="At most, beside the 0.4 GB of Python and the libraries:",
-        after="Not bounded are Arrow, Feather and ORC files, whose record batches are unpacked whole.",
+        after="Not bounded are Arrow, Feather and ORC files, whose record batches are unpacked whole; no text is made "
+        "of a cell far beyond `longest`.",
         level=3,
+    ),
+    Section(
+        "Privacy",
+        before="Of `dp_sgd`, about one row, as long as nobody knows the recipe's seed:",
+        after="The accountants suppose Poisson sampling: each row in each step by a draw of its own. The loader takes "
+        "shuffled epochs in batches of one size, as most trainings that call themselves private do, for which "
+        "epsilon is what is customary and not a proof. `accountant: edgeworth` (`ew_tune`) is an estimate even "
+        "under Poisson sampling; `epsilon_renyi` stands beside it. Rates and whatever else is tuned on the same "
+        "rows, the tokenizer and earlier stages are not counted.",
     ),
     Section("Pages"),
     Section("Vocabularies"),
