@@ -13,6 +13,18 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from new_cases import (
+    ENGLISH,
+    KINDS,
+    chats,
+    new,
+    sentences,
+    write_code,
+    write_kind,
+    write_lines,
+    write_prose,
+    write_reviews,
+)
 from typer.testing import CliRunner
 
 from pretrain.cli import app
@@ -26,115 +38,11 @@ from pretrain.new.plans import duration, quoted
 from pretrain.new.start import encoder, vocabulary
 from pretrain.recipe import load
 
-ENGLISH = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "that",
-    "was",
-    "with",
-    "his",
-    "for",
-    "her",
-    "river",
-    "mountain",
-    "house",
-    "stone",
-    "window",
-    "garden",
-    "letter",
-    "winter",
-]
-FRENCH = [
-    "le",
-    "la",
-    "les",
-    "des",
-    "et",
-    "dans",
-    "une",
-    "est",
-    "que",
-    "pour",
-    "pas",
-    "qui",
-    "maison",
-    "rivière",
-    "montagne",
-    "jardin",
-    "lettre",
-    "hiver",
-    "matin",
-]
-
-
-def new(*arguments: object) -> str:
-    """What the command prints; its error is raised."""
-    outcome = CliRunner().invoke(app, ["new", *map(str, arguments)])
-    if outcome.exception is not None:
-        raise outcome.exception
-    return outcome.output
-
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def sentences(words, rng, count):
-    return ". ".join(" ".join(rng.choices(words, k=8)).capitalize() for _ in range(count)) + "."
-
-
-def write_prose(folder: Path) -> None:
-    rng = random.Random(0)
-    for name, words in {"en": ENGLISH, "fr": FRENCH}.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(25):
-            (folder / name / f"{number}.txt").write_text(sentences(words, rng, 20), encoding="utf-8")
-
-
-def write_code(folder: Path, stories) -> None:
-    (folder / "web").mkdir(parents=True)
-    for number, story in enumerate(s for s in stories if s["domain"] == "python"):
-        (folder / f"m{number}.py").write_text(story["text"][:2000], encoding="utf-8")
-    for number in range(4):
-        (folder / "web" / f"{number}.js").write_text(f"export const a{number} = (b) => b + {number};\n" * 20)
-    (folder / ".env").write_text("TOKEN=1\n")
-    (folder / "logo.bin").write_bytes(b"\0" * 64)
-
-
-def write_reviews(path: Path, count: int = 90) -> None:
-    rng = random.Random(0)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["number", "review", "sentiment"])
-        for number in range(count):
-            good = rng.random() < 0.5
-            table.writerow([number, f"{sentences(ENGLISH, rng, 1)} {'great' if good else 'awful'} {number}",
-                            "positive" if good else "negative"])  # fmt: skip
-
-
-def write_lines(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def chats(count: int = 60):
-    for number in range(count):
-        turns = [("user", f"What is {number} plus one?"), ("assistant", f"It is {number + 1}."), ("user", "Thanks."),
-                 ("assistant", f"You are welcome, {number}.")]  # fmt: skip
-        yield {"messages": [{"role": role, "content": words} for role, words in turns]}
-
-
-def write_images(folder: Path) -> None:
-    from PIL import Image
-
-    for grey, name in ((40, "dark"), (200, "light")):
-        (folder / name).mkdir(parents=True)
-        for number in range(24):
-            Image.new("RGB", (36, 40), (grey, number * 9, 90)).save(folder / name / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
@@ -147,40 +55,9 @@ def base(prepared, tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["code", "prose", "labels", "chat", "pairs", "images", "tags", "numbers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stories, base, tmp_path):
-    rng = random.Random(1)
-    more: list[object] = []
-    if kind == "code":
-        place = here / "code"
-        write_code(place, stories)
-    elif kind == "prose":
-        place = here / "prose"
-        write_prose(place)
-    elif kind == "labels":
-        place = here / "reviews.csv"
-        write_reviews(place)
-    elif kind == "chat":
-        place, more = here / "chat.jsonl", ["--init", base]
-        write_lines(place, chats())
-    elif kind == "pairs":
-        place, more = here / "pairs.jsonl", ["--init", base]
-        write_lines(
-            place, ({"prompt": f"Count on from {n}, please", "response": f"So {n + 1} it is"} for n in range(60))
-        )
-    elif kind == "images":
-        place = here / "shapes"
-        write_images(place)
-    elif kind == "tags":
-        place = here / "names.jsonl"
-        words = [rng.choices(ENGLISH, k=6) for _ in range(80)]
-        write_lines(
-            place, ({"text": " ".join([*w, f"Ann{n}"]), "tags": ["O"] * 6 + ["B-PER"]} for n, w in enumerate(words))
-        )
-    else:
-        place = here / "scores.tsv"
-        rows = [f"{sentences(ENGLISH, rng, 1)} {n}\t{n / 7:.3f}" for n in range(80)]
-        place.write_text("text\tscore\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    place, more = write_kind(here, kind, stories, base)
     printed = new(place.name, "--budget", "1s", "--output", "r.yaml", *more)
     assert "wrote r.yaml; next: pretrain run r.yaml --dry-run" in printed and len(printed.splitlines()) <= 3
     assert len((here / "r.yaml").read_text().splitlines()) < 75
@@ -188,6 +65,29 @@ def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stori
     wanted = {"labels": "accuracy", "chat": "exact_match", "pairs": "exact_match", "images": "probe_accuracy",
               "tags": "accuracy", "numbers": "mse"}.get(kind, "bits_per_byte")  # fmt: skip
     assert wanted in result.stages["evaluation"]["metrics"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "book", "tiny", "continue", "compress"])
+@pytest.mark.parametrize("budget", [[], ["--budget", "2min"]], ids=["default", "2min"])
+def test_a_recipe_passes_its_own_plan_without_a_warning(here, kind, budget, stories, base):
+    more: list[object] = []
+    if kind in KINDS:
+        place, more = write_kind(here, kind, stories, base)
+    else:
+        place, count = here / "texts", {"book": 1, "tiny": 8}.get(kind, 60)
+        place.mkdir()
+        for number in range(count):
+            words = sentences(ENGLISH, random.Random(number), 2000 if kind == "book" else 12)
+            (place / f"{number}.txt").write_text(words)
+        more = ["--task", kind, "--init", base] if kind in ("continue", "compress") else []
+    assert "warning" not in new(place.name, "--output", "r.yaml", *more, *budget)
+    plan = CliRunner().invoke(app, ["run", "r.yaml", "--dry-run"], catch_exceptions=False)
+    assert plan.exit_code == 0 and "warning" not in plan.output, plan.output
+
+
+def test_what_a_plan_warns_of_for_all_that_is_told_at_once(here):
+    write_prose(here / "prose")
+    assert "warning: stage 'model': the budget makes" in new("prose", "--budget", "0.01s")
 
 
 def test_code_is_told_by_its_languages_and_what_is_no_text_of_it_is_named(here, stories):

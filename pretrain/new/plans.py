@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -25,6 +26,8 @@ MINUTES = (1, 2, 5, 10, 20, 30)
 EVENING = 60.0 * MINUTES[-1]
 ENOUGH = 1.03  # of the loss of an evening's training is as good as it
 TOKEN = 3.5  # bytes, about
+MEASURED = 0.05  # of a training between two measurements
+CONTINUED = "a few passes over the text; longer forgets the rest"
 FRAME = 2  # tokens that begin and end a text
 PIXEL_FLOPS = 6 * 1.1e6 * 48  # of an image of 64 patches in training
 RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
@@ -39,6 +42,8 @@ class Asked:
     task: str
     init: Start | None = None
     seconds: float | None = None  # all its trainings together
+    shares: Mapping[str, float] = field(default_factory=dict)  # of a training between two measurements, where not usual
+    passes: int | None = None  # over the text, where there is time for more of them than teach anything
 
     @property
     def text(self) -> float:
@@ -66,10 +71,20 @@ class Asked:
         """Bytes of a token, about: one where there is too little text for a vocabulary."""
         return 1.0 if self.init is None and start.vocabulary(self.text) <= start.BYTES else TOKEN
 
-    @property
-    def measured(self) -> str:
-        """How often is measured while it trains, where something is held out."""
-        return stages.MEASURED if self.look.share else ""
+    def measured(self, stage: str) -> str:
+        """How often is measured while a stage trains, where something is held out."""
+        share = self.shares.get(stage, MEASURED)
+        if not self.look.share:
+            return ""
+        if share == 0:
+            return stages.MEASURED_ONCE
+        return written(stages.MEASURED, share=f"{share:g}", times=f"{1 / share:.0f} times")
+
+    def spent(self, why: str) -> dict[str, str]:
+        """The budget of a training on text, and why it is that."""
+        if self.passes is not None:
+            return {"budget": f"{{epochs: {self.passes}}}", "why": "passes over the text: more teach little"}
+        return {"budget": f"{{seconds: {duration(self.budget)}}}", "why": why}
 
     def tuning(self, width: int, blocks: int, epochs: int, length: int, share: float = 1.0) -> Plan:
         """The budget of tuning a model on labelled documents, in a share of the time."""
@@ -185,7 +200,7 @@ def _samples(asked: Asked) -> str:
 def _pretrain(asked: Asked) -> list[str]:
     why = "longer helps little: there is too little text for it" if asked.budget < EVENING else "longer helps"
     why = why if asked.seconds is None else "or tokens: 10M, flops: 1e14, epochs: 4"
-    model = written(stages.MODEL, seconds=duration(asked.budget), why=why, measured=asked.measured)
+    model = written(stages.MODEL, **asked.spent(why), measured=asked.measured("model"))
     return [_corpus(asked), written(stages.TOKENIZER), model, _evaluation(asked, "model"), _samples(asked)]
 
 
@@ -193,7 +208,7 @@ def _continue(asked: Asked) -> list[str]:
     init = asked.init
     assert init is not None, "the command asks for one"
     model = written(
-        stages.CONTINUED, init=quoted(init.name), seconds=duration(asked.budget), measured=asked.measured,
+        stages.CONTINUED, init=quoted(init.name), measured=asked.measured("model"), **asked.spent(CONTINUED),
         objective={"masked": "masked_lm", "seq2seq": "span_corruption"}.get(init.kind, "causal_lm"),
         length=init.length(512 if init.wide else 256), rate="1e-4" if init.wide else "5e-4",
     )  # fmt: skip
@@ -235,7 +250,7 @@ def _classify(asked: Asked) -> list[str]:
         stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length,
         budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows,
         adapter=stages.ADAPTER if adapted else "", objective=objective, label=commented(str(table.label)),
-        rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured,
+        rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured(name),
         best=stages.BEST if asked.look.share else "",
     )  # fmt: skip
     then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}"
@@ -255,7 +270,8 @@ def _encoder(asked: Asked, length: int) -> list[str]:
     size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
     encoder = written(
         stages.ENCODER, width=width, inner=4 * width, blocks=blocks, heads=max(2, width // 32),
-        positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length, measured=asked.measured,
+        positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
+        measured=asked.measured("encoder"),
         budget=f"{{epochs: {MOST_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",
     )  # fmt: skip
@@ -273,7 +289,7 @@ def _chat(asked: Asked) -> list[str]:
     tuned = written(
         stages.CHAT, name="tuned" if init.wide else "model", init=quoted(init.name), objective=objective,
         adapter=stages.ADAPTER if init.wide else "", length=init.length(512 if init.wide else 256),
-        rate="3e-4" if init.wide else "1e-3", measured=asked.measured,
+        rate="3e-4" if init.wide else "1e-3", measured=asked.measured("tuned" if init.wide else "model"),
         budget=asked.tuned.budget, why=asked.tuned.why, rows=min(8, asked.tuned.rows),
     )  # fmt: skip
     starts = ["user: Hello!"] if table.talk else [each for each in asked.look.beginnings if "\n" not in each][:2]
@@ -302,7 +318,7 @@ def _images(asked: Asked) -> list[str]:
     budget = "{epochs: 100}" if images > 100 * len(look.files) else f"{{seconds: {duration(asked.budget)}}}"
     model = written(
         stages.IMAGES, side=side, patch=patch, rows=max(4, min(64, len(look.files) // 8)), budget=budget,
-        measured=asked.measured,
+        measured=asked.measured("model"),
     )  # fmt: skip
     probe = _evaluation(asked, "model", more="    evaluations: [{method: probe, label: label}]") if look.classes else ""
     return [_corpus(asked), written(stages.PIXELS, side=side), model, probe]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -13,8 +14,9 @@ from pretrain.core.files import write_text
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
 from pretrain.new import TASKS
+from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
-from pretrain.new.plans import Asked, recipe
+from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
 from pretrain.new.words import contents
 
@@ -51,8 +53,9 @@ def write(
     start = None if init is None else start_of(init)
     _check(seen, chosen, start, guessed=task is None)
     asked = Asked(name_of(target), seen, chosen, start if chosen != "pretrain" else None, seconds)
-    write_text(target, recipe(asked))
-    _say(asked, target, task is None)
+    text_of, odd = fitted(asked)
+    write_text(target, text_of)
+    _say(asked, target, task is None, odd)
 
 
 def name_of(path: Path) -> str:
@@ -130,7 +133,7 @@ def _check(seen: Look, task: str, init: Start | None, guessed: bool) -> None:
         )
 
 
-def _say(asked: Asked, target: Path, guessed: bool) -> None:
+def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
     seen, table = asked.look, asked.look.table
     typer.echo(f"{seen.place}: {contents(seen)}" + (f"; passed over: {seen.over}" if seen.over else ""))
     notes = []
@@ -155,4 +158,6 @@ def _say(asked: Asked, target: Path, guessed: bool) -> None:
         notes.append(asked.tuned.warning)
     if notes:
         typer.echo("; ".join(notes))
+    for line in odd:
+        typer.echo(f"warning: {line}")
     typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")
