@@ -30,6 +30,7 @@ from typer.testing import CliRunner
 from pretrain.cli import app
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
+from pretrain.corpus.sources import Skipped, read
 from pretrain.engine import run
 from pretrain.new import written
 from pretrain.new.languages import prose_language
@@ -37,6 +38,7 @@ from pretrain.new.look import look
 from pretrain.new.plans import duration, quoted
 from pretrain.new.start import encoder, vocabulary
 from pretrain.recipe import load
+from pretrain.stages.data import build_source
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def test_a_recipe_is_never_written_over_another(here):
         (["reviews.csv", "--init", "no/such/place"], "--init 'no/such/place': no such folder"),
         (["none.csv"], "'none.csv': no such file or folder"),
         (["archive.zip"], "nothing to learn from"),
-        (["half.csv"], "2 of the first 40 rows lack a 'label'"),
+        (["scores.csv", "--task", "classify"], "120 different numbers in 'score'; accepted: --task regress"),
         (["bare.csv"], "bare.csv: no column holds texts"),
     ],
 )
@@ -139,8 +141,8 @@ def test_what_no_recipe_can_do_is_one_line(here, base, arguments, message):
     write_reviews(here / "reviews.csv")
     write_lines(here / "chat.jsonl", chats(8))
     (here / "archive.zip").write_bytes(b"PK\x03\x04")
-    half = [f"some words of the row {n},{'' if n < 2 else 'ab'[n % 2]}" for n in range(40)]
-    (here / "half.csv").write_text("text,label\n" + "\n".join(half))
+    scores = [f"some words of the row {n},{n}.5" for n in range(120)]
+    (here / "scores.csv").write_text("text,score\n" + "\n".join(scores))
     (here / "bare.csv").write_text("x,y\n1,2\n3,4\n5,6\n")
     given = [str(base) if word == "BASE" else word for word in arguments]
     with pytest.raises(PretrainError, match=message) as error:
@@ -175,13 +177,58 @@ def test_of_too_few_documents_none_is_held_out_and_the_recipe_still_runs(here):
     assert run(load(here / "one.yaml")).stages["model"]["metrics"]["steps"] > 0
 
 
-def test_rows_that_cannot_be_read_are_said_and_skipped(here):
+def test_rows_that_no_recipe_can_use_are_told_with_their_lines_and_left_out(here):
+    rows = [f"words of a longer text {n},{'ab'[n % 2]}" for n in range(60)]
+    rows[3], rows[7], rows[8], rows[9] = "a,b,c,d", "words alone,", ",a", "no label either,"
+    (here / "t.csv").write_bytes(("text,label\n" + "\n".join(rows)).encode() + "\ncaf\xe9,a".encode("latin-1"))
+    printed = new("t.csv")
+    for line in ("1 row cannot be read: 4 cells (line 5); left out by on_error: skip", "1 row not in UTF-8",
+                 "1 row without a text, passed over (line 10)",
+                 "2 rows without a label (line 9, line 11); left out by required: label"):  # fmt: skip
+        assert line in printed
+    source = yaml.safe_load((here / "t.yaml").read_text())["stages"][0]["sources"][0]
+    assert source == {"files": "t.csv", "required": ["label"], "on_error": "skip"}
+    skipped = Skipped()
+    assert sum(1 for _ in read(build_source(source), skipped)) == 56
+    assert skipped.reasons["rows without label"] == 2 and skipped.reasons["empty"] == 1
+
+
+def test_labels_that_are_missing_are_told_by_the_plan_of_any_recipe(here):
     write_reviews(here / "reviews.csv")
-    with (here / "reviews.csv").open("a") as file:
-        file.write("a,b,c,d\n")
     new("reviews.csv")
-    assert yaml.safe_load((here / "reviews.yaml").read_text())["stages"][0]["sources"][0]["on_error"] == "skip"
-    assert "1 of the first 91 rows cannot be read" in (here / "reviews.yaml").read_text()
+    with (here / "reviews.csv").open("a") as file:
+        file.write("90,some more words of it,\n")
+    plan = CliRunner().invoke(app, ["run", "reviews.yaml", "--dry-run"])
+    assert "1 rows have no 'sentiment', which is learnt like a label; required: [sentiment]" in plan.output
+
+
+def test_a_table_without_a_header_loses_no_row_to_it(here):
+    rows = [f"some longer text of number {n} to read,{'yes' if n % 2 else 'no'}" for n in range(60)]
+    (here / "bare.csv").write_text("\n".join(rows))
+    assert "a table of 60 rows without a header" in new("bare.csv")
+    source = yaml.safe_load((here / "bare.yaml").read_text())["stages"][0]["sources"][0]
+    assert source == {"files": "bare.csv", "text": "0", "header": False}
+    assert sum(1 for _ in read(build_source(source))) == 60
+    (here / "headed.csv").write_text("\n".join(["review,liked", *rows]))
+    assert look("headed.csv").table.rows == 60 and "without a header" not in new("headed.csv")
+
+
+@pytest.mark.parametrize(
+    "value, task, other",
+    [("{c}", "classify", "regress"), ("{c}.0", "classify", "regress"), ("{c}.5", "regress", "classify"),
+     ("{n}", "regress", "classify")],
+)  # fmt: skip
+def test_numbers_are_classes_where_they_are_few_and_whole_and_the_other_task_takes_them_otherwise(
+    here, value, task, other
+):
+    rows = [f"some longer text of number {n} to read,{value.format(n=n * 3 % 61, c=n % 5)}" for n in range(60)]
+    (here / "t.csv").write_text("\n".join(["text,score", *rows]))
+    printed = new("t.csv")
+    assert f"guessed --task {task}; the numbers in score are taken for" in printed and f"else --task {other}" in printed
+    objective = {"classify": "classification", "regress": "regression"}
+    assert f"method: {objective[task]}" in (here / "t.yaml").read_text()
+    new("t.csv", "--task", other, "--output", "other.yaml")
+    assert f"method: {objective[other]}" in (here / "other.yaml").read_text()
 
 
 def test_of_two_columns_that_may_be_the_label_the_guess_is_told(here):

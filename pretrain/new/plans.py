@@ -101,14 +101,10 @@ class Asked:
     def tuned(self) -> Plan | None:
         """The budget of the fine-tuning, where the recipe has one."""
         table, init = self.look.table, self.init
-        if table is None or self.task not in ("classify", "chat"):
+        if table is None or self.task not in ("classify", "regress", "chat"):
             return None
         length = (
-            _length(table, 256, self.token)
-            if self.task == "classify"
-            else 512
-            if init is not None and init.wide
-            else 256
+            _length(table, 256, self.token) if self.task != "chat" else 512 if init is not None and init.wide else 256
         )
         if init is None:
             return self.tuning(*_encoder_size(self), epochs=8, length=length, share=0.5)
@@ -120,7 +116,7 @@ def recipe(asked: Asked) -> str:
     """The recipe's text."""
     makers = {
         "pretrain": _images if asked.look.kind == "images" else _pretrain, "continue": _continue,
-        "classify": _classify, "chat": _chat, "compress": _compress,
+        "classify": _classify, "regress": _classify, "chat": _chat, "compress": _compress,
     }  # fmt: skip
     head = [
         f"# Written by `pretrain new` for {commented(f'{asked.look.place}: {contents(asked.look)}')}.",
@@ -163,10 +159,7 @@ def _corpus(asked: Asked) -> str:
 def _sources(asked: Asked) -> list[str]:
     look, table = asked.look, asked.look.table
     if table is not None:
-        text = "" if table.text == "text" else f", text: {quoted(table.text)}"
-        why = f"{table.bad} of the first {table.rows + table.bad} rows cannot be read: they are counted and left out"
-        bad = f", on_error: skip}}  # {why}" if table.bad else "}"
-        return [f"      - {{files: {quoted(str(look.files[0]))}{text}{bad}"]
+        return [f"      {line}" for line in _rows(table, str(look.files[0])).splitlines()]
     skip = ", on_error: skip" if look.undecoded else ""
     why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
     if look.domains:
@@ -178,6 +171,24 @@ def _sources(asked: Asked) -> list[str]:
         return [f"      - {{files: {quoted(look.place)}}}"]
     endings = ", ".join(map(quoted, look.endings))
     return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
+
+
+def _rows(table: Table, name: str) -> str:
+    """A table as a source: with its rows that are left out a field a line, and why."""
+    fields = [f"files: {quoted(name)}"] + ([f"text: {quoted(table.text)}"] if table.text != "text" else [])
+    more = ["header: false  # columns are numbered; true: the first row names them"] if table.header is False else []
+    required = [fault for fault in table.faults if fault.field.startswith("required")]
+    if required:
+        names = ", ".join(quoted(fault.field.removeprefix("required: ")) for fault in required)
+        more.append(f"required: [{names}]  # {commented('; '.join(map(str, required)))}: passed over")
+    skipped = [fault for fault in table.faults if fault.field.startswith("on_error")]
+    if skipped:
+        more.append(f"on_error: skip  # {commented('; '.join(map(str, skipped)))}: left out, and counted")
+    elif not table.whole:
+        more.append("# on_error: skip  # if a row further down cannot be read")
+    if not more:
+        return f"- {{{', '.join(fields)}}}"
+    return "- " + "\n  ".join([*fields, *more])
 
 
 def _evaluation(asked: Asked, checkpoint: str, name: str = "evaluation", more: str = "") -> str:

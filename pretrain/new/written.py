@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import typer
@@ -18,12 +19,14 @@ from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
+from pretrain.new.tables import as_asked
 from pretrain.new.words import contents
 
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
 HEADS = {"continue": ("causal", "masked", "seq2seq"), "chat": ("causal", "seq2seq"), "compress": ("causal", "masked")}
-WANTED = {"classify": ("classify", "regress", "tag"), "chat": ("chat",)}  # kinds of tables
-LACKING = {"classify": "texts with labels", "chat": "conversations or answers"}
+WANTED = {"classify": ("classify", "tag"), "regress": ("regress",), "chat": ("chat",)}  # kinds of tables
+LABELLED = ("classify", "regress")
+LACKING = {"classify": "texts with labels", "regress": "texts with numbers", "chat": "conversations or answers"}
 
 
 def write(
@@ -47,9 +50,11 @@ def write(
         _starter(place, target, (task, init, budget, text, label))
         return
     seconds = None if budget is None else _seconds(budget)
-    seen = look(place, text=text, label=label, table=task in ("classify", "chat"))
+    seen = look(place, text=text, label=label, table=task in WANTED)
     chosen = task or _guess(seen, init)
-    seen = _settled(seen, place, text, label) if chosen == "classify" else seen
+    seen = _settled(seen, place, text, label) if chosen in LABELLED else seen
+    if seen.table is not None:
+        seen = replace(seen, table=as_asked(seen.table, task, seen.place))
     start = None if init is None else start_of(init)
     _check(seen, chosen, start, guessed=task is None)
     asked = Asked(name_of(target), seen, chosen, start if chosen != "pretrain" else None, seconds)
@@ -82,10 +87,9 @@ def _seconds(budget: str) -> float:
 
 def _guess(seen: Look, init: str | None) -> str:
     kind = seen.table.kind if seen.table else ""
-    if kind in ("classify", "regress", "tag"):
-        return "classify"
-    if kind == "chat":
-        return "chat"
+    task = next((task for task, kinds in WANTED.items() if kind in kinds), None)
+    if task is not None:
+        return task
     return "continue" if init is not None and seen.kind != "images" else "pretrain"
 
 
@@ -122,10 +126,6 @@ def _check(seen: Look, task: str, init: Start | None, guessed: bool) -> None:
         raise PretrainError(
             f"--task {task}: {place} holds no {LACKING[task]}{has}; accepted: a table of them, or --label"
         )
-    if task == "classify" and table is not None and table.lacking:
-        raise PretrainError(
-            f"{place}: {table.lacking} of the first {table.rows} rows lack a {table.label!r}; accepted: one in each"
-        )
     if task in HEADS and init is not None and (init.kind not in HEADS[task] or init.family is None):
         raise PretrainError(
             f"--init {init.name!r} is a {init.config.get('model_type')} ({init.kind}); accepted for {task}: "
@@ -139,7 +139,10 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
     notes = []
     if guessed:
         notes.append(f"guessed --task {asked.task}")
-    if table is not None and table.doubts and asked.task == "classify":
+    if table is not None and table.numeric and guessed and asked.task in LABELLED:
+        taken, other = ("classes", "regress") if asked.task == "classify" else ("a quantity", "classify")
+        notes.append(f"the numbers in {table.label} are taken for {taken}: else --task {other}")
+    if table is not None and table.doubts and asked.task in LABELLED:
         notes.append(f"the label may as well be {' or '.join(table.doubts)}: --label")
     if table is not None and table.rare and asked.task == "classify":
         some = ", ".join(map(repr, table.rare[:3])) + (", …" if len(table.rare) > 3 else "")
@@ -158,6 +161,8 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         notes.append(asked.tuned.warning)
     if notes:
         typer.echo("; ".join(notes))
+    for fault in table.faults if table is not None else ():
+        typer.echo(f"{fault}" + (f"; left out by {fault.field}" if fault.field else ""))
     for line in odd:
         typer.echo(f"warning: {line}")
     typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")
