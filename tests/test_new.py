@@ -36,6 +36,7 @@ from pretrain.new import written
 from pretrain.new.languages import prose_language
 from pretrain.new.look import look
 from pretrain.new.plans import duration, quoted
+from pretrain.new.prompts import fitting
 from pretrain.new.start import encoder, vocabulary
 from pretrain.recipe import load
 from pretrain.stages.data import build_source
@@ -109,12 +110,42 @@ def test_prose_in_two_languages_gets_a_domain_each(here):
     assert sources == [{"files": "prose/en", "domain": "English"}, {"files": "prose/fr", "domain": "French"}]
 
 
+def test_prompts_are_whole_lines_of_words_from_each_language(here):
+    write_prose(here / "prose")
+    for path in (here / "prose").rglob("*.txt"):
+        path.write_text("\x1b[1m%s: {}\n======\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    new("prose")
+    prompts = yaml.safe_load((here / "prose.yaml").read_text())["stages"][-1]["prompts"]
+    assert {prose_language(prompt) for prompt in prompts} == {"English", "French"}
+    texts = [path.read_text(encoding="utf-8").splitlines()[2] for path in (here / "prose").rglob("*.txt")]
+    assert all(any(text.startswith(prompt + " ") for text in texts) for prompt in prompts)
+    assert [
+        fitting(line) for line in ("printf %s and more words", "caf\x00 au lait it is", "a", "= = = = = = = = =")
+    ] == [None] * 4
+    assert fitting("def area(width, height):") == "def area(width, height):"
+
+
 def test_a_recipe_is_never_written_over_another(here):
     write_reviews(here / "reviews.csv")
     (here / "reviews.yaml").write_text("mine")
     with pytest.raises(PretrainError, match=r"reviews\.yaml exists; accepted: a name that is free"):
         new("reviews.csv")
+    with pytest.raises(PretrainError, match="--label 'nope': reviews.csv has no such column"):
+        new("reviews.csv", "--label", "nope")
     assert (here / "reviews.yaml").read_text() == "mine"
+    new("reviews.csv", "--force")
+    assert load(here / "reviews.yaml").name == "reviews"
+
+
+def test_a_path_that_is_not_there_is_an_error_that_names_what_is_near(here):
+    write_reviews(here / "reviews.csv")
+    with pytest.raises(PretrainError, match=r"'review.csv': no such file or folder \(did you mean 'reviews.csv'"):
+        new("review.csv")
+    with pytest.raises(PretrainError, match="--starter with a name"):
+        new("nosuch")
+    assert not list(here.glob("*.yaml"))
+    assert "a starter" in new("mine", "--starter")
+    assert load(here / "mine.yaml").name == "mine"
 
 
 @pytest.mark.parametrize(

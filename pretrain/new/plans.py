@@ -11,10 +11,12 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain.core.quick.machine import efficiency
+from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import load
 from pretrain.new import stages, start
 from pretrain.new.look import Look
+from pretrain.new.prompts import fitting
 from pretrain.new.stages import written
 from pretrain.new.start import MOST_PASSES, Start
 from pretrain.new.tables import Table
@@ -202,8 +204,9 @@ def _task(objective: str, more: str = "") -> str:
 
 
 def _samples(asked: Asked) -> str:
-    starts = dict.fromkeys(each.split("\n")[0][:40].strip() for each in asked.look.beginnings)
-    prompts = [json.dumps(each, ensure_ascii=False) for each in starts if each][:3] or ['"The "']
+    prompts = [json.dumps(each, ensure_ascii=False) for each in asked.look.prompts[:3]]
+    if not prompts and not asked.look.share:
+        prompts = ['"The "']
     more = "    corpus: corpus  # and held-out beginnings, beside how they go on" if asked.look.share else ""
     return written(stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more=more)
 
@@ -303,7 +306,7 @@ def _chat(asked: Asked) -> list[str]:
         rate="3e-4" if init.wide else "1e-3", measured=asked.measured("tuned" if init.wide else "model"),
         budget=asked.tuned.budget, why=asked.tuned.why, rows=min(8, asked.tuned.rows),
     )  # fmt: skip
-    starts = ["user: Hello!"] if table.talk else [each for each in asked.look.beginnings if "\n" not in each][:2]
+    starts = ["user: Hello!"] if table.talk else [each for each in evenly(table.texts, 24) if fitting(each) == each][:2]
     prompts = [json.dumps(prompt.replace("{text}", each), ensure_ascii=False) for each in starts]
     samples = written(
         stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more="    temperature: 0"

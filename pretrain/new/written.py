@@ -10,7 +10,7 @@ from pathlib import Path
 
 import typer
 
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.files import write_text
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
@@ -38,17 +38,15 @@ def write(
     budget: str | None = None,
     text: str | None = None,
     label: str | None = None,
+    force: bool = False,
 ) -> None:
     """Look at what is there, write a recipe for it, and say what was seen, guessed and left out."""
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
     path = expanded(place)
     target = output or Path(f"{name_of(path)}.yaml")
-    if target.exists():
-        raise PretrainError(f"{target} exists; accepted: a name that is free, with --output")
     if not path.exists() and not re.search(r"[*?\[]|://", place):
-        _starter(place, target, (task, init, budget, text, label))
-        return
+        raise PretrainError(_absent(place, path))
     seconds = None if budget is None else _seconds(budget)
     seen = look(place, text=text, label=label, table=task in WANTED)
     chosen = task or _guess(seen, init)
@@ -58,6 +56,7 @@ def write(
     start = None if init is None else start_of(init)
     _check(seen, chosen, start, guessed=task is None)
     asked = Asked(name_of(target), seen, chosen, start if chosen != "pretrain" else None, seconds)
+    _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
     text_of, odd = fitted(asked)
     write_text(target, text_of)
     _say(asked, target, task is None, odd)
@@ -69,13 +68,41 @@ def name_of(path: Path) -> str:
     return re.sub(r"[^\w-]+", "-", stem).strip("-") or "mine"
 
 
-def _starter(place: str, target: Path, others: tuple[object, ...]) -> None:
-    """The starter, for a name at which nothing lies."""
-    if any(others) or re.search(r"[/\\]", place) or not re.fullmatch(r"[\w-]+(\.ya?ml)?", place):
-        raise PretrainError(f"{place!r}: no such file or folder; accepted: one to learn from, or the name of a starter")
+def _free(target: Path, force: bool) -> None:
+    """Refuse to write over a file, unless it is asked for."""
+    if target.is_dir():
+        raise PretrainError(f"{target} is a folder; accepted: a file's name, with --output")
+    if target.exists() and not force:
+        raise PretrainError(
+            f"{target} exists; accepted: a name that is free, with --output, or --force to write over it"
+        )
+
+
+def _absent(place: str, path: Path) -> str:
+    """What is said of a path at which nothing lies."""
+    folder = path.parent
+    while not folder.is_dir():
+        path, folder = folder, folder.parent
+    names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    there = f" ({folder}: {some})" if names else ""
+    return (
+        f"{place!r}: no such file or folder{nearest(path.name, names)}{there}; accepted: one to learn from, or "
+        "--starter with a name for a recipe to be edited"
+    )
+
+
+def write_starter(name: str, output: Path | None, force: bool, others: tuple[object, ...]) -> None:
+    """A recipe of no folder, to be edited."""
+    if any(others) or not re.fullmatch(r"[\w-]+(\.ya?ml)?", name):
+        raise PretrainError(
+            f"--starter {name!r}: accepted: a name of letters and digits, and at most --output, --force"
+        )
+    target = output or Path(f"{Path(name).stem}.yaml")
+    _free(target, force)
     starter = Path(__file__).parents[1].joinpath("starter.yaml").read_text(encoding="utf-8")
     write_text(target, starter.replace("NAME", target.stem))
-    typer.echo(f"{target}: nothing lies at {place}, so it is a starter: edit it, then: pretrain run {target}")
+    typer.echo(f"wrote {target}, a starter: edit it, then: pretrain run {target}")
 
 
 def _seconds(budget: str) -> float:
