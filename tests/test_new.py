@@ -137,6 +137,19 @@ def test_a_recipe_is_never_written_over_another(here):
     assert load(here / "reviews.yaml").name == "reviews"
 
 
+def test_of_texts_that_are_cut_the_true_share_is_told(here):
+    rng = random.Random(0)
+    rows = [f"{sentences(ENGLISH, rng, 20 if n % 9 == 0 else 1)} {n},{'ab'[n % 2]}" for n in range(99)]
+    (here / "t.csv").write_text("\n".join(["text,label", *rows]))
+    new("t.csv")
+    recipe = load(here / "t.yaml")
+    tuned = next(stage for stage in recipe.stages if stage.name == "classifier")
+    texts = [row.rpartition(",")[0] for row in rows]
+    assert next(stage for stage in recipe.stages if stage.stage == "tokenizer").algorithm == "bytes"
+    share = sum(len(text) + 2 > tuned.length for text in texts) / len(texts)
+    assert share > 0.1 and f"# {100 * share:.0f}% of the texts are longer, and cut" in (here / "t.yaml").read_text()
+
+
 def test_a_path_that_is_not_there_is_an_error_that_names_what_is_near(here):
     write_reviews(here / "reviews.csv")
     with pytest.raises(PretrainError, match=r"'review.csv': no such file or folder \(did you mean 'reviews.csv'"):

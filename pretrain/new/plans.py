@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from pretrain.core.folders import tokenizer_of
 from pretrain.core.quick.machine import efficiency
 from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
@@ -22,12 +23,14 @@ from pretrain.new.start import MOST_PASSES, Start
 from pretrain.new.tables import Table
 from pretrain.new.tuning import Plan, Tuned, plan
 from pretrain.new.words import contents
+from pretrain.stages._examples import counter
 
 LAW = Path(dial.__file__).parent / "laws" / "python.json"
 MINUTES = (1, 2, 5, 10, 20, 30)
 EVENING = 60.0 * MINUTES[-1]
 ENOUGH = 1.03  # of the loss of an evening's training is as good as it
 TOKEN = 3.5  # bytes, about
+COUNTED = 400  # texts whose tokens are counted
 MEASURED = 0.05  # of a training between two measurements
 CONTINUED = "a few passes over the text; longer forgets the rest"
 FRAME = 2  # tokens that begin and end a text
@@ -68,10 +71,31 @@ class Asked:
             return EVENING
         return next(time for time, each in zip(times, bits, strict=True) if each <= ENOUGH * bits[-1])
 
-    @property
-    def token(self) -> float:
-        """Bytes of a token, about: one where there is too little text for a vocabulary."""
-        return 1.0 if self.init is None and start.vocabulary(self.text) <= start.BYTES else TOKEN
+    @cached_property
+    def tokens(self) -> list[float]:
+        """Tokens of some of the table's texts, counted by the tokenizer there is, or by one like that to be made."""
+        table, entries = self.look.table, start.vocabulary(self.text)
+        texts = evenly(table.texts, COUNTED) if table is not None else []
+        both = 2 if table is not None and table.pair else 1
+        made = None if self.init is None else tokenizer_of(Path(self.init.name)) / "tokenizer.json"
+        if made is None and entries <= start.BYTES:
+            sizes = [float(len(text.encode())) for text in texts]
+        elif made is None or made.exists():
+            sizes = counter(made, entries, tuple({"text": text} for text in texts))(texts)
+        else:  # of a hub's, which has not been fetched
+            sizes = [len(text.encode()) / TOKEN for text in texts]
+        return [FRAME + both * size for size in sizes]
+
+    def length(self, most: int) -> int:
+        """Tokens that 95% of the texts fit in, a multiple of 32; at most so many."""
+        fits = sorted(self.tokens)[int(0.95 * (len(self.tokens) - 1))] if self.tokens else most
+        return max(32, min(most, 32 * math.ceil(fits / 32)))
+
+    def cut(self, length: int) -> str:
+        """How many of the texts are longer."""
+        share = sum(size > length for size in self.tokens) / max(1, len(self.tokens))
+        what = "no text is longer" if not share else f"{max(1, round(100 * share))}% of the texts are longer, and cut"
+        return what if self.look.table is not None and self.look.table.whole else f"{what}, of those looked at"
 
     def measured(self, stage: str) -> str:
         """How often is measured while a stage trains, where something is held out."""
@@ -95,8 +119,7 @@ class Asked:
         sizes = [len(text) for text in table.texts] or [length]
         documents = max(1.0, self.text / max(1.0, sum(sizes) / len(sizes)))
         adapted, held_out = self.init is not None and self.init.wide, documents * self.look.share
-        tokens = [FRAME + size / self.token for size in sizes]
-        tuned = Tuned(width, blocks, tokens, documents, held_out, length, start.rate(), adapted)
+        tuned = Tuned(width, blocks, self.tokens, documents, held_out, length, start.rate(), adapted)
         return plan(tuned, self.budget * share, epochs, duration(self.budget * share))
 
     @cached_property
@@ -105,9 +128,7 @@ class Asked:
         table, init = self.look.table, self.init
         if table is None or self.task not in ("classify", "regress", "chat"):
             return None
-        length = (
-            _length(table, 256, self.token) if self.task != "chat" else 512 if init is not None and init.wide else 256
-        )
+        length = self.length(256) if self.task != "chat" else 512 if init is not None and init.wide else 256
         if init is None:
             return self.tuning(*_encoder_size(self), epochs=8, length=length, share=0.5)
         epochs = 3 if init.wide else 8
@@ -246,15 +267,10 @@ def _objective(table: Table) -> str:
     return f"{{{', '.join(f'{name}: {quoted(value)}' for name, value in fields.items())}}}"
 
 
-def _length(table: Table, most: int, token: float) -> int:
-    """Tokens, of so many bytes, that nearly all texts fit in, a multiple of 32."""
-    return max(32, min(most, 32 * math.ceil((table.characters / token + FRAME) / 32)))
-
-
 def _classify(asked: Asked) -> list[str]:
     table, init = asked.look.table, asked.init
     assert table is not None, "the command asks for one"
-    objective, length = _objective(table), _length(table, 256, asked.token)
+    objective, length = _objective(table), asked.length(256)
     before = [] if init is not None else _encoder(asked, length)
     length = length if init is None else init.length(length)
     assert asked.tuned is not None
@@ -264,6 +280,7 @@ def _classify(asked: Asked) -> list[str]:
         stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length,
         budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows,
         adapter=stages.ADAPTER if adapted else "", objective=objective, label=commented(str(table.label)),
+        cut=asked.cut(length),
         rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured(name),
         best=stages.BEST if asked.look.share else "",
     )  # fmt: skip

@@ -112,7 +112,7 @@ TUNED = """
     init: $init
 $adapter
     objective: $objective  # from the column $label
-    length: $length  # nearly all texts are shorter
+    length: $length  # $cut
     batch_rows: $rows
     optimizer: {method: adamw, lr: $rate}
     schedule: {method: linear, warmup: 0.1}

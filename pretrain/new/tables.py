@@ -59,12 +59,6 @@ class Table:
         """Whether it holds whole conversations, whose answers the source gives as `target`."""
         return self.kind == "chat" and self.label == "target" and "target" not in self.columns
 
-    @property
-    def characters(self) -> int:
-        """That 95% of the texts, with their second texts, do not exceed."""
-        sizes = sorted(map(len, self.texts))
-        return sizes[int(0.95 * (len(sizes) - 1))] * (2 if self.pair else 1) if sizes else 0
-
 
 Rows = list[Document]
 
