@@ -251,7 +251,7 @@ def compare(
         raise PretrainError(f"--budget {budget!r}: accepted: flops=NUMBER, for example flops=1e13")
     result = measure(
         recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [], jobs=jobs,
-        ray=ray, rates=rates, say=lambda text: typer.echo(text, err=True),
+        ray=ray, rates=rates, say=lambda text: typer.echo(text, err=True), progress=True,
     )  # fmt: skip
     table = Table(
         "recipe", f"{metric} (mean ± s.d.)", "difference, 97% interval", "verdict", "FLOPs to the baseline's end",

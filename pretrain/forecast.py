@@ -76,7 +76,7 @@ def total(forecasts: Sequence[Forecast]) -> Estimate:
 def warnings(forecasts: Sequence[Forecast]) -> list[str]:
     """A line for each thing that is likely a mistake."""
     ahead = [each for each in forecasts if each.to_run]
-    return [f"stage {each.item.stage.name!r}: {text}" for each in ahead for text in each.estimate.warnings]
+    return [f"stage {each.item.stage.name!r}: {text}" for each in ahead for _, text in each.estimate.warnings]
 
 
 def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:

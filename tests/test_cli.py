@@ -59,11 +59,11 @@ def test_methods_are_listed_searched_and_shown():
 
 
 def test_a_starter_recipe_is_written_once_and_is_good(tmp_path):
-    assert cli("new", "mine", cwd=tmp_path).returncode == 0
+    assert cli("new", "mine", "--starter", cwd=tmp_path).returncode == 0
     (tmp_path / "a.py").write_text("x = 1\n")
     planned = cli("run", "mine.yaml", "--dry-run", cwd=tmp_path)
     assert planned.returncode == 0 and "train" in planned.stdout and "about" in planned.stdout
-    again = cli("new", "mine", cwd=tmp_path)
+    again = cli("new", "mine", "--starter", cwd=tmp_path)
     assert again.returncode == 1 and "mine.yaml exists" in again.stderr
 
 

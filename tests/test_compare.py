@@ -55,6 +55,20 @@ def test_budgets_are_equal_and_a_recipe_that_does_not_learn_is_worse(recipes, tm
     assert again["runs"] == json.loads(json.dumps(found["runs"])) or again["runs"] == found["runs"]
 
 
+def test_a_metric_that_is_not_logged_is_refused_before_anything_runs(recipes, tmp_path):
+    with pytest.raises(
+        PretrainError, match="--metric 'bits_per_bite': base logs no such one .did you mean 'bits_per_b"
+    ):
+        compare(recipes, flops=6e8, seeds=2, metric="bits_per_bite", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_how_far_a_comparison_is_stands_on_standard_error(recipes, tmp_path, capfd):
+    compare(recipes[:2], flops=6e7, seeds=2, output=tmp_path / "out", say=lambda text: None, progress=True)
+    told = capfd.readouterr().err
+    assert "base, seed 0: [model] train" in told and "slow, seed 1: [model]" in told and "100%" in told
+
+
 @pytest.mark.parametrize("seeds", [3, 5])
 @pytest.mark.parametrize("noise", ["gauss", "uniform", "expovariate"])
 def test_a_method_that_does_nothing_is_undecided_in_95_of_100(seeds, noise):
@@ -110,5 +124,7 @@ def test_impossible_comparisons_are_refused(recipes, tmp_path):
         compare(recipes[:2], flops=1e9, seeds=1)
     with pytest.raises(PretrainError, match="the stages before 'deep' spend all"):
         compare([recipes[0], recipes[2]], flops=1e8, seeds=2, output=tmp_path / "o", say=lambda text: None)
-    with pytest.raises(PretrainError, match="unknown metric of stage 'model' 'accuracy'; accepted: bits_per_byte"):
+    with pytest.raises(
+        PretrainError, match="--metric 'accuracy': base logs no such one; accepted: loss, perplexity, bits_per_byte"
+    ):
         compare(recipes[:2], flops=1e8, seeds=2, metric="accuracy", output=tmp_path / "o", say=lambda text: None)

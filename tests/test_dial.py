@@ -327,6 +327,31 @@ def test_what_the_dial_cannot_do_is_one_line(written: Path, tmp_path: Path, chan
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("line", "told"),
+    [
+        ("  - {stage: data, name: corpus, sources: [nowhere/at/all]}", "nowhere/at/all"),
+        ("  - {stage: data, name: corpus, sources: [{files: 'no*.txt'}]}", "no*.txt"),
+        ("  - {stage: tokenizer, name: other, corpus: corpus, vocab_size: some}", "vocab_size 'some'"),
+    ],
+)
+def test_what_hinders_sizing_is_blamed_on_its_own_line(tmp_path: Path, line: str, told: str) -> None:
+    (tmp_path / "a.txt").write_text("some words " * 50)
+    data = line if "data" in line else f"  - {{stage: data, name: corpus, sources: [{tmp_path / 'a.txt'}]}}"
+    made = line if "vocab" in line else "  - {stage: tokenizer, name: other, corpus: corpus, vocab_size: auto}"
+    model = "  - {stage: train, name: m, corpus: corpus, tokenizer: other, size: auto,\n     model: {family: llama}, "
+    (tmp_path / "r.yaml").write_text(f"stages:\n{data}\n{made}\n{model}budget: {{flops: 1e9}}}}\n")
+    with pytest.raises(PretrainError) as caught:
+        recipes.load(tmp_path / "r.yaml", [], tmp_path)
+    wrong = 2 if "data" in line else 3
+    assert str(caught.value).startswith(f"{tmp_path / 'r.yaml'}:{wrong}: ") and told in str(caught.value)
+
+
+def test_a_tokenizer_of_bytes_is_sized_for_its_entries(written: Path, tmp_path: Path) -> None:
+    bytes_ = "stages.1={stage: tokenizer, name: tokenizer, corpus: corpus, algorithm: bytes}"
+    assert recipes.load(written, [bytes_], tmp_path).sizes[0].choice.shape.vocabulary == 261
+
+
 def test_plan_prints_what_is_chosen_and_what_is_expected(written: Path, tmp_path: Path) -> None:
     from pretrain.cli import app
 

@@ -13,128 +13,39 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from new_cases import (
+    ENGLISH,
+    KINDS,
+    chats,
+    new,
+    sentences,
+    write_code,
+    write_kind,
+    write_lines,
+    write_prose,
+    write_reviews,
+)
 from typer.testing import CliRunner
 
 from pretrain.cli import app
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
+from pretrain.corpus.sources import Skipped, read
 from pretrain.engine import run
 from pretrain.new import written
 from pretrain.new.languages import prose_language
 from pretrain.new.look import look
 from pretrain.new.plans import duration, quoted
+from pretrain.new.prompts import fitting
 from pretrain.new.start import encoder, vocabulary
 from pretrain.recipe import load
-
-ENGLISH = [
-    "the",
-    "of",
-    "and",
-    "to",
-    "in",
-    "that",
-    "was",
-    "with",
-    "his",
-    "for",
-    "her",
-    "river",
-    "mountain",
-    "house",
-    "stone",
-    "window",
-    "garden",
-    "letter",
-    "winter",
-]
-FRENCH = [
-    "le",
-    "la",
-    "les",
-    "des",
-    "et",
-    "dans",
-    "une",
-    "est",
-    "que",
-    "pour",
-    "pas",
-    "qui",
-    "maison",
-    "rivière",
-    "montagne",
-    "jardin",
-    "lettre",
-    "hiver",
-    "matin",
-]
-
-
-def new(*arguments: object) -> str:
-    """What the command prints; its error is raised."""
-    outcome = CliRunner().invoke(app, ["new", *map(str, arguments)])
-    if outcome.exception is not None:
-        raise outcome.exception
-    return outcome.output
+from pretrain.stages.data import build_source
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     return tmp_path
-
-
-def sentences(words, rng, count):
-    return ". ".join(" ".join(rng.choices(words, k=8)).capitalize() for _ in range(count)) + "."
-
-
-def write_prose(folder: Path) -> None:
-    rng = random.Random(0)
-    for name, words in {"en": ENGLISH, "fr": FRENCH}.items():
-        (folder / name).mkdir(parents=True)
-        for number in range(25):
-            (folder / name / f"{number}.txt").write_text(sentences(words, rng, 20), encoding="utf-8")
-
-
-def write_code(folder: Path, stories) -> None:
-    (folder / "web").mkdir(parents=True)
-    for number, story in enumerate(s for s in stories if s["domain"] == "python"):
-        (folder / f"m{number}.py").write_text(story["text"][:2000], encoding="utf-8")
-    for number in range(4):
-        (folder / "web" / f"{number}.js").write_text(f"export const a{number} = (b) => b + {number};\n" * 20)
-    (folder / ".env").write_text("TOKEN=1\n")
-    (folder / "logo.bin").write_bytes(b"\0" * 64)
-
-
-def write_reviews(path: Path, count: int = 90) -> None:
-    rng = random.Random(0)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        table = csv.writer(file)
-        table.writerow(["number", "review", "sentiment"])
-        for number in range(count):
-            good = rng.random() < 0.5
-            table.writerow([number, f"{sentences(ENGLISH, rng, 1)} {'great' if good else 'awful'} {number}",
-                            "positive" if good else "negative"])  # fmt: skip
-
-
-def write_lines(path: Path, rows) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-
-
-def chats(count: int = 60):
-    for number in range(count):
-        turns = [("user", f"What is {number} plus one?"), ("assistant", f"It is {number + 1}."), ("user", "Thanks."),
-                 ("assistant", f"You are welcome, {number}.")]  # fmt: skip
-        yield {"messages": [{"role": role, "content": words} for role, words in turns]}
-
-
-def write_images(folder: Path) -> None:
-    from PIL import Image
-
-    for grey, name in ((40, "dark"), (200, "light")):
-        (folder / name).mkdir(parents=True)
-        for number in range(24):
-            Image.new("RGB", (36, 40), (grey, number * 9, 90)).save(folder / name / f"{number}.png")
 
 
 @pytest.fixture(scope="module")
@@ -147,40 +58,9 @@ def base(prepared, tiny, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("kind", ["code", "prose", "labels", "chat", "pairs", "images", "tags", "numbers"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stories, base, tmp_path):
-    rng = random.Random(1)
-    more: list[object] = []
-    if kind == "code":
-        place = here / "code"
-        write_code(place, stories)
-    elif kind == "prose":
-        place = here / "prose"
-        write_prose(place)
-    elif kind == "labels":
-        place = here / "reviews.csv"
-        write_reviews(place)
-    elif kind == "chat":
-        place, more = here / "chat.jsonl", ["--init", base]
-        write_lines(place, chats())
-    elif kind == "pairs":
-        place, more = here / "pairs.jsonl", ["--init", base]
-        write_lines(
-            place, ({"prompt": f"Count on from {n}, please", "response": f"So {n + 1} it is"} for n in range(60))
-        )
-    elif kind == "images":
-        place = here / "shapes"
-        write_images(place)
-    elif kind == "tags":
-        place = here / "names.jsonl"
-        words = [rng.choices(ENGLISH, k=6) for _ in range(80)]
-        write_lines(
-            place, ({"text": " ".join([*w, f"Ann{n}"]), "tags": ["O"] * 6 + ["B-PER"]} for n, w in enumerate(words))
-        )
-    else:
-        place = here / "scores.tsv"
-        rows = [f"{sentences(ENGLISH, rng, 1)} {n}\t{n / 7:.3f}" for n in range(80)]
-        place.write_text("text\tscore\n" + "\n".join(rows) + "\n", encoding="utf-8")
+    place, more = write_kind(here, kind, stories, base)
     printed = new(place.name, "--budget", "1s", "--output", "r.yaml", *more)
     assert "wrote r.yaml; next: pretrain run r.yaml --dry-run" in printed and len(printed.splitlines()) <= 3
     assert len((here / "r.yaml").read_text().splitlines()) < 75
@@ -188,6 +68,29 @@ def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stori
     wanted = {"labels": "accuracy", "chat": "exact_match", "pairs": "exact_match", "images": "probe_accuracy",
               "tags": "accuracy", "numbers": "mse"}.get(kind, "bits_per_byte")  # fmt: skip
     assert wanted in result.stages["evaluation"]["metrics"]
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "book", "tiny", "continue", "compress"])
+@pytest.mark.parametrize("budget", [[], ["--budget", "2min"]], ids=["default", "2min"])
+def test_a_recipe_passes_its_own_plan_without_a_warning(here, kind, budget, stories, base):
+    more: list[object] = []
+    if kind in KINDS:
+        place, more = write_kind(here, kind, stories, base)
+    else:
+        place, count = here / "texts", {"book": 1, "tiny": 8}.get(kind, 60)
+        place.mkdir()
+        for number in range(count):
+            words = sentences(ENGLISH, random.Random(number), 2000 if kind == "book" else 12)
+            (place / f"{number}.txt").write_text(words)
+        more = ["--task", kind, "--init", base] if kind in ("continue", "compress") else []
+    assert "warning" not in new(place.name, "--output", "r.yaml", *more, *budget)
+    plan = CliRunner().invoke(app, ["run", "r.yaml", "--dry-run"], catch_exceptions=False)
+    assert plan.exit_code == 0 and "warning" not in plan.output, plan.output
+
+
+def test_what_a_plan_warns_of_for_all_that_is_told_at_once(here):
+    write_prose(here / "prose")
+    assert "warning: stage 'model': the budget makes" in new("prose", "--budget", "0.01s")
 
 
 def test_code_is_told_by_its_languages_and_what_is_no_text_of_it_is_named(here, stories):
@@ -207,12 +110,55 @@ def test_prose_in_two_languages_gets_a_domain_each(here):
     assert sources == [{"files": "prose/en", "domain": "English"}, {"files": "prose/fr", "domain": "French"}]
 
 
+def test_prompts_are_whole_lines_of_words_from_each_language(here):
+    write_prose(here / "prose")
+    for path in (here / "prose").rglob("*.txt"):
+        path.write_text("\x1b[1m%s: {}\n======\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
+    new("prose")
+    prompts = yaml.safe_load((here / "prose.yaml").read_text())["stages"][-1]["prompts"]
+    assert {prose_language(prompt) for prompt in prompts} == {"English", "French"}
+    texts = [path.read_text(encoding="utf-8").splitlines()[2] for path in (here / "prose").rglob("*.txt")]
+    assert all(any(text.startswith(prompt + " ") for text in texts) for prompt in prompts)
+    assert [
+        fitting(line) for line in ("printf %s and more words", "caf\x00 au lait it is", "a", "= = = = = = = = =")
+    ] == [None] * 4
+    assert fitting("def area(width, height):") == "def area(width, height):"
+
+
 def test_a_recipe_is_never_written_over_another(here):
     write_reviews(here / "reviews.csv")
     (here / "reviews.yaml").write_text("mine")
     with pytest.raises(PretrainError, match=r"reviews\.yaml exists; accepted: a name that is free"):
         new("reviews.csv")
+    with pytest.raises(PretrainError, match="--label 'nope': reviews.csv has no such column"):
+        new("reviews.csv", "--label", "nope")
     assert (here / "reviews.yaml").read_text() == "mine"
+    new("reviews.csv", "--force")
+    assert load(here / "reviews.yaml").name == "reviews"
+
+
+def test_of_texts_that_are_cut_the_true_share_is_told(here):
+    rng = random.Random(0)
+    rows = [f"{sentences(ENGLISH, rng, 20 if n % 9 == 0 else 1)} {n},{'ab'[n % 2]}" for n in range(99)]
+    (here / "t.csv").write_text("\n".join(["text,label", *rows]))
+    new("t.csv")
+    recipe = load(here / "t.yaml")
+    tuned = next(stage for stage in recipe.stages if stage.name == "classifier")
+    texts = [row.rpartition(",")[0] for row in rows]
+    assert next(stage for stage in recipe.stages if stage.stage == "tokenizer").algorithm == "bytes"
+    share = sum(len(text) + 2 > tuned.length for text in texts) / len(texts)
+    assert share > 0.1 and f"# {100 * share:.0f}% of the texts are longer, and cut" in (here / "t.yaml").read_text()
+
+
+def test_a_path_that_is_not_there_is_an_error_that_names_what_is_near(here):
+    write_reviews(here / "reviews.csv")
+    with pytest.raises(PretrainError, match=r"'review.csv': no such file or folder \(did you mean 'reviews.csv'"):
+        new("review.csv")
+    with pytest.raises(PretrainError, match="--starter with a name"):
+        new("nosuch")
+    assert not list(here.glob("*.yaml"))
+    assert "a starter" in new("mine", "--starter")
+    assert load(here / "mine.yaml").name == "mine"
 
 
 @pytest.mark.parametrize(
@@ -231,7 +177,7 @@ def test_a_recipe_is_never_written_over_another(here):
         (["reviews.csv", "--init", "no/such/place"], "--init 'no/such/place': no such folder"),
         (["none.csv"], "'none.csv': no such file or folder"),
         (["archive.zip"], "nothing to learn from"),
-        (["half.csv"], "2 of the first 40 rows lack a 'label'"),
+        (["scores.csv", "--task", "classify"], "120 different numbers in 'score'; accepted: --task regress"),
         (["bare.csv"], "bare.csv: no column holds texts"),
     ],
 )
@@ -239,8 +185,8 @@ def test_what_no_recipe_can_do_is_one_line(here, base, arguments, message):
     write_reviews(here / "reviews.csv")
     write_lines(here / "chat.jsonl", chats(8))
     (here / "archive.zip").write_bytes(b"PK\x03\x04")
-    half = [f"some words of the row {n},{'' if n < 2 else 'ab'[n % 2]}" for n in range(40)]
-    (here / "half.csv").write_text("text,label\n" + "\n".join(half))
+    scores = [f"some words of the row {n},{n}.5" for n in range(120)]
+    (here / "scores.csv").write_text("text,score\n" + "\n".join(scores))
     (here / "bare.csv").write_text("x,y\n1,2\n3,4\n5,6\n")
     given = [str(base) if word == "BASE" else word for word in arguments]
     with pytest.raises(PretrainError, match=message) as error:
@@ -275,13 +221,58 @@ def test_of_too_few_documents_none_is_held_out_and_the_recipe_still_runs(here):
     assert run(load(here / "one.yaml")).stages["model"]["metrics"]["steps"] > 0
 
 
-def test_rows_that_cannot_be_read_are_said_and_skipped(here):
+def test_rows_that_no_recipe_can_use_are_told_with_their_lines_and_left_out(here):
+    rows = [f"words of a longer text {n},{'ab'[n % 2]}" for n in range(60)]
+    rows[3], rows[7], rows[8], rows[9] = "a,b,c,d", "words alone,", ",a", "no label either,"
+    (here / "t.csv").write_bytes(("text,label\n" + "\n".join(rows)).encode() + "\ncaf\xe9,a".encode("latin-1"))
+    printed = new("t.csv")
+    for line in ("1 row cannot be read: 4 cells (line 5); left out by on_error: skip", "1 row not in UTF-8",
+                 "1 row without a text, passed over (line 10)",
+                 "2 rows without a label (line 9, line 11); left out by required: label"):  # fmt: skip
+        assert line in printed
+    source = yaml.safe_load((here / "t.yaml").read_text())["stages"][0]["sources"][0]
+    assert source == {"files": "t.csv", "required": ["label"], "on_error": "skip"}
+    skipped = Skipped()
+    assert sum(1 for _ in read(build_source(source), skipped)) == 56
+    assert skipped.reasons["rows without label"] == 2 and skipped.reasons["empty"] == 1
+
+
+def test_labels_that_are_missing_are_told_by_the_plan_of_any_recipe(here):
     write_reviews(here / "reviews.csv")
-    with (here / "reviews.csv").open("a") as file:
-        file.write("a,b,c,d\n")
     new("reviews.csv")
-    assert yaml.safe_load((here / "reviews.yaml").read_text())["stages"][0]["sources"][0]["on_error"] == "skip"
-    assert "1 of the first 91 rows cannot be read" in (here / "reviews.yaml").read_text()
+    with (here / "reviews.csv").open("a") as file:
+        file.write("90,some more words of it,\n")
+    plan = CliRunner().invoke(app, ["run", "reviews.yaml", "--dry-run"])
+    assert "1 rows have no 'sentiment', which is learnt like a label; required: [sentiment]" in plan.output
+
+
+def test_a_table_without_a_header_loses_no_row_to_it(here):
+    rows = [f"some longer text of number {n} to read,{'yes' if n % 2 else 'no'}" for n in range(60)]
+    (here / "bare.csv").write_text("\n".join(rows))
+    assert "a table of 60 rows without a header" in new("bare.csv")
+    source = yaml.safe_load((here / "bare.yaml").read_text())["stages"][0]["sources"][0]
+    assert source == {"files": "bare.csv", "text": "0", "header": False}
+    assert sum(1 for _ in read(build_source(source))) == 60
+    (here / "headed.csv").write_text("\n".join(["review,liked", *rows]))
+    assert look("headed.csv").table.rows == 60 and "without a header" not in new("headed.csv")
+
+
+@pytest.mark.parametrize(
+    "value, task, other",
+    [("{c}", "classify", "regress"), ("{c}.0", "classify", "regress"), ("{c}.5", "regress", "classify"),
+     ("{n}", "regress", "classify")],
+)  # fmt: skip
+def test_numbers_are_classes_where_they_are_few_and_whole_and_the_other_task_takes_them_otherwise(
+    here, value, task, other
+):
+    rows = [f"some longer text of number {n} to read,{value.format(n=n * 3 % 61, c=n % 5)}" for n in range(60)]
+    (here / "t.csv").write_text("\n".join(["text,score", *rows]))
+    printed = new("t.csv")
+    assert f"guessed --task {task}; the numbers in score are taken for" in printed and f"else --task {other}" in printed
+    objective = {"classify": "classification", "regress": "regression"}
+    assert f"method: {objective[task]}" in (here / "t.yaml").read_text()
+    new("t.csv", "--task", other, "--output", "other.yaml")
+    assert f"method: {objective[other]}" in (here / "other.yaml").read_text()
 
 
 def test_of_two_columns_that_may_be_the_label_the_guess_is_told(here):

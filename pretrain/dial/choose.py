@@ -16,6 +16,7 @@ from pretrain.dial.law import Law, Prediction, unique_worth
 from pretrain.dial.shapes import Shape, shape_of, widths
 
 VOCABULARIES = tuple(2**power for power in range(9, 18))
+LEAST_ENTRIES = 320  # of a vocabulary for the least text: hardly more than the bytes
 BYTES_AN_ENTRY = 100  # of training text at least for each entry of a vocabulary
 TRUSTED = 100  # beyond so many times the largest rung a law tells too little: 20 tokens a weight instead
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
@@ -101,7 +102,7 @@ def optimizer_for(method: str, choice: Choice) -> dict[str, float]:
 def _candidates(task: Task) -> Iterable[Shape]:
     entries = [task.vocabulary] if task.vocabulary else VOCABULARIES
     if task.unique is not None and not task.vocabulary:
-        entries = [size for size in entries if size * BYTES_AN_ENTRY <= task.unique] or [VOCABULARIES[0]]
+        entries = [size for size in entries if size * BYTES_AN_ENTRY <= task.unique] or [LEAST_ENTRIES]
     for width in [task.width] if task.width else widths():
         for vocabulary in entries:
             yield shape_of(width, vocabulary, depth=task.depth, gated=task.gated, tied=task.tied)

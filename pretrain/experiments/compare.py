@@ -10,16 +10,17 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import write_json, write_text
 from pretrain.experiments.drawing import draw
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
 from pretrain.experiments.verdict import interval, judge, share_to_reach, shares_to_reach
 from pretrain.recipe import Recipe, load
+from pretrain.stages.train import Train
 
 
 def compare(
@@ -34,12 +35,14 @@ def compare(
     ray: str | None = None,
     rates: int = 1,
     say: Callable[[str], None] = print,
+    progress: bool = False,
 ) -> Outcome:
     """Run each recipe with each seed for `flops`; writes `comparison.svg`, writes and returns `comparison.json`.
 
     `metric` is one of the held-out metrics that training logs; lower is better. Runs that are finished are not run
     again, so a comparison that was interrupted goes on. `jobs` processes share the work, or a `ray` cluster does. With
     `rates` of 3 or more so many peak rates of each side are tried first, at a third of the budget each.
+    `progress` tells on standard error how far each run is, where they run one after another.
     """
     from pretrain.core.hardware import describe
 
@@ -53,16 +56,21 @@ def compare(
             f"compare: recipes of the same name: {', '.join(names)}; accepted: a name of its own for each"
         )
     paths = dict(zip(names, recipes, strict=True))
-    usual = {name: rate_of(*_loaded(path, 0, flops, overrides)) for name, path in paths.items()}
+    loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
+    for name, (recipe, trained) in loaded.items():
+        _check_metric(name, recipe, trained, metric)
+    usual = {name: rate_of(*each) for name, each in loaded.items()}
 
     def trial(name: str, seed: int) -> Trial:
-        return _trial(name, paths[name], seed, flops, metric, Path(output).resolve(), overrides)
+        made = _trial(name, paths[name], seed, flops, metric, Path(output).resolve(), overrides)
+        return replace(made, told=progress and jobs == 1)
 
     chosen = dict(usual)
     searched = {name: rate.lr for name, rate in usual.items() if rate.lr}
     if rates != 1:
         chosen |= best_rates(searched, trial, rates=rates, jobs=jobs, ray=ray, say=say)
     queue = [(name, seed) for seed in range(seeds) for name in names]
+    say(f"{len(queue)} runs of {flops:.3g} FLOPs each: {', '.join(names)}, {seeds} seeds")
     trials = [_at(trial(name, seed), chosen[name].lr, usual[name].lr) for name, seed in queue]
     outcomes = run_all(trials, jobs=jobs, ray=ray, say=say)
     runs: dict[str, list[Outcome]] = {name: [] for name in names}
@@ -111,6 +119,22 @@ def _loaded(path: Path | str, seed: int, flops: float, overrides: Sequence[str])
     if any(each.stage == trainings[-1] for each in recipe.sizes):
         recipe = load(path, [*overrides, f"{trainings[-1]}.budget.flops={flops:g}"])
     return recipe, trainings[-1]
+
+
+def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
+    """Refuse a metric that the training of a language model does not log; what others log is known once they run."""
+    stage = next(stage for stage in recipe.stages if stage.name == trained)
+    objective = stage.weighted()[0].method if isinstance(stage, Train) else None
+    known = ("loss", "perplexity", "bits_per_byte")
+    fixed = objective is not None and objective.task == "causal" and objective.reads != "examples"
+    if objective is None or not fixed or objective.own_evaluation:
+        return
+    what, _, domain = metric.partition("/")
+    if what not in known or (domain and what == "perplexity"):
+        accepted = f"{', '.join(known)}, or loss/DOMAIN and bits_per_byte/DOMAIN"
+        raise PretrainError(
+            f"--metric {metric!r}: {name} logs no such one{nearest(metric, known)}; accepted: {accepted}"
+        )
 
 
 def _trial(

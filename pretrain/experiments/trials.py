@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from threading import Thread
@@ -45,6 +46,7 @@ class Trial:
     metric: str  # STAGE.metric
     curve: str | None = None  # of the held-out metrics in the trained stage's log
     also: tuple[str, ...] = ()  # more like `metric`
+    told: bool = False  # whether its run says on standard error how far it is
 
     @cached_property
     def key(self) -> str:
@@ -110,7 +112,13 @@ class Trial:
         from pretrain import engine
 
         checked = check(recipe, None, output=self.output)
-        return engine.run(checked, say=engine.silent, store=self.store, report=False).stages
+        say = partial(_say, self.name) if self.told else engine.silent
+        return engine.run(checked, say=say, store=self.store, report=False).stages
+
+
+def _say(name: str, text: str) -> None:
+    """A line of a trial's run."""
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
 def check_leaks(trial: Trial) -> None:

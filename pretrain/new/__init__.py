@@ -1,3 +1,3 @@
 """`pretrain new`: looks at a folder or a file (`look`, `tables`), and writes a recipe for it (`plans`, `stages`)."""
 
-TASKS = ("pretrain", "continue", "classify", "chat", "compress")
+TASKS = ("pretrain", "continue", "classify", "regress", "chat", "compress")

@@ -11,9 +11,7 @@ from pretrain.new import TASKS
 
 
 def new(
-    place: Annotated[
-        str, typer.Argument(metavar="FOLDER|FILE", help="What to learn from; else the name of a starter.")
-    ],
+    place: Annotated[str, typer.Argument(metavar="FOLDER|FILE", help="What to learn from; with --starter a name.")],
     task: Annotated[str | None, typer.Option(help=f"{', '.join(TASKS)}; guessed by default.")] = None,
     init: Annotated[
         str | None, typer.Option(help="The checkpoint to begin with: a folder, a run, a hub's name.")
@@ -22,8 +20,13 @@ def new(
     budget: Annotated[str | None, typer.Option(help="How long its training may take: 30min, 2h.")] = None,
     text: Annotated[str | None, typer.Option(help="The column of a table's texts.")] = None,
     label: Annotated[str | None, typer.Option(help="The column of a table's labels or answers.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
+    starter: Annotated[bool, typer.Option("--starter", help="Write a recipe to be edited, of no folder.")] = False,
 ) -> None:
     """Write a commented recipe for what is in a folder or a file."""
-    from pretrain.new.written import write
+    from pretrain.new.written import write, write_starter
 
-    write(place, task=task, init=init, output=output, budget=budget, text=text, label=label)
+    if starter:
+        write_starter(place, output, force, (task, init, budget, text, label))
+        return
+    write(place, task=task, init=init, output=output, budget=budget, text=text, label=label, force=force)

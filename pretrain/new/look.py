@@ -18,6 +18,7 @@ from pretrain.corpus.sources.audio import SUFFIXES as RECORDINGS
 from pretrain.corpus.sources.images import SUFFIXES as IMAGES
 from pretrain.corpus.store import side
 from pretrain.new.languages import LANGUAGE_OF, prose_language
+from pretrain.new.prompts import prompts
 from pretrain.new.tables import Table, read_table
 
 PROSE = (".txt", ".md", ".rst", ".text", ".tex", ".org", ".adoc", ".markdown", "")  # and others that are text
@@ -47,7 +48,7 @@ class Look:
     classes: tuple[str, ...] = ()  # folders of images
     side: int = 0  # pixels that most images have at least
     share: float = 0.0  # of the documents that can be held out twice; 0: too few
-    beginnings: tuple[str, ...] = ()  # of texts
+    prompts: tuple[str, ...] = ()  # lines of its texts to go on from
     others: tuple[str, ...] = ()  # tables beside it
     over: str = ""  # what was passed over
     undecoded: tuple[str, ...] = ()  # files that are not UTF-8, with the line
@@ -204,9 +205,9 @@ def _prose(seen: Look, groups: dict[str, list[Path]]) -> Look:
 def _shared(seen: Look, files: Sequence[Path]) -> Look:
     """With what can be held out, and how texts begin."""
     size = float(sum(path.stat().st_size for path in files))
-    texts = [text for _, text in _texts(files)]
+    texts = [(ending(path), text) for path, text in _texts(files)]
     share = _share(len(files), _all(files) if len(files) < FEW and size < MUCH else None)
-    return replace(seen, files=tuple(files), bytes=size, share=share, beginnings=tuple(text[:80] for text in texts))
+    return replace(seen, files=tuple(files), bytes=size, share=share, prompts=prompts(texts, share))
 
 
 def _all(files: Sequence[Path]) -> list[str]:
@@ -239,7 +240,7 @@ def _table(seen: Look, text: str | None, label: str | None) -> Look:
     others = tuple(path.name for path in seen.files if path != largest and ending(path) == ending(largest))
     return replace(
         seen, files=(largest,), bytes=float(largest.stat().st_size), table=table, share=share,
-        beginnings=tuple(each[:80] for each in table.texts[:SAMPLE]), others=others,
+        prompts=prompts((('', text) for text in evenly(table.texts, SAMPLE)), share), others=others,
     )  # fmt: skip
 
 

@@ -5,26 +5,34 @@ from __future__ import annotations
 import json
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+from pretrain.core.folders import tokenizer_of
 from pretrain.core.quick.machine import efficiency
+from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import load
 from pretrain.new import stages, start
 from pretrain.new.look import Look
+from pretrain.new.prompts import fitting
 from pretrain.new.stages import written
 from pretrain.new.start import MOST_PASSES, Start
 from pretrain.new.tables import Table
 from pretrain.new.tuning import Plan, Tuned, plan
 from pretrain.new.words import contents
+from pretrain.stages._examples import counter
 
 LAW = Path(dial.__file__).parent / "laws" / "python.json"
 MINUTES = (1, 2, 5, 10, 20, 30)
 EVENING = 60.0 * MINUTES[-1]
 ENOUGH = 1.03  # of the loss of an evening's training is as good as it
 TOKEN = 3.5  # bytes, about
+COUNTED = 400  # texts whose tokens are counted
+MEASURED = 0.05  # of a training between two measurements
+CONTINUED = "a few passes over the text; longer forgets the rest"
 FRAME = 2  # tokens that begin and end a text
 PIXEL_FLOPS = 6 * 1.1e6 * 48  # of an image of 64 patches in training
 RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
@@ -39,6 +47,8 @@ class Asked:
     task: str
     init: Start | None = None
     seconds: float | None = None  # all its trainings together
+    shares: Mapping[str, float] = field(default_factory=dict)  # of a training between two measurements, where not usual
+    passes: int | None = None  # over the text, where there is time for more of them than teach anything
 
     @property
     def text(self) -> float:
@@ -61,15 +71,46 @@ class Asked:
             return EVENING
         return next(time for time, each in zip(times, bits, strict=True) if each <= ENOUGH * bits[-1])
 
-    @property
-    def token(self) -> float:
-        """Bytes of a token, about: one where there is too little text for a vocabulary."""
-        return 1.0 if self.init is None and start.vocabulary(self.text) <= start.BYTES else TOKEN
+    @cached_property
+    def tokens(self) -> list[float]:
+        """Tokens of some of the table's texts, counted by the tokenizer there is, or by one like that to be made."""
+        table, entries = self.look.table, start.vocabulary(self.text)
+        texts = evenly(table.texts, COUNTED) if table is not None else []
+        both = 2 if table is not None and table.pair else 1
+        made = None if self.init is None else tokenizer_of(Path(self.init.name)) / "tokenizer.json"
+        if made is None and entries <= start.BYTES:
+            sizes = [float(len(text.encode())) for text in texts]
+        elif made is None or made.exists():
+            sizes = counter(made, entries, tuple({"text": text} for text in texts))(texts)
+        else:  # of a hub's, which has not been fetched
+            sizes = [len(text.encode()) / TOKEN for text in texts]
+        return [FRAME + both * size for size in sizes]
 
-    @property
-    def measured(self) -> str:
-        """How often is measured while it trains, where something is held out."""
-        return stages.MEASURED if self.look.share else ""
+    def length(self, most: int) -> int:
+        """Tokens that 95% of the texts fit in, a multiple of 32; at most so many."""
+        fits = sorted(self.tokens)[int(0.95 * (len(self.tokens) - 1))] if self.tokens else most
+        return max(32, min(most, 32 * math.ceil(fits / 32)))
+
+    def cut(self, length: int) -> str:
+        """How many of the texts are longer."""
+        share = sum(size > length for size in self.tokens) / max(1, len(self.tokens))
+        what = "no text is longer" if not share else f"{max(1, round(100 * share))}% of the texts are longer, and cut"
+        return what if self.look.table is not None and self.look.table.whole else f"{what}, of those looked at"
+
+    def measured(self, stage: str) -> str:
+        """How often is measured while a stage trains, where something is held out."""
+        share = self.shares.get(stage, MEASURED)
+        if not self.look.share:
+            return ""
+        if share == 0:
+            return stages.MEASURED_ONCE
+        return written(stages.MEASURED, share=f"{share:g}", times=f"{1 / share:.0f} times")
+
+    def spent(self, why: str) -> dict[str, str]:
+        """The budget of a training on text, and why it is that."""
+        if self.passes is not None:
+            return {"budget": f"{{epochs: {self.passes}}}", "why": "passes over the text: more teach little"}
+        return {"budget": f"{{seconds: {duration(self.budget)}}}", "why": why}
 
     def tuning(self, width: int, blocks: int, epochs: int, length: int, share: float = 1.0) -> Plan:
         """The budget of tuning a model on labelled documents, in a share of the time."""
@@ -78,23 +119,16 @@ class Asked:
         sizes = [len(text) for text in table.texts] or [length]
         documents = max(1.0, self.text / max(1.0, sum(sizes) / len(sizes)))
         adapted, held_out = self.init is not None and self.init.wide, documents * self.look.share
-        tokens = [FRAME + size / self.token for size in sizes]
-        tuned = Tuned(width, blocks, tokens, documents, held_out, length, start.rate(), adapted)
+        tuned = Tuned(width, blocks, self.tokens, documents, held_out, length, start.rate(), adapted)
         return plan(tuned, self.budget * share, epochs, duration(self.budget * share))
 
     @cached_property
     def tuned(self) -> Plan | None:
         """The budget of the fine-tuning, where the recipe has one."""
         table, init = self.look.table, self.init
-        if table is None or self.task not in ("classify", "chat"):
+        if table is None or self.task not in ("classify", "regress", "chat"):
             return None
-        length = (
-            _length(table, 256, self.token)
-            if self.task == "classify"
-            else 512
-            if init is not None and init.wide
-            else 256
-        )
+        length = self.length(256) if self.task != "chat" else 512 if init is not None and init.wide else 256
         if init is None:
             return self.tuning(*_encoder_size(self), epochs=8, length=length, share=0.5)
         epochs = 3 if init.wide else 8
@@ -105,7 +139,7 @@ def recipe(asked: Asked) -> str:
     """The recipe's text."""
     makers = {
         "pretrain": _images if asked.look.kind == "images" else _pretrain, "continue": _continue,
-        "classify": _classify, "chat": _chat, "compress": _compress,
+        "classify": _classify, "regress": _classify, "chat": _chat, "compress": _compress,
     }  # fmt: skip
     head = [
         f"# Written by `pretrain new` for {commented(f'{asked.look.place}: {contents(asked.look)}')}.",
@@ -148,10 +182,7 @@ def _corpus(asked: Asked) -> str:
 def _sources(asked: Asked) -> list[str]:
     look, table = asked.look, asked.look.table
     if table is not None:
-        text = "" if table.text == "text" else f", text: {quoted(table.text)}"
-        why = f"{table.bad} of the first {table.rows + table.bad} rows cannot be read: they are counted and left out"
-        bad = f", on_error: skip}}  # {why}" if table.bad else "}"
-        return [f"      - {{files: {quoted(str(look.files[0]))}{text}{bad}"]
+        return [f"      {line}" for line in _rows(table, str(look.files[0])).splitlines()]
     skip = ", on_error: skip" if look.undecoded else ""
     why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
     if look.domains:
@@ -165,6 +196,24 @@ def _sources(asked: Asked) -> list[str]:
     return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
 
 
+def _rows(table: Table, name: str) -> str:
+    """A table as a source: with its rows that are left out a field a line, and why."""
+    fields = [f"files: {quoted(name)}"] + ([f"text: {quoted(table.text)}"] if table.text != "text" else [])
+    more = ["header: false  # columns are numbered; true: the first row names them"] if table.header is False else []
+    required = [fault for fault in table.faults if fault.field.startswith("required")]
+    if required:
+        names = ", ".join(quoted(fault.field.removeprefix("required: ")) for fault in required)
+        more.append(f"required: [{names}]  # {commented('; '.join(map(str, required)))}: passed over")
+    skipped = [fault for fault in table.faults if fault.field.startswith("on_error")]
+    if skipped:
+        more.append(f"on_error: skip  # {commented('; '.join(map(str, skipped)))}: left out, and counted")
+    elif not table.whole:
+        more.append("# on_error: skip  # if a row further down cannot be read")
+    if not more:
+        return f"- {{{', '.join(fields)}}}"
+    return "- " + "\n  ".join([*fields, *more])
+
+
 def _evaluation(asked: Asked, checkpoint: str, name: str = "evaluation", more: str = "") -> str:
     if not asked.look.share:
         return ""
@@ -176,8 +225,9 @@ def _task(objective: str, more: str = "") -> str:
 
 
 def _samples(asked: Asked) -> str:
-    starts = dict.fromkeys(each.split("\n")[0][:40].strip() for each in asked.look.beginnings)
-    prompts = [json.dumps(each, ensure_ascii=False) for each in starts if each][:3] or ['"The "']
+    prompts = [json.dumps(each, ensure_ascii=False) for each in asked.look.prompts[:3]]
+    if not prompts and not asked.look.share:
+        prompts = ['"The "']
     more = "    corpus: corpus  # and held-out beginnings, beside how they go on" if asked.look.share else ""
     return written(stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more=more)
 
@@ -185,7 +235,7 @@ def _samples(asked: Asked) -> str:
 def _pretrain(asked: Asked) -> list[str]:
     why = "longer helps little: there is too little text for it" if asked.budget < EVENING else "longer helps"
     why = why if asked.seconds is None else "or tokens: 10M, flops: 1e14, epochs: 4"
-    model = written(stages.MODEL, seconds=duration(asked.budget), why=why, measured=asked.measured)
+    model = written(stages.MODEL, **asked.spent(why), measured=asked.measured("model"))
     return [_corpus(asked), written(stages.TOKENIZER), model, _evaluation(asked, "model"), _samples(asked)]
 
 
@@ -193,7 +243,7 @@ def _continue(asked: Asked) -> list[str]:
     init = asked.init
     assert init is not None, "the command asks for one"
     model = written(
-        stages.CONTINUED, init=quoted(init.name), seconds=duration(asked.budget), measured=asked.measured,
+        stages.CONTINUED, init=quoted(init.name), measured=asked.measured("model"), **asked.spent(CONTINUED),
         objective={"masked": "masked_lm", "seq2seq": "span_corruption"}.get(init.kind, "causal_lm"),
         length=init.length(512 if init.wide else 256), rate="1e-4" if init.wide else "5e-4",
     )  # fmt: skip
@@ -217,15 +267,10 @@ def _objective(table: Table) -> str:
     return f"{{{', '.join(f'{name}: {quoted(value)}' for name, value in fields.items())}}}"
 
 
-def _length(table: Table, most: int, token: float) -> int:
-    """Tokens, of so many bytes, that nearly all texts fit in, a multiple of 32."""
-    return max(32, min(most, 32 * math.ceil((table.characters / token + FRAME) / 32)))
-
-
 def _classify(asked: Asked) -> list[str]:
     table, init = asked.look.table, asked.init
     assert table is not None, "the command asks for one"
-    objective, length = _objective(table), _length(table, 256, asked.token)
+    objective, length = _objective(table), asked.length(256)
     before = [] if init is not None else _encoder(asked, length)
     length = length if init is None else init.length(length)
     assert asked.tuned is not None
@@ -235,7 +280,8 @@ def _classify(asked: Asked) -> list[str]:
         stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length,
         budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows,
         adapter=stages.ADAPTER if adapted else "", objective=objective, label=commented(str(table.label)),
-        rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured,
+        cut=asked.cut(length),
+        rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured(name),
         best=stages.BEST if asked.look.share else "",
     )  # fmt: skip
     then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}"
@@ -255,7 +301,8 @@ def _encoder(asked: Asked, length: int) -> list[str]:
     size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
     encoder = written(
         stages.ENCODER, width=width, inner=4 * width, blocks=blocks, heads=max(2, width // 32),
-        positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length, measured=asked.measured,
+        positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
+        measured=asked.measured("encoder"),
         budget=f"{{epochs: {MOST_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",
     )  # fmt: skip
@@ -273,10 +320,10 @@ def _chat(asked: Asked) -> list[str]:
     tuned = written(
         stages.CHAT, name="tuned" if init.wide else "model", init=quoted(init.name), objective=objective,
         adapter=stages.ADAPTER if init.wide else "", length=init.length(512 if init.wide else 256),
-        rate="3e-4" if init.wide else "1e-3", measured=asked.measured,
+        rate="3e-4" if init.wide else "1e-3", measured=asked.measured("tuned" if init.wide else "model"),
         budget=asked.tuned.budget, why=asked.tuned.why, rows=min(8, asked.tuned.rows),
     )  # fmt: skip
-    starts = ["user: Hello!"] if table.talk else [each for each in asked.look.beginnings if "\n" not in each][:2]
+    starts = ["user: Hello!"] if table.talk else [each for each in evenly(table.texts, 24) if fitting(each) == each][:2]
     prompts = [json.dumps(prompt.replace("{text}", each), ensure_ascii=False) for each in starts]
     samples = written(
         stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more="    temperature: 0"
@@ -302,7 +349,7 @@ def _images(asked: Asked) -> list[str]:
     budget = "{epochs: 100}" if images > 100 * len(look.files) else f"{{seconds: {duration(asked.budget)}}}"
     model = written(
         stages.IMAGES, side=side, patch=patch, rows=max(4, min(64, len(look.files) // 8)), budget=budget,
-        measured=asked.measured,
+        measured=asked.measured("model"),
     )  # fmt: skip
     probe = _evaluation(asked, "model", more="    evaluations: [{method: probe, label: label}]") if look.classes else ""
     return [_corpus(asked), written(stages.PIXELS, side=side), model, probe]

@@ -42,10 +42,11 @@ MODEL = """
     tokenizer: tokenizer
     size: auto  # width, depth, batch and rate for the budget: `pretrain plan`
     model: {family: llama}
-    budget: {seconds: $seconds}  # $why
+    budget: $budget  # $why
 $measured
 """
-MEASURED = "    evaluate_every: 0.05  # 20 times, however long it takes"
+MEASURED = "    evaluate_every: $share  # $times, however long it takes"
+MEASURED_ONCE = "    evaluate_every: 0  # at the end alone: a measurement takes longer than the training between two"
 EVALUATION = """
   - name: $name
     stage: evaluate
@@ -70,7 +71,7 @@ CONTINUED = """
     batch_rows: 8
     optimizer: {method: adamw, lr: $rate}  # low: what it knows is to stay
     schedule: {method: rewarm, warmup: 0.01}  # arXiv:2403.08763
-    budget: {seconds: $seconds}  # a few passes over the text; longer forgets the rest
+    budget: $budget  # $why
 $measured
 """
 ENCODER_TOKENIZER = """
@@ -111,7 +112,7 @@ TUNED = """
     init: $init
 $adapter
     objective: $objective  # from the column $label
-    length: $length  # nearly all texts are shorter
+    length: $length  # $cut
     batch_rows: $rows
     optimizer: {method: adamw, lr: $rate}
     schedule: {method: linear, warmup: 0.1}

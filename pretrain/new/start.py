@@ -13,17 +13,14 @@ from pretrain.core.quick.hub import located, looks_like
 from pretrain.core.quick.machine import cores, efficiency, likely_device, remembered_rate
 from pretrain.core.quick.positions import positions
 from pretrain.core.quick.table import FAMILIES
+from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
 
 RATES = {"cpu": 5e10, "cuda": 5e13}  # FLOP/s of a core or a card, as long as none is measured
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
 # Width and blocks of encoders: heads of 32 on the way up.
 ENCODERS = ((64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (768, 12))
 MOST_PASSES = 16  # over the text: arXiv:2305.16264 finds nothing more after them
-BYTES, BYTES_AN_ENTRY, LEAST = (
-    256,
-    100,
-    320,
-)  # of text for an entry of a vocabulary; fewer entries are hardly more than the bytes
+BYTES = 256
 WIDE = 512  # from this width on what is tuned is a LoRA: all weights are too many for an evening
 
 
@@ -105,6 +102,8 @@ def encoder(seconds: float, text: float, vocabulary: int) -> tuple[int, int]:
 
 def vocabulary(text: float) -> int:
     """Entries that so many bytes of text can fill, at 100 bytes an entry; 256 stands for bytes alone."""
-    if text < LEAST * BYTES_AN_ENTRY:
+    if text < LEAST_ENTRIES * BYTES_AN_ENTRY:
         return BYTES
-    return min(16384, 2 ** math.floor(math.log2(text / BYTES_AN_ENTRY)) if text >= 512 * BYTES_AN_ENTRY else LEAST)
+    return min(
+        16384, 2 ** math.floor(math.log2(text / BYTES_AN_ENTRY)) if text >= 512 * BYTES_AN_ENTRY else LEAST_ENTRIES
+    )

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
+from functools import partial
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.sources._chat import is_chat
-from pretrain.corpus.sources._containers import READERS, ending
+from pretrain.corpus.sources._containers import READERS, ending, read_csv
 from pretrain.corpus.sources._files import Document
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import number
+from pretrain.new.faults import Fault, given, headless, lacking, unreadable
 
-ROWS = 1000  # that are looked at
+ROWS, MUCH = 10_000, 16 << 20  # that are looked at at most, and characters of them
 OWN = 0.5  # of the rows have a value that no other has: these are names, and no labels
-MOST_CLASSES, MOST_RATINGS = 100, 20  # more different numbers than that are a quantity
+MOST_CLASSES, MOST_RATINGS = 100, 20  # more different numbers than these, or broken ones, are a quantity
 LONGEST_LABEL = 60
 TEXTS = ("text", "content", "sentence", "review", "comment", "message", "body", "document", "abstract", "description",
          "question", "tweet", "title", "utterance", "headline", "input")  # fmt: skip
@@ -38,14 +40,15 @@ class Table:
     columns: tuple[str, ...]
     rows: int  # that were read
     whole: bool  # whether these are all
-    bad: int  # of them could not be read
     kind: str
     text: str
     label: str | None = None  # the column of labels, numbers, tags or answers
     pair: str | None = None  # of second texts
     more: str | None = None  # of what stands between the text and the answer
     classes: int = 0
-    lacking: int = 0  # rows without a label
+    numeric: bool = False  # whether the labels are numbers
+    faults: tuple[Fault, ...] = ()  # rows that are left out
+    header: bool | None = None  # False: its first row is one like the others
     rare: tuple[str, ...] = ()  # labels of a single row
     doubts: tuple[str, ...] = ()  # columns that may be the label as well
     texts: tuple[str, ...] = ()  # those that were read
@@ -56,49 +59,66 @@ class Table:
         """Whether it holds whole conversations, whose answers the source gives as `target`."""
         return self.kind == "chat" and self.label == "target" and "target" not in self.columns
 
-    @property
-    def characters(self) -> int:
-        """That 95% of the texts, with their second texts, do not exceed."""
-        sizes = sorted(map(len, self.texts))
-        return sizes[int(0.95 * (len(sizes) - 1))] * (2 if self.pair else 1) if sizes else 0
-
 
 Rows = list[Document]
 
 
-def read_table(path: Path, name: str, *, text: str | None = None, label: str | None = None) -> Table:
+def read_table(
+    path: Path, name: str, *, text: str | None = None, label: str | None = None, header: bool | None = None
+) -> Table:
     """What a table is; `text` and `label` are columns that are known already."""
-    bad: list[str] = []
-    reader = READERS[ending(path)](path, name, text or "text", lambda where, *_: bad.append(where), Skipped())
-    rows = [row for _, row in islice(reader, ROWS + 1)]
-    whole, rows = len(rows) <= ROWS, rows[:ROWS]
+    wrong: list[tuple[str, str, str]] = []
+    placed, whole = _beginning(path, name, text or "text", wrong, header)
+    rows = [row for _, row in placed]
     if not rows:
-        first = f" ({bad[0]} is none)" if bad else ""
+        first = f" ({wrong[0][0]} is none)" if wrong else ""
         raise PretrainError(f"{name}: no rows that can be read{first}; accepted: rows under a header")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
+    if ending(path) in (".csv", ".tsv") and header is None:
+        if text not in columns and label not in columns and headless(columns, rows):
+            return read_table(path, name, text=text, label=label, header=False)
+        header = False if columns == tuple(map(str, range(len(columns)))) else None
     for option, wanted in {"--text": text, "--label": label}.items():
         if wanted is not None and wanted not in columns:
             raise PretrainError(
-                f"{option} {wanted!r}: {name} has no such column{nearest(wanted, columns)}; "
+                f"{option} {wanted!r}: {name} has no such column{nearest(wanted, columns)}"
+                f"{', and no header, so they are numbered' if header is False else ''}; "
                 f"accepted: {', '.join(columns)}"
             )
-    seen = Table(columns, len(rows), whole, len(bad), "prose", "")
+    seen = Table(columns, len(rows), whole, "prose", "", header=header)
     table = None
     for guess in (_chat, _labelled, _answered, _prose):  # the first that fits
         table = table or guess(seen, rows, text, label)
     if table is None:
         raise PretrainError(f"{name}: no column holds texts; accepted: --text with one of {', '.join(columns)}")
-    texts = tuple(str(row[table.text]) for row in rows if _given(row, table.text))
+    texts = tuple(str(row[table.text]) for row in rows if given(row, table.text))
     groups = [str(row.get("id", f"{name}:{number}")) for number, row in enumerate(rows)]
-    return replace(table, texts=texts, keys=tuple(dict.fromkeys(groups if table.talk else texts)))
+    faults = [*unreadable(wrong), *lacking(placed, table.text, "without a text, passed over")]
+    for column in filter(None, (table.pair, None if table.talk else table.label)):
+        some = [(where, row) for where, row in placed if given(row, table.text)]
+        faults += lacking(some, column, f"without a {column}", f"required: {column}")
+    return replace(
+        table, texts=texts, keys=tuple(dict.fromkeys(groups if table.talk else texts)), faults=tuple(faults)
+    )  # fmt: skip
 
 
-def _given(row: Document, column: str) -> bool:
-    return row.get(column) is not None and row[column] != ""
+def _beginning(
+    path: Path, name: str, text: str, wrong: list[tuple[str, str, str]], header: bool | None
+) -> tuple[list[tuple[str, Document]], bool]:
+    """The first rows, each with where it stands, and whether these are all."""
+    reader = partial(read_csv, header=header) if ending(path) in (".csv", ".tsv") else READERS[ending(path)]
+    placed: list[tuple[str, Document]] = []
+    size = 0
+    for where, row in reader(path, name, text, lambda where, what, why, _: wrong.append((where, what, why)), Skipped()):
+        if len(placed) >= ROWS or size > MUCH:
+            return placed, False
+        placed.append((where, row))
+        size += sum(len(value) for value in row.values() if isinstance(value, str))
+    return placed, True
 
 
 def _values(rows: Rows, column: str) -> list[object]:
-    return [row[column] for row in rows if _given(row, column)]
+    return [row[column] for row in rows if given(row, column)]
 
 
 def _first(names: Iterable[str], columns: Iterable[str]) -> str | None:
@@ -140,12 +160,33 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
             f"none; accepted: a column whose values come again{f' ({labels})' if labels else ''}"
         )
     classes = len({str(value) for value in values})
-    kind = "regress" if _is_number(values) and classes > MOST_RATINGS else "classify"
+    numeric = _is_number(values)
+    kind = "regress" if numeric and _is_quantity(values) else "classify"
     doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
     return replace(
         seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, classes=classes, doubts=doubts,
-        lacking=len(rows) - len(values), rare=_rare(values) if kind == "classify" else (),
+        numeric=numeric, rare=_rare(values) if kind == "classify" else (),
     )  # fmt: skip
+
+
+def as_asked(table: Table, task: str | None, name: str) -> Table:
+    """A table of labels that are numbers, as the task takes them: for classes, or for a quantity."""
+    if task == "regress" and table.kind == "classify" and table.numeric:
+        return replace(table, kind="regress", rare=())
+    if task == "classify" and table.kind == "regress":
+        if table.classes > MOST_CLASSES:
+            raise PretrainError(
+                f"--task classify: {name} has {table.classes:,} different numbers in {table.label!r}; accepted: "
+                f"--task regress, or a column of at most {MOST_CLASSES} labels"
+            )
+        return replace(table, kind="classify")
+    return table
+
+
+def _is_quantity(values: Sequence[object]) -> bool:
+    """Whether numbers say how much, and name no classes: some are broken, or many are different."""
+    numbers = {float(str(value)) for value in values}
+    return len(numbers) > MOST_RATINGS or any(value != int(value) for value in numbers if math.isfinite(value))
 
 
 def _names_rows(column: str, values: Sequence[object]) -> bool:
@@ -222,7 +263,7 @@ def _is_number(values: Iterable[object]) -> bool:
 
 def _is_tags(rows: Rows, text: str, column: str) -> bool:
     """Whether a column holds a tag for each word of the texts."""
-    both = [(str(row[text]).split(), row[column]) for row in rows if _given(row, text) and _given(row, column)]
+    both = [(str(row[text]).split(), row[column]) for row in rows if given(row, text) and given(row, column)]
     tags = [value.split() if isinstance(value, str) else value for _, value in both]
     lists = all(isinstance(each, list) for each in tags) and any(len(words) > 1 for words, _ in both)
     return lists and all(len(each) == len(words) for each, (words, _) in zip(tags, both, strict=True))

@@ -14,7 +14,7 @@ from pretrain.core.quick.machine import efficiency
 from pretrain.dial.choose import STEP
 
 FEW = 50  # steps, below which a fine-tuning learns little
-ROWS = (16, 8, 4)  # of a step: fewer where steps are dear
+ROWS = (16, 8, 4, 2)  # of a step: fewer where steps are dear, or documents few
 MEASUREMENTS = 20
 
 
@@ -70,7 +70,8 @@ class Plan:
 def plan(tuned: Tuned, seconds: float, epochs: int, duration: str) -> Plan:
     """Up to `epochs` passes; fewer where the time allows no more, and less than one as a budget of time."""
     left = max(seconds / 3, seconds - tuned.measuring())
-    rows = next((rows for rows in ROWS if left / tuned.step(rows) >= FEW), ROWS[-1])
+    steps = {rows: min(left / tuned.step(rows), tuned.documents / rows * epochs) for rows in ROWS}
+    rows = next((rows for rows in ROWS if steps[rows] >= FEW), ROWS[-1])
     wanted = tuned.documents / rows * epochs
     fits = left / tuned.step(rows)
     if fits >= wanted:

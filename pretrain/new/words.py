@@ -10,6 +10,7 @@ def contents(look: Look) -> str:
     size, table = f"{look.bytes / 1e6:,.1f} MB" if look.bytes >= 1e5 else f"{look.bytes / 1e3:,.1f} kB", look.table
     if table is not None:
         rows = f"{table.rows:,} rows" if table.whole else f"more than {table.rows:,} rows"
+        rows += " without a header" if table.header is False else ""
         return f"a table of {rows}, {size}; {columns(table.kind, look)}"
     number = f"{len(look.files):,} file{'s' if len(look.files) != 1 else ''}"
     if look.kind == "images":

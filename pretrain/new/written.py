@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import typer
 
-from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.files import write_text
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
 from pretrain.new import TASKS
+from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
-from pretrain.new.plans import Asked, recipe
+from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
+from pretrain.new.tables import as_asked
 from pretrain.new.words import contents
 
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
 HEADS = {"continue": ("causal", "masked", "seq2seq"), "chat": ("causal", "seq2seq"), "compress": ("causal", "masked")}
-WANTED = {"classify": ("classify", "regress", "tag"), "chat": ("chat",)}  # kinds of tables
-LACKING = {"classify": "texts with labels", "chat": "conversations or answers"}
+WANTED = {"classify": ("classify", "tag"), "regress": ("regress",), "chat": ("chat",)}  # kinds of tables
+LABELLED = ("classify", "regress")
+LACKING = {"classify": "texts with labels", "regress": "texts with numbers", "chat": "conversations or answers"}
 
 
 def write(
@@ -33,26 +38,28 @@ def write(
     budget: str | None = None,
     text: str | None = None,
     label: str | None = None,
+    force: bool = False,
 ) -> None:
     """Look at what is there, write a recipe for it, and say what was seen, guessed and left out."""
     if task is not None and task not in TASKS:
         raise unknown("task", task, TASKS)
     path = expanded(place)
     target = output or Path(f"{name_of(path)}.yaml")
-    if target.exists():
-        raise PretrainError(f"{target} exists; accepted: a name that is free, with --output")
     if not path.exists() and not re.search(r"[*?\[]|://", place):
-        _starter(place, target, (task, init, budget, text, label))
-        return
+        raise PretrainError(_absent(place, path))
     seconds = None if budget is None else _seconds(budget)
-    seen = look(place, text=text, label=label, table=task in ("classify", "chat"))
+    seen = look(place, text=text, label=label, table=task in WANTED)
     chosen = task or _guess(seen, init)
-    seen = _settled(seen, place, text, label) if chosen == "classify" else seen
+    seen = _settled(seen, place, text, label) if chosen in LABELLED else seen
+    if seen.table is not None:
+        seen = replace(seen, table=as_asked(seen.table, task, seen.place))
     start = None if init is None else start_of(init)
     _check(seen, chosen, start, guessed=task is None)
     asked = Asked(name_of(target), seen, chosen, start if chosen != "pretrain" else None, seconds)
-    write_text(target, recipe(asked))
-    _say(asked, target, task is None)
+    _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
+    text_of, odd = fitted(asked)
+    write_text(target, text_of)
+    _say(asked, target, task is None, odd)
 
 
 def name_of(path: Path) -> str:
@@ -61,13 +68,41 @@ def name_of(path: Path) -> str:
     return re.sub(r"[^\w-]+", "-", stem).strip("-") or "mine"
 
 
-def _starter(place: str, target: Path, others: tuple[object, ...]) -> None:
-    """The starter, for a name at which nothing lies."""
-    if any(others) or re.search(r"[/\\]", place) or not re.fullmatch(r"[\w-]+(\.ya?ml)?", place):
-        raise PretrainError(f"{place!r}: no such file or folder; accepted: one to learn from, or the name of a starter")
+def _free(target: Path, force: bool) -> None:
+    """Refuse to write over a file, unless it is asked for."""
+    if target.is_dir():
+        raise PretrainError(f"{target} is a folder; accepted: a file's name, with --output")
+    if target.exists() and not force:
+        raise PretrainError(
+            f"{target} exists; accepted: a name that is free, with --output, or --force to write over it"
+        )
+
+
+def _absent(place: str, path: Path) -> str:
+    """What is said of a path at which nothing lies."""
+    folder = path.parent
+    while not folder.is_dir():
+        path, folder = folder, folder.parent
+    names = sorted(each.name for each in folder.iterdir() if not each.name.startswith("."))
+    some = ", ".join(names[:5]) + (", …" if len(names) > 5 else "")
+    there = f" ({folder}: {some})" if names else ""
+    return (
+        f"{place!r}: no such file or folder{nearest(path.name, names)}{there}; accepted: one to learn from, or "
+        "--starter with a name for a recipe to be edited"
+    )
+
+
+def write_starter(name: str, output: Path | None, force: bool, others: tuple[object, ...]) -> None:
+    """A recipe of no folder, to be edited."""
+    if any(others) or not re.fullmatch(r"[\w-]+(\.ya?ml)?", name):
+        raise PretrainError(
+            f"--starter {name!r}: accepted: a name of letters and digits, and at most --output, --force"
+        )
+    target = output or Path(f"{Path(name).stem}.yaml")
+    _free(target, force)
     starter = Path(__file__).parents[1].joinpath("starter.yaml").read_text(encoding="utf-8")
     write_text(target, starter.replace("NAME", target.stem))
-    typer.echo(f"{target}: nothing lies at {place}, so it is a starter: edit it, then: pretrain run {target}")
+    typer.echo(f"wrote {target}, a starter: edit it, then: pretrain run {target}")
 
 
 def _seconds(budget: str) -> float:
@@ -79,10 +114,9 @@ def _seconds(budget: str) -> float:
 
 def _guess(seen: Look, init: str | None) -> str:
     kind = seen.table.kind if seen.table else ""
-    if kind in ("classify", "regress", "tag"):
-        return "classify"
-    if kind == "chat":
-        return "chat"
+    task = next((task for task, kinds in WANTED.items() if kind in kinds), None)
+    if task is not None:
+        return task
     return "continue" if init is not None and seen.kind != "images" else "pretrain"
 
 
@@ -119,10 +153,6 @@ def _check(seen: Look, task: str, init: Start | None, guessed: bool) -> None:
         raise PretrainError(
             f"--task {task}: {place} holds no {LACKING[task]}{has}; accepted: a table of them, or --label"
         )
-    if task == "classify" and table is not None and table.lacking:
-        raise PretrainError(
-            f"{place}: {table.lacking} of the first {table.rows} rows lack a {table.label!r}; accepted: one in each"
-        )
     if task in HEADS and init is not None and (init.kind not in HEADS[task] or init.family is None):
         raise PretrainError(
             f"--init {init.name!r} is a {init.config.get('model_type')} ({init.kind}); accepted for {task}: "
@@ -130,13 +160,16 @@ def _check(seen: Look, task: str, init: Start | None, guessed: bool) -> None:
         )
 
 
-def _say(asked: Asked, target: Path, guessed: bool) -> None:
+def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
     seen, table = asked.look, asked.look.table
     typer.echo(f"{seen.place}: {contents(seen)}" + (f"; passed over: {seen.over}" if seen.over else ""))
     notes = []
     if guessed:
         notes.append(f"guessed --task {asked.task}")
-    if table is not None and table.doubts and asked.task == "classify":
+    if table is not None and table.numeric and guessed and asked.task in LABELLED:
+        taken, other = ("classes", "regress") if asked.task == "classify" else ("a quantity", "classify")
+        notes.append(f"the numbers in {table.label} are taken for {taken}: else --task {other}")
+    if table is not None and table.doubts and asked.task in LABELLED:
         notes.append(f"the label may as well be {' or '.join(table.doubts)}: --label")
     if table is not None and table.rare and asked.task == "classify":
         some = ", ".join(map(repr, table.rare[:3])) + (", …" if len(table.rare) > 3 else "")
@@ -155,4 +188,8 @@ def _say(asked: Asked, target: Path, guessed: bool) -> None:
         notes.append(asked.tuned.warning)
     if notes:
         typer.echo("; ".join(notes))
+    for fault in table.faults if table is not None else ():
+        typer.echo(f"{fault}" + (f"; left out by {fault.field}" if fault.field else ""))
+    for line in odd:
+        typer.echo(f"warning: {line}")
     typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")

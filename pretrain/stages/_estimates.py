@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, JSONObject, read_object
@@ -23,7 +23,6 @@ from pretrain.stages._examples import Labelled, Texts, counter, lengths, stored
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
 RATE = 4e10  # FLOP/s where no run has measured this machine: a core or two
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
-BYTES_AN_ENTRY = 100  # of training text at least for each entry of a vocabulary
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
 DECODING = 0.2  # of the rate of training, a token at a time
@@ -46,6 +45,13 @@ class Left:
     tokenizer: Path | None = None  # the file of one that is there
 
 
+class Odd(NamedTuple):
+    """What is likely a mistake, and the field that would change it."""
+
+    field: str
+    text: str
+
+
 @dataclass(frozen=True)
 class Estimate:
     """What a stage is expected to take; None where nothing can be said. `passes`: how often it reads its corpus."""
@@ -56,7 +62,7 @@ class Estimate:
     disk_bytes: float | None = None
     passes: float | None = None
     left: Left = Left()
-    warnings: tuple[str, ...] = ()
+    warnings: tuple[Odd, ...] = ()
 
 
 Given = Mapping[str, Left]  # by the fields that name them, as `Stage.references` does

@@ -12,6 +12,7 @@ from pretrain.core.files import JSON
 from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
 from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
+from pretrain.dial.law import REPEATS
 from pretrain.dial.shapes import Shape
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
@@ -22,6 +23,7 @@ from pretrain.stages._estimates import (
     Estimate,
     Given,
     Left,
+    Odd,
     bytes_of_token,
     forward,
     training_seconds,
@@ -30,10 +32,11 @@ from pretrain.stages._examples import Labelled, Lengths, counter, lengths, store
 from pretrain.surgery import Surgery
 from pretrain.training.budget import Budget
 
-LONG = 0.3  # of the time of training from which that of measuring is told
+LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
 OTHER_PASSES = 20  # where each hides other tokens, or labels are learnt
-FEW_STEPS, MANY_PASSES = 10, 4  # arXiv:2305.16264: up to 4 passes are worth nearly as much as new text
+FEW_STEPS = 10
+MANY_PASSES = round(2 * REPEATS)  # arXiv:2305.16264: they give 86% of all that reading again can give
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
 START = 3.0  # seconds before the first step
 TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
@@ -230,12 +233,13 @@ def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work
     return seconds + evaluations * math.ceil(documents / BATCH) * words * shape.depth * WORD
 
 
-def _measured_long(stage: Asked, training: float, measuring: float, evaluations: int) -> Iterator[str]:
+def _measured_long(stage: Asked, training: float, measuring: float, evaluations: int) -> Iterator[Odd]:
     """That measuring takes a large part of the time, which `evaluate_every` does not look like."""
-    if measuring > LONG * training and evaluations > 1:
-        yield (
+    if measuring > max(LONG * training, NOTICED) and evaluations > 1:
+        yield Odd(
+            "evaluate_every",
             f"evaluate_every {stage.evaluate_every:g}: {evaluations} measurements take about {measuring:,.0f} s beside "
-            f"{training:,.0f} s of training; accepted: fewer of them, or fewer evaluate_tokens"
+            f"{training:,.0f} s of training; accepted: fewer of them, or fewer evaluate_tokens",
         )
 
 
@@ -273,18 +277,22 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -
     )
 
 
-def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[str]:
+def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[Odd]:
     """What a user would want to know of the budget before it is spent."""
     steps, step = tokens / work.step_tokens, f"{work.step_tokens / FILLED:,.0f} tokens"
     if stage.budget.unit == "tokens" and stage.budget.limit < work.step_tokens:
-        yield f"budget.tokens {stage.budget.limit:,.0f}: one step takes {step}; accepted: fewer batch_rows"
+        text = f"budget.tokens {stage.budget.limit:,.0f}: one step takes {step}; accepted: fewer batch_rows"
+        yield Odd("batch_rows", text)
     elif steps < FEW_STEPS:
-        yield f"the budget makes {steps:,.0f} steps of {step}: few to learn from; accepted: more, or fewer batch_rows"
+        text = f"the budget makes {steps:,.0f} steps of {step}: few to learn from; accepted: more, or fewer batch_rows"
+        yield Odd("batch_rows", text)
     if work.corpus_tokens and work.step_tokens > work.corpus_tokens:
-        yield f"batch_rows {stage.batch_rows}: a step takes {step}, the corpus has about {work.corpus_tokens:,.0f}"
+        text = f"batch_rows {stage.batch_rows}: a step takes {step}, the corpus has about {work.corpus_tokens:,.0f}"
+        yield Odd("batch_rows", text)
     elif work.corpus_tokens and tokens > (most := _many(stage)) * work.corpus_tokens:
         passes = tokens / work.corpus_tokens
-        yield f"the corpus is read {passes:.1f} times: after {most} passes text teaches little; more text does"
+        text = f"the corpus is read {passes:.1f} times: after {most} passes text teaches little; more text does"
+        yield Odd("budget", text)
 
 
 def _many(stage: Asked) -> int:

@@ -126,6 +126,8 @@ def _labels(
             raise PretrainError(f"column {column!r} holds {odd!r}; accepted: numbers", place=place)
     if method.name != "classification":
         return
+    if empty := counts.get(""):
+        yield f"{empty:,} rows have no {column!r}, which is learnt like a label; required: [{column}] passes them over"
     if whole and len(counts) < 2:
         only = next(iter(counts))
         raise PretrainError(f"column {column!r} holds one label, {only!r}; accepted: 2 or more", place=place)

@@ -36,6 +36,7 @@ Raw = dict[str, object]  # a recipe as it is read, or a stage of it
 LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's standard library, for corpora without a law
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
 SURGERIES = [{"method": "zero_init"}]
+BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
 CORE = 5e10  # FLOP/s of a core, as long as none is measured
 PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
 
@@ -126,7 +127,9 @@ def settle(raw: Raw, output: Path | None = None) -> tuple[Raw, list[Settled]]:
         try:
             settled.append(_settle_stage(stages, number, output))
         except PretrainError as error:
-            raise PretrainError(str(error), place=("stages", number, *(error.place or ("size",)))) from error
+            whole = error.place[:1] == ("stages",)  # of an earlier stage
+            place = error.place if whole else ("stages", number, *(error.place or ("size",)))
+            raise PretrainError(str(error), place=place) from error
     return raw, settled
 
 
@@ -137,7 +140,8 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
     if not isinstance(model, dict) or not isinstance(family, str) or family not in shapes.CAUSAL:
         accepted, hint = ", ".join(shapes.CAUSAL), nearest(str(family), shapes.CAUSAL)
         raise PretrainError(
-            f"size: auto chooses for new decoders{hint}; accepted: model: {{family: one of {accepted}}}"
+            f"size: auto chooses for new decoders{hint}; accepted: model: {{family: one of {accepted}}}",
+            place=("model",) if isinstance(model, dict) else (),
         )
     made = [e for e in stages[:number] if e.get("stage") == "tokenizer"]
     named = [e for e in made if e.get("name", "tokenizer") == entry.get("tokenizer")]
@@ -168,13 +172,17 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
         raise PretrainError(f"size {size!r}: accepted: auto, or {{law: FILE}} with what `pretrain ladder` wrote")
     budget = _budget(entry.get("budget"))
     names = shapes.FIELDS[family]
-    vocabulary = model.get("vocab_size", (tokenizer or {}).get("vocab_size", 8192))
+    made = BYTES_ALONE if (tokenizer or {}).get("algorithm") == "bytes" else (tokenizer or {}).get("vocab_size", 8192)
+    vocabulary = model.get("vocab_size", made)
+    at = None if tokenizer is None else before.index(tokenizer)
+    chosen = vocabulary == "auto" and tokenizer is not None
+    entries = None if chosen else _entries(entry, tokenizer, vocabulary, at)
     law, unique = load(Path(where)) if where else load(LAW), _unique(entry, before)
     return Task(
         law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds, rate=_rate(output),
         unique=unique,
         width=_size(model, names["width"], "model"), depth=_size(model, names["depth"], "model"),
-        vocabulary=None if vocabulary == "auto" and tokenizer is not None else _entries(entry, tokenizer, vocabulary),
+        vocabulary=entries,
         length=_size(entry, "length"),
         gated=family in shapes.GATED,
         tied=bool(model.get("tie_word_embeddings", True)),
@@ -219,13 +227,17 @@ def _tokens(budget: Budget, entry: Mapping[str, object], unique: float | None, l
     return budget.tokens
 
 
-def _entries(entry: Raw, tokenizer: Raw | None, vocabulary: object) -> int:
+def _entries(entry: Raw, tokenizer: Raw | None, vocabulary: object, at: int | None) -> int:
     """The vocabulary that is there already: as the recipe says it, or as a tokenizer's folder has it."""
     there = left_in(Path(str(entry.get("tokenizer")))).vocabulary if tokenizer is None else None
     if there is not None:
         return there
     if isinstance(vocabulary, bool) or not isinstance(vocabulary, int) or vocabulary < 1:
-        raise PretrainError(f"vocab_size {vocabulary!r}: accepted: a whole number, or auto")
+        written = isinstance(model := entry.get("model"), dict) and "vocab_size" in model
+        raise PretrainError(
+            f"vocab_size {vocabulary!r}: accepted: a whole number, or auto",
+            place=("model", "vocab_size") if written or at is None else ("stages", at, "vocab_size"),
+        )
     return vocabulary
 
 
@@ -236,9 +248,15 @@ def _unique(entry: Raw, before: list[Raw]) -> float | None:
     corpus = next((e for e in before if e.get("name", e.get("stage")) == entry.get("corpus")), None)
     if corpus is None or corpus.get("stage") != "data":
         return left_in(Path(str(entry.get("corpus")))).bytes.get("train")
+    sizes = []
     try:
         sources = corpus.get("sources")
-        sizes = [build_source(copy.deepcopy(each)).size() for each in (sources if isinstance(sources, list) else [])]
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            try:
+                sizes.append(build_source(copy.deepcopy(source)).size())
+            except PretrainError as error:
+                place = ("stages", before.index(corpus), "sources", number, *error.place)
+                raise PretrainError(str(error), place=place) from error
         shares = [corpus.get(split, Data.model_fields[split].default) for split in ("validation", "test")]
         held_out = math.fsum(float(str(share)) for share in shares)
     except (ValueError, TypeError):  # told when the stage itself is checked

@@ -11,9 +11,10 @@ from pretrain.core.bounds import Count, Ge, Le, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, digest
 from pretrain.corpus.store import Corpus
+from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, checkpoint_of, corpus_of
-from pretrain.stages._estimates import BYTES_AN_ENTRY, FLOOR, Left
+from pretrain.stages._estimates import FLOOR, Left, Odd
 
 
 class Tokenizer(Stage):
@@ -76,7 +77,7 @@ class Tokenizer(Stage):
         return Estimate(
             0.0, FLOOR + 12 * read if text else None, 1 + read / 4e6 if text else None, 130.0 * entries,
             min(1.0, read / text) if text else None, Left(vocabulary=entries),
-            (few,) if text and self.algorithm != "bytes" and entries * BYTES_AN_ENTRY > read else (),
+            (Odd("vocab_size", few),) if text and entries > LEAST_ENTRIES and entries * BYTES_AN_ENTRY > read else (),
         )  # fmt: skip
 
     def _texts(self, corpus: Corpus) -> Iterator[str]:

@@ -107,8 +107,10 @@ def read_jsonl(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped)
             wrong(where, f"{type(row).__name__}, no object", "bad lines", "one JSON object a line")
 
 
-def read_csv(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
-    """Rows under a header; without one (a number stands in the first row) columns are named `0`, `1`, …
+def read_csv(
+    path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped, header: bool | None = None
+) -> Iterator[Row]:
+    """Rows under a header; without one (by default if a number stands in the first row) columns are named `0`, `1`, …
 
     The separator is a tab in `.tsv` files; in others a comma, or the semicolon or tab that the first line has in place
     of one. A cell in quotes may hold line ends.
@@ -132,7 +134,7 @@ def read_csv(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -
         if not any(cell.strip() for cell in cells):
             continue
         if not names:
-            names, headed = _header(cells, text, where)
+            names, headed = _header(cells, text, where, header)
             if headed:
                 continue
         count += 1
@@ -143,10 +145,11 @@ def read_csv(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -
             yield where, dict(zip(names, cells, strict=True))
 
 
-def _header(cells: list[str], text: str, where: str) -> tuple[list[str], bool]:
+def _header(cells: list[str], text: str, where: str, header: bool | None) -> tuple[list[str], bool]:
     """The columns' names, and whether the first row says them."""
     names = [cell.strip() for cell in cells]
-    if text not in names and any(number(name) is not None for name in names):
+    numbered = text not in names and any(number(name) is not None for name in names)
+    if header is False or (header is None and numbered):
         return [str(place) for place in range(len(names))], False
     names = [name or str(place) for place, name in enumerate(names)]
     twice = next((name for name in names if names.count(name) > 1), None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,7 @@ from pretrain.core.foreign.archives import BROKEN, open_text
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat
-from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, unread
+from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_csv, read_json, unread
 from pretrain.corpus.sources._files import Document, Size, Source, Wrong, read_pieces, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
@@ -50,6 +51,8 @@ class Files(Source):
     domain: str | None = None
     package: Package | None = None
     on_error: OnError = "stop"  # what bad lines, bad bytes and rows without the column do: stop, or skip
+    header: bool | None = None  # whether a CSV's first row names its columns; by default if no number stands in it
+    required: tuple[str, ...] = ()  # columns without which a row is passed over, as one without a label
     tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
     hidden: bool = False  # whether to take files and folders whose names begin with a dot
     secrets: bool = False  # whether to take files that look like secrets, or hold what looks like a key or a password
@@ -74,6 +77,7 @@ class Files(Source):
             if kind is not None:
                 skipped.add(kind, name)
             elif reader is not None and not self._is_text(path, reader, skipped.longest):
+                reader = partial(read_csv, header=self.header) if reader is read_csv else reader
                 read = islice(reader(path, name, self.text, wrong, skipped), rows)
                 yield from _documents(read, name, self, skipped, wrong)
             else:
@@ -200,6 +204,11 @@ def _documents(
         text = row[column]
         if text is None or (isinstance(text, str) and not text.strip()):
             skipped.add("empty", where.partition(" (row")[0])
+            continue
+        required = source.required if isinstance(source, Files) else ()
+        absent = next((name for name in required if row.get(name) in (None, "")), None)
+        if absent is not None:
+            skipped.add(f"rows without {absent}", where.partition(" (row")[0])
             continue
         place = f"{name}:{number}"
         if is_chat(text):

@@ -1,0 +1,71 @@
+"""What is wrong with the rows of a table, in a line each with how many and the first: a recipe leaves them out."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from pretrain.corpus.sources._containers import Row
+from pretrain.corpus.sources._files import Document
+
+SHOWN = 3  # rows that are named
+LONGEST_NAME, MOST_WORDS = 60, 5  # of a column
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Some rows of those looked at, what they are or lack, and the field of the source that leaves them out."""
+
+    count: int
+    what: str  # after `3 rows …`
+    rows: tuple[str, ...]  # the first
+    field: str = ""  # `on_error: skip`; empty where they are left out anyway
+
+    def __str__(self) -> str:
+        more = ", …" if self.count > len(self.rows) else ""
+        rows = f"{self.count:,} row{'s' if self.count != 1 else ''}"
+        return f"{rows} {self.what} ({', '.join(self.rows)}{more})"
+
+
+def place(where: str) -> str:
+    """Where a row stands in its file: `line 4`, `row 3`."""
+    match = re.search(r":(\d+)(?: \(row \d+\))?$", where) or re.search(r", ((?:row|item) \d+)$", where)
+    return where if match is None else f"line {match[1]}" if match[1].isdigit() else match[1]
+
+
+def unreadable(wrong: Sequence[tuple[str, str, str]]) -> list[Fault]:
+    """Rows that cannot be read, by the reason: of each where it stands, what is wrong, the reason."""
+    words = {"lines with bad bytes": "not in UTF-8 (iconv -f latin1 -t utf-8 may make it that)"}
+    faults = []
+    for reason in dict.fromkeys(reason for _, _, reason in wrong):
+        some = [(where, what) for where, what, each in wrong if each == reason]
+        what = words.get(reason, f"cannot be read: {some[0][1]}")
+        faults.append(Fault(len(some), what, tuple(place(where) for where, _ in some[:SHOWN]), "on_error: skip"))
+    return faults
+
+
+def lacking(rows: Iterable[Row], column: str, what: str, field: str = "") -> list[Fault]:
+    """Rows without a value in a column."""
+    missing = [where for where, row in rows if not given(row, column)]
+    return [Fault(len(missing), what, tuple(map(place, missing[:SHOWN])), field)] if missing else []
+
+
+def given(row: Document, column: str) -> bool:
+    """Whether a row has something in a column."""
+    value = row.get(column)
+    return value is not None and (not isinstance(value, str) or bool(value.strip()))
+
+
+def headless(names: Sequence[str], rows: Sequence[Document]) -> bool:
+    """Whether what a table takes for the names of its columns is a row like the others.
+
+    So it is where a name is a sentence, or stands among the values of its own column, which come again.
+    """
+    if any(len(name) > LONGEST_NAME or len(name.split()) > MOST_WORDS for name in names):
+        return True
+    for name in names:
+        values = [row.get(name) for row in rows]
+        if name in values and len(set(map(str, values))) <= len(values) / 2:
+            return True
+    return False

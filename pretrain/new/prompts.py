@@ -1,0 +1,37 @@
+"""Lines of the texts themselves for a model to go on from: whole ones, of letters, from each language in turn."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from itertools import chain, zip_longest
+
+from pretrain.corpus.store import side
+from pretrain.new.languages import prose_language
+
+LONGEST, SHORTEST = 80, 12  # characters of a prompt
+LETTERS = 0.6  # of a line at least, with its spaces
+PATTERN = re.compile(r"%[-\d.]*[a-z]\b|\{\w*\}|\$\{|<[^>]*>|&\w+;|https?:|\\[a-z]|[|#=*_~-]{3}")  # no words of a text
+
+
+def prompts(texts: Iterable[tuple[str, str]], share: float) -> tuple[str, ...]:
+    """The first fitting line of each of the texts, which come with their kind: those that are held out first.
+
+    One of each kind and language comes before the second of any.
+    """
+    groups: dict[tuple[str, str | None], list[str]] = {}
+    for kind, text in sorted(texts, key=lambda pair: bool(share) and side(pair[1], share, share) == "train"):
+        line = next(filter(None, map(fitting, text[:4000].splitlines())), None)
+        if line is not None:
+            groups.setdefault((kind, prose_language(text[:20_000])), []).append(line)
+    return tuple(dict.fromkeys(filter(None, chain(*zip_longest(*groups.values())))))
+
+
+def fitting(line: str) -> str | None:
+    """A line as a prompt, a long one up to a word's end; None of one that is no words, or cannot be printed."""
+    line = line.strip()
+    if len(line) > LONGEST:
+        line = line[:LONGEST].rpartition(" ")[0] or line[:LONGEST]
+    words = sum(letter.isalpha() or letter.isspace() for letter in line)
+    plain = len(line) >= SHORTEST and line.isprintable() and "\ufffd" not in line and not PATTERN.search(line)
+    return line if plain and words >= LETTERS * len(line) else None
