@@ -203,6 +203,8 @@ def generate(
     place = newest_checkpoint(checkpoint)
     with uncollected():
         model, tokenizer = load_text(place)
+    if getattr(tokenizer, "chat_template", None):
+        typer.echo("note: the prompt is taken as plain text; the checkpoint's chat template is not used", err=True)
     decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
     text = sys.stdin.read() if prompt == "-" else prompt
     sample = continue_prompt(

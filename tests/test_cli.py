@@ -75,6 +75,16 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path):
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
+def test_generate_says_that_a_chat_template_is_not_used(prepared, tiny, tmp_path):
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    checkpoint.save(tiny(vocab_size=512), tokenizer, tmp_path / "c")
+    done = cli("generate", tmp_path / "c", "--prompt", "def main", "--max-new-tokens", "2")
+    assert done.returncode == 0 and "plain text; the checkpoint's chat template is not used" in done.stderr
+
+
 def test_generate_continues_a_prompt(model_folder):
     done = cli("generate", model_folder, "--prompt", "def main", "--max-new-tokens", "5", "--temperature", "0")
     assert done.returncode == 0 and done.stdout.startswith("def main") and len(done.stdout) > 9

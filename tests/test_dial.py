@@ -347,6 +347,14 @@ def test_what_hinders_sizing_is_blamed_on_its_own_line(tmp_path: Path, line: str
     assert str(caught.value).startswith(f"{tmp_path / 'r.yaml'}:{wrong}: ") and told in str(caught.value)
 
 
+def test_why_a_vocabulary_is_that_large_is_told_where_the_dial_chose_it(written: Path, tmp_path: Path) -> None:
+    chosen = recipes.load(written, [], tmp_path).sizes[0]
+    entries = f"vocabulary {chosen.choice.shape.vocabulary:,}: the least bits per byte by the law"
+    assert any(line.startswith(entries) and "the text fills" in line for line in chosen.lines())
+    fixed = recipes.load(written, ["tokenizer.vocab_size=2048"], tmp_path).sizes[0]
+    assert not any("by the law, whose runs" in line for line in fixed.lines())
+
+
 def test_a_tokenizer_of_bytes_is_sized_for_its_entries(written: Path, tmp_path: Path) -> None:
     bytes_ = "stages.1={stage: tokenizer, name: tokenizer, corpus: corpus, algorithm: bytes}"
     assert recipes.load(written, [bytes_], tmp_path).sizes[0].choice.shape.vocabulary == 261

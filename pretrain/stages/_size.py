@@ -78,6 +78,7 @@ class Settled:
             f"rows of {choice.length} tokens, {choice.batch_rows} a step; {self.optimizer_name}, peak rate "
             f"{self.lr or 'its own default'}",
             *self.warnings(),
+            *self._vocabulary(),
         ]
         time = f", about {choice.seconds:,.0f} s" if choice.seconds else ""
         memory = shape.memory(choice.batch_rows * choice.length, choice.length) / 2**20
@@ -93,6 +94,17 @@ class Settled:
         lines.append(expected + fitted)
         others = [f"{what} {bits:.3f}" for what, bits in self.others()]
         return [*lines, f"the same budget elsewhere: {', '.join(others)}"] if others else lines
+
+    def _vocabulary(self) -> list[str]:
+        """Why it is that large, where the dial has chosen it by its law."""
+        if self.task.vocabulary is not None or self.choice.prediction is None:
+            return []
+        most, known = 2 * max(self.task.law.bytes_per_token), sorted(self.task.law.bytes_per_token)
+        filled = f", and the text fills {self.task.unique / BYTES_AN_ENTRY:,.0f} at most" if self.task.unique else ""
+        return [
+            f"vocabulary {self.choice.shape.vocabulary:,}: the least bits per byte by the law, whose runs had "
+            f"{known[0]:,} to {known[-1]:,} entries; it is asked for no more than {most:,}{filled}"
+        ]
 
     def others(self) -> list[tuple[str, float]]:
         """What other sizes are expected to give."""
