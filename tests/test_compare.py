@@ -65,8 +65,8 @@ def test_a_metric_that_is_not_logged_is_refused_before_anything_runs(recipes, tm
 
 def test_how_far_a_comparison_is_stands_on_standard_error(recipes, tmp_path, capfd):
     compare(recipes[:2], flops=6e7, seeds=2, output=tmp_path / "out", say=lambda text: None, progress=True)
-    told = capfd.readouterr().err
-    assert "base, seed 0: [model] train" in told and "slow, seed 1: [model]" in told and "100%" in told
+    lines = capfd.readouterr().err
+    assert "base, seed 0: [model] train" in lines and "slow, seed 1: [model]" in lines and "100%" in lines
 
 
 @pytest.mark.parametrize("seeds", [3, 5])

@@ -63,7 +63,7 @@ def compare(
 
     def trial(name: str, seed: int) -> Trial:
         made = _trial(name, paths[name], seed, flops, metric, Path(output).resolve(), overrides)
-        return replace(made, told=progress and jobs == 1)
+        return replace(made, progress=progress and jobs == 1)
 
     chosen = dict(usual)
     searched = {name: rate.lr for name, rate in usual.items() if rate.lr}

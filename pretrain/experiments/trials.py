@@ -46,7 +46,7 @@ class Trial:
     metric: str  # STAGE.metric
     curve: str | None = None  # of the held-out metrics in the trained stage's log
     also: tuple[str, ...] = ()  # more like `metric`
-    told: bool = False  # whether its run says on standard error how far it is
+    progress: bool = False  # whether its run says on standard error how far it is
 
     @cached_property
     def key(self) -> str:
@@ -112,7 +112,7 @@ class Trial:
         from pretrain import engine
 
         checked = check(recipe, None, output=self.output)
-        say = partial(_say, self.name) if self.told else engine.silent
+        say = partial(_say, self.name) if self.progress else engine.silent
         return engine.run(checked, say=say, store=self.store, report=False).stages
 
 
