@@ -51,7 +51,7 @@ LIGHT = {
     "show": (["methods", "show", "gptq"], "group_size"),
     "papers": (["papers", "masked"], "DrBERT"),
     "claims": (["claim", "list", "--folder", str(ROOT / "claims")], "lion"),
-    "new": (["new", "mine"], "mine.yaml"),
+    "new": (["new", "mine", "--starter"], "mine.yaml"),
     "unknown method": (["methods", "show", "loar"], "did you mean 'lora'"),
     "field": (["run", "R", "--set", "model.batch_rowz=3"], "did you mean 'batch_rows'"),
     "method's field": (["run", "R", "--set", "model.optimizer.lrr=3"], "did you mean 'lr'"),
@@ -71,7 +71,7 @@ def test_what_needs_no_model_answers_at_once_and_without_torch(arguments, answer
     arguments = [str(ROOT / "recipes" / "quickstart.yaml") if word == "R" else word for word in arguments]
     done, imported, seconds = command(*arguments, cwd=tmp_path)
     assert answer in done.stdout + done.stderr and imported == []
-    assert seconds < 1.5  # alone on a core they take 0.15 to 0.7
+    assert seconds < 2.5  # alone on a core they take 0.15 to 0.8, and 1.4 where no bytecode is kept
 
 
 @pytest.mark.parametrize("name", ["quickstart", "frugal", "compress"])

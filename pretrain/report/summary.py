@@ -110,7 +110,8 @@ def _score(evaluation: Evaluated) -> str:
     if not name:
         return ""
     words, baseline, guessing = SCORES[name]
-    count = int(metrics.get("documents") or evaluation.get("documents") or 0)
+    group = name.partition("_")[0]  # a probe has tested a share of the documents
+    count = int(metrics.get(f"{group}_documents") or metrics.get("documents") or evaluation.get("documents") or 0)
     number = f"{count:,} document{'s' if count != 1 else ''}" if count else "documents"
     unseen = "" if evaluation.get("seen") else " that it has never seen"
     guess = metrics.get(baseline)
