@@ -200,6 +200,12 @@ def page_of(*evaluations, held_out=(), tokens=1e6, weights=1000, statuses=("done
     return {"run": run, "stages": stages, "trainings": [training], "evaluations": list(evaluations)}
 
 
+def test_a_probe_is_said_to_be_of_the_documents_that_it_tested():
+    metrics = {"probe_accuracy": 0.25, "probe_documents": 40, "documents": 69}
+    evaluation = {"name": "of-model", "of": "model", "metrics": metrics, "compressors": {}, "documents": 69}
+    assert "a probe accuracy of 0.25 on 40 documents that it has never seen" in summarise(page_of(evaluation)).result
+
+
 @pytest.mark.parametrize(
     ("evaluation", "words"),
     [

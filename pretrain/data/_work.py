@@ -1,6 +1,9 @@
 """Where an operation keeps what an interrupted run is to find again, and what it reports.
 
 The data stage opens a desk around its operations; an operation called alone works at a desk that is gone afterwards.
+What is kept goes by the files (`stamps`) of the checkpoint it was made with; reports hold `by_domain`, `percentiles`.
+
+Shape letters: N documents, K those that are kept.
 """
 
 from __future__ import annotations
@@ -11,9 +14,18 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import SEAL, JSONObject, read_object, sealed, write_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+LEVELS = (0, 5, 25, 50, 75, 95, 100)
 
 
 @dataclass
@@ -68,3 +80,22 @@ def desk() -> Iterator[Desk]:
         return
     with tempfile.TemporaryDirectory(prefix="pretrain-work-") as folder:
         yield Desk(Path(folder))
+
+
+def stamps(folder: Path) -> list[list[str | int]]:
+    """The name, size and time of each file of a folder: whether it is still what it was."""
+    return [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(folder.iterdir()) if f.is_file()]
+
+
+def by_domain(corpus: Dataset, kept_K: NDArray[np.int64]) -> dict[str, dict[str, int]]:
+    """How many documents each domain has before and after a selection."""
+    domain_N = np.array(corpus["domain"] if "domain" in corpus.column_names else ["all"] * len(corpus), dtype=object)
+    return {
+        str(domain): {"before": int((domain_N == domain).sum()), "after": int((domain_N[kept_K] == domain).sum())}
+        for domain in sorted(set(domain_N), key=str)
+    }
+
+
+def percentiles(value_N: NDArray[np.float64]) -> dict[str, float]:
+    """How values lie, by level; empty where there are none."""
+    return {str(level): float(np.percentile(value_N, level)) for level in LEVELS if len(value_N)}

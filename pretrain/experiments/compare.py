@@ -46,16 +46,8 @@ def compare(
     """
     from pretrain.core.hardware import describe
 
-    if len(recipes) < 2:
-        raise PretrainError(f"compare: {len(recipes)} recipe given; accepted: a baseline and at least one other")
-    if seeds < 2:
-        raise PretrainError(f"compare: seeds {seeds}: accepted: 2 or more, since one tells nothing of chance")
-    names = [Path(path).stem for path in recipes]
-    if len(set(names)) < len(names):
-        raise PretrainError(
-            f"compare: recipes of the same name: {', '.join(names)}; accepted: a name of its own for each"
-        )
-    paths = dict(zip(names, recipes, strict=True))
+    paths = _named(recipes, seeds)
+    names = list(paths)
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
@@ -87,6 +79,20 @@ def compare(
     curves = {name: [run["curve"] for run in of] for name, of in comparison["runs"].items()}
     write_text(Path(output) / "comparison.svg", draw(curves, metric))
     return comparison
+
+
+def _named(recipes: Sequence[Path | str], seeds: int) -> dict[str, Path | str]:
+    """The recipes by their names, if they and the seeds are enough to compare."""
+    if len(recipes) < 2:
+        raise PretrainError(f"compare: {len(recipes)} recipe given; accepted: a baseline and at least one other")
+    if seeds < 2:
+        raise PretrainError(f"compare: seeds {seeds}: accepted: 2 or more, since one tells nothing of chance")
+    names = [Path(path).stem for path in recipes]
+    if len(set(names)) < len(names):
+        raise PretrainError(
+            f"compare: recipes of the same name: {', '.join(names)}; accepted: a name of its own for each"
+        )
+    return dict(zip(names, recipes, strict=True))
 
 
 def _notes(rates: Mapping[str, Rate]) -> list[str]:

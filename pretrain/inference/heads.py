@@ -27,6 +27,7 @@ from pretrain.core.quick.positions import positions
 from pretrain.corpus.sources import Document
 from pretrain.objectives._fine_tuning import classified, read
 from pretrain.objectives._metrics import entities
+from pretrain.objectives.efficiency.deft import Deft
 from pretrain.objectives.labelled import FineTuning
 from pretrain.objectives.labelled.prompt_classification import PromptClassification
 from pretrain.objectives.labelled.seq2seq import Seq2Seq
@@ -121,7 +122,7 @@ def _objective(fields: Mapping[str, object] | None) -> FineTuning[object] | None
         made = build_method(dict(fields), "objective") if fields else None
     except (ValueError, PretrainError):
         return None
-    made = getattr(made, "wrapped", made)  # of one that adds a term: what it is added to
+    made = made.wrapped if isinstance(made, Deft) else made
     return made if isinstance(made, FineTuning) else None
 
 

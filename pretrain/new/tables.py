@@ -6,12 +6,11 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.sources._chat import is_chat
-from pretrain.corpus.sources._containers import READERS, ending, read_csv
+from pretrain.corpus.sources._containers import ending, reader_of
 from pretrain.corpus.sources._files import Document
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import number
@@ -106,7 +105,8 @@ def _beginning(
     path: Path, name: str, text: str, wrong: list[tuple[str, str, str]], header: bool | None
 ) -> tuple[list[tuple[str, Document]], bool]:
     """The first rows, each with where it stands, and whether these are all."""
-    reader = partial(read_csv, header=header) if ending(path) in (".csv", ".tsv") else READERS[ending(path)]
+    reader = reader_of(path, header)
+    assert reader is not None, "it was seen to be a table"
     placed: list[tuple[str, Document]] = []
     size = 0
     for where, row in reader(path, name, text, lambda where, what, why, _: wrong.append((where, what, why)), Skipped()):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -288,6 +289,12 @@ READERS: dict[str, Reader] = {
     ".jsonl": read_jsonl, ".ndjson": read_jsonl, ".json": read_json, ".csv": read_csv, ".tsv": read_csv,
     ".ipynb": read_notebook, ".parquet": read_arrow, ".arrow": read_arrow, ".feather": read_arrow, ".orc": read_arrow,
 }  # fmt: skip
+
+
+def reader_of(path: Path, header: bool | None = None) -> Reader | None:
+    """What reads the rows of a file, by its ending; `header` says of a CSV whether it has one, where that is known."""
+    reader = READERS.get(ending(path))
+    return partial(read_csv, header=header) if reader is read_csv else reader
 
 
 def no_column(column: str, row: Document) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -16,7 +15,7 @@ from pretrain.core.foreign.archives import BROKEN, open_text
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat
-from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_csv, read_json, unread
+from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
 from pretrain.corpus.sources._files import Document, Size, Source, Wrong, read_pieces, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
@@ -66,7 +65,7 @@ class Files(Source):
         """The documents, each with where it stands, as messages say it; of each table at most so many `rows`."""
         wrong = wrong_of(self.on_error, skipped)
         files = located(self.files, self.package, self.suffixes, skipped, self._taken())
-        readers = [READERS.get(ending(path)) if self.tables == "rows" else None for _, path in files]
+        readers = [reader_of(path, self.header) if self.tables == "rows" else None for _, path in files]
         if self.text != "text" and not any(readers):
             accepted = f"files with columns ({', '.join(READERS)})"
             raise PretrainError(f"text {self.text!r}: there is no table at {self.files!r}; accepted: {accepted}")
@@ -77,7 +76,6 @@ class Files(Source):
             if kind is not None:
                 skipped.add(kind, name)
             elif reader is not None and not self._is_text(path, reader, skipped.longest):
-                reader = partial(read_csv, header=self.header) if reader is read_csv else reader
                 read = islice(reader(path, name, self.text, wrong, skipped), rows)
                 yield from _documents(read, name, self, skipped, wrong)
             else:

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
-from numpy.typing import NDArray
 
 from pretrain.core.bounds import Count, NonNegative, Share, Whole
 from pretrain.core.errors import PretrainError
@@ -18,7 +17,8 @@ from pretrain.core.folders import checkpoint_of
 from pretrain.core.meter import count_flops
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.data import DataOperation
-from pretrain.data._work import desk
+from pretrain.data._work import by_domain, desk, percentiles, stamps
+from pretrain.data.rewriting._columns import check_columns, check_filled
 from pretrain.data.rewriting._confidence import Judge, consistency, preferred
 
 if TYPE_CHECKING:
@@ -88,15 +88,10 @@ class Clear(DataOperation):
     def pairs(self, corpus: Dataset) -> list[Pair]:
         """Each document's prompt and response."""
         columns = self.objective.columns
-        for name in columns:
-            if name not in corpus.column_names:
-                known = ", ".join(corpus.column_names) or "a corpus with it"
-                raise PretrainError(f"clear: no column {name!r}; accepted: {known}")
+        check_columns(self.name, corpus, columns)
         pairs = []
         for number, document in enumerate(corpus.select_columns(list(columns))):
-            empty = next((name for name in columns if document[name] is None), None)
-            if empty is not None:
-                raise PretrainError(f"clear: document {number} has no {empty!r}; accepted: one in each")
+            check_filled(self.name, number, document, columns)
             pairs.append((self.objective.prompt.format(**document), str(document[columns[-1]]).strip()))
         return pairs
 
@@ -104,11 +99,8 @@ class Clear(DataOperation):
         confidence_N = np.array([row["confidence"] for row in self._rows(pairs, here)])
         least = self.threshold if self.threshold is not None else float(np.median(confidence_N)) if len(pairs) else 0.0
         kept_N = np.flatnonzero(confidence_N >= least) if len(pairs) else np.arange(0)
-        domains = corpus["domain"][:] if "domain" in corpus.column_names else ["all"] * len(corpus)
-        kept = [domains[number] for number in kept_N]
-        counts = {d: {"before": domains.count(d), "after": kept.count(d)} for d in sorted({*domains}, key=str)}
-        report = {"method": self.name, "step": self.step, "threshold": least, "documents": counts}
-        here.reports.append(report | _percentiles("confidence", confidence_N))
+        report = {"method": self.name, "step": self.step, "threshold": least, "documents": by_domain(corpus, kept_N)}
+        here.reports.append(report | {"confidence_percentiles": percentiles(confidence_N)})
         return corpus.select(kept_N.tolist())
 
     def _correct(self, corpus: Dataset, pairs: Sequence[Pair], here: Desk) -> Dataset:
@@ -125,7 +117,7 @@ class Clear(DataOperation):
         ]
         report = {"method": self.name, "step": self.step, "threshold": least, "changed": len(changed)}
         preference_N = np.array([row["preference"] for row in rows])
-        here.reports.append(report | {"changes": shown[:SHOWN]} | _percentiles("preference", preference_N))
+        here.reports.append(report | {"changes": shown[:SHOWN], "preference_percentiles": percentiles(preference_N)})
         return corpus.map(
             lambda document, number: {column: changed.get(number, document[column])},
             with_indices=True, features=corpus.features, load_from_cache_file=False,
@@ -134,7 +126,7 @@ class Clear(DataOperation):
     def _rows(self, pairs: Sequence[Pair], here: Desk) -> list[JSONObject]:
         """What the model makes of each pair; those on the desk are not judged again."""
         path = checkpoint_of(Path(self.model))
-        state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir())]
+        state = stamps(path)
         opened: Judge | None = None
         rows: list[JSONObject] = []
         for start in range(0, len(pairs), SHARD):
@@ -172,8 +164,3 @@ class Clear(DataOperation):
     def _alike(self, first: str, second: str) -> tuple[float, float]:
         measured = self.objective.metrics([first], [second])
         return measured["rouge_l"], float(first == second)
-
-
-def _percentiles(name: str, value_N: NDArray[np.float64]) -> JSONObject:
-    levels = (0, 5, 25, 50, 75, 95, 100)
-    return {f"{name}_percentiles": {str(q): float(np.percentile(value_N, q)) for q in levels if len(value_N)}}

@@ -16,14 +16,15 @@ from pretrain.core.batch import Context, Example, Vocabulary
 from pretrain.core.bounds import Whole
 from pretrain.core.checkpoint import lineage
 from pretrain.core.encoding import Encoder
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.meter import count_flops
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.data import DataOperation
-from pretrain.data._work import desk
+from pretrain.data._work import desk, stamps
+from pretrain.data.rewriting._columns import check_columns, check_filled
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,19 +72,12 @@ class PromptTemplate(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents in the template, other columns as they were."""
-        for name in self.objective.shown:
-            if name not in corpus.column_names:
-                known = corpus.column_names
-                raise PretrainError(
-                    f"prompt_template: no column {name!r}{nearest(name, known)}; accepted: {', '.join(known)}"
-                )
+        check_columns(self.name, corpus, self.objective.shown)
         with desk() as here:
             labels = self.labels(corpus, here)
             texts = []
             for number, (document, label) in enumerate(zip(corpus, labels, strict=True)):
-                empty = next((name for name in self.objective.shown if document[name] is None), None)
-                if empty is not None:
-                    raise PretrainError(f"prompt_template: document {number} has no {empty!r}; accepted: one in each")
+                check_filled(self.name, number, document, self.objective.shown)
                 texts.append(self.objective.filled(document, label))
             words = {f"{label} ({self.objective.word_of[label].strip()})": n for label, n in Counter(labels).items()}
             here.reports.append({"method": self.name, "labels": dict(sorted(words.items()))})
@@ -118,7 +112,7 @@ class _Predictor:
     def __init__(self, objective: PromptClassification, folder: str, length: int) -> None:
         self.path = checkpoint_of(Path(folder))
         self.objective, self.length = objective, length or lineage(self.path).get("length") or 512
-        self.state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(self.path.iterdir())]
+        self.state = stamps(self.path)
         self.opened: tuple[PreTrainedModel, Context] | None = None
 
     def __call__(self, documents: Sequence[Document], here: Desk) -> list[str]:

@@ -18,7 +18,7 @@ from pretrain.core.folders import checkpoint_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.meter import count_flops
 from pretrain.core.models.likelihood import document_nll
-from pretrain.data._work import Desk
+from pretrain.data._work import Desk, by_domain, percentiles, stamps
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +49,7 @@ def likelihoods(folder: str, corpus: Dataset, desk: Desk, *, length: int, stride
     `stride` (None: by all of it).
     """
     path = checkpoint_of(Path(folder))
-    state = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in sorted(path.iterdir()) if f.is_file()]
+    state = stamps(path)
     scorer: _Scorer | None = None
     shards: list[Shard] = []
     for start in range(0, len(corpus), SHARD):
@@ -106,18 +106,9 @@ def sizes(corpus: Dataset) -> NDArray[np.int64]:
 
 def report(name: str, corpus: Dataset, kept: NDArray[np.int64], score_N: NDArray[np.float64]) -> dict[str, object]:
     """The report of a selection: documents kept of each domain, and how the scores lie before and after."""
-    domains = np.array(corpus["domain"] if "domain" in corpus.column_names else ["all"] * len(corpus), dtype=object)
-    levels = (0, 5, 25, 50, 75, 95, 100)
     sides = {"all": score_N, "kept": score_N[kept]}
     return {
         "method": name,
-        "documents": {
-            str(d): {"before": int((domains == d).sum()), "after": int((domains[kept] == d).sum())}
-            for d in sorted(set(domains))
-        },
-        "score_percentiles": {
-            side: {str(q): float(x) for q, x in zip(levels, np.percentile(scores, levels), strict=True)}
-            for side, scores in sides.items()
-            if len(scores)
-        },
+        "documents": by_domain(corpus, kept),
+        "score_percentiles": {side: percentiles(scores) for side, scores in sides.items() if len(scores)},
     }

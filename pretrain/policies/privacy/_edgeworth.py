@@ -9,7 +9,7 @@ where F and F' are Edgeworth expansions of the third order, of the first five cu
 bound: the paper's bounds of the expansion's error are far above the deltas in use once e^ε multiplies them. The first
 order, which the authors' code takes, stays further below the exact value: for noise 0.62, rate 2000/67349, 673 steps
 and delta 1e-5 epsilon is exactly 15.5; first order 14.2, third 15.6, Rényi's 17.5. For noise 0.6, rate 2000/392702,
-1960 steps and delta 1e-6 it is exactly 6.41; first order 4.82, third 5.49, Rényi's 7.63. There the sum's skewness is
+1960 steps and delta 1e-6 it is exactly 6.40; first order 4.82, third 5.49, Rényi's 7.63. There the sum's skewness is
 0.56: where it is above `SKEWED`, as with very few steps, and where it is the smaller, what Rényi's proves is taken.
 """
 

@@ -1,0 +1,25 @@
+"""What processes take of a processor: other work on the machine is not counted, though it slows them."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import textwrap
+from functools import cache
+
+
+def python(code, **more):
+    """What a fresh process prints, and the seconds of a processor that it takes."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=False, **more
+    )
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+@cache
+def libraries():
+    """The seconds without which no command can print its help: the least of three."""
+    return min(python("import pydantic, typer.rich_utils")[1] for _ in range(3))
