@@ -161,7 +161,9 @@ def test_what_cannot_be_judged_is_refused(given, message) -> None:
 
 def test_documents_that_do_not_fit_are_one_clear_error(learnt, tiny, prepared, tmp_path) -> None:
     corpus = Dataset.from_list(rows())
-    with pytest.raises(PretrainError, match="clear: no column 'target'; accepted: text, domain"):
+    with pytest.raises(
+        PretrainError, match=r"clear: no column 'target' \(did you mean 'text'\?\); accepted: text, domain"
+    ):
         Clear(learnt, task=TASK)(corpus.remove_columns("target"))
     with pytest.raises(PretrainError, match="clear: document 12 has no 'target'"):
         Clear(learnt, task=TASK)(Dataset.from_list([*rows(), rows()[0] | {"target": None}]))
