@@ -74,7 +74,7 @@ def simple(tmp_path, stories):
 @pytest.mark.parametrize("name", NAMES)
 def test_claim_runs_at_smoke_scale(name, runs, tmp_path):
     found = run(load_claim(FOLDER / f"{name}.yaml"), "smoke", output=runs, results=tmp_path, say=lambda text: None)
-    assert [run["seed"] for run in found["runs"]["method"]] == list(range(5))
+    assert [run["seed"] for run in found["runs"]["method"]] == list(range(2))
     assert found["word"] in ("reproduced", "not reproduced", "undecided", "equal", "under-trained")
     assert [json.loads(path.read_text())["word"] for path in tmp_path.glob("*.json")] == [found["word"]]
 
