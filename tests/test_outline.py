@@ -11,7 +11,7 @@ from inspect import getattr_static
 import pytest
 from conftest import TINY
 
-from pretrain.core import method
+from pretrain.core import method, registry
 from pretrain.core.bounds import hints, words
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
@@ -203,3 +203,49 @@ def test_the_class_itself_is_given_once_torch_is_there(monkeypatch):
     row = info("lora")
     monkeypatch.delitem(sys.modules, row.module)
     assert method.declared_class("lora") is outlined("lora")
+
+
+FILLED = [
+    'KNOWN["soft"] = 1',
+    "for name in ('soft',):\n    KNOWN[name] = 1",
+    "KNOWN.update(soft=1)",
+    "def known(f):\n    KNOWN[f.__name__] = f\n    return f\n\n\n@known\ndef soft(x):\n    return x",
+]
+CHECKED = '''
+from dataclasses import dataclass
+
+from pretrain.optim import Schedule
+{table}
+
+
+@dataclass(frozen=True)
+class Shaped(Schedule):
+    """A made-up schedule (arXiv:0000.00000)."""
+
+    shape: str = "soft"
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.shape not in KNOWN:
+            raise ValueError(self.shape)
+
+    def factor(self, step, total):
+        return 1.0
+'''
+
+
+@pytest.mark.parametrize("beside", [False, True])
+@pytest.mark.parametrize("filling", FILLED)
+def test_a_table_that_a_file_fills_is_full_when_fields_are_checked_without_torch(
+    tmp_path, monkeypatch, filling, beside
+):
+    table = f"KNOWN = {{}}\n{filling}\n"
+    (tmp_path / "shaped.py").write_text(CHECKED.format(table="from ._table import KNOWN" if beside else table))
+    (tmp_path / "_table.py").write_text(table)
+    monkeypatch.setattr(registry, "_added", [])
+    monkeypatch.setattr(method, "torch_imported", lambda: False)
+    try:
+        registry.use_methods(tmp_path)
+        assert method.nested("shaped", "schedule").shape == "soft"
+    finally:
+        methods.cache_clear()

@@ -19,6 +19,7 @@ from pretrain.core.models.families import new_model
 from pretrain.core.processors import (
     SeriesProcessor,
     columns_of,
+    image_of,
     inputs_of,
     load_processor,
     new_processor,
@@ -165,3 +166,13 @@ def test_a_document_without_the_column_is_named():
 def test_a_processor_without_a_tokenizer_is_no_tokenizer():
     with pytest.raises(PretrainError, match="SeriesProcessor has no tokenizer; accepted: a tokenizer, for text"):
         Vocabulary.of(SeriesProcessor())
+
+
+def test_grey_of_16_bits_keeps_its_shades_and_numbers_without_a_range_are_refused():
+    shades = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    file = io.BytesIO()
+    Image.fromarray(shades).save(file, "PNG")
+    for value in (Image.fromarray(shades), {"bytes": file.getvalue()}):
+        assert np.array_equal(np.asarray(image_of(value))[..., 0], shades // 257)
+    with pytest.raises(PretrainError, match="mode F .*accepted: 8 or 16 bits"):
+        image_of(Image.fromarray(np.zeros((2, 2), np.float32)))

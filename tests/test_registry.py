@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import pretrain.methods
 from pretrain.core import registry
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
@@ -115,6 +116,51 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     assert "lost = 'guest.no_such'" in done.stderr  # named, and the others are there
     assert "broken.py: not a Python file" in done.stderr and "RuntimeError: no" in done.stderr
     assert "two methods are named 'cosine'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "imports, base",
+    [
+        ("from guest.bases import Warmed", "Warmed"),
+        ("from ..bases import Warmed", "Warmed"),
+        ("from .. import bases", "bases.Warmed"),
+        ("from . import Warmed", "Warmed"),
+        ("try:\n    from guest.bases import Warmed\nexcept ImportError:\n    raise", "Warmed"),
+        ("from pretrain.methods import Cosine", "Cosine"),
+    ],
+)
+def test_a_method_is_found_by_a_base_of_its_own_package_or_a_public_one(tmp_path, monkeypatch, imports, base):
+    package = tmp_path / "guest"
+    code = EXAMPLE.replace("from pretrain.optim import Schedule, warmup_steps", imports).replace(
+        "(Schedule)", f"({base})"
+    )
+    outside(package / "rooms", code)
+    (package / "rooms" / "__init__.py").write_text("from ..bases import Warmed")
+    (package / "bases.py").write_text(
+        "from pretrain.optim import Schedule\n\nclass Warmed(Schedule):\n    families = ('bert',)\n"
+    )
+    monkeypatch.setattr(
+        registry, "_installed", lambda: [(package / "rooms" / "polynomial.py", "guest.rooms.polynomial")]
+    )
+    methods.cache_clear()
+    try:
+        assert info("polynomial").kind == "schedule"
+        assert info("polynomial").families == (() if base == "Cosine" else ("bert",))
+    finally:
+        monkeypatch.undo()
+        methods.cache_clear()
+
+
+def test_a_class_of_the_name_of_ours_leaves_ours_where_it_is(tmp_path, clean):
+    use_methods(outside(tmp_path, EXAMPLE.replace("class Polynomial", "class LoRA")))
+    assert pretrain.methods.LoRA is method_class("lora")
+
+
+@pytest.mark.parametrize("start", [b"\xef\xbb\xbf", b"# coding: latin-1\n# \xe9\n"])
+def test_a_file_is_read_in_its_encoding(tmp_path, clean, start):
+    (outside(tmp_path) / "polynomial.py").write_bytes(start + EXAMPLE.encode())
+    use_methods(tmp_path)
+    assert method_class("polynomial")().power == 0.9
 
 
 def test_the_same_file_by_an_entry_point_and_by_a_folder_is_no_conflict(tmp_path):

@@ -95,6 +95,16 @@ def test_modes_are_converted_and_what_is_no_png_becomes_one(tmp_path, mode, stor
     assert opened(document).format == "PNG" and opened(document).mode == stored
 
 
+def test_grey_of_16_bits_keeps_its_shades_and_floats_are_no_image(tmp_path):
+    shades = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
+    Image.fromarray(shades).save(tmp_path / "grey.png")
+    Image.fromarray(shades.astype(np.float32)).save(tmp_path / "float.tif")
+    skipped = Skipped()
+    (document,) = Images(str(tmp_path), mode="L").documents(skipped)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(document["image"]["bytes"]))), shades // 257)
+    assert skipped.reasons == {"broken images": 1}
+
+
 def test_large_images_are_made_smaller_and_small_ones_left(tmp_path):
     picture(tmp_path / "a.png", (64, 16))
     picture(tmp_path / "b.png", (8, 8))

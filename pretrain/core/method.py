@@ -152,7 +152,7 @@ def declared_class(name: str, kind: str | None = None) -> type[Method]:
     try:
         file = outline(row.module, row.path)
         cls = file[row.cls]
-        if isinstance(cls, type) and issubclass(cls, Method) and (row.ours or not file.absent()):
+        if isinstance(cls, type) and issubclass(cls, Method) and (row.ours or not (file.absent() or file.acts)):
             hints(cls)
             return cls
     except Exception:  # whatever a file from outside does when it is taken to pieces

@@ -26,6 +26,7 @@ from transformers import (
     AutoImageProcessor,
     AutoProcessor,
     AutoTokenizer,
+    BatchEncoding,
     FeatureExtractionMixin,
     PreTrainedTokenizerBase,
     ProcessorMixin,
@@ -40,7 +41,7 @@ from pretrain.core.folders import verify
 from pretrain.core.foreign.configs import unmarked
 from pretrain.core.foreign.parsing import parsing
 from pretrain.core.quick.trust import check_trust, code_of, offline
-from pretrain.core.samples import IMAGES
+from pretrain.core.samples import IMAGES, eight_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -276,11 +277,17 @@ def inputs_of(processor: Processor, documents: Sequence[Document], length: int) 
 
 
 def _read_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length: int) -> tuple[Batch, int]:
-    encoded = tokenizer(
-        list(texts), truncation=True, max_length=length, padding=True,
-        pad_to_multiple_of=max(n for n in range(1, STEP + 1) if not length % n),  # tokenizers take no other numbers
-        split_special_tokens=True, return_attention_mask=True, return_tensors="pt",
-    )  # fmt: skip
+    step = max(n for n in range(1, STEP + 1) if not length % n)  # tokenizers take no other numbers
+
+    def encode(padding: bool | str, longest: int) -> BatchEncoding:
+        return tokenizer(
+            list(texts), truncation=True, max_length=longest, padding=padding, pad_to_multiple_of=step,
+            split_special_tokens=True, return_attention_mask=True, return_tensors="pt",
+        )  # fmt: skip
+
+    encoded = encode(True, length)
+    if not encoded["input_ids"].numel():  # no text has a token; models take no row without any
+        encoded = encode("max_length", step)
     return dict(encoded), int(encoded["attention_mask"].sum())
 
 
@@ -312,10 +319,11 @@ def image_of(value: Image | Stored) -> Image:
     """A column's image as RGB, decoded where it is still a file's `{"bytes", "path"}`."""
     from PIL import Image
 
-    if isinstance(value, Image.Image):
-        return value.convert("RGB")
     try:
-        return Image.open(io.BytesIO(value["bytes"]), formats=IMAGES).convert("RGB")
+        image = value if isinstance(value, Image.Image) else Image.open(io.BytesIO(value["bytes"]), formats=IMAGES)
+        return eight_bits(image).convert("RGB")
+    except PretrainError:
+        raise
     except Exception as error:  # pillow has many ways to tell of a broken file
         raise PretrainError(f"an image cannot be read ({error}); accepted: {{bytes, path}} of PNG, JPEG, …") from error
 

@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import re
 import sys
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
@@ -72,31 +73,41 @@ class _Source:
 @cache
 def _source(path: Path) -> _Source:
     try:
-        tree = ast.parse(path.read_text(encoding="utf-8"))
-    except (SyntaxError, UnicodeDecodeError) as error:
+        tree = ast.parse(path.read_bytes())  # whatever its encoding, as Python reads it
+    except (SyntaxError, ValueError) as error:
         raise PretrainError(f"{path}: not a Python file ({error})") from error
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     imports: dict[str, str] = {}
-    for node in tree.body:
+    for node in _at_top(tree.body):
         if isinstance(node, ast.Import):
             imports |= {alias.asname or alias.name: alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            home = "." * node.level + (node.module or "")
-            imports |= {alias.asname or alias.name: f"{home}.{alias.name}" for alias in node.names}
+            home = "." * node.level + (f"{node.module}." if node.module else "")
+            imports |= {alias.asname or alias.name: f"{home}{alias.name}" for alias in node.names}
     return _Source(classes, imports, (ast.get_docstring(tree) or "").partition("\n\n")[0])
+
+
+def _at_top(body: Iterable[ast.stmt]) -> Iterator[ast.stmt]:
+    """A module's statements, those inside `try` and `if` too."""
+    for node in body:
+        yield node
+        if isinstance(node, ast.Try | ast.If):
+            yield from _at_top(node for node in ast.iter_child_nodes(node) if isinstance(node, ast.stmt))
 
 
 def _constant(cls: ast.ClassDef, name: str) -> object:
     """The value of a class variable that is written out in the class; `None` if it is not there."""
     for node in cls.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.target.id == name:
-            return None if node.value is None else ast.literal_eval(node.value)
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+            value = getattr(node, "value", None)
+            return None if value is None else ast.literal_eval(value)
     return None
 
 
 @cache
-def _kind(path: Path, name: str, heirs: tuple[tuple[Path, str], ...] = ()) -> str | None:
-    """The kind of a class of a file, its own or that of its nearest base; `None` for a class that is no method.
+def _says(path: Path, name: str, variable: str, heirs: tuple[tuple[Path, str], ...] = ()) -> object:
+    """What a class of a file, or its nearest base that does, says of a class variable; `None` if none does.
 
     `heirs` are those on the way to it, of which it can be none.
     """
@@ -106,36 +117,60 @@ def _kind(path: Path, name: str, heirs: tuple[tuple[Path, str], ...] = ()) -> st
     source, heirs = _source(path), (*heirs, (path, name))
     cls = source.classes.get(name)
     if cls is None:  # or one that the file hands on
-        module, _, there = source.imports.get(name, "").rpartition(".")
-        file = _file(module, path)
-        return _kind(file, there, heirs) if file is not None and there else None
-    kind = _constant(cls, "kind")
-    if isinstance(kind, str):
-        return kind
+        module, there = _split(source.imports.get(name, ""))
+        home = _home(module, there, path)
+        return _says(*home, variable, heirs) if home else None
+    value = _constant(cls, variable)
+    if value is not None:
+        return value
     for base in cls.bases:
         base = base.value if isinstance(base, ast.Subscript) else base  # `FineTuning[str]`
-        home, _, last = ast.unparse(base).rpartition(".")
-        if not home and last in source.classes:
-            inherited = _kind(path, last, heirs)
-        else:  # a class by its name, or in a module by the name of that
-            module = source.imports.get(home, home) if home else source.imports.get(last, "").rpartition(".")[0]
-            last = last if home else source.imports.get(last, "").rpartition(".")[2]
-            file = _file(module, path)
-            inherited = _kind(file, last, heirs) if file is not None else None
+        first, _, last = ast.unparse(base).rpartition(".")
+        if not first and last in source.classes:
+            home = (path, last)
+        elif first:  # in a module by the name of that
+            home = _home(source.imports.get(first, first), last, path)
+        else:
+            home = _home(*_split(source.imports.get(last, "")), path)
+        inherited = _says(*home, variable, heirs) if home else None
         if inherited is not None:
             return inherited
     return None
 
 
+def _kind(path: Path, name: str) -> str | None:
+    """The kind of a class of a file; `None` for a class that is no method."""
+    kind = _says(path, name, "kind")
+    return kind if isinstance(kind, str) else None
+
+
+def _split(full: str) -> tuple[str, str]:
+    """The module of a full name, and the name in it: `a.b.C`, `._a.C`, `..C`."""
+    name = full.rpartition(".")[2]
+    module = full.removesuffix(name)
+    return module.removesuffix(".") if module.strip(".") else module, name
+
+
+def _home(module: str, name: str, beside: Path) -> tuple[Path, str] | None:
+    """The file of a class, and its name there, as a file `beside` names it; `None` where no method can come from."""
+    if module == f"{PACKAGE.name}.methods":  # under which ours stand by the names of their classes
+        return next(((row.path, row.cls) for row in _ours() if row.cls == name), None)
+    file = _file(module, beside) if module else None
+    return (file, name) if file is not None else None
+
+
 def _file(module: str, beside: Path) -> Path | None:
-    """The source of a module of this package, or of one beside a file (`._helper`)."""
-    if module.startswith("."):
-        path = beside.parent.joinpath(*module[1:].split("."))
+    """The source of a module of this package, or of the one that a file `beside` is in (`._helper`, `..bases`)."""
+    inside = module.lstrip(".")
+    steps, level = inside.split("."), len(module) - len(inside)
+    if level:
+        path = beside.parents[level - 1].joinpath(*filter(None, steps))
     else:
-        package, *steps = module.split(".")
-        if package != PACKAGE.name:
+        roots = [PACKAGE, *beside.parents]
+        root = next((root for root in roots if root.name == steps[0] and root.is_dir()), None)
+        if root is None:
             return None
-        path = PACKAGE.joinpath(*steps)
+        path = root.joinpath(*steps[1:])
     return next((file for file in (path.with_suffix(".py"), path / "__init__.py") if file.is_file()), None)
 
 
@@ -165,7 +200,7 @@ def _read(path: Path, module: str) -> MethodInfo | None:
     if title is None:
         raise PretrainError(f"{path}: the docstring of {cls.name} must open with 'Title (arXiv:NUMBER).'")
     try:
-        families = _constant(cls, "families")
+        families = _says(path, cls.name, "families")
     except ValueError as error:
         raise PretrainError(f"{path}: families of {cls.name}: accepted: names, written out") from error
     return MethodInfo(

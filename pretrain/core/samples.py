@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, write_json
 
 if TYPE_CHECKING:
@@ -84,11 +85,27 @@ def text_sample(text: str) -> Sample:
     return {"kind": "text", "input": text[:LETTERS] + ("…" if len(text) > LETTERS else "")}
 
 
+def eight_bits(image: Image.Image) -> Image.Image:
+    """An image as it is, or one of 16 bits grey of 8, whose shades pillow's own conversion would cut off at 255.
+
+    Raises `PretrainError` for numbers whose range nothing says: floats, and whole ones beyond 16 bits.
+    """
+    from PIL import Image
+
+    if image.mode not in ("I", "F") and not image.mode.startswith("I;"):
+        return image
+    pixels = np.asarray(image)
+    if image.mode == "F" or pixels.min() < 0 or pixels.max() > 65535:
+        raise PretrainError(f"an image of mode {image.mode} has no range of its own; accepted: 8 or 16 bits a channel")
+    return Image.fromarray((pixels // 257).astype(np.uint8))
+
+
 def image_sample(value: Image.Image | Mapping[str, bytes]) -> Sample:
     """An image, decoded or as it is stored, made small."""
     from PIL import Image
 
     image = value.copy() if isinstance(value, Image.Image) else Image.open(io.BytesIO(value["bytes"]), formats=IMAGES)
+    image = eight_bits(image)
     image.thumbnail((SIDE, SIDE))
     return {
         "kind": "image",

@@ -10,8 +10,8 @@ from pretrain.core.registry import methods as _known
 
 
 def _names() -> dict[str, str]:
-    """The methods' names by those of their classes."""
-    return {row.cls: name for name, row in _known().items()}
+    """The methods' names by those of their classes; of several of one name the first counts, so ours."""
+    return {row.cls: name for name, row in reversed(_known().items())}
 
 
 def __getattr__(name: str) -> type:

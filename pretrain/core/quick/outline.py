@@ -3,7 +3,8 @@
 A method's file imports torch at its top, which takes seconds, and its fields, bounds and checks need none of it. So the
 file's statements are run one by one, each when a name that it defines is asked for: `class LoRA` is, `import torch` is
 not. What the body of a function reads waits until the function is called. The class that comes out is made of the same
-source as the method's own and says the same; a check that does need torch imports it and only takes longer.
+source as the method's own and says the same; a check that does need torch imports it and only takes longer. A file
+whose statements change what others define (a table that is filled, functions that register themselves) has no outline.
 """
 
 from __future__ import annotations
@@ -58,11 +59,14 @@ class Outline:
         self.waiting: dict[str, list[ast.stmt]] = {}
         self.ran: set[ast.stmt] = set()
         self.libraries: set[str] = set()  # that the file imports at its top
+        self.acts = False  # whether a statement changes what another defines: a table that is filled, a registry
         try:
             tree = ast.parse(path.read_bytes())
         except (SyntaxError, ValueError) as error:
             raise PretrainError(f"{path}: not a Python file ({error})") from error
+        functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
         for node in _statements(tree.body):
+            self.acts = self.acts or _acts(node, functions)
             for name in _defined(node):
                 self.waiting.setdefault(name, []).append(node)
             if isinstance(node, ast.Import):
@@ -102,7 +106,7 @@ class Outline:
         home = ".".join([*inside, *filter(None, [node.module])])
         there = next(alias.name for alias in node.names if (alias.asname or alias.name) == name)
         file = None if home in sys.modules or self._file(f"{home}.{there}") else self._file(home)
-        if file is not None:
+        if file is not None and not outline(home, file).acts:
             self.names[name] = outline(home, file)[there]
         else:
             module = importlib.import_module(home)
@@ -182,6 +186,16 @@ def _statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
             yield from _statements(node.orelse)
         else:
             yield node
+
+
+def _acts(node: ast.stmt, functions: set[str]) -> bool:
+    """Whether a statement does more than define names; a decorator that is a function of the file may."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+        return any(name in functions for mark in node.decorator_list for name in _read(mark))
+    if isinstance(node, ast.Expr):
+        return not isinstance(node.value, ast.Constant)
+    stored = (part for part in ast.walk(node) if isinstance(getattr(part, "ctx", None), ast.Store | ast.Del))
+    return any(isinstance(part, ast.Subscript | ast.Attribute) for part in stored)
 
 
 def _defined(node: ast.AST) -> Iterator[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 from pretrain.core.bounds import Count
 from pretrain.core.foreign.reading import read_bytes
 from pretrain.core.packages import Package
-from pretrain.core.samples import IMAGES
+from pretrain.core.samples import IMAGES, eight_bits
 from pretrain.corpus.sources._files import Document, PathLabel, Source, any_case, evenly, path_label
 from pretrain.corpus.sources._paths import located, stamps
 from pretrain.corpus.sources._skipped import Skipped
@@ -84,7 +84,7 @@ class Images(Source):
         if image.getexif().get(ORIENTATION, 1) != 1:
             image = ImageOps.exif_transpose(image)
         if self.mode is not None and image.mode != self.mode:
-            image = image.convert(self.mode)
+            image = eight_bits(image).convert(self.mode)
         if self.longest is not None and max(image.size) > self.longest:
             scale = self.longest / max(image.size)
             size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
@@ -95,5 +95,5 @@ class Images(Source):
 def png(image: Image.Image) -> bytes:
     """An image as PNG."""
     held = io.BytesIO()
-    (image if image.mode in PNG_MODES else image.convert("RGB")).save(held, format="PNG")
+    (image if image.mode in PNG_MODES else eight_bits(image).convert("RGB")).save(held, format="PNG")
     return held.getvalue()

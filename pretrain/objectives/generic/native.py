@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pretrain.core.batch import Batch, Context, Example
@@ -15,7 +15,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.reconstruction import reconstructions
 from pretrain.core.processors import inputs_of
 from pretrain.core.samples import Sample
-from pretrain.objectives import Loss, Objective
+from pretrain.objectives import Loss, Objective, sum_of
 from pretrain.objectives.generic._inputs import additions, answer, arguments
 
 
@@ -46,7 +46,11 @@ class Native(Objective):
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The model's loss, the mean over the batch's targets."""
-        value = answer(model, batch).loss
+        output = answer(model, batch)
+        value = output.loss
+        if value is not None and not batch["weight"]:  # the mean over no targets is no number
+            made = (part for name, part in output.items() if name != "loss" and isinstance(part, Tensor))
+            return Loss(sum_of(part.float().sum() * 0 for part in made), {})
         if value is None:
             raise PretrainError(
                 f"{type(model).__name__} gives no loss on {', '.join(arguments(model, batch))}; accepted: a task whose "
