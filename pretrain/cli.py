@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,7 @@ from pretrain import __version__, cli_claim, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint, run_of
+from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import quantity
 from pretrain.core.registry import methods, use_methods
@@ -19,6 +21,7 @@ from pretrain.core.system.console import App
 from pretrain.inference import command as inferring
 from pretrain.inference import measuring
 from pretrain.new import command as starting
+from pretrain.records import Status
 from pretrain.runs import command as runs
 
 if TYPE_CHECKING:
@@ -88,7 +91,8 @@ def run(
 
     if why and not dry_run:
         raise PretrainError("--why: accepted: together with --dry-run")
-    loaded = recipes.load(recipe, set_ or [], output)
+    with hub.offline() if dry_run else nullcontext():
+        loaded = recipes.load(recipe, set_ or [], output)
     if dry_run:
         _print_plan(loaded, store, refresh or [], why)
         return
@@ -133,7 +137,8 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     if reasons:
         width = max(len(item.stage.name) for item in planned)
         for item in planned:
-            typer.echo(f"{item.stage.name:<{width}}  {'done' if item.finished else 'runs'}  {why(item)}")
+            status = Status.FINISHED if item.finished else Status.TO_RUN
+            typer.echo(f"{item.stage.name:<{width}}  {status:<8}  {why(item)}")
     for item in planned:
         for line in repointed(item):
             typer.echo(f"{item.stage.name}: {line}")
@@ -143,13 +148,15 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     expected = forecast(planned)
     for each in expected:
         stage, cells = each.item.stage, _cells(each.estimate) if each.to_run else ("-",) * 5
-        table.add_row(stage.name, stage.stage, "to run" if each.to_run else "cached", *cells)
+        table.add_row(stage.name, stage.stage, Status.TO_RUN if each.to_run else Status.FINISHED, *cells)
     table.add_section()
     table.add_row("total", "", "", *_cells(total(expected)))
     Console().print(table)
     for chosen in recipe.sizes:
         for line in chosen.warnings():
             typer.echo(f"[{chosen.stage}] {line}")
+    for line in warnings(expected, note=True):
+        typer.echo(f"note: {line}")
     for line in [*odd, *warnings(expected)]:
         typer.echo(f"warning: {line}")
     check_fits(expected)
@@ -193,8 +200,11 @@ def generate(
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; 0.8 by default.")] = None,
     top_p: Annotated[float | None, typer.Option(min=0, max=1, help="0.95 by default.")] = None,
     seed: int = 0,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Take the prompt as a user's message, in the checkpoint's chat template.")
+    ] = False,
 ) -> None:
-    """Continue a prompt with a checkpoint."""
+    """Continue a prompt with a checkpoint, or answer it as a chat."""
     from pretrain.stages.decode import continue_prompt
     from pretrain.stages.evaluate import load_text
 
@@ -203,8 +213,10 @@ def generate(
     place = newest_checkpoint(checkpoint)
     with uncollected():
         model, tokenizer = load_text(place)
-    if getattr(tokenizer, "chat_template", None):
-        typer.echo("note: the prompt is taken as plain text; the checkpoint's chat template is not used", err=True)
+    if chat and not getattr(tokenizer, "chat_template", None):
+        raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
+    if getattr(tokenizer, "chat_template", None) and not chat:
+        typer.echo("note: the prompt is taken as plain text; --chat uses the checkpoint's chat template", err=True)
     decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
     text = sys.stdin.read() if prompt == "-" else prompt
     sample = continue_prompt(
@@ -216,8 +228,9 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         seed=seed,
+        chat=chat,
     )
-    typer.echo(text + sample["continuation"])
+    typer.echo(sample["continuation"] if chat else text + sample["continuation"])
 
 
 app.command()(measuring.evaluate)
@@ -274,8 +287,10 @@ def compare(
 def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")]) -> None:
     """Write a run's report again."""
     from pretrain.report.page import write
+    from pretrain.report.watch import running
 
-    typer.echo(str(write(run_of(run_folder))))
+    folder = run_of(run_folder)
+    typer.echo(str(write(folder, running=running(folder))))
 
 
 @app.command()

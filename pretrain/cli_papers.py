@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import textwrap
+from collections.abc import Iterable
 from dataclasses import fields
 from inspect import cleandoc
 from typing import Annotated
@@ -39,7 +41,13 @@ def list_papers(
     if words[:1] == ["show"]:
         if len(words) < 2:
             raise PretrainError("papers show: accepted: the name or the arXiv number of one paper")
-        row = find(rows, " ".join(words[1:]))
+        name = " ".join(words[1:])
+        try:
+            row = find(rows, name)
+        except PretrainError as error:
+            if (method := _method_of(name)) is None:
+                raise
+            raise PretrainError(f"no paper {name!r}, which is a method here: pretrain methods show {method}") from error
         typer.echo(json.dumps(row.row(), indent=2, ensure_ascii=False) if as_json else _page(row))
         return
     modalities = {name for row in rows for name in row.paper.modality}
@@ -77,10 +85,24 @@ def _no_paper(rows: list[Standing], words: list[str]) -> str:
     """That no paper has the words, and what is nearest: a paper, or methods of other papers than these."""
     asked = " ".join(words)
     like = closest(asked, rows, lambda row: row.paper.name, paper_texts)
-    near = f"; nearest: {', '.join(row.paper.name for row in like)}" if like else ""
     have = [row.name for row in ranked(methods().values(), words, _texts)]
-    other = f"; methods that have it (`pretrain methods {asked}`): {', '.join(have[:5])}" if have else ""
-    return f"no paper has {asked!r}{near}{other}; accepted: words of names, titles and what papers do"
+    other = f"; methods that have it (pretrain methods {asked}): {', '.join(have[:5])}" if have else ""
+    return (
+        f"no paper has {asked!r}{_near(r.paper.name for r in like)}{other}; accepted: words of names, titles and texts"
+    )
+
+
+def _no_method(asked: str) -> str:
+    """That no method has the words, and what is nearest: a method, or papers."""
+    like = closest(asked, methods().values(), lambda m: m.name, _texts)
+    have = [row.paper.name for row in search(standings(), [asked])]
+    other = f"; papers that have it (pretrain papers {asked}): {', '.join(have[:5])}" if have else ""
+    return f"no method has {asked!r}{_near(m.name for m in like)}{other}; accepted: words of names, titles and texts"
+
+
+def _near(names: Iterable[str]) -> str:
+    listed = ", ".join(names)
+    return f"; nearest: {listed}" if listed else ""
 
 
 def _section(title: str, rows: list[Standing]) -> None:
@@ -140,10 +162,7 @@ def list_methods(
         typer.echo(json.dumps([m.row() for m in rows], indent=2))
         return
     if not rows:
-        asked = " ".join(words)
-        like = closest(asked, methods().values(), lambda m: m.name, _texts)
-        hint = f" (did you mean {', '.join(repr(m.name) for m in like)}?)" if like else ""
-        raise PretrainError(f"no method has {asked!r}{hint}; accepted: words of names, kinds, titles and descriptions")
+        raise PretrainError(_no_method(" ".join(words)))
     width = max(len(m.name) for m in rows)
     if words:
         for row in rows:
@@ -172,13 +191,21 @@ def _spelling(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())
 
 
-def _show(name: str) -> None:
+def _method_of(name: str) -> str | None:
+    """The method of a name in any spelling."""
     known = {_spelling(each): each for each in methods()}
     known = {_spelling(m.cls): m.name for m in methods().values()} | known
-    method = known.get(_spelling(name), name)
-    if method not in methods():
-        like = [m.name for m in closest(name, methods().values(), lambda m: m.name, _texts)]
-        hint = nearest(name.lower(), methods(), 0.72) or (f"; nearest: {', '.join(like)}" if like else "")
+    return known.get(_spelling(name))
+
+
+def _show(name: str) -> None:
+    method = _method_of(name)
+    if method is None:
+        paper = next((r.paper.name for r in standings() if _spelling(r.paper.name) == _spelling(name)), None)
+        if paper is not None:
+            raise PretrainError(f"no method {name!r}, which is a paper: pretrain papers show {shlex.quote(paper)}")
+        like = closest(name, methods().values(), lambda m: m.name, _texts)
+        hint = nearest(name.lower(), methods(), 0.72) or _near(m.name for m in like)
         raise PretrainError(f"unknown method {name!r}{hint}; accepted: a name of `pretrain methods`")
     row, cls = info(method), declared_class(method)
     typer.secho(f"{row.name} ({row.kind})", bold=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")]
@@ -21,12 +22,16 @@ def print_plan(
 ) -> None:
     """What the dial chooses for a recipe, and what is expected of it."""
     from pretrain import recipe as recipes
+    from pretrain.training.budget import UNITS
 
-    loaded = recipes.load(recipe, set_ or [], output)
-    if budget is not None:
-        unit, _, limit = budget.partition("=")
-        names = [each.stage for each in loaded.sizes]
-        loaded = recipes.load(recipe, [*(set_ or []), *(f"{name}.budget.{unit}={limit}" for name in names)], output)
+    with hub.offline():
+        loaded = recipes.load(recipe, set_ or [], output)
+        if budget is not None:
+            unit, _, limit = budget.partition("=")
+            names = [each.stage for each in loaded.sizes]
+            if unit not in UNITS or not limit:
+                raise PretrainError(f"--budget {budget!r}: accepted: one of {', '.join(UNITS)}, for example flops=1e13")
+            loaded = recipes.load(recipe, [*(set_ or []), *(f"{name}.budget.{unit}={limit}" for name in names)], output)
     if not loaded.sizes:
         raise PretrainError(f"{recipe}: no train stage says size: auto, so there is nothing to choose")
     for chosen in loaded.sizes:

@@ -34,7 +34,7 @@ from pretrain.forecast import check_documents, check_fits, forecast, warnings
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
-from pretrain.records import Part, StageRecord, StageResult, altered, read_stage, write_stage
+from pretrain.records import Part, RunStage, StageRecord, StageResult, Status, altered, read_stage, write_stage
 from pretrain.report.page import write as write_report
 from pretrain.runs.shelf import join_store
 from pretrain.runs.targets import repointed, targets
@@ -42,7 +42,6 @@ from pretrain.stages import Estimate, Job, Stage
 from pretrain.stages._size import write as write_sizes
 from pretrain.training.distributed import join
 
-CACHED, TO_RUN, DONE = "cached", "to run", "done"
 MUCH = 0.6  # of the FLOPs that a budget of seconds was planned to make: below it the run says so
 PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far
 
@@ -89,6 +88,8 @@ def run(
             expected = forecast(planned)
             estimates = {each.item.stage.name: each.estimate for each in expected if each.to_run}
             check_fits(expected)
+            for line in warnings(expected, note=True):
+                say(f"note: {line}")
             for line in [*odd, *warnings(expected)]:
                 say(f"warning: {line}")
             if store is not None:  # so that no source and no backup takes the store's folders for documents
@@ -99,7 +100,7 @@ def run(
                 for line in repointed(item):
                     say(f"[{item.stage.name}] {line}")
             keep_generations(planned)
-            _write_run(recipe, planned, {})
+            _write_run(recipe, planned)
             for folder in _weights(planned):
                 hub.fetch_weights(folder, say)
             if recipe.sizes:
@@ -108,12 +109,13 @@ def run(
                 say("\n".join(f"[{chosen.stage}] {line}" for line in chosen.lines()))
         wait()
         for item in planned:
-            _refuse_empty_splits(recipe, planned)
-            finished = _run_once(item, records, say, main, wait)
+            with _ending(recipe, planned, item) if main else nullcontext():
+                _refuse_empty_splits(recipe, planned)
+                finished = _run_once(item, records, say, main, wait)
             records[item.stage.name] = record = _record(item)
             if main:
                 _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)
-                _write_run(recipe, planned, {item.stage.name: CACHED if finished else DONE})
+                _write_run(recipe, planned)
         written = write_report(recipe.output) if main and report else None
     return Result(recipe.output, records, written)
 
@@ -292,19 +294,38 @@ def _brief(record: StageRecord) -> dict[str, object]:
     return {name: value for name, value in record.items() if name in kept}
 
 
-def _write_run(recipe: Recipe, planned: list[Planned], now: dict[str, str]) -> None:
-    path = recipe.output / "run.json"
-    before = {s["name"]: s["status"] for s in read_json(path)["stages"]} if path.exists() and now else {}
+@contextmanager
+def _ending(recipe: Recipe, planned: list[Planned], item: Planned) -> Iterator[None]:
+    """Note in `run.json` that a stage is running, and of one that does not come to its end how it has ended."""
+    try:
+        if not item.finished:
+            _write_run(recipe, planned, item, Status.RUNNING)
+        yield
+    except BaseException as error:
+        with suppress(PretrainError, OSError):
+            status, text = (Status.FAILED, str(error)) if isinstance(error, Exception) else (Status.INTERRUPTED, "")
+            _write_run(recipe, planned, item, status, text)
+        raise
+
+
+def _write_run(
+    recipe: Recipe, planned: list[Planned], at: Planned | None = None, status: str = "", error: str = ""
+) -> None:
+    """Write `run.json`: the stages' states, of the stage `at` the given one."""
     stages = []
     for item in planned:
-        name = item.stage.name
-        status = now.get(name) or before.get(name) or (CACHED if item.finished else TO_RUN)
-        folder = _relative(item.folder, recipe.output)
-        row = {"name": name, "stage": item.stage.stage, "folder": folder, "address": item.address, "status": status}
-        row |= {"targets": taken} if (taken := targets(item)) else {}
+        name, folder = item.stage.name, _relative(item.folder, recipe.output)
+        now = status if item is at else Status.FINISHED if item.finished else Status.TO_RUN
+        row: RunStage = {
+            "name": name, "stage": item.stage.stage, "folder": folder, "address": item.address, "status": now
+        }  # fmt: skip
+        if error and item is at:
+            row["error"] = error
+        if taken := targets(item):
+            row["targets"] = taken
         stages.append(row)
     facts = {"name": recipe.name, "recipe": str(recipe.path or ""), "seed": recipe.seed, "stages": stages}
-    write_json(path, facts | ({"given": list(recipe.given)} if recipe.given else {}))
+    write_json(recipe.output / "run.json", facts | ({"given": list(recipe.given)} if recipe.given else {}))
 
 
 def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:

@@ -73,10 +73,10 @@ def total(forecasts: Sequence[Forecast]) -> Estimate:
     )  # fmt: skip
 
 
-def warnings(forecasts: Sequence[Forecast]) -> list[str]:
-    """A line for each thing that is likely a mistake."""
-    ahead = [each for each in forecasts if each.to_run]
-    return [f"stage {each.item.stage.name!r}: {text}" for each in ahead for _, text in each.estimate.warnings]
+def warnings(forecasts: Sequence[Forecast], note: bool = False) -> list[str]:
+    """A line for each thing that is likely a mistake; with `note` for each that is good to know."""
+    ahead = [(each.item.stage.name, odd) for each in forecasts if each.to_run for odd in each.estimate.warnings]
+    return [f"stage {name!r}: {odd.text}" for name, odd in ahead if odd.note == note]
 
 
 def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, file_digest, read_json, sealed, write_json
+from pretrain.core.system.portable import held
 
 Inputs: TypeAlias = dict[str, Path | list[Path]]  # the folders that a stage reads, by place
 Marks: TypeAlias = dict[str, str | list[str]]  # addresses, or names, by place
@@ -15,6 +17,16 @@ Config: TypeAlias = JSONObject  # what a recipe says of a stage, and what it lea
 Metrics: TypeAlias = dict[str, float]
 
 OF_RUNS = ("parts.json", "code.json")  # what the engine notes beside a `stage.json`, and may write again
+
+
+class Status(StrEnum):
+    """The state of a stage; that of a run is one of the first four."""
+
+    FINISHED = "finished"
+    RUNNING = "running"
+    INTERRUPTED = "interrupted"
+    FAILED = "failed"
+    TO_RUN = "to run"
 
 
 class Reads(TypedDict):
@@ -118,7 +130,8 @@ class RunStage(TypedDict):
     stage: str
     folder: str  # from the run's
     address: str
-    status: str
+    status: str  # when `run.json` was written: of one that was killed since, `running` (see `statuses`)
+    error: NotRequired[str]  # of one that has failed
     targets: NotRequired[list[Target]]
 
 
@@ -130,6 +143,33 @@ class Run(TypedDict):
     seed: int
     stages: list[RunStage]
     given: NotRequired[list[str]]  # the options of its command, `--set` and what follows it one after another
+
+
+def statuses(folder: Path, rows: Iterable[RunStage]) -> dict[str, str]:
+    """The state of each stage of the run in `folder` by its name, as its files and locks say: `rows` of `run.json`."""
+    active = held(folder / ".lock")
+    return {row["name"]: _status(folder / row.get("folder", row["name"]), row, active) for row in rows}
+
+
+def _status(home: Path, row: RunStage, active: bool) -> str:
+    if (home / "stage.json").exists():
+        return Status.FINISHED
+    status = row.get("status")
+    if held(home / ".lock") or (active and status == Status.RUNNING):  # of this run, or of one with the same store
+        return Status.RUNNING
+    if status == Status.FAILED:
+        return Status.FAILED
+    begun = status in (Status.RUNNING, Status.INTERRUPTED) or (home / "code.json").exists()
+    return Status.INTERRUPTED if begun else Status.TO_RUN
+
+
+def run_status(folder: Path, stages: Collection[str]) -> str:
+    """The state of a run whose stages are in these states."""
+    if held(folder / ".lock"):
+        return Status.RUNNING
+    if all(status == Status.FINISHED for status in stages):
+        return Status.FINISHED
+    return Status.FAILED if Status.FAILED in stages else Status.INTERRUPTED
 
 
 class Measurement(TypedDict, total=False):
@@ -153,14 +193,29 @@ class Evaluation(Measurement, total=False):
 class PassedOver(TypedDict):
     """What the sources of a corpus have passed over for one reason: how many, and the first names."""
 
+    group: NotRequired[str]
     count: int
     names: list[str]
 
 
 class CorpusInfo(TypedDict, total=False):
-    """What a report asks of `corpus.json`: documents and bytes by split and domain, copies taken out, a digest."""
+    """What a report asks of `corpus.json`: documents and bytes by split and domain, what was removed, a digest."""
 
     domains: dict[str, dict[str, dict[str, int]]]
-    removed: dict[str, int]
+    read: int  # documents of the sources: those kept and those removed, less what operations have added
+    removed: dict[str, int]  # by reason
+    added: dict[str, int]  # by operation
     fingerprint: str
     passed_over: dict[str, PassedOver]
+
+
+def accounted(info: CorpusInfo) -> str:
+    """What became of the documents that a corpus has read, in numbers that add up."""
+    removed, words = info.get("removed") or {}, {"exact": "exact copies", "near": "near to held-out ones"}
+    parts = [f"{count:,} {words.get(name, f'by {name}')}" for name, count in removed.items()]
+    gone = f"removed {', '.join(parts)}" if parts else "removed none"
+    if "read" not in info:  # of earlier versions
+        return gone
+    added = "".join(f", added {count:,} by {name}" for name, count in (info.get("added") or {}).items())
+    kept = info["read"] - sum(removed.values()) + sum((info.get("added") or {}).values())
+    return f"{info['read']:,} documents read, {gone}{added}, kept {kept:,}"

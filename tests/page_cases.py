@@ -70,7 +70,9 @@ def example(folder, *, evaluated=True, trained=True):
         "more": "evaluate",
         "say": "decode",
     }
-    stages = [{"name": n, "stage": s, "folder": n, "address": "0123456789", "status": "done"} for n, s in kinds.items()]
+    stages = [
+        {"name": n, "stage": s, "folder": n, "address": "0123456789", "status": "finished"} for n, s in kinds.items()
+    ]
     put(folder / "run.json", {"name": NASTY, "recipe": "r.yaml", "seed": 0, "stages": stages})
     put(folder / "recipe.yaml", f"name: {NASTY}\nstages:\n- {{name: encoder, stage: train, objective: masked_lm}}\n")
     domains = {

@@ -7,9 +7,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from processor import libraries, python
+from typer.testing import CliRunner
 
 from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
 
 
 def cli(*arguments, **more):
@@ -64,14 +67,46 @@ def test_a_mistake_is_one_line_and_status_1(tmp_path):
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
 
 
-def test_generate_says_that_a_chat_template_is_not_used(prepared, tiny, tmp_path):
+def test_a_prompt_is_a_message_in_the_chat_template_only_when_asked(prepared, tiny, tmp_path):
+    from pretrain.cli import app
+    from pretrain.core.encoding import chat_tokens
     from pretrain.corpus.tokenizers import load_tokenizer
+    from pretrain.stages.decode import continue_prompt
 
-    tokenizer = load_tokenizer(prepared / "tokenizer")
-    tokenizer.chat_template = "{{ messages[0].content }}"
-    checkpoint.save(tiny(vocab_size=512), tokenizer, tmp_path / "c")
-    done = cli("generate", tmp_path / "c", "--prompt", "def main", "--max-new-tokens", "2")
-    assert done.returncode == 0 and "plain text; the checkpoint's chat template is not used" in done.stderr
+    def generate(name, *options):
+        given = [
+            "generate",
+            str(tmp_path / name),
+            "--prompt",
+            "def main",
+            "--max-new-tokens",
+            "4",
+            "--temperature",
+            "0",
+        ]
+        return CliRunner().invoke(app, [*given, *options])
+
+    model, tokenizer = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    checkpoint.save(model, tokenizer, tmp_path / "plain")
+    tokenizer.chat_template = "Q: {{ messages[0].content }} A:"
+    checkpoint.save(model, tokenizer, tmp_path / "chat")
+    plain, chat = generate("chat"), generate("chat", "--chat")
+    assert "plain text; --chat uses the checkpoint's chat template" in plain.stderr and "note" not in chat.stderr
+    ids = [token for part in chat_tokens(tokenizer, "def main") for token in part]
+    assert tokenizer.decode(ids) == "Q: def main A:"
+    with torch.no_grad():
+        answer = model.eval().generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False)[0, len(ids) :]
+    assert chat.stdout == tokenizer.decode(answer, skip_special_tokens=True) + "\n"
+    assert (
+        plain.stdout
+        == "def main"
+        + continue_prompt(model, tokenizer, "def main", max_new_tokens=4, temperature=0)["continuation"]
+        + "\n"
+    )
+    assert "has no chat template; accepted: a prompt without --chat" in str(generate("plain", "--chat").exception)
+    tokenizer.chat_template = "{{ raise_exception('no') }}"
+    with pytest.raises(PretrainError, match="the chat template cannot be filled in"):
+        chat_tokens(tokenizer, "x")
 
 
 def test_generate_continues_a_prompt(model_folder):
@@ -150,7 +185,7 @@ def test_a_store_is_given_on_the_command_line(tmp_path):
         done = cli("run", "r.yaml", "--output", output, "--store", "kept", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
     assert "already done" in done.stderr and (tmp_path / "two" / "data" / "corpus").is_dir()
-    assert "cached" in cli("run", "r.yaml", "--output", "three", "--store", "kept", "--dry-run", cwd=tmp_path).stdout
+    assert "finished" in cli("run", "r.yaml", "--output", "three", "--store", "kept", "--dry-run", cwd=tmp_path).stdout
 
 
 def test_shell_completion_offers_method_names():
@@ -209,9 +244,9 @@ def test_an_encoder_cannot_be_asked_to_generate(tiny, prepared, tmp_path):
 def test_a_misspelt_method_gets_a_guess_and_few_names(capsys):
     from pretrain.cli import app
 
-    guesses = {("methods", "show", "loar"): "'lora'?)", ("methods", "loar"): "'lora', 'clear'?)"}
+    guesses = {("methods", "show", "loar"): " (did you mean 'lora'?)", ("methods", "loar"): "; nearest: lora, clear"}
     for command, guess in guesses.items():
         with pytest.raises(SystemExit):
             app([*command])
         text = capsys.readouterr().err
-        assert f"'loar' (did you mean {guess}" in text and len(text) < 300
+        assert f"'loar'{guess}" in text and len(text) < 300

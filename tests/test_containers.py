@@ -261,14 +261,16 @@ def test_a_corpus_says_what_it_passed_over_and_a_split_that_is_needed_and_empty_
         engine.run(check({"stages": STAGES}), say=said.append)
     info = json.loads((tmp_path / "runs" / "run" / "data" / "corpus" / "corpus.json").read_text())
     assert info["passed_over"] == {
-        "binary": {"count": 1, "names": ["text/x.bin"]}, "secret-looking": {"count": 1, "names": ["text/.env"]},
+        "secret-looking": {"group": "looks secret", "count": 1, "names": ["text/.env"]},
+        "binary": {"group": "files left out", "count": 1, "names": ["text/x.bin"]},
     }  # fmt: skip
     lines = [line.removeprefix("[data] ") for line in said]
-    assert "passed over: 1 binary (text/x.bin), 1 secret-looking (text/.env)" in lines
+    assert "passed over: 1 secret-looking (text/.env), 1 binary (text/x.bin)" in lines
     assert "no test documents: 3 are too few for a share of 0.02" in lines
     assert not any("[tokenizer]" in line or "[train]" in line for line in said)
     page = write(tmp_path / "runs" / "run").read_text()
-    assert "Passed over: 2" in page and "text/x.bin" in page
+    assert "Passed over: 2" in page and page.index("looks secret") < page.index("text/x.bin")
+    assert "3 documents read, removed 0 exact copies, 0 near to held-out ones, kept 3" in page
 
 
 @pytest.mark.parametrize("model", [{"n_positions": 16}, {"max_position_embeddings": 16}])

@@ -181,7 +181,7 @@ def test_a_runs_own_output_and_caches_are_no_source(tmp_path, monkeypatch):
         result = engine.run(check({"stages": stages}, output=output), store=store, say=lambda text: None)
         assert result.stages["data"]["metrics"]["documents/train"] == 2
     statuses = json.loads((tmp_path / "y" / "run.json").read_text())["stages"]
-    assert [s["status"] for s in statuses] == ["cached"]
+    assert [s["status"] for s in statuses] == ["finished"]
     assert len(list(read(Files("runs/x", tables="text")))) > 2  # asked for by name
 
 
@@ -290,7 +290,9 @@ def test_operations_change_the_training_split_only(tmp_path, stories):
         def __call__(self, corpus):
             return corpus.map(lambda row: {"text": row["text"].upper()}).select(range(5))
 
-    write_corpus(stories, tmp_path / "c", validation=0.2, operations=[Shout()])
+    info = write_corpus([*stories, stories[0]], tmp_path / "c", validation=0.2, operations=[Shout()])
+    assert info["removed"]["operations.0"] > 0 and info["removed"]["exact"] > 0
+    assert info["read"] == len(stories) + 1 == sum(info["documents"].values()) + sum(info["removed"].values())
     corpus = Corpus(tmp_path / "c")
     train = corpus.split("train")["text"]
     assert len(train) == 5 and all(t == t.upper() for t in train)
@@ -396,6 +398,19 @@ def test_a_row_without_its_column_is_named_by_its_line(tmp_path):
     (tmp_path / "x.jsonl").write_text('{"text": "a"}\n\n{"text": "b"}\n{"body": "c", "id": 1}\n')
     with pytest.raises(PretrainError, match=r"x\.jsonl:4\b.*no column 'text'.*accepted: .*body, id"):
         list(read(Files(str(tmp_path / "x.jsonl"))))
+
+
+def test_blanks_are_no_label(tmp_path):
+    import pyarrow.parquet
+
+    numbers = pyarrow.table({"text": list("abc"), "n": [0.0, float("nan"), None]})
+    pyarrow.parquet.write_table(numbers, tmp_path / "x.parquet")
+    skipped = Skipped()
+    assert [d["n"] for d in read(Files(str(tmp_path / "x.parquet"), required=("n",)), skipped)] == [0.0]
+    assert skipped.reasons == {"rows without n": 2}
+    rows = [{"text": "a", "label": label} for label in ("x", "", "  ", None, 0)]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert [d["label"] for d in read(Files(str(tmp_path / "x.jsonl"), required=("label",)))] == ["x", 0]
 
 
 @pytest.mark.parametrize("name", ["x.jsonl.gz", "x.jsonl.zst"])

@@ -155,7 +155,7 @@ def test_a_full_disk_names_the_stage_and_keeps_what_was_done(tmp_path):
     go(tmp_path)
     assert RUNS == ["b", "c"]
     run = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert [s["status"] for s in run["stages"]] == ["cached", "done", "done"]
+    assert [s["status"] for s in run["stages"]] == ["finished"] * 3
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
@@ -261,7 +261,7 @@ def test_runs_with_one_store_share_finished_stages(tmp_path):
     assert os.readlink(tmp_path / "two" / "a").startswith("../shared/store/fake-")
     assert (tmp_path / "two" / "c" / "out").read_text() == "12" and (tmp_path / "one" / "c" / "out").read_text() == "6"
     found = collect(tmp_path / "two")
-    assert [s["status"] for s in found["stages"]] == ["cached", "cached", "done"]
+    assert [s["status"] for s in found["stages"]] == ["finished"] * 3
     assert [s["flops"] for s in found["stages"]] == [7, 7, 7] and result.report.exists()
     tmp_path.rename(tmp_path.with_name("moved"))  # the links are relative
     assert (tmp_path.with_name("moved") / "two" / "c" / "out").read_text() == "12"

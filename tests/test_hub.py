@@ -98,6 +98,18 @@ def test_without_the_hub_the_error_says_how_to_download(fake, tmp_path):
     assert not hub.pinned("org/other")
 
 
+def test_before_a_run_no_network_is_asked(fake, tmp_path):
+    with (
+        hub.offline(),
+        pytest.raises(PretrainError, match="'gpt2' is neither a folder nor a model that has been fetched"),
+    ):
+        recipe(tmp_path, "gpt2")
+    assert fake.asked == 0 and not hub.pinned("gpt2")
+    recipe(tmp_path, "gpt2")
+    with hub.offline():
+        assert recipe(tmp_path, "gpt2").stages  # it has been pinned
+
+
 def test_a_misspelt_stage_is_never_asked_of_the_hub(fake, tmp_path):
     with pytest.raises(PretrainError, match=r"'korpus' \(did you mean 'corpus'\?\)"):
         recipe(tmp_path, "korpus")

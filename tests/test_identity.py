@@ -134,11 +134,15 @@ def test_the_command_prints_why_and_runs_nothing(tmp_path):
     (tmp_path / "r.json").write_text(json.dumps(raw()))
     command = ["run", str(tmp_path / "r.json"), "--output", str(tmp_path / "run")]
     result = CliRunner().invoke(app, [*command, "--dry-run", "--why"])
-    assert result.exit_code == 0 and "a  runs  never run" in result.output and RUNS == []
+    assert result.exit_code == 0 and "a  to run    never run" in result.output and RUNS == []
     go(tmp_path)
     RUNS.clear()
     result = CliRunner().invoke(app, [*command, "--dry-run", "--why", "--refresh", "a"])
-    assert "a  runs  asked by --refresh" in result.output and "c  done  finished on" in result.output and RUNS == []
+    assert (
+        "a  to run    asked by --refresh" in result.output
+        and "c  finished  finished on" in result.output
+        and RUNS == []
+    )
     assert not (tmp_path / "run" / "generations.json").exists()
     assert isinstance(CliRunner().invoke(app, [*command, "--why"]).exception, PretrainError)
     with pytest.raises(PretrainError, match=r"--refresh 'aa' \(did you mean 'a'\?\); accepted: a, b, c"):

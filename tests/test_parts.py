@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -11,19 +12,32 @@ from typer.testing import CliRunner
 
 import pretrain.stages
 from pretrain import engine
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.folders import place_of
 from pretrain.recipe import check
+from pretrain.report.data import collect
 from pretrain.runs.command import app
 from pretrain.stages import Job, Stage
 
 ENDS: list[BaseException | None] = []
 SLEEP = 0.3
+STATES: list[dict[str, str]] = []
+
+
+def states() -> dict[str, str]:
+    """The one word for the run's state that each place has: `run.json` and what is read from it, a list, a page."""
+    rows = read_json(Path("runs/r/run.json"))["stages"]
+    listed = CliRunner().invoke(app, ["list"], catch_exceptions=False).output.splitlines()[1].split()[1]
+    shown = CliRunner().invoke(app, ["show", "runs/r"], catch_exceptions=False).output.splitlines()
+    page = collect(Path("runs/r"))["stages"][0]["status"]
+    return {"run.json": rows[0]["status"], "list": listed, "show": shown[0].split()[1].strip(","), "page": page}
 
 
 class Slow(Stage):
     stage: Literal["slow"] = "slow"
     keeps: bool = True
+    looks: bool = False
     counts: float = 0.0
 
     def progress(self, folder: Path) -> str:
@@ -31,6 +45,8 @@ class Slow(Stage):
 
     def run(self, job: Job) -> dict[str, Any]:
         time.sleep(SLEEP)
+        if self.looks:
+            STATES.append(states())
         if self.keeps:
             (job.folder / "kept").touch()
         if error := ENDS.pop(0):
@@ -45,8 +61,8 @@ def slow_stages(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
 
 
-def run(*ends: BaseException | None, **fields: object) -> dict[str, Any]:
-    """The stage's record after runs of which each ends so."""
+def go(*ends: BaseException | None, **fields: object) -> None:
+    """Runs of the stage, each of which ends so."""
     ENDS[:] = list(ends)
     recipe = check({"name": "r", "stages": [{"stage": "slow", "name": "model"} | fields]})
     for end in ends:
@@ -55,6 +71,11 @@ def run(*ends: BaseException | None, **fields: object) -> dict[str, Any]:
         else:
             with pytest.raises(type(end)):
                 engine.run(recipe, report=False, say=lambda text: None)
+
+
+def run(*ends: BaseException | None, **fields: object) -> dict[str, Any]:
+    """The stage's record after such runs."""
+    go(*ends, **fields)
     return read_json(Path("runs/r/model/stage.json"))
 
 
@@ -80,4 +101,28 @@ def test_a_training_that_is_begun_is_shown_with_what_it_has_taken_so_far():
     folder = next(Path("runs/r").glob("slow-*"))
     (folder / "log.jsonl").write_text('{"event": "step", "step": 7, "tokens": 900, "flops": 5e9, "seconds": 61}\n')
     shown = CliRunner().invoke(app, ["show", "runs/r"], catch_exceptions=False).output
-    assert "begun" in shown and "61 s" in shown and "5e+09" in shown and "step 7, tokens 900" in shown
+    assert "interrupted" in shown and "61 s" in shown and "5e+09" in shown and "step 7, tokens 900" in shown
+
+
+def test_a_run_has_the_same_word_for_its_state_everywhere():
+    STATES.clear()
+    for end, word in (
+        (KeyboardInterrupt(), "interrupted"),
+        (PretrainError("no such thing"), "failed"),
+        (None, "finished"),
+    ):
+        go(end, looks=True)
+        assert set(states().values()) == {word}
+        assert set(STATES.pop().values()) == {"running"}
+        if word == "failed":
+            shown = CliRunner().invoke(app, ["show", "runs/r"], catch_exceptions=False).output
+            assert "model failed: stage 'model': no such thing" in shown
+
+
+def test_a_run_that_was_killed_is_interrupted():
+    run(None)
+    row = read_json(Path("runs/r/run.json"))
+    row["stages"][0]["status"] = "running"  # as the killed process has left it
+    Path("runs/r/run.json").write_text(json.dumps(row))
+    (place_of("runs/r/model") / "stage.json").unlink()
+    assert set(states().values()) == {"running", "interrupted"} and states()["list"] == "interrupted"

@@ -107,7 +107,7 @@ def test_a_run_with_such_links_is_read_like_any_other(windows, tmp_path):
     checkpoint = tmp_path / "run" / "train-0123456789ab" / "checkpoint"
     checkpoint.mkdir(parents=True)
     (checkpoint / "config.json").write_text("{}")
-    row = '{"name": "model", "stage": "train", "folder": "train-0123456789ab", "address": "", "status": "done"}'
+    row = '{"name": "model", "stage": "train", "folder": "train-0123456789ab", "address": "", "status": "finished"}'
     (tmp_path / "run" / "run.json").write_text(f'{{"stages": [{row}]}}')
     portable.link(tmp_path / "run" / "model", "train-0123456789ab")
     assert place_of(tmp_path / "run" / "model" / "checkpoint") == checkpoint

@@ -376,8 +376,39 @@ def test_evaluate_fits_the_head_taggers_regressors_answers_and_language_models(p
     assert evaluate(place, "--data", bodies, "--text", "body")["bits_per_byte"] > 0
     with pytest.raises(PretrainError, match=r"label 'x': a LlamaForCausalLM predicts none"):
         evaluate(place, "--data", bodies, "--text", "body", "--label", "x")
-    with pytest.raises(PretrainError, match="several labels: no evaluation fits it"):
-        evaluate(places["several"], "--data", bodies, "--text", "body")
+
+
+def test_sets_of_labels_are_measured_against_sets(places, tmp_path):
+    rows = [row["labels"] for row in pretrain.predict(places["several"], TEXTS)]
+    cells = [json.dumps(labels) if len(labels) != 1 else labels[0] for labels in rows]
+    table = tmp_path / "s.csv"
+    table.write_text(
+        "".join(f'"{text}","{cell.replace(chr(34), chr(34) * 2)}"\n' for text, cell in zip(TEXTS, cells, strict=True))
+    )
+    given = ("--data", table, "--no-header", "--text", "0", "--label", "1")
+    right = evaluate(places["several"], *given)
+    assert (right["micro_f1"], right["macro_f1"], right["exact_match"]) == (1, 1, 1) and right["documents"] == len(
+        TEXTS
+    )
+    others = write_rows(tmp_path / "s.jsonl", [{"text": t, "labels": "no; yes"} for t in TEXTS])
+    found = evaluate(places["several"], "--data", others)
+    both = [len({"no", "yes"} & set(labels)) for labels in rows]
+    assert found["micro_f1"] == pytest.approx(2 * sum(both) / (sum(map(len, rows)) + 2 * len(TEXTS)))
+    assert found["exact_match"] == sum(set(labels) == {"no", "yes"} for labels in rows) / len(TEXTS)
+    wrong = write_rows(tmp_path / "w.jsonl", [{"text": "a", "labels": ["no", "yess"]}])
+    with pytest.raises(
+        PretrainError, match=r"w.jsonl:1 .*labels 'yess' \(did you mean 'yes'\?\); accepted: .*no, yes, maybe"
+    ):
+        evaluate(places["several"], "--data", wrong)
+
+
+def test_a_csv_without_a_header_is_read_by_numbers(places, tmp_path):
+    table = tmp_path / "h.csv"
+    table.write_text("one,no\ntwo,yes\n")
+    rows = lines(predict(places["single"], table, "--no-header", "--text", "0"))
+    assert [row["0"] for row in rows] == ["one", "two"]
+    assert evaluate(places["single"], "--data", table, "--no-header", "--text", "0", "--label", "1")["documents"] == 2
+    assert len(lines(predict(places["single"], table, "--text", "one"))) == 1
 
 
 def test_a_prompts_own_columns_are_read_and_one_that_is_missing_is_told(answering, tmp_path):

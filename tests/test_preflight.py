@@ -168,7 +168,7 @@ def test_a_confusion_gives_each_class_its_precision_recall_and_f1():
 def page_of(accuracy, majority, interval, held_out, *, confusion=None, kept=None, given=(), unit="tokens", objective="classification"):  # fmt: skip
     """A run with an encoder and what was tuned on labels."""
     stages = [
-        {"name": name, "stage": "train", "status": "done", "writes": "checkpoint", "weights": 10**5, "bytes": 4, "family": "bert",
+        {"name": name, "stage": "train", "status": "finished", "writes": "checkpoint", "weights": 10**5, "bytes": 4, "family": "bert",
          "lineage": {"tokens": 1000, "unit": unit}, "metrics": metrics, "seconds": 1.0, "inputs": {"init": init} if init else {},
          "config": {"budget": {"epochs": 3}} | ({"init": init} if init else {})}
         for name, init, metrics in (("encoder", "", {"loss": 2.5}), ("tuned", "encoder", {"loss": 0.3}))

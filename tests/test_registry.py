@@ -114,7 +114,7 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
     assert done.stdout.split() == ["schedule", "False", "0.25"], done.stderr
     assert "lost = 'guest.no_such'" in done.stderr  # named, and the others are there
-    assert "broken.py: not a Python file" in done.stderr and "RuntimeError: no" in done.stderr
+    assert "broken.py:1: not a Python file" in done.stderr and "RuntimeError: no" in done.stderr
     assert "two methods are named 'cosine'" in done.stderr
 
 
@@ -224,7 +224,7 @@ def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
     ("code", "name", "message"),
     [
         ("x = 1\n", "nothing.py", "no file there defines a method"),
-        ("def f(:\n", "broken.py", "broken.py: not a Python file"),
+        ("def f(:\n", "broken.py", "broken.py:1: not a Python file"),
         (EXAMPLE, "cosine.py", "two methods are named 'cosine'"),
         (EXAMPLE.replace("(arXiv:1606.00915)", ""), "polynomial.py", "must open with 'Title (arXiv:NUMBER)"),
         (
@@ -239,6 +239,11 @@ def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
         ),
         (EXAMPLE.replace("frozen=True", "frozen=False"), "polynomial.py", "may be changed; accepted: @dataclass(fro"),
         (EXAMPLE.replace("(Schedule)", ""), "polynomial.py", "class Polynomial has no base that says its kind"),
+        (
+            EXAMPLE.replace("Schedule", "Schedul"),
+            "polynomial.py",
+            "asks for the base Schedul, which pretrain.optim has not (did you mean 'Schedule'?)",
+        ),
     ],
 )
 def test_a_folder_that_does_not_do_is_one_clear_error_and_leaves_the_list_as_it_was(

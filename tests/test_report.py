@@ -183,7 +183,7 @@ def measured(bits, line=None, xz=None, of="model", **more):
     } | more
 
 
-def page_of(*evaluations, held_out=(), tokens=1e6, weights=1000, statuses=("done",), budget=None):
+def page_of(*evaluations, held_out=(), tokens=1e6, weights=1000, statuses=("finished",), budget=None):
     """What a run with one trained model shows."""
     lineage = {"tokens": tokens, "unit": "tokens"}
     stages = [
@@ -252,7 +252,7 @@ FALLING, FLAT, RISING = [5, 4, 3.5, 3.2, 3.0, 2.9], [5, 4, 3, 3, 3, 3], [5, 4, 3
         ({"held_out": FLAT}, "has levelled off", ""),
         ({"held_out": RISING}, "17% lower before it rose", ""),
         ({"held_out": FLAT, "weights": 10**6}, "1 tokens for each weight", "pretrain run 'my recipe.yaml' --set model.budget.seconds=240"),
-        ({"statuses": ("done", "to run")}, "Not finished", "pretrain run 'my recipe.yaml'"),
+        ({"statuses": ("finished", "to run")}, "Interrupted at “stage-1”", "pretrain run 'my recipe.yaml'"),
     ],
 )  # fmt: skip
 def test_what_to_do_next_follows_from_the_curve(given, advice, command):

@@ -169,9 +169,9 @@ def test_the_list_counts_stages_sizes_and_what_runs():
     assert "finished" in line and "1 of 1" in line and "3.01 MB" in line and "value 1" in line
     with locked(base / ".lock"):
         assert "running" in invoke("list")
-    assert "unfinished" not in invoke("list")
+    assert "interrupted" not in invoke("list")
     (place_of(base / "model") / "stage.json").unlink()
-    assert "unfinished  0 of 1" in invoke("list")
+    assert "interrupted  0 of 1" in invoke("list")
 
 
 def test_a_run_shows_names_that_stay_and_what_else_it_has():
@@ -203,7 +203,7 @@ def test_a_run_that_has_not_come_to_its_evaluation_is_said_to_be_so():
     row = read_json(Path("runs/b/run.json"))
     row["stages"].append({"name": "judged", "stage": "evaluate", "folder": "evaluate-012345678901", "address": "01"})
     Path("runs/b/run.json").write_text(json.dumps(row))
-    assert "unfinished: judged to run; did not finish its own evaluation yet" in invoke("compare", "runs/a", "runs/b")
+    assert "interrupted: judged to run; did not finish its own evaluation yet" in invoke("compare", "runs/a", "runs/b")
 
 
 def test_recipes_that_have_been_run_and_comparisons_are_compared_too():

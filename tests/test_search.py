@@ -67,6 +67,8 @@ def test_a_method_is_shown_by_its_name_in_any_case(name):
 def test_suggestions_are_near():
     assert "gptq" in str(run("methods", "show", "quantise").exception)
     assert "GPTQ" in str(run("papers", "show", "quantise").exception)
-    assert "methods that have it (`pretrain methods muon`): muon" in str(run("papers", "muon").exception)
+    assert "methods that have it (pretrain methods muon): muon" in str(run("papers", "muon").exception)
+    assert "pretrain methods show lora" in str(run("papers", "show", "LoRA").exception)
+    assert "pretrain papers show DUSt3R" in str(run("methods", "show", "dust3r").exception)
     assert "nearest" not in str(run("papers", "show", "zzzz").exception)
     assert closest("growing nets", ["grow a net", "prune", "glowing vets"], str, lambda row: [(1, row)])[0] != "prune"

@@ -43,16 +43,23 @@ def test_the_page_follows_a_run_until_it_is_over(tmp_path):
 
         def say(line):
             lines.append(line)
+            if line.endswith(": finished"):
+                return
             page = (folder / "report.html").read_text()
             assert '"reload": 1' in page and "Still running: “model”" in page
             if len(lines) == 2:
                 log(folder, 4)
             if len(lines) == 3:
-                run_folder(folder, "done")
+                (folder / "model" / "stage.json").write_text("{}")
                 fcntl.flock(lock, fcntl.LOCK_UN)
 
         path = watch(folder, every=0.01, say=say)
-    assert lines == [f"report: {path}", "[model] 25% held-out 2.000 nats", "[model] 50% held-out 1.000 nats"]
+    assert lines == [
+        f"report: {path}",
+        "[model] 25% held-out 2.000 nats",
+        "[model] 50% held-out 1.000 nats",
+        f"{folder}: finished",
+    ]
     assert '"reload": 0' in path.read_text() and "Still running" not in path.read_text()
 
 
@@ -72,7 +79,8 @@ def test_an_interrupt_leaves_a_page_that_no_longer_loads_itself(tmp_path):
 def test_a_run_that_is_over_is_written_once_and_a_run_may_start_after(tmp_path):
     folder, lines = run_folder(tmp_path), []
     (folder / ".lock").touch()
-    assert "Not finished" in watch(folder, say=lines.append).read_text() and lines == []
+    assert "Interrupted at “model”" in watch(folder, say=lines.append).read_text()
+    assert lines == [f"{folder}: interrupted at “model”"]
     with (folder / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # watching holds nothing
 

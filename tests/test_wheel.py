@@ -181,6 +181,12 @@ def test_a_file_of_ones_own_comes_before_what_is_shipped(elsewhere):
     assert shipped.recipe_file("recipes/quickstart.yaml") == Path("recipes/quickstart.yaml")
     with pytest.raises(PretrainError, match="recipe mine.yaml cannot be read: no such file; accepted: .*quickstart"):
         shipped.recipe_file("mine.yaml")
+    (elsewhere / "prose.yaml").write_text("")
+    for name in ("prose.yml", "pros.yaml", "prose"):
+        with pytest.raises(PretrainError, match=r"no such file \(did you mean 'prose.yaml'\?\)"):
+            shipped.recipe_file(name)
+    with pytest.raises(PretrainError, match=r"is a folder; accepted: a recipe's path: .*prose.yaml"):
+        shipped.recipe_file(elsewhere.resolve())
 
 
 def test_claims_are_the_shipped_ones_and_results_go_to_the_users_folder(elsewhere, monkeypatch):

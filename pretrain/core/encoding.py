@@ -14,6 +14,8 @@ from pretrain.core.errors import PretrainError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_PIECE = "\x00{}\x00"  # stands for a message while a chat template is filled in
+
 
 def plain_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer | None:
     """A copy of the `tokenizers` object that neither cuts nor pads, and reads special tokens in a text as text."""
@@ -31,6 +33,31 @@ def encode(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[NDA
     """The texts' tokens as shards hold them, without the ends: a special token's name in a text is plain text."""
     encoded = encode_plain(plain_backend(tokenizer), tokenizer, texts)
     return [np.array(ids_of(encoding), np.int64) for encoding in encoded]
+
+
+def chat_tokens(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "") -> tuple[list[int], list[int]]:
+    """A user's message in the tokenizer's chat template, up to where the answer begins: what is before, and the rest.
+
+    What stands before it is the system's message with what frames it. Special tokens are the template's alone: their
+    names in a message are text. Raises `PretrainError` for a template that cannot be filled in.
+    """
+    messages = [{"role": "system", "content": _PIECE.format(0)}] if system else []
+    messages += [{"role": "user", "content": _PIECE.format(1)}]
+    try:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
+    except Exception as error:  # whatever a template raises
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise PretrainError(f"the chat template cannot be filled in ({reason}); accepted: another template") from error
+    before, _, after = text.partition(_PIECE.format(1))
+    start, _, between = before.partition(_PIECE.format(0))
+
+    def template(part: str) -> list[int]:
+        return list(tokenizer(part, add_special_tokens=False)["input_ids"]) if part else []
+
+    def plain(part: str) -> list[int]:
+        return [int(token) for token in encode(tokenizer, [part])[0]] if part else []
+
+    return [*template(start), *plain(system), *template(between)], [*plain(user), *template(after)]
 
 
 class Encoder:

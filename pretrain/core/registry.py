@@ -21,7 +21,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
-from pretrain.core.errors import PretrainError, unknown, warn
+from pretrain.core.errors import PretrainError, nearest, unknown, warn
 from pretrain.core.files import digest, write_json
 from pretrain.core.folders import cache_folder
 from pretrain.core.foreign import json as foreign
@@ -75,7 +75,9 @@ def _source(path: Path) -> _Source:
     try:
         tree = ast.parse(path.read_bytes())  # whatever its encoding, as Python reads it
     except (SyntaxError, ValueError) as error:
-        raise PretrainError(f"{path}: not a Python file ({error})") from error
+        at = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else str(path)
+        reason = error.msg if isinstance(error, SyntaxError) else error
+        raise PretrainError(f"{at}: not a Python file ({reason})") from error
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     imports: dict[str, str] = {}
     for node in _at_top(tree.body):
@@ -182,8 +184,24 @@ def _passed_over(path: Path) -> str | None:
             return f"{path}: class {cls.name} is no dataclass; accepted: @dataclass(frozen=True) above it"
         if decorated and not kind and not cls.name.startswith("_"):
             accepted = "a base class of pretrain's: Objective, Surgery, Policy, Decoding, …"
-            return f"{path}: class {cls.name} has no base that says its kind; accepted: {accepted}"
+            lack = _no_base(path, cls) or f"class {cls.name} has no base that says its kind"
+            return f"{path}:{cls.lineno}: {lack}; accepted: {accepted}"
     return None
+
+
+def _no_base(path: Path, cls: ast.ClassDef) -> str:
+    """Which base a class asks for that there is not; empty where that is not what is wrong."""
+    source = _source(path)
+    for base in map(ast.unparse, cls.bases):
+        first, dot, rest = base.partition(".")
+        module, name = _split(source.imports.get(first, "") + dot + rest)
+        if first not in source.classes and first not in source.imports:
+            return f"class {cls.name} asks for the base {base}, which nothing in the file defines or imports"
+        file = _file(module, path)
+        if file is not None and _kind(file, name) is None and name not in _source(file).classes:
+            hint = nearest(name, _source(file).classes)
+            return f"class {cls.name} asks for the base {name}, which {module} has not{hint}"
+    return ""
 
 
 def _read(path: Path, module: str) -> MethodInfo | None:

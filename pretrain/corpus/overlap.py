@@ -37,6 +37,15 @@ def text_column(checkpoint: Path) -> str:
     return names.pop() if len(names) == 1 else "text"
 
 
+def header_of(checkpoint: Path, header: bool | None) -> bool | None:
+    """Whether a CSV has a header: as is said, else as the tables had it which the checkpoint has learnt from."""
+    known = set()
+    for corpus in training_corpora(checkpoint)[0] if header is None else ():
+        sources = read_json(corpus / "corpus.json").get("sources") or []
+        known |= {source.get("header") for source in sources if isinstance(source, dict)}
+    return known.pop() if len(known) == 1 else header
+
+
 def trained_on(documents: Sequence[Document], corpora: Sequence[Path]) -> list[int]:
     """The numbers of the documents whose content, but for white space, stands in the training split of a corpus."""
     sought: dict[bytes, list[int]] = {}

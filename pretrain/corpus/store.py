@@ -112,14 +112,14 @@ def write_corpus(
             f"validation {validation} + test {test}: accepted: shares of 0 or more that leave some to train"
         )
     with atomic_folder(folder) as work:
-        removed = {"exact": 0, "near": 0}
-        _write_splits(documents, work, validation, test, removed)
+        removed, added = {"exact": 0, "near": 0}, dict[str, int]()
+        read = _write_splits(documents, work, validation, test, removed)
         _same_columns(work)
         if near_duplicates:
             removed["near"] = _drop_near_heldout(work, near_duplicates)
         if operations:
             with without_bars():
-                _operate(work, operations)
+                _operate(work, operations, removed, added)
         counts, content = _count(work)
         if not counts["train"]:
             why = f" (passed over: {skipped})" if skipped and skipped.reasons else ""
@@ -128,7 +128,9 @@ def write_corpus(
             "documents": {s: sum(d["documents"] for d in counts[s].values()) for s in SPLITS},
             "bytes": {s: sum(d["bytes"] for d in counts[s].values()) for s in SPLITS},
             "domains": counts,
+            "read": read,  # + added = documents + removed
             "removed": removed,
+            "added": added,
             "passed_over": skipped.facts() if skipped else {},
             "fingerprint": digest([counts, content]),
         } | (facts or {})
@@ -138,11 +140,13 @@ def write_corpus(
 
 def _write_splits(
     documents: Iterable[Document], work: Path, validation: float, test: float, removed: dict[str, int]
-) -> None:
+) -> int:
+    """Write the documents, copies left out, and return how many there were."""
     writers = {split: _Writer(work / split) for split in SPLITS}
     seen: set[bytes] = set()
     domains: set[str] = set()
-    for document in documents:
+    read = 0
+    for read, document in enumerate(documents, 1):  # noqa: B007
         key = identity(document)
         if key in seen:
             removed["exact"] += 1
@@ -157,6 +161,7 @@ def _write_splits(
         writers[side(_key(document), validation, test)].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()
+    return read
 
 
 def _same_columns(work: Path) -> None:
@@ -204,16 +209,22 @@ def _drop_near_heldout(work: Path, threshold: float) -> int:
     return dropped
 
 
-def _operate(work: Path, operations: Sequence[Callable[[Dataset], Dataset]]) -> None:
-    """Apply data operations to the training split."""
+def _operate(
+    work: Path, operations: Sequence[Callable[[Dataset], Dataset]], removed: dict[str, int], added: dict[str, int]
+) -> None:
+    """Apply data operations to the training split; by each it is noted how many documents that takes or brings."""
     import datasets
 
     cache = work / "cache"
     corpus = _open(work / "train", cache)
     for number, operation in enumerate(operations):
+        before = len(corpus)
         corpus = operation(corpus)
         if not isinstance(corpus, datasets.Dataset):
             raise PretrainError(f"operations.{number} returned {type(corpus).__name__}; accepted: a datasets.Dataset")
+        if change := len(corpus) - before:
+            counts, name = added if change > 0 else removed, getattr(operation, "name", f"operations.{number}")
+            counts[name] = counts.get(name, 0) + abs(change)
     after = work / "train-after"
     after.mkdir()
     rows = max(1, min(50_000, len(corpus)))

@@ -28,10 +28,18 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-REPEATS = 15.4  # R*, after which reading again is worth nothing more
+REPEATS = 15.4  # R*: after so many further passes one is worth a third of as much new text
+NEARLY_NEW = 4  # passes that are nearly as good as new text
+LITTLE = 0.2  # of the worth of new text: below it another pass is worth next to nothing
+MOST_PASSES = math.floor(1 - REPEATS * math.log(LITTLE))
 HUBER = 3e-2  # of a difference of logarithms: one run of a small model lies 1% to 2% beside any law
 LEAST = 0.3  # bits per byte that no model of text or code is expected to come below: small runs cannot tell the floor
 NAMES = ("floor", "A", "alpha", "B", "beta", "gamma")
+
+
+def worth(passes: float) -> float:
+    """What the last of so many passes over the same text is worth, as a share of as much new text: dD / (U dR)."""
+    return math.exp(-max(0.0, passes - 1) / REPEATS)
 
 
 @dataclass(frozen=True)

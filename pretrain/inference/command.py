@@ -10,7 +10,7 @@ import typer
 
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.imports import uncollected
-from pretrain.inference.measuring import ON_ERROR, TEXT, on_error_of
+from pretrain.inference.measuring import HEADER, ON_ERROR, TEXT, on_error_of
 
 
 def predict(
@@ -20,6 +20,7 @@ def predict(
     ],
     text: Annotated[str | None, typer.Option(help=TEXT)] = None,
     pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
+    header: Annotated[bool | None, typer.Option("--header/--no-header", help=HEADER)] = None,
     output: Annotated[
         Path | None, typer.Option(help="OUT.jsonl or OUT.csv; JSON lines to the screen by default.")
     ] = None,
@@ -33,7 +34,7 @@ def predict(
 ) -> None:
     """Label, tag, score or answer the rows of a file with a tuned checkpoint."""
     place = newest_checkpoint(checkpoint)  # what is wrong is said before anything large is imported
-    from pretrain.corpus.overlap import text_column
+    from pretrain.corpus.overlap import header_of, text_column
     from pretrain.corpus.sources import Skipped
     from pretrain.inference.rows import check
 
@@ -44,7 +45,9 @@ def predict(
 
         head = open_head(place, text=text or text_column(place), pair=pair, scores=scores, answer=max_new_tokens)
     start = time.perf_counter()
-    count, names = predict_file(head, file, output, batch_size, force=force, skipped=skipped)
+    count, names = predict_file(
+        head, file, output, batch_size, force=force, skipped=skipped, header=header_of(place, header)
+    )
     seconds = time.perf_counter() - start
     added = ", ".join(names.values())
     if full := head.tally["full"]:

@@ -291,8 +291,6 @@ def evaluation_for(
                 "example {method: probe, label: COLUMN}"
             )
         return "held_out"
-    if kind == "several":
-        raise PretrainError("a classifier of several labels: no evaluation fits it; accepted: pretrain predict")
     method = METHODS.get(kind, "prompt_classification")
     known = asdict(objective) if objective is not None and objective.name == method else {}
     given = {{"tags": "tags", "answer": "target"}.get(kind, "label"): label, "pair": pair}

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pretrain.core.processors import Processor
-    from pretrain.corpus.sources import Document
+    from pretrain.corpus.sources import Document, Files
     from pretrain.evaluation import Evaluation
     from pretrain.records import JSONObject
 
@@ -27,6 +27,7 @@ Placed = list[tuple[str, dict[str, Any]]]  # documents with where they stand
 OnError = Literal["stop", "skip"]
 TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
+HEADER = "Whether a CSV's first row names its columns (by default if no number stands in it); else they are 0, 1, …"
 ON_ERROR = "What a row that cannot be read does: stop, or skip."
 
 
@@ -43,9 +44,11 @@ def evaluate(
     ] = None,
     text: Annotated[str | None, typer.Option(help=TEXT)] = None,
     label: Annotated[
-        str | None, typer.Option(help="The column of what is true: labels, numbers, tags, answers.")
+        str | None,
+        typer.Option(help="The column of what is true: a label, several (`a; b`), a number, tags, an answer."),
     ] = None,
     pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
+    header: Annotated[bool | None, typer.Option("--header/--no-header", help=HEADER)] = None,
     on_error: Annotated[str, typer.Option(help=ON_ERROR)] = "stop",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -55,21 +58,21 @@ def evaluate(
     place = newest_checkpoint(checkpoint)
     with uncollected():
         from pretrain.core import checkpoint as checkpoints
-        from pretrain.corpus.overlap import overlap_warning, text_column
+        from pretrain.corpus.overlap import header_of, overlap_warning, text_column
+        from pretrain.corpus.sources import Files
         from pretrain.corpus.store import Corpus
-        from pretrain.inference.heads import evaluation_for
-        from pretrain.stages import build_method
         from pretrain.stages import evaluate as stage
 
         model, processor = stage.load_both(place)
     lineage = checkpoints.lineage(place)
     chosen: list[Evaluation] = methods_of(evaluations or [], "evaluation", "--evaluation: ")
-    chosen = chosen or [build_method(evaluation_for(model, lineage, label, pair), "evaluation")]
+    chosen = chosen or [_fitting(place, (model, processor), lineage, label, pair)]
     folder = corpus_at(data)
     if folder is not None:
         documents = stage.documents_of(Corpus(folder), split, max_documents, chosen, processor)
     else:
-        documents = _read(data, text or text_column(place), policy, max_documents, chosen, (model, processor))
+        source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
+        documents = _read(source, max_documents, chosen, (model, processor))
     seen = overlap_warning(documents, place, folder if split != "train" else None)
     if seen:
         typer.echo(f"warning: {seen}", err=True)
@@ -100,24 +103,40 @@ def methods_of(texts: Sequence[str], kind: str, option: str = "") -> list[Any]:
         raise PretrainError(f"{option}{error}") from error
 
 
+def _fitting(
+    place: Path, opened: tuple[PreTrainedModel, Processor], lineage: Mapping[str, object], label: str | None,
+    pair: str | None,
+) -> Evaluation:  # fmt: skip
+    """The evaluation that fits a checkpoint's head."""
+    from pretrain.inference.heads import evaluation_for, head_of, kind_of
+    from pretrain.inference.several import Several
+    from pretrain.stages import build_method
+
+    if kind_of(opened[0]) == "several":
+        return Several(head_of(place, *opened, pair=pair), label or "labels")
+    method: Evaluation = build_method(evaluation_for(opened[0], lineage, label, pair), "evaluation")
+    return method
+
+
 def _read(
-    data: str, text: str, on_error: OnError, most: int, chosen: Sequence[Evaluation],
-    opened: tuple[PreTrainedModel, Processor],
-) -> list[Document]:  # fmt: skip
+    source: Files, most: int, chosen: Sequence[Evaluation], opened: tuple[PreTrainedModel, Processor]
+) -> list[Document]:
     """At most so many documents of files, from all alike, with what is true of each where that is asked for."""
-    from pretrain.corpus.sources import Files, Skipped, evenly
+    from pretrain.corpus.sources import Skipped, evenly
 
     skipped = Skipped()
     try:
-        placed = evenly(list(Files(data, text=text, on_error=on_error).placed(skipped)), most)
+        placed = evenly(list(source.placed(skipped)), most)
     except PretrainError as error:
         message = str(error).replace(", or tables: text to read the file as it stands", " (--text)")
         raise PretrainError(message.replace("on_error: skip", "--on-error skip")) from error
     if skipped.reasons:
         typer.echo(f"passed over: {skipped}", err=True)
-    placed = [(where, document | {text: document["text"]}) for where, document in placed]  # as prompts may call it
+    placed = [
+        (where, document | {source.text: document["text"]}) for where, document in placed
+    ]  # as prompts may call it
     for method in chosen:
-        placed = _labelled(placed, data, method, opened, on_error)
+        placed = _labelled(placed, source.files, method, opened, source.on_error)
     return [document for _, document in placed]
 
 
@@ -125,6 +144,8 @@ def _labelled(
     placed: Placed, data: str, method: Evaluation, opened: tuple[PreTrainedModel, Processor], on_error: OnError
 ) -> Placed:
     """The documents that have what an evaluation compares with; what is wrong with one is told with its place."""
+    from pretrain.corpus.sources._files import given
+
     objective = getattr(method, "method", None)
     if not hasattr(objective, "expected") or not placed:
         return placed
@@ -137,9 +158,9 @@ def _labelled(
                 f"of {', '.join(known)}"
             )
     answer = method.columns[-1]
-    whole = [(where, d) for where, d in placed if all(d.get(column) not in (None, "") for column in method.columns)]
+    whole = [(where, d) for where, d in placed if all(given(d, column) for column in method.columns)]
     if len(whole) < len(placed):
-        lacking = next(where for where, d in placed if any(d.get(column) in (None, "") for column in method.columns))
+        lacking = next(where for where, d in placed if not all(given(d, column) for column in method.columns))
         lost = len(placed) - len(whole)
         typer.echo(f"warning: {lost:,} of {len(placed):,} rows lack a {answer!r} ({lacking}): passed over", err=True)
     kept, wrong = [], list[str]()

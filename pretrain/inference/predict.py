@@ -62,17 +62,17 @@ def _given(head: Head, document: Document) -> Document:
 
 def predict_file(
     head: Head, source: str, output: Path | None, batch: int = BATCH, *, force: bool = True,
-    skipped: Skipped | None = None,
+    skipped: Skipped | None = None, header: bool | None = None,
 ) -> tuple[int, dict[str, str]]:  # fmt: skip
     """Write each row of a file with its predictions; how many rows, and the names of what is added by their usual ones.
 
     A column that the input has already stays: what is added is called `predicted_…` then. What cannot be read is an
-    error, or with `skipped` counted there and left out.
+    error, or with `skipped` counted there and left out. `header` says of a CSV whether it has one.
     """
     check(source, output, force)
     count, names = 0, dict[str, str]()
     with writer(output) as write:
-        for (where, columns), added in predictions(head, rows_of(source, head.text, skipped), batch, skipped):
+        for (where, columns), added in predictions(head, rows_of(source, head.text, skipped, header), batch, skipped):
             if not count:
                 names = {name: f"predicted_{name}" if name in columns else name for name in head.adds}
             both = next((name for name in names.values() if name in columns), None)

@@ -16,7 +16,7 @@ from typing import TextIO
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_text
 from pretrain.core.foreign.paths import expanded
-from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, unread
+from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, reader_of, unread
 from pretrain.corpus.sources._files import Wrong
 from pretrain.corpus.sources._paths import is_secret
 from pretrain.corpus.sources._skipped import Skipped
@@ -48,17 +48,18 @@ class _Refusing(Skipped):
         raise PretrainError(f"{name}: {reason}; accepted: shorter ones, or --on-error skip")
 
 
-def rows_of(name: str, text: str, skipped: Skipped | None = None) -> Iterator[Row]:
+def rows_of(name: str, text: str, skipped: Skipped | None = None, header: bool | None = None) -> Iterator[Row]:
     """Each row of a file with where it stands. A `.txt` has a text a line; `-` is standard input, JSON lines or texts.
 
-    `text` is the column of the texts. Raises `PretrainError` with file, line and row for what cannot be read, which is
-    passed over and counted where there is a `skipped`.
+    `text` is the column of the texts; `header` says of a CSV whether it has one, where that is known. Raises
+    `PretrainError` with file, line and row for what cannot be read, which is passed over and counted where there is a
+    `skipped`.
     """
     if name == "-":
         yield from _piped(text, skipped)
         return
     path = expanded(name)
-    yield from _read(path, name, text, ending(path), skipped)
+    yield from _read(path, name, text, ending(path), skipped, header)
 
 
 def check(name: str, output: Path | None, force: bool = True) -> None:
@@ -85,8 +86,10 @@ def check(name: str, output: Path | None, force: bool = True) -> None:
         raise PretrainError(f"--output {output} exists; accepted: another file, or --force to write over it")
 
 
-def _read(path: Path, name: str, text: str, end: str, skipped: Skipped | None) -> Iterator[Row]:
-    reader = READERS[end] if end in TABLES else _lines
+def _read(
+    path: Path, name: str, text: str, end: str, skipped: Skipped | None, header: bool | None = None
+) -> Iterator[Row]:
+    reader = (reader_of(path, header) or READERS[end]) if end in TABLES else _lines
     yield from reader(path, name, text, wrong_of(skipped), _Refusing() if skipped is None else skipped)
 
 

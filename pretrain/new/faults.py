@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from pretrain.corpus.sources._containers import Row
-from pretrain.corpus.sources._files import Document
+from pretrain.corpus.sources._files import Document, given
 
 SHOWN = 3  # rows that are named
 LONGEST_NAME, MOST_WORDS = 60, 5  # of a column
@@ -49,12 +49,6 @@ def lacking(rows: Iterable[Row], column: str, what: str, field: str = "") -> lis
     """Rows without a value in a column."""
     missing = [where for where, row in rows if not given(row, column)]
     return [Fault(len(missing), what, tuple(map(place, missing[:SHOWN])), field)] if missing else []
-
-
-def given(row: Document, column: str) -> bool:
-    """Whether a row has something in a column."""
-    value = row.get(column)
-    return value is not None and (not isinstance(value, str) or bool(value.strip()))
 
 
 def headless(names: Sequence[str], rows: Sequence[Document]) -> bool:

@@ -8,13 +8,14 @@ from tempfile import TemporaryDirectory
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import yaml
+from pretrain.dial.law import MOST_PASSES, NEARLY_NEW
 from pretrain.forecast import Forecast, check_documents, forecast, warnings
 from pretrain.identity import plan
 from pretrain.new.plans import MEASURED, Asked, recipe
 from pretrain.recipe import check
 
 RARER = {MEASURED: 0.1, 0.1: 0.2, 0.2: 0.5, 0.5: 0.0}  # shares of a training between two measurements
-PASSES = {"pretrain": 24, "continue": 4}  # over the text at most: more teach little, or make it forget the rest
+PASSES = {"pretrain": MOST_PASSES, "continue": NEARLY_NEW}  # more teach little, or make it forget the rest
 
 
 def fitted(asked: Asked) -> tuple[str, list[str]]:

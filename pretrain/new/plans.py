@@ -19,7 +19,7 @@ from pretrain.new import stages, start
 from pretrain.new.look import Look
 from pretrain.new.prompts import fitting
 from pretrain.new.stages import written
-from pretrain.new.start import MOST_PASSES, Start
+from pretrain.new.start import ENOUGH_PASSES, Start
 from pretrain.new.tables import Table
 from pretrain.new.tuning import Plan, Tuned, plan
 from pretrain.new.words import contents
@@ -297,13 +297,13 @@ def _encoder(asked: Asked, length: int) -> list[str]:
     entries, (width, blocks), length = start.vocabulary(asked.text), _encoder_size(asked), max(64, length)
     weights = 12 * blocks * width**2 + 0.15 * entries * width  # a masked one in seven is predicted
     tokens = asked.budget / 2 * start.rate() * efficiency(width) / (6 * weights)
-    enough = tokens > MOST_PASSES * asked.text / TOKEN
+    enough = tokens > ENOUGH_PASSES * asked.text / TOKEN
     size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
     encoder = written(
         stages.ENCODER, width=width, inner=4 * width, blocks=blocks, heads=max(2, width // 32),
         positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
         measured=asked.measured("encoder"),
-        budget=f"{{epochs: {MOST_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
+        budget=f"{{epochs: {ENOUGH_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",
     )  # fmt: skip
     return [written(stages.ENCODER_TOKENIZER, entries=size), encoder]

@@ -14,12 +14,13 @@ from pretrain.core.quick.machine import cores, efficiency, likely_device, rememb
 from pretrain.core.quick.positions import positions
 from pretrain.core.quick.table import FAMILIES
 from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
+from pretrain.dial.law import REPEATS
 
 RATES = {"cpu": 5e10, "cuda": 5e13}  # FLOP/s of a core or a card, as long as none is measured
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
 # Width and blocks of encoders: heads of 32 on the way up.
 ENCODERS = ((64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (768, 12))
-MOST_PASSES = 16  # over the text: arXiv:2305.16264 finds nothing more after them
+ENOUGH_PASSES = 1 + round(REPEATS)  # over the text: the last of them is worth a third of new text
 BYTES = 256
 WIDE = 512  # from this width on what is tuned is a LoRA: all weights are too many for an evening
 
@@ -95,7 +96,7 @@ def encoder(seconds: float, text: float, vocabulary: int) -> tuple[int, int]:
     for width, blocks in ENCODERS:
         weights = 12 * blocks * width**2
         tokens = seconds * rate() * efficiency(width) / (6 * (weights + 0.15 * vocabulary * width))
-        if min(tokens, MOST_PASSES * text) >= TOKENS_A_WEIGHT / 2 * weights:
+        if min(tokens, ENOUGH_PASSES * text) >= TOKENS_A_WEIGHT / 2 * weights:
             best = (width, blocks)
     return best
 

@@ -11,10 +11,10 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.sources._chat import is_chat
 from pretrain.corpus.sources._containers import ending, reader_of
-from pretrain.corpus.sources._files import Document
+from pretrain.corpus.sources._files import Document, given
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import number
-from pretrain.new.faults import Fault, given, headless, lacking, unreadable
+from pretrain.new.faults import Fault, headless, lacking, unreadable
 
 ROWS, MUCH = 10_000, 16 << 20  # that are looked at at most, and characters of them
 OWN = 0.5  # of the rows have a value that no other has: these are names, and no labels

@@ -7,13 +7,13 @@ import shlex
 from collections.abc import Mapping
 
 from pretrain.core.quick.confusion import class_rows, never_answered
+from pretrain.dial.law import NEARLY_NEW
+from pretrain.records import Status
 from pretrain.report.data import BITS, LABELLED, Evaluated, Page, StageRow, Trained
 from pretrain.report.numbers import course, known, last
 
 TOKENS_A_WEIGHT = 20  # about what is best for a given compute (Hoffmann et al., arXiv:2203.15556)
-MOST_PASSES = 4  # over the same text: more of them are worth less and less (arXiv:2305.16264)
 BYTES_A_TOKEN = 3.5  # about
-ENDED = ("done", "cached")
 RISE, FALL = 0.01, 0.005  # of a held-out loss: it has risen again, it still falls
 FEW_POINTS = 5  # of a curve say nothing of its course
 Advice = tuple[str, str]  # the sentence, and the command for it if there is one
@@ -21,9 +21,9 @@ Advice = tuple[str, str]  # the sentence, and the command for it if there is one
 
 def advise(page: Page, model: StageRow | None, evaluation: Evaluated | None, training: Trained | None) -> Advice:
     """What to do next with a finished run's last model; with an unfinished run, to go on."""
-    missing = [s["name"] for s in page["stages"] if s["status"] not in ENDED]
+    missing = [s for s in page["stages"] if s["status"] != Status.FINISHED]
     if missing:
-        return f"Not finished. To go on with “{missing[0]}”:", run_command(page)
+        return _unfinished(next((s for s in missing if s["status"] == Status.FAILED), missing[0])), run_command(page)
     if model is None:
         return "Next: add a train stage.", ""
     if training is None:
@@ -31,6 +31,14 @@ def advise(page: Page, model: StageRow | None, evaluation: Evaluated | None, tra
     if labelled(training):
         return _of_labels(page, model, evaluation, training)
     return _of_curve(page, model, training)
+
+
+def _unfinished(stage: StageRow) -> str:
+    """That a run has failed or was interrupted at a stage."""
+    if stage["status"] == Status.FAILED:
+        error = f": {stage['error'].removesuffix('.')}" if stage.get("error") else ""
+        return f"Failed at “{stage['name']}”{error}. When that is mended, to go on:"
+    return f"Interrupted at “{stage['name']}”. To go on:"
 
 
 def labelled(training: Trained | None) -> bool:
@@ -68,10 +76,10 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
         kept = ", and those weights are kept" if training.get("kept") else ""
         return f"Next: more {more}, or a shorter training: {lower}{kept}.", ""
     passes = _passes(page, model, training)
-    if passes > MOST_PASSES and change >= -FALL:
+    if passes > NEARLY_NEW and change >= -FALL:
         return f"Next: more text; it has read what there is about {passes:.0f} times.", ""
     share = _tokens_a_weight(model, training)
-    if share < TOKENS_A_WEIGHT and passes <= MOST_PASSES:
+    if share < TOKENS_A_WEIGHT and passes <= NEARLY_NEW:
         few = f"it has seen {share:.2g} tokens for each weight, and about {TOKENS_A_WEIGHT} are usual."
         return f"Next: train longer; {few}", _longer(page, model)
     if len(points) < FEW_POINTS:

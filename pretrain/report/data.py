@@ -12,7 +12,18 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, damage, read_json, read_json_lines, read_object
 from pretrain.core.foreign import yaml
 from pretrain.core.foreign.weights import header
-from pretrain.records import Config, CorpusInfo, Evaluation, Marks, Measurement, Metrics, Run, RunStage, altered
+from pretrain.records import (
+    Config,
+    CorpusInfo,
+    Evaluation,
+    Marks,
+    Measurement,
+    Metrics,
+    Run,
+    RunStage,
+    altered,
+    statuses,
+)
 
 if TYPE_CHECKING:
     from pretrain.core.samples import Sample
@@ -142,12 +153,19 @@ def collect(folder: Path) -> Page:
     evaluations: list[Evaluated] = []
     samples: list[Samples] = []
     corpora: list[CorpusRow] = []
+    states = statuses(folder, run["stages"])
     for entry in run["stages"]:
         home, record = folder / entry["folder"], _object(folder / entry["folder"] / "stage.json")
         lost = altered(home, record)  # of which the run has told
         lineage = _object(home / "checkpoint" / "pretrain.json").get("lineage")
         name = entry["name"]
-        row: Any = {**entry, **{k: record.get(k) for k in RECORDED}, "lineage": lineage, "writes": _writes(home)}
+        row: Any = {
+            **entry,
+            "status": states[name],
+            **{k: record.get(k) for k in RECORDED},
+            "lineage": lineage,
+            "writes": _writes(home),
+        }
         row |= {"config": record.get("config") or _raw(text, name)} | checkpoint_size(home / "checkpoint")
         stages.append(row)
         if (home / "log.jsonl").exists():

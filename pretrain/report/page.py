@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
-from pretrain.records import Metrics
+from pretrain.records import Metrics, accounted
 from pretrain.report import samples as report_samples
 from pretrain.report.charts import bits_chart, changes
 from pretrain.report.classes import classes
@@ -222,11 +222,7 @@ def _corpus_table(corpus: CorpusRow) -> Html:
         for domain in sorted(size, key=lambda d: (-size[d], d))
     ]
     rows.append(("all", *(cell(by_domain.values()) for by_domain in splits.values())))
-    removed = corpus.get("removed") or {}
-    note = (
-        f"Documents · bytes. Removed: {removed.get('exact', 0):,} exact copies, {removed.get('near', 0):,} of the "
-        f"training documents near to held-out ones. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
-    )
+    note = f"Documents · bytes. {accounted(corpus)}. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
     return join([tag("p", note, class_="note"), table(("domain", *splits), rows), _passed_over(corpus)])
 
 
@@ -235,8 +231,12 @@ def _passed_over(corpus: CorpusRow) -> Html:
     over = corpus.get("passed_over") or {}
     if not over:
         return join([])
-    rows = [(reason, f"{row['count']:,}", ", ".join(row["names"])) for reason, row in over.items()]
-    listed = table(("reason", "how many", "the first of them"), rows)
+    rows, last_group = [], ""
+    for reason, row in over.items():
+        group = row.get("group", "")
+        rows.append(("" if group == last_group else group, reason, f"{row['count']:,}", ", ".join(row["names"])))
+        last_group = group
+    listed = table(("", "reason", "how many", "the first of them"), rows)
     total = sum(row["count"] for row in over.values())
     return tag("details", join([tag("summary", f"Passed over: {total:,}"), listed]))
 

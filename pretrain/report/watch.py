@@ -8,7 +8,8 @@ from pathlib import Path
 
 from pretrain.core.files import read_json
 from pretrain.core.system.portable import held
-from pretrain.report.advice import ENDED, spent_share
+from pretrain.records import Status, run_status, statuses
+from pretrain.report.advice import spent_share
 from pretrain.report.data import BITS
 from pretrain.report.numbers import known
 from pretrain.report.page import collect, write
@@ -17,7 +18,8 @@ from pretrain.report.page import collect, write
 def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] = print) -> Path:
     """Write a run's report every so many seconds until the run ends or is interrupted; returns the report's path.
 
-    `say` gets a line whenever there is something new. A run that is over has its report written once.
+    `say` gets a line whenever there is something new, and at last the run's state. A run that is over has its report
+    written once.
     """
     folder, before, path = Path(folder), "", Path(folder) / "report.html"
     try:
@@ -32,6 +34,7 @@ def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] 
             time.sleep(every)
     finally:  # what is written last does not load itself again
         path = write(folder, running=running(folder))
+    say(_end(folder))
     return path
 
 
@@ -39,8 +42,22 @@ def running(folder: Path) -> str:
     """The stage that a run is at; empty where no process holds the run."""
     if not (folder / "run.json").exists() or not held(folder / ".lock"):
         return ""
-    stages = read_json(folder / "run.json")["stages"]
-    return next((stage["name"] for stage in stages if stage["status"] not in ENDED), "")
+    states = _states(folder)
+    at = [name for name, status in states.items() if status == Status.RUNNING]
+    return next(iter([*at, *(name for name, status in states.items() if status != Status.FINISHED)]), "")
+
+
+def _end(folder: Path) -> str:
+    """`runs/x: finished`; of a run that is not, at which stage."""
+    states = _states(folder)
+    status = run_status(folder, states.values())
+    left = [name for name, state in states.items() if state != Status.FINISHED]
+    at = next((name for name in left if states[name] == Status.FAILED), next(iter(left), ""))
+    return f"{folder}: {status}" + (f" at “{at}”" if at else "")
+
+
+def _states(folder: Path) -> dict[str, str]:
+    return statuses(folder, read_json(folder / "run.json")["stages"])
 
 
 def _line(folder: Path, stage: str) -> str:

@@ -12,6 +12,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
 from pretrain.core.foreign.paths import expanded
+from pretrain.records import Status
 from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
 from pretrain.runs.words import bytes_in_words, counted, seconds_in_words
 
@@ -58,9 +59,11 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
             measured = f"so far: step {begun.get('step', 0):,.0f}, tokens {begun.get('tokens', 0):.4g}"
         stable = f"{shown.folder / name}@{address}" if record else ""
         size = bytes_in_words(size_of(folder))
-        status = "finished" if record else "begun" if begun else "to run"
-        rows.append((name, kind, status, stable, *spent, size, measured))
+        rows.append((name, kind, shown.statuses[name], stable, *spent, size, measured))
     _table(rows)
+    for row in read_json(shown.folder / "run.json")["stages"]:
+        if shown.statuses[row["name"]] == Status.FAILED and row.get("error"):
+            typer.echo(f"\n{row['name']} failed: {row['error']}")
     others = [path for path in stored(shown.folder) if path.resolve() not in _resolved(shown)]
     if others:
         typer.echo("\nbeside these:")
@@ -78,7 +81,7 @@ def _beside(run: Run, path: Path) -> None:
 
     size = bytes_in_words(size_of(path))
     if not (path / "stage.json").exists():
-        typer.echo(f"  {path}  {size}  begun")
+        typer.echo(f"  {path}  {size}  {Status.INTERRUPTED}")
         return
     record = read_json(path / "stage.json")
     now = run.records.get(record["name"])
@@ -138,7 +141,7 @@ def clean(
 
 def _what(folder: Path) -> str:
     if not (folder / "stage.json").exists():
-        return "begun, never finished"
+        return Status.INTERRUPTED
     record = read_json(folder / "stage.json")
     return f"{record['name']}, finished {_when(record['finished'])}"
 

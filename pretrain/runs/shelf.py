@@ -18,7 +18,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.folders import stage_folders
 from pretrain.core.system.portable import held, link_target, take
-from pretrain.records import StageRecord
+from pretrain.records import StageRecord, run_status, statuses
 
 RUNS, USERS, REMOVED = Path("runs"), ".runs", ".tmp-removed-"
 RESULT = re.compile(r"[\w-]+-[0-9a-f]{12}")  # KIND-ADDRESS, or NAME-ADDRESS of earlier versions
@@ -27,18 +27,17 @@ ADDRESS = re.compile(r"@([0-9a-f]{1,64})|-([0-9a-f]{12})\b")  # as recipes name 
 
 @dataclass(frozen=True)
 class Run:
-    """A run: its folder, the folders of its stages in order, and the records of those that are finished."""
+    """A run: its folder, the folders of its stages in order, their states, and the records of those finished."""
 
     folder: Path
     stages: dict[str, Path]
+    statuses: dict[str, str]
     records: dict[str, StageRecord]
 
     @property
     def status(self) -> str:
-        """`running`, `finished` or `unfinished`."""
-        if held(self.folder / ".lock"):
-            return "running"
-        return "finished" if len(self.records) == len(self.stages) else "unfinished"
+        """`finished`, `running`, `interrupted` or `failed`."""
+        return run_status(self.folder, self.statuses.values())
 
     @property
     def homes(self) -> set[Path]:
@@ -64,7 +63,8 @@ def open_run(folder: Path) -> Run:
     """Read a run's folder; raises `PretrainError` where it is none or damaged."""
     stages = stage_folders(folder)
     finished = {name: path / "stage.json" for name, path in stages.items() if (path / "stage.json").exists()}
-    return Run(folder, stages, {name: read_json(path) for name, path in finished.items()})
+    records = {name: read_json(path) for name, path in finished.items()}
+    return Run(folder, stages, statuses(folder, read_json(folder / "run.json")["stages"]), records)
 
 
 def find_runs(root: Path) -> list[Run]:

@@ -258,7 +258,7 @@ def build_dataclass(cls: type[Built], given: object, what: str) -> Built:
         raise Misfit(f"{what}: {where}: {first['input']!r}: {reason}", first["loc"]) from error
     except PretrainError as error:
         reason = str(error).removeprefix(f"{cls.__module__.rpartition('.')[2]}: ")
-        raise Misfit(f"{what}: {reason}", error.place) from error
+        raise Misfit(reason if reason.startswith(f"{what} ") else f"{what}: {reason}", error.place) from error
 
 
 def build_method(value: object, kind: str) -> Any:

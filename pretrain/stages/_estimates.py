@@ -46,10 +46,11 @@ class Left:
 
 
 class Odd(NamedTuple):
-    """What is likely a mistake, and the field that would change it."""
+    """What is likely a mistake, and the field that would change it; a `note` says what is good to know."""
 
     field: str
     text: str
+    note: bool = False
 
 
 @dataclass(frozen=True)

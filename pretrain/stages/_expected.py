@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
@@ -12,7 +11,7 @@ from pretrain.core.files import JSON
 from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
 from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
-from pretrain.dial.law import REPEATS
+from pretrain.dial.law import MOST_PASSES, NEARLY_NEW, worth
 from pretrain.dial.shapes import Shape
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
@@ -36,7 +35,6 @@ LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measurin
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
 OTHER_PASSES = 20  # where each hides other tokens, or labels are learnt
 FEW_STEPS = 10
-MANY_PASSES = round(2 * REPEATS)  # arXiv:2305.16264: they give 86% of all that reading again can give
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
 START = 3.0  # seconds before the first step
 TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
@@ -289,15 +287,18 @@ def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[Odd]:
     if work.corpus_tokens and work.step_tokens > work.corpus_tokens:
         text = f"batch_rows {stage.batch_rows}: a step takes {step}, the corpus has about {work.corpus_tokens:,.0f}"
         yield Odd("batch_rows", text)
-    elif work.corpus_tokens and tokens > (most := _many(stage)) * work.corpus_tokens:
-        passes = tokens / work.corpus_tokens
-        text = f"the corpus is read {passes:.1f} times: after {most} passes text teaches little; more text does"
-        yield Odd("budget", text)
+    elif work.corpus_tokens and stage.processor is None:
+        yield from _repeated(stage, tokens / work.corpus_tokens)
 
 
-def _many(stage: Asked) -> int:
-    """Passes over the same documents that are sensible; of anything but text there is no such rule."""
+def _repeated(stage: Asked, passes: float) -> Iterator[Odd]:
+    """That the same documents are read too often; of anything but text there is no such rule."""
     objective = stage.weighted()[0].method
-    if stage.processor is not None:
-        return sys.maxsize
-    return OTHER_PASSES if objective.reads == "examples" or objective.task != "causal" else MANY_PASSES
+    read = f"the corpus is read {passes:.1f} times"
+    if objective.reads == "examples" or objective.task != "causal":
+        if passes > OTHER_PASSES:
+            yield Odd("budget", f"{read}: after {OTHER_PASSES} passes it teaches little; more text does")
+    elif passes > NEARLY_NEW:
+        text = f"{read}, the last time for {worth(passes):.0%} of what as much new text would be worth"
+        most = passes > MOST_PASSES
+        yield Odd("budget", f"{text}; accepted: more text, or a smaller budget" if most else text, note=not most)

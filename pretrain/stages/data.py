@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
 
 from pydantic import Field, PlainSerializer, PlainValidator
 
@@ -20,7 +20,7 @@ from pretrain.corpus.sources._skipped import LONGEST
 from pretrain.corpus.store import write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._work import working
-from pretrain.records import StageResult
+from pretrain.records import CorpusInfo, StageResult, accounted
 from pretrain.stages import DataOperationField, Estimate, Given, Job, Record, Stage, build_dataclass, dump
 from pretrain.stages._estimates import corpus_estimate, uneven
 from pretrain.stages._examples import sampled
@@ -103,7 +103,7 @@ class Data(Stage):
         )
         facts: Record = {"sources": [kinds.described(source) for source in self.sources]}
         spent: list[int] = []
-        operations = [partial(_metered, operation, spent) for operation in self.operations]
+        operations = [_Metered(operation, spent) for operation in self.operations]
         with working(job.folder / "work") as desk:
             facts["operations"] = desk.reports  # filled by the time `corpus.json` is written
             info = write_corpus(
@@ -113,7 +113,7 @@ class Data(Stage):
         shutil.rmtree(job.folder / "work", ignore_errors=True)
         write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
         counted = f"{info['documents']['train']:,} training documents, {info['bytes']['train'] / 1e6:,.1f} MB"
-        job.say(f"{counted}; removed {info['removed']['exact']} copies, {info['removed']['near']} near-duplicates")
+        job.say(f"{counted}; {accounted(cast('CorpusInfo', info))}")
         if skipped.reasons:
             job.say(f"passed over: {skipped}")
         for split in ("validation", "test"):
@@ -129,10 +129,20 @@ class Data(Stage):
         }
 
 
-def _metered(operation: DataOperation, spent: list[int], corpus: Dataset) -> Dataset:
-    """The corpus after the operation, whose FLOPs are added to `spent`."""
-    from pretrain.core.meter import count_flops
+@dataclass(frozen=True)
+class _Metered:
+    """An operation whose FLOPs are added to `spent`."""
 
-    result, flops = count_flops(lambda: operation(corpus))
-    spent.append(flops)
-    return result
+    operation: DataOperation
+    spent: list[int]
+
+    @property
+    def name(self) -> str:
+        return self.operation.name
+
+    def __call__(self, corpus: Dataset) -> Dataset:
+        from pretrain.core.meter import count_flops
+
+        result, flops = count_flops(lambda: self.operation(corpus))
+        self.spent.append(flops)
+        return result

@@ -144,11 +144,13 @@ def continue_prompt(
     temperature: float | None = None,
     top_p: float | None = None,
     seed: int = 0,
+    chat: bool = False,
 ) -> Record:
-    """One continuation: prompt, continuation, tokens, seconds."""
+    """One continuation: prompt, continuation, tokens, seconds; with `chat` the answer to the prompt as a message."""
     import torch
 
     from pretrain.core.batch import Vocabulary
+    from pretrain.core.encoding import chat_tokens
     from pretrain.core.generation.forward import why_not
     from pretrain.core.generation.loop import decode
     from pretrain.core.models.families import at
@@ -160,7 +162,11 @@ def continue_prompt(
         check_references(method, numbers_of(tokenizer), "the model")
     vocabulary = Vocabulary.of(tokenizer)
     before = [vocabulary.bos] if vocabulary.bos is not None else []
-    ids = before + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    if chat:
+        before, rest = chat_tokens(tokenizer, prompt)
+    else:
+        rest = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    ids = before + rest
     if method is None and not model.config.is_encoder_decoder:  # methods for long prompts have ways of their own
         ids = before + _fitting(ids[len(before) :], len(before) + max_new_tokens, positions(model.config.to_dict()))
     input_BL = torch.tensor([ids or [vocabulary.pad]], device=model.device)

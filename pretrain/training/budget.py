@@ -28,7 +28,8 @@ class Budget:
     def __post_init__(self) -> None:
         given = {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
         if len(given) != 1:
-            raise PretrainError(f"budget {given or '{}'}: accepted: exactly one of {', '.join(UNITS)}")
+            words = ", ".join(f"{unit} {limit}" for unit, limit in given.items())
+            raise PretrainError(f"budget {{{words}}}: accepted: exactly one of {', '.join(UNITS)}")
         check_fields(self, "budget")
 
     @property

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,19 @@ NAME = re.compile(r"(?P<repo>[A-Za-z0-9][\w.-]*(?:/[A-Za-z0-9][\w.-]*)?)(?:@(?P<
 SMALL = ("*.json", "*.txt", "*.model", "*.tiktoken")  # configuration and tokenizers
 WEIGHTS = ("*.safetensors",)
 SECONDS = 10.0  # that the hub has to answer
+
+
+_offline = ContextVar("offline", default=False)
+
+
+@contextmanager
+def offline() -> Iterator[None]:
+    """While open, no network is asked: a name that is not pinned is an error."""
+    token = _offline.set(True)
+    try:
+        yield
+    finally:
+        _offline.reset(token)
 
 
 def looks_like(name: str) -> bool:
@@ -113,6 +128,10 @@ def fetch_weights(folder: Path, say: Callable[[str], None]) -> None:
 
 
 def _ask(repo: str, revision: str | None) -> ModelInfo:
+    if _offline.get():
+        raise PretrainError(
+            f"{repo!r} is neither a folder nor a model that has been fetched: nothing is asked of the hub before a run"
+        )
     try:
         import huggingface_hub
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,8 +13,11 @@ def uncollected() -> Iterator[None]:
     """Import, or load, without the garbage collector, and let it pass over what that has made from then on.
 
     torch and transformers make some millions of objects that all stay. To look through them again and again while they
-    come, and once more as the process ends, takes a third of the time of both imports.
+    come, and once more as the process ends, takes a third of the time of both imports. On a terminal a line says what
+    is waited for.
     """
+    if "torch" not in sys.modules and sys.stderr.isatty():
+        print("loading torch and transformers …", file=sys.stderr, flush=True)
     enabled = gc.isenabled()
     gc.disable()
     try:

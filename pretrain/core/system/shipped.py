@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
@@ -9,6 +10,7 @@ from pretrain.core.foreign.paths import expanded
 
 PACKAGE = Path(__file__).resolve().parents[2]
 RECIPES, CLAIMS = "recipes", "claims"
+SHOWN = 5  # recipes of a folder that an error names
 
 
 def shipped() -> Path:
@@ -34,14 +36,20 @@ def shipped_file(path: Path | str) -> Path:
 def recipe_file(name: Path | str) -> Path:
     """A recipe's file: that of the path, else what comes with the package as `recipes/NAME.yaml` or `NAME`."""
     path = shipped_file(name)
-    if path.is_file() or path.is_absolute():
+    if path.is_file():
         return path
     known, asked = shipped_recipes(), path.as_posix().removesuffix(".yaml").removeprefix(f"{RECIPES}/")
     if asked in known:
         return shipped() / RECIPES / f"{asked}.yaml"
+    if path.is_dir():
+        inside = ", ".join(map(str, sorted(path.glob("*.y*ml"))[:SHOWN]))
+        raise PretrainError(f"recipe {name} is a folder; accepted: a recipe's path" + (f": {inside}" if inside else ""))
     if path.exists():
         return path
-    hint = nearest(asked, known)
+    there = {str(file): file.stem for file in sorted(path.parent.glob("*.y*ml"))}
+    near = get_close_matches(path.stem, there.values(), n=1)
+    beside = [file for file, stem in there.items() if stem in near]
+    hint = f" (did you mean {beside[0]!r}?)" if beside else nearest(asked, known)
     raise PretrainError(
         f"recipe {name} cannot be read: no such file{hint}; accepted: a recipe's path, or {', '.join(known)}"
     )

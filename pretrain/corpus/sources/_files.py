@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -31,6 +32,14 @@ class Size(NamedTuple):
 UNTOUCHED = ("image", "audio", "series")  # columns without text
 DOMAIN, NAME = 200, 1000  # characters of a domain's name, and of an id
 UNPACKED = 4  # times as large is text as its compressed file, about
+
+
+def given(row: Mapping[str, Any], column: str) -> bool:
+    """Whether a row has something in a column: neither null nor NaN nor blanks."""
+    value = row.get(column)
+    if isinstance(value, str):
+        return bool(value.strip())
+    return value is not None and not (isinstance(value, float) and math.isnan(value))
 
 
 def size_of(paths: Iterable[Path]) -> Size:

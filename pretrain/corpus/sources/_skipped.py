@@ -2,8 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
+# Reasons by their words, in the order in which they are listed: what may do harm first, what is kept all the same last.
+GROUPS = {
+    "looks secret": r"secret|key or a password",
+    "cannot be read": r"unreadable|bad |broken|not UTF|UTF-16|damaged|no (image|series|whole)|that are no image",
+    "files left out": "",  # whatever stands nowhere else
+    "documents and rows left out": r"^(documents|rows|lines|notebooks|recordings|images|series|sequences|tables) "
+    r"|^conversations|^empty",
+    "changed and kept": r" cut\b|replaced",
+}
 LISTED = 20  # names that are kept of each reason
 LONGEST = 4_000_000  # characters of a document or a line: of text in tokens about 90 bytes of memory each
 SHOWN = 3  # names that one line has of each reason
@@ -28,15 +38,30 @@ class Skipped:
         """One more of what is beyond `longest`: `documents`, `lines`."""
         self.add(f"{what} of more than {self.longest:,} characters", name)
 
-    def facts(self) -> dict[str, dict[str, int | list[str]]]:
+    def facts(self) -> dict[str, dict[str, str | int | list[str]]]:
         """As `corpus.json` has it."""
-        return {reason: {"count": self.reasons[reason], "names": self.names[reason]} for reason in sorted(self.reasons)}
+        return {
+            reason: {"group": group_of(reason), "count": self.reasons[reason], "names": self.names[reason]}
+            for reason in self.ordered()
+        }
+
+    def ordered(self) -> list[str]:
+        """The reasons by their groups."""
+        return sorted(self.reasons, key=lambda reason: (list(GROUPS).index(group_of(reason)), reason))
 
     def __str__(self) -> str:
         """One line: `2 binary (a.bin, b.bin), 1 hidden (.env)`."""
         parts = []
-        for reason, count in sorted(self.reasons.items()):
+        for reason in self.ordered():
+            count = self.reasons[reason]
             names = self.names[reason][:SHOWN]
             more = ", …" if names and count > len(names) else ""
             parts.append(f"{count:,} {reason}" + (f" ({', '.join(names)}{more})" if names else ""))
         return ", ".join(parts)
+
+
+def group_of(reason: str) -> str:
+    """The group of a reason."""
+    order = [*(name for name in reversed(GROUPS) if name != "looks secret"), "looks secret"]
+    fitting = [name for name in order if GROUPS[name] and re.search(GROUPS[name], reason)]
+    return "looks secret" if "looks secret" in fitting else fitting[0] if fitting else "files left out"

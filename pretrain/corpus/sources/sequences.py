@@ -37,7 +37,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Sequences(Source):
-    """Files of a folder or a glob, each with many sequences; `format` is told by a file's ending where it is null.
+    """Files of a folder or a glob, each with many sequences; `format` goes by a file's ending where it is null.
 
     `label` is what the records say of themselves (`organism`, `lineage`, `family`, `description`), or the file's name
     (`stem`) or folder (`parent`); of SMILES tables it may be any column. Records without it, and those shorter than

@@ -16,7 +16,7 @@ from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
-from pretrain.corpus.sources._files import Document, Size, Source, Wrong, read_pieces, size_of
+from pretrain.corpus.sources._files import Document, Size, Source, Wrong, given, read_pieces, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -200,11 +200,11 @@ def _documents(
             wrong(where, no_column(column, row), "rows without the column", f"{columns}{as_text}")
             continue
         text = row[column]
-        if text is None or (isinstance(text, str) and not text.strip()):
+        if not given(row, column):
             skipped.add("empty", where.partition(" (row")[0])
             continue
         required = source.required if isinstance(source, Files) else ()
-        absent = next((name for name in required if row.get(name) in (None, "")), None)
+        absent = next((name for name in required if not given(row, name)), None)
         if absent is not None:
             skipped.add(f"rows without {absent}", where.partition(" (row")[0])
             continue

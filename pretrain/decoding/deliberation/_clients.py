@@ -24,13 +24,11 @@ from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.encoding import encode, text_of
+from pretrain.core.encoding import chat_tokens, encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json as foreign
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows, stepper
-
-PIECE = "\x00{}\x00"  # stands for a part of the prompt while the chat template is filled in
 
 
 @dataclass(frozen=True)
@@ -123,23 +121,11 @@ class LocalClient:
         if not getattr(self.tokenizer, "chat_template", None):
             begin = [] if self.vocabulary.begin is None else [self.vocabulary.begin]
             return begin + self._plain(shared), self._plain(rest)
-        messages = [{"role": "system", "content": PIECE.format(0)}] if shared else []
-        messages += [{"role": "user", "content": PIECE.format(1)}]
-        text = str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))
-        before, _, after = text.partition(PIECE.format(1))
-        if shared:
-            start, _, between = before.partition(PIECE.format(0))
-            head = [*self._template(start), *self._plain(shared), *self._template(between)]
-        else:
-            head = self._template(before)
-        return head, [*self._plain(rest), *self._template(after)]
+        return chat_tokens(self.tokenizer, rest, shared)
 
     def _plain(self, text: str) -> list[int]:
         """The tokens of a text in which the names of special tokens are text."""
         return encode(self.tokenizer, [text])[0].tolist() if text else []
-
-    def _template(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
 
     def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
         """What the model says, up to its end."""

@@ -35,15 +35,15 @@ DETECTORS = ("min_k", "min_k_loss", "min_k_zlib")
 class MinK(Evaluation):
     """Detecting Pretraining Data from Large Language Models (arXiv:2310.16789).
 
-    A text that was trained on holds few tokens that the model finds very unlikely. Its score is the mean of
-    log p(x_i | x_<i) over the share `k` of its tokens that are least likely (`min_k`, the mean over documents). Members
-    of the training data are told from others by it: `min_k_auroc`, and `min_k_tpr`, the share of members found by the
-    threshold that finds the most while fewer than the share `false_positives` of the others pass it. The same for two
-    of the paper's baselines: the mean log-likelihood (`min_k_loss_…`) and that over the bytes that zlib makes of the
-    text (`min_k_zlib_…`). `members` is a corpus whose training split holds members, the documents then being the others
-    (as many of each at most); or `member` is a column that tells them. A text is a document's first `length` tokens,
-    and shorter documents are left out (`min_k_skipped`), so that length tells nothing. Intervals: bootstrap over
-    documents, members and others apart.
+    A text that was trained on holds few tokens that the model finds very unlikely. Its score is the mean of log p(x_i |
+    x_<i) over the share `k` of its tokens that are least likely (`min_k`, the mean over documents). Members of the
+    training data are distinguished from others by it: `min_k_auroc`, and `min_k_tpr`, the share of members that the
+    threshold finds which finds the most while fewer than the share `false_positives` of the others pass it. The same
+    for two of the paper's baselines: the mean log-likelihood (`min_k_loss_…`) and that over the bytes that zlib makes
+    of the text (`min_k_zlib_…`). `members` is a corpus whose training split holds members, the documents then being the
+    others (as many of each at most); or `member` is a column that tells them. A text is a document's first `length`
+    tokens, and shorter documents are left out (`min_k_skipped`), so that length tells nothing. Intervals: bootstrap
+    over documents, members and others apart.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
