@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint, run_of
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
-from pretrain.core.quick.quantities import quantity
+from pretrain.core.quick.quantities import duration, figure, quantity, short
 from pretrain.core.registry import methods, use_methods
 from pretrain.core.system.console import App
 from pretrain.inference import command as inferring
@@ -163,30 +164,12 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
 
 
 def _cells(guess: Estimate) -> tuple[str, ...]:
-    passes = "-" if guess.passes is None else f"{guess.passes:.2g}"
-    memory, disk = _short(guess.memory_bytes, "B"), _short(guess.disk_bytes, "B")
-    return _short(guess.flops), memory, _minutes(guess.seconds), disk, passes
-
-
-def _short(value: float | None, unit: str = "") -> str:
-    if value is None:
-        return "-"
-    for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:.3g} {letter}{unit}"
-    return f"{value:.3g} {unit}".rstrip()
-
-
-def _minutes(seconds: float | None) -> str:
-    if seconds is None:
-        return "-"
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
+    size = partial(short, unit="B")
+    columns = (
+        (guess.flops, short), (guess.memory_bytes, size), (guess.seconds, duration), (guess.disk_bytes, size),
+        (guess.passes, partial(figure, digits=2)),
+    )  # fmt: skip
+    return tuple("-" if value is None else write(value) for value, write in columns)
 
 
 @app.command()

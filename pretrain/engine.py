@@ -28,6 +28,7 @@ from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
+from pretrain.core.quick.quantities import duration, short
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
 from pretrain.forecast import check_documents, check_fits, forecast, warnings
@@ -40,9 +41,9 @@ from pretrain.runs.shelf import join_store
 from pretrain.runs.targets import repointed, targets
 from pretrain.stages import Estimate, Job, Stage
 from pretrain.stages._size import write as write_sizes
+from pretrain.training.budget import Plan, far
 from pretrain.training.distributed import join
 
-MUCH = 0.6  # of the FLOPs that a budget of seconds was planned to make: below it the run says so
 PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far
 
 
@@ -106,12 +107,14 @@ def run(
             if recipe.sizes:
                 write_sizes(recipe.sizes, recipe.output)
             for chosen in recipe.sizes:
-                say("\n".join(f"[{chosen.stage}] {line}" for line in chosen.lines()))
+                lines = chosen.lines(estimates.get(chosen.stage))
+                say("\n".join(f"[{chosen.stage}] {line}" for line in lines))
         wait()
         for item in planned:
             with _ending(recipe, planned, item) if main else nullcontext():
                 _refuse_empty_splits(recipe, planned)
-                finished = _run_once(item, records, say, main, wait)
+                plan_of = estimates[item.stage.name].plan if item.stage.name in estimates else None
+                finished = _run_once(item, records, plan_of, say, main, wait)
             records[item.stage.name] = record = _record(item)
             if main:
                 _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)
@@ -129,10 +132,10 @@ def _say_end(
     for file in altered(item.folder, record):
         again = f"--refresh {name} makes it again"
         say(f"warning: {item.folder / file} is not as the stage has left it: damaged or replaced; {again}")
-    took = _time(record["seconds"])
+    took = duration(record["seconds"])
     say(f"[{name}] {_finished(item) if finished else f'done in {took}'}")
-    if not finished and (short := shortfall(item.stage, record, estimates)):
-        say(f"[{name}] {short}")
+    if not finished and (line := shortfall(item.stage, record, estimates)):
+        say(f"[{name}] {line}")
     if moved:
         say(f"[{name}] {moved}")
 
@@ -158,13 +161,13 @@ def shortfall(stage: Stage, record: StageRecord, estimates: Mapping[str, Estimat
     if not isinstance(budget, dict) or "seconds" not in budget or not planned or not spent:
         return ""
     share = spent / planned
-    if MUCH <= share <= 1 / MUCH:
+    if not far(share):
         return ""
     how = "slower, or busier," if share < 1 else "quicker"
     advice = "; a smaller size or more seconds would suit it" if share < 1 else ""
     return (
-        f"warning: {budget['seconds']:,.0f} s made {share:.0%} of the FLOPs that were planned ({spent:.3g} of "
-        f"{planned:.3g}): this machine was {how} than it was taken to be{advice}"
+        f"warning: {duration(budget['seconds'])} made {share:.0%} of the FLOPs that were planned ({short(spent)} of "
+        f"{short(planned)}): this machine was {how} than it was taken to be{advice}"
     )
 
 
@@ -173,8 +176,9 @@ def silent(text: str) -> None:
 
 
 def _run_once(
-    item: Planned, records: dict[str, StageRecord], say: Callable[[str], None], main: bool, wait: Callable[[], None]
-) -> bool:
+    item: Planned, records: dict[str, StageRecord], expected: Plan | None, say: Callable[[str], None], main: bool,
+    wait: Callable[[], None],
+) -> bool:  # fmt: skip
     """Run a stage unless it is finished, which is what this tells; where another run is at it, wait for that."""
     busy = partial(say, f"[{item.stage.name}] another run is at this stage: waiting for it")
     with locked(item.folder / ".lock", busy) if main and not item.finished else nullcontext():
@@ -182,13 +186,14 @@ def _run_once(
         finished = item.finished
         wait()  # all have looked before the first one writes
         if not finished:
-            _run_stage(item, records, say, main, wait)
+            _run_stage(item, records, expected, say, main, wait)
     return finished
 
 
 def _run_stage(
-    item: Planned, records: dict[str, StageRecord], say: Callable[[str], None], main: bool, wait: Callable[[], None]
-) -> None:
+    item: Planned, records: dict[str, StageRecord], expected: Plan | None, say: Callable[[str], None], main: bool,
+    wait: Callable[[], None],
+) -> None:  # fmt: skip
     stage, name = item.stage, item.stage.name
     say(f"[{name}] {stage.stage}")
     if main:
@@ -203,7 +208,7 @@ def _run_stage(
         made_by = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
         job = Job(
             item.folder, item.inputs, item.seed, name, lambda text: say(f"[{name}] {text}"), lineage, made_by,
-            bar=say is not silent, refreshed=item.refreshed,
+            bar=say is not silent, refreshed=item.refreshed, plan=expected, begun=clock,
         )  # fmt: skip
         try:
             with _noted(item, parts, main), extras_named():
@@ -405,7 +410,3 @@ def _processes() -> tuple[bool, Callable[[], None]]:
         return True, lambda: None
     world = join(pick_device())
     return world.main, world.wait
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 90 else f"{seconds / 60:.1f} min"

@@ -9,6 +9,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.quick.machine import likely_device, memory
+from pretrain.core.quick.quantities import short
 from pretrain.identity import Planned
 from pretrain.recipe import Recipe
 from pretrain.stages._estimates import Estimate, Left, left_in
@@ -106,6 +107,6 @@ def check_fits(forecasts: Sequence[Forecast]) -> None:
         need = each.estimate.memory_bytes or 0.0
         if each.to_run and need > SURE * most and likely_device() == "cpu":
             raise PretrainError(
-                f"stage {each.item.stage.name!r}: about {need / 1e9:.3g} GB of memory, this machine has "
-                f"{most / 1e9:.3g} GB; accepted: a smaller model, a smaller micro_rows or length, or less text"
+                f"stage {each.item.stage.name!r}: about {short(need, 'B')} of memory, this machine has "
+                f"{short(most, 'B')}; accepted: a smaller model, a smaller micro_rows or length, or less text"
             )

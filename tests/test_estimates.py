@@ -100,7 +100,7 @@ def test_a_share_of_the_blocks_is_more_of_them_or_fewer_weights_in_them():
 
 
 def test_time_goes_by_the_remembered_rate_and_grows_efficient_with_width(monkeypatch):
-    monkeypatch.setattr("pretrain.stages._estimates.remembered_rate", lambda device: 1e10)
+    monkeypatch.setattr("pretrain.stages._estimates.likely_rate", lambda: 1e10)
     assert training_seconds(1e12, 64) == pytest.approx(100 / machine.efficiency(64))
     shares = [machine.efficiency(width) for width in (64, 128, 256, 4096)]
     assert shares == sorted(shares) and shares[0] > 0.4 and shares[-1] < 1

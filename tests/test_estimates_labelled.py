@@ -105,7 +105,7 @@ def expected(table, tmp_path, **more):
 
 def test_measuring_often_costs_time_and_is_told_where_it_costs_much(table, tmp_path, monkeypatch):
     for module in ("_estimates", "_expected"):
-        monkeypatch.setattr(f"pretrain.stages.{module}.remembered_rate", lambda device: 1e8)
+        monkeypatch.setattr(f"pretrain.stages.{module}.likely_rate", lambda: 1e8)
     once, often = expected(table, tmp_path), expected(table, tmp_path, evaluate_every=0.05)
     assert often[3].estimate.seconds > 1.2 * once[3].estimate.seconds
     assert any("evaluate_every 0.05: 21 measurements take about" in line for line in warnings(often))
@@ -113,7 +113,7 @@ def test_measuring_often_costs_time_and_is_told_where_it_costs_much(table, tmp_p
 
 
 def test_a_budget_of_seconds_counts_what_a_step_takes_beside_its_products(table, tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.stages._expected.remembered_rate", lambda device: 1e15)
+    monkeypatch.setattr("pretrain.stages._expected.likely_rate", lambda: 1e15)
     quick = expected(table, tmp_path, budget={"seconds": 8})[3].estimate
     steps = quick.flops / expected(table, tmp_path, budget={"steps": 1})[3].estimate.flops
     assert 500 < steps < 1100  # at 8 ms each

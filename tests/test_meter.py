@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from numpy.random import default_rng
 from torch.utils.checkpoint import checkpoint
 
-from pretrain.core import hardware
 from pretrain.core.meter import Meter, Work, count_flops, peak_memory, recomputing
 
 
@@ -111,15 +110,6 @@ def test_what_checkpointing_and_fused_attention_compute_again_is_not_useful(tiny
     scores = 2 * (2 * 2 * 4 * 16 * 16 * 8)  # of two blocks, two rows, four heads
     assert plain.flops - plain.useful == scores
     assert again.useful == plain.useful and again.flops > plain.flops
-
-
-def test_utilisation_never_exceeds_the_whole_machine(monkeypatch):
-    device = torch.device("cpu")
-    monkeypatch.setattr(hardware, "_rates", {device: 100.0})  # measured on a busy core
-    monkeypatch.setattr(hardware, "_measured_rate", lambda _: 180.0)
-    assert hardware.utilisation(device, 50.0) == 0.5
-    assert hardware.utilisation(device, 171.0) == 0.95  # measured again
-    assert hardware.utilisation(device, 200.0) == 1.0 and hardware.utilisation(device, 50.0) == 0.25
 
 
 def test_peak_memory_is_of_this_process():

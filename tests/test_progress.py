@@ -9,25 +9,17 @@ from pretrain.corpus import progress
 from pretrain.corpus.progress import reported
 from pretrain.corpus.store import write_corpus
 from pretrain.stages.decode import _fitting
-from pretrain.training.log import EVERY, Lines, Log
+from pretrain.training.log import EVERY, Left, Lines, Log
 
-STEP = {"step": 1, "loss": 2.0, "tokens_per_second": 10.0}
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+STEP = {"step": 1, "loss": 2.0, "tokens_per_second": 10.0, "elapsed": 1.0}
 
 
-def lines_over(steps: int, seconds: float, start: float = 0.0) -> list[str]:
+def lines_over(steps: int, seconds: float, start: float = 0.0, before: float = 0.0) -> list[str]:
     said: list[str] = []
-    clock = Clock()
-    lines = Lines(said.append, clock)
+    lines, left = Lines(said.append), Left()
     for step in range(steps + 1):
-        clock.now = seconds * step / steps
-        lines.update(start + (1 - start) * step / steps, f"step {step}")
+        elapsed, progress = before + seconds * step / steps, start + (1 - start) * step / steps
+        lines.update(progress, elapsed, f"step {step}{left.words(progress, elapsed)}")
     return said
 
 
@@ -43,7 +35,7 @@ def test_a_slow_one_says_a_line_every_half_minute():
 
 def test_one_that_is_gone_on_with_counts_the_time_left_from_there():
     assert lines_over(1000, 20.0, start=0.5)[0].split()[0] == "60%"
-    assert lines_over(1000, 20.0, start=0.5)[0].endswith("16 s left")
+    assert lines_over(1000, 20.0, start=0.5, before=500.0)[0].endswith("16 s left")
 
 
 def test_a_file_gets_lines_in_place_of_a_bar(tmp_path, capsys):

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from small_recipe import small_recipe
 
+import pretrain
 from pretrain import engine
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.quantities import SCALES, TIMES, as_typed, quantity
+from pretrain.core.quick.quantities import SCALES, TIMES, as_typed, duration, figure, quantity, short
 from pretrain.corpus.shards import Shards
 from pretrain.recipe import load
 from pretrain.training.budget import Budget
@@ -96,3 +100,69 @@ def test_epochs_are_passes_over_the_packed_rows_of_the_training_split(recipe):
 def test_epochs_become_the_steps_that_take_all_rows_so_often(epochs, rows, batch, steps):
     assert Budget(epochs=epochs).resolved(rows, batch) == Budget(steps=steps)
     assert Budget(tokens=5).resolved(rows, batch) == Budget(tokens=5)
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(0, "0"), (7, "7"), (999, "999"), (999.4, "999"), (999.6, "1 k"), (1234, "1.23 k"), (999_499, "999 k"), (999_999, "1 M"), (86e9, "86 G"),
+     (9.8649e12, "9.86 T"), (1.2e18, "1.2 E"), (3e22, "30,000 E"), (-2500, "-2.5 k"), (0.25, "0.25"), (math.inf, "inf"), (math.nan, "nan")],
+)  # fmt: skip
+def test_a_number_has_a_prefix_and_never_a_thousand_of_the_smaller_one(value, shown):
+    assert short(value) == shown
+    assert short(value, "B") == (f"{shown}B" if shown[-1].isupper() or shown[-1] == "k" else f"{shown} B")
+
+
+def test_fewer_digits_are_no_exponent_either():
+    assert (
+        short(120_000, digits=2) == "120 k"
+        and short(126, digits=2) == "130"
+        and short(1_234_567, digits=4) == "1.235 M"
+    )
+    assert short(2500, "FLOPs", sign="+") == "+2.5 kFLOPs"
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"),
+    [(16_384, "16,384"), (0.42129, "0.4213"), (12_345.6, "12,350"), (999_999.7, "1,000,000"), (9_999_999.9, "10 M"), (9_861_234_567_890, "9.861 T"),
+     (1234567, "1,234,567"), (3.0, "3"), (2.5e-5, "0.000025"), (0.00012345, "0.0001234"), (1.5e-7, "1.5e-07"), (math.nan, "nan"), (-0.5, "-0.5")],
+)  # fmt: skip
+def test_a_figure_has_no_exponent_and_whole_ones_keep_their_digits(value, shown):
+    assert figure(value) == shown
+    assert figure(value, sign="+") == (shown if shown[0] == "-" else f"+{shown}")
+
+
+@given(st.floats(1.1e-6, 1e21), st.integers(2, 6))
+def test_what_is_shown_is_the_number_to_so_many_digits(value, digits):
+    for text in (figure(value, digits), short(value, digits=digits)):
+        number, _, letter = text.partition(" ")
+        assert "e" not in text and float(number.replace(",", "")) * SCALES.get(letter, 1) == pytest.approx(
+            value, rel=10 ** (1 - digits)
+        )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "shown"),
+    [(0.04, "0.0 s"), (0.84, "0.8 s"), (9.96, "10 s"), (59.4, "59 s"), (59.6, "1 min"), (200, "3 min 20 s"), (3599.7, "1 h"), (7500, "2 h 5 min"),
+     (86_399.8, "1 d"), (273_600, "3 d 4 h"), (3605, "1 h"), (math.inf, "inf s")],
+)  # fmt: skip
+def test_a_time_has_its_two_largest_units(seconds, shown):
+    assert duration(seconds) == shown
+
+
+@given(st.integers(60, 10**6))
+def test_a_time_that_is_shown_can_be_read(seconds):
+    assert quantity(duration(seconds), duration=True) == pytest.approx(seconds, rel=0.05)
+
+
+def test_there_is_one_format_of_numbers_in_the_package():
+    """A prefix or a unit of time is put beside a number in one file alone."""
+    own = re.compile(
+        r"""\.\d?[gf]\}\s?(?:[kMGTPE]?i?B|[kMGTPE]|s|min|h)\b|/ ?(?:1e[369]|1e1[258]|2 ?\*\* ?[234]0):|[/ ](?:60|3600):,?\.\d"""
+    )
+    package = Path(pretrain.__file__).parent
+    wrong = [
+        f"{path.relative_to(package)}:{number}: {line.strip()}"
+        for path in package.rglob("*.py") if path.name != "quantities.py" and path.parts[-2:] != ("new", "plans.py")  # which writes what a recipe is to read
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1) if own.search(line)
+    ]  # fmt: skip
+    assert not wrong, "\n".join(wrong)

@@ -148,11 +148,17 @@ def test_a_measured_rate_is_remembered_for_plans(tmp_path, monkeypatch):
     import torch
 
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
-    monkeypatch.setattr(hardware, "_rates", {})
+    hardware.matrix_rate.cache_clear()
     assert machine.remembered_rate("cpu") is None
+    assert machine.likely_rate() == machine.USUAL["cpu"] * machine.cores()
     rate = hardware.matrix_rate(torch.device("cpu"))
+    assert machine.likely_rate() == rate
     assert machine.remembered_rate("cpu") == rate and machine.remembered_rate("cuda") is None
     machine.remember_rate("cpu", rate / 2)  # on a busy machine
     assert machine.remembered_rate("cpu") == rate
+    machine.remember_rate("cpu", 2 * rate)  # by a run on the quiet one
+    hardware.matrix_rate.cache_clear()
+    assert hardware.matrix_rate(torch.device("cpu")) == 2 * rate
+    hardware.matrix_rate.cache_clear()
     (tmp_path / "rates.json").write_text("{")
     assert machine.remembered_rate("cpu") is None

@@ -9,11 +9,13 @@ import os
 import platform
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 
-from pretrain.core.quick.machine import cpu_name, remember_rate
+from pretrain.core.errors import PretrainError
+from pretrain.core.quick.machine import cpu_name, remember_rate, remembered_rate
 
 
 def pick_device() -> torch.device:
@@ -35,6 +37,15 @@ def precision(device: torch.device) -> torch.dtype | None:
     return torch.bfloat16 if "amx_bf16" in _cpu_flags() else None
 
 
+def autocast(device: torch.device, name: str) -> AbstractContextManager[object]:
+    """The arithmetic's precision, `auto`, `float32` or `bfloat16`: `auto` is what the hardware does well."""
+    known = {"auto": precision(device), "float32": None, "bfloat16": torch.bfloat16}
+    if name not in known:
+        raise PretrainError(f"precision {name!r}: accepted: {', '.join(known)}")
+    dtype = known[name]
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
+
+
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
     try:
@@ -44,31 +55,20 @@ def _cpu_flags() -> frozenset[str]:
     return frozenset(next((line for line in lines if line.startswith("flags")), "").split())
 
 
-_rates: dict[torch.device, float] = {}  # the best that was seen of each device
-
-
+@functools.cache
 def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of a large matrix product in the device's training precision: the best that was measured."""
-    if device not in _rates:
-        _rates[device] = _measured_rate(device)
-    return _rates[device]
+    """FLOP/s of a large matrix product in the device's training precision: the best that any run has measured here.
 
-
-def utilisation(device: torch.device, rate: float) -> float:
-    """`rate` (FLOP/s) as a share of what the device can do, its `matrix_rate`.
-
-    A core that was busy while the yardstick was made has made it too short. One that work comes near to is measured
-    again, and what work has reached the device can do.
+    A core that is busy meanwhile makes a measurement too low.
     """
-    if rate > 0.9 * matrix_rate(device):
-        _rates[device] = max(_rates[device], _measured_rate(device), rate)
-    return rate / _rates[device]
+    return max(_measured_rate(device), remembered_rate(device.type) or 0.0)
 
 
 def _measured_rate(device: torch.device) -> float:
     dtype = precision(device) or torch.float32
     size = 8192 if device.type == "cuda" else 1024
-    a, b = torch.randn(2, size, size, device=device, dtype=dtype)
+    apart = torch.Generator(device).manual_seed(0)  # so that nothing drawn later depends on whether it was measured
+    a, b = torch.randn(2, size, size, device=device, dtype=dtype, generator=apart)
     seconds = []
     for _ in range(7):
         started = time.perf_counter()

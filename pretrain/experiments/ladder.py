@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.quantities import duration, short
 from pretrain.dial.choose import VOCABULARIES, Choice, choose
 from pretrain.dial.law import Law, Rung, fit
 from pretrain.dial.shapes import FIELDS, SMALLEST
@@ -77,8 +78,8 @@ def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Sett
                 metrics["flops"], step.width, record["seconds"],
             )
         )  # fmt: skip
-        size = f"width {step.width}, vocabulary {step.vocabulary}, {step.flops:.2g} FLOPs"
-        say(f"{number} of {len(wanted)}: {size}: {rungs[-1].bits:.3f} bits per byte, {record['seconds']:.0f} s")
+        size = f"width {step.width}, vocabulary {step.vocabulary}, {short(step.flops)} FLOPs"
+        say(f"{number} of {len(wanted)}: {size}: {rungs[-1].bits:.3f} bits per byte, {duration(record['seconds'])}")
         corpus = result.stages.get(str(entry.get("corpus")))
         unique = corpus["metrics"]["bytes/train"] if corpus is not None else unique
     law = replace(fit(rungs), bytes_per_token=sizes, optimizer=settled.optimizer_name)
@@ -110,5 +111,5 @@ def summary(law: Law, choice: Choice) -> list[str]:
     lines = [formula, f"{len(law.rungs)} runs; one lies {law.deviation:.2%} beside it"]
     if choice.prediction is not None:
         best = choice.prediction
-        lines.append(f"expected of {choice.flops:.3g} FLOPs: {best.bits:.3f} ({best.low:.3f} to {best.high:.3f})")
+        lines.append(f"expected of {short(choice.flops)} FLOPs: {best.bits:.3f} ({best.low:.3f} to {best.high:.3f})")
     return lines

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, read_json_lines, write_json
+from pretrain.core.quick.quantities import duration
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
 from pretrain.experiments.results import Result, check_budgets, result, write
@@ -242,9 +243,8 @@ def run(
                     say(f"{entry.claim.label}: set aside: {trial.name}: {error}")
                     continue
                 value = "diverged" if outcome["final"] is None else f"{outcome['final']:.4f}"
-                hours, minutes = divmod(round(left / max(1, jobs) / 60), 60)
-                far = f"{len(done)} of {len(entries)} claims, about {hours} h {minutes:02d} min left"
-                say(f"{trial.name}: {trial.metric} {value}, {outcome['wall']:.0f} s; {far}")
+                far = f"{len(done)} of {len(entries)} claims, about {duration(left / max(1, jobs))} left"
+                say(f"{trial.name}: {trial.metric} {value}, {duration(outcome['wall'])}; {far}")
 
 
 def _lines(claim: Claim, scale: str, results: Path | str | None) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, digest, read_json, write_json
+from pretrain.core.quick.quantities import short
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Search
 from pretrain.experiments.sequential import EQUAL, Standing
@@ -103,7 +104,8 @@ def check_budgets(claim: Claim, scale: str, runs: Mapping[str, Sequence[Outcome]
         return
     for seed, (a, b) in enumerate(zip(runs["baseline"], runs["method"], strict=True)):
         if abs(a["flops"] - b["flops"]) > within * max(a["flops"], b["flops"]):
+            spent = " FLOPs against ".join(short(side["flops"], digits=4) for side in (a, b))
             raise PretrainError(
-                f"claim {claim.label!r}, seed {seed}: {a['flops']:.4g} FLOPs against {b['flops']:.4g}; accepted: "
-                f"equal to {within:.0%}: a smaller step or a larger budget"
+                f"claim {claim.label!r}, seed {seed}: {spent}; accepted: equal to {within:.0%}: a smaller step "
+                "or a larger budget"
             )

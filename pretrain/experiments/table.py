@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
+from pretrain.core.quick.quantities import short
 from pretrain.experiments.results import PROTOCOL, Result
 
 HEAD = """# Claims
@@ -69,7 +70,10 @@ def _trends(results: Sequence[Result]) -> dict[tuple[str, str], str]:
     trends = {}
     for key, by_budget in newest.items():
         shares = {budget: r["compute_to_reach"]["method"] for budget, r in sorted(by_budget.items())}
-        each = [f"{'more than all' if share is None else f'{share:.0%}'} at {b:.2g}" for b, share in shares.items()]
+        each = [
+            f"{'more than all' if share is None else f'{share:.0%}'} at {short(b, digits=2)}"
+            for b, share in shares.items()
+        ]
         if len(each) > 1:
             trends[key] = "trend: " + ", ".join(each)
     return trends
@@ -104,7 +108,7 @@ def markdown(results: Sequence[Result]) -> str:
         }
         share = row["compute_to_reach"]["method"]
         link = f"[{row['title']}](https://arxiv.org/abs/{row['arxiv']})" if row["arxiv"] else row["title"]
-        equal = "" if row["equal"] == "none" else f" at {row['budget']:.2g} {row['equal']}"
+        equal = "" if row["equal"] == "none" else f" at {short(row['budget'], digits=2)} {row['equal']}"
         contradicted = ", contradicted by a rerun" if row["contradicted"] else ""
         cells = (
             f"**{row['name']}** {link}",

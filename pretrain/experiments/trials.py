@@ -24,6 +24,7 @@ from typing import Any
 from pretrain.core.errors import Diverged, PretrainError, unknown
 from pretrain.core.files import JSONObject, digest, read_json, read_json_lines
 from pretrain.core.folders import corpus_in
+from pretrain.core.quick.quantities import short
 from pretrain.recipe import check
 from pretrain.records import StageRecord
 
@@ -90,7 +91,7 @@ class Trial:
                 left -= spent
             if left <= 0:
                 raise PretrainError(
-                    f"{self.name}: the stages before {self.trained!r} spend all {self.amount:.3g} FLOPs"
+                    f"{self.name}: the stages before {self.trained!r} spend all {short(self.amount)} FLOPs"
                 )
             recipe["stages"][index]["budget"] = {self.unit: left}
         records = self._run(recipe)

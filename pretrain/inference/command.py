@@ -10,6 +10,7 @@ import typer
 
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.imports import uncollected
+from pretrain.core.quick.quantities import duration
 from pretrain.inference.measuring import HEADER, ON_ERROR, TEXT, on_error_of
 
 
@@ -58,4 +59,4 @@ def predict(
         typer.echo(f"warning: {empty:,} of {count:,} rows have no text: what is added to them {nulls}", err=True)
     if skipped is not None and skipped.reasons:
         typer.echo(f"warning: left out: {skipped}", err=True)
-    typer.echo(f"{count:,} rows in {seconds:.1f} s: {added}{f', in {output}' if output else ''}", err=True)
+    typer.echo(f"{count:,} rows in {duration(seconds)}: {added}{f', in {output}' if output else ''}", err=True)

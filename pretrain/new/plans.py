@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain.core.folders import tokenizer_of
-from pretrain.core.quick.machine import efficiency
+from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import load
@@ -63,7 +63,7 @@ class Asked:
         """Seconds: those asked for, or as few as come near to what an evening gives."""
         if self.seconds is not None:
             return self.seconds
-        law, rate = load(LAW), start.rate()
+        law, rate = load(LAW), likely_rate()
         times = [60.0 * minutes for minutes in MINUTES]
         choices = [dial.choose(dial.Task(law, seconds=time, rate=rate, unique=self.text)) for time in times]
         bits = [choice.prediction.bits if choice.prediction else math.inf for choice in choices]
@@ -119,7 +119,7 @@ class Asked:
         sizes = [len(text) for text in table.texts] or [length]
         documents = max(1.0, self.text / max(1.0, sum(sizes) / len(sizes)))
         adapted, held_out = self.init is not None and self.init.wide, documents * self.look.share
-        tuned = Tuned(width, blocks, self.tokens, documents, held_out, length, start.rate(), adapted)
+        tuned = Tuned(width, blocks, self.tokens, documents, held_out, length, likely_rate(), adapted)
         return plan(tuned, self.budget * share, epochs, duration(self.budget * share))
 
     @cached_property
@@ -296,7 +296,7 @@ def _encoder(asked: Asked, length: int) -> list[str]:
     """An encoder of the table's own texts, from nothing, for half of the time."""
     entries, (width, blocks), length = start.vocabulary(asked.text), _encoder_size(asked), max(64, length)
     weights = 12 * blocks * width**2 + 0.15 * entries * width  # a masked one in seven is predicted
-    tokens = asked.budget / 2 * start.rate() * efficiency(width) / (6 * weights)
+    tokens = asked.budget / 2 * likely_rate() * efficiency(width) / (6 * weights)
     enough = tokens > ENOUGH_PASSES * asked.text / TOKEN
     size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
     encoder = written(
@@ -345,7 +345,7 @@ def _compress(asked: Asked) -> list[str]:
 def _images(asked: Asked) -> list[str]:
     look = asked.look
     side, patch = (32, 4) if look.side < 64 else (64, 8)
-    images = asked.budget * start.rate() * efficiency(128) / (PIXEL_FLOPS * (side / patch) ** 2)
+    images = asked.budget * likely_rate() * efficiency(128) / (PIXEL_FLOPS * (side / patch) ** 2)
     budget = "{epochs: 100}" if images > 100 * len(look.files) else f"{{seconds: {duration(asked.budget)}}}"
     model = written(
         stages.IMAGES, side=side, patch=patch, rows=max(4, min(64, len(look.files) // 8)), budget=budget,

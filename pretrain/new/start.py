@@ -10,13 +10,12 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, read_json
 from pretrain.core.folders import checkpoint_of, newest_checkpoint, place_of
 from pretrain.core.quick.hub import located, looks_like
-from pretrain.core.quick.machine import cores, efficiency, likely_device, remembered_rate
+from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.positions import positions
 from pretrain.core.quick.table import FAMILIES
 from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
 from pretrain.dial.law import REPEATS
 
-RATES = {"cpu": 5e10, "cuda": 5e13}  # FLOP/s of a core or a card, as long as none is measured
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
 # Width and blocks of encoders: heads of 32 on the way up.
 ENCODERS = ((64, 2), (96, 3), (128, 4), (192, 4), (256, 6), (384, 6), (512, 8), (768, 12))
@@ -84,18 +83,12 @@ def start_of(name: str) -> Start:
     )
 
 
-def rate() -> float:
-    """FLOP/s of this machine's large matrix products."""
-    device = likely_device()
-    return remembered_rate(device) or RATES[device] * (cores() if device == "cpu" else 1)
-
-
 def encoder(seconds: float, text: float, vocabulary: int) -> tuple[int, int]:
     """Width and blocks of the largest encoder that an evening's tokens, or the text's, are enough for."""
     best = ENCODERS[0]
     for width, blocks in ENCODERS:
         weights = 12 * blocks * width**2
-        tokens = seconds * rate() * efficiency(width) / (6 * (weights + 0.15 * vocabulary * width))
+        tokens = seconds * likely_rate() * efficiency(width) / (6 * (weights + 0.15 * vocabulary * width))
         if min(tokens, ENOUGH_PASSES * text) >= TOKENS_A_WEIGHT / 2 * weights:
             best = (width, blocks)
     return best

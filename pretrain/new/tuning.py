@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.core.quick.machine import efficiency
+from pretrain.core.quick.quantities import duration as in_words
 from pretrain.dial.choose import STEP
 
 FEW = 50  # steps, below which a fine-tuning learns little
@@ -75,15 +76,11 @@ def plan(tuned: Tuned, seconds: float, epochs: int, duration: str) -> Plan:
     wanted = tuned.documents / rows * epochs
     fits = left / tuned.step(rows)
     if fits >= wanted:
-        time = _time(wanted * tuned.step(rows) + tuned.measuring())
-        return Plan(rows, f"{{epochs: {epochs}}}", f"passes over the documents, {time}", max(FEW, round(wanted)))
+        time = in_words(wanted * tuned.step(rows) + tuned.measuring())
+        return Plan(rows, f"{{epochs: {epochs}}}", f"passes over the documents, about {time}", max(FEW, round(wanted)))
     passes = fits * rows / tuned.documents
     if passes >= 1:
         return Plan(rows, f"{{epochs: {math.floor(passes)}}}", f"{epochs} passes would take longer than there is time",
                     max(FEW, round(fits)))  # fmt: skip
     return Plan(rows, f"{{seconds: {duration}}}", f"{passes:.1g} of a pass, about {max(1, round(fits)):,} steps",
                 max(1, round(fits)))  # fmt: skip
-
-
-def _time(seconds: float) -> str:
-    return f"about {seconds:.0f} s" if seconds < 120 else f"about {seconds / 60:.0f} min"

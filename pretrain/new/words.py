@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from pretrain.core.quick.quantities import short
 from pretrain.new.look import Look
 
 
 def contents(look: Look) -> str:
     """`120 files of prose in English and French, 0.8 MB`."""
-    size, table = f"{look.bytes / 1e6:,.1f} MB" if look.bytes >= 1e5 else f"{look.bytes / 1e3:,.1f} kB", look.table
+    size, table = short(look.bytes, "B"), look.table
     if table is not None:
         rows = f"{table.rows:,} rows" if table.whole else f"more than {table.rows:,} rows"
         rows += " without a header" if table.header is False else ""

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 
 from pretrain.core.quick.confusion import class_rows, never_answered
+from pretrain.core.quick.quantities import figure
 from pretrain.dial.law import NEARLY_NEW
 from pretrain.records import Status
 from pretrain.report.data import BITS, LABELLED, Evaluated, Page, StageRow, Trained
@@ -80,7 +81,7 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
         return f"Next: more text; it has read what there is about {passes:.0f} times.", ""
     share = _tokens_a_weight(model, training)
     if share < TOKENS_A_WEIGHT and passes <= NEARLY_NEW:
-        few = f"it has seen {share:.2g} tokens for each weight, and about {TOKENS_A_WEIGHT} are usual."
+        few = f"it has seen {figure(share, 2)} tokens for each weight, and about {TOKENS_A_WEIGHT} are usual."
         return f"Next: train longer; {few}", _longer(page, model)
     if len(points) < FEW_POINTS:
         times = "once" if len(points) == 1 else f"{len(points)} times"

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pretrain.core.quick.quantities import duration, figure, short
 from pretrain.report.data import BITS, Bar, Chart, Page, StageRow, end_of, unit_of_loss
 from pretrain.report.markup import Html, join, tag
-from pretrain.report.numbers import clock, short
 
 COLOURS = ("#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d")  # draw.js has them
 GREYS = ("#747d86", "#949ca4", "#b4bac0", "#ced4da")
@@ -57,13 +57,13 @@ def changes(page: Page) -> Html:
     units = [name for name, _ in losses.values() if name]
     unit = BITS if BITS in units else next(reversed(units), "")  # of one objective: losses of several do not compare
     columns: list[Column] = [
-        ("size", {s["name"]: float(s["bytes"]) for s in page["stages"] if s["bytes"]}, lambda v: f"{short(v)}B"),
+        ("size", {s["name"]: float(s["bytes"]) for s in page["stages"] if s["bytes"]}, lambda v: short(v, "B")),
         (
             "bits per byte" if unit == BITS else f"held-out {unit}" if unit else "held-out loss",
             {stage: value for stage, (name, value) in losses.items() if name == unit},
-            lambda v: f"{v:.3g}",
+            lambda v: figure(v, 3),
         ),
-        ("time", {s["name"]: s["seconds"] for s in stages if s["seconds"] is not None}, clock),
+        ("time", {s["name"]: s["seconds"] for s in stages if s["seconds"] is not None}, duration),
     ]
     rows = [tag("div", tag("em", "stage"), *(tag("span", name) for name, *_ in columns), class_="step head")]
     for s in stages:

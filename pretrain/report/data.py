@@ -291,11 +291,12 @@ def curves(path: Path) -> tuple[Columns, Columns]:
     for row in read_json_lines(path):
         if row.get("event") in ("step", "evaluation"):
             rows[row["event"]].append(row)
-    names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu")
+    names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu", "elapsed")
     steps, held_out = thin(rows["step"]), rows["evaluation"]
     for row in steps:  # a core that was busy while the machine's rate was measured has made that too low
         if isinstance(row.get("mfu"), int | float):
             row["mfu"] = min(1.0, row["mfu"])
+        row.setdefault("elapsed", row.get("seconds"))  # a log of before counts the steps alone
     metrics = {name: [(row.get("metrics") or {}).get(name) for row in held_out] for name in ("loss", BITS)}
     return (
         {name: [row.get(name) for row in steps] for name in names},

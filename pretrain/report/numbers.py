@@ -1,4 +1,4 @@
-"""Numbers of a report: curves and their ends, and how they are written."""
+"""Numbers of a report: curves and their ends."""
 
 from __future__ import annotations
 
@@ -28,18 +28,3 @@ def last(values: Sequence[float | None]) -> float:
 def article(word: str) -> str:
     """`a`, or `an` before a vowel."""
     return "an" if word[:1].lower() in "aeiou" else "a"
-
-
-def short(value: float) -> str:
-    """A number with three digits and a unit prefix."""
-    for power, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= power:
-            return f"{value / power:.3g} {letter}"
-    return f"{value:.3g}"
-
-
-def clock(seconds: float) -> str:
-    """A time in words."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"

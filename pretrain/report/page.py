@@ -12,6 +12,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
+from pretrain.core.quick.quantities import duration, figure, short
 from pretrain.records import Metrics, accounted
 from pretrain.report import samples as report_samples
 from pretrain.report.charts import bits_chart, changes
@@ -20,7 +21,7 @@ from pretrain.report.data import BITS, CorpusRow, Evaluated, Page, StageRow, Tra
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
 from pretrain.report.markup import Html, fill, join, part, script_json, table, tag
-from pretrain.report.numbers import clock, known, last, short
+from pretrain.report.numbers import known, last
 from pretrain.report.summary import Headline, headline, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
@@ -132,8 +133,8 @@ def _cards(data: Page, about: Headline) -> Html:
     for name, baseline in (("accuracy", "majority"), ("mse", "mse_of_mean")):
         if name in metrics:
             guess = metrics.get(baseline)
-            note = {"accuracy": "the commonest", "mse": "the mean"}[name] + f" alone: {guess:.4g}" if guess else ""
-            cards.append((name, f"{metrics[name]:.4g}", note))
+            note = {"accuracy": "the commonest", "mse": "the mean"}[name] + f" alone: {figure(guess)}" if guess else ""
+            cards.append((name, figure(metrics[name]), note))
     for name, title, note in (
         ("macro_f1", "macro F1", "each class alike"),
         ("f1", "F1", "whole entities"),
@@ -143,9 +144,9 @@ def _cards(data: Page, about: Headline) -> Html:
         ("ndcg@10", "nDCG@10", "halves of documents"),
     ):
         if name in metrics:
-            cards.append((title, f"{metrics[name]:.4g}", note))
+            cards.append((title, figure(metrics[name]), note))
     if model and model["weights"]:
-        cards.append(("model", short(model["weights"]), f"weights, {short(model['bytes'])}B"))
+        cards.append(("model", short(model["weights"]), f"weights, {short(model['bytes'], 'B')}"))
     cards += _spent(data)
     inner = [tag("div", tag("span", a), tag("b", b), tag("small", c), class_="card") for a, b, c in cards]
     return tag("div", *inner, class_="cards")
@@ -169,10 +170,10 @@ def _spent(data: Page) -> list[tuple[str, str, str]]:
         cards += [(counted[-1]["unit"], count, pace), ("FLOPs", short(flops), used)]
     elif flops:
         cards.append(("FLOPs", short(flops), ""))
-    unfinished = (last(t["step"]["seconds"]) for t in data["trainings"] if _unfinished(data, t["name"]))
+    unfinished = (last(t["step"]["elapsed"]) for t in data["trainings"] if _unfinished(data, t["name"]))
     total = sum(s["seconds"] or 0 for s in data["stages"]) + sum(unfinished)
     memory = max((s["peak_memory_bytes"] or 0 for s in data["stages"]), default=0)
-    cards.append(("time", clock(total), f"peak {memory / 2**30:.1f} GiB" if memory else ""))
+    cards.append(("time", duration(total), f"peak {short(memory, 'B')}" if memory else ""))
     return cards
 
 
@@ -184,8 +185,8 @@ def _stage_table(stages: Sequence[StageRow]) -> Html:
     rows = []
     for s in stages:
         peak, seconds, spent = s["peak_memory_bytes"], s["seconds"], s["flops"]
-        memory = f"{peak / 2**30:.1f} GiB" if peak else ""
-        took = clock(seconds) if seconds is not None else ""
+        memory = short(peak, "B") if peak else ""
+        took = duration(seconds) if seconds is not None else ""
         flops, used = short(spent) if spent else "", ", ".join(s["methods"] or {})
         rows.append((s["name"], s["stage"], s["status"], used, took, flops, memory, s["address"][:8]))
     return table(HEADS, rows)
@@ -215,7 +216,7 @@ def _corpus_table(corpus: CorpusRow) -> Html:
     def cell(counts: Iterable[dict[str, int]]) -> str:
         tables = list(counts)
         documents, data = (sum(c.get(k, 0) for c in tables) for k in ("documents", "bytes"))
-        return f"{documents:,} · {short(data)}{'' if data >= 1000 else ' '}B"
+        return f"{documents:,} · {short(data, 'B')}"
 
     rows = [
         (domain, *(cell([by_domain.get(domain, {})]) for by_domain in splits.values()))
@@ -247,7 +248,8 @@ def _evaluation_table(evaluations: Sequence[Evaluated]) -> Html:
         intervals = evaluation.get("intervals") or {}
         for name, value in (evaluation.get("metrics") or {}).items():
             ends = intervals.get(name)
-            rows.append((evaluation["name"], name, f"{value:.4g}", f"{ends[0]:.4g} to {ends[1]:.4g}" if ends else ""))
+            interval = f"{figure(ends[0])} to {figure(ends[1])}" if ends else ""
+            rows.append((evaluation["name"], name, figure(value), interval))
     notes = {e["no_intervals"]: None for e in evaluations if e.get("no_intervals")}
     notes |= {f"{e['name']}: {e['seen']}": None for e in evaluations if e.get("seen")}
     rows_table = table(("stage", "metric", "value", "95% interval"), rows)

@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
+from pretrain.core.quick.quantities import duration, figure
 from pretrain.report.markup import Html, join, tag
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def _series(sample: Sample) -> Html:
         low, high = min(values), max(values)
         points = max(map(len, lines.values()))
         drawn = [tag("path", class_=name, d=_path(line, points, low, high, TALL)) for name, line in lines.items()]
-        label = f"channel {number + 1}, {low:.4g} to {high:.4g}"
+        label = f"channel {number + 1}, {figure(low)} to {figure(high)}"
         shades = _shades(hidden[number], points, TALL) if number < len(hidden) else []
         charts.append(_svg(TALL, [*shades, *drawn], label))
     return join([*charts, _legend(sample)]) if charts else Html("")
@@ -116,7 +117,7 @@ def _waveform(sample: Sample) -> Html:
     )
     seconds = float(sample.get("seconds") or 0)
     shades = _shades(sample.get("masked"), len(bins), WAVE)
-    drawn = [_svg(WAVE, [*shades, tag("path", class_="input", d=bars)], f"waveform, {seconds:.2f} seconds")]
+    drawn = [_svg(WAVE, [*shades, tag("path", class_="input", d=bars)], f"waveform, {duration(seconds)}")]
     if PNG.fullmatch(str(sample.get("spectrogram") or "")):
         drawn.append(tag("img", class_="wide", src=sample["spectrogram"], alt="spectrogram"))
     values = _numbers(sample.get("output") or [])
@@ -124,7 +125,7 @@ def _waveform(sample: Sample) -> Html:
         zero = tag("path", class_="zero", d=f"M0 {LINE / 2}H{WIDTH}")
         line = tag("path", class_="output", d=_path(values, len(values), -1, 1, LINE))
         drawn.append(_svg(LINE, [zero, line], "output for each frame, from -1 to 1"))
-    return join([*drawn, _legend(sample, f"{seconds:.2f} s", str(sample.get("measure") or "output"))])
+    return join([*drawn, _legend(sample, duration(seconds), str(sample.get("measure") or "output"))])
 
 
 def _text(sample: Sample) -> Html:

@@ -6,9 +6,10 @@ import math
 from dataclasses import dataclass
 
 from pretrain.core.quick.confusion import class_rows, never_answered
+from pretrain.core.quick.quantities import figure, short
 from pretrain.report.advice import advise, beats_guessing, spent_share
 from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, unit_of_loss
-from pretrain.report.numbers import article, known, last, short
+from pretrain.report.numbers import article, known, last
 
 # Metrics worth a first sentence: how they are called, those that say what guessing gives, and what guessing is.
 SCORES = {
@@ -71,9 +72,9 @@ def _quantised(about: Headline) -> str:
     if "quantised_share" not in metrics or not metrics.get("disk_bytes_before"):
         return ""
     saved = 1 - metrics["disk_bytes"] / metrics["disk_bytes_before"]
-    size = short(metrics["disk_bytes"])
+    size = short(metrics["disk_bytes"], "B")
     return (
-        f"Quantised are {metrics['quantised_share']:.0%} of its weights; its files take {size}B, "
+        f"Quantised are {metrics['quantised_share']:.0%} of its weights; its files take {size}, "
         f"{abs(saved):.0%} {'less' if saved >= 0 else 'more'} than before."
     )
 
@@ -99,7 +100,7 @@ def _result(page: Page, about: Headline) -> str:
     if training and (likelihood := end_of(page, training, BITS)) is not None:
         return f"{subject} and needs {likelihood:.2f} bits for each byte of held-out text."
     if training and (loss := end_of(page, training, "loss")) is not None:
-        return f"{subject} and has a held-out {unit_of_loss(training)} of {loss:.3g}."
+        return f"{subject} and has a held-out {unit_of_loss(training)} of {figure(loss, 3)}."
     return f"{subject}."
 
 
@@ -115,8 +116,8 @@ def _score(evaluation: Evaluated) -> str:
     number = f"{count:,} document{'s' if count != 1 else ''}" if count else "documents"
     unseen = "" if evaluation.get("seen") else " that it has never seen"
     guess = metrics.get(baseline)
-    where = f", where {guessing} gives {guess:.3g}" if guess is not None else ""
-    return f"{words} {metrics[name]:.3g} on {number}{unseen}{where}"
+    where = f", where {guessing} gives {figure(guess, 3)}" if guess is not None else ""
+    return f"{words} {figure(metrics[name], 3)} on {number}{unseen}{where}"
 
 
 def _judgement(page: Page, about: Headline) -> str:
@@ -166,7 +167,7 @@ def _of_answers(evaluation: Evaluated) -> str:
         words.append("That is not good: an answer that looks at no text is as good.")
     else:
         ends = (evaluation.get("intervals") or {}).get("accuracy")
-        why = f"the interval reaches down to {ends[0]:.3g}" if ends else "there are few documents"
+        why = f"the interval reaches down to {figure(ends[0], 3)}" if ends else "there are few documents"
         words.append(f"That is more than guessing, but not surely so: {why}.")
     confusion = evaluation.get("confusion") or {}
     if missed := never_answered(confusion):

@@ -12,9 +12,9 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
 from pretrain.core.foreign.paths import expanded
+from pretrain.core.quick.quantities import counted, duration, figure, short
 from pretrain.records import Status
 from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
-from pretrain.runs.words import bytes_in_words, counted, seconds_in_words
 
 app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")]
@@ -30,11 +30,11 @@ def list_runs(folder: Folder = RUNS) -> None:
     rows: list[tuple[str, ...]] = [("run", "status", "stages", "finished", "time", "FLOPs", "size", "last measured")]
     for run in runs:
         done = f"{len(run.records)} of {len(run.stages)}"
-        size = bytes_in_words(size_of(run.folder, *run.stages.values()))
-        spent = (seconds_in_words(run.total("seconds")), f"{run.total('flops'):.3g}")
+        size = short(size_of(run.folder, *run.stages.values()), "B")
+        spent = (duration(run.total("seconds")), short(run.total("flops")))
         rows.append((str(run.folder), run.status, done, _when(run.finished), *spent, size, _metrics(run)))
     _table(rows)
-    typer.echo(f"{counted(len(runs), 'run')}, {bytes_in_words(size_of(*(home for run in runs for home in run.homes)))}")
+    typer.echo(f"{counted(len(runs), 'run')}, {short(size_of(*(home for run in runs for home in run.homes)), 'B')}")
 
 
 @app.command("show")
@@ -43,7 +43,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
     from pretrain.runs.comparison import spent_so_far
 
     shown = open_run(run_of(run))
-    typer.echo(f"{shown.folder}: {shown.status}, {bytes_in_words(size_of(*shown.homes))}")
+    typer.echo(f"{shown.folder}: {shown.status}, {short(size_of(*shown.homes), 'B')}")
     recipe = read_json(shown.folder / "run.json").get("recipe")
     typer.echo(f"recipe: {recipe or 'none of a file'}, as it was run: {shown.folder / 'recipe.yaml'}\n")
     rows: list[tuple[str, ...]] = [("stage", "kind", "status", "name that stays", "time", "FLOPs", "size", "measured")]
@@ -52,13 +52,13 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
         kind, _, address = folder.name.rpartition("-")
         kind = record["stage"] if record else kind
         begun = {} if record else spent_so_far(shown, name)
-        spent = (seconds_in_words(record["seconds"]), f"{record['flops']:.3g}") if record else ("", "")
+        spent = (duration(record["seconds"]), short(record["flops"])) if record else ("", "")
         measured = _few(record["metrics"]) if record else ""
         if begun:  # a training that was interrupted, or is under way: what it has counted, over all its parts
-            spent = (seconds_in_words(begun.get("seconds", 0.0)), f"{begun.get('flops', 0.0):.3g}")
-            measured = f"so far: step {begun.get('step', 0):,.0f}, tokens {begun.get('tokens', 0):.4g}"
+            spent = (duration(begun.get("seconds", 0.0)), short(begun.get("flops", 0.0)))
+            measured = f"so far: step {begun.get('step', 0):,.0f}, tokens {figure(begun.get('tokens', 0))}"
         stable = f"{shown.folder / name}@{address}" if record else ""
-        size = bytes_in_words(size_of(folder))
+        size = short(size_of(folder), "B")
         rows.append((name, kind, shown.statuses[name], stable, *spent, size, measured))
     _table(rows)
     for row in read_json(shown.folder / "run.json")["stages"]:
@@ -79,7 +79,7 @@ def _beside(run: Run, path: Path) -> None:
     """A line for a result that the run does not show: how it differs from the one it shows."""
     from pretrain.runs.targets import differences
 
-    size = bytes_in_words(size_of(path))
+    size = short(size_of(path), "B")
     if not (path / "stage.json").exists():
         typer.echo(f"  {path}  {size}  {Status.INTERRUPTED}")
         return
@@ -118,18 +118,18 @@ def clean(
     for place in runs:
         home = expanded(place) if (expanded(place) / ".runs").exists() else run_of(place)
         for left in home.glob(f"{REMOVED}*"):  # which were listed before that
-            typer.echo(f"goes   {bytes_in_words(size_of(left)):>9}  {left}  (an interrupted removal has left it)")
+            typer.echo(f"goes   {short(size_of(left), 'B'):>9}  {left}  (an interrupted removal has left it)")
         remove(home)
         roots = [root for root in dict.fromkeys([RUNS, home.parent, *(among or [])]) if root.is_dir()]
         going, kept, known = unused(home, roots)
         for folder, reason in kept.items():
-            typer.echo(f"stays  {bytes_in_words(size_of(folder)):>9}  {home / folder.name}  ({reason})")
+            typer.echo(f"stays  {short(size_of(folder), 'B'):>9}  {home / folder.name}  ({reason})")
         for folder in going:
-            typer.echo(f"goes   {bytes_in_words(size_of(folder)):>9}  {home / folder.name}  ({_what(folder)})")
+            typer.echo(f"goes   {short(size_of(folder), 'B'):>9}  {home / folder.name}  ({_what(folder)})")
         if not going:
             typer.echo(f"{home}: nothing to remove")
             continue
-        freed = bytes_in_words(size_of(*going))
+        freed = short(size_of(*going), "B")
         if not yes and not sys.stdin.isatty():
             typer.echo(f"{home}: nothing is removed without --yes, which frees {freed}")
             continue
@@ -151,7 +151,7 @@ def _metrics(run: Run) -> str:
 
 
 def _few(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {value:.4g}" for name, value in list(metrics.items())[:SHOWN])
+    return ", ".join(f"{name} {figure(value)}" for name, value in list(metrics.items())[:SHOWN])
 
 
 def _when(moment: str) -> str:

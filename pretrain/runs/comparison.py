@@ -7,14 +7,14 @@ side by side by their recipes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, read_json, read_json_lines
 from pretrain.core.folders import run_of
+from pretrain.core.quick.quantities import duration, figure, short
 from pretrain.runs.shelf import Run, open_run, size_of
-from pretrain.runs.words import bytes_in_words, number_of, seconds_in_words
 
 COMPARISON = "comparison.json"
 RECIPES = (".yaml", ".yml")
@@ -52,7 +52,7 @@ def _results(runs: Sequence[Run]) -> Rows:
     names = dict.fromkeys(name for metrics in measured for name in metrics)
     for name in sorted(names, key=lambda name: not any(_judged(run, name) for run in runs)):
         values = [metrics.get(name) for metrics in measured]
-        rows.append((name, *_with_differences(values, ".6g")))
+        rows.append((name, *_with_differences(values, _exact)))
     return rows
 
 
@@ -97,9 +97,13 @@ def _log(folder: Path) -> list[JSONObject]:
 
 
 def spent_so_far(run: Run, name: str) -> dict[str, float]:
-    """What a training that has begun has counted up to its log's last line: `step`, `tokens`, `flops`, `seconds`."""
-    rows = [row for row in _log(run.stages[name]) if row.get("event") == "step"]
-    return {key: float(rows[-1][key]) for key in ("step", "tokens", "flops", "seconds") if rows and key in rows[-1]}
+    """What a training that has begun has counted up to its log's last line: `step`, `tokens`, `flops`, `seconds`.
+
+    The seconds are those of all that it has done, as those of a finished stage are; older logs have the steps' alone.
+    """
+    row = next((row for row in reversed(_log(run.stages[name])) if row.get("event") == "step"), {})
+    spent: dict[str, float] = {key: float(row[key]) for key in ("step", "tokens", "flops", "seconds") if key in row}
+    return spent | ({"seconds": float(row["elapsed"])} if "elapsed" in row else {})
 
 
 def _spent(runs: Sequence[Run]) -> Rows:
@@ -115,32 +119,40 @@ def _spent(runs: Sequence[Run]) -> Rows:
     sizes = [float(size_of(run.folder, *run.stages.values())) for run in runs]
     times = [each["seconds"] for each in spent]
     return [
-        ("FLOPs", *_with_differences([each["flops"] for each in spent], ".4g")),
-        ("time", *map(seconds_in_words, times), *_relative(times)),
-        ("size", *map(bytes_in_words, sizes), *_relative(sizes)),
+        ("FLOPs", *_with_differences([each["flops"] for each in spent], _flops)),
+        ("time", *map(duration, times), *_relative(times)),
+        ("size", *(short(size, "B") for size in sizes), *_relative(sizes)),
     ]
 
 
-def _with_differences(values: Sequence[float | None], form: str) -> list[str]:
+def _exact(value: float, sign: str = "") -> str:
+    return figure(value, 6, sign)
+
+
+def _flops(value: float, sign: str = "") -> str:
+    return short(value, digits=4, sign=sign)
+
+
+def _with_differences(values: Sequence[float | None], write: Callable[..., str]) -> list[str]:
     """Cells of a row: of two runs a third one with the difference, of more each with its own to the first."""
-    cells = ["" if value is None else f"{value:{form}}" for value in values]
+    cells = ["" if value is None else write(value) for value in values]
     if len(values) == 2:
-        return [*cells, *_relative(values, form)]
-    others = [_change(values[0], value, form) for value in values[1:]]
+        return [*cells, *_relative(values, write)]
+    others = [_change(values[0], value, write) for value in values[1:]]
     return [cells[0], *(f"{cell} ({other})" if other else cell for cell, other in zip(cells[1:], others, strict=True))]
 
 
-def _relative(values: Sequence[float | None], form: str = "") -> list[str]:
-    return [_change(values[0], values[1], form)] if len(values) == 2 else []
+def _relative(values: Sequence[float | None], write: Callable[..., str] | None = None) -> list[str]:
+    return [_change(values[0], values[1], write)] if len(values) == 2 else []
 
 
-def _change(first: float | None, other: float | None, form: str) -> str:
+def _change(first: float | None, other: float | None, write: Callable[..., str] | None) -> str:
     if first is None or other is None:
         return ""
     if first == other:
         return "the same"
     share = f"{other / first - 1:+.1%}" if first else ""
-    return f"{other - first:+{form}}, {share}".removesuffix(", ") if form else share
+    return share if write is None else f"{write(other - first, sign='+')}, {share}".removesuffix(", ")
 
 
 def _differing(runs: Sequence[Run]) -> Rows:
@@ -174,7 +186,7 @@ def _experiments(places: Sequence[Path]) -> Rows:
             verdict = row.get("verdict")
             word = f"{verdict['word']} ({verdict['difference']:+.4f})" if verdict else "baseline"
             measured = f"{row['mean']:.4f} ± {row['deviation']:.4f}"
-            seeds, flops = str(len(comparison["runs"][name])), number_of(comparison["flops"])
+            seeds, flops = str(len(comparison["runs"][name])), short(comparison["flops"])
             rate = row.get("rate", {}).get("words", "")
             rows.append((str(place), name, comparison["metric"], measured, seeds, flops, word, rate))
     return rows

@@ -8,6 +8,7 @@ type `Ref` names an earlier stage or a path; a field of type `ObjectiveField`, `
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
@@ -48,6 +49,7 @@ from pretrain.records import StageResult
 from pretrain.stages._estimates import Estimate as Estimate
 from pretrain.stages._estimates import Given as Given
 from pretrain.surgery import Surgery as SurgeryMethod
+from pretrain.training.budget import Plan
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -73,6 +75,8 @@ class Job:
     identity: Record = field(default_factory=dict)  # name, kind, address and methods of this one
     bar: bool = False  # whether to draw progress
     refreshed: tuple[str, ...] = ()  # the refreshes that it and those behind it have been through
+    plan: Plan | None = None  # what was expected of it, where it trains
+    begun: float = field(default_factory=time.perf_counter)
 
     def history(self, result: Record, *sources: Record) -> Record:
         """The stages behind a checkpoint made from checkpoints of such lineages, and the stage that makes it."""

@@ -15,13 +15,13 @@ from typing import Any, NamedTuple
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, JSONObject, read_object
 from pretrain.core.folders import corpus_of, tokenizer_of, verify
-from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
+from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.stages._examples import Labelled, Texts, counter, lengths, stored
+from pretrain.training.budget import Plan
 
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
-RATE = 4e10  # FLOP/s where no run has measured this machine: a core or two
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
@@ -64,6 +64,7 @@ class Estimate:
     passes: float | None = None
     left: Left = Left()
     warnings: tuple[Odd, ...] = ()
+    plan: Plan | None = None  # of a training
 
 
 Given = Mapping[str, Left]  # by the fields that name them, as `Stage.references` does
@@ -109,8 +110,7 @@ def bytes_of_token(vocabulary: int) -> float:
 
 def training_seconds(flops: float, width: int) -> float:
     """Of so many FLOPs at a width, on this machine."""
-    device = likely_device()
-    return flops / ((remembered_rate(device) or RATE) * efficiency(width))
+    return flops / (likely_rate() * efficiency(width))
 
 
 def forward(shape: Shape, tokens: float, length: int, targets: float = 1.0) -> tuple[float, float]:

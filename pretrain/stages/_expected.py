@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from pretrain.core.files import JSON
-from pretrain.core.quick.machine import efficiency, likely_device, remembered_rate
+from pretrain.core.quick.machine import efficiency, likely_rate
+from pretrain.core.quick.quantities import duration
 from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
 from pretrain.dial.law import MOST_PASSES, NEARLY_NEW, worth
@@ -18,7 +19,6 @@ from pretrain.optim import Optimizer
 from pretrain.stages._estimates import (
     BATCH,
     FLOOR,
-    RATE,
     Estimate,
     Given,
     Left,
@@ -29,7 +29,7 @@ from pretrain.stages._estimates import (
 )
 from pretrain.stages._examples import Labelled, Lengths, counter, lengths, stored
 from pretrain.surgery import Surgery
-from pretrain.training.budget import Budget
+from pretrain.training.budget import MEASURING, Budget, Plan
 
 LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
@@ -105,25 +105,28 @@ def expect(stage: Asked, given: Given) -> Estimate:
     model, corpus = described(stage, given), given.get("corpus", Left())
     shape = shape_from(model.config)
     left = replace(model, bytes={}, documents={}, length=stage.length, exact=False)
-    device = likely_device()
     if shape is None:
         return Estimate(flops=stage.budget.limit if stage.budget.unit == "flops" else None, left=left)
     shape = shape.with_blocks(model.blocks)
-    work = _work(stage, shape, model, given, (remembered_rate(device) or RATE) * efficiency(shape.width))
+    work = _work(stage, shape, model, given, likely_rate() * efficiency(shape.width))
     tokens = work.tokens(stage.budget)
     if tokens is None:
         return Estimate(memory_bytes=_memory(stage, shape, model, given, work), left=left)
     flops, steps = tokens * work.flops, tokens / work.step_tokens
     every = stage.evaluate_every
     evaluations = 1 + int((steps // every if every >= 1 else 1 / every) if every else 0)
-    measuring = _measuring(stage, shape, model, corpus, work, evaluations)
+    training, once = steps * work.seconds, _measuring(stage, shape, model, corpus, work)
+    made = evaluations
+    if stage.budget.unit == "seconds":  # of which training makes no more than take this share
+        made = min(evaluations, max(1, int(MEASURING * training / max(once, 1e-9))))
     saved = min(stage.keep, 1 + steps // stage.save_every) if stage.save_every else 0
     trained = shape.weights * model.trained
     return Estimate(
-        flops, _memory(stage, shape, model, given, work), steps * work.seconds + measuring + START,
+        flops, _memory(stage, shape, model, given, work), training + made * once + START,
         4.0 * shape.weights + saved * (4.0 * shape.weights + 8.0 * trained) + 2.0 * (work.corpus_tokens or 0),
         tokens / work.corpus_tokens if work.corpus_tokens else None, left,
-        (*_odd(stage, work, tokens), *_measured_long(stage, steps * work.seconds, measuring, evaluations)),
+        (*_odd(stage, work, tokens), *_measured_long(stage, training, once, evaluations, made)),
+        Plan(steps, flops, training, once),
     )  # fmt: skip
 
 
@@ -218,26 +221,27 @@ def _example(stage: Asked, objective: Objective, model: Left, given: Given) -> L
     return lengths(cast("Labelled", objective), rows, count, stage.length, stage.micro_rows or stage.batch_rows)
 
 
-def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work, evaluations: int) -> float:
-    """Seconds of the held-out measurements: reading, and of labelled documents answering too."""
-    held_out = _tokens(corpus, "validation", model) or stage.evaluate_tokens
-    tokens = evaluations * min(stage.evaluate_tokens, held_out)
+def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work) -> float:
+    """Seconds of a held-out measurement: reading, and of labelled documents answering too."""
+    tokens = min(stage.evaluate_tokens, _tokens(corpus, "validation", model) or stage.evaluate_tokens)
     objective = stage.weighted()[0].method
     if objective.reads != "examples":
         return forward(shape, tokens, stage.length)[1]
     seconds = forward(shape, 2 * tokens * work.filled, stage.length)[1]  # once for the loss, once for the answers
     documents = min(stage.evaluate_tokens // stage.length or 1, corpus.documents.get("validation", 1e9))
     words = float(getattr(objective, "answer", 0))  # of answers that are generated, a word at a time
-    return seconds + evaluations * math.ceil(documents / BATCH) * words * shape.depth * WORD
+    return seconds + math.ceil(documents / BATCH) * words * shape.depth * WORD
 
 
-def _measured_long(stage: Asked, training: float, measuring: float, evaluations: int) -> Iterator[Odd]:
+def _measured_long(stage: Asked, training: float, once: float, evaluations: int, made: int) -> Iterator[Odd]:
     """That measuring takes a large part of the time, which `evaluate_every` does not look like."""
-    if measuring > max(LONG * training, NOTICED) and evaluations > 1:
+    if evaluations * once > max(LONG * training, NOTICED) and evaluations > 1:
+        fewer = f", so about {made} of them are made" if made < evaluations else ""
         yield Odd(
             "evaluate_every",
-            f"evaluate_every {stage.evaluate_every:g}: {evaluations} measurements take about {measuring:,.0f} s beside "
-            f"{training:,.0f} s of training; accepted: fewer of them, or fewer evaluate_tokens",
+            f"evaluate_every {stage.evaluate_every:g}: {evaluations} measurements take about "
+            f"{duration(evaluations * once)} beside {duration(training)} of training{fewer}; accepted: fewer of them, "
+            "or fewer evaluate_tokens",
         )
 
 

@@ -9,14 +9,14 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_object
-from pretrain.core.quick.machine import cores, likely_device, remembered_rate
+from pretrain.core.quick.machine import likely_device, likely_rate, remembered_rate
 from pretrain.core.quick.outline import torch_imported
-from pretrain.core.quick.quantities import bare
+from pretrain.core.quick.quantities import bare, duration, figure, short
 from pretrain.dial import shapes
 from pretrain.dial.choose import (
     BATCH_TOKENS,
@@ -29,7 +29,7 @@ from pretrain.dial.choose import (
     optimizer_for,
 )
 from pretrain.dial.law import Law, load
-from pretrain.stages._estimates import left_in
+from pretrain.stages._estimates import Estimate, left_in
 from pretrain.training.budget import Budget
 
 Raw = dict[str, object]  # a recipe as it is read, or a stage of it
@@ -37,7 +37,6 @@ LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's stand
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
 SURGERIES = [{"method": "zero_init"}]
 BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
-CORE = 5e10  # FLOP/s of a core, as long as none is measured
 PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
 
 
@@ -67,22 +66,26 @@ class Settled:
             "trains at the method's own default; accepted: optimizer.lr; `pretrain compare --rates 3` tries some"
         ]
 
-    def lines(self) -> list[str]:
-        """What was chosen and why, in sentences."""
+    def lines(self, estimate: Estimate | None = None) -> list[str]:
+        """What was chosen and why, in sentences; what it is to take is for the run's estimate to say."""
         shape, choice = self.choice.shape, self.choice
         size = f"width {shape.width}, {shape.depth} blocks, vocabulary {shape.vocabulary:,}"
-        passes = f", {choice.bytes / self.task.unique:.2g} passes" if self.task.unique else ""
-        text = f"{_short(choice.tokens)} tokens ({choice.tokens_per_weight:.1f} a weight{passes})"
+        passes = f", {figure(choice.bytes / self.task.unique, 2)} passes" if self.task.unique else ""
+        text = f"{short(choice.tokens)} tokens ({choice.tokens_per_weight:.1f} a weight{passes})"
         lines = [
-            f"{size}: {_short(shape.weights)} weights, {text}",
+            f"{size}: {short(shape.weights)} weights, {text}",
             f"rows of {choice.length} tokens, {choice.batch_rows} a step; {self.optimizer_name}, peak rate "
             f"{self.lr or 'its own default'}",
             *self.warnings(),
             *self._vocabulary(),
         ]
-        time = f", about {choice.seconds:,.0f} s" if choice.seconds else ""
-        memory = shape.memory(choice.batch_rows * choice.length, choice.length) / 2**20
-        lines.append(f"{choice.flops:.3g} FLOPs{time}, about {memory:,.0f} MB of weights, states and activations")
+        memory = shape.memory(choice.batch_rows * choice.length, choice.length)
+        takes = [f"{short(memory, 'B')} of weights, states and activations"]
+        if estimate is not None and estimate.seconds is not None:
+            takes.insert(0, duration(estimate.seconds))
+        if estimate is not None and estimate.flops is not None:
+            takes.insert(0, f"{short(estimate.flops)} FLOPs")
+        lines.append(f"about {', '.join(takes)}")
         if choice.prediction is None:
             lines.append("too far beyond the runs that the law was fitted to for a prediction: 20 tokens a weight")
             return lines
@@ -287,12 +290,11 @@ def _rate(output: Path | None) -> float:
         rate = read_object(kept).get("rate")
         if isinstance(rate, int | float) and rate > 0:
             return float(rate)
-    rate = remembered_rate(likely_device())
-    if rate is None and torch_imported():
+    if remembered_rate(likely_device()) is None and torch_imported():
         from pretrain.core.hardware import matrix_rate, pick_device
 
-        rate = matrix_rate(pick_device())
-    return rate or cores() * CORE
+        matrix_rate(pick_device())  # which remembers it
+    return likely_rate()
 
 
 def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
@@ -307,16 +309,8 @@ def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
 
 
 def write(settled: list[Settled], output: Path) -> None:
-    """Keep the plan in a run's folder."""
+    """Keep what the sizes were chosen by in a run's folder."""
     from pretrain.core.files import write_json
 
     rates = [each.task.rate for each in settled if each.task.rate is not None]
-    plan = {each.stage: asdict(each.choice) | {"lr": each.lr} for each in settled}
-    write_json(output / PLAN, {"rate": rates[0] if rates else None, "stages": plan})
-
-
-def _short(value: float) -> str:
-    for power, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if value >= power:
-            return f"{value / power:.3g}{letter}"
-    return f"{value:.3g}"
+    write_json(output / PLAN, {"rate": rates[0] if rates else None})

@@ -11,6 +11,7 @@ from pydantic import Field, PlainSerializer, PlainValidator
 
 from pretrain.core.bounds import Ge, Le, PositiveShare, ProperShare
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.quantities import short
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
 from pretrain.corpus.progress import reported
@@ -112,7 +113,7 @@ class Data(Stage):
             )  # fmt: skip
         shutil.rmtree(job.folder / "work", ignore_errors=True)
         write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
-        counted = f"{info['documents']['train']:,} training documents, {info['bytes']['train'] / 1e6:,.1f} MB"
+        counted = f"{info['documents']['train']:,} training documents, {short(info['bytes']['train'], 'B')}"
         job.say(f"{counted}; {accounted(cast('CorpusInfo', info))}")
         if skipped.reasons:
             job.say(f"passed over: {skipped}")

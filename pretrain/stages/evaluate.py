@@ -14,6 +14,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_object, write_json
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.positions import check_length, positions
+from pretrain.core.quick.quantities import figure
 from pretrain.corpus.overlap import overlap_warning
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
@@ -116,7 +117,7 @@ class Evaluate(Stage):
             others = "".join(f", {tool} {bits:.3f}" for tool, bits in tools.items() if bits is not None)
             job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}")
         else:
-            job.say(", ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+            job.say(", ".join(f"{name} {figure(value)}" for name, value in metrics.items()))
         by_domain = {f"{k}/{domain}": v for domain, values in result["domains"].items() for k, v in values.items()}
         return {"metrics": by_domain | metrics, "flops": flops}
 

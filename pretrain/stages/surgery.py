@@ -11,6 +11,7 @@ from pydantic import Field
 from pretrain.core.bounds import Count, Ge
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.hub import located
+from pretrain.core.quick.quantities import short
 from pretrain.core.quick.vocabulary import check_alike, stored_numbers
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
@@ -150,7 +151,7 @@ def _quantised(few: dict[int, int], metrics: dict[str, float]) -> str:
     saved = 1 - metrics["disk_bytes"] / max(1, metrics["disk_bytes_before"])
     return (
         f"{held} weights, {metrics['quantised_share']:.0%} of all; the others, embeddings and head among them, stay as "
-        f"they were; the files take {metrics['disk_bytes'] / 1e6:,.3g} MB, {abs(saved):.0%} "
+        f"they were; the files take {short(metrics['disk_bytes'], 'B')}, {abs(saved):.0%} "
         f"{'less' if saved >= 0 else 'more'} than before"
     )
 

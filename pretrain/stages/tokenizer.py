@@ -10,6 +10,7 @@ from pydantic import model_validator
 from pretrain.core.bounds import Count, Ge, Le, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, digest
+from pretrain.core.quick.quantities import short
 from pretrain.corpus.store import Corpus
 from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
 from pretrain.records import StageResult
@@ -73,7 +74,7 @@ class Tokenizer(Stage):
         entries = self.vocab_size if self.algorithm != "bytes" else 256 + 5
         text = given["corpus"].bytes.get("train") if "corpus" in given else None
         read = min(text or 0.0, self.max_bytes)
-        few = f"vocab_size {entries:,}: {read / 1e6:.3g} MB of text fill no more than about {read / 100:,.0f} entries"
+        few = f"vocab_size {entries:,}: {short(read, 'B')} of text fill no more than about {read / 100:,.0f} entries"
         return Estimate(
             0.0, FLOOR + 12 * read if text else None, 1 + read / 4e6 if text else None, 130.0 * entries,
             min(1.0, read / text) if text else None, Left(vocabulary=entries),

@@ -16,7 +16,7 @@ from pretrain.core.files import read_json
 from pretrain.core.quick.declared import check_config, check_task, config_values
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.positions import check_length, positions
-from pretrain.core.quick.quantities import bare
+from pretrain.core.quick.quantities import bare, figure, short
 from pretrain.core.quick.vocabulary import check_alike, check_references, numbers_of, stored_numbers
 from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
@@ -109,7 +109,8 @@ class Train(Stage):
     mixture: Weights of the domains in what is trained on, by name; by default each row comes once an epoch.
     budget: When training ends: exactly one of the five fields below.
     clip: The gradient's norm is held below it; 0 does not clip.
-    evaluate_every: Steps, or a share of the budget, between two measurements; 0 measures at the end alone.
+    evaluate_every: Steps, or a share of the budget, between two measurements; 0 measures at the end alone. Of a budget
+        of seconds they take no more than a quarter beside it: what would take more is left out.
     evaluate_tokens: Held-out tokens of each measurement, the same ones.
     save_every: Steps between two training states, from which an interrupted run goes on; 0 saves none.
     keep: How many training states stay.
@@ -278,6 +279,7 @@ class Train(Stage):
         from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
+        from pretrain.training.pace import times
 
         model, processor = data.open_model(self, job)
         given = Inputs(tokenizer=cast("PreTrainedTokenizerBase", processor), seed=job.seed)
@@ -298,7 +300,8 @@ class Train(Stage):
             job.say(f"warning: {skipped}")
         bits = training.metrics.get("bits_per_byte")
         likelihood = f", {bits:.3f} bits per byte" if bits else ""
-        job.say(f"{spent['tokens']:,} {unit_of(processor)}, {spent['flops']:.3g} FLOPs{likelihood}")
+        job.say(f"{figure(spent['tokens'])} {unit_of(processor)}, {short(spent['flops'])} FLOPs{likelihood}")
+        job.say(times(training))
         return {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
 
     def fit(
@@ -339,11 +342,11 @@ class Train(Stage):
                 budget=budget, seed=job.seed, clip=self.clip, evaluate_every=self.evaluate_every,
                 save_every=self.save_every, keep=self.keep, log_every=self.log_every, precision=self.precision,
                 strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing,
-                max_skips=self.max_skips, bar=job.bar, unit=unit_of(processor),
+                max_skips=self.max_skips, bar=job.bar, unit=unit_of(processor), plan=job.plan, begun=job.begun,
             ),
             job.folder, weights=[w.weight for w in self.weighted()], policies=self.policies,
             evaluate=data.evaluation(self, splits["validation"], vocabulary),
-            targets_per_byte=data.targets_per_byte(splits["train"]) if self._plain() else None,
+            targets_per_byte=data.targets_per_byte(splits["train"]) if self._plain() else None, say=job.say,
         )  # fmt: skip
         return training, splits
 

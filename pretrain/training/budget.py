@@ -9,6 +9,8 @@ from pretrain.core.bounds import Positive, Seconds, check_fields
 from pretrain.core.errors import PretrainError
 
 UNITS = ("tokens", "steps", "flops", "seconds", "epochs")
+FAR = 0.6  # of what was planned: what lies below it, or above its inverse, is told
+MEASURING = 0.25  # of the steps' seconds, at most, goes to held-out measurements where the budget is of seconds
 
 
 @dataclass(frozen=True)
@@ -59,3 +61,18 @@ class Budget:
         if not spent["steps"] or not spent[self.unit]:
             return 1_000_000_000  # before the first step nothing is known; a warm-up by share begins at its bottom
         return max(1, -int(-self.limit * spent["steps"] // spent[self.unit]))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training was expected to make before it began, and in which seconds: of its steps, of one measurement."""
+
+    steps: float
+    flops: float
+    seconds: float
+    measurement: float
+
+
+def far(share: float) -> bool:
+    """Whether so much of what was planned is far less, or far more."""
+    return not FAR <= share <= 1 / FAR

@@ -15,10 +15,11 @@ import math
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, cast
 
 import numpy as np
 import torch
@@ -26,8 +27,8 @@ from torch import Tensor, nn
 
 from pretrain.core import hardware
 from pretrain.core.batch import Batch, counts, to_device
-from pretrain.core.errors import Diverged, PretrainError
-from pretrain.core.meter import Cost, Work, peak_memory, recomputing
+from pretrain.core.hardware import autocast
+from pretrain.core.meter import Cost, Work, recomputing
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
 from pretrain.core.models.parameters import described
@@ -35,14 +36,16 @@ from pretrain.objectives import Loss, Objective, share
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
-from pretrain.training.averages import averaged, settle
+from pretrain.training.averages import settle
 from pretrain.training.compatible import check_averages, check_families, check_together, check_written
-from pretrain.training.distributed import full, gather, join, synchronised, unsharded, wrap
+from pretrain.training.distributed import full, gather, join, synchronised, wrap
 from pretrain.training.guard import seed
 from pretrain.training.loader import Loader
-from pretrain.training.log import Log
+from pretrain.training.log import Log, check, step_record
+from pretrain.training.measuring import Evaluate, Measuring
+from pretrain.training.pace import Pace, stopping
 from pretrain.training.running import Settings as Settings
-from pretrain.training.running import Trainee, Training
+from pretrain.training.running import Step, Trainee, Training
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,14 +54,6 @@ FIRST = 8  # steps in which shapes are compiled and counted without their second
 MicroBatches = list[list[Batch]]  # those of a step, each one batch an objective
 Counts = dict[str, float]  # the numbers of a batch that say what each term of the loss is the mean over
 Zeros = dict[str, float]  # the share of zeros in linear layers, by name
-
-
-class Step(TypedDict, total=False):
-    """What a step tells, still on the device."""
-
-    loss: Tensor
-    parts: dict[str, Tensor]
-    grad_norm: Tensor
 
 
 def train(
@@ -72,15 +67,17 @@ def train(
     *,
     weights: Sequence[float] | None = None,
     policies: Sequence[Policy] = (),
-    evaluate: Callable[[Trainee], dict[str, float]] | None = None,
+    evaluate: Evaluate | None = None,
     targets_per_byte: float | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> Training:
     """Train `model` in place until the budget is spent, going on from the newest state in `folder` if there is one.
 
     `loader.step(step, progress)` gives this process's micro-batches, each a list with one batch an objective.
     `evaluate(trainee)` gives held-out metrics. `targets_per_byte` turns the loss into bits per byte for the log.
-    Writes `log.jsonl`, `tensorboard/` and `state/` into `folder`. An interrupt saves the state, then is raised. Of a
-    model sharded over processes the first has it whole at the end.
+    `say` gets a line where the speed is not the planned one. Writes `log.jsonl`, `tensorboard/` and `state/` into
+    `folder`. An interrupt saves the state, then is raised. Of a model sharded over processes the first has it whole at
+    the end.
     """
     training = _start(model, loader, objectives, optimizer, schedule, settings, folder, weights, policies)
     world, every = training.world, settings.log_every or (10 if training.world.device.type == "cuda" else 1)
@@ -88,57 +85,45 @@ def train(
     def now(interval: float) -> bool:
         return interval > 0 and training.step % interval == 0
 
-    share = settings.evaluate_every if 0 < settings.evaluate_every < 1 else 0.0
-    passed = _passed(share, training.progress)
-
     with (
-        Log(folder, main=world.main, from_step=training.step, bar=settings.bar, unit=settings.unit) as log,
+        Log(folder, main=world.main, from_step=training.step, bar=settings.bar, unit=settings.unit, say=say) as log,
         training.interrupts,
         training.background,
     ):
+        measuring, pace = Measuring(training, log, evaluate), Pace(training)
+        training.opened()
+        if training.unmeasured:  # after the newest step, where an interrupt has put it off
+            measuring.make()
+            _save_or_stop(training, saving=settings.save_every > 0 and not training.unmeasured, stop=training.stopping)
         while training.progress < 1:
             record = step(training)
+            log.say(pace.line())
             done, stop = training.progress >= 1, training.stopping
             saving = settings.save_every > 0 and (done or stop or now(settings.save_every))
-            before, passed = passed, _passed(share, training.progress)
-            due = passed > before if share else now(settings.evaluate_every)
-            evaluating = evaluate is not None and (done or due)
+            evaluating = measuring.due(done=done)
             telling = done or saving or evaluating or now(every)
 
             good = check(training, log, record, telling)
             saving = saving and (good or done or stop)  # among steps that are skipped no good state gives way
             if telling and good:
-                log.write("step", _finished(record, training, targets_per_byte), training.progress)
-            if evaluate and evaluating:
-                measure(training, log, evaluate, policies)
-                if done and not good and not all(map(math.isfinite, training.metrics.values())):
-                    raise _diverged(training, record, "the last steps were skipped and its metrics are not finite")
-            if saving or (settings.save_every > 0 and training.enough):
-                training.save()
-            if stop and not done:
-                training.background.wait()
-                raise KeyboardInterrupt(f"stopped after step {training.step}")
+                log.write("step", step_record(training, record, targets_per_byte), training.progress)
+            if evaluating:
+                measuring.make(record)
+                stop = training.stopping
+            saving = saving or (settings.save_every > 0 and (training.enough or stop))
+            _save_or_stop(training, saving=saving, stop=stop)
     settle(training)
     gather(training.trainee, world)
     return training
 
 
-def measure(
-    training: Training, log: Log, evaluate: Callable[[Trainee], dict[str, float]], policies: Sequence[Policy]
-) -> None:
-    """Take the held-out metrics, of averaged weights where a policy averages, and tell the policies and the log."""
-    with averaged(training):
-        with unsharded(training.wrapped), autocast(training.world.device, training.settings.precision):
-            training.metrics = evaluate(training.trainee.eval())
-        training.trainee.train()
-        for policy in policies:
-            policy.on_evaluation(training, training.state[policy.name], training.metrics)
-    log.write("evaluation", training.spent | {"step": training.step, "metrics": training.metrics}, 0)
-
-
-def _passed(share: float, progress: float) -> int:
-    """How many whole shares of the budget are spent; a share that binary fractions miss by a hair is whole."""
-    return int(progress / share + 1e-9) if share else 0
+def _save_or_stop(training: Training, *, saving: bool, stop: bool) -> None:
+    """Save the state if it is time to; stop where that is asked for and something is left to do."""
+    if saving:
+        training.save()
+    if stop and (training.unmeasured or training.progress < 1):
+        training.background.wait()
+        raise KeyboardInterrupt(f"stopped after step {training.step}")
 
 
 def _start(
@@ -179,6 +164,7 @@ def _start(
     state: states.Memory = {policy.name: {} for policy in policies}
     training = Training(trainee, wrapped, built, schedule, loader, policies, settings, world, folder, state=state)
     training.resume()
+    training.interrupts.words = partial(stopping, training)
     for policy in policies:
         policy.start(training, training.state[policy.name])
     return training
@@ -220,6 +206,7 @@ def step(training: Training) -> Step:
             policy.after_step(training, training.state[policy.name], flat, losses)
     training.optimizer.zero_grad(set_to_none=True)
     training.tick()
+    training.timed += not training.new
     if totals.flops is not None:  # else its shapes were counted, eagerly, and the next step is the first of its kind
         training.ready.update(work.shapes for work in works)
     return record
@@ -324,74 +311,6 @@ def _zeros(training: Training) -> Zeros:
         for name, zeros in policy.zeros(training, training.state[policy.name]).items():
             merged[name] = max(zeros, merged.get(name, 0.0))
     return merged
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The arithmetic's precision: `auto` is what the hardware does well."""
-    known = {"auto": hardware.precision(device), "float32": None, "bfloat16": torch.bfloat16}
-    if precision not in known:
-        raise PretrainError(f"precision {precision!r}: accepted: {', '.join(known)}")
-    dtype = known[precision]
-    return nullcontext() if dtype is None else torch.autocast(device.type, dtype)
-
-
-def check(training: Training, log: Log, record: Step, telling: bool) -> bool:
-    """Log steps that were skipped, and end the training if they are too many; whether the newest was made.
-
-    Too many are `max_skips` in a row, or most of those that the budget had.
-    Unless the log is `telling` of this step anyway, what became of it is asked for a step later.
-    """
-    guard, most = training.guard, training.settings.max_skips
-    guard.read(unread=0 if telling else 1)
-    for number in guard.unlogged:
-        log.write("skipped", {"step": number, "skipped_steps": guard.skipped, "in_row": guard.in_row}, 0)
-    guard.unlogged.clear()
-    if guard.in_row >= most:
-        reason = f"{guard.in_row} steps in a row were skipped"
-        raise _diverged(training, record, reason, f", a max_skips above {most}")
-    if training.progress >= 1 and 2 * guard.skipped > training.step:
-        raise _diverged(training, record, f"{guard.skipped} of {training.step} steps were skipped")
-    return guard.in_row == 0
-
-
-def _diverged(training: Training, record: Step, reason: str, more: str = "") -> Diverged:
-    """The error, once what is being saved is there; every process must call it."""
-    loss, norm = training.world.sum([float(record["loss"])])[0] / training.world.size, float(record["grad_norm"])
-    with suppress(PretrainError):  # of a state that could not be written: the older ones are there
-        training.background.wait()
-    last = states.newest(training.folder / "state", training.world)
-    return Diverged(
-        f"loss {loss:g}, gradient norm {norm:g} at step {training.step}: training has diverged, {reason}; the newest "
-        f"good state is {last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller "
-        f"clip{more}"
-    )
-
-
-def _finished(record: Step, training: Training, targets_per_byte: float | None) -> dict[str, object]:
-    """The record of a step as it is logged.
-
-    The host waits for the device here, since the log is of numbers, and the processes exchange theirs.
-    """
-    world = training.world
-    names = list(record["parts"])
-    loss, *parts = (
-        v / world.size for v in world.sum([float(record["loss"]), *(float(record["parts"][n]) for n in names)])
-    )
-    norm = float(record["grad_norm"])
-    training.tick()
-    since = training.lap()
-    return training.spent | {
-        "step": training.step,
-        "dense_flops": training.dense_flops,
-        "loss": loss,
-        "parts": dict(zip(names, parts, strict=True)),
-        "bits_per_byte": loss / math.log(2) * targets_per_byte if targets_per_byte else None,
-        "grad_norm": norm,
-        "lr": training.optimizer.param_groups[0]["lr"],
-        "tokens_per_second": since["tokens"] / max(since["seconds"], 1e-9),
-        "mfu": hardware.utilisation(world.device, since["useful_flops"] / max(since["seconds"], 1e-9) / world.size),
-        "memory_bytes": peak_memory(world.device),
-    }
 
 
 def _work(batches: list[Batch]) -> Work:

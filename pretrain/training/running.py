@@ -6,23 +6,28 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypedDict
 
 import torch
 from torch import Tensor, nn
 
+from pretrain.core import hardware
 from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import Meter
+from pretrain.core.quick.machine import described
 from pretrain.objectives import Loss, Objective, sum_of
 from pretrain.optim import Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
 from pretrain.training.background import Background
-from pretrain.training.budget import Budget
+from pretrain.training.budget import Budget, Plan
 from pretrain.training.distributed import World
 from pretrain.training.guard import Guard
 from pretrain.training.interrupts import Interrupts
 from pretrain.training.loader import Loader
+
+KEPT = ("preparing", "timed", "opening", "measuring", "measured", "unmeasured", "rates")  # states of before lack some
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,8 @@ class Settings:
     max_skips: int = 10  # training stops when so many steps in a row are not finite
     bar: bool = True
     unit: str = "tokens"  # what the bar calls the tokens: images are none
+    plan: Plan | None = None  # what was expected of it
+    begun: float | None = None  # when its stage was, by `time.perf_counter`
 
 
 class Trainee(nn.Module):
@@ -68,6 +75,14 @@ class Trainee(nn.Module):
         return sum_of(loss.shared(s, w) for loss, w, s in zip(losses, self.weights, shares, strict=True)), losses
 
 
+class Step(TypedDict, total=False):
+    """What a step tells, still on the device."""
+
+    loss: Tensor
+    parts: dict[str, Tensor]
+    grad_norm: Tensor
+
+
 @dataclass
 class Training:
     """A training while it runs: what policies see and may change."""
@@ -91,6 +106,14 @@ class Training:
     useful_flops: int = 0  # of the gradient, without what is computed a second time
     seconds: float = 0.0
     preparing: float = 0.0  # seconds among them in which a shape was compiled or its FLOPs were counted
+    timed: int = 0  # steps whose seconds the budget counts
+    opening: float = 0.0  # seconds before the first step, of all its parts
+    measuring: float = 0.0  # seconds of held-out measurements, and how many of them there were
+    measured: int = 0
+    unmeasured: bool = False  # whether the measurement after the newest step is still to be made
+    before: float = 0.0  # seconds of the parts of this training that were interrupted
+    rates: dict[str, float] = field(default_factory=dict)  # FLOP/s of its machines' large products: MFU's yardsticks
+    saved: int | None = None  # the step of the newest state
     metrics: dict[str, float] = field(default_factory=dict)  # of the newest evaluation
     enough: bool = False  # whether a policy ends the training before its budget does
     clock: float = field(default_factory=time.perf_counter)  # up to when seconds are counted
@@ -103,6 +126,7 @@ class Training:
         # Policies must not see a step that was not made, and sharded weights have no optimiser that leaves it out.
         alone = self.world.size == 1 or self.settings.strategy == "ddp"
         late = self.world.device.type == "cuda" and alone and not self.policies
+        self.begun = time.perf_counter() if self.settings.begun is None else self.settings.begun
         self.guard, self.background = Guard(self.optimizer, late=late), Background(self.world)
 
     @property
@@ -115,6 +139,24 @@ class Training:
         """What the budget counts; of seconds those of steps whose shapes were met before."""
         seconds = self.seconds - self.preparing
         return {"tokens": self.tokens, "steps": self.step, "flops": self.flops, "seconds": seconds}
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s of this machine's large products, MFU's yardstick: measured once for all parts of the training."""
+        device = self.world.device
+        machine = described(device.type)
+        if machine not in self.rates:
+            self.rates[machine] = hardware.matrix_rate(device)
+        return self.rates[machine]
+
+    @property
+    def elapsed(self) -> float:
+        """All seconds of all its parts, whatever they went to."""
+        return self.before + time.perf_counter() - self.begun
+
+    def opened(self) -> None:
+        """Note that its first step is next."""
+        self.opening += time.perf_counter() - self.begun
 
     @property
     def progress(self) -> float:
@@ -148,9 +190,9 @@ class Training:
 
     def save(self) -> None:
         """Copy the training state, which is written in the background; every process must call it."""
-        names = ("tokens", "flops", "dense_flops", "useful_flops", "seconds", "preparing", "metrics")
+        names = ("tokens", "flops", "dense_flops", "useful_flops", "metrics", "seconds", *KEPT)
         record = {name: getattr(self, name) for name in names} | {"meter": self.meter.counts}
-        record |= {"loader": self.loader.state(), "seed": self.settings.seed}
+        record |= {"elapsed": self.elapsed, "loader": self.loader.state(), "seed": self.settings.seed}
         record |= {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
         states.save(
             self.folder / "state",
@@ -163,6 +205,7 @@ class Training:
             self.settings.keep,
             self.background,
         )
+        self.saved = self.step
 
     def resume(self) -> None:
         """Go on from the newest whole state, if there is one."""
@@ -173,7 +216,9 @@ class Training:
         self.step, self.tokens, self.seconds = record["step"], record["tokens"], record["seconds"]
         self.flops, self.metrics = record["flops"], record["metrics"]
         self.dense_flops = record.get("dense_flops", self.flops)
-        self.preparing = record.get("preparing", 0.0)
+        for name in KEPT:
+            setattr(self, name, record.get(name, self.step if name == "timed" else getattr(self, name)))
+        self.before, self.saved = record.get("elapsed", self.seconds), self.step
         self.useful_flops = record.get("useful_flops", self.dense_flops)
         if "useful_flops" in record:  # else it is of a meter that knew nothing of targets: all is counted anew
             self.meter = Meter(record["meter"])

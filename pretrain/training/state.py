@@ -44,7 +44,14 @@ class Record(TypedDict, total=False):
     dense_flops: int
     useful_flops: int
     seconds: float
+    elapsed: float
+    opening: float
     preparing: float
+    timed: int
+    measuring: float
+    measured: int
+    unmeasured: bool
+    rates: dict[str, float]
     metrics: dict[str, float]
     meter: dict[str, list[Counted]]
     loader: Counters

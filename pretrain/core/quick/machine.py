@@ -10,7 +10,10 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, write_json
 from pretrain.core.folders import cache_folder
+from pretrain.core.quick.quantities import counted
 from pretrain.core.system.portable import allowed_memory
+
+USUAL = {"cpu": 5e10, "cuda": 5e13}  # FLOP/s of a core or a card, as long as none is measured
 
 
 def cpu_name() -> str:
@@ -27,6 +30,27 @@ def cores() -> int:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     threads = os.environ.get("OMP_NUM_THREADS", "")
     return min(usable, int(threads)) if threads.isdecimal() and int(threads) else usable
+
+
+def crowding(threads: int) -> str:
+    """Words to add to what is slow, where torch's `threads` outnumber the cores that are free for them; else nothing.
+
+    OpenMP's threads meet after every product: while one of them has no core all wait, 10 to 50 times as long.
+    """
+    there = os.cpu_count() or 1
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
+    with suppress(OSError, ValueError):  # a container's share of the cores
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        usable = usable if quota == "max" else min(usable, int(quota) // int(period))
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    others = max(0.0, load - threads)  # that want a core beside this process's threads
+    free = max(1, min(usable, round(there - others)))
+    if threads <= free:
+        return ""
+    return (
+        f"; torch has {threads} threads, and {counted(free, 'core')} of {there} {'is' if free == 1 else 'are'} free "
+        f"for them (load {load:.1f}): OMP_NUM_THREADS={free} is often many times quicker there"
+    )
 
 
 def likely_device() -> str:
@@ -53,9 +77,15 @@ def efficiency(width: int) -> float:
 def remembered_rate(device: str) -> float | None:
     """FLOP/s of a large matrix product on `cpu` or `cuda`, as a run here has measured it; `None` where none has."""
     with suppress(PretrainError, OSError):
-        rate = read_json(_file()).get(_key(device))
+        rate = read_json(_file()).get(described(device))
         return float(rate) if isinstance(rate, int | float) and rate > 0 else None
     return None
+
+
+def likely_rate() -> float:
+    """FLOP/s of this machine's large products, as all plans take it: the remembered rate, else the usual one."""
+    device = likely_device()
+    return remembered_rate(device) or USUAL[device] * (cores() if device == "cpu" else 1)
 
 
 def remember_rate(device: str, rate: float) -> None:
@@ -64,12 +94,13 @@ def remember_rate(device: str, rate: float) -> None:
         return
     with suppress(PretrainError, OSError), locked(_file().with_name(".rates.lock")):
         known = read_json(_file()) if _file().exists() else {}
-        write_json(_file(), known | {_key(device): rate})
+        write_json(_file(), known | {described(device): rate})
 
 
 def _file() -> Path:
     return cache_folder() / "rates.json"
 
 
-def _key(device: str) -> str:
+def described(device: str) -> str:
+    """A device as its rates are kept: two machines that do as much have one name."""
     return f"{device}, {cpu_name()}, {cores()} cores"

@@ -1,4 +1,4 @@
-"""Numbers as people write them: `100k`, `2M`, `1B`, and, for seconds, `30min`, `2h`, `1h30min`.
+"""Numbers as people write and read them: `100k`, `2M`, `1B`, and, for seconds, `30min`, `2h`, `1h30min`.
 
 They are read by what a field is to hold: a word stays a word where the field takes text, and becomes a number only
 where it takes numbers and no text.
@@ -6,6 +6,7 @@ where it takes numbers and no text.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from types import NoneType, UnionType
@@ -84,3 +85,55 @@ def bare(value: object) -> object:
         read = quantity(value)
         return value if read is None else read
     return {key: bare(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+PREFIXES = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def figure(value: float, digits: int = 4, sign: str = "") -> str:
+    """A number as a reader takes it in, without an exponent: `16,384`, `0.4213`, `12,300`, `9.86 T`; `sign` may be `+`.
+
+    A whole number keeps its digits, any other has `digits` of them. From 10 million on there is a prefix; below a
+    millionth, where zeros would have to be counted, a power of ten is written after all.
+    """
+    if not math.isfinite(value):
+        return f"{value:{sign}}"
+    rounded = float(f"{value:.{digits}g}")
+    if abs(rounded) >= 1e7:
+        return short(value, digits=digits, sign=sign)
+    if value == round(value):
+        return f"{value:{sign},.0f}"
+    return _plain(rounded, digits, sign)
+
+
+def short(value: float, unit: str = "", *, digits: int = 3, sign: str = "") -> str:
+    """A number with a prefix before its unit: `9.86 T`, `3.01 MB`, `999 k`, `12 B`."""
+    if not math.isfinite(value):
+        return f"{value:{sign}} {unit}".rstrip()
+    rounded = float(f"{value:.{digits}g}")  # first, since 999,999 is 1 M
+    power, letter = next(((power, letter) for power, letter in PREFIXES if abs(rounded) >= power), (1.0, ""))
+    return f"{_plain(rounded / power, digits, sign)} {letter}{unit}".rstrip()
+
+
+def _plain(rounded: float, digits: int, sign: str) -> str:
+    """A number that has been rounded to `digits`; where they end before the point, zeros stand for the others."""
+    if 1e-6 <= abs(rounded) < 1e-4:
+        return f"{rounded:{sign}.{digits + 5}f}".rstrip("0")
+    return f"{rounded:{sign},.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:{sign}.{digits}g}"
+
+
+def duration(seconds: float) -> str:
+    """A time: `0.8 s`, `45 s`, `3 min 20 s`, `2 h 5 min`, `3 d 4 h`."""
+    if seconds < 59.5 or not math.isfinite(seconds):
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    parts = ((days, "d"), (hours, "h"), (minutes, "min"), (rest, "s"))
+    first = next(number for number, (count, _) in enumerate(parts) if count)
+    return " ".join(f"{count:,} {unit}" for count, unit in parts[first : first + 2] if count)
+
+
+def counted(number: int, what: str) -> str:
+    """`1 run`, `2 runs`, `1,000 runs`."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")

@@ -8,12 +8,6 @@ const units = new Set(data.trainings.map(t => t.unit)), unit = units.size === 1 
 const known = values => values.filter(v => v !== null && v !== undefined);
 const label = (t, text) => data.trainings.length > 1 ? `${t.name}: ${text}` : text;
 
-function number(v) {
-  for (const [power, letter] of [[1e18, "E"], [1e15, "P"], [1e12, "T"], [1e9, "G"], [1e6, "M"], [1e3, "k"]])
-    if (Math.abs(v) >= power) return `${+(v / power).toPrecision(3)}${letter}`;
-  return v !== 0 && Math.abs(v) < 1e-3 ? v.toExponential(1) : String(+v.toPrecision(3));
-}
-
 // Round numbers from low to high, about `wanted` of them.
 function ticks(low, high, wanted) {
   const rough = (high - low) / wanted || 1, power = 10 ** Math.floor(Math.log10(rough));
@@ -33,7 +27,7 @@ function smooth(values) {
 }
 
 // A chart in the element `id`: curves of { name, x, y, colour, dots, faint }, a legend, and the values under the pointer.
-function chart(id, curves, { title, across, range, zero, write = number }) {
+function chart(id, curves, { title, across, range, zero, write = short }) {
   const place = document.getElementById(id);
   if (!place) return;
   const legend = html("div", { class: "legend" }, ...(title ? [html("b", {}, title)] : []),
@@ -49,7 +43,7 @@ function chart(id, curves, { title, across, range, zero, write = number }) {
   const X = v => left + v / x1 * (W - left - right), Y = v => top + (high - v) / (high - low) * (H - top - bottom);
   const drawn = [];
   for (const v of marks) drawn.push(svg("path", { class: "grid", d: `M${left} ${Y(v)}H${W - right}` }), svg("text", { x: left - 7, y: Y(v) + 4, "text-anchor": "end" }, write(v)));
-  for (const v of ticks(0, x1, W < 500 ? 3 : 6)) drawn.push(svg("text", { x: X(v), y: H - bottom + 16, "text-anchor": "middle" }, number(v)));
+  for (const v of ticks(0, x1, W < 500 ? 3 : 6)) drawn.push(svg("text", { x: X(v), y: H - bottom + 16, "text-anchor": "middle" }, short(v)));
   if (across) drawn.push(svg("text", { class: "across", x: (left + W - right) / 2, y: H - 5, "text-anchor": "middle" }, across));
   const inside = v => Y(Math.min(high, Math.max(low, v)));
   for (const c of curves) {
@@ -76,9 +70,9 @@ function chart(id, curves, { title, across, range, zero, write = number }) {
       return best < 0 ? null : { name: c.name, colour: c.colour, x: c.x[best], y: c.y[best] };
     }).filter(Boolean);
     if (!near.length) return;
-    const x = near[0].x, write3 = v => write === number ? String(+v.toPrecision(4)) : write(v);
+    const x = near[0].x, exact = v => write === short ? figure(v) : write(v);
     cursor.setAttribute("d", `M${X(x)} ${top}V${H - bottom}`);
-    tip.replaceChildren(html("b", {}, `${number(x)} ${across || ""}`), ...near.map(n => html("div", {}, html("i", { style: `border-color:${n.colour}` }), `${n.name || ""} ${write3(n.y)}`)));
+    tip.replaceChildren(html("b", {}, `${figure(x)} ${across || ""}`), ...near.map(n => html("div", {}, html("i", { style: `border-color:${n.colour}` }), `${n.name || ""} ${exact(n.y)}`)));
     tip.hidden = false;
     tip.style.left = `${Math.max(0, Math.min(W - tip.offsetWidth - 4, X(x) + 12))}px`;
   });

@@ -1,0 +1,320 @@
+"""A training beside its plan: what its speed comes to, what its time goes to, what measurements may take, an interrupt."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from pretrain.core import hardware
+from pretrain.core.batch import Vocabulary
+from pretrain.core.quick import machine
+from pretrain.corpus.shards import Shards
+from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.objectives.language.causal_lm import CausalLM
+from pretrain.optim.optimizers.adamw import AdamW
+from pretrain.optim.schedules.constant import Constant
+from pretrain.policies import Policy
+from pretrain.training import state as states
+from pretrain.training.budget import MEASURING, Budget, Plan
+from pretrain.training.interrupts import Interrupts, tell
+from pretrain.training.loader import Loader
+from pretrain.training.loop import Settings, train
+from pretrain.training.measuring import Measuring
+from pretrain.training.pace import Pace, projection, stopping, times
+
+CPU = torch.device("cpu")
+TIGHT = Plan(steps=1e6, flops=1e15, seconds=100.0, measurement=0.0)  # far more than any machine makes here
+
+
+@dataclass(frozen=True)
+class Stopping(Policy):
+    """Asks the training to stop, as Ctrl-C does, within the step of number `at`."""
+
+    name = "stopping"
+    at: int = 0
+
+    def before_update(self, training, state):
+        if training.step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def trained(prepared, tiny):
+    """`trained(folder, budget=…, evaluate=…, policies=…)`, which trains a small model, and what it says in `.said`."""
+    said = []
+
+    def run(folder, *, evaluate=None, policies=(), say=said.append, **settings):
+        loader = Loader(
+            Shards(prepared / "tokens" / "train"), [CausalLM()], Vocabulary.of(load_tokenizer(prepared / "tokenizer")),
+            length=32, batch_rows=2,
+        )  # fmt: skip
+        settings = Settings(**{"budget": Budget(steps=6), "save_every": 100, "bar": False} | settings)
+        said.clear()
+        return train(
+            tiny("llama", vocab_size=512), loader, [CausalLM()], AdamW(lr=1e-2), Constant(), settings, folder,
+            policies=policies, evaluate=evaluate, say=say,
+        )  # fmt: skip
+
+    run.said = said
+    return run
+
+
+def rows(folder, event):
+    return [row for row in map(json.loads, (folder / "log.jsonl").read_text().splitlines()) if row["event"] == event]
+
+
+def kept(folder):
+    return json.loads((states.newest(folder / "state") / "training.json").read_text())
+
+
+def running(budget, plan, *, steps, seconds, flops=0.0):
+    spent = {"steps": steps, "seconds": seconds, "flops": flops, "tokens": 0}
+    settings = SimpleNamespace(plan=plan, budget=budget)
+    world = SimpleNamespace(device=CPU, size=1, main=True, sum=list)
+    return SimpleNamespace(
+        settings=settings, spent=spent, timed=steps, step=steps, progress=budget.progress(spent), world=world
+    )
+
+
+PLAN = Plan(steps=1000, flops=1e12, seconds=100.0, measurement=1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (
+            25.0,
+            "the 1 min 40 s make about 40 steps, where 1,000 were planned: 4.0% of the FLOPs",
+        ),  # ten steps took them
+        (2.0, "make about 500 steps, where 1,000 were planned: 50% of the FLOPs"),
+        (1.2, ""),
+        (0.8, ""),
+        (0.5, "make about 2,000 steps, where 1,000 were planned: 200% of the FLOPs"),
+    ],
+)
+def test_what_a_budget_of_seconds_comes_to_is_said_where_it_is_far_from_the_plan(seconds, words):
+    line, slower = projection(running(Budget(seconds=100), PLAN, steps=10, seconds=seconds, flops=1e10), seconds / 10)
+    assert line.endswith(words) and bool(line) == bool(words)
+    assert slower == (seconds > 1)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"), [(5.0, "training takes about 8 min 20 s, where 1 min 40 s were"), (1.2, ""), (0.1, "")]
+)
+def test_of_other_budgets_it_is_said_when_they_take_far_longer(seconds, words):
+    line, _ = projection(running(Budget(steps=1000), PLAN, steps=10, seconds=seconds), seconds / 10)
+    assert words in line and bool(line) == bool(words)
+
+
+def test_it_is_said_once_and_when_the_speed_is_known(monkeypatch):
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    pace = Pace(running(Budget(seconds=100), PLAN, steps=0, seconds=0.0))
+    pace.training = running(Budget(seconds=100), PLAN, steps=2, seconds=2.0, flops=1e9)
+    assert not pace.line()  # neither ten steps nor a fifth of the budget
+    for steps, seconds, said in ((2, 24.0, True), (3, 30.0, False)):
+        pace.training = running(Budget(seconds=100), PLAN, steps=steps, seconds=seconds, flops=1e9)
+        assert bool(pace.line()) == said
+    assert Pace(running(Budget(seconds=100), None, steps=50, seconds=90.0)).line() == ""
+
+
+def test_the_speed_is_that_of_the_part_which_runs():
+    pace = Pace(running(Budget(seconds=100), PLAN, steps=20, seconds=40.0, flops=2e10))  # when it was busy
+    pace.training = running(Budget(seconds=100), PLAN, steps=120, seconds=50.0, flops=12e10)
+    assert pace.line() == ""  # 620 steps of 1,000
+    pace = Pace(running(Budget(seconds=100), PLAN, steps=20, seconds=40.0, flops=2e10))
+    pace.training = running(Budget(seconds=100), PLAN, steps=22, seconds=44.0, flops=2.2e10)
+    assert "make about 50 steps" in pace.line()
+
+
+@pytest.mark.parametrize(
+    ("threads", "cores", "load", "words"),
+    [
+        (16, 2, 1.0, "OMP_NUM_THREADS=2"),  # more than the process may use
+        (2, 2, 4.2, "OMP_NUM_THREADS=1"),  # others want both cores
+        (8, 8, 12.0, "torch has 8 threads, and 4 cores of 8 are free for them (load 12.0): OMP_NUM_THREADS=4"),
+        (2, 2, 2.1, ""), (1, 2, 9.0, ""), (4, 8, 4.0, ""),
+    ],
+)  # fmt: skip
+def test_threads_that_outnumber_the_free_cores_are_told(monkeypatch, threads, cores, load, words):
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(cores), raising=False)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    line = machine.crowding(threads)
+    assert words in line and bool(line) == bool(words)
+
+
+def test_a_training_tells_early_how_far_from_its_plan_it_is(trained, tmp_path):
+    training = trained(tmp_path, budget=Budget(seconds=0.5), plan=TIGHT)
+    (line,) = trained.said
+    assert "where 1,000,000 were planned" in line
+    assert times(training).startswith("training 0.5 s, ") and " total " in times(training)
+
+
+def test_measurements_are_thinned_to_their_share_of_a_budget_of_seconds(trained, tmp_path):
+    def slow(trainee):
+        time.sleep(0.06)
+        return {"loss": 1.0}
+
+    budget = {"budget": Budget(seconds=1.0), "evaluate_every": 0.05}
+    training = trained(tmp_path / "slow", evaluate=slow, **budget)
+    assert training.measuring <= 1.3 * MEASURING and 2 <= training.measured < 5
+    assert ["a held-out measurement takes about 0.1 s" in line for line in trained.said] == [True]
+    assert trained(tmp_path / "quick", evaluate=lambda trainee: {"loss": 1.0}, **budget).measured >= 15
+    assert not trained.said
+    long = Plan(steps=100, flops=1e9, seconds=1.0, measurement=60.0)  # it is known before the first one
+    assert trained(tmp_path / "plan", evaluate=slow, plan=long, **budget).measured == 1
+    often = trained(tmp_path / "steps", evaluate=slow, budget=Budget(steps=5), evaluate_every=1)  # as it says
+    assert often.measured == 5
+
+
+def test_several_processes_measure_where_the_first_can_afford_it():
+    training = running(Budget(seconds=100), PLAN, steps=10, seconds=50.0)
+    training.measured, training.measuring = 1, 30.0
+    measuring = Measuring.__new__(Measuring)
+    measuring.training, measuring.thinned = training, True
+    for firsts, due in ((1.0, True), (0.0, False)):
+        training.world = SimpleNamespace(main=False, sum=lambda values, first=firsts: [first + sum(values)])
+        assert measuring._affordable() is due
+
+
+def test_there_is_one_yardstick_for_all_parts_and_no_share_above_the_whole(trained, tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(hardware, "matrix_rate", lambda device: measured.append(device) or 10.0)
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, policies=[Stopping(2)])
+    trained(tmp_path, policies=[Stopping(2)])
+    assert len(measured) == 1 and list(kept(tmp_path)["rates"].values()) == [10.0]
+    assert [row["mfu"] for row in rows(tmp_path, "step")] == [1.0] * 6
+
+
+def test_one_clock_counts_all_parts(trained, tmp_path, capsys):
+    evaluate = lambda trainee: time.sleep(0.05) or {"loss": 1.0}  # noqa: E731
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, evaluate=evaluate, evaluate_every=1, policies=[Stopping(2)])
+    before = kept(tmp_path)["elapsed"]
+    training = trained(tmp_path, evaluate=evaluate, evaluate_every=1, begun=time.perf_counter() - 5.0, bar=True)
+    steps = rows(tmp_path, "step")
+    clock = [row["elapsed"] for row in steps]
+    assert clock == sorted(clock) and clock[2] <= before + 0.1 and clock[3] >= before + 5.0
+    assert steps[-1]["seconds"] < 1.0 and rows(tmp_path, "evaluation")[-1]["elapsed"] > clock[-1]
+    assert training.opening >= 5.0 and training.measuring >= 6 * 0.05 and training.elapsed > before + 5.3
+    assert "preparing 5." in times(training)
+
+
+def test_states_of_before_open(trained, tmp_path, monkeypatch):
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, policies=[Stopping(2)])
+    load, new = states.load, ("elapsed", "opening", "timed", "measuring", "measured", "unmeasured", "rates")
+
+    def older(*given):
+        record, policies = load(*given)
+        return {name: value for name, value in record.items() if name not in new}, policies
+
+    monkeypatch.setattr(states, "load", older)
+    training = trained(tmp_path, policies=[Stopping(2)])
+    assert training.step == 6 and training.timed >= 3 and training.before <= training.seconds
+
+
+def test_an_interrupt_is_answered_at_once_and_the_state_saved_before_any_measurement(trained, tmp_path, capsys):
+    evaluated = []
+
+    def evaluate(trainee):
+        evaluated.append(trainee.training)
+        return {"loss": 1.0}
+
+    often = {"evaluate": evaluate, "evaluate_every": 3}
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, policies=[Stopping(2)], **often)  # in the third step, after which it would be measured
+    assert not evaluated and kept(tmp_path)["step"] == 3 and kept(tmp_path)["unmeasured"]
+    assert "stopping: the state is saved after this step; after another Ctrl-C" in capsys.readouterr().err
+    trained(tmp_path, policies=[Stopping(2)], **often)
+    assert [row["step"] for row in rows(tmp_path, "evaluation")] == [3, 6] and evaluated == [False, False]
+
+
+def test_an_interrupt_ends_a_measurement_that_is_made_when_the_training_goes_on(trained, tmp_path, capsys):
+    whole = trained(tmp_path / "whole", evaluate=lambda trainee: {"loss": 1.0}, evaluate_every=3)
+
+    for answers, stopped in ((["cut"], 3), (["cut"], 3), (["good", "cut"], 6)):
+        given = iter(answers)
+
+        def evaluate(trainee, given=given):
+            if next(given) == "cut":
+                signal.raise_signal(signal.SIGINT)
+                raise AssertionError("went on measuring")
+            return {"loss": 1.0}
+
+        with pytest.raises(KeyboardInterrupt, match=f"after step {stopped}"):
+            trained(tmp_path / "cut", evaluate=evaluate, evaluate_every=3)
+        assert "the state is saved now, and measured when it goes on" in capsys.readouterr().err
+        assert kept(tmp_path / "cut")["unmeasured"] and kept(tmp_path / "cut")["step"] == stopped
+    cut = trained(tmp_path / "cut", evaluate=lambda trainee: {"loss": 1.0}, evaluate_every=3)
+    logs = [[(row["step"], row.get("loss")) for row in rows(tmp_path / name, "step")] for name in ("whole", "cut")]
+    assert logs[0] == logs[1] and cut.metrics == whole.metrics
+    assert [row["step"] for row in rows(tmp_path / "cut", "evaluation")] == [3, 6]
+    weights = zip(whole.model.parameters(), cut.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in weights)
+
+
+def test_an_averaging_policy_has_its_weights_back_after_a_measurement_that_was_ended(trained, tmp_path):
+    from pretrain.policies.averaging.ema import EMA
+
+    def long(trainee):
+        signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path / "cut", evaluate=long, evaluate_every=3, policies=[EMA()])
+    good = {"evaluate": lambda trainee: {"loss": 1.0}, "evaluate_every": 3, "policies": [EMA()]}
+    cut, whole = trained(tmp_path / "cut", **good), trained(tmp_path / "whole", **good)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), cut.model.parameters(), strict=True))
+
+
+def test_a_second_interrupt_stops_at_once(trained, tmp_path):
+    class Twice(Stopping):
+        def before_update(self, training, state):
+            super().before_update(training, state)
+            if training.step == self.at:
+                signal.raise_signal(signal.SIGINT)
+                raise AssertionError("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tmp_path, policies=[Twice(2)], save_every=1)
+    assert kept(tmp_path)["step"] == 2
+
+
+def test_what_is_said_of_an_interrupt_is_what_happens():
+    training = SimpleNamespace(
+        world=SimpleNamespace(main=True, size=1), settings=SimpleNamespace(save_every=0), unmeasured=False, saved=None
+    )
+    assert "nothing is saved, since save_every is 0" in stopping(training)
+    training.settings.save_every = 200
+    assert stopping(training).endswith("which stops at once, it begins again")
+    training.saved = 1200
+    assert stopping(training).endswith("it goes on from step 1,200")
+    training.unmeasured, training.world.size = True, 2
+    assert "saved after the next step" in stopping(training)
+    training.world.main = False
+    assert stopping(training) == ""
+
+
+def test_a_signal_within_another_write_is_told_all_the_same(monkeypatch, capfd):
+    def broken(*_, **__):
+        raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr("builtins.print", broken)
+    tell("stopping")
+    assert capfd.readouterr().err == "stopping\n"
+
+
+def test_only_the_first_signal_is_told_and_only_while_it_is_open(capsys):
+    with Interrupts(lambda: "stopping") as interrupts:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert interrupts.asked
+    assert capsys.readouterr().err == "stopping\n"
