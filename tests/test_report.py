@@ -80,7 +80,7 @@ def test_the_page_tells_of_the_corpus_the_lineage_and_each_metric(tmp_path):
     cell = '<td data-label="{}">{}</td>'.format
     assert cell("metric", "probe_accuracy") + cell("value", "0.9") in page
     assert cell("value", "1.5") + cell("95% interval", "1.4 to 1.6") in page
-    assert "4 exact copies, 5 of the training documents" in page
+    assert "4 exact copies, 5 near to held-out ones" in page
 
 
 def test_odd_files_of_a_run_are_shown_as_far_as_they_go(tmp_path):

@@ -223,7 +223,7 @@ def _corpus_table(corpus: CorpusRow) -> Html:
         for domain in sorted(size, key=lambda d: (-size[d], d))
     ]
     rows.append(("all", *(cell(by_domain.values()) for by_domain in splits.values())))
-    note = f"Documents · bytes. {accounted(corpus)}. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
+    note = f"Documents · bytes; {accounted(corpus)}. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
     return join([tag("p", note, class_="note"), table(("domain", *splits), rows), _passed_over(corpus)])
 
 

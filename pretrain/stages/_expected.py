@@ -12,7 +12,7 @@ from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.quantities import duration
 from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
-from pretrain.dial.law import MOST_PASSES, NEARLY_NEW, worth
+from pretrain.dial.law import LITTLE, NEARLY_NEW, worth
 from pretrain.dial.shapes import Shape
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
@@ -304,5 +304,5 @@ def _repeated(stage: Asked, passes: float) -> Iterator[Odd]:
             yield Odd("budget", f"{read}: after {OTHER_PASSES} passes it teaches little; more text does")
     elif passes > NEARLY_NEW:
         text = f"{read}, the last time for {worth(passes):.0%} of what as much new text would be worth"
-        most = passes > MOST_PASSES
+        most = worth(passes) < LITTLE
         yield Odd("budget", f"{text}; accepted: more text, or a smaller budget" if most else text, note=not most)
