@@ -127,6 +127,7 @@ def adopt(
 
 
 def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons: bool) -> None:
+    from rich.box import SIMPLE
     from rich.console import Console
     from rich.table import Table
 
@@ -145,7 +146,9 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
             typer.echo(f"{item.stage.name}: {line}")
     odd = check_documents(recipe, planned)
     names = ("stage", "kind", "status", "FLOPs", "memory", "time", "disk", "passes")
-    table = Table(*names, title=f"{recipe.name} in {recipe.output}: about")
+    table = Table(*names, title=f"{recipe.name} in {recipe.output}: about", box=SIMPLE, padding=(0, 1, 0, 0))
+    for column in table.columns[3:]:
+        column.no_wrap, column.justify = True, "right"
     expected = forecast(planned)
     for each in expected:
         stage, cells = each.item.stage, _cells(each.estimate) if each.to_run else ("-",) * 5

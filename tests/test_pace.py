@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 from dataclasses import dataclass
@@ -74,13 +75,19 @@ def kept(folder):
     return json.loads((states.newest(folder / "state") / "training.json").read_text())
 
 
+class Fake(SimpleNamespace):
+    """Of a training what its pace is told by."""
+
+    @property
+    def stopping(self):
+        return self.interrupts.agreed
+
+
 def running(budget, plan, *, steps, seconds, flops=0.0):
     spent = {"steps": steps, "seconds": seconds, "flops": flops, "tokens": 0}
     settings = SimpleNamespace(plan=plan, budget=budget)
     world = SimpleNamespace(device=CPU, size=1, main=True, sum=list)
-    return SimpleNamespace(
-        settings=settings, spent=spent, timed=steps, step=steps, progress=budget.progress(spent), world=world
-    )
+    return Fake(settings=settings, spent=spent, timed=steps, step=steps, progress=budget.progress(spent), world=world)
 
 
 PLAN = Plan(steps=1000, flops=1e12, seconds=100.0, measurement=1.0)
@@ -154,34 +161,57 @@ def test_a_training_tells_early_how_far_from_its_plan_it_is(trained, tmp_path):
     training = trained(tmp_path, budget=Budget(seconds=0.5), plan=TIGHT)
     (line,) = trained.said
     assert "where 1,000,000 were planned" in line
-    assert times(training).startswith("training 0.5 s, ") and " total " in times(training)
+    assert re.fullmatch(r"training 0\.\d s, (measuring .*, )?preparing .* s, .*total .* s", times(training))
 
 
-def test_measurements_are_thinned_to_their_share_of_a_budget_of_seconds(trained, tmp_path):
-    def slow(trainee):
-        time.sleep(0.06)
-        return {"loss": 1.0}
-
-    budget = {"budget": Budget(seconds=1.0), "evaluate_every": 0.05}
-    training = trained(tmp_path / "slow", evaluate=slow, **budget)
-    assert training.measuring <= 1.3 * MEASURING and 2 <= training.measured < 5
-    assert ["a held-out measurement takes about 0.1 s" in line for line in trained.said] == [True]
-    assert trained(tmp_path / "quick", evaluate=lambda trainee: {"loss": 1.0}, **budget).measured >= 15
-    assert not trained.said
-    long = Plan(steps=100, flops=1e9, seconds=1.0, measurement=60.0)  # it is known before the first one
-    assert trained(tmp_path / "plan", evaluate=slow, plan=long, **budget).measured == 1
-    often = trained(tmp_path / "steps", evaluate=slow, budget=Budget(steps=5), evaluate_every=1)  # as it says
-    assert often.measured == 5
+def simulated(each, *, step=0.1, seconds=100.0, plan=None, measured=0, every=0.04):
+    """How many held-out measurements of so many seconds a training makes, and the seconds they take; what it says."""
+    said, training = [], running(Budget(seconds=seconds), plan, steps=0, seconds=0.0)
+    training.measuring, training.measured, training.settings.evaluate_every = 0.0, measured, every
+    measuring = Measuring(training, SimpleNamespace(say=said.append), lambda trainee: {})
+    while training.progress < 1:
+        training.spent["steps"] += 1
+        training.spent["seconds"] += step
+        training.timed += 1
+        training.progress = training.settings.budget.progress(training.spent)
+        if measuring.due(done=training.progress >= 1):
+            training.measuring, training.measured = training.measuring + each, training.measured + 1
+    return training.measured, training.measuring, said
 
 
-def test_several_processes_measure_where_the_first_can_afford_it():
+def test_measurements_are_thinned_to_their_share_of_a_budget_of_seconds():
+    assert simulated(0.9) == (25, pytest.approx(22.5), [])
+    count, seconds, said = simulated(4.0)
+    assert count == 6 and seconds <= MEASURING * 100.0
+    (line,) = said
+    assert "takes about 4.0 s: some are left out, so that they take no more than 25% of the 1 min 40 s" in line
+    assert simulated(60.0)[:2] == (2, 120.0)  # nobody knew of the first
+    planned = Plan(steps=1000, flops=1e9, seconds=100.0, measurement=60.0)
+    assert simulated(60.0, plan=planned)[:2] == (1, 60.0)
+    busy = Plan(steps=10_000, flops=1e9, seconds=100.0, measurement=2.0)  # steps take ten times as long
+    assert simulated(20.0, plan=busy)[0] == 1
+
+
+def test_of_a_budget_of_steps_all_measurements_are_made(trained, tmp_path):
+    long = Plan(steps=5, flops=1e9, seconds=1.0, measurement=60.0)
+    given = {"evaluate": lambda trainee: {"loss": 1.0}, "plan": long}
+    assert trained(tmp_path / "steps", budget=Budget(steps=5), evaluate_every=1, **given).measured == 5
+    assert trained(tmp_path / "seconds", budget=Budget(seconds=0.2), evaluate_every=0.1, **given).measured == 1
+    assert any("a held-out measurement takes about" in line for line in trained.said)
+
+
+def test_several_processes_measure_where_the_first_can_afford_it_and_none_was_asked_to_stop():
     training = running(Budget(seconds=100), PLAN, steps=10, seconds=50.0)
-    training.measured, training.measuring = 1, 30.0
-    measuring = Measuring.__new__(Measuring)
-    measuring.training, measuring.thinned = training, True
+    training.measured, training.measuring, training.settings.evaluate_every = 1, 30.0, 0.1
+    evaluated = []
+    measuring = Measuring(training, SimpleNamespace(say=print), evaluated.append)
     for firsts, due in ((1.0, True), (0.0, False)):
-        training.world = SimpleNamespace(main=False, sum=lambda values, first=firsts: [first + sum(values)])
+        training.world = SimpleNamespace(main=False, size=2, sum=lambda values, first=firsts: [first + sum(values)])
         assert measuring._affordable() is due
+    training.world.sum = lambda values: [1.0 + sum(values)]  # another one was asked
+    training.interrupts, training.unmeasured = Interrupts(), True
+    measuring.make()
+    assert not evaluated and training.unmeasured
 
 
 def test_there_is_one_yardstick_for_all_parts_and_no_share_above_the_whole(trained, tmp_path, monkeypatch):

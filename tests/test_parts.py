@@ -102,6 +102,9 @@ def test_a_training_that_is_begun_is_shown_with_what_it_has_taken_so_far():
     (folder / "log.jsonl").write_text('{"event": "step", "step": 7, "tokens": 900, "flops": 5e9, "seconds": 61}\n')
     shown = CliRunner().invoke(app, ["show", "runs/r"], catch_exceptions=False).output
     assert "interrupted" in shown and "1 min 1 s" in shown and "5 G" in shown and "step 7, tokens 900" in shown
+    row = '{"event": "step", "step": 8, "tokens": 950, "flops": 5e9, "seconds": 61, "elapsed": 130.0}\n'
+    (folder / "log.jsonl").write_text(row)  # one of today has a clock that counts all that it does
+    assert "2 min 10 s" in CliRunner().invoke(app, ["show", "runs/r"], catch_exceptions=False).output
 
 
 def test_a_run_has_the_same_word_for_its_state_everywhere():

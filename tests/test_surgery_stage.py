@@ -9,6 +9,7 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.quantities import short
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.stages import Job
@@ -94,7 +95,7 @@ def test_quantising_says_how_many_bytes_it_saves_and_meters_its_flops(run, tmp_p
     stored = sum(tensor.nbytes for tensor in model.state_dict().values())
     assert numbers["bytes"] == stored
     assert result["flops"] > 0 and checkpoint.lineage(tmp_path / "stage/checkpoint")["flops"] == 7 + result["flops"]
-    assert said[-1].endswith(f"{numbers['bytes_before']:,} -> {numbers['bytes']:,} bytes")
+    assert said[-1].endswith(f"{short(numbers['bytes_before'], 'B')} -> {short(numbers['bytes'], 'B')}")
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -13,6 +13,7 @@ from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.folders import corpus_at, newest_checkpoint
 from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
 from pretrain.core.quick.imports import uncollected
+from pretrain.core.quick.quantities import figure
 from pretrain.core.registry import kinds
 
 if TYPE_CHECKING:
@@ -207,14 +208,14 @@ def _print(result: JSONObject) -> None:
     table = Table("metric", "value", "95% interval")
     for name, value in result["metrics"].items():
         low, high = result["intervals"].get(name, (None, None))
-        shown = f"{value:,.0f}" if name in COUNTS else f"{value:.4f}"
-        table.add_row(name, shown, "" if low is None else f"{low:.4f} to {high:.4f}")
+        shown = f"{value:,.0f}" if name in COUNTS else figure(value)
+        table.add_row(name, shown, "" if low is None else f"{figure(low)} to {figure(high)}")
     for domain, domain_metrics in result["domains"].items():
         for name, value in domain_metrics.items():
-            table.add_row(f"{name}, {domain}", f"{value:.4f}", "")
+            table.add_row(f"{name}, {domain}", figure(value), "")
     for tool, measured in result["compressors"].items():
         for name, value in measured["metrics"].items():
-            table.add_row(f"{name} of {tool}", f"{value:.4f}", "")
+            table.add_row(f"{name} of {tool}", figure(value), "")
     console.print(table)
     if why := result.get("no_intervals"):
         typer.echo(f"no intervals: {why}")

@@ -89,7 +89,7 @@ class Surgery(Stage):
             job.say(_quantised(few, metrics))
         job.say(
             f"{before['parameters_before']:,} -> {after['parameters']:,} parameters, "
-            f"{before['bytes_before']:,} -> {after['bytes']:,} bytes"
+            f"{short(before['bytes_before'], 'B')} -> {short(after['bytes'], 'B')}"
         )
         return {"metrics": metrics, "flops": flops}
 
