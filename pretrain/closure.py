@@ -20,7 +20,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest, write_json
 from pretrain.core.folders import cache_folder
 from pretrain.core.foreign import json as foreign
-from pretrain.core.registry import PACKAGE
+from pretrain.core.registry import PACKAGE, methods
 
 FORMAT = 1  # of what `as_json` gives; raised when the digests are made otherwise
 ALWAYS = ("torch", "transformers", "tokenizers")
@@ -119,6 +119,8 @@ def _imported(parsed: Parsed, module: str, package: bool) -> Iterator[str]:
             base = ".".join([*inside, base] if base else inside)
         if base == PACKAGE.name:
             base = vars(sys.modules[base])["_HOMES"].get(name, base)  # what is public is imported when it is used
+        elif base == f"{PACKAGE.name}.methods":
+            base = {row.cls: row.module for row in methods().values() if row.ours}.get(name, base)
         yield f"{base}.{name}" if name else base
 
 

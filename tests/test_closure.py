@@ -146,7 +146,8 @@ from ._power import power
 class Steep(Schedule):
     """A steep fall (arXiv:0000.00000)."""
     def factor(self, step, total):
-        return power(1 - step / total, 2)
+        from pretrain.methods import WSD
+        return power(1 - step / total, 2) * WSD().factor(step, total)
 ''')
     monkeypatch.setattr(registry, "_added", [])
     train = {
@@ -157,4 +158,5 @@ class Steep(Schedule):
     registry.methods.cache_clear()
     files = item.code().files
     assert {"my_methods/steep.py", "my_methods/_power.py", "pretrain/optim/__init__.py"} <= files.keys()
+    assert "pretrain/optim/schedules/wsd.py" in files  # by its public name
     assert not any("cosine" in name for name in files)

@@ -64,6 +64,12 @@ def recipe(tmp_path, stories):
     return read
 
 
+@pytest.mark.parametrize("change", ["model.clip=true", "model.batch_rows=yes", "model.optimizer.lr=true"])
+def test_true_is_no_number_in_a_recipe_as_it_is_none_in_python(recipe, change):
+    with pytest.raises(PretrainError, match="a (valid|whole|finite) (number|integer)"):
+        recipe(change)
+
+
 def test_recipes_and_overrides_take_them_everywhere_and_names_stay_names(recipe):
     fields = {
         "budget": {"tokens": "100k"}, "evaluate_tokens": "2k", "mixture": {"2M": "1k"}, "optimizer": {"method": "adamw", "lr": 1e-3},

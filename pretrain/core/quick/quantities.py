@@ -49,12 +49,18 @@ def as_typed(value: object, hint: object) -> object:
     if isinstance(value, str):
         read = None if texts or not numbers else quantity(value.strip(), duration=durations)
         return value if read is None else read
+    if isinstance(value, bool) and numbers and not texts and not _takes_bool(hint):
+        return str(value).lower()  # else it would be taken for 1 or 0; as a text it is refused where it stands
     part = element(hint)
     if part is not None and isinstance(value, list | tuple):
         return type(value)(as_typed(item, part) for item in value)
     if part is not None and isinstance(value, dict):
         return {key: as_typed(item, part) for key, item in value.items()}
     return value
+
+
+def _takes_bool(hint: object) -> bool:
+    return hint is bool or any(map(_takes_bool, get_args(hint)))
 
 
 def _kinds(hint: object) -> tuple[bool, bool, bool]:
