@@ -164,7 +164,7 @@ def test_a_training_tells_early_how_far_from_its_plan_it_is(trained, tmp_path):
     assert re.fullmatch(r"training 0\.\d s, (measuring .*, )?preparing .* s, .*total .* s", times(training))
 
 
-def simulated(each, *, step=0.1, seconds=100.0, plan=None, measured=0, every=0.04):
+def simulated(each, *, step=0.125, seconds=100.0, plan=None, measured=0, every=0.04):
     """How many held-out measurements of so many seconds a training makes, and the seconds they take; what it says."""
     said, training = [], running(Budget(seconds=seconds), plan, steps=0, seconds=0.0)
     training.measuring, training.measured, training.settings.evaluate_every = 0.0, measured, every
