@@ -223,7 +223,7 @@ def test_a_claim_is_tested_at_each_of_its_sizes_and_the_table_shows_the_trend(se
     assert {t.recipe["stages"][-1]["batch_rows"] for t in world.ran if t.amount == 4e9} == {4}
     shown = rows(recorded(tmp_path / "results"))
     assert [row["size"] for row in shown] == ["", "large"]
-    assert shown[0]["trend"] == shown[1]["trend"] == "trend: more than all at 5e+08, more than all at 4e+09"
+    assert shown[0]["trend"] == shown[1]["trend"] == "trend: more than all at 500 M, more than all at 4 G"
     assert "cpu, large" in markdown(found)
 
 
