@@ -211,11 +211,11 @@ class CorpusInfo(TypedDict, total=False):
 
 def accounted(info: CorpusInfo) -> str:
     """What became of the documents that a corpus has read, in numbers that add up."""
-    removed, words = info.get("removed") or {}, {"exact": "exact copies", "near": "near to held-out ones"}
-    parts = [f"{count:,} {words.get(name, f'by {name}')}" for name, count in removed.items()]
-    gone = f"removed {', '.join(parts)}" if parts else "removed none"
+    words, removed = {"exact": "as exact copies", "near": "as near to held-out ones"}, info.get("removed") or {}
+    parts = [f"{count:,} removed {words.get(name, f'by {name}')}" for name, count in removed.items() if count]
     if "read" not in info:  # of earlier versions
-        return gone
-    added = "".join(f", added {count:,} by {name}" for name, count in (info.get("added") or {}).items())
-    kept = info["read"] - sum(removed.values()) + sum((info.get("added") or {}).values())
-    return f"{info['read']:,} documents read, {gone}{added}, kept {kept:,}"
+        return ", ".join(parts) or "none removed"
+    added = info.get("added") or {}
+    parts += [f"{count:,} added by {name}" for name, count in added.items()]
+    kept = info["read"] - sum(removed.values()) + sum(added.values())
+    return ", ".join([f"{info['read']:,} documents read", *parts, f"{kept:,} kept"])

@@ -317,6 +317,8 @@ def test_a_budget_may_be_of_any_unit(written: Path, tmp_path: Path, budget: str)
         ("model.size=large", "accepted: auto"),
         ("model.model={family: t5}", "accepted: model: {family: one of llama"),
         ("model.budget={years: 10}", "years"),
+        ("model.budget={tokens: 10, steps: 3}", "accepted: exactly one of tokens, steps, flops, seconds, epochs"),
+        ("model.budget={}", "accepted: exactly one of tokens, steps, flops, seconds, epochs"),
         ("model.size={law: nowhere.json}", "nowhere.json"),
         ("model.model.hidden_size=wide", "accepted: a whole number"),
     ],

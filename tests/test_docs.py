@@ -95,6 +95,32 @@ def test_the_guides_example_is_found_and_works_as_printed(tmp_path):
     assert "model" in planned
 
 
+def test_the_recipe_of_a_labelled_table_works_as_printed(tmp_path, monkeypatch):
+    from pretrain.forecast import forecast, warnings
+    from pretrain.identity import plan
+    from pretrain.recipe import load
+
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "recipes.md").read_text().partition("## A labelled table")[2]
+    Path("reviews.yaml").write_text(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])
+    rows = [
+        f"a review of {number} words that somebody wrote,{'good' if number % 2 else 'bad'}" for number in range(400)
+    ]
+    Path("reviews.csv").write_text("\n".join(["review,sentiment", *rows, "no label,"]) + "\n")
+    Path("path/to/checkpoint").mkdir(parents=True)
+    config = {
+        "model_type": "bert",
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 99,
+    }
+    Path("path/to/checkpoint/config.json").write_text(json.dumps(config))
+    planned = plan(load(Path("reviews.yaml")))
+    assert [item.stage.name for item in planned] == ["corpus", "classifier", "evaluation"]
+    assert not warnings(forecast(planned))
+
+
 def test_each_method_opens_with_a_title_that_the_papers_list_has_or_that_it_names(tmp_path):
     for found in methods().values():
         assert found.title and (found.arxiv is None or re.fullmatch(r"\d{4}\.\d{4,5}|[\w.-]+/\d+", found.arxiv))

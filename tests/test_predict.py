@@ -409,6 +409,12 @@ def test_a_csv_without_a_header_is_read_by_numbers(places, tmp_path):
     assert [row["0"] for row in rows] == ["one", "two"]
     assert evaluate(places["single"], "--data", table, "--no-header", "--text", "0", "--label", "1")["documents"] == 2
     assert len(lines(predict(places["single"], table, "--text", "one"))) == 1
+    table.write_text("it was a very long day,no\nthe night was longer than that,yes\n")
+    for command in (predict, lambda *given: evaluate(given[0], "--data", *given[1:])):
+        with pytest.raises(
+            PretrainError, match=r"no column 'text', and the first row looks like no header \(--no-header\)"
+        ):
+            command(places["single"], table)
 
 
 def test_a_prompts_own_columns_are_read_and_one_that_is_missing_is_told(answering, tmp_path):

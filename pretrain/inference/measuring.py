@@ -130,7 +130,9 @@ def _read(
         placed = evenly(list(source.placed(skipped)), most)
     except PretrainError as error:
         message = str(error).replace(", or tables: text to read the file as it stands", " (--text)")
-        raise PretrainError(message.replace("on_error: skip", "--on-error skip")) from error
+        raise PretrainError(
+            message.replace("on_error: skip", "--on-error skip").replace("header: false", "--no-header")
+        ) from error
     if skipped.reasons:
         typer.echo(f"passed over: {skipped}", err=True)
     placed = [

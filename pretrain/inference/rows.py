@@ -131,9 +131,8 @@ def text_in(row: Row, column: str, option: str) -> str | None:
     """The text in a column of a row, None of one that is empty; errors name the place."""
     where, columns = row
     if column not in columns:
-        raise PretrainError(
-            f"{where}: {no_column(column, columns)}; accepted: {option} with one of {', '.join(columns)}"
-        )
+        missing = no_column(column, columns).replace("header: false", "--no-header")
+        raise PretrainError(f"{where}: {missing}; accepted: {option} with one of {', '.join(columns)}")
     value = columns[column]
     if value is None:
         return None

@@ -6,11 +6,10 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pretrain.corpus.sources._containers import Row
+from pretrain.corpus.sources._containers import Row, has_sentences
 from pretrain.corpus.sources._files import Document, given
 
 SHOWN = 3  # rows that are named
-LONGEST_NAME, MOST_WORDS = 60, 5  # of a column
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def headless(names: Sequence[str], rows: Sequence[Document]) -> bool:
 
     So it is where a name is a sentence, or stands among the values of its own column, which come again.
     """
-    if any(len(name) > LONGEST_NAME or len(name.split()) > MOST_WORDS for name in names):
+    if has_sentences(names):
         return True
     for name in names:
         values = [row.get(name) for row in rows]

@@ -68,8 +68,9 @@ class Objective(Method):
     `columns`. While training, a causal model is evaluated by the likelihood of held-out text, unless `own_evaluation`
     asks for the objective's own loss, as others are. A class of one answer says these as a class variable.
 
-    `divisible`: the loss is a sum over rows, so that micro-batches and processes add up to the whole batch's gradient.
-    One that is not (each row is compared with all others of its batch) is refused where a step is more than one batch.
+    `divisible`: the loss is a sum over rows, so that micro-batches and processes add up to the whole batch's gradient,
+    for equal draws: random masks are drawn for each micro-batch. One that is not (each row is compared with all others
+    of its batch) is refused where a step is more than one batch.
     `token_weights`: every term of the loss follows the `token_weight_BL` that policies write; they are refused beside
     an objective that does not.
     """

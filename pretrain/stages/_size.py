@@ -216,18 +216,12 @@ def _size(given: Raw, field: str, within: str | None = None) -> int | None:
 
 
 def _budget(value: object) -> Budget:
-    from pydantic import TypeAdapter, ValidationError
-
-    from pretrain.stages.train import BudgetField
+    from pretrain.stages import build_dataclass
 
     try:
-        budget = TypeAdapter(BudgetField).validate_python(value)
-    except (ValidationError, ValueError, TypeError) as error:
-        raise PretrainError(
-            f"budget {value!r}: accepted: {{flops: 1e13}}, tokens or seconds", place=("budget",)
-        ) from error
-    assert isinstance(budget, Budget)
-    return budget
+        return build_dataclass(Budget, value, "budget")
+    except ValueError as error:
+        raise PretrainError(str(error), place=("budget", *getattr(error, "place", ()))) from error
 
 
 def _tokens(budget: Budget, entry: Mapping[str, object], unique: float | None, law: Law) -> float | None:

@@ -100,7 +100,8 @@ class Train(Stage):
         default what the objective needs.
     length: Tokens of a row; of whole examples at most so many tokens or samples.
     batch_rows: Rows, or examples, of an optimiser step, over all processes.
-    micro_rows: How many of them are computed at a time; 0 is all. Fewer take less memory for the same gradient.
+    micro_rows: How many of them are computed at a time; 0 is all. Fewer take less memory for the same gradient, but for
+        other draws of random masks and dropout.
     objective: What is learnt.
     objectives: Several in place of `objective`, each with a `weight` in the sum.
     optimizer: What makes a step of a gradient; its `lr` is the peak.

@@ -7,7 +7,7 @@ read is told to `wrong`, which raises, or counts it and lets the reader go on.
 from __future__ import annotations
 
 import csv
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LARGE = 64 << 20  # bytes of a batch whose rows are taken out one by one
 BYTES = 16  # a character of the longest cell, with what else is in its row, before the row is made of it
 GROUP = 2 << 30  # bytes of a row group, which may have to be held whole
+LONGEST_NAME, MOST_WORDS = 60, 5  # of a column
 Row = tuple[str, Document]  # where it stands, and its columns
 # Of a file, its name, the column of the text, what is told of what is wrong, and how long rows may be.
 Reader = Callable[[Path, str, str, Wrong, Skipped], Iterator[Row]]
@@ -299,4 +300,10 @@ def reader_of(path: Path, header: bool | None = None) -> Reader | None:
 
 def no_column(column: str, row: Document) -> str:
     """What is said of a row without the column of the text."""
-    return f"no column {column!r}{nearest(column, row)}"
+    guess = ", and the first row looks like no header (header: false)" if has_sentences(row) else ""
+    return f"no column {column!r}{nearest(column, row)}{guess}"
+
+
+def has_sentences(names: Iterable[str]) -> bool:
+    """Whether what a table takes for the names of its columns are rather values: one is as long as a sentence."""
+    return any(len(name) > LONGEST_NAME or len(name.split()) > MOST_WORDS for name in names)
