@@ -28,6 +28,7 @@ from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
+from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration, short
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
@@ -41,7 +42,7 @@ from pretrain.runs.shelf import join_store
 from pretrain.runs.targets import repointed, targets
 from pretrain.stages import Estimate, Job, Stage
 from pretrain.stages._size import write as write_sizes
-from pretrain.training.budget import Plan, far
+from pretrain.training.budget import far
 from pretrain.training.distributed import join
 
 PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far

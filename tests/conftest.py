@@ -116,6 +116,16 @@ def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[dict[str, s
     return folder
 
 
+@pytest.fixture
+def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The list of methods as it was, afterwards too."""
+    from pretrain.core import registry
+
+    monkeypatch.setattr(registry, "_added", [])
+    yield
+    registry.methods.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tokenizer(prepared: Path) -> Any:
     """The one of `prepared`."""

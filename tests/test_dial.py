@@ -204,6 +204,7 @@ def test_an_optimiser_whose_rate_was_measured_gets_a_rate_for_the_size(
     assert not sized[0].warnings()
 
 
+@pytest.mark.usefixtures("clean")
 def test_a_rate_that_nobody_has_tuned_is_told_before_the_run(written: Path, tmp_path: Path) -> None:
     from pretrain.cli import app
 

@@ -16,6 +16,7 @@ import torch
 from pretrain.core import hardware
 from pretrain.core.batch import Vocabulary
 from pretrain.core.quick import machine
+from pretrain.core.quick.plan import Plan
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives.language.causal_lm import CausalLM
@@ -23,7 +24,7 @@ from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.schedules.constant import Constant
 from pretrain.policies import Policy
 from pretrain.training import state as states
-from pretrain.training.budget import MEASURING, Budget, Plan
+from pretrain.training.budget import MEASURING, Budget
 from pretrain.training.interrupts import Interrupts, tell
 from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train

@@ -36,14 +36,6 @@ stages:
 """
 
 
-@pytest.fixture
-def clean(monkeypatch):
-    """The list of methods as it was, afterwards too."""
-    monkeypatch.setattr(registry, "_added", [])
-    yield
-    methods.cache_clear()
-
-
 def outside(folder: Path, code: str = EXAMPLE, name: str = "polynomial.py") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(code)

@@ -35,6 +35,7 @@ from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.method import REF, Method, declared_class, is_method, is_ref, of_default
 from pretrain.core.method import Ref as Ref
 from pretrain.core.quick.hub import located
+from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import as_typed
 from pretrain.core.quick.vocabulary import check_references, stored_numbers
 from pretrain.core.registry import info
@@ -49,7 +50,6 @@ from pretrain.records import StageResult
 from pretrain.stages._estimates import Estimate as Estimate
 from pretrain.stages._estimates import Given as Given
 from pretrain.surgery import Surgery as SurgeryMethod
-from pretrain.training.budget import Plan
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance

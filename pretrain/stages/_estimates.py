@@ -16,10 +16,10 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, JSONObject, read_object
 from pretrain.core.folders import corpus_of, tokenizer_of, verify
 from pretrain.core.quick.machine import efficiency, likely_rate
+from pretrain.core.quick.plan import Plan
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.stages._examples import Labelled, Texts, counter, lengths, stored
-from pretrain.training.budget import Plan
 
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents

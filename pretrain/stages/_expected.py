@@ -9,6 +9,7 @@ from typing import Protocol, cast
 
 from pretrain.core.files import JSON
 from pretrain.core.quick.machine import efficiency, likely_rate
+from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration
 from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
@@ -29,7 +30,7 @@ from pretrain.stages._estimates import (
 )
 from pretrain.stages._examples import Labelled, Lengths, counter, lengths, stored
 from pretrain.surgery import Surgery
-from pretrain.training.budget import MEASURING, Budget, Plan
+from pretrain.training.budget import MEASURING, Budget
 
 LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
@@ -303,6 +304,6 @@ def _repeated(stage: Asked, passes: float) -> Iterator[Odd]:
         if passes > OTHER_PASSES:
             yield Odd("budget", f"{read}: after {OTHER_PASSES} passes it teaches little; more text does")
     elif passes > NEARLY_NEW:
-        text = f"{read}, the last time for {worth(passes):.0%} of what as much new text would be worth"
-        most = worth(passes) < LITTLE
+        value, most = worth(passes), worth(passes) < LITTLE
+        text = f"{read}, the last time for {value:.0%} of what as much new text would be worth"
         yield Odd("budget", f"{text}; accepted: more text, or a smaller budget" if most else text, note=not most)

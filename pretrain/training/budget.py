@@ -63,16 +63,6 @@ class Budget:
         return max(1, -int(-self.limit * spent["steps"] // spent[self.unit]))
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a training was expected to make before it began, and in which seconds: of its steps, of one measurement."""
-
-    steps: float
-    flops: float
-    seconds: float
-    measurement: float
-
-
 def far(share: float) -> bool:
     """Whether so much of what was planned is far less, or far more."""
     return not FAR <= share <= 1 / FAR

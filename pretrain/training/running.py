@@ -16,12 +16,13 @@ from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
 from pretrain.core.meter import Meter
 from pretrain.core.quick.machine import described
+from pretrain.core.quick.plan import Plan
 from pretrain.objectives import Loss, Objective, sum_of
 from pretrain.optim import Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
 from pretrain.training.background import Background
-from pretrain.training.budget import Budget, Plan
+from pretrain.training.budget import Budget
 from pretrain.training.distributed import World
 from pretrain.training.guard import Guard
 from pretrain.training.interrupts import Interrupts
