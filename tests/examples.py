@@ -130,6 +130,9 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "instruction_residual": lambda shelf, family: {"base": shelf.saved(family, 1), "instruct": shelf.saved(family, 2)},
     "instruction_vector": lambda shelf, family: {"base": shelf.saved(family, 1), "instruct": shelf.saved(family, 2)},
     "model_soup": lambda shelf, family: {"recipe": "uniform"},
+    "slerp": lambda shelf, family: {"other": shelf.saved(family, 1), "t": {"attn": (0.0, 1.0), "*": 0.5}},
+    "task_arithmetic": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2)), "weights": (0.4, (0.1, 0.7))},
+    "ties": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2))},
     "ofa": lambda shelf, family: {  # in factors where there is one table
         "tokenizer": shelf.other_tokenizer, "vectors": (shelf.vectors,),
         "dimension": 8 if family in ("gpt2", "bert", "modernbert") else 0,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any, ClassVar, NotRequired, Protocol, TypeAlias, TypedDict, cast, get_origin
+from typing import Any, ClassVar, NamedTuple, NotRequired, Protocol, TypeAlias, TypedDict, cast, get_origin
 
 import torch
 import transformers
@@ -234,6 +234,29 @@ def load_config(folder: Path | str) -> PreTrainedConfig:
         return CONFIG_MAPPING[kind].from_dict(raw)
 
 
+class Facts(NamedTuple):
+    """What is known of a checkpoint before its weights are read."""
+
+    model_class: type[PreTrainedModel]
+    config: PreTrainedConfig
+    record: Record
+    files: list[Path]  # of weights
+
+
+def inspected(folder: Path) -> Facts:
+    """Look at all of a checkpoint but its weights' values; the errors are those of `load`."""
+    check_trust(folder)
+    check_whole(folder)
+    config, entry = load_config(folder), read_record(folder)
+    surgery = entry.get("surgery", [])
+    files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
+    _check(files, entry.get("checksums"))
+    verify(folder)
+    model_class = _model_class(folder, config)
+    check_built(folder, model_class, config, headers(files), surgical=bool(surgery))
+    return Facts(model_class, config, entry, files)
+
+
 def load(
     folder: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -247,15 +270,8 @@ def load(
     read.
     """
     folder = Path(folder)
-    check_trust(folder)
-    check_whole(folder)
-    config, entry = load_config(folder), read_record(folder)
+    model_class, config, entry, files = inspected(folder)
     surgery = entry.get("surgery", [])
-    files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
-    _check(files, entry.get("checksums"))
-    verify(folder)
-    model_class = _model_class(folder, config)
-    check_built(folder, model_class, config, headers(files), surgical=bool(surgery))
     if entry.get("dtype") == "float32":  # frozen weights are stored in the type they came in, and computed with in this
         dtype = dtype or torch.float32
     if surgery:

@@ -129,6 +129,9 @@ from pretrain.surgery.growth.g_stack import GStack as GStack
 from pretrain.surgery.merging.instruction_residual import InstructionResidual as InstructionResidual
 from pretrain.surgery.merging.instruction_vector import InstructionVector as InstructionVector
 from pretrain.surgery.merging.model_soup import ModelSoup as ModelSoup
+from pretrain.surgery.merging.slerp import Slerp as Slerp
+from pretrain.surgery.merging.task_arithmetic import TaskArithmetic as TaskArithmetic
+from pretrain.surgery.merging.ties import Ties as Ties
 from pretrain.surgery.vocabulary.ofa import Ofa as Ofa
 from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary as TrimVocabulary
 from pretrain.surgery.vocabulary.vocabulary_expansion import VocabularyExpansion as VocabularyExpansion

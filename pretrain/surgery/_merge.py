@@ -5,15 +5,22 @@ Shape letters: V rows of a vocabulary.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
-from pretrain.core.checkpoint import surgery_of
+from pretrain.core.checkpoint import Entry, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import embeddings
+
+# Fields of a configuration that change nothing of what the same weights compute.
+_NEUTRAL = re.compile(
+    r"_.*|architectures|.*dropout.*|.*_pdrop|.*_token_ids?|(torch_)?dtype|transformers_version|initializer.*|use_cache"
+    r"|(output|return)_.*|id2label|label2id|problem_type|pretraining_tp"
+)
 
 
 def weights(model: PreTrainedModel) -> dict[str, Tensor]:
@@ -33,13 +40,7 @@ def check(method: str, model: PreTrainedModel, other: PreTrainedModel, label: st
         raise PretrainError(
             f"{method}: {label} is a {type(other).__name__}; accepted: a {type(model).__name__}, as the checkpoint is"
         )
-    surgeries, others = ([(e["method"], e["config"]) for e in surgery_of(merged)] for merged in (model, other))
-    if surgeries != others:
-        done = ", ".join(name for name, _ in others) or "no recorded surgery"
-        raise PretrainError(
-            f"{method}: {label} has been through {done}; accepted: "
-            f"{', '.join(name for name, _ in surgeries) or 'no recorded surgery'}, as the checkpoint, and alike"
-        )
+    check_surgeries(method, surgery_of(model), surgery_of(other), label)
     expected, given = weights(model), weights(other)
     lacking = next((n for n in (*expected, *given) if n not in expected or n not in given), None)
     if lacking is not None:
@@ -60,6 +61,29 @@ def check(method: str, model: PreTrainedModel, other: PreTrainedModel, label: st
             raise PretrainError(
                 f"{method}: {label} has other values in {name} ({its.dtype}), which has no mean; accepted: the "
                 "checkpoint's"
+            )
+
+
+def check_surgeries(method: str, expected: Sequence[Entry], given: Sequence[Entry], label: str) -> None:
+    """Refuse a model that has been through other surgeries than the checkpoint."""
+    surgeries, others = ([(e["method"], e["config"]) for e in entries] for entries in (expected, given))
+    if surgeries != others:
+        done = ", ".join(name for name, _ in others) or "no recorded surgery"
+        raise PretrainError(
+            f"{method}: {label} has been through {done}; accepted: "
+            f"{', '.join(name for name, _ in surgeries) or 'no recorded surgery'}, as the checkpoint, and alike"
+        )
+
+
+def check_config(
+    method: str, expected: PreTrainedConfig, given: PreTrainedConfig, label: str, *, but: Sequence[str] = ()
+) -> None:
+    """Refuse a configuration with which equal weights would compute something else; fields in `but` may differ."""
+    ours, its = expected.to_dict(), given.to_dict()
+    for name in sorted({*ours, *its} - {*but}):
+        if ours.get(name) != its.get(name) and not _NEUTRAL.fullmatch(name):
+            raise PretrainError(
+                f"{method}: {label} has {name} {its.get(name)!r} in its config; accepted: {ours.get(name)!r}"
             )
 
 

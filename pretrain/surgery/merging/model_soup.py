@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
@@ -23,13 +22,7 @@ from pretrain.core.models.metrics import better
 from pretrain.core.quick.vocabulary import check_alike, numbers_of
 from pretrain.corpus.store import Corpus
 from pretrain.surgery import Inputs, Surgery, report
-from pretrain.surgery._merge import check, mean_into
-
-# Fields of a configuration that change nothing of what the same weights compute.
-_NEUTRAL = re.compile(
-    r"_.*|architectures|.*dropout.*|.*_pdrop|.*_token_ids?|(torch_)?dtype|transformers_version|initializer.*|use_cache"
-    r"|(output|return)_.*|id2label|label2id|problem_type|pretraining_tp"
-)
+from pretrain.surgery._merge import check, check_config, mean_into
 
 
 @dataclass(frozen=True)
@@ -92,7 +85,7 @@ class ModelSoup(Surgery):
             raise PretrainError("model_soup: models []: accepted: one or more models besides the checkpoint")
         for number, other in enumerate(others):
             check(self.name, model, other, f"models.{number}")
-            _check_config(model, other, f"models.{number}")
+            check_config(self.name, model.config, other.config, f"models.{number}")
         tokenizers = {f"models.{number}": numbers_of(tokenizer) for number, tokenizer in enumerate(inputs.tokenizers)}
         check_alike(self.name, {"the checkpoint": numbers_of(inputs.tokenizer)} | tokenizers)
         ingredients = [model, *others]
@@ -154,13 +147,3 @@ class ModelSoup(Surgery):
             return self.sign * float(metrics[self.metric])
 
         return measure
-
-
-def _check_config(model: PreTrainedModel, other: PreTrainedModel, label: str) -> None:
-    """Refuse a model whose equal weights would compute something else."""
-    expected, given = model.config.to_dict(), other.config.to_dict()
-    for name in sorted({*expected, *given}):
-        if expected.get(name) != given.get(name) and not _NEUTRAL.fullmatch(name):
-            raise PretrainError(
-                f"model_soup: {label} has {name} {given.get(name)!r} in its config; accepted: {expected.get(name)!r}"
-            )
