@@ -101,11 +101,11 @@ def places(model: PreTrainedModel) -> dict[str, Place]:
         name: index / (len(stack) - 1) if len(stack) > 1 else 1.0
         for stack in stacks.values() for index, name in enumerate(stack)
     }  # fmt: skip
-    found = {}
+    located = {}
     for name in weights(model):
         around = accumulate(name.split("."), "{}.{}".format)
-        found[name] = Place(name, next((depths[outer] for outer in around if outer in depths), 0.0))
-    return found
+        located[name] = Place(name, next((depths[outer] for outer in around if outer in depths), 0.0))
+    return located
 
 
 class Stored:
