@@ -102,7 +102,7 @@ def test_t5_documents_are_not_moved_by_their_neighbours(tiny, attention):
     def run(source_BL):
         inputs = attention_inputs(model, encoder, position_BL, decoder_B1MM=decoder, cross_B1ML=cross)
         states_BME = hidden(model, input_ids=source_BL, decoder_input_ids=target_BM, **inputs)
-        assert torch.equal(encode_decode(model, source_BL, target_BM, (encoder, decoder, cross)), states_BME)
+        assert torch.equal(encode_decode(model, source_BL, target_BM, document_BL, owner_BM), states_BME)
         return states_BME @ weight_VE.T
 
     with torch.no_grad():

@@ -171,7 +171,7 @@ def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
     """`tokens_BL`, `document_BL` (piece number from 1, 0 on padding) and `position_BL` (restarts at each piece), int64.
 
     Positions count on in the padding, which is a piece of its own. `packed` and `padded` say whether any row holds
-    several pieces, and any padding.
+    several pieces, and any padding; `sizes_2` are what `spread` says.
     """
     tokens_BL = np.full((len(rows), length), pad, dtype=np.int64)
     document_BL = np.zeros((len(rows), length), dtype=np.int64)
@@ -188,7 +188,18 @@ def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
         "position_BL": torch.from_numpy(position_BL),
         "packed": torch.tensor(any(len(row.starts_D) > 1 for row in rows)),
         "padded": torch.tensor(any(len(row.tokens_L) < length for row in rows)),
+        "sizes_2": torch.tensor(spread(document_BL)),
     }
+
+
+def spread(document_BL: NDArray[np.int64]) -> tuple[int, int]:
+    """How many rows the pieces fill that have each one of their own, and how long they are: both rounded up.
+
+    Up to a multiple of four, and by `padded_length`, so that there are few shapes.
+    """
+    starts_BL = (document_BL != 0) & (document_BL != np.pad(document_BL[:, :-1], ((0, 0), (1, 0))))
+    counts = np.bincount((starts_BL.cumsum() - 1)[document_BL.ravel() != 0], minlength=1)
+    return -(-len(counts) // 4) * 4, padded_length(int(counts.max()), document_BL.shape[1])
 
 
 def padded_length(longest: int, length: int) -> int:
@@ -216,6 +227,16 @@ def document_mask(document_BL: torch.Tensor, *, causal: bool, prefix_BL: torch.T
     return mask_BLL[:, None]
 
 
+def additive(mask_B1LL: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A boolean mask as the numbers that attention adds to its scores: 0 where allowed, else the lowest there is.
+
+    The lowest of float32 would be minus infinity once autocast narrows it to bfloat16, and a row without a single
+    finite score has no softmax.
+    """
+    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
+    return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill_(~mask_B1LL, lowest)
+
+
 def is_count(name: str) -> bool:
     """Whether a tensor of a batch is a number that the host reads: `tokens`, `weight`, `weight_<term>`."""
     return name in ("tokens", "weight") or name.startswith("weight_")
@@ -226,7 +247,7 @@ def counts(batch: Batch) -> dict[str, float]:
     return {name: float(value) for name, value in batch.items() if is_count(name) and name != "tokens"}
 
 
-LAYOUT = ("packed", "padded")  # by which the host chooses a kernel
+LAYOUT = ("packed", "padded", "sizes_2", "sizes_3")  # by which the host chooses a kernel, or lays them out anew
 
 
 def _stays(name: str) -> bool:

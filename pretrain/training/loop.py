@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core import hardware
-from pretrain.core.batch import Batch, counts, to_device
+from pretrain.core.batch import LAYOUT, Batch, counts, to_device
 from pretrain.core.hardware import autocast
 from pretrain.core.meter import Cost, Work, recomputing
 from pretrain.core.models import families
@@ -184,7 +184,7 @@ def step(training: Training) -> Step:
         policy.before_step(training, training.state[policy.name], flat)
     check_written(training.trainee.objectives, micro_batches)
 
-    works, zeros = [_work(batches) for batches in micro_batches], _zeros(training)
+    works, zeros = [_work(training.model, batches) for batches in micro_batches], _zeros(training)
     training.new = number < FIRST and not training.ready.issuperset(work.shapes for work in works)
     totals = exchange(training, micro_batches, works, zeros)
     losses, record = forward_backward(training, micro_batches, works, zeros, totals)
@@ -313,9 +313,13 @@ def _zeros(training: Training) -> Zeros:
     return merged
 
 
-def _work(batches: list[Batch]) -> Work:
+def _work(model: nn.Module, batches: list[Batch]) -> Work:
     """What the FLOPs of a micro-batch depend on: its shapes and its numbers of targets."""
-    shapes = ";".join(f"{k}{list(v.shape)}" for b in batches for k, v in sorted(b.items()) if v.ndim)
+    apart = families.apart(model)
+    shapes = ";".join(
+        f"{k}{v.tolist() if k in LAYOUT else list(v.shape)}"
+        for b in batches for k, v in sorted(b.items()) if v.ndim and (apart or k not in LAYOUT)
+    )  # fmt: skip
     return Work(shapes, tuple(number for batch in batches for number in counts(batch).values()))
 
 

@@ -28,7 +28,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from pretrain.core.batch import Batch, document_mask
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.meter import counting
-from pretrain.core.models.families import Arguments, attention_inputs, blocks, family, with_windows
+from pretrain.core.models.families import Arguments, attention_inputs, blocks, family, in_table, layout, with_windows
 
 KERNELS = ("dense", "whole", "flex")
 BLOCK = 128
@@ -46,6 +46,13 @@ def attend(model: nn.Module, batch: Batch, *, causal: bool) -> Arguments:
     sees a later one, except those of `prefix_BL` where the batch has it. What is made here serves all layers. Kernels
     agree on every document up to rounding; they differ in what padding sees.
     """
+    if not in_table(model) and not layout(model).packs:
+        if causal != family(model).causal or "prefix_BL" in batch:
+            entry = family(model)
+            kind = "causal" if entry.causal else "bidirectional"
+            raise PretrainError(f"model type {entry.name!r}: accepted: {kind} attention alone")
+        more = (batch["sizes_2"],) if "sizes_2" in batch else ()
+        return {"documents": (batch["document_BL"], *more)}
     kernel = _kernel.get() or choose(model, batch, causal=causal)
     document_BL, position_BL = batch["document_BL"], batch["position_BL"]
     if kernel == "dense":
@@ -79,7 +86,7 @@ def choose(model: nn.Module, batch: Batch, *, causal: bool) -> str:
     documents and whether one ends early; a batch without them may be both.
     """
     entry, config, device = family(model), model.config, batch["document_BL"].device
-    plain = getattr(config, "_attn_implementation", None) == "sdpa" and entry.decoder_blocks is None
+    plain = getattr(config, "_attn_implementation", None) == "sdpa" and entry.decoder_blocks is None and in_table(model)
     # FLOPs are counted without the compiler, where flex_attention would make all scores of all heads, and the counter
     # of older PyTorch knows no attention whose heads share keys.
     if device.type == "cpu" or not plain or counting() or any(hasattr(block, "dense_mask") for block in blocks(model)):

@@ -1,7 +1,8 @@
 """Families: where a model's blocks, attention, feed-forward, norms, embeddings and head are.
 
 One entry of `FAMILIES` describes a family; what `transformers` already answers (embeddings, output layer, base model)
-is asked of it. A model of no family is an error that lists those there are.
+is asked of it. A model that no entry describes is asked itself (`unlisted`): how documents share its rows, what its
+logits follow from, where its blocks are.
 
 Shape letters: B rows, L positions, E width, V vocabulary.
 """
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from itertools import accumulate
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
 import transformers
@@ -23,10 +24,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch, Vocabulary, document_mask
+from pretrain.core.batch import additive as additive
 from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.models.initial import completed
 from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
+from pretrain.core.models.unlisted.apart import captured_apart
+from pretrain.core.models.unlisted.blocks import derived, mixers
+from pretrain.core.models.unlisted.layout import captured, layout, masked_inputs, output_bias
 from pretrain.core.quick.model_fields import check_heads, check_values, in_our_words, misfit
 from pretrain.core.quick.table import FAMILIES as FAMILIES
 from pretrain.core.quick.table import TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
@@ -40,12 +45,14 @@ _MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  #
 
 
 def family(model: nn.Module) -> Family:
-    """The model's family."""
-    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    """The model's family; of a type that no entry has, what its modules tell."""
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    if model_type is None:
+        raise unknown("model family", type(model).__name__, [t for entry in FAMILIES for t in entry.types])
     for entry in FAMILIES:
         if model_type in entry.types:
             return entry
-    raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types])
+    return derived(model)
 
 
 def in_table(model: nn.Module) -> bool:
@@ -53,12 +60,16 @@ def in_table(model: nn.Module) -> bool:
     return at(model, "config").model_type in {name for entry in FAMILIES for name in entry.types}
 
 
+def apart(model: nn.Module) -> bool:
+    """Whether the documents of packed rows are given to the model in rows of their own."""
+    if in_table(model) or vocabulary_of(cast("PreTrainedModel", model)) is None:
+        return False
+    return at(model, "get_output_embeddings")() is not None and not layout(model).packs
+
+
 def is_causal(model: nn.Module) -> bool:
     """Whether a position sees only those before it, of any model."""
-    if in_table(model):
-        return family(model).causal
-    named = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
-    return named or bool(getattr(model.config, "is_decoder", False))
+    return family(model).causal
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -78,6 +89,8 @@ def blocks(model: nn.Module, side: str = "encoder") -> list[nn.Module]:
         raise unknown("side of the model", side, ("encoder", "decoder"))
     entry = family(model)
     path = entry.decoder_blocks if side == "decoder" and entry.decoder_blocks else entry.blocks
+    if not path:
+        raise PretrainError(f"model type {entry.name!r}: no list of blocks in {type(base(model)).__name__}")
     return list(at(base(model), path))
 
 
@@ -112,8 +125,12 @@ def linears(model: nn.Module, where: str = "all") -> dict[str, nn.Module]:
             layers[name] = module
     if where == "all":
         return layers
-    names = {"attention"} if entry.name == "bert" else {entry.attention.split(".")[-1], "EncDecAttention"}
-    in_attention = {n for n in layers if names & set(n.split("."))}
+    if in_table(model):
+        names = {"attention"} if entry.name == "bert" else {entry.attention.split(".")[-1], "EncDecAttention"}
+        in_attention = {n for n in layers if names & set(n.split("."))}
+    else:
+        mixing = {id(m) for block in _all_blocks(model) for path in mixers(block) for m in at(block, path).modules()}
+        in_attention = {n for n, layer in layers.items() if id(layer) in mixing}
     return {n: m for n, m in layers.items() if (n in in_attention) == (where == "attention")}
 
 
@@ -155,12 +172,13 @@ def head(model: nn.Module, *, capped: bool = False) -> tuple[Tensor, Tensor | No
         )
     if not capped and softcap(model) is not None:
         raise PretrainError(f"logits capped at {softcap(model)}: accepted here: a model without logit_softcap")
-    return widened(layer), layer.bias
+    return widened(layer), layer.bias if in_table(model) else output_bias(model)
 
 
 def softcap(model: nn.Module) -> float | None:
     """c of a model whose logits are c · tanh(z / c) of its head's z."""
-    return getattr(at(model, "get_output_embeddings")(), "softcap", None)
+    cap: float | None = getattr(at(model, "get_output_embeddings")(), "softcap", None)
+    return cap if in_table(model) else layout(model).softcap
 
 
 def hidden(model: nn.Module, **inputs: Any) -> Tensor:
@@ -169,6 +187,8 @@ def hidden(model: nn.Module, **inputs: Any) -> Tensor:
     Of a model without a language-model head, its last states. An encoder-decoder takes `input_ids`,
     `decoder_input_ids` and the masks that `attention_inputs` gives, and answers for the decoder's positions.
     """
+    if not in_table(model):
+        return _shown(model, **inputs)
     entry, headed = family(model), at(model, "get_output_embeddings")() is not None
     states_BLE = _decoded(model, **inputs) if entry.decoder_blocks else base(model)(**inputs).last_hidden_state
     if entry.head_transform is not None and headed:
@@ -176,6 +196,15 @@ def hidden(model: nn.Module, **inputs: Any) -> Tensor:
     if getattr(model.config, "scale_decoder_outputs", False) and headed:
         states_BLE = states_BLE * at(model, "config.d_model") ** -0.5
     return states_BLE
+
+
+def _shown(model: nn.Module, *, documents: tuple[Tensor, ...] | None = None, **inputs: Any) -> Tensor:
+    """`hidden` of a model that no entry describes; `documents` are those of rows in which it cannot keep them apart."""
+    if at(model, "get_output_embeddings")() is None:
+        return base(model)(**inputs).last_hidden_state
+    if documents is None:
+        return captured(model, **inputs) * layout(model).scale
+    return captured_apart(model, documents, **inputs) * layout(model).scale
 
 
 def _decoded(
@@ -196,22 +225,23 @@ def _decoded(
 
 
 def encode_decode(
-    model: nn.Module, input_ids_BL: Tensor, decoder_ids_BM: Tensor, masks: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """`hidden` of an encoder-decoder: boolean `masks` of the encoder, of the decoder and of the cross-attention."""
+    model: nn.Module, input_ids_BL: Tensor, decoder_ids_BM: Tensor, document_BL: Tensor, owner_BM: Tensor,
+    sizes: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`hidden` of an encoder-decoder: documents of its rows, and whose the decoder's positions are, see only their own.
+
+    `sizes` as `core.batch.spread` gives them, where they are known.
+    """
+    if not in_table(model):
+        more = () if sizes is None else (sizes,)
+        return hidden(
+            model, input_ids=input_ids_BL, decoder_input_ids=decoder_ids_BM, documents=(document_BL, owner_BM, *more)
+        )
+    cross_B1ML = (owner_BM[:, :, None] == document_BL[:, None, :])[:, None]
+    masks = document_mask(document_BL, causal=False), document_mask(owner_BM, causal=True), cross_B1ML
     dtype = embeddings(model).weight.dtype
     given = {name: additive(mask, dtype) for name, mask in zip(_MASKS, masks, strict=True)}
     return hidden(model, input_ids=input_ids_BL, decoder_input_ids=decoder_ids_BM, **given)
-
-
-def additive(mask_B1LL: Tensor, dtype: torch.dtype) -> Tensor:
-    """A boolean mask as the numbers that attention adds to its scores: 0 where allowed, else the lowest there is.
-
-    The lowest of float32 would be minus infinity once autocast narrows it to bfloat16, and a row without a single
-    finite score has no softmax.
-    """
-    lowest = max(torch.finfo(dtype).min, torch.finfo(torch.bfloat16).min)
-    return torch.zeros(mask_B1LL.shape, dtype=dtype, device=mask_B1LL.device).masked_fill_(~mask_B1LL, lowest)
 
 
 def attention_inputs(
@@ -224,6 +254,13 @@ def attention_inputs(
     the decoder's and the cross-attention's masks too; its arguments are for `hidden`.
     """
     entry, dtype = family(model), embeddings(model).weight.dtype
+    if not in_table(model):
+        if entry.decoder_blocks or not layout(model).packs:
+            raise PretrainError(
+                f"model type {entry.name!r}: it takes no mask that keeps the documents of a row apart; accepted: one "
+                "that does"
+            )
+        return masked_inputs(model, mask_B1LL, position_BL + (layout(model).first or 0), causal=entry.causal)
     if entry.decoder_blocks:
         if decoder_B1MM is None or cross_B1ML is None:
             raise PretrainError(f"model family {entry.name!r} needs three masks: decoder_B1MM and cross_B1ML as well")

@@ -29,6 +29,16 @@ class Family:
     head_transform: str | None = None  # what stands between the base model and the head's linear
     unused: tuple[str, ...] = ()  # beginnings of weights in published checkpoints that a language model has no use for
 
+    @property
+    def kind(self) -> str:
+        """One of `KINDS`: what its members are made for."""
+        return "seq2seq" if self.decoder_blocks is not None else "causal" if self.causal else "masked"
+
+    def among(self, families: Iterable[str]) -> bool:
+        """Whether a method that declares these families, or kinds of them, works on it; none means any."""
+        accepted = {*families}
+        return not accepted or self.name in accepted or self.kind in accepted
+
 
 FAMILIES = (
     Family(
@@ -56,6 +66,7 @@ FAMILIES = (
         "encoder.final_layer_norm", causal=False, decoder_blocks="decoder.block",
     ),
 )  # fmt: skip
+KINDS = ("causal", "masked", "seq2seq")  # of families; a method that names one works on any model of the kind
 TASKS = {  # besides them any `AutoModelFor…` of transformers is a task
     "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
     "base": "AutoModel", "pretraining": "AutoModelForPreTraining",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor, nn
 
-from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, document_mask, padded_length
+from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, padded_length
 from pretrain.core.bounds import Count
 from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
@@ -167,9 +167,6 @@ def _encoded(model: nn.Module, prompt_BL: Tensor, mask_BL: Tensor, given_BM: Ten
     """The loss of an encoder-decoder, whose decoder starts from the token that its configuration names."""
     start = at(model, "config").decoder_start_token_id
     decoder_BM = torch.cat([torch.full_like(given_BM[:, :1], start), given_BM[:, :-1]], 1)
-    row_BM = torch.ones_like(decoder_BM)
-    cross_B1ML = (row_BM[:, :, None] == mask_BL[:, None, :])[:, None]
-    masks = document_mask(mask_BL, causal=False), document_mask(row_BM, causal=True), cross_B1ML
     weight_VE, bias_V = head(model)
-    states_BME = encode_decode(model, prompt_BL, decoder_BM, masks)
+    states_BME = encode_decode(model, prompt_BL, decoder_BM, mask_BL, torch.ones_like(decoder_BM))
     return Loss(linear_cross_entropy(states_BME, weight_VE, target_BM, bias_V=bias_V)[0], {})

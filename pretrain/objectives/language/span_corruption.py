@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from pretrain.core.batch import Batch, Context, Row, document_mask, padded_length
+from pretrain.core.batch import Batch, Context, Row, padded_length, spread
 from pretrain.core.bounds import Ge, OpenShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
@@ -78,15 +78,16 @@ def pairs_to_batch(rows: Sequence[Sequence[Pair]], context: Context) -> Batch:
         "tokens_BL": source_BL, "document_BL": document_BL, "decoder_BM": decoder_BM, "owner_BM": owner_BM,
         "target_BM": target_BM,
     }  # fmt: skip
-    return {k: torch.from_numpy(v) for k, v in arrays.items()} | {"weight": torch.tensor((target_BM != IGNORE).sum())}
+    sizes_3 = torch.tensor((*spread(document_BL), spread(owner_BM)[1]))
+    tensors = {k: torch.from_numpy(v) for k, v in arrays.items()}
+    return tensors | {"sizes_3": sizes_3, "weight": torch.tensor((target_BM != IGNORE).sum())}
 
 
 def pairs_loss(model: nn.Module, batch: Batch) -> Loss:
     """The loss of an encoder-decoder on packed pairs."""
-    document_BL, owner_BM = batch["document_BL"], batch["owner_BM"]
-    cross_B1ML = (owner_BM[:, :, None] == document_BL[:, None, :])[:, None]
-    masks = document_mask(document_BL, causal=False), document_mask(owner_BM, causal=True), cross_B1ML
-    states_BME = encode_decode(model, batch["tokens_BL"], batch["decoder_BM"], masks)
+    states_BME = encode_decode(
+        model, batch["tokens_BL"], batch["decoder_BM"], batch["document_BL"], batch["owner_BM"], batch.get("sizes_3")
+    )
     weight_VE, bias_V = head(model)
     value, nll_BM = linear_cross_entropy(
         states_BME, weight_VE, batch["target_BM"], bias_V=bias_V, targets=int(batch["weight"])
