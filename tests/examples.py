@@ -19,7 +19,8 @@ from torch import Tensor
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.method import method_class
-from pretrain.core.models.families import FAMILIES, new_model
+from pretrain.core.models.families import new_model
+from pretrain.core.quick.table import listed
 from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.surgery import Inputs
@@ -165,8 +166,8 @@ def names(kind: str) -> list[str]:
 
 def declared(name: str, family: str) -> bool:
     """Whether a method says that it works on models of a type: of a family it names, or on any."""
-    families = methods()[name].families
-    return not families or any(family in entry.types and entry.name in families for entry in FAMILIES)
+    entry = listed(family)
+    return entry is not None and entry.among(methods()[name].families)
 
 
 def example(name: str, shelf: Shelf, family: str = "llama") -> Any:

@@ -15,12 +15,13 @@ from typing import Any
 
 import yaml
 from conftest import TASK, TINY
-from gradient_cases import FAMILY
+from gradient_cases import FAMILY, first
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.method import Method, method_class
-from pretrain.core.models.families import FAMILIES, new_model
+from pretrain.core.models.families import new_model
+from pretrain.core.quick.table import listed
 from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.recipe import load
@@ -131,18 +132,12 @@ def example(name: str, material: Material) -> Any:
 
 def declared(name: str) -> list[str]:
     """The tiny families that a method says it works on."""
-    accepted = method_class(name).families
-    return [f for f in TINY if not accepted or row_of(f) in accepted]
+    return [f for f in TINY if (entry := listed(f)) is not None and entry.among(method_class(name).families)]
 
 
 def undeclared(name: str) -> list[str]:
     """The others."""
     return [f for f in TINY if f not in declared(name)]
-
-
-def row_of(model_type: str) -> str:
-    """The family that a `model_type` is of."""
-    return next(entry.name for entry in FAMILIES if model_type in entry.types)
 
 
 def reread(method: Method, folder: Path, family: str = "llama") -> Method:
@@ -165,7 +160,7 @@ def reread(method: Method, folder: Path, family: str = "llama") -> Method:
 
 def trainable(name: str) -> str:
     """A family that an objective is shown on."""
-    return FAMILY.get(name) or (method_class(name).families or ("llama",))[0]
+    return FAMILY.get(name) or first(method_class(name).families)
 
 
 __all__ = ["FIELDS", "FITTED", "Material", "declared", "example", "names", "reread", "trainable", "undeclared"]

@@ -24,6 +24,7 @@ from pretrain.core.encoding import Encoder
 from pretrain.core.method import method_class
 from pretrain.core.models.families import new_model
 from pretrain.core.models.heads import labels_of, with_head
+from pretrain.core.quick.table import KINDS
 from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.training.budget import Budget
@@ -166,7 +167,7 @@ class Case:
         training = Training(
             self.trainee, wrapped or self.trainee, nothing, nothing, nothing, (), settings, world, Path()
         )  # fmt: skip
-        works = [work_of(batches) for batches in micro_batches]
+        works = [work_of(training.model, batches) for batches in micro_batches]
         with still():
             totals = exchange(training, micro_batches, works, {})
             _, record = forward_backward(
@@ -177,6 +178,11 @@ class Case:
         found = {n: full(p.grad).clone() for n, p in self.trainee.named_parameters() if p.grad is not None}
         self.trainee.zero_grad(set_to_none=True)
         return found, float(record["loss"])
+
+
+def first(families: tuple[str, ...]) -> str:
+    """A family of the table that a method accepts which declares these."""
+    return KINDS.get(families[0]) or families[0] if families else "llama"
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
@@ -191,7 +197,7 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
     tokenizer = load_tokenizer(prepared / "tokenizer")
     vocabulary = Vocabulary.of(tokenizer)
     cls: Any = method_class(name, "objective")
-    family = family or FAMILY.get(name) or (cls.families or ("llama",))[0]
+    family = family or FAMILY.get(name) or first(cls.families)
     needed = {item.name for item in fields(cls) if item.default is item.default_factory is MISSING}
     if name == "ul2":  # the tokenizer has no mode tokens
         given = given | {"modes": vocabulary.tokens[30:33]}

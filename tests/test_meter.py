@@ -83,7 +83,7 @@ def test_what_is_computed_of_every_objective_is_what_a_count_finds(prepared, tmp
     meter, numbers = Meter(), set()
     for seed, start in itertools.product(range(3), range(0, 6, 2)):
         batch = case.objective.prepare(case.rows[start : start + 2], replace(case.context, rng=default_rng(seed)))
-        work = work_of([batch])
+        work = work_of(case.trainee.model, [batch])
         numbers.add(work)
 
         def gradient(batch=batch):

@@ -214,11 +214,12 @@ def measure(
 
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
     """
+    from pretrain.core.models.families import family
     from pretrain.training.compatible import check_families
 
     if not documents:
         raise PretrainError("there are no documents to evaluate on; accepted: at least one")
-    check_families(methods, model.config.model_type)
+    check_families(methods, family(model))
     measured, count = {}, positions(model.config.to_dict())
     for method in methods:
         if length and getattr(method, "length", None) == 0:

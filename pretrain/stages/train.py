@@ -17,6 +17,7 @@ from pretrain.core.quick.declared import check_config, check_task, config_values
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.positions import check_length, positions
 from pretrain.core.quick.quantities import bare, figure, short
+from pretrain.core.quick.table import listed
 from pretrain.core.quick.vocabulary import check_alike, check_references, numbers_of, stored_numbers
 from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
@@ -251,7 +252,7 @@ class Train(Stage):
             check_together([w.method for w in self.weighted()], self.policies, batches)
             check_averages(self.optimizer, self.policies)
             if self.model:
-                check_families([*(w.method for w in self.weighted()), *self.policies], self.model["family"])
+                check_families([*(w.method for w in self.weighted()), *self.policies], listed(self.model["family"]))
         except PretrainError as error:
             raise ValueError(str(error)) from error
         return self

@@ -37,7 +37,7 @@ def plain_linears(model: nn.Module, name: str, families: Sequence[str], *, insid
     `inside`: a factorised layer gives its factors.
     """
     entry = family(model)
-    if entry.name not in families:
+    if not entry.among(families):
         raise PretrainError(f"{name}: family {entry.name!r}: accepted: {', '.join(families)}")
     modules = linears(model)
     if inside:

@@ -7,7 +7,7 @@ from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.table import FAMILIES
+from pretrain.core.quick.table import Family
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
@@ -58,11 +58,12 @@ def ill_scheduled(optimizer: Optimizer, schedule: Schedule) -> str:
     return f"optimizer {optimizer.name} is made for schedule {made_for} (with a warm-up), not for {schedule.name}"
 
 
-def check_families(methods: Iterable[Method], model_type: str) -> None:
-    """An error for a method, or one that it holds, that is declared for other families than this one of `FAMILIES`."""
-    name = next((entry.name for entry in FAMILIES if model_type in entry.types), None)
+def check_families(methods: Iterable[Method], entry: Family | None) -> None:
+    """An error for a method, or one that it holds, that is declared for other families; None: not known as yet."""
+    if entry is None:
+        return
     for method in methods:
-        if name is not None and method.families and name not in method.families:
-            raise PretrainError(f"{method.name}: model family {name!r}: accepted: {', '.join(method.families)}")
+        if not entry.among(method.families):
+            raise PretrainError(f"{method.name}: model family {entry.name!r}: accepted: {', '.join(method.families)}")
         if is_dataclass(method):  # others have no fields that could hold any
-            check_families(method.held().values(), model_type)
+            check_families(method.held().values(), entry)

@@ -141,7 +141,7 @@ def _start(
     hardware.tune_allocator()
     check_together(objectives, policies, loader.batch_rows // loader.micro_rows)
     check_averages(optimizer, policies)
-    check_families([*objectives, *policies], families.at(model, "config").model_type)
+    check_families([*objectives, *policies], families.family(model))
     if settings.budget.unit == "steps":
         schedule.check(int(settings.budget.limit))
     world = join(hardware.pick_device())

@@ -34,7 +34,7 @@ from pretrain.core.models.unlisted.blocks import derived, mixers
 from pretrain.core.models.unlisted.layout import captured, layout, masked_inputs, output_bias
 from pretrain.core.quick.model_fields import check_heads, check_values, in_our_words, misfit
 from pretrain.core.quick.table import FAMILIES as FAMILIES
-from pretrain.core.quick.table import TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
+from pretrain.core.quick.table import TASKS, accepted_fields, listed, unknown_field, unknown_task, unknown_type
 from pretrain.core.quick.table import Family as Family
 
 Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
@@ -46,18 +46,16 @@ _MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  #
 
 def family(model: nn.Module) -> Family:
     """The model's family; of a type that no entry has, what its modules tell."""
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type is None:
-        raise unknown("model family", type(model).__name__, [t for entry in FAMILIES for t in entry.types])
-    for entry in FAMILIES:
-        if model_type in entry.types:
-            return entry
-    return derived(model)
+    model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    entry = listed(model_type)
+    if entry is None and model_type not in CONFIG_MAPPING:
+        raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types])
+    return entry or derived(model)
 
 
 def in_table(model: nn.Module) -> bool:
     """Whether a family of `FAMILIES` describes the model."""
-    return at(model, "config").model_type in {name for entry in FAMILIES for name in entry.types}
+    return listed(at(model, "config").model_type) is not None
 
 
 def apart(model: nn.Module) -> bool:

@@ -31,13 +31,14 @@ class Family:
 
     @property
     def kind(self) -> str:
-        """One of `KINDS`: what its members are made for."""
+        """The first three of `KINDS`: what its members are made for."""
         return "seq2seq" if self.decoder_blocks is not None else "causal" if self.causal else "masked"
 
     def among(self, families: Iterable[str]) -> bool:
         """Whether a method that declares these families, or kinds of them, works on it; none means any."""
         accepted = {*families}
-        return not accepted or self.name in accepted or self.kind in accepted
+        kinds = {self.name, self.kind, *([] if self in FAMILIES else ["unlisted"])}
+        return not accepted or bool(accepted & kinds)
 
 
 FAMILIES = (
@@ -66,11 +67,19 @@ FAMILIES = (
         "encoder.final_layer_norm", causal=False, decoder_blocks="decoder.block",
     ),
 )  # fmt: skip
-KINDS = ("causal", "masked", "seq2seq")  # of families; a method that names one works on any model of the kind
+KINDS = {  # of families: a method that names one of them works on any model of the kind
+    "causal": "llama", "masked": "bert", "seq2seq": "t5",  # each with a family of it
+    "unlisted": None,  # whatever no entry describes
+}  # fmt: skip
 TASKS = {  # besides them any `AutoModelFor…` of transformers is a task
     "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
     "base": "AutoModel", "pretraining": "AutoModelForPreTraining",
 }  # fmt: skip
+
+
+def listed(model_type: object) -> Family | None:
+    """The entry of a model type; None where there is none."""
+    return next((entry for entry in FAMILIES if model_type in entry.types), None)
 
 
 def accepted_fields(names: Iterable[str]) -> frozenset[str]:

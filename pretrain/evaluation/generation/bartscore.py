@@ -47,7 +47,7 @@ class BARTScore(Evaluation):
     source or a target are left out (`bartscore_skipped`). Intervals: bootstrap over documents.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "t5")
+    families: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
 
     source: str = "source"
     target: str = "target"

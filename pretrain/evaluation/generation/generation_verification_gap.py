@@ -48,7 +48,7 @@ class GenerationVerificationGap(Evaluation):
     is run. Intervals: bootstrap over prompts.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
 
     prompt: str = "prompt"
     answer: str = "answer"

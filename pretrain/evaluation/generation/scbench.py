@@ -64,7 +64,7 @@ class SCBench(Evaluation):
     cache, as `pyramid_infer` or `{method: pyramid_infer, recent_ratio: 0.1}`. Intervals: bootstrap over contexts.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
 
     tasks: tuple[str, ...] = ()
     mode: Literal["both", "multi_turn", "multi_request"] = "both"

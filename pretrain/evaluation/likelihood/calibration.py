@@ -41,7 +41,7 @@ class Calibration(Evaluation):
     documents.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
     windowed: ClassVar[bool] = True
 
     bins: Count = 15

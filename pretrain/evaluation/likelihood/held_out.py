@@ -33,7 +33,7 @@ class HeldOut(Evaluation):
     `bits_per_byte` are by bootstrap over documents, each of which has its `nll`, `targets` and `bytes` in a row.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
     windowed: ClassVar[bool] = True
 
     length: Whole = 0

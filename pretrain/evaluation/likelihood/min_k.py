@@ -46,7 +46,7 @@ class MinK(Evaluation):
     over documents, members and others apart.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
 
     k: PositiveShare = 0.2
     length: Count = 128

@@ -44,7 +44,7 @@ class Harness(Evaluation):
     either side; `resamples` are for metrics that are no mean.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
     given: ClassVar[bool] = False
 
     folder: Ref | None = None

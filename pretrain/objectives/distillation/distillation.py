@@ -51,7 +51,7 @@ class Distillation(Taught):
 
     again: ClassVar[bool] = True
     version: ClassVar[int] = 2  # each term is weighed by its own number
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked")
     shares_vocabulary: ClassVar[tuple[str, ...]] = ("teacher",)
 
     teacher: Ref

@@ -33,7 +33,7 @@ class Native(Objective):
     reads: ClassVar[Literal["rows", "examples"]] = "examples"
     own_evaluation: ClassVar[bool] = True
     # Of the table's; models of no family there are asked for their loss too. T5's needs a target beside its input.
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "unlisted")
 
     rate: PositiveShare = 0.15
 

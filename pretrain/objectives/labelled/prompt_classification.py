@@ -45,7 +45,7 @@ class PromptClassification(FineTuning[str]):
     `_prompt_words.choose_words` searches the words.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked")
     own_evaluation: ClassVar[bool] = True
 
     words: dict[str | int, str]

@@ -38,7 +38,7 @@ class Seq2Seq(FineTuning[str]):
     of greedy answers of at most `answer` tokens. Too long prompts lose their beginning, targets their end.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "t5")
+    families: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     predicted: ClassVar[float] = 0.25  # the answer's share of an example, about
     version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
 

@@ -23,7 +23,7 @@ class CausalLM(Objective):
     document; packed documents do not see one another.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
     token_weights: ClassVar[bool] = True
 
     def prepare(self, rows: Sequence[Row], context: Context) -> Batch:

@@ -30,7 +30,7 @@ class MaskedLM(Objective):
     """
 
     version: ClassVar[int] = 2  # whole words fill the rate
-    families: ClassVar[tuple[str, ...]] = ("bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("masked",)
     task: ClassVar[str] = "masked"
     token_weights: ClassVar[bool] = True
 

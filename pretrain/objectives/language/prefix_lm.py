@@ -29,7 +29,7 @@ class PrefixLM(Objective):
     those shares of n - 1. A prefix of one token is causal language modelling.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
     token_weights: ClassVar[bool] = True
 
     shortest: Share = 0.0

@@ -33,7 +33,7 @@ class SpanCorruption(Objective):
     """
 
     version: ClassVar[int] = 3  # as many spans as there are sentinels
-    families: ClassVar[tuple[str, ...]] = ("t5",)
+    families: ClassVar[tuple[str, ...]] = ("seq2seq",)
     task: ClassVar[str] = "seq2seq"
 
     rate: OpenShare = 0.15

@@ -29,7 +29,7 @@ class UL2(Objective):
     """
 
     version: ClassVar[int] = 3  # as many spans as there are sentinels
-    families: ClassVar[tuple[str, ...]] = ("t5",)
+    families: ClassVar[tuple[str, ...]] = ("seq2seq",)
     task: ClassVar[str] = "seq2seq"
 
     long_span: Annotated[float, Ge(1)] = 64.0

@@ -52,7 +52,7 @@ class Unlearning(Objective):
     as the paper has them.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
+    families: ClassVar[tuple[str, ...]] = ("causal",)
 
     forget: str  # a domain
     mode: Literal["gradient_ascent", "random_labels", "adversarial_samples"] = "gradient_ascent"

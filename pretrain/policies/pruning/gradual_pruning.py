@@ -29,7 +29,7 @@ class GradualPruning(Policy):
     """
 
     version: ClassVar[int] = 2  # the gradient is clipped by the norm of what is not masked
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
+    families: ClassVar[tuple[str, ...]] = ()
 
     sparsity: ProperShare = 0.8
     start_share: Share = 0.25

@@ -27,7 +27,7 @@ class SPDF(Policy):
     """
 
     version: ClassVar[int] = 2  # the gradient is clipped by the norm of what is not masked
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
+    families: ClassVar[tuple[str, ...]] = ()
 
     sparsity: ProperShare = 0.75
     seed: Whole = 0

@@ -147,7 +147,7 @@ class SLTrain(Surgery):
     the paper takes a quarter (a third for 130M), and alpha from 32 (60M) down to 8 (1B and more).
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked")
 
     rank: Annotated[int | float, Gt(0)] = 0.25
     delta: ProperShare = 0.03

@@ -213,7 +213,7 @@ class EDKM(Surgery):
     indices.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked")
     estimated: ClassVar[bool] = False
 
     bits: Annotated[int, Ge(1), Le(8)] = 3

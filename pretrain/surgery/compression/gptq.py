@@ -148,7 +148,7 @@ class GPTQ(Surgery):
     text. `pack: false` leaves a plain model with dense weights on the grid. Embeddings and head stay as they are.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked")
     calibration: ClassVar[float] = 3.6  # through the blocks twice, and the products of inputs
 
     bits: Literal[2, 3, 4, 8] = 4

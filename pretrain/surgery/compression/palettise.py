@@ -77,7 +77,7 @@ class Palettise(Surgery):
     starts the best), the paper's baseline. Embeddings, head and norms stay as they are.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked")
 
     bits: Annotated[int, Ge(1), Le(8)] = 3
     initialisation: Initialisation = "kmeans++"

@@ -92,7 +92,7 @@ class PELA(Surgery):
     loses most; `linear_parameters` and `linear_parameters_before`.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked")
 
     compression: Annotated[float, Ge(0.5)] = 3.0
 

@@ -56,7 +56,7 @@ class PreCalibration(Surgery):
     alone a quantised model, before `gptq` in one list the weights that it begins with and whose outputs it keeps.
     """
 
-    families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
+    families: ClassVar[tuple[str, ...]] = ("causal", "masked", "seq2seq")
 
     bits: Annotated[int, Ge(2), Le(8)] = 4
     group_size: GroupSize = 128
