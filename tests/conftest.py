@@ -81,6 +81,11 @@ def package() -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def stories() -> list[dict[str, str]]:
     """Real documents: modules of the standard library and their docstrings."""
+    return real_documents()
+
+
+def real_documents() -> list[dict[str, str]]:
+    """What `stories` gives."""
     import itertools
 
     from pretrain.corpus.sources import PythonStdlib, read
@@ -104,11 +109,15 @@ def small_run(tmp_path_factory: pytest.TempPathFactory, stories: list[dict[str, 
 @pytest.fixture(scope="session")
 def prepared(tmp_path_factory: pytest.TempPathFactory, stories: list[dict[str, str]]) -> Path:
     """A folder with `corpus`, `tokenizer` (512 entries, all special tokens) and `tokens`."""
+    return prepare(stories, tmp_path_factory.mktemp("prepared"))
+
+
+def prepare(stories: list[dict[str, str]], folder: Path) -> Path:
+    """What `prepared` gives, in that folder."""
     from pretrain.corpus.shards import tokenise
     from pretrain.corpus.store import Corpus, write_corpus
     from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 
-    folder = tmp_path_factory.mktemp("prepared")
     write_corpus(stories, folder / "corpus", validation=0.1, test=0.1)
     made = train_tokenizer((d["text"] for d in stories), vocab_size=512, mask=True, sentinels=20)
     made.save_pretrained(folder / "tokenizer")

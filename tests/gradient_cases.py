@@ -254,9 +254,7 @@ def _needed(name: str, missing: set[str], family: str, vocabulary: Vocabulary, t
         tokens = [t[1:] for t in vocabulary.tokens if t.startswith("Ġ") and t[1:].isascii() and t[1:].isalpha()]
         values["words"] = {"0": tokens[0], "1": tokens[1]}
     if "teacher" in missing:
-        task = (
-            "base" if name == "well_read_students" else "causal" if family in ("llama", "qwen3", "gpt2") else "masked"
-        )
+        task = "base" if name == "well_read_students" else TASK[family]
         model: Any = _model(family, task, vocabulary, seed=1 if name == "pela_pretraining" else 7)
         if name == "well_read_students":
             model = with_head(model, "sequence", ("0", "1"), vocabulary)

@@ -21,7 +21,7 @@ from pretrain.core import checkpoint
 from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
-from pretrain.core.models.families import TASKS
+from pretrain.core.quick.table import TASKS
 from pretrain.core.registry import methods
 from pretrain.recipe import load
 from pretrain.stages import dump

@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 import zoo
+from small_recipe import MODEL, small_recipe
 from torch.nn import functional as F
 
 from pretrain.core.batch import spread
 from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.models.attention import attend
 from pretrain.core.models.families import blocks, encode_decode, family, head, hidden, linears, softcap
+from pretrain.engine import run
 
 ONE_STACK = [kind for kind in zoo.TASKS if zoo.TASKS[kind] != "seq2seq"]
 APART = {"bloom", "openai-gpt", "minimax", "mamba", "mamba2", "falcon_mamba", "falcon_h1", "bamba", "jamba"}
@@ -86,3 +88,29 @@ def test_a_head_that_is_no_linear_layer_of_the_last_states_is_one_clear_error(ki
     more = {"decoder_input_ids": tokens_BL} if kind == "prophetnet" else {}
     with pytest.raises(PretrainError, match=f"model type '{kind}': .*accepted: a model "):
         hidden(model, input_ids=tokens_BL, **more)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "mamba"])
+def test_a_recipe_trains_adapts_quantises_and_measures_it(kind, tmp_path, stories):
+    small = {name: value for name, value in zoo.fields(kind).items() if name != "vocab_size"}
+    measured = {
+        "stage": "evaluate",
+        "name": "held",
+        "checkpoint": "four",
+        "corpus": "corpus",
+        "evaluations": ["held_out"],
+    }
+    tuned = MODEL | {
+        "name": "tuned", "init": "model", "model": {}, "budget": {"steps": 1}, "surgeries": [{"method": "lora", "rank": 2, "where": "all"}],
+    }  # fmt: skip
+    four = {
+        "stage": "surgery", "name": "four", "checkpoint": "model", "corpus": "corpus", "calibration_rows": 2, "length": 32,
+        "surgeries": [{"method": "gptq", "group_size": 8, "block_size": 16}],
+    }  # fmt: skip
+    text = small_recipe(
+        tmp_path, stories[:30], tuned, four, measured, model={"family": kind, **small}, budget={"steps": 3}, evaluate_tokens=256,
+    )  # fmt: skip
+    (tmp_path / "r.yaml").write_text(text)
+    done = run(tmp_path / "r.yaml", output=tmp_path / "run", report=False, say=lambda line: None).stages
+    assert done["model"]["flops"] > 0 and done["tuned"]["flops"] > 0
+    assert 0 < done["held"]["metrics"]["loss"] < 9

@@ -13,7 +13,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from pretrain.core.models.families import model_for
 
-ENTRIES, WIDTH, HEADS, BLOCKS, POSITIONS = 96, 32, 4, 2, 64
+ENTRIES, WIDTH, HEADS, BLOCKS, POSITIONS = 96, 32, 4, 2, 512
 CAUSAL = [
     "gemma",
     "gemma2",
@@ -141,9 +141,9 @@ _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_chu
 FIELDS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8},
     "gptj": {"n_embd": 32, "n_head": 4, "rotary_dim": 8}, "codegen": {"n_embd": 32, "n_head": 4, "rotary_dim": 8},
-    "gpt_bigcode": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},
-    "openai-gpt": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 64},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64, "expansion_ratio": 2},
+    "gpt_bigcode": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    "openai-gpt": {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 512},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512, "expansion_ratio": 2},
     "deepseek_v3": {
         "q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
         "num_key_value_heads": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
@@ -162,14 +162,15 @@ FIELDS: dict[str, dict[str, Any]] = {
         "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
         "linear_key_head_dim": 8, "linear_value_head_dim": 8,
     },
+    "marian": {"decoder_start_token_id": 0, "forced_eos_token_id": 2},
     "gemma2": {"query_pre_attn_scalar": 8},
     "distilbert": {"dim": 32, "n_heads": 4, "hidden_dim": 64, "n_layers": 2},
     "longformer": {"attention_window": 8},
     "esm": {"vocab_size": ENTRIES, "mask_token_id": 3, "token_dropout": False, "hidden_dropout_prob": 0.0},
     "rembert": {"input_embedding_size": 32, "output_embedding_size": 32},
     "mobilebert": {"true_hidden_size": 16, "intra_bottleneck_size": 16, "embedding_size": 16},
-    "layoutlm": {"max_2d_position_embeddings": 64},
-    "led": {"attention_window": 8, "max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
+    "layoutlm": {"max_2d_position_embeddings": 512},
+    "led": {"attention_window": 8, "max_encoder_position_embeddings": 512, "max_decoder_position_embeddings": 512},
     "prophetnet": {"num_buckets": 8, "relative_max_distance": 16},
 }  # fmt: skip
 

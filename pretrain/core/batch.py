@@ -197,9 +197,15 @@ def spread(document_BL: NDArray[np.int64]) -> tuple[int, int]:
 
     Up to a multiple of four, and by `padded_length`, so that there are few shapes.
     """
+    number, longest = exact(document_BL)
+    return -(-number // 4) * 4, padded_length(longest, document_BL.shape[1])
+
+
+def exact(document_BL: NDArray[np.int64]) -> tuple[int, int]:
+    """How many pieces there are, and the length of the longest."""
     starts_BL = (document_BL != 0) & (document_BL != np.pad(document_BL[:, :-1], ((0, 0), (1, 0))))
     counts = np.bincount((starts_BL.cumsum() - 1)[document_BL.ravel() != 0], minlength=1)
-    return -(-len(counts) // 4) * 4, padded_length(int(counts.max()), document_BL.shape[1])
+    return len(counts), int(counts.max())
 
 
 def padded_length(longest: int, length: int) -> int:

@@ -28,7 +28,7 @@ from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
 from pretrain.core.folders import verify
-from pretrain.core.foreign.configs import check_config, check_record, unmarked
+from pretrain.core.foreign.configs import check_config, check_record, unmarked, whole_floats
 from pretrain.core.foreign.models import check_built
 from pretrain.core.foreign.parsing import parsing, reason
 from pretrain.core.foreign.weights import headers
@@ -162,10 +162,11 @@ def save(
 
 
 def _write(model: PreTrainedModel, processor: Processor | None, work: Path, lineage: Lineage) -> None:
-    model.save_pretrained(work, max_shard_size="5GB")
+    surgery = surgery_of(model)
+    # Of experts transformers writes the names and shapes of their makers; what we alone open keeps the model's.
+    model.save_pretrained(work, max_shard_size="5GB", save_original_format=not _foreign(surgery))
     if processor is not None:
         processor.save_pretrained(work)
-    surgery = surgery_of(model)
     held: dict[str, str] = {}
     if is_narrow(model):  # what opens it in one type shall take the one that it was trained in
         held = {"dtype": "float32"}
@@ -221,7 +222,7 @@ def load_config(folder: Path | str) -> PreTrainedConfig:
     if not path.exists():
         raise PretrainError(f"{folder} is not a checkpoint: it has no config.json")
     verify(path.parent, lambda name: name == path.name)
-    raw = read_object(path)
+    raw = whole_floats(read_object(path))
     kind = str(raw.pop("model_type", None) or "").removeprefix(FOREIGN).partition(":")[0]
     if kind not in CONFIG_MAPPING:
         raise PretrainError(

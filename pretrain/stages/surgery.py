@@ -98,14 +98,14 @@ class Surgery(Stage):
         import numpy as np
 
         from pretrain.core.batch import Vocabulary, rows_to_tensors
-        from pretrain.core.models.families import family
+        from pretrain.core.models.families import family, positions_of
         from pretrain.corpus.packing import plan_for
 
         if tokenizer is None:
             raise PretrainError(
                 f"checkpoint {self.checkpoint} has no tokenizer; accepted, with a corpus: one with tokenizer.json"
             )
-        most = getattr(model.config, "max_position_embeddings", None)
+        most = positions_of(model)
         if family(model).positions is not None and most is not None and self.length > most:
             raise PretrainError(f"length {self.length}: accepted: 2 to {most}, the positions of the model")
         shards = tokens_of(job, tokenizer, splits=("train",))["train"]

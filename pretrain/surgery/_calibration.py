@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.batch import Batch
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import at, base, blocks, family, linears, model_inputs
+from pretrain.core.models.families import at, base, blocks, family, linears, model_inputs, separated
 from pretrain.core.models.layers import Linear
 from pretrain.surgery import Inputs
 
@@ -116,7 +116,7 @@ class Blocks:
         self.states: list[Tensor] = []  # what enters the next block
         self.arguments: list[list[Arguments]] = []  # by batch, by block
         self.kept: list[Tensor] = []  # which tokens are no padding
-        for batch in batches:
+        for batch in (separated(model, batch) for batch in batches):
             self.kept.append(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten() > 0)
             self._note(model, batch)
 
@@ -147,7 +147,7 @@ class Blocks:
     def _run(self, number: int, batch: int) -> Tensor:
         args, kwargs = self.arguments[batch][number]
         out = self.blocks[number](self.states[batch], *args, **kwargs)
-        return out[0] if isinstance(out, tuple) else out
+        return out[0] if isinstance(out, tuple | list) else out
 
     @torch.no_grad()
     def advance(self, number: int) -> None:
@@ -164,8 +164,30 @@ class Blocks:
             kept = self.kept[batch].to(self.states[batch].device)
             rows: dict[int, Tensor] = {}  # layers of one part share their input: it is copied once
             for x, _ in noted.values():
-                rows.setdefault(id(x), x.reshape(-1, x.shape[-1])[kept])
-            yield {n: (rows[id(x)], y.reshape(-1, y.shape[-1])[kept]) for n, (x, y) in noted.items()}
+                rows.setdefault(id(x), _rows(x, kept))
+            yield {n: (rows[id(x)], _rows(y, kept)) for n, (x, y) in noted.items()}
+
+    @torch.no_grad()
+    def order(self, number: int, layers: Mapping[str, nn.Module]) -> list[list[str]]:
+        """The layers of a block as its forward pass calls them; those that follow one another on one input together."""
+        calls: list[tuple[str, Tensor]] = []
+        handles = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: calls.append((name, args[0])))
+            for name, layer in layers.items()
+        ]
+        try:
+            self._run(number, 0)
+        finally:
+            for handle in handles:
+                handle.remove()
+        groups: list[list[str]] = []
+        last: Tensor | None = None
+        for name, x in calls:
+            if x is not last:
+                groups.append([])
+            groups[-1].append(name)
+            last = x
+        return groups
 
     def hessians(self, number: int, layers: Mapping[str, nn.Module]) -> dict[str, Tensor]:
         """`2 / N · Σ x xᵀ` of each layer's inputs, in float32 at least."""
@@ -180,6 +202,12 @@ class Blocks:
                 sums[name] = sums[name] + products[id(x_NI)] if name in sums else products[id(x_NI)]
             tokens += len(next(iter(seen.values()))[0])
         return {name: total / max(1, tokens) for name, total in sums.items()}
+
+
+def _rows(x: Tensor, kept_N: Tensor) -> Tensor:
+    """`x_NI` of the tokens that are no padding; all, of a layer that sees other places than the tokens'."""
+    x_NI = x.reshape(-1, x.shape[-1])
+    return x_NI[kept_N] if len(x_NI) == len(kept_N) else x_NI
 
 
 @contextmanager

@@ -142,6 +142,7 @@ def _start(
     check_together(objectives, policies, loader.batch_rows // loader.micro_rows)
     check_averages(optimizer, policies)
     check_families([*objectives, *policies], families.family(model))
+    families.apart(model)  # asked now, before the model is compiled, sharded or counted
     if settings.budget.unit == "steps":
         schedule.check(int(settings.budget.limit))
     world = join(hardware.pick_device())

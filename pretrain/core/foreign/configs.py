@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json, texts
@@ -16,8 +18,19 @@ from pretrain.core.foreign.weights import Stored
 LAYERS = re.compile(r"(num_)?(.*_)?(layers|n_layers?|depth)|layers|num_blocks")
 MOST_LAYERS = 10_000
 MOST = 1 << 40  # of any whole number in a configuration
+FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # as transformers marks them
 SLACK = 1 << 24  # weights that a model may have beside those of its files
 INPUTS = ("pad_token_id", "decoder_start_token_id")  # tokens that are put in without being in any text
+
+
+def whole_floats(value: Any) -> Any:
+    """What JSON has of a configuration, with the numbers that it has no words for: `{"__float__": "Infinity"}`."""
+    if isinstance(value, Mapping):
+        tag = value.get("__float__")
+        if len(value) == 1 and isinstance(tag, str) and tag in FLOATS:
+            return FLOATS[tag]
+        return {name: whole_floats(each) for name, each in value.items()}
+    return [whole_floats(each) for each in value] if isinstance(value, list) else value
 
 
 def check_config(path: Path, config: Mapping[str, object]) -> None:

@@ -8,6 +8,7 @@ Shape letters: B rows, L positions of the prompts, N of the whole, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +39,17 @@ def prefill(model: PreTrainedModel, input_ids_BL: Tensor, mask_BL: Tensor) -> tu
         input_ids=input_ids_BL, attention_mask=mask_BL, position_ids=(mask_BL.cumsum(1) - 1).clamp(min=0),
         use_cache=True, logits_to_keep=1,
     )  # fmt: skip
-    return output.logits[:, -1], output.past_key_values
+    return output.logits[:, -1], kept(model, output)
+
+
+def kept(model: PreTrainedModel, output: Any) -> Cache:
+    """The keys and values of what a model has read; a clear error of one that keeps something else or more."""
+    cache: Cache | None = getattr(output, "past_key_values", None)
+    layers = getattr(cache, "layers", ())
+    if cache is None or any(type(layer).__name__.startswith("LinearAttention") for layer in layers):
+        name = type(model).__name__
+        raise PretrainError(f"{name} keeps more than keys and values of a text; accepted: a model with attention alone")
+    return cache
 
 
 def stepper(model: PreTrainedModel, cache: Cache, mask_BL: Tensor) -> Callable[[Tensor], Tensor]:

@@ -9,33 +9,34 @@ Shape letters: B rows, L positions, E width, V vocabulary.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, TypeAlias, TypeVar, cast
 
 import torch
-import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
-from transformers.activations import ACT2FN
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
 
-from pretrain.core.batch import Batch, Vocabulary, document_mask
+from pretrain.core.batch import Batch, document_mask, exact
 from pretrain.core.batch import additive as additive
-from pretrain.core.errors import PretrainError, nearest, unknown
-from pretrain.core.models.initial import completed
+from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.models.initial import check_task as check_task
+from pretrain.core.models.initial import model_for as model_for
+from pretrain.core.models.initial import new_config as new_config
+from pretrain.core.models.initial import new_model as new_model
 from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
-from pretrain.core.models.unlisted.apart import captured_apart
+from pretrain.core.models.unlisted.apart import Apart, captured_apart
 from pretrain.core.models.unlisted.blocks import derived, mixers
-from pretrain.core.models.unlisted.layout import captured, layout, masked_inputs, output_bias
-from pretrain.core.quick.model_fields import check_heads, check_values, in_our_words, misfit
+from pretrain.core.models.unlisted.layout import accepts, captured, layout, masked_inputs, output_bias
+from pretrain.core.quick.positions import positions
 from pretrain.core.quick.table import FAMILIES as FAMILIES
-from pretrain.core.quick.table import TASKS, accepted_fields, listed, unknown_field, unknown_task, unknown_type
 from pretrain.core.quick.table import Family as Family
+from pretrain.core.quick.table import listed
 
 Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
 
@@ -62,7 +63,9 @@ def apart(model: nn.Module) -> bool:
     """Whether the documents of packed rows are given to the model in rows of their own."""
     if in_table(model) or vocabulary_of(cast("PreTrainedModel", model)) is None:
         return False
-    return at(model, "get_output_embeddings")() is not None and not layout(model).packs
+    with suppress(PretrainError):  # of a model that reads something else, or no rows: nothing lays them out
+        return at(model, "get_output_embeddings")() is not None and not layout(model).packs
+    return False
 
 
 def is_causal(model: nn.Module) -> bool:
@@ -117,10 +120,13 @@ def linears(model: nn.Module, where: str = "all") -> dict[str, nn.Module]:
     entry, inside = family(model), {id(m) for block in _all_blocks(model) for m in block.modules()}
     layers: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
-        linear = isinstance(module, nn.Linear | Conv1D) or hasattr(module, "linear_like")
+        linear = is_linear(module) or hasattr(module, "linear_like")
         around = accumulate(name.split("."), "{}.{}".format)  # what is made of linear layers is one, and comes first
         if linear and id(module) in inside and not any(other in layers for other in around):
-            layers[name] = module
+            parent, _, last = name.rpartition(".")
+            # A state-space mixer reads the weights of its other layers itself, past whatever stands in their place.
+            if not hasattr(at(model, parent), "A_log") or last.startswith("in_proj"):
+                layers[name] = module
     if where == "all":
         return layers
     if in_table(model):
@@ -130,6 +136,11 @@ def linears(model: nn.Module, where: str = "all") -> dict[str, nn.Module]:
         mixing = {id(m) for block in _all_blocks(model) for path in mixers(block) for m in at(block, path).modules()}
         in_attention = {n for n, layer in layers.items() if id(layer) in mixing}
     return {n: m for n, m in layers.items() if (n in in_attention) == (where == "attention")}
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a weight matrix and no more: a router of experts is made of one, and answers something else."""
+    return isinstance(module, nn.Linear | Conv1D) and "Router" not in type(module).__name__
 
 
 def _all_blocks(model: nn.Module) -> list[nn.Module]:
@@ -156,6 +167,13 @@ def vocabulary_of(model: PreTrainedModel) -> int | None:
         return None
     count = getattr(table, "num_embeddings", None)
     return count if isinstance(count, int) else None
+
+
+def positions_of(model: nn.Module) -> int | None:
+    """The most tokens that the model can tell apart by their places; None where it has no limit."""
+    config = at(model, "config")
+    names = ("model_type", "pad_token_id", "max_position_embeddings")
+    return positions({name: getattr(config, name, None) for name in names})
 
 
 def head(model: nn.Module, *, capped: bool = False) -> tuple[Tensor, Tensor | None]:
@@ -200,9 +218,9 @@ def _shown(model: nn.Module, *, documents: tuple[Tensor, ...] | None = None, **i
     """`hidden` of a model that no entry describes; `documents` are those of rows in which it cannot keep them apart."""
     if at(model, "get_output_embeddings")() is None:
         return base(model)(**inputs).last_hidden_state
-    if documents is None:
-        return captured(model, **inputs) * layout(model).scale
-    return captured_apart(model, documents, **inputs) * layout(model).scale
+    states_BLE = captured(model, **inputs) if documents is None else captured_apart(model, documents, **inputs)
+    scale = layout(model).scale
+    return states_BLE if scale == 1 else states_BLE * scale
 
 
 def _decoded(
@@ -292,8 +310,22 @@ def with_windows(model: nn.Module, position_BL: Tensor, make: Callable[[int | No
     return inputs
 
 
+def separated(model: PreTrainedModel, batch: Batch) -> Batch:
+    """A calibration batch whose rows hold one document each, where the model cannot keep several apart."""
+    if not apart(model) or "attention_mask" not in batch:
+        return batch
+    document_BL = batch["attention_mask"]
+    inner = Apart(document_BL, exact(document_BL.cpu().numpy()))
+    ids_DM = inner.to_rows(batch["input_ids"], getattr(model.config, "pad_token_id", None) or 0)
+    return {"input_ids": ids_DM, "attention_mask": inner.mask()}
+
+
 def model_inputs(model: PreTrainedModel, batch: Batch) -> Arguments:
     """A calibration batch as the base model's arguments: documents that share a row do not see one another."""
+    if apart(model):
+        batch = separated(model, batch)
+        alone: Arguments = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        return alone | ({"use_cache": False} if accepts(base(model), "use_cache") else {})
     ids_BL = batch["input_ids"].to(model.device)
     document_BL = batch.get("attention_mask", torch.ones_like(ids_BL)).to(model.device)
     position_BL = batch.get("position_ids", torch.arange(ids_BL.shape[1]).expand_as(ids_BL)).to(model.device)
@@ -302,105 +334,3 @@ def model_inputs(model: PreTrainedModel, batch: Batch) -> Arguments:
         raise PretrainError(f"calibration batch: attention_mask of shape {shape}: accepted: {wanted}, as input_ids")
     mask_B1LL = document_mask(document_BL, causal=family(model).causal)
     return {"input_ids": ids_BL} | attention_inputs(model, mask_B1LL, position_BL)
-
-
-def new_config(model_type: str, fields: Mapping[str, object]) -> PreTrainedConfig:
-    """A `transformers` configuration from its type and fields; an unknown one of either is an error."""
-    if model_type not in CONFIG_MAPPING:
-        raise unknown_type(model_type, CONFIG_MAPPING, transformers.__version__)
-    known = _config_fields(model_type)
-    for name in fields:
-        if name not in known:
-            raise unknown_field(name, model_type, known)
-    check_values(model_type, fields)
-    try:
-        config = AutoConfig.for_model(model_type, **fields)
-    except Exception as error:  # a strict configuration has error types of its own
-        raise in_our_words(model_type, fields, error) from error
-    given = ("hidden_size", "num_attention_heads", "num_key_value_heads")
-    width, heads, shared = (getattr(config, name, None) for name in given)
-    called = {standard: config.attribute_map.get(standard, standard) for standard in given}
-    whole = width if model_type in ("gpt2", "bert", "modernbert") else None  # others may have a head_dim of their own
-    check_heads(model_type, whole, heads, shared, (called["hidden_size"], called["num_attention_heads"]))
-    _check_activation(model_type, fields)
-    return config
-
-
-def _check_activation(model_type: str, fields: Mapping[str, object]) -> None:
-    """Refuse an activation that transformers does not know."""
-    for name in ("hidden_act", "hidden_activation", "activation_function"):
-        value = fields.get(name)
-        if isinstance(value, str) and value not in ACT2FN:
-            raise misfit(model_type, name, value, ", ".join(sorted(ACT2FN)), nearest(value, ACT2FN))
-
-
-@functools.cache
-def _config_fields(model_type: str) -> frozenset[str]:
-    blank = AutoConfig.for_model(model_type)
-    return accepted_fields({*blank.to_dict(), *blank.attribute_map})
-
-
-def new_model(
-    model_type: str,
-    fields: Mapping[str, object],
-    *,
-    task: str = "causal",
-    vocabulary: Vocabulary | None = None,
-    seed: int = 0,
-) -> PreTrainedModel:
-    """A model with random weights. `vocabulary` sets the size and the special ids.
-
-    `task` is "causal", "masked", "seq2seq", "pretraining", "base" for a model without a head, or the name of an
-    `AutoModelFor…` of transformers. Raises `PretrainError` for an unknown type, field or task, and for a model that
-    cannot be built.
-    """
-    check_task(task)
-    if vocabulary is not None and model_type in CONFIG_MAPPING:
-        ids = {
-            "pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos,
-            "cls_token_id": vocabulary.bos, "sep_token_id": vocabulary.eos, "mask_token_id": vocabulary.mask,
-            "vocab_size": vocabulary.size,
-        }  # fmt: skip
-        known = _config_fields(model_type)
-        fields = {k: v for k, v in ids.items() if k in known} | dict(fields)
-    config = new_config(model_type, fields)
-    made = model_for(config, task)
-    if made is None:
-        able = ", ".join(t for t in TASKS if model_for(config, t) is not None)
-        raise PretrainError(f"model family {model_type!r} has no model for task {task!r}; accepted: {able}")
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
-        config.decoder_start_token_id = config.pad_token_id
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        try:
-            return completed(made._from_config(config))
-        except Exception as error:  # whatever a model's constructor makes of a value that does not suit it
-            raise in_our_words(model_type, fields, error) from error
-
-
-def check_task(task: str) -> None:
-    """Refuse a task that there is not."""
-    if task not in TASKS and not (task.startswith("AutoModelFor") and hasattr(transformers, task)):
-        known = [name for name in _library() if name.startswith("AutoModelFor")]
-        raise unknown_task(task, known, transformers.__version__)
-
-
-def model_for(config: PreTrainedConfig, task: str) -> type[PreTrainedModel] | None:
-    """The class of `transformers` that a configuration's model has for a task; None where there is none.
-
-    Not all models made for pretraining are in the table of `AutoModelForPreTraining`: others are known by their name.
-    """
-    table = getattr(transformers, TASKS.get(task, task))._model_mapping
-    if type(config) in table:
-        made = table[type(config)]
-        return made[0] if isinstance(made, tuple) else made
-    if task != "pretraining":
-        return None
-    named = f"{type(config).__name__.removesuffix('Config')}ForPretraining".lower()
-    return next((getattr(transformers, name) for name in _library() if name.lower() == named), None)
-
-
-@functools.cache
-def _library() -> list[str]:
-    """All names of transformers, which takes it a quarter of a second to tell."""
-    return dir(transformers)

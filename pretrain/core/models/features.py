@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.core.batch import Batch, Vocabulary, to_device
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import at, base, blocks, family, in_table, is_causal, set_module
+from pretrain.core.models.families import at, base, blocks, family, in_table, is_causal, positions_of, set_module
 from pretrain.core.processors import Document, Processor, columns_of, inputs_of
 
 POOLINGS = ("mean", "cls", "last")
@@ -53,7 +53,7 @@ class Framing:
     def __init__(self, model: nn.Module, vocabulary: Vocabulary, length: int) -> None:
         self.before = [] if vocabulary.bos is None else [vocabulary.bos]
         self.after = [] if vocabulary.eos is None or is_causal(model) else [vocabulary.eos]
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = positions_of(model)
         room = limit - len(self.before) - len(self.after) if isinstance(limit, int) else length
         if room < 1:
             raise PretrainError(f"a model of {limit} positions has no room for text; accepted: 3 positions or more")

@@ -21,6 +21,7 @@ from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.continuations import judge, sample
 from pretrain.core.hardware import pick_device
+from pretrain.core.models.families import positions_of
 
 QUESTIONS = (
     "Is the proposed answer (A) correct, (B) incorrect, or (C) are you not sure?",
@@ -56,7 +57,7 @@ class Judge:
         if tokenizer is None or not self.model.can_generate() or self.model.config.is_encoder_decoder:
             raise PretrainError(f"{self.folder}: accepted: a causal language model, with its tokenizer")
         self.tokenizer, self.vocabulary = tokenizer, Vocabulary.of(tokenizer)
-        limit = getattr(self.model.config, "max_position_embeddings", None)
+        limit = positions_of(self.model)
         length = self.length or lineage(self.folder).get("length") or 512
         self.length = min(length, limit) if isinstance(limit, int) else length
         if self.length < self.answer + 2:

@@ -17,6 +17,7 @@ from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.hardware import pick_device
 from pretrain.core.meter import count_flops
+from pretrain.core.models.families import positions_of
 from pretrain.core.models.likelihood import document_nll
 from pretrain.data._work import Desk, by_domain, percentiles, stamps
 
@@ -77,7 +78,7 @@ class _Scorer:
         if tokenizer is None:
             raise PretrainError(f"{path} has no tokenizer; accepted: a checkpoint that holds one")
         self.tokenizer = tokenizer
-        self.length = min(length, getattr(self.model.config, "max_position_embeddings", None) or length)
+        self.length = min(length, positions_of(self.model) or length)
         self.stride = None if stride is None else min(stride, self.length)
         vocabulary = Vocabulary.of(tokenizer)
         before = vocabulary.begin

@@ -15,7 +15,7 @@ from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.cache import layers_of
 from pretrain.core.generation.rows import continue_rows, mask_of, stepper
-from pretrain.core.models.families import attention_inputs, base, family
+from pretrain.core.models.families import attention_inputs, base, family, positions_of
 from pretrain.corpus.packing import pack
 from pretrain.decoding import Decoding
 
@@ -58,7 +58,7 @@ class Prepacking(Decoding):
             raise PretrainError(f"prepacking: model family {entry.name!r}: accepted: {', '.join(self.families)}")
         if model.config._attn_implementation not in ("sdpa", "eager"):  # their caches are what can be unpacked
             raise PretrainError(f"prepacking: attention {model.config._attn_implementation!r}: accepted: sdpa, eager")
-        limit = getattr(model.config, "max_position_embeddings", None) if entry.positions else None
+        limit = positions_of(model) if entry.positions else None
         if limit is not None and int(length_B.max()) > limit:
             raise PretrainError(
                 f"prepacking: a prompt of {int(length_B.max())} tokens: accepted: up to the model's {limit} positions"

@@ -29,6 +29,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json as foreign
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows, stepper
+from pretrain.core.models.families import positions_of
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def continued(
     Without `prefixes` all is read in one pass.
     """
     ids = [*prefix, *rest]
-    limit = getattr(model.config, "max_position_embeddings", None)
+    limit = positions_of(model)
     if isinstance(limit, int) and len(ids) + options.max_new_tokens > limit:
         raise PretrainError(
             f"a prompt of {len(ids)} tokens and {options.max_new_tokens} new ones: accepted: at most the model's "

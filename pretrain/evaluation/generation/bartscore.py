@@ -19,7 +19,7 @@ from pretrain.core.bounds import Count, Whole
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import family, head, hidden
+from pretrain.core.models.families import family, head, hidden, positions_of
 from pretrain.core.models.features import evaluating
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
@@ -124,7 +124,7 @@ class BARTScore(Evaluation):
             pairs = [(begin + x + end, y + end) for x, y in zip(read, written, strict=True)]
             return _run(model, pairs, _encoder_decoder)
         before = vocabulary.begin
-        begin, limit = [] if before is None else [before], getattr(model.config, "max_position_embeddings", None)
+        begin, limit = [] if before is None else [before], positions_of(model)
         least = 0 if begin or apart else 1  # source tokens that the target's first needs before it
         pairs = []
         for x, y in zip(read, written, strict=True):

@@ -21,6 +21,7 @@ from pretrain.core.bounds import Count, Ge, Positive, PositiveShare, ProperShare
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.continuations import judge, sample
+from pretrain.core.models.families import positions_of
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
 
@@ -140,7 +141,7 @@ class GenerationVerificationGap(Evaluation):
             ids = ids[: self.prompt_tokens]
             text = text_of(tokenizer, ids)
         ids = ([] if vocabulary.begin is None else [vocabulary.begin]) + ids
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = positions_of(model)
         if isinstance(limit, int) and len(ids) + self.max_new_tokens > limit:
             raise PretrainError(
                 f"{NAME}: max_new_tokens {self.max_new_tokens} after a prompt of {len(ids)} tokens: accepted: at most "
@@ -171,7 +172,7 @@ class GenerationVerificationGap(Evaluation):
         begin = [] if vocabulary.begin is None else [vocabulary.begin]
         yes, no = (ids.tolist() for ids in encode(tokenizer, [self.yes, self.no]))
         different = {text: begin + ids.tolist() for text, ids in zip(asked, encode(tokenizer, asked), strict=True)}
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = positions_of(model)
         longest = max(map(len, different.values())) + max(len(yes), len(no))
         if isinstance(limit, int) and longest > limit:
             raise PretrainError(

@@ -22,7 +22,9 @@ from pretrain.core.bounds import Count, Ge, Whole
 from pretrain.core.encoding import encode, encode_plain, plain_backend, text_of
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.generation.cache import cache_bytes, layers_of
+from pretrain.core.generation.rows import kept
 from pretrain.core.method import nested
+from pretrain.core.models.families import positions_of
 from pretrain.core.models.features import evaluating
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
@@ -133,7 +135,7 @@ class SCBench(Evaluation):
         return self._measured(scored, sizes, tokens)
 
     def _length(self, model: PreTrainedModel) -> int:
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = positions_of(model)
         length = self.length or min(4096, limit or 4096)
         if isinstance(limit, int) and length > limit:
             raise PretrainError(f"scbench: length {length}: accepted: at most the model's {limit} positions")
@@ -256,7 +258,7 @@ class Reader:
             input_ids=torch.tensor([list(tokens)], device=device), past_key_values=self.cache, use_cache=True,
             position_ids=torch.arange(self.seen, self.seen + len(tokens), device=device)[None], logits_to_keep=keep,
         )  # fmt: skip
-        self.cache, self.seen = output.past_key_values, self.seen + len(tokens)
+        self.cache, self.seen = kept(self.model, output), self.seen + len(tokens)
         if self.window is not None:
             self._evict(*self.window)
         return output.logits[0].float().cpu()

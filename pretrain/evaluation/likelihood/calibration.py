@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pretrain.core.batch import Vocabulary
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import positions_of
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation._predictions import framed, predictions
@@ -66,7 +67,7 @@ class Calibration(Evaluation):
         """The metrics on documents with `text` and `domain`."""
         vocabulary = Vocabulary.of(tokenizer)
         tokens = framed(tokenizer, vocabulary, [d["text"] for d in documents], end=True)
-        length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
+        length = self.length or min(1024, positions_of(model) or 1024)
         predicted = predictions(model, tokens, length=length, stride=self.stride or max(1, length // 2))
         if not any(len(prediction.nll_T) for prediction in predicted):
             raise PretrainError(f"calibration: {len(documents)} documents have no text to predict; accepted: some text")

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
+from pretrain.core.models.families import positions_of
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class HeldOut(Evaluation):
         """The metrics on documents with `text` and `domain`."""
         from pretrain.core.models.likelihood import document_nll
 
-        length = self.length or min(1024, getattr(model.config, "max_position_embeddings", None) or 1024)
+        length = self.length or min(1024, positions_of(model) or 1024)
         tokens = tokens_of(tokenizer, documents)
         nll_N = document_nll(model, tokens, length=length, stride=self.stride or max(1, length // 2))
         return measured(rows(tokenizer, documents, tokens, nll_N), self.resamples, self.seed)

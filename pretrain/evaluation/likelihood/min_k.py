@@ -18,6 +18,7 @@ from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
+from pretrain.core.models.families import positions_of
 from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
@@ -112,7 +113,7 @@ class MinK(Evaluation):
         """Which texts are long enough, and what each detector makes of them: the higher, the rather a member."""
         vocabulary = Vocabulary.of(tokenizer)
         begins = vocabulary.bos is not None or vocabulary.eos is not None
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = positions_of(model)
         if isinstance(limit, int) and self.length > limit:
             raise PretrainError(f"min_k: length {self.length}: accepted: at most the model's {limit} positions")
         tokens = framed(tokenizer, vocabulary, texts, end=False)

@@ -19,6 +19,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.method import Ref
+from pretrain.core.models.families import positions_of
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class Harness(Evaluation):
         return measured(results)
 
     def _length(self, model: PreTrainedModel) -> int:
-        limit = getattr(model.config, "max_position_embeddings", None)
+        limit = positions_of(model)
         if isinstance(limit, int) and self.length > limit:
             raise PretrainError(f"harness: length {self.length}: accepted: at most the model's {limit} positions")
         return self.length or (limit if isinstance(limit, int) else 2048)

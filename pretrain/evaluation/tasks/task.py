@@ -16,6 +16,7 @@ from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.method import InnerObjective, Ref
+from pretrain.core.models.families import positions_of
 from pretrain.core.models.heads import labels_of
 from pretrain.core.quick.confusion import confusion_of
 from pretrain.corpus.examples import Examples
@@ -78,8 +79,9 @@ class Task(Evaluation):
         learnt = [d for d in known if objective.learnt(d[objective.columns[-1]], labels)]
         known = learnt or known  # of none at all the objective says what is wrong
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
+        length = self.length or min(512, positions_of(model) or 512)
         context = Context(
-            Vocabulary.of(tokenizer), self.length or 512, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
+            Vocabulary.of(tokenizer), length, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
             labels=labels, pool=self._pool(tokenizer),
         )  # fmt: skip
         (predicted, nll), true = objective.answered(model, examples, context), objective.expected(examples, context)

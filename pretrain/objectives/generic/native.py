@@ -46,6 +46,12 @@ class Native(Objective):
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """The model's loss, the mean over the batch's targets."""
+        aimed = "labels" in batch or "decoder_input_ids" in batch
+        if getattr(model.config, "is_encoder_decoder", False) and "input_ids" in batch and not aimed:
+            raise PretrainError(
+                f"native: {type(model).__name__}: an encoder-decoder of text needs a target beside its input; "
+                "accepted: a model that learns from its inputs alone"
+            )
         output = answer(model, batch)
         value = output.loss
         if value is not None and not batch["weight"]:  # the mean over no targets is no number

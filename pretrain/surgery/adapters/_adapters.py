@@ -100,6 +100,11 @@ def targets(model: PreTrainedModel, method: str, where: Where, names: Sequence[s
         )
     if where == "query_value":
         projections = family(model).queries
+        if not projections:
+            raise PretrainError(
+                f"{method}: model type {family(model).name!r} has no projections to queries and values by a known "
+                "name; accepted: attention, feed_forward, all, or names of layers"
+            )
         where, names = "all", names or [path.rpartition(".")[2] for path in (projections[0], projections[-1])]
     candidates = linears(model, where)
     if names:

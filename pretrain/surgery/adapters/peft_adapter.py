@@ -11,6 +11,7 @@ from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -18,6 +19,7 @@ from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, read_json
 from pretrain.core.method import Ref
+from pretrain.core.models.families import is_linear
 from pretrain.core.models.heads import new_modules, output
 from pretrain.core.weights import load_tensors
 from pretrain.surgery import Inputs, PeftFormat, Surgery
@@ -100,6 +102,9 @@ def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     stray = sorted(set(config) - known - {"peft_type", "inference_mode", "init_lora_weights"})
     if stray:
         raise unknown(f"field of peft's {config['peft_type']}", stray[0], sorted(known))
+    routers = [name for name, m in model.named_modules() if isinstance(m, nn.Linear) and not is_linear(m)]
+    if routers and options.get("target_modules") == "all-linear":  # which peft takes for linear layers
+        options = {"exclude_modules": routers} | options
     training = model.training
     try:
         adapter = made(**options, inference_mode=False)

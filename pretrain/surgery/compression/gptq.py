@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from pretrain.core.bounds import Count, OpenShare
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.core.models.families import at, family, set_module
+from pretrain.core.models.families import at, family, in_table, set_module
 from pretrain.core.models.layers import Linear, sides
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import (
@@ -207,17 +207,26 @@ class GPTQ(Surgery):
         batches, names = batches_of(inputs, self.name), {id(layer): name for name, layer in layers.items()}
         stack = Blocks(model, batches)
         matrices: dict[str, Quantised] = {}
-        steps = list(parts(model).values())
-        if not self.true_sequential:
-            steps = [tuple(name for step in steps for name in step)]
         for number in range(len(stack)):
-            for step in _in_order(stack.blocks[number], steps):
+            for step in self._steps(model, stack, number, names):
                 together = stack.layers(number, step)
                 hessians = stack.hessians(number, together)
                 for name, layer in together.items():
                     matrices[names[id(layer)]] = self._put(layer, self._solved(layer, hessians[name]))
             stack.advance(number)
-        return matrices
+        unused = {name: layer for name, layer in layers.items() if name not in matrices}
+        return matrices | {n: self._put(layer, self._nearest(weight_of(layer))) for n, layer in unused.items()}
+
+    def _steps(self, model: PreTrainedModel, stack: Blocks, number: int, names: dict[int, str]) -> Iterator[list[str]]:
+        """The layers of a block that are calibrated together, in the order of its forward pass."""
+        block = stack.blocks[number]
+        if in_table(model):
+            steps: list[Sequence[str]] = list(parts(model).values())
+        else:
+            steps = [*stack.order(number, {n: m for n, m in block.named_modules() if id(m) in names})]
+        if not self.true_sequential:
+            steps = [tuple(dict.fromkeys(name for step in steps for name in step))]
+        return _in_order(block, steps)
 
     def _solved(self, layer: Linear, hessian_II: Tensor) -> Quantised:
         return solve(

@@ -7,6 +7,7 @@ calls so, or another mixer of positions. Each list is asked of the model alone, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -17,12 +18,21 @@ from pretrain.core.quick.table import Family
 MIXERS = ("Attention", "Attn", "Mixer", "DeltaNet", "TimeMix", "Recurrent", "Conv")  # in a class's name
 QUERIES = (  # names of projections to queries, keys and values
     ("q_proj", "k_proj", "v_proj"), ("query", "key", "value"), ("q_lin", "k_lin", "v_lin"), ("q", "k", "v"),
-    ("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("in_proj",), ("in_layer",),
+    ("query_key_value",), ("qkv_proj",), ("Wqkv",), ("c_attn",), ("q_b_proj", "kv_b_proj"), ("in_proj",), ("in_layer",),
 )  # fmt: skip
+
+
+_known: WeakKeyDictionary[nn.Module, Family] = WeakKeyDictionary()
 
 
 def derived(model: nn.Module) -> Family:
     """The entry that the table would have for the model, as far as its modules tell; what they do not is empty."""
+    if model not in _known:
+        _known[model] = _derived(model)
+    return _known[model]
+
+
+def _derived(model: nn.Module) -> Family:
     inner, kind = getattr(model, "base_model", model), at(model, "config.model_type")
     stacks = list(_stacks(inner))
     pair = getattr(at(model, "config"), "is_encoder_decoder", False) and len(stacks) > 1

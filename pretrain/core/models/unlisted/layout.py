@@ -53,15 +53,29 @@ _known: WeakKeyDictionary[nn.Module, Layout] = WeakKeyDictionary()
 
 
 def layout(model: nn.Module) -> Layout:
-    """What the model has shown; asked once. Raises `PretrainError` where its logits are not those of a linear layer."""
+    """What the model has shown; asked once.
+
+    Raises `PretrainError` where it does not read tokens alone, or its logits are not those of a linear layer.
+    """
     if model not in _known:
-        _known[model] = _asked(model)
+        try:
+            _known[model] = _asked(model)
+        except PretrainError:
+            raise
+        except Exception as error:  # of a forward pass that wants more than tokens
+            kind = at(model, "config.model_type")
+            raise PretrainError(
+                f"model type {kind!r}: no logits of tokens alone ({type(error).__name__}); accepted: a language model"
+            ) from error
     return _known[model]
 
 
 def accepts(model: nn.Module, name: str) -> bool:
-    """Whether the model's `forward` has an argument of that name."""
-    return name in inspect.signature(model.forward).parameters
+    """Whether the model's `forward` has an argument of a name, or hands it to a base model whose has."""
+    parameters = inspect.signature(model.forward).parameters
+    inner: nn.Module = getattr(model, "base_model", model)
+    handed = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    return name in parameters or (handed and name in inspect.signature(inner.forward).parameters)
 
 
 @torch.no_grad()

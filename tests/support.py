@@ -1,0 +1,190 @@
+"""Which method works on which model type: each is run on a tiny model of the type, and what comes of it recorded.
+
+    python tests/support.py [KIND ...] --record     # writes docs/support.json, from which docs/support.md is made
+
+A pair works if it does what `check` asks of its kind of method; it is refused if it ends with the one clear error. All
+else is a defect, and stops the record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import conftest
+import examples
+import examples_training
+import gradient_cases
+import torch
+import zoo
+from examples import Shelf, logits, operated
+from examples_training import Material
+
+from pretrain.core import checkpoint
+from pretrain.core.batch import Batch, counts
+from pretrain.core.errors import PretrainError
+from pretrain.core.generation.loop import decode
+from pretrain.core.method import method_class
+from pretrain.core.models.families import family
+from pretrain.core.registry import methods
+from pretrain.stages.evaluate import evaluate
+from pretrain.training.compatible import check_families
+
+COLUMNS = ("objective", "evaluation", "surgery", "decoding")
+PAGE = Path(__file__).parent.parent / "docs" / "support.json"
+OWN = ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")  # of the vocabulary at hand
+WORKS = "works"
+
+
+@contextmanager
+def known(kind: str) -> Iterator[None]:
+    """While open, the examples make models of this type."""
+    small = {name: value for name, value in zoo.fields(kind).items() if name not in OWN}
+    conftest.TINY[kind], conftest.TASK[kind] = small, zoo.TASKS[kind]
+    gradient_cases.GENERATES[kind] = zoo.TASKS[kind]
+    try:
+        yield
+    finally:
+        for table in (conftest.TINY, conftest.TASK, gradient_cases.GENERATES):
+            table.pop(kind)
+
+
+def names() -> list[str]:
+    """The methods of the table's columns, by their kind."""
+    rows = [(COLUMNS.index(row.kind), name) for name, row in methods().items() if row.kind in COLUMNS and row.ours]
+    return [name for _, name in sorted(rows)]
+
+
+FUNCTION = "def f{0}(a, b):\n    x = a * {0} - b\n    return [x, b]\n\n\n# "
+
+
+class _Named:
+    """A method of which only the name and the families matter."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.families = name, methods()[name].families
+
+
+class Bench:
+    """What the methods are tried with."""
+
+    def __init__(self, prepared: Path, stories: list[dict[str, str]], folder: Path) -> None:
+        self.shelf, self.material = Shelf(folder), Material(prepared, folder, stories)
+
+    def outcome(self, name: str, kind: str) -> str:
+        """`WORKS`, or the error with which the method refuses the type."""
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                check_families([_Named(name)], family(self.shelf.model(kind)))
+                getattr(self, f"check_{methods()[name].kind}")(name, kind)
+        except PretrainError as error:
+            assert "\n" not in str(error), error
+            return str(error)
+        return WORKS
+
+    def check_objective(self, name: str, kind: str) -> None:
+        """Its loss is finite, and so is a gradient that is not 0."""
+        fitted = examples_training.FITTED.get(name, lambda _: {})(kind)
+        folder = self.shelf.folder / f"{name}-{kind}"
+        folder.mkdir(exist_ok=True)
+        case = gradient_cases.build(name, fitted, kind, self.material.prepared, folder)
+        batch: Batch = case.objective.prepare(case.rows[:2], case.context)
+        value, _ = case.trainee([batch], [dict.fromkeys(counts(batch), 1.0)])
+        value.backward()
+        gradients = [p.grad for p in case.trainee.parameters() if p.grad is not None]
+        assert math.isfinite(float(value.detach())) and all(bool(torch.isfinite(g).all()) for g in gradients)
+        assert any(bool(g.any()) for g in gradients)
+
+    def check_evaluation(self, name: str, kind: str) -> None:
+        """Its metrics are numbers."""
+        evaluation = examples_training.example(name, self.material)
+        model = self.material.model(kind, conftest.TASK[kind], seed=3)
+        if name == "task":
+            model.config.architectures = [type(model).__name__]
+            vocabulary = examples.Vocabulary.of(self.material.tokenizer)
+            model = evaluation.method.ready(model, ("a", "b"), vocabulary, 0).eval()
+        documents = [
+            {
+                "text": FUNCTION.format(n) + text[:200], "domain": story["domain"], "id": str(n), "label": "ab"[n % 2], "source": text[:60],
+                "target": text[60:100], "prompt": text[:30], "answer": text[30:36],
+            }
+            for n, story in enumerate(self.material.stories[:24]) if (text := story["text"])
+        ]  # fmt: skip
+        metrics = evaluate(model, self.material.tokenizer, documents, [evaluation], compressors=False)["metrics"]
+        assert metrics and not any(math.isinf(value) for value in metrics.values())
+
+    def check_surgery(self, name: str, kind: str) -> None:
+        """The operated model is finite, and its checkpoint opens as what was saved."""
+        model, tokenizer = operated(name, self.shelf, kind)
+        ours = logits(model)
+        assert bool(torch.isfinite(ours).all())
+        with tempfile.TemporaryDirectory() as folder:
+            checkpoint.save(model, tokenizer, Path(folder) / "c")
+            again, _ = checkpoint.load(Path(folder) / "c")
+            assert torch.allclose(logits(again), ours, atol=1e-5)
+
+    def check_decoding(self, name: str, kind: str) -> None:
+        """It continues prompts; with fields with which it changes nothing, as plain decoding does."""
+        model = self.shelf.model(kind)
+        ids_BL = torch.tensor([self.shelf.tokenizer("the quick fox over", add_special_tokens=False)["input_ids"]])
+        plain_BN = decode(model, ids_BL, max_new_tokens=4, pad=0)
+        fields = examples.PLAIN.get(name) or examples.FIELDS.get(name, lambda *_: {})
+        made: Any = method_class(name)(**fields(self.shelf, kind))
+        output_BN = made.generate(model, ids_BL, max_new_tokens=4, pad=0)
+        assert output_BN.shape == plain_BN.shape
+        assert name in examples.NEVER_PLAIN or torch.equal(output_BN, plain_BN)
+
+
+def recorded(table: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
+    """As the file has it: by type what it is made for, the methods that work, and those that refuse it."""
+    return {
+        kind: {
+            "kind": zoo.TASKS[kind],
+            "works": [name for name, outcome in row.items() if outcome == WORKS],
+            "refused": [name for name, outcome in row.items() if outcome != WORKS],
+        }
+        for kind, row in table.items()
+    }
+
+
+def main() -> None:
+    """Record the table, or print the defects."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("kinds", nargs="*")
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--record", action="store_true")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        stories = conftest.real_documents()
+        bench = Bench(conftest.prepare(stories, Path(folder) / "prepared"), stories, Path(folder))
+        table: dict[str, dict[str, str]] = {}
+        defects = 0
+        for kind in options.kinds or zoo.TASKS:
+            with known(kind):
+                row = table.setdefault(kind, {})
+                for name in options.methods or names():
+                    try:
+                        row[name] = bench.outcome(name, kind)
+                    except Exception as error:
+                        defects += 1
+                        row[name] = f"DEFECT {type(error).__name__}: {str(error)[:200]}"
+                        print(kind, name, row[name].replace("\n", " "), flush=True)
+            print(kind, sum(value == WORKS for value in row.values()), "of", len(row), flush=True)
+    if options.record and not defects:
+        before = json.loads(PAGE.read_text()) if PAGE.exists() else {}
+        whole = {kind: row for kind, row in (before | recorded(table)).items() if kind in zoo.TASKS}
+        PAGE.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sys.exit(bool(defects))
+
+
+if __name__ == "__main__":
+    main()
