@@ -15,7 +15,7 @@ from pretrain.core import method, registry
 from pretrain.core.bounds import hints, words
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
-from pretrain.core.models import families
+from pretrain.core.models import initial
 from pretrain.core.quick import declared
 from pretrain.core.quick.outline import outline, source_of
 from pretrain.core.quick.table import FAMILIES
@@ -80,7 +80,7 @@ def test_a_function_of_an_outline_imports_what_it_needs_when_it_is_called():
 @pytest.mark.parametrize("model_type", [name for entry in FAMILIES for name in entry.types])
 def test_the_source_of_transformers_tells_the_fields_of_a_configuration(model_type):
     known = declared.declared(model_type).names
-    assert known == families._config_fields(model_type) and "model_type" not in known
+    assert known == initial._config_fields(model_type) and "model_type" not in known
     assert ("rope_theta" in known) == ("rope_parameters" in known)  # the name in older files
 
 

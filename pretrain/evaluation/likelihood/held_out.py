@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
-from pretrain.core.models.families import positions_of
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -59,6 +58,7 @@ class HeldOut(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The metrics on documents with `text` and `domain`."""
+        from pretrain.core.models.families import positions_of
         from pretrain.core.models.likelihood import document_nll
 
         length = self.length or min(1024, positions_of(model) or 1024)
