@@ -133,6 +133,12 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "model_soup": lambda shelf, family: {"recipe": "uniform"},
     "slerp": lambda shelf, family: {"other": shelf.saved(family, 1), "t": {"attn": (0.0, 1.0), "*": 0.5}},
     "task_arithmetic": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2)), "weights": (0.4, (0.1, 0.7))},
+    "breadcrumbs": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2))},
+    "dare": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2))},
+    "della": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2))},
+    "linear_merge": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2))},
+    "model_stock": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2))},
+    "passthrough": lambda shelf, family: {"models": (shelf.saved(family, 1),), "slices": ((0, 0, 2), (1, 1, 2))},
     "ties": lambda shelf, family: {"models": (shelf.saved(family, 1), shelf.saved(family, 2))},
     "ofa": lambda shelf, family: {  # in factors where there is one table
         "tokenizer": shelf.other_tokenizer, "vectors": (shelf.vectors,),

@@ -16,6 +16,7 @@ from pretrain.core.method import method_class
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.surgery import Inputs
 from pretrain.surgery.merging._streams import Place, Stored, at_place, places
+from pretrain.surgery.merging.model_stock import share_of_mean
 
 
 @pytest.fixture(scope="module")
@@ -67,14 +68,35 @@ GRADIENT, FILTERED = (0.2, 0.9, 0.5), {"mlp": (0.1, 0.8), "attn": 0.3, "*": 0.6}
 TASK_VECTORS = {
     "task_arithmetic": {},
     "ties": {"density": (0.3, GRADIENT)},
-}
+    "breadcrumbs": {"density": (0.3, GRADIENT), "gamma": 0.04},
+    "breadcrumbs_ties": {"density": (0.3, GRADIENT), "gamma": 0.04, "elect": True},
+    "dare_linear": {"density": (0.3, GRADIENT), "rescale": "l1"},
+    "dare_ties": {"density": (0.3, GRADIENT), "rescale": "l1", "elect": True},
+    "della": {"density": (0.3, GRADIENT), "rescale": "l1", "epsilon": 0.05},
+    "della_linear": {
+        "density": (0.3, GRADIENT), "rescale": "l1", "epsilon": 0.05, "elect": False, "normalize": False,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def same_numbers(monkeypatch):
+    """What is drawn for a weight of a model depends on its task vector alone, here and in mergekit."""
+    bernoulli = torch.bernoulli
+
+    def drawn(kept, *, generator=None):
+        source = torch.Generator().manual_seed(kept.numel())
+        return bernoulli(kept.float(), generator=source).to(kept)
+
+    monkeypatch.setattr(torch, "bernoulli", drawn)
 
 
 @pytest.mark.parametrize("name", TASK_VECTORS)
-def test_a_merge_of_task_vectors_is_mergekits(folders, tmp_path, name):
+def test_a_merge_of_task_vectors_is_mergekits(folders, tmp_path, same_numbers, name):
     start, *models = folders("llama")[:3]
     weights, ours = (0.7, FILTERED), TASK_VECTORS[name]
-    mine = merged(name, start, models=tuple(models), weights=weights, scale=1.3, **ours)
+    method = name if name == "task_arithmetic" else name.partition("_")[0]
+    mine = merged(method, start, models=tuple(models), weights=weights, scale=1.3, **ours)
     each = [
         {
             "model": model,
@@ -83,7 +105,8 @@ def test_a_merge_of_task_vectors_is_mergekits(folders, tmp_path, name):
         }
         for number, model in enumerate(models)
     ]
-    given = {"merge_method": name, "base_model": start, "models": each, "parameters": {"lambda": 1.3}}
+    numbers = {field: ours[field] for field in ("gamma", "epsilon") if field in ours}
+    given = {"merge_method": name, "base_model": start, "models": each, "parameters": {"lambda": 1.3} | numbers}
     assert_equal(mine, theirs(given, tmp_path / "merged"))
 
 
@@ -93,6 +116,52 @@ def test_slerp_is_mergekits(folders, tmp_path, t):
     given = {"merge_method": "slerp", "base_model": start, "models": [{"model": m} for m in (start, other)]}
     wanted = theirs(given | {"parameters": {"t": as_filters(t)}}, tmp_path / "merged")
     assert_equal(merged("slerp", start, other=other, t=t), wanted)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_linear_is_mergekits(folders, tmp_path, normalize):
+    models, weights = folders("gpt2")[:3], (0.7, FILTERED, GRADIENT)
+    each = [{"model": m, "parameters": {"weight": as_filters(w)}} for m, w in zip(models, weights, strict=True)]
+    given = {"merge_method": "linear", "models": each, "parameters": {"normalize": normalize}}
+    mine = merged("linear_merge", models[0], models=tuple(models[1:]), weights=weights, normalize=normalize)
+    assert_equal(mine, theirs(given, tmp_path / "merged"))
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_model_stock_is_mergekits(folders, tmp_path, count):
+    start, *models = folders("llama")[: count + 1]
+    given = {"merge_method": "model_stock", "base_model": start, "models": [{"model": m} for m in models]}
+    assert_equal(merged("model_stock", start, models=tuple(models)), theirs(given, tmp_path / "merged"))
+
+
+def test_model_stock_goes_back_by_the_angle_of_two_models():
+    assert share_of_mean([torch.tensor([1.0, 0.0]), torch.tensor([0.0, 2.0])]) == 0
+    assert share_of_mean([torch.tensor([1.0, 2.0])] * 2) == pytest.approx(1)
+    sixty = torch.tensor([1.0, 0.0]), torch.tensor([0.5, 0.75**0.5])
+    assert share_of_mean([*sixty]) == pytest.approx(2 * 0.5 / (1 + 0.5))
+    assert share_of_mean([torch.zeros(2), torch.zeros(2)]) == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_passthrough_is_mergekits(folders, tmp_path, family):
+    models, slices = folders(family)[:2], ((0, 0, 4), (1, 2, 6), (0, 5, 6))
+    scale = (1.0, {"mlp": (0.5, 1.5), "*": 1.0}, (0.25, 2.0))
+    each = [
+        {"sources": [{"model": models[which], "layer_range": [start, end], "parameters": {"scale": as_filters(by)}}]}
+        for (which, start, end), by in zip(slices, scale, strict=True)
+    ]
+    wanted = theirs({"merge_method": "passthrough", "slices": each}, tmp_path / "merged")
+    assert_equal(merged("passthrough", models[0], models=(models[1],), slices=slices, scale=scale), wanted)
+
+
+def test_blocks_of_which_nothing_comes_out_change_nothing(folders):
+    start, other = folders("llama")[:2]
+    silent = {"o_proj": 0.0, "down_proj": 0.0, "*": 1.0}
+    slices, scale = ((0, 0, 4), (1, 2, 4), (0, 4, 6)), (1.0, silent, 1.0)
+    model, _ = checkpoint.load(start)
+    wanted = model(torch.arange(3, 23)[None]).logits
+    made = method_class("passthrough")(slices, (other,), scale)(model)
+    assert made.config.num_hidden_layers == 8 and torch.equal(made(torch.arange(3, 23)[None]).logits, wanted)
 
 
 def test_slerp_keeps_to_the_arc_between_its_ends(folders):
@@ -122,6 +191,39 @@ def test_ties_trims_elects_and_averages_those_that_agree(tiny, tmp_path):
     torch.testing.assert_close(found, torch.tensor([(0.9 + 0.3) / 2, (-0.5 - 0.7) / 2, 0, 0]), rtol=0, atol=1e-6)
 
 
+def test_dare_and_della_keep_the_mean_of_a_task_vector(tiny, tmp_path):
+    start, other = tiny(vocab_size=4000), tiny(vocab_size=4000)
+    name, vector = "model.embed_tokens.weight", torch.linspace(0.5, 1.5, 4000 * 32).view(4000, 32)
+    with torch.no_grad():
+        start.get_parameter(name).zero_()
+        other.get_parameter(name).copy_(vector)
+    for number, model in enumerate((start, other)):
+        checkpoint.save(model, None, tmp_path / str(number))
+    for method, epsilon in (("dare", 0.0), ("della", 0.1)):
+        fields = {"epsilon": epsilon} if epsilon else {}
+        made = merged(method, tmp_path / "0", models=(str(tmp_path / "1"),), density=(0.2,), **fields)[name]
+        kept = made != 0
+        assert float(kept.double().mean()) == pytest.approx(0.2, abs=0.005)
+        assert float(made.double().mean()) == pytest.approx(1.0, abs=0.02)
+        for column, share in ((0, 0.2 - epsilon), (31, 0.2 + epsilon)):  # rows rise
+            assert float(kept[:, column].double().mean()) == pytest.approx(share, abs=0.03)
+            torch.testing.assert_close((made / vector)[:, column][kept[:, column]].mean(), torch.tensor(1 / share))
+
+
+def test_breadcrumbs_leave_the_middle(tiny, tmp_path):
+    start, other = tiny(), tiny()
+    with torch.no_grad():
+        start.model.norm.weight.zero_()
+        other.model.norm.weight.copy_(torch.arange(1.0, 33.0) * (-1) ** torch.arange(32))
+    for number, model in enumerate((start, other)):
+        checkpoint.save(model, None, tmp_path / str(number))
+    models = (str(tmp_path / "1"),)
+    made = merged("breadcrumbs", tmp_path / "0", models=models, density=(0.25,), gamma=0.1)["model.norm.weight"]
+    assert made.nonzero().flatten().tolist() == [*range(21, 29)]  # of 32 the 3 largest go, and 8 are left
+    made = merged("breadcrumbs", tmp_path / "0", models=models, density=(0.25,), gamma=0.0)["model.norm.weight"]
+    assert made.nonzero().flatten().tolist() == [*range(24, 32)]
+
+
 def test_a_setting_is_spread_over_the_blocks_and_chosen_by_the_longest_part_of_the_name(tiny):
     assert [at_place((0.0, 1.0, 0.0), Place("x", depth)) for depth in (0.0, 0.25, 0.5, 1.0)] == [0.0, 0.5, 1.0, 0.0]
     parts = {"attn": 1.0, "self_attn.q": 2.0, "*": 3.0}
@@ -136,6 +238,12 @@ def test_a_setting_is_spread_over_the_blocks_and_chosen_by_the_longest_part_of_t
 EVERY = {
     "task_arithmetic": {"models": 4},
     "ties": {"models": 4},
+    "dare": {"models": 4},
+    "della": {"models": 4},
+    "breadcrumbs": {"models": 4},
+    "linear_merge": {"models": 4},
+    "model_stock": {"models": 4},
+    "passthrough": {"models": 1, "slices": ((0, 0, 2), (1, 1, 6))},
     "slerp": {},
 }
 
@@ -143,7 +251,7 @@ EVERY = {
 def fields_of(name, folders):
     """The fields of a merge of the first checkpoint with as many others as `EVERY` gives it."""
     count = EVERY[name].get("models")
-    return {"models": tuple(folders[1 : count + 1])} if count else {"other": folders[1]}
+    return EVERY[name] | ({"models": tuple(folders[1 : count + 1])} if count else {"other": folders[1]})
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -163,7 +271,8 @@ def test_the_other_models_are_read_weight_by_weight_and_never_whole(folders, mon
     monkeypatch.setattr(Stored, "read", counted)
     monkeypatch.setattr("pretrain.surgery.merging._streams.load", whole.append)
     method_class(name)(**fields_of(name, [start, *others]))(model)
-    assert not whole and most <= EVERY[name].get("models", 1)
+    room = 2 if name == "passthrough" else EVERY[name].get("models", 1)  # which holds the last while it reads the next
+    assert not whole and most <= room
 
 
 def test_shards_and_weights_without_prefix_are_read_and_bfloat16_stays(tiny, tmp_path):
@@ -216,6 +325,10 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path, folders, name):
     with pytest.raises(PretrainError, match=rf"{name}: token \d+ is .+; accepted: vocabularies of which the shorter"):
         method_class(name)(**fields)(model, Inputs(tokenizer=tokenizer))
     other = fields_of(name, folders("llama"))
+    if name == "passthrough":
+        with pytest.raises(PretrainError, match=r"passthrough: slices \[1, 1, 7\]: accepted: up to 6"):
+            method_class(name)(**other | {"slices": ((1, 1, 7),)})(model, Inputs())
+        return
     with pytest.raises(PretrainError, match=f"{name}: .+ has num_hidden_layers 6 in its config; accepted: 2"):
         method_class(name)(**other)(model, Inputs())
     other = fields_of(name, folders("gpt2"))
@@ -230,6 +343,12 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path, folders, name):
         ("ties", {"models": ("a", "b", "c"), "weights": (1.0, 2.0)}, r"weights .*: accepted: 1 for all, or 3"),
         ("ties", {"models": ("a",), "density": (0.0,)}, r"density \(0.0,\): accepted: "),
         ("ties", {"models": ("a",), "density": ((),)}, r"density \(\): accepted: at least 1 number"),
+        ("della", {"models": ("a",), "density": (0.1,)}, r"epsilon 0.15: accepted: below 0.1 with density 0.1"),
+        ("model_stock", {"models": ("a",)}, r"models \['a'\]: accepted: two or more"),
+        ("linear_merge", {"models": ("a",), "weights": (1.0,) * 3}, r"weights .*: accepted: 1 for all, or 2"),
+        ("passthrough", {"slices": ()}, r"slices \[\]: accepted: one or more"),
+        ("passthrough", {"slices": ((1, 0, 2),)}, r"slices \[1, 0, 2\]: accepted: .* from 0 \(the checkpoint\) to 0"),
+        ("passthrough", {"slices": ((0, 2, 2),)}, r"slices \[0, 2, 2\]: accepted: .* an end after the block"),
         ("slerp", {"other": "a", "t": {"mlp": 0.5}}, r"t .*: accepted: a mapping with '\*'"),
         ("slerp", {"other": "a", "t": (0.5, 1.5)}, r"t \(0.5, 1.5\): accepted: "),
     ],

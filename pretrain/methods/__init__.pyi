@@ -126,9 +126,15 @@ from pretrain.surgery.compression.pre_calibration import PreCalibration as PreCa
 from pretrain.surgery.compression.sparse_llm import SparseLLM as SparseLLM
 from pretrain.surgery.growth.bert2bert import Bert2BERT as Bert2BERT
 from pretrain.surgery.growth.g_stack import GStack as GStack
+from pretrain.surgery.merging.breadcrumbs import Breadcrumbs as Breadcrumbs
+from pretrain.surgery.merging.dare import Dare as Dare
+from pretrain.surgery.merging.della import Della as Della
 from pretrain.surgery.merging.instruction_residual import InstructionResidual as InstructionResidual
 from pretrain.surgery.merging.instruction_vector import InstructionVector as InstructionVector
+from pretrain.surgery.merging.linear_merge import LinearMerge as LinearMerge
 from pretrain.surgery.merging.model_soup import ModelSoup as ModelSoup
+from pretrain.surgery.merging.model_stock import ModelStock as ModelStock
+from pretrain.surgery.merging.passthrough import Passthrough as Passthrough
 from pretrain.surgery.merging.slerp import Slerp as Slerp
 from pretrain.surgery.merging.task_arithmetic import TaskArithmetic as TaskArithmetic
 from pretrain.surgery.merging.ties import Ties as Ties

@@ -15,8 +15,8 @@ from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, embeddings, family
 from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._growth import config_with_blocks, fresh
 from pretrain.surgery._random import generator
-from pretrain.surgery.growth._growth import config_with_blocks, fresh
 
 # The axes of each weight as it is stored: E width, Q queries, K keys and values, 3 the two fused, F feed-forward, N a
 # norm's, T that of the norm before the head, · one that does not grow; `/` before the axis that the layer sums over.

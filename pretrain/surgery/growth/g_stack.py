@@ -13,7 +13,7 @@ from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, family
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.growth._growth import config_with_blocks, fresh
+from pretrain.surgery._growth import config_with_blocks, fresh
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from pretrain.core.bounds import AnyNumber, PositiveShare, Share
 from pretrain.core.checkpoint import Facts, checkpoint_of, inspected, load, surgery_of
@@ -111,20 +111,25 @@ def places(model: PreTrainedModel) -> dict[str, Place]:
 class Stored:
     """A checkpoint whose weights are read one by one, each when it is asked for."""
 
-    def __init__(self, label: str, files: Mapping[str, Any], names: Mapping[str, str]) -> None:
-        self.label = label
+    def __init__(
+        self, label: str, config: PreTrainedConfig, files: Mapping[str, Any], names: Mapping[str, str]
+    ) -> None:
+        self.label, self.config = label, config
         self._files, self._names = files, names  # open files by the names in them; those by the model's names
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Of a weight, without reading it."""
+        stored = self._stored(name)
+        return tuple(self._files[stored].get_slice(stored).get_shape())
+
+    def _stored(self, name: str) -> str:
         if name not in self._names:
             raise PretrainError(f"{self.label} does not have the weight {name}; accepted: a model of the same weights")
-        stored = self._names[name]
-        return tuple(self._files[stored].get_slice(stored).get_shape())
+        return self._names[name]
 
     def read(self, name: str) -> Tensor:
         """A weight, on the CPU."""
-        stored = self._names[name]
+        stored = self._stored(name)
         with parsing(f"{self.label}: {stored} cannot be read", "a whole safetensors file"):
             tensor: Tensor = self._files[stored].get_tensor(stored)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
@@ -170,11 +175,15 @@ def _open(label: str, stack: ExitStack, place: Path, facts: Facts) -> Stored:
     files = _handles(stack, facts.files)
     names = {name: _stored_name(expected, name, files) for name in weights(expected)}
     if None not in names.values() and not facts.record.get("surgery") and _alike(expected, names, files):
-        return Stored(label, files, {name: stored for name, stored in names.items() if stored is not None})
+        return Stored(
+            label, facts.config, files, {name: stored for name, stored in names.items() if stored is not None}
+        )
     folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="merge-")))
     table = weights(load(place)[0])
     save_file({name: tensor.contiguous() for name, tensor in table.items()}, folder / "weights.safetensors")
-    return Stored(label, _handles(stack, [folder / "weights.safetensors"]), {name: name for name in table})
+    return Stored(
+        label, facts.config, _handles(stack, [folder / "weights.safetensors"]), {name: name for name in table}
+    )
 
 
 def _alike(expected: PreTrainedModel, names: Mapping[str, str | None], files: Mapping[str, Any]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from pretrain.core.method import Ref
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
 from pretrain.surgery.merging._streams import Place, Setting, at_place, check_settings, for_each, merge
+
+Rescale = Literal["density", "l1", "none"]
 
 
 @dataclass(frozen=True)
@@ -83,3 +85,17 @@ def _agreed(weighted: list[Tensor], weights: list[float]) -> tuple[Tensor, Tenso
         total += vector * agrees
         divisor += weight * agrees
     return total, divisor.masked_fill_(divisor == 0, 1.0)
+
+
+def draw(kept: Tensor, source: torch.Generator, like: Tensor) -> Tensor:
+    """1 with the probabilities `kept`, in float32 on the CPU, so that numbers are the same on each device; else 0."""
+    return torch.bernoulli(kept, generator=source).to(like)
+
+
+def rescaled(vector: Tensor, mask: Tensor, rescale: str, kept: Tensor | float) -> Tensor:
+    """The numbers under a mask: divided by the probability `kept` (`density`), to the old L1 norm (`l1`), or as is."""
+    thinned = vector * mask
+    if rescale == "density":
+        return thinned / kept
+    before, after = vector.abs().sum(), thinned.abs().sum()
+    return thinned * (before / after) if rescale == "l1" and min(before, after) >= 1e-7 else thinned

@@ -29,7 +29,7 @@ class Slerp(Surgery):
     other model: a number, a list of numbers spread over the blocks, or a mapping from parts of weights' names to either
     (`*`: all others), such as `{self_attn: [0, 0.5, 0.3, 0.7, 1], mlp: [1, 0.5, 0.7, 0.3, 0], "*": 0.5}`. Sums are in
     float64 and rounded once; the other model is read weight by weight. Checked against mergekit 0.1.5
-    (arcee-ai/mergekit, a6e402884ba9) on whole checkpoints.
+    (arcee-ai/mergekit) on whole checkpoints.
     """
 
     shares_vocabulary: ClassVar[tuple[str, ...]] = ("other",)

@@ -17,5 +17,5 @@ class TaskArithmetic(TaskVectors):
     list of numbers spread over the blocks, or a mapping from parts of weights' names to either (`*`: all others).
     `normalize` divides by the sum of the weights, `elect` drops disagreeing signs as TIES does. Sums are in float64 and
     rounded once; the models are read weight by weight, so that two tensors are in memory besides the checkpoint.
-    Checked against mergekit 0.1.5 (arcee-ai/mergekit, a6e402884ba9) on whole checkpoints.
+    Checked against mergekit 0.1.5 (arcee-ai/mergekit) on whole checkpoints.
     """

@@ -22,7 +22,7 @@ class Ties(TaskVectors):
     over the blocks, or a mapping from parts of weights' names to either (`*`: all others). Trimmed is each weight by
     itself, as mergekit does; the authors trim over all of a model. At least one number is kept. Sums are in float64
     and rounded once; the models are read weight by weight, so that one tensor of each is in memory. Checked against
-    mergekit 0.1.5 (arcee-ai/mergekit, a6e402884ba9) on whole checkpoints.
+    mergekit 0.1.5 (arcee-ai/mergekit) on whole checkpoints.
     """
 
     normalize: bool = True

@@ -1,4 +1,4 @@
-"""What the surgeries that grow a model share: a fresh model of a larger configuration."""
+"""What the surgeries that make a larger model share: a fresh model of a larger configuration."""
 
 from __future__ import annotations
 
