@@ -183,8 +183,11 @@ def generate(
         str | None, typer.Option(help="Decoding: NAME, or {method: NAME, field: value}.", autocompletion=_names)
     ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy; 0.8 by default.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="0.95 by default.")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="0 is greedy; the checkpoint's by default, or 0.8.")
+    ] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="The checkpoint's by default, or 0.95.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the continuation.")] = None,
     seed: int = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message, in the checkpoint's chat template.")
@@ -213,6 +216,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         temperature=temperature,
         top_p=top_p,
+        stop=stop or (),
         seed=seed,
         chat=chat,
     )

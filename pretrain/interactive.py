@@ -144,13 +144,18 @@ def generate(
     max_new_tokens: int = 64,
     temperature: float | None = None,
     top_p: float | None = None,
+    stop: Sequence[str] = (),
     seed: int = 0,
 ) -> str:
-    """What the model writes after a prompt. By default it samples at temperature 0.8 with top_p 0.95; 0 is greedy."""
+    """What the model writes after a prompt, up to and with the first text of `stop`.
+
+    Temperature (0 is greedy), top_p and all else are the model's `generation_config`'s unless given; where that says
+    nothing it samples at temperature 0.8 with top_p 0.95.
+    """
     chosen: Decoding | None = None if method is None else _method(method, "decoding")
     sample = continue_prompt(
         model, tokenizer, prompt, method=chosen, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        seed=seed,
+        stop=stop, seed=seed,
     )  # fmt: skip
     return str(sample["continuation"])
 

@@ -294,7 +294,7 @@ class Echo(Decoding):
     def decode(self, model, input_ids_BL, options):
         raise NotImplementedError
 
-    def generate(self, model, input_ids_BL, *, max_new_tokens=64, eos=None, pad=0):
+    def generate(self, model, input_ids_BL, *, max_new_tokens=64, **more):
         return torch.cat([input_ids_BL, torch.full((1, max_new_tokens), 5)], dim=1)
 
 

@@ -8,11 +8,14 @@ from closeness import assert_same_model
 from conftest import TINY
 from decoding_cases import EOS, WIDE, chance, greedy, learnt, padded, pairs, prompt
 
+from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.continuations import sample
 from pretrain.core.generation.forward import Forward, why_not
 from pretrain.core.generation.loop import decode
 from pretrain.core.generation.options import Options
+from pretrain.core.generation.settings import ends, options_of, sampling
 from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.stages.decode import continue_prompt
@@ -98,11 +101,14 @@ def test_the_nucleus_is_that_of_transformers():
     from transformers import TopPLogitsWarper
 
     logits_BV = torch.randn(50, 40, generator=torch.Generator().manual_seed(0)) * 3
+    none_BN = torch.empty(50, 0, dtype=torch.int64)
     for top_p in (0.1, 0.5, 0.9):
         kept_BV = TopPLogitsWarper(top_p)(None, logits_BV / 0.8) > -torch.inf
         seen_BV = torch.zeros_like(kept_BV)
         for number in torch.linspace(0, 0.99999, 400):
-            seen_BV[torch.arange(50), Options(temperature=0.8, top_p=top_p).pick(logits_BV, number.expand(50))] = True
+            seen_BV[
+                torch.arange(50), Options(temperature=0.8, top_p=top_p).pick(logits_BV, number.expand(50), none_BN)
+            ] = True
         assert not (seen_BV & ~kept_BV).any()
         assert (seen_BV == kept_BV).float().mean() > 0.98  # the unlikeliest may fall between two of the numbers
 
@@ -156,3 +162,90 @@ def test_a_model_that_has_learnt_ends_where_generate_does(tiny):
     model = learnt(tiny(), 30)
     for seed in range(4):
         assert torch.equal(decode(model, prompt(4, seed), eos=EOS), greedy(model, prompt(4, seed), 64, eos=EOS))
+
+
+def set_up(model, **fields):
+    """The model with these fields in its `generation_config`."""
+    from transformers import GenerationConfig
+
+    model.generation_config = GenerationConfig(**fields)
+    return model
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"repetition_penalty": 1.7},
+        {"no_repeat_ngram_size": 2},
+        {"suppress_tokens": list(range(3, 60))},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_what_shapes_greedy_tokens_is_that_of_generate(tiny, tokenizer, fields):
+    from pretrain.decoding.speculative.token_recycling import TokenRecycling
+
+    changed = 0
+    for seed in range(3):
+        model, ids_1L = set_up(tiny(seed=seed, vocab_size=512, **WIDE["llama"]), **fields), prompt(9, seed)
+        options = options_of(model, tokenizer, 9, max_new_tokens=16)
+        expected = model.generate(
+            ids_1L, attention_mask=torch.ones_like(ids_1L), max_new_tokens=16, do_sample=False,
+            eos_token_id=sorted(options["eos"]), pad_token_id=0,
+        )  # fmt: skip
+        assert torch.equal(decode(model, ids_1L, **options), expected)
+        assert torch.equal(TokenRecycling().generate(model, ids_1L, **options), expected)
+        changed += not torch.equal(decode(model, ids_1L, max_new_tokens=16)[:, : expected.shape[1]], expected)
+    assert changed
+
+
+def test_what_shapes_samples_is_that_of_transformers(tiny, tokenizer):
+    model, ids_1L = set_up(tiny(vocab_size=512, **WIDE["llama"]), top_k=4, min_p=0.1), prompt(6, 0)
+    options = options_of(model, tokenizer, 6, max_new_tokens=1, temperature=0.7, top_p=0.9)
+    with torch.no_grad():
+        logits_1V = model(ids_1L).logits[0, -1:]
+    p_V = options["processors"](ids_1L, logits_1V).softmax(-1)[0]
+    warmed = (logits_1V[0] / 0.7).softmax(-1)
+    assert set(p_V.nonzero()[:, 0].tolist()) <= set(warmed.topk(4).indices.tolist())
+    ours = decode(
+        model, ids_1L.expand(4000, -1), **options, generator=torch.Generator().manual_seed(0)
+    )[:, 6]  # fmt: skip
+    share_V = torch.bincount(ours, minlength=512) / len(ours)
+    assert (share_V - p_V).abs().max() < 0.03
+
+
+def test_every_end_token_and_stop_string_ends_its_row(tiny, tokenizer):
+    model = tiny(vocab_size=512, **WIDE["llama"])
+    ids_BL, mask_BL = padded((4, 9, 6), 1)
+    free_BN = decode(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=14)[:, 9:].tolist()
+    listed = [free_BN[0][3], free_BN[1][6]]
+    set_up(model, eos_token_id=listed)
+    options = options_of(model, tokenizer, 9, max_new_tokens=14)
+    for row, whole in zip(
+        decode(model, ids_BL, attention_mask_BL=mask_BL, **options)[:, 9:].tolist(), free_BN, strict=True
+    ):
+        end = next((i for i, token in enumerate(whole) if token in {*listed, tokenizer.eos_token_id}), 13)
+        assert row == (whole[: end + 1] + [tokenizer.pad_token_id] * 14)[: len(row)]
+    text = tokenizer.decode(free_BN[1][4:6])
+    set_up(model, stop_strings=text)
+    stopped = options_of(model, tokenizer, 9, max_new_tokens=14)
+    count = next(n for n in range(1, 15) if text in tokenizer.decode(free_BN[1][:n]))
+    new = decode(model, ids_BL[1:2], **stopped)[0, 9:].tolist()
+    assert new == free_BN[1][:count] and count < 14
+    assert sample(model, ids_BL[1].tolist(), 2, **stopped) == [new, new]
+
+
+def test_a_checkpoint_s_settings_decide_what_is_not_asked_for(tiny, tokenizer, tmp_path):
+    model = tiny(vocab_size=512)
+    for fields, expected in (
+        ({}, (0.8, 0.95)), ({"do_sample": False}, (0.0, 0.95)), ({"do_sample": True}, (1.0, 1.0)),
+        ({"temperature": 0.2, "top_p": 0.9}, (0.2, 0.9)), ({"do_sample": True, "top_p": 0.7}, (1.0, 0.7)),
+    ):  # fmt: skip
+        assert sampling(set_up(model, **fields), None, None) == expected
+        assert sampling(model, 0.0, 0.5) == (0.0, 0.5)
+    set_up(model, temperature=0.2, eos_token_id=[2, 7])  # and no `do_sample`, as many have it
+    checkpoint.save(model, tokenizer, tmp_path / "c")
+    again, _ = checkpoint.load(tmp_path / "c")
+    assert again.generation_config.temperature == 0.2 and {2, 7} <= ends(again, Vocabulary.of(tokenizer))
+    for wrong in ({"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": float("nan")}):
+        with pytest.raises(PretrainError, match=f"{next(iter(wrong))} .*: accepted: "):
+            continue_prompt(model, tokenizer, "def", **wrong)

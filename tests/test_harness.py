@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from decoding_cases import passes
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode
@@ -131,6 +132,14 @@ def test_requests_of_each_kind(model, tokenizer):
     stop = greedy[len(greedy) // 2 :][:2]
     (cut_off,) = ours.generate_until([ask("import", {"until": [stop], "max_gen_toks": 12})])
     assert cut_off == greedy.split(stop)[0]
+    together = ["import", "def f(x):", "a"]
+    alone = [ours.generate_until([ask(t, {"until": [stop], "max_gen_toks": 12})])[0] for t in together]
+    assert ours.generate_until([ask(t, {"until": [stop], "max_gen_toks": 12}) for t in together]) == alone
+    first = tokenizer.decode(made[0, 1 + len(ids("import")) :][:1])
+    count = passes(model, lambda: ours.generate_until([ask("import", {"until": [first], "max_gen_toks": 12})]))
+    assert count == 1  # the prompt's alone: the first token ends the answer
+    with pytest.raises(PretrainError, match="generation_kwargs: 'top_kk' .did you mean 'top_k'"):
+        ours.generate_until([ask("x", {"max_gen_toks": 4, "top_kk": 3})])
     assert ours.tok_encode("<|endoftext|>")[1:] != [vocabulary.eos] and ours.prefix_token_id == begin
     with pytest.raises(PretrainError, match="continuation of .* accepted: at most 40"):
         ours.loglikelihood([ask("x", long)])

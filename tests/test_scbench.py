@@ -106,7 +106,7 @@ def test_a_reused_cache_gives_the_logits_of_no_cache(tiny, name):
 
 def plain(model, tokenizer, made, going_on):
     """Accuracy and log-likelihood of each answer, every token recomputed from the beginning."""
-    asked, found = _Asked(tokenizer, made), []
+    asked, found = _Asked(model, tokenizer, made), []
     before = list(asked.context)
     for query, answer, text in zip(asked.queries, asked.answers, asked.texts, strict=True):
         start = before + query
@@ -155,7 +155,9 @@ def test_both_modes_are_what_recomputing_gives(model, tokenizer, stories, shared
 
 def test_requests_do_not_depend_on_their_order_and_turns_do(model, tokenizer, shared):
     bench, made = SCBench(**SMALL), shared("kv")
-    there, back = (_Asked(tokenizer, m) for m in (made, dataclasses.replace(made, turns=tuple(reversed(made.turns)))))
+    there, back = (
+        _Asked(model, tokenizer, m) for m in (made, dataclasses.replace(made, turns=tuple(reversed(made.turns))))
+    )
     with torch.no_grad():
         reader = Reader(model)
         reader.read(there.context)
@@ -200,7 +202,7 @@ def test_who_knows_the_answers_is_always_right(model, tokenizer, stories, shared
     newline = encode(tokenizer, ["\n"])[0].tolist()
     for task in TASKS:
         for number in range(2):
-            asked = _Asked(tokenizer, shared(task, number))
+            asked = _Asked(model, tokenizer, shared(task, number))
             for query, answer in zip(asked.queries, asked.answers, strict=True):
                 Oracle.texts[tuple(asked.context), tuple(query)] = answer + newline
     metrics = SCBench(**SMALL, golden=golden)(model, tokenizer, stories).metrics

@@ -152,9 +152,9 @@ def test_the_walk_follows_the_model_s_own_tokens():
     logits_TV = torch.zeros(5, 9)
     for node, token in enumerate((6, 7, 5, 8, 2)):
         logits_TV[node, token] = 1
-    assert _walk(tokens, children, logits_TV, 0, Sampler(Options(), None)) == ([0, 2, 4], [6, 5, 2])
+    assert _walk(tokens, children, logits_TV, [], [], Sampler(Options(), None)) == ([0, 2, 4], [6, 5, 2])
     logits_TV[0] = torch.arange(9.0)
-    assert _walk(tokens, children, logits_TV, 0, Sampler(Options(), None)) == ([0], [8])
+    assert _walk(tokens, children, logits_TV, [], [], Sampler(Options(), None)) == ([0], [8])
 
 
 def test_too_small_fields_and_other_families_are_one_clear_error(tiny):

@@ -154,17 +154,22 @@ def save(
         with atomic_folder(folder) as work:
             _write(model, processor, work, lineage or {})
     except Exception as error:
-        if (
-            isinstance(error, OSError | SafetensorError) or type(error) is Exception
-        ):  # the last is what tokenizers raises
+        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:  # as tokenizers raises
             raise PretrainError(f"cannot write {folder}: {_one_line(error)}") from error
         raise
 
 
 def _write(model: PreTrainedModel, processor: Processor | None, work: Path, lineage: Lineage) -> None:
     surgery = surgery_of(model)
-    # Of experts transformers writes the names and shapes of their makers; what we alone open keeps the model's.
-    model.save_pretrained(work, max_shard_size="5GB", save_original_format=not _foreign(surgery))
+    settings = getattr(model, "generation_config", None)
+    if settings is not None:  # as it came: transformers refuses to write temperatures without `do_sample`, as many have
+        model.generation_config = GenerationConfig()
+    try:  # of experts transformers writes the names and shapes of their makers; what we alone open keeps the model's
+        model.save_pretrained(work, max_shard_size="5GB", save_original_format=not _foreign(surgery))
+    finally:
+        if settings is not None:
+            model.generation_config = settings
+            settings.to_json_file(work / "generation_config.json", keys_to_pop=["compile_config"])
     if processor is not None:
         processor.save_pretrained(work)
     held: dict[str, str] = {}
@@ -206,13 +211,8 @@ def lineage(folder: Path | str) -> Lineage:
     """How the checkpoint came to be; empty when it is not known."""
     given = hub.snapshot(Path(folder))
     if given is not None:
-        made_by = {
-            "name": given["repo"],
-            "stage": "hub",
-            "address": hub.state(Path(folder)),
-            "revision": given["revision"],
-        }
-        return {"made_by": made_by}
+        made_by = {"name": given["repo"], "stage": "hub", "address": hub.state(Path(folder))}
+        return {"made_by": {**made_by, "revision": given["revision"]}}
     return read_record(folder).get("lineage", {})
 
 
@@ -266,9 +266,8 @@ def load(
     The processor of a model of text is its tokenizer; `core.processors.tokenizer_in` finds the one that another holds.
 
     `dtype` is that of the weights, by default the one they are stored in; they lie in aligned memory, as those of a
-    model just built. Raises `PretrainError` for a missing,
-    truncated or damaged file, for weights that do not fit the configuration, and for pickled weights, which are never
-    read.
+    model just built. Raises `PretrainError` for a missing, truncated or damaged file, for weights that do not fit the
+    configuration, and for pickled weights, which are never read.
     """
     folder = Path(folder)
     model_class, config, entry, files = inspected(folder)

@@ -22,6 +22,8 @@ from transformers import PreTrainedModel
 from pretrain.core.generation.forward import Forward, pads
 from pretrain.core.generation.options import Options
 
+NO_TOKENS = torch.empty(1, 0, dtype=torch.int64)  # where nothing depends on what stands before
+
 
 class Shape:
     """The nodes' places in the tree, the root first and parents before children (the root is its own parent)."""
@@ -87,27 +89,30 @@ class Sampler:
     options: Options
     uniform_N: Tensor | None
 
-    def token(self, logits_1V: Tensor, place: int) -> int:
-        """The model's token at a place; -1 beyond the last that is asked for."""
-        if self.uniform_N is None:
-            return int(logits_1V.argmax(-1))
-        if place >= len(self.uniform_N):
+    def token(self, logits_1V: Tensor, prompt: list[int], new: list[int]) -> int:
+        """The model's token after a prompt and new tokens; -1 beyond the last that is asked for."""
+        place = len(new)
+        if place >= self.options.max_new_tokens:
             return -1
-        return int(self.options.pick(logits_1V, self.uniform_N[place : place + 1]))
+        uniform_1 = None if self.uniform_N is None else self.uniform_N[place : place + 1]
+        if self.options.processors is None:
+            return int(self.options.pick(logits_1V, uniform_1, NO_TOKENS))
+        return int(self.options.pick(logits_1V, uniform_1, torch.tensor([[*prompt, *new]])))
 
 
 def _row(
     model: PreTrainedModel, ids_1L: Tensor, start: Callable[[list[int]], Draft], room: int, sampler: Sampler
 ) -> list[int]:
-    length, most, eos = ids_1L.shape[1], sampler.options.max_new_tokens, sampler.options.eos
+    prompt, options = ids_1L[0].tolist(), sampler.options
+    length, most = len(prompt), options.max_new_tokens
     forward = Forward(model, length + most, extra=room)
     # The columns of the tree stand last, so that a pass over n decided places takes the columns from `room - n` on.
     mask_TC = torch.zeros(room, forward.room + room, dtype=forward.dtype, device=forward.device)
     logits_1V = forward.prefill(ids_1L)
-    new = [sampler.token(logits_1V, 0)]
-    if new[0] == eos or most == 1:
+    new = [sampler.token(logits_1V, prompt, [])]
+    if most == 1 or options.at_end(new):
         return new
-    draft = start(ids_1L[0].tolist() + new)
+    draft = start(prompt + new)
     shape = None
     while True:
         tokens, drafted = draft.tree()
@@ -119,25 +124,28 @@ def _row(
         ids_1T = torch.tensor([tokens], device=forward.device)
         states_1TE = forward.states(ids_1T, shape.depth_1T + forward.length, mask_11TC)
         logits_TV = forward.head(forward.norm(states_1TE[0]))
-        path, verified = _walk(tokens, shape.children, logits_TV, len(new), sampler)
+        path, verified = _walk(tokens, shape.children, logits_TV, prompt, new, sampler)
         forward.keep(path)
-        if eos in verified:
-            verified = verified[: verified.index(eos) + 1]
-        new += verified
-        if len(new) >= most or new[-1] == eos:
-            return new[:most]
+        before, new = len(new), options.cut([*new, *verified][:most], len(new))
+        verified = new[before:]
+        if len(new) >= most or options.at_end(new):
+            return new
         draft.learn(tokens, logits_TV, verified)
 
 
 def _walk(
-    tokens: list[int], children: list[list[int]], logits_TV: Tensor, place: int, sampler: Sampler
+    tokens: list[int], children: list[list[int]], logits_TV: Tensor, prompt: list[int], new: list[int], sampler: Sampler
 ) -> tuple[list[int], list[int]]:
     """The nodes that are the model's own tokens, the root first, and the tokens that they decide."""
-    best = logits_TV.argmax(-1).tolist() if sampler.uniform_N is None else None
+    plain = sampler.uniform_N is None and sampler.options.processors is None
+    best = logits_TV.argmax(-1).tolist() if plain else None
     path, node = [0], 0
     verified: list[int] = []
     while True:
-        token = best[node] if best is not None else sampler.token(logits_TV[node : node + 1], place + len(verified))
+        if best is not None:
+            token = best[node]
+        else:
+            token = sampler.token(logits_TV[node : node + 1], prompt, [*new, *verified])
         verified.append(token)
         for child in children[node]:
             if tokens[child] == token:

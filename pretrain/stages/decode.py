@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, model_validator
@@ -21,16 +22,14 @@ from pretrain.stages._estimates import decoding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from pretrain.core.generation.options import OptionFields
-
-TEMPERATURE, TOP_P = 0.8, 0.95  # of sampling, unless it is said otherwise
 BEGINNING = 200  # letters of a held-out document that make a prompt, or half of it if that is less
 
 
 class Decode(Stage):
     """Continue prompts, or the beginnings of held-out documents, with a checkpoint; writes `samples.json`.
 
-    Models that `core.generation.forward` can run are decoded by its loop, the others by `transformers`' `generate`.
+    What the checkpoint's `generation_config` says besides (end tokens, stop strings, top_k, min_p, penalties, …) holds
+    too. Models that `core.generation.forward` can run are decoded by its loop, others by `transformers`' `generate`.
 
     checkpoint: The model that continues.
     prompts: Texts to continue.
@@ -38,8 +37,9 @@ class Decode(Stage):
     documents: How many of them.
     method: A decoding method in place of plain sampling; given temperature and top_p only if it samples.
     max_new_tokens: Tokens of each continuation at most.
-    temperature: Of sampling, 0 takes the likeliest token; 0.8 by default.
-    top_p: Probability from which tokens are drawn, the likeliest first; 0.95 by default.
+    temperature: Of sampling, 0 takes the likeliest token; the checkpoint's `generation_config`'s by default, or 0.8.
+    top_p: Probability from which tokens are drawn, the likeliest first; by default the checkpoint's, or 0.95.
+    stop: Texts that end a continuation, besides the checkpoint's; the first of them stands at its end.
     """
 
     stage: Literal["decode"] = "decode"
@@ -51,6 +51,7 @@ class Decode(Stage):
     max_new_tokens: Count = 64
     temperature: NonNegative | None = None
     top_p: PositiveShare | None = None
+    stop: list[str] = []
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -63,7 +64,7 @@ class Decode(Stage):
     @model_validator(mode="after")
     def _method_samples(self) -> Decode:
         try:
-            sampling(self.method, self.temperature, self.top_p)
+            check_sampling(self.method, self.temperature, self.top_p)
         except PretrainError as error:
             raise ValueError(str(error)) from error
         return self
@@ -83,7 +84,7 @@ class Decode(Stage):
         samples = [
             continue_prompt(
                 model, tokenizer, prompt, method=self.method, max_new_tokens=self.max_new_tokens,
-                temperature=self.temperature, top_p=self.top_p, seed=job.seed + number,
+                temperature=self.temperature, top_p=self.top_p, stop=self.stop, seed=job.seed + number,
             )
             for number, prompt in enumerate([*self.prompts, *(prompt for prompt, _ in held_out)])
         ]  # fmt: skip
@@ -108,16 +109,13 @@ def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:
     return cut[:most]
 
 
-def sampling(method: Decoding | None, temperature: float | None, top_p: float | None) -> tuple[float, float]:
-    """The temperature and top_p to decode with; an error where a method that does not sample is asked to."""
-    if method is None or method.samples:
-        return TEMPERATURE if temperature is None else temperature, TOP_P if top_p is None else top_p
-    if temperature or (top_p or 1) < 1:
+def check_sampling(method: Decoding | None, temperature: float | None, top_p: float | None) -> None:
+    """Refuse to have a method sample that does not."""
+    if method is not None and not method.samples and (temperature or (top_p or 1) < 1):
         option = f"temperature {temperature}" if temperature else f"top_p {top_p}"
         raise PretrainError(
             f"{option}: the method {method.name!r} does not sample; accepted: temperature 0 and no top_p"
         )
-    return 0.0, 1.0
 
 
 def _fitting(ids: list[int], others: int, most: int | None) -> list[int]:
@@ -134,6 +132,20 @@ def _fitting(ids: list[int], others: int, most: int | None) -> list[int]:
     return ids[-room:]
 
 
+def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, new: int, most: int | None, chat: bool) -> list[int]:
+    """A prompt's tokens, begun as a text is or framed as a user's message, with room for `new` among `most`."""
+    from pretrain.core.batch import Vocabulary
+    from pretrain.core.encoding import chat_tokens
+
+    vocabulary = Vocabulary.of(tokenizer)
+    before = [vocabulary.bos] if vocabulary.bos is not None else []
+    if chat:
+        before, rest = chat_tokens(tokenizer, prompt)
+    else:
+        rest = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    return before + _fitting(rest, len(before) + new, most)
+
+
 def continue_prompt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -143,48 +155,47 @@ def continue_prompt(
     max_new_tokens: int = 64,
     temperature: float | None = None,
     top_p: float | None = None,
+    stop: Sequence[str] = (),
     seed: int = 0,
     chat: bool = False,
 ) -> Record:
-    """One continuation: prompt, continuation, tokens, seconds; with `chat` the answer to the prompt as a message."""
+    """One continuation: prompt, continuation, tokens, seconds; with `chat` the answer to the prompt as a message.
+
+    What is not asked for is as the model's `generation_config` has it. Raises `PretrainError` for values outside their
+    bounds.
+    """
     import torch
 
     from pretrain.core.batch import Vocabulary
-    from pretrain.core.encoding import chat_tokens
     from pretrain.core.generation.forward import why_not
     from pretrain.core.generation.loop import decode
-    from pretrain.core.models.families import at
+    from pretrain.core.generation.options import Options
+    from pretrain.core.generation.settings import generate, options_of, sampling
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
-    temperature, top_p = sampling(method, temperature, top_p)
+    check_sampling(method, temperature, top_p)
+    temperature, top_p = sampling(model, temperature, top_p) if method is None or method.samples else (0.0, 1.0)
+    Options(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     if method is not None:
         check_references(method, numbers_of(tokenizer), "the model")
-    vocabulary = Vocabulary.of(tokenizer)
-    before = [vocabulary.bos] if vocabulary.bos is not None else []
-    if chat:
-        before, rest = chat_tokens(tokenizer, prompt)
-    else:
-        rest = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    ids = before + rest
-    if method is None and not model.config.is_encoder_decoder:  # methods for long prompts have ways of their own
-        ids = before + _fitting(ids[len(before) :], len(before) + max_new_tokens, positions(model.config.to_dict()))
-    input_BL = torch.tensor([ids or [vocabulary.pad]], device=model.device)
+    # Methods for long prompts have ways of their own to make them fit.
+    fitted = method is None and not model.config.is_encoder_decoder
+    ids = _prompt_ids(tokenizer, prompt, max_new_tokens, positions(model.config.to_dict()) if fitted else None, chat)
+    input_BL = torch.tensor([ids or [Vocabulary.of(tokenizer).pad]], device=model.device)
     torch.manual_seed(seed)
-    options: OptionFields = {"max_new_tokens": max_new_tokens, "eos": vocabulary.eos, "pad": vocabulary.pad}
-    sampled: OptionFields = {**options, "temperature": temperature, "top_p": top_p}
+    options = options_of(
+        model, tokenizer, input_BL.shape[1], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
+        stop=stop,
+    )  # fmt: skip
     started = time.perf_counter()
     with torch.no_grad():
         if method is not None:
-            output_BN = method.generate(model, input_BL, **(sampled if method.samples else options))
+            output_BN = method.generate(model, input_BL, **options)
         elif why_not(model, input_BL.shape[1] + max_new_tokens) is None:
-            output_BN = decode(model, input_BL, **sampled)
+            output_BN = decode(model, input_BL, **options)
         else:
-            output_BN = at(model, "generate")(
-                input_BL, attention_mask=torch.ones_like(input_BL), max_new_tokens=max_new_tokens,
-                eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad, do_sample=temperature > 0,
-                **({"temperature": temperature, "top_p": top_p, "top_k": 0} if temperature else {}),
-            )  # fmt: skip
+            output_BN = generate(model, input_BL, torch.ones_like(input_BL), options)
     # An encoder-decoder answers with its decoder's tokens alone, after the one that it starts from.
     given = 1 if method is None and model.config.is_encoder_decoder else input_BL.shape[1]
     new = output_BN[0, given:].tolist()

@@ -77,7 +77,6 @@ def sample(
     `given` are the fields of `Options`.
     """
     options = Options(**given)
-    eos = options.eos
     continuations: list[list[int]] = []
     with evaluating(model):
         for start in range(0, count, rows):
@@ -89,5 +88,5 @@ def sample(
             step = stepper(model, cache, torch.ones_like(ids_BL))
             tokens_BN = continue_rows(ids_BL, logits_1V.expand(lot, -1), step, options)
             new = tokens_BN[:, len(prompt) :].tolist()
-            continuations += [row[: row.index(eos) + 1] if eos is not None and eos in row else row for row in new]
+            continuations += [options.cut(row) for row in new]
     return continuations

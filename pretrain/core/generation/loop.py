@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from pretrain.core.generation.forward import Forward, pads
 from pretrain.core.generation.options import OptionFields, Options
+from pretrain.core.generation.rows import continue_rows
 
 
 def decode(model: PreTrainedModel, input_ids_BL: Tensor, **given: Unpack[OptionFields]) -> Tensor:
@@ -25,25 +26,10 @@ def decode(model: PreTrainedModel, input_ids_BL: Tensor, **given: Unpack[OptionF
     `given` are the fields of `Options`.
     """
     options = Options(**given)
-    kept_BL, eos, pad = pads(input_ids_BL, options.attention_mask_BL), options.eos, options.pad
-    rows, length = input_ids_BL.shape
-    uniform_NB = options.draws(rows)
+    kept_BL, length = pads(input_ids_BL, options.attention_mask_BL), input_ids_BL.shape[1]
     with torch.inference_mode():
         forward = Forward(model, length + options.max_new_tokens)
         logits_BV = forward.prefill(input_ids_BL, kept_BL)
-        tokens_BN = torch.full((rows, length + options.max_new_tokens), pad, device=forward.device)
-        tokens_BN[:, :length] = input_ids_BL
-        going_B = torch.ones(rows, dtype=torch.bool, device=forward.device)
-        end = length
-        for place in range(options.max_new_tokens):
-            token_B = options.pick(logits_BV, None if uniform_NB is None else uniform_NB[place])
-            if eos is not None and rows > 1:
-                token_B = torch.where(going_B, token_B, pad)
-                going_B &= token_B != eos
-            tokens_BN[:, end] = token_B
-            end += 1
-            if eos is not None and (not bool(going_B.any()) if rows > 1 else token_B.item() == eos):
-                break
-            if place + 1 < options.max_new_tokens:
-                logits_BV = forward.step(token_B[:, None])
-    return tokens_BN[:, :end].clone()
+        ids_BL = input_ids_BL.to(forward.device)
+        tokens_BN = continue_rows(ids_BL, logits_BV, lambda token_B: forward.step(token_B[:, None]), options)
+    return tokens_BN.clone()

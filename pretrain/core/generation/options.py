@@ -5,7 +5,9 @@ Shape letters: B rows, L prompt tokens, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypedDict
 
 import torch
@@ -14,32 +16,67 @@ from torch import Tensor
 from pretrain.core.bounds import Count, NonNegative, PositiveShare, check_fields
 
 
-class OptionFields(TypedDict, total=False):
-    """The fields of `Options` as keywords."""
+class SettingFields(TypedDict, total=False):
+    """The fields of `Options` that do not change from prompt to prompt, as keywords."""
 
-    attention_mask_BL: Tensor | None
     max_new_tokens: int
     temperature: float
     top_p: float
-    eos: int | None
+    eos: int | Collection[int] | None
     pad: int
+    stop: Callable[[Sequence[int]], bool] | None
+    processors: Callable[[Tensor, Tensor], Tensor] | None
+
+
+class OptionFields(SettingFields, total=False):
+    """The fields of `Options` as keywords."""
+
+    attention_mask_BL: Tensor | None
     generator: torch.Generator | None
 
 
 @dataclass(frozen=True)
 class Options:
-    """Greedy where the temperature is 0; prompts are padded on the left, as `attention_mask_BL` says."""
+    """Greedy where the temperature is 0; prompts are padded on the left, as `attention_mask_BL` says.
+
+    `core.generation.settings` makes those that a checkpoint's `generation_config` asks for.
+    """
 
     attention_mask_BL: Tensor | None = None
     max_new_tokens: Count = 64
     temperature: NonNegative = 0.0
     top_p: PositiveShare = 1.0
-    eos: int | None = None  # ends a row; None: nothing does
+    eos: int | Collection[int] | None = None  # a token that ends a row, or several; None: none does
     pad: int = 0  # what stands after the end of a row
     generator: torch.Generator | None = None
+    stop: Callable[[Sequence[int]], bool] | None = None  # whether a row of new tokens is at its end
+    processors: Callable[[Tensor, Tensor], Tensor] | None = None  # (tokens_BN, logits_BV), in place of top_p and such
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end a row."""
+        return frozenset(() if self.eos is None else (self.eos,) if isinstance(self.eos, int) else self.eos)
+
+    def at_end(self, new: Sequence[int]) -> bool:
+        """Whether a row of new tokens ends with its last."""
+        return new[-1] in self.ends or (self.stop is not None and self.stop(new))
+
+    def ended(self, new_BN: Tensor) -> Tensor:
+        """`ended_B`: `at_end` of each row."""
+        if self.stop is not None:
+            return torch.tensor([self.at_end(row) for row in new_BN.tolist()], device=new_BN.device)
+        ended_B = torch.zeros_like(new_BN[:, -1], dtype=torch.bool)
+        for end in self.ends:
+            ended_B |= new_BN[:, -1] == end
+        return ended_B
+
+    def cut(self, new: list[int], checked: int = 0) -> list[int]:
+        """A row of new tokens up to and with its end, which is not among the first `checked`."""
+        places = range(checked + 1, len(new) + 1)
+        return new[: next((place for place in places if self.at_end(new[:place])), len(new))]
 
     def draws(self, rows: int) -> Tensor | None:
         """`uniform_NB`, the number that decides each new token; None for greedy decoding."""
@@ -48,22 +85,27 @@ class Options:
         device = self.generator.device if self.generator is not None else "cpu"
         return torch.rand(self.max_new_tokens, rows, generator=self.generator, device=device)
 
-    def pick(self, logits_BV: Tensor, uniform_B: Tensor | None) -> Tensor:
-        """The next token of each row: the likeliest, or the one that a uniform number stands for.
+    def pick(self, logits_BV: Tensor, uniform_B: Tensor | None, tokens_BN: Tensor) -> Tensor:
+        """The next token of each row after `tokens_BN`: the likeliest, or the one that a uniform number stands for.
 
-        Tokens are of softmax(logits / temperature) within the nucleus, the likeliest that together reach `top_p`.
+        Tokens are of softmax(logits / temperature) within the nucleus, the likeliest that together reach `top_p`; with
+        `processors` of the softmax of what those make of the logits, temperature and nucleus included.
         """
+        temperature, top_p = self.temperature, self.top_p
+        if self.processors is not None:
+            temperature, top_p = 1.0, 1.0
+            logits_BV = self.processors(tokens_BN.to(logits_BV.device), logits_BV.float())
         if uniform_B is None:
             return logits_BV.argmax(-1)
         uniform_B = uniform_B.to(logits_BV.device)
-        probabilities_BV = (logits_BV.float() / self.temperature).softmax(-1)
+        probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
         order_BV = None
-        if self.top_p < 1:
+        if top_p < 1:
             probabilities_BV, order_BV = probabilities_BV.sort(-1, descending=True)
         sums_BV = probabilities_BV.double().cumsum(-1)
         total_B = sums_BV[:, -1]
-        if self.top_p < 1:
-            inside_BV = sums_BV - probabilities_BV < self.top_p
+        if top_p < 1:
+            inside_BV = sums_BV - probabilities_BV < top_p
             total_B = sums_BV.gather(1, inside_BV.sum(-1, keepdim=True) - 1)[:, 0]
         place_B1 = torch.searchsorted(sums_BV, (uniform_B.double() * total_B)[:, None], right=True)
         place_B1 = place_B1.clamp_(max=logits_BV.shape[-1] - 1)

@@ -73,16 +73,20 @@ def continue_rows(
     input_ids_BL: Tensor, logits_BV: Tensor, step: Callable[[Tensor], Tensor], options: Options
 ) -> Tensor:
     """The prompts and their continuations, `pad` after the end of each: `step(token_B) -> logits_BV` of the next."""
-    rows, device = len(input_ids_BL), input_ids_BL.device
-    tokens, done_B = [input_ids_BL], torch.zeros(rows, dtype=torch.bool, device=device)
+    rows, length = input_ids_BL.shape
+    tokens_BN = input_ids_BL.new_full((rows, length + options.max_new_tokens), options.pad)
+    tokens_BN[:, :length] = input_ids_BL
+    done_B = torch.zeros(rows, dtype=torch.bool, device=input_ids_BL.device)
     uniform_NB = options.draws(rows)
     for number in range(options.max_new_tokens):
-        token_B = options.pick(logits_BV, None if uniform_NB is None else uniform_NB[number])
-        token_B = token_B.masked_fill(done_B, options.pad)
-        tokens.append(token_B[:, None])
-        if options.eos is not None:
-            done_B = done_B | (token_B == options.eos)
-        if bool(done_B.all()) or number + 1 == options.max_new_tokens:
-            break
-        logits_BV = step(token_B)
-    return torch.cat(tokens, 1)
+        end = length + number + 1
+        token_B = options.pick(logits_BV, None if uniform_NB is None else uniform_NB[number], tokens_BN[:, : end - 1])
+        token_B = token_B.to(tokens_BN.device).masked_fill(done_B, options.pad)
+        tokens_BN[:, end - 1] = token_B
+        if options.ends or options.stop is not None:
+            done_B |= options.ended(tokens_BN[:, length:end])
+            if bool(done_B.all()):
+                break
+        if number + 1 < options.max_new_tokens:
+            logits_BV = step(token_B)
+    return tokens_BN[:, :end]

@@ -20,6 +20,7 @@ from pretrain.core.checkpoint import lineage
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.continuations import judge, sample
+from pretrain.core.generation.settings import ends
 from pretrain.core.hardware import pick_device
 from pretrain.core.models.families import positions_of
 
@@ -73,7 +74,8 @@ class Judge:
         """`count` answers, sampled, or greedy at temperature 0."""
         made = sample(
             self.model, self._prompt(prompt, self.answer), count, max_new_tokens=self.answer, temperature=temperature,
-            eos=self.vocabulary.eos, pad=self.vocabulary.pad, generator=torch.Generator().manual_seed(seed),
+            eos=ends(self.model, self.vocabulary), pad=self.vocabulary.pad,
+            generator=torch.Generator().manual_seed(seed),
         )  # fmt: skip
         return [text_of(self.tokenizer, ids, skip_special_tokens=True).strip() for ids in made]
 

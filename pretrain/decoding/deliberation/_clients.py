@@ -29,6 +29,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json as foreign
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows, stepper
+from pretrain.core.generation.settings import options_of
 from pretrain.core.models.families import positions_of
 
 
@@ -131,11 +132,12 @@ class LocalClient:
     def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
         """What the model says, up to its end."""
         prefix, tokens = self.ids(shared, rest)
-        options = Options(
-            max_new_tokens=max_tokens, temperature=self.temperature, top_p=self.top_p, eos=self.vocabulary.eos,
-            pad=self.vocabulary.pad, generator=self.generator,
+        options = options_of(
+            self.model, self.tokenizer, len(prefix) + len(tokens), max_new_tokens=max_tokens,
+            temperature=self.temperature, top_p=self.top_p,
         )  # fmt: skip
-        new, kept = continued(self.model, self.prefixes, prefix, tokens, options)
+        given = Options(**options, generator=self.generator)
+        new, kept = continued(self.model, self.prefixes, prefix, tokens, given)
         text = text_of(self.tokenizer, new, skip_special_tokens=True)
         return Reply(text, len(prefix) + len(tokens), len(new), kept)
 

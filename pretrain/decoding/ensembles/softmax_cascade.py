@@ -79,9 +79,10 @@ class SoftmaxCascade(Decoding):
                 depths: list[int] = []
                 while True:
                     uniform_1 = None if uniform_NB is None else uniform_NB[len(new), row : row + 1]
-                    new.append(int(options.pick(logits_1V, uniform_1)))
+                    before_1N = torch.cat([ids_1L, ids_1L.new_tensor([new])], 1)
+                    new.append(int(options.pick(logits_1V, uniform_1, before_1N)))
                     depths.append(depth)
-                    if len(new) == options.max_new_tokens or new[-1] == options.eos:
+                    if len(new) == options.max_new_tokens or options.at_end(new):
                         break
                     logits_1V, depth = cascade.token(new[-1])
                 rows.append(new)

@@ -21,6 +21,7 @@ from pretrain.core.bounds import Count, Ge, Positive, PositiveShare, ProperShare
 from pretrain.core.encoding import encode, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.continuations import judge, sample
+from pretrain.core.generation.settings import ends
 from pretrain.core.models.families import positions_of
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
@@ -101,7 +102,7 @@ class GenerationVerificationGap(Evaluation):
             prompt, ids = self._prompt(model, tokenizer, vocabulary, document)
             made = sample(
                 model, ids, self.generations, max_new_tokens=self.max_new_tokens, temperature=self.temperature,
-                top_p=self.top_p, eos=vocabulary.eos, pad=vocabulary.pad, generator=generator,
+                top_p=self.top_p, eos=ends(model, vocabulary), pad=vocabulary.pad, generator=generator,
             )  # fmt: skip
             texts = [text_of(tokenizer, continuation, skip_special_tokens=True) for continuation in made]
             right_N = np.array([self.useful(prompt, text, document.get(self.answer)) for text in texts], np.float64)

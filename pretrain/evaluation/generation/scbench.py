@@ -23,6 +23,7 @@ from pretrain.core.encoding import encode, encode_plain, plain_backend, text_of
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.generation.cache import cache_bytes, layers_of
 from pretrain.core.generation.rows import kept
+from pretrain.core.generation.settings import ends
 from pretrain.core.method import nested
 from pretrain.core.models.families import positions_of
 from pretrain.core.models.features import evaluating
@@ -123,7 +124,7 @@ class SCBench(Evaluation):
             for task in names:
                 values: dict[str, list[list[tuple[float, float]]]] = {mode: [] for mode in scored}
                 for number in range(self.contexts):
-                    asked = _Asked(tokenizer, self.shared(task, number, tokenizer, documents, length))
+                    asked = _Asked(model, tokenizer, self.shared(task, number, tokenizer, documents, length))
                     reader = Reader(model, (self.sink, self.window) if self.cache == "window" else None)
                     reader.read(asked.context)
                     sizes.append(reader.nbytes)
@@ -220,9 +221,9 @@ def _labelled(documents: Sequence[Document], turns: int) -> bool:
 class _Asked:
     """The tokens of a context, its queries and answers: each encoded by itself, so that a cache can end anywhere."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, shared: Shared) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, shared: Shared) -> None:
         vocabulary = Vocabulary.of(tokenizer)
-        self.tokenizer, self.eos = tokenizer, vocabulary.eos
+        self.tokenizer, self.ends = tokenizer, ends(model, vocabulary)
         begin = [] if vocabulary.begin is None else [vocabulary.begin]
         self.context = begin + encode(tokenizer, [shared.context])[0].tolist()
         self.queries = [ids.tolist() for ids in encode(tokenizer, [turn.query for turn in shared.turns])]
@@ -235,8 +236,8 @@ class _Asked:
         while len(continuation) < most:
             token = int(before_1V[-1].argmax())
             text = text_of(self.tokenizer, [*continuation, token])
-            if token == self.eos or "\n" in text.lstrip():
-                return continuation, text if token != self.eos else text_of(self.tokenizer, continuation)
+            if token in self.ends or "\n" in text.lstrip():
+                return continuation, text if token not in self.ends else text_of(self.tokenizer, continuation)
             continuation.append(token)
             if len(continuation) < most:
                 before_1V = reader.read([token])

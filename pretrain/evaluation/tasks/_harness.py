@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, cast
 
@@ -16,14 +18,19 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import metric_registry
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode, text_of
-from pretrain.core.errors import PretrainError, listed, unknown
+from pretrain.core.errors import PretrainError, listed, nearest, unknown
 from pretrain.core.files import JSONObject
 from pretrain.core.foreign import yaml
-from pretrain.core.generation.continuations import judge, sample
+from pretrain.core.generation.continuations import BATCH_TOKENS, judge, sample
+from pretrain.core.generation.forward import why_not
+from pretrain.core.generation.loop import decode
+from pretrain.core.generation.options import Options, SettingFields
+from pretrain.core.generation.settings import options_of
+from pretrain.core.models.features import evaluating
 from pretrain.evaluation._predictions import framed, predictions
 
 if TYPE_CHECKING:
@@ -84,27 +91,85 @@ class OurModel(TemplateLM):
         return [-float(prediction.nll_T.sum()) for prediction in predictions(self.model, documents, length=self.length)]
 
     def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Greedy or sampled answers up to the first of the texts that end one."""
-        answers = []
-        for request in requests:
-            context, options = request.args
-            until = options.get("until") or []
-            until = [until] if isinstance(until, str) else until
-            most = int(options.get("max_gen_toks", NEW_TOKENS))
-            if most >= self.length:
-                raise PretrainError(f"harness: max_gen_toks {most}: accepted: below the length {self.length}")
-            prompt = (self.tok_encode(context) or [self.prefix_token_id])[-(self.length - most) :]
-            sampled = options.get("do_sample", False)
-            (tokens,) = sample(
-                self.model, prompt, 1, max_new_tokens=most, eos=self.vocabulary.eos, pad=self.vocabulary.pad,
-                temperature=float(options.get("temperature", 1.0)) if sampled else 0.0,
-                top_p=float(options.get("top_p", 1.0)) if sampled else 1.0, generator=self.generator,
+        """Greedy or sampled answers up to the first of the texts that end one.
+
+        What a request does not say is as the checkpoint's `generation_config` has it. Greedy ones that end alike are
+        answered together, sampled ones by themselves, so that what is drawn for one does not depend on the others.
+        """
+        asked = [_Asked.of(request.args[1], self.length) for request in requests]
+        prompts = [
+            (self.tok_encode(request.args[0]) or [self.prefix_token_id])[-(self.length - each.most) :]
+            for request, each in zip(requests, asked, strict=True)
+        ]
+        answers = [""] * len(requests)
+        for lot in _lots(asked, prompts):
+            each, longest = asked[lot[0]], max(len(prompts[i]) for i in lot)
+            sampled = bool(each.options.get("do_sample", False))
+            options = options_of(
+                self.model, self.tokenizer, longest, max_new_tokens=each.most, stop=each.until,
+                temperature=float(each.options.get("temperature", 1.0)) if sampled else 0.0,
+                top_p=float(each.options.get("top_p", 1.0)) if sampled else 1.0, **each.further(),
             )  # fmt: skip
-            text = text_of(self.tokenizer, tokens, skip_special_tokens=True)
-            for end in filter(None, until):
-                text = text.split(end)[0]
-            answers.append(text)
+            for i, tokens in zip(lot, self._continued([prompts[i] for i in lot], options), strict=True):
+                text = text_of(self.tokenizer, tokens, skip_special_tokens=True)
+                for end in each.until:
+                    text = text.split(end)[0]
+                answers[i] = text
         return answers
+
+    def _continued(self, prompts: Sequence[Sequence[int]], options: SettingFields) -> list[list[int]]:
+        """What follows each prompt. Padding would count as text with what looks at the tokens before."""
+        longest = max(map(len, prompts))
+        alone = options.get("processors") is not None or len(prompts) == 1
+        if alone or why_not(self.model, longest + options["max_new_tokens"]) is not None:
+            return [sample(self.model, ids, 1, **options, generator=self.generator)[0] for ids in prompts]
+        rows = [[options["pad"]] * (longest - len(ids)) + list(ids) for ids in prompts]
+        ids_BL = torch.tensor(rows, device=self.model.device)
+        lengths_B1 = torch.tensor([[len(ids)] for ids in prompts], device=self.model.device)
+        mask_BL = torch.arange(longest, device=self.model.device) >= longest - lengths_B1
+        with evaluating(self.model):
+            new_BN = decode(self.model, ids_BL, attention_mask_BL=mask_BL, **options)[:, longest:]
+        return [Options(**options).cut(row) for row in new_BN.tolist()]
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a request to continue a text asks for."""
+
+    most: int
+    until: tuple[str, ...]
+    options: JSONObject
+
+    @classmethod
+    def of(cls, options: JSONObject, length: int) -> _Asked:
+        until = options.get("until") or []
+        most = int(options.get("max_gen_toks", NEW_TOKENS))
+        if most >= length:
+            raise PretrainError(f"harness: max_gen_toks {most}: accepted: below the length {length}")
+        return cls(most, tuple(filter(None, [until] if isinstance(until, str) else until)), options)
+
+    def further(self) -> JSONObject:
+        """The fields of `GenerationConfig` besides those that are options here."""
+        ours = ("until", "max_gen_toks", "do_sample", "temperature", "top_p")
+        known = GenerationConfig().to_dict()
+        if wrong := [name for name in self.options if name not in ours and name not in known]:
+            raise PretrainError(
+                f"harness: generation_kwargs: {wrong[0]!r}{nearest(wrong[0], known)}: accepted: until, max_gen_toks, "
+                "or a field of transformers' GenerationConfig"
+            )
+        return {name: value for name, value in self.options.items() if name not in ours}
+
+
+def _lots(asked: Sequence[_Asked], prompts: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+    """The numbers of the requests to answer together: greedy, alike, of about one length."""
+    alike: dict[str, list[int]] = {}
+    for i, each in enumerate(asked):
+        key = i if each.options.get("do_sample", False) else json.dumps(each.options, sort_keys=True, default=str)
+        alike.setdefault(str(key), []).append(i)
+    for numbers in alike.values():
+        numbers.sort(key=lambda i: len(prompts[i]), reverse=True)
+        rows = max(1, BATCH_TOKENS // (len(prompts[numbers[0]]) + asked[numbers[0]].most))
+        yield from (numbers[start : start + rows] for start in range(0, len(numbers), rows))
 
 
 def configurations(folder: Path, tasks: Sequence[str], cache: Path) -> list[Task]:

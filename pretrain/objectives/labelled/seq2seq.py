@@ -16,6 +16,8 @@ from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.forward import why_not
 from pretrain.core.generation.loop import decode
+from pretrain.core.generation.options import Options
+from pretrain.core.generation.settings import generate, options_of
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, encode_decode, family, head
 from pretrain.objectives import Loss
@@ -119,28 +121,20 @@ class Seq2Seq(FineTuning[str]):
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str]:
         """The greedy answer to each prompt, as text."""
         assert context.encoder is not None, "examples come with an encoder"
-        vocabulary, tokenizer = context.vocabulary, context.encoder.tokenizer
+        tokenizer = context.encoder.tokenizer
         ids_BL, mask_BL = batch["prompt_BL"], batch["mask_BL"]
         if family(model).decoder_blocks is not None:
             ids_BL, mask_BL = _with_end(model, batch)
+        options = options_of(model, tokenizer, ids_BL.shape[1], max_new_tokens=self.answer)
         first = 1 if family(model).decoder_blocks is not None else ids_BL.shape[1]
         if why_not(model, ids_BL.shape[1] + self.answer) is None:
-            output_BN = decode(
-                model,
-                ids_BL,
-                attention_mask_BL=mask_BL,
-                max_new_tokens=self.answer,
-                eos=vocabulary.eos,
-                pad=vocabulary.pad,
-            )
+            output_BN = decode(model, ids_BL, attention_mask_BL=mask_BL, **options)
         else:
-            output_BN = at(model, "generate")(
-                ids_BL, attention_mask=mask_BL, max_new_tokens=self.answer, do_sample=False,
-                eos_token_id=vocabulary.eos, pad_token_id=vocabulary.pad,
-            )  # fmt: skip
+            output_BN = generate(model, ids_BL, mask_BL, options)
+        end = Options(**options).ends
         answers = []
         for ids in output_BN[:, first:].tolist():
-            ids = ids[: ids.index(vocabulary.eos)] if vocabulary.eos in ids else ids
+            ids = ids[: next((place for place, token in enumerate(ids) if token in end), len(ids))]
             answers.append(text_of(tokenizer, ids, skip_special_tokens=True).strip())
         return answers
 
@@ -155,7 +149,8 @@ class Seq2Seq(FineTuning[str]):
 
 def _with_end(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
     """The prompts and their mask for an encoder, which reads the text's end as well."""
-    end = at(model, "config").eos_token_id
+    given = at(model, "config").eos_token_id
+    end = given[0] if isinstance(given, list) else given
     prompt_BL, mask_BL = batch["prompt_BL"], batch["mask_BL"]
     if end is None:
         return prompt_BL, mask_BL
