@@ -22,7 +22,7 @@ test: $(VENV)/installed  ## set up and run the tests
 	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped" >&2
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "not long and not gpu and not claims and not processes"
 
-test-processes: $(VENV)/installed  ## trainings on several processes, killed and damaged runs
+test-processes: $(VENV)/installed  ## trainings on several processes, whole recipes, killed and damaged runs
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "processes and not long and not gpu"
 
 test-claims: $(VENV)/installed  ## every claim once at smoke scale, from its recipe to its verdict

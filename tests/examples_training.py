@@ -71,6 +71,7 @@ class Material:
 FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "prompt_template": lambda m: {"prompt": {"method": "prompt_classification", "words": m.words}},
     "clear": lambda m: {"model": m.saved(0), "task": {"method": "seq2seq", "target": "label", "answer": 2}, "responses": 2},
+    "decontaminate": lambda m: {"corpora": (str(m.prepared / "corpus"),), "length": 5},
     "miniplm": lambda m: {"teacher": m.saved(0), "reference": m.saved(1)},
     "preselect": lambda m: {"models": tuple(map(m.saved, range(3))), "ability": (1.0, 2.0, 3.0), "ratio": 0.3},
     "quality_subset": lambda m: {"domain": "python", "share": 0.5},

@@ -20,6 +20,6 @@ def python(code, **more):
 
 
 @cache
-def libraries():
-    """The seconds without which no command can print its help: the least of three."""
+def libraries(attempt=0):
+    """The seconds without which no command can print its help: the least of three, measured anew at each attempt."""
     return min(python("import pydantic, typer.rich_utils")[1] for _ in range(3))

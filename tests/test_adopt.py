@@ -261,6 +261,7 @@ def test_the_wrong_stage_or_folder_is_named(tmp_path, finished):
 # For real: the package, copied and edited
 
 
+@pytest.mark.processes
 def test_a_comment_retrains_nothing_and_other_arithmetic_never_passes_in_silence(tmp_path, finished):
     shutil.copytree(PACKAGE, tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)

@@ -180,6 +180,7 @@ def test_more_metrics_are_recorded_and_shown_beside_the_one_that_is_judged(simpl
     assert "model.steps" in page([found])
 
 
+@pytest.mark.processes
 def test_two_processes_give_what_one_gives(simple, tmp_path):
     alone = run(simple, "smoke", output=tmp_path / "a", results=tmp_path / "results", say=lambda text: None)
     both = run(simple, "smoke", output=tmp_path / "b", results=tmp_path / "results", jobs=2, say=lambda text: None)

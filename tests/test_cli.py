@@ -34,9 +34,12 @@ def model_folder(prepared, tiny, tmp_path_factory):
 def test_light_commands_answer_without_torch_and_at_once(arguments):
     probe = "import sys, atexit; atexit.register(lambda: print('HEAVY' if 'torch' in sys.modules else 'LIGHT', file=sys.stderr)); "
     probe += f"sys.argv = ['pretrain', *{arguments!r}]; from pretrain.cli import app; app()"
-    tries = [python(probe) for _ in range(3)]
-    assert all(done.returncode == 0 and "LIGHT" in done.stderr for done, _ in tries), tries
-    assert min(seconds for _, seconds in tries) < 1.8 * libraries()  # 0.6 to 1.2 times
+    for attempt in range(4):  # each beside the libraries as long as they take at that moment
+        done, seconds = python(probe)
+        assert done.returncode == 0 and "LIGHT" in done.stderr, done
+        if seconds < 1.8 * libraries(attempt):  # 0.6 to 1.2 times
+            return
+    pytest.fail(f"{arguments} takes {seconds:.2f} s of a processor")
 
 
 def test_methods_are_listed_searched_and_shown():

@@ -123,6 +123,7 @@ def small(name, text, output, *more):
 MEASURED = ["quickstart", "encoder-from-scratch", "compress", "grow"]
 
 
+@pytest.mark.processes
 def test_four_recipes_take_the_flops_and_the_memory_that_they_were_expected_to(tmp_path, text):
     """FLOPs within 15% of each stage, memory within 30%; each recipe in a process of its own, forked when torch is in.
 

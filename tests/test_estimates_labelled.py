@@ -59,6 +59,7 @@ KINDS = {
 }
 
 
+@pytest.mark.processes
 def test_labelled_stages_take_the_flops_and_the_memory_that_they_were_expected_to(table, tmp_path):
     """FLOPs within 15%, memory within 30%, before the tokenizer or the corpus is there, and when they are."""
     given = {name: stages(table, *kind) for name, kind in KINDS.items()}

@@ -24,6 +24,7 @@ def gpu(monkeypatch):
     return module
 
 
+@pytest.mark.processes
 def test_sections_run_one_by_one_and_leave_one_file(tmp_path):
     only = ["lora", "decoding"]
     command = [sys.executable, "benchmarks/gpu.py", "--smoke", "--out", str(tmp_path), "--only", *only]

@@ -125,7 +125,7 @@ class Claim(BaseModel):
     def recipe(self, side: str, scale: str, share: float = 1.0) -> Fields:
         """The recipe of one side at a scale; the budget of the trained stage is not in it yet.
 
-        Of a run with a `share` of the FLOPs the stages that spend of them get theirs.
+        A stage's budget may be a share of the run's; of a run with a `share` of the FLOPs it gets that much less.
         """
         if scale not in self.scales:
             raise unknown(f"scale of claim {self.name!r}", scale, self.scales)
@@ -134,10 +134,14 @@ class Claim(BaseModel):
         where = f"{self.path}: {side}"
         _set(raw, self.scales[scale].set, f"{self.path}: scales.{scale}.set")
         for before, stages in chosen.insert.items():
-            whole = self.scales[scale].budget * (share if self.equal == "flops" else 1)
-            _insert(raw, before, stages, whole, self.equal, where)
+            _insert(raw, before, stages, where)
         _set(raw, chosen.set, f"{where}.set")
         _set(raw, getattr(self.scales[scale], side), f"{self.path}: scales.{scale}.{side}")
+        whole = self.scales[scale].budget * (share if self.equal == "flops" else 1)
+        for stage in raw["stages"]:
+            if set(stage.get("budget") or {}) == {"share"}:
+                unit = self.equal if self.equal != "none" else "steps"
+                stage["budget"] = {unit: stage["budget"]["share"] * whole}
         return raw
 
     def grids(self) -> dict[str, list[Value]]:
@@ -172,8 +176,8 @@ def _names(raw: Fields) -> list[str]:
     return [stage.get("name", stage.get("stage", "")) for stage in raw["stages"]]
 
 
-def _insert(raw: Fields, before: str, stages: list[Fields], budget: float, unit: str, where: str) -> None:
-    """Put in stages. `like` copies a stage, `set` changes the copy; a budget may be a share of the run's."""
+def _insert(raw: Fields, before: str, stages: list[Fields], where: str) -> None:
+    """Put in stages. `like` copies a stage, `set` changes the copy."""
     for given in stages:
         stage, names = copy.deepcopy(given), _names(raw)
         like, changes = stage.pop("like", None), stage.pop("set", {})
@@ -184,8 +188,6 @@ def _insert(raw: Fields, before: str, stages: list[Fields], budget: float, unit:
             stage = copy.deepcopy(raw["stages"][names.index(like)]) | stage
         label = stage.get("name", stage.get("stage", ""))
         _set({"stages": [stage]}, {f"{label}.{name}": value for name, value in changes.items()}, f"{where}.insert")
-        if set(stage.get("budget") or {}) == {"share"}:
-            stage["budget"] = {unit if unit != "none" else "steps": stage["budget"]["share"] * budget}
         raw["stages"].insert(names.index(before), stage)
 
 

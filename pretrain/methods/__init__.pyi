@@ -1,4 +1,5 @@
 # Made by `make docs`.
+from pretrain.data.deduplication.decontaminate import Decontaminate as Decontaminate
 from pretrain.data.deduplication.deduplicate import Deduplicate as Deduplicate
 from pretrain.data.rewriting.clear import Clear as Clear
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise

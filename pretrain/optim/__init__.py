@@ -93,6 +93,11 @@ def warmup_steps(warmup: float, total: int) -> int:
     return round(warmup * total) if warmup < 1 else min(int(warmup), total)
 
 
+def between(low: float, share: float) -> float:
+    """The factor that lies a share of the way from `low` to the peak; never above it by a rounding."""
+    return min(1.0, low + (1 - low) * share)
+
+
 def whole(named_parameters: Iterable[tuple[str, nn.Parameter]], method: str) -> Named:
     """The trained parameters, of which steps need rows and columns: sharded ones are refused."""
     named = [(name, p) for name, p in named_parameters if p.requires_grad]

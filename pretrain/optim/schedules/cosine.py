@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pretrain.core.bounds import NonNegative, Share
-from pretrain.optim import Schedule, warmup_steps
+from pretrain.optim import Schedule, between, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -26,4 +26,4 @@ class Cosine(Schedule):
         if step < warm:
             return (step + 1) / warm
         t = min(1.0, (step - warm) / max(1, total - warm))
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * t)) / 2
+        return between(self.final, (1 + math.cos(math.pi * t)) / 2)

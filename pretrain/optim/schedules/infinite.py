@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from pretrain.core.bounds import NonNegative, Share
 from pretrain.core.errors import PretrainError
-from pretrain.optim import Schedule, warmup_steps
+from pretrain.optim import Schedule, between, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Infinite(Schedule):
             return (step + 1) / warm
         if step < warm + cool:
             t = (step - warm) / cool
-            return self.constant + (1 - self.constant) * (1 + math.cos(math.pi * t)) / 2
+            return between(self.constant, (1 + math.cos(math.pi * t)) / 2)
         if not anneal or step < total - anneal:
             return self.constant
         t = min(1.0, (step - (total - anneal)) / anneal)

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pretrain.core.bounds import NonNegative, Share
-from pretrain.optim import Schedule, warmup_steps
+from pretrain.optim import Schedule, between, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,6 @@ class Rewarm(Schedule):
         """The factor on the peak learning rate at `step` (from 0) of `total`."""
         warm = warmup_steps(self.warmup, total)
         if step < warm:
-            return self.initial + (1 - self.initial) * (step + 1) / warm
+            return between(self.initial, (step + 1) / warm)
         t = min(1.0, (step - warm) / max(1, total - warm))
-        return self.final + (1 - self.final) * (1 + math.cos(math.pi * t)) / 2
+        return between(self.final, (1 + math.cos(math.pi * t)) / 2)

@@ -8,7 +8,7 @@ from typing import Literal
 
 from pretrain.core.bounds import NonNegative, Share
 from pretrain.core.errors import PretrainError
-from pretrain.optim import Schedule, warmup_steps
+from pretrain.optim import Schedule, between, warmup_steps
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,4 @@ class WSD(Schedule):
         t = min(1.0, max(0.0, (step - (total - decay)) / max(1, decay)))
         if self.shape == "exponential":
             return self.final**t
-        return self.final + (1 - self.final) * (1 - (t if self.shape == "linear" else math.sqrt(t)))
+        return between(self.final, 1 - (t if self.shape == "linear" else math.sqrt(t)))
