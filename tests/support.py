@@ -3,7 +3,7 @@
     python tests/support.py [KIND ...] --record     # writes docs/support.json, from which docs/support.md is made
 
 A pair works if it does what `check` asks of its kind of method; it is refused if it ends with the one clear error. All
-else is a defect, and stops the record.
+else is a defect, and keeps its type out of the record. Without types those are tried that the record has not yet.
 """
 
 from __future__ import annotations
@@ -144,15 +144,12 @@ class Bench:
         assert name in examples.NEVER_PLAIN or torch.equal(output_BN, plain_BN)
 
 
-def recorded(table: dict[str, dict[str, str]]) -> dict[str, dict[str, Any]]:
-    """As the file has it: by type what it is made for, the methods that work, and those that refuse it."""
+def recorded(kind: str, row: dict[str, str]) -> dict[str, Any]:
+    """As the file has it: what the type is made for, the methods that work, and those that refuse it."""
     return {
-        kind: {
-            "kind": zoo.TASKS[kind],
-            "works": [name for name, outcome in row.items() if outcome == WORKS],
-            "refused": [name for name, outcome in row.items() if outcome != WORKS],
-        }
-        for kind, row in table.items()
+        "kind": zoo.TASKS[kind],
+        "works": [name for name, outcome in row.items() if outcome == WORKS],
+        "refused": [name for name, outcome in row.items() if outcome != WORKS],
     }
 
 
@@ -162,27 +159,29 @@ def main() -> None:
     parser.add_argument("kinds", nargs="*")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--record", action="store_true")
+    parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
+    known_rows = json.loads(options.page.read_text()) if options.page.exists() else {}
+    rest = [kind for kind in zoo.TASKS if kind not in known_rows] if options.record else [*zoo.TASKS]
     with tempfile.TemporaryDirectory() as folder:
         stories = conftest.real_documents()
         bench = Bench(conftest.prepare(stories, Path(folder) / "prepared"), stories, Path(folder))
-        table: dict[str, dict[str, str]] = {}
         defects = 0
-        for kind in options.kinds or zoo.TASKS:
+        for kind in options.kinds or rest:
+            row: dict[str, str] = {}
             with known(kind):
-                row = table.setdefault(kind, {})
                 for name in options.methods or names():
                     try:
                         row[name] = bench.outcome(name, kind)
                     except Exception as error:
-                        defects += 1
                         row[name] = f"DEFECT {type(error).__name__}: {str(error)[:200]}"
                         print(kind, name, row[name].replace("\n", " "), flush=True)
             print(kind, sum(value == WORKS for value in row.values()), "of", len(row), flush=True)
-    if options.record and not defects:
-        before = json.loads(PAGE.read_text()) if PAGE.exists() else {}
-        whole = {kind: row for kind, row in (before | recorded(table)).items() if kind in zoo.TASKS}
-        PAGE.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+            new = sum(value.startswith("DEFECT") for value in row.values())
+            defects += new
+            if options.record and not new:
+                known_rows = {k: known_rows[k] for k in known_rows if k in zoo.TASKS} | {kind: recorded(kind, row)}
+                options.page.write_text(json.dumps(known_rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     sys.exit(bool(defects))
 
 
