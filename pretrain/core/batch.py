@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from pretrain.core.encoding import frame, sequence_ends
 from pretrain.core.errors import PretrainError
 
 if TYPE_CHECKING:
@@ -80,7 +81,8 @@ class Vocabulary:
     size: int
     pad: int
     bos: int | None = None
-    eos: int | None = None
+    eos: int | None = None  # ends an answer, of a chat model its turn
+    frame: tuple[int | None, int | None] | None = None  # before and after a document, where these are not bos and eos
     mask: int | None = None
     sentinels: tuple[int, ...] = ()  # <extra_id_0>, <extra_id_1>, … of span corruption
     special: frozenset[int] = frozenset()
@@ -103,11 +105,13 @@ class Vocabulary:
         while (sentinel := known.get(f"<extra_id_{len(sentinels)}>")) is not None:
             sentinels.append(sentinel)
         pad: int | None = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+        ends, around = sequence_ends(tokenizer), frame(tokenizer)
         return cls(
             size=len(tokenizer),
             pad=0 if pad is None else pad,
-            bos=tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id,
-            eos=tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id,
+            bos=ends[0],
+            eos=ends[1],
+            frame=None if around == ends else around,
             mask=tokenizer.mask_token_id,
             sentinels=tuple(sentinels),
             special=frozenset(tokenizer.all_special_ids) | frozenset(sentinels),
@@ -115,9 +119,19 @@ class Vocabulary:
         )
 
     @property
+    def before(self) -> int | None:
+        """What stands before a document, as `core.encoding.frame` has it."""
+        return self.frame[0] if self.frame else self.bos
+
+    @property
+    def after(self) -> int | None:
+        """What stands after a document."""
+        return self.frame[1] if self.frame else self.eos
+
+    @property
     def begin(self) -> int | None:
         """What a document begins with; its end stands for that where the tokenizer has no token of its own."""
-        return self.bos if self.bos is not None else self.eos
+        return self.before if self.before is not None else self.after
 
     @cached_property
     def special_V(self) -> NDArray[np.bool_]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -14,6 +14,8 @@ from pretrain.core.errors import PretrainError
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+BEGIN, END = "document_begin", "document_end"  # fields of tokenizer_config.json, read here alone
+SEPARATORS = ("<|endoftext|>", "<|end_of_text|>", "<|begin_of_text|>", "</s>")  # of documents, in pretraining
 _PIECE = "\x00{}\x00"  # stands for a message while a chat template is filled in
 
 
@@ -58,6 +60,54 @@ def chat_tokens(tokenizer: PreTrainedTokenizerBase, user: str, system: str = "")
         return [int(token) for token in encode(tokenizer, [part])[0]] if part else []
 
     return [*template(start), *plain(system), *template(between)], [*plain(user), *template(after)]
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """What stands before and after a document as the model was trained: token ids, None for nothing.
+
+    It is what `document_begin` and `document_end` of `tokenizer_config.json` say. Otherwise it is the tokenizer's
+    beginning and end of a sequence (or class token and separator), unless these are marks of a chat's turns: a chat
+    model's documents begin with the separator of its pretraining, where its special tokens have one, and end with
+    nothing. Raises `PretrainError` for a token that the tokenizer does not have.
+    """
+    settings, known = getattr(tokenizer, "init_kwargs", {}), tokenizer.get_vocab()
+    begin, end = sequence_ends(tokenizer)
+    if (marks := _turn_marks(tokenizer)) and (begin in marks or end in marks):
+        separator = next((known[name] for name in SEPARATORS if name in known and known[name] not in marks), None)
+        begin = separator if begin is None or begin in marks else begin
+        end = None if end in marks else end
+    return _set(settings, BEGIN, begin, known), _set(settings, END, end, known)
+
+
+def sequence_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[int | None, int | None]:
+    """The tokenizer's beginning and end of a sequence, or its class token and separator."""
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.cls_token_id
+    end = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
+    return begin, end
+
+
+def _turn_marks(tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The tokens that the chat template puts around each turn, a user's included."""
+    if not getattr(tokenizer, "chat_template", None):
+        return frozenset()
+    turns = [{"role": role, "content": "x"} for role in ("user", "assistant", "user", "assistant", "user")]
+    try:
+        text = str(tokenizer.apply_chat_template(turns, tokenize=False))
+        ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception:  # whatever a template raises: it says nothing then
+        return frozenset()
+    return frozenset(mark for mark in sequence_ends(tokenizer) if mark is not None and ids.count(mark) >= len(turns))
+
+
+def _set(settings: Mapping[str, object], field: str, usual: int | None, known: Mapping[str, int]) -> int | None:
+    if field not in settings:
+        return usual
+    token = settings[field]
+    if token is None:
+        return None
+    if token not in known:
+        raise PretrainError(f"tokenizer_config.json: {field} {token!r}: accepted: a token of the vocabulary, or null")
+    return known[str(token)]
 
 
 class Encoder:

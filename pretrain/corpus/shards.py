@@ -1,8 +1,8 @@
 """Tokens on disk: one flat, memory-mapped array of integers for each split, with document boundaries and domains.
 
 A split's folder holds `tokens.bin` (uint16 or uint32), `offsets.npy` (where each document begins, and the end),
-`domains.npy`, `bytes.npy` (UTF-8 bytes of each document) and `tokens.json`. A document is `[bos] tokens [eos]` where
-the tokenizer has them. Reading needs numpy only.
+`domains.npy`, `bytes.npy` (UTF-8 bytes of each document) and `tokens.json`. A document stands between what
+`core.encoding.frame` says, `[bos] tokens [eos]` where the tokenizer has them. Reading needs numpy only.
 """
 
 from __future__ import annotations
@@ -105,11 +105,12 @@ class Shards:
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Changes when the tokenizer would tokenise otherwise."""
-    from pretrain.core.encoding import plain_backend
+    from pretrain.core.encoding import frame, plain_backend, sequence_ends
 
-    backend = plain_backend(tokenizer)
+    backend, around = plain_backend(tokenizer), frame(tokenizer)
     facts = backend.to_str() if backend is not None else sorted(tokenizer.get_vocab().items())
-    return digest([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id])
+    framed = [] if around == sequence_ends(tokenizer) else [around]
+    return digest([facts, tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.cls_token_id, *framed])
 
 
 def tokens_key(corpus: Corpus, tokenizer: PreTrainedTokenizerBase) -> str:
@@ -165,7 +166,7 @@ def _write(
     from pretrain.core.encoding import encode_plain, plain_backend
 
     dtype = np.dtype(np.uint16 if vocabulary.size <= 1 << 16 else np.uint32)
-    before, after = (np.array([] if end is None else [end], dtype) for end in (vocabulary.bos, vocabulary.eos))
+    before, after = (np.array([] if end is None else [end], dtype) for end in (vocabulary.before, vocabulary.after))
     names = corpus.domains
     number = {name: i for i, name in enumerate(names)}
     lengths, domains, sizes = [], [], []

@@ -40,10 +40,10 @@ def framed(
 ) -> list[NDArray[np.int64]]:
     """Texts as a causal model is trained on them: what begins a document, the tokens, and with `end` what ends it.
 
-    A document's end stands for its beginning where the tokenizer has no token for that.
+    A document's end stands for its beginning where there is no token for that.
     """
     before = vocabulary.begin
-    after = [vocabulary.eos] if end and vocabulary.eos is not None else []
+    after = [vocabulary.after] if end and vocabulary.after is not None else []
     return [
         np.array([*([] if before is None else [before]), *ids, *after], np.int64) for ids in encode(tokenizer, texts)
     ]

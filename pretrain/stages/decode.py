@@ -138,7 +138,7 @@ def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, new: int, most:
     from pretrain.core.encoding import chat_tokens
 
     vocabulary = Vocabulary.of(tokenizer)
-    before = [vocabulary.bos] if vocabulary.bos is not None else []
+    before = [vocabulary.before] if vocabulary.before is not None else []
     if chat:
         before, rest = chat_tokens(tokenizer, prompt)
     else:

@@ -34,7 +34,8 @@ def ends(model: PreTrainedModel, vocabulary: Vocabulary) -> frozenset[int]:
     """The tokens that end a text: the tokenizer's, and those that the `generation_config` lists."""
     given = getattr(settings_of(model), "eos_token_id", None)
     listed = [] if given is None else [given] if isinstance(given, int) else given
-    return frozenset([*listed, *([] if vocabulary.eos is None else [vocabulary.eos])])
+    frame = vocabulary.frame or ()  # a chat model's documents end with what the next begins with
+    return frozenset([*listed, *(token for token in (vocabulary.eos, *frame) if token is not None)])
 
 
 def sampling(model: PreTrainedModel, temperature: float | None, top_p: float | None) -> tuple[float, float]:

@@ -51,8 +51,8 @@ class Framing:
     """
 
     def __init__(self, model: nn.Module, vocabulary: Vocabulary, length: int) -> None:
-        self.before = [] if vocabulary.bos is None else [vocabulary.bos]
-        self.after = [] if vocabulary.eos is None or is_causal(model) else [vocabulary.eos]
+        self.before = [] if vocabulary.before is None else [vocabulary.before]
+        self.after = [] if vocabulary.after is None or is_causal(model) else [vocabulary.after]
         limit = positions_of(model)
         room = limit - len(self.before) - len(self.after) if isinstance(limit, int) else length
         if room < 1:

@@ -82,7 +82,7 @@ class _Scorer:
         self.stride = None if stride is None else min(stride, self.length)
         vocabulary = Vocabulary.of(tokenizer)
         before = vocabulary.begin
-        self.ends = ([] if before is None else [before], [] if vocabulary.eos is None else [vocabulary.eos])
+        self.ends = ([] if before is None else [before], [] if vocabulary.after is None else [vocabulary.after])
 
     def __call__(self, texts: Sequence[str]) -> Shard:
         """A shard's `nll` and `tokens`, and the FLOPs that it took."""

@@ -72,7 +72,7 @@ class Calibration(Evaluation):
         if not any(len(prediction.nll_T) for prediction in predicted):
             raise PretrainError(f"calibration: {len(documents)} documents have no text to predict; accepted: some text")
         # Where a token begins a document, the first that is predicted is the text's first.
-        begins = vocabulary.bos is not None or vocabulary.eos is not None
+        begins = vocabulary.begin is not None
         sums_NK = np.stack([self._sums(prediction, 0 if begins else 1) for prediction in predicted])
         by_domain: dict[str, list[int]] = defaultdict(list)
         for i, document in enumerate(documents):

@@ -28,9 +28,11 @@ class HeldOut(Evaluation):
     (`perplexity`), and per UTF-8 byte in bits (`bits_per_byte` = nll / ln 2 / bytes), which compares models whatever
     their tokenizer; overall and by domain. Text is encoded as for training: a special token's name in it is text. If
     the tokenizer has no token to begin a document with, nothing predicts its first token, which then takes its share
-    of the bytes with it. `length` inputs a window, advanced by `stride`; 0: the length that the checkpoint was trained
-    at, or where that is not known the model's own (at most 1024), and half of it. The intervals of `loss` and
-    `bits_per_byte` are by bootstrap over documents, each of which has its `nll`, `targets` and `bytes` in a row.
+    of the bytes with it. What ends a document is predicted as well, unless `end` is off, as lm-eval has it: its
+    `word_perplexity` and `bits_per_byte` come out of that. `length` inputs a window, advanced by `stride`; 0: the
+    length that the checkpoint was trained at, or where that is not known the model's own (at most 1024), and half of
+    it. The intervals of `loss` and `bits_per_byte` are by bootstrap over documents, each of which has its `nll`,
+    `targets` and `bytes` in a row.
     """
 
     families: ClassVar[tuple[str, ...]] = ("causal",)
@@ -40,6 +42,7 @@ class HeldOut(Evaluation):
     stride: Whole = 0
     resamples: Count = 1000
     seed: Whole = 0
+    end: bool = True
 
     def __post_init__(self) -> None:
         """Refuse windows that leave tokens out."""
@@ -62,17 +65,19 @@ class HeldOut(Evaluation):
         from pretrain.core.models.likelihood import document_nll
 
         length = self.length or min(1024, positions_of(model) or 1024)
-        tokens = tokens_of(tokenizer, documents)
+        tokens = tokens_of(tokenizer, documents, end=self.end)
         nll_N = document_nll(model, tokens, length=length, stride=self.stride or max(1, length // 2))
         return measured(rows(tokenizer, documents, tokens, nll_N), self.resamples, self.seed)
 
 
-def tokens_of(tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]) -> list[NDArray[np.int64]]:
+def tokens_of(
+    tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], *, end: bool = True
+) -> list[NDArray[np.int64]]:
     """The documents as they are predicted: all tokens but the first of each are targets."""
     from pretrain.core.batch import Vocabulary
     from pretrain.evaluation._predictions import framed
 
-    return framed(tokenizer, Vocabulary.of(tokenizer), [document["text"] for document in documents], end=True)
+    return framed(tokenizer, Vocabulary.of(tokenizer), [document["text"] for document in documents], end=end)
 
 
 def rows(

@@ -112,7 +112,7 @@ class MinK(Evaluation):
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Which texts are long enough, and what each detector makes of them: the higher, the rather a member."""
         vocabulary = Vocabulary.of(tokenizer)
-        begins = vocabulary.bos is not None or vocabulary.eos is not None
+        begins = vocabulary.begin is not None
         limit = positions_of(model)
         if isinstance(limit, int) and self.length > limit:
             raise PretrainError(f"min_k: length {self.length}: accepted: at most the model's {limit} positions")

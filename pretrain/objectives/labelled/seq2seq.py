@@ -81,7 +81,7 @@ class Seq2Seq(FineTuning[str]):
         examples = examples_of(rows, self.name)
         assert context.encoder is not None, "examples come with an encoder"
         vocabulary = context.vocabulary
-        begin = [] if vocabulary.bos is None else [vocabulary.bos]
+        begin = [] if vocabulary.before is None else [vocabulary.before]
         end = [] if vocabulary.eos is None else [vocabulary.eos]
         most = max(1, context.length // 2 - len(end))
         targets = [[*ids[:most], *end] for ids in context.encoder.ids(texts_of(examples, self.target))]
