@@ -28,7 +28,7 @@ OTHERWISE = {
         "quality_subset.reference", "well_read_students.teacher",
     ),
     "what the vocabulary is changed to": ("ofa.tokenizer", "vocabulary_expansion.tokenizer"),
-    "documents": ("min_k.members", "model_soup.corpus", "preselect.target", "task.pool", "vocabulary_expansion.corpus"),
+    "documents": ("decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "task.pool", "vocabulary_expansion.corpus"),
     "files without tokens": ("harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration"),
 }  # fmt: skip
 
