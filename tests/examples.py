@@ -106,6 +106,9 @@ Fields = dict[str, Any]
 FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "dsee": lambda shelf, family: {"rank": 4, "nonzero": 8},
     "dylora": lambda shelf, family: {"rank": 4},
+    **dict.fromkeys(("streaming_llm", "expected_attention"), lambda shelf, family: {"n_sink": 1}),
+    "speculative_decoding": lambda shelf, family: {"draft": shelf.saved(family, 1, **WIDE)},
+    "snapkv": lambda shelf, family: {"window_size": 2, "kernel_size": 3},
     "dylora_truncate": lambda shelf, family: {"rank": 2},
     "increlora": lambda shelf, family: {"max_rank": 4},
     "intrinsic_dimension": lambda shelf, family: {"dimension": 40},
@@ -155,6 +158,9 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
 }  # fmt: skip
 PLAIN: dict[str, Callable[[Shelf, str], Fields]] = {  # with which a decoding method that is not lossless is plain decoding
     "pyramid_infer": lambda shelf, family: {"prefill_decay_ratio": 1.0, "gen_decay_ratio": 1.0, "gen_compress_ratio": 1.0},
+    **dict.fromkeys(
+        ("streaming_llm", "snapkv", "h2o", "expected_attention"), lambda shelf, family: {"compression_ratio": 0.0}
+    ),
     "sleep_time": lambda shelf, family: {"rounds": 0},
     "proxy_tuning": lambda shelf, family: {name: shelf.saved(family, 1, **WIDE) for name in ("expert", "anti_expert")},
     "softmax_cascade": lambda shelf, family: {"exits": (1,), "thresholds": (2.0,)},  # above every probability

@@ -144,12 +144,15 @@ class Bench:
         assert name in examples.NEVER_PLAIN or torch.equal(output_BN, plain_BN)
 
 
-def recorded(kind: str, row: dict[str, str]) -> dict[str, Any]:
+def recorded(kind: str, row: dict[str, str], before: dict[str, Any]) -> dict[str, Any]:
     """As the file has it: what the type is made for, the methods that work, and those that refuse it."""
+    works = {name: True for name in before.get("works", ())} | {name: False for name in before.get("refused", ())}
+    works |= {name: outcome == WORKS for name, outcome in row.items()}
+    here = [name for name in names() if name in works]
     return {
         "kind": zoo.TASKS[kind],
-        "works": [name for name, outcome in row.items() if outcome == WORKS],
-        "refused": [name for name, outcome in row.items() if outcome != WORKS],
+        "works": [name for name in here if works[name]],
+        "refused": [name for name in here if not works[name]],
     }
 
 
@@ -162,7 +165,8 @@ def main() -> None:
     parser.add_argument("--page", type=Path, default=PAGE)
     options = parser.parse_args()
     known_rows = json.loads(options.page.read_text()) if options.page.exists() else {}
-    rest = [kind for kind in zoo.TASKS if kind not in known_rows] if options.record else [*zoo.TASKS]
+    done = known_rows if options.record and not options.methods else {}
+    rest = [kind for kind in zoo.TASKS if kind not in done]
     with tempfile.TemporaryDirectory() as folder:
         stories = conftest.real_documents()
         bench = Bench(conftest.prepare(stories, Path(folder) / "prepared"), stories, Path(folder))
@@ -180,7 +184,9 @@ def main() -> None:
             new = sum(value.startswith("DEFECT") for value in row.values())
             defects += new
             if options.record and not new:
-                known_rows = {k: known_rows[k] for k in known_rows if k in zoo.TASKS} | {kind: recorded(kind, row)}
+                known_rows = {k: known_rows[k] for k in known_rows if k in zoo.TASKS} | {
+                    kind: recorded(kind, row, known_rows.get(kind, {}))
+                }
                 options.page.write_text(json.dumps(known_rows, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     sys.exit(bool(defects))
 

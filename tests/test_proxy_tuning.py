@@ -8,7 +8,7 @@ import torch
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.loop import decode
-from pretrain.decoding.ensembles import proxy_tuning
+from pretrain.decoding import _beside
 from pretrain.decoding.ensembles.proxy_tuning import ProxyTuning
 
 PROMPTS_BL = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -63,7 +63,7 @@ def test_a_checkpoint_is_read_once_and_again_when_it_changed(tiny, saved, monkey
     model, folder = tiny("llama", seed=1).double(), saved("proxy", seed=2)
     method, read = ProxyTuning(folder, folder), []
     load = checkpoint.load
-    monkeypatch.setattr(proxy_tuning, "load", lambda *a, **k: read.append(a) or load(*a, **k))
+    monkeypatch.setattr(_beside, "load", lambda *a, **k: read.append(a) or load(*a, **k))
     for _ in range(3):
         method.generate(model, PROMPTS_BL, max_new_tokens=2)
     assert len(read) == 1

@@ -57,6 +57,26 @@ class Draft(Protocol):
         """After a pass: the tree's tokens, the logits after each, and the tokens that were decided."""
 
 
+class Chain:
+    """A draft that is one sequence: `draft` gives its tokens, the last decided one first."""
+
+    def __init__(self, weight_VE: Tensor) -> None:
+        self.device, self.dtype = weight_VE.device, weight_VE.dtype
+        self.shapes: dict[int, Shape] = {}
+
+    def draft(self) -> list[int]:
+        """The last decided token and the guesses after it."""
+        raise NotImplementedError
+
+    def tree(self) -> tuple[list[int], Shape]:
+        """The tokens, each the parent of the next."""
+        tokens = self.draft()
+        count = len(tokens)
+        if count not in self.shapes:
+            self.shapes[count] = Shape([0, *range(count - 1)], self.device, self.dtype)
+        return tokens, self.shapes[count]
+
+
 def prompts(input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> list[Tensor]:
     """Each row's `input_ids_1L` without its pads."""
     kept_BL = pads(input_ids_BL, attention_mask_BL)
@@ -66,11 +86,12 @@ def prompts(input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> list[Tens
 
 
 def speculate(
-    model: PreTrainedModel, input_ids_BL: Tensor, start: Callable[[list[int]], Draft], options: Options, *, room: int
-) -> Tensor:
+    model: PreTrainedModel, input_ids_BL: Tensor, start: Callable[[list[int], Sampler], Draft], options: Options, *,
+    room: int,
+) -> Tensor:  # fmt: skip
     """Continue prompts, row by row.
 
-    `start(tokens)` makes the `Draft`, of at most `room` nodes, for a prompt and the first token after it.
+    `start(tokens, sampler)` makes the `Draft`, of at most `room` nodes, for a prompt and the first token after it.
     """
     prompts_1L = prompts(input_ids_BL, options.attention_mask_BL)
     uniform_NB = options.draws(len(prompts_1L))
@@ -101,7 +122,7 @@ class Sampler:
 
 
 def _row(
-    model: PreTrainedModel, ids_1L: Tensor, start: Callable[[list[int]], Draft], room: int, sampler: Sampler
+    model: PreTrainedModel, ids_1L: Tensor, start: Callable[[list[int], Sampler], Draft], room: int, sampler: Sampler
 ) -> list[int]:
     prompt, options = ids_1L[0].tolist(), sampler.options
     length, most = len(prompt), options.max_new_tokens
@@ -112,7 +133,7 @@ def _row(
     new = [sampler.token(logits_1V, prompt, [])]
     if most == 1 or options.at_end(new):
         return new
-    draft = start(prompt + new)
+    draft = start(prompt + new, sampler)
     shape = None
     while True:
         tokens, drafted = draft.tree()

@@ -8,8 +8,12 @@ from pretrain.data.selection.bertin import Bertin as Bertin
 from pretrain.data.selection.miniplm import Miniplm as Miniplm
 from pretrain.data.selection.preselect import Preselect as Preselect
 from pretrain.data.selection.quality_subset import QualitySubset as QualitySubset
+from pretrain.decoding.cache.expected_attention import ExpectedAttention as ExpectedAttention
+from pretrain.decoding.cache.h2o import H2O as H2O
 from pretrain.decoding.cache.prepacking import Prepacking as Prepacking
 from pretrain.decoding.cache.pyramid_infer import PyramidInfer as PyramidInfer
+from pretrain.decoding.cache.snapkv import SnapKV as SnapKV
+from pretrain.decoding.cache.streaming_llm import StreamingLLM as StreamingLLM
 from pretrain.decoding.deliberation.latent_deliberation import LatentDeliberation as LatentDeliberation
 from pretrain.decoding.deliberation.sleep_time import SleepTime as SleepTime
 from pretrain.decoding.ensembles.proxy_tuning import ProxyTuning as ProxyTuning
@@ -17,6 +21,8 @@ from pretrain.decoding.ensembles.softmax_cascade import SoftmaxCascade as Softma
 from pretrain.decoding.long_context.homer import Homer as Homer
 from pretrain.decoding.long_context.minference import MInference as MInference
 from pretrain.decoding.speculative.aded import ADED as ADED
+from pretrain.decoding.speculative.prompt_lookup import PromptLookup as PromptLookup
+from pretrain.decoding.speculative.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
 from pretrain.decoding.speculative.token_recycling import TokenRecycling as TokenRecycling
 from pretrain.evaluation.generation.bartscore import BARTScore as BARTScore
 from pretrain.evaluation.generation.generation_verification_gap import (

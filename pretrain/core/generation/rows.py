@@ -52,9 +52,14 @@ def kept(model: PreTrainedModel, output: Any) -> Cache:
     return cache
 
 
-def stepper(model: PreTrainedModel, cache: Cache, mask_BL: Tensor) -> Callable[[Tensor], Tensor]:
-    """`step(token_B) -> logits_BV`: the next token of each row, after the cache of left-padded prompts."""
-    mask_BN, position_B = mask_BL, mask_BL.sum(1)
+def stepper(
+    model: PreTrainedModel, cache: Cache, mask_BL: Tensor, at_B: Tensor | None = None
+) -> Callable[[Tensor], Tensor]:
+    """`step(token_B) -> logits_BV`: the next token of each row, after the cache of left-padded prompts.
+
+    `at_B` is the next token's position where the cache does not hold all before it.
+    """
+    mask_BN, position_B = mask_BL, mask_BL.sum(1) if at_B is None else at_B
 
     def step(token_B: Tensor) -> Tensor:
         nonlocal mask_BN, position_B

@@ -62,7 +62,7 @@ class ADED(Decoding):
         return speculate(
             model,
             input_ids_BL,
-            lambda tokens: _Searched(self, trigrams, size, tokens, weight_VE),
+            lambda tokens, _: _Searched(self, trigrams, size, tokens, weight_VE),
             options,
             room=2 * size[0] + 1,
         )

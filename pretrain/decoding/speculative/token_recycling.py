@@ -61,7 +61,7 @@ class TokenRecycling(Decoding):
         return speculate(
             model,
             input_ids_BL,
-            lambda tokens: _Recycled(matrix, shape, ranks, k, tokens[-1]),
+            lambda tokens, _: _Recycled(matrix, shape, ranks, k, tokens[-1]),
             options,
             room=len(paths) + 1,
         )
