@@ -11,6 +11,7 @@ from pretrain.docs.papers import papers_page
 from pretrain.docs.recipes import recipe_page
 from pretrain.docs.sources import source_page
 from pretrain.docs.stages import stage_pages
+from pretrain.docs.support import support_page
 
 FOLDERS = ("methods", "stages")  # of pages that are all made
 
@@ -26,6 +27,7 @@ def made(root: Path) -> dict[Path, str]:
         docs / "papers.md": papers_page(root),
         docs / "recipes.md": recipe_page(root / "recipes"),
         docs / "sources.md": source_page(),
+        docs / "support.md": support_page(docs / "support.json"),
         root / "pretrain" / "methods" / "__init__.pyi": stub(),
     }
 
