@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, NotRequired, TypeAlias, TypedDict, cast
+from typing import NotRequired, TypeAlias, TypedDict, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, file_digest, read_json, sealed, write_json
@@ -112,7 +112,7 @@ def read_stage(path: Path, address: str) -> StageRecord:
     return cast("StageRecord", record)
 
 
-def altered(folder: Path, record: Mapping[str, Any]) -> list[str]:
+def altered(folder: Path, record: StageRecord) -> list[str]:
     """The files beside a `stage.json` that are not as they were when the stage ended, or are gone."""
     names = []
     for name, known in (record.get("files") or {}).items():

@@ -21,10 +21,11 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from torch.utils.module_tracker import ModuleTracker
@@ -62,7 +63,7 @@ def _eigenvectors(a: Shape, *_: object, **__: object) -> int:
 
 # What `FlopCounterMode` does not know: the attention kernel of CPUs, products that add to a tensor in place, and
 # decompositions.
-_UNKNOWN: dict[Any, Callable[..., int]] = {
+_UNKNOWN: dict[object, Callable[..., int]] = {
     torch.ops.aten._linalg_svd: _singular_vectors,
     torch.ops.aten.linalg_qr: _orthogonal,
     torch.ops.aten._linalg_eigh: _eigenvectors,
@@ -237,7 +238,7 @@ class Meter:
         return cost
 
 
-def _coordinates(counted: Sequence[Counted], sizes: Sequence[float]) -> np.ndarray[Any, np.dtype[np.float64]] | None:
+def _coordinates(counted: Sequence[Counted], sizes: Sequence[float]) -> NDArray[np.float64] | None:
     """`sizes` as Σ aᵢ sizesᵢ with Σ aᵢ = 1, or None where it does not lie among those that were counted."""
     if not counted:
         return None
@@ -247,7 +248,7 @@ def _coordinates(counted: Sequence[Counted], sizes: Sequence[float]) -> np.ndarr
     if len(met):
         return np.eye(len(counted))[met[0]]
     scale = np.maximum(np.abs(points).max(axis=1), 1.0)
-    at: np.ndarray[Any, np.dtype[np.float64]] = np.linalg.lstsq(points / scale[:, None], wanted / scale, rcond=1e-9)[0]
+    at: NDArray[np.float64] = np.linalg.lstsq(points / scale[:, None], wanted / scale, rcond=1e-9)[0]
     return at if np.allclose(points @ at, wanted, rtol=1e-9, atol=1e-6) else None
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 import typer
 
@@ -17,6 +17,7 @@ from pretrain.core.quick.quantities import figure
 from pretrain.core.registry import kinds
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from transformers import PreTrainedModel
 
     from pretrain.core.processors import Processor
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from pretrain.evaluation import Evaluation
     from pretrain.records import JSONObject
 
-Placed = list[tuple[str, dict[str, Any]]]  # documents with where they stand
+Placed: TypeAlias = "list[tuple[str, Document]]"  # documents with where they stand
 OnError = Literal["stop", "skip"]
 TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
@@ -225,7 +226,7 @@ def _print(result: JSONObject) -> None:
         _print_classes(console, confusion)
 
 
-def _print_classes(console: Any, confusion: Mapping[str, Mapping[str, int]]) -> None:
+def _print_classes(console: Console, confusion: Mapping[str, Mapping[str, int]]) -> None:
     from rich.table import Table
 
     table = Table("class", "documents", "answered", "precision", "recall", "F1")

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, JSONObject, read_object
@@ -95,7 +95,7 @@ def _whole(path: Path) -> JSONObject:
     return read_object(path)
 
 
-def _entries(tokenizer: Mapping[str, Any]) -> int:
+def _entries(tokenizer: JSONObject) -> int:
     """Of the vocabulary in a `tokenizer.json`: the model's, and those added to it."""
     vocabulary = tokenizer["model"]["vocab"]
     names = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}

@@ -9,7 +9,6 @@ Shape letters: B rows, L positions, E width, C width of the values.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +49,7 @@ class Informed(nn.Module):
     notes: Notes
     last: bool
 
-    def __call__(self, *args: Any, this_pass: Pass | None = None, **more: Any) -> Any:
+    def __call__(self, *args: object, this_pass: Pass | None = None, **more: object) -> object:
         """The block's output; the note goes in from outside, so that what is recomputed is given the same."""
         this_pass = this_pass or self.notes.now
         if this_pass is None:
@@ -61,7 +60,7 @@ class Informed(nn.Module):
             self.notes.now = None
         return super().__call__(*args, this_pass=this_pass, **more)
 
-    def forward(self, x_BLE: Tensor, *args: Any, this_pass: Pass, **more: Any) -> Any:
+    def forward(self, x_BLE: Tensor, *args: object, this_pass: Pass, **more: object) -> object:
         """The pass is handed to those of the block's modules that read it; they keep nothing of it."""
         if this_pass.tokens_BL.shape != x_BLE.shape[:-1]:
             raise PretrainError(

@@ -23,7 +23,7 @@ SLACK = 1 << 24  # weights that a model may have beside those of its files
 INPUTS = ("pad_token_id", "decoder_start_token_id")  # tokens that are put in without being in any text
 
 
-def whole_floats(value: Any) -> Any:
+def whole_floats(value: object) -> Any:
     """What JSON has of a configuration, with the numbers that it has no words for: `{"__float__": "Infinity"}`."""
     if isinstance(value, Mapping):
         tag = value.get("__float__")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from itertools import accumulate
-from typing import Any, TypeAlias, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from pretrain.core.models.initial import check_task as check_task
 from pretrain.core.models.initial import model_for as model_for
 from pretrain.core.models.initial import new_config as new_config
 from pretrain.core.models.initial import new_model as new_model
+from pretrain.core.models.layers import Arguments as Arguments
 from pretrain.core.models.layers import at as at
 from pretrain.core.models.storage import widened
 from pretrain.core.models.unlisted.apart import Apart, captured_apart
@@ -37,9 +38,6 @@ from pretrain.core.quick.positions import positions
 from pretrain.core.quick.table import FAMILIES as FAMILIES
 from pretrain.core.quick.table import Family as Family
 from pretrain.core.quick.table import listed
-
-Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
-
 
 M = TypeVar("M")  # a mask of any kind
 _MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  # of an encoder-decoder

@@ -10,6 +10,7 @@ from torch.autograd.function import FunctionCtx
 from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
+Arguments: TypeAlias = dict[str, Any]  # of a model's `forward`, of which `transformers` says no types
 Linear: TypeAlias = nn.Linear | Conv1D  # a Conv1D stores its weight as inputs × outputs
 
 

@@ -34,7 +34,7 @@ DOMAIN, NAME = 200, 1000  # characters of a domain's name, and of an id
 UNPACKED = 4  # times as large is text as its compressed file, about
 
 
-def given(row: Mapping[str, Any], column: str) -> bool:
+def given(row: Mapping[str, object], column: str) -> bool:
     """Whether a row has something in a column: neither null nor NaN nor blanks."""
     value = row.get(column)
     if isinstance(value, str):
@@ -94,7 +94,7 @@ def _storable(document: Document, skipped: Skipped) -> Document:
     return document
 
 
-def _mended(value: Any) -> Any:
+def _mended(value: object) -> object:
     """A column's value with U+FFFD in place of each half of a character."""
     if isinstance(value, str):
         return texts.mended(value)

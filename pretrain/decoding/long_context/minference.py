@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json
+from pretrain.core.files import JSONObject, read_json
 from pretrain.core.generation.forward import Forward, pads
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows
@@ -104,7 +104,7 @@ def _read(path: Path, layers: int, heads: int) -> list[list[Pattern]]:
     return patterns
 
 
-def _pattern(head: Mapping[str, Any]) -> Pattern:
+def _pattern(head: JSONObject) -> Pattern:
     kind = head["pattern"]
     return Pattern(kind, tuple(int(head[size]) for size in SIZES[kind]))
 

@@ -6,11 +6,10 @@ Shape letters: B rows, L positions, E width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 from torch import Tensor, nn
 
-from pretrain.core.models.families import at, base, blocks
+from pretrain.core.models.families import Arguments, at, base, blocks
 
 
 def new_blocks(model: nn.Module, count: int) -> nn.ModuleList:
@@ -29,14 +28,14 @@ def embedded(model: nn.Module, vectors_BLE: Tensor, position_BL: Tensor) -> Tens
     return layer(inputs_embeds=vectors_BLE)
 
 
-def run(model: nn.Module, layers: Iterable[nn.Module], states_BLE: Tensor, inputs: dict[str, Any]) -> Tensor:
+def run(model: nn.Module, layers: Iterable[nn.Module], states_BLE: Tensor, inputs: Arguments) -> Tensor:
     """The states after `layers`, which attend as `inputs` say: those of `attend` or of `attention_inputs`."""
     encoder = base(model)
     masks, position_BL = inputs["attention_mask"], inputs["position_ids"]
     turns: dict[str, tuple[Tensor, Tensor]] = {}
     for layer in layers:
         kind: str | None = getattr(layer, "attention_type", None)  # ModernBERT's blocks differ in reach and in rotation
-        given: dict[str, Any] = {"attention_mask": masks[kind] if isinstance(masks, dict) else masks}
+        given: Arguments = {"attention_mask": masks[kind] if isinstance(masks, dict) else masks}
         if kind is not None:
             if kind not in turns:
                 turns[kind] = at(encoder, "rotary_emb")(states_BLE, position_BL, kind)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -16,7 +16,7 @@ from pretrain.core.bounds import NonNegative, PositiveShare
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import linear_cross_entropy
-from pretrain.core.models.families import at, base
+from pretrain.core.models.families import Arguments, at, base
 from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives.language._masking import choose_words
 
@@ -111,7 +111,7 @@ class Electra(Objective):
         return summed({"generator": generated, "discriminator": self.discriminator_weight * discriminator_loss}, parts)
 
     def _generate(
-        self, generator: nn.Module, masked_BL: Tensor, batch: Batch, inputs: dict[str, Any]
+        self, generator: nn.Module, masked_BL: Tensor, batch: Batch, inputs: Arguments
     ) -> tuple[Tensor, Tensor]:
         """The generator's loss and its logits at the hidden positions."""
         states_BLE = at(generator, "electra")(input_ids=masked_BL, **inputs).last_hidden_state

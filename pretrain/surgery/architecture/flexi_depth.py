@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,10 @@ from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import Family, additive, at, base, blocks, embeddings, family
 from pretrain.core.models.fast import rotary
-from pretrain.core.models.layers import Attention, Like, like
+from pretrain.core.models.layers import Arguments, Attention, Like, like
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
 
-Arguments = dict[str, Any]  # an attention layer's arguments
 EPS = 1e-5  # of the router's norm
 EAGER = {"llama": modeling_llama.eager_attention_forward, "gpt2": modeling_gpt2.eager_attention_forward}
 

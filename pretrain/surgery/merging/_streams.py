@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 Combine = Callable[[Place, Tensor, Iterator[Tensor]], Tensor]
 
 
-def at_place(setting: Any, place: Place) -> float:
+def at_place(setting: Setting, place: Place) -> float:
     """What a setting is for a weight."""
     if isinstance(setting, Mapping):
         parts = sorted((part for part in setting if part in place.name), key=len)
@@ -61,7 +61,7 @@ def at_place(setting: Any, place: Place) -> float:
     return float((1 - share) * setting[before] + share * setting[after])
 
 
-def check_settings(method: str, field: str, settings: Sequence[Any], count: int = 1) -> None:
+def check_settings(method: str, field: str, settings: Sequence[Setting], count: int = 1) -> None:
     """Refuse settings of which there is neither one nor one for each of `count` models, and those that leave gaps."""
     if len(settings) not in (1, count):
         each = f", or {count}, one for each model" if count > 1 else ""
@@ -77,12 +77,12 @@ def check_settings(method: str, field: str, settings: Sequence[Any], count: int 
             )
 
 
-def for_each(settings: Sequence[Any], number: int) -> Any:
+def for_each(settings: Sequence[Setting], number: int) -> Setting:
     """The setting of a model: its own, or the only one."""
     return settings[number if len(settings) > 1 else 0]
 
 
-def numbers_in(settings: Sequence[Any]) -> list[float]:
+def numbers_in(settings: Sequence[Setting]) -> list[float]:
     """All the numbers in settings."""
     parts = [part for each in settings for part in (each.values() if isinstance(each, Mapping) else (each,))]
     return [float(n) for part in parts for n in (part if isinstance(part, list | tuple) else (part,))]
@@ -112,7 +112,7 @@ class Stored:
     """A checkpoint whose weights are read one by one, each when it is asked for."""
 
     def __init__(
-        self, label: str, config: PreTrainedConfig, files: Mapping[str, Any], names: Mapping[str, str]
+        self, label: str, config: PreTrainedConfig, files: Mapping[str, safe_open], names: Mapping[str, str]
     ) -> None:
         self.label, self.config = label, config
         self._files, self._names = files, names  # open files by the names in them; those by the model's names
@@ -186,7 +186,7 @@ def _open(label: str, stack: ExitStack, place: Path, facts: Facts) -> Stored:
     )
 
 
-def _alike(expected: PreTrainedModel, names: Mapping[str, str | None], files: Mapping[str, Any]) -> bool:
+def _alike(expected: PreTrainedModel, names: Mapping[str, str | None], files: Mapping[str, safe_open]) -> bool:
     """Whether what the files hold has the shapes of the model's weights."""
     return all(
         tuple(files[stored].get_slice(stored).get_shape()) == tuple(tensor.shape)
@@ -194,9 +194,9 @@ def _alike(expected: PreTrainedModel, names: Mapping[str, str | None], files: Ma
     )  # fmt: skip
 
 
-def _handles(stack: ExitStack, files: Sequence[Path]) -> dict[str, Any]:
+def _handles(stack: ExitStack, files: Sequence[Path]) -> dict[str, safe_open]:
     """The open file of each name."""
-    handles: dict[str, Any] = {}
+    handles: dict[str, safe_open] = {}
     for path in files:
         with parsing(f"{path} is truncated or damaged", "a whole safetensors file"):
             handle = stack.enter_context(safe_open(path, framework="pt"))
@@ -204,7 +204,7 @@ def _handles(stack: ExitStack, files: Sequence[Path]) -> dict[str, Any]:
     return handles
 
 
-def _stored_name(model: PreTrainedModel, name: str, files: Mapping[str, Any]) -> str | None:
+def _stored_name(model: PreTrainedModel, name: str, files: Mapping[str, safe_open]) -> str | None:
     """Under what name a weight lies in the files: the model's, that of what it is tied to, or that without prefix."""
     if name in files:
         return name

@@ -25,10 +25,9 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pretrain.core.batch import additive, document_mask
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.models.layers import at
+from pretrain.core.models.layers import Arguments, at
 from pretrain.core.models.storage import widened
 
-Arguments = dict[str, Any]
 FIRST, SECOND = 5, 7  # tokens of the two documents
 CAPS = ("final_logit_softcapping", "logits_soft_cap")  # names of a soft cap in configurations
 NEAR = {torch.float64: 1e-4, torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}  # of the largest entry
@@ -166,7 +165,7 @@ def _head(model: nn.Module, logits_BLV: Tensor, hidden_BLE: Tensor) -> Layout:
     )
 
 
-def _scales(config: Any) -> list[float]:
+def _scales(config: object) -> list[float]:
     """By what models multiply their logits, by the names that configurations have for it."""
     times, over = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     return [*([float(times)] if times else []), *([1 / float(over)] if over else [])]
