@@ -108,6 +108,7 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "dylora": lambda shelf, family: {"rank": 4},
     **dict.fromkeys(("streaming_llm", "expected_attention"), lambda shelf, family: {"n_sink": 1}),
     "speculative_decoding": lambda shelf, family: {"draft": shelf.saved(family, 1, **WIDE)},
+    "kivi": lambda shelf, family: {"bits": 4, "group_size": 2, "residual_length": 2},
     "snapkv": lambda shelf, family: {"window_size": 2, "kernel_size": 3},
     "dylora_truncate": lambda shelf, family: {"rank": 2},
     "increlora": lambda shelf, family: {"max_rank": 4},
@@ -161,6 +162,7 @@ PLAIN: dict[str, Callable[[Shelf, str], Fields]] = {  # with which a decoding me
     **dict.fromkeys(
         ("streaming_llm", "snapkv", "h2o", "expected_attention"), lambda shelf, family: {"compression_ratio": 0.0}
     ),
+    "kivi": lambda shelf, family: {},  # prompts shorter than what stays whole
     "sleep_time": lambda shelf, family: {"rounds": 0},
     "proxy_tuning": lambda shelf, family: {name: shelf.saved(family, 1, **WIDE) for name in ("expert", "anti_expert")},
     "softmax_cascade": lambda shelf, family: {"exits": (1,), "thresholds": (2.0,)},  # above every probability

@@ -31,6 +31,7 @@ from examples_training import Material
 from pretrain.core import checkpoint
 from pretrain.core.batch import Batch, counts
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.forward import why_not
 from pretrain.core.generation.loop import decode
 from pretrain.core.method import method_class
 from pretrain.core.models.families import family
@@ -136,7 +137,13 @@ class Bench:
         """It continues prompts; with fields with which it changes nothing, as plain decoding does."""
         model = self.shelf.model(kind)
         ids_BL = torch.tensor([self.shelf.tokenizer("the quick fox over", add_special_tokens=False)["input_ids"]])
-        plain_BN = decode(model, ids_BL, max_new_tokens=4, pad=0)
+        if why_not(model, ids_BL.shape[1] + 4) is None:
+            plain_BN = decode(model, ids_BL, max_new_tokens=4, pad=0)
+        elif model.can_generate() and not model.config.is_encoder_decoder:
+            options = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+            plain_BN = model.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), **options)
+        else:
+            raise PretrainError(f"{type(model).__name__} writes no text after a prompt; accepted: a causal model")
         fields = examples.PLAIN.get(name) or examples.FIELDS.get(name, lambda *_: {})
         made: Any = method_class(name)(**fields(self.shelf, kind))
         output_BN = made.generate(model, ids_BL, max_new_tokens=4, pad=0)

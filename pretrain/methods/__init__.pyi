@@ -10,6 +10,7 @@ from pretrain.data.selection.preselect import Preselect as Preselect
 from pretrain.data.selection.quality_subset import QualitySubset as QualitySubset
 from pretrain.decoding.cache.expected_attention import ExpectedAttention as ExpectedAttention
 from pretrain.decoding.cache.h2o import H2O as H2O
+from pretrain.decoding.cache.kivi import KIVI as KIVI
 from pretrain.decoding.cache.prepacking import Prepacking as Prepacking
 from pretrain.decoding.cache.pyramid_infer import PyramidInfer as PyramidInfer
 from pretrain.decoding.cache.snapkv import SnapKV as SnapKV
