@@ -8,28 +8,28 @@ is an error and no other result.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-
-import pyarrow
-import pyarrow.parquet
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import SUMS, atomic_folder, digest, file_digest, locked, sweep, write_json
-from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of, verify
+from pretrain.core.folders import checkpoint_of, corpus_of, place_of, tokenizer_of, verify
 from pretrain.core.foreign.paths import expanded
+from pretrain.core.foreign.reading import open_file
 from pretrain.core.processors import load_processor
-from pretrain.corpus.store import SPLITS, Corpus
+from pretrain.corpus.store import SPLITS, Corpus, count_rows
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import silent, write_record
-from pretrain.identity import CODE, Planned, keep_generations, plan, state_of
+from pretrain.identity import CODE, Planned, files_below, keep_generations, plan, state_of
 from pretrain.recipe import Recipe
 from pretrain.records import Adopted, Metrics
 
 # Not taken along: weights that are never read, code that is never run, what tools leave.
 LEFT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.py", "__pycache__", ".*")
+WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "*.gguf")  # beside a tokenizer or a processor
 
 
 def adopt(
@@ -48,7 +48,7 @@ def adopt(
     Raises `PretrainError` for a folder that a later stage could not open.
     """
     item = _chosen(plan(recipe, store), name)
-    part, source = item.stage.writes, expanded(folder)
+    part, source = item.stage.writes, place_of(expanded(folder))
     if not source.is_dir():
         raise PretrainError(f"{folder} is no folder; accepted: a {part} made elsewhere")
     find, check = {
@@ -56,25 +56,23 @@ def adopt(
         "processor": (_processor_of, _check_processor), "checkpoint": (checkpoint_of, _check_checkpoint),
     }[part]  # fmt: skip
     source = find(source)
+    marks = _digests(source, _taken(source, part))
     metrics = check(source)
-    files = [path for path in _files(source) if path.is_file()]
-    marks = {str(path.relative_to(source)): file_digest(path) for path in files}
     adopted: Adopted = {"source": str(folder), "fingerprint": digest(marks), "linked": link}
     item, started = item.at(item.generation + 1).afresh(), datetime.now(UTC)
     with locked(item.folder / ".lock"):
         sweep(item.folder)
         with atomic_folder(item.folder / part) as work:
-            for path in files:
-                target = work / path.relative_to(source)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                target.symlink_to(path.resolve()) if link else shutil.copyfile(path, target)
+            for file in marks:
+                _take(source / file, work / file, link)
+            _check_unchanged(folder, marks, _digests(work, marks), _taken(source, part))
             if part == "checkpoint":
                 _sign(work, source, item, adopted)
-        keep_generations([item])
         write_json(item.folder / CODE, [])
         if link:
             adopted["state"] = state_of(item.folder / part)
         write_record(item, {"metrics": metrics, "adopted": adopted}, started, 0.0)
+        keep_generations([item])  # last: until then what there was before is what the run shows
     say(f"[{name}] {part} {'linked' if link else 'copied'} from {folder} to {item.folder}")
     return item.folder
 
@@ -91,42 +89,56 @@ def _chosen(planned: Iterable[Planned], name: str) -> Planned:
     return items[name]
 
 
-def _files(source: Path) -> list[Path]:
+def _taken(source: Path, part: str) -> list[str]:
     """What of a folder is taken along, links followed."""
-    return sorted(
-        path
-        for path in source.rglob("*")
-        if path != source / SUMS
-        and not any(part.match(mark) for part in map(Path, path.relative_to(source).parts) for mark in LEFT)
-    )
+    left = LEFT if part in ("corpus", "checkpoint") else (*LEFT, *WEIGHTS)
+    names = [path.relative_to(source) for path in files_below(source) if path != source / SUMS]
+    return sorted(str(name) for name in names if not any(Path(s).match(mark) for s in name.parts for mark in left))
+
+
+def _digests(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """A digest by file."""
+    with _readable():
+        return {name: file_digest(folder / name) for name in names}
+
+
+def _take(path: Path, target: Path, link: bool) -> None:
+    """Copy a file, or link it."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if link:
+        target.symlink_to(path.resolve())
+        return
+    with _readable():
+        file = open_file(path)
+    with file, target.open("wb") as copy:
+        shutil.copyfileobj(file, copy, 1 << 20)
+
+
+@contextmanager
+def _readable() -> Iterator[None]:
+    """Name the file that cannot be read."""
+    try:
+        yield
+    except OSError as error:
+        raise PretrainError(f"{error.filename} cannot be read: {error.strerror}; accepted: a file to read") from error
+
+
+def _check_unchanged(folder: Path | str, before: dict[str, str], taken: dict[str, str], now: list[str]) -> None:
+    """Refuse a folder that was written while it was taken in: what was opened is not what was taken."""
+    odd = [name for name in before if taken[name] != before[name]] + sorted({*now} - {*before})
+    if odd:
+        raise PretrainError(f"{folder}: {odd[0]} changed while it was taken in; accepted: a folder that is whole")
 
 
 def _check_corpus(folder: Path) -> Metrics:
     """Open a corpus and count its documents; its sizes are the stage's metrics."""
     verify(folder)
     info = Corpus(folder).info
-    sizes = {
-        (measure, split): info.get(measure, {}).get(split) for measure in ("documents", "bytes") for split in SPLITS
-    }
-    for (measure, split), size in sizes.items():
-        if not isinstance(size, int):
-            raise PretrainError(f"{folder / 'corpus.json'}: {measure}.{split} {size!r}: accepted: a whole number")
-    if not isinstance(info.get("fingerprint"), str):
-        raise PretrainError(f"{folder / 'corpus.json'}: fingerprint {info.get('fingerprint')!r}: accepted: a digest")
     for split in SPLITS:
-        rows = 0
-        for path in sorted((folder / split).glob("*.parquet")):
-            try:
-                rows += pyarrow.parquet.read_metadata(path).num_rows
-            except (pyarrow.ArrowInvalid, OSError) as error:
-                raise PretrainError(
-                    f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})"
-                ) from error
-        if rows != sizes["documents", split]:
-            raise PretrainError(
-                f"{folder / split}: {rows} documents; accepted: {sizes['documents', split]} by corpus.json"
-            )
-    return {f"{measure}/{split}": size for (measure, split), size in sizes.items()}
+        rows, known = count_rows(folder / split), info["documents"][split]
+        if rows != known:
+            raise PretrainError(f"{folder / split}: {rows} documents; accepted: {known} by corpus.json")
+    return {f"{measure}/{split}": info[measure][split] for measure in ("documents", "bytes") for split in SPLITS}
 
 
 def _check_tokenizer(folder: Path) -> Metrics:

@@ -180,14 +180,18 @@ def state_of(path: Path) -> str:
     """The state of a file or folder: names, sizes and times; of what the hub gave its revision."""
     if pinned := hub.state(path):
         return pinned
-    files = sorted(_files(path)) if path.is_dir() else [path]
+    files = sorted(files_below(path)) if path.is_dir() else [path]
     return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder; one with more than `MANY` is no result of a stage."""
-    count = 0
-    for here, folders, names in os.walk(folder):
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, in linked folders too; one with more than `MANY` is no result of a stage."""
+    count, within = 0, {folder: {os.path.realpath(folder)}}  # of a folder those that it lies in: no link leads back
+    for here, folders, names in os.walk(folder, followlinks=True):
+        above = within.pop(Path(here))
+        real = {name: os.path.realpath(Path(here, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in above]
+        within |= {Path(here, name): above | {real[name]} for name in folders}
         count += len(folders) + len(names)
         if count > MANY:
             raise PretrainError(

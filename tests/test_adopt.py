@@ -218,6 +218,8 @@ def spoil(finished, tmp_path, name, file, text):
         ("model", "checkpoint/config.json", b'{"model_type": "nix"}', "model_type 'nix'.*accepted"),
         ("tokenizer", "tokenizer/tokenizer.json", b"{", "no tokenizer can be loaded"),
         ("corpus", "corpus/corpus.json", b"{}", "documents.train None: accepted: a whole number"),
+        ("corpus", "corpus/corpus.json", b"[]", "corpus.json holds a list; accepted: a JSON object"),
+        ("corpus", "corpus/corpus.json", b'{"documents": "x"}', "documents.train None: accepted: a whole number"),
         ("corpus", "corpus/train/part-00000.parquet", b"PAR1", "not a whole Parquet file"),
     ],
 )
@@ -234,6 +236,82 @@ def test_a_corpus_with_fewer_documents_than_it_says_is_refused(tmp_path, finishe
     next((bad / "corpus" / "train").glob("*.parquet")).unlink()
     with pytest.raises(PretrainError, match=r"train: 0 documents; accepted: \d+ by corpus.json"):
         adopt(recipe_at(finished, tmp_path / "run"), "corpus", bad)
+
+
+def test_a_corpus_is_read_through_and_its_text_is_text(tmp_path, finished):
+    import pyarrow
+    import pyarrow.parquet
+
+    bad = spoil(finished, tmp_path, "corpus", "note", b"")
+    part = bad / "corpus" / "train" / "part-00000.parquet"
+    whole = part.read_bytes()
+    part.write_bytes(whole[:60] + b"x" * 200 + whole[260:])  # its footer is as it was
+    with pytest.raises(PretrainError, match="part-00000.parquet: not a whole Parquet file"):
+        adopt(recipe_at(finished, tmp_path / "run"), "corpus", bad)
+    part.write_bytes(whole)
+    table = pyarrow.parquet.read_table(part)
+    numbers = pyarrow.array(range(len(table)))
+    pyarrow.parquet.write_table(table.set_column(table.column_names.index("text"), "text", numbers), part)
+    with pytest.raises(PretrainError, match="part-00000.parquet: column 'text' holds int64; accepted: text"):
+        adopt(recipe_at(finished, tmp_path / "run"), "corpus", bad)
+
+
+@pytest.mark.parametrize("link", [False, True])
+def test_what_lies_behind_links_is_taken_too_and_a_link_to_a_folder_above_ends(tmp_path, finished, link):
+    given = finished / "run" / "corpus" / "corpus"
+    shutil.copytree(given, tmp_path / "given", ignore=shutil.ignore_patterns("train", "checksums.json"))
+    (tmp_path / "given" / "train").symlink_to((given / "train").resolve())
+    (tmp_path / "given" / "again").symlink_to(tmp_path / "given")
+    folder = adopt(recipe_at(finished, tmp_path / "run"), "corpus", tmp_path / "given", link=link)
+    names = {path.relative_to(folder / "corpus") for path in (folder / "corpus").rglob("*") if path.is_file()}
+    assert names == {path.relative_to(given) for path in given.rglob("*") if path.is_file()}
+    before = identity.state_of(tmp_path / "given")
+    shutil.rmtree(tmp_path / "given" / "test")
+    (tmp_path / "given" / "test").symlink_to((given / "train").resolve())
+    assert identity.state_of(tmp_path / "given") != before
+
+
+def test_a_result_is_adopted_by_its_name_that_stays_and_a_tokenizer_without_weights(tmp_path, finished):
+    recipe = recipe_at(finished, tmp_path / "run")
+    address = os.readlink(finished / "run" / "model").rpartition("-")[2]
+    assert (adopt(recipe, "model", finished / "run" / f"model@{address[:6]}") / "stage.json").exists()
+    folder = adopt(recipe, "tokenizer", finished / "run" / "model")
+    assert (folder / "tokenizer" / "tokenizer.json").exists() and not list(folder.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("link", [False, True])
+@pytest.mark.parametrize("change", ["written", "gone", "new"])
+def test_a_folder_that_is_written_meanwhile_is_refused(tmp_path, finished, monkeypatch, change, link):
+    shutil.copytree(finished / "run" / "tokenizer" / "tokenizer", given := tmp_path / "given")
+    (given / "checksums.json").unlink()
+    really = sys.modules["pretrain.adopt"]._check_tokenizer
+
+    def check(folder):
+        answer, file = really(folder), given / "tokenizer.json"
+        if change == "gone":
+            file.unlink()
+        else:
+            (file if change == "written" else given / "more.json").write_text("{}")
+        return answer
+
+    monkeypatch.setattr("pretrain.adopt._check_tokenizer", check)
+    file = "more.json" if change == "new" else "tokenizer.json"
+    words = f"{file} (changed while it was taken in|cannot be read: No such file or directory); accepted"
+    with pytest.raises(PretrainError, match=words):
+        adopt(recipe_at(finished, tmp_path / "run"), "tokenizer", given, link=link)
+    assert {path.name for path in (tmp_path / "run").glob("*/*")} == {".lock"}
+
+
+def test_an_adoption_that_does_not_come_to_its_end_leaves_what_there_was(tmp_path, finished, monkeypatch):
+    shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
+    recipe = recipe_at(finished, tmp_path / "run")
+    for name in ("write_record", "keep_generations"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(f"pretrain.adopt.{name}", lambda *more: (_ for _ in ()).throw(KeyboardInterrupt))
+            adopt(recipe, "model", finished / "run" / "model")
+        assert all(item.finished for item in identity.plan(recipe))
+    adopt(recipe, "model", finished / "run" / "model")
+    assert [item.finished for item in identity.plan(recipe)] == [True, True, True, False]
 
 
 def test_the_wrong_stage_or_folder_is_named(tmp_path, finished):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, unknown
-from pretrain.core.files import JSONObject, atomic_folder, digest, read_json, write_json
+from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, write_json
 from pretrain.core.folders import verify
 from pretrain.corpus.payload import (
     CONTENT,
@@ -39,6 +39,7 @@ from pretrain.corpus.sources import Document, Skipped, evenly
 
 if TYPE_CHECKING:
     import pyarrow
+    import pyarrow.parquet
     from datasets import Dataset
 
 Columns = Sequence[str] | Callable[[list[str]], Sequence[str]]
@@ -241,6 +242,9 @@ def _open(split: Path, cache: Path) -> Dataset:
     import datasets
 
     files = [str(path) for path in sorted(split.glob("*.parquet"))]
+    for path in files:
+        with _opened(Path(path)):
+            pass
     if not files:
         return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
     with without_bars():
@@ -270,16 +274,35 @@ def iterate(split: Path, columns: Columns = ("text", "domain", "id")) -> Iterato
         yield from _read_part(path, columns)
 
 
+def count_rows(split: Path) -> int:
+    """How many documents the files of a split hold, each read whole."""
+    rows = 0
+    for path in sorted(split.glob("*.parquet")):
+        with _opened(path) as file:
+            rows += sum(file.read_row_group(number).num_rows for number in range(file.num_row_groups))
+    return rows
+
+
 def _read_part(path: Path, columns: Columns) -> Iterator[Document]:
+    with _opened(path) as file:
+        known = file.schema_arrow.names
+        wanted = set(columns(known) if callable(columns) else columns)
+        for number in range(file.num_row_groups):
+            yield from file.read_row_group(number, columns=[n for n in known if n in wanted]).to_pylist()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+    """A part's file, whose columns of text are text."""
     import pyarrow
     import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            known = file.schema_arrow.names
-            wanted = set(columns(known) if callable(columns) else columns)
-            for number in range(file.num_row_groups):
-                yield from file.read_row_group(number, columns=[n for n in known if n in wanted]).to_pylist()
+            for field in file.schema_arrow:
+                if field.name in ("text", "domain") and str(field.type) not in ("string", "large_string", "null"):
+                    raise PretrainError(f"{path}: column {field.name!r} holds {field.type}; accepted: text")
+            yield file
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise _no_parquet(path, error) from error
 
@@ -303,6 +326,10 @@ def _count(work: Path) -> tuple[dict[str, dict[str, dict[str, int]]], str]:
     return counts, digested.hexdigest()
 
 
+def _inside(value: object, name: str) -> object:
+    return value.get(name) if isinstance(value, dict) else None
+
+
 class Corpus:
     """A stored corpus, opened."""
 
@@ -314,9 +341,21 @@ class Corpus:
 
     @cached_property
     def info(self) -> JSONObject:
-        """`corpus.json`."""
-        verify(self.folder, lambda name: name == "corpus.json")
-        return read_json(self.folder / "corpus.json")
+        """`corpus.json`: the documents and bytes of each split, those of its domains, a fingerprint."""
+        path = self.folder / "corpus.json"
+        verify(self.folder, lambda name: name == path.name)
+        facts = read_object(path)
+        for measure in ("documents", "bytes"):
+            for split in SPLITS:
+                size = _inside(_inside(facts, measure), split)
+                if not isinstance(size, int) or size < 0:
+                    raise PretrainError(f"{path}: {measure}.{split} {size!r}: accepted: a whole number")
+        if not isinstance(facts.get("fingerprint"), str):
+            raise PretrainError(f"{path}: fingerprint {facts.get('fingerprint')!r}: accepted: a digest")
+        for split in SPLITS:
+            if not isinstance(_inside(_inside(facts, "domains"), split), dict):
+                raise PretrainError(f"{path}: domains.{split}: accepted: a mapping from the split's domains")
+        return facts
 
     @property
     def domains(self) -> list[str]:
@@ -340,17 +379,12 @@ class Corpus:
     @property
     def columns(self) -> list[str]:
         """The names of the documents' columns."""
-        import pyarrow
-        import pyarrow.parquet
-
         parts = sorted(self.folder.glob("*/*.parquet"))
         if not parts:
             return []
         verify(self.folder, lambda name: name == parts[0].relative_to(self.folder).as_posix())
-        try:
-            return list(pyarrow.parquet.read_schema(parts[0]).names)
-        except (pyarrow.ArrowInvalid, OSError) as error:
-            raise _no_parquet(parts[0], error) from error
+        with _opened(parts[0]) as file:
+            return list(file.schema_arrow.names)
 
     def documents(self, name: str, columns: Columns = ("text", "domain", "id")) -> Iterator[Document]:
         """One split's documents, streamed."""
