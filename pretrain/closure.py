@@ -1,7 +1,8 @@
 """Which code really runs: the source files that modules import, and a digest of what each of them does.
 
-Files are parsed and none is imported. An import inside a function counts; one under `if TYPE_CHECKING:` does not, since
-it never runs. A digest is of the syntax tree without docstrings, so that comments and formatting change nothing.
+Files are parsed and none is imported. An import inside a function counts, and `import_module` of a name that is written
+out; one under `if TYPE_CHECKING:` does not, since it never runs. A digest is of the syntax tree without docstrings, so
+that comments and formatting change nothing.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
@@ -74,6 +76,8 @@ def _fingerprint(starts: tuple[Home, ...]) -> Code:
         files[_label(roots[module.partition(".")[0]], Path(path))] = parsed.digest
         for name in _imported(parsed, module, Path(path).name == "__init__.py"):
             top = name.partition(".")[0]
+            if top not in roots and (root := _unversioned(top)):
+                roots[top] = root
             if top not in roots:
                 outside.add(top)
             for home in _homes(name, roots.get(top)):
@@ -99,6 +103,25 @@ def differences(then: Code, now: Code) -> list[str]:
     return phrases
 
 
+@cache
+def _unversioned(top: str) -> Path | None:
+    """The source of a module that is of no installed library: it lies on the path, or is a method from outside."""
+    if top in sys.stdlib_module_names or top in SILENT or not top:
+        return None
+    for row in methods().values():
+        if row.module.partition(".")[0] == top:
+            return _top(row.module, row.path)
+    if _version(top):
+        return None
+    try:
+        spec = find_spec(top)
+    except (ImportError, ValueError, AttributeError):
+        return None
+    origin = spec.origin if spec and spec.origin and spec.origin.endswith(".py") else None
+    places = list(spec.submodule_search_locations or []) if spec else []
+    return Path(places[0]) if places else Path(origin) if origin else None
+
+
 def _top(module: str, path: Path) -> Path:
     """The folder of a module's outermost package, or the file of a module that is in none."""
     deep = module.count(".") + (path.name == "__init__.py")
@@ -120,7 +143,7 @@ def _imported(parsed: Parsed, module: str, package: bool) -> Iterator[str]:
         if base == PACKAGE.name:
             base = vars(sys.modules[base])["_HOMES"].get(name, base)  # what is public is imported when it is used
         elif base == f"{PACKAGE.name}.methods":
-            base = {row.cls: row.module for row in methods().values() if row.ours}.get(name, base)
+            base = {row.cls: row.module for row in reversed(methods().values())}.get(name, base)
         yield f"{base}.{name}" if name else base
 
 
@@ -257,5 +280,16 @@ def _imports(statements: Iterable[ast.AST]) -> Iterator[Import]:
             yield from ((node.level, node.module or "", alias.name) for alias in node.names)
         elif _only_types(node):
             yield from _imports(getattr(node, "orelse", []))
-        elif not isinstance(node, ast.expr):
+        else:
+            if isinstance(node, ast.Call) and (name := _called(node)):
+                yield len(name) - len(name.lstrip(".")), name.lstrip("."), ""
             yield from _imports(ast.iter_child_nodes(node))
+
+
+def _called(node: ast.Call) -> str:
+    """The module that a call imports by a name that is written out; else nothing."""
+    function = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    first = node.args[0] if node.args else None
+    if function in ("import_module", "__import__") and isinstance(first, ast.Constant) and isinstance(first.value, str):
+        return first.value
+    return ""

@@ -33,10 +33,10 @@ from pretrain.core.quick.quantities import duration, short
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
 from pretrain.forecast import check_documents, check_fits, forecast, warnings
-from pretrain.identity import RECORD, Planned, begin, drift, keep_generations
+from pretrain.identity import RECORD, Planned, begin, drift, keep_generations, record_of
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
-from pretrain.records import Part, RunStage, StageRecord, StageResult, Status, altered, read_stage, write_stage
+from pretrain.records import Part, RunStage, StageRecord, StageResult, Status, altered, write_stage
 from pretrain.report.page import write as write_report
 from pretrain.runs.shelf import join_store
 from pretrain.runs.targets import repointed, targets
@@ -116,7 +116,7 @@ def run(
                 _refuse_empty_splits(recipe, planned)
                 plan_of = estimates[item.stage.name].plan if item.stage.name in estimates else None
                 finished = _run_once(item, records, plan_of, say, main, wait)
-            records[item.stage.name] = record = _record(item)
+            records[item.stage.name] = record = record_of(item)
             if main:
                 _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)
                 _write_run(recipe, planned)
@@ -130,23 +130,17 @@ def _say_end(
 ) -> None:  # fmt: skip
     """Say that a stage is done or was already, and what is odd about it; `moved`: that its name shows another now."""
     name = item.stage.name
+    again, left = f"--refresh {name} makes it again", item.stage.writes
     for file in altered(item.folder, record):
-        again = f"--refresh {name} makes it again"
         say(f"warning: {item.folder / file} is not as the stage has left it: damaged or replaced; {again}")
+    if left and not any((item.folder / file).exists() for file in (left, f"{left}.json")):  # as it lay in older runs
+        say(f"warning: {item.folder / left} is gone; {again}")
     took = duration(record["seconds"])
     say(f"[{name}] {_finished(item) if finished else f'done in {took}'}")
     if not finished and (line := shortfall(item.stage, record, estimates)):
         say(f"[{name}] {line}")
     if moved:
         say(f"[{name}] {moved}")
-
-
-def _record(item: Planned) -> StageRecord:
-    """`stage.json` of a finished stage; where it is damaged the error says how to have the stage again."""
-    try:
-        return read_stage(item.folder / RECORD, item.address)
-    except PretrainError as error:
-        raise PretrainError(f"{error}; accepted: `--refresh {item.stage.name}`, which runs the stage again") from error
 
 
 def _finished(item: Planned) -> str:

@@ -34,7 +34,7 @@ from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
 from pretrain.core.system.portable import link_target
 from pretrain.recipe import Recipe
-from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord
+from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord, read_stage
 from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"
@@ -204,8 +204,8 @@ def files_below(folder: Path) -> Iterator[Path]:
 def _generations(home: Path) -> dict[str, int]:
     path = home / GENERATIONS
     counts = read_json(path) if path.exists() else {}
-    if not isinstance(counts, dict) or not all(isinstance(number, int) for number in counts.values()):
-        raise PretrainError(f"{path}: accepted: a mapping from folders to how often each was refreshed")
+    if not isinstance(counts, dict) or not all(type(n) is int and n >= 0 for n in counts.values()):
+        raise PretrainError(f"{path}: accepted: a mapping from folders to how often each was refreshed, 0 or more")
     return counts
 
 
@@ -266,8 +266,8 @@ def drift(item: Planned, verb: str = "made") -> str:
 
     A stage that was adopted was made with no code of ours; where its files are linked, they may have changed.
     """
-    adopted = (read_json(item.folder / RECORD) if item.finished else {}).get("adopted", {})
-    if adopted.get("linked") and adopted["state"] != state_of(item.folder / item.stage.writes):
+    adopted = record_of(item).get("adopted") if item.finished else None
+    if adopted and adopted["linked"] and adopted["state"] != state_of(item.folder / item.stage.writes):
         return f"{adopted['source']}, where its files are linked from, has changed since"
     codes, now = _codes(item.folder), item.code()
     if codes is None:
@@ -298,7 +298,10 @@ def shortened(phrases: list[str]) -> str:
 def why(item: Planned) -> str:
     """Why the stage would run, or why not."""
     if item.finished:
-        record = read_json(item.folder / RECORD)
+        try:
+            record = record_of(item)
+        except PretrainError as error:
+            return str(error)
         adopted = record.get("adopted")
         made = f"adopted from {adopted['source']}" if adopted else "finished"
         return "; ".join(filter(None, (f"{made} on {_when(record)}, same address", drift(item))))
@@ -318,6 +321,14 @@ def why(item: Planned) -> str:
     return f"{shortened(_changes(record, item))} (compared with {folder.name}, finished on {_when(record)})"
 
 
+def record_of(item: Planned) -> StageRecord:
+    """`stage.json` of a finished stage; where it is damaged the error says how to have the stage again."""
+    try:
+        return read_stage(item.folder / RECORD, item.address)
+    except PretrainError as error:
+        raise PretrainError(f"{error}; accepted: `--refresh {item.stage.name}`, which runs the stage again") from error
+
+
 def _when(record: StageRecord) -> str:
     return f"{record['finished'][:16].replace('T', ' ')} UTC"
 
@@ -326,11 +337,11 @@ def newest(item: Planned) -> tuple[Path, StageRecord] | None:
     """The newest finished folder of a stage of this name, and its record."""
     records = []
     for path in item.folder.parent.glob(f"*-*/{RECORD}"):
-        with suppress(PretrainError, AttributeError):  # of what is damaged, and of what is no record
-            record = read_json(path)
-            if record.get("name") == item.stage.name and not link_target(path.parent) is not None:
+        with suppress(PretrainError):  # of what is damaged, and of what is no record
+            record = read_stage(path)
+            if record["name"] == item.stage.name and not link_target(path.parent) is not None:
                 records.append((path.parent, record))
-    return max(records, key=lambda row: (str(row[1].get("finished")), (row[0] / RECORD).stat().st_mtime), default=None)
+    return max(records, key=lambda row: (row[1]["finished"], (row[0] / RECORD).stat().st_mtime), default=None)
 
 
 def _changes(record: StageRecord, item: Planned) -> list[str]:

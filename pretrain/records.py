@@ -16,6 +16,9 @@ Marks: TypeAlias = dict[str, str | list[str]]  # addresses, or names, by place
 Config: TypeAlias = JSONObject  # what a recipe says of a stage, and what it leaves to defaults
 Metrics: TypeAlias = dict[str, float]
 
+KEPT: dict[str, type] = {  # what every record of a stage says
+    "name": str, "stage": str, "address": str, "config": dict, "methods": dict, "metrics": dict, "finished": str
+}  # fmt: skip
 OF_RUNS = ("parts.json", "code.json")  # what the engine notes beside a `stage.json`, and may write again
 
 
@@ -104,11 +107,13 @@ def write_stage(path: Path, record: StageRecord) -> None:
     write_json(path, sealed({**record, "files": digests}))
 
 
-def read_stage(path: Path, address: str) -> StageRecord:
-    """The `stage.json` of the result of an address; anything else is an error that names the file."""
+def read_stage(path: Path, address: str = "") -> StageRecord:
+    """A `stage.json`, of the result of an address where one is given; anything else is an error that names the file."""
     record = read_json(path)
-    if not isinstance(record, dict) or record.get("address") != address:
-        raise PretrainError(f"{path} is damaged or was replaced: it is not the record of {address[:12]}")
+    whole = isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in KEPT.items())
+    if not whole or record["address"] != (address or record["address"]):
+        whose = address[:12] or "a stage"
+        raise PretrainError(f"{path} is damaged or was replaced: it is not the record of {whose}")
     return cast("StageRecord", record)
 
 

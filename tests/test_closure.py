@@ -91,6 +91,22 @@ def test_the_closure_follows_what_is_imported_and_nothing_else(tmp_path):
     assert code.libraries.keys().isdisjoint({"os", "yaml", "mine", "pretrain"})
 
 
+def test_what_is_imported_by_a_written_name_or_from_the_path_counts_too(tmp_path, monkeypatch):
+    home = tmp_path / "mine"
+    put(
+        home,
+        start="import importlib\nimport loose\ndef f(name):\n    importlib.import_module(name)\n"
+        "    return [importlib.import_module('mine.late').x, importlib.import_module('._near', 'mine')]\n",
+        late="import packed.inner\n", _near="x = 1\n", __init__="",
+    )  # fmt: skip
+    put(tmp_path / "path", loose="x = 1\n")
+    put(tmp_path / "path" / "packed", __init__="", inner="x = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path / "path"))
+    code = closure.fingerprint([("mine.start", str(home / "start.py"))])
+    more = {"loose.py", "packed/__init__.py", "packed/inner.py"}
+    assert code.files.keys() == {f"mine/{n}.py" for n in ("__init__", "_near", "late", "start")} | more
+
+
 def test_a_stages_code_is_its_loop_and_the_methods_that_it_uses():
     stages = load(PACKAGE.parent / "recipes" / "quickstart.yaml")
     code = {item.stage.name: item.code() for item in identity.plan(stages)}

@@ -13,8 +13,9 @@ import pytest
 
 import pretrain.methods
 from pretrain.core import registry
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.method import method_class
+from pretrain.core.quick.outside import MethodFile
 from pretrain.core.registry import info, kinds, methods, use_methods
 
 ROOT = Path(__file__).parent.parent
@@ -90,6 +91,7 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
         (tmp_path / folder / "__init__.py").write_text("")
     facts = tmp_path / "guest-1.0.dist-info"
     facts.mkdir()
+    outside(tmp_path / "guest" / "methods" / "room", EXAMPLE, "deeper.py")
     (tmp_path / "guest" / "methods" / "broken.py").write_text("def f(:\n")
     (tmp_path / "guest" / "methods" / "cosine.py").write_text(EXAMPLE)  # the name of one of ours
     (tmp_path / "boom").mkdir()
@@ -100,11 +102,12 @@ def test_an_installed_package_brings_its_methods_by_an_entry_point(tmp_path):
     )
     program = (
         "from pretrain.core.method import method_class; from pretrain.core.registry import info;"
-        "print(info('polynomial').kind, info('polynomial').ours, method_class('polynomial')(0, 2.0).factor(50, 100))"
+        "print(info('polynomial').kind, info('polynomial').ours, method_class('polynomial')(0, 2.0).factor(50, 100),"
+        "method_class('deeper')().name)"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path)))}
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment)
-    assert done.stdout.split() == ["schedule", "False", "0.25"], done.stderr
+    assert done.stdout.split() == ["schedule", "False", "0.25", "deeper"], done.stderr
     assert "lost = 'guest.no_such'" in done.stderr  # named, and the others are there
     assert "broken.py:1: not a Python file" in done.stderr and "RuntimeError: no" in done.stderr
     assert "two methods are named 'cosine'" in done.stderr
@@ -131,9 +134,8 @@ def test_a_method_is_found_by_a_base_of_its_own_package_or_a_public_one(tmp_path
     (package / "bases.py").write_text(
         "from pretrain.optim import Schedule\n\nclass Warmed(Schedule):\n    families = ('bert',)\n"
     )
-    monkeypatch.setattr(
-        registry, "_installed", lambda: [(package / "rooms" / "polynomial.py", "guest.rooms.polynomial")]
-    )
+    file = MethodFile(package / "rooms" / "polynomial.py", "guest.rooms.polynomial", False)
+    monkeypatch.setattr(registry, "installed_files", lambda: [file])
     methods.cache_clear()
     try:
         assert info("polynomial").kind == "schedule"
@@ -218,6 +220,12 @@ def test_files_of_a_folder_may_import_one_another(tmp_path, clean):
         ("x = 1\n", "nothing.py", "no file there defines a method"),
         ("def f(:\n", "broken.py", "broken.py:1: not a Python file"),
         (EXAMPLE, "cosine.py", "two methods are named 'cosine'"),
+        (EXAMPLE, "poly.nomial.py", "a method is named as its file; accepted: letters, digits, '_' and '-'"),
+        (
+            EXAMPLE.replace("    warmup:", "    kind = 'sched' + 'ule'\n    warmup:"),
+            "polynomial.py",
+            "polynomial.py: kind of Polynomial: accepted: names, written out",
+        ),
         (EXAMPLE.replace("(arXiv:1606.00915)", ""), "polynomial.py", "must open with 'Title (arXiv:NUMBER)"),
         (
             EXAMPLE.replace("@dataclass(frozen=True)", ""),
@@ -272,6 +280,7 @@ def test_a_class_is_a_method_however_its_decorator_and_base_are_written(tmp_path
 @pytest.mark.parametrize(
     ("code", "message"),
     [
+        (EXAMPLE + "\nraise SystemExit(3)\n", "SystemExit: 3"),
         (EXAMPLE + "\nX = undefined_name\n", "NameError: name 'undefined_name' is not defined"),
         (EXAMPLE.replace("power: Positive", "power: Sharee"), "NameError: name 'Sharee' is not defined"),
     ],
@@ -280,6 +289,35 @@ def test_a_method_whose_file_fails_is_one_line_that_names_the_file(tmp_path, cle
     use_methods(outside(tmp_path / "mine", code))
     with pytest.raises(PretrainError, match=r"polynomial.py\) cannot be imported: " + re.escape(message)):
         method_class("polynomial")
+
+
+def test_methods_lie_in_folders_of_the_folder_too_and_what_else_lies_there_is_no_mistake(tmp_path, clean):
+    room = outside(
+        tmp_path / "mine" / "room" / "inner",
+        EXAMPLE.replace("warmup_steps\n", "warmup_steps\nfrom .._helper import X\n"),
+    )
+    outside(room.parent, "X = 1\n", "_helper.py")
+    outside(tmp_path / "mine" / "_left", EXAMPLE, "hidden.py")
+    outside(tmp_path / "mine" / "run", EXAMPLE, "old.py").joinpath("run.json").write_text("{}")
+    outside(room, "from dataclasses import dataclass\n@dataclass\nclass Row:\n    x: int\n", "rows.py")
+    outside(room, "# dataclass\ndef f(:\n", "broken.py")
+    (room / "polynomials.py").mkdir()  # a folder
+    (room / "again").symlink_to(tmp_path / "mine")
+    use_methods(tmp_path / "mine")
+    assert [name for name, row in methods().items() if not row.ours] == ["polynomial"]
+    assert method_class("polynomial")().name == "polynomial" and "optim" not in info("polynomial").module
+    for name, reason in (("broken", "broken.py:2: not a Python file"), ("rows", "Row has no base that says its kind")):
+        with pytest.raises(PretrainError, match=reason):
+            info(name, "schedule")
+    with pytest.raises(PretrainError, match="unknown schedule 'hidden'"):
+        info("hidden", "schedule")
+
+
+def test_two_classes_of_one_name_from_outside_are_told(tmp_path, clean):
+    outside(tmp_path / "mine", EXAMPLE + "\n", "other.py")
+    use_methods(outside(tmp_path / "mine"))
+    with pytest.warns(PretrainWarning, match="methods.Polynomial is of .*other.py; of that name too: .*polynomial.py"):
+        assert pretrain.methods.Polynomial().name == "other"
 
 
 def test_a_method_that_cannot_be_imported_says_why(tmp_path, clean):

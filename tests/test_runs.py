@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ from test_quick import command
 from typer.testing import CliRunner
 
 import pretrain.stages
-from pretrain import engine
+from pretrain import engine, identity
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json
 from pretrain.core.folders import corpus_at, newest_checkpoint, place_of, run_of
@@ -29,6 +31,7 @@ from pretrain.stages import Job, Stage
 class Fake(Stage):
     stage: Literal["fake"] = "fake"
     accepts: ClassVar[dict[str, tuple[str, ...]]] = Stage.accepts | {"init": ("fake",)}
+    writes: ClassVar[str] = "checkpoint"
     init: Ref | None = None
     value: int = 0
 
@@ -333,3 +336,26 @@ def test_where_there_are_no_runs_that_is_told():
         [sys.executable, "-m", "pretrain", "runs", "list"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and done.stderr.startswith("error: runs: no run there")
+
+
+@pytest.mark.parametrize("text", ["[]", "{", "{}", '{"address": 3}', '{"name": "model", "metrics": []}'])
+def test_a_damaged_record_is_one_line_and_stands_in_no_other_runs_way(text):
+    base, other = run("base", model={"value": 1}), run("other", model={"value": 2})
+    run("base", model={"value": 5})
+    (place_of(base / "model") / "stage.json").write_text(text)
+    listed = invoke("list")
+    assert "runs/other" in listed and "model-" not in listed.partition("stage.json")[2]
+    for words in (["show", base], ["compare", base, other], ["clean", base]):
+        with pytest.raises(PretrainError, match="stage.json is (damaged or was replaced|not valid JSON)"):
+            invoke(*words)
+    assert out(run("next", model={"init": "runs/base/model", "value": 3}) / "model") == 8  # its checkpoint is whole
+    (item,) = identity.plan(recipe("base", model={"value": 5}))
+    assert re.search(r"stage.json is .*; accepted: `--refresh model`, which runs the stage again", identity.why(item))
+
+
+def test_what_a_stage_has_left_and_is_gone_is_told():
+    base, lines = run("base", model={"value": 1}), []
+    shutil.rmtree(base / "model" / "checkpoint")
+    run("base", say=lines.append, model={"value": 1})
+    where = place_of(base / "model") / "checkpoint"
+    assert f"warning: {where} is gone; --refresh model makes it again" in lines

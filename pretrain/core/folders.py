@@ -41,7 +41,7 @@ def _result(run: Path, stage: str, address: str) -> Path:
     fitting = [path for path in every if path.name.rpartition("-")[2].startswith(address[:12]) and address]
     if len(fitting) == 1:
         return fitting[0]
-    known = [path for path in every if read_json(path / "stage.json").get("name") == stage]
+    known = [path for path in every if (made := stage_at(path)) and made[1].get("name") == stage]
     names = ", ".join(f"{stage}@{path.name.rpartition('-')[2]}" for path in fitting or known)
     number = f"{len(fitting)} results begin so" if fitting else "no such result"
     raise PretrainError(f"{run / stage}@{address}: {number}; accepted: {names or 'none, since none is finished'}")
@@ -72,9 +72,15 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None
     """
     finding = damage(folder, wanted)
     if finding:
-        made = stage_at(Path(folder))
-        again = f"`--refresh {made[1].get('name')}` makes it again" if made else "a whole copy"
+        again = remedy(folder) or "a whole copy"
         raise PretrainError(f"{finding}; accepted: {again}, or no {SUMS} beside what was changed on purpose")
+
+
+def remedy(folder: Path, *kinds: str) -> str:
+    """How to have again what a finished stage, of one of these kinds, has left; empty of what lies in none."""
+    made = stage_at(Path(folder))
+    fits = made and (not kinds or made[1].get("stage") in kinds)
+    return f"`--refresh {made[1].get('name')}` makes it again" if made and fits else ""
 
 
 def run_of(place: Path | str) -> Path:
@@ -92,7 +98,8 @@ def checkpoint_of(folder: Path) -> Path:
     for path in (folder / "checkpoint", folder):
         if (path / "config.json").exists():
             return path
-    raise PretrainError(f"no checkpoint at {folder}; accepted: a train or surgery stage, or a folder with config.json")
+    accepted = remedy(folder, "train", "surgery") or "a train or surgery stage, or a folder with config.json"
+    raise PretrainError(f"no checkpoint at {folder}; accepted: {accepted}")
 
 
 def newest_checkpoint(place: Path | str) -> Path:

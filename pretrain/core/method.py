@@ -138,7 +138,7 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
         hints(cls)
     except PretrainError:
         raise
-    except Exception as error:  # a file from outside may fail in any way
+    except (Exception, SystemExit) as error:  # a file from outside may fail in any way
         kind_of = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise PretrainError(f"method {name!r} ({row.path}) cannot be imported: {kind_of}{error}") from error
     return cls

@@ -8,8 +8,6 @@ frozen dataclass that descends from the base of a kind: the class that says `kin
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -17,7 +15,6 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cache
 from hashlib import sha256
-from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
 
@@ -26,10 +23,10 @@ from pretrain.core.files import digest, write_json
 from pretrain.core.folders import cache_folder
 from pretrain.core.foreign import json as foreign
 from pretrain.core.foreign.paths import expanded
+from pretrain.core.quick.outside import NAME, MethodFile, files_below, installed_files
 
 PACKAGE = Path(__file__).resolve().parent.parent
 FOLDERS = ("data", "objectives", "optim", "policies", "surgery", "decoding", "evaluation")
-GROUP = "pretrain.methods"  # of entry points
 ABOUT = 600  # characters of a method's docstrings that are searched
 _TITLE = re.compile(r"(?P<title>.+?) \((?:arXiv:(?P<arxiv>[\w./-]+)|(?P<venue>[^()]+))\)\.?\Z", re.DOTALL)
 _added: list[Path] = []  # folders of methods from outside
@@ -74,6 +71,8 @@ class _Source:
 def _source(path: Path) -> _Source:
     try:
         tree = ast.parse(path.read_bytes())  # whatever its encoding, as Python reads it
+    except OSError as error:
+        raise PretrainError(f"{path} cannot be read: {error.strerror}; accepted: a Python file") from error
     except (SyntaxError, ValueError) as error:
         at = f"{path}:{error.lineno}" if isinstance(error, SyntaxError) and error.lineno else str(path)
         reason = error.msg if isinstance(error, SyntaxError) else error
@@ -122,7 +121,10 @@ def _says(path: Path, name: str, variable: str, heirs: tuple[tuple[Path, str], .
         module, there = _split(source.imports.get(name, ""))
         home = _home(module, there, path)
         return _says(*home, variable, heirs) if home else None
-    value = _constant(cls, variable)
+    try:
+        value = _constant(cls, variable)
+    except (ValueError, TypeError, SyntaxError) as error:
+        raise PretrainError(f"{path}: {variable} of {name}: accepted: names, written out") from error
     if value is not None:
         return value
     for base in cls.bases:
@@ -217,10 +219,9 @@ def _read(path: Path, module: str) -> MethodInfo | None:
     title = _TITLE.match(" ".join((ast.get_docstring(cls) or "").split("\n\n")[0].split()))
     if title is None:
         raise PretrainError(f"{path}: the docstring of {cls.name} must open with 'Title (arXiv:NUMBER).'")
-    try:
-        families = _says(path, cls.name, "families")
-    except ValueError as error:
-        raise PretrainError(f"{path}: families of {cls.name}: accepted: names, written out") from error
+    families = _says(path, cls.name, "families")
+    if not NAME.fullmatch(path.stem):
+        raise PretrainError(f"{path}: a method is named as its file; accepted: letters, digits, '_' and '-'")
     return MethodInfo(
         name=path.stem,
         kind=_kind(path, cls.name) or "",
@@ -270,9 +271,9 @@ def kinds() -> dict[str, str]:
 def methods() -> dict[str, MethodInfo]:
     """All methods by name, ours in the order of kinds, then those from outside; imports none of them."""
     known: dict[str, MethodInfo] = {}
-    packages = _installed()
-    installed = {path for path, _ in packages}
-    outside = [*map(_read_installed, packages), *(_read(path, module) for path, module in _in_folders())]
+    packages = installed_files()
+    installed = {file.path for file in packages}
+    outside = [*map(_read_installed, packages), *map(_read_added, _in_folders())]
     for info in [*_ours(), *filter(None, outside)]:
         if info.name in known and info.path.read_bytes() == known[info.name].path.read_bytes():
             continue  # the same file by two ways, or a copy of it
@@ -280,7 +281,8 @@ def methods() -> dict[str, MethodInfo]:
             warn(f"two methods are named {info.name!r}: {info.path} is passed over")
             continue
         if info.name in known:
-            raise PretrainError(f"two methods are named {info.name!r}: {known[info.name].path} and {info.path}")
+            both = f"{known[info.name].path} and {info.path}"
+            raise PretrainError(f"two methods are named {info.name!r}: {both}; accepted: another name of the file")
         known[info.name] = info
     return known
 
@@ -305,38 +307,27 @@ def _ours() -> list[MethodInfo]:
     return rows
 
 
-def _installed() -> list[tuple[Path, str]]:
-    """The modules that installed packages declare: `name = "package.module"`, or a package of such modules."""
-    modules: list[tuple[Path, str]] = []
-    for entry in entry_points(group=GROUP):
-        try:
-            spec = importlib.util.find_spec(entry.module)
-        except Exception as error:  # finding a module imports the packages that it is in
-            spec, reason = None, f" ({type(error).__name__}: {error})"
-        else:
-            reason = ""
-        if spec is None or not (spec.origin or spec.submodule_search_locations):
-            warn(f"entry point {entry.name} = {entry.value!r}: there is no such module{reason}")
-            continue
-        folders = list(map(Path, spec.submodule_search_locations or []))  # of a package, with or without `__init__.py`
-        paths = [path for folder in folders for path in sorted(folder.glob("[!_]*.py"))]
-        modules += [(path, f"{entry.module}.{path.stem}") for path in paths]
-        if not folders and spec.origin:
-            modules.append((Path(spec.origin), entry.module))
-    return modules
-
-
-def _read_installed(place: tuple[Path, str]) -> MethodInfo | None:
+def _read_installed(file: MethodFile) -> MethodInfo | None:
     """The method of a file of an installed package. One that is broken stops only who asks for it."""
     try:
-        return _read(*place)
+        return _read_added(file)
     except PretrainError as error:
         warn(str(error))
         return None
 
 
-def _in_folders() -> list[tuple[Path, str]]:
-    return [(path, f"{_package(folder)}.{path.stem}") for folder in _added for path in sorted(folder.glob("[!_]*.py"))]
+def _read_added(file: MethodFile) -> MethodInfo | None:
+    """The method of a file; what is wrong with one that lies deep is told to who asks for it, by `info`."""
+    try:
+        return _read(file.path, file.module) if not file.deep or b"dataclass" in file.path.read_bytes() else None
+    except (PretrainError, OSError):
+        if file.deep:
+            return None
+        raise
+
+
+def _in_folders() -> list[MethodFile]:
+    return [file for folder in _added for file in files_below(folder, _package(folder))]
 
 
 def _package(folder: Path) -> str:
@@ -345,7 +336,10 @@ def _package(folder: Path) -> str:
 
 
 def use_methods(folder: Path | str) -> None:
-    """Add a folder of methods, one a file, to those there are; its files may import one another (`from . import x`)."""
+    """Add a folder of methods, one a file, to those there are; its files may import one another (`from . import x`).
+
+    They may lie in folders of it. What begins with `_` is no method.
+    """
     folder = expanded(folder).resolve()
     if not folder.is_dir():
         raise PretrainError(f"methods {str(folder)!r}: accepted: a folder of Python files, one method each")
@@ -355,10 +349,11 @@ def use_methods(folder: Path | str) -> None:
     methods.cache_clear()
     try:
         defined = {info.path for info in methods().values()}
-        for path, _ in _in_folders():
-            if path.parent == folder and path not in defined and (reason := _passed_over(path)):
+        files = files_below(folder, _package(folder))
+        for file in files:
+            if not file.deep and file.path not in defined and (reason := _passed_over(file.path)):
                 raise PretrainError(reason)
-        if not any(_read(path, module) for path, module in _in_folders() if path.parent == folder):
+        if not any(map(_read_added, files)):
             raise PretrainError(f"methods {str(folder)!r}: no file there defines a method; accepted: one method a file")
     except PretrainError:
         _added.remove(folder)
@@ -377,5 +372,9 @@ def info(name: str, kind: str | None = None) -> MethodInfo:
             raise PretrainError(
                 f"method {name!r} is of kind {methods()[name].kind!r}, not {kind!r}; accepted: {', '.join(known)}"
             )
+        for file in (*installed_files(), *_in_folders()):
+            if file.path.stem == name:
+                _read(file.path, file.module)
+                raise PretrainError(_passed_over(file.path) or f"{file.path} defines no method")
         raise unknown(kind or "method", name, known)
     return known[name]

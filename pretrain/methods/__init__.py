@@ -4,7 +4,7 @@
 checkers `__init__.pyi` says the same of those of this package; `make docs` writes it.
 """
 
-from pretrain.core.errors import nearest
+from pretrain.core.errors import nearest, warn
 from pretrain.core.method import method_class
 from pretrain.core.registry import methods as _known
 
@@ -17,6 +17,9 @@ def _names() -> dict[str, str]:
 def __getattr__(name: str) -> type:
     names = _names()
     if name in names:
+        alike = [str(row.path) for row in _known().values() if row.cls == name and not row.ours]
+        if len(alike) > 1 and not _known()[names[name]].ours:
+            warn(f"pretrain.methods.{name} is of {alike[0]}; of that name too: {', '.join(alike[1:])}")
         return method_class(names[name])
     if name.startswith("_"):
         raise AttributeError(name)

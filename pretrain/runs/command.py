@@ -13,7 +13,7 @@ from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import counted, duration, figure, short
-from pretrain.records import Status
+from pretrain.records import Status, read_stage
 from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
 
 app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
@@ -24,7 +24,7 @@ SHOWN = 4  # metrics of a run that a list names
 @app.command("list")
 def list_runs(folder: Folder = RUNS) -> None:
     """The runs of a folder, the newest last, with what they take."""
-    runs = find_runs(folder)
+    runs = find_runs(folder, damaged=lambda error: typer.echo(f"warning: {error}; its run is left out", err=True))
     if not runs:
         raise PretrainError(f"{folder}: no run there; accepted: a folder in which `pretrain run` has written")
     rows: list[tuple[str, ...]] = [("run", "status", "stages", "finished", "time", "FLOPs", "size", "last measured")]
@@ -83,7 +83,7 @@ def _beside(run: Run, path: Path) -> None:
     if not (path / "stage.json").exists():
         typer.echo(f"  {path}  {size}  {Status.INTERRUPTED}")
         return
-    record = read_json(path / "stage.json")
+    record = read_stage(path / "stage.json")
     now = run.records.get(record["name"])
     changes = ", ".join(differences(record, now)) if now else "the run has no stage of its name"
     stable = f"{run.folder / record['name']}@{path.name.rpartition('-')[2]}"
@@ -142,7 +142,7 @@ def clean(
 def _what(folder: Path) -> str:
     if not (folder / "stage.json").exists():
         return Status.INTERRUPTED
-    record = read_json(folder / "stage.json")
+    record = read_stage(folder / "stage.json")
     return f"{record['name']}, finished {_when(record['finished'])}"
 
 

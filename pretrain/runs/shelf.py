@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.folders import stage_folders
 from pretrain.core.system.portable import held, link_target, take
-from pretrain.records import StageRecord, run_status, statuses
+from pretrain.records import StageRecord, read_stage, run_status, statuses
 
 RUNS, USERS, REMOVED = Path("runs"), ".runs", ".tmp-removed-"
 RESULT = re.compile(r"[\w-]+-[0-9a-f]{12}")  # KIND-ADDRESS, or NAME-ADDRESS of earlier versions
@@ -63,16 +63,24 @@ def open_run(folder: Path) -> Run:
     """Read a run's folder; raises `PretrainError` where it is none or damaged."""
     stages = stage_folders(folder)
     finished = {name: path / "stage.json" for name, path in stages.items() if (path / "stage.json").exists()}
-    records = {name: read_json(path) for name, path in finished.items()}
+    records = {name: read_stage(path) for name, path in finished.items()}
     return Run(folder, stages, statuses(folder, read_json(folder / "run.json")["stages"]), records)
 
 
-def find_runs(root: Path) -> list[Run]:
-    """The runs in a folder, however deep, the newest last; what lies in a run is not searched."""
+def find_runs(root: Path, damaged: Callable[[PretrainError], None] | None = None) -> list[Run]:
+    """The runs in a folder, however deep, the newest last; what lies in a run is not searched.
+
+    One that is damaged is handed to `damaged`, where that is given, and left out; else it is an error.
+    """
     runs = []
     for where, folders, files in os.walk(root):
         if "run.json" in files and not (Path(where) / "stage.json").exists():
-            runs.append(open_run(Path(where)))
+            try:
+                runs.append(open_run(Path(where)))
+            except PretrainError as error:
+                if damaged is None:
+                    raise
+                damaged(error)
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith(".") and not RESULT.fullmatch(name))
     return sorted(runs, key=lambda run: (run.finished, str(run.folder)))

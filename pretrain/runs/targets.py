@@ -6,13 +6,14 @@ differs between the two and the name, `runs/base/model@ADDRESS`, that means the 
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
-from pretrain.core.files import read_json
+from pretrain.core.errors import PretrainError
 from pretrain.core.folders import stage_at, stage_folders
 from pretrain.core.system.portable import link_target
 from pretrain.identity import Planned, field_changes, flat, newest, shortened
-from pretrain.records import StageRecord, Target
+from pretrain.records import StageRecord, Target, read_stage
 
 
 def targets(item: Planned) -> list[Target]:
@@ -42,9 +43,10 @@ def repointed(item: Planned) -> list[str]:
         if last is None or then is None or then["address"] == now["address"]:
             lines += [] if item.finished else _choice(now)
             continue
-        kept = Path(then["folder"]) / "stage.json"
-        known = _differences(read_json(kept), read_json(Path(now["folder"]) / "stage.json")) if kept.exists() else ""
-        again = f"; {_stable(now['name'], then['address'])} is the earlier one" if kept.exists() else ", which is gone"
+        kept = Path(then["folder"])
+        known = _differences(_record(kept), _record(Path(now["folder"])))
+        there = (kept / "stage.json").exists()
+        again = f"; {_stable(now['name'], then['address'])} is the earlier one" if there else ", which is gone"
         lines.append(
             f"warning: {now['place']} {now['name']} leads to {Path(now['folder']).name} now, and led to "
             f"{Path(then['folder']).name} when {last[0].name} was made{known}{again}"
@@ -55,13 +57,14 @@ def repointed(item: Planned) -> list[str]:
 def _choice(target: Target) -> list[str]:
     """That a link leads to the newest of several results, if it does."""
     folder = Path(target["folder"])
-    record = read_json(folder / "stage.json")
-    if "@" in target["name"] or folder.name in target["name"]:
+    record = _record(folder)
+    if record is None or "@" in target["name"] or folder.name in target["name"]:
         return []  # which was named by its address
-    others = [path for path in results(folder.parent) if path != folder and _name(path) == record["name"]]
+    named = {path: other["name"] for path in results(folder.parent) if (other := _record(path))}
+    others = [path for path, name in named.items() if path != folder and name == record["name"]]
     if not others:
         return []
-    known = _differences(read_json(others[-1] / "stage.json"), record)
+    known = _differences(_record(others[-1]), record)
     return [
         f"{target['place']} {target['name']} leads to {folder.name}, one of {len(others) + 1} results of its name; "
         f"the one before is {others[-1].name}{known}; {_stable(target['name'], target['address'])} is this one always"
@@ -74,8 +77,11 @@ def results(home: Path) -> list[Path]:
     return [path.parent for path in sorted(paths, key=lambda path: path.stat().st_mtime)]
 
 
-def _name(folder: Path) -> str:
-    return str(read_json(folder / "stage.json").get("name"))
+def _record(folder: Path) -> StageRecord | None:
+    """What a finished stage records; `None` where it is gone, or damaged: what is said of it here is a note."""
+    with suppress(PretrainError):
+        return read_stage(folder / "stage.json")
+    return None
 
 
 def _stable(name: str, address: str) -> str:
@@ -93,8 +99,8 @@ def differences(before: StageRecord, after: StageRecord) -> list[str]:
     return changes + [f"another {place}" for place in ways[0] if ways[1].get(place, ways[0][place]) != ways[0][place]]
 
 
-def _differences(before: StageRecord, after: StageRecord) -> str:
-    changes = differences(before, after)
+def _differences(before: StageRecord | None, after: StageRecord | None) -> str:
+    changes = differences(before, after) if before and after else []
     return f" ({shortened(changes)})" if changes else ""
 
 
