@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any, Literal
 
 import pytest
 from hypothesis import given
@@ -15,6 +16,7 @@ from small_recipe import small_recipe
 import pretrain
 from pretrain import engine
 from pretrain.core.errors import PretrainError
+from pretrain.core.method import nested
 from pretrain.core.quick.quantities import SCALES, TIMES, as_typed, duration, figure, quantity, short
 from pretrain.corpus.shards import Shards
 from pretrain.recipe import load
@@ -68,6 +70,36 @@ def recipe(tmp_path, stories):
 def test_true_is_no_number_in_a_recipe_as_it_is_none_in_python(recipe, change):
     with pytest.raises(PretrainError, match="a (valid|whole|finite) (number|integer)"):
         recipe(change)
+
+
+@pytest.mark.parametrize("word", ["2", "2.0", " 2 ", "1e2", "1_000", "inf"])
+@pytest.mark.parametrize("field", ["length", "seed", "optimizer.lr", "schedule.warmup", "budget.steps", "clip"])
+def test_a_number_in_quotes_is_a_text_in_every_field(recipe, field, word):
+    with pytest.raises(PretrainError, match=f"{re.escape(repr(word))}: accepted: (a (whole|finite) number|null, or)"):
+        recipe(f"model.{field}='{word}'")
+
+
+@pytest.mark.parametrize("value", ["1", "0", "1.0", "'true'", "'1'", "'no'"])
+@pytest.mark.parametrize("field", ["model.compile", "corpus.sources.0.secrets"])
+def test_only_true_and_false_are_true_and_false(recipe, field, value):
+    with pytest.raises(PretrainError, match=f"{re.escape(value)}: accepted: true or false"):
+        recipe(f"{field}={value}")
+
+
+def test_whole_floats_are_whole_numbers_and_words_of_a_field_are_words():
+    assert type(as_typed(1e6, int)) is int and type(as_typed([2.0], list[int])[0]) is int
+    assert (
+        as_typed(2.5, int) == 2.5 and type(as_typed(2.0, float)) is float and type(as_typed(2.0, int | float)) is float
+    )
+    assert as_typed(1e300, int) == 1e300  # which no field takes
+    assert as_typed("2", Literal["2"] | int) == "2" and as_typed("auto", Literal["auto"] | float) == "auto"
+    assert as_typed(["2"], tuple[str, ...]) == ["2"] and as_typed("1", Any) == "1"
+
+
+def test_a_method_that_another_holds_reads_its_fields_alike():
+    assert nested({"method": "cosine", "warmup": "1k"}, "schedule").warmup == 1000
+    with pytest.raises(PretrainError, match="warmup '2': accepted: 0 or more|warmup '2': accepted: a finite number"):
+        nested({"method": "cosine", "warmup": "2"}, "schedule")
 
 
 def test_recipes_and_overrides_take_them_everywhere_and_names_stay_names(recipe):

@@ -13,7 +13,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.quantities import Duration
+from pretrain.core.quick.quantities import Duration, Misplaced
 
 if TYPE_CHECKING:
     from annotated_types import Ge, Gt, Le, Lt
@@ -64,7 +64,7 @@ def accepted(hint: object, value: object = ...) -> str:
     """
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        if isinstance(value, str) and any(isinstance(mark, Duration) for mark in parts[1:]):
+        if isinstance(value, str | Misplaced) and any(isinstance(mark, Duration) for mark in parts[1:]):
             return "seconds, or 30min, 2h"
         if value is not ... and not fits(value, parts[0]):
             return accepted(parts[0], value)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.outline import outline, torch_imported
+from pretrain.core.quick.quantities import as_typed
 from pretrain.core.registry import info
 
 
@@ -186,7 +187,9 @@ def nested(value: object, kind: str) -> Method:
         raise PretrainError(f"{value!r} is no {kind}; accepted: a name, or {{method: NAME, field: value}}")
     cls = declared_class(declared["method"], kind)
     try:
-        return cls(**{name: given for name, given in declared.items() if name != "method"})
+        return cls(
+            **{name: as_typed(given, hints(cls).get(name)) for name, given in declared.items() if name != "method"}
+        )
     except TypeError as error:
         accepted = ", ".join(item.name for item in fields(cls)) or "none"
         raise PretrainError(f"{kind} {declared['method']!r}: {error}; accepted fields: {accepted}") from error

@@ -1,7 +1,8 @@
 """Numbers as people write and read them: `100k`, `2M`, `1B`, and, for seconds, `30min`, `2h`, `1h30min`.
 
 They are read by what a field is to hold: a word stays a word where the field takes text, and becomes a number only
-where it takes numbers and no text.
+where it takes numbers and no text. Beyond that nothing becomes something else: `"2"` in quotes is no number, as `true`
+is none, and neither `"true"` nor 1 is `true`. A float that is whole, `1e6`, is a whole number.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import math
 import re
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 SCALES = {"k": 1e3, "K": 1e3, "M": 1e6, "B": 1e9, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
 TIMES = {
@@ -18,6 +19,10 @@ TIMES = {
     "h": 3600, "hr": 3600, "hrs": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400, "days": 86400,
 }  # fmt: skip
 _NUMBER = r"[0-9][0-9_]*(?:\.[0-9]+)?"
+_NUMERAL = re.compile(
+    r"[-+]?(?:[0-9][0-9_]*\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?(?:inf|infinity|nan)", re.IGNORECASE
+)
+_SWITCHES = ("0", "1", "f", "false", "n", "no", "off", "on", "t", "true", "y", "yes")
 _COUNT = re.compile(rf"([-+]?{_NUMBER})\s?([{''.join(SCALES)}])")
 _TIME = re.compile(rf"({_NUMBER})\s?([a-z]+)\s?")
 _WHOLE_TIME = re.compile(rf"(?:{_TIME.pattern})+")
@@ -43,14 +48,32 @@ def _whole(value: float) -> float:
     return near if abs(value - near) <= 1e-9 * abs(value) else value
 
 
+class Misplaced:
+    """A value of another type than its field takes, which would else be taken for one: refused wherever it stands."""
+
+    def __init__(self, value: object) -> None:
+        self.value = value
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
 def as_typed(value: object, hint: object) -> object:
     """The value with quantities read wherever the type asks for numbers and not for text."""
     numbers, texts, durations = _kinds(hint)
+    switch = _takes(hint, bool)
     if isinstance(value, str):
-        read = None if texts or not numbers else quantity(value.strip(), duration=durations)
-        return value if read is None else read
-    if isinstance(value, bool) and numbers and not texts and not _takes_bool(hint):
+        if texts or value in _literals(hint):
+            return value
+        read = quantity(value.strip(), duration=durations) if numbers else None
+        taken = (numbers and _NUMERAL.fullmatch(value.strip())) or (switch and value.strip().lower() in _SWITCHES)
+        return read if read is not None else Misplaced(value) if taken else value
+    if isinstance(value, bool) and numbers and not texts and not switch:
         return str(value).lower()  # else it would be taken for 1 or 0; as a text it is refused where it stands
+    if isinstance(value, int | float) and not isinstance(value, bool) and switch and not numbers and not texts:
+        return value if value in _literals(hint) else Misplaced(value)
+    if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 63:
+        return int(value) if _takes(hint, int) and not _takes(hint, float) else value
     part = element(hint)
     if part is not None and isinstance(value, list | tuple):
         return type(value)(as_typed(item, part) for item in value)
@@ -59,8 +82,20 @@ def as_typed(value: object, hint: object) -> object:
     return value
 
 
-def _takes_bool(hint: object) -> bool:
-    return hint is bool or any(map(_takes_bool, get_args(hint)))
+def _takes(hint: object, kind: type) -> bool:
+    """Whether a value of a kind may stand there itself, not only inside a list or a mapping."""
+    if get_origin(hint) is Annotated:
+        return _takes(get_args(hint)[0], kind)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_takes(part, kind) for part in get_args(hint))
+    return hint is kind
+
+
+def _literals(hint: object) -> tuple[object, ...]:
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    inner = get_args(hint) if get_origin(hint) in (Annotated, Union, UnionType) else ()
+    return tuple(value for part in inner for value in _literals(part))
 
 
 def _kinds(hint: object) -> tuple[bool, bool, bool]:
