@@ -65,6 +65,21 @@ def test_copies_are_those_with_the_same_payload_and_not_with_the_same_facts(tmp_
     assert info["documents"]["train"] == 2 and info["removed"]["exact"] == 1
 
 
+@pytest.mark.parametrize(
+    "first, second",
+    [(1, 1.0), (0.0, -0.0), ([1, 2.0], (1.0, 2)), ({"a": 1, "b": 2.5}, {"b": 2.5, "a": 1.0}), ({"a": 1, "b": None}, {"a": 1}), (np.int64(1), 1)],
+)  # fmt: skip
+def test_labels_that_are_the_same_once_stored_make_copies(tmp_path, first, second):
+    documents = [{"text": "a", "label": label, "domain": "d", "id": "0"} for label in (first, second)]
+    assert identity(documents[0]) == identity(documents[1])
+    assert write_corpus(documents, tmp_path / "c", validation=0, test=0)["documents"]["train"] == 1
+
+
+@pytest.mark.parametrize("first, second", [(1, 2), (1, 1.5), ("1", 1), (True, 1), ([1], [1, 1]), (float("nan"), 0)])
+def test_labels_that_differ_make_two_documents(first, second):
+    assert identity({"text": "a", "label": first}) != identity({"text": "a", "label": second})
+
+
 def test_a_series_is_its_values_and_its_shape():
     values = np.arange(6.0)
     assert identity({"series": values.reshape(3, 2)}) != identity({"series": values.reshape(2, 3)})

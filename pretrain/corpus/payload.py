@@ -41,9 +41,24 @@ def belongs(column: str) -> bool:
 
 
 def beside(document: Document) -> str:
-    """All that belongs to a document's content, written out; nothing for a plain one."""
+    """All that belongs to a document's content, written out; nothing for a plain one.
+
+    What is the same once it is stored is written alike: 1 and 1.0, since a column of both is one of floats, tuples and
+    lists, mappings whatever the order of their keys, and keys without a value.
+    """
     columns = sorted((name, value) for name, value in document.items() if value is not None and belongs(name))
-    return repr(columns) if columns else ""
+    return repr([(name, _as_stored(value)) for name, value in columns]) if columns else ""
+
+
+def _as_stored(value: object) -> object:
+    """A value with what a stored column does not tell apart made alike."""
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, dict):
+        return {str(key): _as_stored(value[key]) for key in sorted(value, key=str) if value[key] is not None}
+    return [_as_stored(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def in_payload(columns: Iterable[str]) -> list[str]:
