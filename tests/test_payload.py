@@ -167,3 +167,9 @@ def test_operations_keep_the_columns_types(tmp_path):
     rows = Corpus(tmp_path / "c").split("train")
     assert len(rows) == 7 and isinstance(rows[0]["image"], Image.Image)
     assert json.loads((tmp_path / "c" / "corpus.json").read_text())["documents"]["train"] == 7
+
+
+def test_a_column_of_several_types_is_named(tmp_path):
+    documents = [{"text": str(n), "label": label, "domain": "d", "id": str(n)} for n, label in enumerate((1, "x"))]
+    with pytest.raises(PretrainError, match="column 'label' holds several types .*; accepted: one type a column"):
+        write_corpus(documents, tmp_path / "c", validation=0, test=0)

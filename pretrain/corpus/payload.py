@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from datasets import Features
     from numpy.typing import NDArray
 
-P = ParamSpec("P")
 T = TypeVar("T")
 
 CONTENT = ("text", "image", "audio", "series")
@@ -138,7 +138,9 @@ def table_of(documents: Sequence[Document]) -> pyarrow.Table:
         "series": pyarrow.list_(pyarrow.list_(pyarrow.float32())),
     }
     arrays = {
-        name: single_type(pyarrow.array, [_plain(name, value) for value in values], types.get(name))
+        name: single_type(
+            partial(pyarrow.array, [_plain(name, v) for v in values], types.get(name)), f"column {name!r}"
+        )
         for name, values in columns.items()
     }
     return typed(pyarrow.table(arrays))
@@ -152,15 +154,15 @@ def typed(table: pyarrow.Table) -> pyarrow.Table:
     return table.replace_schema_metadata(features.arrow_schema.metadata)
 
 
-def single_type(make: Callable[P, T], *args: P.args, **given: P.kwargs) -> T:
-    """What `make` gives; a column whose values are of several types is an error."""
+def single_type(make: Callable[[], T], what: str = "a column") -> T:
+    """What `make` gives; a column whose values are of several types is an error, which names it."""
     import pyarrow
 
     try:
-        return make(*args, **given)
+        return make()
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise PretrainError(f"a column holds several types ({reason}); accepted: one type a column") from error
+        raise PretrainError(f"{what} holds several types ({reason}); accepted: one type a column") from error
 
 
 def _plain(name: str, value: object) -> object:

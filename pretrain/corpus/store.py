@@ -15,7 +15,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,7 +180,7 @@ def _same_columns(work: Path) -> None:
         for field in schema:
             if field.name not in table.column_names:
                 table = table.append_column(field, pyarrow.nulls(len(table), field.type))
-        _write_table(typed(single_type(table.select(schema.names).cast, schema)), path)
+        _write_table(typed(single_type(partial(table.select(schema.names).cast, schema))), path)
 
 
 def _drop_near_heldout(work: Path, threshold: float) -> int:
