@@ -14,6 +14,7 @@ from PIL import Image
 from pretrain.core.errors import PretrainError
 from pretrain.corpus import store
 from pretrain.corpus.payload import content, identity
+from pretrain.corpus.shards import tokenise
 from pretrain.corpus.store import SPLITS, Corpus, side, write_corpus
 from pretrain.data.deduplication.deduplicate import Deduplicate
 
@@ -173,3 +174,18 @@ def test_a_column_of_several_types_is_named(tmp_path):
     documents = [{"text": str(n), "label": label, "domain": "d", "id": str(n)} for n, label in enumerate((1, "x"))]
     with pytest.raises(PretrainError, match="column 'label' holds several types .*; accepted: one type a column"):
         write_corpus(documents, tmp_path / "c", validation=0, test=0)
+
+
+def test_documents_without_text_are_named_where_text_is_read(tmp_path, tokenizer):
+    write_corpus(images(6), tmp_path / "c", validation=0, test=0)
+    mixed = [*images(3), *({"text": f"text {n}", "domain": "d", "id": f"t{n}"} for n in range(3))]
+    write_corpus(mixed, tmp_path / "m", validation=0, test=0)
+    for folder in ("c", "m"):
+        corpus = Corpus(tmp_path / folder)
+        words = f"{folder}: train document '.' has no 'text'; accepted: a corpus of text; its columns: .*image"
+        for read in (lambda: list(corpus.documents("train")), lambda: corpus.sample("train", 6)):  # noqa: B023
+            with pytest.raises(PretrainError, match=words):
+                read()
+        with pytest.raises(PretrainError, match=words):
+            tokenise(corpus, tokenizer, tmp_path / f"tokens-{folder}", splits=("train",))
+        assert len(list(corpus.documents("train", ("id",)))) == 6

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 Columns = Sequence[str] | Callable[[list[str]], Sequence[str]]
+TEXTS = ("text", "domain", "id")
 SPLITS = ("train", "validation", "test")
 DOMAINS = 1 << 16  # that shards can number
 PART_BYTES = 64 << 20
@@ -265,7 +266,7 @@ def without_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def iterate(split: Path, columns: Columns = ("text", "domain", "id")) -> Iterator[Document]:
+def iterate(split: Path, columns: Columns = TEXTS) -> Iterator[Document]:
     """The documents of a split's folder, in order, read a little at a time: those of `columns` that there are.
 
     `columns` are names, or choose among all names. Images and audio come as they lie there, `{"bytes", "path"}`.
@@ -386,14 +387,22 @@ class Corpus:
         with _opened(parts[0]) as file:
             return list(file.schema_arrow.names)
 
-    def documents(self, name: str, columns: Columns = ("text", "domain", "id")) -> Iterator[Document]:
-        """One split's documents, streamed."""
-        return iterate(self._whole(name), columns)
+    def documents(self, name: str, columns: Columns = TEXTS) -> Iterator[Document]:
+        """One split's documents, streamed; without `columns` those of text, of which a document without is an error."""
+        stream = iterate(self._whole(name), columns)
+        return self._with_text(name, stream) if columns is TEXTS else stream
 
-    def sample(self, name: str, limit: int, columns: Columns = ("text", "domain", "id")) -> list[Document]:
+    def _with_text(self, name: str, documents: Iterator[Document]) -> Iterator[Document]:
+        for document in documents:
+            if document.get("text") is None:
+                known = ", ".join(self.columns)
+                where = f"{name} document {document.get('id')!r} has no 'text'"
+                raise PretrainError(f"{self.folder}: {where}; accepted: a corpus of text; its columns: {known}")
+            yield document
+
+    def sample(self, name: str, limit: int, columns: Columns = TEXTS) -> list[Document]:
         """At most `limit` of one split's documents, from its whole length alike, so from all sources."""
-        folder = self._whole(name)
         count = self.info["documents"][name]
         chosen = set(evenly(range(count), limit))
-        stream = iterate(folder, columns)
+        stream = self.documents(name, columns)
         return [document for number, document in enumerate(stream) if number in chosen]

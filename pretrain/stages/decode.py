@@ -98,7 +98,7 @@ class Decode(Stage):
 
 def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:
     """Of at most so many held-out documents their beginning, to the end of a word if there is one, and the rest."""
-    texts = [str(document.get("text") or "") for document in corpus.sample("test", 4 * most)]
+    texts = [str(document.get("text") or "") for document in corpus.sample("test", 4 * most, ("text",))]
     cut = []
     for text in texts:
         half = text[: min(BEGINNING, len(text) // 2)]

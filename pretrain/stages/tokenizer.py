@@ -87,7 +87,7 @@ class Tokenizer(Stage):
             columns = ", ".join(corpus.columns)
             raise PretrainError(f"{corpus.folder} has no column 'text'; accepted: a corpus of text, not of {columns}")
         share = self.max_bytes / max(1, corpus.info["bytes"]["train"])
-        for document in corpus.documents("train"):
+        for document in corpus.documents("train", ("text", "id")):
             chosen = share >= 1 or int(digest(document["id"])[:12], 16) / 16**12 < share
             if chosen and document["text"] is not None:
                 yield document["text"]
