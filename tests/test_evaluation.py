@@ -276,7 +276,7 @@ def test_beginnings_of_held_out_documents_are_continued_beside_how_they_go_on(ti
     ],
 )
 def test_what_a_held_out_prompt_is(texts, cut):
-    documents = SimpleNamespace(sample=lambda split, most: [{"text": text} for text in texts])
+    documents = SimpleNamespace(sample=lambda split, most, columns: [{"text": text} for text in texts])
     assert beginnings(documents, 3) == cut
 
 

@@ -98,8 +98,9 @@ def checkpoint_of(folder: Path) -> Path:
     for path in (folder / "checkpoint", folder):
         if (path / "config.json").exists():
             return path
-    accepted = remedy(folder, "train", "surgery") or "a train or surgery stage, or a folder with config.json"
-    raise PretrainError(f"no checkpoint at {folder}; accepted: {accepted}")
+    if again := remedy(folder, "train", "surgery"):
+        raise PretrainError(f"no checkpoint at {folder}; accepted: {again}")
+    raise PretrainError(f"no checkpoint at {folder}; accepted: a train or surgery stage, or a folder with config.json")
 
 
 def newest_checkpoint(place: Path | str) -> Path:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import check_fields, hints
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.quick.outline import outline, torch_imported
 from pretrain.core.quick.quantities import as_typed
 from pretrain.core.registry import info
@@ -140,6 +141,8 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
     except PretrainError:
         raise
     except (Exception, SystemExit) as error:  # a file from outside may fail in any way
+        if out_of_memory(error):
+            raise
         kind_of = "" if isinstance(error, ImportError) else f"{type(error).__name__}: "
         raise PretrainError(f"method {name!r} ({row.path}) cannot be imported: {kind_of}{error}") from error
     return cls

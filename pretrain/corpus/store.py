@@ -402,7 +402,6 @@ class Corpus:
 
     def sample(self, name: str, limit: int, columns: Columns = TEXTS) -> list[Document]:
         """At most `limit` of one split's documents, from its whole length alike, so from all sources."""
-        count = self.info["documents"][name]
-        chosen = set(evenly(range(count), limit))
         stream = self.documents(name, columns)
+        chosen = set(evenly(range(self.info["documents"][name]), limit))
         return [document for number, document in enumerate(stream) if number in chosen]
