@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pretrain import __version__, cli_claim, cli_papers, cli_plan
+from pretrain import __version__, cli_claim, cli_exchange, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint, run_of
@@ -41,6 +41,7 @@ app.command("ladder")(cli_plan.ladder)
 app.command("papers")(cli_papers.list_papers)
 app.command("methods")(cli_papers.list_methods)
 app.command("new")(starting.new)
+app.command("convert")(cli_exchange.convert)
 app.command("predict")(inferring.predict)
 
 

@@ -28,6 +28,7 @@ from typing import Any
 from pretrain import closure
 from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.exchange.gguf_in import origin
 from pretrain.core.files import JSON, digest, locked, read_json, write_json
 from pretrain.core.quick import hub
 from pretrain.core.quick.outline import source_of
@@ -177,8 +178,8 @@ def _without(config: Config, places: Iterable[str]) -> Config:
 
 
 def state_of(path: Path) -> str:
-    """The state of a file or folder: names, sizes and times; of what the hub gave its revision."""
-    if pinned := hub.state(path):
+    """The state of a file or folder: names, sizes and times; of what the hub gave its revision, of GGUF its digest."""
+    if pinned := hub.state(path) or origin(path):
         return pinned
     files = sorted(files_below(path)) if path.is_dir() else [path]
     return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])

@@ -258,7 +258,7 @@ BAD = {
     "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "missing file .*model.safetensors"),
     "pickle": (
         lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
-        r"pickled weights \(pytorch_model.bin\), which are never read: convert them to safetensors",
+        r"pickled weights \(pytorch_model.bin\), which are never read: `pretrain convert \S+ TO` makes",
     ),
     "empty index": (_index("{}"), "index.json is damaged: accepted: a weight_map"),
     "index of elsewhere": (_index('{"weight_map": {"a": "../model.safetensors"}}'), "index.json is damaged"),

@@ -23,11 +23,12 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.core.bounds import hints
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.exchange.gguf_in import opened
 from pretrain.core.files import JSONObject, atomic_folder, file_digest, read_json, read_object, write_json
+from pretrain.core.folders import cache_folder, verify
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
-from pretrain.core.folders import verify
 from pretrain.core.foreign.configs import check_config, check_record, unmarked, whole_floats
 from pretrain.core.foreign.models import check_built
 from pretrain.core.foreign.parsing import parsing, reason
@@ -225,9 +226,10 @@ def load_config(folder: Path | str) -> PreTrainedConfig:
     raw = whole_floats(read_object(path))
     kind = str(raw.pop("model_type", None) or "").removeprefix(FOREIGN).partition(":")[0]
     if kind not in CONFIG_MAPPING:
+        way = "" if kind else f"; `pretrain convert {folder} TO` looks at the tensors"
         raise PretrainError(
             f"{path}: model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}: accepted: a type that transformers "
-            f"{transformers.__version__} knows{code_of(folder)}"
+            f"{transformers.__version__} knows{way}{code_of(folder)}"
         )
     check_config(path, raw)
     raw.pop("auto_map", None)  # so that what is written from it names no code either
@@ -269,7 +271,7 @@ def load(
     model just built. Raises `PretrainError` for a missing, truncated or damaged file, for weights that do not fit the
     configuration, and for pickled weights, which are never read.
     """
-    folder = Path(folder)
+    folder = opened(Path(folder), cache_folder())
     model_class, config, entry, files = inspected(folder)
     surgery = entry.get("surgery", [])
     if entry.get("dtype") == "float32":  # frozen weights are stored in the type they came in, and computed with in this
@@ -397,7 +399,8 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
             pickled = [file.name for pattern in PICKLES for file in folder.glob(pattern)]
             if pickled:
                 raise PretrainError(
-                    f"{folder} holds pickled weights ({pickled[0]}), which are never read: convert them to safetensors"
+                    f"{folder} holds pickled weights ({pickled[0]}), which are never read: "
+                    f"`pretrain convert {folder} TO` makes safetensors of them"
                 )
             raise PretrainError(f"missing file {path}")
     return files

@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.exchange.gguf_in import opened
 from pretrain.core.files import SUMS, JSONObject, damage, read_json, read_object
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.system.portable import link_target
@@ -93,14 +94,15 @@ def run_of(place: Path | str) -> Path:
 
 
 def checkpoint_of(folder: Path) -> Path:
-    """The checkpoint in a stage's folder, or the folder itself when it is one."""
-    folder = place_of(folder)
+    """The checkpoint in a stage's folder, or the folder itself when it is one; of a GGUF file the one made of it."""
+    folder = opened(place_of(folder), cache_folder())
     for path in (folder / "checkpoint", folder):
         if (path / "config.json").exists():
             return path
     if again := remedy(folder, "train", "surgery"):
         raise PretrainError(f"no checkpoint at {folder}; accepted: {again}")
-    raise PretrainError(f"no checkpoint at {folder}; accepted: a train or surgery stage, or a folder with config.json")
+    known = "a train or surgery stage, a folder with config.json, or a GGUF file"
+    raise PretrainError(f"no checkpoint at {folder}; accepted: {known}")
 
 
 def newest_checkpoint(place: Path | str) -> Path:

@@ -10,7 +10,8 @@ from pretrain.core.errors import PretrainError
 
 EXTRAS = {
     "soundfile": "audio", "lm_eval": "eval", "mkdocs": "docs", "PIL": "images", "pytorch_optimizer": "optimizers",
-    "ray": "ray", "tensorboard": "tensorboard",
+    "ray": "ray", "tensorboard": "tensorboard", "gguf": "gguf", "onnx": "onnx", "onnxruntime": "onnx",
+    "onnxscript": "onnx",
 }  # fmt: skip
 
 
