@@ -23,6 +23,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from pretrain.core.bounds import hints
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.exchange.beside import shard_size
+from pretrain.core.exchange.card import accompany
 from pretrain.core.exchange.gguf_in import opened
 from pretrain.core.files import JSONObject, atomic_folder, file_digest, read_json, read_object, write_json
 from pretrain.core.folders import cache_folder, verify
@@ -49,8 +51,6 @@ FORMAT = 1
 WEIGHTS, INDEX = ".safetensors", ".safetensors.index.json"  # of `model`, or of `pretrain` after a surgery of ours
 FOREIGN = "pretrain_"  # before the model type of a checkpoint that only `load` can open
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
 Lineage: TypeAlias = JSONObject  # what stages say of themselves, each what it has to say
 
 
@@ -112,7 +112,6 @@ def surgery_of(model: PreTrainedModel) -> list[Entry]:
 
 
 def _foreign(surgery: list[Entry]) -> bool:
-    """Whether a recorded surgery makes what `transformers` cannot open."""
     return any(entry.get("foreign", True) for entry in surgery)
 
 
@@ -142,9 +141,11 @@ def save(
     processor: Processor | None,
     folder: Path | str,
     lineage: Lineage | None = None,
+    source: Path | None = None,
 ) -> None:
     """Write a checkpoint atomically: `folder` is the old one until the new one is whole.
 
+    Of `source`, the checkpoint that it was made of, the files travel along that are neither model nor processor.
     Raises `PretrainError` for weights that are not finite, and when the disk is full or refuses.
     """
     folder = Path(folder)
@@ -153,20 +154,23 @@ def save(
             raise PretrainError(f"checkpoint {folder} is not written: {name} holds NaN or infinity")
     try:
         with atomic_folder(folder) as work:
-            _write(model, processor, work, lineage or {})
+            _write(model, processor, work, lineage or {}, source)
+            accompany(work, lineage or {}, source)
     except Exception as error:
-        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:  # as tokenizers raises
-            raise PretrainError(f"cannot write {folder}: {_one_line(error)}") from error
+        if isinstance(error, OSError | SafetensorError) or type(error) is Exception:  # the last of tokenizers
+            raise PretrainError(f"cannot write {folder}: {reason(error)}") from error
         raise
 
 
-def _write(model: PreTrainedModel, processor: Processor | None, work: Path, lineage: Lineage) -> None:
+def _write(
+    model: PreTrainedModel, processor: Processor | None, work: Path, lineage: Lineage, source: Path | None
+) -> None:  # fmt: skip
     surgery = surgery_of(model)
     settings = getattr(model, "generation_config", None)
     if settings is not None:  # as it came: transformers refuses to write temperatures without `do_sample`, as many have
         model.generation_config = GenerationConfig()
     try:  # of experts transformers writes the names and shapes of their makers; what we alone open keeps the model's
-        model.save_pretrained(work, max_shard_size="5GB", save_original_format=not _foreign(surgery))
+        model.save_pretrained(work, max_shard_size=shard_size(source), save_original_format=not _foreign(surgery))
     finally:
         if settings is not None:
             model.generation_config = settings
@@ -413,7 +417,3 @@ def _check(files: list[Path], checksums: dict[str, str] | None) -> None:
     for path in files:
         if path.name not in checksums or file_digest(path) != checksums[path.name]:
             raise PretrainError(f"{path} is damaged or was replaced: its checksum is not the one in {RECORD}")
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{' '.join(str(error).split())[:300]}" or type(error).__name__

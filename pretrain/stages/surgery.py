@@ -83,7 +83,7 @@ class Surgery(Stage):
         lineage = checkpoint.lineage(source)
         history = job.history({"metrics": metrics, "flops": flops}, lineage, *map(checkpoint.lineage, merged))
         lineage |= history | {"flops": lineage.get("flops", 0) + flops}
-        checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage)
+        checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage, source)
         if few:
             metrics |= {"disk_bytes": _on_disk(job.folder / "checkpoint"), "disk_bytes_before": _on_disk(source)}
             job.say(_quantised(few, metrics))

@@ -368,7 +368,8 @@ class Train(Stage):
         from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
 
-        source = checkpoint.lineage(checkpoint_of(job.inputs["init"])) if self.init is not None else {}
+        init = checkpoint_of(job.inputs["init"]) if self.init is not None else None
+        source = checkpoint.lineage(init) if init is not None else {}
         lineage = job.history({"metrics": training.metrics | spent, "flops": spent["flops"]}, source)
         lineage |= {"data": splits["train"].info["corpus"], "metrics": training.metrics} | spent
         lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
@@ -376,7 +377,7 @@ class Train(Stage):
         if data.predicts(objective := self.weighted()[0].method):  # what it predicts, and from which columns
             lineage["objective"] = {"method": objective.name} | asdict(objective)
         model = cast("PreTrainedModel", training.model)
-        checkpoint.save(model, processor, job.folder / "checkpoint", lineage)
+        checkpoint.save(model, processor, job.folder / "checkpoint", lineage, init)
         if shown := data.samples(self, model, splits, data.vocabulary_of(processor)):
             write_samples(job.folder, shown)
         for objective, modules in zip(training.trainee.objectives, training.trainee.beside, strict=True):

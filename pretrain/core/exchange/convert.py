@@ -41,7 +41,7 @@ def convert(source: Path, target: Path, model_type: str | None = None) -> JSONOb
         folder = opened(source, cache_folder())
         model, processor = checkpoint.load(folder)
         lineage = checkpoint.lineage(folder)
-        checkpoint.save(model, processor, target, lineage)
+        checkpoint.save(model, processor, target, lineage, folder)
         return lineage
     folder = source if source.is_dir() else source.parent
     if not (folder / "config.json").exists():
@@ -50,7 +50,7 @@ def convert(source: Path, target: Path, model_type: str | None = None) -> JSONOb
         made_by = _prepared(folder, Path(work), model_type)
         model, processor = checkpoint.load(Path(work))
         lineage = {"made_by": made_by}
-        checkpoint.save(model, processor, target, lineage)
+        checkpoint.save(model, processor, target, lineage, folder)
     return lineage
 
 
