@@ -42,6 +42,7 @@ app.command("papers")(cli_papers.list_papers)
 app.command("methods")(cli_papers.list_methods)
 app.command("new")(starting.new)
 app.command("convert")(cli_exchange.convert)
+app.command("export")(cli_exchange.export)
 app.command("predict")(inferring.predict)
 
 

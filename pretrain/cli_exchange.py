@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.imports import uncollected
+
+Formats = StrEnum("Formats", {"gguf": "gguf", "sentence_transformers": "sentence-transformers", "peft": "peft"})
+Types = StrEnum("Types", ["f32", "f16", "bf16", "q8_0"])
+Poolings = StrEnum("Poolings", ["mean", "cls", "lasttoken"])
 
 
 def convert(
@@ -27,3 +33,21 @@ def convert(
     if left_out := made_by.get("left_out"):
         typer.echo(f"left out: {', '.join(left_out)}, for which the model has no place", err=True)
     typer.echo(str(target))
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
+    to: Annotated[Formats, typer.Option(help="The format of another program.")],
+    output: Annotated[Path, typer.Option(help="The folder to write.")],
+    numbers: Annotated[Types, typer.Option(help="Of GGUF: how matrices are stored.")] = Types.f16,
+    pooling: Annotated[Poolings, typer.Option(help="Of sentence-transformers: one vector of many.")] = Poolings.mean,
+) -> None:
+    """Write a checkpoint for another program, read it back and compare: GGUF, sentence-transformers, peft."""
+    place = newest_checkpoint(checkpoint)
+    with uncollected():
+        from pretrain.core.exchange.exporting import export as write
+
+    facts = write(place, output, to.value, numbers.value, pooling.value)
+    for name, value in facts.items():
+        typer.echo(f"{name}: {value}", err=True)
+    typer.echo(str(output))

@@ -20,7 +20,16 @@ from pretrain.stages.train import Weighted
 from pretrain.training.budget import Budget
 
 EXAMPLES = Path(__file__).with_name("examples.yaml")
-ORDER = ("data", "tokenizer", "processor", "train", "surgery", "evaluate", "decode")  # in which a recipe has them
+ORDER = (
+    "data",
+    "tokenizer",
+    "processor",
+    "train",
+    "surgery",
+    "evaluate",
+    "decode",
+    "export",
+)  # in which a recipe has them
 _FIELD = re.compile(r"^(\w+): (.*(?:\n +.*)*)", re.MULTILINE)
 _WORDS: dict[object, tuple[str, str]] = {
     int: ("whole number", "whole numbers"), float: ("number", "numbers"), str: ("text", "texts"),

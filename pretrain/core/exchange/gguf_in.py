@@ -20,7 +20,7 @@ from pretrain.core.foreign.parsing import parsing
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SUFFIX = ".gguf"
 ORIGIN = "origin.json"  # in a folder that was made of a file: the file and its digest
@@ -69,9 +69,13 @@ def _convert(path: Path, target: Path) -> None:
     import gguf  # noqa: F401  # said to be missing before anything is read
 
     sha256 = file_digest(path)
+    _warn_of_scaling(path, facts)
     with atomic_folder(target) as work:
-        with parsing(f"{path} cannot be read", "a GGUF file of a model that transformers reads"):
-            model = _write(path, facts, work)
+        model, tokenizer = read_gguf(path, facts)
+        model.to(_narrowest(model, facts))  # type: ignore[arg-type]  # transformers hides what `to` takes
+        model.save_pretrained(work, max_shard_size="5GB")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(work)
         made_by = {
             "name": path.name, "stage": "convert", "address": f"gguf {sha256}", "methods": {},
             "format": "GGUF", "architecture": facts.text("general.architecture"),
@@ -85,16 +89,18 @@ def _convert(path: Path, target: Path) -> None:
         (work / "README.md").write_text(f"{head}# {' '.join(name.split())}\n", encoding="utf-8")
 
 
-def _write(path: Path, facts: Header, work: Path) -> PreTrainedModel:
-    """The model and its tokenizer as transformers writes them."""
+def read_gguf(path: Path, facts: Header) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
+    """The model of a file whose header has been read, unpacked, and its tokenizer, None where it has none."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
 
     from pretrain.core.quick.trust import offline
 
-    _warn_of_scaling(path, facts)
-    with _parsed_once(), offline():
-        config = _whole_config(AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True))
+    readable = parsing(f"{path} cannot be read", "a GGUF file of a model that transformers reads")
+    tokenizer = None
+    with readable, _parsed_once(), offline():
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        config = _whole_config(config, facts)
         made = _class_of(config)
         with redirect_stderr(io.StringIO()):  # a bar that cannot be told to be silent
             model, report = made.from_pretrained(
@@ -104,21 +110,35 @@ def _write(path: Path, facts: Header, work: Path) -> PreTrainedModel:
         missing = sorted(report["missing_keys"])
         if missing:
             raise ValueError(f"it holds no {missing[0]}")
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+        if "tokenizer.ggml.tokens" in facts.fields:
+            its = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+            tokenizer = _as_it_splits(its) if facts.text("tokenizer.ggml.model") == "gpt2" else its
     assert isinstance(model, PreTrainedModel)
     model.config.architectures = [made.__name__]
     for name in ("quantization_config", "_pre_quantization_dtype", "_model_name_or_path"):
         vars(model.config).pop(name, None)
-    vars(model).pop("hf_quantizer", None)
-    model.to(_narrowest(model, facts))  # type: ignore[arg-type]  # transformers hides what `to` takes
-    model.save_pretrained(work, max_shard_size="5GB")
-    tokenizer.save_pretrained(work)
-    return model
+    for name in ("hf_quantizer", "is_quantized", "quantization_method"):
+        vars(model).pop(name, None)
+    return model.eval(), tokenizer
 
 
-def _whole_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def _as_it_splits(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+    """A byte-level tokenizer under the class that keeps its rule of splitting: the models' classes have their rules."""
+    from transformers import PreTrainedTokenizerFast
+
+    names = {f"{name}_token": getattr(tokenizer, f"{name}_token") for name in ("bos", "eos", "unk", "pad")}
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer, chat_template=tokenizer.chat_template,
+        clean_up_tokenization_spaces=False, **{name: token for name, token in names.items() if token is not None},
+    )  # fmt: skip
+
+
+def _whole_config(config: PreTrainedConfig, facts: Header) -> PreTrainedConfig:
     """The configuration with what transformers leaves under llama.cpp's names."""
     config.name_or_path = ""
+    head = facts.fields.get(f"{facts.text('general.architecture')}.attention.key_length")
+    if isinstance(head, int) and hasattr(config, "head_dim"):
+        config.head_dim = head
     if config.model_type == "gpt2":
         config.n_positions = getattr(config, "n_ctx", config.n_positions)
         config.n_inner = getattr(config, "feed_forward_length", config.n_inner)

@@ -1,0 +1,39 @@
+"""`export`: a checkpoint in another program's format, read back and compared; writes the folder `export`."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pretrain.core.quick.quantities import figure
+from pretrain.records import StageResult
+from pretrain.stages import Estimate, Given, Job, Ref, Stage
+
+
+class Export(Stage):
+    """Write a checkpoint in another program's format, read it back and compare; writes the folder `export`.
+
+    checkpoint: The model to write.
+    to: `gguf` for llama.cpp, a folder of `sentence-transformers`, or an adapter alone as `peft` opens it.
+    numbers: Of GGUF, how matrices are stored.
+    pooling: Of sentence-transformers, how many states make one vector, where the checkpoint says nothing of it.
+    """
+
+    seeded: ClassVar[bool] = False
+    stage: Literal["export"] = "export"
+    checkpoint: Ref
+    to: Literal["gguf", "sentence-transformers", "peft"]
+    numbers: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
+    pooling: Literal["mean", "cls", "lasttoken"] = "mean"
+
+    def estimate(self, given: Given) -> Estimate:
+        """Next to nothing beside loading the model."""
+        return Estimate(flops=0.0)
+
+    def run(self, job: Job) -> StageResult:
+        """Write the folder."""
+        from pretrain.core.exchange.exporting import export
+
+        facts = export(job.inputs["checkpoint"], job.folder / "export", self.to, self.numbers, self.pooling)
+        metrics = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
+        job.say(f"{self.to}: " + ", ".join(f"{name} {figure(value)}" for name, value in metrics.items()))
+        return {"metrics": metrics}

