@@ -8,10 +8,11 @@ from typing import Annotated
 
 import typer
 
+from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.imports import uncollected
 
-Formats = StrEnum("Formats", {"gguf": "gguf", "sentence_transformers": "sentence-transformers", "peft": "peft"})
+Formats = StrEnum("Formats", ["gguf", "onnx", "sentence-transformers", "peft"])
 Types = StrEnum("Types", ["f32", "f16", "bf16", "q8_0"])
 Poolings = StrEnum("Poolings", ["mean", "cls", "lasttoken"])
 
@@ -42,7 +43,9 @@ def export(
     numbers: Annotated[Types, typer.Option(help="Of GGUF: how matrices are stored.")] = Types.f16,
     pooling: Annotated[Poolings, typer.Option(help="Of sentence-transformers: one vector of many.")] = Poolings.mean,
 ) -> None:
-    """Write a checkpoint for another program, read it back and compare: GGUF, sentence-transformers, peft."""
+    """Write a checkpoint for another program, read it back and compare: GGUF, ONNX, sentence-transformers, peft."""
+    if output.exists():
+        raise PretrainError(f"{output} is there already; accepted: a new folder")
     place = newest_checkpoint(checkpoint)
     with uncollected():
         from pretrain.core.exchange.exporting import export as write

@@ -86,6 +86,27 @@ def test_a_real_llama_goes_out_and_comes_in_again_in_eight_bits(package, tmp_pat
     assert facts["types"] == {"Q8_0": 211, "F32": 61}
 
 
+@pytest.mark.parametrize(("family", "output"), [("bert", "logits"), ("llama", "last_hidden_state")])
+def test_onnx_answers_as_the_checkpoint_on_rows_of_any_length(family, output, saved, tokenizer, tmp_path):
+    extra("onnxscript")
+    import onnxruntime
+
+    source = saved(family)
+    if output != "logits":
+        model, _ = checkpoint.load(source)
+        checkpoint.save(model.base_model, tokenizer, source := tmp_path / "headless")
+    facts = export(source, tmp_path / "out", "onnx")
+    assert facts["output"] == output and (tmp_path / "out" / "tokenizer.json").exists()
+    model, its = checkpoint.load(source)
+    session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
+    inputs = its(TEXTS[0], return_tensors="pt")  # 1 row of a length that was not traced
+    named = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    with torch.no_grad():
+        ours = model(**named)[output]
+    theirs = torch.from_numpy(session.run([output], {name: each.numpy() for name, each in named.items()})[0])
+    assert torch.allclose(ours, theirs, atol=64 * 2 * 2**-23 * float(ours.abs().max()))
+
+
 @pytest.mark.parametrize("pooling", ["mean", "cls", "lasttoken"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_a_folder_of_sentence_transformers_gives_the_vectors_of_the_checkpoint(family, pooling, saved, tmp_path):
@@ -142,7 +163,7 @@ def test_what_a_format_cannot_hold_is_one_line(saved, tmp_path):
     cases = {
         ("bert", "gguf"): "model_type 'bert': accepted, for GGUF: models that continue text, of llama, mistral",
         ("llama", "peft"): "holds no adapter in peft's format",
-        ("llama", "onyx"): "format 'onyx': accepted: gguf, sentence-transformers, peft",
+        ("llama", "onyx"): "format 'onyx': accepted: gguf, onnx, sentence-transformers, peft",
     }
     for (family, to), message in cases.items():
         with pytest.raises(PretrainError, match=message):
