@@ -124,7 +124,7 @@ def test_an_adopted_checkpoint_is_run_on_and_says_where_it_is_from(tmp_path, fin
     if link:
         model, tokenizer = checkpoint.load(source)
         model.get_input_embeddings().weight.data += 1
-        checkpoint.save(model, tokenizer, source)
+        checkpoint.save(model, tokenizer, source, source=source)
         with pytest.raises(PretrainError, match="its checksum is not the one in checksums.json"):
             checkpoint.load(made)
         assert "where its files are linked from, has changed since" in identity.why(item)

@@ -77,6 +77,7 @@ def test_gguf_answers_as_the_checkpoint_to_the_rounding_of_its_type(family, numb
         assert theirs.decode(theirs(text)["input_ids"]) == text
 
 
+@pytest.mark.long
 def test_a_real_llama_goes_out_and_comes_in_again_in_eight_bits(package, tmp_path, monkeypatch):
     """SmolLM2: the folder made of its GGUF, as GGUF anew, answers as before."""
     extra("gguf")
@@ -86,7 +87,7 @@ def test_a_real_llama_goes_out_and_comes_in_again_in_eight_bits(package, tmp_pat
     assert facts["types"] == {"Q8_0": 211, "F32": 61}
 
 
-@pytest.mark.parametrize(("family", "output"), [("bert", "logits"), ("llama", "last_hidden_state")])
+@pytest.mark.parametrize(("family", "output"), [("bert", "logits"), pytest.param("llama", "last_hidden_state", marks=pytest.mark.long)])
 def test_onnx_answers_as_the_checkpoint_on_rows_of_any_length(family, output, saved, tokenizer, tmp_path):
     extra("onnxscript")
     import onnxruntime
