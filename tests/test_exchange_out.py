@@ -87,7 +87,9 @@ def test_a_real_llama_goes_out_and_comes_in_again_in_eight_bits(package, tmp_pat
     assert facts["types"] == {"Q8_0": 211, "F32": 61}
 
 
-@pytest.mark.parametrize(("family", "output"), [("bert", "logits"), pytest.param("llama", "last_hidden_state", marks=pytest.mark.long)])
+@pytest.mark.parametrize(
+    ("family", "output"), [("bert", "logits"), pytest.param("llama", "last_hidden_state", marks=pytest.mark.long)]
+)
 def test_onnx_answers_as_the_checkpoint_on_rows_of_any_length(family, output, saved, tokenizer, tmp_path):
     extra("onnxscript")
     import onnxruntime

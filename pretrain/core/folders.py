@@ -101,8 +101,9 @@ def checkpoint_of(folder: Path) -> Path:
             return path
     if again := remedy(folder, "train", "surgery"):
         raise PretrainError(f"no checkpoint at {folder}; accepted: {again}")
-    known = "a train or surgery stage, a folder with config.json, or a GGUF file"
-    raise PretrainError(f"no checkpoint at {folder}; accepted: {known}")
+    raise PretrainError(
+        f"no checkpoint at {folder}; accepted: a train or surgery stage, a folder with config.json, or a GGUF file"
+    )
 
 
 def newest_checkpoint(place: Path | str) -> Path:
