@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from pretrain.core.files import JSONObject
 from pretrain.core.foreign import json
 from pretrain.core.foreign.gguf import header
 from pretrain.core.processors import tokenizer_in
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
 
 NAME = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
@@ -97,7 +100,7 @@ def _positions(config: PreTrainedConfig) -> int:
     return int(getattr(config, "max_position_embeddings", None) or config.n_positions)
 
 
-def _describe(writer: Any, config: PreTrainedConfig) -> None:
+def _describe(writer: GGUFWriter, config: PreTrainedConfig) -> None:
     """The sizes under llama.cpp's names."""
     writer.add_name(str(getattr(config, "name_or_path", "") or config.model_type))
     writer.add_context_length(_positions(config))
@@ -135,7 +138,9 @@ def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter, 
         yield f"{theirs}.{part}", parameter, np.ascontiguousarray(_placed(model, f"{theirs}.{part}", values, out=True))
 
 
-def _placed(model: PreTrainedModel, name: str, values: NDArray[Any], *, out: bool = False) -> NDArray[Any]:
+def _placed(
+    model: PreTrainedModel, name: str, values: NDArray[np.float32], *, out: bool = False
+) -> NDArray[np.float32]:
     """A tensor with its rows where the file has them, or with `out` false back where the model has them."""
     config = model.config
     if config.model_type == "gpt2" and values.ndim == 2 and name.startswith("blk."):
@@ -148,7 +153,7 @@ def _placed(model: PreTrainedModel, name: str, values: NDArray[Any], *, out: boo
     return values
 
 
-def _kind(name: str, weight: NDArray[np.float32], numbers: str) -> Any:
+def _kind(name: str, weight: NDArray[np.float32], numbers: str) -> GGMLQuantizationType:
     import gguf
 
     types = gguf.GGMLQuantizationType
@@ -195,7 +200,7 @@ def _splitting(rule: JSONObject, merges: bool) -> str | None:
     return SPLITS.get(str(pattern))
 
 
-def _name_tokens(writer: Any, tokenizer: PreTrainedTokenizerBase, vocabulary: JSONObject) -> None:
+def _name_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: JSONObject) -> None:
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(vocabulary["pre"])
     writer.add_token_list(vocabulary["tokens"])
