@@ -179,9 +179,9 @@ def _parsed_once() -> Iterator[None]:
     """While open, package `gguf` parses a file once, however often transformers asks: each time takes seconds."""
     import gguf
 
-    plain = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(plain)
+    names, plain = vars(gguf), gguf.GGUFReader
+    names["GGUFReader"] = functools.cache(plain)
     try:
         yield
     finally:
-        gguf.GGUFReader = plain
+        names["GGUFReader"] = plain
