@@ -71,7 +71,9 @@ def source(tiny, tmp_path):
     }  # fmt: skip
     for name, text in files.items():
         (folder / name).write_text(text)
-    (folder / "leads_out").symlink_to(tmp_path.parent.parent)
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "notes.txt").write_text("of something else")
+    (folder / "leads_out").symlink_to(tmp_path / "outside")
     return folder
 
 
@@ -79,7 +81,7 @@ def test_only_what_is_neither_model_nor_processor_nor_code_travels(source, tmp_p
     made = operated(source, tmp_path / "run", {"method": "lora"})
     names = {path.relative_to(made).as_posix() for path in made.rglob("*") if path.is_file()}
     assert {"modules.json", "1_Pooling/config.json", "labels.txt", "README.md", "chat_template.jinja"} <= names
-    assert not names & {"evil.py", "pytorch_model.bin", "merges.txt", ".git/config", "leads_out"}
+    assert not names & {"evil.py", "pytorch_model.bin", "merges.txt", ".git/config", "leads_out", "leads_out/notes.txt"}
     card = (made / "README.md").read_text()
     assert card.startswith("---\nlicense: mit\n---\n# Mine\n") and card.count(BEGIN) == card.count(END) == 1
     again = operated(made, tmp_path / "again", "merge_adapters")
