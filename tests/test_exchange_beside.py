@@ -20,9 +20,9 @@ from pretrain.recipe import check
 TEXTS = ["A cat sits on the mat.", "Shares fell for a third day, and then rose.", "def f(x): return x + 1"]
 
 
-def vectors(model, tokenizer):
+def vectors(model, tokenizer, texts=TEXTS):
     """The means of the last states, as all-MiniLM's pooling has it, of length 1."""
-    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    inputs = tokenizer(texts, padding=True, return_tensors="pt")
     with torch.no_grad():
         states_BLD = (getattr(model, "base_model", model))(**inputs).last_hidden_state
     mask_BL1 = inputs["attention_mask"][..., None]

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from closeness import assert_same_model
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Context, Example, Vocabulary
@@ -19,13 +19,14 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.core.models.families import base
-from pretrain.core.models.heads import labels_of, with_head
+from pretrain.core.models.heads import labels_of, with_head, with_language_head
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import run, silent
 from pretrain.objectives import _metrics
 from pretrain.objectives._fine_tuning import framed
 from pretrain.objectives.labelled.tagging import word_of_tokens
 
+HEADLESS = {"llama": "causal", "gpt2": "causal", "bert": "masked", "modernbert": "masked", "t5": "seq2seq"}
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
 FAMILIES = ("llama", "qwen3", "gpt2", "bert", "modernbert", "t5")
 
@@ -325,3 +326,20 @@ def test_what_does_not_fit_is_one_clear_error(tmp_path, tiny, context, prepared)
         method_class("task")(objective="causal_lm")
     with pytest.raises(PretrainError, match="reads examples, not packed rows"):
         method_class("classification")().prepare([object()], context)
+
+
+@pytest.mark.parametrize(("family", "task"), HEADLESS.items())
+def test_a_model_saved_without_a_head_gets_that_of_the_task_and_no_other_model_does(tiny, family, task, tmp_path):
+    whole = tiny(family)
+    assert with_language_head(whole, task) is whole
+    plain = AutoModel.from_config(whole.config)
+    wanted = {name: each.clone() for name, each in plain.state_dict().items() if "pooler" not in name}
+    made = with_language_head(plain, task, seed=3)
+    assert type(made) is type(whole)
+    kept = base(made).state_dict()
+    assert all(torch.equal(kept[name], each) for name, each in wanted.items())
+    tied = made.get_output_embeddings().weight is made.get_input_embeddings().weight
+    assert tied is (whole.get_output_embeddings().weight is whole.get_input_embeddings().weight)
+    checkpoint.save(made, None, tmp_path / "c")
+    again = checkpoint.load(tmp_path / "c")[0].state_dict()
+    assert all(torch.equal(again[name], each) for name, each in made.state_dict().items())

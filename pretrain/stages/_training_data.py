@@ -15,7 +15,7 @@ from pretrain.core.batch import NO_VOCABULARY, Context, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
 from pretrain.core.models.families import at
-from pretrain.core.models.heads import labels_of
+from pretrain.core.models.heads import labels_of, with_language_head
 from pretrain.core.processors import Processor, columns_of, load_processor, tokenizer_in
 from pretrain.core.quick.vocabulary import check_alike, numbers_of
 from pretrain.core.samples import Sample
@@ -87,9 +87,21 @@ def open_model(stage: Asked, job: Job) -> tuple[PreTrainedModel, Processor]:
         processor = processor or saved_processor
         if processor is None:
             raise PretrainError(f"stage {stage.name!r}: {stage.init} has no tokenizer; accepted: a tokenizer field")
-        return model, processor
+        return _headed(stage, job, model), processor
     assert processor is not None, "a new model has a tokenizer or a processor: see the stage's check"
     return stage.new_model(processor, job.seed), processor
+
+
+def _headed(stage: Asked, job: Job, model: PreTrainedModel) -> PreTrainedModel:
+    """The model, with a new head where it has none and what is learnt from rows of text needs one."""
+    objective = stage.weighted()[0].method
+    task = stage.task if stage.task != "auto" else objective.task
+    if objective.reads != "rows" or task not in ("causal", "masked", "seq2seq"):
+        return model
+    made = with_language_head(model, task, seed=job.seed)
+    if made is not model:
+        job.say(f"{stage.init} has no head: {type(made).__name__} with a new one")
+    return made
 
 
 def open_processor(folder: Path) -> Processor:

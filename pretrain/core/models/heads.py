@@ -1,4 +1,4 @@
-"""Heads: a pretrained model with a classifier of documents or of tokens in the place of its own head."""
+"""Heads: a pretrained model with a classifier in place of its head, or with a language model's where it has none."""
 
 from __future__ import annotations
 
@@ -8,12 +8,18 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification, PreTrainedModel
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.models.families import base
+from pretrain.core.models.initial import model_for
 
 HEADS: dict[str, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 NUMBER = "number"  # the name of the one output of a regression
@@ -64,6 +70,25 @@ def with_head(
     # A causal model's classifier reads the last token before the padding, an encoder-decoder's the last end.
     config.pad_token_id = vocabulary.pad
     config.eos_token_id = vocabulary.eos if vocabulary.eos is not None else config.eos_token_id
+    return _moved(model, wanted, config, seed)
+
+
+def with_language_head(model: PreTrainedModel, task: str, *, seed: int = 0) -> PreTrainedModel:
+    """A model that is saved without a head, as an encoder of sentences is, as `transformers`' class for a task.
+
+    The head is new, drawn by `seed`, but for the output layer of a model that ties it to the embeddings. Any other
+    model, and one that has no class for the task, comes back as it is.
+    """
+    wanted = model_for(model.config, task)
+    if wanted is None or type(model) is not model_for(model.config, "base"):
+        return model
+    made = _moved(model, wanted, copy.deepcopy(model.config), seed)
+    made.tie_weights()
+    return made.eval()
+
+
+def _moved(model: PreTrainedModel, wanted: Any, config: PreTrainedConfig, seed: int) -> PreTrainedModel:
+    """A new model of the class `wanted`, by `seed`, with the model's modules in it."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         made = wanted(config)
@@ -72,7 +97,8 @@ def with_head(
     made.pretrain_surgery = surgery_of(model)
     if hasattr(model, "peft_config"):
         made.peft_config = model.peft_config
-    return made.to(model.dtype).to(model.device)
+    moved: PreTrainedModel = made.to(model.dtype).to(model.device)
+    return moved
 
 
 def _move(source: nn.Module, target: nn.Module) -> None:
