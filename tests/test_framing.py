@@ -97,7 +97,7 @@ def test_a_chat_model_ends_with_its_turn_or_its_document(dressed, tiny):
 
 @pytest.mark.parametrize("template", [None, CHATML])
 def test_without_the_end_it_is_what_lm_eval_measures(dressed, tiny, stories, template):
-    """`word_perplexity` and `bits_per_byte` of lm-eval's own HFLM, told what stands before a document."""
+    """`bits_per_byte` of lm-eval's own HFLM, told what stands before a document."""
     huggingface = pytest.importorskip("lm_eval.models.huggingface")
     from lm_eval.api.instance import Instance
 

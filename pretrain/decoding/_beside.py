@@ -26,7 +26,7 @@ def beside(method: str, model: PreTrainedModel, **folders: str) -> list[PreTrain
     opened = []
     for field, place in folders.items():
         folder = Path(place)
-        other, vocabulary = _open(folder, model.device, _stamp(folder))
+        other, vocabulary = _open(folder, model.device, stamp(folder))
         _check_causal(method, f"{field} {folder}", other)
         least = 0 if vocabulary is None else max(vocabulary.values(), default=-1) + 1  # rows after that are padding
         if rows(other) != rows(model) and not 0 < least <= min(rows(other), rows(model)):
@@ -50,7 +50,7 @@ def _check_causal(method: str, what: str, model: PreTrainedModel) -> None:
         raise PretrainError(f"{method}: {what}: {type(model).__name__}: accepted: a causal language model")
 
 
-def _stamp(folder: Path) -> int:
+def stamp(folder: Path) -> int:
     """When the checkpoint was last written; one that is not there is an error of `load`."""
     return max((path.stat().st_mtime_ns for path in folder.glob("*.json")), default=0)
 

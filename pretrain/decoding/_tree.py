@@ -93,13 +93,18 @@ def speculate(
 
     `start(tokens, sampler)` makes the `Draft`, of at most `room` nodes, for a prompt and the first token after it.
     """
+    with torch.inference_mode():
+        return alone(input_ids_BL, options, lambda ids_1L, sampler: _row(model, ids_1L, start, room, sampler))
+
+
+def alone(input_ids_BL: Tensor, options: Options, new_tokens: Callable[[Tensor, Sampler], list[int]]) -> Tensor:
+    """Continue each row by itself, with the numbers that are drawn for it: `new_tokens(ids_1L, sampler)`."""
     prompts_1L = prompts(input_ids_BL, options.attention_mask_BL)
     uniform_NB = options.draws(len(prompts_1L))
     rows: list[list[int]] = []
-    with torch.inference_mode():
-        for row, ids_1L in enumerate(prompts_1L):
-            sampler = Sampler(options, None if uniform_NB is None else uniform_NB[:, row])
-            rows.append(_row(model, ids_1L, start, room, sampler))
+    for row, ids_1L in enumerate(prompts_1L):
+        sampler = Sampler(options, None if uniform_NB is None else uniform_NB[:, row])
+        rows.append(new_tokens(ids_1L, sampler))
     return options.stacked(input_ids_BL, rows)
 
 

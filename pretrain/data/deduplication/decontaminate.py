@@ -32,10 +32,10 @@ _WORD = re.compile(f"[{UNSPACED}]|[^\\W{UNSPACED}]+")  # a character where a scr
 class Decontaminate(DataOperation):
     """Language Models are Few-Shot Learners (arXiv:2005.14165).
 
-    Appendix C: a document is dropped if a run of `length` words (13, in lower case, without punctuation) stands in a
-    document of the validation or test split of one of `corpora`. Runs that are in more than `common` documents are
-    boilerplate and count for nothing. Copies of held-out documents are dropped, however short. The paper cuts out the
-    run with 200 characters on each side and goes on with the pieces; here a document goes whole.
+    A document is dropped if a run of `length` words (13, in lower case, without punctuation) stands in a document of
+    the validation or test split of one of `corpora`. Runs that are in more than `common` documents are boilerplate and
+    count for nothing. Copies of held-out documents are dropped, however short. 13 and 10 are as the paper's filter is
+    quoted; its appendix was not read for this, and it cuts the passage out, where here a document goes whole.
     """
 
     computes: ClassVar[bool] = False

@@ -110,11 +110,7 @@ def _pruning(method: Press, model: PreTrainedModel) -> Iterator[None]:
         raise PretrainError(
             f"{method.name}: model family {config.model_type!r}: accepted: {', '.join(method.families)}"
         )
-    window = getattr(config, "sliding_window", None)
-    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
-        window is not None and config.model_type == "mistral"
-    ):
-        raise PretrainError(f"{method.name}: sliding_window {window}: accepted: full attention")
+    check_full_attention(method.name, model)
     modules = [block.get_submodule(entry.attention) for block in blocks(model)]
     if any(hasattr(module, NAME) for module in modules):
         raise PretrainError(f"{method.name}: a cache is pruned on this model already; accepted: one at a time")
@@ -132,6 +128,16 @@ def _pruning(method: Press, model: PreTrainedModel) -> Iterator[None]:
             if hasattr(module, NAME):
                 delattr(module, NAME)
         model.set_attn_implementation(before)
+
+
+def check_full_attention(method: str, model: PreTrainedModel) -> None:
+    """Refuse a model that attends within a window."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    if "sliding_attention" in (getattr(config, "layer_types", None) or ()) or (
+        window is not None and config.model_type == "mistral"
+    ):
+        raise PretrainError(f"{method}: sliding_window {window}: accepted: full attention")
 
 
 class _State:

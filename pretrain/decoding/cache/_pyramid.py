@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import additive, base, blocks, embeddings, family
+from pretrain.decoding.cache._press import check_full_attention
 
 NAME = "pyramid_infer"  # of the attention, and of the attribute by which it finds what runs
 
@@ -291,10 +292,7 @@ def running(method: Pyramid, model: PreTrainedModel) -> Iterator[None]:
     entry = family(model)
     if entry.name not in method.families:
         raise PretrainError(f"pyramid_infer: model family {entry.name!r}: accepted: {', '.join(method.families)}")
-    if "sliding_attention" in (getattr(model.config, "layer_types", None) or ()) or (
-        getattr(model.config, "sliding_window", None) is not None and model.config.model_type == "mistral"
-    ):
-        raise PretrainError(f"pyramid_infer: sliding_window {model.config.sliding_window}: accepted: full attention")
+    check_full_attention("pyramid_infer", model)
     parts = blocks(model)
     attentions = [block.get_submodule(entry.attention) for block in parts]
     if any(hasattr(module, NAME) for module in attentions):

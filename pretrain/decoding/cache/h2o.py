@@ -21,7 +21,7 @@ BLOCK = 256  # queries whose weights are there at once
 class H2O(Press):
     """H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models (arXiv:2306.14048).
 
-    Of a prompt of L tokens int(L (1 - `compression_ratio`)) stay: the share `recent` of them, the paper's half, are
+    Of a prompt of L tokens int(L (1 - `compression_ratio`)) stay: the share `recent` of them, half by default, are
     the last tokens, the others the heavy hitters: those to which the attention weights of all tokens sum up to most,
     the mean of the heads that share a head of keys. The prompt is pruned once, when it has been read, and new tokens
     stay, where the paper goes on dropping one for each.

@@ -13,7 +13,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import family
 from pretrain.decoding import Decoding
-from pretrain.decoding._tree import Sampler, prompts
+from pretrain.decoding._tree import Sampler, alone
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,14 +62,8 @@ class KIVI(Decoding):
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
-        rows_1L = prompts(input_ids_BL, options.attention_mask_BL)
-        uniform_NB = options.draws(len(rows_1L))
-        rows: list[list[int]] = []
         with torch.no_grad():
-            for row, ids_1L in enumerate(rows_1L):
-                sampler = Sampler(options, None if uniform_NB is None else uniform_NB[:, row])
-                rows.append(self._row(model, ids_1L, sampler))
-        return options.stacked(input_ids_BL, rows)
+            return alone(input_ids_BL, options, lambda ids_1L, sampler: self._row(model, ids_1L, sampler))
 
     def _row(self, model: PreTrainedModel, ids_1L: Tensor, sampler: Sampler) -> list[int]:
         cache, prompt, new = self.cache(model), ids_1L[0].tolist(), list[int]()

@@ -22,7 +22,7 @@ class SnapKV(Press):
     The last `window_size` tokens of a prompt, and of those before them the ones that they attend to most: the mean of
     their attention weights, smoothed by an average over `kernel_size` neighbours, the mean of the heads that share a
     head of keys. int(L (1 - `compression_ratio`)) tokens stay in all, the window at least. Checked against kvpress
-    (NVIDIA/kvpress, 8bb29b9), which the paper's authors point to; the paper takes the largest of the neighbours.
+    (NVIDIA/kvpress, 8bb29b9).
     """
 
     window_size: Count = 64

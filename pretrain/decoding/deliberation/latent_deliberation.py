@@ -18,6 +18,7 @@ from pretrain.core.generation.rows import continue_rows, mask_of, stepper
 from pretrain.core.method import Ref
 from pretrain.core.models.families import base, family
 from pretrain.decoding import Decoding
+from pretrain.decoding._beside import stamp
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,7 +47,7 @@ class LatentDeliberation(Decoding):
         """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end."""
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         folder = _folder(Path(self.coprocessor))
-        coprocessor, latents = _open(folder, model.device, model.dtype, _stamp(folder))
+        coprocessor, latents = _open(folder, model.device, model.dtype, stamp(folder))
         self._check(model, coprocessor, mask_BL.shape[1] + latents + options.max_new_tokens)
         with torch.no_grad():
             logits_BV, cache, mask_BL = deliberate(model, coprocessor, latents, input_ids_BL, mask_BL)
@@ -94,11 +95,6 @@ def deliberate(
 def _folder(folder: Path) -> Path:
     """The coprocessor's checkpoint: in the folder of the stage that trained it, or at the folder itself."""
     return checkpoint_of(folder / "coprocessor" if (folder / "coprocessor").is_dir() else folder)
-
-
-def _stamp(folder: Path) -> int:
-    """When the checkpoint was last written."""
-    return max((path.stat().st_mtime_ns for path in folder.glob("*.json")), default=0)
 
 
 @functools.lru_cache(maxsize=1)

@@ -28,8 +28,8 @@ class HeldOut(Evaluation):
     (`perplexity`), and per UTF-8 byte in bits (`bits_per_byte` = nll / ln 2 / bytes), which compares models whatever
     their tokenizer; overall and by domain. Text is encoded as for training: a special token's name in it is text. If
     the tokenizer has no token to begin a document with, nothing predicts its first token, which then takes its share
-    of the bytes with it. What ends a document is predicted as well, unless `end` is off, as lm-eval has it: its
-    `word_perplexity` and `bits_per_byte` come out of that. `length` inputs a window, advanced by `stride`; 0: the
+    of the bytes with it. What ends a document is predicted as well, unless `end` is off, as lm-eval has it: of
+    texts of one window its `bits_per_byte` comes out. `length` inputs a window, advanced by `stride`; 0: the
     length that the checkpoint was trained at, or where that is not known the model's own (at most 1024), and half of
     it. The intervals of `loss` and `bits_per_byte` are by bootstrap over documents, each of which has its `nll`,
     `targets` and `bytes` in a row.
