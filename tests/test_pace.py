@@ -235,7 +235,8 @@ def test_one_clock_counts_all_parts(trained, tmp_path, capsys):
     clock = [row["elapsed"] for row in steps]
     assert clock == sorted(clock) and clock[2] <= before + 0.1 and clock[3] >= before + 5.0
     assert steps[-1]["seconds"] < 1.0 and rows(tmp_path, "evaluation")[-1]["elapsed"] > clock[-1]
-    assert training.opening >= 5.0 and training.measuring >= 6 * 0.05 and training.elapsed > before + 5.3
+    assert training.opening >= 5.0 and training.measuring >= 6 * 0.05
+    assert training.elapsed > before + 5.0 + 4 * 0.05  # steps 1 and 2 were measured before
     assert "preparing 5." in times(training)
 
 

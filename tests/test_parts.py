@@ -21,7 +21,7 @@ from pretrain.runs.command import app
 from pretrain.stages import Job, Stage
 
 ENDS: list[BaseException | None] = []
-SLEEP = 0.3
+SLEEP = 0.35  # three of them are more than a second, the unit of a record's times
 STATES: list[dict[str, str]] = []
 
 
