@@ -72,7 +72,7 @@ def test_the_codes_are_those_of_optimal_brain_quantisation_in_a_fixed_order(desc
     weight_OI, hessian_II = problem()
     order = torch.argsort(hessian_II.diagonal(), descending=True) if desc_act else torch.arange(20)
     found = solve(weight_OI, hessian_II, **settings(desc_act=desc_act, symmetric=symmetric))
-    assert torch.equal(found.code_OI, by_hand(weight_OI, hessian_II, 3, 8, symmetric, order, 0.01))
+    assert torch.equal(found.code_OI.double(), by_hand(weight_OI, hessian_II, 3, 8, symmetric, order, 0.01))
     assert found.group_I.tolist() == [int((order == i).nonzero()) // 8 for i in range(20)]
 
 

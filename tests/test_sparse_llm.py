@@ -12,6 +12,7 @@ from pretrain.core.models.families import linears, new_model
 from pretrain.surgery import Inputs
 from pretrain.surgery._calibration import Blocks, parts, weight_of
 from pretrain.surgery.compression.sparse_llm import (
+    FeedForward,
     SparseLLM,
     best_p,
     best_z_gated,
@@ -100,9 +101,13 @@ def test_the_layers_own_loss_falls_from_magnitude_to_wanda_to_sparsegpt(sparsity
 
 def test_weights_are_fitted_by_least_squares_even_where_inputs_depend_on_one_another():
     x_NI, y_NO = normal(50, 8), normal(50, 3, seed=1)
-    torch.testing.assert_close(fitted(x_NI, y_NO), torch.linalg.lstsq(x_NI, y_NO).solution.T)
+    torch.testing.assert_close(
+        fitted([(x_NI[:17], y_NO[:17]), (x_NI[17:], y_NO[17:])]), torch.linalg.lstsq(x_NI, y_NO).solution.T
+    )
     x_NI[:, 3] = 0
-    torch.testing.assert_close(fitted(x_NI, y_NO), (torch.linalg.pinv(x_NI) @ y_NO).T)
+    torch.testing.assert_close(
+        fitted([(x_NI[:17], y_NO[:17]), (x_NI[17:], y_NO[17:])]), (torch.linalg.pinv(x_NI) @ y_NO).T
+    )
 
 
 def test_the_best_p_has_no_slope():
@@ -237,9 +242,11 @@ def test_the_second_epoch_fits_and_prunes_on_the_new_activations():
     first, second = pruned(up.weight, x_NE), pruned(down.weight, z_NH.relu())
     p_NH = best_p(second, y_NE - down.bias, z_NH.relu(), 2.0, 1.5)
     new_NH = best_z_relu(x_NE @ first.T + up.bias, p_NH, 3.0, 1.5)
-    wanted = pruned(fitted(x_NE, new_NH - up.bias), x_NE), pruned(fitted(p_NH, y_NE - down.bias), p_NH)
+    wanted = pruned(fitted([(x_NE, new_NH - up.bias)]), x_NE), pruned(fitted([(p_NH, y_NE - down.bias)]), p_NH)
     hessians = 2 * x_NE.T @ x_NE / 200, 2 * z_NH.relu().T @ z_NH.relu() / 200
-    method._prune_jointly([up], down, [(x_NE, z_NH), (z_NH.relu(), y_NE)], hessians)
+    parts = (x_NE, y_NE - down.bias, z_NH.relu(), z_NH)
+    halves = [FeedForward(*(part[rows] for part in parts), None) for rows in (slice(130), slice(130, None))]
+    method._prune_jointly([up], down, halves, hessians)
     torch.testing.assert_close((up.weight.data, down.weight.data), wanted)
 
 

@@ -20,7 +20,10 @@ SMALLEST, LARGEST = 2.0**-24, 65504.0  # of float16, in which scales are kept
 
 @dataclass(frozen=True)
 class Quantised:
-    """A matrix on its grid: `scale_OG[:, g] * (code_OI - zero_OG[:, g])`, `g = group_I[i]` the group of input i."""
+    """A matrix on its grid: `scale_OG[:, g] * (code_OI - zero_OG[:, g])`, `g = group_I[i]` the group of input i.
+
+    Codes are bytes: with a matrix of each layer at hand, floats would be as much as the model once more.
+    """
 
     code_OI: Tensor
     scale_OG: Tensor
@@ -66,7 +69,7 @@ def round_to_nearest(weight_OI: Tensor, bits: int, group_size: int, symmetric: b
     pairs = [grid(part_OC, bits, symmetric) for part_OC in weight_OI.split(size, dim=1)]
     scale_OG, zero_OG = (torch.stack(values, 1) for values in zip(*pairs, strict=True))
     code_OI = nearest(weight_OI, scale_OG[:, group_I], zero_OG[:, group_I], bits)
-    return Quantised(code_OI, scale_OG, zero_OG, group_I)
+    return Quantised(code_OI.to(torch.uint8), scale_OG, zero_OG, group_I)
 
 
 def words(count: int, bits: int) -> int:
@@ -75,16 +78,20 @@ def words(count: int, bits: int) -> int:
 
 
 def pack(code_NO: Tensor, bits: int) -> Tensor:
-    """The codes of each column as one stream of bits, the lowest first, in int32 words: `word_RO`."""
+    """The codes of each column as one stream of bits, the lowest first, in int32 words: `word_RO`.
+
+    32 codes fill `bits` words, so every 32nd code has the same place: in memory are the words and such a slice.
+    """
     count, columns = code_NO.shape
-    shifts = torch.arange(bits, device=code_NO.device)
-    bits_SO = (code_NO.long()[:, None, :] >> shifts[None, :, None] & 1).reshape(count * bits, columns)
-    rows = words(count, bits)
-    padded_SO = bits_SO.new_zeros(rows * WORD, columns)
-    padded_SO[: count * bits] = bits_SO
-    places = torch.arange(WORD, device=code_NO.device)[None, :, None]
-    word_RO = (padded_SO.view(rows, WORD, columns) << places).sum(1)
-    return torch.where(word_RO >= 2 ** (WORD - 1), word_RO - 2**WORD, word_RO).to(torch.int32)
+    word_RO = torch.zeros(-(-count // WORD) * bits, columns, dtype=torch.int64, device=code_NO.device)
+    for place in range(min(WORD, count)):
+        part_NO = code_NO[place::WORD].long()
+        row, shift = divmod(place * bits, WORD)
+        word_RO[row::bits][: len(part_NO)] |= part_NO << shift & (2**WORD - 1)
+        if shift + bits > WORD:
+            word_RO[row + 1 :: bits][: len(part_NO)] |= part_NO >> (WORD - shift)
+    word_RO[word_RO >= 2 ** (WORD - 1)] -= 2**WORD
+    return word_RO[: words(count, bits)].to(torch.int32)
 
 
 def unpack(word_RO: Tensor, bits: int, count: int) -> Tensor:

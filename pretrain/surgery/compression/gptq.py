@@ -60,7 +60,7 @@ def solve(
         order_I = torch.argsort(hessian_II.diagonal(), descending=True, stable=True)
     W_OI = weight_OI[:, order_I].clone()
     U_II = inverse_factor(hessian_II[order_I][:, order_I], damping, "gptq").to(W_OI.dtype)
-    code_OI, scales, zeros = torch.empty_like(W_OI), [], []
+    code_OI, scales, zeros = torch.empty_like(W_OI, dtype=torch.uint8), [], []
     cuts = sorted({*range(0, inputs, block_size), *range(0, inputs, size), inputs})
     for start, end in itertools.pairwise(cuts):
         if start % size == 0:
@@ -69,8 +69,9 @@ def solve(
             zeros.append(zero_O)
         error_OC = W_OI.new_zeros(outputs, end - start)
         for i in range(start, end):
-            code_OI[:, i] = nearest(W_OI[:, i], scale_O, zero_O, bits)
-            error_O = (W_OI[:, i] - scale_O * (code_OI[:, i] - zero_O)) / U_II[i, i]
+            code_O = nearest(W_OI[:, i], scale_O, zero_O, bits)
+            error_O = (W_OI[:, i] - scale_O * (code_O - zero_O)) / U_II[i, i]
+            code_OI[:, i] = code_O
             W_OI[:, i:end] -= torch.outer(error_O, U_II[i, i:end])
             error_OC[:, i - start] = error_O
         W_OI[:, end:] -= error_OC @ U_II[start:end, end:]
@@ -117,7 +118,7 @@ class PackedLinear(nn.Module):
 
     def quantised(self) -> Quantised:
         """The numbers again, in float32."""
-        code_IO = unpack(self.qweight, self.bits, self.in_features).float()
+        code_IO = unpack(self.qweight, self.bits, self.in_features).to(torch.uint8)
         zero_OG = unpack(self.qzeros.T.contiguous(), self.bits, self.out_features).float() + self.offset
         return Quantised(code_IO.T, self.scales.float().T, zero_OG, self.g_idx.long())
 
@@ -174,13 +175,16 @@ class GPTQ(Surgery):
         layers = plain_linears(model, self.name, self.families, inside=True)
         training = model.training
         model.eval()
-        if self.solver == "rtn":
-            matrices = {name: self._put(layer, self._nearest(weight_of(layer))) for name, layer in layers.items()}
-        else:
-            matrices = self._calibrated(model, layers, inputs)
+        if self.solver == "gptq":
+            self._calibrated(model, layers, inputs)
+        for name in [*layers]:  # those that no block has used among them
+            layer = layers.pop(name)
+            self._keep(model, name, layer, self._put(layer, self._nearest(weight_of(layer))))
         model.train(training)
         if self.pack:
-            self._packed(model, layers, matrices)
+            model.config.quantization_config = self.quantization_config()
+            # Of Llama's packed weights it was checked that others open them to the same logits.
+            record(model, self, foreign=family(model).name != "llama")
         return model
 
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
@@ -200,22 +204,23 @@ class GPTQ(Surgery):
         set_weight(layer, matrix.dense())
         return matrix
 
-    def _calibrated(
-        self, model: PreTrainedModel, layers: dict[str, Linear], inputs: Inputs | None
-    ) -> dict[str, Quantised]:
-        """The blocks in order, each calibrated on what the quantised ones before it give."""
+    def _calibrated(self, model: PreTrainedModel, layers: dict[str, Linear], inputs: Inputs | None) -> None:
+        """The blocks in order, each calibrated on what the quantised ones before it give; `layers` loses theirs.
+
+        A block is packed as soon as its states have passed: of one block alone codes and weights are in memory at once.
+        """
         batches, names = batches_of(inputs, self.name), {id(layer): name for name, layer in layers.items()}
         stack = Blocks(model, batches)
-        matrices: dict[str, Quantised] = {}
         for number in range(len(stack)):
+            matrices: dict[str, Quantised] = {}
             for step in self._steps(model, stack, number, names):
                 together = stack.layers(number, step)
                 hessians = stack.hessians(number, together)
                 for name, layer in together.items():
                     matrices[names[id(layer)]] = self._put(layer, self._solved(layer, hessians[name]))
             stack.advance(number)
-        unused = {name: layer for name, layer in layers.items() if name not in matrices}
-        return matrices | {n: self._put(layer, self._nearest(weight_of(layer))) for n, layer in unused.items()}
+            for name, matrix in matrices.items():
+                self._keep(model, name, layers.pop(name), matrix)
 
     def _steps(self, model: PreTrainedModel, stack: Blocks, number: int, names: dict[int, str]) -> Iterator[list[str]]:
         """The layers of a block that are calibrated together, in the order of its forward pass."""
@@ -234,14 +239,12 @@ class GPTQ(Surgery):
             symmetric=self.symmetric, desc_act=self.desc_act, damping=self.damping, block_size=self.block_size,
         )  # fmt: skip
 
-    def _packed(self, model: PreTrainedModel, layers: dict[str, Linear], matrices: dict[str, Quantised]) -> None:
-        for name, layer in layers.items():
+    def _keep(self, model: PreTrainedModel, name: str, layer: Linear, matrix: Quantised) -> None:
+        """Put the packed layer in the place of the dense one, where it is to be packed."""
+        if self.pack:
             replaced = PackedLinear(layer, self.bits, self.group_size, self.symmetric)
-            replaced.fill(matrices[name])
+            replaced.fill(matrix)
             set_module(model, name, replaced.train(model.training))
-        model.config.quantization_config = self.quantization_config()
-        # Of Llama's packed weights it was checked that others open them to the same logits.
-        record(model, self, foreign=family(model).name != "llama")
 
     def quantization_config(self) -> dict[str, object]:
         """What `transformers` and GPTQModel read in `config.json` of such weights."""

@@ -5,6 +5,7 @@ Shape letters: N tokens, O outputs, I inputs, C inputs of a block of columns, E 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -64,10 +65,21 @@ def sparsegpt(weight_OI: Tensor, hessian_II: Tensor, sparsity: float, damping: f
     return W_OI
 
 
-def fitted(x_NI: Tensor, y_NO: Tensor) -> Tensor:
-    """The matrix of least squares, `weight_OI` = Y X⁺."""
-    x_NI, y_NO = x_NI.double(), y_NO.double()
-    return (y_NO.T @ x_NI) @ torch.linalg.pinv(x_NI.T @ x_NI, hermitian=True)
+def fitted(pairs: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
+    """The matrix of least squares over all of the pairs `x_NI`, `y_NO`: `weight_OI` = Y X⁺."""
+    yx_OI = xx_II = torch.zeros(())
+    for x_NI, y_NO in pairs:
+        x_NI, y_NO = x_NI.double(), y_NO.double()
+        yx_OI, xx_II = yx_OI + y_NO.T @ x_NI, xx_II + x_NI.T @ x_NI
+    return yx_OI @ torch.linalg.pinv(xx_II, hermitian=True)
+
+
+def mean_product(parts: Iterable[Tensor]) -> Tensor:
+    """`2 / N · Σ p pᵀ` over all rows of all parts."""
+    total_HH, count = torch.zeros(()), 0
+    for p_NH in parts:
+        total_HH, count = total_HH + 2 * p_NH.T @ p_NH, count + len(p_NH)
+    return total_HH / count
 
 
 def best_p(down_EH: Tensor, y_NE: Tensor, after_NH: Tensor, beta: float, gamma: float) -> Tensor:
@@ -100,6 +112,38 @@ def descended_s(s_NH: Tensor, made_NH: Tensor, p_NH: Tensor, z_NH: Tensor, metho
         pull_NH = 2 * method.gamma * (s_NH * sigmoid_NH * z_NH - p_NH) * z_NH * slope_NH
         s_NH = s_NH - method.gate_rate * (2 * method.alpha * (s_NH - made_NH) + pull_NH)
     return s_NH
+
+
+def wide(*parts: Tensor) -> tuple[Tensor, ...]:
+    """In float32 at least."""
+    return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+
+
+@dataclass
+class FeedForward:
+    """A batch's tokens at a feed-forward: what enters it, what it gives before the bias, and the variables."""
+
+    x_NE: Tensor
+    y_NE: Tensor
+    p_NH: Tensor  # what enters the second matrix
+    z_NH: Tensor
+    s_NH: Tensor | None  # what enters the gate, where there is one
+
+    @property
+    def activated_NH(self) -> Tensor:
+        """What the activation makes of the variables."""
+        return self.z_NH.relu() if self.s_NH is None else F.silu(self.s_NH) * self.z_NH
+
+    def update(self, up: list[Linear], down_EH: Tensor, method: SparseLLM) -> None:
+        """Set p, z and s to the best for these weights; `up` holds the gate first where there is one."""
+        self.p_NH = best_p(down_EH, self.y_NE, self.activated_NH, method.beta, method.gamma)
+        made_NH = F.linear(self.x_NE, weight_of(up[-1]), up[-1].bias)
+        if self.s_NH is None:
+            self.z_NH = best_z_relu(made_NH, self.p_NH, method.alpha, method.gamma)
+            return
+        self.z_NH = best_z_gated(made_NH, self.p_NH, F.silu(self.s_NH), method.alpha, method.gamma)
+        made_NH = F.linear(self.x_NE, weight_of(up[0]), up[0].bias)
+        self.s_NH = descended_s(self.s_NH, made_NH, self.p_NH, self.z_NH, method)
 
 
 @dataclass(frozen=True)
@@ -143,15 +187,15 @@ class SparseLLM(Surgery):
         for number in range(len(stack)):
             inner = stack.layers(number, [name for step in places.values() for name in step])
             hessians = stack.hessians(number, inner)
-            joint = {*places["up"], *places["down"]} if self.solver == "sparse_llm" else set()
-            seen = self._seen(stack, number, {name: layer for name, layer in inner.items() if name in joint})
+            up, down = ({name: inner[name] for name in places[part]} for part in ("up", "down"))
+            joint = up | down if self.solver == "sparse_llm" else {}
+            seen = self._seen(stack, number, up, down) if joint else []
             for name, layer in inner.items():
                 if name not in joint:
                     self._prune(layer, hessians[name])
             if joint:
-                up, down = [inner[name] for name in places["up"]], inner[places["down"][0]]
                 first = hessians[places["up"][0]], hessians[places["down"][0]]
-                self._prune_jointly(up, down, [seen[n] for n in (*places["up"], *places["down"])], first)
+                self._prune_jointly([*up.values()], next(iter(down.values())), seen, first)
             stack.advance(number)
         return model.train(training)
 
@@ -166,15 +210,17 @@ class SparseLLM(Surgery):
                 "gate, or relu without; the solvers sparsegpt, wanda and magnitude take any"
             )
 
-    def _seen(self, stack: Blocks, number: int, layers: dict[str, Linear]) -> dict[str, tuple[Tensor, Tensor]]:
-        """What enters and leaves the layers of the block as it still is, all tokens together."""
-        if not layers:
-            return {}
-        batches = list(stack.seen(number, layers))
-        return {
-            n: (torch.cat([seen[n][0] for seen in batches]), torch.cat([seen[n][1] for seen in batches]))
-            for n in layers
-        }
+    def _seen(self, stack: Blocks, number: int, up: dict[str, Linear], down: dict[str, Linear]) -> list[FeedForward]:
+        """What enters and leaves the feed-forward of the block as it still is, batch by batch."""
+        parts = []
+        for seen in stack.seen(number, up | down):
+            before = [wide(*seen[name]) for name in up]
+            (x_NE, first_NH), (_, z_NH) = before[0], before[-1]
+            ((p_NH, y_NE),) = [wide(*seen[name]) for name in down]
+            (bias_E,) = [layer.bias for layer in down.values()]
+            y_NE = y_NE if bias_E is None else y_NE - bias_E
+            parts.append(FeedForward(x_NE, y_NE, p_NH, z_NH, first_NH if len(up) == 2 else None))
+        return parts
 
     def _prune(self, layer: Linear, hessian_II: Tensor) -> None:
         weight_OI = weight_of(layer)
@@ -184,32 +230,25 @@ class SparseLLM(Surgery):
             set_weight(layer, sparsegpt(weight_OI, hessian_II, self.sparsity, self.damping, self.block_size))
 
     def _prune_jointly(
-        self, up: list[Linear], down: Linear, seen: list[tuple[Tensor, Tensor]], hessians: tuple[Tensor, Tensor]
+        self, up: list[Linear], down: Linear, seen: list[FeedForward], hessians: tuple[Tensor, Tensor]
     ) -> None:
-        """The feed-forward's matrices; `up` holds the gate first where there is one."""
-        gated, (x_NE, _) = len(up) == 2, seen[0]
-        wide = torch.promote_types(x_NE.dtype, torch.float32)
-        s_NH, z_NH = seen[0][1].to(wide), seen[-2][1].to(wide)
-        p_NH, y_NE = (part.to(wide) for part in seen[-1])
-        x_NE = x_NE.to(wide)
-        y_NE = y_NE - (down.bias if down.bias is not None else 0)
+        """The feed-forward's matrices; `up` holds the gate first where there is one.
+
+        In memory are p, z and s of all tokens, three activations of the feed-forward; all else goes batch by batch.
+        """
         of_x_EE, of_p_HH = hessians
         for epoch in range(self.epochs):
             if epoch:
-                for layer, out_NH in zip(up, (s_NH, z_NH) if gated else (z_NH,), strict=True):
-                    set_weight(layer, fitted(x_NE, out_NH - (layer.bias if layer.bias is not None else 0)))
-                set_weight(down, fitted(p_NH, y_NE))
-                of_p_HH = 2 * p_NH.T @ p_NH / len(p_NH)
+                for layer, gate in zip(up, (True, False)[-len(up) :], strict=True):
+                    outputs = ((each.x_NE, each.s_NH if gate else each.z_NH) for each in seen)
+                    bias_H = 0 if layer.bias is None else layer.bias
+                    set_weight(layer, fitted((x_NE, out_NH - bias_H) for x_NE, out_NH in outputs if out_NH is not None))
+                set_weight(down, fitted((each.p_NH, each.y_NE) for each in seen))
+                of_p_HH = mean_product(each.p_NH for each in seen)
             for layer in up:
                 self._prune(layer, of_x_EE)
             self._prune(down, of_p_HH)
-            if epoch == self.epochs - 1:
-                break
-            after_NH = F.silu(s_NH) * z_NH if gated else z_NH.relu()
-            p_NH = best_p(weight_of(down), y_NE, after_NH, self.beta, self.gamma)
-            made = [F.linear(x_NE, weight_of(layer), layer.bias) for layer in up]
-            if gated:
-                z_NH = best_z_gated(made[1], p_NH, F.silu(s_NH), self.alpha, self.gamma)
-                s_NH = descended_s(s_NH, made[0], p_NH, z_NH, self)
-            else:
-                z_NH = best_z_relu(made[0], p_NH, self.alpha, self.gamma)
+            if epoch < self.epochs - 1:
+                down_EH = weight_of(down)
+                for each in seen:
+                    each.update(up, down_EH, self)

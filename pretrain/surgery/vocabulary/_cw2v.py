@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from pretrain.core.errors import PretrainError
 
@@ -50,7 +51,12 @@ class Mixture:
         count, is_new = len(self.old_VE), tokens >= len(self.old_VE)
         new, where = torch.unique(tokens[is_new] - count, return_inverse=True)
         vectors = F.embedding(tokens.clamp(max=count - 1), self.old_VE)
-        return vectors.masked_scatter(is_new[..., None], (self.shares(new) @ self.old_VE)[where])
+        mixed = [checkpoint(self._mixed, chunk, use_reentrant=False) for chunk in new.split(CHUNK)]
+        return vectors.masked_scatter(is_new[..., None], torch.cat(mixed)[where])
+
+    def _mixed(self, new: Tensor) -> Tensor:
+        """The vectors of some of the new tokens; their shares, new times old ones, are made again on the way back."""
+        return self.shares(new) @ self.old_VE
 
     @torch.no_grad()
     def applied(self, values_VX: Tensor) -> Tensor:

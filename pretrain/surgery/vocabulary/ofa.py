@@ -26,7 +26,8 @@ from pretrain.surgery._random import generator
 from pretrain.surgery._tokens import expand
 from pretrain.surgery.vocabulary._vectors import read, subwords
 
-CHUNK = 1024
+CHUNK = 1024  # rows
+RANK = 1e-14  # of the greatest eigenvalue: what is below is rounding
 
 
 class FactorisedEmbedding(nn.Module):
@@ -103,7 +104,7 @@ class Ofa(Surgery):
         """The same model with more rows and, of a smaller dimension, in factors."""
         factors = self._rank(model)
         words, vectors_WD = read(self.name, self.vectors, self.max_words)
-        table_VE = embeddings(model).weight.detach().double()
+        table_VE = embeddings(model).weight.detach()
         old, new = expand(self.name, model, self.tokenizer, inputs)
         assert inputs is not None and inputs.tokenizer is not None
         before, after = inputs.tokenizer, inputs.extra["tokenizer"]
@@ -116,17 +117,19 @@ class Ofa(Surgery):
         source = generator(self.name, inputs)
 
         def fill(into_VX: Tensor, from_VX: Tensor) -> None:
-            """Write the old rows and the new ones."""
+            """Write the old rows and the new ones, in float64 a few rows at a time."""
             into_VX[: len(from_VX)] = from_VX.to(into_VX)
-            known_VX = from_VX[old].double()
-            shape = (len(new), *known_VX.shape[1:])
-            drawn = torch.randn(shape, generator=source, dtype=torch.float64).to(known_VX.device)
-            into_VX[new] = (known_VX.mean(0) + known_VX.std(0, correction=0) * drawn).to(into_VX)
+            places = torch.tensor(old, dtype=torch.long, device=from_VX.device)
+            mean_X, deviation_X = _moments(from_VX, places)
+            for rows in torch.tensor(new, dtype=torch.long).split(CHUNK):
+                drawn = torch.randn(len(rows), *from_VX.shape[1:], generator=source, dtype=torch.float64)
+                into_VX[rows] = (mean_X + deviation_X * drawn.to(mean_X.device)).to(into_VX)
             if alike:
                 into_VX[list(alike)] = from_VX[list(alike.values())].to(into_VX)
-            if mixed:
-                where_NK, share_NK = (x.to(known_VX.device) for x in mixture)
-                into_VX[mixed] = torch.einsum("nk,nk...->n...", share_NK, known_VX[where_NK]).to(into_VX)
+            parts = (part.split(CHUNK) for part in (torch.tensor(mixed, dtype=torch.long), *mixture))
+            for rows, where_NK, share_NK in zip(*parts, strict=True):
+                where_NK, share_NK = places[where_NK.to(places.device)], share_NK.to(places.device)
+                into_VX[rows] = torch.einsum("nk,nk...->n...", share_NK, from_VX[where_NK].double()).to(into_VX)
 
         head: nn.Linear | None = model.get_output_embeddings()
         bias = getattr(head, "bias", None)
@@ -138,12 +141,12 @@ class Ofa(Surgery):
             if head is not None and head.weight is not weight:
                 fill(head.weight, head.weight.detach().clone()[: len(table_VE)])
             return model
-        U_VX, S_X, Vh_XE = torch.linalg.svd(table_VE, full_matrices=False)
+        coordinates_VR, primitives_RE = factorised(table_VE, factors)
         model = self.restore(model)
         layer = model.get_input_embeddings()
         assert isinstance(layer, FactorisedEmbedding)
-        fill(layer.coordinates, U_VX[:, :factors])
-        layer.primitives.copy_(S_X[:factors, None] * Vh_XE[:factors])
+        fill(layer.coordinates, coordinates_VR)
+        layer.primitives.copy_(primitives_RE)
         record(model, self)
         return model
 
@@ -171,6 +174,31 @@ class Ofa(Surgery):
         if head is not None:
             model.set_output_embeddings(FactorisedHead(embedding, head.bias))
         return model
+
+
+def factorised(table_VE: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The greatest `rank` of the singular vectors: U, V × R, and Σ Vᵀ, R × E, of the table U Σ Vᵀ.
+
+    By the eigenvectors of its E × E Gram matrix, in float64 with some rows of the table at a time.
+    """
+    parts = table_VE.split(CHUNK)
+    gram_EE = torch.zeros(table_VE.shape[1], table_VE.shape[1], dtype=torch.float64, device=table_VE.device)
+    for part_NE in parts:
+        gram_EE += part_NE.double().T @ part_NE.double()
+    value_E, vector_EE = torch.linalg.eigh(gram_EE)  # in ascending order
+    S_R, V_ER = value_E.flip(0)[:rank].clamp(min=0).sqrt(), vector_EE.flip(1)[:, :rank]
+    there_R = value_E.flip(0)[:rank] > value_E[-1] * RANK
+    unit_ER = V_ER * torch.where(there_R, 1 / S_R, 0)
+    coordinates_VR = torch.cat([(part_NE.double() @ unit_ER).to(table_VE.dtype) for part_NE in parts])
+    return coordinates_VR, (S_R * V_ER).T
+
+
+def _moments(table_VX: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the rows at these places, in float64."""
+    parts = places.split(CHUNK)
+    mean_X = sum((table_VX[part].double().sum(0) for part in parts), torch.zeros(())) / len(places)
+    square_X = sum(((table_VX[part].double() - mean_X).square().sum(0) for part in parts), torch.zeros(()))
+    return mean_X, (square_X / len(places)).sqrt()
 
 
 def _mixture(
