@@ -17,6 +17,7 @@ from pretrain.stages.surgery import Surgery as Stage
 from pretrain.surgery import Surgery
 from pretrain.surgery.compression.gptq import GPTQ
 from pretrain.surgery.growth.g_stack import GStack
+from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,20 @@ def run(source, prepared, tmp_path):
         return stage.run(Job(tmp_path / "stage", inputs, seed=seed, say=said.append)), said
 
     return run
+
+
+def test_a_trimmed_vocabulary_keeps_every_token_of_the_corpus_however_few_rows_calibrate(run, prepared, tmp_path):
+    spy = Spy()
+    run(spy, calibration_rows=1, length=16)
+    tokenizer, count_V = load_tokenizer(prepared / "tokenizer"), spy.given[0].counts()
+    ids = tokenizer([document["text"] for document in Corpus(prepared / "corpus").documents("train")])["input_ids"]
+    used = torch.bincount(torch.tensor([i for row in ids for i in row]), minlength=len(count_V))
+    text_V = torch.tensor([i for i in range(len(count_V)) if i not in tokenizer.all_special_ids])
+    assert torch.equal(count_V[text_V], used[text_V]) and spy.given[0].batches[0]["input_ids"].numel() == 16
+    result, _ = run(TrimVocabulary(), calibration_rows=1, length=16)
+    assert result["metrics"]["trim_vocabulary/text_kept"] == 1
+    _, trimmed = checkpoint.load(tmp_path / "stage" / "checkpoint")
+    assert len(trimmed) >= int((used > 0).sum())
 
 
 def test_calibration_rows_are_packed_training_documents_in_the_checkpoints_tokens(run, prepared):

@@ -91,6 +91,14 @@ class Shards:
         begin = int(self.offsets_N1[document]) + start
         return self.flat[begin : begin + length]
 
+    def counts(self, chunk: int = 1 << 24) -> NDArray[np.int64]:
+        """How often each token occurs, up to the greatest that does; so many tokens are read at a time."""
+        parts = [np.bincount(self.flat[start : start + chunk]) for start in range(0, self.tokens, chunk)]
+        count_V = np.zeros(max(map(len, parts), default=0), np.int64)
+        for part in parts:
+            count_V[: len(part)] += part
+        return count_V
+
     def targets_per_byte(self) -> float:
         """Tokens that have a predecessor in their document, for each byte of text."""
         return (self.tokens - len(self)) / max(1, int(np.sum(self.bytes_N, dtype=np.int64)))

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.batch import Batch
+    from pretrain.corpus.shards import Shards
 
 BATCH_ROWS = 8
 
@@ -62,6 +63,8 @@ class Surgery(Stage):
 
     def run(self, job: Job) -> StageResult:
         """Operate and save."""
+        import torch
+
         from pretrain.core import checkpoint
         from pretrain.surgery import Inputs, operate
 
@@ -69,11 +72,15 @@ class Surgery(Stage):
         model, tokenizer = checkpoint.load(source)
         merged = [checkpoint_of(folder) for folder in job.inputs.get("models", [])]
         others = [checkpoint.load(folder) for folder in merged]
-        batches = self._batches(job, model, tokenizer) if self.corpus is not None else []
+        shards = self._shards(job, model, tokenizer) if self.corpus is not None else None
         inputs = Inputs(
-            tokenizer=tokenizer, batches=batches, models=[opened for opened, _ in others],
-            tokenizers=[its for _, its in others], seed=job.seed,
-        )  # fmt: skip
+            tokenizer=tokenizer,
+            batches=[] if shards is None or tokenizer is None else self._batches(job, shards, tokenizer),
+            counts=None if shards is None else lambda: torch.from_numpy(shards.counts()),
+            models=[opened for opened, _ in others],
+            tokenizers=[its for _, its in others],
+            seed=job.seed,
+        )
         before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
         model, inputs, flops = operate(self.surgeries, model, inputs)
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
@@ -93,13 +100,9 @@ class Surgery(Stage):
         )
         return {"metrics": metrics, "flops": flops}
 
-    def _batches(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> list[Batch]:
-        """Rows of packed training documents, in batches."""
-        import numpy as np
-
-        from pretrain.core.batch import Vocabulary, rows_to_tensors
+    def _shards(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Shards:
+        """The training documents in tokens."""
         from pretrain.core.models.families import family, positions_of
-        from pretrain.corpus.packing import plan_for
 
         if tokenizer is None:
             raise PretrainError(
@@ -108,7 +111,15 @@ class Surgery(Stage):
         most = positions_of(model)
         if family(model).positions is not None and most is not None and self.length > most:
             raise PretrainError(f"length {self.length}: accepted: 2 to {most}, the positions of the model")
-        shards = tokens_of(job, tokenizer, splits=("train",))["train"]
+        return tokens_of(job, tokenizer, splits=("train",))["train"]
+
+    def _batches(self, job: Job, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
+        """Rows of packed training documents, in batches."""
+        import numpy as np
+
+        from pretrain.core.batch import Vocabulary, rows_to_tensors
+        from pretrain.corpus.packing import plan_for
+
         plan = plan_for(shards, self.length)
         if not len(plan):
             raise PretrainError(f"{shards.folder}: no documents to calibrate on")

@@ -11,7 +11,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,6 +30,8 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase | None = None
     # For calibration: input_ids, position_ids, and as attention_mask each token's document in its row (0: padding).
     batches: Sequence[Batch] = ()
+    # How often each token of the tokenizer occurs in all of the text, if it was counted: `batches` are some of it.
+    counts: Callable[[], Tensor] | None = None
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
     tokenizers: Sequence[PreTrainedTokenizerBase | None] = ()  # theirs
     seed: int = 0
@@ -55,8 +57,9 @@ def operate(
         check_references(surgery, numbers_of(inputs.tokenizer), "the checkpoint")
         model, cost = count_flops(partial(surgery, model, inputs))
         flops += cost
+        counts = None if "tokenizer" in inputs.extra else inputs.counts
         changed = {name: inputs.extra.pop(name, getattr(inputs, name)) for name in ("tokenizer", "batches")}
-        inputs = replace(inputs, **changed)
+        inputs = replace(inputs, counts=counts, **changed)
     return model, inputs, flops
 
 

@@ -38,10 +38,21 @@ def heads_of(model: PreTrainedModel) -> Heads:
 
 
 def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
-    """The mean over batches of the squared gradient of the causal loss, by `id` of each parameter."""
+    """The mean over batches of the squared gradient of the causal loss, by `id` of each parameter.
+
+    Each gradient is squared and let go as soon as it is there: never in memory are those of the whole model.
+    """
     trained = [(weight, weight.requires_grad) for weight in model.parameters()]
     mode, squares = model.training, {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight, _ in trained}
+
+    def add(weight: Tensor) -> None:
+        if weight.grad is not None:
+            squares[id(weight)].addcmul_(weight.grad.float(), weight.grad.float(), value=1 / len(batches))
+            weight.grad = None
+
     model.eval().requires_grad_(True)
+    model.zero_grad()
+    handles = [weight.register_post_accumulate_grad_hook(add) for weight, _ in trained]
     try:
         for batch in batches:
             tokens_BL, document_BL = batch["input_ids"].to(model.device), batch["attention_mask"].to(model.device)
@@ -53,12 +64,10 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor
             weight_VE, bias_V = head(model)
             states_BLE = hidden(model, input_ids=tokens_BL, **inputs)
             loss, _ = linear_cross_entropy(states_BLE, weight_VE, target_BL, bias_V=bias_V)
-            model.zero_grad()
             loss.backward()
-            for weight, _ in trained:
-                if weight.grad is not None:
-                    squares[id(weight)] += weight.grad.float().square() / len(batches)
     finally:
+        for handle in handles:
+            handle.remove()
         model.zero_grad()
         model.train(mode)
         for weight, requires_grad in trained:

@@ -37,8 +37,8 @@ class TrimVocabulary(Surgery):
     of the text that occur `minimum` times or more, of these the `keep` most frequent (0: all), and besides the special
     and other added tokens, those that the configuration names, the alphabet (bytes, or, of a tokenizer without bytes,
     single characters), and for BPE all parts of the kept tokens by any merge. BPE keeps its merges' order and Unigram
-    its scores: text whose tokens are all kept is split as before. The text is `calibration_rows` rows of `length` of
-    the stage's `corpus`: draw as many as the corpus has. Tokens of BPE, Unigram or WordPiece.
+    its scores: text whose tokens are all kept is split as before. The text is all that the
+    stage's `corpus` has for training. Tokens of BPE, Unigram or WordPiece.
     """
 
     new_vocabulary: ClassVar[bool] = True
@@ -55,7 +55,7 @@ class TrimVocabulary(Surgery):
             raise PretrainError("trim_vocabulary: the checkpoint has no tokenizer; accepted: one that has")
         _check(model)
         names = {index: token for token, index in inputs.tokenizer.get_vocab().items()}
-        count_V = _counts(batches)
+        count_V = inputs.counts() if inputs.counts is not None else _counts(batches)
         configs = [c for c in (model.config, getattr(model, "generation_config", None)) if c is not None]
         named = {index for config in configs for value in _ids(config).values() for index in _flat(value)}
         rows = len(embeddings(model).weight)
