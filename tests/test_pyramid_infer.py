@@ -10,7 +10,8 @@ from closeness import assert_same_model
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.cache import cache_bytes
-from pretrain.decoding.cache._pyramid import pivotal
+from pretrain.decoding.cache import _pyramid
+from pretrain.decoding.cache._pyramid import pivotal, scores
 from pretrain.decoding.cache.pyramid_infer import PyramidInfer
 
 WHOLE = PyramidInfer(prefill_decay_ratio=1.0, gen_decay_ratio=1.0, gen_compress_ratio=1.0)
@@ -210,6 +211,37 @@ def test_padding_goes_first_and_the_first_tokens_stay(tiny):
     assert padded.count(-1) == 0 and padded[:4] == [15, 16, 17, 18] and whole[:4] == [0, 1, 2, 3]
     unseen_BC, place_BQ = torch.zeros(1, 6), torch.tensor([[-1, -1, -1, 3, 4, 5, 6]])
     assert pivotal(unseen_BC, place_BQ, 3, 0).tolist() == [[3, 4, 5]]  # even where nobody looks at the others
+
+
+def test_a_row_is_continued_as_it_is_alone_whatever_stands_beside_it(tiny):
+    model, (ids_BL, mask_BL) = sharp(tiny, "llama", {"num_hidden_layers": 4}), prompt_of(60, rows=3, padding=15)
+    mask_BL[2, :30] = 0
+    options = {"max_new_tokens": 30, "temperature": 1.0}
+    rows = SMALL.generate(model, ids_BL, attention_mask_BL=mask_BL, max_new_tokens=30)
+    for row, padding in enumerate((15, 0, 30)):
+        alone = SMALL.generate(model, ids_BL[row : row + 1, padding:], max_new_tokens=30)
+        assert torch.equal(rows[row, padding:], alone[0])
+    drawn = [
+        SMALL.generate(model, ids_BL, attention_mask_BL=mask_BL, generator=torch.Generator().manual_seed(3), **options)
+        for _ in range(2)
+    ]
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], rows)
+
+
+@pytest.mark.parametrize("at_once", [1, 100, 700, 5000])
+def test_scores_of_some_heads_and_queries_at_a_time_are_those_of_all(monkeypatch, at_once):
+    source = torch.Generator().manual_seed(0)
+    query, key, weight = (
+        torch.randn(size, generator=source, dtype=torch.float64) for size in ((2, 6, 7, 8), (2, 3, 20, 8), (7, 20))
+    )
+    place_BK = torch.arange(20).repeat(2, 1)
+    place_BK[0, :4] = -1
+    whole = scores(query, key, place_BK, 0.3, weight)
+    seen_BQK = (place_BK >= 0)[:, None] & (torch.arange(20) <= torch.arange(13, 20)[:, None])
+    logits = (query @ key.repeat_interleave(2, 1).transpose(2, 3) * 0.3).masked_fill(~seen_BQK[:, None], -math.inf)
+    assert torch.allclose(whole, (logits.softmax(-1).mean(1) * weight).sum(1), atol=1e-12)
+    monkeypatch.setattr(_pyramid, "AT_ONCE", at_once)
+    assert torch.allclose(scores(query, key, place_BK, 0.3, weight), whole, atol=1e-12)
 
 
 def test_several_tokens_in_one_pass_see_what_was_kept_and_themselves(tiny):

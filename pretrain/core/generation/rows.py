@@ -75,14 +75,18 @@ def stepper(
 
 
 def continue_rows(
-    input_ids_BL: Tensor, logits_BV: Tensor, step: Callable[[Tensor], Tensor], options: Options
-) -> Tensor:
-    """The prompts and their continuations, `pad` after the end of each: `step(token_B) -> logits_BV` of the next."""
+    input_ids_BL: Tensor, logits_BV: Tensor, step: Callable[[Tensor], Tensor], options: Options,
+    uniform_NB: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The prompts and their continuations, `pad` after the end of each: `step(token_B) -> logits_BV` of the next.
+
+    `uniform_NB` are these rows' own of `options.draws`, where they are drawn already.
+    """
     rows, length = input_ids_BL.shape
     tokens_BN = input_ids_BL.new_full((rows, length + options.max_new_tokens), options.pad)
     tokens_BN[:, :length] = input_ids_BL
     done_B = torch.zeros(rows, dtype=torch.bool, device=input_ids_BL.device)
-    uniform_NB = options.draws(rows)
+    uniform_NB = options.draws(rows) if uniform_NB is None else uniform_NB
     for number in range(options.max_new_tokens):
         end = length + number + 1
         token_B = options.pick(logits_BV, None if uniform_NB is None else uniform_NB[number], tokens_BN[:, : end - 1])

@@ -15,12 +15,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import additive, base, blocks, embeddings, family
 from pretrain.decoding.cache._press import check_full_attention
 
+AT_ONCE = 1 << 25  # attention weights that are made at once
 NAME = "pyramid_infer"  # of the attention, and of the attribute by which it finds what runs
 
 Args = tuple[Any, ...]  # of a forward pass, as hooks are given them
@@ -196,17 +197,20 @@ class Running:
         self.score_BC = None
         if self.first:
             if recent < key_BHKD.shape[2]:
-                share_BRK = _shares(query_BHQD[:, :, -recent:], key_BHKD, layer.places(), scaling)
-                self.score_BC = (share_BRK * weights_R[:, None]).mean(1)[:, :-recent]
+                weight_RK = weights_R[:, None].expand(-1, key_BHKD.shape[2])
+                score_BK = scores(query_BHQD[:, :, -recent:], key_BHKD, layer.places(), scaling, weight_RK)
+                self.score_BC = score_BK[:, :-recent] / recent
             return
         queries, block = query_BHQD.shape[2], self.method.exceed_length_to_compress
-        share_BQT = _shares(query_BHQD, key_BHKD, layer.places(), scaling)[:, :, layer.settled :]
         # Tokens after the prompt are compressed in blocks; a block is scored by the `recent` queries that follow it.
         query_Q = torch.arange(layer.seen - queries, layer.seen, device=key_BHKD.device) - layer.prompt
-        key_T = torch.arange(layer.seen - share_BQT.shape[2], layer.seen, device=key_BHKD.device) - layer.prompt
+        later = key_BHKD.shape[2] - layer.settled
+        key_T = torch.arange(layer.seen - later, layer.seen, device=key_BHKD.device) - layer.prompt
         age_QT = query_Q[:, None] - (key_T // block + 1) * block
         weight_QT = weights_R[age_QT.clamp(0, recent - 1)] * ((age_QT >= 0) & (age_QT < recent))
-        score_BT = (share_BQT * weight_QT).sum(1) / recent
+        weight_QK = torch.cat([weight_QT.new_zeros(queries, layer.settled), weight_QT], 1)
+        score_BK = scores(query_BHQD, key_BHKD, layer.places(), scaling, weight_QK)
+        score_BT = score_BK[:, layer.settled :] / recent
         if layer.score_BT is not None:
             score_BT[:, : layer.score_BT.shape[1]] += layer.score_BT
         layer.score_BT = score_BT
@@ -264,13 +268,32 @@ def _rows(tensor: Tensor, index_BK: Tensor) -> Tensor:
     return tensor.expand(len(index_BK), -1, -1).gather(1, index_BK[:, :, None].expand(-1, -1, tensor.shape[2]))
 
 
-def _shares(query_BHQD: Tensor, key_BHKD: Tensor, place_BK: Tensor, scaling: float) -> Tensor:
-    """The attention of the last queries to all keys, the mean over heads; `_BQK`, float32 or finer."""
-    key_BHKD = repeat_kv(key_BHKD, query_BHQD.shape[1] // key_BHKD.shape[1])
-    score_BHQK = torch.matmul(query_BHQD, key_BHKD.transpose(2, 3)) * scaling
-    score_BHQK = score_BHQK.to(torch.promote_types(score_BHQK.dtype, torch.float32))
-    mask_BQK = allowed(place_BK, query_BHQD.shape[2])
-    return score_BHQK.masked_fill(~mask_BQK[:, None], -torch.inf).softmax(-1).nan_to_num(0.0).mean(1)
+def scores(
+    query_BHQD: Tensor, key_BHKD: Tensor, place_BK: Tensor, scaling: float, weight_QK: Tensor
+) -> Tensor:  # fmt: skip
+    """`score_BK`: the last queries' attention to each key, weighed and summed, the mean over heads, in float32 or finer.
+
+    Some heads, or some queries of one head, at a time: all would be as much as a whole attention without a cache.
+    """
+    (rows, heads, queries, _), length = query_BHQD.shape, key_BHKD.shape[2]
+    alike, one = heads // key_BHKD.shape[1], rows * length
+    some = max(1, min(queries, AT_ONCE // one))
+    together = max(1, min(heads, AT_ONCE // (one * some)))
+    key_of_H = torch.arange(heads, device=key_BHKD.device) // alike
+    order_K = torch.arange(length, device=place_BK.device)
+    wide = torch.promote_types(key_BHKD.dtype, torch.float32)
+    total_BK = torch.zeros(rows, length, dtype=wide, device=key_BHKD.device)
+    for start in range(0, queries, some):
+        end = min(start + some, queries)
+        last_Q = order_K[length - queries :][start:end]
+        seen_BQK = (place_BK >= 0)[:, None] & (order_K <= last_Q[:, None])
+        for head in range(0, heads, together):
+            part = slice(head, min(head + together, heads))
+            score_BHQK = query_BHQD[:, part, start:end] @ key_BHKD[:, key_of_H[part]].transpose(2, 3) * scaling
+            score_BHQK = score_BHQK.to(wide).masked_fill_(~seen_BQK[:, None], -torch.inf)
+            share_BHQK = score_BHQK.softmax(-1).nan_to_num_(0.0)
+            total_BK += torch.einsum("bhqk,qk->bk", share_BHQK, weight_QK[start:end].to(wide))
+    return total_BK / heads
 
 
 def _attention(

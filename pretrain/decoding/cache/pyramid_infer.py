@@ -80,9 +80,20 @@ class PyramidInfer(Decoding):
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts with pyramid caches; returns `tokens_BN`, padded with `pad` after the end."""
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
-        with torch.no_grad(), self(model):
-            logits_BV, cache = prefill(model, input_ids_BL, mask_BL)
-            return continue_rows(input_ids_BL, logits_BV, stepper(model, cache, mask_BL), options)
+        rows, length = input_ids_BL.shape
+        tokens_BN = input_ids_BL.new_full((rows, length + options.max_new_tokens), options.pad)
+        tokens_BN[:, :length], uniform_NB, longest = input_ids_BL, options.draws(rows), length
+        length_B = mask_BL.sum(1)
+        for real in length_B.unique().tolist():  # what is kept is a share of the prompt's own length
+            (row_G,) = (length_B == real).nonzero(as_tuple=True)
+            ids_GL, mask_GL = input_ids_BL[row_G, length - real :], mask_BL[row_G, length - real :]
+            uniform_NG = None if uniform_NB is None else uniform_NB[:, row_G.to(uniform_NB.device)]
+            with torch.no_grad(), self(model):
+                logits_GV, cache = prefill(model, ids_GL, mask_GL)
+                new_GN = continue_rows(ids_GL, logits_GV, stepper(model, cache, mask_GL), options, uniform_NG)[:, real:]
+            end = length + new_GN.shape[1]
+            tokens_BN[row_G, length:end], longest = new_GN, max(longest, end)
+        return tokens_BN[:, :longest]
 
 
 def _share(layer: int, layers: int, ratio: float, strategy: str) -> float:

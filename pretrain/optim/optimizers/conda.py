@@ -93,10 +93,13 @@ class CondaOptimizer(Stepping):
 
 
 def basis(matrix: Tensor) -> Tensor:
-    """Orthogonal singular vectors of the shorter side: right ones (as rows) of a tall matrix, else left ones."""
+    """Orthogonal singular vectors of the shorter side: right ones (as rows) of a tall matrix, else left ones.
+
+    Laid out as a state that is read back is, so that a training that goes on has the same bits.
+    """
     tall = matrix.shape[0] >= matrix.shape[1]
     left, _, right = torch.linalg.svd(matrix.float(), full_matrices=False)
-    return (right if tall else left).to(matrix.dtype)
+    return (right if tall else left).to(matrix.dtype).contiguous()
 
 
 def into(matrix: Tensor, vectors: Tensor) -> Tensor:
