@@ -271,7 +271,7 @@ def _rows(tensor: Tensor, index_BK: Tensor) -> Tensor:
 def scores(
     query_BHQD: Tensor, key_BHKD: Tensor, place_BK: Tensor, scaling: float, weight_QK: Tensor
 ) -> Tensor:  # fmt: skip
-    """`score_BK`: the last queries' attention to each key, weighed and summed, the mean over heads, in float32 or finer.
+    """`score_BK`: the last queries' attention to each key, weighed and summed, the mean over heads; float32 or finer.
 
     Some heads, or some queries of one head, at a time: all would be as much as a whole attention without a cache.
     """
