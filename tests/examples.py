@@ -126,6 +126,7 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
         "layers": (1, 2), "length": 24, "population": 4, "generations": 2,
     },
     "gptq": lambda shelf, family: {"group_size": 8, "block_size": 16},
+    "awq": lambda shelf, family: {"group_size": 8, "ratios": 3},
     "pre_calibration": lambda shelf, family: {"group_size": 8, "steps": 2},
     "sparse_llm": lambda shelf, family: {  # which with other activations prunes layer by layer
         "epochs": 1, "block_size": 16, "solver": "sparse_llm" if family in ("llama", "qwen3") else "wanda",

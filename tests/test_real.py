@@ -68,7 +68,7 @@ def minilm(package):
 def texts(tmp_path_factory):
     """Some documents of three domains, as a source."""
     path = tmp_path_factory.mktemp("texts") / "documents.jsonl"
-    rows = documents(("asyncio", "email", "unittest"), 30)
+    rows = documents(("asyncio", "email", "unittest"), 120)
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return {"stage": "data", "name": "corpus", "sources": [{"files": str(path), "domain": "domain"}],
             "validation": 0.2, "test": 0.3}  # fmt: skip
@@ -81,7 +81,7 @@ def passed(minilm, texts, tmp_path_factory):
     train = {"stage": "train", "corpus": "corpus", "length": 64, "batch_rows": 8, "save_every": 0, "budget": {"steps": 5},
              "optimizer": {"method": "adamw", "lr": 1e-3}, "evaluate_tokens": 1000,
              "objective": {"method": "masked_lm", "rate": 0.3}}  # fmt: skip
-    surgery = {"stage": "surgery", "corpus": "corpus", "length": 64, "calibration_rows": 16, "checkpoint": source}
+    surgery = {"stage": "surgery", "corpus": "corpus", "length": 128, "calibration_rows": 64, "checkpoint": source}
     student = {
         "family": "bert",
         "hidden_size": 32,
@@ -101,7 +101,7 @@ def passed(minilm, texts, tmp_path_factory):
         train | {"name": "student", "model": student, "tokenizer": source,
                  "objective": {"method": "distillation", "objective": "masked_lm", "teacher": "masked"}},
         {"stage": "evaluate", "name": "measured", "checkpoint": source, "corpus": "corpus", "evaluations": tests, "compressors": False},
-        surgery | {"name": "trimmed", "calibration_rows": 1000, "surgeries": ["trim_vocabulary"]},
+        surgery | {"name": "trimmed", "surgeries": ["trim_vocabulary"]},
         surgery | {"name": "gptq", "surgeries": [few]},
         surgery | {"name": "rounded", "surgeries": [few | {"solver": "rtn"}]},
     ]  # fmt: skip

@@ -37,7 +37,7 @@ from pretrain.core.foreign.parsing import parsing, reason
 from pretrain.core.foreign.weights import headers
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
-from pretrain.core.models.storage import is_narrow
+from pretrain.core.models.storage import finite, is_narrow
 from pretrain.core.processors import Processor, load_processor, quiet
 from pretrain.core.quick import hub
 from pretrain.core.quick.trust import check_trust, check_whole, code_of, offline
@@ -288,7 +288,7 @@ def load(
         with parsing(str(path), "a generation configuration"), quiet():
             model.generation_config = GenerationConfig.from_dict(read_object(path))
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not finite(tensor):
             raise PretrainError(f"{folder}: {name} holds NaN or infinity; accepted: finite weights")
     processor = load_processor(folder)
     return align(model.to(device or "cpu")).eval(), processor  # type: ignore[arg-type]  # transformers hides what `to` takes
@@ -371,7 +371,7 @@ def _restore(
     for name, tensor in weights.items():
         if known[name].is_floating_point() and not tensor.is_floating_point():
             raise PretrainError(f"{files[0]}: {name} is of {tensor.dtype}; accepted: floating-point weights")
-        wanted = dtype if dtype is not None and tensor.is_floating_point() else tensor.dtype
+        wanted = dtype if dtype is not None and tensor.is_floating_point() and tensor.itemsize > 1 else tensor.dtype
         known[name].data = known[name].data.to(wanted)  # not model.to(), which would round the rotary tables too
     with parsing(f"{files[0]}: weights do not fit the recorded surgery", "weights of the recorded shapes"):
         model.load_state_dict(weights, strict=False)

@@ -30,13 +30,13 @@ class Inputs:
     tokenizer: PreTrainedTokenizerBase | None = None
     # For calibration: input_ids, position_ids, and as attention_mask each token's document in its row (0: padding).
     batches: Sequence[Batch] = ()
-    # How often each token of the tokenizer occurs in all of the text, if it was counted: `batches` are some of it.
-    counts: Callable[[], Tensor] | None = None
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
     tokenizers: Sequence[PreTrainedTokenizerBase | None] = ()  # theirs
     seed: int = 0
     # What a surgery hands back: a new `tokenizer`, the `batches` in its tokens, its `metrics`.
     extra: dict[str, Any] = field(default_factory=dict)
+    # How often each token of the tokenizer occurs in all of the text, if it was counted: `batches` are some of it.
+    counts: Callable[[], Tensor] | None = None
 
 
 def report(inputs: Inputs | None, **metrics: float) -> None:

@@ -167,6 +167,28 @@ class Blocks:
                 rows.setdefault(id(x), _rows(x, kept))
             yield {n: (rows[id(x)], _rows(y, kept)) for n, (x, y) in noted.items()}
 
+    def tokens(self) -> int:
+        """How many tokens the batches have, padding left out."""
+        return sum(int(kept.sum()) for kept in self.kept)
+
+    def kept_rows(self) -> list[Tensor]:
+        """`kept_BL` of each batch: which tokens are no padding."""
+        return [k.view(x.shape[:2]).to(x.device) for k, x in zip(self.kept, self.states, strict=True)]
+
+    @torch.no_grad()
+    def calls(self, number: int, module: nn.Module) -> list[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
+        """What a module of a block is called with, batch by batch."""
+        noted: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = []
+        handle = module.register_forward_pre_hook(
+            lambda _, args, kwargs: noted.append((args, kwargs)), with_kwargs=True
+        )
+        try:
+            for batch in range(len(self.states)):
+                self._run(number, batch)
+        finally:
+            handle.remove()
+        return noted
+
     @torch.no_grad()
     def order(self, number: int, layers: Mapping[str, nn.Module]) -> list[list[str]]:
         """The layers of a block as its forward pass calls them; those that follow one another on one input together."""

@@ -79,3 +79,8 @@ def widened(layer: nn.Module) -> Tensor:
     weight: Tensor = at(layer, "weight")
     wide = not getattr(layer, MARK, False) or torch.is_autocast_enabled(weight.device.type)
     return weight if wide else weight.float()
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether all of its floats are finite; of eight bits torch does not tell."""
+    return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())

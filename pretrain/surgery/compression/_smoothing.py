@@ -1,0 +1,83 @@
+"""Scales that move from the inputs of linear layers into what makes those inputs; the model computes the same.
+
+Shape letters: O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from pretrain.core.models.families import at, family
+from pretrain.core.models.layers import Linear, sides
+from pretrain.surgery._calibration import parts
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """Layers of one input and what makes it, as paths in a block: a norm, or the last outputs of another layer."""
+
+    before: str
+    layers: tuple[str, ...]
+    inside: str = ""  # the module that the layers are part of, where its output tells their error
+    norm: bool = False
+
+
+def places(model: PreTrainedModel, block: nn.Module) -> list[Scaled]:
+    """The pairs of one block, of a family whose norms stand before the layers and multiply by their weight."""
+    entry, where = family(model), parts(model)
+    attention, feed_forward = entry.attention, entry.feed_forward
+    pairs: list[Scaled] = []
+    behind = ((where["queries"], attention), (where["up"], feed_forward))
+    for norm, (layers, inside) in zip(entry.norms, behind, strict=True):
+        if isinstance(getattr(at(block, norm), "weight", None), Tensor):  # not the identity, as in a first block
+            pairs.append(Scaled(norm, layers, inside, norm=True))
+    (output,), (down,) = where["output"], where["down"]
+    values = where["queries"][-1]
+    if sides(_linear(block, values))[0] in _widths(block, where["queries"], output):
+        pairs.append(Scaled(values, (output,)))
+    if entry.name != "gpt2":  # there an activation stands between the two, through which no scale passes
+        pairs.append(Scaled(where["up"][-1], (down,)))
+    return pairs
+
+
+def _widths(block: nn.Module, queries: tuple[str, ...], output: str) -> tuple[int, ...]:
+    """How many outputs values have, of their own or fused, where each makes one input of the output layer."""
+    inputs = sides(_linear(block, output))[1]
+    return (inputs,) if len(queries) > 1 else (3 * inputs,)
+
+
+def _linear(block: nn.Module, path: str) -> Linear:
+    layer = at(block, path)
+    assert isinstance(layer, Linear)
+    return layer
+
+
+@torch.no_grad()
+def fold(block: nn.Module, place: Scaled, scale_I: Tensor) -> None:
+    """Multiply the layers' weights by the scales, input by input, and divide by them what makes the inputs."""
+    before = at(block, place.before)
+    if place.norm:
+        for parameter in before.parameters():
+            parameter.div_(scale_I.to(parameter))
+    else:
+        rows = slice(-len(scale_I), None)  # of a fused layer the last: values, or what the gate multiplies
+        weight = before.weight.T if isinstance(before, Conv1D) else before.weight
+        weight[rows] /= scale_I.to(weight)[:, None]
+        if before.bias is not None:
+            before.bias[rows] /= scale_I.to(before.bias)
+    for path in place.layers:
+        layer = _linear(block, path)
+        scaled = scale_I.to(layer.weight)
+        layer.weight.mul_(scaled[:, None] if isinstance(layer, Conv1D) else scaled)
+
+
+def greatest(values: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The greatest size of each input, of what was known and of the tokens `seen`, by layer."""
+    sizes = {name: x_NI.abs().amax(0).float() for name, x_NI in seen.items()}
+    return {name: torch.maximum(values.get(name, size_I), size_I) for name, size_I in sizes.items()}
