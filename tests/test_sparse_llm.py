@@ -99,6 +99,37 @@ def test_the_layers_own_loss_falls_from_magnitude_to_wanda_to_sparsegpt(sparsity
         assert losses[0] > losses[1] > losses[2]
 
 
+@pytest.mark.parametrize("solver", ["sparse_llm", "sparsegpt", "wanda", "magnitude"])
+@pytest.mark.parametrize("pattern", ["2:4", "4:8"])
+def test_half_of_each_group_of_neighbours_becomes_zero(tiny, solver, pattern):
+    method, group = SparseLLM(0.5, pattern, epochs=2, block_size=16, solver=solver), int(pattern[-1])
+    model = method(tiny("llama"), Inputs(batches=batches()))
+    for layer in linears(model).values():
+        assert ((layer.weight.unflatten(1, (-1, group)) == 0).sum(-1) == group // 2).all()
+
+
+def test_a_pattern_takes_the_least_harmful_of_each_group():
+    weight_OI, hessian_II = normal(6, 16), normal(16, 40, seed=1)
+    hessian_II = 2 * hessian_II @ hessian_II.T
+    kept_OI = sparsegpt(weight_OI, hessian_II, 0.5, 0.01, 8, 4) != 0
+    U_II = torch.linalg.cholesky(
+        torch.linalg.inv(hessian_II + 0.01 * hessian_II.diagonal().mean() * torch.eye(16)), upper=True
+    )
+    first_O4 = (weight_OI[:, :4] / U_II.diagonal()[:4]).abs()
+    assert torch.equal(kept_OI[:, :4], first_O4 >= first_O4.sort(-1).values[:, 2:3])
+    lost = [
+        float(((made_OI - weight_OI) @ hessian_II @ (made_OI - weight_OI).T).trace())
+        for made_OI in (sparsegpt(weight_OI, hessian_II, 0.5, 0.01, 8, 4), magnitude(weight_OI, 0.5, 4))
+    ]
+    assert lost[0] < lost[1]
+    for fields, wrong in (
+        ({"sparsity": 0.7}, "sparsity 0.7 with pattern 2:4: accepted: 0.5"),
+        ({"sparsity": 0.5, "block_size": 6}, "block_size 6 with pattern 2:4: accepted: multiples of 4"),
+    ):
+        with pytest.raises(PretrainError, match=f"sparse_llm: {wrong}"):
+            SparseLLM(pattern="2:4", **fields)
+
+
 def test_weights_are_fitted_by_least_squares_even_where_inputs_depend_on_one_another():
     x_NI, y_NO = normal(50, 8), normal(50, 3, seed=1)
     torch.testing.assert_close(
