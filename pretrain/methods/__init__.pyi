@@ -125,13 +125,16 @@ from pretrain.surgery.architecture.spike_no_more import SpikeNoMore as SpikeNoMo
 from pretrain.surgery.architecture.value_embeddings import ValueEmbeddings as ValueEmbeddings
 from pretrain.surgery.architecture.value_residual import ValueResidual as ValueResidual
 from pretrain.surgery.architecture.zero_init import ZeroInit as ZeroInit
+from pretrain.surgery.compression.awq import AWQ as AWQ
 from pretrain.surgery.compression.compressor import Compressor as Compressor
 from pretrain.surgery.compression.edkm import EDKM as EDKM
 from pretrain.surgery.compression.gptq import GPTQ as GPTQ
 from pretrain.surgery.compression.palettise import Palettise as Palettise
 from pretrain.surgery.compression.pela import PELA as PELA
 from pretrain.surgery.compression.pre_calibration import PreCalibration as PreCalibration
+from pretrain.surgery.compression.smooth_quant import SmoothQuant as SmoothQuant
 from pretrain.surgery.compression.sparse_llm import SparseLLM as SparseLLM
+from pretrain.surgery.compression.w8a8 import W8A8 as W8A8
 from pretrain.surgery.growth.bert2bert import Bert2BERT as Bert2BERT
 from pretrain.surgery.growth.g_stack import GStack as GStack
 from pretrain.surgery.merging.breadcrumbs import Breadcrumbs as Breadcrumbs
