@@ -108,7 +108,7 @@ def passed(minilm, texts, tmp_path_factory):
     return ran(stages, tmp_path_factory.mktemp("minilm") / "run")
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_an_encoder_of_sentences_gets_a_masked_head_and_learns(minilm, passed):
     model, _ = opened(passed, "masked")
     assert type(model).__name__ == "BertForMaskedLM"
@@ -120,14 +120,14 @@ def test_an_encoder_of_sentences_gets_a_masked_head_and_learns(minilm, passed):
         assert (passed / "masked" / "checkpoint" / name).read_bytes() == (minilm / name).read_bytes()
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_its_states_show_domains_and_find_the_other_half_of_a_text(passed):
     measured = metrics(passed, "measured")
     assert measured["probe_accuracy"] > measured["probe_majority"] + 0.2
-    assert measured["recall@1"] > 0.5 and measured["mrr@10"] > 0.6
+    assert measured["retrieval_documents"] > 100 and measured["recall@1"] > 0.3 and measured["recall@10"] > 0.7
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_an_adapter_is_trained_alone_and_folds_into_the_same_model(passed):
     (masked, _), (adapted, tokenizer), (folded, _) = (opened(passed, name) for name in ("masked", "adapted", "folded"))
     kept = folded.state_dict()
@@ -136,14 +136,14 @@ def test_an_adapter_is_trained_alone_and_folds_into_the_same_model(passed):
     assert torch.allclose(vectors(adapted, tokenizer), vectors(folded, tokenizer), atol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_a_soup_is_the_mean_of_its_two(passed):
     masked, folded, soup = (opened(passed, name)[0].state_dict() for name in ("masked", "folded", "soup"))
     for name, each in soup.items():
         assert torch.equal(each, ((masked[name].double() + folded[name].double()) / 2).to(each.dtype))
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_a_student_of_another_size_learns_of_it(passed):
     losses = [row["loss"] for row in read_json_lines(passed / "student" / "log.jsonl") if "loss" in row]
     assert losses[-1] < losses[0]
@@ -151,17 +151,17 @@ def test_a_student_of_another_size_learns_of_it(passed):
     assert teacher.get_vocab() == student.get_vocab()
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_with_the_tokens_of_its_text_alone_its_vectors_are_the_same(minilm, texts, passed):
     (model, tokenizer), (small, its) = checkpoint.load(minilm), opened(passed, "trimmed")
-    assert small.num_parameters() < 0.6 * model.num_parameters() and len(its) < 0.1 * len(tokenizer)
+    assert small.num_parameters() < 0.6 * model.num_parameters() and len(its) < 0.15 * len(tokenizer)
     corpus = read_json_lines(Path(texts["sources"][0]["files"]))
     same = [row["text"] for row in corpus if its.tokenize(row["text"]) == tokenizer.tokenize(row["text"])]
     assert len(same) >= len(corpus) // 3  # those that were trained on
     assert torch.allclose(vectors(model, tokenizer, same[:4]), vectors(small, its, same[:4]), atol=1e-5)
 
 
-@pytest.mark.long
+@pytest.mark.processes
 def test_three_bits_that_saw_text_are_nearer_to_it_than_rounded_ones(minilm, passed):
     theirs = vectors(*checkpoint.load(minilm))
     near, far = ((vectors(*opened(passed, name)) * theirs).sum(1).mean() for name in ("gptq", "rounded"))
