@@ -30,8 +30,8 @@ from pretrain.stages._expected import operation
 from pretrain.surgery import Inputs
 
 CASES: dict[str, dict[str, Any]] = {
-    "gptq": {"bits": 4}, "awq": {"ratios": 5}, "smooth_quant": {}, "w8a8": {}, "sparse_llm": {"epochs": 2}, "lora": {"rank": 8},
-    "lst": {"reduction": 8}, "g_stack": {"growth": 2}, "trim_vocabulary": {},
+    "gptq": {"bits": 4}, "awq": {"ratios": 5}, "smooth_quant": {}, "w8a8": {}, "sparse_llm": {"epochs": 2},
+    "lora": {"rank": 8}, "lst": {"reduction": 8}, "g_stack": {"growth": 2},
 }  # fmt: skip
 CALIBRATES = {"gptq", "awq", "smooth_quant", "sparse_llm", "lst"}
 MIB = 2**20
@@ -93,7 +93,9 @@ def main() -> None:
         weights = 4 * model.num_parameters()
         checkpoint.save(model, None, Path(folder))
         del model
-        print(f"weights {weights / MIB:,.0f} MiB\n| surgery | peak, MiB | expected, MiB | expected / peak | above |\n|---|--:|--:|--:|--:|")
+        print(
+            f"weights {weights / MIB:,.0f} MiB\n| surgery | peak, MiB | expected, MiB | expected / peak | above |\n|---|--:|--:|--:|--:|"
+        )
         for name in settings.only.split(",") if settings.only else [n for n in CASES if n != "trim_vocabulary"]:
             command = [sys.executable, __file__, *sys.argv[1:], "--case", name, "--folder", folder]
             done = subprocess.run(command, capture_output=True, text=True)
@@ -102,7 +104,10 @@ def main() -> None:
                 continue
             found = json.loads(done.stdout.strip().splitlines()[-1])
             ratio, above = found["expected"] / found["peak"], (found["peak"] - found["before"]) / weights
-            print(f"| {name} | {found['peak'] / MIB:,.0f} | {found['expected'] / MIB:,.0f} | {ratio:.2f} | {above:.2f} |", flush=True)
+            print(
+                f"| {name} | {found['peak'] / MIB:,.0f} | {found['expected'] / MIB:,.0f} | {ratio:.2f} | {above:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

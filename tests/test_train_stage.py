@@ -110,3 +110,28 @@ def test_an_adapter_on_a_bfloat16_checkpoint_is_trained_as_on_its_float32_copy(r
     assert losses[0] == losses[1] and len(losses[0]) == 3
     assert types[0]["up_proj"] == types[0]["base_layer"] == torch.bfloat16 and types[0]["default"] == torch.float32
     assert set(types[1].values()) == {torch.float32}
+
+
+def test_a_bfloat16_checkpoint_comes_out_in_bfloat16_trained_or_adapted_and_merged(recipe, tmp_path, tiny):
+    checkpoint.save(tiny(vocab_size=400).to(torch.bfloat16), None, tmp_path / "held")
+    changes = [f"model.init={tmp_path / 'held'}", "model.model={}"]
+    plain = engine.run(load(recipe, changes, tmp_path / "plain"), say=engine.silent).folder / "model"
+    adapted = engine.run(load(recipe, [*changes, "model.surgeries=[lora]"], tmp_path / "lora"), say=engine.silent)
+    (tmp_path / "merge.yaml").write_text(
+        f"stages: [{{stage: surgery, name: merged, checkpoint: {adapted.folder / 'model'}, surgeries: [merge_adapters]}}]"
+    )
+    merged = engine.run(load(tmp_path / "merge.yaml", [], tmp_path / "merge"), say=engine.silent).folder / "merged"
+    before, _ = checkpoint.load(tmp_path / "held")
+    for folder in (plain, merged):
+        assert checkpoint.stored_dtype(folder / "checkpoint") == torch.bfloat16
+        after, _ = checkpoint.load(folder / "checkpoint")
+        assert {p.dtype for p in after.parameters()} == {torch.bfloat16}
+        assert not torch.equal(
+            after.model.layers[0].self_attn.q_proj.weight, before.model.layers[0].self_attn.q_proj.weight
+        )
+    model = tiny(vocab_size=400)
+    model.lm_head.weight.data[0, 0] = 1e5  # more than float16 holds: it stays as it is
+    checkpoint.save(tiny(vocab_size=400).half(), None, tmp_path / "half")
+    assert not checkpoint.stored_as(model, tmp_path / "half") and {p.dtype for p in model.parameters()} == {
+        torch.float32
+    }

@@ -83,6 +83,7 @@ class Surgery(Stage):
         )
         before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
         model, inputs, flops = operate(self.surgeries, model, inputs)
+        checkpoint.stored_as(model, source)
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
         few = _few_bits(model)
         share = {"quantised_share": sum(few.values()) / max(1, _numbers(model))} if few else {}

@@ -377,6 +377,8 @@ class Train(Stage):
         if data.predicts(objective := self.weighted()[0].method):  # what it predicts, and from which columns
             lineage["objective"] = {"method": objective.name} | asdict(objective)
         model = cast("PreTrainedModel", training.model)
+        if init is not None:
+            checkpoint.stored_as(model, init)
         checkpoint.save(model, processor, job.folder / "checkpoint", lineage, init)
         if shown := data.samples(self, model, splits, data.vocabulary_of(processor)):
             write_samples(job.folder, shown)
