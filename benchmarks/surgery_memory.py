@@ -103,10 +103,8 @@ def main() -> None:
                 continue
             measured = json.loads(done.stdout.strip().splitlines()[-1])
             ratio, above = measured["expected"] / measured["peak"], (measured["peak"] - measured["before"]) / weights
-            print(
-                f"| {name} | {measured['peak'] / MIB:,.0f} | {measured['expected'] / MIB:,.0f} | {ratio:.2f} | {above:.2f} |",
-                flush=True,
-            )
+            sizes = f"{measured['peak'] / MIB:,.0f} | {measured['expected'] / MIB:,.0f}"
+            print(f"| {name} | {sizes} | {ratio:.2f} | {above:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -276,9 +276,9 @@ def scores(
     Some heads, or some queries of one head, at a time: all would be as much as a whole attention without a cache.
     """
     (rows, heads, queries, _), length = query_BHQD.shape, key_BHKD.shape[2]
-    alike, one = heads // key_BHKD.shape[1], rows * length
-    some = max(1, min(queries, AT_ONCE // one))
-    together = max(1, min(heads, AT_ONCE // (one * some)))
+    alike, of_head = heads // key_BHKD.shape[1], rows * length  # weights of a query
+    some = max(1, min(queries, AT_ONCE // of_head))
+    together = max(1, min(heads, AT_ONCE // (of_head * some)))
     key_of_H = torch.arange(heads, device=key_BHKD.device) // alike
     order_K = torch.arange(length, device=place_BK.device)
     wide = torch.promote_types(key_BHKD.dtype, torch.float32)
