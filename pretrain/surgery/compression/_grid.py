@@ -83,15 +83,14 @@ def pack(code_NO: Tensor, bits: int) -> Tensor:
     32 codes fill `bits` words, so every 32nd code has the same place: in memory are the words and such a slice.
     """
     count, columns = code_NO.shape
-    word_RO = torch.zeros(-(-count // WORD) * bits, columns, dtype=torch.int64, device=code_NO.device)
+    word_RO = torch.zeros(-(-count // WORD) * bits, columns, dtype=torch.int32, device=code_NO.device)
     for place in range(min(WORD, count)):
-        part_NO = code_NO[place::WORD].long()
+        part_NO = code_NO[place::WORD].to(torch.int32)
         row, shift = divmod(place * bits, WORD)
-        word_RO[row::bits][: len(part_NO)] |= part_NO << shift & (2**WORD - 1)
+        word_RO[row::bits][: len(part_NO)] |= part_NO << shift  # bits beyond the word are dropped
         if shift + bits > WORD:
             word_RO[row + 1 :: bits][: len(part_NO)] |= part_NO >> (WORD - shift)
-    word_RO[word_RO >= 2 ** (WORD - 1)] -= 2**WORD
-    return word_RO[: words(count, bits)].to(torch.int32)
+    return word_RO[: words(count, bits)]
 
 
 def unpack(word_RO: Tensor, bits: int, count: int) -> Tensor:
