@@ -378,20 +378,6 @@ def _restore(
     return model
 
 
-def stored_as(model: PreTrainedModel, source: Path | str) -> bool:
-    """Give a plain model's weights the type in which `source` stores most of its numbers, if it is narrower.
-
-    A model with surgeries to restore stays as it is, and one with a number that the type cannot hold: False.
-    """
-    dtype = stored_dtype(source)
-    wide = [p for p in model.parameters() if p.is_floating_point() and p.itemsize > dtype.itemsize]
-    if surgery_of(model) or not all(bool((p.detach().abs() <= torch.finfo(dtype).max).all()) for p in wide):
-        return not wide
-    for parameter in wide:
-        parameter.data = parameter.data.to(dtype)
-    return True
-
-
 def stored_dtype(folder: Path | str) -> torch.dtype:
     """The floating type that most of a checkpoint's numbers are stored in."""
     folder, names = Path(folder), {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}

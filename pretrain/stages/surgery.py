@@ -66,6 +66,7 @@ class Surgery(Stage):
         import torch
 
         from pretrain.core import checkpoint
+        from pretrain.core.models.storage import stored_as
         from pretrain.surgery import Inputs, operate
 
         source = checkpoint_of(job.inputs["checkpoint"])
@@ -83,7 +84,8 @@ class Surgery(Stage):
         )
         before = {"parameters_before": model.num_parameters(), "bytes_before": _bytes(model)}
         model, inputs, flops = operate(self.surgeries, model, inputs)
-        checkpoint.stored_as(model, source)
+        if not checkpoint.surgery_of(model):
+            stored_as(model, checkpoint.stored_dtype(source))
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
         few = _few_bits(model)
         share = {"quantised_share": sum(few.values()) / max(1, _numbers(model))} if few else {}

@@ -365,6 +365,7 @@ class Train(Stage):
     def _write(self, job: Job, training: Training, spent: Record, processor: Processor, splits: Splits) -> None:
         """The checkpoint with its lineage, what the objectives have trained beside it, and samples to look at."""
         from pretrain.core import checkpoint
+        from pretrain.core.models.storage import stored_as
         from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
 
@@ -377,8 +378,8 @@ class Train(Stage):
         if data.predicts(objective := self.weighted()[0].method):  # what it predicts, and from which columns
             lineage["objective"] = {"method": objective.name} | asdict(objective)
         model = cast("PreTrainedModel", training.model)
-        if init is not None:
-            checkpoint.stored_as(model, init)
+        if init is not None and not checkpoint.surgery_of(model):
+            stored_as(model, checkpoint.stored_dtype(init))
         checkpoint.save(model, processor, job.folder / "checkpoint", lineage, init)
         if shown := data.samples(self, model, splits, data.vocabulary_of(processor)):
             write_samples(job.folder, shown)

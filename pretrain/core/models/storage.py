@@ -84,3 +84,13 @@ def widened(layer: nn.Module) -> Tensor:
 def finite(tensor: Tensor) -> bool:
     """Whether all of its floats are finite; of eight bits torch does not tell."""
     return bool(torch.isfinite(tensor if tensor.itemsize > 1 else tensor.float()).all())
+
+
+def stored_as(model: nn.Module, dtype: torch.dtype) -> bool:
+    """Give weights of a wider type this one, if it holds all of their numbers; False where it does not."""
+    wide = [p for p in model.parameters() if p.is_floating_point() and p.itemsize > dtype.itemsize]
+    if not all(bool((p.detach().abs() <= torch.finfo(dtype).max).all()) for p in wide):
+        return False
+    for parameter in wide:
+        parameter.data = parameter.data.to(dtype)
+    return True
