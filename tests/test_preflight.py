@@ -15,7 +15,7 @@ from pretrain.core.quick.confusion import class_rows, confusion_of, misspelt, mi
 from pretrain.corpus.overlap import overlap_warning, trained_on
 from pretrain.corpus.store import write_corpus
 from pretrain.evaluation import Measured
-from pretrain.forecast import check_documents
+from pretrain.forecast import check_documents, forecast
 from pretrain.identity import plan
 from pretrain.objectives._metrics import classification, regression, tagging
 from pretrain.recipe import load
@@ -90,6 +90,11 @@ def test_labels_that_name_rows_or_hardly_come_again_are_told(tmp_path):
     (tmp_path / "data.csv").write_text(table)
     (line,) = checked(named)
     assert "40 different values in 40 rows" in line
+
+
+def test_an_evaluation_reads_a_split_once_at_most(tmp_path):
+    *_, judged = forecast(plan(recipe(tmp_path)))
+    assert 0 < judged.estimate.passes <= 1
 
 
 def test_most_rows_left_out_are_told(tmp_path):

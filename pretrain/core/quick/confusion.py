@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
+from pretrain.core.errors import plain
+
 Confusion = dict[str, dict[str, int]]  # true class -> answered class -> how often
 MOST = 12  # classes that a table of all of them can show
 RARE, SPELLED = 8, 5  # times as common is what a label may be a misspelling of; letters of one at least
@@ -84,7 +86,7 @@ def misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _alike(a: str, b: str) -> bool:
-    a, b = " ".join(a.casefold().split()), " ".join(b.casefold().split())
+    a, b = plain(a), plain(b)
     if a == b:
         return True
     if not a or not b or a[0] != b[0] or min(len(a), len(b)) < SPELLED:
