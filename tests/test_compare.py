@@ -73,6 +73,7 @@ def test_alone_an_error_ends_a_queue_before_the_next_run_begins(monkeypatch):
 
 
 def test_a_metric_that_is_not_logged_is_refused_before_anything_runs(recipes, tmp_path):
+    assert not (tmp_path / "o").exists()  # nothing was run for that
     with pytest.raises(
         PretrainError, match="--metric 'bits_per_bite': base logs no such one .did you mean 'bits_per_b"
     ):
