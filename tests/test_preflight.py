@@ -13,6 +13,7 @@ from pretrain.cli import app
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.confusion import class_rows, confusion_of, misspelt, mistakes, never_answered
 from pretrain.corpus.overlap import overlap_warning, trained_on
+from pretrain.corpus.sources import Files
 from pretrain.corpus.store import write_corpus
 from pretrain.evaluation import Measured
 from pretrain.forecast import check_documents, forecast
@@ -336,7 +337,7 @@ def test_an_evaluation_of_a_file_names_the_row_and_the_label_that_was_never_lear
     opened = (model, SimpleNamespace())
     rows = [("f.csv:2 (row 1)", {"text": "a", "label": "yes"}), ("f.csv:3 (row 2)", {"text": "b", "label": "yse"})]
     with pytest.raises(PretrainError, match=r"f\.csv:3 \(row 2\): label 'yse' \(did you mean 'yes'\?\); accepted"):
-        _labelled(rows, "f.csv", task, opened, "stop")
+        _labelled(rows, Files("f.csv"), task, opened)
     gone = [(where, {"text": row["text"], "lable": row["label"]}) for where, row in rows]
     with pytest.raises(PretrainError, match=r"--label 'label': f\.csv has no such column \(did you mean 'lable'\?\)"):
-        _labelled(gone, "f.csv", task, opened, "stop")
+        _labelled(gone, Files("f.csv"), task, opened)
