@@ -161,7 +161,7 @@ def test_what_was_printed_of_a_run_is_taken_for_it():
         assert run_of(place) == base
     assert newest_checkpoint(base / "report.html") == newest_checkpoint(base)
     assert corpus_at(base) is None and corpus_at("no/*.txt") is None
-    with pytest.raises(PretrainError, match="elsewhere is not a run"):
+    with pytest.raises(PretrainError, match="elsewhere does not exist; accepted: the folder that"):
         run_of("elsewhere")
 
 
