@@ -89,6 +89,7 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
         try:
             if isinstance(stage, Data) and not item.finished:
                 seen[stage.name] = seen_in_sources(stage)
+                lines += [f"stage {stage.name!r}: {line}" for line in seen[stage.name].odd]
             elif not item.finished and "corpus" in item.inputs and (asked := columns_asked(stage)):
                 corpus = str(stage.references().get("corpus", ""))
                 if corpus not in seen:

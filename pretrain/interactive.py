@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core import checkpoint
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json_lines
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.processors import Processor
@@ -20,6 +20,7 @@ from pretrain.core.system.extras import extras_named
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import write_corpus
 from pretrain.engine import silent
+from pretrain.inference.heads import evaluation_for
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.recipe import check
@@ -165,18 +166,30 @@ def evaluate(
     model: PreTrainedModel,
     tokenizer: Processor,
     texts: Texts,
-    evaluations: Sequence[Evaluation | Method] = ("held_out",),
+    evaluations: Sequence[Evaluation | Method] | None = None,
     *,
     length: int | None = None,
     compressors: bool = False,
 ) -> Record:
     """Measure a model on texts or documents: `metrics`, the same in `domains`, and 95% `intervals`, as a stage does.
 
-    `length` is the window for evaluations that leave theirs open. `compressors` adds what xz and zstd make of the same
-    texts. Raises `PretrainError` for an evaluation that does not fit the model.
+    `evaluations` are by default what fits the model's head: the likelihood of texts, or the labels (numbers, tags,
+    answers) that documents have beside their text. `length` is the window for evaluations that leave theirs open.
+    `compressors` adds what xz and zstd make of the same texts. Raises `PretrainError` for an evaluation that does not
+    fit the model, and for documents without the column that it reads.
     """
-    chosen = [_method(entry, "evaluation") for entry in evaluations]
-    return evaluating.evaluate(model, tokenizer, _documents(texts), chosen, compressors=compressors, length=length)
+    made = checkpoint.lineage(model.config._name_or_path or "/none")
+    by_head = [evaluation_for(model, made)] if evaluations is None else evaluations
+    chosen = [_method(entry, "evaluation") for entry in by_head]
+    texts = _documents(texts)
+    for column in (column for method in chosen for column in method.columns):
+        known = dict.fromkeys(name for each in texts for name in each if name not in ("domain", "id"))
+        if column not in ("text", "domain", "id") and column not in known:
+            raise PretrainError(
+                f"no document has a {column!r}{nearest(column, known)}, which a {type(model).__name__} is measured by; "
+                f"accepted: documents with it beside {', '.join(known)}"
+            )
+    return evaluating.evaluate(model, tokenizer, texts, chosen, compressors=compressors, length=length)
 
 
 def _method(value: object, kind: str) -> Any:

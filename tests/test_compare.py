@@ -12,6 +12,7 @@ from small_recipe import small_recipe
 
 from pretrain.core.errors import PretrainError
 from pretrain.experiments.compare import compare
+from pretrain.experiments.trials import Trial, run_all
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, judge, reached, share_to_reach
 
 MODEL = {
@@ -55,7 +56,24 @@ def test_budgets_are_equal_and_a_recipe_that_does_not_learn_is_worse(recipes, tm
     assert again["runs"] == json.loads(json.dumps(found["runs"])) or again["runs"] == found["runs"]
 
 
+def test_alone_an_error_ends_a_queue_before_the_next_run_begins(monkeypatch):
+    begun, lines = [], []
+
+    def fake(trial):
+        begun.append(trial.name)
+        if trial.name == "b":
+            raise PretrainError("the stages before 'model' spend all FLOPs")
+        return {"final": 1.0}
+
+    monkeypatch.setattr(Trial, "run", fake)
+    trials = [Trial(name, {}, "", "", "model", "flops", 1.0, "model.loss") for name in "abc"]
+    with pytest.raises(PretrainError, match="spend all"):
+        run_all(trials, say=lines.append)
+    assert begun == ["a", "b"] and lines == ["1/3 a: model.loss 1.0000"]
+
+
 def test_a_metric_that_is_not_logged_is_refused_before_anything_runs(recipes, tmp_path):
+    assert not (tmp_path / "o").exists()  # nothing was run for that
     with pytest.raises(
         PretrainError, match="--metric 'bits_per_bite': base logs no such one .did you mean 'bits_per_b"
     ):

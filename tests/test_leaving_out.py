@@ -75,6 +75,7 @@ def test_keys_and_passwords_are_seen(text):
     [
         "password = getpass()", "token = tokens2idx", "def f(password: str, token=None):", "secret=os.environ['X1']",
         "The password: it was 12345678 and more", "password='changeme1'", "password=${DB_PASSWORD1}", "BEGIN PRIVATE",
+        "#     token          = 1*tchar",
     ],
 )  # fmt: skip
 def test_code_that_speaks_of_passwords_is_no_password(text):

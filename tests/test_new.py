@@ -62,7 +62,8 @@ def base(prepared, tiny, tmp_path_factory):
 def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stories, base, tmp_path):
     place, more = write_kind(here, kind, stories, base)
     printed = new(place.name, "--budget", "1s", "--output", "r.yaml", *more)
-    assert "wrote r.yaml; next: pretrain run r.yaml --dry-run" in printed and len(printed.splitlines()) <= 3
+    assert "wrote r.yaml; next: pretrain run r.yaml --dry-run" in printed
+    assert len(printed.splitlines()) <= 3 + printed.count("rows of each label")
     assert len((here / "r.yaml").read_text().splitlines()) < 75
     result = run(load(here / "r.yaml"))
     wanted = {"labels": "accuracy", "chat": "exact_match", "pairs": "exact_match", "images": "probe_accuracy",
@@ -219,6 +220,22 @@ def test_of_too_few_documents_none_is_held_out_and_the_recipe_still_runs(here):
     stages = yaml.safe_load((here / "one.yaml").read_text())["stages"]
     assert [s["stage"] for s in stages] == ["data", "tokenizer", "train", "decode"]
     assert run(load(here / "one.yaml")).stages["model"]["metrics"]["steps"] > 0
+
+
+def test_whatever_is_not_taken_of_a_folder_is_told(here, stories):
+    write_code(here / "code", stories)
+    (here / "code" / "logo.png").write_bytes(b"png")
+    (here / "code" / "data.csv").write_text("a,b\n1,2\n")
+    printed = new("code")
+    assert "1 .png files (logo.png)" in printed and "1 .csv files (data.csv)" in printed
+
+
+def test_the_rows_of_each_label_are_told_and_a_misspelt_one_is_doubted(here):
+    rows = [f"words of a longer text {n},{('science', 'arts')[n % 2]}" for n in range(60)]
+    (here / "t.csv").write_text("text,label\n" + "\n".join([*rows, "one more of it,scince", "and again of it,scince"]))
+    printed = new("t.csv")
+    assert "rows of each label: 'science' 30, 'arts' 30, 'scince' 2" in printed
+    assert "'scince' (2 rows) is likely 'science' (30) misspelt" in printed
 
 
 def test_rows_that_no_recipe_can_use_are_told_with_their_lines_and_left_out(here):

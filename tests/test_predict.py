@@ -361,6 +361,32 @@ def test_evaluate_measures_a_classifier_on_a_file_as_its_predictions_say(places,
     assert metrics["accuracy"] == pytest.approx(right / 12) and {"macro_f1", "label_loss"} <= metrics.keys()
 
 
+def test_what_load_gives_predicts_and_is_measured_by_its_head(places):
+    place, texts = places["single"], ["word " * n for n in range(1, 13)]
+    opened = pretrain.load(place)
+    predicted = pretrain.predict(opened, texts)
+    assert predicted == pretrain.predict(place, texts)
+    documents = [{"text": text, "label": row["label"]} for text, row in zip(texts, predicted, strict=True)]
+    assert pretrain.evaluate(*opened, documents)["metrics"]["accuracy"] == 1.0
+    with pytest.raises(
+        PretrainError, match=r"no document has a 'label' \(did you mean 'lable'\?\), .*beside text, lable"
+    ):
+        pretrain.evaluate(*opened, [{"text": "a", "lable": "yes"}])
+    with pytest.raises(PretrainError, match="checkpoint BertForSequenceClassification: accepted: a path, or"):
+        pretrain.predict(opened[0], texts)
+    with pytest.raises(PretrainError, match="several labels a text is measured on a file: pretrain evaluate"):
+        pretrain.evaluate(*pretrain.load(places["several"]), documents)
+
+
+def test_a_column_or_a_label_that_is_not_there_is_told_with_those_that_are(places, tmp_path):
+    file = tmp_path / "in.csv"
+    file.write_text("body,truth\nsome words,Yes \n")
+    with pytest.raises(PretrainError, match=r"--label 'truht': .*did you mean 'truth'\?\); .*one of truth, body$"):
+        evaluate(places["single"], "--data", file, "--text", "body", "--label", "truht")
+    with pytest.raises(PretrainError, match=r"truth 'Yes ' \(did you mean 'yes'\?\)"):
+        evaluate(places["single"], "--data", file, "--text", "body", "--label", "truth")
+
+
 def test_evaluate_fits_the_head_taggers_regressors_answers_and_language_models(places, answering, prepared, tmp_path):
     tags = write_rows(
         tmp_path / "t.jsonl", [{"text": "Ann in Rome", "ner": ["O", "O", "B-LOC"]}, {"text": "a b", "ner": ["O", "O"]}]

@@ -11,11 +11,12 @@ from typer.testing import CliRunner
 
 from pretrain.cli import app
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.confusion import class_rows, confusion_of, mistakes, never_answered
+from pretrain.core.quick.confusion import class_rows, confusion_of, misspelt, mistakes, never_answered
 from pretrain.corpus.overlap import overlap_warning, trained_on
+from pretrain.corpus.sources import Files
 from pretrain.corpus.store import write_corpus
 from pretrain.evaluation import Measured
-from pretrain.forecast import check_documents
+from pretrain.forecast import check_documents, forecast
 from pretrain.identity import plan
 from pretrain.objectives._metrics import classification, regression, tagging
 from pretrain.recipe import load
@@ -62,6 +63,8 @@ def checked(loaded):
         ("{method: classification, label: label, pair: txt}", "", r"tuned.objective.pair: .*'txt' \(did you mean 'text'"),
         ("{method: regression, label: label}", "", r"column 'label' holds 'no'; accepted: numbers"),
         ("{method: classification, label: label}", ", text: txet", r"corpus.sources.0: .*data.csv:2 \(row 1\): no column 'txet' \(did you mean 'text'"),
+        ("{method: classification, label: label}", ", text: txet, on_error: skip", r"corpus.sources.0: .*data.csv:2 \(row 1\): no column 'txet' .*tables: text to read the file as it stands$"),
+        ("{method: classification, label: label}", ", required: [label, lable]", r"corpus.sources.0: required 'lable': no row has one \(did you mean 'label'\?\); accepted: text, label, number"),
     ],
 )  # fmt: skip
 def test_a_column_that_no_document_has_is_refused_before_anything_runs(tmp_path, objective, source, message):
@@ -77,6 +80,45 @@ def test_labels_that_cannot_be_learnt_are_told_before_training(tmp_path):
     assert "40 different values in 40 rows" in line
     with pytest.raises(PretrainError, match="holds one label, 'yes'; accepted: 2 or more"):
         checked(recipe(tmp_path, rows=[(text, "yes", n) for text, _, n in ROWS]))
+
+
+def test_labels_that_name_rows_or_hardly_come_again_are_told(tmp_path):
+    rows = [(text, label, f"day {n % 22}") for text, label, n in (*ROWS, *ROWS)]
+    (line,) = checked(recipe(tmp_path, "{method: classification, label: number}", rows=rows))
+    assert "22 labels, 3.6 rows each" in line
+    named = recipe(tmp_path, "{method: classification, label: id}")
+    table = (tmp_path / "data.csv").read_text().replace("number", "id", 1)
+    (tmp_path / "data.csv").write_text(table)
+    (line,) = checked(named)
+    assert "40 different values in 40 rows" in line
+
+
+def test_an_evaluation_reads_a_split_once_at_most(tmp_path):
+    *_, judged = forecast(plan(recipe(tmp_path)))
+    assert 0 < judged.estimate.passes <= 1
+
+
+def test_most_rows_left_out_are_told(tmp_path):
+    rows = [(text, label if n < 12 else "", n) for text, label, n in ROWS]
+    (line,) = checked(recipe(tmp_path, source=", required: [label]", rows=rows))
+    assert "of the first 40 rows" in line and "most are left out: 28 rows without label" in line
+
+
+def test_a_label_that_is_likely_misspelt_is_told(tmp_path):
+    rows = [(text, "numerics" if n % 2 else "other", n) for text, _, n in ROWS]
+    rows += [("one more", "numercis", 40), ("and one", "numercis", 41)]
+    (line,) = checked(recipe(tmp_path, rows=rows))
+    assert "'numercis' (2 rows) is likely 'numerics' (20) misspelt" in line
+    pairs = [
+        ("Web ", "web"),
+        ("scince", "science"),
+        ("scienses", "science"),
+        ("invalid", "valid"),
+        ("level 2", "level 1"),
+    ]
+    found = misspelt({common: 100 for _, common in pairs} | {rare: 3 for rare, _ in pairs})
+    assert found == [("Web ", "web"), ("scince", "science")]
+    assert misspelt({"plane": 50, "plate": 40}) == []  # both are common
 
 
 def test_a_file_that_is_not_utf_8_is_told_by_the_plan(tmp_path):
@@ -295,7 +337,7 @@ def test_an_evaluation_of_a_file_names_the_row_and_the_label_that_was_never_lear
     opened = (model, SimpleNamespace())
     rows = [("f.csv:2 (row 1)", {"text": "a", "label": "yes"}), ("f.csv:3 (row 2)", {"text": "b", "label": "yse"})]
     with pytest.raises(PretrainError, match=r"f\.csv:3 \(row 2\): label 'yse' \(did you mean 'yes'\?\); accepted"):
-        _labelled(rows, "f.csv", task, opened, "stop")
+        _labelled(rows, Files("f.csv"), task, opened)
     gone = [(where, {"text": row["text"], "lable": row["label"]}) for where, row in rows]
     with pytest.raises(PretrainError, match=r"--label 'label': f\.csv has no such column \(did you mean 'lable'\?\)"):
-        _labelled(gone, "f.csv", task, opened, "stop")
+        _labelled(gone, Files("f.csv"), task, opened)

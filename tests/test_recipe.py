@@ -256,6 +256,8 @@ def test_a_weight_of_an_objective_is_a_finite_number_above_0(weight):
             "model.budget=100k",
             r"^--set model.budget=100k: model.budget: budget '100k': accepted: a mapping with tokens, steps",
         ),
+        ("model.budget=1h", r"budget '1h': .*epochs; a time is seconds: 30min, or 2h$"),
+        ("model.budget.minutes=1", r"unknown field 'minutes' of budget; .*; a time is seconds: 30min, or 2h$"),
         ("model.budget={seconds: soon}", r"seconds: 'soon': accepted: seconds, or 30min, 2h"),
         ("model.length=4096", r"^--set model.length=4096: model.length: length 4096: this llama has 2048 positions"),
         ("model.init=.", r"r.yaml:10 with --set model.init=.: model: accepted: exactly one of init"),

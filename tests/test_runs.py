@@ -23,7 +23,8 @@ from pretrain.core.folders import corpus_at, newest_checkpoint, place_of, run_of
 from pretrain.core.method import Ref
 from pretrain.recipe import check
 from pretrain.runs import shelf
-from pretrain.runs.command import app
+from pretrain.runs.command import _few, app
+from pretrain.runs.shelf import Run
 from pretrain.runs.targets import made, repointed
 from pretrain.stages import Job, Stage
 
@@ -160,7 +161,7 @@ def test_what_was_printed_of_a_run_is_taken_for_it():
         assert run_of(place) == base
     assert newest_checkpoint(base / "report.html") == newest_checkpoint(base)
     assert corpus_at(base) is None and corpus_at("no/*.txt") is None
-    with pytest.raises(PretrainError, match="elsewhere is not a run"):
+    with pytest.raises(PretrainError, match="elsewhere does not exist; accepted: the folder that"):
         run_of("elsewhere")
 
 
@@ -336,6 +337,21 @@ def test_where_there_are_no_runs_that_is_told():
         [sys.executable, "-m", "pretrain", "runs", "list"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 1 and done.stderr.startswith("error: runs: no run there")
+
+
+def test_a_run_shows_what_its_model_is_worth_and_a_name_nearby_is_offered():
+    records = {
+        "judged": {"stage": "evaluate", "metrics": {"loss/a": 2.0, "loss": 1.0}},
+        "samples": {"stage": "decode", "metrics": {"tokens_per_second": 9.0}},
+    }
+    made = Run(Path("x"), {}, {}, records)
+    assert made.metrics == records["judged"]["metrics"] and _few(made.metrics) == "loss 1, loss/a 2"
+    run("base", model={"value": 1})
+    for wrong in ("bsae", "run/base", "runs/bse"):
+        with pytest.raises(PretrainError, match=r"did you mean 'runs/base'\?"):
+            newest_checkpoint(wrong)
+        with pytest.raises(PretrainError, match=r"does not exist \(did you mean 'runs/base'\?"):
+            run_of(wrong)
 
 
 @pytest.mark.parametrize("text", ["[]", "{", "{}", '{"address": 3}', '{"name": "model", "metrics": []}'])

@@ -180,9 +180,17 @@ def test_it_learns_and_logs(undisturbed):
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.7
     assert [row["step"] for row in evaluations] == [7, 14, 20]
     assert evaluations[-1]["metrics"]["bits_per_byte"] > 0
-    assert {"tokens", "flops", "seconds", "grad_norm", "lr", "tokens_per_second", "mfu", "memory_bytes"} <= steps[
-        0
-    ].keys()
+    assert {
+        "tokens",
+        "flops",
+        "seconds",
+        "grad_norm",
+        "lr",
+        "tokens_per_second",
+        "mfu",
+        "memory_bytes",
+        "progress",
+    } <= steps[0].keys()
     assert list((undisturbed / "tensorboard").iterdir())
     assert len(list((undisturbed / "state").iterdir())) == 2
 

@@ -8,6 +8,9 @@ import json
 import pytest
 
 from pretrain.core.errors import PretrainError
+from pretrain.report.advice import spent_share
+from pretrain.report.data import collect
+from pretrain.report.summary import summarise
 from pretrain.report.watch import running, watch
 
 
@@ -61,6 +64,18 @@ def test_the_page_follows_a_run_until_it_is_over(tmp_path):
         f"{folder}: finished",
     ]
     assert '"reload": 0' in path.read_text() and "Still running" not in path.read_text()
+
+
+def test_of_epochs_a_page_says_how_many_are_done(tmp_path):
+    folder = run_folder(tmp_path)
+    (folder / "recipe.yaml").write_text("stages:\n- {name: model, stage: train, budget: {epochs: 8}}\n")
+    log(folder, 2)
+    assert spent_share(collect(folder), "model") is None  # a log of before says it nowhere
+    lines = [json.loads(line) for line in (folder / "model" / "log.jsonl").read_text().splitlines()]
+    rows = [line | {"progress": 0.3} if line["event"] == "step" else line for line in lines]
+    (folder / "model" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert spent_share(collect(folder), "model") == 0.3
+    assert "“model”, 30% of its budget spent" in summarise(collect(folder), "model").advice
 
 
 def test_an_interrupt_leaves_a_page_that_no_longer_loads_itself(tmp_path):

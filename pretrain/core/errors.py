@@ -48,8 +48,14 @@ class Diverged(PretrainError):
 
 def nearest(word: str, accepted: Iterable[str], cutoff: float = 0.6) -> str:
     """`" (did you mean 'x'?)"` when one accepted word is spelled much like `word`, else an empty string."""
-    close = difflib.get_close_matches(str(word), list(accepted), n=1, cutoff=cutoff)
-    return f" (did you mean {close[0]!r}?)" if close else ""
+    words = {plain(each): each for each in reversed(list(accepted))}
+    close = difflib.get_close_matches(plain(str(word)), words, n=1, cutoff=cutoff)
+    return f" (did you mean {words[close[0]]!r}?)" if close else ""
+
+
+def plain(word: str) -> str:
+    """A word whatever its case and blanks."""
+    return " ".join(word.casefold().split())
 
 
 def unknown(kind: str, word: str, accepted: Iterable[str]) -> PretrainError:

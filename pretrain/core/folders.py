@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.exchange.gguf_in import opened
 from pretrain.core.files import SUMS, JSONObject, damage, read_json, read_object
 from pretrain.core.foreign.paths import expanded
@@ -90,7 +90,18 @@ def run_of(place: Path | str) -> Path:
     for folder in (path, *list(path.parents)[:2]):
         if (folder / "run.json").is_file():
             return folder
-    raise PretrainError(f"{place} is not a run (no run.json); accepted: the folder that `pretrain run` wrote")
+    what = "is not a run (no run.json)" if path.exists() else f"does not exist{near(path)}"
+    raise PretrainError(f"{place} {what}; accepted: the folder that `pretrain run` wrote")
+
+
+def near(path: Path) -> str:
+    """` (did you mean 'runs/mine'?)`: what a path that is not there may be meant for, beside it or among the runs."""
+    by_name: dict[str, Path] = {}
+    with suppress(OSError):
+        by_name |= {run.parent.name: run.parent for run in Path("runs").glob("*/run.json")}
+        by_name |= {each.name: each for each in path.parent.glob("*") if not each.name.startswith(".")}
+    guess = nearest(path.name, by_name)
+    return next((f" (did you mean {str(by_name[name])!r}?)" for name in by_name if f"{name!r}?" in guess), "")
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -101,8 +112,10 @@ def checkpoint_of(folder: Path) -> Path:
             return path
     if again := remedy(folder, "train", "surgery"):
         raise PretrainError(f"no checkpoint at {folder}; accepted: {again}")
+    guess = "" if folder.exists() else near(folder)
     raise PretrainError(
-        f"no checkpoint at {folder}; accepted: a train or surgery stage, a folder with config.json, or a GGUF file"
+        f"no checkpoint at {folder}{guess}; accepted: a train or surgery stage, a folder with config.json, or a GGUF "
+        "file"
     )
 
 

@@ -33,7 +33,7 @@ ASSIGNED = re.compile(
 # Of values that stand for a password, or are made by a program.
 PLACEHOLDERS = re.compile(
     r"(?i)example|sample|dummy|fake|test|secret|passw|changeme|change_me|placeholder|your|foo|bar|1234|xxx|\*\*|[<>${}%()]"
-    r"|\w\.\w|^https?:|/"
+    r"|\w\.\w|^https?:|/|^\d*\*[a-z]"  # the last: a rule of a grammar, 1*ALPHA
 )
 
 GENERATED = (

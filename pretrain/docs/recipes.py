@@ -47,6 +47,9 @@ pretrain predict runs/reviews more.csv --text review --output labels.csv     # w
 pretrain evaluate runs/reviews --data more.csv --text review --label sentiment
 ```
 
+From Python: `pretrain.predict("runs/reviews", texts)`, or of what `pretrain.load` gives: `pretrain.predict((model,
+tokenizer), texts)` and `pretrain.evaluate(model, tokenizer, [{"text": "…", "sentiment": "good"}, …])`.
+
 Numbers in place of labels: `{method: regression, label: stars}`; a tag for each word: `{method: tagging, tags: tags}`;
 answers: `{method: seq2seq, target: reply}`; a second text beside the first: `pair: other`. A classifier of several
 labels a row, trained elsewhere, is measured by `evaluate --data` with a list or `a; b` in its column.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import takewhile
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
@@ -20,8 +21,12 @@ from pretrain.experiments.drawing import draw
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
 from pretrain.experiments.verdict import interval, judge, share_to_reach, shares_to_reach
+from pretrain.forecast import forecast
+from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
 from pretrain.stages.train import Train
+
+SURELY = 2.0  # times the budget: estimates of seconds go by a machine that is not busy
 
 
 def compare(
@@ -52,6 +57,7 @@ def compare(
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
+        _check_left(name, replace(recipe, output=Path(output) / "seed-0" / name), trained, flops)
     usual = {name: rate_of(*each) for name, each in loaded.items()}
 
     def trial(name: str, seed: int) -> Trial:
@@ -141,6 +147,17 @@ def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
         accepted = f"{', '.join(known)}, or loss/DOMAIN and bits_per_byte/DOMAIN"
         raise PretrainError(
             f"--metric {metric!r}: {name} logs no such one{nearest(metric, known)}; accepted: {accepted}"
+        )
+
+
+def _check_left(name: str, recipe: Recipe, trained: str, flops: float) -> None:
+    """Refuse a budget of which the stages before the last training leave nothing, by far, before any is run."""
+    before = takewhile(lambda each: each.item.stage.name != trained, forecast(plan(recipe)))
+    spent = sum(each.estimate.flops or 0.0 for each in before)
+    if spent > SURELY * flops:
+        raise PretrainError(
+            f"{name}: the stages before {trained!r} spend all {short(flops)} FLOPs, and about {short(spent)} in all; "
+            "accepted: a larger budget, or smaller ones of these stages"
         )
 
 

@@ -180,9 +180,7 @@ def run_all(
     """
     outcomes: list[Outcome] = [{}] * len(trials)
     with workers(jobs, ray) as start:
-        waiting = {start(trial): index for index, trial in enumerate(trials)}
-        for number, done in enumerate(as_completed(waiting), 1):
-            index = waiting[done]
+        for number, (index, done) in enumerate(_in_turn(trials, start, alone=jobs == 1 and ray is None), 1):
             outcomes[index] = done.result()
             final = outcomes[index]["final"]
             value = "diverged" if final is None else f"{final:.4f}"
@@ -191,6 +189,15 @@ def run_all(
 
 
 Start = Callable[[Trial], "Future[Outcome]"]
+
+
+def _in_turn(trials: Sequence[Trial], start: Start, *, alone: bool) -> Iterator[tuple[int, Future[Outcome]]]:
+    """Each trial's place and outcome as it is done; `alone` none is begun before the one before it is looked at."""
+    if alone:
+        yield from ((index, start(trial)) for index, trial in enumerate(trials))
+        return
+    waiting = {start(trial): index for index, trial in enumerate(trials)}
+    yield from ((waiting[done], done) for done in as_completed(waiting))
 
 
 @contextmanager

@@ -59,4 +59,6 @@ def predict(
         typer.echo(f"warning: {empty:,} of {count:,} rows have no text: what is added to them {nulls}", err=True)
     if skipped is not None and skipped.reasons:
         typer.echo(f"warning: left out: {skipped}", err=True)
-    typer.echo(f"{count:,} rows in {duration(seconds)}: {added}{f', in {output}' if output else ''}", err=True)
+    line = f"{count:,} row{'s' if count != 1 else ''} in {duration(seconds)}"
+    line += f": {added}" if count else f", since {file} holds none that can be read"
+    typer.echo(f"{line}{f', in {output}' if output else ''}", err=True)

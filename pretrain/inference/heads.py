@@ -291,6 +291,11 @@ def evaluation_for(
                 "example {method: probe, label: COLUMN}"
             )
         return "held_out"
+    if kind == "several":
+        raise PretrainError(
+            f"a {type(model).__name__} of several labels a text is measured on a file: pretrain evaluate CHECKPOINT "
+            "--data FILE; accepted here: another evaluation"
+        )
     method = METHODS.get(kind, "prompt_classification")
     known = asdict(objective) if objective is not None and objective.name == method else {}
     given = {{"tags": "tags", "answer": "target"}.get(kind, "label"): label, "pair": pair}

@@ -140,26 +140,25 @@ def _read(
         (where, document | {source.text: document["text"]}) for where, document in placed
     ]  # as prompts may call it
     for method in chosen:
-        placed = _labelled(placed, source.files, method, opened, source.on_error)
+        placed = _labelled(placed, source, method, opened)
     return [document for _, document in placed]
 
 
-def _labelled(
-    placed: Placed, data: str, method: Evaluation, opened: tuple[PreTrainedModel, Processor], on_error: OnError
-) -> Placed:
+def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[PreTrainedModel, Processor]) -> Placed:
     """The documents that have what an evaluation compares with; what is wrong with one is told with its place."""
     from pretrain.corpus.sources._files import given
 
-    objective = getattr(method, "method", None)
+    data, objective = source.files, getattr(method, "method", None)
     if not hasattr(objective, "expected") or not placed:
         return placed
     known = dict.fromkeys(name for _, document in placed for name in document if name not in ("domain", "id"))
+    columns = [name for name in known if name != "text" or source.text == "text"]  # as the file has them
     for column in method.columns:
         if column not in known:
             option = "--label" if column == method.columns[-1] else "--pair"
             raise PretrainError(
-                f"{option} {column!r}: {data} has no such column{nearest(column, known)}; accepted: {option} with one "
-                f"of {', '.join(known)}"
+                f"{option} {column!r}: {data} has no such column{nearest(column, columns)}; accepted: {option} with "
+                f"one of {', '.join(columns)}"
             )
     answer = method.columns[-1]
     whole = [(where, d) for where, d in placed if all(given(d, column) for column in method.columns)]
@@ -170,7 +169,7 @@ def _labelled(
     kept, wrong = [], list[str]()
     for where, document in whole:
         if reason := _misfit(document, answer, objective, opened):
-            if on_error == "stop":
+            if source.on_error == "stop":
                 raise PretrainError(f"{where}: {reason}, or --on-error skip")
             wrong.append(where)
         else:

@@ -2,26 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
+from pretrain.corpus.overlap import text_column
 from pretrain.corpus.sources import Document, Skipped
 from pretrain.corpus.sources._containers import Row
 from pretrain.inference.heads import Head, Predicted, head_of, predict_batch
 from pretrain.inference.rows import batches, check, chunks, rows_of, text_in, writer
 from pretrain.stages.evaluate import load_both
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pretrain.core.processors import Processor
+
 BATCH = 32
+Opened: TypeAlias = "Path | str | tuple[PreTrainedModel, Processor]"  # a checkpoint, or what is in one
 
 
 def open_head(
-    place: Path | str, *, text: str = "text", pair: str | None = None, scores: bool = False, answer: int | None = None
+    place: Opened, *, text: str = "text", pair: str | None = None, scores: bool = False, answer: int | None = None
 ) -> Head:
     """The model of a checkpoint, a stage or a run, ready to predict."""
-    folder = newest_checkpoint(place)
-    model, processor = load_both(folder)
+    if isinstance(place, tuple):
+        model, processor = place
+        folder = Path(model.config._name_or_path or "/none")
+    else:
+        folder = newest_checkpoint(place)
+        model, processor = load_both(folder)
     return head_of(folder, model, processor, text=text, pair=pair, scores=scores, answer=answer)
 
 
@@ -86,10 +98,10 @@ def predict_file(
 
 
 def predict(
-    checkpoint: Path | str,
+    checkpoint: Opened,
     texts: Iterable[str | Mapping[str, object]],
     *,
-    text: str = "text",
+    text: str | None = None,
     pair: str | None = None,
     scores: bool = False,
     batch_size: int = BATCH,
@@ -98,13 +110,33 @@ def predict(
 
     By its head `label` and `score`, `labels` and `scores` (of several), `value`, `tags`, or `prediction`, an answer.
     `checkpoint` is a classifier of texts or tokens, a regressor or a sequence-to-sequence model: its folder, a stage
-    that wrote it, or a run, whose last checkpoint it is. `texts` are texts or documents (`{"text": …}`), with the
-    column `pair` beside `text` for a classifier of pairs. `scores` adds the probability of each label. Raises
+    that wrote it, or a run, whose last checkpoint it is; or a model and its tokenizer, as `pretrain.load` gives them.
+    `texts` are texts or documents (`{"text": …}`; `text` names another column), with the column `pair` beside it for a
+    classifier of pairs. `scores` adds the probability of each label. Raises
     `PretrainError` for a checkpoint that predicts nothing of the kind, and for a document without its text.
     """
     if isinstance(texts, str | Mapping):
         raise PretrainError(f"texts {str(texts)[:40]!r}: accepted: a list of texts, or of documents with a text")
+    if not isinstance(checkpoint, Path | str | tuple):
+        raise PretrainError(f"checkpoint {type(checkpoint).__name__}: accepted: a path, or (model, tokenizer)")
+    texts = list(texts)
+    text = text or _column(checkpoint, texts)
     whole = [{text: each} if isinstance(each, str) else dict(each) for each in texts]
     head = open_head(checkpoint, text=text, pair=pair, scores=scores)
     rows = ((f"text {number}", document) for number, document in enumerate(whole))
-    return [added for _, added in predictions(head, rows, batch_size)]
+    try:
+        return [added for _, added in predictions(head, rows, batch_size)]
+    except PretrainError as error:
+        raise PretrainError(
+            str(error).replace("--text with", "text with").replace(", or --on-error skip", "")
+        ) from error
+
+
+def _column(checkpoint: Opened, texts: Sequence[str | Mapping[str, object]]) -> str:
+    """`text`, or the column of the tables that were trained on, where documents have that and no `text`."""
+    first = next((each for each in texts if not isinstance(each, str)), {})
+    if "text" in first or not first:
+        return "text"
+    name = checkpoint[0].config._name_or_path or "/none" if isinstance(checkpoint, tuple) else checkpoint
+    trained = text_column(newest_checkpoint(name)) if Path(name).exists() else "text"
+    return trained if trained in first else "text"

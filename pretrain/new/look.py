@@ -76,6 +76,9 @@ def look(place: str, *, text: str | None = None, label: str | None = None, table
         over = f" (passed over: {skipped})" if skipped.reasons else ""
         raise PretrainError(f"{place}: nothing to learn from{over}; accepted: code, text, tables, chats or images")
     size = sum(path.stat().st_size for path in groups[chosen])
+    taken = ("code", "prose") if chosen == "code" else (chosen,)
+    for path in (path for kind, others in groups.items() if kind not in taken for path in others):
+        skipped.add(f"{path.suffix or 'other'} files", path)
     odd = tuple(undecoded) if chosen in ("code", "prose") else ()
     seen = Look(place, chosen, tuple(groups[chosen]), size, over=_over(skipped, place), undecoded=odd)
     if chosen == "table":

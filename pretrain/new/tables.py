@@ -44,14 +44,23 @@ class Table:
     label: str | None = None  # the column of labels, numbers, tags or answers
     pair: str | None = None  # of second texts
     more: str | None = None  # of what stands between the text and the answer
-    classes: int = 0
+    counts: tuple[tuple[str, int], ...] = ()  # rows of each label, the commonest first
     numeric: bool = False  # whether the labels are numbers
     faults: tuple[Fault, ...] = ()  # rows that are left out
     header: bool | None = None  # False: its first row is one like the others
-    rare: tuple[str, ...] = ()  # labels of a single row
     doubts: tuple[str, ...] = ()  # columns that may be the label as well
     texts: tuple[str, ...] = ()  # those that were read
     keys: tuple[str, ...] = ()  # by which rows are put on a side of a split
+
+    @property
+    def classes(self) -> int:
+        """How many labels there are."""
+        return len(self.counts)
+
+    @property
+    def rare(self) -> tuple[str, ...]:
+        """The labels that a single row has; of numbers that say how much none."""
+        return tuple(sorted(name for name, count in self.counts if count == 1)) if self.kind == "classify" else ()
 
     @property
     def talk(self) -> bool:
@@ -159,20 +168,19 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
             f"--label {label!r}: {different:,} different values in {len(values):,} rows, so it names rows and labels "
             f"none; accepted: a column whose values come again{f' ({labels})' if labels else ''}"
         )
-    classes = len({str(value) for value in values})
     numeric = _is_number(values)
     kind = "regress" if numeric and _is_quantity(values) else "classify"
     doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
     return replace(
-        seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, classes=classes, doubts=doubts,
-        numeric=numeric, rare=_rare(values) if kind == "classify" else (),
+        seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, doubts=doubts, numeric=numeric,
+        counts=tuple(Counter(map(str, values)).most_common()),
     )  # fmt: skip
 
 
 def as_asked(table: Table, task: str | None, name: str) -> Table:
     """A table of labels that are numbers, as the task takes them: for classes, or for a quantity."""
     if task == "regress" and table.kind == "classify" and table.numeric:
-        return replace(table, kind="regress", rare=())
+        return replace(table, kind="regress")
     if task == "classify" and table.kind == "regress":
         if table.classes > MOST_CLASSES:
             raise PretrainError(
@@ -200,11 +208,6 @@ def _names_rows(column: str, values: Sequence[object]) -> bool:
     whole, running = all(n == int(n) for n in numbers), numbers == sorted(numbers)
     called = column.lower() in ("id", "index", "key", "row", "nr", "no", "number") or column.lower().endswith("_id")
     return len(distinct) == len(values) and whole and (running or called)
-
-
-def _rare(values: Sequence[object]) -> tuple[str, ...]:
-    """The labels that a single row has."""
-    return tuple(sorted(name for name, count in Counter(map(str, values)).items() if count == 1))
 
 
 def _answered(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:

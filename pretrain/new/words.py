@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pretrain.core.quick.quantities import short
 from pretrain.new.look import Look
+from pretrain.new.tables import Table
+
+LABELS = 12  # that are told with their rows
 
 
 def contents(look: Look) -> str:
@@ -40,3 +43,11 @@ def listed(names: tuple[str, ...], most: int = 3) -> str:
     if len(names) > most:
         return f"{', '.join(names[:most])} and {len(names) - most} more"
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def labels(table: Table) -> str:
+    """The labels of a classifier, each with its rows; of very many the commonest and the rarest."""
+    counts = [f"{name!r} {count:,}" for name, count in table.counts]
+    if len(counts) > LABELS:
+        counts = [*counts[: LABELS // 2], "…", *counts[-LABELS // 2 :]]
+    return f"rows of each label: {', '.join(counts)}"

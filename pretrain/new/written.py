@@ -20,7 +20,7 @@ from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
 from pretrain.new.tables import as_asked
-from pretrain.new.words import contents
+from pretrain.new.words import contents, labels
 
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
 HEADS = {"continue": ("causal", "masked", "seq2seq"), "chat": ("causal", "seq2seq"), "compress": ("causal", "masked")}
@@ -188,6 +188,8 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         notes.append(asked.tuned.warning)
     if notes:
         typer.echo("; ".join(notes))
+    if table is not None and asked.task == "classify" and table.counts:
+        typer.echo(labels(table))
     for fault in table.faults if table is not None else ():
         typer.echo(f"{fault}" + (f"; left out by {fault.field}" if fault.field else ""))
     for line in odd:

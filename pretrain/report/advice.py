@@ -160,14 +160,16 @@ def _longer(page: Page, model: StageRow) -> str:
 
 
 def spent_share(page: Page, stage: str) -> float | None:
-    """How much of a train stage's budget its log has spent, 0 to 1."""
+    """How much of a train stage's budget its log has spent, 0 to 1; None where the log does not say."""
     training = next((t for t in page["trainings"] if t["name"] == stage), None)
-    row = next((s for s in page["stages"] if s["name"] == stage), None)
-    unit, limit = budget_of(row) if row else ("", 0.0)
-    if training is None or not limit:
+    if training is None:
         return None
-    column = training["step"].get(unit, [])
-    return min(1.0, last(column) / limit)
+    if done := known(training["step"].get("progress", [])):
+        return done[-1]
+    row = next((s for s in page["stages"] if s["name"] == stage), None)
+    unit, limit = budget_of(row) if row else ("", 0.0)  # a log of before
+    spent = known(training["step"].get(unit, []))
+    return min(1.0, spent[-1] / limit) if spent else None
 
 
 def budget_of(stage: StageRow) -> tuple[str, float]:

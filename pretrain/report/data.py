@@ -291,7 +291,7 @@ def curves(path: Path) -> tuple[Columns, Columns]:
     for row in read_json_lines(path):
         if row.get("event") in ("step", "evaluation"):
             rows[row["event"]].append(row)
-    names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu", "elapsed")
+    names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu", "elapsed", "progress")
     steps, held_out = thin(rows["step"]), rows["evaluation"]
     for row in steps:  # a core that was busy while the machine's rate was measured has made that too low
         if isinstance(row.get("mfu"), int | float):

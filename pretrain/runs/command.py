@@ -151,7 +151,8 @@ def _metrics(run: Run) -> str:
 
 
 def _few(metrics: dict[str, float]) -> str:
-    return ", ".join(f"{name} {figure(value)}" for name, value in list(metrics.items())[:SHOWN])
+    whole_first = sorted(metrics.items(), key=lambda each: "/" in each[0])  # and then those of a domain
+    return ", ".join(f"{name} {figure(value)}" for name, value in whole_first[:SHOWN])
 
 
 def _when(moment: str) -> str:

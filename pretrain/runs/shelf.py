@@ -55,8 +55,10 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """Those of its last stage that has any."""
-        return next((r["metrics"] for r in reversed(list(self.records.values())) if r["metrics"]), {})
+        """Those of the last stage that says how good a model is; where none does, of the last that has any."""
+        measured = [record for record in self.records.values() if record["metrics"]]
+        judged = [record for record in measured if record["stage"] in ("train", "surgery", "evaluate")]
+        return next((record["metrics"] for record in reversed(judged or measured)), {})
 
 
 def open_run(folder: Path) -> Run:

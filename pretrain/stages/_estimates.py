@@ -171,7 +171,8 @@ def answering(given: Given, objective: Labelled, split: str, most: float, limit:
     shape, rows = shape_from(model.config), corpus.rows or stored(corpus.folder)
     if shape is None or not model.vocabulary or not rows:
         return Estimate()
-    documents = min(most, corpus.documents.get(split, most))
+    whole = corpus.documents.get(split, most)
+    documents = min(most, whole)
     count = counter(model.tokenizer, model.vocabulary, rows)
     example = lengths(objective, rows, count, limit, BATCH, ordered=max(1.0, documents))
     if example is None:
@@ -179,7 +180,7 @@ def answering(given: Given, objective: Labelled, split: str, most: float, limit:
     shape = shape.with_blocks(model.blocks)
     read = example.filled - example.learnt  # what is to be answered is not there yet
     flops, seconds = forward(shape, documents * read, round(read), 1 / read if example.learnt else 0.0)
-    return Estimate(flops, FLOOR + MEASURING + 4.0 * shape.weights, seconds + 1, 1e5, documents)
+    return Estimate(flops, FLOOR + MEASURING + 4.0 * shape.weights, seconds + 1, 1e5, documents / max(1.0, whole))
 
 
 def decoding(given: Given, characters: float, new: float) -> Estimate:

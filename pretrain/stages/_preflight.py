@@ -9,12 +9,13 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.method import Method
+from pretrain.core.quick.confusion import doubtful
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Files, Skipped
 from pretrain.stages.data import Data
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 ROWS = 2000  # of each table
 SECONDS = 0.5
 SHORT = 60  # letters of a label
-ABOUT = ("text", "domain", "id")
+FEW, MANY = 5, 20  # rows of a label, of so many labels
 
 
 @dataclass(frozen=True)
@@ -35,37 +36,61 @@ class Seen:
     columns: tuple[str, ...] | None
     values: dict[str, Counter[str]]
     whole: bool  # whether all documents were looked at
+    odd: tuple[str, ...] = ()  # what is likely a mistake
 
 
 def seen_in_sources(stage: Data) -> Seen:
     """Read the beginnings of files; raises `PretrainError` for what the stage would fail at."""
     columns: dict[str, None] = {}
     values: dict[str, Counter[str]] = {}
+    odd: list[str] = []
     end, known, whole = time.perf_counter() + SECONDS, True, True
     for number, source in enumerate(stage.sources):
         if not isinstance(source, Files) or source.package is not None or "://" in source.files:
             known = whole = False
             continue
-        counts = Counter[str]()
+        counts, skipped = Counter[str](), Skipped()
         try:
-            for where, document in source.placed(Skipped(), rows=ROWS):
+            for where, document in source.placed(skipped, rows=ROWS):
                 columns |= dict.fromkeys(document)
                 counts[where.partition(":")[0].partition(", row")[0]] += 1
                 _count(values, document)
                 if time.perf_counter() > end:
                     whole = False
                     break
+            odd += _left_out(source, skipped, counts.total())
         except PretrainError as error:
             raise PretrainError(str(error), place=("sources", number)) from error
         whole = whole and all(count < ROWS for count in counts.values())
     if any(".rewriting" in info(operation.name).module for operation in stage.operations):
         known = False  # which columns these add is known when they have run
-    return Seen(tuple(columns) if known and columns else None, values, whole)
+    return Seen(tuple(columns) if known and columns else None, values, whole, tuple(odd))
+
+
+def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
+    """Refuse a source whose rows are all left out for a column that they lack; a line where most of them are."""
+    lacking = {reason: count for reason, count in skipped.reasons.items() if reason.startswith("rows without")}
+    rows = sum(lacking.values())
+    if rows and not taken:
+        if "rows without the column" in lacking:
+            try:
+                next(replace(source, on_error="stop").placed(Skipped(), rows=ROWS), None)
+            except PretrainError as error:
+                raise PretrainError(str(error).replace(", or on_error: skip", "")) from error
+        row = next((document for _, document in replace(source, required=()).placed(Skipped(), rows=ROWS)), {})
+        known = [name for name in row if name not in ("domain", "id")]
+        missing = next((name for name in source.required if f"rows without {name}" in lacking), "")
+        raise PretrainError(
+            f"required {missing!r}: no row has one{nearest(missing, known)}; accepted: {', '.join(known)}"
+        )
+    if rows > taken:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in lacking.items())
+        yield f"of the first {rows + taken:,} rows of {source.files!r} most are left out: {why}"
 
 
 def _count(values: dict[str, Counter[str]], document: dict[str, object]) -> None:
     for name, value in document.items():
-        if name not in ABOUT and isinstance(value, str | int | float) and len(str(value)) <= SHORT:
+        if name != "text" and isinstance(value, str | int | float) and len(str(value)) <= SHORT:
             values.setdefault(name, Counter())[str(value)] += 1
 
 
@@ -79,7 +104,7 @@ def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
     values: dict[str, Counter[str]] = {}
     try:
         columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
-        for name in set(wanted) & set(columns) - set(ABOUT):
+        for name in set(wanted) & set(columns) - {"text"}:
             for part in parts:
                 for value in pyarrow.parquet.read_table(part, columns=[name])[name].to_pylist():
                     _count(values, {name: value})
@@ -135,10 +160,14 @@ def _labels(
     singles = sorted(name for name, count in counts.items() if count == 1)
     if len(counts) > rows / 2 and rows >= 8:
         yield f"{column!r} has {len(counts):,} different values in {rows:,} rows: names of rows rather than labels"
+    elif len(counts) > max(MANY, rows / FEW):
+        yield f"{column!r} has {len(counts):,} labels, {rows / len(counts):.1f} rows each: few to learn a label from"
     elif singles and whole:
         some = ", ".join(map(repr, singles[:3])) + (", …" if len(singles) > 3 else "")
         what = "labels have a single row each" if len(singles) > 1 else "label has a single row"
         yield f"{len(singles):,} {what} ({some}): it can be learnt or measured, and not both; merge or drop them"
+    for line in doubtful(column, counts):
+        yield line if whole else f"{line} (of the first {rows:,} rows)"
 
 
 def _is_number(value: str) -> bool:

@@ -216,10 +216,10 @@ def _size(given: Raw, field: str, within: str | None = None) -> int | None:
 
 
 def _budget(value: object) -> Budget:
-    from pretrain.stages import build_dataclass
+    from pretrain.stages import build_budget
 
     try:
-        return build_dataclass(Budget, value, "budget")
+        return build_budget(value)
     except ValueError as error:
         raise PretrainError(str(error), place=("budget", *getattr(error, "place", ()))) from error
 

@@ -124,7 +124,10 @@ def _fitting(ids: list[int], others: int, most: int | None) -> list[int]:
         return ids
     room = most - others
     if room < 1:
-        raise PretrainError(f"max_new_tokens leave no room for a prompt: the model has {most:,} positions in all")
+        raise PretrainError(
+            f"max_new_tokens: {others:,} tokens leave no room for a prompt, since the model has {most:,} positions in "
+            f"all; accepted: fewer than {most:,}"
+        )
     warn(
         f"the prompt has {len(ids):,} tokens, and beside {others:,} others the model has positions for {room:,}: "
         f"its first {len(ids) - room:,} tokens are cut off"

@@ -34,7 +34,7 @@ from pretrain.stages import (
     ScheduleField,
     Stage,
     SurgeryField,
-    build_dataclass,
+    build_budget,
     build_method,
     checkpoint_of,
 )
@@ -78,8 +78,7 @@ def dump_weighted(value: Weighted) -> Record:
 
 WeightedField = Annotated[Weighted, PlainValidator(build_weighted), PlainSerializer(dump_weighted)]
 BudgetField = Annotated[
-    Budget, PlainValidator(lambda v: v if isinstance(v, Budget) else build_dataclass(Budget, v, "budget")),
-    PlainSerializer(lambda b: {b.unit: b.limit}),
+    Budget, PlainValidator(build_budget), PlainSerializer(lambda b: {b.unit: b.limit}),
 ]  # fmt: skip
 
 

@@ -166,6 +166,7 @@ def step_record(training: Training, record: Step, targets_per_byte: float | None
     since = training.lap()
     return training.spent | {
         "step": training.step,
+        "progress": round(training.progress, 6),
         "dense_flops": training.dense_flops,
         "loss": loss,
         "parts": dict(zip(names, parts, strict=True)),

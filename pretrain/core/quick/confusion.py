@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+from pretrain.core.errors import plain
 
 Confusion = dict[str, dict[str, int]]  # true class -> answered class -> how often
 MOST = 12  # classes that a table of all of them can show
+RARE, SPELLED = 8, 5  # times as common is what a label may be a misspelling of; letters of one at least
 
 
 @dataclass(frozen=True)
@@ -57,3 +60,44 @@ def mistakes(confusion: Mapping[str, Mapping[str, int]], most: int = MOST) -> li
 def never_answered(confusion: Mapping[str, Mapping[str, int]]) -> list[str]:
     """Classes that occur and are never answered."""
     return [row.name for row in class_rows(confusion) if row.count and not row.answered]
+
+
+def doubtful(column: str, counts: Mapping[str, int]) -> Iterator[str]:
+    """A line for each label that is likely another one misspelt."""
+    for rare, common in misspelt(counts):
+        rows = f"{counts[rare]:,} row{'s' if counts[rare] != 1 else ''}"
+        yield (
+            f"{column!r}: {rare!r} ({rows}) is likely {common!r} ({counts[common]:,}) misspelt: as it stands it is "
+            "learnt as another label"
+        )
+
+
+def misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pairs of a rare label and a much commoner one that it is likely a misspelling of.
+
+    They differ in their case or blanks alone, or in one letter (or two neighbours that changed places) after the first.
+    """
+    names = sorted(counts, key=lambda name: (-counts[name], name))
+    pairs = []
+    for name in names[1:]:
+        common = next((other for other in names if counts[other] >= RARE * counts[name] and _alike(name, other)), None)
+        pairs += [] if common is None else [(name, common)]
+    return pairs
+
+
+def _alike(a: str, b: str) -> bool:
+    a, b = plain(a), plain(b)
+    if a == b:
+        return True
+    if not a or not b or a[0] != b[0] or min(len(a), len(b)) < SPELLED:
+        return False
+    a, b = _without_common_start(a, b)
+    a, b = (end[::-1] for end in _without_common_start(a[::-1], b[::-1]))
+    if any(letter.isdigit() for letter in a + b):  # numbers tell classes apart
+        return False
+    return max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1])
+
+
+def _without_common_start(a: str, b: str) -> tuple[str, str]:
+    same = next((n for n, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+    return a[same:], b[same:]
