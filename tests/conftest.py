@@ -13,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("pretrain", deadline=None)  # how long an example takes is the machine's matter
+settings.load_profile("pretrain")
 
 pytest_plugins = ["identity_cases"]  # its fixtures
 

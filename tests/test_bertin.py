@@ -70,7 +70,7 @@ class Plain:
         return sum(found), len(found)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(TEXTS, TEXTS, st.integers(1, 4))
 def test_the_model_is_the_formula(train, asked, order):
     asked = [*asked, "a z b", ""]
@@ -81,7 +81,7 @@ def test_the_model_is_the_formula(train, asked, order):
     assert count_N.tolist() == [w[1] for w in wanted]
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(TEXTS, st.integers(1, 5), st.lists(st.sampled_from("abz"), max_size=3))
 def test_what_may_come_next_sums_to_one(train, order, before):
     plain = Plain(train, order)

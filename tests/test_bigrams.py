@@ -47,7 +47,7 @@ def test_the_probabilities_are_those_worked_out_by_hand():
 DOCUMENTS = st.lists(st.lists(st.integers(0, 8), max_size=12), max_size=8)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(DOCUMENTS)
 def test_probabilities_sum_to_one_after_every_token_and_are_above_zero(documents):
     made = counted(documents, 10)
@@ -56,7 +56,7 @@ def test_probabilities_sum_to_one_after_every_token_and_are_above_zero(documents
     assert probability_TT.sum(1) == pytest.approx(np.ones(10)) and probability_TT.min() > 0
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(DOCUMENTS, st.integers(1, 9))
 def test_pairs_lie_inside_documents_wherever_the_counting_is_cut(documents, chunk):
     expected = np.zeros((9, 9), int)

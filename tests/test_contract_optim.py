@@ -136,7 +136,7 @@ def values(hint):
 
 
 @pytest.mark.parametrize("name", SCHEDULES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_factor_is_a_share_of_the_peak_at_any_step_of_any_training(name, data):
     cls = method_class(name)

@@ -249,7 +249,7 @@ def test_the_fingerprint_follows_the_files(tmp_path):
     "Determinism",
     "A document's side (training, validation, test) is that of its content, whatever else is in the corpus and in whatever order.",
 )
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.lists(st.text(min_size=1, max_size=30), min_size=1, max_size=40), st.randoms())
 def test_no_document_is_on_two_sides_whatever_the_order(tmp_path_factory, texts, rng):
     texts = [t.encode("utf-8", "ignore").decode() or "x" for t in texts]
@@ -321,7 +321,7 @@ EXAMPLES = st.lists(
 
 
 @given(EXAMPLES, st.sampled_from([0.0, 1.0]))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_only_examples_that_are_equal_in_all_that_belongs_to_them_are_copies(tmp_path_factory, examples, threshold):
     import datasets
 

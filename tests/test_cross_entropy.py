@@ -26,7 +26,7 @@ def gradients(value, *leaves):
     return torch.autograd.grad(value, leaves)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(st.integers(1, 60), st.integers(2, 120), st.integers(0, 60), st.integers(1, 64), st.integers(0, 999))
 def test_value_and_gradients_equal_pytorchs(length, vocabulary, ignored, chunk_rows, seed):
     hidden, weight, bias, target = problem(2, length, 8, vocabulary, seed=seed)

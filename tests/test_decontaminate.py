@@ -56,7 +56,7 @@ def test_passages_of_many_documents_are_boilerplate(held_out):
     assert list(kept([*copies, "x"], held_out, length=4, common=3)) == ["x"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     st.lists(st.text("ab ", max_size=12), min_size=1, max_size=6),
     st.lists(st.text("ab ", max_size=12), min_size=1, max_size=6),

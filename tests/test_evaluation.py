@@ -36,7 +36,7 @@ from pretrain.stages.decode import Decode, beginnings, continue_prompt
 from pretrain.stages.evaluate import Evaluate, evaluate
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.integers(0, 200), st.integers(1, 40), st.data())
 def test_windows_predict_each_token_after_the_first_once(count, length, data):
     stride = data.draw(st.integers(1, length))

@@ -12,7 +12,7 @@ from pretrain.core.generation.loop import decode
 from pretrain.decoding.cache.kivi import KIVI, Packed
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.sampled_from([2, 4, 8]), st.sampled_from([4, 8, 32]), st.integers(0, 10_000))
 def test_each_number_is_the_nearest_of_its_groups_levels(bits, group, seed):
     states = torch.randn(1, 2, 3, 2 * group, generator=torch.Generator().manual_seed(seed))

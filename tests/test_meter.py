@@ -53,7 +53,7 @@ def test_a_shape_is_counted_once_and_remembered():
 
 
 @given(st.lists(st.tuples(st.integers(0, 3000), st.integers(0, 3000)), min_size=6, max_size=12), st.randoms())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_work_that_is_affine_in_its_numbers_is_counted_until_they_are_known_and_then_computed(sizes, random):
     body, *slopes = (random.randrange(1, 10**3) for _ in range(3))
     meter, counted = Meter(), 0

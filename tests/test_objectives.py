@@ -43,7 +43,7 @@ def context(length=60, progress=0.0, seed=0, vocabulary=VOCABULARY):
     return Context(vocabulary, length, np.random.default_rng(seed), progress)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     st.integers(2, 300),
     st.floats(0.05, 0.6, allow_subnormal=False),
@@ -56,7 +56,7 @@ def test_spans_hide_the_rate_and_the_first_token_stays(length, rate, span, seed)
     assert not hidden[0]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.integers(2, 120), st.floats(0.05, 0.6, allow_subnormal=False), st.integers(0, 99))
 def test_corruption_loses_nothing(length, rate, seed):
     rng = np.random.default_rng(seed)
@@ -76,7 +76,7 @@ def test_corruption_loses_nothing(length, rate, seed):
     assert len(source) - len(spans) == np.count_nonzero(~hidden)  # all that is hidden is out of sight
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(2, 400), st.floats(0.05, 0.9, allow_subnormal=False), st.integers(1, 30), st.integers(0, 99))
 def test_at_most_so_many_spans_hide_the_rate_all_the_same(length, rate, most, seed):
     hidden = choose_spans(length, rate, 1.0, np.random.default_rng(seed), most)
@@ -126,7 +126,7 @@ def test_whole_words_of_real_text_are_hidden_at_the_rate_that_is_asked(prepared,
     assert hidden / allowed == pytest.approx(rate, rel=0.02)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(5, 200), st.floats(0.05, 0.5, allow_subnormal=False), st.integers(0, 99))
 def test_whole_words_are_hidden_whole_and_special_tokens_never(length, rate, seed):
     rng = np.random.default_rng(seed)

@@ -89,7 +89,7 @@ def test_one_value_is_taken_as_it_is_and_words_are_not_widened():
     st.lists(st.floats(1e-5, 1.0), min_size=4, max_size=4),
     st.lists(st.integers(0, 2), min_size=60, max_size=60),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_whatever_the_outcomes_both_sides_try_as_much_and_the_choice_is_the_best_whole_run(best, noise):
     def loss(point):
         return bowl(baseline=tuple(best[:2]), method=tuple(best[2:]))(point) + noise[hash(point) % len(noise)]

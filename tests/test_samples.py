@@ -109,7 +109,7 @@ def test_a_large_picture_is_made_small_and_long_series_are_thinned():
     assert found["input"][0][0] == pytest.approx(np.arange(10_000 // samples.POINTS + 1).mean(), rel=0.05)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.booleans(), min_size=1, max_size=60))
 def test_spans_are_exactly_what_is_hidden(hidden):
     found = spans(np.array(hidden), len(hidden))

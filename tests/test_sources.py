@@ -136,7 +136,7 @@ def test_rows_of_a_table_are_images_with_a_label(tmp_path):
     assert np.asarray(opened(found[0])).tolist() == [[0, 255], [128, 64]]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(1, 5), st.integers(1, 5), st.sampled_from([1, 3]), st.integers(0, 2**32 - 1))
 def test_pixels_come_back_as_they_were(tmp_path_factory, height, width, colours, seed):
     values = np.random.default_rng(seed).integers(0, 256, height * width * colours)
@@ -314,7 +314,7 @@ def test_a_number_beyond_float32_is_refused_and_not_infinite(tmp_path, cell, nam
     assert all(np.isfinite(d["series"]).all() for d in read(Series(str(tmp_path / name), **fields)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 200), st.integers(1, 12), st.integers(1, 12))
 def test_windows_that_share_a_step_are_of_one_group(tmp_path_factory, steps, window, stride):
     path = put(tmp_path_factory.mktemp("w") / "a.csv", "".join(f"{i}\n" for i in range(steps)))
@@ -460,7 +460,7 @@ def test_a_source_of_files_names_what_is_missing_and_follows_its_files(tmp_path,
         list(read(build_source({word: "../x", "package": {"pypi": "grove==1.0"}})))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.binary(max_size=200) | st.text(alphabet='@data:,>?\n()x1.#\t;"-', max_size=200).map(str.encode))
 def test_whatever_a_file_holds_it_is_read_or_counted(tmp_path_factory, data):
     folder = tmp_path_factory.mktemp("fuzz")

@@ -89,7 +89,7 @@ def test_shards_are_not_made_twice_and_damage_is_named(prepared, tmp_path):
         Shards(tmp_path / "train")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(0, 90), st.integers(0, 2)), max_size=80), st.integers(2, 40))
 def test_packing_places_each_token_once_and_keeps_short_documents_whole(documents, length):
     lengths = np.array([n for n, _ in documents], np.int64)
