@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pretrain.core import checkpoint
@@ -149,7 +149,6 @@ def test_checkpoints_that_score_no_text_are_refused(corpus, models):
 NUMBERS = st.lists(st.floats(-5, 5, width=16, allow_subnormal=False), min_size=1, max_size=30).map(np.array)
 
 
-@settings()
 @given(NUMBERS, st.data())
 def test_selectors_keep_a_subset_in_order_of_the_right_size(score_N, data):
     count = data.draw(st.integers(1, len(score_N)))
@@ -164,7 +163,6 @@ def test_selectors_keep_a_subset_in_order_of_the_right_size(score_N, data):
     assert set(weighted(np.exp(score_N), count - 1, seed=3)) <= set(drawn)
 
 
-@settings()
 @given(NUMBERS, st.floats(0.01, 1, allow_subnormal=False), st.data())
 def test_a_share_of_the_size_is_reached_and_not_passed_by_a_whole_document(score_N, share, data):
     size_N = np.array(data.draw(st.lists(st.integers(1, 9), min_size=len(score_N), max_size=len(score_N))))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import kendalltau
 
@@ -22,7 +22,6 @@ from pretrain.data.selection._classifier import Classifier
 from pretrain.data.selection.preselect import Preselect, labels, strengths
 
 
-@settings()
 @given(st.integers(2, 7), st.integers(0, 2**32 - 1))
 def test_strength_is_the_share_of_pairs_in_order(models, seed):
     rng = np.random.default_rng(seed)
