@@ -10,7 +10,7 @@ import lzma
 import pytest
 
 from pretrain import engine
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.corpus.sources import Files, Images, Skipped, read
 from pretrain.recipe import check
 
@@ -312,7 +312,7 @@ def bucket(tmp_path, monkeypatch):
     store.store.clear()
 
 
-def test_sources_elsewhere_are_read_through_fsspec_and_fetched_once(bucket, monkeypatch):
+def test_sources_elsewhere_are_read_through_fsspec_and_fetched_once(bucket, monkeypatch, tmp_path):
     source = Files("memory://bucket", text="body")
     skipped = Skipped()
     found = list(read(source, skipped))
@@ -327,6 +327,10 @@ def test_sources_elsewhere_are_read_through_fsspec_and_fetched_once(bucket, monk
         patched.setattr(type(bucket), "open", None)  # what is in the cache is not fetched again
         assert list(read(source)) == found
     assert source.state() == before
+    (copy,) = (tmp_path / "cache" / "remote").glob("*/a.txt")
+    copy.write_text("ore")
+    with pytest.warns(PretrainWarning, match=rf"{copy} is damaged or was replaced, and is fetched again"):
+        assert list(read(source)) == found
     bucket.pipe("/bucket/a.txt", b"two!")
     assert source.state() != before and next(iter(read(source)))["text"] == "two!"
     assert [d["text"] for d in read(Files("memory://bucket/*.txt"))] == ["two!"]

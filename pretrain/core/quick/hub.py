@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.gguf_in import opened
-from pretrain.core.files import atomic_folder, locked, read_json, write_json, write_text
-from pretrain.core.folders import cache_folder, place_of
+from pretrain.core.files import atomic_folder, locked, read_json, sweep, write_json, write_text
+from pretrain.core.folders import cache_folder, place_of, verify
 
 if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
@@ -98,11 +98,13 @@ def pin(name: str) -> Path:
         files = [file.rfilename for file in info.siblings or []]
         revision = str(info.sha)
         target = path.parent / revision
-        if not (target / RECORD).exists():
-            with atomic_folder(target) as work:
-                _download(match["repo"], revision, work, SMALL)
-                weights = any(file.endswith(".safetensors") and "/" not in file for file in files)
-                write_json(work / RECORD, {"repo": match["repo"], "revision": revision, "weights": weights})
+        with locked(_lock(target)):
+            if not (target / RECORD).exists():
+                sweep(target.parent, target.name)
+                with atomic_folder(target) as work:
+                    _download(match["repo"], revision, work, SMALL)
+                    weights = any(file.endswith(".safetensors") and "/" not in file for file in files)
+                    write_json(work / RECORD, {"repo": match["repo"], "revision": revision, "weights": weights})
         write_text(path.parents[1] / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
         write_json(path, {"revision": revision})
     return target
@@ -116,16 +118,20 @@ def fetch_weights(folder: Path, say: Callable[[str], None]) -> None:
     repo, revision = facts["repo"], facts["revision"]
     if not facts["weights"]:
         raise PretrainError(f"{repo!r} on the hub has no safetensors; accepted: a model that has: pickles are not read")
-    with locked(folder.with_name(f".{folder.name}.lock")):
+    with locked(_lock(folder)):
         if any(folder.glob("*.safetensors")):
             return
         say(f"fetching {repo} at {revision[:12]} from the hub")
-        with atomic_folder(folder.with_name(f"{folder.name}-weights")) as work:
+        sweep(folder.parent, folder.name)
+        verify(folder)
+        with atomic_folder(folder) as work:  # whole or not at all, and its checksums those of all files
             _download(repo, revision, work, WEIGHTS)
-            files = sorted(work.glob("*.safetensors"))
-        for path in files:
-            (folder.with_name(f"{folder.name}-weights") / path.name).replace(folder / path.name)
-        shutil.rmtree(folder.with_name(f"{folder.name}-weights"), ignore_errors=True)
+            for path in folder.iterdir():
+                shutil.copy(path, work)
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
 
 
 def _ask(repo: str, revision: str | None) -> ModelInfo:

@@ -13,7 +13,7 @@ from pretrain.core.files import digest
 from pretrain.core.foreign import rows, texts
 from pretrain.core.foreign.archives import BROKEN, PACKED, open_packed, open_text
 from pretrain.core.foreign.parsing import reason
-from pretrain.core.packages import Package, package_facts
+from pretrain.core.packages import Package, check_whole, package_facts
 from pretrain.corpus.sources._skipped import Skipped
 
 Document = dict[str, Any]  # its columns by name
@@ -74,6 +74,9 @@ class Source:
 def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
     """The source's documents, in a fixed order; none is longer, or holds other characters, than can be stored."""
     skipped = skipped or Skipped()
+    package: Package | None = getattr(source, "package", None)
+    if package is not None:
+        check_whole(package)
     for document in source.documents(skipped):
         if len(document.get("text") or "") > skipped.longest:
             skipped.too_long("documents", str(document.get("id"))[:NAME])

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
-from pretrain.core.errors import PretrainError
-from pretrain.core.files import digest, locked, write_text
+from pretrain.core.errors import PretrainError, warn
+from pretrain.core.files import digest, digest_read, locked, write_text
 from pretrain.core.folders import cache_folder
 
 if TYPE_CHECKING:
@@ -97,11 +97,13 @@ def _fetched(system: AbstractFileSystem, name: str, url: str) -> Path:
     home = cache_folder() / "remote"
     last = PurePosixPath(url.partition("?")[0]).name or "index"
     target = home / digest([url, _state(system, name, url)])[:24] / last
-    if not target.exists():
+    if not _whole(target):
         if not (home / "CACHEDIR.TAG").exists():
             write_text(home / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
         with locked(target.parent.with_name(f".{target.parent.name}.lock")):
-            if not target.exists():
+            if not _whole(target):
+                if target.exists():
+                    warn(f"{target} is damaged or was replaced, and is fetched again")
                 part = target.with_name(f".tmp-{last}")
                 part.parent.mkdir(parents=True, exist_ok=True)
                 try:
@@ -110,8 +112,19 @@ def _fetched(system: AbstractFileSystem, name: str, url: str) -> Path:
                 except Exception as error:
                     part.unlink(missing_ok=True)
                     raise unreachable(url, error) from error
+                write_text(_sum(target), digest_read(part))
                 part.replace(target)
     return target
+
+
+def _sum(copy: Path) -> Path:
+    """Where a copy's digest is kept; of those of before there is none."""
+    return copy.parent.with_name(f"{copy.parent.name}.sha256")
+
+
+def _whole(copy: Path) -> bool:
+    """Whether a copy is there and, as far as that is known, as it was fetched."""
+    return copy.exists() and (not _sum(copy).exists() or _sum(copy).read_text(errors="replace") == digest_read(copy))
 
 
 def remote_stamps(where: str) -> object:
