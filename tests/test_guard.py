@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +13,7 @@ from small_recipe import small_recipe
 from test_training import log, small
 
 from pretrain import engine
-from pretrain.core.errors import Diverged, PretrainError
+from pretrain.core.errors import Diverged, PretrainError, PretrainWarning
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.policies import Policy
@@ -193,3 +194,23 @@ def test_no_state_is_written_that_is_not_finite(tiny, prepared, tmp_path):
         small(prepared, tiny, tmp_path, settings=settings, policies=[Spoil()])
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-000000002"]
     assert state.newest(tmp_path / "state") is not None
+
+
+@pytest.mark.promise(
+    "Faults", "No state that is whole makes room for one that is damaged; steps of which no state is left are named."
+)
+def test_a_damaged_state_of_later_takes_no_good_ones_place_and_lost_states_are_named(tiny, prepared, tmp_path):
+    def go_on(steps):
+        settings = Settings(budget=Budget(steps=steps), save_every=99, keep=1, bar=False)
+        return small(prepared, tiny, tmp_path, settings=settings)
+
+    go_on(2)
+    later = tmp_path / "state" / "step-000000005"
+    shutil.copytree(tmp_path / "state" / "step-000000002", later)
+    (later / "training.json").write_text("{}")
+    with pytest.warns(PretrainWarning, match="step-000000005 is damaged and passed over"):
+        assert go_on(3).step == 3
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-000000003"]
+    shutil.rmtree(tmp_path / "state")
+    with pytest.warns(PretrainWarning, match=r"log.jsonl tells of step 3, and no state is there: training begins again"):
+        go_on(1)

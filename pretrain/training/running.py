@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from pretrain.core import hardware
 from pretrain.core.batch import Batch
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, warn
+from pretrain.core.files import read_json_lines
 from pretrain.core.meter import Meter
 from pretrain.core.quick.machine import described
 from pretrain.core.quick.plan import Plan
@@ -212,6 +213,9 @@ class Training:
         """Go on from the newest whole state, if there is one."""
         path = states.newest(self.folder / "state", self.world)
         if path is None:
+            logged = self.folder / "log.jsonl"
+            if self.world.main and logged.exists() and (rows := read_json_lines(logged)):
+                warn(f"{logged} tells of step {rows[-1].get('step')}, and no state is there: training begins again")
             return
         record, policies = states.load(path, self.trainee, self.optimizer)
         self.step, self.tokens, self.seconds = record["step"], record["tokens"], record["seconds"]

@@ -130,8 +130,10 @@ def save(
     def finish() -> None:
         if world.main:
             put_in_place(work, target)
-            for old in sorted(folder.glob("step-*"))[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            states = sorted(folder.glob("step-*"))
+            kept = [path for path in states if path.name <= target.name][-keep:]
+            for other in set(states) - set(kept):  # later ones are damaged: they were passed over
+                shutil.rmtree(other, ignore_errors=True)
 
     def whole() -> None:
         try:
