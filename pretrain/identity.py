@@ -27,9 +27,9 @@ from typing import Any
 
 from pretrain import closure
 from pretrain.closure import Code, Home
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, warn
 from pretrain.core.exchange.gguf_in import origin
-from pretrain.core.files import JSON, digest, locked, read_json, write_json
+from pretrain.core.files import JSON, SEAL, digest, locked, read_json, sealed, write_json
 from pretrain.core.quick import hub
 from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
@@ -132,7 +132,7 @@ def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str]
     known, planned = _generations(home), dict[str, Planned]()
     for stage in recipe.stages:
         item = _placed(recipe, stage, planned, home)
-        item = item.at(_times(known, item))
+        item = item.at(_times(known, item)) if known else _latest(item)
         if stage.name in wanted and (item.finished or (item.begun and drift(item))):
             item = replace(item.afresh(), asked=True)
         marks = {mark for name in item.behind for mark in planned[name].refreshed}
@@ -199,15 +199,23 @@ def files_below(folder: Path) -> Iterator[Path]:
                 f"{folder} holds more than {MANY:,} files; accepted: the folder of a corpus, a tokenizer, a checkpoint "
                 "or a stage"
             )
-        yield from (path for path in (Path(here, name) for name in names) if path.is_file())
+        yield from (path for path in (Path(here, name) for name in names) if os.path.isfile(path))
 
 
 def _generations(home: Path) -> dict[str, int]:
-    path = home / GENERATIONS
-    counts = read_json(path) if path.exists() else {}
-    if not isinstance(counts, dict) or not all(type(n) is int and n >= 0 for n in counts.values()):
+    counts = read_json(path) if (path := home / GENERATIONS).exists() else {}
+    seal = isinstance(counts, dict) and counts.pop(SEAL, None)
+    if seal is False or not all(type(n) is int and n >= 0 for n in counts.values()):
         raise PretrainError(f"{path}: accepted: a mapping from folders to how often each was refreshed, 0 or more")
     return counts
+
+
+def _latest(item: Planned) -> Planned:
+    """The newest generation that is there, where nothing is written of any."""
+    while (later := item.at(item.generation + 1)).finished or later.begun:
+        warn(f"{item.folder.parent / GENERATIONS} is gone: going on with {later.folder.name}, a later refresh")
+        item = later
+    return item
 
 
 def _times(known: dict[str, int], item: Planned) -> int:
@@ -223,7 +231,7 @@ def keep_generations(planned: Iterable[Planned]) -> None:
             continue
         with locked(home / f".{GENERATIONS}.lock"):
             known = _generations(home)
-            write_json(home / GENERATIONS, known | {item.key: max(item.generation, known.get(item.key, 0))})
+            write_json(home / GENERATIONS, sealed(known | {item.key: max(item.generation, known.get(item.key, 0))}))
 
 
 # The code that runs

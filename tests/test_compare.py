@@ -54,6 +54,10 @@ def test_budgets_are_equal_and_a_recipe_that_does_not_learn_is_worse(recipes, tm
     assert json.loads((tmp_path / "out" / "comparison.json").read_text())["baseline"] == "base"
     again = compare(recipes, flops=flops, seeds=2, output=tmp_path / "out", say=lambda text: None)
     assert again["runs"] == json.loads(json.dumps(found["runs"])) or again["runs"] == found["runs"]
+    log = tmp_path / "out" / "seed-1" / "base" / "model" / "log.jsonl"
+    log.write_text(log.read_text().replace('"loss": ', '"loss": 1', 1))
+    with pytest.raises(PretrainError, match=rf"{log} is not as the stage has left it.*: then it is made again"):
+        compare(recipes, flops=flops, seeds=2, output=tmp_path / "out", say=lambda text: None)
 
 
 def test_alone_an_error_ends_a_queue_before_the_next_run_begins(monkeypatch):

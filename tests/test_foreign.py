@@ -174,6 +174,7 @@ def test_a_reference_to_a_whole_tree_is_refused_at_once(tmp_path):
         (home / str(number)).mkdir(parents=True)
         for name in range(1000):
             os.symlink("/dev/null", home / str(number) / str(name))
+    os.symlink("x" * 300, home / "odd")  # which cannot be looked at, like much of /proc
     (tmp_path / "r.yaml").write_text(
         yaml.safe_dump({"stages": [{"stage": "evaluate", "checkpoint": str(home), "corpus": str(home)}]})
     )

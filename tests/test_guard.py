@@ -212,5 +212,7 @@ def test_a_damaged_state_of_later_takes_no_good_ones_place_and_lost_states_are_n
         assert go_on(3).step == 3
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-000000003"]
     shutil.rmtree(tmp_path / "state")
-    with pytest.warns(PretrainWarning, match=r"log.jsonl tells of step 3, and no state is there: training begins again"):
+    with pytest.warns(
+        PretrainWarning, match=r"log.jsonl tells of step 3, and no state is there: training begins again"
+    ):
         go_on(1)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from small_recipe import small_recipe
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.experiments import queue
 from pretrain.experiments.claims import load_claim
 from pretrain.experiments.queue import POOL, run
@@ -122,7 +122,7 @@ def test_outcomes_lie_beside_the_results_and_serve_another_machine_and_other_cla
     found, _, _ = go([first], tmp_path / "here")
     lines = tmp_path / "here" / "outcomes" / "small-cpu.jsonl"
     ran = {trial.key for trial in world.ran}
-    assert {key for line in lines.read_text().splitlines() for key in json.loads(line)} == ran
+    assert {key for line in lines.read_text().splitlines() for key in json.loads(line)} == ran | {"seal"}
     assert str(tmp_path) not in lines.read_text() + "".join(map(str, found["a"]["runs"].values()))  # no path of here
     lines.write_text(lines.read_text() + '{"cut": {"fin')  # as a crash leaves it
     (tmp_path / "there").mkdir()
@@ -135,6 +135,21 @@ def test_outcomes_lie_beside_the_results_and_serve_another_machine_and_other_cla
     world.ran.clear()
     again, _, _ = go([first, second], tmp_path / "there" / "again", results=tmp_path / "there" / "results")
     assert again["b"]["word"] == "not reproduced" and not world.ran
+
+
+def test_an_outcome_that_is_damaged_is_named_and_its_run_made_again(several, tmp_path):
+    (claim,), world = several(-0.5)
+    found, _, _ = go([claim], tmp_path)
+    for path in ((tmp_path / "outcomes" / "small-cpu.jsonl"), *(tmp_path / "runs").rglob("outcomes/*.json")):
+        text = path.read_text()
+        place = text.index('"final":') + text[text.index('"final":') :].index(".") + 1
+        path.write_text(text[:place] + str((int(text[place]) + 1) % 10) + text[place + 1 :])
+    count, _ = len(world.ran), world.ran.clear()
+    with pytest.warns(
+        PretrainWarning, match=r"(the line of \w+ is damaged: |it does not hold what was sealed; )that run is made"
+    ):
+        again, _, _ = go([claim], tmp_path / "again", output=tmp_path / "runs", results=tmp_path / "results")
+    assert again["a"]["verdict"] == found["a"]["verdict"] and len(world.ran) == 1 < count
 
 
 def test_what_is_finished_is_not_run_again_and_what_was_stopped_goes_on(several, tmp_path):

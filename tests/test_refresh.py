@@ -12,7 +12,7 @@ import pytest
 from identity_cases import RUNS, Fake, go, raw, reasons
 
 from pretrain import engine
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.recipe import check
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
@@ -120,9 +120,26 @@ def test_a_refresh_runs_the_stage_and_what_depends_on_it_and_keeps_what_was(tmp_
     assert all((tmp_path / "run" / folder / "stage.json").exists() for folder in before.values())
     assert go(tmp_path) == ["[a] already done", "[b] already done", "[c] already done"]
     go(tmp_path, refresh=["a", "c"])
-    assert RUNS == ["a", "b", "c"] and sorted(
-        json.loads((tmp_path / "run" / "generations.json").read_text()).values()
-    ) == [1, 2]
+    counts = json.loads((tmp_path / "run" / "generations.json").read_text())
+    assert RUNS == ["a", "b", "c"] and sorted(n for name, n in counts.items() if name != "seal") == [1, 2]
+
+
+@pytest.mark.promise(
+    "Faults", "A note of refreshes that is damaged is an error; where it is gone the newest results are gone on with."
+)
+def test_results_of_before_a_refresh_never_come_back_because_its_note_is_damaged(tmp_path):
+    go(tmp_path)
+    go(tmp_path, refresh=["a"])
+    path, shown = tmp_path / "run" / "generations.json", os.readlink(tmp_path / "run" / "a")
+    whole = path.read_text()
+    for text in (whole.replace(": 1", ": 0"), whole.replace(": 1", ": 3"), whole.replace("fake-", "fbke-"), ""):
+        path.write_text(text)
+        with pytest.raises(PretrainError, match=r"generations.json"):
+            go(tmp_path)
+    path.unlink()
+    with pytest.warns(PretrainWarning, match=rf"generations.json is gone: going on with {shown}"):
+        go(tmp_path)
+    assert not RUNS and os.readlink(tmp_path / "run" / "a") == shown
 
 
 def test_an_interrupted_refresh_goes_on_as_one_and_serves_nothing_half_done(tmp_path, monkeypatch):

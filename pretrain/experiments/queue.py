@@ -19,8 +19,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json, read_json_lines, write_json
+from pretrain.core.errors import PretrainError, warn
+from pretrain.core.files import SEAL, read_json_lines, read_object, sealed, write_json
 from pretrain.core.quick.quantities import duration
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
@@ -49,6 +49,10 @@ class Shelf:
         """Take in the outcomes of files of lines; a line that was cut off is passed over."""
         for path in dict.fromkeys(file for file in files if file.exists()):
             for row in read_json_lines(path):
+                seal = row.pop(SEAL, None)  # lines of before have none
+                if seal is not None and sealed(row)[SEAL] != seal:
+                    warn(f"{path}: the line of {', '.join(row)} is damaged: that run is made again")
+                    continue
                 self.known.update(row)
 
     def get(self, trial: Trial) -> Outcome | None:
@@ -56,19 +60,25 @@ class Shelf:
         key = trial.key
         path = self.folder / f"{key}.json"
         if key not in self.known and path.exists():
-            self.known[key] = read_json(path)
+            try:
+                self.known[key] = read_object(path)
+            except PretrainError as error:
+                path.unlink()
+                warn(f"{error}; that run is made again")
+            else:
+                self.known[key].pop(SEAL, None)
         return self.known.get(key)
 
     def put(self, trial: Trial, outcome: Outcome, lines: Path | None = None) -> None:
         """Keep it, and add a line to a file where there is one for it."""
         self.known[trial.key] = outcome
-        write_json(self.folder / f"{trial.key}.json", outcome)
+        write_json(self.folder / f"{trial.key}.json", sealed(outcome))
         if lines is not None:
             lines.parent.mkdir(parents=True, exist_ok=True)
             with lines.open("a+b") as file:
                 file.seek(-min(1, file.tell()), os.SEEK_END)
                 start = b"" if file.read(1) in (b"", b"\n") else b"\n"  # a line that a crash cut off
-                file.write(start + json.dumps({trial.key: outcome}, separators=(",", ":")).encode() + b"\n")
+                file.write(start + json.dumps(sealed({trial.key: outcome}), separators=(",", ":")).encode() + b"\n")
 
 
 @dataclass

@@ -26,7 +26,7 @@ from pretrain.core.files import JSONObject, digest, read_json, read_json_lines
 from pretrain.core.folders import corpus_in
 from pretrain.core.quick.quantities import short
 from pretrain.recipe import check
-from pretrain.records import StageRecord
+from pretrain.records import StageRecord, altered
 
 Fields = JSONObject  # of a recipe, as it is read
 Outcome = JSONObject  # JSON: what a trial comes to
@@ -95,6 +95,7 @@ class Trial:
                 )
             recipe["stages"][index]["budget"] = {self.unit: left}
         records = self._run(recipe)
+        self._check_whole(records)
         output, stages = Path(self.output), {stage.name: stage for stage in check(recipe).stages}
         nll_D = by_document(output, self.metric)
         log = Path(self.output) / self.trained / "log.jsonl"
@@ -108,6 +109,16 @@ class Trial:
             "documents": None if nll_D is None else nll_D.round(5).tolist(),
             "curve": held_out_curve(log, self.curve, records, names[:index]) if self.curve else [],
         }
+
+    def _check_whole(self, records: dict[str, StageRecord]) -> None:
+        """Refuse files that are read below and are not as their stage has left them."""
+        for name, record in records.items():
+            folder = Path(self.output) / name
+            for file in {"log.jsonl", "evaluation.json", "documents.json"}.intersection(altered(folder, record)):
+                raise PretrainError(
+                    f"{folder / file} is not as the stage has left it: damaged or replaced; accepted: the file as it "
+                    f"was, or no {folder.resolve()}: then it is made again"
+                )
 
     def _run(self, recipe: Fields) -> dict[str, StageRecord]:
         from pretrain import engine
