@@ -396,3 +396,13 @@ def test_a_cell_far_longer_than_is_read_is_passed_over_before_text_is_made_of_it
     rows = [document["text"] for document in read(Files(str(tmp_path / f"rows.{end}")), skipped)]
     assert rows == ["first", "third"] and max(made, default=0) < 1000
     assert "rows of more than 1,000 characters" in str(skipped) and "row 2" in str(skipped)
+
+
+def test_what_a_parquet_file_says_of_itself_is_bounded(tmp_path):
+    path = tmp_path / "a.parquet"
+    with path.open("wb") as file:
+        file.truncate(2 << 30)  # sparse: nothing on the disk
+        file.seek(0, 2)
+        file.write((1 << 30).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(PretrainError, match=r"a footer of 1073741824 bytes, where at most 67108864 are read"):
+        list(read(Files(str(path))))

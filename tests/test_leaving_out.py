@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import time
 
 import pytest
 
@@ -80,6 +81,19 @@ def test_keys_and_passwords_are_seen(text):
 )  # fmt: skip
 def test_code_that_speaks_of_passwords_is_no_password(text):
     assert key_in(text) is None
+
+
+@pytest.mark.promise(
+    "What others have written", "What looks for keys and passwords takes as long as a text is, whatever it holds."
+)
+@pytest.mark.parametrize(
+    "text", ["token", "token=", 'token="', "token='x ", "password-", "token ", "token: ", "pwd=a\t", "token=" + "x" * 99 + '"']
+)  # fmt: skip
+def test_no_text_takes_the_search_for_passwords_long(text):
+    start = time.process_time()
+    assert key_in(text * (500_000 // len(text))) is None
+    assert time.process_time() - start < 1
+    assert key_in(text * 99 + "\npwd = pwd = 'hunter2ab'\n") == "line 2: pwd=…"
 
 
 def test_files_that_hold_keys_are_left_out_and_named_and_one_alone_is_refused(tmp_path):

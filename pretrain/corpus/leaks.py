@@ -6,6 +6,7 @@ Both are told by what is likely, not by proof: what is left out for it is named,
 from __future__ import annotations
 
 import re
+import string
 from fnmatch import fnmatchcase
 
 # By a word that such a key always has, which is looked for first, since that is quick.
@@ -24,12 +25,12 @@ KEYS = {
     "pypi-": r"\bpypi-AgEIcHlwaS5vcmc[\w-]{20,}",
 }  # fmt: skip
 NAMES = ("password", "passwd", "secret", "token", "api_key", "apikey", "api-key", "access_key", "pwd")
-ASSIGNED = re.compile(
-    r"""(?ix) (?:password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key) [\w-]*
-    ["']? (?P<sign> [ \t]* (?:=|:) [ \t]*)
-    (?: (?P<quote>["'])(?P<quoted>[^"'\s]{7,}) (?P=quote) | (?P<bare>[^\s"'`(){}\[\]<>,;\#]{7,}) [ \t\r]* $ )""",
-    re.MULTILINE,
-)
+# In pieces without backtracking, so that no text takes longer than its length: a word, a sign, and what follows.
+ASSIGNED = re.compile(r"""(?<![\w-])(?P<word>[\w-]++)["']?(?P<sign>[ \t]*+[=:][ \t]*+)""")
+WORD = string.ascii_letters + string.digits + "_-"
+SECRET = re.compile(r"(?i)password|passwd|pwd|secret|token|api[_-]?key|access[_-]?key")
+QUOTED = re.compile(r"""(["'])(?P<value>[^"'\s]{7,}+)\1""")
+BARE = re.compile(r"""(?P<value>[^\s"'`(){}\[\]<>,;\#]++)(?P<last>[ \t\r]*+$)?""", re.MULTILINE)
 # Of values that stand for a password, or are made by a program.
 PLACEHOLDERS = re.compile(
     r"(?i)example|sample|dummy|fake|test|secret|passw|changeme|change_me|placeholder|your|foo|bar|1234|xxx|\*\*|[<>${}%()]"
@@ -59,10 +60,22 @@ def key_in(text: str) -> str | None:
             return f"line {_line(text, match.start())}: {shown}"
     small = text.lower()
     if any(name in small for name in NAMES):
-        for match in ASSIGNED.finditer(text):
-            named = bool(match["bare"]) and len(match["sign"]) > 1  # `password = variable`
-            if _is_password(match["quoted"] or match["bare"], named):
-                return f"line {_line(text, match.start())}: {match[0].split('=')[0].split(':')[0].strip()[:20]}=…"
+        place = 0
+        while match := ASSIGNED.search(text, place):
+            place = match.end()
+            if not (word := SECRET.search(match["word"])):
+                continue
+            quoted, bare = QUOTED.match(text, place), BARE.match(text, place)
+            ended = quoted or (bare if bare and bare["last"] is not None else None)
+            if ended is None:
+                rest = bare["value"] if bare else ""  # whose last word may have a value of its own
+                place += len(rest[: len(rest) - rest.endswith(("=", ":"))].rstrip(WORD))
+                continue
+            place, value = ended.end(), ended["value"]
+            named = not quoted and len(match["sign"]) > 1  # `password = variable`
+            if len(value) >= 7 and _is_password(value, named):
+                shown = match["word"][word.start() :][:20]
+                return f"line {_line(text, match.start())}: {shown}=…"
     return None
 
 

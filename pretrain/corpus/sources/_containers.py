@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 LARGE = 64 << 20  # bytes of a batch whose rows are taken out one by one
 BYTES = 16  # a character of the longest cell, with what else is in its row, before the row is made of it
 GROUP = 2 << 30  # bytes of a row group, which may have to be held whole
+FOOTER = 64 << 20  # bytes of what a Parquet file says of itself: 1,000 columns in 100 row groups take 10 MB
 LONGEST_NAME, MOST_WORDS = 60, 5  # of a column
 Row = tuple[str, Document]  # where it stands, and its columns
 # Of a file, its name, the column of the text, what is told of what is wrong, and how long rows may be.
@@ -265,8 +266,13 @@ def _batches(path: Path) -> Iterator[pyarrow.RecordBatch | pyarrow.Table]:
     import pyarrow.orc
     import pyarrow.parquet
 
-    open_file(path).close()  # is a regular one
+    with open_file(path) as opened:  # a regular one
+        size = opened.seek(0, 2)
+        opened.seek(max(0, size - 8))
+        footer = int.from_bytes(opened.read(4), "little")
     if ending(path) == ".parquet":
+        if footer > min(FOOTER, size):
+            raise ValueError(f"a footer of {footer} bytes, where at most {min(FOOTER, size)} are read")
         with pyarrow.parquet.ParquetFile(path) as file:
             for number in range(file.num_row_groups):
                 size = file.metadata.row_group(number).total_byte_size
