@@ -63,7 +63,7 @@ def key_in(text: str) -> str | None:
         place = 0
         while match := ASSIGNED.search(text, place):
             place = match.end()
-            if not (word := SECRET.search(match["word"])):
+            if not (at := SECRET.search(match["word"])):
                 continue
             quoted, bare = QUOTED.match(text, place), BARE.match(text, place)
             ended = quoted or (bare if bare and bare["last"] is not None else None)
@@ -74,7 +74,7 @@ def key_in(text: str) -> str | None:
             place, value = ended.end(), ended["value"]
             named = not quoted and len(match["sign"]) > 1  # `password = variable`
             if len(value) >= 7 and _is_password(value, named):
-                shown = match["word"][word.start() :][:20]
+                shown = match["word"][at.start() :][:20]
                 return f"line {_line(text, match.start())}: {shown}=…"
     return None
 
