@@ -27,7 +27,7 @@ from typing import Any
 
 from pretrain import closure
 from pretrain.closure import Code, Home
-from pretrain.core.errors import PretrainError, nearest, warn
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.exchange.gguf_in import origin
 from pretrain.core.files import JSON, SEAL, digest, locked, read_json, sealed, write_json
 from pretrain.core.quick import hub
@@ -132,7 +132,7 @@ def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str]
     known, planned = _generations(home), dict[str, Planned]()
     for stage in recipe.stages:
         item = _placed(recipe, stage, planned, home)
-        item = item.at(_times(known, item)) if known else _latest(item)
+        item = item.at(_times(known, item))
         if stage.name in wanted and (item.finished or (item.begun and drift(item))):
             item = replace(item.afresh(), asked=True)
         marks = {mark for name in item.behind for mark in planned[name].refreshed}
@@ -208,14 +208,6 @@ def _generations(home: Path) -> dict[str, int]:
     if seal is False or not all(type(n) is int and n >= 0 for n in counts.values()):
         raise PretrainError(f"{path}: accepted: a mapping from folders to how often each was refreshed, 0 or more")
     return counts
-
-
-def _latest(item: Planned) -> Planned:
-    """The newest generation that is there, where nothing is written of any."""
-    while (later := item.at(item.generation + 1)).finished or later.begun:
-        warn(f"{item.folder.parent / GENERATIONS} is gone: going on with {later.folder.name}, a later refresh")
-        item = later
-    return item
 
 
 def _times(known: dict[str, int], item: Planned) -> int:

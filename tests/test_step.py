@@ -85,7 +85,7 @@ def test_gradients_are_made_without_reading_anything_of_the_device(prepared, tmp
     totals = exchange(training, micro_batches, works, {})
     losses, record = forward_backward(training, micro_batches, works, {}, totals)
     norm = torch.nn.utils.clip_grad_norm_(made.trainee.parameters(), 1.0)
-    assert len(losses) == 3 and record["loss"].device == norm.device == META
+    assert len(losses) == 4 and record["loss"].device == norm.device == META
     with pytest.raises(RuntimeError, match="meta"):
         float(norm)
 

@@ -50,7 +50,6 @@ from pretrain.records import StageResult
 from pretrain.stages._estimates import Estimate as Estimate
 from pretrain.stages._estimates import Given as Given
 from pretrain.surgery import Surgery as SurgeryMethod
-from pretrain.training.budget import Budget
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -229,25 +228,12 @@ def stage_classes() -> dict[str, type[Stage]]:
     return classes_by_name
 
 
-TIMES = {"minutes", "minute", "min", "hours", "hour", "h", "second", "sec", "s", "days", "time"}  # asked for of budgets
-
-
 class Misfit(ValueError):
     """What a validator says of a value; `place` leads to it from the field that is validated."""
 
     def __init__(self, message: str, place: tuple[str | int, ...] = ()) -> None:
         super().__init__(message)
         self.place = place
-
-
-def build_budget(given: object) -> Budget:
-    """A budget from a mapping; words of time that are none of its fields are answered with how a time is written."""
-    try:
-        return given if isinstance(given, Budget) else build_dataclass(Budget, given, "budget")
-    except Misfit as error:
-        if isinstance(given, dict) and not TIMES & {str(name).lower() for name in given}:
-            raise
-        raise Misfit(f"{error}; a time is seconds: 30min, or 2h", error.place) from error
 
 
 def build_dataclass(cls: type[Built], given: object, what: str) -> Built:

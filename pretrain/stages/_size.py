@@ -216,7 +216,7 @@ def _size(given: Raw, field: str, within: str | None = None) -> int | None:
 
 
 def _budget(value: object) -> Budget:
-    from pretrain.stages import build_budget
+    from pretrain.stages.train import build_budget
 
     try:
         return build_budget(value)

@@ -34,7 +34,7 @@ from pretrain.stages import (
     ScheduleField,
     Stage,
     SurgeryField,
-    build_budget,
+    build_dataclass,
     build_method,
     checkpoint_of,
 )
@@ -74,6 +74,19 @@ def build_weighted(value: object) -> Weighted:
 def dump_weighted(value: Weighted) -> Record:
     """As a recipe says it."""
     return {"method": value.method.name} | asdict(value.method) | {"weight": value.weight}
+
+
+TIMES = {"minutes", "minute", "min", "hours", "hour", "h", "second", "sec", "s", "days", "time"}  # asked for of budgets
+
+
+def build_budget(given: object) -> Budget:
+    """A budget from a mapping; words of time that are none of its fields are answered with how a time is written."""
+    try:
+        return given if isinstance(given, Budget) else build_dataclass(Budget, given, "budget")
+    except Misfit as error:
+        if isinstance(given, dict) and not TIMES & {str(name).lower() for name in given}:
+            raise
+        raise Misfit(f"{error}; a time is seconds: 30min, or 2h", error.place) from error
 
 
 WeightedField = Annotated[Weighted, PlainValidator(build_weighted), PlainSerializer(dump_weighted)]
