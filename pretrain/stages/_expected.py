@@ -40,6 +40,7 @@ FILLED = 0.995  # of a row: documents are packed into rows of a length, and not 
 START = 3.0  # seconds before the first step
 TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
 ORDER = 64.0  # bytes that the loader holds for each row of a step
+CALIBRATED = 8  # rows of calibration in a batch
 TRAINING = 0.1e9  # bytes that the loop's own libraries hold
 
 
@@ -163,6 +164,10 @@ def operation(given: Given, surgeries: Sequence[Surgery], rows: int, length: int
     weights = blocks.weights + after.weights
     weights += sum(_weights(other) for name, other in given.items() if name.startswith("models."))
     memory = FLOOR + 4.0 * weights + 16.0 * rows * length * shape.width
+    if rows and any(each.backward for each in surgeries):  # their squares, and what goes back through one block
+        tokens = min(rows, CALIBRATED) * length
+        memory += 4.0 * blocks.weights + 4.0 * tokens * blocks.depth * blocks.width
+        memory += replace(blocks, depth=1).memory(tokens, length, 0.0)
     return Estimate(
         flops if known else None, memory, training_seconds(flops, shape.width) + 2 if known else None,
         4.0 * after.weights, left=left,

@@ -69,6 +69,7 @@ class Surgery(Method):
     kind: ClassVar[str] = "surgery"
     adapts: ClassVar[bool] = False
     calibration: ClassVar[float] = 1.0  # FLOPs on the rows of calibration, in forward passes of whole matrices
+    backward: ClassVar[bool] = False  # whether it takes gradients of every weight on those rows
     estimated: ClassVar[bool] = True  # whether `work` and `calibration` tell what it computes: not of one that trains
     trained: ClassVar[float] = 0.02  # of one that `adapts`: the share of weights that it leaves to train, about
     new_vocabulary: ClassVar[bool] = False  # whether it leaves other tokens than there were

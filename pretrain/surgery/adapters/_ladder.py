@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from pretrain.core.batch import Batch, document_mask
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import at, attention_inputs, embeddings, family, head, hidden
+from pretrain.core.models.families import at, attention_inputs, blocks, embeddings, family, head, hidden
 from pretrain.core.models.layers import Linear
 from pretrain.surgery._calibration import parts, set_weight, weight_of
 
@@ -40,7 +40,8 @@ def heads_of(model: PreTrainedModel) -> Heads:
 def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor]:
     """The mean over batches of the squared gradient of the causal loss, by `id` of each parameter.
 
-    Each gradient is squared and let go as soon as it is there: never in memory are those of the whole model.
+    Each gradient is squared and let go as soon as it is there, and blocks are computed a second time on the way back:
+    never in memory are the gradients of the whole model, or the activations of all blocks.
     """
     trained = [(weight, weight.requires_grad) for weight in model.parameters()]
     mode, squares = model.training, {id(weight): torch.zeros_like(weight, dtype=torch.float32) for weight, _ in trained}
@@ -52,6 +53,9 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor
 
     model.eval().requires_grad_(True)
     model.zero_grad()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for block in blocks(model):
+        block.training = True  # itself, which is when it is computed a second time; what is in it drops nothing out
     handles = [weight.register_post_accumulate_grad_hook(add) for weight, _ in trained]
     try:
         for batch in batches:
@@ -69,6 +73,7 @@ def fisher(model: PreTrainedModel, batches: Sequence[Batch]) -> dict[int, Tensor
         for handle in handles:
             handle.remove()
         model.zero_grad()
+        model.gradient_checkpointing_disable()
         model.train(mode)
         for weight, requires_grad in trained:
             weight.requires_grad_(requires_grad)

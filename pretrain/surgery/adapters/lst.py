@@ -115,6 +115,8 @@ class LST(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert")
+    backward: ClassVar[bool] = True
+    calibration: ClassVar[float] = 4.0  # each block twice forward, and back
 
     reduction: Count = 8
     temperature: Positive = 0.1
