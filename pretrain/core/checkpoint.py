@@ -150,7 +150,7 @@ def save(
     """
     folder = Path(folder)
     for name, parameter in model.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        if not finite(parameter):
             raise PretrainError(f"checkpoint {folder} is not written: {name} holds NaN or infinity")
     try:
         with atomic_folder(folder) as work:

@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from pretrain.core.batch import Batch
     from pretrain.corpus.shards import Shards
 
-BATCH_ROWS = 8
-
 
 class Surgery(Stage):
     """Change a checkpoint's model by surgeries: grow, prune, quantise, merge, adapt; writes a checkpoint.
@@ -122,6 +120,7 @@ class Surgery(Stage):
 
         from pretrain.core.batch import Vocabulary, rows_to_tensors
         from pretrain.corpus.packing import plan_for
+        from pretrain.stages._expected import CALIBRATED
 
         plan = plan_for(shards, self.length)
         if not len(plan):
@@ -132,8 +131,8 @@ class Surgery(Stage):
         pad = Vocabulary.of(tokenizer).pad
         names = {"input_ids": "tokens_BL", "attention_mask": "document_BL", "position_ids": "position_BL"}
         batches = []
-        for start in range(0, len(numbers), BATCH_ROWS):
-            rows = [plan.row(shards, int(number)) for number in numbers[start : start + BATCH_ROWS]]
+        for start in range(0, len(numbers), CALIBRATED):
+            rows = [plan.row(shards, int(number)) for number in numbers[start : start + CALIBRATED]]
             tensors = rows_to_tensors(rows, self.length, pad)
             batches.append({theirs: tensors[ours] for theirs, ours in names.items()})
         return batches

@@ -68,11 +68,22 @@ def parts(model: nn.Module) -> dict[str, tuple[str, ...]]:
     }  # fmt: skip
 
 
+def wide_type(tensor: Tensor) -> torch.dtype:
+    """Its own, and float32 at least."""
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def output_of(module: nn.Module, args: tuple[Tensor, ...], kwargs: Mapping[str, Tensor]) -> Tensor:
+    """What a module gives for a batch, the first where it is several things."""
+    out = module(*args, **kwargs)
+    return out[0] if isinstance(out, tuple | list) else out
+
+
 def weight_of(layer: Linear) -> Tensor:
     """`weight_OI`, in float32 at least; a copy."""
     weight = layer.weight.detach()
     weight = weight.T if isinstance(layer, Conv1D) else weight
-    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True).contiguous()
+    return weight.to(wide_type(weight), copy=True).contiguous()
 
 
 def set_weight(layer: Linear, weight_OI: Tensor) -> None:
@@ -146,8 +157,7 @@ class Blocks:
 
     def _run(self, number: int, batch: int) -> Tensor:
         args, kwargs = self.arguments[batch][number]
-        out = self.blocks[number](self.states[batch], *args, **kwargs)
-        return out[0] if isinstance(out, tuple | list) else out
+        return output_of(self.blocks[number], (self.states[batch], *args), kwargs)
 
     @torch.no_grad()
     def advance(self, number: int) -> None:
@@ -176,9 +186,9 @@ class Blocks:
         return [k.view(x.shape[:2]).to(x.device) for k, x in zip(self.kept, self.states, strict=True)]
 
     @torch.no_grad()
-    def calls(self, number: int, module: nn.Module) -> list[tuple[tuple[Tensor, ...], dict[str, Tensor]]]:
+    def calls(self, number: int, module: nn.Module) -> list[Arguments]:
         """What a module of a block is called with, batch by batch."""
-        noted: list[tuple[tuple[Tensor, ...], dict[str, Tensor]]] = []
+        noted: list[Arguments] = []
         handle = module.register_forward_pre_hook(
             lambda _, args, kwargs: noted.append((args, kwargs)), with_kwargs=True
         )
@@ -219,7 +229,7 @@ class Blocks:
             products: dict[int, Tensor] = {}
             for name, (x_NI, _) in seen.items():
                 if id(x_NI) not in products:
-                    wide_NI = x_NI.to(torch.promote_types(x_NI.dtype, torch.float32))
+                    wide_NI = x_NI.to(wide_type(x_NI))
                     products[id(x_NI)] = 2 * wide_NI.T @ wide_NI
                 sums[name] = sums[name] + products[id(x_NI)] if name in sums else products[id(x_NI)]
             tokens += len(next(iter(seen.values()))[0])

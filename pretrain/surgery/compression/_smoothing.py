@@ -5,7 +5,6 @@ Shape letters: O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from pretrain.core.models.families import at, family
 from pretrain.core.models.layers import Linear, sides
-from pretrain.surgery._calibration import parts
+from pretrain.surgery import Inputs, Surgery
+from pretrain.surgery._calibration import Blocks, batches_of, parts, plain_linears
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,13 @@ class Scaled:
     norm: bool = False
 
 
+def stack_of(method: Surgery, model: PreTrainedModel, inputs: Inputs | None) -> Blocks:
+    """The blocks in evaluation mode on the method's text; an error where family, layers or text do not fit it."""
+    plain_linears(model, method.name, method.families)
+    batches = batches_of(inputs, method.name)
+    return Blocks(model.eval(), batches)
+
+
 def places(model: PreTrainedModel, block: nn.Module) -> list[Scaled]:
     """The pairs of one block, of a family whose norms stand before the layers and multiply by their weight."""
     entry, where = family(model), parts(model)
@@ -38,18 +45,12 @@ def places(model: PreTrainedModel, block: nn.Module) -> list[Scaled]:
         if isinstance(getattr(at(block, norm), "weight", None), Tensor):  # not the identity, as in a first block
             pairs.append(Scaled(norm, layers, inside, norm=True))
     (output,), (down,) = where["output"], where["down"]
-    values = where["queries"][-1]
-    if sides(_linear(block, values))[0] in _widths(block, where["queries"], output):
+    values, parts_fused = where["queries"][-1], 3 if len(where["queries"]) == 1 else 1  # with queries and keys
+    if sides(_linear(block, values))[0] == parts_fused * sides(_linear(block, output))[1]:
         pairs.append(Scaled(values, (output,)))
     if entry.name != "gpt2":  # there an activation stands between the two, through which no scale passes
         pairs.append(Scaled(where["up"][-1], (down,)))
     return pairs
-
-
-def _widths(block: nn.Module, queries: tuple[str, ...], output: str) -> tuple[int, ...]:
-    """How many outputs values have, of their own or fused, where each makes one input of the output layer."""
-    inputs = sides(_linear(block, output))[1]
-    return (inputs,) if len(queries) > 1 else (3 * inputs,)
 
 
 def _linear(block: nn.Module, path: str) -> Linear:
@@ -75,9 +76,3 @@ def fold(block: nn.Module, place: Scaled, scale_I: Tensor) -> None:
         layer = _linear(block, path)
         scaled = scale_I.to(layer.weight)
         layer.weight.mul_(scaled[:, None] if isinstance(layer, Conv1D) else scaled)
-
-
-def greatest(values: Mapping[str, Tensor], seen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The greatest size of each input, of what was known and of the tokens `seen`, by layer."""
-    sizes = {name: x_NI.abs().amax(0).float() for name, x_NI in seen.items()}
-    return {name: torch.maximum(values.get(name, size_I), size_I) for name, size_I in sizes.items()}

@@ -9,16 +9,15 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Share, Whole
 from pretrain.core.models.families import at
-from pretrain.core.models.layers import Linear
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._calibration import Blocks, batches_of, parts, plain_linears, set_weight, weight_of
+from pretrain.surgery._calibration import Blocks, output_of, parts, set_weight, weight_of, wide_type
 from pretrain.surgery.compression._grid import GroupSize, grid, nearest, round_to_nearest
-from pretrain.surgery.compression._smoothing import Scaled, fold, places
+from pretrain.surgery.compression._smoothing import Scaled, fold, places, stack_of
 from pretrain.surgery.compression.gptq import GPTQ
 
 LEAST = 1e-4  # of a scale
@@ -52,9 +51,7 @@ class AWQ(Surgery):
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with its linear layers quantised."""
-        plain_linears(model, self.name, self.families)
-        training, batches = model.training, batches_of(inputs, self.name)
-        stack = Blocks(model.eval(), batches)
+        training, stack = model.training, stack_of(self, model, inputs)
         for number, block in enumerate(stack.blocks):
             here = places(model, block)
             chosen = [self._scale(stack, number, place) for place in here]
@@ -65,10 +62,8 @@ class AWQ(Surgery):
                 for name in place.layers:
                     if name in clipped:
                         clipped[name] = clipped[name] / scale_I
-            for name, x_NI in clipped.items():
-                layer = at(block, name)
-                assert isinstance(layer, Linear)
-                set_weight(layer, self.clipped(weight_of(layer), x_NI))
+            for name, layer in stack.layers(number, [*clipped]).items():
+                set_weight(layer, self.clipped(weight_of(layer), clipped[name]))
         return self._rounding()(model.train(training), inputs)
 
     def _rounding(self) -> GPTQ:
@@ -82,7 +77,7 @@ class AWQ(Surgery):
         block, layers = stack.blocks[number], stack.layers(number, place.layers)
         module = at(block, place.inside) if place.inside else next(iter(layers.values()))
         calls = stack.calls(number, module)
-        outputs = [_output(module, *call) for call in calls]
+        outputs, kept = [output_of(module, *call) for call in calls], stack.kept_rows()
         total_I, tokens = torch.zeros(()), 0
         for seen in stack.seen(number, dict([next(iter(layers.items()))])):
             ((x_NI, _),) = seen.values()
@@ -95,8 +90,8 @@ class AWQ(Surgery):
             for name, layer in layers.items():
                 set_weight(layer, self._rounded(whole[name] * scales[-1]) / scales[-1])
             losses.append(sum(
-                (_output(module, *call) - output_BLO)[kept_BL].float().square().sum().item()
-                for call, output_BLO, kept_BL in zip(calls, outputs, stack.kept_rows(), strict=True)
+                (output_of(module, *call) - output_BLO)[kept_BL].float().square().sum().item()
+                for call, output_BLO, kept_BL in zip(calls, outputs, kept, strict=True)
             ))  # fmt: skip
         for name, layer in layers.items():
             set_weight(layer, whole[name])
@@ -109,7 +104,7 @@ class AWQ(Surgery):
         kept: dict[str, list[Tensor]] = {name: [] for name in names}
         for seen in stack.seen(number, stack.layers(number, names)):
             for name, (x_NI, _) in seen.items():
-                kept[name].append(x_NI[::step].to(torch.promote_types(x_NI.dtype, torch.float32)))
+                kept[name].append(x_NI[::step].to(wide_type(x_NI)))
         return {name: torch.cat(rows) for name, rows in kept.items()}
 
     def clipped(self, weight_OI: Tensor, x_NI: Tensor) -> Tensor:
@@ -130,9 +125,3 @@ class AWQ(Surgery):
             better_O1 = error_O1 < least_O1
             best_O1, least_O1 = torch.where(better_O1, bound_O1, best_O1), torch.where(better_O1, error_O1, least_O1)
         return weight_OC.clamp(-best_O1, best_O1)
-
-
-def _output(module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Tensor:
-    """What a module gives for a batch, `_BLO`."""
-    out = module(*args, **kwargs)
-    return out[0] if isinstance(out, tuple | list) else out

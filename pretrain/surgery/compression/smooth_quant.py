@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Share
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._calibration import Blocks, batches_of, plain_linears, weight_of
-from pretrain.surgery.compression._smoothing import fold, greatest, places
+from pretrain.surgery._calibration import weight_of
+from pretrain.surgery.compression._smoothing import fold, places, stack_of
 
 LEAST = 1e-5  # of weights and of scales
 
@@ -31,21 +31,22 @@ class SmoothQuant(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "modernbert")
+    calibration: ClassVar[float] = 3.0  # the whole model, then each block twice
 
     alpha: Share = 0.5
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model, smoothed."""
-        plain_linears(model, self.name, self.families)
-        training, batches = model.training, batches_of(inputs, self.name)
-        stack = Blocks(model.eval(), batches)
+        training, stack = model.training, stack_of(self, model, inputs)
         for number, block in enumerate(stack.blocks):
             behind = [place for place in places(model, block) if place.norm]
             firsts = stack.layers(number, [place.layers[0] for place in behind])
             sizes: dict[str, Tensor] = {}
             for seen in stack.seen(number, firsts):
-                sizes = greatest(sizes, {name: x_NI for name, (x_NI, _) in seen.items()})
+                for name, (x_NI, _) in seen.items():
+                    size_I = x_NI.abs().amax(0).float()
+                    sizes[name] = torch.maximum(sizes.get(name, size_I), size_I)
             for place in behind:
                 layers = stack.layers(number, place.layers).values()
                 weight_I = torch.stack([weight_of(layer).abs().amax(0) for layer in layers]).amax(0).clamp(min=LEAST)

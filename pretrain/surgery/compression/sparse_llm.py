@@ -27,6 +27,7 @@ from pretrain.surgery._calibration import (
     plain_linears,
     set_weight,
     weight_of,
+    wide_type,
 )
 
 
@@ -131,7 +132,7 @@ def descended_s(s_NH: Tensor, made_NH: Tensor, p_NH: Tensor, z_NH: Tensor, metho
 
 def wide(*parts: Tensor) -> tuple[Tensor, ...]:
     """In float32 at least."""
-    return tuple(part.to(torch.promote_types(part.dtype, torch.float32)) for part in parts)
+    return tuple(part.to(wide_type(part)) for part in parts)
 
 
 @dataclass
