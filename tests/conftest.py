@@ -129,8 +129,24 @@ def prepare(stories: list[dict[str, str]], folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def only_ours() -> Iterator[None]:
+    """No test leaves a method from outside to the next one: what adds some asks for `clean`."""
+    from pretrain.core import registry
+
+    yield
+    left = (
+        [row.name for row in registry.methods().values() if not row.ours]
+        if registry.methods.cache_info().currsize
+        else []
+    )
+    if left:
+        registry.methods.cache_clear()
+        pytest.fail(f"methods from outside were left: {', '.join(left)}; ask for the fixture `clean`")
+
+
 @pytest.fixture
-def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def clean(only_ours: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The list of methods as it was, afterwards too."""
     from pretrain.core import registry
 

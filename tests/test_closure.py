@@ -150,9 +150,7 @@ def test_files_that_moved_as_they_were_are_no_difference():
     assert closure.stored(then.as_json()) == then and closure.stored(then.as_json() | {"format": 0}) is None
 
 
-def test_methods_from_outside_and_their_helpers_are_part_of_the_code(tmp_path, monkeypatch):
-    from pretrain.core import registry
-
+def test_methods_from_outside_and_their_helpers_are_part_of_the_code(tmp_path, clean):
     folder = tmp_path / "my_methods"
     put(folder, _power="def power(x, n):\n    return x**n\n")
     (folder / "steep.py").write_text('''from dataclasses import dataclass
@@ -165,13 +163,11 @@ class Steep(Schedule):
         from pretrain.methods import WSD
         return power(1 - step / total, 2) * WSD().factor(step, total)
 ''')
-    monkeypatch.setattr(registry, "_added", [])
     train = {
         "stage": "train", "corpus": str(tmp_path), "tokenizer": str(tmp_path), "budget": {"steps": 1},
         "model": {"family": "llama"}, "schedule": "steep",
     }  # fmt: skip
     (item,) = identity.plan(check({"methods": str(folder), "stages": [train]}, output=tmp_path / "run"))
-    registry.methods.cache_clear()
     files = item.code().files
     assert {"my_methods/steep.py", "my_methods/_power.py", "pretrain/optim/__init__.py"} <= files.keys()
     assert "pretrain/optim/schedules/wsd.py" in files  # by its public name

@@ -237,15 +237,11 @@ class Shaped(Schedule):
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("filling", FILLED)
 def test_a_table_that_a_file_fills_is_full_when_fields_are_checked_without_torch(
-    tmp_path, monkeypatch, filling, beside
+    tmp_path, monkeypatch, clean, filling, beside
 ):
     table = f"KNOWN = {{}}\n{filling}\n"
     (tmp_path / "shaped.py").write_text(CHECKED.format(table="from ._table import KNOWN" if beside else table))
     (tmp_path / "_table.py").write_text(table)
-    monkeypatch.setattr(registry, "_added", [])
     monkeypatch.setattr(method, "torch_imported", lambda: False)
-    try:
-        registry.use_methods(tmp_path)
-        assert method.nested("shaped", "schedule").shape == "soft"
-    finally:
-        methods.cache_clear()
+    registry.use_methods(tmp_path)
+    assert method.nested("shaped", "schedule").shape == "soft"
