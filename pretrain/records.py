@@ -9,6 +9,7 @@ from typing import NotRequired, TypeAlias, TypedDict, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, file_digest, read_json, sealed, write_json
+from pretrain.core.quick.quantities import counted
 from pretrain.core.system.portable import held
 
 Inputs: TypeAlias = dict[str, Path | list[Path]]  # the folders that a stage reads, by place
@@ -223,4 +224,4 @@ def accounted(info: CorpusInfo) -> str:
     added = info.get("added") or {}
     parts += [f"{count:,} added by {name}" for name, count in added.items()]
     kept = info["read"] - sum(removed.values()) + sum(added.values())
-    return ", ".join([f"{info['read']:,} documents read", *parts, f"{kept:,} kept"])
+    return ", ".join([f"{counted(info['read'], 'document')} read", *parts, f"{kept:,} kept"])

@@ -164,7 +164,7 @@ def test_empty_documents_are_passed_over_and_nothing_but_them_refused(tiny, prep
     assert math.isfinite(found["metrics"]["bits_per_byte"]) and set(found["compressors"]["zstd -19"]["domains"]) == {
         "d"
     }
-    with pytest.raises(PretrainError, match="held_out: 1 documents have no text to predict"):
+    with pytest.raises(PretrainError, match="held_out: no text to predict in 1 document; "):
         HeldOut()(model, tokenizer, documents[1:])
     assert compressed_bits(documents[1:])["xz -9e"] == {"metrics": {}, "domains": {}}
 

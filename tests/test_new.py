@@ -260,7 +260,7 @@ def test_labels_that_are_missing_are_told_by_the_plan_of_any_recipe(here):
     with (here / "reviews.csv").open("a") as file:
         file.write("90,some more words of it,\n")
     plan = CliRunner().invoke(app, ["run", "reviews.yaml", "--dry-run"])
-    assert "1 rows have no 'sentiment', which is learnt like a label; required: [sentiment]" in plan.output
+    assert "1 row without 'sentiment', which is learnt like a label; required: [sentiment]" in plan.output
 
 
 def test_a_table_without_a_header_loses_no_row_to_it(here):

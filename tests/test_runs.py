@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 import pretrain.stages
 from pretrain import engine, identity
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import locked, read_json
+from pretrain.core.files import locked, read_json, write_json
 from pretrain.core.folders import corpus_at, newest_checkpoint, place_of, run_of
 from pretrain.core.method import Ref
 from pretrain.recipe import check
@@ -163,6 +164,17 @@ def test_what_was_printed_of_a_run_is_taken_for_it():
     assert corpus_at(base) is None and corpus_at("no/*.txt") is None
     with pytest.raises(PretrainError, match="elsewhere does not exist; accepted: the folder that"):
         run_of("elsewhere")
+
+
+def test_a_checkpoint_that_a_later_stage_is_still_to_write_is_said_to_be_missing():
+    base = run("base", model={"value": 1})
+    record = read_json(base / "run.json")
+    for kind, expected in {"evaluate": [], "train": [f"{base}: 'later' is not finished; the newest checkpoint is "
+                                                     "that of 'model'"]}.items():  # fmt: skip
+        write_json(base / "run.json", record | {"stages": [*record["stages"], {"name": "later", "stage": kind}]})
+        with warnings.catch_warnings(record=True) as caught:
+            assert newest_checkpoint(base).parent.samefile(base / "model")
+        assert [str(each.message) for each in caught] == expected
 
 
 def test_the_list_counts_stages_sizes_and_what_runs():

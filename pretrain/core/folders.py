@@ -7,12 +7,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, warn
 from pretrain.core.exchange.gguf_in import opened
 from pretrain.core.files import SUMS, JSONObject, damage, read_json, read_object
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.system.portable import link_target
 from pretrain.core.system.shipped import shipped_file
+
+WRITERS = ("train", "surgery")  # stages that write checkpoints
 
 
 def place_of(name: Path | str) -> Path:
@@ -120,18 +122,25 @@ def checkpoint_of(folder: Path) -> Path:
 
 
 def newest_checkpoint(place: Path | str) -> Path:
-    """The checkpoint of what a run, a stage or a checkpoint has printed: of a run, or its report, the last one."""
+    """The checkpoint of what a run, a stage or a checkpoint has printed: of a run, or its report, the last one.
+
+    Warns where a later stage of the run is to write one and has not.
+    """
     place = place_of(place)
     place = place.parent if place.name == "report.html" else place
     if not (place / "run.json").exists():
         return checkpoint_of(place)
-    stages = stage_folders(place).values()
-    made = [stage / "checkpoint" for stage in stages if (stage / "checkpoint" / "config.json").exists()]
+    stages = stage_folders(place)
+    made = [name for name, stage in stages.items() if (stage / "checkpoint" / "config.json").exists()]
     if not made:
         raise PretrainError(
             f"no stage of the run {place} has written a checkpoint; accepted: a run with a trained model"
         )
-    return made[-1]
+    kinds = {row["name"]: row.get("stage") for row in read_json(place / "run.json")["stages"]}
+    later = list(stages)[list(stages).index(made[-1]) + 1 :]
+    if missing := [name for name in later if kinds[name] in WRITERS]:
+        warn(f"{place}: {missing[-1]!r} is not finished; the newest checkpoint is that of {made[-1]!r}")
+    return stages[made[-1]] / "checkpoint"
 
 
 def corpus_of(folder: Path) -> Path:

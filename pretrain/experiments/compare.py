@@ -16,7 +16,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import write_json, write_text
-from pretrain.core.quick.quantities import short
+from pretrain.core.quick.quantities import counted, short
 from pretrain.experiments.drawing import draw
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
@@ -69,7 +69,7 @@ def compare(
     if rates != 1:
         chosen |= best_rates(searched, trial, rates=rates, jobs=jobs, ray=ray, say=say)
     queue = [(name, seed) for seed in range(seeds) for name in names]
-    say(f"{len(queue)} runs of {short(flops)} FLOPs each: {', '.join(names)}, {seeds} seeds")
+    say(f"{counted(len(queue), 'run')} of {short(flops)} FLOPs each: {', '.join(names)}, {seeds} seeds")
     trials = [_at(trial(name, seed), chosen[name].lr, usual[name].lr) for name, seed in queue]
     outcomes = run_all(trials, jobs=jobs, ray=ray, say=say)
     runs: dict[str, list[Outcome]] = {name: [] for name in names}

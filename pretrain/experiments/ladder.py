@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.quantities import duration, short
+from pretrain.core.quick.quantities import counted, duration, short
 from pretrain.dial.choose import VOCABULARIES, Choice, choose
 from pretrain.dial.law import Law, Rung, fit
 from pretrain.dial.shapes import FIELDS, SMALLEST
@@ -108,7 +108,7 @@ def summary(law: Law, choice: Choice) -> list[str]:
     formula = (
         f"L = {law.floor:.3f} + {law.A:.3g} / N^{law.alpha:.3f} + {law.B:.3g} · (V^{law.gamma:.2f} / D)^{law.beta:.3f}"
     )
-    lines = [formula, f"{len(law.rungs)} runs; one lies {law.deviation:.2%} beside it"]
+    lines = [formula, f"{counted(len(law.rungs), 'run')}; one lies {law.deviation:.2%} beside it"]
     if choice.prediction is not None:
         best = choice.prediction
         lines.append(f"expected of {short(choice.flops)} FLOPs: {best.bits:.3f} ({best.low:.3f} to {best.high:.3f})")

@@ -10,7 +10,7 @@ import typer
 
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.imports import uncollected
-from pretrain.core.quick.quantities import duration
+from pretrain.core.quick.quantities import counted, duration
 from pretrain.inference.measuring import HEADER, ON_ERROR, TEXT, on_error_of
 
 
@@ -55,10 +55,9 @@ def predict(
         length = head.context.length
         typer.echo(f"warning: of {full:,} texts the first {length} tokens are read, and no more", err=True)
     if empty := head.tally["empty"]:
-        nulls = "is null" if empty == 1 else "are null"
-        typer.echo(f"warning: {empty:,} of {count:,} rows have no text: what is added to them {nulls}", err=True)
+        typer.echo(f"warning: null is added to {empty:,} of {counted(count, 'row')}, without a text", err=True)
     if skipped is not None and skipped.reasons:
         typer.echo(f"warning: left out: {skipped}", err=True)
-    line = f"{count:,} row{'s' if count != 1 else ''} in {duration(seconds)}"
+    line = f"{counted(count, 'row')} in {duration(seconds)}"
     line += f": {added}" if count else f", since {file} holds none that can be read"
     typer.echo(f"{line}{f', in {output}' if output else ''}", err=True)

@@ -13,7 +13,7 @@ from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.folders import corpus_at, newest_checkpoint
 from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
 from pretrain.core.quick.imports import uncollected
-from pretrain.core.quick.quantities import figure
+from pretrain.core.quick.quantities import counted, figure
 from pretrain.core.registry import kinds
 
 if TYPE_CHECKING:
@@ -78,6 +78,7 @@ def evaluate(
     seen = overlap_warning(documents, place, folder if split != "train" else None)
     if seen:
         typer.echo(f"warning: {seen}", err=True)
+    typer.echo(f"{counted(len(documents), 'document')}: {', '.join(method.name for method in chosen)} …", err=True)
     compressors = any(method.name == "held_out" for method in chosen) or bool(evaluations)
     result = stage.evaluate(model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"))
     if as_json:
@@ -165,7 +166,10 @@ def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[P
     if len(whole) < len(placed):
         lacking = next(where for where, d in placed if not all(given(d, column) for column in method.columns))
         lost = len(placed) - len(whole)
-        typer.echo(f"warning: {lost:,} of {len(placed):,} rows lack a {answer!r} ({lacking}): passed over", err=True)
+        typer.echo(
+            f"warning: passed over: {lost:,} of {counted(len(placed), 'row')}, without a {answer!r} ({lacking})",
+            err=True,
+        )
     kept, wrong = [], list[str]()
     for where, document in whole:
         if reason := _misfit(document, answer, objective, opened):
@@ -175,7 +179,7 @@ def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[P
         else:
             kept.append((where, document))
     if wrong:
-        typer.echo(f"warning: {len(wrong):,} rows with another {answer!r} are passed over ({wrong[0]})", err=True)
+        typer.echo(f"warning: passed over: {counted(len(wrong), 'row')} with another {answer!r} ({wrong[0]})", err=True)
     if not kept:
         raise PretrainError(f"{data}: no row has a {answer!r} to compare with; accepted: at least one")
     return kept

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.core.quick.quantities import short
+from pretrain.core.quick.quantities import counted, short
 from pretrain.new.look import Look
 from pretrain.new.tables import Table
 
@@ -13,15 +13,14 @@ def contents(look: Look) -> str:
     """`120 files of prose in English and French, 0.8 MB`."""
     size, table = short(look.bytes, "B"), look.table
     if table is not None:
-        rows = f"{table.rows:,} rows" if table.whole else f"more than {table.rows:,} rows"
+        rows = ("" if table.whole else "more than ") + counted(table.rows, "row")
         rows += " without a header" if table.header is False else ""
         return f"a table of {rows}, {size}; {columns(table.kind, look)}"
-    number = f"{len(look.files):,} file{'s' if len(look.files) != 1 else ''}"
     if look.kind == "images":
-        folders = f" in {len(look.classes)} folders, which are taken for their labels" if look.classes else ""
-        return f"{len(look.files):,} images{folders}, {size}"
+        folders = f" in {counted(len(look.classes), 'folder')}, taken for their labels" if look.classes else ""
+        return f"{counted(len(look.files), 'image')}{folders}, {size}"
     languages = listed(look.languages)
-    return f"{number} of {look.kind}{f' in {languages}' if languages else ''}, {size}"
+    return f"{counted(len(look.files), 'file')} of {look.kind}{f' in {languages}' if languages else ''}, {size}"
 
 
 def columns(kind: str, look: Look) -> str:
@@ -32,7 +31,7 @@ def columns(kind: str, look: Look) -> str:
     if kind == "chat":
         return f"conversations in {table.text}" if table.talk else f"prompts in {table.text}, answers in {table.label}"
     if kind == "classify":
-        return f"{text}, {table.classes} labels in {table.label}"
+        return f"{text}, {counted(table.classes, 'label')} in {table.label}"
     return {"regress": f"{text}, numbers in {table.label}", "tag": f"{text}, a tag a word in {table.label}"}.get(
         kind, text
     )

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pretrain.core.quick.confusion import class_rows, never_answered
-from pretrain.core.quick.quantities import figure, short
+from pretrain.core.quick.quantities import counted, figure, short
 from pretrain.report.advice import advise, beats_guessing, spent_share
 from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, unit_of_loss
 from pretrain.report.numbers import article, known, last
@@ -175,7 +175,7 @@ def _of_answers(evaluation: Evaluated) -> str:
         listed = ", ".join(f"“{name}” ({counts[name]})" for name in missed[:5])
         words.append(f"It never answers {listed}.")
     if unlearnt := int(metrics.get("unlearnt", 0)):
-        words.append(f"{unlearnt:,} documents of classes that no training document has are left out.")
+        words.append(f"Left out: {counted(unlearnt, 'document')} of classes that no training document has.")
     return " ".join(words)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.method import Method
 from pretrain.core.quick.confusion import doubtful
+from pretrain.core.quick.quantities import counted
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Files, Skipped
 from pretrain.stages.data import Data
@@ -152,7 +153,8 @@ def _labels(
     if method.name != "classification":
         return
     if empty := counts.get(""):
-        yield f"{empty:,} rows have no {column!r}, which is learnt like a label; required: [{column}] passes them over"
+        few = counted(empty, "row")
+        yield f"{few} without {column!r}, which is learnt like a label; required: [{column}] passes them over"
     if whole and len(counts) < 2:
         only = next(iter(counts))
         raise PretrainError(f"column {column!r} holds one label, {only!r}; accepted: 2 or more", place=place)

@@ -11,7 +11,7 @@ from pydantic import Field
 from pretrain.core.bounds import Count, Ge
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.hub import located
-from pretrain.core.quick.quantities import short
+from pretrain.core.quick.quantities import counted, short
 from pretrain.core.quick.vocabulary import check_alike, stored_numbers
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
@@ -127,7 +127,7 @@ class Surgery(Stage):
             raise PretrainError(f"{shards.folder}: no documents to calibrate on")
         numbers = np.random.default_rng((job.seed, 4)).permutation(len(plan))[: self.calibration_rows]
         if len(numbers) < self.calibration_rows:
-            job.say(f"calibration on {len(numbers)} rows: the corpus has no more")
+            job.say(f"calibration on {counted(len(numbers), 'row')}: the corpus has no more")
         pad = Vocabulary.of(tokenizer).pad
         names = {"input_ids": "tokens_BL", "attention_mask": "document_BL", "position_ids": "position_BL"}
         batches = []

@@ -17,6 +17,7 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import positions_of
+from pretrain.core.quick.quantities import counted
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation._predictions import framed, predictions
@@ -70,7 +71,9 @@ class Calibration(Evaluation):
         length = self.length or min(1024, positions_of(model) or 1024)
         predicted = predictions(model, tokens, length=length, stride=self.stride or max(1, length // 2))
         if not any(len(prediction.nll_T) for prediction in predicted):
-            raise PretrainError(f"calibration: {len(documents)} documents have no text to predict; accepted: some text")
+            raise PretrainError(
+                f"calibration: no text to predict in {counted(len(documents), 'document')}; accepted: some text"
+            )
         # Where a token begins a document, the first that is predicted is the text's first.
         begins = vocabulary.begin is not None
         sums_NK = np.stack([self._sums(prediction, 0 if begins else 1) for prediction in predicted])

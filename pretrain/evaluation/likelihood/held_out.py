@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
+from pretrain.core.quick.quantities import counted
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -98,7 +99,9 @@ def rows(
     begins = Vocabulary.of(tokenizer).begin is not None
     bytes_N = predicted_bytes(sizes_N, np.array([len(t) for t in tokens]), begins=begins)
     if not bytes_N.any():
-        raise PretrainError(f"held_out: {len(documents)} documents have no text to predict; accepted: some text")
+        raise PretrainError(
+            f"held_out: no text to predict in {counted(len(documents), 'document')}; accepted: some text"
+        )
     return [
         {
             "digest": digest(text)[:16], "domain": document.get("domain", "text"), "nll": float(nll),
