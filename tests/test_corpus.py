@@ -433,6 +433,20 @@ def test_when_nothing_is_left_it_is_said_what_was_passed_over(tmp_path):
         write_corpus(read(Files(str(tmp_path / "a.bin")), skipped), tmp_path / "c", skipped=skipped)
 
 
+def test_what_is_passed_over_is_said_of_one_as_of_one():
+    skipped = Skipped()
+    for reason, count in {
+        "bad lines": 1,
+        "rows that are no image": 1,
+        ".png files": 2,
+        "series without values": 1,
+    }.items():
+        for number in range(count):
+            skipped.add(reason, f"f{number}")
+    words = "1 bad line (f0), 2 .png files (f0, f1), 1 row that is no image (f0), 1 series without values (f0)"
+    assert str(skipped) == words
+
+
 def test_documented_functions_are_examples_of_code_and_summary():
     from pretrain.corpus import modules
     from pretrain.corpus.sources import Functions

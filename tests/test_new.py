@@ -227,7 +227,7 @@ def test_whatever_is_not_taken_of_a_folder_is_told(here, stories):
     (here / "code" / "logo.png").write_bytes(b"png")
     (here / "code" / "data.csv").write_text("a,b\n1,2\n")
     printed = new("code")
-    assert "1 .png files (logo.png)" in printed and "1 .csv files (data.csv)" in printed
+    assert "1 .png file (logo.png)" in printed and "1 .csv file (data.csv)" in printed
 
 
 def test_the_rows_of_each_label_are_told_and_a_misspelt_one_is_doubted(here):
@@ -236,6 +236,12 @@ def test_the_rows_of_each_label_are_told_and_a_misspelt_one_is_doubted(here):
     printed = new("t.csv")
     assert "rows of each label: 'science' 30, 'arts' 30, 'scince' 2" in printed
     assert "'scince' (2 rows) is likely 'science' (30) misspelt" in printed
+
+
+def test_columns_of_texts_that_go_unread_are_named(here):
+    rows = [f"words of a longer text {n},{('science', 'arts')[n % 2]},a title of number {n},k{n}" for n in range(60)]
+    (here / "t.csv").write_text("text,label,title,key\n" + "\n".join(rows))
+    assert "not read: the texts in title (--text takes another column)" in new("t.csv")
 
 
 def test_rows_that_no_recipe_can_use_are_told_with_their_lines_and_left_out(here):

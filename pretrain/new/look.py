@@ -119,7 +119,7 @@ def _over(skipped: Skipped, place: str) -> str:
         most = ALL_NAMES if reason in NAMED else 1
         names = [_inside(name, place) for name in skipped.names[reason][:most]]
         more = ", …" if skipped.reasons[reason] > len(names) else ""
-        parts.append(f"{skipped.reasons[reason]:,} {reason} ({', '.join(names)}{more})")
+        parts.append(f"{skipped.counted(reason)} ({', '.join(names)}{more})")
     return ", ".join(parts)
 
 

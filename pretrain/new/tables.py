@@ -50,6 +50,7 @@ class Table:
     header: bool | None = None  # False: its first row is one like the others
     doubts: tuple[str, ...] = ()  # columns that may be the label as well
     texts: tuple[str, ...] = ()  # those that were read
+    unread: tuple[str, ...] = ()  # columns that hold texts as well, and are not used
     keys: tuple[str, ...] = ()  # by which rows are put on a side of a split
 
     @property
@@ -105,8 +106,10 @@ def read_table(
     for column in filter(None, (table.pair, None if table.talk else table.label)):
         some = [(where, row) for where, row in placed if given(row, table.text)]
         faults += lacking(some, column, f"without a {column}", f"required: {column}")
+    used = (table.text, table.pair, table.label, table.more)
     return replace(
-        table, texts=texts, keys=tuple(dict.fromkeys(groups if table.talk else texts)), faults=tuple(faults)
+        table, texts=texts, keys=tuple(dict.fromkeys(groups if table.talk else texts)), faults=tuple(faults),
+        unread=tuple(name for name in columns if name not in used and _is_text(rows, name)),
     )  # fmt: skip
 
 

@@ -177,6 +177,8 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         notes.append(
             f"a single row{looked} has the label {some}: too few to learn it and to measure it; merge or drop such rows"
         )
+    if table is not None and table.unread:
+        notes.append(f"not read: the texts in {', '.join(table.unread)} (--text takes another column)")
     if seen.others:
         notes.append(f"of {len(seen.others) + 1} tables the largest: {seen.files[0]}")
     if seen.undecoded:

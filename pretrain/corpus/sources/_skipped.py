@@ -14,6 +14,7 @@ GROUPS = {
     r"|^conversations|^empty",
     "changed and kept": r" cut\b|replaced",
 }
+PLURALS = "conversation|document|ending|file|image|item|line|name|notebook|recording|row|sequence|table"
 LISTED = 20  # names that are kept of each reason
 LONGEST = 4_000_000  # characters of a document or a line: of text in tokens about 90 bytes of memory each
 SHOWN = 3  # names that one line has of each reason
@@ -45,6 +46,13 @@ class Skipped:
             for reason in self.ordered()
         }
 
+    def counted(self, reason: str) -> str:
+        """A reason with how many there are: `2 rows without text`, `1 row without text`."""
+        if self.reasons[reason] == 1:
+            one = re.sub(rf"\b({PLURALS})s\b", r"\1", reason, count=1)
+            return f"1 {one.replace(' that are ', ' that is ', 1)}"
+        return f"{self.reasons[reason]:,} {reason}"
+
     def ordered(self) -> list[str]:
         """The reasons by their groups."""
         return sorted(self.reasons, key=lambda reason: (list(GROUPS).index(group_of(reason)), reason))
@@ -56,7 +64,7 @@ class Skipped:
             count = self.reasons[reason]
             names = self.names[reason][:SHOWN]
             more = ", …" if names and count > len(names) else ""
-            parts.append(f"{count:,} {reason}" + (f" ({', '.join(names)}{more})" if names else ""))
+            parts.append(self.counted(reason) + (f" ({', '.join(names)}{more})" if names else ""))
         return ", ".join(parts)
 
 
