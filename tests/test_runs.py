@@ -209,6 +209,10 @@ def test_runs_are_compared_in_what_was_said_and_what_came_of_it():
     assert next(line for line in lines if line.startswith("model: value")).split()[2:] == ["1", "2", "+1,", "+100.0%"]
     assert next(line for line in lines if line.startswith("same: value")).split()[4:] == ["the", "same"]
     assert next(line for line in lines if line.startswith("status")).split() == ["status", "finished", "finished"]
+    write_json(place_of("runs/b/model") / "evaluation.json", {"intervals": {"value": [1.5, 2.25]}})
+    lines = invoke("compare", "runs/a", "runs/b").splitlines()
+    below = lines[next(n for n, line in enumerate(lines) if line.startswith("model: value")) + 1]
+    assert below.split() == ["95%", "interval", "1.5", "to", "2.25"] and below.index("1.5") == lines[0].index("runs/b")
     three = invoke("compare", "runs/a", "runs/b", "runs/a")
     assert "2 (+1, +100.0%)" in three and "1 (the same)" in three
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, read_json, read_json_lines
+from pretrain.core.files import JSONObject, read_json, read_json_lines, read_object
 from pretrain.core.folders import run_of
 from pretrain.core.quick.quantities import duration, figure, short
 from pretrain.runs.shelf import Run, open_run, size_of
@@ -48,12 +48,22 @@ def _run_at(place: Path) -> Path:
 def _results(runs: Sequence[Run]) -> Rows:
     """A row for the runs' states and one for each thing measured, held-out evaluations first."""
     rows: Rows = [("status", *(_status(run) for run in runs))]
-    measured = [_measured(run) for run in runs]
+    measured, intervals = [_measured(run) for run in runs], [_intervals(run) for run in runs]
     names = dict.fromkeys(name for metrics in measured for name in metrics)
     for name in sorted(names, key=lambda name: not any(_judged(run, name) for run in runs)):
         values = [metrics.get(name) for metrics in measured]
         rows.append((name, *_with_differences(values, _exact)))
+        ends = [each.get(name, ()) for each in intervals]
+        if any(ends):
+            rows.append(("  95% interval", *(" to ".join(figure(end, 4) for end in pair) for pair in ends)))
     return rows
+
+
+def _intervals(run: Run) -> dict[str, Sequence[float]]:
+    """Where other documents would put what evaluations have measured, by stage and metric."""
+    paths = {name: folder / "evaluation.json" for name, folder in run.stages.items() if name in run.records}
+    stages = {name: read_object(path).get("intervals") or {} for name, path in paths.items() if path.exists()}
+    return {f"{name}: {metric}": ends for name, metrics in stages.items() for metric, ends in metrics.items()}
 
 
 def _judged(run: Run, name: str) -> bool:
