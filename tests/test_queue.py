@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -242,23 +243,32 @@ def test_a_claim_is_tested_at_each_of_its_sizes_and_the_table_shows_the_trend(se
     assert "cpu, large" in markdown(found)
 
 
-def test_runs_end_with_the_queue_that_began_them(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_runs_end_with_the_queue_that_began_them(tmp_path, number):
     (tmp_path / "sleeper.py").write_text(
-        "import os, pathlib, sys, time\n"
+        "import os, pathlib, signal, sys, time\n"
         "from pretrain.experiments.trials import workers\n"
         "class Sleeper:\n"
         "    def run(self):\n"
         "        pathlib.Path(sys.argv[0]).with_name(f'{os.getpid()}.pid').touch()\n"
         "        time.sleep(600)\n"
         "if __name__ == '__main__':\n"
+        "    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))\n"
         "    with workers(2) as start:\n"
-        "        start(Sleeper()).result()\n"
+        "        [start(Sleeper()) for _ in range(9)][0].result()\n"
     )
     queue = subprocess.Popen([sys.executable, str(tmp_path / "sleeper.py")], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    until(lambda: list(tmp_path.glob("*.pid")))
-    queue.kill()
-    (worker,) = [int(path.stem) for path in tmp_path.glob("*.pid")]
-    until(lambda: not Path(f"/proc/{worker}").exists() or "Z" in Path(f"/proc/{worker}/stat").read_text().split()[2])
+    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
+    queue.send_signal(number)
+    until(lambda: queue.poll() is not None)
+    for worker in [int(path.stem) for path in tmp_path.glob("*.pid")]:
+        until(lambda worker=worker: gone(worker))
+
+
+def gone(process):
+    """Whether a process has ended."""
+    stat = Path(f"/proc/{process}/stat")
+    return not stat.exists() or "Z" in stat.read_text().split()[2]
 
 
 def until(true, seconds=60.0):

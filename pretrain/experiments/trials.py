@@ -16,7 +16,8 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -227,8 +228,22 @@ def workers(jobs: int = 1, ray: str | None = None) -> Iterator[Start]:
             )
             try:
                 yield lambda trial: pool.submit(trial.run)
+            except (KeyboardInterrupt, SystemExit):
+                pool.shutdown(wait=False, cancel_futures=True)
+                _end(active_children())
+                raise
             finally:
                 pool.shutdown(cancel_futures=True)
+
+
+def _end(processes: Sequence[BaseProcess]) -> None:
+    """Let trainings save and stop. Each is asked again until it is gone: what a pool has handed out it begins yet."""
+    while processes:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.join(1)
+        processes = [process for process in processes if process.is_alive()]
 
 
 def _end_with_parent() -> None:
