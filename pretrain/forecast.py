@@ -13,7 +13,15 @@ from pretrain.core.quick.quantities import short
 from pretrain.identity import Planned
 from pretrain.recipe import Recipe
 from pretrain.stages._estimates import Estimate, Left, left_in
-from pretrain.stages._preflight import Seen, check_columns, columns_asked, seen_in_corpus, seen_in_sources
+from pretrain.stages._preflight import (
+    Seen,
+    check_columns,
+    check_domains,
+    columns_asked,
+    domains_asked,
+    seen_in_corpus,
+    seen_in_sources,
+)
 from pretrain.stages.data import Data
 
 SURE = 1.3  # an estimate of memory so many times what there is does not fit, whatever it is off by
@@ -90,12 +98,13 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
             if isinstance(stage, Data) and not item.finished:
                 seen[stage.name] = seen_in_sources(stage)
                 lines += [f"stage {stage.name!r}: {line}" for line in seen[stage.name].odd]
-            elif not item.finished and "corpus" in item.inputs and (asked := columns_asked(stage)):
+            elif not item.finished and "corpus" in item.inputs and (columns_asked(stage) or domains_asked(stage)):
                 corpus = str(stage.references().get("corpus", ""))
                 if corpus not in seen:
-                    wanted = [column for _, _, columns in asked for column in columns]
+                    wanted = [column for _, _, columns in columns_asked(stage) for column in columns]
                     seen[corpus] = seen_in_corpus(corpus_of(Path(str(item.inputs["corpus"]))), wanted)
                 lines += [f"stage {stage.name!r}: {line}" for line in check_columns(stage, seen[corpus])]
+                check_domains(stage, seen[corpus])
         except PretrainError as error:
             raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
     return lines

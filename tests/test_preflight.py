@@ -72,6 +72,58 @@ def test_a_column_that_no_document_has_is_refused_before_anything_runs(tmp_path,
         checked(recipe(tmp_path, objective, source))
 
 
+SOURCES = {
+    "stdlib": (["stdlib"], ("python", "docstrings")),
+    "packages": ([{"packages": ["yaml", "click"]}], ("yaml", "click")),
+    "functions": ([{"functions": ["yaml"]}], ("yaml",)),
+    "files": ([{"files": "FOLDER"}], ("txt", "md")),
+    "named": ([{"files": "FOLDER", "domain": "mine"}], ("mine",)),
+    "several": (["stdlib", {"files": "FOLDER"}], ("python", "docstrings", "txt", "md")),
+    "corpus": (None, ("python", "docstrings")),
+}
+
+
+@pytest.mark.parametrize("name", SOURCES)
+@pytest.mark.parametrize(
+    "naming",
+    [
+        lambda domain: {"mixture": {domain: 1.0}},
+        lambda domain: {"policies": [{"method": "domain_upsampling", "mixture": {domain: 1.0}}]},
+        lambda domain: {"policies": [{"method": "stability_gap", "domain": domain}]},
+    ],
+    ids=["mixture", "upsampling", "stability_gap"],
+)
+def test_a_domain_that_no_document_has_is_refused_before_anything_runs(tmp_path, name, naming):
+    for file in ("a.txt", "b.md"):
+        (tmp_path / "texts" / file).parent.mkdir(exist_ok=True)
+        (tmp_path / "texts" / file).write_text("some words")
+    sources, domains = SOURCES[name]
+    data = {"stage": "data", "name": "corpus"}
+    if sources is None:
+        documents = [
+            {"text": f"{domain} {n}", "domain": domain, "id": f"{domain}{n}"} for n in range(9) for domain in domains
+        ]
+        write_corpus(documents, tmp_path / "there" / "corpus", validation=0.2, test=0.2)
+    else:
+        data["sources"] = yaml.safe_load(json.dumps(sources).replace("FOLDER", str(tmp_path / "texts")))
+    train = {
+        "stage": "train", "name": "model", "corpus": "corpus" if sources else str(tmp_path / "there"),
+        "tokenizer": str(tmp_path), "model": {"family": "llama"}, "budget": {"steps": 2},
+    }  # fmt: skip
+
+    def stages(domain):
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump({"stages": [data] * bool(sources) + [train | naming(domain)]}))
+        return checked(load(tmp_path / "r.yaml", output=tmp_path / "run"))
+
+    for domain in domains:
+        stages(domain)
+    accepted = ", ".join(sorted(domains))
+    with pytest.raises(
+        PretrainError, match=rf"model\.\S+: no document is of the domain 'other'; accepted: {accepted}$"
+    ):
+        stages("other")
+
+
 def test_labels_that_cannot_be_learnt_are_told_before_training(tmp_path):
     assert checked(recipe(tmp_path)) == []
     (line,) = checked(recipe(tmp_path, rows=[*ROWS, ("an odd one", "maybe", 3)]))

@@ -39,6 +39,8 @@ SMALL = {
                "model.length=64", "model.budget.steps=4"],
     "grow": ["small.model.hidden_size=32", "small.model.intermediate_size=48", "small.model.num_attention_heads=2", "small.length=64", "small.budget.steps=4",
              "grown.length=64", "grown.budget.steps=4"],
+    "merge": ["general.model.hidden_size=32", "general.model.intermediate_size=48", "general.model.num_hidden_layers=1", "general.model.num_attention_heads=2", "general.length=64", "general.budget.steps=4",
+              "code.mixture={py: 1.0}", "code.length=64", "code.budget.steps=4", "prose.mixture={txt: 1.0}", "prose.length=64", "prose.budget.steps=4"],
     "compress": ["teacher.model.hidden_size=32", "teacher.model.intermediate_size=48", "teacher.model.num_hidden_layers=1", "teacher.model.num_attention_heads=2", "teacher.length=64", "teacher.budget.steps=4",
                  "student.model.hidden_size=32", "student.model.intermediate_size=48", "student.model.num_hidden_layers=1", "student.model.num_attention_heads=2", "student.length=64", "student.budget.steps=4", "recovered.length=64", "recovered.budget.steps=4",
                  "quantised.calibration_rows=8", "quantised.length=64"],

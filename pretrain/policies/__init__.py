@@ -157,6 +157,7 @@ class Policy(Method):
     kind: ClassVar[str] = "policy"
     weighs_tokens: ClassVar[bool] = False  # whether it writes `token_weight_BL`, which not every objective follows
     averages_weights: ClassVar[bool] = False  # whether it has `averages`
+    domain_fields: ClassVar[tuple[str, ...]] = ()  # fields that name domains of the corpus
 
     def start(self, training: Training, state: State) -> None:
         """Once, before the first step and again after a resume (then `state` holds what was saved)."""

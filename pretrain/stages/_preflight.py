@@ -9,11 +9,14 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.files import read_object
 from pretrain.core.method import Method
 from pretrain.core.quick.confusion import doubtful
 from pretrain.core.quick.quantities import counted
@@ -38,34 +41,42 @@ class Seen:
     values: dict[str, Counter[str]]
     whole: bool  # whether all documents were looked at
     odd: tuple[str, ...] = ()  # what is likely a mistake
+    domains: tuple[str, ...] | None = None  # None: not all are known
 
 
 def seen_in_sources(stage: Data) -> Seen:
     """Read the beginnings of files; raises `PretrainError` for what the stage would fail at."""
     columns: dict[str, None] = {}
+    domains: list[tuple[str, ...] | None] = []
     values: dict[str, Counter[str]] = {}
     odd: list[str] = []
     end, known, whole = time.perf_counter() + SECONDS, True, True
     for number, source in enumerate(stage.sources):
+        domains.append(source.domains())
         if not isinstance(source, Files) or source.package is not None or "://" in source.files:
             known = whole = False
             continue
-        counts, skipped = Counter[str](), Skipped()
+        counts, skipped, complete = Counter[str](), Skipped(), True
+        names: dict[str, None] = {}
         try:
             for where, document in source.placed(skipped, rows=ROWS):
                 columns |= dict.fromkeys(document)
+                names[str(document["domain"])] = None
                 counts[where.partition(":")[0].partition(", row")[0]] += 1
                 _count(values, document)
                 if time.perf_counter() > end:
-                    whole = False
+                    complete = False
                     break
             odd += _left_out(source, skipped, counts.total())
         except PretrainError as error:
             raise PretrainError(str(error), place=("sources", number)) from error
-        whole = whole and all(count < ROWS for count in counts.values())
+        complete = complete and all(count < ROWS for count in counts.values())
+        domains[-1] = tuple(names) if complete else None
+        whole = whole and complete
     if any(".rewriting" in info(operation.name).module for operation in stage.operations):
         known = False  # which columns these add is known when they have run
-    return Seen(tuple(columns) if known and columns else None, values, whole, tuple(odd))
+    every = None if None in domains else tuple(dict.fromkeys(chain.from_iterable(filter(None, domains))))
+    return Seen(tuple(columns) if known and columns else None, values, whole, tuple(odd), every)
 
 
 def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
@@ -99,9 +110,10 @@ def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
     """The columns of a corpus that is there, and the values of some."""
     import pyarrow.parquet
 
+    domains = _domains_of(folder)
     parts = sorted(path for split in ("train", "validation") for path in folder.glob(f"{split}/*.parquet"))
     if not parts:
-        return Seen(None, {}, False)
+        return Seen(None, {}, False, domains=domains)
     values: dict[str, Counter[str]] = {}
     try:
         columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
@@ -111,7 +123,39 @@ def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
                     _count(values, {name: value})
     except (OSError, ValueError):  # a damaged corpus is told by the stage that opens it
         return Seen(None, {}, False)
-    return Seen(columns, values, True)
+    return Seen(columns, values, True, domains=domains)
+
+
+def _domains_of(corpus: Path) -> tuple[str, ...] | None:
+    """Those of a corpus's training documents."""
+    with suppress(PretrainError, OSError, AttributeError):
+        return tuple(read_object(corpus / "corpus.json")["domains"]["train"])
+    return None
+
+
+def domains_asked(stage: Stage) -> dict[tuple[str | int, ...], list[str]]:
+    """The domains that a training's `mixture` and its methods name, by their places."""
+    asked: dict[tuple[str | int, ...], object] = {("mixture",): getattr(stage, "mixture", None)}
+    for place, method in stage.placed_methods():
+        steps = tuple(int(step) if step.isdigit() else step for step in place.split("."))
+        asked |= {(*steps, name): getattr(method, name) for name in getattr(method, "domain_fields", ())}
+    return {
+        place: [value] if isinstance(value, str) else list(cast("dict[str, float]", value))
+        for place, value in asked.items()
+        if value
+    }
+
+
+def check_domains(stage: Stage, seen: Seen) -> None:
+    """Refuse domains that no training document has."""
+    for place, names in domains_asked(stage).items():
+        for name in names if seen.domains is not None else ():
+            if name not in (seen.domains or ()):
+                raise PretrainError(
+                    f"no document is of the domain {name!r}{nearest(name, seen.domains or ())}; "
+                    f"accepted: {', '.join(sorted(seen.domains or ()))}",
+                    place=place,
+                )
 
 
 def columns_asked(stage: Stage) -> list[tuple[tuple[str | int, ...], Method, tuple[str, ...]]]:

@@ -62,6 +62,11 @@ class Source:
         """The documents, in a fixed order; what is passed over is counted in `skipped`."""
         raise NotImplementedError
 
+    def domains(self) -> tuple[str, ...] | None:
+        """The domains of its documents; None where that is not known before they are read."""
+        domain = getattr(self, "domain", None)
+        return (domain,) if domain else None
+
     def size(self) -> Size | None:
         """About what it gives, from the sizes of files alone; None where that is not known."""
         return None

@@ -49,8 +49,8 @@ class Skipped:
     def counted(self, reason: str) -> str:
         """A reason with how many there are: `2 rows without text`, `1 row without text`."""
         if self.reasons[reason] == 1:
-            one = re.sub(rf"\b({PLURALS})s\b", r"\1", reason, count=1)
-            return f"1 {one.replace(' that are ', ' that is ', 1)}"
+            single = re.sub(rf"\b({PLURALS})s\b", r"\1", reason, count=1)
+            return f"1 {single.replace(' that are ', ' that is ', 1)}"
         return f"{self.reasons[reason]:,} {reason}"
 
     def ordered(self) -> list[str]:

@@ -37,6 +37,9 @@ class PythonStdlib(Source):
             if described:
                 yield {"text": described, "domain": "docstrings", "id": f"{inside}#docstrings", "group": inside}
 
+    def domains(self) -> tuple[str, ...]:
+        return ("python", "docstrings") if self.docstrings else ("python",)
+
     def size(self) -> Size:
         files = evenly(modules.without(modules.of_stdlib(self.tests), self.exclude), self.limit)
         modules_size = size_of(path for _, path in files)
@@ -73,6 +76,9 @@ class Packages(Source):
                 if text is not None:
                     yield {"text": text, "domain": name, "id": inside, "group": inside}
 
+    def domains(self) -> tuple[str, ...]:
+        return self.packages
+
     def size(self) -> Size:
         listed = [modules.without(modules.of_package(name, self.tests), self.exclude) for name in self.packages]
         return size_of(path for files in listed for _, path in evenly(files, self.limit))
@@ -106,6 +112,9 @@ class Functions(Source):
                     if len(code) <= self.longest:
                         place = {"id": f"{inside}#{number}-{function}", "group": inside}
                         yield {"text": code, "domain": name, "target": summary} | place
+
+    def domains(self) -> tuple[str, ...]:
+        return self.functions
 
     def size(self) -> Size:
         listed = [

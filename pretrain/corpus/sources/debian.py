@@ -24,6 +24,9 @@ class DebianDocs(Source):
     doc: str = "/usr/share/doc"
     man: str = "/usr/share/man"
 
+    def domains(self) -> tuple[str, ...]:
+        return ("doc", "man")
+
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         doc, man = Path(self.doc), Path(self.man)
         if not doc.is_dir() and not man.is_dir():

@@ -58,6 +58,9 @@ class Files(Source):
     ignored: bool = False  # whether to take what `.gitignore` names
     generated: bool = False  # whether to take what programs have written: minified, lock files, very long lines of code
 
+    def domains(self) -> None:
+        """Those of files and rows are not known before they are read."""
+
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from (document for _, document in self.placed(skipped))
 
@@ -158,6 +161,9 @@ class HubDataset(Source):
     domain: str | None = None
     limit: Count | None = None  # read at most so many documents
     on_error: OnError = "stop"  # what rows without the column do: stop, or skip
+
+    def domains(self) -> None:
+        """Those of files and rows are not known before they are read."""
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         rows = ((f"{self.dataset}, row {number}", row) for number, row in enumerate(self._open(), 1))

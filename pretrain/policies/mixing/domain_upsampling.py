@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from pretrain.core.batch import Batch
 from pretrain.core.bounds import NonNegative, PositiveShare
@@ -18,6 +19,8 @@ class DomainUpsampling(Policy):
     From the moment that only `share` of the budget is left, rows are drawn by `mixture` (domain: weight) instead of as
     before. The paper finds 10 to 20% of training best.
     """
+
+    domain_fields: ClassVar[tuple[str, ...]] = ("mixture",)
 
     mixture: dict[str, NonNegative]
     share: PositiveShare = 0.2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pretrain.core.batch import Batch
 from pretrain.core.bounds import Ge, NonNegative, ProperShare
@@ -24,6 +24,8 @@ class StabilityGap(Policy):
     pretraining, its domains weighted by `replay` (by default: as often as they are in the corpus). The third, only the
     best documents, is the data operation `quality_subset`.
     """
+
+    domain_fields: ClassVar[tuple[str, ...]] = ("domain", "replay")
 
     domain: str
     epochs: Annotated[float, Ge(1)] = 4.0
