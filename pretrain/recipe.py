@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, TypeAlias
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ValidationError
 from pretrain.core.bounds import accepted as accepted_values
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON, JSONObject
+from pretrain.core.folders import stage_kinds
 from pretrain.core.foreign import yaml
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick import hub
@@ -305,7 +306,8 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
                 )
                 wrong += f" ({', '.join(fitting)})" if fitting else ""
             elif _is_there(target, _at(places, place, whole), f"{stage.name}.{name}"):
-                continue
+                if not (wrong := _whole_run(target, accepted)):
+                    continue
             else:
                 known = ", ".join(earlier) or "there is none"
                 hint, wrong = nearest(target, earlier), ""
@@ -334,6 +336,17 @@ def _is_there(target: str, where: str, name: str) -> bool:
         return hub.located(target).exists()
     except PretrainError as error:
         raise PretrainError(f"{where}: {name}: {error}") from error
+
+
+def _whole_run(target: str, kinds: Sequence[str] | None) -> str:
+    """What is wrong with a path that is a run and none of its stages; nothing where it is none."""
+    run = hub.located(target)
+    if not (run / "run.json").exists():
+        return ""
+    fitting = [
+        f"{target.rstrip('/')}/{name}" for name, kind in stage_kinds(run).items() if kinds is None or kind in kinds
+    ]
+    return f"{target!r} is a run; accepted: one of its stages ({', '.join(fitting) or 'it has none that fits'})"
 
 
 def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: str, whole: str, places: Places) -> str:

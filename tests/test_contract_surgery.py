@@ -14,7 +14,7 @@ import torch
 import transformers
 from closeness import assert_rounding, assert_same_model, products
 from conftest import TASK, TINY
-from examples import declared, example, logits, names, operated, trained
+from examples import AFTER, declared, example, logits, names, operated, trained
 from peft import PeftModel
 
 from pretrain.core import checkpoint
@@ -25,6 +25,7 @@ from pretrain.core.quick.table import TASKS
 from pretrain.core.registry import methods
 from pretrain.recipe import load
 from pretrain.stages import dump
+from pretrain.surgery import Inputs
 
 CASES = [(name, family) for name in names("surgery") for family in TINY if declared(name, family)]
 ADAPTERS = [(name, family) for name, family in CASES if method_class(name).adapts]
@@ -67,6 +68,11 @@ def kinds(model):
 def test_a_recipe_gives_the_same_surgery_and_unknown_fields_are_refused(name, shelf, tmp_path):
     method, path = example(name, shelf), tmp_path / "r.yaml"
     stage = {"name": "s", "stage": "surgery", "checkpoint": shelf.saved("llama"), "surgeries": [dump(method)]}
+    if method.needs_text:
+        path.write_text(json.dumps({"stages": [stage]}))
+        with pytest.raises(PretrainError, match=rf"s.surgeries.0: {name} needs text .* `corpus`$"):
+            load(path)
+        stage["corpus"] = str(tmp_path)
     path.write_text(json.dumps({"stages": [stage]}))  # which is YAML too
     assert load(path).stages[0].surgeries == [method]
     path.write_text(json.dumps({"stages": [stage | {"surgeries": [dump(method) | {"no_such": 1}]}]}))
@@ -75,6 +81,19 @@ def test_a_recipe_gives_the_same_surgery_and_unknown_fields_are_refused(name, sh
     ) as error:
         load(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", names("surgery"))
+def test_what_needs_text_refuses_to_work_without_and_nothing_else_does(name, shelf):
+    kind = next(kind for kind in TINY if declared(name, kind))
+    method = example(name, shelf, kind)
+    model = operated(AFTER[name], shelf, kind)[0] if name in AFTER else shelf.model(kind)
+    inputs = Inputs(copy.deepcopy(shelf.tokenizer), [], [shelf.model(kind, 1)], seed=1)
+    if method.needs_text:
+        with pytest.raises(PretrainError, match=f"{name}: it needs text|{name}: it trains a tokenizer"):
+            method(copy.deepcopy(model), inputs)
+    else:
+        method(copy.deepcopy(model), inputs)
 
 
 @pytest.mark.parametrize("name", [name for name in names("surgery") if methods()[name].families])

@@ -166,6 +166,12 @@ def test_what_was_printed_of_a_run_is_taken_for_it():
         run_of("elsewhere")
 
 
+def test_a_run_in_place_of_one_of_its_stages_is_refused_with_their_names():
+    run("base", model={"value": 1}, other={"value": 2})
+    with pytest.raises(PretrainError, match=r"'runs/base' is a run; .* stages \(runs/base/model, runs/base/other\)$"):
+        recipe("next", tuned={"init": "runs/base"})
+
+
 def test_a_checkpoint_that_a_later_stage_is_still_to_write_is_said_to_be_missing():
     base = run("base", model={"value": 1})
     record = read_json(base / "run.json")

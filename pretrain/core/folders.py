@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest, warn
@@ -52,9 +52,21 @@ def _result(run: Path, stage: str, address: str) -> Path:
 
 def stage_folders(run: Path) -> dict[str, Path]:
     """The folders that a run shows now, by the stages' names; whether they are there or not."""
-    try:
+    with _written(run):
         rows = read_json(run / "run.json")["stages"]
         return {row["name"]: Path(os.path.normpath(run / row.get("folder", row["name"]))) for row in rows}
+
+
+def stage_kinds(run: Path) -> dict[str, str]:
+    """What the stages that a run shows are (`train`, `data`, …), by their names; empty where it is not said."""
+    with _written(run):
+        return {row["name"]: str(row.get("stage", "")) for row in read_json(run / "run.json")["stages"]}
+
+
+@contextmanager
+def _written(run: Path) -> Iterator[None]:
+    try:
+        yield
     except (KeyError, TypeError, AttributeError) as error:
         raise PretrainError(f"{run / 'run.json'} is not what `pretrain run` writes") from error
 
@@ -136,7 +148,7 @@ def newest_checkpoint(place: Path | str) -> Path:
         raise PretrainError(
             f"no stage of the run {place} has written a checkpoint; accepted: a run with a trained model"
         )
-    kinds = {row["name"]: row.get("stage") for row in read_json(place / "run.json")["stages"]}
+    kinds = stage_kinds(place)
     later = list(stages)[list(stages).index(made[-1]) + 1 :]
     if missing := [name for name in later if kinds[name] in WRITERS]:
         warn(f"{place}: {missing[-1]!r} is not finished; the newest checkpoint is that of {made[-1]!r}")

@@ -57,11 +57,14 @@ def evaluate(
     """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
     policy = on_error_of(on_error)
     methods_of(evaluations or [], "evaluation", "--evaluation: ")
-    place = newest_checkpoint(checkpoint)
+    place, folder = newest_checkpoint(checkpoint), corpus_at(data)
+    from pretrain.corpus.overlap import header_of, overlap_warning, text_column
+    from pretrain.corpus.sources import Files
+
+    source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
+    placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
     with uncollected():
         from pretrain.core import checkpoint as checkpoints
-        from pretrain.corpus.overlap import header_of, overlap_warning, text_column
-        from pretrain.corpus.sources import Files
         from pretrain.corpus.store import Corpus
         from pretrain.stages import evaluate as stage
 
@@ -69,12 +72,12 @@ def evaluate(
     lineage = checkpoints.lineage(place)
     chosen: list[Evaluation] = methods_of(evaluations or [], "evaluation", "--evaluation: ")
     chosen = chosen or [_fitting(place, (model, processor), lineage, label, pair)]
-    folder = corpus_at(data)
     if folder is not None:
         documents = stage.documents_of(Corpus(folder), split, max_documents, chosen, processor)
     else:
-        source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
-        documents = _read(source, max_documents, chosen, (model, processor))
+        for method in chosen:
+            placed = _labelled(placed, source, method, (model, processor))
+        documents = [document for _, document in placed]
     seen = overlap_warning(documents, place, folder if split != "train" else None)
     if seen:
         typer.echo(f"warning: {seen}", err=True)
@@ -121,10 +124,8 @@ def _fitting(
     return method
 
 
-def _read(
-    source: Files, most: int, chosen: Sequence[Evaluation], opened: tuple[PreTrainedModel, Processor]
-) -> list[Document]:
-    """At most so many documents of files, from all alike, with what is true of each where that is asked for."""
+def _read(source: Files, most: int) -> Placed:
+    """At most so many documents of files, from all alike."""
     from pretrain.corpus.sources import Skipped, evenly
 
     skipped = Skipped()
@@ -137,12 +138,7 @@ def _read(
         ) from error
     if skipped.reasons:
         typer.echo(f"passed over: {skipped}", err=True)
-    placed = [
-        (where, document | {source.text: document["text"]}) for where, document in placed
-    ]  # as prompts may call it
-    for method in chosen:
-        placed = _labelled(placed, source, method, opened)
-    return [document for _, document in placed]
+    return [(where, document | {source.text: document["text"]}) for where, document in placed]  # as prompts may call it
 
 
 def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[PreTrainedModel, Processor]) -> Placed:

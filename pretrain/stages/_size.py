@@ -37,6 +37,7 @@ LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's stand
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
 SURGERIES = [{"method": "zero_init"}]
 BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
+LEAST_TEXT = 10_000  # bytes: of less nothing can be learnt and held out
 PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
 
 
@@ -193,6 +194,12 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
     chosen = vocabulary == "auto" and tokenizer is not None
     entries = None if chosen else _entries(entry, tokenizer, vocabulary, at)
     law, unique = load(Path(where)) if where else load(LAW), _unique(entry, before)
+    if unique is not None and unique < LEAST_TEXT:
+        raise PretrainError(
+            f"size {size!r}: about {short(unique, 'B')} of training text, too little to choose a model by; accepted: "
+            f"at least {short(LEAST_TEXT, 'B')}, or sizes of your own",
+            place=("size",),
+        )
     return Task(
         law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds, rate=_rate(output),
         unique=unique,
@@ -211,7 +218,8 @@ def _size(given: Raw, field: str, within: str | None = None) -> int | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         name = f"{within}.{field}" if within else field
-        raise PretrainError(f"{name} {value!r}: accepted: a whole number", place=(within or field,))
+        place = (within, field) if within else (field,)
+        raise PretrainError(f"{name} {value!r}: accepted: a whole number, 1 or more", place=place)
     return value
 
 
@@ -271,7 +279,8 @@ def _unique(entry: Raw, before: list[Raw]) -> float | None:
     except (ValueError, TypeError):  # told when the stage itself is checked
         return None
     known = [size.bytes for size in sizes if size is not None]
-    return math.fsum(known) * (1 - held_out) if sizes and len(known) == len(sizes) else None
+    whole = sizes and len(known) == len(sizes) and held_out < 1
+    return math.fsum(known) * (1 - held_out) if whole else None
 
 
 def _rate(output: Path | None) -> float:

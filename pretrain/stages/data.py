@@ -5,9 +5,9 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 
-from pydantic import Field, PlainSerializer, PlainValidator
+from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from pretrain.core.bounds import Ge, Le, PositiveShare, ProperShare
 from pretrain.core.errors import PretrainError
@@ -66,6 +66,15 @@ class Data(Stage):
     test: ProperShare = 0.02
     longest: Annotated[int, Ge(1), Le(1 << 28)] = LONGEST
     near_duplicates: PositiveShare | None = 0.8
+
+    @model_validator(mode="after")
+    def _leaves_text(self) -> Self:
+        if self.validation + self.test >= 1:
+            raise ValueError(
+                f"validation {self.validation:g} and test {self.test:g} leave nothing to train on; accepted: shares "
+                "that come to less than 1"
+            )
+        return self
 
     def outside(self) -> list[str]:
         """The state of the sources."""

@@ -45,8 +45,14 @@ class Surgery(Stage):
     length: Annotated[int, Ge(2)] = 512
 
     def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
-        """Refuse models of other tokens than the checkpoint's, where no surgery changes those."""
+        """Refuse surgeries that need text where there is none, and models of other tokens than the checkpoint's."""
         super().check_inputs(earlier)
+        for number, surgery in enumerate(self.surgeries):
+            if surgery.needs_text and self.corpus is None:
+                raise PretrainError(
+                    f"{surgery.name} needs text to calibrate on; accepted: a surgery stage with `corpus`",
+                    place=("surgeries", number),
+                )
         known = [n for n in self.models if n not in earlier and self.checkpoint not in earlier]
         if known and not any(surgery.new_vocabulary for surgery in self.surgeries):
             tables = {f"models.{self.models.index(name)} {name}": stored_numbers(located(name)) for name in known}

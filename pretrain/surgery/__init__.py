@@ -76,6 +76,11 @@ class Surgery(Method):
     keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
 
     @property
+    def needs_text(self) -> bool:
+        """Whether it refuses a stage without a `corpus`."""
+        return False
+
+    @property
     def growth_of_blocks(self) -> float:
         """The weights of the blocks after it, next to those before."""
         return 1.0

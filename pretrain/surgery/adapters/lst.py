@@ -169,6 +169,11 @@ class LST(Surgery):
                 "which divide the model's widths"
             )
 
+    @property
+    def needs_text(self) -> bool:
+        """Fisher information is of text."""
+        return self.importance == "fisher"
+
     def _fisher(self, model: PreTrainedModel, inputs: Inputs | None) -> dict[int, Tensor] | None:
         headed = family(model).causal and model.get_output_embeddings() is not None
         if self.importance == "fisher" and not headed:

@@ -33,6 +33,8 @@ class ExitHeads(Surgery):
     the decoding method `softmax_cascade` uses the maps. `metrics`: each exit's loss on the rows, before and after.
     """
 
+    needs_text = True
+
     exits: tuple[Count, ...] | None = None
     epochs: Count = 4
     lr: Positive = 1e-3

@@ -37,6 +37,7 @@ class AWQ(Surgery):
     the whole model before it gives.
     """
 
+    needs_text = True
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "modernbert")
     calibration: ClassVar[float] = 45.0  # each place is tried with 20 scales
 

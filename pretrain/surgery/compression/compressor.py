@@ -92,6 +92,11 @@ class Compressor(Surgery):
         report(inputs, **{"compressor/vocabulary_chosen": chosen})
         return student
 
+    @property
+    def needs_text(self) -> bool:
+        """A tokenizer is trained on text."""
+        return bool(self.vocabulary)
+
     def _texts(self, inputs: Inputs) -> list[str]:
         """The stage's text, one piece a document and row; empty where the tokenizer stays."""
         if not self.vocabulary:

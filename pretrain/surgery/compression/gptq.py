@@ -169,6 +169,11 @@ class GPTQ(Surgery):
                 "gptq: desc_act True: accepted: only with solver gptq; rounding knows no order", place=("desc_act",)
             )
 
+    @property
+    def needs_text(self) -> bool:
+        """Rounding does not."""
+        return self.solver == "gptq"
+
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with its linear layers quantised."""

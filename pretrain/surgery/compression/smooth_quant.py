@@ -30,6 +30,7 @@ class SmoothQuant(Surgery):
     that: the paper's is `w8a8` with `format: int8`. The model stays plain.
     """
 
+    needs_text = True
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "modernbert")
     calibration: ClassVar[float] = 3.0  # the whole model, then each block twice
 

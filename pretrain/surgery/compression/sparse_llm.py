@@ -205,6 +205,11 @@ class SparseLLM(Surgery):
         """How many neighbours a pattern is about; 0: there is none."""
         return 0 if self.pattern == "none" else int(self.pattern[-1])
 
+    @property
+    def needs_text(self) -> bool:
+        """Magnitudes do not."""
+        return self.solver != "magnitude"
+
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model with weights set to zero."""

@@ -41,6 +41,7 @@ class TrimVocabulary(Surgery):
     stage's `corpus` has for training. Tokens of BPE, Unigram or WordPiece.
     """
 
+    needs_text = True
     new_vocabulary: ClassVar[bool] = True
 
     keep: Whole = 0
