@@ -51,6 +51,17 @@ def test_what_a_training_counts_is_called_what_it_is(tmp_path, units, axis):
     assert f'<td data-label="trained">7.9 k {units[0] or "tokens"}, 3 T FLOPs</td>' in page
 
 
+def test_speeds_are_over_all_of_a_trainings_time(tmp_path):
+    folder = example(tmp_path / "r")
+    log = folder / "encoder" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    for number, row in enumerate(row for row in lines if row["event"] == "step"):
+        row |= {"tokens": 100 * (number + 1), "elapsed": 4.0 * (number + 1), "tokens_per_second": 200.0, "mfu": 0.4}
+    log.write_text("".join(json.dumps(row) + "\n" for row in lines))
+    page = write(folder).read_text()  # 100 tokens every 4 seconds, at 200 a second in the steps themselves
+    assert "<small>25 a second</small>" in page and "<small>5% of the machine&#x27;s matrix rate</small>" in page
+
+
 def test_losses_of_different_units_have_plots_of_their_own(tmp_path):
     found = collect(example(tmp_path / "r"))["plots"]
     assert [plot["unit"] for plot in found] == ["bits per byte", "loss of masked_lm (nats)"]

@@ -219,6 +219,14 @@ def test_runs_are_compared_in_what_was_said_and_what_came_of_it():
     lines = invoke("compare", "runs/a", "runs/b").splitlines()
     below = lines[next(n for n, line in enumerate(lines) if line.startswith("model: value")) + 1]
     assert below.split() == ["95%", "interval", "1.5", "to", "2.25"] and below.index("1.5") == lines[0].index("runs/b")
+    for name, texts in (("a", "xyz"), ("b", "xy")):
+        write_json(
+            place_of(f"runs/{name}/model") / "documents.json", {"held_out": [{"digest": text} for text in texts]}
+        )
+    shown = invoke("compare", "runs/a", "runs/b")
+    assert re.search(r"model: measured on +3 documents +2 documents +other documents: the difference is theirs", shown)
+    write_json(place_of("runs/b/model") / "documents.json", {"held_out": [{"digest": text} for text in "zyx"]})
+    assert "measured on" not in invoke("compare", "runs/a", "runs/b")
     three = invoke("compare", "runs/a", "runs/b", "runs/a")
     assert "2 (+1, +100.0%)" in three and "1 (the same)" in three
 

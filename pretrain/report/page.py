@@ -21,7 +21,7 @@ from pretrain.report.data import BITS, CorpusRow, Evaluated, Page, StageRow, Tra
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
 from pretrain.report.markup import Html, fill, join, part, script_json, table, tag
-from pretrain.report.numbers import known, last
+from pretrain.report.numbers import last
 from pretrain.report.summary import Headline, headline, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
@@ -160,13 +160,12 @@ def _spent(data: Page) -> list[tuple[str, str, str]]:
         s["flops"] or last(logs[s["name"]]["step"]["flops"] if s["name"] in logs else []) for s in data["stages"]
     )
     if data["trainings"]:
-        step = data["trainings"][-1]["step"]
-        speeds, shares = (sorted(known(step[name])) for name in ("tokens_per_second", "mfu"))
         alike = len({t["unit"] for t in data["trainings"]}) == 1
         counted = data["trainings"] if alike else data["trainings"][-1:]
         count = short(sum(last(t["step"]["tokens"]) for t in counted))
-        pace = f"{short(speeds[len(speeds) // 2])} a second" if speeds else ""
-        used = f"{shares[len(shares) // 2]:.0%} of the machine's matrix rate" if shares else ""
+        speed, share = _speed(data["trainings"][-1])
+        pace = f"{short(speed)} a second" if speed else ""
+        used = f"{share:.0%} of the machine's matrix rate" if share else ""
         cards += [(counted[-1]["unit"], count, pace), ("FLOPs", short(flops), used)]
     elif flops:
         cards.append(("FLOPs", short(flops), ""))
@@ -175,6 +174,15 @@ def _spent(data: Page) -> list[tuple[str, str, str]]:
     memory = max((s["peak_memory_bytes"] or 0 for s in data["stages"]), default=0)
     cards.append(("time", duration(total), f"peak {short(memory, 'B')}" if memory else ""))
     return cards
+
+
+def _speed(training: Trained) -> tuple[float, float]:
+    """Over all its time, measurements included: its tokens a second, and the share of the machine's rate."""
+    step = training["step"]
+    speed = last(step["tokens"]) / last(step["elapsed"]) if last(step["elapsed"]) else 0.0
+    steps = zip(step["mfu"], step["tokens_per_second"], strict=True)
+    costs = sorted(mfu / tokens for mfu, tokens in steps if mfu and tokens)
+    return speed, costs[len(costs) // 2] * speed if costs else 0.0
 
 
 def _unfinished(data: Page, name: str) -> bool:

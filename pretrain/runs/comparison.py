@@ -7,13 +7,13 @@ side by side by their recipes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, read_json, read_json_lines, read_object
 from pretrain.core.folders import run_of
-from pretrain.core.quick.quantities import duration, figure, short
+from pretrain.core.quick.quantities import counted, duration, figure, short
 from pretrain.runs.shelf import Run, open_run, size_of
 
 COMPARISON = "comparison.json"
@@ -56,7 +56,26 @@ def _results(runs: Sequence[Run]) -> Rows:
         ends = [each.get(name, ()) for each in intervals]
         if any(ends):
             rows.append(("  95% interval", *(" to ".join(figure(end, 4) for end in pair) for pair in ends)))
+    return rows + _measured_on(runs)
+
+
+def _measured_on(runs: Sequence[Run]) -> Rows:
+    """A row for each evaluation that was of other documents in the one run than in the other."""
+    rows: Rows = []
+    for name in dict.fromkeys(name for run in runs for name in run.records):
+        paths = [run.stages[name] / "documents.json" if name in run.records else Path() for run in runs]
+        texts = [frozenset(_digests(read_object(path))) if path.is_file() else frozenset() for path in paths]
+        first = next(filter(None, texts), frozenset())
+        if any(text and text != first for text in texts):
+            cells = [counted(len(text), "document") if text else "" for text in texts]
+            rows.append((f"{name}: measured on", *cells, "other documents: the difference is theirs too"))
     return rows
+
+
+def _digests(evaluations: JSONObject) -> Iterator[str]:
+    """The documents that were measured."""
+    for documents in evaluations.values():
+        yield from (str(row["digest"]) for row in documents if isinstance(row, dict) and "digest" in row)
 
 
 def _intervals(run: Run) -> dict[str, Sequence[float]]:
