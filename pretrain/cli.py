@@ -13,6 +13,7 @@ import typer
 from pretrain import __version__, cli_claim, cli_exchange, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_object
 from pretrain.core.folders import newest_checkpoint, run_of
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
@@ -202,11 +203,11 @@ def generate(
     chosen = [method] if method else []
     measuring.methods_of(chosen, "decoding")  # what is wrong with it is said before anything large is imported
     place = newest_checkpoint(checkpoint)
+    if chat and not _templated(place):
+        raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
     with uncollected():
         model, tokenizer = load_text(place)
-    if chat and not getattr(tokenizer, "chat_template", None):
-        raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
-    if getattr(tokenizer, "chat_template", None) and not chat:
+    if _templated(place) and not chat:
         typer.echo("note: the prompt is taken as plain text; --chat uses the checkpoint's chat template", err=True)
     decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
     text = sys.stdin.read() if prompt == "-" else prompt
@@ -223,6 +224,12 @@ def generate(
         chat=chat,
     )
     typer.echo(sample["continuation"] if chat else text + sample["continuation"])
+
+
+def _templated(place: Path) -> bool:
+    """Whether a checkpoint's tokenizer has a chat template."""
+    settings, others = place / "tokenizer_config.json", (place / "chat_template.jinja", place / "chat_template.json")
+    return any(path.exists() for path in others) or (settings.exists() and "chat_template" in read_object(settings))
 
 
 app.command()(measuring.evaluate)

@@ -10,13 +10,14 @@ import typer
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
+from pretrain.core.quick.quantities import time_in
 
 Overrides = Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value; may be given many times.")]
 
 
 def print_plan(
     recipe: Annotated[Path, typer.Argument(help="A recipe with a train stage of size: auto.")],
-    budget: Annotated[str | None, typer.Option(help="Another budget: flops=1e13, tokens=1e8, seconds=600.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Another budget: 10min, flops=1e13, tokens=1e8.")] = None,
     set_: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder.")] = None,
 ) -> None:
@@ -29,10 +30,13 @@ def print_plan(
     with hub.offline():
         loaded = recipes.load(recipe, set_ or [], output)
         if budget is not None:
-            unit, _, limit = budget.partition("=")
+            seconds = time_in(budget)
+            unit, _, limit = budget.partition("=") if seconds is None else ("seconds", "=", f"{seconds:g}")
             names = [each.stage for each in loaded.sizes]
             if unit not in UNITS or not limit:
-                raise PretrainError(f"--budget {budget!r}: accepted: one of {', '.join(UNITS)}, for example flops=1e13")
+                raise PretrainError(
+                    f"--budget {budget!r}: accepted: a time (30min), or one of {', '.join(UNITS)}, as flops=1e13"
+                )
             loaded = recipes.load(recipe, [*(set_ or []), *(f"{name}.budget.{unit}={limit}" for name in names)], output)
     if not loaded.sizes:
         raise PretrainError(f"{recipe}: no train stage says size: auto, so there is nothing to choose")

@@ -352,7 +352,7 @@ def _whole_run(target: str, kinds: Sequence[str] | None) -> str:
 def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: str, whole: str, places: Places) -> str:
     """The first mistake as one line."""
     first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    place = tuple(first["loc"])
+    place = _field(cls, tuple(first["loc"]))
     deeper = getattr(first.get("ctx", {}).get("error"), "place", ())
     where = _blamed(places, ("stages", index, *place, *deeper), whole)
     dotted = ".".join([label, *map(str, place or deeper)])
@@ -379,3 +379,9 @@ def _hint(cls: type[BaseModel], place: Place) -> object:
     for _ in place[1:]:
         hint = element(hint)
     return hint
+
+
+def _field(cls: type[BaseModel], place: Place) -> Place:
+    """Where a value stands, without the names that pydantic has for the branches of a type: `evaluate_every`."""
+    field = cls.model_fields.get(str(place[0])) if place else None
+    return place if field is None or element(field.annotation) is not None else place[:1]

@@ -318,6 +318,9 @@ def test_a_budget_may_be_of_any_unit(written: Path, tmp_path: Path, budget: str)
         ("model.size=large", "accepted: auto"),
         ("model.model={family: t5}", "accepted: model: {family: one of llama"),
         ("model.budget={years: 10}", "years"),
+        ("corpus.sources=[{files: FOLDER/few.txt}]", "about 9.6 B of training text, too little to choose a model by; "),
+        ("corpus.sources=[{files: FOLDER/none.txt}]", "size 'auto': about 0 B of training text"),
+        ("model.model.hidden_size=0", "hidden_size 0: accepted: a whole number, 1 or more"),
         ("model.budget={tokens: 10, steps: 3}", "accepted: exactly one of tokens, steps, flops, seconds, epochs"),
         ("model.budget={}", "accepted: exactly one of tokens, steps, flops, seconds, epochs"),
         ("model.size={law: nowhere.json}", "nowhere.json"),
@@ -325,8 +328,10 @@ def test_a_budget_may_be_of_any_unit(written: Path, tmp_path: Path, budget: str)
     ],
 )
 def test_what_the_dial_cannot_do_is_one_line(written: Path, tmp_path: Path, change: str, told: str) -> None:
+    (tmp_path / "few.txt").write_text("ten bytes.")
+    (tmp_path / "none.txt").touch()
     with pytest.raises(PretrainError) as caught:
-        recipes.load(written, [change], tmp_path)
+        recipes.load(written, [change.replace("FOLDER", str(tmp_path))], tmp_path)
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -369,6 +374,19 @@ def test_plan_prints_what_is_chosen_and_what_is_expected(written: Path, tmp_path
     result = CliRunner().invoke(app, ["plan", str(written), "--budget", "flops=1e12", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "width" in result.output and "bits per byte" in result.output and "twice the width" in result.output
+
+
+def test_a_plan_takes_a_time_with_its_unit_as_its_budget(written: Path, tmp_path: Path) -> None:
+    from pretrain.cli import app
+
+    def printed(budget: str) -> str:
+        words = ["plan", str(written), "--budget", budget, "--output", str(tmp_path)]
+        return CliRunner().invoke(app, words, catch_exceptions=False).output
+
+    assert printed("3min") == printed("seconds=180") != printed("30min")
+    for wrong in ("100M", "3 parsecs", "years=3", "flops="):
+        with pytest.raises(PretrainError, match="--budget .*: accepted: a time"):
+            CliRunner().invoke(app, ["plan", str(written), "--budget", wrong], catch_exceptions=False)
 
 
 def test_the_law_in_the_package_has_its_runs_and_fits_them() -> None:

@@ -16,7 +16,8 @@ from pretrain.core import checkpoint
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import hidden
-from pretrain.corpus.tokenizers import CLS, SEP, load_tokenizer, train_tokenizer
+from pretrain.core.quick.vocabulary import CLS, SEP
+from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.surgery import Inputs, operate
 from pretrain.surgery.compression.gptq import GPTQ
 from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary, trimmed

@@ -12,8 +12,8 @@ from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.folders import verify
 from pretrain.core.foreign.configs import unmarked
 from pretrain.core.quick.trust import check_trust, code_of, offline
+from pretrain.core.quick.vocabulary import CLS, END, MASK, PAD, SEP, UNKNOWN, special_tokens
 
-END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
 ALGORITHMS = ("bpe", "unigram", "bytes")
 # GPT-4's splitting rule with single digits: words with one leading space, punctuation runs, line breaks, spaces.
 SPLIT = (
@@ -39,8 +39,7 @@ def train_tokenizer(
     """
     if algorithm not in ALGORITHMS:
         raise unknown("tokenizer algorithm", algorithm, ALGORITHMS)
-    special = [END, PAD] + ([UNKNOWN] if algorithm == "unigram" else []) + ([MASK] if mask else [])
-    special += ([CLS, SEP] if cls else []) + [f"<extra_id_{i}>" for i in range(sentinels)] + list(extra)
+    special = special_tokens(algorithm, mask=mask, cls=cls, sentinels=sentinels, extra=extra)
     if algorithm != "bytes" and vocab_size < len(special) + 256:
         raise PretrainError(
             f"vocab_size {vocab_size}: accepted: {len(special) + 256} or more (256 bytes, special tokens)"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 import typer
 
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.folders import corpus_at, newest_checkpoint
 from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
 from pretrain.core.quick.imports import uncollected
@@ -60,12 +60,14 @@ def evaluate(
     place, folder = newest_checkpoint(checkpoint), corpus_at(data)
     from pretrain.corpus.overlap import header_of, overlap_warning, text_column
     from pretrain.corpus.sources import Files
+    from pretrain.corpus.store import SPLITS, Corpus
 
+    if folder is not None and split not in SPLITS:
+        raise unknown("split", split, SPLITS)
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
     placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
     with uncollected():
         from pretrain.core import checkpoint as checkpoints
-        from pretrain.corpus.store import Corpus
         from pretrain.stages import evaluate as stage
 
         model, processor = stage.load_both(place)

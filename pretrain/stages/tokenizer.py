@@ -11,6 +11,7 @@ from pretrain.core.bounds import Count, Ge, Le, Positive
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_folder, digest
 from pretrain.core.quick.quantities import short
+from pretrain.core.quick.vocabulary import special_tokens
 from pretrain.corpus.store import Corpus
 from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
 from pretrain.records import StageResult
@@ -49,6 +50,16 @@ class Tokenizer(Stage):
     def _one_origin(self) -> Tokenizer:
         if (self.corpus is None) == (self.checkpoint is None):
             raise ValueError("accepted: exactly one of corpus, checkpoint")
+        return self
+
+    @model_validator(mode="after")
+    def _holds_the_bytes(self) -> Tokenizer:
+        special = special_tokens(
+            self.algorithm, mask=self.mask, cls=self.cls, sentinels=self.sentinels, extra=self.extra
+        )
+        least = 256 + len(special)
+        if self.checkpoint is None and self.algorithm != "bytes" and self.vocab_size < least:
+            raise ValueError(f"vocab_size {self.vocab_size}: accepted: {least} or more (256 bytes, special tokens)")
         return self
 
     def run(self, job: Job) -> StageResult:

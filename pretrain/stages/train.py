@@ -260,6 +260,8 @@ class Train(Stage):
     @model_validator(mode="after")
     def _together(self) -> Train:
         batches = -(-self.batch_rows // (self.micro_rows or self.batch_rows))
+        if self.batch_rows % min(self.micro_rows or 1, self.batch_rows):
+            raise ValueError(f"batch_rows {self.batch_rows}: accepted: a multiple of micro_rows ({self.micro_rows})")
         try:
             check_together([w.method for w in self.weighted()], self.policies, batches)
             check_averages(self.optimizer, self.policies)

@@ -87,7 +87,7 @@ def read_text(path: Path) -> str:
     try:
         return texts.decode(read_bytes(path, 4 * MOST))
     except UnicodeDecodeError as error:
-        raise PretrainError(f"{path} cannot be read: {error}") from error
+        raise PretrainError(f"{path} cannot be read: {error}; accepted: YAML, as text in UTF-8") from error
     except OSError as error:
         raise PretrainError(f"{path} cannot be read: {error.strerror or error}") from error
 

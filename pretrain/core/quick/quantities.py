@@ -35,12 +35,19 @@ class Duration:
 
 def quantity(word: str, *, duration: bool = False) -> float | None:
     """The number that a word says, a whole one as `int`; None where it says none."""
-    if duration and _WHOLE_TIME.fullmatch(word):
-        parts = [(float(number.replace("_", "")), unit) for number, unit in _TIME.findall(word)]
-        if all(unit in TIMES for _, unit in parts):
-            return _whole(sum(number * TIMES[unit] for number, unit in parts))
+    if duration and (seconds := time_in(word)) is not None:
+        return seconds
     match = _COUNT.fullmatch(word)
     return _whole(float(match[1].replace("_", "")) * SCALES[match[2]]) if match else None
+
+
+def time_in(word: str) -> float | None:
+    """The seconds of a time with its units, `30min`, `1h 30min`; None where a word says no time."""
+    if not _WHOLE_TIME.fullmatch(word):
+        return None
+    parts = [(float(number.replace("_", "")), unit) for number, unit in _TIME.findall(word)]
+    known = all(unit in TIMES for _, unit in parts)
+    return _whole(sum(number * TIMES[unit] for number, unit in parts)) if known else None
 
 
 def _whole(value: float) -> float:

@@ -7,7 +7,7 @@ before anything is run.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,6 +23,13 @@ if TYPE_CHECKING:
 
 Numbers = Mapping[str, int]  # of the tokens
 FILE = "tokenizer.json"
+END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
+
+
+def special_tokens(algorithm: str, *, mask: bool, cls: bool, sentinels: int, extra: Iterable[str]) -> list[str]:
+    """The special tokens of a tokenizer of our own, in the order of their numbers."""
+    special = [END, PAD] + ([UNKNOWN] if algorithm == "unigram" else []) + ([MASK] if mask else [])
+    return special + ([CLS, SEP] if cls else []) + [f"<extra_id_{i}>" for i in range(sentinels)] + list(extra)
 
 
 def stored_numbers(place: Path | str) -> Numbers | None:
