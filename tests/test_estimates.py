@@ -249,6 +249,22 @@ def test_uneven_documents_are_told_by_what_their_split_holds():
     assert not list(uneven(even, {"validation": 0.02, "test": 0.02}))
 
 
+def test_a_domain_that_a_split_hardly_has_is_named():
+    def info(held):
+        domains = {
+            "train": {"en": {"documents": 90, "bytes": 4800}, "de": {"documents": 90, "bytes": 4400}, "fr": {"documents": 1, "bytes": 300}},
+            "validation": {"en": {"documents": 5, "bytes": 250 - held}, "de": {"documents": 3, "bytes": held}},
+            "test": {"en": {"documents": 5, "bytes": 125}, "de": {"documents": 5, "bytes": 125}},
+        }  # fmt: skip
+        sizes = {split: sum(row["bytes"] for row in rows.values()) for split, rows in domains.items()}
+        return {"documents": {"train": 181, "validation": 8, "test": 10}, "bytes": sizes, "domains": domains}
+
+    shares = {"validation": 0.025, "test": 0.025}
+    (line,) = uneven(info(8), shares)
+    assert line.startswith("3% of the validation text is de (3 documents), 45% of all: ") and "accepted: " in line
+    assert not list(uneven(info(100), shares))
+
+
 def test_a_token_holds_more_text_the_more_entries_there_are():
     assert bytes_of_token(256) == 1
     assert bytes_of_token(512) < bytes_of_token(4096) < bytes_of_token(32768) < 6

@@ -31,7 +31,7 @@ def fitting(line: str) -> str | None:
     """A line as a prompt, a long one up to a word's end; None of one that is no words, or cannot be printed."""
     line = line.strip()
     if len(line) > LONGEST:
-        line = line[:LONGEST].rpartition(" ")[0] or line[:LONGEST]
+        line = line[:LONGEST].rpartition(" ")[0].rstrip() or line[:LONGEST]
     words = sum(letter.isalpha() or letter.isspace() for letter in line)
     plain = len(line) >= SHORTEST and line.isprintable() and "\ufffd" not in line and not PATTERN.search(line)
     return line if plain and words >= LETTERS * len(line) else None

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, read_json
-from pretrain.core.folders import checkpoint_of, newest_checkpoint, place_of
+from pretrain.core.folders import checkpoint_of, newest_checkpoint, place_of, stage_folders
 from pretrain.core.quick.hub import located, looks_like
 from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.positions import positions
@@ -72,8 +72,12 @@ def start_of(name: str) -> Start:
     """What `--init` names: a checkpoint, a stage, a run (its last checkpoint), or a model of the hub."""
     place = located(name)
     if (place / "run.json").exists():
-        place = newest_checkpoint(place)
-        return Start(str(place), read_json(place / "config.json"))
+        checkpoint = newest_checkpoint(place)
+        stage = next(stage for stage, folder in stage_folders(place).items() if folder == checkpoint.parent)
+        stays = (
+            f"{name.rstrip('/')}/{stage}@{checkpoint.parent.name.rpartition('-')[2]}"  # whatever the run shows later
+        )
+        return Start(stays, read_json(checkpoint / "config.json"))
     if place.exists():
         return Start(name, read_json(checkpoint_of(place_of(place)) / "config.json"))
     if looks_like(name) and name.count("/") <= 1 and not name.startswith("runs/"):

@@ -18,7 +18,7 @@ from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, r
 
 app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")]
-SHOWN = 4  # metrics of a run that a list names
+SHOWN, MOST = 4, 12  # metrics of a run that a list names, of a stage that is shown
 
 
 @app.command("list")
@@ -53,7 +53,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
         kind = record["stage"] if record else kind
         begun = {} if record else spent_so_far(shown, name)
         spent = (duration(record["seconds"]), short(record["flops"])) if record else ("", "")
-        measured = _few(record["metrics"]) if record else ""
+        measured = _few(record["metrics"], MOST) if record else ""
         if begun:  # a training that was interrupted, or is under way: what it has counted, over all its parts
             spent = (duration(begun.get("seconds", 0.0)), short(begun.get("flops", 0.0)))
             measured = f"so far: step {begun.get('step', 0):,.0f}, tokens {figure(begun.get('tokens', 0))}"
@@ -150,9 +150,9 @@ def _metrics(run: Run) -> str:
     return _few(run.metrics)
 
 
-def _few(metrics: dict[str, float]) -> str:
+def _few(metrics: dict[str, float], most: int = SHOWN) -> str:
     whole_first = sorted(metrics.items(), key=lambda each: "/" in each[0])  # and then those of a domain
-    return ", ".join(f"{name} {figure(value)}" for name, value in whole_first[:SHOWN])
+    return ", ".join(f"{name} {figure(value)}" for name, value in whole_first[:most])
 
 
 def _when(moment: str) -> str:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from pretrain.core.files import JSON, JSONObject, read_object
 from pretrain.core.folders import corpus_of, tokenizer_of, verify
 from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.plan import Plan
+from pretrain.core.quick.quantities import counted
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.stages._examples import Labelled, Texts, counter, lengths, stored
@@ -25,6 +27,7 @@ FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before ther
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
+MUCH = 0.1  # of a corpus's text: a domain that each split should have
 DECODING = 0.2  # of the rate of training, a token at a time
 
 
@@ -119,7 +122,7 @@ def forward(shape: Shape, tokens: float, length: int, targets: float = 1.0) -> t
     return flops, training_seconds(flops, shape.width)
 
 
-def uneven(info: Mapping[str, Mapping[str, float]], shares: Mapping[str, float]) -> Iterable[str]:
+def uneven(info: JSONObject, shares: Mapping[str, float]) -> Iterable[str]:
     """What is said of splits that documents of unequal size have made unlike what was asked for."""
     whole = sum(info["bytes"].values())
     for split, share in shares.items():
@@ -128,6 +131,25 @@ def uneven(info: Mapping[str, Mapping[str, float]], shares: Mapping[str, float])
             yield (
                 f"the {split} split has {documents:,} of the documents with {held:.1%} of the text, not {share:.1%}: "
                 "the documents are uneven; accepted: smaller ones, or another share"
+            )
+        if share and documents:
+            yield from _lacking(split, info.get("domains", {}))
+
+
+def _lacking(split: str, domains: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterable[str]:
+    """What is said of domains that a split hardly has, and the corpus has much of."""
+    sizes = {part: {name: counts["bytes"] for name, counts in rows.items()} for part, rows in domains.items()}
+    whole = {
+        name: sum(rows.get(name, 0.0) for rows in sizes.values()) for name in dict.fromkeys(chain(*sizes.values()))
+    }
+    held = sizes.get(split, {})
+    for name, size in whole.items():
+        usual, there = size / max(1.0, sum(whole.values())), held.get(name, 0.0) / max(1.0, sum(held.values()))
+        if usual >= MUCH and there < usual / 4:
+            count = domains.get(split, {}).get(name, {}).get("documents", 0)
+            yield (
+                f"{there:.0%} of the {split} text is {name} ({counted(int(count), 'document')}), {usual:.0%} of all: "
+                f"what is measured there says little of {name}; accepted: a larger share, or smaller documents"
             )
 
 

@@ -37,7 +37,7 @@ LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's stand
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
 SURGERIES = [{"method": "zero_init"}]
 BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
-LEAST_TEXT = 10_000  # bytes: of less nothing can be learnt and held out
+LEAST_TEXT = 500  # bytes: of less nothing can be learnt and held out
 PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
 
 
