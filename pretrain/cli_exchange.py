@@ -15,6 +15,7 @@ from pretrain.core.quick.imports import uncollected
 Formats = StrEnum("Formats", ["gguf", "onnx", "sentence-transformers", "peft"])
 Types = StrEnum("Types", ["f32", "f16", "bf16", "q8_0"])
 Poolings = StrEnum("Poolings", ["mean", "cls", "lasttoken"])
+LOGITS = ("logits_off", "logits_span", "logits_off_by_rounding")
 
 
 def convert(
@@ -52,5 +53,10 @@ def export(
 
     facts = write(place, output, to.value, numbers.value, pooling.value)
     for name, value in facts.items():
-        typer.echo(f"{name}: {value}", err=True)
+        if name not in LOGITS:
+            typer.echo(f"{name}: {value}", err=True)
+    if LOGITS[0] in facts:
+        off, span, rounded = (float(facts.get(name, 0.0)) for name in LOGITS)
+        rounding = f", {rounded:.2g} of it by rounding weights" if rounded else ""
+        typer.echo(f"read back: logits are off by at most {off:.2g}{rounding}, of a span of {span:.3g}", err=True)
     typer.echo(str(output))

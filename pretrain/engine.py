@@ -29,7 +29,7 @@ from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
 from pretrain.core.quick.plan import Plan
-from pretrain.core.quick.quantities import duration, short
+from pretrain.core.quick.quantities import counted, duration, short
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
 from pretrain.forecast import check_documents, check_fits, forecast, warnings
@@ -363,7 +363,8 @@ def _refuse_empty_splits(recipe: Recipe, planned: list[Planned]) -> None:
                 corpus = item.stage.references()[place]
                 raise PretrainError(
                     f"{recipe.at(item.stage)}: the corpus {corpus!r} has no {split} documents, which this stage needs "
-                    f"({sum(counts.values())} in all); accepted: more documents, or a larger share ({split}: 0.2)"
+                    f"({counted(sum(counts.values()), 'document')} in all); accepted: more documents, or a larger "
+                    f"share ({split}: 0.3)"
                 )
 
 

@@ -36,6 +36,16 @@ def recipe(tmp_path, text=GOOD, *overrides):
     return load(tmp_path / "r.yaml", overrides)
 
 
+@pytest.mark.parametrize("split", ["test", "validation"])
+def test_a_split_that_is_to_be_empty_is_no_split_to_measure_on(tmp_path, split):
+    text = GOOD + f"  - {{stage: evaluate, checkpoint: model, corpus: corpus, split: {split}}}\n"
+    recipe(tmp_path, text)
+    with pytest.raises(
+        PretrainError, match=rf"evaluate.corpus: corpus 'corpus' has no {split} documents \({split}: 0\)"
+    ):
+        recipe(tmp_path, text, f"corpus.{split}=0")
+
+
 def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
     found = recipe(tmp_path)
     assert [s.name for s in found.stages] == ["corpus", "tokenizer", "model"] and found.seed == 3

@@ -227,6 +227,8 @@ def test_runs_are_compared_in_what_was_said_and_what_came_of_it():
     assert re.search(r"model: measured on +3 documents +2 documents +other documents: the difference is theirs", shown)
     write_json(place_of("runs/b/model") / "documents.json", {"held_out": [{"digest": text} for text in "zyx"]})
     assert "measured on" not in invoke("compare", "runs/a", "runs/b")
+    with pytest.raises(PretrainError, match=r"runs/a/model@\w+ and runs/a are of the same run"):
+        invoke("compare", stable(Path("runs/a/model")), "runs/a")
     three = invoke("compare", "runs/a", "runs/b", "runs/a")
     assert "2 (+1, +100.0%)" in three and "1 (the same)" in three
 

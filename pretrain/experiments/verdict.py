@@ -68,10 +68,10 @@ def reached(curve: Curve, target: float, better: str = "lower") -> float | None:
 def shares_to_reach(curves: Sequence[Curve], others: Sequence[Curve], better: str = "lower") -> list[float | None]:
     """The share of its own compute at which each curve reaches the other's last value; None where it never does.
 
-    0.5 says that half the compute is enough: a saving of one half.
+    0.5 says that half the compute is enough: a saving of one half. A curve of its end alone tells nothing.
     """
     points = [reached(curve, other[-1][1], better) for curve, other in zip(curves, others, strict=True)]
-    return [None if p is None else p / curve[-1][0] for p, curve in zip(points, curves, strict=True)]
+    return [None if p is None or len(curve) < 2 else p / curve[-1][0] for p, curve in zip(points, curves, strict=True)]
 
 
 def share_to_reach(curves: Sequence[Curve], others: Sequence[Curve], better: str = "lower") -> float | None:

@@ -7,11 +7,16 @@ from collections.abc import Iterable
 from itertools import chain, zip_longest
 
 from pretrain.corpus.store import side
-from pretrain.new.languages import prose_language
+from pretrain.new.languages import LANGUAGE_OF, prose_language
 
 LONGEST, SHORTEST = 80, 12  # characters of a prompt
 LETTERS = 0.6  # of a line at least, with its spaces
 PATTERN = re.compile(r"%[-\d.]*[a-z]\b|\{\w*\}|\$\{|<[^>]*>|&\w+;|https?:|\\[a-z]|[|#=*_~-]{3}")  # no words of a text
+DEFINES = re.compile(
+    r"(export |pub |public |private |static |async |inline |template |const )*"
+    r"(def|class|function|fn|func|fun|struct|enum|interface|trait|impl|type|module|void|int|char|double|float|bool|let|sub)"
+    r" [\w*$]"
+)
 
 
 def prompts(texts: Iterable[tuple[str, str]], share: float) -> tuple[str, ...]:
@@ -21,7 +26,10 @@ def prompts(texts: Iterable[tuple[str, str]], share: float) -> tuple[str, ...]:
     """
     groups: dict[tuple[str, str | None], list[str]] = {}
     for kind, text in sorted(texts, key=lambda pair: bool(share) and side(pair[1], share, share) == "train"):
-        line = next(filter(None, map(fitting, text[:4000].splitlines())), None)
+        lines = text[:4000].splitlines()
+        if kind in LANGUAGE_OF:  # where something is defined, so that there is something to write
+            lines = [line for line in text[:20_000].splitlines() if DEFINES.match(line)] + lines
+        line = next(filter(None, map(fitting, lines)), None)
         if line is not None:
             groups.setdefault((kind, prose_language(text[:20_000])), []).append(line)
     return tuple(dict.fromkeys(filter(None, chain(*zip_longest(*groups.values())))))

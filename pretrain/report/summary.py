@@ -138,6 +138,10 @@ def _judgement(page: Page, about: Headline) -> str:
     counting = "counting which token follows which" + (f" in the {short(read)} tokens that it has read" if read else "")
     if line is not None and bits >= line:
         words.append(f"That is not good yet: {counting} comes to {line:.2f}.")
+    elif line is not None and (ends := (evaluation.get("intervals") or {}).get(BITS)) and ends[1] >= line:
+        words.append(
+            f"Not sure yet: {counting} comes to {line:.2f}, other documents may give {ends[0]:.2f} to {ends[1]:.2f}."
+        )
     elif line is not None:
         learnt = f"that is {1 - bits / line:.0%} fewer than {counting} ({line:.2f})"
         words.append(f"Good: {learnt}, and {beaten}." if beaten else f"It has learnt something: {learnt}.")

@@ -28,7 +28,11 @@ def tables(places: Sequence[Path]) -> list[Rows]:
         return [_experiments(experiments)]
     if experiments:
         raise PretrainError(f"{experiments[0]} is a comparison of recipes; accepted: runs alone, or comparisons alone")
-    runs = [open_run(_run_at(place)) for place in places]
+    homes = [_run_at(place) for place in places]
+    for number, home in enumerate(homes):
+        if home in homes[:number] and (other := places[homes.index(home)]) != places[number]:
+            raise PretrainError(f"{other} and {places[number]} are of the same run; accepted: runs, not their stages")
+    runs = [open_run(home) for home in homes]
     head = ("", *(str(run.folder) for run in runs), *(["difference"] if len(runs) == 2 else []))
     return [[head, *_results(runs), *_spent(runs)], _differing(runs)]
 

@@ -187,8 +187,11 @@ def _recipes(runs: Iterable[Run], roots: Iterable[Path]) -> Iterator[Path]:
 
 
 def _named(recipe: Path, candidates: list[Path]) -> Iterator[Path]:
-    """The results that a recipe names by their addresses."""
-    text = recipe.read_text(encoding="utf-8", errors="replace")
+    """The results that a recipe names by their addresses; what is no text is no recipe."""
+    try:
+        text = recipe.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return
     for match in ADDRESS.finditer(text):
         begins = (match[1] or match[2])[:12]
         yield from (folder for folder in candidates if folder.name.rpartition("-")[2].startswith(begins))

@@ -137,6 +137,13 @@ class Stage(BaseModel):
 
     def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
         """Refuse what does not go with the stages before this one, by name, or with the folders that it names."""
+        for place, split in self.splits().items():
+            corpus = earlier.get(str(getattr(self, place, "")))
+            if corpus is not None and getattr(corpus, split, None) == 0:
+                raise PretrainError(
+                    f"{place} {corpus.name!r} has no {split} documents ({split}: 0); accepted: a share above 0 there",
+                    place=(place,),
+                )
         named = [getattr(self, name, None) for name in ("tokenizer", "processor", "init", "checkpoint")]
         whose = next((str(name) for name in named if name), "")
         if not whose or whose in earlier:

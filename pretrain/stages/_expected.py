@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from pretrain.core.files import JSON
-from pretrain.core.quick.machine import efficiency, likely_rate
+from pretrain.core.quick.machine import efficiency, likely_device, likely_rate
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration
 from pretrain.dial.choose import STEP
@@ -41,6 +41,7 @@ START = 3.0  # seconds before the first step
 TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
 ORDER = 64.0  # bytes that the loader holds for each row of a step
 CALIBRATED = 8  # rows of calibration in a batch
+PAIR = 8.0  # bytes of the dense mask, and of what it is made of, for each two positions of a row
 TRAINING = 0.1e9  # bytes that the loop's own libraries hold
 
 
@@ -280,6 +281,7 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -
         + read
         + ORDER * stage.batch_rows
         + effort * shape.memory(tokens, round(work.positions), model.trained)
+        + (PAIR * tokens * work.positions if likely_device() == "cpu" else 0.0)
         + copies
         + teachers
     )

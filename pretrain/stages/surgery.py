@@ -92,6 +92,8 @@ class Surgery(Stage):
             stored_as(model, checkpoint.stored_dtype(source))
         after = {"parameters": model.num_parameters(), "bytes": _bytes(model)}
         few = _few_bits(model)
+        if few:  # `parameters` of packed weights are what packs them
+            after["parameters"] = _numbers(model)
         share = {"quantised_share": sum(few.values()) / max(1, _numbers(model))} if few else {}
         metrics = after | before | share | inputs.extra.get("metrics", {})
         lineage = checkpoint.lineage(source)
