@@ -135,6 +135,7 @@ def test_the_compute_to_reach_the_others_end_needs_every_seed():
     quick, slow = [(0.0, 5.0), (50.0, 3.0), (100.0, 1.0)], [(0.0, 5.0), (100.0, 3.0)]
     assert share_to_reach([quick, quick], [slow, slow]) == pytest.approx(0.5)
     assert share_to_reach([quick, slow], [slow, quick]) is None
+    assert share_to_reach([quick[-1:]], [slow]) is None  # measured at its end alone: nobody knows when it got there
     up = [[(0.0, 0.1), (100.0, 0.9)]]
     assert share_to_reach(up, [[(0.0, 0.1), (100.0, 0.5)]], "higher") == pytest.approx(0.5)
 

@@ -224,6 +224,16 @@ def test_a_run_says_the_same_and_refuses_what_does_not_fit(tmp_path, text, monke
     assert not (tmp_path / "run" / "corpus").exists()
 
 
+def test_the_dense_mask_of_long_rows_is_counted(tmp_path, text):
+    def memory(length):
+        more = [f"model.length={length}", f"model.model.max_position_embeddings={length}", "model.batch_rows=1"]
+        made = small("quickstart", text, tmp_path / "run", *more, "model.budget={tokens: 1e6}")
+        return next(e.estimate.memory_bytes for e in forecast(plan(made)) if e.item.stage.name == "model")
+
+    assert 1.5e9 < memory(12_000) < 2.6e9  # 2.02e9 were measured
+    assert memory(100_000) > 60e9
+
+
 def test_what_earlier_stages_have_left_is_read_and_not_guessed(tmp_path, prepared, tiny):
     left = left_in(prepared)
     info = json.loads((prepared / "corpus" / "corpus.json").read_text())

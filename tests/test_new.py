@@ -36,7 +36,7 @@ from pretrain.new import written
 from pretrain.new.languages import prose_language
 from pretrain.new.look import look
 from pretrain.new.plans import duration, quoted
-from pretrain.new.prompts import fitting
+from pretrain.new.prompts import fitting, prompts
 from pretrain.new.start import encoder, vocabulary
 from pretrain.recipe import load
 from pretrain.stages.data import build_source
@@ -116,14 +116,21 @@ def test_prompts_are_whole_lines_of_words_from_each_language(here):
     for path in (here / "prose").rglob("*.txt"):
         path.write_text("\x1b[1m%s: {}\n======\n" + path.read_text(encoding="utf-8"), encoding="utf-8")
     new("prose")
-    prompts = yaml.safe_load((here / "prose.yaml").read_text())["stages"][-1]["prompts"]
-    assert {prose_language(prompt) for prompt in prompts} == {"English", "French"}
+    lines = yaml.safe_load((here / "prose.yaml").read_text())["stages"][-1]["prompts"]
+    assert {prose_language(prompt) for prompt in lines} == {"English", "French"}
     texts = [path.read_text(encoding="utf-8").splitlines()[2] for path in (here / "prose").rglob("*.txt")]
-    assert all(any(text.startswith(prompt + " ") for text in texts) for prompt in prompts)
+    assert all(any(text.startswith(prompt + " ") for text in texts) for prompt in lines)
     assert [
         fitting(line) for line in ("printf %s and more words", "caf\x00 au lait it is", "a", "= = = = = = = = =")
     ] == [None] * 4
     assert fitting("def area(width, height):") == "def area(width, height):"
+    blanks = f"{'a word ' * 11}      and more"
+    assert fitting(blanks) == blanks[:80].rstrip() and len(blanks) > 80
+    code = '"""What it is about, in words."""\n\nimport os\n\n\nclass Area(Shape):\n    """Of a shape."""\n'
+    assert prompts([(".py", code), (".c", "/* Copyright (C) of somebody. */\nint main(void) {\n")], 0) == (
+        "class Area(Shape):", "int main(void) {"
+    )  # fmt: skip
+    assert prompts([(".md", code)], 0) == ('"""What it is about, in words."""',)
 
 
 def test_a_recipe_is_never_written_over_another(here):

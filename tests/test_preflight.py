@@ -301,6 +301,16 @@ def test_a_classifier_is_judged_and_advised_as_one(given, judgement, advice):
     assert "tokens for each weight" not in found.advice
 
 
+@pytest.mark.parametrize(("high", "words"), [(1.99, "Good: that is 10% fewer than"), (2.01, "Not sure yet: counting")])
+def test_bits_are_good_only_where_the_interval_lies_below_the_counts(high, words):
+    page = page_of(0.9, 0.5, (0.8, 0.95), FLAT)
+    page["evaluations"] = [
+        {"name": "test", "of": "tuned", "metrics": {"bits_per_byte": 1.8}, "intervals": {"bits_per_byte": (1.6, high)},
+         "bigram": 2.0, "compressors": {"xz": {"metrics": {"bits_per_byte": 2.5}}}}
+    ]  # fmt: skip
+    assert summarise(page).judgement.startswith(words)
+
+
 def test_a_class_that_is_never_answered_is_named():
     found = summarise(page_of(0.9, 0.5, (0.8, 0.95), FLAT, confusion={"a": {"a": 9}, "rare": {"a": 2}}))
     assert "never answers “rare” (2)" in found.judgement and "“rare” (2 held out)" in found.advice
