@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -27,3 +30,36 @@ def test_the_lock_holds_the_versions_of_the_constraints_with_hashes():
     whole = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert len(whole) == len(locked) + sum(hashes.count("sha256:") for hashes in locked.values())  # and nothing else
     assert all(hashes.count("sha256:") >= 1 for hashes in locked.values())
+
+
+def made(site: Path, name: str, version: str, *, licence: str = "License: MIT\n") -> Path:
+    """A distribution of one module, as pip installs it."""
+    module, info = site / f"{name}.py", site / f"{name}-{version}.dist-info"
+    info.mkdir(parents=True)
+    module.write_text(f"NAME = {name!r}\n")
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{licence}")
+    sums = base64.urlsafe_b64encode(hashlib.sha256(module.read_bytes()).digest()).rstrip(b"=").decode()
+    (info / "RECORD").write_text(f"{module.name},sha256={sums},{module.stat().st_size}\n{info.name}/RECORD,,\n")
+    return module
+
+
+@pytest.mark.promise(
+    "The lock",
+    "The audit of `.ci/run` refuses, without a network, a package that the lock does not name, another version, a file "
+    "that is not as its RECORD says, code of no package, a package without a licence.",
+)
+def test_the_audit_names_what_is_not_as_it_was_locked(tmp_path):
+    audit = runpy.run_path(str(REPOSITORY / ".ci" / "audit"))
+    wanted = audit["pinned"]("first==1.0\nSecond_part==2.0 \\\n    --hash=sha256:00\n")
+    assert wanted == {"first": "1.0", "second-part": "2.0"}
+    made(tmp_path, "first", "1.0"), made(tmp_path, "second_part", "2.0+cpu"), made(tmp_path, "pip", "99")
+    assert audit["audited"]([str(tmp_path)], wanted) == ([], 3)
+    made(tmp_path, "third", "3.0", licence="").write_text("NAME = 'other'\n")
+    (tmp_path / "start.pth").write_text("import os\n")
+    assert audit["audited"]([str(tmp_path)], wanted | {"first": "1.1"})[0] == [
+        "first 1.0: the lock has 1.1",
+        "third 3.0: the lock does not name it",
+        "third 3.0: no licence is named",
+        "third 3.0: third.py is not the file that was installed (sha256 differs)",
+        f"{tmp_path / 'start.pth'}: of no distribution",
+    ]
