@@ -19,9 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import digest, write_json
+from pretrain.core.files import digest, read_sealed, sealed, write_json
 from pretrain.core.folders import cache_folder
-from pretrain.core.foreign import json as foreign
 from pretrain.core.registry import PACKAGE, methods
 
 FORMAT = 1  # of what `as_json` gives; raised when the digests are made otherwise
@@ -227,7 +226,7 @@ def _cache_file() -> Path:
 
 def _on_disk() -> dict[str, Parsed]:
     try:
-        rows = foreign.read(_cache_file())
+        rows = read_sealed(_cache_file())["files"]
         return {key: Parsed(mark, tuple((n, base, name) for n, base, name in imports)) for key, mark, imports in rows}
     except (PretrainError, OSError, ValueError, TypeError):
         return {}  # there is none yet, or it is damaged
@@ -238,7 +237,7 @@ def _keep() -> None:
         with suppress(OSError, PretrainError):  # where nothing can be written it is parsed anew each time
             rows = {**_on_disk(), **_parsed}
             kept = [[key, row.digest, row.imports] for key, row in rows.items()][-KEPT:]
-            write_json(_cache_file(), kept)
+            write_json(_cache_file(), sealed({"files": kept}))
         _fresh.clear()
 
 

@@ -22,9 +22,9 @@ from pathlib import Path
 import yaml
 
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.files import locked, read_json, sweep, write_json, write_text
+from pretrain.core.files import locked, read_json, sealed, sweep, write_json, write_text
 from pretrain.core.folders import corpus_of, verify
-from pretrain.core.foreign.parsing import out_of_memory
+from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
@@ -208,25 +208,27 @@ def _run_stage(
         try:
             with _noted(item, parts, main), extras_named():
                 result = stage.pointing_to(item.inputs).run(job)
-        except (MemoryError, RuntimeError) as error:
-            if not out_of_memory(error):
+        except Exception as error:
+            if (named := _of_stage(item, error)) is None:
                 raise
-            raise PretrainError(
-                f"stage {name!r}: there is not enough memory; accepted: a smaller model, fewer micro_rows, or less text"
-            ) from error
-        except OSError as error:
-            reason = "there is not enough memory" if out_of_memory(error) else error.strerror or str(error)
-            raise PretrainError(
-                f"stage {name!r}: {reason} ({error.filename or item.folder}); run again to go on"
-            ) from error
-        except PretrainError as error:
-            named = f"stage {name!r}: "  # a divergence stays one
-            raise type(error)(f"{named}{str(error).removeprefix(named)}") from error
+            raise named from error
     wait()
     if main:
         write_record(item, result, started, time.perf_counter() - clock, parts)
         (item.folder / PARTS).unlink(missing_ok=True)
     wait()
+
+
+def _of_stage(item: Planned, error: Exception) -> PretrainError | None:
+    """An error of a stage, its files or the machine as one that names the stage; None of any other."""
+    named = f"stage {item.stage.name!r}: "
+    if out_of_memory(error):
+        return PretrainError(f"{named}{NOT_ENOUGH}; accepted: a smaller model, fewer micro_rows, or less text")
+    if isinstance(error, PretrainError):  # a divergence stays one
+        return type(error)(f"{named}{str(error).removeprefix(named)}")
+    if isinstance(error, OSError):
+        return PretrainError(f"{named}{error.strerror or error} ({error.filename or item.folder}); run again to go on")
+    return None
 
 
 @contextmanager
@@ -238,7 +240,8 @@ def _noted(item: Planned, parts: list[Part], main: bool) -> Iterator[None]:
     except BaseException:
         if main:
             with suppress(PretrainError, OSError):  # of a full disk the error is told by what ends the stage
-                write_json(item.folder / PARTS, [*parts, _part(started, time.perf_counter() - clock)])
+                every = [*parts, _part(started, time.perf_counter() - clock)]
+                write_json(item.folder / PARTS, sealed({"parts": every}))
         raise
 
 
@@ -255,6 +258,7 @@ def _earlier(item: Planned) -> list[Part]:
         path.unlink()
     with suppress(KeyError, TypeError, PretrainError):  # of a damaged note: what the parts took is not known then
         rows = read_json(path) if path.exists() else []
+        rows = rows["parts"] if isinstance(rows, dict) else rows  # of before
         return [
             Part(started=str(r["started"]), seconds=r["seconds"] + 0.0, peak_memory_bytes=r["peak_memory_bytes"] + 0)
             for r in rows
@@ -325,7 +329,8 @@ def _write_run(
             row["targets"] = taken
         stages.append(row)
     facts = {"name": recipe.name, "recipe": str(recipe.path or ""), "seed": recipe.seed, "stages": stages}
-    write_json(recipe.output / "run.json", facts | ({"given": list(recipe.given)} if recipe.given else {}))
+    given = {"given": list(recipe.given)} if recipe.given else {}
+    write_json(recipe.output / "run.json", sealed(facts | given))
 
 
 def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import struct
 import subprocess
 import sys
 import textwrap
@@ -14,13 +15,17 @@ import pytest
 import yaml
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import atomic_folder, damage
 from pretrain.core.foreign import json as foreign_json
 from pretrain.core.foreign import texts
 from pretrain.core.foreign import yaml as foreign_yaml
 from pretrain.core.foreign.archives import BROKEN, Bomb, open_packed, open_text
 from pretrain.core.foreign.arrays import read_array
+from pretrain.core.foreign.parsing import parsing
 from pretrain.core.foreign.reading import open_file, read_bytes
-from pretrain.corpus.sources import Files, Skipped, read
+from pretrain.core.system.console import App
+from pretrain.corpus.sources import Audio, Files, Images, Skipped, read
+from pretrain.corpus.store import write_corpus
 from pretrain.recipe import load
 
 MB = 1 << 20
@@ -83,7 +88,7 @@ def large(path: Path, size: int, line: bytes = b"") -> None:
 
 @pytest.mark.promise(
     "Memory",
-    "`data` takes 0.3 GB, 0.6 GB with near-duplicates, whatever the files hold, at the default `longest`; about 100 bytes for each document, and one row group of a Parquet file, at most 2 GiB as it says.",
+    "`data` takes 0.3 GB, 0.6 GB with near-duplicates, whatever the files hold, at the default `longest`; about 200 bytes for each document, and one row group of a Parquet file, at most 2 GiB as it says.",
 )
 @pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.txt", "a.json", "a.ipynb"])
 def test_a_line_of_200_megabytes_is_passed_over_or_cut_in_bounded_memory(tmp_path, name):
@@ -348,7 +353,9 @@ def test_what_does_not_fit_is_one_line(tmp_path):
     code, said, _ = cli(tmp_path, "run", "r.yaml")
     assert code == 1 and said.startswith("error: stage 'train': about ") and "GB of memory" in said, said
     code, said, _ = cli(tmp_path, "run", "r.yaml", "--set", "train.batch_rows=2", limit=700)
-    assert code == 1 and said.startswith("error: ") and ("memory" in said or "map segment" in said), said
+    assert code == 1 and said.startswith("error: ulimit -v allows 700 MiB of memory; accepted: at least 1 GiB"), said
+    code, said, _ = cli(tmp_path, "run", "r.yaml", "--set", "train.batch_rows=2", limit=1100)
+    assert code == 1 and said.startswith("error: ") and "there is not enough memory" in said, said
 
 
 TOKENS = """
@@ -406,3 +413,74 @@ def test_what_a_parquet_file_says_of_itself_is_bounded(tmp_path):
         file.write((1 << 30).to_bytes(4, "little") + b"PAR1")
     with pytest.raises(PretrainError, match=r"a footer of 1073741824 bytes, where at most 67108864 are read"):
         list(read(Files(str(path))))
+
+
+NO_MEMORY = (
+    MemoryError(),
+    OSError(12, "Cannot allocate memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried to …"),
+    RuntimeError("can't start new thread"),
+)
+
+
+@pytest.mark.promise(
+    "Memory",
+    "That there is no more memory is never taken for damage: nothing is passed over, made anew or refused for it, and the command ends in one line.",
+)
+@pytest.mark.parametrize("error", NO_MEMORY, ids=lambda error: type(error).__name__)
+def test_what_memory_does_not_hold_is_not_called_damaged(tmp_path, monkeypatch, capsys, error):
+    def fails(*_, **__):
+        raise error
+
+    for name in ("a.txt", "a.jsonl", "a.csv", "a.json", "a.ipynb", "a.png", "a.wav"):
+        (tmp_path / name).write_text("words")
+    with atomic_folder(tmp_path / "made") as work:
+        (work / "config.json").write_text("{}")
+    for boundary in ("archives.open_file", "reading.open_file"):
+        monkeypatch.setattr(f"pretrain.core.foreign.{boundary}", fails)
+    for module in ("images.read_bytes", "audio.open_file"):
+        monkeypatch.setattr(f"pretrain.corpus.sources.{module}", fails)
+    for source in (*(Files(str(tmp_path / f"a.{end}"), on_error="skip") for end in ("txt", "jsonl", "csv", "json", "ipynb")),
+                   Images(str(tmp_path / "a.png")), Audio(str(tmp_path / "a.wav"))):  # fmt: skip
+        with pytest.raises((MemoryError, RuntimeError)):
+            list(read(source, Skipped()))
+    monkeypatch.setattr(foreign_json, "read_bytes", fails)
+    with pytest.raises((MemoryError, RuntimeError)):
+        damage(tmp_path / "made")
+    with pytest.raises(MemoryError), parsing("a file", "another"):
+        fails()
+
+    app = App()
+    app.command()(lambda: fails())
+    with pytest.raises(SystemExit, match="1"):
+        app([])
+    assert capsys.readouterr().err.strip() == (
+        "error: there is not enough memory; accepted: a smaller model, batch or corpus, or a machine with more"
+    )
+
+
+@pytest.mark.promise("Memory", "A corpus has at most 1,000 columns, what objects in them hold counted as well.")
+def test_the_columns_of_a_corpus_are_bounded(tmp_path):
+    wide = {f"c{n}": 1 for n in range(1001)}
+    for rows in ([{"text": "a"} | wide], [{"text": "a", "meta": {"tags": [wide]}}],
+                 [{"text": f"row {n}", f"c{n}": 1} for n in range(1001)]):  # fmt: skip
+        (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        with pytest.raises(PretrainError, match="more than 1,000 columns and what is in them; accepted: fewer"):
+            write_corpus(read(Files(str(tmp_path / "a.jsonl"))), tmp_path / "corpus", near_duplicates=None)
+    start = time.process_time()
+    (tmp_path / "a.csv").write_text("text," + ",".join(f"c{n}" for n in range(200_000)) + "\nwords" + ",1" * 200_000)
+    assert len(next(iter(read(Files(str(tmp_path / "a.csv")))))) > 200_000
+    assert time.process_time() - start < AT_ONCE
+
+
+@pytest.mark.promise("Memory", "A recording has at most 67 million samples in `longest` seconds.")
+def test_a_recording_whose_header_promises_too_many_samples_a_second_is_passed_over(tmp_path):
+    size = 200 << 20
+    head = b"RIFF" + struct.pack("<I", size + 36) + b"WAVEfmt "
+    head += struct.pack("<IHHIIHH", 16, 1, 1, (1 << 31) - 1, (1 << 32) - 2, 2, 16) + b"data" + struct.pack("<I", size)
+    with (tmp_path / "a.wav").open("wb") as file:
+        file.write(head)
+        file.truncate(size + len(head))  # sparse: nothing on the disk
+    skipped = Skipped()
+    assert not list(read(Audio(str(tmp_path / "a.wav"), shortest=0.0), skipped))
+    assert skipped.reasons == {"recordings of more than 67,108,864 samples in 30.0 seconds": 1}

@@ -150,7 +150,16 @@ def read_json(path: Path, *, halves: bool = False) -> Any:
         raise PretrainError(f"missing file {path}") from error
     seal = value.get(SEAL) if isinstance(value, dict) else None
     if isinstance(seal, str) and value != sealed({name: entry for name, entry in value.items() if name != SEAL}):
-        raise PretrainError(f"{path} is damaged: it does not hold what was sealed")
+        raise PretrainError(
+            f"{path} is damaged: it does not hold what was sealed; what is changed on purpose has no {SEAL!r}"
+        )
+    return value
+
+
+def read_sealed(path: Path) -> JSONObject:
+    """Read a JSON file that holds an object, without its seal; one of before, which has none, is taken as it is."""
+    value = read_object(path)
+    value.pop(SEAL, None)
     return value
 
 
@@ -193,7 +202,9 @@ def damage(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> str:
     try:
         sums = read_json(path)
         whole = sealed({"sha256": sums["sha256"]}) == sums
-    except (PretrainError, OSError, KeyError, TypeError):
+    except PretrainError as error:
+        return str(error)
+    except (OSError, KeyError, TypeError):
         whole = False
     if not whole:
         return f"{path} is damaged"

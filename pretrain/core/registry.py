@@ -19,9 +19,8 @@ from pathlib import Path
 from types import ModuleType
 
 from pretrain.core.errors import PretrainError, nearest, unknown, warn
-from pretrain.core.files import digest, write_json
+from pretrain.core.files import digest, read_sealed, sealed, write_json
 from pretrain.core.folders import cache_folder
-from pretrain.core.foreign import json as foreign
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.outside import NAME, MethodFile, files_below, installed_files
 
@@ -293,7 +292,7 @@ def _ours() -> list[MethodInfo]:
     states = [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in [Path(__file__), *files]]
     cache = cache_folder() / f"methods-{digest(states)[:16]}.json"
     try:
-        rows = foreign.read(cache)
+        rows = read_sealed(cache)["methods"]
         return [MethodInfo(**row | {"families": tuple(row["families"]), "path": Path(row["path"])}) for row in rows]
     except (PretrainError, OSError, ValueError, TypeError, KeyError):
         pass  # there is none yet, or it is damaged
@@ -303,7 +302,7 @@ def _ours() -> list[MethodInfo]:
     with suppress(OSError, PretrainError):  # where nothing can be written it is read anew each time
         for old in sorted(cache.parent.glob("methods-*.json"), key=lambda path: path.stat().st_mtime)[:-8]:
             old.unlink()
-        write_json(cache, [asdict(info) | {"path": str(info.path)} for info in rows])
+        write_json(cache, sealed({"methods": [asdict(info) | {"path": str(info.path)} for info in rows]}))
     return rows
 
 

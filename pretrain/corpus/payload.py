@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, TypeVar
 
@@ -120,6 +120,18 @@ def features_of(columns: Sequence[str], schema: pyarrow.Schema) -> Features:
     }
     inferred = datasets.Features.from_arrow_schema(schema)
     return datasets.Features({name: typed.get(name, inferred[name]) for name in columns})
+
+
+def columns_in(value: object, within: str = "") -> Iterator[str]:
+    """The names of a document's columns, and of those that objects in them hold: `meta`, `meta.author`."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield f"{within}{name}"
+            yield from columns_in(each, f"{within}{name}.")
+    elif isinstance(value, list):
+        for each in value:
+            if isinstance(each, dict | list):
+                yield from columns_in(each, within)
 
 
 def table_of(documents: Sequence[Document]) -> pyarrow.Table:

@@ -24,6 +24,7 @@ from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, 
 from pretrain.core.folders import verify
 from pretrain.corpus.payload import (
     CONTENT,
+    columns_in,
     content,
     identity,
     in_payload,
@@ -46,6 +47,8 @@ Columns = Sequence[str] | Callable[[list[str]], Sequence[str]]
 TEXTS = ("text", "domain", "id")
 SPLITS = ("train", "validation", "test")
 DOMAINS = 1 << 16  # that shards can number
+COLUMNS = 1000  # of a corpus, with what objects in them hold: each takes 8 bytes a row, whatever it has
+CELLS = 1 << 23  # of a part, rows times columns
 PART_BYTES = 64 << 20
 GROUP_BYTES = 16 << 20  # of one Parquet row group, read at once
 
@@ -66,8 +69,8 @@ def _key(document: Document) -> str:
 class _Writer:
     """Parquet parts of one split, written as they fill."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.parts, self.bytes = folder, 0, 0
+    def __init__(self, folder: Path, columns: set[str]) -> None:
+        self.folder, self.columns, self.parts, self.bytes = folder, columns, 0, 0
         self.rows: list[Document] = []
         folder.mkdir()
 
@@ -75,7 +78,7 @@ class _Writer:
         """One more document, whose payload has `size` bytes."""
         self.rows.append(document)
         self.bytes += size
-        if self.bytes >= PART_BYTES:
+        if self.bytes >= PART_BYTES or len(self.rows) * len(self.columns) >= CELLS:
             self.flush()
 
     def flush(self) -> None:
@@ -144,9 +147,10 @@ def _write_splits(
     documents: Iterable[Document], work: Path, validation: float, test: float, removed: dict[str, int]
 ) -> int:
     """Write the documents, copies left out, and return how many there were."""
-    writers = {split: _Writer(work / split) for split in SPLITS}
     seen: set[bytes] = set()
     domains: set[str] = set()
+    columns: set[str] = set()
+    writers = {split: _Writer(work / split, columns) for split in SPLITS}
     read = 0
     for read, document in enumerate(documents, 1):  # noqa: B007
         key = identity(document)
@@ -155,11 +159,10 @@ def _write_splits(
             continue
         seen.add(key)
         domains.add(document["domain"])
-        if len(domains) > DOMAINS:
-            raise PretrainError(
-                f"domain {document['domain']!r} of document {document.get('id')!r}: more than {DOMAINS:,} domains; "
-                "accepted: fewer, or domain: NAME for a whole source"
-            )
+        columns.update(columns_in(document))
+        for what, there, most in (("domains", domains, DOMAINS), ("columns and what is in them", columns, COLUMNS)):
+            if len(there) > most:
+                raise PretrainError(f"document {document.get('id')!r}: more than {most:,} {what}; accepted: fewer")
         writers[side(_key(document), validation, test)].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()
@@ -176,12 +179,20 @@ def _same_columns(work: Path) -> None:
     if all(schema.equals(schemas[0]) for schema in schemas[1:]):
         return
     schema = single_type(lambda: pyarrow.unify_schemas(schemas, promote_options="permissive")).remove_metadata()
+    whole = typed(schema.empty_table()).schema
     for path in parts:
-        table = pyarrow.parquet.read_table(path)
-        for field in schema:
-            if field.name not in table.column_names:
-                table = table.append_column(field, pyarrow.nulls(len(table), field.type))
-        _write_table(typed(single_type(partial(table.select(schema.names).cast, schema))), path)
+        fresh = path.with_suffix(".fresh")
+        with (
+            pyarrow.parquet.ParquetFile(path) as file,
+            pyarrow.parquet.ParquetWriter(fresh, whole, compression="zstd") as writer,
+        ):
+            for number in range(file.num_row_groups):
+                table = file.read_row_group(number)
+                for field in schema:
+                    if field.name not in table.column_names:
+                        table = table.append_column(field, pyarrow.nulls(len(table), field.type))
+                writer.write_table(single_type(partial(table.select(schema.names).cast, whole)))
+        fresh.replace(path)
 
 
 def _drop_near_heldout(work: Path, threshold: float) -> int:

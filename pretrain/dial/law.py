@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.foreign import json as foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -116,9 +115,9 @@ class Law:
 
     def write(self, path: Path) -> None:
         """As JSON."""
-        from pretrain.core.files import write_json
+        from pretrain.core.files import sealed, write_json
 
-        write_json(path, asdict(self))
+        write_json(path, sealed(asdict(self)))
 
 
 def unique_worth(seen: float, unique: float | None) -> float:
@@ -130,8 +129,10 @@ def unique_worth(seen: float, unique: float | None) -> float:
 
 def load(path: Path) -> Law:
     """Read a law; errors name the file."""
+    from pretrain.core.files import read_sealed
+
     try:
-        given = foreign.read(path)
+        given = read_sealed(path)
         sizes = {int(k): float(v) for k, v in given.pop("bytes_per_token").items()}
         rungs = [Rung(**rung) for rung in given.pop("rungs", [])]
         return Law(bytes_per_token=sizes, rungs=rungs, **given)

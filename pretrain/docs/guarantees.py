@@ -76,8 +76,9 @@ SECTIONS = (
     Section(
         "Memory",
         before="At most, beside the 0.4 GB of Python and the libraries:",
-        after="Not bounded are Arrow, Feather and ORC files, whose record batches are unpacked whole; no text is made "
-        "of a cell far beyond `longest`.",
+        after="Of the address space and the data (`ulimit -v`, `ulimit -d`) the libraries take 1 GiB and 0.5 GiB. Not "
+        "bounded are Arrow, Feather and ORC files, whose record batches are unpacked whole; no text is made of a cell "
+        "far beyond `longest`.",
         level=3,
     ),
     Section(

@@ -15,7 +15,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import write_json, write_text
+from pretrain.core.files import sealed, write_json, write_text
 from pretrain.core.quick.quantities import counted, short
 from pretrain.experiments.drawing import draw
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
@@ -82,7 +82,7 @@ def compare(
     for name, rate in chosen.items():
         comparison["table"][name]["rate"] = asdict(rate) | {"words": str(rate)}
     comparison["notes"] = _notes(chosen)
-    write_json(Path(output) / "comparison.json", comparison)
+    write_json(Path(output) / "comparison.json", sealed(comparison))
     curves = {name: [run["curve"] for run in of] for name, of in comparison["runs"].items()}
     write_text(Path(output) / "comparison.svg", draw(curves, metric))
     return comparison

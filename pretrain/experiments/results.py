@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, digest, read_json, write_json
+from pretrain.core.files import JSONObject, digest, read_sealed, sealed, write_json
 from pretrain.core.quick.quantities import short
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Search
@@ -88,14 +88,14 @@ def write(result: Result, folder: Path) -> Path:
     mark = digest([result["claim"], [[run["final"] for run in runs] for runs in result["runs"].values()]])[:8]
     size = f"-{result['size']}" if result["size"] else ""
     path = folder / f"{result['name']}-{result['scale']}{size}-{mark}.json"
-    write_json(path, result)
+    write_json(path, sealed(result))
     return path
 
 
 def recorded(*folders: Path | str) -> list[Result]:
     """All results recorded in the folders, oldest first."""
     paths = [path for folder in folders for path in Path(folder).glob("*.json")]
-    return sorted(map(read_json, paths), key=lambda result: result["finished"])
+    return sorted(map(read_sealed, paths), key=lambda result: result["finished"])
 
 
 def check_budgets(claim: Claim, scale: str, runs: Mapping[str, Sequence[Outcome]], within: float = 0.01) -> None:

@@ -5,6 +5,7 @@ All is read from `run.json` and `stage.json`; no model is opened.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -15,8 +16,9 @@ from pathlib import Path
 from typing import Literal
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json
+from pretrain.core.files import read_json, sealed
 from pretrain.core.folders import stage_folders
+from pretrain.core.foreign import json as foreign
 from pretrain.core.system.portable import held, link_target, take
 from pretrain.records import StageRecord, read_stage, run_status, statuses
 
@@ -109,14 +111,26 @@ def stored(home: Path) -> list[Path]:
 def join_store(store: Path, output: Path) -> None:
     """Note in a store that a run uses it, so that no cleaning takes what that run shows."""
     entry = os.path.relpath(output.resolve(), store.resolve())
-    path = store / USERS
-    if entry not in _lines(path):
-        with path.open("a", encoding="utf-8") as users:
-            users.write(entry + "\n")
+    if entry not in _users(store):
+        with (store / USERS).open("a", encoding="utf-8") as users:
+            users.write(json.dumps(sealed({"run": entry})) + "\n")
 
 
-def _lines(path: Path) -> list[str]:
-    return path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+def _users(store: Path) -> list[str]:
+    """The runs that use a store; a line that is damaged is an error, since the results of its run would be taken."""
+    path, entries = store / USERS, []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        row = {"run": line}  # of before
+        if line.startswith("{"):
+            try:
+                row = foreign.loads(line)
+                whole = sealed({"run": row["run"]}) == row
+            except (ValueError, KeyError, TypeError):
+                whole = False
+            if not whole:
+                raise PretrainError(f"{path} is damaged; accepted: no such file, once all runs of the store ran again")
+        entries.append(row["run"])
+    return entries
 
 
 def unused(home: Path, roots: Iterable[Path]) -> tuple[list[Path], dict[Path, str], list[Run]]:
@@ -126,7 +140,7 @@ def unused(home: Path, roots: Iterable[Path]) -> tuple[list[Path], dict[Path, st
     what a result that is shown was made of, what a recipe names by its address, and what a process is at.
     """
     home = home.resolve()
-    users = [home / line for line in _lines(home / USERS)]
+    users = [home / line for line in _users(home)]
     places = dict.fromkeys(run.resolve() for run in [home, *users] if (run / "run.json").exists())
     runs = {place: open_run(place) for place in places}
     for root in roots:

@@ -290,7 +290,7 @@ def _rate(output: Path | None) -> float:
     """
     kept = output / PLAN if output is not None else None
     if kept is not None and kept.exists():
-        rate = read_object(kept).get("rate")
+        rate = read_object(kept).get("rate")  # another one would choose other sizes
         if isinstance(rate, int | float) and rate > 0:
             return float(rate)
     if remembered_rate(likely_device()) is None and torch_imported():
@@ -313,7 +313,7 @@ def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
 
 def write(settled: list[Settled], output: Path) -> None:
     """Keep what the sizes were chosen by in a run's folder."""
-    from pretrain.core.files import write_json
+    from pretrain.core.files import sealed, write_json
 
     rates = [each.task.rate for each in settled if each.task.rate is not None]
-    write_json(output / PLAN, {"rate": rates[0] if rates else None})
+    write_json(output / PLAN, sealed({"rate": rates[0] if rates else None}))

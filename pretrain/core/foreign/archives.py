@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from pretrain.core.foreign import texts
+from pretrain.core.foreign.parsing import raise_memory
 from pretrain.core.foreign.reading import in_bytes, open_file
 
 PACKED = (".gz", ".bz2", ".xz", ".zst")
@@ -19,7 +20,7 @@ MOST = 1 << 40  # bytes that one file may unpack to
 WINDOW = 128 << 20  # bytes that a decoder may keep of what it has unpacked
 PIECE = 1 << 16
 # What opening, unpacking and decoding raise of files that are damaged, end too early, or are none at all.
-BROKEN = (OSError, EOFError, ValueError, MemoryError, zlib.error, lzma.LZMAError)
+BROKEN = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
 
 
 class Bomb(OSError):
@@ -43,6 +44,7 @@ class _Bounded(io.RawIOBase):
         except BROKEN:
             raise
         except Exception as error:  # zstandard has an error type of its own
+            raise_memory(error)
             raise OSError(" ".join(str(error).split())[:200]) from error
         self.count += len(data)
         if not data and len(buffer) and self.count < self.least:

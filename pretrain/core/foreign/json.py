@@ -10,6 +10,7 @@ from typing import Any, TextIO, TypeAlias
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import texts
+from pretrain.core.foreign.parsing import raise_memory
 from pretrain.core.foreign.reading import read_bytes
 
 JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | None
@@ -72,9 +73,8 @@ def read(path: Path | str, most: int = MOST, *, halves: bool = False) -> Any:
         raise
     except (NotJSON, UnicodeDecodeError) as error:
         raise PretrainError(f"{path} is not valid JSON ({error}): truncated or damaged") from error
-    except MemoryError as error:
-        raise PretrainError(f"{path}: it does not fit into memory") from error
     except OSError as error:
+        raise_memory(error)
         raise PretrainError(f"{path} cannot be read: {error.strerror or error}") from error
 
 

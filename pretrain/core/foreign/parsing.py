@@ -8,16 +8,22 @@ from contextlib import contextmanager
 from pretrain.core.errors import PretrainError
 
 SHOWN = 200  # characters that a message has of a parser's own words
+NOT_ENOUGH = "there is not enough memory"
+NO_MEMORY = (  # of libraries, threads and the system
+    "can't allocate memory", "annot allocate memory", "not enough memory", "out of memory",
+    "bad_alloc", "failed to map segment", "can't start new thread", "failed to spawn thread",
+)  # fmt: skip
 
 
 @contextmanager
 def parsing(what: str, accepted: str) -> Iterator[None]:
-    """While open, every error is `WHAT: REASON; accepted: ACCEPTED`; one that is ours already stays as it is."""
+    """While open, every error is `WHAT: REASON; accepted: ACCEPTED`; one that is ours or of memory stays as it is."""
     try:
         yield
     except PretrainError:
         raise
     except Exception as error:
+        raise_memory(error)
         raise PretrainError(f"{what}: {reason(error)}; accepted: {accepted}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # how a library in Rust says that it gave up
@@ -27,8 +33,6 @@ def parsing(what: str, accepted: str) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """What an error says, in at most `SHOWN` characters of one line."""
-    if isinstance(error, MemoryError):
-        return "it does not fit into memory"
     if isinstance(error, RecursionError):
         return "it is nested too deep"
     if isinstance(error, KeyError):
@@ -41,8 +45,22 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error is one of the ways in which Python and libraries say that there is no more memory."""
-    phrases = ("can't allocate memory", "Cannot allocate memory", "not enough memory", "failed to map segment")
-    worded = any(phrase in str(error) for phrase in phrases)
-    return isinstance(error, MemoryError) or (isinstance(error, RuntimeError | OSError | ImportError) and worded)
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, is one of the ways to say that there is no more memory."""
+    met: set[int] = set()
+    while error is not None and id(error) not in met:  # some are raised from themselves
+        met.add(id(error))
+        quotes = isinstance(error, PretrainError | ValueError)  # a file, in its words
+        if isinstance(error, MemoryError) or (not quotes and any(phrase in str(error) for phrase in NO_MEMORY)):
+            return True
+        error = error.__cause__
+    return False
+
+
+def raise_memory(error: BaseException) -> None:
+    """Raise `MemoryError` where an error is one, in whatever words: it says nothing of the file that was being read.
+
+    What concludes from an error that a file is damaged, and passes it over or makes it anew, calls this first.
+    """
+    if out_of_memory(error):
+        raise MemoryError from error

@@ -9,7 +9,7 @@ import torch
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json
-from pretrain.core.foreign.parsing import out_of_memory, reason
+from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.foreign.reading import irregular
 
 STEM = "pytorch_model"
@@ -39,10 +39,9 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
+        raise_memory(error)
         named = _GLOBAL.search(str(error))
         why = f"it names {named[1]}, which is not read" if named else reason(error)
-        if out_of_memory(error):
-            why = "it does not fit into memory"
         raise PretrainError(f"{path}: {why.removesuffix('.')}; accepted: {accepted}") from error
     if not isinstance(loaded, dict):
         raise PretrainError(f"{path}: it holds a {type(loaded).__name__}; accepted: {accepted}")

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.gguf_in import opened
-from pretrain.core.files import atomic_folder, locked, read_json, sweep, write_json, write_text
+from pretrain.core.files import atomic_folder, locked, read_json, sealed, sweep, write_json, write_text
 from pretrain.core.folders import cache_folder, place_of, verify
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def pin(name: str) -> Path:
                     weights = any(file.endswith(".safetensors") and "/" not in file for file in files)
                     write_json(work / RECORD, {"repo": match["repo"], "revision": revision, "weights": weights})
         write_text(path.parents[1] / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
-        write_json(path, {"revision": revision})
+        write_json(path, sealed({"revision": revision}))
     return target
 
 

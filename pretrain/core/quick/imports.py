@@ -7,6 +7,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.reading import in_bytes
+from pretrain.core.system.portable import memory_limits
+
+LEAST = {"ulimit -v": 1 << 30, "ulimit -d": 512 << 20}  # bytes
+
 
 @contextmanager
 def uncollected() -> Iterator[None]:
@@ -16,6 +22,12 @@ def uncollected() -> Iterator[None]:
     come, and once more as the process ends, takes a third of the time of both imports. On a terminal a line says what
     is waited for.
     """
+    for name, count in memory_limits().items():
+        if count < LEAST[name] and "torch" not in sys.modules:  # they would end the process without a word
+            raise PretrainError(
+                f"{name} allows {in_bytes(count)} of memory; accepted: at least {in_bytes(LEAST[name])}, which "
+                "torch and the other libraries take"
+            )
     if "torch" not in sys.modules and sys.stderr.isatty():
         print("loading torch and transformers …", file=sys.stderr, flush=True)
     enabled = gc.isenabled()

@@ -7,11 +7,11 @@ import platform
 from contextlib import suppress
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError
-from pretrain.core.files import locked, read_json, write_json
+from pretrain.core.errors import PretrainError, warn
+from pretrain.core.files import JSONObject, locked, read_sealed, sealed, write_json
 from pretrain.core.folders import cache_folder
 from pretrain.core.quick.quantities import counted
-from pretrain.core.system.portable import allowed_memory
+from pretrain.core.system.portable import memory_limits
 
 USUAL = {"cpu": 5e10, "cuda": 5e13}  # FLOP/s of a core or a card, as long as none is measured
 
@@ -60,10 +60,9 @@ def likely_device() -> str:
 
 
 def memory() -> int:
-    """Bytes of memory that this machine has, or that this process may use where that is less (`ulimit -v`)."""
+    """Bytes of memory that this machine has, or that this process may use where that is less (`ulimit`)."""
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    allowed = allowed_memory()
-    return there if allowed is None else min(there, allowed)
+    return min(there, *memory_limits().values()) if memory_limits() else there
 
 
 def efficiency(width: int) -> float:
@@ -76,10 +75,8 @@ def efficiency(width: int) -> float:
 
 def remembered_rate(device: str) -> float | None:
     """FLOP/s of a large matrix product on `cpu` or `cuda`, as a run here has measured it; `None` where none has."""
-    with suppress(PretrainError, OSError):
-        rate = read_json(_file()).get(described(device))
-        return float(rate) if isinstance(rate, int | float) and rate > 0 else None
-    return None
+    rate = _known().get(described(device))
+    return float(rate) if isinstance(rate, int | float) and rate > 0 else None
 
 
 def likely_rate() -> float:
@@ -93,8 +90,16 @@ def remember_rate(device: str, rate: float) -> None:
     if rate <= (remembered_rate(device) or 0.0):
         return
     with suppress(PretrainError, OSError), locked(_file().with_name(".rates.lock")):
-        known = read_json(_file()) if _file().exists() else {}
-        write_json(_file(), known | {described(device): rate})
+        write_json(_file(), sealed(_known() | {described(device): rate}))
+
+
+def _known() -> JSONObject:
+    """The rates that are kept; of a damaged file none, with a warning: they are measured again."""
+    try:
+        return read_sealed(_file()) if _file().exists() else {}
+    except PretrainError as error:
+        warn(f"{error}: the rate of this machine is measured again")
+        return {}
 
 
 def _file() -> Path:

@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 
 from pretrain.core.errors import PretrainError, PretrainWarning
-from pretrain.core.foreign.parsing import out_of_memory
+from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory
 from pretrain.core.system.extras import extras_named
 
 STOPPED = {130: "interrupted", 128 + signal.SIGTERM: "terminated"}  # by exit status
@@ -41,13 +41,8 @@ class App(typer.Typer):
         try:
             with _listening(), extras_named():
                 return super().__call__(*args, **kwargs)
-        except PretrainError as error:
-            if os.environ.get("PRETRAIN_DEBUG"):
-                raise
-            typer.secho(f"error: {error}", fg="red", err=True)
-            sys.exit(1)
-        except (MemoryError, RuntimeError, OSError, ImportError) as error:
-            words = _of_the_machine(error)
+        except Exception as error:
+            words = _words(error)
             if not words or os.environ.get("PRETRAIN_DEBUG"):
                 raise
             typer.secho(f"error: {words}", fg="red", err=True)
@@ -59,10 +54,12 @@ class App(typer.Typer):
             raise
 
 
-def _of_the_machine(error: BaseException) -> str:
-    """The one line of an error of the machine or its files, which no reader has named; empty of any other."""
-    if out_of_memory(error):
-        return "there is not enough memory; accepted: a smaller model, batch or corpus, or a machine with more"
+def _words(error: Exception) -> str:
+    """The one line of an error of ours, of the machine or of its files, which no reader has named; else nothing."""
+    if out_of_memory(error) and NOT_ENOUGH not in str(error):
+        return f"{NOT_ENOUGH}; accepted: a smaller model, batch or corpus, or a machine with more"
+    if isinstance(error, PretrainError):
+        return str(error)
     if isinstance(error, OSError) and error.filename is not None:
         return str(PretrainError(f"{error.filename}: {error.strerror}" + (f"; {KEPT}" if _keeps() else "")))
     return ""

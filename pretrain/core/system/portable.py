@@ -81,14 +81,15 @@ def peak_resident() -> int:
     return peak if sys.platform == "darwin" else peak * 1024  # of bytes, of KiB
 
 
-def allowed_memory() -> int | None:
-    """Bytes of addresses that this process may use (`ulimit -v`); None where nothing bounds them."""
+def memory_limits() -> dict[str, int]:
+    """Bytes of memory that this process may use, by what bounds them: `ulimit -v` (addresses), `ulimit -d` (data)."""
     try:
         import resource
     except ImportError:  # Windows
-        return None
-    allowed = resource.getrlimit(resource.RLIMIT_AS)[0]
-    return None if allowed == resource.RLIM_INFINITY else allowed
+        return {}
+    limits = {"ulimit -v": resource.RLIMIT_AS, "ulimit -d": resource.RLIMIT_DATA}
+    allowed = {name: resource.getrlimit(limit)[0] for name, limit in limits.items()}
+    return {name: count for name, count in allowed.items() if count != resource.RLIM_INFINITY}
 
 
 def link(place: Path, target: str) -> None:

@@ -7,6 +7,7 @@ read is told to `wrong`, which raises, or counts it and lets the reader go on.
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import chain, islice
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.foreign import json, rows, texts
 from pretrain.core.foreign.archives import BROKEN, open_text
-from pretrain.core.foreign.parsing import reason
+from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.foreign.reading import open_file
 from pretrain.corpus.sources._files import Document, Wrong, plain_name
 from pretrain.corpus.sources._skipped import Skipped
@@ -73,6 +74,7 @@ def lines(
                 else:
                     yield count, line
     except BROKEN as error:
+        raise_memory(error)
         what = f"cannot be read after line {count} ({reason(error)}): truncated or damaged"
         wrong(name, what, f"unreadable ({type(error).__name__})", "a whole file")
 
@@ -155,7 +157,8 @@ def _header(cells: list[str], text: str, where: str, header: bool | None) -> tup
     if header is False or (header is None and numbered):
         return [str(place) for place in range(len(names))], False
     names = [name or str(place) for place, name in enumerate(names)]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    counts = Counter(names)
+    twice = next((name for name in names if counts[name] > 1), None)
     if twice is not None:
         raise PretrainError(f"{where}: two columns are named {twice!r}; accepted: a name of its own for each")
     return names, True
@@ -170,6 +173,7 @@ def read_json(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) 
         with open_text(path, errors="surrogateescape") as opened:
             start = opened.read(4096).lstrip()
     except BROKEN as error:
+        raise_memory(error)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
         return
     if not start:
@@ -183,6 +187,7 @@ def read_json(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) 
             for index, item in enumerate(json.items(opened, skipped.longest), 1):
                 yield from _item(f"{name}, item {index}", item, text, wrong)
     except (json.NotJSON, *BROKEN) as error:
+        raise_memory(error)
         what = f"not JSON ({reason(error)}): truncated or damaged"
         wrong(f"{name}, item {index + 1}" if index else f"{name}:1", what, "bad files", "a JSON array")
 
@@ -203,6 +208,7 @@ def _pieces(path: Path, name: str, wrong: Wrong, skipped: Skipped) -> Iterator[s
             content = opened.read(skipped.longest + 1)
         yield content if len(content) <= skipped.longest else ""
     except BROKEN as error:
+        raise_memory(error)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
 
 
@@ -257,6 +263,7 @@ def read_arrow(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped)
                     count += 1
                     yield f"{name}, row {count}", row
     except (pyarrow.ArrowException, *BROKEN) as error:
+        raise_memory(error)
         kind = {".parquet": "Parquet", ".orc": "ORC"}.get(ending(path), "Arrow")
         wrong(name, f"not a whole {kind} file after row {count} ({reason(error)})", "bad files", "a whole file")
 

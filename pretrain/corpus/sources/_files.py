@@ -12,7 +12,7 @@ from pretrain.core.bounds import check_fields
 from pretrain.core.files import digest
 from pretrain.core.foreign import rows, texts
 from pretrain.core.foreign.archives import BROKEN, PACKED, open_packed, open_text
-from pretrain.core.foreign.parsing import reason
+from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.packages import Package, check_whole, package_facts
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -172,6 +172,7 @@ def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
     except UnicodeDecodeError:
         skipped.add("not UTF-8", f"{path}:{number + 1}")
     except BROKEN as error:
+        raise_memory(error)
         skipped.add(f"unreadable ({type(error).__name__})", f"{path}:{number + 1}")
 
 
@@ -204,6 +205,7 @@ def read_pieces(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> Iterat
                     yield held[:end], False
                     held = held[end:]
     except BROKEN as error:
+        raise_memory(error)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
     if held.strip():
         yield held, False
@@ -225,6 +227,7 @@ def _read(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> str | None:
             if not is_binary(data):
                 data += file.read(max(0, most + 1 - len(data)))
     except BROKEN as error:
+        raise_memory(error)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
         return None
     if is_binary(data):

@@ -13,6 +13,7 @@ import numpy as np
 
 from pretrain.core.bounds import Count, Ge, Le, NonNegative, Seconds
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.parsing import raise_memory
 from pretrain.core.foreign.reading import open_file, read_bytes
 from pretrain.core.packages import Package
 from pretrain.core.quick.quantities import Duration
@@ -24,7 +25,8 @@ if TYPE_CHECKING:
     from soundfile import SoundFile
 
 SUFFIXES = any_case(".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
-MOST = 1 << 30  # bytes of a file that is kept as it is
+MOST = 1 << 26  # samples of all channels that are held at once, by what a header says
+BLOCK = 1 << 20  # frames
 KEPT = ("WAV", "FLAC")  # formats whose bytes may stay as they are
 WHOLE = 0.99  # of the length that a header says; that of an MP3 is an estimate, 0.2% off where it was measured
 
@@ -75,17 +77,23 @@ class Audio(Source):
                 if file.frames < max(1.0, self.shortest * rate):
                     skipped.add(f"recordings of less than {self.shortest} seconds", path)
                     return
+                most = math.floor(self.longest * rate)
+                if min(file.frames, most) * file.channels > MOST:
+                    skipped.add(f"recordings of more than {MOST:,} samples in {self.longest} seconds", path)
+                    return
                 same = file.channels == 1 or not self.mono
                 if whole and same and self.rate in (None, rate) and file.format in KEPT:
-                    file.read(dtype="int16")  # all of it, since a file that ends too early still opens
-                    yield read_bytes(path, MOST), True
+                    for _ in _blocks(file, BLOCK):
+                        pass  # all of it, since a file that ends too early still opens
+                    yield read_bytes(path, 8 * MOST), True
                     return
-                for samples_LC in _blocks(file, math.floor(self.longest * rate)):
+                for samples_LC in _blocks(file, most):
                     if whole or len(samples_LC) >= self.shortest * rate:
                         yield self._flac(samples_LC, rate), whole
         except (soundfile.LibsndfileError, EOFError):
             skipped.add("no whole recordings", path)
-        except (OSError, RuntimeError, ValueError, AssertionError, MemoryError):
+        except (OSError, RuntimeError, ValueError, AssertionError) as error:
+            raise_memory(error)
             skipped.add("unreadable", path)
 
     def _flac(self, samples_LC: np.ndarray, rate: int) -> bytes:

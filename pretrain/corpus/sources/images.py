@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pretrain.core.bounds import Count
+from pretrain.core.foreign.parsing import raise_memory
 from pretrain.core.foreign.reading import read_bytes
 from pretrain.core.packages import Package
 from pretrain.core.samples import IMAGES, eight_bits
@@ -74,6 +75,7 @@ class Images(Source):
         except Image.DecompressionBombError:
             skipped.add(f"images of more than {self.max_pixels} pixels", path)
         except Exception as error:  # pillow has many ways to tell of a broken file
+            raise_memory(error)
             skipped.add("no image" if isinstance(error, Image.UnidentifiedImageError) else "broken images", path)
         return None
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, NonNegative
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json, write_json
+from pretrain.core.files import read_json, sealed, write_json
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.generation.options import OptionFields, Options
 from pretrain.core.method import Ref
@@ -134,7 +134,8 @@ class SoftmaxCascade(Decoding):
             accuracy, leaving = cascaded(confidence_MN, correct_MN, thresholds)
             calibration = {"exits": exits, "thresholds": thresholds, "accuracy_drop": accuracy_drop, "rule": rule}
             whole = float(correct_MN[-1].double().mean())
-            write_json(_file(file), calibration | {"accuracy": accuracy, "whole_accuracy": whole, "leaving": leaving})
+            measured = {"accuracy": accuracy, "whole_accuracy": whole, "leaving": leaving}
+            write_json(_file(file), sealed(calibration | measured))
         return thresholds
 
     def _thresholds(self, exits: tuple[int, ...]) -> tuple[float, ...]:
