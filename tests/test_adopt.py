@@ -24,6 +24,7 @@ from pretrain.recipe import load
 def older(folder: Path) -> None:
     """Make a run look as it did when addresses were of code: other names, digests of methods, no fingerprints."""
     run = json.loads((folder / "run.json").read_text())
+    run.pop("seal", None)
     for entry in run["stages"]:
         home = folder / entry["folder"]
         record = json.loads((home / "stage.json").read_text())

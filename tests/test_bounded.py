@@ -189,7 +189,7 @@ def _bomb(levels: int = 9) -> str:
 
 @pytest.mark.promise(
     "What others have written",
-    "YAML has at most 1 MiB, 20,000 values (what aliases repeat counted each time), 50 levels and numbers of 64 digits.",
+    "YAML has at most 1 MiB and 20,000 values (of both what aliases repeat counted each time), 50 levels and numbers of 64 digits.",
 )
 def test_yaml_that_multiplies_itself_is_refused_in_files_and_values(tmp_path):
     start = time.process_time()
@@ -211,17 +211,20 @@ def test_yaml_that_multiplies_itself_is_refused_in_files_and_values(tmp_path):
                       ("!!binary aGk=", "the tag"), ("x" * (1 << 21), "characters")):  # fmt: skip
         with pytest.raises(PretrainError, match=why):
             foreign_yaml.loads(text, "value")
+    with pytest.raises(PretrainError, match="value:2: not valid YAML: more than 1,048,576 characters, what aliases"):
+        foreign_yaml.loads(f"a: &a {'x' * 1000}\nb: [{', '.join(['*a'] * 2000)}]", "value")
     assert foreign_yaml.loads("2026-13-45", "value")[0] == "2026-13-45"  # a date is a text
     assert time.process_time() - start < AT_ONCE
 
 
 @pytest.mark.promise(
-    "What others have written", "JSON read whole has at most 64 MiB, 200 levels and numbers of 64 digits."
+    "What others have written",
+    "JSON read whole has at most 64 MiB, 4 million values, 200 levels and numbers of 64 digits.",
 )
 def test_json_is_bounded_in_depth_digits_and_characters(tmp_path):
     path = tmp_path / "a.json"
     for text, why in (("[" * 100_000, "more than 200 lists"), ("[" * 300 + "]" * 300, "more than 200 lists"), ("9" * 5000, "5000 digits"),
-                      ('{"a": "\\ud800"}', "half of a character"), ("{", "truncated or damaged")):  # fmt: skip
+                      ("[" + "[]," * 4_000_000 + "1]", "more than 4,000,000 values"), ('{"a": "\\ud800"}', "half of a character"), ("{", "truncated or damaged")):  # fmt: skip
         path.write_text(text)
         with pytest.raises(PretrainError, match=f"a.json is not valid JSON .*{why}"):
             foreign_json.read(path)

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import pretrain.stages
 from pretrain import engine
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json
+from pretrain.core.files import read_json, read_sealed
 from pretrain.core.folders import place_of
 from pretrain.recipe import check
 from pretrain.report.data import collect
@@ -124,7 +124,7 @@ def test_a_run_has_the_same_word_for_its_state_everywhere():
 
 def test_a_run_that_was_killed_is_interrupted():
     run(None)
-    row = read_json(Path("runs/r/run.json"))
+    row = read_sealed(Path("runs/r/run.json"))
     row["stages"][0]["status"] = "running"  # as the killed process has left it
     Path("runs/r/run.json").write_text(json.dumps(row))
     (place_of("runs/r/model") / "stage.json").unlink()

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 import pretrain.stages
 from pretrain import engine, identity
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import locked, read_json, write_json
+from pretrain.core.files import locked, read_json, read_sealed, write_json
 from pretrain.core.folders import corpus_at, newest_checkpoint, place_of, run_of
 from pretrain.core.method import Ref
 from pretrain.recipe import check
@@ -236,7 +236,7 @@ def test_runs_are_compared_in_what_was_said_and_what_came_of_it():
 def test_a_run_that_has_not_come_to_its_evaluation_is_said_to_be_so():
     for name, value in (("a", 1), ("b", 2)):
         run(name, model={"value": value})
-    row = read_json(Path("runs/b/run.json"))
+    row = read_sealed(Path("runs/b/run.json"))
     row["stages"].append({"name": "judged", "stage": "evaluate", "folder": "evaluate-012345678901", "address": "01"})
     Path("runs/b/run.json").write_text(json.dumps(row))
     assert "interrupted: judged to run; did not finish its own evaluation yet" in invoke("compare", "runs/a", "runs/b")

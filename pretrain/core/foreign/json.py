@@ -18,6 +18,7 @@ JSON: TypeAlias = bool | int | float | str | list["JSON"] | dict[str, "JSON"] | 
 MOST = 64 << 20  # bytes of a file that is read whole
 DEPTH = 200  # lists and objects in one another
 DIGITS = 64  # of a whole number
+VALUES = 4_000_000  # of a text, as its commas and brackets count them; the largest tokenizers have 2 million
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -36,6 +37,8 @@ _decoder = json.JSONDecoder(parse_int=_whole)
 
 def loads(text: str, *, halves: bool = False) -> Any:
     """The value of a JSON text; `NotJSON` for any other. With `halves` lone surrogates of strings are let through."""
+    if len(text) > VALUES and sum(map(text.count, ",[{")) > VALUES:
+        raise NotJSON(f"more than {VALUES:,} values")
     try:
         value = _decoder.decode(text)
     except RecursionError as error:

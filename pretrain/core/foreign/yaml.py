@@ -16,7 +16,7 @@ from pretrain.core.foreign import texts
 from pretrain.core.foreign.json import JSON
 from pretrain.core.foreign.reading import read_bytes
 
-MOST = 1 << 20  # characters of a text
+MOST = 1 << 20  # characters of a text, and of its values, those that aliases repeat counted each time
 NODES = 20_000  # values, those that aliases repeat counted each time
 DEPTH = 50  # lists and mappings in one another
 DIGITS = 64  # of a whole number
@@ -31,24 +31,32 @@ class Loader(yaml.SafeLoader):
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
-        self.nodes, self.deep = 0, 0
-        self.sizes: dict[int, int] = {}  # of nodes that are whole, by their identity: what an alias repeats
+        self.nodes, self.letters, self.deep = 0, 0, 0
+        self.sizes: dict[int, tuple[int, int]] = {}  # of nodes that are whole, by identity: what an alias repeats
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         """One value, of which the bounds are kept before the next is looked at."""
-        repeated, before, mark = self.check_event(yaml.AliasEvent), self.nodes, self.peek_event().start_mark
+        repeated, mark = self.check_event(yaml.AliasEvent), self.peek_event().start_mark
+        before = self.nodes, self.letters
         self.nodes, self.deep = self.nodes + 1, self.deep + 1
         if self.deep > DEPTH:
             raise yaml.composer.ComposerError(None, None, f"more than {DEPTH} lists or mappings in one another", mark)
         node: yaml.Node | None = super().compose_node(parent, index)
         self.deep -= 1
         if repeated:
-            self.nodes += self.sizes.get(id(node), 0)
+            nodes, letters = self.sizes.get(id(node), (0, 0))
+            self.nodes, self.letters = self.nodes + nodes, self.letters + letters
+        elif isinstance(node, yaml.ScalarNode):
+            self.letters += len(node.value)
+        if self.letters > MOST:
+            raise yaml.composer.ComposerError(
+                None, None, f"more than {MOST:,} characters, what aliases repeat counted each time", mark
+            )
         if self.nodes > NODES:
             raise yaml.composer.ComposerError(
                 None, None, f"more than {NODES:,} values, what aliases repeat counted each time", mark
             )
-        self.sizes[id(node)] = self.nodes - before
+        self.sizes[id(node)] = self.nodes - before[0], self.letters - before[1]
         if isinstance(node, yaml.ScalarNode):
             self._check_scalar(node)
         elif node is not None and node.tag not in _TYPES:
