@@ -213,6 +213,7 @@ def test_yaml_that_multiplies_itself_is_refused_in_files_and_values(tmp_path):
             foreign_yaml.loads(text, "value")
     with pytest.raises(PretrainError, match="value:2: not valid YAML: more than 1,048,576 characters, what aliases"):
         foreign_yaml.loads(f"a: &a {'x' * 1000}\nb: [{', '.join(['*a'] * 2000)}]", "value")
+    assert len(foreign_yaml.loads(f"[&a x{', *a' * 5000}]", "value")[0]) == 5001
     assert foreign_yaml.loads("2026-13-45", "value")[0] == "2026-13-45"  # a date is a text
     assert time.process_time() - start < AT_ONCE
 

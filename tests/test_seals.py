@@ -62,7 +62,8 @@ def flip(path: Path) -> None:
 READ: dict[str, tuple[Any, Any]] = {  # a value, and what reads it
     "plan.json": ({"rate": 2.5e10}, lambda path: _size._rate(path.parent)),
     "law.json": (
-        {"floor": 1.0, "A": 2.0, "alpha": 0.5, "B": 3.0, "beta": 0.5, "gamma": 0.0, "bytes_per_token": {"300": 2.0}},
+        {"floor": 1.0, "A": 2.0, "alpha": 0.5, "B": 3.0, "beta": 0.5, "gamma": 0.0, "bytes_per_token": {"300": 2.0},
+         "largest": 1e12},
         laws.load,
     ),
     "calibration.json": (

@@ -56,7 +56,8 @@ class Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(
                 None, None, f"more than {NODES:,} values, what aliases repeat counted each time", mark
             )
-        self.sizes[id(node)] = self.nodes - before[0], self.letters - before[1]
+        if not repeated:
+            self.sizes[id(node)] = self.nodes - before[0], self.letters - before[1]
         if isinstance(node, yaml.ScalarNode):
             self._check_scalar(node)
         elif node is not None and node.tag not in _TYPES:
