@@ -16,14 +16,14 @@ from pathlib import Path
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import SUMS, atomic_folder, digest, file_digest, locked, sweep, write_json
-from pretrain.core.folders import checkpoint_of, corpus_of, place_of, tokenizer_of, verify
+from pretrain.core.folders import checkpoint_of, corpus_of, files_below, place_of, tokenizer_of, verify
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.foreign.reading import open_file
 from pretrain.core.processors import load_processor
 from pretrain.corpus.store import SPLITS, Corpus, count_rows
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import silent, write_record
-from pretrain.identity import CODE, Planned, files_below, keep_generations, plan, state_of
+from pretrain.identity import CODE, NOTED, Planned, keep_generations, plan, state_of
 from pretrain.recipe import Recipe
 from pretrain.records import Adopted, Metrics
 
@@ -73,6 +73,7 @@ def adopt(
             adopted["state"] = state_of(item.folder / part)
         write_record(item, {"metrics": metrics, "adopted": adopted}, started, 0.0)
         keep_generations([item])  # last: until then what there was before is what the run shows
+        (item.folder / NOTED).touch()
     say(f"[{name}] {part} {'linked' if link else 'copied'} from {folder} to {item.folder}")
     return item.folder
 

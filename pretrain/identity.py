@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.exchange.gguf_in import origin
 from pretrain.core.files import JSON, SEAL, digest, locked, read_json, sealed, write_json
+from pretrain.core.folders import files_below
 from pretrain.core.quick import hub
 from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
@@ -39,8 +39,8 @@ from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord
 from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"
+NOTED = ".noted"  # in the folder of an adoption: that `generations.json` knows of it
 FORMAT = 2  # of addresses; those of 1, which no record names, were made of the text of the methods' files too
-MANY = 20_000  # files of a folder that a recipe names
 SHOWN = 4  # differences that one line names
 
 
@@ -135,6 +135,8 @@ def plan(recipe: Recipe, store: Path | str | None = None, refresh: Iterable[str]
         item = item.at(_times(known, item))
         if stage.name in wanted and (item.finished or (item.begun and drift(item))):
             item = replace(item.afresh(), asked=True)
+        elif stage.name not in wanted:
+            _check_noted(item)
         marks = {mark for name in item.behind for mark in planned[name].refreshed}
         marks |= {f"{item.key} {item.generation}"} if item.generation else set()
         planned[stage.name] = replace(item, refreshed=tuple(sorted(marks)))
@@ -185,23 +187,6 @@ def state_of(path: Path) -> str:
     return digest([[str(p.relative_to(path)), p.stat().st_size, p.stat().st_mtime_ns] for p in files])
 
 
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder, in linked folders too; one with more than `MANY` is no result of a stage."""
-    count, within = 0, {folder: {os.path.realpath(folder)}}  # of a folder those that it lies in: no link leads back
-    for here, folders, names in os.walk(folder, followlinks=True):
-        above = within.pop(Path(here))
-        real = {name: os.path.realpath(Path(here, name)) for name in folders}
-        folders[:] = [name for name in folders if real[name] not in above]
-        within |= {Path(here, name): above | {real[name]} for name in folders}
-        count += len(folders) + len(names)
-        if count > MANY:
-            raise PretrainError(
-                f"{folder} holds more than {MANY:,} files; accepted: the folder of a corpus, a tokenizer, a checkpoint "
-                "or a stage"
-            )
-        yield from (path for path in (Path(here, name) for name in names) if os.path.isfile(path))
-
-
 def _generations(home: Path) -> dict[str, int]:
     counts = read_json(path) if (path := home / GENERATIONS).exists() else {}
     seal = isinstance(counts, dict) and counts.pop(SEAL, None)
@@ -213,6 +198,16 @@ def _generations(home: Path) -> dict[str, int]:
 def _times(known: dict[str, int], item: Planned) -> int:
     """How often a stage was refreshed, under whatever name."""
     return max((number for key, number in known.items() if key.endswith(_end(item.first))), default=0)
+
+
+def _check_noted(item: Planned) -> None:
+    """Refuse where a later refresh is there than is known: it is written down before it runs, an adoption after."""
+    for later in (item.at(item.generation + times) for times in (1, 2, 3)):
+        if (later.folder / NOTED).exists() or _codes(later.folder):
+            raise PretrainError(
+                f"{later.folder.parent / GENERATIONS} is lost or of before: {later.folder.name} is a later refresh of "
+                f"{item.stage.name!r}; accepted: the file as it was, or --refresh {item.stage.name}"
+            )
 
 
 def keep_generations(planned: Iterable[Planned]) -> None:

@@ -19,10 +19,11 @@ import pretrain
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json_lines
+from pretrain.core.folders import MANY
 from pretrain.core.foreign.paths import expanded
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.evaluation.likelihood.held_out import HeldOut
-from pretrain.identity import MANY, plan
+from pretrain.identity import plan
 from pretrain.recipe import load
 from pretrain.stages.evaluate import load_both, measure
 from pretrain.training.log import keep_until

@@ -281,6 +281,7 @@ def lineage(folder: Path) -> list[str]:
 def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
+        "ew-tune", "nmtune",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -296,6 +297,34 @@ def test_the_unlearning_recipe_measures_membership_and_loss_before_and_after(tmp
     engine.run(load(ROOT / "recipes/papers/unlearning.yaml", settings, tmp_path), say=lambda text: None)
     for name, metric in (("before", "loss/networkx"), ("after", "loss/networkx"), ("membership_before", "min_k_auroc"), ("membership_after", "min_k_auroc")):  # fmt: skip
         assert f'"{metric.partition("/")[0]}' in next(tmp_path.rglob(f"{name}/evaluation.json")).read_text()
+
+
+def test_the_private_recipe_tunes_by_both_accountants_and_compares(tmp_path):
+    few = "sources=[{functions: [networkx], limit: 20, longest: 200}]"
+    settings = [
+        "code.sources=[{packages: [networkx], limit: 20}]", f"instructions.{few}", f"private.{few}", "private.test=0.3",
+        "tokenizer.vocab_size=512", *small("general"), *(f"{n}.budget.tokens=300" for n in ("general", "instructed")),
+        *(f"{n}.{field}" for n in ("renyi", "edgeworth") for field in ("batch_rows=2", "budget.steps=2")),
+        *(f"task_{n}.evaluations.0.resamples=2" for n in ("before", "renyi", "edgeworth")),
+    ]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/ew-tune.yaml", settings, tmp_path), say=lambda text: None))
+    assert all("bartscore" in found[f"task_{name}"] for name in ("before", "renyi", "edgeworth"))
+    assert all(found[name]["noise_multiplier"] > 0 and found[name]["epsilon"] <= 8 for name in ("renyi", "edgeworth"))
+
+
+def test_the_recipe_of_noisy_labels_compares_two_encoders_by_three_ways_to_tune(tmp_path):
+    few = "sources=[{packages: [networkx, sklearn], limit: 30}]"
+    settings = [
+        *(f"{name}.{few}" for name in ("clean", "noisy", "others")), "tokenizer.vocab_size=512",
+        *(f"{n}.{field}" for n in ("of_clean", "of_noisy") for field in (
+            "model.hidden_size=32", "model.intermediate_size=48", "model.num_hidden_layers=1", "model.num_attention_heads=2",
+            "length=64", "budget.steps=2")),
+        *(f"{n}_{way}.evaluations=[{{method: nmtune, steps: 2, resamples: 1, weight: {weight}}}]"
+          for n in ("clean", "noisy") for way, weight in (("network", 0), ("nmtune", 0.01))),
+    ]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/nmtune.yaml", settings, tmp_path), say=lambda text: None))
+    assert all("nmtune_accuracy" in found[f"{n}_{way}"] for n in ("clean", "noisy") for way in ("network", "nmtune"))
+    assert all("probe_accuracy" in found[f"{name}_linear"] for name in ("clean", "noisy"))
 
 
 def test_the_curation_recipe_filters_tunes_corrects_and_compares(tmp_path):

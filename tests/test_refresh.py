@@ -137,6 +137,23 @@ def test_results_of_before_a_refresh_never_come_back_because_its_note_is_damaged
     assert not RUNS and os.readlink(tmp_path / "run" / "a") == shown
 
 
+@pytest.mark.promise("Faults", "Where a note of refreshes is lost, or an older one, that is an error as well.")
+def test_results_of_before_a_refresh_never_come_back_because_its_note_is_lost(tmp_path):
+    go(tmp_path)
+    go(tmp_path, refresh=["a"])
+    path = tmp_path / "run" / "generations.json"
+    first = path.read_text()
+    go(tmp_path, refresh=["a"])
+    for lose in (lambda: path.write_text(first), path.unlink):
+        lose()
+        RUNS.clear()
+        with pytest.raises(PretrainError, match=r"generations.json is lost or of before: .* a later refresh of 'a'"):
+            go(tmp_path)
+    assert not RUNS
+    go(tmp_path, refresh=["a"])
+    assert RUNS == ["a", "b"] and go(tmp_path) == ["[a] already done", "[b] already done", "[c] already done"]
+
+
 def test_an_interrupted_refresh_goes_on_as_one_and_serves_nothing_half_done(tmp_path, monkeypatch):
     go(tmp_path)
     before = os.readlink(tmp_path / "run" / "a")

@@ -15,6 +15,7 @@ from pretrain.core.system.portable import link_target
 from pretrain.core.system.shipped import shipped_file
 
 WRITERS = ("train", "surgery")  # stages that write checkpoints
+MANY = 20_000  # files of a folder that a recipe names
 
 
 def place_of(name: Path | str) -> Path:
@@ -69,6 +70,23 @@ def _written(run: Path) -> Iterator[None]:
         yield
     except (KeyError, TypeError, AttributeError) as error:
         raise PretrainError(f"{run / 'run.json'} is not what `pretrain run` writes") from error
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder, in linked folders too; one with more than `MANY` is no result of a stage."""
+    count, within = 0, {folder: {os.path.realpath(folder)}}  # of a folder those that it lies in: no link leads back
+    for here, folders, names in os.walk(folder, followlinks=True):
+        above = within.pop(Path(here))
+        real = {name: os.path.realpath(Path(here, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in above]
+        within |= {Path(here, name): above | {real[name]} for name in folders}
+        count += len(folders) + len(names)
+        if count > MANY:
+            raise PretrainError(
+                f"{folder} holds more than {MANY:,} files; accepted: the folder of a corpus, a tokenizer, a checkpoint "
+                "or a stage"
+            )
+        yield from (path for path in (Path(here, name) for name in names) if os.path.isfile(path))
 
 
 def stage_at(path: Path) -> tuple[Path, JSONObject] | None:
