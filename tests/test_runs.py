@@ -174,7 +174,7 @@ def test_a_run_in_place_of_one_of_its_stages_is_refused_with_their_names():
 
 def test_a_checkpoint_that_a_later_stage_is_still_to_write_is_said_to_be_missing():
     base = run("base", model={"value": 1})
-    record = read_json(base / "run.json")
+    record = read_sealed(base / "run.json")
     for kind, expected in {"evaluate": [], "train": [f"{base}: 'later' is not finished; the newest checkpoint is "
                                                      "that of 'model'"]}.items():  # fmt: skip
         write_json(base / "run.json", record | {"stages": [*record["stages"], {"name": "later", "stage": kind}]})

@@ -14,6 +14,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, read_json, read_json_lines, read_object
 from pretrain.core.folders import run_of
 from pretrain.core.quick.quantities import counted, duration, figure, short
+from pretrain.records import altered
 from pretrain.runs.shelf import Run, open_run, size_of
 
 COMPARISON = "comparison.json"
@@ -67,13 +68,18 @@ def _measured_on(runs: Sequence[Run]) -> Rows:
     """A row for each evaluation that was of other documents in the one run than in the other."""
     rows: Rows = []
     for name in dict.fromkeys(name for run in runs for name in run.records):
-        paths = [run.stages[name] / "documents.json" if name in run.records else Path() for run in runs]
-        texts = [frozenset(_digests(read_object(path))) if path.is_file() else frozenset() for path in paths]
+        texts = [frozenset(_digests(_left(run, name, "documents.json"))) for run in runs]
         first = next(filter(None, texts), frozenset())
         if any(text and text != first for text in texts):
             cells = [counted(len(text), "document") if text else "" for text in texts]
             rows.append((f"{name}: measured on", *cells, "other documents: the difference is theirs too"))
     return rows
+
+
+def _left(run: Run, name: str, file: str) -> JSONObject:
+    """What a file of a finished stage holds; nothing where it is not there, or not as the stage has left it."""
+    record, path = run.records.get(name), run.stages.get(name, Path()) / file
+    return read_object(path) if record and path.is_file() and file not in altered(path.parent, record) else {}
 
 
 def _digests(evaluations: JSONObject) -> Iterator[str]:
@@ -84,8 +90,7 @@ def _digests(evaluations: JSONObject) -> Iterator[str]:
 
 def _intervals(run: Run) -> dict[str, Sequence[float]]:
     """Where other documents would put what evaluations have measured, by stage and metric."""
-    paths = {name: folder / "evaluation.json" for name, folder in run.stages.items() if name in run.records}
-    stages = {name: read_object(path).get("intervals") or {} for name, path in paths.items() if path.exists()}
+    stages = {name: _left(run, name, "evaluation.json").get("intervals") or {} for name in run.records}
     return {f"{name}: {metric}": ends for name, metrics in stages.items() for metric, ends in metrics.items()}
 
 
