@@ -281,7 +281,7 @@ def lineage(folder: Path) -> list[str]:
 def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
-        "ew-tune", "nmtune",
+        "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -423,6 +423,24 @@ def test_a_small_domain_is_read_as_often_as_a_large_one_from_the_first_step_on(t
     assert set(drawn[:16]) == {"py", "txt"}
     config = json.loads((tmp_path / "encoder" / "checkpoint" / "config.json").read_text())
     assert config["architectures"] == ["BertForMaskedLM"]
+
+
+def test_an_encoder_loses_a_script_and_goes_on_with_several_languages_at_once(tmp_path, text, drawn):
+    (tmp_path / "ru").mkdir()
+    for number in range(8):
+        (tmp_path / "ru" / f"{number}.txt").write_text(f"Все люди рождаются свободными и равными, раз {number}. " * 20)
+    latin = {"deu_Latn": ".py", "dan_Latn": ".txt", "ita_Latn": ".md"}
+    sources = {name: f"{{files: {text}, suffixes: [{end}], domain: {name}}}" for name, end in latin.items()}
+    settings = [*data("world", sources=f"[{sources['deu_Latn']}, {{files: {tmp_path}/ru, domain: rus_Cyrl}}]"),
+                *data("targets", sources=f"[{sources['dan_Latn']}, {sources['ita_Latn']}]"), "words.vocab_size=420", *small("base"), *short("base", "adapted", "alone"),
+                "base.mixture={deu_Latn: 1, rus_Cyrl: 1}", "adapted.mixture={dan_Latn: 1, ita_Latn: 1}", "adapted.budget={steps: 12}"]  # fmt: skip
+    recipe = ROOT / "recipes/papers/multilingual-adaptive-fine-tuning.yaml"
+    found = finite(engine.run(load(recipe, settings, tmp_path / "runs"), say=lambda text: None))
+    assert found["trimmed"]["trim_scripts/tokens"] < found["trimmed"]["trim_scripts/tokens_before"]
+    assert found["trimmed"]["bytes"] < found["trimmed"]["bytes_before"]
+    assert all({"masked_loss/dan_Latn", "masked_loss/ita_Latn"} <= set(found[s]) for s in ("before", "after"))
+    rows = [domain for domain in drawn if domain in ("dan_Latn", "ita_Latn")][:48]  # of `adapted`: 0.5 within three
+    assert abs(rows.count("ita_Latn") / 48 - 0.5) < 0.22
 
 
 def test_an_encoder_from_scratch_has_the_words_of_its_domain_and_the_other_those_it_came_with(tmp_path, text):

@@ -441,12 +441,28 @@ def test_a_format_that_no_ending_tells_must_be_said(tmp_path):
     assert [d["text"] for d in read(Sequences(str(tmp_path / "*.xyz"), format="fasta"))] == ["AC"]
 
 
+# Manual pages
+
+
+def test_translations_of_a_manual_page_are_known_by_its_name_and_stay_together(tmp_path):
+    for language, word in (("de", "Verzeichnis"), ("ru", "каталог")):
+        put(tmp_path / language / "man1" / "ls.1", f".TH LS 1\n.SH NAME\nls \\- {word}\n")
+        put(tmp_path / language / "man5" / "ls.5", ".so man1/ls.1\n")
+        put(tmp_path / language / "index.html", "<p>")
+    pages = Skipped()
+    (german,) = read(build_source({"manuals": str(tmp_path / "de")}), pages)
+    (russian,) = read(build_source({"manuals": str(tmp_path / "ru"), "domain": "rus_Cyrl"}))
+    assert german["text"] == "NAME\nls - Verzeichnis\n" and german["domain"] == "de"
+    assert russian["domain"] == "rus_Cyrl" and "каталог" in russian["text"]
+    assert german["group"] == russian["group"] == "ls.1" and pages.reasons == {"no manual pages": 1}
+
+
 # All of them
 
 
-@pytest.mark.parametrize("word", ["images", "pixels", "audio", "series", "sequences"])
+@pytest.mark.parametrize("word", ["images", "pixels", "audio", "series", "sequences", "manuals"])
 def test_a_source_of_files_names_what_is_missing_and_follows_its_files(tmp_path, word):
-    name = {"images": "a.png", "audio": "a.wav", "sequences": "a.fa"}.get(word, "a.csv")
+    name = {"images": "a.png", "audio": "a.wav", "sequences": "a.fa", "manuals": "a.1"}.get(word, "a.csv")
     with pytest.raises(PretrainError, match=f"no files .*at '{tmp_path}/none'"):
         fingerprint(build_source({word: str(tmp_path / "none")}))
     source = build_source({word: str(put(tmp_path / name, "1,2\n"))})

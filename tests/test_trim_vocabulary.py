@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -20,9 +21,11 @@ from pretrain.core.quick.vocabulary import CLS, SEP
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.surgery import Inputs, operate
 from pretrain.surgery.compression.gptq import GPTQ
-from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary, trimmed
+from pretrain.surgery.vocabulary import _trim
+from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary
 from pretrain.surgery.vocabulary.vocabulary_expansion import tables
 
+trimmed = partial(_trim.trimmed, "trim_vocabulary")
 OTHER = "Les naïfs ægithales hâtifs pondant à Noël où il gèle, 東京 — jumps over!"
 KINDS = ["bpe", "unigram", "wordpiece", "sentencepiece"]
 

@@ -13,7 +13,7 @@ from pretrain.corpus.sources._files import Document, Source, described, evenly, 
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
-from pretrain.corpus.sources.debian import DebianDocs
+from pretrain.corpus.sources.debian import DebianDocs, Manuals
 from pretrain.corpus.sources.images import Images
 from pretrain.corpus.sources.pixels import Pixels
 from pretrain.corpus.sources.sequences import Sequences
@@ -28,6 +28,7 @@ SOURCES: dict[str, type[Source]] = {
     "packages": Packages,
     "functions": Functions,
     "debian": DebianDocs,
+    "manuals": Manuals,
     "images": Images,
     "pixels": Pixels,
     "audio": Audio,
@@ -36,7 +37,7 @@ SOURCES: dict[str, type[Source]] = {
 }
 
 __all__ = [
-    "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Package", "Packages",
-    "Pixels", "PythonStdlib", "Sequences", "Series", "Skipped", "Source", "described", "evenly", "fingerprint", "read",
-    "unroff",
+    "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Manuals", "Package",
+    "Packages", "Pixels", "PythonStdlib", "Sequences", "Series", "Skipped", "Source", "described", "evenly",
+    "fingerprint", "read", "unroff",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The documentation that Debian installed."""
+"""The documentation that Debian installed, and manual pages in any language."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
+from pretrain.core.packages import Package
 from pretrain.corpus.roff import unroff
-from pretrain.corpus.sources._files import Document, Size, Source, read_text, size_of
-from pretrain.corpus.sources._paths import below, stamp
+from pretrain.corpus.sources._files import Document, Size, Source, evenly_read, read_text, size_of
+from pretrain.corpus.sources._paths import below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 
+PAGE = re.compile(r"(.+\.\d\w*)(?:\.gz)?")  # ls.1.gz
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".log")
 
 
@@ -37,7 +40,7 @@ class DebianDocs(Source):
                 if text is not None:
                     yield {"text": text, "domain": "doc", "id": str(path)}
         for path in sorted(p for folder in man.glob("man[0-9]") for p in below(folder)):  # English: no man/LANGUAGE/
-            if re.search(r"\.\d\w*(\.gz)?$", path.name):
+            if PAGE.fullmatch(path.name):
                 text = read_text(path, skipped)
                 if text is not None and (plain := unroff(text).strip()):
                     yield {"text": plain + "\n", "domain": "man", "id": str(path)}
@@ -47,3 +50,34 @@ class DebianDocs(Source):
 
     def state(self) -> object:
         return [stamp(path) for folder in (self.doc, self.man) for path in below(Path(folder))]
+
+
+@dataclass(frozen=True)
+class Manuals(Source):
+    """Manual pages as plain text: a folder as `/usr/share/man/de`, or with `package` one inside it, as `manpages-de`.
+
+    The domain is `domain`, or the folder's name. A page's `group` is its name and section (`ls.1`): translations of one
+    page lie on one side of the split, and can be known by it.
+    """
+
+    manuals: str
+    domain: str | None = None
+    limit: Count | None = None  # at most so many, from all alike
+    package: Package | None = None
+
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        yield from evenly_read(self._all, self.limit, skipped)
+
+    def _all(self, skipped: Skipped) -> Iterator[Document]:
+        domain = self.domain or Path(self.manuals).name
+        for name, path in located(self.manuals, self.package, (), skipped):
+            page = PAGE.fullmatch(path.name)
+            if page is None:
+                skipped.add("no manual pages", name)
+                continue
+            text = read_text(path, skipped, name=name)
+            if text is not None and (plain := unroff(text).strip()):
+                yield {"text": plain + "\n", "domain": domain, "id": name, "group": page[1]}
+
+    def state(self) -> object:
+        return stamps(self.manuals, self.package)
