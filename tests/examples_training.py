@@ -60,6 +60,17 @@ class Material:
             checkpoint.save(self.model(seed=seed, initializer_range=0.3), self.tokenizer, place)
         return str(place)
 
+    def languages(self) -> str:
+        """A folder of embeddings of languages, named as the stories' domains."""
+        from pretrain.objectives.language.langsamp import LanguageConfig, LanguageEmbeddings
+
+        place = self.folder / "languages"
+        if not place.exists():
+            names = sorted({story["domain"] for story in self.stories})
+            made = LanguageEmbeddings(LanguageConfig(languages=names, scripts=["Latn"], hidden_size=8))
+            checkpoint.save(made, self.tokenizer, place)
+        return str(place)
+
     def cloze(self) -> str:
         """A folder of local lm-eval tasks."""
         from pretrain.evaluation.tasks.harness import write_cloze
@@ -96,6 +107,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "ast_probe": lambda m: {"epochs": 2, "rank": 8, "validation": 0.2, "test": 0.3},
     "intrinsic_dimension_d90": lambda m: {"label": "label", "dimensions": (40, 80), "steps": 4, "length": 24, "rates": (1e-2,), "subspace_rates": (1e-2,)},
     "retrieval": lambda m: {"shortest": 8},
+    "source_language": lambda m: {"embeddings": m.languages()},
     "probe": lambda m: {"label": "label"},
     "nmtune": lambda m: {"label": "label", "steps": 3},
     "label_noise": lambda m: {"rate": 0.5},

@@ -263,6 +263,8 @@ def _needed(name: str, missing: set[str], family: str, vocabulary: Vocabulary, t
         if not place.exists():
             checkpoint.save(model, tokenizer, place / "checkpoint")
         values["teacher"] = str(place)
+    if "languages" in missing:
+        values["languages"] = {"kept": "deu_Latn", "forgotten": "rus_Cyrl"}
     if "forget" in missing:
         values["forget"] = "forgotten"
     assert missing == values.keys(), f"no value for {missing - values.keys()} of {name}: give one here"

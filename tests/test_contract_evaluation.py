@@ -20,6 +20,7 @@ from examples_training import Material, declared, example, names, reread, undecl
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
+from pretrain.core.quick.table import listed
 from pretrain.stages.evaluate import evaluate
 
 EVALUATIONS = names("evaluation")
@@ -47,6 +48,7 @@ def documents(stories):
         {
             "text": FUNCTION.format(n) + "\n# ".join(["", *s["text"][: 600 if n < 16 else 200].splitlines()]), "domain": s["domain"], "id": str(n), "label": "ab"[n % 2],
             "source": s["text"][:60], "target": s["text"][60:100], "prompt": s["text"][:30], "answer": s["text"][30:36],
+            "group": str(n % 16),
         }
         for n, s in enumerate(chosen)
     ]  # fmt: skip
@@ -152,5 +154,5 @@ def test_a_family_that_it_does_not_declare_is_refused(material, documents, name)
     accepted = ", ".join(method_class(name).families)
     for family in undeclared(name):
         model = material.model(family, TASK[family])
-        with pytest.raises(PretrainError, match=rf"{name}: model family '{family}': accepted: {accepted}$"):
+        with pytest.raises(PretrainError, match=rf"{name}: model family '{listed(family).name}': accepted: {accepted}$"):
             measured(example(name, material), model, material, documents)

@@ -32,6 +32,7 @@ from pretrain.evaluation.generation.generation_verification_gap import (
 from pretrain.evaluation.generation.scbench import SCBench as SCBench
 from pretrain.evaluation.likelihood.calibration import Calibration as Calibration
 from pretrain.evaluation.likelihood.held_out import HeldOut as HeldOut
+from pretrain.evaluation.likelihood.masked_loss import MaskedLoss as MaskedLoss
 from pretrain.evaluation.likelihood.min_k import MinK as MinK
 from pretrain.evaluation.probes.activation_density import ActivationDensity as ActivationDensity
 from pretrain.evaluation.probes.ast_probe import AstProbe as AstProbe
@@ -39,7 +40,9 @@ from pretrain.evaluation.probes.intrinsic_dimension_d90 import IntrinsicDimensio
 from pretrain.evaluation.probes.nmtune import NMTune as NMTune
 from pretrain.evaluation.probes.probe import Probe as Probe
 from pretrain.evaluation.probes.retrieval import Retrieval as Retrieval
+from pretrain.evaluation.probes.source_language import SourceLanguage as SourceLanguage
 from pretrain.evaluation.probes.transferability import Transferability as Transferability
+from pretrain.evaluation.probes.translation_retrieval import TranslationRetrieval as TranslationRetrieval
 from pretrain.evaluation.tasks.harness import Harness as Harness
 from pretrain.evaluation.tasks.task import Task as Task
 from pretrain.objectives.distillation.ctcd import CTCD as CTCD
@@ -61,6 +64,7 @@ from pretrain.objectives.labelled.tagging import Tagging as Tagging
 from pretrain.objectives.language.causal_lm import CausalLM as CausalLM
 from pretrain.objectives.language.drbert import DrBERT as DrBERT
 from pretrain.objectives.language.electra import Electra as Electra
+from pretrain.objectives.language.langsamp import LangSAMP as LangSAMP
 from pretrain.objectives.language.mask_later import MaskLater as MaskLater
 from pretrain.objectives.language.masked_lm import MaskedLM as MaskedLM
 from pretrain.objectives.language.prefix_lm import PrefixLM as PrefixLM
@@ -150,5 +154,6 @@ from pretrain.surgery.merging.slerp import Slerp as Slerp
 from pretrain.surgery.merging.task_arithmetic import TaskArithmetic as TaskArithmetic
 from pretrain.surgery.merging.ties import Ties as Ties
 from pretrain.surgery.vocabulary.ofa import Ofa as Ofa
+from pretrain.surgery.vocabulary.trim_scripts import TrimScripts as TrimScripts
 from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary as TrimVocabulary
 from pretrain.surgery.vocabulary.vocabulary_expansion import VocabularyExpansion as VocabularyExpansion

@@ -70,13 +70,20 @@ class Retrieval(Evaluation):
 
 def ranks(query_NE: NDArray[np.floating], passage_NE: NDArray[np.floating]) -> NDArray[np.int64]:
     """The rank, from 1, of passage n for query n by cosine; ties count against it."""
-    query_NE, passage_NE = (
-        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (query_NE, passage_NE)
+    return ranks_among(query_NE, passage_NE, np.arange(len(query_NE)))
+
+
+def ranks_among(
+    query_QE: NDArray[np.floating], passage_NE: NDArray[np.floating], true_Q: NDArray[np.integer]
+) -> NDArray[np.int64]:
+    """The rank, from 1, of passage `true_Q[q]` for query q by cosine; ties count against it."""
+    query_QE, passage_NE = (
+        x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12) for x in (query_QE, passage_NE)
     )
     parts = []
-    for start in range(0, len(query_NE), 1024):
-        cosine_BN = query_NE[start : start + 1024] @ passage_NE.T
-        true_B = cosine_BN[np.arange(len(cosine_BN)), start + np.arange(len(cosine_BN))]
+    for start in range(0, len(query_QE), 1024):
+        cosine_BN = query_QE[start : start + 1024] @ passage_NE.T
+        true_B = cosine_BN[np.arange(len(cosine_BN)), true_Q[start : start + 1024]]
         parts.append((cosine_BN >= true_B[:, None] - 1e-6).sum(1))  # the same but for rounding is a tie
     return np.concatenate(parts)
 
