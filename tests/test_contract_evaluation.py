@@ -154,5 +154,7 @@ def test_a_family_that_it_does_not_declare_is_refused(material, documents, name)
     accepted = ", ".join(method_class(name).families)
     for family in undeclared(name):
         model = material.model(family, TASK[family])
-        with pytest.raises(PretrainError, match=rf"{name}: model family '{listed(family).name}': accepted: {accepted}$"):
+        with pytest.raises(
+            PretrainError, match=rf"{name}: model family '{listed(family).name}': accepted: {accepted}$"
+        ):
             measured(example(name, material), model, material, documents)

@@ -12,10 +12,11 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
 from pretrain.corpus.roff import unroff
 from pretrain.corpus.sources._files import Document, Size, Source, evenly_read, read_text, size_of
-from pretrain.corpus.sources._paths import below, located, stamp, stamps
+from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 
 PAGE = re.compile(r"(.+\.\d\w*)(?:\.gz)?")  # ls.1.gz
+NAMES = Taken(secrets=True)  # credentials.7 is a page as any
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".log")
 
 
@@ -70,7 +71,7 @@ class Manuals(Source):
 
     def _all(self, skipped: Skipped) -> Iterator[Document]:
         domain = self.domain or Path(self.manuals).name
-        for name, path in located(self.manuals, self.package, (), skipped):
+        for name, path in located(self.manuals, self.package, (), skipped, NAMES):
             page = PAGE.fullmatch(path.name)
             if page is None:
                 skipped.add("no manual pages", name)
@@ -80,4 +81,4 @@ class Manuals(Source):
                 yield {"text": plain + "\n", "domain": domain, "id": name, "group": page[1]}
 
     def state(self) -> object:
-        return stamps(self.manuals, self.package)
+        return stamps(self.manuals, self.package, (), NAMES)

@@ -79,7 +79,6 @@ class MaskedLoss(Evaluation):
 
         from pretrain.core.batch import Context, Row, rows_to_tensors, to_device
         from pretrain.core.models.features import evaluating
-        from pretrain.objectives._token_loss import token_loss
         from pretrain.objectives.language.masked_lm import MaskedLM
 
         objective, sums_N2 = MaskedLM(rate=self.rate), np.zeros((len(tokens), 2))
@@ -96,13 +95,13 @@ class MaskedLoss(Evaluation):
             for first in range(0, len(rows), ROWS):
                 some = slice(first, first + ROWS)
                 batch = rows_to_tensors(rows[some], length, vocabulary.pad)
-                batch |= {name: torch.cat([one[name] for one in hidden[some]]) for name in ("tokens_BL", "target_BL")}
-                batch["weight"] = torch.stack([one["weight"] for one in hidden[some]]).sum()
-                nll_BL = token_loss(model, to_device(batch, device), causal=False).nll_BL
+                batch |= {name: torch.cat([made[name] for made in hidden[some]]) for name in ("tokens_BL", "target_BL")}
+                batch["weight"] = torch.stack([made["weight"] for made in hidden[some]]).sum()
+                nll_BL = objective.loss(model, to_device(batch, device)).nll_BL
                 assert nll_BL is not None
                 each = zip(rows[some], hidden[some], nll_BL.double().sum(-1).tolist(), strict=True)
-                for row, one, nll in each:
-                    sums_N2[row.index] += nll, int(one["weight"])
+                for row, made, nll in each:
+                    sums_N2[row.index] += nll, int(made["weight"])
         return sums_N2
 
 

@@ -46,14 +46,14 @@ class SourceLanguage(Evaluation):
         """The similarities for the documents' domains."""
         by_language = self.similarities()
         domains = sorted({str(document.get("domain", "")) for document in documents})
-        found: dict[str, dict[str, float]] = {}
+        by_domain: dict[str, dict[str, float]] = {}
         for domain in domains:
             language = domain.partition("_")[0]
             if language not in by_language:
                 raise unknown("language", language, list(by_language))
-            found[domain] = {f"similarity/{name}": value for name, value in by_language[language].items()}
-        nearest = [max(values.values()) for values in found.values()]
-        return Measured({"nearest_similarity": float(np.mean(nearest))}, found)
+            by_domain[domain] = {f"similarity/{name}": value for name, value in by_language[language].items()}
+        nearest = [max(values.values()) for values in by_domain.values()]
+        return Measured({"nearest_similarity": float(np.mean(nearest))}, by_domain)
 
     def similarities(self) -> dict[str, dict[str, float]]:
         """For each language the cosine of its embedding with that of each candidate, itself left out."""

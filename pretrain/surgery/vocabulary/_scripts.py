@@ -64,10 +64,10 @@ def of_bytes(scripts: Sequence[str]) -> Callable[[bytes], str | None]:
                 text = data[lead:last].decode()
             except UnicodeDecodeError:
                 continue
-            found = [parts.get(("end", data[:lead]))] if lead else []
-            found += [script_of(text, scripts)] if text else []
-            found += [parts.get(("start", data[last:]))] if last < len(data) else []
-            return None if None in found else next((name for name in found if name != SHARED), SHARED)
+            held = [parts.get(("end", data[:lead]))] if lead else []
+            held += [script_of(text, scripts)] if text else []
+            held += [parts.get(("start", data[last:]))] if last < len(data) else []
+            return None if None in held else next((name for name in held if name != SHARED), SHARED)
         return None
 
     return script
