@@ -29,7 +29,7 @@ OTHERWISE = {
     ),
     "what the vocabulary is changed to": ("ofa.tokenizer", "vocabulary_expansion.tokenizer"),
     "documents": ("decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "task.pool", "vocabulary_expansion.corpus"),
-    "files without tokens": ("harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration"),
+    "files without tokens": ("harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration", "source_language.embeddings"),
 }  # fmt: skip
 
 

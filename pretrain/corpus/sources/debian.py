@@ -69,6 +69,9 @@ class Manuals(Source):
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from evenly_read(self._all, self.limit, skipped)
 
+    def domains(self) -> tuple[str, ...]:
+        return (self.domain or Path(self.manuals).name,)
+
     def _all(self, skipped: Skipped) -> Iterator[Document]:
         domain = self.domain or Path(self.manuals).name
         for name, path in located(self.manuals, self.package, (), skipped, NAMES):

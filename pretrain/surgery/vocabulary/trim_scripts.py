@@ -52,6 +52,11 @@ class TrimScripts(Surgery):
             raise PretrainError("trim_scripts: no scripts: accepted: one or more, as Latin", place=("scripts",))
         _scripts.check_scripts(self.name, self.scripts)
 
+    @property
+    def needs_text(self) -> bool:
+        """What is most frequent is known of a text."""
+        return self.keep > 0
+
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model with fewer rows; the tokenizer, and the text in its numbers, go back in `inputs.extra`."""
         inputs, tokenizer = check(self.name, model, inputs)
