@@ -11,7 +11,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.report.advice import spent_share
 from pretrain.report.data import collect
 from pretrain.report.summary import summarise
-from pretrain.report.watch import running, watch
+from pretrain.report.watch import _line, running, watch
 
 
 def run_folder(folder, status="to run"):
@@ -64,6 +64,16 @@ def test_the_page_follows_a_run_until_it_is_over(tmp_path):
         f"{folder}: finished",
     ]
     assert '"reload": 0' in path.read_text() and "Still running" not in path.read_text()
+
+
+def test_a_held_out_number_of_before_says_when_it_was_measured(tmp_path):
+    folder = run_folder(tmp_path)
+    log(folder, 2)
+    lines = [json.loads(line) for line in (folder / "model" / "log.jsonl").read_text().splitlines()]
+    lines = [row | {"tokens": 100 * row["step"]} for row in lines]
+    lines.append({"event": "step", "step": 4, "steps": 4, "loss": 4.0, "tokens": 400})
+    (folder / "model" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    assert _line(folder, "model") == "[model] 50% held-out 2.000 nats at 25%"
 
 
 def test_of_epochs_a_page_says_how_many_are_done(tmp_path):

@@ -10,8 +10,8 @@ from pretrain.core.files import read_json
 from pretrain.core.system.portable import held
 from pretrain.records import Status, run_status, statuses
 from pretrain.report.advice import spent_share
-from pretrain.report.data import BITS
-from pretrain.report.numbers import known
+from pretrain.report.data import BITS, Trained
+from pretrain.report.numbers import known, last
 from pretrain.report.page import collect, write
 
 
@@ -60,6 +60,14 @@ def _states(folder: Path) -> dict[str, str]:
     return statuses(folder, read_json(folder / "run.json")["stages"])
 
 
+def _since(training: Trained | None, done: float | None) -> str:
+    """At what share of the budget the newest held-out number was measured, where that is not now."""
+    if training is None or done is None:
+        return ""
+    measured, seen = last(training["evaluation"]["tokens"]), last(training["step"]["tokens"])
+    return f" at {done * measured / seen:.0%}" if 0 < measured < seen else ""
+
+
 def _line(folder: Path, stage: str) -> str:
     """Where the run is: the stage, the share of its budget, the newest held-out number."""
     page = collect(folder)
@@ -68,6 +76,6 @@ def _line(folder: Path, stage: str) -> str:
     training = next((t for t in page["trainings"] if t["name"] == stage), None)
     for name, unit in ((BITS, "bits per byte"), ("loss", "nats")) if training else ():
         if values := known(training["evaluation"][name] if training else []):
-            words.append(f"held-out {values[-1]:.3f} {unit}")
+            words.append(f"held-out {values[-1]:.3f} {unit}{_since(training, done)}")
             break
     return " ".join(words) if len(words) > 1 else f"[{stage}] running"
