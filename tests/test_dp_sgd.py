@@ -128,6 +128,8 @@ def test_what_is_spent_stands_beside_the_metrics(prepared, tiny, tmp_path):
     assert training.metrics["sampling_rate"] == pytest.approx(rate) and training.metrics["delta"] == 1e-5
     assert training.metrics["epsilon"] == epsilon(training.metrics["noise_multiplier"], rate, 3, 1e-5)
     assert 3.9 < training.metrics["epsilon"] <= 4.0
+    unseen = run(prepared, tiny(vocab_size=512), tmp_path / "b", policy, budget=Budget(steps=3), micro_rows=1)
+    assert unseen.metrics == {name: value for name, value in training.metrics.items() if name != "loss"}
 
 
 def test_micro_batches_and_budgets_that_cannot_be_accounted_for_are_one_line(prepared, tiny, tmp_path):

@@ -151,7 +151,7 @@ def read_json(path: Path, *, halves: bool = False) -> Any:
     seal = value.get(SEAL) if isinstance(value, dict) else None
     if isinstance(seal, str) and value != sealed({name: entry for name, entry in value.items() if name != SEAL}):
         raise PretrainError(
-            f"{path} is damaged: it does not hold what was sealed; what is changed on purpose has no {SEAL!r}"
+            f"{path} is damaged, or changed with its {SEAL!r} left in: it does not hold what was sealed"
         )
     return value
 

@@ -101,6 +101,10 @@ class DPSGD(Policy):
             if spent < float("inf"):  # without noise nothing is proved
                 metrics[name] = spent
 
+    def finish(self, training: Training, state: State) -> None:
+        """What is spent, of a training without held-out documents as well."""
+        self.on_evaluation(training, state, training.metrics)
+
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
