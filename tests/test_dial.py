@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from pretrain import recipe as recipes
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.machine import efficiency
+from pretrain.core.quick.quantities import figure
 from pretrain.dial import law as laws
 from pretrain.dial.choose import LONGEST, Task, choose, optimizer_for
 from pretrain.dial.law import Law, Rung, fit, unique_worth
@@ -374,6 +375,16 @@ def test_plan_prints_what_is_chosen_and_what_is_expected(written: Path, tmp_path
     result = CliRunner().invoke(app, ["plan", str(written), "--budget", "flops=1e12", "--output", str(tmp_path)])
     assert result.exit_code == 0, result.output
     assert "width" in result.output and "bits per byte" in result.output and "twice the width" in result.output
+
+
+def test_a_plan_and_a_dry_run_say_the_same_of_passes(written: Path, tmp_path: Path) -> None:
+    from pretrain.forecast import forecast
+    from pretrain.identity import plan
+
+    recipe = recipes.load(written, [], tmp_path)
+    estimate = next(e.estimate for e in forecast(plan(recipe)) if e.item.stage.name == "model")
+    assert estimate.passes is not None
+    assert f"{figure(estimate.passes, 2)} passes)" in recipe.sizes[0].lines(estimate)[0]
 
 
 def test_a_plan_takes_a_time_with_its_unit_as_its_budget(written: Path, tmp_path: Path) -> None:

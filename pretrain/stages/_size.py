@@ -71,7 +71,9 @@ class Settled:
         """What was chosen and why, in sentences; what it is to take is for the run's estimate to say."""
         shape, choice = self.choice.shape, self.choice
         size = f"width {shape.width}, {shape.depth} blocks, vocabulary {shape.vocabulary:,}"
-        passes = f", {figure(choice.bytes / self.task.unique, 2)} passes" if self.task.unique else ""
+        read = estimate.passes if estimate is not None else None  # by the corpus's own tokens, not by the law's
+        read = choice.bytes / self.task.unique if read is None and self.task.unique else read
+        passes = f", {figure(read, 2)} passes" if read else ""
         text = f"{short(choice.tokens)} tokens ({choice.tokens_per_weight:.1f} a weight{passes})"
         lines = [
             f"{size}: {short(shape.weights)} weights, {text}",
