@@ -455,6 +455,14 @@ def test_translations_of_a_manual_page_are_known_by_its_name_and_stay_together(t
     assert german["text"] == "NAME\nls - Verzeichnis\n" and german["domain"] == "de"
     assert russian["domain"] == "rus_Cyrl" and "каталог" in russian["text"]
     assert german["group"] == russian["group"] == "ls.1" and pages.reasons == {"no manual pages": 1}
+    for number in range(12):
+        for language in ("de", "ru")[number % 3 == 0 :]:
+            put(tmp_path / language / "man8" / f"tool{number}.8", f".SH NAME\ntool {number}\n")
+    few = [{d["group"] for d in read(build_source({"manuals": str(tmp_path / n), "limit": 6}))} for n in ("de", "ru")]
+    every = {d["group"] for d in read(build_source({"manuals": str(tmp_path / "de")}))}
+    assert (
+        all(4 <= len(pages) <= 6 for pages in few) and few[1] & every <= few[0]
+    )  # the same pages where both have them
 
 
 # All of them

@@ -9,9 +9,10 @@ from pathlib import Path
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import digest
 from pretrain.core.packages import Package
 from pretrain.corpus.roff import unroff
-from pretrain.corpus.sources._files import Document, Size, Source, evenly_read, read_text, size_of
+from pretrain.corpus.sources._files import Document, Size, Source, read_text, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -63,23 +64,23 @@ class Manuals(Source):
 
     manuals: str
     domain: str | None = None
-    limit: Count | None = None  # at most so many, from all alike
+    limit: Count | None = None  # at most so many pages, by their names' hashes: in each language the same ones
     package: Package | None = None
-
-    def documents(self, skipped: Skipped) -> Iterator[Document]:
-        yield from evenly_read(self._all, self.limit, skipped)
 
     def domains(self) -> tuple[str, ...]:
         return (self.domain or Path(self.manuals).name,)
 
-    def _all(self, skipped: Skipped) -> Iterator[Document]:
-        domain = self.domain or Path(self.manuals).name
-        for name, path in located(self.manuals, self.package, (), skipped, NAMES):
+    def documents(self, skipped: Skipped) -> Iterator[Document]:
+        (domain,) = self.domains()
+        files = located(self.manuals, self.package, (), skipped, NAMES)
+        names = {page[1] for _, path in files if (page := PAGE.fullmatch(path.name))}
+        chosen = set(sorted(names, key=digest)[: self.limit])
+        for name, path in files:
             page = PAGE.fullmatch(path.name)
             if page is None:
                 skipped.add("no manual pages", name)
                 continue
-            text = read_text(path, skipped, name=name)
+            text = read_text(path, skipped, name=name) if page[1] in chosen else None
             if text is not None and (plain := unroff(text).strip()):
                 yield {"text": plain + "\n", "domain": domain, "id": name, "group": page[1]}
 
