@@ -139,6 +139,7 @@ from pretrain.surgery.compression.pre_calibration import PreCalibration as PreCa
 from pretrain.surgery.compression.smooth_quant import SmoothQuant as SmoothQuant
 from pretrain.surgery.compression.sparse_llm import SparseLLM as SparseLLM
 from pretrain.surgery.compression.w8a8 import W8A8 as W8A8
+from pretrain.surgery.experts.orthogonal_growth import OrthogonalGrowth as OrthogonalGrowth
 from pretrain.surgery.growth.bert2bert import Bert2BERT as Bert2BERT
 from pretrain.surgery.growth.g_stack import GStack as GStack
 from pretrain.surgery.merging.breadcrumbs import Breadcrumbs as Breadcrumbs

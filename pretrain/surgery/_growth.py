@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Sequence
 from typing import cast
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from pretrain.core.checkpoint import record, recorded, surgery_of
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.families import family
 
 
 def config_with_blocks(model: PreTrainedModel, order: Sequence[int]) -> PreTrainedConfig:
@@ -20,7 +22,33 @@ def config_with_blocks(model: PreTrainedModel, order: Sequence[int]) -> PreTrain
     config.num_hidden_layers = len(order)
     if getattr(config, "layer_types", None):
         config.layer_types = [config.layer_types[i] for i in order]
+    if hasattr(config, "mlp_only_layers"):  # which blocks of Qwen's mixtures have no experts
+        step, without = config.decoder_sparse_step, config.mlp_only_layers or ()
+        dense = [i in without or (i + 1) % step != 0 for i in range(model.config.num_hidden_layers)]
+        config.mlp_only_layers = [new for new, i in enumerate(order) if dense[i]]
+        config.decoder_sparse_step = 1
     return config
+
+
+def with_blocks(model: PreTrainedModel, order: Sequence[int], name: str) -> PreTrainedModel:
+    """A model whose block i is a copy of block `order[i]`, with all else as it was; `name` is the surgery's."""
+    grown = fresh(model, config_with_blocks(model, order))
+    weights = model.state_dict()
+    inside = re.compile(rf"(^|.*\.){re.escape(family(model).blocks)}\.(\d+)\.")
+    for place, value in grown.state_dict().items():
+        match = inside.match(place)
+        source = place
+        if match:
+            begin, end = match.span(2)
+            source = f"{place[:begin]}{order[int(match[2])]}{place[end:]}"
+        if source not in weights or weights[source].shape != value.shape:
+            kind = ", ".join(e["method"] for e in surgery_of(model)) or "none recorded"
+            raise PretrainError(
+                f"{name}: no weight {source} of shape {tuple(value.shape)} in the model (surgeries: {kind}); "
+                "accepted: a model that is the same in each block; grow first, then operate"
+            )
+        value.copy_(weights[source])
+    return grown
 
 
 def fresh(model: PreTrainedModel, config: PreTrainedConfig) -> PreTrainedModel:

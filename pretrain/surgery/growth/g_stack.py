@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import ClassVar
 
 from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count
-from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, family
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._growth import config_with_blocks, fresh
+from pretrain.surgery._growth import with_blocks
 
 
 @dataclass(frozen=True)
@@ -40,21 +38,4 @@ class GStack(Surgery):
         entry = family(model)
         if entry.name not in self.families:
             raise PretrainError(f"g_stack: family {entry.name!r}: accepted: {', '.join(self.families)}")
-        small = len(blocks(model))
-        grown = fresh(model, config_with_blocks(model, list(range(small)) * self.growth))
-        weights = model.state_dict()
-        inside = re.compile(rf"(^|.*\.){re.escape(entry.blocks)}\.(\d+)\.")
-        for name, value in grown.state_dict().items():
-            match = inside.match(name)
-            source = name
-            if match:
-                begin, end = match.span(2)
-                source = f"{name[:begin]}{int(match[2]) % small}{name[end:]}"
-            if source not in weights or weights[source].shape != value.shape:
-                kind = ", ".join(e["method"] for e in surgery_of(model)) or "none recorded"
-                raise PretrainError(
-                    f"g_stack: no weight {source} of shape {tuple(value.shape)} in the model (surgeries: {kind}); "
-                    "accepted: a model that is the same in each block; stack first, then operate"
-                )
-            value.copy_(weights[source])
-        return grown
+        return with_blocks(model, list(range(len(blocks(model)))) * self.growth, self.name)

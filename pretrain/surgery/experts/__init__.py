@@ -1,0 +1,1 @@
+"""Mixtures of experts: more experts of a trained model, or fewer."""
