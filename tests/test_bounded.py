@@ -406,7 +406,7 @@ def test_a_cell_far_longer_than_is_read_is_passed_over_before_text_is_made_of_it
     monkeypatch.setattr(_containers, "has_bad_bytes", lambda text: made.append(len(text)) or False, raising=False)
     rows = [document["text"] for document in read(Files(str(tmp_path / f"rows.{end}")), skipped)]
     assert rows == ["first", "third"] and max(made, default=0) < 1000
-    assert "rows of more than 1,000 characters" in str(skipped) and "row 2" in str(skipped)
+    assert "1 row of more than 1,000 characters" in str(skipped) and "row 2" in str(skipped)
 
 
 def test_what_a_parquet_file_says_of_itself_is_bounded(tmp_path):

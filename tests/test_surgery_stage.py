@@ -104,7 +104,7 @@ def test_a_corpus_with_fewer_rows_gives_all_it_has(run):
 def test_quantising_says_how_many_bytes_it_saves_and_meters_its_flops(run, tmp_path):
     result, said = run(GPTQ(group_size=16), calibration_rows=4, length=32)
     numbers = result["metrics"]
-    assert numbers["bytes"] < numbers["bytes_before"] and numbers["parameters"] < numbers["parameters_before"]
+    assert numbers["bytes"] < numbers["bytes_before"] and numbers["parameters"] == numbers["parameters_before"]
     model, tokenizer = checkpoint.load(tmp_path / "stage/checkpoint")
     assert tokenizer is not None and checkpoint.surgery_of(model)[0]["method"] == "gptq"
     stored = sum(tensor.nbytes for tensor in model.state_dict().values())
