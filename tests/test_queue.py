@@ -258,9 +258,12 @@ def test_runs_end_with_the_queue_that_began_them(tmp_path, number):
         "        [start(Sleeper()) for _ in range(9)][0].result()\n"
     )
     queue = subprocess.Popen([sys.executable, str(tmp_path / "sleeper.py")], env=os.environ | {"PYTHONPATH": str(ROOT)})
-    until(lambda: len(list(tmp_path.glob("*.pid"))) == 2)
-    queue.send_signal(number)
-    until(lambda: queue.poll() is not None)
+    try:
+        until(lambda: len(list(tmp_path.glob("*.pid"))) == 2, seconds=300.0)  # which a busy machine takes its time for
+        queue.send_signal(number)
+        until(lambda: queue.poll() is not None)
+    finally:
+        queue.kill()
     for worker in [int(path.stem) for path in tmp_path.glob("*.pid")]:
         until(lambda worker=worker: gone(worker))
 
