@@ -140,6 +140,24 @@ def test_the_compute_to_reach_the_others_end_needs_every_seed():
     assert share_to_reach(up, [[(0.0, 0.1), (100.0, 0.5)]], "higher") == pytest.approx(0.5)
 
 
+def test_what_makes_sides_differ_beside_their_methods_is_told(recipes, tmp_path):
+    from pretrain.experiments.compare import _unlike
+    from pretrain.recipe import load
+
+    def told(*changes, metric="loss"):
+        sides = {"base": [], "other": changes}
+        loaded = {name: (load(recipes[0], given, tmp_path / name), "model") for name, given in sides.items()}
+        return list(_unlike(loaded, metric))
+
+    assert told("model.optimizer={method: lion}") == []
+    assert told("corpus.test=0.3") == [
+        "other is trained and measured on other text than base: their loss does not compare"
+    ]
+    (line,) = told("tokenizer.vocab_size=333")
+    assert line == "other has other tokens than base: a loss does not compare, but bits_per_byte does"
+    assert told("tokenizer.vocab_size=333", metric="bits_per_byte") == []
+
+
 def test_impossible_comparisons_are_refused(recipes, tmp_path):
     with pytest.raises(PretrainError, match="a baseline and at least one other"):
         compare(recipes[:1], flops=1e9)

@@ -9,7 +9,7 @@ stands each side's peak rate and who has chosen it: a difference of two recipes 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from itertools import takewhile
 from pathlib import Path
@@ -58,6 +58,8 @@ def compare(
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
         _check_left(name, replace(recipe, output=Path(output) / "seed-0" / name), trained, flops)
+    for line in _unlike(loaded, metric):
+        say(f"warning: {line}")
     usual = {name: rate_of(*each) for name, each in loaded.items()}
 
     def trial(name: str, seed: int) -> Trial:
@@ -100,6 +102,21 @@ def _named(recipes: Sequence[Path | str], seeds: int) -> dict[str, Path | str]:
             f"compare: recipes of the same name: {', '.join(names)}; accepted: a name of its own for each"
         )
     return dict(zip(names, recipes, strict=True))
+
+
+def _unlike(loaded: Mapping[str, tuple[Recipe, str]], metric: str) -> Iterator[str]:
+    """What makes two sides differ besides what their recipes do with a text: another text, other tokens."""
+    read = {
+        name: next(item.reads["inputs"] for item in plan(recipe) if item.stage.name == trained)
+        for name, (recipe, trained) in loaded.items()
+    }
+    first, *others = read
+    for name in others:
+        corpora, tokenizers = ([read[each].get(kind) for each in (first, name)] for kind in ("corpus", "tokenizer"))
+        if corpora[0] != corpora[1]:
+            yield f"{name} is trained and measured on other text than {first}: their {metric} does not compare"
+        elif tokenizers[0] != tokenizers[1] and metric in ("loss", "perplexity"):
+            yield f"{name} has other tokens than {first}: a {metric} does not compare, but bits_per_byte does"
 
 
 def _notes(rates: Mapping[str, Rate]) -> list[str]:
