@@ -20,7 +20,7 @@ BASES = sorted(path.stem.removesuffix("-cpu") for path in (FOLDER / "bases").glo
 CLAIMS = claims(FOLDER)
 LEAST = 4  # tokens a weight
 MOST = 5e12  # FLOPs
-TASKS = {"llama": "causal", "gpt2": "causal", "bert": "masked", "t5": "seq2seq"}
+TASKS = {"llama": "causal", "gpt2": "causal", "mixtral": "causal", "bert": "masked", "t5": "seq2seq"}
 
 Stage = dict[str, Any]
 

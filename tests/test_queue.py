@@ -254,6 +254,7 @@ def test_runs_end_with_the_queue_that_began_them(tmp_path, number):
         "        time.sleep(600)\n"
         "if __name__ == '__main__':\n"
         "    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))\n"
+        "    signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background has it ignored
         "    with workers(2) as start:\n"
         "        [start(Sleeper()) for _ in range(9)][0].result()\n"
     )
