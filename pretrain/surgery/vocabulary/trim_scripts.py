@@ -34,10 +34,9 @@ class TrimScripts(Surgery):
     bytes. So every text of those scripts, in the form that the tokenizer's normaliser gives it, is split as before.
 
     Without a corpus all tokens of the scripts stay. With one, those that its training text uses, and of these the
-    `keep` most frequent of each script (0: all), counted apart as the paper does (52,000 of Amharic, 60,000 of the
-    other languages), so that a script of little text is not crowded out. Special and other added tokens, those that the
-    configuration names, bytes, and the parts of kept BPE tokens stay as in `trim_vocabulary`. The published code counts
-    the tokens of each corpus; the choice follows the paper.
+    `keep` most frequent of each script (0: all), counted apart so that a script of little text is not crowded out.
+    Special and other added tokens, those that the configuration names, bytes, and the parts of kept BPE tokens stay as
+    in `trim_vocabulary`. The published code counts the tokens of each corpus; the choice follows the abstract.
     """
 
     new_vocabulary: ClassVar[bool] = True
