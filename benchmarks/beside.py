@@ -6,7 +6,8 @@ FOLDER: clones of github.com/karpathy's nanoGPT and nanochat, run as they are in
 rustbpe, tiktoken, kernels and wandb beside its torch. All train on the quickstart's training documents; each of the
 others tries three sizes and three rates, from the settings that it recommends for CPUs. How many steps fit into the
 seconds is measured first, so that schedules end with the time; set-up, compiling and tokenising are not counted.
-Measured are the beginnings of the quickstart's test documents, each token after at least half a window of its own text.
+Measured are the beginnings of the quickstart's test documents, each token after half a window of its own text or more,
+where so much comes before it.
 """
 
 from __future__ import annotations
