@@ -203,11 +203,12 @@ def generate(
     chosen = [method] if method else []
     measuring.methods_of(chosen, "decoding")  # what is wrong with it is said before anything large is imported
     place = newest_checkpoint(checkpoint)
-    if chat and not _templated(place):
+    templated = _templated(place)
+    if chat and not templated:
         raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
     with uncollected():
         model, tokenizer = load_text(place)
-    if _templated(place) and not chat:
+    if templated and not chat:
         typer.echo("note: the prompt is taken as plain text; --chat uses the checkpoint's chat template", err=True)
     decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -26,7 +26,7 @@ from typing import Any
 
 from pretrain import closure
 from pretrain.closure import Code, Home
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, steps_of
 from pretrain.core.exchange.gguf_in import origin
 from pretrain.core.files import JSON, SEAL, digest, locked, read_json, sealed, write_json
 from pretrain.core.folders import files_below
@@ -171,7 +171,7 @@ def _without(config: Config, places: Iterable[str]) -> Config:
     """The configuration without the names that references give and without the seed, which are hashed apart."""
     config = copy.deepcopy({k: v for k, v in config.items() if k != "seed"})
     for place in places:
-        *steps, last = (int(step) if step.isdigit() else step for step in place.split("."))
+        *steps, last = steps_of(place)
         target: Any = config
         for step in steps:
             target = target[step]

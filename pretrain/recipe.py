@@ -15,7 +15,7 @@ from typing import Annotated, TypeAlias
 from pydantic import BaseModel, ValidationError
 
 from pretrain.core.bounds import accepted as accepted_values
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, steps_of
 from pretrain.core.files import JSON, JSONObject
 from pretrain.core.folders import stage_kinds
 from pretrain.core.foreign import yaml
@@ -293,7 +293,7 @@ def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[
 def _check_references(stage: Stage, index: int, whole: str, places: Places, earlier: dict[str, str]) -> None:
     """Each reference must name an earlier stage, of a kind that fits the field, or a path that exists."""
     for name, value in stage.references().items():
-        steps = tuple(int(step) if step.isdigit() else step for step in name.split("."))
+        steps = steps_of(name)
         for number, target in enumerate(value if isinstance(value, list) else [value]):
             place = ("stages", index, *steps, *((number,) if isinstance(value, list) else ()))
             accepted = stage.accepts.get(name.rpartition(".")[2])

@@ -135,11 +135,8 @@ def only_ours() -> Iterator[None]:
     from pretrain.core import registry
 
     yield
-    left = (
-        [row.name for row in registry.methods().values() if not row.ours]
-        if registry.methods.cache_info().currsize
-        else []
-    )
+    listed = registry.methods().values() if registry.methods.cache_info().currsize else ()
+    left = [row.name for row in listed if not row.ours]
     if left:
         registry.methods.cache_clear()
         pytest.fail(f"methods from outside were left: {', '.join(left)}; ask for the fixture `clean`")

@@ -33,6 +33,11 @@ def _escaped(match: re.Match[str]) -> str:
     return " " if match[0].isspace() else match[0].encode("unicode_escape").decode("ascii")
 
 
+def steps_of(place: str) -> tuple[str | int, ...]:
+    """The steps of a place that is written with dots: `policies.1.teacher`."""
+    return tuple(int(step) if step.isdigit() else step for step in place.split("."))
+
+
 class PretrainWarning(UserWarning):
     """What the user should know, though work goes on; the command line prints it as one line."""
 

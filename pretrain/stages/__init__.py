@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pretrain.core.bounds import Ge, Lt, accepted, check_fields, hints
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, steps_of
 from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
@@ -152,7 +152,7 @@ class Stage(BaseModel):
             return  # what its methods share is known when they have run
         for place, method in self.placed_methods():
             if method.vocabularies():
-                steps = tuple(int(step) if step.isdigit() else step for step in place.split("."))
+                steps = steps_of(place)
                 check_references(method, stored_numbers(located(whose)), whose, steps, tuple(earlier), located)
 
     def splits(self) -> dict[str, str]:

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, steps_of
 from pretrain.core.files import read_object
 from pretrain.core.method import Method
 from pretrain.core.quick.confusion import doubtful
@@ -137,7 +137,7 @@ def domains_asked(stage: Stage) -> dict[tuple[str | int, ...], list[str]]:
     """The domains that a training's `mixture` and its methods name, by their places."""
     asked: dict[tuple[str | int, ...], object] = {("mixture",): getattr(stage, "mixture", None)}
     for place, method in stage.placed_methods():
-        steps = tuple(int(step) if step.isdigit() else step for step in place.split("."))
+        steps = steps_of(place)
         asked |= {(*steps, name): getattr(method, name) for name in getattr(method, "domain_fields", ())}
     return {
         place: [value] if isinstance(value, str) else list(cast("dict[str, float]", value))
@@ -162,7 +162,7 @@ def columns_asked(stage: Stage) -> list[tuple[tuple[str | int, ...], Method, tup
     """Of each method of a stage that reads labelled documents its place, and the columns that it reads."""
     asked: list[tuple[tuple[str | int, ...], Method, tuple[str, ...]]] = []
     for place, method in stage.placed_methods():
-        steps = tuple(int(step) if step.isdigit() else step for step in place.split("."))
+        steps = steps_of(place)
         inner = getattr(method, "method", None) if method.name == "task" else method
         if isinstance(inner, Method) and (method.name == "task" or hasattr(inner, "predict")):
             asked.append((steps, inner, tuple(getattr(inner, "columns", ()))))
