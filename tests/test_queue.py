@@ -180,6 +180,24 @@ def test_what_is_finished_is_not_run_again_and_what_was_stopped_goes_on(several,
     assert len(recorded(tmp_path / "results")) == 2
 
 
+def test_a_verdict_stands_when_more_becomes_known_of_the_noise_and_falls_with_its_runs(several, tmp_path):
+    claims, world = several(-0.5, 0.0)
+    first, _, _ = go(claims[:1], tmp_path)
+    pool = queue.Noise.of_runs
+    queue.Noise.of_runs = staticmethod(lambda groups: queue.Noise(50.0, 500))  # with which nothing is decided
+    try:
+        world.ran.clear()
+        again, _, said = go(claims, tmp_path)
+        assert again["a"] == first["a"] and any(line.startswith("a: reproduced, as recorded on 20") for line in said)
+        assert again["b"]["verdict"]["noise"]["deviation"] == pytest.approx(50.0, rel=0.1)
+        assert not any(trial.name.startswith("a-") and trial.recipe["seed"] >= LOOKS[0] for trial in world.ran)
+        claims[0].path.write_text(claims[0].path.read_text().replace("cpu: 5e8", "cpu: 4e8"))  # other runs
+        anew, _, said = go([load_claim(claims[0].path)], tmp_path)
+        assert anew["a"]["word"] == "equal" and not any("as recorded" in line for line in said)
+    finally:
+        queue.Noise.of_runs = pool
+
+
 def test_a_claim_that_cannot_be_run_is_set_aside_and_the_others_go_on(several, tmp_path):
     claims, _ = several(-0.5, None)
     found, failed, said = go(claims, tmp_path)

@@ -1,7 +1,8 @@
 """The queue of claims: many at once, the cheapest first, resumable at any point, with the time that is left.
 
 What a run came to is kept by what makes it, so that claims share their runs (the baseline of a base above all), and
-whatever is finished is never run again. One that cannot be run sets its claim aside; the others go on.
+whatever is finished is never run again. One that cannot be run sets its claim aside; the others go on. A verdict stands
+once its rule has ended it, whatever is learnt of the noise later, as long as its runs are what the claim says.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pretrain.core.files import SEAL, read_json_lines, read_object, sealed, writ
 from pretrain.core.quick.quantities import duration
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
-from pretrain.experiments.results import Result, check_budgets, result, write
+from pretrain.experiments.results import PROTOCOL, Result, check_budgets, recorded, result, write
 from pretrain.experiments.sequential import LOOKS, Noise, standing
 from pretrain.experiments.trials import Outcome, Trial, check_leaks, workers
 
@@ -122,6 +123,17 @@ class Entry:
         if self.scale == "smoke":
             grids = {side: [grid[len(grid) // 2]] for side, grid in grids.items()}
         return search(grids, self.score)
+
+    def stands(self, result: Result) -> bool:
+        """Whether a recorded result is this claim's as it is: searched and decided by these very runs."""
+        wanted = (PROTOCOL, self.claim.name, self.scale, self.claim.size, self.claim.better)
+        kind = (*map(result.get, ("protocol", "name", "scale", "size")), result["claim"].get("better"))
+        if kind != wanted or self.search().chosen != result["chosen"]:
+            return False
+        return all(
+            [run["final"] for run in runs] == self.finals(side, result["chosen"][side])[: len(runs)]
+            for side, runs in result["runs"].items()
+        )
 
     def finals(self, side: str, value: Value) -> list[float]:
         """The test scores of a side's runs, by seed, as far as they go."""
@@ -228,7 +240,7 @@ def run(
         for claim in chosen:
             shelf.read(_lines(claim, scale, None), _lines(claim, scale, results))
     entries = [Entry(sized, scale, work, shelf) for claim in chosen for sized in claim.sized(scale)]
-    done: list[Result] = []
+    done = _standing(entries, Path(results) if results else None, say)
     failed: dict[str, str] = {}
     running: dict[Future[Outcome], tuple[Entry, Trial]] = {}
     with workers(jobs, ray) as start:
@@ -255,6 +267,17 @@ def run(
                 value = "diverged" if outcome["final"] is None else f"{outcome['final']:.4f}"
                 far = f"{len(done)} of {len(entries)} claims, about {duration(left / max(1, jobs))} left"
                 say(f"{trial.name}: {trial.metric} {value}, {duration(outcome['wall'])}; {far}")
+
+
+def _standing(entries: Sequence[Entry], results: Path | None, say: Callable[[str], None]) -> list[Result]:
+    """The results that were recorded before and stand, the newest of each claim."""
+    folders = {results or entry.claim.path.parent / "results" for entry in entries if entry.scale != "smoke"}
+    earlier, standing = recorded(*folders), []
+    for entry in entries:
+        if known := [result for result in earlier if entry.stands(result)]:
+            standing.append(known[-1])
+            say(f"{entry.claim.label}: {known[-1]['word']}, as recorded on {known[-1]['finished'][:10]}")
+    return standing
 
 
 def _lines(claim: Claim, scale: str, results: Path | str | None) -> Path:
