@@ -17,7 +17,7 @@ from pretrain.recipe import read
 
 FOLDER = Path(__file__).parent.parent / "claims"
 BASES = sorted(path.stem.removesuffix("-cpu") for path in (FOLDER / "bases").glob("*-cpu.yaml"))
-CLAIMS = claims(FOLDER)
+CLAIMS = {sized.label: sized for claim in claims(FOLDER).values() for sized in claim.sized("cpu")}
 LEAST = 4  # tokens a weight
 MOST = 5e12  # FLOPs
 TASKS = {"llama": "causal", "gpt2": "causal", "mixtral": "causal", "bert": "masked", "t5": "seq2seq"}

@@ -18,8 +18,10 @@ eight seeds "equal" says that the difference is surely below 1.25 deviations of 
 weight its baseline has read, and what counts of adjacent tokens (bigrams) come to in the same metric: a baseline that
 does not beat them, or has read less than a token a weight, is "under-trained", and a best value at an edge decides
 nothing. "Not reproduced" is said of these scales. Rows of the earlier protocol (three seeds, ranges as given, models of
-under one token a weight) are "superseded". [The page](claims.html) has the curves;
-`pretrain claim run NAME --scale cpu` repeats a row, and `pretrain claim table` makes this file from `claims/results/`.
+under one token a weight) are "superseded". A verdict stands once it is decided, whatever later runs tell of the noise.
+[The page](claims.html) has the curves; `pretrain claim run NAME --scale cpu` runs what is not recorded yet, and
+`pretrain claim table` makes this file from `claims/results/`. To repeat a row, take its file there and the runs in
+`claims/outcomes/` away.
 
 """
 COLUMNS = (
