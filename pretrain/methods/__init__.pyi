@@ -130,6 +130,7 @@ from pretrain.surgery.architecture.value_embeddings import ValueEmbeddings as Va
 from pretrain.surgery.architecture.value_residual import ValueResidual as ValueResidual
 from pretrain.surgery.architecture.zero_init import ZeroInit as ZeroInit
 from pretrain.surgery.compression.awq import AWQ as AWQ
+from pretrain.surgery.compression.bipft import BiPFT as BiPFT
 from pretrain.surgery.compression.compressor import Compressor as Compressor
 from pretrain.surgery.compression.edkm import EDKM as EDKM
 from pretrain.surgery.compression.gptq import GPTQ as GPTQ
