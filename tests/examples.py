@@ -121,6 +121,7 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     },
     "exit_heads": lambda shelf, family: {"exits": (1,), "epochs": 1},
     "flexi_depth": lambda shelf, family: {"layers": 1, "reduction": 4},
+    "codebook_features": lambda shelf, family: {"codes": 16, "k": 2},
     "compressor": lambda shelf, family: {
         "target_bytes": 70_000, "vocabulary": (), "heads": (2, 4), "width": (16, 32), "feed_forward": (32, 48),
         "layers": (1, 2), "length": 24, "population": 4, "generations": 2,
@@ -170,6 +171,7 @@ PLAIN: dict[str, Callable[[Shelf, str], Fields]] = {  # with which a decoding me
     "proxy_tuning": lambda shelf, family: {name: shelf.saved(family, 1, **WIDE) for name in ("expert", "anti_expert")},
     "softmax_cascade": lambda shelf, family: {"exits": (1,), "thresholds": (2.0,)},  # above every probability
     "homer": lambda shelf, family: {},  # prompts of one chunk
+    "code_steering": lambda shelf, family: {},  # no codes
     "minference": lambda shelf, family: {},  # prompts shorter than what is kept
 }  # fmt: skip
 NEVER_PLAIN = {"latent_deliberation": "what the coprocessor adds to the cache is always seen"}

@@ -113,6 +113,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "label_noise": lambda m: {"rate": 0.5},
     "transferability": lambda m: {"label": "label"},
 }  # fmt: skip
+CODED = ("code_activations",)  # what measures a model that has codebooks
 INNER = {"causal": "causal_lm", "masked": "masked_lm"}
 # What fits an objective to a family, where its defaults fit another.
 FITTED: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -141,6 +142,12 @@ def example(name: str, material: Material) -> Any:
     given = FIELDS.get(name, lambda _: {})(material)
     small = {"resamples": 20} if "resamples" in {item.name for item in fields(cls)} else {}
     return cls(**small | given)
+
+
+def with_codebooks(model: Any) -> Any:
+    """The model with small codebooks, drawn without text."""
+    made: Any = method_class("codebook_features")(codes=16, k=2, initialisation="normal")
+    return made(model)
 
 
 def declared(name: str) -> list[str]:
@@ -176,4 +183,7 @@ def trainable(name: str) -> str:
     return FAMILY.get(name) or first(method_class(name).families)
 
 
-__all__ = ["FIELDS", "FITTED", "Material", "declared", "example", "names", "reread", "trainable", "undeclared"]
+__all__ = [
+    "CODED", "FIELDS", "FITTED", "Material", "declared", "example", "names", "reread", "trainable", "undeclared",
+    "with_codebooks",
+]  # fmt: skip

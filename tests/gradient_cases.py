@@ -69,6 +69,7 @@ VARIANTS: list[tuple[str, dict[str, Any], str]] = [
 SURGERIES: dict[str, dict[str, Any]] = {
     "hedgehog_distillation": {"method": "hedgehog"}, "flexi_depth_lm": {"method": "flexi_depth", "reduction": 4},
     "pela_pretraining": {"method": "pela"},
+    "codebook_lm": {"method": "codebook_features", "codes": 16, "k": 2, "initialisation": "normal"},
 }  # fmt: skip
 FAMILY = {
     "seq2seq": "llama",

@@ -22,7 +22,8 @@ class Measured:
 
     `documents`, where an evaluation gives them: for each document a row of the numbers that the metrics are made of, so
     that two models can be compared document by document. `confusion`, of a classifier: by true class how often each
-    class was answered. `few` is the number of documents where it is too small for intervals.
+    class was answered. `few` is the number of documents where it is too small for intervals. `listed`, of an evaluation
+    that looks into the model: a row for each of its parts that it lists.
     """
 
     metrics: dict[str, float]
@@ -31,6 +32,7 @@ class Measured:
     documents: list[dict[str, str | float]] = field(default_factory=list)
     confusion: dict[str, dict[str, int]] = field(default_factory=dict)
     few: int = 0
+    listed: list[dict[str, str | float]] = field(default_factory=list)
 
 
 class Evaluation(Method):

@@ -93,7 +93,7 @@ class Evaluate(Stage):
         return reading(given, self.split, self.max_documents, passes, self.compressors, self.max_characters)
 
     def run(self, job: Job) -> StageResult:
-        """Write `evaluation.json`, and each document's numbers by evaluation to `documents.json`."""
+        """Write `evaluation.json`, each document's numbers to `documents.json`, and a list of codes to `codes.json`."""
         from pretrain.core.checkpoint import lineage
         from pretrain.core.meter import count_flops
 
@@ -111,6 +111,8 @@ class Evaluate(Stage):
             job.say(f"warning: {seen}")
         write_json(job.folder / "evaluation.json", result)
         write_json(job.folder / "documents.json", {name: m.documents for name, m in measured.items() if m.documents})
+        if listed := {name: m.listed for name, m in measured.items() if m.listed}:
+            write_json(job.folder / "codes.json", listed)
         metrics = result["metrics"]
         if "bits_per_byte" in metrics:
             tools = {tool: values["metrics"].get("bits_per_byte") for tool, values in result["compressors"].items()}

@@ -1,0 +1,1 @@
+"""Discrete hidden states: what is quantised inside a model, seen and set from outside."""

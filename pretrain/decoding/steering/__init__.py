@@ -1,0 +1,1 @@
+"""Continuations steered from inside the model."""

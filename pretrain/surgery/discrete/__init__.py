@@ -1,0 +1,1 @@
+"""Discrete hidden states: bottlenecks of vector quantisation inside a trained model."""
