@@ -25,6 +25,7 @@ from pretrain.decoding.speculative.aded import ADED as ADED
 from pretrain.decoding.speculative.prompt_lookup import PromptLookup as PromptLookup
 from pretrain.decoding.speculative.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
 from pretrain.decoding.speculative.token_recycling import TokenRecycling as TokenRecycling
+from pretrain.decoding.steering.code_steering import CodeSteering as CodeSteering
 from pretrain.evaluation.generation.bartscore import BARTScore as BARTScore
 from pretrain.evaluation.generation.generation_verification_gap import (
     GenerationVerificationGap as GenerationVerificationGap,
@@ -36,6 +37,7 @@ from pretrain.evaluation.likelihood.masked_loss import MaskedLoss as MaskedLoss
 from pretrain.evaluation.likelihood.min_k import MinK as MinK
 from pretrain.evaluation.probes.activation_density import ActivationDensity as ActivationDensity
 from pretrain.evaluation.probes.ast_probe import AstProbe as AstProbe
+from pretrain.evaluation.probes.code_activations import CodeActivations as CodeActivations
 from pretrain.evaluation.probes.intrinsic_dimension_d90 import IntrinsicDimensionD90 as IntrinsicDimensionD90
 from pretrain.evaluation.probes.nmtune import NMTune as NMTune
 from pretrain.evaluation.probes.probe import Probe as Probe
@@ -62,6 +64,7 @@ from pretrain.objectives.labelled.seq2seq import Seq2Seq as Seq2Seq
 from pretrain.objectives.labelled.smart import Smart as Smart
 from pretrain.objectives.labelled.tagging import Tagging as Tagging
 from pretrain.objectives.language.causal_lm import CausalLM as CausalLM
+from pretrain.objectives.language.codebook_lm import CodebookLM as CodebookLM
 from pretrain.objectives.language.drbert import DrBERT as DrBERT
 from pretrain.objectives.language.electra import Electra as Electra
 from pretrain.objectives.language.langsamp import LangSAMP as LangSAMP
@@ -140,6 +143,7 @@ from pretrain.surgery.compression.pre_calibration import PreCalibration as PreCa
 from pretrain.surgery.compression.smooth_quant import SmoothQuant as SmoothQuant
 from pretrain.surgery.compression.sparse_llm import SparseLLM as SparseLLM
 from pretrain.surgery.compression.w8a8 import W8A8 as W8A8
+from pretrain.surgery.discrete.codebook_features import CodebookFeatures as CodebookFeatures
 from pretrain.surgery.experts.orthogonal_growth import OrthogonalGrowth as OrthogonalGrowth
 from pretrain.surgery.growth.bert2bert import Bert2BERT as Bert2BERT
 from pretrain.surgery.growth.g_stack import GStack as GStack
