@@ -20,6 +20,7 @@ from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import duration, figure, quantity, short
 from pretrain.core.registry import methods, use_methods
 from pretrain.core.system.console import App
+from pretrain.core.system.usage import Commands
 from pretrain.inference import command as inferring
 from pretrain.inference import measuring
 from pretrain.new import command as starting
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 
 
 app = App(
-    name="pretrain", no_args_is_help=True, pretty_exceptions_enable=False,
+    name="pretrain", cls=Commands, no_args_is_help=True, pretty_exceptions_enable=False,
     help="The whole life of a pretrained model on a limited budget.",
 )  # fmt: skip
 app.add_typer(cli_claim.app, name="claim")

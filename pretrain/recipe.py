@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, TypeAlias
+from typing import TypeAlias
 
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from pretrain.core.bounds import accepted as accepted_values
-from pretrain.core.errors import PretrainError, nearest, steps_of
+from pretrain.core.errors import PretrainError, brief, nearest, steps_of
 from pretrain.core.files import JSON, JSONObject
 from pretrain.core.folders import stage_kinds
 from pretrain.core.foreign import yaml
@@ -23,10 +22,10 @@ from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.outline import torch_imported
-from pretrain.core.quick.quantities import as_typed, element
+from pretrain.core.quick.quantities import as_typed
 from pretrain.core.registry import use_methods
 from pretrain.core.system.shipped import recipe_file
-from pretrain.stages import Stage, stage_classes
+from pretrain.stages import Stage, first_mistake, stage_classes
 from pretrain.stages._size import Settled, settle
 from pretrain.training.budget import UNITS
 
@@ -55,7 +54,7 @@ class Recipe:
 
     def at(self, stage: Stage, place: Place = ()) -> str:
         """Where a value of a stage stands, as errors begin: `FILE:LINE: STAGE.field`."""
-        where = _at(self.places, ("stages", self.stages.index(stage), *place), str(self.path or "recipe"))
+        where = _blamed(self.places, ("stages", self.stages.index(stage), *place), str(self.path or "recipe"))
         return f"{where}: {'.'.join(map(str, (stage.name, *place)))}"
 
 
@@ -102,7 +101,7 @@ def read(path: Path, seen: tuple[Path, ...] = ()) -> tuple[Raw, Places]:
     changes = raw.get("set") or {}
     if not isinstance(changes, dict):
         where = _at(places, ("set",), path)
-        raise PretrainError(f"{where}: set {_shown(changes)}: accepted: a mapping from STAGE.field to a value")
+        raise PretrainError(f"{where}: set {brief(changes)}: accepted: a mapping from STAGE.field to a value")
     raw = {k: v for k, v in raw.items() if k not in ("base", "set")}
     for name, value in changes.items():
         where = _at(places, ("set", name), path)
@@ -118,7 +117,8 @@ def _read_file(path: Path) -> tuple[Raw, Places]:
         raise PretrainError(f"recipe {error}") from error
     raw, places = yaml.loads(text, str(path))
     if not isinstance(raw, dict):
-        raise PretrainError(f"{path}: accepted: a mapping with {', '.join(FIELDS)}")
+        shown = "the recipe is empty" if raw is None else brief(raw)
+        raise PretrainError(f"{path}: {shown}; accepted: a mapping with stages: a list, and {', '.join(FIELDS[:-1])}")
     return raw, places
 
 
@@ -134,14 +134,9 @@ def _move(places: Places, place: Place, where: str) -> None:
     places[place] = where
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else text[:77] + "..."
-
-
 def parse(value: str) -> JSON:
     """A value as YAML reads it."""
-    return yaml.loads(value, f"value {_shown(value)}")[0]
+    return yaml.loads(value, f"value {brief(value)}")[0]
 
 
 def put(raw: Raw, name: str, value: JSON, where: str) -> Place:
@@ -189,7 +184,7 @@ def _key(target: object, step: str, name: str, where: str) -> str | int:
     if isinstance(target, dict):
         return step
     if not isinstance(target, list):
-        raise PretrainError(f"{where} {name!r}: {step!r} is asked of {_shown(target)}, which has no fields")
+        raise PretrainError(f"{where} {name!r}: {step!r} is asked of {brief(target)}, which has no fields")
     if not step.isdecimal() or int(step) >= len(target):
         accepted = f"a number from 0 to {len(target) - 1}" if target else "another value for the list, which is empty"
         raise PretrainError(f"{where} {name!r}: {step!r} of a list; accepted: {accepted}")
@@ -202,7 +197,8 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
     outlined = not torch_imported()
 
     def wrong(name: str, accepted: str) -> PretrainError:
-        return PretrainError(f"{_at(places, (name,), whole)}: {name} {_shown(raw.get(name))}: accepted: {accepted}")
+        shown = "is missing" if raw.get(name) is None else brief(raw[name])
+        return PretrainError(f"{_at(places, (name,), whole)}: {name} {shown}: accepted: {accepted}")
 
     name = raw.get("name")
     name = (path.stem if path else "run") if name is None else name
@@ -230,7 +226,7 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
     try:
         raw, sizes = settle(raw, folder)
     except PretrainError as error:
-        raise PretrainError(f"{_at(places, error.place, whole)}: {error}") from error
+        raise PretrainError(f"{_blamed(places, error.place, whole)}: {error}") from error
     given = raw.get("stages")
     if not isinstance(given, list) or not given:
         raise wrong("stages", "a list of at least one stage")
@@ -240,7 +236,7 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
         try:
             stages[-1].check_inputs({stage.name: stage for stage in stages[:-1]})
         except PretrainError as error:
-            where = _at(places, ("stages", index, *error.place), whole)
+            where = _blamed(places, ("stages", index, *error.place), whole)
             raise PretrainError(f"{where}: {'.'.join(map(str, (stages[-1].name, *error.place)))}: {error}") from error
     return Recipe(name, seed, folder, stages, copy.deepcopy(raw), path, places, outlined, sizes, asked)
 
@@ -264,12 +260,12 @@ def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[
     if not isinstance(kind, str) or kind not in known:
         where, hint = _at(places, ("stages", index, "stage"), whole), nearest(str(kind), known)
         raise PretrainError(
-            f"{where}: stages.{index}.stage: unknown stage {_shown(kind)}{hint}; accepted: {', '.join(known)}"
+            f"{where}: stages.{index}.stage: unknown stage {brief(kind)}{hint}; accepted: {', '.join(known)}"
         )
     entry = {"name": kind} | entry
     if not isinstance(entry["name"], str) or not re.fullmatch(r"[\w-]{1,100}", entry["name"]):
         where = _at(places, ("stages", index, "name"), whole)
-        shown = _shown(entry["name"])
+        shown = brief(entry["name"])
         raise PretrainError(
             f"{where}: stages.{index}.name {shown}: accepted: letters, digits, '_', '-', at most 100, as text"
         )
@@ -322,12 +318,19 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
 
 
 def _blamed(places: Places, place: Place, whole: str) -> str:
-    """Where a mistake stands. One of a whole stage that `--set` has changed may be of what that has set."""
+    """Where a mistake stands: what `--set` has put there, or the line, with what `--set` has changed in it."""
     where = _at(places, place, whole)
-    place = place[:-1] if len(place) > 3 else place  # of a mapping's field: the mistake may lie in one beside it
-    sets = [w for inner, w in places.items() if inner[: len(place)] == place and len(inner) > len(place)]
-    changed = list(dict.fromkeys(w for w in sets if w.startswith("--set ")))
-    return where if where.startswith("--set ") or not changed else f"{where} with {', '.join(changed)}"
+    if where.startswith("--set "):
+        return where
+    inside = [known for known in places if known[: len(place)] == place and len(known) > len(place)]
+    values = [known for known in inside if not any(other[:-1] == known for other in inside)]
+    if values and all(places[known].startswith("--set ") for known in values):
+        return ", ".join(dict.fromkeys(places[known] for known in values))
+    if len(place) > 3 and isinstance(place[-1], str):  # of a mapping's field: the mistake may lie in one beside it
+        place = place[:-1]
+    near = [w for inner, w in places.items() if inner[: len(place)] == place and len(inner) > len(place)]
+    changed = list(dict.fromkeys(w for w in near if w.startswith("--set ")))
+    return f"{where} with {', '.join(changed)}" if changed else where
 
 
 def _is_there(target: str, where: str, name: str) -> bool:
@@ -349,39 +352,8 @@ def _whole_run(target: str, kinds: Sequence[str] | None) -> str:
     return f"{target!r} is a run; accepted: one of its stages ({', '.join(fitting) or 'it has none that fits'})"
 
 
-def _explain(error: ValidationError, cls: type[BaseModel], index: int, label: str, whole: str, places: Places) -> str:
+def _explain(error: ValidationError, cls: type[Stage], index: int, label: str, whole: str, places: Places) -> str:
     """The first mistake as one line."""
-    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    place = _field(cls, tuple(first["loc"]))
-    deeper = getattr(first.get("ctx", {}).get("error"), "place", ())
+    place, deeper, message = first_mistake(error, cls)
     where = _blamed(places, ("stages", index, *place, *deeper), whole)
-    dotted = ".".join([label, *map(str, place or deeper)])
-    message = " ".join(first["msg"].removeprefix("Value error, ").split())
-    if first["type"] == "extra_forbidden":
-        known = [name for name in cls.model_fields if name != "version"]
-        return f"{where}: {dotted}: unknown field{nearest(str(place[-1]), known)}; accepted: {', '.join(known)}"
-    if first["type"] == "missing":
-        return f"{where}: {dotted}: missing; accepted: a value for this field"
-    if first["type"] == "value_error":
-        return f"{where}: {dotted}: {message}"
-    words = accepted_values(_hint(cls, place), first["input"])
-    if first["type"] == "too_short":
-        words = f"a list of at least {first['ctx']['min_length']}"
-    return f"{where}: {dotted}: {_shown(first['input'])}: {f'accepted: {words}' if words else message}"
-
-
-def _hint(cls: type[BaseModel], place: Place) -> object:
-    """The type of a stage's field, or of what lies in it; None where it is not told."""
-    if not place or place[0] not in cls.model_fields:
-        return None
-    field = cls.model_fields[str(place[0])]
-    hint: object = Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
-    for _ in place[1:]:
-        hint = element(hint)
-    return hint
-
-
-def _field(cls: type[BaseModel], place: Place) -> Place:
-    """Where a value stands, without the names that pydantic has for the branches of a type: `evaluate_every`."""
-    field = cls.model_fields.get(str(place[0])) if place else None
-    return place if field is None or element(field.annotation) is not None else place[:1]
+    return f"{where}: {'.'.join([label, *map(str, place or deeper)])}: {message}"

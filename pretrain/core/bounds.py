@@ -6,13 +6,14 @@ From it follow the check when the object is made, the words of the error, and th
 from __future__ import annotations
 
 import math
-from dataclasses import Field, dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import MISSING, Field, dataclass, fields, is_dataclass
 from functools import cache
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.quick.quantities import Duration, Misplaced
 
 if TYPE_CHECKING:
@@ -134,6 +135,37 @@ def _within(value: Any, mark: object) -> bool:
         case Le(le=bound):
             return value <= bound
     return True
+
+
+class Fielded(type):
+    """The type of dataclasses that users make by hand: an argument that is no field is told as a recipe's is."""
+
+    def __call__(cls, *args: object, **given: object) -> object:
+        """Make one, once the arguments fit."""
+        if is_dataclass(cls):
+            check_names(cls, args, given, cls.__name__)
+        return super().__call__(*args, **given)
+
+
+def check_names(cls: type, args: tuple[object, ...], given: Mapping[str, object], name: str) -> None:
+    """Refuse arguments of a dataclass that are no fields, are given twice or are missing: `LoRA(rnk=4)`."""
+    assert is_dataclass(cls)
+    made = [item for item in fields(cls) if item.init]
+    names = [item.name for item in made]
+    words = ", ".join(names) or "none"
+    for word in given:
+        if word not in names:
+            hint = nearest(word, names)
+            raise PretrainError(f"{name}: unknown field {word!r}{hint}; accepted fields: {words}", place=(word,))
+    if len(args) > len(names):
+        raise PretrainError(f"{name}: {len(args)} arguments; accepted fields: {words}")
+    for item in made[: len(args)]:
+        if item.name in given:
+            raise PretrainError(f"{name}: {item.name} is given twice; accepted: one value", place=(item.name,))
+    for item in made[len(args) :]:
+        if item.name not in given and item.default is MISSING and item.default_factory is MISSING:
+            what = accepted(hints(cls)[item.name]) or "a value"
+            raise PretrainError(f"{name}: {item.name} is missing; accepted: {what}", place=(item.name,))
 
 
 def check_fields(made: object, name: str) -> None:

@@ -38,6 +38,12 @@ def steps_of(place: str) -> tuple[str | int, ...]:
     return tuple(int(step) if step.isdigit() else step for step in place.split("."))
 
 
+def brief(value: object) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) < 80 else text[:77] + "..."
+
+
 class PretrainWarning(UserWarning):
     """What the user should know, though work goes on; the command line prints it as one line."""
 
@@ -51,16 +57,71 @@ class Diverged(PretrainError):
     """A training whose loss or gradient is no number any more, step after step."""
 
 
+# Words for one thing, in transformers, other trainers and here: of the accepted ones the first of a row is guessed.
+SYNONYMS = (
+    ("n_embd", "hidden_size", "d_model", "width", "embed_dim", "hidden_dim", "model_dim"),
+    ("n_layer", "num_hidden_layers", "num_layers", "n_layers", "depth", "encoder_layers"),
+    ("n_head", "num_attention_heads", "num_heads", "n_heads", "heads", "encoder_attention_heads"),
+    ("n_inner", "intermediate_size", "d_ff", "ffn_dim", "encoder_ffn_dim", "mlp_dim", "feed_forward_size"),
+    ("num_key_value_heads", "n_kv_heads", "num_kv_heads", "n_head_kv"),
+    ("n_positions", "max_position_embeddings", "n_ctx", "max_seq_len", "context_length", "seq_length"),
+    ("vocab_size", "n_vocab", "vocabulary", "vocabulary_size"),
+    ("length", "max_length", "max_seq_length", "seq_len", "block_size", "context", "context_length", "context_size"),
+    ("lr", "learning_rate", "peak_lr", "max_lr"),
+    ("weight_decay", "wd"),
+    ("beta1", "adam_beta1"),
+    ("beta2", "adam_beta2"),
+    ("eps", "epsilon", "adam_epsilon"),
+    ("batch_rows", "batch_size", "per_device_train_batch_size", "batch"),
+    ("micro_rows", "micro_batch_size", "gradient_accumulation_steps", "accumulate"),
+    ("budget", "max_steps", "num_train_epochs", "epochs", "steps", "duration"),
+    ("evaluate_every", "eval_steps", "eval_every", "validate_every"),
+    ("objective", "loss", "criterion"),
+    ("schedule", "scheduler", "lr_scheduler", "lr_scheduler_type"),
+    ("policies", "callbacks"),
+    ("operations", "filters", "transforms", "processing"),
+    ("init", "checkpoint", "pretrained", "from_pretrained", "model_name_or_path"),
+    ("rank", "r", "lora_r"),
+    ("alpha", "lora_alpha", "scaling"),
+    ("files", "path", "folder", "directory", "text", "glob"),
+    ("text", "column", "text_column", "content", "field"),
+    ("domain", "language", "category"),
+    ("data", "corpus", "dataset", "prepare", "preprocess"),
+    ("train", "pretrain", "finetune", "fine_tune", "tune", "continue", "fit"),
+    ("surgery", "quantize", "prune", "grow", "merge", "adapt", "lora", "compress", "expand"),
+    ("decode", "generate", "sample", "samples", "inference", "predict"),
+    ("evaluate", "eval", "test", "measure", "benchmark", "validate"),
+    ("run", "train", "start", "pretrain"),
+    ("generate", "sample", "decode", "complete", "chat", "infer"),
+    ("new", "init", "create", "start"),
+)
+_BRITISH = (("isation", "ization"), ("ise", "ize"), ("ising", "izing"), ("yse", "yze"), ("our", "or"), ("tre", "ter"))
+
+
 def nearest(word: str, accepted: Iterable[str], cutoff: float = 0.6) -> str:
-    """`" (did you mean 'x'?)"` when one accepted word is spelled much like `word`, else an empty string."""
-    words = {plain(each): each for each in reversed(list(accepted))}
-    close = difflib.get_close_matches(plain(str(word)), words, n=1, cutoff=cutoff)
+    """`" (did you mean 'x'?)"` when an accepted word is meant by `word` or spelled much like it, else an empty string.
+
+    Meant is the same word in another spelling (British or American, plural, hyphens), or another word for the thing.
+    """
+    given, words = str(word), {plain(each): each for each in reversed(list(accepted))}
+    same = {stem(each): each for each in words}.get(stem(given))
+    row = next((row for row in SYNONYMS if stem(given) in map(stem, row) and not words.keys().isdisjoint(row)), ())
+    close = [same] if same else [each for each in row if each in words][:1]
+    close = close or difflib.get_close_matches(plain(given), words, n=1, cutoff=cutoff)
     return f" (did you mean {words[close[0]]!r}?)" if close else ""
 
 
 def plain(word: str) -> str:
     """A word whatever its case and blanks."""
     return " ".join(word.casefold().split())
+
+
+def stem(word: str) -> str:
+    """A word whatever its case, its hyphens, its number and on which side of the ocean it is spelled."""
+    text = re.sub(r"[\s_-]+", "_", plain(word).strip("-"))
+    for british, american in _BRITISH:
+        text = text.replace(british, american)
+    return text if len(text) < 4 or text.endswith("ss") else text.removesuffix("s")
 
 
 def unknown(kind: str, word: str, accepted: Iterable[str]) -> PretrainError:

@@ -12,7 +12,7 @@ from dataclasses import MISSING, Field, dataclass, fields, replace
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
-from pretrain.core.bounds import check_fields, hints
+from pretrain.core.bounds import Fielded, check_fields, check_names, hints
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.quick.outline import outline, torch_imported
@@ -44,7 +44,7 @@ def is_ref(annotation: object) -> bool:
     return REF in getattr(annotation, "__metadata__", ()) or any(map(is_ref, get_args(annotation)))
 
 
-class Method:
+class Method(metaclass=Fielded):
     """Base of the kinds. Fields are hyperparameters; `families` are the model families it works on (empty: any)."""
 
     if TYPE_CHECKING:  # each is a dataclass
@@ -189,13 +189,9 @@ def nested(value: object, kind: str) -> Method:
     if not isinstance(declared, dict) or not isinstance(declared.get("method"), str):
         raise PretrainError(f"{value!r} is no {kind}; accepted: a name, or {{method: NAME, field: value}}")
     cls = declared_class(declared["method"], kind)
-    try:
-        return cls(
-            **{name: as_typed(given, hints(cls).get(name)) for name, given in declared.items() if name != "method"}
-        )
-    except TypeError as error:
-        accepted = ", ".join(item.name for item in fields(cls)) or "none"
-        raise PretrainError(f"{kind} {declared['method']!r}: {error}; accepted fields: {accepted}") from error
+    given = {name: as_typed(value, hints(cls).get(name)) for name, value in declared.items() if name != "method"}
+    check_names(cls, (), given, f"{kind} {declared['method']!r}")
+    return cls(**given)
 
 
 def default_of(item: Field[object]) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -27,7 +27,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from pretrain.core.bounds import Ge, Lt, accepted, check_fields, hints
-from pretrain.core.errors import PretrainError, nearest, steps_of
+from pretrain.core.errors import PretrainError, brief, nearest, steps_of
 from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
@@ -36,7 +36,7 @@ from pretrain.core.method import REF, Method, declared_class, is_method, is_ref,
 from pretrain.core.method import Ref as Ref
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.plan import Plan
-from pretrain.core.quick.quantities import as_typed
+from pretrain.core.quick.quantities import as_typed, element
 from pretrain.core.quick.vocabulary import check_references, stored_numbers
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Source
@@ -53,9 +53,12 @@ from pretrain.surgery import Surgery as SurgeryMethod
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
+    from pydantic._internal._model_construction import ModelMetaclass
     from transformers import PreTrainedTokenizerBase
 
     from pretrain.corpus.shards import Shards
+else:
+    ModelMetaclass = type(BaseModel)
 
 Built = TypeVar("Built", bound="DataclassInstance")
 Record = JSONObject  # JSON: a recipe's fields, a lineage, what a stage answers
@@ -85,7 +88,19 @@ class Job:
         return {"stages": list(whole.values()), "made_by": self.identity | result}
 
 
-class Stage(BaseModel):
+class _Fielded(ModelMetaclass):
+    """The type of the stages: one that is made by hand tells of a mistake as a recipe does, and not as pydantic."""
+
+    def __call__(cls, *args: object, **given: object) -> object:
+        try:
+            return super().__call__(*args, **given)
+        except ValidationError as error:
+            place, deeper, message = first_mistake(error, cast("type[BaseModel]", cls))
+            dotted = ".".join(map(str, (cls.__name__, *(place or deeper))))
+            raise PretrainError(f"{dotted}: {message}", place=(*place, *deeper)) from error
+
+
+class Stage(BaseModel, metaclass=_Fielded):
     """Base of the stages. A docstring says what a stage does, and below, `field: sentence`, what each field does.
 
     stage: The kind of stage.
@@ -235,6 +250,40 @@ def stage_classes() -> dict[str, type[Stage]]:
     return classes_by_name
 
 
+def first_mistake(
+    error: ValidationError, cls: type[BaseModel]
+) -> tuple[tuple[str | int, ...], tuple[str | int, ...], str]:
+    """The first mistake in a stage's fields: its place, what a validator says of the place in it, and our words."""
+    first = min(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    place = tuple(first["loc"])
+    field_info = cls.model_fields.get(str(place[0])) if place else None
+    if field_info is not None and element(field_info.annotation) is None:
+        place = place[:1]  # without the names that pydantic has for the branches of a type: `evaluate_every`
+    deeper = getattr(first.get("ctx", {}).get("error"), "place", ())
+    if first["type"] == "extra_forbidden":
+        known = [name for name in cls.model_fields if name != "version"]
+        return place, deeper, f"unknown field{nearest(str(place[-1]), known)}; accepted: {', '.join(known)}"
+    if first["type"] == "missing":
+        return place, deeper, "missing; accepted: a value for this field"
+    if first["type"] == "value_error":
+        return place, deeper, " ".join(first["msg"].removeprefix("Value error, ").split())
+    words = accepted(_hint(field_info, place), first["input"])
+    if first["type"] == "too_short":
+        words = f"a list of at least {first['ctx']['min_length']}"
+    return place, deeper, f"{brief(first['input'])}: {f'accepted: {words}' if words else first['msg']}"
+
+
+def _hint(field_info: FieldInfo | None, place: tuple[str | int, ...]) -> object:
+    """The type of a stage's field, or of what lies in it; None where it is not told."""
+    if field_info is None:
+        return None
+    hint: object = field_info.annotation
+    hint = Annotated[hint, *field_info.metadata] if field_info.metadata else hint
+    for _ in place[1:]:
+        hint = element(hint)
+    return hint
+
+
 class Misfit(ValueError):
     """What a validator says of a value; `place` leads to it from the field that is validated."""
 
@@ -260,11 +309,10 @@ def build_dataclass(cls: type[Built], given: object, what: str) -> Built:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
-        words = (
-            accepted(hints(cls).get(str(first["loc"][0])), first["input"])
-            if first["type"] != "missing" and first["loc"]
-            else ""
-        )
+        words = accepted(hints(cls).get(str(first["loc"][0])), first["input"]) if first["loc"] else ""
+        if first["type"] == "missing":
+            words = accepted(hints(cls).get(where)) or "a value"
+            raise Misfit(f"{what}: {where} is missing; accepted: {words}") from error
         reason = f"accepted: {words}" if words else first["msg"]
         raise Misfit(f"{what}: {where}: {first['input']!r}: {reason}", first["loc"]) from error
     except PretrainError as error:

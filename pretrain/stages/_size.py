@@ -159,7 +159,7 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
         accepted, hint = ", ".join(shapes.CAUSAL), nearest(str(family), shapes.CAUSAL)
         raise PretrainError(
             f"size: auto chooses for new decoders{hint}; accepted: model: {{family: one of {accepted}}}",
-            place=("model",) if isinstance(model, dict) else (),
+            place=("model", "family") if isinstance(model, dict) and "family" in model else ("model",) if model else (),
         )
     made = [e for e in stages[:number] if e.get("stage") == "tokenizer"]
     named = [e for e in made if e.get("name", "tokenizer") == entry.get("tokenizer")]

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 from pydantic import Field, PlainSerializer, PlainValidator, model_validator
 
 from pretrain.core.bounds import Ge, Le, PositiveShare, ProperShare
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.quick.quantities import short
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
@@ -38,7 +38,11 @@ def build_source(value: object) -> Source:
         value = {value: True} if value in ("stdlib", "debian") else {"files": value}
     words = [word for word in SOURCES if isinstance(value, dict) and word in value]
     if not isinstance(value, dict) or len(words) != 1:
-        raise ValueError(f"{value!r} is no source; accepted: a path, or a mapping with one of {', '.join(SOURCES)}")
+        hints = [nearest(str(word), SOURCES) for word in value] if isinstance(value, dict) and not words else []
+        hint = next(filter(None, hints), "")
+        raise ValueError(
+            f"{value!r} is no source{hint}; accepted: a path, or a mapping with one of {', '.join(SOURCES)}"
+        )
     return build_dataclass(SOURCES[words[0]], value, f"source {words[0]!r}")
 
 

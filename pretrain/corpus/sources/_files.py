@@ -8,7 +8,7 @@ from dataclasses import Field, asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
-from pretrain.core.bounds import check_fields
+from pretrain.core.bounds import Fielded, check_fields
 from pretrain.core.files import digest
 from pretrain.core.foreign import rows, texts
 from pretrain.core.foreign.archives import BROKEN, PACKED, open_packed, open_text
@@ -48,7 +48,7 @@ def size_of(paths: Iterable[Path]) -> Size:
     return Size(sum(sizes), len(sizes))
 
 
-class Source:
+class Source(metaclass=Fielded):
     """Base of the sources, which are frozen dataclasses."""
 
     if TYPE_CHECKING:
