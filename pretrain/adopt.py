@@ -26,6 +26,7 @@ from pretrain.engine import silent, write_record
 from pretrain.identity import CODE, NOTED, Planned, keep_generations, plan, state_of
 from pretrain.recipe import Recipe
 from pretrain.records import Adopted, Metrics
+from pretrain.runs.shelf import check_output
 
 # Not taken along: weights that are never read, code that is never run, what tools leave.
 LEFT = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.msgpack", "*.h5", "*.py", "__pycache__", ".*")
@@ -47,6 +48,7 @@ def adopt(
     had made of that is not taken for theirs.
     Raises `PretrainError` for a folder that a later stage could not open.
     """
+    check_output(recipe.output)
     item = _chosen(plan(recipe, store), name)
     part, source = item.stage.writes, place_of(expanded(folder))
     if not source.is_dir():

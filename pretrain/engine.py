@@ -36,16 +36,14 @@ from pretrain.forecast import check_documents, check_fits, forecast, warnings
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations, record_of
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
-from pretrain.records import Part, RunStage, StageRecord, StageResult, Status, altered, write_stage
+from pretrain.records import PARTS, Part, RunStage, StageRecord, StageResult, Status, altered, write_stage
 from pretrain.report.page import write as write_report
-from pretrain.runs.shelf import join_store
+from pretrain.runs.shelf import check_output, join_store
 from pretrain.runs.targets import repointed, targets
 from pretrain.stages import Estimate, Job, Stage
 from pretrain.stages._size import write as write_sizes
 from pretrain.training.budget import far
 from pretrain.training.distributed import join
-
-PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far
 
 
 @dataclass(frozen=True)
@@ -82,10 +80,10 @@ def run(
     if main:
         for item in planned:
             item.code()  # read now: what is edited while stages run is not what this process has imported
+        _refuse_foreign(recipe, planned)
     with _only_one(recipe.output, main):
         if main:
             sweep(recipe.output)
-            _refuse_foreign(recipe, planned)
             odd = check_documents(recipe, planned)
             expected = forecast(planned)
             estimates = {each.item.stage.name: each.estimate for each in expected if each.to_run}
@@ -344,6 +342,7 @@ def _refuse_foreign(recipe: Recipe, planned: list[Planned]) -> None:
         raise PretrainError(
             f"output {recipe.output} holds the recipe itself as {written.name}; accepted: another --output"
         )
+    check_output(recipe.output)
 
 
 def _weights(planned: list[Planned]) -> Iterator[Path]:

@@ -20,7 +20,8 @@ Metrics: TypeAlias = dict[str, float]
 KEPT: dict[str, type] = {  # what every record of a stage says
     "name": str, "stage": str, "address": str, "config": dict, "methods": dict, "metrics": dict, "finished": str
 }  # fmt: skip
-OF_RUNS = ("parts.json", "code.json")  # what the engine notes beside a `stage.json`, and may write again
+PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far
+OF_RUNS = (PARTS, "code.json")  # what the engine notes beside a `stage.json`, and may write again
 
 
 class Status(StrEnum):
@@ -210,6 +211,7 @@ class CorpusInfo(TypedDict, total=False):
     domains: dict[str, dict[str, dict[str, int]]]
     read: int  # documents of the sources: those kept and those removed, less what operations have added
     removed: dict[str, int]  # by reason
+    copies: dict[str, list[str]]  # by reason, the first names of those removed as copies
     added: dict[str, int]  # by operation
     fingerprint: str
     passed_over: dict[str, PassedOver]

@@ -17,7 +17,9 @@ from pretrain.core.files import read_json, read_sealed
 from pretrain.core.folders import place_of
 from pretrain.recipe import check
 from pretrain.report.data import collect
-from pretrain.runs.command import app
+from pretrain.runs.command import _table, app
+from pretrain.runs.comparison import _apart
+from pretrain.runs.shelf import open_run
 from pretrain.stages import Job, Stage
 
 ENDS: list[BaseException | None] = []
@@ -105,6 +107,53 @@ def test_a_training_that_is_begun_is_shown_with_what_it_has_taken_so_far():
     row = '{"event": "step", "step": 8, "tokens": 950, "flops": 5e9, "seconds": 61, "elapsed": 130.0}\n'
     (folder / "log.jsonl").write_text(row)  # one of today has a clock that counts all that it does
     assert "2 min 10 s" in CliRunner().invoke(app, ["show", "runs/r"], catch_exceptions=False).output
+
+
+def test_a_list_and_a_comparison_count_what_is_begun_as_the_run_shows_it():
+    ENDS[:] = [None, KeyboardInterrupt()]
+    stages = [{"stage": "slow", "name": name, "counts": number} for number, name in enumerate(("first", "model"))]
+    with pytest.raises(KeyboardInterrupt):
+        engine.run(check({"name": "r", "stages": stages}), report=False, say=lambda text: None)
+    folder = next(path for path in Path("runs/r").glob("slow-*") if not (path / "stage.json").exists())
+
+    def output(*words: str) -> str:
+        return CliRunner().invoke(app, [*words], catch_exceptions=False).output
+
+    opened = open_run(Path("runs/r"))
+    assert opened.spent("model")["seconds"] >= SLEEP, "a stage without a log has what its parts have noted"
+    assert opened.total("seconds") == opened.spent("first")["seconds"] + opened.spent("model")["seconds"]
+    row = {"event": "step", "step": 8, "tokens": 950, "flops": 5e9, "seconds": 61, "elapsed": 130.0}
+    (folder / "log.jsonl").write_text(json.dumps(row) + "\n")
+    assert open_run(Path("runs/r")).total("flops") == 7 + 5e9
+    listed = output("list").splitlines()[1]
+    assert "2 min 10 s" in listed and " 5 G" in listed and "1 of 2" in listed
+    assert "2 min 10 s" in output("show", "runs/r")
+    (folder / "parts.json").write_text("no note")
+    assert open_run(Path("runs/r")).spent("model") == {"step": 8, "tokens": 950, "flops": 5e9, "seconds": 130.0}
+
+
+@pytest.mark.parametrize(
+    ("texts", "shown"),
+    [
+        (["a", "bc"], ["a", "bc"]),
+        (["x" * 200 + "one", "x" * 200 + "two"], ["…" + "x" * 11 + "one", "…" + "x" * 11 + "two"]),
+        (["p" * 90, "q"], ["p" * 79 + "…", "q"]),
+        (["", "q" * 81], ["", "q" * 79 + "…"]),
+        (["s" * 50 + "1" * 100, "s" * 50], ["…" + "s" * 11 + "1" * 67 + "…", "…" + "s" * 11]),
+    ],
+)
+def test_long_values_are_cut_to_what_tells_them_apart(texts, shown):
+    assert _apart(texts) == shown and all(len(text) <= 80 for text in shown)
+
+
+def test_a_terminal_gets_lines_that_fit_it(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "60")
+    _table([("", "runs/a", "runs/b"), ("samples.prompts", "once upon a time " * 6, "b" * 70)], fit=True)
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 60 and len(lines) > 2
+    assert "".join(lines).count("b") == 71, "nothing is lost"
+    _table([("", "b" * 70)])
+    assert capsys.readouterr().out == f"  {'b' * 70}\n"
 
 
 def test_a_run_has_the_same_word_for_its_state_everywhere():

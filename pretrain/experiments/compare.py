@@ -24,6 +24,7 @@ from pretrain.experiments.verdict import interval, judge, share_to_reach, shares
 from pretrain.forecast import forecast
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
+from pretrain.runs.shelf import check_output
 from pretrain.stages.train import Train
 
 SURELY = 2.0  # times the budget: estimates of seconds go by a machine that is not busy
@@ -52,6 +53,7 @@ def compare(
     """
     from pretrain.core.hardware import describe
 
+    check_output(Path(output))
     paths = _named(recipes, seeds)
     names = list(paths)
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}

@@ -19,6 +19,7 @@ from pretrain.dial.choose import VOCABULARIES, Choice, choose
 from pretrain.dial.law import Law, Rung, fit
 from pretrain.dial.shapes import FIELDS, SMALLEST
 from pretrain.recipe import Raw, Recipe, check
+from pretrain.runs.shelf import check_output
 from pretrain.stages._size import Settled
 
 SHARES = (1 / 64, 1 / 24, 1 / 8)  # of the budget
@@ -56,6 +57,7 @@ def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Sett
 
     if not recipe.sizes:
         raise PretrainError("ladder: accepted: a recipe with a train stage of size: auto")
+    check_output(recipe.output)
     settled = recipe.sizes[0]
     folder = recipe.output / "ladder"
     rungs: list[Rung] = []

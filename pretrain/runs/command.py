@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+import textwrap
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +21,7 @@ from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, r
 
 app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")]
+WIDTH, NARROWEST = 80, 10  # characters: of a line where no terminal tells its own, of a column
 SHOWN, MOST = 4, 12  # metrics of a run that a list names, of a stage that is shown
 
 
@@ -40,8 +44,6 @@ def list_runs(folder: Folder = RUNS) -> None:
 @app.command("show")
 def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of it.")]) -> None:
     """A run's stages by names that stay, and the results that it has beside those it shows."""
-    from pretrain.runs.comparison import spent_so_far
-
     shown = open_run(run_of(run))
     typer.echo(f"{shown.folder}: {shown.status}, {short(size_of(*shown.homes), 'B')}")
     recipe = read_json(shown.folder / "run.json").get("recipe")
@@ -51,12 +53,11 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
         record = shown.records.get(name)
         kind, _, address = folder.name.rpartition("-")
         kind = record["stage"] if record else kind
-        begun = {} if record else spent_so_far(shown, name)
-        spent = (duration(record["seconds"]), short(record["flops"])) if record else ("", "")
+        taken = shown.spent(name)
+        spent = (duration(taken["seconds"]), short(taken.get("flops", 0.0))) if "seconds" in taken else ("", "")
         measured = _few(record["metrics"], MOST) if record else ""
-        if begun:  # a training that was interrupted, or is under way: what it has counted, over all its parts
-            spent = (duration(begun.get("seconds", 0.0)), short(begun.get("flops", 0.0)))
-            measured = f"so far: step {begun.get('step', 0):,.0f}, tokens {figure(begun.get('tokens', 0))}"
+        if "step" in taken:  # a training that was interrupted, or is under way: what it has counted, over all its parts
+            measured = f"so far: step {taken['step']:,.0f}, tokens {figure(taken.get('tokens', 0))}"
         stable = f"{shown.folder / name}@{address}" if record else ""
         size = short(size_of(folder), "B")
         rows.append((name, kind, shown.statuses[name], stable, *spent, size, measured))
@@ -102,7 +103,7 @@ def compare(
     for number, rows in enumerate(tables(runs)):
         if number:
             typer.echo("")
-        _table(rows)
+        _table(rows, fit=sys.stdout.isatty())
 
 
 @app.command("clean")
@@ -159,10 +160,15 @@ def _when(moment: str) -> str:
     return moment[:16].replace("T", " ")
 
 
-def _table(rows: list[tuple[str, ...]]) -> None:
-    """Plain columns, as wide as they must be: names are to be copied whole."""
+def _table(rows: list[tuple[str, ...]], fit: bool = False) -> None:
+    """Plain columns, as wide as they must be, since names are to be copied whole; to `fit` the terminal, cells wrap."""
     columns = max(map(len, rows))
     rows = [(*row, *[""] * (columns - len(row))) for row in rows]
     widths = [max(len(row[column]) for row in rows) for column in range(columns)]
+    room = shutil.get_terminal_size((WIDTH, 24)).columns - 2 * (columns - 1)
+    while fit and sum(widths) > room and max(widths) > NARROWEST:
+        widths[widths.index(max(widths))] -= 1
     for row in rows:
-        typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+        cells = [(textwrap.wrap(cell, width) if fit else []) or [cell] for cell, width in zip(row, widths, strict=True)]
+        for line in zip_longest(*cells, fillvalue=""):
+            typer.echo("  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip())

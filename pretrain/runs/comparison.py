@@ -11,14 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, read_json, read_json_lines, read_object
+from pretrain.core.files import JSONObject, read_json, read_object
 from pretrain.core.folders import run_of
 from pretrain.core.quick.quantities import counted, duration, figure, short
 from pretrain.records import altered
-from pretrain.runs.shelf import Run, open_run, size_of
+from pretrain.runs.shelf import Run, log_of, open_run, size_of
 
 COMPARISON = "comparison.json"
 RECIPES = (".yaml", ".yml")
+CELL, BEFORE = 80, 12  # characters of a value that differs, and of what is shown before its first difference
 Rows = list[tuple[str, ...]]
 
 
@@ -124,40 +125,17 @@ def _measured(run: Run) -> dict[str, float]:
 
 
 def _last_measured(folder: Path) -> dict[str, float]:
-    rows = [row for row in _log(folder) if row.get("event") == "evaluation"]
+    rows = [row for row in log_of(folder) if row.get("event") == "evaluation"]
     metrics = rows[-1].get("metrics") if rows else None
     return metrics if isinstance(metrics, dict) else {}
 
 
-def _log(folder: Path) -> list[JSONObject]:
-    path = folder / "log.jsonl"
-    return list(read_json_lines(path)) if path.exists() else []
-
-
-def spent_so_far(run: Run, name: str) -> dict[str, float]:
-    """What a training that has begun has counted up to its log's last line: `step`, `tokens`, `flops`, `seconds`.
-
-    The seconds are those of all that it has done, as those of a finished stage are; older logs have the steps' alone.
-    """
-    row = next((row for row in reversed(_log(run.stages[name])) if row.get("event") == "step"), {})
-    spent: dict[str, float] = {key: float(row[key]) for key in ("step", "tokens", "flops", "seconds") if key in row}
-    return spent | ({"seconds": float(row["elapsed"])} if "elapsed" in row else {})
-
-
 def _spent(runs: Sequence[Run]) -> Rows:
     """FLOPs, time and size, of what is under way what it has counted."""
-    spent = [
-        {
-            field: run.total(field)
-            + sum(spent_so_far(run, name).get(field, 0.0) for name in run.stages if name not in run.records)
-            for field in ("flops", "seconds")
-        }
-        for run in runs
-    ]
     sizes = [float(size_of(run.folder, *run.stages.values())) for run in runs]
-    times = [each["seconds"] for each in spent]
+    times = [run.total("seconds") for run in runs]
     return [
-        ("FLOPs", *_with_differences([each["flops"] for each in spent], _flops)),
+        ("FLOPs", *_with_differences([run.total("flops") for run in runs], _flops)),
         ("time", *map(duration, times), *_relative(times)),
         ("size", *(short(size, "B") for size in sizes), *_relative(sizes)),
     ]
@@ -203,10 +181,20 @@ def _differing(runs: Sequence[Run]) -> Rows:
     for field in dict.fromkeys(name for recipe in recipes for name in recipe):
         values = [recipe.get(field) for recipe in recipes]
         if any(value != values[0] for value in values):
-            rows.append((field, *("" if value is None else str(value) for value in values)))
+            rows.append((field, *_apart(["" if value is None else str(value) for value in values])))
     if not rows:
         return [("the recipes say the same",)]
     return [("the recipes differ in", *("" for _ in runs)), *rows]
+
+
+def _apart(texts: Sequence[str]) -> list[str]:
+    """Texts that differ, cut to what tells them apart: long ones from a little before their first difference on."""
+    if max(map(len, texts)) <= CELL:
+        return [*texts]
+    same = next((n for n, letters in enumerate(zip(*texts, strict=False)) if len({*letters}) > 1), min(map(len, texts)))
+    start = max(0, same - BEFORE) if same > CELL // 2 else 0
+    whole = [f"…{text[start + 1 :]}" if start and text else text for text in texts]
+    return [text if len(text) <= CELL else f"{text[: CELL - 1]}…" for text in whole]
 
 
 def _by_name(recipe: JSONObject) -> JSONObject:

@@ -1,6 +1,6 @@
 """The runs of a folder, what each holds and takes on the disk, and what no run needs any more.
 
-All is read from `run.json` and `stage.json`; no model is opened.
+All is read from `run.json`, `stage.json` and the logs of what is under way; no model is opened.
 """
 
 from __future__ import annotations
@@ -10,20 +10,24 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_json, sealed
+from pretrain.core.files import JSONObject, read_json, read_json_lines, read_sealed, sealed
 from pretrain.core.folders import stage_folders
 from pretrain.core.foreign import json as foreign
 from pretrain.core.system.portable import held, link_target, take
-from pretrain.records import StageRecord, read_stage, run_status, statuses
+from pretrain.records import PARTS, StageRecord, read_stage, run_status, statuses
 
 RUNS, USERS, REMOVED = Path("runs"), ".runs", ".tmp-removed-"
 RESULT = re.compile(r"[\w-]+-[0-9a-f]{12}")  # KIND-ADDRESS, or NAME-ADDRESS of earlier versions
+WRITTEN = re.compile(  # what a run or a comparison that was stopped early has left, and what systems leave in folders
+    r"\.lock|\.runs|\.tmp.*|\.DS_Store|recipe\.yaml|CACHEDIR\.TAG|ladder|stages|seed-\d+|comparison\..*"
+)
+SHOWN = 3  # names of such files that an error gives
 ADDRESS = re.compile(r"@([0-9a-f]{1,64})|-([0-9a-f]{12})\b")  # as recipes name a result
 
 
@@ -51,9 +55,15 @@ class Run:
         """When its last stage was finished, empty where none is."""
         return max((record["finished"] for record in self.records.values()), default="")
 
+    def spent(self, name: str) -> dict[str, float]:
+        """What a stage has taken, `flops` and `seconds`; of a training that has begun `step` and `tokens` too."""
+        if name in self.records:
+            return {"flops": float(self.records[name]["flops"]), "seconds": float(self.records[name]["seconds"])}
+        return spent_so_far(self.stages[name])
+
     def total(self, field: Literal["flops", "seconds"]) -> float:
-        """Of its stages' `flops` or `seconds`."""
-        return sum(record.get(field, 0) for record in self.records.values())
+        """Of its stages' `flops` or `seconds`, those that have begun with what they have counted."""
+        return sum(self.spent(name).get(field, 0.0) for name in self.stages)
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -69,6 +79,43 @@ def open_run(folder: Path) -> Run:
     finished = {name: path / "stage.json" for name, path in stages.items() if (path / "stage.json").exists()}
     records = {name: read_stage(path) for name, path in finished.items()}
     return Run(folder, stages, statuses(folder, read_json(folder / "run.json")["stages"]), records)
+
+
+def log_of(folder: Path) -> list[JSONObject]:
+    """The lines of a training's log; none where there is none."""
+    path = folder / "log.jsonl"
+    return list(read_json_lines(path)) if path.exists() else []
+
+
+def spent_so_far(folder: Path) -> dict[str, float]:
+    """What a stage that is not finished has counted: up to its log's last line, over all its parts; empty if nothing.
+
+    The seconds are those of all that it has done, as those of a finished stage are; older logs have the steps' alone.
+    Of a stage without a log they are those that its interrupted parts have noted.
+    """
+    row = next((row for row in reversed(log_of(folder)) if row.get("event") == "step"), {})
+    spent: dict[str, float] = {key: float(row[key]) for key in ("step", "tokens", "flops", "seconds") if key in row}
+    if "elapsed" in row:
+        spent["seconds"] = float(row["elapsed"])
+    parts = folder / PARTS
+    with suppress(PretrainError, OSError, KeyError, TypeError):  # of a note that is damaged nothing is known
+        noted = sum(float(part["seconds"]) for part in read_sealed(parts)["parts"]) if parts.exists() else 0.0
+        spent |= {"seconds": max(noted, spent.get("seconds", 0.0))} if noted or spent else {}
+    return spent
+
+
+def check_output(folder: Path) -> None:
+    """Refuse a folder to write a run or a comparison in that holds what none has written: nothing is mixed with it."""
+    if not folder.is_dir() or any((folder / mark).exists() for mark in ("run.json", "comparison.json")):
+        return
+    names = sorted(path.name for path in folder.iterdir())
+    strange = [name for name in names if not (RESULT.fullmatch(name) or WRITTEN.fullmatch(name))]
+    if strange:
+        more = f" and {len(strange) - SHOWN} more" if len(strange) > SHOWN else ""
+        raise PretrainError(
+            f"output {folder} is no run and not empty: it holds {', '.join(strange[:SHOWN])}{more}; accepted: a new or "
+            "an empty folder, or a run's"
+        )
 
 
 def find_runs(root: Path, damaged: Callable[[PretrainError], None] | None = None) -> list[Run]:
