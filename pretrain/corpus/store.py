@@ -36,7 +36,7 @@ from pretrain.corpus.payload import (
 )
 from pretrain.corpus.payload import belongs as belongs
 from pretrain.corpus.payload import beside as beside
-from pretrain.corpus.sources import Document, Skipped, evenly
+from pretrain.corpus.sources import Document, Removed, Skipped, evenly
 
 if TYPE_CHECKING:
     import pyarrow
@@ -117,11 +117,11 @@ def write_corpus(
             f"validation {validation} + test {test}: accepted: shares of 0 or more that leave some to train"
         )
     with atomic_folder(folder) as work:
-        removed, added = {"exact": 0, "near": 0}, dict[str, int]()
-        read = _write_splits(documents, work, validation, test, removed)
+        removed, added, copies = {"exact": 0, "near": 0}, dict[str, int](), Removed(work)
+        read = _write_splits(documents, work, validation, test, removed, copies)
         _same_columns(work)
         if near_duplicates:
-            removed["near"] = _drop_near_heldout(work, near_duplicates)
+            removed["near"] = _drop_near_heldout(work, near_duplicates, copies)
         if operations:
             with without_bars():
                 _operate(work, operations, removed, added)
@@ -135,6 +135,7 @@ def write_corpus(
             "domains": counts,
             "read": read,  # + added = documents + removed
             "removed": removed,
+            "copies": copies.names,  # the first of them, all are in removed.jsonl
             "added": added,
             "passed_over": skipped.facts() if skipped else {},
             "fingerprint": digest([counts, content]),
@@ -144,7 +145,7 @@ def write_corpus(
 
 
 def _write_splits(
-    documents: Iterable[Document], work: Path, validation: float, test: float, removed: dict[str, int]
+    documents: Iterable[Document], work: Path, validation: float, test: float, removed: dict[str, int], copies: Removed
 ) -> int:
     """Write the documents, copies left out, and return how many there were."""
     seen: set[bytes] = set()
@@ -156,6 +157,7 @@ def _write_splits(
         key = identity(document)
         if key in seen:
             removed["exact"] += 1
+            copies.add("exact", document)
             continue
         seen.add(key)
         domains.add(document["domain"])
@@ -195,7 +197,7 @@ def _same_columns(work: Path) -> None:
         fresh.replace(path)
 
 
-def _drop_near_heldout(work: Path, threshold: float) -> int:
+def _drop_near_heldout(work: Path, threshold: float, copies: Removed) -> int:
     """Remove training documents whose text is a near-duplicate of a held-out one's, or whose content is the same."""
     import pyarrow.parquet
 
@@ -215,7 +217,7 @@ def _drop_near_heldout(work: Path, threshold: float) -> int:
         return hashlib.blake2b(content(document), digest_size=16).digest() in same
 
     for path in sorted((work / "train").glob("*.parquet")) if index.signatures or same else ():
-        kept = [not near(document) for document in _read_part(path, CONTENT)]
+        kept = [not near(row) or copies.add("near", row) for row in _read_part(path, (*CONTENT, *TEXTS))]
         dropped += kept.count(False)
         if not all(kept):
             _write_table(pyarrow.parquet.read_table(path).filter(kept), path)

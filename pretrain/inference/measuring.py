@@ -218,8 +218,12 @@ def _print(result: JSONObject) -> None:
         for name, value in domain_metrics.items():
             table.add_row(f"{name}, {domain}", figure(value), "")
     for tool, measured in result["compressors"].items():
+        several = len(measured["domains"]) > 1
         for name, value in measured["metrics"].items():
-            table.add_row(f"{name} of {tool}", figure(value), "")
+            table.add_row(f"{name} of {tool}{', all text as one stream' if several else ''}", figure(value), "")
+        for domain, values in measured["domains"].items() if several else ():
+            for name, value in values.items():
+                table.add_row(f"{name} of {tool}, {domain} alone", figure(value), "")
     console.print(table)
     if why := result.get("no_intervals"):
         typer.echo(f"no intervals: {why}")

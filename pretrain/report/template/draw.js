@@ -1,6 +1,6 @@
 "use strict";
 const data = JSON.parse(document.getElementById("data").textContent);
-const colours = ["#0b8296", "#e8590c", "#7950f2", "#2f9e44", "#e64980", "#b08800", "#4c6ef5", "#a0522d"];
+const colours = [0, 1, 2, 3, 4, 5, 6, 7].map(i => `var(--c${i})`);  // of style.css, which has them for both themes
 const buttons = [...document.querySelectorAll(".axes button")];
 let axis = buttons.some(b => `#${b.dataset.axis}` === location.hash) ? location.hash.slice(1) : "tokens";
 const units = new Set(data.trainings.map(t => t.unit)), unit = units.size === 1 ? [...units][0] : "tokens";
@@ -53,9 +53,9 @@ function chart(id, curves, { title, across, range, zero, write = short }) {
       d += `${pen}${X(c.x[i]).toFixed(1)} ${inside(v).toFixed(1)}`;
       pen = "L";
     });
-    drawn.push(svg("path", { class: `curve${c.dots ? " dots" : ""}`, d, stroke: c.colour, "stroke-width": c.faint ? 1 : 2, opacity: c.faint ? .25 : 1 }));
-    if (c.dots) c.y.forEach((v, i) => { if (v !== null && v !== undefined) drawn.push(svg("circle", { cx: X(c.x[i]), cy: inside(v), r: 3, fill: c.colour })); });
-    if (c.ring !== undefined && known([c.y[c.ring], c.x[c.ring]]).length === 2) drawn.push(svg("circle", { class: "kept", cx: X(c.x[c.ring]), cy: inside(c.y[c.ring]), r: 7, fill: "none", stroke: c.colour, "stroke-width": 2 }));
+    drawn.push(svg("path", { class: `curve${c.dots ? " dots" : ""}`, d, style: `stroke:${c.colour}`, "stroke-width": c.faint ? 1 : 2, opacity: c.faint ? .25 : 1 }));
+    if (c.dots) c.y.forEach((v, i) => { if (v !== null && v !== undefined) drawn.push(svg("circle", { cx: X(c.x[i]), cy: inside(v), r: 3, style: `fill:${c.colour}` })); });
+    if (c.ring !== undefined && known([c.y[c.ring], c.x[c.ring]]).length === 2) drawn.push(svg("circle", { class: "kept", cx: X(c.x[c.ring]), cy: inside(c.y[c.ring]), r: 7, style: `fill:none;stroke:${c.colour}`, "stroke-width": 2 }));
   }
   const cursor = svg("path", { class: "cursor", d: "" });
   const picture = svg("svg", { width: W, height: H, viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": title || across || id }, drawn, cursor);
