@@ -30,6 +30,7 @@ MODEST = 0.1  # of the documents at most for that, where so few are enough to ha
 MUCH = 8 << 20  # bytes of text that may be read for that
 NAMED = ("secret-looking", "holding what looks like a key or a password")  # of which each name is told
 ALL_NAMES = 10
+FEW_LOOSE = 3  # files beside folders that a recipe names each
 LOOKED = 64 << 20  # bytes of files that are opened to see what may not be learnt of them
 
 
@@ -43,7 +44,7 @@ class Look:
     bytes: float
     languages: tuple[str, ...] = ()  # the commonest first
     endings: tuple[str, ...] = ()
-    domains: tuple[tuple[str, str], ...] = ()  # a folder for each language: its path, the language
+    domains: tuple[tuple[str, str], ...] = ()  # a folder for each language, and what lies beside them: path, language
     table: Table | None = None
     classes: tuple[str, ...] = ()  # folders of images
     side: int = 0  # pixels that most images have at least
@@ -191,18 +192,30 @@ def _prose(seen: Look, groups: dict[str, list[Path]]) -> Look:
     for path in seen.files:
         inside = path.relative_to(root).parts if root.is_dir() else ()
         by_folder.setdefault(inside[0] if len(inside) > 1 else "", []).append(path)
-    domains = []
+    domains: list[tuple[str, str]] = []
+    loose: list[tuple[str, str]] = []
     for name, paths in sorted(by_folder.items()):
         languages = Counter(filter(None, (prose_language(text[:20_000]) for _, text in _texts(paths))))
         counts.update({language: count * len(paths) for language, count in languages.items()})
-        if name and languages and languages.most_common(1)[0][1] > 0.8 * sum(languages.values()):
+        if not name:  # files beside the folders: a domain by the commonest of their languages
+            language = languages.most_common(1)[0][0] if languages else "other"
+            loose = [(place, language) for place in _beside(seen.place, paths)]
+        elif languages and languages.most_common(1)[0][1] > 0.8 * sum(languages.values()):
             domains.append((f"{seen.place.rstrip('/')}/{name}", languages.most_common(1)[0][0]))
-    whole = "" not in by_folder and len(domains) == len(by_folder) and len({language for _, language in domains}) > 1
+    whole = len(domains) == len(by_folder.keys() - {""}) and len({language for _, language in domains}) > 1
     least = 0.02 * sum(counts.values())
     return replace(
         _shared(seen, seen.files), languages=tuple(name for name, count in counts.most_common() if count > least),
-        domains=tuple(domains) if whole else (), endings=tuple(sorted({*map(_ended, seen.files)} - {""})),
+        domains=tuple(domains + loose) if whole else (), endings=tuple(sorted({*map(_ended, seen.files)} - {""})),
     )  # fmt: skip
+
+
+def _beside(place: str, paths: Sequence[Path]) -> list[str]:
+    """Files that lie loose in a folder as sources: by their names where they are few, else by their endings."""
+    endings = {_ended(path) for path in paths}
+    if len(paths) <= FEW_LOOSE or "" in endings:
+        return [str(path) for path in paths]
+    return [f"{place.rstrip('/')}/*{end}" for end in sorted(endings)]
 
 
 def _shared(seen: Look, files: Sequence[Path]) -> Look:

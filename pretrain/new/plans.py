@@ -172,7 +172,14 @@ def quoted(word: str) -> str:
 
 def _corpus(asked: Asked) -> str:
     look, table = asked.look, asked.look.table
-    held = written(stages.HELD, share=f"{look.share:g}") if look.share else stages.NOT_HELD
+    held = stages.NOT_HELD
+    if (
+        asked.init is not None and asked.init.held and table is None
+    ):  # the same documents as there, since a hash of each decides
+        validation, test = (f"{share:g}" for share in asked.init.held)
+        held = written(stages.HELD_AS, validation=validation, test=test, run=asked.init.name)
+    elif look.share:
+        held = written(stages.HELD, validation=f"{look.share:g}", test=f"{look.share:g}")
     copies = table is None and look.kind != "images" and asked.task != "compress"
     return written(
         stages.CORPUS, sources="\n".join(_sources(asked)), operations=stages.COPIES if copies else "", held=held

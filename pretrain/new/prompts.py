@@ -1,4 +1,4 @@
-"""Lines of the texts themselves for a model to go on from: whole ones, of letters, from each language in turn."""
+"""Beginnings of the texts themselves for a model to go on from: whole words, from each language in turn."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from pretrain.new.languages import LANGUAGE_OF, prose_language
 LONGEST, SHORTEST = 80, 12  # characters of a prompt
 LETTERS = 0.6  # of a line at least, with its spaces
 PATTERN = re.compile(r"%[-\d.]*[a-z]\b|\{\w*\}|\$\{|<[^>]*>|&\w+;|https?:|\\[a-z]|[|#=*_~-]{3}")  # no words of a text
+BROKEN = re.compile(r"([a-zß-ÿ])-\n\s*([a-zß-ÿ])")  # a word that goes on in the next line
+SENTENCE = re.compile(r"[\"'“„«(¿¡]?[A-ZÀ-ÞА-Я\u4e00-\u9fff\u3040-\u30ff].*[ \u3000-\u9fff]")
 DEFINES = re.compile(
     r"(export |pub |public |private |static |async |inline |template |const )*"
     r"(def|class|function|fn|func|fun|struct|enum|interface|trait|impl|type|module|void|int|char|double|float|bool|let|sub)"
@@ -26,20 +28,30 @@ def prompts(texts: Iterable[tuple[str, str]], share: float) -> tuple[str, ...]:
     """
     groups: dict[tuple[str, str | None], list[str]] = {}
     for kind, text in sorted(texts, key=lambda pair: bool(share) and side(pair[1], share, share) == "train"):
-        lines = text[:4000].splitlines()
+        lines = beginnings(text[:4000], whole=len(text) <= 4000)
         if kind in LANGUAGE_OF:  # where something is defined, so that there is something to write
-            lines = [line for line in text[:20_000].splitlines() if DEFINES.match(line)] + lines
+            lines = [line for line in text[:20_000].splitlines() if DEFINES.match(line)] + text[:4000].splitlines()
         line = next(filter(None, map(fitting, lines)), None)
         if line is not None:
             groups.setdefault((kind, prose_language(text[:20_000])), []).append(line)
     return tuple(dict.fromkeys(filter(None, chain(*zip_longest(*groups.values())))))
 
 
+def beginnings(text: str, whole: bool = True) -> list[str]:
+    """How the paragraphs of a prose begin, each with its lines as one; those that begin a sentence first.
+
+    Of a text that is not `whole` the last paragraph may end in the middle of a word, and is left out.
+    """
+    paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", BROKEN.sub(r"\1\2", text))]
+    paragraphs = paragraphs if whole or len(paragraphs) == 1 else paragraphs[:-1]
+    return sorted(paragraphs, key=lambda each: not SENTENCE.match(each))
+
+
 def fitting(line: str) -> str | None:
     """A line as a prompt, a long one up to a word's end; None of one that is no words, or cannot be printed."""
     line = line.strip()
     if len(line) > LONGEST:
-        line = line[:LONGEST].rpartition(" ")[0].rstrip() or line[:LONGEST]
+        line = line[: LONGEST + 1].rpartition(" ")[0].rstrip() or line[:LONGEST]
     words = sum(letter.isalpha() or letter.isspace() for letter in line)
     plain = len(line) >= SHORTEST and line.isprintable() and "\ufffd" not in line and not PATTERN.search(line)
     return line if plain and words >= LETTERS * len(line) else None

@@ -21,8 +21,13 @@ COPIES = """
       - {method: deduplicate, threshold: 0.8}  # copies teach nothing new
 """
 HELD = """
-    validation: $share  # held out, measured while it trains
-    test: $share  # held out, measured at the end
+    validation: $validation  # held out, measured while it trains
+    test: $test  # held out, measured at the end
+"""
+HELD_AS = """
+    # as the run of $run held out: what that has learnt from is not measured, what it held out is not learnt
+    validation: $validation
+    test: $test
 """
 NOT_HELD = """
     # too few documents to hold any out, so nothing is measured: more of them would do, or smaller ones

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, read_json
@@ -15,6 +16,7 @@ from pretrain.core.quick.positions import positions
 from pretrain.core.quick.table import FAMILIES
 from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
 from pretrain.dial.law import REPEATS
+from pretrain.records import read_stage
 
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
 # Width and blocks of encoders: heads of 32 on the way up.
@@ -30,6 +32,7 @@ class Start:
 
     name: str
     config: Mapping[str, JSON] = field(default_factory=dict)
+    held: tuple[float, float] | None = None  # of a run of ours: the shares that it held out, validation and test
 
     @property
     def kind(self) -> str:
@@ -77,14 +80,27 @@ def start_of(name: str) -> Start:
         stays = (
             f"{name.rstrip('/')}/{stage}@{checkpoint.parent.name.rpartition('-')[2]}"  # whatever the run shows later
         )
-        return Start(stays, read_json(checkpoint / "config.json"))
+        return Start(stays, read_json(checkpoint / "config.json"), _held(place))
     if place.exists():
-        return Start(name, read_json(checkpoint_of(place_of(place)) / "config.json"))
+        homes = [home for home in place.absolute().parents[:2] if (home / "run.json").exists()]
+        config = read_json(checkpoint_of(place_of(place)) / "config.json")
+        return Start(name, config, _held(homes[0]) if homes else None)
     if looks_like(name) and name.count("/") <= 1 and not name.startswith("runs/"):
         return Start(name)
     raise PretrainError(
         f"--init {name!r}: no such folder; accepted: a checkpoint, a stage or a run, or a name of the hub"
     )
+
+
+def _held(run: Path) -> tuple[float, float] | None:
+    """The shares of the documents that a run's corpus holds out; None where it made none."""
+    folders = [folder for folder in stage_folders(run).values() if (folder / "corpus" / "corpus.json").exists()]
+    for folder in reversed([folder for folder in folders if (folder / "stage.json").exists()]):
+        config = read_stage(folder / "stage.json")["config"]
+        validation, test = config.get("validation"), config.get("test")
+        if isinstance(validation, float | int) and isinstance(test, float | int) and validation + test > 0:
+            return float(validation), float(test)
+    return None
 
 
 def encoder(seconds: float, text: float, vocabulary: int) -> tuple[int, int]:

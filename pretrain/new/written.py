@@ -54,6 +54,8 @@ def write(
     if seen.table is not None:
         seen = replace(seen, table=as_asked(seen.table, task, seen.place))
     start = None if init is None else start_of(init)
+    if start is not None and start.held is not None and seen.table is None:
+        seen = replace(seen, share=min(filter(None, start.held)))
     _check(seen, chosen, start, guessed=task is None)
     asked = Asked(name_of(target), seen, chosen, start if chosen != "pretrain" else None, seconds)
     _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
