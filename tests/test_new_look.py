@@ -45,6 +45,9 @@ def test_prompts_of_prose_are_whole_words_from_where_a_sentence_begins():
     assert prompts([(".txt", wrapped)], 0.0) == (
         "The old lighthouse stood on a rock, and its keepers had left it many years ago,",
     )
+    assert beginnings("A heading\n=========\nThe first words\nof it. 100 %d\nand so on") == [
+        "A heading", "The first words", "and so on"
+    ]  # fmt: skip
     assert beginnings("One two three.\n\nFour fi", whole=False) == ["One two three."]
     assert fitting("word " * 15 + "final") == ("word " * 15 + "final"), "80 letters that end with a word stay whole"
     assert fitting("word " * 15 + "finally") == ("word " * 15).strip()

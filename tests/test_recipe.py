@@ -75,7 +75,7 @@ def test_a_good_recipe_is_read_with_defaults_and_methods(tmp_path):
         ("stage: tokenizer", "stage: tokeniser", r"r.yaml:7: stages.1.stage: unknown stage 'tokeniser' \(did you mean 'tokenizer'\?\)"),
         ("name: model", "name: corpus", r"two stages are named 'corpus'"),
         ("hidden_size: 32", "hiden_size: 32", r"r.yaml:14: model.model.hiden_size: unknown field 'hiden_size' of model family 'llama' \(did you mean 'hidden_size'\?\)"),
-        ("[stdlib]", "[{flies: x}]", r"r.yaml:6: corpus.sources.0: .* is no source; accepted: a path"),
+        ("[stdlib]", "[{flies: x}]", r"r.yaml:6: corpus.sources.0: .* is no source \(did you mean 'files'\?\); accepted: a path"),
         ("[stdlib]", "[{files: x, suffix: y}]", r"unknown field 'suffix' of source 'files' \(did you mean 'suffixes'\?\)"),
         ("seed: 3", "seed: -3", r"r.yaml:2: seed -3: accepted: a whole number of 0 or more"),
         ("seed: 3", "sede: 3", r"r.yaml:2: unknown field 'sede' \(did you mean 'seed'\?\)"),

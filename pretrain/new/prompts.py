@@ -40,11 +40,18 @@ def prompts(texts: Iterable[tuple[str, str]], share: float) -> tuple[str, ...]:
 def beginnings(text: str, whole: bool = True) -> list[str]:
     """How the paragraphs of a prose begin, each with its lines as one; those that begin a sentence first.
 
-    Of a text that is not `whole` the last paragraph may end in the middle of a word, and is left out.
+    A line that is no words, as under a heading, ends a paragraph as a blank one does. Of a text that is not `whole` the
+    last paragraph may end in the middle of a word, and is left out.
     """
-    paragraphs = [" ".join(each.split()) for each in re.split(r"\n\s*\n", BROKEN.sub(r"\1\2", text))]
-    paragraphs = paragraphs if whole or len(paragraphs) == 1 else paragraphs[:-1]
-    return sorted(paragraphs, key=lambda each: not SENTENCE.match(each))
+    paragraphs: list[list[str]] = [[]]
+    for line in BROKEN.sub(r"\1\2", text).splitlines():
+        if line.strip() and _of_words(line.strip()):
+            paragraphs[-1].append(line)
+        else:
+            paragraphs.append([])
+    joined = [" ".join(" ".join(lines).split()) for lines in paragraphs if lines]
+    joined = joined if whole or len(joined) == 1 else joined[:-1]
+    return sorted(joined, key=lambda each: not SENTENCE.match(each))
 
 
 def fitting(line: str) -> str | None:
@@ -52,6 +59,10 @@ def fitting(line: str) -> str | None:
     line = line.strip()
     if len(line) > LONGEST:
         line = line[: LONGEST + 1].rpartition(" ")[0].rstrip() or line[:LONGEST]
+    return line if len(line) >= SHORTEST and _of_words(line) else None
+
+
+def _of_words(line: str) -> bool:
+    """Whether a line is words for the most part, and can be printed."""
     words = sum(letter.isalpha() or letter.isspace() for letter in line)
-    plain = len(line) >= SHORTEST and line.isprintable() and "\ufffd" not in line and not PATTERN.search(line)
-    return line if plain and words >= LETTERS * len(line) else None
+    return line.isprintable() and "\ufffd" not in line and not PATTERN.search(line) and words >= LETTERS * len(line)
