@@ -135,7 +135,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.forecast import check_documents, check_fits, forecast, total, warnings
+    from pretrain.forecast import check_documents, check_ends, check_fits, forecast, total, warnings
     from pretrain.identity import plan, why
     from pretrain.runs.shelf import check_output
     from pretrain.runs.targets import repointed
@@ -169,6 +169,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
         typer.echo(f"note: {line}")
     for line in [*odd, *warnings(expected)]:
         typer.echo(f"warning: {line}")
+    check_ends(recipe, expected)
     check_fits(expected)
 
 

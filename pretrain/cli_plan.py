@@ -23,7 +23,7 @@ def print_plan(
 ) -> None:
     """What the dial chooses for a recipe, and what is expected of it."""
     from pretrain import recipe as recipes
-    from pretrain.forecast import forecast
+    from pretrain.forecast import check_ends, forecast
     from pretrain.identity import plan
     from pretrain.training.budget import UNITS
 
@@ -40,7 +40,9 @@ def print_plan(
             loaded = recipes.load(recipe, [*(set_ or []), *(f"{name}.budget.{unit}={limit}" for name in names)], output)
     if not loaded.sizes:
         raise PretrainError(f"{recipe}: no train stage says size: auto, so there is nothing to choose")
-    expected = {each.item.stage.name: each.estimate for each in forecast(plan(loaded))}
+    forecasts = forecast(plan(loaded))
+    check_ends(loaded, forecasts)
+    expected = {each.item.stage.name: each.estimate for each in forecasts}
     for chosen in loaded.sizes:
         typer.echo("\n".join([f"{chosen.stage}:", *(f"  {line}" for line in chosen.lines(expected.get(chosen.stage)))]))
 

@@ -32,7 +32,7 @@ from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import counted, duration, short
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
-from pretrain.forecast import check_documents, check_fits, forecast, warnings
+from pretrain.forecast import check_documents, check_ends, check_fits, forecast, warnings
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations, record_of
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
@@ -87,6 +87,7 @@ def run(
             odd = check_documents(recipe, planned)
             expected = forecast(planned)
             estimates = {each.item.stage.name: each.estimate for each in expected if each.to_run}
+            check_ends(recipe, expected)
             check_fits(expected)
             for line in warnings(expected, note=True):
                 say(f"note: {line}")

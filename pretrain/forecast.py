@@ -23,6 +23,8 @@ from pretrain.stages._preflight import (
     seen_in_sources,
 )
 from pretrain.stages.data import Data
+from pretrain.stages.train import Train
+from pretrain.training.budget import LONGEST, endless, least_seconds, processes
 
 SURE = 1.3  # an estimate of memory so many times what there is does not fit, whatever it is off by
 
@@ -108,6 +110,20 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
         except PretrainError as error:
             raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
     return lines
+
+
+def check_ends(recipe: Recipe, forecasts: Sequence[Forecast]) -> None:
+    """Refuse a budget that this machine would be at for more than ten years."""
+    for each in forecasts:
+        stage, plan = each.item.stage, each.estimate.plan
+        if not each.to_run or not isinstance(stage, Train):
+            continue
+        seconds = least_seconds(stage.budget, stage.batch_rows, stage.length)
+        if plan is not None:
+            seconds = max(seconds, plan.seconds / processes())
+        if seconds > LONGEST:
+            error = endless(stage.budget, seconds)
+            raise PretrainError(f"{recipe.at(stage, error.place)}: {stage.name}.{error}")
 
 
 def check_fits(forecasts: Sequence[Forecast]) -> None:

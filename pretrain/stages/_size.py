@@ -30,7 +30,7 @@ from pretrain.dial.choose import (
 )
 from pretrain.dial.law import Law, load
 from pretrain.stages._estimates import Estimate, left_in
-from pretrain.training.budget import Budget
+from pretrain.training.budget import Budget, endless, least_seconds
 
 Raw = dict[str, object]  # a recipe as it is read, or a stage of it
 LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's standard library, for corpora without a law
@@ -165,7 +165,11 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
     named = [e for e in made if e.get("name", "tokenizer") == entry.get("tokenizer")]
     tokenizer = next(iter(named or [e for e in made if e.get("vocab_size") == "auto"]), None)
     task = _task(entry, family, model, tokenizer, stages[:number], output)
-    choice = choose(task)
+    try:
+        choice = choose(task)
+    except ArithmeticError as error:  # a budget beyond what can be computed with
+        budget = _budget(entry.get("budget"))
+        raise endless(budget, least_seconds(budget, 1, BATCH_TOKENS)) from error
     choice = replace(choice, batch_rows=_size(entry, "batch_rows") or choice.batch_rows)
     method = _optimizer(entry, choice)
     lr = method.get("lr") if isinstance(method, dict) else None

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, fields
 
 from pretrain.core.bounds import Positive, Seconds, check_fields
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.machine import likely_rate
+from pretrain.core.quick.quantities import short
+from pretrain.dial.choose import STEP
 
+YEAR = 365 * 86400.0  # seconds
+LONGEST = 10 * YEAR  # of a training: what takes longer is a mistake, or another machine's
 UNITS = ("tokens", "steps", "flops", "seconds", "epochs")
 FAR = 0.6  # of what was planned: what lies below it, or above its inverse, is told
 MEASURING = 0.25  # of the steps' seconds, at most, goes to held-out measurements where the budget is of seconds
@@ -61,6 +67,32 @@ class Budget:
         if not spent["steps"] or not spent[self.unit]:
             return 1_000_000_000  # before the first step nothing is known; a warm-up by share begins at its bottom
         return max(1, -int(-self.limit * spent["steps"] // spent[self.unit]))
+
+
+def least_seconds(budget: Budget, batch_rows: int, length: int) -> float:
+    """Seconds of training on this machine at least, whatever the model: its products, or what a step takes beside."""
+    rows = {"steps": 1.0, "tokens": 1.0 / (batch_rows * length), "epochs": 1.0 / batch_rows}
+    each = {"seconds": 1.0, "flops": 1 / likely_rate()} | {unit: steps * STEP for unit, steps in rows.items()}
+    return budget.limit * each[budget.unit] / processes()
+
+
+def endless(budget: Budget, seconds: float) -> PretrainError:
+    """The error for a budget that would take so long: what that is in years, and what would end in time."""
+    asked, years, most = (
+        short(value) if value < 1e18 else f"{value:.3g}"
+        for value in (budget.limit, seconds / YEAR, budget.limit / seconds * LONGEST)
+    )
+    return PretrainError(
+        f"budget.{budget.unit} {asked}: about {years} years of training on this machine; "
+        f"accepted: what ends within {LONGEST / YEAR:.0f} years here, {budget.unit} of {most} at most",
+        place=("budget", budget.unit),
+    )
+
+
+def processes() -> int:
+    """How many train together, as `torchrun` says."""
+    given = os.environ.get("WORLD_SIZE", "")
+    return max(1, int(given)) if given.isdecimal() else 1
 
 
 def far(share: float) -> bool:

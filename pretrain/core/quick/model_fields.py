@@ -15,7 +15,8 @@ from pretrain.core.foreign.configs import LAYERS, MOST_LAYERS
 SIZE = re.compile(
     r"(.*_)?(size|dim|heads|n_head|n_layer|layers|n_embd|n_inner|n_positions|d_model|d_ff|d_kv|experts|channels|embeddings)"
 )
-FROM_ZERO = re.compile(r"(.*layers|n_layer|type_vocab_size|.*(adapter|shared|padding).*)")
+FROM_ZERO = re.compile(r"(.*layers|type_vocab_size|.*(adapter|shared|padding).*)")
+BLOCKS = ("num_hidden_layers", "num_layers", "num_encoder_layers", "num_decoder_layers", "encoder_layers", "n_layers")
 SHARE = re.compile(r"(.*_)?(dropout|drop|pdrop|drop_rate|dropout_rate|dropout_prob)")
 LARGEST = 1 << 31  # of a size
 NAMED = {
@@ -29,7 +30,7 @@ def check_values(model_type: str, fields: Mapping[str, object]) -> None:
     for name, value in fields.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        least = 0 if FROM_ZERO.fullmatch(name) else 1
+        least = 0 if FROM_ZERO.fullmatch(name) and name not in BLOCKS else 1
         if LAYERS.fullmatch(name) and value > MOST_LAYERS:
             raise misfit(model_type, name, value, f"at most {MOST_LAYERS:,}")
         if SIZE.fullmatch(name) and value > LARGEST:
