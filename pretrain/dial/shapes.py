@@ -65,7 +65,7 @@ class Shape:
     def forward(self, length: int, targets: float = 1.0) -> float:
         """FLOPs a token of a forward pass on rows of `length`, with a target at a share `targets` of the positions."""
         head = targets * self.vocabulary * self.width
-        return 2.0 * (self.body + head) + 4.0 * self._attending * length
+        return 2.0 * (self.body + head) + 4.0 * self.attending * length
 
     def flops(self, length: int, targets: float = 1.0, passes: float = 3.0) -> float:
         """FLOPs of training on one token in rows of `length`, as the meter counts them.
@@ -75,7 +75,7 @@ class Shape:
         frozen weights, of which no gradient is made, a body is gone through not three times (`passes`) but twice.
         """
         head = 6.0 * targets * self.vocabulary * self.width
-        return 2.0 * passes * self.body + head + (14.0 if self.fused else 12.0) * self._attending * length
+        return 2.0 * passes * self.body + head + (14.0 if self.fused else 12.0) * self.attending * length
 
     @property
     def chunk(self) -> int:
@@ -88,7 +88,8 @@ class Shape:
         return replace(self, depth=self.depth * whole, density=self.density * share / whole)
 
     @property
-    def _attending(self) -> int:
+    def attending(self) -> int:
+        """The width of all heads' queries in all blocks: what each position of a row costs attention goes by it."""
         return (self.depth + 2 * self.decoder) * (self.queries or self.width)
 
     def memory(self, tokens: int, length: int, trained: float = 1.0) -> float:

@@ -42,9 +42,17 @@ class Evaluation(Method):
     given: ClassVar[bool] = True  # what is measured are the documents that it is given, and no items of its own
     windowed: ClassVar[bool] = False  # whether its `length` is that of windows, which the positions must hold
 
+    cut: ClassVar[bool] = False  # whether it reads the states of at most `length` tokens of a document
+    estimated: ClassVar[bool] = True  # whether it reads, and no more: not of one that trains, generates or has items
+
+    @property
+    def predicted(self) -> float:
+        """The share of a document's tokens that it has the model predict: none of what reads states alone."""
+        return 0.0 if self.cut else 1.0
+
     @property
     def passes(self) -> float:
-        """How often the model reads each document's tokens, without gradients."""
+        """How often the model reads each document, without gradients; that windows overlap is counted besides."""
         return 1.0
 
     @property

@@ -6,28 +6,39 @@ Times and memory of the data and of the process were measured on a CPU; of train
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSON, JSONObject, read_object
 from pretrain.core.folders import corpus_of, tokenizer_of, verify
+from pretrain.core.method import nested
 from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import counted
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.stages._examples import Labelled, Texts, counter, lengths, stored
+
+if TYPE_CHECKING:
+    from pretrain.evaluation import Evaluation
+    from pretrain.surgery import Surgery
 
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
 MUCH = 0.1  # of a corpus's text: a domain that each split should have
+RECORDS = 1e4  # bytes of what each stage notes of itself: its record and the code that ran
+SAMPLES = 5e3  # bytes of a few documents that are shown
+ROW = 150.0  # bytes of a document's numbers, as an evaluation keeps them
+DRAWN = 200  # sizes of documents
+WORD = 1.5e-3  # seconds of a word that is generated, in a block
 DECODING = 0.2  # of the rate of training, a token at a time
 
 
@@ -40,7 +51,7 @@ class Left:
     vocabulary: int | None = None
     config: Mapping[str, JSON] = field(default_factory=dict)  # of a model, with its `model_type`
     blocks: float = 1.0  # how many times the weights of its blocks that its configuration says
-    trained: float = 1.0  # the share of its weights that is trained
+    tuning: Tuning | None = None  # what is trained beside its weights, where these are frozen
     length: int | None = None  # that a model was trained at
     exact: bool = False  # whether it is there, and no guess
     rows: Texts = ()  # a few documents of a corpus of examples, as far as its sources show them
@@ -86,9 +97,11 @@ def left_in(folder: Path) -> Left:
         entries = _entries(_whole(tokenizer)) if tokenizer.exists() else None
         config = _whole(place / "config.json") if place else {}
         note = place / "pretrain.json" if place else folder
-        length = _whole(note).get("lineage", {}).get("length") if note.is_file() else None
+        kept = _whole(note) if note.is_file() else {}
+        length = kept.get("lineage", {}).get("length")
         left = replace(left, vocabulary=entries, config=config, length=length, exact=True)
         left = replace(left, tokenizer=tokenizer if tokenizer.exists() else None)
+        left = operated(left, _recorded(kept.get("surgery", [])))
     return left
 
 
@@ -103,6 +116,21 @@ def _entries(tokenizer: JSONObject) -> int:
     vocabulary = tokenizer["model"]["vocab"]
     names = set(vocabulary) if isinstance(vocabulary, dict) else {entry[0] for entry in vocabulary}
     return len(names | {entry["content"] for entry in tokenizer["added_tokens"]})
+
+
+def operated(made: Left, surgeries: Sequence[Surgery]) -> Left:
+    """A model after surgeries, as far as they say what becomes of its size."""
+    shape, kind = shape_from(made.config), str(made.config.get("model_type"))
+    for surgery in surgeries:
+        if shape is not None:
+            made = replace(made, tuning=surgery.tuning(Layers(shape.with_blocks(made.blocks), kind), made.tuning))
+        made = replace(made, blocks=made.blocks * surgery.growth_of_blocks)
+    return made
+
+
+def _recorded(entries: Sequence[JSONObject]) -> list[Surgery]:
+    """The surgeries that a checkpoint's `pretrain.json` keeps."""
+    return [cast("Surgery", nested({"method": entry["method"]} | entry["config"], "surgery")) for entry in entries]
 
 
 def bytes_of_token(vocabulary: int) -> float:
@@ -160,31 +188,68 @@ def corpus_estimate(
     shares = {"train": 1 - validation - test, "validation": validation, "test": test}
     left = Left({split: share * total for split, share in shares.items()},
                 {split: share * documents for split, share in shares.items() if documents}, rows=rows)  # fmt: skip
-    return Estimate(None if works else 0.0, FLOOR + 10 * total, 1 + total / 1.5e6, 0.25 * total, 1.0, left)
+    disk = RECORDS + SAMPLES + compressed(total)
+    return Estimate(None if works else 0.0, FLOOR + 10 * total, 1 + total / 1.5e6, disk, 1.0, left)
+
+
+def compressed(size: float) -> float:
+    """Bytes on the disk of so many bytes of text, in columns and by zstd: less of it repeats the less there is."""
+    return 0.25 * size * (1 + math.sqrt(3e4 / max(1.0, size)))
+
+
+def tokenizer_bytes(entries: float) -> float:
+    """Of a `tokenizer.json`: an entry for each byte, and of the others also how they are merged."""
+    return 3.4e3 + 70.0 * max(0.0, entries - 256)
 
 
 def reading(
-    given: Given, split: str, most: float, passes: float, compressors: bool, longest: float | None = None
-) -> Estimate:
+    given: Given, split: str, most: float, evaluations: Sequence[Evaluation], compressors: bool,
+    longest: float | None = None,
+) -> Estimate:  # fmt: skip
     """Of evaluating a model on at most so many documents of a split, of each at most so many characters."""
     corpus, model = given.get("corpus", Left()), given.get("checkpoint", Left())
     shape = shape_from(model.config)
     size = corpus.bytes.get(split)
-    if shape is None or size is None or not model.vocabulary:
+    if shape is None or size is None or not model.vocabulary or not all(each.estimated for each in evaluations):
         return Estimate()
-    shape = shape.with_blocks(model.blocks)
+    shape, letters = shape.with_blocks(model.blocks), bytes_of_token(model.vocabulary)
     documents = corpus.documents.get(split) or size / DOCUMENT
-    share = min(1.0, most / documents)
-    if longest is not None:
-        # Few documents are as long as the mean: of sizes that fall off exponentially so much lies before the cut.
-        mean = size / documents
-        size = size * (1 - math.exp(-longest / mean))
-    length, tokens = model.length or 512, share * size / bytes_of_token(model.vocabulary)
-    flops, seconds = forward(shape, tokens * passes, length, 1 / passes)
-    squeezed = 2e-6 * share * size if compressors else 0.0
+    share, sizes = min(1.0, most / documents), _sizes(size / documents, longest)
+    flops = seconds = 0.0
+    for each in evaluations:
+        length = getattr(each, "length", 0) or model.length or 512
+        stride = (getattr(each, "stride", 0) or max(1, length // 2)) if each.windowed else length
+        most_tokens = length if each.cut else math.inf
+        passed = [windowed(min(letter / letters, most_tokens), length, stride) for letter in sizes]
+        tokens, squares = sum(row[0] for row in passed), sum(row[1] for row in passed)
+        predicted = each.predicted * sum(min(letter / letters, most_tokens) for letter in sizes) / tokens
+        scale = each.passes * share * documents / len(sizes)
+        work, took = forward(shape, tokens * scale, round(squares / tokens), predicted)
+        flops, seconds = flops + work, seconds + took
+    read = share * documents * sum(sizes) / len(sizes)
+    squeezed = 2e-6 * read if compressors else 0.0
     return Estimate(
-        flops, FLOOR + MEASURING + 4.0 * shape.weights + 10 * share * size, seconds + squeezed + 1, 1e5, share
-    )
+        flops, FLOOR + MEASURING + 4.0 * shape.weights + 10 * read, seconds + squeezed + 1,
+        RECORDS + ROW * share * documents, share,
+    )  # fmt: skip
+
+
+def _sizes(mean: float, longest: float | None) -> list[float]:
+    """Sizes of documents of a mean, which fall off exponentially as those of files do, cut off at the longest."""
+    drawn = [-math.log(1 - (number + 0.5) / DRAWN) for number in range(DRAWN)]
+    return [min(mean * size * DRAWN / sum(drawn), longest or math.inf) for size in drawn]
+
+
+def windowed(tokens: float, length: float, stride: float) -> tuple[float, float]:
+    """Positions that are read of a document in windows that advance by `stride`, and the sum of their windows' lengths.
+
+    Each token is predicted once: the first window has `length` of them, and each of the others `stride` more at most.
+    """
+    if tokens <= length:
+        return tokens, tokens**2
+    more = math.ceil((tokens - length) / stride)
+    last = tokens - length - (more - 1) * stride + length - stride
+    return more * length + last, more * length**2 + last**2
 
 
 def answering(given: Given, objective: Labelled, split: str, most: float, limit: int) -> Estimate:
@@ -202,7 +267,11 @@ def answering(given: Given, objective: Labelled, split: str, most: float, limit:
     shape = shape.with_blocks(model.blocks)
     read = example.filled - example.learnt  # what is to be answered is not there yet
     flops, seconds = forward(shape, documents * read, round(read), 1 / read if example.learnt else 0.0)
-    return Estimate(flops, FLOOR + MEASURING + 4.0 * shape.weights, seconds + 1, 1e5, documents / max(1.0, whole))
+    words = float(getattr(objective, "answer", 0)) if example.learnt else 0.0
+    if words:  # a batch goes on until its last answer ends, which is seldom before the most that it may have
+        flops += documents * words * shape.forward(round(read + words / 2))
+        seconds += math.ceil(documents / BATCH) * words * shape.depth * WORD
+    return Estimate(flops, FLOOR + MEASURING + 4.0 * shape.weights, seconds + 1, RECORDS, documents / max(1.0, whole))
 
 
 def decoding(given: Given, characters: float, new: float) -> Estimate:
@@ -211,5 +280,7 @@ def decoding(given: Given, characters: float, new: float) -> Estimate:
     shape = shape_from(model.config)
     if shape is None or not model.vocabulary:
         return Estimate()
-    flops = (characters / bytes_of_token(model.vocabulary) + new) * shape.forward(model.length or 512)
-    return Estimate(flops, FLOOR + 4.0 * shape.weights, training_seconds(flops, shape.width) / DECODING + 1, 1e4)
+    letters = bytes_of_token(model.vocabulary)
+    flops = (characters / letters + new) * shape.forward(model.length or 512)
+    disk = RECORDS + characters + 2 * new * letters  # a continuation, and often the true one beside it
+    return Estimate(flops, FLOOR + 4.0 * shape.weights, training_seconds(flops, shape.width) / DECODING + 1, disk)

@@ -15,17 +15,22 @@ from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
 from pretrain.dial.law import LITTLE, NEARLY_NEW, worth
 from pretrain.dial.shapes import Shape
+from pretrain.dial.tuned import Tuning
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
 from pretrain.stages._estimates import (
     BATCH,
     FLOOR,
+    RECORDS,
+    WORD,
     Estimate,
     Given,
     Left,
     Odd,
     bytes_of_token,
     forward,
+    operated,
+    tokenizer_bytes,
     training_seconds,
 )
 from pretrain.stages._examples import Labelled, Lengths, counter, lengths, stored
@@ -33,10 +38,10 @@ from pretrain.surgery import Surgery
 from pretrain.training.budget import MEASURING, Budget
 
 LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
-WORD = 1.5e-3  # seconds of a word that is generated, in a block
 OTHER_PASSES = 20  # where each hides other tokens, or labels are learnt
 FEW_STEPS = 10
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
+LOGGED = 1.2e3  # bytes of a logged step
 START = 3.0  # seconds before the first step
 TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
 ORDER = 64.0  # bytes that the loader holds for each row of a step
@@ -69,6 +74,7 @@ class Asked(Protocol):
     evaluate_tokens: int
     save_every: int
     keep: int
+    log_every: int
     checkpointing: bool
 
     def weighted(self) -> Sequence[Weighted]:
@@ -123,10 +129,14 @@ def expect(stage: Asked, given: Given) -> Estimate:
     if stage.budget.unit == "seconds":  # of which training makes no more than take this share
         made = min(evaluations, max(1, int(MEASURING * training / max(once, 1e-9))))
     saved = min(stage.keep, 1 + steps // stage.save_every) if stage.save_every else 0
-    trained = shape.weights * model.trained
+    trained, weights = _trained(shape, model)
+    beside = trained if model.tuning else 0.0  # an adapter lies in its checkpoint once more, as `peft` has it
+    again = shape.vocabulary * shape.width if shape.tied else 0  # what two names share, a state holds twice
     return Estimate(
         flops, _memory(stage, shape, model, given, work), training + made * once + START,
-        4.0 * shape.weights + saved * (4.0 * shape.weights + 8.0 * trained) + 2.0 * (work.corpus_tokens or 0),
+        RECORDS + 4.0 * (weights + beside) + tokenizer_bytes(shape.vocabulary)
+        + saved * (4.0 * (weights + again) + 8.0 * trained) + LOGGED * steps / max(1, stage.log_every)
+        + 2.0 * (work.corpus_tokens or 0),
         tokens / work.corpus_tokens if work.corpus_tokens else None, left,
         (*_odd(stage, work, tokens), *_measured_long(stage, training, once, evaluations, made)),
         Plan(steps, flops, training, once),
@@ -142,14 +152,6 @@ def described(stage: Asked, given: Given) -> Left:
         known = {"vocab_size": entries} if entries else {}
         made = Left(config={"model_type": stage.model["family"], **known, **config}, vocabulary=entries)
     return operated(made, stage.surgeries)
-
-
-def operated(made: Left, surgeries: Sequence[Surgery]) -> Left:
-    """A model after surgeries, as far as they say what becomes of its size."""
-    for surgery in surgeries:
-        trained = surgery.trained if surgery.adapts else made.trained
-        made = replace(made, blocks=made.blocks * surgery.growth_of_blocks, trained=trained)
-    return made
 
 
 def operation(given: Given, surgeries: Sequence[Surgery], rows: int, length: int) -> Estimate:
@@ -171,7 +173,7 @@ def operation(given: Given, surgeries: Sequence[Surgery], rows: int, length: int
         memory += replace(blocks, depth=1).memory(tokens, length, 0.0)
     return Estimate(
         flops if known else None, memory, training_seconds(flops, shape.width) + 2 if known else None,
-        4.0 * after.weights, left=left,
+        RECORDS + 4.0 * after.weights + tokenizer_bytes(after.vocabulary), left=left,
     )  # fmt: skip
 
 
@@ -201,17 +203,38 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
         taught, logits = objective.taught, targets * seen * (stage.micro_rows or stage.batch_rows)
         if objective.again and logits > shape.chunk:
             targets, taught = targets * 4 / 3, taught * 2
-        passes = (3.0 if model.trained == 1 else 2.0) + stage.checkpointing
+        passes = (2.0 if model.tuning else 3.0) + stage.checkpointing
         each = shape.flops(max(1, round(seen)), targets, passes)
-        head = 6.0 * targets * shape.vocabulary * shape.width
+        head = (4.0 if model.tuning else 6.0) * targets * shape.vocabulary * shape.width
+        if model.tuning:
+            each += _beside(shape, model.tuning, round(seen), targets)
         flops += (each - head) * objective.effort + head
         flops += sum(teacher.forward(round(length), taught) for teacher in _teachers(objective, given))
     flops = flops * seen + convolutions(model.config, stage.length)
     if decoder := reconstructor(model.config):
         flops += decoder[0].flops(round(decoder[1])) * decoder[1]
     step = stage.batch_rows * length * (FILLED if example is None else 1.0)
-    update = stage.optimizer.update_flops(shape.width) * shape.body * model.trained
+    update = stage.optimizer.update_flops(shape.width) * (model.tuning.trained if model.tuning else shape.body)
+    if model.tuning:
+        update += model.tuning.batch * stage.batch_rows / (stage.micro_rows or stage.batch_rows)
     return Work(step, seen, (flops * stage.batch_rows + update) / step, rate, corpus_tokens, seen / length)
+
+
+def _beside(shape: Shape, tuning: Tuning, length: int, targets: float) -> float:
+    """FLOPs a token by which tuning differs from a pass through frozen weights in both directions.
+
+    No gradient is made of the head, and none goes back to what stands before the first thing that is trained.
+    """
+    backward = (10.0 if shape.fused else 8.0) * shape.attending / max(1, shape.depth + 2 * shape.decoder)
+    spared = 2.0 * targets * shape.vocabulary * shape.width + 2.0 * tuning.unreached * shape.density
+    return tuning.flops + (14.0 * tuning.attending - backward * tuning.blind) * length - spared
+
+
+def _trained(shape: Shape, model: Left) -> tuple[float, float]:
+    """How many weights are trained, and how many there are with what stands beside the model's own."""
+    if model.tuning is None:
+        return float(shape.weights), float(shape.weights)
+    return model.tuning.trained, shape.weights + model.tuning.trained
 
 
 def _example(stage: Asked, objective: Objective, model: Left, given: Given) -> Lengths | None:
@@ -270,7 +293,9 @@ def _tokens(corpus: Left, split: str, model: Left) -> float | None:
 def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -> float:
     """The process, the corpus, the model, those that teach it, and the copies that are written while it trains."""
     tokens = round(work.positions * (stage.micro_rows or stage.batch_rows))
-    copies = (4.0 + 8.0 * model.trained) * shape.weights if stage.save_every else 0.0
+    trained, weights = _trained(shape, model)
+    copies = 4.0 * weights + 8.0 * trained if stage.save_every else 0.0
+    beside = 4.0 * (weights - shape.weights + model.tuning.kept) if model.tuning else 0.0
     teachers = sum(4.0 * teacher.weights for each in stage.weighted() for teacher in _teachers(each.method, given))
     corpus = given.get("corpus", Left())
     read = (TEXT_THERE if corpus.exact else TEXT_MADE) * sum(corpus.bytes.values())
@@ -280,7 +305,8 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -
         + TRAINING
         + read
         + ORDER * stage.batch_rows
-        + effort * shape.memory(tokens, round(work.positions), model.trained)
+        + effort * shape.memory(tokens, round(work.positions), trained / shape.weights)
+        + beside
         + (PAIR * tokens * work.positions if likely_device() == "cpu" else 0.0)
         + copies
         + teachers

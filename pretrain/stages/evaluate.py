@@ -89,8 +89,7 @@ class Evaluate(Stage):
             task = tasks[0]
             limit = getattr(task, "length", 0) or given.get("checkpoint", Left()).length or 512
             return answering(given, getattr(task, "method"), self.split, self.max_documents, limit)  # noqa: B009
-        passes = sum(each.passes for each in self.evaluations)
-        return reading(given, self.split, self.max_documents, passes, self.compressors, self.max_characters)
+        return reading(given, self.split, self.max_documents, self.evaluations, self.compressors, self.max_characters)
 
     def run(self, job: Job) -> StageResult:
         """Write `evaluation.json`, each document's numbers to `documents.json`, and a list of codes to `codes.json`."""

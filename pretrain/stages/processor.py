@@ -15,7 +15,7 @@ from pretrain.core.folders import cache_folder
 from pretrain.core.quick.outline import torch_imported
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Record, Ref, Stage
-from pretrain.stages._estimates import FLOOR
+from pretrain.stages._estimates import FLOOR, RECORDS
 
 if TYPE_CHECKING:
     from pretrain.core import processors
@@ -47,7 +47,7 @@ class Processor(Stage):
 
     def estimate(self, given: Given) -> Estimate:
         """Next to nothing."""
-        return Estimate(0.0, FLOOR, 1.0, 1e4)
+        return Estimate(0.0, FLOOR, 1.0, RECORDS)
 
     def _check(self) -> None:
         """Make the processor to see whether it can be made; not where torch is yet to come and it was made before."""

@@ -16,7 +16,7 @@ from pretrain.corpus.store import Corpus
 from pretrain.dial.choose import BYTES_AN_ENTRY, LEAST_ENTRIES
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, checkpoint_of, corpus_of
-from pretrain.stages._estimates import FLOOR, Left, Odd
+from pretrain.stages._estimates import FLOOR, RECORDS, Left, Odd, tokenizer_bytes
 
 
 class Tokenizer(Stage):
@@ -81,13 +81,15 @@ class Tokenizer(Stage):
     def estimate(self, given: Given) -> Estimate:
         """The time of reading the text that it learns from; a vocabulary that this text cannot fill is told."""
         if self.checkpoint is not None:
-            return Estimate(0.0, FLOOR, 1.0, 2e6, left=Left(vocabulary=given["checkpoint"].vocabulary))
+            known = given["checkpoint"].vocabulary
+            return Estimate(0.0, FLOOR, 1.0, RECORDS + tokenizer_bytes(known or 32_000), left=Left(vocabulary=known))
         entries = self.vocab_size if self.algorithm != "bytes" else 256 + 5
         text = given["corpus"].bytes.get("train") if "corpus" in given else None
         read = min(text or 0.0, self.max_bytes)
         few = f"vocab_size {entries:,}: {short(read, 'B')} of text fill no more than about {read / 100:,.0f} entries"
         return Estimate(
-            0.0, FLOOR + 12 * read if text else None, 1 + read / 4e6 if text else None, 130.0 * entries,
+            0.0, FLOOR + 12 * read if text else None, 1 + read / 4e6 if text else None,
+            RECORDS + tokenizer_bytes(entries),
             min(1.0, read / text) if text else None, Left(vocabulary=entries),
             (Odd("vocab_size", few),) if text and entries > LEAST_ENTRIES and entries * BYTES_AN_ENTRY > read else (),
         )  # fmt: skip

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from pretrain.core.batch import Batch
     from pretrain.dial.shapes import Shape
+    from pretrain.dial.tuned import Layers, Tuning
 
 
 PeftFormat = tuple[dict[str, object], dict[str, "Tensor"]]  # an adapter's configuration, and its tensors by name
@@ -71,7 +72,6 @@ class Surgery(Method):
     calibration: ClassVar[float] = 1.0  # FLOPs on the rows of calibration, in forward passes of whole matrices
     backward: ClassVar[bool] = False  # whether it takes gradients of every weight on those rows
     estimated: ClassVar[bool] = True  # whether `work` and `calibration` tell what it computes: not of one that trains
-    trained: ClassVar[float] = 0.02  # of one that `adapts`: the share of weights that it leaves to train, about
     new_vocabulary: ClassVar[bool] = False  # whether it leaves other tokens than there were
     keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
 
@@ -88,6 +88,10 @@ class Surgery(Method):
     def work(self, shape: Shape) -> float:
         """FLOPs on a model of this shape, besides those on the rows of calibration."""
         return 0.0
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """What is trained of a model after it, `before` of the model that it is given; None: all of its weights."""
+        return before
 
     @abstractmethod
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

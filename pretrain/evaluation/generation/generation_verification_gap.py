@@ -50,6 +50,7 @@ class GenerationVerificationGap(Evaluation):
     is run. Intervals: bootstrap over prompts.
     """
 
+    estimated: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ("causal",)
 
     prompt: str = "prompt"

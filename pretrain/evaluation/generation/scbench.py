@@ -67,6 +67,7 @@ class SCBench(Evaluation):
     cache, as `pyramid_infer` or `{method: pyramid_infer, recent_ratio: 0.1}`. Intervals: bootstrap over contexts.
     """
 
+    estimated: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ("causal",)
 
     tasks: tuple[str, ...] = ()

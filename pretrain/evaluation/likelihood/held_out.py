@@ -53,11 +53,6 @@ class HeldOut(Evaluation):
                 f"held_out: stride {self.stride}, length {self.length}: accepted: stride at most length"
             )
 
-    @property
-    def passes(self) -> float:
-        """Windows overlap by all but their stride, half of the length unless it is said."""
-        return self.length / self.stride if self.length and self.stride else 2.0
-
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:

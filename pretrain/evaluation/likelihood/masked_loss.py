@@ -43,6 +43,11 @@ class MaskedLoss(Evaluation):
     resamples: Count = 1000
     seed: Whole = 0
 
+    @property
+    def predicted(self) -> float:
+        """Those that are hidden."""
+        return self.rate
+
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:

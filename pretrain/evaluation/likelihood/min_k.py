@@ -49,6 +49,8 @@ class MinK(Evaluation):
 
     families: ClassVar[tuple[str, ...]] = ("causal",)
 
+    cut: ClassVar[bool] = True
+
     k: PositiveShare = 0.2
     length: Count = 128
     members: Ref | None = None
@@ -67,6 +69,11 @@ class MinK(Evaluation):
     def columns(self) -> tuple[str, ...]:
         """The column that tells members, if there is one."""
         return (self.member,) if self.member else ()
+
+    @property
+    def predicted(self) -> float:
+        """All that is read."""
+        return 1.0
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

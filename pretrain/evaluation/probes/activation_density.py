@@ -39,6 +39,8 @@ class ActivationDensity(Evaluation):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "bert", "modernbert", "t5")
 
+    cut: ClassVar[bool] = True
+
     epsilon: NonNegative = 0.0
     length: Count = 128
     batch: Count = 16

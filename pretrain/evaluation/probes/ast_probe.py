@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -51,6 +51,7 @@ class AstProbe(Evaluation):
     probe given.
     """
 
+    estimated: ClassVar[bool] = False
     rank: Count = 128
     layer: AnyInteger | None = None
     orthogonal: NonNegative = 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ class IntrinsicDimensionD90(Evaluation):
     `intrinsic_accuracy.D` of each dimension, `intrinsic_majority` and `intrinsic_documents`, those tested.
     """
 
+    estimated: ClassVar[bool] = False
     label: str = "label"
     dimensions: tuple[Count, ...] = (100, 200, 500, 1000, 2000)
     said: bool = True

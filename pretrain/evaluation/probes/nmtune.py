@@ -50,6 +50,8 @@ class NMTune(Evaluation):
 
     version: ClassVar[int] = 2  # features are brought to length 1 document by document
 
+    cut: ClassVar[bool] = True
+
     label: str = "domain"
     weight: NonNegative = 0.01
     steps: Count = 200

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ class Probe(Evaluation):
     u labels that none of the n documents to fit has share u / (n + u) of the probability. The intervals are by
     bootstrap over the tested documents, the classifier given. Documents without content or label are left out.
     """
+
+    cut: ClassVar[bool] = True
 
     classifier: Literal["linear", "nearest_mean"] = "linear"
     label: str = "domain"

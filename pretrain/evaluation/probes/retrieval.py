@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,11 +35,18 @@ class Retrieval(Evaluation):
     skipped: `retrieval_documents` and `retrieval_skipped` count both kinds. Intervals: bootstrap over the queries.
     """
 
+    cut: ClassVar[bool] = True
+
     pooling: Literal["cls", "mean"] = "mean"
     length: Count = 128
     shortest: Count = 8
     resamples: Count = 1000
     seed: Whole = 0
+
+    @property
+    def passes(self) -> float:
+        """Both halves of a document, each of at most `length` tokens."""
+        return 2.0
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,6 +42,8 @@ class Transferability(Evaluation):
     Documents of classes with fewer than `smallest` are left out. Intervals: jackknife over `groups` of documents (a
     bootstrap would repeat documents, which are then each other's neighbours).
     """
+
+    cut: ClassVar[bool] = True
 
     label: str = "domain"
     measures: tuple[str, ...] = ("h_score", "h_score_shrunk", "logme", "transrate", "gbc", "knn", "msc", "parc")

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import permutations
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -37,6 +37,8 @@ class TranslationRetrieval(Evaluation):
     a text is its first `length` tokens. Without any tuning it measures how far states agree across languages. Interval:
     bootstrap over queries.
     """
+
+    cut: ClassVar[bool] = True
 
     translations: str = "group"
     pooling: Literal["cls", "mean"] = "mean"

@@ -45,6 +45,7 @@ class Harness(Evaluation):
     either side; `resamples` are for metrics that are no mean.
     """
 
+    estimated: ClassVar[bool] = False
     families: ClassVar[tuple[str, ...]] = ("causal",)
     given: ClassVar[bool] = False
 

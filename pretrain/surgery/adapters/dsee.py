@@ -5,7 +5,7 @@ Shape letters: O outputs, I inputs, R rank, C numbers of the sparse part.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -18,6 +18,7 @@ from pretrain.core.checkpoint import Entry, record, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
 from pretrain.core.models.layers import Linear, like
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery._random import generator
 from pretrain.surgery.adapters._adapters import Adapter, LowRankAdapter, Where, adapt, adapters_of, peft_lora, targets
@@ -124,6 +125,12 @@ class DSEE(Surgery):
     scores: Literal["weights", "updates"] = "weights"
     where: Where = "query_value"
     targets: tuple[str, ...] = ()
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """Both factors, and the numbers of the sparse part."""
+        tuning = layers.low_rank(self.where, self.targets, self.rank)
+        sparse = sum(each.blocks for each in layers.chosen(self.where, self.targets)) * self.nonzero
+        return replace(tuning, trained=tuning.trained + sparse)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted, pruned model: only the adapter, and a classifier's last layer, are trained from now on."""

@@ -19,6 +19,7 @@ from pretrain.core.bounds import Count, OpenShare, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.layers import Linear
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery
 from pretrain.surgery._random import generator
 from pretrain.surgery.adapters._adapters import LowRankAdapter, Where, adapt, adapters_of, peft_lora, targets
@@ -93,6 +94,10 @@ class DyLoRA(Surgery):
         super().__post_init__()
         if self.lowest > self.rank:
             raise PretrainError(f"dylora: lowest {self.lowest}, rank {self.rank}: accepted: lowest <= rank")
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """Both factors at the highest rank, which each step computes."""
+        return layers.low_rank(self.where, self.targets, self.rank)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -12,6 +12,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import forget
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, set_module
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery.adapters._adapters import adapters_of
 from pretrain.surgery.adapters.dylora import DynamicLowRank
@@ -31,6 +32,13 @@ class DyLoRATruncate(Surgery):
     adapts: ClassVar[bool] = True
 
     rank: Count
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """Of what there was the share that the rank is of its rank."""
+        if before is None or not before.rank:
+            return before
+        share = self.rank / before.rank
+        return replace(before, trained=before.trained * share, flops=before.flops * share, rank=self.rank)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with the smaller adapter."""

@@ -6,7 +6,7 @@ Shape letters: O outputs, I inputs, R components.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -18,6 +18,7 @@ from pretrain.core.bounds import Count, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.layers import Linear, like
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery
 from pretrain.surgery._random import generator
 from pretrain.surgery.adapters._adapters import Adapter, Where, adapt, adapters_of, peft_lora, targets
@@ -127,6 +128,12 @@ class IncreLoRA(Surgery):
         if self.rank > self.max_rank:
             given = f"rank {self.rank}, max_rank {self.max_rank}"
             raise PretrainError(f"increlora: {given}: accepted: rank <= max_rank")
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """As many components as there is room for, of which the first are computed."""
+        tuning = layers.low_rank(self.where, self.targets, self.rank)
+        components = sum(each.blocks for each in layers.chosen(self.where, self.targets)) * self.max_rank
+        return replace(tuning, trained=tuning.trained * self.max_rank / self.rank + components)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""

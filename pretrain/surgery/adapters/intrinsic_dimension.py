@@ -5,7 +5,7 @@ Shape letters: O outputs, I inputs, D numbers that move a matrix, P entries of a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -19,6 +19,7 @@ from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
 from pretrain.core.models.layers import Like, Linear, like
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery.adapters._adapters import Adapter, Where, adapt, targets
 
@@ -120,6 +121,16 @@ class IntrinsicDimension(Surgery):
     said: bool = True
     where: Where = "all"
     seed: Whole = 0
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """The subspace's numbers; the change of each matrix is made whole, as large as the matrix."""
+        chosen = layers.chosen(self.where)
+        sizes = [(each.outputs * each.inputs, each.blocks) for each in chosen]
+        place = min(each.place for each in chosen)
+        unread = sum(each.outputs * each.inputs for each in chosen if each.place == place)
+        drawn = sum(13 / 4 * (1 << (size - 1).bit_length()) * blocks for size, blocks in sizes)  # of a number's 4 bytes
+        flops = 6.0 * sum(size * blocks for size, blocks in sizes) - 2.0 * unread
+        return replace(layers.before(place), trained=float(self.dimension), flops=flops, kept=drawn)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with the subspace, which changes nothing at first."""

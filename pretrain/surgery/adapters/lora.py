@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Positive, ProperShare
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery.adapters._adapters import Where, targets
 from pretrain.surgery.adapters.peft_adapter import PeftAdapter
@@ -33,6 +34,15 @@ class LoRA(Surgery):
     dora: bool = False
     rslora: bool = False
     init: Literal["kaiming", "gaussian", "pissa", "olora", "orthogonal"] = "kaiming"
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """Both factors of each layer; with `dora` its magnitudes, and the change's length once a batch."""
+        tuning, chosen = layers.low_rank(self.where, self.targets, self.rank), layers.chosen(self.where, self.targets)
+        if not self.dora:
+            return tuning
+        sides = sum(each.inputs * (each.inputs + each.outputs) * each.blocks for each in chosen)
+        magnitudes = sum(each.outputs * each.blocks for each in chosen)
+        return replace(tuning, trained=tuning.trained + magnitudes, batch=2.0 * self.rank * sides)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""

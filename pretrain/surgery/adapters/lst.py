@@ -9,7 +9,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, Literal, cast
 
 import torch
@@ -21,6 +21,7 @@ from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, base, blocks, embeddings, family, set_module
 from pretrain.core.models.layers import like
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import batches_of, parts, plain_linears, weight_of
 from pretrain.surgery._random import generator
@@ -123,6 +124,25 @@ class LST(Surgery):
     alpha: AnyNumber = 0.0
     drop_every: Literal[0] | Annotated[int, Ge(2)] = 4
     importance: Literal["auto", "fisher", "magnitude"] = "auto"
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """The side network, which alone has a way back, but for the head's."""
+        shape = layers.shape
+        kept = sum(1 for depth in range(shape.depth) if not self.drop_every or depth % self.drop_every)
+        narrow = replace(
+            shape, width=shape.width // self.reduction, intermediate=shape.intermediate // self.reduction, depth=kept,
+            queries=(shape.queries or shape.width) // self.reduction,
+            keys=(shape.keys or shape.queries or shape.width) // self.reduction, transform=False, beside=-1,
+        )  # fmt: skip
+        down, ends = kept * shape.width * narrow.width, shape.width * narrow.width
+        biases = kept * (narrow.width + 1 + Layers(narrow, layers.kind).biases) + narrow.width + shape.width
+        last = {"gpt2": 2, "bert": 0}.get(layers.kind, 1)  # numbers of the last norm for each of its places
+        trained = narrow.body + (2 * kept + last) * narrow.width + down + 2 * ends + biases
+        blocks = float(shape.depth + 2 * shape.decoder)
+        flops = 6.0 * narrow.body + 4.0 * (down + ends) + 6.0 * ends
+        return Tuning(
+            trained, flops, attending=narrow.attending, unreached=float(shape.body / shape.density), blind=blocks
+        )
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with its side network, which alone is trained from now on with a classifier's last layer."""

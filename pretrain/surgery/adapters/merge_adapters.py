@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pretrain.core.checkpoint import forget, recorded, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import set_module
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery.adapters._adapters import adapters
 
@@ -22,6 +23,10 @@ class MergeAdapters(Surgery):
     W + ΔW in the place of each adapted layer, for every adapter here that changes weights and for those of `peft`:
     the same function with no more work than the model without its adapter, and a checkpoint that opens anywhere.
     """
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """All weights again."""
+        return None
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The plain model. Raises `PretrainError` where there is nothing to merge, or what cannot be merged."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -22,6 +23,7 @@ from pretrain.core.method import Ref
 from pretrain.core.models.families import is_linear
 from pretrain.core.models.heads import new_modules, output
 from pretrain.core.weights import load_tensors
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery
 
 Config = JSONObject  # JSON
@@ -49,6 +51,22 @@ class PeftAdapter(Surgery):
         super().__post_init__()
         if self.folder and self.config:
             raise PretrainError("peft_adapter: folder, config: accepted: one of them; the folder has a configuration")
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """LoRA's factors by the configuration's rank and layers, IA3's vectors; other types are taken for LoRA."""
+        config = self._declared()
+        names = config.get("target_modules") or ()
+        where = "all" if names else "query_value"
+        if isinstance(names, str):
+            names = ()  # `all-linear`, or an expression: of all layers
+        if str(config.get("peft_type")).upper() == "IA3":
+            chosen = layers.chosen(where, names)
+            inner = config.get("feedforward_modules") or ()
+            sizes = [each.inputs if each.path.rpartition(".")[2] in inner else each.outputs for each in chosen]
+            place = min((each.place for each in chosen), default=0)
+            trained = sum(size * each.blocks for size, each in zip(sizes, chosen, strict=True))
+            return replace(layers.before(place), trained=float(trained))
+        return layers.low_rank(where, names, int(config.get("r") or 8))
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""
@@ -82,6 +100,12 @@ class PeftAdapter(Surgery):
         for name, module in new.items():
             tensors |= {f"{PREFIX}{name}.{part}": t.contiguous() for part, t in module.state_dict().items()}
         return config, tensors
+
+    def _declared(self) -> Config:
+        """The configuration, as far as it is there already."""
+        with suppress(PretrainError, OSError):
+            return self._configuration()
+        return {"peft_type": "LORA"}
 
     def _configuration(self) -> Config:
         if not self.folder:

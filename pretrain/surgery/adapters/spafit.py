@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar
 
 import torch
@@ -14,6 +14,7 @@ from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, family
 from pretrain.core.models.layers import Linear
+from pretrain.dial.tuned import OUTPUT, QUERIES, Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery._random import generator
 from pretrain.surgery.adapters._adapters import LowRankAdapter, Where, adapt, adapters_of, peft_lora, targets
@@ -66,6 +67,21 @@ class SPAFIT(Surgery):
             )
         order = range(number)[::-1] if self.reverse else range(number)
         return order[:first], order[first:second], order[second:]
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """LoRA in the last blocks, and the biases (or scales) that the middle ones train beside."""
+        shape = layers.shape
+        _, middle, last = (len(group) for group in self.groups(shape.depth))
+        tuning = layers.low_rank(self.where, self.targets, self.rank, blocks=last)
+        small = layers.biases + (2 * shape.width if self.scales else 0)
+        tuned = middle + (last if self.last_biases else 0)
+        first = 0 if self.reverse else shape.depth - middle - last
+        bare = layers.kind == "modernbert" and not first  # its first block has no norm before the queries
+        reached = layers.before(OUTPUT if bare and tuned else QUERIES, first)
+        spared = reached.unreached
+        if tuned and self.scales and not bare and layers.kind != "bert":  # a norm before the queries is trained
+            spared -= layers.before(QUERIES).unreached
+        return replace(tuning, trained=tuning.trained + tuned * small, unreached=spared, blind=reached.blind)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only LoRA, the chosen biases and a classifier's last layer are trained from now on.

@@ -5,7 +5,7 @@ Shape letters: O outputs, I inputs, R rank.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -17,6 +17,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.layers import Linear, like
+from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery.adapters._adapters import Adapter, Where, adapt, adapters_of, peft_lora, targets
 
@@ -82,6 +83,13 @@ class SVFit(Surgery):
     rank: Count | None = None
     where: Where = "query_value"
     targets: tuple[str, ...] = ()
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """A number for each rank; what the layers' own directions are stays, and is passed both ways."""
+        tuning = layers.low_rank(self.where, self.targets, self.rank, learnt=False)
+        chosen = layers.chosen(self.where, self.targets)
+        values = sum((self.rank or min(each.outputs, each.inputs)) * each.blocks for each in chosen)
+        return replace(tuning, trained=float(values), kept=tuning.trained + values)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the singular values, and a classifier's last layer, are trained from now on."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, cast
 
 import torch
@@ -26,6 +26,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import Family, additive, at, base, blocks, embeddings, family
 from pretrain.core.models.fast import rotary
 from pretrain.core.models.layers import Arguments, Attention, Like, like
+from pretrain.dial.tuned import DOWN, Layers, Tuning
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
 
@@ -217,6 +218,17 @@ class FlexiDepth(Surgery):
     layers: Count | None = None
     reduction: Count = 16
     threshold: OpenShare = 0.5
+
+    def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
+        """Routers and narrow feed-forwards in the last blocks; the first of these is not passed backwards itself."""
+        shape, narrow = layers.shape, layers.shape.width // self.reduction
+        count, inner = self.layers or shape.depth // 2, shape.intermediate // self.reduction
+        router, adapter = 2 * shape.width * narrow, (3 if shape.gated else 2) * shape.width * inner
+        beside = narrow + shape.width + (0 if shape.gated else inner + shape.width)  # the norm, the gate, biases
+        read = narrow + (2 if shape.gated else 1) * inner  # by the first of them, of an input that needs no gradient
+        flops = 6.0 * count * (router + adapter + shape.width) - 2.0 * shape.width * read
+        spared = layers.before(DOWN, shape.depth - count)
+        return replace(spared, trained=float(count * (router + adapter + beside)), flops=flops)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with routers and adapters, drawn as the configuration draws weights, and the rest frozen."""
