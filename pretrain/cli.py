@@ -15,6 +15,7 @@ from pretrain.cli_plan import Overrides
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_object
 from pretrain.core.folders import newest_checkpoint, run_of
+from pretrain.core.foreign.code import TRUST, consenting_to, in_words
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import duration, figure, quantity, short
@@ -150,6 +151,8 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for item in planned:
         for line in repointed(item):
             typer.echo(f"{item.stage.name}: {line}")
+        for code in (code for codes in item.stage.trusted_code(item.behind).values() for code in codes):
+            typer.echo(f"{item.stage.name}: trust_remote_code: {in_words(code)}")
     odd = check_documents(recipe, planned)
     names = ("stage", "kind", "status", "FLOPs", "memory", "time", "disk", "passes")
     table = Table(*names, title=f"{recipe.name} in {recipe.output}: about", box=SIMPLE, padding=(0, 1, 0, 0))
@@ -199,6 +202,7 @@ def generate(
     chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message, in the checkpoint's chat template.")
     ] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Continue a prompt with a checkpoint, or answer it as a chat."""
     from pretrain.stages.decode import continue_prompt
@@ -210,7 +214,7 @@ def generate(
     templated = _templated(place)
     if chat and not templated:
         raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
-    with uncollected():
+    with uncollected(), consenting_to(place, trust_remote_code):
         model, tokenizer = load_text(place)
     if templated and not chat:
         typer.echo("note: the prompt is taken as plain text; --chat uses the checkpoint's chat template", err=True)

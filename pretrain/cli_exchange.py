@@ -10,6 +10,7 @@ import typer
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
+from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.imports import uncollected
 
 Formats = StrEnum("Formats", ["gguf", "onnx", "sentence-transformers", "peft"])
@@ -43,6 +44,7 @@ def export(
     output: Annotated[Path, typer.Option(help="The folder to write.")],
     numbers: Annotated[Types, typer.Option(help="Of GGUF: how matrices are stored.")] = Types.f16,
     pooling: Annotated[Poolings, typer.Option(help="Of sentence-transformers: one vector of many.")] = Poolings.mean,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Write a checkpoint for another program, read it back and compare: GGUF, ONNX, sentence-transformers, peft."""
     if output.exists():
@@ -51,7 +53,8 @@ def export(
     with uncollected():
         from pretrain.core.exchange.exporting import export as write
 
-    facts = write(place, output, to.value, numbers.value, pooling.value)
+    with consenting_to(place, trust_remote_code):
+        facts = write(place, output, to.value, numbers.value, pooling.value)
     for name, value in facts.items():
         if name not in LOGITS:
             typer.echo(f"{name}: {value}", err=True)

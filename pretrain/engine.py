@@ -24,7 +24,8 @@ import yaml
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import locked, read_json, sealed, sweep, write_json, write_text
 from pretrain.core.folders import corpus_of, verify
-from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory
+from pretrain.core.foreign.code import consenting
+from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory, reason
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
@@ -200,12 +201,14 @@ def _run_stage(
     if main or stage.distributed:
         lineage = [_brief(records[before]) for before in item.behind]
         made_by = {"name": name, "stage": stage.stage, "address": item.address, "methods": item.config["methods"]}
+        made_by |= {"code": item.reads["code"]} if "code" in item.reads else {}
         job = Job(
             item.folder, item.inputs, item.seed, name, lambda text: say(f"[{name}] {text}"), lineage, made_by,
             bar=say is not silent, refreshed=item.refreshed, plan=expected, begun=clock,
         )  # fmt: skip
         try:
-            with _noted(item, parts, main), extras_named():
+            consents = stage.consents(item.inputs, item.behind, item.reads.get("code", {}))
+            with _noted(item, parts, main), extras_named(), consenting(consents):
                 result = stage.pointing_to(item.inputs).run(job)
         except Exception as error:
             if (named := _of_stage(item, error)) is None:
@@ -227,6 +230,8 @@ def _of_stage(item: Planned, error: Exception) -> PretrainError | None:
         return type(error)(f"{named}{str(error).removeprefix(named)}")
     if isinstance(error, OSError):
         return PretrainError(f"{named}{error.strerror or error} ({error.filename or item.folder}); run again to go on")
+    if item.stage.trust_remote_code:
+        return PretrainError(f"{named}{reason(error)}; the code of its checkpoint may be at fault")
     return None
 
 

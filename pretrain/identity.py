@@ -30,12 +30,13 @@ from pretrain.core.errors import PretrainError, nearest, steps_of
 from pretrain.core.exchange.gguf_in import origin
 from pretrain.core.files import JSON, SEAL, digest, locked, read_json, sealed, write_json
 from pretrain.core.folders import files_below
+from pretrain.core.foreign.code import digests_of
 from pretrain.core.quick import hub
 from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
 from pretrain.core.system.portable import link_target
 from pretrain.recipe import Recipe
-from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord, read_stage
+from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord, code_changes, read_stage
 from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"
@@ -161,9 +162,13 @@ def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Pat
     except PretrainError as error:
         raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
     config, seed = stage.config(), recipe.seed if stage.seed is None else stage.seed
-    address = digest([_without(config, marks), marks, outside, seed if stage.seeded else None])
+    code = digests_of(stage.trusted_code(planned))
+    parts = [_without(config, marks), marks, outside, seed if stage.seeded else None, *([code] if code else [])]
+    address = digest(parts)
     upstream = tuple(name for name in planned if name in behind)
     reads: Reads = {"inputs": marks, "outside": outside}
+    if code:
+        reads["code"] = code
     return Planned(stage, address, _folder(home, stage, address), inputs, config, upstream, seed, reads, address)
 
 
@@ -357,6 +362,7 @@ def _changes(record: StageRecord, item: Planned) -> list[str]:
     changes += field_changes(before, after)
     if item.stage.seeded and record["seed"] != item.seed:
         changes.append(f"seed changed from {record['seed']} to {item.seed}")
+    changes += code_changes(then, item.reads)
     changes += _input_changes(then["inputs"], now["inputs"], record["inputs"] | item.stage.references())
     if then["outside"] != now["outside"]:
         changes.append("what it reads from outside changed")

@@ -15,6 +15,7 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json_lines
 from pretrain.core.folders import newest_checkpoint
+from pretrain.core.foreign.code import brought, consenting, consenting_to, keep
 from pretrain.core.processors import Processor
 from pretrain.core.system.extras import extras_named
 from pretrain.corpus.sources import Document
@@ -55,15 +56,19 @@ class Trained:
 
 @extras_named()
 def load(
-    place: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None
-) -> tuple[PreTrainedModel, Any]:
+    place: Path | str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, Any]:  # fmt: skip
     """The model (in evaluation mode) and its processor: a tokenizer for a model of text; None where there is none.
 
     `place` is a checkpoint, a stage that wrote one, a run, whose last checkpoint it is, or a run's report. `dtype` is
-    that of the weights, by default the one they are stored in. Raises `PretrainError` for what is missing, damaged, or
+    that of the weights, by default the one they are stored in. `trust_remote_code` lets the code that the checkpoint
+    brings be run, after a warning that says which files it is. Raises `PretrainError` for what is missing, damaged, or
     does not fit its configuration, and for pickled weights, which are never read.
     """
-    return checkpoint.load(newest_checkpoint(place), device=device, dtype=dtype)
+    folder = newest_checkpoint(place)
+    with consenting_to(folder, trust_remote_code):
+        return checkpoint.load(folder, device=device, dtype=dtype)
 
 
 @extras_named()
@@ -102,12 +107,16 @@ def train(
         given |= {"model": dict(model), "tokenizer": work} if isinstance(model, Mapping) else {"init": work}
         if not isinstance(model, Mapping):  # for what is checked by a checkpoint's configuration
             model.config.save_pretrained(work)
+            keep(folder, model, model.config)
+            if brought(model) and (trusted := given.get("trust_remote_code")) is not True:
+                given["trust_remote_code"] = ["init", *(trusted or [])]
         stage = _stage(given | {"corpus": str(corpus)})
         inputs = {place: Path(str(value)) for place, value in stage.references().items()}
         stage = stage.pointing_to(inputs)
         job = Job(folder / "train", inputs, seed=seed, name="train", say=silent, bar=bar)
         trained = stage.new_model(tokenizer, seed) if new else cast("PreTrainedModel", model).float()
-        training, _ = stage.fit(job, trained, tokenizer)
+        with consenting(stage.consents(inputs)):
+            training, _ = stage.fit(job, trained, tokenizer)
         log = read_json_lines(job.folder / "log.jsonl")
     ended = cast("PreTrainedModel", training.model).eval()
     return Trained(ended, tokenizer, dict(training.metrics), dict(training.spent), log)

@@ -234,7 +234,9 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
     for index, entry in enumerate(given):
         stages.append(_stage(entry, index, whole, places, {stage.name: stage.stage for stage in stages}))
         try:
-            stages[-1].check_inputs({stage.name: stage for stage in stages[:-1]})
+            earlier = {stage.name: stage for stage in stages[:-1]}
+            stages[-1].check_trusted(earlier)
+            stages[-1].check_inputs(earlier)
         except PretrainError as error:
             where = _blamed(places, ("stages", index, *error.place), whole)
             raise PretrainError(f"{where}: {'.'.join(map(str, (stages[-1].name, *error.place)))}: {error}") from error

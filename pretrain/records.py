@@ -39,6 +39,16 @@ class Reads(TypedDict):
 
     inputs: Marks
     outside: object
+    code: NotRequired[dict[str, dict[str, str]]]  # that checkpoints bring and the recipe lets run: files by place
+
+
+def code_changes(then: Reads, now: Reads) -> list[str]:
+    """The files of code that are others than those that were consented to for an earlier result."""
+    before, after = then.get("code", {}), now.get("code", {})
+    rows = [(place, name) for place in after if place in before for name in {**before[place], **after[place]}]
+    return [
+        f"code of {place} changed: {name}" for place, name in rows if before[place].get(name) != after[place].get(name)
+    ]
 
 
 class Identity(Reads):

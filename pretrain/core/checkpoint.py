@@ -31,8 +31,9 @@ from pretrain.core.folders import cache_folder, verify
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
+from pretrain.core.foreign.code import brought, consented, keep, needs_consent
 from pretrain.core.foreign.configs import check_config, check_record, unmarked, whole_floats
-from pretrain.core.foreign.models import check_built
+from pretrain.core.foreign.models import check_built, class_of
 from pretrain.core.foreign.parsing import parsing, reason
 from pretrain.core.foreign.weights import headers
 from pretrain.core.method import method_class
@@ -40,7 +41,7 @@ from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import finite, is_narrow
 from pretrain.core.processors import Processor, load_processor, quiet
 from pretrain.core.quick import hub
-from pretrain.core.quick.trust import check_trust, check_whole, code_of, offline
+from pretrain.core.quick.trust import check_trust, check_whole, offline
 from pretrain.core.weights import align
 
 transformers.utils.logging.disable_progress_bar()
@@ -62,6 +63,7 @@ class Record(TypedDict, total=False):
     surgery: list[Entry]
     checksums: dict[str, str]  # of the weights, as releases wrote them that knew no `checksums.json`
     dtype: str  # that it was trained in, where some of its weights are stored in a narrower one
+    code: bool  # whether it is made of code that its origin brought, and is not the same model without
 
 
 class Entry(TypedDict):
@@ -177,10 +179,11 @@ def _write(
             settings.to_json_file(work / "generation_config.json", keys_to_pop=["compile_config"])
     if processor is not None:
         processor.save_pretrained(work)
-    held: dict[str, str] = {}
+    held: Record = {"code": True} if brought(model) is not None else {}
+    keep(work, model, model.config, processor, *vars(processor or model).values())
     if is_narrow(model):  # what opens it in one type shall take the one that it was trained in
-        held = {"dtype": "float32"}
-        write_json(work / "config.json", read_json(work / "config.json") | held)
+        held["dtype"] = "float32"
+        write_json(work / "config.json", read_json(work / "config.json") | {"dtype": "float32"})
     if _foreign(surgery):
         config = read_json(work / "config.json")
         config["model_type"] = f"{FOREIGN}{config['model_type']}: open it with pretrain.load"
@@ -194,7 +197,7 @@ def _write(
             (work / ADAPTER).mkdir(exist_ok=True)
             write_json(work / ADAPTER / "adapter_config.json", adapter[0])
             save_file(adapter[1], work / ADAPTER / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery} | held)
+    write_json(work / RECORD, {"format": FORMAT, "lineage": lineage, "surgery": surgery, **held})
 
 
 def read_record(folder: Path | str) -> Record:
@@ -229,16 +232,19 @@ def load_config(folder: Path | str) -> PreTrainedConfig:
     verify(path.parent, lambda name: name == path.name)
     raw = whole_floats(read_object(path))
     kind = str(raw.pop("model_type", None) or "").removeprefix(FOREIGN).partition(":")[0]
-    if kind not in CONFIG_MAPPING:
+    code = consented(path.parent)
+    made = code.first_of("AutoConfig") if code is not None else None
+    if made is None and kind not in CONFIG_MAPPING:
         way = "" if kind else f"; `pretrain convert {folder} TO` looks at the tensors"
         raise PretrainError(
             f"{path}: model_type {kind!r}{nearest(kind, CONFIG_MAPPING)}: accepted: a type that transformers "
-            f"{transformers.__version__} knows{way}{code_of(folder)}"
+            f"{transformers.__version__} knows{way}{needs_consent(path.parent)}"
         )
     check_config(path, raw)
-    raw.pop("auto_map", None)  # so that what is written from it names no code either
+    if code is None:
+        raw.pop("auto_map", None)  # so that what is written from it names no code either
     with parsing(str(path), f"a configuration of {kind}"), quiet():
-        return CONFIG_MAPPING[kind].from_dict(raw)
+        return cast("type[PreTrainedConfig]", made or CONFIG_MAPPING[kind]).from_dict(raw)
 
 
 class Facts(NamedTuple):
@@ -255,11 +261,14 @@ def inspected(folder: Path) -> Facts:
     check_trust(folder)
     check_whole(folder)
     config, entry = load_config(folder), read_record(folder)
+    if entry.get("code") and consented(folder) is None:
+        words = needs_consent(folder) or f"; {folder / 'config.json'} no longer names it"
+        raise PretrainError(f"{folder / RECORD}: the model is made of code that its checkpoint brings{words}")
     surgery = entry.get("surgery", [])
     files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
     _check(files, entry.get("checksums"))
     verify(folder)
-    model_class = _model_class(folder, config)
+    model_class = class_of(folder, config)
     check_built(folder, model_class, config, headers(files), surgical=bool(surgery))
     return Facts(model_class, config, entry, files)
 
@@ -292,19 +301,6 @@ def load(
             raise PretrainError(f"{folder}: {name} holds NaN or infinity; accepted: finite weights")
     processor = load_processor(folder)
     return align(model.to(device or "cpu")).eval(), processor  # type: ignore[arg-type]  # transformers hides what `to` takes
-
-
-def _model_class(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that `architectures` names; it must be one of transformers', for this type of configuration."""
-    named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
-    named_class = getattr(transformers, str(named), None)
-    is_model = isinstance(named_class, type) and issubclass(named_class, PreTrainedModel)
-    if named_class is None or not is_model or named_class.config_class is not type(config):
-        raise PretrainError(
-            f"{folder / 'config.json'}: architectures {config.architectures!r}: accepted: "
-            f"the class in transformers of a {config.model_type!r} model"
-        )
-    return named_class
 
 
 class _Report(TypedDict):

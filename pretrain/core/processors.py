@@ -2,7 +2,7 @@
 
 Tokenizers, image processors, feature extractors and the processors that hold several of them are `transformers`' own;
 for series of numbers, where it has none, `SeriesProcessor` stands here. `inputs_of` is the one way from documents to
-tensors. Nothing a checkpoint brings is run as code.
+tensors. Code that a checkpoint brings is run only with consent (`core/foreign/code.py`).
 
 Shape letters: B documents, T time steps or samples, C channels.
 """
@@ -38,9 +38,10 @@ from pretrain.core.batch import Document as Document
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_object
 from pretrain.core.folders import verify
+from pretrain.core.foreign.code import consented, needs_consent
 from pretrain.core.foreign.configs import unmarked
 from pretrain.core.foreign.parsing import parsing
-from pretrain.core.quick.trust import check_trust, code_of, offline
+from pretrain.core.quick.trust import check_trust, offline
 from pretrain.core.samples import IMAGES, eight_bits
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ STEP = 16  # tokens are padded to a multiple of it: few shapes, and the work of 
 TOKENIZER_FILES = (
     "tokenizer_config.json", "tokenizer.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model",
 )  # fmt: skip
+PROCESSORS = ("AutoProcessor", "AutoImageProcessor", "AutoFeatureExtractor")  # in an `auto_map`
 PREPROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 
 
@@ -168,9 +170,10 @@ def load_processor(folder: Path | str) -> Processor | None:
         return None
     verify(folder, lambda name: not name.endswith(".safetensors"))
     check_trust(folder)
+    keys = PROCESSORS if present[0].name in PREPROCESSOR_FILES else ("AutoTokenizer",)
     try:
         with quiet(), offline(), unmarked(folder) as place:
-            return _opener(place)(place)
+            return (brought_opener(folder, *keys) or _opener(place))(place)
     except PretrainError:
         raise
     except BaseException as error:  # tokenizers raises plain `Exception`, or panics
@@ -184,7 +187,18 @@ def load_processor(folder: Path | str) -> Processor | None:
 
 
 def _reason(folder: Path, error: BaseException) -> str:
-    return code_of(folder).removeprefix("; ") or " ".join(str(error).split())[:300]
+    return needs_consent(folder, "config.json").removeprefix("; ") or " ".join(str(error).split())[:300]
+
+
+def brought_opener(folder: Path, *keys: str) -> Callable[[Path], Processor] | None:
+    """How what the folder's code has for these keys of `auto_map` is opened; None where nothing is, or may be run."""
+    code = consented(folder)
+    made = code.first_of(*keys) if code is not None else None
+    if made is None:
+        return None
+    if not issubclass(made, KINDS):
+        raise PretrainError(f"{folder}: {made.__name__} of its code is no processor of transformers")
+    return partial(made.from_pretrained, local_files_only=True)
 
 
 def _opener(folder: Path) -> Callable[[Path], Processor]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import cast
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.folders import verify
+from pretrain.core.foreign.code import needs_consent
 from pretrain.core.foreign.configs import unmarked
-from pretrain.core.quick.trust import check_trust, code_of, offline
+from pretrain.core.processors import brought_opener
+from pretrain.core.quick.trust import check_trust, offline
 from pretrain.core.quick.vocabulary import CLS, END, MASK, PAD, SEP, UNKNOWN, special_tokens
 
 ALGORITHMS = ("bpe", "unigram", "bytes")
@@ -99,15 +102,20 @@ def _unigram(texts: Iterable[str], vocab_size: int, special: list[str]) -> Token
 
 
 def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, or of a checkpoint; nothing is fetched, and no code of theirs is run."""
+    """The tokenizer of a folder, or of a checkpoint; nothing is fetched, and its code is run with consent alone."""
     if Path(folder).is_dir():
         verify(Path(folder), lambda name: not name.endswith(".safetensors"))
     check_trust(folder)
     try:
         with offline(), unmarked(Path(folder)) as place:
+            brought = brought_opener(Path(folder), "AutoTokenizer")
+            if brought is not None:
+                return cast("PreTrainedTokenizerBase", brought(place))
             return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+    except PretrainError:
+        raise
     except BaseException as error:
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers
             raise
-        reason = code_of(folder).removeprefix("; ") or " ".join(str(error).split())[:200]
+        reason = needs_consent(Path(folder), "config.json").removeprefix("; ") or " ".join(str(error).split())[:200]
         raise PretrainError(f"no tokenizer can be loaded from {folder}: {reason}") from error

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from pretrain.core.folders import newest_checkpoint
+from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import counted, duration
 from pretrain.inference.measuring import HEADER, ON_ERROR, TEXT, on_error_of
@@ -32,6 +33,7 @@ def predict(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of an answer; by default as it was trained.")
     ] = None,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Label, tag, score or answer the rows of a file with a tuned checkpoint."""
     place = newest_checkpoint(checkpoint)  # what is wrong is said before anything large is imported
@@ -41,7 +43,7 @@ def predict(
 
     check(file, output, force)
     skipped = Skipped() if on_error_of(on_error) == "skip" else None
-    with uncollected():
+    with uncollected(), consenting_to(place, trust_remote_code):
         from pretrain.inference.predict import open_head, predict_file
 
         head = open_head(place, text=text or text_column(place), pair=pair, scores=scores, answer=max_new_tokens)

@@ -11,6 +11,7 @@ import typer
 
 from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.folders import corpus_at, newest_checkpoint
+from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import counted, figure
@@ -53,6 +54,7 @@ def evaluate(
     header: Annotated[bool | None, typer.Option("--header/--no-header", help=HEADER)] = None,
     on_error: Annotated[str, typer.Option(help=ON_ERROR)] = "stop",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
     policy = on_error_of(on_error)
@@ -66,7 +68,7 @@ def evaluate(
         raise unknown("split", split, SPLITS)
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
     placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
-    with uncollected():
+    with uncollected(), consenting_to(place, trust_remote_code):
         from pretrain.core import checkpoint as checkpoints
         from pretrain.stages import evaluate as stage
 

@@ -13,7 +13,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import stage_at, stage_folders
 from pretrain.core.system.portable import link_target
 from pretrain.identity import Planned, field_changes, flat, newest, shortened
-from pretrain.records import StageRecord, Target, read_stage
+from pretrain.records import StageRecord, Target, code_changes, read_stage
 
 
 def targets(item: Planned) -> list[Target]:
@@ -38,18 +38,20 @@ def repointed(item: Planned) -> list[str]:
     last = newest(item)
     before = {(row["place"], row["name"]): row for row in last[1].get("targets", [])} if last else {}
     lines = []
+    if last and not item.finished and (then := last[1].get("identity")):
+        lines += [f"warning: {line} since {last[0].name} was made" for line in code_changes(then, item.reads)]
     for now in targets(item):
-        then = before.get((now["place"], now["name"]))
-        if last is None or then is None or then["address"] == now["address"]:
+        row = before.get((now["place"], now["name"]))
+        if last is None or row is None or row["address"] == now["address"]:
             lines += [] if item.finished else _choice(now)
             continue
-        kept = Path(then["folder"])
+        kept = Path(row["folder"])
         known = _differences(_record(kept), _record(Path(now["folder"])))
         there = (kept / "stage.json").exists()
-        again = f"; {_stable(now['name'], then['address'])} is the earlier one" if there else ", which is gone"
+        again = f"; {_stable(now['name'], row['address'])} is the earlier one" if there else ", which is gone"
         lines.append(
             f"warning: {now['place']} {now['name']} leads to {Path(now['folder']).name} now, and led to "
-            f"{Path(then['folder']).name} when {last[0].name} was made{known}{again}"
+            f"{kept.name} when {last[0].name} was made{known}{again}"
         )
     return lines
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from pathlib import Path
@@ -28,12 +28,14 @@ from pydantic.fields import FieldInfo
 
 from pretrain.core.bounds import Ge, Lt, accepted, check_fields, hints
 from pretrain.core.errors import PretrainError, brief, nearest, steps_of
-from pretrain.core.files import JSONObject, digest
+from pretrain.core.files import JSONObject, digest, read_object
 from pretrain.core.folders import checkpoint_of as checkpoint_of
 from pretrain.core.folders import corpus_of as corpus_of
 from pretrain.core.folders import tokenizer_of as tokenizer_of
+from pretrain.core.foreign.code import ALLOWED, Code, codes_in, consent, digests_of, needs_consent
 from pretrain.core.method import REF, Method, declared_class, is_method, is_ref, of_default
 from pretrain.core.method import Ref as Ref
+from pretrain.core.quick.declared import is_type
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import as_typed, element
@@ -62,6 +64,8 @@ else:
 
 Built = TypeVar("Built", bound="DataclassInstance")
 Record = JSONObject  # JSON: a recipe's fields, a lineage, what a stage answers
+CORPORA = {"corpus", "corpora"}  # references that are no checkpoints
+ORIGINS = ("init", "checkpoint", "tokenizer", "processor")  # of what a stage writes
 Folders = dict[str, Any]  # field -> the folder, or the list of folders, of what it names
 
 
@@ -106,6 +110,8 @@ class Stage(BaseModel, metaclass=_Fielded):
     stage: The kind of stage.
     name: What other stages and `--set` call it.
     seed: Of this stage alone; the recipe's by default.
+    trust_remote_code: Whether the code that the checkpoint it names brings may be run; of several references a list of
+        those that may, `[init, objective.teacher]`.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, frozen=True)
@@ -130,6 +136,7 @@ class Stage(BaseModel, metaclass=_Fielded):
     name: str = ""
     stage: str
     seed: Annotated[int, Ge(0), Lt(1 << 63)] | None = None  # by default the recipe's
+    trust_remote_code: bool | list[str] = False
 
     @model_validator(mode="before")
     @classmethod
@@ -186,6 +193,55 @@ class Stage(BaseModel, metaclass=_Fielded):
             references |= {f"{place}.{name}": value for name, value in method.references().items()}
         return references
 
+    def checkpoints(self) -> dict[str, str]:
+        """The references that are no corpora, one by one: `init`, `models.0`, `objective.teacher`."""
+        named: dict[str, str] = {}
+        for place, value in self.references().items():
+            if not {*place.split(".")} & CORPORA:
+                rows = enumerate(value) if isinstance(value, list) else [("", value)]
+                named |= {f"{place}.{number}".rstrip("."): name for number, name in rows}
+        return named
+
+    def trusted(self) -> dict[str, str]:
+        """Those references to checkpoints whose code may be run; an error where `trust_remote_code` leaves it open."""
+        named, given = self.checkpoints(), self.trust_remote_code
+        wanted = [*named] if given is True else given or []
+        strange = next((place for place in wanted if place not in named), None)
+        if strange is None and (given is not True or len(named) == 1):
+            return {place: named[place] for place in wanted}
+        words = f"a list of those that may be: {', '.join(named)}" if named else "false, since it names no checkpoint"
+        shown = "true" if strange is None else repr(strange)
+        raise PretrainError(f"{shown}: accepted: {words}", place=("trust_remote_code",))
+
+    def trusted_code(self, earlier: Collection[str]) -> dict[str, list[Code]]:
+        """That code by place, of checkpoints that are no stages before this one: those have theirs from elsewhere."""
+        outside = {place: codes_in(located(name)) for place, name in self.trusted().items() if name not in earlier}
+        return {place: codes for place, codes in outside.items() if codes}
+
+    def consents(self, folders: Folders, earlier: Collection[str] = (), known: object = None) -> dict[Path, str]:
+        """The folders whose code may be run, as `consenting` takes them; refuses other code than is `known` of them."""
+        if known is not None and digests_of(self.trusted_code(earlier)) != known:
+            raise PretrainError("code of a checkpoint has changed since this run began; accepted: to run again")
+        lists = {place: value if isinstance(value, list) else [value] for place, value in folders.items()}
+        named = {
+            f"{place}.{number}": Path(folder) for place, each in lists.items() for number, folder in enumerate(each)
+        }
+        chosen = [named.get(place) or named[f"{place}.0"] for place in self.trusted()]
+        return {folder: consent(folder) for folder in chosen}
+
+    def check_trusted(self, earlier: Mapping[str, Stage]) -> None:
+        """Refuse a checkpoint that nothing but its code opens where nobody consents, and code that cannot be run."""
+        trusted = self.trusted()
+        for place, name in trusted.items():
+            if name not in earlier:
+                try:
+                    codes_in(located(name))
+                except PretrainError as error:
+                    raise PretrainError(str(error), place=steps_of(place)) from error
+        for place, name in self.checkpoints().items():
+            if place not in trusted and (words := _code_of(name, earlier)):
+                raise PretrainError(f"{name}: {words}", place=steps_of(place))
+
     def pointing_to(self, folders: Folders) -> Self:
         """The stage with its methods' references replaced by folders, as `references` names them."""
         changed: Record = {}
@@ -225,14 +281,27 @@ class Stage(BaseModel, metaclass=_Fielded):
         return {name: placed.get(name) or declared_class(name) for name in self.methods()}
 
     def config(self) -> Record:
-        """What is hashed: all fields but the name and the neutral ones, and the versions of stage and methods."""
+        """What is hashed: all fields but name, consent and the neutral ones, and the versions of stage and methods."""
         versions = {name: cls.version for name, cls in self.method_classes().items()}
-        fields = self.model_dump(mode="json", exclude={"name", *self.neutral})
+        fields = self.model_dump(mode="json", exclude={"name", "trust_remote_code", *self.neutral})
         return fields | {"version": self.version, "methods": versions}
 
     def progress(self, folder: Path) -> str:
         """From what an interrupted run can go on, as `at step 200`; nothing where it begins again."""
         return ""
+
+
+def _code_of(name: str, earlier: Mapping[str, Stage]) -> str:
+    """What is to be said of a reference that opens by its code alone; empty of any other, and where it is not known."""
+    before = earlier.get(name)
+    if before is None:
+        folder = located(name)
+        place = next((path for path in (folder / "checkpoint", folder) if (path / "config.json").exists()), None)
+        unknown = place is not None and not is_type(read_object(place / "config.json").get("model_type"))
+        return needs_consent(place) if place is not None and unknown else ""
+    origins = [each for place, each in before.trusted().items() if place in ORIGINS]
+    codes = [_code_of(each, earlier) if each in earlier else codes_in(located(each)) for each in origins]
+    return f"it brings the code of {origins[0]}, which {ALLOWED}" if any(codes) else ""
 
 
 def _is_ref(field_info: FieldInfo) -> bool:

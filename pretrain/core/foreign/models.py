@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_object
+from pretrain.core.foreign.code import consented
 from pretrain.core.foreign.configs import check_count, check_layers, check_types
 from pretrain.core.foreign.parsing import reason
 from pretrain.core.foreign.weights import Stored
@@ -37,3 +39,15 @@ def check_built(
     if not surgical:
         kinds = {name: tensor.is_floating_point() for name, tensor in built.state_dict().items()}
         check_types(folder, kinds, stored)
+
+
+def class_of(folder: Path, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that `architectures` names, of transformers or of code that is consented to, for this configuration."""
+    named = config.architectures[0] if isinstance(config.architectures, list) and config.architectures else None
+    code = consented(folder)
+    made: object = code.model_class(str(named)) if code is not None else None
+    made = made or getattr(transformers, str(named), None)
+    if not (isinstance(made, type) and issubclass(made, PreTrainedModel) and made.config_class is type(config)):
+        whose = f"the class in transformers of a {config.model_type!r} model" if code is None else "a class of its code"
+        raise PretrainError(f"{folder / 'config.json'}: architectures {config.architectures!r}: accepted: {whose}")
+    return made

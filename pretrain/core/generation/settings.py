@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -14,6 +15,8 @@ import torch
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import text_of
+from pretrain.core.foreign.code import brought
+from pretrain.core.foreign.parsing import parsing
 from pretrain.core.generation.options import Options, SettingFields
 from pretrain.core.models.families import at
 
@@ -126,9 +129,11 @@ def generate(model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Te
     stopped: dict[str, Any] = {}
     if isinstance(options.stop, StopStrings):
         stopped = {"stop_strings": list(options.stop.strings), "tokenizer": options.stop.tokenizer}
-    tokens_BN: Tensor = at(model, "generate")(
-        input_ids_BL, attention_mask=attention_mask_BL, max_new_tokens=options.max_new_tokens,
-        eos_token_id=sorted(options.ends) or None, pad_token_id=options.pad, do_sample=options.temperature > 0,
-        **sampled, **stopped,
-    )  # fmt: skip
+    runs = parsing(f"{type(model).__name__}.generate", "code that generates") if brought(model) else nullcontext()
+    with runs:
+        tokens_BN: Tensor = at(model, "generate")(
+            input_ids_BL, attention_mask=attention_mask_BL, max_new_tokens=options.max_new_tokens,
+            eos_token_id=sorted(options.ends) or None, pad_token_id=options.pad, do_sample=options.temperature > 0,
+            **sampled, **stopped,
+        )  # fmt: skip
     return tokens_BN

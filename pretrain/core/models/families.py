@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from pretrain.core.batch import Batch, document_mask, exact
 from pretrain.core.batch import additive as additive
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.foreign.code import brought
 from pretrain.core.models.initial import check_task as check_task
 from pretrain.core.models.initial import model_for as model_for
 from pretrain.core.models.initial import new_config as new_config
@@ -46,6 +47,8 @@ _MASKS = ("attention_mask", "decoder_attention_mask", "cross_attention_mask")  #
 def family(model: nn.Module) -> Family:
     """The model's family; of a type that no entry has, what its modules tell."""
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if brought(model):  # whatever type it names
+        return derived(model)
     entry = listed(model_type)
     if entry is None and model_type not in CONFIG_MAPPING:
         raise unknown("model family", model_type, [t for entry in FAMILIES for t in entry.types])
@@ -54,7 +57,7 @@ def family(model: nn.Module) -> Family:
 
 def in_table(model: nn.Module) -> bool:
     """Whether a family of `FAMILIES` describes the model."""
-    return listed(at(model, "config").model_type) is not None
+    return not brought(model) and listed(at(model, "config").model_type) is not None
 
 
 def apart(model: nn.Module) -> bool:
@@ -87,6 +90,11 @@ def blocks(model: nn.Module, side: str = "encoder") -> list[nn.Module]:
     if side not in ("encoder", "decoder"):
         raise unknown("side of the model", side, ("encoder", "decoder"))
     entry = family(model)
+    if brought(model):
+        raise PretrainError(
+            f"model type {at(model, 'config').model_type!r} is made by code of its checkpoint, whose blocks nobody "
+            "describes; accepted: a type of transformers"
+        )
     path = entry.decoder_blocks if side == "decoder" and entry.decoder_blocks else entry.blocks
     if not path:
         raise PretrainError(f"model type {entry.name!r}: no list of blocks in {type(base(model)).__name__}")
@@ -143,6 +151,8 @@ def is_linear(module: nn.Module) -> bool:
 
 def _all_blocks(model: nn.Module) -> list[nn.Module]:
     entry = family(model)
+    if brought(model):
+        return [block for path in (entry.blocks, entry.decoder_blocks) if path for block in at(base(model), path)]
     return blocks(model) + (blocks(model, "decoder") if entry.decoder_blocks else [])
 
 

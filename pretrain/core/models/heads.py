@@ -18,6 +18,7 @@ from transformers import (
 from pretrain.core.batch import Vocabulary
 from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.foreign.code import brought
 from pretrain.core.models.families import base
 from pretrain.core.models.initial import model_for
 
@@ -58,9 +59,12 @@ def with_head(
     """
     if head not in HEADS:
         raise unknown("head", head, HEADS)
-    wanted = HEADS[head]._model_mapping.get(type(model.config), None)
+    code = brought(model)
+    mapped = HEADS[head]._model_mapping
+    wanted = mapped.get(type(model.config), None) if code is None else code.first_of(HEADS[head].__name__)
     if wanted is None:
-        raise PretrainError(f"transformers has no {head} classifier of model type {model.config.model_type!r}")
+        kind, whose = model.config.model_type, "transformers" if code is None else "its code"
+        raise PretrainError(f"{whose} has no {head} classifier of model type {kind!r}")
     if type(model) is wanted and set(labels) <= set(labels_of(model)):
         return model
     config = copy.deepcopy(model.config)
@@ -79,7 +83,7 @@ def with_language_head(model: PreTrainedModel, task: str, *, seed: int = 0) -> P
     The head is new, drawn by `seed`, but for the output layer of a model that ties it to the embeddings. Any other
     model, and one that has no class for the task, comes back as it is.
     """
-    wanted = model_for(model.config, task)
+    wanted = model_for(model.config, task) if brought(model) is None else None
     if wanted is None or type(model) is not model_for(model.config, "base"):
         return model
     made = _moved(model, wanted, copy.deepcopy(model.config), seed)

@@ -143,6 +143,12 @@ def _tree(path: Path) -> ast.Module:
     return ast.parse(path.read_bytes())
 
 
+def is_type(model_type: object) -> bool:
+    """Whether transformers has a model of that type, or it is not known which it has."""
+    known = _types()[0]
+    return not known or model_type in known
+
+
 @cache
 def _types() -> tuple[dict[str, str], dict[str, str]]:
     """The configuration's class, and its module where that has another name, by model type; empty where unknown."""

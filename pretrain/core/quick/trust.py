@@ -1,7 +1,7 @@
-"""What the files of a checkpoint may ask for and are never given: to run code, to read pickles, to fetch anything.
+"""What the files of a checkpoint may ask for and are never given: to fetch anything, to open what lies elsewhere.
 
-`transformers` would do each of these for some file: import what `auto_map` names, fetch and import the kernels of an
-`attn_implementation: org/name`, open another model for an `adapter_config.json` or an `audio_tokenizer`.
+`transformers` would do it for some file: fetch and import the kernels of an `attn_implementation: org/name`, open
+another model for an `adapter_config.json` or an `audio_tokenizer`. Code in the folder itself: `core/foreign/code.py`.
 """
 
 from __future__ import annotations
@@ -47,15 +47,6 @@ def check_whole(folder: Path | str) -> None:
             f"{path}: the folder is an adapter's, of another model; accepted: that model, and the surgery peft_adapter "
             "with this folder"
         )
-
-
-def code_of(folder: Path | str) -> str:
-    """What is to be said besides of a folder that cannot be opened and names code; empty where it names none."""
-    named = [(path.name, str(value)) for path, steps, value in _leaves(Path(folder)) if CODE in steps and value]
-    if not named:
-        return ""
-    modules = dict.fromkeys(f"{word.rpartition('--')[2].partition('.')[0]}.py" for _, word in named)
-    return f"; {named[0][0]} names code, {', '.join(modules)}, and code that a checkpoint brings is never run"
 
 
 def _leaves(folder: Path) -> Iterator[tuple[Path, tuple[str, ...], object]]:

@@ -18,6 +18,7 @@ from pretrain.core.files import JSONObject, read_json
 from pretrain.core.generation.forward import Forward, pads
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows
+from pretrain.core.models.families import family
 from pretrain.decoding import Decoding
 from pretrain.decoding.long_context._sparse_attention import (
     BLOCK,
@@ -74,6 +75,8 @@ class MInference(Decoding):
 
     def of(self, model: PreTrainedModel) -> list[list[Pattern]]:
         """The pattern of each head of each layer."""
+        if family(model).name not in self.families:
+            raise PretrainError(f"{self.name}: family {family(model).name!r}: accepted: {', '.join(self.families)}")
         layers, heads = model.config.num_hidden_layers, model.config.num_attention_heads
         if self.patterns is None:
             return [[Pattern("vertical_slash", (self.vertical, self.slash))] * heads] * layers

@@ -120,6 +120,11 @@ def targets(model: PreTrainedModel, method: str, where: Where, names: Sequence[s
                 f"{method}: {name} is a {type(layer).__name__}: accepted: a plain linear layer; merge first"
             )
         layers[name] = layer
+    if not layers:
+        raise PretrainError(
+            f"{method}: where {where!r}: model type {family(model).name!r} has no such linear layers by a known name; "
+            "accepted: feed_forward, all, or names of layers"
+        )
     return layers
 
 

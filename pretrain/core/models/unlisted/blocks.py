@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from pretrain.core.foreign.code import brought
 from pretrain.core.models.layers import at
 from pretrain.core.models.unlisted.layout import causal
 from pretrain.core.quick.table import Family
@@ -34,6 +35,7 @@ def derived(model: nn.Module) -> Family:
 
 def _derived(model: nn.Module) -> Family:
     inner, kind = getattr(model, "base_model", model), at(model, "config.model_type")
+    kind = f"{kind} of a checkpoint's code" if brought(model) else kind  # which may have taken a name that others have
     stacks = list(_stacks(inner))
     pair = getattr(at(model, "config"), "is_encoder_decoder", False) and len(stacks) > 1
     blocks = stacks[0] if pair or not stacks else max(stacks, key=lambda path: _weights(at(inner, path)))

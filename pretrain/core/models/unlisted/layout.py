@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from pretrain.core.batch import additive, document_mask
 from pretrain.core.errors import PretrainError, warn
+from pretrain.core.foreign.code import brought
 from pretrain.core.models.layers import Arguments, at
 from pretrain.core.models.storage import widened
 
@@ -134,8 +135,11 @@ def _near(a: Tensor, b: Tensor) -> bool:
 
 
 def causal(model: nn.Module) -> bool:
-    """Whether a position sees only those before it, by what `transformers` has of the type and its configuration."""
-    config = at(model, "config")
+    """Whether a position sees only those before it, by what `transformers`, or `auto_map`, has of the type."""
+    config, code = at(model, "config"), brought(model)
+    if code is not None:
+        names = [each.rpartition(".")[2] for each in code.classes.get("AutoModelForCausalLM", ())]
+        return type(model).__name__ in names or bool(getattr(config, "is_decoder", False))
     if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
         if type(config) not in transformers.MODEL_FOR_MASKED_LM_MAPPING:
             return True
