@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-CONFIGURATION = '''from pathlib import Path
+CONFIGURATION = """from pathlib import Path
 
 from transformers import PretrainedConfig
 
@@ -24,8 +24,8 @@ class TinyConfig(PretrainedConfig):
     def __init__(self, vocab_size=64, width=16, num_hidden_layers=2, tie_word_embeddings=False, **more):
         self.vocab_size, self.width, self.num_hidden_layers = vocab_size, width, num_hidden_layers
         super().__init__(tie_word_embeddings=tie_word_embeddings, **more)
-'''
-MODELING = '''import torch
+"""
+MODELING = """import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, CausalLMOutput
@@ -83,7 +83,7 @@ class TinyForCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **more):
         return CausalLMOutput(logits=self.lm_head(self.model(input_ids).last_hidden_state))
-'''
+"""
 MIXING = '''import torch
 from torch import nn
 
@@ -98,7 +98,7 @@ class TinyAttention(nn.Module):
     def forward(self, x):
         return self.proj(x.cumsum(1) / torch.arange(1, x.shape[1] + 1, device=x.device)[:, None])
 '''
-TOKENIZATION = '''from pathlib import Path
+TOKENIZATION = """from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
@@ -109,7 +109,7 @@ with (Path({mark!r})).open("a") as file:
 class TinyTokenizer(PreTrainedTokenizerFast):
     def shout(self, text):
         return self(text.upper(), add_special_tokens=False)["input_ids"]
-'''
+"""
 MAP = {"AutoConfig": "configuration_tiny.TinyConfig", "AutoModelForCausalLM": "modeling_tiny.TinyForCausalLM"}
 WIDTH, BLOCKS = 16, 2
 
@@ -126,7 +126,12 @@ def write(folder: Path, tokenizer: Any, *, seed: int = 0, own_tokenizer: bool = 
     weights = {name: torch.randn(shape) * 0.3 for name, shape in shapes.items()}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     tokenizer.save_pretrained(folder)
-    fields = {"model_type": "tiny_of_its_own", "vocab_size": len(tokenizer), "width": WIDTH, "num_hidden_layers": BLOCKS}
+    fields = {
+        "model_type": "tiny_of_its_own",
+        "vocab_size": len(tokenizer),
+        "width": WIDTH,
+        "num_hidden_layers": BLOCKS,
+    }
     fields |= {"architectures": ["TinyForCausalLM"], "auto_map": MAP}
     (folder / "config.json").write_text(json.dumps(fields))
     (folder / "configuration_tiny.py").write_text(CONFIGURATION.format(mark=str(mark(folder))))

@@ -24,6 +24,7 @@ from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.folders import SUMS
 from pretrain.core.foreign import code as codes
 from pretrain.core.foreign.code import brought, consent, consenting
+from pretrain.core.method import method_class
 from pretrain.core.models.families import blocks, family, in_table, linears
 from pretrain.core.processors import load_processor
 from pretrain.corpus.store import write_corpus
@@ -95,7 +96,7 @@ def logits(model):
 )
 def test_without_consent_nothing_of_it_runs_and_the_field_is_named(folder, run):
     give_tokenizer(folder)
-    named = r"configuration_tiny\.py, modeling_tiny\.py, which is run only with trust_remote_code: true"
+    named = r"configuration_tiny\.py, modeling_tiny\.py, tokenization_tiny\.py, which is run only with trust_remote_code: true"
     with pytest.raises(PretrainError, match=named):
         pretrain.load(folder)
     for load_one in (load_processor, load_tokenizer):
@@ -229,7 +230,9 @@ def test_consent_for_one_lets_no_other_run(folder, made, run, tmp_path):
     both = train(init=str(folder), objective=distil)
     with pytest.raises(PretrainError, match=rf"model\.objective\.teacher: {other}: .*trust_remote_code"):
         run(both | {"trust_remote_code": ["init"]}, check=True)
-    with pytest.raises(PretrainError, match=r"trust_remote_code: true: accepted: a list of those that may be: init, objective.teacher"):
+    with pytest.raises(
+        PretrainError, match=r"trust_remote_code: true: accepted: a list of those that may be: init, objective.teacher"
+    ):
         run(both | {"trust_remote_code": True}, check=True)
     with pytest.raises(PretrainError, match="trust_remote_code: 'teacher': accepted: a list of .*objective.teacher"):
         run(both | {"trust_remote_code": ["teacher"]}, check=True)
@@ -277,7 +280,13 @@ def test_a_tokenizer_of_code_of_its_own(folder, made, run, tmp_path):
     assert tokenizer.shout("ab") == tokenizer("AB", add_special_tokens=False)["input_ids"]
     with consenting({folder: consent(folder)}):
         assert type(load_tokenizer(folder)) is type(load_processor(folder)) is type(tokenizer)
-    new = {"family": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    new = {
+        "family": "llama",
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     stage = train(tokenizer=str(folder), model=new)
     with pytest.raises(PretrainError, match="trust_remote_code"):
         run(stage)
@@ -302,6 +311,7 @@ WRONG = {
     "too large": (custom_model.MAP, {"mixing_tiny.py": "#" * (5 << 20)}, r"mixing_tiny\.py is too large; accepted: a file of at most 4 MiB"),
     "no class": (custom_model.MAP | {"AutoConfig": "configuration_tiny.Other"}, {}, r"configuration_tiny\.py has no class 'Other'"),
     "a package that is not here": (custom_model.MAP, {"mixing_tiny.py": "import no_such_package"}, "its code in modeling_tiny.py: .*no_such_package"),
+    "an end of the program": (custom_model.MAP, {"mixing_tiny.py": "raise SystemExit(0)"}, "its code in modeling_tiny.py: .*it ends the program"),
     "an import of nothing": (custom_model.MAP, {"mixing_tiny.py": "from .nothing import x"}, r"its code in modeling_tiny\.py: .*nothing"),
     "no model": (custom_model.MAP, {"modeling_tiny.py": "class TinyForCausalLM: pass"}, r"architectures \['TinyForCausalLM'\]: accepted: a class of its code"),
     "a kernel": (custom_model.MAP, {"generation_config.json": '{"attn_implementation": "org/kernel"}'}, "kernels of the hub are never fetched or run"),
@@ -349,7 +359,9 @@ def test_code_in_folders_is_followed(folder):
     names = {"parts/mixing.py", "parts/more.py", *FILES}
     assert set(brought(model).files) == names
     checkpoint.save(model, tokenizer, folder.with_name("again"))
-    assert {p.relative_to(folder.with_name("again")).as_posix() for p in folder.with_name("again").rglob("*.py")} == names
+    assert {
+        p.relative_to(folder.with_name("again")).as_posix() for p in folder.with_name("again").rglob("*.py")
+    } == names
     assert torch.equal(logits(opened(folder.with_name("again"))[0]), logits(model))
 
 
@@ -368,30 +380,30 @@ def test_two_files_of_one_name_are_not_mixed(folder, made, tmp_path):
 )
 @pytest.mark.parametrize("kind", ["tiny_of_its_own", "llama"])
 def test_no_family_describes_it(folder, kind):
-    for name, field in (("configuration_tiny.py", f'model_type = "{kind}"'), ("config.json", f'"model_type": "{kind}"')):
+    for name, field in (
+        ("configuration_tiny.py", f'model_type = "{kind}"'),
+        ("config.json", f'"model_type": "{kind}"'),
+    ):
         text = (folder / name).read_text()
         (folder / name).write_text(re.sub(r'"?model_type"? ?[=:] "tiny_of_its_own"', field, text))
     model, tokenizer = opened(folder)
     assert model.config.model_type == kind and type(model).__name__ == "TinyForCausalLM"
     assert not in_table(model) and family(model).causal and family(model).name != kind
-    with pytest.raises(PretrainError, match=f"model type '{kind}' is made by code of its checkpoint, whose blocks nobody"):
+    with pytest.raises(
+        PretrainError, match=f"model type '{kind}' is made by code of its checkpoint, whose blocks nobody"
+    ):
         blocks(model)
     assert len(linears(model)) == 6
     before = logits(model)
-    for name in ("g_stack", "relu2", "spike_no_more", "gptq", "passthrough"):
+    for name in ("g_stack", "relu2", "spike_no_more", "gptq"):
         with pytest.raises(PretrainError) as caught:
-            pretrain.methods.__getattr__(CLASSES[name])()(model, Inputs(tokenizer))
+            method_class(name)()(model, Inputs(tokenizer))
         assert len(str(caught.value).splitlines()) == 1
     assert torch.equal(logits(LoRA(rank=2)(model)), before)
     checkpoint.save(model, tokenizer, folder.with_name("adapted"))
     with pytest.raises(PretrainError, match="trust_remote_code"):
         pretrain.load(folder.with_name("adapted"))
     assert torch.equal(logits(opened(folder.with_name("adapted"))[0]), before)
-
-
-CLASSES = {
-    "g_stack": "GStack", "relu2": "ReLU2", "spike_no_more": "SpikeNoMore", "gptq": "GPTQ", "passthrough": "Passthrough",
-}  # fmt: skip
 
 
 def test_consent_reaches_what_a_stage_has_left_and_no_further(folder, tmp_path):

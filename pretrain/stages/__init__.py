@@ -298,7 +298,7 @@ def _code_of(name: str, earlier: Mapping[str, Stage]) -> str:
         folder = located(name)
         place = next((path for path in (folder / "checkpoint", folder) if (path / "config.json").exists()), None)
         unknown = place is not None and not is_type(read_object(place / "config.json").get("model_type"))
-        return needs_consent(place) if place is not None and unknown else ""
+        return needs_consent(place).removeprefix("; ") if place is not None and unknown else ""
     origins = [each for place, each in before.trusted().items() if place in ORIGINS]
     codes = [_code_of(each, earlier) if each in earlier else codes_in(located(each)) for each in origins]
     return f"it brings the code of {origins[0]}, which {ALLOWED}" if any(codes) else ""

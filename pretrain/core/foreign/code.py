@@ -65,7 +65,10 @@ class Code:
         module, _, name = reference.rpartition(".")
         _sources.setdefault(self.package, self)
         with parsing(f"{self.folder}: its code in {_file_of(module)}", "code that can be imported here"), offline():
-            held = getattr(importlib.import_module(f"{self.package}.{module}"), name, None)
+            try:
+                held = getattr(importlib.import_module(f"{self.package}.{module}"), name, None)
+            except SystemExit as error:  # which would end the command without a word
+                raise ImportError("it ends the program") from error
         if not isinstance(held, type):
             raise PretrainError(f"{self.folder}: {_file_of(module)} has no class {name!r}, which its {CODE} names")
         return held

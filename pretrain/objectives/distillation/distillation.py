@@ -78,8 +78,11 @@ class Distillation(Taught):
     def modules(self, model: nn.Module) -> nn.Module:
         """The teacher, and the projections from the student's width to its."""
         teacher = open_teacher(self.teacher, model, self.name)
+        pairs = self._pairs(model, teacher)
+        if not pairs:  # nor is a width needed, which not every configuration says
+            return Teacher(teacher, nn.ModuleList())
         narrow, wide = (int(at(part, "config").hidden_size) for part in (model, teacher))
-        projections = [nn.Linear(narrow, wide, bias=False) for _ in self._pairs(model, teacher)]
+        projections = [nn.Linear(narrow, wide, bias=False) for _ in pairs]
         for projection in projections:
             if narrow == wide:
                 nn.init.eye_(projection.weight)
