@@ -16,7 +16,7 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation.likelihood.held_out import tokens_of
 from pretrain.experiments.trials import Trial
 from pretrain.recipe import parse
-from pretrain.stages._regime import by_document
+from pretrain.report.regime import by_document
 
 EVALUATE = {
     "stage": "evaluate", "name": "evaluation", "checkpoint": "model", "corpus": "corpus", "compressors": False,

@@ -76,7 +76,7 @@ class Trial:
         return outcome | {"wall": time.perf_counter() - begun}
 
     def _outcome(self) -> Outcome:
-        from pretrain.stages._regime import by_document, regime
+        from pretrain.report.regime import by_document, regime
 
         recipe = copy.deepcopy(self.recipe)
         names = [stage.get("name", stage.get("stage")) for stage in recipe["stages"]]

@@ -236,7 +236,7 @@ def with_bigrams(page: Page, folder: Path) -> None:
     if not judged:
         return
     from pretrain.recipe import load, whole
-    from pretrain.stages._regime import line_of
+    from pretrain.report.regime import line_of
 
     try:
         stages = {stage.name: stage for stage in whole(load(folder / "recipe.yaml", [], folder)).stages}
