@@ -10,6 +10,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.exchange import gguf_out, onnx_out, peft_out, sentences_out
 from pretrain.core.exchange.task import Export
 from pretrain.core.files import JSONObject, atomic_folder
+from pretrain.core.foreign.code import brought
 
 NUMBERS, POOLINGS = ("f32", "f16", "bf16", "q8_0"), ("mean", "cls", "lasttoken")
 Writer = Callable[[Export, Path], JSONObject]  # writes into a folder, reads it back, and tells what it has compared
@@ -17,6 +18,7 @@ WRITERS: dict[str, Writer] = {
     "gguf": gguf_out.write, "onnx": onnx_out.write, "sentence-transformers": sentences_out.write,
     "peft": peft_out.write,
 }  # fmt: skip
+ANY = ("onnx", "peft")  # formats that ask nothing of a model's type
 ADAPTED = ("peft",)  # formats that take what plain transformers cannot open
 
 
@@ -36,6 +38,11 @@ def export(source: Path, target: Path, to: str, numbers: str = "f16", pooling: s
         raise PretrainError(
             f"{source}: {foreign[-1]} has put in what {to} cannot hold; accepted: a checkpoint that transformers opens "
             "(adapters are folded in by the surgery merge_adapters)"
+        )
+    if brought(model) is not None and to not in ANY:
+        raise PretrainError(
+            f"{source}: {to} knows models of transformers, and this is made of code that its checkpoint brings; "
+            f"accepted: {', '.join(ANY)}"
         )
     with atomic_folder(target) as work:
         facts = WRITERS[to](Export(model, processor, source, numbers, pooling), work)
