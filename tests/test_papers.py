@@ -281,7 +281,7 @@ def lineage(folder: Path) -> list[str]:
 def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
-        "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning",
+        "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -347,6 +347,25 @@ def test_the_curation_recipe_filters_tunes_corrects_and_compares(tmp_path):
     ]  # fmt: skip
     (counts,) = reports["filtered"][1]["documents"].values()
     assert 0.4 * counts["before"] <= counts["after"] < counts["before"]
+
+
+def test_a_model_with_codebooks_is_measured_beside_one_without_read_and_steered(tmp_path, text):
+    settings = [
+        *data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("general"),
+        *short("general", "with", "without"), "coded.length=64", "coded.calibration_rows=8", "with_evaluation.max_documents=9",
+        "coded.surgeries=[{method: codebook_features, codes: 30, k: 3}]", "steered.method.codes=['0.feed_forward:0']",
+        "steered.max_new_tokens=4", "without_evaluation.max_documents=9",
+    ]  # fmt: skip
+    found = finite(
+        engine.run(load(ROOT / "recipes/papers/codebook-features.yaml", settings, tmp_path), say=lambda text: None)
+    )
+    assert 0 < found["coded"]["code_error"] < 1
+    log = [json.loads(line) for line in next(tmp_path.rglob("with/log.jsonl")).read_text().splitlines()]
+    assert any(row.get("parts", {}).keys() >= {"lm", "reconstruction"} for row in log), log[:3]
+    assert found["with_evaluation"]["codes"] == 3 * 30 and "loss" in found["without_evaluation"]
+    listed = json.loads(next(tmp_path.rglob("with_evaluation/codes.json")).read_text())["code_activations"]
+    assert {row["code"].partition(":")[0] for row in listed} == {"0.attention.0", "0.attention.1", "0.feed_forward"}
+    assert lineage(next(tmp_path.rglob("with/checkpoint")).parent)[-2:] == ["general", "coded"]
 
 
 def test_the_recipes_mix_domains_as_their_papers_do():
