@@ -16,7 +16,6 @@ import torch
 from closeness import autocast_rounding, products
 from examples_training import FITTED, declared, names, reread, trainable, undeclared
 from gradient_cases import build
-from pydantic import ValidationError
 from test_training import small
 
 from pretrain.core.errors import PretrainError
@@ -88,5 +87,5 @@ def test_a_family_that_it_does_not_declare_is_refused_as_the_recipe_is_read(usua
 def test_a_checkpoint_of_another_family_is_refused_before_training(tiny, prepared, tmp_path):
     with pytest.raises(PretrainError, match="electra: model family 'llama': accepted: bert"):
         small(prepared, tiny, tmp_path, objective=Electra())
-    with pytest.raises(ValidationError, match="causal_lm: model family 't5': accepted: causal"):
+    with pytest.raises(PretrainError, match="causal_lm: model family 't5': accepted: causal"):
         Train(corpus="c", tokenizer="t", budget={"steps": 1}, model={"family": "t5"}, objective={"method": "deft", "objective": "causal_lm"})  # fmt: skip

@@ -16,7 +16,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from pretrain.core import checkpoint
 from pretrain.core.encoding import encode
@@ -221,7 +220,7 @@ def test_the_stage_gives_evaluations_the_columns_that_they_ask_for(tiny, prepare
     said: list[str] = []
     metrics = stage.run(Job(tmp_path, inputs, say=said.append))["metrics"]
     assert {"probe_accuracy", "probe_majority", "mrr@10", "retrieval_skipped"} <= set(metrics) and "mrr@10" in said[0]
-    with pytest.raises(ValidationError, match="accepted: each method once"):
+    with pytest.raises(PretrainError, match="accepted: each method once"):
         Evaluate(checkpoint="c", corpus="d", evaluations=["held_out", "held_out"])
     wrong = Evaluate(checkpoint="c", corpus="d", evaluations=[{"method": "probe", "label": "colour"}])
     with pytest.raises(PretrainError, match="label 'colour' has 0 values"):
@@ -281,7 +280,7 @@ def test_what_a_held_out_prompt_is(texts, cut):
 
 
 def test_a_decode_stage_without_anything_to_continue_is_refused():
-    with pytest.raises(ValidationError, match="at least one, or a corpus"):
+    with pytest.raises(PretrainError, match="at least one, or a corpus"):
         Decode(checkpoint="c")
 
 
@@ -317,7 +316,7 @@ def test_a_method_is_given_the_temperature_or_refuses_it(tiny, prepared):
     assert sample["tokens"] == 3 and sample["method"] == "echo"
     Decode(**ours, temperature=0.0, top_p=1.0)
     for more in ({"temperature": 0.8}, {"top_p": 0.9}):
-        with pytest.raises(ValidationError, match="'echo' does not sample; accepted: temperature 0 and no top_p"):
+        with pytest.raises(PretrainError, match="'echo' does not sample; accepted: temperature 0 and no top_p"):
             Decode(**ours, **more)
         with pytest.raises(PretrainError, match="'echo' does not sample"):
             continue_prompt(model, tokenizer, "a", method=Echo(), **more)

@@ -12,7 +12,6 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from gradient_cases import CUTS, all_cases, build, distance
-from pydantic import ValidationError
 from test_training import small
 
 from pretrain.core.batch import Example, counts
@@ -129,7 +128,7 @@ def test_weights_of_tokens_that_an_objective_would_not_follow_are_refused_before
 
 def test_a_recipe_with_such_a_pair_is_refused_as_it_is_read() -> None:
     fields = {"corpus": "c", "tokenizer": "t", "budget": {"steps": 1}}
-    with pytest.raises(ValidationError, match="'toremi' weighs tokens, which not every term of the loss of 'electra'"):
+    with pytest.raises(PretrainError, match="'toremi' weighs tokens, which not every term of the loss of 'electra'"):
         Train(**fields, model={"family": "bert"}, objective="electra", policies=["toremi"])
 
 

@@ -6,9 +6,9 @@ import json
 from dataclasses import dataclass
 
 import pytest
-from pydantic import ValidationError
 
 from pretrain.core.batch import Vocabulary
+from pretrain.core.errors import PretrainError
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives.language.causal_lm import CausalLM
@@ -79,5 +79,5 @@ def test_what_a_stage_accepts_and_keeps_of_it():
         kept = Train(**STAGE, evaluate_every=value).model_dump(mode="json")["evaluate_every"]
         assert json.dumps(kept) == json.dumps(value)  # a whole number stays one: addresses of before hold
     for value in (-1, 1.5, -0.1):
-        with pytest.raises(ValidationError, match="evaluate_every"):
+        with pytest.raises(PretrainError, match="evaluate_every"):
             Train(**STAGE, evaluate_every=value)

@@ -34,7 +34,7 @@ def test_versions_of_inner_methods_are_part_of_the_address_and_code_is_not(tmp_p
 
 def test_other_code_is_told_once_and_reruns_nothing(tmp_path, edited, monkeypatch):
     assert "[a] done in 0.0 s" in go(tmp_path)
-    edited("core/method.py", "class Method:", "class Method:  # a comment")
+    edited("core/method.py", "class Method(metaclass=Fielded):", "class Method(metaclass=Fielded):  # a comment")
     assert go(tmp_path) == ["[a] already done", "[b] already done", "[c] already done"] and RUNS == []
     edited("core/method.py", "version: ClassVar[int] = 1", "version: ClassVar[int] = 7")
     other = "made with other code: pretrain/core/method.py changed; going on with what is there"

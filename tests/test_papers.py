@@ -281,7 +281,7 @@ def lineage(folder: Path) -> list[str]:
 def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
-        "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features",
+        "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -366,6 +366,21 @@ def test_a_model_with_codebooks_is_measured_beside_one_without_read_and_steered(
     listed = json.loads(next(tmp_path.rglob("with_evaluation/codes.json")).read_text())["code_activations"]
     assert {row["code"].partition(":")[0] for row in listed} == {"0.attention.0", "0.attention.1", "0.feed_forward"}
     assert lineage(next(tmp_path.rglob("with/checkpoint")).parent)[-2:] == ["general", "coded"]
+
+
+def test_a_binary_encoder_is_pretrained_from_its_teacher_and_measured_beside_it(tmp_path, text):
+    settings = [
+        *data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("teacher"),
+        *short("teacher", "pretrained"), "binary.length=64",
+        *(f"of_{stage}.evaluations=[{{method: probe, label: domain}}]" for stage in ("teacher", "binary", "pretrained")),
+    ]  # fmt: skip
+    found = finite(
+        engine.run(load(ROOT / "recipes/papers/binary-encoder.yaml", settings, tmp_path), say=lambda text: None)
+    )
+    assert {"probe_accuracy", "probe_loss"} <= found["of_binary"].keys() == found["of_pretrained"].keys()
+    log = [json.loads(line) for line in next(tmp_path.rglob("pretrained/log.jsonl")).read_text().splitlines()]
+    assert any(row.get("parts", {}).get("features", 0) > 0 for row in log), log[:3]
+    assert lineage(next(tmp_path.rglob("pretrained/checkpoint")).parent)[-2:] == ["teacher", "binary"]
 
 
 def test_the_recipes_mix_domains_as_their_papers_do():

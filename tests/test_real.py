@@ -235,6 +235,7 @@ OTHERS = ("speculative_decoding", "proxy_tuning", "latent_deliberation")  # whic
 LOSSLESS = {  # the settings with which a method gives what plain decoding gives
     "plain": {},
     "aded": {},
+    "code_steering": {},
     "prompt_lookup": {},
     "token_recycling": {},
     "prepacking": {},

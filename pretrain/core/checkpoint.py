@@ -134,6 +134,8 @@ def recorded(entry: Entry) -> Recorded:
     config |= {name: ("",) for name in many if config.get(name) == ""}  # as references were blanked in older files
     try:
         return cls(**config)
+    except PretrainError as error:
+        raise PretrainError(f"recorded surgery {entry['method']!r}: {error}") from error
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError) as error:
         raise PretrainError(f"recorded surgery {entry['method']!r}: {reason(error)}") from error
 

@@ -57,7 +57,7 @@ class Diverged(PretrainError):
     """A training whose loss or gradient is no number any more, step after step."""
 
 
-# Words for one thing, in transformers, other trainers and here: of the accepted ones the first of a row is guessed.
+# Words for one thing, in transformers and other trainers: of the accepted ones the first of a row is guessed.
 SYNONYMS = (
     ("n_embd", "hidden_size", "d_model", "width", "embed_dim", "hidden_dim", "model_dim"),
     ("n_layer", "num_hidden_layers", "num_layers", "n_layers", "depth", "encoder_layers"),
@@ -76,16 +76,19 @@ SYNONYMS = (
     ("micro_rows", "micro_batch_size", "gradient_accumulation_steps", "accumulate"),
     ("budget", "max_steps", "num_train_epochs", "epochs", "steps", "duration"),
     ("evaluate_every", "eval_steps", "eval_every", "validate_every"),
-    ("objective", "loss", "criterion"),
-    ("schedule", "scheduler", "lr_scheduler", "lr_scheduler_type"),
-    ("policies", "callbacks"),
-    ("operations", "filters", "transforms", "processing"),
     ("init", "checkpoint", "pretrained", "from_pretrained", "model_name_or_path"),
     ("rank", "r", "lora_r"),
     ("alpha", "lora_alpha", "scaling"),
     ("files", "path", "folder", "directory", "text", "glob"),
     ("text", "column", "text_column", "content", "field"),
     ("domain", "language", "category"),
+)
+# What is called so here, and other words from which it is guessed.
+MEANT = (
+    ("objective", "loss", "criterion"),
+    ("schedule", "scheduler", "lr_scheduler", "lr_scheduler_type"),
+    ("policies", "callbacks"),
+    ("operations", "filters", "transforms", "processing"),
     ("data", "corpus", "dataset", "prepare", "preprocess"),
     ("train", "pretrain", "finetune", "fine_tune", "tune", "continue", "fit"),
     ("surgery", "quantize", "prune", "grow", "merge", "adapt", "lora", "compress", "expand"),
@@ -105,8 +108,9 @@ def nearest(word: str, accepted: Iterable[str], cutoff: float = 0.6) -> str:
     """
     given, words = str(word), {plain(each): each for each in reversed(list(accepted))}
     same = {stem(each): each for each in words}.get(stem(given))
-    row = next((row for row in SYNONYMS if stem(given) in map(stem, row) and not words.keys().isdisjoint(row)), ())
-    close = [same] if same else [each for each in row if each in words][:1]
+    meant = [each for row in SYNONYMS if stem(given) in map(stem, row) for each in row if each in words]
+    meant += [row[0] for row in MEANT if stem(given) in map(stem, row[1:]) and row[0] in words]
+    close = [same] if same else meant[:1]
     close = close or difflib.get_close_matches(plain(given), words, n=1, cutoff=cutoff)
     return f" (did you mean {words[close[0]]!r}?)" if close else ""
 

@@ -25,7 +25,8 @@ from pretrain.records import PARTS, StageRecord, read_stage, run_status, statuse
 RUNS, USERS, REMOVED = Path("runs"), ".runs", ".tmp-removed-"
 RESULT = re.compile(r"[\w-]+-[0-9a-f]{12}")  # KIND-ADDRESS, or NAME-ADDRESS of earlier versions
 WRITTEN = re.compile(  # what a run or a comparison that was stopped early has left, and what systems leave in folders
-    r"\.lock|\.runs|\.tmp.*|\.DS_Store|recipe\.yaml|CACHEDIR\.TAG|ladder|stages|seed-\d+|comparison\..*"
+    r"\..*lock|\.runs|\.tmp.*|\.DS_Store|recipe\.yaml|(generations|plan)\.json|CACHEDIR\.TAG|ladder|stages|seed-\d+|"
+    r"comparison\..*"
 )
 SHOWN = 3  # names of such files that an error gives
 ADDRESS = re.compile(r"@([0-9a-f]{1,64})|-([0-9a-f]{12})\b")  # as recipes name a result
