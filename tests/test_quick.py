@@ -66,7 +66,7 @@ def test_a_plan_and_its_reasons_are_told_at_once_and_without_torch(name, tmp_pat
     arguments = ["run", ROOT / "recipes" / f"{name}.yaml", "--output", tmp_path / "run", "--dry-run", "--why"]
     done, imported, seconds = command(*arguments)
     assert done.returncode == 0 and "never run" in done.stdout and imported == [], done.stderr
-    assert seconds < 2
+    assert seconds < 5 * libraries()  # 3.1 to 3.5 times
 
 
 def test_stages_have_the_same_address_and_code_with_torch_and_without(tmp_path):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import pytest
+from processor import libraries
 from test_quick import command
 from typer.testing import CliRunner
 
@@ -348,7 +349,7 @@ def test_the_commands_need_no_torch():
     run("more", model={"value": 2})
     for words in (["list"], ["show", "runs/base"], ["compare", "runs/base", "runs/more"], ["clean", "runs/base"]):
         done, imported, seconds = command("runs", *words)
-        assert done.returncode == 0 and imported == [] and seconds < 1.5, done.stderr
+        assert done.returncode == 0 and imported == [] and seconds < 4 * libraries(), done.stderr  # 1.2 to 2
 
 
 def test_a_killed_removal_is_finished_by_the_next(monkeypatch):
