@@ -172,8 +172,8 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
         typer.echo(f"note: {line}")
     for line in [*odd, *warnings(expected)]:
         typer.echo(f"warning: {line}")
-    check_ends(recipe, expected)
     check_fits(expected)
+    check_ends(recipe, expected)
 
 
 def _cells(guess: Estimate) -> tuple[str, ...]:

@@ -88,8 +88,8 @@ def run(
             odd = check_documents(recipe, planned)
             expected = forecast(planned)
             estimates = {each.item.stage.name: each.estimate for each in expected if each.to_run}
-            check_ends(recipe, expected)
             check_fits(expected)
+            check_ends(recipe, expected)
             for line in warnings(expected, note=True):
                 say(f"note: {line}")
             for line in [*odd, *warnings(expected)]:

@@ -123,7 +123,7 @@ def check_ends(recipe: Recipe, forecasts: Sequence[Forecast]) -> None:
             seconds = max(seconds, plan.seconds / processes())
         if seconds > LONGEST:
             error = endless(stage.budget, seconds)
-            raise PretrainError(f"{recipe.at(stage, error.place)}: {stage.name}.{error}")
+            raise PretrainError(f"{recipe.at(stage, error.place)}: {error}")
 
 
 def check_fits(forecasts: Sequence[Forecast]) -> None:

@@ -451,6 +451,11 @@ def test_a_prompts_own_columns_are_read_and_one_that_is_missing_is_told(answerin
         predict(answering, path)
 
 
+def test_a_second_text_is_refused_of_a_model_that_was_trained_on_single_ones(answering):
+    with pytest.raises(PretrainError, match="--pair other: .* was trained on single texts; accepted: no --pair"):
+        pretrain.predict(answering, [{"text": "a", "other": "b"}], pair="other")
+
+
 def test_a_masked_model_is_told_what_to_ask_for(places, tmp_path):
     path = write_rows(tmp_path / "in.jsonl", [{"text": "a b c"}])
     with pytest.raises(PretrainError, match=r"BertForMaskedLM: no evaluation is chosen .*accepted: --evaluation"):

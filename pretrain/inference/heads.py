@@ -95,6 +95,8 @@ def head_of(
         Vocabulary.of(tokenizer), length, np.random.default_rng(0), encoder=Encoder(tokenizer),
         labels=labels_of(model), predicting=True,
     )  # fmt: skip
+    if pair and objective is not None and not getattr(objective, "pair", None):
+        raise PretrainError(f"--pair {pair}: {folder} was trained on single texts; accepted: no --pair")
     pair = pair or getattr(objective, "pair", None)
     trained = objective.answer if isinstance(objective, Seq2Seq) else ANSWER
     if model.config.pad_token_id is None:  # by which a causal model finds a text's last token
