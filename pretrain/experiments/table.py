@@ -20,8 +20,8 @@ does not beat them, or has read less than a token a weight, is "under-trained", 
 nothing. "Not reproduced" is said of these scales. Rows of the earlier protocol (three seeds, ranges as given, models of
 under one token a weight) are "superseded". A verdict stands once it is decided, whatever later runs tell of the noise.
 [The page](claims.html) has the curves; `pretrain claim run NAME --scale cpu` runs what is not recorded yet, and
-`pretrain claim table` makes this file from `claims/results/`. To repeat a row, take its file there and the runs in
-`claims/outcomes/` away.
+`pretrain claim table` makes this file from `claims/results/`. To repeat a row, take its file there, the runs in
+`claims/outcomes/` and the queue's `--output` away.
 
 """
 COLUMNS = (

@@ -173,9 +173,8 @@ def quoted(word: str) -> str:
 def _corpus(asked: Asked) -> str:
     look, table = asked.look, asked.look.table
     held = stages.NOT_HELD
-    if (
-        asked.init is not None and asked.init.held and table is None
-    ):  # the same documents as there, since a hash of each decides
+    if asked.init is not None and asked.init.held and table is None:
+        # The same documents as there, since a hash of each decides.
         validation, test = (f"{share:g}" for share in asked.init.held)
         held = written(stages.HELD_AS, validation=validation, test=test, run=asked.init.name)
     elif look.share:

@@ -91,6 +91,22 @@ def piece_features(
     return text_features(model, texts, framing, pooling=pooling, layer=layer)
 
 
+def framed(
+    method: str, model: nn.Module, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], length: int
+) -> list[tuple[list[int], str]]:
+    """The model's input for each document that has text, at most `length` tokens from its middle, and its domain.
+
+    Raises `PretrainError` of the evaluation `method` where none has.
+    """
+    framing = Framing(model, Vocabulary.of(tokenizer), length)
+    pieces = [middle(ids, framing.length) for ids in encode(tokenizer, [d["text"] for d in documents])]
+    pairs = zip(pieces, documents, strict=True)
+    rows = [(framing.frame(piece), str(document.get("domain") or "")) for piece, document in pairs if len(piece)]
+    if not rows:
+        raise PretrainError(f"{method}: no document has text: accepted: at least one")
+    return rows
+
+
 def middle(tokens: NDArray[N], length: int) -> NDArray[N]:
     """At most `length` tokens from the middle."""
     start = max(0, (len(tokens) - length) // 2)

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from pretrain.core.batch import Vocabulary
 from pretrain.core.bounds import Count, NonNegative
-from pretrain.core.encoding import encode
-from pretrain.core.errors import PretrainError
 from pretrain.core.models.density import activations
 from pretrain.core.models.families import base, family
-from pretrain.core.models.features import Framing, evaluating, middle
+from pretrain.core.models.features import evaluating, framed
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -49,15 +46,7 @@ class ActivationDensity(Evaluation):
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]
     ) -> Measured:
         """The shares, over all tokens and by domain."""
-        framing = Framing(model, Vocabulary.of(tokenizer), self.length)
-        pieces = [middle(ids, framing.length) for ids in encode(tokenizer, [d["text"] for d in documents])]
-        kept = [
-            (framing.frame(piece), d.get("domain") or "")
-            for piece, d in zip(pieces, documents, strict=True)
-            if len(piece)
-        ]
-        if not kept:
-            raise PretrainError("activation_density: no document has text: accepted: at least one")
+        kept = framed(self.name, model, tokenizer, documents, self.length)
         kept.sort(key=lambda row: len(row[0]))
         counts: dict[str, list[torch.Tensor]] = {}  # of each domain, [active by block …, tokens] of each document
         with evaluating(model):

@@ -13,13 +13,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from pretrain.core.batch import Vocabulary
 from pretrain.core.bounds import Count, Whole
-from pretrain.core.encoding import encode, text_of
-from pretrain.core.errors import PretrainError
+from pretrain.core.encoding import text_of
 from pretrain.core.models.discrete.codebooks import Place, coded, fired
 from pretrain.core.models.families import base
-from pretrain.core.models.features import Framing, evaluating, middle
+from pretrain.core.models.features import evaluating, framed
 from pretrain.evaluation import Evaluation, Measured
 
 if TYPE_CHECKING:
@@ -53,6 +51,8 @@ class CodeActivations(Evaluation):
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
 
+    cut: ClassVar[bool] = True
+
     length: Count = 128
     batch: Count = 16
     least: Count = 10
@@ -65,15 +65,7 @@ class CodeActivations(Evaluation):
     ) -> Measured:
         """The shares over all tokens, and the list of codes."""
         places = coded(self.name, model)
-        framing = Framing(model, Vocabulary.of(tokenizer), self.length)
-        pieces = [middle(ids, framing.length) for ids in encode(tokenizer, [d["text"] for d in documents])]
-        kept = [
-            (framing.frame(piece), str(d.get("domain") or ""))
-            for piece, d in zip(pieces, documents, strict=True)
-            if len(piece)
-        ]
-        if not kept:
-            raise PretrainError("code_activations: no document has text: accepted: at least one")
+        kept = framed(self.name, model, tokenizer, documents, self.length)
         domains = sorted({domain for _, domain in kept})
         rows, number_B = [ids for ids, _ in kept], np.array([domains.index(domain) for _, domain in kept])
         fires = {

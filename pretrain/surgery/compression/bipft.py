@@ -97,10 +97,7 @@ class BinaryEmbedding(nn.Embedding):
     @staticmethod
     def of(layer: nn.Embedding) -> BinaryEmbedding:
         """In the place of `layer`, whose weight it keeps: a head that is tied to it goes on using that."""
-        made = BinaryEmbedding(1, 1, device="meta")
-        made.num_embeddings, made.embedding_dim, made.padding_idx = (
-            layer.num_embeddings, layer.embedding_dim, layer.padding_idx,
-        )  # fmt: skip
+        made = BinaryEmbedding.from_pretrained(layer.weight, padding_idx=layer.padding_idx)
         made.weight = layer.weight
         return made
 
