@@ -3,6 +3,8 @@ VENV := .venv
 TORCH ?= torch==2.13.0
 # Only errors are worth reading here; and what is never imported needs no bytecode, which takes a third of the time.
 PIP := $(VENV)/bin/python -m pip install -qq --no-compile
+# What is imported is compiled once and kept: without, each start compiles torch and transformers anew.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart test test-processes test-claims test-bits lint docs gpu clean
 

@@ -97,7 +97,7 @@ class BinaryEmbedding(nn.Embedding):
     @staticmethod
     def of(layer: nn.Embedding) -> BinaryEmbedding:
         """In the place of `layer`, whose weight it keeps: a head that is tied to it goes on using that."""
-        made = BinaryEmbedding.from_pretrained(layer.weight, padding_idx=layer.padding_idx)
+        made = BinaryEmbedding(layer.num_embeddings, layer.embedding_dim, layer.padding_idx, device="meta")
         made.weight = layer.weight
         return made
 
