@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file
 from training_job import parts
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.meter import Meter, count_flops
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
@@ -232,6 +233,35 @@ def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path, prepared, u
         data = (path / "rank-00000.safetensors").read_bytes()
         (path / "rank-00000.safetensors").write_bytes(data[:-9])
     assert state.newest(tmp_path / "state").name == "step-000000009"
+
+
+@pytest.mark.promise(
+    "Faults",
+    "What the log of a training told before an interrupt is checked when it goes on; a log that is damaged or gone is named, kept beside the new one, and drawn in no curve.",
+)
+@pytest.mark.parametrize("damaged", ["a digit", "the end", "all"])
+def test_a_log_that_was_changed_while_training_stood_still_is_set_aside(tiny, prepared, tmp_path, damaged):
+    def go(steps):
+        small(prepared, tiny, tmp_path, settings=Settings(budget=Budget(steps=steps), save_every=2, bar=False))
+
+    go(4)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PretrainWarning)
+        go(6)
+    assert [row["step"] for row in log(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    path = tmp_path / "log.jsonl"
+    before = path.read_text()
+    if damaged == "all":
+        path.unlink()
+    else:
+        at = before.index('"loss": ') + 8
+        path.write_text(before[:at] + "9" + before[at + 1 :] if damaged == "a digit" else before[: len(before) // 2])
+    with pytest.warns(
+        PretrainWarning, match=r"log\.jsonl is (damaged, it is kept as log\.damaged\.jsonl|gone): training"
+    ):
+        go(8)
+    assert [row["step"] for row in log(tmp_path)] == [7, 8]
+    assert (tmp_path / "log.damaged.jsonl").exists() == (damaged != "all")
 
 
 @pytest.mark.processes

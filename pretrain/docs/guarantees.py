@@ -55,9 +55,9 @@ SECTIONS = (
         "of a recipe of all kinds of stages and damages their files: 20 kills and 60 damages in every run "
         "of the tests, 200 and 500 with `-m long`.",
         after="What nothing reads is not looked at: a damaged checkpoint of a finished stage is found when it is "
-        "opened, not by a run that has no need of it. The log of a training that is interrupted has no "
-        "checksum, and a folder whose `checksums.json` is gone is taken as one from elsewhere, of which "
-        "nothing is known.",
+        "opened, not by a run that has no need of it. The log of a training that stands still is checked "
+        "when the training goes on, and not by a report before. A folder whose `checksums.json` is gone is "
+        "taken as one from elsewhere, of which nothing is known.",
     ),
     Section("Trust"),
     Section(

@@ -28,6 +28,7 @@ from pretrain.training.distributed import World
 from pretrain.training.guard import Guard
 from pretrain.training.interrupts import Interrupts
 from pretrain.training.loader import Loader
+from pretrain.training.log import noted, set_aside
 
 KEPT = ("preparing", "timed", "opening", "measuring", "measured", "unmeasured", "rates")  # states of before lack some
 
@@ -196,6 +197,7 @@ class Training:
         record = {name: getattr(self, name) for name in names} | {"meter": self.meter.counts}
         record |= {"elapsed": self.elapsed, "loader": self.loader.state(), "seed": self.settings.seed}
         record |= {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
+        record |= {"log": noted(self.folder / "log.jsonl")}
         states.save(
             self.folder / "state",
             self.step,
@@ -218,6 +220,8 @@ class Training:
                 warn(f"{logged} tells of step {rows[-1].get('step')}, and no state is there: training begins again")
             return
         record, policies = states.load(path, self.trainee, self.optimizer)
+        if self.world.main:
+            set_aside(self.folder / "log.jsonl", record.get("log"))
         self.step, self.tokens, self.seconds = record["step"], record["tokens"], record["seconds"]
         self.flops, self.metrics = record["flops"], record["metrics"]
         self.dense_flops = record.get("dense_flops", self.flops)
