@@ -25,7 +25,7 @@ from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import locked, read_json, sealed, sweep, write_json, write_text
 from pretrain.core.folders import corpus_of, verify
 from pretrain.core.foreign.code import consenting
-from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory, reason
+from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory, reason, wanted_for
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
@@ -225,7 +225,9 @@ def _of_stage(item: Planned, error: Exception) -> PretrainError | None:
     """An error of a stage, its files or the machine as one that names the stage; None of any other."""
     named = f"stage {item.stage.name!r}: "
     if out_of_memory(error):
-        return PretrainError(f"{named}{NOT_ENOUGH}; accepted: a smaller model, fewer micro_rows, or less text")
+        return PretrainError(
+            f"{named}{NOT_ENOUGH}{wanted_for(error)}; accepted: a smaller model, fewer micro_rows, or less text"
+        )
     if isinstance(error, PretrainError):  # a divergence stays one
         return type(error)(f"{named}{str(error).removeprefix(named)}")
     if isinstance(error, OSError):

@@ -454,13 +454,16 @@ def test_what_memory_does_not_hold_is_not_called_damaged(tmp_path, monkeypatch, 
     with pytest.raises(MemoryError), parsing("a file", "another"):
         fails()
 
-    app = App()
-    app.command()(lambda: fails())
-    with pytest.raises(SystemExit, match="1"):
-        app([])
-    assert capsys.readouterr().err.strip() == (
-        "error: there is not enough memory; accepted: a smaller model, batch or corpus, or a machine with more"
-    )
+    read_it = lambda: list(read(Files(str(tmp_path / "a.csv"))))  # noqa: E731
+    named = f" for {tmp_path / 'a.csv'}" if isinstance(error, MemoryError | OSError) else ""
+    for what, does in (("", fails), (named, read_it)):
+        app = App()
+        app.command()(lambda does=does: does() and None)
+        with pytest.raises(SystemExit, match="1"):
+            app([])
+        assert capsys.readouterr().err.strip() == (
+            f"error: there is not enough memory{what}; accepted: a smaller model, batch or corpus, or a machine with more"
+        )
 
 
 @pytest.mark.promise("Memory", "A corpus has at most 1,000 columns, what objects in them hold counted as well.")

@@ -6,7 +6,6 @@ Where nobody looks at a terminal (a file, a pipe) the bar is a line at each tent
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import sys
@@ -15,8 +14,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pretrain.core.errors import Diverged, PretrainError, warn
-from pretrain.core.files import atomic_text, file_digest, open_file, whole_lines
+from pretrain.core.errors import Diverged, PretrainError
+from pretrain.core.files import atomic_text, whole_lines
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick.quantities import duration
 from pretrain.training.state import newest
@@ -28,27 +27,6 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard.writer import SummaryWriter
 
     from pretrain.training.running import Step, Training
-
-
-def noted(path: Path) -> list[object]:
-    """What a state notes of the log it is saved beside: its bytes so far, and their SHA-256 (hex)."""
-    return [path.stat().st_size, file_digest(path)] if path.exists() else [0, ""]
-
-
-def set_aside(path: Path, note: object) -> None:
-    """Move a log away that no longer begins with what a state has `noted` of it: what it says is not to be believed."""
-    if not isinstance(note, list) or not note[1]:  # of a state of before, or of one beside which no log was
-        return
-    kept = b""
-    if path.exists():
-        with open_file(path) as file:
-            kept = file.read(int(str(note[0])))
-    if hashlib.sha256(kept).hexdigest() != note[1]:
-        aside = path.with_name("log.damaged.jsonl")
-        what = f"damaged, it is kept as {aside.name}" if path.exists() else "gone"
-        if path.exists():
-            path.replace(aside)
-        warn(f"{path} is {what}: training goes on, and its log and curves begin here")
 
 
 def keep_until(path: Path, step: int) -> None:

@@ -28,7 +28,6 @@ from pretrain.training.distributed import World
 from pretrain.training.guard import Guard
 from pretrain.training.interrupts import Interrupts
 from pretrain.training.loader import Loader
-from pretrain.training.log import noted, set_aside
 
 KEPT = ("preparing", "timed", "opening", "measuring", "measured", "unmeasured", "rates")  # states of before lack some
 
@@ -197,7 +196,7 @@ class Training:
         record = {name: getattr(self, name) for name in names} | {"meter": self.meter.counts}
         record |= {"elapsed": self.elapsed, "loader": self.loader.state(), "seed": self.settings.seed}
         record |= {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
-        record |= {"log": noted(self.folder / "log.jsonl")}
+        record |= {"log": states.noted(self.folder / "log.jsonl")}
         states.save(
             self.folder / "state",
             self.step,
@@ -221,7 +220,7 @@ class Training:
             return
         record, policies = states.load(path, self.trainee, self.optimizer)
         if self.world.main:
-            set_aside(self.folder / "log.jsonl", record.get("log"))
+            states.set_aside(self.folder / "log.jsonl", record.get("log"))
         self.step, self.tokens, self.seconds = record["step"], record["tokens"], record["seconds"]
         self.flops, self.metrics = record["flops"], record["metrics"]
         self.dense_flops = record.get("dense_flops", self.flops)

@@ -13,6 +13,7 @@ checksum does not hold; the number of processes may be another than when it was 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -23,7 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.files import JSON, file_digest, fsync, not_written, put_in_place, read_json, sweep, write_json
+from pretrain.core.files import (
+    JSON,
+    file_digest,
+    fsync,
+    not_written,
+    open_file,
+    put_in_place,
+    read_json,
+    sweep,
+    write_json,
+)
 from pretrain.core.meter import Counted
 from pretrain.training.background import Background
 from pretrain.training.distributed import World
@@ -43,6 +54,7 @@ class Record(TypedDict, total=False):
     flops: int
     dense_flops: int
     useful_flops: int
+    log: list[object]  # the bytes of the log so far, their SHA-256
     seconds: float
     elapsed: float
     opening: float
@@ -255,3 +267,24 @@ def _load_optimizer(
         for key, value in was.items():
             if key != "params":
                 group[key] = tuple(value) if isinstance(value, list) else value
+
+
+def noted(path: Path) -> list[object]:
+    """What a state notes of the log it is saved beside: its bytes so far, and their SHA-256 (hex)."""
+    return [path.stat().st_size, file_digest(path)] if path.exists() else [0, ""]
+
+
+def set_aside(path: Path, note: object) -> None:
+    """Move a log away that no longer begins with what a state has `noted` of it: what it says is not to be believed."""
+    if not isinstance(note, list) or not note[1]:  # of a state of before, or of one beside which no log was
+        return
+    kept = b""
+    if path.exists():
+        with open_file(path) as file:
+            kept = file.read(int(str(note[0])))
+    if hashlib.sha256(kept).hexdigest() != note[1]:
+        aside = path.with_name("log.damaged.jsonl")
+        what = f"damaged, it is kept as {aside.name}" if path.exists() else "gone"
+        if path.exists():
+            path.replace(aside)
+        warn(f"{path} is {what}: training goes on, and its log and curves begin here")

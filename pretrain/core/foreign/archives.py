@@ -20,7 +20,8 @@ MOST = 1 << 40  # bytes that one file may unpack to
 WINDOW = 128 << 20  # bytes that a decoder may keep of what it has unpacked
 PIECE = 1 << 16
 # What opening, unpacking and decoding raise of files that are damaged, end too early, or are none at all.
-BROKEN = (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError)
+# What is of memory among them, `raise_memory` tells apart.
+BROKEN = (OSError, EOFError, ValueError, MemoryError, zlib.error, lzma.LZMAError)
 
 
 class Bomb(OSError):
@@ -44,7 +45,7 @@ class _Bounded(io.RawIOBase):
         except BROKEN:
             raise
         except Exception as error:  # zstandard has an error type of its own
-            raise_memory(error)
+            raise_memory(error, "a compressed file")
             raise OSError(" ".join(str(error).split())[:200]) from error
         self.count += len(data)
         if not data and len(buffer) and self.count < self.least:

@@ -77,7 +77,7 @@ def read(path: Path | str, most: int = MOST, *, halves: bool = False) -> Any:
     except (NotJSON, UnicodeDecodeError) as error:
         raise PretrainError(f"{path} is not valid JSON ({error}): truncated or damaged") from error
     except OSError as error:
-        raise_memory(error)
+        raise_memory(error, path)
         raise PretrainError(f"{path} cannot be read: {error.strerror or error}") from error
 
 

@@ -23,7 +23,7 @@ def parsing(what: str, accepted: str) -> Iterator[None]:
     except PretrainError:
         raise
     except Exception as error:
-        raise_memory(error)
+        raise_memory(error, what)
         raise PretrainError(f"{what}: {reason(error)}; accepted: {accepted}") from error
     except BaseException as error:
         if type(error).__name__ != "PanicException":  # how a library in Rust says that it gave up
@@ -57,10 +57,21 @@ def out_of_memory(error: BaseException | None) -> bool:
     return False
 
 
-def raise_memory(error: BaseException) -> None:
-    """Raise `MemoryError` where an error is one, in whatever words: it says nothing of the file that was being read.
+class OutOfMemory(MemoryError):
+    """There is no more memory, and what it was wanted for."""
+
+
+def raise_memory(error: BaseException, what: object) -> None:
+    """Raise `OutOfMemory` where an error is of memory, in whatever words: it says nothing of what was being read.
 
     What concludes from an error that a file is damaged, and passes it over or makes it anew, calls this first.
     """
     if out_of_memory(error):
-        raise MemoryError from error
+        raise OutOfMemory(f" for {what}") from error
+
+
+def wanted_for(error: BaseException | None) -> str:
+    """` for WHAT` where an error of memory, or what it was raised from, says what the memory was wanted for."""
+    while error is not None and not isinstance(error, OutOfMemory):
+        error = error.__cause__ if error.__cause__ is not error else None
+    return str(error or "")

@@ -39,7 +39,7 @@ def read_pickled(path: Path) -> dict[str, torch.Tensor]:
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise_memory(error)
+        raise_memory(error, path)
         named = _GLOBAL.search(str(error))
         why = f"it names {named[1]}, which is not read" if named else reason(error)
         raise PretrainError(f"{path}: {why.removesuffix('.')}; accepted: {accepted}") from error

@@ -14,7 +14,7 @@ from types import FrameType
 import typer
 
 from pretrain.core.errors import PretrainError, PretrainWarning
-from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory
+from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory, wanted_for
 from pretrain.core.system.extras import extras_named
 
 STOPPED = {130: "interrupted", 128 + signal.SIGTERM: "terminated"}  # by exit status
@@ -57,7 +57,7 @@ class App(typer.Typer):
 def _words(error: Exception) -> str:
     """The one line of an error of ours, of the machine or of its files, which no reader has named; else nothing."""
     if out_of_memory(error) and NOT_ENOUGH not in str(error):
-        return f"{NOT_ENOUGH}; accepted: a smaller model, batch or corpus, or a machine with more"
+        return f"{NOT_ENOUGH}{wanted_for(error)}; accepted: a smaller model, batch or corpus, or a machine with more"
     if isinstance(error, PretrainError):
         return str(error)
     if isinstance(error, OSError) and error.filename is not None:

@@ -74,7 +74,7 @@ def lines(
                 else:
                     yield count, line
     except BROKEN as error:
-        raise_memory(error)
+        raise_memory(error, name)
         what = f"cannot be read after line {count} ({reason(error)}): truncated or damaged"
         wrong(name, what, f"unreadable ({type(error).__name__})", "a whole file")
 
@@ -173,7 +173,7 @@ def read_json(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) 
         with open_text(path, errors="surrogateescape") as opened:
             start = opened.read(4096).lstrip()
     except BROKEN as error:
-        raise_memory(error)
+        raise_memory(error, name)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
         return
     if not start:
@@ -187,7 +187,7 @@ def read_json(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) 
             for index, item in enumerate(json.items(opened, skipped.longest), 1):
                 yield from _item(f"{name}, item {index}", item, text, wrong)
     except (json.NotJSON, *BROKEN) as error:
-        raise_memory(error)
+        raise_memory(error, name)
         what = f"not JSON ({reason(error)}): truncated or damaged"
         wrong(f"{name}, item {index + 1}" if index else f"{name}:1", what, "bad files", "a JSON array")
 
@@ -208,7 +208,7 @@ def _pieces(path: Path, name: str, wrong: Wrong, skipped: Skipped) -> Iterator[s
             content = opened.read(skipped.longest + 1)
         yield content if len(content) <= skipped.longest else ""
     except BROKEN as error:
-        raise_memory(error)
+        raise_memory(error, name)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
 
 
@@ -263,7 +263,7 @@ def read_arrow(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped)
                     count += 1
                     yield f"{name}, row {count}", row
     except (pyarrow.ArrowException, *BROKEN) as error:
-        raise_memory(error)
+        raise_memory(error, name)
         kind = {".parquet": "Parquet", ".orc": "ORC"}.get(ending(path), "Arrow")
         wrong(name, f"not a whole {kind} file after row {count} ({reason(error)})", "bad files", "a whole file")
 

@@ -172,7 +172,7 @@ def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
     except UnicodeDecodeError:
         skipped.add("not UTF-8", f"{path}:{number + 1}")
     except BROKEN as error:
-        raise_memory(error)
+        raise_memory(error, path)
         skipped.add(f"unreadable ({type(error).__name__})", f"{path}:{number + 1}")
 
 
@@ -205,7 +205,7 @@ def read_pieces(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> Iterat
                     yield held[:end], False
                     held = held[end:]
     except BROKEN as error:
-        raise_memory(error)
+        raise_memory(error, name)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
     if held.strip():
         yield held, False
@@ -227,7 +227,7 @@ def _read(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> str | None:
             if not is_binary(data):
                 data += file.read(max(0, most + 1 - len(data)))
     except BROKEN as error:
-        raise_memory(error)
+        raise_memory(error, name)
         wrong(name, f"cannot be read ({reason(error)})", f"unreadable ({type(error).__name__})", "a whole file")
         return None
     if is_binary(data):

@@ -93,7 +93,7 @@ class Audio(Source):
         except (soundfile.LibsndfileError, EOFError):
             skipped.add("no whole recordings", path)
         except (OSError, RuntimeError, ValueError, AssertionError) as error:
-            raise_memory(error)
+            raise_memory(error, path)
             skipped.add("unreadable", path)
 
     def _flac(self, samples_LC: np.ndarray, rate: int) -> bytes:

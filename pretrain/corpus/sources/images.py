@@ -75,7 +75,7 @@ class Images(Source):
         except Image.DecompressionBombError:
             skipped.add(f"images of more than {self.max_pixels} pixels", path)
         except Exception as error:  # pillow has many ways to tell of a broken file
-            raise_memory(error)
+            raise_memory(error, path)
             skipped.add("no image" if isinstance(error, Image.UnidentifiedImageError) else "broken images", path)
         return None
 
