@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+import zoo
 from gradient_cases import all_cases, build, counts, work_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -114,3 +115,27 @@ def test_what_checkpointing_and_fused_attention_compute_again_is_not_useful(tiny
 
 def test_peak_memory_is_of_this_process():
     assert 10e6 < peak_memory() < 1e12
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "granitemoe"])
+def test_the_products_of_experts_are_counted_however_they_are_computed(kind):
+    tokens, model = torch.arange(3, 67)[None], zoo.make(kind)
+
+    def counted(way):
+        model.config._experts_implementation = way
+        _, forward = count_flops(lambda: model(tokens, use_cache=False))
+        return forward, count_flops(lambda: model(tokens, labels=tokens, use_cache=False).loss.backward())[1]
+
+    forward, both = counted("eager")
+    assert counted("grouped_mm") == (forward, both)
+    inner = next(p for name, p in model.named_parameters() if name.endswith("experts.down_proj")).shape[-1]
+    experts = 2 * 64 * model.config.num_experts_per_tok * 3 * zoo.WIDTH * inner * zoo.BLOCKS
+    assert forward > experts and both > 3 * experts
+
+
+def test_the_fallback_of_grouped_products_is_counted_as_they_are():
+    pytest.importorskip("transformers.integrations.moe")
+    x, weight = torch.randn(6, 4, requires_grad=True), torch.randn(3, 4, 5, requires_grad=True)
+    ends = torch.tensor([2, 3, 6], dtype=torch.int32)
+    _, flops = count_flops(lambda: torch.ops.transformers.grouped_mm_fallback(x, weight, ends).sum().backward())
+    assert flops == 3 * 2 * 6 * 4 * 5

@@ -44,6 +44,20 @@ def _in_place_product(self: Shape, a: Shape, b: Shape, *_: object, **__: object)
     return math.prod(a) * 2 * b[-1]
 
 
+def _product(a: Shape, b: Shape, *_: object, **__: object) -> int:
+    return 2 * math.prod(a) * b[-1]
+
+
+def _grouped_product(a: Shape, b: Shape, *_: object, **__: object) -> int:
+    """Of a mixture's experts: rows, each of which meets the matrix of one; backwards also pairs of rows, grouped."""
+    rows = a[-2:] if len(b) == 2 else a  # b's columns are then those of all groups together
+    return 2 * math.prod(rows) * b[-1]
+
+
+def _grouped_product_backward(a: Shape, b: Shape, *_: object, **__: object) -> int:
+    return 2 * _grouped_product(a, b)
+
+
 def _singular_vectors(a: Shape, *_: object, **__: object) -> int:
     """Of an m × n matrix, m ≥ n, with thin U and V: 6 m n² + 20 n³ (Golub and Van Loan, Matrix Computations, 8.6.3)."""
     *many, rows, columns = a
@@ -61,8 +75,8 @@ def _eigenvectors(a: Shape, *_: object, **__: object) -> int:
     return math.prod(a[:-2]) * 9 * a[-1] ** 3
 
 
-# What `FlopCounterMode` does not know: the attention kernel of CPUs, products that add to a tensor in place, and
-# decompositions.
+# What `FlopCounterMode` does not know: attention on CPUs, products of integers, those that add to a tensor in
+# place, and decompositions.
 _UNKNOWN: dict[object, Callable[..., int]] = {
     torch.ops.aten._linalg_svd: _singular_vectors,
     torch.ops.aten.linalg_qr: _orthogonal,
@@ -70,6 +84,13 @@ _UNKNOWN: dict[object, Callable[..., int]] = {
     torch.ops.aten.addmm_: _in_place_product,
     torch.ops.aten.baddbmm_: _in_place_product,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._int_mm: _product,
+}
+# Products of experts, by namespace and name: of newer releases of torch, and of transformers once it is imported.
+_OF_SOME = {
+    ("aten", "_grouped_mm"): _grouped_product,
+    ("transformers", "grouped_mm_fallback"): _grouped_product,
+    ("transformers", "grouped_mm_fallback_backward"): _grouped_product_backward,
 }
 _BACKWARD = (
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward,
@@ -83,7 +104,9 @@ class _Counter:
     """A count of FLOPs, and of those among them that something is computed a second time for."""
 
     def __init__(self) -> None:
-        formulas = _UNKNOWN | dict.fromkeys(_BACKWARD, self._attention_backward)
+        known = {(getattr(torch.ops, room), name): formula for (room, name), formula in _OF_SOME.items()}
+        some = {getattr(room, name): formula for (room, name), formula in known.items() if hasattr(room, name)}
+        formulas = _UNKNOWN | some | dict.fromkeys(_BACKWARD, self._attention_backward)
         self.mode, self.repeated = FlopCounterMode(display=False, custom_mapping=formulas), 0
 
     def _attention_backward(self, grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:

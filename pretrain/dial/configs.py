@@ -12,10 +12,11 @@ from typing import TypeGuard
 
 from pretrain.core.quick.declared import declared
 from pretrain.core.quick.table import FAMILIES
+from pretrain.dial import kinds
 from pretrain.dial.shapes import GATED, Shape
 
 DROPOUTS = {"gpt2": "attn_pdrop", "bert": "attention_probs_dropout_prob", "t5": "dropout_rate"}
-_INTERMEDIATE = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim")
+_INTERMEDIATE = ("intermediate_size", "ffn_dim", "d_ff", "n_inner", "encoder_ffn_dim", "ffn_hidden_size", "hidden_dim")
 _DEPTH = ("num_hidden_layers", "n_layer", "num_layers", "encoder_layers")
 _HEADS = ("num_attention_heads", "n_head", "num_heads", "encoder_attention_heads")
 _WIDTH = ("hidden_size", "n_embd", "d_model")
@@ -52,21 +53,32 @@ def shape_from(config: Mapping[str, object]) -> Shape | None:
     width, depth, heads = fields.number(*_WIDTH), fields.number(*_DEPTH), fields.number(*_HEADS)
     family = next((entry for entry in FAMILIES if kind in entry.types), None)
     vocabulary = fields.number("vocab_size")
-    if not width or not depth or not heads or (family is not None and "vocab_size" not in config):
+    if (
+        not width
+        or not depth
+        or not heads
+        or kind in kinds.OTHERS
+        or (family is not None and "vocab_size" not in config)
+    ):
         return None
     intermediate = fields.number(*_INTERMEDIATE) or 4 * width
     queries = heads * (fields.number("head_dim", "d_kv") or width // heads)
-    keys = (fields.number("num_key_value_heads") or heads) * queries // heads
+    shared = 1 if fields.get("multi_query") is True else fields.number("num_key_value_heads") or heads
+    keys = shared * queries // heads
     activation = str(fields.get("feed_forward_proj") or "")
     dropout = fields.get(DROPOUTS.get(kind, ""))
-    gated = kind in GATED or activation.startswith("gated")
+    alone = fields.get("mlp_only_layers")
+    mixture = kinds.mixture_of(fields.number, len(alone) if isinstance(alone, list) else 0, width, depth, intermediate)
+    gated = kind in GATED or kind in kinds.GATED or mixture is not None or activation.startswith("gated")
     tied = kind == "t5" or bool(fields.get("tie_word_embeddings"))
     dropped = kind == "t5" or (is_number(dropout) and dropout > 0)
-    decoder = (fields.number("num_decoder_layers") or depth) if kind == "t5" else 0
+    both = fields.get("is_encoder_decoder") is True
+    decoder = (fields.number("num_decoder_layers", "decoder_layers") or depth) if both else 0
+    beside = _beside(fields, kind, width, depth, intermediate, queries, keys, vocabulary, decoder)
     return Shape(
-        width, depth, heads, intermediate, vocabulary, gated, tied, queries=queries, keys=keys, decoder=decoder,
-        transform=kind in ("bert", "modernbert", "esm"), fused=not dropped,
-        beside=_beside(fields, kind, width, depth, intermediate, queries, keys, vocabulary, decoder),
+        width, depth, heads, mixture.intermediate if mixture else intermediate, vocabulary, gated, tied,
+        queries=queries, keys=keys, decoder=decoder, transform=kind in ("bert", "modernbert", "esm", *kinds.ENCODERS),
+        fused=not dropped, beside=beside + (mixture.dormant if mixture else 0),
     )  # fmt: skip
 
 
@@ -75,10 +87,11 @@ def _beside(
     decoder: int,
 ) -> int:  # fmt: skip
     """Norms, biases and tables of positions."""
-    positions = fields.number("max_position_embeddings", "n_positions") * width
+    positions = fields.number("max_position_embeddings", "n_positions", "max_sequence_length") * width
     if kind == "gpt2":
         return positions + depth * (9 * width + intermediate) + 2 * width
-    if kind == "bert":
+    if kind == "bert" or kind in kinds.ENCODERS:
+        positions = positions if kind in ("bert", *kinds.POSITIONS) else 0
         return (
             positions
             + fields.number("type_vocab_size") * width
@@ -93,7 +106,9 @@ def _beside(
         return (2 * depth + 3 * decoder + 2) * width + biases
     biases = depth * (queries + 2 * keys) if kind == "qwen2" else 0
     norms = 2 * depth * (queries // max(1, fields.number("num_attention_heads"))) if kind == "qwen3" else 0
-    return (2 * depth + 1) * width + biases + norms
+    return (
+        (2 * depth + 1) * width + biases + norms + (positions * (2 if decoder else 1) if kind in kinds.POSITIONS else 0)
+    )
 
 
 def reconstructor(config: Mapping[str, object]) -> tuple[Shape, float] | None:
