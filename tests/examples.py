@@ -135,6 +135,7 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "bert2bert": lambda shelf, family: {"intermediate_size": 160, "num_hidden_layers": 3},
     "g_stack": lambda shelf, family: {"growth": 2},
     "orthogonal_growth": lambda shelf, family: {"first": 0, "last": 0},
+    "uncurl": lambda shelf, family: {"experts": 2},
     "instruction_residual": lambda shelf, family: {"base": shelf.saved(family, 1), "instruct": shelf.saved(family, 2)},
     "instruction_vector": lambda shelf, family: {"base": shelf.saved(family, 1), "instruct": shelf.saved(family, 2)},
     "model_soup": lambda shelf, family: {"recipe": "uniform"},

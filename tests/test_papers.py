@@ -283,6 +283,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
+        "expert-pruning",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -348,6 +349,20 @@ def test_the_curation_recipe_filters_tunes_corrects_and_compares(tmp_path):
     ]  # fmt: skip
     (counts,) = reports["filtered"][1]["documents"].values()
     assert 0.4 * counts["before"] <= counts["after"] < counts["before"]
+
+
+def test_experts_reduced_for_a_task_are_tuned_and_measured_beside_as_few_from_the_start(tmp_path, text):
+    settings = [
+        *data("general", "task", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("wide", "small"),
+        "wide.model.num_key_value_heads=2", "small.model.num_key_value_heads=2",
+        *short("wide", "small", "reduced_tuned", "small_tuned"), "reduced.length=64", "reduced.calibration_rows=8",
+    ]  # fmt: skip
+    found = finite(
+        engine.run(load(ROOT / "recipes/papers/expert-pruning.yaml", settings, tmp_path), say=lambda text: None)
+    )
+    assert found["reduced_evaluation"]["loss"] > 0 and found["small_evaluation"]["loss"] > 0
+    configs = {name: json.loads(next(tmp_path.rglob(f"{name}/checkpoint/config.json")).read_text()) for name in ("wide", "reduced_tuned", "small_tuned")}  # fmt: skip
+    assert [config["num_local_experts"] for config in configs.values()] == [8, 4, 4]
 
 
 def test_a_model_with_codebooks_is_measured_beside_one_without_read_and_steered(tmp_path, text):

@@ -145,6 +145,7 @@ from pretrain.surgery.compression.sparse_llm import SparseLLM as SparseLLM
 from pretrain.surgery.compression.w8a8 import W8A8 as W8A8
 from pretrain.surgery.discrete.codebook_features import CodebookFeatures as CodebookFeatures
 from pretrain.surgery.experts.orthogonal_growth import OrthogonalGrowth as OrthogonalGrowth
+from pretrain.surgery.experts.uncurl import Uncurl as Uncurl
 from pretrain.surgery.growth.bert2bert import Bert2BERT as Bert2BERT
 from pretrain.surgery.growth.g_stack import GStack as GStack
 from pretrain.surgery.merging.breadcrumbs import Breadcrumbs as Breadcrumbs

@@ -31,6 +31,11 @@ def batches_of(inputs: Inputs | None, name: str) -> Sequence[Batch]:
     return inputs.batches
 
 
+def kept_tokens(batch: Batch) -> Tensor:
+    """`kept_N`: which tokens of a batch are no padding."""
+    return batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten() > 0
+
+
 def plain_linears(model: nn.Module, name: str, families: Sequence[str], *, inside: bool = False) -> dict[str, Linear]:
     """The linear layers of the blocks by qualified name; an error where the family or a layer is another.
 
@@ -128,7 +133,7 @@ class Blocks:
         self.arguments: list[list[Arguments]] = []  # by batch, by block
         self.kept: list[Tensor] = []  # which tokens are no padding
         for batch in (separated(model, batch) for batch in batches):
-            self.kept.append(batch.get("attention_mask", torch.ones_like(batch["input_ids"])).flatten() > 0)
+            self.kept.append(kept_tokens(batch))
             self._note(model, batch)
 
     def _note(self, model: PreTrainedModel, batch: Batch) -> None:
