@@ -249,7 +249,10 @@ def compare(
     recipes: Annotated[list[Path], typer.Argument(help="The baseline, then the recipes to judge against it.")],
     budget: Annotated[str, typer.Option(help="flops=NUMBER, the same for each run.")],
     seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
-    metric: Annotated[str, typer.Option(help="A held-out metric that training logs; lower is better.")] = "loss",
+    metric: Annotated[
+        str | None,
+        typer.Option(help="A held-out metric that training logs; by default the loss, of labels the accuracy or mse."),
+    ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value, for all the recipes.")] = None,
     output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs") / "compare",
     jobs: Annotated[int, typer.Option(min=1, help="How many runs at once on this machine.")] = 1,
@@ -262,6 +265,7 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
+    from pretrain.experiments.compare import COLUMNS
     from pretrain.experiments.compare import compare as measure
 
     unit, _, amount = budget.partition("=")
@@ -276,8 +280,9 @@ def compare(
         recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [], jobs=jobs,
         ray=ray, rates=rates, say=lambda text: typer.echo(text, err=True), progress=True,
     )  # fmt: skip
+    measured = f"{result['metric']}, {result['better']} is better (mean ± s.d.)"
     table = Table(
-        "recipe", f"{metric} (mean ± s.d.)", "difference, 97% interval", "verdict", "FLOPs to the baseline's end",
+        "recipe", measured, "difference, 97% interval", "verdict", "FLOPs to the baseline's end",
         "peak rate",
     )  # fmt: skip
     for name, row in result["table"].items():
@@ -287,7 +292,7 @@ def compare(
         cells = (f"{row['mean']:.4f} ± {row['deviation']:.4f}", interval, word, "" if share is None else f"{share:.0%}")
         table.add_row(name, *cells, row["rate"]["words"])
     Console().print(table)
-    for line in result["notes"]:
+    for line in [COLUMNS, *result["notes"], f"written: {output / 'comparison.json'}, {output / 'comparison.svg'}"]:
         typer.echo(line)
 
 

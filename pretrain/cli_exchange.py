@@ -56,10 +56,13 @@ def export(
     with consenting_to(place, trust_remote_code):
         facts = write(place, output, to.value, numbers.value, pooling.value)
     for name, value in facts.items():
-        if name not in LOGITS:
+        if name not in (*LOGITS, "vectors_off"):
             typer.echo(f"{name}: {value}", err=True)
     if LOGITS[0] in facts:
         off, span, rounded = (float(facts.get(name, 0.0)) for name in LOGITS)
         rounding = f", {rounded:.2g} of it by rounding weights" if rounded else ""
         typer.echo(f"read back: logits are off by at most {off:.2g}{rounding}, of a span of {span:.3g}", err=True)
+    if "vectors_off" in facts:
+        off = float(facts["vectors_off"])
+        typer.echo(f"read back: vectors of sentences differ by at most {off:.2g} from the checkpoint's", err=True)
     typer.echo(str(output))

@@ -16,6 +16,7 @@ from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json_lines
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign.code import brought, consenting, consenting_to, keep
+from pretrain.core.models.families import family
 from pretrain.core.processors import Processor
 from pretrain.core.system.extras import extras_named
 from pretrain.corpus.sources import Document
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 Method = str | Mapping[str, object]  # as a recipe names one: `"lion"`, `{"method": "lion", "lr": 3e-4}`
 Texts = Iterable[str | Mapping[str, object]]  # documents, or their texts alone
+IN_PYTHON = 'evaluations=["masked_loss"], or [{"method": "probe", "label": COLUMN}]'
 OTHERWISE = {  # fields of a `train` stage that are said in another way
     "init": "a model, from pretrain.load", "corpus": "the folder as data", "processor": "it in the tokenizer's place",
     "surgeries": "the model that they have made: pretrain.methods.LoRA()(model)",
@@ -98,6 +100,8 @@ def train(
     """
     for name in OTHERWISE.keys() & fields.keys():
         raise PretrainError(f"train.{name}: accepted here: {OTHERWISE[name]}")
+    if objective == "causal_lm" and not isinstance(model, Mapping):
+        _check_causal(model)
     with TemporaryDirectory(prefix="pretrain-") as work:
         folder = Path(work)
         corpus = corpus_of(data) if isinstance(data, Path) else _corpus(data, folder, validation)
@@ -120,6 +124,17 @@ def train(
         log = read_json_lines(job.folder / "log.jsonl")
     ended = cast("PreTrainedModel", training.model).eval()
     return Trained(ended, tokenizer, dict(training.metrics), dict(training.spent), log)
+
+
+def _check_causal(model: PreTrainedModel) -> None:
+    """Refuse by the words of `train` a model that the default objective is not for."""
+    kind = family(model).kind
+    if kind != "causal":
+        fitting = {"masked": "masked_lm", "seq2seq": "span_corruption"}[kind]
+        raise PretrainError(
+            f"a {type(model).__name__} does not predict the next token: accepted: "
+            f'objective="{fitting}", or one that learns labels'
+        )
 
 
 def _stage(given: Record) -> Train:
@@ -188,7 +203,11 @@ def evaluate(
     fit the model, and for documents without the column that it reads.
     """
     made = checkpoint.lineage(model.config._name_or_path or "/none")
-    by_head = [evaluation_for(model, made)] if evaluations is None else evaluations
+    try:
+        by_head = [evaluation_for(model, made)] if evaluations is None else evaluations
+    except PretrainError as error:
+        option = "--evaluation, for example {method: probe, label: COLUMN}"
+        raise PretrainError(str(error).replace(option, IN_PYTHON)) from error
     chosen = [_method(entry, "evaluation") for entry in by_head]
     texts = _documents(texts)
     for column in (column for method in chosen for column in method.columns):

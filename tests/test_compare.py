@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 
 import pytest
 from hypothesis import given
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from small_recipe import small_recipe
 
 from pretrain.core.errors import PretrainError
-from pretrain.experiments.compare import compare
+from pretrain.experiments.compare import _check_left, _loaded, _metric_of, _training, _undecided, compare, summarise
 from pretrain.experiments.trials import Trial, run_all
-from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, judge, reached, share_to_reach
+from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, judge, reached, seeds_to_decide, share_to_reach
 
 MODEL = {
     "family": "llama",
@@ -83,6 +84,47 @@ def test_a_metric_that_is_not_logged_is_refused_before_anything_runs(recipes, tm
     ):
         compare(recipes, flops=6e8, seeds=2, metric="bits_per_bite", output=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_that_is_too_small_is_refused_at_once_with_the_least_that_is_enough(recipes, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trial, "run", lambda trial: pytest.fail("a run was begun"))
+    for chosen, flops in (([recipes[0], recipes[2]], 1e8), (recipes[:2], 1e4)):
+        with pytest.raises(PretrainError, match="--budget flops=") as refused:
+            compare(chosen, flops=flops, seeds=2, output=tmp_path / "o", say=lambda text: None)
+        enough = float(re.search(r"--budget flops=(\S+)", str(refused.value))[1])
+        sides = {path.stem: _loaded(path, 0, enough, ()) for path in chosen}
+        assert enough > flops
+        _check_left(sides, enough)
+
+
+def test_an_open_verdict_says_how_many_seeds_would_decide_it():
+    differences = [-1.0, -0.2, -1.4]
+    assert judge(differences).word == UNDECIDED
+    needed = seeds_to_decide(differences)
+    assert 3 < needed < 20 and seeds_to_decide([1.0, -1.01, 0.01]) is None
+    runs = {"base": [{"final": 0.0}] * 3, "other": [{"final": value} for value in differences]}
+    table = {"base": {}, "other": {"verdict": {"word": UNDECIDED}}}
+    (line,) = _undecided(table, runs)
+    assert f"--seeds {needed} " in line and "--budget" in line
+    assert not [*_undecided({"base": {}, "other": {"verdict": {"word": BETTER}}}, runs)]
+
+
+@pytest.mark.parametrize(
+    ("objective", "metric", "better"),
+    [("causal_lm", "loss", "lower"), ("classification", "accuracy", "higher"), ("regression", "mse", "lower"),
+     ({"method": "smart", "objective": "classification"}, "accuracy", "higher")],
+)  # fmt: skip
+def test_what_learns_labels_is_compared_by_its_metric(recipes, tmp_path, objective, metric, better):
+    recipe, trained = _loaded(recipes[0], 0, 1e9, [f"model.objective={json.dumps(objective)}"])
+    chosen = _metric_of([_training(recipe, trained)])
+    assert chosen == metric
+    runs = {
+        name: [{"final": v + seed / 99, "curve": [[1.0, v]]} for seed in range(3)]
+        for name, v in (("a", 0.1), ("b", 0.9))
+    }
+    made = summarise(runs, 1e9, chosen)
+    assert made["better"] == better
+    assert made["table"]["b"]["verdict"]["word"] == (BETTER if better == "higher" else WORSE)
 
 
 def test_how_far_a_comparison_is_stands_on_standard_error(recipes, tmp_path, capfd):

@@ -267,6 +267,27 @@ def test_rows_that_no_recipe_can_use_are_told_with_their_lines_and_left_out(here
     assert skipped.reasons["rows without label"] == 2 and skipped.reasons["empty"] == 1
 
 
+def test_texts_without_a_label_are_read_by_the_encoder_and_by_nothing_else(here):
+    rows = [f"words of a longer text {n},{'ab'[n % 2]}" for n in range(60)]
+    (here / "t.csv").write_text("text,label\n" + "\n".join([*rows, "no label of it,", "nor of this,"]))
+    new("t.csv")
+    stages = {stage["name"]: stage for stage in yaml.safe_load((here / "t.yaml").read_text())["stages"]}
+    assert stages["corpus"]["sources"] == [{"files": "t.csv", "required": ["label"]}]
+    assert stages["texts"]["sources"] == [{"files": "t.csv"}]
+    assert {name for name, stage in stages.items() if stage.get("corpus") == "texts"} == {"tokenizer", "encoder"}
+    shares = [(stages[name]["validation"], stages[name]["test"]) for name in ("corpus", "texts")]
+    assert shares[0] == shares[1], "so that what is held out of the one is held out of the other"
+    run(load(here / "t.yaml", ["encoder.budget={steps: 1}", "classifier.budget={steps: 1}"]))
+    counts = [
+        json.loads((here / "runs" / "t" / name / "corpus" / "corpus.json").read_text())["read"]
+        for name in ("corpus", "texts")
+    ]
+    assert counts == [60, 62]
+    (here / "whole.csv").write_text("text,label\n" + "\n".join(rows))
+    new("whole.csv")
+    assert "texts" not in {s["name"] for s in yaml.safe_load((here / "whole.yaml").read_text())["stages"]}
+
+
 def test_labels_that_are_missing_are_told_by_the_plan_of_any_recipe(here):
     write_reviews(here / "reviews.csv")
     new("reviews.csv")

@@ -404,6 +404,50 @@ def test_evaluate_fits_the_head_taggers_regressors_answers_and_language_models(p
         evaluate(place, "--data", bodies, "--text", "body", "--label", "x")
 
 
+def test_evaluate_passes_over_what_the_run_passed_over_and_counts_it(prepared, tiny, tmp_path):
+    """Of the file that a classifier was trained with no row is refused; of a stranger's the first is, with the others."""
+    from pretrain.corpus.tokenizers import load_tokenizer
+    from pretrain.engine import run
+    from pretrain.recipe import check
+
+    checkpoint.save(tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer"), tmp_path / "init")
+    rows = [{"text": f"words of number {n}", "label": "ab"[n % 2]} for n in range(60)]
+    rows += [{"text": f"more words {n}", "label": None} for n in range(5)]
+    data = write_rows(tmp_path / "data.jsonl", rows)
+    (tmp_path / "more.jsonl").write_text(data.read_text() + '{"text": 3}\n' * 2, encoding="utf-8")
+    source = {"files": str(data), "required": ["label"]}
+    stages = [
+        {"stage": "data", "name": "corpus", "sources": [source], "validation": 0.1, "test": 0.1, "near_duplicates": None},
+        {"stage": "train", "name": "model", "corpus": "corpus", "init": str(tmp_path / "init"), "save_every": 0,
+         "objective": "classification", "length": 32, "budget": {"steps": 1}},
+    ]  # fmt: skip
+    run(check({"name": "t", "output": str(tmp_path / "run"), "stages": stages}), say=lambda text: None)
+    with data.open("a", encoding="utf-8") as file:  # since then it has grown by labels that were never learnt
+        file.write("".join(json.dumps({"text": f"others {n}", "label": "c"}) + "\n" for n in range(4)))
+
+    def measure(*arguments):
+        return CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), *map(str, arguments)])
+
+    outcome = measure("--data", data, "--json")
+    assert json.loads(outcome.stdout)["metrics"]["documents"] == 60
+    assert "passed over: 5 of 69 rows, without a 'label' (" in outcome.stderr
+    first = "data.jsonl:61 (row 61), "
+    assert first in outcome.stderr and "…)" in outcome.stderr, "the first few are named"
+    assert "passed over: 4 rows with another 'label'" in outcome.stderr
+    stranger = tmp_path / "other.jsonl"
+    stranger.write_text(data.read_text(), encoding="utf-8")
+    refused = str(measure("--data", stranger).exception)
+    assert "label 'c'" in refused and "--on-error skip (4 rows are such: " in refused
+    assert measure("--data", stranger, "--on-error", "skip", "--json").exit_code == 0
+
+
+def test_an_output_in_a_folder_that_is_not_there_is_refused_and_makes_none(places, tmp_path):
+    path = write_rows(tmp_path / "in.jsonl", [{"text": "a"}])
+    with pytest.raises(PretrainError, match=r"there is no folder .*new/folder; accepted: a file in one that is there"):
+        predict(places["single"], path, "--output", tmp_path / "new" / "folder" / "x.jsonl")
+    assert not (tmp_path / "new").exists()
+
+
 def test_sets_of_labels_are_measured_against_sets(places, tmp_path):
     rows = [row["labels"] for row in pretrain.predict(places["several"], TEXTS)]
     cells = [json.dumps(labels) if len(labels) != 1 else labels[0] for labels in rows]
@@ -460,6 +504,11 @@ def test_a_masked_model_is_told_what_to_ask_for(places, tmp_path):
     path = write_rows(tmp_path / "in.jsonl", [{"text": "a b c"}])
     with pytest.raises(PretrainError, match=r"BertForMaskedLM: no evaluation is chosen .*accepted: --evaluation"):
         evaluate(places["masked"], "--data", path)
+    with pytest.raises(PretrainError, match=r'accepted: evaluations=\["masked_loss"\], or \[\{"method": "probe"'):
+        pretrain.evaluate(*pretrain.load(places["masked"]), ["a b c"])
+    assert pretrain.evaluate(*pretrain.load(places["masked"]), ["a b c " * 9], ["masked_loss"])["metrics"]
+    with pytest.raises(PretrainError, match='does not predict the next token: accepted: objective="masked_lm"'):
+        pretrain.train(*pretrain.load(places["masked"]), ["a b c"] * 4, budget={"steps": 1})
 
 
 def test_without_an_output_rows_go_to_the_screen_as_json(places):

@@ -14,9 +14,9 @@ from pretrain import report
 from pretrain.core.errors import PretrainError
 from pretrain.report.charts import changes
 from pretrain.report.data import plots, thin
-from pretrain.report.page import collect, write
+from pretrain.report.page import _cards, collect, write
 from pretrain.report.samples import panel
-from pretrain.report.summary import summarise
+from pretrain.report.summary import headline, summarise
 
 
 def test_corpus_and_model_text_cannot_break_out(tmp_path):
@@ -59,7 +59,19 @@ def test_speeds_are_over_all_of_a_trainings_time(tmp_path):
         row |= {"tokens": 100 * (number + 1), "elapsed": 4.0 * (number + 1), "tokens_per_second": 200.0, "mfu": 0.4}
     log.write_text("".join(json.dumps(row) + "\n" for row in lines))
     page = write(folder).read_text()  # 100 tokens every 4 seconds, at 200 a second in the steps themselves
-    assert "<small>25 a second</small>" in page and "<small>5% of the machine&#x27;s matrix rate</small>" in page
+    assert "<small>in all trainings, 25 a second in “encoder”</small>" in page
+    assert "<small>in all stages, 5% of the machine&#x27;s matrix rate in “encoder”</small>" in page
+
+
+def test_a_card_says_of_which_stage_its_number_is(tmp_path):
+    page = collect(example(tmp_path / "r"))
+    assert "in all trainings" in str(_cards(page, headline(page)))
+    other = page | {"trainings": [page["trainings"][0] | {"unit": "images"}, *page["trainings"][1:]]}
+    assert "in “encoder” alone, " in str(_cards(other, headline(other)))
+    alone = page | {"trainings": page["trainings"][-1:]}
+    assert "in all" not in str(_cards(alone, headline(alone))) and "“encoder”" not in str(
+        _cards(alone, headline(alone))
+    )
 
 
 def test_losses_of_different_units_have_plots_of_their_own(tmp_path):

@@ -139,4 +139,4 @@ def listed(words: Sequence[str], word: str) -> str:
     if len(words) <= LISTED:
         return ", ".join(words) or "none"
     like = difflib.get_close_matches(word, words, n=LISTED // 2, cutoff=0.0)
-    return f"{', '.join(like)}, … ({len(words)} in all)"
+    return f"{', '.join(sorted(like))}, … ({len(words)} in all)"

@@ -10,9 +10,10 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, read_json
 from pretrain.corpus.payload import CONTENT, content
 from pretrain.corpus.sources import Document
-from pretrain.corpus.store import iterate
+from pretrain.corpus.store import Corpus, iterate
 
 RECORD = "pretrain.json"  # of a checkpoint
+MOST_LEARNT = 20_000  # documents for a yardstick
 
 
 def training_corpora(checkpoint: Path) -> tuple[list[Path], int]:
@@ -44,6 +45,28 @@ def header_of(checkpoint: Path, header: bool | None) -> bool | None:
         sources = read_json(corpus / "corpus.json").get("sources") or []
         known |= {source.get("header") for source in sources if isinstance(source, dict)}
     return known.pop() if len(known) == 1 else header
+
+
+def skips(checkpoint: Path, data: str) -> bool:
+    """Whether a checkpoint's run has passed over what did not fit: it skips errors, or has read this very file."""
+    for corpus in training_corpora(checkpoint)[0]:
+        for source in read_json(corpus / "corpus.json").get("sources") or []:
+            if isinstance(source, dict) and "files" in source:
+                same = Path(str(source["files"])).absolute() == Path(data).absolute()
+                if same or source.get("on_error") == "skip":
+                    return True
+    return False
+
+
+def learnt_from(checkpoint: Path, columns: Sequence[str]) -> list[Document]:
+    """Documents that a checkpoint has last been trained on, `MOST_LEARNT` at most; none where they are not there."""
+    record = checkpoint / RECORD
+    lineage: JSONObject = read_json(record).get("lineage") or {} if record.exists() else {}
+    for place in training_corpora(checkpoint)[0]:
+        corpus = Corpus(place)
+        if corpus.info["fingerprint"] == lineage.get("data") and set(columns) <= set(corpus.columns):
+            return corpus.sample("train", MOST_LEARNT, columns)
+    return []
 
 
 def trained_on(documents: Sequence[Document], corpora: Sequence[Path]) -> list[int]:

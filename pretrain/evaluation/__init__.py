@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.corpus.sources import Document
+
+
+# The documents that a model has learnt from, with the columns that are asked for; none where they are not known.
+Learnt: TypeAlias = "Callable[[Sequence[str]], Sequence[Document]]"
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,10 @@ class Evaluation(Method):
     def columns(self) -> tuple[str, ...]:
         """The columns that it needs besides `text` and `domain`."""
         return ()
+
+    def yardsticks(self, model: PreTrainedModel, documents: Sequence[Document], learnt: Learnt) -> dict[str, float]:
+        """Metrics of what is no model, on the same documents, made of those that the model has `learnt` from."""
+        return {}
 
     @abstractmethod
     def __call__(

@@ -8,26 +8,34 @@ stands each side's peak rate and who has chosen it: a difference of two recipes 
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
-from itertools import takewhile
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import sealed, write_json, write_text
+from pretrain.core.models.metrics import Direction, better
 from pretrain.core.quick.quantities import counted, short
 from pretrain.experiments.drawing import draw
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
-from pretrain.experiments.verdict import interval, judge, share_to_reach, shares_to_reach
+from pretrain.experiments.verdict import UNDECIDED, interval, judge, seeds_to_decide, share_to_reach, shares_to_reach
 from pretrain.forecast import forecast
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
 from pretrain.runs.shelf import check_output
 from pretrain.stages.train import Train
 
-SURELY = 2.0  # times the budget: estimates of seconds go by a machine that is not busy
+FEW_STEPS = 1  # of the last training, below which a budget compares nothing
+ENOUGH_STEPS = 100  # that a larger budget is said to leave room for
+METRICS = {
+    "classification": "accuracy",
+    "prompt_classification": "accuracy",
+    "tagging": "accuracy",
+    "regression": "mse",
+}  # by which what learns labels is judged
 
 
 def compare(
@@ -35,7 +43,7 @@ def compare(
     *,
     flops: float,
     seeds: int = 3,
-    metric: str = "loss",
+    metric: str | None = None,
     output: Path | str = Path("runs") / "compare",
     overrides: Sequence[str] = (),
     jobs: int = 1,
@@ -46,8 +54,9 @@ def compare(
 ) -> Outcome:
     """Run each recipe with each seed for `flops`; writes `comparison.svg`, writes and returns `comparison.json`.
 
-    `metric` is one of the held-out metrics that training logs; lower is better. Runs that are finished are not run
-    again, so a comparison that was interrupted goes on. `jobs` processes share the work, or a `ray` cluster does. With
+    `metric` is one of the held-out metrics that training logs: by default the accuracy of classifiers and taggers, the
+    squared error of regressions, the loss of all else. Runs that are finished are not run again, so a comparison that
+    was interrupted goes on. `jobs` processes share the work, or a `ray` cluster does. With
     `rates` of 3 or more so many peak rates of each side are tried first, at a third of the budget each.
     `progress` tells on standard error how far each run is, where they run one after another.
     """
@@ -57,9 +66,12 @@ def compare(
     paths = _named(recipes, seeds)
     names = list(paths)
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
+    metric = metric or _metric_of([_training(*each) for each in loaded.values()])
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
-        _check_left(name, replace(recipe, output=Path(output) / "seed-0" / name), trained, flops)
+    _check_left(
+        {name: (replace(r, output=Path(output) / "seed-0" / name), t) for name, (r, t) in loaded.items()}, flops
+    )
     for line in _unlike(loaded, metric):
         say(f"warning: {line}")
     usual = {name: rate_of(*each) for name, each in loaded.items()}
@@ -71,7 +83,7 @@ def compare(
     chosen = dict(usual)
     searched = {name: rate.lr for name, rate in usual.items() if rate.lr}
     if rates != 1:
-        chosen |= best_rates(searched, trial, rates=rates, jobs=jobs, ray=ray, say=say)
+        chosen |= best_rates(searched, trial, rates=rates, jobs=jobs, ray=ray, say=say, better=_direction(metric))
     queue = [(name, seed) for seed in range(seeds) for name in names]
     say(f"{counted(len(queue), 'run')} of {short(flops)} FLOPs each: {', '.join(names)}, {seeds} seeds")
     trials = [_at(trial(name, seed), chosen[name].lr, usual[name].lr) for name, seed in queue]
@@ -85,7 +97,7 @@ def compare(
     comparison = summarise(runs, flops, metric) | {"environment": describe()}
     for name, rate in chosen.items():
         comparison["table"][name]["rate"] = asdict(rate) | {"words": str(rate)}
-    comparison["notes"] = _notes(chosen)
+    comparison["notes"] = [*_notes(chosen), *_undecided(comparison["table"], runs)]
     write_json(Path(output) / "comparison.json", sealed(comparison))
     curves = {name: [run["curve"] for run in of] for name, of in comparison["runs"].items()}
     write_text(Path(output) / "comparison.svg", draw(curves, metric))
@@ -155,11 +167,9 @@ def _loaded(path: Path | str, seed: int, flops: float, overrides: Sequence[str])
 
 def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
     """Refuse a metric that the training of a language model does not log; what others log is known once they run."""
-    stage = next(stage for stage in recipe.stages if stage.name == trained)
-    objective = stage.weighted()[0].method if isinstance(stage, Train) else None
+    objective = _training(recipe, trained).weighted()[0].method
     known = ("loss", "perplexity", "bits_per_byte")
-    fixed = objective is not None and objective.task == "causal" and objective.reads != "examples"
-    if objective is None or not fixed or objective.own_evaluation:
+    if objective.task != "causal" or objective.reads == "examples" or objective.own_evaluation:
         return
     what, _, domain = metric.partition("/")
     if what not in known or (domain and what == "perplexity"):
@@ -169,15 +179,84 @@ def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
         )
 
 
-def _check_left(name: str, recipe: Recipe, trained: str, flops: float) -> None:
-    """Refuse a budget of which the stages before the last training leave nothing, by far, before any is run."""
-    before = takewhile(lambda each: each.item.stage.name != trained, forecast(plan(recipe)))
-    spent = sum(each.estimate.flops or 0.0 for each in before)
-    if spent > SURELY * flops:
+def _training(recipe: Recipe, trained: str) -> Train:
+    """The stage that is compared."""
+    stage = next(stage for stage in recipe.stages if stage.name == trained)
+    assert isinstance(stage, Train)
+    return stage
+
+
+def _metric_of(stages: Sequence[Train]) -> str:
+    """What trainings are judged by: the metric of their labels where all have the same, else the loss."""
+    objectives = [stage.weighted()[0].method for stage in stages]
+    names = [getattr(each, "wrapped", each).name for each in objectives]
+    metrics = {METRICS.get(name, "loss") for name in names}
+    return metrics.pop() if len(metrics) == 1 else "loss"
+
+
+def _direction(metric: str) -> Direction:
+    """Which way a metric is better; of one that is not known it is lower."""
+    try:
+        return better(metric)
+    except PretrainError:
+        return "lower"
+
+
+def _check_left(sides: Mapping[str, tuple[Recipe, str]], flops: float) -> None:
+    """Refuse, before any is run, a budget that leaves the last training of a side no steps; says which would do."""
+    short_of: list[tuple[float, str]] = []
+    for name, (recipe, trained) in sides.items():
+        made = forecast(plan(recipe))
+        place = [each.item.stage.name for each in made].index(trained)
+        spent = sum(each.estimate.flops or 0.0 for each in made[:place])
+        expected = made[place].estimate.plan
+        step = expected.flops / expected.steps if expected and expected.steps else 0.0
+        least = max(2 * spent, spent + ENOUGH_STEPS * step)
+        if spent >= flops:
+            why = f"the stages before {trained!r} spend all {short(flops)} FLOPs, and about {short(spent)} in all"
+            short_of.append((least, f"{name}: {why}"))
+        elif flops - spent < FEW_STEPS * step:
+            why = f"a step of {trained!r} takes about {short(step)} FLOPs, and the budget has {short(flops - spent)}"
+            short_of.append((least, f"{name}: {why}"))
+    if short_of:
+        least = max(least for least, _ in short_of)
         raise PretrainError(
-            f"{name}: the stages before {trained!r} spend all {short(flops)} FLOPs, and about {short(spent)} in all; "
-            "accepted: a larger budget, or smaller ones of these stages"
+            f"{short_of[0][1]}; accepted: --budget flops={rounded_up(least):.2g} or more, or less in the stages before"
         )
+
+
+def rounded_up(value: float) -> float:
+    """A number with two digits, none smaller."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 1) if value > 0 else 1.0
+    return math.ceil(value / unit) * unit
+
+
+def _undecided(table: Mapping[str, Outcome], runs: Mapping[str, Sequence[Outcome]]) -> Iterator[str]:
+    """Of each verdict that is open how many seeds would decide it, were the difference to stay what it is."""
+    baseline, *others = runs
+    for name in others:
+        if table[name]["verdict"]["word"] != UNDECIDED:
+            continue
+        differences = [a["final"] - b["final"] for a, b in zip(runs[name], runs[baseline], strict=True)]
+        count, needed = len(differences), seeds_to_decide(differences)
+        if needed is None:
+            yield (
+                f"{name}: undecided, and more seeds will hardly decide it: the difference is small beside its chance. "
+                "A larger --budget may; or take the two as equal"
+            )
+        else:
+            wanted = max(needed, count + 1)
+            yield (
+                f"{name}: undecided after {count} seeds: about {wanted} would decide it, should the difference stay "
+                f"what it is: --seeds {wanted} (what is finished is not run again), or a larger --budget"
+            )
+
+
+COLUMNS = (
+    "mean ± s.d.: over the seeds; difference: to the first recipe, paired by seed, and where it lies in 97 of 100 "
+    "cases; verdict: better or worse where that leaves zero out; FLOPs to the baseline's end: the share of the budget "
+    "at which a recipe first is where the first one ends; peak rate: the learning rate, and who chose it"
+)
 
 
 def _trial(
@@ -200,21 +279,21 @@ def summarise(runs: dict[str, list[Outcome]], flops: float, metric: str) -> Outc
     `compute_to_reach`: the share of its FLOPs at which the recipe reaches the baseline's last value, its 97% interval
     over the seeds, and the share the other way round.
     """
-    baseline = next(iter(runs))
+    baseline, way = next(iter(runs)), _direction(metric)
     table = {}
     for name, recipe_runs in runs.items():
         finals = [run["final"] for run in recipe_runs]
         row: Outcome = {"mean": statistics.mean(finals), "deviation": statistics.stdev(finals)}
         if name != baseline:
             row["verdict"] = asdict(
-                judge([a["final"] - b["final"] for a, b in zip(recipe_runs, runs[baseline], strict=True)])
+                judge([a["final"] - b["final"] for a, b in zip(recipe_runs, runs[baseline], strict=True)], way)
             )
             mine, theirs = ([run["curve"] for run in side] for side in (recipe_runs, runs[baseline]))
-            shares = shares_to_reach(mine, theirs)
+            shares = shares_to_reach(mine, theirs, way)
             row["compute_to_reach"] = {
-                "baseline's end": share_to_reach(mine, theirs),
+                "baseline's end": share_to_reach(mine, theirs, way),
                 "interval": interval([s for s in shares if s is not None]) if None not in shares else None,
-                "end by baseline": share_to_reach(theirs, mine),
+                "end by baseline": share_to_reach(theirs, mine, way),
             }
         table[name] = row
-    return {"metric": metric, "flops": flops, "baseline": baseline, "table": table, "runs": runs}
+    return {"metric": metric, "better": way, "flops": flops, "baseline": baseline, "table": table, "runs": runs}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.metrics import Direction
 from pretrain.experiments.protocol import SHORT, TUNING_SEEDS, Point, Search, search
 from pretrain.experiments.trials import Trial, run_all
 from pretrain.recipe import Recipe
@@ -64,6 +65,7 @@ def best_rates(
     jobs: int = 1,
     ray: str | None = None,
     say: Callable[[str], None] = print,
+    better: Direction = "lower",
 ) -> dict[str, Rate]:
     """Each side's best rate around its usual one; `trial` makes a side's whole run with a seed."""
     if rates < 3 or rates % 2 == 0:
@@ -80,7 +82,8 @@ def best_rates(
         wanted = list(dict.fromkeys((point.side, float(point.value or 0)) for point in state.missing))
         trials = [_short(trial(side, TUNING_SEEDS[0]), side, lr, usual[side]) for side, lr in wanted]
         for key, outcome in zip(wanted, run_all(trials, jobs=jobs, ray=ray, say=say), strict=True):
-            scores[key] = math.inf if outcome["final"] is None else outcome["final"]
+            sign = 1 if better == "lower" else -1
+            scores[key] = math.inf if outcome["final"] is None else sign * outcome["final"]
         state = search(grids, score)
     return {side: _rate_of(state, side) for side in usual}
 

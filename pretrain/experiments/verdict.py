@@ -38,6 +38,15 @@ def judge(differences: Sequence[float], better: str = "lower") -> Verdict:
     return Verdict(statistics.mean(differences), begin, end, resampled, decided(low, high, better))
 
 
+def seeds_to_decide(differences: Sequence[float], most: int = 50) -> int | None:
+    """How many seeds Student's interval needs to leave zero out, at this mean and spread; None: more than `most`."""
+    from scipy.stats import t
+
+    mean, spread = abs(statistics.mean(differences)), statistics.stdev(differences)
+    counts = range(2, most + 1)
+    return next((n for n in counts if float(t.ppf((1 + CONFIDENCE) / 2, n - 1)) * spread < mean * math.sqrt(n)), None)
+
+
 def decided(low: float, high: float, better: str) -> str:
     """What an interval of method minus baseline says: a word other than undecided where it lies on one side of zero."""
     sign = -1 if low > 0 else 1 if high < 0 else 0  # of the improvement, where lower is better

@@ -52,20 +52,21 @@ def evaluate(
     ] = None,
     pair: Annotated[str | None, typer.Option(help="The column of second texts, for a classifier of pairs.")] = None,
     header: Annotated[bool | None, typer.Option("--header/--no-header", help=HEADER)] = None,
-    on_error: Annotated[str, typer.Option(help=ON_ERROR)] = "stop",
+    on_error: Annotated[str | None, typer.Option(help=f"{ON_ERROR} By default as in the run that trained it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
-    policy = on_error_of(on_error)
+    policy = None if on_error is None else on_error_of(on_error)
     methods_of(evaluations or [], "evaluation", "--evaluation: ")
     place, folder = newest_checkpoint(checkpoint), corpus_at(data)
-    from pretrain.corpus.overlap import header_of, overlap_warning, text_column
+    from pretrain.corpus.overlap import header_of, overlap_warning, skips, text_column
     from pretrain.corpus.sources import Files
     from pretrain.corpus.store import SPLITS, Corpus
 
     if folder is not None and split not in SPLITS:
         raise unknown("split", split, SPLITS)
+    policy = policy or ("skip" if skips(place, data) else "stop")
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
     placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
     with uncollected(), consenting_to(place, trust_remote_code):
@@ -87,7 +88,9 @@ def evaluate(
         typer.echo(f"warning: {seen}", err=True)
     typer.echo(f"{counted(len(documents), 'document')}: {', '.join(method.name for method in chosen)} …", err=True)
     compressors = any(method.name == "held_out" for method in chosen) or bool(evaluations)
-    result = stage.evaluate(model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"))
+    result = stage.evaluate(
+        model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"), of=place
+    )
     if as_json:
         typer.echo(json.dumps(result | ({"seen": seen} if seen else {}), indent=2))
     else:
@@ -163,26 +166,26 @@ def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[P
             )
     answer = method.columns[-1]
     whole = [(where, d) for where, d in placed if all(given(d, column) for column in method.columns)]
-    if len(whole) < len(placed):
-        lacking = next(where for where, d in placed if not all(given(d, column) for column in method.columns))
-        lost = len(placed) - len(whole)
-        typer.echo(
-            f"warning: passed over: {lost:,} of {counted(len(placed), 'row')}, without a {answer!r} ({lacking})",
-            err=True,
-        )
-    kept, wrong = [], list[str]()
-    for where, document in whole:
-        if reason := _misfit(document, answer, objective, opened):
-            if source.on_error == "stop":
-                raise PretrainError(f"{where}: {reason}, or --on-error skip")
-            wrong.append(where)
-        else:
-            kept.append((where, document))
+    if lacking := [where for where, d in placed if not all(given(d, column) for column in method.columns)]:
+        lost = f"{len(lacking):,} of {counted(len(placed), 'row')}, without a {answer!r}"
+        typer.echo(f"warning: passed over: {lost} ({_first(lacking)})", err=True)
+    reasons = [_misfit(document, answer, objective, opened) for _, document in whole]
+    wrong = [where for (where, _), reason in zip(whole, reasons, strict=True) if reason]
+    if wrong and (source.on_error == "stop" or len(wrong) == len(whole)):
+        also = f" ({len(wrong):,} rows are such: {_first(wrong)})" if len(wrong) > 1 else ""
+        raise PretrainError(f"{wrong[0]}: {next(filter(None, reasons))}, or --on-error skip{also}")
+    kept = [pair for pair, reason in zip(whole, reasons, strict=True) if not reason]
     if wrong:
-        typer.echo(f"warning: passed over: {counted(len(wrong), 'row')} with another {answer!r} ({wrong[0]})", err=True)
+        rows = f"{counted(len(wrong), 'row')} with another {answer!r}"
+        typer.echo(f"warning: passed over: {rows} ({_first(wrong)})", err=True)
     if not kept:
         raise PretrainError(f"{data}: no row has a {answer!r} to compare with; accepted: at least one")
     return kept
+
+
+def _first(places: Sequence[str], most: int = 3) -> str:
+    """The first few places."""
+    return ", ".join(places[:most]) + (", …" if len(places) > most else "")
 
 
 def _misfit(document: Document, answer: str, objective: Any, opened: tuple[PreTrainedModel, Processor]) -> str:

@@ -80,6 +80,10 @@ def check(name: str, output: Path | None, force: bool = True) -> None:
             )
     if output is not None and output.suffix not in OUTPUTS:
         raise PretrainError(f"--output {output}: accepted: a file that ends with {' or '.join(OUTPUTS)}")
+    if output is not None and not output.absolute().parent.is_dir():
+        raise PretrainError(
+            f"--output {output}: there is no folder {output.parent}; accepted: a file in one that is there"
+        )
     if output is not None and name != "-" and output.exists() and output.samefile(path):
         raise PretrainError(f"--output {output} is the input; accepted: another file")
     if output is not None and output.exists() and not force:

@@ -16,6 +16,7 @@ from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import load
 from pretrain.new import stages, start
+from pretrain.new.faults import Fault
 from pretrain.new.look import Look
 from pretrain.new.prompts import fitting
 from pretrain.new.stages import written
@@ -170,7 +171,8 @@ def quoted(word: str) -> str:
     return word if bare else json.dumps(word, ensure_ascii=False)
 
 
-def _corpus(asked: Asked) -> str:
+def _corpus(asked: Asked, name: str = "corpus", labelled: bool = True) -> str:
+    """The corpus; of a table that is read for its texts alone (`labelled` False) with the rows without a label."""
     look, table = asked.look, asked.look.table
     held = stages.NOT_HELD
     if asked.init is not None and asked.init.held and table is None:
@@ -181,14 +183,19 @@ def _corpus(asked: Asked) -> str:
         held = written(stages.HELD, validation=f"{look.share:g}", test=f"{look.share:g}")
     copies = table is None and look.kind != "images" and asked.task != "compress"
     return written(
-        stages.CORPUS, sources="\n".join(_sources(asked)), operations=stages.COPIES if copies else "", held=held
+        stages.CORPUS,
+        name=name,
+        why="" if labelled else stages.UNLABELLED,
+        sources="\n".join(_sources(asked, labelled)),
+        operations=stages.COPIES if copies else "",
+        held=held,
     )
 
 
-def _sources(asked: Asked) -> list[str]:
+def _sources(asked: Asked, labelled: bool = True) -> list[str]:
     look, table = asked.look, asked.look.table
     if table is not None:
-        return [f"      {line}" for line in _rows(table, str(look.files[0])).splitlines()]
+        return [f"      {line}" for line in _rows(table, str(look.files[0]), labelled).splitlines()]
     skip = ", on_error: skip" if look.undecoded else ""
     why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
     if look.domains:
@@ -202,12 +209,16 @@ def _sources(asked: Asked) -> list[str]:
     return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
 
 
-def _rows(table: Table, name: str) -> str:
+def _lacking(table: Table) -> list[Fault]:
+    """The rows without a label, or without a second text."""
+    return [fault for fault in table.faults if fault.field.startswith("required")]
+
+
+def _rows(table: Table, name: str, labelled: bool = True) -> str:
     """A table as a source: with its rows that are left out a field a line, and why."""
     fields = [f"files: {quoted(name)}"] + ([f"text: {quoted(table.text)}"] if table.text != "text" else [])
     more = ["header: false  # columns are numbered; true: the first row names them"] if table.header is False else []
-    required = [fault for fault in table.faults if fault.field.startswith("required")]
-    if required:
+    if labelled and (required := _lacking(table)):
         names = ", ".join(quoted(fault.field.removeprefix("required: ")) for fault in required)
         more.append(f"required: [{names}]  # {commented('; '.join(map(str, required)))}: passed over")
     skipped = [fault for fault in table.faults if fault.field.startswith("on_error")]
@@ -277,7 +288,9 @@ def _classify(asked: Asked) -> list[str]:
     table, init = asked.look.table, asked.init
     assert table is not None, "the command asks for one"
     objective, length = _objective(table), asked.length(256)
-    before = [] if init is not None else _encoder(asked, length)
+    every = "texts" if init is None and _lacking(table) else "corpus"
+    before = [] if init is not None else _encoder(asked, length, every)
+    before = [_corpus(asked, every, labelled=False), *before] if every == "texts" else before
     length = length if init is None else init.length(length)
     assert asked.tuned is not None
     name = "classifier" if table.kind == "classify" else "tuned"
@@ -298,7 +311,7 @@ def _encoder_size(asked: Asked) -> tuple[int, int]:
     return start.encoder(asked.budget / 2, asked.text / TOKEN, start.vocabulary(asked.text))
 
 
-def _encoder(asked: Asked, length: int) -> list[str]:
+def _encoder(asked: Asked, length: int, corpus: str) -> list[str]:
     """An encoder of the table's own texts, from nothing, for half of the time."""
     entries, (width, blocks), length = start.vocabulary(asked.text), _encoder_size(asked), max(64, length)
     weights = 12 * blocks * width**2 + 0.15 * entries * width  # a masked one in seven is predicted
@@ -307,12 +320,12 @@ def _encoder(asked: Asked, length: int) -> list[str]:
     size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
     encoder = written(
         stages.ENCODER, width=width, inner=4 * width, blocks=blocks, heads=max(2, width // 32),
-        positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
+        corpus=corpus, positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
         measured=asked.measured("encoder"),
         budget=f"{{epochs: {ENOUGH_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",
     )  # fmt: skip
-    return [written(stages.ENCODER_TOKENIZER, entries=size), encoder]
+    return [written(stages.ENCODER_TOKENIZER, corpus=corpus, entries=size), encoder]
 
 
 def _chat(asked: Asked) -> list[str]:

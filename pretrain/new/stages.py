@@ -9,7 +9,8 @@ COLUMN = 32  # where comments begin, if they can
 COMMENT = re.compile(r"(?P<line> *[^ #].*?)  # (?P<why>.*)")
 
 CORPUS = """
-  - name: corpus
+$why
+  - name: $name
     stage: data
     sources:
 $sources
@@ -79,10 +80,13 @@ CONTINUED = """
     budget: $budget  # $why
 $measured
 """
+UNLABELLED = (
+    "  # All texts, for the encoder: those without a label are worth reading too; the same of them are held out."
+)
 ENCODER_TOKENIZER = """
   - name: tokenizer
     stage: tokenizer
-    corpus: corpus
+    corpus: $corpus
     $entries
     cls: true  # [cls] text [sep]: where the classifier reads
     mask: true
@@ -92,7 +96,7 @@ ENCODER = """
   # far where there is one: pretrain new … --init NAME writes the recipe that begins with it.
   - name: encoder
     stage: train
-    corpus: corpus
+    corpus: $corpus
     tokenizer: tokenizer
     model:
       family: bert

@@ -26,6 +26,11 @@ def examples_of(rows: Sequence[Row] | Sequence[Example], name: str) -> list[Exam
     return examples
 
 
+def named(example: Example) -> str:
+    """What a message calls an example: its document's id, where it has one."""
+    return f"document {example.columns.get('id', example.index)!r}"
+
+
 def surprises(logits_BC: Tensor, label_B: Tensor) -> list[float]:
     """-log p of each example's true class, in nats; 0 where an example has none (-100)."""
     return nn.functional.cross_entropy(logits_BC.float(), label_B, reduction="none", ignore_index=-100).tolist()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from pretrain.core.quick.confusion import class_rows, never_answered
 from pretrain.core.quick.quantities import figure
@@ -100,10 +101,15 @@ def _of_labels(page: Page, model: StageRow, evaluation: Evaluated | None, traini
     """Of a classifier, a tagger, a regressor or what gives answers."""
     if evaluation is None:
         return "Next: add an evaluate stage (evaluations: [task]), which measures it on unseen documents.", ""
-    change, better = course(training["evaluation"]["loss"]), beats_guessing(evaluation)
-    pretrained = " or a pretrained model to begin with (init: NAME, or pretrain new … --init NAME)"
-    if better is not None and better <= 0:
-        return f"Next: more labelled documents,{pretrained}: so far the texts have taught it too little.", ""
+    change, better = course(training["evaluation"]["loss"]), beats_baseline(evaluation)
+    begin = "a pretrained model to begin with (init: NAME, or pretrain new … --init NAME)"
+    pretrained = f" or {begin}"
+    best = yardstick(evaluation["metrics"] or {})
+    if best is not None and better is not None and better <= 0:
+        why = f"{best.words} does as well" if best.reads else "so far the texts have taught it too little"
+        if best.reads and change[1] <= RISE and (longer := _longer(page, model)):
+            return f"Next: more passes, {begin}, or more labelled documents: {why}.", longer
+        return f"Next: more labelled documents,{pretrained}: {why}.", ""
     missed = never_answered(evaluation.get("confusion") or {})
     if change[0] < -FALL and change[1] <= RISE:
         fell = f"the held-out loss still fell by {-change[0]:.1%} in the last fifth"
@@ -117,23 +123,57 @@ def _of_labels(page: Page, model: StageRow, evaluation: Evaluated | None, traini
         rose = "its held-out loss rose again before the end, so more passes do not help"
         kept = " (the best weights are kept)" if training.get("kept") else ""
         return f"Next: more labelled documents,{pretrained}; {rose}{kept}. To use it as it is:", use
+    if not of_classes(evaluation):
+        return f"Next: more labelled documents,{pretrained}; its held-out loss has levelled off. To use it:", use
     return "Next: see below what it takes for what, and label more of that. To use it:", use
 
 
-def beats_guessing(evaluation: Evaluated) -> float | None:
-    """1 where it is surely better than an answer that looks at no text, 0 where that is not sure, -1 where it is not.
+def of_classes(evaluation: Evaluated) -> bool:
+    """Whether what is measured answers with classes, and not with numbers or texts."""
+    return "accuracy" in (evaluation["metrics"] or {})
+
+
+@dataclass(frozen=True)
+class Yardstick:
+    """What a model of labels is held against: an answer that looks at no text, or what counts words alone."""
+
+    metric: str  # the model's
+    baseline: str  # the yardstick's
+    words: str
+    reads: bool  # whether it reads the texts
+    higher: bool  # whether more is better
+
+
+YARDSTICKS = (
+    Yardstick("accuracy", "naive_bayes", "naive Bayes on word counts", True, True),
+    Yardstick("accuracy", "majority", "always answering the commonest class", False, True),
+    Yardstick("mse", "mse_of_word_counts", "ridge regression on word counts", True, False),
+    Yardstick("mse", "mse_of_mean", "always answering the mean", False, False),
+)
+
+
+def yardstick(metrics: Mapping[str, float]) -> Yardstick | None:
+    """The best of those that were measured beside the model."""
+    known = [each for each in YARDSTICKS if each.metric in metrics and each.baseline in metrics]
+    return max(known, key=lambda each: metrics[each.baseline] * (1 if each.higher else -1), default=None)
+
+
+def beats_baseline(evaluation: Evaluated) -> float | None:
+    """1 where it is surely better than the best yardstick, 0.5 where that is not sure, -1 where it is not better.
 
     None where there is nothing to compare with.
     """
     metrics = evaluation["metrics"] or {}
-    if "majority" in metrics and "accuracy" in metrics:
-        ends = (evaluation.get("intervals") or {}).get("accuracy")
-        if metrics["accuracy"] <= metrics["majority"]:
-            return -1.0
-        return 1.0 if ends and ends[0] > metrics["majority"] else 0.5
-    if "mse_of_mean" in metrics and "mse" in metrics:
-        return 1.0 if metrics["mse"] < metrics["mse_of_mean"] else -1.0
-    return None
+    best = yardstick(metrics)
+    if best is None:
+        return None
+    value, base = metrics[best.metric], metrics[best.baseline]
+    if not (value > base if best.higher else value < base):
+        return -1.0
+    ends = (evaluation.get("intervals") or {}).get(best.metric)
+    if not best.higher:
+        return 0.5 if ends and ends[1] >= base else 1.0
+    return 1.0 if ends and ends[0] > base else 0.5
 
 
 def _tokens_a_weight(model: StageRow, training: Trained) -> float:

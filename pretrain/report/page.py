@@ -25,6 +25,10 @@ from pretrain.report.numbers import last
 from pretrain.report.summary import Headline, headline, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
+BESIDE = {  # a metric of labels: what stands beside it
+    "accuracy": {"naive_bayes": "word counts", "majority": "the commonest alone"},
+    "mse": {"mse_of_word_counts": "word counts", "mse_of_mean": "the mean alone"},
+}
 CHARTS = ("rate", "norm", "speed", "mfu")
 
 
@@ -131,10 +135,9 @@ def _cards(data: Page, about: Headline) -> Html:
         rivals = {counted: evaluation.get("bigram")} | tools
         note = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
         cards.append(("bits per byte", f"{metrics[BITS]:.3f}", note))
-    for name, baseline in (("accuracy", "majority"), ("mse", "mse_of_mean")):
+    for name, beside in BESIDE.items():
         if name in metrics:
-            guess = metrics.get(baseline)
-            note = {"accuracy": "the commonest", "mse": "the mean"}[name] + f" alone: {figure(guess)}" if guess else ""
+            note = "; ".join(f"{words}: {figure(metrics[each])}" for each, words in beside.items() if each in metrics)
             cards.append((name, figure(metrics[name]), note))
     for name, title, note in (
         ("macro_f1", "macro F1", "each class alike"),
@@ -165,9 +168,13 @@ def _spent(data: Page) -> list[tuple[str, str, str]]:
         counted = data["trainings"] if alike else data["trainings"][-1:]
         count = short(sum(last(t["step"]["tokens"]) for t in counted))
         speed, share = _speed(data["trainings"][-1])
-        pace = f"{short(speed)} a second" if speed else ""
-        used = f"{share:.0%} of the machine's matrix rate" if share else ""
-        cards += [(counted[-1]["unit"], count, pace), ("FLOPs", short(flops), used)]
+        last_of = f"“{data['trainings'][-1]['name']}”" if len(data["trainings"]) > 1 else ""
+        whose = "" if not last_of else "in all trainings" if alike else f"in {last_of} alone"
+        at = f" in {last_of}" if last_of else ""  # the speed is of the last, the totals are of all
+        pace = f"{short(speed)} a second{at if alike else ''}" if speed else ""
+        used = f"{share:.0%} of the machine's matrix rate{at}" if share else ""
+        notes = (", ".join(filter(None, (whose, pace))), ", ".join(filter(None, ("in all stages" if at else "", used))))
+        cards += [(counted[-1]["unit"], count, notes[0]), ("FLOPs", short(flops), notes[1])]
     elif flops:
         cards.append(("FLOPs", short(flops), ""))
     unfinished = (last(t["step"]["elapsed"]) for t in data["trainings"] if _unfinished(data, t["name"]))

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 from pretrain.core.quick.confusion import class_rows, never_answered
 from pretrain.core.quick.quantities import counted, figure, short
-from pretrain.report.advice import advise, beats_guessing, spent_share
+from pretrain.report.advice import advise, beats_baseline, spent_share, yardstick
 from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, unit_of_loss
 from pretrain.report.numbers import article, known, last
 
-# Metrics worth a first sentence: how they are called, those that say what guessing gives, and what guessing is.
+# Metrics worth a first sentence: how they are called; where no yardstick is, what says what guessing gives, and is.
 SCORES = {
     "f1": ("an F1 of entities of", "", ""),
-    "accuracy": ("an accuracy of", "majority", "always answering the commonest class"),
-    "mse": ("a mean squared error of", "mse_of_mean", "always answering the mean"),
+    "accuracy": ("an accuracy of", "", ""),
+    "mse": ("a mean squared error of", "", ""),
     "exact_match": ("the very answer in a share of", "", ""),
     "probe_accuracy": ("a probe accuracy of", "probe_majority", "always answering the commonest class"),
     "ndcg@10": ("an nDCG@10 of", "", ""),
@@ -111,6 +111,8 @@ def _score(evaluation: Evaluated) -> str:
     if not name:
         return ""
     words, baseline, guessing = SCORES[name]
+    if (best := yardstick(metrics)) is not None and best.metric == name:
+        baseline, guessing = best.baseline, best.words
     group = name.partition("_")[0]  # a probe has tested a share of the documents
     count = int(metrics.get(f"{group}_documents") or metrics.get("documents") or evaluation.get("documents") or 0)
     number = f"{count:,} document{'s' if count != 1 else ''}" if count else "documents"
@@ -123,7 +125,7 @@ def _score(evaluation: Evaluated) -> str:
 def _judgement(page: Page, about: Headline) -> str:
     """Against what costs nothing (counts, compressors) and against the run's other models."""
     evaluation = about.evaluation
-    if evaluation and beats_guessing(evaluation) is not None:
+    if evaluation and beats_baseline(evaluation) is not None:
         return _of_answers(evaluation)
     if not evaluation or BITS not in evaluation["metrics"]:
         return _trend(page, about.training)
@@ -160,19 +162,29 @@ def _judgement(page: Page, about: Headline) -> str:
 
 
 def _of_answers(evaluation: Evaluated) -> str:
-    """Against an answer that looks at no text; which classes are never answered."""
-    verdict, metrics = beats_guessing(evaluation), evaluation["metrics"]
-    words = []
+    """Against word counts, or an answer that looks at no text; which classes are never answered."""
+    verdict, metrics, words = beats_baseline(evaluation), evaluation["metrics"], list[str]()
+    best = yardstick(metrics)
+    assert best is not None, "there is something to compare with"
+    value, base = (figure(metrics[name], 3) for name in (best.metric, best.baseline))
+    ends = (evaluation.get("intervals") or {}).get(best.metric)
+    worst = None if not ends else figure(ends[0] if best.higher else ends[1], 3)
     if "seen" in evaluation:
         words.append(f"Do not trust that number: {evaluation['seen']}.")
     if verdict == 1:
-        words.append("Good: it is better than an answer that looks at no text.")
+        than = f"{best.words} of the same training documents" if best.reads else "an answer that looks at no text"
+        words.append(f"Good: it is better than {than}.")
+    elif verdict == -1 and best.reads:
+        equal = "no better than word counts" if value == base else "worse than word counts"
+        words.append(
+            f"That is not good, it is {equal}: {value} where {best.words} of the same training documents has {base}."
+        )
     elif verdict == -1:
         words.append("That is not good: an answer that looks at no text is as good.")
     else:
-        ends = (evaluation.get("intervals") or {}).get("accuracy")
-        why = f"the interval reaches down to {figure(ends[0], 3)}" if ends else "there are few documents"
-        words.append(f"That is more than guessing, but not surely so: {why}.")
+        reaches = f"the interval reaches {'down' if best.higher else 'up'} to {worst}"
+        why = reaches if ends else "there are few documents"
+        words.append(f"That is better than {'word counts' if best.reads else 'guessing'}, but not surely so: {why}.")
     confusion = evaluation.get("confusion") or {}
     if missed := never_answered(confusion):
         counts = {row.name: row.count for row in class_rows(confusion)}

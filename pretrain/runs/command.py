@@ -16,12 +16,35 @@ from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import counted, duration, figure, short
-from pretrain.records import Status, read_stage
-from pretrain.runs.shelf import REMOVED, RUNS, Run, find_runs, hold, open_run, remove, size_of, stored, unused
+from pretrain.records import StageRecord, Status, read_stage
+from pretrain.runs.shelf import (
+    REMOVED,
+    RUNS,
+    Run,
+    find_runs,
+    hold,
+    measured_on,
+    open_run,
+    remove,
+    size_of,
+    stored,
+    unused,
+)
 
 app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")]
 WIDTH, NARROWEST = 80, 10  # characters: of a line where no terminal tells its own, of a column
+COUNTS = (
+    "tokens",
+    "steps",
+    "flops",
+    "seconds",
+    "skipped_steps",
+    "skipped_at_end",
+    "best_step",
+    "documents",
+    "unlearnt",
+)
 SHOWN, MOST = 4, 12  # metrics of a run that a list names, of a stage that is shown
 
 
@@ -55,7 +78,7 @@ def show(run: Annotated[Path, typer.Argument(help="A run, or what was printed of
         kind = record["stage"] if record else kind
         taken = shown.spent(name)
         spent = (duration(taken["seconds"]), short(taken.get("flops", 0.0))) if "seconds" in taken else ("", "")
-        measured = _few(record["metrics"], MOST) if record else ""
+        measured = _measured(record, MOST) if record else ""
         if "step" in taken:  # a training that was interrupted, or is under way: what it has counted, over all its parts
             measured = f"so far: step {taken['step']:,.0f}, tokens {figure(taken.get('tokens', 0))}"
         stable = f"{shown.folder / name}@{address}" if record else ""
@@ -148,7 +171,18 @@ def _what(folder: Path) -> str:
 
 
 def _metrics(run: Run) -> str:
-    return _few(run.metrics)
+    return f"{run.judged['name']}: {_measured(run.judged)}" if run.judged else ""
+
+
+def _measured(record: StageRecord, most: int = SHOWN) -> str:
+    """What a stage has measured, with the split that it was measured on; what it has counted stands apart."""
+    split, metrics = measured_on(record), record["metrics"]
+    if not split:
+        return _few(metrics, most)
+    counts = {name: value for name, value in metrics.items() if name in COUNTS}
+    held = {name: value for name, value in metrics.items() if name not in COUNTS}
+    parts = [f"on {split}: {_few(held, most)}"] if held else []
+    return "; ".join([*parts, *([_few(counts, most - len(held))] if counts and len(held) < most else [])])
 
 
 def _few(metrics: dict[str, float], most: int = SHOWN) -> str:

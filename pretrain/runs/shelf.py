@@ -69,9 +69,21 @@ class Run:
     @property
     def metrics(self) -> dict[str, float]:
         """Those of the last stage that says how good a model is; where none does, of the last that has any."""
+        return self.judged["metrics"] if self.judged else {}
+
+    @property
+    def judged(self) -> StageRecord | None:
+        """The record of that stage."""
         measured = [record for record in self.records.values() if record["metrics"]]
         judged = [record for record in measured if record["stage"] in ("train", "surgery", "evaluate")]
-        return next((record["metrics"] for record in reversed(judged or measured)), {})
+        return next(reversed(judged or measured), None)
+
+
+def measured_on(record: StageRecord) -> str:
+    """The split that a stage's held-out numbers are of; empty of a stage that measures nothing."""
+    if record["stage"] == "train":
+        return "validation"
+    return str(record["config"].get("split") or "test") if record["stage"] == "evaluate" else ""
 
 
 def open_run(folder: Path) -> Run:

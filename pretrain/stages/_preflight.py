@@ -96,7 +96,7 @@ def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
             f"required {missing!r}: no row has one{nearest(missing, known)}; accepted: {', '.join(known)}"
         )
     if rows > taken:
-        why = ", ".join(f"{count:,} {reason}" for reason, count in lacking.items())
+        why = ", ".join(map(skipped.counted, lacking))
         yield f"of the first {rows + taken:,} rows of {source.files!r} most are left out: {why}"
 
 

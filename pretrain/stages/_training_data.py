@@ -27,6 +27,7 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.evaluation.likelihood._shards import shard_loss
 from pretrain.evaluation.tasks._objective import objective_loss
 from pretrain.objectives import Objective
+from pretrain.objectives._fine_tuning import named
 from pretrain.objectives.labelled import FineTuning
 from pretrain.stages import Job, Record, tokens_of
 from pretrain.training.distributed import World
@@ -152,13 +153,34 @@ def open_examples(
     columns = [name for method in objectives for name in (method.columns or columns_of(processor))]
     examples_by_split = {split: Examples(corpus, split, processor, columns) for split in SPLITS}
     if predicts(objective):
-        labels = objective.labels(examples_by_split["train"].split[objective.columns[-1]])
+        labels = _labels(objective, examples_by_split["train"])
         model = objective.ready(model, labels, vocabulary_of(processor), job.seed)
         _leave_unlearnt(objective, labels, examples_by_split["validation"], job)
     model.config.architectures = [type(model).__name__]  # so that the configuration says the whole kind of the model
     for examples in examples_by_split.values():
         examples.given |= {"labels": labels_of(model), "pool": examples_by_split["train"], "config": model.config}
     return model, examples_by_split
+
+
+def _labels(objective: FineTuning[object], train: Examples) -> tuple[str, ...]:
+    """The names of the classes; an error that one document is to blame for names it."""
+    values = train.split[objective.columns[-1]]
+    try:
+        return objective.labels(values)
+    except PretrainError as error:
+        blamed = [number for number, value in enumerate(values) if _refuses(objective, value, str(error))]
+        if 0 < len(blamed) < len(values):
+            raise PretrainError(f"{named(train.row(None, blamed[0]))}: {error}") from error
+        raise
+
+
+def _refuses(objective: FineTuning[object], value: object, words: str) -> bool:
+    """Whether a label is refused by itself, with these words."""
+    try:
+        objective.labels([value])
+    except PretrainError as error:
+        return str(error) == words
+    return False
 
 
 def _leave_unlearnt(objective: FineTuning[object], labels: Sequence[str], held_out: Examples, job: Job) -> None:

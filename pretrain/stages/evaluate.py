@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -15,7 +16,7 @@ from pretrain.core.files import read_object, write_json
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.positions import check_length, positions
 from pretrain.core.quick.quantities import figure
-from pretrain.corpus.overlap import overlap_warning
+from pretrain.corpus.overlap import learnt_from, overlap_warning
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation, Measured
@@ -103,7 +104,9 @@ class Evaluate(Stage):
             corpus, self.split, self.max_documents, self.evaluations, processor, self.max_characters
         )
         length = lineage(folder).get("length")
-        measured, flops = count_flops(lambda: measure(model, processor, documents, self.evaluations, length=length))
+        measured, flops = count_flops(
+            lambda: measure(model, processor, documents, self.evaluations, length=length, of=folder)
+        )
         result = summary(measured, documents, compressors=self.compressors)
         if seen := overlap_warning(documents, folder, corpus.folder):
             result["seen"] = seen
@@ -199,9 +202,11 @@ def evaluate(
     *,
     compressors: bool,
     length: int | None = None,
+    of: Path | None = None,
 ) -> Record:
     """The `summary` of what is measured."""
-    return summary(measure(model, processor, documents, methods, length=length), documents, compressors=compressors)
+    measured = measure(model, processor, documents, methods, length=length, of=of)
+    return summary(measured, documents, compressors=compressors)
 
 
 def measure(
@@ -211,10 +216,12 @@ def measure(
     methods: Sequence[Evaluation],
     *,
     length: int | None = None,
+    of: Path | None = None,
 ) -> dict[str, Measured]:
     """What each evaluation finds, by its name.
 
-    `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0.
+    `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0; `of` is the
+    checkpoint, for yardsticks that are made of what it has learnt from.
     """
     from pretrain.core.models.families import family
     from pretrain.training.compatible import check_families
@@ -228,6 +235,11 @@ def measure(
             method = dataclasses.replace(method, length=length)
         check_windows(method, count, "the model")
         measured[method.name] = method(model, cast("PreTrainedTokenizerBase", processor), documents)
+        if of is not None:
+            beside = method.yardsticks(model, documents, partial(learnt_from, of))
+            measured[method.name] = dataclasses.replace(
+                measured[method.name], metrics=measured[method.name].metrics | beside
+            )
         count = int(measured[method.name].metrics.get("documents", len(documents)))
         if method.given and measured[method.name].intervals and count < LEAST:  # drawing from them says nothing
             measured[method.name] = dataclasses.replace(measured[method.name], intervals={}, few=count)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.core.batch import Context, Example, Vocabulary
+from pretrain.core.batch import NO_VOCABULARY, Context, Example, Vocabulary
 from pretrain.core.bounds import Whole
 from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
@@ -21,7 +21,8 @@ from pretrain.core.models.heads import labels_of
 from pretrain.core.quick.confusion import confusion_of
 from pretrain.corpus.examples import Examples
 from pretrain.corpus.store import Corpus
-from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation import Evaluation, Learnt, Measured
+from pretrain.evaluation.tasks import _word_counts as word_counts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,11 +40,13 @@ class Task(Evaluation):
     What the fine-tuning `objective` (`classification`, or `{method: seq2seq, target: summary}`) measures on documents
     with its columns: accuracy (`majority`: that of always answering the commonest class), macro F1 and Matthews'
     correlation of classes, with how often each is taken for which, and `label_loss`, the mean of -log p(true
-    label) in nats; Pearson's and Spearman's correlation of
-    numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Documents are cut to `length` tokens (0:
-    the length that the checkpoint was trained at); those of a class that was never learnt are passed over (`unlearnt`
-    says how many); an objective that shows training examples beside each document takes
-    them from the corpus `pool`. Intervals: bootstrap over documents, `resamples` times.
+    label) in nats; mean squared error (`mse_of_mean`: that of the mean), Pearson's and Spearman's correlation of
+    numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Where the training documents are there,
+    word counts learn from them too, as a yardstick: `naive_bayes` is the accuracy of multinomial naive Bayes,
+    `mse_of_word_counts` the error of ridge regression on tf-idf. Documents are cut to `length` tokens (0: the length
+    that the checkpoint was trained at); those of a class that was never learnt are passed over (`unlearnt` says how
+    many); an objective that shows training examples beside each document takes them from the corpus `pool`.
+    Intervals: bootstrap over documents, `resamples` times.
     """
 
     objective: InnerObjective = "classification"
@@ -72,12 +75,10 @@ class Task(Evaluation):
     ) -> Measured:
         """The objective's metrics over all documents and by domain."""
         objective = self.method
-        known = [d for d in documents if all(d.get(column) is not None for column in objective.columns)]
+        labels = labels_of(model)
+        known, whole_count = self._known(documents, labels)
         if not known:
             raise PretrainError(f"task: no document has all of {', '.join(objective.columns)}: accepted: at least one")
-        whole_count, labels = len(known), labels_of(model)
-        learnt = [d for d in known if objective.learnt(d[objective.columns[-1]], labels)]
-        known = learnt or known  # of none at all the objective says what is wrong
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
         length = self.length or min(512, positions_of(model) or 512)
         context = Context(
@@ -101,6 +102,28 @@ class Task(Evaluation):
         whole |= {"unlearnt": float(whole_count - len(known))} if len(known) < whole_count else {}
         confusion = confusion_of(objective.classes(predicted), objective.classes(true))
         return Measured(whole, by_domain, self._intervals(metrics, len(known)), rows, confusion)
+
+    def _known(self, documents: Sequence[Document], labels: Sequence[str]) -> tuple[list[Document], int]:
+        """The documents that are measured, and how many have a label at all."""
+        *_, label = columns = self.method.columns
+        whole = [d for d in documents if all(d.get(column) is not None for column in columns)]
+        learnt = [d for d in whole if self.method.learnt(d[label], labels)]
+        return learnt or whole, len(whole)  # of none at all the objective says what is wrong
+
+    def yardsticks(self, model: PreTrainedModel, documents: Sequence[Document], learnt: Learnt) -> dict[str, float]:
+        """What word counts of the model's training documents reach: `naive_bayes`, or `mse_of_word_counts`."""
+        labels, columns = labels_of(model), self.method.columns
+        context = Context(NO_VOCABULARY, 2, np.random.default_rng(0), labels=labels)
+        known, _ = self._known(documents, labels)
+        true = self.method.expected([Example(document, 0, n) for n, document in enumerate(known)], context)
+        numbers = isinstance(true[0], float)
+        if not numbers and not (isinstance(true[0], str) and self.method.classes(true[:1])):
+            return {}  # generated answers, tags of words
+        answers = word_counts.answers(learnt(columns), known, columns, numbers=numbers)
+        if answers is None:
+            return {}
+        name, metric = ("mse_of_word_counts", "mse") if numbers else ("naive_bayes", "accuracy")
+        return {name: self.method.metrics(answers, true)[metric]}
 
     def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
         """The training examples of the corpus `pool`."""

@@ -14,7 +14,7 @@ from pretrain.core.bounds import ProperShare
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.models.heads import labels_of, with_head
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import classified, examples_of, read, surprises, texts_of
+from pretrain.objectives._fine_tuning import classified, examples_of, named, read, surprises, texts_of
 from pretrain.objectives._metrics import classification
 from pretrain.objectives.labelled import FineTuning
 
@@ -63,10 +63,10 @@ class Classification(FineTuning[str]):
         batch = read(examples, self.text, self.pair, context)
         numbers = {name: number for number, name in enumerate(context.labels)}
         labels = [example.columns.get(self.label) for example in examples]
-        for value in labels:
+        for example, value in zip(examples, labels, strict=True):
             if value is not None and str(value) not in numbers:
                 raise PretrainError(
-                    f"classification: {self.label} {value!r}{nearest(str(value), numbers)}: "
+                    f"classification: {named(example)}: {self.label} {value!r}{nearest(str(value), numbers)}: "
                     f"accepted: a label of the training documents ({', '.join(numbers)})"
                 )
         batch["label_B"] = torch.tensor([-100 if value is None else numbers[str(value)] for value in labels])

@@ -14,7 +14,7 @@ from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.heads import NUMBER, with_head
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import classified, examples_of, read
+from pretrain.objectives._fine_tuning import classified, examples_of, named, read
 from pretrain.objectives._metrics import regression
 from pretrain.objectives.labelled import FineTuning
 
@@ -69,15 +69,15 @@ class Regression(FineTuning[float]):
 
     def expected(self, examples: Sequence[Example], context: Context) -> list[float]:
         """The numbers."""
-        return [_number(example.columns[self.label], self.label) for example in examples]
+        return [_number(example.columns[self.label], self.label, f"{named(example)}: ") for example in examples]
 
     def metrics(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
         """Mean squared error, Pearson's and Spearman's correlation."""
         return regression(predictions, references)
 
 
-def _number(value: object, column: str) -> float:
+def _number(value: object, column: str, whose: str = "") -> float:
     if isinstance(value, str | bytes | SupportsFloat):
         with suppress(TypeError, ValueError):
             return float(value)
-    raise PretrainError(f"regression: column {column!r} holds {value!r}: accepted: numbers")
+    raise PretrainError(f"regression: {whose}column {column!r} holds {value!r}: accepted: numbers")

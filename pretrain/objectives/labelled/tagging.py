@@ -13,7 +13,7 @@ from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.models.heads import labels_of, with_head
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import classified, examples_of, inputs_of
+from pretrain.objectives._fine_tuning import classified, examples_of, inputs_of, named
 from pretrain.objectives._metrics import tagging
 from pretrain.objectives.labelled import FineTuning
 
@@ -75,7 +75,8 @@ class Tagging(FineTuning[list[str]]):
         for b, tags in enumerate(self.expected(examples, context)):
             for tag in tags:
                 if tag not in numbers:
-                    raise PretrainError(f"tagging: tag {tag!r}{nearest(tag, numbers)}: accepted: {', '.join(numbers)}")
+                    wrong = f"tagging: {named(examples[b])}: tag {tag!r}{nearest(tag, numbers)}"
+                    raise PretrainError(f"{wrong}: accepted: {', '.join(numbers)}")
             known = torch.tensor([-100, *(numbers[tag] for tag in tags)])
             label_BL[b] = known[word_BL[b]]
         batch |= {"word_BL": word_BL, "label_BL": label_BL, "weight": (label_BL != -100).sum()}
@@ -110,7 +111,7 @@ class Tagging(FineTuning[list[str]]):
             tags, words = _tags(example.columns[self.tags]), str(example.columns[self.text]).split()
             if len(tags) != len(words):
                 raise PretrainError(
-                    f"tagging: document {example.index} has {len(words)} words and {len(tags)} tags: accepted: as many"
+                    f"tagging: {named(example)} has {len(words)} words and {len(tags)} tags: accepted: as many"
                 )
             references.append(tags)
         return references
