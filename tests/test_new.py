@@ -288,6 +288,21 @@ def test_texts_without_a_label_are_read_by_the_encoder_and_by_nothing_else(here)
     assert "texts" not in {s["name"] for s in yaml.safe_load((here / "whole.yaml").read_text())["stages"]}
 
 
+def test_an_encoder_of_texts_alone_learns_what_a_classifier_reads_and_is_tuned_at_a_rate_of_its_size(here):
+    """0.62, 0.69 with the rate and the passes, 0.74 with the bag of words: 760 docstrings of four packages."""
+    words = random.Random(0).choices(sentences(ENGLISH, random.Random(0), 400).split(), k=24_000)
+    texts = [" ".join(words[n * 30 : n * 30 + 30]) for n in range(800)]
+    (here / "t.csv").write_text(
+        "text,label\n" + "\n".join(f"{t.replace(',', '')},{'ab'[n % 2]}" for n, t in enumerate(texts))
+    )
+    new("t.csv")
+    stages = {stage["name"]: stage for stage in yaml.safe_load((here / "t.yaml").read_text())["stages"]}
+    assert stages["encoder"]["objective"] == "bag_of_words"
+    assert stages["classifier"]["optimizer"]["lr"] == "2e-3" or float(stages["classifier"]["optimizer"]["lr"]) == 2e-3
+    assert stages["classifier"]["budget"] == {"epochs": 16}
+    load(here / "t.yaml")
+
+
 def test_labels_that_are_missing_are_told_by_the_plan_of_any_recipe(here):
     write_reviews(here / "reviews.csv")
     new("reviews.csv")

@@ -34,6 +34,8 @@ TOKEN = 3.5  # bytes, about
 COUNTED = 400  # texts whose tokens are counted
 MEASURED = 0.05  # of a training between two measurements
 CONTINUED = "a few passes over the text; longer forgets the rest"
+# Of an encoder that has seen these texts alone, which is small: at 5e-4 and 8 passes it was far below word counts.
+FRESH_RATE, FRESH_PASSES = "2e-3", 16
 FRAME = 2  # tokens that begin and end a text
 PIXEL_FLOPS = 6 * 1.1e6 * 48  # of an image of 64 patches in training
 RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
@@ -131,7 +133,7 @@ class Asked:
             return None
         length = self.length(256) if self.task != "chat" else 512 if init is not None and init.wide else 256
         if init is None:
-            return self.tuning(*_encoder_size(self), epochs=8, length=length, share=0.5)
+            return self.tuning(*_encoder_size(self), epochs=FRESH_PASSES, length=length, share=0.5)
         epochs = 3 if init.wide else 8
         return self.tuning(init.width or 768, init.blocks or 12, epochs=epochs, length=init.length(length))
 
@@ -300,7 +302,7 @@ def _classify(asked: Asked) -> list[str]:
         budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows,
         adapter=stages.ADAPTER if adapted else "", objective=objective, label=commented(str(table.label)),
         cut=asked.cut(length),
-        rate="3e-4" if init is not None and not adapted else "5e-4", measured=asked.measured(name),
+        rate=FRESH_RATE if init is None else "5e-4" if adapted else "3e-4", measured=asked.measured(name),
         best=stages.BEST if asked.look.share else "",
     )  # fmt: skip
     then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}"
@@ -317,11 +319,13 @@ def _encoder(asked: Asked, length: int, corpus: str) -> list[str]:
     weights = 12 * blocks * width**2 + 0.15 * entries * width  # a masked one in seven is predicted
     tokens = asked.budget / 2 * likely_rate() * efficiency(width) / (6 * weights)
     enough = tokens > ENOUGH_PASSES * asked.text / TOKEN
+    whole = entries > start.BYTES and asked.look.table is not None and asked.look.table.kind != "tag"
     size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
     encoder = written(
         stages.ENCODER, width=width, inner=4 * width, blocks=blocks, heads=max(2, width // 32),
         corpus=corpus, positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
-        measured=asked.measured("encoder"),
+        measured=asked.measured("encoder"), objective="bag_of_words" if whole else "masked_lm",
+        what="masked_lm, and [cls] learns to tell a text's words: arXiv:2401.11248" if whole else "",
         budget=f"{{epochs: {ENOUGH_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",
     )  # fmt: skip

@@ -106,7 +106,7 @@ ENCODER = """
       num_attention_heads: $heads
       max_position_embeddings: $positions
       initializer_range: $range  # 0.7 / sqrt(width)
-    objective: masked_lm
+    objective: $objective  # $what
     length: $length
     batch_rows: 16
     optimizer: {method: adamw, lr: 1e-3}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import regex
 
@@ -62,7 +62,7 @@ def answers(
     *texts, label = columns
     whole = [document for document in learnt if all(document.get(column) is not None for column in columns)]
     known = evenly(whole, MOST_DOCUMENTS)
-    labels: list[Any] = [float(d[label]) if numbers else str(d[label]) for d in known]
+    labels = [float(d[label]) if numbers else str(d[label]) for d in known]
     if len(set(labels)) < 2:
         return None
     most = max(200, MOST_LETTERS // (len(known) + len(asked)))
@@ -73,5 +73,5 @@ def answers(
     except ValueError:  # no document holds a word
         return None
     fitted.fit(counts_DW, labels)
-    answered: list[Any] = fitted.predict(counter.transform([counted(d, texts, most) for d in asked])).tolist()
-    return answered
+    answered = fitted.predict(counter.transform([counted(d, texts, most) for d in asked])).tolist()
+    return [float(each) for each in answered] if numbers else [str(each) for each in answered]
