@@ -20,13 +20,15 @@ def new(
     budget: Annotated[str | None, typer.Option(help="How long its training may take: 30min, 2h.")] = None,
     text: Annotated[str | None, typer.Option(help="The column of a table's texts.")] = None,
     label: Annotated[str | None, typer.Option(help="The column of a table's labels or answers.")] = None,
+    pair: Annotated[str | None, typer.Option(help="The column of second texts beside the first.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Write over a recipe that is there.")] = False,
     starter: Annotated[bool, typer.Option("--starter", help="Write a recipe to be edited, of no folder.")] = False,
 ) -> None:
     """Write a commented recipe for what is in a folder or a file."""
-    from pretrain.new.written import write, write_starter
+    from pretrain.new.written import Columns, write, write_starter
 
     if starter:
-        write_starter(place, output, force, (task, init, budget, text, label))
+        write_starter(place, output, force, (task, init, budget, text, label, pair))
         return
-    write(place, task=task, init=init, output=output, budget=budget, text=text, label=label, force=force)
+    columns = Columns(text, label, pair)
+    write(place, columns, task=task, init=init, output=output, budget=budget, force=force)

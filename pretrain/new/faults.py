@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from pretrain.corpus.sources._containers import Row, has_sentences
 from pretrain.corpus.sources._files import Document, given
+from pretrain.corpus.sources._tables import is_number
 
 SHOWN = 3  # rows that are named
 
@@ -48,6 +49,13 @@ def lacking(rows: Iterable[Row], column: str, what: str, field: str = "") -> lis
     """Rows without a value in a column."""
     missing = [where for where, row in rows if not given(row, column)]
     return [Fault(len(missing), what, tuple(map(place, missing[:SHOWN])), field)] if missing else []
+
+
+def unnumbered(rows: Iterable[Row], column: str) -> list[Fault]:
+    """Rows whose cell in a column of numbers is none, each with what it holds."""
+    odd = [(where, row[column]) for where, row in rows if given(row, column) and not is_number(row[column])]
+    cells = tuple(f"{place(where)}: {value!r}" for where, value in odd[:SHOWN])
+    return [Fault(len(odd), f"without a number in {column}", cells, f"numbers: {column}")] if odd else []
 
 
 def headless(names: Sequence[str], rows: Sequence[Document]) -> bool:

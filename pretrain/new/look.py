@@ -55,8 +55,10 @@ class Look:
     undecoded: tuple[str, ...] = ()  # files that are not UTF-8, with the line
 
 
-def look(place: str, *, text: str | None = None, label: str | None = None, table: bool = False) -> Look:
-    """Look at a folder or a file; `table` asks for a table even where most is text."""
+def look(
+    place: str, *, text: str | None = None, label: str | None = None, pair: str | None = None, table: bool = False
+) -> Look:
+    """Look at a folder or a file; `table` asks for a table even where most is text, as a column does."""
     skipped = Skipped()
     paths = [path for _, path in located(place, None, (), skipped, Taken(ignored=False, generated=False))]
     for path in paths:
@@ -68,7 +70,7 @@ def look(place: str, *, text: str | None = None, label: str | None = None, table
         kind = _kind(path, len(paths) == 1)
         groups[kind].append(path) if kind else skipped.add(f"{path.suffix or 'other'} files", path)
     undecoded = _unfit(groups, skipped)
-    chosen = _most(groups, table or text is not None or label is not None)
+    chosen = _most(groups, table or any(column is not None for column in (text, label, pair)))
     if chosen == "recordings":
         raise PretrainError(
             f"{place} holds recordings; accepted: text, tables, images; recipes/speech.yaml begins with them"
@@ -83,7 +85,7 @@ def look(place: str, *, text: str | None = None, label: str | None = None, table
     odd = tuple(undecoded) if chosen in ("code", "prose") else ()
     seen = Look(place, chosen, tuple(groups[chosen]), size, over=_over(skipped, place), undecoded=odd)
     if chosen == "table":
-        return _table(seen, text, label)
+        return _table(seen, text, label, pair)
     makers = {"images": _images, "code": _code, "prose": _prose}
     return makers[chosen](seen, groups)
 
@@ -247,10 +249,10 @@ def _fits(keys: Sequence[str], share: float) -> bool:
     return bool(sides["validation"] and sides["test"]) and sides["train"] > len(keys) / 3
 
 
-def _table(seen: Look, text: str | None, label: str | None) -> Look:
+def _table(seen: Look, text: str | None, label: str | None, pair: str | None) -> Look:
     """A table, of several the largest."""
     largest = max(seen.files, key=lambda path: path.stat().st_size)
-    table = read_table(largest, str(largest), text=text, label=label)
+    table = read_table(largest, str(largest), text=text, label=label, pair=pair)
     rows = table.rows if table.whole else table.rows * largest.stat().st_size / max(1, sum(map(len, table.texts)))
     share = _share(rows, table.keys if table.whole else None, ROWS_HELD)
     others = tuple(path.name for path in seen.files if path != largest and ending(path) == ending(largest))

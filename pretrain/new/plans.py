@@ -23,7 +23,7 @@ from pretrain.new.stages import written
 from pretrain.new.start import ENOUGH_PASSES, Start
 from pretrain.new.tables import Table
 from pretrain.new.tuning import Plan, Tuned, plan
-from pretrain.new.words import contents
+from pretrain.new.words import COLUMNS, contents
 from pretrain.stages._examples import counter
 
 LAW = Path(dial.__file__).parent / "laws" / "python.json"
@@ -223,11 +223,15 @@ def _rows(table: Table, name: str, labelled: bool = True) -> str:
     if labelled and (required := _lacking(table)):
         names = ", ".join(quoted(fault.field.removeprefix("required: ")) for fault in required)
         more.append(f"required: [{names}]  # {commented('; '.join(map(str, required)))}: passed over")
-    skipped = [fault for fault in table.faults if fault.field.startswith("on_error")]
+    skipped = [fault for fault in table.left_out if fault.field.startswith(("on_error", "numbers"))]
+    if labelled and table.kind == "regress":
+        more.append(f"numbers: [{quoted(str(table.label))}]  # what is none there is a row that cannot be read")
     if skipped:
         more.append(f"on_error: skip  # {commented('; '.join(map(str, skipped)))}: left out, and counted")
     elif not table.whole:
         more.append("# on_error: skip  # if a row further down cannot be read")
+    if table.unread or table.beside:
+        more.append(f"# not read: {commented(', '.join((*table.unread, *table.beside)[:COLUMNS]))}")
     if not more:
         return f"- {{{', '.join(fields)}}}"
     return "- " + "\n  ".join([*fields, *more])
@@ -305,7 +309,8 @@ def _classify(asked: Asked) -> list[str]:
         rate=FRESH_RATE if init is None else "5e-4" if adapted else "3e-4", measured=asked.measured(name),
         best=stages.BEST if asked.look.share else "",
     )  # fmt: skip
-    then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}"
+    second = f" --pair {commented(quoted(table.pair))}" if table.pair else ""
+    then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}{second}"
     return [_corpus(asked), *before, tuned, _evaluation(asked, name, more=_task(objective)), then]
 
 

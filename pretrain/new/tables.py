@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -13,19 +13,29 @@ from pretrain.corpus.sources._chat import is_chat
 from pretrain.corpus.sources._containers import ending, reader_of
 from pretrain.corpus.sources._files import Document, given
 from pretrain.corpus.sources._skipped import Skipped
-from pretrain.corpus.sources._tables import number
-from pretrain.new.faults import Fault, headless, lacking, unreadable
+from pretrain.corpus.sources._tables import is_number, number
+from pretrain.new.faults import Fault, headless, lacking, unnumbered, unreadable
 
 ROWS, MUCH = 10_000, 16 << 20  # that are looked at at most, and characters of them
 OWN = 0.5  # of the rows have a value that no other has: these are names, and no labels
 MOST_CLASSES, MOST_RATINGS = 100, 20  # more different numbers than these, or broken ones, are a quantity
 LONGEST_LABEL = 60
+NUMBERS = 0.9  # of the cells of a column of numbers are such, at least
+HALF = 0.5  # where the user names the column, or all other cells are blanks in words
+BLANKS = ("", "-", "--", "?", "n/a", "na", "#n/a", "nan", "none", "null", "nil", "missing", "unknown", "tbd", "inf")
 TEXTS = ("text", "content", "sentence", "review", "comment", "message", "body", "document", "abstract", "description",
          "question", "tweet", "title", "utterance", "headline", "input")  # fmt: skip
 LABELS = ("label", "labels", "class", "category", "target", "sentiment", "intent", "topic", "rating", "stars", "score",
           "emotion", "tag", "type", "gold_label", "y")  # fmt: skip
+# Words of the names of columns whose numbers are there to be learnt, and of those that nobody means to learn.
+QUANTITIES = ("price", "value", "cost", "amount", "salary", "income", "grade", "points", "similarity", "weight", "age",
+              "duration", "temperature")  # fmt: skip
+BESIDES = ("id", "uuid", "index", "date", "time", "timestamp", "datetime", "year", "month", "day", "created", "updated",
+           "url", "split", "fold")  # fmt: skip
+DATE = re.compile(r"\d{4}[-/.]\d{1,2}([-/.]\d{1,2}.*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}.*|\d{1,2}:\d{2}(:\d{2})?.*")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"),
          ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("question", "passage"), ("query", "text"))  # fmt: skip
+SECOND = {"1": "2", "0": "1", "a": "b", "A": "B"}  # how the name of a column of second texts ends
 ANSWERS = (("prompt", "response"), ("prompt", "completion"), ("prompt", "answer"), ("instruction", "output"),
            ("instruction", "response"), ("question", "answer"), ("input", "output"), ("source", "target"),
            ("article", "summary"), ("document", "summary"), ("text", "summary"), ("src", "tgt"),
@@ -47,16 +57,23 @@ class Table:
     counts: tuple[tuple[str, int], ...] = ()  # rows of each label, the commonest first
     numeric: bool = False  # whether the labels are numbers
     faults: tuple[Fault, ...] = ()  # rows that are left out
+    odd: tuple[Fault, ...] = ()  # rows that are left out too where numbers are learnt: their label is none
     header: bool | None = None  # False: its first row is one like the others
     doubts: tuple[str, ...] = ()  # columns that may be the label as well
     texts: tuple[str, ...] = ()  # those that were read
     unread: tuple[str, ...] = ()  # columns that hold texts as well, and are not used
+    beside: tuple[str, ...] = ()  # further columns that are not used
     keys: tuple[str, ...] = ()  # by which rows are put on a side of a split
 
     @property
     def classes(self) -> int:
         """How many labels there are."""
         return len(self.counts)
+
+    @property
+    def left_out(self) -> tuple[Fault, ...]:
+        """The rows that the recipe leaves out."""
+        return (*self.faults, *(self.odd if self.kind == "regress" else ()))
 
     @property
     def rare(self) -> tuple[str, ...]:
@@ -70,12 +87,14 @@ class Table:
 
 
 Rows = list[Document]
+KINDS = {"prose": "texts without labels", "tag": "texts with a tag a word", "chat": "prompts with answers"}
 
 
 def read_table(
-    path: Path, name: str, *, text: str | None = None, label: str | None = None, header: bool | None = None
-) -> Table:
-    """What a table is; `text` and `label` are columns that are known already."""
+    path: Path, name: str, *, text: str | None = None, label: str | None = None, pair: str | None = None,
+    header: bool | None = None,
+) -> Table:  # fmt: skip
+    """What a table is; `text`, `label` and `pair` are columns that are known already."""
     wrong: list[tuple[str, str, str]] = []
     placed, whole = _beginning(path, name, text or "text", wrong, header)
     rows = [row for _, row in placed]
@@ -84,33 +103,49 @@ def read_table(
         raise PretrainError(f"{name}: no rows that can be read{first}; accepted: rows under a header")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
     if ending(path) in (".csv", ".tsv") and header is None:
-        if text not in columns and label not in columns and headless(columns, rows):
-            return read_table(path, name, text=text, label=label, header=False)
+        if not {text, label, pair} & set(columns) and headless(columns, rows):
+            return read_table(path, name, text=text, label=label, pair=pair, header=False)
         header = False if columns == tuple(map(str, range(len(columns)))) else None
-    for option, wanted in {"--text": text, "--label": label}.items():
+    for option, wanted in {"--text": text, "--label": label, "--pair": pair}.items():
         if wanted is not None and wanted not in columns:
             raise PretrainError(
                 f"{option} {wanted!r}: {name} has no such column{nearest(wanted, columns)}"
                 f"{', and no header, so they are numbered' if header is False else ''}; "
                 f"accepted: {', '.join(columns)}"
             )
-    seen = Table(columns, len(rows), whole, "prose", "", header=header)
-    table = None
-    for guess in (_chat, _labelled, _answered, _prose):  # the first that fits
-        table = table or guess(seen, rows, text, label)
-    if table is None:
-        raise PretrainError(f"{name}: no column holds texts; accepted: --text with one of {', '.join(columns)}")
+    table = _guessed(Table(columns, len(rows), whole, "prose", "", pair=pair, header=header), rows, name, text, label)
     texts = tuple(str(row[table.text]) for row in rows if given(row, table.text))
     groups = [str(row.get("id", f"{name}:{number}")) for number, row in enumerate(rows)]
     faults = [*unreadable(wrong), *lacking(placed, table.text, "without a text, passed over")]
     for column in filter(None, (table.pair, None if table.talk else table.label)):
         some = [(where, row) for where, row in placed if given(row, table.text)]
         faults += lacking(some, column, f"without a {column}", f"required: {column}")
-    used = (table.text, table.pair, table.label, table.more)
+    unused = [name for name in columns if name not in (table.text, table.pair, table.label, table.more)]
+    unread = tuple(name for name in unused if _is_text(rows, name))
     return replace(
         table, texts=texts, keys=tuple(dict.fromkeys(groups if table.talk else texts)), faults=tuple(faults),
-        unread=tuple(name for name in columns if name not in used and _is_text(rows, name)),
+        odd=tuple(unnumbered(placed, str(table.label)) if table.numeric else ()), unread=unread,
+        beside=tuple(name for name in unused if name not in unread),
     )  # fmt: skip
+
+
+def _guessed(seen: Table, rows: Rows, name: str, text: str | None, label: str | None) -> Table:
+    """What the columns are taken for."""
+    pair, table = seen.pair, None
+    for guess in (_chat, _labelled, _answered, _prose):  # the first that fits
+        table = table or guess(seen, rows, text, label)
+    if table is None:
+        words = ", ".join(seen.columns)
+        raise PretrainError(f"{name}: no column holds texts; accepted: --text with one of {words}")
+    if pair is not None and table.kind not in ("classify", "regress"):
+        raise PretrainError(
+            f"--pair {pair!r}: {name} is taken for {KINDS[table.kind]}; accepted: a table with labels or numbers, "
+            "which --label names"
+        )
+    if pair is not None and pair in (table.text, table.label):
+        what = "the text" if pair == table.text else "the label"
+        raise PretrainError(f"--pair {pair!r} is {what} already; accepted: another column, or --text and --label too")
+    return table
 
 
 def _beginning(
@@ -147,7 +182,7 @@ def _chat(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table
 
 def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
     """Classes, numbers or tags beside a text."""
-    pair = next((pair for pair in PAIRS if text in (None, pair[0]) and set(pair) <= set(seen.columns)), None)
+    pair = _pair(seen, rows, text, label)
     column = text or (pair[0] if pair else _text(seen.columns, rows))
     if column is None:
         return None
@@ -171,7 +206,7 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
             f"--label {label!r}: {different:,} different values in {len(values):,} rows, so it names rows and labels "
             f"none; accepted: a column whose values come again{f' ({labels})' if labels else ''}"
         )
-    numeric = _is_number(values)
+    numeric = _is_numeric(values, NUMBERS if label is None else HALF)
     kind = "regress" if numeric and _is_quantity(values) else "classify"
     doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
     return replace(
@@ -194,10 +229,35 @@ def as_asked(table: Table, task: str | None, name: str) -> Table:
     return table
 
 
+def _pair(seen: Table, rows: Rows, text: str | None, label: str | None) -> tuple[str, str] | None:
+    """The columns of first and second texts: as asked for, by names that are known, or by two that end in 1 and 2."""
+    if seen.pair is not None:
+        columns = [name for name in seen.columns if name not in (seen.pair, label)]
+        first = text or _text(columns, rows)
+        return None if first is None else (first, seen.pair)
+    columns = set(seen.columns) - {label}
+    known = next((pair for pair in PAIRS if text in (None, pair[0]) and set(pair) <= columns), None)
+    if known is not None:
+        return known
+    for first in seen.columns if text is None else [text]:
+        second = first[:-1] + SECOND.get(first[-1:], "")
+        if second in columns and second != first[:-1] and all(_is_text(rows, name) for name in (first, second)):
+            return first, second
+    return None
+
+
+def _is_numeric(values: Sequence[object], least: float = NUMBERS) -> bool:
+    """Whether values are numbers, but for a few cells, or for some that say that there is none."""
+    numbers = sum(map(is_number, values))
+    blank = sum(str(value).strip().lower() in BLANKS for value in values)
+    whole = numbers + blank == len(values) and numbers >= HALF * len(values)
+    return numbers > 0 and (whole or numbers >= least * len(values))
+
+
 def _is_quantity(values: Sequence[object]) -> bool:
     """Whether numbers say how much, and name no classes: some are broken, or many are different."""
-    numbers = {float(str(value)) for value in values}
-    return len(numbers) > MOST_RATINGS or any(value != int(value) for value in numbers if math.isfinite(value))
+    numbers = {float(str(value)) for value in values if is_number(value)}
+    return len(numbers) > MOST_RATINGS or any(value != int(value) for value in numbers)
 
 
 def _names_rows(column: str, values: Sequence[object]) -> bool:
@@ -205,12 +265,12 @@ def _names_rows(column: str, values: Sequence[object]) -> bool:
     distinct = {str(value) for value in values}
     if len(values) < 8 or len(distinct) <= OWN * len(values):
         return False
-    numbers = [n for value in values if (n := number(str(value))) is not None]
-    if len(numbers) < len(values):
+    if not _is_numeric(values, HALF):
         return True
+    numbers = [n for value in values if is_number(value) and (n := number(str(value))) is not None]
     whole, running = all(n == int(n) for n in numbers), numbers == sorted(numbers)
     called = column.lower() in ("id", "index", "key", "row", "nr", "no", "number") or column.lower().endswith("_id")
-    return len(distinct) == len(values) and whole and (running or called)
+    return len(distinct) == len(values) == len(numbers) and whole and (running or called)
 
 
 def _answered(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
@@ -258,9 +318,18 @@ def _is_label(rows: Rows, column: str) -> bool:
     if len(values) < 2 or not all(isinstance(value, str | int | float) for value in values):
         return False
     distinct, called = {str(value) for value in values}, column.lower() in LABELS
+    words = _words(column)
+    if not called and (words & set(BESIDES) or all(DATE.fullmatch(value) for value in distinct)):
+        return False
+    quantity = (called or bool(words & set(QUANTITIES))) and _is_numeric(values)
     short = max(map(len, distinct)) <= LONGEST_LABEL
     few = 2 <= len(distinct) <= min(MOST_CLASSES, len(values) / (1.5 if called else 4))
-    return (short and few) or (called and _is_number(values) and len(distinct) > 1)
+    return (short and few) or (quantity and len(distinct) > 1 and (called or not _names_rows(column, values)))
+
+
+def _words(column: str) -> set[str]:
+    """The words of a column's name, in small letters: `priceEUR`, `Price (EUR)` and `price_eur` have `price`."""
+    return set(re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", column).lower()))
 
 
 def _is_number(values: Iterable[object]) -> bool:

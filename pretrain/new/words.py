@@ -7,6 +7,8 @@ from pretrain.new.look import Look
 from pretrain.new.tables import Table
 
 LABELS = 12  # that are told with their rows
+COLUMNS = 8  # that are told by their names
+PAIRED = ("classify", "regress")  # kinds of tables that may have two texts a row
 
 
 def contents(look: Look) -> str:
@@ -35,6 +37,14 @@ def columns(kind: str, look: Look) -> str:
     return {"regress": f"{text}, numbers in {table.label}", "tag": f"{text}, a tag a word in {table.label}"}.get(
         kind, text
     )
+
+
+def unused(table: Table) -> str:
+    """The columns that no stage reads: texts, which another option would take, and others; of very many the first."""
+    takes = "--text takes another column" + (", --pair a second one" if table.kind in PAIRED and not table.pair else "")
+    texts = [f"the texts in {', '.join(table.unread)} ({takes})"] if table.unread else []
+    more = [f", and {len(table.beside) - COLUMNS} more"] if len(table.beside) > COLUMNS else []
+    return ", ".join([*texts, *table.beside[:COLUMNS]]) + "".join(more)
 
 
 def listed(names: tuple[str, ...], most: int = 3) -> str:

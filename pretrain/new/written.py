@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import typer
@@ -20,8 +20,9 @@ from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
 from pretrain.new.tables import as_asked
-from pretrain.new.words import contents, labels
+from pretrain.new.words import contents, labels, unused
 
+NAMED, HEAD = re.compile(r"^name: *['\"]?([\w.-]+)", re.M), 10_000  # of a recipe, in so many bytes
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
 HEADS = {"continue": ("causal", "masked", "seq2seq"), "chat": ("causal", "seq2seq"), "compress": ("causal", "masked")}
 WANTED = {"classify": ("classify", "tag"), "regress": ("regress",), "chat": ("chat",)}  # kinds of tables
@@ -29,15 +30,23 @@ LABELLED = ("classify", "regress")
 LACKING = {"classify": "texts with labels", "regress": "texts with numbers", "chat": "conversations or answers"}
 
 
+@dataclass(frozen=True)
+class Columns:
+    """The columns of a table that the user names."""
+
+    text: str | None = None
+    label: str | None = None
+    pair: str | None = None
+
+
 def write(
     place: str,
+    columns: Columns = Columns(),
     *,
     task: str | None = None,
     init: str | None = None,
     output: Path | None = None,
     budget: str | None = None,
-    text: str | None = None,
-    label: str | None = None,
     force: bool = False,
 ) -> None:
     """Look at what is there, write a recipe for it, and say what was seen, guessed and left out."""
@@ -48,26 +57,47 @@ def write(
     if not path.exists() and not re.search(r"[*?\[]|://", place):
         raise PretrainError(_absent(place, path))
     seconds = None if budget is None else _seconds(budget)
-    seen = look(place, text=text, label=label, table=task in WANTED)
+    seen = look(place, **asdict(columns), table=task in WANTED)
     chosen = task or _guess(seen, init)
-    seen = _settled(seen, place, text, label) if chosen in LABELLED else seen
+    seen = _settled(seen, place, columns) if chosen in LABELLED else seen
     if seen.table is not None:
         seen = replace(seen, table=as_asked(seen.table, task, seen.place))
     start = None if init is None else start_of(init)
     if start is not None and start.held is not None and seen.table is None:
         seen = replace(seen, share=min(filter(None, start.held)))
     _check(seen, chosen, start, guessed=task is None)
-    asked = Asked(name_of(target), seen, chosen, start if chosen != "pretrain" else None, seconds)
+    name = free_name(target)
+    asked = Asked(name, seen, chosen, start if chosen != "pretrain" else None, seconds)
     _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
     text_of, odd = fitted(asked)
     write_text(target, text_of)
     _say(asked, target, task is None, odd)
+    if name != run_name(target):
+        typer.echo(f"its name is {name}: runs/{run_name(target)} is the run of another recipe")
+    typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")
 
 
 def name_of(path: Path) -> str:
     """A recipe's name, from a folder's or a file's."""
     stem = path.absolute().name.split(".")[0] if not path.is_dir() else path.resolve().name
     return re.sub(r"[^\w-]+", "-", stem).strip("-") or "mine"
+
+
+def run_name(target: Path) -> str:
+    """The name of a recipe, and of its run's folder, from that of its file: all of it but `.yaml`."""
+    return re.sub(r"[^\w-]+", "-", re.sub(r"\.ya?ml$", "", target.name)).strip("-") or "mine"
+
+
+def free_name(target: Path) -> str:
+    """A name that no other recipe beside it has, and no other run: two recipes of a name would share a folder."""
+    name = run_name(target)
+    if target.exists():  # written over: its run goes on
+        return name
+    beside = [path for path in sorted(target.absolute().parent.glob("*.y*ml")) if path.is_file()]
+    taken = {match[1] for path in beside if (match := NAMED.search(path.read_bytes()[:HEAD].decode("utf-8", "replace")))}
+    taken |= {path.stem for path in beside}
+    names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
+    return next(each for each in names if each not in taken and not (Path("runs") / each / "run.json").exists())
 
 
 def _free(target: Path, force: bool) -> None:
@@ -122,16 +152,21 @@ def _guess(seen: Look, init: str | None) -> str:
     return "continue" if init is not None and seen.kind != "images" else "pretrain"
 
 
-def _settled(seen: Look, place: str, text: str | None, label: str | None) -> Look:
+def _settled(seen: Look, place: str, columns: Columns) -> Look:
     """With the label that the user chooses, on a terminal and where several columns may be it."""
     table = seen.table
-    if table is None or not table.doubts or label is not None or not (sys.stdin.isatty() and sys.stdout.isatty()):
+    if (
+        table is None
+        or not table.doubts
+        or columns.label is not None
+        or not (sys.stdin.isatty() and sys.stdout.isatty())
+    ):
         return seen
     candidates = [str(table.label), *table.doubts]
     answer = typer.prompt(f"which column is the label: {', '.join(candidates)}", default=table.label)
     if answer not in table.columns:
         raise unknown("column", answer, table.columns)
-    return look(place, text=text, label=answer, table=True)
+    return look(place, text=columns.text, label=answer, pair=columns.pair, table=True)
 
 
 def _check(seen: Look, task: str, init: Start | None, guessed: bool) -> None:
@@ -179,8 +214,8 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         notes.append(
             f"a single row{looked} has the label {some}: too few to learn it and to measure it; merge or drop such rows"
         )
-    if table is not None and table.unread:
-        notes.append(f"not read: the texts in {', '.join(table.unread)} (--text takes another column)")
+    if table is not None and (table.unread or table.beside):
+        notes.append(f"not read: {unused(table)}")
     if seen.others:
         notes.append(f"of {len(seen.others) + 1} tables the largest: {seen.files[0]}")
     if seen.undecoded:
@@ -194,8 +229,7 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         typer.echo("; ".join(notes))
     if table is not None and asked.task == "classify" and table.counts:
         typer.echo(labels(table))
-    for fault in table.faults if table is not None else ():
+    for fault in table.left_out if table is not None else ():
         typer.echo(f"{fault}" + (f"; left out by {fault.field}" if fault.field else ""))
     for line in odd:
         typer.echo(f"warning: {line}")
-    typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -22,6 +22,7 @@ from pretrain.core.quick.confusion import doubtful
 from pretrain.core.quick.quantities import counted
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Files, Skipped
+from pretrain.corpus.sources._tables import is_number
 from pretrain.stages.data import Data
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class Seen:
     whole: bool  # whether all documents were looked at
     odd: tuple[str, ...] = ()  # what is likely a mistake
     domains: tuple[str, ...] | None = None  # None: not all are known
+    places: dict[tuple[str, str], str] = field(default_factory=dict)  # where a column first has a value, in a file
 
 
 def seen_in_sources(stage: Data) -> Seen:
@@ -50,6 +52,7 @@ def seen_in_sources(stage: Data) -> Seen:
     domains: list[tuple[str, ...] | None] = []
     values: dict[str, Counter[str]] = {}
     odd: list[str] = []
+    places: dict[tuple[str, str], str] = {}
     end, known, whole = time.perf_counter() + SECONDS, True, True
     for number, source in enumerate(stage.sources):
         domains.append(source.domains())
@@ -63,7 +66,8 @@ def seen_in_sources(stage: Data) -> Seen:
                 columns |= dict.fromkeys(document)
                 names[str(document["domain"])] = None
                 counts[where.partition(":")[0].partition(", row")[0]] += 1
-                _count(values, document)
+                for name in _count(values, document):
+                    places.setdefault((name, str(document[name])), where)
                 if time.perf_counter() > end:
                     complete = False
                     break
@@ -76,7 +80,7 @@ def seen_in_sources(stage: Data) -> Seen:
     if any(".rewriting" in info(operation.name).module for operation in stage.operations):
         known = False  # which columns these add is known when they have run
     every = None if None in domains else tuple(dict.fromkeys(chain.from_iterable(filter(None, domains))))
-    return Seen(tuple(columns) if known and columns else None, values, whole, tuple(odd), every)
+    return Seen(tuple(columns) if known and columns else None, values, whole, tuple(odd), every, places)
 
 
 def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
@@ -91,6 +95,9 @@ def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
                 raise PretrainError(str(error).replace(", or on_error: skip", "")) from error
         row = next((document for _, document in replace(source, required=()).placed(Skipped(), rows=ROWS)), {})
         known = [name for name in row if name not in ("domain", "id")]
+        for name in source.numbers:
+            if f"rows without a number in {name}" in lacking and source.on_error == "skip":
+                raise PretrainError(f"numbers {name!r}: no row has a number there; accepted: columns of numbers")
         missing = next((name for name in source.required if f"rows without {name}" in lacking), "")
         raise PretrainError(
             f"required {missing!r}: no row has one{nearest(missing, known)}; accepted: {', '.join(known)}"
@@ -100,10 +107,16 @@ def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
         yield f"of the first {rows + taken:,} rows of {source.files!r} most are left out: {why}"
 
 
-def _count(values: dict[str, Counter[str]], document: dict[str, object]) -> None:
-    for name, value in document.items():
-        if name != "text" and isinstance(value, str | int | float) and len(str(value)) <= SHORT:
-            values.setdefault(name, Counter())[str(value)] += 1
+def _count(values: dict[str, Counter[str]], document: dict[str, object]) -> list[str]:
+    """Count the short values of a document; the columns that they stand in."""
+    short = [
+        name
+        for name, value in document.items()
+        if name != "text" and isinstance(value, str | int | float) and len(str(value)) <= SHORT
+    ]
+    for name in short:
+        values.setdefault(name, Counter())[str(document[name])] += 1
+    return short
 
 
 def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
@@ -183,19 +196,28 @@ def check_columns(stage: Stage, seen: Seen) -> Iterator[str]:
             )
         counts = seen.values.get(columns[-1]) if columns else None
         if counts and stage.stage == "train":
-            yield from _labels(method, columns[-1], counts, seen.whole, place)
+            if method.name == "regression":
+                _check_numbers(columns[-1], counts, seen, place)
+            elif method.name == "classification":
+                yield from _labels(columns[-1], counts, seen.whole, place)
 
 
-def _labels(
-    method: Method, column: str, counts: Counter[str], whole: bool, place: tuple[str | int, ...]
-) -> Iterator[str]:
-    """What is wrong with the values of a column of labels."""
-    if method.name == "regression":
-        odd = next((value for value in counts if not _is_number(value)), None)
-        if odd is not None:
-            raise PretrainError(f"column {column!r} holds {odd!r}; accepted: numbers", place=place)
-    if method.name != "classification":
+def _check_numbers(column: str, counts: Counter[str], seen: Seen, place: tuple[str | int, ...]) -> None:
+    """Refuse a column to be learnt as numbers that holds something else, which is named with its row."""
+    odd = [value for value in counts if not is_number(value)]
+    if not odd:
         return
+    where = seen.places.get((column, odd[0]), "")
+    rows = sum(counts[value] for value in odd)
+    skip = ", or in its source numbers: [COLUMN] with on_error: skip, which pass such rows over, and count them"
+    few = f"{skip.replace('COLUMN', column)} ({counted(rows, 'row')})" if rows < counts.total() / 2 else ""
+    raise PretrainError(
+        f"{where + ': ' if where else ''}column {column!r} holds {odd[0]!r}; accepted: numbers{few}", place=place
+    )
+
+
+def _labels(column: str, counts: Counter[str], whole: bool, place: tuple[str | int, ...]) -> Iterator[str]:
+    """What is wrong with the values of a column of labels."""
     if empty := counts.get(""):
         few = counted(empty, "row")
         yield f"{few} without {column!r}, which is learnt like a label; required: [{column}] passes them over"
@@ -214,11 +236,3 @@ def _labels(
         yield f"{len(singles):,} {what} ({some}): it can be learnt or measured, and not both; merge or drop them"
     for line in doubtful(column, counts):
         yield line if whole else f"{line} (of the first {rows:,} rows)"
-
-
-def _is_number(value: str) -> bool:
-    try:
-        float(value)
-    except ValueError:
-        return False
-    return True

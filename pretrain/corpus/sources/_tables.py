@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,6 +52,13 @@ def number(cell: str) -> float | None:
         return float(cell)
     except ValueError:
         return None
+
+
+def is_number(value: object) -> bool:
+    """Whether a cell is a number that can be learnt: none that is infinite or NaN, no truth value."""
+    if isinstance(value, str):
+        value = number(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def column(names: list[str], wanted: str, field: str, path: Path) -> int:

@@ -19,6 +19,7 @@ from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no
 from pretrain.corpus.sources._files import Document, Size, Source, Wrong, given, read_pieces, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
+from pretrain.corpus.sources._tables import is_number
 
 OnError = Literal["stop", "skip"]
 
@@ -52,6 +53,7 @@ class Files(Source):
     on_error: OnError = "stop"  # what bad lines, bad bytes and rows without the column do: stop, or skip
     header: bool | None = None  # whether a CSV's first row names its columns; by default if no number stands in it
     required: tuple[str, ...] = ()  # columns without which a row is passed over, as one without a label
+    numbers: tuple[str, ...] = ()  # columns of numbers: a row with anything else in one is bad, as `on_error` takes it
     tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
     hidden: bool = False  # whether to take files and folders whose names begin with a dot
     secrets: bool = False  # whether to take files that look like secrets, or hold what looks like a key or a password
@@ -214,6 +216,8 @@ def _documents(
         if absent is not None:
             skipped.add(f"rows without {absent}", where.partition(" (row")[0])
             continue
+        if isinstance(source, Files) and not _of_numbers(row, source.numbers, where, wrong):
+            continue
         place = f"{name}:{number}"
         if is_chat(text):
             answers = list(_answers(text, source, row, name, place))
@@ -232,6 +236,15 @@ def _documents(
         rest = {k: v for k, v in row.items() if k not in (column, "text", "domain", "id")}
         facts = {"text": text, "domain": _domain(source, row, name), "id": str(row.get("id", place))}
         yield where, facts | rest
+
+
+def _of_numbers(row: Document, columns: tuple[str, ...], where: str, wrong: Wrong) -> bool:
+    """Whether a row has a number in each of some columns; it is told where not."""
+    odd = next((name for name in columns if not is_number(row.get(name))), None)
+    if odd is not None:
+        what = f"column {odd!r} holds {row[odd]!r}, no number" if odd in row else no_column(odd, row)
+        wrong(where, what, f"rows without a number in {odd}", "numbers")
+    return odd is None
 
 
 def _domain(source: Files | HubDataset, row: Document, name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -79,5 +80,10 @@ class Regression(FineTuning[float]):
 def _number(value: object, column: str, whose: str = "") -> float:
     if isinstance(value, str | bytes | SupportsFloat):
         with suppress(TypeError, ValueError):
-            return float(value)
-    raise PretrainError(f"regression: {whose}column {column!r} holds {value!r}: accepted: numbers")
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    raise PretrainError(
+        f"regression: {whose}column {column!r} holds {value!r}: accepted: numbers; numbers: [{column}] in its source of "
+        "files names the row, and with on_error: skip passes it over"
+    )
