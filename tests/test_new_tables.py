@@ -179,7 +179,7 @@ def test_two_texts_a_row_are_seen_by_their_names_and_read(here, names):
 def test_a_second_text_of_another_name_is_named_and_taken_by_an_option(here):
     pairs()
     printed = new("pairs.csv")
-    assert "not read: the texts in first (--text takes another column, --pair a second one), id" in printed
+    assert "not read: the texts in first (--text takes another column), id; --pair reads a second text" in printed
     assert "# not read: first, id" in Path("pairs.yaml").read_text()
     assert "texts in first and second" in new("pairs.csv", "--pair", "second", "--force")
     text = Path("pairs.yaml").read_text()
@@ -216,7 +216,11 @@ def test_two_recipes_have_two_names_and_so_two_runs(here):
     prices("docs.csv")
     write_lines(here / "docs.jsonl", [{"text": f"some words of it, {n}"} for n in range(60)])
     names = []
-    for place, output in (("docs.csv", "docs.csv.yaml"), ("docs.jsonl", "docs.jsonl.yaml"), ("docs.csv", "more/docs.yaml")):
+    for place, output in (
+        ("docs.csv", "docs.csv.yaml"),
+        ("docs.jsonl", "docs.jsonl.yaml"),
+        ("docs.csv", "more/docs.yaml"),
+    ):
         Path(output).parent.mkdir(exist_ok=True)
         new(place, "--output", output)
         names.append(load(output).output)

@@ -10,7 +10,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.samples import IMAGES as FORMATS
 from pretrain.corpus.leaks import key_in, looks_generated
-from pretrain.corpus.sources import Skipped
+from pretrain.corpus.sources import Files, Skipped
 from pretrain.corpus.sources._containers import READERS, ending, unread
 from pretrain.corpus.sources._files import PACKED, evenly, read_text
 from pretrain.corpus.sources._paths import Taken, located
@@ -42,6 +42,7 @@ class Look:
     kind: str
     files: tuple[Path, ...]  # of that kind
     bytes: float
+    text: float = 0.0  # of these, where the files hold more than texts
     languages: tuple[str, ...] = ()  # the commonest first
     endings: tuple[str, ...] = ()
     domains: tuple[tuple[str, str], ...] = ()  # a folder for each language, and what lies beside them: path, language
@@ -253,11 +254,13 @@ def _table(seen: Look, text: str | None, label: str | None, pair: str | None) ->
     """A table, of several the largest."""
     largest = max(seen.files, key=lambda path: path.stat().st_size)
     table = read_table(largest, str(largest), text=text, label=label, pair=pair)
-    rows = table.rows if table.whole else table.rows * largest.stat().st_size / max(1, sum(map(len, table.texts)))
+    source = Files(str(largest), text=table.text, header=table.header)
+    size = source.extent()
+    rows = table.rows if table.whole else size.documents
     share = _share(rows, table.keys if table.whole else None, ROWS_HELD)
     others = tuple(path.name for path in seen.files if path != largest and ending(path) == ending(largest))
     return replace(
-        seen, files=(largest,), bytes=float(largest.stat().st_size), table=table, share=share,
+        seen, files=(largest,), bytes=float(largest.stat().st_size), text=size.bytes, table=table, share=share,
         prompts=prompts((('', text) for text in evenly(table.texts, SAMPLE)), share), others=others,
     )  # fmt: skip
 

@@ -56,10 +56,7 @@ class Asked:
     @property
     def text(self) -> float:
         """Bytes to train on."""
-        table, size = self.look.table, self.look.bytes
-        if table is not None and table.whole:
-            size = min(size, sum(map(len, table.texts)))
-        return max(1.0, size * (1 - 2 * self.look.share))
+        return max(1.0, (self.look.text or self.look.bytes) * (1 - 2 * self.look.share))
 
     @cached_property
     def budget(self) -> float:

@@ -41,10 +41,10 @@ def columns(kind: str, look: Look) -> str:
 
 def unused(table: Table) -> str:
     """The columns that no stage reads: texts, which another option would take, and others; of very many the first."""
-    takes = "--text takes another column" + (", --pair a second one" if table.kind in PAIRED and not table.pair else "")
-    texts = [f"the texts in {', '.join(table.unread)} ({takes})"] if table.unread else []
+    texts = [f"the texts in {', '.join(table.unread)} (--text takes another column)"] if table.unread else []
     more = [f", and {len(table.beside) - COLUMNS} more"] if len(table.beside) > COLUMNS else []
-    return ", ".join([*texts, *table.beside[:COLUMNS]]) + "".join(more)
+    second = "; --pair reads a second text" if table.unread and table.kind in PAIRED and not table.pair else ""
+    return ", ".join([*texts, *table.beside[:COLUMNS]]) + "".join(more) + second
 
 
 def listed(names: tuple[str, ...], most: int = 3) -> str:

@@ -94,7 +94,9 @@ def free_name(target: Path) -> str:
     if target.exists():  # written over: its run goes on
         return name
     beside = [path for path in sorted(target.absolute().parent.glob("*.y*ml")) if path.is_file()]
-    taken = {match[1] for path in beside if (match := NAMED.search(path.read_bytes()[:HEAD].decode("utf-8", "replace")))}
+    taken = {
+        match[1] for path in beside if (match := NAMED.search(path.read_bytes()[:HEAD].decode("utf-8", "replace")))
+    }
     taken |= {path.stem for path in beside}
     names = [name, *(f"{name}-{number}" for number in range(2, 1000))]
     return next(each for each in names if each not in taken and not (Path("runs") / each / "run.json").exists())

@@ -182,14 +182,18 @@ def _lacking(split: str, domains: Mapping[str, Mapping[str, Mapping[str, float]]
 
 
 def corpus_estimate(
-    total: float, documents: float, validation: float, test: float, works: bool, rows: Texts = ()
+    total: float, documents: float, validation: float, test: float, works: bool, rows: Texts = (), whole: float = 0.0
 ) -> Estimate:
-    """Of a corpus of so many bytes of files, and a few documents of it; `works`: operations compute something too."""
+    """Of a corpus of so many bytes of text, and a few documents of it; `works`: operations compute something too.
+
+    `whole` are the bytes of its files, where these hold more than the text.
+    """
+    held = max(total, whole)
     shares = {"train": 1 - validation - test, "validation": validation, "test": test}
     left = Left({split: share * total for split, share in shares.items()},
                 {split: share * documents for split, share in shares.items() if documents}, rows=rows)  # fmt: skip
-    disk = RECORDS + SAMPLES + compressed(total)
-    return Estimate(None if works else 0.0, FLOOR + 10 * total, 1 + total / 1.5e6, disk, 1.0, left)
+    disk = RECORDS + SAMPLES + compressed(held)
+    return Estimate(None if works else 0.0, FLOOR + 10 * held, 1 + held / 1.5e6, disk, 1.0, left)
 
 
 def compressed(size: float) -> float:

@@ -50,7 +50,10 @@ class Lengths:
 
 
 def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
-    """Documents of a source of examples: tables (`rows_alone`), or documented functions; of texts none."""
+    """Documents of a source of examples: tables (`rows_alone`), or documented functions; of texts none.
+
+    `size` are the bytes of all its texts.
+    """
     if not isinstance(source, Functions) and not (isinstance(source, Files) and rows_alone):
         return Sampled()
     rows: list[Mapping[str, str]] = []
@@ -63,7 +66,7 @@ def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
                 break
     if not rows:
         return Sampled()
-    held = sum(len(value.encode()) + 1 for row in rows for name, value in row.items() if name not in ("id", "domain"))
+    held = max(1, sum(len(row.get("text", "").encode()) for row in rows))
     return Sampled(tuple(evenly(rows, FEW)), float(len(rows)) if whole else max(len(rows), size * len(rows) / held))
 
 

@@ -91,7 +91,7 @@ class Data(Stage):
         return fingerprints
 
     def estimate(self, given: Given) -> Estimate:
-        """From the sizes of the files; an operation may compute what it likes."""
+        """From the sizes of the files, of tables from what of them is text; an operation may compute what it likes."""
         works = any(operation.computes for operation in self.operations)
         sizes = [source.size() for source in self.sources]
         known = [size for size in sizes if size is not None]
@@ -101,9 +101,10 @@ class Data(Stage):
             sampled(source, size.bytes, not size.documents) for source, size in zip(self.sources, known, strict=True)
         ]
         total = sum(size.bytes for size in known)
+        whole = sum(size.whole or size.bytes for size in known)
         documents = sum(size.documents or few.documents for size, few in zip(known, seen, strict=True))
         rows = tuple(row for few in seen for row in few.rows)
-        return corpus_estimate(total, documents, self.validation, self.test, works, rows)
+        return corpus_estimate(total, documents, self.validation, self.test, works, rows, whole)
 
     def progress(self, folder: Path) -> str:
         """What operations keep while they work."""

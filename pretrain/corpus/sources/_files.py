@@ -27,6 +27,7 @@ class Size(NamedTuple):
 
     bytes: float
     documents: float = 0
+    whole: float = 0  # bytes with those of the columns beside the text, where it has any; 0: it has none
 
 
 UNTOUCHED = ("image", "audio", "series")  # columns without text

@@ -3,13 +3,65 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import re
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.corpus.sources._files import lines_of
+from pretrain.core.foreign.archives import open_text
+from pretrain.corpus.sources._files import Document, Size, lines_of, size_of
 from pretrain.corpus.sources._skipped import Skipped
+
+FEW, MUCH = 1000, 2 << 20  # rows that are read to know how much of a table is text, and bytes of them
+
+
+def extent(documents: Iterator[tuple[str, Document]], path: Path) -> Size:
+    """Bytes of text of a table, and its documents, from the first of them, each with where it stands.
+
+    Of these it is known how much of the file they take: what is left is taken for like them. How many are read goes by
+    no clock, since sizes of models are chosen by it.
+    """
+    whole = size_of([path]).bytes
+    count, text, taken, last = 0, 0, 0, ""
+    escaped = None
+    for where, document in documents:
+        if where != last and (count >= FEW or text > MUCH):
+            times = whole / max(1, _before(where, path) or taken)
+            if path.suffix == ".parquet" and (row := re.search(r", row (\d+)$", where)):
+                times = _rows_in(path) / max(1, int(row[1]) - 1)
+            return Size(text * times, count * times, max(whole, text * times))
+        count, last = count + 1, where
+        text += len(document["text"].encode())
+        if ", item " in where:  # of an array, whose lines say nothing
+            escaped = _escaped(path) if escaped is None else escaped
+            row = {name: value for name, value in document.items() if name != "domain"}
+            taken += len(json.dumps(row, ensure_ascii=escaped, default=str).encode()) + 2
+    return Size(text, count, max(whole, text))
+
+
+def _before(where: str, path: Path) -> int:
+    """Bytes of the lines before that at which a row stands; 0 of a row that stands at none."""
+    line = re.search(r":(\d+) \(row \d+\)$", where)
+    if line is None:
+        return 0
+    with open_text(path, errors="surrogateescape", newline="") as opened:
+        return sum(len(each.encode(errors="surrogateescape")) for each in islice(opened, int(line[1]) - 1))
+
+
+def _escaped(path: Path) -> bool:
+    """Whether JSON has letters beyond ASCII as `\\u00e9`."""
+    with open_text(path, errors="surrogateescape") as opened:
+        return "\\u" in opened.read(1 << 16)
+
+
+def _rows_in(path: Path) -> int:
+    """Of a Parquet file, as its footer has them."""
+    import pyarrow.parquet
+
+    return pyarrow.parquet.read_metadata(path).num_rows
 
 
 def rows_of(path: Path, skipped: Skipped) -> tuple[list[str], Iterator[list[str]]]:

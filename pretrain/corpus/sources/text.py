@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Literal
@@ -16,14 +17,14 @@ from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
-from pretrain.corpus.sources._files import Document, Size, Source, Wrong, given, read_pieces, size_of
+from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, read_pieces, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
-from pretrain.corpus.sources._tables import is_number
+from pretrain.corpus.sources._tables import extent, is_number
 
 OnError = Literal["stop", "skip"]
 
-TABLES = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".arrow", ".feather", ".orc", ".ipynb")
+OPENED = 4  # tables of a kind, to know how much of them is text
 
 
 @dataclass(frozen=True)
@@ -123,10 +124,46 @@ class Files(Source):
         if self.package is not None or "://" in self.files:
             return None
         paths = [path for _, path in located(self.files, None, self.suffixes, taken=self._taken())]
-        return size_of(paths) if all(path.suffix not in TABLES for path in paths) else Size(size_of(paths).bytes)
+        kinds = sorted({ending(path) for path in paths} & set(READERS)) if self.tables == "rows" else []
+        size = size_of([path for path in paths if ending(path) not in kinds])
+        tables = [self._extent([path for path in paths if ending(path) == kind]) for kind in kinds]
+        if not tables:
+            return size
+        return Size(
+            size.bytes + sum(table.bytes for table in tables), whole=size.bytes + sum(table.whole for table in tables)
+        )
+
+    def extent(self) -> Size:
+        """Of a table its bytes of text, its documents, and all its bytes."""
+        return self._extent([path for _, path in located(self.files, None, self.suffixes, taken=self._taken())])
+
+    def _extent(self, paths: list[Path]) -> Size:
+        """Of tables of a kind, from the first rows of a few of them."""
+        seen, some = [], evenly([path for path in paths if path.exists()], OPENED)
+        for path in some:
+            stat = path.stat()
+            seen.append(_extent_of(replace(self, on_error="skip", numbers=()), path, stat.st_size, stat.st_mtime_ns))
+        times = size_of(paths).bytes / max(1.0, size_of(some).bytes)
+        return Size(*(times * sum(values) for values in zip(*seen, strict=True))) if seen else Size(0)
 
     def state(self) -> object:
         return stamps(self.files, self.package, self.suffixes, self._taken())
+
+
+@lru_cache(maxsize=64)
+def _extent_of(source: Files, path: Path, *_: int) -> Size:
+    """Of one table, while it stays as it is; what cannot be read is taken for text."""
+    reader = reader_of(path, source.header)
+    assert reader is not None, "it was seen to be a table"
+    skipped = Skipped()
+    try:
+        if source._is_text(path, reader, skipped.longest):
+            return size_of([path])
+        wrong = wrong_of("skip", skipped)
+        rows = reader(path, str(path), source.text, wrong, skipped)
+        return extent(_documents(rows, str(path), source, skipped, wrong), path)
+    except (PretrainError, OSError, ValueError):
+        return size_of([path])
 
 
 def _is_row(content: str, column: str) -> bool:
