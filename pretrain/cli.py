@@ -159,6 +159,11 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for column in table.columns[3:]:
         column.no_wrap, column.justify = True, "right"
     expected = forecast(planned)
+    try:
+        check_ends(recipe, expected)
+    except PretrainError:  # numbers that no table has room for, and nobody reads
+        check_fits(expected)
+        raise
     for each in expected:
         stage, cells = each.item.stage, _cells(each.estimate) if each.to_run else ("-",) * 5
         table.add_row(stage.name, stage.stage, Status.TO_RUN if each.to_run else Status.FINISHED, *cells)
@@ -173,7 +178,6 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for line in [*odd, *warnings(expected)]:
         typer.echo(f"warning: {line}")
     check_fits(expected)
-    check_ends(recipe, expected)
 
 
 def _cells(guess: Estimate) -> tuple[str, ...]:

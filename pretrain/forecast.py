@@ -132,6 +132,9 @@ def check_fits(forecasts: Sequence[Forecast]) -> None:
     for each in forecasts:
         need = each.estimate.memory_bytes or 0.0
         if each.to_run and need > SURE * most and likely_device() == "cpu":
+            name, has = each.item.stage.name, f"this machine has {short(most, 'B')}"
+            if each.estimate.much:
+                raise PretrainError(f"stage {name!r}: about {short(need, 'B')} of memory, {has}; {each.estimate.much}")
             raise PretrainError(
                 f"stage {each.item.stage.name!r}: about {short(need, 'B')} of memory, this machine has "
                 f"{short(most, 'B')}; accepted: a smaller model, a smaller micro_rows or length, or less text"

@@ -79,6 +79,7 @@ class Estimate:
     left: Left = Left()
     warnings: tuple[Odd, ...] = ()
     plan: Plan | None = None  # of a training
+    much: str = ""  # which field makes the memory as large as it is, and what of it fits, where it does not
 
 
 Given = Mapping[str, Left]  # by the fields that name them, as `Stage.references` does

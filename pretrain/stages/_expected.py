@@ -8,13 +8,13 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from pretrain.core.files import JSON
-from pretrain.core.quick.machine import efficiency, likely_device, likely_rate
+from pretrain.core.quick.machine import efficiency, likely_device, likely_rate, memory
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration
 from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
 from pretrain.dial.law import LITTLE, NEARLY_NEW, worth
-from pretrain.dial.shapes import Shape
+from pretrain.dial.shapes import FIELDS, Shape
 from pretrain.dial.tuned import Tuning
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
@@ -118,9 +118,10 @@ def expect(stage: Asked, given: Given) -> Estimate:
         return Estimate(flops=stage.budget.limit if stage.budget.unit == "flops" else None, left=left)
     shape = shape.with_blocks(model.blocks)
     work = _work(stage, shape, model, given, likely_rate() * efficiency(shape.width))
-    tokens = work.tokens(stage.budget)
+    tokens, held = work.tokens(stage.budget), _memory(stage, shape, model, given, work)
+    much = _much(stage, shape, model, given, work) if held > memory() else ""
     if tokens is None:
-        return Estimate(memory_bytes=_memory(stage, shape, model, given, work), left=left)
+        return Estimate(memory_bytes=held, left=left, much=much)
     flops, steps = tokens * work.flops, tokens / work.step_tokens
     every = stage.evaluate_every
     evaluations = 1 + int((steps // every if every >= 1 else 1 / every) if every else 0)
@@ -133,13 +134,13 @@ def expect(stage: Asked, given: Given) -> Estimate:
     beside = trained if model.tuning else 0.0  # an adapter lies in its checkpoint once more, as `peft` has it
     again = shape.vocabulary * shape.width if shape.tied else 0  # what two names share, a state holds twice
     return Estimate(
-        flops, _memory(stage, shape, model, given, work), training + made * once + START,
+        flops, held, training + made * once + START,
         RECORDS + 4.0 * (weights + beside) + tokenizer_bytes(shape.vocabulary)
         + saved * (4.0 * (weights + again) + 8.0 * trained) + LOGGED * steps / max(1, stage.log_every)
         + 2.0 * (work.corpus_tokens or 0),
         tokens / work.corpus_tokens if work.corpus_tokens else None, left,
         (*_odd(stage, work, tokens), *_measured_long(stage, training, once, evaluations, made)),
-        Plan(steps, flops, training, once),
+        Plan(steps, flops, training, once), much,
     )  # fmt: skip
 
 
@@ -290,9 +291,13 @@ def _tokens(corpus: Left, split: str, model: Left) -> float | None:
     return size / bytes_of_token(model.vocabulary) if size and model.vocabulary else None
 
 
-def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -> float:
-    """The process, the corpus, the model, those that teach it, and the copies that are written while it trains."""
-    tokens = round(work.positions * (stage.micro_rows or stage.batch_rows))
+def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work, rows: int | None = None) -> float:
+    """The process, the corpus, the model, those that teach it, and the copies that are written while it trains.
+
+    `rows` are computed at a time; by default as many as the recipe says.
+    """
+    rows = rows or stage.micro_rows or stage.batch_rows
+    tokens = round(work.positions * rows)
     trained, weights = _trained(shape, model)
     copies = 4.0 * weights + 8.0 * trained if stage.save_every else 0.0
     beside = 4.0 * (weights - shape.weights + model.tuning.kept) if model.tuning else 0.0
@@ -311,6 +316,46 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -
         + copies
         + teachers
     )
+
+
+def _much(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -> str:
+    """The field that makes the memory so large: the one that, as small as is usual, would leave the least; what fits.
+
+    Nothing where no field is larger than usual.
+    """
+    rows, names = stage.micro_rows or stage.batch_rows, FIELDS.get(str(stage.model.get("family")), FIELDS["llama"])
+    sizes = {"micro_rows" if stage.micro_rows else "batch_rows": (rows, 16), "length": (round(work.positions), 512)}
+    if stage.model:
+        usual = max(4 * min(shape.width, 1024), 256)
+        sizes |= {f"model.{names['width']}": (shape.width, 1024), f"model.{names['depth']}": (shape.depth, 24),
+                  f"model.{names.get('intermediate', 'n_inner')}": (shape.intermediate, usual),
+                  "vocab_size": (shape.vocabulary, 50_000)}  # fmt: skip
+
+    def need(name: str, size: int) -> float:
+        words = ("width", "depth", "intermediate")
+        known = {f"model.{names.get(word, 'n_inner')}": word for word in words} | {"vocab_size": "vocabulary"}
+        other = replace(shape, **{known[name]: size}) if name in known else shape
+        if other.width != shape.width:  # whose heads go by it
+            share = other.width / shape.width
+            other = replace(other, queries=round(shape.queries * share), keys=round(shape.keys * share))
+        shorter = replace(work, positions=float(size)) if name == "length" else work
+        return _memory(stage, other, model, given, shorter, size if name.endswith("rows") else None)
+
+    large = {name: need(name, usual) for name, (size, usual) in sizes.items() if size > usual}
+    if not large:
+        return ""
+    name = min(large, key=lambda each: large[each])
+    size, most = sizes[name][0], memory()
+    low, high = 0, size  # fits, does not
+    while high - low > max(1, low // 50):
+        middle = (low + high) // 2
+        low, high = (middle, high) if need(name, middle) <= most else (low, middle)
+    fits = (
+        f"accepted: {name} of about {low:,} at most" if low else "accepted: a smaller model, fewer rows and less text"
+    )
+    if name == "batch_rows" and low:
+        fits += f", or micro_rows of as many, which makes a step of {size:,} in parts"
+    return f"{name} {size:,} takes the most of it; {fits}"
 
 
 def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[Odd]:

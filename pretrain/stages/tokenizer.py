@@ -18,6 +18,8 @@ from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, checkpoint_of, corpus_of
 from pretrain.stages._estimates import FLOOR, RECORDS, Left, Odd, tokenizer_bytes
 
+WORDS, HEAPS = 5.0, 0.6  # of so many bytes of code or prose WORDS · bytes^HEAPS merges can be made, and no more
+
 
 class Tokenizer(Stage):
     """Train a tokenizer on a corpus, or take that of a checkpoint: one of `corpus` and `checkpoint`.
@@ -86,11 +88,20 @@ class Tokenizer(Stage):
         entries = self.vocab_size if self.algorithm != "bytes" else 256 + 5
         text = given["corpus"].bytes.get("train") if "corpus" in given else None
         read = min(text or 0.0, self.max_bytes)
+        most = (
+            256
+            + len(special_tokens("bpe", mask=True, cls=True, sentinels=self.sentinels, extra=self.extra))
+            + round(WORDS * read**HEAPS)
+        )
+        made = min(entries, most) if text else entries
         few = f"vocab_size {entries:,}: {short(read, 'B')} of text fill no more than about {read / 100:,.0f} entries"
+        few += (
+            f"; with the words of so much text about {most:,} come out, which estimates go by" if made < entries else ""
+        )
         return Estimate(
             0.0, FLOOR + 12 * read if text else None, 1 + read / 4e6 if text else None,
-            RECORDS + tokenizer_bytes(entries),
-            min(1.0, read / text) if text else None, Left(vocabulary=entries),
+            RECORDS + tokenizer_bytes(made),
+            min(1.0, read / text) if text else None, Left(vocabulary=made),
             (Odd("vocab_size", few),) if text and entries > LEAST_ENTRIES and entries * BYTES_AN_ENTRY > read else (),
         )  # fmt: skip
 
