@@ -138,10 +138,12 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
 
     from pretrain.forecast import check_documents, check_ends, check_fits, forecast, total, warnings
     from pretrain.identity import plan, why
-    from pretrain.runs.shelf import check_output
+    from pretrain.runs.shelf import check_output, check_place
     from pretrain.runs.targets import repointed
 
     check_output(recipe.output)
+    if store is not None:
+        check_place(store, "store")
     planned = plan(recipe, store, refresh)
     if reasons:
         width = max(len(item.stage.name) for item in planned)

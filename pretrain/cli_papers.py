@@ -156,7 +156,7 @@ def list_methods(
         _show(" ".join(words[1:]))
         return
     if kind is not None and kind not in kinds():
-        raise PretrainError(f"kind {kind!r}: accepted: {', '.join(kinds())}")
+        raise PretrainError(f"kind {kind!r}{nearest(kind, kinds())}: accepted: {', '.join(kinds())}")
     rows = ranked([m for m in methods().values() if kind in (None, m.kind)], words, _texts)
     if as_json:
         typer.echo(json.dumps([m.row() for m in rows], indent=2))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -60,6 +60,8 @@ class Recipe:
 
 def load(path: Path | str, overrides: Iterable[str] = (), output: Path | str | None = None) -> Recipe:
     """Read and check a recipe; `overrides` are `path.to.field=value`, the path beginning with a stage's name."""
+    if isinstance(overrides, str | Mapping):
+        raise PretrainError(f"overrides {brief(overrides)}: accepted: a list of STAGE.field=value, each a text")
     path = recipe_file(path)
     raw, places = read(path)
     given = ["--output", str(output)] if output is not None else []

@@ -79,3 +79,43 @@ def test_what_a_run_has_left_that_was_stopped_early_is_gone_on_with(names, tmp_p
         (tmp_path / "run" / name).touch()
     check_output(tmp_path / "run")
     check_output(tmp_path / "not there yet")
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("r.yaml", "output r.yaml is no folder"),
+        ("r.yaml/run", "output r.yaml/run cannot be made: r.yaml is no folder"),
+        ("r.yaml/deep/run", "output r.yaml/deep/run cannot be made: r.yaml is no folder"),
+        ("/dev/null/run", "cannot be made: /dev/null is no folder"),
+        ("/proc/nothing/run", "output /proc/nothing/run cannot be made in /proc: "),
+    ],
+)
+def test_a_dry_run_refuses_a_folder_that_cannot_be_made(output, message):
+    before = sorted(path.name for path in Path().iterdir())
+    for command in (["--dry-run"], []):
+        outcome = CliRunner().invoke(app, ["run", "r.yaml", "--output", output, *command])
+        said_of = str(outcome.exception)
+        assert isinstance(outcome.exception, PretrainError) and "accepted: a folder that can be written" in said_of
+        assert message in said_of or not command
+    assert sorted(path.name for path in Path().iterdir()) == before
+
+
+def test_a_dry_run_refuses_a_store_that_cannot_be_made():
+    outcome = CliRunner().invoke(app, ["run", "r.yaml", "--output", "new", "--dry-run", "--store", "r.yaml"])
+    assert "store r.yaml is no folder; accepted: a folder that can be written" in str(outcome.exception)
+
+
+@pytest.mark.parametrize("overrides", ["corpus.test=0.1", {"corpus.test": 0.1}])
+def test_overrides_that_are_no_list_are_one_clear_error(overrides):
+    with pytest.raises(PretrainError, match=r"^overrides .*corpus.test.*: accepted: a list of STAGE.field=value"):
+        load("r.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("kind", "meant"),
+    [("optimizer", "optimiser"), ("optimizers", "optimiser"), ("decode", "decoding"), ("Surgeries", "surgery")],
+)
+def test_a_kind_in_another_spelling_is_answered_with_the_one_that_is_meant(kind, meant):
+    outcome = CliRunner().invoke(app, ["methods", "--kind", kind])
+    assert f"kind {kind!r} (did you mean {meant!r}?): accepted: " in str(outcome.exception)

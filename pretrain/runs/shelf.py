@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Literal
 
 from pretrain.core.errors import PretrainError
@@ -117,8 +118,28 @@ def spent_so_far(folder: Path) -> dict[str, float]:
     return spent
 
 
+def check_place(folder: Path, name: str = "output") -> None:
+    """Refuse a folder that cannot be made, or written in: a plan says it before a run does."""
+    place = folder
+    while not os.path.lexists(place) and place != place.parent:
+        place = place.parent
+    try:
+        if not place.is_dir():
+            what = "is no folder" if place == folder else f"cannot be made: {place} is no folder"
+        elif place == folder:
+            what = "" if os.access(folder, os.W_OK | os.X_OK) else "cannot be written in"
+        else:  # the system's own folders say of themselves that they can be written in
+            Path(mkdtemp(prefix=REMOVED, dir=place)).rmdir()
+            what = ""
+    except OSError as error:
+        what = f"cannot be made in {place}: {error.strerror}"
+    if what:
+        raise PretrainError(f"{name} {folder} {what}; accepted: a folder that can be written")
+
+
 def check_output(folder: Path) -> None:
     """Refuse a folder to write a run or a comparison in that holds what none has written: nothing is mixed with it."""
+    check_place(folder)
     if not folder.is_dir() or any((folder / mark).exists() for mark in ("run.json", "comparison.json")):
         return
     names = sorted(path.name for path in folder.iterdir())
