@@ -19,6 +19,7 @@ stages:
   - name: corpus
     stage: data
     # required: rows without a label are left out; header: false for a CSV whose first row is one like the others
+    # numbers: [price] of a regression: a cell that is no number is a bad row, named, or passed over by on_error: skip
     sources: [{files: reviews.csv, text: review, required: [sentiment], on_error: skip}]
     validation: 0.1
     test: 0.1
