@@ -232,8 +232,7 @@ def as_asked(table: Table, task: str | None, name: str) -> Table:
 def _pair(seen: Table, rows: Rows, text: str | None, label: str | None) -> tuple[str, str] | None:
     """The columns of first and second texts: as asked for, by names that are known, or by two that end in 1 and 2."""
     if seen.pair is not None:
-        columns = [name for name in seen.columns if name not in (seen.pair, label)]
-        first = text or _text(columns, rows)
+        first = text or _text([name for name in seen.columns if name not in (seen.pair, label)], rows)
         return None if first is None else (first, seen.pair)
     columns = set(seen.columns) - {label}
     known = next((pair for pair in PAIRS if text in (None, pair[0]) and set(pair) <= columns), None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
@@ -324,22 +324,22 @@ def _much(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -> 
     Nothing where no field is larger than usual.
     """
     rows, names = stage.micro_rows or stage.batch_rows, FIELDS.get(str(stage.model.get("family")), FIELDS["llama"])
-    sizes = {"micro_rows" if stage.micro_rows else "batch_rows": (rows, 16), "length": (round(work.positions), 512)}
+    at_once = "micro_rows" if stage.micro_rows else "batch_rows"
+    sizes = {at_once: (rows, 16), "length": (round(work.positions), 512)}
+    shapes: dict[str, Callable[[int], Shape]] = {}
     if stage.model:
-        usual = max(4 * min(shape.width, 1024), 256)
-        sizes |= {f"model.{names['width']}": (shape.width, 1024), f"model.{names['depth']}": (shape.depth, 24),
-                  f"model.{names.get('intermediate', 'n_inner')}": (shape.intermediate, usual),
-                  "vocab_size": (shape.vocabulary, 50_000)}  # fmt: skip
+        width, depth = f"model.{names['width']}", f"model.{names['depth']}"
+        inner = f"model.{names.get('intermediate', 'n_inner')}"
+        sizes |= {width: (shape.width, 1024), depth: (shape.depth, 24), "vocab_size": (shape.vocabulary, 50_000),
+                  inner: (shape.intermediate, 4 * max(64, min(shape.width, 1024)))}  # fmt: skip
+        shapes = {width: lambda size: _as_wide(shape, size), depth: lambda size: replace(shape, depth=size),
+                  inner: lambda size: replace(shape, intermediate=size),
+                  "vocab_size": lambda size: replace(shape, vocabulary=size)}  # fmt: skip
 
     def need(name: str, size: int) -> float:
-        words = ("width", "depth", "intermediate")
-        known = {f"model.{names.get(word, 'n_inner')}": word for word in words} | {"vocab_size": "vocabulary"}
-        other = replace(shape, **{known[name]: size}) if name in known else shape
-        if other.width != shape.width:  # whose heads go by it
-            share = other.width / shape.width
-            other = replace(other, queries=round(shape.queries * share), keys=round(shape.keys * share))
+        other = shapes[name](size) if name in shapes else shape
         shorter = replace(work, positions=float(size)) if name == "length" else work
-        return _memory(stage, other, model, given, shorter, size if name.endswith("rows") else None)
+        return _memory(stage, other, model, given, shorter, size if name == at_once else None)
 
     large = {name: need(name, usual) for name, (size, usual) in sizes.items() if size > usual}
     if not large:
@@ -356,6 +356,12 @@ def _much(stage: Asked, shape: Shape, model: Left, given: Given, work: Work) -> 
     if name == "batch_rows" and low:
         fits += f", or micro_rows of as many, which makes a step of {size:,} in parts"
     return f"{name} {size:,} takes the most of it; {fits}"
+
+
+def _as_wide(shape: Shape, width: int) -> Shape:
+    """The shape in another width, with heads to go with it."""
+    share = width / shape.width
+    return replace(shape, width=width, queries=round(shape.queries * share), keys=round(shape.keys * share))
 
 
 def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[Odd]:

@@ -30,8 +30,8 @@ def extent(documents: Iterator[tuple[str, Document]], path: Path) -> Size:
     for where, document in documents:
         if where != last and (count >= FEW or text > MUCH):
             times = whole / max(1, _before(where, path) or taken)
-            if path.suffix == ".parquet" and (row := re.search(r", row (\d+)$", where)):
-                times = _rows_in(path) / max(1, int(row[1]) - 1)
+            if path.suffix == ".parquet" and (place := re.search(r", row (\d+)$", where)):
+                times = _rows_in(path) / max(1, int(place[1]) - 1)
             return Size(text * times, count * times, max(whole, text * times))
         count, last = count + 1, where
         text += len(document["text"].encode())
