@@ -84,6 +84,6 @@ def _number(value: object, column: str, whose: str = "") -> float:
             if math.isfinite(number):
                 return number
     raise PretrainError(
-        f"regression: {whose}column {column!r} holds {value!r}: accepted: numbers; numbers: [{column}] in its source of "
-        "files names the row, and with on_error: skip passes it over"
+        f"regression: {whose}column {column!r} holds {value!r}: accepted: numbers; numbers: [{column}] in its source "
+        "of files names the row, and with on_error: skip passes it over"
     )
