@@ -220,7 +220,8 @@ def _rows(table: Table, name: str, labelled: bool = True) -> str:
     if labelled and (required := _lacking(table)):
         names = ", ".join(quoted(fault.field.removeprefix("required: ")) for fault in required)
         more.append(f"required: [{names}]  # {commented('; '.join(map(str, required)))}: passed over")
-    skipped = [fault for fault in table.left_out if fault.field.startswith(("on_error", "numbers"))]
+    kinds = ("on_error", "numbers") if labelled else ("on_error",)
+    skipped = [fault for fault in table.left_out if fault.field.startswith(kinds)]
     if labelled and table.kind == "regress":
         more.append(f"numbers: [{quoted(str(table.label))}]  # what is none there is a row that cannot be read")
     if skipped:
