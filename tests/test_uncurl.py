@@ -158,7 +158,7 @@ def test_a_recipe_trains_prunes_and_trains_on(tmp_path, stories):
     small = {name: value for name, value in zoo.fields("qwen3_moe").items() if name != "vocab_size"}
     text = small_recipe(
         tmp_path, stories[:8],
-        {"stage": "surgery", "name": "pruned", "checkpoint": "model", "corpus": "corpus", "rows": 8, "length": 32, "surgeries": [{"method": "uncurl", "experts": 2}]},
+        {"stage": "surgery", "name": "pruned", "checkpoint": "model", "corpus": "corpus", "calibration_rows": 8, "length": 32, "surgeries": [{"method": "uncurl", "experts": 2}]},
         {"stage": "train", "name": "on", "corpus": "corpus", "init": "pruned", "length": 32, "batch_rows": 2, "budget": {"steps": 2}, "evaluate_tokens": 256},
         model={"family": "qwen3_moe", **small}, budget={"steps": 2}, evaluate_tokens=256,
     )  # fmt: skip
