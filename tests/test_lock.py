@@ -6,9 +6,12 @@ import base64
 import hashlib
 import re
 import runpy
+import tomllib
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -30,6 +33,18 @@ def test_the_lock_holds_the_versions_of_the_constraints_with_hashes():
     whole = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert len(whole) == len(locked) + sum(hashes.count("sha256:") for hashes in locked.values())  # and nothing else
     assert all(hashes.count("sha256:") >= 1 for hashes in locked.values())
+
+
+@pytest.mark.promise(
+    "The lock", "Each package of the lock takes the oldest Python that this one does, its first release too."
+)
+def test_what_is_locked_takes_the_first_release_of_the_oldest_python():
+    """Debian 12 has 3.11.2: a package that wants 3.11.5 ends the set-up there."""
+    oldest = f"{tomllib.loads((REPOSITORY / 'pyproject.toml').read_text())['project']['requires-python'].strip('>=')}.0"
+    locked = {line.partition("==")[0].lower() for line in (REPOSITORY / "constraints.txt").read_text().split()}
+    wanted = {each.metadata["Name"].lower(): each.metadata["Requires-Python"] or "" for each in distributions()}
+    assert len(locked & wanted.keys()) > 100
+    assert [name for name in locked & wanted.keys() if not SpecifierSet(wanted[name]).contains(oldest)] == []
 
 
 def made(site: Path, name: str, version: str, *, licence: str = "License: MIT\n") -> Path:
