@@ -40,18 +40,17 @@ def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object)
     return int(sdpa_flop_count(query, key, value))
 
 
-def _in_place_product(self: Shape, a: Shape, b: Shape, *_: object, **__: object) -> int:
-    return math.prod(a) * 2 * b[-1]
-
-
 def _product(a: Shape, b: Shape, *_: object, **__: object) -> int:
     return 2 * math.prod(a) * b[-1]
 
 
+def _in_place_product(self: Shape, a: Shape, b: Shape, *_: object, **__: object) -> int:
+    return _product(a, b)
+
+
 def _grouped_product(a: Shape, b: Shape, *_: object, **__: object) -> int:
     """Of a mixture's experts: rows, each of which meets the matrix of one; backwards also pairs of rows, grouped."""
-    rows = a[-2:] if len(b) == 2 else a  # b's columns are then those of all groups together
-    return 2 * math.prod(rows) * b[-1]
+    return _product(a[-2:] if len(b) == 2 else a, b)  # b's columns are then those of all groups together
 
 
 def _grouped_product_backward(a: Shape, b: Shape, *_: object, **__: object) -> int:
@@ -104,8 +103,8 @@ class _Counter:
     """A count of FLOPs, and of those among them that something is computed a second time for."""
 
     def __init__(self) -> None:
-        known = {(getattr(torch.ops, room), name): formula for (room, name), formula in _OF_SOME.items()}
-        some = {getattr(room, name): formula for (room, name), formula in known.items() if hasattr(room, name)}
+        known = ((getattr(torch.ops, room), name, formula) for (room, name), formula in _OF_SOME.items())
+        some = {getattr(room, name): formula for room, name, formula in known if hasattr(room, name)}
         formulas = _UNKNOWN | some | dict.fromkeys(_BACKWARD, self._attention_backward)
         self.mode, self.repeated = FlopCounterMode(display=False, custom_mapping=formulas), 0
 

@@ -53,13 +53,8 @@ def shape_from(config: Mapping[str, object]) -> Shape | None:
     width, depth, heads = fields.number(*_WIDTH), fields.number(*_DEPTH), fields.number(*_HEADS)
     family = next((entry for entry in FAMILIES if kind in entry.types), None)
     vocabulary = fields.number("vocab_size")
-    if (
-        not width
-        or not depth
-        or not heads
-        or kind in kinds.OTHERS
-        or (family is not None and "vocab_size" not in config)
-    ):
+    untold = family is not None and "vocab_size" not in config
+    if not width or not depth or not heads or untold or kind in kinds.OTHERS:
         return None
     intermediate = fields.number(*_INTERMEDIATE) or 4 * width
     queries = heads * (fields.number("head_dim", "d_kv") or width // heads)
@@ -106,9 +101,8 @@ def _beside(
         return (2 * depth + 3 * decoder + 2) * width + biases
     biases = depth * (queries + 2 * keys) if kind == "qwen2" else 0
     norms = 2 * depth * (queries // max(1, fields.number("num_attention_heads"))) if kind == "qwen3" else 0
-    return (
-        (2 * depth + 1) * width + biases + norms + (positions * (2 if decoder else 1) if kind in kinds.POSITIONS else 0)
-    )
+    tables = (2 if decoder else 1) if kind in kinds.POSITIONS else 0
+    return (2 * depth + 1) * width + biases + norms + tables * positions
 
 
 def reconstructor(config: Mapping[str, object]) -> tuple[Shape, float] | None:

@@ -174,13 +174,13 @@ class Blocks:
         """Batch by batch, what enters and leaves the layers: `x_NI` and `y_NO`."""
         for batch in range(len(self.states)):
             noted: dict[str, tuple[Tensor, Tensor]] = {}
-            with _noted(layers, noted):
+            with watched(layers, noted):
                 self._run(number, batch)
             kept = self.kept[batch].to(self.states[batch].device)
             rows: dict[int, Tensor] = {}  # layers of one part share their input: it is copied once
             for x, _ in noted.values():
-                rows.setdefault(id(x), _rows(x, kept))
-            yield {n: (rows[id(x)], _rows(y, kept)) for n, (x, y) in noted.items()}
+                rows.setdefault(id(x), token_rows(x, kept))
+            yield {n: (rows[id(x)], token_rows(y, kept)) for n, (x, y) in noted.items()}
 
     def tokens(self) -> int:
         """How many tokens the batches have, padding left out."""
@@ -241,14 +241,14 @@ class Blocks:
         return {name: total / max(1, tokens) for name, total in sums.items()}
 
 
-def _rows(x: Tensor, kept_N: Tensor) -> Tensor:
+def token_rows(x: Tensor, kept_N: Tensor) -> Tensor:
     """`x_NI` of the tokens that are no padding; all, of a layer that sees other places than the tokens'."""
     x_NI = x.reshape(-1, x.shape[-1])
     return x_NI[kept_N] if len(x_NI) == len(kept_N) else x_NI
 
 
 @contextmanager
-def _noted(layers: Mapping[str, nn.Module], noted: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
+def watched(layers: Mapping[str, nn.Module], noted: dict[str, tuple[Tensor, Tensor]]) -> Iterator[None]:
     """While open, each layer's input and output come into `noted`."""
 
     def keep(name: str) -> Callable[..., None]:

@@ -196,7 +196,7 @@ class Training:
         record = {name: getattr(self, name) for name in names} | {"meter": self.meter.counts}
         record |= {"elapsed": self.elapsed, "loader": self.loader.state(), "seed": self.settings.seed}
         record |= {"skipped": self.guard.skipped, "skipped_in_row": self.guard.in_row}
-        record |= {"log": states.noted(self.folder / "log.jsonl")}
+        record |= {"log": states.noted(self.folder / "log.jsonl")} if self.world.main else {}
         states.save(
             self.folder / "state",
             self.step,

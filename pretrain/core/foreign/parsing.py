@@ -45,15 +45,21 @@ def reason(error: BaseException) -> str:
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 
 
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, and what it was raised from; some are raised from themselves."""
+    met: set[int] = set()
+    while error is not None and id(error) not in met:
+        met.add(id(error))
+        yield error
+        error = error.__cause__
+
+
 def out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what it was raised from, is one of the ways to say that there is no more memory."""
-    met: set[int] = set()
-    while error is not None and id(error) not in met:  # some are raised from themselves
-        met.add(id(error))
-        quotes = isinstance(error, PretrainError | ValueError)  # a file, in its words
-        if isinstance(error, MemoryError) or (not quotes and any(phrase in str(error) for phrase in NO_MEMORY)):
+    for each in _causes(error):
+        quotes = isinstance(each, PretrainError | ValueError)  # a file, in its words
+        if isinstance(each, MemoryError) or (not quotes and any(phrase in str(each) for phrase in NO_MEMORY)):
             return True
-        error = error.__cause__
     return False
 
 
@@ -72,6 +78,4 @@ def raise_memory(error: BaseException, what: object) -> None:
 
 def wanted_for(error: BaseException | None) -> str:
     """` for WHAT` where an error of memory, or what it was raised from, says what the memory was wanted for."""
-    while error is not None and not isinstance(error, OutOfMemory):
-        error = error.__cause__ if error.__cause__ is not error else None
-    return str(error or "")
+    return next((str(each) for each in _causes(error) if isinstance(each, OutOfMemory)), "")

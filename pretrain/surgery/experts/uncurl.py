@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
-import numpy as np
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
@@ -19,7 +18,7 @@ from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import base, model_inputs, separated
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery._calibration import batches_of, kept_tokens
+from pretrain.surgery._calibration import batches_of, kept_tokens, token_rows, watched
 from pretrain.surgery.experts._experts import mixtures, number_of_experts, with_experts
 
 
@@ -94,21 +93,13 @@ class Uncurl(Surgery):
         """What the routers say of the text, by the experts' places."""
         modules, training = dict(model.named_modules()), model.training
         seen = {place: Seen(number_of_experts(model), model.config.num_experts_per_tok) for place in routers}
-        noted: dict[str, Tensor] = {}
+        noted: dict[str, tuple[Tensor, Tensor]] = {}
         for batch in (separated(model.eval(), batch) for batch in batches_of(inputs, self.name)):
             arguments, kept_N = model_inputs(model, batch), kept_tokens(batch).to(model.device)
-            handles = [
-                modules[router].register_forward_pre_hook(lambda _, args, place=place: noted.update({place: args[0]}))
-                for place, router in routers.items()
-            ]
-            try:
+            with watched({place: modules[router] for place, router in routers.items()}, noted):
                 base(model)(**arguments)
-            finally:
-                for handle in handles:
-                    handle.remove()
-            for place, x in noted.items():
-                x_NH = x.reshape(-1, x.shape[-1])[kept_N]
-                seen[place].add(nn.functional.linear(x_NH, _matrix(modules[routers[place]])))
+            for place, (x, _) in noted.items():
+                seen[place].add(nn.functional.linear(token_rows(x, kept_N), _matrix(modules[routers[place]])))
         model.train(training)
         return seen
 
@@ -151,7 +142,7 @@ def _merged(
             elif name == down:
                 parts = [part[:, order] for part, order in zip(parts, orders)]
             stacked = torch.stack(parts)
-            mean = torch.tensordot(share.to(torch.float64), stacked.double(), 1) if len(parts) > 1 else parts[0]
+            mean = torch.tensordot(share, stacked.double(), 1) if len(parts) > 1 else parts[0]
             rows[name].append(mean.to(stacked.dtype))
     return {name: torch.stack(each) for name, each in rows.items()}
 
@@ -164,7 +155,7 @@ def _units(up_2IH: Tensor, down_HI: Tensor) -> Tensor:
 
 def _order(first: Tensor, other: Tensor) -> Tensor:
     """Which hidden unit of the other expert stands beside each of the first."""
-    if first is other or torch.equal(first, other):
+    if torch.equal(first, other):
         return torch.arange(len(first), device=first.device)
-    gains_II = (first @ other.T).cpu().numpy().astype(np.float64)
+    gains_II = (first @ other.T).cpu().numpy()
     return torch.from_numpy(linear_sum_assignment(gains_II, maximize=True)[1]).to(first.device)
