@@ -30,8 +30,9 @@ from typing import Any
 
 QUICKSTART = Path(__file__).parent.parent / "recipes" / "quickstart.yaml"
 CHARACTERS = 4_000  # of a test document, from its beginning
-PROBE = 30  # steps from which the speed is known
-SETTLED = 10  # of them are not looked at
+PROBE = 12  # steps from which the speed is known
+SETTLED = 4  # of them are not looked at
+LEAST = 30  # steps that a size must make in a third of the seconds to be tried
 
 
 def corpus(folder: Path, documents: int) -> dict[str, list[str]]:
@@ -237,7 +238,7 @@ def tried(
     speed: dict[Any, float] = {}  # seconds of a step, by size
 
     def run(size: Any, rate: float, seconds: float, documents: Sequence[str]) -> Any:
-        steps = max(PROBE, round(seconds / speed[size]))
+        steps = round(seconds / speed[size])
         times = train(size, rate, steps)[1:]
         row = {"size": size, "rate": rate, "steps": steps, "seconds": sum(times), "bits_per_byte": score(documents)}
         print(json.dumps({"name": name} | row), flush=True)
@@ -246,6 +247,9 @@ def tried(
     rows = []
     for size in sizes:
         speed[size] = statistics.median(train(size, rates[0], PROBE)[SETTLED:])
+        if seconds / 3 < LEAST * speed[size]:
+            print(f"{name}, size {size}: {speed[size]:.2g} s a step, too slow to be tried", flush=True)
+            continue
         rows += [run(size, rate, seconds / 3, test[::5]) for rate in rates]
     best = sorted(rows, key=lambda row: row["bits_per_byte"])[:2]
     whole = [run(row["size"], row["rate"], seconds, test) for row in best]

@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from pretrain import recipe as recipes
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.machine import efficiency
+from pretrain.core.quick.machine import Beside, efficiency, likely_beside, remembered_beside
 from pretrain.core.quick.quantities import figure
 from pretrain.dial import law as laws
+from pretrain.dial import pace
 from pretrain.dial.choose import LONGEST, Task, choose, optimizer_for
 from pretrain.dial.law import Law, Rung, fit, unique_worth
 from pretrain.dial.shapes import CAUSAL, Shape, depth_of, fields, shape_of, widths
@@ -112,9 +114,9 @@ def test_no_other_size_is_expected_to_be_better() -> None:
         assert other.prediction is not None and other.prediction.bits >= best.prediction.bits
 
 
-def test_no_vocabulary_is_chosen_far_beyond_those_that_the_law_has_seen() -> None:
+def test_no_vocabulary_is_chosen_beyond_those_that_the_law_has_seen() -> None:
     seen = replace(TRUE, gamma=-0.7, bytes_per_token={512: 2.1, 1024: 2.5})  # by which the larger is ever the better
-    assert choose(Task(seen, flops=1e13)).shape.vocabulary == 2048
+    assert choose(Task(seen, flops=1e13)).shape.vocabulary == 1024
     assert choose(Task(seen, flops=1e13, vocabulary=8192)).shape.width > 32  # but the user's own is as good as any
 
 
@@ -137,12 +139,49 @@ def test_a_budget_of_seconds_counts_what_a_step_takes_beside_its_products() -> N
     for task in (slow, quick):
         assert choose(task).seconds == pytest.approx(180, rel=0.01)
     lost = [choose(task).flops / (180 * 1e11 * efficiency(task.width or 0)) for task in (slow, quick)]
-    assert lost[0] < 0.75 and lost[1] > 0.95
+    assert lost[0] < 0.75 and lost[1] > 0.9
     free = choose(Task(TRUE, seconds=180, rate=1e11))
     assert free.prediction is not None
     for width in (32, 64, 128):
         other = choose(Task(TRUE, seconds=180, rate=1e11, width=width)).prediction
         assert other is not None and other.bits >= free.prediction.bits
+
+
+def test_logits_that_cost_seconds_make_a_smaller_vocabulary_the_choice() -> None:
+    eager = replace(TRUE, gamma=-0.7)  # by which the larger is ever the better
+    given = Task(eager, seconds=60, rate=1e11, width=64)
+    free, dear = (choose(replace(given, beside=Beside(block=0.0, logit=logit))) for logit in (0.0, 1e-7))
+    assert dear.shape.vocabulary < free.shape.vocabulary
+    assert dear.seconds == pytest.approx(60, rel=0.01)
+    products = dear.flops / (1e11 * efficiency(64))
+    assert products + dear.tokens * dear.shape.vocabulary * 1e-7 == pytest.approx(60, rel=0.01)
+
+
+def test_what_blocks_and_logits_take_is_told_by_the_steps_of_two_decoders(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(pace, "matrix_rate", lambda device: 1e11)
+    true, busy = Beside(block=5e-3, logit=3e-9), itertools.count()
+
+    def step(shape, device):
+        tokens = pace.ROWS * pace.LENGTH
+        products = tokens * shape.flops(pace.LENGTH) / (1e11 * efficiency(pace.WIDTH))
+        seconds = products + true.seconds(shape.depth, tokens * shape.vocabulary)
+        return lambda: seconds * (10 if next(busy) % 5 == 0 else 1)  # when something else runs
+
+    monkeypatch.setattr(pace, "_step", step)
+    assert remembered_beside("cpu") is None and likely_beside() == Beside()
+    measured = pace.measure(torch.device("cpu"))
+    assert (measured.block, measured.logit) == (pytest.approx(5e-3), pytest.approx(3e-9))
+    assert remembered_beside("cpu") == likely_beside() == measured
+
+
+def test_a_machines_pace_is_measured_without_a_trace_in_what_is_drawn_later(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    measured = pace.measure(torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert 0 <= measured.block < 1 and 0 <= measured.logit < 1e-5
 
 
 def test_far_beyond_its_rungs_a_law_is_not_asked() -> None:

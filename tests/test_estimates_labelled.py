@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 
+from pretrain.core.quick.machine import Beside
 from pretrain.engine import shortfall
 from pretrain.forecast import forecast, warnings
 from pretrain.identity import plan
@@ -115,9 +116,10 @@ def test_measuring_often_costs_time_and_is_told_where_it_costs_much(table, tmp_p
 
 def test_a_budget_of_seconds_counts_what_a_step_takes_beside_its_products(table, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.stages._expected.likely_rate", lambda: 1e15)
+    monkeypatch.setattr("pretrain.stages._expected.likely_beside", lambda: Beside(block=4e-3, logit=0.0))
     quick = expected(table, tmp_path, budget={"seconds": 8})[3].estimate
     steps = quick.flops / expected(table, tmp_path, budget={"steps": 1})[3].estimate.flops
-    assert 500 < steps < 1100  # at 8 ms each
+    assert 500 < steps < 1100  # at 8 ms each, of two blocks
 
 
 class Batch:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
-from pretrain.core.quick.machine import efficiency
+from pretrain.core.quick.machine import Beside, efficiency
 from pretrain.dial.law import Law, Prediction, unique_worth
 from pretrain.dial.shapes import Shape, shape_of, widths
 
@@ -22,9 +22,6 @@ TRUSTED = 100  # beyond so many times the largest rung a law tells too little: 2
 TOKENS_A_WEIGHT = 20.0  # arXiv:2203.15556
 YARDSTICK = 1e13  # FLOPs that the constants below are given at
 BATCH_TOKENS, BATCH_POWER = 1024, 0.3271  # a step's tokens (at 2e12 FLOPs 1,024 and 2,048 were level), and their growth
-# Seconds of a step beside its large products (Python, an optimiser's many small ones): on a core steps of 0.22 GFLOP at
-# width 32 took 14 ms, of 1.0 GFLOP at 48 27 ms, of 10 GFLOP at 128 125 ms, where products alone ran at 105 GFLOP/s.
-STEP = 8e-3
 NARROW = 64  # the width that rates are given at
 # Peak rates by optimiser: of Muon for matrices and, twice as high, for embeddings and head. AdamW's and Muon's were
 # measured at several sizes; the others' are what their claims chose at one (width 64, 2e12 FLOPs), from rates a factor
@@ -48,6 +45,7 @@ class Task:
     tokens: float | None = None
     seconds: float | None = None
     rate: float | None = None  # FLOP/s of large matrix products, where the budget is of seconds
+    beside: Beside = field(default_factory=Beside)  # and what a step takes beside them
     unique: float | None = None  # bytes of training text; None: more than will be read
     width: int | None = None
     depth: int | None = None
@@ -127,8 +125,8 @@ def _for_tokens(task: Task, shapes: list[Shape]) -> Choice:
 def _value(task: Task, choice: Choice) -> float:
     """Lower is better."""
     if _within_law(task, choice.flops):
-        if not task.vocabulary and choice.shape.vocabulary > 2 * max(task.law.bytes_per_token):
-            return math.inf  # further from the vocabularies that the law has seen than its power holds
+        if not task.vocabulary and choice.shape.vocabulary > max(task.law.bytes_per_token):
+            return math.inf  # at 16,384 entries this law, which has seen 8,192, was 6% too hopeful
         return task.law.bits(choice.shape.body, choice.shape.vocabulary, unique_worth(choice.bytes, task.unique))
     usual = min(2.0**17, max(256.0, 2.0 ** round(math.log2(5 * choice.shape.body**0.5))))  # 32,000 at 40M weights
     return abs(math.log(choice.tokens_per_weight / TOKENS_A_WEIGHT)) + abs(math.log2(choice.shape.vocabulary / usual))
@@ -138,7 +136,7 @@ def _priced(task: Task, shape: Shape, flops: float) -> Choice:
     length = _length(task, flops)
     tokens = flops / shape.flops(length)
     bytes_ = tokens * task.law.bytes_of_token(shape.vocabulary)
-    seconds = flops * _seconds(task.rate, shape, length, flops) if task.rate else None
+    seconds = flops * _seconds(task, shape, length, flops) if task.rate else None
     return Choice(shape, length, _rows(length, flops), tokens, bytes_, flops, seconds)
 
 
@@ -146,9 +144,12 @@ def _rows(length: int, flops: float) -> int:
     return max(1, round(BATCH_TOKENS * (flops / YARDSTICK) ** BATCH_POWER / length))
 
 
-def _seconds(rate: float, shape: Shape, length: int, flops: float) -> float:
-    """Of a FLOP, in a training of so many: narrow models with few rows a step are slowed by what every step takes."""
-    return 1 / (rate * efficiency(shape.width)) + STEP / (_rows(length, flops) * length * shape.flops(length))
+def _seconds(task: Task, shape: Shape, length: int, flops: float) -> float:
+    """Of a FLOP, in a training of so many: small models are slowed by what every step and every logit takes."""
+    assert task.rate is not None
+    tokens = _rows(length, flops) * length
+    beside = task.beside.seconds(shape.depth, tokens * shape.vocabulary)
+    return 1 / (task.rate * efficiency(shape.width)) + beside / (tokens * shape.flops(length))
 
 
 def _within_law(task: Task, flops: float) -> bool:
@@ -160,7 +161,7 @@ def _flops_of_seconds(task: Task, shape: Shape) -> float:
     assert task.seconds is not None and task.rate is not None
     flops = task.seconds * task.rate * efficiency(shape.width)
     for _ in range(5):  # how many rows a step has follows from the FLOPs
-        flops = task.seconds / _seconds(task.rate, shape, _length(task, flops), flops)
+        flops = task.seconds / _seconds(task, shape, _length(task, flops), flops)
     return flops
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 
 from pretrain.core.folders import tokenizer_of
-from pretrain.core.quick.machine import efficiency, likely_rate
+from pretrain.core.quick.machine import efficiency, likely_beside, likely_rate
 from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import load
@@ -65,7 +65,8 @@ class Asked:
             return self.seconds
         law, rate = load(LAW), likely_rate()
         times = [60.0 * minutes for minutes in MINUTES]
-        choices = [dial.choose(dial.Task(law, seconds=time, rate=rate, unique=self.text)) for time in times]
+        tasks = [dial.Task(law, seconds=t, rate=rate, beside=likely_beside(), unique=self.text) for t in times]
+        choices = [dial.choose(task) for task in tasks]
         bits = [choice.prediction.bits if choice.prediction else math.inf for choice in choices]
         if math.inf in bits:  # more than the law can tell of
             return EVENING

@@ -10,9 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pretrain.core.quick.machine import efficiency
+from pretrain.core.quick.machine import efficiency, likely_beside
 from pretrain.core.quick.quantities import duration as in_words
-from pretrain.dial.choose import STEP
 
 FEW = 50  # steps, below which a fine-tuning learns little
 ROWS = (16, 8, 4, 2)  # of a step: fewer where steps are dear, or documents few
@@ -34,7 +33,8 @@ class Tuned:
 
     def step(self, rows: int) -> float:
         """Seconds of a step of so many documents."""
-        return rows * self._longest(rows) * self._token * (2 / 3 if self.adapted else 1.0) + STEP
+        products = rows * self._longest(rows) * self._token * (2 / 3 if self.adapted else 1.0)
+        return products + likely_beside().seconds(self.blocks, 0)
 
     def measuring(self) -> float:
         """Seconds of all measurements: read once for the loss, once for the answers, each a third of a step's work."""

@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Protocol, cast
 
 from pretrain.core.files import JSON
-from pretrain.core.quick.machine import efficiency, likely_device, likely_rate, memory
+from pretrain.core.quick.machine import efficiency, likely_beside, likely_device, likely_rate, memory
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration
-from pretrain.dial.choose import STEP
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
 from pretrain.dial.law import LITTLE, NEARLY_NEW, worth
 from pretrain.dial.shapes import FIELDS, Shape
@@ -89,13 +88,14 @@ class Work:
     positions: float  # of a row, that the blocks see
     flops: float
     rate: float  # FLOP/s
+    beside: float  # seconds of a step beside its products
     corpus_tokens: float | None
     filled: float = 1.0  # how many positions are computed for each token: labelled documents are filled up
 
     @property
     def seconds(self) -> float:
-        """Of a step: its products, and what every step takes beside them."""
-        return self.flops * self.step_tokens / self.rate + STEP
+        """Of a step: its products, and what it takes beside them."""
+        return self.flops * self.step_tokens / self.rate + self.beside
 
     def tokens(self, budget: Budget) -> float | None:
         """What the budget makes, in whole steps."""
@@ -197,13 +197,14 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
             corpus_tokens = documents * length if documents else corpus_tokens
         elif documents and corpus_tokens:
             length = seen = min(length, max(2.0, corpus_tokens / documents))
-    flops = 0.0
+    flops = logits = 0.0
     for objective in objectives:
         predicted = example.learnt / seen if example is not None and example.learnt else objective.predicted
         targets = predicted * (1 - 1 / length if objective.task == "causal" else 1)
-        taught, logits = objective.taught, targets * seen * (stage.micro_rows or stage.batch_rows)
-        if objective.again and logits > shape.chunk:
+        taught, at_once = objective.taught, targets * seen * (stage.micro_rows or stage.batch_rows)
+        if objective.again and at_once > shape.chunk:
             targets, taught = targets * 4 / 3, taught * 2
+        logits += targets * seen * stage.batch_rows * shape.vocabulary
         passes = (2.0 if model.tuning else 3.0) + stage.checkpointing
         each = shape.flops(max(1, round(seen)), targets, passes)
         head = (4.0 if model.tuning else 6.0) * targets * shape.vocabulary * shape.width
@@ -218,7 +219,9 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
     update = stage.optimizer.update_flops(shape.width) * (model.tuning.trained if model.tuning else shape.body)
     if model.tuning:
         update += model.tuning.batch * stage.batch_rows / (stage.micro_rows or stage.batch_rows)
-    return Work(step, seen, (flops * stage.batch_rows + update) / step, rate, corpus_tokens, seen / length)
+    beside = likely_beside().seconds(shape.depth + shape.decoder, logits)
+    each = (flops * stage.batch_rows + update) / step
+    return Work(step, seen, each, rate, beside, corpus_tokens, seen / length)
 
 
 def _beside(shape: Shape, tuning: Tuning, length: int, targets: float) -> float:

@@ -9,12 +9,19 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_object
-from pretrain.core.quick.machine import likely_device, likely_rate, remembered_rate
+from pretrain.core.quick.machine import (
+    Beside,
+    likely_beside,
+    likely_device,
+    likely_rate,
+    remembered_beside,
+    remembered_rate,
+)
 from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.quantities import bare, duration, figure, short
 from pretrain.dial import shapes
@@ -38,7 +45,7 @@ OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
 SURGERIES = [{"method": "zero_init"}]
 BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
 LEAST_TEXT = 500  # bytes: of less nothing can be learnt and held out
-PLAN = "plan.json"  # in a run's folder: the machine's rate that sizes were chosen by
+PLAN = "plan.json"  # in a run's folder: the machine's pace that sizes were chosen by
 
 
 @dataclass(frozen=True)
@@ -105,11 +112,11 @@ class Settled:
         """Why it is that large, where the dial has chosen it by its law."""
         if self.task.vocabulary is not None or self.choice.prediction is None:
             return []
-        most, known = 2 * max(self.task.law.bytes_per_token), sorted(self.task.law.bytes_per_token)
+        known = sorted(self.task.law.bytes_per_token)
         filled = f", and the text fills {self.task.unique / BYTES_AN_ENTRY:,.0f} at most" if self.task.unique else ""
         return [
             f"vocabulary {self.choice.shape.vocabulary:,}: the least bits per byte by the law, whose runs had "
-            f"{known[0]:,} to {known[-1]:,} entries; it is asked for no more than {most:,}{filled}"
+            f"{known[0]:,} to {known[-1]:,} entries; it is asked for no more{filled}"
         ]
 
     def others(self) -> list[tuple[str, float]]:
@@ -124,7 +131,7 @@ class Settled:
         for what, (wide, entries) in others.items():
             other = choose(replace(self.task, width=wide, depth=None, vocabulary=entries, tokens=None, flops=flops))
             unique = self.task.unique or math.inf
-            beyond = entries > 2 * max(self.task.law.bytes_per_token) or entries * BYTES_AN_ENTRY > unique
+            beyond = entries > max(self.task.law.bytes_per_token) or entries * BYTES_AN_ENTRY > unique
             beyond |= wide < shapes.SMALLEST or entries < VOCABULARIES[0]  # none of which `choose` takes
             if other.prediction is not None and not beyond:
                 rows.append((what, other.prediction.bits))
@@ -206,9 +213,10 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
             f"at least {short(LEAST_TEXT, 'B')}, or sizes of your own",
             place=("size",),
         )
+    rate, beside = _pace(output)
     return Task(
-        law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds, rate=_rate(output),
-        unique=unique,
+        law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds,
+        rate=rate, beside=beside, unique=unique,
         width=_size(model, names["width"], "model"), depth=_size(model, names["depth"], "model"),
         vocabulary=entries,
         length=_size(entry, "length"),
@@ -289,21 +297,27 @@ def _unique(entry: Raw, before: list[Raw]) -> float | None:
     return math.fsum(known) * (1 - held_out) if whole else None
 
 
-def _rate(output: Path | None) -> float:
-    """FLOP/s of this machine: what this run's sizes were chosen by before, what was measured once, or a measurement.
+def _pace(output: Path | None) -> tuple[float, Beside]:
+    """FLOP/s of this machine and what a step takes beside its products.
+
+    What this run's sizes were chosen by before, what was measured once, or a measurement.
 
     Before torch is there it is not measured: what a core usually does stands for it, until the recipe is run.
     """
     kept = output / PLAN if output is not None else None
     if kept is not None and kept.exists():
-        rate = read_object(kept).get("rate")  # another one would choose other sizes
+        before = read_object(kept)  # another pace would choose other sizes
+        rate, beside = before.get("rate"), before.get("beside")
         if isinstance(rate, int | float) and rate > 0:
-            return float(rate)
-    if remembered_rate(likely_device()) is None and torch_imported():
-        from pretrain.core.hardware import matrix_rate, pick_device
+            seconds = beside if isinstance(beside, dict) else {}
+            return float(rate), replace(Beside(), **{k: v for k, v in seconds.items() if isinstance(v, float)})
+    known = remembered_rate(likely_device()), remembered_beside(likely_device())
+    if None in known and torch_imported():
+        from pretrain.core.hardware import pick_device
+        from pretrain.dial.pace import measure
 
-        matrix_rate(pick_device())  # which remembers it
-    return likely_rate()
+        measure(pick_device())  # which remembers it
+    return likely_rate(), likely_beside()
 
 
 def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
@@ -321,5 +335,6 @@ def write(settled: list[Settled], output: Path) -> None:
     """Keep what the sizes were chosen by in a run's folder."""
     from pretrain.core.files import sealed, write_json
 
-    rates = [each.task.rate for each in settled if each.task.rate is not None]
-    write_json(output / PLAN, sealed({"rate": rates[0] if rates else None}))
+    tasks = [each.task for each in settled if each.task.rate is not None]
+    by = {"rate": tasks[0].rate, "beside": asdict(tasks[0].beside)} if tasks else {"rate": None}
+    write_json(output / PLAN, sealed(by))

@@ -8,9 +8,8 @@ from dataclasses import dataclass, fields
 
 from pretrain.core.bounds import Positive, Seconds, check_fields
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.machine import likely_rate
+from pretrain.core.quick.machine import Beside, likely_rate
 from pretrain.core.quick.quantities import short
-from pretrain.dial.choose import STEP
 
 YEAR = 365 * 86400.0  # seconds
 LONGEST = 10 * YEAR  # of a training: what takes longer is a mistake, or another machine's
@@ -72,7 +71,8 @@ class Budget:
 def least_seconds(budget: Budget, batch_rows: int, length: int) -> float:
     """Seconds of training on this machine at least, whatever the model: its products, or what a step takes beside."""
     rows = {"steps": 1.0, "tokens": 1.0 / (batch_rows * length), "epochs": 1.0 / batch_rows}
-    each = {"seconds": 1.0, "flops": 1 / likely_rate()} | {unit: steps * STEP for unit, steps in rows.items()}
+    least = Beside().block  # of a step with a block
+    each = {"seconds": 1.0, "flops": 1 / likely_rate()} | {unit: steps * least for unit, steps in rows.items()}
     return budget.limit * each[budget.unit] / processes()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, warn
@@ -14,6 +15,18 @@ from pretrain.core.quick.quantities import counted
 from pretrain.core.system.portable import memory_limits
 
 USUAL = {"cpu": 5e10, "cuda": 5e13}  # FLOP/s of a core or a card, as long as none is measured
+
+
+@dataclass(frozen=True)
+class Beside:
+    """Seconds of a training step beside its large products: as here where no run has measured them."""
+
+    block: float = 4e-3  # of each block: the many small operations forwards, backwards and of the optimiser
+    logit: float = 2e-9  # of each logit: it is written, read and exponentiated
+
+    def seconds(self, blocks: float, logits: float) -> float:
+        """Of a step with so many blocks and logits."""
+        return self.block * blocks + self.logit * logits
 
 
 def cpu_name() -> str:
@@ -91,6 +104,29 @@ def remember_rate(device: str, rate: float) -> None:
         return
     with suppress(PretrainError, OSError), locked(_file().with_name(".rates.lock")):
         write_json(_file(), sealed(_known() | {described(device): rate}))
+
+
+def remembered_beside(device: str) -> Beside | None:
+    """What a step takes beside its products on `cpu` or `cuda`, as measured here; `None` where nothing was."""
+    kept = _known().get(_beside(device))
+    if not isinstance(kept, dict) or not all(isinstance(kept.get(name), float) for name in asdict(Beside())):
+        return None
+    return Beside(**{name: kept[name] for name in asdict(Beside())})
+
+
+def likely_beside() -> Beside:
+    """What a step takes beside its products, as all plans take it: as remembered, else the usual."""
+    return remembered_beside(likely_device()) or Beside()
+
+
+def remember_beside(device: str, measured: Beside) -> None:
+    """Keep what was measured for the plans to come."""
+    with suppress(PretrainError, OSError), locked(_file().with_name(".rates.lock")):
+        write_json(_file(), sealed(_known() | {_beside(device): asdict(measured)}))
+
+
+def _beside(device: str) -> str:
+    return f"{described(device)}: beside"
 
 
 def _known() -> JSONObject:
