@@ -283,7 +283,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
-        "expert-pruning",
+        "expert-pruning", "pre-gated-experts",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -363,6 +363,20 @@ def test_experts_reduced_for_a_task_are_tuned_and_measured_beside_as_few_from_th
     assert found["reduced_evaluation"]["loss"] > 0 and found["small_evaluation"]["loss"] > 0
     configs = {name: json.loads(next(tmp_path.rglob(f"{name}/checkpoint/config.json")).read_text()) for name in ("wide", "reduced_tuned", "small_tuned")}  # fmt: skip
     assert [config["num_local_experts"] for config in configs.values()] == [8, 4, 4]
+
+
+def test_pre_gated_experts_are_tuned_measured_and_written_with_beside_plain_ones(tmp_path, text):
+    settings = [
+        *data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("general"),
+        "general.model.num_hidden_layers=2", "general.model.num_key_value_heads=2", *short("general", "gated_tuned", "plain_tuned"),
+        *(f"{n}_evaluation.max_documents=4" for n in ("gated", "plain")), *(f"{n}_samples.max_new_tokens=4" for n in ("gated", "plain")),
+    ]  # fmt: skip
+    found = finite(
+        engine.run(load(ROOT / "recipes/papers/pre-gated-experts.yaml", settings, tmp_path), say=lambda text: None)
+    )
+    assert found["gated_evaluation"]["loss"] > 0 and found["plain_evaluation"]["loss"] > 0
+    assert found["gated_samples"]["expert_prefetched"] > 0 == found["plain_samples"]["expert_prefetched"]
+    assert found["plain_samples"]["expert_misses"] > 0
 
 
 def test_a_model_with_codebooks_is_measured_beside_one_without_read_and_steered(tmp_path, text):

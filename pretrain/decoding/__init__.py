@@ -8,21 +8,37 @@ from typing import TYPE_CHECKING, ClassVar, Unpack
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
     from pretrain.core.generation.options import OptionFields, Options
+    from pretrain.core.processors import Processor
 
 
 class Decoding(Method):
     """Base of the decoding methods. One that can sample says so with `samples`; only then is it given a temperature.
 
-    One whose tokens are those of plain decoding, sampled ones with the same numbers too, says so with `lossless`.
+    One whose tokens are those of plain decoding, sampled ones with the same numbers too, says so with `lossless`; one
+    that holds less of a checkpoint than `load` does says so with `opens`.
     """
 
     kind: ClassVar[str] = "decoding"
     samples: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
+    opens: ClassVar[bool] = False
+
+    def load(self, folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Processor | None]:
+        """The checkpoint's model as the method wants it, and its processor, as `core.checkpoint.load` gives them."""
+        from pretrain.core.checkpoint import load
+
+        return load(folder, device=device)
+
+    def measured(self, model: PreTrainedModel) -> dict[str, float]:
+        """Metrics of what it has done so far with a model that it has opened."""
+        return {}
 
     def generate(self, model: PreTrainedModel, input_ids_BL: Tensor, **options: Unpack[OptionFields]) -> Tensor:
         """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end.

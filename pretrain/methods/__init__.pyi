@@ -21,6 +21,7 @@ from pretrain.decoding.ensembles.proxy_tuning import ProxyTuning as ProxyTuning
 from pretrain.decoding.ensembles.softmax_cascade import SoftmaxCascade as SoftmaxCascade
 from pretrain.decoding.long_context.homer import Homer as Homer
 from pretrain.decoding.long_context.minference import MInference as MInference
+from pretrain.decoding.offloading.expert_store import ExpertStore as ExpertStore
 from pretrain.decoding.speculative.aded import ADED as ADED
 from pretrain.decoding.speculative.prompt_lookup import PromptLookup as PromptLookup
 from pretrain.decoding.speculative.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
@@ -145,6 +146,7 @@ from pretrain.surgery.compression.sparse_llm import SparseLLM as SparseLLM
 from pretrain.surgery.compression.w8a8 import W8A8 as W8A8
 from pretrain.surgery.discrete.codebook_features import CodebookFeatures as CodebookFeatures
 from pretrain.surgery.experts.orthogonal_growth import OrthogonalGrowth as OrthogonalGrowth
+from pretrain.surgery.experts.pre_gated import PreGated as PreGated
 from pretrain.surgery.experts.uncurl import Uncurl as Uncurl
 from pretrain.surgery.growth.bert2bert import Bert2BERT as Bert2BERT
 from pretrain.surgery.growth.g_stack import GStack as GStack

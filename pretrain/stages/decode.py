@@ -79,7 +79,8 @@ class Decode(Stage):
         """Write `samples.json`."""
         from pretrain.stages.evaluate import load_text
 
-        model, tokenizer = load_text(checkpoint_of(job.inputs["checkpoint"]))
+        opener = self.method.load if self.method else None
+        model, tokenizer = load_text(checkpoint_of(job.inputs["checkpoint"]), opener)
         held_out = beginnings(Corpus(corpus_of(job.inputs["corpus"])), self.documents) if self.corpus else []
         samples = [
             continue_prompt(
@@ -93,7 +94,8 @@ class Decode(Stage):
             sample["truth"] = tokenizer.decode(tokens)
         write_json(job.folder / "samples.json", {"samples": samples})
         seconds = sum(s["seconds"] for s in samples)
-        return {"metrics": {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}}
+        measured = self.method.measured(model) if self.method else {}
+        return {"metrics": {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)} | measured}
 
 
 def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Literal, TypeAlias, cast
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -19,11 +19,23 @@ from pretrain.core.quick.quantities import figure
 from pretrain.corpus.overlap import learnt_from, overlap_warning
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
+from pretrain.decoding import Decoding
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.records import StageResult
-from pretrain.stages import Estimate, EvaluationField, Given, Job, Record, Ref, Stage, checkpoint_of, corpus_of
+from pretrain.stages import (
+    DecodingField,
+    Estimate,
+    EvaluationField,
+    Given,
+    Job,
+    Record,
+    Ref,
+    Stage,
+    checkpoint_of,
+    corpus_of,
+)
 from pretrain.stages._estimates import Left, answering, reading
 
 if TYPE_CHECKING:
@@ -31,6 +43,7 @@ if TYPE_CHECKING:
 
     from pretrain.core.processors import Processor
 
+Opener: TypeAlias = "Callable[..., tuple[PreTrainedModel, Processor | None]]"  # of a folder and a keyword `device`
 LEAST = 8  # documents that an interval by drawing from them needs
 
 
@@ -44,6 +57,7 @@ class Evaluate(Stage):
     max_documents: Documents at most, taken evenly from the whole split.
     max_characters: Characters of each at most, from its beginning (none: all), so that few large ones do not decide.
     compressors: Whether xz and zstd are tried on the same text, as a yardstick.
+    opening: A decoding method that opens the checkpoint, `expert_store`: in less memory; its metrics stand beside.
     """
 
     stage: Literal["evaluate"] = "evaluate"
@@ -55,6 +69,7 @@ class Evaluate(Stage):
     max_documents: Count = 2000
     max_characters: Count | None = None  # of a document's text, from its beginning
     compressors: bool = True
+    opening: DecodingField | None = None
 
     model_config = ConfigDict(validate_default=True)
 
@@ -78,10 +93,17 @@ class Evaluate(Stage):
             raise ValueError(f"{', '.join(names)}: accepted: each method once, since their metrics have the same names")
         return evaluations
 
+    @field_validator("opening")
+    @classmethod
+    def _opens(cls, opening: Decoding | None) -> Decoding | None:
+        if opening is not None and not opening.opens:
+            raise ValueError(f"{opening.name}: accepted: a method that opens checkpoints: expert_store")
+        return opening
+
     def config(self) -> Record:
-        """Whole documents have the address that they had before any could be cut."""
+        """Whole documents, opened whole, have the address that they had before there was another way."""
         fields = super().config()
-        return {k: v for k, v in fields.items() if k != "max_characters" or v is not None}
+        return {k: v for k, v in fields.items() if k not in ("max_characters", "opening") or v is not None}
 
     def estimate(self, given: Given) -> Estimate:
         """The documents' tokens, read as often as the evaluations say."""
@@ -98,7 +120,7 @@ class Evaluate(Stage):
         from pretrain.core.meter import count_flops
 
         folder = checkpoint_of(job.inputs["checkpoint"])
-        model, processor = load_both(folder)
+        model, processor = load_both(folder, self.opening and self.opening.load)
         corpus = Corpus(corpus_of(job.inputs["corpus"]))
         documents = documents_of(
             corpus, self.split, self.max_documents, self.evaluations, processor, self.max_characters
@@ -124,7 +146,8 @@ class Evaluate(Stage):
         else:
             job.say(", ".join(f"{name} {figure(value)}" for name, value in metrics.items()))
         by_domain = {f"{k}/{domain}": v for domain, values in result["domains"].items() for k, v in values.items()}
-        return {"metrics": by_domain | metrics, "flops": flops}
+        opened = self.opening.measured(model) if self.opening else {}
+        return {"metrics": by_domain | metrics | opened, "flops": flops}
 
 
 def check_windows(method: Evaluation, count: int | None, whose: str, place: tuple[str | int, ...] = ()) -> None:
@@ -166,14 +189,17 @@ def columns(methods: Sequence[Evaluation]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(("text", "domain", "id", *(c for method in methods for c in method.columns))))
 
 
-def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
-    """A checkpoint's model, on the device that there is, and its processor, which must be there."""
+def load_both(folder: Path, opener: Opener | None = None) -> tuple[PreTrainedModel, Processor]:
+    """A checkpoint's model, on the device that there is, and its processor, which must be there.
+
+    `opener` is `core.checkpoint.load` by default.
+    """
     from pretrain.core import checkpoint
     from pretrain.core.hardware import pick_device
     from pretrain.core.models.families import vocabulary_of
     from pretrain.core.processors import check_tokens, tokenizer_in
 
-    model, tokenizer = checkpoint.load(folder, device=pick_device())
+    model, tokenizer = (opener or checkpoint.load)(folder, device=pick_device())
     if tokenizer is None:
         raise PretrainError(
             f"checkpoint {folder} has no tokenizer; accepted: one with tokenizer.json beside config.json"
@@ -183,11 +209,11 @@ def load_both(folder: Path) -> tuple[PreTrainedModel, Processor]:
     return model, tokenizer
 
 
-def load_text(folder: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_text(folder: Path, opener: Opener | None = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A checkpoint's model and its tokenizer, or the one that its processor holds."""
     from pretrain.core.processors import tokenizer_in
 
-    model, processor = load_both(folder)
+    model, processor = load_both(folder, opener)
     tokenizer = tokenizer_in(processor)
     if tokenizer is None:
         raise PretrainError(f"checkpoint {folder} has a {type(processor).__name__}; accepted: one with a tokenizer")

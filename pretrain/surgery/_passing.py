@@ -3,12 +3,13 @@
 The embedding notes the tokens of each pass; every block is given that note as an argument, which recomputing a block in
 the backward pass repeats, so that it never sees the tokens of another pass.
 
-Shape letters: B rows, L positions, E width, C width of the values.
+Shape letters: B rows, L positions, E width, C width of the values, N tokens, H inputs of a mixture of experts.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Pass:
     tokens_BL: Tensor
     embedded_BLE: Tensor | None = None
     values_BLC: Tensor | None = None  # of the first block
+    mixture_inputs: dict[int, Tensor] = field(default_factory=dict)  # `x_NH` by the mixture's number
 
 
 class Notes:
@@ -100,11 +102,11 @@ def _informed(kind: type[nn.Module]) -> type[nn.Module]:
     return _KINDS[name]
 
 
-def inform(model: PreTrainedModel, name: str) -> list[nn.Module]:
+def inform(model: PreTrainedModel, name: str, families: Sequence[str] = FAMILIES) -> list[nn.Module]:
     """Tell the model's blocks of each pass; returns the blocks. Raises `PretrainError` for another family."""
     entry = family(model)
-    if entry.name not in FAMILIES:
-        raise PretrainError(f"{name}: family {entry.name!r}: accepted: {', '.join(FAMILIES)}")
+    if entry.name not in families:
+        raise PretrainError(f"{name}: family {entry.name!r}: accepted: {', '.join(families)}")
     every = blocks(model)
     if isinstance(every[0], Informed):
         return every

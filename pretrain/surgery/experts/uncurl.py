@@ -11,7 +11,7 @@ from typing import ClassVar
 
 import torch
 from scipy.optimize import linear_sum_assignment
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Whole
@@ -98,8 +98,8 @@ class Uncurl(Surgery):
             arguments, kept_N = model_inputs(model, batch), kept_tokens(batch).to(model.device)
             with watched({place: modules[router] for place, router in routers.items()}, noted):
                 base(model)(**arguments)
-            for place, (x, _) in noted.items():
-                seen[place].add(nn.functional.linear(token_rows(x, kept_N), _matrix(modules[routers[place]])))
+            for place, (_, routing) in noted.items():  # the logits, and what is made of them
+                seen[place].add(token_rows(routing[0], kept_N))
         model.train(training)
         return seen
 
@@ -115,12 +115,6 @@ class Uncurl(Surgery):
             largest = max(groups, key=len)
             groups.append([largest.pop()])
         return sorted(groups, key=min)
-
-
-def _matrix(router: nn.Module) -> Tensor:
-    """`weight_XH` of a router."""
-    (weight_XH,) = (value for name, value in router.named_parameters() if name.endswith("weight"))
-    return weight_XH
 
 
 def _merged(

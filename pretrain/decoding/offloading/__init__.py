@@ -1,0 +1,1 @@
+"""Weights that stay off the device until they are wanted."""
