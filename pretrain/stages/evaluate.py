@@ -120,7 +120,7 @@ class Evaluate(Stage):
         from pretrain.core.meter import count_flops
 
         folder = checkpoint_of(job.inputs["checkpoint"])
-        model, processor = load_both(folder, self.opening and self.opening.load)
+        model, processor = load_both(folder, self.opening.load if self.opening else None)
         corpus = Corpus(corpus_of(job.inputs["corpus"]))
         documents = documents_of(
             corpus, self.split, self.max_documents, self.evaluations, processor, self.max_characters

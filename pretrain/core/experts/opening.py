@@ -95,8 +95,9 @@ def open_without_experts(
     surgical = any(entry.get("foreign", True) for entry in facts.record.get("surgery", []))
     renamed = () if surgical else _RENAMED.get(facts.config.model_type, ())
     in_files = partial(_renamed, renamed)
-    dtype = None if surgical else facts.config.dtype  # as `load` has it
-    dtype = torch.float32 if facts.record.get("dtype") == "float32" else dtype
+    named = None if surgical else facts.config.dtype  # as `load` has it
+    named = torch.float32 if facts.record.get("dtype") == "float32" else named
+    dtype: torch.dtype | None = getattr(torch, named) if isinstance(named, str) else named
     with parsing(f"{folder}: a model of config.json", "the configuration as it was written"):
         model = _built(facts, dtype, name, families)
     if not surgical:
