@@ -65,6 +65,7 @@ class Shelf:
         document_BL = torch.tensor([1] * 10 + [2] * 9 + [0] * 5).expand(4, 24)
         place_BL = torch.cat([torch.arange(10), torch.arange(9), torch.arange(5)]).expand(4, 24)
         whole = {"input_ids": ids_BL, "attention_mask": document_BL, "position_ids": place_BL}
+        whole["domain_B"] = torch.tensor([0, 1, 0, 1])
         return [{name: value[row : row + 2] for name, value in whole.items()} for row in (0, 2)]
 
     def saved(self, family: str, seed: int = 0, **fields: Any) -> str:
@@ -136,6 +137,7 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
     "g_stack": lambda shelf, family: {"growth": 2},
     "orthogonal_growth": lambda shelf, family: {"first": 0, "last": 0},
     "uncurl": lambda shelf, family: {"experts": 2},
+    "read_me": lambda shelf, family: {"embedding_dim": 16},
     "instruction_residual": lambda shelf, family: {"base": shelf.saved(family, 1), "instruct": shelf.saved(family, 2)},
     "instruction_vector": lambda shelf, family: {"base": shelf.saved(family, 1), "instruct": shelf.saved(family, 2)},
     "model_soup": lambda shelf, family: {"recipe": "uniform"},

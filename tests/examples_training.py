@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from conftest import TASK, TINY
 from gradient_cases import FAMILY, first
@@ -26,6 +27,7 @@ from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.recipe import load
 from pretrain.stages import dump
+from pretrain.surgery import Inputs
 
 
 @dataclass(frozen=True)
@@ -113,7 +115,6 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "label_noise": lambda m: {"rate": 0.5},
     "transferability": lambda m: {"label": "label"},
 }  # fmt: skip
-CODED = ("code_activations",)  # what measures a model that has codebooks
 INNER = {"causal": "causal_lm", "masked": "masked_lm"}
 # What fits an objective to a family, where its defaults fit another.
 FITTED: dict[str, Callable[[str], dict[str, Any]]] = {
@@ -150,6 +151,17 @@ def with_codebooks(model: Any) -> Any:
     return made(model)
 
 
+def with_experts(model: Any) -> Any:
+    """The model with two experts and a router, of drawn tokens."""
+    ids_BL = torch.randint(3, model.config.vocab_size, (2, 24), generator=torch.Generator().manual_seed(0))
+    made: Any = method_class("read_me")(embedding_dim=16)
+    return made(model, Inputs(batches=[{"input_ids": ids_BL, "domain_B": torch.arange(2)}]))
+
+
+# What measures a model that a surgery has changed.
+OPERATED: dict[str, Callable[[Any], Any]] = {"code_activations": with_codebooks, "expert_cache": with_experts}
+
+
 def declared(name: str) -> list[str]:
     """The tiny families that a method says it works on."""
     return [f for f in TINY if (entry := listed(f)) is not None and entry.among(method_class(name).families)]
@@ -184,6 +196,5 @@ def trainable(name: str) -> str:
 
 
 __all__ = [
-    "CODED", "FIELDS", "FITTED", "Material", "declared", "example", "names", "reread", "trainable", "undeclared",
-    "with_codebooks",
+    "FIELDS", "FITTED", "OPERATED", "Material", "declared", "example", "names", "reread", "trainable", "undeclared",
 ]  # fmt: skip

@@ -27,6 +27,7 @@ from pretrain.core.models.heads import labels_of, with_head
 from pretrain.core.quick.table import KINDS
 from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.surgery import Inputs
 from pretrain.training.budget import Budget
 from pretrain.training.distributed import World, full
 from pretrain.training.loop import _work as work_of
@@ -70,6 +71,7 @@ SURGERIES: dict[str, dict[str, Any]] = {
     "hedgehog_distillation": {"method": "hedgehog"}, "flexi_depth_lm": {"method": "flexi_depth", "reduction": 4},
     "pela_pretraining": {"method": "pela"},
     "codebook_lm": {"method": "codebook_features", "codes": 16, "k": 2, "initialisation": "normal"},
+    "read_me_router": {"method": "read_me", "embedding_dim": 16},
 }  # fmt: skip
 FAMILY = {
     "seq2seq": "llama",
@@ -217,7 +219,9 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
     if name in SURGERIES:
         surgery = dict(SURGERIES[name])
         made: Any = method_class(surgery.pop("method"), "surgery")(**surgery)
-        model = made(copy.deepcopy(model))
+        ids_BL = torch.randint(3, vocabulary.size, (2, LENGTH), generator=torch.Generator().manual_seed(0))
+        text = [{"input_ids": ids_BL, "domain_B": torch.arange(2)}] if made.needs_text else []
+        model = made(copy.deepcopy(model), Inputs(batches=text))
     context = Context(vocabulary, LENGTH, Still(), encoder=Encoder(tokenizer), domains=("kept", "forgotten"))
     rows: list[Any] = _rows(vocabulary)
     if objective.reads == "examples":

@@ -113,8 +113,7 @@ class Bench:
             model.config.architectures = [type(model).__name__]
             vocabulary = examples.Vocabulary.of(self.material.tokenizer)
             model = evaluation.method.ready(model, ("a", "b"), vocabulary, 0).eval()
-        if name in examples_training.CODED:
-            model = examples_training.with_codebooks(model)
+        model = examples_training.OPERATED.get(name, lambda plain: plain)(model)
         documents = [
             {
                 "text": FUNCTION.format(n) + text[:200], "domain": story["domain"], "id": str(n), "label": "ab"[n % 2], "source": text[:60],

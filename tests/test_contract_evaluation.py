@@ -15,7 +15,7 @@ import pytest
 import torch
 from closeness import products, rounding
 from conftest import TASK
-from examples_training import CODED, Material, declared, example, names, reread, undeclared, with_codebooks
+from examples_training import OPERATED, Material, declared, example, names, reread, undeclared
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
@@ -63,7 +63,7 @@ def prepared_for(name, material, family):
     if name in HEADED:
         model.config.architectures = [type(model).__name__]
         model = evaluation.method.ready(model, ("a", "b"), Vocabulary.of(material.tokenizer), 0).eval()
-    return with_codebooks(model) if name in CODED else model, evaluation
+    return OPERATED.get(name, lambda plain: plain)(model), evaluation
 
 
 def measured(evaluation, model, material, documents):

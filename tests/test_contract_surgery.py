@@ -34,6 +34,7 @@ TRAINS_WEIGHTS = {"spafit": "the paper trains the biases of some blocks"}
 STEPWISE = {  # why bfloat16 is not near float32
     "flexi_depth": "a gate near its threshold opens in the one and not in the other",
     "codebook_features": "a code is the nearest in the one and not in the other",
+    "read_me": "the likeliest expert of the one is the second in the other",
     "w8a8": "activations are rounded to eight bits, on this side of a half in the one and on that in the other",
 }
 OF_OTHERS = {"gptq": "gptq", "awq": "gptq", "w8a8": "compressed-tensors"}  # formats of quantised weights

@@ -284,6 +284,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts",
+        "expert-pruning", "router-decoupled-experts",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -377,6 +378,24 @@ def test_pre_gated_experts_are_tuned_measured_and_written_with_beside_plain_ones
     assert found["gated_evaluation"]["loss"] > 0 and found["plain_evaluation"]["loss"] > 0
     assert found["gated_samples"]["expert_prefetched"] > 0 == found["plain_samples"]["expert_prefetched"]
     assert found["plain_samples"]["expert_misses"] > 0
+def test_a_dense_model_becomes_experts_whose_router_is_trained_in_turn_with_them(tmp_path, text):
+    trained = ("dense", "router_1", "experts_1", "router_2", "experts_2", "pruned_tuned")
+    settings = [
+        *data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("dense"), *short(*trained),
+        *(f"{name}.length=64" for name in ("mixture", "pruned")), "mixture.surgeries=[{method: read_me, embedding_dim: 16}]",
+        "pruned.surgeries=[{method: read_me, experts: 1, embedding_dim: 16}]", "mixture_evaluation.max_documents=9",
+    ]  # fmt: skip
+    metrics = finite(
+        engine.run(
+            load(ROOT / "recipes/papers/router-decoupled-experts.yaml", settings, tmp_path), say=lambda text: None
+        )
+    )
+    assert (metrics["mixture"]["read_me/experts"], metrics["pruned"]["read_me/experts"]) == (3, 1)
+    assert metrics["mixture"]["read_me/neurons_of_any"] > metrics["pruned"]["read_me/neurons_of_any"] == 0.5
+    measured = metrics["mixture_evaluation"]
+    assert measured["loss"] > 0 and metrics["pruned_evaluation"]["loss"] > 0
+    assert 0 <= measured["hit_rate_lru"] <= measured["hit_rate_belady"] <= 1
+    assert lineage(tmp_path / "experts_2")[-4:] == ["mixture", "router_1", "experts_1", "router_2"]
 
 
 def test_a_model_with_codebooks_is_measured_beside_one_without_read_and_steered(tmp_path, text):

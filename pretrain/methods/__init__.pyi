@@ -39,6 +39,7 @@ from pretrain.evaluation.likelihood.min_k import MinK as MinK
 from pretrain.evaluation.probes.activation_density import ActivationDensity as ActivationDensity
 from pretrain.evaluation.probes.ast_probe import AstProbe as AstProbe
 from pretrain.evaluation.probes.code_activations import CodeActivations as CodeActivations
+from pretrain.evaluation.probes.expert_cache import ExpertCache as ExpertCache
 from pretrain.evaluation.probes.intrinsic_dimension_d90 import IntrinsicDimensionD90 as IntrinsicDimensionD90
 from pretrain.evaluation.probes.nmtune import NMTune as NMTune
 from pretrain.evaluation.probes.probe import Probe as Probe
@@ -52,6 +53,7 @@ from pretrain.objectives.distillation.ctcd import CTCD as CTCD
 from pretrain.objectives.distillation.distillation import Distillation as Distillation
 from pretrain.objectives.distillation.hedgehog_distillation import HedgehogDistillation as HedgehogDistillation
 from pretrain.objectives.distillation.pela_pretraining import PELAPretraining as PELAPretraining
+from pretrain.objectives.distillation.read_me_router import ReadMeRouter as ReadMeRouter
 from pretrain.objectives.distillation.self_distillation import SelfDistillation as SelfDistillation
 from pretrain.objectives.distillation.well_read_students import WellReadStudents as WellReadStudents
 from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation as CacheAugmentation
@@ -147,6 +149,7 @@ from pretrain.surgery.compression.w8a8 import W8A8 as W8A8
 from pretrain.surgery.discrete.codebook_features import CodebookFeatures as CodebookFeatures
 from pretrain.surgery.experts.orthogonal_growth import OrthogonalGrowth as OrthogonalGrowth
 from pretrain.surgery.experts.pre_gated import PreGated as PreGated
+from pretrain.surgery.experts.read_me import ReadMe as ReadMe
 from pretrain.surgery.experts.uncurl import Uncurl as Uncurl
 from pretrain.surgery.growth.bert2bert import Bert2BERT as Bert2BERT
 from pretrain.surgery.growth.g_stack import GStack as GStack

@@ -81,6 +81,7 @@ class Surgery(Stage):
         inputs = Inputs(
             tokenizer=tokenizer,
             batches=[] if shards is None or tokenizer is None else self._batches(job, shards, tokenizer),
+            domains=[] if shards is None else shards.domain_names,
             counts=None if shards is None else lambda: torch.from_numpy(shards.counts()),
             models=[opened for opened, _ in others],
             tokenizers=[its for _, its in others],
@@ -125,6 +126,7 @@ class Surgery(Stage):
     def _batches(self, job: Job, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
         """Rows of packed training documents, in batches."""
         import numpy as np
+        import torch
 
         from pretrain.core.batch import Vocabulary, rows_to_tensors
         from pretrain.corpus.packing import plan_for
@@ -142,7 +144,8 @@ class Surgery(Stage):
         for start in range(0, len(numbers), CALIBRATED):
             rows = [plan.row(shards, int(number)) for number in numbers[start : start + CALIBRATED]]
             tensors = rows_to_tensors(rows, self.length, pad)
-            batches.append({theirs: tensors[ours] for theirs, ours in names.items()})
+            batch = {theirs: tensors[ours] for theirs, ours in names.items()}
+            batches.append(batch | {"domain_B": torch.tensor([row.domain for row in rows])})
         return batches
 
 

@@ -29,8 +29,10 @@ class Inputs:
     """What a surgery may ask for besides the model; most need none of it."""
 
     tokenizer: PreTrainedTokenizerBase | None = None
-    # For calibration: input_ids, position_ids, and as attention_mask each token's document in its row (0: padding).
+    # For calibration: input_ids, position_ids, as attention_mask each token's document in its row (0: padding), and as
+    # domain_B the domain of each row.
     batches: Sequence[Batch] = ()
+    domains: Sequence[str] = ()  # the names of the domains, by the numbers in `batches`
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
     tokenizers: Sequence[PreTrainedTokenizerBase | None] = ()  # theirs
     seed: int = 0

@@ -32,6 +32,7 @@ class Pass:
     embedded_BLE: Tensor | None = None
     values_BLC: Tensor | None = None  # of the first block
     mixture_inputs: dict[int, Tensor] = field(default_factory=dict)  # `x_NH` by the mixture's number
+    expert_BL: Tensor | None = None  # which of each block's experts a token takes
 
 
 class Notes:
