@@ -127,6 +127,9 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
         "target_bytes": 70_000, "vocabulary": (), "heads": (2, 4), "width": (16, 32), "feed_forward": (32, 48),
         "layers": (1, 2), "length": 24, "population": 4, "generations": 2,
     },
+    "autodistil_search": lambda shelf, family: {
+        "hidden_size": (16, 32), "num_attention_heads": (2, 4), "num_hidden_layers": (1, 2), "mlp_ratio": (1.0, 1.5), "head_size": 8,
+    },
     "gptq": lambda shelf, family: {"group_size": 8, "block_size": 16},
     "awq": lambda shelf, family: {"group_size": 8, "ratios": 3},
     "pre_calibration": lambda shelf, family: {"group_size": 8, "steps": 2},

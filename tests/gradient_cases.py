@@ -51,6 +51,7 @@ VARIANTS: list[tuple[str, dict[str, Any], str]] = [
     ("random_token_substitution", {"objective": "c_rts", "clusters": 5}, "bert"),
     ("random_token_substitution", {"objective": "slm"}, "bert"),
     ("drbert", {"attention": "unmasked"}, "bert"),
+    ("autodistil", {"masked_lm": 0.5, "distance": "kl"}, "bert"),
     ("distillation", {"features": 1.0}, "llama"),
     ("distillation", {"features": 1.0, "objective": "masked_lm"}, "bert"),
     ("self_distillation", {"states": "all"}, "bert"),
@@ -209,6 +210,14 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
         given = {"latents": 2, "ahead": 4, "traces": 6} | given
     if name == "deft":  # a sharper count than this one makes much of rounding
         given = given | {"epsilon": 1e-2}
+    if name == "autodistil":  # students that a tiny model holds
+        sizes = {
+            "hidden_size": (16, 32),
+            "num_attention_heads": (2, 4),
+            "num_hidden_layers": (1, 2),
+            "mlp_ratio": (1.5,),
+        }
+        given = sizes | {"head_size": 8} | given
     if name == "smart":  # the direction of a tiny step is rounding's
         given = given | {"sigma": 0.1}
     objective = cls(**_needed(name, needed - given.keys(), family, vocabulary, tokenizer, folder), **given)

@@ -285,6 +285,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts",
         "expert-pruning", "router-decoupled-experts",
+        "expert-pruning", "few-shot-architecture-search",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -430,6 +431,27 @@ def test_a_binary_encoder_is_pretrained_from_its_teacher_and_measured_beside_it(
     log = [json.loads(line) for line in next(tmp_path.rglob("pretrained/log.jsonl")).read_text().splitlines()]
     assert any(row.get("parts", {}).get("features", 0) > 0 for row in log), log[:3]
     assert lineage(next(tmp_path.rglob("pretrained/checkpoint")).parent)[-2:] == ["teacher", "binary"]
+
+
+def test_students_of_three_sizes_are_taken_out_of_superlms_and_tuned_beside_their_teacher(tmp_path, text):
+    spaces = {"tiny": ([16], 40_000), "small": ([24, 32], 60_000), "base": ([48], 90_000)}
+    sizes = "head_size: 8, num_attention_heads: [2, 3, 4, 6], num_hidden_layers: [1, 2], mlp_ratio: [1.0, 2.0]"
+    settings = [
+        *data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", "teacher.model.hidden_size=48",
+        "teacher.model.intermediate_size=96", "teacher.model.num_hidden_layers=2", "teacher.model.num_attention_heads=6",
+        *short("teacher", *(f"{name}_superlm" for name in spaces), *(f"{name}_tuned" for name in (*spaces, "teacher"))),
+        *(f"{name}_superlm.objective={{method: autodistil, teacher: teacher, hidden_size: {width}, {sizes}}}" for name, (width, _) in spaces.items()),
+        *(f"{name}.surgeries=[{{method: autodistil_search, max_parameters: {most}, hidden_size: {width}, {sizes}}}]" for name, (width, most) in spaces.items()),
+        *(f"{name}.{field}" for name in spaces for field in ("length=64", "calibration_rows=4")),
+    ]  # fmt: skip
+    recipe = ROOT / "recipes/papers/few-shot-architecture-search.yaml"
+    found = finite(engine.run(load(recipe, settings, tmp_path), say=lambda text: None))
+    for name, (widths, most) in spaces.items():
+        assert found[name]["parameters"] <= most and found[name]["autodistil/hidden_size"] in widths
+        assert found[name]["autodistil/distance"] > 0 and "accuracy" in found[f"of_{name}"]
+        assert lineage(next(tmp_path.rglob(f"{name}_tuned/checkpoint")).parent)[:2] == ["teacher", f"{name}_superlm"]
+    log = [json.loads(line) for line in next(tmp_path.rglob("small_superlm/log.jsonl")).read_text().splitlines()]
+    assert any(row.get("parts", {}).keys() >= {"largest", "smallest", "sampled"} for row in log), log[:3]
 
 
 def test_the_recipes_mix_domains_as_their_papers_do():

@@ -30,7 +30,8 @@ class Surgery(Stage):
     checkpoint: The model to change.
     surgeries: What changes it, one after another.
     models: The other models of a merge, or a teacher.
-    corpus: Whose training documents a surgery that calibrates is shown, drawn by the seed.
+    corpus: Whose documents a surgery that calibrates is shown, drawn by the seed: training ones, or held-out ones to
+        choose by.
     calibration_rows: Rows of them that it is shown.
     length: Tokens of such a row.
     """
@@ -58,6 +59,18 @@ class Surgery(Stage):
             tables = {f"models.{self.models.index(name)} {name}": stored_numbers(located(name)) for name in known}
             ours = {f"checkpoint {self.checkpoint}": stored_numbers(located(self.checkpoint))}
             check_alike("surgery", ours | tables, ("models",))
+
+    def splits(self) -> dict[str, str]:
+        """The one whose rows the surgeries are shown."""
+        return {"corpus": self._split()} if self.corpus is not None and self._split() != "train" else {}
+
+    def _split(self) -> str:
+        """The split that surgeries which need text want; an error where they want several."""
+        splits = {surgery.split: surgery.name for surgery in self.surgeries if surgery.needs_text}
+        if len(splits) > 1:
+            wanted = " and ".join(f"{name} the {split} split" for split, name in splits.items())
+            raise PretrainError(f"surgeries: {wanted} of the corpus: accepted: a stage of its own for each")
+        return next(iter(splits), "train")
 
     def estimate(self, given: Given) -> Estimate:
         """What the surgeries compute, and the forward passes of calibration."""
@@ -111,7 +124,7 @@ class Surgery(Stage):
         return {"metrics": metrics, "flops": flops}
 
     def _shards(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Shards:
-        """The training documents in tokens."""
+        """The documents of the split in tokens."""
         from pretrain.core.models.families import family, positions_of
 
         if tokenizer is None:
@@ -121,10 +134,10 @@ class Surgery(Stage):
         most = positions_of(model)
         if family(model).positions is not None and most is not None and self.length > most:
             raise PretrainError(f"length {self.length}: accepted: 2 to {most}, the positions of the model")
-        return tokens_of(job, tokenizer, splits=("train",))["train"]
+        return tokens_of(job, tokenizer, splits=(self._split(),))[self._split()]
 
     def _batches(self, job: Job, shards: Shards, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-        """Rows of packed training documents, in batches."""
+        """Rows of packed documents, in batches."""
         import numpy as np
         import torch
 

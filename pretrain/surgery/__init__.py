@@ -74,6 +74,7 @@ class Surgery(Method):
     calibration: ClassVar[float] = 1.0  # FLOPs on the rows of calibration, in forward passes of whole matrices
     backward: ClassVar[bool] = False  # whether it takes gradients of every weight on those rows
     estimated: ClassVar[bool] = True  # whether `work` and `calibration` tell what it computes: not of one that trains
+    split: ClassVar[str] = "train"  # of the stage's corpus, whose rows it is shown
     new_vocabulary: ClassVar[bool] = False  # whether it leaves other tokens than there were
     keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
 

@@ -1,0 +1,1 @@
+"""Search: a smaller model among those that one model holds."""
