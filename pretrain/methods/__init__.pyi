@@ -49,6 +49,7 @@ from pretrain.evaluation.probes.transferability import Transferability as Transf
 from pretrain.evaluation.probes.translation_retrieval import TranslationRetrieval as TranslationRetrieval
 from pretrain.evaluation.tasks.harness import Harness as Harness
 from pretrain.evaluation.tasks.task import Task as Task
+from pretrain.objectives.distillation.autodistil import AutoDistil as AutoDistil
 from pretrain.objectives.distillation.ctcd import CTCD as CTCD
 from pretrain.objectives.distillation.distillation import Distillation as Distillation
 from pretrain.objectives.distillation.hedgehog_distillation import HedgehogDistillation as HedgehogDistillation
@@ -165,6 +166,7 @@ from pretrain.surgery.merging.passthrough import Passthrough as Passthrough
 from pretrain.surgery.merging.slerp import Slerp as Slerp
 from pretrain.surgery.merging.task_arithmetic import TaskArithmetic as TaskArithmetic
 from pretrain.surgery.merging.ties import Ties as Ties
+from pretrain.surgery.search.autodistil_search import AutoDistilSearch as AutoDistilSearch
 from pretrain.surgery.vocabulary.ofa import Ofa as Ofa
 from pretrain.surgery.vocabulary.trim_scripts import TrimScripts as TrimScripts
 from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary as TrimVocabulary

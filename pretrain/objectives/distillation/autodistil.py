@@ -130,8 +130,8 @@ class AutoDistil(Objective):
         """The numbers of the students of a step: the smallest, the largest, some of the others."""
         last = len(self.space) - 1
         between = min(self.sampled, max(last - 1, 0))
-        others = 1 + context.rng.choice(last - 1, between, replace=False) if between else []
-        return sorted({0, last, *map(int, others)})
+        others: list[int] = context.rng.choice(last - 1, between, replace=False).tolist() if between else []
+        return sorted({0, last, *(1 + other for other in others)})
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """Both terms summed over the students; parts `largest`, `smallest`, `sampled` (their mean) and `masked_lm`."""
