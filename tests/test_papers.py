@@ -283,9 +283,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
     names = {
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
-        "expert-pruning", "pre-gated-experts",
-        "expert-pruning", "router-decoupled-experts",
-        "expert-pruning", "few-shot-architecture-search",
+        "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -379,6 +377,8 @@ def test_pre_gated_experts_are_tuned_measured_and_written_with_beside_plain_ones
     assert found["gated_evaluation"]["loss"] > 0 and found["plain_evaluation"]["loss"] > 0
     assert found["gated_samples"]["expert_prefetched"] > 0 == found["plain_samples"]["expert_prefetched"]
     assert found["plain_samples"]["expert_misses"] > 0
+
+
 def test_a_dense_model_becomes_experts_whose_router_is_trained_in_turn_with_them(tmp_path, text):
     trained = ("dense", "router_1", "experts_1", "router_2", "experts_2", "pruned_tuned")
     settings = [
