@@ -213,19 +213,18 @@ def test_what_it_cannot_change_is_one_clear_line(tiny):
         gated(inputs_embeds=torch.zeros(1, 4, 32))
 
 
-def test_a_recipe_trains_gates_and_tunes_it_and_an_interrupted_tuning_goes_on_to_the_same_weights(tmp_path, stories):
+def test_a_recipe_trains_gates_and_tunes_it(tmp_path, stories):
     small = {name: value for name, value in zoo.fields("qwen3_moe").items() if name != "vocab_size"}
     tuning = {"stage": "train", "name": "tuned", "corpus": "corpus", "init": "gated", "length": 32, "batch_rows": 2, "evaluate_tokens": 256}  # fmt: skip
     text = small_recipe(
         tmp_path, stories[:8],
         {"stage": "surgery", "name": "gated", "checkpoint": "model", "surgeries": ["pre_gated"]},
         tuning | {"budget": {"steps": 4}, "schedule": "constant"},
-        tuning | {"name": "half", "budget": {"steps": 2}, "schedule": "constant"},
         model={"family": "qwen3_moe", **small}, budget={"steps": 2}, evaluate_tokens=256,
     )  # fmt: skip
     (tmp_path / "r.yaml").write_text(text)
     result = run(tmp_path / "r.yaml", output=tmp_path / "run", report=False, say=lambda line: None)
-    assert result.stages["tuned"]["flops"] > result.stages["half"]["flops"] > 0
+    assert result.stages["tuned"]["flops"] > 0
     tuned, _ = checkpoint.load(tmp_path / "run" / "tuned" / "checkpoint")
     assert [entry["method"] for entry in checkpoint.surgery_of(tuned)] == ["pre_gated"]
     start, _ = checkpoint.load(tmp_path / "run" / "gated" / "checkpoint")
