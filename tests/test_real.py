@@ -231,7 +231,8 @@ def test_a_chat_answer_ends_with_its_turn(smollm):
     assert made[-1] in ends(model, Vocabulary.of(tokenizer))
 
 
-OTHERS = ("speculative_decoding", "proxy_tuning", "latent_deliberation")  # which need another checkpoint
+# Those that need another checkpoint, and what is for mixtures of experts.
+OTHERS = ("speculative_decoding", "proxy_tuning", "latent_deliberation", "expert_store")
 LOSSLESS = {  # the settings with which a method gives what plain decoding gives
     "plain": {},
     "aded": {},

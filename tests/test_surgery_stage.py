@@ -81,7 +81,7 @@ def test_calibration_rows_are_packed_training_documents_in_the_checkpoints_token
         split: "\n".join(d["text"] for d in Corpus(prepared / "corpus").documents(split)) for split in ("train", "test")
     }
     for batch in batches:
-        assert set(batch) == {"input_ids", "attention_mask", "position_ids"}
+        assert set(batch) == {"input_ids", "attention_mask", "position_ids", "domain_B"}
         for ids, documents, positions in zip(
             *(batch[k] for k in ("input_ids", "attention_mask", "position_ids")), strict=True
         ):

@@ -37,9 +37,7 @@ def measure(device: torch.device) -> Beside:
     quick, slow = (statistics.median(each[WARM:]) for each in seconds)
     logit = max(0.0, slow - quick - (work[1] - work[0])) / (tokens * (MANY - FEW))
     block = max(0.0, quick - work[0] - tokens * FEW * logit) / few.depth
-    beside = Beside(block, logit)
-    remember_beside(device.type, beside)
-    return beside
+    return remember_beside(device.type, Beside(block, logit), quick + slow)
 
 
 def _step(shape: Shape, device: torch.device) -> Callable[[], float]:

@@ -120,7 +120,8 @@ class Asked:
         sizes = [len(text) for text in table.texts] or [length]
         documents = max(1.0, self.text / max(1.0, sum(sizes) / len(sizes)))
         adapted, held_out = self.init is not None and self.init.wide, documents * self.look.share
-        tuned = Tuned(width, blocks, self.tokens, documents, held_out, length, likely_rate(), adapted)
+        pace = likely_rate(), likely_beside()
+        tuned = Tuned(width, blocks, self.tokens, documents, held_out, length, *pace, adapted)
         return plan(tuned, self.budget * share, epochs, duration(self.budget * share))
 
     @cached_property

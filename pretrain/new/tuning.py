@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pretrain.core.quick.machine import efficiency, likely_beside
+from pretrain.core.quick.machine import Beside, efficiency
 from pretrain.core.quick.quantities import duration as in_words
 
 FEW = 50  # steps, below which a fine-tuning learns little
@@ -29,12 +29,13 @@ class Tuned:
     held_out: float  # that are measured, each time
     length: int  # tokens of a document at most
     rate: float  # FLOP/s
+    beside: Beside = field(default_factory=Beside)
     adapted: bool = False  # whether a LoRA is trained: of the other weights no gradient is made
 
     def step(self, rows: int) -> float:
         """Seconds of a step of so many documents."""
         products = rows * self._longest(rows) * self._token * (2 / 3 if self.adapted else 1.0)
-        return products + likely_beside().seconds(self.blocks, 0)
+        return products + self.beside.seconds(self.blocks, 0)
 
     def measuring(self) -> float:
         """Seconds of all measurements: read once for the loss, once for the answers, each a third of a step's work."""

@@ -17,10 +17,7 @@ from pretrain.core.files import read_object
 from pretrain.core.quick.machine import (
     Beside,
     likely_beside,
-    likely_device,
     likely_rate,
-    remembered_beside,
-    remembered_rate,
 )
 from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.quantities import bare, duration, figure, short
@@ -300,7 +297,7 @@ def _unique(entry: Raw, before: list[Raw]) -> float | None:
 def _pace(output: Path | None) -> tuple[float, Beside]:
     """FLOP/s of this machine and what a step takes beside its products.
 
-    What this run's sizes were chosen by before, what was measured once, or a measurement.
+    What this run's sizes were chosen by before, or the best that was measured so far.
 
     Before torch is there it is not measured: what a core usually does stands for it, until the recipe is run.
     """
@@ -311,12 +308,11 @@ def _pace(output: Path | None) -> tuple[float, Beside]:
         if isinstance(rate, int | float) and rate > 0:
             seconds = beside if isinstance(beside, dict) else {}
             return float(rate), replace(Beside(), **{k: v for k, v in seconds.items() if isinstance(v, float)})
-    known = remembered_rate(likely_device()), remembered_beside(likely_device())
-    if None in known and torch_imported():
+    if torch_imported():
         from pretrain.core.hardware import pick_device
         from pretrain.dial.pace import measure
 
-        measure(pick_device())  # which remembers it
+        measure(pick_device())  # which remembers it, if the machine was quieter than before
     return likely_rate(), likely_beside()
 
 

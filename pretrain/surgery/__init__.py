@@ -32,10 +32,10 @@ class Inputs:
     # For calibration: input_ids, position_ids, as attention_mask each token's document in its row (0: padding), and as
     # domain_B the domain of each row.
     batches: Sequence[Batch] = ()
-    domains: Sequence[str] = ()  # the names of the domains, by the numbers in `batches`
     models: Sequence[PreTrainedModel] = ()  # the other models of a merge, or a teacher
     tokenizers: Sequence[PreTrainedTokenizerBase | None] = ()  # theirs
     seed: int = 0
+    domains: Sequence[str] = ()  # the names of the domains, by the numbers in `batches`
     # What a surgery hands back: a new `tokenizer`, the `batches` in its tokens, its `metrics`.
     extra: dict[str, Any] = field(default_factory=dict)
     # How often each token of the tokenizer occurs in all of the text, if it was counted: `batches` are some of it.
