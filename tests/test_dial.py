@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,6 +161,7 @@ def test_logits_that_cost_seconds_make_a_smaller_vocabulary_the_choice() -> None
 def test_what_blocks_and_logits_take_is_told_by_the_steps_of_two_decoders(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr(pace, "matrix_rate", lambda device: 1e11)
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.5, 0.5))
     true, busy = Beside(block=5e-3, logit=3e-9), itertools.count()
 
     def step(shape, device):
@@ -177,10 +179,14 @@ def test_what_blocks_and_logits_take_is_told_by_the_steps_of_two_decoders(monkey
     assert pace.measure(torch.device("cpu")) == likely_beside() == measured
     true = Beside(block=4e-3, logit=2e-9)
     assert pace.measure(torch.device("cpu")).block == likely_beside().block == pytest.approx(4e-3)
+    true = Beside(block=1e-3, logit=1e-9)
+    monkeypatch.setattr(os, "getloadavg", lambda: (999.0, 1.0, 1.0))
+    assert pace.measure(torch.device("cpu")).block == pytest.approx(4e-3)  # not measured
 
 
 def test_a_machines_pace_is_measured_without_a_trace_in_what_is_drawn_later(monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
+    monkeypatch.setattr(os, "getloadavg", lambda: (0.5, 0.5, 0.5))
     torch.manual_seed(3)
     before = torch.get_rng_state()
     measured = pace.measure(torch.device("cpu"))

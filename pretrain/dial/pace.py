@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import torch
 from pretrain.core.hardware import autocast, matrix_rate
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.core.models.fast import accelerate
-from pretrain.core.quick.machine import Beside, efficiency, remember_beside
+from pretrain.core.quick.machine import Beside, efficiency, likely_beside, remember_beside
 from pretrain.dial.shapes import Shape, fields, shape_of
 
 WIDTH, FEW, MANY = 64, 1024, 8192  # of the two decoders, and their vocabularies
@@ -24,8 +25,11 @@ def measure(device: torch.device) -> Beside:
     """What a step takes beside its large products on this machine, which is remembered for the plans to come.
 
     Of the two decoders the larger has but more logits: what its steps take more, beyond what the products of its head
-    do at the rate of large ones, is theirs. What the smaller one's steps take beyond both is its blocks'.
+    do at the rate of large ones, is theirs. What the smaller one's steps take beyond both is its blocks'. While more
+    wants the cores than there are nothing is measured, and what is known stands.
     """
+    if hasattr(os, "getloadavg") and os.getloadavg()[0] > (os.cpu_count() or 1):
+        return likely_beside()
     rate, tokens = matrix_rate(device) * efficiency(WIDTH), ROWS * LENGTH
     few, many = shape_of(WIDTH, FEW), shape_of(WIDTH, MANY)
     work = [tokens * shape.flops(LENGTH) / rate for shape in (few, many)]
