@@ -221,10 +221,8 @@ def generate(
     if chat and not templated:
         raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
     with uncollected(), consenting_to(place, trust_remote_code):
-        from pretrain.core.checkpoint import load
-
         decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
-        model, tokenizer = load_text(place, decoding.load if decoding else load)
+        model, tokenizer = load_text(place, decoding.load if decoding else None)
     if templated and not chat:
         typer.echo("note: the prompt is taken as plain text; --chat uses the checkpoint's chat template", err=True)
     text = sys.stdin.read() if prompt == "-" else prompt

@@ -60,7 +60,7 @@ def flip(path: Path) -> None:
 
 
 READ: dict[str, tuple[Any, Any]] = {  # a value, and what reads it
-    "plan.json": ({"rate": 2.5e10}, lambda path: _size._pace(path.parent)),
+    "plan.json": ({"rate": 2.5e10}, lambda path: _size._pace(path.parent, timed=False)),
     "law.json": (
         {"floor": 1.0, "A": 2.0, "alpha": 0.5, "B": 3.0, "beta": 0.5, "gamma": 0.0, "bytes_per_token": {"300": 2.0},
          "largest": 1e12},
@@ -124,6 +124,6 @@ def test_the_pace_that_sizes_were_chosen_by_is_written_with_its_seal(tmp_path):
     pace = 2.5e10, machine.Beside(block=3e-3, logit=1e-9)
     settled: Any = SimpleNamespace(task=SimpleNamespace(rate=pace[0], beside=pace[1]))
     _size.write([settled], tmp_path)
-    assert "seal" in json.loads((tmp_path / _size.PLAN).read_text()) and _size._pace(tmp_path) == pace
+    assert "seal" in json.loads((tmp_path / _size.PLAN).read_text()) and _size._pace(tmp_path, timed=False) == pace
     write_json(tmp_path / _size.PLAN, {"rate": 2.5e10})  # as it was written before
-    assert _size._pace(tmp_path) == (2.5e10, machine.Beside())
+    assert _size._pace(tmp_path, timed=False) == (2.5e10, machine.Beside())

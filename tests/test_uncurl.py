@@ -10,9 +10,9 @@ from transformers import AutoModelForCausalLM
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
+from pretrain.core.experts.places import number_of_experts
 from pretrain.engine import run
 from pretrain.surgery import Inputs
-from pretrain.surgery.experts._experts import number_of_experts
 from pretrain.surgery.experts.orthogonal_growth import OrthogonalGrowth
 from pretrain.surgery.experts.uncurl import Seen, Uncurl
 

@@ -7,6 +7,7 @@ number, so it can be run, kept and changed like any other.
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from pretrain.core.quick.machine import (
     Beside,
     likely_beside,
     likely_rate,
+    remembered_rate,
 )
 from pretrain.core.quick.outline import torch_imported
 from pretrain.core.quick.quantities import bare, duration, figure, short
@@ -210,7 +212,7 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
             f"at least {short(LEAST_TEXT, 'B')}, or sizes of your own",
             place=("size",),
         )
-    rate, beside = _pace(output)
+    rate, beside = _pace(output, timed=budget.seconds is not None)
     return Task(
         law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds,
         rate=rate, beside=beside, unique=unique,
@@ -294,10 +296,10 @@ def _unique(entry: Raw, before: list[Raw]) -> float | None:
     return math.fsum(known) * (1 - held_out) if whole else None
 
 
-def _pace(output: Path | None) -> tuple[float, Beside]:
+def _pace(output: Path | None, *, timed: bool) -> tuple[float, Beside]:
     """FLOP/s of this machine and what a step takes beside its products.
 
-    What this run's sizes were chosen by before, or the best that was measured so far.
+    What this run's sizes were chosen by before, or the best that was measured so far: anew where a budget is `timed`.
 
     Before torch is there it is not measured: what a core usually does stands for it, until the recipe is run.
     """
@@ -309,11 +311,21 @@ def _pace(output: Path | None) -> tuple[float, Beside]:
             seconds = beside if isinstance(beside, dict) else {}
             return float(rate), replace(Beside(), **{k: v for k, v in seconds.items() if isinstance(v, float)})
     if torch_imported():
-        from pretrain.core.hardware import pick_device
-        from pretrain.dial.pace import measure
-
-        measure(pick_device())  # which remembers it, if the machine was quieter than before
+        _measure(timed)
     return likely_rate(), likely_beside()
+
+
+@functools.cache
+def _measure(timed: bool) -> None:
+    """Measure, once in a process, what is not known of this machine; what a `timed` budget goes by in any case."""
+    from pretrain.core.hardware import matrix_rate, pick_device
+    from pretrain.dial.pace import measure
+
+    device = pick_device()
+    if remembered_rate(device.type) is None:
+        matrix_rate(device)  # which remembers it
+    if timed:
+        measure(device)  # which remembers it, if the machine was quieter than before
 
 
 def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:

@@ -22,7 +22,7 @@ from pretrain.core.meter import recomputing
 from pretrain.core.method import Ref
 from pretrain.core.models.attention import attend
 from pretrain.core.models.elastic.relations import distance, projections, scores
-from pretrain.core.models.elastic.subnetworks import Subnetwork, check_elastic, check_space, run, subspace
+from pretrain.core.models.elastic.subnetworks import Subnetwork, check_elastic, check_space, run, space_of
 from pretrain.core.models.families import Arguments, at
 from pretrain.objectives import Loss, Objective, sum_of, summed
 from pretrain.objectives._distil import Teacher, inside, open_teacher, weighted_mean
@@ -82,8 +82,7 @@ class AutoDistil(Objective):
     @property
     def space(self) -> tuple[Subnetwork, ...]:
         """The students, from the smallest to the largest."""
-        sizes = (self.hidden_size, self.num_attention_heads, self.num_hidden_layers, self.mlp_ratio)
-        return subspace(*map(tuple, sizes), self.head_size)
+        return space_of(self)
 
     @property
     def predicted(self) -> float:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pretrain.core.experts.places import mixtures as mixtures
-from pretrain.core.experts.places import number_of_experts as number_of_experts
 from pretrain.surgery._growth import fresh
 
 

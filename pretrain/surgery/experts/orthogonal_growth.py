@@ -11,11 +11,12 @@ from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, NonNegative, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.experts.places import mixtures, number_of_experts
 from pretrain.core.models.families import blocks
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._growth import with_blocks
 from pretrain.surgery._random import generator
-from pretrain.surgery.experts._experts import mixtures, number_of_experts, with_experts
+from pretrain.surgery.experts._experts import with_experts
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,10 @@ from transformers import PreTrainedModel
 
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
-from pretrain.core.experts.places import Ahead, Routing
+from pretrain.core.experts.places import Ahead, Routing, mixtures
 from pretrain.core.models.families import at
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._passing import Reader, inform
-from pretrain.surgery.experts._experts import mixtures
 
 
 class PreGate(Reader, Ahead):
@@ -48,9 +47,8 @@ class PreGated(Surgery):
     The router of mixture n + 1 reads what mixture n is given and not what its own is, so that the experts of the next
     mixture are known while this one computes, and can be fetched meanwhile (`expert_store`). The first mixture, which
     has none before it, is routed by its own input. There are as many routers as before, each with the weights that it
-    was trained with: the states of adjacent blocks are much alike, but the model is another one at first, and the paper
-    fine-tunes it. Train it after this: its checkpoint is one of the same weights and configuration, with the surgery
-    in its record.
+    was trained with: the model is another one at first, and the paper fine-tunes it. Train it after this: its
+    checkpoint is one of the same weights and configuration, with the surgery in its record.
     """
 
     families: ClassVar[tuple[str, ...]] = (

@@ -16,10 +16,11 @@ from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
+from pretrain.core.experts.places import mixtures, number_of_experts
 from pretrain.core.models.families import base, model_inputs, separated
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import batches_of, kept_tokens, token_rows, watched
-from pretrain.surgery.experts._experts import mixtures, number_of_experts, with_experts
+from pretrain.surgery.experts._experts import with_experts
 
 
 class Seen:

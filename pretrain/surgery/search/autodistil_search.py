@@ -24,7 +24,7 @@ from pretrain.core.models.elastic.subnetworks import (
     config_of,
     parameters,
     run,
-    subspace,
+    space_of,
     weights,
 )
 from pretrain.core.models.families import Arguments, base, family, model_inputs, vocabulary_of
@@ -72,8 +72,7 @@ class AutoDistilSearch(Surgery):
     @property
     def space(self) -> tuple[Subnetwork, ...]:
         """The subnetworks, from the smallest to the largest."""
-        sizes = (self.hidden_size, self.num_attention_heads, self.num_hidden_layers, self.mlp_ratio)
-        return subspace(*map(tuple, sizes), self.head_size)
+        return space_of(self)
 
     @property
     def needs_text(self) -> bool:

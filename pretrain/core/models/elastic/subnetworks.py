@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple, TypeVar, cast
+from typing import NamedTuple, Protocol, TypeVar, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -74,6 +74,27 @@ def subspace(
             and each.intermediate_size > 0
         )
     )
+
+
+class Sizes(Protocol):
+    """The fields of a method that a space is made of, as `subspace` has them."""
+
+    @property
+    def hidden_size(self) -> Sequence[int]: ...
+    @property
+    def num_attention_heads(self) -> Sequence[int]: ...
+    @property
+    def num_hidden_layers(self) -> Sequence[int]: ...
+    @property
+    def mlp_ratio(self) -> Sequence[float]: ...
+    @property
+    def head_size(self) -> int: ...
+
+
+def space_of(method: Sizes) -> tuple[Subnetwork, ...]:
+    """The subnetworks of a method's fields, from the smallest to the largest."""
+    sizes = (method.hidden_size, method.num_attention_heads, method.num_hidden_layers, method.mlp_ratio)
+    return subspace(*map(tuple, sizes), method.head_size)
 
 
 def check_space(name: str, space: Sequence[Subnetwork], head_size: int) -> None:
