@@ -7,6 +7,8 @@ PIP := $(VENV)/bin/python -m pip install -qq --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 # Workers of the tests: as many as there are cores, 2 to 4, each with about a gigabyte.
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 2); echo $$((n > 4 ? 4 : n < 2 ? 2 : n)))
+# The files with tests of a mark: the others need not be imported.
+marked = $(shell grep -ls 'mark\.$(1)' tests/test_*.py)
 
 .PHONY: quickstart test test-processes test-claims test-bits lint docs gpu clean
 
@@ -24,18 +26,18 @@ test: $(VENV)/installed  ## set up and run the tests
 	  { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null 2>&1 && apt-get update -q && \
 	    DEBIAN_FRONTEND=noninteractive apt-get install -yq chromium; } || \
 	  echo "Chromium is missing and cannot be installed here: the browser tests will be skipped" >&2
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -q -m "not long and not gpu and not claims and not processes"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -q -m "not long and not gpu and not claims and not processes"
 
 test-processes: $(VENV)/installed  ## trainings on several processes, whole recipes, killed and damaged runs
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 -q -m "processes and not long and not gpu"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n 2 --dist worksteal -q -m "processes and not long and not gpu" $(call marked,processes)
 
 test-claims: $(VENV)/installed  ## every claim once at smoke scale, from its recipe to its verdict
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) -q -m "claims and not long and not gpu"
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -q -m "claims and not long and not gpu" $(call marked,claims)
 
 # Both variables: one is of torch's own kernels, the other of MKL's matrix products.
 test-bits: $(VENV)/installed  ## the tests that promise equal bits once more, with the vectors of older processors
 	OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
-	  $(VENV)/bin/python -m pytest -n $(JOBS) -q -m "bits and not long and not gpu"
+	  $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -q -m "bits and not long and not gpu" $(call marked,bits)
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff check .

@@ -15,9 +15,11 @@ from pathlib import Path
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.exchange.beside import WEIGHTS as LINKED
+from pretrain.core.exchange.beside import beside
 from pretrain.core.files import SUMS, atomic_folder, digest, file_digest, locked, sweep, write_json
 from pretrain.core.folders import checkpoint_of, corpus_of, files_below, place_of, tokenizer_of, verify
-from pretrain.core.foreign.paths import expanded
+from pretrain.core.foreign.paths import expanded, travels
 from pretrain.core.foreign.reading import open_file
 from pretrain.core.processors import load_processor
 from pretrain.corpus.store import SPLITS, Corpus, count_rows
@@ -66,7 +68,7 @@ def adopt(
         sweep(item.folder)
         with atomic_folder(item.folder / part) as work:
             for file in marks:
-                _take(source / file, work / file, link)
+                _take(source / file, work / file, link and (part != "checkpoint" or file.endswith(LINKED)))
             _check_unchanged(folder, marks, _digests(work, marks), _taken(source, part))
             if part == "checkpoint":
                 _sign(work, source, item, adopted)
@@ -96,6 +98,8 @@ def _taken(source: Path, part: str) -> list[str]:
     """What of a folder is taken along, links followed."""
     left = LEFT if part in ("corpus", "checkpoint") else (*LEFT, *WEIGHTS)
     names = [path.relative_to(source) for path in files_below(source) if path != source / SUMS]
+    if part != "corpus":
+        names = [name for name in names if not beside(str(name)) or travels(source / name, source)]
     return sorted(str(name) for name in names if not any(Path(s).match(mark) for s in name.parts for mark in left))
 
 

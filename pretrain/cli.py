@@ -12,13 +12,15 @@ import typer
 
 from pretrain import __version__, cli_claim, cli_exchange, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
+from pretrain.core.bounds import Count, Ge, NonNegative, Seed, Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_object
-from pretrain.core.folders import newest_checkpoint, run_of
+from pretrain.core.folders import check_unused, newest_checkpoint, run_of
 from pretrain.core.foreign.code import TRUST, consenting_to, in_words
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
-from pretrain.core.quick.quantities import duration, figure, quantity, short
+from pretrain.core.quick.machine import others_at_work, share_cores
+from pretrain.core.quick.quantities import duration, figure, quantity, short, time_in
 from pretrain.core.registry import methods, use_methods
 from pretrain.core.system.console import App
 from pretrain.core.system.usage import Commands
@@ -71,6 +73,7 @@ def _main(
     ] = None,
 ) -> None:
     """The whole life of a pretrained model on a limited budget."""
+    share_cores()
     for folder in folders or []:
         use_methods(folder)
 
@@ -102,6 +105,7 @@ def run(
     if dry_run:
         _print_plan(loaded, store, refresh or [], why)
         return
+    check_unused(loaded.output)  # before what is large is imported
     with uncollected():
         from pretrain import engine
         from pretrain.runs.targets import made
@@ -118,7 +122,9 @@ def adopt(
     recipe: Annotated[Path, typer.Argument(help="A recipe, a YAML file.")],
     stage: Annotated[str, typer.Argument(help="The stage whose result it is.")],
     folder: Annotated[Path, typer.Argument(help="A corpus, a tokenizer or a checkpoint made elsewhere.")],
-    link: Annotated[bool, typer.Option("--link", help="Link its files instead of copying them.")] = False,
+    link: Annotated[
+        bool, typer.Option("--link", help="Link its files instead of copying them; of a checkpoint the weights.")
+    ] = False,
     set_: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="Where the run is; the recipe says by default.")] = None,
     store: Annotated[Path | None, typer.Option(help="Where stages lie that many runs share.")] = None,
@@ -167,18 +173,22 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
         check_fits(expected)
         raise
     for each in expected:
-        stage, cells = each.item.stage, _cells(each.estimate) if each.to_run else ("-",) * 5
-        table.add_row(stage.name, stage.stage, Status.TO_RUN if each.to_run else Status.FINISHED, *cells)
+        stage, cells = each.item.stage, _cells(each.ahead) if each.to_run else ("-",) * 5
+        state = f"{each.done:.0%} done" if each.done else Status.TO_RUN if each.to_run else Status.FINISHED
+        table.add_row(stage.name, stage.stage, state, *cells)
     table.add_section()
     table.add_row("total", "", "", *_cells(total(expected)))
     Console().print(table)
-    for chosen in recipe.sizes:
+    ahead = {each.item.stage.name for each in expected if each.to_run}
+    for chosen in (each for each in recipe.sizes if each.stage in ahead):
         for line in chosen.warnings():
             typer.echo(f"[{chosen.stage}] {line}")
     for line in warnings(expected, note=True):
         typer.echo(f"note: {line}")
     for line in [*odd, *warnings(expected)]:
         typer.echo(f"warning: {line}")
+    if busy := others_at_work():
+        typer.echo(f"note: {busy}")
     check_fits(expected)
 
 
@@ -198,16 +208,19 @@ def generate(
     method: Annotated[
         str | None, typer.Option(help="Decoding: NAME, or {method: NAME, field: value}.", autocompletion=_names)
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
+    max_new_tokens: Annotated[Count, typer.Option()] = 64,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="0 is greedy; the checkpoint's by default, or 0.8.")
+        NonNegative | None, typer.Option(help="0 is greedy; the checkpoint's by default, or 0.8.")
     ] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="The checkpoint's by default, or 0.95.")] = None,
+    top_p: Annotated[Share | None, typer.Option(help="The checkpoint's by default, or 0.95.")] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the continuation.")] = None,
-    seed: int = 0,
+    seed: Annotated[Seed, typer.Option()] = 0,
     chat: Annotated[
         bool, typer.Option("--chat", help="Take the prompt as a user's message, in the checkpoint's chat template.")
     ] = False,
+    token_healing: Annotated[
+        bool, typer.Option(help="Write the prompt's last word anew, in tokens that go on with it.")
+    ] = True,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Continue a prompt with a checkpoint, or answer it as a chat."""
@@ -237,6 +250,7 @@ def generate(
         stop=stop or (),
         seed=seed,
         chat=chat,
+        token_healing=token_healing,
     )
     typer.echo(sample["continuation"] if chat else text + sample["continuation"])
 
@@ -244,44 +258,55 @@ def generate(
 def _templated(place: Path) -> bool:
     """Whether a checkpoint's tokenizer has a chat template."""
     settings, others = place / "tokenizer_config.json", (place / "chat_template.jinja", place / "chat_template.json")
-    return any(path.exists() for path in others) or (settings.exists() and "chat_template" in read_object(settings))
+    return any(path.exists() for path in others) or (
+        settings.exists() and bool(read_object(settings).get("chat_template"))
+    )
 
 
 app.command()(measuring.evaluate)
+
+
+def _positive(word: str) -> float:
+    """The number that a word says; 0 where it says none above it."""
+    try:
+        read = quantity(word)
+        return max(0.0, float(word) if read is None else float(read))
+    except ValueError:
+        return 0.0
 
 
 @app.command()
 def compare(
     recipes: Annotated[list[Path], typer.Argument(help="The baseline, then the recipes to judge against it.")],
     budget: Annotated[str, typer.Option(help="flops=NUMBER, the same for each run.")],
-    seeds: Annotated[int, typer.Option(help="How many seeds, from 0.")] = 3,
+    seeds: Annotated[Count, typer.Option(help="How many seeds, 2 or more: 0, 1, …")] = 3,
     metric: Annotated[
         str | None,
         typer.Option(help="A held-out metric that training logs; by default the loss, of labels the accuracy or mse."),
     ] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="STAGE.field=value, for all the recipes.")] = None,
     output: Annotated[Path, typer.Option(help="Where to write.")] = Path("runs") / "compare",
-    jobs: Annotated[int, typer.Option(min=1, help="How many runs at once on this machine.")] = 1,
+    jobs: Annotated[Count, typer.Option(help="How many runs at once on this machine.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a ray cluster to run on.")] = None,
     rates: Annotated[
-        int, typer.Option(help="How many peak rates of each recipe are tried first, at a third of the budget each.")
+        Count, typer.Option(help="How many peak rates of each recipe are tried first, at a third of the budget each.")
     ] = 1,
 ) -> None:
     """Compare recipes at equal FLOPs over several seeds."""
     from rich.console import Console
     from rich.table import Table
 
-    from pretrain.experiments.compare import COLUMNS
+    from pretrain.experiments.compare import COLUMNS, to_reach
     from pretrain.experiments.compare import compare as measure
+    from pretrain.training.budget import UNITS
 
     unit, _, amount = budget.partition("=")
-    try:
-        read = quantity(amount)
-        flops = float(amount) if read is None else float(read)
-    except ValueError:
-        flops = 0.0
-    if unit != "flops" or flops <= 0:
-        raise PretrainError(f"--budget {budget!r}: accepted: flops=NUMBER, for example flops=1e13")
+    flops = _positive(amount)
+    if unit != "flops" or not flops:
+        why = "; recipes are compared at equal compute, and as many tokens, steps or seconds cost each another amount"
+        words = why if unit in {*UNITS} - {"flops"} or time_in(budget) is not None else ""
+        hint = "" if amount or not _positive(unit) else f" (did you mean flops={unit}?)"
+        raise PretrainError(f"--budget {budget!r}: accepted: flops=NUMBER, for example flops=1e13{hint}{words}")
     result = measure(
         recipes, flops=flops, seeds=seeds, metric=metric, output=output, overrides=set_ or [], jobs=jobs,
         ray=ray, rates=rates, say=lambda text: typer.echo(text, err=True), progress=True,
@@ -292,10 +317,10 @@ def compare(
         "peak rate",
     )  # fmt: skip
     for name, row in result["table"].items():
-        verdict, share = row.get("verdict"), row.get("compute_to_reach", {}).get("baseline's end")
+        verdict, share = row.get("verdict"), to_reach(row)
         interval = f"{verdict['difference']:+.4f} ({verdict['low']:+.4f} to {verdict['high']:+.4f})" if verdict else ""
         word = verdict["word"] if verdict else "baseline"
-        cells = (f"{row['mean']:.4f} ± {row['deviation']:.4f}", interval, word, "" if share is None else f"{share:.0%}")
+        cells = (f"{row['mean']:.4f} ± {row['deviation']:.4f}", interval, word, share)
         table.add_row(name, *cells, row["rate"]["words"])
     Console().print(table)
     for line in [COLUMNS, *result["notes"], f"written: {output / 'comparison.json'}, {output / 'comparison.svg'}"]:
@@ -315,7 +340,7 @@ def report(run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The f
 @app.command()
 def watch(
     run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run.")],
-    every: Annotated[float, typer.Option(min=1, help="Seconds between two looks.")] = 5.0,
+    every: Annotated[float, Ge(1), typer.Option(help="Seconds between two looks.")] = 5.0,
 ) -> None:
     """Keep a running run's report up to date; the open page follows by itself."""
     from pretrain.report.watch import watch as follow

@@ -8,10 +8,12 @@ from typing import Annotated
 
 import typer
 
+from pretrain.core.bounds import Count, NonNegative
 from pretrain.core.errors import PretrainError, unknown
+from pretrain.core.system.console import App
 from pretrain.core.system.shipped import claims_folder, shipped_file
 
-app = typer.Typer(help="What papers claim, tested at equal compute.", no_args_is_help=True)
+app = App(name="claim", help="What papers claim, tested at equal compute.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Option(help="Where the claim files lie.")]
 
 
@@ -46,9 +48,9 @@ def run_claims(
     scale: Annotated[str, typer.Option(help="smoke, cpu or gpu.")] = "smoke",
     folder: Folder = Path("claims"),
     output: Annotated[Path, typer.Option(help="Where the runs go.")] = Path("runs") / "claims",
-    jobs: Annotated[int, typer.Option(min=1, help="How many runs at once on this machine.")] = 1,
+    jobs: Annotated[Count, typer.Option(help="How many runs at once on this machine.")] = 1,
     ray: Annotated[str | None, typer.Option(help="Address of a ray cluster to run on.")] = None,
-    hours: Annotated[float | None, typer.Option(min=0, help="Begin no run after so many hours.")] = None,
+    hours: Annotated[NonNegative | None, typer.Option(help="Begin no run after so many hours.")] = None,
 ) -> None:
     """Run claims and record their results, the cheapest first; what is finished is not run again."""
     from pretrain.experiments.claims import claims, load_claim

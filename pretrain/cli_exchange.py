@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -47,7 +48,7 @@ def export(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Write a checkpoint for another program, read it back and compare: GGUF, ONNX, sentence-transformers, peft."""
-    if output.exists():
+    if os.path.lexists(output):  # a link to nothing too
         raise PretrainError(f"{output} is there already; accepted: a new folder")
     place = newest_checkpoint(checkpoint)
     with uncollected():
@@ -60,8 +61,13 @@ def export(
             typer.echo(f"{name}: {value}", err=True)
     if LOGITS[0] in facts:
         off, span, rounded = (float(facts.get(name, 0.0)) for name in LOGITS)
-        rounding = f", {rounded:.2g} of it by rounding weights" if rounded else ""
-        typer.echo(f"read back: logits are off by at most {off:.2g}{rounding}, of a span of {span:.3g}", err=True)
+        rounding = f"; rounding the weights to {numbers.value} moves them by up to {rounded:.2g}" if rounded else ""
+        read = (
+            f"logits are off by at most {off:.2g} from what was written"
+            if off
+            else "logits are those that were written"
+        )
+        typer.echo(f"read back: {read}, of a span of {span:.3g}{rounding}", err=True)
     if "vectors_off" in facts:
         off = float(facts["vectors_off"])
         typer.echo(f"read back: vectors of sentences differ by at most {off:.2g} from the checkpoint's", err=True)

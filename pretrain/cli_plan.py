@@ -34,8 +34,9 @@ def print_plan(
             unit, _, limit = budget.partition("=") if seconds is None else ("seconds", "=", f"{seconds:g}")
             names = [each.stage for each in loaded.sizes]
             if unit not in UNITS or not limit:
+                hint = f" (did you mean {budget}s, of seconds?)" if budget.isdecimal() else ""
                 raise PretrainError(
-                    f"--budget {budget!r}: accepted: a time (30min), or one of {', '.join(UNITS)}, as flops=1e13"
+                    f"--budget {budget!r}: accepted: a time (30min), or one of {', '.join(UNITS)}, as flops=1e13{hint}"
                 )
             loaded = recipes.load(recipe, [*(set_ or []), *(f"{name}.budget.{unit}={limit}" for name in names)], output)
     if not loaded.sizes:

@@ -18,32 +18,34 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import cast
 
 import yaml
 
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import locked, read_json, sealed, sweep, write_json, write_text
-from pretrain.core.folders import corpus_of, verify
+from pretrain.core.folders import corpus_of, in_use, verify
 from pretrain.core.foreign.code import consenting
 from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory, reason, wanted_for
+from pretrain.core.foreign.reading import open_append
 from pretrain.core.hardware import describe, pick_device
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
 from pretrain.core.quick.plan import Plan
-from pretrain.core.quick.quantities import counted, duration, short
+from pretrain.core.quick.quantities import counted, duration
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
-from pretrain.forecast import check_documents, check_ends, check_fits, forecast, warnings
-from pretrain.identity import RECORD, Planned, begin, drift, keep_generations, record_of
+from pretrain.forecast import check_documents, check_ends, check_fits, forecast, shortfall, warnings
+from pretrain.identity import RECORD, Planned, begin, drift, keep_generations, record_of, state_of
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
 from pretrain.records import PARTS, Part, RunStage, StageRecord, StageResult, Status, altered, write_stage
 from pretrain.report.page import write as write_report
 from pretrain.runs.shelf import check_output, join_store
 from pretrain.runs.targets import repointed, targets
-from pretrain.stages import Estimate, Job, Stage
+from pretrain.stages import Estimate, Job
+from pretrain.stages._size import tell as tell_sizes
 from pretrain.stages._size import write as write_sizes
-from pretrain.training.budget import far
 from pretrain.training.distributed import join
 
 
@@ -107,9 +109,8 @@ def run(
                 hub.fetch_weights(folder, say)
             if recipe.sizes:
                 write_sizes(recipe.sizes, recipe.output)
-            for chosen in recipe.sizes:
-                lines = chosen.lines(estimates.get(chosen.stage))
-                say("\n".join(f"[{chosen.stage}] {line}" for line in lines))
+            fresh = {each.item.stage.name: each.estimate for each in expected if each.to_run and not each.done}
+            tell_sizes(recipe.sizes, fresh, say)
         wait()
         for item in planned:
             with _ending(recipe, planned, item) if main else nullcontext():
@@ -147,23 +148,6 @@ def _finished(item: Planned) -> str:
     """That a stage is done, or that other code than today's has done it."""
     other, name = drift(item), item.stage.name
     return f"{other}; going on with what is there (--refresh {name} runs it again)" if other else "already done"
-
-
-def shortfall(stage: Stage, record: StageRecord, estimates: Mapping[str, Estimate]) -> str:
-    """That a budget of seconds made far fewer FLOPs than was planned, or far more; else nothing."""
-    budget = record["config"].get("budget")
-    planned, spent = estimates[stage.name].flops if stage.name in estimates else None, record["flops"]
-    if not isinstance(budget, dict) or "seconds" not in budget or not planned or not spent:
-        return ""
-    share = spent / planned
-    if not far(share):
-        return ""
-    how = "slower, or busier," if share < 1 else "quicker"
-    advice = "; a smaller size or more seconds would suit it" if share < 1 else ""
-    return (
-        f"warning: {duration(budget['seconds'])} made {share:.0%} of the FLOPs that were planned ({short(spent)} of "
-        f"{short(planned)}): this machine was {how} than it was taken to be{advice}"
-    )
 
 
 def silent(text: str) -> None:
@@ -216,9 +200,24 @@ def _run_stage(
             raise named from error
     wait()
     if main:
+        for what in _changed(item):
+            say(f"warning: {what} has changed since this run began: the next run makes {name!r} again")
         write_record(item, result, started, time.perf_counter() - clock, parts)
         (item.folder / PARTS).unlink(missing_ok=True)
     wait()
+
+
+def _changed(item: Planned) -> list[str]:
+    """What a stage reads from outside of its recipe that is no longer what it was when the run was planned."""
+    names: list[str] = []
+    for place, folders in item.inputs.items():
+        before = item.reads["inputs"][place]
+        rows = zip(folders, before, strict=False) if isinstance(folders, list) else [(folders, before)]
+        outside = [(folder, state) for folder, state in rows if folder.exists() and not (folder / RECORD).exists()]
+        names += [str(folder) for folder, state in outside if state_of(folder) != state]
+    with suppress(PretrainError):
+        names += ["what it reads from outside"] if item.stage.outside() != item.reads["outside"] else []
+    return names
 
 
 def _of_stage(item: Planned, error: Exception) -> PretrainError | None:
@@ -293,9 +292,8 @@ def write_record(
         "started": every[0]["started"],
         "finished": datetime.now(UTC).isoformat(timespec="seconds"), "environment": describe(),
     }  # fmt: skip
-    if "adopted" in result:
-        record["adopted"] = result["adopted"]
-    write_stage(item.folder / RECORD, record)
+    kept = {name: value for name, value in result.items() if name in ("adopted", "planned")}
+    write_stage(item.folder / RECORD, cast("StageRecord", record | kept))
 
 
 def _brief(record: StageRecord) -> dict[str, object]:
@@ -403,12 +401,12 @@ def _only_one(output: Path, main: bool) -> Iterator[None]:
         return
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
+        lock = open_append(output / ".lock")
     except OSError as error:
         raise PretrainError(f"output {output}: {error.strerror}; accepted: a folder that can be written") from error
     with lock:
         if not take(lock):
-            raise PretrainError(f"{output} is in use by another run; accepted: wait for it, or --output elsewhere")
+            raise in_use(output)
         yield
 
 

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.quick.machine import likely_device, memory
-from pretrain.core.quick.quantities import short
+from pretrain.core.quick.quantities import duration, short
 from pretrain.identity import Planned
 from pretrain.recipe import Recipe
+from pretrain.records import StageRecord
+from pretrain.stages import Stage
 from pretrain.stages._estimates import Estimate, Left, left_in
 from pretrain.stages._preflight import (
     Seen,
@@ -24,7 +26,7 @@ from pretrain.stages._preflight import (
 )
 from pretrain.stages.data import Data
 from pretrain.stages.train import Train
-from pretrain.training.budget import LONGEST, endless, least_seconds, processes
+from pretrain.training.budget import LONGEST, endless, least_seconds, processes, share_made
 
 SURE = 1.3  # an estimate of memory so many times what there is does not fit, whatever it is off by
 
@@ -35,6 +37,14 @@ class Forecast:
 
     item: Planned
     estimate: Estimate
+    done: float = 0.0  # the share that an interrupted run has done and goes on from
+
+    @property
+    def ahead(self) -> Estimate:
+        """Of what is still to do."""
+        left, whole = 1 - self.done, self.estimate
+        flops, seconds = (None if value is None else value * left for value in (whole.flops, whole.seconds))
+        return replace(whole, flops=flops, seconds=seconds)
 
     @property
     def to_run(self) -> bool:
@@ -47,6 +57,7 @@ def forecast(planned: Sequence[Planned]) -> list[Forecast]:
     left: dict[str, Left] = {}
     made = []
     for item in planned:
+        done = 0.0
         if item.finished:
             estimate = Estimate(left=left_in(item.folder))
         else:
@@ -54,8 +65,9 @@ def forecast(planned: Sequence[Planned]) -> list[Forecast]:
                 estimate = item.stage.estimate(dict(_given(item, left)))
             except ArithmeticError:  # of a split without text, or numbers beyond what can be computed with
                 estimate = Estimate()
+            done = item.stage.done(item.folder, estimate)
         left[item.stage.name] = estimate.left
-        made.append(Forecast(item, estimate))
+        made.append(Forecast(item, estimate, done))
     return made
 
 
@@ -73,7 +85,7 @@ def _given(item: Planned, left: dict[str, Left]) -> Iterator[tuple[str, Left]]:
 
 def total(forecasts: Sequence[Forecast]) -> Estimate:
     """Of what is still to run: sums, and the most memory; of what is known."""
-    ahead = [each.estimate for each in forecasts if each.to_run]
+    ahead = [each.ahead for each in forecasts if each.to_run]
 
     def known(name: str) -> list[float]:
         return [value for each in ahead if (value := getattr(each, name)) is not None]
@@ -98,7 +110,7 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
         stage = item.stage
         try:
             if isinstance(stage, Data) and not item.finished:
-                seen[stage.name] = seen_in_sources(stage)
+                seen[stage.name] = seen_in_sources(stage, _corpus_before(item, seen))
                 lines += [f"stage {stage.name!r}: {line}" for line in seen[stage.name].odd]
             elif not item.finished and "corpus" in item.inputs and (columns_asked(stage) or domains_asked(stage)):
                 corpus = str(stage.references().get("corpus", ""))
@@ -110,6 +122,14 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
         except PretrainError as error:
             raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
     return lines
+
+
+def _corpus_before(item: Planned, seen: Mapping[str, Seen]) -> Seen | None:
+    """What is known of the corpus that a data stage goes on with, if it does."""
+    name, place = str(item.stage.references().get("corpus", "")), item.inputs.get("corpus")
+    if name in seen or not isinstance(place, Path):
+        return seen.get(name)
+    return seen_in_corpus(corpus_of(place), [])
 
 
 def check_ends(recipe: Recipe, forecasts: Sequence[Forecast]) -> None:
@@ -139,3 +159,18 @@ def check_fits(forecasts: Sequence[Forecast]) -> None:
                 f"stage {each.item.stage.name!r}: about {short(need, 'B')} of memory, this machine has "
                 f"{short(most, 'B')}; accepted: a smaller model, a smaller micro_rows or length, or less text"
             )
+
+
+def shortfall(stage: Stage, record: StageRecord, estimates: Mapping[str, Estimate]) -> str:
+    """That a budget of seconds made far fewer FLOPs than was planned, or far more; else nothing."""
+    budget = record["config"].get("budget")
+    planned, spent = estimates[stage.name].flops if stage.name in estimates else None, record["flops"]
+    share = share_made(budget, planned, spent)
+    if share is None or not isinstance(budget, dict):
+        return ""
+    how = "slower, or busier," if share < 1 else "quicker"
+    advice = "; a smaller size or more seconds would suit it" if share < 1 else ""
+    return (
+        f"warning: {duration(budget['seconds'])} made {share:.0%} of the FLOPs that were planned ({short(spent)} of "
+        f"{short(planned or 0)}): this machine was {how} than it was taken to be{advice}"
+    )

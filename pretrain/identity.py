@@ -36,7 +36,7 @@ from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
 from pretrain.core.system.portable import link_target
 from pretrain.recipe import Recipe
-from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord, code_changes, read_stage
+from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord, code_changes, label, read_stage
 from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"
@@ -336,13 +336,17 @@ def _when(record: StageRecord) -> str:
 
 def newest(item: Planned) -> tuple[Path, StageRecord] | None:
     """The newest finished folder of a stage of this name, and its record."""
-    records = []
+    rows = []
     for path in item.folder.parent.glob(f"*-*/{RECORD}"):
-        with suppress(PretrainError):  # of what is damaged, and of what is no record
-            record = read_stage(path)
-            if record["name"] == item.stage.name and not link_target(path.parent) is not None:
-                records.append((path.parent, record))
-    return max(records, key=lambda row: (row[1]["finished"], (row[0] / RECORD).stat().st_mtime), default=None)
+        with suppress(OSError):  # of what is gone meanwhile
+            status = path.stat()
+            name, finished = label(path, status.st_mtime_ns, status.st_size)
+            if name == item.stage.name and link_target(path.parent) is None:
+                rows.append(((finished, status.st_mtime), path))
+    for _, path in sorted(rows, key=lambda row: row[0], reverse=True):
+        with suppress(PretrainError):
+            return path.parent, read_stage(path)
+    return None
 
 
 def _changes(record: StageRecord, item: Planned) -> list[str]:

@@ -171,16 +171,20 @@ def generate(
     top_p: float | None = None,
     stop: Sequence[str] = (),
     seed: int = 0,
+    token_healing: bool = True,
 ) -> str:
     """What the model writes after a prompt, up to and with the first text of `stop`.
 
     Temperature (0 is greedy), top_p and all else are the model's `generation_config`'s unless given; where that says
-    nothing it samples at temperature 0.8 with top_p 0.95.
+    nothing it samples at temperature 0.8 with top_p 0.95. With `token_healing` the prompt's last word is written anew,
+    in tokens that go on with it: after "def " stands " main", which is one.
     """
+    if not isinstance(prompt, str):
+        raise PretrainError(f"prompt {str(prompt)[:40]}: accepted: one text; of several call this for each")
     chosen: Decoding | None = None if method is None else _method(method, "decoding")
     sample = continue_prompt(
         model, tokenizer, prompt, method=chosen, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        stop=stop, seed=seed,
+        stop=stop, seed=seed, token_healing=token_healing,
     )  # fmt: skip
     return str(sample["continuation"])
 
@@ -198,7 +202,8 @@ def evaluate(
     """Measure a model on texts or documents: `metrics`, the same in `domains`, and 95% `intervals`, as a stage does.
 
     `evaluations` are by default what fits the model's head: the likelihood of texts, or the labels (numbers, tags,
-    answers) that documents have beside their text. `length` is the window for evaluations that leave theirs open.
+    answers) that documents have beside their text. `length` is the window for evaluations that leave theirs open: by
+    default that of the checkpoint's training, as in a stage.
     `compressors` adds what xz and zstd make of the same texts. Raises `PretrainError` for an evaluation that does not
     fit the model, and for documents without the column that it reads.
     """
@@ -217,7 +222,8 @@ def evaluate(
                 f"no document has a {column!r}{nearest(column, known)}, which a {type(model).__name__} is measured by; "
                 f"accepted: documents with it beside {', '.join(known)}"
             )
-    return evaluating.evaluate(model, tokenizer, texts, chosen, compressors=compressors, length=length)
+    window = length or made.get("length")
+    return evaluating.evaluate(model, tokenizer, texts, chosen, compressors=compressors, length=window)
 
 
 def _method(value: object, kind: str) -> Any:

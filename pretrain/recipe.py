@@ -14,6 +14,7 @@ from typing import TypeAlias
 
 from pydantic import ValidationError
 
+from pretrain.core.bounds import Seed, fits
 from pretrain.core.errors import PretrainError, brief, nearest, steps_of
 from pretrain.core.files import JSON, JSONObject
 from pretrain.core.folders import stage_kinds
@@ -30,7 +31,7 @@ from pretrain.stages._size import Settled, settle
 from pretrain.training.budget import UNITS
 
 FIELDS = ("name", "seed", "output", "base", "set", "methods", "stages")
-SEEDS = 1 << 63  # as many as torch takes
+TAKEN = re.compile(r".*-[0-9a-f]{12}|ladder")  # what else lies in a run's folder, beside the links to its stages
 Place = tuple[str | int, ...]  # of a value in a recipe: ("stages", 1, "optimizer", "lr")
 Raw: TypeAlias = JSONObject  # a recipe as it is read, with nothing checked
 Places = dict[Place, str]  # where each stands: FILE:LINE
@@ -207,7 +208,7 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
     if not isinstance(name, str) or not re.fullmatch(r"[\w-][\w.-]{0,99}", name):
         raise wrong("name", "letters, digits, '.', '_', '-', at most 100 (in quotes if there are digits only)")
     seed = as_typed(raw.get("seed", 0), int)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < SEEDS:
+    if not isinstance(seed, int) or not fits(seed, Seed):
         raise wrong("seed", "a whole number of 0 or more, below 2**63")
     declared_output = raw.get("output")
     if declared_output is not None and (not isinstance(declared_output, str) or not declared_output.strip()):
@@ -272,6 +273,12 @@ def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[
         shown = brief(entry["name"])
         raise PretrainError(
             f"{where}: stages.{index}.name {shown}: accepted: letters, digits, '_', '-', at most 100, as text"
+        )
+    if TAKEN.fullmatch(entry["name"]):
+        where = _at(places, ("stages", index, "name"), whole)
+        raise PretrainError(
+            f"{where}: stages.{index}.name {entry['name']!r}: a run has a folder of such a name; accepted: another "
+            "than ladder, without an end of '-' and twelve digits of 0-9 and a-f"
         )
     if entry["name"] in earlier:
         raise PretrainError(f"{where}: two stages are named {entry['name']!r}; accepted: a name of its own for each")

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable
+from contextlib import suppress
 from enum import StrEnum
+from functools import lru_cache
 from pathlib import Path
 from typing import NotRequired, TypeAlias, TypedDict, cast
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, file_digest, read_json, sealed, write_json
+from pretrain.core.files import SUMS, JSONObject, damage, file_digest, read_json, sealed, seals_in, write_json
+from pretrain.core.quick.confusion import Mistake
 from pretrain.core.quick.quantities import counted
 from pretrain.core.system.portable import held
+from pretrain.data._funnel import Passage
 
 Inputs: TypeAlias = dict[str, Path | list[Path]]  # the folders that a stage reads, by place
 Marks: TypeAlias = dict[str, str | list[str]]  # addresses, or names, by place
@@ -22,6 +26,7 @@ KEPT: dict[str, type] = {  # what every record of a stage says
 }  # fmt: skip
 PARTS = "parts.json"  # of a stage that an interrupt has ended: what it has taken so far
 OF_RUNS = (PARTS, "code.json")  # what the engine notes beside a `stage.json`, and may write again
+FEW_BYTES = 1000  # of a domain's text, below which its bits per byte say nothing and no chart has room for them
 
 
 class Status(StrEnum):
@@ -76,12 +81,20 @@ class Target(TypedDict):
     address: str
 
 
+class Made(TypedDict):
+    """What a training was planned to make."""
+
+    flops: float
+    steps: float
+
+
 class StageResult(TypedDict, total=False):
     """What a stage's run gives."""
 
     metrics: Metrics
     flops: int
     adopted: Adopted
+    planned: Made  # of a training whose plan was known, before it began
 
 
 class Part(TypedDict):
@@ -110,13 +123,14 @@ class StageRecord(StageResult):
     finished: str
     environment: dict[str, object]
     files: NotRequired[dict[str, str]]  # those beside it: the digests of what the stage has left for people to read
+    folders: NotRequired[dict[str, str]]  # those in it: the seals of their checksums, by which another's is known
 
 
 def write_stage(path: Path, record: StageRecord) -> None:
-    """Write a `stage.json` that vouches for itself and for the files beside it."""
+    """Write a `stage.json` that vouches for itself, for the files beside it and for whose the folders there are."""
     beside = [p for p in sorted(path.parent.iterdir()) if p.is_file() and not p.name.startswith(".")]
     digests = {p.name: file_digest(p) for p in beside if p.name not in (path.name, *OF_RUNS)}
-    write_json(path, sealed({**record, "files": digests}))
+    write_json(path, sealed({**record, "files": digests, "folders": seals_in(path.parent)}))
 
 
 def read_stage(path: Path, address: str = "") -> StageRecord:
@@ -129,9 +143,20 @@ def read_stage(path: Path, address: str = "") -> StageRecord:
     return cast("StageRecord", record)
 
 
+@lru_cache(2**14)  # each plan looks through a store, which may be that of many runs
+def label(path: Path, mtime_ns: int, size: int) -> tuple[str, str]:
+    """The name and the end of the stage of a `stage.json` as it is; empty where it is damaged or no record."""
+    with suppress(PretrainError):
+        record = read_stage(path)
+        return record["name"], record["finished"]
+    return "", ""
+
+
 def altered(folder: Path, record: StageRecord) -> list[str]:
-    """The files beside a `stage.json` that are not as they were when the stage ended, or are gone."""
+    """What beside a `stage.json` is not as it was when the stage ended, or gone: files, and whose the folders are."""
     names = []
+    for name in (name for name in record.get("folders") or {} if (folder / name).is_dir()):
+        names += [name] if not (folder / name / SUMS).exists() or damage(folder / name, lambda _: False) else []
     for name, known in (record.get("files") or {}).items():
         try:
             names += [name] if file_digest(folder / name) != known else []
@@ -200,9 +225,13 @@ class Evaluation(Measurement, total=False):
     """`evaluation.json`."""
 
     intervals: dict[str, tuple[float, float]]
+    domain_intervals: dict[str, dict[str, tuple[float, float]]]
+    sizes: dict[str, dict[str, int]]  # by domain: `documents`, and the `bytes` of their text
     compressors: dict[str, Measurement]
     documents: int
     confusion: dict[str, dict[str, int]]  # of a classifier: by true class how often each was answered
+    mistakes: list[Mistake]  # of a classifier, the most confident first
+    yardsticks: dict[str, str]  # what a metric that is no model's is of
     no_intervals: str  # why there are none
     seen: str  # that documents were trained on
 
@@ -215,6 +244,13 @@ class PassedOver(TypedDict):
     names: list[str]
 
 
+class Contradicting(TypedDict):
+    """Texts that stand with more than one label: how many, and whether each of these is kept, or the first alone."""
+
+    texts: int
+    kept: bool
+
+
 class CorpusInfo(TypedDict, total=False):
     """What a report asks of `corpus.json`: documents and bytes by split and domain, what was removed, a digest."""
 
@@ -222,9 +258,21 @@ class CorpusInfo(TypedDict, total=False):
     read: int  # documents of the sources: those kept and those removed, less what operations have added
     removed: dict[str, int]  # by reason
     copies: dict[str, list[str]]  # by reason, the first names of those removed as copies
+    contradicting: dict[str, Contradicting]  # by the column of labels
     added: dict[str, int]  # by operation
     fingerprint: str
     passed_over: dict[str, PassedOver]
+    funnel: list[Passage]  # an operation after the other
+
+
+def contradicting(info: CorpusInfo) -> list[str]:
+    """A line for each column of labels: how many texts contradict themselves, and what becomes of them."""
+    lines = []
+    for column, row in (info.get("contradicting") or {}).items():
+        texts = f"{counted(row['texts'], 'text')} {'stands' if row['texts'] == 1 else 'stand'} with more than one"
+        became = "all are kept" if row["kept"] else "the first of each is kept, the others are removed as exact copies"
+        lines.append(f"{texts} {column!r}: {became}")
+    return lines
 
 
 def accounted(info: CorpusInfo) -> str:

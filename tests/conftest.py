@@ -129,6 +129,17 @@ def prepare(stories: list[dict[str, str]], folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kept_by_the_system() -> Iterator[None]:
+    """What this process writes is not waited for on its way to the disk, some milliseconds a file.
+
+    It matters when the power fails, which no test sees; that files are handed over in order is held where `fsync` is.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda handle: None)
+        yield
+
+
 @pytest.fixture(autouse=True)
 def only_ours() -> Iterator[None]:
     """No test leaves a method from outside to the next one: what adds some asks for `clean`."""

@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from conftest import TASK, TINY
@@ -20,6 +21,7 @@ from gradient_cases import FAMILY, first
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encode
 from pretrain.core.method import Method, method_class
 from pretrain.core.models.families import new_model
 from pretrain.core.quick.table import listed
@@ -73,6 +75,37 @@ class Material:
             checkpoint.save(made, self.tokenizer, place)
         return str(place)
 
+    def writing(self, said: str = "", **places: str) -> dict[str, Any]:
+        """The fields of an operation that has texts written: prompts by name, short enough for a tiny model.
+
+        The model writes at random or, where that is given, what is `said` after a prompt that ends with `SIGN`.
+        """
+        path = self.folder / f"{'-'.join(places)}.json"
+        path.write_text(json.dumps({name: {"user": text} for name, text in places.items()}))
+        fields = {"prompts": str(path), "shortest": 0, "unfinished": "keep"}
+        if said:
+            return fields | {"generator": self.scripted(said), "max_new_tokens": 24, "temperature": 0.0}
+        return fields | {"generator": self.saved(0), "max_new_tokens": 4, "temperature": 1.0}
+
+    def scripted(self, said: str) -> str:
+        """The folder of a causal checkpoint that has learnt to say that after `SIGN`."""
+        place = self.folder / f"scripted-{len(said)}"
+        if not place.exists():
+            model, end = self.model(initializer_range=0.1, max_position_embeddings=512), Vocabulary.of(self.tokenizer)
+            after = [*encode(self.tokenizer, [SIGN + said])[0].tolist(), end.eos]
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+            for step in range(150):
+                story = self.stories[step % len(self.stories)]["text"]
+                before = [end.begin, *encode(self.tokenizer, [story])[0].tolist()[: 5 + 7 * step % 70]]
+                ids_1L = torch.tensor([before + after])
+                labels_1L = ids_1L.clone()
+                labels_1L[:, : len(before) + 1] = -100
+                optimizer.zero_grad()
+                model.train()(input_ids=ids_1L, labels=labels_1L).loss.backward()
+                optimizer.step()
+            checkpoint.save(model.eval(), self.tokenizer, place)
+        return str(place)
+
     def cloze(self) -> str:
         """A folder of local lm-eval tasks."""
         from pretrain.evaluation.tasks.harness import write_cloze
@@ -81,10 +114,23 @@ class Material:
         return str(place if place.exists() else write_cloze(self.stories[:40], place, items=12).parent)
 
 
+SIGN = " =>"
+GRAPH = '{"entities":["a","b"]}'
 FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "prompt_template": lambda m: {"prompt": {"method": "prompt_classification", "words": m.words}},
     "clear": lambda m: {"model": m.saved(0), "task": {"method": "seq2seq", "target": "label", "answer": 2}, "responses": 2},
+    "spin": lambda m: {"generator": m.saved(0), "target": "label", "max_new_tokens": 4, "temperature": 1.0, "refusal": "I cannot"},
+    "wrap": lambda m: m.writing(medium="{text}:") | {"tokens": 16},
+    "entigraph": lambda m: m.writing(
+        GRAPH, entities=f"{{document}}{SIGN}", pairs=f"{{document}}{{entity1}}{{entity2}}{SIGN}", triples=f"{{document}}{{entity1}}{{entity2}}{{entity3}}{SIGN}",
+    ) | {"real": True},
     "decontaminate": lambda m: {"corpora": (str(m.prepared / "corpus"),), "length": 5},
+    "gopher_quality": lambda m: {"least_words": 8, "stop_words": 0, "letter_words": 0.5},
+    "gopher_repetition": lambda m: {"top": (0.3, 0.3, 0.3)},
+    "fineweb_quality": lambda m: {"ended_lines": 0.0, "newlines": 0.4, "short_lines": 0.9},
+    "c4_quality": lambda m: {"sentences": 0},
+    "column_filter": lambda m: {"column": "quality", "least": 0.0, "most": 8.0},
+    "language": lambda m: {"characters": 500} if pytest.importorskip("py3langid") else {},
     "miniplm": lambda m: {"teacher": m.saved(0), "reference": m.saved(1)},
     "preselect": lambda m: {"models": tuple(map(m.saved, range(3))), "ability": (1.0, 2.0, 3.0), "ratio": 0.3},
     "quality_subset": lambda m: {"domain": "python", "share": 0.5},

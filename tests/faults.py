@@ -231,6 +231,7 @@ class Small:
     seconds: float
     first: dict[str, Any]  # the outcome of the recipe, undisturbed
     last: dict[str, Any]  # that of the longer one
+    other: Path  # a run of the recipe on half of the texts with another seed, whose folders are whole and another's
 
     @classmethod
     def made(cls, warm: Warm, folder: Path, texts: Path) -> Small:
@@ -242,8 +243,15 @@ class Small:
         first = outcome(folder / "whole")
         rest = warm.run("run", folder / "longer.yaml", "--output", folder / "whole")
         assert run.status == rest.status == 0, run.text + rest.text
+        shutil.rmtree(folder / "other", ignore_errors=True)
+        half = shutil.copytree(texts, folder / "half", dirs_exist_ok=True)
+        for path in sorted(half.iterdir())[::2]:
+            path.unlink()
+        (folder / "other.yaml").write_text("seed: 7\n" + STAGES % {"text": half})
+        assert warm.run("run", folder / "other.yaml", "--output", folder / "other").status == 0
         names = folder / "recipe.yaml", folder / "longer.yaml"
-        return cls(warm, folder, *names, run.events, run.seconds, first, outcome(folder / "whole"))
+        last = outcome(folder / "whole")
+        return cls(warm, folder, *names, run.events, run.seconds, first, last, folder / "other")
 
     def go_on(self, run: Path, **kill: float) -> Ended:
         """Go on with a run of the recipe, to its end or to the kill."""
@@ -321,6 +329,32 @@ DAMAGES: dict[str, Callable[[Path, random.Random, list[Path]], Path]] = {  # whi
 }
 
 
+def folders(run: Path) -> list[Path]:
+    """The folders of a run that vouch for their files, states of trainings among them."""
+    sums = [path for path in run.rglob("checksums*.json") if not any(p.is_symlink() for p in path.parents)]
+    return sorted({path.parent for path in sums})
+
+
+def replaced(run: Path, folder: Path, rng: random.Random, other: Path) -> Path | None:
+    """Put another's in the place of a folder, whole and with its own checksums: of the other run, of another stage, of
+    another step, split or length; None where there is none. Which it was."""
+    alike = [path for path in folders(other) if _kind(other, path) == _kind(run, folder)]
+    alike += [
+        p for p in folders(run) if p != folder and (p.parent == folder.parent or _kind(run, p) == _kind(run, folder))
+    ]
+    alike = [path for path in alike if _bytes(path) != _bytes(folder)]
+    if not alike:
+        return None
+    chosen = rng.choice(alike)
+    shutil.rmtree(folder)
+    shutil.copytree(chosen, folder, symlinks=True)
+    return chosen
+
+
+def _bytes(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 def files(run: Path) -> list[Path]:
     """The files of a run in the order of their names; locks hold nothing."""
     found = [Path(folder) / name for folder, _, names in os.walk(run) for name in names]
@@ -345,6 +379,13 @@ def damaged(small: Small, bases: list[Path], seed: int) -> tuple[str, str]:
     base = rng.choice(bases)
     shutil.rmtree(run, ignore_errors=True)
     shutil.copytree(base, run, symlinks=True)
+    if seed % 5 == 4 and (whole := folders(run)):
+        kind = rng.choice(sorted({_kind(run, path) for path in whole}))
+        folder = rng.choice([path for path in whole if _kind(run, path) == kind])
+        if chosen := replaced(run, folder, rng, small.other):
+            ended = small.warm.run("run", small.longer, "--output", run)
+            case = f"{seed}: {folder.relative_to(run)} by {chosen.relative_to(small.folder)} ({base.name})"
+            return case, _verdict(small, run, {folder}, ended)
     every = files(run)
     kinds = sorted({_kind(run, path) for path in every})
     kind = rng.choice(kinds)  # so that the many files of a kind do not hide the few of another

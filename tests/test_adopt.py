@@ -217,7 +217,7 @@ def spoil(finished, tmp_path, name, file, text):
         ("model", "checkpoint/model.safetensors", b"\x10", "truncated or damaged"),
         ("model", "checkpoint/config.json", b"{", "not valid JSON"),
         ("model", "checkpoint/config.json", b'{"model_type": "nix"}', "model_type 'nix'.*accepted"),
-        ("tokenizer", "tokenizer/tokenizer.json", b"{", "no tokenizer can be loaded"),
+        ("tokenizer", "tokenizer/tokenizer.json", b"{", "tokenizer.json is not valid JSON"),
         ("corpus", "corpus/corpus.json", b"{}", "documents.train None: accepted: a whole number"),
         ("corpus", "corpus/corpus.json", b"[]", "corpus.json holds a list; accepted: a JSON object"),
         ("corpus", "corpus/corpus.json", b'{"documents": "x"}', "documents.train None: accepted: a whole number"),

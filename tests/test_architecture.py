@@ -6,6 +6,7 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import package_code
 import pytest
 
 from pretrain.core.registry import FOLDERS, methods
@@ -52,7 +53,7 @@ def modules() -> dict[str, Path]:
 def imports(module: str) -> frozenset[str]:
     """The modules of this package that a module imports, anywhere in its file."""
     found = set()
-    for node in ast.walk(ast.parse(modules()[module].read_text())):
+    for node in package_code.nodes(modules()[module].relative_to(PACKAGE).as_posix()):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in modules()}
         if isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -113,28 +114,35 @@ def test_no_room_is_too_full_to_look_through():
 
 
 def test_each_room_says_what_is_in_it():
-    for path in PACKAGE.rglob("__init__.py"):
-        assert ast.get_docstring(ast.parse(path.read_text())), path
+    for name in package_code.texts():
+        assert Path(name).name != "__init__.py" or ast.get_docstring(package_code.nodes(name)[0]), name
 
 
 def test_variables_are_named_for_what_they_hold():
     """`found`, `said`, `own`, `one` and `told` name no variable, field or function: only `said`, structure-aware intrinsic dimension."""
-    for path in sorted(PACKAGE.rglob("*.py")):
-        tree = ast.parse(path.read_text())
-        stored = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-        functions = {node.name.lstrip("_") for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
-        arguments = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
-        if "dimension" in path.stem:
+    for name in package_code.texts():
+        nodes = package_code.nodes(name)
+        stored = {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+        functions = {node.name.lstrip("_") for node in nodes if isinstance(node, ast.FunctionDef)}
+        arguments = {node.arg for node in nodes if isinstance(node, ast.arg)}
+        if "dimension" in Path(name).stem:
             stored -= {"said"}
         odd = (stored | functions | arguments) & {"found", "said", "own", "one", "told"}
-        assert not odd, f"{path}: {', '.join(sorted(odd))}"
+        assert not odd, f"{name}: {', '.join(sorted(odd))}"
 
 
 def test_what_is_not_typed_stays_a_last_resort():
-    texts = [path.read_text() for path in modules().values()]
-    names = [node for text in texts for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Name)]
+    texts = package_code.texts()
+    names = [node for name in texts for node in package_code.nodes(name) if isinstance(node, ast.Name)]
     counts = {
         "Any": sum(node.id == "Any" for node in names),
-        "type: ignore": sum(t.count("type: ignore") for t in texts),
+        "type: ignore": sum(t.count("type: ignore") for t in texts.values()),
     }
     assert all(counts[word] <= most for word, most in MOST_UNTYPED.items()), counts
+
+
+@pytest.mark.parametrize("mark", ["processes", "claims", "bits"])
+def test_what_is_run_apart_is_marked_in_the_file_of_the_test(mark):
+    """The Makefile looks for the mark there, and has no other file collected."""
+    for path in Path(__file__).parent.glob("*.py"):
+        assert path.name.startswith("test_") or f"mark.{mark}" not in path.read_text(encoding="utf-8"), path

@@ -318,7 +318,7 @@ def test_a_training_goes_on_with_the_same_students_and_the_same_bits(prepared, t
 def test_the_flops_of_a_step_are_those_of_its_students_and_of_one_pass_of_the_teacher(
     prepared, tiny, tmp_path, masked_lm
 ):
-    steps = 24
+    steps = 12
     done, drawn = training(prepared, tiny, tmp_path / "a", steps, tmp_path, masked_lm=masked_lm)
     assert len(drawn) == steps
     model, teacher = done.model, done.trainee.beside[0]
@@ -474,6 +474,7 @@ def test_a_stage_reads_held_out_rows_to_choose_by_and_one_split_alone():
         SurgeryStage(**given, surgeries=["gptq", search]).splits()
 
 
+@pytest.mark.processes
 def test_a_recipe_trains_a_superlm_takes_out_a_student_and_tunes_it(tmp_path, stories):
     space = {name: list(v) if isinstance(v, tuple) else v for name, v in FEW.items()}
     stage = {

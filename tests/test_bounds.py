@@ -22,6 +22,7 @@ from pretrain.core.bounds import (
     Lt,
     Positive,
     ProperShare,
+    Seed,
     Share,
     accepted,
     check_fields,
@@ -40,6 +41,8 @@ from pretrain.stages.data import build_source
     ("hint", "good", "bad", "words"),
     [
         (Count, [1, 7], [0, -1, 1.5, True, "2", None], "1 or more"),
+        (Count, [2**63 - 1], [2**63, 10**30], "1 or more"),
+        (Seed, [0, 2**63 - 1], [-1, 2**63], "from 0 to below 2**63"),
         (Positive, [1e-9, 3], [0, -1.0, float("nan"), float("inf"), "x"], "above 0"),
         (Share, [0, 0.5, 1], [-0.1, 1.1], "from 0 to 1"),
         (ProperShare, [0, 0.99], [1, 1.0, -1e-9], "from 0 to below 1"),
@@ -68,6 +71,7 @@ def test_a_value_of_another_type_is_told_the_type_and_not_the_range():
     assert accepted(Positive, "fast") == "a finite number"
     assert accepted(Positive, float("nan")) == "a finite number"
     assert accepted(Positive, -1) == "above 0"
+    assert accepted(Count, 2**63) == "a whole number below 2**63"
 
 
 def test_the_error_names_the_field_the_value_and_what_is_accepted():

@@ -355,6 +355,32 @@ def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
     assert seeds[-1] == 2 and set(seeds[:-2]) == {1}  # only the last sync comes after the rename
 
 
+HALF = """
+import os, signal, sys
+from pathlib import Path
+from pretrain.core import files
+with files.atomic_folder(Path(sys.argv[1])) as work:
+    (work / "half").touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.promise(
+    "Faults",
+    "What a killed command left of a folder that it was writing (`.tmp-*`), an export above all, the next one to write "
+    "that folder removes; what another process is writing at the moment it leaves alone.",
+)
+def test_what_a_killed_writer_left_the_next_one_removes_and_no_living_ones(tmp_path):
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", HALF, str(tmp_path / "out")], check=False)
+    left = [path for path in tmp_path.iterdir() if (path / "half").exists()]
+    assert len(left) == 1  # the second has removed what the first left
+    with files.atomic_folder(tmp_path / "out") as first, files.atomic_folder(tmp_path / "out") as second:
+        assert not left[0].exists() and {first, second} == {*tmp_path.iterdir()}
+        (second / "whole").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.promise("Faults", "A full disk is one line, and what was there stays.")
 @pytest.mark.bits
 @pytest.mark.parametrize("what", ["weights", "tokenizer", "sync"])

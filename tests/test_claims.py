@@ -34,7 +34,7 @@ metric: model.loss
 baseline: {{name: slow, set: {{model.schedule: constant}}}}
 method: {{name: quick, set: {{model.schedule: {{method: cosine, warmup: 0.1}}}}}}
 tune: {{field: model.optimizer.lr, baseline: [1e-5, 1e-2], method: [1e-2, 1e-5]}}
-scales: {{smoke: {{budget: 5e7, seeds: 2}}, cpu: {{budget: 5e8, seeds: 2}}}}
+scales: {{smoke: {{budget: 5e7, seeds: 2}}, cpu: {{budget: 1e8, seeds: 2}}}}
 """
 
 

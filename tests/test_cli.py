@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import json
+import os
+import signal
 import subprocess
 import sys
+import termios
 
 import pytest
 import torch
@@ -15,10 +21,23 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 
 
-def cli(*arguments, **more):
-    return subprocess.run(
-        [sys.executable, "-m", "pretrain", *map(str, arguments)], capture_output=True, text=True, check=False, **more
-    )
+def cli(*arguments, cwd="."):
+    """What a command gives, in this process: its exit status, and the lines of its output and of its errors."""
+    from pretrain.cli import app
+
+    words, out, err, status = [*map(str, arguments)], io.StringIO(), io.StringIO(), 0
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        contextlib.chdir(cwd),
+    ):
+        patch.setattr(sys, "argv", ["pretrain", *words])
+        try:
+            app(words)
+        except SystemExit as end:
+            status = end.code or 0
+    return subprocess.CompletedProcess(words, status, out.getvalue(), err.getvalue())
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +166,21 @@ def test_evaluate_prints_a_table_or_json(model_folder, prepared, tmp_path):
     assert "xz -9e" in cli("evaluate", model_folder, "--data", tmp_path / "a.txt").stdout
 
 
+def test_evaluate_writes_the_record_to_a_file_and_not_over_another(model_folder, prepared, tmp_path):
+    asked = ("evaluate", model_folder, "--data", prepared / "corpus", "--json", "--output", tmp_path / "measured.json")
+    done = cli(*asked)
+    kept = json.loads((tmp_path / "measured.json").read_text())
+    assert kept.pop("seal") and kept == json.loads(done.stdout)
+    assert "wrote" in done.stderr
+    for options, message in (
+        (asked, "exists; accepted: another file, or --force"),
+        ((*asked[:-1], tmp_path / "a.txt"), "accepted: a file that ends with .json"),
+        ((*asked[:-1], tmp_path / "none" / "a.json"), "there is no folder"),
+    ):
+        refused = cli(*options)
+        assert message in refused.stderr and "document" not in refused.stderr  # before anything is measured
+
+
 def test_of_many_documents_the_same_are_evaluated_as_in_a_stage(model_folder, prepared, monkeypatch):
     from typer.testing import CliRunner
 
@@ -192,7 +226,6 @@ def test_a_store_is_given_on_the_command_line(tmp_path):
 
 
 def test_shell_completion_offers_method_names():
-    import os
 
     environment = os.environ | {
         "_PRETRAIN_COMPLETE": "complete_bash",
@@ -211,13 +244,103 @@ def test_an_interrupt_says_how_to_go_on():
     assert done.returncode == 130 and "run the same again to go on" in done.stderr
 
 
-@pytest.mark.promise("Faults", "A command that is terminated or interrupted says that what is done is kept.")
-def test_a_termination_outside_training_says_that_what_is_done_is_kept():
-    program = "import os, signal, time, pretrain.cli as c, pretrain.recipe as r\n"
-    program += "def stop(*a, **k): os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)\n"
-    program += "r.load = stop\nimport sys; sys.argv = ['pretrain', 'run', 'x.yaml']\nc.app()"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
-    assert done.returncode == 143 and "terminated; what is done is kept" in done.stderr
+STOPS = """
+import os, signal, sys, time, pretrain.cli as c, pretrain.recipe as r
+def stop(*a, **k):
+    %s
+    raise KeyboardInterrupt
+r.load = stop
+sys.argv = ['pretrain', 'run', 'x.yaml']
+if 'IGNORED' not in os.environ:  # as it is where the tests run under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+c.app()
+"""
+
+
+def stopped(body, **given):
+    command = [sys.executable, "-c", STOPS % body]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=50, **given)
+
+
+@pytest.mark.promise(
+    "Faults",
+    "A command that is terminated or interrupted, or whose terminal is closed, says that what is done is kept and removes "
+    "what it was writing; under `nohup` it runs on.",
+)
+@pytest.mark.parametrize(
+    ("number", "status", "words"),
+    [("SIGTERM", 143, "terminated"), ("SIGHUP", 129, "terminated: the terminal was closed")],
+)
+def test_a_termination_outside_training_says_that_what_is_done_is_kept(number, status, words):
+    done = stopped(f"os.kill(os.getpid(), signal.{number}); time.sleep(60)")
+    assert done.returncode == status and f"{words}; what is done is kept" in done.stderr
+
+
+def test_what_is_removed_after_a_signal_is_removed_whole_when_it_comes_twice(tmp_path):
+    body = "from pathlib import Path; from pretrain.core import files\n"
+    body += f"    with files.atomic_folder(Path({str(tmp_path / 'made')!r})) as work:\n"
+    body += "        plain = files.shutil.rmtree\n"
+    body += "        def rmtree(*a, **k): os.kill(os.getpid(), signal.SIGHUP); plain(*a, **k)\n"
+    body += "        files.shutil.rmtree = rmtree; (work / 'a').touch(); os.kill(os.getpid(), signal.SIGHUP); time.sleep(60)"
+    assert stopped(body).returncode == 129 and list(tmp_path.iterdir()) == []
+
+
+def test_under_nohup_a_closed_terminal_changes_nothing():
+    done = stopped(
+        "os.kill(os.getpid(), signal.SIGHUP)",
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+        env=os.environ | {"IGNORED": "1"},
+    )
+    assert done.returncode == 130 and "interrupted" in done.stderr
+
+
+def test_a_terminal_that_is_closed_ends_a_command_that_writes_to_it_as_a_signal_does(tmp_path):
+    body = "\n    try:\n        [(print('x' * 99, file=sys.stderr), print('y'), time.sleep(0.001)) for _ in range(60000)]\n"
+    body += f"    except BaseException as error: open({str(tmp_path / 'end')!r}, 'w').write(repr(error)); raise"
+    ours, theirs = os.openpty()
+
+    def in_terminal():
+        os.setsid()
+        fcntl.ioctl(theirs, termios.TIOCSCTTY, 0)
+
+    process = subprocess.Popen(
+        [sys.executable, "-c", STOPS % body], stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=in_terminal
+    )
+    os.close(theirs)
+    assert os.read(ours, 1)
+    os.close(ours)
+    assert process.wait(timeout=50) == 129 and (tmp_path / "end").read_text() == "SystemExit(129)"
+
+
+FULL = "error: standard output cannot be written: No space left on device; accepted: a place with room for it"
+
+
+@pytest.mark.promise(
+    "What others have written",
+    "Where standard output cannot be written, a full disk most often, the work goes on, and the command says so in one line at its end and fails.",
+)
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the system has no device that is full")
+def test_output_on_a_full_disk_is_one_line_at_the_end_and_what_is_done_is_recorded(tmp_path):
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("some words\n" * 50)
+    (tmp_path / "r.yaml").write_text(
+        "output: run\nstages:\n- {stage: data, name: corpus, sources: [{files: text}], near_duplicates: null}\n"
+    )
+    with open("/dev/full", "w") as full:
+        for arguments in (["methods"], ["run", "r.yaml"]):
+            command = [sys.executable, "-m", "pretrain", *arguments]
+            done = subprocess.run(
+                command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=tmp_path, check=False, timeout=100
+            )
+            assert done.returncode == 1 and done.stderr.splitlines()[-1] == FULL and "Traceback" not in done.stderr
+    assert cli("runs", "show", "run", cwd=tmp_path).stdout.count("finished") >= 1
+    assert list((tmp_path / "run").rglob("report.html"))
+
+
+def test_a_reader_who_wants_no_more_is_no_full_disk():
+    command = f"{sys.executable} -m pretrain methods | head -1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=False, timeout=50)
+    assert done.stdout.count("\n") == 1 and "error" not in done.stderr
 
 
 def test_a_command_that_keeps_nothing_does_not_say_that_it_did():

@@ -214,6 +214,7 @@ stages:
 """
 
 
+@pytest.mark.processes
 def test_a_recipe_compresses_a_classifier_and_distils_into_the_student(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "x", "y", "z"]

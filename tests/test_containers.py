@@ -7,11 +7,14 @@ import gzip
 import json
 import lzma
 
+import pyarrow
+import pyarrow.feather
+import pyarrow.parquet
 import pytest
 
 from pretrain import engine
 from pretrain.core.errors import PretrainError, PretrainWarning
-from pretrain.corpus.sources import Files, Images, Skipped, read
+from pretrain.corpus.sources import Files, HubDataset, Images, Skipped, read
 from pretrain.recipe import check
 
 ROWS = [{"id": "7", "body": 'one, or "two"\nlines', "label": "a"}, {"id": "8", "body": "three", "label": "b"}]
@@ -344,11 +347,31 @@ def test_sources_elsewhere_are_read_through_fsspec_and_fetched_once(bucket, monk
         ("s3://bucket/x", r"'s3://bucket/x': needs the package s3fs; accepted: pip install s3fs"),
         ("gs://bucket/x", r"'gs://bucket/x': needs the package gcsfs"),
         ("odd://x", r"'odd://x': fsspec knows no protocol 'odd'; accepted: s3://, gs://, https://, a path"),
+        (
+            "zip://a::docs/d1.txt",
+            r"^'zip://a::docs/d1.txt': zip:// is no place of files; accepted: s3://, gs://, https://, a",
+        ),
+        ("reference://x", r"reference:// is no place of files"),
+        ("jlab://x", r"jlab:// is no place of files"),
+        ("asynclocal://x", r"asynclocal:// is no place of files"),
+        (
+            "ftp://127.0.0.1:9/x",
+            r"'ftp://127.0.0.1:9/x' cannot be read \(ConnectionRefusedError: .*\); accepted: a URL",
+        ),
+        ("hdfs://x", r"'hdfs://x' (cannot be read \(.*\)|needs .*); accepted: "),
+        ("sftp://x", r"'sftp://x': needs the package paramiko; accepted: pip install paramiko$"),
+        ("smb://x", r"'smb://x': needs the package smbprotocol; accepted: pip install smbprotocol$"),
+        ("oss://x", r"'oss://x': needs more than is installed \(.*ossfs.*\); accepted: s3://"),
+        ("http://[::1/x", r"'http://\[::1/x' cannot be read \(ValueError: Invalid IPv6 URL\); accepted: a URL"),
+        (
+            "http://localhost:9/a::b",
+            r"'http://localhost:9/a::b' cannot be read \(.*localhost:9/a::b.*\); accepted: a URL",
+        ),
         ("https://localhost:9/x.txt", r"'https://localhost:9/x.txt' cannot be read \(.*\); accepted: a URL"),
     ],
 )
 def test_what_cannot_be_reached_is_one_line(where, message, bucket, monkeypatch):
-    for package in ("s3fs", "gcsfs"):
+    for package in ("s3fs", "gcsfs", "paramiko", "smbprotocol", "ossfs"):
         monkeypatch.setitem(__import__("sys").modules, package, None)
     for ask in (lambda: list(read(Files(where))), lambda: Files(where).state()):
         with pytest.raises(PretrainError, match=message) as caught:
@@ -375,3 +398,75 @@ def test_a_list_that_is_no_conversation_is_still_no_text(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"chat": [{"role": "user"}]}\n')
     with pytest.raises(PretrainError, match="column 'chat' is list, not text"):
         list(read(Files(str(tmp_path / "a.jsonl"), text="chat")))
+
+
+ODD = {
+    "far": (
+        pyarrow.array([1, 2**62, 3], pyarrow.timestamp("us")),
+        r"\(timestamp\[us\]\) holds .*date value out of range",
+    ),
+    "days": (pyarrow.array([1, 2**30, 3], pyarrow.int32()).cast(pyarrow.date32()), r"\(date32\[day\]\) holds"),
+    "time": (pyarrow.array([1, 2**60, 3], pyarrow.duration("s")), r"\(duration\[s\]\) holds what cannot be read"),
+    "zone": (
+        pyarrow.array([None, 2, None], pyarrow.timestamp("us", tz="Nowhere/No")),
+        r"\(timestamp\[us, tz=Nowhere/No\]\) holds what cannot be read",
+    ),
+    "twice": (
+        pyarrow.array([[("a", 1)], [("a", 1), ("a", 2)], None], pyarrow.map_(pyarrow.string(), pyarrow.int8())),
+        r"\(map<string, int8.*>\) holds what cannot be read \(a key is given twice\)",
+    ),
+}
+
+
+@pytest.mark.promise(
+    "What others have written",
+    "A value of a Parquet, Arrow or ORC file that Python has none of is one line, by its row.",
+)
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("end", ["parquet", "arrow"])
+def test_a_value_that_python_has_none_of_is_a_bad_row(tmp_path, kind, end):
+    column, message = ODD[kind]
+    table = pyarrow.table({"text": ["one", "two", "three"], "odd": column})
+    place = tmp_path / f"a.{end}"
+    pyarrow.parquet.write_table(table, place) if end == "parquet" else pyarrow.feather.write_feather(table, place)
+    with pytest.raises(PretrainError, match=rf"a.{end}, row [12]: column 'odd' {message}.*, or on_error: skip$"):
+        list(read(Files(str(place))))
+    skipped = Skipped()
+    kept = [document["text"] for document in read(Files(str(place), on_error="skip"), skipped)]
+    assert skipped.reasons["bad rows"] == 3 - len(kept) and "two" not in kept
+    assert kept == ["one", "three"] or kind == "zone"
+
+
+@pytest.mark.parametrize("end", ["parquet", "arrow"])
+def test_two_columns_of_a_name_are_refused_in_tables_of_arrow(tmp_path, end):
+    texts = pyarrow.array(["one"])
+    table, place = pyarrow.Table.from_arrays([texts, texts, texts], names=["text", "n", "n"]), tmp_path / f"a.{end}"
+    if end == "parquet":
+        pyarrow.parquet.write_table(table, place)
+    else:
+        with pyarrow.ipc.new_file(place, table.schema) as file:
+            file.write_table(table)
+    with pytest.raises(
+        PretrainError, match=rf"a.{end}: two columns are named 'n'; accepted: a name of its own for each"
+    ):
+        list(read(Files(str(place), on_error="skip")))
+
+
+def test_maps_are_objects_or_lists_of_keys_with_values(tmp_path):
+    inner = pyarrow.map_(pyarrow.string(), pyarrow.map_(pyarrow.int32(), pyarrow.string()))
+    deep = pyarrow.array([[{"m": [("a", [(1, "b")])]}], None], pyarrow.list_(pyarrow.struct([("m", inner)])))
+    table = pyarrow.table({"text": ["one", "two"], "deep": deep})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    rows = [document["deep"] for document in read(Files(str(tmp_path / "a.parquet")))]
+    assert rows == [[{"m": {"a": [{"key": 1, "value": "b"}]}}], None]
+
+
+def test_a_row_that_datasets_cannot_give_is_one_line(tmp_path):
+    import datasets
+
+    table = pyarrow.table({"text": ["one", "two"], "odd": ODD["far"][0][:2]})
+    datasets.Dataset(table).save_to_disk(tmp_path / "set")
+    with pytest.raises(
+        PretrainError, match=r"data set '.*set' cannot be read after row 1 \(.*out of range\); accepted: "
+    ):
+        list(read(HubDataset(str(tmp_path / "set"))))

@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import sys
 
+import pyarrow.parquet as parquet
 import pytest
 from datasets import Dataset, concatenate_datasets
 from examples_training import Material, example, names, reread
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import methods
+from pretrain.data._dropped import UNKNOWN, Ledger
 from pretrain.data._work import working
 
 OPERATIONS = names("data operation")
-REWRITES = ("prompt_template",)  # whose work is the text
+WRITES = ("entigraph", "wrap")  # operations that put new documents after the one that each is made of
+REWRITES = ("prompt_template", "c4_quality")  # whose work is the text
 CHANGES = dict.fromkeys(REWRITES, "text") | {"label_noise": "label"}  # the column that is an operation's work
 BLOCKS = ("BLOCK", "SHARD", "BATCH_TOKENS")  # how many documents or tokens are taken at a time
+
+
+def earlier(name: str, kept: Dataset) -> Dataset:
+    """The documents that were there before, without new ones."""
+    numbers = kept["number"][:]
+    new = [n for n, number in enumerate(numbers) if n and number == numbers[n - 1]] if name in WRITES else []
+    return kept.select(sorted({*range(len(kept))} - {*new}))
 
 
 @pytest.fixture(scope="module")
@@ -28,9 +38,9 @@ def corpus(stories) -> Dataset:
     """Short documents, two of them copies, with columns that operations read and others that they do not know."""
     rows = [
         {"text": s["text"][:150], "domain": s["domain"], "label": str(n % 2), "quality": float(n * 7 % 11), "number": n}
-        for n, s in enumerate([*stories[:30], *stories[-10:]])
+        for n, s in enumerate([*stories[:14], *stories[-6:]])
     ]
-    return Dataset.from_list([*rows, rows[3] | {"number": 40}, rows[3] | {"number": 41}])
+    return Dataset.from_list([*rows, rows[3] | {"number": 20}, rows[3] | {"number": 21}])
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -45,8 +55,8 @@ def test_it_gives_the_same_documents_again_in_any_batches(material, corpus, monk
     with working(tmp_path / "a"):
         first = operation(corpus).to_list()
         again = operation(corpus).to_list()  # with what is on the desk
-    pieces = concatenate_datasets([corpus.select(range(5)), corpus.select(range(5, 6)), corpus.select(range(6, 42))])
-    turned = corpus.select(range(41, -1, -1)).select(range(41, -1, -1))  # rows that do not lie as they are numbered
+    pieces = concatenate_datasets([corpus.select(range(5)), corpus.select(range(5, 6)), corpus.select(range(6, 22))])
+    turned = corpus.select(range(21, -1, -1)).select(range(21, -1, -1))  # rows that do not lie as they are numbered
     for module in [m for n, m in sys.modules.items() if n.startswith(("pretrain.data.", "pretrain.core.models"))]:
         for block in BLOCKS:
             if isinstance(getattr(module, block, None), int):
@@ -60,8 +70,11 @@ def test_it_gives_the_same_documents_again_in_any_batches(material, corpus, monk
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_columns_that_it_does_not_know_are_kept_and_documents_stay_in_order(material, corpus, name):
-    kept = example(name, material)(corpus)
-    assert set(kept.column_names) == set(corpus.column_names)
+    operation = example(name, material)
+    whole = operation(corpus)
+    kept = earlier(name, whole)
+    assert (len(whole) > len(kept) == len(corpus)) if name in WRITES else whole is not None
+    assert set(kept.column_names) == {*corpus.column_names, *operation.adds}
     assert all(kept.features[column] == corpus.features[column] for column in corpus.column_names)
     numbers = kept["number"][:]
     assert numbers == sorted(set(numbers)) and numbers
@@ -90,8 +103,26 @@ def test_no_document_and_one_document_are_kept_or_refused_in_one_line(material, 
     """A choice among documents may need several; it says so."""
     few = corpus.select(range(count))
     try:
-        kept = example(name, material)(few)
+        operation = example(name, material)
+        kept = operation(few)
     except PretrainError as error:
         assert "\n" not in str(error) and name in str(error) and "accepted: " in str(error)
     else:
-        assert len(kept) == count and set(kept.column_names) == set(corpus.column_names)
+        assert len(earlier(name, kept)) == count and set(kept.column_names) == {*corpus.column_names, *operation.adds}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_each_document_that_it_leaves_out_has_its_reason(material, corpus, tmp_path, name):
+    ledger = Ledger(tmp_path)
+    with working(tmp_path, ledger):
+        whole = example(name, material)(corpus.add_column("id", [str(n) for n in range(len(corpus))]))
+        kept = earlier(name, whole)
+        assert not ledger.funnel and ledger.drops == len(corpus) - len(kept)
+        ledger.settle(name, corpus, whole)
+    (passage,) = ledger.funnel
+    ledger.close()
+    table = parquet.read_table(ledger.path).to_pylist() if ledger.path.exists() else []
+    assert [row["id"] for row in table] == [str(n) for n in range(len(corpus)) if n not in set(kept["number"])]
+    assert UNKNOWN not in passage["reasons"] and all(0 < len(reason) < 50 for reason in passage["reasons"])
+    new = len(whole) - len(kept)
+    assert passage["before"]["documents"] - passage["after"]["documents"] == len(table) - new

@@ -14,6 +14,7 @@ from conftest import TASK, TINY
 from examples import NEVER_PLAIN, PLAIN, declared, example, names
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.healing import Healing
 from pretrain.core.generation.loop import decode
 from pretrain.core.method import method_class
 from pretrain.core.registry import methods
@@ -133,6 +134,26 @@ def test_where_nothing_is_lost_tokens_and_samples_are_those_of_plain_decoding(ca
         assert torch.equal(run(method, model, prompts, **options), run(None, model, prompts, **options))
     if method.samples:
         assert torch.equal(run(method, model, prompts, **seeded(3)), run(None, model, prompts, **seeded(3)))
+    one = first(prompts)
+    assert torch.equal(run(method, model, one, healing=bound(one)), run(None, model, one, healing=bound(one)))
+
+
+def first(prompts):
+    """The longest of them alone, since what is healed is one prompt."""
+    return tuple(each[:1] for each in prompts)
+
+
+def bound(prompts):
+    """Of a word that may be written as 3 and 4, or as 5 or 6."""
+    return Healing((3, 4), {(): [3, 5, 6], (3,): [4]}, prompts[0].shape[1])
+
+
+def test_the_first_tokens_are_those_that_healing_lets_stand(case, prompts):
+    _, _, method, model = case
+    one = first(prompts)
+    for options in [{}, *(seeded(seed) for seed in range(3) if method.samples)]:
+        new = run(method, model, one, healing=bound(one), **options)[0, one[0].shape[1] :].tolist()
+        assert new[:2] == [3, 4] or new[0] in (5, 6)
 
 
 @pytest.mark.bits

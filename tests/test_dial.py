@@ -223,7 +223,9 @@ def written(tmp_path: Path) -> Path:
 def test_auto_says_every_number_and_keeps_what_the_user_has_written(written: Path, tmp_path: Path) -> None:
     checked = recipes.load(written, ["model.length=64", "model.optimizer={method: adamw, weight_decay: 0.2}"], tmp_path)
     entry = checked.raw["stages"][2]
-    assert entry["length"] == 64
+    assert entry["length"] == 64 and entry["model"]["max_position_embeddings"] == 256, "room for a prompt"
+    long = recipes.load(written, ["model.length=512"], tmp_path).raw["stages"][2]
+    assert long["length"] == long["model"]["max_position_embeddings"] == 512, "no more than it is trained on"
     assert entry["optimizer"]["weight_decay"] == 0.2 and entry["optimizer"]["lr"] > 0
     assert isinstance(checked.raw["stages"][1]["vocab_size"], int)
     assert {"hidden_size", "num_hidden_layers", "initializer_range"} <= set(entry["model"])
@@ -403,6 +405,13 @@ def test_what_hinders_sizing_is_blamed_on_its_own_line(tmp_path: Path, line: str
         recipes.load(tmp_path / "r.yaml", [], tmp_path)
     wrong = 2 if "data" in line else 3
     assert str(caught.value).startswith(f"{tmp_path / 'r.yaml'}:{wrong}: ") and told in str(caught.value)
+
+
+def test_a_misspelt_budget_is_named_where_a_size_is_chosen_for_it(tmp_path: Path) -> None:
+    text = "stages:\n  - {stage: train, name: m, corpus: c, size: auto, model: {family: llama},\n     bugdet: {flops: 1e9}}\n"
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(PretrainError, match=r"r.yaml:3: unknown field \(did you mean 'budget'\?\); accepted: name"):
+        recipes.load(tmp_path / "r.yaml", [], tmp_path)
 
 
 def test_why_a_vocabulary_is_that_large_is_told_where_the_dial_chose_it(written: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -10,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from package_code import nodes, texts
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.registry import info, kinds, methods
@@ -133,11 +135,8 @@ def test_an_unknown_method_names_the_nearest():
 
 
 def test_no_file_or_function_is_too_long_to_read():
-    import ast
-
-    for path in (ROOT / "pretrain").rglob("*.py"):
-        text = path.read_text()
-        assert text.count("\n") <= 420, path
-        for node in ast.walk(ast.parse(text)):
+    for name, text in texts().items():
+        assert text.count("\n") <= 420, name
+        for node in nodes(name):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno <= 65, (path, node.name)
+                assert node.end_lineno - node.lineno <= 65, (name, node.name)

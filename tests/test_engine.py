@@ -168,6 +168,36 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
             go(tmp_path)
 
 
+@pytest.mark.promise(
+    "Faults",
+    "A recipe is read once, when its run begins. A source, a checkpoint or another file from outside of it that changes "
+    "while the stage that reads it runs is named, and the next run makes the stage again.",
+)
+def test_what_changes_while_it_is_read_is_named_and_the_stage_made_again(tmp_path):
+    (tmp_path / "text").mkdir()
+    for number in range(9):
+        (tmp_path / "text" / f"{number}.txt").write_text(f"some words {number}\n" * 9)
+    stage = {"stage": "data", "name": "corpus", "sources": [{"files": str(tmp_path / "text")}], "validation": 0.3}
+    recipe, said = tmp_path / "r.yaml", []
+    recipe.write_text(json.dumps({"stages": [stage]}))
+
+    def say(line):
+        said.append(line)
+        if line == "[corpus] data" and len(said) < 5:
+            (tmp_path / "text" / "1.txt").write_text("other words")
+            recipe.write_text("{}")
+
+    first = engine.run(recipe, output=tmp_path / "run", say=say)
+    assert [line for line in said if "changed" in line] == [
+        "warning: what it reads from outside has changed since this run began: the next run makes 'corpus' again"
+    ]
+    recipe.write_text(json.dumps({"stages": [stage]}))
+    said += [""] * 5
+    again = engine.run(recipe, output=tmp_path / "run", say=say)
+    assert again.stages["corpus"]["address"] != first.stages["corpus"]["address"]
+    assert len([line for line in said if "changed" in line]) == 1
+
+
 def with_guides(tmp_path, **changed):
     stages = raw()["stages"]
     if not (tmp_path / "given").exists():

@@ -34,7 +34,7 @@ from pretrain.identity import plan
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.recipe import load
-from pretrain.stages._estimates import Left, bytes_of_token, left_in, training_seconds, uneven, windowed
+from pretrain.stages._estimates import Left, bytes_of_token, left_in, letters, training_seconds, uneven, windowed
 from pretrain.stages.evaluate import Evaluate, documents_of, measure
 from pretrain.training.budget import Budget, least_seconds
 
@@ -178,8 +178,8 @@ def test_recipes_take_the_flops_the_memory_and_the_disk_that_they_were_expected_
 
 
 def test_every_stage_of_the_shipped_recipes_has_an_estimate_and_a_total(tmp_path):
-    """But for what is read out of packages that are fetched first, and what trains a model beside the stage's own."""
-    packaged, unknown = ("images", "series", "speech", "proteins"), {"expanded", "subset"}
+    """But for what is read out of packages that are fetched first, and what trains or asks a model beside the stage's own."""
+    packaged, unknown = ("images", "series", "speech", "proteins"), {"expanded", "subset", "pairs"}
     for path in (path for path in sorted(RECIPES.glob("*.yaml")) if path.stem not in packaged):
         expected = forecast(plan(load(path, [], tmp_path / "none")))
         for each in expected:
@@ -224,6 +224,26 @@ def test_what_is_likely_a_mistake_is_said_before_anything_runs(tmp_path, text, m
 def test_a_sensible_recipe_is_not_warned_of(tmp_path, text):
     fine = small("quickstart", text, tmp_path / "run", "model.budget={tokens: 3e5}")
     assert warnings(forecast(plan(fine))) == []
+
+
+@pytest.mark.parametrize("budget", ["{tokens: 3e5}", "{epochs: 2}", "{steps: 100}", "{seconds: 40}"])
+def test_of_an_interrupted_training_what_is_left_is_counted(tmp_path, text, budget):
+    recipe = small("quickstart", text, tmp_path / "run", f"model.budget={budget}")
+    *_, before = (each for each in forecast(plan(recipe)) if each.item.stage.name == "model")
+    assert before.done == 0 and before.ahead == before.estimate
+    steps = round(before.estimate.plan.steps / 4)
+    spent = {"step": steps, "tokens": 75_000, "flops": before.estimate.flops / 4, "seconds": 10.0}
+    for name, numbers in ((f"step-{steps:06}", spent), ("step-000001", {"tokens": 0, "flops": 0, "seconds": 0})):
+        (before.item.folder / "state" / name).mkdir(parents=True)
+        (before.item.folder / "state" / name / "training.json").write_text(json.dumps(numbers))
+    *_, after = (each for each in forecast(plan(recipe)) if each.item.stage.name == "model")
+    assert after.done == pytest.approx(0.25, abs=0.01) and after.estimate.flops == before.estimate.flops
+    for name in ("flops", "seconds"):
+        assert getattr(after.ahead, name) == pytest.approx(0.75 * getattr(before.estimate, name), rel=0.02)
+    assert total([after]).flops == after.ahead.flops and after.ahead.memory_bytes == after.estimate.memory_bytes
+    (before.item.folder / "state" / f"step-{steps:06}" / "training.json").write_text("{")
+    *_, damaged = (each for each in forecast(plan(recipe)) if each.item.stage.name == "model")
+    assert damaged.done == (after.done if "steps" in budget or "epochs" in budget else 0)
 
 
 def test_a_run_says_the_same_and_refuses_what_does_not_fit(tmp_path, text, monkeypatch):
@@ -296,6 +316,17 @@ def test_a_token_holds_more_text_the_more_entries_there_are():
 
 
 ENDLESS = {"flops": "1e30", "tokens": "1e17", "steps": "1e300", "seconds": "4e8", "epochs": "1e12"}
+
+
+def test_the_size_of_a_token_is_measured_where_the_corpus_and_the_tokenizer_are_there(prepared):
+    corpus, model = left_in(prepared / "corpus"), left_in(prepared / "tokenizer")
+    texts = [document["text"] for document in Corpus(corpus_of(prepared / "corpus")).documents("train")]
+    tokens = load_tokenizer(prepared / "tokenizer")(texts, add_special_tokens=False)["input_ids"]
+    real = sum(len(text.encode()) for text in texts) / sum(map(len, tokens))
+    assert letters(corpus, model) == pytest.approx(real, rel=0.05)
+    assert bytes_of_token(model.vocabulary) != pytest.approx(real, rel=0.05)
+    for less in ((Left(), model), (corpus, Left(vocabulary=model.vocabulary))):
+        assert letters(*less) == bytes_of_token(model.vocabulary)
 
 
 @pytest.mark.parametrize("size", [["model.size=auto"], ["model.size=null", "model.length=64", "model.batch_rows=8"]])

@@ -6,19 +6,19 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 from typing import ClassVar
 
 import pytest
 
 from pretrain.core.quick.machine import Beside
-from pretrain.engine import shortfall
-from pretrain.forecast import forecast, warnings
+from pretrain.forecast import forecast, shortfall, warnings
 from pretrain.identity import plan
 from pretrain.objectives.labelled.classification import Classification
 from pretrain.objectives.labelled.seq2seq import Seq2Seq
 from pretrain.recipe import check
-from pretrain.stages import Estimate
-from pretrain.stages._examples import lengths, sampled
+from pretrain.stages import Estimate, _expected
+from pretrain.stages._examples import Lengths, lengths, sampled
 
 BERT = {"family": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 2, "max_position_embeddings": 256}  # fmt: skip
@@ -34,12 +34,16 @@ def table(tmp_path_factory, stories):
     for number in range(300):
         story = stories[number % len(stories)]
         text = (3 * story["text"])[number : number + 20 + (number * 97) % 700]
-        rows.append({"text": text, "label": story["domain"], "number": number % 7, "target": text[:40]})
+        rows.append({"text": text, "label": story["domain"], "number": number % 7, "target": text[:40], "chosen": text[:90],
+                     "rejected": text[:40][::-1]})  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def stages(table, objective, model, **more):
+    name = objective if isinstance(objective, str) else objective["method"]
+    chatting = {"surgeries": [{"method": "chat_template", "template": "headings"}]} if name in ("chat", "dpo") else {}
+    judged = "held_out" if name == "dpo" else {"method": "task", "objective": objective, "length": 256, "resamples": 2}
     return [
         {"stage": "data", "name": "corpus", "sources": [{"files": str(table)}], "validation": 0.1, "test": 0.1,
          "near_duplicates": None},
@@ -47,9 +51,9 @@ def stages(table, objective, model, **more):
         {"stage": "train", "name": "base", "corpus": "corpus", "tokenizer": "tokenizer", "model": model, "length": 64,
          "objective": "masked_lm" if model is BERT else "causal_lm", "budget": {"steps": 2}, "save_every": 0},
         {"stage": "train", "name": "tuned", "corpus": "corpus", "init": "base", "objective": objective, "length": 256,
-         "batch_rows": 16, "budget": {"epochs": 2}, "save_every": 0} | more,
+         "batch_rows": 16, "budget": {"epochs": 2}, "save_every": 0} | chatting | more,
         {"stage": "evaluate", "name": "judged", "checkpoint": "tuned", "corpus": "corpus", "compressors": False,
-         "evaluations": [{"method": "task", "objective": objective, "length": 256, "resamples": 2}]},
+         "evaluations": [judged]},
     ]  # fmt: skip
 
 
@@ -57,6 +61,8 @@ KINDS = {
     "classification": ("classification", BERT),
     "regression": ({"method": "regression", "label": "number"}, BERT),
     "seq2seq": (SEQ2SEQ, LLAMA),
+    "chat": ({"method": "chat", "messages": None}, LLAMA),
+    "dpo": ("dpo", LLAMA),
 }
 
 
@@ -95,7 +101,7 @@ def test_labelled_stages_take_the_flops_and_the_memory_that_they_were_expected_t
         most = 0
         for stage, before, later, spent, memory, peak in json.loads((tmp_path / f"{name}.json").read_text()):
             most = max(most, memory)
-            if stage == "tuned" or name != "seq2seq":  # what is generated is not metered
+            if stage == "tuned" or name not in ("seq2seq", "chat", "dpo"):  # what is generated is not metered
                 assert before == pytest.approx(spent, rel=0.15), (name, stage)
                 assert later == pytest.approx(spent, rel=0.15), (name, stage)
             assert most == pytest.approx(peak, rel=0.3), (name, stage)
@@ -114,6 +120,12 @@ def test_measuring_often_costs_time_and_is_told_where_it_costs_much(table, tmp_p
     assert not any("measurements" in line for line in warnings(once))
 
 
+@pytest.mark.parametrize("made, told", [(21, True), (17, False), (14, True)])
+def test_a_few_measurements_that_are_left_out_of_a_budget_of_seconds_are_not_told(made, told):
+    stage = types.SimpleNamespace(evaluate_every=0.05)
+    assert len([*_expected._measured_long(stage, training=300.0, once=4.5, evaluations=21, made=made)]) == told
+
+
 def test_a_budget_of_seconds_counts_what_a_step_takes_beside_its_products(table, tmp_path, monkeypatch):
     monkeypatch.setattr("pretrain.stages._expected.likely_rate", lambda: 1e15)
     monkeypatch.setattr("pretrain.stages._expected.likely_beside", lambda: Beside(block=4e-3, logit=0.0))
@@ -123,6 +135,7 @@ def test_a_budget_of_seconds_counts_what_a_step_takes_beside_its_products(table,
 
 
 class Batch:
+    fill = "longest"
     inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("text",),)
 
 
@@ -135,6 +148,23 @@ def test_a_batch_is_as_long_as_its_longest():
     assert lengths(Batch(), rows, count, 64, 64).filled == pytest.approx(64, rel=0.01)
     assert lengths(Batch(), rows, count, 256, 2, ordered=4).filled == (16 + 16 + 112 + 112) / 4
     assert lengths(Batch(), [{"other": "a"}], count, 64, 1) is None
+
+
+class Rows(Batch):
+    fill = "rows"
+
+
+class Pair(Batch):
+    fill = "apart"
+    inputs: ClassVar[tuple[tuple[str, ...], ...]] = (("text", "a"), ("text", "b"))
+
+
+def test_a_batch_of_examples_that_share_rows_or_are_pairs_is_as_wide_as_those_rows():
+    count = lambda texts: [float(len(text)) for text in texts]  # noqa: E731
+    rows = [{"text": "a" * 28, "a": "", "b": "b" * 30}] * 3
+    assert lengths(Rows(), rows, count, 64, 4) == Lengths(60, 64, 0, 2 / 4)  # 120 tokens
+    assert lengths(Rows(), rows, count, 256, 4) == Lengths(120, 128, 0, 1 / 4)
+    assert lengths(Pair(), rows, count, 256, 4) == Lengths(45, 64, 16, 2)
 
 
 def test_the_columns_of_an_input_are_known_without_the_label():

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from policy_run import run
 
 from pretrain.policies.privacy._accountant import epsilon, noise_for
@@ -78,6 +80,14 @@ def test_at_the_paper_s_setting_it_asks_for_less_noise():
     less, more = (noise_for(8.0, *SST2, accountant) for accountant in (estimated_epsilon, epsilon))
     assert 0.9 * more < less < 0.98 * more
     assert estimated_epsilon(less, *SST2) <= 8.0 < estimated_epsilon(0.99 * less, *SST2)
+
+
+def test_its_claim_is_where_the_two_accountants_differ():
+    claim = yaml.safe_load((Path(__file__).parents[1] / "claims" / "ew_tune.yaml").read_text())
+    fields = claim["method"]["set"]
+    (policy,), rows = fields["model.policies"], 3161  # of what the base trains on
+    known = (policy["target_epsilon"], fields["model.batch_rows"] / rows, claim["scales"]["cpu"], 1e-5)
+    assert noise_for(*known, estimated_epsilon) < 0.98 * noise_for(*known, epsilon)
 
 
 def test_epsilon_grows_with_steps_and_rate_and_falls_with_noise():

@@ -11,9 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from pretrain import engine
+from pretrain.adopt import adopt
 from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainWarning
+from pretrain.core.exchange import exporting
 from pretrain.core.exchange.beside import carry
 from pretrain.core.exchange.card import BEGIN, END, write_card
+from pretrain.core.exchange.convert import convert
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.recipe import check
 
@@ -90,6 +94,104 @@ def test_only_what_is_neither_model_nor_processor_nor_code_travels(source, tmp_p
     assert (again / "labels.txt").read_text() == "a\nb"
     dtypes = {tensor.dtype for tensor in load_file(again / "model.safetensors").values()}
     assert dtypes == {torch.bfloat16}
+
+
+SECRET = "KEY-OF-THE-USER"
+
+
+def leading_out(source, secret):
+    """Put links to a secret into a checkpoint, in the places of all that travels."""
+    secret.write_text(SECRET)
+    (source / "additional_chat_templates").mkdir(exist_ok=True)
+    names = [
+        "README.md",
+        "chat_template.jinja",
+        "labels.txt",
+        "1_Pooling/notes.txt",
+        "additional_chat_templates/rag.jinja",
+    ]
+    for name in names:
+        (source / name).unlink(missing_ok=True)
+        (source / name).symlink_to(secret)
+    return names
+
+
+def holding(folder):
+    return [p.name for p in folder.rglob("*") if p.is_file() and SECRET.encode() in p.read_bytes()]
+
+
+@pytest.mark.promise(
+    "What others have written",
+    "Of links in a checkpoint that lead out of it no text travels into what is made of it: cards, templates and whatever "
+    "lies beside the model are left out and named; only the files of the hub's cache lie elsewhere, among the blobs of "
+    "their repository. Configurations and tokenizers are read through such links, which is said; weights may lie anywhere.",
+)
+@pytest.mark.parametrize("near", [True, False])
+def test_no_text_from_outside_of_a_checkpoint_travels(source, tmp_path, near):
+    names = leading_out(source, (source.parent if near else tmp_path / "outside") / "id_rsa")
+    with pytest.warns(PretrainWarning) as caught:
+        made = operated(source, tmp_path / "run", {"method": "lora"})
+    assert holding(tmp_path / "run") == [] and not (made / "chat_template.jinja").exists()
+    said = "\n".join(str(each.message) for each in caught)
+    assert all(f"{source / name} is a link to" in said and "left out" in said for name in names)
+    exporting.export(source, tmp_path / "st", "sentence-transformers")
+    assert holding(tmp_path / "st") == []
+
+
+def test_nor_does_it_in_what_is_adopted_or_converted(source, tmp_path):
+    leading_out(source, tmp_path / "id_rsa")
+    raw = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k != "model_type"}))
+    (source / "pytorch_model.bin").unlink()
+    with pytest.warns(PretrainWarning, match="left out"):
+        convert(source, tmp_path / "converted", "bert")
+    assert holding(tmp_path / "converted") == []
+    (source / "config.json").write_text(json.dumps(raw))
+    stages = [
+        {"stage": "surgery", "name": "s", "checkpoint": str(tmp_path / "converted"), "surgeries": [{"method": "lora"}]}
+    ]
+    for link in (False, True):
+        with pytest.warns(PretrainWarning, match="left out"):
+            made = (
+                adopt(check({"stages": stages}, output=tmp_path / f"run{link}"), "s", source, link=link) / "checkpoint"
+            )
+        assert holding(made) == [] and (made / "model.safetensors").is_symlink() == link
+
+
+def test_the_files_of_the_hubs_cache_travel_and_none_of_another_repository(source, tmp_path):
+    cache = tmp_path / "cache"
+    blobs, others = (cache / name / "blobs" for name in ("models--org--x", "models--org--y"))
+    snapshot = cache / "models--org--x" / "snapshots" / "0123"
+    for folder in (blobs, others, snapshot):
+        folder.mkdir(parents=True)
+    for number, path in enumerate(p for p in sorted(source.iterdir()) if p.is_file()):
+        shutil.copy(path, blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    (others / "1").write_text(SECRET)
+    (snapshot / "notes.txt").symlink_to("../../../models--org--y/blobs/1")
+    with pytest.warns(PretrainWarning) as caught:
+        made = operated(snapshot, tmp_path / "run", {"method": "lora"})
+    assert (made / "labels.txt").read_text() == "a\nb" and "# Mine" in (made / "README.md").read_text()
+    assert (made / "chat_template.jinja").exists() and holding(made) == []
+    assert [str(each.message) for each in caught if "left out" in str(each.message)] == [
+        f"{snapshot / 'notes.txt'} is a link to {others / '1'}, outside of the checkpoint: it is left out"
+    ]
+
+
+def test_what_is_read_through_a_link_is_said_and_read(source, tmp_path):
+    shutil.move(source / "tokenizer.json", tmp_path / "elsewhere.json")
+    (source / "tokenizer.json").symlink_to(tmp_path / "elsewhere.json")
+    shutil.move(source / "model.safetensors", tmp_path / "elsewhere.safetensors")
+    (source / "model.safetensors").symlink_to(tmp_path / "elsewhere.safetensors")
+    with pytest.warns(PretrainWarning, match=r"source: tokenizer\.json: links out of it"):
+        assert checkpoint.load(source)[1] is not None
+
+
+def test_modules_that_lead_out_of_a_checkpoint_stay_behind(source, tmp_path):
+    (source / "modules.json").write_text(json.dumps([{"idx": 0, "path": ""}, {"idx": 1, "path": "../1_Pooling"}]))
+    with pytest.warns(PretrainWarning, match=r"'../1_Pooling' leads out of the checkpoint"):
+        made = operated(source, tmp_path / "run", {"method": "lora"})
+    assert not (made / "modules.json").exists()
 
 
 def test_what_came_in_shards_goes_out_in_shards(source, tmp_path):

@@ -7,6 +7,7 @@ import json
 import os
 import struct
 import time
+import zipfile
 
 import pytest
 import torch
@@ -84,7 +85,27 @@ def test_a_damaged_gguf_is_one_line_and_leaves_nothing(what, tmp_path, monkeypat
     with pytest.raises(PretrainError, match=rf"^\S*m.gguf is truncated or damaged: [^\n]*{message}"):
         checkpoint.load(tmp_path / "m.gguf")
     assert time.process_time() - start < 2
-    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file() and path.suffix != ".lock"]
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+
+
+SHAPES = {
+    "blocks without end": ("llama.block_count", struct.pack("<II", 4, 10**9), "block_count 1e.09: accepted: at most"),
+    "more blocks than tensors": ("llama.block_count", struct.pack("<II", 4, 9000), "block_count 9000: accepted: layers"),
+    "an epsilon that is none": ("llama.attention.layer_norm_rms_epsilon", struct.pack("<If", 6, float("nan")), "epsilon nan: acc"),
+    "a base that is none": ("llama.rope.freq_base", struct.pack("<If", 6, float("nan")), "freq_base nan: accepted: a number above"),
+}  # fmt: skip
+
+
+@pytest.mark.promise("What others have written", "A damaged GGUF file is one line that names it, and leaves nothing.")
+@pytest.mark.parametrize("what", SHAPES)
+def test_a_gguf_that_describes_no_model_is_one_line_before_anything_is_built(what, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    name, value, message = SHAPES[what]
+    (tmp_path / "m.gguf").write_bytes(gguf([NAME, (name, value)], [("w", (32, 4), 8, 0)], bytes(136)))
+    start = time.process_time()
+    with pytest.raises(PretrainError, match=rf"^\S*m.gguf: llama\.[^\n]*{message}"):
+        checkpoint.load(tmp_path / "m.gguf")
+    assert time.process_time() - start < 2
 
 
 def test_a_folder_with_one_gguf_is_that_file_and_with_two_asks_which(tmp_path):
@@ -213,6 +234,48 @@ def test_a_pickle_that_would_run_code_is_refused(zipped, old, tmp_path):
     with pytest.raises(PretrainError, match="pytorch_model.bin: .*accepted: a file of tensors"):
         convert(folder, tmp_path / "new")
     assert not (tmp_path / "mark").exists() and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_tensors_of_other_kinds_in_a_pickle_are_refused_whether_the_model_has_them_or_not(zipped, old, tmp_path):
+    folder, _ = old("bert")
+    path = folder / "pytorch_model.bin"
+    good = torch.load(path, weights_only=True)
+    kinds = {
+        "sparse coo": torch.sparse_coo_tensor(torch.tensor([[0]]), torch.tensor([1.0]), (10**12,)),
+        "sparse csr": torch.eye(3).to_sparse_csr(),
+        "quantised": torch.quantize_per_tensor(torch.ones(2), 0.1, 0, torch.qint8),
+        "meta": torch.ones(2, device="meta"),
+    }
+    for kind, tensor in kinds.items():
+        torch.save(good | {"extra": tensor}, path, _use_new_zipfile_serialization=zipped)
+        with pytest.raises(PretrainError, match=rf"'extra' is a {kind} tensor; accepted: .* dense ones"):
+            convert(folder, tmp_path / "new")
+
+
+@pytest.mark.promise(
+    "What others have written", "A pickle that is nested without end, or no file of torch, is refused before it is run."
+)
+@pytest.mark.parametrize("kind", ["bare", "legacy", "zipped"])
+@pytest.mark.parametrize("piece", [b"]", b"]q\x00", b"(", b"}(K\x01"])
+def test_a_pickle_that_is_nested_without_end_is_refused_at_once(kind, piece, old, tmp_path):
+    folder, _ = old("bert")
+    path = folder / "pytorch_model.bin"
+    program = b"\x80\x02" + piece * 1_000_000 + b"a" * 999_999 + b"."
+    if kind == "zipped":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("m/data.pkl", program)
+            archive.writestr("m/version", "3")
+    else:
+        torch.save({}, path, _use_new_zipfile_serialization=False)
+        head = path.read_bytes()
+        third = [place for place in range(len(head)) if head[place : place + 2] == b"\x80\x02"][3]
+        path.write_bytes((head[:third] if kind == "legacy" else b"") + program)
+    message = "it begins with nothing that torch writes" if kind == "bare" else "more than 200 lists or tables in one"
+    start = time.process_time()
+    with pytest.raises(PretrainError, match=rf"pytorch_model.bin: {message}"):
+        convert(folder, tmp_path / "new")
+    assert time.process_time() - start < 2
 
 
 def test_what_cannot_be_converted_is_one_line(old, tmp_path):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import struct
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from test_exchange_in import extra
 from pretrain import engine
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.exchange import exporting, gguf_out
+from pretrain.core.exchange import exporting, gguf_in, gguf_out
 from pretrain.core.exchange.exporting import WRITERS, export
 from pretrain.core.exchange.sentences_out import pooled
 from pretrain.core.foreign.gguf import header
@@ -20,6 +22,7 @@ from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.recipe import check
 from pretrain.surgery import Inputs, operate
 from pretrain.surgery.adapters.lora import LoRA
+from pretrain.surgery.adapters.peft_adapter import PeftAdapter
 
 TEXTS = ["def f(x): return x + 1", "Numbers: 1234567; it's   déjà vu\n\n", "the cat sat on the mat"]
 KINDS = ("llama", "qwen3", "gpt2")
@@ -142,6 +145,76 @@ def test_an_adapter_goes_out_alone(saved, tmp_path):
     for to in ("gguf", "sentence-transformers"):
         with pytest.raises(PretrainError, match=f"has put in what {to} cannot hold; accepted: .*merge_adapters"):
             export(tmp_path / "adapted", tmp_path / "x", to)
+
+
+def flipped(path):
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.promise(
+    "Faults",
+    "What an export has written is checked when it is opened: a GGUF file, an adapter, vectors, whose folder has a "
+    "`checksums.json` that names them, or that lie in a finished stage. Of a file alone that lies elsewhere nothing is known.",
+)
+def test_one_bit_of_an_export_is_found_where_it_is_opened(saved, tmp_path, monkeypatch):
+    extra("gguf")
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    export(saved("llama"), tmp_path / "out", "gguf", "f32")
+    flipped(tmp_path / "out" / "model.gguf")
+    (tmp_path / "link.gguf").symlink_to(tmp_path / "out" / "model.gguf")
+    for place in ("out", "out/model.gguf", "link.gguf"):
+        with pytest.raises(PretrainError, match=r"out/model\.gguf is damaged or was replaced"):
+            checkpoint.load(tmp_path / place)
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    shutil.copy(tmp_path / "out" / "model.gguf", tmp_path / "moved.gguf")
+    checkpoint.load(tmp_path / "moved.gguf")
+    model, tokenizer = checkpoint.load(saved("llama"))
+    model, inputs, _ = operate([LoRA()], model, Inputs(tokenizer=tokenizer))
+    checkpoint.save(model, inputs.tokenizer, tmp_path / "adapted")
+    export(tmp_path / "adapted", tmp_path / "peft", "peft")
+    for folder, name in (
+        (tmp_path / "peft", "adapter_model.safetensors"),
+        (tmp_path / "adapted" / "adapter", "adapter_config.json"),
+    ):
+        path = folder / name
+        path.write_text(path.read_text().replace("LORA", "LOHA")) if name.endswith(".json") else flipped(path)
+        with pytest.raises(PretrainError, match=rf"{name} is damaged or was replaced"):
+            operate([PeftAdapter(folder=str(folder))], checkpoint.load(saved("llama"))[0], Inputs())
+
+
+def test_what_is_refused_of_a_gguf_leaves_nothing_and_names_the_file(saved, tmp_path, monkeypatch):
+    extra("gguf")
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    export(saved("llama"), tmp_path / "out", "gguf", "f32")
+    data = (tmp_path / "out" / "model.gguf").read_bytes()
+    (tmp_path / "nan.gguf").write_bytes(data[:-4] + b"\x00\x00\xc0\x7f")
+    with pytest.raises(PretrainError, match=r"^\S*/nan\.gguf: \S+ holds NaN or infinity; accepted"):
+        checkpoint.load(tmp_path / "nan.gguf")
+    place = data.index(name := b"llama.feed_forward_length") + len(name) + 4
+    wider = struct.pack("<I", struct.unpack("<I", data[place : place + 4])[0] + 16)
+    (tmp_path / "wide.gguf").write_bytes(data[:place] + wider + data[place + 4 :])
+    with pytest.raises(
+        PretrainError, match=r"^\S*/wide\.gguf cannot be read: \S+ is \(.*\) in it, and \(.*\) by its header; acc"
+    ):
+        checkpoint.load(tmp_path / "wide.gguf")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    (tmp_path / "cache" / "gguf").rmdir()
+    (tmp_path / "cache" / "gguf").touch()
+    with pytest.raises(PretrainError, match=r"cannot"):
+        checkpoint.load(tmp_path / "out")
+    (tmp_path / "cache" / "gguf").unlink()
+
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(gguf_in, "write_json", full)
+    with pytest.raises(
+        PretrainError, match=r"^\S*/model\.gguf: what is made of it cannot be kept: .*No space left.*PRETRAIN_CACHE"
+    ):
+        checkpoint.load(tmp_path / "out")
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
 
 
 @pytest.mark.parametrize("to", WRITERS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -72,6 +73,97 @@ def test_every_kind_of_file_is_among_those_that_are_damaged(bases):
     for name in ("corpus.json", ".parquet", "tokens.bin", "length_P.npy", "tokenizer.json", "config.json", "model.safetensors", "stage.json",
                  "run.json", "training.json", "rank-00000.safetensors", "log.jsonl", "code.json", "checksums.json", "evaluation.json", "samples.json"):  # fmt: skip
         assert name in names, name
+
+
+@pytest.mark.promise(
+    "Faults",
+    "A folder of a stage (corpus, tokenizer, checkpoint, export, tokens, rows, a training state) in whose place another's "
+    "was put, whole and with its own checksums, is named: it is refused, passed over or made anew. `stage.json` holds the "
+    "seals of the folders, a training state the address of its stage; what was written before those were opens unchecked.",
+)
+@pytest.mark.parametrize("kind", ["corpus", "tokenizer", "checkpoint", "tokens", "rows", "validation"])
+def test_a_whole_folder_of_another_is_named_where_it_is_opened(small_run, tmp_path, kind):
+    run, other = tmp_path / "run", small_run.other
+    shutil.copytree(small_run.folder / "whole", run, symlinks=True)
+    shutil.rmtree((run / ("model" if kind == "tokenizer" else "more")).resolve())
+    (mine,), (its,) = run.glob(".tokens/*/train"), other.glob(".tokens/*/train")
+    here, there = {
+        "corpus": (run / "corpus" / "corpus", other / "corpus" / "corpus"),
+        "tokenizer": (run / "tokenizer" / "tokenizer", other / "tokenizer" / "tokenizer"),
+        "checkpoint": (run / "grown" / "checkpoint", other / "model" / "checkpoint"),
+        "tokens": (mine, its),
+        "rows": (mine / "rows-32", its / "rows-32"),
+        "validation": (mine, mine.with_name("validation")),
+    }[kind]
+    aside = tmp_path / "aside"
+    shutil.copytree(there, aside)
+    shutil.rmtree(here)
+    shutil.copytree(aside, here)
+    ended = small_run.go_on(run)
+    assert "Traceback" not in ended.text
+    if kind in ("tokens", "rows", "validation"):
+        assert ended.status == 0 and re.search(rf"^warning: {here} was replaced: .* anew$", ended.text, re.M), (
+            ended.text
+        )
+        assert differing(small_run.first, outcome(run)) == []
+    else:
+        assert ended.status == 1 and re.search(
+            rf"^error: .*/{kind} was replaced: it is whole, and another's; accepted: `--refresh \w+` makes it again",
+            ended.text,
+            re.M,
+        ), ended.text
+
+
+@pytest.mark.promise(
+    "Faults",
+    "A training state of another stage, or of another step under this one's name, is passed over with a warning.",
+)
+@pytest.mark.parametrize("of", ["another stage", "another step"])
+def test_the_state_of_another_is_passed_over(small_run, tmp_path, of):
+    run = tmp_path / "run"
+    shutil.copytree(small_run.folder / "whole", run, symlinks=True)
+    home = (run / "more").resolve()
+    (home / "stage.json").unlink()
+    states = sorted((home / "state").glob("step-*"))
+    source = small_run.other / "more" / "state" / states[-1].name if of == "another stage" else states[0]
+    shutil.rmtree(states[-1])
+    shutil.copytree(source, states[-1])
+    ended = small_run.go_on(run)
+    assert ended.status == 0, ended.text
+    assert re.search(
+        rf"^warning: the training state .*{states[-1].name} is another stage's and passed over", ended.text, re.M
+    )
+    assert differing(small_run.first, outcome(run)) == []
+    if of == "another stage":
+        (home / "stage.json").unlink()
+        shutil.rmtree(home / "state")
+        shutil.copytree(small_run.other / "more" / "state", home / "state")
+        ended = small_run.go_on(run)
+        assert (
+            ended.status == 1
+            and "all training states are another stage's" in ended.text
+            and "`--refresh`" in ended.text
+        )
+
+
+def test_what_nothing_reads_again_is_named_when_the_run_comes_to_it(small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run.folder / "whole", run, symlinks=True)
+    shutil.rmtree(run / "more" / "checkpoint")
+    shutil.copytree(run / "grown" / "checkpoint", run / "more" / "checkpoint")
+    ended = small_run.go_on(run)
+    assert ended.status == 0 and re.search(r"^warning: .*/checkpoint is not as the stage has left it", ended.text, re.M)
+
+
+def test_a_record_of_before_has_no_seals_and_its_folders_open(small_run, tmp_path):
+    run = tmp_path / "run"
+    shutil.copytree(small_run.folder / "whole", run, symlinks=True)
+    shutil.rmtree((run / "evaluate").resolve())
+    path = run / "more" / "stage.json"
+    record = json.loads(path.read_text())
+    assert record.pop("folders").keys() == {"checkpoint"} and record.pop("seal")
+    path.write_text(json.dumps(record))
+    assert small_run.go_on(run).status == 0
 
 
 def changed_digit(path):

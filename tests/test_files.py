@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import resource
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -89,3 +92,82 @@ def test_damage_names_the_first_file_that_is_not_as_it_was_written(tmp_path):
     assert files.damage(folder) == f"{folder / 'a'}: No such file or directory"
     (folder / "checksums.json").write_text((folder / "checksums.json").read_text().replace("a", "b"))
     assert files.damage(folder) == f"{folder / 'checksums.json'} is damaged"
+
+
+HALF = """
+import os, signal, sys
+from pathlib import Path
+from pretrain.core import files
+with files.atomic_text(Path(sys.argv[1])) as file:
+    file.write("half")
+    file.flush()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.promise(
+    "Faults",
+    "What a killed command left of a file that it was writing the next one to write that file removes, and a full disk "
+    "leaves nothing of it.",
+)
+def test_what_a_killed_writer_left_of_a_file_the_next_one_removes_and_no_living_ones(tmp_path):
+    place = tmp_path / "out.csv"
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", HALF, str(place)], check=False)
+    (left,) = tmp_path.iterdir()  # the second has removed what the first left
+    with files.atomic_text(place) as first:
+        first.write("x" * (1 << 20))
+        with files.atomic_text(place) as second:
+            assert not left.exists() and len(list(tmp_path.iterdir())) == 2
+            second.write("second")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.csv"] and place.stat().st_size == 1 << 20
+
+
+@pytest.mark.promise("Faults", "What a killed command left of a file")
+def test_a_full_disk_leaves_no_rest_of_a_file(tmp_path):
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    old = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
+    try:
+        with pytest.raises(PretrainError, match=r"cannot write .*out.csv: File too large"):
+            files.write_text(tmp_path / "out.csv", "longer than it may be")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, old)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.promise(
+    "What others have written", "A lock, a log or an output that is a pipe, a device or a socket is refused at once."
+)
+def test_a_lock_a_log_and_an_output_that_are_no_regular_files_are_refused(tmp_path):
+    os.mkfifo(tmp_path / "pipe"), (tmp_path / "link").symlink_to("pipe"), (tmp_path / "folder").mkdir()
+    start = time.perf_counter()
+    for name, kind in (("pipe", "a named pipe"), ("link", "a named pipe"), ("folder", "a folder")):
+        with pytest.raises(PretrainError, match=f"{name} is {kind}"), files.locked(tmp_path / name):
+            pass
+        with pytest.raises(PretrainError, match=f"{name}: it is {kind}"):
+            files.write_text(tmp_path / name, "text")
+        for force in (False, True):
+            with pytest.raises(PretrainError, match=f"^--output .*{name} is {kind}; accepted: another file$"):
+                files.output_file(tmp_path / name, force)
+    assert time.perf_counter() - start < 1 and (tmp_path / "pipe").is_fifo()
+
+
+def test_an_output_is_written_through_a_link_to_the_file_that_it_names(tmp_path):
+    (tmp_path / "other").write_text("old")
+    for name, target in (("link", "other"), ("fresh", "new"), ("self", "self"), ("far", "no/folder")):
+        (tmp_path / name).symlink_to(tmp_path / target)
+    assert files.output_file(tmp_path / "link", True) == tmp_path / "other"
+    assert files.output_file(tmp_path / "fresh", False) == tmp_path / "new"
+    for name, match in (("link", "exists"), ("self", "a link to itself"), ("far", "there is no folder")):
+        with pytest.raises(PretrainError, match=match):
+            files.output_file(tmp_path / name, False)
+
+
+def test_a_lock_that_is_a_link_empties_no_file(tmp_path):
+    (tmp_path / "victim").write_text("text")
+    (tmp_path / ".lock").symlink_to("victim")
+    with files.locked(tmp_path / ".lock"):
+        pass
+    assert (tmp_path / "victim").read_text() == "text"

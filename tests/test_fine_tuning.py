@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from warnings import catch_warnings, simplefilter
 
 import numpy as np
 import pytest
@@ -15,8 +16,9 @@ from transformers import AutoModel, AutoModelForSequenceClassification, AutoMode
 from pretrain.core import checkpoint
 from pretrain.core.batch import Context, Example, Vocabulary
 from pretrain.core.encoding import Encoder
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.method import method_class
+from pretrain.core.models import heads
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.core.models.families import base
 from pretrain.core.models.heads import labels_of, with_head, with_language_head
@@ -104,9 +106,10 @@ def test_classification_is_cross_entropy_of_the_labels_with_the_unlabelled_left_
     assert found.value.item() == pytest.approx(expected.item(), rel=1e-6)
     said = objective.predict(model, batch, context)
     assert found.parts["accuracy"].item() == ((said[0] == "yes") + (said[2] == "no")) / 2
-    answers, nll = objective.answered(model, [some[0], some[2]], context)  # the shorter is read first
+    answers, nll, probabilities = objective.answered(model, [some[0], some[2]], context)  # the shorter is read first
     assert answers == [said[0], said[2]]
     assert nll == pytest.approx([-logits[0].log_softmax(-1)[1].item(), -logits[2].log_softmax(-1)[0].item()], abs=1e-5)
+    assert probabilities == pytest.approx([logits[n].softmax(-1).max().item() for n in (0, 2)], abs=1e-5)
 
 
 def test_a_pair_is_framed_with_its_segments_and_the_longer_text_is_cut(context) -> None:
@@ -134,6 +137,82 @@ def test_regression_is_the_squared_error_and_refuses_what_is_no_number(tiny, con
     assert model.config.problem_type == "regression" and objective.labels([1, 2.5]) == ("number",)
     with pytest.raises(PretrainError, match="'many': accepted: numbers"):
         objective.labels(["many"])
+
+
+def regressor(tiny, context, family):
+    return with_head(tiny(family, vocab_size=512), "sequence", ("number",), context.vocabulary, seed=1).eval()
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])  # with and without a bias in the last layer
+def test_standardised_numbers_are_learnt_by_their_deviation_and_written_as_they_are(tiny, context, family) -> None:
+    objective, model = method_class("regression")(standardise=True), regressor(tiny, context, family)
+    assert (heads.last_linear(model).bias is None) == (family == "llama")
+    some = examples({"text": "a", "label": 21000}, {"text": "b c", "label": 18000})
+    batch = objective.prepare(some, context)
+    with torch.no_grad():
+        raw_B = model(batch["tokens_BL"], attention_mask=batch["mask_BL"]).logits[:, 0]
+    values = [18000.0, 21000.0, 24000.0]
+    mean, deviation = (
+        (0.0, np.sqrt(np.mean(np.square(values)))) if family == "llama" else (np.mean(values), np.std(values))
+    )
+    objective.begin(model, values, fresh=True)
+    predicted = objective.predict(model, batch, context)
+    assert predicted == pytest.approx((raw_B.double() * deviation + mean).tolist(), rel=1e-6)
+    errors = (np.array(predicted) - batch["number_B"].numpy()) / deviation
+    assert objective.loss(model, batch).value.item() == pytest.approx(np.mean(errors**2), rel=1e-4)
+    assert objective.end(model, None) is None
+    with torch.no_grad():
+        written_B = model(batch["tokens_BL"], attention_mask=batch["mask_BL"]).logits[:, 0]
+    assert written_B.tolist() == pytest.approx(predicted, rel=1e-5)
+    assert objective.predict(model, batch, context) == written_B.tolist()  # nothing is scaled twice
+    assert objective.end(model, torch.bfloat16) is torch.bfloat16  # and an end without a beginning changes nothing
+
+
+@pytest.mark.parametrize("family", ["bert", "llama"])
+def test_a_regressor_that_is_tuned_again_begins_with_the_numbers_that_it_gives(tiny, context, family) -> None:
+    objective, model = method_class("regression")(standardise=True), regressor(tiny, context, family)
+    batch = objective.prepare(examples({"text": "a", "label": 5}, {"text": "b c", "label": 900}), context)
+    before = objective.predict(model, batch, context)
+    objective.begin(model, [100.0, 300.0], fresh=False)
+    assert objective.predict(model, batch, context) == pytest.approx(before, abs=300 * 2**-22)
+
+
+def test_numbers_far_from_zero_are_reached_when_they_are_standardised(tiny, context) -> None:
+    some = examples(*({"text": text, "label": label} for text, label in (("import os", 21000), ("class A", 18000))))
+
+    def error(standardise):
+        objective, model = method_class("regression")(standardise=standardise), regressor(tiny, context, "bert")
+        batch = objective.prepare(some, context)
+        with catch_warnings(record=True):
+            objective.begin(model, batch["number_B"].tolist(), fresh=True)
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+        for _ in range(60):
+            optimizer.zero_grad()
+            objective.loss(model, batch).value.backward()
+            optimizer.step()
+        return np.abs(np.array(objective.predict(model, batch, context)) - batch["number_B"].numpy()).max()
+
+    assert error(True) < 300 and error(False) > 10000
+
+
+def test_numbers_far_from_zero_that_are_not_standardised_are_said(tiny, context) -> None:
+    objective, model = method_class("regression")(label="price"), regressor(tiny, context, "bert")
+    with pytest.warns(PretrainWarning, match="'price' lie around 200 ± 1e\\+02, .* standardise: true"):
+        objective.begin(model, [100, 300], fresh=True)
+    with catch_warnings():
+        simplefilter("error")
+        objective.begin(model, [0, 5, 2.5], fresh=True)
+
+
+def test_a_mean_that_bfloat16_cannot_hold_is_written_wider(tiny, context) -> None:
+    objective, years = method_class("regression")(standardise=True), [2019.0, 2021.0, 2025.0]
+    model = regressor(tiny, context, "bert")
+    objective.begin(model, years, fresh=True)
+    with pytest.warns(PretrainWarning, match="written in torch.float32"):
+        assert objective.end(model, torch.bfloat16) is None
+    model = regressor(tiny, context, "bert")
+    objective.begin(model, [0.0, 1.0], fresh=True)
+    assert objective.end(model, torch.bfloat16) is torch.bfloat16
 
 
 def test_words_are_read_at_their_first_or_last_token(context) -> None:
@@ -306,6 +385,7 @@ def test_a_recipe_fine_tunes_a_classifier_that_learns(tmp_path) -> None:
 @pytest.mark.parametrize(("model", "objective", "metric"), [
     (BERT, "tagging", "f1"),
     (BERT, "{method: regression, label: size}", "pearson"),
+    (BERT, "{method: regression, label: size, standardise: true}", "pearson"),
 ])  # fmt: skip
 def test_a_recipe_fine_tunes_taggers_and_regressions(tmp_path, model, objective, metric) -> None:
     assert metric in _run(tmp_path, model, objective, 4)[1]["metrics"]

@@ -26,7 +26,9 @@ from pretrain.corpus.store import write_corpus
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.forecast import forecast
 from pretrain.identity import plan
+from pretrain.interactive import generate
 from pretrain.recipe import load
+from pretrain.stages.evaluate import load_both
 
 MANY = int(os.environ.get("PRETRAIN_MUTATIONS", "10000"))
 FEW = 60
@@ -232,6 +234,12 @@ def checkpoints(tiny, tmp_path_factory):
     return home
 
 
+def _copied(folder, place):
+    """A copy of a checkpoint that may be changed, made once."""
+    copy = place / folder.name
+    return copy if copy.exists() else shutil.copytree(folder, copy)
+
+
 @pytest.mark.promise("What others have written", "Seeded mutators change recipes")
 @counts
 def test_no_checkpoint_ends_in_a_traceback(checkpoints, tmp_path, count):
@@ -239,9 +247,7 @@ def test_no_checkpoint_ends_in_a_traceback(checkpoints, tmp_path, count):
     for seed in range(FIRST, FIRST + count):
         rng = random.Random(seed)
         family = ("llama", "gpt2", "bert", "surgical")[seed % 4]
-        folder = tmp_path / family
-        if not folder.exists():
-            shutil.copytree(checkpoints / family, folder)
+        folder = _copied(checkpoints / family, tmp_path)
         names = sorted(path.name for path in folder.iterdir() if path.is_file())
         path = folder / rng.choice([*names, "config.json", "config.json", "pretrain.json"])
         good = path.read_bytes()
@@ -257,6 +263,59 @@ def test_no_checkpoint_ends_in_a_traceback(checkpoints, tmp_path, count):
         tally.do(lambda folder=folder: checkpoint.load(folder), f"seed {seed} ({family}/{path.name})")
         path.write_bytes(good)
     tally.settle("checkpoints")
+
+
+# Values that a number or a setting of generation may be given in place of its own.
+ODD = [0, -1, 1, 2, 10**9, 10**30, 0.0, -0.5, 1e-9, 1e308, float("nan"), float("inf"), "x", "1", True, None, [], [1], [[1]], [[1, "x"]], [-1], {}, {"(1,)": 1.0}, [[[1], 2.0]], [10**9], [3, 1.1]]  # fmt: skip
+GENERATION = [
+    "temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "repetition_penalty", "no_repeat_ngram_size",
+    "suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "sequence_bias", "forced_bos_token_id", "forced_eos_token_id",
+    "eos_token_id", "pad_token_id", "bos_token_id", "min_length", "min_new_tokens", "max_length", "max_new_tokens", "num_beams",
+    "do_sample", "stop_strings", "exponential_decay_length_penalty", "renormalize_logits", "remove_invalid_values", "length_penalty",
+    "num_return_sequences", "guidance_scale", "watermarking_config", "cache_implementation", "use_cache", "early_stopping",
+]  # fmt: skip
+TOKENIZER = ["model_max_length", "padding_side", "truncation_side", "pad_token", "eos_token", "clean_up_tokenization_spaces", "split_special_tokens", "extra_special_tokens", "chat_template", "added_tokens_decoder", "tokenizer_class"]  # fmt: skip
+PARTS = [
+    "normalizer",
+    "pre_tokenizer",
+    "decoder",
+    "post_processor",
+    "added_tokens",
+    "padding",
+    "truncation",
+]  # of tokenizer.json
+STEPS = [
+    {"type": "Sequence", inner: [{"type": "Replace", "pattern": pattern, "content": "ab" * 9}] * 9}
+    for inner in ("normalizers", "decoders")
+    for pattern in ({"String": "a"}, {"Regex": "."}, {"Regex": "x*"})
+]  # fmt: skip
+
+
+@pytest.mark.promise("What others have written", "Seeded mutators change recipes")
+@counts
+def test_no_setting_of_a_checkpoint_ends_in_a_traceback_when_it_generates(checkpoints, tmp_path, count):
+    tally = Tally()
+    for seed in range(FIRST, FIRST + count):
+        rng = random.Random(seed)
+        family = ("llama", "gpt2")[seed // 4 % 2]
+        folder = _copied(checkpoints / family, tmp_path)
+        path = folder / ("generation_config.json", "tokenizer_config.json", "config.json", "tokenizer.json")[seed % 4]
+        good = path.read_bytes()
+        tree = json.loads(good)
+        numbers = [name for name, value in tree.items() if type(value) in (int, float)]
+        for _ in range(rng.randrange(1, 3)):
+            steps = path.name == "tokenizer.json"
+            names = {"generation_config.json": GENERATION, "tokenizer_config.json": TOKENIZER}.get(path.name, numbers)
+            tree[rng.choice(PARTS if steps else names)] = rng.choice([*STEPS, *ODD] if steps else ODD)
+        path.write_text(json.dumps(tree))
+
+        def work(folder=folder):
+            model, tokenizer = load_both(folder)
+            generate(model, tokenizer, "def", max_new_tokens=2)
+
+        tally.do(work, f"seed {seed} ({family}/{path.name} {json.dumps(tree)[:300]})")
+        path.write_bytes(good)
+    tally.settle("settings")
 
 
 def _header_changed(rng, data):

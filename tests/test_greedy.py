@@ -113,6 +113,18 @@ def test_the_nucleus_is_that_of_transformers():
         assert (seen_BV == kept_BV).float().mean() > 0.98  # the unlikeliest may fall between two of the numbers
 
 
+@pytest.mark.parametrize("temperature", [1e-31, 1e-320, 5e-324])
+def test_a_temperature_below_what_logits_can_be_divided_by_is_greedy(tiny, temperature):
+    model = tiny()
+    greedy = decode(model, prompt(5, 0), max_new_tokens=12)
+    assert torch.equal(greedy, decode(model, prompt(5, 0), max_new_tokens=12, temperature=temperature))
+    assert sampling(model, temperature, None)[0] == 0
+    cold = Options(temperature=1e-30).pick(
+        torch.tensor([[1e4, 1e4 - 1, -1e4]]), torch.tensor([0.999]), torch.empty(1, 0, dtype=torch.int64)
+    )
+    assert cold.tolist() == [0]
+
+
 def test_a_seed_decides_the_samples(tiny):
     model = tiny()
     one, two, three = (
@@ -151,7 +163,7 @@ def test_the_stage_decodes_with_the_loop_and_leaves_other_models_to_generate(
     model = new_model(family, fields, vocabulary=Vocabulary.of(tokenizer)).eval()
     generate, calls = model.generate, []
     monkeypatch.setattr(model, "generate", lambda *a, **k: calls.append(1) or generate(*a, **k))
-    sample = continue_prompt(model, tokenizer, "def run(", temperature=0, max_new_tokens=9)
+    sample = continue_prompt(model, tokenizer, "def run(", temperature=0, max_new_tokens=9, token_healing=False)
     assert len(calls) == asked
     ids = [tokenizer.bos_token_id, *tokenizer("def run(", add_special_tokens=False)["input_ids"]]
     expected = greedy(model, torch.tensor([ids]), 9, eos=tokenizer.eos_token_id)[0, len(ids) :]

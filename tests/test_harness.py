@@ -6,6 +6,7 @@ import builtins
 import json
 import os
 import random
+import subprocess
 from types import SimpleNamespace
 
 import numpy as np
@@ -208,3 +209,11 @@ def test_other_mistakes_are_one_error_each(model, tokenizer, cloze, tmp_path, mo
         Harness(folder=str(tmp_path / "none"))(model, tokenizer, [])
     with pytest.raises(PretrainError, match="length 1000: accepted: at most the model's 512 positions"):
         Harness(folder=str(cloze.parent), length=1000)(model, tokenizer, [])
+
+
+def test_nothing_is_run_beside_the_tasks(model, tokenizer, cloze, monkeypatch):
+    """By itself lm-eval asks pip, git and others what machine this is: as many seconds as a small task takes."""
+    pytest.importorskip("lm_eval")
+    started = []
+    monkeypatch.setattr(subprocess.Popen, "__init__", lambda self, program, *_, **__: started.append(program))
+    assert "cloze_acc" in Harness(folder=str(cloze.parent))(model, tokenizer, []).metrics and started == []

@@ -138,6 +138,22 @@ def test_texts_are_measured_as_documents_are(texts, trained):
         pretrain.evaluate(trained.model, trained.tokenizer, texts[:1], ["heldout"])
 
 
+def test_several_prompts_at_once_are_refused_by_name(trained):
+    with pytest.raises(pretrain.PretrainError, match=r"prompt \['a', 'b'\]: accepted: one text; of several"):
+        pretrain.generate(trained.model, trained.tokenizer, ["a", "b"])
+
+
+def test_texts_are_measured_in_windows_as_long_as_those_of_the_checkpoints_training(texts, trained, tmp_path):
+    from pretrain.core import checkpoint
+
+    checkpoint.save(trained.model, trained.tokenizer, tmp_path / "c", lineage={"length": 32})
+    opened = pretrain.load(tmp_path / "c")
+    losses = {
+        length: pretrain.evaluate(*opened, texts[:5], length=length)["metrics"]["loss"] for length in (None, 32, 64)
+    }
+    assert losses[None] == losses[32] != losses[64]
+
+
 def test_a_model_writes(trained):
     assert pretrain.generate(trained.model, trained.tokenizer, "def ", max_new_tokens=8, temperature=0) == (
         pretrain.generate(trained.model, trained.tokenizer, "def ", max_new_tokens=8, temperature=0, seed=1)

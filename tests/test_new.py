@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -35,9 +36,10 @@ from pretrain.engine import run
 from pretrain.new import written
 from pretrain.new.languages import prose_language
 from pretrain.new.look import look
-from pretrain.new.plans import duration, quoted
+from pretrain.new.plans import Asked, duration, recipe
 from pretrain.new.prompts import fitting, prompts
-from pretrain.new.start import encoder, vocabulary
+from pretrain.new.start import Start, encoder, vocabulary
+from pretrain.new.words import quoted
 from pretrain.recipe import load
 from pretrain.stages.data import build_source
 
@@ -63,7 +65,7 @@ def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stori
     place, more = write_kind(here, kind, stories, base)
     printed = new(place.name, "--budget", "1s", "--output", "r.yaml", *more)
     assert "wrote r.yaml; next: pretrain run r.yaml --dry-run" in printed
-    assert len(printed.splitlines()) <= 3 + printed.count("rows of each label")
+    assert len(printed.splitlines()) <= 3 + printed.count("rows of each label") + printed.count("changes nothing")
     assert len((here / "r.yaml").read_text().splitlines()) < 75
     result = run(load(here / "r.yaml"))
     wanted = {"labels": "accuracy", "chat": "exact_match", "pairs": "exact_match", "images": "probe_accuracy",
@@ -145,6 +147,22 @@ def test_a_recipe_is_never_written_over_another(here):
     assert load(here / "reviews.yaml").name == "reviews"
 
 
+def test_a_recipe_is_written_to_no_pipe_and_no_folder_and_through_a_link(here):
+    write_reviews(here / "reviews.csv")
+    os.mkfifo(here / "pipe.yaml"), (here / "link.yaml").symlink_to("other.yaml"), (here / "folder.yaml").mkdir()
+    for more in (["reviews.csv"], ["--starter", "mine"]):
+        for name, kind in (
+            ("pipe.yaml", "is a named pipe"),
+            ("folder.yaml", "is a folder"),
+            ("no/x.yaml", "no folder"),
+        ):
+            with pytest.raises(PretrainError, match=f"{name}:? .*{kind}.*; accepted: a"):
+                new(*more, "--output", name, "--force")
+        new(*more, "--output", "link.yaml", "--force")
+        assert (here / "link.yaml").is_symlink() and load(here / "other.yaml").name
+    assert (here / "pipe.yaml").is_fifo() and not (here / "no").exists()
+
+
 def test_of_texts_that_are_cut_the_true_share_is_told(here):
     rng = random.Random(0)
     rows = [f"{sentences(ENGLISH, rng, 20 if n % 9 == 0 else 1)} {n},{'ab'[n % 2]}" for n in range(99)]
@@ -211,6 +229,17 @@ def test_a_classifier_cannot_be_gone_on_with_as_a_language_model(here, base, tmp
         new("prose", "--task", "continue", "--init", place)
 
 
+def test_a_model_that_is_mostly_vocabulary_is_told_what_makes_that_smaller(here):
+    write_prose(here / "prose")
+    small, large = ({"model_type": "llama", "vocab_size": 8192, "hidden_size": width, "num_hidden_layers": 4,
+                     "architectures": ["LlamaForCausalLM"]} for width in (64, 1024))  # fmt: skip
+    seen = look("prose")
+    told, silent = (recipe(Asked("m", seen, "compress", Start("runs/m", config))) for config in (small, large))
+    assert "About 73% of this model's weights are its vocabulary's" in told
+    assert "pretrain export runs/m\n  # --to gguf --numbers q8_0" in told
+    assert "vocabulary" not in silent and yaml.safe_load(told) == yaml.safe_load(silent)
+
+
 @pytest.mark.parametrize("task", ["continue", "compress"])
 def test_a_checkpoint_is_gone_on_with_or_made_smaller_and_measured_before_and_after(here, base, task):
     write_prose(here / "prose")
@@ -245,6 +274,30 @@ def test_the_rows_of_each_label_are_told_and_a_misspelt_one_is_doubted(here):
     assert "'scince' (2 rows) is likely 'science' (30) misspelt" in printed
 
 
+@pytest.mark.parametrize(
+    ("column", "became"), [("label", "all are kept"), ("package", "the first of each text is kept")]
+)
+def test_texts_with_more_than_one_label_are_told_before_and_after_the_corpus_is_made(here, column, became):
+    rows = [f"words of a longer text {n},{'ab'[n % 2]},note {n}" for n in range(60)]
+    rows += [
+        "words of a longer text 2,b,again",
+        "words of a longer text 3,b,another copy",
+        "words of a longer text 4,,",
+    ]
+    (here / "t.csv").write_text(f"text,{column},notes\n" + "\n".join(rows))
+    printed = new("t.csv", "--label", column)
+    assert f"2 rows of 1 text that stands with more than one {column} (line 4, line 62): {became}" in printed
+    said = []
+    recipe = load(here / "t.yaml", ["encoder.budget={steps: 1}", "classifier.budget={steps: 1}"])
+    run(recipe, say=said.append)
+    info = json.loads((here / "runs" / "t" / "corpus" / "corpus" / "corpus.json").read_text())
+    assert info["contradicting"] == {column: {"texts": 1, "kept": column == "label"}}
+    assert info["removed"]["exact"] == (1 if column == "label" else 2)
+    line = f"1 text stands with more than one {column!r}"
+    assert any(f"warning: {line}" in each for each in said)
+    assert line.replace("'", "&#x27;") in (here / "runs" / "t" / "report.html").read_text()
+
+
 def test_columns_of_texts_that_go_unread_are_named(here):
     rows = [f"words of a longer text {n},{('science', 'arts')[n % 2]},a title of number {n},k{n}" for n in range(60)]
     (here / "t.csv").write_text("text,label,title,key\n" + "\n".join(rows))
@@ -269,7 +322,8 @@ def test_rows_that_no_recipe_can_use_are_told_with_their_lines_and_left_out(here
 
 def test_texts_without_a_label_are_read_by_the_encoder_and_by_nothing_else(here):
     rows = [f"words of a longer text {n},{'ab'[n % 2]}" for n in range(60)]
-    (here / "t.csv").write_text("text,label\n" + "\n".join([*rows, "no label of it,", "nor of this,"]))
+    without = [f"no label of text {n}," for n in range(62)]
+    (here / "t.csv").write_text("text,label\n" + "\n".join([*rows, *without]))
     new("t.csv")
     stages = {stage["name"]: stage for stage in yaml.safe_load((here / "t.yaml").read_text())["stages"]}
     assert stages["corpus"]["sources"] == [{"files": "t.csv", "required": ["label"]}]
@@ -282,24 +336,33 @@ def test_texts_without_a_label_are_read_by_the_encoder_and_by_nothing_else(here)
         json.loads((here / "runs" / "t" / name / "corpus" / "corpus.json").read_text())["read"]
         for name in ("corpus", "texts")
     ]
-    assert counts == [60, 62]
+    assert counts == [60, 122]
     (here / "whole.csv").write_text("text,label\n" + "\n".join(rows))
     new("whole.csv")
     assert "texts" not in {s["name"] for s in yaml.safe_load((here / "whole.yaml").read_text())["stages"]}
 
 
-def test_an_encoder_of_texts_alone_learns_what_a_classifier_reads_and_is_tuned_at_a_rate_of_its_size(here):
-    """0.62, 0.69 with the rate and the passes, 0.74 with the bag of words: 760 docstrings of four packages."""
+def labelled_texts(place: Path, without: int) -> None:
+    """800 texts of 30 words with two labels, and texts without."""
     words = random.Random(0).choices(sentences(ENGLISH, random.Random(0), 400).split(), k=24_000)
-    texts = [" ".join(words[n * 30 : n * 30 + 30]) for n in range(800)]
-    (here / "t.csv").write_text(
-        "text,label\n" + "\n".join(f"{t.replace(',', '')},{'ab'[n % 2]}" for n, t in enumerate(texts))
+    texts = [" ".join(words[n * 30 : n * 30 + 30]).replace(",", "") for n in range(800)]
+    rows = [f"{text},{'ab'[n % 2]}" for n, text in enumerate(texts)]
+    place.write_text(
+        "text,label\n" + "\n".join([*rows, *(f"{text} more {n}," for n, text in enumerate(texts[:without]))])
     )
+
+
+@pytest.mark.parametrize("without", [800, 100])
+def test_an_encoder_of_the_texts_comes_first_and_the_mean_of_its_states_tells_the_label(here, without):
+    labelled_texts(here / "t.csv", without)
     new("t.csv")
     stages = {stage["name"]: stage for stage in yaml.safe_load((here / "t.yaml").read_text())["stages"]}
-    assert stages["encoder"]["objective"] == "bag_of_words"
-    assert stages["classifier"]["optimizer"]["lr"] == "2e-3" or float(stages["classifier"]["optimizer"]["lr"]) == 2e-3
-    assert stages["classifier"]["budget"] == {"epochs": 16}
+    encoder, classifier = stages["encoder"], stages["classifier"]
+    assert encoder["model"]["classifier_pooling"] == "mean" and encoder["model"]["num_hidden_layers"] == 1
+    assert encoder["objective"] == "masked_lm" and classifier["init"] == "encoder"
+    assert float(classifier["optimizer"]["lr"]) == float(encoder["optimizer"]["lr"]) == 4e-3
+    assert classifier["budget"] == {"epochs": 12} and classifier["batch_rows"] == 32
+    assert classifier["policies"][0]["metric"] == "accuracy"
     load(here / "t.yaml")
 
 
@@ -337,6 +400,8 @@ def test_numbers_are_classes_where_they_are_few_and_whole_and_the_other_task_tak
     assert f"guessed --task {task}; the numbers in score are taken for" in printed and f"else --task {other}" in printed
     objective = {"classify": "classification", "regress": "regression"}
     assert f"method: {objective[task]}" in (here / "t.yaml").read_text()
+    assert ("standardise: true" in (here / "t.yaml").read_text()) is (task == "regress")
+    assert ("metric: accuracy, better: higher" in (here / "t.yaml").read_text()) is (task == "classify")
     new("t.csv", "--task", other, "--output", "other.yaml")
     assert f"method: {objective[other]}" in (here / "other.yaml").read_text()
 
@@ -475,3 +540,10 @@ def test_no_name_of_a_column_or_a_file_becomes_a_line_of_the_recipe(here):
     assert recipe.seed == 0 and recipe.output == Path("runs/odd")
     comments = [line for line in (here / "odd.yaml").read_text().splitlines() if line.lstrip().startswith("#")]
     assert any("a text seed: 7 output: /x" in line for line in comments)
+
+
+def test_a_budget_that_the_recipe_has_no_use_for_is_told(here):
+    labelled_texts(here / "t.csv", 0)
+    told = new("t.csv", "--budget", "2h")
+    assert "--budget 2h changes nothing: more passes over the text" in told
+    assert "changes nothing" not in new("t.csv", "--budget", "5s", "--force")

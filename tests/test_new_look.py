@@ -40,10 +40,13 @@ def test_a_loose_file_beside_folders_of_languages_hides_no_domain(two_languages)
     assert look("texts").domains == (*plain, ("texts/*.md", "English"))
 
 
-def test_prompts_of_prose_are_whole_words_from_where_a_sentence_begins():
+def test_prompts_of_prose_are_whole_words_as_they_stand_from_where_a_sentence_begins():
     wrapped = "and went on without a word, as they had always\ndone before.\n\nThe old lighthouse stood on a rock, and its keep-\ners had left it many years ago, when the harbour was closed for good.\n"
     assert prompts([(".txt", wrapped)], 0.0) == (
-        "The old lighthouse stood on a rock, and its keepers had left it many years ago,",
+        "The old lighthouse stood on a rock, and its keep-\ners had left it many years",
+    )
+    assert fitting(f"The old lighthouse\n  stood on {'a rock ' * 6}, its keep-\ners had left") == (
+        f"The old lighthouse\n  stood on {'a rock ' * 6}, its"
     )
     assert beginnings("A heading\n=========\nThe first words\nof it. 100 %d\nand so on") == [
         "A heading", "The first words", "and so on"
@@ -78,8 +81,10 @@ def test_what_a_run_held_out_stays_held_out_in_what_goes_on_from_it(two_language
     a_run(Path("runs/r"), 0.03, 0.07)
     start = start_of(name)
     assert start.held == (0.03, 0.07)
-    data = yaml.safe_load(recipe(Asked("next", look("texts"), "continue", start)))["stages"][0]
+    data, *others = yaml.safe_load(recipe(Asked("next", look("texts"), "continue", start)))["stages"]
     assert (data["validation"], data["test"]) == (0.03, 0.07)
+    kept = next(stage for stage in others if stage["name"] == "kept")
+    assert kept["corpus"] == "runs/r/corpus@0123456789ab" and kept["checkpoint"] == "model", "what is forgotten shows"
     texts = [path.read_text() for path in sorted(Path("texts").rglob("*.txt"))]
     assert all(side(t, data["validation"], data["test"]) == side(t, 0.03, 0.07) for t in texts)
     other = yaml.safe_load(recipe(Asked("next", look("texts"), "continue", Start("org/model", start.config))))[

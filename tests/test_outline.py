@@ -90,6 +90,11 @@ def test_a_sound_configuration_is_sound_by_its_source(family):
     assert facts.plausible(TINY[family] | {"vocab_size": 300}) and facts.plausible({})
 
 
+def test_a_value_of_those_that_a_type_lists_is_known_without_the_configuration():
+    facts = declared.declared("modernbert")
+    assert facts.plausible({"classifier_pooling": "mean"}) and not facts.plausible({"classifier_pooling": "most"})
+
+
 @pytest.mark.parametrize(
     "model_type, fields",
     [

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
@@ -66,6 +67,13 @@ def trained(prepared, tiny):
 
     run.said = said
     return run
+
+
+def test_from_where_a_training_goes_on_is_told(trained, tmp_path):
+    trained(tmp_path, save_every=2, budget=Budget(steps=4))
+    assert not any("going on" in line for line in trained.said)
+    trained(tmp_path, save_every=2)
+    assert trained.said[0] == "going on from step 4"
 
 
 def rows(folder, event):
@@ -156,6 +164,36 @@ def test_threads_that_outnumber_the_free_cores_are_told(monkeypatch, threads, co
     monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
     line = machine.crowding(threads)
     assert words in line and bool(line) == bool(words)
+
+
+def free_hands(monkeypatch, load, percent):
+    for name in ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"):
+        monkeypatch.setenv(name, "")  # so that what is set here is undone
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+    monkeypatch.setattr(psutil, "cpu_percent", lambda interval: percent)
+
+
+@pytest.mark.parametrize(
+    ("load", "percent", "policy"),
+    [(3.0, 90.0, "passive"), (0.1, 90.0, None), (1.5, 3.0, None)],
+    ids=["busy", "busy for a moment", "busy before"],
+)
+def test_threads_sleep_while_they_wait_where_others_want_the_cores(monkeypatch, load, percent, policy):
+    free_hands(monkeypatch, load, percent)
+    machine.share_cores()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
+    told = machine.crowding(4)
+    assert ("OMP_NUM_THREADS" in told) == (policy is None) and (policy is None or told.startswith("; others want"))
+
+
+@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT"])
+def test_how_threads_wait_is_left_to_who_says_it(monkeypatch, name):
+    free_hands(monkeypatch, 9.0, 100.0)
+    monkeypatch.setenv(name, "2")
+    machine.share_cores()
+    assert os.environ.get("OMP_WAIT_POLICY") == ("2" if name == "OMP_WAIT_POLICY" else None)
 
 
 def test_a_training_tells_early_how_far_from_its_plan_it_is(trained, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import yaml
 from processor import libraries
+from servers import completion, serving
 from typer.testing import CliRunner
 
 from pretrain import engine, papers
@@ -236,7 +237,8 @@ def test_it_answers_at_once_and_imports_nothing_heavy():
         after = resource.getrusage(resource.RUSAGE_CHILDREN)
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    assert min(seconds() for _ in range(3)) < 4 * libraries()  # 1.4 to 1.7 times
+    least = libraries()
+    assert any(seconds() < 4 * least for _ in range(3))  # 1.4 to 1.7 times
     program = "import sys, runpy; sys.argv = ['pretrain', 'papers'];\ntry: runpy.run_module('pretrain', run_name='__main__')\nexcept SystemExit: pass\nprint('|' + ' '.join(sys.modules))"
     out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, cwd=ROOT)
     loaded = set(out.stdout.rpartition("|")[2].split())
@@ -284,11 +286,13 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
+        "entigraph", "wrap",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
 
 
+@pytest.mark.processes
 def test_the_unlearning_recipe_measures_membership_and_loss_before_and_after(tmp_path):
     settings = [
         "corpus.sources=[{packages: [networkx, sklearn], limit: 30}]", "forgotten.sources=[{packages: [networkx], limit: 30}]",
@@ -301,6 +305,7 @@ def test_the_unlearning_recipe_measures_membership_and_loss_before_and_after(tmp
         assert f'"{metric.partition("/")[0]}' in next(tmp_path.rglob(f"{name}/evaluation.json")).read_text()
 
 
+@pytest.mark.processes
 def test_the_private_recipe_tunes_by_both_accountants_and_compares(tmp_path):
     few = "sources=[{functions: [networkx], limit: 20, longest: 200}]"
     settings = [
@@ -314,6 +319,7 @@ def test_the_private_recipe_tunes_by_both_accountants_and_compares(tmp_path):
     assert all(found[name]["noise_multiplier"] > 0 and found[name]["epsilon"] <= 8 for name in ("renyi", "edgeworth"))
 
 
+@pytest.mark.processes
 def test_the_recipe_of_noisy_labels_compares_two_encoders_by_three_ways_to_tune(tmp_path):
     few = "sources=[{packages: [networkx, sklearn], limit: 30}]"
     settings = [
@@ -329,6 +335,7 @@ def test_the_recipe_of_noisy_labels_compares_two_encoders_by_three_ways_to_tune(
     assert all("probe_accuracy" in found[f"{name}_linear"] for name in ("clean", "noisy"))
 
 
+@pytest.mark.processes
 def test_the_curation_recipe_filters_tunes_corrects_and_compares(tmp_path):
     few = "sources=[{functions: [networkx], limit: 20, longest: 200}]"
     held_out = [f"{name}.test=0.3" for name in ("noisy", "filtered", "corrected")]
@@ -351,6 +358,58 @@ def test_the_curation_recipe_filters_tunes_corrects_and_compares(tmp_path):
     assert 0.4 * counts["before"] <= counts["after"] < counts["before"]
 
 
+@pytest.mark.processes
+def test_the_rephrasing_recipe_trains_on_both_and_on_the_real_alone(tmp_path, text):
+    with serving() as served:
+        served.answer = lambda body: completion(
+            "It says in other words: " + body["messages"][-1]["content"][-60:][::-1]
+        )
+        settings = [
+            *data("corpus", "rephrased", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("real", "both"),
+            *short("real", "both"), f"rephrased.operations.0.server={served.url}",
+        ]  # fmt: skip
+        found = finite(engine.run(load(ROOT / "recipes/papers/wrap.yaml", settings, tmp_path), say=lambda text: None))
+    (report,) = json.loads((tmp_path / "rephrased/corpus/corpus.json").read_text())["operations"]
+    assert report["asked"] == report["used"] == report["documents"]["rephrased"]["after"] >= len(served.seen) > 100
+    assert all(found[f"measured_{name}"]["bits_per_byte"] > 0 for name in ("real", "both"))
+    assert found["rephrased"]["documents/test"] == found["corpus"]["documents/test"]
+
+
+@pytest.mark.processes
+def test_the_recipe_of_synthetic_documents_goes_on_with_them_and_with_the_real(tmp_path, text):
+    def answer(body):
+        text = body["messages"][-1]["content"]
+        if "### Entities:" not in text:
+            return completion(json.dumps({"summary": "It is a summary.", "entities": [*text.split()[-4:], "it"]}))
+        return completion(
+            "### Discussion of it in relation to " + " and ".join(text.rpartition("### Entities:")[2].split())
+        )
+
+    with serving() as served:
+        served.answer = answer
+        sources = f"[{{files: {text}}}]"
+        mixtures = {
+            "base": {"py": 0.5, "md": 0.5, "txt": 0},
+            "raw": {"txt": 0.9, "py": 0.1, "md": 0},
+            "synthetic": {"entigraph": 0.9, "py": 0.1, "md": 0},
+        }
+        settings = [
+            *data("corpus", "enlarged", sources=sources), "tokenizer.vocab_size=512", *small("base"), *short("base", "raw", "synthetic"),
+            f"enlarged.operations.0.server={served.url}", "enlarged.operations.0.only=[txt]", "enlarged.operations.0.pairs=4",
+            "enlarged.operations.0.triples=2", *(f"{name}.mixture={json.dumps(mixture)}" for name, mixture in mixtures.items()),
+        ]  # fmt: skip
+        found = finite(
+            engine.run(load(ROOT / "recipes/papers/entigraph.yaml", settings, tmp_path), say=lambda text: None)
+        )
+    (report,) = json.loads((tmp_path / "enlarged/corpus/corpus.json").read_text())["operations"]
+    documents = report["documents"]
+    assert documents["entigraph"]["after"] > 3 * documents["txt"]["before"] > 0 == documents["txt"]["after"]
+    assert documents["py"]["before"] == documents["py"]["after"] and report["without_entities"] == 0
+    assert all(found[f"measured_{name}"]["bits_per_byte"] > 0 for name in ("base", "raw", "synthetic"))
+    assert {"base", "enlarged"} <= {*lineage(tmp_path / "synthetic")}
+
+
+@pytest.mark.processes
 def test_experts_reduced_for_a_task_are_tuned_and_measured_beside_as_few_from_the_start(tmp_path, text):
     settings = [
         *data("general", "task", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("wide", "small"),
@@ -365,6 +424,7 @@ def test_experts_reduced_for_a_task_are_tuned_and_measured_beside_as_few_from_th
     assert [config["num_local_experts"] for config in configs.values()] == [8, 4, 4]
 
 
+@pytest.mark.processes
 def test_pre_gated_experts_are_tuned_measured_and_written_with_beside_plain_ones(tmp_path, text):
     settings = [
         *data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("general"),
@@ -379,6 +439,7 @@ def test_pre_gated_experts_are_tuned_measured_and_written_with_beside_plain_ones
     assert found["plain_samples"]["expert_misses"] > 0
 
 
+@pytest.mark.processes
 def test_a_dense_model_becomes_experts_whose_router_is_trained_in_turn_with_them(tmp_path, text):
     trained = ("dense", "router_1", "experts_1", "router_2", "experts_2", "pruned_tuned")
     settings = [
@@ -399,6 +460,7 @@ def test_a_dense_model_becomes_experts_whose_router_is_trained_in_turn_with_them
     assert lineage(tmp_path / "experts_2")[-4:] == ["mixture", "router_1", "experts_1", "router_2"]
 
 
+@pytest.mark.processes
 def test_a_model_with_codebooks_is_measured_beside_one_without_read_and_steered(tmp_path, text):
     settings = [
         *data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("general"),
@@ -433,6 +495,7 @@ def test_a_binary_encoder_is_pretrained_from_its_teacher_and_measured_beside_it(
     assert lineage(next(tmp_path.rglob("pretrained/checkpoint")).parent)[-2:] == ["teacher", "binary"]
 
 
+@pytest.mark.processes
 def test_students_of_three_sizes_are_taken_out_of_superlms_and_tuned_beside_their_teacher(tmp_path, text):
     spaces = {"tiny": ([16], 40_000), "small": ([24, 32], 60_000), "base": ([48], 90_000)}
     sizes = "head_size: 8, num_attention_heads: [2, 3, 4, 6], num_hidden_layers: [1, 2], mlp_ratio: [1.0, 2.0]"
@@ -465,6 +528,7 @@ def test_the_recipes_mix_domains_as_their_papers_do():
     assert set(stages["encoder"].mixture.values()) == {0.5} and len(stages["encoder"].mixture) == 2
 
 
+@pytest.mark.processes
 def test_a_small_model_goes_on_for_a_while_and_then_for_longer(tmp_path, text):
     settings = [*data("general", sources=f"[{{files: {text}, suffixes: [.py]}}]"), *data("domain", sources=f"[{{files: {text}, suffixes: [.txt, .md]}}]"),
                 "tokenizer.vocab_size=500", *small("base"), *short("base", "some", "more")]  # fmt: skip
@@ -502,6 +566,7 @@ def drawn(monkeypatch):
     return found
 
 
+@pytest.mark.processes
 def test_a_stream_of_domains_is_read_one_by_one_and_measured_on_all(tmp_path, text, drawn):
     settings = [*data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=500", *small("first"), *short("first", "second", "third"),
                 "first.mixture={py: 1.0}", "second.mixture={txt: 1.0}", "third.mixture={md: 1.0}"]  # fmt: skip
@@ -530,6 +595,7 @@ def test_a_small_domain_is_read_as_often_as_a_large_one_from_the_first_step_on(t
     assert config["architectures"] == ["BertForMaskedLM"]
 
 
+@pytest.mark.processes
 def test_an_encoder_loses_a_script_and_goes_on_with_several_languages_at_once(tmp_path, text, drawn):
     (tmp_path / "ru").mkdir()
     for number in range(8):
@@ -548,6 +614,7 @@ def test_an_encoder_loses_a_script_and_goes_on_with_several_languages_at_once(tm
     assert abs(rows.count("ita_Latn") / 48 - 0.5) < 0.22
 
 
+@pytest.mark.processes
 def test_an_encoder_from_scratch_has_the_words_of_its_domain_and_the_other_those_it_came_with(tmp_path, text):
     settings = [*data("general", sources=f"[{{files: {text}, suffixes: [.txt, .md]}}]"), *data("domain", sources=f"[{{files: {text}, suffixes: [.py]}}]"),
                 *data("examples", sources="[{functions: [click, networkx], limit: 24}]"), "general_words.vocab_size=400", "domain_words.vocab_size=450",

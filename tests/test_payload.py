@@ -13,7 +13,7 @@ from PIL import Image
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus import store
-from pretrain.corpus.payload import content, identity
+from pretrain.corpus.payload import content, identity, table_of
 from pretrain.corpus.shards import tokenise
 from pretrain.corpus.store import SPLITS, Corpus, side, write_corpus
 from pretrain.data.deduplication.deduplicate import Deduplicate
@@ -172,6 +172,10 @@ def test_operations_keep_the_columns_types(tmp_path):
 
 def test_a_column_of_several_types_is_named(tmp_path):
     documents = [{"text": str(n), "label": label, "domain": "d", "id": str(n)} for n, label in enumerate((1, "x"))]
+    with pytest.raises(
+        PretrainError, match=r"column 'n' holds numbers too large to store .*; accepted: whole numbers from"
+    ):
+        table_of([{"text": "a", "n": 2**63}, {"text": "b", "n": 2**63 + 1}])
     with pytest.raises(PretrainError, match="column 'label' holds several types .*; accepted: one type a column"):
         write_corpus(documents, tmp_path / "c", validation=0, test=0)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 
+import pyarrow.parquet
 import pytest
 import torch
 from transformers import (
@@ -149,6 +151,24 @@ def test_tags_have_the_characters_that_they_stand_for(places, words):
     tags = ["B-PER", "O", "O", "B-LOC", "I-LOC"]
     assert [(t["tag"], t["text"]) for t in spans(text, tags)] == [("PER", "Ann"), ("LOC", "New  York")]
     assert spans("a bc", ["DET", "NOUN"])[1] == {"tag": "NOUN", "start": 2, "end": 4, "text": "bc"}
+
+
+@pytest.mark.promise(
+    "What others have written",
+    "Halves of characters in rows that are predicted are replaced and counted as in corpora, and JSON has null for numbers that it has no words for.",
+)
+def test_halves_of_characters_and_numbers_without_words_come_out_as_valid_json(places, tmp_path):
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"text": "a \\ud800 b", "n": NaN, "\\udfff": ["\\ud800", -Infinity]}\n{"text": "plain", "n": 1}\n')
+    said = CliRunner().invoke(app, ["predict", str(places["single"]), str(path)])
+    assert said.exit_code == 0 and "halves of characters in 1 row are replaced" in said.stderr
+
+    def wrong(word):
+        raise AssertionError(word)
+
+    first, second = (json.loads(line, parse_constant=wrong) for line in said.stdout.splitlines())
+    assert first["text"] == "a \ufffd b" and first["n"] is None and first["\ufffd"] == ["\ufffd", None]
+    assert second["n"] == 1
 
 
 def test_an_encoder_decoder_of_another_family_answers_as_its_own_generate_does(places, words):
@@ -298,6 +318,27 @@ def test_an_output_of_another_kind_or_the_input_itself_is_refused(places, tmp_pa
         predict(places["single"], path, "--output", tmp_path / "out.xlsx")
     with pytest.raises(PretrainError, match="is the input"):
         predict(places["single"], path, "--output", path)
+
+
+def test_an_output_that_is_no_file_stays_what_it_is_and_a_link_leads_to_the_file(places, tmp_path):
+    (tmp_path / "in.txt").write_text("one\n")
+    os.mkfifo(tmp_path / "pipe.jsonl"), (tmp_path / "link.jsonl").symlink_to("other.jsonl")
+    for force in ([], ["--force"]):
+        with pytest.raises(PretrainError, match=r"^--output .*pipe.jsonl is a named pipe; accepted: another file$"):
+            predict(places["single"], tmp_path / "in.txt", "--output", tmp_path / "pipe.jsonl", *force)
+    predict(places["single"], tmp_path / "in.txt", "--output", tmp_path / "link.jsonl")
+    assert (tmp_path / "pipe.jsonl").is_fifo() and (tmp_path / "link.jsonl").is_symlink()
+    assert lines((tmp_path / "other.jsonl").read_text())[0]["text"] == "one"
+
+
+def test_bytes_are_written_in_base64(places, tmp_path):
+    table = pyarrow.table({"text": ["a"], "data": [b"\xff"], "deep": [{"data": [b"\xfe"]}]})
+    pyarrow.parquet.write_table(table, tmp_path / "in.parquet")
+    (row,) = lines(predict(places["single"], tmp_path / "in.parquet"))
+    assert row["data"] == "/w==" and row["deep"] == {"data": ["/g=="]}
+    predict(places["single"], tmp_path / "in.parquet", "--output", tmp_path / "out.csv")
+    (row,) = csv.DictReader(io.StringIO((tmp_path / "out.csv").read_text()))
+    assert row["data"] == "/w==" and json.loads(row["deep"]) == {"data": ["/g=="]}
 
 
 def test_texts_longer_than_what_is_read_are_counted(places, tmp_path):

@@ -73,5 +73,5 @@ def test_a_prompt_that_does_not_fit_loses_its_beginning_and_that_is_said():
     assert _fitting(ids, 28, 128) == ids == _fitting(ids, 1000, None)
     with pytest.warns(PretrainWarning, match="the prompt has 100 tokens.*its first 12 tokens are cut off"):
         assert _fitting(ids, 40, 128) == ids[12:]
-    with pytest.raises(PretrainError, match="no room for a prompt, since the model has 128 positions"):
+    with pytest.raises(PretrainError, match="no room for a prompt: 128 of the model's 128 positions"):
         _fitting(ids, 128, 128)

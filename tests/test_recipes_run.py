@@ -33,6 +33,13 @@ SMALL = {
                                      "general.model.num_attention_heads=2", "general.budget.steps=4", "general.mixture={py: 1.0}", "continued.length=64",
                                      "continued.budget.steps=4", "continued.policies.0.domain=txt", "continued.policies.0.replay={py: 1.0}",
                                      "subset.sources=[{files: TEXT}]", "subset.validation=0.1", "subset.test=0.1", "subset.operations.0.domain=txt"],
+    "clean-web-text": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2", "model.length=64", "model.budget.steps=4",
+                       "corpus.operations=[deduplicate, {method: gopher_repetition, tag: true}, {method: gopher_quality, tag: true}]",
+                       "clean.operations=[gopher_repetition, {method: gopher_quality, letter_words: 0.5, stop_words: 0}]"],
+    "chat-from-a-base": ["base.model.hidden_size=32", "base.model.intermediate_size=48", "base.model.num_hidden_layers=1", "base.model.num_attention_heads=2", "base.length=64", "base.budget.steps=4",
+                         "questions.sources=[{functions: [networkx], limit: 60, longest: 200}]", "tuned.length=128", "tuned.budget={steps: 4}", "tuned.evaluate_every=0",
+                         "pairs.operations.0.max_new_tokens=4", "preferred.length=128", "preferred.budget={steps: 3}", "samples.max_new_tokens=4",
+                         "answers.max_documents=4", "answers_tuned.max_documents=4", "answers.evaluations.0.objective.answer=4", "answers_tuned.evaluations.0.objective.answer=4"],
     "baseline": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2",
                  "model.length=64", "model.budget.steps=4"],
     "frugal": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2",
@@ -59,6 +66,7 @@ OTHER = {
     "speech": ({"debian": "asterisk-core-sounds-en-wav"}, "waveform", ["corpus.sources.0.limit=80", "model.model.hidden_size=32", "model.model.num_hidden_layers=1", "model.length=4000", "model.evaluate_tokens=20000"]),
     "proteins": ({"debian": "python-biopython-doc"}, "text", ["model.model.hidden_size=32", "model.model.num_hidden_layers=1"]),
 }  # fmt: skip
+MANY = ("adapt-to-your-domain", "chat-from-a-base", "compress", "merge")  # of many stages
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +78,20 @@ def text(tmp_path_factory, stories):
     return folder
 
 
-@pytest.mark.parametrize("name", [p.stem for p in sorted(RECIPES.glob("*.yaml")) if p.stem not in OTHER])
+def case(name):
+    """A recipe by name; one of several trainings is of the tests of whole recipes."""
+    return pytest.param(name, marks=pytest.mark.processes if name in MANY else ())
+
+
+@pytest.mark.parametrize(
+    "name", [case(p.stem) for p in sorted(RECIPES.glob("*.yaml")) if p.stem not in (*OTHER, "grow")]
+)
 def test_it_runs_from_end_to_end(tmp_path, text, name):
+    whole(tmp_path, text, name)
+
+
+def whole(tmp_path, text, name):
+    """What a run of a recipe gives, which is seen to be whole."""
     shared = [
         f"corpus.sources=[{{files: {text}}}]",
         "corpus.validation=0.1",
@@ -86,25 +106,24 @@ def test_it_runs_from_end_to_end(tmp_path, text, name):
     for stage in load(RECIPES / f"{name}.yaml", shared + small).stages:
         if stage.stage == "train":
             lines = [json.loads(line) for line in (tmp_path / stage.name / "log.jsonl").read_text().splitlines()]
-            assert any(row["event"] == "evaluation" and row["metrics"]["loss"] > 0 for row in lines)
+            held_out = stage.name != "preferred"  # whose pairs are of training documents alone
+            assert any(row["event"] == "evaluation" and row["metrics"]["loss"] > 0 for row in lines) is held_out
             assert result.stages[stage.name]["flops"] > 0
+    return result
 
 
-def test_growing_keeps_what_was_learnt_and_the_lineage(tmp_path, text):
-    shared = [
-        f"corpus.sources=[{{files: {text}}}]",
-        "corpus.validation=0.1",
-        "corpus.test=0.1",
-        "tokenizer.vocab_size=600",
-    ]
-    result = engine.run(load(RECIPES / "grow.yaml", shared + SMALL["grow"], tmp_path), say=lambda text: None)
+@pytest.mark.processes
+def test_growing_runs_from_end_to_end_and_keeps_what_was_learnt_and_the_lineage(tmp_path, text):
+    result = whole(tmp_path, text, "grow")
     record = json.loads((tmp_path / "grown" / "checkpoint" / "pretrain.json").read_text())
     assert [s["name"] for s in record["lineage"]["stages"]] == ["corpus", "tokenizer", "small", "stacked"]
     assert json.loads((tmp_path / "grown" / "checkpoint" / "config.json").read_text())["num_hidden_layers"] == 8
     assert result.stages["stacked"]["metrics"]["parameters"] > result.stages["stacked"]["metrics"]["parameters_before"]
 
 
-@pytest.mark.parametrize("name", OTHER)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.processes if name == "images" else ()) for name in OTHER]
+)
 def test_a_recipe_of_another_modality_learns_is_probed_and_shows_what_it_saw(tmp_path, package, name):
     named, kind, small = OTHER[name]
     package(**named)
@@ -127,20 +146,21 @@ def test_a_recipe_of_another_modality_learns_is_probed_and_shows_what_it_saw(tmp
     assert vectors_NE.shape[0] == 3 and np.isfinite(vectors_NE).all()
 
 
+@pytest.mark.processes
 def test_training_on_images_resumes_to_the_same_weights(tmp_path, package):
     package(**OTHER["images"][0])
     small = [*OTHER["images"][2], "model.batch_rows=8", "model.save_every=2", "model.evaluate_every=0"]
 
-    def weights(folder, steps):
-        result = engine.run(
-            load(RECIPES / "images.yaml", [*small, f"model.budget.steps={steps}"], folder), say=lambda text: None
-        )
-        return result, load_file(folder / "model" / "checkpoint" / "model.safetensors")
+    def weights():
+        engine.run(load(RECIPES / "images.yaml", [*small, "model.budget.steps=4"], tmp_path), say=lambda text: None)
+        return load_file(tmp_path / "model" / "checkpoint" / "model.safetensors")
 
-    _, whole = weights(tmp_path / "a", 4)
-    weights(tmp_path / "b", 4)
-    stage = (tmp_path / "b" / "model").resolve()
-    for path in (stage / "stage.json", stage / "state" / "step-000000004"):
+    undisturbed = {name: value.clone() for name, value in weights().items()}
+    stage = (tmp_path / "model").resolve()
+    for path in (stage / "stage.json", stage / "state" / "step-000000004", stage / "checkpoint"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _, again = weights(tmp_path / "b", 4)
-    assert all(torch.equal(whole[name], again[name]) for name in whole)
+    middle = stage / "state" / "step-000000002"
+    written = middle.stat().st_mtime_ns
+    again = weights()
+    assert middle.stat().st_mtime_ns == written  # it went on from there and did not come by again
+    assert undisturbed and all(torch.equal(value, again[name]) for name, value in undisturbed.items())

@@ -86,3 +86,20 @@ def test_a_likelihood_of_labels_is_the_mean_of_its_documents_shares(tmp_path, me
     assert by_document(tmp_path, f"evaluation.{metric}/b").tolist() == [1, 3, 5]
     assert by_document(tmp_path, "evaluation.loss").tolist() == [3]
     assert by_document(tmp_path, "evaluation.probe_accuracy") is None
+
+
+def test_a_report_tokenises_the_held_out_documents_once_for_both_of_its_lines(outcome, tmp_path, monkeypatch):
+    from pretrain.evaluation.likelihood import _bigrams
+    from pretrain.report.data import collect, with_bigrams
+
+    calls = []
+    monkeypatch.setattr(_bigrams, "tokens_of", lambda *given: calls.append(given) or tokens_of(*given))
+    outcome("model.loss")
+    folder = tmp_path / "runs" / "t"
+    page = collect(folder)
+    with_bigrams(page, folder)
+    (evaluation,) = page["evaluations"]
+    assert evaluation["bigram"] > evaluation["bigram_whole"] > 0  # the model has read a part of the text
+    assert len(calls) == 1
+    with_bigrams(again := collect(folder), folder)
+    assert len(calls) == 1 and again["evaluations"][0]["bigram"] == evaluation["bigram"]

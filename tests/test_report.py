@@ -8,12 +8,14 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from page_cases import NASTY, PIXEL, browser_page, example, put, rows
+from safetensors.torch import save_file
 
 from pretrain import report
 from pretrain.core.errors import PretrainError
 from pretrain.report.charts import changes
-from pretrain.report.data import plots, thin
+from pretrain.report.data import bars, plots, thin
 from pretrain.report.page import _cards, collect, write
 from pretrain.report.samples import panel
 from pretrain.report.summary import headline, summarise
@@ -182,6 +184,15 @@ def test_the_headline_is_the_last_model_and_the_totals_are_of_all_stages(tmp_pat
     assert "<span>FLOPs</span><b>4 T</b>" in page and "<span>time</span><b>2 min 2 s</b>" in page
 
 
+def test_a_packed_model_has_the_weights_that_it_stands_for(tmp_path):
+    folder = example(tmp_path / "r")
+    save_file({"codes": torch.zeros(2, 3, dtype=torch.int32)}, folder / "model" / "checkpoint" / "model.safetensors")
+    assert collect(folder)["stages"][1]["weights"] == 6
+    record = json.loads((folder / "model" / "stage.json").read_text())
+    put(folder / "model" / "stage.json", record | {"metrics": {"parameters": 48}})
+    assert collect(folder)["stages"][1]["weights"] == 48
+
+
 def test_no_share_of_the_machine_is_above_the_whole(tmp_path):
     folder = example(tmp_path / "r")
     put(folder / "model" / "log.jsonl", "".join(json.dumps(r | {"mfu": 1.7}) + "\n" for r in rows(9)))
@@ -234,8 +245,12 @@ def test_a_probe_is_said_to_be_of_the_documents_that_it_tested():
     [
         (measured(2.0, line=1.9, xz=1.5), ("not good yet", "comes to 1.90", "xz -9e", "still does better (1.50)")),
         (measured(1.8, line=2.4, xz=1.5), ("learnt something", "25% fewer", "still does better")),
+        (
+            measured(1.8, line=2.4, bigram_whole=1.7),
+            ("learnt something", "25% fewer", "But the same counts of all training text", "come to 1.70"),
+        ),
         (measured(1.2, line=2.4, xz=1.5), ("Good", "50% fewer", "fewer than xz -9e (1.50)")),
-        (measured(1.2, xz=1.5), ("Good", "fewer than xz -9e (1.50)")),
+        (measured(1.2, xz=1.5), ("That is fewer than xz -9e (1.50), which knows no other text",)),
     ],
 )
 def test_the_first_sentence_says_whether_it_is_good(evaluation, words):
@@ -248,6 +263,19 @@ def test_the_first_sentence_says_whether_it_is_good(evaluation, words):
 def test_the_line_of_counts_says_how_much_was_counted():
     judged = summarise(page_of(measured(1.8, line=2.4, xz=1.5), tokens=3e5)).judgement
     assert "which token follows which in the 300 k tokens that it has read (2.40)" in judged
+
+
+def test_counts_of_all_training_text_stand_beside_those_of_what_was_read():
+    both = measured(1.8, line=2.4, xz=1.5, bigram_whole=1.7) | {"domains": {}, "documents": 9}
+    (chart,) = bars([both])
+    assert [(bar["name"], bar["all"]) for bar in chart["tools"]] == [
+        ("pairs of tokens", 2.4), ("pairs of tokens in all training text", 1.7), ("xz -9e", 1.5)
+    ]  # fmt: skip
+
+
+def test_a_change_of_less_than_a_hundredth_is_no_0_per_cent():
+    near = summarise(page_of(measured(2.0, of="base"), measured(1.999), measured(1.0, of="elsewhere", documents=7)))
+    assert "It is less than 1% fewer than “base” (2.00)" in near.judgement
 
 
 def test_a_quantised_model_says_how_much_of_it_is_and_what_its_files_take():
@@ -302,6 +330,13 @@ def test_what_each_stage_changed_is_told_against_what_it_began_with(tmp_path):
     assert "<b>4 kB</b>" in text and "<b>1 kB</b><small> -75%</small>" in text
     assert "<b>2.5</b><small> +25%</small>" in text and text.count("width:100.00%") == 3 and "width:25.00%" in text
     assert text.count("<span></span>") == 2  # what measures has neither size nor loss
+
+
+def test_a_run_without_a_loss_as_yet_shows_none():
+    page = page_of()
+    corpus = page["stages"][0] | {"name": "corpus", "stage": "data", "writes": "corpus", "seconds": 3.0, "inputs": {}}
+    text = changes(page | {"stages": [corpus], "trainings": []})
+    assert text.count('title="size"') == text.count('title="time"') == 1 and 'title="held-out loss"' not in text
 
 
 def test_no_page_reads_text_as_markup_in_the_browser():

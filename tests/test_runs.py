@@ -74,6 +74,17 @@ def stable(path):
     return f"{path}@{os.readlink(path).rpartition('-')[2]}"
 
 
+@pytest.mark.promise("What others have written", "Runs are looked for in at most 5,000 folders that are none.")
+def test_a_tree_of_folders_that_are_no_runs_is_refused(tmp_path, monkeypatch):
+    for number in range(30):
+        (tmp_path / "many" / str(number)).mkdir(parents=True)
+    assert shelf.find_runs(tmp_path) == []
+    monkeypatch.setattr(shelf, "FOLDERS", 20)
+    said = CliRunner().invoke(app, ["list", str(tmp_path)])
+    assert isinstance(said.exception, PretrainError)
+    assert "holds more than 20 folders that are no runs; accepted: a folder of runs" in str(said.exception)
+
+
 def test_a_result_has_a_name_that_no_later_run_changes(tmp_path):
     base = run("base", model={"value": 1})
     first = stable(base / "model")
@@ -157,6 +168,19 @@ def test_a_link_that_moves_while_a_run_is_at_work_changes_nothing():
     assert (item.inputs["init"] / "out").read_text() == "1" and item.inputs["init"].parent == base
 
 
+def test_of_a_run_with_several_corpora_that_of_the_checkpoint_is_taken(tmp_path):
+    names = ("corpus", "model", "texts")
+    shown = [{"name": name, "stage": "data", "folder": name, "address": name} for name in names]
+    for place, value in {
+        "run.json": {"stages": shown}, "corpus/corpus/corpus.json": {}, "texts/corpus/corpus.json": {},
+        "model/stage.json": {"inputs": {"corpus": "corpus"}},
+    }.items():  # fmt: skip
+        (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / place).write_text(json.dumps(value))
+    assert corpus_at(tmp_path, tmp_path / "model" / "checkpoint") == tmp_path / "corpus" / "corpus"
+    assert corpus_at(tmp_path) == corpus_at(tmp_path, tmp_path / "none" / "checkpoint") == tmp_path / "texts" / "corpus"
+
+
 def test_what_was_printed_of_a_run_is_taken_for_it():
     base = run("base", model={"value": 1})
     for place in (base, base / "report.html", base / "model", place_of(base / "model"), base / "model" / "checkpoint"):
@@ -204,6 +228,9 @@ def test_a_run_shows_names_that_stay_and_what_else_it_has():
     shown = invoke("show", base / "report.html")
     assert stable(base / "model") in shown and f"{first}" in shown.partition("beside these")[2]
     assert "value changed from 1 to 2" in shown.partition("beside these")[2]
+    (place_of(base / "model") / "stage.json").unlink()  # as while it is made
+    others = invoke("show", base / "report.html").partition("beside these")[2]
+    assert "with other settings than those of now, which are not finished" in others
 
 
 def test_runs_are_compared_in_what_was_said_and_what_came_of_it():

@@ -322,7 +322,7 @@ def test_hidden_words_are_shown_as_the_model_fills_them_in(monkeypatch):
     mask_BL[:, 4] = 0
     monkeypatch.setattr(model.cls, "forward", lambda states: 9.0 * torch.nn.functional.one_hot(true_BL, 30))
     tokenizer = SimpleNamespace(
-        decode=lambda ids: " ".join(map(str, ids)), all_special_ids=[4, 5, 10], mask_token_id=4
+        decode=lambda ids, **_: " ".join(map(str, ids)), all_special_ids=[4, 5, 10], mask_token_id=4
     )  # of which the first begins each text
     batch = {"input_ids": input_BL, "labels": label_BL, "attention_mask": mask_BL}
     found = reconstructions(model, batch, [d | {"text": "t"} for d in DOCUMENTS], SimpleNamespace(tokenizer=tokenizer))

@@ -122,7 +122,7 @@ def test_a_run_that_uses_a_store_is_not_lost_from_its_list_in_silence(tmp_path):
 
 def test_the_pace_that_sizes_were_chosen_by_is_written_with_its_seal(tmp_path):
     pace = 2.5e10, machine.Beside(block=3e-3, logit=1e-9)
-    settled: Any = SimpleNamespace(task=SimpleNamespace(rate=pace[0], beside=pace[1]))
+    settled: Any = SimpleNamespace(task=SimpleNamespace(rate=pace[0], beside=pace[1]), expected=lambda: None)
     _size.write([settled], tmp_path)
     assert "seal" in json.loads((tmp_path / _size.PLAN).read_text()) and _size._pace(tmp_path, timed=False) == pace
     write_json(tmp_path / _size.PLAN, {"rate": 2.5e10})  # as it was written before

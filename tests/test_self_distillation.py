@@ -132,6 +132,7 @@ def test_the_teacher_is_neither_trained_nor_saved(prepared, tiny, tmp_path):
     assert saved and not any("beside" in name for name in saved)
 
 
+@pytest.mark.processes
 def test_the_papers_recipe_runs_from_one_start_to_the_teacher_and_to_the_student(recipe, tmp_path):  # noqa: F811
     text = (
         recipe.read_text()

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import typer
+from package_code import nodes, texts
 
 from pretrain import recipe
 from pretrain.cli import app
@@ -80,10 +81,10 @@ def test_each_stage_says_what_each_field_does_and_shows_an_example(name):
     assert f"stage: {name}" in "\n".join(examples(name))
 
 
-def templates(path: Path) -> list[str]:
-    """The strings of a file, with `…` for what is put into them."""
+def templates(name: str) -> list[str]:
+    """The strings of a file of the package, with `…` for what is put into them."""
     found = []
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in nodes(name):
         if isinstance(node, ast.JoinedStr):
             parts = (str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
             found.append(re.sub("…+", "…", "".join(parts)))
@@ -95,7 +96,7 @@ def templates(path: Path) -> list[str]:
 @cache
 def said() -> tuple[str, ...]:
     """All strings of the package."""
-    return tuple(text for path in (ROOT / "pretrain").rglob("*.py") for text in templates(path))
+    return tuple(text for name in texts() for text in templates(name))
 
 
 def quotes() -> list[str]:

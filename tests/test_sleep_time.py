@@ -15,9 +15,10 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.loop import decode
+from pretrain.core.generation.server import Reply, ServerClient
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.decoding.deliberation import _clients, sleep_time
-from pretrain.decoding.deliberation._clients import LocalClient, Reply, ServerClient
+from pretrain.decoding.deliberation._clients import LocalClient
 from pretrain.decoding.deliberation.sleep_time import NOTES, RETHINK, TASK, Cost, SleepTime, Slept, answer, sleep, split
 
 CONTEXT, QUERIES = "Ann has 3 apples and buys 4.\n\n", ("How many has Ann?", "Who buys?", "What?")

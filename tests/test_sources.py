@@ -5,9 +5,14 @@ from __future__ import annotations
 import gzip
 import io
 import math
+import os
 import struct
+import sys
+import tempfile
 import zlib
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,7 +22,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.sources import Audio, Images, Pixels, Sequences, Series, Skipped, fingerprint, read
+from pretrain.corpus.sources import (
+    Audio,
+    Files,
+    Functions,
+    Images,
+    Packages,
+    Pixels,
+    Sequences,
+    Series,
+    Skipped,
+    fingerprint,
+    read,
+)
 from pretrain.stages.data import build_source
 
 
@@ -468,6 +485,12 @@ def test_translations_of_a_manual_page_are_known_by_its_name_and_stay_together(t
 # All of them
 
 
+def test_an_ending_written_as_a_glob_is_told_how_it_is_written(tmp_path):
+    put(tmp_path / "a.py", "1")
+    with pytest.raises(PretrainError, match=r"suffixes '\*\.py': accepted: an ending as it is: \.py$"):
+        fingerprint(build_source({"files": str(tmp_path), "suffixes": ["*.py"]}))
+
+
 @pytest.mark.parametrize("word", ["images", "pixels", "audio", "series", "sequences", "manuals"])
 def test_a_source_of_files_names_what_is_missing_and_follows_its_files(tmp_path, word):
     name = {"images": "a.png", "audio": "a.wav", "sequences": "a.fa", "manuals": "a.1"}.get(word, "a.csv")
@@ -552,3 +575,35 @@ def test_proteins_out_of_a_package(package):
         build_source({"sequences": f"{folder}/SwissProt", "format": "swissprot", "label": "lineage"} | where)
     )
     assert {"Eukaryota", "Bacteria", "Archaea", "Viruses"} == {d["label"] for d in found}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the system shows itself as files there")
+@pytest.mark.parametrize(
+    "where", ["/proc", "/proc/self/", "/sys", "/dev", "/proc/*", "/proc/cpuinfo", "link", "link/*/**"]
+)
+def test_what_the_system_shows_of_itself_is_no_source(tmp_path, where):
+    (tmp_path / "link").symlink_to("/proc")
+    where = where if where.startswith("/") else f"{tmp_path}/{where}"
+    for source in (Files(where), Images(where)):
+        for ask in (lambda source=source: list(read(source)), source.state):
+            with pytest.raises(
+                PretrainError, match=r"is the system's, and no place of documents; accepted: the folder"
+            ):
+                ask()
+
+
+def test_documents_kept_in_memory_are_a_source(tmp_path):
+    if not os.access("/dev/shm", os.W_OK):
+        pytest.skip("there is no /dev/shm")
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        Path(folder, "a.txt").write_text("text")
+        assert [document["text"] for document in read(Files(folder))] == ["text"]
+
+
+@pytest.mark.parametrize("name", ["../x", "", ".", "a/b", "\0"])
+def test_what_is_no_packages_name_is_one_line(name):
+    for source in (Packages((name,)), Functions((name,))):
+        with pytest.raises(PretrainError, match=r"^package .*: accepted: an installed Python package"):
+            list(read(source))
+        with suppress(PretrainError):
+            source.state()

@@ -17,8 +17,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from package_code import calls, nodes, texts
+from package_code import words as words_of
 
-import pretrain
 from pretrain.core import checkpoint
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
@@ -31,34 +32,24 @@ from pretrain.corpus.sources import Files, Images, read
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.evaluation.tasks.harness import Harness
 
-PACKAGE = Path(pretrain.__file__).parent
-MODULES = {str(path.relative_to(PACKAGE)): ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
-
-
-def calls(tree):
-    """Each call of a file: its name as it is written, and the names of its arguments with their values."""
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), {word.arg: ast.unparse(word.value) for word in node.keywords}, node
-
 
 @pytest.mark.promise(
     "Trust",
     "No pickle is read but by `pretrain convert`, which takes tensors from it and refuses the rest: nothing else of the package calls what would, and pickles beside a checkpoint, in the place of any of its files, among a corpus's tokens or among its documents are passed over or are an error.",
 )
 def test_no_file_of_the_package_reads_a_pickle_but_that_of_conversions():
-    importing = [name for name, tree in MODULES.items() if "pretrain.core.foreign.pickles" in ast.unparse(tree)]
-    assert importing == ["core/exchange/convert.py"]
-    importing = [name for name, tree in MODULES.items() if "pretrain.core.exchange.convert" in ast.unparse(tree)]
-    assert importing == ["cli_exchange.py"]
+    for module, reader in (("foreign.pickles", "core/exchange/convert.py"), ("exchange.convert", "cli_exchange.py")):
+        naming = [name for name, text in texts().items() if module.rpartition(".")[2] in text]
+        assert [name for name in naming if f"pretrain.core.{module}" in ast.unparse(nodes(name)[0])] == [reader]
     forbidden = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "pandas"}
-    for name, tree in MODULES.items():
-        for node in ast.walk(tree):
+    for name in texts():
+        for node in nodes(name):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert not {module.partition(".")[0] for module in modules} & forbidden, name
             assert "distributed.checkpoint" not in " ".join(modules), name  # whose metadata is a pickle
-        for call, words, _ in calls(tree):
+        for call, node in calls(name):
+            words = words_of(node)
             assert call not in ("torch.save", "torch.jit.load", "torch.hub.load", "np.fromfile"), name
             assert call != "torch.load" or (name == READER and words["weights_only"] == "True"), name
             assert not call.endswith(("load_state_dict_from_url", "read_pickle", "to_pickle", "_reconstruct")), name
@@ -89,8 +80,9 @@ RUNNERS = {
     "What could run code stands in few files, which the test names. Methods of `--methods FOLDER` and installed plug-ins are the user's own code, and run.",
 )
 def test_what_could_run_code_stands_where_it_is_looked_after():
-    for name, tree in MODULES.items():
-        for call, words, _ in calls(tree):
+    for name in texts():
+        for call, node in calls(name):
+            words = words_of(node)
             if call.endswith("from_pretrained"):
                 assert name in OPENERS, f"{name}: {call}"
             assert words.get("trust_remote_code", "False") == "False", name
@@ -99,7 +91,7 @@ def test_what_could_run_code_stands_where_it_is_looked_after():
             assert call != "exec" or name in RUNNERS["exec"], name
             assert not call.startswith("subprocess.") or name in RUNNERS["subprocess"], name
             assert call != "Image.open" or "formats" in words, name
-    assert "yaml.SafeLoader" in ast.unparse(MODULES["core/foreign/yaml.py"])
+    assert "yaml.SafeLoader" in ast.unparse(nodes("core/foreign/yaml.py")[0])
 
 
 class Bomb:

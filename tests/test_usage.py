@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import get_type_hints
+
 import pytest
 from typer.testing import CliRunner
 
 from pretrain.cli import app
+from pretrain.core.bounds import Ge, Gt
 from pretrain.core.errors import PretrainError
+from pretrain.core.system.usage import _parts
 
 MISTAKES = {
     "no number": (["generate", "x", "--temperature", "hot"], "generate: --temperature 'hot': accepted: a number, 0 or more"),
     "out of bounds": (["generate", "x", "--max-new-tokens", "0"], "generate: --max-new-tokens '0': accepted: a whole number, 1 or more"),
     "between": (["generate", "x", "--top-p", "3"], "generate: --top-p '3': accepted: a number, from 0 to 1"),
-    "no bounds": (["generate", "x", "--seed", "1.5"], "generate: --seed '1.5': accepted: a whole number"),
+    "no whole number": (["generate", "x", "--seed", "1.5"], "generate: --seed '1.5': accepted: a whole number, from 0 to below 2**63"),
+    "a seed below 0": (["generate", "x", "--seed", "-5"], "generate: --seed '-5': accepted: a whole number, from 0 to below 2**63"),
+    "a seed that torch does not take": (["generate", "x", "--seed", "9" * 23], f"generate: --seed '{'9' * 23}': accepted: a whole number below 2**63"),
+    "a size that nothing takes": (["predict", "x", "y", "--batch-size", str(2**63)], f"predict: --batch-size '{2**63}': accepted: a whole number below 2**63"),
+    "no finite number": (["generate", "x", "--temperature", "inf"], "generate: --temperature 'inf': accepted: a finite number"),
+    "of a command of a group": (["claim", "run", "x", "--hours", "inf"], "claim run: --hours 'inf': accepted: a finite number"),
+    "too few": (["compare", "x", "y", "--budget", "flops=1", "--seeds", "0"], "compare: --seeds '0': accepted: a whole number, 1 or more"),
     "a choice": (
         ["export", "x", "--to", "onx", "--output", "y"],
         "export: --to 'onx' (did you mean 'onnx'?): accepted: gguf, onnx, sentence-transformers, peft",
@@ -36,6 +47,10 @@ MISTAKES = {
 }  # fmt: skip
 
 
+@pytest.mark.promise(
+    "What others have written",
+    "Each number that a command takes has bounds, as each number of a recipe has, and is refused beyond them before anything is opened.",
+)
 @pytest.mark.parametrize("case", MISTAKES)
 def test_a_word_that_does_not_fit_is_a_line_of_ours(case, capsys):
     arguments, line = MISTAKES[case]
@@ -43,6 +58,22 @@ def test_a_word_that_does_not_fit_is_a_line_of_ours(case, capsys):
         app(arguments)
     assert capsys.readouterr().err == f"error: {line}\n"
     assert str(CliRunner().invoke(app, arguments).exception) == line  # whoever calls the command gets the error itself
+
+
+def test_each_number_of_each_command_has_bounds():
+    commands = [(app, each) for each in app.registered_commands]
+    commands += [
+        (g.typer_instance, each) for g in app.registered_groups for each in g.typer_instance.registered_commands
+    ]
+    numbers = 0
+    for _, each in commands:
+        for name, hint in get_type_hints(inspect.unwrap(each.callback), include_extras=True).items():
+            kind, marks = _parts(hint)
+            numbers += kind in (int, float)
+            assert kind not in (int, float) or any(isinstance(mark, Ge | Gt) for mark in marks), (
+                f"{each.callback}: {name}"
+            )
+    assert numbers >= 12
 
 
 def test_help_and_the_version_leave_as_they_did(capsys):

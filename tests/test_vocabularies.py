@@ -10,13 +10,17 @@ from small_recipe import small_recipe
 
 from pretrain import engine
 from pretrain.core import checkpoint
+from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import _ref_fields, method_class
-from pretrain.core.quick.vocabulary import check_alike, numbers_of, stored_numbers
+from pretrain.core.models.heads import with_head
+from pretrain.core.quick.vocabulary import check_alike, check_labels, labels_in, numbers_of, stored_numbers
 from pretrain.core.registry import methods
 from pretrain.corpus.tokenizers import train_tokenizer
+from pretrain.inference.predict import predict
 from pretrain.interactive import generate
 from pretrain.recipe import load
+from pretrain.stages.evaluate import load_both
 from pretrain.surgery import Inputs, operate
 from pretrain.surgery.merging.model_soup import ModelSoup
 
@@ -24,12 +28,12 @@ SIZE = 400
 # References of methods that need not share the model's vocabulary, and why.
 OTHERWISE = {
     "a model that reads texts with its own tokenizer": (
-        "bertin.reference", "clear.model", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model",
-        "quality_subset.reference", "well_read_students.teacher",
+        "bertin.reference", "clear.model", "entigraph.generator", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model",
+        "quality_subset.reference", "spin.generator", "well_read_students.teacher", "wrap.generator",
     ),
     "what the vocabulary is changed to": ("ofa.tokenizer", "vocabulary_expansion.tokenizer"),
     "documents": ("decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "task.pool", "vocabulary_expansion.corpus"),
-    "files without tokens": ("harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration", "source_language.embeddings"),
+    "files without tokens": ("entigraph.prompts", "harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration", "source_language.embeddings", "spin.prompts", "wrap.prompts"),
 }  # fmt: skip
 
 
@@ -217,3 +221,93 @@ def test_decoding_refuses_helpers_of_other_tokens(shelf, tmp_path):
     (tmp_path / "d.yaml").write_text(json.dumps({"stages": [stage]}))
     with pytest.raises(PretrainError, match=f"say.method.anti_expert: proxy_tuning: {FIRST}"):
         load(tmp_path / "d.yaml")
+
+
+NAMES = {"own": ("bad", "good"), "swapped": ("good", "bad"), "others": ("x", "y"), "bare": ("LABEL_0", "LABEL_1")}
+
+
+@pytest.fixture(scope="module")
+def classifiers(tokenizers, tiny, tmp_path_factory):
+    """Checkpoints of classifiers of two classes each, by what they call them; `several` gives several to a document."""
+    folder, (own, _) = tmp_path_factory.mktemp("classifiers"), tokenizers
+    for name, labels in (NAMES | {"several": NAMES["own"], "alike": ("good", "good")}).items():
+        model = with_head(tiny("bert", vocab_size=SIZE), "sequence", ("a", "b"), Vocabulary.of(own))
+        model.config.id2label = dict(enumerate(labels))
+        model.config.label2id = {label: number for number, label in enumerate(labels)}
+        model.config.problem_type = "multi_label_classification" if name == "several" else None
+        checkpoint.save(model, own, folder / name)
+    return folder
+
+
+def test_the_first_label_that_differs_is_named():
+    ours = ("single_label_classification", "bad", "good")
+    with pytest.raises(PretrainError, match="soup: label 1 is 'worse' in two and 'good' in one; accepted: classif"):
+        check_labels("soup", {"one": ours, "none": None, "two": (*ours[:2], "worse")})
+    with pytest.raises(PretrainError, match="soup: label 2 is 'worse' in two and none in one; accepted"):
+        check_labels("soup", {"one": ours, "two": (*ours, "worse")})
+    with pytest.raises(PretrainError, match="soup: problem_type is 'multi_label_classification' in two and 'single_l"):
+        check_labels("soup", {"one": ours, "two": ("multi_label_classification", *ours[1:])})
+    names = {str(number): str(number) for number in range(11)}  # whose order is not that of their texts
+    read = labels_in({"architectures": ["BertForSequenceClassification"], "id2label": names})
+    assert read == ("single_label_classification", *names)
+
+
+@pytest.mark.promise(
+    "Vocabularies",
+    "Classifiers that call a class otherwise, or answer in another way, are neither merged nor taught by one another, and the first label that differs is named; classes without names are taken as they are.",
+)
+@pytest.mark.parametrize("other", ["swapped", "others", "several"])
+@pytest.mark.parametrize(
+    "surgery",
+    [
+        {"method": "linear_merge", "models": ["OTHER"]}, {"method": "slerp", "other": "OTHER"},
+        {"method": "ties", "models": ["OTHER"]}, {"method": "model_stock", "models": ["OTHER", "OTHER"]},
+        {"method": "passthrough", "models": ["OTHER"], "slices": [[0, 0, 1], [1, 1, 2]]},
+        {"method": "instruction_residual", "base": "OWN", "instruct": "OTHER"}, SOUP,
+    ],
+    ids=lambda surgery: surgery["method"],
+)  # fmt: skip
+def test_classifiers_of_other_labels_are_not_merged(classifiers, surgery, other, tmp_path):
+    place, own = str(classifiers / other), str(classifiers / "own")
+    filled = json.loads(json.dumps(surgery).replace("OTHER", place).replace("OWN", own))
+    wrong = "problem_type is 'multi_label" if other == "several" else f"label 0 is '{NAMES[other][0]}' in "
+    more = {"models": [place]} if surgery is SOUP else {}
+    with pytest.raises(PretrainError, match=wrong):  # before anything is run
+        load(surgery_recipe(tmp_path, checkpoint=own, surgeries=[filled], **more))
+    model, tokenizer = checkpoint.load(own)
+    opened = checkpoint.load(place)
+    inputs = Inputs(tokenizer=tokenizer, models=[opened[0]], tokenizers=[opened[1]])
+    name = filled.pop("method")
+    built = method_class(name, "surgery")(**filled)
+    with pytest.raises(PretrainError, match=wrong):
+        operate([built], model, inputs)
+    with pytest.raises(PretrainError, match=wrong):  # nor without a look at the files before
+        built(model, inputs)
+
+
+def test_a_classifier_whose_classes_have_no_names_is_merged(classifiers, tmp_path):
+    merge = {"method": "linear_merge", "models": [str(classifiers / "bare")]}
+    recipe = surgery_recipe(tmp_path, checkpoint=str(classifiers / "own"), surgeries=[merge])
+    engine.run(load(recipe, [], tmp_path / "out"), say=engine.silent)
+
+
+@pytest.mark.promise("Vocabularies", "Classifiers that call a class otherwise")
+def test_a_classifier_is_not_taught_by_one_of_other_labels(classifiers, recipe, tmp_path):
+    changes = [f"model.init={classifiers / 'own'}", "model.model={}", "model.tokenizer=null"]
+    taught = f"model.objective={{method: distillation, objective: masked_lm, teacher: {classifiers / 'swapped'}}}"
+    with pytest.raises(PretrainError, match="model.objective.teacher: distillation: label 0 is 'good' in teacher"):
+        load(recipe, [*changes, taught], tmp_path / "out")
+
+
+@pytest.mark.promise(
+    "Vocabularies", "A classifier of which two classes have one name is not opened to predict, to measure or to teach."
+)
+def test_two_classes_of_one_name_are_refused(classifiers):
+    folder = classifiers / "alike"
+    wrong = "alike.*: id2label calls 0 and 1 both 'good'; accepted: a name for each class"
+    with pytest.raises(PretrainError, match=wrong):
+        predict(folder, ["a text"])
+    with pytest.raises(PretrainError, match=wrong):
+        load_both(folder)
+    with pytest.raises(PretrainError, match=wrong):
+        method_class("well_read_students", "objective")(teacher=str(folder)).labels(())

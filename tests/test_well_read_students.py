@@ -223,6 +223,7 @@ stages:
 """
 
 
+@pytest.mark.processes
 def test_a_recipe_pretrains_distils_on_unlabelled_text_and_fine_tunes(tmp_path) -> None:
     rng = np.random.default_rng(0)
     words = ["alpha", "beta", "gamma", "delta", "x", "y", "z"]

@@ -37,6 +37,8 @@ AnyInteger = Annotated[int, Free()]  # a layer, counted from the end where it is
 Count = Annotated[int, Ge(1)]
 Whole = Annotated[int, Ge(0)]
 Positive = Annotated[float, Gt(0)]
+MOST = 1 << 63  # from here on no library takes a whole number
+Seed = Annotated[int, Ge(0), Lt(MOST)]
 Seconds = Annotated[float, Gt(0), Duration()]  # `30min` in a recipe
 NonNegative = Annotated[float, Ge(0)]
 Share = Annotated[float, Ge(0), Le(1)]
@@ -81,6 +83,8 @@ def accepted(hint: object, value: object = ...) -> str:
     if origin is dict:
         values = accepted(parts[1]) if parts and _bounded(parts[1]) else ""
         return f"a mapping, each value {values}" if values else "a mapping"
+    if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
+        return "a whole number below 2**63"
     return _NAMES.get(hint, "")
 
 
@@ -93,7 +97,8 @@ def _range(bounds: dict[str, float]) -> str:
     if low is None:
         return f"at most {high:g}" if "le" in bounds else f"below {high:g}"
     if "ge" in bounds:
-        return f"from {low:g} to {high:g}" if "le" in bounds else f"from {low:g} to below {high:g}"
+        end = "2**63" if high == MOST else f"{high:g}"
+        return f"from {low:g} to {end}" if "le" in bounds else f"from {low:g} to below {end}"
     return f"above {low:g}, at most {high:g}" if "le" in bounds else f"above {low:g}, below {high:g}"
 
 
@@ -115,7 +120,7 @@ def fits(value: object, hint: object) -> bool:
         key, inner = parts
         return isinstance(value, dict) and all(fits(k, key) and fits(v, inner) for k, v in value.items())
     if hint is int:
-        return isinstance(value, Integral) and not isinstance(value, bool)
+        return isinstance(value, Integral) and not isinstance(value, bool) and -MOST <= int(value) < MOST
     if hint is float:
         return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
     return isinstance(value, hint) if isinstance(hint, type) and hint in (str, bool, NoneType) else True

@@ -36,6 +36,7 @@ from pretrain.core.foreign.configs import check_config, check_record, unmarked, 
 from pretrain.core.foreign.models import check_built, class_of
 from pretrain.core.foreign.parsing import parsing, reason
 from pretrain.core.foreign.weights import headers
+from pretrain.core.generation.accepted import check_generation
 from pretrain.core.method import method_class
 from pretrain.core.models.families import FAMILIES
 from pretrain.core.models.storage import finite, is_narrow
@@ -288,16 +289,18 @@ def load(
     """
     folder = opened(Path(folder), cache_folder())
     model_class, config, entry, files = inspected(folder)
-    surgery = entry.get("surgery", [])
+    surgery, path = entry.get("surgery", []), folder / "generation_config.json"
+    settings = read_object(path) if path.exists() else None  # transformers would take the default for a damaged one
+    check_generation(path, settings or {}, getattr(config, "vocab_size", None))
     if entry.get("dtype") == "float32":  # frozen weights are stored in the type they came in, and computed with in this
         dtype = dtype or torch.float32
     if surgery:
         model = _restore(model_class, config, surgery, files, dtype)
     else:
         model = _load_plain(model_class, folder, config, dtype)
-    if (path := folder / "generation_config.json").exists():
+    if settings is not None:
         with parsing(str(path), "a generation configuration"), quiet():
-            model.generation_config = GenerationConfig.from_dict(read_object(path))
+            model.generation_config = GenerationConfig.from_dict(settings)
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not finite(tensor):
             raise PretrainError(f"{folder}: {name} holds NaN or infinity; accepted: finite weights")
@@ -316,8 +319,6 @@ class _Report(TypedDict):
 def _load_plain(
     model_class: type[PreTrainedModel], folder: Path, config: PreTrainedConfig, dtype: torch.dtype | None
 ) -> PreTrainedModel:
-    if (folder / "generation_config.json").exists():
-        read_object(folder / "generation_config.json")  # transformers would take the default for a damaged one
     readable = parsing(f"{folder} cannot be loaded", "a whole checkpoint of transformers")
     with readable, quiet(), offline(), unmarked(folder) as place:
         loaded = model_class.from_pretrained(

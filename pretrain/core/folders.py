@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest, warn
 from pretrain.core.exchange.gguf_in import opened
-from pretrain.core.files import SUMS, JSONObject, damage, read_json, read_object
+from pretrain.core.files import SUMS, JSONObject, damage, damage_of, read_json, read_object
 from pretrain.core.foreign.paths import expanded
-from pretrain.core.system.portable import link_target
+from pretrain.core.foreign.reading import open_append
+from pretrain.core.system.portable import link_target, take
 from pretrain.core.system.shipped import shipped_file
 
 WRITERS = ("train", "surgery")  # stages that write checkpoints
@@ -103,10 +104,22 @@ def verify(folder: Path, wanted: Callable[[str], bool] = lambda _: True) -> None
 
     `wanted` tells of a name whether the file is looked at.
     """
-    finding = damage(folder, wanted)
+    if finding := damage(folder, wanted):
+        _refuse(folder, finding)
+
+
+def _refuse(folder: Path, finding: str) -> None:
+    other, again = " was replaced: " in finding, remedy(folder) or "a whole copy"
+    raise PretrainError(
+        f"{finding}; accepted: {again}" + ("" if other else f", or no {SUMS} beside what was changed on purpose")
+    )
+
+
+def verify_file(path: Path | str) -> None:
+    """Raise `PretrainError` where a file is not as `checksums.json` beside it, or in the folder above, has it."""
+    folder, finding = damage_of(path)
     if finding:
-        again = remedy(folder) or "a whole copy"
-        raise PretrainError(f"{finding}; accepted: {again}, or no {SUMS} beside what was changed on purpose")
+        _refuse(folder, finding)
 
 
 def remedy(folder: Path, *kinds: str) -> str:
@@ -163,14 +176,45 @@ def newest_checkpoint(place: Path | str) -> Path:
     stages = stage_folders(place)
     made = [name for name, stage in stages.items() if (stage / "checkpoint" / "config.json").exists()]
     if not made:
-        raise PretrainError(
-            f"no stage of the run {place} has written a checkpoint; accepted: a run with a trained model"
-        )
+        raise PretrainError(_unmade(place, stages))
     kinds = stage_kinds(place)
     later = list(stages)[list(stages).index(made[-1]) + 1 :]
     if missing := [name for name in later if kinds[name] in WRITERS]:
         warn(f"{place}: {missing[-1]!r} is not finished; the newest checkpoint is that of {made[-1]!r}")
     return stages[made[-1]] / "checkpoint"
+
+
+def _unmade(run: Path, stages: Mapping[str, Path]) -> str:
+    """That no stage of a run, as it is set now, has written a checkpoint; and where earlier ones lie."""
+    shown = {folder.name for folder in stages.values()}
+    homes = dict.fromkeys((run, *(folder.parent for folder in stages.values())))
+    earlier = [
+        f"{run / str(record.get('name'))}@{path.parent.name.rpartition('-')[2]}"
+        for home in homes for path in sorted(home.glob("*-*/stage.json"))
+        if path.parent.name not in shown and (path.parent / "checkpoint" / "config.json").exists()
+        and (record := (stage_at(path.parent) or (path, {}))[1]).get("name") in stages
+    ]  # fmt: skip
+    more = f"; of other settings there are {', '.join(earlier[:3])}" if earlier else ""
+    return f"no stage of the run {run}, as it is set now, has written a checkpoint{more}; accepted: a finished model"
+
+
+def check_unused(output: Path) -> None:
+    """Refuse a run's folder that another process holds."""
+    lock = output / ".lock"
+    if not lock.exists():
+        return
+    try:
+        with open_append(lock) as held:
+            if take(held):
+                return
+    except OSError:  # the run itself will say what is wrong with it
+        return
+    raise in_use(output)
+
+
+def in_use(output: Path) -> PretrainError:
+    """The error of a run's folder that another process holds."""
+    return PretrainError(f"{output} is in use by another run; accepted: wait for it, or --output elsewhere")
 
 
 def corpus_of(folder: Path) -> Path:
@@ -179,12 +223,19 @@ def corpus_of(folder: Path) -> Path:
     return folder / "corpus" if (folder / "corpus").is_dir() else folder
 
 
-def corpus_at(place: Path | str) -> Path | None:
-    """The corpus at a place, of a run the last one it shows; None where there is none, since it may be a glob."""
+def corpus_at(place: Path | str, of: Path | None = None) -> Path | None:
+    """The corpus at a place; None where there is none, since it may be a glob.
+
+    Of a run the one that the checkpoint `of` was made with, if the run shows it, else the last.
+    """
     path = place_of(place)
-    shown = stage_folders(path).values() if (path / "run.json").exists() else [path]
-    corpora = [corpus_of(folder) for folder in shown if (corpus_of(folder) / "corpus.json").exists()]
-    return corpora[-1] if corpora else None
+    shown = stage_folders(path) if (path / "run.json").exists() else {"": path}
+    places = {name: corpus_of(folder) for name, folder in shown.items()}
+    corpora = {name: corpus for name, corpus in places.items() if (corpus / "corpus.json").exists()}
+    named = ""
+    with suppress(PretrainError, AttributeError, KeyError, TypeError):
+        named = read_json(of.parent / "stage.json")["inputs"].get("corpus", "") if of else ""
+    return corpora.get(named, [*corpora.values()][-1] if corpora else None)
 
 
 def corpus_in(output: Path, reference: object) -> Path:

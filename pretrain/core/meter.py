@@ -27,13 +27,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 from torch.utils.module_tracker import ModuleTracker
 
 from pretrain.core.system.portable import peak_resident
 
 T = TypeVar("T")
 Shape = Sequence[int]
+Operation = OpOverload[..., object]
 
 
 def _attention(query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
@@ -74,7 +77,7 @@ def _eigenvectors(a: Shape, *_: object, **__: object) -> int:
     return math.prod(a[:-2]) * 9 * a[-1] ** 3
 
 
-# What `FlopCounterMode` does not know: attention on CPUs, products of integers, those that add to a tensor in
+# What torch's own registry does not know: attention on CPUs, products of integers, those that add to a tensor in
 # place, and decompositions.
 _UNKNOWN: dict[object, Callable[..., int]] = {
     torch.ops.aten._linalg_svd: _singular_vectors,
@@ -97,16 +100,62 @@ _BACKWARD = (
     torch.ops.aten._scaled_dot_product_efficient_attention_backward,
     torch.ops.aten._scaled_dot_product_cudnn_attention_backward,
 )
+# What asks for a tensor's layout, which some kinds of tensors let a mode answer.
+_LAYOUT = (
+    "is_contiguous", "sym_is_contiguous", "is_strides_like_format", "is_non_overlapping_and_dense", "size", "sym_size",
+    "stride", "sym_stride", "storage_offset", "sym_storage_offset", "numel", "sym_numel", "dim",
+)  # fmt: skip
+_OF_LAYOUT = {getattr(torch.ops.aten, name).default for name in _LAYOUT if hasattr(torch.ops.aten, name)}
+_OF_LAYOUT |= {torch.ops.aten.is_contiguous.memory_format, torch.ops.prim.layout.default}
 
 
-class _Counter:
-    """A count of FLOPs, and of those among them that something is computed a second time for."""
+def _formulas() -> dict[object, Callable[..., int]]:
+    """What computes an operation's FLOPs from its arguments and `out_val`, by the operation."""
+    known = ((getattr(torch.ops, room), name, formula) for (room, name), formula in _OF_SOME.items())
+    some = {getattr(room, name): formula for room, name, formula in known if hasattr(room, name)}
+    return flop_registry | {operation: shape_wrapper(formula) for operation, formula in (_UNKNOWN | some).items()}
+
+
+def _composite(func: Operation) -> bool:
+    """Whether an operation is made of others, as `OpOverload.decompose` has it."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    if func is torch.ops.prim.device.default:
+        return False
+    return key in func.py_kernels or torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
+class _Counter(TorchDispatchMode):
+    """A count of FLOPs, and of those among them that something is computed a second time for.
+
+    It counts as torch's `FlopCounterMode` does, but looks an operation up once instead of at each call, and keeps no
+    account of modules, which takes several times as long as the operations of a small model.
+    """
+
+    supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        known = ((getattr(torch.ops, room), name, formula) for (room, name), formula in _OF_SOME.items())
-        some = {getattr(room, name): formula for room, name, formula in known if hasattr(room, name)}
-        formulas = _UNKNOWN | some | dict.fromkeys(_BACKWARD, self._attention_backward)
-        self.mode, self.repeated = FlopCounterMode(display=False, custom_mapping=formulas), 0
+        super().__init__()
+        self.flops = self.repeated = 0
+        self.formulas = _formulas() | dict.fromkeys(_BACKWARD, shape_wrapper(self._attention_backward))
+        self.operations: dict[object, tuple[bool, Callable[..., int] | None]] = {}  # whether to take it apart; formula
+
+    def __torch_dispatch__(
+        self, func: Operation | HigherOrderOperator, types: object, args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:  # fmt: skip
+        kwargs = kwargs or {}
+        if isinstance(func, HigherOrderOperator) or func in _OF_LAYOUT:
+            return NotImplemented
+        if func not in self.operations:
+            self.operations[func] = _composite(func), self.formulas.get(func._overloadpacket)
+        apart, formula = self.operations[func]
+        if apart:
+            with self:
+                return func.decompose(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
 
     def _attention_backward(self, grad: Shape, query: Shape, key: Shape, value: Shape, *_: object, **__: object) -> int:
         """Five products, the first of which makes the scores again."""
@@ -114,8 +163,7 @@ class _Counter:
         return int(sdpa_backward_flop_count(grad, query, key, value))
 
     def cost(self, products: dict[str, int] | None = None) -> Cost:
-        flops = int(self.mode.get_total_flops())
-        return Cost(flops, flops - self.repeated, products or {})
+        return Cost(int(self.flops), int(self.flops - self.repeated), products or {})
 
 
 _counters: list[_Counter] = []  # those that are open; backward passes run in threads of their own, which see it too
@@ -132,7 +180,7 @@ def _counter() -> Iterator[_Counter]:
     counter = _Counter()
     _counters.append(counter)
     try:
-        with torch.compiler.set_stance("force_eager"), counter.mode:
+        with torch.compiler.set_stance("force_eager"), counter:
             yield counter
     finally:
         _counters.remove(counter)
@@ -147,12 +195,12 @@ def count_flops(work: Callable[[], T]) -> tuple[T, int]:
 
 @contextmanager
 def _repeating() -> Iterator[None]:
-    before = [counter.mode.get_total_flops() - counter.repeated for counter in _counters]
+    before = [counter.flops - counter.repeated for counter in _counters]
     try:
         yield
     finally:  # checkpointing leaves the recomputation by an exception as soon as it has what it needs
         for counter, flops in zip(_counters, before, strict=True):
-            counter.repeated = int(counter.mode.get_total_flops() - flops)
+            counter.repeated = counter.flops - flops
 
 
 def recomputing() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:

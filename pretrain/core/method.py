@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import MISSING, Field, dataclass, fields, replace
+from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
@@ -123,10 +124,12 @@ def is_method(annotation: object) -> bool:
     return isinstance(annotation, type) and issubclass(annotation, Method)
 
 
+@cache
 def _ref_fields(cls: type) -> tuple[str, ...]:
     return tuple(name for name, hint in hints(cls).items() if is_ref(hint))
 
 
+@cache
 def _held_fields(cls: type) -> dict[str, str]:
     marks = {name: getattr(hint, "__metadata__", ()) for name, hint in hints(cls).items()}
     return {name: mark.kind for name, of_it in marks.items() for mark in of_it if isinstance(mark, Holds)}

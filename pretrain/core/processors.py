@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import inspect
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
@@ -35,13 +37,16 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from pretrain.core.batch import Batch
 from pretrain.core.batch import Document as Document
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.encoding import encoded
+from pretrain.core.encoding.stored import check_opened, check_stored
+from pretrain.core.errors import PretrainError, brief, nearest
 from pretrain.core.files import read_object
 from pretrain.core.folders import verify
 from pretrain.core.foreign.code import consented, needs_consent
 from pretrain.core.foreign.configs import unmarked
-from pretrain.core.foreign.parsing import parsing
+from pretrain.core.foreign.parsing import gave_up, parsing
 from pretrain.core.quick.trust import check_trust, offline
+from pretrain.core.quick.vocabulary import stored_numbers
 from pretrain.core.samples import IMAGES, eight_bits
 
 if TYPE_CHECKING:
@@ -111,6 +116,14 @@ def _moments(
     return mean_C, np.sqrt((np.where(seen_TC, values_TC - mean_C, 0) ** 2).sum(0) / count_C)
 
 
+SETTINGS: dict[str, tuple[type | UnionType, str]] = {  # of tokenizers, what type they are of
+    "model_max_length": (int | float, "a number of tokens"),
+    **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token", "cls_token", "sep_token", "mask_token"),
+                    (str | dict, "a token, as a text or an object")),
+    **dict.fromkeys(("clean_up_tokenization_spaces", "add_prefix_space", "add_bos_token", "add_eos_token",
+                     "split_special_tokens"), (bool, "true or false")),
+    "chat_template": (str | dict | list, "a template, or templates by name"),
+}  # fmt: skip
 OURS = {"SeriesProcessor": SeriesProcessor}
 
 
@@ -170,20 +183,37 @@ def load_processor(folder: Path | str) -> Processor | None:
         return None
     verify(folder, lambda name: not name.endswith(".safetensors"))
     check_trust(folder)
+    _check_settings(folder / "tokenizer_config.json")
+    check_stored(folder)
     keys = PROCESSORS if present[0].name in PREPROCESSOR_FILES else ("AutoTokenizer",)
     try:
         with quiet(), offline(), unmarked(folder) as place:
-            return (brought_opener(folder, *keys) or _opener(place))(place)
+            made = (brought_opener(folder, *keys) or _opener(place))(place)
+            check_opened(folder, tokenizer_in(made))
+            return made
     except PretrainError:
         raise
     except BaseException as error:  # tokenizers raises plain `Exception`, or panics
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not isinstance(error, Exception) and not gave_up(error):
             raise
         for path in present:
             if path.suffix == ".json":
                 read_object(path)  # names the file when it is the one that is damaged
         kind = "processor" if present[0].name in PREPROCESSOR_FILES else "tokenizer"
         raise PretrainError(f"{folder}: the {kind} cannot be loaded: {_reason(folder, error)}") from error
+
+
+def _check_settings(path: Path) -> None:
+    """Refuse settings of a tokenizer that are only wrong where it is used."""
+    settings = read_object(path) if path.is_file() else {}
+    for name, (kinds, accepted) in SETTINGS.items():
+        value = settings.get(name)
+        odd = isinstance(value, bool) != (kinds is bool) or (isinstance(value, float) and math.isnan(value))
+        if value is not None and (odd or not isinstance(value, kinds)):
+            raise PretrainError(f"{path}: {name} {brief(value)}: accepted: {accepted}")
+    for name in ("padding_side", "truncation_side"):
+        if settings.get(name, "left") not in ("left", "right"):
+            raise PretrainError(f"{path}: {name} {brief(settings[name])}: accepted: left, right")
 
 
 def _reason(folder: Path, error: BaseException) -> str:
@@ -226,7 +256,7 @@ def check_tokens(folder: Path, tokenizer: PreTrainedTokenizerBase | None, size: 
     """Refuse a tokenizer that gives tokens for which the model has no row; one for padding is in no text."""
     if tokenizer is None or not isinstance(size, int) or isinstance(size, bool):
         return
-    numbers = tokenizer.get_vocab()
+    numbers = {**tokenizer.get_vocab(), **(stored_numbers(folder) or {})}  # an added token's, too, which is passed over
     if max(numbers.values(), default=-1) < size:
         return
     beyond = [name for name, each in numbers.items() if each >= size and name != tokenizer.pad_token]
@@ -294,15 +324,15 @@ def _read_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], length:
     step = max(n for n in range(1, STEP + 1) if not length % n)  # tokenizers take no other numbers
 
     def encode(padding: bool | str, longest: int) -> BatchEncoding:
-        return tokenizer(
-            list(texts), truncation=True, max_length=longest, padding=padding, pad_to_multiple_of=step,
+        return encoded(
+            tokenizer, list(texts), truncation=True, max_length=longest, padding=padding, pad_to_multiple_of=step,
             split_special_tokens=True, return_attention_mask=True, return_tensors="pt",
         )  # fmt: skip
 
-    encoded = encode(True, length)
-    if not encoded["input_ids"].numel():  # no text has a token; models take no row without any
-        encoded = encode("max_length", step)
-    return dict(encoded), int(encoded["attention_mask"].sum())
+    inputs = encode(True, length)
+    if not inputs["input_ids"].numel():  # no text has a token; models take no row without any
+        inputs = encode("max_length", step)
+    return dict(inputs), int(inputs["attention_mask"].sum())
 
 
 def _read_images(processor: Extractor, images: Sequence[Image | Stored], length: int) -> tuple[Batch, int]:

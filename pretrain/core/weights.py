@@ -15,6 +15,8 @@ from typing import TypeVar
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pretrain.core.folders import verify_file
+
 ALIGNMENT = 64  # bytes: a cache line, the widest vector register, and what torch's allocator on CPUs gives
 M = TypeVar("M", bound=nn.Module)
 
@@ -43,6 +45,8 @@ def align(model: M) -> M:
 def load_tensors(path: Path | str) -> dict[str, Tensor]:
     """The tensors of a safetensors file by name, in aligned memory on the CPU.
 
-    Raises what safetensors raises: `SafetensorError` for a damaged file, `OSError` for one that cannot be read.
+    Raises `PretrainError` for a file that is not as the checksums of its folder say, and what safetensors raises:
+    `SafetensorError` for a damaged file, `OSError` for one that cannot be read.
     """
+    verify_file(path)
     return {name: aligned(tensor) for name, tensor in load_file(path).items()}

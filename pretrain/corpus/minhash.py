@@ -6,7 +6,7 @@ Where words are written without spaces between them, characters stand for words.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator
 from functools import cache
 
 import numpy as np
@@ -74,26 +74,32 @@ class Index:
 
     def has_near(self, minhash: RMinHash, kind: str = "") -> bool:
         """Whether one of that kind that was put in is at least `threshold` alike."""
-        near = (self.signatures[i] for i in self.buckets.query(minhash))
-        return any(its == kind and minhash.jaccard(other) >= self.threshold for other, its in near)
+        return self.near(minhash, kind) is not None
+
+    def near(self, minhash: RMinHash, kind: str = "") -> float | None:
+        """How alike the first of that kind is that was put in and is at least `threshold` alike."""
+        others = (other for other, its in map(self.signatures.__getitem__, self.buckets.query(minhash)) if its == kind)
+        return next((alike for alike in map(minhash.jaccard, others) if alike >= self.threshold), None)
 
 
-def unique(texts: Iterable[tuple[str, str]], threshold: float | None) -> Sequence[bool]:
-    """For each text whether it is kept: no exact copy and (with a threshold) no near-duplicate of one kept before.
+def copies(texts: Iterable[tuple[str, str]], threshold: float | None) -> Iterator[tuple[str, float] | None]:
+    """For each text None if it is kept, else what it is of one kept before, and how alike.
 
-    With each comes its kind; only texts of one kind are compared.
+    It is an exact copy or (with a threshold) a near-duplicate. With each comes its kind; only texts of one kind are
+    compared.
     """
     seen: set[tuple[str, str]] = set()
     index = Index(threshold) if threshold else None
-    kept = []
     for text, kind in texts:
-        keep = (text, kind) not in seen
-        if keep and index is not None:
+        if (text, kind) in seen:
+            yield "exact copy", 1.0
+            continue
+        if index is not None:
             minhash = signature(text)
-            keep = not index.has_near(minhash, kind)
-            if keep:
-                index.add(minhash, kind)
-        if keep:
-            seen.add((text, kind))
-        kept.append(keep)
-    return kept
+            alike = index.near(minhash, kind)
+            if alike is not None:
+                yield "near-duplicate", alike
+                continue
+            index.add(minhash, kind)
+        seen.add((text, kind))
+        yield None

@@ -8,10 +8,13 @@ import importlib.util
 import os
 import pkgutil
 import re
+import stat
 import sysconfig
 import textwrap
 import tokenize
 import warnings
+from collections.abc import Iterator
+from contextlib import suppress
 from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
@@ -20,6 +23,7 @@ from pretrain.core.errors import PretrainError, nearest
 
 TESTS = {"test", "tests", "idle_test"}
 Modules = list[tuple[str, Path]]  # the path from the library's or the package's name on, and the file
+Measured = tuple[str, str, int]  # the same, the file's path, its bytes
 
 
 @cache
@@ -37,23 +41,38 @@ def of_stdlib(tests: bool) -> Modules:
 
 def of_package(name: str, tests: bool) -> Modules:
     """The modules of an installed package that are not empty, sorted; `name` is the one that it is imported by."""
+    return [(inside, Path(path)) for inside, path, _ in _measured(name, tests)]
+
+
+def sizes_of_package(name: str, tests: bool) -> list[tuple[str, int]]:
+    """The modules of `of_package`, and the bytes of each."""
+    return [(inside, size) for inside, _, size in _measured(name, tests)]
+
+
+def _measured(name: str, tests: bool) -> list[Measured]:
+    """A package's modules: every plan asks for them, and a package may have thousands, so each is looked at once."""
     top, *deeper = name.split(".")
     try:
         spec = importlib.util.find_spec(top) if all(part.isidentifier() for part in (top, *deeper)) else None
     except (ImportError, ValueError):
         spec = None
     places = (spec.submodule_search_locations or ()) if spec else ()
-    roots = [Path(place, *deeper) for place in places]
-    files = [("/".join((top, *deeper, *path.relative_to(root).parts)), path) for root in roots for path in _below(root)]
-    alone = [root.with_suffix(".py") for root in roots] if deeper else [Path((spec and spec.origin) or "")]
-    files = files or [("/".join((top, *deeper)) + ".py", path) for path in alone if path.suffix == ".py"]
-    files = sorted((inside, path) for inside, path in files if path.is_file() and path.stat().st_size)
+    roots, inside = [Path(place, *deeper) for place in places], "/".join((top, *deeper))
+    files = [row for root in roots for row in _below(root, inside)]
+    if not files:
+        alone = [root.with_suffix(".py") for root in roots] if deeper else [Path((spec and spec.origin) or "")]
+        files = [
+            (f"{inside}.py", str(path), path.stat().st_size)
+            for path in alone
+            if path.suffix == ".py" and path.is_file()
+        ]
+    files = sorted(row for row in files if row[-1])
     if not files:
         raise PretrainError(
             f"package {name!r}{_meant(top) if spec is None else ''}: accepted: an installed Python package, by the "
             "name that it is imported by, with modules in Python"
         )
-    return [(inside, path) for inside, path in files if tests or not _is_test(inside.split("/")[1 + len(deeper) :])]
+    return [row for row in files if tests or not _is_test(row[0].split("/")[1 + len(deeper) :])]
 
 
 def without(files: Modules, patterns: tuple[str, ...]) -> Modules:
@@ -61,8 +80,18 @@ def without(files: Modules, patterns: tuple[str, ...]) -> Modules:
     return [(inside, path) for inside, path in files if not any(fnmatchcase(inside, pattern) for pattern in patterns)]
 
 
-def _below(root: Path) -> list[Path]:
-    return [path for path in root.rglob("*.py") if "__pycache__" not in path.parts]
+def _below(root: Path, inside: str) -> Iterator[Measured]:
+    """The files in Python of a folder and of those in it, links to folders not followed."""
+    for folder, inner, names in os.walk(root):
+        inner[:] = [name for name in inner if name != "__pycache__"]
+        place = inside + folder[len(str(root)) :].replace(os.sep, "/")
+        for name in names:
+            if name.endswith(".py"):
+                path = os.path.join(folder, name)
+                with suppress(OSError):  # of a link to nothing
+                    status = os.stat(path)
+                    if stat.S_ISREG(status.st_mode):
+                        yield f"{place}/{name}", path, status.st_size
 
 
 def _is_test(inside: list[str]) -> bool:
@@ -83,7 +112,7 @@ def version(name: str) -> str | None:
     """The installed version of a package; None where its distribution has another name."""
     try:
         return importlib.metadata.version(name.partition(".")[0])
-    except importlib.metadata.PackageNotFoundError:
+    except (importlib.metadata.PackageNotFoundError, ValueError):  # of what is no name
         return None
 
 

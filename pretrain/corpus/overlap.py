@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from glob import glob
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
@@ -25,7 +26,10 @@ def training_corpora(checkpoint: Path) -> tuple[list[Path], int]:
     places: list[Path] = []
     for address in dict.fromkeys(addresses):
         end = f"*-{str(address)[:12]}/corpus/corpus.json"
-        places += [path.parent for path in [*home.glob(end), *home.parent.glob(f"*/{end}")][:1]]
+        # Of `glob`, not of `Path`, which fails where another process removes a folder that it is about to look into.
+        near = [home / path for path in glob(end, root_dir=home, include_hidden=True)]
+        far = [home.parent / path for path in glob(f"*/{end}", root_dir=home.parent, include_hidden=True)]
+        places += [path.parent for path in [*sorted(near), *sorted(far)][:1]]
     return places, len({*addresses}) - len(places)
 
 

@@ -31,6 +31,10 @@ class Tokens(Protocol):
         """How many there are."""
 
     @property
+    def seal(self) -> str:
+        """By which they are known from others."""
+
+    @property
     def lengths_N(self) -> NDArray[np.int64]:
         """Tokens of each document."""
 
@@ -136,7 +140,8 @@ def _best_fit(sizes: NDArray[np.int64], length: int) -> tuple[NDArray[np.int64],
 def plan_for(shards: Tokens, length: int) -> Plan:
     """The plan of a split at one row length, kept beside its tokens and memory-mapped."""
     folder = shards.folder / f"rows-{length}"
-    finding = damage(folder)
+    of = f"{length} {shards.seal}"
+    finding = damage(folder, of=of)
     if finding:
         warn(f"{finding}: the rows of {length} tokens are planned anew")
     elif (folder / SUMS).exists():
@@ -150,7 +155,7 @@ def plan_for(shards: Tokens, length: int) -> Plan:
     try:
         with locked(shards.folder / ".lock"):
             sweep(shards.folder, folder.name)
-            with atomic_folder(folder) as work:
+            with atomic_folder(folder, of) as work:
                 for field in fields(Plan):
                     np.save(work / f"{field.name}.npy", getattr(made, field.name))
     except PretrainError:

@@ -34,6 +34,17 @@ BESIDE = {
     "summary", "tag", "tags", "target", "targets",
 }  # fmt: skip
 
+ABOUT = (*CONTENT, "domain", "id", "group", "url", "path")  # columns that are no labels
+SHORT = 60  # letters of a label at most
+MOST_LABELS, OWN = 1000, 0.5  # different values of a column of labels; the share of the rows that may have their own
+REMEMBERED = 1_000_000  # documents
+
+
+class Placed(Document):
+    """A document of a corpus that is read again, which stays on its side of the split."""
+
+    split: str
+
 
 def belongs(column: str) -> bool:
     """Whether a column is part of an example, as its label is, and not just about its content, as a `url` is."""
@@ -174,6 +185,9 @@ def single_type(make: Callable[[], T], what: str = "a column") -> T:
         return make()
     except (pyarrow.ArrowInvalid, pyarrow.ArrowTypeError, OverflowError) as error:
         reason = " ".join(str(error).split())[:200]
+        if isinstance(error, OverflowError) or "too large" in reason:
+            accepted = "whole numbers from -2**63 to below 2**63, or texts"
+            raise PretrainError(f"{what} holds numbers too large to store ({reason}); accepted: {accepted}") from error
         raise PretrainError(f"{what} holds several types ({reason}); accepted: one type a column") from error
 
 
@@ -196,3 +210,48 @@ def _series(value: object) -> NDArray[np.float32]:
     if len(beyond):
         raise PretrainError(f"column 'series' holds {beyond[0]:g}; accepted: numbers of float32, up to 3.4e+38")
     return kept
+
+
+class Labels:
+    """Which texts stand with more than one label, of documents that are seen one after another.
+
+    Which column is the label is not known: all are counted that can be, of short values that come again.
+    """
+
+    def __init__(self) -> None:
+        self.first: dict[bytes, dict[str, int]] = {}  # of each content the values that it stood with first, hashed
+        self.values: dict[str, set[int]] = {}  # of each column, up to one more than labels have
+        self.contents: dict[str, set[bytes]] = {}  # of each column those with different values
+        self.rows = 0
+        self.contradicting: dict[str, dict[str, int | bool]] = {}  # once all are seen
+
+    def over(self, documents: Iterable[Document]) -> Iterator[Document]:
+        """The documents, each of which is seen as it passes.
+
+        After the last `contradicting` says by the column of labels how many texts stand with more than one, and whether
+        each of these is kept, as where the column belongs to the payload; else the first is, and the others are copies.
+        """
+        for document in documents:
+            self._see(document)
+            yield document
+        most = min(MOST_LABELS, OWN * self.rows)
+        texts = {name: len(keys) for name, keys in sorted(self.contents.items()) if len(self.values[name]) <= most}
+        self.contradicting.update({name: {"texts": count, "kept": belongs(name)} for name, count in texts.items()})
+
+    def _see(self, document: Document) -> None:
+        """One more document; blank cells say nothing."""
+        hashed = {
+            name: hash(str(value))
+            for name, value in document.items()
+            if name not in ABOUT and isinstance(value, str | int | float) and 0 < len(str(value).strip()) <= SHORT
+        }
+        if not hashed or len(self.first) >= REMEMBERED:
+            return
+        self.rows += 1
+        key = hashlib.blake2b(content(document), digest_size=16).digest()
+        before = self.first.setdefault(key, hashed)
+        for name, value in hashed.items():
+            if len(values := self.values.setdefault(name, set())) <= MOST_LABELS:
+                values.add(value)
+            if before.setdefault(name, value) != value:
+                self.contents.setdefault(name, set()).add(key)

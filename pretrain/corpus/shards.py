@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import (
+    SEAL,
+    SUMS,
     JSONObject,
     atomic_folder,
     damage,
@@ -72,6 +74,11 @@ class Shards:
     def tokens(self) -> int:
         """How many tokens there are."""
         return int(self.info["tokens"])
+
+    @property
+    def seal(self) -> str:
+        """Of its checksums; another's tokens have another. Empty of older releases, which had none."""
+        return str(read_json(self.folder / SUMS).get(SEAL, "")) if (self.folder / SUMS).exists() else ""
 
     @property
     def lengths_N(self) -> NDArray[np.int64]:
@@ -142,9 +149,12 @@ def tokenise(
 
     wanted = {"corpus": corpus.info["fingerprint"], "tokenizer": tokenizer_fingerprint(tokenizer)}
 
+    def of(split: str) -> str:
+        return digest([split, *wanted.values()])
+
     def missing(split: str) -> bool:
         info = folder / split / "tokens.json"
-        finding = damage(folder / split) if verify else ""
+        finding = damage(folder / split, (lambda _: True) if verify else (lambda _: False), of(split))
         if finding:
             warn(f"{finding}: the {split} split is put into tokens anew")
         return bool(finding) or not info.exists() or {k: read_json(info).get(k) for k in wanted} != wanted
@@ -154,7 +164,7 @@ def tokenise(
         with locked(folder / ".lock"):  # another run may be at the same: what it has made is taken
             sweep(folder)
             for split in filter(missing, splits):
-                with atomic_folder(folder / split) as work:
+                with atomic_folder(folder / split, of(split)) as work:
                     _write(work, corpus, split, tokenizer, Vocabulary.of(tokenizer), wanted)
     shards = {split: Shards(folder / split) for split in splits}
     for split in here if verify else ():

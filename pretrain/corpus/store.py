@@ -24,6 +24,7 @@ from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, 
 from pretrain.core.folders import verify
 from pretrain.corpus.payload import (
     CONTENT,
+    Placed,
     columns_in,
     content,
     identity,
@@ -36,6 +37,7 @@ from pretrain.corpus.payload import (
 )
 from pretrain.corpus.payload import belongs as belongs
 from pretrain.corpus.payload import beside as beside
+from pretrain.corpus.progress import without_bars
 from pretrain.corpus.sources import Document, Removed, Skipped, evenly
 
 if TYPE_CHECKING:
@@ -105,12 +107,13 @@ def write_corpus(
     operations: Sequence[Callable[[Dataset], Dataset]] = (),
     facts: JSONObject | None = None,
     skipped: Skipped | None = None,
+    beside: Callable[[Path], None] = lambda folder: None,
 ) -> JSONObject:
     """Split, deduplicate and store documents; returns what `corpus.json` says.
 
     `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a
     held-out one are removed (None: not looked for). `operations` then act on the training split; `facts` are noted;
-    `skipped` holds what the sources pass over as they are read.
+    `skipped` holds what the sources pass over as they are read; `beside` may put more files into the folder.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise PretrainError(
@@ -125,6 +128,7 @@ def write_corpus(
         if operations:
             with without_bars():
                 _operate(work, operations, removed, added)
+        beside(work)
         counts, content = _count(work)
         if not counts["train"]:
             why = f" (passed over: {skipped})" if skipped and skipped.reasons else ""
@@ -165,7 +169,8 @@ def _write_splits(
         for what, there, most in (("domains", domains, DOMAINS), ("columns and what is in them", columns, COLUMNS)):
             if len(there) > most:
                 raise PretrainError(f"document {document.get('id')!r}: more than {most:,} {what}; accepted: fewer")
-        writers[side(_key(document), validation, test)].add(document, len(payload(document)))
+        split = document.split if isinstance(document, Placed) else side(_key(document), validation, test)
+        writers[split].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()
     return read
@@ -232,6 +237,7 @@ def _operate(
 
     cache = work / "cache"
     corpus = _open(work / "train", cache)
+    columns = set(corpus.column_names)
     for number, operation in enumerate(operations):
         before = len(corpus)
         corpus = operation(corpus)
@@ -246,10 +252,13 @@ def _operate(
     for part, start in enumerate(range(0, len(corpus), rows)):
         chosen = corpus.select(range(start, min(start + rows, len(corpus))))
         chosen.to_parquet(after / f"part-{part:05d}.parquet")
+    changed = set(corpus.column_names) != columns
     del corpus
     shutil.rmtree(cache, ignore_errors=True)
     shutil.rmtree(work / "train")
     after.rename(work / "train")
+    if changed:
+        _same_columns(work)
 
 
 def _open(split: Path, cache: Path) -> Dataset:
@@ -263,20 +272,6 @@ def _open(split: Path, cache: Path) -> Dataset:
         return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
     with without_bars():
         return datasets.Dataset.from_parquet(files, cache_dir=str(cache))
-
-
-@contextmanager
-def without_bars() -> Iterator[None]:
-    """Keep `datasets` from drawing bars: one for each split and part would bury what the stage itself says."""
-    import datasets
-
-    shown = not datasets.are_progress_bars_disabled()
-    datasets.disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            datasets.enable_progress_bars()
 
 
 def iterate(split: Path, columns: Columns = TEXTS) -> Iterator[Document]:
@@ -318,11 +313,8 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
                     raise PretrainError(f"{path}: column {field.name!r} holds {field.type}; accepted: text")
             yield file
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise _no_parquet(path, error) from error
-
-
-def _no_parquet(path: Path, error: Exception) -> PretrainError:
-    return PretrainError(f"{path}: not a whole Parquet file ({' '.join(str(error).split())[:200]})")
+        reason = " ".join(str(error).split())[:200]
+        raise PretrainError(f"{path}: not a whole Parquet file ({reason})") from error
 
 
 def _count(work: Path) -> tuple[dict[str, dict[str, dict[str, int]]], str]:
@@ -412,6 +404,14 @@ class Corpus:
                 where = f"{name} document {document.get('id')!r} has no 'text'"
                 raise PretrainError(f"{self.folder}: {where}; accepted: a corpus of text; its columns: {known}")
             yield document
+
+    def again(self) -> Iterator[Placed]:
+        """The documents of all splits with all their columns, to go on with."""
+        for name in SPLITS:
+            for document in self.documents(name, list):
+                placed = Placed(document)
+                placed.split = name
+                yield placed
 
     def sample(self, name: str, limit: int, columns: Columns = TEXTS) -> list[Document]:
         """At most `limit` of one split's documents, from its whole length alike, so from all sources."""

@@ -9,10 +9,12 @@ from typing import cast
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pretrain.core.encoding.stored import check_opened, check_stored
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.folders import verify
 from pretrain.core.foreign.code import needs_consent
 from pretrain.core.foreign.configs import unmarked
+from pretrain.core.foreign.parsing import gave_up
 from pretrain.core.processors import brought_opener
 from pretrain.core.quick.trust import check_trust, offline
 from pretrain.core.quick.vocabulary import CLS, END, MASK, PAD, SEP, UNKNOWN, special_tokens
@@ -106,16 +108,20 @@ def load_tokenizer(folder: Path | str) -> PreTrainedTokenizerBase:
     if Path(folder).is_dir():
         verify(Path(folder), lambda name: not name.endswith(".safetensors"))
     check_trust(folder)
+    check_stored(Path(folder))
     try:
         with offline(), unmarked(Path(folder)) as place:
             brought = brought_opener(Path(folder), "AutoTokenizer")
             if brought is not None:
-                return cast("PreTrainedTokenizerBase", brought(place))
-            return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+                made = cast("PreTrainedTokenizerBase", brought(place))
+            else:
+                made = AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
+            check_opened(Path(folder), made)
+            return made
     except PretrainError:
         raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":  # of the tokenizers
+        if not isinstance(error, Exception) and not gave_up(error):
             raise
         reason = needs_consent(Path(folder), "config.json").removeprefix("; ") or " ".join(str(error).split())[:200]
         raise PretrainError(f"no tokenizer can be loaded from {folder}: {reason}") from error

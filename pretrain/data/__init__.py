@@ -17,6 +17,16 @@ class DataOperation(Method):
     kind: ClassVar[str] = "data operation"
     computes: ClassVar[bool] = True  # whether it may run a model, or other products that are metered
 
+    @property
+    def adds(self) -> tuple[str, ...]:
+        """The columns that it writes; a tagger drops nothing, and what comes after decides by them."""
+        return ()
+
+    @property
+    def brings(self) -> tuple[str, ...]:
+        """The domains of documents that it adds, where these are of others than it is given."""
+        return ()
+
     @abstractmethod
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus after the operation; columns that it does not know are kept."""

@@ -1,7 +1,8 @@
-"""Where an operation keeps what an interrupted run is to find again, and what it reports.
+"""Where an operation keeps what an interrupted run is to find again, what it leaves out, and what it reports.
 
 The data stage opens a desk around its operations; an operation called alone works at a desk that is gone afterwards.
 What is kept goes by the files (`stamps`) of the checkpoint it was made with; reports hold `by_domain`, `percentiles`.
+An operation that leaves documents out says which and why: `keep`, or `drop` batch by batch.
 
 Shape letters: N documents, K those that are kept.
 """
@@ -9,7 +10,7 @@ Shape letters: N documents, K those that are kept.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import SEAL, JSONObject, read_object, sealed, write_json
+from pretrain.data._dropped import Ledger
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,6 +35,7 @@ class Desk:
     """`folder` outlives a killed run; `flops` are what such a run spent on what was found there again."""
 
     folder: Path
+    ledger: Ledger | None = None  # of what is left out, where somebody asks for it
     flops: int = 0
     reports: list[dict[str, object]] = field(default_factory=list)  # one an operation, for `corpus.json`
 
@@ -56,14 +59,31 @@ class Desk:
         write_json(path, sealed({"of": name, **made}))
         return made
 
+    def keep(
+        self, method: str, corpus: Dataset, kept_K: NDArray[np.int64], why: str,
+        measured_N: NDArray[np.float64] | None = None,
+    ) -> Dataset:  # fmt: skip
+        """The documents at `kept_K`, ascending; all others are noted as dropped, with what was measured of them."""
+        rows_D = np.setdiff1d(np.arange(len(corpus)), kept_K)
+        self.drop(method, corpus, rows_D, why, None if measured_N is None else measured_N[rows_D])
+        return corpus.select(kept_K.tolist())
+
+    def drop(
+        self, method: str, corpus: Dataset, rows_D: NDArray[np.int64], why_D: Sequence[str] | str,
+        measured_D: NDArray[np.float64] | None = None,
+    ) -> None:  # fmt: skip
+        """Note that documents are left out, with the reason (a word that stays the same) and what was measured."""
+        if self.ledger is not None:
+            self.ledger.drop(method, corpus, rows_D, why_D, measured_D)
+
 
 _DESK: ContextVar[Desk | None] = ContextVar("desk", default=None)
 
 
 @contextmanager
-def working(folder: Path) -> Iterator[Desk]:
-    """Let the operations called inside keep their work in `folder`."""
-    desk = Desk(Path(folder))
+def working(folder: Path, ledger: Ledger | None = None) -> Iterator[Desk]:
+    """Let the operations called inside keep their work in `folder`, and note in `ledger` what they leave out."""
+    desk = Desk(Path(folder), ledger)
     token = _DESK.set(desk)
     try:
         yield desk

@@ -121,7 +121,7 @@ class Sampler:
         if place >= self.options.max_new_tokens:
             return -1
         uniform_1 = None if self.uniform_N is None else self.uniform_N[place : place + 1]
-        if self.options.processors is None:
+        if self.options.by_logits:
             return int(self.options.pick(logits_1V, uniform_1, NO_TOKENS))
         return int(self.options.pick(logits_1V, uniform_1, torch.tensor([[*prompt, *new]])))
 
@@ -163,7 +163,7 @@ def _walk(
     tokens: list[int], children: list[list[int]], logits_TV: Tensor, prompt: list[int], new: list[int], sampler: Sampler
 ) -> tuple[list[int], list[int]]:
     """The nodes that are the model's own tokens, the root first, and the tokens that they decide."""
-    plain = sampler.uniform_N is None and sampler.options.processors is None
+    plain = sampler.uniform_N is None and sampler.options.by_logits
     best = logits_TV.argmax(-1).tolist() if plain else None
     path, node = [0], 0
     verified: list[int] = []

@@ -57,7 +57,9 @@ SECTIONS = (
         after="What nothing reads is not looked at: a damaged checkpoint of a finished stage is found when it is "
         "opened, not by a run that has no need of it. The log of a training that stands still is checked "
         "when the training goes on, and not by a report before. A folder whose `checksums.json` is gone is "
-        "taken as one from elsewhere, of which nothing is known.",
+        "taken as one from elsewhere, of which nothing is known. Records of stages and training states of before "
+        "hold no seals of folders and no address: whether a whole folder in them is their own is not known. Who "
+        "writes a folder, its checksums and the record of its stage anew, all three, is believed.",
     ),
     Section("Trust"),
     Section(

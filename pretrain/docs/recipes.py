@@ -33,7 +33,7 @@ stages:
     optimizer: {method: adamw, lr: 2e-5}
     schedule: {method: linear, warmup: 0.1}
     budget: {epochs: 3}
-    policies: [keep_best]
+    policies: [{method: keep_best, metric: accuracy, better: higher}]
   - name: evaluation
     stage: evaluate
     checkpoint: classifier

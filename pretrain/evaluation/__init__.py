@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 from pretrain.core.method import Method
+from pretrain.core.quick.confusion import Mistake
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -27,7 +28,9 @@ class Measured:
     `documents`, where an evaluation gives them: for each document a row of the numbers that the metrics are made of, so
     that two models can be compared document by document. `confusion`, of a classifier: by true class how often each
     class was answered. `few` is the number of documents where it is too small for intervals. `listed`, of an evaluation
-    that looks into the model: a row for each of its parts that it lists.
+    that looks into the model: a row for each of its parts that it lists. `domain_intervals` are those of the metrics by
+    domain, where a domain has documents enough. `yardsticks`: what a metric that is no model's is of, in words.
+    `mistakes`, of a classifier: its wrong answers, the most confident first.
     """
 
     metrics: dict[str, float]
@@ -37,6 +40,17 @@ class Measured:
     confusion: dict[str, dict[str, int]] = field(default_factory=dict)
     few: int = 0
     listed: list[dict[str, str | float]] = field(default_factory=list)
+    domain_intervals: dict[str, dict[str, tuple[float, float]]] = field(default_factory=dict)
+    yardsticks: dict[str, str] = field(default_factory=dict)
+    mistakes: list[Mistake] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Yardsticks:
+    """Metrics of what is no model, and what some of them are of, in words."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    words: dict[str, str] = field(default_factory=dict)
 
 
 class Evaluation(Method):
@@ -64,9 +78,9 @@ class Evaluation(Method):
         """The columns that it needs besides `text` and `domain`."""
         return ()
 
-    def yardsticks(self, model: PreTrainedModel, documents: Sequence[Document], learnt: Learnt) -> dict[str, float]:
+    def yardsticks(self, model: PreTrainedModel, documents: Sequence[Document], learnt: Learnt) -> Yardsticks:
         """Metrics of what is no model, on the same documents, made of those that the model has `learnt` from."""
-        return {}
+        return Yardsticks()
 
     @abstractmethod
     def __call__(

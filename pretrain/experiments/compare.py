@@ -15,16 +15,25 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import sealed, write_json, write_text
+from pretrain.core.files import read_json, sealed, write_json, write_text
 from pretrain.core.models.metrics import Direction, better
 from pretrain.core.quick.quantities import counted, short
 from pretrain.experiments.drawing import draw
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
-from pretrain.experiments.verdict import UNDECIDED, interval, judge, seeds_to_decide, share_to_reach, shares_to_reach
+from pretrain.experiments.verdict import (
+    UNDECIDED,
+    interval,
+    judge,
+    seeds_to_decide,
+    share_to_reach,
+    shares_to_reach,
+    smoothed,
+)
 from pretrain.forecast import forecast
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
+from pretrain.records import Marks, Metrics
 from pretrain.runs.shelf import check_output
 from pretrain.stages.train import Train
 
@@ -55,23 +64,22 @@ def compare(
     """Run each recipe with each seed for `flops`; writes `comparison.svg`, writes and returns `comparison.json`.
 
     `metric` is one of the held-out metrics that training logs: by default the accuracy of classifiers and taggers, the
-    squared error of regressions, the loss of all else. Runs that are finished are not run again, so a comparison that
-    was interrupted goes on. `jobs` processes share the work, or a `ray` cluster does. With
-    `rates` of 3 or more so many peak rates of each side are tried first, at a third of the budget each.
+    squared error of regressions, the loss of all else (in bits per byte where tokens differ). Runs that are finished
+    are not run again, so a comparison that was interrupted goes on. `jobs` processes share the work, or a `ray` cluster
+    does. With `rates` of 3 or more so many peak rates of each side are tried first, at a third of the budget each.
     `progress` tells on standard error how far each run is, where they run one after another.
     """
-    from pretrain.core.hardware import describe
-
     check_output(Path(output))
     paths = _named(recipes, seeds)
     names = list(paths)
+    _check_unequal({name: _loaded(path, 0, flops, overrides)[0] for name, path in paths.items()})
+    from pretrain.core.hardware import describe  # imports torch: what is wrong with the recipes has been said by now
+
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
-    metric = metric or _metric_of([_training(*each) for each in loaded.values()])
+    metric = metric or _usual_metric(loaded)
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
-    _check_left(
-        {name: (replace(r, output=Path(output) / "seed-0" / name), t) for name, (r, t) in loaded.items()}, flops
-    )
+    _check_left(_placed(loaded, Path(output)), flops)
     for line in _unlike(loaded, metric):
         say(f"warning: {line}")
     usual = {name: rate_of(*each) for name, each in loaded.items()}
@@ -97,7 +105,8 @@ def compare(
     comparison = summarise(runs, flops, metric) | {"environment": describe()}
     for name, rate in chosen.items():
         comparison["table"][name]["rate"] = asdict(rate) | {"words": str(rate)}
-    comparison["notes"] = [*_notes(chosen), *_undecided(comparison["table"], runs)]
+    beneath = _beneath(loaded, runs, Path(output), metric)
+    comparison["notes"] = [*_notes(chosen), *beneath, *_undecided(comparison["table"], runs)]
     write_json(Path(output) / "comparison.json", sealed(comparison))
     curves = {name: [run["curve"] for run in of] for name, of in comparison["runs"].items()}
     write_text(Path(output) / "comparison.svg", draw(curves, metric))
@@ -118,12 +127,52 @@ def _named(recipes: Sequence[Path | str], seeds: int) -> dict[str, Path | str]:
     return dict(zip(names, recipes, strict=True))
 
 
-def _unlike(loaded: Mapping[str, tuple[Recipe, str]], metric: str) -> Iterator[str]:
-    """What makes two sides differ besides what their recipes do with a text: another text, other tokens."""
-    read = {
+def _check_unequal(recipes: Mapping[str, Recipe]) -> None:
+    """Refuse recipes that say the same, whatever their names: their runs would be the same runs."""
+    settings = {
+        name: {field: value for field, value in recipe.raw.items() if field not in ("name", "output")}
+        for name, recipe in recipes.items()
+    }
+    names = list(settings)
+    for number, name in enumerate(names):
+        if twin := next((other for other in names[:number] if settings[other] == settings[name]), None):
+            raise PretrainError(
+                f"compare: {twin} and {name} say the same: every stage has the same settings, so there is nothing to "
+                "compare; accepted: recipes that differ in more than their names"
+            )
+
+
+def _usual_metric(loaded: Mapping[str, tuple[Recipe, str]]) -> str:
+    """What recipes are judged by; not by a loss a token where their tokens differ."""
+    metric = _metric_of([_training(*each) for each in loaded.values()])
+    return "bits_per_byte" if metric == "loss" and _of_other_tokens(loaded) else metric
+
+
+def _of_other_tokens(loaded: Mapping[str, tuple[Recipe, str]]) -> bool:
+    """Whether sides that all learn text have other tokens than the first: then losses a token do not compare."""
+    if not all(_learns_text(_training(*each)) for each in loaded.values()):
+        return False
+    first, *others = (read.get("tokenizer") for read in _inputs(loaded).values())
+    return any(other != first for other in others)
+
+
+def _learns_text(training: Train) -> bool:
+    """Whether what it logs of held-out text is its likelihood."""
+    objective = training.weighted()[0].method
+    return objective.task == "causal" and objective.reads != "examples" and not objective.own_evaluation
+
+
+def _inputs(loaded: Mapping[str, tuple[Recipe, str]]) -> dict[str, Marks]:
+    """The addresses of what each side's last training reads, by field."""
+    return {
         name: next(item.reads["inputs"] for item in plan(recipe) if item.stage.name == trained)
         for name, (recipe, trained) in loaded.items()
     }
+
+
+def _unlike(loaded: Mapping[str, tuple[Recipe, str]], metric: str) -> Iterator[str]:
+    """What makes two sides differ besides what their recipes do with a text: another text, other tokens."""
+    read = _inputs(loaded)
     first, *others = read
     for name in others:
         corpora, tokenizers = ([read[each].get(kind) for each in (first, name)] for kind in ("corpus", "tokenizer"))
@@ -167,9 +216,8 @@ def _loaded(path: Path | str, seed: int, flops: float, overrides: Sequence[str])
 
 def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
     """Refuse a metric that the training of a language model does not log; what others log is known once they run."""
-    objective = _training(recipe, trained).weighted()[0].method
     known = ("loss", "perplexity", "bits_per_byte")
-    if objective.task != "causal" or objective.reads == "examples" or objective.own_evaluation:
+    if not _learns_text(_training(recipe, trained)):
         return
     what, _, domain = metric.partition("/")
     if what not in known or (domain and what == "perplexity"):
@@ -200,6 +248,11 @@ def _direction(metric: str) -> Direction:
         return better(metric)
     except PretrainError:
         return "lower"
+
+
+def _placed(sides: Mapping[str, tuple[Recipe, str]], output: Path) -> dict[str, tuple[Recipe, str]]:
+    """The sides where their first runs lie."""
+    return {name: (replace(r, output=output / "seed-0" / name), trained) for name, (r, trained) in sides.items()}
 
 
 def _check_left(sides: Mapping[str, tuple[Recipe, str]], flops: float) -> None:
@@ -252,10 +305,43 @@ def _undecided(table: Mapping[str, Outcome], runs: Mapping[str, Sequence[Outcome
             )
 
 
+def _beneath(
+    loaded: Mapping[str, tuple[Recipe, str]], runs: Mapping[str, Sequence[Outcome]], output: Path, metric: str
+) -> Iterator[str]:
+    """That no side is better than what learns next to nothing: the commonest class, or pairs of tokens."""
+    lines, means, way = {}, {}, _direction(metric)
+    for name, side in loaded.items():
+        if (line := _line(_training(*side), output / "seed-0" / name, output / "stages", metric)) is not None:
+            lines[name], means[name] = line, statistics.mean(run["final"] for run in runs[name])
+    bad = [name for name, line in lines.items() if (means[name] >= line if way == "lower" else means[name] <= line)]
+    if len(bad) == len(loaded):  # of a single one the verdict says enough
+        what = "always answering the commonest class" if metric == "accuracy" else "counting which token follows which"
+        each = ", ".join(f"{name} {means[name]:.4g} where that gives {lines[name]:.4g}" for name in bad)
+        yield (
+            f"warning: none of the recipes is better than {what} ({each}): the verdict is one of models that have "
+            "learnt little; a larger --budget may change it"
+        )
+
+
+def _line(training: Train, folder: Path, store: Path, metric: str) -> float | None:
+    """What a held-out metric of a training is where next to nothing is learnt; None where that is not known."""
+    from pretrain.report.regime import training_line
+
+    try:  # what the runs have left may lie on another machine
+        if metric == "accuracy":
+            measured: Metrics = read_json(folder / training.name / "stage.json")["metrics"]
+            return measured.get("majority")
+        text = metric.partition("/")[0] in ("loss", "bits_per_byte") and _learns_text(training)
+        return training_line(training, folder, store).get(metric) if text else None
+    except (PretrainError, OSError, KeyError, ValueError):
+        return None
+
+
 COLUMNS = (
     "mean ± s.d.: over the seeds; difference: to the first recipe, paired by seed, and where it lies in 97 of 100 "
     "cases; verdict: better or worse where that leaves zero out; FLOPs to the baseline's end: the share of the budget "
-    "at which a recipe first is where the first one ends; peak rate: the learning rate, and who chose it"
+    "at which a recipe, its curve smoothed to one that never gets worse, is where the first one ends, and its interval "
+    "over the seeds; peak rate: the learning rate, and who chose it"
 )
 
 
@@ -288,7 +374,8 @@ def summarise(runs: dict[str, list[Outcome]], flops: float, metric: str) -> Outc
             row["verdict"] = asdict(
                 judge([a["final"] - b["final"] for a, b in zip(recipe_runs, runs[baseline], strict=True)], way)
             )
-            mine, theirs = ([run["curve"] for run in side] for side in (recipe_runs, runs[baseline]))
+            sides = (recipe_runs, runs[baseline])
+            mine, theirs = ([smoothed(run["curve"], way) for run in side] for side in sides)
             shares = shares_to_reach(mine, theirs, way)
             row["compute_to_reach"] = {
                 "baseline's end": share_to_reach(mine, theirs, way),
@@ -297,3 +384,14 @@ def summarise(runs: dict[str, list[Outcome]], flops: float, metric: str) -> Outc
             }
         table[name] = row
     return {"metric": metric, "better": way, "flops": flops, "baseline": baseline, "table": table, "runs": runs}
+
+
+def to_reach(row: Outcome) -> str:
+    """A cell of the share of the budget that a recipe needs to be where the baseline ends: nothing where it is not."""
+    reached = row.get("compute_to_reach") or {}
+    share, ends = reached.get("baseline's end"), reached.get("interval")
+    if share is None:
+        return ""
+    if ends is None or ends[1] >= 1:
+        return "within the noise"
+    return f"{share:.0%} ({max(0.0, ends[0]):.0%} to {ends[1]:.0%})"

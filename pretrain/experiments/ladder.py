@@ -87,7 +87,7 @@ def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Sett
     law = replace(fit(rungs), bytes_per_token=sizes, optimizer=settled.optimizer_name)
     law.write(folder / LAW)
     task = replace(settled.task, law=law, unique=unique)
-    return law, replace(settled, choice=choose(task), task=task)
+    return law, replace(settled, choice=choose(task), task=task, text="this corpus")
 
 
 def _raw(recipe: Recipe, settled: Settled, step: Step) -> Raw:

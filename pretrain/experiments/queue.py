@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import SEAL, read_json_lines, read_object, sealed, write_json
+from pretrain.core.foreign.reading import open_append
 from pretrain.core.quick.quantities import duration
 from pretrain.experiments.claims import Claim
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
@@ -76,8 +77,8 @@ class Shelf:
         write_json(self.folder / f"{trial.key}.json", sealed(outcome))
         if lines is not None:
             lines.parent.mkdir(parents=True, exist_ok=True)
-            with lines.open("a+b") as file:
-                file.seek(-min(1, file.tell()), os.SEEK_END)
+            with open_append(lines) as file:
+                file.seek(-min(1, file.seek(0, os.SEEK_END)), os.SEEK_END)
                 start = b"" if file.read(1) in (b"", b"\n") else b"\n"  # a line that a crash cut off
                 file.write(start + json.dumps(sealed({trial.key: outcome}), separators=(",", ":")).encode() + b"\n")
 

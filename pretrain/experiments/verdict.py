@@ -74,6 +74,23 @@ def reached(curve: Curve, target: float, better: str = "lower") -> float | None:
     return None
 
 
+def smoothed(curve: Curve, better: str = "lower") -> list[tuple[float, float]]:
+    """The nearest curve that never gets worse: isotonic regression, by pooling adjacent violators.
+
+    A held-out curve swings from one measurement to the next, and its first dip below a value is no place to have
+    reached that value.
+    """
+    sign = 1 if better == "lower" else -1
+    pools: list[tuple[float, int]] = []  # a mean, and of how many points
+    for _, value in curve:
+        pools.append((value, 1))
+        while len(pools) > 1 and sign * pools[-1][0] > sign * pools[-2][0]:
+            (a, m), (b, n) = pools[-2:]
+            pools[-2:] = [((a * m + b * n) / (m + n), m + n)]
+    values = [mean for mean, count in pools for _ in range(count)]
+    return [(point[0], value) for point, value in zip(curve, values, strict=True)]
+
+
 def shares_to_reach(curves: Sequence[Curve], others: Sequence[Curve], better: str = "lower") -> list[float | None]:
     """The share of its own compute at which each curve reaches the other's last value; None where it never does.
 

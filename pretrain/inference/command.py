@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from pretrain.core.bounds import Count
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.imports import uncollected
@@ -26,13 +27,11 @@ def predict(
     output: Annotated[
         Path | None, typer.Option(help="OUT.jsonl or OUT.csv; JSON lines to the screen by default.")
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts at once.")] = 32,
+    batch_size: Annotated[Count, typer.Option(help="Texts at once.")] = 32,
     scores: Annotated[bool, typer.Option("--scores", help="Each label's probability beside the likeliest.")] = False,
     on_error: Annotated[str, typer.Option(help=ON_ERROR)] = "stop",
     force: Annotated[bool, typer.Option("--force", help="Write over an output that is there.")] = False,
-    max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of an answer; by default as it was trained.")
-    ] = None,
+    max_new_tokens: Annotated[Count | None, typer.Option(help="Of an answer; by default as it was trained.")] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Label, tag, score or answer the rows of a file with a tuned checkpoint."""
@@ -56,6 +55,8 @@ def predict(
     if full := head.tally["full"]:
         length = head.context.length
         typer.echo(f"warning: of {full:,} texts the first {length} tokens are read, and no more", err=True)
+    if broken := head.tally["broken"]:
+        typer.echo(f"warning: halves of characters in {counted(broken, 'row')} are replaced", err=True)
     if empty := head.tally["empty"]:
         typer.echo(f"warning: null is added to {empty:,} of {counted(count, 'row')}, without a text", err=True)
     if skipped is not None and skipped.reasons:

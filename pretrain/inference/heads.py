@@ -17,7 +17,7 @@ import torch
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Batch, Context, Example, Vocabulary, to_device
-from pretrain.core.encoding import Encoder
+from pretrain.core.encoding import Encoder, encoded, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, in_table, is_causal
 from pretrain.core.models.features import evaluating
@@ -157,17 +157,18 @@ def _by_tokenizer(head: Head, documents: Sequence[Document]) -> Batch:
     tokenizer, second = head.context.encoder.tokenizer, head.pair
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    encoded = tokenizer(
+    inputs = encoded(
+        tokenizer,
         [str(document[head.text]) for document in documents],
         [str(document[second]) for document in documents] if second else None,
         truncation=True, max_length=head.context.length, padding=True, padding_side="right", split_special_tokens=True,
         return_tensors="pt",
     )  # fmt: skip
-    ids_BL, mask_BL = encoded["input_ids"], encoded["attention_mask"]
+    ids_BL, mask_BL = inputs["input_ids"], inputs["attention_mask"]
     return {
         "tokens_BL": ids_BL,
         "mask_BL": mask_BL,
-        "segment_BL": encoded.get("token_type_ids", torch.zeros_like(ids_BL)),
+        "segment_BL": inputs.get("token_type_ids", torch.zeros_like(ids_BL)),
     }
 
 
@@ -249,13 +250,13 @@ def _generated(head: Head, documents: Sequence[Document]) -> list[str]:
     """Greedy answers of an encoder-decoder of a family that is not known here, by its own `generate`."""
     assert head.context.encoder is not None, "a head of text has an encoder"
     tokenizer = head.context.encoder.tokenizer
-    inputs = tokenizer(
-        [str(document[head.text]) for document in documents], truncation=True, max_length=head.context.length,
-        padding=True, split_special_tokens=True, return_tensors="pt",
+    inputs = encoded(
+        tokenizer, [str(document[head.text]) for document in documents], truncation=True,
+        max_length=head.context.length, padding=True, split_special_tokens=True, return_tensors="pt",
     ).to(head.model.device)  # fmt: skip
     inputs.pop("token_type_ids", None)
     made = at(head.model, "generate")(**inputs, max_new_tokens=head.answer, do_sample=False, num_beams=1)
-    return [text.strip() for text in tokenizer.batch_decode(made, skip_special_tokens=True)]
+    return [text_of(tokenizer, ids, skip_special_tokens=True).strip() for ids in made.tolist()]
 
 
 def _words(head: Head, documents: Sequence[Document]) -> list[Predicted]:

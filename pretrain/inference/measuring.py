@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 
 import typer
 
+from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, nearest, unknown
+from pretrain.core.files import output_file, sealed, write_json
 from pretrain.core.folders import corpus_at, newest_checkpoint
 from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
 from pretrain.core.quick.imports import uncollected
 from pretrain.core.quick.quantities import counted, figure
 from pretrain.core.registry import kinds
+from pretrain.records import FEW_BYTES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -29,8 +32,10 @@ if TYPE_CHECKING:
 Placed: TypeAlias = "list[tuple[str, Document]]"  # documents with where they stand
 OnError = Literal["stop", "skip"]
 TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
+SHOWN = 5  # wrong answers
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
 HEADER = "Whether a CSV's first row names its columns (by default if no number stands in it); else they are 0, 1, …"
+OUTPUT = "A .json file for the record, beside what is printed."
 ON_ERROR = "What a row that cannot be read does: stop, or skip."
 
 
@@ -38,7 +43,7 @@ def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
     data: Annotated[str, typer.Option(help="A corpus, a file, a folder or a glob.")],
     split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
-    max_documents: Annotated[int, typer.Option(min=1)] = 2000,
+    max_documents: Annotated[Count, typer.Option()] = 2000,
     evaluations: Annotated[
         list[str] | None,
         typer.Option(
@@ -54,15 +59,20 @@ def evaluate(
     header: Annotated[bool | None, typer.Option("--header/--no-header", help=HEADER)] = None,
     on_error: Annotated[str | None, typer.Option(help=f"{ON_ERROR} By default as in the run that trained it.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    output: Annotated[Path | None, typer.Option(help=OUTPUT)] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over an output that is there.")] = False,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
+    target = _target(output, force)
     policy = None if on_error is None else on_error_of(on_error)
     methods_of(evaluations or [], "evaluation", "--evaluation: ")
-    place, folder = newest_checkpoint(checkpoint), corpus_at(data)
+    place = newest_checkpoint(checkpoint)
+    folder = corpus_at(data, place)
     from pretrain.corpus.overlap import header_of, overlap_warning, skips, text_column
     from pretrain.corpus.sources import Files
     from pretrain.corpus.store import SPLITS, Corpus
+    from pretrain.inference.rows import nulled
 
     if folder is not None and split not in SPLITS:
         raise unknown("split", split, SPLITS)
@@ -91,10 +101,25 @@ def evaluate(
     result = stage.evaluate(
         model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"), of=place
     )
-    if as_json:
-        typer.echo(json.dumps(result | ({"seen": seen} if seen else {}), indent=2))
-    else:
-        _print(result)
+    record = cast("JSONObject", nulled(result | ({"seen": seen} if seen else {})))
+    _write(target, record)
+    typer.echo(json.dumps(record, indent=2)) if as_json else _print(result)
+
+
+def _write(target: Path | None, record: JSONObject) -> None:
+    """The record to a file, where one is asked for."""
+    if target is not None:
+        write_json(target, sealed(record))
+        typer.echo(f"wrote {target}", err=True)
+
+
+def _target(output: Path | None, force: bool) -> Path | None:
+    """The file that the record is to be written to, refused before anything is measured."""
+    if output is None:
+        return None
+    if output.suffix != ".json":
+        raise PretrainError(f"--output {output}: accepted: a file that ends with .json")
+    return output_file(output, force)
 
 
 def on_error_of(given: str) -> OnError:
@@ -212,6 +237,7 @@ def _print(result: JSONObject) -> None:
     """Tables for a terminal: what is measured, and of a classifier each class and what is taken for what."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     table = Table("metric", "value", "95% interval")
@@ -221,12 +247,15 @@ def _print(result: JSONObject) -> None:
         table.add_row(name, shown, "" if low is None else f"{figure(low)} to {figure(high)}")
     for domain, domain_metrics in result["domains"].items():
         for name, value in domain_metrics.items():
-            table.add_row(f"{name}, {domain}", figure(value), "")
+            low, high = result.get("domain_intervals", {}).get(domain, {}).get(name, (None, None))
+            table.add_row(f"{name}, {domain}", figure(value), "" if low is None else f"{figure(low)} to {figure(high)}")
     for tool, measured in result["compressors"].items():
         several = len(measured["domains"]) > 1
         for name, value in measured["metrics"].items():
             table.add_row(f"{name} of {tool}{', all text as one stream' if several else ''}", figure(value), "")
         for domain, values in measured["domains"].items() if several else ():
+            if result.get("sizes", {}).get(domain, {}).get("bytes", FEW_BYTES) < FEW_BYTES:
+                continue  # a compressor's own head is more than the text
             for name, value in values.items():
                 table.add_row(f"{name} of {tool}, {domain} alone", figure(value), "")
     console.print(table)
@@ -234,6 +263,13 @@ def _print(result: JSONObject) -> None:
         typer.echo(f"no intervals: {why}")
     if confusion := result.get("confusion"):
         _print_classes(console, confusion)
+    if wrong := result.get("mistakes"):
+        table = Table("text", "true", "answered", "probability", title="its surest mistakes")
+        for row in wrong[:SHOWN]:
+            table.add_row(*(Text(str(row[name])) for name in ("text", "true", "answered")), f"{row['probability']:.2f}")
+        console.print(table)
+    for name, words in result.get("yardsticks", {}).items():
+        typer.echo(f"{name} is of {words}, chosen on the documents that it was trained on")
 
 
 def _print_classes(console: Console, confusion: Mapping[str, Mapping[str, int]]) -> None:

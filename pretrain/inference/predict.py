@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
+from pretrain.core.foreign import texts
+from pretrain.core.generation.finite import NotFinite
 from pretrain.corpus.overlap import text_column
 from pretrain.corpus.sources import Document, Skipped
 from pretrain.corpus.sources._containers import Row
@@ -45,26 +47,41 @@ def predictions(
     Of an empty text nothing is predicted: what is added is None. A row without its column is an error, or with
     `skipped` counted there and left out.
     """
-    for chunk in chunks(rows, head.text):
+    for chunk in chunks(_whole(rows, head), head.text):
         kept, sizes = list[Row](), list[int]()
         for row in chunk:
             try:
-                texts = [text_in(row, name, "--pair" if name == head.pair else "--text") for name in head.columns]
+                given = [text_in(row, name, "--pair" if name == head.pair else "--text") for name in head.columns]
             except PretrainError as error:
                 if skipped is None:
                     raise PretrainError(f"{error}, or --on-error skip") from error
                 skipped.add("rows without text", row[0].partition(" (row")[0])
                 continue
             kept.append(row)
-            whole = any(texts) if head.kind in ("answer", "words") else None not in texts  # a prompt may have gaps
-            sizes.append(sum(len(text or "") for text in texts) if whole else 0)
+            whole = any(given) if head.kind in ("answer", "words") else None not in given  # a prompt may have gaps
+            sizes.append(sum(len(text or "") for text in given) if whole else 0)
         done: dict[int, Predicted] = {number: dict.fromkeys(head.adds) for number, size in enumerate(sizes) if not size}
         head.tally["empty"] += len(done)
         ahead = [number for number, size in enumerate(sizes) if size]
+        wrong: dict[int, NotFinite] = {}
         for places in batches([sizes[number] for number in ahead], batch):
             chosen = [ahead[place] for place in places]
-            done.update(zip(chosen, predict_batch(head, [_given(head, kept[i][1]) for i in chosen]), strict=True))
+            try:
+                done.update(zip(chosen, predict_batch(head, [_given(head, kept[i][1]) for i in chosen]), strict=True))
+            except NotFinite as error:
+                bad = [chosen[row] for row in error.rows if len(error.rows) <= len(chosen) > row] or chosen
+                wrong[min(bad)] = error
+        if wrong:  # of which the first is named
+            raise PretrainError(f"{kept[min(wrong)][0]}: {wrong[min(wrong)]}") from wrong[min(wrong)]
         yield from ((row, done[number]) for number, row in enumerate(kept))
+
+
+def _whole(rows: Iterable[Row], head: Head) -> Iterator[Row]:
+    """The rows with halves of characters, which no tokenizer takes and no file, replaced as in corpora, and counted."""
+    for where, columns in rows:
+        broken = texts.broken_in(columns) is not None
+        head.tally["broken"] += broken
+        yield where, texts.mended_in(columns) if broken else columns
 
 
 def _given(head: Head, document: Document) -> Document:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import shutil
 import sys
 import tempfile
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
@@ -14,7 +16,8 @@ from pathlib import Path
 from typing import TextIO
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import atomic_text
+from pretrain.core.files import atomic_text, output_file
+from pretrain.core.folders import near
 from pretrain.core.foreign.paths import expanded
 from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, reader_of, unread
 from pretrain.corpus.sources._files import Wrong
@@ -70,7 +73,7 @@ def check(name: str, output: Path | None, force: bool = True) -> None:
     path = expanded(name)
     if name != "-":
         if not path.is_file():
-            what = "a folder" if path.is_dir() else "no such file"
+            what = "a folder" if path.is_dir() else f"no such file{near(path)}"
             raise PretrainError(f"{name}: {what}; accepted: a file: {ACCEPTED}, or - for standard input")
         if is_secret(path.name):
             raise PretrainError(f"{name} looks like a secret; accepted: another file")
@@ -80,14 +83,10 @@ def check(name: str, output: Path | None, force: bool = True) -> None:
             )
     if output is not None and output.suffix not in OUTPUTS:
         raise PretrainError(f"--output {output}: accepted: a file that ends with {' or '.join(OUTPUTS)}")
-    if output is not None and not output.absolute().parent.is_dir():
-        raise PretrainError(
-            f"--output {output}: there is no folder {output.parent}; accepted: a file in one that is there"
-        )
     if output is not None and name != "-" and output.exists() and output.samefile(path):
         raise PretrainError(f"--output {output} is the input; accepted: another file")
-    if output is not None and output.exists() and not force:
-        raise PretrainError(f"--output {output} exists; accepted: another file, or --force to write over it")
+    if output is not None:
+        output_file(output, force)
 
 
 def _read(
@@ -151,12 +150,30 @@ def writer(output: Path | None) -> Iterator[Write]:
     if output is None:
         yield lambda row: print(_json(row))
         return
-    with atomic_text(output) as file:
+    with atomic_text(output_file(output, True)) as file:
         yield _csv(file) if output.suffix == ".csv" else lambda row: print(_json(row), file=file)
 
 
 def _json(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, default=str)
+    """One line of JSON, which has no words for NaN and infinity: null stands for them; bytes are in base64."""
+    try:
+        return json.dumps(value, ensure_ascii=False, default=_text_of, allow_nan=False)
+    except ValueError:
+        return json.dumps(nulled(value), ensure_ascii=False, default=_text_of)
+
+
+def _text_of(value: object) -> str:
+    """What JSON has no type for, as text: bytes in base64, all else as Python writes it."""
+    return b64encode(value).decode() if isinstance(value, bytes) else str(value)
+
+
+def nulled(value: object) -> object:
+    """A value with None in place of numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: nulled(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [nulled(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv(file: TextIO) -> Write:
@@ -181,7 +198,7 @@ def _csv(file: TextIO) -> Write:
 def _cell(value: object) -> object:
     if value is None or isinstance(value, str | int | float):
         return "" if value is None else value
-    return _json(value)
+    return _json(value) if isinstance(value, list | dict | tuple) else _text_of(value)
 
 
 def batches(sizes: Sequence[int], batch: int) -> Iterator[list[int]]:

@@ -1,6 +1,15 @@
 # Made by `make docs`.
 from pretrain.data.deduplication.decontaminate import Decontaminate as Decontaminate
 from pretrain.data.deduplication.deduplicate import Deduplicate as Deduplicate
+from pretrain.data.filters.c4_quality import C4Quality as C4Quality
+from pretrain.data.filters.column_filter import ColumnFilter as ColumnFilter
+from pretrain.data.filters.fineweb_quality import FinewebQuality as FinewebQuality
+from pretrain.data.filters.gopher_quality import GopherQuality as GopherQuality
+from pretrain.data.filters.gopher_repetition import GopherRepetition as GopherRepetition
+from pretrain.data.filters.language import Language as Language
+from pretrain.data.generation.entigraph import EntiGraph as EntiGraph
+from pretrain.data.generation.spin import Spin as Spin
+from pretrain.data.generation.wrap import Wrap as Wrap
 from pretrain.data.rewriting.clear import Clear as Clear
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
@@ -61,6 +70,7 @@ from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation 
 from pretrain.objectives.efficiency.deft import Deft as Deft
 from pretrain.objectives.efficiency.flexi_depth_lm import FlexiDepthLM as FlexiDepthLM
 from pretrain.objectives.generic.native import Native as Native
+from pretrain.objectives.labelled.chat import Chat as Chat
 from pretrain.objectives.labelled.classification import Classification as Classification
 from pretrain.objectives.labelled.prompt_classification import PromptClassification as PromptClassification
 from pretrain.objectives.labelled.regression import Regression as Regression
@@ -78,6 +88,7 @@ from pretrain.objectives.language.prefix_lm import PrefixLM as PrefixLM
 from pretrain.objectives.language.random_token_substitution import RandomTokenSubstitution as RandomTokenSubstitution
 from pretrain.objectives.language.span_corruption import SpanCorruption as SpanCorruption
 from pretrain.objectives.language.ul2 import UL2 as UL2
+from pretrain.objectives.preference.dpo import DPO as DPO
 from pretrain.objectives.privacy.unlearning import Unlearning as Unlearning
 from pretrain.objectives.retrieval.bag_of_words import BagOfWords as BagOfWords
 from pretrain.objectives.retrieval.retromae_v2 import RetroMAEv2 as RetroMAEv2
@@ -167,6 +178,7 @@ from pretrain.surgery.merging.slerp import Slerp as Slerp
 from pretrain.surgery.merging.task_arithmetic import TaskArithmetic as TaskArithmetic
 from pretrain.surgery.merging.ties import Ties as Ties
 from pretrain.surgery.search.autodistil_search import AutoDistilSearch as AutoDistilSearch
+from pretrain.surgery.vocabulary.chat_template import ChatTemplate as ChatTemplate
 from pretrain.surgery.vocabulary.ofa import Ofa as Ofa
 from pretrain.surgery.vocabulary.trim_scripts import TrimScripts as TrimScripts
 from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary as TrimVocabulary

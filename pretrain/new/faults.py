@@ -51,6 +51,20 @@ def lacking(rows: Iterable[Row], column: str, what: str, field: str = "") -> lis
     return [Fault(len(missing), what, tuple(map(place, missing[:SHOWN])), field)] if missing else []
 
 
+def contradicting(rows: Iterable[Row], columns: Sequence[str], label: str) -> list[Fault]:
+    """Rows whose texts stand with more than one label."""
+    labels: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for where, row in rows:
+        if all(given(row, column) for column in (*columns, label)):
+            texts = tuple(str(row[column]) for column in columns)
+            labels.setdefault(texts, {}).setdefault(str(row[label]), []).append(where)
+    odd = [by_label for by_label in labels.values() if len(by_label) > 1]
+    places = [where for by_label in odd for rows_of in by_label.values() for where in rows_of]
+    texts_of = f"of {len(odd):,} text{'s' if len(odd) != 1 else ''}"
+    what = f"{texts_of} that stand{'s' if len(odd) == 1 else ''} with more than one {label}"
+    return [Fault(len(places), what, tuple(map(place, places[:SHOWN])))] if odd else []
+
+
 def unnumbered(rows: Iterable[Row], column: str) -> list[Fault]:
     """Rows whose cell in a column of numbers is none, each with what it holds."""
     odd = [(where, row[column]) for where, row in rows if given(row, column) and not is_number(row[column])]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,14 +15,14 @@ from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import load
 from pretrain.new import stages, start
-from pretrain.new.faults import Fault
+from pretrain.new.corpora import corpus, lacking
 from pretrain.new.look import Look
 from pretrain.new.prompts import fitting
 from pretrain.new.stages import written
 from pretrain.new.start import ENOUGH_PASSES, Start
 from pretrain.new.tables import Table
 from pretrain.new.tuning import Plan, Tuned, plan
-from pretrain.new.words import COLUMNS, contents
+from pretrain.new.words import commented, contents, quoted
 from pretrain.stages._examples import counter
 
 LAW = Path(dial.__file__).parent / "laws" / "python.json"
@@ -34,11 +33,11 @@ TOKEN = 3.5  # bytes, about
 COUNTED = 400  # texts whose tokens are counted
 MEASURED = 0.05  # of a training between two measurements
 CONTINUED = "a few passes over the text; longer forgets the rest"
-# Of an encoder that has seen these texts alone, which is small: at 5e-4 and 8 passes it was far below word counts.
-FRESH_RATE, FRESH_PASSES = "2e-3", 16
+# Of an encoder that has seen these texts alone, which is small: rate, passes and rows a step, in twice of the usual, of
+# its classifier, and of taggers.
+FRESH, TAGGED = ("4e-3", 12, 2), ("2e-3", 16, 1)
 FRAME = 2  # tokens that begin and end a text
 PIXEL_FLOPS = 6 * 1.1e6 * 48  # of an image of 64 patches in training
-RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
 
 
 @dataclass(frozen=True)
@@ -124,6 +123,11 @@ class Asked:
         tuned = Tuned(width, blocks, self.tokens, documents, held_out, length, *pace, adapted)
         return plan(tuned, self.budget * share, epochs, duration(self.budget * share))
 
+    @property
+    def fresh(self) -> tuple[str, int, int]:
+        """How a model is tuned that begins with no checkpoint."""
+        return TAGGED if self.look.table is not None and self.look.table.kind == "tag" else FRESH
+
     @cached_property
     def tuned(self) -> Plan | None:
         """The budget of the fine-tuning, where the recipe has one."""
@@ -132,7 +136,7 @@ class Asked:
             return None
         length = self.length(256) if self.task != "chat" else 512 if init is not None and init.wide else 256
         if init is None:
-            return self.tuning(*_encoder_size(self), epochs=FRESH_PASSES, length=length, share=0.5)
+            return self.tuning(*_encoder_size(self), epochs=self.fresh[1], length=length, share=0.5)
         epochs = 3 if init.wide else 8
         return self.tuning(init.width or 768, init.blocks or 12, epochs=epochs, length=init.length(length))
 
@@ -161,80 +165,8 @@ def duration(seconds: float) -> str:
     return f"{seconds:.3g}s" if seconds < 100 else f"{seconds:.0f}s"
 
 
-def commented(words: str) -> str:
-    """What others have named, for a comment: on one line whatever it holds."""
-    return " ".join("".join(each if each.isprintable() else " " for each in words).split())
-
-
-def quoted(word: str) -> str:
-    """A word as YAML reads it back: bare where that is safe."""
-    bare = re.fullmatch(r"[A-Za-z_./~][\w./~-]*", word) and word.lower() not in RESERVED
-    return word if bare else json.dumps(word, ensure_ascii=False)
-
-
 def _corpus(asked: Asked, name: str = "corpus", labelled: bool = True) -> str:
-    """The corpus; of a table that is read for its texts alone (`labelled` False) with the rows without a label."""
-    look, table = asked.look, asked.look.table
-    held = stages.NOT_HELD
-    if asked.init is not None and asked.init.held and table is None:
-        # The same documents as there, since a hash of each decides.
-        validation, test = (f"{share:g}" for share in asked.init.held)
-        held = written(stages.HELD_AS, validation=validation, test=test, run=asked.init.name)
-    elif look.share:
-        held = written(stages.HELD, validation=f"{look.share:g}", test=f"{look.share:g}")
-    copies = table is None and look.kind != "images" and asked.task != "compress"
-    return written(
-        stages.CORPUS,
-        name=name,
-        why="" if labelled else stages.UNLABELLED,
-        sources="\n".join(_sources(asked, labelled)),
-        operations=stages.COPIES if copies else "",
-        held=held,
-    )
-
-
-def _sources(asked: Asked, labelled: bool = True) -> list[str]:
-    look, table = asked.look, asked.look.table
-    if table is not None:
-        return [f"      {line}" for line in _rows(table, str(look.files[0]), labelled).splitlines()]
-    skip = ", on_error: skip" if look.undecoded else ""
-    why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
-    if look.domains:
-        each = [f"      - {{files: {quoted(folder)}, domain: {quoted(name)}{skip}}}" for folder, name in look.domains]
-        return ["      # a domain each, so that each is measured alone", *each]
-    if look.kind == "images":
-        return [f"      - {{images: {quoted(look.place)}{', label: parent' if look.classes else ''}}}"]
-    if not Path(look.place).is_dir() or not look.endings:
-        return [f"      - {{files: {quoted(look.place)}}}"]
-    endings = ", ".join(map(quoted, look.endings))
-    return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
-
-
-def _lacking(table: Table) -> list[Fault]:
-    """The rows without a label, or without a second text."""
-    return [fault for fault in table.faults if fault.field.startswith("required")]
-
-
-def _rows(table: Table, name: str, labelled: bool = True) -> str:
-    """A table as a source: with its rows that are left out a field a line, and why."""
-    fields = [f"files: {quoted(name)}"] + ([f"text: {quoted(table.text)}"] if table.text != "text" else [])
-    more = ["header: false  # columns are numbered; true: the first row names them"] if table.header is False else []
-    if labelled and (required := _lacking(table)):
-        names = ", ".join(quoted(fault.field.removeprefix("required: ")) for fault in required)
-        more.append(f"required: [{names}]  # {commented('; '.join(map(str, required)))}: passed over")
-    kinds = ("on_error", "numbers") if labelled else ("on_error",)
-    skipped = [fault for fault in table.left_out if fault.field.startswith(kinds)]
-    if labelled and table.kind == "regress":
-        more.append(f"numbers: [{quoted(str(table.label))}]  # what is none there is a row that cannot be read")
-    if skipped:
-        more.append(f"on_error: skip  # {commented('; '.join(map(str, skipped)))}: left out, and counted")
-    elif not table.whole:
-        more.append("# on_error: skip  # if a row further down cannot be read")
-    if table.unread or table.beside:
-        more.append(f"# not read: {commented(', '.join((*table.unread, *table.beside)[:COLUMNS]))}")
-    if not more:
-        return f"- {{{', '.join(fields)}}}"
-    return "- " + "\n  ".join([*fields, *more])
+    return corpus(asked.look, asked.task, asked.init, name, labelled)
 
 
 def _evaluation(asked: Asked, checkpoint: str, name: str = "evaluation", more: str = "") -> str:
@@ -271,7 +203,9 @@ def _continue(asked: Asked) -> list[str]:
         length=init.length(512 if init.wide else 256), rate="1e-4" if init.wide else "5e-4",
     )  # fmt: skip
     before, after = _before_and_after(asked, init, "model")
-    return [_corpus(asked), before, model, after, _samples(asked) if init.kind == "causal" else ""]
+    known = asked.look.share and init.corpus and after
+    kept = written(stages.KEPT, checkpoint="model", corpus=quoted(init.corpus)) if known else ""
+    return [_corpus(asked), before, model, after, kept, _samples(asked) if init.kind == "causal" else ""]
 
 
 def _before_and_after(asked: Asked, init: Start, made: str) -> tuple[str, str]:
@@ -281,41 +215,53 @@ def _before_and_after(asked: Asked, init: Start, made: str) -> tuple[str, str]:
     return _evaluation(asked, init.name, "before"), _evaluation(asked, made, "after")
 
 
-def _objective(table: Table) -> str:
-    """The objective of a labelled table, as a recipe says it."""
+def _objective(table: Table, *, training: bool = False) -> str:
+    """The objective of a labelled table, as a recipe says it, to train by or to measure by."""
     method, column = {"tag": ("tagging", "tags"), "regress": ("regression", "label")}.get(
         table.kind, ("classification", "label")
     )
     fields = {"method": method, column: str(table.label)} | ({"pair": table.pair} if table.pair else {})
-    return f"{{{', '.join(f'{name}: {quoted(value)}' for name, value in fields.items())}}}"
+    more = ", standardise: true" if training and table.kind == "regress" else ""
+    return f"{{{', '.join(f'{name}: {quoted(value)}' for name, value in fields.items())}{more}}}"
 
 
 def _classify(asked: Asked) -> list[str]:
     table, init = asked.look.table, asked.init
     assert table is not None, "the command asks for one"
     objective, length = _objective(table), asked.length(256)
-    every = "texts" if init is None and _lacking(table) else "corpus"
+    every = "texts" if init is None and lacking(table) else "corpus"
     before = [] if init is not None else _encoder(asked, length, every)
     before = [_corpus(asked, every, labelled=False), *before] if every == "texts" else before
     length = length if init is None else init.length(length)
     assert asked.tuned is not None
     name = "classifier" if table.kind == "classify" else "tuned"
     adapted = init is not None and init.wide
+    fresh_rate, _, more_rows = asked.fresh
     tuned = written(
         stages.TUNED, name=name, init="encoder" if init is None else quoted(init.name), length=length,
-        budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows,
-        adapter=stages.ADAPTER if adapted else "", objective=objective, label=commented(str(table.label)),
-        cut=asked.cut(length),
-        rate=FRESH_RATE if init is None else "5e-4" if adapted else "3e-4", measured=asked.measured(name),
-        best=stages.BEST if asked.look.share else "",
+        budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows * (more_rows if init is None else 1),
+        adapter=stages.ADAPTER if adapted else "", objective=_objective(table, training=True),
+        label=commented(str(table.label)), cut=asked.cut(length),
+        rate=fresh_rate if init is None else "5e-4" if adapted else "3e-4", measured=asked.measured(name),
+        best="" if not asked.look.share else stages.MOST_RIGHT if table.kind == "classify" else stages.BEST,
     )  # fmt: skip
+    return [_corpus(asked), *before, tuned, _evaluation(asked, name, more=_task(objective)), _then(asked, table, name)]
+
+
+def _then(asked: Asked, table: Table, name: str) -> str:
+    """What to do with a model of labels."""
     second = f" --pair {commented(quoted(table.pair))}" if table.pair else ""
-    then = f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}{second}"
-    return [_corpus(asked), *before, tuned, _evaluation(asked, name, more=_task(objective)), then]
+    return f"# Then: pretrain predict runs/{asked.name}/{name} FILE --text {commented(quoted(table.text))}{second}"
+
+
+def _entries(entries: int) -> str:
+    return f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
 
 
 def _encoder_size(asked: Asked) -> tuple[int, int]:
-    return start.encoder(asked.budget / 2, asked.text / TOKEN, start.vocabulary(asked.text))
+    """Width and blocks: for a label of a whole text half of the blocks, since words tell most of it."""
+    width, blocks = start.encoder(asked.budget / 2, asked.text / TOKEN, start.vocabulary(asked.text))
+    return width, blocks if asked.fresh is TAGGED else max(1, blocks // 2)
 
 
 def _encoder(asked: Asked, length: int, corpus: str) -> list[str]:
@@ -323,18 +269,16 @@ def _encoder(asked: Asked, length: int, corpus: str) -> list[str]:
     entries, (width, blocks), length = start.vocabulary(asked.text), _encoder_size(asked), max(64, length)
     weights = 12 * blocks * width**2 + 0.15 * entries * width  # a masked one in seven is predicted
     tokens = asked.budget / 2 * likely_rate() * efficiency(width) / (6 * weights)
-    enough = tokens > ENOUGH_PASSES * asked.text / TOKEN
-    whole = entries > start.BYTES and asked.look.table is not None and asked.look.table.kind != "tag"
-    size = f"vocab_size: {entries}" if entries > start.BYTES else "algorithm: bytes  # too little text for a vocabulary"
+    enough, whole = tokens > ENOUGH_PASSES * asked.text / TOKEN, asked.fresh is FRESH
     encoder = written(
-        stages.ENCODER, width=width, inner=4 * width, blocks=blocks, heads=max(2, width // 32),
+        stages.ENCODER, width=width, inner=(2 if whole else 4) * width, blocks=blocks, heads=max(2, width // 32),
         corpus=corpus, positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
-        measured=asked.measured("encoder"), objective="bag_of_words" if whole else "masked_lm",
-        what="masked_lm, and [cls] learns to tell a text's words: arXiv:2401.11248" if whole else "",
+        measured=asked.measured("encoder"), family="modernbert" if whole else "bert",
+        pooled=stages.POOLED if whole else "", rate=FRESH[0] if whole else "1e-3",
         budget=f"{{epochs: {ENOUGH_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",
     )  # fmt: skip
-    return [written(stages.ENCODER_TOKENIZER, corpus=corpus, entries=size), encoder]
+    return [written(stages.ENCODER_TOKENIZER, corpus=corpus, entries=_entries(entries)), encoder]
 
 
 def _chat(asked: Asked) -> list[str]:
@@ -342,22 +286,32 @@ def _chat(asked: Asked) -> list[str]:
     assert init is not None and table is not None, "the command asks for both"
     assert asked.tuned is not None
     more = f"{{{table.more}}}\n" if table.more else ""
+    talk = table.talk and init.kind == "causal"
     prompt = "{text}\n\nassistant: " if table.talk else f"{{text}}\n{more}"
-    target = quoted(str(table.label))
-    objective = f"{{method: seq2seq, prompt: {json.dumps(prompt)}, target: {target}, answer: 64}}"
+    objective = f"{{method: seq2seq, prompt: {json.dumps(prompt)}, target: {quoted(str(table.label))}, answer: 64}}"
+    surgeries = [stages.TEMPLATE] * talk + [stages.LORA] * init.wide
     tuned = written(
-        stages.CHAT, name="tuned" if init.wide else "model", init=quoted(init.name), objective=objective,
-        adapter=stages.ADAPTER if init.wide else "", length=init.length(512 if init.wide else 256),
+        stages.CHAT, name="tuned" if init.wide else "model", init=quoted(init.name),
+        objective="{method: chat, answer: 64}" if talk else objective,
+        framed=", in the model's chat template, or in one of its own" if talk else ", as plain text",
+        adapter=f"    surgeries: [{', '.join(surgeries)}]" if surgeries else "",
+        length=init.length(512 if init.wide else 256),
         rate="3e-4" if init.wide else "1e-3", measured=asked.measured("tuned" if init.wide else "model"),
         budget=asked.tuned.budget, why=asked.tuned.why, rows=min(8, asked.tuned.rows),
     )  # fmt: skip
-    starts = ["user: Hello!"] if table.talk else [each for each in evenly(table.texts, 24) if fitting(each) == each][:2]
-    prompts = [json.dumps(prompt.replace("{text}", each), ensure_ascii=False) for each in starts]
-    samples = written(
-        stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more="    temperature: 0"
-    )  # fmt: skip
+    if talk:
+        prompts = ['"Hello!"']
+    elif table.talk:
+        prompts = [json.dumps(prompt.replace("{text}", "user: Hello!"))]
+    else:
+        starts = [each for each in evenly(table.texts, 24) if fitting(each) == each][:2]
+        prompts = [json.dumps(prompt.replace("{text}", each), ensure_ascii=False) for each in starts]
+    settings = "    chat: true\n    temperature: 0" if talk else "    temperature: 0"
+    samples = written(stages.SAMPLES, checkpoint="model", prompts=f"[{', '.join(prompts)}]", more=settings)
     merged = written(stages.MERGED) if init.wide else ""
-    evaluation = _evaluation(asked, "model", more=_task(objective, "    max_documents: 200\n"))
+    evaluation = _evaluation(
+        asked, "model", more=_task("{method: chat, answer: 64}" if talk else objective, "    max_documents: 200\n")
+    )
     return [_corpus(asked), tuned, merged, evaluation, samples if prompts and not more else ""]
 
 
@@ -365,7 +319,12 @@ def _compress(asked: Asked) -> list[str]:
     init = asked.init
     assert init is not None, "the command asks for one"
     group = 64 if (init.width or 64) % 64 == 0 else -1  # weights that share a scale; -1: a whole row
-    quantised = written(stages.QUANTISED, init=quoted(init.name), group=group, length=init.length(256))
+    share = init.embedded
+    large = share > 0.5 and init.family in ("llama", "gpt2") and init.kind == "causal"
+    quantised = written(
+        stages.QUANTISED, init=quoted(init.name), group=group, length=init.length(256),
+        embedded=written(stages.EMBEDDED, share=f"{share:.0%}", init=quoted(init.name)) if large else "",
+    )  # fmt: skip
     before, after = _before_and_after(asked, init, "quantised")
     return [_corpus(asked), before, quantised, after]
 

@@ -1,4 +1,4 @@
-"""Beginnings of the texts themselves for a model to go on from: whole words, from each language in turn."""
+"""Beginnings of the texts themselves, as they stand, for a model to go on from: whole words, each language in turn."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from pretrain.new.languages import LANGUAGE_OF, prose_language
 LONGEST, SHORTEST = 80, 12  # characters of a prompt
 LETTERS = 0.6  # of a line at least, with its spaces
 PATTERN = re.compile(r"%[-\d.]*[a-z]\b|\{\w*\}|\$\{|<[^>]*>|&\w+;|https?:|\\[a-z]|[|#=*_~-]{3}")  # no words of a text
-BROKEN = re.compile(r"([a-zß-ÿ])-\n\s*([a-zß-ÿ])")  # a word that goes on in the next line
+BROKEN = re.compile(r"\S*[a-zß-ÿ]-$")  # a word that goes on in the next line
+WORD = re.compile(r"\S+")
 SENTENCE = re.compile(r"[\"'“„«(¿¡]?[A-ZÀ-ÞА-Я\u4e00-\u9fff\u3040-\u30ff].*[ \u3000-\u9fff]")
 DEFINES = re.compile(
     r"(export |pub |public |private |static |async |inline |template |const )*"
@@ -38,31 +39,37 @@ def prompts(texts: Iterable[tuple[str, str]], share: float) -> tuple[str, ...]:
 
 
 def beginnings(text: str, whole: bool = True) -> list[str]:
-    """How the paragraphs of a prose begin, each with its lines as one; those that begin a sentence first.
+    """The paragraphs of a prose as they stand, line by line; those that begin a sentence first.
 
     A line that is no words, as under a heading, ends a paragraph as a blank one does. Of a text that is not `whole` the
     last paragraph may end in the middle of a word, and is left out.
     """
     paragraphs: list[list[str]] = [[]]
-    for line in BROKEN.sub(r"\1\2", text).splitlines():
-        if line.strip() and _of_words(line.strip()):
+    for line in text.splitlines():
+        if line.strip() and _of_words(line):
             paragraphs[-1].append(line)
         else:
             paragraphs.append([])
-    joined = [" ".join(" ".join(lines).split()) for lines in paragraphs if lines]
-    joined = joined if whole or len(joined) == 1 else joined[:-1]
-    return sorted(joined, key=lambda each: not SENTENCE.match(each))
+    standing = ["\n".join(lines) for lines in paragraphs if lines]
+    standing = standing if whole or len(standing) == 1 else standing[:-1]
+    return sorted(standing, key=lambda each: not SENTENCE.match(each.strip()))
 
 
-def fitting(line: str) -> str | None:
-    """A line as a prompt, a long one up to a word's end; None of one that is no words, or cannot be printed."""
-    line = line.strip()
-    if len(line) > LONGEST:
-        line = line[: LONGEST + 1].rpartition(" ")[0].rstrip() or line[:LONGEST]
-    return line if len(line) >= SHORTEST and _of_words(line) else None
+def fitting(text: str) -> str | None:
+    """A text as a prompt, a long one up to a word's end; None of one that is no words, or cannot be printed."""
+    text = text.rstrip()
+    if len(text) > LONGEST:
+        words = list(WORD.finditer(text[: LONGEST + 1]))
+        whole = [
+            word.end() for word in words if word.end() <= LONGEST and not text[word.end() : word.end() + 1].strip()
+        ]
+        text = BROKEN.sub("", text[: whole[-1] if whole else LONGEST]).rstrip()
+    return text if len(text.strip()) >= SHORTEST and all(map(_of_words, text.splitlines())) else None
 
 
 def _of_words(line: str) -> bool:
     """Whether a line is words for the most part, and can be printed."""
+    line = line.strip()
     words = sum(letter.isalpha() or letter.isspace() for letter in line)
-    return line.isprintable() and "\ufffd" not in line and not PATTERN.search(line) and words >= LETTERS * len(line)
+    printed = line.replace("\t", " ").isprintable() and "\ufffd" not in line
+    return printed and not PATTERN.search(line) and words >= LETTERS * len(line)

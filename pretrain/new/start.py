@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import JSON, read_json
 from pretrain.core.folders import checkpoint_of, newest_checkpoint, place_of, stage_folders
 from pretrain.core.quick.hub import located, looks_like
@@ -33,6 +34,7 @@ class Start:
     name: str
     config: Mapping[str, JSON] = field(default_factory=dict)
     held: tuple[float, float] | None = None  # of a run of ours: the shares that it held out, validation and test
+    corpus: str = ""  # of such a run: the stage that made it, as another recipe names it
 
     @property
     def kind(self) -> str:
@@ -62,6 +64,15 @@ class Start:
         return next((size for size in sizes if isinstance(size, int)), None)
 
     @property
+    def embedded(self) -> float:
+        """The share of its weights that are its vocabulary's; 0 where the configuration does not say."""
+        entries, tied = self.config.get("vocab_size"), bool(self.config.get("tie_word_embeddings", True))
+        if not isinstance(entries, int) or not self.width or not self.blocks:
+            return 0.0
+        vocabulary = entries * self.width * (1 if tied else 2)
+        return vocabulary / (vocabulary + 12 * self.blocks * self.width**2)
+
+    @property
     def wide(self) -> bool:
         """Whether it is large, or not known."""
         return self.width is None or self.width >= WIDE
@@ -80,27 +91,29 @@ def start_of(name: str) -> Start:
         stays = (
             f"{name.rstrip('/')}/{stage}@{checkpoint.parent.name.rpartition('-')[2]}"  # whatever the run shows later
         )
-        return Start(stays, read_json(checkpoint / "config.json"), _held(place))
+        return Start(stays, read_json(checkpoint / "config.json"), *_corpus(place, name.rstrip("/")))
     if place.exists():
         homes = [home for home in place.absolute().parents[:2] if (home / "run.json").exists()]
         config = read_json(checkpoint_of(place_of(place)) / "config.json")
-        return Start(name, config, _held(homes[0]) if homes else None)
-    if looks_like(name) and name.count("/") <= 1 and not name.startswith("runs/"):
+        return Start(name, config, *(_corpus(homes[0], os.path.relpath(homes[0])) if homes else ()))
+    here = [path.parent.as_posix() for path in sorted(Path().glob("*/*/run.json"))]
+    meant = nearest(name, here, cutoff=0.88)
+    if looks_like(name) and name.count("/") <= 1 and not name.startswith("runs/") and not meant:
         return Start(name)
     raise PretrainError(
-        f"--init {name!r}: no such folder; accepted: a checkpoint, a stage or a run, or a name of the hub"
+        f"--init {name!r}: no such folder{meant}; accepted: a checkpoint, a stage or a run, or a name of the hub"
     )
 
 
-def _held(run: Path) -> tuple[float, float] | None:
-    """The shares of the documents that a run's corpus holds out; None where it made none."""
-    folders = [folder for folder in stage_folders(run).values() if (folder / "corpus" / "corpus.json").exists()]
-    for folder in reversed([folder for folder in folders if (folder / "stage.json").exists()]):
+def _corpus(run: Path, name: str) -> tuple[tuple[float, float] | None, str]:
+    """The shares of the documents that a run's corpus holds out, and the stage; None and nothing where it made none."""
+    folders = {name: home for name, home in stage_folders(run).items() if (home / "corpus" / "corpus.json").exists()}
+    for stage, folder in reversed([pair for pair in folders.items() if (pair[1] / "stage.json").exists()]):
         config = read_stage(folder / "stage.json")["config"]
         validation, test = config.get("validation"), config.get("test")
         if isinstance(validation, float | int) and isinstance(test, float | int) and validation + test > 0:
-            return float(validation), float(test)
-    return None
+            return (float(validation), float(test)), f"{name}/{stage}@{folder.name.rpartition('-')[2]}"
+    return None, ""
 
 
 def encoder(seconds: float, text: float, vocabulary: int) -> tuple[int, int]:

@@ -14,7 +14,7 @@ from pretrain.corpus.sources._containers import ending, reader_of
 from pretrain.corpus.sources._files import Document, given
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import is_number, number
-from pretrain.new.faults import Fault, headless, lacking, unnumbered, unreadable
+from pretrain.new.faults import Fault, contradicting, headless, lacking, unnumbered, unreadable
 
 ROWS, MUCH = 10_000, 16 << 20  # that are looked at at most, and characters of them
 OWN = 0.5  # of the rows have a value that no other has: these are names, and no labels
@@ -58,6 +58,7 @@ class Table:
     numeric: bool = False  # whether the labels are numbers
     faults: tuple[Fault, ...] = ()  # rows that are left out
     odd: tuple[Fault, ...] = ()  # rows that are left out too where numbers are learnt: their label is none
+    contradicting: tuple[Fault, ...] = ()  # rows of texts with more than one label
     header: bool | None = None  # False: its first row is one like the others
     doubts: tuple[str, ...] = ()  # columns that may be the label as well
     texts: tuple[str, ...] = ()  # those that were read
@@ -120,10 +121,16 @@ def read_table(
     for column in filter(None, (table.pair, None if table.talk else table.label)):
         some = [(where, row) for where, row in placed if given(row, table.text)]
         faults += lacking(some, column, f"without a {column}", f"required: {column}")
+    doubtful = (
+        []
+        if table.label is None or table.kind != "classify"
+        else contradicting(placed, [table.text, *filter(None, [table.pair])], table.label)
+    )
     unused = [name for name in columns if name not in (table.text, table.pair, table.label, table.more)]
     unread = tuple(name for name in unused if _is_text(rows, name))
     return replace(
         table, texts=texts, keys=tuple(dict.fromkeys(groups if table.talk else texts)), faults=tuple(faults),
+        contradicting=tuple(doubtful),
         odd=tuple(unnumbered(placed, str(table.label)) if table.numeric else ()), unread=unread,
         beside=tuple(name for name in unused if name not in unread),
     )  # fmt: skip

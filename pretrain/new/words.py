@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+import re
+
 from pretrain.core.quick.quantities import counted, short
 from pretrain.new.look import Look
 from pretrain.new.tables import Table
 
 LABELS = 12  # that are told with their rows
 COLUMNS = 8  # that are told by their names
+RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
 PAIRED = ("classify", "regress")  # kinds of tables that may have two texts a row
 
 
@@ -60,3 +64,14 @@ def labels(table: Table) -> str:
     if len(counts) > LABELS:
         counts = [*counts[: LABELS // 2], "…", *counts[-LABELS // 2 :]]
     return f"rows of each label: {', '.join(counts)}"
+
+
+def commented(words: str) -> str:
+    """What others have named, for a comment: on one line whatever it holds."""
+    return " ".join("".join(each if each.isprintable() else " " for each in words).split())
+
+
+def quoted(word: str) -> str:
+    """A word as YAML reads it back: bare where that is safe."""
+    bare = re.fullmatch(r"[A-Za-z_./~][\w./~-]*", word) and word.lower() not in RESERVED
+    return word if bare else json.dumps(word, ensure_ascii=False)

@@ -11,13 +11,14 @@ from pathlib import Path
 import typer
 
 from pretrain.core.errors import PretrainError, nearest, unknown
-from pretrain.core.files import write_text
+from pretrain.core.files import output_file, write_text
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
+from pretrain.corpus.payload import belongs
 from pretrain.new import TASKS
 from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
-from pretrain.new.plans import Asked
+from pretrain.new.plans import Asked, recipe
 from pretrain.new.start import Start, start_of
 from pretrain.new.tables import as_asked
 from pretrain.new.words import contents, labels, unused
@@ -68,10 +69,15 @@ def write(
     _check(seen, chosen, start, guessed=task is None)
     name = free_name(target)
     asked = Asked(name, seen, chosen, start if chosen != "pretrain" else None, seconds)
-    _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
+    file = _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
     text_of, odd = fitted(asked)
-    write_text(target, text_of)
+    write_text(file, text_of)
     _say(asked, target, task is None, odd)
+    if budget is not None and recipe(asked) == recipe(replace(asked, seconds=None)):
+        enough = (
+            "more passes over the text than the recipe's teach little" if "budget:" in text_of else "nothing is trained"
+        )
+        typer.echo(f"--budget {budget} changes nothing: {enough}")
     if name != run_name(target):
         typer.echo(f"its name is {name}: runs/{run_name(target)} is the run of another recipe")
     typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")
@@ -102,14 +108,10 @@ def free_name(target: Path) -> str:
     return next(each for each in names if each not in taken and not (Path("runs") / each / "run.json").exists())
 
 
-def _free(target: Path, force: bool) -> None:
-    """Refuse to write over a file, unless it is asked for."""
-    if target.is_dir():
-        raise PretrainError(f"{target} is a folder; accepted: a file's name, with --output")
-    if target.exists() and not force:
-        raise PretrainError(
-            f"{target} exists; accepted: a name that is free, with --output, or --force to write over it"
-        )
+def _free(target: Path, force: bool) -> Path:
+    """Where the recipe is written; what is there is written over if that is asked for."""
+    taken = f"{target} exists; accepted: a name that is free, with --output, or --force to write over it"
+    return output_file(target, force, taken)
 
 
 def _absent(place: str, path: Path) -> str:
@@ -133,9 +135,9 @@ def write_starter(name: str, output: Path | None, force: bool, others: tuple[obj
             f"--starter {name!r}: accepted: a name of letters and digits, and at most --output, --force"
         )
     target = output or Path(f"{Path(name).stem}.yaml")
-    _free(target, force)
+    place = _free(target, force)
     starter = Path(__file__).parents[1].joinpath("starter.yaml").read_text(encoding="utf-8")
-    write_text(target, starter.replace("NAME", target.stem))
+    write_text(place, starter.replace("NAME", target.stem))
     typer.echo(f"wrote {target}, a starter: edit it, then: pretrain run {target}")
 
 
@@ -233,5 +235,9 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         typer.echo(labels(table))
     for fault in table.left_out if table is not None else ():
         typer.echo(f"{fault}" + (f"; left out by {fault.field}" if fault.field else ""))
+    if table is not None and asked.task == "classify":
+        kept = "all are kept" if belongs(str(table.label)) else "the first of each text is kept"
+        for fault in table.contradicting:
+            typer.echo(f"{fault}: {kept}; settle which label is right")
     for line in odd:
         typer.echo(f"warning: {line}")

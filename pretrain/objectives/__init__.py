@@ -32,12 +32,17 @@ class Loss(NamedTuple):
     by that number, so that the gradient is the one of the whole batch. A loss whose summands are means over different
     things is made by `summed`: the loop weighs each of its `terms`, and each part, by `batch["weight_<name>"]`, and by
     `weight` where the batch has no such number.
+
+    `measured`, where `value` is more than what held-out text is measured by (coefficients that change while it trains,
+    terms that hold training alone): the summands of that. The log's `loss` is their sum, as is a held-out one, so that
+    the two can be compared; the gradient is `value`'s.
     """
 
     value: Tensor
     parts: dict[str, Tensor]
     nll_BL: Tensor | None = None  # detached, zero where there is no target; policies read it
     terms: dict[str, Tensor] | None = None  # the summands of `value` by name, where there are several
+    measured: dict[str, Tensor] | None = None  # those of the loss that is logged, where it is another
 
     def shared(self, shares: Mapping[str, float], weight: float = 1.0) -> Tensor:
         """`weight` times the micro-batch's share of the step's loss; `shares` are those of the step's numbers."""
@@ -45,10 +50,25 @@ class Loss(NamedTuple):
             return self.value * weight * shares["weight"]
         return sum_of(term * share(name, shares) for name, term in self.terms.items()) * weight
 
+    @property
+    def logged(self) -> dict[str, Tensor]:
+        """The detached summands by name of what the log and a held-out measurement call the loss."""
+        terms = self.measured or self.terms or {"": self.value}
+        return {name: term.detach() for name, term in terms.items()}
 
-def summed(terms: Mapping[str, Tensor], parts: dict[str, Tensor], nll_BL: Tensor | None = None) -> Loss:
-    """The loss that is the sum of `terms`, each with its coefficient already on it."""
-    return Loss(sum_of(terms.values()), parts, nll_BL, dict(terms))
+    def logged_share(self, shares: Mapping[str, float], weight: float = 1.0) -> Tensor:
+        """The micro-batch's share of the step's loss as it is logged, as `shared` is of that which is minimised."""
+        if self.measured is None:
+            return self.shared(shares, weight).detach()
+        return sum_of(term * share(name, shares) for name, term in self.logged.items()) * weight
+
+
+def summed(
+    terms: Mapping[str, Tensor], parts: dict[str, Tensor], nll_BL: Tensor | None = None,
+    measured: Mapping[str, Tensor] | None = None,
+) -> Loss:  # fmt: skip
+    """The loss that is the sum of `terms`, each with its coefficient already on it; `measured` as of `Loss`."""
+    return Loss(sum_of(terms.values()), parts, nll_BL, dict(terms), None if measured is None else dict(measured))
 
 
 def sum_of(tensors: Iterable[Tensor]) -> Tensor:

@@ -36,6 +36,11 @@ def surprises(logits_BC: Tensor, label_B: Tensor) -> list[float]:
     return nn.functional.cross_entropy(logits_BC.float(), label_B, reduction="none", ignore_index=-100).tolist()
 
 
+def confidences(logits_BC: Tensor) -> list[float]:
+    """The probability of each example's likeliest class."""
+    return logits_BC.float().softmax(-1).amax(-1).tolist()
+
+
 def texts_of(examples: Sequence[Example], column: str) -> list[str]:
     """One column as text."""
     return [str(example.columns[column]) for example in examples]

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from pretrain.core.quick.confusion import class_rows, never_answered
 from pretrain.core.quick.quantities import figure
 from pretrain.dial.law import NEARLY_NEW
 from pretrain.records import Status
+from pretrain.report import foretold
 from pretrain.report.data import BITS, LABELLED, Evaluated, Page, StageRow, Trained
-from pretrain.report.numbers import course, known, last
+from pretrain.report.numbers import course, known, last, swing
 
 TOKENS_A_WEIGHT = 20  # about what is best for a given compute (Hoffmann et al., arXiv:2203.15556)
 BYTES_A_TOKEN = 3.5  # about
 RISE, FALL = 0.01, 0.005  # of a held-out loss: it has risen again, it still falls
 FEW_POINTS = 5  # of a curve say nothing of its course
+FEW_TOKENS = 20_000  # held-out ones of a measurement, by which one that swings cannot be told from one that changes
 Advice = tuple[str, str]  # the sentence, and the command for it if there is one
 
 
@@ -30,6 +32,9 @@ def advise(page: Page, model: StageRow | None, evaluation: Evaluated | None, tra
         return "Next: add a train stage.", ""
     if training is None:
         return "" if evaluation else "Next: add an evaluate stage, which measures it on unseen documents.", ""
+    if (share := foretold.shortfall(model)) is not None and share < 1:
+        words, changes = foretold.again(model)
+        return words, run_command(page, changes)
     if labelled(training):
         return _of_labels(page, model, evaluation, training)
     return _of_curve(page, model, training)
@@ -73,6 +78,8 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
     if not points:
         return "Next: hold some documents out (validation: 0.1): nothing says yet whether it is good.", ""
     change, rise = course(training["evaluation"][column])
+    if coarse := _coarse(page, model, training["evaluation"][column], max(abs(change), rise)):
+        return coarse
     if rise > RISE:
         lower = f"the held-out loss was {rise:.0%} lower before it rose again"
         kept = ", and those weights are kept" if training.get("kept") else ""
@@ -85,16 +92,42 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
         few = f"it has seen {figure(share, 2)} tokens for each weight, and about {TOKENS_A_WEIGHT} are usual."
         return f"Next: train longer; {few}", _longer(page, model)
     if len(points) < FEW_POINTS:
-        times = "once" if len(points) == 1 else f"{len(points)} times"
-        often = f"{model['name']}.evaluate_every"
-        return (
-            f"Next: measure more often; held-out documents were looked at {times}, which says nothing of the course.",
-            run_command(page, {often: 0.05}),
-        )
+        return _rarely(page, model, len(points))
     if change < -FALL:
         fell = f"the held-out loss still fell by {-change:.1%} in the last fifth"
         return f"Next: train longer; {fell}.", _longer(page, model)
     return f"Next: a larger model or other {more}; the held-out loss has levelled off.", ""
+
+
+def _rarely(page: Page, model: StageRow, count: int) -> Advice:
+    """That a curve has few points: since few were asked for, or since each took too much of the budget's time."""
+    config, times = model["config"], "once" if count == 1 else f"{count} times"
+    every, tokens = config.get("evaluate_every") or 0, config.get("evaluate_tokens")
+    steps = (model.get("metrics") or {}).get("steps") or 0.0
+    asked = 1 / every if 0 < every < 1 else steps / every if every else 0.0
+    looked = f"held-out documents were looked at {times}"
+    if asked >= FEW_POINTS and "seconds" in (config.get("budget") or {}) and isinstance(tokens, int):
+        return (
+            f"Next: measure on fewer tokens; {looked} and not about {asked:.0f} times as the recipe asks, since a "
+            f"measurement of {tokens:,} tokens (evaluate_tokens) takes much of the time.",
+            run_command(page, {f"{model['name']}.evaluate_tokens": max(1, tokens // 5)}),
+        )
+    return (
+        f"Next: measure more often; {looked}, which says nothing of the course.",
+        run_command(page, {f"{model['name']}.evaluate_every": 0.05}),
+    )
+
+
+def _coarse(page: Page, model: StageRow, values: Sequence[float | None], change: float) -> Advice | None:
+    """That a held-out curve of few tokens swings by more than it changes, so that its course says nothing."""
+    tokens, by = model["config"].get("evaluate_tokens"), swing(values)
+    if not isinstance(tokens, int) or tokens >= FEW_TOKENS or by <= FALL or by < change:
+        return None
+    return (
+        f"Next: measure on more held-out text; its loss swings by {by:.1%} from one measurement to the next, more than "
+        f"it changes, on {tokens:,} tokens each (evaluate_tokens).",
+        run_command(page, {f"{model['name']}.evaluate_tokens": 100_000}),
+    )
 
 
 def _of_labels(page: Page, model: StageRow, evaluation: Evaluated | None, training: Trained) -> Advice:
@@ -104,9 +137,9 @@ def _of_labels(page: Page, model: StageRow, evaluation: Evaluated | None, traini
     change, better = course(training["evaluation"]["loss"]), beats_baseline(evaluation)
     begin = "a pretrained model to begin with (init: NAME, or pretrain new … --init NAME)"
     pretrained = f" or {begin}"
-    best = yardstick(evaluation["metrics"] or {})
+    best = yardstick(evaluation)
     if best is not None and better is not None and better <= 0:
-        why = f"{best.words} does as well" if best.reads else "so far the texts have taught it too little"
+        why = f"{best.words} does no worse" if best.reads else "so far the texts have taught it too little"
         if best.reads and change[1] <= RISE and (longer := _longer(page, model)):
             return f"Next: more passes, {begin}, or more labelled documents: {why}.", longer
         return f"Next: more labelled documents,{pretrained}: {why}.", ""
@@ -143,19 +176,27 @@ class Yardstick:
     reads: bool  # whether it reads the texts
     higher: bool  # whether more is better
 
+    @property
+    def short(self) -> str:
+        """What it counts."""
+        return "character n-grams" if "character" in self.words else "word counts"
+
 
 YARDSTICKS = (
-    Yardstick("accuracy", "naive_bayes", "naive Bayes on word counts", True, True),
+    Yardstick("accuracy", "accuracy_of_counts", "the best of models on word counts", True, True),
+    Yardstick("accuracy", "naive_bayes", "naive Bayes on word counts", True, True),  # of earlier versions
     Yardstick("accuracy", "majority", "always answering the commonest class", False, True),
-    Yardstick("mse", "mse_of_word_counts", "ridge regression on word counts", True, False),
+    Yardstick("mse", "mse_of_counts", "ridge regression on word counts", True, False),
     Yardstick("mse", "mse_of_mean", "always answering the mean", False, False),
 )
 
 
-def yardstick(metrics: Mapping[str, float]) -> Yardstick | None:
-    """The best of those that were measured beside the model."""
+def yardstick(evaluation: Evaluated) -> Yardstick | None:
+    """The best of those that were measured beside the model, called what the evaluation says that it is."""
+    metrics, words = evaluation["metrics"] or {}, evaluation.get("yardsticks") or {}
     known = [each for each in YARDSTICKS if each.metric in metrics and each.baseline in metrics]
-    return max(known, key=lambda each: metrics[each.baseline] * (1 if each.higher else -1), default=None)
+    best = max(known, key=lambda each: metrics[each.baseline] * (1 if each.higher else -1), default=None)
+    return best and replace(best, words=words.get(best.baseline, best.words))
 
 
 def beats_baseline(evaluation: Evaluated) -> float | None:
@@ -163,8 +204,7 @@ def beats_baseline(evaluation: Evaluated) -> float | None:
 
     None where there is nothing to compare with.
     """
-    metrics = evaluation["metrics"] or {}
-    best = yardstick(metrics)
+    metrics, best = evaluation["metrics"] or {}, yardstick(evaluation)
     if best is None:
         return None
     value, base = metrics[best.metric], metrics[best.baseline]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
-from pretrain.core.quick.quantities import duration, figure, short
+from pretrain.core.quick.quantities import counted, duration, figure, short
 from pretrain.report.data import BITS, Bar, Chart, Page, StageRow, end_of, unit_of_loss
 from pretrain.report.markup import Html, join, tag
 
 COLOURS = tuple(f"var(--c{number})" for number in range(8))  # of models, in style.css for both themes; draw.js has them
 GREYS = tuple(f"var(--g{number})" for number in range(4))  # of compressors
+Ends = tuple[float, float]  # of an interval
+T = TypeVar("T")
 Column = tuple[str, dict[str, float], Callable[[float], str]]  # its title, its numbers by stage, how they are written
 
 
@@ -19,27 +22,42 @@ def bits_chart(number: int, chart: Chart) -> Html:
     greys = len(chart["models"])
     colours = [COLOURS[i % len(COLOURS)] if i < greys else GREYS[(i - greys) % len(GREYS)] for i in range(len(series))]
     values = [v for bar in series for v in (bar["all"], *bar["values"]) if v is not None]
-    top = max([*values, *(ends[1] for bar in series if (ends := bar.get("interval")))], default=1.0) or 1.0
-    rows = [_group("all text", [(bar, bar["all"]) for bar in series], colours, top, whole=True)]
+    spans = [ends for bar in series for ends in (bar.get("interval"), *(bar.get("intervals") or ())) if ends]
+    top = max([*values, *(ends[1] for ends in spans)], default=1.0) or 1.0
+    rows = [_group("all text", [(bar, bar["all"], bar.get("interval")) for bar in series], colours, top)]
     for i, domain in enumerate(chart["domains"]):
-        group = [(bar, bar["values"][i] if i < len(bar["values"]) else None) for bar in series]
-        rows.append(_group(domain, group, colours, top))
+        group = [(bar, _at(bar["values"], i), _at(bar.get("intervals") or [], i)) for bar in series]
+        rows.append(_group(_named(domain, chart, any(ends for *_, ends in group)), group, colours, top))
     note = "Bits for each byte of held-out text; lower is better."
     if chart["tools"]:
         note += " The compressors pack all text as one stream"
         note += ", and each domain as a stream of its own." if chart["domains"] else "."
     note += f" {chart['more']} more domains are under All metrics." if chart["more"] else ""
+    if few := [_named(domain, chart, True) for domain in chart["few"]]:
+        note += f" Too little text to be drawn: {'; '.join(few)}."
     return join([tag("p", note, class_="note"), tag("div", *rows, class_="bars", id=f"bars-{number}")])
 
 
+def _at(values: Sequence[T | None], place: int) -> T | None:
+    return values[place] if place < len(values) else None
+
+
+def _named(domain: str, chart: Chart, certain: bool) -> str:
+    """A domain with what was measured of it: `md (3 documents, 12 kB: too few for an interval)`."""
+    size = chart["sizes"].get(domain)
+    if size is None:
+        return domain
+    few = "" if certain else ": too few for an interval"
+    return f"{domain} ({counted(size['documents'], 'document')}, {short(size['bytes'], 'B')}{few})"
+
+
 def _group(
-    title: str, bars: Sequence[tuple[Bar, float | None]], colours: Sequence[str], top: float, whole: bool = False
+    title: str, bars: Sequence[tuple[Bar, float | None, Ends | None]], colours: Sequence[str], top: float
 ) -> Html:
     lines = []
-    for (bar, value), colour in zip(bars, colours, strict=True):
+    for (bar, value, ends), colour in zip(bars, colours, strict=True):
         if value is None:
             continue
-        ends = bar.get("interval") if whole else None
         span = None
         if ends:
             place = f"left:{_percent(ends[0] / top)};width:{_percent((ends[1] - ends[0]) / top)}"
@@ -62,7 +80,7 @@ def changes(page: Page) -> Html:
         ("size", {s["name"]: float(s["bytes"]) for s in page["stages"] if s["bytes"]}, lambda v: short(v, "B")),
         (
             "bits per byte" if unit == BITS else f"held-out {unit}" if unit else "held-out loss",
-            {stage: value for stage, (name, value) in losses.items() if name == unit},
+            {stage: value for stage, (name, value) in losses.items() if name == unit != ""},
             lambda v: figure(v, 3),
         ),
         ("time", {s["name"]: s["seconds"] for s in stages if s["seconds"] is not None}, duration),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
-from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
+from pretrain.core.quick.confusion import MOST, Mistake, class_rows, classes_of, mistakes
 from pretrain.report.markup import Html, join, table, tag
 
 MOST_ROWS = 40
+SHOWN = 12  # wrong answers
+NARROW = 16  # letters of a label
 
 
 def classes(confusion: Mapping[str, Mapping[str, int]]) -> Html:
@@ -48,6 +50,27 @@ def _count(count: int, total: int, right: bool, title: str) -> Html:
 def _mistakes(confusion: Mapping[str, Mapping[str, int]]) -> Html:
     rows = [(truth, answer, f"{times:,}") for truth, answer, times in mistakes(confusion)]
     return join([tag("h3", "The commonest mistakes"), table(("true", "answered", "times"), rows)])
+
+
+def confident(wrong: Sequence[Mistake]) -> Html:
+    """The wrong answers that the model was surest of: often a label that is wrong, or two classes that are one."""
+    rows = [
+        (row["text"], _label(row["true"]), _label(row["answered"]), _label(f"{row['probability']:.2f}"))
+        for row in wrong[:SHOWN]
+        if {"text", "true", "answered"} <= row.keys() and isinstance(row.get("probability"), int | float)
+    ]
+    if not rows:
+        return join([])
+    more = f"; evaluation.json has {len(wrong)}" if len(wrong) > len(rows) else ""
+    note = f"Wrong answers by the model's own probability{more}. Where the true label looks wrong, it may be."
+    heads = ("text", "true", "answered", "probability")
+    return join([tag("h3", "Its surest mistakes"), tag("p", note, class_="note"), table(heads, rows)])
+
+
+def _label(words: str) -> Html:
+    """A short cell beside a long text, which is not broken inside a word; of a long label it may be."""
+    wide = "display:inline-block;min-width:5.5em" if len(words) <= NARROW else None
+    return tag("span", words, style=wide)
 
 
 def _share(value: float | None) -> str:

@@ -13,9 +13,11 @@ from pretrain.core.files import JSONObject, damage, read_json, read_json_lines, 
 from pretrain.core.foreign import yaml
 from pretrain.core.foreign.weights import header
 from pretrain.records import (
+    FEW_BYTES,
     Config,
     CorpusInfo,
     Evaluation,
+    Made,
     Marks,
     Measurement,
     Metrics,
@@ -30,10 +32,11 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1500
 MAX_DOMAINS = 12  # in a chart; a table has all
-RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods", "inputs", "config")
+RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods", "inputs", "config", "planned")
 AXES = ("tokens", "flops", "seconds", "steps")
 BITS = "bits_per_byte"
 PAIRS = "pairs of tokens"  # the bigram line: counts of which token follows which
+ALL_PAIRS = f"{PAIRS} in all training text"  # of which the model may have read a part
 # Objectives that learn what documents are labelled with: what is advised of them is not what is of a language model.
 LABELLED = ("classification", "prompt_classification", "regression", "tagging", "seq2seq", "smart")
 T = TypeVar("T")
@@ -57,6 +60,7 @@ class StageRow(RunStage):
     family: str  # of the checkpoint it wrote
     weights: int  # how many numbers that holds
     bytes: int
+    planned: NotRequired[Made | None]  # of a training: what its budget was to make
 
 
 class Trained(TypedDict):
@@ -76,6 +80,7 @@ class Evaluated(Evaluation):
     name: str
     of: str  # the stage whose checkpoint it judged; empty where that is not known
     bigram: NotRequired[float | None]  # bits per byte of counts of adjacent tokens on the same text
+    bigram_whole: NotRequired[float | None]  # of those in all training text, of which the model may have read a part
 
 
 class Samples(TypedDict):
@@ -113,13 +118,16 @@ class Bar(TypedDict):
     all: float | None
     values: list[float | None]
     interval: NotRequired[tuple[float, float] | None]
+    intervals: NotRequired[list[tuple[float, float] | None]]  # of the domains
 
 
 class Chart(TypedDict):
     """Those measured on the same text."""
 
-    domains: list[str]
+    domains: list[str]  # the largest first
     more: int
+    few: list[str]  # domains of too little text to be drawn
+    sizes: dict[str, dict[str, int]]  # where they are known, each domain's documents and bytes
     models: list[Bar]
     tools: list[Bar]
 
@@ -138,6 +146,7 @@ class Page(TypedDict):
     recipe: str
     environment: dict[str, object] | None
     folder: NotRequired[str]
+    expected: NotRequired[JSONObject]  # by training what the dial expected of it
 
 
 def collect(folder: Path) -> Page:
@@ -167,6 +176,8 @@ def collect(folder: Path) -> Page:
             "writes": _writes(home),
         }
         row |= {"config": record.get("config") or _raw(text, name)} | checkpoint_size(home / "checkpoint")
+        if (counted := (row["metrics"] or {}).get("parameters")) and row["weights"]:
+            row["weights"] = int(counted)  # a file that packs several in a number has fewer
         stages.append(row)
         if (home / "log.jsonl").exists():
             objective, (steps, held_out) = (
@@ -181,7 +192,8 @@ def collect(folder: Path) -> Page:
             trainings.append(training if kept is None else {**training, "kept": kept})
         if (measured := _object(home / "evaluation.json")) and "evaluation.json" not in lost:
             judged = (row["inputs"] or {}).get("checkpoint") or row["config"].get("checkpoint")
-            evaluations.append({**measured, "name": name, "of": str(judged or "")})
+            sizes = measured.get("sizes") or _sizes_of(home)
+            evaluations.append({**measured, "sizes": sizes, "name": name, "of": str(judged or "")})
         if (shown := _object(home / "samples.json")) and "samples.json" not in lost:
             samples.append({**shown, "name": name})
         corpus = home / "corpus"
@@ -199,6 +211,7 @@ def collect(folder: Path) -> Page:
         "recipe": text,
         "environment": next((s["environment"] for s in reversed(stages) if s.get("environment")), {}),
         "folder": str(folder),
+        "expected": _object(folder / "plan.json").get("expected") or {},
     }
 
 
@@ -236,7 +249,7 @@ def with_bigrams(page: Page, folder: Path) -> None:
     if not judged:
         return
     from pretrain.recipe import load, whole
-    from pretrain.report.regime import line_of
+    from pretrain.report.regime import lines_of
 
     try:
         stages = {stage.name: stage for stage in whole(load(folder / "recipe.yaml", [], folder)).stages}
@@ -245,7 +258,8 @@ def with_bigrams(page: Page, folder: Path) -> None:
     for evaluation in judged:
         store = (folder / stored[evaluation["name"]]).resolve().parent
         try:
-            evaluation["bigram"] = line_of(stages, folder, store, evaluation["of"], f"{evaluation['name']}.{BITS}")
+            given = (stages, folder, store, evaluation["of"], f"{evaluation['name']}.{BITS}")
+            evaluation["bigram"], evaluation["bigram_whole"] = lines_of(*given, whole=True) or (None, None)
         except (PretrainError, OSError, KeyError, ValueError):
             continue
     page["bars"] = bars(page["evaluations"])
@@ -332,28 +346,47 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
         metrics, by_domain = evaluation.get("metrics") or {}, evaluation.get("domains") or {}
         if BITS not in metrics:
             continue
-        tools, domains = evaluation.get("compressors") or {}, sorted(by_domain)
+        tools, sizes = evaluation.get("compressors") or {}, evaluation.get("sizes") or {}
+        bytes_ = {domain: sizes.get(domain, {}).get("bytes", 0) for domain in by_domain}
+        domains = sorted(by_domain, key=lambda domain: (-bytes_[domain], domain))
         key = json.dumps([evaluation.get("documents"), domains, tools], sort_keys=True)
         if key not in charts:
-            shown = domains[:MAX_DOMAINS] if len(domains) > 1 else []
+            few = [domain for domain in domains if domain in sizes and bytes_[domain] < FEW_BYTES]
+            enough = [domain for domain in domains if domain not in few] if len(domains) > 1 else []
             charts[key] = {
-                "domains": shown,
-                "more": len(domains) - len(shown) if shown else 0,
+                "domains": enough[:MAX_DOMAINS],
+                "more": len(enough[MAX_DOMAINS:]),
+                "few": few if len(domains) > 1 else [],
+                "sizes": sizes,
                 "models": [],
                 "tools": [],
             }
+            shown = charts[key]["domains"]
             charts[key]["tools"] = [_bar(tool, measured, shown) for tool, measured in tools.items()]
         model = evaluation.get("of") or evaluation["name"]  # two evaluations of one model bear their own names
         taken = any(bar["name"] == model for bar in charts[key]["models"])
         row = _bar(evaluation["name"] if taken else model, evaluation, charts[key]["domains"])
         row["interval"] = (evaluation.get("intervals") or {}).get(BITS)
-        if (line := evaluation.get("bigram")) is not None:
+        apart = evaluation.get("domain_intervals") or {}
+        row["intervals"] = [(apart.get(domain) or {}).get(BITS) for domain in charts[key]["domains"]]
+        for counts, line in ((PAIRS, evaluation.get("bigram")), (ALL_PAIRS, evaluation.get("bigram_whole"))):
             lines = sum(bar["name"].startswith(PAIRS) for bar in charts[key]["tools"])
-            name = f"{PAIRS}, for {row['name']}" if lines else PAIRS
-            if line not in [bar["all"] for bar in charts[key]["tools"]]:
+            name = f"{counts}, for {row['name']}" if counts in [bar["name"] for bar in charts[key]["tools"]] else counts
+            if line is not None and line not in [bar["all"] for bar in charts[key]["tools"]]:
                 charts[key]["tools"].insert(lines, {"name": name, "all": line, "values": []})
         charts[key]["models"].append(row)
     return list(charts.values())
+
+
+def _sizes_of(home: Path) -> dict[str, dict[str, int]]:
+    """The documents and bytes by domain, from the numbers of each document, as evaluations of before have left them."""
+    rows = _object(home / "documents.json").get("held_out")
+    sizes: dict[str, dict[str, int]] = {}
+    for row in rows if isinstance(rows, list) else []:
+        if isinstance(row, dict) and isinstance(size := row.get("bytes"), int | float):
+            each = sizes.setdefault(str(row.get("domain")), {"documents": 0, "bytes": 0})
+            each["documents"], each["bytes"] = each["documents"] + 1, each["bytes"] + int(size)
+    return sizes
 
 
 def _bar(name: str, measured: Measurement, domains: list[str]) -> Bar:

@@ -15,6 +15,15 @@ def course(values: Sequence[float | None]) -> tuple[float, float]:
     return points[-1] / late - 1, 1 - min(points) / points[-1]
 
 
+def swing(values: Sequence[float | None]) -> float:
+    """By how much of itself a curve usually lies beside the middle of its neighbours; 0 of few points."""
+    points = known(values)
+    if len(points) < 5 or min(points) <= 0:
+        return 0.0
+    aside = sorted(abs(b - (a + c) / 2) / b for a, b, c in zip(points, points[1:], points[2:], strict=False))
+    return aside[len(aside) // 2]
+
+
 def known(values: Sequence[float | None]) -> list[float]:
     """Those that are numbers."""
     return [v for v in values if v is not None and math.isfinite(v)]

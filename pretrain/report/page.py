@@ -13,21 +13,25 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
 from pretrain.core.quick.quantities import duration, figure, short
-from pretrain.records import Metrics, accounted
+from pretrain.records import Metrics, accounted, contradicting
+from pretrain.report import foretold
 from pretrain.report import samples as report_samples
+from pretrain.report.advice import yardstick
 from pretrain.report.charts import bits_chart, changes
-from pretrain.report.classes import classes
+from pretrain.report.classes import classes, confident
 from pretrain.report.data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
+from pretrain.report.funnel import funnel
 from pretrain.report.markup import Html, fill, join, part, script_json, table, tag
 from pretrain.report.numbers import last
 from pretrain.report.summary import Headline, headline, summarise
 
 HEADS = ("stage", "kind", "status", "methods", "time", "FLOPs", "peak memory", "address")
 BESIDE = {  # a metric of labels: what stands beside it
-    "accuracy": {"naive_bayes": "word counts", "majority": "the commonest alone"},
-    "mse": {"mse_of_word_counts": "word counts", "mse_of_mean": "the mean alone"},
+    "accuracy": dict.fromkeys(("accuracy_of_counts", "naive_bayes"), "word counts")
+    | {"majority": "the commonest alone"},
+    "mse": {"mse_of_counts": "word counts", "mse_of_mean": "the mean alone"},
 }
 CHARTS = ("rate", "norm", "speed", "mfu")
 
@@ -81,7 +85,8 @@ def _body(data: Page, running: str) -> Html:
         parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
     for evaluation in data["evaluations"]:
         if confusion := evaluation.get("confusion"):
-            parts.append(_section(f"Classes: {evaluation['name']}", classes(confusion)))
+            shown = join([classes(confusion), confident(evaluation.get("mistakes") or [])])
+            parts.append(_section(f"Classes: {evaluation['name']}", shown))
     parts += [panel for name, panel in samples.items() if name in corpora]  # what a model makes is asked for first
     parts += [_section(f"Corpus: {corpus['name']}", _corpus_table(corpus)) for corpus in data["corpora"]]
     parts.append(_section("Stages", _stage_table(data["stages"])))
@@ -102,7 +107,9 @@ def _curves(data: Page) -> Html:
     losses = [tag("div", class_="chart tall", id=f"loss-{i}") for i in range(len(data["plots"]))]
     kept = [t["name"] for t in data["trainings"] if "kept" in t]
     if kept:
-        note = "A ring is where the weights that were kept were measured; those after it were no better."
+        note = (
+            "A ring is where the weights that were kept were measured: the best by the measure that the recipe names."
+        )
         losses.insert(0, tag("p", note, class_="note"))
     others = [tag("div", class_="chart", id=name) for name in CHARTS]
     axes = tag("div", *buttons, class_="axes", role="group", aria_label="horizontal axis")
@@ -132,12 +139,17 @@ def _cards(data: Page, about: Headline) -> Html:
         tools = {tool: (v.get("metrics") or {}).get(BITS) for tool, v in (evaluation.get("compressors") or {}).items()}
         read = ((model["lineage"] or {}) if model else {}).get("tokens")
         counted = f"pairs in the {short(read)} tokens read" if read else "pairs of tokens"  # more text, a lower line
-        rivals = {counted: evaluation.get("bigram")} | tools
+        whole = {"in all training text": evaluation.get("bigram_whole")}
+        rivals = {counted: evaluation.get("bigram")} | whole | tools
+        if (before := foretold.expected(data, model)) is not None:
+            rivals[f"expected on {before[1]}"] = before[0]
         note = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
         cards.append(("bits per byte", f"{metrics[BITS]:.3f}", note))
     for name, beside in BESIDE.items():
         if name in metrics:
-            note = "; ".join(f"{words}: {figure(metrics[each])}" for each, words in beside.items() if each in metrics)
+            best = yardstick(evaluation) if evaluation else None
+            named = beside | ({best.baseline: best.short} if best and best.reads else {})
+            note = "; ".join(f"{words}: {figure(metrics[each])}" for each, words in named.items() if each in metrics)
             cards.append((name, figure(metrics[name]), note))
     for name, title, note in (
         ("macro_f1", "macro F1", "each class alike"),
@@ -240,9 +252,10 @@ def _corpus_table(corpus: CorpusRow) -> Html:
     ]
     rows.append(("all", *(cell(by_domain.values()) for by_domain in splits.values())))
     note = f"Documents · bytes; {accounted(corpus)}. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
-    return join(
-        [tag("p", note, class_="note"), table(("domain", *splits), rows), _copies(corpus), _passed_over(corpus)]
-    )
+    dropped = funnel(corpus.get("funnel") or [], corpus["name"])
+    counted = [tag("p", note, class_="note"), table(("domain", *splits), rows)]
+    doubts = [tag("p", f"{line}.", class_="note") for line in contradicting(corpus)]
+    return join([*counted, *doubts, dropped, _copies(corpus), _passed_over(corpus)])
 
 
 def _copies(corpus: CorpusRow) -> Html:
@@ -283,4 +296,22 @@ def _evaluation_table(evaluations: Sequence[Evaluated]) -> Html:
     notes = {e["no_intervals"]: None for e in evaluations if e.get("no_intervals")}
     notes |= {f"{e['name']}: {e['seen']}": None for e in evaluations if e.get("seen")}
     rows_table = table(("stage", "metric", "value", "95% interval"), rows)
-    return join([*(tag("p", f"{note}.", class_="note") for note in notes), rows_table])
+    return join([*(tag("p", f"{note}.", class_="note") for note in notes), rows_table, _domain_table(evaluations)])
+
+
+def _domain_table(evaluations: Sequence[Evaluated]) -> Html:
+    """Each domain's documents, text and metrics, where an evaluation has several."""
+    rows = []
+    for evaluation in evaluations:
+        domains, sizes = evaluation.get("domains") or {}, evaluation.get("sizes") or {}
+        for domain in sorted(domains, key=lambda d: (-sizes.get(d, {}).get("bytes", 0), d)) if len(domains) > 1 else ():
+            size, intervals = sizes.get(domain), (evaluation.get("domain_intervals") or {}).get(domain) or {}
+            counts = (f"{size['documents']:,}", short(size["bytes"], "B")) if size else ("", "")
+            for name, value in (domains[domain] or {}).items():
+                ends = intervals.get(name)
+                interval = f"{figure(ends[0])} to {figure(ends[1])}" if ends else ""
+                rows.append((evaluation["name"], domain, *counts, name, figure(value), interval))
+    if not rows:
+        return join([])
+    heads = ("stage", "domain", "documents", "text", "metric", "value", "95% interval")
+    return tag("details", tag("summary", "By domain"), table(heads, rows))

@@ -6,7 +6,7 @@ Shape letters: D documents.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TypedDict
 
@@ -20,7 +20,7 @@ from pretrain.core.foreign.weights import header
 from pretrain.core.processors import load_processor, tokenizer_in
 from pretrain.corpus.shards import tokenise, tokens_key
 from pretrain.corpus.store import Corpus
-from pretrain.evaluation.likelihood._bigrams import bigram_line
+from pretrain.evaluation.likelihood._bigrams import bigram_lines
 from pretrain.stages import Stage
 from pretrain.stages.evaluate import Evaluate, documents_of
 from pretrain.stages.train import Train
@@ -28,6 +28,8 @@ from pretrain.stages.train import Train
 PER = {"loss": "targets", "bits_per_byte": "bytes"}  # what the nats of a likelihood of text are divided by
 # The evaluation that a likelihood is of; of labels there is one target a document.
 ROWS = {"loss": "held_out", "bits_per_byte": "held_out", "label_loss": "task", "probe_loss": "probe"}
+
+WHOLE = 20_000_000  # tokens of a corpus that are counted at most where all are asked for
 
 Rows = list[dict[str, str | float]]  # of `documents.json`
 
@@ -44,19 +46,40 @@ def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str,
     folder = checkpoint_of(output / trained)
     tokens = float(checkpoint.lineage(folder).get("tokens", 0))
     row: Regime = {"tokens_per_weight": tokens / max(1, _weights(folder))}
-    if (line := line_of(stages, output, store, trained, metric)) is not None:
-        row["bigram"] = line
+    if lines := lines_of(stages, output, store, trained, metric):
+        row["bigram"] = lines[0]
     return row
 
 
-def line_of(stages: Mapping[str, Stage], output: Path, store: Path, trained: str, metric: str) -> float | None:
-    """The bigram line of a metric STAGE.NAME; None where the metric is no likelihood of text."""
+def lines_of(
+    stages: Mapping[str, Stage], output: Path, store: Path, trained: str, metric: str, whole: bool = False
+) -> list[float]:
+    """The bigram line of a metric STAGE.NAME; none where the metric is no likelihood of text.
+
+    It is of as many tokens as the model has read; with `whole` a second one is of all training text, or of `WHOLE`
+    tokens of it.
+    """
     judge, _, name = metric.partition(".")
     stage, training = stages[judge], stages[trained]
     if not (isinstance(stage, Evaluate) and isinstance(training, Train) and name.partition("/")[0] in PER):
-        return None
-    tokens = float(checkpoint.lineage(checkpoint_of(output / trained)).get("tokens", 0))
-    return _bigram_line(stage, training, output, store, name, int(tokens))
+        return []
+    tokens = int(checkpoint.lineage(checkpoint_of(output / trained)).get("tokens", 0))
+    seen = [tokens, *([max(tokens, WHOLE)] if whole else [])]
+    return _bigram_lines(stage, training, output, store, name, seen)
+
+
+def training_line(training: Train, output: Path, store: Path) -> dict[str, float]:
+    """The bigram line of the held-out metrics that a training of text logs, of as many tokens as its model has read."""
+    from pretrain.evaluation.likelihood._shards import shard_line
+
+    folder = checkpoint_of(output / training.name)
+    tokenizer, corpus = tokenizer_in(load_processor(folder)), Corpus(corpus_in(output, training.corpus))
+    if tokenizer is None:  # it learns something else than text
+        return {}
+    places = store / ".tokens" / tokens_key(corpus, tokenizer)
+    shards = tokenise(corpus, tokenizer, places, splits=["train", "validation"])
+    seen = int(checkpoint.lineage(folder).get("tokens", 0))
+    return shard_line(shards["train"], shards["validation"], seen=seen, max_tokens=training.evaluate_tokens)
 
 
 def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:
@@ -75,23 +98,25 @@ def _shares(documents: Rows, name: str) -> NDArray[np.float64]:
     return np.asarray(len(chosen) * nll_D / (unit * per_D.sum()))
 
 
-def _bigram_line(stage: Evaluate, training: Train, output: Path, store: Path, name: str, seen: int) -> float:
-    """What counts of adjacent tokens come to on the documents that are judged, from as many as the model has seen."""
+def _bigram_lines(
+    stage: Evaluate, training: Train, output: Path, store: Path, name: str, seen: Sequence[int]
+) -> list[float]:
+    """What counts of so many adjacent tokens come to on the documents that are judged, which are tokenised once."""
     tokenizer = tokenizer_in(load_processor(checkpoint_of(output / str(stage.checkpoint))))
     assert tokenizer is not None, "a likelihood of text without a tokenizer"
     judged, read = (Corpus(corpus_in(output, reference)) for reference in (stage.corpus, training.corpus))
     key = tokens_key(read, tokenizer)
     cut = [] if stage.max_characters is None else [stage.max_characters]
-    mark = digest([key, judged.info["fingerprint"], stage.split, stage.max_documents, *cut, name, seen])[:16]
-    path = store / ".bigrams" / f"{mark}.json"
-    if not path.exists():
+    which = [key, judged.info["fingerprint"], stage.split, stage.max_documents, *cut, name]
+    paths = {count: store / ".bigrams" / f"{digest([*which, count])[:16]}.json" for count in seen}
+    if missing := [count for count, path in paths.items() if not path.exists()]:
         shards = tokenise(read, tokenizer, store / ".tokens" / key, splits=["train"])["train"]
         documents = documents_of(
             judged, stage.split, stage.max_documents, stage.evaluations, tokenizer, stage.max_characters
         )
-        line = _shares(bigram_line(shards, tokenizer, documents, seen=seen).documents, name)
-        write_json(path, sealed({"bigram": float(line.mean())}))
-    return float(read_json(path)["bigram"])
+        for count, line in zip(missing, bigram_lines(shards, tokenizer, documents, missing), strict=True):
+            write_json(paths[count], sealed({"bigram": float(_shares(line.documents, name).mean())}))
+    return [float(read_json(paths[count])["bigram"]) for count in seen]
 
 
 def _weights(folder: Path) -> int:

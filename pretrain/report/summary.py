@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pretrain.core.quick.confusion import class_rows, never_answered
+from pretrain.core.quick.confusion import class_rows, never_answered, worst_class
 from pretrain.core.quick.quantities import counted, figure, short
+from pretrain.report import foretold
 from pretrain.report.advice import advise, beats_baseline, spent_share, yardstick
 from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, unit_of_loss
 from pretrain.report.numbers import article, known, last
@@ -62,7 +63,10 @@ def summarise(page: Page, running: str = "") -> Summary:
         advice = f"Still running: “{running}”" + ("." if done is None else f", {done:.0%} of its budget spent."), ""
     else:
         advice = advise(page, about.model, about.evaluation, about.training)
-    judgement = " ".join(filter(None, (_judgement(page, about), _quantised(about))))
+    expectation = foretold.beside(page, about.model, about.evaluation)
+    judgement = " ".join(
+        filter(None, (_judgement(page, about), expectation, foretold.made(about.model), _quantised(about)))
+    )
     return Summary(_result(page, about), judgement, *advice)
 
 
@@ -111,7 +115,7 @@ def _score(evaluation: Evaluated) -> str:
     if not name:
         return ""
     words, baseline, guessing = SCORES[name]
-    if (best := yardstick(metrics)) is not None and best.metric == name:
+    if (best := yardstick(evaluation)) is not None and best.metric == name:
         baseline, guessing = best.baseline, best.words
     group = name.partition("_")[0]  # a probe has tested a share of the documents
     count = int(metrics.get(f"{group}_documents") or metrics.get("documents") or evaluation.get("documents") or 0)
@@ -148,15 +152,18 @@ def _judgement(page: Page, about: Headline) -> str:
         learnt = f"that is {1 - bits / line:.0%} fewer than {counting} ({line:.2f})"
         words.append(f"Good: {learnt}, and {beaten}." if beaten else f"It has learnt something: {learnt}.")
     elif beaten:
-        words.append(f"Good: that is {beaten}.")
+        words.append(f"That is {beaten}, which knows no other text than what it packs.")
+    whole = evaluation.get("bigram_whole")
+    if line is not None and whole is not None and whole <= bits < line:
+        words.append(f"But the same counts of all training text, which it has read a part of, come to {whole:.2f}.")
     if best <= bits:
         words.append(f"{name}, which learns from the text that it packs, still does better ({best:.2f}).")
     before = _before(page, evaluation)
     if before is not None:
         base = before["metrics"][BITS]
-        change = (
-            f"{abs(1 - bits / base):.0%} {'fewer' if bits < base else 'more'} than" if bits != base else "the same as"
-        )
+        share = f"{abs(1 - bits / base):.0%}"
+        near = "as many as" if bits == base else f"less than 1% {'fewer' if bits < base else 'more'} than"
+        change = near if share == "0%" else f"{share} {'fewer' if bits < base else 'more'} than"
         words.append(f"It is {change} “{before['of']}” ({base:.2f}).")
     return " ".join(words)
 
@@ -164,7 +171,7 @@ def _judgement(page: Page, about: Headline) -> str:
 def _of_answers(evaluation: Evaluated) -> str:
     """Against word counts, or an answer that looks at no text; which classes are never answered."""
     verdict, metrics, words = beats_baseline(evaluation), evaluation["metrics"], list[str]()
-    best = yardstick(metrics)
+    best = yardstick(evaluation)
     assert best is not None, "there is something to compare with"
     value, base = (figure(metrics[name], 3) for name in (best.metric, best.baseline))
     ends = (evaluation.get("intervals") or {}).get(best.metric)
@@ -175,21 +182,29 @@ def _of_answers(evaluation: Evaluated) -> str:
         than = f"{best.words} of the same training documents" if best.reads else "an answer that looks at no text"
         words.append(f"Good: it is better than {than}.")
     elif verdict == -1 and best.reads:
-        equal = "no better than word counts" if value == base else "worse than word counts"
-        words.append(
-            f"That is not good, it is {equal}: {value} where {best.words} of the same training documents has {base}."
-        )
+        than = "no better" if value == base else "worse"
+        chance = ""
+        if ends and ends[0] <= metrics[best.baseline] <= ends[1]:
+            chance = f", though not surely so: the interval is {figure(ends[0], 3)} to {figure(ends[1], 3)}"
+        of = f"{value} where {best.words} of the same training documents has {base}"
+        words.append(f"That is not good, it is {than} than {best.short}: {of}{chance}.")
     elif verdict == -1:
         words.append("That is not good: an answer that looks at no text is as good.")
     else:
         reaches = f"the interval reaches {'down' if best.higher else 'up'} to {worst}"
         why = reaches if ends else "there are few documents"
-        words.append(f"That is better than {'word counts' if best.reads else 'guessing'}, but not surely so: {why}.")
+        words.append(f"That is better than {best.short if best.reads else 'guessing'}, but not surely so: {why}.")
     confusion = evaluation.get("confusion") or {}
     if missed := never_answered(confusion):
         counts = {row.name: row.count for row in class_rows(confusion)}
         listed = ", ".join(f"“{name}” ({counts[name]})" for name in missed[:5])
         words.append(f"It never answers {listed}.")
+    if (worst_row := worst_class(confusion)) is not None and worst_row.f1 < 1:
+        hits = round((worst_row.recall or 0) * worst_row.count)
+        words.append(
+            f"Worst is “{worst_row.name}”: of its {worst_row.count} held-out documents {hits} are answered right, and "
+            f"{worst_row.answered} are answered so in all (F1 {worst_row.f1:.2f})."
+        )
     if unlearnt := int(metrics.get("unlearnt", 0)):
         words.append(f"Left out: {counted(unlearnt, 'document')} of classes that no training document has.")
     return " ".join(words)

@@ -16,6 +16,7 @@ from pretrain.core.files import read_json
 from pretrain.core.folders import run_of
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import counted, duration, figure, short
+from pretrain.core.system.console import App
 from pretrain.records import StageRecord, Status, read_stage
 from pretrain.runs.shelf import (
     REMOVED,
@@ -31,7 +32,7 @@ from pretrain.runs.shelf import (
     unused,
 )
 
-app = typer.Typer(help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
+app = App(name="runs", help="Runs: what is there, what they made, what they take, what can go.", no_args_is_help=True)
 Folder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="Where runs lie.")]
 WIDTH, NARROWEST = 80, 10  # characters: of a line where no terminal tells its own, of a column
 COUNTS = (
@@ -45,6 +46,16 @@ COUNTS = (
     "documents",
     "unlearnt",
 )
+MAIN = (
+    "bits_per_byte",
+    "f1",
+    "accuracy",
+    "mse",
+    "exact_match",
+    "ndcg@10",
+    "probe_accuracy",
+    "loss",
+)  # the first there is
 SHOWN, MOST = 4, 12  # metrics of a run that a list names, of a stage that is shown
 
 
@@ -109,7 +120,10 @@ def _beside(run: Run, path: Path) -> None:
         return
     record = read_stage(path / "stage.json")
     now = run.records.get(record["name"])
-    changes = ", ".join(differences(record, now)) if now else "the run has no stage of its name"
+    unlike = "the run has no stage of its name"
+    if record["name"] in run.stages:
+        unlike = "with other settings than those of now, which are not finished"
+    changes = ", ".join(differences(record, now)) if now else unlike
     stable = f"{run.folder / record['name']}@{path.name.rpartition('-')[2]}"
     typer.echo(f"  {stable}  {size}  finished {_when(record['finished'])}: {changes or 'asked again'}")
 
@@ -171,7 +185,14 @@ def _what(folder: Path) -> str:
 
 
 def _metrics(run: Run) -> str:
-    return f"{run.judged['name']}: {_measured(run.judged)}" if run.judged else ""
+    """What says most of how good a run's model is, where it was measured: bits per byte, or what its labels have."""
+    if run.judged is None:
+        return ""
+    metrics, split = run.judged["metrics"], measured_on(run.judged)
+    name = next((each for each in MAIN if each in metrics), None)
+    if name is None:
+        return f"{run.judged['name']}: {_measured(run.judged)}"
+    return f"{run.judged['name']}: {f'on {split}: ' if split else ''}{name} {figure(metrics[name])}"
 
 
 def _measured(record: StageRecord, most: int = SHOWN) -> str:

@@ -11,13 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import JSONObject, read_json, read_object
-from pretrain.core.folders import run_of
+from pretrain.core.files import JSONObject, digest, read_json, read_object
+from pretrain.core.folders import checkpoint_of, place_of, run_of
 from pretrain.core.quick.quantities import counted, duration, figure, short
 from pretrain.records import altered
 from pretrain.runs.shelf import Run, log_of, open_run, size_of
 
 COMPARISON = "comparison.json"
+PER_TOKEN = ("loss", "perplexity")  # of text: means over tokens
+OTHER_TOKENS = "other tokens: only bits per byte compare"
 RECIPES = (".yaml", ".yml")
 CELL, BEFORE = 80, 12  # characters of a value that differs, and of what is shown before its first difference
 Rows = list[tuple[str, ...]]
@@ -58,11 +60,49 @@ def _results(runs: Sequence[Run]) -> Rows:
     names = dict.fromkeys(name for metrics in measured for name in metrics)
     for name in sorted(names, key=lambda name: not any(_judged(run, name) for run in runs)):
         values = [metrics.get(name) for metrics in measured]
-        rows.append((name, *_with_differences(values, _exact)))
+        other = _other_tokens(runs, name)
+        rows.append((name, *(_apart_by_tokens(values, other) if any(other) else _with_differences(values, _exact))))
         ends = [each.get(name, ()) for each in intervals]
         if any(ends):
             rows.append(("  95% interval", *(" to ".join(figure(end, 4) for end in pair) for pair in ends)))
     return rows + _measured_on(runs)
+
+
+def _other_tokens(runs: Sequence[Run], name: str) -> list[bool]:
+    """Of each run whether its metric is a mean over tokens of another tokenizer than the first run's: no difference."""
+    stage, _, metric = name.partition(": ")
+    kind, _, domain = metric.partition("/")
+    bits = f"bits_per_byte/{domain}" if domain else "bits_per_byte"
+    if kind not in PER_TOKEN or not all(bits in _measured_by(run, stage) for run in runs if stage in run.stages):
+        return [False] * len(runs)
+    first, *others = [_tokens_of(run, stage) for run in runs]
+    return [False, *(first is not None and each is not None and each != first for each in others)]
+
+
+def _apart_by_tokens(values: Sequence[float | None], other: Sequence[bool]) -> list[str]:
+    """Cells of a row of which some do not compare with the first."""
+    cells = _with_differences(values, _exact)
+    plain = ["" if value is None else _exact(value) for value in values]
+    if len(values) == 2:
+        return [*plain, OTHER_TOKENS if None not in values else ""]
+    return [
+        f"{p} ({OTHER_TOKENS})" if apart and p else cell for p, cell, apart in zip(plain, cells, other, strict=True)
+    ]
+
+
+def _tokens_of(run: Run, name: str) -> str | None:
+    """The digest of the tokenizer that a stage's tokens are of; None where it is not there."""
+    record, folder = run.records.get(name), run.stages.get(name)
+    judged = record["inputs"].get("checkpoint") if record else None
+    if record is not None and record["stage"] == "evaluate" and isinstance(judged, str):
+        folder = run.stages.get(judged, Path(judged))
+    try:
+        if folder is None:
+            return None
+        facts = read_object(checkpoint_of(place_of(folder)) / "tokenizer.json")
+        return digest([facts.get(part) for part in ("model", "normalizer", "pre_tokenizer")])  # how text is cut
+    except (OSError, PretrainError):
+        return None
 
 
 def _measured_on(runs: Sequence[Run]) -> Rows:
@@ -91,8 +131,13 @@ def _digests(evaluations: JSONObject) -> Iterator[str]:
 
 def _intervals(run: Run) -> dict[str, Sequence[float]]:
     """Where other documents would put what evaluations have measured, by stage and metric."""
-    stages = {name: _left(run, name, "evaluation.json").get("intervals") or {} for name in run.records}
-    return {f"{name}: {metric}": ends for name, metrics in stages.items() for metric, ends in metrics.items()}
+    ends: dict[str, Sequence[float]] = {}
+    for name in run.records:
+        evaluation = _left(run, name, "evaluation.json")
+        ends |= {f"{name}: {metric}": pair for metric, pair in (evaluation.get("intervals") or {}).items()}
+        for domain, metrics in (evaluation.get("domain_intervals") or {}).items():
+            ends |= {f"{name}: {metric}/{domain}": pair for metric, pair in metrics.items()}
+    return ends
 
 
 def _judged(run: Run, name: str) -> bool:
@@ -118,10 +163,17 @@ def _measured(run: Run) -> dict[str, float]:
         for metric, value in record["metrics"].items()
         if metric not in ("flops", "seconds") and isinstance(value, int | float)
     }
-    for name, folder in run.stages.items():
+    for name in run.stages:
         if name not in run.records:
-            values |= {f"{name}: {metric}": value for metric, value in _last_measured(folder).items()}
+            values |= {f"{name}: {metric}": value for metric, value in _measured_by(run, name).items()}
     return values
+
+
+def _measured_by(run: Run, name: str) -> dict[str, float]:
+    """The metrics of a stage, or the last ones of its log."""
+    if name in run.records:
+        return run.records[name]["metrics"]
+    return _last_measured(run.stages[name]) if name in run.stages else {}
 
 
 def _last_measured(folder: Path) -> dict[str, float]:

@@ -20,6 +20,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, read_json, read_json_lines, read_sealed, sealed
 from pretrain.core.folders import stage_folders
 from pretrain.core.foreign import json as foreign
+from pretrain.core.foreign.reading import open_append, read_bytes
 from pretrain.core.system.portable import held, link_target, take
 from pretrain.records import PARTS, StageRecord, read_stage, run_status, statuses
 
@@ -29,6 +30,7 @@ WRITTEN = re.compile(  # what a run or a comparison that was stopped early has l
     r"\..*lock|\.runs|\.tmp.*|\.DS_Store|recipe\.yaml|(generations|plan)\.json|CACHEDIR\.TAG|ladder|stages|seed-\d+|"
     r"comparison\..*"
 )
+FOLDERS = 5_000  # that are no runs, among which runs are looked for
 SHOWN = 3  # names of such files that an error gives
 ADDRESS = re.compile(r"@([0-9a-f]{1,64})|-([0-9a-f]{12})\b")  # as recipes name a result
 
@@ -155,10 +157,15 @@ def check_output(folder: Path) -> None:
 def find_runs(root: Path, damaged: Callable[[PretrainError], None] | None = None) -> list[Run]:
     """The runs in a folder, however deep, the newest last; what lies in a run is not searched.
 
-    One that is damaged is handed to `damaged`, where that is given, and left out; else it is an error.
+    One that is damaged is handed to `damaged`, where that is given, and left out; else it is an error. So is a tree of
+    more than `FOLDERS` folders that are no runs.
     """
-    runs = []
-    for where, folders, files in os.walk(root):
+    runs: list[Run] = []
+    for number, (where, folders, files) in enumerate(os.walk(root)):
+        if number - len(runs) > FOLDERS:
+            raise PretrainError(
+                f"{root} holds more than {FOLDERS:,} folders that are no runs; accepted: a folder of runs"
+            )
         if "run.json" in files and not (Path(where) / "stage.json").exists():
             try:
                 runs.append(open_run(Path(where)))
@@ -193,14 +200,15 @@ def join_store(store: Path, output: Path) -> None:
     """Note in a store that a run uses it, so that no cleaning takes what that run shows."""
     entry = os.path.relpath(output.resolve(), store.resolve())
     if entry not in _users(store):
-        with (store / USERS).open("a", encoding="utf-8") as users:
-            users.write(json.dumps(sealed({"run": entry})) + "\n")
+        with open_append(store / USERS) as users:
+            users.write(json.dumps(sealed({"run": entry})).encode() + b"\n")
 
 
 def _users(store: Path) -> list[str]:
     """The runs that use a store; a line that is damaged is an error, since the results of its run would be taken."""
     path, entries = store / USERS, []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    text = read_bytes(path, foreign.MOST).decode("utf-8", "replace") if path.exists() else ""
+    for line in text.splitlines():
         row = {"run": line}  # of before
         if line.startswith("{"):
             try:
@@ -297,7 +305,7 @@ def hold(runs: Iterable[Run], home: Path) -> Iterator[None]:
     """Keep runs from being gone on with meanwhile; raises `PretrainError` where one is running."""
     with ExitStack() as stack:
         for folder in {home.resolve(), *(run.folder for run in runs if home.resolve() in run.homes)}:
-            lock = stack.enter_context((folder / ".lock").open("a"))
+            lock = stack.enter_context(open_append(folder / ".lock"))
             if not take(lock):
                 raise PretrainError(f"{folder} is in use by a run; accepted: to clean when it is done")
         yield

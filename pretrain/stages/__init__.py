@@ -38,7 +38,7 @@ from pretrain.core.quick.declared import is_type
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import as_typed
-from pretrain.core.quick.vocabulary import check_references, stored_numbers
+from pretrain.core.quick.vocabulary import check_references, stored_labels, stored_numbers
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Source
 from pretrain.data import DataOperation
@@ -174,8 +174,9 @@ class Stage(BaseModel, metaclass=_Fielded):
             return  # what its methods share is known when they have run
         for place, method in self.placed_methods():
             if method.vocabularies():
-                steps = steps_of(place)
-                check_references(method, stored_numbers(located(whose)), whose, steps, tuple(earlier), located)
+                steps, home = steps_of(place), located(whose)
+                numbers, labels = stored_numbers(home), stored_labels(home)
+                check_references(method, numbers, whose, steps, tuple(earlier), located, labels)
 
     def splits(self) -> dict[str, str]:
         """The splits of corpora that must hold documents, by the field that names the corpus."""
@@ -187,7 +188,7 @@ class Stage(BaseModel, metaclass=_Fielded):
 
     def references(self) -> dict[str, str | list[str]]:
         """What names stages or paths: the stage's fields (`corpus`), and its methods' (`policies.1.teacher`)."""
-        named = {n: getattr(self, n) for n, f in type(self).model_fields.items() if _is_ref(f)}
+        named = {name: getattr(self, name) for name in _ref_fields(type(self))}
         references: dict[str, str | list[str]] = {n: v for n, v in named.items() if v}
         for place, method in self.placed_methods():
             references |= {f"{place}.{name}": value for name, value in method.references().items()}
@@ -290,6 +291,10 @@ class Stage(BaseModel, metaclass=_Fielded):
         """From what an interrupted run can go on, as `at step 200`; nothing where it begins again."""
         return ""
 
+    def done(self, folder: Path, whole: Estimate) -> float:
+        """The share of its work that an interrupted run has done and goes on from; `whole` is of all of it."""
+        return 0.0
+
 
 def _code_of(name: str, earlier: Mapping[str, Stage]) -> str:
     """What is to be said of a reference that opens by its code alone; empty of any other, and where it is not known."""
@@ -302,6 +307,11 @@ def _code_of(name: str, earlier: Mapping[str, Stage]) -> str:
     origins = [each for place, each in before.trusted().items() if place in ORIGINS]
     codes = [_code_of(each, earlier) if each in earlier else codes_in(located(each)) for each in origins]
     return f"it brings the code of {origins[0]}, which {ALLOWED}" if any(codes) else ""
+
+
+@cache
+def _ref_fields(cls: type[Stage]) -> tuple[str, ...]:
+    return tuple(name for name, field_info in cls.model_fields.items() if _is_ref(field_info))
 
 
 def _is_ref(field_info: FieldInfo) -> bool:

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, cast
@@ -20,6 +21,7 @@ from pretrain.core.method import nested
 from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import counted
+from pretrain.corpus.sources import evenly
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.dial.tuned import Layers, Tuning
@@ -37,6 +39,7 @@ MUCH = 0.1  # of a corpus's text: a domain that each split should have
 RECORDS = 1e4  # bytes of what each stage notes of itself: its record and the code that ran
 SAMPLES = 5e3  # bytes of a few documents that are shown
 ROW = 150.0  # bytes of a document's numbers, as an evaluation keeps them
+MEASURED, LONG = 200, 2000  # documents and characters of each by which the size of a token is measured
 DRAWN = 200  # sizes of documents
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
 DECODING = 0.2  # of the rate of training, a token at a time
@@ -140,6 +143,18 @@ def bytes_of_token(vocabulary: int) -> float:
     return 1 + 1.16 * doublings**0.524  # of Python's library 2.3 at 600 entries, 4.0 at 16,384
 
 
+def letters(corpus: Left, model: Left) -> float:
+    """Bytes of a token in a corpus: measured on some of its documents where they and the tokenizer are there."""
+    rows = (corpus.rows or stored(corpus.folder, MEASURED)) if model.tokenizer is not None else ()
+    texts = tuple(row.get("text", "")[:LONG] for row in evenly(rows, MEASURED))
+    return _measured(model.tokenizer, texts) if any(texts) else bytes_of_token(model.vocabulary or 0)
+
+
+@lru_cache(maxsize=8)
+def _measured(tokenizer: Path | None, texts: tuple[str, ...]) -> float:
+    return sum(len(text.encode()) for text in texts) / max(1.0, sum(counter(tokenizer, 0, ())(texts)))
+
+
 def training_seconds(flops: float, width: int) -> float:
     """Of so many FLOPs at a width, on this machine."""
     return flops / (likely_rate() * efficiency(width))
@@ -217,7 +232,7 @@ def reading(
     size = corpus.bytes.get(split)
     if shape is None or size is None or not model.vocabulary or not all(each.estimated for each in evaluations):
         return Estimate()
-    shape, letters = shape.with_blocks(model.blocks), bytes_of_token(model.vocabulary)
+    shape, size_of_token = shape.with_blocks(model.blocks), letters(corpus, model)
     documents = corpus.documents.get(split) or size / DOCUMENT
     share, sizes = min(1.0, most / documents), _sizes(size / documents, longest)
     flops = seconds = 0.0
@@ -225,9 +240,9 @@ def reading(
         length = getattr(each, "length", 0) or model.length or 512
         stride = (getattr(each, "stride", 0) or max(1, length // 2)) if each.windowed else length
         most_tokens = length if each.cut else math.inf
-        passed = [windowed(min(letter / letters, most_tokens), length, stride) for letter in sizes]
+        passed = [windowed(min(each_size / size_of_token, most_tokens), length, stride) for each_size in sizes]
         tokens, squares = sum(row[0] for row in passed), sum(row[1] for row in passed)
-        predicted = each.predicted * sum(min(letter / letters, most_tokens) for letter in sizes) / tokens
+        predicted = each.predicted * sum(min(each_size / size_of_token, most_tokens) for each_size in sizes) / tokens
         scale = each.passes * share * documents / len(sizes)
         work, took = forward(shape, tokens * scale, round(squares / tokens), predicted)
         flops, seconds = flops + work, seconds + took

@@ -6,12 +6,14 @@ like the rest. So a step costs what the longest of its examples do, several time
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
@@ -33,20 +35,28 @@ class Sampled:
 
 
 class Labelled(Protocol):
-    """What of an objective on examples this file reads."""
+    """What of an objective on examples this file reads.
+
+    `inputs`: the columns that go into an input; those of each group are filled up by themselves. `fill` says what a
+    batch makes of them: `longest`, inputs as long as the longest; `rows`, full rows, which several share; `apart`, each
+    group is an input of its own, and all are as long as the longest.
+    """
+
+    fill: Literal["longest", "rows", "apart"]
 
     @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
-        """The columns that go into an input; those of each group are filled up by themselves."""
+        """The columns."""
 
 
 @dataclass(frozen=True)
 class Lengths:
-    """Of an example, in tokens: those it has, those that are computed, and those that are learnt."""
+    """Of an input, in tokens: those it has, those that are computed, those that are learnt; and inputs an example."""
 
     real: float
     filled: float
     learnt: float
+    inputs: float = 1.0  # below 1 where examples share them
 
 
 def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
@@ -70,27 +80,36 @@ def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
     return Sampled(tuple(evenly(rows, FEW)), float(len(rows)) if whole else max(len(rows), size * len(rows) / held))
 
 
-def stored(folder: Path | None) -> Texts:
-    """Documents of a corpus that is there."""
-    if folder is None:
-        return ()
-    rows: list[Mapping[str, str]] = []
+def stored(folder: Path | None, most: int = FEW) -> Texts:
+    """Documents of a corpus that is there, so many at most."""
+    with suppress(OSError):
+        paths = sorted((corpus_of(folder) / "train").glob("*.parquet")) if folder is not None else []
+        return _first(paths[0], paths[0].stat().st_mtime_ns, most) if paths else ()
+    return ()
+
+
+@lru_cache(maxsize=8)
+def _first(path: Path, _: int, most: int) -> Texts:
+    """The first rows of a file, as it is at a time."""
     with suppress(OSError, ValueError, ImportError):
         from pyarrow import parquet
 
-        for path in sorted((corpus_of(folder) / "train").glob("*.parquet"))[:1]:
-            batch = next(parquet.ParquetFile(path).iter_batches(batch_size=FEW), None)
-            documents = batch.to_pylist() if batch is not None else []
-            rows = [{name: value for name, value in row.items() if isinstance(value, str)} for row in documents]
-    return tuple(rows)
+        batch = next(parquet.ParquetFile(path).iter_batches(batch_size=most), None)
+        documents = batch.to_pylist() if batch is not None else []
+        return tuple({name: value for name, value in row.items() if isinstance(value, str)} for row in documents)
+    return ()
 
 
 def counter(tokenizer: Path | None, vocabulary: int, rows: Texts) -> Callable[[Sequence[str]], list[float]]:
     """What counts the tokens of texts: a tokenizer that is there, else one of the same size made of the documents."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
+    from pretrain.core.encoding import lengths
+    from pretrain.core.encoding.stored import check_stored
+
     backend = None
     if tokenizer is not None and tokenizer.exists():
+        check_stored(tokenizer.parent)
         with suppress(Exception):  # of a tokenizer that this version cannot read
             backend = Tokenizer.from_file(str(tokenizer))
     if backend is None:
@@ -102,7 +121,7 @@ def counter(tokenizer: Path | None, vocabulary: int, rows: Texts) -> Callable[[S
         backend.train_from_iterator((text for row in rows for name, text in row.items() if name not in names), trainer)
     backend.no_truncation()
     backend.no_padding()
-    return lambda texts: [float(len(each)) for each in backend.encode_batch(list(texts), add_special_tokens=False)]
+    return lambda texts: [float(length) for length in lengths(backend, texts)]
 
 
 def lengths(
@@ -120,8 +139,10 @@ def lengths(
     groups = objective.inputs
     if any(name not in row for group in groups for name in group for row in rows):
         return None
-    step = STEP if len(groups) == 1 else max(1, min(64, length // 8))
+    step = STEP if len(groups) == 1 and objective.fill == "longest" else max(1, min(64, length // 8))
     columns = {name: count([row[name] for row in rows]) for group in groups for name in group}
+    if objective.fill == "apart" or (objective.fill == "rows" and ordered is None):
+        return _otherwise(objective, columns, length, batch, step)
     real = filled = learnt = 0.0
     most = float(length)
     for number, group in reversed([*enumerate(groups)]):  # targets first: their prompts have the room that is left
@@ -133,6 +154,27 @@ def lengths(
         if number:
             learnt, most = sum(sizes) / len(sizes), length - max(sizes)
     return Lengths(real, filled, learnt)
+
+
+def _otherwise(
+    objective: Labelled, columns: Mapping[str, Sequence[float]], length: int, batch: int, step: int
+) -> Lengths:
+    """Of examples that share rows, or are several inputs of one width; what is learnt is what stands last."""
+    groups, most = objective.inputs, float(length)
+    if objective.fill == "apart":
+        sizes = [[min(most, sum(columns[name][n] for name in group) + ENDS) for group in groups]
+                 for n in range(len(columns[groups[0][0]]))]  # fmt: skip
+        wide = sorted(min(most, -(-max(each) // step) * step) for each in sizes)
+        answers = [min(most, size + 1) for group in groups for size in columns[group[-1]]]
+        real = sum(map(sum, sizes)) / len(sizes) / len(groups)
+        return Lengths(real, _longest(wide, batch), sum(answers) / len(answers), float(len(groups)))
+    names = [name for group in groups for name in group]
+    whole = [min(most, sum(each) + ENDS * len(groups)) for each in zip(*(columns[name] for name in names), strict=True)]
+    mean = sum(whole) / len(whole)
+    learnt = sum(columns[names[-1]]) / len(whole) + 1 if len(groups) > 1 else 0.0
+    rows = max(1.0, math.ceil(batch * mean / length))
+    width = most if rows > 1 else min(most, -(-batch * mean // step) * step)
+    return Lengths(batch * mean / rows, width, batch * learnt / rows, rows / batch)
 
 
 def _longest(ordered: Sequence[float], batch: int) -> float:

@@ -26,8 +26,8 @@ from pretrain.stages._estimates import (
     Given,
     Left,
     Odd,
-    bytes_of_token,
     forward,
+    letters,
     operated,
     tokenizer_bytes,
     training_seconds,
@@ -36,6 +36,7 @@ from pretrain.stages._examples import Labelled, Lengths, counter, lengths, store
 from pretrain.surgery import Surgery
 from pretrain.training.budget import MEASURING, Budget
 
+FEWER = 1.5  # times the measurements that are made are asked for: from there on it is told that some are left out
 LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
 OTHER_PASSES = 20  # where each hides other tokens, or labels are learnt
 FEW_STEPS = 10
@@ -147,11 +148,16 @@ def expect(stage: Asked, given: Given) -> Estimate:
 def described(stage: Asked, given: Given) -> Left:
     """The model that is trained: its configuration, its entries, how much of it is trained."""
     made = given.get("init", Left())
-    entries = given.get("tokenizer", made).vocabulary
+    words = given.get("tokenizer", made)
+    entries = words.vocabulary
     if stage.model:
         config = {name: value for name, value in stage.model.items() if name != "family"}
         known = {"vocab_size": entries} if entries else {}
-        made = Left(config={"model_type": stage.model["family"], **known, **config}, vocabulary=entries)
+        made = Left(
+            config={"model_type": stage.model["family"], **known, **config},
+            vocabulary=entries,
+            tokenizer=words.tokenizer,
+        )
     return operated(made, stage.surgeries)
 
 
@@ -190,21 +196,22 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
     corpus, corpus_tokens = given.get("corpus", Left()), _tokens(given.get("corpus", Left()), "train", model)
     seen = positions_of(model.config, stage.length)  # positions of the blocks in a row
     example = _example(stage, objectives[0], model, given)
+    inputs = 1.0 if example is None else example.inputs  # of an example
     if objectives[0].reads == "examples" and model.vocabulary:  # whole documents, cut off at `length`
         documents = corpus.documents.get("train")
         if example is not None:
             length, seen = example.real, example.filled
-            corpus_tokens = documents * length if documents else corpus_tokens
+            corpus_tokens = documents * inputs * length if documents else corpus_tokens
         elif documents and corpus_tokens:
             length = seen = min(length, max(2.0, corpus_tokens / documents))
     flops = logits = 0.0
     for objective in objectives:
         predicted = example.learnt / seen if example is not None and example.learnt else objective.predicted
         targets = predicted * (1 - 1 / length if objective.task == "causal" else 1)
-        taught, at_once = objective.taught, targets * seen * (stage.micro_rows or stage.batch_rows)
+        taught, at_once = objective.taught, targets * seen * inputs * (stage.micro_rows or stage.batch_rows)
         if objective.again and at_once > shape.chunk:
             targets, taught = targets * 4 / 3, taught * 2
-        logits += targets * seen * stage.batch_rows * shape.vocabulary
+        logits += targets * seen * inputs * stage.batch_rows * shape.vocabulary
         passes = (2.0 if model.tuning else 3.0) + stage.checkpointing
         each = shape.flops(max(1, round(seen)), targets, passes)
         head = (4.0 if model.tuning else 6.0) * targets * shape.vocabulary * shape.width
@@ -215,12 +222,12 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
     flops = flops * seen + convolutions(model.config, stage.length)
     if decoder := reconstructor(model.config):
         flops += decoder[0].flops(round(decoder[1])) * decoder[1]
-    step = stage.batch_rows * length * (FILLED if example is None else 1.0)
+    step = stage.batch_rows * inputs * length * (FILLED if example is None else 1.0)
     update = stage.optimizer.update_flops(shape.width) * (model.tuning.trained if model.tuning else shape.body)
     if model.tuning:
         update += model.tuning.batch * stage.batch_rows / (stage.micro_rows or stage.batch_rows)
     beside = likely_beside().seconds(shape.depth + shape.decoder, logits)
-    each = (flops * stage.batch_rows + update) / step
+    each = (flops * inputs * stage.batch_rows + update) / step
     return Work(step, seen, each, rate, beside, corpus_tokens, seen / length)
 
 
@@ -269,7 +276,8 @@ def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work
 
 def _measured_long(stage: Asked, training: float, once: float, evaluations: int, made: int) -> Iterator[Odd]:
     """That measuring takes a large part of the time, which `evaluate_every` does not look like."""
-    if evaluations * once > max(LONG * training, NOTICED) and evaluations > 1:
+    matters = made == evaluations or evaluations >= FEWER * made  # a few that are left out are no loss
+    if evaluations * once > max(LONG * training, NOTICED) and evaluations > 1 and matters:
         fewer = f", so about {made} of them are made" if made < evaluations else ""
         yield Odd(
             "evaluate_every",
@@ -291,7 +299,7 @@ def _teachers(objective: Objective, given: Given) -> Iterator[Shape]:
 def _tokens(corpus: Left, split: str, model: Left) -> float | None:
     """Of a split, where both the corpus and the vocabulary are known."""
     size = corpus.bytes.get(split)
-    return size / bytes_of_token(model.vocabulary) if size and model.vocabulary else None
+    return size / letters(corpus, model) if size and model.vocabulary else None
 
 
 def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work, rows: int | None = None) -> float:

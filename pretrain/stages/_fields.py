@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
 Built = TypeVar("Built", bound="DataclassInstance")
 
 
+def unknown_field(name: str, cls: type[BaseModel]) -> str:
+    """What to say of a name that is no field of a stage."""
+    known = [field for field in cls.model_fields if field != "version"]
+    return f"unknown field{nearest(name, known)}; accepted: {', '.join(known)}"
+
+
 def first_mistake(
     error: ValidationError, cls: type[BaseModel]
 ) -> tuple[tuple[str | int, ...], tuple[str | int, ...], str]:
@@ -29,8 +36,7 @@ def first_mistake(
         place = place[:1]  # without the names that pydantic has for the branches of a type: `evaluate_every`
     deeper = getattr(first.get("ctx", {}).get("error"), "place", ())
     if first["type"] == "extra_forbidden":
-        known = [name for name in cls.model_fields if name != "version"]
-        return place, deeper, f"unknown field{nearest(str(place[-1]), known)}; accepted: {', '.join(known)}"
+        return place, deeper, unknown_field(str(place[-1]), cls)
     if first["type"] == "missing":
         return place, deeper, "missing; accepted: a value for this field"
     if first["type"] == "value_error":
@@ -60,6 +66,12 @@ class Misfit(ValueError):
         self.place = place
 
 
+@cache
+def _adapter(cls: type) -> TypeAdapter[object]:
+    """What checks the fields of a class, which takes longer to make than to use."""
+    return TypeAdapter(cls)
+
+
 def build_dataclass(cls: type[Built], given: object, what: str) -> Built:
     """A frozen dataclass from a mapping, its types checked; errors name the field, the value and what is accepted."""
     known = [f.name for f in fields(cls)]
@@ -71,7 +83,7 @@ def build_dataclass(cls: type[Built], given: object, what: str) -> Built:
             raise Misfit(f"unknown field {name!r} of {what}{nearest(name, known)}; accepted: {names}", (name,))
     given = {name: as_typed(value, hints(cls)[name]) for name, value in given.items()}
     try:
-        made = TypeAdapter(cls).validate_python(given)
+        made = cast("Built", _adapter(cls).validate_python(given))
         check_fields(made, "")
         return made
     except ValidationError as error:

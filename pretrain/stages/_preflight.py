@@ -44,12 +44,16 @@ class Seen:
     odd: tuple[str, ...] = ()  # what is likely a mistake
     domains: tuple[str, ...] | None = None  # None: not all are known
     places: dict[tuple[str, str], str] = field(default_factory=dict)  # where a column first has a value, in a file
+    held_out: tuple[str, ...] = ()  # domains of a corpus's held-out documents alone
 
 
-def seen_in_sources(stage: Data) -> Seen:
-    """Read the beginnings of files; raises `PretrainError` for what the stage would fail at."""
+def seen_in_sources(stage: Data, before: Seen | None = None) -> Seen:
+    """Read the beginnings of files; raises `PretrainError` for what the stage would fail at.
+
+    `before` is what is known of the corpus that the stage goes on with.
+    """
     columns: dict[str, None] = {}
-    domains: list[tuple[str, ...] | None] = []
+    domains: list[tuple[str, ...] | None] = [operation.brings for operation in stage.operations]
     values: dict[str, Counter[str]] = {}
     odd: list[str] = []
     places: dict[tuple[str, str], str] = {}
@@ -75,10 +79,14 @@ def seen_in_sources(stage: Data) -> Seen:
         except PretrainError as error:
             raise PretrainError(str(error), place=("sources", number)) from error
         complete = complete and all(count < ROWS for count in counts.values())
-        domains[-1] = tuple(names) if complete else None
+        domain = source.domain  # which may be a column's name; of so many rows in a row none has one
+        domains[-1] = tuple(names) if complete or (domain and set(names) == {domain}) else None
         whole = whole and complete
-    if any(".rewriting" in info(operation.name).module for operation in stage.operations):
-        known = False  # which columns these add is known when they have run
+    if stage.corpus:
+        domains.append(before.domains if before is not None else None)
+        whole = False
+    if stage.corpus or any(op.adds or ".rewriting" in info(op.name).module for op in stage.operations):
+        known = False  # which columns there are is known when these have run
     every = None if None in domains else tuple(dict.fromkeys(chain.from_iterable(filter(None, domains))))
     return Seen(tuple(columns) if known and columns else None, values, whole, tuple(odd), every, places)
 
@@ -123,10 +131,10 @@ def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
     """The columns of a corpus that is there, and the values of some."""
     import pyarrow.parquet
 
-    domains = _domains_of(folder)
+    domains, held_out = _domains_of(folder)
     parts = sorted(path for split in ("train", "validation") for path in folder.glob(f"{split}/*.parquet"))
     if not parts:
-        return Seen(None, {}, False, domains=domains)
+        return Seen(None, {}, False, domains=domains, held_out=held_out)
     values: dict[str, Counter[str]] = {}
     try:
         columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
@@ -136,14 +144,16 @@ def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
                     _count(values, {name: value})
     except (OSError, ValueError):  # a damaged corpus is told by the stage that opens it
         return Seen(None, {}, False)
-    return Seen(columns, values, True, domains=domains)
+    return Seen(columns, values, True, domains=domains, held_out=held_out)
 
 
-def _domains_of(corpus: Path) -> tuple[str, ...] | None:
-    """Those of a corpus's training documents."""
-    with suppress(PretrainError, OSError, AttributeError):
-        return tuple(read_object(corpus / "corpus.json")["domains"]["train"])
-    return None
+def _domains_of(corpus: Path) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
+    """Those of a corpus's training documents, and those of held-out documents alone."""
+    with suppress(PretrainError, OSError, AttributeError, KeyError, TypeError):
+        splits = read_object(corpus / "corpus.json")["domains"]
+        every = dict.fromkeys(chain.from_iterable(splits.values()))
+        return tuple(splits["train"]), tuple(name for name in every if name not in splits["train"])
+    return None, ()
 
 
 def domains_asked(stage: Stage) -> dict[tuple[str | int, ...], list[str]]:
@@ -154,19 +164,30 @@ def domains_asked(stage: Stage) -> dict[tuple[str | int, ...], list[str]]:
         asked |= {(*steps, name): getattr(method, name) for name in getattr(method, "domain_fields", ())}
     return {
         place: [value] if isinstance(value, str) else list(cast("dict[str, float]", value))
-        for place, value in asked.items()
+        for place, value in (asked | _measured(stage)).items()
         if value
     }
 
 
+def _measured(stage: Stage) -> dict[tuple[str | int, ...], object]:
+    """The domains of held-out metrics that methods go by: of `loss/py` that is `py`."""
+    asked: dict[tuple[str | int, ...], object] = {}
+    for place, method in stage.placed_methods():
+        kind, _, domain = str(getattr(method, "metric", "")).partition("/")
+        if kind in ("loss", "bits_per_byte") and domain:
+            asked[*steps_of(place), "metric"] = domain
+    return asked
+
+
 def check_domains(stage: Stage, seen: Seen) -> None:
-    """Refuse domains that no training document has."""
+    """Refuse domains that no training document has; of metrics those that no document has at all."""
     for place, names in domains_asked(stage).items():
+        known = (*(seen.domains or ()), *(seen.held_out if place[-1] == "metric" else ()))
         for name in names if seen.domains is not None else ():
-            if name not in (seen.domains or ()):
+            if name not in known:
                 raise PretrainError(
-                    f"no document is of the domain {name!r}{nearest(name, seen.domains or ())}; "
-                    f"accepted: {', '.join(sorted(seen.domains or ()))}",
+                    f"no document is of the domain {name!r}{nearest(name, known)}; "
+                    f"accepted: {', '.join(sorted(known))}",
                     place=place,
                 )
 

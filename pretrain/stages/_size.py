@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -36,6 +36,7 @@ from pretrain.dial.choose import (
 )
 from pretrain.dial.law import Law, load
 from pretrain.stages._estimates import Estimate, left_in
+from pretrain.stages._fields import unknown_field
 from pretrain.training.budget import Budget, endless, least_seconds
 
 Raw = dict[str, object]  # a recipe as it is read, or a stage of it
@@ -43,8 +44,11 @@ LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's stand
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
 SURGERIES = [{"method": "zero_init"}]
 BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
+LIKE_PYTHON = "text like Python's library"  # what a law of it is of, where another corpus is learnt
+OTHER_TEXT = "other text differs: `pretrain ladder` measures yours"
 LEAST_TEXT = 500  # bytes: of less nothing can be learnt and held out
 PLAN = "plan.json"  # in a run's folder: the machine's pace that sizes were chosen by
+PROMPT = 256  # positions at least, so that there is room for a prompt where rows are short
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,23 @@ class Settled:
     choice: Choice
     lr: float | None
     optimizer: object
+    text: str = LIKE_PYTHON  # what the law's expectation is of
+
+    @property
+    def certain(self) -> bool:
+        """Whether the law's interval holds: not where it was measured on other text than is learnt."""
+        return self.text != LIKE_PYTHON
+
+    def expected(self) -> Raw | None:
+        """What a run's folder keeps of the expectation: `bits_per_byte`, of which text, and the interval if it holds.
+
+        None beyond what the law can tell.
+        """
+        best = self.choice.prediction
+        if best is None:
+            return None
+        interval = {"interval": [best.low, best.high]} if self.certain else {}
+        return {"bits_per_byte": best.bits, "of": self.text} | interval
 
     @property
     def optimizer_name(self) -> str:
@@ -102,8 +123,8 @@ class Settled:
         fitted = f", by a law of runs with {self.task.law.optimizer}" if self.task.law.optimizer else ""
         if fitted and self.optimizer_name != self.task.law.optimizer:
             fitted += f"; with {self.optimizer_name} it was not measured"
-        expected = f"expected: {best.bits:.3f} bits per byte of held-out text ({best.low:.3f} to {best.high:.3f})"
-        lines.append(expected + fitted)
+        how = f"({best.low:.2f} to {best.high:.2f})" if self.certain else f"({OTHER_TEXT})"
+        lines.append(f"expected: {best.bits:.2f} bits per byte on {self.text} {how}{fitted}")
         others = [f"{what} {bits:.3f}" for what, bits in self.others()]
         return [*lines, f"the same budget elsewhere: {', '.join(others)}"] if others else lines
 
@@ -179,7 +200,7 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
     choice = replace(choice, batch_rows=_size(entry, "batch_rows") or choice.batch_rows)
     method = _optimizer(entry, choice)
     lr = method.get("lr") if isinstance(method, dict) else None
-    sizes = shapes.fields(choice.shape, family, max(choice.length, 1024))
+    sizes = shapes.fields(choice.shape, family, max(choice.length, PROMPT))
     entry["model"] = {"family": family} | sizes | model
     entry.setdefault("length", choice.length)
     entry.setdefault("batch_rows", choice.batch_rows)
@@ -189,7 +210,22 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
     entry.setdefault("surgeries", copy.deepcopy(SURGERIES))
     if tokenizer is not None and tokenizer.get("vocab_size") == "auto":
         tokenizer["vocab_size"] = choice.shape.vocabulary
-    return Settled(name, task, choice, lr, method)
+    return Settled(name, task, choice, lr, method, _text_of(entry, stages[:number]))
+
+
+def _text_of(entry: Raw, before: list[Raw]) -> str:
+    """The text that the expectation of a training's loss is of: what its law was measured on."""
+    size = entry["size"]
+    if isinstance(size, dict):
+        return f"the text that {size['law']} was measured on"
+    name = entry.get("corpus")
+    while corpus := next((e for e in before if e.get("name", e.get("stage")) == name), None):
+        sources, name = corpus.get("sources"), corpus.get("corpus")
+        if sources or name is None:
+            alike = isinstance(sources, list) and all(isinstance(s, dict) and s.get("stdlib") for s in sources)
+            return "Python's library" if alike and sources and name is None else LIKE_PYTHON
+        before = before[: before.index(corpus)]
+    return LIKE_PYTHON
 
 
 def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: list[Raw], output: Path | None) -> Task:
@@ -198,10 +234,10 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
     where = size.get("law") if isinstance(size, dict) and set(size) == {"law"} else None
     if size != "auto" and not isinstance(where, str):
         raise PretrainError(f"size {size!r}: accepted: auto, or {{law: FILE}} with what `pretrain ladder` wrote")
-    budget = _budget(entry.get("budget"))
+    budget = _budget(entry.get("budget"), entry)
     names = shapes.FIELDS[family]
     made = BYTES_ALONE if (tokenizer or {}).get("algorithm") == "bytes" else (tokenizer or {}).get("vocab_size", 8192)
-    vocabulary = model.get("vocab_size", made)
+    vocabulary = bare(model.get("vocab_size", made))
     at = None if tokenizer is None else before.index(tokenizer)
     chosen = vocabulary == "auto" and tokenizer is not None
     entries = None if chosen else _entries(entry, tokenizer, vocabulary, at)
@@ -236,9 +272,13 @@ def _size(given: Raw, field: str, within: str | None = None) -> int | None:
     return value
 
 
-def _budget(value: object) -> Budget:
-    from pretrain.stages.train import build_budget
+def _budget(value: object, entry: Raw | None = None) -> Budget:
+    """A budget; where there is none, a field of the entry that is no field is what is wrong: a misspelt one."""
+    from pretrain.stages.train import Train, build_budget
 
+    odd = next((name for name in entry or {} if value is None and name not in Train.model_fields), None)
+    if odd is not None:
+        raise PretrainError(unknown_field(odd, Train), place=(odd,))
     try:
         return build_budget(value)
     except ValueError as error:
@@ -278,6 +318,8 @@ def _unique(entry: Raw, before: list[Raw]) -> float | None:
     corpus = next((e for e in before if e.get("name", e.get("stage")) == entry.get("corpus")), None)
     if corpus is None or corpus.get("stage") != "data":
         return left_in(Path(str(entry.get("corpus")))).bytes.get("train")
+    if corpus.get("corpus") and not corpus.get("sources"):
+        return _unique(corpus, before[: before.index(corpus)])
     sizes = []
     try:
         sources = corpus.get("sources")
@@ -339,10 +381,20 @@ def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
     return optimizer_for(method["method"], choice) | method
 
 
+def tell(sizes: Sequence[Settled], fresh: Mapping[str, Estimate], say: Callable[[str], None]) -> None:
+    """Say what was chosen for the stages that begin; of those that are begun or done it was said before."""
+    for chosen in sizes:
+        if chosen.stage in fresh:
+            for line in chosen.lines(fresh[chosen.stage]):
+                say(f"[{chosen.stage}] {line}")
+
+
 def write(settled: list[Settled], output: Path) -> None:
-    """Keep what the sizes were chosen by in a run's folder."""
+    """Keep what the sizes were chosen by in a run's folder, and what is expected of them."""
     from pretrain.core.files import sealed, write_json
 
     tasks = [each.task for each in settled if each.task.rate is not None]
-    by = {"rate": tasks[0].rate, "beside": asdict(tasks[0].beside)} if tasks else {"rate": None}
+    by: Raw = {"rate": tasks[0].rate, "beside": asdict(tasks[0].beside)} if tasks else {"rate": None}
+    if expected := {each.stage: foretold for each in settled if (foretold := each.expected()) is not None}:
+        by["expected"] = expected
     write_json(output / PLAN, sealed(by))

@@ -154,7 +154,9 @@ def open_examples(
     examples_by_split = {split: Examples(corpus, split, processor, columns) for split in SPLITS}
     if predicts(objective):
         labels = _labels(objective, examples_by_split["train"])
-        model = objective.ready(model, labels, vocabulary_of(processor), job.seed)
+        before, model = model, objective.ready(model, labels, vocabulary_of(processor), job.seed)
+        values = examples_by_split["train"].split[objective.columns[-1]]
+        objective.begin(model, values, fresh=model is not before)
         _leave_unlearnt(objective, labels, examples_by_split["validation"], job)
     model.config.architectures = [type(model).__name__]  # so that the configuration says the whole kind of the model
     for examples in examples_by_split.values():

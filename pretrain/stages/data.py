@@ -4,26 +4,41 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
 
-from pydantic import Field, PlainSerializer, PlainValidator, model_validator
+from pydantic import PlainSerializer, PlainValidator, model_validator
 
-from pretrain.core.bounds import Ge, Le, PositiveShare, ProperShare
+from pretrain.core.bounds import Ge, Le, PositiveShare, ProperShare, Whole
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.quick.quantities import short
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
+from pretrain.corpus.payload import Labels
 from pretrain.corpus.progress import reported
 from pretrain.corpus.samples import corpus_documents
 from pretrain.corpus.sources import SOURCES, Source
 from pretrain.corpus.sources._skipped import LONGEST
-from pretrain.corpus.store import write_corpus
+from pretrain.corpus.store import Corpus, write_corpus
 from pretrain.data import DataOperation
+from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
-from pretrain.records import CorpusInfo, StageResult, accounted
-from pretrain.stages import DataOperationField, Estimate, Given, Job, Record, Stage, build_dataclass, dump
-from pretrain.stages._estimates import corpus_estimate, uneven
+from pretrain.records import CorpusInfo, StageResult, accounted, contradicting
+from pretrain.stages import (
+    DataOperationField,
+    Estimate,
+    Given,
+    Job,
+    Misfit,
+    Record,
+    Ref,
+    Stage,
+    build_dataclass,
+    corpus_of,
+    dump,
+)
+from pretrain.stages._estimates import Left, corpus_estimate, uneven
 from pretrain.stages._examples import sampled
 
 if TYPE_CHECKING:
@@ -53,26 +68,35 @@ class Data(Stage):
     """Read sources, set held-out documents aside, remove copies, apply data operations; writes a corpus.
 
     sources: What to read: paths, or mappings whose first word is the kind of source.
+    corpus: An earlier stage whose documents come first, with all their columns and each on its side of the split.
     operations: Methods that drop, add or order the training documents, one after another.
     validation: Share of the documents to measure on while training.
     test: Share of the documents to measure on at the end.
     longest: Characters of a document, a line or a cell; longer lines and rows are passed over, longer files cut.
     near_duplicates: How alike training documents may be to held-out ones before they are removed; null keeps all.
+    dropped_characters: Characters that `dropped.parquet` keeps of the text of a document that an operation drops.
+    dropped_texts: Documents of an operation whose texts it keeps; of more that are dropped ever fewer.
     """
 
     version = 5
+    neutral = ("dropped_characters", "dropped_texts")
     seeded: ClassVar[bool] = False
     writes: ClassVar[str] = "corpus"
     stage: Literal["data"] = "data"
-    sources: list[SourceField] = Field(min_length=1)
+    sources: list[SourceField] = []
+    corpus: Ref = ""
     operations: list[DataOperationField] = []
     validation: ProperShare = 0.02
     test: ProperShare = 0.02
     longest: Annotated[int, Ge(1), Le(1 << 28)] = LONGEST
     near_duplicates: PositiveShare | None = 0.8
+    dropped_characters: Whole = 1000
+    dropped_texts: Whole = 100_000
 
     @model_validator(mode="after")
     def _leaves_text(self) -> Self:
+        if not self.sources and not self.corpus:
+            raise Misfit("[]: accepted: at least one, or a corpus to go on with", ("sources",))
         if self.validation + self.test >= 1:
             raise ValueError(
                 f"validation {self.validation:g} and test {self.test:g} leave nothing to train on; accepted: shares "
@@ -90,45 +114,58 @@ class Data(Stage):
                 raise PretrainError(str(error), place=("sources", number)) from error
         return fingerprints
 
+    def config(self) -> Record:
+        """What is hashed; a stage without a corpus says nothing of it, as before there was the field."""
+        return {name: value for name, value in super().config().items() if name != "corpus" or value}
+
     def estimate(self, given: Given) -> Estimate:
         """From the sizes of the files, of tables from what of them is text; an operation may compute what it likes."""
         works = any(operation.computes for operation in self.operations)
         sizes = [source.size() for source in self.sources]
         known = [size for size in sizes if size is not None]
-        if len(known) < len(sizes):
+        before = given.get("corpus", Left())
+        if len(known) < len(sizes) or (self.corpus and not before.bytes):
             return Estimate(None if works else 0.0)
         seen = [
             sampled(source, size.bytes, not size.documents) for source, size in zip(self.sources, known, strict=True)
         ]
-        total = sum(size.bytes for size in known)
-        whole = sum(size.whole or size.bytes for size in known)
+        again = sum(before.bytes.values())
+        total = again + sum(size.bytes for size in known)
+        whole = again + sum(size.whole or size.bytes for size in known)
         documents = sum(size.documents or few.documents for size, few in zip(known, seen, strict=True))
-        rows = tuple(row for few in seen for row in few.rows)
+        documents += sum(before.documents.values())
+        rows = (*before.rows, *(row for few in seen for row in few.rows))
         return corpus_estimate(total, documents, self.validation, self.test, works, rows, whole)
 
     def progress(self, folder: Path) -> str:
         """What operations keep while they work."""
-        return "with its operations under way" if any(folder.glob("work/*")) else ""
+        return "with its operations under way" if any(folder.glob("work/*.json")) else ""
 
     def run(self, job: Job) -> StageResult:
         """Write the corpus."""
         skipped = kinds.Skipped(self.longest)
-        stream = reported(
-            (document for source in self.sources for document in kinds.read(source, skipped)), job.say, "documents read"
-        )
+        again = Corpus(corpus_of(job.inputs["corpus"])).again() if self.corpus else ()
+        fresh = (document for source in self.sources for document in kinds.read(source, skipped))
+        labels = Labels()
+        stream = reported(labels.over(chain(again, fresh)), job.say, "documents read")
         facts: Record = {"sources": [kinds.described(source) for source in self.sources]}
         spent: list[int] = []
-        operations = [_Metered(operation, spent) for operation in self.operations]
-        with working(job.folder / "work") as desk:
-            facts["operations"] = desk.reports  # filled by the time `corpus.json` is written
+        ledger = Ledger(job.folder / "work", self.dropped_characters, self.dropped_texts)
+        operations = [_Metered(operation, spent, ledger) for operation in self.operations]
+        with working(job.folder / "work", ledger) as desk:
+            # All are filled by the time `corpus.json` is written.
+            facts |= {"operations": desk.reports, "funnel": ledger.funnel, "contradicting": labels.contradicting}
             info = write_corpus(
                 stream, job.folder / "corpus", validation=self.validation, test=self.test,
                 near_duplicates=self.near_duplicates, operations=operations, facts=facts, skipped=skipped,
+                beside=ledger.put,
             )  # fmt: skip
         shutil.rmtree(job.folder / "work", ignore_errors=True)
         write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
         counted = f"{info['documents']['train']:,} training documents, {short(info['bytes']['train'], 'B')}"
         job.say(f"{counted}; {accounted(cast('CorpusInfo', info))}")
+        for line in contradicting(cast("CorpusInfo", info)):
+            job.say(f"warning: {line}")
         if skipped.reasons:
             job.say(f"passed over: {skipped}")
         for split in ("validation", "test"):
@@ -146,18 +183,23 @@ class Data(Stage):
 
 @dataclass(frozen=True)
 class _Metered:
-    """An operation whose FLOPs are added to `spent`."""
+    """An operation whose FLOPs are added to `spent`, and what it leaves out to `ledger`."""
 
     operation: DataOperation
     spent: list[int]
+    ledger: Ledger
 
     @property
     def name(self) -> str:
         return self.operation.name
 
     def __call__(self, corpus: Dataset) -> Dataset:
+        from datasets import Dataset
+
         from pretrain.core.meter import count_flops
 
         result, flops = count_flops(lambda: self.operation(corpus))
         self.spent.append(flops)
+        if isinstance(result, Dataset):  # of anything else the store tells
+            self.ledger.settle(self.name, corpus, result)
         return result

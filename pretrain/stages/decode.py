@@ -22,7 +22,10 @@ from pretrain.stages._estimates import decoding
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.core.generation.healing import Healing
+
 BEGINNING = 200  # letters of a held-out document that make a prompt, or half of it if that is less
+NEAR = 8  # tokens before new ones that say how those are written
 
 
 class Decode(Stage):
@@ -33,6 +36,7 @@ class Decode(Stage):
 
     checkpoint: The model that continues.
     prompts: Texts to continue.
+    chat: Whether prompts are a user's messages, to be answered in the checkpoint's chat template.
     corpus: Whose held-out documents give beginnings to continue too, beside how they go on in truth.
     documents: How many of them.
     method: A decoding method in place of plain sampling; given temperature and top_p only if it samples.
@@ -40,11 +44,13 @@ class Decode(Stage):
     temperature: Of sampling, 0 takes the likeliest token; the checkpoint's `generation_config`'s by default, or 0.8.
     top_p: Probability from which tokens are drawn, the likeliest first; by default the checkpoint's, or 0.95.
     stop: Texts that end a continuation, besides the checkpoint's; the first of them stands at its end.
+    token_healing: Whether a prompt's last word is written anew, in tokens that go on with it ("def " to " main").
     """
 
     stage: Literal["decode"] = "decode"
     checkpoint: Ref
     prompts: list[str] = []
+    chat: bool = False
     corpus: Ref | None = None
     documents: Count = 3
     method: DecodingField | None = None
@@ -52,6 +58,7 @@ class Decode(Stage):
     temperature: NonNegative | None = None
     top_p: PositiveShare | None = None
     stop: list[str] = []
+    token_healing: bool = True
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -77,6 +84,7 @@ class Decode(Stage):
 
     def run(self, job: Job) -> StageResult:
         """Write `samples.json`."""
+        from pretrain.core.encoding import encoded, text_of
         from pretrain.stages.evaluate import load_text
 
         opener = self.method.load if self.method else None
@@ -86,12 +94,13 @@ class Decode(Stage):
             continue_prompt(
                 model, tokenizer, prompt, method=self.method, max_new_tokens=self.max_new_tokens,
                 temperature=self.temperature, top_p=self.top_p, stop=self.stop, seed=job.seed + number,
+                chat=self.chat and number < len(self.prompts), token_healing=self.token_healing,
             )
             for number, prompt in enumerate([*self.prompts, *(prompt for prompt, _ in held_out)])
         ]  # fmt: skip
         for sample, (_, rest) in zip(samples[len(self.prompts) :], held_out, strict=True):
-            tokens = tokenizer(rest, add_special_tokens=False)["input_ids"][: self.max_new_tokens]
-            sample["truth"] = tokenizer.decode(tokens)
+            tokens = encoded(tokenizer, rest, add_special_tokens=False)["input_ids"][: self.max_new_tokens]
+            sample["truth"] = text_of(tokenizer, tokens)
         write_json(job.folder / "samples.json", {"samples": samples})
         seconds = sum(s["seconds"] for s in samples)
         measured = self.method.measured(model) if self.method else {}
@@ -127,8 +136,8 @@ def _fitting(ids: list[int], others: int, most: int | None) -> list[int]:
     room = most - others
     if room < 1:
         raise PretrainError(
-            f"max_new_tokens: {others:,} tokens leave no room for a prompt, since the model has {most:,} positions in "
-            f"all; accepted: fewer than {most:,}"
+            f"max_new_tokens: what is to be written leaves no room for a prompt: {others:,} of the model's {most:,} "
+            "positions, with its marks; accepted: fewer"
         )
     warn(
         f"the prompt has {len(ids):,} tokens, and beside {others:,} others the model has positions for {room:,}: "
@@ -137,18 +146,37 @@ def _fitting(ids: list[int], others: int, most: int | None) -> list[int]:
     return ids[-room:]
 
 
-def _prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, new: int, most: int | None, chat: bool) -> list[int]:
-    """A prompt's tokens, begun as a text is or framed as a user's message, with room for `new` among `most`."""
+def _prompt_ids(
+    tokenizer: PreTrainedTokenizerBase, prompt: str, new: int, most: int | None, chat: bool, heal: bool
+) -> tuple[list[int], Healing | None]:
+    """A prompt's tokens, begun as a text is or framed as a user's message, with room for `new` among `most`.
+
+    With `heal` without those of its last word, and what writes them again.
+    """
     from pretrain.core.batch import Vocabulary
-    from pretrain.core.encoding import chat_tokens
+    from pretrain.core.encoding import chat_tokens, encoded
+    from pretrain.core.generation.healing import healing
 
     vocabulary = Vocabulary.of(tokenizer)
     before = [vocabulary.before] if vocabulary.before is not None else []
     if chat:
         before, rest = chat_tokens(tokenizer, prompt)
     else:
-        rest = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    return before + _fitting(rest, len(before) + new, most)
+        rest = encoded(tokenizer, prompt, add_special_tokens=False)["input_ids"]
+    rest = _fitting(rest, len(before) + new, most)
+    healed = healing(tokenizer, prompt, rest, len(before)) if heal and not chat else None
+    ids = before + rest
+    return (ids if healed is None else ids[: healed.length]), healed
+
+
+def _written(tokenizer: PreTrainedTokenizerBase, ids: list[int], again: Sequence[int], new: list[int]) -> str:
+    """The text of new tokens behind a prompt's, and behind what of the prompt they write again."""
+    from pretrain.core.encoding import text_of
+
+    near = ids[-NEAR:]  # a first token's space, or a character of several, is only told beside what it follows
+    prompt = text_of(tokenizer, [*near, *again], skip_special_tokens=True)
+    whole = text_of(tokenizer, [*near, *new], skip_special_tokens=True)
+    return whole[len(prompt) :] if whole.startswith(prompt) else text_of(tokenizer, new, skip_special_tokens=True)
 
 
 def continue_prompt(
@@ -163,15 +191,17 @@ def continue_prompt(
     stop: Sequence[str] = (),
     seed: int = 0,
     chat: bool = False,
+    token_healing: bool = True,
 ) -> Record:
     """One continuation: prompt, continuation, tokens, seconds; with `chat` the answer to the prompt as a message.
 
-    What is not asked for is as the model's `generation_config` has it. Raises `PretrainError` for values outside their
-    bounds.
+    What is not asked for is as the model's `generation_config` has it. With `token_healing` the prompt's last word is
+    written anew, in tokens that go on with it. Raises `PretrainError` for values outside their bounds.
     """
     import torch
 
     from pretrain.core.batch import Vocabulary
+    from pretrain.core.generation.finite import watching
     from pretrain.core.generation.forward import why_not
     from pretrain.core.generation.loop import decode
     from pretrain.core.generation.options import Options
@@ -185,29 +215,31 @@ def continue_prompt(
     if method is not None:
         check_references(method, numbers_of(tokenizer), "the model")
     # Methods for long prompts have ways of their own to make them fit.
-    fitted = method is None and not model.config.is_encoder_decoder
-    ids = _prompt_ids(tokenizer, prompt, max_new_tokens, positions(model.config.to_dict()) if fitted else None, chat)
+    answers = bool(model.config.is_encoder_decoder)  # to a text that stays whole
+    most = positions(model.config.to_dict()) if method is None and not answers else None
+    ids, healed = _prompt_ids(tokenizer, prompt, max_new_tokens, most, chat, token_healing and not answers)
+    again = healed.again if healed is not None else ()
     input_BL = torch.tensor([ids or [Vocabulary.of(tokenizer).pad]], device=model.device)
     torch.manual_seed(seed)
     options = options_of(
-        model, tokenizer, input_BL.shape[1], max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p,
-        stop=stop,
+        model, tokenizer, input_BL.shape[1], max_new_tokens=max_new_tokens + len(again), temperature=temperature,
+        top_p=top_p, stop=stop, healing=healed,
     )  # fmt: skip
     started = time.perf_counter()
-    with torch.no_grad():
+    with torch.no_grad(), watching(model):
         if method is not None:
             output_BN = method.generate(model, input_BL, **options)
-        elif why_not(model, input_BL.shape[1] + max_new_tokens) is None:
+        elif why_not(model, input_BL.shape[1] + len(again) + max_new_tokens) is None:
             output_BN = decode(model, input_BL, **options)
         else:
             output_BN = generate(model, input_BL, torch.ones_like(input_BL), options)
     # An encoder-decoder answers with its decoder's tokens alone, after the one that it starts from.
-    given = 1 if method is None and model.config.is_encoder_decoder else input_BL.shape[1]
+    given = 1 if method is None and answers else input_BL.shape[1]
     new = output_BN[0, given:].tolist()
     return {
         "prompt": prompt,
-        "continuation": tokenizer.decode(new, skip_special_tokens=True),
+        "continuation": _written(tokenizer, [] if chat or answers else ids, again, new),
         "method": method.name if method is not None else ("sampling" if temperature else "greedy"),
-        "tokens": len(new),
+        "tokens": max(0, len(new) - len(again)),
         "seconds": time.perf_counter() - started,
     }

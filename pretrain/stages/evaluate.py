@@ -13,14 +13,17 @@ from pydantic import ConfigDict, Field, field_validator
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_object, write_json
+from pretrain.core.quick.confusion import Mistake
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.positions import check_length, positions
 from pretrain.core.quick.quantities import figure
+from pretrain.core.quick.vocabulary import check_named, labels_of
 from pretrain.corpus.overlap import learnt_from, overlap_warning
 from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
 from pretrain.evaluation import Evaluation, Measured
+from pretrain.evaluation._intervals import LEAST
 from pretrain.evaluation.likelihood._compressors import compressed_bits
 from pretrain.evaluation.likelihood.held_out import HeldOut
 from pretrain.records import StageResult
@@ -44,7 +47,6 @@ if TYPE_CHECKING:
     from pretrain.core.processors import Processor
 
 Opener: TypeAlias = "Callable[..., tuple[PreTrainedModel, Processor | None]]"  # of a folder and a keyword `device`
-LEAST = 8  # documents that an interval by drawing from them needs
 
 
 class Evaluate(Stage):
@@ -145,6 +147,8 @@ class Evaluate(Stage):
             job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}{whole}")
         else:
             job.say(", ".join(f"{name} {figure(value)}" for name, value in metrics.items()))
+            for name, words in result.get("yardsticks", {}).items():
+                job.say(f"{name} is of {words}, chosen on the training documents")
         by_domain = {f"{k}/{domain}": v for domain, values in result["domains"].items() for k, v in values.items()}
         opened = self.opening.measured(model) if self.opening else {}
         return {"metrics": by_domain | metrics | opened, "flops": flops}
@@ -204,6 +208,7 @@ def load_both(folder: Path, opener: Opener | None = None) -> tuple[PreTrainedMod
         raise PretrainError(
             f"checkpoint {folder} has no tokenizer; accepted: one with tokenizer.json beside config.json"
         )
+    check_named(folder, labels_of(model))
     if (entries := vocabulary_of(model)) is not None:
         check_tokens(folder, tokenizer_in(tokenizer), entries)
     return model, tokenizer
@@ -249,6 +254,7 @@ def measure(
     `length` is the one that the checkpoint was trained at, for the methods that leave their own at 0; `of` is the
     checkpoint, for yardsticks that are made of what it has learnt from.
     """
+    from pretrain.core.generation.finite import NotFinite
     from pretrain.core.models.families import family
     from pretrain.training.compatible import check_families
 
@@ -260,12 +266,14 @@ def measure(
         if length and getattr(method, "length", None) == 0:
             method = dataclasses.replace(method, length=length)
         check_windows(method, count, "the model")
-        measured[method.name] = method(model, cast("PreTrainedTokenizerBase", processor), documents)
+        try:
+            measured[method.name] = method(model, cast("PreTrainedTokenizerBase", processor), documents)
+        except NotFinite as error:
+            raise PretrainError(f"{method.name}: {error}") from error
         if of is not None:
             beside = method.yardsticks(model, documents, partial(learnt_from, of))
-            measured[method.name] = dataclasses.replace(
-                measured[method.name], metrics=measured[method.name].metrics | beside
-            )
+            metrics = measured[method.name].metrics | beside.metrics
+            measured[method.name] = dataclasses.replace(measured[method.name], metrics=metrics, yardsticks=beside.words)
         count = int(measured[method.name].metrics.get("documents", len(documents)))
         if method.given and measured[method.name].intervals and count < LEAST:  # drawing from them says nothing
             measured[method.name] = dataclasses.replace(measured[method.name], intervals={}, few=count)
@@ -273,27 +281,51 @@ def measure(
 
 
 def summary(measured: dict[str, Measured], documents: list[Document], *, compressors: bool) -> Record:
-    """What `evaluation.json` holds: metrics, the same by domain, 95% intervals, and the compressors' bits per byte."""
+    """What `evaluation.json` holds: metrics, the same by domain, 95% intervals, and the compressors' bits per byte.
+
+    `domain_intervals` are those of the domains that have documents enough, `sizes` each domain's documents and bytes.
+    Of classes besides which is taken for which, and the most confident of the wrong answers.
+    """
     texts = [document for document in documents if document.get("text") is not None]
     metrics: dict[str, float] = {}
     confusion: dict[str, dict[str, int]] = {}
     domains: dict[str, dict[str, float]] = {}
     intervals: dict[str, list[float]] = {}
+    apart: dict[str, dict[str, list[float]]] = {}
+    yardsticks: dict[str, str] = {}
+    mistakes: list[Mistake] = []
     for part in measured.values():
         metrics |= part.metrics
+        yardsticks |= part.yardsticks
+        mistakes += part.mistakes
         confusion |= part.confusion
         intervals |= {name: list(ends) for name, ends in part.intervals.items()}
         for domain, values in part.domains.items():
             domains[domain] = domains.get(domain, {}) | values
+        for domain, each in part.domain_intervals.items():
+            apart[domain] = apart.get(domain, {}) | {name: list(ends) for name, ends in each.items()}
     whole: Record = {
         "metrics": metrics,
         "domains": domains,
         "intervals": intervals,
         "compressors": compressed_bits(texts) if compressors and texts else {},
         "documents": len(documents),
+        "sizes": _sizes(documents),
+        "domain_intervals": apart,
         "methods": list(measured),
     }
     if few := [part.few for part in measured.values() if part.few]:
         number = f"{min(few)} documents are" if min(few) > 1 else "1 document is"
         whole["no_intervals"] = f"{number} too few to tell how far other documents would differ: {LEAST} or more"
-    return whole | ({"confusion": confusion} if confusion else {})
+    more = {"confusion": confusion, "mistakes": mistakes, "yardsticks": yardsticks}
+    return whole | {name: value for name, value in more.items() if value}
+
+
+def _sizes(documents: Sequence[Document]) -> dict[str, dict[str, int]]:
+    """How many `documents` each domain has, and in how many `bytes` of text."""
+    sizes: dict[str, dict[str, int]] = {}
+    for document in documents:
+        row = sizes.setdefault(document.get("domain", "text"), {"documents": 0, "bytes": 0})
+        row["documents"] += 1
+        row["bytes"] += len((document.get("text") or "").encode("utf-8", "surrogatepass"))
+    return dict(sorted(sizes.items()))

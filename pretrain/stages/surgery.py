@@ -12,7 +12,7 @@ from pretrain.core.bounds import Count, Ge
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.quantities import counted, short
-from pretrain.core.quick.vocabulary import check_alike, stored_numbers
+from pretrain.core.quick.vocabulary import check_alike, check_labels, stored_labels, stored_numbers
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
 
@@ -59,6 +59,9 @@ class Surgery(Stage):
             tables = {f"models.{self.models.index(name)} {name}": stored_numbers(located(name)) for name in known}
             ours = {f"checkpoint {self.checkpoint}": stored_numbers(located(self.checkpoint))}
             check_alike("surgery", ours | tables, ("models",))
+            labels = {f"models.{self.models.index(name)} {name}": stored_labels(located(name)) for name in known}
+            whose = {f"checkpoint {self.checkpoint}": stored_labels(located(self.checkpoint))}
+            check_labels("surgery", whose | labels, ("models",))
 
     def splits(self) -> dict[str, str]:
         """The one whose rows the surgeries are shown."""

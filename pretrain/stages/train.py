@@ -18,7 +18,7 @@ from pretrain.core.quick.hub import located
 from pretrain.core.quick.positions import check_length, positions
 from pretrain.core.quick.quantities import bare, figure, short
 from pretrain.core.quick.table import listed
-from pretrain.core.quick.vocabulary import check_alike, check_references, numbers_of, stored_numbers
+from pretrain.core.quick.vocabulary import check_alike, check_references, labels_of, numbers_of, stored_numbers
 from pretrain.core.samples import write_samples
 from pretrain.records import StageResult
 from pretrain.stages import (
@@ -39,7 +39,7 @@ from pretrain.stages import (
     checkpoint_of,
 )
 from pretrain.stages._expected import expect
-from pretrain.training.budget import Budget
+from pretrain.training.budget import Budget, spent_before
 from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
 
 if TYPE_CHECKING:
@@ -286,8 +286,15 @@ class Train(Stage):
 
     def progress(self, folder: Path) -> str:
         """The step of the newest training state."""
-        steps = [path.name.removeprefix("step-") for path in folder.glob("state/step-*")]
-        return f"at step {max(map(int, filter(str.isdecimal, steps)), default=0):,}" if steps else ""
+        spent = spent_before(folder)
+        return f"at step {spent['steps']:,.0f}" if spent else ""
+
+    def done(self, folder: Path, whole: Estimate) -> float:
+        """The share of the budget that the newest training state has spent."""
+        spent, budget = spent_before(folder), self.budget
+        if budget.unit == "epochs" and whole.plan is not None:
+            budget = Budget(steps=max(1, round(whole.plan.steps)))
+        return budget.progress(spent) if budget.unit in spent else 0.0
 
     def run(self, job: Job) -> StageResult:
         """Train, then write the checkpoint."""
@@ -318,7 +325,10 @@ class Train(Stage):
         likelihood = f", {bits:.3f} bits per byte" if bits else ""
         job.say(f"{figure(spent['tokens'])} {unit_of(processor)}, {short(spent['flops'])} FLOPs{likelihood}")
         job.say(times(training))
-        return {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
+        result: StageResult = {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
+        if job.plan is not None:
+            result["planned"] = {"flops": job.plan.flops, "steps": job.plan.steps}
+        return result
 
     def fit(
         self, job: Job, model: PreTrainedModel, processor: Processor, stored: torch.dtype | None = None
@@ -335,7 +345,8 @@ class Train(Stage):
         world = join(pick_device())
         data.check_entries(self, model, processor)
         for weighted in self.weighted():
-            check_references(weighted.method, numbers_of(data.tokenizer_in(processor)), "the model")
+            numbers = numbers_of(data.tokenizer_in(processor))
+            check_references(weighted.method, numbers, "the model", labels=labels_of(model))
         if data.tokenizer_in(processor) is not None:
             check_length(self.length, positions(model.config.to_dict()), "the model")
         vocabulary, objectives = data.vocabulary_of(processor), [w.method for w in self.weighted()]
@@ -359,6 +370,7 @@ class Train(Stage):
                 save_every=self.save_every, keep=self.keep, log_every=self.log_every, precision=self.precision,
                 strategy=self.strategy, compile=self.compile, checkpointing=self.checkpointing,
                 max_skips=self.max_skips, bar=job.bar, unit=unit_of(processor), plan=job.plan, begun=job.begun,
+                stage=str(job.identity.get("address", "")),
             ),
             job.folder, weights=[w.weight for w in self.weighted()], policies=self.policies,
             evaluate=data.evaluation(self, splits["validation"], vocabulary),
@@ -389,11 +401,13 @@ class Train(Stage):
         lineage |= {"data": splits["train"].info["corpus"], "metrics": training.metrics} | spent
         lineage |= {name: spent[name] + source.get(name, 0) for name in ("tokens", "flops")}
         lineage |= {"length": self.length, "unit": unit_of(processor)}
+        model = cast("PreTrainedModel", training.model)
+        stored = None if init is None or checkpoint.surgery_of(model) else checkpoint.stored_dtype(init)
         if data.predicts(objective := self.weighted()[0].method):  # what it predicts, and from which columns
             lineage["objective"] = {"method": objective.name} | asdict(objective)
-        model = cast("PreTrainedModel", training.model)
-        if init is not None and not checkpoint.surgery_of(model):
-            stored_as(model, checkpoint.stored_dtype(init))
+            stored = objective.end(model, stored)
+        if stored is not None:
+            stored_as(model, stored)
         checkpoint.save(model, processor, job.folder / "checkpoint", lineage, init)
         if shown := data.samples(self, model, splits, data.vocabulary_of(processor)):
             write_samples(job.folder, shown)

@@ -53,11 +53,11 @@ def operate(
 ) -> tuple[PreTrainedModel, Inputs, int]:
     """The model after all of them, the inputs with the tokenizer that they left, and the FLOPs that they took."""
     from pretrain.core.meter import count_flops
-    from pretrain.core.quick.vocabulary import check_references, numbers_of
+    from pretrain.core.quick.vocabulary import check_references, labels_of, numbers_of
 
     flops = 0
     for surgery in surgeries:
-        check_references(surgery, numbers_of(inputs.tokenizer), "the checkpoint")
+        check_references(surgery, numbers_of(inputs.tokenizer), "the checkpoint", labels=labels_of(model))
         model, cost = count_flops(partial(surgery, model, inputs))
         flops += cost
         counts = None if "tokenizer" in inputs.extra else inputs.counts

@@ -15,6 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from pretrain.core.checkpoint import Entry, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import embeddings
+from pretrain.core.quick.vocabulary import check_labels, labels_of
 
 # Fields of a configuration that change nothing of what the same weights compute.
 _NEUTRAL = re.compile(
@@ -41,6 +42,7 @@ def check(method: str, model: PreTrainedModel, other: PreTrainedModel, label: st
             f"{method}: {label} is a {type(other).__name__}; accepted: a {type(model).__name__}, as the checkpoint is"
         )
     check_surgeries(method, surgery_of(model), surgery_of(other), label)
+    check_labels(method, {"the checkpoint": labels_of(model), label: labels_of(other)})
     expected, given = weights(model), weights(other)
     lacking = next((n for n in (*expected, *given) if n not in expected or n not in given), None)
     if lacking is not None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from contextlib import suppress
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 from pretrain.core.bounds import Positive, Seconds, check_fields
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import read_object
 from pretrain.core.quick.machine import Beside, likely_rate
 from pretrain.core.quick.quantities import short
 
@@ -68,6 +71,19 @@ class Budget:
         return max(1, -int(-self.limit * spent["steps"] // spent[self.unit]))
 
 
+def spent_before(folder: Path) -> dict[str, float]:
+    """What the newest training state in a stage's folder has spent, by unit: steps alone of one that is damaged."""
+    numbers = [path.name.removeprefix("step-") for path in folder.glob("state/step-*")]
+    state = max((number for number in numbers if number.isdecimal()), key=int, default=None)
+    if state is None:
+        return {}
+    spent = {"steps": float(state)}
+    with suppress(PretrainError, OSError, KeyError, TypeError, ValueError):
+        counters = read_object(folder / "state" / f"step-{state}" / "training.json")
+        spent |= {name: float(counters[name]) for name in ("tokens", "flops", "seconds")}
+    return spent
+
+
 def least_seconds(budget: Budget, batch_rows: int, length: int) -> float:
     """Seconds of training on this machine at least, whatever the model: its products, or what a step takes beside."""
     rows = {"steps": 1.0, "tokens": 1.0 / (batch_rows * length), "epochs": 1.0 / batch_rows}
@@ -98,3 +114,13 @@ def processes() -> int:
 def far(share: float) -> bool:
     """Whether so much of what was planned is far less, or far more."""
     return not FAR <= share <= 1 / FAR
+
+
+def share_made(budget: object, planned: float | None, spent: float | None) -> float | None:
+    """The share of its planned FLOPs that a budget of seconds has made, where that is `far` from all of them.
+
+    `budget` is as a stage's record has it. Of budgets in other units, and where little is missing, it is None.
+    """
+    if not isinstance(budget, dict) or not budget.get("seconds") or not planned or not spent:
+        return None
+    return spent / planned if far(spent / planned) else None

@@ -7,9 +7,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
+
+from pretrain.core.system.signals import ending, let_go
 
 if TYPE_CHECKING:
     from signal import _HANDLER
@@ -22,15 +24,17 @@ class LeftOff(KeyboardInterrupt):
 
 
 class Interrupts:
-    """While open, SIGINT and SIGTERM ask the loop to save and stop after its step; a second SIGINT stops at once.
+    """While open, SIGINT, SIGTERM and SIGHUP ask the loop to save and stop after its step; a second SIGINT stops at
+    once.
 
-    `words` says what happens now, at the moment of the first signal.
+    `words` says what happens now, at the moment of the first signal. A signal that was ignored stays so.
     """
 
     def __init__(self, words: Callable[[], str] = str) -> None:
         self.words = words
         self._at_once = False
         self.asked = False  # of this process
+        self.number = 0  # the first signal
         self.agreed = False  # of any process, as all of them know
         self._before: dict[int, _HANDLER] = {}
 
@@ -38,11 +42,18 @@ class Interrupts:
         if self.asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         if not self.asked:
-            self.asked = True
+            self.asked, self.number = True, number
+            let_go()
             tell(self.words())
         if self._at_once:
             self._at_once = False
             raise LeftOff
+
+    def left(self, words: str) -> BaseException:
+        """What to raise when all is saved: what the first signal would have raised outside of a training."""
+        if self.number in (0, signal.SIGINT):
+            return KeyboardInterrupt(words)
+        return SystemExit(128 + self.number)
 
     def agree(self, world: World) -> None:
         """Let all processes know whether one was asked; every process must call it."""
@@ -61,7 +72,7 @@ class Interrupts:
 
     def __enter__(self) -> Interrupts:
         if threading.current_thread() is threading.main_thread():
-            self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, signal.SIGTERM)}
+            self._before = {n: signal.signal(n, self._ask) for n in (signal.SIGINT, *ending())}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -75,5 +86,6 @@ def tell(words: str) -> None:
         return
     try:
         print(words, file=sys.stderr, flush=True)
-    except RuntimeError:
-        os.write(2, f"{words}\n".encode())
+    except (RuntimeError, OSError):
+        with suppress(OSError):  # of a terminal that is gone
+            os.write(2, f"{words}\n".encode())

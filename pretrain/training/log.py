@@ -6,6 +6,7 @@ Where nobody looks at a terminal (a file, a pipe) the bar is a line at each tent
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from pretrain.core.errors import Diverged, PretrainError
 from pretrain.core.files import atomic_text, whole_lines
+from pretrain.core.foreign.reading import open_append
 from pretrain.core.meter import peak_memory
 from pretrain.core.quick.quantities import duration
 from pretrain.training.state import newest
@@ -51,7 +53,7 @@ class Log:
             return
         folder.mkdir(parents=True, exist_ok=True)
         keep_until(folder / "log.jsonl", from_step)
-        self.file = (folder / "log.jsonl").open("a", encoding="utf-8")
+        self.file = io.TextIOWrapper(open_append(folder / "log.jsonl"), encoding="utf-8")
         self.board = _board(folder / "tensorboard", from_step)
         self.bar = _bar() if bar and sys.stderr.isatty() else None
         self.lines = Lines() if bar and not self.bar else None
@@ -207,7 +209,7 @@ def diverged(training: Training, reason: str, record: Step | None = None, more: 
         numbers = f"loss {loss:g}, gradient norm {float(record['grad_norm']):g} at "
     with suppress(PretrainError):  # of a state that could not be written: the older ones are there
         training.background.wait()
-    last = newest(training.folder / "state", training.world)
+    last = newest(training.folder / "state", training.world, training.settings.stage)
     return Diverged(
         f"{numbers}step {training.step}: training has diverged, {reason}; the newest good state is "
         f"{last.name if last else 'the start'}; accepted: a smaller lr, a longer warm-up, a smaller clip{more}"

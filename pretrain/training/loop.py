@@ -32,7 +32,7 @@ from pretrain.core.meter import Cost, Work, recomputing
 from pretrain.core.models import families
 from pretrain.core.models.fast import accelerate
 from pretrain.core.models.parameters import described
-from pretrain.objectives import Loss, Objective, share
+from pretrain.objectives import Loss, Objective, share, sum_of
 from pretrain.optim import Optimizer, Schedule
 from pretrain.policies import Policy
 from pretrain.training import state as states
@@ -75,9 +75,9 @@ def train(
 
     `loader.step(step, progress)` gives this process's micro-batches, each a list with one batch an objective.
     `evaluate(trainee)` gives held-out metrics. `targets_per_byte` turns the loss into bits per byte for the log.
-    `say` gets a line where the speed is not the planned one. Writes `log.jsonl`, `tensorboard/` and `state/` into
-    `folder`. An interrupt saves the state, then is raised. Of a model sharded over processes the first has it whole at
-    the end.
+    `say` gets a line where it goes on, and where the speed is not the planned one. Writes `log.jsonl`, `tensorboard/`
+    and `state/` into `folder`. An interrupt saves the state, then is raised. Of a model sharded over processes the
+    first has it whole at the end.
     """
     training = _start(model, loader, objectives, optimizer, schedule, settings, folder, weights, policies)
     world, every = training.world, settings.log_every or (10 if training.world.device.type == "cuda" else 1)
@@ -92,6 +92,7 @@ def train(
     ):
         measuring, pace = Measuring(training, log, evaluate), Pace(training)
         training.opened()
+        log.say(f"going on from step {training.step:,}" if training.step else "")
         if training.unmeasured:  # after the newest step, where an interrupt has put it off
             measuring.make()
             _save_or_stop(training, saving=settings.save_every > 0 and not training.unmeasured, stop=training.stopping)
@@ -123,7 +124,7 @@ def _save_or_stop(training: Training, *, saving: bool, stop: bool) -> None:
         training.save()
     if stop and (training.unmeasured or training.progress < 1):
         training.background.wait()
-        raise KeyboardInterrupt(f"stopped after step {training.step}")
+        raise training.interrupts.left(f"stopped after step {training.step}")
 
 
 def _start(
@@ -235,7 +236,8 @@ def forward_backward(
             value.backward(seed(value))
         for policy in training.policies:
             policy.after_backward(training, training.state[policy.name], shares)
-        total = total + value.detach()
+        weighted = zip(micro_losses, training.trainee.weights, shares, strict=True)
+        total = total + sum_of(loss.logged_share(mine, weight) for loss, weight, mine in weighted)
         losses += [Loss(loss.value.detach(), loss.parts, loss.nll_BL) for loss in micro_losses]
         for number, (loss, mine) in enumerate(zip(micro_losses, shares, strict=True)):
             for name, part in loss.parts.items():

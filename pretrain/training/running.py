@@ -52,6 +52,7 @@ class Settings:
     unit: str = "tokens"  # what the bar calls the tokens: images are none
     plan: Plan | None = None  # what was expected of it
     begun: float | None = None  # when its stage was, by `time.perf_counter`
+    stage: str = ""  # the address of its stage, by which its states are known
 
 
 class Trainee(nn.Module):
@@ -207,12 +208,13 @@ class Training:
             self.world,
             self.settings.keep,
             self.background,
+            self.settings.stage,
         )
         self.saved = self.step
 
     def resume(self) -> None:
         """Go on from the newest whole state, if there is one."""
-        path = states.newest(self.folder / "state", self.world)
+        path = states.newest(self.folder / "state", self.world, self.settings.stage)
         if path is None:
             logged = self.folder / "log.jsonl"
             if self.world.main and logged.exists() and (rows := read_json_lines(logged)):

@@ -8,7 +8,7 @@ save.
 To save, each process copies what it is to write into the host's memory; the rest is done in the background: the files
 are written under a temporary name, checksummed and synced, and when those of all processes are whole the first renames
 the folder. Nothing is written that is not finite. Reading starts with the newest and falls back to an older one when a
-checksum does not hold; the number of processes may be another than when it was written.
+checksum does not hold, or when it is another stage's; the number of processes may be another than when it was written.
 """
 
 from __future__ import annotations
@@ -26,12 +26,14 @@ from torch import Tensor, nn
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import (
     JSON,
+    JSONObject,
     file_digest,
     fsync,
     not_written,
     open_file,
     put_in_place,
     read_json,
+    read_object,
     sweep,
     write_json,
 )
@@ -41,6 +43,7 @@ from pretrain.training.distributed import World
 from pretrain.training.loader import Counters
 from pretrain.training.shards import Piece, Stored, held, like, local, snapshot, write
 
+OF = "of"  # in a list of checksums: whose state it is, and after which step
 OLD = ("model", "optimizer", "policies")  # files of states that the first process wrote alone
 Tree: TypeAlias = bool | int | float | str | Tensor | list["Tree"] | tuple["Tree", ...] | dict[str, "Tree"] | None
 Memory: TypeAlias = dict[str, dict[str, Any]]  # by policy what it remembers: a `Tree`, of which it knows the types
@@ -112,10 +115,11 @@ def save(
     world: World,
     keep: int,
     background: Background,
+    stage: str = "",
 ) -> None:
     """Save the state after `step` steps and remove all but the newest `keep`; every process must call it.
 
-    Returns when all is copied; the writing goes on in the `background`.
+    `stage` is the address of whose it is. Returns when all is copied; the writing goes on in the `background`.
     """
     background.wait()  # two copies of the state at a time are enough
     alike, others, trees = _tensors(trainee, optimizer, policies)
@@ -137,7 +141,8 @@ def save(
             mine.append(work / "training.json")
         for path in mine:
             fsync(path)
-        write_json(work / f"checksums-{world.rank:05d}.json", {path.name: file_digest(path) for path in mine})
+        sums: JSONObject = {path.name: file_digest(path) for path in mine}
+        write_json(work / f"checksums-{world.rank:05d}.json", sums | {OF: {"stage": stage, "state": target.name}})
 
     def finish() -> None:
         if world.main:
@@ -183,38 +188,49 @@ def _check_finite(pieces: dict[str, Piece], finite: Collection[str], step: int) 
             )
 
 
-def newest(folder: Path, world: World | None = None) -> Path | None:
+def newest(folder: Path, world: World | None = None, stage: str = "") -> Path | None:
     """The newest state whose files all match their checksums; of those passed over a warning tells.
 
-    Among several processes, which must all call it, each checks a share of the files. Raises `PretrainError` where
-    there are states and all are damaged: beginning again is the user's choice.
+    `stage` is the address of whose it must be, where it says so. Among several processes, which must all call it, each
+    checks a share of the files. Raises `PretrainError` where there are states and none is good: beginning again is the
+    user's choice.
     """
-    paths = sorted(folder.glob("step-[0-9]*"), reverse=True)
+    paths, words = sorted(folder.glob("step-[0-9]*"), reverse=True), []
     for path in paths:
-        if not _damaged(path, world):
+        word = _fault(path, world, stage)
+        if not word:
             return path
+        words.append(word)
         if world is None or world.main:
-            warn(f"the training state {path} is damaged and passed over")
+            warn(f"the training state {path} is {word} and passed over")
     if paths:
-        names = ", ".join(path.name for path in reversed(paths))
+        names, faults = ", ".join(path.name for path in reversed(paths)), " or ".join(sorted({*words}))
         raise PretrainError(
-            f"{folder}: all training states are damaged ({names}); accepted: one of them as it was written, or "
+            f"{folder}: all training states are {faults} ({names}); accepted: one of them as it was written, or "
             "`--refresh` of this stage, which trains from the beginning"
         )
     return None
 
 
-def _damaged(path: Path, world: World | None) -> bool:
+def _fault(path: Path, world: World | None, stage: str) -> str:
+    """What is wrong with a state, in a word or two: it is damaged, or another's; empty of a good one."""
     rank, size = (world.rank, world.size) if world else (0, 1)
     try:
         lists = sorted(path.glob("checksums*.json"))
-        sums = {name: value for each in lists for name, value in read_json(each).items()}
+        other = False
+        sums: JSONObject = {}
+        for each in lists:
+            rows = read_object(each)
+            if (of := rows.pop(OF, None)) is not None:  # of states of before nothing is said
+                other = other or of["state"] != path.name or of["stage"] not in ("", stage or of["stage"])
+            sums |= rows
         bad = "training.json" not in sums or len(lists) < read_json(path / "training.json").get("files", 1)
         for name in sorted(sums)[rank::size]:
             bad = bad or file_digest(path / name) != sums[name]
-    except (PretrainError, OSError, AttributeError, TypeError):
-        bad = True
-    return world.sum([bad])[0] > 0 if world else bad
+    except (PretrainError, OSError, AttributeError, TypeError, KeyError):
+        bad, other = True, False
+    bad, other = (count > 0 for count in (world.sum([bad, other]) if world else (bad, other)))
+    return "damaged" if bad else "another stage's" if other else ""
 
 
 def load(path: Path, trainee: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Record, Memory]:

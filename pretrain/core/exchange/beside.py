@@ -14,6 +14,7 @@ from pathlib import Path
 
 from pretrain.core.errors import warn
 from pretrain.core.files import JSON, SUMS, read_json
+from pretrain.core.foreign.paths import READ, TEMPLATES, travels
 
 MODULES = "modules.json"  # of sentence-transformers: its parts, with the folders of those that have files
 SENTENCES = (MODULES, "sentence_bert_config.json", "config_sentence_transformers.json")
@@ -23,12 +24,7 @@ WEIGHTS = (
     ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack", ".ot", ".pkl", ".npz", ".data",
     ".index.json", ".py", ".pyc", ".so", ".lock",
 )  # fmt: skip
-OURS = (  # of the model, of its processor, and of the checkpoint that they come from
-    "config.json", "generation_config.json", "pretrain.json", SUMS, "origin.json", "hub.json", "tokenizer_config.json",
-    "tokenizer.json", "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "tokenizer.model", "added_tokens.json",
-    "special_tokens_map.json", "processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json",
-    "chat_template.jinja", "chat_template.json", CARD,
-)  # fmt: skip
+OURS = (*READ, *TEMPLATES, CARD, SUMS, "origin.json", "hub.json")  # of the checkpoint that they come from
 FOLDERS = ("adapter", "onnx", "openvino", "additional_chat_templates")
 
 
@@ -42,7 +38,7 @@ def carry(source: Path | None, work: Path) -> None:
     """Copy what lies beside a checkpoint's model and processor into `work`, where the new ones have been written."""
     if source is None:
         return
-    stale = _sentences(source) if _width(source) != _width(work) else set()
+    stale = _sentences(source) if _width(source) != _width(work) or _leads_out(source) else set()
     count = size = 0
     for path in _files(source):
         inside = path.relative_to(source)
@@ -57,22 +53,37 @@ def carry(source: Path | None, work: Path) -> None:
 
 
 def _files(source: Path) -> Iterator[Path]:
-    """The regular files that may travel, those of the top first; links lead no further than in the hub's cache."""
-    home = source.resolve()
-    around = home.parents[min(1, len(home.parents) - 1)]
+    """The regular files that may travel, those of the top first, and none that lies elsewhere."""
     for here, folders, names in os.walk(source):
         top = Path(here) == source
         folders[:] = sorted(f for f in folders if not f.startswith(".") and not (top and f in FOLDERS))
         for name in sorted(names):
             path = Path(here, name)
             plain = not name.startswith(".") and not name.endswith(WEIGHTS) and not (top and name in OURS)
-            if plain and path.is_file() and path.resolve().is_relative_to(around):
+            if plain and path.is_file() and travels(path, source):
                 yield path
 
 
 def _width(folder: Path) -> JSON:
     config = read_json(folder / "config.json")
     return next((config[name] for name in ("hidden_size", "d_model", "n_embd", "dim") if name in config), None)
+
+
+def _leads_out(source: Path) -> bool:
+    """Whether a module of sentence-transformers lies, as `modules.json` has it, out of the folder; that is said."""
+    rows = read_json(source / MODULES) if (source / MODULES).is_file() else []
+    parts = [str(row.get("path") or "") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    odd = [part for part in parts if Path(part).is_absolute() or ".." in Path(part).parts or "\\" in part]
+    if odd:
+        warn(f"{source / MODULES}: {odd[0][:80]!r} leads out of the checkpoint: the modules are left out")
+    return bool(odd)
+
+
+def beside(name: str) -> bool:
+    """Whether a file of a checkpoint, by its way from it, is a text beside the model: a card, a template, a note."""
+    path = Path(name)
+    ours = len(path.parts) == 1 and path.name in OURS and path.name not in (CARD, *TEMPLATES)
+    return not ours and not path.name.endswith(WEIGHTS)
 
 
 def _sentences(source: Path) -> set[str]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.beside import CARD, carry
 from pretrain.core.files import JSONObject, read_json
+from pretrain.core.foreign.paths import travels
 from pretrain.core.foreign.reading import read_bytes
 from pretrain.core.foreign.texts import decode, mended
 from pretrain.core.quick.quantities import figure, short
@@ -32,7 +33,7 @@ def accompany(work: Path, lineage: JSONObject, source: Path | None) -> None:
 
 def write_card(work: Path, lineage: JSONObject, source: Path | None = None) -> None:
     """Write `README.md` into a checkpoint: the card of `source`, where it has one, and the lineage below it."""
-    before = _card(source / CARD) if source is not None else ""
+    before = _card(source / CARD) if source is not None and travels(source / CARD, source) else ""
     stages = [stage for stage in (*lineage.get("stages", []), lineage.get("made_by")) if isinstance(stage, dict)]
     if not stages and not before:
         return

@@ -5,6 +5,7 @@ Nothing that a folder brings is run. What is written is a checkpoint as all stag
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -14,11 +15,13 @@ from safetensors.torch import save_file
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
+from pretrain.core.exchange.beside import WEIGHTS
 from pretrain.core.exchange.gguf_in import gguf_at, opened
 from pretrain.core.exchange.types import named, outlined
 from pretrain.core.files import JSONObject, digest, file_digest, read_object, write_json
-from pretrain.core.folders import cache_folder
+from pretrain.core.folders import cache_folder, verify
 from pretrain.core.foreign import json
+from pretrain.core.foreign.paths import strays
 from pretrain.core.foreign.pickles import pickled, read_pickled
 from pretrain.core.foreign.reading import read_bytes
 from pretrain.core.foreign.weights import headers
@@ -65,15 +68,21 @@ def _why_not(source: Path) -> str:
 
 def _prepared(folder: Path, work: Path, model_type: str | None) -> JSONObject:
     """The folder in a form that opens, in `work`; returns what was done."""
+    verify(folder)
     stored = sorted(folder.glob("*.safetensors"))
     pickles = [] if stored else pickled(folder)
     if not stored and not pickles:
         raise PretrainError(
             f"{folder} holds neither safetensors nor pytorch_model.bin; accepted: a folder with weights"
         )
+    out = strays(folder)
     for path in folder.iterdir():
-        if path.is_file() and path not in pickles and not path.name.endswith((".bin", ".pt", ".pth", ".py", ".h5")):
+        if not path.is_file() or path in pickles or path.name.endswith((".bin", ".pt", ".pth", ".py", ".h5")):
+            continue
+        if path.name.endswith(WEIGHTS):
             (work / path.name).symlink_to(path.absolute())
+        elif path.name not in out:
+            shutil.copyfile(path, work / path.name)
     raw = read_object(folder / "config.json")
     tensors: dict[str, torch.Tensor] = {}
     for path in pickles:

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.files import atomic_folder, digest, file_digest, locked, read_json, write_json
+from pretrain.core.files import atomic_folder, damage_of, digest, file_digest, locked, read_json, write_json
+from pretrain.core.foreign.configs import check_fields
 from pretrain.core.foreign.gguf import Header, header
 from pretrain.core.foreign.parsing import parsing
 
@@ -52,9 +53,19 @@ def opened(place: Path, cache: Path) -> Path:
     key = digest([VERSION, str(path.resolve()), state.st_size, state.st_mtime_ns])
     target = cache / "gguf" / f"{path.stem[:80]}-{key[:16]}"
     if not (target / ORIGIN).exists():
-        with locked(target.with_name(f".{target.name}.lock")):
+        lock = target.with_name(f".{target.name}.lock")
+        with locked(lock):
             if not (target / ORIGIN).exists():
-                _convert(path, target)
+                try:
+                    _convert(path, target)
+                except BaseException as error:
+                    lock.unlink(missing_ok=True)  # nothing is kept of a file that is refused
+                    if isinstance(error, PretrainError) and str(target) in str(error):
+                        raise PretrainError(
+                            f"{path}: what is made of it cannot be kept: {error}; accepted: room there, or another "
+                            "place for the cache ($PRETRAIN_CACHE)"
+                        ) from error
+                    raise
     return target
 
 
@@ -66,12 +77,18 @@ def origin(folder: Path) -> str | None:
 
 def _convert(path: Path, target: Path) -> None:
     facts = header(path)
+    check_fields(path, facts.fields, facts.tensors)
     import gguf  # noqa: F401  # said to be missing before anything is read
+    import transformers
 
+    transformers.utils.logging.disable_progress_bar()
+    if finding := damage_of(path)[1]:
+        raise PretrainError(f"{finding}; accepted: a whole copy, or the export made again")
     sha256 = file_digest(path)
     _warn_of_scaling(path, facts)
     with atomic_folder(target) as work:
         model, tokenizer = read_gguf(path, facts)
+        _check_finite(path, model)
         model.to(_narrowest(model, facts))  # type: ignore[arg-type]  # transformers hides what `to` takes
         model.save_pretrained(work, max_shard_size="5GB")
         if tokenizer is not None:
@@ -87,6 +104,14 @@ def _convert(path: Path, target: Path) -> None:
         name, licence = facts.text("general.name") or path.stem, facts.text("general.license")
         head = f"---\nlicense: {licence}\n---\n\n" if licence.replace("-", "").replace(".", "").isalnum() else ""
         (work / "README.md").write_text(f"{head}# {' '.join(name.split())}\n", encoding="utf-8")
+
+
+def _check_finite(path: Path, model: PreTrainedModel) -> None:
+    from pretrain.core.models.storage import finite
+
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not finite(tensor):
+            raise PretrainError(f"{path}: {name} holds NaN or infinity; accepted: finite weights")
 
 
 def read_gguf(path: Path, facts: Header) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | None]:
@@ -105,8 +130,10 @@ def read_gguf(path: Path, facts: Header) -> tuple[PreTrainedModel, PreTrainedTok
         with redirect_stderr(io.StringIO()):  # a bar that cannot be told to be silent
             model, report = made.from_pretrained(
                 path.parent, gguf_file=path.name, config=config, dtype=torch.float32, local_files_only=True,
-                output_loading_info=True,
+                output_loading_info=True, ignore_mismatched_sizes=True,
             )  # fmt: skip
+        for name, stored, wanted in sorted(report["mismatched_keys"])[:1]:
+            raise ValueError(f"{name} is {tuple(stored)} in it, and {tuple(wanted)} by its header")
         missing = sorted(report["missing_keys"])
         if missing:
             raise ValueError(f"it holds no {missing[0]}")

@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from pretrain.core.encoding import encoded
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.gguf_in import read_gguf
 from pretrain.core.exchange.task import Export
@@ -93,6 +94,7 @@ def _check(source: Path, model: PreTrainedModel) -> None:
         raise PretrainError(
             f"{source}: {wrong}: accepted, for GGUF: models that continue text, of {', '.join(ARCHITECTURES)}, with "
             "plain rotary positions, without biases, unpacked"
+            + ("; a surgery with `pack: false` leaves one so" if wrong == "quantization_config" else "")
         )
 
 
@@ -210,7 +212,7 @@ def _name_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabul
         number = getattr(tokenizer, f"{name}_token_id")
         if isinstance(number, int):
             getattr(writer, f"add_{name}_token_id")(number)
-    framed = tokenizer("")["input_ids"]
+    framed = encoded(tokenizer, "")["input_ids"]
     writer.add_add_bos_token(bool(framed) and framed[0] == tokenizer.bos_token_id)
     if isinstance(tokenizer.chat_template, str):
         writer.add_chat_template(tokenizer.chat_template)
@@ -228,6 +230,6 @@ SENTENCE = "Numbers as 1234567, don't  they?\n\n\tdéjà vu: x_1 += 2; 你好 �
 def _check_tokens(source: Path, tokenizer: PreTrainedTokenizerBase | None, its: PreTrainedTokenizerBase | None) -> None:
     if tokenizer is None or its is None:
         return
-    ours, theirs = (each(SENTENCE, add_special_tokens=False)["input_ids"] for each in (tokenizer, its))
+    ours, theirs = (encoded(each, SENTENCE, add_special_tokens=False)["input_ids"] for each in (tokenizer, its))
     if ours != theirs:
         raise PretrainError(f"{source}: the GGUF file's tokenizer splits otherwise: {theirs[:8]}, not {ours[:8]}")

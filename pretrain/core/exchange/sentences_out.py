@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core import checkpoint
+from pretrain.core.encoding import encoded
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.beside import MODULES, SENTENCES
 from pretrain.core.exchange.task import Export
@@ -60,7 +61,7 @@ def write(given: Export, work: Path) -> JSONObject:
 @torch.no_grad()
 def pooled(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, pooling: str) -> Tensor:
     """The vectors of `TEXTS` (B, D), of length 1."""
-    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt", padding_side="right")
+    inputs = encoded(tokenizer, TEXTS, padding=True, return_tensors="pt", padding_side="right")
     named = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     states_BLD = model.base_model(**named).last_hidden_state
     mask_BL = inputs["attention_mask"]

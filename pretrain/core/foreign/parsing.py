@@ -26,9 +26,14 @@ def parsing(what: str, accepted: str) -> Iterator[None]:
         raise_memory(error, what)
         raise PretrainError(f"{what}: {reason(error)}; accepted: {accepted}") from error
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # how a library in Rust says that it gave up
+        if not gave_up(error):
             raise
         raise PretrainError(f"{what}: {reason(error)}; accepted: {accepted}") from error
+
+
+def gave_up(error: BaseException) -> bool:
+    """Whether an error is how a library in Rust says that it gave up, which Python's libraries have no class for."""
+    return type(error).__name__ == "PanicException"
 
 
 def reason(error: BaseException) -> str:
@@ -40,7 +45,8 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     words = " ".join(str(error).split())
-    plain = isinstance(error, ValueError | OSError | RuntimeError) and words
+    plain = words and (isinstance(error, ValueError | OSError | RuntimeError) or type(error) is Exception)
+    plain = plain or gave_up(error)
     text = words if plain else f"{type(error).__name__} {words}".strip()
     return text if len(text) <= SHOWN else f"{text[: SHOWN - 1]}…"
 

@@ -47,6 +47,24 @@ def open_file(path: Path | str) -> BinaryIO:
         raise
 
 
+def open_append(path: Path | str) -> BinaryIO:
+    """A regular file, made where there is none, open for bytes at its end: a lock, or a log that grows.
+
+    Raises `PretrainError` for what is there and no regular file, where opening would wait or write elsewhere, and
+    `OSError` as opening does.
+    """
+    descriptor = -1
+    if not (kind := irregular(path)):
+        descriptor = os.open(path, _FLAGS | os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        mode = stat.S_IFMT(os.fstat(descriptor).st_mode)  # another may have come to the name meanwhile
+        kind = "" if mode == stat.S_IFREG else KINDS.get(mode, "something else")
+    if kind:
+        if descriptor >= 0:
+            os.close(descriptor)
+        raise PretrainError(f"{path} is {kind}; accepted: a regular file, or nothing")
+    return os.fdopen(descriptor, "a+b")
+
+
 def _refuse(path: Path | str, mode: int) -> None:
     kind = stat.S_IFMT(mode)
     if kind == stat.S_IFDIR:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import codecs
 import re
 from collections.abc import Iterator
+from typing import TypeVar, cast
 
+T = TypeVar("T")
 MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
     (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
@@ -37,6 +39,16 @@ def is_broken(text: str) -> bool:
 def mended(text: str) -> str:
     """The text with each half of a character replaced by U+FFFD."""
     return _HALF.sub(REPLACED, text) if is_broken(text) else text
+
+
+def mended_in(value: T) -> T:
+    """A value as JSON gives it with its texts mended, keys included."""
+    made: object = mended(value) if isinstance(value, str) else value
+    if isinstance(value, dict):
+        made = {mended(name) if isinstance(name, str) else name: mended_in(each) for name, each in value.items()}
+    elif isinstance(value, list):
+        made = [mended_in(each) for each in value]
+    return cast("T", made)
 
 
 def broken_in(value: object) -> str | None:

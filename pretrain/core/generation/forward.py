@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.finite import check_outputs
 from pretrain.core.models.families import additive, at, base, blocks, embeddings, family
 
 FAMILIES = ("llama", "gpt2")
@@ -51,7 +52,10 @@ def why_not(model: PreTrainedModel, length: int) -> str | None:
 def _changed(module: nn.Module) -> bool:
     """Whether calling a model does something besides its class's `forward`, which `Forward` would leave out."""
     ours = not type(module).__module__.startswith("transformers.models.")
-    return ours or "forward" in vars(module) or bool(module._forward_pre_hooks or module._forward_hooks)
+    hooks = [
+        hook for hook in module._forward_hooks.values() if hook is not check_outputs
+    ]  # which tokens are checked by
+    return ours or "forward" in vars(module) or bool(module._forward_pre_hooks or hooks)
 
 
 def pads(input_ids_BL: Tensor, attention_mask_BL: Tensor | None) -> Tensor | None:

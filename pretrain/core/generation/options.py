@@ -6,7 +6,7 @@ Shape letters: B rows, L prompt tokens, N new tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TypedDict
 
@@ -14,6 +14,10 @@ import torch
 from torch import Tensor
 
 from pretrain.core.bounds import Count, NonNegative, PositiveShare, check_fields
+from pretrain.core.generation.finite import check_logits
+from pretrain.core.generation.healing import Healing
+
+COLDEST = 1e-30  # below it float32 has no number for logits / temperature, whose softmax is the likeliest token's
 
 
 class SettingFields(TypedDict, total=False):
@@ -26,6 +30,7 @@ class SettingFields(TypedDict, total=False):
     pad: int
     stop: Callable[[Sequence[int]], bool] | None
     processors: Callable[[Tensor, Tensor], Tensor] | None
+    healing: Healing | None
 
 
 class OptionFields(SettingFields, total=False):
@@ -37,7 +42,7 @@ class OptionFields(SettingFields, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """Greedy where the temperature is 0; prompts are padded on the left, as `attention_mask_BL` says.
+    """Greedy where the temperature is 0 or below `COLDEST`; prompts are padded on the left: `attention_mask_BL`.
 
     `core.generation.settings` makes those that a checkpoint's `generation_config` asks for.
     """
@@ -51,14 +56,27 @@ class Options:
     generator: torch.Generator | None = None
     stop: Callable[[Sequence[int]], bool] | None = None  # whether a row of new tokens is at its end
     processors: Callable[[Tensor, Tensor], Tensor] | None = None  # (tokens_BN, logits_BV), in place of top_p and such
+    healing: Healing | None = None  # of one prompt's last word, before all others
 
     def __post_init__(self) -> None:
         check_fields(self, "")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
     @cached_property
     def ends(self) -> frozenset[int]:
         """The tokens that end a row."""
         return frozenset(() if self.eos is None else (self.eos,) if isinstance(self.eos, int) else self.eos)
+
+    @property
+    def by_logits(self) -> bool:
+        """Whether a token is of the logits alone, whatever stands before it."""
+        return self.processors is None and self.healing is None
+
+    def after(self, length: int) -> Options:
+        """These for one prompt that has been made another, of so many tokens."""
+        healing = None if self.healing is None else replace(self.healing, length=length)
+        return replace(self, healing=healing)
 
     def at_end(self, new: Sequence[int]) -> bool:
         """Whether a row of new tokens ends with its last."""
@@ -92,9 +110,13 @@ class Options:
         `processors` of the softmax of what those make of the logits, temperature and nucleus included.
         """
         temperature, top_p = self.temperature, self.top_p
+        check_logits(logits_BV, "model")
+        if self.healing is not None:
+            logits_BV = self.healing(tokens_BN, logits_BV)
         if self.processors is not None:
             temperature, top_p = 1.0, 1.0
             logits_BV = self.processors(tokens_BN.to(logits_BV.device), logits_BV.float())
+            check_logits(logits_BV, "model's generation_config")
         if uniform_B is None:
             return logits_BV.argmax(-1)
         uniform_B = uniform_B.to(logits_BV.device)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -17,7 +16,8 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import text_of
 from pretrain.core.foreign.code import brought
 from pretrain.core.foreign.parsing import parsing
-from pretrain.core.generation.options import Options, SettingFields
+from pretrain.core.generation.healing import Healing
+from pretrain.core.generation.options import COLDEST, Options, SettingFields
 from pretrain.core.models.families import at
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def sampling(model: PreTrainedModel, temperature: float | None, top_p: float | N
         temperature = 0.0 if samples is False else usual[0] if warmth is None else float(warmth)
     if top_p is None:
         top_p = usual[1] if nucleus is None else float(nucleus)
-    return temperature, top_p
+    return 0.0 if 0 < temperature < COLDEST else temperature, top_p
 
 
 @dataclass(frozen=True)
@@ -62,31 +62,38 @@ class StopStrings:
 
     tokenizer: PreTrainedTokenizerBase
     strings: tuple[str, ...]
+    again: str = ""  # what the new tokens write first of the prompt, where none is looked for
 
     def __call__(self, new: Sequence[int]) -> bool:
         """Look at as many of the last tokens as the longest string may have."""
         tail = max(len(string.encode()) for string in self.strings) + SLACK
-        text = text_of(self.tokenizer, new[-tail:])
+        if len(new) <= tail + len(self.again.encode()):
+            text = text_of(self.tokenizer, new)[len(self.again) :]
+        else:
+            text = text_of(self.tokenizer, new[-tail:])
         return any(string in text for string in self.strings)
 
 
 def options_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, *, max_new_tokens: int,
-    temperature: float = 0.0, top_p: float = 1.0, stop: Sequence[str] = (), **more: object,
+    temperature: float = 0.0, top_p: float = 1.0, stop: Sequence[str] = (), healing: Healing | None = None,
+    **more: object,
 ) -> SettingFields:  # fmt: skip
     """The fields of `Options` to continue prompts of `length` tokens as the `generation_config` has it.
 
     Its end tokens and stop strings, and all that `transformers` makes logits processors of (top_k, min_p, penalties,
-    suppressed tokens, …); beams, guidance and assistants are not followed. `stop` are further stop strings, `more` are
-    fields to set in place of the file's.
+    suppressed tokens, …); beams, guidance and assistants are not followed. `stop` are further stop strings, looked for
+    behind what `healing` writes again; `more` are fields to set in place of the file's.
     """
     vocabulary = Vocabulary.of(tokenizer)
     strings = getattr(settings_of(model), "stop_strings", None) or ()
     strings = tuple(filter(None, (*([strings] if isinstance(strings, str) else strings), *stop)))
     end = ends(model, vocabulary)
+    again = "" if healing is None else text_of(tokenizer, healing.again)
     return {
         "max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "eos": end,
-        "pad": vocabulary.pad, "stop": StopStrings(tokenizer, strings) if strings else None,
+        "pad": vocabulary.pad, "stop": StopStrings(tokenizer, strings, again) if strings else None,
+        "healing": healing,
         "processors": processors(model, length, max_new_tokens, temperature, top_p, end, **more),
     }  # fmt: skip
 
@@ -107,12 +114,13 @@ def processors(
     if end:
         settings._eos_token_tensor = torch.tensor(sorted(end), device=model.device)
     generator: Any = model  # transformers' types know no model that generates
-    made = generator._get_logits_processor(settings, length, device=str(model.device))
-    if not made:
-        return None
-    if temperature:
-        settings.temperature, settings.top_p = temperature, top_p
+    with parsing("the model's generation_config", "one that transformers generates by"):
         made = generator._get_logits_processor(settings, length, device=str(model.device))
+        if not made:
+            return None
+        if temperature:
+            settings.temperature, settings.top_p = temperature, top_p
+            made = generator._get_logits_processor(settings, length, device=str(model.device))
     return cast("Callable[[Tensor, Tensor], Tensor]", made)
 
 
@@ -129,8 +137,10 @@ def generate(model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Te
     stopped: dict[str, Any] = {}
     if isinstance(options.stop, StopStrings):
         stopped = {"stop_strings": list(options.stop.strings), "tokenizer": options.stop.tokenizer}
-    runs = parsing(f"{type(model).__name__}.generate", "code that generates") if brought(model) else nullcontext()
-    with runs:
+    if options.healing is not None:
+        stopped["logits_processor"] = [options.healing]
+    accepted = "code that generates" if brought(model) else "a configuration and a generation_config that go together"
+    with parsing(f"{type(model).__name__}.generate", accepted):
         tokens_BN: Tensor = at(model, "generate")(
             input_ids_BL, attention_mask=attention_mask_BL, max_new_tokens=options.max_new_tokens,
             eos_token_id=sorted(options.ends) or None, pad_token_id=options.pad, do_sample=options.temperature > 0,

@@ -22,6 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.core.batch import Batch, Vocabulary, to_device
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.finite import watching
 from pretrain.core.models.families import at, base, blocks, family, in_table, is_causal, positions_of, set_module
 from pretrain.core.processors import Document, Processor, columns_of, inputs_of
 
@@ -32,11 +33,14 @@ Piece: TypeAlias = "NDArray[np.integer] | Document"  # what is read of a documen
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, without gradients; afterwards each module is as it was."""
+    """The model in evaluation mode, without gradients; afterwards each module is as it was.
+
+    While open, outputs that are not finite raise `NotFinite`, in place of answers that are made of them.
+    """
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), watching(model):
             yield
     finally:
         for module, mode in modes:

@@ -32,9 +32,16 @@ def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted((model.config.id2label or {}).items()))
 
 
-def output(model: PreTrainedModel) -> tuple[str, nn.Module] | None:
+def output(model: nn.Module) -> tuple[str, nn.Module] | None:
     """The name and the module of a classifier's last layer; None of a model without one."""
     return next(((name, module) for name, module in model.named_children() if name in _OUTPUTS), None)
+
+
+def last_linear(model: nn.Module) -> nn.Linear | None:
+    """The layer that gives a classifier's outputs; None of a model without one."""
+    last = output(model)
+    layers = [] if last is None else [module for module in last[1].modules() if isinstance(module, nn.Linear)]
+    return layers[-1] if layers else None
 
 
 def new_modules(model: PreTrainedModel) -> dict[str, nn.Module]:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.finite import check_logits
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.core.models.families import family, head, hidden, softcap
 from pretrain.core.models.features import evaluating
@@ -91,6 +92,7 @@ def _window_nll(
     # Padding stands at the end, where a causal model's predictions do not see it.
     states_BLE = hidden(model, input_ids=input_BL.to(device), use_cache=False)
     _, nll_BL = linear_cross_entropy(states_BLE, weight_VE, target_BL.to(device), bias_V=bias_V, softcap=softcap(model))
+    check_logits(nll_BL, type(model).__name__)
     return nll_BL.double().sum(-1).tolist()
 
 
@@ -106,6 +108,7 @@ def judged(
         logits_CV = torch.nn.functional.linear(states_CE, weight_VE, bias_V).float()
         if cap is not None:
             logits_CV = cap * torch.tanh(logits_CV / cap)
+        check_logits(logits_CV, type(model).__name__)
         total_C, (top_C, likeliest_C) = logits_CV.logsumexp(-1), logits_CV.max(-1)
         nll_C = total_C - logits_CV.gather(-1, target_C[:, None])[:, 0]
         parts.append((nll_C.double(), (top_C - total_C).double().exp(), likeliest_C == target_C))

@@ -14,11 +14,11 @@ HIGHER = (
     "bleu", "rouge_l", "mrr", "ndcg", "auroc", "tpr", "bartscore", "bartscore_f", "bartscore_reverse",
     "scbench_multi_turn", "scbench_multi_request", "h_score", "h_score_shrunk", "logme", "transrate", "gbc", "knn",
     "msc", "parc", "gv_utility", "gv_verified", "gv_gap", "logp",
-    "majority", "naive_bayes",
+    "majority", "naive_bayes", "accuracy_of_counts",
 )  # fmt: skip
 LOWER = (
     "loss", "perplexity", "bits_per_byte", "mse", "ece", "mce", "seconds", "flops", "kv_bytes", "activation_density",
-    "intrinsic_d90", "mse_of_mean", "mse_of_word_counts",
+    "intrinsic_d90", "mse_of_mean", "mse_of_counts",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from pretrain.core.batch import Batch
+from pretrain.core.encoding import text_of
 from pretrain.core.models.families import at
 from pretrain.core.models.features import evaluating
 from pretrain.core.processors import Document, Processor, samples_of, tokenizer_in
@@ -230,7 +231,7 @@ def _tokens(answer: Answer) -> list[Sample]:
             "output": torch.where(asked_L, best_BL[b], input_BL[b]),
         }
         kept = {name: [i for i in ids_L[real_BL[b]].tolist() if i not in ends] for name, ids_L in ids.items()}
-        texts = {name: text_sample(str(tokenizer.decode(tokens)))["input"] for name, tokens in kept.items()}
+        texts = {name: text_sample(text_of(tokenizer, tokens))["input"] for name, tokens in kept.items()}
         samples.append({"kind": "text", **texts})
     return samples
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NotRequired, TypedDict
 
 from pretrain.core.errors import plain
 
 Confusion = dict[str, dict[str, int]]  # true class -> answered class -> how often
 MOST = 12  # classes that a table of all of them can show
+ENOUGH = 10  # documents of a class that say how well it is answered
+LISTED, BEGINNING = 50, 240  # wrong answers that are kept, and the letters of each text
 RARE, SPELLED = 8, 5  # times as common is what a label may be a misspelling of; letters of one at least
 
 
@@ -22,6 +25,16 @@ class ClassRow:
     precision: float | None  # of what was answered so, how much is; None where nothing was
     recall: float | None  # of what is so, how much was answered; None where nothing is
     f1: float
+
+
+class Mistake(TypedDict):
+    """A wrong answer to a document: how the text begins, what is true, what was answered, how likely that was held."""
+
+    id: NotRequired[str]
+    text: str
+    true: str
+    answered: str
+    probability: float
 
 
 def confusion_of(answered: Iterable[str], true: Iterable[str]) -> Confusion:
@@ -49,6 +62,26 @@ def class_rows(confusion: Mapping[str, Mapping[str, int]]) -> list[ClassRow]:
         recall = hits / count if count else None
         rows.append(ClassRow(name, count, answered, precision, recall, 2 * hits / max(1, count + answered)))
     return rows
+
+
+def worst_class(confusion: Mapping[str, Mapping[str, int]], least: int = ENOUGH) -> ClassRow | None:
+    """The class of the least F1 among those that are answered at all and have enough documents; None of a single."""
+    rows = [row for row in class_rows(confusion) if row.count >= least and row.answered]
+    return min(rows, key=lambda row: row.f1) if len(rows) > 1 else None
+
+
+def wrong_answers(
+    texts: Sequence[str], true: Sequence[str], answered: Sequence[str], probabilities: Sequence[float],
+    ids: Sequence[object],
+) -> list[Mistake]:  # fmt: skip
+    """The wrong answers, the most confident first, at most `LISTED`; of a text its first `BEGINNING` letters."""
+    wrong = [number for number, (truth, answer) in enumerate(zip(true, answered, strict=True)) if truth != answer]
+    kept: list[Mistake] = []
+    for n in sorted(wrong, key=lambda number: (-probabilities[number], number))[:LISTED]:
+        text = texts[n] if len(texts[n]) <= BEGINNING else texts[n][: BEGINNING - 1] + "…"
+        row: Mistake = {"text": text, "true": true[n], "answered": answered[n], "probability": probabilities[n]}
+        kept.append(row if ids[n] is None else {"id": str(ids[n])[:BEGINNING], **row})
+    return kept
 
 
 def mistakes(confusion: Mapping[str, Mapping[str, int]], most: int = MOST) -> list[tuple[str, str, int]]:

@@ -56,11 +56,24 @@ class Declared:
     def _fits(self, name: str, value: object) -> bool:
         if not self.types.get(name):
             return True  # the source says nothing of its type
-        kinds = [_KINDS.get(part.partition("[")[0].strip()) for part in self.types[name].split("|")]
+        parts = [part.strip() for part in self.types[name].split("|")]
+        if any(value in _literals(part) and isinstance(value, str) for part in parts):
+            return True
+        kinds = [_KINDS.get(part.partition("[")[0]) for part in parts]
         low, high = self.bounds.get(name, (float("-inf"), float("inf")))
         if type(value) not in kinds or (isinstance(value, int | float) and not low <= value <= high):
             return False
         return not isinstance(value, int) or isinstance(value, bool) or value > 0 or name.endswith("_id")
+
+
+def _literals(part: str) -> tuple[object, ...]:
+    """The values of a type that lists them: `Literal['cls', 'mean']`."""
+    if not part.startswith("Literal["):
+        return ()
+    with suppress(ValueError, SyntaxError):
+        values = ast.literal_eval(part.removeprefix("Literal"))
+        return tuple(values)
+    return ()
 
 
 def check_config(model_type: str, fields: Mapping[str, object]) -> None:

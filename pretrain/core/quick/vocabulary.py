@@ -1,4 +1,4 @@
-"""Whether what meets numbers its tokens alike: two checkpoints, or a checkpoint and a tokenizer.
+"""Whether what meets numbers its tokens and its labels alike: two checkpoints, or a checkpoint and a tokenizer.
 
 As many rows in two tables say nothing of what they stand for. Read from files alone, so that a recipe can be refused
 before anything is run.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,11 +18,12 @@ from pretrain.core.files import read_json
 from pretrain.core.folders import tokenizer_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.method import Method
 
 Numbers = Mapping[str, int]  # of the tokens
+Labels = tuple[str, ...]  # what a classifier answers with: what kind of answers they are, and their names in order
 FILE = "tokenizer.json"
 END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
 
@@ -74,6 +76,64 @@ def check_alike(label: str, numbers: Mapping[str, Numbers | None], place: tuple[
                 )
 
 
+def labels_in(config: Mapping[str, object], architecture: str = "") -> Labels | None:
+    """The labels of a classifier's configuration; None of what is none, and of one whose classes have no names.
+
+    `architecture` is the name of the model's class, where it is another than the configuration says.
+    """
+    listed, names = config.get("architectures"), config.get("id2label")
+    kind = architecture or (str(listed[0]) if isinstance(listed, list) and listed else "")
+    if "Classification" not in kind or not isinstance(names, Mapping):
+        return None
+    ordered = tuple(str(name) for _, name in sorted((int(number), name) for number, name in names.items()))
+    if all(name == f"LABEL_{number}" for number, name in enumerate(ordered)):
+        return None
+    usual = "regression" if len(ordered) == 1 else "single_label_classification"
+    return (str(config.get("problem_type") or usual), *ordered)
+
+
+def labels_of(model: PreTrainedModel) -> Labels | None:
+    """`labels_in` of an open model."""
+    return labels_in(model.config.to_dict(), type(model).__name__)
+
+
+def stored_labels(place: Path | str) -> Labels | None:
+    """`labels_in` of a checkpoint, or of a stage's folder; None where there is none, or none that is known."""
+    places = (Path(place, *inner, "config.json") for inner in (("checkpoint",), ()))
+    config = next((read_json(path) for path in places if path.is_file()), None)
+    try:
+        return labels_in(config) if isinstance(config, dict) else None
+    except (ValueError, TypeError):  # numbers that are none, which is said where it is opened
+        return None
+
+
+def check_labels(label: str, tables: Mapping[str, Labels | None], place: tuple[str | int, ...] = ()) -> None:
+    """Refuse classifiers, by whose they are, of which one calls a class otherwise; the error names the first."""
+    known = [(name, table) for name, table in tables.items() if table is not None]
+    for name, table in known[1:]:
+        first, expected = known[0]
+        for number, pair in enumerate(zip_longest(table, expected), -1):
+            if pair[0] != pair[1]:
+                theirs, ours = (("none" if number >= 0 else "unknown") if each is None else repr(each) for each in pair)
+                what = f"label {number}" if number >= 0 else "problem_type"
+                raise PretrainError(
+                    f"{label}: {what} is {theirs} in {name} and {ours} in {first}; accepted: classifiers of the same "
+                    "labels in the same order",
+                    place=place,
+                )
+
+
+def check_named(folder: Path, labels: Labels | None) -> None:
+    """Refuse a classifier that calls two of its classes by one name: its answers could not be told apart."""
+    _, *names = labels or ("",)
+    for number, name in enumerate(names):
+        if (before := names.index(name)) < number:
+            raise PretrainError(
+                f"{folder / 'config.json'}: id2label calls {before} and {number} both {name!r}; accepted: a name for "
+                "each class"
+            )
+
+
 def _first_difference(table: Numbers, other: Numbers) -> tuple[int, str, str] | None:
     """The least number that stands for another token; the token that has it, and what is said of it in the other."""
     names = {number: token for token, number in other.items()}
@@ -88,13 +148,16 @@ def _first_difference(table: Numbers, other: Numbers) -> tuple[int, str, str] | 
 
 def check_references(
     method: Method, numbers: Numbers | None, whose: str, place: tuple[str | int, ...] = (), skip: tuple[str, ...] = (),
-    locate: Callable[[str], Path] = Path,
+    locate: Callable[[str], Path] = Path, labels: Labels | None = None,
 ) -> None:  # fmt: skip
-    """Refuse a method whose checkpoints must share the tokens of `whose` vocabulary and do not.
+    """Refuse a method whose checkpoints must share the tokens of `whose` vocabulary, and its `labels`, and do not.
 
     References in `skip` are of stages that have not run.
     """
-    for name, reference in method.vocabularies().items() if numbers is not None else ():
+    for name, reference in method.vocabularies().items():
         if reference not in skip:
-            theirs = {whose: numbers, f"{name} {reference}": stored_numbers(locate(reference))}
-            check_alike(method.name, theirs, (*place, *name.split(".")))
+            at, what = (*place, *name.split(".")), f"{name} {reference}"
+            if numbers is not None:
+                check_alike(method.name, {whose: numbers, what: stored_numbers(locate(reference))}, at)
+            if labels is not None:
+                check_labels(method.name, {whose: labels, what: stored_labels(locate(reference))}, at)

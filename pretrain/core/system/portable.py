@@ -40,6 +40,33 @@ def take(lock: IO[Any], wait: bool = False) -> bool:
     return True
 
 
+def hold(path: Path, wait: bool = False) -> int:
+    """A handle by which a folder or a file is locked until it is closed or the process dies.
+
+    -1 where another holds it and we do not `wait`, and where the system has no locks of folders.
+    """
+    if sys.platform == "win32":
+        return -1
+    import fcntl
+
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+    except OSError:
+        return -1
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        return -1
+    return handle
+
+
+def let_be(handle: int) -> None:
+    """Give back what `hold` gave."""
+    if handle >= 0:
+        os.close(handle)
+
+
 def held(path: Path) -> bool:
     """Whether a process holds a lock file; nothing is written."""
     if not path.is_file():

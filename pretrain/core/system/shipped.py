@@ -43,7 +43,11 @@ def recipe_file(name: Path | str) -> Path:
         return shipped() / RECIPES / f"{asked}.yaml"
     if path.is_dir():
         inside = ", ".join(map(str, sorted(path.glob("*.y*ml"))[:SHOWN]))
-        raise PretrainError(f"recipe {name} is a folder; accepted: a recipe's path" + (f": {inside}" if inside else ""))
+        named = (path.with_name(f"{path.name}{ending}") for ending in (".yaml", ".yml"))
+        meant = next((f" (did you mean {str(file)!r}?)" for file in named if file.is_file()), "")
+        raise PretrainError(
+            f"recipe {name} is a folder{meant}; accepted: a recipe's path" + (f": {inside}" if inside else "")
+        )
     if path.exists():
         return path
     there = {str(file): file.stem for file in sorted(path.parent.glob("*.y*ml"))}

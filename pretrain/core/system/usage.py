@@ -9,16 +9,20 @@ from __future__ import annotations
 import inspect
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from enum import Enum
+from functools import reduce, wraps
+from inspect import signature
+from operator import or_
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Union, cast, get_args, get_origin, get_type_hints
 
 import typer
 from typer.core import TyperGroup
+from typer.models import OptionInfo
 
-from pretrain.core.bounds import Ge, Le, accepted
+from pretrain.core.bounds import Ge, Gt, Le, Lt, accepted, fits
 from pretrain.core.errors import PretrainError, nearest, unknown
 
 if TYPE_CHECKING:
@@ -60,6 +64,44 @@ class Commands(TyperGroup):
         if standalone_mode:
             sys.exit(status)
         return status
+
+
+def within(function: Callable[..., object], command: str) -> Callable[..., object]:
+    """A command that first refuses values beyond the bounds of its options' types, as fields are held to theirs."""
+    known = get_type_hints(function, include_extras=True)
+    for hint in known.values():
+        _, marks = _parts(hint)
+        low, high = ([getattr(mark, end) for mark in marks if hasattr(mark, end)] for end in ("ge", "le"))
+        for option in (mark for mark in marks if isinstance(mark, OptionInfo) and (low or high)):
+            option.min, option.max = (*low, None)[0], (*high, None)[0]  # which the help shows
+
+    @wraps(function)
+    def checked(*args: object, **given: object) -> object:
+        for name, value in given.items():
+            if name in known and not fits(value, known[name]):
+                kind, marks = _parts(known[name])
+                shown = f"{value:g}" if isinstance(value, float) else str(value)
+                bounds = Annotated[kind, *marks] if marks else kind
+                names = (_NAMES.get(kind) if fits(value, kind) else "", accepted(bounds, value))
+                words = ", ".join(filter(None, names))
+                raise PretrainError(f"{command}: --{name.replace('_', '-')} {shown!r}: accepted: {words}")
+        return function(*args, **given)
+
+    shown = signature(function)
+    bare = [
+        each.replace(annotation=_shown(known.get(name, each.annotation))) for name, each in shown.parameters.items()
+    ]
+    vars(checked)["__signature__"] = shown.replace(parameters=bare)  # which typer reads
+    return checked
+
+
+def _shown(hint: object) -> object:
+    """A type as the help shows it, without the bounds of a value that may be missing: they stand beside it."""
+    inner = _plain(hint)
+    if get_origin(inner) not in (Union, UnionType):
+        return hint
+    bare = reduce(or_, map(_plain, get_args(inner)))
+    return Annotated[(bare, *get_args(hint)[1:])] if inner is not hint else bare  # type: ignore[return-value]
 
 
 def explained(error: BaseException) -> PretrainError:
@@ -135,14 +177,19 @@ def _hint(context: typer.Context | None, name: str) -> object:
     """The type that a command's function gives a parameter, without `None` and the list around it."""
     function = context.command.callback if context is not None else None
     hint: object = get_type_hints(inspect.unwrap(function), include_extras=True).get(name) if function else None
+    kind, marks = _parts(hint)
+    bounds = [mark for mark in marks if isinstance(mark, Ge | Gt | Le | Lt)]
+    return Annotated[kind, *bounds] if bounds else kind
+
+
+def _parts(hint: object) -> tuple[object, tuple[object, ...]]:
+    """A type without `None` and the list around it, and what stands beside it."""
     marks: tuple[object, ...] = ()
     while get_origin(hint) in (Annotated, Union, UnionType, list):
         if get_origin(hint) is Annotated:
             marks += get_args(hint)[1:]
         hint = next(part for part in get_args(hint) if part is not NoneType)
-    least, most = ([getattr(mark, end, None) for mark in marks] for end in ("min", "max"))
-    bounds = [Ge(low) for low in least if low is not None] + [Le(high) for high in most if high is not None]
-    return Annotated[hint, *bounds] if bounds else hint
+    return hint, marks
 
 
 def _plain(hint: object) -> object:

@@ -36,4 +36,9 @@ def exchanges(value: object) -> Iterator[tuple[str, str]]:
     for speaker, words in turns_of(value) or ():
         if speaker == ANSWERS and before and words.strip():
             yield "\n\n".join(before), words
-        before.append(f"{speaker}: {words}")
+        before.append(written([(speaker, words)]))
+
+
+def written(turns: Turns) -> str:
+    """A conversation as a text to read: `user: …` and so on."""
+    return "\n\n".join(f"{speaker}: {words}" for speaker, words in turns)

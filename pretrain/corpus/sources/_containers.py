@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -157,10 +157,7 @@ def _header(cells: list[str], text: str, where: str, header: bool | None) -> tup
     if header is False or (header is None and numbered):
         return [str(place) for place in range(len(names))], False
     names = [name or str(place) for place, name in enumerate(names)]
-    counts = Counter(names)
-    twice = next((name for name in names if counts[name] > 1), None)
-    if twice is not None:
-        raise PretrainError(f"{where}: two columns are named {twice!r}; accepted: a name of its own for each")
+    _check_names(names, where)
     return names, True
 
 
@@ -252,6 +249,7 @@ def read_arrow(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped)
     count = 0
     try:
         for batch in _batches(path):
+            _check_names(batch.schema.names, name)
             batch.validate(full=True)  # whatever its offsets say else, of memory that is not its own too, is read
             large = batch.nbytes > LARGE
             for piece in (batch.slice(place, 1) for place in range(len(batch))) if large else [batch]:
@@ -259,13 +257,72 @@ def read_arrow(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped)
                     count += 1
                     skipped.too_long("rows", f"{name}, row {count}")
                     continue
-                for row in piece.to_pylist():
+                for row in _values(piece, name):
                     count += 1
-                    yield f"{name}, row {count}", row
+                    if isinstance(row, str):
+                        wrong(f"{name}, row {count}", row, "bad rows", "values that Python has")
+                    else:
+                        yield f"{name}, row {count}", row
     except (pyarrow.ArrowException, *BROKEN) as error:
         raise_memory(error, name)
         kind = {".parquet": "Parquet", ".orc": "ORC"}.get(ending(path), "Arrow")
         wrong(name, f"not a whole {kind} file after row {count} ({reason(error)})", "bad files", "a whole file")
+
+
+def _values(piece: pyarrow.RecordBatch | pyarrow.Table, name: str) -> Iterator[Document | str]:
+    """Each row as Python has it, or what is wrong with it: Arrow holds years and time zones that Python has none of."""
+    try:
+        rows = _columns(piece)
+    except Exception as error:  # of each type, and of what is installed for it, another one
+        raise_memory(error, name)
+        alone = len(piece) == 1
+        for place in range(len(piece)):
+            yield from [_odd_in(piece, error)] if alone else _values(piece.slice(place, 1), name)
+    else:
+        yield from rows
+
+
+def _odd_in(piece: pyarrow.RecordBatch | pyarrow.Table, error: Exception) -> str:
+    """What is wrong with the only row, by its first column that cannot be read."""
+    for field in piece.schema:
+        try:
+            _columns(piece.select([field.name]))
+        except Exception as odd:
+            return f"column {field.name!r} ({field.type}) holds what cannot be read ({reason(odd)})"
+    return f"it cannot be read ({reason(error)})"
+
+
+def _columns(piece: pyarrow.RecordBatch | pyarrow.Table) -> list[Document]:
+    """Rows as Python has them; a map with texts for keys is an object, any other a list of keys with values."""
+    rows = piece.to_pylist()
+    maps = [field for field in piece.schema if "map<" in str(field.type)]
+    for row in rows if maps else ():
+        row |= {field.name: _of_maps(row[field.name], field.type) for field in maps}
+    return rows
+
+
+def _of_maps(value: object, kind: pyarrow.DataType) -> object:
+    """A value of Arrow's type `kind` with objects and lists in place of the pairs that maps are."""
+    from pyarrow import types
+
+    if types.is_map(kind) and isinstance(value, list):
+        pairs = [(key, _of_maps(each, kind.item_type)) for key, each in value]
+        if not all(isinstance(key, str) for key, _ in pairs):
+            return [{"key": key, "value": each} for key, each in pairs]
+        if len(dict(pairs)) < len(pairs):
+            raise ValueError("a key is given twice")
+        return dict(pairs)
+    if types.is_struct(kind) and isinstance(value, dict):
+        return {field.name: _of_maps(value[field.name], field.type) for field in kind}
+    return [_of_maps(each, kind.value_type) for each in value] if isinstance(value, list) else value
+
+
+def _check_names(names: Sequence[str], where: str) -> None:
+    """Refuse columns of a name: a row has a value for each name."""
+    counts = Counter(names)
+    twice = next((name for name in names if counts[name] > 1), None)
+    if twice is not None:
+        raise PretrainError(f"{where}: two columns are named {twice!r}; accepted: a name of its own for each")
 
 
 def _batches(path: Path) -> Iterator[pyarrow.RecordBatch | pyarrow.Table]:

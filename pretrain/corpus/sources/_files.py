@@ -94,22 +94,13 @@ def _storable(document: Document, skipped: Skipped) -> Document:
     """The document with whole characters alone, and with a domain and an id of bounded lengths."""
     plain = {name: value for name, value in document.items() if name not in UNTOUCHED}
     if texts.broken_in(plain) is not None:
-        document = {texts.mended(name): _mended(value) for name, value in document.items()}
+        document = texts.mended_in(document)
         skipped.add("halves of characters, replaced", str(document.get("id"))[:NAME])
     for name, most in (("domain", DOMAIN), ("id", NAME)):
         if isinstance(value := document.get(name), str) and len(value) > most:
             document = document | {name: value[:most]}
             skipped.add(f"long names, cut ({name})", value[:most])
     return document
-
-
-def _mended(value: object) -> object:
-    """A column's value with U+FFFD in place of each half of a character."""
-    if isinstance(value, str):
-        return texts.mended(value)
-    if isinstance(value, dict):
-        return {texts.mended(name): _mended(each) for name, each in value.items()}
-    return [_mended(each) for each in value] if isinstance(value, list) else value
 
 
 def fingerprint(source: Source) -> str:

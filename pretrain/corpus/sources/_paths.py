@@ -27,6 +27,7 @@ from pretrain.corpus.sources._skipped import Skipped
 
 TOOLS = {".git", ".hg", ".svn", ".venv", "__pycache__", "node_modules"}  # folders that are never looked into
 SYSTEM = ("/proc", "/sys", "/dev")  # whose files are none
+MEMORY = "/dev/shm"  # but here
 MADE = ("run.json", "CACHEDIR.TAG")  # what lies beside these is a run's output or a cache, and no source
 SECRET = (
     ".env", ".env.*", "*.env", "*.pem", "*.key", "*.p12", "*.pfx", "*.jks", "*.keystore", "*.kdbx", "*.ppk", "*.gpg",
@@ -80,20 +81,32 @@ def located(
     return [(path.relative_to(root).as_posix(), path) for path in paths]
 
 
+def _check_real(path: Path, where: str) -> None:
+    """Refuse what the system shows of itself as files, which are neither documents nor end."""
+    real = Path(os.path.realpath(path))
+    if any(real.is_relative_to(place) for place in SYSTEM) and not real.is_relative_to(MEMORY):
+        raise PretrainError(
+            f"{where!r} is the system's, and no place of documents; accepted: the folder of the documents"
+        )
+
+
 def _matching(path: Path, where: str, ends: tuple[str, ...], skipped: Skipped, taken: Taken) -> list[Path]:
     if path.is_dir() and path.resolve() == Path(path.resolve().anchor):
         raise PretrainError(f"{where!r} is the whole machine; accepted: the folder of the documents")
     if path.is_dir():
+        _check_real(path, where)
         paths = sorted(_tree(path, _refusal(path, skipped, taken)))
     elif path.exists():
         if kind := irregular(path):
             raise PretrainError(f"{where!r} is {kind}, which may never end; accepted: a file, a folder or a glob")
+        _check_real(path, where)
         if not taken.secrets and is_secret(path.name):
             raise PretrainError(f"{where!r} looks like a secret; accepted: another file, or secrets: true to read it")
         paths = [path]
     else:
         fixed = next((i for i, part in enumerate(path.parts) if re.search(r"[*?\[]", part)), len(path.parts) - 1)
         root, pattern = Path(*path.parts[:fixed]), path.parts[fixed:]
+        _check_real(root, where)
         dotted = taken.hidden or any(part.startswith(".") for part in pattern)
         refused = _refusal(root, skipped, replace(taken, hidden=dotted))
         paths = sorted(root.glob(str(Path(*pattern)))) if root.is_dir() else []
@@ -111,6 +124,8 @@ def _some(kept: list[T], where: str, ends: tuple[str, ...], skipped: Skipped) ->
     """The files, or an error where there are none."""
     if not kept:
         endings = f" that end with {', '.join(ends)}" if ends else ""
+        if globs := [end for end in ends if end.startswith("*")]:
+            raise PretrainError(f"suffixes {globs[0]!r}: accepted: an ending as it is: {globs[0].lstrip('*')}")
         over = f" (passed over: {skipped})" if skipped.reasons else ""
         raise PretrainError(f"no files{endings} at {where!r}{over}; accepted: a file, a folder or a glob")
     return kept
@@ -118,6 +133,7 @@ def _some(kept: list[T], where: str, ends: tuple[str, ...], skipped: Skipped) ->
 
 def below(folder: Path, skipped: Skipped | None = None) -> list[Path]:
     """The files in a folder, as deep as they lie, sorted, without those of tools and runs."""
+    _check_real(folder, str(folder))
     return sorted(_tree(folder, _refusal(folder, skipped or Skipped(), Taken(True, True))))
 
 

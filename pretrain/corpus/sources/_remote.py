@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import digest, digest_read, locked, write_text
@@ -20,12 +22,41 @@ if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
 MAX_FILES = 100_000
-NEEDS = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp"}
+NEEDS = {
+    "s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "http": "aiohttp", "https": "aiohttp", "az": "adlfs",
+    "abfs": "adlfs", "sftp": "paramiko", "ssh": "paramiko", "smb": "smbprotocol", "git": "pygit2",
+}  # fmt: skip
+# Of `fsspec`'s protocols those that are laid over another one, need more than a URL, or are another way to say a path.
+WRAPPERS = {
+    "async_wrapper", "asynclocal", "asyncwrapper", "blockcache", "cached", "dask", "data", "dir", "filecache",
+    "generic", "jlab", "jupyter", "libarchive", "pyscript", "reference", "simplecache", "tar", "zip",
+}  # fmt: skip
+ACCEPTED = "s3://, gs://, https://"
 
 
 def is_remote(where: str) -> bool:
     """Whether a path is a URL: `PROTOCOL://…`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", where) is not None
+
+
+@contextmanager
+def _telling(where: str) -> Iterator[None]:
+    """Make one line of whatever `fsspec` and the packages below it raise: each store has error types of its own."""
+    protocol = where.partition("://")[0]
+    try:
+        yield
+    except PretrainError:
+        raise
+    except ImportError as error:
+        package = NEEDS.get(protocol)
+        needed = f"the package {package}" if package else " ".join(f"more than is installed ({error})".split())[:200]
+        accepted = f"pip install {package}" if package else f"{ACCEPTED}, a path"
+        raise PretrainError(f"{where!r}: needs {needed}; accepted: {accepted}") from error
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise PretrainError(
+            f"{where!r} cannot be read ({reason}); accepted: a URL that can be reached, or a path"
+        ) from error
 
 
 def opened(where: str) -> tuple[AbstractFileSystem, str]:
@@ -35,43 +66,38 @@ def opened(where: str) -> tuple[AbstractFileSystem, str]:
         import fsspec
     except ImportError as error:
         raise PretrainError(f"{where!r}: needs the package fsspec; accepted: pip install fsspec") from error
-    try:
+    with _telling(where):
+        if protocol in WRAPPERS or protocol not in fsspec.available_protocols():
+            what = (
+                f"{protocol}:// is no place of files"
+                if protocol in WRAPPERS
+                else f"fsspec knows no protocol {protocol!r}"
+            )
+            raise PretrainError(f"{where!r}: {what}; accepted: {ACCEPTED}, a path")
+        if protocol in ("http", "https"):
+            urlsplit(where)  # of a host that is none
+            return fsspec.filesystem(protocol), where  # `::`, with which `fsspec` joins URLs, may stand in one
         system, path = fsspec.core.url_to_fs(where)
-    except ImportError as error:
-        package = NEEDS.get(protocol, str(error))
-        raise PretrainError(f"{where!r}: needs the package {package}; accepted: pip install {package}") from error
-    except ValueError as error:
-        known = ", ".join(f"{name}://" for name in ("s3", "gs", "https"))
-        raise PretrainError(f"{where!r}: fsspec knows no protocol {protocol!r}; accepted: {known}, a path") from error
     return system, path
 
 
 def _listed(where: str) -> tuple[AbstractFileSystem, str, list[str]]:
     """The file system, the fixed part of the path, and the files: one, a folder's or a glob's."""
     system, path = opened(where)
-    try:
-        if re.search(r"[*?\[]", path.partition("?")[0] if where.startswith("http") else path):
+    web = where.startswith(("http://", "https://"))
+    with _telling(where):
+        if re.search(r"[*?\[]", "/".join(path.partition("?")[0].split("/")[3:]) if web else path):
             files = [name for name in system.glob(path) if system.isfile(name)]
             root = re.split(r"[*?\[]", path)[0].rpartition("/")[0]
-        elif where.startswith("http") or system.isfile(path):
+        elif web or system.isfile(path):
             files, root = [path], path.rpartition("/")[0]
         else:
             files, root = system.find(path), path
-    except PretrainError:
-        raise
-    except Exception as error:  # each store has error types of its own
-        raise unreachable(where, error) from error
     if not files:
         raise PretrainError(f"no files at {where!r}; accepted: a file, a folder or a glob")
     if len(files) > MAX_FILES:
         raise PretrainError(f"{where!r}: {len(files):,} files; accepted: at most {MAX_FILES:,}")
     return system, root, sorted(files)
-
-
-def unreachable(where: str, error: Exception) -> PretrainError:
-    """What to raise of an error of a store."""
-    reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-    return PretrainError(f"{where!r} cannot be read ({reason}); accepted: a URL that can be reached, or a path")
 
 
 def local_copies(where: str, wanted: Callable[[str], bool]) -> list[tuple[str, Path]]:
@@ -86,11 +112,9 @@ def local_copies(where: str, wanted: Callable[[str], bool]) -> list[tuple[str, P
 
 
 def _state(system: AbstractFileSystem, name: str, where: str) -> str:
-    try:
+    with _telling(where):
         facts = system.info(name)  # of HTTP `ukey` is the URL alone
         return f"{system.ukey(name)} {facts.get('size')} {facts.get('ETag')} {facts.get('LastModified')}"
-    except Exception as error:
-        raise unreachable(where, error) from error
 
 
 def _fetched(system: AbstractFileSystem, name: str, url: str) -> Path:
@@ -107,11 +131,11 @@ def _fetched(system: AbstractFileSystem, name: str, url: str) -> Path:
                 part = target.with_name(f".tmp-{last}")
                 part.parent.mkdir(parents=True, exist_ok=True)
                 try:
-                    with system.open(name, "rb") as source, part.open("wb") as copy:
+                    with _telling(url), system.open(name, "rb") as source, part.open("wb") as copy:
                         shutil.copyfileobj(source, copy, 1 << 20)
-                except Exception as error:
+                except BaseException:
                     part.unlink(missing_ok=True)
-                    raise unreachable(url, error) from error
+                    raise
                 write_text(_sum(target), digest_read(part))
                 part.replace(target)
     return target

@@ -7,6 +7,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from pretrain.core.foreign.reading import open_append
+
 # Reasons by their words, in the order in which they are listed: what may do harm first, what is kept all the same last.
 GROUPS = {
     "looks secret": r"secret|key or a password",
@@ -80,8 +82,8 @@ class Removed:
     def add(self, kind: str, document: Mapping[str, object]) -> bool:
         """One more, `exact` or `near`; False, since it is not kept."""
         name = str(document.get("id", ""))
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"why": kind, "domain": document.get("domain"), "id": name}) + "\n")
+        with open_append(self.path) as file:
+            file.write(json.dumps({"why": kind, "domain": document.get("domain"), "id": name}).encode() + b"\n")
         names = self.names.setdefault(kind, [])
         if name and len(names) < LISTED:
             names.append(name)

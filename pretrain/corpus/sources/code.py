@@ -128,4 +128,4 @@ class Functions(Source):
 
 
 def _sizes(name: str, tests: bool) -> list[object]:
-    return [[inside, path.stat().st_size] for inside, path in modules.of_package(name, tests)]
+    return [list(row) for row in modules.sizes_of_package(name, tests)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -13,9 +13,10 @@ from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json
 from pretrain.core.foreign.archives import BROKEN, open_text
+from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
-from pretrain.corpus.sources._chat import exchanges, is_chat
+from pretrain.corpus.sources._chat import exchanges, is_chat, turns_of, written
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
 from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, read_pieces, size_of
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
@@ -23,6 +24,7 @@ from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import extent, is_number
 
 OnError = Literal["stop", "skip"]
+Conversations = Literal["answers", "whole"]
 
 OPENED = 4  # tables of a kind, to know how much of them is text
 
@@ -34,7 +36,8 @@ class Files(Source):
     Tables are `.csv`, `.tsv`, `.jsonl`, arrays in `.json`, `.parquet`, `.arrow`, `.feather` and `.orc`; their text is
     the column `text`, their other columns stay beside it. A column that holds conversations (lists of
     `{role, content}`) gives a document for each answer of the assistant's: its text is what comes before, `user: …`,
-    its `target` the answer. A notebook (`.ipynb`) gives a document a cell. Text may be
+    its `target` the answer; with `conversations: whole` one for each conversation, with its turns in `messages`. A
+    notebook (`.ipynb`) gives a document a cell. Text may be
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A URL is one that `fsspec` opens: `s3://`, `gs://`, `https://`.
 
     `suffixes` keeps only the files of a folder that end so (empty: all that are text). The domain is `domain`, or the
@@ -55,6 +58,7 @@ class Files(Source):
     header: bool | None = None  # whether a CSV's first row names its columns; by default if no number stands in it
     required: tuple[str, ...] = ()  # columns without which a row is passed over, as one without a label
     numbers: tuple[str, ...] = ()  # columns of numbers: a row with anything else in one is bad, as `on_error` takes it
+    conversations: Conversations = "answers"  # of what a conversation makes a document: of each answer, or of the whole
     tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
     hidden: bool = False  # whether to take files and folders whose names begin with a dot
     secrets: bool = False  # whether to take files that look like secrets, or hold what looks like a key or a password
@@ -200,6 +204,7 @@ class HubDataset(Source):
     domain: str | None = None
     limit: Count | None = None  # read at most so many documents
     on_error: OnError = "stop"  # what rows without the column do: stop, or skip
+    conversations: Conversations = "answers"  # as for files
 
     def domains(self) -> None:
         """Those of files and rows are not known before they are read."""
@@ -225,7 +230,18 @@ class HubDataset(Source):
         except Exception as error:
             reason = " ".join(str(error).split())[:300]
             raise PretrainError(f"data set {self.dataset!r} cannot be loaded: {reason}") from error
-        return iter(data)
+        return self._rows(data)
+
+    def _rows(self, data: Iterable[Document]) -> Iterator[Document]:
+        count = 0
+        try:
+            for row in data:
+                count += 1
+                yield row
+        except Exception as error:  # of its files, its columns' types, and what is installed for them
+            raise_memory(error, self.dataset)
+            what = f"data set {self.dataset!r} cannot be read after row {count} ({reason(error)})"
+            raise PretrainError(f"{what}; accepted: a data set that `datasets` reads to its end") from error
 
     def state(self) -> object:
         return [stamp(path) for path in below(Path(self.dataset))] if Path(self.dataset).exists() else None
@@ -294,8 +310,13 @@ def _domain(source: Files | HubDataset, row: Document, name: str) -> str:
 def _answers(
     chat: list[object], source: Files | HubDataset, row: Document, name: str, place: str
 ) -> Iterator[Document]:
-    """A document for each answer of a conversation; all of one conversation lie on one side of the split."""
-    known = str(row.get("id", place))
-    for number, (text, answer) in enumerate(exchanges(chat)):
-        facts = {"text": text, "target": answer, "domain": _domain(source, row, name)}
-        yield facts | {"id": f"{known}:{number}", "group": known}
+    """The documents of a conversation; all of one conversation lie on one side of the split."""
+    known, domain = str(row.get("id", place)), _domain(source, row, name)
+    turns, answers = turns_of(chat) or [], list(exchanges(chat))
+    if source.conversations == "whole":
+        if answers:
+            messages = [{"role": role, "content": words} for role, words in turns]
+            yield {"text": written(turns), "messages": messages, "domain": domain, "id": known}
+        return
+    for number, (text, answer) in enumerate(answers):
+        yield {"text": text, "target": answer, "domain": domain, "id": f"{known}:{number}", "group": known}

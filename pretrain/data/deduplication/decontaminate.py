@@ -60,15 +60,17 @@ class Decontaminate(DataOperation):
         for number, text in enumerate(corpus["text"]):
             for run in sought.intersection(self._runs(text)):
                 places[run].append(number)
-        dropped = {
-            number
-            for run, numbers in places.items()
-            if run[0] == WHOLE or len(numbers) <= self.common
-            for number in numbers
-        }
-        kept = np.array([number for number in range(len(corpus)) if number not in dropped], dtype=np.int64)
+        shared_N = np.zeros(len(corpus))
+        copy_N = np.zeros(len(corpus), bool)
+        for run, numbers in places.items():
+            if run[0] == WHOLE or len(numbers) <= self.common:
+                shared_N[numbers] += 1
+                copy_N[numbers] |= run[0] == WHOLE
+        kept, dropped = np.flatnonzero(shared_N == 0), np.flatnonzero(shared_N)
+        reasons = ["held-out document" if copy else "held-out passage" for copy in copy_N[dropped]]
         with desk() as here:
             here.reports.append({"method": self.name, "documents": by_domain(corpus, kept)})
+            here.drop(self.name, corpus, dropped, reasons, shared_N[dropped])
         return corpus.select(kept.tolist())
 
     def _runs(self, text: str) -> Iterator[tuple[str, ...]]:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+import numpy as np
+
 from pretrain.core.bounds import Share
-from pretrain.corpus.minhash import unique
+from pretrain.corpus.minhash import copies
 from pretrain.corpus.payload import belongs, beside, identity, in_payload
 from pretrain.data import DataOperation
+from pretrain.data._work import desk
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,9 +37,15 @@ class Deduplicate(DataOperation):
         """The corpus without later copies; the order is kept."""
         if "text" in corpus.column_names:
             compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
-            kept = unique(((row["text"], beside(row)) for row in compared), self.threshold or None)
+            alike = copies(((row["text"], beside(row)) for row in compared), self.threshold or None)
         else:
             stored = corpus.select_columns(in_payload(corpus.column_names)).with_format("arrow")  # files undecoded
             keys = ((identity(row).hex(), "") for table in stored.iter(256) for row in table.to_pylist())
-            kept = unique(keys, None)
-        return corpus.select([i for i, keep in enumerate(kept) if keep])
+            alike = copies(keys, None)
+        kept, dropped = [], []
+        for number, copy in enumerate(alike):
+            dropped.append((number, *copy)) if copy else kept.append(number)
+        with desk() as here:
+            numbers, reasons, measured = zip(*dropped, strict=True) if dropped else ((), (), ())
+            here.drop(self.name, corpus, np.array(numbers, np.int64), reasons, np.array(measured))
+        return corpus.select(kept)

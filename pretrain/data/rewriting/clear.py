@@ -101,7 +101,7 @@ class Clear(DataOperation):
         kept_N = np.flatnonzero(confidence_N >= least) if len(pairs) else np.arange(0)
         report = {"method": self.name, "step": self.step, "threshold": least, "documents": by_domain(corpus, kept_N)}
         here.reports.append(report | {"confidence_percentiles": percentiles(confidence_N)})
-        return corpus.select(kept_N.tolist())
+        return here.keep(self.name, corpus, kept_N, "low confidence", confidence_N)
 
     def _correct(self, corpus: Dataset, pairs: Sequence[Pair], here: Desk) -> Dataset:
         column = self.objective.columns[-1]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
+from pretrain.core.encoding import encoded
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, digest
 from pretrain.core.folders import checkpoint_of
@@ -86,8 +87,8 @@ class _Scorer:
 
     def __call__(self, texts: Sequence[str]) -> Shard:
         """A shard's `nll` and `tokens`, and the FLOPs that it took."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
-        documents = [np.array([*self.ends[0], *ids, *self.ends[1]]) for ids in encoded]
+        tokens = encoded(self.tokenizer, list(texts), add_special_tokens=False)["input_ids"]
+        documents = [np.array([*self.ends[0], *ids, *self.ends[1]]) for ids in tokens]
         batch_tokens = 65536 if self.model.device.type == "cuda" else 4096
         nll_N, flops = count_flops(
             lambda: document_nll(

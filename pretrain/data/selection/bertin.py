@@ -55,7 +55,7 @@ class Bertin(DataOperation):
         kept = weighted(self.weights(perplexity_N), count, self.seed)
         with desk() as here:
             here.reports.append(report(self.name, corpus, kept, perplexity_N))
-        return corpus.select(kept.tolist())
+            return here.keep(self.name, corpus, kept, "not drawn", None if random else perplexity_N)
 
     def weights(self, perplexity_N: NDArray[np.float64]) -> NDArray[np.float64]:
         """What each document's probability is proportional to."""

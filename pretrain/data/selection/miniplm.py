@@ -41,7 +41,7 @@ class Miniplm(DataOperation):
             score_N = self.scores(corpus)
             kept = top(score_N, max(1, int(self.ratio * len(corpus))))
             here.reports.append(report(self.name, corpus, kept, score_N))
-        return corpus.select(kept.tolist())
+            return here.keep(self.name, corpus, kept, "low difference", score_N)
 
     def scores(self, corpus: Dataset) -> NDArray[np.float64]:
         """The documents' differences, in nats a token or a byte."""

@@ -82,7 +82,7 @@ class Preselect(DataOperation):
             kept = top_share(score_N, size_N, self.ratio)
             facts = {"ability": list(ability), "strength_counts": _counts(strength_N), "labelled": len(positive)}
             here.reports.append(report(self.name, corpus, kept, score_N) | facts)
-        return corpus.select(kept.tolist())
+            return here.keep(self.name, corpus, kept, "low score", score_N)
 
     def abilities(self, desk: Desk) -> tuple[float, ...]:
         """A number for each model; measured ones are negative bits per byte."""

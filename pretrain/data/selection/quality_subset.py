@@ -56,7 +56,9 @@ class QualitySubset(DataOperation):
         kept = np.union1d(np.flatnonzero(domains != self.domain), mine[best_K])
         with desk() as here:
             here.reports.append(report(self.name, chosen, best_K, score_N))
-        return corpus.select(kept.tolist())
+            quality_N = np.full(len(corpus), np.nan)
+            quality_N[mine] = score_N
+            return here.keep(self.name, corpus, kept, "low quality", quality_N)
 
     def scores(self, documents: Dataset) -> NDArray[np.float64]:
         """Each document's quality."""

@@ -1,7 +1,7 @@
-"""Who completes a prompt: a model here, or a server that speaks OpenAI's protocol.
+"""Who completes a prompt here: a model that keeps the keys and values of what it has read.
 
-A prompt is in two parts, the `shared` one that several prompts begin with and the `rest`. The model here keeps the keys
-and values of the newest shared parts.
+A prompt is in two parts, the `shared` one that several prompts begin with and the `rest`; kept are the newest shared
+parts. The other client is a server (`core.generation.server`).
 
 Shape letters: L tokens, N of the whole, V vocabulary.
 """
@@ -9,45 +9,21 @@ Shape letters: L tokens, N of the whole, V vocabulary.
 from __future__ import annotations
 
 import copy
-import http.client
-import json
-import urllib.error
-import urllib.parse
-import urllib.request
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.encoding import chat_tokens, encode, text_of
+from pretrain.core.encoding import encode, prompted, text_of
 from pretrain.core.errors import PretrainError
-from pretrain.core.foreign import json as foreign
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows, stepper
+from pretrain.core.generation.server import Reply
 from pretrain.core.generation.settings import options_of
 from pretrain.core.models.families import positions_of
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What was said, and the tokens that it took: of the prompt, new ones, and those of the prompt that were kept."""
-
-    text: str
-    prompt_tokens: int
-    new_tokens: int
-    kept_tokens: int = 0
-
-
-class Client(Protocol):
-    """What completes prompts."""
-
-    def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
-        """What follows `shared` and `rest`."""
 
 
 class Prefixes:
@@ -120,10 +96,7 @@ class LocalClient:
 
     def ids(self, shared: str, rest: str) -> tuple[list[int], list[int]]:
         """The tokens of both parts."""
-        if not getattr(self.tokenizer, "chat_template", None):
-            begin = [] if self.vocabulary.begin is None else [self.vocabulary.begin]
-            return begin + self._plain(shared), self._plain(rest)
-        return chat_tokens(self.tokenizer, rest, shared)
+        return prompted(self.tokenizer, self.vocabulary.begin, rest, shared)
 
     def _plain(self, text: str) -> list[int]:
         """The tokens of a text in which the names of special tokens are text."""
@@ -151,51 +124,3 @@ class LocalClient:
             logits_NV = self.model(input_ids=ids_1N, use_cache=False).logits[0, len(prefix) - 1 : -1].float()
         logp_NV = logits_NV.log_softmax(-1)
         return float(logp_NV[torch.arange(len(tokens)), torch.tensor(tokens)].mean())
-
-
-class ServerClient:
-    """A server with `POST /chat/completions` below `url`, such as http://localhost:8000/v1.
-
-    The shared part is the system's message, the rest the user's; servers keep keys and values as they please.
-    """
-
-    def __init__(
-        self, url: str, model: str, *, key: str = "", temperature: float = 0.0, top_p: float = 1.0,
-        timeout: float = 600.0,
-    ) -> None:  # fmt: skip
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise PretrainError(f"server {url!r}: accepted: an address such as http://localhost:8000/v1")
-        self.address, self.model, self.key = url.rstrip("/") + "/chat/completions", model, key
-        self.temperature, self.top_p, self.timeout = temperature, top_p, timeout
-
-    def complete(self, shared: str, rest: str, *, max_tokens: int) -> Reply:
-        """What the server's model says."""
-        messages = [{"role": "system", "content": shared}] if shared else []
-        body = {
-            "model": self.model, "messages": [*messages, {"role": "user", "content": rest}], "max_tokens": max_tokens,
-            "temperature": self.temperature, "top_p": self.top_p,
-        }  # fmt: skip
-        headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {self.key}"} if self.key else {})
-        request = urllib.request.Request(self.address, json.dumps(body).encode(), headers, method="POST")
-        try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as answer:
-                content = answer.read(foreign.MOST)
-        except urllib.error.HTTPError as error:
-            reason = " ".join(error.read().decode("utf-8", "replace").split())[:200]
-            raise PretrainError(f"server {self.address}: HTTP {error.code}: {reason}; accepted: HTTP 200") from error
-        except (OSError, http.client.HTTPException) as error:
-            cause = getattr(error, "reason", None) or error
-            raise PretrainError(
-                f"server {self.address}: {cause}; accepted: one that answers within {self.timeout:g} seconds"
-            ) from error
-        try:
-            read = foreign.loads(content.decode(errors="replace"))
-            text, usage = read["choices"][0]["message"]["content"], read["usage"]
-            kept = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-            return Reply(text + "", int(usage["prompt_tokens"]), int(usage["completion_tokens"]), int(kept))
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
-            shown = " ".join(content.decode("utf-8", "replace").split())[:200]
-            raise PretrainError(
-                f"server {self.address} answers {shown!r}; accepted: a chat completion with content and usage"
-            ) from error

@@ -22,11 +22,12 @@ from pretrain.core.folders import tokenizer_of
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.generation.options import Options
 from pretrain.core.generation.rows import continue_rows, mask_of, prefill, stepper
+from pretrain.core.generation.server import Client, Reply
 from pretrain.core.method import Ref
 from pretrain.core.models.families import family
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.decoding import Decoding
-from pretrain.decoding.deliberation._clients import Client, LocalClient, Prefixes, Reply, continued
+from pretrain.decoding.deliberation._clients import LocalClient, Prefixes, continued
 
 FINISHED = "FINISHED"
 TASK = (
@@ -94,7 +95,8 @@ class SleepTime(Decoding):
             if context and tuple(context) not in notes:
                 notes[tuple(context)] = self._notes(model, tokenizer, context)
             before = [*context, *notes.get(tuple(context), [])]
-            rows.append(continued(model, prefixes, before, query, options)[0])
+            given = options.after(len(before) + len(query))
+            rows.append(continued(model, prefixes, before, query, given)[0])
         return options.stacked(input_ids_BL, rows)
 
     def _notes(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, context: list[int]) -> list[int]:

@@ -22,7 +22,7 @@ from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import family, head, hidden, positions_of
 from pretrain.core.models.features import evaluating
 from pretrain.evaluation import Evaluation, Measured
-from pretrain.evaluation._intervals import bounds, resampled_sums
+from pretrain.evaluation._intervals import bounds, bounds_of_means, resampled_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,13 +87,15 @@ class BARTScore(Evaluation):
             scores["bartscore_f"] = (scores["bartscore"] + scores["bartscore_reverse"]) / 2
         means_RK = resampled_sums(np.stack(list(scores.values()), axis=1), self.resamples, self.seed) / len(chosen)
         by_domain = defaultdict(list)
-        for document, score in zip(chosen, scores["bartscore"], strict=True):
-            by_domain[document.get("domain", "text")].append(score)
+        names = [str(document.get("domain", "text")) for document in chosen]
+        for name, score in zip(names, scores["bartscore"], strict=True):
+            by_domain[name].append(score)
         measured = Measured(
             {name: float(score_N.mean()) for name, score_N in scores.items()}
             | {"bartscore_documents": float(len(chosen)), "bartscore_skipped": float(len(documents) - len(chosen))},
             {domain: {"bartscore": float(np.mean(values))} for domain, values in sorted(by_domain.items())},
             {name: bounds(means_RK[:, k]) for k, name in enumerate(scores)},
+            domain_intervals=bounds_of_means("bartscore", scores["bartscore"], names, self.resamples, self.seed),
         )
         if self.judgement:
             value, interval = self._agreement(scores["bartscore_f" if self.both else "bartscore"], chosen)

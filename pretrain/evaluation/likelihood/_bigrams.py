@@ -23,5 +23,13 @@ def bigram_line(
 
     `seen`: how many tokens a model was trained on, if not on all; as many are counted.
     """
+    (line,) = bigram_lines(train, tokenizer, documents, [seen])
+    return line
+
+
+def bigram_lines(
+    train: Shards, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], seen: Sequence[int | None]
+) -> list[Measured]:
+    """The same for several counts of tokens, of documents that are tokenised once."""
     tokens = tokens_of(tokenizer, documents)
-    return measured(rows(tokenizer, documents, tokens, Bigrams.of(train, seen).nll(tokens)))
+    return [measured(rows(tokenizer, documents, tokens, Bigrams.of(train, each).nll(tokens))) for each in seen]

@@ -19,7 +19,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import positions_of
 from pretrain.core.quick.quantities import counted
 from pretrain.evaluation import Evaluation, Measured
-from pretrain.evaluation._intervals import bounds, resampled_sums
+from pretrain.evaluation._intervals import bounds, bounds_by_domain, resampled_sums
 from pretrain.evaluation._predictions import framed, predictions
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
     from pretrain.corpus.sources import Document
     from pretrain.evaluation._predictions import Predictions
+
+DOMAIN_METRICS = ("ece", "token_accuracy")  # those that are told of each domain
 
 
 @dataclass(frozen=True)
@@ -83,14 +85,21 @@ class Calibration(Evaluation):
         domains: dict[str, dict[str, float]] = {}
         for domain, numbers in sorted(by_domain.items()):
             values = self._summed(sums_NK[numbers])
-            domains[domain] = {name: v for name, v in values.items() if name in ("ece", "token_accuracy")}
+            domains[domain] = {name: v for name, v in values.items() if name in DOMAIN_METRICS}
         metrics = self._summed(sums_NK)
         intervals = {}
         for name, value_R in self._measures(resampled_sums(sums_NK, self.resamples, self.seed)).items():
             known_R = value_R[np.isfinite(value_R)]
             if name in metrics and len(known_R) and not name.endswith("_share"):
                 intervals[name] = bounds(known_R)
-        return Measured(metrics, domains, intervals)
+        names = [str(document.get("domain", "text")) for document in documents]
+        apart = bounds_by_domain(sums_NK, names, self._of_domain, self.resamples, self.seed)
+        return Measured(metrics, domains, intervals, domain_intervals=apart)
+
+    def _of_domain(self, sums_RK: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+        """What is told of each domain, of the draws in which it has a value."""
+        values = {name: value_R[np.isfinite(value_R)] for name, value_R in self._measures(sums_RK).items()}
+        return {name: value_R for name, value_R in values.items() if name in DOMAIN_METRICS and len(value_R)}
 
     def _summed(self, sums_NK: NDArray[np.float64]) -> dict[str, float]:
         """The metrics of all these documents together that have a value."""

@@ -109,12 +109,19 @@ def rows(
 def measured(documents: list[dict[str, str | float]], resamples: int = 1000, seed: int = 0) -> Measured:
     """The metrics of documents' rows, which hold all that they are made of."""
     from pretrain.core.models.likelihood import likelihoods
-    from pretrain.evaluation._intervals import bounds, resampled_sums
+    from pretrain.evaluation._intervals import bounds, bounds_by_domain, resampled_sums
 
     sums_NK = np.array([[float(row[name]) for name in ("nll", "targets", "bytes")] for row in documents])
     nll_N, targets_N, bytes_N = sums_NK.T
-    metrics, domains = likelihoods(nll_N, targets_N, bytes_N, [str(row["domain"]) for row in documents])
-    sums_RK = resampled_sums(sums_NK, resamples, seed)
+    names = [str(row["domain"]) for row in documents]
+    metrics, domains = likelihoods(nll_N, targets_N, bytes_N, names)
+    whole = _means(resampled_sums(sums_NK, resamples, seed)).items()
+    intervals = {name: bounds(value_R) for name, value_R in whole}
+    apart = bounds_by_domain(sums_NK, names, _means, resamples, seed)
+    return Measured(metrics, domains, intervals, documents, domain_intervals=apart)
+
+
+def _means(sums_RK: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """What sums of nats, targets and bytes come to."""
     nll_R, (targets_R, bytes_R) = sums_RK[:, 0], np.maximum(sums_RK[:, 1:], 1).T
-    intervals = {"loss": bounds(nll_R / targets_R), "bits_per_byte": bounds(nll_R / np.log(2) / bytes_R)}
-    return Measured(metrics, domains, intervals, documents)
+    return {"loss": nll_R / targets_R, "bits_per_byte": nll_R / np.log(2) / bytes_R}

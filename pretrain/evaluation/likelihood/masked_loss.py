@@ -14,7 +14,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
 from pretrain.core.quick.quantities import counted
 from pretrain.evaluation import Evaluation, Measured
-from pretrain.evaluation._intervals import bounds, resampled_sums
+from pretrain.evaluation._intervals import bounds, bounds_by_domain, resampled_sums
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -66,14 +66,14 @@ class MaskedLoss(Evaluation):
             )
         domains = np.array([str(document.get("domain", "text")) for document in documents])
         by_domain = {name: _mean(sums_N2[domains == name]) for name in sorted({*domains.tolist()})}
-        nll_R, targets_R = resampled_sums(sums_N2, self.resamples, self.seed).T
+        whole = _means(resampled_sums(sums_N2, self.resamples, self.seed)).items()
+        intervals = {name: bounds(value_R) for name, value_R in whole}
+        apart = bounds_by_domain(sums_N2, domains.tolist(), _means, self.resamples, self.seed)
         rows: list[dict[str, str | float]] = [
             {"digest": digest(text)[:16], "domain": str(domain), "nll": float(nll), "targets": float(targets)}
             for text, domain, (nll, targets) in zip(texts, domains, sums_N2, strict=True)
         ]
-        return Measured(
-            _mean(sums_N2), by_domain, {"masked_loss": bounds(nll_R / np.maximum(targets_R, 1))}, rows
-        )  # fmt: skip
+        return Measured(_mean(sums_N2), by_domain, intervals, rows, domain_intervals=apart)
 
     def _sums(
         self, model: PreTrainedModel, vocabulary: Vocabulary, keys: Sequence[str],
@@ -113,3 +113,7 @@ class MaskedLoss(Evaluation):
 def _mean(sums_N2: NDArray[np.float64]) -> dict[str, float]:
     nll, targets = sums_N2.sum(0).tolist()
     return {"masked_loss": nll / max(targets, 1.0)}
+
+
+def _means(sums_R2: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    return {"masked_loss": sums_R2[:, 0] / np.maximum(sums_R2[:, 1], 1)}

@@ -21,7 +21,7 @@ from pretrain.core.method import Ref
 from pretrain.core.models.families import positions_of
 from pretrain.corpus.store import Corpus
 from pretrain.evaluation import Evaluation, Measured
-from pretrain.evaluation._intervals import bounds, resampled_sums
+from pretrain.evaluation._intervals import bounds, bounds_of_means, resampled_sums
 from pretrain.evaluation._predictions import framed, predictions
 
 if TYPE_CHECKING:
@@ -87,15 +87,16 @@ class MinK(Evaluation):
             raise PretrainError(
                 f"min_k: none of {len(documents)} documents has {self.length} tokens; accepted: a smaller length"
             )
-        by_domain = defaultdict(list)
-        for i in scored_N:
-            by_domain[chosen[kept_N[i]].get("domain", "text")].append(scores_N[i])
+        by_domain, names = defaultdict(list), [str(chosen[kept_N[i]].get("domain", "text")) for i in scored_N]
+        for i, name in zip(scored_N, names, strict=True):
+            by_domain[name].append(scores_N[i])
         means_R = resampled_sums(scores_N[scored_N, None], self.resamples, self.seed)[:, 0] / len(scored_N)
         counts = {"min_k_documents": len(kept_N), "min_k_skipped": len(chosen) - len(kept_N)}
         measured = Measured(
             {"min_k": float(scores_N[scored_N].mean())} | {name: float(n) for name, n in counts.items()},
             {domain: {"min_k": float(np.mean(values))} for domain, values in sorted(by_domain.items())},
             {"min_k": bounds(means_R)},
+            domain_intervals=bounds_of_means("min_k", scores_N[scored_N], names, self.resamples, self.seed),
         )
         return measured if member_N is None else self._detect(measured, scores_ND, member_N)
 
@@ -154,7 +155,7 @@ class MinK(Evaluation):
             metrics[f"{name}_tpr"] = true_positives(seen_M, other_N, self.false_positives)
             intervals[f"{name}_auroc"] = bounds(np.array([auroc(*sample) for sample in drawn]))
             intervals[f"{name}_tpr"] = bounds(np.array([true_positives(*s, self.false_positives) for s in drawn]))
-        return Measured(metrics, measured.domains, intervals)
+        return Measured(metrics, measured.domains, intervals, domain_intervals=measured.domain_intervals)
 
 
 def least_likely(nll_T: NDArray[np.float64], k: float) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, NoReturn, cast
 import evaluate
 import numpy as np
 import torch
-from jinja2 import StrictUndefined
+from jinja2 import StrictUndefined, Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from lm_eval import utils
+from lm_eval import evaluator, utils
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import metric_registry
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -31,12 +31,14 @@ from pretrain.core.generation.loop import decode
 from pretrain.core.generation.options import Options, SettingFields
 from pretrain.core.generation.settings import options_of
 from pretrain.core.models.features import evaluating
+from pretrain.core.system.templates import bounded
 from pretrain.evaluation._predictions import framed, predictions
 
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
 READERS = ("json", "csv", "parquet", "text")
+DESCRIBING = ("add_env_info", "get_git_commit_hash")
 NEW_TOKENS = 256  # of an answer, where a task does not say
 
 Task = JSONObject  # of a YAML file
@@ -224,8 +226,30 @@ def _local(folder: Path, task: Task, cache: Path) -> Task:
     return task | {"dataset_kwargs": kwargs | {"data_files": placed(files)}}
 
 
+class _Bounded(ImmutableSandboxedEnvironment):
+    """Templates that are made and filled in within bounds before they are for each document.
+
+    To make one computes what is constant in it, and may be as long as to fill it in.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(undefined=StrictUndefined, keep_trailing_newline=True)
+        self.kept: dict[str, Template] = {}  # lm-eval makes a template anew for each document
+
+    def filled(self, source: str, columns: Mapping[str, object]) -> str:
+        """The text of a template."""
+        if source not in self.kept:
+            bounded(lambda: self.from_string(source).render(**columns), "a template of the task")
+            self.kept[source] = self.from_string(source)
+        return self.kept[source].render(**columns)
+
+
 def _refused(metric: object, *_: object, **__: object) -> NoReturn:
     raise PretrainError(f"harness: metric {metric!r}: accepted: a metric of lm-eval; files of code are never run")
+
+
+def _nothing(*_: object) -> None:
+    """In place of what describes the machine."""
 
 
 @contextmanager
@@ -233,17 +257,21 @@ def undisturbed() -> Iterator[None]:
     """No code of a task is run, and the streams of random numbers that lm-eval seeds are afterwards as they were.
 
     A task's templates are a program of Jinja, which reaches all of Python where it is not kept in; a metric that
-    lm-eval does not know is looked for as a file of Python.
+    lm-eval does not know is looked for as a file of Python. Nor are the programs run by which lm-eval describes the
+    machine (pip and git among them): that is not read here, and takes longer than a small task.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    templates, load = utils.env, evaluate.load
-    contained = ImmutableSandboxedEnvironment(undefined=StrictUndefined, keep_trailing_newline=True)
+    templates, apply, load = utils.env, utils.apply_template, evaluate.load
+    contained = _Bounded()
     contained.filters |= templates.filters
-    utils.env, evaluate.load = contained, _refused
+    described = {name: getattr(evaluator, name) for name in DESCRIBING}
+    utils.env, utils.apply_template, evaluate.load = contained, contained.filled, _refused
+    vars(evaluator).update(dict.fromkeys(DESCRIBING, _nothing))
     try:
         yield
     finally:
-        utils.env, evaluate.load = templates, load
+        utils.env, utils.apply_template, evaluate.load = templates, apply, load
+        vars(evaluator).update(described)
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])

@@ -53,7 +53,7 @@ def objective_loss(
         for (batch,) in loader.step(step, 0.0):
             torch.manual_seed(step)
             loss, numbers = objective.loss(model, to_device(batch, device), modules), counts(batch)
-            terms = {("term", name): value for name, value in (loss.terms or {"": loss.value}).items()}
+            terms = {("term", name): value for name, value in loss.logged.items()}
             for key, value in (terms | {("part", name): value for name, value in loss.parts.items()}).items():
                 totals[key] += float(value) * share(key[1], numbers)
                 weights[key] += share(key[1], numbers)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -18,10 +18,10 @@ from pretrain.core.folders import corpus_of
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.core.models.families import positions_of
 from pretrain.core.models.heads import labels_of
-from pretrain.core.quick.confusion import confusion_of
+from pretrain.core.quick.confusion import Mistake, confusion_of, wrong_answers
 from pretrain.corpus.examples import Examples
 from pretrain.corpus.store import Corpus
-from pretrain.evaluation import Evaluation, Learnt, Measured
+from pretrain.evaluation import Evaluation, Learnt, Measured, Yardsticks
 from pretrain.evaluation.tasks import _word_counts as word_counts
 
 if TYPE_CHECKING:
@@ -41,13 +41,17 @@ class Task(Evaluation):
     with its columns: accuracy (`majority`: that of always answering the commonest class), macro F1 and Matthews'
     correlation of classes, with how often each is taken for which, and `label_loss`, the mean of -log p(true
     label) in nats; mean squared error (`mse_of_mean`: that of the mean), Pearson's and Spearman's correlation of
-    numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Where the training documents are there,
-    word counts learn from them too, as a yardstick: `naive_bayes` is the accuracy of multinomial naive Bayes,
-    `mse_of_word_counts` the error of ridge regression on tf-idf. Documents are cut to `length` tokens (0: the length
+    numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Of classes the wrong answers are listed
+    too, the most confident first. Where the training documents are there, counts of words and of character n-grams
+    learn from them as a yardstick, `accuracy_of_counts` or `mse_of_counts`: the best of naive Bayes with two
+    smoothings and of ridge regressions on tf-idf, by cross-validation on these documents; which it was stands beside
+    (`yardsticks`). Documents are cut to `length` tokens (0: the length
     that the checkpoint was trained at); those of a class that was never learnt are passed over (`unlearnt` says how
     many); an objective that shows training examples beside each document takes them from the corpus `pool`.
     Intervals: bootstrap over documents, `resamples` times.
     """
+
+    version: ClassVar[int] = 2  # the counts beside it are the best of several, and wrong answers are listed
 
     objective: InnerObjective = "classification"
     pool: Ref = ""
@@ -85,7 +89,8 @@ class Task(Evaluation):
             Vocabulary.of(tokenizer), length, np.random.default_rng(self.seed), encoder=Encoder(tokenizer),
             labels=labels, pool=self._pool(tokenizer),
         )  # fmt: skip
-        (predicted, nll), true = objective.answered(model, examples, context), objective.expected(examples, context)
+        answered, true = objective.answered(model, examples, context), objective.expected(examples, context)
+        predicted, nll = answered.values, answered.nll
 
         def metrics(chosen: Sequence[int]) -> dict[str, float]:
             measured: dict[str, float] = objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
@@ -101,7 +106,22 @@ class Task(Evaluation):
         whole |= {"documents": float(len(known))}
         whole |= {"unlearnt": float(whole_count - len(known))} if len(known) < whole_count else {}
         confusion = confusion_of(objective.classes(predicted), objective.classes(true))
-        return Measured(whole, by_domain, self._intervals(metrics, len(known)), rows, confusion)
+        return Measured(
+            whole, by_domain, self._intervals(metrics, len(known)), rows, confusion,
+            mistakes=self._mistakes(known, true, predicted, answered.probabilities),
+        )  # fmt: skip
+
+    def _mistakes(
+        self, documents: Sequence[Document], true: Sequence[object], predicted: Sequence[object],
+        probabilities: Sequence[float],
+    ) -> list[Mistake]:  # fmt: skip
+        """The wrong answers of a classifier, the most confident first."""
+        if not probabilities:
+            return []
+        *columns, _ = self.method.columns
+        texts = ["\n".join(str(document[column]) for column in columns) for document in documents]
+        names, answered = self.method.classes(true), self.method.classes(predicted)
+        return wrong_answers(texts, names, answered, probabilities, [document.get("id") for document in documents])
 
     def _known(self, documents: Sequence[Document], labels: Sequence[str]) -> tuple[list[Document], int]:
         """The documents that are measured, and how many have a label at all."""
@@ -110,20 +130,21 @@ class Task(Evaluation):
         learnt = [d for d in whole if self.method.learnt(d[label], labels)]
         return learnt or whole, len(whole)  # of none at all the objective says what is wrong
 
-    def yardsticks(self, model: PreTrainedModel, documents: Sequence[Document], learnt: Learnt) -> dict[str, float]:
-        """What word counts of the model's training documents reach: `naive_bayes`, or `mse_of_word_counts`."""
+    def yardsticks(self, model: PreTrainedModel, documents: Sequence[Document], learnt: Learnt) -> Yardsticks:
+        """What counts in the model's training documents reach: `accuracy_of_counts`, or `mse_of_counts`."""
         labels, columns = labels_of(model), self.method.columns
         context = Context(NO_VOCABULARY, 2, np.random.default_rng(0), labels=labels)
         known, _ = self._known(documents, labels)
         true = self.method.expected([Example(document, 0, n) for n, document in enumerate(known)], context)
         numbers = isinstance(true[0], float)
         if not numbers and not (isinstance(true[0], str) and self.method.classes(true[:1])):
-            return {}  # generated answers, tags of words
+            return Yardsticks()  # generated answers, tags of words
         answers = word_counts.answers(learnt(columns), known, columns, numbers=numbers)
         if answers is None:
-            return {}
-        name, metric = ("mse_of_word_counts", "mse") if numbers else ("naive_bayes", "accuracy")
-        return {name: self.method.metrics(answers, true)[metric]}
+            return Yardsticks()
+        metric = "mse" if numbers else "accuracy"
+        name = f"{metric}_of_counts"
+        return Yardsticks({name: self.method.metrics(answers.values, true)[metric]}, {name: answers.words})
 
     def _pool(self, tokenizer: PreTrainedTokenizerBase) -> Examples | None:
         """The training examples of the corpus `pool`."""

@@ -23,6 +23,7 @@ from pretrain.core.folders import checkpoint_of
 from pretrain.core.method import Ref
 from pretrain.core.models.fast import accelerate
 from pretrain.core.models.heads import HEADS, NUMBER, labels_of, with_head
+from pretrain.core.quick.vocabulary import check_named, labels_in
 from pretrain.corpus.shards import tokenizer_fingerprint
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.objectives import Loss
@@ -78,6 +79,7 @@ class WellReadStudents(FineTuning[str | None]):
         config = load_config(checkpoint_of(Path(self.teacher)))
         wanted = HEADS["sequence"]._model_mapping.get(type(config), None)
         names = tuple(name for _, name in sorted((config.id2label or {}).items()))
+        check_named(Path(self.teacher), labels_in(config.to_dict()))
         if wanted is None or config.architectures != [wanted.__name__] or names == (NUMBER,):
             kind = "regression" if names == (NUMBER,) else ", ".join(config.architectures or ["no known model"])
             raise PretrainError(

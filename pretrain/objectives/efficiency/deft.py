@@ -135,7 +135,7 @@ class Deft(Objective):
                 terms[name] = terms[name] + self.weight * mean if name in terms else self.weight * mean
             means.append(torch.stack([density.detach() for _, density in densities]).mean())
         parts = {"objective": plain.value.detach(), "density": torch.stack(means).mean()} | plain.parts
-        return summed(terms, parts, plain.nll_BL)
+        return summed(terms, parts, plain.nll_BL, plain.logged)
 
     def density(self, activation_BLF: Tensor, real_BL: Tensor | None = None, weight_BL: Tensor | None = None) -> Tensor:
         """The mean of a² / (a² + epsilon) over neurons and tokens, those of padding left out, weighted if asked."""

@@ -5,16 +5,25 @@ from __future__ import annotations
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, to_device
 from pretrain.core.models.features import evaluating
 from pretrain.objectives import Objective
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedModel
 
 Answer = TypeVar("Answer")  # to an example: a label, a number, a text, tags
+
+
+class Answered(NamedTuple, Generic[Answer]):
+    """What a model says of examples; of classes -log p of the true one, in nats, and p of the answered one."""
+
+    values: list[Answer]
+    nll: Sequence[float] = ()
+    probabilities: Sequence[float] = ()
 
 
 class FineTuning(Objective, Generic[Answer]):
@@ -22,6 +31,7 @@ class FineTuning(Objective, Generic[Answer]):
 
     reads: ClassVar[Literal["rows", "examples"]] = "examples"
     predicted: ClassVar[float] = 0.0  # the head is one of labels
+    fill: ClassVar[Literal["longest", "rows", "apart"]] = "longest"  # what a batch makes of its inputs
 
     @property
     def task(self) -> str:
@@ -48,6 +58,17 @@ class FineTuning(Objective, Generic[Answer]):
         """The model with the head that the objective trains."""
         return model
 
+    def begin(self, model: PreTrainedModel, values: Iterable[object], *, fresh: bool) -> None:
+        """Called before training with the training documents' values of the last of `columns`.
+
+        `fresh`: the head is new, and has not been trained before.
+        """
+        return
+
+    def end(self, model: PreTrainedModel, stored: torch.dtype | None) -> torch.dtype | None:
+        """Called before the trained model is written in the type `stored` (None: its own); the type that it needs."""
+        return stored
+
     @abstractmethod
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
         """Turn examples into tensors; `tokens` among them, how many they hold."""
@@ -58,9 +79,9 @@ class FineTuning(Objective, Generic[Answer]):
         """What the model says of each example of a batch."""
         raise NotImplementedError
 
-    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> tuple[list[Answer], list[float]]:
-        """What `predict` says, and -log p of each example's true class in nats; none where answers are no classes."""
-        return self.predict(model, batch, context), []
+    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> Answered[Answer]:
+        """What `predict` says, and of classes how likely the true and the answered are held."""
+        return Answered(self.predict(model, batch, context))
 
     @abstractmethod
     def metrics(self, predictions: Sequence[Answer], references: Sequence[Answer]) -> dict[str, float]:
@@ -84,21 +105,24 @@ class FineTuning(Objective, Generic[Answer]):
         self, model: PreTrainedModel, examples: Sequence[Example], context: Context, batch: int = 32
     ) -> list[Answer]:
         """What the model says of the examples, in order; each is predicted beside others of its length."""
-        return self.answered(model, examples, context, batch)[0]
+        return self.answered(model, examples, context, batch).values
 
     def answered(
         self, model: PreTrainedModel, examples: Sequence[Example], context: Context, batch: int = 32
-    ) -> tuple[list[Answer], list[float]]:
+    ) -> Answered[Answer]:
         """The `answers` to the examples, in order."""
         context = replace(context, predicting=True)
         order = sorted(range(len(examples)), key=lambda i: len(str(examples[i].columns.get("text"))))
-        predicted: dict[int, Answer] = {}
-        nll: dict[int, float] = {}
+        read, values, nll, probabilities = list[int](), list[Answer](), list[float](), list[float]()
         with evaluating(model):
             for start in range(0, len(order), batch):
                 chosen = order[start : start + batch]
                 prepared = self.prepare([examples[i] for i in chosen], context)
-                answers, nll_B = self.answers(model, to_device(prepared, model.device), context)
-                predicted.update(zip(chosen, answers, strict=True))
-                nll.update(zip(chosen, nll_B, strict=bool(nll_B)))
-        return [predicted[i] for i in range(len(examples))], [nll[i] for i in range(len(nll))]
+                answers = self.answers(model, to_device(prepared, model.device), context)
+                read += chosen
+                values += answers.values
+                nll += answers.nll
+                probabilities += answers.probabilities
+        places = sorted(range(len(read)), key=read.__getitem__)
+        nll, probabilities = ([each[p] for p in places if each] for each in (nll, probabilities))
+        return Answered([values[p] for p in places], nll, probabilities)

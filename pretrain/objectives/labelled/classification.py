@@ -14,9 +14,9 @@ from pretrain.core.bounds import ProperShare
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.models.heads import labels_of, with_head
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import classified, examples_of, named, read, surprises, texts_of
+from pretrain.objectives._fine_tuning import classified, confidences, examples_of, named, read, surprises, texts_of
 from pretrain.objectives._metrics import classification
-from pretrain.objectives.labelled import FineTuning
+from pretrain.objectives.labelled import Answered, FineTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -85,13 +85,13 @@ class Classification(FineTuning[str]):
 
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str]:
         """The likeliest label of each example."""
-        return self.answers(model, batch, context)[0]
+        return self.answers(model, batch, context).values
 
-    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> tuple[list[str], list[float]]:
-        """The likeliest label of each example, and -log p of its true one."""
+    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> Answered[str]:
+        """The likeliest label of each example with its p, and -log p of its true one."""
         names, logits_BC = labels_of(model), classified(model, batch)
         likeliest = [names[number] for number in logits_BC.argmax(-1).tolist()]
-        return likeliest, surprises(logits_BC, batch["label_B"])
+        return Answered(likeliest, surprises(logits_BC, batch["label_B"]), confidences(logits_BC))
 
     def expected(self, examples: Sequence[Example], context: Context) -> list[str]:
         """The labels."""

@@ -20,9 +20,9 @@ from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.models.families import family, head, hidden
 from pretrain.objectives import Loss
-from pretrain.objectives._fine_tuning import examples_of, padded, surprises, texts_of
+from pretrain.objectives._fine_tuning import confidences, examples_of, padded, surprises, texts_of
 from pretrain.objectives._metrics import classification
-from pretrain.objectives.labelled import FineTuning
+from pretrain.objectives.labelled import Answered, FineTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -167,12 +167,13 @@ class PromptClassification(FineTuning[str]):
 
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[str]:
         """The label whose word has the highest logit, on average over the draws."""
-        return self.answers(model, batch, context)[0]
+        return self.answers(model, batch, context).values
 
-    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> tuple[list[str], list[float]]:
-        """The likeliest label of each example, and -log p of its true one, by the mean logits of the draws."""
+    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> Answered[str]:
+        """The likeliest label of each example with its p, and -log p of its true one, by the draws' mean logits."""
         names, logits_BC = tuple(self.word_of), self.scores(model, batch)
-        return [names[number] for number in logits_BC.argmax(-1).tolist()], surprises(logits_BC, batch["label_B"])
+        likeliest = [names[number] for number in logits_BC.argmax(-1).tolist()]
+        return Answered(likeliest, surprises(logits_BC, batch["label_B"]), confidences(logits_BC))
 
     def scores(self, model: nn.Module, batch: Batch) -> Tensor:
         """`logits_BC`: the mean over each example's draws, which are read a set at a time."""

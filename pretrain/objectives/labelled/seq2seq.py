@@ -12,15 +12,11 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, padded_length
 from pretrain.core.bounds import Count
-from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
-from pretrain.core.generation.forward import why_not
-from pretrain.core.generation.loop import decode
-from pretrain.core.generation.options import Options
-from pretrain.core.generation.settings import generate, options_of
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, encode_decode, family, head
 from pretrain.objectives import Loss
+from pretrain.objectives._answers import greedy, prompts_of
 from pretrain.objectives._fine_tuning import examples_of, filled, texts_of
 from pretrain.objectives._metrics import generation
 from pretrain.objectives._token_loss import token_loss
@@ -94,12 +90,11 @@ class Seq2Seq(FineTuning[str]):
         # An answer needs its room after the prompt; in training the widths alone matter, which are to be few.
         most = room + len(begin) if context.predicting else context.length
         width = min(padded_length(int(lengths_B.max()), context.length), most)
-        prompt_BL = filled([ids[::-1] for ids in inputs], vocabulary.pad, width).flip(1)
-        mask_BL = torch.arange(prompt_BL.shape[1]) >= prompt_BL.shape[1] - lengths_B[:, None]
+        prompt_BL, mask_BL = prompts_of(inputs, vocabulary.pad, width)
         target_BM = filled(targets, IGNORE, padded_length(max(map(len, targets)), context.length))
         weight = (target_BM != IGNORE).sum()
         return {
-            "prompt_BL": prompt_BL, "mask_BL": mask_BL.long(), "target_BM": target_BM, "weight": weight,
+            "prompt_BL": prompt_BL, "mask_BL": mask_BL, "target_BM": target_BM, "weight": weight,
             "tokens": lengths_B.sum() + weight,
         }  # fmt: skip
 
@@ -125,18 +120,7 @@ class Seq2Seq(FineTuning[str]):
         ids_BL, mask_BL = batch["prompt_BL"], batch["mask_BL"]
         if family(model).decoder_blocks is not None:
             ids_BL, mask_BL = _with_end(model, batch)
-        options = options_of(model, tokenizer, ids_BL.shape[1], max_new_tokens=self.answer)
-        first = 1 if family(model).decoder_blocks is not None else ids_BL.shape[1]
-        if why_not(model, ids_BL.shape[1] + self.answer) is None:
-            output_BN = decode(model, ids_BL, attention_mask_BL=mask_BL, **options)
-        else:
-            output_BN = generate(model, ids_BL, mask_BL, options)
-        end = Options(**options).ends
-        answers = []
-        for ids in output_BN[:, first:].tolist():
-            ids = ids[: next((place for place, token in enumerate(ids) if token in end), len(ids))]
-            answers.append(text_of(tokenizer, ids, skip_special_tokens=True).strip())
-        return answers
+        return greedy(model, tokenizer, ids_BL, mask_BL, self.answer)
 
     def expected(self, examples: Sequence[Example], context: Context) -> list[str]:
         """The targets."""

@@ -23,7 +23,7 @@ from pretrain.core.models.families import embeddings
 from pretrain.core.models.features import evaluating
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified
-from pretrain.objectives.labelled import FineTuning
+from pretrain.objectives.labelled import Answered, FineTuning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -93,6 +93,14 @@ class Smart(FineTuning[str | float]):
         """The model with the wrapped objective's head."""
         return self.wrapped.ready(model, labels, vocabulary, seed)
 
+    def begin(self, model: PreTrainedModel, values: Iterable[object], *, fresh: bool) -> None:
+        """As the wrapped objective begins."""
+        self.wrapped.begin(model, values, fresh=fresh)
+
+    def end(self, model: PreTrainedModel, stored: torch.dtype | None) -> torch.dtype | None:
+        """As the wrapped objective ends."""
+        return self.wrapped.end(model, stored)
+
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
         """What the wrapped objective prepares, and `beta`, the average's momentum at this point of training."""
         beta = self.beta if context.progress <= self.early else self.late_beta
@@ -120,7 +128,7 @@ class Smart(FineTuning[str | float]):
                 modules.update(model, batch["beta"])
                 proximal = _mean(self.distance(logits_BC, modules.logits(model, batch)), batch)
                 value, parts["proximal"] = value + self.mu * proximal, proximal.detach()
-        return Loss(value, parts)
+        return Loss(value, parts, measured=plain.logged)
 
     def ascend(self, model: nn.Module, batch: Batch, clean_BC: Tensor, embedded_BLE: Tensor) -> Tensor:
         """`delta_BLE` that moves each example's output away from `clean_BC`, as large in each token; 0 on padding."""
@@ -147,7 +155,7 @@ class Smart(FineTuning[str | float]):
         """The wrapped objective's."""
         return self.wrapped.predict(model, batch, context)
 
-    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> tuple[list[str | float], list[float]]:
+    def answers(self, model: PreTrainedModel, batch: Batch, context: Context) -> Answered[str | float]:
         """The wrapped objective's."""
         return self.wrapped.answers(model, batch, context)
 

@@ -53,6 +53,7 @@ class Unlearning(Objective):
     """
 
     families: ClassVar[tuple[str, ...]] = ("causal",)
+    domain_fields: ClassVar[tuple[str, ...]] = ("forget",)
 
     forget: str  # a domain
     mode: Literal["gradient_ascent", "random_labels", "adversarial_samples"] = "gradient_ascent"

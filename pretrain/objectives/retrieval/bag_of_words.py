@@ -25,8 +25,9 @@ class BagOfWords(Objective):
 
         L = L_mlm - λ · mean over documents of 1/|S| Σ_{w ∈ S} log softmax(head(h_[CLS]))_w
 
-    λ falls from `weight` to `final_weight` along a half cosine. There are no parameters besides the encoder's. Where
-    packing cuts a document, each piece is one, with a [CLS] in place of its first token.
+    λ falls from `weight` to `final_weight` along a half cosine; the loss that is logged, of training and held-out text
+    alike, has the first λ all along, so that the curves say the same quantity from end to end. There are no parameters
+    besides the encoder's. Where packing cuts a document, each piece is one, with a [CLS] in place of its first token.
     """
 
     version: ClassVar[int] = 3  # whole words fill the rate
@@ -54,4 +55,5 @@ class BagOfWords(Objective):
         weight_VE, bias_V = head(model)
         bag = bag_loss(nn.functional.linear(ready_BLE[first_BL], weight_VE, bias_V), batch, per_token=False)
         parts = {"masked_lm": masked.detach(), "bag_of_words": bag.detach()}
-        return summed({"masked_lm": masked, "bag_of_words": batch["bag_weight"] * bag}, parts, nll_BL)
+        terms = {"masked_lm": masked, "bag_of_words": batch["bag_weight"] * bag}
+        return summed(terms, parts, nll_BL, {"masked_lm": masked, "bag_of_words": self.weight * bag})

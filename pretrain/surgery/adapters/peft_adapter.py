@@ -19,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, read_json
+from pretrain.core.folders import verify_file
 from pretrain.core.method import Ref
 from pretrain.core.models.families import is_linear
 from pretrain.core.models.heads import new_modules, output
@@ -113,6 +114,7 @@ class PeftAdapter(Surgery):
         path = Path(self.folder) / "adapter_config.json"
         if not path.exists():
             raise PretrainError(f"peft_adapter: folder {self.folder}: accepted: one with adapter_config.json")
+        verify_file(path)
         return {k: v for k, v in read_json(path).items() if k not in ("modules_to_save", "base_model_name_or_path")}
 
 

@@ -14,6 +14,7 @@ import torch
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.bounds import Count, Ge, Positive, Share, Whole
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.heads import HEADS, labels_of, output
 from pretrain.corpus.tokenizers import train_tokenizer
@@ -111,7 +112,7 @@ class Compressor(Surgery):
         for batch in inputs.batches:
             for ids_L, document_L in zip(batch["input_ids"], batch["attention_mask"], strict=True):
                 pieces = [ids_L[document_L == number] for number in range(1, int(document_L.max()) + 1)]
-                texts += [str(inputs.tokenizer.decode(piece.tolist(), skip_special_tokens=True)) for piece in pieces]
+                texts += [text_of(inputs.tokenizer, piece.tolist(), skip_special_tokens=True) for piece in pieces]
         return texts
 
 

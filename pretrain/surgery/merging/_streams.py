@@ -26,7 +26,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.foreign.parsing import parsing
 from pretrain.core.models.families import blocks, embeddings, family, in_table, repeated_blocks
 from pretrain.core.processors import load_processor, tokenizer_in
-from pretrain.core.quick.vocabulary import check_alike, numbers_of
+from pretrain.core.quick.vocabulary import check_alike, check_labels, labels_in, labels_of, numbers_of
 from pretrain.surgery import Inputs
 from pretrain.surgery._merge import check_config, check_surgeries, weights
 
@@ -146,6 +146,7 @@ def opened(
     Fields of their configurations that are in `but` may differ from the model's.
     """
     tokenizers = {"the checkpoint": numbers_of(inputs.tokenizer) if inputs else None}
+    labels = {"the checkpoint": labels_of(model)}
     with ExitStack() as stack:
         models = []
         for label, folder in folders.items():
@@ -158,9 +159,11 @@ def opened(
                 )
             check_surgeries(method, surgery_of(model), facts.record.get("surgery", []), label)
             check_config(method, model.config, facts.config, label, but=(*_THEIRS, *but))
+            labels[label] = labels_in(facts.config.to_dict(), facts.model_class.__name__)
             tokenizers[label] = numbers_of(tokenizer_in(load_processor(place)))
             models.append(_open(f"{method}: {label}", stack, place, facts))
         check_alike(method, tokenizers)
+        check_labels(method, labels)
         yield models
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from pretrain.core.bounds import AnyNumber, Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
+from pretrain.core.generation.finite import NotFinite
 from pretrain.core.hardware import pick_device
 from pretrain.core.method import InnerEvaluation, Ref
 from pretrain.core.models.metrics import better
@@ -139,7 +140,10 @@ class ModelSoup(Surgery):
             )
 
         def measure(model: PreTrainedModel) -> float:
-            metrics = evaluate(model.eval(), tokenizer, documents).metrics
+            try:
+                metrics = evaluate(model.eval(), tokenizer, documents).metrics
+            except NotFinite:
+                return math.nan
             if self.metric not in metrics:
                 raise PretrainError(
                     f"model_soup: metric {self.metric!r}: accepted: {', '.join(metrics)} of {evaluate.name}"

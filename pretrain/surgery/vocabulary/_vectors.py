@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from pretrain.core.encoding import encode_plain, ids_of, plain_backend
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
+from pretrain.core.folders import verify_file
 from pretrain.core.foreign import json
 from pretrain.core.foreign.archives import open_text
 from pretrain.core.foreign.rows import lines
@@ -58,6 +59,7 @@ def read(method: str, files: Sequence[str], most: int) -> tuple[list[str], NDArr
 
 
 def _read(path: Path, most: int | None) -> tuple[list[str], NDArray[np.float32]]:
+    verify_file(path)
     if path.suffix == ".json":
         vectors = read_json(path)
         return list(vectors)[:most], np.array(list(vectors.values())[:most], np.float32)

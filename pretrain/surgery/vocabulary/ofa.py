@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.bounds import Count, Positive, Whole
 from pretrain.core.checkpoint import record
+from pretrain.core.encoding import text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import embeddings
@@ -221,6 +222,6 @@ def _same_but_for_case(old: PreTrainedTokenizerBase, new: PreTrainedTokenizerBas
     Tokens of bytes that are no whole character have no text.
     """
     special = set(old.all_special_ids)
-    lower = {str(old.decode([i])).lower(): i for i in sorted(old.get_vocab().values()) if i not in special}
-    texts = {i: str(new.decode([i])).lower() for i in ids}
+    lower = {text_of(old, [i]).lower(): i for i in sorted(old.get_vocab().values()) if i not in special}
+    texts = {i: text_of(new, [i]).lower() for i in ids}
     return {i: lower[text] for i, text in texts.items() if text in lower and text and "\ufffd" not in text}

@@ -1,0 +1,1 @@
+"""Rules on single documents: what they measure, and which documents they drop."""

@@ -1,0 +1,1 @@
+"""Documents that a model writes of those there are."""

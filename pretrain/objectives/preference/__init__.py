@@ -1,0 +1,1 @@
+"""Learning from answers of which one is preferred to another."""

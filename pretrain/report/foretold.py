@@ -1,0 +1,66 @@
+"""What was expected of a run before it began, beside what came out: its loss, and the FLOPs of its time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pretrain.core.quick.quantities import duration, short
+from pretrain.records import Metrics
+from pretrain.report.data import BITS, Evaluated, Page, StageRow
+from pretrain.training.budget import share_made
+
+LIKELY = "its machine was busy with other work, had fewer threads to use, or is slower than it was taken to be"
+
+
+def shortfall(model: StageRow | None) -> float | None:
+    """The share of its planned FLOPs that a model's training has made, where that is far from all of them."""
+    planned = model.get("planned") if model else None
+    if model is None or not planned:
+        return None
+    return share_made(model["config"].get("budget"), planned["flops"], model.get("flops"))
+
+
+def made(model: StageRow | None) -> str:
+    """That a budget of seconds came to far fewer FLOPs than was planned, or to far more; else nothing."""
+    share = shortfall(model)
+    if model is None or share is None:
+        return ""
+    planned, budget = model.get("planned") or {"flops": 0.0}, model["config"]["budget"]
+    why = LIKELY if share < 1 else "its machine is quicker than it was taken to be"
+    of = f"{short(model['flops'] or 0)} of {short(planned['flops'])}"
+    return f"Its {duration(budget['seconds'])} made {share:.0%} of the FLOPs that were planned ({of}): {why}."
+
+
+def again(model: StageRow) -> tuple[str, Mapping[str, object]]:
+    """What to do where far fewer FLOPs were made, and the fields that make as many as were planned, in any time."""
+    flops = (model.get("planned") or {"flops": 0.0})["flops"]
+    words = (
+        "Next: again on a quiet machine, with a thread for each core (OMP_NUM_THREADS), or with a budget that other "
+        "work cannot take from, in FLOPs or tokens, as this has:"
+    )
+    return words, {f"{model['name']}.budget.flops": f"{flops:.3g}"}
+
+
+def expected(page: Page, model: StageRow | None) -> tuple[float, str, tuple[float, float] | None] | None:
+    """The bits per byte that the dial expected of a model, of which text, and the interval where it is known."""
+    row = (page.get("expected") or {}).get(model["name"] if model else "")
+    bits = row.get("bits_per_byte") if isinstance(row, dict) else None
+    if not isinstance(row, dict) or not isinstance(bits, int | float):
+        return None
+    ends = row.get("interval")
+    return float(bits), str(row.get("of") or "other text"), (ends[0], ends[1]) if isinstance(ends, list) else None
+
+
+def beside(page: Page, model: StageRow | None, evaluation: Evaluated | None) -> str:
+    """The expected bits per byte, for the sentence after those that came out; nothing where none were."""
+    metrics: Metrics = (evaluation["metrics"] if evaluation else {}) or {}
+    row, bits = expected(page, model), metrics.get(BITS)
+    if row is None or bits is None:
+        return ""
+    best, of, ends = row
+    share = shortfall(model)
+    whole = " of all the FLOPs that were planned" if share is not None and share < 1 else ""
+    if ends is None:
+        return f"Before it began {best:.2f} was expected{whole} on {of}, and other text differs."
+    where = "less than that" if bits < ends[0] else "more than that" if bits > ends[1] else "as expected"
+    return f"Before it began {best:.2f} ({ends[0]:.2f} to {ends[1]:.2f}) was expected{whole} on {of}: it is {where}."

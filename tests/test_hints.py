@@ -1,0 +1,133 @@
+"""A first afternoon's slips are answered with what was meant: a recipe's file, a unit of time, a file beside."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+from test_dial import RECIPE
+from typer.testing import CliRunner
+
+from pretrain import recipe as recipes
+from pretrain.cli import app
+from pretrain.core.errors import PretrainError
+from pretrain.core.system.shipped import recipe_file
+from pretrain.inference.rows import check
+
+
+def refused(*words):
+    with pytest.raises(PretrainError) as error:
+        CliRunner().invoke(app, list(map(str, words)), catch_exceptions=False)
+    return str(error.value)
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE))
+    return tmp_path
+
+
+def test_a_recipe_without_its_ending_is_answered_with_its_file(here):
+    assert "no such file (did you mean 'mine.yaml'?)" in refused("run", "mine")
+    (here / "mine").mkdir()
+    assert "recipe mine is a folder (did you mean 'mine.yaml'?); accepted: a recipe's path" in refused("run", "mine")
+    (here / "other").mkdir()
+    with pytest.raises(PretrainError, match="recipe other is a folder; accepted"):
+        recipe_file("other")
+
+
+def test_a_budget_without_its_unit_is_answered_with_one(here):
+    assert "(did you mean 300s, of seconds?)" in refused("plan", "mine.yaml", "--budget", "300")
+    assert "did you mean" not in refused("plan", "mine.yaml", "--budget", "100M")
+    compared = ("compare", "mine.yaml", "other.yaml", "--budget")
+    assert "(did you mean flops=1e13?)" in refused(*compared, "1e13")
+    assert "did you mean" not in refused(*compared, "tokens=1e6") + refused(*compared, "nan")
+
+
+@pytest.mark.parametrize(("written", "entries"), [("16k", 16_000), ("2K", 2000), (4096, 4096), ("auto", None)])
+def test_a_vocabulary_is_written_as_any_number_is_beside_a_size_that_is_chosen(here, written, entries):
+    (chosen,) = recipes.load(here / "mine.yaml", [f"tokenizer.vocab_size={written}"], here / "run").sizes
+    assert chosen.task.vocabulary == entries
+    if entries:
+        stage = recipes.load(here / "mine.yaml", [f"tokenizer.vocab_size={written}"], here / "run").stages[1]
+        assert stage.vocab_size == entries
+    with pytest.raises(PretrainError, match="vocab_size '16 thousand': accepted: a whole number, or auto"):
+        recipes.load(here / "mine.yaml", ["tokenizer.vocab_size=16 thousand"], here / "run")
+
+
+def test_a_file_to_predict_that_is_not_there_is_answered_with_the_one_beside(here):
+    (here / "tickets.csv").write_text("text\na\n")
+    with pytest.raises(
+        PretrainError, match=r"tikets.csv: no such file \(did you mean 'tickets.csv'\?\); accepted: a file"
+    ):
+        check("tikets.csv", None)
+    with pytest.raises(PretrainError, match="nowhere.csv: no such file; accepted"):
+        check("nowhere.csv", None)
+
+
+def test_a_run_that_another_process_holds_is_refused_before_torch_is_imported(tmp_path, monkeypatch):
+    from pretrain.core.folders import check_unused
+
+    check_unused(tmp_path / "none")
+    (tmp_path / ".lock").touch()
+    check_unused(tmp_path)
+    holder = "import sys, time; from pathlib import Path; from pretrain.core.files import locked\n"
+    holder += "with locked(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)"
+    held = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path / ".lock")], stdout=subprocess.PIPE, text=True)
+    try:
+        assert held.stdout.readline() == "held\n"
+        with pytest.raises(PretrainError, match="in use by another run; accepted: wait for it"):
+            check_unused(tmp_path)
+    finally:
+        held.kill()
+        held.communicate()
+
+
+def test_a_run_without_a_finished_model_names_those_of_other_settings(tmp_path):
+    from pretrain.core.files import sealed, write_json
+    from pretrain.core.folders import newest_checkpoint
+    from pretrain.records import write_stage
+
+    home = tmp_path / "train-0123456789ab"
+    (home / "checkpoint").mkdir(parents=True)
+    (home / "checkpoint" / "config.json").write_text("{}")
+    record = {
+        "name": "model", "stage": "train", "address": "01", "config": {}, "methods": {}, "metrics": {},
+        "finished": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "flops": 0, "files": {},
+    }  # fmt: skip
+    write_stage(home / "stage.json", record)
+    row = {"name": "model", "stage": "train", "folder": "train-ba9876543210", "address": "02", "status": "running"}
+    write_json(tmp_path / "run.json", sealed({"name": "r", "recipe": "", "seed": 0, "stages": [row]}))
+    with pytest.raises(
+        PretrainError, match=r"as it is set now, .*; of other settings there are .*/model@0123456789ab;"
+    ):
+        newest_checkpoint(tmp_path)
+
+
+def test_a_misspelt_run_is_not_taken_for_a_name_of_the_hub(tmp_path, monkeypatch):
+    from pretrain.new.start import start_of
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "texts").mkdir(parents=True)
+    (tmp_path / "runs" / "texts" / "run.json").write_text("{}")
+    with pytest.raises(PretrainError, match=r"no such folder \(did you mean 'runs/texts'\?\)"):
+        start_of("run/texts")
+    assert start_of("org/model").name == "org/model"
+
+
+def test_a_plan_says_where_others_want_the_cores(monkeypatch):
+    from pretrain.core.quick import machine
+
+    monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.4, 0.0, 0.0), raising=False)
+    assert machine.others_at_work() == ""
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (6.0, 0.0, 0.0), raising=False)
+    assert "load 6.0" in machine.others_at_work() and "a minute may take 4," in machine.others_at_work()
+
+
+def test_the_help_shows_a_type_of_a_value_that_may_be_missing_with_its_bounds():
+    shown = " ".join(CliRunner().invoke(app, ["predict", "--help"]).output.split())
+    assert "Annotated" not in shown and "<int range> [x>=1]" in shown
