@@ -374,8 +374,9 @@ def test_what_does_not_fit_is_one_line(tmp_path):
     assert code == 1 and said.startswith("error: stage 'train': about ") and "GB of memory" in said, said
     code, said, _ = cli(tmp_path, "run", "r.yaml", "--set", "train.batch_rows=2", limit=700)
     assert code == 1 and said.startswith("error: ulimit -v allows 700 MiB of memory; accepted: at least 1 GiB"), said
-    code, said, _ = cli(tmp_path, "run", "r.yaml", "--set", "train.batch_rows=2", limit=1100)
-    assert code == 1 and said.startswith("error: ") and "there is not enough memory" in said, said
+    for limit in (1100, 1225):  # what gets no memory is another library at each: some of them abort the process
+        code, said, _ = cli(tmp_path, "run", "r.yaml", "--set", "train.batch_rows=2", limit=limit)
+        assert code == 1 and said.startswith("error: ") and "there is not enough memory" in said, said
 
 
 TOKENS = """

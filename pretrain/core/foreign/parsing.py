@@ -12,6 +12,7 @@ NOT_ENOUGH = "there is not enough memory"
 NO_MEMORY = (  # of libraries, threads and the system
     "can't allocate memory", "annot allocate memory", "not enough memory", "out of memory",
     "bad_alloc", "failed to map segment", "can't start new thread", "failed to spawn thread",
+    "ailed to launch worker thread",
 )  # fmt: skip
 
 

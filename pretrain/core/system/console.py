@@ -19,6 +19,7 @@ from pretrain.core.foreign.parsing import NOT_ENOUGH, gave_up, out_of_memory, wa
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.signals import STOPPED, Unwritten, ending, lasting, let_go
 from pretrain.core.system.usage import within
+from pretrain.core.system.watched import watched
 
 F = TypeVar("F", bound=Callable[..., object])
 KEPT = "what is done is kept: run the same again to go on"
@@ -56,6 +57,7 @@ class App(typer.Typer):
 
     def __call__(self, *args: object, **kwargs: object) -> object:
         try:
+            watched()
             with lasting(), _listening(), extras_named():
                 return super().__call__(*args, **kwargs)
         except BaseException as error:
