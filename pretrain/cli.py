@@ -106,9 +106,8 @@ def run(
         _print_plan(loaded, store, refresh or [], why)
         return
     check_unused(loaded.output)  # before what is large is imported
-    with uncollected():
-        from pretrain import engine
-        from pretrain.runs.targets import made
+    from pretrain import engine
+    from pretrain.runs.targets import made
 
     result = engine.run(loaded, store=store, refresh=refresh or [], say=lambda text: typer.echo(text, err=True))
     if result.report:  # of several processes the first one's

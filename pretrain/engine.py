@@ -28,8 +28,6 @@ from pretrain.core.folders import corpus_of, in_use, verify
 from pretrain.core.foreign.code import consenting
 from pretrain.core.foreign.parsing import NOT_ENOUGH, out_of_memory, reason, wanted_for
 from pretrain.core.foreign.reading import open_append
-from pretrain.core.hardware import describe, pick_device
-from pretrain.core.meter import peak_memory
 from pretrain.core.quick import hub
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import counted, duration
@@ -46,7 +44,6 @@ from pretrain.runs.targets import repointed, targets
 from pretrain.stages import Estimate, Job
 from pretrain.stages._size import tell as tell_sizes
 from pretrain.stages._size import write as write_sizes
-from pretrain.training.distributed import join
 
 
 @dataclass(frozen=True)
@@ -74,12 +71,16 @@ def run(
     the same store share them. `say` gets a line as each stage begins and ends; `silent` says nothing and draws no
     progress. Under `torchrun` every process calls this; training runs on all of them, the rest on the first.
     """
-    recipe = whole(recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output))
+    recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
+    planned = plan(recipe, store, refresh)
+    if not all(item.finished for item in planned):  # else nothing needs what takes seconds to import
+        recipe = whole(recipe)
+        planned = plan(recipe, store, refresh)
     main, wait = _processes()
     say = (say or (lambda text: print(text, file=sys.stderr))) if main else silent
     records: dict[str, StageRecord] = {}
     estimates: dict[str, Estimate] = {}
-    planned = plan(recipe, store, refresh)
+    as_told = _as_told(recipe, planned)
     if main:
         for item in planned:
             item.code()  # read now: what is edited while stages run is not what this process has imported
@@ -121,7 +122,8 @@ def run(
             if main:
                 _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)
                 _write_run(recipe, planned)
-        written = write_report(recipe.output) if main and report else None
+        page = recipe.output / "report.html"
+        written = (page if as_told else write_report(recipe.output)) if main and report else None
     return Result(recipe.output, records, written)
 
 
@@ -252,6 +254,8 @@ def _noted(item: Planned, parts: list[Part], main: bool) -> Iterator[None]:
 
 def _part(started: datetime, seconds: float) -> Part:
     """What a part of a stage has taken, which an interrupt has ended."""
+    from pretrain.core.meter import peak_memory
+
     began = started.isoformat(timespec="seconds")
     return {"started": began, "seconds": seconds, "peak_memory_bytes": peak_memory()}
 
@@ -279,6 +283,8 @@ def write_record(
 
     A part that was killed has left no note of its time; of a training what its state has counted is then the least.
     """
+    from pretrain.core.hardware import describe
+
     metrics = result.get("metrics", {})
     last = _part(started, seconds)
     every = [*parts, last]
@@ -314,6 +320,18 @@ def _ending(recipe: Recipe, planned: list[Planned], item: Planned) -> Iterator[N
             status, text = (Status.FAILED, str(error)) if isinstance(error, Exception) else (Status.INTERRUPTED, "")
             _write_run(recipe, planned, item, status, text)
         raise
+
+
+def _as_told(recipe: Recipe, planned: list[Planned]) -> bool:
+    """Whether the report that is there is of these very stages, all of which were finished before it was written."""
+    try:
+        shown = [(row["name"], row["folder"], row["status"]) for row in read_json(recipe.output / "run.json")["stages"]]
+        written = (recipe.output / "report.html").stat().st_mtime_ns
+        ended = [(item.folder / RECORD).stat().st_mtime_ns for item in planned]
+    except (OSError, PretrainError, KeyError, TypeError):
+        return False
+    now = [(item.stage.name, _relative(item.folder, recipe.output), Status.FINISHED) for item in planned]
+    return shown == now and all(item.finished for item in planned) and max(ended) <= written
 
 
 def _write_run(
@@ -414,5 +432,8 @@ def _processes() -> tuple[bool, Callable[[], None]]:
     """Whether this is the first process, and how to wait for all."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True, lambda: None
+    from pretrain.core.hardware import pick_device
+    from pretrain.training.distributed import join
+
     world = join(pick_device())
     return world.main, world.wait

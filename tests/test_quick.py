@@ -114,6 +114,27 @@ def test_a_run_has_the_methods_own_classes(tmp_path, stories):
     assert done.stdout.split() == ["True", "True", "False", "True"], done.stderr
 
 
+def test_a_finished_run_is_told_at_once_and_its_report_is_made_only_where_it_would_change(tmp_path, stories):
+    (tmp_path / "a.txt").write_text("\n\n".join(story["text"] for story in stories[:20]))
+    (tmp_path / "r.yaml").write_text("stages:\n- {stage: data, sources: [a.txt], validation: 0.2, test: 0.1}\n")
+    report = tmp_path / "runs" / "r" / "report.html"
+
+    def again(*more):
+        done, imported, _ = command("run", "r.yaml", *more, cwd=tmp_path)
+        assert done.returncode == 0 and "report: runs/r/report.html" in done.stdout, done.stderr
+        return imported, report.read_text(), report.stat().st_mtime_ns
+
+    imported, first, _ = again()
+    assert "torch" in imported
+    report.write_text("as it was")
+    assert again()[:2] == ([], "as it was")
+    _, other, _ = again("--set", "data.test=0.2")
+    assert other not in ("as it was", first)
+    assert again()[:2] == ([], first)  # finished, but the report showed the other
+    report.unlink()
+    assert again()[:2] == ([], first)
+
+
 def test_generate_imports_no_more_than_it_must(tiny, prepared, tmp_path):
     """It takes less of a processor, the model and its answer included, than to import a model's class plainly."""
     from pretrain.corpus.tokenizers import load_tokenizer
