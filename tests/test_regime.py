@@ -28,8 +28,11 @@ EVALUATE = {
 def outcome(tmp_path, stories):
     """`outcome(metric)`: that of a small training."""
     text = small_recipe(
-        tmp_path, stories[:40], EVALUATE, held_out=0.2, optimizer="adamw", budget={"steps": 20}, save_every=0
+        tmp_path, stories[:40], EVALUATE, held_out=0.3, optimizer="adamw", budget={"steps": 20}, save_every=0
     )
+    for path in (tmp_path / "text").glob("*.py"):
+        if int(path.stem) % 2:  # a second domain
+            path.rename(path.with_suffix(".md"))
 
     def run(metric, curve=None):
         trial = Trial(
@@ -103,3 +106,20 @@ def test_a_report_tokenises_the_held_out_documents_once_for_both_of_its_lines(ou
     assert len(calls) == 1
     with_bigrams(again := collect(folder), folder)
     assert len(calls) == 1 and again["evaluations"][0]["bigram"] == evaluation["bigram"]
+
+
+def test_a_report_draws_the_pairs_of_each_domain_and_those_of_all_are_their_mean_by_bytes(outcome, tmp_path):
+    from pretrain.report.data import collect, with_bigrams
+
+    outcome("evaluation.bits_per_byte")  # which keeps a line without domains
+    with_bigrams(page := collect(tmp_path / "runs" / "t"), tmp_path / "runs" / "t")
+    (evaluation,), (chart,) = page["evaluations"], page["bars"]
+    weights = {domain: size["bytes"] for domain, size in evaluation["sizes"].items()}
+    for line, by_domain in zip(
+        (evaluation["bigram"], evaluation["bigram_whole"]), evaluation["bigram_domains"], strict=True
+    ):
+        assert {*by_domain} == {*evaluation["domains"]} and len({*by_domain.values()}) > 1
+        mean = sum(by_domain[domain] * weights[domain] for domain in weights) / sum(weights.values())
+        assert line == pytest.approx(mean, rel=1e-9)
+    pairs = next(bar for bar in chart["tools"] if bar["name"] == "pairs of tokens")
+    assert pairs["values"] == [evaluation["bigram_domains"][0][domain] for domain in chart["domains"]]

@@ -311,6 +311,24 @@ def test_what_to_do_next_follows_from_the_curve(given, advice, command):
     assert advice in summary.advice and summary.command == command
 
 
+@pytest.mark.parametrize(("bits", "advice", "field"), [(1.8, "train longer; it has gained 10.0%", "budget.seconds=240"), (2.1, "a lower rate", "optimizer.lr=0.0001")])  # fmt: skip
+def test_a_short_training_that_goes_on_from_a_model_is_advised_by_what_it_has_gained(bits, advice, field):
+    page = page_of(measured(2.0, of="base"), measured(bits), held_out=[3.0, 2.9])
+    assert "measure more often" in summarise(page).advice
+    page["stages"][0] |= {"inputs": {"init": "base"}}
+    page["stages"][0]["config"] |= {"init": "base", "optimizer": {"method": "adamw", "lr": 3e-4}}
+    summary = summarise(page)
+    assert advice in summary.advice and summary.command.endswith(f"--set model.{field}")
+
+
+def test_a_model_whose_size_was_chosen_for_its_budget_is_not_held_against_a_rule_of_thumb():
+    page = page_of(held_out=FALLING, weights=10**6)
+    assert "1 tokens for each weight" in summarise(page).advice
+    page["expected"] = {"model": {"bits_per_byte": 1.5, "of": "code"}}
+    summary = summarise(page)
+    assert "a larger budget, of which the size is chosen anew" in summary.advice and "=240" in summary.command
+
+
 def test_a_run_that_goes_on_says_how_far_it_is():
     assert "25% of its budget" in summarise(page_of(statuses=("to run",)), "model").advice
 

@@ -87,16 +87,41 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
     passes = _passes(page, model, training)
     if passes > NEARLY_NEW and change >= -FALL:
         return f"Next: more text; it has read what there is about {passes:.0f} times.", ""
+    chosen = model["name"] in (page.get("expected") or {})  # its size, for the budget, by more than a rule of thumb
     share = _tokens_a_weight(model, training)
-    if share < TOKENS_A_WEIGHT and passes <= NEARLY_NEW:
+    if share < TOKENS_A_WEIGHT and passes <= NEARLY_NEW and not chosen:
         few = f"it has seen {figure(share, 2)} tokens for each weight, and about {TOKENS_A_WEIGHT} are usual."
         return f"Next: train longer; {few}", _longer(page, model)
     if len(points) < FEW_POINTS:
-        return _rarely(page, model, len(points))
+        gained = _gained(page, model)
+        return gained if gained is not None else _rarely(page, model, len(points))
+    if chosen and change < -FALL:
+        return "Next: a larger budget, of which the size is chosen anew.", _longer(page, model)
     if change < -FALL:
         fell = f"the held-out loss still fell by {-change:.1%} in the last fifth"
         return f"Next: train longer; {fell}.", _longer(page, model)
     return f"Next: a larger model or other {more}; the held-out loss has levelled off.", ""
+
+
+def _gained(page: Page, model: StageRow) -> Advice | None:
+    """Of a model that goes on from another, where both are measured on the same text: whether more is to be had.
+
+    None where that is not known.
+    """
+    init = (model.get("inputs") or {}).get("init")
+    value = {e["of"]: (e.get("metrics") or {}).get(BITS) for e in reversed(page["evaluations"])}
+    here, before = value.get(model["name"]), value.get(init) if isinstance(init, str) else None
+    if here is None or before is None:
+        return None
+    if here < before:
+        return f"Next: train longer; it has gained {1 - here / before:.1%} on what it went on from.", _longer(
+            page, model
+        )
+    optimizer = model["config"].get("optimizer")
+    rate = optimizer.get("lr") if isinstance(optimizer, dict) else None
+    change = {f"{model['name']}.optimizer.lr": f"{rate / 3:.2g}"} if isinstance(rate, int | float) else {}
+    words = "Next: a lower rate (optimizer.lr), or more of its text; it has become no better than what it went on from."
+    return words, run_command(page, change) if change else ""
 
 
 def _rarely(page: Page, model: StageRow, count: int) -> Advice:

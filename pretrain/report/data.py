@@ -81,6 +81,7 @@ class Evaluated(Evaluation):
     of: str  # the stage whose checkpoint it judged; empty where that is not known
     bigram: NotRequired[float | None]  # bits per byte of counts of adjacent tokens on the same text
     bigram_whole: NotRequired[float | None]  # of those in all training text, of which the model may have read a part
+    bigram_domains: NotRequired[list[dict[str, float]]]  # of both, by domain
 
 
 class Samples(TypedDict):
@@ -259,9 +260,11 @@ def with_bigrams(page: Page, folder: Path) -> None:
         store = (folder / stored[evaluation["name"]]).resolve().parent
         try:
             given = (stages, folder, store, evaluation["of"], f"{evaluation['name']}.{BITS}")
-            evaluation["bigram"], evaluation["bigram_whole"] = lines_of(*given, whole=True) or (None, None)
+            lines = lines_of(*given, whole=True)
         except (PretrainError, OSError, KeyError, ValueError):
             continue
+        evaluation["bigram"], evaluation["bigram_whole"] = [line["bigram"] for line in lines] or (None, None)
+        evaluation["bigram_domains"] = [line.get("domains", {}) for line in lines]
     page["bars"] = bars(page["evaluations"])
 
 
@@ -369,11 +372,14 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
         row["interval"] = (evaluation.get("intervals") or {}).get(BITS)
         apart = evaluation.get("domain_intervals") or {}
         row["intervals"] = [(apart.get(domain) or {}).get(BITS) for domain in charts[key]["domains"]]
-        for counts, line in ((PAIRS, evaluation.get("bigram")), (ALL_PAIRS, evaluation.get("bigram_whole"))):
+        by_domains = [*(evaluation.get("bigram_domains") or []), {}, {}]
+        pairs = ((PAIRS, evaluation.get("bigram")), (ALL_PAIRS, evaluation.get("bigram_whole")))
+        for (counts, line), values in zip(pairs, by_domains, strict=False):
             lines = sum(bar["name"].startswith(PAIRS) for bar in charts[key]["tools"])
             name = f"{counts}, for {row['name']}" if counts in [bar["name"] for bar in charts[key]["tools"]] else counts
             if line is not None and line not in [bar["all"] for bar in charts[key]["tools"]]:
-                charts[key]["tools"].insert(lines, {"name": name, "all": line, "values": []})
+                each = [values.get(domain) for domain in charts[key]["domains"]]
+                charts[key]["tools"].insert(lines, {"name": name, "all": line, "values": each})
         charts[key]["models"].append(row)
     return list(charts.values())
 

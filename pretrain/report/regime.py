@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import NotRequired, TypedDict, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,6 +34,13 @@ WHOLE = 20_000_000  # tokens of a corpus that are counted at most where all are 
 Rows = list[dict[str, str | float]]  # of `documents.json`
 
 
+class Line(TypedDict):
+    """What counts of adjacent tokens come to on the documents that are judged, and on those of each domain."""
+
+    bigram: float
+    domains: NotRequired[dict[str, float]]
+
+
 class Regime(TypedDict, total=False):
     """`bigram` is missing where the metric is no likelihood."""
 
@@ -47,17 +54,17 @@ def regime(stages: Mapping[str, Stage], output: Path, store: Path, trained: str,
     tokens = float(checkpoint.lineage(folder).get("tokens", 0))
     row: Regime = {"tokens_per_weight": tokens / max(1, _weights(folder))}
     if lines := lines_of(stages, output, store, trained, metric):
-        row["bigram"] = lines[0]
+        row["bigram"] = lines[0]["bigram"]
     return row
 
 
 def lines_of(
     stages: Mapping[str, Stage], output: Path, store: Path, trained: str, metric: str, whole: bool = False
-) -> list[float]:
+) -> list[Line]:
     """The bigram line of a metric STAGE.NAME; none where the metric is no likelihood of text.
 
-    It is of as many tokens as the model has read; with `whole` a second one is of all training text, or of `WHOLE`
-    tokens of it.
+    It is of as many tokens as the model has read; with `whole` it has its domains too, and a second one is of all
+    training text, or of `WHOLE` tokens of it.
     """
     judge, _, name = metric.partition(".")
     stage, training = stages[judge], stages[trained]
@@ -65,7 +72,7 @@ def lines_of(
         return []
     tokens = int(checkpoint.lineage(checkpoint_of(output / trained)).get("tokens", 0))
     seen = [tokens, *([max(tokens, WHOLE)] if whole else [])]
-    return _bigram_lines(stage, training, output, store, name, seen)
+    return _bigram_lines(stage, training, output, store, name, seen, whole)
 
 
 def training_line(training: Train, output: Path, store: Path) -> dict[str, float]:
@@ -99,9 +106,12 @@ def _shares(documents: Rows, name: str) -> NDArray[np.float64]:
 
 
 def _bigram_lines(
-    stage: Evaluate, training: Train, output: Path, store: Path, name: str, seen: Sequence[int]
-) -> list[float]:
-    """What counts of so many adjacent tokens come to on the documents that are judged, which are tokenised once."""
+    stage: Evaluate, training: Train, output: Path, store: Path, name: str, seen: Sequence[int], apart: bool
+) -> list[Line]:
+    """What counts of so many adjacent tokens come to on the documents that are judged, which are tokenised once.
+
+    `apart` is whether the domains are wanted, each by itself.
+    """
     tokenizer = tokenizer_in(load_processor(checkpoint_of(output / str(stage.checkpoint))))
     assert tokenizer is not None, "a likelihood of text without a tokenizer"
     judged, read = (Corpus(corpus_in(output, reference)) for reference in (stage.corpus, training.corpus))
@@ -109,14 +119,23 @@ def _bigram_lines(
     cut = [] if stage.max_characters is None else [stage.max_characters]
     which = [key, judged.info["fingerprint"], stage.split, stage.max_documents, *cut, name]
     paths = {count: store / ".bigrams" / f"{digest([*which, count])[:16]}.json" for count in seen}
-    if missing := [count for count, path in paths.items() if not path.exists()]:
+    lines = {count: _stored(path) for count, path in paths.items()}
+    if missing := [count for count, line in lines.items() if line is None or (apart and "domains" not in line)]:
         shards = tokenise(read, tokenizer, store / ".tokens" / key, splits=["train"])["train"]
         documents = documents_of(
             judged, stage.split, stage.max_documents, stage.evaluations, tokenizer, stage.max_characters
         )
-        for count, line in zip(missing, bigram_lines(shards, tokenizer, documents, missing), strict=True):
-            write_json(paths[count], sealed({"bigram": float(_shares(line.documents, name).mean())}))
-    return [float(read_json(paths[count])["bigram"]) for count in seen]
+        for count, counted in zip(missing, bigram_lines(shards, tokenizer, documents, missing), strict=True):
+            domains = sorted({str(row["domain"]) for row in counted.documents}) if "/" not in name else []
+            by_domain = {each: float(_shares(counted.documents, f"{name}/{each}").mean()) for each in domains}
+            lines[count] = made = Line(bigram=float(_shares(counted.documents, name).mean()), domains=by_domain)
+            write_json(paths[count], sealed(dict(made)))
+    return [line for count in seen if (line := lines[count]) is not None]
+
+
+def _stored(path: Path) -> Line | None:
+    """A line that was counted before."""
+    return cast("Line", read_json(path)) if path.exists() else None
 
 
 def _weights(folder: Path) -> int:
