@@ -22,7 +22,7 @@ from typing import cast
 
 import yaml
 
-from pretrain.core.errors import PretrainError, warn
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import locked, read_json, sealed, sweep, write_json, write_text
 from pretrain.core.folders import corpus_of, in_use, verify
 from pretrain.core.foreign.code import consenting
@@ -39,6 +39,7 @@ from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
 from pretrain.records import PARTS, Part, RunStage, StageRecord, StageResult, Status, altered, write_stage
 from pretrain.report.page import write as write_report
+from pretrain.runs.parts import earlier, noted, part_of
 from pretrain.runs.shelf import check_output, join_store
 from pretrain.runs.targets import repointed, targets
 from pretrain.stages import Estimate, Job
@@ -87,31 +88,7 @@ def run(
         _refuse_foreign(recipe, planned)
     with _only_one(recipe.output, main):
         if main:
-            sweep(recipe.output)
-            odd = check_documents(recipe, planned)
-            expected = forecast(planned)
-            estimates = {each.item.stage.name: each.estimate for each in expected if each.to_run}
-            check_fits(expected)
-            check_ends(recipe, expected)
-            for line in warnings(expected, note=True):
-                say(f"note: {line}")
-            for line in [*odd, *warnings(expected)]:
-                say(f"warning: {line}")
-            if store is not None:  # so that no source and no backup takes the store's folders for documents
-                write_text(Path(store) / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
-                join_store(Path(store), recipe.output)
-            write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
-            for item in planned:
-                for line in repointed(item):
-                    say(f"[{item.stage.name}] {line}")
-            keep_generations(planned)
-            _write_run(recipe, planned)
-            for folder in _weights(planned):
-                hub.fetch_weights(folder, say)
-            if recipe.sizes:
-                write_sizes(recipe.sizes, recipe.output)
-            fresh = {each.item.stage.name: each.estimate for each in expected if each.to_run and not each.done}
-            tell_sizes(recipe.sizes, fresh, say)
+            estimates = _begin(recipe, planned, store, say)
         wait()
         for item in planned:
             with _ending(recipe, planned, item) if main else nullcontext():
@@ -125,6 +102,40 @@ def run(
         page = recipe.output / "report.html"
         written = (page if as_told else write_report(recipe.output)) if main and report else None
     return Result(recipe.output, records, written)
+
+
+def _begin(
+    recipe: Recipe, planned: list[Planned], store: Path | str | None, say: Callable[[str], None]
+) -> dict[str, Estimate]:
+    """Refuse what cannot end, say what is odd or new, write what a run's folder has from its beginning on.
+
+    What is returned is the estimates of the stages that are to run.
+    """
+    sweep(recipe.output)
+    odd = check_documents(recipe, planned)
+    expected = forecast(planned)
+    check_fits(expected)
+    check_ends(recipe, expected)
+    for line in warnings(expected, note=True):
+        say(f"note: {line}")
+    for line in [*odd, *warnings(expected)]:
+        say(f"warning: {line}")
+    if store is not None:  # so that no source and no backup takes the store's folders for documents
+        write_text(Path(store) / "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n")
+        join_store(Path(store), recipe.output)
+    write_text(recipe.output / "recipe.yaml", yaml.safe_dump(recipe.raw, sort_keys=False, allow_unicode=True))
+    for item in planned:
+        for line in repointed(item):
+            say(f"[{item.stage.name}] {line}")
+    keep_generations(planned)
+    _write_run(recipe, planned)
+    for folder in _weights(planned):
+        hub.fetch_weights(folder, say)
+    if recipe.sizes:
+        write_sizes(recipe.sizes, recipe.output)
+    fresh = {each.item.stage.name: each.estimate for each in expected if each.to_run and not each.done}
+    tell_sizes(recipe.sizes, fresh, say)
+    return {each.item.stage.name: each.estimate for each in expected if each.to_run}
 
 
 def _say_end(
@@ -181,7 +192,7 @@ def _run_stage(
         sweep(item.folder)
     if main and (other := begin(item)):
         say(f"[{name}] {other}; going on from there (--refresh {name} begins again)")
-    parts = _earlier(item) if main else []
+    parts = earlier(item) if main else []
     started, clock = datetime.now(UTC), time.perf_counter()
     result: StageResult = {}
     if main or stage.distributed:
@@ -194,7 +205,7 @@ def _run_stage(
         )  # fmt: skip
         try:
             consents = stage.consents(item.inputs, item.behind, item.reads.get("code", {}))
-            with _noted(item, parts, main), extras_named(), consenting(consents):
+            with noted(item, parts, main), extras_named(), consenting(consents):
                 result = stage.pointing_to(item.inputs).run(job)
         except Exception as error:
             if (named := _of_stage(item, error)) is None:
@@ -238,44 +249,6 @@ def _of_stage(item: Planned, error: Exception) -> PretrainError | None:
     return None
 
 
-@contextmanager
-def _noted(item: Planned, parts: list[Part], main: bool) -> Iterator[None]:
-    """Note what was spent where a stage does not come to its end, since it is part of what the stage takes."""
-    started, clock = datetime.now(UTC), time.perf_counter()
-    try:
-        yield
-    except BaseException:
-        if main:
-            with suppress(PretrainError, OSError):  # of a full disk the error is told by what ends the stage
-                every = [*parts, _part(started, time.perf_counter() - clock)]
-                write_json(item.folder / PARTS, sealed({"parts": every}))
-        raise
-
-
-def _part(started: datetime, seconds: float) -> Part:
-    """What a part of a stage has taken, which an interrupt has ended."""
-    from pretrain.core.meter import peak_memory
-
-    began = started.isoformat(timespec="seconds")
-    return {"started": began, "seconds": seconds, "peak_memory_bytes": peak_memory()}
-
-
-def _earlier(item: Planned) -> list[Part]:
-    """The parts of a stage that is gone on with; of one that begins again none."""
-    path = item.folder / PARTS
-    if path.exists() and not item.stage.progress(item.folder):
-        path.unlink()
-    with suppress(KeyError, TypeError, PretrainError):  # of a damaged note: what the parts took is not known then
-        rows = read_json(path) if path.exists() else []
-        rows = rows["parts"] if isinstance(rows, dict) else rows  # of before
-        return [
-            Part(started=str(r["started"]), seconds=r["seconds"] + 0.0, peak_memory_bytes=r["peak_memory_bytes"] + 0)
-            for r in rows
-        ]
-    warn(f"{path} is damaged: what the parts of this stage before have taken is not counted")
-    return []
-
-
 def write_record(
     item: Planned, result: StageResult, started: datetime, seconds: float, parts: Sequence[Part] = ()
 ) -> None:
@@ -286,7 +259,7 @@ def write_record(
     from pretrain.core.hardware import describe
 
     metrics = result.get("metrics", {})
-    last = _part(started, seconds)
+    last = part_of(started, seconds)
     every = [*parts, last]
     seconds = max(sum(part["seconds"] for part in every), metrics.get("seconds", 0.0))
     record: StageRecord = {

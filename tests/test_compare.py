@@ -102,6 +102,7 @@ def test_an_open_verdict_says_how_many_seeds_would_decide_it():
     assert judge(differences).word == UNDECIDED
     needed = seeds_to_decide(differences)
     assert 3 < needed < 20 and seeds_to_decide([1.0, -1.01, 0.01]) is None
+    assert seeds_to_decide([0.05, -0.03, 0.02]) is None  # 47, which nobody runs
     runs = {"base": [{"final": 0.0}] * 3, "other": [{"final": value} for value in differences]}
     table = {"base": {}, "other": {"verdict": {"word": UNDECIDED}}}
     (line,) = _undecided(table, runs)

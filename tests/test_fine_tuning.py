@@ -373,6 +373,7 @@ def test_a_recipe_fine_tunes_a_classifier_that_learns(tmp_path) -> None:
     log = [json.loads(line) for line in (folders["tuned"] / "log.jsonl").read_text().splitlines()]
     measured = [row for row in log if "metrics" in row][-1]["metrics"]
     assert {"loss", "accuracy", "macro_f1", "matthews"} <= set(measured)
+    assert 0.5 < found["metrics"]["confidence"] <= 1 and 0 <= found["metrics"]["ece"] < 0.5
     rows = json.loads((folders["evaluation"] / "documents.json").read_text())["task"]
     assert 0 < found["metrics"]["label_loss"] < 0.5 and len(rows) == found["metrics"]["documents"]
     assert np.mean([row["nll"] for row in rows]) == pytest.approx(found["metrics"]["label_loss"])
@@ -389,6 +390,15 @@ def test_a_recipe_fine_tunes_a_classifier_that_learns(tmp_path) -> None:
 ])  # fmt: skip
 def test_a_recipe_fine_tunes_taggers_and_regressions(tmp_path, model, objective, metric) -> None:
     assert metric in _run(tmp_path, model, objective, 4)[1]["metrics"]
+
+
+def test_the_calibration_error_is_the_distance_of_scores_from_the_share_that_is_right():
+    """By hand: in the bin of 0.9 half are right, which is 0.4 off; in that of 0.6 all are, 0.4 off the other way."""
+    from pretrain.evaluation.tasks.task import sureness
+
+    right_N, sure_N = np.array([True, False, True, True]), np.array([0.9, 0.9, 0.6, 0.6])
+    assert sureness(right_N, sure_N) == pytest.approx({"confidence": 0.75, "ece": 0.4})
+    assert sureness(np.array([True]), np.array([1.0])) == {"confidence": 1.0, "ece": 0.0}
 
 
 def test_what_does_not_fit_is_one_clear_error(tmp_path, tiny, context, prepared) -> None:

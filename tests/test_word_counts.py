@@ -168,6 +168,11 @@ def test_a_classifier_is_measured_and_reported_beside_word_counts_of_what_it_has
     new.write_text("\n".join(json.dumps(row) for row in rows(ENGLISH, 40, " ", seed=7)), encoding="utf-8")
     asked = ["evaluate", str(tmp_path / "run"), "--data", str(new), "--json"]
     assert json.loads(CliRunner().invoke(app, asked).stdout)["metrics"]["accuracy_of_counts"] == 1.0
+    plain = json.loads(CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), str(new), "--json"]).stdout)
+    assert plain["metrics"] == json.loads(CliRunner().invoke(app, asked).stdout)["metrics"]  # DATA in its place
+    for given in ([], [str(new), "--data", str(new)]):
+        refused = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), *given])
+        assert "DATA" in str(refused.exception) and "accepted: one of a corpus, a file" in str(refused.exception)
     (corpus,) = (tmp_path / "run").glob("data-*/corpus")
     corpus.rename(tmp_path / "elsewhere")
     assert "accuracy_of_counts" not in json.loads(CliRunner().invoke(app, asked).stdout)["metrics"]
@@ -208,6 +213,12 @@ def test_the_report_calls_the_counts_what_the_evaluation_chose():
     assert "worse than character n-grams: 0.46 where ridge regression on character n-grams" in told.judgement
     page["trainings"] = []
     assert "character n-grams: 0.71; the commonest alone: 0.13" in str(_cards(page | {"stages": []}, headline(page)))
+
+
+@pytest.mark.parametrize(("sure", "said"), [(0.95, True), (0.75, False)])
+def test_the_report_says_where_scores_promise_more_than_they_keep(sure, said):
+    judged = summarise(of_labels(FLAT, accuracy=0.7, majority=0.13, confidence=sure)).judgement
+    assert ("promise too much: 0.95 on average, where 0.70 are right" in judged) is said
 
 
 def test_the_report_names_the_worst_class_of_those_with_enough_documents():

@@ -17,7 +17,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json, sealed, write_json, write_text
 from pretrain.core.models.metrics import Direction, better
-from pretrain.core.quick.quantities import counted, short
+from pretrain.core.quick.quantities import counted, figure, short
 from pretrain.experiments.drawing import draw
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
@@ -293,9 +293,10 @@ def _undecided(table: Mapping[str, Outcome], runs: Mapping[str, Sequence[Outcome
         differences = [a["final"] - b["final"] for a, b in zip(runs[name], runs[baseline], strict=True)]
         count, needed = len(differences), seeds_to_decide(differences)
         if needed is None:
+            of = figure(abs(statistics.mean(differences)), 2)
             yield (
-                f"{name}: undecided, and more seeds will hardly decide it: the difference is small beside its chance. "
-                "A larger --budget may; or take the two as equal"
+                f"{name}: undecided, and more seeds will hardly decide it: a difference of {of} is "
+                "small beside its chance. A larger --budget may; or take the two as equal"
             )
         else:
             wanted = max(needed, count + 1)

@@ -12,6 +12,8 @@ import numpy as np
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 CONFIDENCE = 0.97  # chance then decides less than one comparison in twenty, of noise that is not normal as well
 
+MOST = 16  # seeds that anybody makes for a comparison
+
 Curve = Sequence[Sequence[float]]
 
 
@@ -38,7 +40,7 @@ def judge(differences: Sequence[float], better: str = "lower") -> Verdict:
     return Verdict(statistics.mean(differences), begin, end, resampled, decided(low, high, better))
 
 
-def seeds_to_decide(differences: Sequence[float], most: int = 50) -> int | None:
+def seeds_to_decide(differences: Sequence[float], most: int = MOST) -> int | None:
     """How many seeds Student's interval needs to leave zero out, at this mean and spread; None: more than `most`."""
     from scipy.stats import t
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 Placed: TypeAlias = "list[tuple[str, Document]]"  # documents with where they stand
 OnError = Literal["stop", "skip"]
 TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
+DATA = "A corpus, a file, a folder or a glob."
 SHOWN = 5  # wrong answers
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
 HEADER = "Whether a CSV's first row names its columns (by default if no number stands in it); else they are 0, 1, …"
@@ -41,7 +42,8 @@ ON_ERROR = "What a row that cannot be read does: stop, or skip."
 
 def evaluate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
-    data: Annotated[str, typer.Option(help="A corpus, a file, a folder or a glob.")],
+    file: Annotated[str | None, typer.Argument(metavar="[DATA]", help=DATA)] = None,
+    data: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
     split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
     max_documents: Annotated[Count, typer.Option()] = 2000,
     evaluations: Annotated[
@@ -64,7 +66,7 @@ def evaluate(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
-    target = _target(output, force)
+    data, target = _asked(data, file), _target(output, force)
     policy = None if on_error is None else on_error_of(on_error)
     methods_of(evaluations or [], "evaluation", "--evaluation: ")
     place = newest_checkpoint(checkpoint)
@@ -104,6 +106,15 @@ def evaluate(
     record = cast("JSONObject", nulled(result | ({"seen": seen} if seen else {})))
     _write(target, record)
     typer.echo(json.dumps(record, indent=2)) if as_json else _print(result)
+
+
+def _asked(data: str | None, file: str | None) -> str:
+    """What to measure on, given in its place or as an option."""
+    given = [each for each in (data, file) if each is not None]
+    if len(given) != 1:
+        words = "is missing" if not given else f"{file} and --data {data}"
+        raise PretrainError(f"evaluate: DATA {words}; accepted: one of {DATA[0].lower()}{DATA[1:].rstrip('.')}")
+    return given[0]
 
 
 def _write(target: Path | None, record: JSONObject) -> None:

@@ -24,6 +24,8 @@ SCORES = {
     "loss": ("a loss of", "", ""),
 }
 
+BOLD = 0.1  # by which scores are above the share of right answers, where that is worth a word
+
 
 @dataclass(frozen=True)
 class Headline:
@@ -205,6 +207,10 @@ def _of_answers(evaluation: Evaluated) -> str:
             f"Worst is “{worst_row.name}”: of its {worst_row.count} held-out documents {hits} are answered right, and "
             f"{worst_row.answered} are answered so in all (F1 {worst_row.f1:.2f})."
         )
+    sure = metrics.get("confidence")
+    if sure is not None and sure - metrics["accuracy"] > BOLD:
+        right = f"{sure:.2f} on average, where {metrics['accuracy']:.2f} are right"
+        words.append(f"Its scores promise too much: {right}; read them as an order, not as probabilities.")
     if unlearnt := int(metrics.get("unlearnt", 0)):
         words.append(f"Left out: {counted(unlearnt, 'document')} of classes that no training document has.")
     return " ".join(words)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pretrain.core.batch import NO_VOCABULARY, Context, Example, Vocabulary
 from pretrain.core.bounds import Whole
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from pretrain.corpus.sources import Document
     from pretrain.objectives.labelled import FineTuning
 
+BINS = 15  # of confidence, as in the paper
 BASELINES = {"majority", "mse_of_mean"}  # of the documents alone, which say nothing of the model
 
 
@@ -39,19 +41,20 @@ class Task(Evaluation):
 
     What the fine-tuning `objective` (`classification`, or `{method: seq2seq, target: summary}`) measures on documents
     with its columns: accuracy (`majority`: that of always answering the commonest class), macro F1 and Matthews'
-    correlation of classes, with how often each is taken for which, and `label_loss`, the mean of -log p(true
-    label) in nats; mean squared error (`mse_of_mean`: that of the mean), Pearson's and Spearman's correlation of
-    numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers. Of classes the wrong answers are listed
-    too, the most confident first. Where the training documents are there, counts of words and of character n-grams
-    learn from them as a yardstick, `accuracy_of_counts` or `mse_of_counts`: the best of naive Bayes with two
-    smoothings and of ridge regressions on tf-idf, by cross-validation on these documents; which it was stands beside
-    (`yardsticks`). Documents are cut to `length` tokens (0: the length
-    that the checkpoint was trained at); those of a class that was never learnt are passed over (`unlearnt` says how
-    many); an objective that shows training examples beside each document takes them from the corpus `pool`.
-    Intervals: bootstrap over documents, `resamples` times.
+    correlation of classes, with how often each is taken for which, and `label_loss`, the mean of -log p(true label)
+    in nats, `confidence`, the mean probability of what is answered, and `ece`, how far that is from the share that is
+    right (Guo et al., arXiv:1706.04599, over 15 bins); mean squared error (`mse_of_mean`: that of the mean),
+    Pearson's and Spearman's correlation of numbers; F1 of entities; exact match, F1 of words and ROUGE-L of answers.
+    Of classes the wrong answers are listed too, the most confident first. Where the training documents are there,
+    counts of words and of character n-grams learn from them as a yardstick, `accuracy_of_counts` or `mse_of_counts`:
+    the best of naive Bayes with two smoothings and of ridge regressions on tf-idf, by cross-validation on these
+    documents; which it was stands beside (`yardsticks`). Documents are cut to `length` tokens (0: the length that the
+    checkpoint was trained at); those of a class that was never learnt are passed over (`unlearnt` says how many); an
+    objective that shows training examples beside each document takes them from the corpus `pool`. Intervals:
+    bootstrap over documents, `resamples` times.
     """
 
-    version: ClassVar[int] = 2  # the counts beside it are the best of several, and wrong answers are listed
+    version: ClassVar[int] = 3  # 2: counts beside it are the best of several, wrong answers listed; 3: confidence
 
     objective: InnerObjective = "classification"
     pool: Ref = ""
@@ -91,15 +94,22 @@ class Task(Evaluation):
         )  # fmt: skip
         answered, true = objective.answered(model, examples, context), objective.expected(examples, context)
         predicted, nll = answered.values, answered.nll
+        sure_N = np.array(answered.probabilities, float)
+        right_N = (
+            np.array([answer == label for answer, label in zip(predicted, true, strict=True)])
+            if len(sure_N)
+            else sure_N
+        )
 
-        def metrics(chosen: Sequence[int]) -> dict[str, float]:
+        def metrics(chosen: Sequence[int] | NDArray[np.int64]) -> dict[str, float]:
             measured: dict[str, float] = objective.metrics([predicted[i] for i in chosen], [true[i] for i in chosen])
-            return measured | ({"label_loss": float(np.mean([nll[i] for i in chosen]))} if nll else {})
+            measured |= {"label_loss": float(np.mean([nll[i] for i in chosen]))} if nll else {}
+            return measured | (sureness(right_N[chosen], sure_N[chosen]) if len(sure_N) else {})
 
         names = [d.get("domain") or "" for d in known]
         domains = {name: [i for i, other in enumerate(names) if other == name] for name in sorted({*names} - {""})}
         by_domain = {name: metrics(chosen) for name, chosen in domains.items()} if len(domains) > 1 else {}
-        whole = metrics(range(len(known)))
+        whole = metrics(np.arange(len(known)))
         rows: list[dict[str, str | float]] = [
             {"domain": name, "nll": value, "targets": 1.0} for name, value in zip(names, nll, strict=bool(nll))
         ]
@@ -153,12 +163,19 @@ class Task(Evaluation):
         return Examples(Corpus(corpus_of(Path(self.pool))), "train", tokenizer, self.method.columns)
 
     def _intervals(
-        self, metrics: Callable[[Sequence[int]], dict[str, float]], count: int
+        self, metrics: Callable[[Sequence[int] | NDArray[np.int64]], dict[str, float]], count: int
     ) -> dict[str, tuple[float, float]]:
         rng = np.random.default_rng(self.seed)
-        drawn = [metrics(rng.integers(count, size=count).tolist()) for _ in range(self.resamples)]
+        drawn = [metrics(rng.integers(count, size=count)) for _ in range(self.resamples)]
         ends: dict[str, tuple[float, float]] = {}
         for name in [name for name in drawn[0] if name not in BASELINES] if drawn else ():
             low, high = np.quantile([resample[name] for resample in drawn], [0.025, 0.975])
             ends[name] = (float(low), float(high))
         return ends
+
+
+def sureness(right_N: NDArray[np.bool_], sure_N: NDArray[np.float64]) -> dict[str, float]:
+    """`confidence`, the mean probability of answers, and `ece`, its distance from the share right, by bins of it."""
+    bin_N = np.minimum((sure_N * BINS).astype(int), BINS - 1)
+    gap_M = np.bincount(bin_N, sure_N - right_N, minlength=BINS)
+    return {"confidence": float(sure_N.mean()), "ece": float(np.abs(gap_M).sum() / len(sure_N))}
