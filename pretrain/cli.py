@@ -200,6 +200,12 @@ def _cells(guess: Estimate) -> tuple[str, ...]:
     return tuple("-" if value is None else write(value) for value, write in columns)
 
 
+PLAIN = {  # what has another name elsewhere, and the option for it
+    "greedy": "--temperature 0", "sampling": "--temperature 0.8", "sample": "--temperature 0.8",
+    "nucleus": "--top-p 0.95", "top_p": "--top-p 0.95",
+}  # fmt: skip
+
+
 @app.command()
 def generate(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
@@ -226,6 +232,8 @@ def generate(
     from pretrain.stages.decode import continue_prompt
     from pretrain.stages.evaluate import load_text
 
+    if (way := PLAIN.get(str(method))) is not None:
+        raise PretrainError(f"--method {method}: the plain loop does that; accepted: {way}, without --method")
     chosen = [method] if method else []
     measuring.methods_of(chosen, "decoding")  # what is wrong with it is said before anything large is imported
     place = newest_checkpoint(checkpoint)

@@ -161,7 +161,8 @@ def put(raw: Raw, name: str, value: JSON, where: str) -> Place:
     elif steps[0].isdecimal() and int(steps[0]) < len(stages):
         index = int(steps[0])
     else:
-        hint = nearest(steps[0], filter(None, names))
+        of_kind = [names[i] for i, s in enumerate(stages) if isinstance(s, dict) and s.get("stage") == steps[0]]
+        hint = f" (did you mean {of_kind[0]!r}?)" if len(of_kind) == 1 else nearest(steps[0], filter(None, names))
         raise PretrainError(f"{where} {name!r}: no stage {steps[0]!r}{hint}; accepted: {known or 'none'}")
     if len(steps) == 1:
         stages[index] = value

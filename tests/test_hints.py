@@ -131,3 +131,22 @@ def test_a_plan_says_where_others_want_the_cores(monkeypatch):
 def test_the_help_shows_a_type_of_a_value_that_may_be_missing_with_its_bounds():
     shown = " ".join(CliRunner().invoke(app, ["predict", "--help"]).output.split())
     assert "Annotated" not in shown and "<int range> [x>=1]" in shown
+
+
+@pytest.mark.parametrize(("name", "meant"), [
+    ("lr", "optimizer.lr"), ("num_train_epochs", "budget.epochs"), ("warmup_steps", "schedule.warmup"),
+    ("bf16", "precision"), ("hidden_size", "model.hidden_size"), ("batch_size", "batch_rows"),
+])  # fmt: skip
+def test_a_field_by_the_name_and_at_the_place_of_other_trainers_is_answered_with_ours(here, name, meant):
+    assert f"unknown field (did you mean '{meant}'?)" in refused("run", "mine.yaml", "--set", f"model.{name}=3")
+
+
+@pytest.mark.parametrize(("method", "option"), [("greedy", "--temperature 0"), ("top_p", "--top-p 0.95")])
+def test_plain_ways_to_decode_are_answered_with_their_options(here, method, option):
+    assert f"accepted: {option}, without --method" in refused("generate", "nowhere", "--method", method)
+
+
+def test_a_stage_that_is_called_by_its_kind_is_answered_with_its_name(here):
+    assert "no stage 'train' (did you mean 'model'?); accepted: corpus, tokenizer, model" in refused(
+        "run", "mine.yaml", "--set", "train.budget.steps=3"
+    )

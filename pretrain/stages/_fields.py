@@ -18,11 +18,29 @@ if TYPE_CHECKING:
 
 Built = TypeVar("Built", bound="DataclassInstance")
 
+WITHIN = {  # what other trainers have as a field of the training stands in one of its parts here
+    "optimizer.lr": ("lr", "learning_rate", "rate"),
+    "optimizer.weight_decay": ("weight_decay", "decay"),
+    "schedule.warmup": ("warmup", "warmup_steps", "warmup_ratio"),
+    "budget.steps": ("steps", "max_steps", "num_steps"),
+    "budget.epochs": ("epochs", "num_train_epochs", "num_epochs", "max_epochs"),
+    "budget.tokens": ("tokens", "max_tokens"),
+    "budget.seconds": ("seconds", "minutes", "max_time"),
+    "budget.flops": ("flops",),
+    "clip": ("max_grad_norm", "grad_clip", "gradient_clip_val"),
+    "precision": ("fp16", "bf16", "dtype", "torch_dtype", "mixed_precision"),
+    "model.hidden_size": ("hidden_size", "d_model", "n_embd", "width"),
+    "model.num_hidden_layers": ("num_hidden_layers", "n_layer", "depth", "layers"),
+    "model.num_attention_heads": ("num_attention_heads", "n_head", "heads"),
+}
+
 
 def unknown_field(name: str, cls: type[BaseModel]) -> str:
     """What to say of a name that is no field of a stage."""
     known = [field for field in cls.model_fields if field != "version"]
-    return f"unknown field{nearest(name, known)}; accepted: {', '.join(known)}"
+    within = next((place for place, names in WITHIN.items() if name in names and place.partition(".")[0] in known), "")
+    hint = f" (did you mean '{within}'?)" if within else nearest(name, known)
+    return f"unknown field{hint}; accepted: {', '.join(known)}"
 
 
 def first_mistake(
