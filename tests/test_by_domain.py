@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from pretrain.evaluation.likelihood.held_out import measured
 from pretrain.report.charts import bits_chart
 from pretrain.report.data import FEW_BYTES, MAX_DOMAINS, bars, collect
 from pretrain.report.page import write
-from pretrain.stages.evaluate import summary
+from pretrain.stages.evaluate import Evaluate, summary
 
 
 def documents(**counts: int) -> list[dict]:
@@ -34,6 +35,19 @@ def test_a_domain_has_the_interval_that_its_documents_alone_would_have():
         assert whole.domain_intervals[domain] == alone.intervals
         low, high = whole.domain_intervals[domain]["bits_per_byte"]
         assert low < whole.domains[domain]["bits_per_byte"] < high
+
+
+def test_a_line_says_the_largest_domains_and_how_many_more_there_are():
+    said = []
+    domains = {f"d{number}": {"bits_per_byte": 1.0 + number / 10} for number in range(8)}
+    sizes = {name: {"documents": 1, "bytes": 10 * number} for number, name in enumerate(domains)}
+    result = {"metrics": {"bits_per_byte": 1.2}, "compressors": {}, "domains": domains, "sizes": sizes}
+    job, stage = SimpleNamespace(say=said.append), Evaluate(checkpoint="c", corpus="d")
+    stage._say(job, result)
+    assert said[1:] == ["by domain: d7 1.700, d6 1.600, d5 1.500, d4 1.400, d3 1.300, d2 1.200, 2 more"]
+    said.clear()
+    stage._say(job, result | {"domains": {"d0": domains["d0"]}})
+    assert len(said) == 1
 
 
 def test_a_domain_of_few_documents_has_no_interval_and_the_others_keep_theirs():

@@ -279,6 +279,14 @@ def test_what_a_held_out_prompt_is(texts, cut):
     assert beginnings(documents, 3) == cut
 
 
+def test_held_out_prompts_are_of_each_domain_in_turn():
+    rows = [
+        {"text": f"{name} {number} more words here", "domain": name[0]} for name in ("en", "fr") for number in range(4)
+    ]
+    drawn = beginnings(SimpleNamespace(sample=lambda split, most, columns: rows), 3)
+    assert [prompt[:4] for prompt, _ in drawn] == ["en 0", "fr 0", "en 1"]
+
+
 def test_a_decode_stage_without_anything_to_continue_is_refused():
     with pytest.raises(PretrainError, match="at least one, or a corpus"):
         Decode(checkpoint="c")

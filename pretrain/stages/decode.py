@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, model_validator
@@ -108,16 +109,20 @@ class Decode(Stage):
 
 
 def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:
-    """Of at most so many held-out documents their beginning, to the end of a word if there is one, and the rest."""
-    texts = [str(document.get("text") or "") for document in corpus.sample("test", 4 * most, ("text",))]
-    cut = []
-    for text in texts:
+    """Of at most so many held-out documents their beginning, to the end of a word if there is one, and the rest.
+
+    Each domain is taken from in turn.
+    """
+    by_domain: dict[str, list[tuple[str, str]]] = {}
+    for document in corpus.sample("test", 16 * most, ("text", "domain")):
+        text = str(document.get("text") or "")
         half = text[: min(BEGINNING, len(text) // 2)]
         end = max(half.rfind(" "), half.rfind("\n"))
         prompt = half[:end] if end > 0 else half
         if prompt.strip():
-            cut.append((prompt, text[len(prompt) :]))
-    return cut[:most]
+            by_domain.setdefault(str(document.get("domain")), []).append((prompt, text[len(prompt) :]))
+    turns = zip_longest(*by_domain.values())
+    return [beginning for turn in turns for beginning in turn if beginning is not None][:most]
 
 
 def check_sampling(method: Decoding | None, temperature: float | None, top_p: float | None) -> None:

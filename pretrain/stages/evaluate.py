@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
     from pretrain.core.processors import Processor
 
+SHOWN = 6  # domains in a line
 Opener: TypeAlias = "Callable[..., tuple[PreTrainedModel, Processor | None]]"  # of a folder and a keyword `device`
 
 
@@ -139,19 +140,30 @@ class Evaluate(Stage):
         write_json(job.folder / "documents.json", {name: m.documents for name, m in measured.items() if m.documents})
         if listed := {name: m.listed for name, m in measured.items() if m.listed}:
             write_json(job.folder / "codes.json", listed)
+        self._say(job, result)
         metrics = result["metrics"]
+        by_domain = {f"{k}/{domain}": v for domain, values in result["domains"].items() for k, v in values.items()}
+        opened = self.opening.measured(model) if self.opening else {}
+        return {"metrics": by_domain | metrics | opened, "flops": flops}
+
+    def _say(self, job: Job, result: Record) -> None:
+        """What came out, in a line, and of the largest domains in another."""
+        metrics, domains = result["metrics"], result["domains"]
         if "bits_per_byte" in metrics:
             tools = {tool: values["metrics"].get("bits_per_byte") for tool, values in result["compressors"].items()}
             others = "".join(f", {tool} {bits:.3f}" for tool, bits in tools.items() if bits is not None)
             whole = " (all text as one stream)" if others and len(result["domains"]) > 1 else ""
             job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}{whole}")
+            bits = {name: values["bits_per_byte"] for name, values in domains.items() if "bits_per_byte" in values}
+            size = {name: result["sizes"].get(name, {}).get("bytes", 0) for name in bits}
+            largest = sorted(bits, key=lambda name: -size[name])[:SHOWN]
+            more = f", {len(bits) - SHOWN} more" if len(bits) > SHOWN else ""
+            if len(bits) > 1:
+                job.say(f"by domain: {', '.join(f'{name} {bits[name]:.3f}' for name in largest)}{more}")
         else:
             job.say(", ".join(f"{name} {figure(value)}" for name, value in metrics.items()))
             for name, words in result.get("yardsticks", {}).items():
                 job.say(f"{name} is of {words}, chosen on the training documents")
-        by_domain = {f"{k}/{domain}": v for domain, values in result["domains"].items() for k, v in values.items()}
-        opened = self.opening.measured(model) if self.opening else {}
-        return {"metrics": by_domain | metrics | opened, "flops": flops}
 
 
 def check_windows(method: Evaluation, count: int | None, whose: str, place: tuple[str | int, ...] = ()) -> None:
