@@ -12,6 +12,7 @@ from pretrain.core import checkpoint
 from pretrain.core.generation.loop import decode
 from pretrain.decoding.speculative.prompt_lookup import PromptLookup
 from pretrain.decoding.speculative.speculative_decoding import SpeculativeDecoding
+from pretrain.decoding.speculative.suffix_decoding import SuffixDecoding, Texts
 
 FAMILIES = ["llama", "qwen3", "gpt2"]
 
@@ -37,7 +38,13 @@ def test_the_tokens_are_the_greedy_ones_whatever_is_drafted(tiny, saved, family)
     for seed in range(2):
         model = tiny(family, seed=seed, **WIDE[family])
         draft = SpeculativeDecoding(saved(tiny(family, seed=9, **WIDE[family]), f"draft{seed}"))
-        for method in (PromptLookup(), PromptLookup(match=1, copy=3), draft):
+        for method in (
+            PromptLookup(),
+            PromptLookup(match=1, copy=3),
+            draft,
+            SuffixDecoding(),
+            SuffixDecoding(offset=3),
+        ):
             for length, new in ((1, 30), (7, 1), (20, 2), (20, 30)):
                 ids_1L = prompt(length, seed)
                 assert torch.equal(method.generate(model, ids_1L, max_new_tokens=new), greedy(model, ids_1L, new))
@@ -114,3 +121,65 @@ def test_a_draft_may_have_rows_of_padding(tiny, saved, prepared, tmp_path):
     method = SpeculativeDecoding(str(tmp_path / "wide"))
     tokens_1N, count = counted(method, model, ids_1L, 20)
     assert torch.equal(tokens_1N, greedy(model, ids_1L, 20)) and count < 20
+
+
+def grown(texts, context, **fields):
+    """The tokens of the best tree by their way from the last token, and the sum of their probabilities."""
+    made = Texts()
+    for text in texts:
+        made.extend(made.begin(), text)
+    guess = made.guess(context, SuffixDecoding(**fields))
+    ways = []
+    for token, parent in zip(guess.tokens, guess.parents, strict=True):
+        ways.append((*(ways[parent] if parent >= 0 else ()), token))
+    return ways, guess.score
+
+
+def test_a_tree_of_suffixes_has_the_shares_of_what_followed_the_match():
+    """By hand: after 1 2 came 3 twice and 4 once, and nothing yet at the end: 2/4 and 1/4; after 1 2 3 5 and 6."""
+    text = [1, 2, 3, 5, 1, 2, 3, 6, 1, 2, 4, 9, 1, 2]
+    ways, score = grown([text], text, offset=3)
+    assert ways[:2] == [(3,), (3, 5)] or ways[:2] == [(3,), (4,)]
+    assert {*ways} == {(3,), (4,), (3, 5), (3, 6), (4, 9)}  # at most 2 + 3 tokens after a match of two
+    assert score == pytest.approx(2 / 4 + 1 / 4 + 1 / 4 + 1 / 4 + 1 / 4)
+    assert grown([text], text, offset=3, least=0.3) == ([(3,)], 0.5)
+    assert grown([text], text, factor=0.5)[0] == [(3,)]  # one token for a match of two
+    assert grown([text], [7, 8])[0] == []
+
+
+def test_the_longest_match_wins_among_trees_of_one_score_and_more_is_drafted_the_more_has_matched():
+    text = [
+        5,
+        1,
+        2,
+        3,
+        4,
+        8,
+        8,
+        5,
+        1,
+        2,
+        3,
+        4,
+    ]  # five tokens match, so that five are drafted; each has followed once of two
+    ways, score = grown([text], text)
+    assert ways == [(8,), (8, 8), (8, 8, 5), (8, 8, 5, 1), (8, 8, 5, 1, 2)] and score == pytest.approx(5 / 2)
+    assert len(grown([text], text, depth=6)[0]) == 3  # a match and its draft are 6 tokens at most
+
+
+def test_what_was_answered_before_is_drafted_again(tiny):
+    model, ids_1L = learnt(tiny("llama")), prompt(6, 0, 20)
+    method, plain = SuffixDecoding(), SuffixDecoding(answers=0)
+    first_1N, count = counted(method, model, ids_1L, 40)
+    again_1N, fewer = counted(method, model, ids_1L, 40)
+    assert torch.equal(first_1N, again_1N) and torch.equal(first_1N, greedy(model, ids_1L, 40))
+    assert fewer <= count / 2
+    assert counted(plain, model, ids_1L, 40)[1] == counted(plain, model, ids_1L, 40)[1] == count
+
+
+def test_the_oldest_answers_are_forgotten():
+    texts = Texts()
+    for number in range(4):
+        texts.extend(texts.begin(), [number, 7])
+    texts.forget(2)
+    assert [*texts.texts.values()] == [[2, 7], [3, 7]] and [*texts.places] == [*texts.texts]

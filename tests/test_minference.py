@@ -332,6 +332,28 @@ def test_on_a_gpu_flexible_attention_is_gathered_attention(dtype):
     )  # fmt: skip
 
 
+def test_files_that_the_authors_published_are_read(tiny, tmp_path):
+    """The form of their `configs/*_best_pattern.json`: a head that is missing has their default."""
+    path = tmp_path / "Llama_best_pattern.json"
+    first = {
+        "0": ["vertical_and_slash", 30, 800, 185169],
+        "1": ["stream_llm", 100, 800, 0.9],
+        "3": ["block_sparse", 9, 9, 1],
+    }
+    path.write_text(json.dumps([first, {str(head): ["vertical_and_slash", 3500, 100, 0.675] for head in range(4)}]))
+    model = tiny(**WIDE["llama"])
+    usual = Pattern("vertical_slash", (1000, 6096))
+    above, below = MInference(patterns=str(path)).of(model)
+    assert above == [
+        Pattern("vertical_slash", (30, 800)), Pattern("a_shape", (100, 800)), usual, Pattern("block_sparse", (100,)),
+    ]  # fmt: skip
+    assert below == [Pattern("vertical_slash", (3500, 100))] * 4
+    for wrong in ([first], [first, {"0": ["other", 1, 1, 1]}], [first, {"0": ["stream_llm", 0, 1, 1]}], [first, 7]):
+        path.write_text(json.dumps(wrong))
+        with pytest.raises(PretrainError, match=r"accepted: 2 layers of 4 heads"):
+            MInference(patterns=str(path)).of(model)
+
+
 def test_what_cannot_be_done_is_one_clear_error(tiny, tmp_path):
     for name in ("vertical", "slash", "last_q"):
         with pytest.raises(PretrainError, match=f"minference: {name} 0: accepted: 1 or more"):

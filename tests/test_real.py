@@ -291,6 +291,7 @@ LOSSLESS = {  # the settings with which a method gives what plain decoding gives
     "aded": {},
     "code_steering": {},
     "prompt_lookup": {},
+    "suffix_decoding": {},
     "token_recycling": {},
     "prepacking": {},
     **{name: {"compression_ratio": 0.0} for name in ("streaming_llm", "snapkv", "h2o", "expected_attention")},

@@ -154,9 +154,9 @@ def _row(
         forward.keep(path)
         before, new = len(new), options.cut([*new, *verified][:most], len(new))
         verified = new[before:]
+        draft.learn(tokens, logits_TV, verified)  # what comes last as well: some drafts are of the answers before
         if len(new) >= most or options.at_end(new):
             return new
-        draft.learn(tokens, logits_TV, verified)
 
 
 def _walk(

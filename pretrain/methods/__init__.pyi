@@ -34,6 +34,7 @@ from pretrain.decoding.offloading.expert_store import ExpertStore as ExpertStore
 from pretrain.decoding.speculative.aded import ADED as ADED
 from pretrain.decoding.speculative.prompt_lookup import PromptLookup as PromptLookup
 from pretrain.decoding.speculative.speculative_decoding import SpeculativeDecoding as SpeculativeDecoding
+from pretrain.decoding.speculative.suffix_decoding import SuffixDecoding as SuffixDecoding
 from pretrain.decoding.speculative.token_recycling import TokenRecycling as TokenRecycling
 from pretrain.decoding.steering.code_steering import CodeSteering as CodeSteering
 from pretrain.evaluation.generation.bartscore import BARTScore as BARTScore

@@ -32,6 +32,8 @@ from pretrain.decoding.long_context._sparse_attention import (
 
 VERTICALS = (30, 100, 500, 1000, 3500)  # the numbers of columns that the search tries
 STEP = 50  # of the number of slashes
+DEFAULT: list[str | int] = ["vertical_and_slash", 1000, 6096]  # of a head that the authors' files leave out
+BLOCKS = 100  # of a block-sparse head of theirs, whatever its file says
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,10 @@ class MInference(Decoding):
     i - j with the largest sums of softmax(q_i k_j / sqrt(d)) over the last `last_q` queries i; the first 30 columns and
     the nearest 100 diagonals are among them. Block-sparse: for each block of queries the `blocks` blocks of 64 keys
     with the largest product of means, mean(q) mean(k). Then decoding is dense over the whole cache. `search` finds each
-    head's pattern offline; `patterns` is the JSON file with what it returned. Without one all heads are vertical-slash
-    with `vertical` and `slash`, which keep every key of a prompt of up to 6096 tokens.
+    head's pattern offline; `patterns` is the JSON file with what it returned, or one that the authors have published:
+    a list of layers with `[vertical_and_slash, vertical, slash, error]` by the number of a head, where a head that is
+    missing is vertical-slash with 1000 and 6096, and block-sparse is always of 100 blocks. Without one all heads are
+    vertical-slash with `vertical` and `slash`, which keep every key of a prompt of up to 6096 tokens.
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
@@ -95,8 +99,12 @@ def _read(path: Path, layers: int, heads: int) -> list[list[Pattern]]:
     """The patterns in a file that `search` filled."""
     wanted = f"{layers} layers of {heads} heads, each {{pattern: {' or '.join(SIZES)}, and its sizes, 1 or more}}"
     try:
-        patterns = [[_pattern(head) for head in layer] for layer in read_json(path)["layers"]]
-    except (KeyError, TypeError, ValueError) as error:
+        given = read_json(path)
+        if isinstance(given, list):
+            patterns = [[_published(layer.get(str(head), DEFAULT)) for head in range(heads)] for layer in given]
+        else:
+            patterns = [[_pattern(head) for head in layer] for layer in given["layers"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise PretrainError(f"minference: patterns {path}: {error!r}: accepted: {wanted}") from error
     if [len(layer) for layer in patterns] != [heads] * layers or min(
         min(h.sizes) for layer in patterns for h in layer
@@ -105,6 +113,13 @@ def _read(path: Path, layers: int, heads: int) -> list[list[Pattern]]:
             f"minference: patterns {path}: {[len(layer) for layer in patterns]} heads: accepted: {wanted}"
         )
     return patterns
+
+
+def _published(head: list[str | int]) -> Pattern:
+    """A head's pattern as the authors' files have it."""
+    name, first, second = head[:3]
+    kind = {"vertical_and_slash": "vertical_slash", "stream_llm": "a_shape", "block_sparse": "block_sparse"}[str(name)]
+    return Pattern(kind, (BLOCKS,) if kind == "block_sparse" else (int(first), int(second)))
 
 
 def _pattern(head: JSONObject) -> Pattern:
