@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from math import log, sqrt
+from random import Random
 
 import pytest
 import torch
@@ -56,6 +57,7 @@ def test_each_visit_is_the_child_of_the_highest_score():
     """Against the search replayed from its definition, with each decision made from a count of the paths so far."""
     trigrams, method = searched(0), ADED(length=3, successors=4, c1=2.0, c2=8.0)
     paths: list[tuple[tuple[int, ...], float]] = []
+    random = Random(0)
 
     def top(before: int, token: int) -> list[tuple[int, float]]:
         return sorted(trigrams.get((before, token), {}).items(), key=lambda item: -item[1])[:4]
@@ -76,9 +78,9 @@ def test_each_visit_is_the_child_of_the_highest_score():
             end = not known or len(path) == 3
             path, total = (*path, token), total + p
         whole = path
-        while len(whole) < 4 and top(*whole[-2:]):
-            token, p = top(*whole[-2:])[0]
-            whole, total = (*whole, token), total + p
+        while len(whole) < 4 and (row := trigrams.get(whole[-2:])):
+            (token,) = random.choices([*row], [*row.values()])  # drawn, as the authors' code does
+            whole, total = (*whole, token), total + row[token]
         paths.append((path, total))
     root = method.search(trigrams, (3, 4), 60)
     assert root.visits == 60 and len({p for p, _ in paths}) > 12

@@ -59,12 +59,14 @@ class SCBench(Evaluation):
     `multi_request` each query follows the context alone. Six tasks, made from the documents and random strings of
     `width` letters: `kv`, a key's value; `prefix_suffix`, the string of that beginning and end; `variable`, a number
     `hops` assignments away; `frequent`, the most frequent word and others' counts; `many_shot`, a document's domain;
-    `mix`, hidden numbers and lines to repeat. Without `tasks`: those that the documents allow. Context and conversation
-    have `length` tokens together. Answers are greedy and right if their first line holds the true one. Metrics, for
-    each mode: `scbench_MODE`, the accuracy, of a task `scbench_MODE_TASK`, of a turn `scbench_MODE@2`, and with `_logp`
-    the mean log-likelihood of a true answer's token; `scbench_kv_bytes`, the cache after the context. `cache`: `full`;
-    `window`, which after each pass keeps the first `sink` and the last `window` tokens; or a decoding method over the
-    cache, as `pyramid_infer` or `{method: pyramid_infer, recent_ratio: 0.1}`. Intervals: bootstrap over contexts.
+    `mix`, hidden numbers and lines to repeat. The first three and `many_shot` are kinds of the paper's tasks on local
+    data, the other two are not its own; none is its published data, so that numbers do not compare with its tables.
+    Without `tasks`: those that the documents allow. Context and conversation have `length` tokens together. Answers
+    are greedy and right if their first line holds the true one. Metrics, for each mode: `scbench_MODE`, the accuracy,
+    of a task `scbench_MODE_TASK`, of a turn `scbench_MODE@2`, and with `_logp` the mean log-likelihood of a true
+    answer's token; `scbench_kv_bytes`, the cache after the context. `cache`: `full`; `window`, which after each pass
+    keeps the first `sink` and the last `window` tokens; or a decoding method over the cache, as `pyramid_infer` or
+    `{method: pyramid_infer, recent_ratio: 0.1}`. Intervals: bootstrap over contexts.
     """
 
     estimated: ClassVar[bool] = False

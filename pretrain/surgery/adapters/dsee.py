@@ -107,13 +107,16 @@ class DSEE(Surgery):
 
     W becomes W ⊙ S1 + (alpha / rank) · (BA + S2). B, A and the `nonzero` numbers of S2 alone are trained, (O + I) ·
     rank + `nonzero` a matrix; B and S2 are zero at first. The places of S2 are those of S in W ≈ UV + S, found by
-    greedy bilateral smoothing at the same rank. S1 sets `sparsity` of the frozen weights to zero, the smallest first,
-    in all linear layers of the blocks, the adapted ones and the others ranked apart; merging makes the adapted ones
-    dense again. In the paper the model is tuned, then pruned, then tuned again: on a model that dsee has adapted, with
-    the same other fields, it only prunes, and `scores: updates` ranks the adapted layers' weights by the change learnt
-    there. The meter counts products with these zeros. With no zeros the adapter is a LoRA in `peft`'s format too, of
-    one rank more for each row of S2 in use. `where`: query_value, attention, feed_forward or all; `targets`: the ends
-    of other layers' names. Metrics: `trained_parameters` and, where something is pruned, `zeros`, their share.
+    greedy bilateral smoothing at the same rank, where the authors' code takes the largest entries of what is left
+    after a hundred rounds of five directions: of a query matrix of SmolLM2-135M 3% of its norm, by two random starts
+    with 23 of 64 places in common, none of them ours, which two starts agree on in 54. S1 sets `sparsity` of the
+    frozen weights to zero, the smallest first, in all linear layers of the blocks, the adapted ones and the others
+    ranked apart; merging makes the adapted ones dense again. In the paper the model is tuned, then pruned, then tuned
+    again: on a model that dsee has adapted, with the same other fields, it only prunes, and `scores: updates` ranks
+    the adapted layers' weights by the change learnt there. The meter counts products with these zeros. With no zeros
+    the adapter is a LoRA in `peft`'s format too, of one rank more for each row of S2 in use. `where`: query_value,
+    attention, feed_forward or all; `targets`: the ends of other layers' names. Metrics: `trained_parameters` and,
+    where something is pruned, `zeros`, their share.
     """
 
     adapts: ClassVar[bool] = True
