@@ -170,6 +170,9 @@ def shortfall(stage: Stage, record: StageRecord, estimates: Mapping[str, Estimat
         return ""
     how = "slower, or busier," if share < 1 else "quicker"
     advice = "; a smaller size or more seconds would suit it" if share < 1 else ""
+    if other := record.get("planned", {}).get("instead"):
+        changes = " ".join(f"--set {name}={value}" for name, value in other["changes"].items())
+        advice = f"; {other['size']}, which {changes} chooses, or more seconds would suit it"
     return (
         f"warning: {duration(budget['seconds'])} made {share:.0%} of the FLOPs that were planned ({short(spent)} of "
         f"{short(planned or 0)}): this machine was {how} than it was taken to be{advice}"

@@ -86,6 +86,14 @@ class Made(TypedDict):
 
     flops: float
     steps: float
+    instead: NotRequired[Suited]  # where it made far fewer FLOPs in its seconds
+
+
+class Suited(TypedDict):
+    """The size that the dial would have chosen for as many FLOPs as a budget of seconds came to."""
+
+    size: str
+    changes: dict[str, str]  # of the recipe's fields
 
 
 class StageResult(TypedDict, total=False):

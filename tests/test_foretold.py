@@ -123,3 +123,52 @@ def test_a_finished_training_keeps_what_it_was_planned_to_make(tmp_path, stories
     record = json.loads((tmp_path / "run" / "model" / "stage.json").read_text())
     assert record["planned"]["steps"] == 3 and record["planned"]["flops"] == pytest.approx(record["flops"], rel=0.2)
     assert collect(tmp_path / "run")["stages"][2]["planned"] == record["planned"]
+
+
+def taken_for(folder: Path, rate: float) -> None:
+    """Have a run's sizes chosen as on a machine of so many FLOP/s."""
+    from pretrain.core.files import sealed, write_json
+
+    (folder / "run").mkdir()
+    write_json(folder / "run" / "plan.json", sealed({"rate": rate, "beside": {"block": 1e-5, "logit": 1e-12}}))
+
+
+def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_command_for_one_that_can(tmp_path, texts):
+    from pretrain.engine import run
+
+    taken_for(tmp_path, 3e12)
+    sizes = settled(tmp_path, texts, budget={"seconds": 1.5}, length=64)
+    lines: list[str] = []
+    run(tmp_path / "auto.yaml", output=tmp_path / "run", say=lines.append)
+    (told,) = [line for line in lines if "of the FLOPs; for so many" in line]
+    made = json.loads((tmp_path / "run" / "model" / "stage.json").read_text())
+    assert made["metrics"]["steps"] > 10
+    command = told.partition("Ctrl-C, then ")[2].partition(";")[0]
+    assert command.startswith(f"pretrain run {tmp_path / 'auto.yaml'} --output {tmp_path / 'run'} --set model.budget.")
+    other = recipes.load(tmp_path / "auto.yaml", [command.split()[-1]], tmp_path / "run").sizes[0].choice.shape
+    assert f"chooses width {other.width}, {other.depth} block" in told and f"vocabulary {other.vocabulary:,}:" in told
+    assert other.weights < sizes[0].choice.shape.weights
+    summary = summarise(collect(tmp_path / "run"))
+    assert made["planned"]["instead"]["size"] in summary.advice and "--set model.budget.flops=" in summary.command
+    assert made["planned"]["instead"]["size"] in lines[-1] or any("would suit it" in line for line in lines)
+
+
+@pytest.mark.parametrize("share", [0.5, 0.1, 0.02])
+def test_the_size_for_a_slower_machine_is_what_its_budget_of_flops_chooses_and_takes_the_time(tmp_path, texts, share):
+    from pretrain.dial.choose import slowed
+
+    taken_for(tmp_path, 1e11)
+    (before,) = settled(tmp_path, texts, budget={"seconds": 600})
+    other = before.instead(share)
+    (place, flops), *_ = other.changes.items()
+    (again,) = recipes.load(tmp_path / "auto.yaml", [f"{place}={flops}"], tmp_path / "run").sizes
+    choice = slowed(before.task, share)
+    assert again.choice.shape == choice.shape and again.choice.shape.weights < before.choice.shape.weights
+    assert choice.seconds == pytest.approx(600, rel=0.05)
+
+
+def test_a_size_that_nobody_chose_by_a_time_has_no_other(tmp_path, texts):
+    (sizes,) = settled(tmp_path, texts, budget={"flops": 1e12})
+    assert sizes.instead(0.1) is None
+    (sizes,) = settled(tmp_path, texts, budget={"seconds": 600})
+    assert sizes.instead(0.999) is None, "the same"

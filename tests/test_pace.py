@@ -149,6 +149,19 @@ def test_the_speed_is_that_of_the_part_which_runs():
     assert "make about 50 steps" in pace.line()
 
 
+def test_a_machine_that_becomes_busy_later_is_told_too(monkeypatch):
+    monkeypatch.setattr(machine.os, "getloadavg", lambda: (0.0, 0.0, 0.0))
+    pace = Pace(running(Budget(seconds=100), PLAN, steps=0, seconds=0.0))
+
+    def at(steps, seconds):
+        pace.training = running(Budget(seconds=100), PLAN, steps=steps, seconds=seconds, flops=steps * 1e9)
+        return pace.line()
+
+    assert at(100, 10.0) == "" == at(101, 12.0)  # as planned; and a slow moment is no course
+    assert "make about 182 steps" in at(110, 21.0)
+    assert at(111, 40.0) == "", "once"
+
+
 @pytest.mark.parametrize(
     ("threads", "cores", "load", "words"),
     [

@@ -83,6 +83,21 @@ def choose(task: Task) -> Choice:
     return replace(best, prediction=task.law.predict(best.shape.body, best.shape.vocabulary, worth))
 
 
+def slowed(task: Task, share: float) -> Choice:
+    """The choice, by its FLOPs, for what a budget of seconds makes at a share of the speed that it was planned with.
+
+    Its FLOPs are of three digits, as one writes them: with a budget of so many the dial chooses the same.
+    """
+    seconds, rate = task.seconds, task.rate
+    assert seconds is not None and rate is not None, "of a budget of seconds"
+    task = replace(task, rate=rate * share, beside=Beside(task.beside.block / share, task.beside.logit / share))
+    best = choose(task)
+    for _ in range(5):  # the best of as many FLOPs may be another, which takes other seconds
+        flops = float(f"{best.flops * seconds / (best.seconds or seconds):.3g}")
+        best = choose(replace(task, seconds=None, flops=flops))
+    return best
+
+
 def optimizer_for(method: str, choice: Choice) -> dict[str, float]:
     """What an optimiser is given for a choice: its peak rates, to two digits; nothing where none was measured.
 

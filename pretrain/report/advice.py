@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pretrain.core.quick.confusion import class_rows, never_answered
+from pretrain.core.quick.plan import command
 from pretrain.core.quick.quantities import figure
 from pretrain.dial.law import NEARLY_NEW
 from pretrain.records import Status
@@ -55,20 +56,7 @@ def labelled(training: Trained | None) -> bool:
 
 def run_command(page: Page, changes: Mapping[str, object] | None = None) -> str:
     """The command that this run was made by, with changes: `--set`s of the same field give way to them."""
-    given = list(page["run"].get("given") or [])
-    words = ["pretrain", "run", page["run"].get("recipe") or "RECIPE"]
-    for option, value in zip(given[::2], given[1::2], strict=False):
-        place = value.partition("=")[0].removeprefix("stages.")
-        replaced = any(place == name or _both_budgets(place, name) for name in changes or {})
-        words += [] if option == "--set" and replaced else [option, value]
-    words += [word for name, value in (changes or {}).items() for word in ("--set", f"{name}={value}")]
-    return shlex.join(words)
-
-
-def _both_budgets(place: str, name: str) -> bool:
-    """Whether two fields are the budget of the same stage, in whatever units."""
-    sides = [each.split(".") for each in (place, name)]
-    return all(side[1:2] == ["budget"] for side in sides) and sides[0][0] == sides[1][0]
+    return command(page["run"].get("recipe") or "", page["run"].get("given") or [], changes)
 
 
 def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from pretrain.core.quick.quantities import duration, short
-from pretrain.records import Metrics
+from pretrain.records import Made, Metrics
 from pretrain.report.data import BITS, Evaluated, Page, StageRow
 from pretrain.training.budget import share_made
 
@@ -32,13 +32,22 @@ def made(model: StageRow | None) -> str:
 
 
 def again(model: StageRow) -> tuple[str, Mapping[str, object]]:
-    """What to do where far fewer FLOPs were made, and the fields that make as many as were planned, in any time."""
-    flops = (model.get("planned") or {"flops": 0.0})["flops"]
+    """What to do where far fewer FLOPs were made, and the fields for it.
+
+    Those of the size that the dial chooses for what was made; else of as many FLOPs as were planned, in any time.
+    """
+    planned: Made = model.get("planned") or {"flops": 0.0, "steps": 0.0}
+    if other := planned.get("instead"):
+        words = (
+            "Next: the same recipe again on a quiet machine, with a thread for each core (OMP_NUM_THREADS); or, where "
+            f"it stays as busy, a size that so many FLOPs are enough for, {other['size']}:"
+        )
+        return words, other["changes"]
     words = (
         "Next: again on a quiet machine, with a thread for each core (OMP_NUM_THREADS), or with a budget that other "
         "work cannot take from, in FLOPs or tokens, as this has:"
     )
-    return words, {f"{model['name']}.budget.flops": f"{flops:.3g}"}
+    return words, {f"{model['name']}.budget.flops": f"{planned['flops']:.3g}"}
 
 
 def expected(page: Page, model: StageRow | None) -> tuple[float, str, tuple[float, float] | None] | None:

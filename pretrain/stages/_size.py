@@ -22,7 +22,8 @@ from pretrain.core.quick.machine import (
     remembered_rate,
 )
 from pretrain.core.quick.outline import torch_imported
-from pretrain.core.quick.quantities import bare, duration, figure, short
+from pretrain.core.quick.plan import Instead, command
+from pretrain.core.quick.quantities import bare, counted, duration, figure, short
 from pretrain.dial import shapes
 from pretrain.dial.choose import (
     BATCH_TOKENS,
@@ -33,6 +34,7 @@ from pretrain.dial.choose import (
     Task,
     choose,
     optimizer_for,
+    slowed,
 )
 from pretrain.dial.law import Law, load
 from pretrain.stages._estimates import Estimate, left_in
@@ -94,16 +96,28 @@ class Settled:
             "trains at the method's own default; accepted: optimizer.lr; `pretrain compare --rates 3` tries some"
         ]
 
+    def instead(self, share: float, recipe: str = "", given: Sequence[str] = ()) -> Instead | None:
+        """What the dial chooses for a share of the speed that a budget of seconds was planned with, and the command.
+
+        None where that is no smaller, and where the budget is none of seconds.
+        """
+        if self.task.seconds is None or not self.task.rate:
+            return None
+        other = slowed(self.task, share)
+        if other.shape.weights >= self.choice.shape.weights:
+            return None
+        changes = {f"{self.stage}.budget.flops": f"{other.flops:.3g}"}
+        return Instead(sized(other.shape), changes, command(recipe, given, changes))
+
     def lines(self, estimate: Estimate | None = None) -> list[str]:
         """What was chosen and why, in sentences; what it is to take is for the run's estimate to say."""
         shape, choice = self.choice.shape, self.choice
-        size = f"width {shape.width}, {shape.depth} blocks, vocabulary {shape.vocabulary:,}"
         read = estimate.passes if estimate is not None else None  # by the corpus's own tokens, not by the law's
         read = choice.bytes / self.task.unique if read is None and self.task.unique else read
         passes = f", {figure(read, 2)} passes" if read else ""
         text = f"{short(choice.tokens)} tokens ({choice.tokens_per_weight:.1f} a weight{passes})"
         lines = [
-            f"{size}: {short(shape.weights)} weights, {text}",
+            f"{sized(shape)}: {short(shape.weights)} weights, {text}",
             f"rows of {choice.length} tokens, {choice.batch_rows} a step; {self.optimizer_name}, peak rate "
             f"{self.lr or 'its own default'}",
             *self.warnings(),
@@ -156,6 +170,11 @@ class Settled:
             if other.prediction is not None and not beyond:
                 rows.append((what, other.prediction.bits))
         return rows
+
+
+def sized(shape: shapes.Shape) -> str:
+    """A size in words."""
+    return f"width {shape.width}, {counted(shape.depth, 'block')}, vocabulary {shape.vocabulary:,}"
 
 
 def settle(raw: Raw, output: Path | None = None) -> tuple[Raw, list[Settled]]:

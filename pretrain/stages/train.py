@@ -15,12 +15,13 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.quick.declared import check_config, check_task, config_values
 from pretrain.core.quick.hub import located
+from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.positions import check_length, positions
 from pretrain.core.quick.quantities import bare, figure, short
 from pretrain.core.quick.table import listed
 from pretrain.core.quick.vocabulary import check_alike, check_references, labels_of, numbers_of, stored_numbers
 from pretrain.core.samples import write_samples
-from pretrain.records import StageResult
+from pretrain.records import Made, StageResult
 from pretrain.stages import (
     Estimate,
     Given,
@@ -39,7 +40,7 @@ from pretrain.stages import (
     checkpoint_of,
 )
 from pretrain.stages._expected import expect
-from pretrain.training.budget import Budget, spent_before
+from pretrain.training.budget import Budget, share_made, spent_before
 from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
 
 if TYPE_CHECKING:
@@ -89,9 +90,14 @@ def build_budget(given: object) -> Budget:
         raise Misfit(f"{error}; a time is seconds: 30min, or 2h", error.place) from error
 
 
+def dump_budget(value: Budget) -> Record:
+    """As a recipe says it."""
+    return {value.unit: value.limit}
+
+
 WeightedField = Annotated[Weighted, PlainValidator(build_weighted), PlainSerializer(dump_weighted)]
 BudgetField = Annotated[
-    Budget, PlainValidator(build_budget), PlainSerializer(lambda b: {b.unit: b.limit}),
+    Budget, PlainValidator(build_budget), PlainSerializer(dump_budget),
 ]  # fmt: skip
 
 
@@ -327,8 +333,17 @@ class Train(Stage):
         job.say(times(training))
         result: StageResult = {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
         if job.plan is not None:
-            result["planned"] = {"flops": job.plan.flops, "steps": job.plan.steps}
+            result["planned"] = self._planned(job.plan, training.spent["flops"])
         return result
+
+    def _planned(self, plan: Plan, made: float) -> Made:
+        """What was planned, and the size that suits what was made, where that is far less."""
+        planned: Made = {"flops": plan.flops, "steps": plan.steps}
+        share = share_made(dump_budget(self.budget), plan.flops, made)
+        other = plan.instead(share) if plan.instead is not None and share is not None and share < 1 else None
+        if other is not None:
+            planned["instead"] = {"size": other.size, "changes": dict(other.changes)}
+        return planned
 
     def fit(
         self, job: Job, model: PreTrainedModel, processor: Processor, stored: torch.dtype | None = None

@@ -19,25 +19,29 @@ if TYPE_CHECKING:
 
 EARLY, STEPS, FEW = 0.05, 10, 3  # the speed is known from this share of the budget, after so many steps, so many timed
 LATE = 0.2  # or from this share, however few they were
+AGAIN, LAST = 0.1, 0.5  # then it is looked at again over each such share, since a machine becomes busy, up to there
 SHORT = 10.0  # seconds beyond the planned ones that nobody minds
 
 
 class Pace:
-    """Says once, early, what the speed comes to by the end, where that is far from the plan."""
+    """Says once, as early as it is known, what the speed comes to by the end, where that is far from the plan."""
 
     def __init__(self, training: Training) -> None:
-        self.training, self.judged = training, training.settings.plan is None
-        self.timed, self.seconds = training.timed, training.spent["seconds"]  # of the parts before this one
+        self.training, self.judged, self.first = training, training.settings.plan is None, True
+        self.timed, self.seconds = training.timed, training.spent["seconds"]  # before what is looked at
+        self.progress = training.progress
 
     def line(self) -> str:
         """What is to be said after this step: nothing but for that once."""
         training, progress = self.training, self.training.progress
         timed, seconds = training.timed - self.timed, training.spent["seconds"] - self.seconds
-        known = timed >= FEW and training.step >= STEPS and progress >= EARLY
-        if self.judged or not timed or not (known or progress >= LATE):
+        known = timed >= FEW and training.step >= STEPS and progress >= (EARLY if self.first else self.progress + AGAIN)
+        if self.judged or not timed or not (known or (self.first and progress >= LATE)):
             return ""
-        self.judged = True
         words, slower = projection(training, seconds / timed)
+        words = words if slower or self.first else ""  # a while that was quicker than planned is no news
+        self.judged, self.first = bool(words) or progress >= LAST, False
+        self.timed, self.seconds, self.progress = training.timed, training.spent["seconds"], progress
         crowded = words and slower and training.world.device.type == "cpu"
         return words + (crowding(torch.get_num_threads()) if crowded else "")
 
@@ -54,7 +58,9 @@ def projection(training: Training, step: float) -> tuple[str, bool]:
             return "", share < 1
         worth = f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
         makes = f"the {duration(budget.limit)} make about {steps:,.0f} steps, where {plan.steps:,.0f} were planned"
-        return f"at this speed {makes}: {worth} of the FLOPs", share < 1
+        other = plan.instead(share) if plan.instead is not None and share < 1 else None
+        anew = f"; for so many the dial chooses {other.size}: Ctrl-C, then {other.command}" if other else ""
+        return f"at this speed {makes}: {worth} of the FLOPs{anew}", share < 1
     takes = spent["seconds"] + (budget.total_steps(spent) - spent["steps"]) * step
     if takes <= plan.seconds / FAR or takes < plan.seconds + SHORT:
         return "", False
