@@ -53,16 +53,27 @@ def test_what_a_training_counts_is_called_what_it_is(tmp_path, units, axis):
     assert f'<td data-label="trained">7.9 k {units[0] or "tokens"}, 3 T FLOPs</td>' in page
 
 
-def test_speeds_are_over_all_of_a_trainings_time(tmp_path):
-    folder = example(tmp_path / "r")
+def timed(folder, **times):
+    """The page of a run whose last training has such times at each of its steps, and measurements with its own."""
     log = folder / "encoder" / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()]
-    for number, row in enumerate(row for row in lines if row["event"] == "step"):
-        row |= {"tokens": 100 * (number + 1), "elapsed": 4.0 * (number + 1), "tokens_per_second": 200.0, "mfu": 0.4}
+    for number, row in enumerate((row for row in lines if row["event"] == "step"), 1):
+        row |= {"tokens": 100 * number, "tokens_per_second": 200.0, "mfu": 0.4}
+        row |= {name: value * number for name, value in times.items()}
     log.write_text("".join(json.dumps(row) + "\n" for row in lines))
-    page = write(folder).read_text()  # 100 tokens every 4 seconds, at 200 a second in the steps themselves
-    assert "<small>in all trainings, 25 a second in “encoder”</small>" in page
-    assert "<small>in all stages, 5% of the machine&#x27;s matrix rate in “encoder”</small>" in page
+    return write(folder).read_text()
+
+
+def test_speeds_are_of_the_steps_and_what_was_measured_beside_them_is_told(tmp_path):
+    page = timed(example(tmp_path / "r"), seconds=0.9, preparing=0.1, measuring=1.0, elapsed=4.0)
+    assert "<small>in all trainings, 100 a second in “encoder”, measuring took 25% of its time</small>" in page
+    assert "<small>in all stages, 20% of the machine&#x27;s matrix rate in “encoder”</small>" in page
+
+
+def test_a_log_that_does_not_tell_measuring_has_its_speed_alone(tmp_path):
+    page = timed(example(tmp_path / "r"), seconds=0.5, elapsed=4.0)
+    assert "<small>in all trainings, 200 a second in “encoder”</small>" in page
+    assert "measuring took" not in page
 
 
 def test_a_card_says_of_which_stage_its_number_is(tmp_path):

@@ -245,6 +245,9 @@ def test_it_learns_and_logs(undisturbed):
         "memory_bytes",
         "progress",
     } <= steps[0].keys()
+    assert evaluations[-1]["measuring"] > steps[-1]["measuring"] > steps[6]["measuring"] == 0, (
+        "of the evaluations so far"
+    )
     assert list((undisturbed / "tensorboard").iterdir())
     assert len(list((undisturbed / "state").iterdir())) == 2
 

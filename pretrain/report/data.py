@@ -34,6 +34,7 @@ MAX_POINTS = 1500
 MAX_DOMAINS = 12  # in a chart; a table has all
 RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods", "inputs", "config", "planned")
 AXES = ("tokens", "flops", "seconds", "steps")
+TIMES = ("elapsed", "preparing", "measuring")  # all seconds; of the steps those that made shapes; held-out measurements
 BITS = "bits_per_byte"
 PAIRS = "pairs of tokens"  # the bigram line: counts of which token follows which
 ALL_PAIRS = f"{PAIRS} in all training text"  # of which the model may have read a part
@@ -308,7 +309,7 @@ def curves(path: Path) -> tuple[Columns, Columns]:
     for row in read_json_lines(path):
         if row.get("event") in ("step", "evaluation"):
             rows[row["event"]].append(row)
-    names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu", "elapsed", "progress")
+    names = (*AXES, "loss", BITS, "lr", "grad_norm", "tokens_per_second", "mfu", *TIMES, "progress")
     steps, held_out = thin(rows["step"]), rows["evaluation"]
     for row in steps:  # a core that was busy while the machine's rate was measured has made that too low
         if isinstance(row.get("mfu"), int | float):
@@ -317,7 +318,7 @@ def curves(path: Path) -> tuple[Columns, Columns]:
     metrics = {name: [(row.get("metrics") or {}).get(name) for row in held_out] for name in ("loss", BITS)}
     return (
         {name: [row.get(name) for row in steps] for name in names},
-        {name: [row.get(name) for row in held_out] for name in AXES} | metrics,
+        {name: [row.get(name) for row in held_out] for name in (*AXES, *TIMES)} | metrics,
     )
 
 

@@ -34,6 +34,7 @@ BESIDE = {  # a metric of labels: what stands beside it
     "mse": {"mse_of_counts": "word counts", "mse_of_mean": "the mean alone"},
 }
 CHARTS = ("rate", "norm", "speed", "mfu")
+TOLD = 0.01  # of a training, that went to measuring: less is not told
 
 
 def write(folder: Path | str, *, running: str = "", every: int = 0) -> Path:
@@ -184,6 +185,8 @@ def _spent(data: Page) -> list[tuple[str, str, str]]:
         whose = "" if not last_of else "in all trainings" if alike else f"in {last_of} alone"
         at = f" in {last_of}" if last_of else ""  # the speed is of the last, the totals are of all
         pace = f"{short(speed)} a second{at if alike else ''}" if speed else ""
+        measuring = _measured_share(data["trainings"][-1])
+        pace += f", measuring took {measuring:.0%} of its time" if pace and measuring >= TOLD else ""
         used = f"{share:.0%} of the machine's matrix rate{at}" if share else ""
         notes = (", ".join(filter(None, (whose, pace))), ", ".join(filter(None, ("in all stages" if at else "", used))))
         cards += [(counted[-1]["unit"], count, notes[0]), ("FLOPs", short(flops), notes[1])]
@@ -197,12 +200,23 @@ def _spent(data: Page) -> list[tuple[str, str, str]]:
 
 
 def _speed(training: Trained) -> tuple[float, float]:
-    """Over all its time, measurements included: its tokens a second, and the share of the machine's rate."""
+    """Of its steps alone: tokens a second, and the share of the machine's rate.
+
+    A log of before does not say what its first steps took to make shapes: it is a little quicker than it was.
+    """
     step = training["step"]
-    speed = last(step["tokens"]) / last(step["elapsed"]) if last(step["elapsed"]) else 0.0
+    seconds = last(step["seconds"]) + last(step["preparing"])
+    speed = last(step["tokens"]) / seconds if seconds else 0.0
     steps = zip(step["mfu"], step["tokens_per_second"], strict=True)
     costs = sorted(mfu / tokens for mfu, tokens in steps if mfu and tokens)
     return speed, costs[len(costs) // 2] * speed if costs else 0.0
+
+
+def _measured_share(training: Trained) -> float:
+    """The share of a training's time that held-out measurements took; 0 where its log does not say."""
+    times = [(last(part["measuring"]), last(part["elapsed"])) for part in (training["step"], training["evaluation"])]
+    measuring, elapsed = max(times)
+    return measuring / elapsed if elapsed else 0.0
 
 
 def _unfinished(data: Page, name: str) -> bool:

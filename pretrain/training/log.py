@@ -178,6 +178,8 @@ def step_record(training: Training, record: Step, targets_per_byte: float | None
         "tokens_per_second": since["tokens"] / max(since["seconds"], 1e-9),
         "mfu": min(1.0, since["useful_flops"] / max(since["seconds"], 1e-9) / world.size / training.rate),
         "elapsed": training.elapsed,
+        "preparing": training.preparing,
+        "measuring": training.measuring,
         "memory_bytes": peak_memory(world.device),
     }
 

@@ -91,7 +91,8 @@ class Measuring:
             training.trainee.train()
             return
         training.measuring, training.measured = training.measuring + time.perf_counter() - began, training.measured + 1
-        evaluation = training.spent | {"step": training.step, "elapsed": training.elapsed, "metrics": training.metrics}
+        times = {"elapsed": training.elapsed, "measuring": training.measuring}
+        evaluation = training.spent | times | {"step": training.step, "metrics": training.metrics}
         self.log.write("evaluation", evaluation, 0)
         if training.progress >= 1 and training.guard.in_row and not all(map(math.isfinite, metrics.values())):
             raise diverged(training, "the last steps were skipped and its metrics are not finite", record)
