@@ -117,3 +117,22 @@ def test_a_share_whose_interval_reaches_the_whole_budget_is_within_the_noise():
     assert cell(0.7, 0.55, 0.86) == "70% (55% to 86%)" and cell(0.3, -0.1, 0.7) == "30% (0% to 70%)"
     assert cell(0.9, 0.7, 1.1) == "within the noise" == cell(0.9)
     assert cell(None) == "" == to_reach({})
+
+
+def test_sides_that_do_not_say_are_measured_on_the_same_tokens_which_fit_the_budget(tmp_path, stories):
+    def side(name, width, **more):
+        model = {"family": "llama", "hidden_size": width, "num_hidden_layers": 1, "num_attention_heads": 2}
+        fields = {"evaluate_every": 0.25, "save_every": 0, "model": model | {"intermediate_size": 48}} | more
+        (tmp_path / f"{name}.yaml").write_text(small_recipe(tmp_path, stories[:60], budget={"steps": 5}, **fields))
+        return tmp_path / f"{name}.yaml"
+
+    paths = [side("narrow", 16), side("wide", 32), side("own", 16, evaluate_tokens=300)]
+
+    def measured(output):
+        compare(paths, flops=3e8, seeds=2, output=output, say=lambda text: None)
+        records = {p.stem: json.loads((output / "seed-0" / p.stem / "model" / "stage.json").read_text()) for p in paths}
+        return {name: (record["config"]["evaluate_tokens"], record["address"]) for name, record in records.items()}
+
+    first = measured(tmp_path / "out")
+    assert {name: tokens for name, (tokens, _) in first.items()} == {"narrow": 8000, "wide": 8000, "own": 300}
+    assert measured(tmp_path / "out") == first, "a comparison that goes on has the same runs"

@@ -9,14 +9,16 @@ import pytest
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
+from pretrain.core.quick.plan import Plan
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.dial.configs import shape_from
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.schedules.constant import Constant
 from pretrain.policies import Policy
 from pretrain.stages.train import Train
-from pretrain.training.budget import Budget
+from pretrain.training.budget import MEASURING, Budget
 from pretrain.training.loader import Loader
 from pretrain.training.loop import Settings, train
 
@@ -81,3 +83,44 @@ def test_what_a_stage_accepts_and_keeps_of_it():
     for value in (-1, 1.5, -0.1):
         with pytest.raises(PretrainError, match="evaluate_every"):
             Train(**STAGE, evaluate_every=value)
+
+
+BUDGETS = [Budget(steps=4000), Budget(tokens=2_000_000), Budget(flops=2e12), Budget(epochs=3), Budget(seconds=60)]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: budget.unit)
+@pytest.mark.parametrize("every", [0.05, 0.2, 50])
+def test_auto_measures_on_what_fits_a_quarter_of_the_training_whatever_the_budget_is_of(tiny, budget, every):
+    stage = Train(**STAGE | {"budget": budget}, evaluate_tokens="auto", evaluate_every=every, length=64, batch_rows=8)
+    model = tiny("llama", vocab_size=512)
+    plan = Plan(steps=5000, flops=1e12, seconds=60.0, measurement=1.0)
+    tokens = stage._held_out(budget.resolved(8000, 8), model, plan)
+    forward = shape_from(model.config.to_dict()).forward(64)
+    per_step = 8 * 64 * shape_from(model.config.to_dict()).flops(64)
+    steps = {"steps": 4000, "tokens": 2e6 / 512, "flops": 2e12 / per_step, "epochs": 3000, "seconds": 5000}[budget.unit]
+    count = 1 / every if every < 1 else steps / every
+    taken = count * tokens * forward / (steps * per_step)
+    assert taken <= MEASURING and (taken > MEASURING / 3 or tokens in (2000, 100_000))
+
+
+def test_what_is_said_stands_and_where_only_the_end_is_measured_nothing_is_saved(tiny):
+    model, budget = tiny("llama", vocab_size=512), Budget(steps=5)
+    said = {tokens: Train(**STAGE, evaluate_tokens=tokens, evaluate_every=0.05) for tokens in (100_000, 300)}
+    assert [stage._held_out(budget, model, None) for stage in said.values()] == list(said)
+    assert Train(**STAGE, evaluate_tokens="auto")._held_out(budget, model, None) == 100_000
+    with pytest.raises(PretrainError, match=r"evaluate_tokens.*auto"):
+        Train(**STAGE, evaluate_tokens="all")
+
+
+def test_auto_keeps_all_the_points_and_says_what_they_are_of(tmp_path, stories):
+    from small_recipe import small_recipe
+
+    from pretrain.engine import run
+
+    text = small_recipe(tmp_path, stories[:60], budget={"steps": 40}, evaluate_every=0.05, evaluate_tokens="auto")
+    (tmp_path / "r.yaml").write_text(text)
+    lines = []
+    run(tmp_path / "r.yaml", output=tmp_path / "run", say=lines.append, report=False)
+    assert "[model] measured on 2,000 held-out tokens at most each time" in lines
+    rows = map(json.loads, (tmp_path / "run" / "model" / "log.jsonl").read_text().splitlines())
+    assert sum(row["event"] == "evaluation" for row in rows) == 20

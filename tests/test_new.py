@@ -33,6 +33,8 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.sources import Skipped, read
 from pretrain.engine import run
+from pretrain.forecast import forecast
+from pretrain.identity import plan
 from pretrain.new import written
 from pretrain.new.languages import prose_language
 from pretrain.new.look import look
@@ -89,6 +91,21 @@ def test_a_recipe_passes_its_own_plan_without_a_warning(here, kind, budget, stor
     assert "warning" not in new(place.name, "--output", "r.yaml", *more, *budget)
     plan = CliRunner().invoke(app, ["run", "r.yaml", "--dry-run"], catch_exceptions=False)
     assert plan.exit_code == 0 and "warning" not in plan.output, plan.output
+
+
+@pytest.mark.parametrize("budget", ["flops=3e11", "tokens=200k", "steps=200", "epochs=2", "seconds=20"])
+def test_with_a_budget_of_another_kind_its_measurements_take_no_more_than_their_share(here, budget):
+    Path("docs").mkdir()
+    for number in range(60):
+        (Path("docs") / f"{number}.txt").write_text(" ".join(random.Random(number).choices(ENGLISH, k=8000)))
+    new("docs", "--output", "r.yaml")
+    (model,) = [
+        each.estimate
+        for each in forecast(plan(load(Path("r.yaml"), [f"model.budget.{budget}"])))
+        if each.item.stage.name == "model"
+    ]
+    assert model.plan is not None and not [odd for odd in model.warnings if odd.field == "evaluate_every"]
+    assert 20 * model.plan.measurement <= 0.3 * model.plan.seconds
 
 
 def test_what_a_plan_warns_of_for_all_that_is_told_at_once(here):

@@ -8,14 +8,16 @@ stands each side's peak rate and who has chosen it: a difference of two recipes 
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import read_json, sealed, write_json, write_text
+from pretrain.core.files import JSONObject, read_json, sealed, write_json, write_text
 from pretrain.core.models.metrics import Direction, better
 from pretrain.core.quick.quantities import counted, figure, short
 from pretrain.experiments.drawing import draw
@@ -36,9 +38,11 @@ from pretrain.recipe import Recipe, load
 from pretrain.records import Marks, Metrics
 from pretrain.runs.shelf import check_output
 from pretrain.stages.train import Train
+from pretrain.training.budget import MOST_HELD_OUT, held_out_tokens
 
 FEW_STEPS = 1  # of the last training, below which a budget compares nothing
 ENOUGH_STEPS = 100  # that a larger budget is said to leave room for
+COMPARED = 8_000  # held-out tokens at least by which two recipes are told apart
 METRICS = {
     "classification": "accuracy",
     "prompt_classification": "accuracy",
@@ -76,6 +80,8 @@ def compare(
     from pretrain.core.hardware import describe  # imports torch: what is wrong with the recipes has been said by now
 
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
+    held_out = _held_out(loaded, flops)
+    loaded = {name: (_measured_on(side[0], side[1], held_out.get(name)), side[1]) for name, side in loaded.items()}
     metric = metric or _usual_metric(loaded)
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
@@ -85,7 +91,7 @@ def compare(
     usual = {name: rate_of(*each) for name, each in loaded.items()}
 
     def trial(name: str, seed: int) -> Trial:
-        made = _trial(name, paths[name], seed, flops, metric, Path(output).resolve(), overrides)
+        made = _trial(name, paths[name], seed, flops, metric, Path(output).resolve(), overrides, held_out.get(name))
         return replace(made, progress=progress and jobs == 1)
 
     chosen = dict(usual)
@@ -212,6 +218,45 @@ def _loaded(path: Path | str, seed: int, flops: float, overrides: Sequence[str])
     if any(each.stage == trainings[-1] for each in recipe.sizes):
         recipe = load(path, [*overrides, f"{trainings[-1]}.budget.flops={flops:g}"])
     return recipe, trainings[-1]
+
+
+def _held_out(sides: Mapping[str, tuple[Recipe, str]], flops: float) -> dict[str, int]:
+    """Held-out tokens of a measurement of the sides that learn text and do not say how many: as many fit the budget.
+
+    All of them are measured on the same, the fewest that fit one of them, since else their losses would not compare.
+    """
+    fits = {}
+    for name, (recipe, trained) in sides.items():
+        stage = _training(recipe, trained)
+        with TemporaryDirectory() as folder:  # in which nothing is finished, so that a comparison goes on as it began
+            made = forecast(plan(replace(recipe, output=Path(folder))))
+        expected = next(each.estimate.plan for each in made if each.item.stage.name == trained)
+        given = _entry(recipe, trained).get("evaluate_tokens", "auto") != "auto"
+        if given or expected is None or stage.weighted()[0].method.reads != "rows":
+            continue
+        steps = flops * expected.steps / expected.flops
+        fits[name] = held_out_tokens("auto", stage.evaluate_every, steps, stage.batch_rows * stage.length, COMPARED)
+    return dict.fromkeys(fits, min(fits.values(), default=MOST_HELD_OUT))
+
+
+def _entry(recipe: Recipe, trained: str) -> JSONObject:
+    """What a recipe says of the stage that is compared."""
+    number = next(number for number, stage in enumerate(recipe.stages) if stage.name == trained)
+    entry: JSONObject = recipe.raw["stages"][number]
+    return entry
+
+
+def _measured_on(recipe: Recipe, trained: str, tokens: int | None) -> Recipe:
+    """The recipe with so many held-out tokens of each measurement of a training; as it is where none are said."""
+    if tokens is None or tokens == _training(recipe, trained).evaluate_tokens:
+        return recipe
+    stages = [
+        stage.model_copy(update={"evaluate_tokens": tokens}) if stage.name == trained else stage
+        for stage in recipe.stages
+    ]
+    changed = replace(recipe, stages=stages, raw=copy.deepcopy(recipe.raw))
+    _entry(changed, trained)["evaluate_tokens"] = tokens
+    return changed
 
 
 def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
@@ -347,10 +392,12 @@ COLUMNS = (
 
 
 def _trial(
-    name: str, path: Path | str, seed: int, flops: float, metric: str, output: Path, overrides: Sequence[str]
-) -> Trial:
-    """The recipe up to its last training."""
+    name: str, path: Path | str, seed: int, flops: float, metric: str, output: Path, overrides: Sequence[str],
+    held_out: int | None = None,
+) -> Trial:  # fmt: skip
+    """The recipe up to its last training, which is measured on so many held-out tokens each time."""
     recipe, trained = _loaded(path, seed, flops, overrides)
+    recipe = _measured_on(recipe, trained, held_out)
     last = next(number for number, stage in enumerate(recipe.stages) if stage.name == trained)
     raw = recipe.raw | {"name": name, "stages": recipe.raw["stages"][: last + 1]}
     return Trial(

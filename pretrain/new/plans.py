@@ -97,14 +97,17 @@ class Asked:
         what = "no text is longer" if not share else f"{max(1, round(100 * share))}% of the texts are longer, and cut"
         return what if self.look.table is not None and self.look.table.whole else f"{what}, of those looked at"
 
-    def measured(self, stage: str) -> str:
-        """How often is measured while a stage trains, where something is held out."""
+    def measured(self, stage: str, *, fitted: bool = False) -> str:
+        """How often is measured while a stage trains, where something is held out; `fitted`: on what fits its time.
+
+        Not so where the weights that measure best are kept: those of fewer documents would be kept by chance.
+        """
         share = self.shares.get(stage, MEASURED)
         if not self.look.share:
             return ""
         if share == 0:
             return stages.MEASURED_ONCE
-        return written(stages.MEASURED, share=f"{share:g}", times=f"{1 / share:.0f} times")
+        return written(stages.FITTED if fitted else stages.MEASURED, share=f"{share:g}", times=f"{1 / share:.0f} times")
 
     def spent(self, why: str) -> dict[str, str]:
         """The budget of a training on text, and why it is that."""
@@ -190,7 +193,7 @@ def _samples(asked: Asked) -> str:
 def _pretrain(asked: Asked) -> list[str]:
     why = "longer helps little: there is too little text for it" if asked.budget < EVENING else "longer helps"
     why = why if asked.seconds is None else "or tokens: 10M, flops: 1e14, epochs: 4"
-    model = written(stages.MODEL, **asked.spent(why), measured=asked.measured("model"))
+    model = written(stages.MODEL, **asked.spent(why), measured=asked.measured("model", fitted=True))
     return [_corpus(asked), written(stages.TOKENIZER), model, _evaluation(asked, "model"), _samples(asked)]
 
 
@@ -198,7 +201,8 @@ def _continue(asked: Asked) -> list[str]:
     init = asked.init
     assert init is not None, "the command asks for one"
     model = written(
-        stages.CONTINUED, init=quoted(init.name), measured=asked.measured("model"), **asked.spent(CONTINUED),
+        stages.CONTINUED, init=quoted(init.name), measured=asked.measured("model", fitted=True),
+        **asked.spent(CONTINUED),
         objective={"masked": "masked_lm", "seq2seq": "span_corruption"}.get(init.kind, "causal_lm"),
         length=init.length(512 if init.wide else 256), rate="1e-4" if init.wide else "5e-4",
     )  # fmt: skip
@@ -273,7 +277,7 @@ def _encoder(asked: Asked, length: int, corpus: str) -> list[str]:
     encoder = written(
         stages.ENCODER, width=width, inner=(2 if whole else 4) * width, blocks=blocks, heads=max(2, width // 32),
         corpus=corpus, positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
-        measured=asked.measured("encoder"), family="modernbert" if whole else "bert",
+        measured=asked.measured("encoder", fitted=True), family="modernbert" if whole else "bert",
         pooled=stages.POOLED if whole else "", rate=FRESH[0] if whole else "1e-3",
         budget=f"{{epochs: {ENOUGH_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",

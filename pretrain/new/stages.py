@@ -52,6 +52,10 @@ MODEL = """
 $measured
 """
 MEASURED = "    evaluate_every: $share  # $times, or fewer where it takes long"
+FITTED = """
+    evaluate_every: $share  # $times
+    evaluate_tokens: auto  # held out, each time: all together take a quarter of the training's time at most
+"""
 MEASURED_ONCE = "    evaluate_every: 0  # at the end alone: a measurement takes longer than the training between two"
 EVALUATION = """
   - name: $name

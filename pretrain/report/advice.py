@@ -15,6 +15,7 @@ from pretrain.records import Status
 from pretrain.report import foretold
 from pretrain.report.data import BITS, LABELLED, Evaluated, Page, StageRow, Trained
 from pretrain.report.numbers import course, known, last, swing
+from pretrain.training.budget import MOST_HELD_OUT
 
 TOKENS_A_WEIGHT = 20  # about what is best for a given compute (Hoffmann et al., arXiv:2203.15556)
 BYTES_A_TOKEN = 3.5  # about
@@ -116,6 +117,7 @@ def _rarely(page: Page, model: StageRow, count: int) -> Advice:
     """That a curve has few points: since few were asked for, or since each took too much of the budget's time."""
     config, times = model["config"], "once" if count == 1 else f"{count} times"
     every, tokens = config.get("evaluate_every") or 0, config.get("evaluate_tokens")
+    tokens = MOST_HELD_OUT if tokens == "auto" else tokens
     steps = (model.get("metrics") or {}).get("steps") or 0.0
     asked = 1 / every if 0 < every < 1 else steps / every if every else 0.0
     looked = f"held-out documents were looked at {times}"

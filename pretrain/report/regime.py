@@ -24,6 +24,7 @@ from pretrain.evaluation.likelihood._bigrams import bigram_lines
 from pretrain.stages import Stage
 from pretrain.stages.evaluate import Evaluate, documents_of
 from pretrain.stages.train import Train
+from pretrain.training.budget import MOST_HELD_OUT
 
 PER = {"loss": "targets", "bits_per_byte": "bytes"}  # what the nats of a likelihood of text are divided by
 # The evaluation that a likelihood is of; of labels there is one target a document.
@@ -86,7 +87,8 @@ def training_line(training: Train, output: Path, store: Path) -> dict[str, float
     places = store / ".tokens" / tokens_key(corpus, tokenizer)
     shards = tokenise(corpus, tokenizer, places, splits=["train", "validation"])
     seen = int(checkpoint.lineage(folder).get("tokens", 0))
-    return shard_line(shards["train"], shards["validation"], seen=seen, max_tokens=training.evaluate_tokens)
+    most = training.evaluate_tokens if isinstance(training.evaluate_tokens, int) else MOST_HELD_OUT
+    return shard_line(shards["train"], shards["validation"], seen=seen, max_tokens=most)
 
 
 def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol, cast
+from typing import Literal, Protocol, cast
 
 from pretrain.core.files import JSON
 from pretrain.core.quick.machine import efficiency, likely_beside, likely_device, likely_rate, memory
@@ -34,7 +34,7 @@ from pretrain.stages._estimates import (
 )
 from pretrain.stages._examples import Labelled, Lengths, counter, lengths, stored
 from pretrain.surgery import Surgery
-from pretrain.training.budget import MEASURING, Budget
+from pretrain.training.budget import MEASURING, Budget, held_out_tokens
 
 FEWER = 1.5  # times the measurements that are made are asked for: from there on it is told that some are left out
 LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
@@ -71,7 +71,7 @@ class Asked(Protocol):
     optimizer: Optimizer
     budget: Budget
     evaluate_every: float  # in steps, below 1 a share of the budget
-    evaluate_tokens: int
+    evaluate_tokens: int | Literal["auto"]
     save_every: int
     keep: int
     log_every: int
@@ -126,7 +126,8 @@ def expect(stage: Asked, given: Given) -> Estimate:
     flops, steps = tokens * work.flops, tokens / work.step_tokens
     every = stage.evaluate_every
     evaluations = 1 + int((steps // every if every >= 1 else 1 / every) if every else 0)
-    training, once = steps * work.seconds, _measuring(stage, shape, model, corpus, work)
+    most = held_out_tokens(stage.evaluate_tokens, every, steps, work.step_tokens)
+    training, once = steps * work.seconds, _measuring(stage, shape, model, corpus, work, most)
     made = evaluations
     if stage.budget.unit == "seconds":  # of which training makes no more than take this share
         made = min(evaluations, max(1, int(MEASURING * training / max(once, 1e-9))))
@@ -262,14 +263,14 @@ def _example(stage: Asked, objective: Objective, model: Left, given: Given) -> L
     return lengths(cast("Labelled", objective), rows, count, stage.length, stage.micro_rows or stage.batch_rows)
 
 
-def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work) -> float:
-    """Seconds of a held-out measurement: reading, and of labelled documents answering too."""
-    tokens = min(stage.evaluate_tokens, _tokens(corpus, "validation", model) or stage.evaluate_tokens)
+def _measuring(stage: Asked, shape: Shape, model: Left, corpus: Left, work: Work, most: int) -> float:
+    """Seconds of a held-out measurement of `most` tokens: reading, and of labelled documents answering too."""
+    tokens = min(most, _tokens(corpus, "validation", model) or most)
     objective = stage.weighted()[0].method
     if objective.reads != "examples":
         return forward(shape, tokens, stage.length)[1]
     seconds = forward(shape, 2 * tokens * work.filled, stage.length)[1]  # once for the loss, once for the answers
-    documents = min(stage.evaluate_tokens // stage.length or 1, corpus.documents.get("validation", 1e9))
+    documents = min(most // stage.length or 1, corpus.documents.get("validation", 1e9))
     words = float(getattr(objective, "answer", 0))  # of answers that are generated, a word at a time
     return seconds + math.ceil(documents / BATCH) * words * shape.depth * WORD
 
@@ -283,7 +284,7 @@ def _measured_long(stage: Asked, training: float, once: float, evaluations: int,
             "evaluate_every",
             f"evaluate_every {stage.evaluate_every:g}: {evaluations} measurements take about "
             f"{duration(evaluations * once)} beside {duration(training)} of training{fewer}; accepted: fewer of them, "
-            "or fewer evaluate_tokens",
+            "or evaluate_tokens: auto, which fits them in",
         )
 
 

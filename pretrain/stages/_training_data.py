@@ -63,7 +63,6 @@ class Asked(Protocol):
     length: int
     batch_rows: int
     micro_rows: int
-    evaluate_tokens: int
 
     def new_model(self, processor: Processor, seed: int) -> PreTrainedModel:
         """The new model."""
@@ -214,34 +213,32 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
 
 
 def evaluation(
-    stage: Asked, held_out: Shards | Examples, vocabulary: Vocabulary
+    stage: Asked, held_out: Shards | Examples, vocabulary: Vocabulary, most: int
 ) -> Callable[[Trainee], dict[str, float]] | None:
-    """What is measured while training: the likelihood of held-out text, or the objective's own held-out loss."""
+    """What is measured while training, on `most` tokens: the likelihood of held-out text, or the objective's loss."""
     objective = stage.weighted()[0].method
     if not len(held_out):
         return None
     if isinstance(held_out, Shards) and objective.task == "causal" and not objective.own_evaluation:
-        return lambda trainee: shard_loss(
-            trainee.model, held_out, length=stage.length, max_tokens=stage.evaluate_tokens
-        )
+        return lambda trainee: shard_loss(trainee.model, held_out, length=stage.length, max_tokens=most)
     rows = stage.micro_rows or stage.batch_rows
     loader = Loader(held_out, [objective], vocabulary, length=stage.length, batch_rows=rows)
 
     def measure(trainee: Trainee) -> dict[str, float]:
-        metrics = objective_loss(trainee.model, trainee.beside[0], objective, loader, stage.evaluate_tokens)
+        metrics = objective_loss(trainee.model, trainee.beside[0], objective, loader, most)
         if isinstance(held_out, Examples) and predicts(objective):
             model = cast("PreTrainedModel", trainee.model)
-            metrics |= _answers(stage, objective, model, held_out, vocabulary)
+            metrics |= _answers(stage, objective, model, held_out, vocabulary, max(1, most // stage.length))
         return metrics
 
     return measure
 
 
 def _answers(
-    stage: Asked, objective: FineTuning[object], model: PreTrainedModel, held_out: Examples, vocabulary: Vocabulary
-) -> dict[str, float]:
-    """The fine-tuning objective's metrics on as many held-out documents as `evaluate_tokens` may hold."""
-    most = max(1, stage.evaluate_tokens // stage.length)
+    stage: Asked, objective: FineTuning[object], model: PreTrainedModel, held_out: Examples, vocabulary: Vocabulary,
+    most: int,
+) -> dict[str, float]:  # fmt: skip
+    """The fine-tuning objective's metrics on at most so many held-out documents."""
     examples = [held_out.row(held_out, number) for number in evenly(range(len(held_out)), most)]
     context = Context(vocabulary, stage.length, np.random.default_rng(0), **held_out.given)
     predicted = objective.predictions(model, examples, context)

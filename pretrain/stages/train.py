@@ -40,7 +40,7 @@ from pretrain.stages import (
     checkpoint_of,
 )
 from pretrain.stages._expected import expect
-from pretrain.training.budget import Budget, share_made, spent_before
+from pretrain.training.budget import MOST_HELD_OUT, Budget, held_out_tokens, share_made, spent_before
 from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
 
 if TYPE_CHECKING:
@@ -131,7 +131,8 @@ class Train(Stage):
     clip: The gradient's norm is held below it; 0 does not clip.
     evaluate_every: Steps, or a share of the budget, between two measurements; 0 measures at the end alone. Of a budget
         of seconds they take no more than a quarter beside it: what would take more is left out.
-    evaluate_tokens: Held-out tokens of each measurement, the same ones.
+    evaluate_tokens: Held-out tokens of each measurement, the same ones. `auto` takes up to 100,000, and fewer in a
+        short training, so that all measurements together take a quarter of its time at most.
     save_every: Steps between two training states, from which an interrupted run goes on; 0 saves none.
     keep: How many training states stay.
     log_every: Steps between two lines of the log; 0 is each step on a CPU, each tenth on a GPU.
@@ -168,7 +169,7 @@ class Train(Stage):
     budget: BudgetField
     clip: NonNegative = 1.0
     evaluate_every: Whole | OpenShare = 0  # steps, or a share of the budget: 0.04 is 25 times; 0: only at the end
-    evaluate_tokens: Count = 100_000  # held-out tokens of each evaluation while training
+    evaluate_tokens: Count | Literal["auto"] = MOST_HELD_OUT  # of each evaluation while training
     save_every: Whole = 200
     keep: Count = 2
     log_every: Whole = 0
@@ -378,6 +379,9 @@ class Train(Stage):
         if stored is not None:
             narrow(model, stored)
         budget = self.budget.resolved(len(loader.plan), self.batch_rows)
+        tokens = self._held_out(budget, model, job.plan if world.size == 1 else None)
+        if not isinstance(self.evaluate_tokens, int):
+            job.say(f"measured on {tokens:,} held-out tokens at most each time")
         training = train(
             model, loader, objectives, self.optimizer, self.schedule,
             Settings(
@@ -388,10 +392,24 @@ class Train(Stage):
                 stage=str(job.identity.get("address", "")),
             ),
             job.folder, weights=[w.weight for w in self.weighted()], policies=self.policies,
-            evaluate=data.evaluation(self, splits["validation"], vocabulary),
+            evaluate=data.evaluation(self, splits["validation"], vocabulary, tokens),
             targets_per_byte=data.targets_per_byte(splits["train"]) if self._plain() else None, say=job.say,
         )  # fmt: skip
         return training, splits
+
+    def _held_out(self, budget: Budget, model: PreTrainedModel, plan: Plan | None) -> int:
+        """Held-out tokens of a measurement: of `auto` by the budget, and of one of seconds by what was planned."""
+        from pretrain.dial.configs import shape_from
+
+        step = float(self.batch_rows * self.length)
+        shape = shape_from(model.config.to_dict())
+        steps = {
+            "steps": budget.limit,
+            "tokens": budget.limit / step,
+            "flops": budget.limit / (shape.flops(self.length) * step) if shape is not None else None,
+            "seconds": plan.steps if plan is not None else None,
+        }[budget.unit]
+        return held_out_tokens(self.evaluate_tokens, self.evaluate_every, steps, step)
 
     def new_model(self, processor: Processor, seed: int) -> PreTrainedModel:
         """The model that `model` describes, with random weights, for a processor's vocabulary."""

@@ -18,7 +18,9 @@ YEAR = 365 * 86400.0  # seconds
 LONGEST = 10 * YEAR  # of a training: what takes longer is a mistake, or another machine's
 UNITS = ("tokens", "steps", "flops", "seconds", "epochs")
 FAR = 0.6  # of what was planned: what lies below it, or above its inverse, is told
-MEASURING = 0.25  # of the steps' seconds, at most, goes to held-out measurements where the budget is of seconds
+MEASURING = 0.25  # of the steps' seconds, at most, goes to held-out measurements that are asked for by shares
+READ = 1 / 3  # of what training on a token takes takes measuring one: a pass forwards and none backwards
+MOST_HELD_OUT, LEAST_HELD_OUT = 100_000, 2_000  # tokens of a measurement that `auto` chooses
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,24 @@ def endless(budget: Budget, seconds: float) -> PretrainError:
         f"accepted: what ends within {LONGEST / YEAR:.0f} years here, {budget.unit} of {most} at most",
         place=("budget", budget.unit),
     )
+
+
+def held_out_tokens(
+    asked: int | str, every: float, steps: float | None, step_tokens: float, least: int = LEAST_HELD_OUT
+) -> int:
+    """Held-out tokens of each measurement in a training of so many steps: those `asked` for, or `auto`.
+
+    That is as many as leave all measurements, which come each `every` steps or share of the budget, `MEASURING` of the
+    training's time; a power of two, so that little changes nothing, and not above `MOST_HELD_OUT`. Where only the end
+    is measured, and where nobody knows the steps (None), it is that.
+    """
+    if isinstance(asked, int):
+        return asked
+    if not every or steps is None:
+        return MOST_HELD_OUT
+    count = max(1.0, steps / every if every >= 1 else min(steps, 1 / every))
+    fits = max(1.0, MEASURING * steps * step_tokens / (READ * count))
+    return min(MOST_HELD_OUT, max(least, 2 ** math.floor(math.log2(fits))))
 
 
 def processes() -> int:
