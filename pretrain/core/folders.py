@@ -151,7 +151,9 @@ def near(path: Path) -> str:
 
 def checkpoint_of(folder: Path) -> Path:
     """The checkpoint in a stage's folder, or the folder itself when it is one; of a GGUF file the one made of it."""
-    folder = opened(place_of(folder), cache_folder())
+    place = place_of(folder)
+    exported = place / "export"  # of a stage that exports, where that is a GGUF file
+    folder = opened(exported if (place / "stage.json").exists() and exported.is_dir() else place, cache_folder())
     for path in (folder / "checkpoint", folder):
         if (path / "config.json").exists():
             return path

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.quick.machine import efficiency, likely_beside, likely_rate
+from pretrain.core.quick.quantities import short
 from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import load
@@ -18,6 +19,7 @@ from pretrain.new import stages, start
 from pretrain.new.corpora import corpus, lacking
 from pretrain.new.look import Look
 from pretrain.new.prompts import fitting
+from pretrain.new.smaller import Sizes, Smaller
 from pretrain.new.stages import written
 from pretrain.new.start import ENOUGH_PASSES, Start
 from pretrain.new.tables import Table
@@ -322,15 +324,31 @@ def _chat(asked: Asked) -> list[str]:
 def _compress(asked: Asked) -> list[str]:
     init = asked.init
     assert init is not None, "the command asks for one"
-    group = 64 if (init.width or 64) % 64 == 0 else -1  # weights that share a scale; -1: a whole row
-    share = init.embedded
-    large = share > 0.5 and init.family in ("llama", "gpt2") and init.kind == "causal"
-    quantised = written(
-        stages.QUANTISED, init=quoted(init.name), group=group, length=init.length(256),
-        embedded=written(stages.EMBEDDED, share=f"{share:.0%}", init=quoted(init.name)) if large else "",
+    smaller = Smaller(init, asked.look, 64 if (init.width or 64) % 64 == 0 else -1)
+    sizes, trimmed = smaller.sizes, ""
+    whole, expects = quoted(init.name), _expects(init, sizes)
+    if smaller.kept:
+        entries = {"kept": f"{smaller.kept:,}", "entries": f"{init.config['vocab_size']:,}"}
+        trimmed, whole = written(stages.TRIMMED, init=whole, **entries), "trimmed"
+    if sizes is not None and sizes.exports:
+        name, made = "smaller", written(stages.EIGHT_BITS, init=whole, expects=expects)
+    else:
+        length, group = init.length(256), smaller.group
+        name, made = "quantised", written(stages.QUANTISED, init=whole, group=group, length=length, expects=expects)
+    before, after = _before_and_after(asked, init, name)
+    return [_corpus(asked), before, trimmed, made, after]
+
+
+def _expects(init: Start, sizes: Sizes | None) -> str:
+    """What is to be saved, in a comment; nothing where nothing is known of the checkpoint."""
+    if sizes is None:
+        return ""
+    best = sizes.eight if sizes.exports and sizes.eight is not None else sizes.four
+    blocks = f"; 4 bits for the blocks alone would leave {short(sizes.four, 'B')}" if sizes.exports else ""
+    return written(
+        stages.EXPECTED, share=f"{init.embedded:.0%}", before=short(sizes.before, "B"), after=short(best, "B"),
+        saved=f"{sizes.saved:.0%}", blocks=blocks,
     )  # fmt: skip
-    before, after = _before_and_after(asked, init, "quantised")
-    return [_corpus(asked), before, quantised, after]
 
 
 def _images(asked: Asked) -> list[str]:

@@ -179,10 +179,34 @@ MERGED = """
     checkpoint: tuned
     surgeries: [merge_adapters]
 """
+TRIMMED = """
+  # The text uses about $kept of the $entries entries of the vocabulary: the others go, with their rows of the
+  # embeddings. Text that is unlike yours falls into shorter tokens then.
+  - name: trimmed
+    stage: surgery
+    checkpoint: $init
+    surgeries: [trim_vocabulary]  # arXiv:2305.15020
+    corpus: corpus
+"""
+EXPECTED = """
+  # $share of this model's weights are its vocabulary's. Of $before of weights and tokenizer this leaves about $after
+  # (-$saved)$blocks.
+"""
+EIGHT_BITS = """
+  # 8 bits for each weight, those of the vocabulary too, in a GGUF file, which `pretrain generate` and llama.cpp open
+  # (pip install 'pretrain[gguf]').
+$expects
+  # Smaller still: distil it into one of half its width first, as recipes/compress.yaml does.
+  - name: smaller
+    stage: export
+    checkpoint: $init
+    to: gguf
+    numbers: q8_0
+"""
 QUANTISED = """
   # 4 bits a weight, each error made up for by the weights to come, on what your text makes of the model. Smaller
   # still: distil it into one of half its width first, as recipes/compress.yaml does.
-$embedded
+$expects
   - name: quantised
     stage: surgery
     checkpoint: $init
@@ -191,10 +215,6 @@ $embedded
     corpus: corpus  # calibration: text like what it will be used on
     length: $length
     calibration_rows: 64
-"""
-EMBEDDED = """
-  # About $share of this model's weights are its vocabulary's, which this leaves as they are; `pretrain export $init
-  # --to gguf --numbers q8_0 --output FOLDER` stores them too in 8 bits.
 """
 PIXELS = """
   - name: pixels

@@ -35,6 +35,7 @@ class Start:
     config: Mapping[str, JSON] = field(default_factory=dict)
     held: tuple[float, float] | None = None  # of a run of ours: the shares that it held out, validation and test
     corpus: str = ""  # of such a run: the stage that made it, as another recipe names it
+    folder: Path | None = None  # where its files lie
 
     @property
     def kind(self) -> str:
@@ -91,11 +92,12 @@ def start_of(name: str) -> Start:
         stays = (
             f"{name.rstrip('/')}/{stage}@{checkpoint.parent.name.rpartition('-')[2]}"  # whatever the run shows later
         )
-        return Start(stays, read_json(checkpoint / "config.json"), *_corpus(place, name.rstrip("/")))
+        return Start(stays, read_json(checkpoint / "config.json"), *_corpus(place, name.rstrip("/")), checkpoint)
     if place.exists():
         homes = [home for home in place.absolute().parents[:2] if (home / "run.json").exists()]
-        config = read_json(checkpoint_of(place_of(place)) / "config.json")
-        return Start(name, config, *(_corpus(homes[0], os.path.relpath(homes[0])) if homes else ()))
+        folder = checkpoint_of(place_of(place))
+        made = _corpus(homes[0], os.path.relpath(homes[0])) if homes else (None, "")
+        return Start(name, read_json(folder / "config.json"), *made, folder)
     here = [path.parent.as_posix() for path in sorted(Path().glob("*/*/run.json"))]
     meant = nearest(name, here, cutoff=0.88)
     if looks_like(name) and name.count("/") <= 1 and not name.startswith("runs/") and not meant:

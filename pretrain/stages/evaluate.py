@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, TypeAlias, cast
+from typing import TYPE_CHECKING, ClassVar, Literal, TypeAlias, cast
 
 from pydantic import ConfigDict, Field, field_validator
 
@@ -63,6 +63,7 @@ class Evaluate(Stage):
     opening: A decoding method that opens the checkpoint, `expert_store`: in less memory; its metrics stand beside.
     """
 
+    accepts: ClassVar[dict[str, tuple[str, ...]]] = Stage.accepts | {"checkpoint": ("train", "surgery", "export")}
     stage: Literal["evaluate"] = "evaluate"
     version = 3
     checkpoint: Ref
@@ -83,6 +84,10 @@ class Evaluate(Stage):
     def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
         """Refuse windows beyond the positions of the checkpoint that is named, where it is there."""
         super().check_inputs(earlier)
+        exported = earlier.get(self.checkpoint)
+        if exported is not None and getattr(exported, "to", "gguf") != "gguf":
+            to = f"{self.checkpoint!r} exports {getattr(exported, 'to', '')}"
+            raise PretrainError(f"{to}, which is not read again; accepted: one to gguf", place=("checkpoint",))
         path = located(self.checkpoint) / "config.json"
         if self.checkpoint not in earlier and path.exists():
             for number, method in enumerate(self.evaluations):

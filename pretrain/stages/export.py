@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 from pretrain.core.quick.quantities import figure
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage
+from pretrain.stages._estimates import Left
 
 
 class Export(Stage):
@@ -27,8 +29,8 @@ class Export(Stage):
     pooling: Literal["mean", "cls", "lasttoken"] = "mean"
 
     def estimate(self, given: Given) -> Estimate:
-        """Next to nothing beside loading the model."""
-        return Estimate(flops=0.0)
+        """Next to nothing beside loading the model, which it leaves as it was."""
+        return Estimate(flops=0.0, left=replace(given.get("checkpoint", Left()), exact=False))
 
     def run(self, job: Job) -> StageResult:
         """Write the folder."""

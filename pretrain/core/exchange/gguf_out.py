@@ -23,7 +23,7 @@ from pretrain.core.exchange.gguf_in import read_gguf
 from pretrain.core.exchange.task import Export
 from pretrain.core.files import JSONObject
 from pretrain.core.foreign import json
-from pretrain.core.foreign.gguf import header
+from pretrain.core.foreign.gguf import header, splitting
 from pretrain.core.processors import tokenizer_in
 
 if TYPE_CHECKING:
@@ -33,9 +33,6 @@ NAME = "model.gguf"
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gpt2": "gpt2"}
 BLOCK = 32  # values of Q8_0 that share a scale
 NORMAL, CONTROL, USER, UNUSED = 1, 3, 4, 5  # types of tokens
-_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
-SPLITS = {_ENDINGS + _WORDS % r"\p{N}": "qwen2", _ENDINGS + _WORDS % r"\p{N}{1,3}": "llama-bpe"}
 PROBE, LENGTH = 4, 32  # rows and tokens on which logits are compared
 
 
@@ -171,9 +168,8 @@ def _vocabulary(source: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> 
     backend = getattr(tokenizer, "backend_tokenizer", None)
     facts = json.loads(backend.to_str(), halves=True) if backend is not None else {}
     model = facts.get("model") or {}
-    pre = _splitting(facts.get("pre_tokenizer") or {}, bool(model.get("merges")))
-    normalised = (facts.get("normalizer") or {}).get("type") not in (None, "NFC")
-    if model.get("type") != "BPE" or model.get("byte_fallback") or pre is None or normalised:
+    pre = splitting(facts)
+    if pre is None:
         raise PretrainError(
             f"{source}: its tokenizer is no byte-level BPE that splits text as GPT-2, SmolLM, Llama 3 or Qwen 2: "
             "accepted: one that does, or a checkpoint without a tokenizer"
@@ -186,20 +182,6 @@ def _vocabulary(source: Path, tokenizer: PreTrainedTokenizerBase, size: int) -> 
     filled = [tokens.get(number, (f"[PAD{number}]", UNUSED)) for number in range(size)]
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model.get("merges") or []]
     return {"tokens": [t for t, _ in filled], "types": [kind for _, kind in filled], "merges": merges, "pre": pre}
-
-
-def _splitting(rule: JSONObject, merges: bool) -> str | None:
-    """The name that llama.cpp gives a pre-tokenizer; None for one that it does not know. Without merges any will do."""
-    parts = rule.get("pretokenizers") or [rule]
-    last = parts[-1]
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    if not merges or (len(parts) == 1 and last.get("use_regex", True)):
-        return "gpt-2"
-    if len(parts) == 2 and parts[0].get("type") == "Digits" and parts[0].get("individual_digits") and last["use_regex"]:
-        return "smollm"
-    pattern = parts[0].get("pattern", {}).get("Regex") if len(parts) == 2 and not last["use_regex"] else None
-    return SPLITS.get(str(pattern))
 
 
 def _name_tokens(writer: GGUFWriter, tokenizer: PreTrainedTokenizerBase, vocabulary: JSONObject) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO, TypeAlias
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.files import JSONObject
 from pretrain.core.foreign.parsing import parsing
 from pretrain.core.foreign.reading import open_file
 
@@ -140,3 +141,29 @@ class _Reader:
         if width and shape[-1] % block:
             raise ValueError(f"{name[:80]!r}: rows of {shape[-1]} values, of {label}, whose blocks have {block}")
         return name, Packed(label, shape), place, math.prod(shape) // block * width
+
+
+_WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_ENDINGS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|"
+SPLITS = {_ENDINGS + _WORDS % r"\p{N}": "qwen2", _ENDINGS + _WORDS % r"\p{N}{1,3}": "llama-bpe"}
+
+
+def splitting(facts: JSONObject) -> str | None:
+    """The name that llama.cpp gives the way in which a `tokenizer.json` splits text; None of one that it cannot keep.
+
+    It keeps byte-level BPE that splits as GPT-2, SmolLM, Llama 3 or Qwen 2; without merges any splitting will do.
+    """
+    model, rule = facts.get("model") or {}, facts.get("pre_tokenizer") or {}
+    normalised = (facts.get("normalizer") or {}).get("type") not in (None, "NFC")
+    if model.get("type") != "BPE" or model.get("byte_fallback") or normalised:
+        return None
+    parts = rule.get("pretokenizers") or [rule]
+    last = parts[-1]
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not model.get("merges") or (len(parts) == 1 and last.get("use_regex", True)):
+        return "gpt-2"
+    if len(parts) == 2 and parts[0].get("type") == "Digits" and parts[0].get("individual_digits") and last["use_regex"]:
+        return "smollm"
+    pattern = parts[0].get("pattern", {}).get("Regex") if len(parts) == 2 and not last["use_regex"] else None
+    return SPLITS.get(str(pattern))
