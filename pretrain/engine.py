@@ -93,8 +93,7 @@ def run(
         for item in planned:
             with _ending(recipe, planned, item) if main else nullcontext():
                 _refuse_empty_splits(recipe, planned)
-                plan_of = _plan_of(item.stage.name, recipe, estimates)
-                finished = _run_once(item, records, plan_of, say, main, wait)
+                finished = _run_once(item, records, _plan_of(item.stage.name, recipe, estimates), say, main, wait)
             records[item.stage.name] = record = record_of(item)
             if main:
                 _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)

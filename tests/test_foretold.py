@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -133,8 +134,15 @@ def taken_for(folder: Path, rate: float) -> None:
     write_json(folder / "run" / "plan.json", sealed({"rate": rate, "beside": {"block": 1e-5, "logit": 1e-12}}))
 
 
-def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_command_for_one_that_can(tmp_path, texts):
+def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_command_for_one_that_can(
+    tmp_path, texts, monkeypatch
+):
+    from pretrain import engine
     from pretrain.engine import run
+
+    expected = engine._plan_of  # of a machine a hundred times as quick as this one, whichever that is
+    quick = lambda *given: (plan := expected(*given)) and replace(plan, flops=100 * plan.flops)  # noqa: E731
+    monkeypatch.setattr(engine, "_plan_of", quick)
 
     taken_for(tmp_path, 3e12)
     sizes = settled(tmp_path, texts, budget={"seconds": 1.5}, length=64)
@@ -150,7 +158,6 @@ def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_comman
     assert other.weights < sizes[0].choice.shape.weights
     summary = summarise(collect(tmp_path / "run"))
     assert made["planned"]["instead"]["size"] in summary.advice and "--set model.budget.flops=" in summary.command
-    assert made["planned"]["instead"]["size"] in lines[-1] or any("would suit it" in line for line in lines)
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.02])
