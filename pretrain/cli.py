@@ -178,6 +178,9 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     table.add_section()
     table.add_row("total", "", "", *_cells(total(expected)))
     Console().print(table)
+    for each in expected:
+        if each.to_run and each.estimate.basis:
+            typer.echo(f"note: {each.item.stage.name} is not made yet: {each.estimate.basis}")
     ahead = {each.item.stage.name for each in expected if each.to_run}
     for chosen in (each for each in recipe.sizes if each.stage in ahead):
         for line in chosen.warnings():

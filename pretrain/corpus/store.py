@@ -61,7 +61,7 @@ def side(key: str, validation: float, test: float) -> str:
     return "test" if number < test else "validation" if number < test + validation else "train"
 
 
-def _key(document: Document) -> str:
+def key_of(document: Document) -> str:
     """What decides a document's side."""
     if document.get("group") is not None:
         return str(document["group"])
@@ -169,7 +169,7 @@ def _write_splits(
         for what, there, most in (("domains", domains, DOMAINS), ("columns and what is in them", columns, COLUMNS)):
             if len(there) > most:
                 raise PretrainError(f"document {document.get('id')!r}: more than {most:,} {what}; accepted: fewer")
-        split = document.split if isinstance(document, Placed) else side(_key(document), validation, test)
+        split = document.split if isinstance(document, Placed) else side(key_of(document), validation, test)
         writers[split].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()

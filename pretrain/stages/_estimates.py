@@ -25,10 +25,11 @@ from pretrain.corpus.sources import evenly
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.dial.tuned import Layers, Tuning
-from pretrain.stages._examples import Labelled, Texts, counter, lengths, stored
+from pretrain.stages._examples import Labelled, Texts, counter, lengths, middle, stored
 
 if TYPE_CHECKING:
     from pretrain.evaluation import Evaluation
+    from pretrain.stages._looked import Looked
     from pretrain.surgery import Surgery
 
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model
@@ -40,6 +41,7 @@ RECORDS = 1e4  # bytes of what each stage notes of itself: its record and the co
 SAMPLES = 5e3  # bytes of a few documents that are shown
 ROW = 150.0  # bytes of a document's numbers, as an evaluation keeps them
 MEASURED, LONG = 200, 2000  # documents and characters of each by which the size of a token is measured
+FEW_ENTRIES, ENOUGH = 600, 20_000  # of a vocabulary that is learnt at once, on so many characters at least
 DRAWN = 200  # sizes of documents
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
 DECODING = 0.2  # of the rate of training, a token at a time
@@ -60,6 +62,8 @@ class Left:
     rows: Texts = ()  # a few documents of a corpus of examples, as far as its sources show them
     folder: Path | None = None  # of a corpus that is there
     tokenizer: Path | None = None  # the file of one that is there
+    sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # bytes of some documents of a split
+    texts: tuple[str, ...] = ()  # beginnings of some documents
 
 
 class Odd(NamedTuple):
@@ -82,6 +86,7 @@ class Estimate:
     left: Left = Left()
     warnings: tuple[Odd, ...] = ()
     plan: Plan | None = None  # of a training
+    basis: str = ""  # of a corpus that is not made yet: what is known of it
     much: str = ""  # which field makes the memory as large as it is, and what of it fits, where it does not
 
 
@@ -144,15 +149,34 @@ def bytes_of_token(vocabulary: int) -> float:
 
 
 def letters(corpus: Left, model: Left) -> float:
-    """Bytes of a token in a corpus: measured on some of its documents where they and the tokenizer are there."""
-    rows = (corpus.rows or stored(corpus.folder, MEASURED)) if model.tokenizer is not None else ()
-    texts = tuple(row.get("text", "")[:LONG] for row in evenly(rows, MEASURED))
-    return _measured(model.tokenizer, texts) if any(texts) else bytes_of_token(model.vocabulary or 0)
+    """Bytes of a token in a corpus, measured on some of its documents where there are any to see.
+
+    By the tokenizer that is there; else as in Python's library, times what tokens of a small vocabulary hold here
+    beside those there.
+    """
+    rows = corpus.rows or stored(corpus.folder, MEASURED)
+    texts = tuple(middle(row.get("text", ""), LONG) for row in evenly(rows, MEASURED)) if rows else corpus.texts
+    usual = bytes_of_token(model.vocabulary or 0)
+    if not any(texts):
+        return usual
+    if model.tokenizer is not None:
+        return _measured(model.tokenizer, texts)
+    return usual * _beside_python(texts) if (model.vocabulary or 0) > FEW_ENTRIES else usual
 
 
 @lru_cache(maxsize=8)
 def _measured(tokenizer: Path | None, texts: tuple[str, ...]) -> float:
     return sum(len(text.encode()) for text in texts) / max(1.0, sum(counter(tokenizer, 0, ())(texts)))
+
+
+@lru_cache(maxsize=8)
+def _beside_python(texts: tuple[str, ...]) -> float:
+    """What a token of `FEW_ENTRIES`, learnt on half of them, holds of texts beside what one holds of that library."""
+    learnt, others = texts[::2], texts[1::2] or texts
+    if sum(map(len, learnt)) < ENOUGH:
+        return 1.0
+    count = counter(None, FEW_ENTRIES, tuple({"text": text} for text in learnt))
+    return sum(len(text.encode()) for text in others) / max(1.0, sum(count(others))) / bytes_of_token(FEW_ENTRIES)
 
 
 def training_seconds(flops: float, width: int) -> float:
@@ -198,18 +222,39 @@ def _lacking(split: str, domains: Mapping[str, Mapping[str, Mapping[str, float]]
 
 
 def corpus_estimate(
-    total: float, documents: float, validation: float, test: float, works: bool, rows: Texts = (), whole: float = 0.0
-) -> Estimate:
+    total: float, documents: float, validation: float, test: float, works: bool, rows: Texts = (), whole: float = 0.0,
+    seen: Looked | None = None,
+) -> Estimate:  # fmt: skip
     """Of a corpus of so many bytes of text, and a few documents of it; `works`: operations compute something too.
 
-    `whole` are the bytes of its files, where these hold more than the text.
+    `whole` are the bytes of its files, where these hold more than the text; `seen` is what was read of them.
     """
     held = max(total, whole)
     shares = {"train": 1 - validation - test, "validation": validation, "test": test}
     left = Left({split: share * total for split, share in shares.items()},
                 {split: share * documents for split, share in shares.items() if documents}, rows=rows)  # fmt: skip
+    basis = "what is said of its text is by the sizes of its sources, copies included"
+    if seen is not None:
+        left, basis = _seen(left, seen), _basis(seen, total)
     disk = RECORDS + SAMPLES + compressed(held)
-    return Estimate(None if works else 0.0, FLOOR + 10 * held, 1 + held / 1.5e6, disk, 1.0, left)
+    return Estimate(None if works else 0.0, FLOOR + 10 * held, 1 + held / 1.5e6, disk, 1.0, left, basis=basis)
+
+
+def _seen(left: Left, seen: Looked) -> Left:
+    """What a corpus is to hold, by the documents that were read: all of them, or a part that is like the rest."""
+    if seen.whole:
+        return replace(left, bytes=seen.bytes, documents=seen.documents, sizes=seen.sizes, texts=seen.texts)
+    bytes_, documents = (
+        {split: value * seen.kept for split, value in of.items()} for of in (left.bytes, left.documents)
+    )
+    return replace(left, bytes=bytes_, documents=documents, texts=seen.texts)
+
+
+def _basis(seen: Looked, total: float) -> str:
+    """What is known of the text, in words."""
+    part = "its sources" if seen.whole else f"the first {min(1.0, seen.given / max(1.0, total)):.1%} of its sources"
+    copies = f", of which copies are {1 - seen.kept:.0%}" if seen.kept < 0.995 else ""
+    return f"what is said of its text is by a look at {part}{copies}"
 
 
 def compressed(size: float) -> float:
@@ -234,7 +279,8 @@ def reading(
         return Estimate()
     shape, size_of_token = shape.with_blocks(model.blocks), letters(corpus, model)
     documents = corpus.documents.get(split) or size / DOCUMENT
-    share, sizes = min(1.0, most / documents), _sizes(size / documents, longest)
+    seen = [min(each, longest or math.inf) for each in corpus.sizes.get(split, ())]
+    share, sizes = min(1.0, most / documents), seen or _sizes(size / documents, longest)
     flops = seconds = 0.0
     for each in evaluations:
         length = getattr(each, "length", 0) or model.length or 512

@@ -80,6 +80,12 @@ def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
     return Sampled(tuple(evenly(rows, FEW)), float(len(rows)) if whole else max(len(rows), size * len(rows) / held))
 
 
+def middle(text: str, most: int) -> str:
+    """So many characters at most of the middle of a text: it begins with what is alike in many."""
+    start = max(0, len(text) - most) // 2
+    return text[start : start + most]
+
+
 def stored(folder: Path | None, most: int = FEW) -> Texts:
     """Documents of a corpus that is there, so many at most."""
     with suppress(OSError):

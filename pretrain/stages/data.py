@@ -40,9 +40,13 @@ from pretrain.stages import (
 )
 from pretrain.stages._estimates import Left, corpus_estimate, uneven
 from pretrain.stages._examples import sampled
+from pretrain.stages._looked import Looked, looked
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+
+LOOKED: dict[tuple[object, ...], Looked | None] = {}  # what was seen of sources, by them
 
 
 def build_source(value: object) -> Source:
@@ -135,7 +139,17 @@ class Data(Stage):
         documents = sum(size.documents or few.documents for size, few in zip(known, seen, strict=True))
         documents += sum(before.documents.values())
         rows = (*before.rows, *(row for few in seen for row in few.rows))
-        return corpus_estimate(total, documents, self.validation, self.test, works, rows, whole)
+        few = None if self.corpus else self._looked(total)
+        return corpus_estimate(total, documents, self.validation, self.test, works, rows, whole, few)
+
+    def _looked(self, total: float) -> Looked | None:
+        """What its sources hold without copies, looked at once in a process as long as they are as large."""
+        alike = next((getattr(each, "threshold", None) for each in self.operations if each.name == "deduplicate"), None)
+        given = (self.longest, (self.validation, self.test), self.near_duplicates, alike)
+        key = (repr(self.sources), total, *given)
+        if key not in LOOKED:
+            LOOKED[key] = looked(self.sources, *given)
+        return LOOKED[key]
 
     def progress(self, folder: Path) -> str:
         """What operations keep while they work."""

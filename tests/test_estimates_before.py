@@ -1,0 +1,104 @@
+"""Estimates of a recipe whose corpus is not made yet: copies are left out, splits are as they will be, tokens as long."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from string import ascii_lowercase
+
+import pytest
+from small_recipe import small_recipe
+from typer.testing import CliRunner
+
+from pretrain.cli import app
+from pretrain.engine import run, silent
+from pretrain.forecast import forecast
+from pretrain.identity import plan
+from pretrain.recipe import Recipe, load
+from pretrain.stages import _looked
+from pretrain.stages.data import LOOKED
+
+EVALUATION = {
+    "stage": "evaluate",
+    "name": "evaluation",
+    "checkpoint": "model",
+    "corpus": "corpus",
+    "compressors": False,
+}
+
+
+@pytest.fixture(autouse=True)
+def unseen():
+    LOOKED.clear()
+
+
+def recipe_of(folder: Path, texts: list[str]) -> Recipe:
+    """A recipe on files of these texts, which drops documents that are alike."""
+    text = small_recipe(folder, [{"text": each} for each in texts], EVALUATION, held_out=0.2, budget={"steps": 40})
+    (folder / "r.yaml").write_text(text)
+    operations = ["corpus.operations=[{method: deduplicate, threshold: 0.8}]", "tokenizer.vocab_size=700"]
+    return load(folder / "r.yaml", operations, folder / "run")
+
+
+def estimates(recipe: Recipe, *again: str):
+    return {each.item.stage.name: each.estimate for each in forecast(plan(recipe, None, again))}
+
+
+def copied(stories) -> list[str]:
+    """Texts with exact copies of a half of them, and some that are nearly the same."""
+    texts = [story["text"] for story in stories[:60]]
+    near = [f"{text}\n# one more line\n" for text in texts[30:45]]
+    return [*texts, *texts[:30], *near]
+
+
+def test_passes_and_evaluations_are_those_of_the_corpus_that_is_made_of_copies(tmp_path, stories):
+    recipe = recipe_of(tmp_path, copied(stories))
+    before = estimates(recipe)
+    result = run(recipe, say=silent, report=False)
+    after = estimates(recipe, "model", "evaluation")
+    left = [each["corpus"].left for each in (before, after)]
+    assert left[0].bytes["test"] == left[1].bytes["test"] and left[0].documents["test"] == left[1].documents["test"]
+    assert left[0].bytes["train"] == pytest.approx(left[1].bytes["train"], rel=0.05)
+    assert before["model"].passes == pytest.approx(after["model"].passes, rel=0.2)
+    assert before["evaluation"].flops == pytest.approx(result.stages["evaluation"]["flops"], rel=0.2)
+
+
+def test_a_token_is_as_long_as_it_is_in_such_text(tmp_path):
+    rng = random.Random(0)
+    letters = ["\n".join("".join(rng.choices(ascii_lowercase, k=60)) for _ in range(50)) for _ in range(80)]
+    words = ["\n".join(rng.choices(["mountain", "riverbank", "garden", "letters"], k=400)) for _ in range(80)]
+    passes = []
+    for name, texts in (("letters", letters), ("words", words)):
+        (tmp_path / name).mkdir()
+        recipe = recipe_of(tmp_path / name, texts)
+        before = estimates(recipe)["model"].passes
+        run(recipe, say=silent, report=False)
+        passes.append((before, estimates(recipe, "model")["model"].passes))
+    for before, after in passes:
+        assert before == pytest.approx(after, rel=0.35)
+    assert passes[1][1] > 2 * passes[0][1], "tokens of words hold more, so that as many are more of the text"
+
+
+def test_of_more_than_there_is_time_for_a_part_is_taken_for_all(tmp_path, stories, monkeypatch):
+    texts = [story["text"] for story in stories[:60]]
+    recipe = recipe_of(tmp_path, [each for text in texts for each in (text, text)])
+    whole = estimates(recipe)["corpus"]
+    LOOKED.clear()
+    clock = iter(range(10**6))
+    monkeypatch.setattr(_looked.time, "perf_counter", lambda: next(clock) * _looked.READ / 50)  # fifty documents
+    part = estimates(recipe)["corpus"]
+    assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.35)
+    assert sum(part.left.bytes.values()) < 0.6 * sum(len(text.encode()) for text in texts) * 2
+    assert "a look at its sources, of which copies are 5" in whole.basis and "a look at the first" in part.basis
+
+
+def test_a_dry_run_says_that_the_corpus_is_not_made_yet_until_it_is(tmp_path, stories):
+    recipe = recipe_of(tmp_path, copied(stories))
+    arguments = ["run", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "run"), "--dry-run"]
+    given = ["--set", "corpus.operations=[{method: deduplicate, threshold: 0.8}]", "--set", "tokenizer.vocab_size=700"]
+    before = CliRunner().invoke(app, [*arguments, *given], catch_exceptions=False).output
+    assert (
+        "note: corpus is not made yet: what is said of its text is by a look at its sources, of which copies" in before
+    )
+    run(recipe, say=silent, report=False)
+    assert "not made yet" not in CliRunner().invoke(app, [*arguments, *given], catch_exceptions=False).output
