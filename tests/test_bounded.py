@@ -86,6 +86,7 @@ def large(path: Path, size: int, line: bytes = b"") -> None:
             file.write(piece)
 
 
+@pytest.mark.processes
 @pytest.mark.promise(
     "Memory",
     "`data` takes 0.3 GB, 0.6 GB with near-duplicates, whatever the files hold, at the default `longest`; about 200 bytes for each document, and one row group of a Parquet file, at most 2 GiB as it says.",
@@ -348,6 +349,7 @@ def test_headers_of_arrays_say_what_the_files_hold(tmp_path):
             read_array(path)
 
 
+@pytest.mark.processes
 @pytest.mark.promise(
     "Memory",
     "`train`, `surgery`, `evaluate` and `decode` take what `--dry-run` says; a third more than the machine has, or than `ulimit -v` allows, is refused before anything runs, and where memory ends later that is one line.",
@@ -393,6 +395,7 @@ TOKENS = """
 """
 
 
+@pytest.mark.processes
 @pytest.mark.promise(
     "Memory",
     "Tokens and `tokenizer` take 2 GB at the default `longest`, about 90 bytes for each character of the documents at work.",

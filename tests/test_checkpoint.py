@@ -344,6 +344,7 @@ for at in range(100):
 """
 
 
+@pytest.mark.processes
 @pytest.mark.promise("Faults", "A kill at any moment of writing a checkpoint leaves the old one or the new one, whole.")
 def test_a_kill_at_any_moment_of_writing_leaves_a_whole_checkpoint(tmp_path):
     command = [sys.executable, "-c", KILLED, str(tmp_path / "c"), os.path.dirname(__file__)]

@@ -315,6 +315,7 @@ def test_a_terminal_that_is_closed_ends_a_command_that_writes_to_it_as_a_signal_
 FULL = "error: standard output cannot be written: No space left on device; accepted: a place with room for it"
 
 
+@pytest.mark.processes
 @pytest.mark.promise(
     "What others have written",
     "Where standard output cannot be written, a full disk most often, the work goes on, and the command says so in one line at its end and fails.",

@@ -94,6 +94,7 @@ def test_a_missing_path_is_an_error(tmp_path):
         list(read(HubDataset("nobody/nothing-of-the-kind")))
 
 
+@pytest.mark.processes
 def test_the_standard_library_has_modules_and_docstrings_without_tests():
     found = {(d["domain"], d["id"]) for d in read(PythonStdlib())}
     assert ("python", "argparse.py") in found and ("docstrings", "argparse.py#docstrings") in found

@@ -464,6 +464,7 @@ def test_the_law_in_the_package_has_its_runs_and_fits_them() -> None:
     assert all(law.bits(r.body, r.vocabulary, r.bytes) == pytest.approx(r.bits, rel=0.05) for r in law.rungs)
 
 
+@pytest.mark.processes
 def test_a_ladder_fits_a_law_that_the_dial_goes_by(written: Path, tmp_path: Path) -> None:
     from pretrain.experiments.ladder import climb
 

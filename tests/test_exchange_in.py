@@ -118,6 +118,7 @@ def test_a_folder_with_one_gguf_is_that_file_and_with_two_asks_which(tmp_path):
     assert gguf_at(tmp_path) is None
 
 
+@pytest.mark.processes
 def test_a_real_gguf_opens_wherever_a_checkpoint_is_taken(package):
     """SmolLM2-135M-Instruct in 4 bits: the tokens of the reference, the same file the same checkpoint."""
     extra("gguf")

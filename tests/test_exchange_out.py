@@ -90,6 +90,7 @@ def test_a_real_llama_goes_out_and_comes_in_again_in_eight_bits(package, tmp_pat
     assert facts["types"] == {"Q8_0": 211, "F32": 61}
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("family", "output"), [("bert", "logits"), pytest.param("llama", "last_hidden_state", marks=pytest.mark.long)]
 )

@@ -231,6 +231,7 @@ def executed(path, folder):
     return names, shown
 
 
+@pytest.mark.processes
 def test_the_notebook_of_the_first_afternoon_runs_from_top_to_bottom(tmp_path):
     names, shown = executed(ROOT / "docs" / "first-afternoon.ipynb", tmp_path)
     assert all(shown) and names["adapted"].metrics["loss"] < names["before"]["metrics"]["loss"]

@@ -63,6 +63,7 @@ def base(prepared, tiny, tmp_path_factory):
     return folder
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_for_each_kind_runs_to_its_end_and_measures(here, kind, stories, base, tmp_path):
     place, more = write_kind(here, kind, stories, base)
@@ -317,6 +318,7 @@ def test_of_a_checkpoint_that_a_gguf_file_does_not_take_the_blocks_are_made_smal
     assert "vocabulary" not in recipe(Asked("m", seen, "compress", Start("org/name", {})))
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("task", ["continue", "compress"])
 def test_a_checkpoint_is_gone_on_with_or_made_smaller_and_measured_before_and_after(here, base, task):
     write_prose(here / "prose")

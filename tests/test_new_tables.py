@@ -83,6 +83,7 @@ def test_a_column_of_numbers_with_a_bad_cell_is_one_whose_bad_row_is_named_and_p
     assert skipped.names["rows without a number in price"] == ["table.csv:42"]
 
 
+@pytest.mark.processes
 def test_numbers_with_a_bad_cell_are_learnt_to_the_end(here):
     prices(odd=(("n/a", 40), ("nan", 41), ("about 5", 42)))
     printed = new("table.csv", "--budget", "1s")

@@ -69,6 +69,7 @@ def test_a_plan_and_its_reasons_are_told_at_once_and_without_torch(name, tmp_pat
     assert seconds < 8 * libraries()  # 2.1 to 2.6 times
 
 
+@pytest.mark.processes
 def test_stages_have_the_same_address_and_code_with_torch_and_without(tmp_path):
     """Over all recipes here: outlines change nothing of what makes a stage's address."""
     theirs = {str(path): told(path) for path in SHIPPED}  # which makes the processors too

@@ -62,6 +62,7 @@ def test_listing_imports_no_method():
     assert subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT).stdout == "[]\n"
 
 
+@pytest.mark.processes
 def test_a_recipe_uses_a_method_of_a_folder_beside_it(tmp_path):
     outside(tmp_path / "my_methods")
     (tmp_path / "text").mkdir()

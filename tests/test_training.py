@@ -252,6 +252,7 @@ def test_it_learns_and_logs(undisturbed):
     assert len(list((undisturbed / "state").iterdir())) == 2
 
 
+@pytest.mark.processes
 @pytest.mark.promise("Determinism", "A training that is resumed after any of its steps gives the same bits")
 @pytest.mark.bits
 def test_killed_twice_it_ends_with_the_same_weights(tmp_path, prepared, undisturbed):
@@ -265,6 +266,7 @@ def test_killed_at_ten_random_moments_it_ends_with_the_same_weights(tmp_path, pr
         killed_and_resumed(tmp_path / str(seed), prepared, undisturbed, 1 + seed % 3, seed)
 
 
+@pytest.mark.processes
 @pytest.mark.promise(
     "Faults", "SIGINT, SIGTERM and SIGHUP (a terminal that is closed) save the state of a training first."
 )
@@ -465,6 +467,7 @@ def test_a_wrong_precision_is_refused(tiny, prepared, tmp_path):
         small(prepared, tiny, tmp_path, settings=Settings(budget=Budget(steps=1), precision="half", bar=False))
 
 
+@pytest.mark.processes
 def test_training_from_shards_needs_no_data_or_recipe_library(tmp_path, prepared):
     block = (
         "import sys; sys.modules.update({name: None for name in ('datasets', 'pyarrow', 'pydantic', 'tensorboard')}); "

@@ -23,6 +23,8 @@ from pretrain.core.system import shipped
 from pretrain.core.system.extras import EXTRAS, extras_named
 from pretrain.experiments.claims import claims, load_claim
 
+pytestmark = pytest.mark.processes
+
 ROOT = Path(__file__).parent.parent
 PARTS = ("pretrain", "recipes", "claims", "pyproject.toml", "setup.py", "MANIFEST.in", "README.md", "LICENSE")
 MISSING = f"""
