@@ -14,8 +14,7 @@ from pretrain import __version__, cli_claim, cli_exchange, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import Count, Ge, NonNegative, Seed, Share
 from pretrain.core.errors import PretrainError
-from pretrain.core.files import read_object
-from pretrain.core.folders import check_unused, newest_checkpoint, run_of
+from pretrain.core.folders import check_unused, has_chat_template, newest_checkpoint, run_of
 from pretrain.core.foreign.code import TRUST, consenting_to, in_words
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import uncollected
@@ -24,6 +23,7 @@ from pretrain.core.quick.quantities import duration, figure, quantity, short, ti
 from pretrain.core.registry import methods, use_methods
 from pretrain.core.system.console import App
 from pretrain.core.system.usage import Commands
+from pretrain.inference import chat as talking
 from pretrain.inference import command as inferring
 from pretrain.inference import measuring
 from pretrain.new import command as starting
@@ -240,7 +240,7 @@ def generate(
     chosen = [method] if method else []
     measuring.methods_of(chosen, "decoding")  # what is wrong with it is said before anything large is imported
     place = newest_checkpoint(checkpoint)
-    templated = _templated(place)
+    templated = has_chat_template(place)
     if chat and not templated:
         raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
     with uncollected(), consenting_to(place, trust_remote_code):
@@ -265,14 +265,7 @@ def generate(
     typer.echo(sample["continuation"] if chat else text + sample["continuation"])
 
 
-def _templated(place: Path) -> bool:
-    """Whether a checkpoint's tokenizer has a chat template."""
-    settings, others = place / "tokenizer_config.json", (place / "chat_template.jinja", place / "chat_template.json")
-    return any(path.exists() for path in others) or (
-        settings.exists() and bool(read_object(settings).get("chat_template"))
-    )
-
-
+app.command()(talking.chat)
 app.command()(measuring.evaluate)
 
 

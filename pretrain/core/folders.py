@@ -256,3 +256,11 @@ def cache_folder() -> Path:
     """What can be made again is kept here: `$PRETRAIN_CACHE`, or `pretrain` in the user's folder for caches."""
     named, base = os.environ.get("PRETRAIN_CACHE"), os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return (Path(named) if named else Path(base) / "pretrain").expanduser().absolute()
+
+
+def has_chat_template(checkpoint: Path) -> bool:
+    """Whether a checkpoint's tokenizer has a chat template."""
+    settings, others = checkpoint / "tokenizer_config.json", ("chat_template.jinja", "chat_template.json")
+    return any((checkpoint / name).exists() for name in others) or (
+        settings.exists() and bool(read_object(settings).get("chat_template"))
+    )

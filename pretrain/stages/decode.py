@@ -21,9 +21,11 @@ from pretrain.stages import DecodingField, Estimate, Given, Job, Record, Ref, St
 from pretrain.stages._estimates import decoding
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.generation.healing import Healing
+    from pretrain.core.generation.options import SettingFields
 
 BEGINNING = 200  # letters of a held-out document that make a prompt, or half of it if that is less
 NEAR = 8  # tokens before new ones that say how those are written
@@ -184,6 +186,25 @@ def _written(tokenizer: PreTrainedTokenizerBase, ids: list[int], again: Sequence
     return whole[len(prompt) :] if whole.startswith(prompt) else text_of(tokenizer, new, skip_special_tokens=True)
 
 
+def continued(
+    model: PreTrainedModel, input_BL: Tensor, options: SettingFields, method: Decoding | None = None
+) -> Tensor:
+    """`tokens_BN` after unpadded prompts: by a method, the loop here, or for models it cannot run `generate`."""
+    import torch
+
+    from pretrain.core.generation.finite import watching
+    from pretrain.core.generation.forward import why_not
+    from pretrain.core.generation.loop import decode
+    from pretrain.core.generation.settings import generate
+
+    with torch.no_grad(), watching(model):
+        if method is not None:
+            return method.generate(model, input_BL, **options)
+        if why_not(model, input_BL.shape[1] + options["max_new_tokens"]) is None:
+            return decode(model, input_BL, **options)
+        return generate(model, input_BL, torch.ones_like(input_BL), options)
+
+
 def continue_prompt(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -206,11 +227,8 @@ def continue_prompt(
     import torch
 
     from pretrain.core.batch import Vocabulary
-    from pretrain.core.generation.finite import watching
-    from pretrain.core.generation.forward import why_not
-    from pretrain.core.generation.loop import decode
     from pretrain.core.generation.options import Options
-    from pretrain.core.generation.settings import generate, options_of, sampling
+    from pretrain.core.generation.settings import options_of, sampling
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
@@ -231,13 +249,7 @@ def continue_prompt(
         top_p=top_p, stop=stop, healing=healed,
     )  # fmt: skip
     started = time.perf_counter()
-    with torch.no_grad(), watching(model):
-        if method is not None:
-            output_BN = method.generate(model, input_BL, **options)
-        elif why_not(model, input_BL.shape[1] + len(again) + max_new_tokens) is None:
-            output_BN = decode(model, input_BL, **options)
-        else:
-            output_BN = generate(model, input_BL, torch.ones_like(input_BL), options)
+    output_BN = continued(model, input_BL, options, method)
     # An encoder-decoder answers with its decoder's tokens alone, after the one that it starts from.
     given = 1 if method is None and answers else input_BL.shape[1]
     new = output_BN[0, given:].tolist()
