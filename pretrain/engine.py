@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import counted, duration
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.portable import link, link_target, take
-from pretrain.forecast import check_documents, check_ends, check_fits, forecast, shortfall, warnings
+from pretrain.forecast import check_documents, check_ends, check_fits, forecast, plan_of, shortfall, warnings
 from pretrain.identity import RECORD, Planned, begin, drift, keep_generations, record_of, state_of
 from pretrain.identity import plan as plan
 from pretrain.recipe import Recipe, load, whole
@@ -93,7 +93,7 @@ def run(
         for item in planned:
             with _ending(recipe, planned, item) if main else nullcontext():
                 _refuse_empty_splits(recipe, planned)
-                finished = _run_once(item, records, _plan_of(item.stage.name, recipe, estimates), say, main, wait)
+                finished = _run_once(item, records, plan_of(item.stage.name, recipe, estimates), say, main, wait)
             records[item.stage.name] = record = record_of(item)
             if main:
                 _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)
@@ -135,15 +135,6 @@ def _begin(
     fresh = {each.item.stage.name: each.estimate for each in expected if each.to_run and not each.done}
     tell_sizes(recipe.sizes, fresh, say)
     return {each.item.stage.name: each.estimate for each in expected if each.to_run}
-
-
-def _plan_of(name: str, recipe: Recipe, estimates: Mapping[str, Estimate]) -> Plan | None:
-    """What is expected of a training, with what the dial says of another speed, where it has chosen the size."""
-    expected = estimates[name].plan if name in estimates else None
-    chosen = next((each for each in recipe.sizes if each.stage == name), None)
-    if expected is None or chosen is None:
-        return expected
-    return replace(expected, instead=partial(chosen.instead, recipe=str(recipe.path or ""), given=recipe.given))
 
 
 def _say_end(

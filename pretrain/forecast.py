@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.quick.machine import likely_device, memory
+from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration, short
 from pretrain.identity import Planned
 from pretrain.recipe import Recipe
@@ -159,6 +161,15 @@ def check_fits(forecasts: Sequence[Forecast]) -> None:
                 f"stage {each.item.stage.name!r}: about {short(need, 'B')} of memory, this machine has "
                 f"{short(most, 'B')}; accepted: a smaller model, a smaller micro_rows or length, or less text"
             )
+
+
+def plan_of(name: str, recipe: Recipe, estimates: Mapping[str, Estimate]) -> Plan | None:
+    """What is expected of a training, with what the dial says of another speed, where it has chosen the size."""
+    expected = estimates[name].plan if name in estimates else None
+    chosen = next((each for each in recipe.sizes if each.stage == name), None)
+    if expected is None or chosen is None:
+        return expected
+    return replace(expected, instead=partial(chosen.instead, recipe=str(recipe.path or ""), given=recipe.given))
 
 
 def shortfall(stage: Stage, record: StageRecord, estimates: Mapping[str, Estimate]) -> str:

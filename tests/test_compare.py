@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small_recipe import small_recipe
 
 from pretrain.core.errors import PretrainError
-from pretrain.experiments.compare import _check_left, _loaded, _metric_of, _training, _undecided, compare, summarise
+from pretrain.experiments.compare import _check_left, _loaded, _metric_of, _undecided, compare, summarise, training_of
 from pretrain.experiments.trials import Trial, run_all
 from pretrain.experiments.verdict import BETTER, UNDECIDED, WORSE, judge, reached, seeds_to_decide, share_to_reach
 
@@ -117,7 +117,7 @@ def test_an_open_verdict_says_how_many_seeds_would_decide_it():
 )  # fmt: skip
 def test_what_learns_labels_is_compared_by_its_metric(recipes, tmp_path, objective, metric, better):
     recipe, trained = _loaded(recipes[0], 0, 1e9, [f"model.objective={json.dumps(objective)}"])
-    chosen = _metric_of([_training(recipe, trained)])
+    chosen = _metric_of([training_of(recipe, trained)])
     assert chosen == metric
     runs = {
         name: [{"final": v + seed / 99, "curve": [[1.0, v]]} for seed in range(3)]

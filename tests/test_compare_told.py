@@ -77,7 +77,7 @@ def test_a_comparison_of_models_that_have_learnt_little_says_so(base, tmp_path):
 def test_it_says_where_no_side_is_better_than_the_commonest_class(monkeypatch):
     def notes(**finals):
         monkeypatch.setattr(comparing, "_line", lambda training, folder, store, metric: 0.6)
-        monkeypatch.setattr(comparing, "_training", lambda recipe, trained: None)
+        monkeypatch.setattr(comparing, "training_of", lambda recipe, trained: None)
         runs = {name: [{"final": value}] * 2 for name, value in finals.items()}
         return list(comparing._beneath(dict.fromkeys(finals, (None, "")), runs, comparing.Path(), "accuracy"))
 

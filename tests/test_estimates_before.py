@@ -15,7 +15,7 @@ from pretrain.engine import run, silent
 from pretrain.forecast import forecast
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
-from pretrain.stages import _looked
+from pretrain.stages import _examples
 from pretrain.stages.data import LOOKED
 
 EVALUATION = {
@@ -85,7 +85,7 @@ def test_of_more_than_there_is_time_for_a_part_is_taken_for_all(tmp_path, storie
     whole = estimates(recipe)["corpus"]
     LOOKED.clear()
     clock = iter(range(10**6))
-    monkeypatch.setattr(_looked.time, "perf_counter", lambda: next(clock) * _looked.READ / 50)  # fifty documents
+    monkeypatch.setattr(_examples.time, "perf_counter", lambda: next(clock) * _examples.READ / 50)  # fifty documents
     part = estimates(recipe)["corpus"]
     assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.35)
     assert sum(part.left.bytes.values()) < 0.6 * sum(len(text.encode()) for text in texts) * 2

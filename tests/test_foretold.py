@@ -140,9 +140,9 @@ def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_comman
     from pretrain import engine
     from pretrain.engine import run
 
-    expected = engine._plan_of  # of a machine a hundred times as quick as this one, whichever that is
+    expected = engine.plan_of  # of a machine a hundred times as quick as this one, whichever that is
     quick = lambda *given: (plan := expected(*given)) and replace(plan, flops=100 * plan.flops)  # noqa: E731
-    monkeypatch.setattr(engine, "_plan_of", quick)
+    monkeypatch.setattr(engine, "plan_of", quick)
 
     taken_for(tmp_path, 3e12)
     sizes = settled(tmp_path, texts, budget={"seconds": 1.5}, length=64)

@@ -17,6 +17,7 @@ from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.optim.schedules.constant import Constant
 from pretrain.policies import Policy
+from pretrain.stages._training_data import held_out_of
 from pretrain.stages.train import Train
 from pretrain.training.budget import MEASURING, Budget
 from pretrain.training.loader import Loader
@@ -94,7 +95,7 @@ def test_auto_measures_on_what_fits_a_quarter_of_the_training_whatever_the_budge
     stage = Train(**STAGE | {"budget": budget}, evaluate_tokens="auto", evaluate_every=every, length=64, batch_rows=8)
     model = tiny("llama", vocab_size=512)
     plan = Plan(steps=5000, flops=1e12, seconds=60.0, measurement=1.0)
-    tokens = stage._held_out(budget.resolved(8000, 8), model, plan)
+    tokens = held_out_of(stage, budget.resolved(8000, 8), model, plan)
     forward = shape_from(model.config.to_dict()).forward(64)
     per_step = 8 * 64 * shape_from(model.config.to_dict()).flops(64)
     steps = {"steps": 4000, "tokens": 2e6 / 512, "flops": 2e12 / per_step, "epochs": 3000, "seconds": 5000}[budget.unit]
@@ -106,8 +107,8 @@ def test_auto_measures_on_what_fits_a_quarter_of_the_training_whatever_the_budge
 def test_what_is_said_stands_and_where_only_the_end_is_measured_nothing_is_saved(tiny):
     model, budget = tiny("llama", vocab_size=512), Budget(steps=5)
     said = {tokens: Train(**STAGE, evaluate_tokens=tokens, evaluate_every=0.05) for tokens in (100_000, 300)}
-    assert [stage._held_out(budget, model, None) for stage in said.values()] == list(said)
-    assert Train(**STAGE, evaluate_tokens="auto")._held_out(budget, model, None) == 100_000
+    assert [held_out_of(stage, budget, model, None) for stage in said.values()] == list(said)
+    assert held_out_of(Train(**STAGE, evaluate_tokens="auto"), budget, model, None) == 100_000
     with pytest.raises(PretrainError, match=r"evaluate_tokens.*auto"):
         Train(**STAGE, evaluate_tokens="all")
 

@@ -8,19 +8,18 @@ stands each side's peak rate and who has chosen it: a difference of two recipes 
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.files import JSONObject, read_json, sealed, write_json, write_text
+from pretrain.core.files import read_json, sealed, write_json, write_text
 from pretrain.core.models.metrics import Direction, better
 from pretrain.core.quick.quantities import counted, figure, short
 from pretrain.experiments.drawing import draw
+from pretrain.experiments.held_out import measured_on, same_tokens, training_of
 from pretrain.experiments.rates import UNTUNED, Rate, best_rates, rate_of, with_rate
 from pretrain.experiments.trials import Outcome, Trial, run_all
 from pretrain.experiments.verdict import (
@@ -38,11 +37,9 @@ from pretrain.recipe import Recipe, load
 from pretrain.records import Marks, Metrics
 from pretrain.runs.shelf import check_output
 from pretrain.stages.train import Train
-from pretrain.training.budget import MOST_HELD_OUT, held_out_tokens
 
 FEW_STEPS = 1  # of the last training, below which a budget compares nothing
 ENOUGH_STEPS = 100  # that a larger budget is said to leave room for
-COMPARED = 8_000  # held-out tokens at least by which two recipes are told apart
 METRICS = {
     "classification": "accuracy",
     "prompt_classification": "accuracy",
@@ -80,8 +77,8 @@ def compare(
     from pretrain.core.hardware import describe  # imports torch: what is wrong with the recipes has been said by now
 
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
-    held_out = _held_out(loaded, flops)
-    loaded = {name: (_measured_on(side[0], side[1], held_out.get(name)), side[1]) for name, side in loaded.items()}
+    held_out = same_tokens(loaded, flops)
+    loaded = {name: (measured_on(side[0], side[1], held_out.get(name)), side[1]) for name, side in loaded.items()}
     metric = metric or _usual_metric(loaded)
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
@@ -150,13 +147,13 @@ def _check_unequal(recipes: Mapping[str, Recipe]) -> None:
 
 def _usual_metric(loaded: Mapping[str, tuple[Recipe, str]]) -> str:
     """What recipes are judged by; not by a loss a token where their tokens differ."""
-    metric = _metric_of([_training(*each) for each in loaded.values()])
+    metric = _metric_of([training_of(*each) for each in loaded.values()])
     return "bits_per_byte" if metric == "loss" and _of_other_tokens(loaded) else metric
 
 
 def _of_other_tokens(loaded: Mapping[str, tuple[Recipe, str]]) -> bool:
     """Whether sides that all learn text have other tokens than the first: then losses a token do not compare."""
-    if not all(_learns_text(_training(*each)) for each in loaded.values()):
+    if not all(_learns_text(training_of(*each)) for each in loaded.values()):
         return False
     first, *others = (read.get("tokenizer") for read in _inputs(loaded).values())
     return any(other != first for other in others)
@@ -220,49 +217,10 @@ def _loaded(path: Path | str, seed: int, flops: float, overrides: Sequence[str])
     return recipe, trainings[-1]
 
 
-def _held_out(sides: Mapping[str, tuple[Recipe, str]], flops: float) -> dict[str, int]:
-    """Held-out tokens of a measurement of the sides that learn text and do not say how many: as many fit the budget.
-
-    All of them are measured on the same, the fewest that fit one of them, since else their losses would not compare.
-    """
-    fits = {}
-    for name, (recipe, trained) in sides.items():
-        stage = _training(recipe, trained)
-        with TemporaryDirectory() as folder:  # in which nothing is finished, so that a comparison goes on as it began
-            made = forecast(plan(replace(recipe, output=Path(folder))))
-        expected = next(each.estimate.plan for each in made if each.item.stage.name == trained)
-        given = _entry(recipe, trained).get("evaluate_tokens", "auto") != "auto"
-        if given or expected is None or stage.weighted()[0].method.reads != "rows":
-            continue
-        steps = flops * expected.steps / expected.flops
-        fits[name] = held_out_tokens("auto", stage.evaluate_every, steps, stage.batch_rows * stage.length, COMPARED)
-    return dict.fromkeys(fits, min(fits.values(), default=MOST_HELD_OUT))
-
-
-def _entry(recipe: Recipe, trained: str) -> JSONObject:
-    """What a recipe says of the stage that is compared."""
-    number = next(number for number, stage in enumerate(recipe.stages) if stage.name == trained)
-    entry: JSONObject = recipe.raw["stages"][number]
-    return entry
-
-
-def _measured_on(recipe: Recipe, trained: str, tokens: int | None) -> Recipe:
-    """The recipe with so many held-out tokens of each measurement of a training; as it is where none are said."""
-    if tokens is None or tokens == _training(recipe, trained).evaluate_tokens:
-        return recipe
-    stages = [
-        stage.model_copy(update={"evaluate_tokens": tokens}) if stage.name == trained else stage
-        for stage in recipe.stages
-    ]
-    changed = replace(recipe, stages=stages, raw=copy.deepcopy(recipe.raw))
-    _entry(changed, trained)["evaluate_tokens"] = tokens
-    return changed
-
-
 def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
     """Refuse a metric that the training of a language model does not log; what others log is known once they run."""
     known = ("loss", "perplexity", "bits_per_byte")
-    if not _learns_text(_training(recipe, trained)):
+    if not _learns_text(training_of(recipe, trained)):
         return
     what, _, domain = metric.partition("/")
     if what not in known or (domain and what == "perplexity"):
@@ -270,13 +228,6 @@ def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
         raise PretrainError(
             f"--metric {metric!r}: {name} logs no such one{nearest(metric, known)}; accepted: {accepted}"
         )
-
-
-def _training(recipe: Recipe, trained: str) -> Train:
-    """The stage that is compared."""
-    stage = next(stage for stage in recipe.stages if stage.name == trained)
-    assert isinstance(stage, Train)
-    return stage
 
 
 def _metric_of(stages: Sequence[Train]) -> str:
@@ -357,7 +308,7 @@ def _beneath(
     """That no side is better than what learns next to nothing: the commonest class, or pairs of tokens."""
     lines, means, way = {}, {}, _direction(metric)
     for name, side in loaded.items():
-        if (line := _line(_training(*side), output / "seed-0" / name, output / "stages", metric)) is not None:
+        if (line := _line(training_of(*side), output / "seed-0" / name, output / "stages", metric)) is not None:
             lines[name], means[name] = line, statistics.mean(run["final"] for run in runs[name])
     bad = [name for name, line in lines.items() if (means[name] >= line if way == "lower" else means[name] <= line)]
     if len(bad) == len(loaded):  # of a single one the verdict says enough
@@ -397,7 +348,7 @@ def _trial(
 ) -> Trial:  # fmt: skip
     """The recipe up to its last training, which is measured on so many held-out tokens each time."""
     recipe, trained = _loaded(path, seed, flops, overrides)
-    recipe = _measured_on(recipe, trained, held_out)
+    recipe = measured_on(recipe, trained, held_out)
     last = next(number for number, stage in enumerate(recipe.stages) if stage.name == trained)
     raw = recipe.raw | {"name": name, "stages": recipe.raw["stages"][: last + 1]}
     return Trial(

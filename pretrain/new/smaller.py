@@ -133,15 +133,15 @@ def used_entries(file: Path, texts: Sequence[str], size: float) -> float:
     """
     from tokenizers import Tokenizer
 
-    from pretrain.core.encoding import numbers_in
+    from pretrain.core.encoding import numbers
     from pretrain.core.encoding.stored import check_stored
 
     check_stored(file.parent)
     backend = Tokenizer.from_file(str(file))
     backend.no_truncation()
     backend.no_padding()
-    numbers = numbers_in(backend, texts)
-    half, whole = set[int]().union(*numbers[::2]), set[int]().union(*numbers)
+    ids = numbers(backend, texts)
+    half, whole = set[int]().union(*ids[::2]), set[int]().union(*ids)
     read = sum(len(text.encode()) for text in texts)
     if not half or not read:
         return 0.0

@@ -25,11 +25,10 @@ from pretrain.corpus.sources import evenly
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.dial.tuned import Layers, Tuning
-from pretrain.stages._examples import Labelled, Texts, counter, lengths, middle, stored
+from pretrain.stages._examples import Labelled, Looked, Texts, counter, lengths, middle, stored
 
 if TYPE_CHECKING:
     from pretrain.evaluation import Evaluation
-    from pretrain.stages._looked import Looked
     from pretrain.surgery import Surgery
 
 FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before there is a model

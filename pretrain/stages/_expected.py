@@ -17,6 +17,7 @@ from pretrain.dial.shapes import FIELDS, Shape
 from pretrain.dial.tuned import Tuning
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
+from pretrain.records import Made
 from pretrain.stages._estimates import (
     BATCH,
     FLOOR,
@@ -34,7 +35,7 @@ from pretrain.stages._estimates import (
 )
 from pretrain.stages._examples import Labelled, Lengths, counter, lengths, stored
 from pretrain.surgery import Surgery
-from pretrain.training.budget import MEASURING, Budget, held_out_tokens
+from pretrain.training.budget import MEASURING, Budget, held_out_tokens, share_made
 
 FEWER = 1.5  # times the measurements that are made are asked for: from there on it is told that some are left out
 LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
@@ -144,6 +145,16 @@ def expect(stage: Asked, given: Given) -> Estimate:
         (*_odd(stage, work, tokens), *_measured_long(stage, training, once, evaluations, made)),
         Plan(steps, flops, training, once), much,
     )  # fmt: skip
+
+
+def planned(plan: Plan, budget: Budget, made: float) -> Made:
+    """What was planned, for a record, and the size that suits the FLOPs that were made, where they are far fewer."""
+    record: Made = {"flops": plan.flops, "steps": plan.steps}
+    share = share_made({budget.unit: budget.limit}, plan.flops, made)
+    other = plan.instead(share) if plan.instead is not None and share is not None and share < 1 else None
+    if other is not None:
+        record["instead"] = {"size": other.size, "changes": dict(other.changes)}
+    return record
 
 
 def described(stage: Asked, given: Given) -> Left:

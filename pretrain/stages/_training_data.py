@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeGuard, cast
+from typing import Literal, Protocol, TypeGuard, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from pretrain.core.folders import checkpoint_of, corpus_of, tokenizer_of
 from pretrain.core.models.families import at
 from pretrain.core.models.heads import labels_of, with_language_head
 from pretrain.core.processors import Processor, columns_of, load_processor, tokenizer_in
+from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.vocabulary import check_alike, numbers_of
 from pretrain.core.samples import Sample
 from pretrain.corpus.examples import Examples
@@ -24,12 +25,14 @@ from pretrain.corpus.shards import Shards
 from pretrain.corpus.sources import evenly
 from pretrain.corpus.store import Corpus
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.dial.configs import shape_from
 from pretrain.evaluation.likelihood._shards import shard_loss
 from pretrain.evaluation.tasks._objective import objective_loss
 from pretrain.objectives import Objective
 from pretrain.objectives._fine_tuning import named
 from pretrain.objectives.labelled import FineTuning
 from pretrain.stages import Job, Record, tokens_of
+from pretrain.training.budget import Budget, held_out_tokens
 from pretrain.training.distributed import World
 from pretrain.training.loader import Loader
 from pretrain.training.running import Trainee
@@ -49,6 +52,15 @@ class Weighted(Protocol):
     @property
     def weight(self) -> float:
         """Its weight."""
+
+
+class Measured(Protocol):
+    """What of a `train` stage's fields says how much is measured."""
+
+    length: int
+    batch_rows: int
+    evaluate_every: float
+    evaluate_tokens: int | Literal["auto"]
 
 
 class Asked(Protocol):
@@ -210,6 +222,23 @@ def vocabulary_of(processor: Processor) -> Vocabulary:
     """That of the processor's tokenizer, or an empty one."""
     tokenizer = tokenizer_in(processor)
     return NO_VOCABULARY if tokenizer is None else Vocabulary.of(tokenizer)
+
+
+def held_out_of(
+    stage: Measured, budget: Budget, model: PreTrainedModel, plan: Plan | None, say: Callable[[str], None] = print
+) -> int:
+    """Held-out tokens of a measurement: of `auto`, which is said, by the budget, and of one of seconds by the plan."""
+    step, shape = float(stage.batch_rows * stage.length), shape_from(model.config.to_dict())
+    steps = {
+        "steps": budget.limit,
+        "tokens": budget.limit / step,
+        "flops": budget.limit / (shape.flops(stage.length) * step) if shape is not None else None,
+        "seconds": plan.steps if plan is not None else None,
+    }[budget.unit]
+    tokens = held_out_tokens(stage.evaluate_tokens, stage.evaluate_every, steps, step)
+    if not isinstance(stage.evaluate_tokens, int):
+        say(f"measured on {tokens:,} held-out tokens at most each time")
+    return tokens
 
 
 def evaluation(

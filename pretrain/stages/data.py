@@ -39,8 +39,7 @@ from pretrain.stages import (
     dump,
 )
 from pretrain.stages._estimates import Left, corpus_estimate, uneven
-from pretrain.stages._examples import sampled
-from pretrain.stages._looked import Looked, looked
+from pretrain.stages._examples import Looked, looked, sampled
 
 if TYPE_CHECKING:
     from datasets import Dataset

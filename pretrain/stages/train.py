@@ -15,13 +15,12 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json
 from pretrain.core.quick.declared import check_config, check_task, config_values
 from pretrain.core.quick.hub import located
-from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.positions import check_length, positions
 from pretrain.core.quick.quantities import bare, figure, short
 from pretrain.core.quick.table import listed
 from pretrain.core.quick.vocabulary import check_alike, check_references, labels_of, numbers_of, stored_numbers
 from pretrain.core.samples import write_samples
-from pretrain.records import Made, StageResult
+from pretrain.records import StageResult
 from pretrain.stages import (
     Estimate,
     Given,
@@ -39,8 +38,8 @@ from pretrain.stages import (
     build_method,
     checkpoint_of,
 )
-from pretrain.stages._expected import expect
-from pretrain.training.budget import MOST_HELD_OUT, Budget, held_out_tokens, share_made, spent_before
+from pretrain.stages._expected import expect, planned
+from pretrain.training.budget import MOST_HELD_OUT, Budget, spent_before
 from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
 
 if TYPE_CHECKING:
@@ -90,14 +89,9 @@ def build_budget(given: object) -> Budget:
         raise Misfit(f"{error}; a time is seconds: 30min, or 2h", error.place) from error
 
 
-def dump_budget(value: Budget) -> Record:
-    """As a recipe says it."""
-    return {value.unit: value.limit}
-
-
 WeightedField = Annotated[Weighted, PlainValidator(build_weighted), PlainSerializer(dump_weighted)]
 BudgetField = Annotated[
-    Budget, PlainValidator(build_budget), PlainSerializer(dump_budget),
+    Budget, PlainValidator(build_budget), PlainSerializer(lambda b: {b.unit: b.limit}),
 ]  # fmt: skip
 
 
@@ -131,8 +125,7 @@ class Train(Stage):
     clip: The gradient's norm is held below it; 0 does not clip.
     evaluate_every: Steps, or a share of the budget, between two measurements; 0 measures at the end alone. Of a budget
         of seconds they take no more than a quarter beside it: what would take more is left out.
-    evaluate_tokens: Held-out tokens of each measurement, the same ones. `auto` takes up to 100,000, and fewer in a
-        short training, so that all measurements together take a quarter of its time at most.
+    evaluate_tokens: Held-out tokens of each measurement, the same; `auto`: as many as take a quarter of the time.
     save_every: Steps between two training states, from which an interrupted run goes on; 0 saves none.
     keep: How many training states stay.
     log_every: Steps between two lines of the log; 0 is each step on a CPU, each tenth on a GPU.
@@ -293,8 +286,7 @@ class Train(Stage):
 
     def progress(self, folder: Path) -> str:
         """The step of the newest training state."""
-        spent = spent_before(folder)
-        return f"at step {spent['steps']:,.0f}" if spent else ""
+        return f"at step {spent['steps']:,.0f}" if (spent := spent_before(folder)) else ""
 
     def done(self, folder: Path, whole: Estimate) -> float:
         """The share of the budget that the newest training state has spent."""
@@ -334,17 +326,8 @@ class Train(Stage):
         job.say(times(training))
         result: StageResult = {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
         if job.plan is not None:
-            result["planned"] = self._planned(job.plan, training.spent["flops"])
+            result["planned"] = planned(job.plan, self.budget, training.spent["flops"])
         return result
-
-    def _planned(self, plan: Plan, made: float) -> Made:
-        """What was planned, and the size that suits what was made, where that is far less."""
-        planned: Made = {"flops": plan.flops, "steps": plan.steps}
-        share = share_made(dump_budget(self.budget), plan.flops, made)
-        other = plan.instead(share) if plan.instead is not None and share is not None and share < 1 else None
-        if other is not None:
-            planned["instead"] = {"size": other.size, "changes": dict(other.changes)}
-        return planned
 
     def fit(
         self, job: Job, model: PreTrainedModel, processor: Processor, stored: torch.dtype | None = None
@@ -379,9 +362,7 @@ class Train(Stage):
         if stored is not None:
             narrow(model, stored)
         budget = self.budget.resolved(len(loader.plan), self.batch_rows)
-        tokens = self._held_out(budget, model, job.plan if world.size == 1 else None)
-        if not isinstance(self.evaluate_tokens, int):
-            job.say(f"measured on {tokens:,} held-out tokens at most each time")
+        most = data.held_out_of(self, budget, model, job.plan if world.size == 1 else None, job.say)
         training = train(
             model, loader, objectives, self.optimizer, self.schedule,
             Settings(
@@ -392,24 +373,10 @@ class Train(Stage):
                 stage=str(job.identity.get("address", "")),
             ),
             job.folder, weights=[w.weight for w in self.weighted()], policies=self.policies,
-            evaluate=data.evaluation(self, splits["validation"], vocabulary, tokens),
+            evaluate=data.evaluation(self, splits["validation"], vocabulary, most),
             targets_per_byte=data.targets_per_byte(splits["train"]) if self._plain() else None, say=job.say,
         )  # fmt: skip
         return training, splits
-
-    def _held_out(self, budget: Budget, model: PreTrainedModel, plan: Plan | None) -> int:
-        """Held-out tokens of a measurement: of `auto` by the budget, and of one of seconds by what was planned."""
-        from pretrain.dial.configs import shape_from
-
-        step = float(self.batch_rows * self.length)
-        shape = shape_from(model.config.to_dict())
-        steps = {
-            "steps": budget.limit,
-            "tokens": budget.limit / step,
-            "flops": budget.limit / (shape.flops(self.length) * step) if shape is not None else None,
-            "seconds": plan.steps if plan is not None else None,
-        }[budget.unit]
-        return held_out_tokens(self.evaluate_tokens, self.evaluate_every, steps, step)
 
     def new_model(self, processor: Processor, seed: int) -> PreTrainedModel:
         """The model that `model` describes, with random weights, for a processor's vocabulary."""

@@ -220,15 +220,15 @@ def encode_plain(
         return [*backend.encode_batch_fast(list(texts), add_special_tokens=False)]
 
 
-def numbers_in(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The tokens that a `tokenizers` object makes of each text, without ends."""
-    with tokenizing():
-        return [each.ids for each in backend.encode_batch(list(texts), add_special_tokens=False)]
-
-
 def lengths(backend: Tokenizer, texts: Sequence[str]) -> list[int]:
     """How many tokens a `tokenizers` object makes of each text, without ends."""
-    return [len(ids) for ids in numbers_in(backend, texts)]
+    return [len(ids) for ids in numbers(backend, texts)]
+
+
+def numbers(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """The numbers of the tokens that a `tokenizers` object makes of each text, without ends."""
+    with tokenizing():
+        return [each.ids for each in backend.encode_batch(list(texts), add_special_tokens=False)]
 
 
 def ids_of(encoding: Encoding | list[int]) -> list[int]:
