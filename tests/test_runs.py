@@ -99,6 +99,10 @@ def test_a_result_has_a_name_that_no_later_run_changes(tmp_path):
     assert newest_checkpoint(first) == place_of(first) / "checkpoint"
     assert newest_checkpoint(first + "/checkpoint") == place_of(first) / "checkpoint"
     assert made(base) == [f"model: {second}"]
+    folder = place_of(base / "model")
+    (folder / "export").mkdir()  # as a stage leaves that exports
+    assert made(base) == [f"model: {second}", f"export: {second}"]
+    (folder / "export").rmdir()
     with pytest.raises(PretrainError, match=r"model@0123: no such result; accepted: model@\w{12}, model@\w{12}$"):
         place_of(base / "model@0123")
     with pytest.raises(PretrainError, match="recipe: tuned.init: .*model@0123: no such result"):

@@ -107,6 +107,9 @@ def _differences(before: StageRecord | None, after: StageRecord | None) -> str:
 
 
 def made(run: Path) -> list[str]:
-    """What a run has made, by names that stay: a line for the last checkpoint it shows."""
-    shown = [(name, folder) for name, folder in stage_folders(run).items() if (folder / "checkpoint").is_dir()]
-    return [f"model: {run / name}@{folder.name.rpartition('-')[2]}" for name, folder in shown[-1:]]
+    """What a run has made, by names that stay: a line for the last checkpoint it shows, and one for what is exported."""
+    lines = []
+    for what, part in (("model", "checkpoint"), ("export", "export")):
+        shown = [(name, folder) for name, folder in stage_folders(run).items() if (folder / part).is_dir()]
+        lines += [f"{what}: {run / name}@{folder.name.rpartition('-')[2]}" for name, folder in shown[-1:]]
+    return lines
