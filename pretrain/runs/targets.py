@@ -107,7 +107,7 @@ def _differences(before: StageRecord | None, after: StageRecord | None) -> str:
 
 
 def made(run: Path) -> list[str]:
-    """What a run has made, by names that stay: a line for the last checkpoint it shows, and one for what is exported."""
+    """What a run has made, by names that stay: of the last checkpoint and of the last export."""
     lines = []
     for what, part in (("model", "checkpoint"), ("export", "export")):
         shown = [(name, folder) for name, folder in stage_folders(run).items() if (folder / part).is_dir()]
