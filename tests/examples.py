@@ -68,6 +68,10 @@ class Shelf:
         whole["domain_B"] = torch.tensor([0, 1, 0, 1])
         return [{name: value[row : row + 2] for name, value in whole.items()} for row in (0, 2)]
 
+    def fields(self, name: str, family: str) -> Fields:
+        """The hyperparameters of a method's example."""
+        return FIELDS[name](self, family) if name in FIELDS else {}
+
     def saved(self, family: str, seed: int = 0, **fields: Any) -> str:
         """The folder of a model's checkpoint."""
         folder = self.folder / "-".join(map(str, (family, seed, *fields.values())))
@@ -197,7 +201,7 @@ def declared(name: str, family: str) -> bool:
 
 def example(name: str, shelf: Shelf, family: str = "llama") -> Any:
     """The method with hyperparameters of a size for the shelf's models."""
-    return method_class(name)(**FIELDS[name](shelf, family) if name in FIELDS else {})
+    return method_class(name)(**shelf.fields(name, family))
 
 
 def operated(name: str, shelf: Shelf, family: str) -> tuple[Any, Any]:
@@ -215,11 +219,11 @@ def operated(name: str, shelf: Shelf, family: str) -> tuple[Any, Any]:
 IDS = torch.tensor([[1, 5, 9, 11, 40, 2]])
 
 
-def logits(model: Any, *, grad: bool = False) -> Tensor:
-    """The logits of `IDS`, of an encoder-decoder for the decoder's positions."""
-    extra = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
+def logits(model: Any, *, grad: bool = False, ids_BL: Tensor = IDS) -> Tensor:
+    """The logits of `ids_BL`, of an encoder-decoder for the decoder's positions."""
+    extra = {"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {}
     with torch.set_grad_enabled(grad):
-        return model.eval()(IDS, **extra).logits
+        return model.eval()(ids_BL, **extra).logits
 
 
 def trained(model: Any, seed: int = 0, by: float = 0.1) -> Any:

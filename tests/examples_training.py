@@ -17,7 +17,7 @@ import pytest
 import torch
 import yaml
 from conftest import TASK, TINY
-from gradient_cases import FAMILY, first
+from gradient_cases import FAMILY, first, two_words
 
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
@@ -48,14 +48,17 @@ class Material:
     @cached_property
     def words(self) -> dict[str, str]:
         """Two classes, each with a word that is one token."""
-        tokens = [t[1:] for t in Vocabulary.of(self.tokenizer).tokens if t.startswith("Ġ") and t[1:].isalpha()]
-        return {"0": tokens[0], "1": tokens[1]}
+        return two_words(Vocabulary.of(self.tokenizer))
 
     def model(self, family: str = "llama", task: str = "causal", seed: int = 0, **more: Any) -> Any:
         """A tiny model of the tokenizer's entries, in evaluation mode."""
         return new_model(
             family, TINY[family] | more, task=task, vocabulary=Vocabulary.of(self.tokenizer), seed=seed
         ).eval()
+
+    def fields(self, name: str) -> dict[str, Any]:
+        """The hyperparameters of a method's example."""
+        return FIELDS.get(name, lambda _: {})(self)
 
     def saved(self, seed: int) -> str:
         """The folder of a causal checkpoint."""
@@ -186,7 +189,7 @@ def names(kind: str) -> list[str]:
 def example(name: str, material: Material) -> Any:
     """A method that can be used."""
     cls: Any = method_class(name)
-    given = FIELDS.get(name, lambda _: {})(material)
+    given = material.fields(name)
     small = {"resamples": 20} if "resamples" in {item.name for item in fields(cls)} else {}
     return cls(**small | given)
 

@@ -7,7 +7,8 @@ alike in any micro-batch. `still` does the same for what objectives draw on the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
@@ -197,8 +198,15 @@ def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return (off / sum(float(g.double().square().sum()) for g in a.values())) ** 0.5
 
 
-def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder: Path) -> Case:
-    """A case; `folder` is where teachers' checkpoints are made."""
+def build(
+    name: str, given: dict[str, Any], family: str, prepared: Path, folder: Path, make: Callable[..., Any] | None = None
+) -> Case:
+    """A case; `folder` is where teachers' checkpoints are made.
+
+    `make(family, task, vocabulary, seed=0)` gives models in place of tiny ones: of seeds 1 and 7 what is trained, and
+    its teacher.
+    """
+    make = make or _model
     tokenizer = load_tokenizer(prepared / "tokenizer")
     vocabulary = Vocabulary.of(tokenizer)
     cls: Any = method_class(name, "objective")
@@ -221,15 +229,18 @@ def build(name: str, given: dict[str, Any], family: str, prepared: Path, folder:
     if name == "smart":  # the direction of a tiny step is rounding's
         given = given | {"sigma": 0.1}
     if name == "chat":
-        given, inputs = {"answer": 4} | given, Inputs(tokenizer=tokenizer)
+        given = {"answer": 4} | given
+    if name == "chat" and not tokenizer.chat_template:
+        inputs = Inputs(tokenizer=tokenizer)
         template: Any = method_class("chat_template", "surgery")(template="headings")
         template(nn.Identity(), inputs)
         tokenizer = inputs.extra["tokenizer"]
-    objective = cls(**_needed(name, needed - given.keys(), family, vocabulary, tokenizer, folder), **given)
+    values = _needed(name, needed - given.keys(), family, vocabulary, tokenizer, folder, make)
+    objective = cls(**values, **given)
     torch.manual_seed(0)
     generates = "seq2seq" in (name, given.get("objective"))
     task = GENERATES[family] if generates else TASK[family] if name == "native" else objective.task
-    model: Any = _model(family, task, vocabulary, seed=1)
+    model: Any = make(family, task, vocabulary, seed=1)
     if name in SURGERIES:
         surgery = dict(SURGERIES[name])
         made: Any = method_class(surgery.pop("method"), "surgery")(**surgery)
@@ -267,15 +278,25 @@ def _model(family: str, task: str, vocabulary: Vocabulary, seed: int) -> Any:
     return model
 
 
-def _needed(name: str, missing: set[str], family: str, vocabulary: Vocabulary, tokenizer: Any, folder: Path) -> Any:
+def two_words(vocabulary: Vocabulary) -> dict[str, str]:
+    """Two classes, each with a word that is one token."""
+    start = "Ġ" if any(token.startswith("Ġ") for token in vocabulary.tokens) else ""  # WordPiece marks what goes on
+    words = (token.removeprefix(start) for token in vocabulary.tokens if token.startswith(start))
+    first, second = itertools.islice((word for word in words if word.isascii() and word.isalpha()), 2)
+    return {"0": first, "1": second}
+
+
+def _needed(
+    name: str, missing: set[str], family: str, vocabulary: Vocabulary, tokenizer: Any, folder: Path,
+    make: Callable[..., Any],
+) -> Any:  # fmt: skip
     """Values for the fields that have no default."""
     values: dict[str, Any] = {}
     if "words" in missing:
-        tokens = [t[1:] for t in vocabulary.tokens if t.startswith("Ġ") and t[1:].isascii() and t[1:].isalpha()]
-        values["words"] = {"0": tokens[0], "1": tokens[1]}
+        values["words"] = two_words(vocabulary)
     if "teacher" in missing:
         task = "base" if name == "well_read_students" else TASK[family]
-        model: Any = _model(family, task, vocabulary, seed=1 if name == "pela_pretraining" else 7)
+        model: Any = make(family, task, vocabulary, seed=1 if name == "pela_pretraining" else 7)
         if name == "well_read_students":
             model = with_head(model, "sequence", ("0", "1"), vocabulary)
         place = folder / f"{name}-{family}"
@@ -312,4 +333,4 @@ def _examples() -> list[Example]:
     ]  # fmt: skip
 
 
-__all__ = ["Case", "all_cases", "build", "counts", "distance", "work_of"]
+__all__ = ["Case", "all_cases", "build", "counts", "distance", "two_words", "work_of"]

@@ -64,7 +64,7 @@ def names() -> list[str]:
     return [name for _, name in sorted(rows)]
 
 
-FUNCTION = "def f{0}(a, b):\n    x = a * {0} - b\n    return [x, b]\n\n\n# "
+FUNCTION = "def f{0}(a, b):\n    x = a * {0} - b\n    return [x, b]\n\n\n"
 
 
 class _Named:
@@ -92,13 +92,39 @@ class Bench:
             return str(error)
         return WORKS
 
+    made: Any = None  # what makes models in place of tiny ones
+
+    def given(self, name: str, kind: str) -> dict[str, Any]:
+        """What fits an objective to the type."""
+        return examples_training.FITTED.get(name, lambda _: {})(kind)
+
+    def rows(self, case: gradient_cases.Case) -> list[Any]:
+        """What an objective is tried on."""
+        return case.rows[:2]
+
+    def ids(self, tokenizer: Any) -> torch.Tensor:
+        """The tokens `ids_BL` that an operated model is shown."""
+        return examples.IDS
+
+    def documents(self) -> list[dict[str, Any]]:
+        """Of two domains, with all columns that evaluations read; the text is a function of Python and a comment."""
+        stories = self.material.stories
+        python = [story for story in stories if story["domain"] == "python"]
+        chosen = [*python[:12], *[story for story in stories if story["domain"] != "python"][:12]]
+        return [
+            {
+                "text": FUNCTION.format(n) + "\n# ".join(["", *text[:200].splitlines()]), "domain": story["domain"], "id": str(n), "label": "ab"[n % 2],
+                "source": text[:60], "target": text[60:100], "prompt": text[:30], "answer": text[30:36], "group": str(n % 12),
+            }
+            for n, story in enumerate(chosen) if (text := story["text"])
+        ]  # fmt: skip
+
     def check_objective(self, name: str, kind: str) -> None:
         """Its loss is finite, and so is a gradient that is not 0."""
-        fitted = examples_training.FITTED.get(name, lambda _: {})(kind)
         folder = self.shelf.folder / f"{name}-{kind}"
         folder.mkdir(exist_ok=True)
-        case = gradient_cases.build(name, fitted, kind, self.material.prepared, folder)
-        batch: Batch = case.objective.prepare(case.rows[:2], case.context)
+        case = gradient_cases.build(name, self.given(name, kind), kind, self.material.prepared, folder, self.made)
+        batch: Batch = case.objective.prepare(self.rows(case), case.context)
         value, _ = case.trainee([batch], [dict.fromkeys(counts(batch), 1.0)])
         value.backward()
         gradients = [p.grad for p in case.trainee.parameters() if p.grad is not None]
@@ -114,25 +140,19 @@ class Bench:
             vocabulary = examples.Vocabulary.of(self.material.tokenizer)
             model = evaluation.method.ready(model, ("a", "b"), vocabulary, 0).eval()
         model = examples_training.OPERATED.get(name, lambda plain: plain)(model)
-        documents = [
-            {
-                "text": FUNCTION.format(n) + text[:200], "domain": story["domain"], "id": str(n), "label": "ab"[n % 2], "source": text[:60],
-                "target": text[60:100], "prompt": text[:30], "answer": text[30:36],
-            }
-            for n, story in enumerate(self.material.stories[:24]) if (text := story["text"])
-        ]  # fmt: skip
-        metrics = evaluate(model, self.material.tokenizer, documents, [evaluation], compressors=False)["metrics"]
+        metrics = evaluate(model, self.material.tokenizer, self.documents(), [evaluation], compressors=False)["metrics"]
         assert metrics and not any(math.isinf(value) for value in metrics.values())
 
     def check_surgery(self, name: str, kind: str) -> None:
         """The operated model is finite, and its checkpoint opens as what was saved."""
         model, tokenizer = operated(name, self.shelf, kind)
-        ours = logits(model)
+        ids_BL = self.ids(tokenizer)
+        ours = logits(model, ids_BL=ids_BL)
         assert bool(torch.isfinite(ours).all())
         with tempfile.TemporaryDirectory() as folder:
             checkpoint.save(model, tokenizer, Path(folder) / "c")
             again, _ = checkpoint.load(Path(folder) / "c")
-            assert torch.allclose(logits(again), ours, atol=1e-5)
+            assert torch.allclose(logits(again, ids_BL=ids_BL), ours, atol=1e-5)
 
     def check_decoding(self, name: str, kind: str) -> None:
         """It continues prompts; with fields with which it changes nothing, as plain decoding does."""
@@ -145,8 +165,8 @@ class Bench:
             plain_BN = model.generate(ids_BL, attention_mask=torch.ones_like(ids_BL), **options)
         else:
             raise PretrainError(f"{type(model).__name__} writes no text after a prompt; accepted: a causal model")
-        fields = examples.PLAIN.get(name) or examples.FIELDS.get(name, lambda *_: {})
-        made: Any = method_class(name)(**fields(self.shelf, kind))
+        plain = examples.PLAIN.get(name, lambda shelf, kind: shelf.fields(name, kind))
+        made: Any = method_class(name)(**plain(self.shelf, kind))
         output_BN = made.generate(model, ids_BL, max_new_tokens=4, pad=0)
         assert output_BN.shape == plain_BN.shape
         assert name in examples.NEVER_PLAIN or torch.equal(output_BN, plain_BN)

@@ -128,6 +128,13 @@ def test_the_companion_is_the_model_with_some_fields_changed(tiny, family, chang
         assert len(config.layer_types) == 5
 
 
+def test_a_companion_is_made_of_a_model_whose_file_holds_what_its_type_does_not_know(tiny):
+    model = tiny("llama")
+    model.config.unk_token_id = 0  # as a checkpoint converted from GGUF has it
+    companion = CTCD(companion=WIDER).modules(model)
+    assert companion.config.hidden_size == 64 and not hasattr(companion.config, "unk_token_id")
+
+
 def test_a_companion_may_go_on_from_a_checkpoint(tiny, tmp_path):
     teacher = tiny("llama", hidden_size=64, seed=7)
     save(teacher, None, tmp_path / "checkpoint")

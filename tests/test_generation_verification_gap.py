@@ -70,6 +70,19 @@ def test_continuations_are_judged_as_plain_transformers_does(tiny, name, monkeyp
         judge(model, [([], [3])])
 
 
+def test_choices_of_one_token_are_read_once(tiny):
+    model, read = tiny(initializer_range=0.4), []
+    alone = [judge(model, [([5, 6, 7], after)])[0] for after in ([8], [9], [9, 10], [11])]
+    handle = model.base_model.register_forward_pre_hook(
+        lambda _, args, given: read.append(given["input_ids"].shape), with_kwargs=True
+    )
+    found = judge(model, [([5, 6, 7], after) for after in ([8], [9], [9, 10], [11])])
+    handle.remove()
+    assert read == [(2, 4)]  # the prompt, and the prompt with the first of two tokens
+    for said, one in zip(found, alone, strict=True):
+        assert said.logp == pytest.approx(one.logp, rel=1e-5) and (said.greedy, said.tokens) == (one.greedy, one.tokens)
+
+
 def test_samples_are_those_of_the_plain_loop(tiny):
     model, prompt = tiny(initializer_range=0.4), [1, 5, 9, 20]
     for temperature in (0.0, 0.9):

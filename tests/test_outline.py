@@ -80,7 +80,7 @@ def test_a_function_of_an_outline_imports_what_it_needs_when_it_is_called():
 @pytest.mark.parametrize("model_type", [name for entry in FAMILIES for name in entry.types])
 def test_the_source_of_transformers_tells_the_fields_of_a_configuration(model_type):
     known = declared.declared(model_type).names
-    assert known == initial._config_fields(model_type) and "model_type" not in known
+    assert known == initial.config_fields(model_type) and "model_type" not in known
     assert ("rope_theta" in known) == ("rope_parameters" in known)  # the name in older files
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from examples import names
+from real_bench import PARAGRAPH
 from test_exchange_beside import vectors
 from test_exchange_in import extra
 
@@ -30,13 +31,6 @@ from pretrain.recipe import check
 from pretrain.surgery import Inputs
 from pretrain.surgery.compression.gptq import GPTQ
 
-PARAGRAPH = (
-    "The harbour had been quiet all winter. In the first week of March the ice broke, and by Friday the boats were out "
-    "again, three of them with new engines that nobody in the village had paid for yet. The old men who sat on the wall "
-    "in front of the customs house counted them out in the morning and counted them in again at night, as their fathers "
-    "had done, and when one was late they said nothing about it until the lamps were lit. That evening all but one had "
-    "come home, and the wind had turned to the north.\n\n"
-)
 KEPT = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "data_config.json")
 
 

@@ -32,39 +32,39 @@ class Judgement:
 
 
 def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[Judgement]:
-    """What the model says of each continuation after its prompt, which has one token or more; in batches."""
+    """What the model says of each continuation after its prompt, which has one token or more; in batches.
+
+    Continuations of one token after the same prompt, as the letters of choices are, are read once.
+    """
     for prompt, _ in pairs:
         if not len(prompt):
             raise PretrainError("a prompt without tokens; accepted: a token or more, such as the one that begins texts")
-    sizes = [len(prompt) + len(after) for prompt, after in pairs]
-    order, judgements, start = (
-        sorted(range(len(pairs)), key=lambda i: sizes[i]),
-        [Judgement(0.0, True, 0)] * len(pairs),
-        0,
-    )
+    judgements, start = [Judgement(0.0, True, 0)] * len(pairs), 0
+    members: dict[tuple[int, ...], list[int]] = {}  # by what the model reads for them
+    for number, (prompt, after) in enumerate(pairs):
+        if len(after):
+            members.setdefault((*prompt, *after)[:-1], []).append(number)
+    rows = sorted(members, key=len)
     with evaluating(model):
-        while start < len(order):
+        while start < len(rows):
             end = start + 1
-            while end < len(order) and (end + 1 - start) * sizes[order[end]] <= BATCH_TOKENS:
+            while end < len(rows) and (end + 1 - start) * (len(rows[end]) + 1) <= BATCH_TOKENS:
                 end += 1
-            chosen, start = order[start:end], end
-            width = max(sizes[i] for i in chosen) - 1
-            input_BL = torch.zeros(len(chosen), max(width, 1), dtype=torch.long)
-            wanted_BL = torch.zeros(input_BL.shape, dtype=torch.bool)
-            targets: list[int] = []
-            for b, i in enumerate(chosen):
-                prompt, after = pairs[i]
-                input_BL[b, : sizes[i] - 1] = torch.tensor([*prompt, *after][:-1], dtype=torch.long)
-                wanted_BL[b, len(prompt) - 1 : sizes[i] - 1] = True
-                targets += after
-            if not targets:
-                continue
+            chosen, start = rows[start:end], end
+            input_BL = torch.zeros(len(chosen), len(chosen[-1]), dtype=torch.long)
+            for b, row in enumerate(chosen):
+                input_BL[b, : len(row)] = torch.tensor(row)
             # Padding stands at the end, where a causal model's predictions do not see it.
             states_BLE = hidden(model, input_ids=input_BL.to(model.device), use_cache=False)
-            target_N = torch.tensor(targets, device=model.device)
-            nll_N, _, right_N = judged(model, states_BLE[wanted_BL.to(model.device)], target_N)
-            counts = [len(pairs[i][1]) for i in chosen]
-            for i, nll_T, right_T in zip(chosen, nll_N.cpu().split(counts), right_N.cpu().split(counts), strict=True):
+            asked = [(b, len(row), i) for b, row in enumerate(chosen) for i in members[row]]
+            counts = [len(pairs[i][1]) for _, _, i in asked]
+            states_NE = torch.cat(
+                [states_BLE[b, stop - n : stop] for (b, stop, _), n in zip(asked, counts, strict=True)]
+            )
+            target_N = torch.tensor([token for _, _, i in asked for token in pairs[i][1]], device=model.device)
+            nll_N, _, right_N = judged(model, states_NE, target_N)
+            found = zip(asked, nll_N.cpu().split(counts), right_N.cpu().split(counts), strict=True)
+            for (_, _, i), nll_T, right_T in found:
                 judgements[i] = Judgement(-float(nll_T.sum()), bool(right_T.all()), len(nll_T))
     return judgements
 

@@ -26,6 +26,7 @@ from pretrain.core.batch import additive as additive
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.foreign.code import brought
 from pretrain.core.models.initial import check_task as check_task
+from pretrain.core.models.initial import config_fields as config_fields
 from pretrain.core.models.initial import model_for as model_for
 from pretrain.core.models.initial import new_config as new_config
 from pretrain.core.models.initial import new_model as new_model

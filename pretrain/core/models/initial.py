@@ -28,7 +28,7 @@ def new_config(model_type: str, fields: Mapping[str, object]) -> PreTrainedConfi
     """A `transformers` configuration from its type and fields; an unknown one of either is an error."""
     if model_type not in CONFIG_MAPPING:
         raise unknown_type(model_type, CONFIG_MAPPING, transformers.__version__)
-    known = _config_fields(model_type)
+    known = config_fields(model_type)
     for name in fields:
         if name not in known:
             raise unknown_field(name, model_type, known)
@@ -55,7 +55,8 @@ def _check_activation(model_type: str, fields: Mapping[str, object]) -> None:
 
 
 @functools.cache
-def _config_fields(model_type: str) -> frozenset[str]:
+def config_fields(model_type: str) -> frozenset[str]:
+    """The fields that `new_config` accepts for a type; a checkpoint's `config.json` may hold others beside them."""
     blank = AutoConfig.for_model(model_type)
     return accepted_fields({*blank.to_dict(), *blank.attribute_map})
 
@@ -81,7 +82,7 @@ def new_model(
             "cls_token_id": vocabulary.bos, "sep_token_id": vocabulary.eos, "mask_token_id": vocabulary.mask,
             "vocab_size": vocabulary.size,
         }  # fmt: skip
-        known = _config_fields(model_type)
+        known = config_fields(model_type)
         fields = {k: v for k, v in ids.items() if k in known} | dict(fields)
     config = new_config(model_type, fields)
     made = model_for(config, task)

@@ -17,7 +17,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.method import Ref
-from pretrain.core.models.families import at, head, new_model
+from pretrain.core.models.families import at, config_fields, head, new_model
 from pretrain.core.models.fast import accelerate
 from pretrain.objectives import Loss
 from pretrain.objectives._distil import (
@@ -110,8 +110,12 @@ class CTCD(Taught):
 
 
 def companion_fields(config: PreTrainedConfig, changed: Fields) -> Fields:
-    """The fields of the model's configuration, some changed; those that followed from these follow anew."""
-    fields = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "transformers_version")}
+    """The fields of the model's configuration, some changed; those that followed from these follow anew.
+
+    What its file holds beside the fields of its type, as one converted from GGUF does, is not the companion's.
+    """
+    known = config_fields(config.model_type)
+    fields = {name: value for name, value in config.to_dict().items() if name in known}
     names = [config.attribute_map.get(name, name) for name in ("hidden_size", "num_attention_heads")]
     changed = {config.attribute_map.get(name, name): value for name, value in changed.items()}
 

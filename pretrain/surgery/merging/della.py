@@ -53,7 +53,9 @@ class Della(TaskVectors):
         if density == 1:
             return vector
         rows = vector.reshape(-1, vector.shape[-1] if vector.ndim else 1)
-        rank = rows.abs().argsort(dim=1).argsort(dim=1).float()
+        order = rows.abs().argsort(dim=1)
+        numbers = torch.arange(rows.shape[1], device=rows.device).expand_as(order)
+        rank = torch.empty_like(order).scatter_(1, order, numbers).float()
         share = rank / (rows.shape[1] - 1) if rows.shape[1] > 1 else torch.full_like(rank, 0.5)
         kept = (density - self.epsilon + 2 * self.epsilon * share).view_as(vector)
         return rescaled(vector, draw(kept.cpu(), source, vector), self.rescale, kept)
