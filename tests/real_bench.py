@@ -50,7 +50,7 @@ PARAGRAPH = (
 )
 Given = Callable[["RealShelf", str], Fields]
 OWN = (  # whose hyperparameters of tiny examples only fit tiny models: their defaults are for real ones
-    "dsee", "dylora", "increlora", "intrinsic_dimension", "lora", "lst", "exit_heads", "flexi_depth", "gptq", "awq",
+    "dsee", "dylora", "increlora", "lora", "lst", "exit_heads", "flexi_depth", "gptq", "awq",
     "pre_calibration", "g_stack", "read_me", "streaming_llm", "expected_attention",
 )  # fmt: skip
 REAL: dict[str, Given] = {
@@ -67,6 +67,7 @@ REAL: dict[str, Given] = {
     "passthrough": lambda shelf, family: {
         "models": (shelf.saved(family, 1),), "slices": ((0, 0, 4), (1, 2, 6)) if family == "bert" else ((0, 0, 20), (1, 10, 30)),
     },
+    "intrinsic_dimension": lambda shelf, family: {"dimension": 500},
     "ofa": lambda shelf, family: {"tokenizer": shelf.other_tokenizer, "vectors": (shelf.vectors,), "dimension": 128},
     "spafit": lambda shelf, family: {"scales": family == "llama"},
     "kivi": lambda shelf, family: {"residual_length": 32},
@@ -79,6 +80,8 @@ REAL: dict[str, Given] = {
 STUDENTS = {
     "hidden_size": (192, 384), "num_attention_heads": (6, 12), "num_hidden_layers": (3, 6), "head_size": 32,
 }  # fmt: skip
+# Of evaluations: dimensions beside the least, which is 210 of a model of 210 matrices.
+MEASURES: dict[str, Fields] = {"intrinsic_dimension_d90": {"dimensions": (40, 300)}}
 GIVEN: dict[str, Fields] = {"autodistil": STUDENTS}  # the same of objectives
 # Which methods decline the checkpoint for another reason than its family, and what they say.
 DECLINED = {("bert", "proxy_tuning"): "writes no text after a prompt"}
@@ -178,6 +181,10 @@ class RealMaterial(Material):
     def tokenizer(self) -> Any:
         """The checkpoint's own."""
         return self.shelf.tokenizer
+
+    def fields(self, name: str) -> Fields:
+        """The hyperparameters of an evaluation for a model of this size."""
+        return super().fields(name) | MEASURES.get(name, {})
 
     def model(self, family: str = "llama", task: str = "causal", seed: int = 0, **_: Any) -> Any:
         """A copy of the checkpoint."""

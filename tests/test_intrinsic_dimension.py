@@ -129,6 +129,11 @@ def test_d90_is_the_smallest_subspace_that_comes_near_full_fine_tuning_and_the_m
     found = sure(model, tokenizer, documents).metrics
     reached = [d for d in (9, 100) if found[f"intrinsic_accuracy.{d}"] >= 0.9 * found["intrinsic_full_accuracy"]]
     assert found["intrinsic_d90"] == reached[0]
+    fields = {"steps": 1, "rates": (1e-2,), "subspace_rates": (1e-9,), "length": 16}
+    found = method_class("intrinsic_dimension_d90")(dimensions=(3, 4, 5), **fields)(model, tokenizer, documents).metrics
+    assert "intrinsic_accuracy.5" in found and not {"intrinsic_accuracy.3", "intrinsic_accuracy.4"} & {*found}
+    with pytest.raises(PretrainError, match=r"dimensions \[3, 4\]: accepted: one or more above 4, the number of matr"):
+        method_class("intrinsic_dimension_d90")(dimensions=(3, 4), **fields)(model, tokenizer, documents)
     with pytest.raises(PretrainError, match=r"dimensions \(200, 100\): accepted: one or more that rise"):
         method_class("intrinsic_dimension_d90")(dimensions=(200, 100))
     with pytest.raises(PretrainError, match=r"rates \(0.0,\): accepted: a list, each above 0"):

@@ -88,8 +88,9 @@ class IntrinsicDimensionD90(Evaluation):
             rates = self.rates if dimension is None else self.subspace_rates
             return max(self._accuracy(start, objective, fit, test, context, dimension, rate) for rate in rates)
 
+        dimensions = self._possible(start)
         full = best(None)
-        accuracies = {dimension: best(dimension) for dimension in self.dimensions}
+        accuracies = {dimension: best(dimension) for dimension in dimensions}
         fit_labels = [str(example.columns[self.label]) for example in fit]
         commonest = max(labels, key=fit_labels.count)
         metrics = {f"intrinsic_accuracy.{dimension}": accuracy for dimension, accuracy in accuracies.items()}
@@ -99,6 +100,17 @@ class IntrinsicDimensionD90(Evaluation):
         )
         reached = [dimension for dimension, accuracy in accuracies.items() if accuracy >= self.share * full]
         return Measured(metrics | ({"intrinsic_d90": float(reached[0])} if reached else {}))
+
+    def _possible(self, model: PreTrainedModel) -> list[int]:
+        """The dimensions that hold a scale of each matrix and more."""
+        scales = IntrinsicDimension(said=self.said).scales(model)
+        possible = [dimension for dimension in self.dimensions if dimension > scales]
+        if not possible:
+            raise PretrainError(
+                f"intrinsic_dimension_d90: dimensions {list(self.dimensions)}: accepted: one or more above {scales}, "
+                "the number of matrices, each of which has a scale; or said: false"
+            )
+        return possible
 
     def _accuracy(
         self,

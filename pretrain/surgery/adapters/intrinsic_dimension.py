@@ -138,10 +138,14 @@ class IntrinsicDimension(Surgery):
         record(model, self)
         return model
 
+    def scales(self, model: PreTrainedModel) -> int:
+        """How many of the numbers are scales of a model's matrices; `dimension` must be above it."""
+        return len(targets(model, self.name, self.where)) if self.said else 0
+
     def restore(self, model: PreTrainedModel) -> PreTrainedModel:
         """The same: what is drawn comes from `seed`."""
         layers = targets(model, self.name, self.where)
-        scales = len(layers) if self.said else 0
+        scales = self.scales(model)
         if self.dimension <= scales:
             raise PretrainError(
                 f"intrinsic_dimension: dimension {self.dimension}: accepted: above {scales}, "
