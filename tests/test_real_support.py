@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import gc
-
 import pytest
 from examples import declared
-from real_bench import CHECKPOINTS, DECLINED, RealBench
+from real_bench import CHECKPOINTS, DECLINED, RealBench, free
 from support import WORKS, names
 from test_exchange_in import extra
 
@@ -22,7 +20,7 @@ def bench(package, tmp_path_factory):
     def make(which):
         if which not in kept:
             kept.clear()
-            gc.collect()
+            free()
             if which == "smollm2":
                 extra("gguf")
             source = CHECKPOINTS[which]
@@ -55,4 +53,4 @@ def test_a_small_real_checkpoint_goes_through_a_few_methods(bench, name):
 @pytest.mark.parametrize("name", names())
 def test_a_real_checkpoint_goes_through_every_method(bench, which, name):
     check(bench(which), name)
-    gc.collect()
+    free()

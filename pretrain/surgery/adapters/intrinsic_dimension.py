@@ -76,7 +76,7 @@ class Projected(Adapter):
         source = torch.Generator().manual_seed(seed)
         drawn: dict[str, Tensor] = {
             "signs_NP": torch.randint(0, 2, (pieces, power), generator=source, dtype=torch.int8) * 2 - 1,
-            "order_NP": torch.stack([torch.randperm(power, generator=source) for _ in range(pieces)]),
+            "order_NP": torch.stack([torch.randperm(power, generator=source).int() for _ in range(pieces)]),
             "gauss_NP": torch.randn(pieces, power, generator=source),
         }
         # Each of a transform's columns has length 1, but for the rows that are cut off.
@@ -89,7 +89,10 @@ class Projected(Adapter):
         """`change_OI`."""
         theta_D, (pieces, power) = self.shared[0].theta, self.signs_NP.shape
         theta_NP = F.pad(theta_D, (0, pieces * power - len(theta_D))).view(pieces, power)
-        mixed_NP = _Hadamard.apply(theta_NP * self.signs_NP).gather(1, self.order_NP)
+        first_NP = _Hadamard.apply(theta_NP * self.signs_NP)  # int32 is enough for the order, and half of its memory
+        mixed_NP = torch.stack(
+            [x_P.index_select(0, order_P) for x_P, order_P in zip(first_NP, self.order_NP, strict=True)]
+        )
         spread_P = _Hadamard.apply(mixed_NP * self.gauss_NP).sum(0)
         change_OI = spread_P[: self.out_features * self.in_features].view(self.out_features, self.in_features)
         scales = self.shared[0].scales
@@ -128,7 +131,7 @@ class IntrinsicDimension(Surgery):
         sizes = [(each.outputs * each.inputs, each.blocks) for each in chosen]
         place = min(each.place for each in chosen)
         unread = sum(each.outputs * each.inputs for each in chosen if each.place == place)
-        drawn = sum(13 / 4 * (1 << (size - 1).bit_length()) * blocks for size, blocks in sizes)  # of a number's 4 bytes
+        drawn = sum(9 / 4 * (1 << (size - 1).bit_length()) * blocks for size, blocks in sizes)  # of a number's 4 bytes
         flops = 6.0 * sum(size * blocks for size, blocks in sizes) - 2.0 * unread
         return replace(layers.before(place), trained=float(self.dimension), flops=flops, kept=drawn)
 
