@@ -103,6 +103,7 @@ def retokenized(folder: Path, change) -> None:
 
 ADDED = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": False}
 NORM = "model.layers.0.input_layernorm.weight"
+PELA = [{"method": "pela", "config": {}, "foreign": False}]
 BAD = {
     "weights that are not finite": (lambda f: reweighted(f, lambda n, t: t * float("nan") if n == NORM else t), rf"{NORM} holds NaN or infinity"),
     "weights of whole numbers": (lambda f: reweighted(f, lambda n, t: t.to(torch.int32) if n == NORM else t), rf"{NORM} is of I32; accepted: floating-point"),
@@ -113,6 +114,7 @@ BAD = {
     "a thousand million layers": (lambda f: edited(f, "config.json", num_hidden_layers=10**9), r"config.json: num_hidden_layers 1e\+09: accepted: at most 10,000"),
     "more layers than weights": (lambda f: edited(f, "config.json", num_hidden_layers=9000), r"config.json: num_hidden_layers 9000: accepted: layers of which"),
     "a width that is not the files'": (lambda f: edited(f, "config.json", intermediate_size=10**8), r"config.json: a model of [\d,]+ weights, of which the files hold"),
+    "such a width after a surgery": (lambda f: (edited(f, "config.json", intermediate_size=10**8), edited(f, "pretrain.json", surgery=PELA)), r"config.json: a model of [\d,]+ weights, of which the files hold"),
     "a surgery that is a text": (lambda f: edited(f, "pretrain.json", surgery="x"), r"pretrain.json: surgery 'x': accepted: a list"),
     "a lineage that is a list": (lambda f: edited(f, "pretrain.json", lineage=[]), r"pretrain.json: lineage '\[\]': accepted: a JSON object"),
     "a generation that is a list": (lambda f: (f / "generation_config.json").write_text("[]"), r"generation_config.json holds a list"),

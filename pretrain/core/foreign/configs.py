@@ -45,6 +45,9 @@ KINDS = (  # names of fields, whether a value is one of theirs, and which are
 )
 FLOATS = {"Infinity": math.inf, "-Infinity": -math.inf, "NaN": math.nan}  # as transformers marks them
 SLACK = 1 << 24  # weights that a model may have beside those of its files
+# How many weights a number of the files may stand for: two where they are tied, and after a surgery, which may keep a
+# weight of one bit in a word of 32, or a matrix as two thin ones, so many words' more.
+PLAIN, OPERATED = 2, 64
 INPUTS = ("pad_token_id", "decoder_start_token_id")  # tokens that are put in without being in any text
 
 
@@ -118,10 +121,10 @@ def check_layers(path: Path, config: Mapping[str, object], stored: Mapping[str, 
             raise PretrainError(f"{path}: {name} {value:g}: accepted: layers of which the files hold the weights")
 
 
-def check_count(path: Path, built: int, stored: Mapping[str, Stored]) -> None:
+def check_count(path: Path, built: int, stored: Mapping[str, Stored], *, surgical: bool = False) -> None:
     """Refuse a configuration of a model that is much larger than its files."""
     held = sum(each.count for each in stored.values())
-    if built > 2 * held + SLACK:
+    if built > (OPERATED if surgical else PLAIN) * held + SLACK:
         raise PretrainError(
             f"{path}: a model of {built:,} weights, of which the files hold {held:,}; accepted: the sizes of the files"
         )

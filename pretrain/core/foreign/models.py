@@ -35,7 +35,7 @@ def check_built(
         if "meta" in str(error):  # a constructor that looks at values, of which there are none here
             return
         raise PretrainError(f"{path}: {reason(error)}; accepted: the configuration of a model") from error
-    check_count(path, sum(parameter.numel() for parameter in built.parameters()), stored)
+    check_count(path, sum(parameter.numel() for parameter in built.parameters()), stored, surgical=surgical)
     if not surgical:
         kinds = {name: tensor.is_floating_point() for name, tensor in built.state_dict().items()}
         check_types(folder, kinds, stored)
