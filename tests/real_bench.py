@@ -60,7 +60,7 @@ REAL: dict[str, Given] = {
     "codebook_features": lambda shelf, family: {"codes": 64},
     "compressor": lambda shelf, family: {"vocabulary": () if family == "bert" else (1000, 2000)},
     "autodistil_search": lambda shelf, family: STUDENTS,
-    "sparse_llm": lambda shelf, family: {"solver": "sparse_llm" if family == "llama" else "wanda"},
+    "sparse_llm": lambda shelf, family: {"epochs": 2, "solver": "sparse_llm" if family == "llama" else "wanda"},
     "bert2bert": lambda shelf, family: {
         "hidden_size": 768, "num_attention_heads": 24, "intermediate_size": 2048, "num_hidden_layers": 8,
     } if family == "bert" else {
