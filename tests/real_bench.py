@@ -39,6 +39,8 @@ from pretrain.core.method import method_class
 from pretrain.core.models.families import base
 from pretrain.core.models.heads import with_language_head
 from pretrain.core.packages import Package, package_folder
+from pretrain.decoding import _beside
+from pretrain.decoding.deliberation import latent_deliberation
 
 NOISE = 0.05  # of a second model, next to the mean size of each tensor's weights
 WIDTH = 48  # tokens of a row
@@ -238,6 +240,8 @@ class RealBench(Bench):
         assert bool((written_1N < len(self.shelf.tokenizer)).all())
         if method_class(name).lossless:
             assert torch.equal(written_1N, decode(model, ids_1L, max_new_tokens=8, pad=0))
+        for opened in (_beside._open, latent_deliberation._open):  # the second models are kept for the next prompt
+            opened.cache_clear()
 
 
 def free() -> None:

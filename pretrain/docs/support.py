@@ -19,8 +19,8 @@ asked itself: how several documents can share its rows, what its logits follow f
 layers are. {types} further types, each made tiny from its own configuration, were put through all {methods} objectives,
 evaluations, surgeries and decoding methods; a method that is not for a type says so in one line. `{record}`
 holds each pair. A layer that a model does not call (experts whose weights are one tensor, most of a state-space mixer)
-is no linear layer here, and stays as it is. Two real checkpoints with their own tokenizers, all-MiniLM-L6-v2 (bert, 22.7
-million weights) and SmolLM2-135M-Instruct (llama), go through every one of these methods by `make test-real`. Data
+is no linear layer here, and stays as it is. Two real checkpoints with their own tokenizers, all-MiniLM-L6-v2 (bert,
+22.7 million weights) and SmolLM2-135M-Instruct (llama), go through every one of these methods by `make test-real`. Data
 operations, optimisers, schedules and policies ask nothing of a type.
 
 | kind | types |
