@@ -63,8 +63,8 @@ def judge(model: PreTrainedModel, pairs: Sequence[tuple[Sequence[int], Sequence[
             )
             target_N = torch.tensor([token for _, _, i in asked for token in pairs[i][1]], device=model.device)
             nll_N, _, right_N = judged(model, states_NE, target_N)
-            found = zip(asked, nll_N.cpu().split(counts), right_N.cpu().split(counts), strict=True)
-            for (_, _, i), nll_T, right_T in found:
+            each = zip(asked, nll_N.cpu().split(counts), right_N.cpu().split(counts), strict=True)
+            for (_, _, i), nll_T, right_T in each:
                 judgements[i] = Judgement(-float(nll_T.sum()), bool(right_T.all()), len(nll_T))
     return judgements
 
