@@ -34,15 +34,11 @@ test-processes: $(VENV)/installed  ## trainings on several processes, whole reci
 test-claims: $(VENV)/installed  ## every claim once at smoke scale, from its recipe to its verdict
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -q -m "claims and not long and not gpu" $(call marked,claims)
 
-<<<<<<< HEAD
-# Both variables: one is of torch's own kernels, the other of MKL's matrix products. Where there are no newer vectors the
-# tests have been run with these.
-=======
 test-real: $(VENV)/installed  ## two real checkpoints (22.7 M, 135 M weights) through every method: an hour, 7 GB
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m long tests/test_real_support.py
 
-# Both variables: one is of torch's own kernels, the other of MKL's matrix products.
->>>>>>> 0849b8e (Two real checkpoints go through every method of the table of support, by make test-real)
+# Both variables: one is of torch's own kernels, the other of MKL's matrix products. Where there are no newer vectors the
+# tests have been run with these.
 test-bits: $(VENV)/installed  ## the tests that promise equal bits once more, with the vectors of older processors
 	@grep -qs avx512f /proc/cpuinfo || echo "This processor has no newer vectors than AVX2: nothing to run once more"
 	! grep -qs avx512f /proc/cpuinfo || OMP_NUM_THREADS=1 ATEN_CPU_CAPABILITY=avx2 MKL_ENABLE_INSTRUCTIONS=AVX2 \
