@@ -34,7 +34,7 @@ test-processes: $(VENV)/installed  ## trainings on several processes, whole reci
 test-claims: $(VENV)/installed  ## every claim once at smoke scale, from its recipe to its verdict
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n $(JOBS) --dist worksteal -q -m "claims and not long and not gpu" $(call marked,claims)
 
-test-real: $(VENV)/installed  ## two real checkpoints (22.7 M, 135 M weights) through every method: an hour, 7 GB
+test-real: $(VENV)/installed  ## two real checkpoints (22.7 M, 135 M weights) through every method: an hour, up to 9 GB
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m long tests/test_real_support.py
 
 # Both variables: one is of torch's own kernels, the other of MKL's matrix products. Where there are no newer vectors the
