@@ -28,7 +28,7 @@ from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.decoding import Decoding
 from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation.likelihood._compressors import compressed_bits
-from pretrain.evaluation.likelihood._shards import shard_loss
+from pretrain.evaluation.likelihood._shards import cap_of, shard_loss
 from pretrain.evaluation.likelihood.held_out import HeldOut, measured, tokens_of
 from pretrain.stages import Job
 from pretrain.stages.decode import Decode, beginnings, continue_prompt
@@ -263,6 +263,25 @@ def test_beginnings_of_held_out_documents_are_continued_beside_how_they_go_on(ti
     for sample in others:
         assert any(text.startswith(sample["prompt"] + sample["truth"]) for text in texts) and sample["truth"]
         assert len(tokenizer(sample["truth"], add_special_tokens=False)["input_ids"]) <= 7
+
+
+@pytest.mark.parametrize(("lengths", "most", "cap"), [
+    ([1000, 1500, 520], 4096, 1500), ([1000, 1500, 5200], 4096, 1596), ([300] * 500, 4096, 64), ([], 10, 2), ([1], 10, 2),
+])  # fmt: skip
+def test_documents_are_cut_no_earlier_than_the_tokens_that_are_measured_make_it(lengths, most, cap):
+    lengths_N = np.array(lengths, int)
+    assert cap_of(lengths_N, most) == cap
+    cut = np.minimum(lengths_N, cap).sum()
+    assert cut <= most or cap == max(2, most // 64)
+    assert cut == lengths_N.sum() or np.minimum(lengths_N, cap + 1).sum() > most
+
+
+def test_all_held_out_text_is_measured_where_it_is_no_more_than_is_asked_for(prepared, tiny):
+    model, shards = tiny("llama", vocab_size=512), Shards(prepared / "tokens" / "validation")
+    total = int(shards.lengths_N.sum())
+    whole = shard_loss(model, shards, length=64)
+    assert shard_loss(model, shards, length=64, max_tokens=total) == whole
+    assert shard_loss(model, shards, length=64, max_tokens=total // 2) != whole
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ def shard_loss(
     """Held-out metrics of a causal model on a split's tokens, on the same documents each time.
 
     With `max_tokens` a fixed random choice of documents is measured that together hold about as many; a document counts
-    for at most a 64th of it and is cut there.
+    for at most a 64th of it and is cut there, or for more where all of them so cut are fewer.
     """
     return _measured(shards, lambda documents: document_nll(model, documents, length=length, stride=stride), max_tokens)
 
@@ -35,7 +35,7 @@ def _measured(
     """The likelihoods of the documents that are measured, by what `nll` says of each in nats."""
     lengths_N, chosen, cap = shards.lengths_N, np.arange(len(shards)), None
     if max_tokens is not None:
-        cap = max(2, max_tokens // 64)
+        cap = cap_of(lengths_N, max_tokens)
         order = np.random.default_rng(0).permutation(len(shards))
         count = int(np.searchsorted(np.cumsum(np.minimum(lengths_N, cap)[order]), max_tokens, "right"))
         chosen = np.sort(order[: max(1, count)])
@@ -48,3 +48,12 @@ def _measured(
     domains = [shards.domain_names[d] for d in shards.domains_N[chosen]]
     metrics, by_domain = likelihoods(nll_N, np.maximum(kept_N - 1, 0), bytes_N, domains)
     return metrics | {f"{name}/{domain}": v for domain, values in by_domain.items() for name, v in values.items()}
+
+
+def cap_of(lengths_N: NDArray[np.integer], most: int) -> int:
+    """Where documents are cut: at a 64th of `most` tokens, or later where all then have no more than these."""
+    low, high = max(2, most // 64), max(2, int(lengths_N.max(initial=0)))
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if np.minimum(lengths_N, middle).sum() <= most else (low, middle - 1)
+    return low
