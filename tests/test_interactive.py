@@ -237,3 +237,12 @@ def test_the_notebook_of_the_first_afternoon_runs_from_top_to_bottom(tmp_path):
     assert all(shown) and names["adapted"].metrics["loss"] < names["before"]["metrics"]["loss"]
     book = read_json(ROOT / "docs" / "first-afternoon.ipynb")
     assert all(not cell.get("outputs") for cell in book["cells"])  # what a machine has measured is of that machine
+
+
+def test_a_folder_of_the_name_beside_a_script_does_not_hide_the_package(tmp_path):
+    """As the clone does, seen from the folder that it was cloned into."""
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "use.py").write_text("import pretrain; print(pretrain.load.__module__)")
+    done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("pretrain.")
