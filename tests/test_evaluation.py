@@ -28,7 +28,7 @@ from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.decoding import Decoding
 from pretrain.evaluation._intervals import bounds, resampled_sums
 from pretrain.evaluation.likelihood._compressors import compressed_bits
-from pretrain.evaluation.likelihood._shards import cap_of, shard_loss
+from pretrain.evaluation.likelihood._shards import _windows, shard_loss
 from pretrain.evaluation.likelihood.held_out import HeldOut, measured, tokens_of
 from pretrain.stages import Job
 from pretrain.stages.decode import Decode, beginnings, continue_prompt
@@ -265,15 +265,19 @@ def test_beginnings_of_held_out_documents_are_continued_beside_how_they_go_on(ti
         assert len(tokenizer(sample["truth"], add_special_tokens=False)["input_ids"]) <= 7
 
 
-@pytest.mark.parametrize(("lengths", "most", "cap"), [
-    ([1000, 1500, 520], 4096, 1500), ([1000, 1500, 5200], 4096, 1596), ([300] * 500, 4096, 64), ([], 10, 2), ([1], 10, 2),
-])  # fmt: skip
-def test_documents_are_cut_no_earlier_than_the_tokens_that_are_measured_make_it(lengths, most, cap):
-    lengths_N = np.array(lengths, int)
-    assert cap_of(lengths_N, most) == cap
-    cut = np.minimum(lengths_N, cap).sum()
-    assert cut <= most or cap == max(2, most // 64)
-    assert cut == lengths_N.sum() or np.minimum(lengths_N, cap + 1).sum() > most
+def test_windows_that_are_measured_are_of_all_the_text_alike_and_are_those_of_the_whole():
+    """Each window once where all are asked for; of a half each document and each place in it has about its share."""
+    lengths_N = np.array([1, 2, 65, 1000, 3000] * 40)
+    windows = list(zip(*_windows(lengths_N, 64, 10**9), strict=True))
+    for number, size in enumerate(lengths_N):
+        own = [(start, count) for i, start, count in windows if i == number]
+        assert [start for start, _ in own] == list(range(0, max(size - 1, 0), 64))
+        assert sum(count for _, count in own) == max(0, size - 1)
+    number_P, start_P, targets_P = _windows(lengths_N, 64, 80_000)
+    assert 79_900 < targets_P.sum() <= 80_000
+    long_P = lengths_N[number_P] == 3000
+    assert targets_P[long_P].sum() == pytest.approx(80_000 * 3000 / 4068, rel=0.05)
+    assert start_P[long_P].mean() == pytest.approx(1472, rel=0.05)  # and not their beginnings
 
 
 def test_all_held_out_text_is_measured_where_it_is_no_more_than_is_asked_for(prepared, tiny):

@@ -332,6 +332,28 @@ def test_a_short_training_that_goes_on_from_a_model_is_advised_by_what_it_has_ga
     assert advice in summary.advice and summary.command.endswith(f"--set model.{field}")
 
 
+def test_a_model_that_goes_on_is_headed_by_what_it_went_on_with_and_says_what_it_has_kept():
+    names = [
+        ("before", "base", 2.0, 9),
+        ("after", "model", 1.5, 9),
+        ("kept-before", "base", 1.4, 30),
+        ("kept", "model", 1.47, 30),
+    ]
+    page = page_of(*(measured(bits, of=of, documents=count) | {"name": name} for name, of, bits, count in names))
+    stage = page["stages"][0]
+    stage["config"] |= {"init": "base", "corpus": "new"}
+    page["stages"] += [
+        stage
+        | {"name": name, "stage": "evaluate", "writes": "", "config": {"corpus": "old" if "kept" in name else "new"}}
+        for name, *_ in names
+    ]
+    told = summarise(page)
+    assert "needs 1.50 bits" in told.result and "25% fewer than “base” (2.00)" in told.judgement
+    assert "On the documents of “kept” it needs 1.470, and “base” 1.400 (+5.0%)." in told.judgement
+    stage["config"].pop("init")
+    assert "On the documents of" not in summarise(page).judgement
+
+
 def test_a_model_whose_size_was_chosen_for_its_budget_is_not_held_against_a_rule_of_thumb():
     page = page_of(held_out=FALLING, weights=10**6)
     assert "1 tokens for each weight" in summarise(page).advice
@@ -421,3 +443,14 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
     )
     assert problems == [] and [u for u in requests if not u.startswith(("file:", "data:"))] == []
     assert overflow == 0 and not wide and inside and broken is None
+
+
+def test_boxes_beside_one_another_have_the_end_of_a_prompt_and_room_for_what_follows():
+    prompt = "\n\n".join(f"line {number} of a long beginning" for number in range(30))
+    text = str(_continuation({"prompt": prompt, "continuation": " ours", "truth": " theirs"}))
+    shown = re.findall("<mark[^>]*>(.*?)</mark>", text, re.DOTALL)
+    assert len(shown) == 2 and all(s.startswith("…") and s.endswith("line 29 of a long beginning") for s in shown)
+    assert all(s.count("\n") < 4 and len(s) <= 161 for s in shown) and text.count('title="line 0') == 2
+    assert ">def f(</mark> ours" in str(
+        _continuation({"prompt": "def f(", "continuation": " ours", "truth": " theirs"})
+    )

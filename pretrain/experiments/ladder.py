@@ -21,6 +21,7 @@ from pretrain.dial.shapes import FIELDS, SMALLEST
 from pretrain.recipe import Raw, Recipe, check
 from pretrain.runs.shelf import check_output
 from pretrain.stages._size import Settled
+from pretrain.training.budget import MOST_HELD_OUT
 
 SHARES = (1 / 64, 1 / 24, 1 / 8)  # of the budget
 WIDTHS = (0.5, 1.0, 1.5)  # of the dial's
@@ -99,6 +100,8 @@ def _raw(recipe: Recipe, settled: Settled, step: Step) -> Raw:
     entry["budget"] = {"flops": step.flops}
     entry["model"] = entry["model"] | {FIELDS[entry["model"]["family"]]["width"]: step.width}
     entry["evaluate_every"] = 0
+    if entry.get("evaluate_tokens") == "auto":  # each once, and all on the same
+        entry["evaluate_tokens"] = MOST_HELD_OUT
     for other in raw["stages"]:
         if other.get("stage") == "tokenizer" and other.get("vocab_size") == "auto":
             other["vocab_size"] = step.vocabulary

@@ -65,11 +65,14 @@ def lines_of(
     """The bigram line of a metric STAGE.NAME; none where the metric is no likelihood of text.
 
     It is of as many tokens as the model has read; with `whole` it has its domains too, and a second one is of all
-    training text, or of `WHOLE` tokens of it.
+    training text, or of `WHOLE` tokens of it. Of a model that went on from another on other text than is judged there
+    is none with `whole`: counts of that text alone say nothing of what it has learnt before.
     """
     judge, _, name = metric.partition(".")
     stage, training = stages[judge], stages[trained]
     if not (isinstance(stage, Evaluate) and isinstance(training, Train) and name.partition("/")[0] in PER):
+        return []
+    if whole and training.init and stage.corpus != training.corpus:
         return []
     tokens = int(checkpoint.lineage(checkpoint_of(output / trained)).get("tokens", 0))
     seen = [tokens, *([max(tokens, WHOLE)] if whole else [])]
@@ -88,7 +91,7 @@ def training_line(training: Train, output: Path, store: Path) -> dict[str, float
     shards = tokenise(corpus, tokenizer, places, splits=["train", "validation"])
     seen = int(checkpoint.lineage(folder).get("tokens", 0))
     most = training.evaluate_tokens if isinstance(training.evaluate_tokens, int) else MOST_HELD_OUT
-    return shard_line(shards["train"], shards["validation"], seen=seen, max_tokens=most)
+    return shard_line(shards["train"], shards["validation"], seen=seen, length=training.length, max_tokens=most)
 
 
 def by_document(output: Path, metric: str) -> NDArray[np.float64] | None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from pretrain.core.samples import Sample
 
 MAX_BYTES = 1_000_000  # of all samples in a page
+PROMPT, LINES = 160, 4  # characters and lines of a prompt that stands in two boxes
 WIDTH, TALL, WAVE, LINE = 600, 110, 80, 50  # units of a drawing: its width, and heights
 PNG = re.compile(r"data:image/png;base64,[A-Za-z0-9+/]+=*")
 NAMES = {"input": "input", "masked": "seen", "output": "output"}
@@ -62,11 +63,18 @@ def _continuation(sample: Sample) -> Html:
     prompt, text = tag("mark", sample.get("prompt", "")), sample.get("continuation", "")
     if not isinstance(sample.get("truth"), str):
         return tag("pre", prompt, text, class_="sample")
+    end = tag("mark", _end_of(sample.get("prompt", "")), title=sample.get("prompt", ""))  # both boxes have it
     model, truth = (
-        tag("div", tag("small", title), tag("pre", prompt, words, class_="sample"))
+        tag("div", tag("small", title), tag("pre", end, words, class_="sample"))
         for title, words in (("the model", text), ("the text itself", sample["truth"]))
     )
     return tag("div", model, truth, class_="beside")
+
+
+def _end_of(prompt: str) -> str:
+    """The last lines of a prompt, so that a box has room for how it goes on."""
+    end = "\n".join(prompt[-PROMPT:].split("\n")[-LINES:])
+    return end if len(end) == len(prompt) else f"…{end[end.find(' ') + 1 :] if ' ' in end[:20] else end}"
 
 
 def _caption(sample: Sample) -> Html:

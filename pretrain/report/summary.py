@@ -54,7 +54,15 @@ def headline(page: Page) -> Headline:
     name = model["name"] if model else ""
     about = [e for e in page["evaluations"] if e["of"] in (name, "") and e.get("metrics")]
     with_bits = [e for e in about if BITS in e["metrics"]]
-    return Headline(model, next(reversed(with_bits or about), None), logged.get(name))
+    learnt = _corpus(page, name)  # what a model has learnt last goes before what it is measured on besides
+    of_it = [e for e in with_bits if learnt and _corpus(page, e["name"]) == learnt]
+    return Headline(model, next(reversed(of_it or with_bits or about), None), logged.get(name))
+
+
+def _corpus(page: Page, stage: str) -> str:
+    """The corpus that a stage reads, as the recipe names it; empty where that is not known."""
+    row = next((s for s in page["stages"] if s["name"] == stage), None)
+    return str((row.get("inputs") or {}).get("corpus") or row["config"].get("corpus") or "") if row else ""
 
 
 def summarise(page: Page, running: str = "") -> Summary:
@@ -66,9 +74,14 @@ def summarise(page: Page, running: str = "") -> Summary:
     else:
         advice = advise(page, about.model, about.evaluation, about.training)
     expectation = foretold.beside(page, about.model, about.evaluation)
-    judgement = " ".join(
-        filter(None, (_judgement(page, about), expectation, foretold.made(about.model), _quantised(about)))
+    sentences = (
+        _judgement(page, about),
+        _kept(page, about),
+        expectation,
+        foretold.made(about.model),
+        _quantised(about),
     )
+    judgement = " ".join(filter(None, sentences))
     return Summary(_result(page, about), judgement, *advice)
 
 
@@ -143,7 +156,8 @@ def _judgement(page: Page, about: Headline) -> str:
     words = []
     # The line goes by how much has been counted: of a model that has read more it is lower.
     read = (about.model["lineage"] or {}).get("tokens") if about.model else None
-    counting = "counting which token follows which" + (f" in the {short(read)} tokens that it has read" if read else "")
+    has_read = "it went on with" if about.model and about.model["config"].get("init") else "it has read"
+    counting = "counting which token follows which" + (f" in the {short(read)} tokens that {has_read}" if read else "")
     if line is not None and bits >= line:
         words.append(f"That is not good yet: {counting} comes to {line:.2f}.")
     elif line is not None and (ends := (evaluation.get("intervals") or {}).get(BITS)) and ends[1] >= line:
@@ -213,6 +227,24 @@ def _of_answers(evaluation: Evaluated) -> str:
         words.append(f"Its scores promise too much: {right}; read them as an order, not as probabilities.")
     if unlearnt := int(metrics.get("unlearnt", 0)):
         words.append(f"Left out: {counted(unlearnt, 'document')} of classes that no training document has.")
+    return " ".join(words)
+
+
+def _kept(page: Page, about: Headline) -> str:
+    """Of a model that goes on from another: what it needs for other text than it went on with, beside that other."""
+    words, model = [], about.model
+    if model is None or not model["config"].get("init"):
+        return ""
+    for evaluation in page["evaluations"]:
+        if evaluation is about.evaluation or evaluation["of"] != model["name"]:
+            continue
+        before = _before(page, evaluation) if BITS in (evaluation.get("metrics") or {}) else None
+        if before is not None:
+            now, base = evaluation["metrics"][BITS], before["metrics"][BITS]
+            words.append(
+                f"On the documents of “{evaluation['name']}” it needs {now:.3f}, and “{before['of']}” {base:.3f} "
+                f"({now / base - 1:+.1%})."
+            )
     return " ".join(words)
 
 
