@@ -17,7 +17,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.report.charts import changes
 from pretrain.report.data import bars, plots, thin
 from pretrain.report.page import _cards, collect, write
-from pretrain.report.samples import panel
+from pretrain.report.samples import _continuation, panel
 from pretrain.report.summary import headline, summarise
 
 
