@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import sealed, write_json
 from pretrain.corpus.store import side
 from pretrain.new.look import look
@@ -91,3 +92,17 @@ def test_what_a_run_held_out_stays_held_out_in_what_goes_on_from_it(two_language
         "stages"
     ][0]
     assert (other["validation"], other["test"]) != (0.03, 0.07), "of another's checkpoint nothing is known"
+
+
+def test_text_of_another_encoding_is_named_where_there_is_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("old").mkdir()
+    for number in range(3):
+        Path("old", f"{number}.txt").write_bytes(GERMAN.encode("latin-1"))
+    with pytest.raises(PretrainError, match=r"old: not UTF-8: 0\.txt:1 and 2 more; accepted: text in UTF-8 \(iconv"):
+        look("old")
+    Path("old.csv").write_bytes(f"text,team\n{GERMAN},a\n{GERMAN},b\n".encode("cp1252"))
+    with pytest.raises(
+        PretrainError, match=r"no rows that can be read \(old\.csv:2 \(row 1\): byte 0xe4 is not UTF-8\)"
+    ):
+        look("old.csv")

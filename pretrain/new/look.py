@@ -78,6 +78,12 @@ def look(
         )
     if chosen is None:
         over = f" (passed over: {skipped})" if skipped.reasons else ""
+        if undecoded:
+            more = f" and {len(undecoded) - 1} more" if len(undecoded) > 1 else ""
+            raise PretrainError(
+                f"{place}: not UTF-8: {_inside(undecoded[0], place)}{more}{over}; accepted: text in UTF-8 (iconv -f "
+                "latin1 -t utf-8 makes it)"
+            )
         raise PretrainError(f"{place}: nothing to learn from{over}; accepted: code, text, tables, chats or images")
     size = sum(path.stat().st_size for path in groups[chosen])
     taken = ("code", "prose") if chosen == "code" else (chosen,)

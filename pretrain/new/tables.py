@@ -100,7 +100,7 @@ def read_table(
     placed, whole = _beginning(path, name, text or "text", wrong, header)
     rows = [row for _, row in placed]
     if not rows:
-        first = f" ({wrong[0][0]} is none)" if wrong else ""
+        first = f" ({': '.join(filter(None, wrong[0][:2]))})" if wrong else ""
         raise PretrainError(f"{name}: no rows that can be read{first}; accepted: rows under a header")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
     if ending(path) in (".csv", ".tsv") and header is None:
