@@ -10,6 +10,7 @@ import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -26,6 +27,7 @@ from pretrain.core.method import Ref
 from pretrain.recipe import check
 from pretrain.runs import shelf
 from pretrain.runs.command import _few, app
+from pretrain.runs.comparison import THEIRS, _measured_on
 from pretrain.runs.shelf import Run
 from pretrain.runs.targets import made, repointed
 from pretrain.stages import Job, Stage
@@ -439,3 +441,21 @@ def test_what_a_stage_has_left_and_is_gone_is_told():
     run("base", say=lines.append, model={"value": 1})
     where = place_of(base / "model") / "checkpoint"
     assert f"warning: {where} is gone; --refresh model makes it again" in lines
+
+
+def test_trainings_that_were_measured_on_other_text_are_said_to_be_so():
+    def of(address="a", tokens=100, budget=1):
+        train = {
+            "stage": "train",
+            "inputs": {"corpus": "texts"},
+            "config": {"evaluate_tokens": tokens, "length": 64, "budget": {"flops": budget}},
+        }
+        return SimpleNamespace(records={"model": train, "texts": {"stage": "data", "address": address}}, stages={})
+
+    def shown(*runs):
+        return [row for row in _measured_on(runs) if row[0] == "model: measured on"]
+
+    assert shown(of(), of()) == shown(of(budget=1), of(budget=2)) == shown(of(tokens="auto"), of(tokens="auto")) == []
+    ((_, first, second, words),) = shown(of(), of(tokens=50))
+    assert (first, second, words) == ("100 held-out tokens", "50 held-out tokens", THEIRS)
+    assert shown(of(), of("b")) and shown(of(tokens="auto", budget=1), of(tokens="auto", budget=2))

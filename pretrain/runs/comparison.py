@@ -18,6 +18,7 @@ from pretrain.records import altered
 from pretrain.runs.shelf import Run, log_of, open_run, size_of
 
 COMPARISON = "comparison.json"
+THEIRS = "other documents: the difference is theirs too"
 PER_TOKEN = ("loss", "perplexity")  # of text: means over tokens
 OTHER_TOKENS = "other tokens: only bits per byte compare"
 RECIPES = (".yaml", ".yml")
@@ -113,7 +114,11 @@ def _measured_on(runs: Sequence[Run]) -> Rows:
         first = next(filter(None, texts), frozenset())
         if any(text and text != first for text in texts):
             cells = [counted(len(text), "document") if text else "" for text in texts]
-            rows.append((f"{name}: measured on", *cells, "other documents: the difference is theirs too"))
+            rows.append((f"{name}: measured on", *cells, THEIRS))
+        held_out = [_held_out(run, name) for run in runs]
+        seen = next(filter(None, held_out), None)
+        if any(each and each != seen for each in held_out):
+            rows.append((f"{name}: measured on", *(each[0] if each else "" for each in held_out), THEIRS))
     return rows
 
 
@@ -121,6 +126,19 @@ def _left(run: Run, name: str, file: str) -> JSONObject:
     """What a file of a finished stage holds; nothing where it is not there, or not as the stage has left it."""
     record, path = run.records.get(name), run.stages.get(name, Path()) / file
     return read_object(path) if record and path.is_file() and file not in altered(path.parent, record) else {}
+
+
+def _held_out(run: Run, name: str) -> tuple[str, ...] | None:
+    """What a training is measured on while it runs: in words, then all that it follows from; None of another stage."""
+    record = run.records.get(name)
+    if record is None or record["stage"] != "train":
+        return None
+    tokens, corpus = record["config"].get("evaluate_tokens"), str((record.get("inputs") or {}).get("corpus") or "")
+    made = run.records.get(corpus)
+    of = str(made["address"] if made else corpus), str(record["config"].get("length"))
+    if isinstance(tokens, int):
+        return f"{tokens:,} held-out tokens", *of
+    return "as many held-out tokens as fit", *of, str(record["config"].get("budget"))
 
 
 def _digests(evaluations: JSONObject) -> Iterator[str]:
