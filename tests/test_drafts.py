@@ -9,6 +9,7 @@ import torch
 from decoding_cases import WIDE, greedy, learnt, passes, prompt
 
 from pretrain.core import checkpoint
+from pretrain.core.errors import PretrainError
 from pretrain.core.generation.loop import decode
 from pretrain.decoding.speculative.prompt_lookup import PromptLookup
 from pretrain.decoding.speculative.speculative_decoding import SpeculativeDecoding
@@ -183,3 +184,13 @@ def test_the_oldest_answers_are_forgotten():
         texts.extend(texts.begin(), [number, 7])
     texts.forget(2)
     assert [*texts.texts.values()] == [[2, 7], [3, 7]] and [*texts.places] == [*texts.texts]
+
+
+def test_a_draft_may_be_a_stage_that_wrote_a_checkpoint(tiny, saved, tmp_path):
+    model = tiny("llama", **WIDE["llama"])
+    checkpoint.save(model, None, tmp_path / "stage" / "checkpoint")
+    ids_1L = prompt(9, 0)
+    of_stage = SpeculativeDecoding(str(tmp_path / "stage")).generate(model, ids_1L, max_new_tokens=9)
+    assert torch.equal(of_stage, greedy(model, ids_1L, 9))
+    with pytest.raises(PretrainError, match="no checkpoint at"):
+        SpeculativeDecoding(str(tmp_path / "nowhere")).generate(model, ids_1L, max_new_tokens=9)

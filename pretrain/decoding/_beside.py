@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
+from pretrain.core.folders import newest_checkpoint
 from pretrain.core.quick.vocabulary import Numbers, check_alike, numbers_of, stored_numbers
 
 
@@ -25,7 +26,7 @@ def beside(method: str, model: PreTrainedModel, **folders: str) -> list[PreTrain
     _check_causal(method, "the model", model)
     opened = []
     for field, place in folders.items():
-        folder = Path(place)
+        folder = newest_checkpoint(Path(place))  # of a stage, or of a run
         other, vocabulary = _open(folder, model.device, stamp(folder))
         _check_causal(method, f"{field} {folder}", other)
         least = 0 if vocabulary is None else max(vocabulary.values(), default=-1) + 1  # rows after that are padding
