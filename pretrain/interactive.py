@@ -95,8 +95,8 @@ def train(
     `model` is one of `transformers`, which is trained in place, or `{"family": "llama", "hidden_size": 64, …}`, one
     that is made anew for the tokenizer. `data` are texts, documents (`{"text": …, "label": …}`) or the folder of a
     corpus; a share `validation` of the documents is held out, of a corpus its own. `budget` is one of tokens, steps,
-    flops, seconds: `{"seconds": 30}`. `fields` are further ones of a `train` stage: `policies`, `clip`, `task`, …
-    Nothing is kept on the disk. Raises `PretrainError` for a field or value that is not accepted.
+    epochs, flops, seconds: `{"seconds": 30}`. `fields` are further ones of a `train` stage: `policies`, `clip`, `task`,
+    … Nothing is kept on the disk. Raises `PretrainError` for a field or value that is not accepted.
     """
     for name in OTHERWISE.keys() & fields.keys():
         raise PretrainError(f"train.{name}: accepted here: {OTHERWISE[name]}")
@@ -179,6 +179,10 @@ def generate(
     nothing it samples at temperature 0.8 with top_p 0.95. With `token_healing` the prompt's last word is written anew,
     in tokens that go on with it: after "def " stands " main", which is one.
     """
+    if isinstance(model, str | Path):
+        raise PretrainError(
+            f"model {str(model)!r}: accepted: model, tokenizer = pretrain.load({str(model)!r}), and then both of them"
+        )
     if not isinstance(prompt, str):
         raise PretrainError(f"prompt {str(prompt)[:40]}: accepted: one text; of several call this for each")
     chosen: Decoding | None = None if method is None else _method(method, "decoding")

@@ -246,3 +246,10 @@ def test_a_folder_of_the_name_beside_a_script_does_not_hide_the_package(tmp_path
     done = subprocess.run([sys.executable, "use.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("pretrain.")
+
+
+def test_a_path_in_place_of_a_model_is_answered_with_how_it_is_opened():
+    with pytest.raises(
+        pretrain.PretrainError, match=r"model 'runs/mine': accepted: model, tokenizer = pretrain.load\('runs/mine'\)"
+    ):
+        pretrain.generate("runs/mine", "def f")
