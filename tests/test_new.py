@@ -256,7 +256,7 @@ def shaped(tmp_path, tiny, stories):
     def make(entries: int, width: int, blocks: int) -> Path:
         tokenizer = train_tokenizer((story["text"] for story in stories), vocab_size=entries)
         model = tiny(
-            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=blocks,
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=11 * width // 4, num_hidden_layers=blocks,
             max_position_embeddings=256, tie_word_embeddings=True,
         )  # fmt: skip
         checkpoint.save(model, tokenizer, tmp_path / "shaped")

@@ -24,6 +24,7 @@ from pretrain.new.look import Look
 from pretrain.new.start import Start
 
 TYPES = ("llama", "mistral", "qwen3", "gpt2")  # of models that a GGUF file takes without more to look at
+BLOCK = 32  # values that share a scale in 8 bits
 EIGHT = 8.5 / 8  # bytes of a weight in blocks of 32 with a scale
 ENTRY = 33.0  # bytes of an entry and its merge in a GGUF file
 LISTED = 70.0  # and in a tokenizer.json
@@ -88,14 +89,15 @@ class Smaller:
         rest = shape.weights - shape.body - shape.vocabulary * shape.width * (1 if shape.tied else 2)
         group = shape.width if self.group == -1 else self.group
         four = shape.body * (FOUR + SCALE / group) + (table + rest) * stored + listed * entries / shape.vocabulary
-        eight = (shape.body + table) * EIGHT + rest * 4.0 + ENTRY * entries
+        odd = shape.depth * shape.width * shape.intermediate if shape.intermediate % BLOCK else 0  # these in 16 bits
+        eight = (shape.body + table) * EIGHT + odd * (2.0 - EIGHT) + rest * 4.0 + ENTRY * entries
         return Sizes(shape.weights * stored + listed, four, eight if self._exported(shape) else None)
 
     def _exported(self, shape: Shape) -> bool:
-        """Whether a GGUF file takes it, with all its matrices in 8 bits."""
+        """Whether a GGUF file takes it, with its matrices in 8 bits: all, or all but those of odd rows."""
         config, folder = self.start.config, self.start.folder
         file = folder / "tokenizer.json" if folder is not None else None
-        if file is None or not file.is_file() or shape.width % 32 or shape.intermediate % 32:
+        if file is None or not file.is_file() or shape.width % BLOCK:
             return False
         odd = any(config.get(name) for name in ("attention_bias", "mlp_bias", "sliding_window", "quantization_config"))
         plain = config.get("model_type") in TYPES and self.start.kind == "causal" and not odd
