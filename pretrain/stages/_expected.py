@@ -143,7 +143,7 @@ def expect(stage: Asked, given: Given) -> Estimate:
         + 2.0 * (work.corpus_tokens or 0),
         tokens / work.corpus_tokens if work.corpus_tokens else None, left,
         (*_odd(stage, work, tokens), *_measured_long(stage, training, once, evaluations, made)),
-        Plan(steps, flops, training, once), much,
+        Plan(steps, flops, training, once), much=much,
     )  # fmt: skip
 
 

@@ -147,7 +147,8 @@ class Settled:
         if self.task.vocabulary is not None or self.choice.prediction is None:
             return []
         known = sorted(self.task.law.bytes_per_token)
-        filled = f", and the text fills {self.task.unique / BYTES_AN_ENTRY:,.0f} at most" if self.task.unique else ""
+        enough = self.task.unique / BYTES_AN_ENTRY if self.task.unique else 0.0
+        filled = f", and {BYTES_AN_ENTRY} bytes of text an entry are enough for {enough:,.0f}" if enough else ""
         return [
             f"vocabulary {self.choice.shape.vocabulary:,}: the least bits per byte by the law, whose runs had "
             f"{known[0]:,} to {known[-1]:,} entries; it is asked for no more{filled}"

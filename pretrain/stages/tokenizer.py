@@ -20,6 +20,8 @@ from pretrain.stages._estimates import FLOOR, RECORDS, Left, Odd, tokenizer_byte
 
 WORDS, HEAPS = 5.0, 0.6  # of so many bytes of code or prose WORDS · bytes^HEAPS merges can be made, and no more
 
+NEARLY = 1.3  # times the entries that a text is enough for are no odd number
+
 
 class Tokenizer(Stage):
     """Train a tokenizer on a corpus, or take that of a checkpoint: one of `corpus` and `checkpoint`.
@@ -94,15 +96,19 @@ class Tokenizer(Stage):
             + round(WORDS * read**HEAPS)
         )
         made = min(entries, most) if text else entries
-        few = f"vocab_size {entries:,}: {short(read, 'B')} of text fill no more than about {read / 100:,.0f} entries"
+        few = (
+            f"vocab_size {entries:,}: {short(read, 'B')} of text are less than {BYTES_AN_ENTRY} bytes an entry, and "
+            f"enough for about {read / BYTES_AN_ENTRY:,.0f}"
+        )
         few += (
             f"; with the words of so much text about {most:,} come out, which estimates go by" if made < entries else ""
         )
+        scarce = text and entries > LEAST_ENTRIES and entries * BYTES_AN_ENTRY > NEARLY * read
         return Estimate(
             0.0, FLOOR + 12 * read if text else None, 1 + read / 4e6 if text else None,
             RECORDS + tokenizer_bytes(made),
             min(1.0, read / text) if text else None, Left(vocabulary=made),
-            (Odd("vocab_size", few),) if text and entries > LEAST_ENTRIES and entries * BYTES_AN_ENTRY > read else (),
+            (Odd("vocab_size", few),) if scarce else (),
         )  # fmt: skip
 
     def _texts(self, corpus: Corpus) -> Iterator[str]:
