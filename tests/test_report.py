@@ -454,3 +454,14 @@ def test_boxes_beside_one_another_have_the_end_of_a_prompt_and_room_for_what_fol
     assert ">def f(</mark> ours" in str(
         _continuation({"prompt": "def f(", "continuation": " ours", "truth": " theirs"})
     )
+
+
+def test_a_run_that_only_decodes_says_how_fast():
+    page = page_of() | {"trainings": []}
+    stage = page["stages"][0] | {"stage": "decode", "writes": "", "config": {}}
+    page["stages"] = [
+        stage | {"name": name, "metrics": {"tokens_per_second": speed}}
+        for name, speed in (("plain", 31.24), ("lookup", 55.0))
+    ]
+    told = summarise(page)
+    assert told.result == "Of samples that were written, tokens a second: plain 31.2, lookup 55." and told.advice == ""

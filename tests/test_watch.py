@@ -8,6 +8,7 @@ import json
 import pytest
 
 from pretrain.core.errors import PretrainError
+from pretrain.report import watch as following
 from pretrain.report.advice import spent_share
 from pretrain.report.data import collect
 from pretrain.report.summary import summarise
@@ -111,5 +112,23 @@ def test_a_run_that_is_over_is_written_once_and_a_run_may_start_after(tmp_path):
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):
+    (tmp_path / "notes.txt").touch()
     with pytest.raises(PretrainError, match="is not a run"):
         watch(tmp_path)
+
+
+def test_a_run_that_is_only_beginning_is_waited_for_and_what_never_begins_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(following, "PAUSE", 0.01)
+    lines = []
+
+    def say(line):
+        lines.append(line)
+        if "waiting" in line:
+            (tmp_path / "r").mkdir()
+            run_folder(tmp_path / "r", "finished")
+
+    watch(tmp_path / "r", say=say)
+    assert "no run is there yet: waiting 30 s at most" in lines[0] and lines[-1].startswith(f"{tmp_path / 'r'}: ")
+    monkeypatch.setattr(following, "BEGINNING", 0.05)
+    with pytest.raises(PretrainError, match="is not a run"):
+        watch(tmp_path / "nowhere", say=lines.append)

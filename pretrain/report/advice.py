@@ -30,6 +30,8 @@ def advise(page: Page, model: StageRow | None, evaluation: Evaluated | None, tra
     missing = [s for s in page["stages"] if s["status"] != Status.FINISHED]
     if missing:
         return _unfinished(next((s for s in missing if s["status"] == Status.FAILED), missing[0])), run_command(page)
+    if model is None and any(s["stage"] in ("decode", "evaluate") for s in page["stages"]):
+        return "", ""  # of a checkpoint from elsewhere
     if model is None:
         return "Next: add a train stage.", ""
     if training is None:

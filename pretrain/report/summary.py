@@ -100,6 +100,8 @@ def _quantised(about: Headline) -> str:
 
 def _result(page: Page, about: Headline) -> str:
     model = about.model
+    if model is None and (speeds := _speeds(page)):
+        return f"Of samples that were written, tokens a second: {', '.join(speeds)}."
     if model is None:
         made = [f"{s['name']} ({s['writes']})" for s in page["stages"] if s["writes"]]
         return f"No model has come out yet; there is {', '.join(made)}." if made else "Nothing has come out yet."
@@ -121,6 +123,14 @@ def _result(page: Page, about: Headline) -> str:
     if training and (loss := end_of(page, training, "loss")) is not None:
         return f"{subject} and has a held-out {unit_of_loss(training)} of {figure(loss, 3)}."
     return f"{subject}."
+
+
+def _speeds(page: Page) -> list[str]:
+    """How fast each stage has decoded, where a run does no more than that."""
+    rows = [
+        (s["name"], (s.get("metrics") or {}).get("tokens_per_second")) for s in page["stages"] if s["stage"] == "decode"
+    ]
+    return [f"{name} {figure(speed, 3)}" for name, speed in rows if speed is not None]
 
 
 def _score(evaluation: Evaluated) -> str:

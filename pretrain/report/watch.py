@@ -14,6 +14,8 @@ from pretrain.report.data import BITS, Trained
 from pretrain.report.numbers import known, last
 from pretrain.report.page import collect, write
 
+BEGINNING, PAUSE = 30.0, 0.5  # seconds that a run may take to begin, and between two looks whether it has
+
 
 def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] = print) -> Path:
     """Write a run's report every so many seconds until the run ends or is interrupted; returns the report's path.
@@ -22,6 +24,7 @@ def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] 
     written once.
     """
     folder, before, path = Path(folder), "", Path(folder) / "report.html"
+    _wait(folder, say)
     try:
         while stage := running(folder):
             path = write(folder, running=stage, every=max(1, round(every)))
@@ -36,6 +39,15 @@ def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] 
         path = write(folder, running=running(folder))
     say(_end(folder))
     return path
+
+
+def _wait(folder: Path, say: Callable[[str], None]) -> None:
+    """Wait for a run that is only beginning: what it needs is imported and planned before anything is written."""
+    if not (folder / "run.json").exists() and not any(folder.glob("*")):
+        say(f"{folder}: no run is there yet: waiting {BEGINNING:.0f} s at most for one that begins")
+        until = time.monotonic() + BEGINNING
+        while not (folder / "run.json").exists() and time.monotonic() < until:
+            time.sleep(PAUSE)
 
 
 def running(folder: Path) -> str:
