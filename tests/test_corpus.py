@@ -267,6 +267,39 @@ def test_no_document_is_on_two_sides_whatever_the_order(tmp_path_factory, texts,
     assert len(sides) < 2 or sides[0] == sides[1]
 
 
+def test_another_split_seed_holds_out_other_documents_and_copies_stay_on_one_side(tmp_path):
+    texts = [f"text number {n}" for n in range(200)]
+    rows = [{"text": text, "label": label, "domain": "d", "id": ""} for text in texts for label in ("a", "b")]
+
+    def held_out(seed):
+        folder = tmp_path / f"corpus-{seed}"
+        write_corpus(rows, folder, validation=0.2, test=0.2, split_seed=seed, near_duplicates=None)
+        sides = [{row["text"] for row in Corpus(folder).documents(name)} for name in SPLITS]
+        assert sum(map(len, sides)) == len(texts)  # both copies of each on one side
+        assert all(30 < len(some) < 150 for some in sides)
+        return sides[1]
+
+    assert len({frozenset(held_out(seed)) for seed in (0, 1, 2)}) == 3
+
+
+def test_a_split_seed_moves_the_address_and_what_the_dry_run_sees_and_zero_neither(tmp_path):
+    from pretrain.stages.data import Data
+
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(300)))
+    given = {"name": "corpus", "sources": [str(tmp_path / "a.jsonl")], "validation": 0.2, "near_duplicates": None}
+    usual, zero, other = (Data(**given, **more) for more in ({}, {"split_seed": 0}, {"split_seed": 7}))
+    assert usual.config() == zero.config() != other.config() and "split_seed" not in usual.config()
+    for stage in (usual, other):
+        info = write_corpus(
+            read(stage.sources[0], Skipped()), tmp_path / f"c{stage.split_seed}", validation=0.2,
+            split_seed=stage.split_seed, near_duplicates=None,
+        )  # fmt: skip
+        seen = stage._looked(1e4)
+        assert seen.documents == info["documents"] and seen.bytes == info["bytes"]
+    counts = [Corpus(tmp_path / f"c{seed}").info["documents"] for seed in (0, 7)]
+    assert counts[0] != counts[1]
+
+
 def test_groups_stay_on_one_side():
     assert len({side("same group", 0.3, 0.3) for _ in range(5)}) == 1
     shares = [side(str(i), 0.1, 0.2) for i in range(5000)]

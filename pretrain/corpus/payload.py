@@ -255,3 +255,22 @@ class Labels:
                 values.add(value)
             if before.setdefault(name, value) != value:
                 self.contents.setdefault(name, set()).add(key)
+
+
+def side(key: str, validation: float, test: float, salt: int = 0) -> str:
+    """The split that a document belongs to, from the hash of its content or group; each `salt` draws other splits."""
+    salted = f"{salt}\0{key}" if salt else key
+    number = int.from_bytes(hashlib.sha256(salted.encode()).digest()[:8]) / 2**64
+    return "test" if number < test else "validation" if number < test + validation else "train"
+
+
+def key_of(document: Document) -> str:
+    """What decides a document's side."""
+    if document.get("group") is not None:
+        return str(document["group"])
+    return document["text"] if only_text(document) else hashlib.sha256(content(document)).hexdigest()
+
+
+def side_of(document: Document, validation: float, test: float, salt: int) -> str:
+    """The split of a document: of one from a corpus the one that it has there."""
+    return document.split if isinstance(document, Placed) else side(key_of(document), validation, test, salt)

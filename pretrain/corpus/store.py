@@ -1,9 +1,10 @@
 """A corpus on disk: Parquet files by split, and `corpus.json`.
 
 A document's side is decided by a hash of its content (of its `group` where it has one), so it is the same whatever the
-order and whatever else the corpus holds. Exact copies are removed everywhere: documents that have the whole payload
-alike (`corpus/payload.py`: the content and all that belongs to it, a target, a label). Training documents whose text is
-a near-duplicate of a held-out one are removed from training; where there is more than text, those of the same content.
+order and whatever else the corpus holds; a salt draws other sides. Exact copies are removed everywhere: documents that
+have the whole payload alike (`corpus/payload.py`: the content and all that belongs to it, a target, a label). Training
+documents whose text is a near-duplicate of a held-out one are removed from training; where there is more than text,
+those of the same content.
 Documents stream through: the corpus may be larger than memory.
 """
 
@@ -31,12 +32,15 @@ from pretrain.corpus.payload import (
     in_payload,
     only_text,
     payload,
+    side_of,
     single_type,
     table_of,
     typed,
 )
 from pretrain.corpus.payload import belongs as belongs
 from pretrain.corpus.payload import beside as beside
+from pretrain.corpus.payload import key_of as key_of
+from pretrain.corpus.payload import side as side
 from pretrain.corpus.progress import without_bars
 from pretrain.corpus.sources import Document, Removed, Skipped, evenly
 
@@ -53,19 +57,6 @@ COLUMNS = 1000  # of a corpus, with what objects in them hold: each takes 8 byte
 CELLS = 1 << 23  # of a part, rows times columns
 PART_BYTES = 64 << 20
 GROUP_BYTES = 16 << 20  # of one Parquet row group, read at once
-
-
-def side(key: str, validation: float, test: float) -> str:
-    """The split that a document belongs to, from the hash of its content or group."""
-    number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) / 2**64
-    return "test" if number < test else "validation" if number < test + validation else "train"
-
-
-def key_of(document: Document) -> str:
-    """What decides a document's side."""
-    if document.get("group") is not None:
-        return str(document["group"])
-    return document["text"] if only_text(document) else hashlib.sha256(content(document)).hexdigest()
 
 
 class _Writer:
@@ -103,6 +94,7 @@ def write_corpus(
     *,
     validation: float = 0.02,
     test: float = 0.02,
+    split_seed: int = 0,
     near_duplicates: float | None = 0.8,
     operations: Sequence[Callable[[Dataset], Dataset]] = (),
     facts: JSONObject | None = None,
@@ -111,9 +103,10 @@ def write_corpus(
 ) -> JSONObject:
     """Split, deduplicate and store documents; returns what `corpus.json` says.
 
-    `validation` and `test` are shares of the documents; training documents at least `near_duplicates` alike to a
-    held-out one are removed (None: not looked for). `operations` then act on the training split; `facts` are noted;
-    `skipped` holds what the sources pass over as they are read; `beside` may put more files into the folder.
+    `validation` and `test` are shares of the documents, which each `split_seed` draws anew; training documents at least
+    `near_duplicates` alike to a held-out one are removed (None: not looked for). `operations` then act on the training
+    split; `facts` are noted; `skipped` holds what the sources pass over as they are read; `beside` may put more files
+    into the folder.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise PretrainError(
@@ -121,7 +114,8 @@ def write_corpus(
         )
     with atomic_folder(folder) as work:
         removed, added, copies = {"exact": 0, "near": 0}, dict[str, int](), Removed(work)
-        read = _write_splits(documents, work, validation, test, removed, copies)
+        sided = partial(side_of, validation=validation, test=test, salt=split_seed)
+        read = _write_splits(documents, work, sided, removed, copies)
         _same_columns(work)
         if near_duplicates:
             removed["near"] = _drop_near_heldout(work, near_duplicates, copies)
@@ -149,9 +143,10 @@ def write_corpus(
 
 
 def _write_splits(
-    documents: Iterable[Document], work: Path, validation: float, test: float, removed: dict[str, int], copies: Removed
-) -> int:
-    """Write the documents, copies left out, and return how many there were."""
+    documents: Iterable[Document], work: Path, sided: Callable[[Document], str], removed: dict[str, int],
+    copies: Removed,
+) -> int:  # fmt: skip
+    """Write the documents to the split that `sided` tells, copies left out, and return how many there were."""
     seen: set[bytes] = set()
     domains: set[str] = set()
     columns: set[str] = set()
@@ -169,8 +164,7 @@ def _write_splits(
         for what, there, most in (("domains", domains, DOMAINS), ("columns and what is in them", columns, COLUMNS)):
             if len(there) > most:
                 raise PretrainError(f"document {document.get('id')!r}: more than {most:,} {what}; accepted: fewer")
-        split = document.split if isinstance(document, Placed) else side(key_of(document), validation, test)
-        writers[split].add(document, len(payload(document)))
+        writers[sided(document)].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()
     return read

@@ -338,7 +338,8 @@ COLUMNS = (
     "mean ± s.d.: over the seeds; difference: to the first recipe, paired by seed, and where it lies in 97 of 100 "
     "cases; verdict: better or worse where that leaves zero out; FLOPs to the baseline's end: the share of the budget "
     "at which a recipe, its curve smoothed to one that never gets worse, is where the first one ends, and its interval "
-    "over the seeds; peak rate: the learning rate, and who chose it"
+    "over the seeds; peak rate: the learning rate, and who chose it. All seeds are measured on the same held-out "
+    "documents: the intervals are of training alone, not of which documents were held out"
 )
 
 

@@ -224,12 +224,13 @@ class Looked:
 
 
 def looked(
-    sources: Sequence[Source], longest: int, shares: tuple[float, float], near: float | None, alike: float | None
-) -> Looked | None:
+    sources: Sequence[Source], longest: int, shares: tuple[float, float], near: float | None, alike: float | None,
+    salt: int = 0,
+) -> Looked | None:  # fmt: skip
     """What is left of the sources' text by split; None where they are no plain texts, or cannot be read.
 
-    `shares` are held out for validation and test. Training documents that are `near` held-out ones are removed, and of
-    those that are `alike` among themselves all but the first: None removes none, 0 exact copies alone.
+    `shares` are held out for validation and test, drawn by `salt`. Training documents that are `near` held-out ones are
+    removed, and of those that are `alike` among themselves all but the first: None removes none, 0 exact copies alone.
     """
     if not sources or not all(_plain(source) for source in sources):
         return None
@@ -246,7 +247,7 @@ def looked(
         return None
     splits: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
     for document in rows.values():
-        splits[side(key_of(document), *shares)].append(document)
+        splits[side(key_of(document), *shares, salt)].append(document)
     held = [document["text"] for split in ("validation", "test") for document in splits[split] if only_text(document)]
     train = splits["train"]
     left = _left([document["text"] for document in train], held, near, alike)

@@ -70,11 +70,16 @@ SourceField = Annotated[Source, PlainValidator(build_source), PlainSerializer(du
 class Data(Stage):
     """Read sources, set held-out documents aside, remove copies, apply data operations; writes a corpus.
 
+    Which documents are held out is told by a hash of each one's content (of its group, where it has one) and of
+    `split_seed`, whatever `seed` is: copies go to one side, and what is added later moves none of the others.
+
     sources: What to read: paths, or mappings whose first word is the kind of source.
     corpus: An earlier stage whose documents come first, with all their columns and each on its side of the split.
     operations: Methods that drop, add or order the training documents, one after another.
     validation: Share of the documents to measure on while training.
     test: Share of the documents to measure on at the end.
+    seed: Nothing here depends on it; see `split_seed`.
+    split_seed: Draws other held-out documents; a stage that goes on from a `corpus` has that one's.
     longest: Characters of a document, a line or a cell; longer lines and rows are passed over, longer files cut.
     near_duplicates: How alike training documents may be to held-out ones before they are removed; null keeps all.
     dropped_characters: Characters that `dropped.parquet` keeps of the text of a document that an operation drops.
@@ -91,6 +96,7 @@ class Data(Stage):
     operations: list[DataOperationField] = []
     validation: ProperShare = 0.02
     test: ProperShare = 0.02
+    split_seed: Whole = 0
     longest: Annotated[int, Ge(1), Le(1 << 28)] = LONGEST
     near_duplicates: PositiveShare | None = 0.8
     dropped_characters: Whole = 1000
@@ -118,8 +124,9 @@ class Data(Stage):
         return fingerprints
 
     def config(self) -> Record:
-        """What is hashed; a stage without a corpus says nothing of it, as before there was the field."""
-        return {name: value for name, value in super().config().items() if name != "corpus" or value}
+        """What is hashed; of fields that came later nothing where they are left as all was before there were any."""
+        later = ("corpus", "split_seed")
+        return {name: value for name, value in super().config().items() if name not in later or value}
 
     def estimate(self, given: Given) -> Estimate:
         """From the sizes of the files, of tables from what of them is text; an operation may compute what it likes."""
@@ -144,7 +151,7 @@ class Data(Stage):
     def _looked(self, total: float) -> Looked | None:
         """What its sources hold without copies, looked at once in a process as long as they are as large."""
         alike = next((getattr(each, "threshold", None) for each in self.operations if each.name == "deduplicate"), None)
-        given = (self.longest, (self.validation, self.test), self.near_duplicates, alike)
+        given = (self.longest, (self.validation, self.test), self.near_duplicates, alike, self.split_seed)
         key = (repr(self.sources), total, *given)
         if key not in LOOKED:
             LOOKED[key] = looked(self.sources, *given)
@@ -170,8 +177,8 @@ class Data(Stage):
             facts |= {"operations": desk.reports, "funnel": ledger.funnel, "contradicting": labels.contradicting}
             info = write_corpus(
                 stream, job.folder / "corpus", validation=self.validation, test=self.test,
-                near_duplicates=self.near_duplicates, operations=operations, facts=facts, skipped=skipped,
-                beside=ledger.put,
+                split_seed=self.split_seed, near_duplicates=self.near_duplicates, operations=operations, facts=facts,
+                skipped=skipped, beside=ledger.put,
             )  # fmt: skip
         shutil.rmtree(job.folder / "work", ignore_errors=True)
         write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
