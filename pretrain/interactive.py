@@ -12,17 +12,20 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core import checkpoint
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, nearest, warn
 from pretrain.core.files import read_json_lines
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign.code import brought, consenting, consenting_to, keep
 from pretrain.core.models.families import family
 from pretrain.core.processors import Processor
+from pretrain.core.quick.quantities import counted
 from pretrain.core.system.extras import extras_named
 from pretrain.corpus.sources import Document
+from pretrain.corpus.sources._files import UNTOUCHED, given
 from pretrain.corpus.store import write_corpus
 from pretrain.engine import silent
 from pretrain.inference.heads import evaluation_for
+from pretrain.inference.rows import document_of
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
 from pretrain.recipe import check
@@ -35,9 +38,10 @@ from pretrain.stages.train import Train
 if TYPE_CHECKING:
     from pretrain.decoding import Decoding
     from pretrain.evaluation import Evaluation
+    from pretrain.inference.predict import Opened
 
 Method = str | Mapping[str, object]  # as a recipe names one: `"lion"`, `{"method": "lion", "lr": 3e-4}`
-Texts = Iterable[str | Mapping[str, object]]  # documents, or their texts alone
+Texts = Iterable[str | Mapping[str, object] | None]  # documents, or their texts alone; None: there is none
 IN_PYTHON = 'evaluations=["masked_loss"], or [{"method": "probe", "label": COLUMN}]'
 OTHERWISE = {  # fields of a `train` stage that are said in another way
     "init": "a model, from pretrain.load", "corpus": "the folder as data", "processor": "it in the tokenizer's place",
@@ -150,12 +154,32 @@ def _stage(given: Record) -> Train:
 def _documents(texts: Texts) -> list[Document]:
     if isinstance(texts, str | Mapping):
         raise PretrainError(f"texts {str(texts)[:40]!r}: accepted: a list of texts, or of documents with a text")
-    whole = [{"text": text} if isinstance(text, str) else dict(text) for text in texts]
+    whole = [document_of(text, "text", number) for number, text in enumerate(texts)]
     return [{"id": str(number), "domain": "texts"} | document for number, document in enumerate(whole)]
 
 
+def _whole(documents: list[Document], columns: Sequence[str]) -> list[Document]:
+    """The documents that have something in all of the columns, as of a file; a warning counts those left out."""
+    whole = [document for document in documents if all(given(document, column) for column in columns)]
+    if documents and not whole:
+        raise PretrainError(f"no document has {' and '.join(map(repr, columns))}; accepted: at least one")
+    if lost := len(documents) - len(whole):
+        warn(f"left out: {lost:,} of {counted(len(documents), 'document')}, without {' or '.join(map(repr, columns))}")
+    return whole
+
+
+def _needed(documents: Sequence[Document], methods: Sequence[Evaluation]) -> list[str]:
+    """The columns that each document has to have: its text, where it is one of text, and what is true of it."""
+    labelled = [method.columns for method in methods if hasattr(getattr(method, "method", None), "expected")]
+    of_text = all(name not in document for document in documents for name in UNTOUCHED)
+    texts = ["text"] if of_text and any("text" in document for document in documents) else []
+    return [*dict.fromkeys([*texts, *(column for columns in labelled for column in columns)])]
+
+
 def _corpus(texts: Texts, folder: Path, validation: float) -> Path:
-    write_corpus(iter(_documents(texts)), folder / "corpus", validation=validation, test=0.0, near_duplicates=None)
+    documents = _documents(texts)
+    documents = _whole(documents, _needed(documents, ()))
+    write_corpus(iter(documents), folder / "corpus", validation=validation, test=0.0, near_duplicates=None)
     return folder / "corpus"
 
 
@@ -195,9 +219,9 @@ def generate(
 
 @extras_named()
 def evaluate(
-    model: PreTrainedModel,
-    tokenizer: Processor,
-    texts: Texts,
+    model: PreTrainedModel | Opened,
+    tokenizer: Processor | Texts | None = None,
+    texts: Texts | Sequence[Evaluation | Method] | None = None,
     evaluations: Sequence[Evaluation | Method] | None = None,
     *,
     length: int | None = None,
@@ -205,12 +229,17 @@ def evaluate(
 ) -> Record:
     """Measure a model on texts or documents: `metrics`, the same in `domains`, and 95% `intervals`, as a stage does.
 
+    `evaluate(model, tokenizer, texts)`, or as `predict` takes it `evaluate(checkpoint, texts)`: the folder of a
+    checkpoint, a stage or a run, or `(model, tokenizer)`. `evaluations` come after the texts in both. Documents whose
+    text, or what is true of it, is empty or missing are left out, with a warning.
+
     `evaluations` are by default what fits the model's head: the likelihood of texts, or the labels (numbers, tags,
     answers) that documents have beside their text. `length` is the window for evaluations that leave theirs open: by
     default that of the checkpoint's training, as in a stage.
     `compressors` adds what xz and zstd make of the same texts. Raises `PretrainError` for an evaluation that does not
     fit the model, and for documents without the column that it reads.
     """
+    model, tokenizer, texts, evaluations = _opened(model, tokenizer, texts, evaluations)
     made = checkpoint.lineage(model.config._name_or_path or "/none")
     try:
         by_head = [evaluation_for(model, made)] if evaluations is None else evaluations
@@ -218,16 +247,33 @@ def evaluate(
         option = "--evaluation, for example {method: probe, label: COLUMN}"
         raise PretrainError(str(error).replace(option, IN_PYTHON)) from error
     chosen = [_method(entry, "evaluation") for entry in by_head]
-    texts = _documents(texts)
+    documents = _documents(texts)
     for column in (column for method in chosen for column in method.columns):
-        known = dict.fromkeys(name for each in texts for name in each if name not in ("domain", "id"))
+        known = dict.fromkeys(name for each in documents for name in each if name not in ("domain", "id"))
         if column not in ("text", "domain", "id") and column not in known:
             raise PretrainError(
                 f"no document has a {column!r}{nearest(column, known)}, which a {type(model).__name__} is measured by; "
                 f"accepted: documents with it beside {', '.join(known)}"
             )
     window = length or made.get("length")
-    return evaluating.evaluate(model, tokenizer, texts, chosen, compressors=compressors, length=window)
+    documents = _whole(documents, _needed(documents, chosen))
+    return evaluating.evaluate(model, tokenizer, documents, chosen, compressors=compressors, length=window)
+
+
+def _opened(
+    model: object, tokenizer: object, texts: object, evaluations: object
+) -> tuple[PreTrainedModel, Processor, Texts, Sequence[Evaluation | Method] | None]:
+    """The model and its tokenizer, the texts and the evaluations, in whichever way `evaluate` is given them."""
+    if isinstance(model, Path | str | tuple):
+        if tokenizer is not None:  # the texts, in second place
+            texts, evaluations = tokenizer, texts if evaluations is None else evaluations
+        model, tokenizer = model if isinstance(model, tuple) else evaluating.load_both(newest_checkpoint(model))
+    if not isinstance(model, torch.nn.Module):
+        raise PretrainError(f"model {type(model).__name__}: accepted: a model, a path, or (model, tokenizer)")
+    if texts is None:
+        raise PretrainError("evaluate: no texts; accepted: (model, tokenizer, texts), or (checkpoint, texts)")
+    chosen = cast("Sequence[Evaluation | Method] | None", evaluations)
+    return cast("PreTrainedModel", model), cast("Processor", tokenizer), cast("Texts", texts), chosen
 
 
 def _method(value: object, kind: str) -> Any:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 
+import pandas
 import pyarrow.parquet
 import pytest
 import torch
@@ -25,7 +26,7 @@ from typer.testing import CliRunner
 import pretrain
 from pretrain.cli import app
 from pretrain.core import checkpoint
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.models.heads import NUMBER, with_head
 from pretrain.corpus.store import write_corpus
@@ -417,6 +418,42 @@ def test_what_load_gives_predicts_and_is_measured_by_its_head(places):
         pretrain.predict(opened[0], texts)
     with pytest.raises(PretrainError, match="several labels a text is measured on a file: pretrain evaluate"):
         pretrain.evaluate(*pretrain.load(places["several"]), documents)
+
+
+@pytest.mark.filterwarnings("error")
+def test_texts_that_are_missing_get_nulls_in_any_form(places):
+    head = places["single"]
+    nothing = {"label": None, "score": None}
+    for missing in (None, float("nan"), {"text": None}, {"text": float("nan")}, "", " \n", pandas.NA):
+        rows = pretrain.predict(head, [missing, "a"])
+        assert rows[0] == nothing and rows[1] == pretrain.predict(head, ["a"])[0], missing
+    with pytest.raises(PretrainError, match="text 1: '3' is int; accepted: a text, a document with one, or None"):
+        pretrain.predict(head, ["a", 3])
+
+
+def test_evaluate_takes_what_predict_takes(places):
+    place = places["single"]
+    documents = [{"text": text, "label": "yes"} for text in TEXTS]
+    usual = pretrain.evaluate(*pretrain.load(place), documents)
+    task = [{"method": "task", "objective": "classification"}]
+    for given in ((place, documents), (str(place), documents, task), (pretrain.load(place), documents)):
+        assert pretrain.evaluate(*given)["metrics"] == usual["metrics"]
+    assert pretrain.evaluate(place, texts=documents, evaluations=task)["metrics"] == usual["metrics"]
+    for wrong, message in (((place,), "no texts; accepted:"), ((3, documents), "model int: accepted: a model, a path")):
+        with pytest.raises(PretrainError, match=message):
+            pretrain.evaluate(*wrong)
+
+
+def test_documents_without_a_text_or_a_label_are_left_out_with_a_warning_as_those_of_a_file_are(places, tmp_path):
+    place = places["single"]
+    rows = [{"text": text, "label": "yes"} for text in TEXTS]
+    rows += [{"text": " ", "label": "no"}, {"text": None, "label": "no"}, {"text": "a", "label": None}]
+    with pytest.warns(PretrainWarning, match=r"left out: 3 of 8 documents, without 'text' or 'label'"):
+        metrics = pretrain.evaluate(place, rows)["metrics"]
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    assert metrics["documents"] == 5 == evaluate(place, "--data", path, "--on-error", "skip")["documents"]
+    with pytest.raises(PretrainError, match="no document has 'text' and 'label'; accepted: at least one"):
+        pretrain.evaluate(place, rows[-3:])
 
 
 def test_a_column_or_a_label_that_is_not_there_is_told_with_those_that_are(places, tmp_path):

@@ -14,7 +14,7 @@ from pretrain.corpus.overlap import text_column
 from pretrain.corpus.sources import Document, Skipped
 from pretrain.corpus.sources._containers import Row
 from pretrain.inference.heads import Head, Predicted, head_of, predict_batch
-from pretrain.inference.rows import batches, check, chunks, rows_of, text_in, writer
+from pretrain.inference.rows import batches, check, chunks, document_of, rows_of, text_in, writer
 from pretrain.stages.evaluate import load_both
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ def predict_file(
 
 def predict(
     checkpoint: Opened,
-    texts: Iterable[str | Mapping[str, object]],
+    texts: Iterable[str | Mapping[str, object] | None],
     *,
     text: str | None = None,
     pair: str | None = None,
@@ -129,8 +129,9 @@ def predict(
     `checkpoint` is a classifier of texts or tokens, a regressor or a sequence-to-sequence model: its folder, a stage
     that wrote it, or a run, whose last checkpoint it is; or a model and its tokenizer, as `pretrain.load` gives them.
     `texts` are texts or documents (`{"text": …}`; `text` names another column), with the column `pair` beside it for a
-    classifier of pairs. `scores` adds the probability of each label. Raises
-    `PretrainError` for a checkpoint that predicts nothing of the kind, and for a document without its text.
+    classifier of pairs; of one that is empty or missing (None, NaN) nothing is predicted: its values are None. `scores`
+    adds the probability of each label. Raises `PretrainError` for a checkpoint that predicts nothing of the kind, and
+    for a document without its column.
     """
     if isinstance(texts, str | Mapping):
         raise PretrainError(f"texts {str(texts)[:40]!r}: accepted: a list of texts, or of documents with a text")
@@ -138,7 +139,7 @@ def predict(
         raise PretrainError(f"checkpoint {type(checkpoint).__name__}: accepted: a path, or (model, tokenizer)")
     texts = list(texts)
     text = text or _column(checkpoint, texts)
-    whole = [{text: each} if isinstance(each, str) else dict(each) for each in texts]
+    whole = [document_of(each, text, number) for number, each in enumerate(texts)]
     head = open_head(checkpoint, text=text, pair=pair, scores=scores)
     rows = ((f"text {number}", document) for number, document in enumerate(whole))
     try:
@@ -149,9 +150,9 @@ def predict(
         ) from error
 
 
-def _column(checkpoint: Opened, texts: Sequence[str | Mapping[str, object]]) -> str:
+def _column(checkpoint: Opened, texts: Sequence[str | Mapping[str, object] | None]) -> str:
     """`text`, or the column of the tables that were trained on, where documents have that and no `text`."""
-    first = next((each for each in texts if not isinstance(each, str)), {})
+    first = next((each for each in texts if isinstance(each, Mapping)), {})
     if "text" in first or not first:
         return "text"
     name = checkpoint[0].config._name_or_path or "/none" if isinstance(checkpoint, tuple) else checkpoint

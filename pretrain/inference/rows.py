@@ -30,6 +30,7 @@ TABLES = [name for name in READERS if name != ".ipynb"]
 TEXTS = ("", ".txt", ".text")
 ACCEPTED = f"{', '.join(TABLES)}, .txt"
 OUTPUTS = (".jsonl", ".csv")
+NULLS = ("NAType", "NaTType")  # of pandas, which need not be there
 Write = Callable[[Mapping[str, object]], None]
 
 
@@ -130,6 +131,23 @@ def chunks(rows: Iterable[Row], column: str) -> Iterator[list[Row]]:
         yield chunk
 
 
+def absent(value: object) -> bool:
+    """Whether a value stands for none: null, NaN, and what tables of pandas have in their place."""
+    return value is None or (isinstance(value, float) and math.isnan(value)) or type(value).__name__ in NULLS
+
+
+def document_of(value: object, column: str, number: int) -> dict[str, object]:
+    """A text as the document with it in a column, a document as it is; one that is missing has None there."""
+    if isinstance(value, str) or absent(value):
+        return {column: value if isinstance(value, str) else None}
+    if not isinstance(value, Mapping):
+        raise PretrainError(
+            f"text {number}: {str(value)[:40]!r} is {type(value).__name__}; accepted: a text, a document with one, or "
+            "None"
+        )
+    return {str(name): None if absent(each) else each for name, each in value.items()}
+
+
 def text_in(row: Row, column: str, option: str) -> str | None:
     """The text in a column of a row, None of one that is empty; errors name the place."""
     where, columns = row
@@ -137,7 +155,7 @@ def text_in(row: Row, column: str, option: str) -> str | None:
         missing = no_column(column, columns).replace("header: false", "--no-header")
         raise PretrainError(f"{where}: {missing}; accepted: {option} with one of {', '.join(columns)}")
     value = columns[column]
-    if value is None:
+    if absent(value):
         return None
     if not isinstance(value, str):
         raise PretrainError(f"{where}: column {column!r} is {type(value).__name__}; accepted: text")
