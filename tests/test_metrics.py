@@ -12,7 +12,19 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.metrics import better
 from pretrain.evaluation.probes.retrieval import scores
 from pretrain.evaluation.probes.transferability import MEASURES
+from pretrain.experiments.compare import _check_metric
 from pretrain.objectives import _metrics
+from pretrain.objectives.efficiency.deft import Deft
+from pretrain.objectives.labelled.chat import Chat
+from pretrain.objectives.labelled.classification import Classification
+from pretrain.objectives.labelled.prompt_classification import PromptClassification
+from pretrain.objectives.labelled.regression import Regression
+from pretrain.objectives.labelled.seq2seq import Seq2Seq
+from pretrain.objectives.labelled.smart import Smart
+from pretrain.objectives.labelled.tagging import Tagging
+from pretrain.recipe import check
+from pretrain.stages.train import Train
+from pretrain.training.compatible import measured_names
 
 CLAIMS = sorted((Path(__file__).parent.parent / "claims").glob("*.yaml"))
 
@@ -39,6 +51,53 @@ def test_all_that_the_labelled_objectives_and_the_probes_measure_is_in_the_table
     assert {better(name) for name in found} == {"higher"}
     directions = {name: better(name) for name in _metrics.regression([0.0, 1.0], [0.0, 1.0])}
     assert directions == {"mse": "lower", "mse_of_mean": "lower", "pearson": "higher", "spearman": "higher"}
+
+
+@pytest.mark.parametrize(
+    ("method", "answers"),
+    [
+        (Classification(), ["a", "b"]), (PromptClassification(words={"a": "x", "b": "y"}), ["a", "b"]),
+        (Tagging(), [["B-x"], ["O"]]), (Regression(), [0.0, 1.0]), (Seq2Seq(), ["a", "b"]), (Chat(), ["a", "b"]),
+        (Smart(), ["a", "b"]), (Smart(objective="regression"), [0.0, 1.0]), (Deft(), ["a", "b"]),
+    ],
+)  # fmt: skip
+def test_an_objective_says_beforehand_what_it_measures(method, answers):
+    assert set(method.metric_names) == set(method.metrics(answers, answers))
+    assert set(measured_names(method)[0]) == {"loss", *method.metric_names}
+
+
+def test_best_weights_by_a_metric_that_is_not_measured_are_refused_before_anything_runs(tmp_path):
+    def told(objective, metric, *more):
+        stage = {"stage": "train", "corpus": "c", "init": str(tmp_path), "objective": objective,
+                 "budget": {"steps": 1}, "policies": [*more, {"method": "keep_best", "metric": metric}]}  # fmt: skip
+        try:
+            Train.model_validate(stage)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    line = told("classification", "acuracy")
+    assert (
+        "keep_best: metric 'acuracy': classification has no such one (did you mean 'accuracy'?); accepted: loss" in line
+    )
+    assert "(did you mean 'accuracy'?)" in told("classification", "acc")
+    assert "accepted: loss, perplexity, bits_per_byte, or loss/DOMAIN and" in told("causal_lm", "accuracy")
+    assert "no such one" in told("causal_lm", "perplexity/d") and "no such one" in told("tagging", "loss/d", "ema")
+    fine = [("classification", "macro_f1"), ("tagging", "f1"), ("causal_lm", "bits_per_byte/d"), ("causal_lm", "loss")]
+    assert [told(*each) for each in fine] == [""] * 4
+    assert told("electra", "anything") == ""  # whose parts are known once it runs
+    assert told("classification", "epsilon", "dp_sgd") == ""  # policies may add to what is measured
+
+
+def test_a_comparison_of_labels_by_a_metric_that_is_not_measured_is_refused(tmp_path):
+    stage = {"stage": "train", "name": "m", "corpus": str(tmp_path), "init": str(tmp_path), "budget": {"steps": 1}}
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_text("")
+    (tmp_path / "corpus.json").write_text("{}")
+    recipe = check({"output": "x", "stages": [stage | {"objective": "classification"}]})
+    with pytest.raises(PretrainError, match=r"--metric 'acc': b logs no such one \(did you mean 'accuracy'\?\); acc"):
+        _check_metric("b", recipe, "m", "acc")
+    _check_metric("b", recipe, "m", "macro_f1")
 
 
 @pytest.mark.parametrize("path", CLAIMS, ids=[path.stem for path in CLAIMS])

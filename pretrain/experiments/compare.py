@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError
 from pretrain.core.files import read_json, sealed, write_json, write_text
 from pretrain.core.models.metrics import Direction, better
 from pretrain.core.quick.quantities import counted, figure, short
@@ -37,6 +37,7 @@ from pretrain.recipe import Recipe, load
 from pretrain.records import Marks, Metrics
 from pretrain.runs.shelf import check_output
 from pretrain.stages.train import Train
+from pretrain.training.compatible import metric_fault
 
 FEW_STEPS = 1  # of the last training, below which a budget compares nothing
 ENOUGH_STEPS = 100  # that a larger budget is said to leave room for
@@ -218,16 +219,10 @@ def _loaded(path: Path | str, seed: int, flops: float, overrides: Sequence[str])
 
 
 def _check_metric(name: str, recipe: Recipe, trained: str, metric: str) -> None:
-    """Refuse a metric that the training of a language model does not log; what others log is known once they run."""
-    known = ("loss", "perplexity", "bits_per_byte")
-    if not _learns_text(training_of(recipe, trained)):
-        return
-    what, _, domain = metric.partition("/")
-    if what not in known or (domain and what == "perplexity"):
-        accepted = f"{', '.join(known)}, or loss/DOMAIN and bits_per_byte/DOMAIN"
-        raise PretrainError(
-            f"--metric {metric!r}: {name} logs no such one{nearest(metric, known)}; accepted: {accepted}"
-        )
+    """Refuse a metric that the training does not log, as far as it is known before it runs which it does."""
+    objective = training_of(recipe, trained).weighted()[0].method
+    if fault := metric_fault(objective, metric):
+        raise PretrainError(f"--metric {metric!r}: {name} logs no such one{fault}")
 
 
 def _metric_of(stages: Sequence[Train]) -> str:

@@ -40,7 +40,7 @@ from pretrain.stages import (
 )
 from pretrain.stages._expected import expect, planned
 from pretrain.training.budget import MOST_HELD_OUT, Budget, spent_before
-from pretrain.training.compatible import check_averages, check_families, check_together, ill_scheduled
+from pretrain.training.compatible import check_averages, check_families, check_planned, ill_scheduled
 
 if TYPE_CHECKING:
     import torch
@@ -263,7 +263,7 @@ class Train(Stage):
         if self.batch_rows % min(self.micro_rows or 1, self.batch_rows):
             raise ValueError(f"batch_rows {self.batch_rows}: accepted: a multiple of micro_rows ({self.micro_rows})")
         try:
-            check_together([w.method for w in self.weighted()], self.policies, batches)
+            check_planned([w.method for w in self.weighted()], self.policies, batches)
             check_averages(self.optimizer, self.policies)
             if self.model:
                 check_families([*(w.method for w in self.weighted()), *self.policies], listed(self.model["family"]))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import is_dataclass
 from typing import TYPE_CHECKING
 
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.quick.table import Family
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer, Schedule
@@ -28,6 +28,44 @@ def check_written(objectives: Sequence[Objective], micro_batches: Sequence[Seque
         for objective, batch in zip(objectives, batches, strict=True):
             if "token_weight_BL" in batch and not objective.token_weights:
                 raise PretrainError(f"a policy {_UNFOLLOWED.format(objective.name)}")
+
+
+def measured_names(objective: Objective) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The held-out metrics that a training with this objective takes, and those that it takes by domain besides.
+
+    Both are empty where they are not known before it runs.
+    """
+    labelled: tuple[str, ...] = getattr(objective, "metric_names", ())
+    if objective.reads == "examples":
+        return (("loss", *labelled), ()) if labelled else ((), ())
+    if objective.task == "causal" and not objective.own_evaluation:
+        return ("loss", "perplexity", "bits_per_byte"), ("loss", "bits_per_byte")
+    return (), ()
+
+
+def metric_fault(objective: Objective, metric: str) -> str:
+    """What is said of a metric that a training with this objective surely does not take; empty where it may."""
+    names, by_domain = measured_names(objective)
+    what, _, domain = metric.partition("/")
+    if not names or (what in by_domain if domain else metric in names):
+        return ""
+    domains = f", or {' and '.join(f'{name}/DOMAIN' for name in by_domain)}" if by_domain else ""
+    return f"{nearest(metric, names, 0.5)}; accepted: {', '.join(names)}{domains}"
+
+
+def check_planned(objectives: Sequence[Objective], policies: Sequence[Policy], batches: int) -> None:
+    """What `check_together` refuses, and best weights by a metric that a stage will not measure."""
+    _check_kept(objectives[0], policies)
+    check_together(objectives, policies, batches)
+
+
+def _check_kept(objective: Objective, policies: Sequence[Policy]) -> None:
+    """An error where the best weights are to be kept by what is not measured; other policies may add metrics."""
+    if not all(policy.name == "keep_best" or policy.averages_weights for policy in policies):
+        return
+    for metric in (str(getattr(policy, "metric", "")) for policy in policies if policy.name == "keep_best"):
+        if fault := metric_fault(objective, metric):
+            raise PretrainError(f"keep_best: metric {metric!r}: {objective.name} has no such one{fault}")
 
 
 def check_together(objectives: Sequence[Objective], policies: Sequence[Policy], batches: int) -> None:

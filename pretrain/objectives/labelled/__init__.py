@@ -44,6 +44,11 @@ class FineTuning(Objective, Generic[Answer]):
         return ("text",)
 
     @property
+    def metric_names(self) -> tuple[str, ...]:
+        """All that `metrics` may return, to check what is asked for before anything runs; empty: that is not known."""
+        return ()
+
+    @property
     def inputs(self) -> tuple[tuple[str, ...], ...]:
         """The columns that go into an input, in groups of which each is filled up to its longest by itself."""
         return (self.columns[:-1] or self.columns,)

@@ -47,6 +47,7 @@ class Chat(FineTuning[str]):
     families: ClassVar[tuple[str, ...]] = ("causal",)
     predicted: ClassVar[float] = 0.5  # the answers' share of a conversation, about
     fill: ClassVar[Literal["longest", "rows", "apart"]] = "rows"
+    metric_names: ClassVar[tuple[str, ...]] = ("exact_match", "token_f1", "rouge_l")
 
     messages: str | None = "messages"
     prompt: str = "text"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -31,6 +31,8 @@ class Classification(FineTuning[str]):
     logits of the classes; the loss is the mean of -log p(`label` | text). The classes are those of the training split.
     The checkpoint is `transformers`' AutoModelForSequenceClassification, with the names of the classes.
     """
+
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "majority", "macro_f1", "matthews")
 
     label: str = "label"
     text: str = "text"

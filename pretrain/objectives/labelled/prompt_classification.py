@@ -47,6 +47,7 @@ class PromptClassification(FineTuning[str]):
 
     families: ClassVar[tuple[str, ...]] = ("causal", "masked")
     own_evaluation: ClassVar[bool] = True
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "majority", "macro_f1", "matthews")
 
     words: dict[str | int, str]
     template: str = "{text} It was {mask}."

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, SupportsFloat
+from typing import TYPE_CHECKING, ClassVar, NamedTuple, SupportsFloat
 
 import torch
 from torch import nn
@@ -51,6 +51,8 @@ class Regression(FineTuning[float]):
     (0 and the root mean square for a last layer without bias). What is predicted and measured are numbers as the labels
     are, and so are the outputs of what is written: s (w · h + b) + m = (s w) · h + (s b + m).
     """
+
+    metric_names: ClassVar[tuple[str, ...]] = ("mse", "mse_of_mean", "pearson", "spearman")
 
     label: str = "label"
     text: str = "text"

@@ -39,6 +39,7 @@ class Seq2Seq(FineTuning[str]):
     families: ClassVar[tuple[str, ...]] = ("causal", "seq2seq")
     predicted: ClassVar[float] = 0.25  # the answer's share of an example, about
     version: ClassVar[int] = 2  # batches are padded to a handful of shapes: a step's FLOPs are others
+    metric_names: ClassVar[tuple[str, ...]] = ("exact_match", "token_f1", "rouge_l")
 
     prompt: str = "{text}\n"
     target: str = "target"

@@ -83,6 +83,11 @@ class Smart(FineTuning[str | float]):
         """The wrapped objective's."""
         return self.wrapped.columns
 
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The wrapped objective's."""
+        return self.wrapped.metric_names
+
     def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """The wrapped objective's."""
         return self.wrapped.labels(values)

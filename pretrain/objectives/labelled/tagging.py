@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 from torch import nn
@@ -30,6 +30,8 @@ class Tagging(FineTuning[list[str]]):
     model, which sees no more of the word before), and the loss is the mean of -log p(tag). Words beyond the model's
     length are not learnt, and predicted `O`.
     """
+
+    metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "majority", "precision", "recall", "f1")
 
     tags: str = "tags"
     text: str = "text"
