@@ -24,7 +24,8 @@ class H2O(Press):
     Of a prompt of L tokens int(L (1 - `compression_ratio`)) stay: the share `recent` of them, half by default, are
     the last tokens, the others the heavy hitters: those to which the attention weights of all tokens sum up to most,
     the mean of the heads that share a head of keys. The prompt is pruned once, when it has been read, and new tokens
-    stay, where the paper goes on dropping one for each.
+    stay, where the paper goes on dropping one for each. (kvpress has another policy, ObservedAttentionPress: it divides
+    each sum by how many tokens see the key, so that early ones weigh less, and keeps no last tokens in any case.)
     """
 
     recent: Share = 0.5

@@ -38,7 +38,8 @@ class ModelSoup(Surgery):
     The measure is `metric` of `evaluation` (`held_out`, or with its fields `{method: task, objective: classification}`)
     on at most `max_documents` validation documents of `corpus` in windows of `length` (0: the evaluation's own),
     `better` lower or higher (None: as the metric is). Sums are in float64 and rounded once: a soup of equal models is
-    that model, bit for bit. The soup reads text as the checkpoint does.
+    that model, bit for bit. The soup reads text as the checkpoint does. All ingredients are in memory, since each
+    candidate is measured; a uniform soup of models that do not fit is `linear_merge`, which streams them.
     """
 
     version: ClassVar[int] = 2  # which way is better follows from the metric
