@@ -273,6 +273,20 @@ def test_rows_that_cannot_be_read_are_left_out_where_that_is_asked_for(places, t
         predict(places["single"], path)
 
 
+def test_where_no_row_can_be_read_there_is_an_error_and_no_output(places, tmp_path):
+    path, out = write_rows(tmp_path / "in.jsonl", [{"body": "a"}, {"body": "b"}]), tmp_path / "out.jsonl"
+    with pytest.raises(
+        PretrainError, match=r"no row can be read: .*2.* without text.*; accepted: at least one with 'te"
+    ):
+        predict(places["single"], path, "--on-error", "skip", "--output", out)
+    assert not out.exists()
+    with pytest.raises(PretrainError, match=r"no column 'text'.*accepted: --text with one of body$"):
+        predict(places["single"], path)  # to skip would be no help
+    path = write_rows(tmp_path / "in.jsonl", [{"text": "a"}, {"body": "b"}])
+    with pytest.raises(PretrainError, match=r"row 2\): no column 'text'.*, or --on-error skip$"):
+        predict(places["single"], path)
+
+
 def test_an_output_that_is_there_is_written_over_with_force_alone(places, tmp_path):
     (tmp_path / "in.txt").write_text("one\n")
     (tmp_path / "out.jsonl").write_text("what was there\n")

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pretrain.cli import app
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.confusion import class_rows, confusion_of, misspelt, mistakes, never_answered
-from pretrain.corpus.overlap import overlap_warning, trained_on
+from pretrain.corpus.overlap import distrusted, overlap_warning, trained_on
 from pretrain.corpus.sources import Files
 from pretrain.corpus.store import write_corpus
 from pretrain.evaluation import Measured
@@ -70,6 +70,16 @@ def checked(loaded):
 def test_a_column_that_no_document_has_is_refused_before_anything_runs(tmp_path, objective, source, message):
     with pytest.raises(PretrainError, match=message):
         checked(recipe(tmp_path, objective, source))
+
+
+def test_a_required_column_without_a_value_is_called_empty_and_is_not_its_own_correction(tmp_path):
+    loaded = recipe(tmp_path, "{method: classification, label: label}", ", required: [team]")
+    rows = "".join(f"text {n},{'yes' if n % 2 else 'no'},{n},\n" for n in range(40))
+    (tmp_path / "data.csv").write_text(f"text,label,number,team\n{rows}")
+    with pytest.raises(
+        PretrainError, match="required 'team': its column is empty in every row; accepted: text, label, n"
+    ):
+        checked(loaded)
 
 
 SOURCES = {
@@ -203,6 +213,16 @@ def trained(tmp_path, corpus_address="abcdef123456789"):
     lineage = {"stages": [{"stage": "data", "address": corpus_address}]}
     (folder / "pretrain.json").write_text(json.dumps({"lineage": lineage}))
     return folder, tmp_path / "run" / f"data-{corpus_address[:12]}" / "corpus", documents
+
+
+def test_a_few_documents_that_were_trained_on_are_counted_without_a_judgement(tmp_path):
+    folder, corpus, documents = trained(tmp_path)
+    learnt = [d for d in documents if trained_on([d], [corpus])]
+    fresh = [{"text": f"a new one, {n}"} for n in range(99)]
+    few, many = (overlap_warning([*learnt[:n], *fresh[n:]], folder) for n in (1, 10))
+    assert few == "1 of 99 documents was in the training data" and not distrusted(few)
+    assert many == "10 of 99 documents were in the training data: what is measured says little of new text"
+    assert distrusted(many) and distrusted("whether it has seen these documents is unknown")
 
 
 def test_documents_that_were_trained_on_are_counted_and_held_out_ones_are_not(tmp_path):

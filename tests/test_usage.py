@@ -31,6 +31,9 @@ MISTAKES = {
     "an option": (
         ["report", "x", "--hlep"], "report: unknown option '--hlep' (did you mean '--help'?); accepted: --help"
     ),
+    "an option of another command": (
+        ["report", "x", "--label", "z"], "report: unknown option '--label'; accepted: --help"
+    ),
     "of a group": (
         ["--method", "x", "run"],
         "unknown option '--method' (did you mean '--methods'?); accepted: --help, --install-completion, --methods, "

@@ -221,14 +221,28 @@ def test_the_report_says_where_scores_promise_more_than_they_keep(sure, said):
     assert ("promise too much: 0.95 on average, where 0.70 are right" in judged) is said
 
 
+@pytest.mark.parametrize(
+    ("more", "said"), [("", "Note: "), (": says little of new text", "Do not trust that number: ")]
+)
+def test_the_report_distrusts_a_number_only_where_many_documents_were_trained_on(more, said):
+    page = of_labels(FLAT, accuracy=0.7, majority=0.13)
+    page["evaluations"][0]["seen"] = f"1 of 99 documents was in the training data{more}"
+    assert f"{said}1 of 99 documents" in summarise(page).judgement
+
+
 def test_the_report_names_the_worst_class_of_those_with_enough_documents():
     page = of_labels(FLAT, accuracy=0.9, majority=0.13)
     page["evaluations"][0]["confusion"] = {
         "good": {"good": 30}, "bad": {"good": 15, "bad": 5}, "few": {"good": 3, "few": 1}, "missed": {"good": 20},
     }  # fmt: skip
     judged = summarise(page).judgement
-    assert "Worst is “bad”: of its 20 held-out documents 5 are answered right, and 5 are answered so in all" in judged
+    assert (
+        "Worst of the classes with 10 held-out documents or more is “bad”: of its 20 held-out documents 5 are answered right, and 5 are answered so in all"
+        in judged
+    )
     assert "It never answers “missed” (20)" in judged
+    del page["evaluations"][0]["confusion"]["few"]
+    assert "Worst is “bad”: of its 20" in summarise(page).judgement
     page["evaluations"][0]["confusion"] = {"good": {"good": 30}, "bad": {"bad": 20}}
     assert "Worst" not in summarise(page).judgement
 

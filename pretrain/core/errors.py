@@ -104,14 +104,16 @@ _BRITISH = (("isation", "ization"), ("ise", "ize"), ("ising", "izing"), ("yse", 
 def nearest(word: str, accepted: Iterable[str], cutoff: float = 0.6) -> str:
     """`" (did you mean 'x'?)"` when an accepted word is meant by `word` or spelled much like it, else an empty string.
 
-    Meant is the same word in another spelling (British or American, plural, hyphens), or another word for the thing.
+    Meant is the same word in another spelling (British or American, plural, hyphens), or another word for the thing;
+    never the very word. The hyphens that options begin with make two words no more alike.
     """
-    given, words = str(word), {plain(each): each for each in reversed(list(accepted))}
+    given = str(word)
+    words = {plain(each).lstrip("-"): each for each in reversed(list(accepted)) if each != given}
     same = {stem(each): each for each in words}.get(stem(given))
     meant = [each for row in SYNONYMS if stem(given) in map(stem, row) for each in row if each in words]
     meant += [row[0] for row in MEANT if stem(given) in map(stem, row[1:]) and row[0] in words]
     close = [same] if same else meant[:1]
-    close = close or difflib.get_close_matches(plain(given), words, n=1, cutoff=cutoff)
+    close = close or difflib.get_close_matches(plain(given).lstrip("-"), words, n=1, cutoff=cutoff)
     return f" (did you mean {words[close[0]]!r}?)" if close else ""
 
 

@@ -14,6 +14,8 @@ from pretrain.corpus.sources import Document
 from pretrain.corpus.store import Corpus, iterate
 
 RECORD = "pretrain.json"  # of a checkpoint
+FEW = 0.03  # of the documents, below which those that were trained on hardly change what is measured
+KNOWN = "in the training data"
 MOST_LEARNT = 20_000  # documents for a yardstick
 
 
@@ -98,10 +100,16 @@ def overlap_warning(documents: Sequence[Document], checkpoint: Path, known: Path
     count, total = len(trained_on(documents, corpora)), len(documents)
     if count:
         were = "was" if count == 1 else "were"
-        return f"{count:,} of {total:,} documents {were} in the training data: what is measured says little of new text"
+        line = f"{count:,} of {total:,} documents {were} {KNOWN}"
+        return line if count < FEW * total else f"{line}: what is measured says little of new text"
     if missing and known is None:
         return "the corpus that it was trained on is not there any more: whether it has seen these documents is unknown"
     return ""
+
+
+def distrusted(seen: str) -> bool:
+    """Whether a line of `overlap_warning` makes what is measured doubtful, and does not merely count a few."""
+    return not seen.endswith(KNOWN)
 
 
 def _same(first: Path, second: Path) -> bool:

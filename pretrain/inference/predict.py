@@ -47,17 +47,19 @@ def predictions(
     Of an empty text nothing is predicted: what is added is None. A row without its column is an error, or with
     `skipped` counted there and left out.
     """
+    read = False
     for chunk in chunks(_whole(rows, head), head.text):
         kept, sizes = list[Row](), list[int]()
         for row in chunk:
             try:
                 given = [text_in(row, name, "--pair" if name == head.pair else "--text") for name in head.columns]
             except PretrainError as error:
-                if skipped is None:
-                    raise PretrainError(f"{error}, or --on-error skip") from error
+                if skipped is None:  # of the first one there may be no row with the column
+                    raise PretrainError(f"{error}, or --on-error skip" if read else str(error)) from error
                 skipped.add("rows without text", row[0].partition(" (row")[0])
                 continue
             kept.append(row)
+            read = True
             whole = any(given) if head.kind in ("answer", "words") else None not in given  # a prompt may have gaps
             sizes.append(sum(len(text or "") for text in given) if whole else 0)
         done: dict[int, Predicted] = {number: dict.fromkeys(head.adds) for number, size in enumerate(sizes) if not size}
@@ -111,6 +113,8 @@ def predict_file(
                 )
             write(columns | {names[name]: value for name, value in added.items()})
             count += 1
+        if skipped is not None and skipped.reasons and not count:
+            raise PretrainError(f"{source}: no row can be read: {skipped}; accepted: at least one with {head.text!r}")
     return count, names
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pretrain.core.quick.confusion import class_rows, never_answered, worst_class
+from pretrain.core.quick.confusion import ENOUGH, class_rows, never_answered, worst_class
 from pretrain.core.quick.quantities import counted, figure, short
+from pretrain.corpus.overlap import distrusted
 from pretrain.report import foretold
 from pretrain.report.advice import advise, beats_baseline, spent_share, yardstick
 from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, unit_of_loss
@@ -203,7 +205,8 @@ def _of_answers(evaluation: Evaluated) -> str:
     ends = (evaluation.get("intervals") or {}).get(best.metric)
     worst = None if not ends else figure(ends[0] if best.higher else ends[1], 3)
     if "seen" in evaluation:
-        words.append(f"Do not trust that number: {evaluation['seen']}.")
+        begins = "Do not trust that number: " if distrusted(evaluation["seen"]) else "Note: "
+        words.append(f"{begins}{evaluation['seen']}.")
     if verdict == 1:
         than = f"{best.words} of the same training documents" if best.reads else "an answer that looks at no text"
         words.append(f"Good: it is better than {than}.")
@@ -228,8 +231,8 @@ def _of_answers(evaluation: Evaluated) -> str:
     if (worst_row := worst_class(confusion)) is not None and worst_row.f1 < 1:
         hits = round((worst_row.recall or 0) * worst_row.count)
         words.append(
-            f"Worst is “{worst_row.name}”: of its {worst_row.count} held-out documents {hits} are answered right, and "
-            f"{worst_row.answered} are answered so in all (F1 {worst_row.f1:.2f})."
+            f"{_worst_of(confusion)} is “{worst_row.name}”: of its {worst_row.count} held-out documents {hits} are "
+            f"answered right, and {worst_row.answered} are answered so in all (F1 {worst_row.f1:.2f})."
         )
     sure = metrics.get("confidence")
     if sure is not None and sure - metrics["accuracy"] > BOLD:
@@ -256,6 +259,12 @@ def _kept(page: Page, about: Headline) -> str:
                 f"({now / base - 1:+.1%})."
             )
     return " ".join(words)
+
+
+def _worst_of(confusion: Mapping[str, Mapping[str, int]]) -> str:
+    """What the worst class is the worst of, where some have too few documents to be judged."""
+    few = any(0 < row.count < ENOUGH for row in class_rows(confusion))
+    return f"Worst of the classes with {ENOUGH} held-out documents or more" if few else "Worst"
 
 
 def _before(page: Page, evaluation: Evaluated) -> Evaluated | None:

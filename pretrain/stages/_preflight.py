@@ -107,9 +107,9 @@ def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
             if f"rows without a number in {name}" in lacking and source.on_error == "skip":
                 raise PretrainError(f"numbers {name!r}: no row has a number there; accepted: columns of numbers")
         missing = next((name for name in source.required if f"rows without {name}" in lacking), "")
-        raise PretrainError(
-            f"required {missing!r}: no row has one{nearest(missing, known)}; accepted: {', '.join(known)}"
-        )
+        empty = "its column is empty in every row" if missing in known else f"no row has one{nearest(missing, known)}"
+        others = [name for name in known if name != missing]
+        raise PretrainError(f"required {missing!r}: {empty}; accepted: {', '.join(others)}")
     if rows > taken:
         why = ", ".join(map(skipped.counted, lacking))
         yield f"of the first {rows + taken:,} rows of {source.files!r} most are left out: {why}"
