@@ -7,6 +7,7 @@ import json
 
 import pytest
 import yaml
+from rich.console import Console
 from typer.testing import CliRunner
 
 from pretrain.cli import app
@@ -18,6 +19,7 @@ from pretrain.corpus.store import write_corpus
 from pretrain.evaluation import Measured
 from pretrain.forecast import check_documents, forecast
 from pretrain.identity import plan
+from pretrain.inference.measuring import _print_classes
 from pretrain.objectives._metrics import classification, regression, tagging
 from pretrain.recipe import load
 from pretrain.report.classes import classes
@@ -423,3 +425,19 @@ def test_an_evaluation_of_a_file_names_the_row_and_the_label_that_was_never_lear
     gone = [(where, {"text": row["text"], "lable": row["label"]}) for where, row in rows]
     with pytest.raises(PretrainError, match=r"--label 'label': f\.csv has no such column \(did you mean 'lable'\?\)"):
         _labelled(gone, Files("f.csv"), task, opened)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_names_of_classes_are_whole_at_any_width(width, capsys):
+    names = ["tkinter-widgets", "asyncio-streams", "collections-abc", "idlelib-editor", "[odd] name"]
+    confusion = {name: {name: 20, names[0]: 3 + n} for n, name in enumerate(names)}
+    _print_classes(Console(width=width), confusion)
+    out = capsys.readouterr().out
+    assert "…" not in out and all(out.count(name) >= 2 for name in names)
+    assert ("the commonest mistakes" in out) is (width < 200) is ("true \\ answered" not in out)
+
+
+def test_what_makes_no_mistakes_has_no_list_of_them(capsys):
+    names = [f"a class with a long name {n}" for n in range(8)]
+    _print_classes(Console(width=80), {name: {name: 2} for name in names})
+    assert "mistakes" not in capsys.readouterr().out

@@ -34,6 +34,7 @@ OnError = Literal["stop", "skip"]
 TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
 DATA = "A corpus, a file, a folder or a glob."
 SHOWN = 5  # wrong answers
+UNBOUNDED = 10_000  # columns that no terminal has
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
 HEADER = "Whether a CSV's first row names its columns (by default if no number stands in it); else they are 0, 1, …"
 OUTPUT = "A .json file for the record, beside what is printed."
@@ -247,11 +248,11 @@ def _misfit(document: Document, answer: str, objective: Any, opened: tuple[PreTr
 def _print(result: JSONObject) -> None:
     """Tables for a terminal: what is measured, and of a classifier each class and what is taken for what."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     console = Console()
-    table = Table("metric", "value", "95% interval")
+    table = Table(Column("metric", overflow="fold"), "value", "95% interval")
     for name, value in result["metrics"].items():
         low, high = result["intervals"].get(name, (None, None))
         shown = f"{value:,.0f}" if name in COUNTS else figure(value)
@@ -259,7 +260,9 @@ def _print(result: JSONObject) -> None:
     for domain, domain_metrics in result["domains"].items():
         for name, value in domain_metrics.items():
             low, high = result.get("domain_intervals", {}).get(domain, {}).get(name, (None, None))
-            table.add_row(f"{name}, {domain}", figure(value), "" if low is None else f"{figure(low)} to {figure(high)}")
+            table.add_row(
+                Text(f"{name}, {domain}"), figure(value), "" if low is None else f"{figure(low)} to {figure(high)}"
+            )
     for tool, measured in result["compressors"].items():
         several = len(measured["domains"]) > 1
         for name, value in measured["metrics"].items():
@@ -275,7 +278,8 @@ def _print(result: JSONObject) -> None:
     if confusion := result.get("confusion"):
         _print_classes(console, confusion)
     if wrong := result.get("mistakes"):
-        table = Table("text", "true", "answered", "probability", title="its surest mistakes")
+        classes = (Column(name, overflow="fold") for name in ("true", "answered"))
+        table = Table("text", *classes, "probability", title="its surest mistakes")
         for row in wrong[:SHOWN]:
             table.add_row(*(Text(str(row[name])) for name in ("text", "true", "answered")), f"{row['probability']:.2f}")
         console.print(table)
@@ -284,20 +288,24 @@ def _print(result: JSONObject) -> None:
 
 
 def _print_classes(console: Console, confusion: Mapping[str, Mapping[str, int]]) -> None:
-    from rich.table import Table
+    """Each class, and which are taken for which: all of them where the names fit side by side, else the commonest."""
+    from rich.table import Column, Table
+    from rich.text import Text
 
-    table = Table("class", "documents", "answered", "precision", "recall", "F1")
+    table = Table(Column("class", overflow="fold"), "documents", "answered", "precision", "recall", "F1")
     for row in class_rows(confusion):
         shares = [("-" if share is None else f"{share:.3f}") for share in (row.precision, row.recall)]
-        table.add_row(row.name, f"{row.count:,}", f"{row.answered:,}", *shares, f"{row.f1:.3f}")
+        table.add_row(Text(row.name), f"{row.count:,}", f"{row.answered:,}", *shares, f"{row.f1:.3f}")
     console.print(table)
     names = classes_of(confusion)
-    if len(names) <= MOST:
-        table = Table("true \\ answered", *names)
-        for truth in names:
-            table.add_row(truth, *(f"{confusion.get(truth, {}).get(answer, 0):,}" for answer in names))
-    else:
-        table = Table("true", "answered", "times", title="the commonest mistakes")
+    table = Table("true \\ answered", *(Column(Text(name)) for name in names))
+    for truth in names:
+        table.add_row(Text(truth), *(f"{confusion.get(truth, {}).get(answer, 0):,}" for answer in names))
+    wide = console.measure(table, options=console.options.update(max_width=UNBOUNDED)).maximum
+    if len(names) > MOST or wide > console.width:
+        title = "the commonest mistakes"
+        table = Table(Column("true", overflow="fold"), Column("answered", overflow="fold"), "times", title=title)
         for truth, answer, times in mistakes(confusion):
-            table.add_row(truth, answer, f"{times:,}")
-    console.print(table)
+            table.add_row(Text(truth), Text(answer), f"{times:,}")
+    if table.row_count:
+        console.print(table)
