@@ -63,7 +63,9 @@ def _continuation(sample: Sample) -> Html:
     prompt, text = tag("mark", sample.get("prompt", "")), sample.get("continuation", "")
     if not isinstance(sample.get("truth"), str):
         return tag("pre", prompt, text, class_="sample")
-    end = tag("mark", _end_of(sample.get("prompt", "")), title=sample.get("prompt", ""))  # both boxes have it
+    whole = str(sample.get("prompt", ""))
+    shown = _end_of(whole)  # both boxes have it
+    end = prompt if shown == whole else tag("mark", shown, title=whole)
     model, truth = (
         tag("div", tag("small", title), tag("pre", end, words, class_="sample"))
         for title, words in (("the model", text), ("the text itself", sample["truth"]))
