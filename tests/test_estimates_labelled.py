@@ -16,8 +16,10 @@ from pretrain.forecast import forecast, shortfall, warnings
 from pretrain.identity import plan
 from pretrain.objectives.labelled.classification import Classification
 from pretrain.objectives.labelled.seq2seq import Seq2Seq
+from pretrain.objectives.labelled.tagging import Tagging
 from pretrain.recipe import check
 from pretrain.stages import Estimate, _expected
+from pretrain.stages._estimates import Left, judging
 from pretrain.stages._examples import Lengths, lengths, sampled
 
 BERT = {"family": "bert", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -105,6 +107,25 @@ def test_labelled_stages_take_the_flops_and_the_memory_that_they_were_expected_t
                 assert before == pytest.approx(spent, rel=0.15), (name, stage)
                 assert later == pytest.approx(spent, rel=0.15), (name, stage)
             assert most == pytest.approx(peak, rel=0.3), (name, stage)
+
+
+def test_the_counts_beside_labels_are_planned_for_and_are_bounded(table, tmp_path):
+    def seconds(documents, method=None):
+        corpus = Left(bytes={"train": 300.0 * documents}, documents={"train": float(documents)})
+        return judging(method or Classification(), corpus, 100.0, 0)
+
+    few, more, many, most = map(seconds, (100, 1000, 5_000, 10_000_000))
+    assert few < more < many <= most < 3 * many  # of more than enough documents a part is counted
+    assert seconds(1000, Classification(pair="other")) < more  # whose characters are not counted
+    assert seconds(1000, Seq2Seq()) == 0 == seconds(1000, Tagging())  # which have no such counts beside them
+    planned = {}
+    for name in ("classification", "seq2seq"):
+        stage = stages(table, *KINDS[name])
+        made = forecast(plan(check({"stages": stage}, None, output=tmp_path)))[-1].estimate
+        stage[-1]["evaluations"][0]["resamples"] = 2000
+        drawn = forecast(plan(check({"stages": stage}, None, output=tmp_path)))[-1].estimate
+        planned[name] = drawn.seconds - made.seconds
+    assert planned["classification"] > 0 == planned["seq2seq"]
 
 
 def expected(table, tmp_path, **more):

@@ -43,6 +43,11 @@ MEASURED, LONG = 200, 2000  # documents and characters of each by which the size
 FEW_ENTRIES, ENOUGH = 600, 20_000  # of a vocabulary that is learnt at once, on so many characters at least
 DRAWN = 200  # sizes of documents
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
+# Of judging labels, on a CPU: seconds that its libraries take to load, of drawing documents anew for intervals, in all
+# and for each of them, and of the counts beside it, for each letter whose words or n-grams are counted.
+LOADED, DRAWING, DRAWN_AGAIN = 0.8, 3.5e-3, 3e-6
+OF_WORDS, OF_CHARACTERS = 0.5e-6, 1.5e-6
+COUNTED, WORDS_READ, CHARACTERS_READ = 20_000, (200, 4e6), (100, 1e6)  # documents; letters of each, and in all
 DECODING = 0.2  # of the rate of training, a token at a time
 
 
@@ -317,7 +322,7 @@ def windowed(tokens: float, length: float, stride: float) -> tuple[float, float]
     return more * length + last, more * length**2 + last**2
 
 
-def answering(given: Given, objective: Labelled, split: str, most: float, limit: int) -> Estimate:
+def answering(given: Given, objective: Labelled, split: str, most: float, limit: int, resamples: int = 0) -> Estimate:
     """Of evaluating a model on at most so many labelled documents of a split, each of at most `limit` tokens."""
     corpus, model = given.get("corpus", Left()), given.get("checkpoint", Left())
     shape, rows = shape_from(model.config), corpus.rows or stored(corpus.folder)
@@ -336,7 +341,22 @@ def answering(given: Given, objective: Labelled, split: str, most: float, limit:
     if words:  # a batch goes on until its last answer ends, which is seldom before the most that it may have
         flops += documents * words * shape.forward(round(read + words / 2))
         seconds += math.ceil(documents / BATCH) * words * shape.depth * WORD
-    return Estimate(flops, FLOOR + MEASURING + 4.0 * shape.weights, seconds + 1, RECORDS, documents / max(1.0, whole))
+    seconds += judging(objective, corpus, documents, resamples) + 1
+    return Estimate(flops, FLOOR + MEASURING + 4.0 * shape.weights, seconds, RECORDS, documents / max(1.0, whole))
+
+
+def judging(objective: object, corpus: Left, documents: float, resamples: int) -> float:
+    """Seconds of the metrics of so many labels or numbers, and of the counts that learn from the training documents."""
+    names, columns = getattr(objective, "metric_names", ()), getattr(objective, "columns", ())
+    if not {"macro_f1", "mse"} & {*names}:  # answers and tags have no counts beside them
+        return 0.0
+    size = corpus.bytes.get("train", 0.0)
+    learnt = min(COUNTED, corpus.documents.get("train", size / DOCUMENT))
+    each, number = size / max(1.0, corpus.documents.get("train", size / DOCUMENT)), max(1.0, learnt + documents)
+    words, characters = (number * min(each, max(least, most / number)) for least, most in (WORDS_READ, CHARACTERS_READ))
+    pair = len(columns) > 2  # whose characters are not counted
+    drawn = resamples * (DRAWING + DRAWN_AGAIN * documents)
+    return LOADED + drawn + OF_WORDS * words + (0.0 if pair else OF_CHARACTERS * characters)
 
 
 def decoding(given: Given, characters: float, new: float) -> Estimate:

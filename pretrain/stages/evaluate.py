@@ -119,7 +119,8 @@ class Evaluate(Stage):
         if len(tasks) == len(self.evaluations) == 1:
             task = tasks[0]
             limit = getattr(task, "length", 0) or given.get("checkpoint", Left()).length or 512
-            return answering(given, getattr(task, "method"), self.split, self.max_documents, limit)  # noqa: B009
+            method, resamples = getattr(task, "method"), getattr(task, "resamples", 0)  # noqa: B009
+            return answering(given, method, self.split, self.max_documents, limit, resamples)
         return reading(given, self.split, self.max_documents, self.evaluations, self.compressors, self.max_characters)
 
     def run(self, job: Job) -> StageResult:
