@@ -248,7 +248,7 @@ def generate(
         model, tokenizer = load_text(place, decoding.load if decoding else None)
     if templated and not chat:
         typer.echo("note: the prompt is taken as plain text; --chat uses the checkpoint's chat template", err=True)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = talking.in_utf8(sys.stdin.read, "--prompt -") if prompt == "-" else prompt
     sample = continue_prompt(
         model,
         tokenizer,

@@ -9,6 +9,7 @@ import struct
 
 import pytest
 import torch
+import zoo
 from test_exchange_in import extra
 
 from pretrain import engine
@@ -18,6 +19,7 @@ from pretrain.core.exchange import exporting, gguf_in, gguf_out
 from pretrain.core.exchange.exporting import WRITERS, export
 from pretrain.core.exchange.sentences_out import pooled
 from pretrain.core.foreign.gguf import header
+from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.recipe import check
 from pretrain.surgery import Inputs, operate
@@ -88,6 +90,17 @@ def test_a_real_llama_goes_out_and_comes_in_again_in_eight_bits(package, tmp_pat
     facts = export(source, tmp_path / "out", "gguf", "q8_0")
     assert facts["logits_off_by_rounding"] < 0.05 * facts["logits_span"]
     assert facts["types"] == {"Q8_0": 211, "F32": 61}
+
+
+@pytest.mark.processes
+def test_a_type_whose_graph_is_of_one_length_is_refused_in_one_line(tokenizer, tmp_path):
+    extra("onnxscript")
+    fields = zoo.fields("mamba") | {"vocab_size": 512}
+    checkpoint.save(new_model("mamba", fields, task="causal").eval(), tokenizer, tmp_path / "c")
+    with pytest.raises(
+        PretrainError, match="model_type 'mamba': its graph takes rows of one length; accepted, for ONNX"
+    ):
+        export(tmp_path / "c", tmp_path / "out", "onnx")
 
 
 @pytest.mark.processes

@@ -36,6 +36,12 @@ def test_the_types_of_the_table_are_those_of_the_zoo_and_at_least_forty_train_an
     assert len(able) >= 40 and len(able) > 0.9 * len(RECORD), {*RECORD} - {*able}
 
 
+def test_every_pair_of_a_type_and_a_method_is_recorded():
+    """New methods are: python tests/support.py --methods NAME --record."""
+    missing = {kind: {*support.names()} - {*row["works"], *row["refused"]} for kind, row in RECORD.items()}
+    assert not {kind: names for kind, names in missing.items() if names}
+
+
 @pytest.mark.parametrize(("kind", "name"), SAMPLE, ids="-".join)
 def test_a_pair_comes_out_as_recorded(bench, kind, name):
     assert other(bench, kind, [name]) == {}

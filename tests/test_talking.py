@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from pretrain.cli import app
 from pretrain.core import checkpoint
 from pretrain.core.encoding import Encoder, text_of
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.generation.loop import decode
 from pretrain.core.method import method_class
-from pretrain.inference.chat import HALF, Conversation, Shown
+from pretrain.inference.chat import HALF, Conversation, Shown, in_utf8
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def test_characters_of_several_tokens_are_shown_whole():
 def test_each_line_of_a_pipe_is_a_message_and_words_with_a_slash_are_orders(chatty, tmp_path, monkeypatch, talk):  # noqa: F811
     model, tokenizer, _ = chatty
     checkpoint.save(model, tokenizer, tmp_path / "c")
-    lines = "import os\n\n/system be brief\nclass A\n/reset\nclass A\n/quit\nimport os\n"
+    lines = "import os\n\n/nonsense\n/system be brief\nclass A\n/reset\nclass A\n/quit\nimport os\n"
     done = subprocess.run(
         [sys.executable, "-m", "pretrain", "chat", str(tmp_path / "c"), "--temperature", "0", "--max-new-tokens", "12"],
         input=lines, capture_output=True, text=True, timeout=120,
@@ -116,3 +116,30 @@ def test_a_model_without_a_template_is_refused_with_what_makes_one(tiny, prepare
     assert "has no chat template; accepted: a chat model, or a base with the surgery chat_template" in str(
         result.exception
     )
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])
+def test_bytes_that_are_not_utf_8_are_named(errors):
+    stream = io.TextIOWrapper(io.BytesIO("café".encode("latin-1")), "utf-8", errors)
+    with pytest.raises(PretrainError, match="chat: byte 0xe9 of standard input is not UTF-8; accepted: text in UTF-8"):
+        in_utf8(stream.readline, "chat")
+    assert in_utf8(io.StringIO("caf\u00e9").read, "chat") == "caf\u00e9"
+
+
+@pytest.mark.parametrize("method", ["prompt_lookup", "snapkv"])
+def test_a_prompt_of_more_tokens_than_positions_is_cut_for_methods_as_it_is_without(tiny, prepared, method):
+    from pretrain.corpus.tokenizers import load_tokenizer
+    from pretrain.stages.decode import continue_prompt
+
+    model, tokenizer = tiny(vocab_size=512, max_position_embeddings=32), load_tokenizer(prepared / "tokenizer")
+    made = method_class(method)(**({"compression_ratio": 0.0} if method == "snapkv" else {}))
+    given = {
+        "prompt": "def f(a, b): return a + b\n" * 12,
+        "max_new_tokens": 6,
+        "temperature": 0.0,
+        "token_healing": False,
+    }
+    with pytest.warns(PretrainWarning, match="tokens are cut off"):
+        plain = continue_prompt(model, tokenizer, **given)
+    with pytest.warns(PretrainWarning, match="tokens are cut off"):
+        assert continue_prompt(model, tokenizer, method=made, **given)["continuation"] == plain["continuation"]

@@ -22,12 +22,14 @@ class Decoding(Method):
     """Base of the decoding methods. One that can sample says so with `samples`; only then is it given a temperature.
 
     One whose tokens are those of plain decoding, sampled ones with the same numbers too, says so with `lossless`; one
-    that holds less of a checkpoint than `load` does says so with `opens`.
+    that has a way to read more tokens than the model has positions, with `longer`: for others a prompt is cut; one that
+    holds less of a checkpoint than `load` does, with `opens`.
     """
 
     kind: ClassVar[str] = "decoding"
     samples: ClassVar[bool] = False
     lossless: ClassVar[bool] = False
+    longer: ClassVar[bool] = False
     opens: ClassVar[bool] = False
 
     def load(self, folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Processor | None]:

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pretrain.decoding import Decoding
 
 HELP = "/reset forgets the conversation, /system TEXT begins one with TEXT, /quit or Ctrl-D ends; Ctrl-C ends an answer"
+ORDERS = ("/reset", "/system", "/quit", "/exit")
 HALF = "\ufffd"  # what a character looks like of which not all tokens are there
 
 
@@ -157,6 +158,9 @@ def chat(
     for message in _messages():
         if message in ("/quit", "/exit"):
             break
+        if message.startswith("/") and message.split()[0] not in ORDERS:
+            typer.echo(f"{message.split()[0]}: accepted: {', '.join(ORDERS)}", err=True)
+            continue
         if message.startswith(("/reset", "/system")):
             talk.turns.clear()
             talk.system = message.partition(" ")[2].strip() if message.startswith("/system") else talk.system
@@ -172,10 +176,24 @@ def _messages() -> Iterator[str]:
     asked = sys.stdin.isatty()
     while True:
         try:
-            line = input("> ") if asked else sys.stdin.readline()
+            line = in_utf8((lambda: input("> ")) if asked else sys.stdin.readline, "chat")
         except EOFError:
             return
         if not asked and not line:
             return
         if line.strip():
             yield line.strip()
+
+
+def in_utf8(read: Callable[[], str], what: str) -> str:
+    """What is read of standard input; raises `PretrainError` where that is not UTF-8."""
+    try:
+        text = read()
+        text.encode()  # halves stand for bytes where the system's language is none
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+    except UnicodeEncodeError as error:
+        byte = ord(error.object[error.start]) & 0xFF
+    else:
+        return text
+    raise PretrainError(f"{what}: byte 0x{byte:02x} of standard input is not UTF-8; accepted: text in UTF-8")

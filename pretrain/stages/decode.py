@@ -237,9 +237,9 @@ def continue_prompt(
     Options(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     if method is not None:
         check_references(method, numbers_of(tokenizer), "the model")
-    # Methods for long prompts have ways of their own to make them fit.
     answers = bool(model.config.is_encoder_decoder)  # to a text that stays whole
-    most = positions(model.config.to_dict()) if method is None and not answers else None
+    whole = answers or (method is not None and method.longer)
+    most = None if whole else positions(model.config.to_dict())
     ids, healed = _prompt_ids(tokenizer, prompt, max_new_tokens, most, chat, token_healing and not answers)
     again = healed.again if healed is not None else ()
     input_BL = torch.tensor([ids or [Vocabulary.of(tokenizer).pad]], device=model.device)

@@ -57,6 +57,7 @@ class SleepTime(Decoding):
     a model here or of a server (`LocalClient`, `ServerClient`), and `Cost` adds up the tokens.
     """
 
+    longer: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     shares_vocabulary: ClassVar[tuple[str, ...]] = ("tokenizer",)
     samples: ClassVar[bool] = True

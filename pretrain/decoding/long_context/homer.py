@@ -58,6 +58,7 @@ class Homer(Decoding):
     suffix: Count | None = None
     bias: Ref = ""
 
+    longer: ClassVar[bool] = True
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
     samples: ClassVar[bool] = True
 
