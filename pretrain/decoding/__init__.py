@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Decoding(Method):
     """Base of the decoding methods. One that can sample says so with `samples`; only then is it given a temperature.
 
-    One whose tokens are those of plain decoding, sampled ones with the same numbers too, says so with `lossless`; one
+    One whose tokens are those of plain decoding, sampled ones with the same numbers too, says so with `lossless`
+    (in float32: in bfloat16 a pass over several tokens rounds otherwise, and of near ties another may win); one
     that has a way to read more tokens than the model has positions, with `longer`: for others a prompt is cut; one that
     holds less of a checkpoint than `load` does, with `opens`.
     """
