@@ -145,6 +145,8 @@ def near(path: Path) -> str:
     with suppress(OSError):
         by_name |= {run.parent.name: run.parent for run in Path("runs").glob("*/run.json")}
         by_name |= {each.name: each for each in path.parent.glob("*") if not each.name.startswith(".")}
+    if path.name in by_name:  # in another folder
+        return f" (did you mean {str(by_name[path.name])!r}?)"
     guess = nearest(path.name, by_name)
     return next((f" (did you mean {str(by_name[name])!r}?)" for name in by_name if f"{name!r}?" in guess), "")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pretrain.core.files import read_json
+from pretrain.core.quick.quantities import duration
 from pretrain.core.system.portable import held
 from pretrain.records import Status, run_status, statuses
 from pretrain.report.advice import spent_share
@@ -44,7 +45,7 @@ def watch(folder: Path | str, *, every: float = 5.0, say: Callable[[str], None] 
 def _wait(folder: Path, say: Callable[[str], None]) -> None:
     """Wait for a run that is only beginning: what it needs is imported and planned before anything is written."""
     if not (folder / "run.json").exists() and not any(folder.glob("*")):
-        say(f"{folder}: no run is there yet: waiting {BEGINNING:.0f} s at most for one that begins")
+        say(f"{folder}: no run is there yet: waiting {duration(BEGINNING)} at most for one that begins")
         until = time.monotonic() + BEGINNING
         while not (folder / "run.json").exists() and time.monotonic() < until:
             time.sleep(PAUSE)
