@@ -205,7 +205,7 @@ def _show(name: str) -> None:
         if paper is not None:
             raise PretrainError(f"no method {name!r}, which is a paper: pretrain papers show {shlex.quote(paper)}")
         like = closest(name, methods().values(), lambda m: m.name, _texts)
-        hint = nearest(name.lower(), methods(), 0.72) or _near(m.name for m in like)
+        hint = nearest(name, methods(), 0.72) or _near(m.name for m in like)
         raise PretrainError(f"unknown method {name!r}{hint}; accepted: a name of `pretrain methods`")
     row, cls = info(method), declared_class(method)
     typer.secho(f"{row.name} ({row.kind})", bold=True)
