@@ -53,12 +53,10 @@ class Conversation:
         """
         import torch
 
-        from pretrain.core.generation.settings import options_of, sampling
-        from pretrain.stages.decode import check_sampling, continued
+        from pretrain.core.generation.settings import options_of
+        from pretrain.stages.decode import continued, sampled
 
-        check_sampling(self.method, self.temperature, self.top_p)
-        samples = self.method is None or self.method.samples
-        temperature, top_p = sampling(self.model, self.temperature, self.top_p) if samples else (0.0, 1.0)
+        temperature, top_p = sampled(self.model, self.method, self.temperature, self.top_p)
         ids = self._prompt(message)
         input_1L = torch.tensor([ids], device=self.model.device)
         shown = Shown(self.tokenizer, write)

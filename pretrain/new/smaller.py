@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from pretrain.core.files import JSONObject, read_object
+from pretrain.core.encoding.merges import closed
+from pretrain.core.files import read_object
 from pretrain.core.foreign.gguf import splitting
 from pretrain.corpus.sources._files import evenly
 from pretrain.dial.configs import shape_from
@@ -149,18 +150,4 @@ def used_entries(file: Path, texts: Sequence[str], size: float) -> float:
         return 0.0
     power = min(1.0, max(0.0, math.log2(len(whole) / len(half))))
     tokens = {token for number in whole if (token := backend.id_to_token(number)) is not None}
-    return len(with_parts(tokens, read_object(file))) * max(1.0, size / read) ** power
-
-
-def with_parts(tokens: set[str], facts: JSONObject) -> set[str]:
-    """The tokens and those that they are merged of, by any of the merges in a `tokenizer.json`."""
-    parts: dict[str, list[str]] = {}
-    for merge in (facts.get("model") or {}).get("merges") or []:
-        pair = merge.split(" ") if isinstance(merge, str) else merge
-        parts.setdefault("".join(pair), []).extend(pair)
-    todo, known = list(tokens), set(tokens)
-    while todo:
-        fresh = [part for part in parts.get(todo.pop(), []) if part not in known]
-        known.update(fresh)
-        todo += fresh
-    return known
+    return len(closed(read_object(file).get("model") or {}, tokens)) * max(1.0, size / read) ** power

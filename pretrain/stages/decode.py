@@ -186,6 +186,16 @@ def _written(tokenizer: PreTrainedTokenizerBase, ids: list[int], again: Sequence
     return whole[len(prompt) :] if whole.startswith(prompt) else text_of(tokenizer, new, skip_special_tokens=True)
 
 
+def sampled(
+    model: PreTrainedModel, method: Decoding | None, temperature: float | None, top_p: float | None
+) -> tuple[float, float]:
+    """The temperature and top_p of an answer: asked for, or the model's; greedy where a method cannot sample."""
+    from pretrain.core.generation.settings import sampling
+
+    check_sampling(method, temperature, top_p)
+    return sampling(model, temperature, top_p) if method is None or method.samples else (0.0, 1.0)
+
+
 def continued(
     model: PreTrainedModel, input_BL: Tensor, options: SettingFields, method: Decoding | None = None
 ) -> Tensor:
@@ -228,12 +238,11 @@ def continue_prompt(
 
     from pretrain.core.batch import Vocabulary
     from pretrain.core.generation.options import Options
-    from pretrain.core.generation.settings import options_of, sampling
+    from pretrain.core.generation.settings import options_of
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
-    check_sampling(method, temperature, top_p)
-    temperature, top_p = sampling(model, temperature, top_p) if method is None or method.samples else (0.0, 1.0)
+    temperature, top_p = sampled(model, method, temperature, top_p)
     Options(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     if method is not None:
         check_references(method, numbers_of(tokenizer), "the model")

@@ -6,6 +6,7 @@ import heapq
 from collections import defaultdict
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import count
 from typing import TYPE_CHECKING, Annotated, ClassVar
 from weakref import WeakKeyDictionary
 
@@ -119,20 +120,17 @@ class Texts:
 
     def grow(self, places: list[Place], most: int, depth: int, least: float) -> Guess:
         """The tree of at most `most` tokens after some places, the likeliest first."""
-        tree, order = Guess(), 0
-        score, tokens, parents = 0.0, tree.tokens, tree.parents
+        score, tokens, parents, order = 0.0, list[int](), list[int](), count()
         heap: list[tuple[float, int, int, list[Place], int, int]] = []
 
         def branch(p: float, places: list[Place], parent: int, level: int) -> None:
-            nonlocal order
             after: dict[int, list[Place]] = defaultdict(list)
             for number, place in places:
                 if place < len(self.texts[number]):
                     after[self.texts[number][place]].append((number, place + 1))
             for token, there in after.items():
                 if (share := p * len(there) / len(places)) >= least and level <= depth:
-                    heapq.heappush(heap, (-share, order, token, there, parent, level))
-                    order += 1
+                    heapq.heappush(heap, (-share, next(order), token, there, parent, level))
 
         branch(1.0, places, -1, 1)
         while heap and len(tokens) < most:
@@ -149,9 +147,9 @@ class _Matched:
 
     def __init__(self, method: SuffixDecoding, tokens: list[int], answers: Texts, weight_VE: Tensor) -> None:
         self.method, self.place, self.answers = method, (weight_VE.device, weight_VE.dtype), answers
-        self.text, self.tokens = Texts(), list(tokens)
-        self.text.begin()
-        self.text.extend(1, tokens)
+        self.text = Texts()
+        self.own = self.text.begin()
+        self.text.extend(self.own, tokens)
         self.number = answers.begin() if method.answers else 0
         answers.forget(method.answers)
         self._answered(tokens[-1:])
@@ -159,18 +157,17 @@ class _Matched:
 
     def tree(self) -> tuple[list[int], Shape]:
         """The last token and the better of both trees after it."""
-        guess = self.text.guess(self.tokens, self.method)
-        before = self.answers.guess(self.tokens, self.method)
+        tokens = self.text.texts[self.own]
+        guess, before = self.text.guess(tokens, self.method), self.answers.guess(tokens, self.method)
         guess = before if before.score > guess.score else guess
         parents = (0, *(parent + 1 for parent in guess.parents))
         if parents not in self.shapes:
             self.shapes[parents] = Shape(list(parents), *self.place)
-        return [self.tokens[-1], *guess.tokens], self.shapes[parents]
+        return [tokens[-1], *guess.tokens], self.shapes[parents]
 
     def learn(self, tokens: list[int], logits_TV: Tensor, new: list[int]) -> None:
         """Take up what was decided."""
-        self.tokens += new
-        self.text.extend(1, new)
+        self.text.extend(self.own, new)
         self._answered(new)
 
     def _answered(self, tokens: list[int]) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core.batch import Batch
+from pretrain.core.encoding.merges import closed, pairs
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import embeddings
 from pretrain.surgery import Inputs, report
@@ -155,7 +156,7 @@ def trimmed(
     if state.get("padding"):
         wanted.add(names[state["padding"]["pad_id"]])
     if model["type"] == "BPE":
-        wanted = _closed(model, wanted)
+        wanted = closed(model, wanted)
     kept = sorted(known[token] for token in wanted)
     if rows is not None and kept[-1] >= rows:
         raise PretrainError(
@@ -195,26 +196,6 @@ def _alphabet(state: State, known: dict[str, int], spelt: Callable[[str], bool])
     return alphabet & known.keys()
 
 
-def _pairs(model: State) -> list[tuple[tuple[str, str], str]]:
-    """A BPE's merges, each with the token it makes; older files hold the two parts as one text."""
-    prefix = model.get("continuing_subword_prefix") or ""
-    pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
-    return [((first, second), first + second.removeprefix(prefix)) for first, second in pairs]
-
-
-def _closed(model: State, tokens: set[str]) -> set[str]:
-    """The tokens and, by any merge that makes one of them, its parts, and theirs."""
-    parts: dict[str, set[str]] = {}
-    for pair, made in _pairs(model):
-        parts.setdefault(made, set()).update(pair)
-    closed, left = set(tokens), list(tokens)
-    while left:
-        more = parts.get(left.pop(), set()) - closed
-        closed |= more
-        left += more
-    return closed
-
-
 def _write(state: State, wanted: set[str], new: dict[int, int]) -> None:
     """Leave only the wanted tokens in a tokenizer's state, in their new numbers."""
     model = state["model"]
@@ -225,7 +206,7 @@ def _write(state: State, wanted: set[str], new: dict[int, int]) -> None:
     else:
         model["vocab"] = {token: new[index] for token, index in model["vocab"].items() if token in wanted}
     if model["type"] == "BPE":
-        model["merges"] = [list(pair) for pair, made in _pairs(model) if wanted >= {*pair, made}]
+        model["merges"] = [list(pair) for pair, made in pairs(model) if wanted >= {*pair, made}]
     for entry in state["added_tokens"]:
         entry["id"] = new[entry["id"]]
     if state.get("padding"):
