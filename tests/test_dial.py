@@ -84,6 +84,32 @@ def test_the_interval_of_a_prediction_holds_the_truth_and_grows_with_the_distanc
     assert far.high / far.low > near.high / near.low
 
 
+def test_a_few_runs_that_lie_beside_the_law_leave_its_floor_and_exponents_near_the_usual_ones() -> None:
+    """A ladder's dozen runs once gave a floor of 0.3 and an exponent of 1.5, both at their bounds."""
+    random = np.random.default_rng(3)
+    true = Law(0.85, 11.5, 0.37, 30.0, 0.16, -0.67, {4096: 3.3, 16384: 3.9}, 1e12)
+    for _ in range(5):
+        sizes = itertools.product((26_624, 55_296, 100_352), (1.5e5, 4e5), (4096, 8192))
+        few = [
+            Rung(body, size, seen, true.bits(body, size, seen) * math.exp(random.normal(0, 0.015)), 1e11)
+            for body, seen, size in sizes
+        ]
+        found = fit(few)
+        assert 0.2 < found.alpha < 0.5
+        assert 0.08 < found.beta < 0.32
+        assert found.floor > laws.LEAST * 1.5
+        assert (
+            found.predict(55_296, 8192, 5e6).low < true.bits(55_296, 8192, 5e6) < found.predict(55_296, 8192, 5e6).high
+        )
+
+
+def test_a_law_is_not_asked_of_vocabularies_that_it_has_not_seen() -> None:
+    longing = replace(TRUE, gamma=3.0, bytes_per_token={4096: 3.3, 8192: 3.6})  # the smaller the better, by far
+    assert choose(Task(longing, flops=1e12)).shape.vocabulary == 4096
+    assert choose(Task(longing, flops=1e12, unique=2e5)).shape.vocabulary < 4096, "the text is too little for these"
+    assert choose(Task(replace(longing, gamma=-3.0), flops=1e12)).shape.vocabulary == 8192
+
+
 def test_too_few_rungs_are_refused() -> None:
     with pytest.raises(PretrainError, match="rungs"):
         fit(rungs()[:5])

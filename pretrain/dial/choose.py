@@ -140,11 +140,18 @@ def _for_tokens(task: Task, shapes: list[Shape]) -> Choice:
 def _value(task: Task, choice: Choice) -> float:
     """Lower is better."""
     if _within_law(task, choice.flops):
-        if not task.vocabulary and choice.shape.vocabulary > max(task.law.bytes_per_token):
-            return math.inf  # at 16,384 entries this law, which has seen 8,192, was 6% too hopeful
+        if not task.vocabulary and not _seen(task, choice.shape.vocabulary):
+            return math.inf  # at 16,384 entries a law that has seen 8,192 was 6% too hopeful
         return task.law.bits(choice.shape.body, choice.shape.vocabulary, unique_worth(choice.bytes, task.unique))
     usual = min(2.0**17, max(256.0, 2.0 ** round(math.log2(5 * choice.shape.body**0.5))))  # 32,000 at 40M weights
     return abs(math.log(choice.tokens_per_weight / TOKENS_A_WEIGHT)) + abs(math.log2(choice.shape.vocabulary / usual))
+
+
+def _seen(task: Task, vocabulary: int) -> bool:
+    """Whether the law has seen such a vocabulary; the text may be too little for any of these."""
+    known = task.law.bytes_per_token
+    enough = task.unique is None or min(known) * BYTES_AN_ENTRY <= task.unique
+    return vocabulary <= max(known) and (vocabulary >= min(known) or not enough)
 
 
 def _priced(task: Task, shape: Shape, flops: float) -> Choice:

@@ -34,6 +34,11 @@ MOST_PASSES = math.floor(1 - REPEATS * math.log(LITTLE))
 HUBER = 3e-2  # of a difference of logarithms: one run of a small model lies 1% to 2% beside any law
 LEAST = 0.3  # bits per byte that no model of text or code is expected to come below: small runs cannot tell the floor
 NAMES = ("floor", "A", "alpha", "B", "beta", "gamma")
+# What a dozen small runs cannot tell is held near what laws of text have been found to be, each within a deviation:
+# the floor's share of the lowest loss (its logarithm), alpha (0.34 in Chinchilla's), beta and gamma (lower for models
+# as small as a ladder's). Of 19 runs on Python's library the smallest 10 foretell the others within 3.0% (root mean
+# square) so, and within 4.0% without.
+USUAL = {"floor": (math.log(0.4), 0.25), "alpha": (0.35, 0.1), "beta": (0.2, 0.06), "gamma": (-0.5, 0.3)}
 
 
 def worth(passes: float) -> float:
@@ -141,47 +146,63 @@ def load(path: Path) -> Law:
 
 
 def fit(rungs: Sequence[Rung]) -> Law:
-    """The law of these runs. With one vocabulary among them gamma is 0, which it cannot tell."""
+    """The law of these runs. With one vocabulary among them gamma is 0, which it cannot tell.
+
+    Fitted twice: the first time tells how far runs lie beside a law, and so what the usual values (`USUAL`) weigh.
+    """
     import numpy as np
-    from scipy.optimize import least_squares
     from scipy.stats import t
 
     several = len({rung.vocabulary for rung in rungs}) > 1
     free = 6 if several else 5
     if len(rungs) <= free:
         raise PretrainError(f"{len(rungs)} rungs: accepted: more than the law's {free} parameters")
-    wanted = np.log([rung.bits for rung in rungs])
-    lowest = float(wanted.min())
-
-    def residuals(parameters: Sequence[float]) -> NDArray[np.float64]:
-        whole = [*parameters, *([] if several else [0.0])]
-        predicted = [_log_bits(whole, rung.body, rung.vocabulary, rung.bytes) for rung in rungs]
-        return np.array(predicted) - wanted
-
-    low = [math.log(LEAST), -5.0, 0.05, -5.0, 0.05, -2.0][:free]
-    high = [lowest, 40.0, 1.5, 40.0, 1.5, 2.0][:free]
-    best = None
-    for floor in (0.3, 0.6, 0.9):
-        for exponent in (0.25, 0.5, 0.8):
-            a, b = (math.log(0.5) + exponent * math.log(size) for size in (rungs[0].body, rungs[0].bytes))
-            begin = [lowest + math.log(floor), a, exponent, b, exponent, 0.0]
-            solved = least_squares(
-                residuals, np.clip(begin[:free], low, high), bounds=(low, high), loss="huber", f_scale=HUBER,
-                x_scale=np.maximum(1e-2, np.abs(begin[:free])), max_nfev=4000,
-            )  # fmt: skip
-            if best is None or solved.cost < best.cost:
-                best = solved
-    assert best is not None
-    freedom = len(rungs) - free
-    deviation = float(np.sqrt(np.square(residuals(best.x)).sum() / freedom))
+    freedom, deviation = len(rungs) - free, 0.0
+    for _ in range(2):
+        found, slopes, squares = _solved(rungs, free, deviation)
+        deviation = math.sqrt(squares / freedom)
     covariance = np.zeros((6, 6))
-    covariance[:free, :free] = deviation**2 * np.linalg.pinv(best.jac.T @ best.jac, rcond=1e-10)
-    floor, a, alpha, b, beta, gamma = [*map(float, best.x), *([] if several else [0.0])]
+    covariance[:free, :free] = deviation**2 * np.linalg.pinv(slopes.T @ slopes, rcond=1e-10)
+    floor, a, alpha, b, beta, gamma = [*found, *([] if several else [0.0])]
     tokens = {rung.vocabulary: 0.0 for rung in rungs}
     return Law(
         math.exp(floor), math.exp(a), alpha, math.exp(b), beta, gamma, tokens, max(rung.flops for rung in rungs),
         deviation, float(t.ppf(0.975, freedom)), covariance.tolist(), list(rungs),
     )  # fmt: skip
+
+
+def _solved(rungs: Sequence[Rung], free: int, deviation: float) -> tuple[list[float], NDArray[np.float64], float]:
+    """The best of the first `free` parameters for rungs that lie `deviation` beside a law, the slopes, the squares."""
+    import numpy as np
+    from scipy.optimize import least_squares
+
+    wanted = np.log([rung.bits for rung in rungs])
+    lowest = float(wanted.min())
+
+    def residuals(parameters: Sequence[float]) -> NDArray[np.float64]:
+        whole = [*parameters, *([0.0] * (6 - free))]
+        predicted = [_log_bits(whole, rung.body, rung.vocabulary, rung.bytes) for rung in rungs]
+        return np.array(predicted) - wanted
+
+    def with_usual(parameters: Sequence[float]) -> NDArray[np.float64]:
+        named = dict(zip(NAMES, parameters, strict=False)) | {"floor": parameters[0] - lowest}
+        beside = [(named[name] - usual) / within for name, (usual, within) in USUAL.items() if name in named]
+        return np.concatenate([residuals(parameters), deviation * np.array(beside)])
+
+    low = [math.log(LEAST), -5.0, 0.05, -5.0, 0.05, -2.0][:free]
+    high = [lowest, 40.0, 1.5, 40.0, 1.5, 2.0][:free]
+    tries = []
+    for floor in (0.3, 0.6, 0.9):
+        for exponent in (0.25, 0.5, 0.8):
+            a, b = (math.log(0.5) + exponent * math.log(size) for size in (rungs[0].body, rungs[0].bytes))
+            begin = [lowest + math.log(floor), a, exponent, b, exponent, 0.0]
+            solved = least_squares(
+                with_usual, np.clip(begin[:free], low, high), bounds=(low, high), loss="huber", f_scale=HUBER,
+                x_scale=np.maximum(1e-2, np.abs(begin[:free])), max_nfev=4000,
+            )  # fmt: skip
+            tries.append(solved)
+    best = min(tries, key=lambda solved: float(solved.cost))
+    return list(map(float, best.x)), best.jac, float(np.square(residuals(best.x)).sum())
 
 
 def _log_bits(parameters: Sequence[float], body: float, vocabulary: float, bytes_: float) -> float:
