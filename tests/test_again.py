@@ -60,6 +60,36 @@ def test_documents_keep_their_side_and_columns_and_a_threshold_runs_the_second_s
     assert len(ids(fewer, "train")) < len(kept) and set(ids(fewer, "train")) < set(kept)
 
 
+def test_what_is_added_to_a_corpus_is_split_as_that_is_so_that_no_group_is_parted(tmp_path):
+    for name, half in (("first", 0), ("second", 1)):
+        rows = [{"text": f"text {n} of {half}", "group": f"{n}"} for n in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    first = {"name": "first", "stage": "data", "sources": [str(tmp_path / "first.jsonl")], "split_seed": 3}
+    first |= {"validation": 0.3, "test": 0.2, "near_duplicates": None}
+    second = {"name": "second", "stage": "data", "corpus": "first", "sources": [str(tmp_path / "second.jsonl")]}
+    second |= {"validation": 0.1, "split_seed": 5, "near_duplicates": None}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump({"name": "two", "stages": [first, second]}))
+    said = []
+    engine.run(load(tmp_path / "recipe.yaml", [], tmp_path / "run"), say=said.append)
+    corpus = Corpus(tmp_path / "run" / "second" / "corpus")
+    sides = {}
+    for split in ("train", "validation", "test"):
+        for row in corpus.documents(split, ("group",)):
+            sides.setdefault(row["group"], []).append(split)
+    assert len(sides) == 60 and all(len(each) == 2 and len(set(each)) == 1 for each in sides.values())
+    told = "documents are split as in first: validation 0.3, test 0.2, split_seed 3"
+    assert any(told in line for line in said)
+
+
+def test_the_plan_of_a_stage_that_goes_on_has_the_splits_of_the_corpus(recipe):
+    from pretrain.forecast import forecast
+    from pretrain.identity import plan
+
+    path, folder = recipe
+    left = [each.estimate.left for each in forecast(plan(load(path, [], folder), folder / "stages"))]
+    assert left[1].bytes["validation"] == pytest.approx(left[0].bytes["validation"], rel=0.01)
+
+
 def test_without_sources_and_corpus_there_is_nothing_to_read():
     with pytest.raises(PretrainError, match="accepted: at least one, or a corpus"):
         Data(stage="data")

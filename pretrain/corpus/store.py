@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypedDict
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, write_json
@@ -86,6 +86,14 @@ def _write_table(table: pyarrow.Table, path: Path) -> None:
 
     rows = max(1, min(1024, len(table) * GROUP_BYTES // max(1, table.nbytes)))
     pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=rows)
+
+
+class Split(TypedDict):
+    """Shares of the documents that are held out, and what draws them."""
+
+    validation: float
+    test: float
+    split_seed: int
 
 
 def write_corpus(
@@ -356,6 +364,20 @@ class Corpus:
             if not isinstance(_inside(_inside(facts, "domains"), split), dict):
                 raise PretrainError(f"{path}: domains.{split}: accepted: a mapping from the split's domains")
         return facts
+
+    @property
+    def splitting(self) -> Split | None:
+        """How its documents were split; None of a corpus from before that was noted."""
+        given = self.info.get("split")
+        if given is None:
+            return None
+        try:
+            return Split(
+                validation=float(given["validation"]), test=float(given["test"]), split_seed=int(given["split_seed"])
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            accepted = "accepted: validation, test and split_seed"
+            raise PretrainError(f"{self.folder / 'corpus.json'}: split {given!r}: {accepted}") from error
 
     @property
     def domains(self) -> list[str]:

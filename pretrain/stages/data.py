@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,7 +21,7 @@ from pretrain.corpus.progress import reported
 from pretrain.corpus.samples import corpus_documents
 from pretrain.corpus.sources import SOURCES, Source
 from pretrain.corpus.sources._skipped import LONGEST
-from pretrain.corpus.store import Corpus, write_corpus
+from pretrain.corpus.store import Corpus, Split, write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
+HELD_OUT = ("validation", "test")
 LOOKED: dict[tuple[object, ...], Looked | None] = {}  # what was seen of sources, by them
 
 
@@ -76,10 +78,10 @@ class Data(Stage):
     sources: What to read: paths, or mappings whose first word is the kind of source.
     corpus: An earlier stage whose documents come first, with all their columns and each on its side of the split.
     operations: Methods that drop, add or order the training documents, one after another.
-    validation: Share of the documents to measure on while training.
-    test: Share of the documents to measure on at the end.
+    validation: Share of the documents to measure on while training; one that goes on from a `corpus` has that one's.
+    test: Share of the documents to measure on at the end; likewise.
     seed: Nothing here depends on it; see `split_seed`.
-    split_seed: Draws other held-out documents; a stage that goes on from a `corpus` has that one's.
+    split_seed: Draws other held-out documents; likewise.
     longest: Characters of a document, a line or a cell; longer lines and rows are passed over, longer files cut.
     near_duplicates: How alike training documents may be to held-out ones before they are removed; null keeps all.
     dropped_characters: Characters that `dropped.parquet` keeps of the text of a document that an operation drops.
@@ -146,7 +148,8 @@ class Data(Stage):
         documents += sum(before.documents.values())
         rows = (*before.rows, *(row for few in seen for row in few.rows))
         few = None if self.corpus else self._looked(total)
-        return corpus_estimate(total, documents, self.validation, self.test, works, rows, whole, few)
+        held = [before.bytes.get(name, 0.0) / again if self.corpus else getattr(self, name) for name in HELD_OUT]
+        return corpus_estimate(total, documents, *held, works, rows, whole, few)
 
     def _looked(self, total: float) -> Looked | None:
         """What its sources hold without copies, looked at once in a process as long as they are as large."""
@@ -161,14 +164,26 @@ class Data(Stage):
         """What operations keep while they work."""
         return "with its operations under way" if any(folder.glob("work/*.json")) else ""
 
+    def _split(self, before: Corpus | None, say: Callable[[str], None]) -> Split:
+        """How documents are split: as those of the corpus that it goes on with, lest copies and groups be parted."""
+        own = Split(validation=self.validation, test=self.test, split_seed=self.split_seed)
+        there = (before and before.splitting) or own
+        usual = {name: type(self).model_fields[name].default for name in there}
+        if own not in (there, usual):
+            told = ", ".join(f"{name} {value}" for name, value in there.items())
+            say(f"warning: documents are split as in {self.corpus}: {told}")
+        return there
+
     def run(self, job: Job) -> StageResult:
         """Write the corpus."""
         skipped = kinds.Skipped(self.longest)
-        again = Corpus(corpus_of(job.inputs["corpus"])).again() if self.corpus else ()
+        before = Corpus(corpus_of(job.inputs["corpus"])) if self.corpus else None
+        again = before.again() if before else ()
+        split = self._split(before, job.say)
         fresh = (document for source in self.sources for document in kinds.read(source, skipped))
         labels = Labels()
         stream = reported(labels.over(chain(again, fresh)), job.say, "documents read")
-        facts: Record = {"sources": [kinds.described(source) for source in self.sources]}
+        facts: Record = {"sources": [kinds.described(source) for source in self.sources], "split": dict(split)}
         spent: list[int] = []
         ledger = Ledger(job.folder / "work", self.dropped_characters, self.dropped_texts)
         operations = [_Metered(operation, spent, ledger) for operation in self.operations]
@@ -176,9 +191,8 @@ class Data(Stage):
             # All are filled by the time `corpus.json` is written.
             facts |= {"operations": desk.reports, "funnel": ledger.funnel, "contradicting": labels.contradicting}
             info = write_corpus(
-                stream, job.folder / "corpus", validation=self.validation, test=self.test,
-                split_seed=self.split_seed, near_duplicates=self.near_duplicates, operations=operations, facts=facts,
-                skipped=skipped, beside=ledger.put,
+                stream, job.folder / "corpus", **split, near_duplicates=self.near_duplicates, operations=operations,
+                facts=facts, skipped=skipped, beside=ledger.put,
             )  # fmt: skip
         shutil.rmtree(job.folder / "work", ignore_errors=True)
         write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
@@ -188,13 +202,14 @@ class Data(Stage):
             job.say(f"warning: {line}")
         if skipped.reasons:
             job.say(f"passed over: {skipped}")
-        for split in ("validation", "test"):
-            if getattr(self, split) and not info["documents"][split]:
+        shares = dict(zip(HELD_OUT, (split["validation"], split["test"]), strict=True))
+        for name, share in shares.items():
+            if share and not info["documents"][name]:
                 count = sum(info["documents"].values())
-                job.say(f"no {split} documents: {count} are too few for a share of {getattr(self, split):g}")
-        for line in uneven(info, {"validation": self.validation, "test": self.test}):
+                job.say(f"no {name} documents: {count} are too few for a share of {share:g}")
+        for line in uneven(info, shares):
             job.say(f"warning: {line}")
-        sizes = {f"{what}/{split}": info[what][split] for what in ("documents", "bytes") for split in info[what]}
+        sizes = {f"{what}/{name}": info[what][name] for what in ("documents", "bytes") for name in info[what]}
         return {
             "metrics": sizes | {f"removed/{k}": v for k, v in info["removed"].items()},
             "flops": sum(spent) + desk.flops,
