@@ -166,6 +166,27 @@ def test_evaluate_prints_a_table_or_json(model_folder, prepared, tmp_path):
     assert "xz -9e" in cli("evaluate", model_folder, "--data", tmp_path / "a.txt").stdout
 
 
+def test_folders_of_a_folder_are_measured_each_unless_columns_endings_or_loose_files_tell_otherwise(
+    model_folder, tmp_path
+):
+    for name, text in (
+        ("de/a.txt", "Der Hund. " * 30),
+        ("fr/b.txt", "Le chien. " * 30),
+        ("fr/c.txt", "Un chat. " * 30),
+    ):
+        (tmp_path / "held" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "held" / name).write_text(text)
+
+    def domains() -> set[str]:
+        return set(json.loads(cli("evaluate", model_folder, tmp_path / "held", "--json").stdout)["domains"])
+
+    assert domains() == {"de", "fr"}
+    (tmp_path / "held" / "d.txt").write_text("No folder. " * 30)
+    assert domains() == {"txt"}
+    (tmp_path / "held" / "d.txt").rename(tmp_path / "held" / "fr" / "d.md")
+    assert domains() == {"txt", "md"}
+
+
 def test_evaluate_writes_the_record_to_a_file_and_not_over_another(model_folder, prepared, tmp_path):
     asked = ("evaluate", model_folder, "--data", prepared / "corpus", "--json", "--output", tmp_path / "measured.json")
     done = cli(*asked)

@@ -34,6 +34,7 @@ OnError = Literal["stop", "skip"]
 TEXT = "The column of a table's texts; by default that of the table which was trained on, or text."
 DATA = "A corpus, a file, a folder or a glob."
 SHOWN = 5  # wrong answers
+FOLDERS = 8  # of a folder at most, for each to be measured alone
 UNBOUNDED = 10_000  # columns that no terminal has
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
 HEADER = "Whether a CSV's first row names its columns (by default if no number stands in it); else they are 0, 1, …"
@@ -182,7 +183,19 @@ def _read(source: Files, most: int) -> Placed:
         ) from error
     if skipped.reasons:
         typer.echo(f"passed over: {skipped}", err=True)
-    return [(where, document | {source.text: document["text"]}) for where, document in placed]  # as prompts may call it
+    # the text is there by the name that prompts may call it by
+    placed = [(where, document | {source.text: document["text"]}) for where, document in placed]
+    return _by_folder(placed, Path(source.files))
+
+
+def _by_folder(placed: Placed, root: Path) -> Placed:
+    """With the folders as domains where all lie in a few folders and nothing else tells them apart."""
+    if not root.is_dir() or len({document["domain"] for _, document in placed}) > 1:
+        return placed
+    inside = [Path(where).relative_to(root).parts if where.startswith(str(root)) else () for where, _ in placed]
+    if not all(len(parts) > 1 for parts in inside) or not 1 < len({parts[0] for parts in inside}) <= FOLDERS:
+        return placed
+    return [(where, one | {"domain": parts[0]}) for (where, one), parts in zip(placed, inside, strict=True)]
 
 
 def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[PreTrainedModel, Processor]) -> Placed:
