@@ -148,8 +148,10 @@ class Data(Stage):
         documents += sum(before.documents.values())
         rows = (*before.rows, *(row for few in seen for row in few.rows))
         few = None if self.corpus else self._looked(total)
-        held = [before.bytes.get(name, 0.0) / again if self.corpus else getattr(self, name) for name in HELD_OUT]
-        return corpus_estimate(total, documents, *held, works, rows, whole, few)
+        validation, test = (
+            before.bytes.get(name, 0.0) / again if self.corpus else getattr(self, name) for name in HELD_OUT
+        )
+        return corpus_estimate(total, documents, validation, test, works, rows, whole, few)
 
     def _looked(self, total: float) -> Looked | None:
         """What its sources hold without copies, looked at once in a process as long as they are as large."""
