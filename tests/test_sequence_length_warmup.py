@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -85,9 +86,9 @@ def test_the_length_doubles_at_the_shares_and_the_tokens_are_those_of_full_rows(
 
 
 @pytest.mark.bits
-@pytest.mark.parametrize("stop, workers", [(2, 0), (4, 2), (6, 2)])
-def test_a_run_that_stops_inside_the_ramp_goes_on_to_the_bit(prepared, tiny, tmp_path, stop, workers):
-    together = (RAMP, BatchSizeWarmup(at=(0.5,)))
+@pytest.mark.parametrize("stop, workers, spread", [(2, 0, 1), (4, 2, 1), (6, 2, 1), (2, 2, 8)])
+def test_a_run_that_stops_inside_the_ramp_goes_on_to_the_bit(prepared, tiny, tmp_path, stop, workers, spread):
+    together = (replace(RAMP, spread=spread), BatchSizeWarmup(at=(0.5,)))
 
     def trained(folder, steps_=10, **given):
         budget = {"budget": Budget(steps=steps_), "workers": workers, "save_every": 1, "keep": 20}
@@ -114,6 +115,23 @@ def test_processes_share_cut_rows(prepared):
 
     for first, second, whole in zip(rows(0, 2), rows(1, 2), rows(0, 1), strict=True):
         assert first.shape[1] == 16 and torch.equal(torch.cat([first, second]), whole)
+
+
+@pytest.mark.parametrize("spread", [1, 3, 16])
+def test_in_an_epoch_each_piece_of_each_row_comes_once_however_they_are_dealt_out(prepared, spread):
+    each = loader(prepared)
+    each.cuts, each.spread = 4, spread
+    pieces = [piece for place in range(len(each.plan)) for piece in each._dealt("*", 0, place)]
+    assert len(pieces) == 4 * len(each.plan) and len(set(pieces)) == len(pieces)
+
+
+def test_a_step_has_pieces_of_many_rows_where_they_are_dealt_out(prepared):
+    def rows(spread):
+        each = loader(prepared)
+        each.cuts, each.spread = 4, spread
+        return [len(set(batches[0]["row_B"].tolist())) for step in range(4) for batches in each.step(step, 0.0)]
+
+    assert rows(1) == [4] * 4 and rows(16) == [16] * 4
 
 
 def test_lengths_and_objectives_that_cannot_be_cut_are_refused(prepared, tiny, tmp_path):

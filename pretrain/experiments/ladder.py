@@ -100,6 +100,7 @@ def _raw(recipe: Recipe, settled: Settled, step: Step) -> Raw:
     entry["budget"] = {"flops": step.flops}
     entry["model"] = entry["model"] | {FIELDS[entry["model"]["family"]]["width"]: step.width}
     entry["evaluate_every"] = 0
+    entry.setdefault("length", settled.choice.length)  # losses are compared in windows of one length
     if entry.get("evaluate_tokens") == "auto":  # each once, and all on the same
         entry["evaluate_tokens"] = MOST_HELD_OUT
     for other in raw["stages"]:

@@ -50,6 +50,7 @@ class Loader(Protocol):
 
     batch_rows: int
     cuts: int
+    spread: int
     mixture: dict[str, float] | None
 
     @property

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypedDict, cast
+from typing import TYPE_CHECKING, TypeAlias, TypedDict, cast
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pretrain.corpus.packing import Plan
 
 ALL = "*"  # the stream of all rows, when there is no mixture
+Piece: TypeAlias = "tuple[int, int]"  # a row's number, and which of the pieces that it is cut into
 
 
 class Counters(TypedDict):
@@ -42,8 +43,9 @@ class Loader:
 
     A step takes `batch_rows` rows over all processes, in micro-batches of `micro_rows`. Without a `mixture` each row
     comes once an epoch, in a seeded order; with one, each row's domain is drawn by the weights, and each domain goes
-    through its own rows in a seeded order. `mixture`, `batch_rows` and `cuts` may be set at any time and hold from the
-    next step on. With `pin` batches lie in pinned memory, from which a CUDA device copies them while it computes.
+    through its own rows in a seeded order. `mixture`, `batch_rows`, `cuts` and `spread` may be set at any time and hold
+    from the next step on. With `pin` batches lie in pinned memory, from which a CUDA device copies them while it
+    computes.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class Loader:
         self.pin = pin
         self.micro_rows = micro_rows or max(1, batch_rows // world)
         self._pending: deque[tuple[list[Future[list[Batch]]], dict[str, int]]] = deque()
-        self.batch_rows, self._cuts = batch_rows, 1
+        self.batch_rows, self._cuts, self._spread = batch_rows, 1, 1
         raw = min(objective.raw_length(length) for objective in objectives)
         self.plan: Plan | Examples = shards.plan(raw)
         if not len(self.plan):
@@ -116,6 +118,16 @@ class Loader:
                 )
         self._drop_pending()
         self._cuts = number
+
+    @property
+    def spread(self) -> int:
+        """Among how many rows that follow each other the pieces of cut rows are dealt out; 1: each keeps its own."""
+        return self._spread
+
+    @spread.setter
+    def spread(self, rows: int) -> None:
+        self._drop_pending()
+        self._spread = rows
 
     @property
     def mixture(self) -> dict[str, float] | None:
@@ -184,8 +196,8 @@ class Loader:
         ]
         self._pending.append((futures, before))
 
-    def _draw(self, step: int) -> list[int]:
-        """The rows of the whole step, over all processes; advances the counters."""
+    def _draw(self, step: int) -> list[list[Piece]]:
+        """The rows of the whole step, over all processes, each by its pieces; advances the counters."""
         if self._mixture is None:
             streams = [ALL] * self.batch_rows
         else:
@@ -194,11 +206,21 @@ class Loader:
         rows, taken = [], dict(self.taken)
         for stream in streams:
             count = taken.get(stream, 0)
-            size = len(self._rows(stream))
-            rows.append(int(self._rows(stream)[self._order(stream, count // size)[count % size]]))
+            rows.append(self._dealt(stream, *divmod(count, len(self._rows(stream)))))
             taken[stream] = count + 1
         self.taken = taken
         return rows
+
+    def _dealt(self, stream: str, epoch: int, place: int) -> list[Piece]:
+        """The pieces that make up a row of a stream: its own, or one each of rows of its block that lie far apart.
+
+        Of each row of a block each piece comes once: the shift of a piece is the same for all rows.
+        """
+        rows, order = self._rows(stream), self._order(stream, epoch)
+        begin = place - place % self._spread
+        block = min(self._spread, len(order) - begin)
+        places = (begin + (place - begin + part * (block // self.cuts)) % block for part in range(self.cuts))
+        return [(int(rows[order[each]]), part) for part, each in enumerate(places)]
 
     def _rows(self, stream: str) -> NDArray[np.int64] | range:
         if stream == ALL:
@@ -211,12 +233,19 @@ class Loader:
         number = 0 if stream == ALL else 1 + self.shards.domain_names.index(stream)
         return np.random.default_rng((self.seed, number, epoch, 2)).permutation(len(self._rows(stream)))
 
-    def _prepare(self, step: int, first: int, numbers: list[int], progress: float) -> list[Batch]:
+    def _taken(self, pieces: list[list[Piece]], length: int) -> list[Row | Example]:
+        """Rows, or the pieces of rows of text that are there: a short row has fewer."""
         shards = cast("Shards", self.shards)  # of which examples, which are their own plan, need nothing
-        rows: list[Row | Example] = [self.plan.row(shards, number) for number in numbers]
+        if self.cuts == 1:
+            return [self.plan.row(shards, number) for row in pieces for number, _ in row]
+        cut = {number: self.plan.row(shards, number) for row in pieces for number, _ in row}
+        parts = {number: row.cut(length) for number, row in cut.items() if isinstance(row, Row)}
+        there = [(number, part) for row in pieces for number, part in row if part < len(parts[number])]
+        return [parts[number][part] for number, part in there or [(pieces[0][0][0], 0)]]
+
+    def _prepare(self, step: int, first: int, pieces: list[list[Piece]], progress: float) -> list[Batch]:
         length = self.length // self.cuts
-        if self.cuts > 1:
-            rows = [part for row in rows if isinstance(row, Row) for part in row.cut(length)]
+        rows = self._taken(pieces, length)
         tokens = {"tokens": torch.tensor(sum(row.tokens for row in rows))}
         origin = {
             "domain_B": torch.tensor([row.domain for row in rows]),

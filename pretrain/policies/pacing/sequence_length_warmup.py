@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from pretrain.core.batch import Batch
-from pretrain.core.bounds import OpenShare
+from pretrain.core.bounds import Count, OpenShare
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training
@@ -21,17 +21,20 @@ class SequenceLengthWarmup(Policy):
     cut into 2^k at first, and the length doubles at each of the k shares of the budget in `at`. A step keeps its tokens
     and their order: each row becomes more and shorter ones, and documents that a cut goes through begin anew behind it.
     The paper's length grows linearly from 8 on and drops what is beyond it; these shares are a guess. Evaluations are
-    of full length.
+    of full length. With `spread` the pieces of so many rows are dealt out among the steps that these rows make, so that
+    a step has pieces of many texts in place of all of a few; where the length doubles, pieces of one such block may
+    come twice or not at all.
     """
 
     at: tuple[OpenShare, ...] = (0.2, 0.4)
+    spread: Count = 1
 
     def start(self, training: Training, state: State) -> None:
         """Begin with the shortest rows, or go on with the length that was reached."""
         length, most = training.loader.length, 2 ** len(self.at)
         if length % most or length < 2 * most:
             raise PretrainError(f"{self.name}: length {length}: accepted: a multiple of {most}, {2 * most} or more")
-        training.loader.cuts = state.setdefault("cuts", most)
+        training.loader.cuts, training.loader.spread = state.setdefault("cuts", most), self.spread
 
     def after_step(self, training: Training, state: State, batches: Sequence[Batch], losses: Sequence[Loss]) -> None:
         """Double where a share is reached; the length holds from the next step on."""
