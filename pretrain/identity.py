@@ -27,7 +27,7 @@ from typing import Any
 from pretrain import closure
 from pretrain.closure import Code, Home
 from pretrain.core.errors import PretrainError, nearest, steps_of
-from pretrain.core.exchange.gguf_in import origin
+from pretrain.core.exchange.opening import origin
 from pretrain.core.files import JSON, SEAL, digest, locked, read_json, sealed, write_json
 from pretrain.core.folders import files_below
 from pretrain.core.foreign.code import digests_of

@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.convert import convert
-from pretrain.core.exchange.gguf_in import gguf_at, opened, origin
+from pretrain.core.exchange.gguf_in import gguf_at
+from pretrain.core.exchange.opening import opened, origin
 from pretrain.core.files import SUMS
 from pretrain.core.folders import cache_folder, checkpoint_of
 from pretrain.core.foreign.gguf import header

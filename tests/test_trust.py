@@ -185,7 +185,7 @@ ASKS = {
 
 @pytest.mark.promise(
     "Trust",
-    "Kernels of the hub (`attn_implementation: org/name`), a model below an adapter or behind a processor, tables and backbones of the hub are never fetched. What a recipe names on the hub itself is the exception: safetensors, JSON and tokenizers' files of it are fetched.",
+    "Kernels of the hub (`attn_implementation: org/name`), a model below an adapter or behind a processor, tables and backbones of the hub are never fetched. What a recipe names on the hub itself is the exception, and the model that an adapter's folder, given as a checkpoint, names: safetensors, JSON and tokenizers' files of it are fetched.",
 )
 @pytest.mark.parametrize("asked", ASKS)
 def test_what_a_checkpoint_asks_for_is_neither_run_nor_fetched(folder, tmp_path, watched, asked):

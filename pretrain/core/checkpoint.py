@@ -25,7 +25,7 @@ from pretrain.core.bounds import hints
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.exchange.beside import shard_size
 from pretrain.core.exchange.card import accompany
-from pretrain.core.exchange.gguf_in import opened
+from pretrain.core.exchange.opening import opened
 from pretrain.core.files import JSONObject, atomic_folder, file_digest, read_json, read_object, write_json
 from pretrain.core.folders import cache_folder, verify
 from pretrain.core.folders import checkpoint_of as checkpoint_of

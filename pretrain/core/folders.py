@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest, warn
-from pretrain.core.exchange.gguf_in import opened
+from pretrain.core.exchange.opening import opened
 from pretrain.core.files import SUMS, JSONObject, damage, damage_of, read_json, read_object
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.foreign.reading import open_append
@@ -163,8 +163,8 @@ def checkpoint_of(folder: Path) -> Path:
         raise PretrainError(f"no checkpoint at {folder}; accepted: {again}")
     guess = "" if folder.exists() else near(folder)
     raise PretrainError(
-        f"no checkpoint at {folder}{guess}; accepted: a train or surgery stage, a folder with config.json, or a GGUF "
-        "file"
+        f"no checkpoint at {folder}{guess}; accepted: a train or surgery stage, a folder with config.json, an "
+        "adapter's folder of peft, or a GGUF file"
     )
 
 

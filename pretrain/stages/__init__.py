@@ -88,7 +88,9 @@ class Job:
     def history(self, result: Record, *sources: Record) -> Record:
         """The stages behind a checkpoint made from checkpoints of such lineages, and the stage that makes it."""
         stages = [s for lineage in sources for s in (*lineage.get("stages", []), lineage.get("made_by")) if s]
-        whole = {stage["address"]: stage for stage in (*stages, *self.lineage)}  # those of this run say the most
+        whole: dict[str, Record] = {}
+        for stage in (*stages, *self.lineage):  # those of this run say the most
+            whole[stage["address"]] = whole.get(stage["address"], {}) | stage
         return {"stages": list(whole.values()), "made_by": self.identity | result}
 
 

@@ -114,7 +114,8 @@ class Surgery(Stage):
         share = {"quantised_share": sum(few.values()) / max(1, _numbers(model))} if few else {}
         metrics = after | before | share | inputs.extra.get("metrics", {})
         lineage = checkpoint.lineage(source)
-        history = job.history({"metrics": metrics, "flops": flops}, lineage, *map(checkpoint.lineage, merged))
+        result = {"metrics": metrics, "flops": flops} | self._adapted(source)
+        history = job.history(result, lineage, *map(checkpoint.lineage, merged))
         lineage |= history | {"flops": lineage.get("flops", 0) + flops}
         checkpoint.save(model, inputs.tokenizer, job.folder / "checkpoint", lineage, source)
         if few:
@@ -125,6 +126,17 @@ class Surgery(Stage):
             f"{short(before['bytes_before'], 'B')} -> {short(after['bytes'], 'B')}"
         )
         return {"metrics": metrics, "flops": flops}
+
+    def _adapted(self, source: Path) -> dict[str, str]:
+        """What the adapter of the result goes on, as `peft` is to find it; empty where that lies nowhere as it is."""
+        from pretrain.core import checkpoint
+        from pretrain.core.exchange.peft_out import base_name
+
+        before = any(checkpoint.recorded(entry).adapts for entry in checkpoint.read_record(source).get("surgery", []))
+        adapts = [surgery.adapts for surgery in self.surgeries]
+        if all(adapts):
+            return {} if before else {"base": base_name(source)}
+        return {"base": ""} if before or any(adapts) else {}
 
     def _shards(self, job: Job, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> Shards:
         """The documents of the split in tokens."""

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.beside import WEIGHTS
-from pretrain.core.exchange.gguf_in import gguf_at, opened
+from pretrain.core.exchange.opening import opened
 from pretrain.core.exchange.types import named, outlined
 from pretrain.core.files import JSONObject, digest, file_digest, read_object, write_json
 from pretrain.core.folders import cache_folder, verify
@@ -40,8 +40,8 @@ def convert(source: Path, target: Path, model_type: str | None = None) -> JSONOb
         raise PretrainError(f"{target} is there already; accepted: a new folder")
     if not source.exists():
         raise PretrainError(f"{source}: there is no such file or folder; accepted: a GGUF file, a folder with weights")
-    if gguf_at(source) is not None:
-        folder = opened(source, cache_folder())
+    folder = opened(source, cache_folder())
+    if folder != source:
         model, processor = checkpoint.load(folder)
         lineage = checkpoint.lineage(folder)
         checkpoint.save(model, processor, target, lineage, folder)

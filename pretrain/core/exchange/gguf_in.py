@@ -1,4 +1,4 @@
-"""GGUF files, in which llama.cpp keeps models: a checkpoint is made of one once, in the cache, and opened from there.
+"""GGUF files, in which llama.cpp keeps models: how one is known, and how a checkpoint is made of it.
 
 Packed weights are unpacked to float32; what is stored as float16 or bfloat16 stays so where that loses nothing.
 """
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.files import atomic_folder, damage_of, digest, file_digest, locked, read_json, write_json
+from pretrain.core.files import atomic_folder, damage_of, digest, file_digest, write_json
 from pretrain.core.foreign.configs import check_fields
 from pretrain.core.foreign.gguf import Header, header
 from pretrain.core.foreign.parsing import parsing
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 SUFFIX = ".gguf"
-ORIGIN = "origin.json"  # in a folder that was made of a file: the file and its digest
+ORIGIN = "origin.json"  # in a folder that was made of something else: of what, and its digest
 VERSION = 1  # of what is made of a file
 NEITHER = ("config.json", "stage.json", "run.json", "corpus.json")  # of folders that are something else
 
@@ -41,41 +41,14 @@ def gguf_at(place: Path) -> Path | None:
     return files[0] if files else None
 
 
-def opened(place: Path, cache: Path) -> Path:
-    """The checkpoint that was made of a GGUF file, which is made the first time; any other path as it is.
-
-    Raises `PretrainError` for a damaged file, and for an architecture that transformers cannot read from GGUF.
-    """
-    path = gguf_at(place)
-    if path is None:
-        return place
+def key(path: Path) -> str:
+    """What tells a file from another, and from itself after a change."""
     state = path.stat()
-    key = digest([VERSION, str(path.resolve()), state.st_size, state.st_mtime_ns])
-    target = cache / "gguf" / f"{path.stem[:80]}-{key[:16]}"
-    if not (target / ORIGIN).exists():
-        lock = target.with_name(f".{target.name}.lock")
-        with locked(lock):
-            if not (target / ORIGIN).exists():
-                try:
-                    _convert(path, target)
-                except BaseException as error:
-                    lock.unlink(missing_ok=True)  # nothing is kept of a file that is refused
-                    if isinstance(error, PretrainError) and str(target) in str(error):
-                        raise PretrainError(
-                            f"{path}: what is made of it cannot be kept: {error}; accepted: room there, or another "
-                            "place for the cache ($PRETRAIN_CACHE)"
-                        ) from error
-                    raise
-    return target
+    return digest([VERSION, str(path.resolve()), state.st_size, state.st_mtime_ns])
 
 
-def origin(folder: Path) -> str | None:
-    """The state of a folder that was made of a file, for a stage's identity; None of any other."""
-    path = folder / ORIGIN
-    return f"gguf {read_json(path)['sha256']}" if path.exists() else None
-
-
-def _convert(path: Path, target: Path) -> None:
+def convert(path: Path, target: Path) -> None:
+    """Write the checkpoint that a file holds, unpacked, as the folder `target`."""
     facts = header(path)
     check_fields(path, facts.fields, facts.tensors)
     import gguf  # noqa: F401  # said to be missing before anything is read
@@ -100,7 +73,7 @@ def _convert(path: Path, target: Path) -> None:
             "stored": str(model.dtype).removeprefix("torch."),
         }  # fmt: skip
         write_json(work / "pretrain.json", {"format": 1, "lineage": {"made_by": made_by}, "surgery": []})
-        write_json(work / ORIGIN, {"file": str(path), "sha256": sha256})
+        write_json(work / ORIGIN, {"format": "gguf", "file": str(path), "sha256": sha256})
         name, licence = facts.text("general.name") or path.stem, facts.text("general.license")
         head = f"---\nlicense: {licence}\n---\n\n" if licence.replace("-", "").replace(".", "").isalnum() else ""
         (work / "README.md").write_text(f"{head}# {' '.join(name.split())}\n", encoding="utf-8")

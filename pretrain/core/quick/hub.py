@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError
-from pretrain.core.exchange.gguf_in import opened
+from pretrain.core.exchange.opening import opened
 from pretrain.core.files import atomic_folder, locked, read_json, sealed, sweep, write_json, write_text
 from pretrain.core.folders import cache_folder, place_of, verify
 
@@ -49,9 +49,12 @@ def looks_like(name: str) -> bool:
 
 
 def located(name: str) -> Path:
-    """The path of that name or, where there is none, the snapshot that the name is pinned to; GGUF as a checkpoint."""
+    """The path of that name or, where there is none, the snapshot that the name is pinned to.
+
+    What is no checkpoint but becomes one, a GGUF file or an adapter, is it already.
+    """
     path = place_of(name)
-    return opened(path, cache_folder()) if path.exists() else (pinned(name) or path)
+    return opened(path if path.exists() else pinned(name) or path, cache_folder())
 
 
 def pinned(name: str) -> Path | None:

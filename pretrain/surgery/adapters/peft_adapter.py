@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from peft import PeftConfig, PeftType, get_peft_model_state_dict, inject_adapter
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.tuners.tuners_utils import check_target_module_exists
 from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -29,6 +30,7 @@ from pretrain.surgery import Inputs, PeftFormat, Surgery
 
 Config = JSONObject  # JSON
 PREFIX = "base_model.model."  # of each weight's name in a file of `peft`
+ELSEWHERE = ("base_model_name_or_path", "revision", "auto_mapping")  # fields that tell of the model below
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,8 @@ class PeftAdapter(Surgery):
     An adapter of the `peft` library inside a frozen model: `type` is one of its types that change layers (LORA, IA3,
     LOHA, LOKR, OFT, VERA, …), `config` the fields of its configuration. Or it is opened from `folder`, in `peft`'s
     format (`adapter_config.json`, `adapter_model.safetensors`); training goes on from its weights. The checkpoint holds
-    the adapter once more in that format, in its folder `adapter`.
+    the adapter once more in that format, in its folder `adapter`. `modules_to_save` are trained whole beside it, in
+    their places.
     """
 
     adapts: ClassVar[bool] = True
@@ -76,7 +79,7 @@ class PeftAdapter(Surgery):
             torch.manual_seed(inputs.seed if inputs is not None else 0)
             model = _inject(model, config)
         if self.folder:
-            _load(model, Path(self.folder))
+            _load(model, Path(self.folder), config)
         record(model, PeftAdapter(str(config["peft_type"]), _stored(config)))
         return model
 
@@ -91,7 +94,7 @@ class PeftAdapter(Surgery):
         """
         config = {"peft_type": self.type, **self.config, "inference_mode": True}
         tensors = {f"{PREFIX}{n}": t.contiguous() for n, t in get_peft_model_state_dict(model).items()}
-        new = new_modules(model)
+        new = new_modules(model) | _saved(model, self.config)
         adapted = {name for name in new if any(n.startswith(f"{PREFIX}{name}.") for n in tensors)}
         last, new = output(model), {name: module for name, module in new.items() if name not in adapted}
         if last is not None and last[0] in adapted:
@@ -115,7 +118,7 @@ class PeftAdapter(Surgery):
         if not path.exists():
             raise PretrainError(f"peft_adapter: folder {self.folder}: accepted: one with adapter_config.json")
         verify_file(path)
-        return {k: v for k, v in read_json(path).items() if k not in ("modules_to_save", "base_model_name_or_path")}
+        return {k: v for k, v in read_json(path).items() if k not in ELSEWHERE}
 
 
 def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
@@ -124,7 +127,7 @@ def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         raise unknown("adapter type of peft", config["peft_type"], list(PEFT_TYPE_TO_CONFIG_MAPPING))
     made = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(config["peft_type"])]
     known = {f for f in made.__dataclass_fields__ if f not in ("peft_type", "inference_mode")}
-    options = {k: v for k, v in config.items() if k in known}
+    options = {k: v for k, v in config.items() if k in known and k != "modules_to_save"}
     stray = sorted(set(config) - known - {"peft_type", "inference_mode", "init_lora_weights"})
     if stray:
         raise unknown(f"field of peft's {config['peft_type']}", stray[0], sorted(known))
@@ -143,7 +146,31 @@ def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
     last = output(model)
     if last is not None:
         last[1].requires_grad_(True)
+    for module in _saved(model, config).values():
+        module.requires_grad_(True)
     return model.train(training)
+
+
+def _saved(model: PreTrainedModel, config: Config) -> dict[str, nn.Module]:
+    """The modules that the configuration has saved, and trained, whole; `peft` knows them by the ends of their names.
+
+    It trains copies of them beside the model's own, which are in nobody's way here. Raises `PretrainError` for one that
+    shares its weights with the rest of the model, where its copy would not.
+    """
+    ends = tuple(config.get("modules_to_save") or ())
+    modules = {name: module for name, module in model.named_modules() if ends and name.endswith(ends)}
+    inside = {name for name in modules for other in modules if name.startswith(f"{other}.")}
+    saved = {name: module for name, module in modules.items() if name not in inside}
+    for name, module in saved.items():
+        weights = {id(parameter) for parameter in module.parameters()}
+        outside = [n for n, m in model.named_modules() if n and not f"{n}.".startswith(f"{name}.")]
+        for other in outside:
+            if weights & {id(p) for p in model.get_submodule(other).parameters(recurse=False)}:
+                raise PretrainError(
+                    f"peft_adapter: modules_to_save {name}: {other} shares its weights; accepted: modules that share "
+                    "none, or the folder that peft's merge_and_unload() and save_pretrained() write"
+                )
+    return saved
 
 
 def _check_init(model: PreTrainedModel, adapter: PeftConfig) -> None:
@@ -160,7 +187,7 @@ def _stored(config: Config) -> Config:
     return {k: v for k, v in config.items() if k not in ("peft_type", "inference_mode")}
 
 
-def _load(model: PreTrainedModel, folder: Path) -> None:
+def _load(model: PreTrainedModel, folder: Path, config: Config) -> None:
     """The weights of an adapter in `peft`'s format; all must have a place, and all places a weight."""
     path = folder / "adapter_model.safetensors"
     if not path.exists():
@@ -170,20 +197,26 @@ def _load(model: PreTrainedModel, folder: Path) -> None:
         tensors = {name.removeprefix(PREFIX): tensor for name, tensor in load_tensors(path).items()}
     except (SafetensorError, OSError) as error:
         raise PretrainError(f"{path} is truncated or damaged ({' '.join(str(error).split())[:200]})") from error
-    for place, module in new_modules(model).items():
+    for place, module in (new_modules(model) | _saved(model, config)).items():
         ours = {n: tensors.pop(f"{place}.{n}") for n in module.state_dict() if f"{place}.{n}" in tensors}
         if ours:
+            _check(path, module.state_dict(), ours, f"{place}.")
             module.load_state_dict(ours)
     last = output(model)
     of_last = "" if last is None else f"{last[0]}."
     expected = {n: t for n, t in get_peft_model_state_dict(model).items() if not of_last or not n.startswith(of_last)}
-    wrong = [f"{n} is missing" for n in expected if n not in tensors]
-    wrong += [f"{n} has no place in the model" for n in tensors if n not in expected]
+    _check(path, expected, tensors)
+    set_peft_model_state_dict(model, tensors)
+
+
+def _check(path: Path, expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], before: str = "") -> None:
+    """Refuse tensors that are not those expected; `before` stands before their names."""
+    wrong = [f"{before}{n} is missing" for n in expected if n not in tensors]
+    wrong += [f"{before}{n} has no place in the model" for n in tensors if n not in expected]
     wrong += [
-        f"{n} is {tuple(tensors[n].shape)} in the file and {tuple(t.shape)} in the model"
+        f"{before}{n} is {tuple(tensors[n].shape)} in the file and {tuple(t.shape)} in the model"
         for n, t in expected.items()
         if n in tensors and tensors[n].shape != t.shape
     ]
     if wrong:
         raise PretrainError(f"{path}: {len(wrong)} weights do not fit, first: {wrong[0]}")
-    set_peft_model_state_dict(model, tensors)
