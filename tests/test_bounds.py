@@ -50,7 +50,7 @@ from pretrain.stages.data import build_source
         (Annotated[int, Le(3)], [3, -9], [4], "at most 3"),
         (Literal["mean", "sum"], ["mean"], ["max", 3, None], "mean, sum"),
         (Count | None, [None, 2], [0, "a"], "1 or more, or null"),
-        (tuple[Share, ...], [(), (0, 1), [0.5]], [(2,), 0.5], "a list, each from 0 to 1"),
+        (tuple[Share, ...], [(), (0, 1), [0.5]], [(2,), 0.5], "a list, each from 0 to 1, or one alone"),
         (dict[str, Share], [{}, {"a": 0.5}], [{"a": 2}, {"a": "x"}, 0.5], "a mapping, each value from 0 to 1"),
         (tuple[Count, Share], [(1, 0.5)], [(1,), (0, 0.5), (1, 2)], "a list, each 1 or more"),
     ],
@@ -151,6 +151,40 @@ def test_shares_whose_sum_is_rounded_to_a_little_more_than_all_are_accepted():
     for masked in (0.1, 0.3, 0.6, 0.7, 0.8, 0.9):
         method_class("masked_lm")(masked=masked, random=1 - masked)
         method_class("masked_lm")(masked=masked, random=round(1 - masked, 1))
+
+
+LISTS = [
+    (name, field)
+    for name in methods()
+    for field, hint in hints(method_class(name)).items()
+    if get_args(hint)[1:] == (...,) and fits((1,), hint) and not fits(("x",), hint)
+]
+
+
+@pytest.mark.parametrize(("name", "field"), LISTS)
+def test_a_number_alone_stands_for_a_list_of_it_from_a_recipe_and_from_python(name, field):
+    """As `density: 0.4`, one for all models; what is refused in a list is refused alone, and alike."""
+    cls = method_class(name)
+    required = {
+        item.name: given_for(item.name, hints(cls)[item.name])
+        for item in fields(cls)
+        if item.default is MISSING and item.default_factory is MISSING
+    }
+
+    def made(make: Any, value: object) -> object:
+        try:
+            return make(required | {field: value})
+        except (PretrainError, ValueError) as error:
+            return str(error)
+
+    for make in (
+        lambda given: cls(**given),
+        lambda given: build_method({"method": name} | given, methods()[name].kind),
+    ):
+        for value in (1, 0.5):
+            alone, listed = made(make, value), made(make, [value])
+            same = alone == listed if isinstance(alone, str) else alone == made(make, (value,))
+            assert same or not fits((value,), hints(cls)[field]), (alone, listed)
 
 
 RESULTS = Path(__file__).parent.parent / "claims" / "results"

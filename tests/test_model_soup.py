@@ -283,8 +283,10 @@ def test_what_is_missing_is_named(tiny, text, prepared):
     corpus, tokenizer, _ = text
     with pytest.raises(PretrainError, match=r"models \[\]: accepted: one or more models besides the checkpoint"):
         ModelSoup("uniform")(tiny())
-    with pytest.raises(PretrainError, match=r"weights \[1.0\]: accepted: 2, the checkpoint's first"):
-        ModelSoup("uniform", (1.0,))(tiny(), Inputs(models=[tiny()]))
+    with pytest.raises(
+        PretrainError, match=r"weights \[1.0, 1.0, 1.0\]: accepted: 2, the checkpoint's first, or 1 for all"
+    ):
+        ModelSoup("uniform", (1.0, 1.0, 1.0))(tiny(), Inputs(models=[tiny()]))
     with pytest.raises(PretrainError, match="the checkpoint has no tokenizer"):
         greedy(corpus)(tiny(), Inputs(models=[tiny()]))
     models = [tiny(vocab_size=512), tiny(vocab_size=512)]

@@ -14,7 +14,7 @@ from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.quick.quantities import Duration, Misplaced
+from pretrain.core.quick.quantities import Duration, Misplaced, takes
 
 if TYPE_CHECKING:
     from annotated_types import Ge, Gt, Le, Lt
@@ -65,27 +65,58 @@ def accepted(hint: object, value: object = ...) -> str:
 
     For a `value` that is not even of the type that is bounded, the name of that type.
     """
+    return _accepted(hint, value) + ("" if _alone(hint) is None else ", or one alone")
+
+
+def _accepted(hint: object, value: object = ...) -> str:
     origin, parts = get_origin(hint), get_args(hint)
     if origin is Annotated:
         if isinstance(value, str | Misplaced) and any(isinstance(mark, Duration) for mark in parts[1:]):
             return "seconds, or 30min, 2h"
         if value is not ... and not fits(value, parts[0]):
-            return accepted(parts[0], value)
+            return _accepted(parts[0], value)
         bounds = {n: getattr(mark, n) for mark in parts[1:] for n in ("gt", "ge", "lt", "le") if hasattr(mark, n)}
-        return _range(bounds) or accepted(parts[0])
+        return _range(bounds) or _accepted(parts[0])
     if origin is Literal:
         return ", ".join(map(str, parts))
     if origin in (Union, UnionType):
-        return ", or ".join(dict.fromkeys(filter(None, (accepted(part, value) for part in parts))))
+        return ", or ".join(dict.fromkeys(filter(None, (_accepted(part, value) for part in parts))))
     if origin in (tuple, list):
-        inner = accepted(parts[0]) if parts else ""
+        inner = _accepted(parts[0]) if parts else ""
         return f"a list, each {inner}" if inner else "a list"
     if origin is dict:
-        values = accepted(parts[1]) if parts and _bounded(parts[1]) else ""
+        values = _accepted(parts[1]) if parts and _bounded(parts[1]) else ""
         return f"a mapping, each value {values}" if values else "a mapping"
     if hint is int and isinstance(value, Integral) and not isinstance(value, bool):
         return "a whole number below 2**63"
     return _NAMES.get(hint, "")
+
+
+def _alone(hint: object) -> object | None:
+    """The type of what a list of any length holds, if a number may stand for a list of it alone; else None."""
+    parts = get_args(hint)
+    if get_origin(hint) is not tuple or parts[1:] != (...,):
+        return None
+    inner: object = parts[0]
+    return inner if takes(inner, int) or takes(inner, float) else None
+
+
+def gathered(value: object, hint: object) -> object:
+    """The value, in a list where it is one of what the type holds a list of: `density: 0.4` is `density: [0.4]`."""
+    alone = _alone(hint)
+    given = isinstance(value, Real | dict) and not isinstance(value, bool)
+    return (value,) if alone is not None and given and fits(value, alone) else value
+
+
+def gather_fields(made: object) -> None:
+    """Put what stands alone for a list into one, in the fields of a dataclass that is being made."""
+    assert is_dataclass(made) and not isinstance(made, type)
+    known = hints(made.__class__)
+    for item in fields(made):
+        value = getattr(made, item.name)
+        listed = gathered(value, known[item.name])
+        if listed is not value:
+            object.__setattr__(made, item.name, listed)
 
 
 def _range(bounds: dict[str, float]) -> str:

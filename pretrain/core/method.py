@@ -13,7 +13,7 @@ from functools import cache
 from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
-from pretrain.core.bounds import Fielded, check_fields, check_names, hints
+from pretrain.core.bounds import Fielded, check_fields, check_names, gather_fields, hints
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.quick.outline import outline, torch_imported
@@ -59,9 +59,11 @@ class Method(metaclass=Fielded):
     def __post_init__(self) -> None:
         """Refuse a method that lacks what its kind asks for, and fields outside their bounds.
 
-        A method that checks more calls this first.
+        A number, or a mapping, in the place of a list is a list of it alone. A method that checks more calls this
+        first.
         """
         check_whole(type(self))
+        gather_fields(self)
         check_fields(self, self.name)
 
     @property

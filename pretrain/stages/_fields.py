@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, TypeVar, cast
 from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 
-from pretrain.core.bounds import accepted, check_fields, hints
+from pretrain.core.bounds import accepted, check_fields, gathered, hints
 from pretrain.core.errors import PretrainError, brief, nearest
 from pretrain.core.quick.quantities import as_typed, element
 
@@ -99,7 +99,7 @@ def build_dataclass(cls: type[Built], given: object, what: str) -> Built:
         if name not in known:
             names = ", ".join(known) or "none"
             raise Misfit(f"unknown field {name!r} of {what}{nearest(name, known)}; accepted: {names}", (name,))
-    given = {name: as_typed(value, hints(cls)[name]) for name, value in given.items()}
+    given = {name: gathered(as_typed(value, hints(cls)[name]), hints(cls)[name]) for name, value in given.items()}
     try:
         made = cast("Built", _adapter(cls).validate_python(given))
         check_fields(made, "")

@@ -68,7 +68,7 @@ class Misplaced:
 def as_typed(value: object, hint: object) -> object:
     """The value with quantities read wherever the type asks for numbers and not for text."""
     numbers, texts, durations = _kinds(hint)
-    switch = _takes(hint, bool)
+    switch = takes(hint, bool)
     if isinstance(value, str):
         if texts or value in _literals(hint):
             return value
@@ -80,7 +80,7 @@ def as_typed(value: object, hint: object) -> object:
     if isinstance(value, int | float) and not isinstance(value, bool) and switch and not numbers and not texts:
         return value if value in _literals(hint) else Misplaced(value)
     if isinstance(value, float) and value.is_integer() and abs(value) < 1 << 63:
-        return int(value) if _takes(hint, int) and not _takes(hint, float) else value
+        return int(value) if takes(hint, int) and not takes(hint, float) else value
     part = element(hint)
     if part is not None and isinstance(value, list | tuple):
         return type(value)(as_typed(item, part) for item in value)
@@ -89,12 +89,12 @@ def as_typed(value: object, hint: object) -> object:
     return value
 
 
-def _takes(hint: object, kind: type) -> bool:
+def takes(hint: object, kind: type) -> bool:
     """Whether a value of a kind may stand there itself, not only inside a list or a mapping."""
     if get_origin(hint) is Annotated:
-        return _takes(get_args(hint)[0], kind)
+        return takes(get_args(hint)[0], kind)
     if get_origin(hint) in (Union, UnionType):
-        return any(_takes(part, kind) for part in get_args(hint))
+        return any(takes(part, kind) for part in get_args(hint))
     return hint is kind
 
 

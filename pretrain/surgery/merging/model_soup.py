@@ -91,13 +91,14 @@ class ModelSoup(Surgery):
         tokenizers = {f"models.{number}": numbers_of(tokenizer) for number, tokenizer in enumerate(inputs.tokenizers)}
         check_alike(self.name, {"the checkpoint": numbers_of(inputs.tokenizer)} | tokenizers)
         ingredients = [model, *others]
-        if self.weights and len(self.weights) != len(ingredients):
+        if len(self.weights) not in (0, 1, len(ingredients)):
             raise PretrainError(
-                f"model_soup: weights {list(self.weights)}: accepted: {len(ingredients)}, the checkpoint's first"
+                f"model_soup: weights {list(self.weights)}: accepted: {len(ingredients)}, the checkpoint's first, or 1 "
+                "for all"
             )
         soup = copy.deepcopy(model)
         if self.recipe == "uniform":
-            mean_into(soup, ingredients, self.weights or [1.0] * len(ingredients))
+            mean_into(soup, ingredients, self.weights if self.weights[1:] else [1.0] * len(ingredients))
             return soup
         return self._greedy(soup, ingredients, inputs)
 
