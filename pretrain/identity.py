@@ -153,8 +153,8 @@ def _placed(recipe: Recipe, stage: Stage, planned: dict[str, Planned], home: Pat
     behind: set[str] = set()
     for place, value in stage.references().items():
         names = value if isinstance(value, list) else [value]
-        folders = [planned[name].folder if name in planned else hub.located(name) for name in names]
-        states = [planned[name].address if name in planned else state_of(hub.located(name)) for name in names]
+        folders = [planned[name].folder if name in planned else hub.located(name, place) for name in names]
+        states = [planned[name].address if name in planned else state_of(hub.located(name, place)) for name in names]
         inputs[place], marks[place] = (folders, states) if isinstance(value, list) else (folders[0], states[0])
         behind = behind.union(*({name, *planned[name].behind} for name in names if name in planned))
     try:

@@ -314,7 +314,7 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
                 )
                 wrong += f" ({', '.join(fitting)})" if fitting else ""
             elif _is_there(target, _at(places, place, whole), f"{stage.name}.{name}"):
-                if not (wrong := _whole_run(target, accepted)):
+                if not (wrong := _whole_run(target, accepted, name)):
                     continue
             else:
                 known = ", ".join(earlier) or "there is none"
@@ -348,14 +348,14 @@ def _blamed(places: Places, place: Place, whole: str) -> str:
 def _is_there(target: str, where: str, name: str) -> bool:
     """Whether a reference is a path that exists, or names a result of a run."""
     try:
-        return hub.located(target).exists()
+        return hub.located(target, name).exists()
     except PretrainError as error:
         raise PretrainError(f"{where}: {name}: {error}") from error
 
 
-def _whole_run(target: str, kinds: Sequence[str] | None) -> str:
+def _whole_run(target: str, kinds: Sequence[str] | None, field: str) -> str:
     """What is wrong with a path that is a run and none of its stages; nothing where it is none."""
-    run = hub.located(target)
+    run = hub.located(target, field)
     if not (run / "run.json").exists():
         return ""
     fitting = [

@@ -124,6 +124,7 @@ def test_training_goes_on_from_an_adapter_and_what_is_exported_names_the_first_m
         {"stage": "data", "name": "corpus", "sources": [{"files": str(corpus)}]},
         {"stage": "train", "name": "on", "corpus": "corpus", "init": str(folder), "length": 16, "batch_rows": 2, "budget": {"steps": 2}},
         {"stage": "export", "name": "out", "checkpoint": "on", "to": "peft"},
+        {"stage": "evaluate", "name": "measured", "checkpoint": "out", "corpus": "corpus", "evaluations": ["held_out"]},
         {"stage": "surgery", "name": "merged", "checkpoint": str(folder), "surgeries": ["merge_adapters"]},
     ]  # fmt: skip
     run = engine.run(check({"stages": stages}, output=tmp_path / "run"), say=engine.silent)
@@ -137,6 +138,17 @@ def test_training_goes_on_from_an_adapter_and_what_is_exported_names_the_first_m
     assert_same_model(logits(load(out)[0]), logits(after), after)  # the stage's folder stands for what it has exported
     merged, _ = checkpoint.load(run.folder / "merged" / "checkpoint")
     assert_same_model(logits(merged), logits(before), merged)
+
+
+def test_an_adapter_is_put_into_another_model_without_its_own(base, tmp_path):
+    folder = adapter(base(), LoraConfig(r=2, target_modules=["q_proj"]), tmp_path / "a", base_model_name_or_path=None)
+    surgeries = [{"method": "peft_adapter", "folder": str(folder)}]
+    stages = [{"stage": "surgery", "name": "s", "checkpoint": str(tmp_path / "base"), "surgeries": surgeries}]
+    run = engine.run(check({"stages": stages}, output=tmp_path / "run"), say=engine.silent)
+    ours, _ = checkpoint.load(run.folder / "s" / "checkpoint")
+    plain = type(ours).from_pretrained(tmp_path / "base")
+    assert_same_model(logits(ours), logits(PeftModel.from_pretrained(plain, folder).eval()), ours)
+    assert not (tmp_path / "cache" / "peft").exists()
 
 
 def test_an_adapter_of_ours_names_the_checkpoint_that_it_was_put_into(base, tmp_path):

@@ -218,7 +218,9 @@ class Stage(BaseModel, metaclass=_Fielded):
 
     def trusted_code(self, earlier: Collection[str]) -> dict[str, list[Code]]:
         """That code by place, of checkpoints that are no stages before this one: those have theirs from elsewhere."""
-        outside = {place: codes_in(located(name)) for place, name in self.trusted().items() if name not in earlier}
+        outside = {
+            place: codes_in(located(name, place)) for place, name in self.trusted().items() if name not in earlier
+        }
         return {place: codes for place, codes in outside.items() if codes}
 
     def consents(self, folders: Folders, earlier: Collection[str] = (), known: object = None) -> dict[Path, str]:
@@ -238,11 +240,11 @@ class Stage(BaseModel, metaclass=_Fielded):
         for place, name in trusted.items():
             if name not in earlier:
                 try:
-                    codes_in(located(name))
+                    codes_in(located(name, place))
                 except PretrainError as error:
                     raise PretrainError(str(error), place=steps_of(place)) from error
         for place, name in self.checkpoints().items():
-            if place not in trusted and (words := _code_of(name, earlier)):
+            if place not in trusted and (words := _code_of(name, place, earlier)):
                 raise PretrainError(f"{name}: {words}", place=steps_of(place))
 
     def pointing_to(self, folders: Folders) -> Self:
@@ -298,16 +300,16 @@ class Stage(BaseModel, metaclass=_Fielded):
         return 0.0
 
 
-def _code_of(name: str, earlier: Mapping[str, Stage]) -> str:
+def _code_of(name: str, field: str, earlier: Mapping[str, Stage]) -> str:
     """What is to be said of a reference that opens by its code alone; empty of any other, and where it is not known."""
     before = earlier.get(name)
     if before is None:
-        folder = located(name)
+        folder = located(name, field)
         place = next((path for path in (folder / "checkpoint", folder) if (path / "config.json").exists()), None)
         unknown = place is not None and not is_type(read_object(place / "config.json").get("model_type"))
         return needs_consent(place).removeprefix("; ") if place is not None and unknown else ""
     origins = [each for place, each in before.trusted().items() if place in ORIGINS]
-    codes = [_code_of(each, earlier) if each in earlier else codes_in(located(each)) for each in origins]
+    codes = [_code_of(each, "", earlier) if each in earlier else codes_in(located(each)) for each in origins]
     return f"it brings the code of {origins[0]}, which {ALLOWED}" if any(codes) else ""
 
 

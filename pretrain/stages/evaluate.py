@@ -85,9 +85,9 @@ class Evaluate(Stage):
         """Refuse windows beyond the positions of the checkpoint that is named, where it is there."""
         super().check_inputs(earlier)
         exported = earlier.get(self.checkpoint)
-        if exported is not None and getattr(exported, "to", "gguf") != "gguf":
+        if exported is not None and getattr(exported, "to", "gguf") not in ("gguf", "peft"):
             to = f"{self.checkpoint!r} exports {getattr(exported, 'to', '')}"
-            raise PretrainError(f"{to}, which is not read again; accepted: one to gguf", place=("checkpoint",))
+            raise PretrainError(f"{to}, which is not read again; accepted: one to gguf or peft", place=("checkpoint",))
         path = located(self.checkpoint) / "config.json"
         if self.checkpoint not in earlier and path.exists():
             for number, method in enumerate(self.evaluations):

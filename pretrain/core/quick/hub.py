@@ -48,13 +48,15 @@ def looks_like(name: str) -> bool:
     return NAME.fullmatch(name) is not None and not name.endswith((".json", ".yaml", ".safetensors", ".bin", ".gguf"))
 
 
-def located(name: str) -> Path:
+def located(name: str, field: str = "") -> Path:
     """The path of that name or, where there is none, the snapshot that the name is pinned to.
 
-    What is no checkpoint but becomes one, a GGUF file or an adapter, is it already.
+    What is no checkpoint but becomes one, a GGUF file or an adapter, is it already; in a `field` that is called
+    `folder` it stays what it is: there an adapter is put into a model that is at hand.
     """
     path = place_of(name)
-    return opened(path if path.exists() else pinned(name) or path, cache_folder())
+    path = path if path.exists() else pinned(name) or path
+    return path if field.rpartition(".")[2] == "folder" else opened(path, cache_folder())
 
 
 def pinned(name: str) -> Path | None:

@@ -148,7 +148,7 @@ def _first_difference(table: Numbers, other: Numbers) -> tuple[int, str, str] | 
 
 def check_references(
     method: Method, numbers: Numbers | None, whose: str, place: tuple[str | int, ...] = (), skip: tuple[str, ...] = (),
-    locate: Callable[[str], Path] = Path, labels: Labels | None = None,
+    locate: Callable[[str, str], Path] = lambda reference, field: Path(reference), labels: Labels | None = None,
 ) -> None:  # fmt: skip
     """Refuse a method whose checkpoints must share the tokens of `whose` vocabulary, and its `labels`, and do not.
 
@@ -158,6 +158,6 @@ def check_references(
         if reference not in skip:
             at, what = (*place, *name.split(".")), f"{name} {reference}"
             if numbers is not None:
-                check_alike(method.name, {whose: numbers, what: stored_numbers(locate(reference))}, at)
+                check_alike(method.name, {whose: numbers, what: stored_numbers(locate(reference, name))}, at)
             if labels is not None:
-                check_labels(method.name, {whose: labels, what: stored_labels(locate(reference))}, at)
+                check_labels(method.name, {whose: labels, what: stored_labels(locate(reference, name))}, at)
