@@ -14,6 +14,9 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
 from pretrain.corpus.tokenizers import train_tokenizer
+from pretrain.forecast import forecast
+from pretrain.identity import plan
+from pretrain.recipe import check
 from pretrain.surgery import Inputs
 from pretrain.surgery.merging._streams import Place, Stored, at_place, places
 from pretrain.surgery.merging.model_stock import share_of_mean
@@ -356,3 +359,20 @@ def test_what_does_not_fit_is_refused(tiny, tmp_path, folders, name):
 def test_settings_that_leave_gaps_are_refused(name, fields, message):
     with pytest.raises(PretrainError, match=f"^{name}: {message}"):
         method_class(name)(**fields)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_what_a_merge_takes_in_memory_counts_the_other_models(folders, tmp_path, name):
+    """As a stage's `models` do: each is as much as the checkpoint, which is there twice."""
+    start, *others = folders("llama")
+
+    def expected(surgeries):
+        stages = [{"stage": "surgery", "name": "s", "checkpoint": start, "surgeries": surgeries}]
+        return forecast(plan(check({"stages": stages}, output=tmp_path / "run")))[0].estimate.memory_bytes
+
+    fields = fields_of(name, [start, *others])
+    references = method_class(name)(**fields).references()
+    listed = {k: list(v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    one = 4.0 * sum(p.numel() for p in checkpoint.load(start)[0].parameters())
+    more = expected([{"method": name} | listed]) - expected(["zero_init"])
+    assert references and more >= 0.9 * len(references) * one
