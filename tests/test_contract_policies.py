@@ -7,12 +7,15 @@ import shutil
 
 import pytest
 import torch
+import zoo
 from conftest import TASK
 from examples_training import Material, declared, example, names, reread, undeclared
 from policy_run import run
 
+from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
+from pretrain.core.models.families import new_model
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.objectives.language.span_corruption import SpanCorruption
@@ -33,6 +36,9 @@ def material(prepared, stories, tmp_path_factory):
 
 
 def model_for(name, material, family="llama"):
+    if name == "router_balance":
+        fields = zoo.fields("mixtral") | {"vocab_size": 512}
+        return new_model("mixtral", fields, task="causal", vocabulary=Vocabulary.of(material.tokenizer), seed=1)
     model = material.model(family, TASK[family], seed=1)
     if name not in SURGERIES:
         return model

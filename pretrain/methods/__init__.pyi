@@ -111,6 +111,7 @@ from pretrain.optim.schedules.wsd import WSD as WSD
 from pretrain.policies.averaging.ema import EMA as EMA
 from pretrain.policies.averaging.keep_best import KeepBest as KeepBest
 from pretrain.policies.averaging.lawa import LAWA as LAWA
+from pretrain.policies.experts.router_balance import RouterBalance as RouterBalance
 from pretrain.policies.mixing.domain_upsampling import DomainUpsampling as DomainUpsampling
 from pretrain.policies.mixing.odm import ODM as ODM
 from pretrain.policies.mixing.stability_gap import StabilityGap as StabilityGap

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from pretrain.core.method import Method
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     import numpy as np
     import torch
@@ -159,6 +159,13 @@ class Policy(Method):
     weighs_tokens: ClassVar[bool] = False  # whether it writes `token_weight_BL`, which not every objective follows
     averages_weights: ClassVar[bool] = False  # whether it has `averages`
     domain_fields: ClassVar[tuple[str, ...]] = ()  # fields that name domains of the corpus
+
+    def added(self, model: nn.Module) -> Callable[[Loss, Batch], Loss] | None:
+        """What it makes of each objective's loss on a micro-batch, right after the model's pass; None: nothing.
+
+        Asked once, before training. Held-out losses are without it.
+        """
+        return None
 
     def start(self, training: Training, state: State) -> None:
         """Once, before the first step and again after a resume (then `state` holds what was saved)."""

@@ -149,7 +149,7 @@ def _start(
     world = join(hardware.pick_device())
     model.to(world.device)
     torch.manual_seed(settings.seed)  # what objectives train beside the model begins alike in every run
-    trainee = Trainee(model, objectives, weights or [1.0] * len(objectives)).to(world.device).train()
+    trainee = Trainee(model, objectives, weights or [1.0] * len(objectives), policies).to(world.device).train()
     if not (settings.compile and world.device.type == "cuda"):  # where the compiler fuses the same, and more
         accelerate(model)
     if settings.checkpointing:

@@ -56,26 +56,38 @@ class Settings:
 
 
 class Trainee(nn.Module):
-    """The model, the modules that its objectives train beside it, and the weighted sum of their losses."""
+    """The model, the modules that its objectives train beside it, and the weighted sum of their losses.
 
-    def __init__(self, model: nn.Module, objectives: Sequence[Objective], weights: Sequence[float]) -> None:
+    What policies add to a loss is part of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, objectives: Sequence[Objective], weights: Sequence[float],
+        policies: Sequence[Policy] = (),
+    ) -> None:  # fmt: skip
         super().__init__()
         self.model = model
         self.beside = nn.ModuleList([objective.modules(model) or nn.Identity() for objective in objectives])
         self.objectives, self.weights = list(objectives), list(weights)
+        self.added = [added for policy in policies if (added := policy.added(model)) is not None]
 
     def forward(self, batches: Sequence[Batch], shares: Sequence[Mapping[str, float]]) -> tuple[Tensor, list[Loss]]:
         """`batches`: the micro-batch as each objective prepared it; `shares`: its share of the step's targets."""
         losses = [
-            objective.loss(self.model, batch, modules)
+            self._loss(objective, batch, modules)
             for objective, batch, modules in zip(self.objectives, batches, self.beside, strict=True)
         ]
-        for objective, loss in zip(self.objectives, losses, strict=True):
-            if not isinstance(loss, Loss):
-                raise PretrainError(
-                    f"{objective.name}: loss gave a {type(loss).__name__}; accepted: a pretrain.objectives.Loss"
-                )
         return sum_of(loss.shared(s, w) for loss, w, s in zip(losses, self.weights, shares, strict=True)), losses
+
+    def _loss(self, objective: Objective, batch: Batch, modules: nn.Module) -> Loss:
+        loss = objective.loss(self.model, batch, modules)
+        if not isinstance(loss, Loss):
+            raise PretrainError(
+                f"{objective.name}: loss gave a {type(loss).__name__}; accepted: a pretrain.objectives.Loss"
+            )
+        for added in self.added:
+            loss = added(loss, batch)
+        return loss
 
 
 class Step(TypedDict, total=False):

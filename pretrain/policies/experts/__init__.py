@@ -1,0 +1,1 @@
+"""Policies of mixtures of experts: how their routers share out the tokens."""
