@@ -217,10 +217,8 @@ def generate(
         str | None, typer.Option(help="Decoding: NAME, or {method: NAME, field: value}.", autocompletion=_names)
     ] = None,
     max_new_tokens: Annotated[Count, typer.Option()] = 64,
-    temperature: Annotated[
-        NonNegative | None, typer.Option(help="0 is greedy; the checkpoint's by default, or 0.8.")
-    ] = None,
-    top_p: Annotated[Share | None, typer.Option(help="The checkpoint's by default, or 0.95.")] = None,
+    temperature: Annotated[NonNegative | None, typer.Option(help=measuring.TEMPERATURE)] = None,
+    top_p: Annotated[Share | None, typer.Option(help=measuring.TOP_P)] = None,
     stop: Annotated[list[str] | None, typer.Option(help="A text that ends the continuation.")] = None,
     seed: Annotated[Seed, typer.Option()] = 0,
     chat: Annotated[
@@ -231,7 +229,10 @@ def generate(
     ] = True,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
-    """Continue a prompt with a checkpoint, or answer it as a chat."""
+    """Continue a prompt with a checkpoint, or answer it as a chat.
+
+    What else its generation_config.json says of tokens (top_k, min_p, penalties) holds.
+    """
     from pretrain.stages.decode import continue_prompt
     from pretrain.stages.evaluate import load_text
 

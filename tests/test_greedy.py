@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from closeness import assert_same_model
@@ -11,6 +13,7 @@ from decoding_cases import EOS, WIDE, chance, greedy, learnt, padded, pairs, pro
 from pretrain.core import checkpoint
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
+from pretrain.core.generation.accepted import check_generation
 from pretrain.core.generation.continuations import sample
 from pretrain.core.generation.forward import Forward, why_not
 from pretrain.core.generation.loop import decode
@@ -148,8 +151,8 @@ def test_what_cannot_be_decoded_is_one_clear_error(tiny):
         decode(tiny(), ids_1L[:, :0])
     with pytest.raises(PretrainError, match="max_new_tokens 0: accepted: 1 or more"):
         decode(tiny(), ids_1L, max_new_tokens=0)
-    with pytest.raises(PretrainError, match="top_p 0.0: accepted: above 0, at most 1"):
-        decode(tiny(), ids_1L, temperature=1.0, top_p=0.0)
+    with pytest.raises(PretrainError, match="top_p -0.1: accepted: from 0 to 1"):
+        decode(tiny(), ids_1L, temperature=1.0, top_p=-0.1)
     dynamic = tiny(rope_scaling={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4})
     assert "rope_type 'dynamic'" in why_not(dynamic, 10)
 
@@ -261,3 +264,47 @@ def test_a_checkpoint_s_settings_decide_what_is_not_asked_for(tiny, tokenizer, t
     for wrong in ({"temperature": float("nan")}, {"temperature": -1.0}, {"top_p": float("nan")}):
         with pytest.raises(PretrainError, match=f"{next(iter(wrong))} .*: accepted: "):
             continue_prompt(model, tokenizer, "def", **wrong)
+
+
+def test_a_top_p_of_0_is_the_likeliest_token_wherever_it_is_said(tiny, tokenizer):
+    """As in transformers: by the loop, with further processors, of a checkpoint, and with a method that does not sample."""
+    model = tiny(vocab_size=512, initializer_range=0.3)
+    ids_1L = torch.arange(3, 9)[None]
+    greedy = decode(model, ids_1L, max_new_tokens=8)
+    assert torch.equal(decode(model, ids_1L, max_new_tokens=8, temperature=5.0, top_p=0.0), greedy)
+    from transformers import TopPLogitsWarper
+
+    scores_BV = TopPLogitsWarper(0.0)(None, torch.randn(4, 50, generator=torch.Generator().manual_seed(0)))
+    assert ((scores_BV > -torch.inf).sum(-1) == 1).all()
+    words = {"max_new_tokens": 8, "token_healing": False}
+    likeliest = continue_prompt(model, tokenizer, "def f", temperature=0, **words)
+    for fields in ({}, {"repetition_penalty": 1.0 + 1e-9}):
+        asked = continue_prompt(set_up(model, **fields), tokenizer, "def f", temperature=5.0, top_p=0, **words)
+        assert (asked["continuation"], asked["method"]) == (likeliest["continuation"], "greedy")
+    given = set_up(model, do_sample=True, temperature=5.0, top_p=0.0)
+    assert continue_prompt(given, tokenizer, "def f", **words)["continuation"] == likeliest["continuation"]
+
+
+SAID = {  # what 0, or 1, of a field means, and a value that is refused
+    "top_k": (-1, "from 0 (0: all tokens)"), "top_p": (1.5, "from 0 to 1 (0: the likeliest token, 1: all)"),
+    "min_p": (-0.1, "from 0 to 1 (0: all tokens)"), "temperature": (-1, "from 0 (0: the likeliest token)"),
+    "typical_p": (0, "above 0, at most 1 (1: all tokens)"), "repetition_penalty": (0, "above 0 (1: no penalty)"),
+    "no_repeat_ngram_size": (-1, "from 0 (0: none)"), "epsilon_cutoff": (1, "from 0 (none) to below 1"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("field", SAID)
+def test_a_setting_of_a_checkpoint_beyond_its_bounds_is_told_what_its_end_means(tiny, tokenizer, field, tmp_path):
+    wrong, words = SAID[field]
+    with pytest.raises(PretrainError, match=re.escape(words)):
+        check_generation(tmp_path / "generation_config.json", {field: wrong})
+    check_generation(tmp_path / "generation_config.json", {field: int(field in ("typical_p", "repetition_penalty"))})
+
+
+@pytest.mark.parametrize("field", [field for field in SAID if field not in ("temperature", "top_p")])
+def test_the_end_that_means_none_changes_no_token(tiny, tokenizer, field):
+    end, model = int(field in ("typical_p", "repetition_penalty")), tiny(vocab_size=512, initializer_range=0.3)
+    words = {"max_new_tokens": 12, "token_healing": False, "temperature": 2.0, "top_p": 1.0, "seed": 3}
+    plain = continue_prompt(set_up(model, do_sample=True), tokenizer, "def f", **words)
+    ended = continue_prompt(set_up(model, do_sample=True, **{field: end}), tokenizer, "def f", **words)
+    assert ended["continuation"] == plain["continuation"]

@@ -15,7 +15,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import has_chat_template, newest_checkpoint
 from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.imports import uncollected
-from pretrain.inference.measuring import methods_of
+from pretrain.inference.measuring import TEMPERATURE, TOP_P, methods_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -127,14 +127,15 @@ def chat(
     system: Annotated[str, typer.Option(help="What the model is told before the conversation.")] = "",
     method: Annotated[str | None, typer.Option(help="Decoding: NAME, or {method: NAME, field: value}.")] = None,
     max_new_tokens: Annotated[Count, typer.Option(help="Of an answer at most.")] = 512,
-    temperature: Annotated[
-        NonNegative | None, typer.Option(help="0 is greedy; the checkpoint's by default, or 0.8.")
-    ] = None,
-    top_p: Annotated[Share | None, typer.Option(help="The checkpoint's by default, or 0.95.")] = None,
+    temperature: Annotated[NonNegative | None, typer.Option(help=TEMPERATURE)] = None,
+    top_p: Annotated[Share | None, typer.Option(help=TOP_P)] = None,
     seed: Annotated[Seed, typer.Option()] = 0,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
-    """Talk to a chat model; from a pipe, each line is a message."""
+    """Talk to a chat model; from a pipe, each line is a message.
+
+    What else its generation_config.json says of tokens (top_k, min_p, penalties) holds.
+    """
     chosen = [method] if method else []
     methods_of(chosen, "decoding", "--method: ")  # what is wrong is said before anything large is imported
     place = newest_checkpoint(checkpoint)

@@ -39,6 +39,8 @@ UNBOUNDED = 10_000  # columns that no terminal has
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
 HEADER = "Whether a CSV's first row names its columns (by default if no number stands in it); else they are 0, 1, …"
 OUTPUT = "A .json file for the record, beside what is printed."
+TEMPERATURE = "Of drawing tokens; 0 takes the likeliest. The checkpoint's by default, or 0.8."
+TOP_P = "The probability that is drawn from, the likeliest first: 1 is all, 0 the likeliest. The checkpoint's, or 0.95."
 ON_ERROR = "What a row that cannot be read does: stop, or skip."
 
 

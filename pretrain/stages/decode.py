@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, model_validator
 
-from pretrain.core.bounds import Count, NonNegative, PositiveShare
+from pretrain.core.bounds import Count, NonNegative, Share
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import write_json
 from pretrain.core.quick.positions import positions
@@ -44,8 +44,9 @@ class Decode(Stage):
     documents: How many of them.
     method: A decoding method in place of plain sampling; given temperature and top_p only if it samples.
     max_new_tokens: Tokens of each continuation at most.
-    temperature: Of sampling, 0 takes the likeliest token; the checkpoint's `generation_config`'s by default, or 0.8.
-    top_p: Probability from which tokens are drawn, the likeliest first; by default the checkpoint's, or 0.95.
+    temperature: Of sampling; 0 takes the likeliest token; the checkpoint's `generation_config`'s by default, or 0.8.
+    top_p: Probability from which tokens are drawn, the likeliest first: 1 is all, 0 the likeliest token; by default the
+        checkpoint's, or 0.95.
     stop: Texts that end a continuation, besides the checkpoint's; the first of them stands at its end.
     token_healing: Whether a prompt's last word is written anew, in tokens that go on with it ("def " to " main").
     """
@@ -59,7 +60,7 @@ class Decode(Stage):
     method: DecodingField | None = None
     max_new_tokens: Count = 64
     temperature: NonNegative | None = None
-    top_p: PositiveShare | None = None
+    top_p: Share | None = None
     stop: list[str] = []
     token_healing: bool = True
 

@@ -37,22 +37,25 @@ def _biases(value: object) -> bool:
 
 
 COUNT: Rule = (_whole, "a whole number from 0")
-POSITIVE: Rule = (lambda value: _number(value, 1e-9), "a number above 0")
+PENALTY: Rule = (lambda value: _number(value, 1e-9), "a number above 0 (1: no penalty)")
 SHARE: Rule = (lambda value: _number(value, 0, 1), "a number from 0 to 1")
-PART: Rule = (lambda value: _number(value, 0, math.nextafter(1, 0)), "a number from 0 to below 1")
+PART: Rule = (lambda value: _number(value, 0, math.nextafter(1, 0)), "a number from 0 (none) to below 1")
 TOKENS: Rule = (lambda value: _whole(value, -1) or _tokens(value, -1), "a token, or a list of tokens")
 LIST: Rule = (lambda value: _tokens(value, -1), "a list of tokens")
 FLAG: Rule = (lambda value: isinstance(value, bool), "true or false")
 RULES: dict[str, Rule] = {
-    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens", "top_k", "no_repeat_ngram_size",
-                     "encoder_no_repeat_ngram_size"), COUNT),
+    **dict.fromkeys(("max_length", "max_new_tokens", "min_length", "min_new_tokens"), COUNT),
+    "top_k": (_whole, "a whole number from 0 (0: all tokens)"),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (COUNT[0], f"{COUNT[1]} (0: none)")),
     **dict.fromkeys(("num_beams", "num_return_sequences", "num_beam_groups"),
                     (lambda value: _whole(value, 1, 1024), "a whole number from 1 to 1,024")),
-    "temperature": (lambda value: _number(value, 0), "a number from 0"),
-    **dict.fromkeys(("top_p", "min_p", "top_h"), SHARE),
-    "typical_p": (lambda value: _number(value, 1e-9, 1), "a number above 0, at most 1"),
+    "temperature": (lambda value: _number(value, 0), "a number from 0 (0: the likeliest token)"),
+    "top_p": (SHARE[0], f"{SHARE[1]} (0: the likeliest token, 1: all)"),
+    "min_p": (SHARE[0], f"{SHARE[1]} (0: all tokens)"),
+    "top_h": SHARE,
+    "typical_p": (lambda value: _number(value, 1e-9, 1), "a number above 0, at most 1 (1: all tokens)"),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff"), PART),
-    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), POSITIVE),
+    **dict.fromkeys(("repetition_penalty", "encoder_repetition_penalty"), PENALTY),
     **dict.fromkeys(("length_penalty", "guidance_scale", "diversity_penalty", "max_time"), (_number, "a number")),
     **dict.fromkeys(("bos_token_id", "pad_token_id"), TOKENS),
     **dict.fromkeys(("eos_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id"), TOKENS),

@@ -13,7 +13,7 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
-from pretrain.core.bounds import Count, NonNegative, PositiveShare, check_fields
+from pretrain.core.bounds import Count, NonNegative, Share, check_fields
 from pretrain.core.generation.finite import check_logits
 from pretrain.core.generation.healing import Healing
 
@@ -42,7 +42,9 @@ class OptionFields(SettingFields, total=False):
 
 @dataclass(frozen=True)
 class Options:
-    """Greedy where the temperature is 0 or below `COLDEST`; prompts are padded on the left: `attention_mask_BL`.
+    """Greedy where top_p or the temperature is 0, or that is below `COLDEST`.
+
+    Prompts are padded on the left: `attention_mask_BL`.
 
     `core.generation.settings` makes those that a checkpoint's `generation_config` asks for.
     """
@@ -50,7 +52,7 @@ class Options:
     attention_mask_BL: Tensor | None = None
     max_new_tokens: Count = 64
     temperature: NonNegative = 0.0
-    top_p: PositiveShare = 1.0
+    top_p: Share = 1.0  # of the probability, the likeliest tokens first: 0 is the likeliest alone, as in transformers
     eos: int | Collection[int] | None = None  # a token that ends a row, or several; None: none does
     pad: int = 0  # what stands after the end of a row
     generator: torch.Generator | None = None
@@ -60,8 +62,9 @@ class Options:
 
     def __post_init__(self) -> None:
         check_fields(self, "")
-        if self.temperature < COLDEST:
+        if self.temperature < COLDEST or self.top_p == 0:
             object.__setattr__(self, "temperature", 0.0)
+            object.__setattr__(self, "top_p", self.top_p or 1.0)
 
     @cached_property
     def ends(self) -> frozenset[int]:

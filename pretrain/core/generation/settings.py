@@ -53,6 +53,8 @@ def sampling(model: PreTrainedModel, temperature: float | None, top_p: float | N
         temperature = 0.0 if samples is False else usual[0] if warmth is None else float(warmth)
     if top_p is None:
         top_p = usual[1] if nucleus is None else float(nucleus)
+    if top_p == 0:  # the likeliest token alone
+        return 0.0, 1.0
     return 0.0 if 0 < temperature < COLDEST else temperature, top_p
 
 
