@@ -14,7 +14,7 @@ from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.imports import uncollected
 
-Formats = StrEnum("Formats", ["gguf", "onnx", "sentence-transformers", "peft"])
+Formats = StrEnum("Formats", ["gguf", "onnx", "sentence-transformers", "peft", "awq"])
 Types = StrEnum("Types", ["f32", "f16", "bf16", "q8_0"])
 Poolings = StrEnum("Poolings", ["mean", "cls", "lasttoken"])
 LOGITS = ("logits_off", "logits_span", "logits_off_by_rounding")
@@ -47,7 +47,7 @@ def export(
     pooling: Annotated[Poolings, typer.Option(help="Of sentence-transformers: one vector of many.")] = Poolings.mean,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
-    """Write a checkpoint for another program, read it back and compare: GGUF, ONNX, sentence-transformers, peft."""
+    """Write a checkpoint for another program and compare: GGUF, ONNX, sentence-transformers, peft, AWQ."""
     if os.path.lexists(output):  # a link to nothing too
         raise PretrainError(f"{output} is there already; accepted: a new folder")
     place = newest_checkpoint(checkpoint)

@@ -253,7 +253,7 @@ def test_what_a_format_cannot_hold_is_one_line(saved, tmp_path):
     cases = {
         ("bert", "gguf"): "model_type 'bert': accepted, for GGUF: models that continue text, of llama, mistral",
         ("llama", "peft"): "holds no adapter in peft's format",
-        ("llama", "onyx"): "format 'onyx': accepted: gguf, onnx, sentence-transformers, peft",
+        ("llama", "onyx"): "format 'onyx': accepted: gguf, onnx, sentence-transformers, peft, awq",
     }
     for (family, to), message in cases.items():
         with pytest.raises(PretrainError, match=message):

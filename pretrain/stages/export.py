@@ -15,8 +15,8 @@ class Export(Stage):
     """Write a checkpoint in another program's format, read it back and compare; writes the folder `export`.
 
     checkpoint: The model to write.
-    to: `gguf` for llama.cpp, `onnx` for onnxruntime, a folder of `sentence-transformers`, or an adapter alone as `peft`
-        opens it.
+    to: `gguf` for llama.cpp, `onnx` for onnxruntime, a folder of `sentence-transformers`, an adapter alone as `peft`
+        opens it, or packed 4-bit weights in the layout of `awq`, as vLLM reads it.
     numbers: Of GGUF, how matrices are stored.
     pooling: Of sentence-transformers, how many states make one vector, where the checkpoint says nothing of it.
     """
@@ -24,7 +24,7 @@ class Export(Stage):
     seeded: ClassVar[bool] = False
     stage: Literal["export"] = "export"
     checkpoint: Ref
-    to: Literal["gguf", "onnx", "sentence-transformers", "peft"]
+    to: Literal["gguf", "onnx", "sentence-transformers", "peft", "awq"]
     numbers: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
     pooling: Literal["mean", "cls", "lasttoken"] = "mean"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
-from pretrain.core.exchange import gguf_out, onnx_out, peft_out, sentences_out
+from pretrain.core.exchange import awq_out, gguf_out, onnx_out, peft_out, sentences_out
 from pretrain.core.exchange.task import Export
 from pretrain.core.files import JSONObject, atomic_folder
 from pretrain.core.foreign.code import brought
@@ -16,7 +16,7 @@ NUMBERS, POOLINGS = ("f32", "f16", "bf16", "q8_0"), ("mean", "cls", "lasttoken")
 Writer = Callable[[Export, Path], JSONObject]  # writes into a folder, reads it back, and tells what it has compared
 WRITERS: dict[str, Writer] = {
     "gguf": gguf_out.write, "onnx": onnx_out.write, "sentence-transformers": sentences_out.write,
-    "peft": peft_out.write,
+    "peft": peft_out.write, "awq": awq_out.write,
 }  # fmt: skip
 ANY = ("onnx", "peft")  # formats that ask nothing of a model's type
 ADAPTED = ("peft",)  # formats that take what plain transformers cannot open
