@@ -14,6 +14,8 @@ from transformers.utils.quantization_config import AwqConfig
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.exporting import export
+from pretrain.core.quick.hub import located
+from pretrain.identity import state_of
 from pretrain.surgery import Inputs
 from pretrain.surgery.compression.awq import AWQ
 from pretrain.surgery.compression.gptq import GPTQ
@@ -99,8 +101,43 @@ def test_what_the_layout_cannot_hold_is_one_line(case, saved, tmp_path):
     assert len(str(caught.value).splitlines()) == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_folder_in_the_layout_is_refused_in_one_line_where_it_is_opened(saved, tmp_path):
+@pytest.mark.parametrize("biases", [False, True])
+def test_a_folder_in_the_layout_opens_as_the_checkpoint_it_was_written_of(biases, saved, tmp_path, monkeypatch):
+    """To the bit in what is packed; all else is rounded to float16, biases too, and goes out again as it came."""
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
+    source = saved(AWQ(group_size=16, ratios=3), attention_bias=biases)
+    export(source, tmp_path / "out", "awq")
+    before, _ = checkpoint.load(source)
+    again, _ = checkpoint.load(tmp_path / "out")
+    for name, tensor in before.state_dict().items():
+        assert torch.equal(
+            again.state_dict()[name].float(), tensor.half().float() if tensor.is_floating_point() else tensor.float()
+        ), name
+    assert state_of(located(str(tmp_path / "out"))).startswith("awq ")
+    export(tmp_path / "out", tmp_path / "twice", "awq")
+    files = [(tmp_path / place / "model.safetensors").read_bytes() for place in ("out", "twice")]
+    assert files[0] == files[1]
+
+
+FOREIGN = {
+    "another kernel's": ({"version": "gemv"}, r"quantization_config.version 'gemv': accepted, of AWQ: gemm"),
+    "other bits": ({"bits": 8}, r"quantization_config.bits 8: accepted, of AWQ: 4"),
+    "no zeros": ({"zero_point": False}, r"quantization_config.zero_point False: accepted, of AWQ: true"),
+    "other groups": ({"group_size": 8}, r"rows of scales, of 32 inputs in groups of 8; accepted: packed weights in AWQ's"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", FOREIGN)
+def test_another_layout_is_refused_in_one_line_where_it_is_opened(case, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path / "cache"))
     export(saved(GPTQ(group_size=16, solver="rtn")), tmp_path / "out", "awq")
-    with pytest.raises(PretrainError, match="quantization_config awq: .*accepted: ") as caught:
+    (tmp_path / "out" / "checksums.json").unlink()
+    fields, message = FOREIGN[case]
+    path = tmp_path / "out" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= fields
+    path.write_text(json.dumps(config))
+    with pytest.raises(PretrainError, match=message) as caught:
         checkpoint.load(tmp_path / "out")
     assert len(str(caught.value).splitlines()) == 1
+    assert not [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]

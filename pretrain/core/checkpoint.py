@@ -268,7 +268,7 @@ def inspected(folder: Path) -> Facts:
         words = needs_consent(folder) or f"; {folder / 'config.json'} no longer names it"
         raise PretrainError(f"{folder / RECORD}: the model is made of code that its checkpoint brings{words}")
     surgery = entry.get("surgery", [])
-    files = _weight_files(folder, "pretrain" if _foreign(surgery) else "model")
+    files = weight_files(folder, "pretrain" if _foreign(surgery) else "model")
     _check(files, entry.get("checksums"))
     verify(folder)
     model_class = class_of(folder, config)
@@ -381,14 +381,14 @@ def stored_dtype(folder: Path | str) -> torch.dtype:
     """The floating type that most of a checkpoint's numbers are stored in."""
     folder, names = Path(folder), {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
     held = dict.fromkeys(names, 0)
-    for path in _weight_files(folder, "pretrain" if _foreign(read_record(folder).get("surgery", [])) else "model"):
+    for path in weight_files(folder, "pretrain" if _foreign(read_record(folder).get("surgery", [])) else "model"):
         for each in headers([path]).values():
             if each.dtype in held:
                 held[each.dtype] += each.count
     return names[max(held, key=lambda kind: held[kind])]
 
 
-def _weight_files(folder: Path, stem: str) -> list[Path]:
+def weight_files(folder: Path, stem: str) -> list[Path]:
     """The weights, in one file or as an index names them; the same choice as transformers makes."""
     whole, index = folder / f"{stem}{WEIGHTS}", folder / f"{stem}{INDEX}"
     files = [whole]

@@ -85,9 +85,11 @@ class Evaluate(Stage):
         """Refuse windows beyond the positions of the checkpoint that is named, where it is there."""
         super().check_inputs(earlier)
         exported = earlier.get(self.checkpoint)
-        if exported is not None and getattr(exported, "to", "gguf") not in ("gguf", "peft"):
+        if exported is not None and getattr(exported, "to", "gguf") not in ("gguf", "peft", "awq"):
             to = f"{self.checkpoint!r} exports {getattr(exported, 'to', '')}"
-            raise PretrainError(f"{to}, which is not read again; accepted: one to gguf or peft", place=("checkpoint",))
+            raise PretrainError(
+                f"{to}, which is not read again; accepted: one to gguf, peft or awq", place=("checkpoint",)
+            )
         path = located(self.checkpoint) / "config.json"
         if self.checkpoint not in earlier and path.exists():
             for number, method in enumerate(self.evaluations):

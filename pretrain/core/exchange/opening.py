@@ -1,18 +1,19 @@
 """What is no checkpoint but becomes one: made of it once, in the cache, and opened from there.
 
-A GGUF file, and the folder of an adapter of `peft`, which names the model that it goes on.
+A GGUF file, a folder of weights in AWQ's layout, and that of an adapter of `peft`, which names the model it goes on.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange import gguf_in
 from pretrain.core.exchange.gguf_in import NEITHER, ORIGIN, gguf_at
-from pretrain.core.files import locked, read_json
+from pretrain.core.files import locked, read_json, read_object
 from pretrain.core.quick.trust import ADAPTER
 
 
@@ -22,8 +23,17 @@ def adapter_at(place: Path) -> Path | None:
     return place if apart else None
 
 
+def is_awq(place: Path) -> bool:
+    """Whether a folder holds weights that are packed in AWQ's layout, by its `config.json`."""
+    path = place / "config.json"
+    with suppress(PretrainError, OSError):
+        packing = read_object(path).get("quantization_config") if path.is_file() else None
+        return isinstance(packing, dict) and packing.get("quant_method") == "awq"
+    return False
+
+
 def opened(place: Path, cache: Path) -> Path:
-    """The checkpoint that was made of a GGUF file or an adapter, the first time it is; any other path as it is.
+    """The checkpoint that was made of what is none, the first time it is asked for; any other path as it is.
 
     Raises `PretrainError` for a damaged file, for an architecture that transformers cannot read from GGUF, for an
     adapter whose model is not at hand, and of a type that changes no layers.
@@ -31,10 +41,13 @@ def opened(place: Path, cache: Path) -> Path:
     path = gguf_at(place)
     if path is not None:
         return _made(path, cache / "gguf" / f"{path.stem[:80]}-{gguf_in.key(path)[:16]}", gguf_in.convert)
-    path = adapter_at(place)
-    if path is not None:  # it opens its model itself: imported by name, as methods are
+    # The others write checkpoints themselves, as this is asked by what reads them: imported by name, as methods are.
+    if adapter_at(place) is not None:
         peft_in = importlib.import_module("pretrain.core.exchange.peft_in")
-        return _made(path, cache / "peft" / f"{path.resolve().name[:80]}-{peft_in.key(path)[:16]}", peft_in.convert)
+        return _made(place, cache / "peft" / f"{place.resolve().name[:80]}-{peft_in.key(place)[:16]}", peft_in.convert)
+    if is_awq(place):
+        awq_in = importlib.import_module("pretrain.core.exchange.awq_in")
+        return _made(place, cache / "awq" / f"{place.resolve().name[:80]}-{awq_in.key(place)[:16]}", awq_in.convert)
     return place
 
 
