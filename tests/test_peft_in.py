@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from closeness import assert_same_model
@@ -18,6 +19,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.exchange.convert import convert
 from pretrain.core.exchange.exporting import export
 from pretrain.core.folders import newest_checkpoint
+from pretrain.core.quick import hub
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.identity import state_of
 from pretrain.interactive import load
@@ -187,6 +189,31 @@ def test_an_adapter_on_the_hub_finds_its_model_there(fake, tmp_path):  # noqa: F
     assert checkpoint.load(tmp_path / "out") and fake.asked == 2  # of that revision once more, and then never
     checkpoint.load(tmp_path / "out")
     assert fake.asked == 2
+
+
+def test_an_adapter_that_is_named_as_on_the_hub_is_fetched_with_its_model(fake, tmp_path, monkeypatch):  # noqa: F811
+    small, made = fake.folder, tmp_path / "a"
+    (small / "checksums.json").unlink()
+    adapter(small, LoraConfig(r=2, target_modules="all-linear"), made)
+    path = made / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "org/small"}))
+    theirs = PeftModel.from_pretrained(type(checkpoint.load(small)[0]).from_pretrained(small), made).eval()
+    fetch = fake.snapshot_download
+
+    def either(repo, **given):
+        fake.folder = made if repo == "gpt2" else small
+        fetch(repo, **given)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", either)
+    fake.folder = made
+    hub.pin("gpt2")  # the adapter
+    fake.folder = small
+    stages = [{"stage": "surgery", "name": "merged", "checkpoint": "gpt2", "surgeries": ["merge_adapters"]}]
+    run = engine.run(check({"stages": stages}, output=tmp_path / "run"), say=engine.silent)
+    ours, _ = checkpoint.load(run.folder / "merged" / "checkpoint")
+    assert_same_model(logits(ours), logits(theirs), ours)
+    again = engine.run(check({"stages": stages}, output=tmp_path / "run"), say=(lines := []).append)
+    assert again.folder == run.folder and any("done already" in line or "already" in line for line in lines), lines
 
 
 def test_a_changed_adapter_is_another_checkpoint_and_the_same_one_is_made_once(base, tmp_path, cache):

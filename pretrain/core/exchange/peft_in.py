@@ -53,6 +53,7 @@ def model_of(folder: Path) -> Path:
 
     Raises `PretrainError` for an adapter that is none which changes layers, and where its model is not at hand.
     """
+    hub.fetch_weights(folder, warn)
     config = _config(folder)
     name, revision = config.get(BASE), config.get("revision")
     where = f"{folder / ADAPTER}: {BASE} {name!r}"
@@ -72,7 +73,7 @@ def model_of(folder: Path) -> Path:
         base = hub.pinned(asked) or hub.pin(asked)
         hub.fetch_weights(base, warn)
     except PretrainError as error:
-        raise PretrainError(f"{where}: {error}") from error
+        raise PretrainError(f"{where}: there is no such folder, and {error}") from error
     return base
 
 
