@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
 import numpy as np
 
@@ -269,6 +270,28 @@ def key_of(document: Document) -> str:
     if document.get("group") is not None:
         return str(document["group"])
     return document["text"] if only_text(document) else hashlib.sha256(content(document)).hexdigest()
+
+
+class Split(TypedDict):
+    """Shares of the documents that are held out, and what draws them."""
+
+    validation: float
+    test: float
+    split_seed: int
+
+
+def split_in(facts: Mapping[str, object], path: Path) -> Split | None:
+    """How the facts of a corpus say that it was split; None of one from before that was noted."""
+    given = facts.get("split")
+    if given is None:
+        return None
+    try:
+        given = cast("Split", given)
+        return Split(
+            validation=float(given["validation"]), test=float(given["test"]), split_seed=int(given["split_seed"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise PretrainError(f"{path}: split {given!r}: accepted: validation, test and split_seed") from error
 
 
 def side_of(document: Document, validation: float, test: float, salt: int) -> str:

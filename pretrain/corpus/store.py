@@ -4,8 +4,7 @@ A document's side is decided by a hash of its content (of its `group` where it h
 order and whatever else the corpus holds; a salt draws other sides. Exact copies are removed everywhere: documents that
 have the whole payload alike (`corpus/payload.py`: the content and all that belongs to it, a target, a label). Training
 documents whose text is a near-duplicate of a held-out one are removed from training; where there is more than text,
-those of the same content.
-Documents stream through: the corpus may be larger than memory.
+those of the same content. Documents stream through: the corpus may be larger than memory.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, write_json
@@ -26,6 +25,7 @@ from pretrain.core.folders import verify
 from pretrain.corpus.payload import (
     CONTENT,
     Placed,
+    Split,
     columns_in,
     content,
     identity,
@@ -34,6 +34,7 @@ from pretrain.corpus.payload import (
     payload,
     side_of,
     single_type,
+    split_in,
     table_of,
     typed,
 )
@@ -86,14 +87,6 @@ def _write_table(table: pyarrow.Table, path: Path) -> None:
 
     rows = max(1, min(1024, len(table) * GROUP_BYTES // max(1, table.nbytes)))
     pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=rows)
-
-
-class Split(TypedDict):
-    """Shares of the documents that are held out, and what draws them."""
-
-    validation: float
-    test: float
-    split_seed: int
 
 
 def write_corpus(
@@ -367,17 +360,8 @@ class Corpus:
 
     @property
     def splitting(self) -> Split | None:
-        """How its documents were split; None of a corpus from before that was noted."""
-        given = self.info.get("split")
-        if given is None:
-            return None
-        try:
-            return Split(
-                validation=float(given["validation"]), test=float(given["test"]), split_seed=int(given["split_seed"])
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            accepted = "accepted: validation, test and split_seed"
-            raise PretrainError(f"{self.folder / 'corpus.json'}: split {given!r}: {accepted}") from error
+        """How its documents were split, where it is noted."""
+        return split_in(self.info, self.folder / "corpus.json")
 
     @property
     def domains(self) -> list[str]:

@@ -159,11 +159,11 @@ def fit(rungs: Sequence[Rung]) -> Law:
         raise PretrainError(f"{len(rungs)} rungs: accepted: more than the law's {free} parameters")
     freedom, deviation = len(rungs) - free, 0.0
     for _ in range(2):
-        found, slopes, squares = _solved(rungs, free, deviation)
+        parameters, slopes, squares = _solved(rungs, free, deviation)
         deviation = math.sqrt(squares / freedom)
     covariance = np.zeros((6, 6))
     covariance[:free, :free] = deviation**2 * np.linalg.pinv(slopes.T @ slopes, rcond=1e-10)
-    floor, a, alpha, b, beta, gamma = [*found, *([] if several else [0.0])]
+    floor, a, alpha, b, beta, gamma = [*parameters, *([] if several else [0.0])]
     tokens = {rung.vocabulary: 0.0 for rung in rungs}
     return Law(
         math.exp(floor), math.exp(a), alpha, math.exp(b), beta, gamma, tokens, max(rung.flops for rung in rungs),

@@ -16,12 +16,12 @@ from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.quick.quantities import short
 from pretrain.core.samples import document_samples, write_samples
 from pretrain.corpus import sources as kinds
-from pretrain.corpus.payload import Labels
+from pretrain.corpus.payload import Labels, Split
 from pretrain.corpus.progress import reported
 from pretrain.corpus.samples import corpus_documents
 from pretrain.corpus.sources import SOURCES, Source
 from pretrain.corpus.sources._skipped import LONGEST
-from pretrain.corpus.store import Corpus, Split, write_corpus
+from pretrain.corpus.store import Corpus, write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
