@@ -197,7 +197,8 @@ def _by_folder(placed: Placed, root: Path) -> Placed:
     inside = [Path(where).relative_to(root).parts if where.startswith(str(root)) else () for where, _ in placed]
     if not all(len(parts) > 1 for parts in inside) or not 1 < len({parts[0] for parts in inside}) <= FOLDERS:
         return placed
-    return [(where, one | {"domain": parts[0]}) for (where, one), parts in zip(placed, inside, strict=True)]
+    named = zip(placed, inside, strict=True)
+    return [(where, document | {"domain": parts[0]}) for (where, document), parts in named]
 
 
 def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[PreTrainedModel, Processor]) -> Placed:
