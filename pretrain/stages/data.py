@@ -168,12 +168,12 @@ class Data(Stage):
 
     def _split(self, before: Corpus | None, say: Callable[[str], None]) -> Split:
         """How documents are split: as those of the corpus that it goes on with, lest copies and groups be parted."""
-        own = Split(validation=self.validation, test=self.test, split_seed=self.split_seed)
-        there = (before and before.splitting) or own
+        asked = Split(validation=self.validation, test=self.test, split_seed=self.split_seed)
+        there = (before and before.splitting) or asked
         usual = {name: type(self).model_fields[name].default for name in there}
-        if own not in (there, usual):
-            told = ", ".join(f"{name} {value}" for name, value in there.items())
-            say(f"warning: documents are split as in {self.corpus}: {told}")
+        if asked not in (there, usual):
+            shares = ", ".join(f"{name} {value}" for name, value in there.items())
+            say(f"warning: documents are split as in {self.corpus}: {shares}")
         return there
 
     def run(self, job: Job) -> StageResult:
