@@ -109,10 +109,10 @@ def test_without_temperature_it_is_hard_k_means(uniquify):
 
 
 def line_moves(value, centroids_K, times):
-    line, c = Line(value), centroids_K.double()
+    line, c = Line(value), centroids_K.double().numpy()
     for _ in range(times):
         c = line.moved(c)
-    return c
+    return torch.from_numpy(c)
 
 
 def saved_bytes(layer, x):
@@ -240,9 +240,31 @@ def test_k_means_is_as_good_as_scikit_learns(clusters):
     mine = kmeans(value, clusters, source=source, restarts=8)
     inertia = (value.double()[:, None] - mine.double()).square().amin(1).sum().item()
     assert inertia <= 1.01 * theirs.inertia_
-    assert Line(value).inertia(mine.double()) == pytest.approx(inertia, rel=1e-9)
+    assert Line(value).inertia(mine.double().numpy()) == pytest.approx(inertia, rel=1e-9)
     start = np.sort(theirs.cluster_centers_[:, 0])  # where it ended nothing moves
-    torch.testing.assert_close(Line(value).moved(torch.from_numpy(start)), torch.from_numpy(start), atol=1e-6, rtol=0)
+    np.testing.assert_allclose(Line(value).moved(start), start, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("clusters", [2, 8, 16])
+def test_each_further_centroid_is_drawn_by_its_squared_distance_from_those_before(clusters):
+    """As the definition has it, number by number; the running sums draw the same ones."""
+    value_N = torch.from_numpy(np.random.default_rng(1).standard_t(4, 3000)).float()
+    for seed in range(20):
+        source = torch.Generator().manual_seed(seed)
+        sorted_N, weight_N, centroids = value_N.double().sort().values, torch.ones(3000, dtype=torch.double), []
+        for _ in range(clusters):
+            running_N = weight_N.cumsum(0)
+            goal = torch.rand((), generator=source, dtype=torch.double) * running_N[-1]
+            centroids.append(sorted_N[torch.searchsorted(running_N, goal, right=True)].item())
+            weight_N = (sorted_N[:, None] - torch.tensor(centroids)).square().amin(1)
+        mine = Line(value_N).start(clusters, "kmeans++", torch.Generator().manual_seed(seed))
+        np.testing.assert_array_equal(mine, np.sort(centroids))
+
+
+def test_where_there_are_fewer_values_than_clusters_each_value_is_a_centroid():
+    value = torch.tensor([0.1, 0.7, -3.3]).repeat(1000)
+    book = kmeans(value, 8, source=torch.Generator().manual_seed(0))
+    assert set(book.tolist()) == set(value.tolist()) and len(book) == 8
 
 
 def test_the_seed_decides_where_k_means_begins_and_quantiles_need_none(tiny):

@@ -1,5 +1,8 @@
 """K-means of single numbers, with the numbers in order: sums of clusters are differences of running sums.
 
+A step of Lloyd's algorithm, or a further centroid of k-means++, is then a search for a few places among the numbers,
+however many these are. So small steps are made in NumPy, whose calls take a few microseconds, on the CPU.
+
 Shape letters: N numbers, K clusters.
 """
 
@@ -7,10 +10,14 @@ from __future__ import annotations
 
 from typing import Literal
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 Initialisation = Literal["kmeans++", "quantiles"]
+Floats = NDArray[np.float64]
+ROUNDING = 1e-12  # of the sum of squares: distances of less are those of numbers that lie at centroids
 
 
 def assign(value: Tensor, centroids_K: Tensor) -> Tensor:
@@ -20,52 +27,70 @@ def assign(value: Tensor, centroids_K: Tensor) -> Tensor:
 
 
 class Line:
-    """Numbers in ascending order with their running sums."""
+    """Numbers in ascending order with their running sums, which begin at 0."""
 
     def __init__(self, value: Tensor) -> None:
-        self.value_N = value.detach().flatten().double().sort().values
-        zero = self.value_N.new_zeros(1)
-        self.sum_N = torch.cat([zero, self.value_N.cumsum(0)])
-        self.square_N = torch.cat([zero, self.value_N.square().cumsum(0)])
+        flat = value.detach().flatten().cpu()
+        values_N = (flat if flat.dtype == torch.double else flat.float()).numpy()
+        self.value_N: Floats = np.sort(values_N).astype(np.float64)
+        self.sum_N, self.square_N = (np.zeros(len(self.value_N) + 1) for _ in range(2))
+        np.cumsum(self.value_N, out=self.sum_N[1:])
+        np.cumsum(np.square(self.value_N), out=self.square_N[1:])
 
-    def cuts(self, centroids_K: Tensor) -> Tensor:
+    def cuts(self, centroids_K: Floats) -> NDArray[np.int64]:
         """Where each cluster begins, and where the last one ends."""
         edges_K = (centroids_K[1:] + centroids_K[:-1]) / 2
-        cuts_K = torch.searchsorted(self.value_N, edges_K, right=True)
-        ends = torch.tensor([0, len(self.value_N)], device=cuts_K.device)
-        return torch.cat([ends[:1], cuts_K, ends[1:]])
+        return np.concatenate([[0], np.searchsorted(self.value_N, edges_K, side="right"), [len(self.value_N)]])
 
-    def moved(self, centroids_K: Tensor) -> Tensor:
+    def moved(self, centroids_K: Floats) -> Floats:
         """Each centroid at the mean of its cluster; one of an empty cluster stays."""
         cuts_K = self.cuts(centroids_K)
-        count_K = cuts_K.diff()
-        mean_K = self.sum_N[cuts_K].diff() / count_K.clamp(min=1)
-        return torch.where(count_K > 0, mean_K, centroids_K).sort().values
+        count_K, sums_K = np.diff(cuts_K), np.diff(self.sum_N[cuts_K])
+        return np.sort(np.divide(sums_K, count_K, out=centroids_K.copy(), where=count_K > 0))
 
-    def inertia(self, centroids_K: Tensor) -> float:
-        """The sum of squared distances to the nearest centroid."""
+    def distances(self, centroids_K: Floats) -> Floats:
+        """The sum of each cluster's squared distances to its centroid."""
         cuts_K = self.cuts(centroids_K)
-        sums_K, count_K = self.sum_N[cuts_K].diff(), cuts_K.diff()
-        squares_K = self.square_N[cuts_K].diff() - 2 * centroids_K * sums_K + count_K * centroids_K.square()
-        return squares_K.sum().item()
+        sums_K, count_K = np.diff(self.sum_N[cuts_K]), np.diff(cuts_K)
+        return np.diff(self.square_N[cuts_K]) - 2 * centroids_K * sums_K + count_K * np.square(centroids_K)
 
-    def start(self, clusters: int, way: Initialisation, source: torch.Generator | None) -> Tensor:
+    def inertia(self, centroids_K: Floats) -> float:
+        """The sum of squared distances to the nearest centroid."""
+        return float(self.distances(centroids_K).sum())
+
+    def start(self, clusters: int, way: Initialisation, source: torch.Generator | None) -> Floats:
         """Centroids to begin with: spread by k-means++, or the middles of equally many numbers."""
+        count = len(self.value_N)
         if way == "quantiles":
-            places_K = (torch.arange(clusters, dtype=torch.double) + 0.5) / clusters * len(self.value_N)
-            return self.value_N[places_K.long().to(self.value_N.device)]
+            places_K = (np.arange(clusters) + 0.5) / clusters * count
+            return self.value_N[places_K.astype(np.int64)]
 
-        def draw(weight_N: Tensor) -> Tensor:
-            running_N = weight_N.cumsum(0)
-            chosen = torch.rand((), generator=source, dtype=torch.double).to(running_N) * running_N[-1]
-            return self.value_N[torch.searchsorted(running_N, chosen, right=True).clamp(max=len(running_N) - 1)]
+        def share() -> float:
+            return torch.rand((), generator=source, dtype=torch.double).item()
 
-        centroids = [draw(torch.ones_like(self.value_N))]
-        distance_N = (self.value_N - centroids[0]).square()
+        first = self.value_N[min(int(share() * count), count - 1)]
+        centroids_K = np.array([first])
         for _ in range(clusters - 1):
-            centroids.append(draw(distance_N) if bool(distance_N.any()) else centroids[0])
-            distance_N = torch.minimum(distance_N, (self.value_N - centroids[-1]).square())
-        return torch.stack(centroids).sort().values
+            distance_K = self.distances(centroids_K).clip(min=0)
+            apart = distance_K.sum() > ROUNDING * self.square_N[-1]
+            further = self._drawn(centroids_K, distance_K, share()) if apart else first
+            centroids_K = np.insert(centroids_K, np.searchsorted(centroids_K, further), further)
+        return centroids_K
+
+    def _drawn(self, centroids_K: Floats, distance_K: Floats, share: float) -> float:
+        """The number at a `share` of the running sum of all squared distances to the nearest centroid."""
+        running_K = distance_K.cumsum()
+        goal = share * running_K[-1]
+        cluster = min(int(np.searchsorted(running_K, goal, side="right")), len(running_K) - 1)
+        goal -= running_K[cluster] - distance_K[cluster]
+        low, high = (int(place) for place in self.cuts(centroids_K)[cluster : cluster + 2])
+        begin, centroid = low, float(centroids_K[cluster])
+        while low < high - 1:  # the first number whose running sum, itself included, is beyond
+            middle = (low + high) // 2
+            squares, sums = (line_N[middle] - line_N[begin] for line_N in (self.square_N, self.sum_N))
+            beyond = squares - 2 * centroid * sums + (middle - begin) * centroid**2 > goal
+            low, high = (low, middle) if beyond else (middle, high)
+        return float(self.value_N[min(low, len(self.value_N) - 1)])
 
 
 def kmeans(
@@ -74,13 +99,13 @@ def kmeans(
 ) -> Tensor:  # fmt: skip
     """The ascending centroids of Lloyd's algorithm, of several starts those of least inertia; float32."""
     line = Line(value)
-    starts: list[tuple[float, Tensor]] = []
+    starts: list[tuple[float, Floats]] = []
     for _ in range(restarts if way == "kmeans++" else 1):
         centroids_K = line.start(clusters, way, source)
         for _ in range(iterations):
             before_K, centroids_K = centroids_K, line.moved(centroids_K)
-            if torch.equal(before_K, centroids_K):
+            if np.array_equal(before_K, centroids_K):
                 break
         starts.append((line.inertia(centroids_K), centroids_K))
     _, best_K = min(starts, key=lambda start: start[0])
-    return best_K.float()
+    return torch.from_numpy(best_K).to(value.device, torch.float32)
