@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Method
+from pretrain.dial.effort import Task, Work
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.core.batch import Batch
-    from pretrain.dial.shapes import Shape
     from pretrain.dial.tuned import Layers, Tuning
 
 
@@ -71,9 +71,9 @@ class Surgery(Method):
 
     kind: ClassVar[str] = "surgery"
     adapts: ClassVar[bool] = False
-    calibration: ClassVar[float] = 1.0  # FLOPs on the rows of calibration, in forward passes of whole matrices
+    calibration: ClassVar[float] = 0.0  # passes of the rows of calibration through the blocks, without sparing zeros
     backward: ClassVar[bool] = False  # whether it takes gradients of every weight on those rows
-    estimated: ClassVar[bool] = True  # whether `work` and `calibration` tell what it computes: not of one that trains
+    estimated: ClassVar[bool] = True  # whether `work` tells what it computes: not of one that trains
     split: ClassVar[str] = "train"  # of the stage's corpus, whose rows it is shown
     new_vocabulary: ClassVar[bool] = False  # whether it leaves other tokens than there were
     keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
@@ -88,9 +88,12 @@ class Surgery(Method):
         """The weights of the blocks after it, next to those before."""
         return 1.0
 
-    def work(self, shape: Shape) -> float:
-        """FLOPs on a model of this shape, besides those on the rows of calibration."""
-        return 0.0
+    def work(self, task: Task) -> Work:
+        """What it computes on such a model: FLOPs, and the seconds of what is no product of matrices.
+
+        By default the passes that `calibration` says.
+        """
+        return Work(self.calibration * task.forward)
 
     def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
         """What is trained of a model after it, `before` of the model that it is given; None: all of its weights."""

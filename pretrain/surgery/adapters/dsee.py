@@ -18,6 +18,7 @@ from pretrain.core.checkpoint import Entry, record, surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears
 from pretrain.core.models.layers import Linear, like
+from pretrain.dial.effort import Task, Work, orthogonal, sorting, through
 from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery._random import generator
@@ -134,6 +135,15 @@ class DSEE(Surgery):
         tuning = layers.low_rank(self.where, self.targets, self.rank)
         sparse = sum(each.blocks for each in layers.chosen(self.where, self.targets)) * self.nonzero
         return replace(tuning, trained=tuning.trained + sparse)
+
+    def work(self, task: Task) -> Work:
+        """The greedy low-rank and sparse parts of each chosen matrix, and the ranking of all weights to prune."""
+        chosen, made = task.layers.chosen(self.where, self.targets), Work()
+        for each in chosen:
+            size = float(each.outputs * each.inputs * each.blocks)
+            for rank in range(1, self.rank + 1):
+                made += _ROUNDS * (orthogonal(each, rank) + Work(6.0 * rank * size) + through(size, 7))
+        return made + (sorting(task.linear) + through(task.linear, 20) if self.sparsity else Work())
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted, pruned model: only the adapter, and a classifier's last layer, are trained from now on."""

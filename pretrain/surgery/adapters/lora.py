@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Positive, ProperShare
+from pretrain.dial.effort import Task, Work, orthogonal, singular
 from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery.adapters._adapters import Where, targets
@@ -43,6 +44,13 @@ class LoRA(Surgery):
         sides = sum(each.inputs * (each.inputs + each.outputs) * each.blocks for each in chosen)
         magnitudes = sum(each.outputs * each.blocks for each in chosen)
         return replace(tuning, trained=tuning.trained + magnitudes, batch=2.0 * self.rank * sides)
+
+    def work(self, task: Task) -> Work:
+        """A decomposition of each chosen matrix, where the factors begin at its own."""
+        chosen = task.layers.chosen(self.where, self.targets)
+        if self.init == "pissa":
+            return sum((singular(each) for each in chosen), Work())
+        return sum((orthogonal(each, each.inputs) for each in chosen if self.init == "olora"), Work())
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the adapter, and a classifier's last layer, are trained from now on."""

@@ -17,6 +17,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.layers import Linear, like
+from pretrain.dial.effort import Task, Work, singular
 from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery, report
 from pretrain.surgery.adapters._adapters import Adapter, Where, adapt, adapters_of, peft_lora, targets
@@ -90,6 +91,10 @@ class SVFit(Surgery):
         chosen = layers.chosen(self.where, self.targets)
         values = sum((self.rank or min(each.outputs, each.inputs)) * each.blocks for each in chosen)
         return replace(tuning, trained=float(values), kept=tuning.trained + values)
+
+    def work(self, task: Task) -> Work:
+        """A singular value decomposition of each chosen matrix."""
+        return sum((singular(each) for each in task.layers.chosen(self.where, self.targets)), Work())
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The adapted model: only the singular values, and a classifier's last layer, are trained from now on."""

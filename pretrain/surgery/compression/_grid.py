@@ -15,6 +15,7 @@ from pretrain.core.bounds import Count
 
 GroupSize = Literal[-1] | Count  # how many inputs of a row share a grid; -1: all
 WORD = 32
+ROUNDED = 17.0  # plain operations on a number that is rounded to the nearest point of its group's grid
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of float16, in which scales are kept
 
 

@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Share, Whole
 from pretrain.core.models.families import at
+from pretrain.dial.effort import Task, Work, through
+from pretrain.dial.tuned import DOWN, OUTPUT, QUERIES
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import Blocks, output_of, parts, set_weight, weight_of, wide_type
-from pretrain.surgery.compression._grid import GroupSize, grid, nearest, round_to_nearest
+from pretrain.surgery.compression._grid import ROUNDED, GroupSize, grid, nearest, round_to_nearest
 from pretrain.surgery.compression._smoothing import Scaled, fold, places, stack_of
 from pretrain.surgery.compression.gptq import GPTQ
 
@@ -39,7 +41,6 @@ class AWQ(Surgery):
 
     needs_text = True
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2", "modernbert")
-    calibration: ClassVar[float] = 45.0  # each place is tried with 20 scales
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: GroupSize = 128
@@ -48,6 +49,16 @@ class AWQ(Surgery):
     max_shrink: Share = 0.5
     clip_tokens: Whole = 512
     pack: bool = True
+
+    def work(self, task: Task) -> Work:
+        """Each place's outputs as they are and with each of the scales tried, and the clipping of each layer."""
+        output, keys = task.part(OUTPUT), {(each.outputs, each.inputs) for each in task.inner if each.place == QUERIES}
+        places = 4 if len(keys) == 1 else 3  # of values that heads share none stands behind the output's inputs
+        passed = task.attention() + task.feed_forward() + task.part(DOWN) + (output if places == 4 else 0)
+        passes = (3 + 2 * places) * task.forward + 2 * task.tokens * passed * (1 + self.ratios)
+        clips = max(1, int(self.max_shrink * self.ratios)) if self.clip_tokens else 0
+        clipping = 2.0 * min(task.tokens, self.clip_tokens) * task.linear * (1 + clips)
+        return Work(passes + clipping) + through(task.linear, ROUNDED * (2 + self.ratios + clips))
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

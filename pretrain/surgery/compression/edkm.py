@@ -19,10 +19,11 @@ from pretrain.core.bounds import Count, Ge, Le, Positive
 from pretrain.core.checkpoint import record
 from pretrain.core.models.families import set_module
 from pretrain.core.models.layers import Linear, Saved, sides
+from pretrain.dial.effort import Task, Work, through
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import plain_linears
 from pretrain.surgery._random import generator
-from pretrain.surgery.compression._clusters import Initialisation, assign, kmeans
+from pretrain.surgery.compression._clusters import Initialisation, assign, clustering, kmeans
 
 PATTERNS = 2**16  # that 16 bits have
 NARROW = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -214,7 +215,6 @@ class EDKM(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("causal", "masked")
-    estimated: ClassVar[bool] = False
 
     bits: Annotated[int, Ge(1), Le(8)] = 3
     tau: Positive = 1e-4
@@ -222,6 +222,10 @@ class EDKM(Surgery):
     initialisation: Initialisation = "kmeans++"
     dtype: Literal["bfloat16", "float16"] = "bfloat16"
     uniquify: bool = True
+
+    def work(self, task: Task) -> Work:
+        """K-means of each layer's weights."""
+        return clustering(task, 2**self.bits, 1) + through(task.linear, 5)
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

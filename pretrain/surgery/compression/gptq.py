@@ -21,6 +21,7 @@ from pretrain.core.checkpoint import record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, family, in_table, set_module
 from pretrain.core.models.layers import Linear, sides
+from pretrain.dial.effort import Task, Work, by_columns, through
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import (
     Blocks,
@@ -33,6 +34,7 @@ from pretrain.surgery._calibration import (
     weight_of,
 )
 from pretrain.surgery.compression._grid import (
+    ROUNDED,
     GroupSize,
     Quantised,
     grid,
@@ -43,6 +45,8 @@ from pretrain.surgery.compression._grid import (
     unpack,
     words,
 )
+
+COLUMN = 15.5  # operations on a column of weights
 
 
 def solve(
@@ -150,7 +154,6 @@ class GPTQ(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("causal", "masked")
-    calibration: ClassVar[float] = 3.6  # through the blocks twice, and the products of inputs
 
     bits: Literal[2, 3, 4, 8] = 4
     group_size: GroupSize = 128
@@ -173,6 +176,15 @@ class GPTQ(Surgery):
     def needs_text(self) -> bool:
         """Rounding does not."""
         return self.solver == "gptq"
+
+    def work(self, task: Task) -> Work:
+        """Passes, second moments and a column after another; of rounding only that, and packing."""
+        packing = through(task.linear, 12 if self.pack else 2)
+        if self.solver == "rtn":
+            return through(task.linear, ROUNDED) + packing
+        steps = len({each.place for each in task.inner}) if self.true_sequential else 1
+        passes = Work((2 + steps) * task.forward + task.second_moments())
+        return sum((by_columns(each, COLUMN) for each in task.inner), passes + packing)
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

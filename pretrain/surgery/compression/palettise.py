@@ -18,10 +18,11 @@ from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import linears, set_module
 from pretrain.core.models.layers import Linear, sides
+from pretrain.dial.effort import Task, Work, through
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_linears, weight_of
 from pretrain.surgery._random import generator
-from pretrain.surgery.compression._clusters import Initialisation, assign, kmeans
+from pretrain.surgery.compression._clusters import Initialisation, assign, clustering, kmeans
 from pretrain.surgery.compression._grid import pack, unpack, words
 from pretrain.surgery.compression.edkm import ClusteredLinear
 
@@ -82,6 +83,11 @@ class Palettise(Surgery):
     bits: Annotated[int, Ge(1), Le(8)] = 3
     initialisation: Initialisation = "kmeans++"
     restarts: Count = 4
+
+    def work(self, task: Task) -> Work:
+        """K-means of each layer's weights, their assignment and packing."""
+        starts = self.restarts if self.initialisation == "kmeans++" else 1
+        return clustering(task, 2**self.bits, starts) + through(task.linear, 30)
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

@@ -18,7 +18,7 @@ from pretrain.core.checkpoint import forget, record
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import set_module
 from pretrain.core.models.layers import Linear, like, sides
-from pretrain.dial.shapes import Shape
+from pretrain.dial.effort import Task, Work, singular
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_layer, plain_linears, weight_of
 
@@ -96,11 +96,11 @@ class PELA(Surgery):
 
     compression: Annotated[float, Ge(0.5)] = 3.0
 
-    def work(self, shape: Shape) -> float:
-        """The singular value decompositions of four square matrices and of the feed-forward's."""
-        small, large = sorted((shape.width, shape.intermediate))
-        inner = (3 if shape.gated else 2) * (6 * large * small**2 + 20 * small**3)
-        return float(shape.depth * (4 * 26 * shape.width**3 + inner))
+    def work(self, task: Task) -> Work:
+        """A singular value decomposition of each matrix; to merge, a product of each one's factors."""
+        if self.merge:
+            return Work(2.0 * task.linear * task.layers.shape.width / self.compression)
+        return sum((singular(each) for each in task.inner), Work())
 
     @property
     def growth_of_blocks(self) -> float:

@@ -13,9 +13,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pretrain.core.bounds import Count, Ge, Le, NonNegative, OpenShare
+from pretrain.dial.effort import Task, Work, sorting, through
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._calibration import plain_linears, set_weight, weight_of
-from pretrain.surgery.compression._grid import GroupSize, round_to_nearest
+from pretrain.surgery.compression._grid import ROUNDED, GroupSize, round_to_nearest
 
 
 def shrunk(weight_OI: Tensor, penalty: float) -> Tensor:
@@ -65,6 +66,12 @@ class PreCalibration(Surgery):
     steps: Count = 10
     bins: Annotated[int, Ge(2)] = 64
     penalty: NonNegative | None = None
+
+    def work(self, task: Task) -> Work:
+        """Of each penalty tried two roundings and two histograms; the weights in order, for the penalties."""
+        tried = 2 if self.penalty is not None else 1 + self.steps
+        ranks = [sorting(each.outputs * each.inputs) * each.blocks for each in task.inner if self.penalty is None]
+        return sum(ranks, through(task.linear, (2 * ROUNDED + 20) * tried))
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

@@ -18,6 +18,9 @@ from pretrain.core.bounds import Count, NonNegative, OpenShare, Positive, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import family
 from pretrain.core.models.layers import Linear, sides
+from pretrain.core.quick.machine import likely_rate
+from pretrain.dial.effort import Task, Work, by_columns, decomposed, sorting, through
+from pretrain.dial.tuned import DOWN, OUTPUT, QUERIES, UP
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._calibration import (
     Blocks,
@@ -53,6 +56,9 @@ def wanda(weight_OI: Tensor, hessian_II: Tensor, sparsity: float, group: int = 0
     """In each row, or `group` of it, the weights of the smallest |w| · ‖x‖₂ to zero; x, all values of its input."""
     norm_I = hessian_II.diagonal().to(weight_OI.dtype).sqrt()  # but for a factor that all inputs share
     return weight_OI.masked_fill(smallest_of_each(weight_OI.abs() * norm_I, sparsity, group or len(norm_I)), 0)
+
+
+COLUMN = 14.0  # operations on a column of weights
 
 
 def sparsegpt(
@@ -209,6 +215,39 @@ class SparseLLM(Surgery):
     def needs_text(self) -> bool:
         """Magnitudes do not."""
         return self.solver != "magnitude"
+
+    def work(self, task: Task) -> Work:
+        """Passes and second moments; of each layer, for each time that it is pruned, a column after another."""
+        if self.solver == "magnitude":
+            return self._ranking(task, whole=True)
+        passes = Work(3 * task.forward + task.second_moments())
+        if self.solver == "wanda":
+            return passes + self._ranking(task, whole=False)
+        joint = self.solver == "sparse_llm"
+        times = {place: self.epochs if joint and place in (UP, DOWN) else 1 for place in (QUERIES, OUTPUT, UP, DOWN)}
+        columns = [by_columns(each, COLUMN) * times[each.place] for each in task.inner]
+        return sum(columns, passes + (self._joint(task) if joint else Work()))
+
+    def _ranking(self, task: Task, *, whole: bool) -> Work:
+        """All weights of a layer in order, or those of each row or of its neighbours."""
+        each = [(layer.outputs * layer.inputs, layer.inputs, layer.blocks) for layer in task.inner]
+        sorts = [sorting(self.group or (size if whole else row)) * (size / (self.group or (size if whole else row)))
+                 * blocks for size, row, blocks in each]  # fmt: skip
+        return sum(sorts, through(task.linear, 4))
+
+    def _joint(self, task: Task) -> Work:
+        """The fits of least squares, in float64, and the variables' updates, in all epochs but one."""
+        wide, inner = task.layers.shape.width, task.layers.shape.intermediate
+        ups, blocks = (2 if task.layers.shape.gated else 1), task.layers.shape.depth
+        fits = 2.0 * task.tokens * (ups * (wide * inner + wide**2) + wide * inner + inner**2)
+        fits += 2.0 * (ups * wide**3 + inner**3)
+        fit = Work(fits, fits / likely_rate()) + decomposed(wide) * ups + decomposed(inner)
+        moments = Work(2.0 * task.tokens * inner**2)
+        solved = (2 / 3 * inner**3 + 2.0 * task.tokens * inner**2) / likely_rate()
+        update = Work(2.0 * task.tokens * wide * inner * (ups + 1) + 2.0 * wide * inner**2, solved)
+        numbers = through(task.tokens * inner, 10 + 10 * self.gate_steps * (ups > 1))
+        seen = Work(task.forward / blocks)
+        return ((fit + moments + update + numbers) * (self.epochs - 1) + seen) * blocks
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

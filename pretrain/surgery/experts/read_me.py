@@ -254,6 +254,7 @@ class ReadMe(Surgery):
     """
 
     needs_text = True
+    calibration: ClassVar[float] = 1.0
     families: ClassVar[tuple[str, ...]] = ("llama",)
     keeps_vocabulary: ClassVar[bool] = True
 

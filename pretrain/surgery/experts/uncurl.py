@@ -66,6 +66,7 @@ class Uncurl(Surgery):
     """
 
     needs_text = True
+    calibration: ClassVar[float] = 1.0
     families: ClassVar[tuple[str, ...]] = (
         "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "olmoe", "granitemoe", "minimax",
     )  # fmt: skip

@@ -14,6 +14,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import blocks, embeddings, family
+from pretrain.dial.effort import Task, Work, through
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._growth import config_with_blocks, fresh
 from pretrain.surgery._random import generator
@@ -85,6 +86,12 @@ class Bert2BERT(Surgery):
     num_key_value_heads: Count | None = None
     initialisation: Literal["FPI", "AKI"] = "AKI"
     sampling: Literal["uniform", "even"] = "uniform"
+
+    def work(self, task: Task) -> Work:
+        """Each number of the grown model is drawn at first, and then made in float64 of an old one."""
+        shape = task.layers.shape
+        times = (self.hidden_size or shape.width) / shape.width * (self.num_hidden_layers or shape.depth) / shape.depth
+        return through(task.numbers * times, 55)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The grown model, a new one."""

@@ -27,6 +27,7 @@ from pretrain.core.foreign.parsing import parsing
 from pretrain.core.models.families import blocks, embeddings, family, in_table, repeated_blocks
 from pretrain.core.processors import load_processor, tokenizer_in
 from pretrain.core.quick.vocabulary import check_alike, check_labels, labels_in, labels_of, numbers_of
+from pretrain.dial.effort import Task, Work, through
 from pretrain.surgery import Inputs
 from pretrain.surgery._merge import check_config, check_surgeries, weights
 
@@ -215,6 +216,11 @@ def _stored_name(model: PreTrainedModel, name: str, files: Mapping[str, safe_ope
     tied = [other for other, tensor in state.items() if tensor is state.get(name) and other in files]
     bare = name.removeprefix(f"{model.base_model_prefix}.")
     return tied[0] if tied else bare if bare in files else None
+
+
+def streamed(task: Task, models: int) -> Work:
+    """What it takes to read each weight of the model and of so many others in float64, and to round their sum."""
+    return through(task.numbers, 8 + 15 * models)
 
 
 @torch.no_grad()

@@ -13,9 +13,10 @@ from transformers import PreTrainedModel
 from pretrain.core.bounds import AnyNumber
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
+from pretrain.dial.effort import Task, Work, through
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._random import generator
-from pretrain.surgery.merging._streams import Place, Setting, at_place, check_settings, for_each, merge
+from pretrain.surgery.merging._streams import Place, Setting, at_place, check_settings, for_each, merge, streamed
 
 Rescale = Literal["density", "l1", "none"]
 
@@ -46,6 +47,16 @@ class TaskVectors(Surgery):
     def thin(self, vector: Tensor, number: int, place: Place, source: torch.Generator) -> Tensor:
         """What is left of the task vector of a model."""
         return vector
+
+    def work(self, task: Task) -> Work:
+        """What `thin` does to each model's weights, and their sum."""
+        return len(self.models) * (self.thinning(task) + through(task.numbers, 3 * self.elect)) + streamed(
+            task, len(self.models)
+        )
+
+    def thinning(self, task: Task) -> Work:
+        """Of `thin`, on all weights of a model."""
+        return Work()
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model, merged."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from pretrain.core.bounds import ProperShare
+from pretrain.dial.effort import CHOSEN, Task, Work
 from pretrain.surgery.merging._streams import Density, Place, at_place, check_settings, for_each
 from pretrain.surgery.merging._task_vectors import TaskVectors
 
@@ -33,6 +34,10 @@ class Breadcrumbs(TaskVectors):
         """Refuse densities that do not fit the models."""
         super().__post_init__()
         check_settings(self.name, "density", self.density, len(self.models))
+
+    def thinning(self, task: Task) -> Work:
+        """Those in the middle are sought."""
+        return Work(seconds=CHOSEN * task.numbers)
 
     def thin(self, vector: Tensor, number: int, place: Place, source: torch.Generator) -> Tensor:
         """The numbers of middling magnitude."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pretrain.dial.effort import DRAWN, Task, Work
 from pretrain.surgery.merging._streams import Density, Place, at_place, check_settings, for_each
 from pretrain.surgery.merging._task_vectors import Rescale, TaskVectors, draw, rescaled
 
@@ -32,6 +33,10 @@ class Dare(TaskVectors):
         """Refuse densities that do not fit the models."""
         super().__post_init__()
         check_settings(self.name, "density", self.density, len(self.models))
+
+    def thinning(self, task: Task) -> Work:
+        """Each number is drawn for."""
+        return Work(seconds=DRAWN * task.numbers)
 
     def thin(self, vector: Tensor, number: int, place: Place, source: torch.Generator) -> Tensor:
         """The numbers that a coin keeps, larger."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pretrain.core.bounds import ProperShare
 from pretrain.core.errors import PretrainError
+from pretrain.dial.effort import DRAWN, Task, Work, sorting
 from pretrain.surgery.merging._streams import Density, Place, at_place, check_settings, for_each, numbers_in
 from pretrain.surgery.merging._task_vectors import Rescale, TaskVectors, draw, rescaled
 
@@ -46,6 +47,11 @@ class Della(TaskVectors):
                     f"{density:g}, so that probabilities are between 0 and 1",
                     place=("epsilon",),
                 )
+
+    def thinning(self, task: Task) -> Work:
+        """Each row in order, and each number is drawn for."""
+        width = task.layers.shape.width
+        return sorting(width) * (task.numbers / width) + Work(seconds=DRAWN * task.numbers)
 
     def thin(self, vector: Tensor, number: int, place: Place, source: torch.Generator) -> Tensor:
         """The numbers that are drawn, larger."""

@@ -11,8 +11,9 @@ from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
+from pretrain.dial.effort import Task, Work
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.merging._streams import Place, Setting, at_place, check_settings, for_each, merge
+from pretrain.surgery.merging._streams import Place, Setting, at_place, check_settings, for_each, merge, streamed
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,10 @@ class LinearMerge(Surgery):
                 "linear_merge: models []: accepted: one or more besides the checkpoint", place=("models",)
             )
         check_settings(self.name, "weights", self.weights, len(self.models) + 1)
+
+    def work(self, task: Task) -> Work:
+        """One pass over all weights of the models."""
+        return streamed(task, len(self.models))
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model, merged."""

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
+from pretrain.dial.effort import Task, Work
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.merging._streams import Place, merge
+from pretrain.surgery.merging._streams import Place, merge, streamed
 
 TINY = 1e-6  # below which a product of norms, or the share's divisor, is taken for it
 
@@ -41,6 +42,10 @@ class ModelStock(Surgery):
             raise PretrainError(
                 f"model_stock: models {list(self.models)}: accepted: two or more fine-tuned models", place=("models",)
             )
+
+    def work(self, task: Task) -> Work:
+        """One pass over all weights of the models."""
+        return streamed(task, len(self.models))
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model, merged."""

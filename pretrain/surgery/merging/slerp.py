@@ -12,8 +12,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pretrain.core.method import Ref
+from pretrain.dial.effort import Task, Work
 from pretrain.surgery import Inputs, Surgery
-from pretrain.surgery.merging._streams import Between, Place, at_place, check_settings, merge
+from pretrain.surgery.merging._streams import Between, Place, at_place, check_settings, merge, streamed
 
 TINY = 1e-8  # a norm up to which a weight has no direction
 PARALLEL = 0.9995  # the cosine above which the arc is taken for the chord
@@ -41,6 +42,10 @@ class Slerp(Surgery):
         """Refuse settings that leave gaps."""
         super().__post_init__()
         check_settings(self.name, "t", (self.t,))
+
+    def work(self, task: Task) -> Work:
+        """One pass over all weights of the models."""
+        return streamed(task, 1)
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model, merged."""
