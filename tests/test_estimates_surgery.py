@@ -12,7 +12,7 @@ from pretrain.core import checkpoint
 from pretrain.core.method import nested
 from pretrain.core.models.families import new_model
 from pretrain.stages._estimates import left_in
-from pretrain.stages._expected import operation
+from pretrain.stages.surgery import operation
 from pretrain.surgery import Inputs, operate
 
 ROWS, LENGTH = 8, 64

@@ -22,6 +22,7 @@ from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import counted
 from pretrain.corpus.sources import evenly
+from pretrain.dial import effort
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.dial.tuned import Layers, Tuning
@@ -139,6 +140,14 @@ def operated(made: Left, surgeries: Sequence[Surgery]) -> Left:
             made = replace(made, tuning=surgery.tuning(Layers(shape.with_blocks(made.blocks), kind), made.tuning))
         made = replace(made, blocks=made.blocks * surgery.growth_of_blocks)
     return made
+
+
+def operating(
+    before: Left, shape: Shape, surgeries: Sequence[Surgery], tokens: float = 0.0, passed: float = 0.0
+) -> effort.Work:
+    """What surgeries compute on a model of this shape; `passed` FLOPs are those of passing the tokens once."""
+    task = effort.Task(Layers(shape, str(before.config.get("model_type"))), tokens, passed)
+    return sum((each.work(task) for each in surgeries), effort.Work())
 
 
 def _recorded(entries: Sequence[JSONObject]) -> list[Surgery]:

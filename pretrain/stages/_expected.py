@@ -11,11 +11,10 @@ from pretrain.core.files import JSON
 from pretrain.core.quick.machine import efficiency, likely_beside, likely_device, likely_rate, memory
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration
-from pretrain.dial import effort
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
 from pretrain.dial.law import LITTLE, NEARLY_NEW, worth
 from pretrain.dial.shapes import FIELDS, Shape
-from pretrain.dial.tuned import Layers, Tuning
+from pretrain.dial.tuned import Tuning
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
 from pretrain.records import Made
@@ -31,6 +30,7 @@ from pretrain.stages._estimates import (
     forward,
     letters,
     operated,
+    operating,
     tokenizer_bytes,
     training_seconds,
 )
@@ -47,8 +47,6 @@ LOGGED = 1.2e3  # bytes of a logged step
 START = 3.0  # seconds before the first step
 TEXT_THERE, TEXT_MADE = 6.0, 18.0  # bytes held for each of a corpus: one that is there, and one made in this process
 ORDER = 64.0  # bytes that the loader holds for each row of a step
-CALIBRATED = 8  # rows of calibration in a batch
-OPENING, OPENED = 0.5, 1e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 PAIR = 8.0  # bytes of the dense mask, and of what it is made of, for each two positions of a row
 TRAINING = 0.1e9  # bytes that the loop's own libraries hold
 
@@ -130,7 +128,7 @@ def expect(stage: Asked, given: Given) -> Estimate:
     every = stage.evaluate_every
     evaluations = 1 + int((steps // every if every >= 1 else 1 / every) if every else 0)
     most = held_out_tokens(stage.evaluate_tokens, every, steps, work.step_tokens)
-    operating = _operating(model, shape, stage.surgeries)
+    operated_on = operating(model, shape, stage.surgeries)
     training, once = steps * work.seconds, _measuring(stage, shape, model, corpus, work, most)
     made = evaluations
     if stage.budget.unit == "seconds":  # of which training makes no more than take this share
@@ -139,9 +137,9 @@ def expect(stage: Asked, given: Given) -> Estimate:
     trained, weights = _trained(shape, model)
     beside = trained if model.tuning else 0.0  # an adapter lies in its checkpoint once more, as `peft` has it
     again = shape.vocabulary * shape.width if shape.tied else 0  # what two names share, a state holds twice
-    started = START + operating.seconds + training_seconds(operating.flops, shape.width)
+    started = START + operated_on.seconds + training_seconds(operated_on.flops, shape.width)
     return Estimate(
-        flops + operating.flops, held, training + made * once + started,
+        flops + operated_on.flops, held, training + made * once + started,
         RECORDS + 4.0 * (weights + beside) + tokenizer_bytes(shape.vocabulary)
         + saved * (4.0 * (weights + again) + 8.0 * trained) + LOGGED * steps / max(1, stage.log_every)
         + 2.0 * (work.corpus_tokens or 0),
@@ -175,44 +173,6 @@ def described(stage: Asked, given: Given) -> Left:
             tokenizer=words.tokenizer,
         )
     return operated(made, stage.surgeries)
-
-
-def operation(given: Given, surgeries: Sequence[Surgery], rows: int, length: int) -> Estimate:
-    """Of surgeries on a checkpoint: two models in memory, a pass over the rows of calibration, what each computes."""
-    before = given.get("checkpoint", Left())
-    left, shape = operated(before, surgeries), shape_from(before.config)
-    if shape is None:
-        return Estimate(left=left)
-    blocks, after = shape.with_blocks(before.blocks), shape.with_blocks(left.blocks)
-    passed = rows * length * replace(blocks, density=1.0).forward(length, 0.0)
-    work = _operating(before, blocks, surgeries, rows * length, passed)
-    known = all(each.estimated for each in surgeries)
-    weights = blocks.weights + after.weights
-    weights += sum(_weights(other) for name, other in given.items() if name != "checkpoint")  # those of its merges too
-    memory = FLOOR + 4.0 * weights + 16.0 * rows * length * shape.width
-    if rows and any(each.backward for each in surgeries):  # their squares, and what goes back through one block
-        tokens = min(rows, CALIBRATED) * length
-        memory += 4.0 * blocks.weights + 4.0 * tokens * blocks.depth * blocks.width
-        memory += replace(blocks, depth=1).memory(tokens, length, 0.0)
-    seconds = training_seconds(work.flops, shape.width) + work.seconds + OPENING + OPENED * weights
-    return Estimate(
-        work.flops if known else None, memory, seconds if known else None,
-        RECORDS + 4.0 * after.weights + tokenizer_bytes(after.vocabulary), left=left,
-    )  # fmt: skip
-
-
-def _operating(
-    before: Left, shape: Shape, surgeries: Sequence[Surgery], tokens: float = 0.0, passed: float = 0.0
-) -> effort.Work:
-    """What surgeries compute on a model of this shape; `passed` FLOPs are those of passing the tokens once."""
-    task = effort.Task(Layers(shape, str(before.config.get("model_type"))), tokens, passed)
-    return sum((each.work(task) for each in surgeries), effort.Work())
-
-
-def _weights(model: Left) -> int:
-    """Of a model, or none where it is not known."""
-    shape = shape_from(model.config)
-    return shape.weights if shape else 0
 
 
 def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) -> Work:

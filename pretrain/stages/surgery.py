@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -13,8 +14,11 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.quick.hub import located
 from pretrain.core.quick.quantities import counted, short
 from pretrain.core.quick.vocabulary import check_alike, check_labels, stored_labels, stored_numbers
+from pretrain.dial.configs import shape_from
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
+from pretrain.stages._estimates import FLOOR, RECORDS, Left, operated, operating, tokenizer_bytes, training_seconds
+from pretrain.surgery import Surgery as Method
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,6 +26,9 @@ if TYPE_CHECKING:
 
     from pretrain.core.batch import Batch
     from pretrain.corpus.shards import Shards
+
+CALIBRATED = 8  # rows of calibration in a batch
+OPENING, OPENED = 0.5, 1e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 
 
 class Surgery(Stage):
@@ -77,8 +84,6 @@ class Surgery(Stage):
 
     def estimate(self, given: Given) -> Estimate:
         """What the surgeries compute, and the forward passes of calibration."""
-        from pretrain.stages._expected import operation
-
         return operation(given, self.surgeries, self.calibration_rows if self.corpus else 0, self.length)
 
     def run(self, job: Job) -> StageResult:
@@ -158,7 +163,6 @@ class Surgery(Stage):
 
         from pretrain.core.batch import Vocabulary, rows_to_tensors
         from pretrain.corpus.packing import plan_for
-        from pretrain.stages._expected import CALIBRATED
 
         plan = plan_for(shards, self.length)
         if not len(plan):
@@ -175,6 +179,36 @@ class Surgery(Stage):
             batch = {theirs: tensors[ours] for theirs, ours in names.items()}
             batches.append(batch | {"domain_B": torch.tensor([row.domain for row in rows])})
         return batches
+
+
+def operation(given: Given, surgeries: Sequence[Method], rows: int, length: int) -> Estimate:
+    """Of surgeries on a checkpoint: two models in memory, a pass over the rows of calibration, what each computes."""
+    before = given.get("checkpoint", Left())
+    left, shape = operated(before, surgeries), shape_from(before.config)
+    if shape is None:
+        return Estimate(left=left)
+    blocks, after = shape.with_blocks(before.blocks), shape.with_blocks(left.blocks)
+    passed = rows * length * replace(blocks, density=1.0).forward(length, 0.0)
+    work = operating(before, blocks, surgeries, rows * length, passed)
+    known = all(each.estimated for each in surgeries)
+    weights = blocks.weights + after.weights
+    weights += sum(_weights(other) for name, other in given.items() if name.startswith("models."))
+    memory = FLOOR + 4.0 * weights + 16.0 * rows * length * shape.width
+    if rows and any(each.backward for each in surgeries):  # their squares, and what goes back through one block
+        tokens = min(rows, CALIBRATED) * length
+        memory += 4.0 * blocks.weights + 4.0 * tokens * blocks.depth * blocks.width
+        memory += replace(blocks, depth=1).memory(tokens, length, 0.0)
+    seconds = training_seconds(work.flops, shape.width) + work.seconds + OPENING + OPENED * weights
+    return Estimate(
+        work.flops if known else None, memory, seconds if known else None,
+        RECORDS + 4.0 * after.weights + tokenizer_bytes(after.vocabulary), left=left,
+    )  # fmt: skip
+
+
+def _weights(model: Left) -> int:
+    """Of a model, or none where it is not known."""
+    shape = shape_from(model.config)
+    return shape.weights if shape else 0
 
 
 def _few_bits(model: nn.Module) -> dict[int, int]:
