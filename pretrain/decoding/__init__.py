@@ -33,6 +33,10 @@ class Decoding(Method):
     longer: ClassVar[bool] = False
     opens: ClassVar[bool] = False
 
+    def computed(self, reference: str = "") -> float:
+        """Positions that the model, or another that decodes beside it, by its field, computes for each new token."""
+        return 1.0
+
     def load(self, folder: Path, *, device: torch.device) -> tuple[PreTrainedModel, Processor | None]:
         """The checkpoint's model as the method wants it, and its processor, as `core.checkpoint.load` gives them."""
         from pretrain.core.checkpoint import load

@@ -29,6 +29,7 @@ from pretrain.dial.tuned import Layers, Tuning
 from pretrain.stages._examples import Labelled, Looked, Texts, counter, lengths, middle, stored
 
 if TYPE_CHECKING:
+    from pretrain.decoding import Decoding
     from pretrain.evaluation import Evaluation
     from pretrain.surgery import Surgery
 
@@ -368,13 +369,22 @@ def judging(objective: object, corpus: Left, documents: float, resamples: int) -
     return LOADED + drawn + OF_WORDS * words + (0.0 if pair else OF_CHARACTERS * characters)
 
 
-def decoding(given: Given, characters: float, new: float) -> Estimate:
-    """Of continuing prompts of so many characters by so many tokens."""
+def decoding(given: Given, characters: float, new: float, method: Decoding | None = None) -> Estimate:
+    """Of continuing prompts of so many characters by so many tokens; of a method with the models that it has beside."""
     model = given.get("checkpoint", Left())
     shape = shape_from(model.config)
     if shape is None or not model.vocabulary:
         return Estimate()
     letters = bytes_of_token(model.vocabulary)
-    flops = (characters / letters + new) * shape.forward(model.length or 512)
+    read, length = characters / letters, model.length or 512
+    flops = (read + new * (method.computed() if method else 1.0)) * shape.forward(length)
+    weights, seconds = shape.weights, training_seconds(flops, shape.width)
+    for name in method.references() if method else ():
+        other = shape_from(given.get(f"method.{name}", Left()).config)
+        if method is not None and other is not None:
+            other, share = other.with_blocks(given[f"method.{name}"].blocks), method.computed(name)
+            more = (read * (share > 0) + new * share) * other.forward(length)
+            flops, weights = flops + more, weights + other.weights
+            seconds += training_seconds(more, other.width)
     disk = RECORDS + characters + 2 * new * letters  # a continuation, and often the true one beside it
-    return Estimate(flops, FLOOR + 4.0 * shape.weights, training_seconds(flops, shape.width) / DECODING + 1, disk)
+    return Estimate(flops, FLOOR + 4.0 * weights, seconds / DECODING + 1, disk)

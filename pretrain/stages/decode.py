@@ -81,10 +81,10 @@ class Decode(Stage):
         return self
 
     def estimate(self, given: Given) -> Estimate:
-        """A forward pass for each token."""
+        """A forward pass for each token, and those of the models that a method has beside."""
         count = len(self.prompts) + (self.documents if self.corpus else 0)
         letters = sum(map(len, self.prompts)) + BEGINNING * (count - len(self.prompts))
-        return decoding(given, letters, count * self.max_new_tokens)
+        return decoding(given, letters, count * self.max_new_tokens, self.method)
 
     def run(self, job: Job) -> StageResult:
         """Write `samples.json`."""

@@ -43,6 +43,10 @@ class LatentDeliberation(Decoding):
 
     coprocessor: Ref
 
+    def computed(self, reference: str = "") -> float:
+        """The coprocessor is asked once, at the prompt's end."""
+        return 0.0 if reference else 1.0
+
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts; returns `tokens_BN`, prompts included, padded with `pad` after the end."""
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)

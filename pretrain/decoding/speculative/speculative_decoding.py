@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pretrain.core.generation.options import Options
 
 
+KEPT = 0.6  # of the draft's tokens, as plans take it: each is the model's own at about this share of places
+
+
 @dataclass(frozen=True)
 class SpeculativeDecoding(Decoding):
     """Fast Inference from Transformers via Speculative Decoding (arXiv:2211.17192).
@@ -40,6 +43,11 @@ class SpeculativeDecoding(Decoding):
 
     draft: Ref
     gamma: Count = 5
+
+    def computed(self, reference: str = "") -> float:
+        """Of the model the draft and its own token, of `draft` what it writes, for those that stay of a round."""
+        stay = (1 - KEPT ** (self.gamma + 1)) / (1 - KEPT)  # the paper's formula 1
+        return (self.gamma if reference else self.gamma + 1) / stay
 
     def decode(self, model: PreTrainedModel, input_ids_BL: Tensor, options: Options) -> Tensor:
         """Continue left-padded prompts, row by row; returns `tokens_BN`."""
