@@ -497,7 +497,12 @@ def test_a_ladder_fits_a_law_that_the_dial_goes_by(written: Path, tmp_path: Path
     recipe = recipes.load(written, ["model.length=32", "model.evaluate_tokens=2000"], tmp_path / "run")
     told: list[str] = []
     law, settled = climb(recipe, told.append)
-    assert len(told) == len(law.rungs) >= 8
+    assert len(told) - 1 == len(law.rungs) >= 8
+    share = float(told[0].partition(" FLOPs, ")[2].partition("%")[0]) / 100  # what it is to take, before it begins
+    assert share * recipe.sizes[0].choice.flops == pytest.approx(sum(rung.flops for rung in law.rungs), rel=0.15)
+    again: list[str] = []
+    climb(recipe, again.append)
+    assert again[0].endswith("all are made") and again[1:] == told[1:]
     assert settled.task.law is law
     path = tmp_path / "run" / "ladder" / "law.json"
     assert laws.load(path) == law

@@ -148,7 +148,7 @@ def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_comman
     sizes = settled(tmp_path, texts, budget={"seconds": 1.5}, length=64)
     lines: list[str] = []
     run(tmp_path / "auto.yaml", output=tmp_path / "run", say=lines.append)
-    (told,) = [line for line in lines if "of the FLOPs; for so many" in line]
+    (told,) = [line for line in lines if "of the FLOPs; for such a speed" in line]
     made = json.loads((tmp_path / "run" / "model" / "stage.json").read_text())
     assert made["metrics"]["steps"] > 10
     command = told.partition("Ctrl-C, then ")[2].partition(";")[0]
@@ -157,6 +157,7 @@ def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_comman
     assert f"chooses width {other.width}, {other.depth} block" in told and f"vocabulary {other.vocabulary:,}:" in told
     assert other.weights < sizes[0].choice.shape.weights
     summary = summarise(collect(tmp_path / "run"))
+    assert "for such a speed" in summary.advice, "no word that the FLOPs beside it are those that were made"
     assert made["planned"]["instead"]["size"] in summary.advice and "--set model.budget.flops=" in summary.command
 
 

@@ -16,7 +16,7 @@ CALL = 12e-6  # of an operation, on however few numbers
 NUMBER = 1e-9  # a number that one operation goes through
 DRAWN = 13e-9  # a number that is drawn
 CHOSEN = 45e-9  # a number among which the greatest are sought
-SORTED = 5.2e-9  # a number that is sorted, for each doubling of how many there are
+SORTED = 4.3e-9  # a number that is sorted, for each doubling of how many there are
 INVERTED = 7.0  # FLOPs' worth of time for each n³ of a damped inverse's Cholesky factor, in float64
 EIGENVECTORS = 25.0  # the same of a symmetric matrix's eigenvectors, in float64
 

@@ -3,21 +3,26 @@
 Around the size that the dial would take for a 64th, a 24th and an eighth of the budget stand models half as wide to
 half as wide again (twice as wide where the dial has nothing narrower), and at the two smaller budgets ones with half
 and twice the vocabulary where that is the dial's to choose. All run as the recipe's own first stages, so what they
-share is made once, and a ladder that was interrupted goes on. Together they cost about two thirds of the budget.
+share is made once, and a ladder that was interrupted goes on. Together they cost about two thirds of the budget's
+FLOPs, and of a budget of some minutes more than its seconds: narrow models make fewer FLOPs a second, and each run is
+set up and measured anew. What they are expected to take is said before the first.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.quick.quantities import counted, duration, short
 from pretrain.dial.choose import VOCABULARIES, Choice, choose
 from pretrain.dial.law import Law, Rung, fit
 from pretrain.dial.shapes import FIELDS, SMALLEST
+from pretrain.forecast import forecast
+from pretrain.identity import plan
 from pretrain.recipe import Raw, Recipe, check
 from pretrain.runs.shelf import check_output
 from pretrain.stages._size import Settled
@@ -63,10 +68,9 @@ def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Sett
     folder = recipe.output / "ladder"
     rungs: list[Rung] = []
     sizes: dict[int, float] = {}
-    wanted, unique = list(steps(settled)), settled.task.unique
-    for number, step in enumerate(wanted, 1):
-        name = f"{step.width}-{step.vocabulary}-{step.flops:.2e}"
-        made = check(_raw(recipe, settled, step), recipe.path, recipe.places, folder / name)
+    wanted, unique = [(step, _run(recipe, settled, step, folder)) for step in steps(settled)], settled.task.unique
+    say(announcement(settled, [made for _, made in wanted], folder / "stages"))
+    for number, (step, made) in enumerate(wanted, 1):
         result = engine.run(made, store=folder / "stages", report=False, say=engine.silent)
         record = result.stages[settled.stage]
         metrics, entry = record["metrics"], made.raw["stages"][-1]
@@ -89,6 +93,28 @@ def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Sett
     law.write(folder / LAW)
     task = replace(settled.task, law=law, unique=unique)
     return law, replace(settled, choice=choose(task), task=task, text="this corpus")
+
+
+def _run(recipe: Recipe, settled: Settled, step: Step, folder: Path) -> Recipe:
+    """The recipe of one of the runs."""
+    name = f"{step.width}-{step.vocabulary}-{step.flops:.2e}"
+    return check(_raw(recipe, settled, step), recipe.path, recipe.places, folder / name)
+
+
+def announcement(settled: Settled, runs: Sequence[Recipe], store: Path) -> str:
+    """What is left of a ladder, before it begins: its runs, their FLOPs beside the budget's, and their time.
+
+    By the plan of each run; what several share, and what lies in `store`, is counted once or not at all.
+    """
+    ahead = {each.item.folder: each.ahead for made in runs for each in forecast(plan(made, store)) if each.to_run}
+    if not ahead:
+        return f"{counted(len(runs), 'run')}: all are made"
+    flops, seconds = (sum(getattr(each, name) or 0.0 for each in ahead.values()) for name in ("flops", "seconds"))
+    budget = f"{flops / settled.choice.flops:.0%} of the budget's"
+    whole = settled.task.seconds
+    beside = f", {seconds / whole:.1f} times the budget's: narrow models make fewer FLOPs a second" if whole else ""
+    slow = beside if whole and seconds > whole else ""
+    return f"{counted(len(runs), 'run')}: {short(flops)} FLOPs, {budget}, in about {duration(seconds)}{slow}"
 
 
 def _raw(recipe: Recipe, settled: Settled, step: Step) -> Raw:

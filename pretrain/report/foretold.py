@@ -34,13 +34,14 @@ def made(model: StageRow | None) -> str:
 def again(model: StageRow) -> tuple[str, Mapping[str, object]]:
     """What to do where far fewer FLOPs were made, and the fields for it.
 
-    Those of the size that the dial chooses for what was made; else of as many FLOPs as were planned, in any time.
+    Those of the size that the dial chooses for such a speed; else of as many FLOPs as were planned, in any time.
     """
     planned: Made = model.get("planned") or {"flops": 0.0, "steps": 0.0}
     if other := planned.get("instead"):
         words = (
             "Next: the same recipe again on a quiet machine, with a thread for each core (OMP_NUM_THREADS); or, where "
-            f"it stays as busy, a size that so many FLOPs are enough for, {other['size']}:"
+            f"it stays as busy, the size that the dial chooses for such a speed, {other['size']}, with the FLOPs that "
+            "it comes to in the same time (fewer than were made where its smaller products go slower):"
         )
         return words, other["changes"]
     words = (

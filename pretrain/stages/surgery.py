@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pretrain.corpus.shards import Shards
 
 CALIBRATED = 8  # rows of calibration in a batch
-OPENING, OPENED = 0.5, 1e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
+OPENING, OPENED = 0.5, 0.8e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 
 
 class Surgery(Stage):

@@ -59,7 +59,7 @@ def projection(training: Training, step: float) -> tuple[str, bool]:
         worth = f"{share:.1%}" if share < 0.1 else f"{share:.0%}"
         makes = f"the {duration(budget.limit)} make about {steps:,.0f} steps, where {plan.steps:,.0f} were planned"
         other = plan.instead(share) if plan.instead is not None and share < 1 else None
-        anew = f"; for so many the dial chooses {other.size}: Ctrl-C, then {other.command}" if other else ""
+        anew = f"; for such a speed the dial chooses {other.size}: Ctrl-C, then {other.command}" if other else ""
         return f"at this speed {makes}: {worth} of the FLOPs{anew}", share < 1
     takes = spent["seconds"] + (budget.total_steps(spent) - spent["steps"]) * step
     if takes <= plan.seconds / FAR or takes < plan.seconds + SHORT:
