@@ -78,7 +78,7 @@ class CodebookFeatures(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
-    calibration: ClassVar[float] = 3.0  # the whole model, then each block twice
+    estimated: ClassVar[bool] = False  # how long its k-means goes on is not known beforehand
 
     codes: Count = 10000
     k: Count = 8
