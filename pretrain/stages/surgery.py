@@ -192,7 +192,7 @@ def operation(given: Given, surgeries: Sequence[Method], rows: int, length: int)
     work = operating(before, blocks, surgeries, rows * length, passed)
     known = all(each.estimated for each in surgeries)
     weights = blocks.weights + after.weights
-    weights += sum(_weights(other) for name, other in given.items() if name.startswith("models."))
+    weights += sum(_weights(other) for name, other in given.items() if name != "checkpoint")  # those of its merges too
     memory = FLOOR + 4.0 * weights + 16.0 * rows * length * shape.width
     if rows and any(each.backward for each in surgeries):  # their squares, and what goes back through one block
         tokens = min(rows, CALIBRATED) * length
