@@ -19,23 +19,30 @@ from pretrain.recipe import Raw, check
 
 ROOT = Path(__file__).parent.parent
 ZERO = {"method": "zero_init"}
+SHORT = {"method": "sequence_length_warmup", "at": [0.3, 0.5, 0.7], "spread": 64}
+FRUGAL = [
+    ZERO, {"method": "polycom", "activation": "polynorm"}, "value_embeddings", "input_skip",
+    {"method": "logit_softcap", "cap": 15},
+]  # fmt: skip
 
 
 def changes(lr: float, ratio: float, beta2: float) -> dict[str, Raw]:
-    """What differs from the dial's choice, by name."""
+    """What differs from the dial's choice without its short rows, by name."""
     muon = {"method": "muon", "lr": lr, "adamw_lr": ratio * lr, "beta2": beta2}
     beside = {
         "polycom": {"activation": "polynorm"}, "value_embeddings": {}, "input_skip": {}, "value_residual": {},
         "logit_softcap": {"cap": 15}, "qk_norm": {},
     }  # fmt: skip
     return {
-        "the dial": {"optimizer": muon},
+        "rows of full length": {"optimizer": muon},
         "without zero_init": {"optimizer": muon, "surgeries": []},
         "beta2 0.95": {"optimizer": muon | {"beta2": 0.95}},
         "beta2 0.997": {"optimizer": muon | {"beta2": 0.997}},
         "embeddings at the matrices' rate": {"optimizer": muon | {"adamw_lr": lr}},
         **{name: {"optimizer": muon, "surgeries": [ZERO, {"method": name, **f}]} for name, f in beside.items()},
         "relu2": {"optimizer": muon, "surgeries": [{"method": "relu2"}, ZERO]},
+        "the dial: short rows first": {"optimizer": muon, "policies": [SHORT]},
+        "the frugal recipe": {"optimizer": muon, "policies": [SHORT], "surgeries": FRUGAL},
     }  # fmt: skip
 
 
@@ -46,6 +53,7 @@ def recipe(change: Raw, flops: float, seed: int) -> Raw:
     train = {
         "name": "model", "stage": "train", "corpus": "corpus", "tokenizer": "tokenizer", "size": "auto",
         "model": {"family": "llama", "hidden_size": 48}, "budget": {"flops": flops}, "save_every": 0,
+        "policies": [],
     }  # fmt: skip
     held_out = {"method": "held_out", "length": 256, "stride": 256}
     judged = {

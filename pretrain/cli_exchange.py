@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.exchange.task import check_option
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign.code import TRUST, consenting_to
 from pretrain.core.quick.imports import uncollected
@@ -43,25 +44,33 @@ def export(
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a stage that wrote one, or a run.")],
     to: Annotated[Formats, typer.Option(help="The format of another program.")],
     output: Annotated[Path, typer.Option(help="The folder to write.")],
-    numbers: Annotated[Types, typer.Option(help="Of GGUF: how matrices are stored.")] = Types.f16,
-    pooling: Annotated[Poolings, typer.Option(help="Of sentence-transformers: one vector of many.")] = Poolings.mean,
+    numbers: Annotated[Types | None, typer.Option(help="Of GGUF: how matrices are stored; by default f16.")] = None,
+    pooling: Annotated[
+        Poolings | None, typer.Option(help="Of sentence-transformers: one vector of many; by default mean.")
+    ] = None,
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Write a checkpoint for another program and compare: GGUF, ONNX, sentence-transformers, peft, AWQ."""
     if os.path.lexists(output):  # a link to nothing too
         raise PretrainError(f"{output} is there already; accepted: a new folder")
+    given = {"numbers": numbers and numbers.value, "pooling": pooling and pooling.value}
+    of = {name: value for name, value in given.items() if value is not None}
+    for name in of:
+        check_option(to.value, name, "--")
     place = newest_checkpoint(checkpoint)
     with uncollected():
         from pretrain.core.exchange.exporting import export as write
 
     with consenting_to(place, trust_remote_code):
-        facts = write(place, output, to.value, numbers.value, pooling.value)
+        facts = write(place, output, to.value, **of)
     for name, value in facts.items():
         if name not in (*LOGITS, "vectors_off"):
             typer.echo(f"{name}: {value}", err=True)
     if LOGITS[0] in facts:
         off, span, rounded = (float(facts.get(name, 0.0)) for name in LOGITS)
-        rounding = f"; rounding the weights to {numbers.value} moves them by up to {rounded:.2g}" if rounded else ""
+        rounding = (
+            f"; rounding the weights to {of.get('numbers', 'f16')} moves them by up to {rounded:.2g}" if rounded else ""
+        )
         read = (
             f"logits are off by at most {off:.2g} from what was written"
             if off

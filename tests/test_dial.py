@@ -353,6 +353,18 @@ def test_a_step_moves_what_a_matrix_answers_as_much_at_any_width(width: int) -> 
     assert float(moved) == pytest.approx(expected, rel=0.2)
 
 
+def test_a_sized_training_begins_with_short_rows_unless_they_are_too_short_or_the_recipe_says_its_policies(
+    written: Path, tmp_path: Path
+) -> None:
+    def policies(*changes: str) -> list[dict[str, object]]:
+        return recipes.load(written, list(changes), tmp_path).raw["stages"][2].get("policies", [])
+
+    assert [policy["method"] for policy in policies()] == ["sequence_length_warmup"]
+    assert [policy["method"] for policy in policies("model.length=128")] == ["sequence_length_warmup"]
+    assert policies("model.length=64") == policies("model.length=250") == policies("model.objective=prefix_lm") == []
+    assert policies("model.policies=[ema]") == ["ema"]
+
+
 def test_a_sized_model_is_plain_and_its_blocks_begin_as_nothing(written: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
@@ -442,7 +454,7 @@ def test_a_misspelt_budget_is_named_where_a_size_is_chosen_for_it(tmp_path: Path
 
 def test_why_a_vocabulary_is_that_large_is_told_where_the_dial_chose_it(written: Path, tmp_path: Path) -> None:
     chosen = recipes.load(written, [], tmp_path).sizes[0]
-    entries = f"vocabulary {chosen.choice.shape.vocabulary:,}: the least bits per byte by the law"
+    entries = f"vocabulary {chosen.choice.shape.vocabulary:,}: of powers of two the best by the law"
     assert any(line.startswith(entries) and "bytes of text an entry are enough for" in line for line in chosen.lines())
     fixed = recipes.load(written, ["tokenizer.vocab_size=2048"], tmp_path).sizes[0]
     assert not any("by the law, whose runs" in line for line in fixed.lines())

@@ -18,6 +18,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.exchange import exporting, gguf_in, gguf_out
 from pretrain.core.exchange.exporting import WRITERS, export
 from pretrain.core.exchange.sentences_out import pooled
+from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign.gguf import header
 from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import train_tokenizer
@@ -25,6 +26,7 @@ from pretrain.recipe import check
 from pretrain.surgery import Inputs, operate
 from pretrain.surgery.adapters.lora import LoRA
 from pretrain.surgery.adapters.peft_adapter import PeftAdapter
+from pretrain.surgery.compression.gptq import GPTQ
 
 TEXTS = ["def f(x): return x + 1", "Numbers: 1234567; it's   déjà vu\n\n", "the cat sat on the mat"]
 KINDS = ("llama", "qwen3", "gpt2")
@@ -270,3 +272,43 @@ def test_a_stage_writes_the_folder_and_says_what_it_compared(saved, tmp_path):
     assert (run.folder / "out" / "export" / "modules.json").exists()
     record = json.loads((run.folder / "out" / "stage.json").read_text())
     assert record["metrics"]["vectors_off"] == 0 and any("vectors_off 0" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"to": "onnx", "numbers": "q8_0"}, "numbers: onnx has no such option; accepted: with gguf alone"),
+        ({"to": "gguf", "pooling": "cls"}, "pooling: gguf has no such option; accepted: with sentence-transformers"),
+        ({"to": "onnx", "checkpoint": "packed"}, "packed: packed weights have no form in ONNX; accepted"),
+    ],
+)
+def test_options_of_another_format_and_packed_weights_in_onnx_are_refused_as_the_recipe_is_read(
+    fields, message, saved, tmp_path
+):
+    base = str(saved("llama"))
+    packed = {
+        "name": "packed",
+        "stage": "surgery",
+        "checkpoint": base,
+        "surgeries": [{"method": "gptq", "solver": "rtn"}],
+    }
+    stage = {"name": "out", "stage": "export", "checkpoint": base} | fields
+    with pytest.raises(PretrainError, match=message):
+        check({"name": "r", "stages": [packed, stage]}, output=tmp_path)
+
+
+def test_packed_weights_are_refused_by_onnx_before_anything_is_traced(saved, tokenizer, tmp_path):
+    model, _ = checkpoint.load(saved("llama", hidden_size=32))
+    model = GPTQ(bits=4, group_size=16, solver="rtn")(model, Inputs(tokenizer=tokenizer))
+    checkpoint.save(model, tokenizer, tmp_path / "packed", {"made_by": {"name": "packed", "stage": "surgery"}})
+    with pytest.raises(
+        PretrainError, match="packed weights have no form in ONNX; accepted: a checkpoint of whole weights"
+    ):
+        export(tmp_path / "packed", tmp_path / "onnx", "onnx")
+
+
+def test_a_run_that_ends_in_gguf_is_opened_by_its_own_name(saved, tmp_path):
+    stage = {"name": "out", "stage": "export", "to": "gguf", "checkpoint": str(saved("llama"))}
+    engine.run(check({"name": "r", "stages": [stage]}, output=tmp_path / "run"), say=engine.silent, report=False)
+    opened = newest_checkpoint(tmp_path / "run")
+    assert checkpoint.load(opened)[0].config.model_type == "llama"

@@ -626,3 +626,8 @@ def test_a_budget_that_the_recipe_has_no_use_for_is_told(here):
     told = new("t.csv", "--budget", "2h")
     assert "--budget 2h changes nothing: more passes over the text" in told
     assert "changes nothing" not in new("t.csv", "--budget", "5s", "--force")
+
+
+def test_a_budget_beyond_the_passes_that_help_is_told_of_a_model_that_goes_on_too(here, base):
+    write_prose(here / "prose")
+    assert "--budget 2h changes nothing" in new("prose", "--task", "continue", "--init", base, "--budget", "2h")

@@ -234,7 +234,7 @@ def page_of(*evaluations, held_out=(), tokens=1e6, weights=1000, statuses=("fini
     stages = [
         {
             "name": "model" if i == 0 else f"stage-{i}", "stage": "train", "status": status, "writes": "checkpoint" if i == 0 else "",
-            "lineage": lineage, "weights": weights, "bytes": 4 * weights, "family": "llama", "config": {"budget": budget or {"seconds": 60}},
+            "lineage": lineage, "metrics": None, "weights": weights, "bytes": 4 * weights, "family": "llama", "config": {"budget": budget or {"seconds": 60}},
         }
         for i, status in enumerate(statuses)
     ]  # fmt: skip
@@ -274,6 +274,34 @@ def test_the_first_sentence_says_whether_it_is_good(evaluation, words):
 def test_the_line_of_counts_says_how_much_was_counted():
     judged = summarise(page_of(measured(1.8, line=2.4, xz=1.5), tokens=3e5)).judgement
     assert "which token follows which in the 300 k tokens that it has read (2.40)" in judged
+
+
+def test_the_counts_beside_a_model_that_goes_on_are_of_its_own_training():
+    page = page_of(measured(1.8, line=2.4), tokens=651e3)  # of which the model before had read 250 thousand
+    page["stages"][0] |= {"metrics": {"tokens": 401e3}, "config": {"init": "before", "budget": {"tokens": 4e5}}}
+    assert "in the 401 k tokens that it went on with (2.40)" in summarise(page).judgement
+
+
+def test_of_a_run_that_ends_in_an_export_the_size_of_that_is_told():
+    page = page_of(statuses=())
+    record = {"status": "finished", "seconds": 2.0, "writes": "", "bytes": 0, "lineage": None, "weights": 0, "inputs": None}
+    page["stages"] = [
+        record | {"name": "corpus", "stage": "data", "writes": "corpus", "config": {}, "metrics": {"bytes/train": 9}},
+        record | {"name": "smaller", "stage": "export", "config": {"to": "gguf"}, "metrics": {"bytes": 957e3}},
+    ]
+    page["run"]["stages"], page["trainings"] = page["stages"], []
+    assert "“smaller” is the model for other programs, as gguf, of 957 kB." in summarise(page).result
+    assert "957 kB" in str(changes(page))
+
+
+def test_what_a_ladder_expected_is_compared_with_the_validation_text_that_it_measured():
+    page = page_of(measured(1.52), held_out=[2.0, 1.9])
+    page["trainings"][0]["evaluation"]["bits_per_byte"] = [1.8, 1.75]
+    of = "the text that law.json was measured on"
+    page["expected"] = {"model": {"bits_per_byte": 1.7, "of": of, "interval": [1.6, 1.8]}}
+    assert "on its validation text 1.75, as expected" in summarise(page).judgement
+    page["expected"]["model"]["of"] = "Python's library"
+    assert "on Python's library: it is less than that" in summarise(page).judgement
 
 
 def test_counts_of_all_training_text_stand_beside_those_of_what_was_read():

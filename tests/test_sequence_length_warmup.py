@@ -134,6 +134,11 @@ def test_a_step_has_pieces_of_many_rows_where_they_are_dealt_out(prepared):
     assert rows(1) == [4] * 4 and rows(16) == [16] * 4
 
 
+def test_the_mean_length_over_the_budget_is_that_of_the_stretches():
+    assert RAMP.attended() == pytest.approx(0.3 / 4 + 0.3 / 2 + 0.4)
+    assert SequenceLengthWarmup(at=()).attended() == 1
+
+
 def test_lengths_and_objectives_that_cannot_be_cut_are_refused(prepared, tiny, tmp_path):
     with pytest.raises(PretrainError, match="length 64 in 3 rows: accepted: a divisor that leaves 2 tokens or more"):
         loader(prepared).cuts = 3

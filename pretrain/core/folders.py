@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -179,27 +179,37 @@ def newest_checkpoint(place: Path | str) -> Path:
         return checkpoint_of(place)
     stages = stage_folders(place)
     made = [name for name, stage in stages.items() if (stage / "checkpoint" / "config.json").exists()]
+    kinds = stage_kinds(place)
+    if exported := [name for name, stage in stages.items() if not made and any((stage / "export").glob("*.gguf"))]:
+        return checkpoint_of(stages[exported[-1]])
     if not made:
         raise PretrainError(_unmade(place, stages))
-    kinds = stage_kinds(place)
     later = list(stages)[list(stages).index(made[-1]) + 1 :]
     if missing := [name for name in later if kinds[name] in WRITERS]:
-        warn(f"{place}: {missing[-1]!r} is not finished; the newest checkpoint is that of {made[-1]!r}")
+        there = _earlier(place, stages, missing)
+        more = f"; of other settings there are {', '.join(there)}" if there else ""
+        warn(f"{place}: {missing[-1]!r} is not finished; the newest checkpoint is that of {made[-1]!r}{more}")
     return stages[made[-1]] / "checkpoint"
 
 
 def _unmade(run: Path, stages: Mapping[str, Path]) -> str:
     """That no stage of a run, as it is set now, has written a checkpoint; and where earlier ones lie."""
+    there = _earlier(run, stages, list(stages))
+    more = f"; of other settings there are {', '.join(there)}" if there else ""
+    return f"no stage of the run {run}, as it is set now, has written a checkpoint{more}; accepted: a finished model"
+
+
+def _earlier(run: Path, stages: Mapping[str, Path], names: Sequence[str], most: int = 3) -> list[str]:
+    """Checkpoints that stages of these names have written with other settings."""
     shown = {folder.name for folder in stages.values()}
     homes = dict.fromkeys((run, *(folder.parent for folder in stages.values())))
     earlier = [
         f"{run / str(record.get('name'))}@{path.parent.name.rpartition('-')[2]}"
         for home in homes for path in sorted(home.glob("*-*/stage.json"))
         if path.parent.name not in shown and (path.parent / "checkpoint" / "config.json").exists()
-        and (record := (stage_at(path.parent) or (path, {}))[1]).get("name") in stages
+        and (record := (stage_at(path.parent) or (path, {}))[1]).get("name") in names
     ]  # fmt: skip
-    more = f"; of other settings there are {', '.join(earlier[:3])}" if earlier else ""
-    return f"no stage of the run {run}, as it is set now, has written a checkpoint{more}; accepted: a finished model"
+    return earlier[:most]
 
 
 def check_unused(output: Path) -> None:

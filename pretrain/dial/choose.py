@@ -33,6 +33,8 @@ RATES = {
 }  # fmt: skip
 REMEMBERING = ("adamw", "muon")  # whose second moment is given a half-life in tokens
 HALF_LIFE, LONGEST = 1e7, 0.999  # tokens; and at the most so slow, since short runs have a thousand steps
+SHORT_FIRST = (0.3, 0.5, 0.7)  # shares of the budget at which the rows of a decoder double in length
+SPREAD, SHORTEST = 64, 16  # rows among which their pieces are dealt out, and tokens of a piece
 RATE_POWER, WIDTH_POWER = -0.125, -0.5  # the latter for Muon from few runs at widths 64 to 192; AdamW's taken over
 
 
@@ -110,6 +112,15 @@ def optimizer_for(method: str, choice: Choice) -> dict[str, float]:
     beta2 = round(min(LONGEST, 0.5 ** (choice.batch_rows * choice.length / HALF_LIFE)), 4)
     chosen = {name: float(f"{rate * scale:.1e}") for name, rate in rates.items()}
     return chosen | ({"beta2": beta2} if method in REMEMBERING else {})
+
+
+def policies_for(objective: object, length: object) -> list[dict[str, object]]:
+    """What a training of plain rows of text begins with: short rows of many texts, if rows are long enough."""
+    name = objective.get("method") if isinstance(objective, dict) else objective
+    pieces = 2 ** len(SHORT_FIRST)
+    if name != "causal_lm" or not isinstance(length, int) or length % pieces or length < SHORTEST * pieces:
+        return []
+    return [{"method": "sequence_length_warmup", "at": list(SHORT_FIRST), "spread": SPREAD}]
 
 
 def _candidates(task: Task) -> Iterable[Shape]:

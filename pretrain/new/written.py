@@ -18,7 +18,7 @@ from pretrain.corpus.payload import belongs
 from pretrain.new import TASKS
 from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
-from pretrain.new.plans import Asked, recipe
+from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
 from pretrain.new.tables import as_asked
 from pretrain.new.words import contents, labels, unused
@@ -73,7 +73,7 @@ def write(
     text_of, odd = fitted(asked)
     write_text(file, text_of)
     _say(asked, target, task is None, odd)
-    if budget is not None and recipe(asked) == recipe(replace(asked, seconds=None)):
+    if budget is not None and "seconds" not in (said := _budgets(text_of)) and said == _unasked(asked):
         enough = (
             "more passes over the text than the recipe's teach little" if "budget:" in text_of else "nothing is trained"
         )
@@ -81,6 +81,16 @@ def write(
     if name != run_name(target):
         typer.echo(f"its name is {name}: runs/{run_name(target)} is the run of another recipe")
     typer.echo(f"wrote {target}; next: pretrain run {target} --dry-run, then: pretrain run {target}")
+
+
+def _budgets(text: str) -> str:
+    lines = text.splitlines()
+    return " ".join(line.partition("#")[0].strip() for line in lines if line.lstrip().startswith("budget:"))
+
+
+def _unasked(asked: Asked) -> str:
+    """The budgets that the recipe has where none is asked for."""
+    return _budgets(fitted(replace(asked, seconds=None))[0])
 
 
 def name_of(path: Path) -> str:

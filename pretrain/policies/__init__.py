@@ -167,6 +167,10 @@ class Policy(Method):
         """
         return None
 
+    def attended(self) -> float:
+        """The mean length of rows over the budget, next to that of whole ones, for plans."""
+        return 1.0
+
     def start(self, training: Training, state: State) -> None:
         """Once, before the first step and again after a resume (then `state` holds what was saved)."""
 

@@ -68,6 +68,12 @@ def _group(
     return tag("div", tag("h3", title), *lines, class_="group")
 
 
+def _size(stage: StageRow) -> float:
+    """The bytes of a checkpoint, or of what an export has written."""
+    exported = (stage["metrics"] or {}).get("bytes", 0.0) if stage["stage"] == "export" else 0.0
+    return float(stage["bytes"]) or exported
+
+
 def changes(page: Page) -> Html:
     """A row for each stage: the size of what it wrote, the held-out loss of it, and the time that it took."""
     stages = [s for s in page["stages"] if s["seconds"] is not None]
@@ -77,7 +83,7 @@ def changes(page: Page) -> Html:
     units = [name for name, _ in losses.values() if name]
     unit = BITS if BITS in units else next(reversed(units), "")  # of one objective: losses of several do not compare
     columns: list[Column] = [
-        ("size", {s["name"]: float(s["bytes"]) for s in page["stages"] if s["bytes"]}, lambda v: short(v, "B")),
+        ("size", {s["name"]: size for s in page["stages"] if (size := _size(s))}, lambda v: short(v, "B")),
         (
             "bits per byte" if unit == BITS else f"held-out {unit}" if unit else "held-out loss",
             {stage: value for stage, (name, value) in losses.items() if name == unit != ""},

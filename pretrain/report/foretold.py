@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pretrain.core.quick.quantities import duration, short
 from pretrain.records import Made, Metrics
 from pretrain.report.data import BITS, Evaluated, Page, StageRow
+from pretrain.report.numbers import known
 from pretrain.training.budget import share_made
 
 LIKELY = "its machine was busy with other work, had fewer threads to use, or is slower than it was taken to be"
@@ -51,6 +52,9 @@ def again(model: StageRow) -> tuple[str, Mapping[str, object]]:
     return words, {f"{model['name']}.budget.flops": f"{planned['flops']:.3g}"}
 
 
+OF_LADDER = " was measured on"  # how a text is named whose law is a ladder's: its validation text
+
+
 def expected(page: Page, model: StageRow | None) -> tuple[float, str, tuple[float, float] | None] | None:
     """The bits per byte that the dial expected of a model, of which text, and the interval where it is known."""
     row = (page.get("expected") or {}).get(model["name"] if model else "")
@@ -72,5 +76,18 @@ def beside(page: Page, model: StageRow | None, evaluation: Evaluated | None) -> 
     whole = " of all the FLOPs that were planned" if share is not None and share < 1 else ""
     if ends is None:
         return f"Before it began {best:.2f} was expected{whole} on {of}, and other text differs."
+    there = ""
+    if of.endswith(OF_LADDER):
+        bits = _validation(page, model)
+        if bits is None:
+            return ""
+        there = f"on its validation text {bits:.2f}, "
     where = "less than that" if bits < ends[0] else "more than that" if bits > ends[1] else "as expected"
-    return f"Before it began {best:.2f} ({ends[0]:.2f} to {ends[1]:.2f}) was expected{whole} on {of}: it is {where}."
+    interval = f"({ends[0]:.2f} to {ends[1]:.2f})"
+    return f"Before it began {best:.2f} {interval} was expected{whole} on {of}: it is {there}{where}."
+
+
+def _validation(page: Page, model: StageRow | None) -> float | None:
+    """The bits per byte of the validation text that training ended with."""
+    ends = [known(each["evaluation"][BITS]) for each in page["trainings"] if model and each["name"] == model["name"]]
+    return ends[0][-1] if ends and ends[0] else None

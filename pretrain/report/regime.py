@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core import checkpoint
-from pretrain.core.files import digest, read_json, sealed, write_json
+from pretrain.core.files import digest, read_json, read_object, sealed, write_json
 from pretrain.core.folders import checkpoint_of, corpus_in
 from pretrain.core.foreign.weights import header
 from pretrain.core.processors import load_processor, tokenizer_in
@@ -64,7 +64,7 @@ def lines_of(
 ) -> list[Line]:
     """The bigram line of a metric STAGE.NAME; none where the metric is no likelihood of text.
 
-    It is of as many tokens as the model has read; with `whole` it has its domains too, and a second one is of all
+    It is of as many tokens as the training has read; with `whole` it has its domains too, and a second one is of all
     training text, or of `WHOLE` tokens of it. Of a model that went on from another on other text than is judged there
     is none with `whole`: counts of that text alone say nothing of what it has learnt before.
     """
@@ -74,13 +74,13 @@ def lines_of(
         return []
     if whole and training.init and stage.corpus != training.corpus:
         return []
-    tokens = int(checkpoint.lineage(checkpoint_of(output / trained)).get("tokens", 0))
+    tokens = _read_by(output / trained)
     seen = [tokens, *([max(tokens, WHOLE)] if whole else [])]
     return _bigram_lines(stage, training, output, store, name, seen, whole)
 
 
 def training_line(training: Train, output: Path, store: Path) -> dict[str, float]:
-    """The bigram line of the held-out metrics that a training of text logs, of as many tokens as its model has read."""
+    """The bigram line of the held-out metrics that a training of text logs, of as many tokens as it has read."""
     from pretrain.evaluation.likelihood._shards import shard_line
 
     folder = checkpoint_of(output / training.name)
@@ -89,7 +89,7 @@ def training_line(training: Train, output: Path, store: Path) -> dict[str, float
         return {}
     places = store / ".tokens" / tokens_key(corpus, tokenizer)
     shards = tokenise(corpus, tokenizer, places, splits=["train", "validation"])
-    seen = int(checkpoint.lineage(folder).get("tokens", 0))
+    seen = _read_by(output / training.name)
     most = training.evaluate_tokens if isinstance(training.evaluate_tokens, int) else MOST_HELD_OUT
     return shard_line(shards["train"], shards["validation"], seen=seen, length=training.length, max_tokens=most)
 
@@ -141,6 +141,12 @@ def _bigram_lines(
 def _stored(path: Path) -> Line | None:
     """A line that was counted before."""
     return cast("Line", read_json(path)) if path.exists() else None
+
+
+def _read_by(stage: Path) -> int:
+    """The tokens that a training has read: of a model that went on from another without what that had read before."""
+    tokens = read_object(stage / "stage.json").get("metrics", {}).get("tokens")
+    return int(checkpoint.lineage(checkpoint_of(stage)).get("tokens", 0) if tokens is None else tokens)
 
 
 def _weights(folder: Path) -> int:

@@ -104,6 +104,10 @@ def _result(page: Page, about: Headline) -> str:
     model = about.model
     if model is None and (speeds := _speeds(page)):
         return f"Of samples that were written, tokens a second: {', '.join(speeds)}."
+    exported = [(s["name"], s["config"].get("to"), s["metrics"]) for s in page["stages"] if s["stage"] == "export"]
+    if model is None and exported and (facts := exported[-1][2]):
+        name, form, _ = exported[-1]
+        return f"“{name}” is the model for other programs, as {form}, of {short(facts['bytes'], 'B')}."
     if model is None:
         made = [f"{s['name']} ({s['writes']})" for s in page["stages"] if s["writes"]]
         return f"No model has come out yet; there is {', '.join(made)}." if made else "Nothing has come out yet."
@@ -167,7 +171,8 @@ def _judgement(page: Page, about: Headline) -> str:
     beaten = f"fewer than {name} ({best:.2f})" if bits < best < math.inf else ""
     words = []
     # The line goes by how much has been counted: of a model that has read more it is lower.
-    read = (about.model["lineage"] or {}).get("tokens") if about.model else None
+    made = about.model or {"metrics": None, "lineage": None}
+    read = (made["metrics"] or {}).get("tokens") or (made["lineage"] or {}).get("tokens")
     has_read = "it went on with" if about.model and about.model["config"].get("init") else "it has read"
     counting = "counting which token follows which" + (f" in the {short(read)} tokens that {has_read}" if read else "")
     if line is not None and bits >= line:

@@ -20,7 +20,7 @@ from pretrain.core.folders import corpus_of, tokenizer_of, verify
 from pretrain.core.method import nested
 from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.plan import Plan
-from pretrain.core.quick.quantities import counted
+from pretrain.core.quick.quantities import counted, short
 from pretrain.corpus.sources import evenly
 from pretrain.dial import effort
 from pretrain.dial.configs import shape_from
@@ -266,7 +266,9 @@ def _seen(left: Left, seen: Looked) -> Left:
 
 def _basis(seen: Looked, total: float) -> str:
     """What is known of the text, in words."""
-    part = "its sources" if seen.whole else f"the first {min(1.0, seen.given / max(1.0, total)):.1%} of its sources"
+    share = min(1.0, seen.given / max(1.0, total))
+    few = f"{share:.1%}" if share >= 0.001 else f"{short(seen.given, 'B')}, less than 0.1%,"
+    part = "its sources" if seen.whole else f"the first {few} of its sources"
     copies = f", of which copies are {1 - seen.kept:.0%}" if seen.kept < 0.995 else ""
     return f"what is said of its text is by a look at {part}{copies}"
 

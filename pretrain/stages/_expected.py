@@ -17,6 +17,7 @@ from pretrain.dial.shapes import FIELDS, Shape
 from pretrain.dial.tuned import Tuning
 from pretrain.objectives import Objective
 from pretrain.optim import Optimizer
+from pretrain.policies import Policy
 from pretrain.records import Made
 from pretrain.stages._estimates import (
     BATCH,
@@ -70,6 +71,7 @@ class Asked(Protocol):
     batch_rows: int
     micro_rows: int
     optimizer: Optimizer
+    policies: list[Policy]
     budget: Budget
     evaluate_every: float  # in steps, below 1 a share of the budget
     evaluate_tokens: int | Literal["auto"]
@@ -182,6 +184,7 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
     seen = positions_of(model.config, stage.length)  # positions of the blocks in a row
     example = _example(stage, objectives[0], model, given)
     inputs = 1.0 if example is None else example.inputs  # of an example
+    attended = math.prod(policy.attended() for policy in stage.policies)
     if objectives[0].reads == "examples" and model.vocabulary:  # whole documents, cut off at `length`
         documents = corpus.documents.get("train")
         if example is not None:
@@ -198,7 +201,7 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
             targets, taught = targets * 4 / 3, taught * 2
         logits += targets * seen * inputs * stage.batch_rows * shape.vocabulary
         passes = (2.0 if model.tuning else 3.0) + stage.checkpointing
-        each = shape.flops(max(1, round(seen)), targets, passes)
+        each = shape.flops(max(1, round(seen * attended)), targets, passes)
         head = (4.0 if model.tuning else 6.0) * targets * shape.vocabulary * shape.width
         if model.tuning:
             each += _beside(shape, model.tuning, round(seen), targets)

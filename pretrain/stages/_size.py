@@ -34,6 +34,7 @@ from pretrain.dial.choose import (
     Task,
     choose,
     optimizer_for,
+    policies_for,
     slowed,
 )
 from pretrain.dial.law import Law, load
@@ -44,7 +45,6 @@ from pretrain.training.budget import Budget, endless, least_seconds
 Raw = dict[str, object]  # a recipe as it is read, or a stage of it
 LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's standard library, for corpora without a law
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
-SURGERIES = [{"method": "zero_init"}]
 BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
 LIKE_PYTHON = "text like Python's library"  # what a law of it is of, where another corpus is learnt
 OTHER_TEXT = "other text differs: `pretrain ladder` measures yours"
@@ -63,6 +63,7 @@ class Settled:
     lr: float | None
     optimizer: object
     text: str = LIKE_PYTHON  # what the law's expectation is of
+    rows: str = ""  # that they are short at first
 
     @property
     def certain(self) -> bool:
@@ -77,14 +78,13 @@ class Settled:
         best = self.choice.prediction
         if best is None:
             return None
-        interval = {"interval": [best.low, best.high]} if self.certain else {}
-        return {"bits_per_byte": best.bits, "of": self.text} | interval
+        within = {"interval": [best.low, best.high]} if self.certain else {}
+        return {"bits_per_byte": best.bits, "of": self.text} | within
 
     @property
     def optimizer_name(self) -> str:
         """The method that makes the steps."""
-        name = self.optimizer.get("method") if isinstance(self.optimizer, dict) else self.optimizer
-        return str(name)
+        return str(self.optimizer.get("method") if isinstance(self.optimizer, dict) else self.optimizer)
 
     def warnings(self) -> list[str]:
         """That nobody has chosen the rate, where the dial knows none for the optimiser and the recipe says none."""
@@ -118,7 +118,7 @@ class Settled:
         text = f"{short(choice.tokens)} tokens ({choice.tokens_per_weight:.1f} a weight{passes})"
         lines = [
             f"{sized(shape)}: {short(shape.weights)} weights, {text}",
-            f"rows of {choice.length} tokens, {choice.batch_rows} a step; {self.optimizer_name}, peak rate "
+            f"rows of {choice.length} tokens{self.rows}, {choice.batch_rows} a step; {self.optimizer_name}, peak rate "
             f"{self.lr or 'its own default'}",
             *self.warnings(),
             *self._vocabulary(),
@@ -150,7 +150,7 @@ class Settled:
         enough = self.task.unique / BYTES_AN_ENTRY if self.task.unique else 0.0
         filled = f", and {BYTES_AN_ENTRY} bytes of text an entry are enough for {enough:,.0f}" if enough else ""
         return [
-            f"vocabulary {self.choice.shape.vocabulary:,}: the least bits per byte by the law, whose runs had "
+            f"vocabulary {self.choice.shape.vocabulary:,}: of powers of two the best by the law, whose runs had "
             f"{known[0]:,} to {known[-1]:,} entries; it is asked for no more{filled}"
         ]
 
@@ -227,10 +227,12 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
     entry["optimizer"] = method
     given = entry.get("schedule", {})
     entry["schedule"] = SCHEDULE | given if isinstance(given, dict) and "method" not in given else given
-    entry.setdefault("surgeries", copy.deepcopy(SURGERIES))
+    entry.setdefault("surgeries", [{"method": "zero_init"}])
+    short = policies_for(entry.get("objective", "causal_lm"), entry["length"])
     if tokenizer is not None and tokenizer.get("vocab_size") == "auto":
         tokenizer["vocab_size"] = choice.shape.vocabulary
-    return Settled(name, task, choice, lr, method, _text_of(entry, stages[:number]))
+    rows = ", at first in pieces" if short and entry.setdefault("policies", short) is short else ""
+    return Settled(name, task, choice, lr, method, _text_of(entry, stages[:number]), rows)
 
 
 def _text_of(entry: Raw, before: list[Raw]) -> str:
@@ -274,9 +276,7 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
         rate=rate, beside=beside, unique=unique,
         width=_size(model, names["width"], "model"), depth=_size(model, names["depth"], "model"),
         vocabulary=entries,
-        length=_size(entry, "length"),
-        gated=family in shapes.GATED,
-        tied=bool(model.get("tie_word_embeddings", True)),
+        length=_size(entry, "length"), gated=family in shapes.GATED, tied=bool(model.get("tie_word_embeddings", True)),
     )  # fmt: skip
 
 
@@ -413,8 +413,8 @@ def write(settled: list[Settled], output: Path) -> None:
     """Keep what the sizes were chosen by in a run's folder, and what is expected of them."""
     from pretrain.core.files import sealed, write_json
 
-    tasks = [each.task for each in settled if each.task.rate is not None]
-    by: Raw = {"rate": tasks[0].rate, "beside": asdict(tasks[0].beside)} if tasks else {"rate": None}
+    task = next((each.task for each in settled if each.task.rate is not None), None)
+    by: Raw = {"rate": task.rate, "beside": asdict(task.beside)} if task else {"rate": None}
     if expected := {each.stage: foretold for each in settled if (foretold := each.expected()) is not None}:
         by["expected"] = expected
     write_json(output / PLAN, sealed(by))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import ClassVar, Literal
 
+from pretrain.core.errors import PretrainError
+from pretrain.core.exchange.task import OF, PACKED, check_option
 from pretrain.core.quick.quantities import figure
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage
@@ -27,6 +30,16 @@ class Export(Stage):
     to: Literal["gguf", "onnx", "sentence-transformers", "peft", "awq"]
     numbers: Literal["f32", "f16", "bf16", "q8_0"] = "f16"
     pooling: Literal["mean", "cls", "lasttoken"] = "mean"
+
+    def check_inputs(self, earlier: Mapping[str, Stage]) -> None:
+        """Refuse options of other formats, and packed weights where the format has no form for them."""
+        super().check_inputs(earlier)
+        for name in OF:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                check_option(self.to, name)
+        made = getattr(earlier.get(self.checkpoint), "surgeries", [])
+        if self.to == "onnx" and any(getattr(surgery, "pack", False) for surgery in made):
+            raise PretrainError(f"{self.checkpoint}: {PACKED}", place=("checkpoint",))
 
     def estimate(self, given: Given) -> Estimate:
         """Next to nothing beside loading the model, which it leaves as it was."""

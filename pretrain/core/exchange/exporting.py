@@ -8,7 +8,7 @@ from pathlib import Path
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.core.exchange import awq_out, gguf_out, onnx_out, peft_out, sentences_out
-from pretrain.core.exchange.task import Export
+from pretrain.core.exchange.task import PACKED, Export
 from pretrain.core.files import JSONObject, atomic_folder
 from pretrain.core.foreign.code import brought
 
@@ -44,6 +44,8 @@ def export(source: Path, target: Path, to: str, numbers: str = "f16", pooling: s
             f"{source}: {to} knows models of transformers, and this is made of code that its checkpoint brings; "
             f"accepted: {', '.join(ANY)}"
         )
+    if to == "onnx" and any(hasattr(module, "bits") and not hasattr(module, "weight") for module in model.modules()):
+        raise PretrainError(f"{source}: {PACKED}")
     with atomic_folder(target) as work:
         facts = WRITERS[to](Export(model, processor, source, numbers, pooling), work)
         size = sum(path.stat().st_size for path in work.rglob("*") if path.is_file())

@@ -6,10 +6,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.core.errors import PretrainError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from pretrain.core.processors import Processor
+
+OF = {"numbers": "gguf", "pooling": "sentence-transformers"}  # options, by the format that has them
+PACKED = "packed weights have no form in ONNX; accepted: a checkpoint of whole weights (pack: false)"
+
+
+def check_option(to: str, name: str, before: str = "") -> None:
+    """Refuse an option of another format."""
+    if to != OF[name]:
+        raise PretrainError(f"{before}{name}: {to} has no such option; accepted: with {OF[name]} alone")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,12 @@ class SequenceLengthWarmup(Policy):
     at: tuple[OpenShare, ...] = (0.2, 0.4)
     spread: Count = 1
 
+    def attended(self) -> float:
+        """Each stretch of the budget by its length."""
+        ends = [*sorted(self.at), 1.0]
+        stretches = zip([0.0, *ends], ends, strict=False)
+        return sum((end - begin) / 2 ** (len(self.at) - number) for number, (begin, end) in enumerate(stretches))
+
     def start(self, training: Training, state: State) -> None:
         """Begin with the shortest rows, or go on with the length that was reached."""
         length, most = training.loader.length, 2 ** len(self.at)
