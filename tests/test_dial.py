@@ -103,6 +103,23 @@ def test_a_few_runs_that_lie_beside_the_law_leave_its_floor_and_exponents_near_t
         )
 
 
+def test_runs_whose_loss_falls_ever_more_steeply_are_too_short_for_a_law_and_it_says_so() -> None:
+    def ladder(*bits: float) -> Law:
+        budgets = (1.6e10, 4.2e10, 1.25e11)
+        runs = [
+            Rung(body, 8192, flops / body, here * (1 + size / 100), flops)
+            for size, body in enumerate((26_624, 55_296, 100_352))
+            for flops, here in zip(budgets, bits, strict=True)
+        ]
+        return replace(fit(runs), bytes_per_token={8192: 3.6})
+
+    short = ladder(2.555, 2.395, 2.175)  # measured: of eight times the FLOPs 1.96 was expected and 1.71 came
+    assert "too short for a law: likely less" in short.doubt
+    assert ladder(2.555, 2.395, 2.25).doubt == ""
+    settled = Settled("model", Task(short), choose(Task(short, flops=1e12)), 1.0, "muon", "this corpus")
+    assert not settled.certain and any("too short for a law" in line for line in settled.lines())
+
+
 def test_a_law_is_not_asked_of_vocabularies_that_it_has_not_seen() -> None:
     longing = replace(TRUE, gamma=3.0, bytes_per_token={4096: 3.3, 8192: 3.6})  # the smaller the better, by far
     assert choose(Task(longing, flops=1e12)).shape.vocabulary == 4096

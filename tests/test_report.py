@@ -284,7 +284,15 @@ def test_the_counts_beside_a_model_that_goes_on_are_of_its_own_training():
 
 def test_of_a_run_that_ends_in_an_export_the_size_of_that_is_told():
     page = page_of(statuses=())
-    record = {"status": "finished", "seconds": 2.0, "writes": "", "bytes": 0, "lineage": None, "weights": 0, "inputs": None}
+    record = {
+        "status": "finished",
+        "seconds": 2.0,
+        "writes": "",
+        "bytes": 0,
+        "lineage": None,
+        "weights": 0,
+        "inputs": None,
+    }
     page["stages"] = [
         record | {"name": "corpus", "stage": "data", "writes": "corpus", "config": {}, "metrics": {"bytes/train": 9}},
         record | {"name": "smaller", "stage": "export", "config": {"to": "gguf"}, "metrics": {"bytes": 957e3}},

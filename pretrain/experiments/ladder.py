@@ -143,5 +143,6 @@ def summary(law: Law, choice: Choice) -> list[str]:
     lines = [formula, f"{counted(len(law.rungs), 'run')}; one lies {law.deviation:.2%} beside it"]
     if choice.prediction is not None:
         best = choice.prediction
-        lines.append(f"expected of {short(choice.flops)} FLOPs: {best.bits:.3f} ({best.low:.3f} to {best.high:.3f})")
+        how = law.doubt or f"{best.low:.3f} to {best.high:.3f}"
+        lines.append(f"expected of {short(choice.flops)} FLOPs: {best.bits:.3f} ({how})")
     return lines

@@ -75,7 +75,8 @@ def beside(page: Page, model: StageRow | None, evaluation: Evaluated | None) -> 
     share = shortfall(model)
     whole = " of all the FLOPs that were planned" if share is not None and share < 1 else ""
     if ends is None:
-        return f"Before it began {best:.2f} was expected{whole} on {of}, and other text differs."
+        differs = "" if of.endswith(OF_LADDER) else ", and other text differs"
+        return f"Before it began {best:.2f} was expected{whole} on {of}{differs}."
     there = ""
     if of.endswith(OF_LADDER):
         bits = _validation(page, model)

@@ -67,8 +67,8 @@ class Settled:
 
     @property
     def certain(self) -> bool:
-        """Whether the law's interval holds: not where it was measured on other text than is learnt."""
-        return self.text != LIKE_PYTHON
+        """Whether the law's interval holds: not where it was measured on other text, nor of runs too short for one."""
+        return self.text != LIKE_PYTHON and not self.task.law.doubt
 
     def expected(self) -> Raw | None:
         """What a run's folder keeps of the expectation: `bits_per_byte`, of which text, and the interval if it holds.
@@ -137,7 +137,7 @@ class Settled:
         fitted = f", by a law of runs with {self.task.law.optimizer}" if self.task.law.optimizer else ""
         if fitted and self.optimizer_name != self.task.law.optimizer:
             fitted += f"; with {self.optimizer_name} it was not measured"
-        how = f"({best.low:.2f} to {best.high:.2f})" if self.certain else f"({OTHER_TEXT})"
+        how = f"({best.low:.2f} to {best.high:.2f})" if self.certain else f"({self.task.law.doubt or OTHER_TEXT})"
         lines.append(f"expected: {best.bits:.2f} bits per byte on {self.text} {how}{fitted}")
         others = [f"{what} {bits:.3f}" for what, bits in self.others()]
         return [*lines, f"the same budget elsewhere: {', '.join(others)}"] if others else lines
