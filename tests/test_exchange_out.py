@@ -22,6 +22,8 @@ from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign.gguf import header
 from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import train_tokenizer
+from pretrain.forecast import forecast
+from pretrain.identity import plan
 from pretrain.recipe import check
 from pretrain.surgery import Inputs, operate
 from pretrain.surgery.adapters.lora import LoRA
@@ -312,3 +314,16 @@ def test_a_run_that_ends_in_gguf_is_opened_by_its_own_name(saved, tmp_path):
     engine.run(check({"name": "r", "stages": [stage]}, output=tmp_path / "run"), say=engine.silent, report=False)
     opened = newest_checkpoint(tmp_path / "run")
     assert checkpoint.load(opened)[0].config.model_type == "llama"
+
+
+@pytest.mark.parametrize("to, numbers", [("gguf", "f32"), ("gguf", "q8_0"), ("onnx", "f16")])
+def test_the_plan_of_an_export_tells_the_size_of_what_it_writes(to, numbers, tokenizer, tiny, tmp_path):
+    model = tiny("llama", vocab_size=320, hidden_size=128, intermediate_size=512, num_hidden_layers=4)
+    checkpoint.save(model, tokenizer, tmp_path / "model", {"made_by": {"name": "m", "stage": "train"}})
+    stage = {"name": "out", "stage": "export", "to": to, "checkpoint": str(tmp_path / "model")}
+    stage |= {"numbers": numbers} if to == "gguf" else {}
+    made = check({"name": "r", "stages": [stage]}, output=tmp_path / "run")
+    (planned,) = forecast(plan(made))
+    written = engine.run(made, say=engine.silent, report=False).stages["out"]["metrics"]["bytes"]
+    assert planned.estimate.disk_bytes == pytest.approx(written, rel=0.3)
+    assert planned.estimate.seconds and planned.estimate.memory_bytes

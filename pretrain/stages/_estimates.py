@@ -38,6 +38,7 @@ DOCUMENT = 8e3  # bytes, where nobody has counted the documents
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
 MUCH = 0.1  # of a corpus's text: a domain that each split should have
+OPENING, OPENED = 0.5, 0.8e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 RECORDS = 1e4  # bytes of what each stage notes of itself: its record and the code that ran
 SAMPLES = 5e3  # bytes of a few documents that are shown
 ROW = 150.0  # bytes of a document's numbers, as an evaluation keeps them

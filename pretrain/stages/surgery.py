@@ -17,7 +17,17 @@ from pretrain.core.quick.vocabulary import check_alike, check_labels, stored_lab
 from pretrain.dial.configs import shape_from
 from pretrain.records import StageResult
 from pretrain.stages import Estimate, Given, Job, Ref, Stage, SurgeryField, checkpoint_of, tokens_of
-from pretrain.stages._estimates import FLOOR, RECORDS, Left, operated, operating, tokenizer_bytes, training_seconds
+from pretrain.stages._estimates import (
+    FLOOR,
+    OPENED,
+    OPENING,
+    RECORDS,
+    Left,
+    operated,
+    operating,
+    tokenizer_bytes,
+    training_seconds,
+)
 from pretrain.surgery import Surgery as Method
 
 if TYPE_CHECKING:
@@ -28,7 +38,6 @@ if TYPE_CHECKING:
     from pretrain.corpus.shards import Shards
 
 CALIBRATED = 8  # rows of calibration in a batch
-OPENING, OPENED = 0.5, 0.8e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 
 
 class Surgery(Stage):
