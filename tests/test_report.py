@@ -358,6 +358,15 @@ def test_what_to_do_next_follows_from_the_curve(given, advice, command):
     assert advice in summary.advice and summary.command == command
 
 
+def test_a_flat_curve_with_text_unread_is_no_reason_for_a_larger_model():
+    page = page_of(held_out=FLAT)
+    page["stages"][0]["config"] |= {"corpus": "corpus"}
+    page["corpora"] = [{"name": "corpus", "domains": {"train": {"a": {"bytes": 16e6, "documents": 9}}}}]
+    assert "train longer; about 75% of the text has not been read" in summarise(page).advice
+    page["corpora"][0]["domains"]["train"]["a"]["bytes"] = 2e6
+    assert "has levelled off" in summarise(page).advice
+
+
 @pytest.mark.parametrize(("bits", "advice", "field"), [(1.8, "train longer; it has gained 10.0%", "budget.seconds=240"), (2.1, "a lower rate", "optimizer.lr=0.0001")])  # fmt: skip
 def test_a_short_training_that_goes_on_from_a_model_is_advised_by_what_it_has_gained(bits, advice, field):
     page = page_of(measured(2.0, of="base"), measured(bits), held_out=[3.0, 2.9])

@@ -91,6 +91,8 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
     if change < -FALL:
         fell = f"the held-out loss still fell by {-change:.1%} in the last fifth"
         return f"Next: train longer; {fell}.", _longer(page, model)
+    if 0 < passes < 1:  # the curve is flat since the rate has fallen
+        return f"Next: train longer; about {1 - passes:.0%} of the text has not been read.", _longer(page, model)
     return f"Next: a larger model or other {more}; the held-out loss has levelled off.", ""
 
 
