@@ -495,3 +495,11 @@ def test_documented_functions_are_examples_of_code_and_summary():
         compile(document["text"], "", "exec", dont_inherit=True, flags=1024)  # only to its syntax tree
     with pytest.raises(PretrainError, match="at least one package"):
         Functions(())
+
+
+def test_what_operations_leave_is_written_as_small_as_what_they_are_given(tmp_path):
+    rows = [{"text": f"{n} and again " * 200, "domain": "d", "id": str(n)} for n in range(100)]
+    write_corpus(rows, tmp_path / "plain", near_duplicates=None)
+    write_corpus(rows, tmp_path / "operated", near_duplicates=None, operations=[lambda corpus: corpus])
+    sizes = [(tmp_path / name / "train" / "part-00000.parquet").stat().st_size for name in ("plain", "operated")]
+    assert sizes[1] < 1.2 * sizes[0]

@@ -441,3 +441,13 @@ def test_what_makes_no_mistakes_has_no_list_of_them(capsys):
     names = [f"a class with a long name {n}" for n in range(8)]
     _print_classes(Console(width=80), {name: {name: 2} for name in names})
     assert "mistakes" not in capsys.readouterr().out
+
+
+def test_a_source_without_a_document_is_refused_before_anything_is_read_into_a_corpus(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty" / "a.txt").touch()
+    text = f"name: e\nstages:\n- {{stage: data, name: corpus, sources: [{tmp_path / 'empty'}]}}\n"
+    (tmp_path / "e.yaml").write_text(text)
+    recipe = load(tmp_path / "e.yaml", [], tmp_path / "run")
+    with pytest.raises(PretrainError, match="no documents .passed over: 1 empty"):
+        check_documents(recipe, plan(recipe))

@@ -246,7 +246,7 @@ def _operate(
     rows = max(1, min(50_000, len(corpus)))
     for part, start in enumerate(range(0, len(corpus), rows)):
         chosen = corpus.select(range(start, min(start + rows, len(corpus))))
-        chosen.to_parquet(after / f"part-{part:05d}.parquet")
+        chosen.to_parquet(after / f"part-{part:05d}.parquet", compression="zstd")
     changed = set(corpus.column_names) != columns
     del corpus
     shutil.rmtree(cache, ignore_errors=True)

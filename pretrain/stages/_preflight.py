@@ -76,6 +76,9 @@ def seen_in_sources(stage: Data, before: Seen | None = None) -> Seen:
                     complete = False
                     break
             odd += _left_out(source, skipped, counts.total())
+            if complete and not counts and len(stage.sources) == 1 and not stage.corpus:
+                why = f" (passed over: {skipped})" if skipped.reasons else ""
+                raise PretrainError(f"{source.files}: no documents{why}; accepted: at least one that is not empty")
         except PretrainError as error:
             raise PretrainError(str(error), place=("sources", number)) from error
         complete = complete and all(count < ROWS for count in counts.values())
