@@ -229,9 +229,9 @@ def _operate(
 ) -> None:
     """Apply data operations to the training split; by each it is noted how many documents that takes or brings."""
     import datasets
+    import pyarrow.parquet
 
-    cache = work / "cache"
-    corpus = _open(work / "train", cache)
+    corpus = _open(work / "train", cache := work / "cache")
     columns = set(corpus.column_names)
     for number, operation in enumerate(operations):
         before = len(corpus)
@@ -241,12 +241,12 @@ def _operate(
         if change := len(corpus) - before:
             counts, name = added if change > 0 else removed, getattr(operation, "name", f"operations.{number}")
             counts[name] = counts.get(name, 0) + abs(change)
-    after = work / "train-after"
-    after.mkdir()
+    (after := work / "train-after").mkdir()
     rows = max(1, min(50_000, len(corpus)))
     for part, start in enumerate(range(0, len(corpus), rows)):
         chosen = corpus.select(range(start, min(start + rows, len(corpus))))
-        chosen.to_parquet(after / f"part-{part:05d}.parquet", compression="zstd")
+        chosen.to_parquet(path := after / f"part-{part:05d}.parquet")  # with its own compression, of half the effect
+        _write_table(pyarrow.parquet.read_table(path), path)
     changed = set(corpus.column_names) != columns
     del corpus
     shutil.rmtree(cache, ignore_errors=True)
