@@ -14,7 +14,7 @@ import pytest
 
 from pretrain import engine
 from pretrain.core.errors import PretrainError, PretrainWarning
-from pretrain.corpus.sources import Files, HubDataset, Images, Skipped, read
+from pretrain.corpus.sources import Files, HubDataset, Images, Series, Skipped, read
 from pretrain.recipe import check
 
 ROWS = [{"id": "7", "body": 'one, or "two"\nlines', "label": "a"}, {"id": "8", "body": "three", "label": "b"}]
@@ -89,6 +89,26 @@ def test_excels_mark_semicolons_and_tables_without_a_header_are_read(tmp_path):
     assert [(d["text"], d["0"]) for d in found] == [("good", "3"), ("bad", "4")]
     with pytest.raises(PretrainError, match="c.csv:1: two columns are named 'a'"):
         collect(put(tmp_path / "c.csv", "a,a\nx,y\n"), text="a")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t", "|"])
+def test_the_separator_of_a_table_is_the_mark_of_its_first_line_that_stands_outside_of_quotes(tmp_path, mark):
+    others = "".join(sorted({",", ";", "|"} - {mark}))
+    quoted = f'"body{mark}{others}"{mark}n\n"one{mark} {others}"{mark}x\n'
+    found, _ = collect(put(tmp_path / "a.csv", quoted), text=f"body{mark}{others}")
+    assert [(d["text"], d["n"]) for d in found] == [(f"one{mark} {others}", "x")]
+    found, _ = collect(put(tmp_path / "b.csv", f"body{mark}n\nat 10:30{mark}x\n"), text="body")
+    assert [(d["text"], d["n"]) for d in found] == [("at 10:30", "x")]
+    put(tmp_path / "c.csv", f"load{mark}wind\n1{mark}5\n2{mark}6\n")
+    assert [d["series"] for d in read(Series(str(tmp_path / "c.csv")))] == [[[1, 5], [2, 6]]]
+
+
+def test_a_table_whose_header_is_not_utf_8_is_refused_or_passed_over(tmp_path):
+    path = put(tmp_path / "a.csv", b"text,gr\xf6\xdfe\na,1\n")
+    with pytest.raises(PretrainError, match=r"a.csv:1: byte 0xf6 is not UTF-8; accepted: text in UTF-8"):
+        collect(path)
+    found, skipped = collect(path, on_error="skip")
+    assert not found and skipped.reasons == {"lines with bad bytes": 1}
 
 
 def test_arrays_of_texts_objects_with_the_column_and_lines_named_json_are_rows(tmp_path):

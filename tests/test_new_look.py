@@ -102,7 +102,9 @@ def test_text_of_another_encoding_is_named_where_there_is_no_other(tmp_path, mon
     with pytest.raises(PretrainError, match=r"old: not UTF-8: 0\.txt:1 and 2 more; accepted: text in UTF-8 \(iconv"):
         look("old")
     Path("old.csv").write_bytes("text,team\nEine Straße hier,a\nnoch ein Weg für alle,b\n".encode("cp1252"))
-    with pytest.raises(
-        PretrainError, match=r"no rows that can be read \(old\.csv:2 \(row 1\): byte 0xdf is not UTF-8\)"
-    ):
+    where = r"no rows that can be read \(old\.csv:2 \(row 1\): byte 0xdf is not UTF-8\)"
+    with pytest.raises(PretrainError, match=rf"{where}; accepted: text in UTF-8 \(iconv -f latin1"):
         look("old.csv")
+    Path("lines.jsonl").write_text("one\ntwo\n")
+    with pytest.raises(PretrainError, match=r"no rows that can be read .*; accepted: one JSON object a line$"):
+        look("lines.jsonl")

@@ -11,6 +11,8 @@ from pretrain.corpus.sources._files import Document, given
 from pretrain.corpus.sources._tables import is_number
 
 SHOWN = 3  # rows that are named
+UNDECODED, ICONV = "lines with bad bytes", "iconv -f latin1 -t utf-8 may make it that"
+Broken = tuple[str, str, str, str]  # of a row: where it stands, what is wrong, the reason, what is accepted
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,21 @@ def place(where: str) -> str:
     return where if match is None else f"line {match[1]}" if match[1].isdigit() else match[1]
 
 
-def unreadable(wrong: Sequence[tuple[str, str, str]]) -> list[Fault]:
-    """Rows that cannot be read, by the reason: of each where it stands, what is wrong, the reason."""
-    words = {"lines with bad bytes": "not in UTF-8 (iconv -f latin1 -t utf-8 may make it that)"}
+def unreadable(wrong: Sequence[Broken]) -> list[Fault]:
+    """Rows that cannot be read, by the reason."""
+    words = {UNDECODED: f"not in UTF-8 ({ICONV})"}
     faults = []
-    for reason in dict.fromkeys(reason for _, _, reason in wrong):
-        some = [(where, what) for where, what, each in wrong if each == reason]
+    for reason in dict.fromkeys(reason for _, _, reason, _ in wrong):
+        some = [(where, what) for where, what, each, _ in wrong if each == reason]
         what = words.get(reason, f"cannot be read: {some[0][1]}")
         faults.append(Fault(len(some), what, tuple(place(where) for where, _ in some[:SHOWN]), "on_error: skip"))
     return faults
+
+
+def remedy(broken: Broken) -> str:
+    """What is accepted in place of a row that cannot be read."""
+    _, _, reason, accepted = broken
+    return f"{accepted} ({ICONV})" if reason == UNDECODED else accepted
 
 
 def lacking(rows: Iterable[Row], column: str, what: str, field: str = "") -> list[Fault]:

@@ -14,7 +14,7 @@ from pretrain.corpus.sources._containers import ending, reader_of
 from pretrain.corpus.sources._files import Document, given
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import is_number, number
-from pretrain.new.faults import Fault, contradicting, headless, lacking, unnumbered, unreadable
+from pretrain.new.faults import Broken, Fault, contradicting, headless, lacking, remedy, unnumbered, unreadable
 
 ROWS, MUCH = 10_000, 16 << 20  # that are looked at at most, and characters of them
 OWN = 0.5  # of the rows have a value that no other has: these are names, and no labels
@@ -96,12 +96,13 @@ def read_table(
     header: bool | None = None,
 ) -> Table:  # fmt: skip
     """What a table is; `text`, `label` and `pair` are columns that are known already."""
-    wrong: list[tuple[str, str, str]] = []
+    wrong: list[Broken] = []
     placed, whole = _beginning(path, name, text or "text", wrong, header)
     rows = [row for _, row in placed]
     if not rows:
         first = f" ({': '.join(filter(None, wrong[0][:2]))})" if wrong else ""
-        raise PretrainError(f"{name}: no rows that can be read{first}; accepted: rows under a header")
+        accepted = remedy(wrong[0]) if wrong else "rows under a header"
+        raise PretrainError(f"{name}: no rows that can be read{first}; accepted: {accepted}")
     columns = tuple(dict.fromkeys(column for row in rows for column in row))
     if ending(path) in (".csv", ".tsv") and header is None:
         if not {text, label, pair} & set(columns) and headless(columns, rows):
@@ -156,14 +157,14 @@ def _guessed(seen: Table, rows: Rows, name: str, text: str | None, label: str | 
 
 
 def _beginning(
-    path: Path, name: str, text: str, wrong: list[tuple[str, str, str]], header: bool | None
+    path: Path, name: str, text: str, wrong: list[Broken], header: bool | None
 ) -> tuple[list[tuple[str, Document]], bool]:
     """The first rows, each with where it stands, and whether these are all."""
     reader = reader_of(path, header)
     assert reader is not None, "it was seen to be a table"
     placed: list[tuple[str, Document]] = []
     size = 0
-    for where, row in reader(path, name, text, lambda where, what, why, _: wrong.append((where, what, why)), Skipped()):
+    for where, row in reader(path, name, text, lambda *each: wrong.append(each), Skipped()):
         if len(placed) >= ROWS or size > MUCH:
             return placed, False
         placed.append((where, row))

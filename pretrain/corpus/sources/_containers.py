@@ -21,7 +21,7 @@ from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.foreign.reading import open_file
 from pretrain.corpus.sources._files import Document, Wrong, plain_name
 from pretrain.corpus.sources._skipped import Skipped
-from pretrain.corpus.sources._tables import number
+from pretrain.corpus.sources._tables import number, separator_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -117,14 +117,12 @@ def read_csv(
 ) -> Iterator[Row]:
     """Rows under a header; without one (by default if a number stands in the first row) columns are named `0`, `1`, …
 
-    The separator is a tab in `.tsv` files; in others a comma, or the semicolon or tab that the first line has in place
-    of one. A cell in quotes may hold line ends.
+    The separator is told by `separator_of`. A cell in quotes may hold line ends.
     """
     csv.field_size_limit(min(skipped.longest, 2**31 - 1))
     source = (line for _, line in lines(path, name, wrong, skipped, newline=""))
     first = next(source, "")
-    separator = "\t" if ending(path) == ".tsv" else next((mark for mark in ",;\t" if mark in first), ",")
-    reader = csv.reader(chain([first], source), delimiter=separator, strict=True)
+    reader = csv.reader(chain([first], source), delimiter=separator_of(first, path), strict=True)
     names: list[str] = []
     count = 0
     while True:
@@ -140,6 +138,8 @@ def read_csv(
             continue
         if not names:
             names, headed = _header(cells, text, where, header)
+            if headed and not _whole(where, "".join(cells), wrong):
+                return  # whose columns have no names
             if headed:
                 continue
         count += 1

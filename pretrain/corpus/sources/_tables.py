@@ -12,10 +12,12 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.foreign.archives import open_text
-from pretrain.corpus.sources._files import Document, Size, lines_of, size_of
+from pretrain.corpus.sources._files import Document, Size, lines_of, plain_name, size_of
 from pretrain.corpus.sources._skipped import Skipped
 
 FEW, MUCH = 1000, 2 << 20  # rows that are read to know how much of a table is text, and bytes of them
+SEPARATORS = ",;\t|"  # of cells; a colon stands in texts, times and addresses
+_QUOTED = re.compile(r'"(?:[^"]|"")*(?:"|$)')
 
 
 def extent(documents: Iterator[tuple[str, Document]], path: Path) -> Size:
@@ -64,15 +66,25 @@ def _rows_in(path: Path) -> int:
     return pyarrow.parquet.read_metadata(path).num_rows
 
 
+def separator_of(first: str, path: Path) -> str:
+    """What stands between the cells of a table: a tab in `.tsv` files, in others by the first line.
+
+    That is the first of comma, semicolon, tab and `|` that the line has outside of quotes; a comma where it has none.
+    """
+    if Path(plain_name(path)).suffix.lower() == ".tsv":
+        return "\t"
+    bare = _QUOTED.sub("", first)
+    return next((mark for mark in SEPARATORS if mark in bare), ",")
+
+
 def rows_of(path: Path, skipped: Skipped) -> tuple[list[str], Iterator[list[str]]]:
     """The names of a table's columns (`0`, `1`, … where it has no header) and its rows, which are not empty.
 
-    A header is a first row in which nothing is a number. The separator is a tab in `.tsv` files; in others a comma,
-    or the semicolon or tab that the first line has in place of one.
+    A header is a first row in which nothing is a number. The separator is told by `separator_of`.
     """
     lines = (line for line in lines_of(path, skipped) if line.strip())
     first = next(lines, "")
-    separator = "\t" if ".tsv" in path.name else next((mark for mark in ",;\t" if mark in first), ",")
+    separator = separator_of(first, path)
     head = next(_cells(iter([first]), separator, skipped, path), [])
     rows = _cells(lines, separator, skipped, path)
     if any(number(cell) is not None for cell in head):

@@ -34,10 +34,11 @@ class Files(Source):
     """A file, a folder, a glob or a URL: text and code (a document a file), and the rows of tables.
 
     Tables are `.csv`, `.tsv`, `.jsonl`, arrays in `.json`, `.parquet`, `.arrow`, `.feather` and `.orc`; their text is
-    the column `text`, their other columns stay beside it. A column that holds conversations (lists of
-    `{role, content}`) gives a document for each answer of the assistant's: its text is what comes before, `user: …`,
-    its `target` the answer; with `conversations: whole` one for each conversation, with its turns in `messages`. A
-    notebook (`.ipynb`) gives a document a cell. Text may be
+    the column `text`, their other columns stay beside it. What stands between the cells of a `.csv` is told by its
+    first line: the first of comma, semicolon, tab and `|` that it has outside of quotes. A column that holds
+    conversations (lists of `{role, content}`) gives a document for each answer of the assistant's: its text is what
+    comes before, `user: …`, its `target` the answer; with `conversations: whole` one for each conversation, with its
+    turns in `messages`. A notebook (`.ipynb`) gives a document a cell. Text may be
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A URL is one that `fsspec` opens: `s3://`, `gs://`, `https://`.
 
     `suffixes` keeps only the files of a folder that end so (empty: all that are text). The domain is `domain`, or the
