@@ -54,6 +54,21 @@ def test_all_that_the_labelled_objectives_and_the_probes_measure_is_in_the_table
 
 
 @pytest.mark.parametrize(
+    ("answers", "truths"), [([0.1] * 3, [1, 2, 3]), ([1, 2, 3], [0.1] * 3), ([0.7] * 7, [0.1] * 7)]
+)
+@pytest.mark.filterwarnings("error")
+def test_numbers_that_are_all_the_same_correlate_with_nothing_and_no_library_warns(answers, truths):
+    measured = _metrics.regression(answers, truths)
+    assert measured["pearson"] == measured["spearman"] == 0
+
+
+@pytest.mark.filterwarnings("error")
+def test_one_class_alone_correlates_with_nothing_and_no_library_warns():
+    measured = _metrics.classification(["a"] * 3, ["a"] * 3)
+    assert measured == {"accuracy": 1, "majority": 1, "macro_f1": 1, "matthews": 0}
+
+
+@pytest.mark.parametrize(
     ("method", "answers"),
     [
         (Classification(), ["a", "b"]), (PromptClassification(words={"a": "x", "b": "y"}), ["a", "b"]),

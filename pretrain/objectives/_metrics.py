@@ -9,7 +9,7 @@ import numpy as np
 
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """`accuracy`, `macro_f1` over the classes of the references, and Matthews' correlation (`matthews`).
+    """`accuracy`, `macro_f1` over the classes of the references, and Matthews' correlation (`matthews`; of one class 0).
 
     `majority` is the accuracy of always answering the commonest class.
     """
@@ -17,12 +17,13 @@ def classification(predictions: Sequence[str], references: Sequence[str]) -> dic
 
     classes = sorted(set(references))
     accuracy = float(np.mean([p == r for p, r in zip(predictions, references, strict=True)]))
+    several = len({*references, *predictions}) > 1  # of one scikit-learn warns, and has no correlation either
     macro = f1_score(references, predictions, labels=classes, average="macro", zero_division=0)
     return {
         "accuracy": accuracy,
         "majority": majority(references),
         "macro_f1": float(macro),
-        "matthews": float(matthews_corrcoef(references, predictions)),
+        "matthews": float(matthews_corrcoef(references, predictions)) if several else 0.0,
     }
 
 
@@ -39,7 +40,7 @@ def regression(predictions: Sequence[float], references: Sequence[float]) -> dic
     from scipy.stats import pearsonr, spearmanr
 
     p, r = np.asarray(predictions, float), np.asarray(references, float)
-    varied = len(p) > 1 and p.std() > 0 and r.std() > 0
+    varied = len(p) > 1 and np.ptp(p) > 0 and np.ptp(r) > 0  # a deviation is not 0 where the mean was rounded
     return {
         "mse": float(np.mean((p - r) ** 2)),
         "mse_of_mean": float(r.var()) if len(r) else 0.0,
