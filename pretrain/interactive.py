@@ -12,6 +12,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pretrain.core import checkpoint
+from pretrain.core.bounds import ProperShare, Whole, check_value
 from pretrain.core.errors import PretrainError, nearest, warn
 from pretrain.core.files import read_json_lines
 from pretrain.core.folders import newest_checkpoint
@@ -104,6 +105,7 @@ def train(
     """
     for name in OTHERWISE.keys() & fields.keys():
         raise PretrainError(f"train.{name}: accepted here: {OTHERWISE[name]}")
+    check_value("validation", validation, ProperShare)
     if objective == "causal_lm" and not isinstance(model, Mapping):
         _check_causal(model)
     with TemporaryDirectory(prefix="pretrain-") as work:
@@ -239,6 +241,7 @@ def evaluate(
     `compressors` adds what xz and zstd make of the same texts. Raises `PretrainError` for an evaluation that does not
     fit the model, and for documents without the column that it reads.
     """
+    check_value("length", 0 if length is None else length, Whole)
     model, tokenizer, texts, evaluations = _opened(model, tokenizer, texts, evaluations)
     made = checkpoint.lineage(model.config._name_or_path or "/none")
     try:

@@ -154,6 +154,47 @@ def test_texts_are_measured_in_windows_as_long_as_those_of_the_checkpoints_train
     assert losses[None] == losses[32] != losses[64]
 
 
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("predict", {"batch_size": 0}, "batch_size 0: accepted: 1 or more"),
+        ("predict", {"batch_size": -1}, "batch_size -1: accepted: 1 or more"),
+        ("predict", {"batch_size": "8"}, "batch_size '8': accepted: a whole number"),
+        ("generate", {"max_new_tokens": 0}, "max_new_tokens 0: accepted: 1 or more"),
+        ("generate", {"seed": -1}, "seed -1: accepted: from 0"),
+        ("generate", {"temperature": "hot"}, "temperature 'hot': accepted: a finite number"),
+        ("generate", {"top_p": 2}, "top_p 2: accepted: from 0 to 1"),
+        ("generate", {"stop": (1,)}, "accepted: a list, each a text"),
+        ("evaluate", {"length": -1}, "length -1: accepted: 0 or more"),
+        ("train", {"budget": {"steps": 1}, "validation": 1}, "validation 1: accepted: from 0 to below 1"),
+        ("train", {"budget": {"steps": 1}, "validation": "a"}, "validation 'a': accepted: a finite number"),
+        ("train", {"budget": {"steps": 1}, "batch_rows": 0}, "batch_rows: 0: accepted: 1 or more"),
+        ("train_tokenizer", {"vocab_size": "a"}, "vocab_size 'a': accepted: a whole number"),
+        ("train_tokenizer", {"sentinels": -1}, "sentinels -1: accepted: 0 or more"),
+    ],
+)
+def test_a_number_outside_its_bounds_is_refused_by_its_name(trained, name, given, message):
+    opened = {
+        "predict": [(trained.model, trained.tokenizer), ["a"]],
+        "generate": [trained.model, trained.tokenizer, "a"],
+        "evaluate": [trained.model, trained.tokenizer, ["a text"]],
+        "train": [trained.model, trained.tokenizer, ["a text"]],
+        "train_tokenizer": [["a text"]],
+    }
+    with pytest.raises(pretrain.PretrainError) as error:
+        getattr(pretrain, name)(*opened[name], **given)
+    assert message in str(error.value)
+
+
+def test_a_lone_text_to_stop_at_is_one_and_not_its_letters(trained):
+    def written(**given):
+        return pretrain.generate(trained.model, trained.tokenizer, "def ", max_new_tokens=24, temperature=0, **given)
+
+    letters = written()[1:3] + "\0"  # which as a whole is never written, as letters are
+    assert written(stop=letters) == written()
+    assert len(written(stop=tuple(letters))) < len(written())
+
+
 def test_a_model_writes(trained):
     assert pretrain.generate(trained.model, trained.tokenizer, "def ", max_new_tokens=8, temperature=0) == (
         pretrain.generate(trained.model, trained.tokenizer, "def ", max_new_tokens=8, temperature=0, seed=1)

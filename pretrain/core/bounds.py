@@ -13,7 +13,7 @@ from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, brief, nearest
 from pretrain.core.quick.quantities import Duration, Misplaced, takes
 
 if TYPE_CHECKING:
@@ -202,6 +202,12 @@ def check_names(cls: type, args: tuple[object, ...], given: Mapping[str, object]
         if item.name not in given and item.default is MISSING and item.default_factory is MISSING:
             what = accepted(hints(cls)[item.name]) or "a value"
             raise PretrainError(f"{name}: {item.name} is missing; accepted: {what}", place=(item.name,))
+
+
+def check_value(name: str, value: object, hint: object) -> None:
+    """Refuse an argument outside its bounds, as a field is: `NAME VALUE: accepted: WORDS`."""
+    if not fits(value, hint):
+        raise PretrainError(f"{name} {brief(value)}: accepted: {accepted(hint, value)}", place=(name,))
 
 
 def check_fields(made: object, name: str) -> None:

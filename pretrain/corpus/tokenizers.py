@@ -9,6 +9,7 @@ from typing import cast
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from pretrain.core.bounds import Whole, check_value
 from pretrain.core.encoding.stored import check_opened, check_stored
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.folders import verify
@@ -42,6 +43,8 @@ def train_tokenizer(
     `vocab_size`). A document ends with `<|endoftext|>`, which begins it too, unless `cls` asks for `<|cls|>` …
     `<|sep|>`. `mask` adds `<|mask|>`, `sentinels` so many `<extra_id_N>`, `extra` more.
     """
+    check_value("vocab_size", vocab_size, int)
+    check_value("sentinels", sentinels, Whole)
     if algorithm not in ALGORITHMS:
         raise unknown("tokenizer algorithm", algorithm, ALGORITHMS)
     special = special_tokens(algorithm, mask=mask, cls=cls, sentinels=sentinels, extra=extra)

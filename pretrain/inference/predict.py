@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
+from pretrain.core.bounds import Count, check_value
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
 from pretrain.core.foreign import texts
@@ -141,6 +142,7 @@ def predict(
         raise PretrainError(f"texts {str(texts)[:40]!r}: accepted: a list of texts, or of documents with a text")
     if not isinstance(checkpoint, Path | str | tuple):
         raise PretrainError(f"checkpoint {type(checkpoint).__name__}: accepted: a path, or (model, tokenizer)")
+    check_value("batch_size", batch_size, Count)
     texts = list(texts)
     text = text or _column(checkpoint, texts)
     whole = [document_of(each, text, number) for number, each in enumerate(texts)]

@@ -9,7 +9,7 @@ import numpy as np
 
 
 def classification(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
-    """`accuracy`, `macro_f1` over the classes of the references, and Matthews' correlation (`matthews`; of one class 0).
+    """`accuracy`, `macro_f1` over the classes of the references, and Matthews' correlation `matthews` (of one class 0).
 
     `majority` is the accuracy of always answering the commonest class.
     """

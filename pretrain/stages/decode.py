@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, model_validator
 
-from pretrain.core.bounds import Count, NonNegative, Share
+from pretrain.core.bounds import Count, NonNegative, Seed, Share, check_value
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import write_json
 from pretrain.core.quick.positions import positions
@@ -243,6 +243,11 @@ def continue_prompt(
 
     if method is None and not model.can_generate():
         raise PretrainError(f"{type(model).__name__} predicts no next token; accepted: a causal or seq2seq model")
+    check_value("seed", seed, Seed)
+    for name, value, hint in (("temperature", temperature, NonNegative), ("top_p", top_p, Share)):
+        check_value(name, value, hint) if value is not None else None
+    stop = (stop,) if isinstance(stop, str) else tuple(stop)
+    check_value("stop", stop, tuple[str, ...])
     temperature, top_p = sampled(model, method, temperature, top_p)
     Options(temperature=temperature, top_p=top_p, max_new_tokens=max_new_tokens)
     if method is not None:
