@@ -23,6 +23,8 @@ from pretrain.stages._preflight import (
     check_domains,
     columns_asked,
     domains_asked,
+    labels_asked,
+    other_labels,
     seen_in_corpus,
     seen_in_sources,
 )
@@ -108,6 +110,7 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
     """Look at the documents of stages that are to run; refuses what cannot work, and gives a line for what is odd."""
     seen: dict[str, Seen] = {}
     lines: list[str] = []
+    stages = {item.stage.name: item.stage for item in planned}
     for item in planned:
         stage = item.stage
         try:
@@ -117,10 +120,14 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
             elif not item.finished and "corpus" in item.inputs and (columns_asked(stage) or domains_asked(stage)):
                 corpus = str(stage.references().get("corpus", ""))
                 if corpus not in seen:
-                    wanted = [column for _, _, columns in columns_asked(stage) for column in columns]
+                    same = (other for other in stages.values() if other.references().get("corpus") == corpus)
+                    wanted = [name for other in same for name in labels_asked(other)]
                     seen[corpus] = seen_in_corpus(corpus_of(Path(str(item.inputs["corpus"]))), wanted)
                 lines += [f"stage {stage.name!r}: {line}" for line in check_columns(stage, seen[corpus])]
                 check_domains(stage, seen[corpus])
+            trained = stages.get(str(stage.references().get("checkpoint", "")))
+            if isinstance(trained, Train) and not item.finished:
+                lines += [f"stage {stage.name!r}: {line}" for line in other_labels(stage, trained)]
         except PretrainError as error:
             raise PretrainError(f"{recipe.at(stage, error.place)}: {error}") from error
     return lines

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from warnings import catch_warnings, simplefilter
@@ -13,10 +14,11 @@ import torch
 from closeness import assert_same_model
 from transformers import AutoModel, AutoModelForSequenceClassification, AutoModelForTokenClassification
 
+import pretrain
 from pretrain.core import checkpoint
 from pretrain.core.batch import Context, Example, Vocabulary
 from pretrain.core.encoding import Encoder
-from pretrain.core.errors import PretrainError, PretrainWarning
+from pretrain.core.errors import PretrainError, PretrainWarning, listed
 from pretrain.core.method import method_class
 from pretrain.core.models import heads
 from pretrain.core.models.cross_entropy import linear_cross_entropy
@@ -399,6 +401,44 @@ def test_the_calibration_error_is_the_distance_of_scores_from_the_share_that_is_
     right_N, sure_N = np.array([True, False, True, True]), np.array([0.9, 0.9, 0.6, 0.6])
     assert sureness(right_N, sure_N) == pytest.approx({"confidence": 0.75, "ece": 0.4})
     assert sureness(np.array([True]), np.array([1.0])) == {"confidence": 1.0, "ece": 0.0}
+
+
+def test_labels_are_listed_in_an_error_by_a_few_and_by_their_beginnings():
+    labels = [f"a label that is a whole text, the {n}th, and goes on {'and on ' * 30}" for n in range(300)]
+    for words in (labels, labels[:20]):
+        told = listed(words, labels[7])
+        assert len(told) < 400 and told.endswith(f"({len(words)} in all)") and told.startswith("a label that is")
+    assert listed(["red", "blue"], "x") == "red, blue"
+
+
+@pytest.mark.parametrize("method", ["classification", "tagging", "prompt_classification"])
+def test_a_label_that_was_never_learnt_is_told_in_a_short_line(context, method) -> None:
+    labels = [f"{n} {'a whole text as a label ' * 10}" for n in range(100)]
+    value = "never learnt " * 50
+    fields = (
+        {"words": {label: f"word{n}" for n, label in enumerate(labels)}} if method == "prompt_classification" else {}
+    )
+    objective = method_class(method)(**fields)
+    row = {"text": value, objective.columns[-1]: [value] * 100 if method == "tagging" else value}
+    with pytest.raises(PretrainError, match=r", … \(100 in all\)") as error:
+        objective.prepare(examples(row), replace(context, labels=tuple(labels)))
+    assert len(str(error.value)) < 800
+
+
+def test_labels_of_another_column_than_the_one_learnt_are_called_that(tmp_path, tiny, prepared) -> None:
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    for number, objective in enumerate(({"label": "topic"}, {"method": "smart", "objective": {"label": "topic"}})):
+        model = tiny("bert")
+        model.resize_token_embeddings(len(tokenizer))
+        model = with_head(model, "sequence", ("a", "b"), Vocabulary.of(tokenizer), seed=0)
+        folder = tmp_path / str(number)
+        checkpoint.save(model, tokenizer, folder, lineage={"objective": {"method": "classification"} | objective})
+        rows = [("one text", "yes", "a"), ("another", "no", "b")]
+        documents = [dict(zip(("text", "label", "topic"), row, strict=True)) for row in rows]
+        assert "accuracy" in pretrain.evaluate(folder, documents)["metrics"]
+        task = {"method": "task", "objective": "classification"}
+        with pytest.raises(PretrainError, match="trained on the labels of 'topic', not of 'label'.*labels .a, b."):
+            pretrain.evaluate(folder, documents, evaluations=[task])
 
 
 def test_what_does_not_fit_is_one_clear_error(tmp_path, tiny, context, prepared) -> None:

@@ -157,6 +157,38 @@ def test_labels_that_name_rows_or_hardly_come_again_are_told(tmp_path):
     assert "40 different values in 40 rows" in line
 
 
+def test_a_label_that_is_the_text_or_as_long_is_told_before_training(tmp_path):
+    def long(n):
+        return "a label that goes on and on and is a text of its own rather than a label, " * 2 + str(n)
+
+    (line,) = checked(recipe(tmp_path, "{method: classification, label: text}"))
+    assert "'text' has 40 different values in 40 rows: names of rows rather than labels" in line
+    rows = [(text, long(n), n) for text, _, n in ROWS]
+    for objective in ("{method: classification, label: label}", "{method: smart}"):
+        (line,) = checked(recipe(tmp_path, objective, rows=rows))
+        assert "'label' has 40 different values" in line
+    assert checked(recipe(tmp_path, rows=[(text, long(n % 2), n) for text, _, n in ROWS])) == []
+    with pytest.raises(PretrainError) as error:
+        checked(recipe(tmp_path, "{method: regression, label: label}", rows=rows))
+    assert "column 'label' holds 'a label that goes on" in str(error.value) and long(0) not in str(error.value)
+    documents = [{"text": text, "label": label, "domain": "a", "id": text} for text, label, _ in ROWS]
+    write_corpus(documents, tmp_path / "there" / "corpus", validation=0.2, test=0.2)
+    raw = yaml.safe_load((recipe(tmp_path, "{method: classification, label: text}").path).read_text())
+    raw["stages"] = [stage | {"corpus": str(tmp_path / "there")} for stage in raw["stages"][1:]]
+    (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw))
+    (line,) = checked(load(tmp_path / "other.yaml", output=tmp_path / "run"))
+    assert "'text' has " in line and "different values" in line
+
+
+def test_an_evaluation_of_the_labels_of_another_column_is_told_before_training(tmp_path):
+    rows = [(text, label, n % 4) for text, label, n in ROWS]
+    raw = yaml.safe_load(recipe(tmp_path, rows=rows).path.read_text())
+    raw["stages"][2]["objective"]["label"] = "number"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+    (line,) = checked(load(tmp_path / "mine.yaml", output=tmp_path / "run"))
+    assert line == "stage 'test': asks for the labels of 'label', and 'tuned' learns those of 'number'"
+
+
 def test_an_evaluation_reads_a_split_once_at_most(tmp_path):
     *_, judged = forecast(plan(recipe(tmp_path)))
     assert 0 < judged.estimate.passes <= 1

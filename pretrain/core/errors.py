@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 LONGEST = 4000  # characters of a message
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-LISTED = 24  # words that an error names at most
+LISTED, LETTERS = 24, 600  # words that an error names at most, and letters of them
+LONG = 40  # letters of a word that is a label or a file's own
 
 
 class PretrainError(Exception):
@@ -137,8 +138,18 @@ def unknown(kind: str, word: str, accepted: Iterable[str]) -> PretrainError:
 
 
 def listed(words: Sequence[str], word: str) -> str:
-    """The accepted words; of very many those that are spelled most like `word`, and how many there are."""
-    if len(words) <= LISTED:
-        return ", ".join(words) or "none"
-    like = difflib.get_close_matches(word, words, n=LISTED // 2, cutoff=0.0)
-    return f"{', '.join(sorted(like))}, … ({len(words)} in all)"
+    """The accepted words; of very many those that are spelled most like `word`, and how many there are.
+
+    Of long ones the beginnings, and fewer of them.
+    """
+    shown = [_beginning(each) for each in words]
+    if len(words) <= LISTED and sum(map(len, shown)) <= LETTERS:
+        return ", ".join(shown) or "none"
+    like = difflib.get_close_matches(_beginning(word), dict.fromkeys(shown), n=LISTED // 2, cutoff=0.0)
+    while sum(map(len, like)) > LETTERS / 2:
+        like.pop()
+    return f"{', '.join(sorted(like))}, … ({len(words):,} in all)"
+
+
+def _beginning(word: str) -> str:
+    return word if len(word) <= LONG else f"{word[: LONG - 1]}…"

@@ -31,6 +31,7 @@ from pretrain.objectives.efficiency.deft import Deft
 from pretrain.objectives.labelled import FineTuning
 from pretrain.objectives.labelled.prompt_classification import PromptClassification
 from pretrain.objectives.labelled.seq2seq import Seq2Seq
+from pretrain.objectives.labelled.smart import Smart
 from pretrain.objectives.labelled.tagging import Tagging
 from pretrain.stages import build_method
 
@@ -124,7 +125,7 @@ def _objective(fields: Mapping[str, object] | None) -> FineTuning[object] | None
         made = build_method(dict(fields), "objective") if fields else None
     except (ValueError, PretrainError):
         return None
-    made = made.wrapped if isinstance(made, Deft) else made
+    made = made.wrapped if isinstance(made, Deft | Smart) else made
     return made if isinstance(made, FineTuning) else None
 
 

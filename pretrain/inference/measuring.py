@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
 import typer
 
 from pretrain.core.bounds import Count
-from pretrain.core.errors import PretrainError, nearest, unknown
+from pretrain.core.errors import PretrainError, brief, listed, nearest, unknown
 from pretrain.core.files import output_file, sealed, write_json
 from pretrain.core.folders import corpus_at, newest_checkpoint
 from pretrain.core.foreign.code import TRUST, consenting_to
@@ -246,14 +246,15 @@ def _misfit(document: Document, answer: str, objective: Any, opened: tuple[PreTr
     import numpy as np
 
     from pretrain.core.batch import Context, Example
-    from pretrain.core.models.heads import labels_of
+    from pretrain.core.models.heads import labels_of, other_column
     from pretrain.stages._training_data import vocabulary_of
 
     model, processor = opened
     names = labels_of(model)
     if objective.name == "classification" and str(document[answer]) not in names:
         value = str(document[answer])
-        return f"{answer} {value!r}{nearest(value, names)}; accepted: a label that it has learnt ({', '.join(names)})"
+        learnt = f"a label that it has learnt ({listed(names, value)})"
+        return f"{answer} {brief(value)}{nearest(value, names)}{other_column(model, answer)}; accepted: {learnt}"
     try:
         objective.expected([Example(document, 0, 0)], Context(vocabulary_of(processor), 2, np.random.default_rng(0)))
     except PretrainError as error:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pretrain.core.batch import Context, Example
 from pretrain.core.bounds import Whole
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, brief, listed, nearest
 from pretrain.core.foreign import json
 from pretrain.core.models.heads import labels_of
 from pretrain.evaluation import Evaluation, Measured
@@ -66,14 +66,14 @@ class Several(Evaluation):
         if isinstance(value, str) and value not in names:
             mark = next((mark for mark in SEPARATORS if mark in value), ";")
             value = [part.strip() for part in value.split(mark) if part.strip()]
-        listed = [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
-        unknown = next((name for name in listed if name not in names), None)
+        given = [str(each) for each in (value if isinstance(value, list | tuple) else [value])]
+        unknown = next((name for name in given if name not in names), None)
         if unknown is not None:
             raise PretrainError(
-                f"{self.label} {unknown!r}{nearest(unknown, names)}; accepted: labels that it has learnt "
-                f"({', '.join(names)})"
+                f"{self.label} {brief(unknown)}{nearest(unknown, names)}; accepted: labels that it has learnt "
+                f"({listed(names, unknown)})"
             )
-        return tuple(listed)
+        return tuple(given)
 
     def __call__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document]

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
+from hashlib import blake2b
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -36,7 +37,10 @@ FEW, MANY = 5, 20  # rows of a label, of so many labels
 
 @dataclass(frozen=True)
 class Seen:
-    """What is known of documents: their columns (None: not all), and how often each short value stands in one."""
+    """What is known of documents: their columns (None: not all), and how often each value stands in one.
+
+    Long values are known by `key_of`.
+    """
 
     columns: tuple[str, ...] | None
     values: dict[str, Counter[str]]
@@ -70,8 +74,8 @@ def seen_in_sources(stage: Data, before: Seen | None = None) -> Seen:
                 columns |= dict.fromkeys(document)
                 names[str(document["domain"])] = None
                 counts[where.partition(":")[0].partition(", row")[0]] += 1
-                for name in _count(values, document):
-                    places.setdefault((name, str(document[name])), where)
+                for name, value in _count(values, document):
+                    places.setdefault((name, value), where)
                 if time.perf_counter() > end:
                     complete = False
                     break
@@ -118,20 +122,29 @@ def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
         yield f"of the first {rows + taken:,} rows of {source.files!r} most are left out: {why}"
 
 
-def _count(values: dict[str, Counter[str]], document: dict[str, object]) -> list[str]:
-    """Count the short values of a document; the columns that they stand in."""
-    short = [
-        name
-        for name, value in document.items()
-        if name != "text" and isinstance(value, str | int | float) and len(str(value)) <= SHORT
-    ]
-    for name in short:
-        values.setdefault(name, Counter())[str(document[name])] += 1
-    return short
+def _count(values: dict[str, Counter[str]], document: dict[str, object]) -> list[tuple[str, str]]:
+    """Count the values of a document; their columns, each with its value's key."""
+    found = [(name, key_of(value)) for name, value in document.items() if isinstance(value, str | int | float)]
+    for name, key in found:
+        values.setdefault(name, Counter())[key] += 1
+    return found
+
+
+def key_of(value: object) -> str:
+    """A value as text; of a long one the beginning, and a digest that tells it from others."""
+    text = str(value)
+    if len(text) <= SHORT:
+        return text
+    return text[:SHORT] + "…" + blake2b(text.encode(errors="surrogatepass"), digest_size=8).hexdigest()
+
+
+def shown(key: str) -> str:
+    """A value as a message has it, by its key."""
+    return repr(key if len(key) <= SHORT else key[: SHORT + 1])
 
 
 def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
-    """The columns of a corpus that is there, and the values of some."""
+    """The columns of a corpus that is there, and the values of those that are labels."""
     import pyarrow.parquet
 
     domains, held_out = _domains_of(folder)
@@ -141,7 +154,7 @@ def seen_in_corpus(folder: Path, wanted: Sequence[str]) -> Seen:
     values: dict[str, Counter[str]] = {}
     try:
         columns = tuple(pyarrow.parquet.read_schema(parts[0]).names)
-        for name in set(wanted) & set(columns) - {"text"}:
+        for name in set(wanted) & set(columns):
             for part in parts:
                 for value in pyarrow.parquet.read_table(part, columns=[name])[name].to_pylist():
                     _count(values, {name: value})
@@ -220,10 +233,31 @@ def check_columns(stage: Stage, seen: Seen) -> Iterator[str]:
             )
         counts = seen.values.get(columns[-1]) if columns else None
         if counts and stage.stage == "train":
-            if method.name == "regression":
+            learnt = _wrapped(method)
+            if learnt == "regression":
                 _check_numbers(columns[-1], counts, seen, place)
-            elif method.name == "classification":
+            elif learnt == "classification":
                 yield from _labels(columns[-1], counts, seen.whole, place)
+
+
+def labels_asked(stage: Stage) -> list[str]:
+    """The columns whose values a stage learns as classes or as numbers."""
+    asked = columns_asked(stage) if stage.stage == "train" else []
+    return [columns[-1] for _, method, columns in asked if _wrapped(method) in ("classification", "regression")]
+
+
+def _wrapped(method: Method) -> str:
+    """The name of an objective, or of the one that it wraps."""
+    inner = getattr(method, "wrapped", method)
+    return str(getattr(inner, "name", method.name))
+
+
+def other_labels(stage: Stage, trained: Stage) -> Iterator[str]:
+    """A line for each evaluation that asks for the labels of another column than those that its model learns."""
+    learnt = {columns[-1] for _, method, columns in columns_asked(trained) if _wrapped(method) == "classification"}
+    for _, method, columns in columns_asked(stage) if len(learnt) == 1 else ():
+        if _wrapped(method) == "classification" and columns[-1] not in learnt:
+            yield f"asks for the labels of {columns[-1]!r}, and {trained.name!r} learns those of {min(learnt)!r}"
 
 
 def _check_numbers(column: str, counts: Counter[str], seen: Seen, place: tuple[str | int, ...]) -> None:
@@ -236,7 +270,7 @@ def _check_numbers(column: str, counts: Counter[str], seen: Seen, place: tuple[s
     skip = ", or in its source numbers: [COLUMN] with on_error: skip, which pass such rows over, and count them"
     few = f"{skip.replace('COLUMN', column)} ({counted(rows, 'row')})" if rows < counts.total() / 2 else ""
     raise PretrainError(
-        f"{where + ': ' if where else ''}column {column!r} holds {odd[0]!r}; accepted: numbers{few}", place=place
+        f"{where + ': ' if where else ''}column {column!r} holds {shown(odd[0])}; accepted: numbers{few}", place=place
     )
 
 
@@ -247,7 +281,7 @@ def _labels(column: str, counts: Counter[str], whole: bool, place: tuple[str | i
         yield f"{few} without {column!r}, which is learnt like a label; required: [{column}] passes them over"
     if whole and len(counts) < 2:
         only = next(iter(counts))
-        raise PretrainError(f"column {column!r} holds one label, {only!r}; accepted: 2 or more", place=place)
+        raise PretrainError(f"column {column!r} holds one label, {shown(only)}; accepted: 2 or more", place=place)
     rows = sum(counts.values())
     singles = sorted(name for name, count in counts.items() if count == 1)
     if len(counts) > rows / 2 and rows >= 8:
@@ -255,8 +289,9 @@ def _labels(column: str, counts: Counter[str], whole: bool, place: tuple[str | i
     elif len(counts) > max(MANY, rows / FEW):
         yield f"{column!r} has {len(counts):,} labels, {rows / len(counts):.1f} rows each: few to learn a label from"
     elif singles and whole:
-        some = ", ".join(map(repr, singles[:3])) + (", …" if len(singles) > 3 else "")
+        some = ", ".join(map(shown, singles[:3])) + (", …" if len(singles) > 3 else "")
         what = "labels have a single row each" if len(singles) > 1 else "label has a single row"
         yield f"{len(singles):,} {what} ({some}): it can be learnt or measured, and not both; merge or drop them"
-    for line in doubtful(column, counts):
+    short = {name: count for name, count in counts.items() if len(name) <= SHORT}
+    for line in doubtful(column, short):
         yield line if whole else f"{line} (of the first {rows:,} rows)"

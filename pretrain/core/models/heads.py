@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from pretrain.core.batch import Vocabulary
-from pretrain.core.checkpoint import surgery_of
+from pretrain.core.checkpoint import lineage, surgery_of
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.foreign.code import brought
 from pretrain.core.models.families import base
@@ -30,6 +30,15 @@ _OUTPUTS = ("classifier", "score", "classification_head")  # the names that `tra
 def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
     """The names of the model's classes, in the order of their numbers."""
     return tuple(str(name) for _, name in sorted((model.config.id2label or {}).items()))
+
+
+def other_column(model: PreTrainedModel, asked: str) -> str:
+    """That the model's labels are those of another column of its training documents, where that is known."""
+    trained = lineage(getattr(model.config, "_name_or_path", "") or "/none").get("objective")
+    while isinstance(trained, Mapping) and isinstance(trained.get("objective"), Mapping):
+        trained = trained["objective"]  # that another one wraps
+    column = trained.get("label") if isinstance(trained, Mapping) else None
+    return "" if column in (None, asked) else f" (the model was trained on the labels of {column!r}, not of {asked!r})"
 
 
 def output(model: nn.Module) -> tuple[str, nn.Module] | None:

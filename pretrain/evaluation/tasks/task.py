@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from pretrain.core.batch import NO_VOCABULARY, Context, Example, Vocabulary
 from pretrain.core.bounds import Whole
 from pretrain.core.encoding import Encoder
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, brief, listed
 from pretrain.core.folders import corpus_of
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.core.models.families import positions_of
-from pretrain.core.models.heads import labels_of
+from pretrain.core.models.heads import labels_of, other_column
 from pretrain.core.quick.confusion import Mistake, confusion_of, wrong_answers
 from pretrain.corpus.examples import Examples
 from pretrain.corpus.store import Corpus
@@ -86,6 +86,7 @@ class Task(Evaluation):
         known, whole_count = self._known(documents, labels)
         if not known:
             raise PretrainError(f"task: no document has all of {', '.join(objective.columns)}: accepted: at least one")
+        self._check_learnt(known[0], labels, model)
         examples = [Example(document, 0, number) for number, document in enumerate(known)]
         length = self.length or min(512, positions_of(model) or 512)
         context = Context(
@@ -139,6 +140,17 @@ class Task(Evaluation):
         whole = [d for d in documents if all(d.get(column) is not None for column in columns)]
         learnt = [d for d in whole if self.method.learnt(d[label], labels)]
         return learnt or whole, len(whole)  # of none at all the objective says what is wrong
+
+    def _check_learnt(self, document: Document, labels: Sequence[str], model: PreTrainedModel) -> None:
+        """Refuse documents none of which has a label that was learnt, where it is known that another column's were."""
+        column = self.method.columns[-1]
+        other = "" if self.method.learnt(document[column], labels) else other_column(model, column)
+        if other:
+            value, name = str(document[column]), document.get("id")
+            raise PretrainError(
+                f"task: document {name!r}: {column} {brief(value)}{other}; accepted: documents with its labels "
+                f"({listed(labels, value)}), or a model that has learnt {column!r}"
+            )
 
     def yardsticks(self, model: PreTrainedModel, documents: Sequence[Document], learnt: Learnt) -> Yardsticks:
         """What counts in the model's training documents reach: `accuracy_of_counts`, or `mse_of_counts`."""

@@ -18,7 +18,7 @@ from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.bounds import NonNegative, Positive
 from pretrain.core.checkpoint import load, load_config
 from pretrain.core.encoding import Encoder
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, brief, listed, nearest
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.method import Ref
 from pretrain.core.models.fast import accelerate
@@ -124,8 +124,8 @@ class WellReadStudents(FineTuning[str | None]):
             return -100
         if str(value) not in labels:
             raise PretrainError(
-                f"well_read_students: {self.label} {value!r}{nearest(str(value), labels)}: "
-                f"accepted: a label of the teacher ({', '.join(labels)}), or label: null"
+                f"well_read_students: {self.label} {brief(value)}{nearest(str(value), labels)}: "
+                f"accepted: a label of the teacher ({listed(labels, str(value))}), or label: null"
             )
         return labels.index(str(value))
 

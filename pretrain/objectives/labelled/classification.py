@@ -11,7 +11,7 @@ from torch import nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.bounds import ProperShare
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, brief, listed, nearest
 from pretrain.core.models.heads import labels_of, with_head
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified, confidences, examples_of, named, read, surprises, texts_of
@@ -68,8 +68,8 @@ class Classification(FineTuning[str]):
         for example, value in zip(examples, labels, strict=True):
             if value is not None and str(value) not in numbers:
                 raise PretrainError(
-                    f"classification: {named(example)}: {self.label} {value!r}{nearest(str(value), numbers)}: "
-                    f"accepted: a label of the training documents ({', '.join(numbers)})"
+                    f"classification: {named(example)}: {self.label} {brief(value)}{nearest(str(value), numbers)}: "
+                    f"accepted: a label of the training documents ({listed(list(numbers), str(value))})"
                 )
         batch["label_B"] = torch.tensor([-100 if value is None else numbers[str(value)] for value in labels])
         batch["weight"] = (batch["label_B"] != -100).sum()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.bounds import Count
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, brief, listed, nearest
 from pretrain.core.models.families import family, head, hidden
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import confidences, examples_of, padded, surprises, texts_of
@@ -78,7 +78,8 @@ class PromptClassification(FineTuning[str]):
             )
         if len(self.words) < 2 or len(set(self.words.values())) < len(self.words) or not all(self.words.values()):
             raise PretrainError(
-                f"prompt_classification: words {self.words}: accepted: 2 or more labels, each with a word of its own",
+                f"prompt_classification: words {brief(self.words)}: accepted: 2 or more labels, each with "
+                "a word of its own",
                 place=("words",),
             )
 
@@ -202,8 +203,8 @@ class PromptClassification(FineTuning[str]):
         known = tuple(self.word_of)
         if str(value) not in known:
             raise PretrainError(
-                f"prompt_classification: {self.label} {value!r}{nearest(str(value), known)}: accepted: a label that "
-                f"has a word ({', '.join(known)})"
+                f"prompt_classification: {self.label} {brief(value)}{nearest(str(value), known)}: accepted: a label "
+                f"that has a word ({listed(known, str(value))})"
             )
         return known.index(str(value))
 

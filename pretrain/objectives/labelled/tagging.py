@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
-from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.errors import PretrainError, brief, listed, nearest
 from pretrain.core.models.heads import labels_of, with_head
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified, examples_of, inputs_of, named
@@ -77,8 +77,8 @@ class Tagging(FineTuning[list[str]]):
         for b, tags in enumerate(self.expected(examples, context)):
             for tag in tags:
                 if tag not in numbers:
-                    wrong = f"tagging: {named(examples[b])}: tag {tag!r}{nearest(tag, numbers)}"
-                    raise PretrainError(f"{wrong}: accepted: {', '.join(numbers)}")
+                    wrong = f"tagging: {named(examples[b])}: tag {brief(tag)}{nearest(tag, numbers)}"
+                    raise PretrainError(f"{wrong}: accepted: {listed(list(numbers), tag)}")
             known = torch.tensor([-100, *(numbers[tag] for tag in tags)])
             label_BL[b] = known[word_BL[b]]
         batch |= {"word_BL": word_BL, "label_BL": label_BL, "weight": (label_BL != -100).sum()}
