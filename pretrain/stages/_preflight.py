@@ -124,10 +124,10 @@ def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
 
 def _count(values: dict[str, Counter[str]], document: dict[str, object]) -> list[tuple[str, str]]:
     """Count the values of a document; their columns, each with its value's key."""
-    found = [(name, key_of(value)) for name, value in document.items() if isinstance(value, str | int | float)]
-    for name, key in found:
+    keyed = [(name, key_of(value)) for name, value in document.items() if isinstance(value, str | int | float)]
+    for name, key in keyed:
         values.setdefault(name, Counter())[key] += 1
-    return found
+    return keyed
 
 
 def key_of(value: object) -> str:
