@@ -320,6 +320,35 @@ def test_counts_of_all_training_text_stand_beside_those_of_what_was_read():
     ]  # fmt: skip
 
 
+def on_corpora(folder, *corpora):
+    """The titles over the charts of two evaluations of one model on these corpora, and the names of their bars."""
+    example(folder)
+    for name, corpus in zip(("test", "more"), corpora, strict=True):
+        record = {"seconds": 1.0, "inputs": {"checkpoint": "model", "corpus": corpus}, "config": {"split": "test"}}
+        put(folder / name / "stage.json", record)
+    page = write(folder).read_text()
+    part = page[page.index("<h2>Held-out text</h2>") :]
+    part = part[: part.index("</section>")]
+    models = [[bar["name"] for bar in chart["models"]] for chart in collect(folder)["bars"]]
+    return [title for title in re.findall("<h3>(.*?)</h3>", part) if "“" in title], models
+
+
+def test_of_several_texts_each_chart_says_which_stages_and_which_text_it_is_of(tmp_path):
+    titles, models = on_corpora(tmp_path / "two", "data", "runs/before/corpus")
+    assert titles == [
+        "“test”: 9 test documents of “data” (a, all)",
+        "“more”: 9 test documents of “runs/before/corpus” (a, all)",
+    ]
+    assert models == [["model"], ["model"]]
+    assert on_corpora(tmp_path / "one", "data", "data") == ([], [["model", "more"]])
+
+
+def test_a_model_is_not_held_against_another_that_was_measured_on_other_text_of_as_many_documents():
+    other = measured(2.0, of="base", corpus="old")
+    assert "than “base”" in summarise(page_of(other, measured(1.5, corpus="old"))).judgement
+    assert "than “base”" not in summarise(page_of(other, measured(1.5, corpus="new"))).judgement
+
+
 def test_a_change_of_less_than_a_hundredth_is_no_0_per_cent():
     near = summarise(page_of(measured(2.0, of="base"), measured(1.999), measured(1.0, of="elsewhere", documents=7)))
     assert "It is less than 1% fewer than “base” (2.00)" in near.judgement

@@ -17,7 +17,10 @@ Column = tuple[str, dict[str, float], Callable[[float], str]]  # its title, its 
 
 
 def bits_chart(number: int, chart: Chart) -> Html:
-    """A group of bars for all text, then one for each domain; a line on a bar is its 95% interval."""
+    """A group of bars for all text, then one for each domain; a line on a bar is its 95% interval.
+
+    Of several charts each says which stages and which text it is of.
+    """
     series = [*chart["models"], *chart["tools"]]
     greys = len(chart["models"])
     colours = [COLOURS[i % len(COLOURS)] if i < greys else GREYS[(i - greys) % len(GREYS)] for i in range(len(series))]
@@ -35,7 +38,8 @@ def bits_chart(number: int, chart: Chart) -> Html:
     note += f" {chart['more']} more domains are under All metrics." if chart["more"] else ""
     if few := [_named(domain, chart, True) for domain in chart["few"]]:
         note += f" Too little text to be drawn: {'; '.join(few)}."
-    return join([tag("p", note, class_="note"), tag("div", *rows, class_="bars", id=f"bars-{number}")])
+    title = [tag("h3", chart["title"])] if chart["title"] else []
+    return join([*title, tag("p", note, class_="note"), tag("div", *rows, class_="bars", id=f"bars-{number}")])
 
 
 def _at(values: Sequence[T | None], place: int) -> T | None:

@@ -12,6 +12,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, damage, read_json, read_json_lines, read_object
 from pretrain.core.foreign import yaml
 from pretrain.core.foreign.weights import header
+from pretrain.core.quick.quantities import counted
 from pretrain.records import (
     FEW_BYTES,
     Config,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1500
 MAX_DOMAINS = 12  # in a chart; a table has all
+NAMED = 4  # domains in a chart's title
 RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods", "inputs", "config", "planned")
 AXES = ("tokens", "flops", "seconds", "steps")
 TIMES = ("elapsed", "preparing", "measuring")  # all seconds; of the steps those that made shapes; held-out measurements
@@ -80,6 +82,8 @@ class Evaluated(Evaluation):
 
     name: str
     of: str  # the stage whose checkpoint it judged; empty where that is not known
+    corpus: NotRequired[str]  # whose held-out text it is, as the recipe names it; empty where that is not known
+    split: NotRequired[str]
     bigram: NotRequired[float | None]  # bits per byte of counts of adjacent tokens on the same text
     bigram_whole: NotRequired[float | None]  # of those in all training text, of which the model may have read a part
     bigram_domains: NotRequired[list[dict[str, float]]]  # of both, by domain
@@ -126,6 +130,7 @@ class Bar(TypedDict):
 class Chart(TypedDict):
     """Those measured on the same text."""
 
+    title: str  # which stages, and which text; empty where there is no other chart
     domains: list[str]  # the largest first
     more: int
     few: list[str]  # domains of too little text to be drawn
@@ -195,7 +200,12 @@ def collect(folder: Path) -> Page:
         if (measured := _object(home / "evaluation.json")) and "evaluation.json" not in lost:
             judged = (row["inputs"] or {}).get("checkpoint") or row["config"].get("checkpoint")
             sizes = measured.get("sizes") or _sizes_of(home)
-            evaluations.append({**measured, "sizes": sizes, "name": name, "of": str(judged or "")})
+            corpus_read = (row["inputs"] or {}).get("corpus") or row["config"].get("corpus")
+            split = str(row["config"].get("split") or "test")
+            evaluations.append({
+                **measured, "sizes": sizes, "name": name, "of": str(judged or ""), "corpus": str(corpus_read or ""),
+                "split": split,
+            })  # fmt: skip
         if (shown := _object(home / "samples.json")) and "samples.json" not in lost:
             samples.append({**shown, "name": name})
         corpus = home / "corpus"
@@ -346,6 +356,7 @@ def plots(trainings: Sequence[Trained]) -> list[Plot]:
 def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
     """Bits per byte by domain: the models measured on the same text side by side, with the compressors."""
     charts: dict[str, Chart] = {}
+    named: dict[str, list[Evaluated]] = {}
     for evaluation in evaluations:
         metrics, by_domain = evaluation.get("metrics") or {}, evaluation.get("domains") or {}
         if BITS not in metrics:
@@ -353,11 +364,13 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
         tools, sizes = evaluation.get("compressors") or {}, evaluation.get("sizes") or {}
         bytes_ = {domain: sizes.get(domain, {}).get("bytes", 0) for domain in by_domain}
         domains = sorted(by_domain, key=lambda domain: (-bytes_[domain], domain))
-        key = json.dumps([evaluation.get("documents"), domains, tools], sort_keys=True)
+        key = json.dumps([text_of(evaluation), domains], sort_keys=True)
+        named.setdefault(key, []).append(evaluation)
         if key not in charts:
             few = [domain for domain in domains if domain in sizes and bytes_[domain] < FEW_BYTES]
             enough = [domain for domain in domains if domain not in few] if len(domains) > 1 else []
             charts[key] = {
+                "title": "",
                 "domains": enough[:MAX_DOMAINS],
                 "more": len(enough[MAX_DOMAINS:]),
                 "few": few if len(domains) > 1 else [],
@@ -382,7 +395,27 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
                 each = [values.get(domain) for domain in charts[key]["domains"]]
                 charts[key]["tools"].insert(lines, {"name": name, "all": line, "values": each})
         charts[key]["models"].append(row)
+    for key, chart in charts.items() if len(charts) > 1 else ():
+        chart["title"] = _title(named[key])
     return list(charts.values())
+
+
+def text_of(evaluation: Evaluated) -> list[object]:
+    """What tells the text of an evaluation from another's: the same of two that were measured on the same documents."""
+    return [evaluation.get(name) for name in ("corpus", "split", "documents", "compressors")]
+
+
+def _title(evaluations: Sequence[Evaluated]) -> str:
+    """Which stages measured, and on which text: `“after”: 24 test documents of “corpus” (prose, code)`."""
+    names, first = ", ".join(f"“{each['name']}”" for each in evaluations), evaluations[0]
+    domains, sizes = first.get("domains") or {}, first.get("sizes") or {}
+    largest = sorted(domains, key=lambda domain: (-sizes.get(domain, {}).get("bytes", 0), domain))
+    more = f" and {len(largest) - NAMED} more" if len(largest) > NAMED else ""
+    count, split = first.get("documents"), first.get("split", "")
+    what = f"{split} document".strip()
+    text = counted(count, what) if isinstance(count, int) else f"{what}s"
+    text += f" of “{first['corpus']}”" if first.get("corpus") else ""
+    return f"{names}: {text}" + (f" ({', '.join(largest[:NAMED])}{more})" if largest else "")
 
 
 def _sizes_of(home: Path) -> dict[str, dict[str, int]]:

@@ -11,7 +11,7 @@ from pretrain.core.quick.quantities import counted, figure, short
 from pretrain.corpus.overlap import distrusted
 from pretrain.report import foretold
 from pretrain.report.advice import advise, beats_baseline, spent_share, yardstick
-from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, unit_of_loss
+from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, text_of, unit_of_loss
 from pretrain.report.numbers import article, known, last
 
 # Metrics worth a first sentence: how they are called; where no yardstick is, what says what guessing gives, and is.
@@ -273,11 +273,11 @@ def _worst_of(confusion: Mapping[str, Mapping[str, int]]) -> str:
 
 
 def _before(page: Page, evaluation: Evaluated) -> Evaluated | None:
-    """The first other model that was measured on as many documents."""
+    """The first other model that was measured on the same text."""
     others = [
         e for e in page["evaluations"]
         if e["of"] not in (evaluation["of"], "") and BITS in (e.get("metrics") or {})
-        and e.get("documents") == evaluation.get("documents") and e.get("compressors") == evaluation.get("compressors")
+        and text_of(e) == text_of(evaluation)
     ]  # fmt: skip
     return others[0] if others else None
 
