@@ -519,6 +519,28 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
     assert overflow == 0 and not wide and inside and broken is None
 
 
+CUT = """
+all => all.flatMap(e => { const box = e.closest('svg').getBoundingClientRect(), own = e.getBoundingClientRect();
+  return own.left < box.left - .5 || own.right > box.right + .5 ? [e.textContent] : []; })
+"""
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("width", [390, 1280])
+def test_no_label_of_an_axis_is_cut_off_at_its_end(tmp_path, width):
+    paths = {}
+    for tokens in (251_000, 401_000, 2_500_000, 1_000_000_000):  # so that the last round number is at the very end
+        folder = example(tmp_path / str(tokens), evaluated=False)
+        for name in ("model", "encoder"):
+            lines = [row | {"tokens": row["step"] * tokens / 79} for row in rows(79)]
+            put(folder / name / "log.jsonl", "".join(json.dumps(row) + "\n" for row in lines))
+        paths[tokens] = write(folder)
+    with browser_page(width) as page:
+        for path in paths.values():
+            page.goto(path.as_uri())
+            assert page.eval_on_selector_all(".chart svg text", CUT) == []
+
+
 def test_boxes_beside_one_another_have_the_end_of_a_prompt_and_room_for_what_follows():
     prompt = "\n\n".join(f"line {number} of a long beginning" for number in range(30))
     text = str(_continuation({"prompt": prompt, "continuation": " ours", "truth": " theirs"}))

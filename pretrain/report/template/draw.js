@@ -35,15 +35,16 @@ function chart(id, curves, { title, across, range, zero, write = short }) {
   place.replaceChildren(legend);
   const xs = curves.flatMap(c => known(c.x)), ys = curves.flatMap(c => known(c.y));
   if (!xs.length || !ys.length) { place.append(html("p", { class: "note" }, "Nothing is logged yet.")); return; }
-  const W = Math.max(200, place.clientWidth), H = Math.max(90, place.clientHeight - legend.offsetHeight), top = 8, right = 10, bottom = across ? 38 : 22;
-  const x1 = Math.max(...xs) || 1;
+  const W = Math.max(200, place.clientWidth), H = Math.max(90, place.clientHeight - legend.offsetHeight), top = 8, bottom = across ? 38 : 22;
+  const x1 = Math.max(...xs) || 1, steps = ticks(0, x1, W < 500 ? 3 : 6);
+  const right = Math.max(10, 4 * Math.max(...steps.map(v => short(v).length)));  // half of a label that stands at the end
   let [low, high] = range || [zero ? 0 : Math.min(...ys), Math.max(...ys)];
   if (!(high > low)) [low, high] = [low - (zero ? 0 : .5), low + .5];
   const marks = ticks(low, high, H < 220 ? 5 : 6), left = 14 + 7 * Math.max(...marks.map(v => write(v).length));
   const X = v => left + v / x1 * (W - left - right), Y = v => top + (high - v) / (high - low) * (H - top - bottom);
   const drawn = [];
   for (const v of marks) drawn.push(svg("path", { class: "grid", d: `M${left} ${Y(v)}H${W - right}` }), svg("text", { x: left - 7, y: Y(v) + 4, "text-anchor": "end" }, write(v)));
-  for (const v of ticks(0, x1, W < 500 ? 3 : 6)) drawn.push(svg("text", { x: X(v), y: H - bottom + 16, "text-anchor": "middle" }, short(v)));
+  for (const v of steps) drawn.push(svg("text", { x: X(v), y: H - bottom + 16, "text-anchor": "middle" }, short(v)));
   if (across) drawn.push(svg("text", { class: "across", x: (left + W - right) / 2, y: H - 5, "text-anchor": "middle" }, across));
   const inside = v => Y(Math.min(high, Math.max(low, v)));
   for (const c of curves) {
