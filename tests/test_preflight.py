@@ -308,7 +308,7 @@ def test_a_confusion_gives_each_class_its_precision_recall_and_f1():
     found = summary({"task": Measured({"accuracy": 0.6}, confusion=confusion)}, [], compressors=False)
     assert found["confusion"] == confusion
     page = str(classes(confusion))
-    assert '<td data-label="recall">0.750</td>' in page and "a: answered b, 25%" in page
+    assert '<td data-label="recall" class="number">0.750</td>' in page and "a: answered b, 25%" in page
     many = confusion_of([f"c{n}" for n in range(20)], [f"c{(n + 1) % 20}" for n in range(20)])
     assert "The commonest mistakes" in str(classes(many))
 

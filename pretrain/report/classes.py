@@ -55,7 +55,7 @@ def _mistakes(confusion: Mapping[str, Mapping[str, int]]) -> Html:
 def confident(wrong: Sequence[Mistake]) -> Html:
     """The wrong answers that the model was surest of: often a label that is wrong, or two classes that are one."""
     rows = [
-        (row["text"], _label(row["true"]), _label(row["answered"]), _label(f"{row['probability']:.2f}"))
+        (row["text"], _label(row["true"]), _label(row["answered"]), f"{row['probability']:.2f}")
         for row in wrong[:SHOWN]
         if {"text", "true", "answered"} <= row.keys() and isinstance(row.get("probability"), int | float)
     ]

@@ -15,6 +15,7 @@ from pathlib import Path
 
 VOID = ("br", "img", "meta")  # elements without content
 CLOSED = ("rect", "path")  # of a drawing: they close themselves
+NUMBER = re.compile(r"[-+]?\d[^\n]{0,20}|–")  # a cell of it stays in one line: `1,234`, `12.3 MB`, `1.4 to 1.6`
 HALF = re.compile("[\ud800-\udfff]")  # halves of characters, which have no bytes
 
 
@@ -43,10 +44,15 @@ def tag(name: str, *children: object, **attributes: object) -> Html:
 
 
 def table(heads: Sequence[str], rows: Iterable[Sequence[object]]) -> Html:
-    """A table, whose rows become cards with the heads as labels where a page is narrow."""
+    """A table, whose rows become cards with the heads as labels where a page is narrow; no number is broken in two."""
     head = tag("thead", tag("tr", *(tag("th", h) for h in heads)))
-    body = [tag("tr", *(tag("td", cell, data_label=h) for h, cell in zip(heads, row, strict=True))) for row in rows]
+    body = [tag("tr", *map(_cell, heads, row)) for row in rows]
     return tag("div", tag("table", head, tag("tbody", *body)), class_="scroll")
+
+
+def _cell(head: str, value: object) -> Html:
+    number = NUMBER.fullmatch(str(value)) is not None
+    return tag("td", value, data_label=head, class_="number" if number else None)
 
 
 def script_json(value: object) -> Html:
