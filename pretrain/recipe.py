@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeAlias
@@ -236,7 +236,8 @@ def check(raw: Raw, path: Path | None = None, places: Places | None = None, outp
         raise wrong("stages", "a list of at least one stage")
     stages: list[Stage] = []
     for index, entry in enumerate(given):
-        stages.append(_stage(entry, index, whole, places, {stage.name: stage.stage for stage in stages}))
+        earlier_kinds = {stage.name: stage.stage for stage in stages}
+        stages.append(_stage(entry, index, whole, places, earlier_kinds, _names(given[index + 1 :])))
         try:
             earlier = {stage.name: stage for stage in stages[:-1]}
             stages[-1].check_trusted(earlier)
@@ -258,7 +259,14 @@ def whole(recipe: Recipe) -> Recipe:
         return replace(check(raw, recipe.path, recipe.places, recipe.output), given=recipe.given)
 
 
-def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[str, str]) -> Stage:
+def _names(entries: Sequence[object]) -> set[str]:
+    """The names of stages that are not checked yet, as far as they have any."""
+    return {str(entry.get("name", entry.get("stage"))) for entry in entries if isinstance(entry, dict)}
+
+
+def _stage(
+    entry: object, index: int, whole: str, places: Places, earlier: dict[str, str], later: Collection[str]
+) -> Stage:
     known, where = stage_classes(), _at(places, ("stages", index), whole)
     if not isinstance(entry, dict) or "stage" not in entry:
         raise PretrainError(f"{where}: stages.{index}: accepted: a mapping with stage: {', '.join(known)}")
@@ -294,11 +302,13 @@ def _stage(entry: object, index: int, whole: str, places: Places, earlier: dict[
     except PretrainError as error:
         where = _blamed(places, ("stages", index, *error.place), whole)
         raise PretrainError(f"{where}: {'.'.join(map(str, (entry['name'], *error.place)))}: {error}") from error
-    _check_references(stage, index, whole, places, earlier)
+    _check_references(stage, index, whole, places, earlier, later)
     return stage
 
 
-def _check_references(stage: Stage, index: int, whole: str, places: Places, earlier: dict[str, str]) -> None:
+def _check_references(
+    stage: Stage, index: int, whole: str, places: Places, earlier: dict[str, str], later: Collection[str]
+) -> None:
     """Each reference must name an earlier stage, of a kind that fits the field, or a path that exists."""
     for name, value in stage.references().items():
         steps = steps_of(name)
@@ -318,15 +328,23 @@ def _check_references(stage: Stage, index: int, whole: str, places: Places, earl
                     continue
             else:
                 known = ", ".join(earlier) or "there is none"
-                hint, wrong = nearest(target, earlier), ""
+                turn, wrong = _out_of_turn(target, stage.name, later), ""
+                hint = "" if turn else nearest(target, earlier)
                 if accepted is not None and "data" not in accepted and not hint and hub.looks_like(target):
                     try:
                         hub.pin(target)
                         continue
                     except PretrainError as error:
-                        wrong = f", and {error}"
-                wrong = f"{target!r}{hint}; accepted: an earlier stage ({known}) or a path that exists{wrong}"
+                        wrong = "" if turn else f", and {error}"
+                wrong = f"{target!r}{hint}{turn}; accepted: an earlier stage ({known}) or a path that exists{wrong}"
             raise PretrainError(f"{_at(places, place, whole)}: {stage.name}.{name}: {wrong}")
+
+
+def _out_of_turn(target: str, stage: str, later: Collection[str]) -> str:
+    """That what is named is a stage for all that: the one that names it, or one that stands below."""
+    if target == stage:
+        return " is this stage itself"
+    return " is a stage that stands below, and a stage reads those above it" if target in later else ""
 
 
 def _blamed(places: Places, place: Place, whole: str) -> str:

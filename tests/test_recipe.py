@@ -8,6 +8,7 @@ import pytest
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
+from pretrain.core.quick.hub import offline
 from pretrain.recipe import load
 
 GOOD = """\
@@ -114,6 +115,29 @@ def test_each_mistake_is_one_line_that_names_its_place(tmp_path, old, new, messa
     with pytest.raises(PretrainError, match=message) as caught:
         recipe(tmp_path, GOOD.replace(old, new, 1))
     assert "\n" not in str(caught.value)
+
+
+REFERRING = {  # a field of each stage that names another
+    "tokenizer": "vocab_size: 512\n    corpus: below",
+    "train": "corpus: above\n    tokenizer: below\n    model: {family: llama}\n    budget: {steps: 1}",
+    "evaluate": "checkpoint: below\n    corpus: above",
+    "decode": "checkpoint: below\n    prompts: [a]",
+    "surgery": "checkpoint: below\n    surgeries: [merge_adapters]",
+}
+
+
+@pytest.mark.parametrize("kind", REFERRING)
+def test_a_reference_to_a_stage_further_down_or_to_itself_says_so(tmp_path, kind):
+    text = "stages:\n  - name: above\n    stage: data\n    sources: [stdlib]\n"
+    text += f"  - name: own\n    stage: {kind}\n    {REFERRING[kind]}\n"
+    below = "  - name: below\n    stage: data\n    sources: [stdlib]\n"
+    for stages, name, why in ((below, "below", "a stage that stands below"), ("", "own", "this stage itself")):
+        with (
+            offline(),
+            pytest.raises(PretrainError, match=rf"own\.\w+: '{name}' is {why}.*; accepted: .*above") as caught,
+        ):
+            recipe(tmp_path, text.replace("below", name) + stages)
+        assert "\n" not in str(caught.value) and "fetched" not in str(caught.value)
 
 
 def test_overrides_reach_into_stages_and_methods(tmp_path):
