@@ -110,6 +110,18 @@ def test_with_a_budget_of_another_kind_its_measurements_take_no_more_than_their_
     assert 20 * model.plan.measurement <= 0.3 * model.plan.seconds
 
 
+def test_measurements_are_said_to_be_left_out_only_where_a_training_does_leave_them_out(here):
+    texts = [" ".join(random.Random(n).choices(ENGLISH, k=200)) for n in range(400)]
+    (here / "t.csv").write_text("text,label\n" + "\n".join(f"{t},{'ab'[n % 2]}" for n, t in enumerate(texts)))
+    said = {}
+    for number, budget in enumerate((["--budget", "0.1s"], ["--budget", "30min"])):
+        new("t.csv", "--output", f"{number}.yaml", *budget)
+        tuned = Path(f"{number}.yaml").read_text().partition("- name: classifier")[2]
+        unit = yaml.safe_load(Path(f"{number}.yaml").read_text())["stages"][-2]["budget"].popitem()[0]
+        (said[unit],) = [line for line in tuned.splitlines() if "evaluate_every" in line]
+    assert "or fewer" in said["seconds"] and "however long" in said["epochs"] and "or fewer" not in said["epochs"]
+
+
 def test_what_a_plan_warns_of_for_all_that_is_told_at_once(here):
     write_prose(here / "prose")
     assert "warning: stage 'model': the budget makes" in new("prose", "--budget", "0.01s")

@@ -99,17 +99,19 @@ class Asked:
         what = "no text is longer" if not share else f"{max(1, round(100 * share))}% of the texts are longer, and cut"
         return what if self.look.table is not None and self.look.table.whole else f"{what}, of those looked at"
 
-    def measured(self, stage: str, *, fitted: bool = False) -> str:
-        """How often is measured while a stage trains, where something is held out; `fitted`: on what fits its time.
+    def measured(self, stage: str, budget: str = "") -> str:
+        """How often is measured while a stage trains, where something is held out: on what fits its time.
 
-        Not so where the weights that measure best are kept: those of fewer documents would be kept by chance.
+        With a `budget`, as the recipe writes it, on all that is held out, where the weights that measure best are kept:
+        those of fewer documents would be kept by chance. Of one of seconds a training leaves out what takes too long.
         """
         share = self.shares.get(stage, MEASURED)
         if not self.look.share:
             return ""
         if share == 0:
             return stages.MEASURED_ONCE
-        return written(stages.FITTED if fitted else stages.MEASURED, share=f"{share:g}", times=f"{1 / share:.0f} times")
+        whole = stages.MEASURED_IN_TIME if budget.startswith("{seconds") else stages.MEASURED
+        return written(whole if budget else stages.FITTED, share=f"{share:g}", times=f"{1 / share:.0f} times")
 
     def spent(self, why: str) -> dict[str, str]:
         """The budget of a training on text, and why it is that."""
@@ -195,7 +197,7 @@ def _samples(asked: Asked) -> str:
 def _pretrain(asked: Asked) -> list[str]:
     why = "longer helps little: there is too little text for it" if asked.budget < EVENING else "longer helps"
     why = why if asked.seconds is None else "or tokens: 10M, flops: 1e14, epochs: 4"
-    model = written(stages.MODEL, **asked.spent(why), measured=asked.measured("model", fitted=True))
+    model = written(stages.MODEL, **asked.spent(why), measured=asked.measured("model"))
     return [_corpus(asked), written(stages.TOKENIZER), model, _evaluation(asked, "model"), _samples(asked)]
 
 
@@ -203,7 +205,7 @@ def _continue(asked: Asked) -> list[str]:
     init = asked.init
     assert init is not None, "the command asks for one"
     model = written(
-        stages.CONTINUED, init=quoted(init.name), measured=asked.measured("model", fitted=True),
+        stages.CONTINUED, init=quoted(init.name), measured=asked.measured("model"),
         **asked.spent(CONTINUED),
         objective={"masked": "masked_lm", "seq2seq": "span_corruption"}.get(init.kind, "causal_lm"),
         length=init.length(512 if init.wide else 256), rate="1e-4" if init.wide else "5e-4",
@@ -248,7 +250,8 @@ def _classify(asked: Asked) -> list[str]:
         budget=asked.tuned.budget, why=asked.tuned.why, rows=asked.tuned.rows * (more_rows if init is None else 1),
         adapter=stages.ADAPTER if adapted else "", objective=_objective(table, training=True),
         label=commented(str(table.label)), cut=asked.cut(length),
-        rate=fresh_rate if init is None else "5e-4" if adapted else "3e-4", measured=asked.measured(name),
+        rate=fresh_rate if init is None else "5e-4" if adapted else "3e-4",
+        measured=asked.measured(name, asked.tuned.budget),
         best="" if not asked.look.share else stages.MOST_RIGHT if table.kind == "classify" else stages.BEST,
     )  # fmt: skip
     return [_corpus(asked), *before, tuned, _evaluation(asked, name, more=_task(objective)), _then(asked, table, name)]
@@ -279,7 +282,7 @@ def _encoder(asked: Asked, length: int, corpus: str) -> list[str]:
     encoder = written(
         stages.ENCODER, width=width, inner=(2 if whole else 4) * width, blocks=blocks, heads=max(2, width // 32),
         corpus=corpus, positions=max(256, length), range=f"{0.7 / math.sqrt(width):.3f}", length=length,
-        measured=asked.measured("encoder", fitted=True), family="modernbert" if whole else "bert",
+        measured=asked.measured("encoder"), family="modernbert" if whole else "bert",
         pooled=stages.POOLED if whole else "", rate=FRESH[0] if whole else "1e-3",
         budget=f"{{epochs: {ENOUGH_PASSES}}}" if enough else f"{{seconds: {duration(asked.budget / 2)}}}",
         why="more text teaches more than more time" if enough else "",
@@ -302,7 +305,8 @@ def _chat(asked: Asked) -> list[str]:
         framed=", in the model's chat template, or in one of its own" if talk else ", as plain text",
         adapter=f"    surgeries: [{', '.join(surgeries)}]" if surgeries else "",
         length=init.length(512 if init.wide else 256),
-        rate="3e-4" if init.wide else "1e-3", measured=asked.measured("tuned" if init.wide else "model"),
+        rate="3e-4" if init.wide else "1e-3",
+        measured=asked.measured("tuned" if init.wide else "model", asked.tuned.budget),
         budget=asked.tuned.budget, why=asked.tuned.why, rows=min(8, asked.tuned.rows),
     )  # fmt: skip
     if talk:
@@ -358,7 +362,7 @@ def _images(asked: Asked) -> list[str]:
     budget = "{epochs: 100}" if images > 100 * len(look.files) else f"{{seconds: {duration(asked.budget)}}}"
     model = written(
         stages.IMAGES, side=side, patch=patch, rows=max(4, min(64, len(look.files) // 8)), budget=budget,
-        measured=asked.measured("model"),
+        measured=asked.measured("model", budget),
     )  # fmt: skip
     probe = _evaluation(asked, "model", more="    evaluations: [{method: probe, label: label}]") if look.classes else ""
     return [_corpus(asked), written(stages.PIXELS, side=side), model, probe]

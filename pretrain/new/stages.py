@@ -51,7 +51,8 @@ MODEL = """
     budget: $budget  # $why
 $measured
 """
-MEASURED = "    evaluate_every: $share  # $times, or fewer where it takes long"
+MEASURED = "    evaluate_every: $share  # $times, however long that takes: a larger share is less often"
+MEASURED_IN_TIME = "    evaluate_every: $share  # $times, or fewer where it takes long"
 FITTED = """
     evaluate_every: $share  # $times
     evaluate_tokens: auto  # held out, each time: all together take a quarter of the training's time at most
