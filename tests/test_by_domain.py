@@ -11,8 +11,10 @@ from page_cases import example, put
 
 from pretrain.evaluation._intervals import LEAST, bounds, bounds_by_domain, bounds_of_means, resampled_sums
 from pretrain.evaluation.likelihood.held_out import measured
+from pretrain.records import FEW_BYTES
 from pretrain.report.charts import bits_chart
-from pretrain.report.data import FEW_BYTES, MAX_DOMAINS, bars, collect
+from pretrain.report.data import collect
+from pretrain.report.held_out import MAX_DOMAINS, bars
 from pretrain.report.page import write
 from pretrain.stages.evaluate import Evaluate, summary
 

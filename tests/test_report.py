@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 from pretrain import report
 from pretrain.core.errors import PretrainError
 from pretrain.report.charts import changes
-from pretrain.report.data import bars, plots, thin
+from pretrain.report.data import plots, thin
+from pretrain.report.held_out import bars
 from pretrain.report.page import _cards, collect, write
 from pretrain.report.samples import _continuation, panel
 from pretrain.report.summary import headline, summarise

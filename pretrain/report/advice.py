@@ -13,7 +13,8 @@ from pretrain.core.quick.quantities import figure
 from pretrain.dial.law import NEARLY_NEW
 from pretrain.records import Status
 from pretrain.report import foretold
-from pretrain.report.data import BITS, LABELLED, Evaluated, Page, StageRow, Trained
+from pretrain.report.data import BITS, LABELLED, Page, StageRow, Trained
+from pretrain.report.held_out import Evaluated
 from pretrain.report.numbers import course, known, last, swing
 from pretrain.training.budget import MOST_HELD_OUT
 

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from pretrain.core.quick.quantities import counted, duration, figure, short
-from pretrain.report.data import BITS, Bar, Chart, Page, StageRow, end_of, unit_of_loss
+from pretrain.report.data import BITS, Page, StageRow, end_of, unit_of_loss
+from pretrain.report.held_out import Bar, Chart
 from pretrain.report.markup import Html, join, tag
 
 COLOURS = tuple(f"var(--c{number})" for number in range(8))  # of models, in style.css for both themes; draw.js has them

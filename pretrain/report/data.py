@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,34 +11,28 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject, damage, read_json, read_json_lines, read_object
 from pretrain.core.foreign import yaml
 from pretrain.core.foreign.weights import header
-from pretrain.core.quick.quantities import counted
 from pretrain.records import (
-    FEW_BYTES,
     Config,
     CorpusInfo,
     Evaluation,
     Made,
     Marks,
-    Measurement,
     Metrics,
     Run,
     RunStage,
     altered,
     statuses,
 )
+from pretrain.report.held_out import Chart, Evaluated, bars
+from pretrain.report.numbers import BITS as BITS
 
 if TYPE_CHECKING:
     from pretrain.core.samples import Sample
 
 MAX_POINTS = 1500
-MAX_DOMAINS = 12  # in a chart; a table has all
-NAMED = 4  # domains in a chart's title
 RECORDED = ("seconds", "flops", "peak_memory_bytes", "metrics", "environment", "methods", "inputs", "config", "planned")
 AXES = ("tokens", "flops", "seconds", "steps")
 TIMES = ("elapsed", "preparing", "measuring")  # all seconds; of the steps those that made shapes; held-out measurements
-BITS = "bits_per_byte"
-PAIRS = "pairs of tokens"  # the bigram line: counts of which token follows which
-ALL_PAIRS = f"{PAIRS} in all training text"  # of which the model may have read a part
 # Objectives that learn what documents are labelled with: what is advised of them is not what is of a language model.
 LABELLED = ("classification", "prompt_classification", "regression", "tagging", "seq2seq", "smart")
 T = TypeVar("T")
@@ -77,18 +70,6 @@ class Trained(TypedDict):
     kept: NotRequired[int]  # the place among the evaluations of the weights that were kept, where they are not the last
 
 
-class Evaluated(Evaluation):
-    """What a stage has measured."""
-
-    name: str
-    of: str  # the stage whose checkpoint it judged; empty where that is not known
-    corpus: NotRequired[str]  # whose held-out text it is, as the recipe names it; empty where that is not known
-    split: NotRequired[str]
-    bigram: NotRequired[float | None]  # bits per byte of counts of adjacent tokens on the same text
-    bigram_whole: NotRequired[float | None]  # of those in all training text, of which the model may have read a part
-    bigram_domains: NotRequired[list[dict[str, float]]]  # of both, by domain
-
-
 class Samples(TypedDict):
     """What a stage has left to look at."""
 
@@ -115,28 +96,6 @@ class Plot(TypedDict):
 
     unit: str
     curves: list[Curve]
-
-
-class Bar(TypedDict):
-    """A model, or a compressor: its value over all text and by domain."""
-
-    name: str
-    all: float | None
-    values: list[float | None]
-    interval: NotRequired[tuple[float, float] | None]
-    intervals: NotRequired[list[tuple[float, float] | None]]  # of the domains
-
-
-class Chart(TypedDict):
-    """Those measured on the same text."""
-
-    title: str  # which stages, and which text; empty where there is no other chart
-    domains: list[str]  # the largest first
-    more: int
-    few: list[str]  # domains of too little text to be drawn
-    sizes: dict[str, dict[str, int]]  # where they are known, each domain's documents and bytes
-    models: list[Bar]
-    tools: list[Bar]
 
 
 class Page(TypedDict):
@@ -198,14 +157,7 @@ def collect(folder: Path) -> Page:
             }  # fmt: skip
             trainings.append(training if kept is None else {**training, "kept": kept})
         if (measured := _object(home / "evaluation.json")) and "evaluation.json" not in lost:
-            judged = (row["inputs"] or {}).get("checkpoint") or row["config"].get("checkpoint")
-            sizes = measured.get("sizes") or _sizes_of(home)
-            corpus_read = (row["inputs"] or {}).get("corpus") or row["config"].get("corpus")
-            split = str(row["config"].get("split") or "test")
-            evaluations.append({
-                **measured, "sizes": sizes, "name": name, "of": str(judged or ""), "corpus": str(corpus_read or ""),
-                "split": split,
-            })  # fmt: skip
+            evaluations.append(_evaluated(measured, home, row))
         if (shown := _object(home / "samples.json")) and "samples.json" not in lost:
             samples.append({**shown, "name": name})
         corpus = home / "corpus"
@@ -225,6 +177,16 @@ def collect(folder: Path) -> Page:
         "folder": str(folder),
         "expected": _object(folder / "plan.json").get("expected") or {},
     }
+
+
+def _evaluated(measured: Evaluation, home: Path, row: StageRow) -> Evaluated:
+    """What a stage has measured, with which model and which text that was of."""
+    read = {name: (row["inputs"] or {}).get(name) or row["config"].get(name) or "" for name in ("checkpoint", "corpus")}
+    return {
+        **measured, "sizes": measured.get("sizes") or _sizes_of(home), "name": row["name"],
+        "of": str(read["checkpoint"]), "corpus": str(read["corpus"]),
+        "split": str(row["config"].get("split") or "test"),
+    }  # fmt: skip
 
 
 def _kept(log: Path, step: float | None) -> int | None:
@@ -353,71 +315,6 @@ def plots(trainings: Sequence[Trained]) -> list[Plot]:
     return [{"unit": unit, "curves": curves} for unit, curves in curves_by_unit.items()]
 
 
-def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
-    """Bits per byte by domain: the models measured on the same text side by side, with the compressors."""
-    charts: dict[str, Chart] = {}
-    named: dict[str, list[Evaluated]] = {}
-    for evaluation in evaluations:
-        metrics, by_domain = evaluation.get("metrics") or {}, evaluation.get("domains") or {}
-        if BITS not in metrics:
-            continue
-        tools, sizes = evaluation.get("compressors") or {}, evaluation.get("sizes") or {}
-        bytes_ = {domain: sizes.get(domain, {}).get("bytes", 0) for domain in by_domain}
-        domains = sorted(by_domain, key=lambda domain: (-bytes_[domain], domain))
-        key = json.dumps([text_of(evaluation), domains], sort_keys=True)
-        named.setdefault(key, []).append(evaluation)
-        if key not in charts:
-            few = [domain for domain in domains if domain in sizes and bytes_[domain] < FEW_BYTES]
-            enough = [domain for domain in domains if domain not in few] if len(domains) > 1 else []
-            charts[key] = {
-                "title": "",
-                "domains": enough[:MAX_DOMAINS],
-                "more": len(enough[MAX_DOMAINS:]),
-                "few": few if len(domains) > 1 else [],
-                "sizes": sizes,
-                "models": [],
-                "tools": [],
-            }
-            shown = charts[key]["domains"]
-            charts[key]["tools"] = [_bar(tool, measured, shown) for tool, measured in tools.items()]
-        model = evaluation.get("of") or evaluation["name"]  # two evaluations of one model bear their own names
-        taken = any(bar["name"] == model for bar in charts[key]["models"])
-        row = _bar(evaluation["name"] if taken else model, evaluation, charts[key]["domains"])
-        row["interval"] = (evaluation.get("intervals") or {}).get(BITS)
-        apart = evaluation.get("domain_intervals") or {}
-        row["intervals"] = [(apart.get(domain) or {}).get(BITS) for domain in charts[key]["domains"]]
-        by_domains = [*(evaluation.get("bigram_domains") or []), {}, {}]
-        pairs = ((PAIRS, evaluation.get("bigram")), (ALL_PAIRS, evaluation.get("bigram_whole")))
-        for (counts, line), values in zip(pairs, by_domains, strict=False):
-            lines = sum(bar["name"].startswith(PAIRS) for bar in charts[key]["tools"])
-            name = f"{counts}, for {row['name']}" if counts in [bar["name"] for bar in charts[key]["tools"]] else counts
-            if line is not None and line not in [bar["all"] for bar in charts[key]["tools"]]:
-                each = [values.get(domain) for domain in charts[key]["domains"]]
-                charts[key]["tools"].insert(lines, {"name": name, "all": line, "values": each})
-        charts[key]["models"].append(row)
-    for key, chart in charts.items() if len(charts) > 1 else ():
-        chart["title"] = _title(named[key])
-    return list(charts.values())
-
-
-def text_of(evaluation: Evaluated) -> list[object]:
-    """What tells the text of an evaluation from another's: the same of two that were measured on the same documents."""
-    return [evaluation.get(name) for name in ("corpus", "split", "documents", "compressors")]
-
-
-def _title(evaluations: Sequence[Evaluated]) -> str:
-    """Which stages measured, and on which text: `“after”: 24 test documents of “corpus” (prose, code)`."""
-    names, first = ", ".join(f"“{each['name']}”" for each in evaluations), evaluations[0]
-    domains, sizes = first.get("domains") or {}, first.get("sizes") or {}
-    largest = sorted(domains, key=lambda domain: (-sizes.get(domain, {}).get("bytes", 0), domain))
-    more = f" and {len(largest) - NAMED} more" if len(largest) > NAMED else ""
-    count, split = first.get("documents"), first.get("split", "")
-    what = f"{split} document".strip()
-    text = counted(count, what) if isinstance(count, int) else f"{what}s"
-    text += f" of “{first['corpus']}”" if first.get("corpus") else ""
-    return f"{names}: {text}" + (f" ({', '.join(largest[:NAMED])}{more})" if largest else "")
-
-
 def _sizes_of(home: Path) -> dict[str, dict[str, int]]:
     """The documents and bytes by domain, from the numbers of each document, as evaluations of before have left them."""
     rows = _object(home / "documents.json").get("held_out")
@@ -427,16 +324,6 @@ def _sizes_of(home: Path) -> dict[str, dict[str, int]]:
             each = sizes.setdefault(str(row.get("domain")), {"documents": 0, "bytes": 0})
             each["documents"], each["bytes"] = each["documents"] + 1, each["bytes"] + int(size)
     return sizes
-
-
-def _bar(name: str, measured: Measurement, domains: list[str]) -> Bar:
-    """The value over all text, and those of the domains in their order; None where there is none."""
-    by_domain = measured.get("domains") or {}
-    return {
-        "name": name,
-        "all": (measured.get("metrics") or {}).get(BITS),
-        "values": [(by_domain.get(domain) or {}).get(BITS) for domain in domains],
-    }
 
 
 def _object(path: Path) -> Any:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from pretrain.core.quick.quantities import duration, short
 from pretrain.records import Made, Metrics
-from pretrain.report.data import BITS, Evaluated, Page, StageRow
+from pretrain.report.data import BITS, Page, StageRow
+from pretrain.report.held_out import Evaluated
 from pretrain.report.numbers import known
 from pretrain.training.budget import share_made
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+BITS = "bits_per_byte"
+
 
 def course(values: Sequence[float | None]) -> tuple[float, float]:
     """How much of itself a curve changed by in its last fifth, and how far its end lies above its lowest."""

@@ -19,10 +19,11 @@ from pretrain.report import samples as report_samples
 from pretrain.report.advice import yardstick
 from pretrain.report.charts import bits_chart, changes
 from pretrain.report.classes import classes, confident
-from pretrain.report.data import BITS, CorpusRow, Evaluated, Page, StageRow, Trained
+from pretrain.report.data import BITS, CorpusRow, Page, StageRow, Trained
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
 from pretrain.report.funnel import funnel
+from pretrain.report.held_out import Evaluated
 from pretrain.report.markup import Html, fill, join, part, script_json, table, tag
 from pretrain.report.numbers import last
 from pretrain.report.summary import Headline, headline, summarise

@@ -11,7 +11,8 @@ from pretrain.core.quick.quantities import counted, figure, short
 from pretrain.corpus.overlap import distrusted
 from pretrain.report import foretold
 from pretrain.report.advice import advise, beats_baseline, spent_share, yardstick
-from pretrain.report.data import BITS, Evaluated, Page, StageRow, Trained, end_of, text_of, unit_of_loss
+from pretrain.report.data import BITS, Page, StageRow, Trained, end_of, unit_of_loss
+from pretrain.report.held_out import Evaluated, text_of
 from pretrain.report.numbers import article, known, last
 
 # Metrics worth a first sentence: how they are called; where no yardstick is, what says what guessing gives, and is.

@@ -124,8 +124,7 @@ class Train(Stage):
     budget: When training ends: exactly one of the five fields below.
     clip: The gradient's norm is held below it; 0 does not clip.
     evaluate_every: Steps, or a share of the budget, between two measurements; 0 measures at the end alone. Of a budget
-        of seconds they take no more than a quarter beside it: what would take more is left out. Of any other all are
-        made, however long they take, since a run repeats itself whatever the machine.
+        of seconds they take a quarter beside it at most, what would take more is left out; of others all are made.
     evaluate_tokens: Held-out tokens of each measurement, the same; `auto`: as many as take a quarter of the time.
     save_every: Steps between two training states, from which an interrupted run goes on; 0 saves none.
     keep: How many training states stay.
