@@ -269,3 +269,25 @@ def test_a_prompt_that_peft_has_learnt_is_refused(base, tmp_path):
     made = adapter(base(), config, tmp_path / "a")
     with pytest.raises(PretrainError, match="peft_type PROMPT_TUNING: accepted: types that change layers"):
         newest_checkpoint(made)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(r=2, target_modules=["q_proj", "lm_head"]),
+        LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]),
+        LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=[3, 5]),
+    ],
+    ids=["head", "embeddings", "tokens"],
+)
+def test_adapters_on_weights_that_others_share_are_refused_in_a_line(base, tmp_path, config):
+    folder = adapter(base(tie_word_embeddings=True), config, tmp_path / "adapter")
+    with pytest.raises(PretrainError, match="shares its weights with .*; accepted: the folder that peft's merge_and"):
+        load(folder)
+
+
+def test_modules_to_save_that_are_no_names_are_refused(base, tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"])
+    folder = adapter(base(), config, tmp_path / "adapter", modules_to_save=5)
+    with pytest.raises(PretrainError, match="modules_to_save 5: accepted: a list of names"):
+        load(folder)

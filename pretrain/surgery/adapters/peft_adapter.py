@@ -29,6 +29,7 @@ from pretrain.dial.tuned import Layers, Tuning
 from pretrain.surgery import Inputs, PeftFormat, Surgery
 
 Config = JSONObject  # JSON
+MERGED = "the folder that peft's merge_and_unload() and save_pretrained() write"
 PREFIX = "base_model.model."  # of each weight's name in a file of `peft`
 ELSEWHERE = ("base_model_name_or_path", "revision", "auto_mapping")  # fields that tell of the model below
 
@@ -143,6 +144,7 @@ def _inject(model: PreTrainedModel, config: Config) -> PreTrainedModel:
         raise
     except Exception as error:  # of peft, for values that do not suit it
         raise PretrainError(f"peft's {config['peft_type']}: {' '.join(str(error).split())[:300]}") from error
+    _check_untied(model, config)
     last = output(model)
     if last is not None:
         last[1].requires_grad_(True)
@@ -157,7 +159,10 @@ def _saved(model: PreTrainedModel, config: Config) -> dict[str, nn.Module]:
     It trains copies of them beside the model's own, which are in nobody's way here. Raises `PretrainError` for one that
     shares its weights with the rest of the model, where its copy would not.
     """
-    ends = tuple(config.get("modules_to_save") or ())
+    ends = config.get("modules_to_save") or ()
+    if not isinstance(ends, list | tuple) or not all(isinstance(end, str) for end in ends):
+        raise PretrainError(f"peft_adapter: modules_to_save {ends!r}: accepted: a list of names")
+    ends = tuple(ends)
     modules = {name: module for name, module in model.named_modules() if ends and name.endswith(ends)}
     inside = {name for name in modules for other in modules if name.startswith(f"{other}.")}
     saved = {name: module for name, module in modules.items() if name not in inside}
@@ -168,9 +173,24 @@ def _saved(model: PreTrainedModel, config: Config) -> dict[str, nn.Module]:
             if weights & {id(p) for p in model.get_submodule(other).parameters(recurse=False)}:
                 raise PretrainError(
                     f"peft_adapter: modules_to_save {name}: {other} shares its weights; accepted: modules that share "
-                    "none, or the folder that peft's merge_and_unload() and save_pretrained() write"
+                    f"none, or {MERGED}"
                 )
     return saved
+
+
+def _check_untied(model: PreTrainedModel, config: Config) -> None:
+    """Refuse adapters on layers whose weights others use too: merged or saved, these would change with them."""
+    if config.get("layer_replication"):
+        raise PretrainError(f"peft_adapter: layer_replication: blocks that share their weights; accepted: {MERGED}")
+    users: dict[int, list[str]] = {}
+    for name, module in model.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    changed = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
+    for names in users.values():
+        if len(names) > 1 and (tied := changed.intersection(names)):
+            other = next(name for name in names if name not in tied or name != min(tied))
+            raise PretrainError(f"peft_adapter: {min(tied)} shares its weights with {other}; accepted: {MERGED}")
 
 
 def _check_init(model: PreTrainedModel, adapter: PeftConfig) -> None:
