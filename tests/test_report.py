@@ -560,6 +560,8 @@ def test_no_number_is_broken_into_two_lines_and_a_table_of_many_fits_the_page(tm
     wrong = [{"text": "no word " * 60, "true": names[0], "answered": names[1], "probability": 0.98}]
     given = json.loads((folder / "test" / "evaluation.json").read_text())
     put(folder / "test" / "evaluation.json", given | {"confusion": confusion, "mistakes": wrong})
+    record = {"seconds": 1.0, "inputs": {"checkpoint": "model", "corpus": "x" * 90}, "config": {"split": "test"}}
+    put(folder / "more" / "stage.json", record)  # a title of a chart without a place to break it
     path = write(folder)
     with browser_page(width) as page:
         page.goto(path.as_uri())
