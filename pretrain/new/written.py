@@ -73,7 +73,7 @@ def write(
     text_of, odd = fitted(asked)
     write_text(file, text_of)
     _say(asked, target, task is None, odd)
-    if budget is not None and "seconds" not in (said := _budgets(text_of)) and said == _unasked(asked):
+    if budget is not None and "seconds" not in (budgets := _budgets(text_of)) and budgets == _unasked(asked):
         enough = (
             "more passes over the text than the recipe's teach little" if "budget:" in text_of else "nothing is trained"
         )
