@@ -136,3 +136,11 @@ def test_spdf_without_sparsity_is_plain_training_and_dense_training_after_it_fil
         sparse, loader, [CausalLM()], AdamW(), Constant(), Settings(budget=Budget(steps=2), bar=False), tmp_path / "d"
     )
     assert all((m.weight == 0).float().mean() < 0.05 for m in linears(sparse).values())
+
+
+def test_a_policy_that_a_recipe_names_twice_is_refused():
+    from pretrain.stages.train import Train
+
+    given = {"name": "model", "stage": "train", "corpus": "c", "tokenizer": "t", "model": {"family": "llama"}}
+    with pytest.raises(PretrainError, match="policies: ema stands there 2 times; accepted: each once"):
+        Train(**given, budget={"steps": 1}, policies=["ema", {"method": "ema", "decay": 0.9}])

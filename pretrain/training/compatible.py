@@ -82,7 +82,10 @@ def check_together(objectives: Sequence[Objective], policies: Sequence[Policy], 
 
 
 def check_averages(optimizer: Optimizer, policies: Sequence[Policy]) -> None:
-    """An error where two average the weights: evaluations can use one average only."""
+    """An error where two average the weights, of which evaluations can use one, and where a policy stands twice."""
+    given = [policy.name for policy in policies]
+    if twice := next((name for name in given if given.count(name) > 1), ""):
+        raise PretrainError(f"policies: {twice} stands there {given.count(twice)} times; accepted: each once")
     names = [optimizer.name] * optimizer.averages_weights + [p.name for p in policies if p.averages_weights]
     if len(names) > 1:
         raise PretrainError(f"{' and '.join(names)} average the weights: accepted: one of them")

@@ -39,7 +39,7 @@ class PeftAdapter(Surgery):
     """Parameter-Efficient Transfer Learning for NLP (arXiv:1902.00751).
 
     An adapter of the `peft` library inside a frozen model: `type` is one of its types that change layers (LORA, IA3,
-    LOHA, LOKR, OFT, VERA, …), `config` the fields of its configuration. Or it is opened from `folder`, in `peft`'s
+    LOHA, LOKR, OFT, BOFT, …), `config` the fields of its configuration. Or it is opened from `folder`, in `peft`'s
     format (`adapter_config.json`, `adapter_model.safetensors`); training goes on from its weights. The checkpoint holds
     the adapter once more in that format, in its folder `adapter`. `modules_to_save` are trained whole beside it, in
     their places.
