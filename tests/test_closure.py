@@ -113,7 +113,13 @@ def test_a_stages_code_is_its_loop_and_the_methods_that_it_uses():
     names = code["model"].files
     assert {"pretrain/stages/train.py", "pretrain/training/loop.py", "pretrain/core/batch.py"} <= names.keys()
     homes = {str(row.path.relative_to(PACKAGE.parent)): row.name for row in methods().values() if row.ours}
-    assert {homes[name] for name in names if name in homes} == {"causal_lm", "muon", "linear", "zero_init"}
+    assert {homes[name] for name in names if name in homes} == {
+        "causal_lm",
+        "muon",
+        "linear",
+        "sequence_length_warmup",
+        "zero_init",
+    }
     assert {homes[name] for name in code["evaluation"].files if name in homes} == {"held_out"}
     assert not [name for name in code["corpus"].files if name in homes or "training" in name]
     assert "scikit-learn" not in code["model"].libraries and "sklearn" not in code["model"].libraries

@@ -317,7 +317,7 @@ def test_an_export_that_is_not_read_again_is_not_evaluated(here, shaped):
     write_prose(here / "prose")
     new("prose", "--task", "compress", "--init", shaped(2500, 32, 2), "--output", "r.yaml")
     with pytest.raises(PretrainError, match=r"'smaller' exports onnx, which is not read again; accepted: one to gguf"):
-        load(Path("r.yaml"), ["smaller.to=onnx"])
+        load(Path("r.yaml"), ["smaller.to=onnx", "smaller.numbers=f16"])
 
 
 def test_of_a_checkpoint_that_a_gguf_file_does_not_take_the_blocks_are_made_smaller(here):

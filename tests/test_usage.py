@@ -26,7 +26,7 @@ MISTAKES = {
     "too few": (["compare", "x", "y", "--budget", "flops=1", "--seeds", "0"], "compare: --seeds '0': accepted: a whole number, 1 or more"),
     "a choice": (
         ["export", "x", "--to", "onx", "--output", "y"],
-        "export: --to 'onx' (did you mean 'onnx'?): accepted: gguf, onnx, sentence-transformers, peft",
+        "export: --to 'onx' (did you mean 'onnx'?): accepted: gguf, onnx, sentence-transformers, peft, awq",
     ),
     "an option": (
         ["report", "x", "--hlep"], "report: unknown option '--hlep' (did you mean '--help'?); accepted: --help"
@@ -43,7 +43,7 @@ MISTAKES = {
     "an argument": (["generate"], "generate: CHECKPOINT is missing; accepted: a checkpoint, a stage that wrote one, or a run"),
     "of two": (["convert", "x"], "convert: TO is missing; accepted: the checkpoint to write"),
     "an option that must be": (["compare", "a"], "compare: --budget is missing; accepted: flops=NUMBER, the same for each run"),
-    "a choice that must be": (["export", "x"], "export: --to is missing; accepted: gguf, onnx, sentence-transformers, peft"),
+    "a choice that must be": (["export", "x"], "export: --to is missing; accepted: gguf, onnx, sentence-transformers, peft, awq"),
     "too many": (["generate", "x", "y"], "generate: 'y' is too much; accepted: CHECKPOINT"),
     "no value": (["generate", "x", "--seed"], "--seed: has no value; accepted: --seed VALUE"),
     "a switch": (["generate", "x", "--chat=yes"], "--chat: takes no value; accepted: --chat alone"),

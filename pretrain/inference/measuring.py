@@ -70,10 +70,10 @@ def evaluate(
     trust_remote_code: Annotated[bool, typer.Option("--trust-remote-code", help=TRUST)] = False,
 ) -> None:
     """Measure a checkpoint on held-out text, beside xz and zstd, or on labelled documents."""
+    methods_of(evaluations or [], "evaluation", "--evaluation: ")
     place = newest_checkpoint(checkpoint)
     data, target = _asked(data, file), _target(output, force)
     policy = None if on_error is None else on_error_of(on_error)
-    methods_of(evaluations or [], "evaluation", "--evaluation: ")
     folder = corpus_at(data, place)
     from pretrain.corpus.overlap import header_of, overlap_warning, skips, text_column
     from pretrain.corpus.sources import Files
