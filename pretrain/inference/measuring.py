@@ -253,8 +253,8 @@ def _misfit(document: Document, answer: str, objective: Any, opened: tuple[PreTr
     names = labels_of(model)
     if objective.name == "classification" and str(document[answer]) not in names:
         value = str(document[answer])
-        learnt = f"a label that it has learnt ({listed(names, value)})"
-        return f"{answer} {brief(value)}{nearest(value, names)}{other_column(model, answer)}; accepted: {learnt}"
+        wrong = f"{answer} {brief(value)}{nearest(value, names)}{other_column(model, answer)}"
+        return f"{wrong}; accepted: a label that it has learnt ({listed(names, value)})"
     try:
         objective.expected([Example(document, 0, 0)], Context(vocabulary_of(processor), 2, np.random.default_rng(0)))
     except PretrainError as error:
