@@ -15,11 +15,12 @@ from pathlib import Path
 from pretrain import engine
 from pretrain.core.files import write_json
 from pretrain.core.hardware import describe
+from pretrain.dial.choose import policies_for
 from pretrain.recipe import Raw, check
 
 ROOT = Path(__file__).parent.parent
 ZERO = {"method": "zero_init"}
-SHORT = {"method": "sequence_length_warmup", "at": [0.3, 0.5, 0.7], "spread": 64}
+SHORT = policies_for("causal_lm", 256)
 FRUGAL = [
     ZERO, {"method": "polycom", "activation": "polynorm"}, "value_embeddings", "input_skip",
     {"method": "logit_softcap", "cap": 15},
@@ -41,8 +42,8 @@ def changes(lr: float, ratio: float, beta2: float) -> dict[str, Raw]:
         "embeddings at the matrices' rate": {"optimizer": muon | {"adamw_lr": lr}},
         **{name: {"optimizer": muon, "surgeries": [ZERO, {"method": name, **f}]} for name, f in beside.items()},
         "relu2": {"optimizer": muon, "surgeries": [{"method": "relu2"}, ZERO]},
-        "the dial: short rows first": {"optimizer": muon, "policies": [SHORT]},
-        "the frugal recipe": {"optimizer": muon, "policies": [SHORT], "surgeries": FRUGAL},
+        "the dial: short rows first": {"optimizer": muon, "policies": SHORT},
+        "the frugal recipe": {"optimizer": muon, "policies": SHORT, "surgeries": FRUGAL},
     }  # fmt: skip
 
 

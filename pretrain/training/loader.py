@@ -233,7 +233,7 @@ class Loader:
         number = 0 if stream == ALL else 1 + self.shards.domain_names.index(stream)
         return np.random.default_rng((self.seed, number, epoch, 2)).permutation(len(self._rows(stream)))
 
-    def _taken(self, pieces: list[list[Piece]], length: int) -> list[Row | Example]:
+    def _rows_of(self, pieces: list[list[Piece]], length: int) -> list[Row | Example]:
         """Rows, or the pieces of rows of text that are there: a short row has fewer."""
         shards = cast("Shards", self.shards)  # of which examples, which are their own plan, need nothing
         if self.cuts == 1:
@@ -245,7 +245,7 @@ class Loader:
 
     def _prepare(self, step: int, first: int, pieces: list[list[Piece]], progress: float) -> list[Batch]:
         length = self.length // self.cuts
-        rows = self._taken(pieces, length)
+        rows = self._rows_of(pieces, length)
         tokens = {"tokens": torch.tensor(sum(row.tokens for row in rows))}
         origin = {
             "domain_B": torch.tensor([row.domain for row in rows]),
