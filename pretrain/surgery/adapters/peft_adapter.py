@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import ClassVar
 
@@ -166,11 +167,10 @@ def _saved(model: PreTrainedModel, config: Config) -> dict[str, nn.Module]:
     modules = {name: module for name, module in model.named_modules() if ends and name.endswith(ends)}
     inside = {name for name in modules for other in modules if name.startswith(f"{other}.")}
     saved = {name: module for name, module in modules.items() if name not in inside}
+    users = _users(model)
     for name, module in saved.items():
-        weights = {id(parameter) for parameter in module.parameters()}
-        outside = [n for n, m in model.named_modules() if n and not f"{n}.".startswith(f"{name}.")]
-        for other in outside:
-            if weights & {id(p) for p in model.get_submodule(other).parameters(recurse=False)}:
+        for other in chain.from_iterable(users[id(parameter)] for parameter in module.parameters()):
+            if not f"{other}.".startswith(f"{name}."):
                 raise PretrainError(
                     f"peft_adapter: modules_to_save {name}: {other} shares its weights; accepted: modules that share "
                     f"none, or {MERGED}"
@@ -178,16 +178,21 @@ def _saved(model: PreTrainedModel, config: Config) -> dict[str, nn.Module]:
     return saved
 
 
-def _check_untied(model: PreTrainedModel, config: Config) -> None:
-    """Refuse adapters on layers whose weights others use too: merged or saved, these would change with them."""
-    if config.get("layer_replication"):
-        raise PretrainError(f"peft_adapter: layer_replication: blocks that share their weights; accepted: {MERGED}")
+def _users(model: PreTrainedModel) -> dict[int, list[str]]:
+    """The modules that hold each parameter, by its identity; of an adapted layer the name that it had before."""
     users: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for parameter in module.parameters(recurse=False):
             users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    return users
+
+
+def _check_untied(model: PreTrainedModel, config: Config) -> None:
+    """Refuse adapters on layers whose weights others use too: merged or saved, these would change with them."""
+    if config.get("layer_replication"):
+        raise PretrainError(f"peft_adapter: layer_replication: blocks that share their weights; accepted: {MERGED}")
     changed = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
-    for names in users.values():
+    for names in _users(model).values():
         if len(names) > 1 and (tied := changed.intersection(names)):
             other = next(name for name in names if name not in tied or name != min(tied))
             raise PretrainError(f"peft_adapter: {min(tied)} shares its weights with {other}; accepted: {MERGED}")
