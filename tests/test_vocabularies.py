@@ -29,10 +29,10 @@ SIZE = 400
 OTHERWISE = {
     "a model that reads texts with its own tokenizer": (
         "bertin.reference", "clear.model", "entigraph.generator", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model",
-        "quality_subset.reference", "spin.generator", "well_read_students.teacher", "wrap.generator",
+        "quality_subset.reference", "simcore.model", "spin.generator", "well_read_students.teacher", "wrap.generator",
     ),
     "what the vocabulary is changed to": ("ofa.tokenizer", "vocabulary_expansion.tokenizer"),
-    "documents": ("decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "task.pool", "vocabulary_expansion.corpus"),
+    "documents": ("decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "simcore.target", "task.pool", "vocabulary_expansion.corpus"),
     "files without tokens": ("entigraph.prompts", "harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration", "source_language.embeddings", "spin.prompts", "wrap.prompts"),
 }  # fmt: skip
 

@@ -17,6 +17,7 @@ from pretrain.data.selection.bertin import Bertin as Bertin
 from pretrain.data.selection.miniplm import Miniplm as Miniplm
 from pretrain.data.selection.preselect import Preselect as Preselect
 from pretrain.data.selection.quality_subset import QualitySubset as QualitySubset
+from pretrain.data.selection.simcore import SimCore as SimCore
 from pretrain.decoding.cache.expected_attention import ExpectedAttention as ExpectedAttention
 from pretrain.decoding.cache.h2o import H2O as H2O
 from pretrain.decoding.cache.kivi import KIVI as KIVI

@@ -71,11 +71,18 @@ class Framing:
 def labelled(
     model: nn.Module, processor: Processor, documents: Sequence[Document], label: str, length: int
 ) -> list[tuple[Document, Piece]]:
-    """The documents that have the label and anything to read, each with what of it is read.
+    """The documents that have the label and anything to read, each with what of it is read."""
+    return readable(model, processor, [d for d in documents if d.get(label) is not None], length)
+
+
+def readable(
+    model: nn.Module, processor: Processor, documents: Sequence[Document], length: int
+) -> list[tuple[Document, Piece]]:
+    """The documents that have anything to read, each with what of it is read.
 
     That is at most `length` tokens from the middle of its text, or of another processor's the document itself.
     """
-    known = [d for d in documents if all(d.get(c) is not None for c in (label, *columns_of(processor)))]
+    known = [d for d in documents if all(d.get(c) is not None for c in columns_of(processor))]
     if not isinstance(processor, PreTrainedTokenizerBase):
         return [(document, document) for document in known]
     room = Framing(model, Vocabulary.of(processor), length).length
@@ -86,7 +93,7 @@ def labelled(
 def piece_features(
     model: nn.Module, processor: Processor, pieces: Sequence[Piece], length: int, *, pooling: str, layer: int
 ) -> NDArray[np.float32]:
-    """`features_NE` of what `labelled` gives to read."""
+    """`features_NE` of what `readable` gives to read."""
     if not isinstance(processor, PreTrainedTokenizerBase):
         documents = [piece for piece in pieces if isinstance(piece, dict)]
         return document_features(model, processor, documents, length, pooling=pooling, layer=layer)
