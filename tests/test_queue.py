@@ -138,6 +138,18 @@ def test_outcomes_lie_beside_the_results_and_serve_another_machine_and_other_cla
     assert again["b"]["word"] == "not reproduced" and not world.ran
 
 
+def test_the_noise_of_a_base_is_known_by_the_runs_of_claims_that_are_not_asked_for(several, tmp_path):
+    (first, second), world = several(-0.5, -0.5)
+    other = "schedule: {method: linear, warmup: 0.1}"  # another recipe, whose runs are a group of their own
+    second.path.write_text(second.path.read_text().replace("model.schedule: constant", f"model.{other}"))
+    second = load_claim(second.path)
+    go([first], tmp_path)
+    world.ran.clear()
+    found, _, _ = go([second], tmp_path)
+    judged = [t for t in world.ran if t.name.startswith("b-baseline") and t.recipe["seed"] < 1000]
+    assert len(judged) == LOOKS[0] and found["b"]["verdict"]["noise"]["freedom"] >= POOL - 1
+
+
 def test_an_outcome_that_is_damaged_is_named_and_its_run_made_again(several, tmp_path):
     (claim,), world = several(-0.5)
     found, _, _ = go([claim], tmp_path)

@@ -24,7 +24,7 @@ from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import SEAL, read_json_lines, read_object, sealed, write_json
 from pretrain.core.foreign.reading import open_append
 from pretrain.core.quick.quantities import duration
-from pretrain.experiments.claims import Claim
+from pretrain.experiments.claims import Claim, claims
 from pretrain.experiments.protocol import SIDES, Point, Search, Value, judged, search
 from pretrain.experiments.results import PROTOCOL, Result, check_budgets, recorded, result, write
 from pretrain.experiments.sequential import LOOKS, Noise, standing
@@ -208,16 +208,35 @@ def _searched(entry: Entry) -> dict[str, list[Outcome]]:
     return runs
 
 
-def pools_of(entries: Iterable[Entry]) -> dict[Base, list[list[float]]]:
-    """Runs of the baselines of each base, a group for each recipe."""
-    pools: dict[Base, dict[str, list[float]]] = {}
+Groups = dict[Base, dict[str, list[float]]]  # the baselines' runs of each base, by the key of a recipe's first
+
+
+def groups_of(entries: Iterable[Entry], before: Groups | None = None) -> Groups:
+    """Runs of the baselines of each base, a group for each recipe; in place of those `before` of the same recipe."""
+    groups: Groups = {base: {**each} for base, each in (before or {}).items()}
     for entry in entries:
         search = entry.search()
         if search.chosen is not None and entry.scale != "smoke":
             value = search.chosen["baseline"]
             first = entry.trial(Point("baseline", value, 0)).key
-            pools.setdefault(entry.base, {})[first] = entry.finals("baseline", value)
-    return {base: list(groups.values()) for base, groups in pools.items()}
+            groups.setdefault(entry.base, {})[first] = entry.finals("baseline", value)
+    return groups
+
+
+def pools_of(entries: Iterable[Entry], before: Groups | None = None) -> dict[Base, list[list[float]]]:
+    """The same, the groups of each base in a list."""
+    return {base: list(groups.values()) for base, groups in groups_of(entries, before).items()}
+
+
+def _beside(chosen: Sequence[Claim], scale: str, work: Path, results: Path | str | None) -> Groups:
+    """What is recorded of the baselines of all claims that lie beside the chosen ones: their noise is the same."""
+    shelf, entries = Shelf(work / "outcomes"), []
+    for folder in {claim.path.parent for claim in chosen} if scale != "smoke" else ():
+        for claim in claims(folder).values():
+            if scale in claim.scales:
+                shelf.read(_lines(claim, scale, None), _lines(claim, scale, results))
+                entries += [Entry(sized, scale, work, shelf) for sized in claim.sized(scale)]
+    return groups_of(entries)
 
 
 def run(
@@ -242,11 +261,12 @@ def run(
             shelf.read(_lines(claim, scale, None), _lines(claim, scale, results))
     entries = [Entry(sized, scale, work, shelf) for claim in chosen for sized in claim.sized(scale)]
     done = _standing(entries, Path(results) if results else None, say)
+    beside = _beside(chosen, scale, work, results)
     failed: dict[str, str] = {}
     running: dict[Future[Outcome], tuple[Entry, Trial]] = {}
     with workers(jobs, ray) as start:
         while True:
-            wanted, left = _next(entries, failed, done, Path(results) if results else None, say)
+            wanted, left = _next(entries, beside, failed, done, Path(results) if results else None, say)
             busy = {trial.key for _, trial in running.values()}
             free = jobs - len(running) if ray is None else len(wanted)
             if time.monotonic() - begun < seconds:
@@ -289,6 +309,7 @@ def _lines(claim: Claim, scale: str, results: Path | str | None) -> Path:
 
 def _next(
     entries: Sequence[Entry],
+    beside: Groups,
     failed: dict[str, str],
     done: list[Result],
     results: Path | None,
@@ -299,7 +320,7 @@ def _next(
     What has come to an end is recorded.
     """
     finished = {(result["name"], result["size"]) for result in done}
-    pools = pools_of(entries)
+    pools = pools_of(entries, beside)
     waiting: list[tuple[float, Entry, list[Point]]] = []
     for entry in entries:
         name = entry.claim.label
