@@ -15,9 +15,9 @@ from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import Count, Ge, NonNegative, Seed, Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import check_unused, has_chat_template, newest_checkpoint, run_of
-from pretrain.core.foreign.code import TRUST, consenting_to, in_words
+from pretrain.core.foreign.code import TRUST, in_words
 from pretrain.core.quick import hub
-from pretrain.core.quick.imports import uncollected
+from pretrain.core.quick.imports import opening
 from pretrain.core.quick.machine import others_at_work, share_cores
 from pretrain.core.quick.quantities import duration, figure, quantity, short, time_in
 from pretrain.core.registry import methods, use_methods
@@ -244,7 +244,7 @@ def generate(
     templated = has_chat_template(place)
     if chat and not templated:
         raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
-    with uncollected(), consenting_to(place, trust_remote_code):
+    with opening(place, trust_remote_code):
         decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
         model, tokenizer = load_text(place, decoding.load if decoding else None)
     if templated and not chat:

@@ -13,8 +13,8 @@ import typer
 from pretrain.core.bounds import Count, NonNegative, Seed, Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import has_chat_template, newest_checkpoint
-from pretrain.core.foreign.code import TRUST, consenting_to
-from pretrain.core.quick.imports import uncollected
+from pretrain.core.foreign.code import TRUST
+from pretrain.core.quick.imports import opening
 from pretrain.inference.measuring import TEMPERATURE, TOP_P, methods_of
 
 if TYPE_CHECKING:
@@ -144,7 +144,7 @@ def chat(
             f"chat: the tokenizer of {place} has no chat template; accepted: a chat model, or a base with the surgery "
             "chat_template (pretrain generate continues a text)"
         )
-    with uncollected(), consenting_to(place, trust_remote_code):
+    with opening(place, trust_remote_code):
         from pretrain.stages.evaluate import load_text
 
         decoding = next(iter(methods_of(chosen, "decoding", "--method: ")), None)

@@ -10,8 +10,8 @@ import typer
 
 from pretrain.core.bounds import Count
 from pretrain.core.folders import newest_checkpoint
-from pretrain.core.foreign.code import TRUST, consenting_to
-from pretrain.core.quick.imports import uncollected
+from pretrain.core.foreign.code import TRUST
+from pretrain.core.quick.imports import opening
 from pretrain.core.quick.quantities import counted, duration
 from pretrain.inference.measuring import HEADER, ON_ERROR, TEXT, on_error_of
 
@@ -42,7 +42,7 @@ def predict(
 
     check(file, output, force)
     skipped = Skipped() if on_error_of(on_error) == "skip" else None
-    with uncollected(), consenting_to(place, trust_remote_code):
+    with opening(place, trust_remote_code):
         from pretrain.inference.predict import open_head, predict_file
 
         head = open_head(place, text=text or text_column(place), pair=pair, scores=scores, answer=max_new_tokens)

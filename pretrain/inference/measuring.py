@@ -13,9 +13,9 @@ from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, brief, listed, nearest, unknown
 from pretrain.core.files import output_file, sealed, write_json
 from pretrain.core.folders import corpus_at, newest_checkpoint
-from pretrain.core.foreign.code import TRUST, consenting_to
+from pretrain.core.foreign.code import TRUST
 from pretrain.core.quick.confusion import MOST, class_rows, classes_of, mistakes
-from pretrain.core.quick.imports import uncollected
+from pretrain.core.quick.imports import opening
 from pretrain.core.quick.quantities import counted, figure
 from pretrain.core.registry import kinds
 from pretrain.records import FEW_BYTES
@@ -85,7 +85,7 @@ def evaluate(
     policy = policy or ("skip" if skips(place, data) else "stop")
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
     placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
-    with uncollected(), consenting_to(place, trust_remote_code):
+    with opening(place, trust_remote_code):
         from pretrain.core import checkpoint as checkpoints
         from pretrain.stages import evaluate as stage
 
