@@ -32,13 +32,13 @@ def test_where_each_measurement_took_too_long_fewer_tokens_are_advised_and_not_m
 )
 def test_where_few_were_asked_for_or_none_was_left_out_more_are_advised(config):
     summary = advice(FEW, evaluate_tokens=100_000, **config)
-    assert "measure more often; held-out documents were looked at 2 times" in summary.advice
+    assert "measure more often; validation documents were looked at 2 times" in summary.advice
     assert summary.command.endswith("--set model.evaluate_every=0.05")
 
 
 def test_a_curve_that_swings_on_few_tokens_is_measured_on_more_before_anything_else_is_advised():
     summary = advice(SWINGING, evaluate_tokens=8000, evaluate_every=0.1)
-    assert "measure on more held-out text" in summary.advice and "on 8,000 tokens each" in summary.advice
+    assert "measure on more validation text" in summary.advice and "on 8,000 tokens each" in summary.advice
     assert summary.command.endswith("--set model.evaluate_tokens=100000")
 
 
@@ -46,7 +46,7 @@ def test_a_curve_that_swings_on_few_tokens_is_measured_on_more_before_anything_e
     ("held_out", "tokens"), [(SWINGING, 100_000), ([5, 4, 3.5, 3.2, 3.0, 2.9], 8000), ([5, 4, 3, 3.2, 3.4, 3.6], 8000)]
 )
 def test_a_curve_of_many_tokens_or_with_a_course_is_advised_by_its_course(held_out, tokens):
-    assert "more held-out text" not in advice(held_out, evaluate_tokens=tokens).advice
+    assert "more validation text" not in advice(held_out, evaluate_tokens=tokens).advice
 
 
 def test_a_straight_line_does_not_swing():

@@ -122,6 +122,6 @@ def test_auto_keeps_all_the_points_and_says_what_they_are_of(tmp_path, stories):
     (tmp_path / "r.yaml").write_text(text)
     lines = []
     run(tmp_path / "r.yaml", output=tmp_path / "run", say=lines.append, report=False)
-    assert "[model] measured on 2,000 held-out tokens at most each time" in lines
+    assert "[model] measured on 2,000 validation tokens at most each time" in lines
     rows = map(json.loads, (tmp_path / "run" / "model" / "log.jsonl").read_text().splitlines())
     assert sum(row["event"] == "evaluation" for row in rows) == 20

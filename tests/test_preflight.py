@@ -345,7 +345,7 @@ FALLING, FLAT, RISING = [1, 0.8, 0.6, 0.5, 0.4, 0.3], [1, 0.5, 0.3, 0.3, 0.3, 0.
         ((0.6, 0.5, (0.4, 0.8), FLAT), "not surely so: the interval reaches down to 0.4", "label more of that"),
         ((0.5, 0.5, (0.4, 0.6), FLAT), "That is not good", "more labelled documents, or a pretrained model"),
         ((0.9, 0.5, (0.8, 0.95), RISING), "Good", "more passes do not help"),
-        ((0.9, 0.5, (0.8, 0.95), FALLING), "Good", "train longer; the held-out loss still fell"),
+        ((0.9, 0.5, (0.8, 0.95), FALLING), "Good", "train longer; the validation loss still fell"),
     ],
 )
 def test_a_classifier_is_judged_and_advised_as_one(given, judgement, advice):
@@ -383,7 +383,7 @@ def test_losses_of_different_objectives_are_never_compared():
 
     page = page_of(0.9, 0.5, (0.8, 0.95), FLAT, kept=2)
     text = str(changes(page))
-    assert "held-out loss of classification (nats)" in text and "<b>0.3</b>" in text and "<b>2.5</b>" not in text
+    assert "validation loss of classification (nats)" in text and "<b>0.3</b>" in text and "<b>2.5</b>" not in text
     assert {plot["unit"] for plot in plots(page["trainings"])} == {"loss of masked_lm (nats)", "loss of classification (nats)"}  # fmt: skip
     assert plots(page_of(None, 0, (0, 0), FLAT, unit="images", objective="native")["trainings"])[1]["unit"] == "loss of native"  # fmt: skip
 
@@ -391,7 +391,7 @@ def test_losses_of_different_objectives_are_never_compared():
 def test_what_was_kept_is_shown_and_not_the_end_of_the_curve():
     page = page_of(None, 0, (0, 0), RISING, kept=2)
     found = summarise(page)
-    assert "a held-out loss of classification (nats) of 0.3." in found.result
+    assert "a validation loss of classification (nats) of 0.3." in found.result
     assert "fell by 70%" in found.judgement
 
 

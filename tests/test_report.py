@@ -192,7 +192,7 @@ def test_the_headline_is_the_last_model_and_the_totals_are_of_all_stages(tmp_pat
     evaluation = json.loads((folder / "test" / "evaluation.json").read_text())
     put(folder / "test" / "evaluation.json", evaluation | {"metrics": {"bits_per_byte": 1.2}})
     page = write(folder).read_text()
-    assert "<span>bits per byte</span><b>1.200</b>" in page
+    assert "<span>bits per byte, test</span><b>1.200</b>" in page
     assert "<span>FLOPs</span><b>4 T</b>" in page and "<span>time</span><b>2 min 2 s</b>" in page
 
 
@@ -328,7 +328,7 @@ def on_corpora(folder, *corpora):
         record = {"seconds": 1.0, "inputs": {"checkpoint": "model", "corpus": corpus}, "config": {"split": "test"}}
         put(folder / name / "stage.json", record)
     page = write(folder).read_text()
-    part = page[page.index("<h2>Held-out text</h2>") :]
+    part = page[page.index("<h2>Test text</h2>") :]
     part = part[: part.index("</section>")]
     models = [[bar["name"] for bar in chart["models"]] for chart in collect(folder)["bars"]]
     return [title for title in re.findall("<h3>(.*?)</h3>", part) if "“" in title], models
@@ -458,11 +458,44 @@ def test_what_each_stage_changed_is_told_against_what_it_began_with(tmp_path):
     assert text.count("<span></span>") == 2  # what measures has neither size nor loss
 
 
+def test_numbers_of_validation_and_of_test_text_say_which_they_are_and_are_not_compared():
+    page = page_of(measured(2.0), held_out=[3.0])
+    base = page["stages"][0] | {"seconds": 60.0, "inputs": {}}
+    more = base | {"name": "more", "inputs": {"init": "model"}}
+    training = page["trainings"][0] | {"name": "more", "evaluation": {"loss": [1.6], "bits_per_byte": [1.5]}}
+    page |= {"stages": [base, more], "trainings": [*page["trainings"], training]}
+    text = changes(page)
+    assert "<b>2</b><small> test</small>" in text and "<b>1.5</b><small> validation</small>" in text
+    page["evaluations"].append(measured(1.5, of="more"))
+    text = changes(page)
+    assert "<b>1.5</b><small> -25%</small>" in text and 'title="test bits per byte"' in text
+    page["evaluations"] = []
+    text = changes(page | {"stages": [more], "trainings": [training]})
+    assert 'title="validation bits per byte"' in text
+
+
+def test_charts_of_evaluations_say_of_which_split_they_are(tmp_path):
+    def said(split):
+        folder = example(tmp_path / split)
+        put(
+            folder / "test" / "stage.json",
+            {"seconds": 1.0, "inputs": {"checkpoint": "model"}, "config": {"split": split}},
+        )
+        return write(folder).read_text()
+
+    test = said("test")
+    assert "<h2>Test text</h2>" in test and "Bits for each byte of test text" in test
+    assert "<span>bits per byte, test</span>" in test and "byte of validation text" not in test
+    both = said("validation")  # beside another stage's test text
+    assert "<h2>Text of evaluations</h2>" in both and "Bits for each byte of test text" in both
+    assert "Bits for each byte of validation text" in both
+
+
 def test_a_run_without_a_loss_as_yet_shows_none():
     page = page_of()
     corpus = page["stages"][0] | {"name": "corpus", "stage": "data", "writes": "corpus", "seconds": 3.0, "inputs": {}}
     text = changes(page | {"stages": [corpus], "trainings": []})
-    assert text.count('title="size"') == text.count('title="time"') == 1 and 'title="held-out loss"' not in text
+    assert text.count('title="size"') == text.count('title="time"') == 1 and 'loss"' not in text
 
 
 def test_no_page_reads_text_as_markup_in_the_browser():
@@ -492,7 +525,7 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
         page.reload()  # as a page does by itself while its run goes on
         assert page.locator("button.on").get_attribute("data-axis") == "tokens"
         page.hover("#loss-0 svg")
-        assert "held-out" in page.locator("#loss-0 .tip").inner_text()
+        assert "validation" in page.locator("#loss-0 .tip").inner_text()
         sizes = page.eval_on_selector_all(
             ".chart", "all => all.map(e => [e.id, e.clientWidth, e.clientHeight, e.querySelectorAll('path').length])"
         )

@@ -457,5 +457,5 @@ def test_trainings_that_were_measured_on_other_text_are_said_to_be_so():
 
     assert shown(of(), of()) == shown(of(budget=1), of(budget=2)) == shown(of(tokens="auto"), of(tokens="auto")) == []
     ((_, first, second, words),) = shown(of(), of(tokens=50))
-    assert (first, second, words) == ("100 held-out tokens", "50 held-out tokens", THEIRS)
+    assert (first, second, words) == ("100 validation tokens", "50 validation tokens", THEIRS)
     assert shown(of(), of("b")) and shown(of(tokens="auto", budget=1), of(tokens="auto", budget=2))

@@ -60,8 +60,8 @@ def test_the_page_follows_a_run_until_it_is_over(tmp_path):
         path = watch(folder, every=0.01, say=say)
     assert lines == [
         f"report: {path}",
-        "[model] 25% held-out 2.000 nats",
-        "[model] 50% held-out 1.000 nats",
+        "[model] 25% validation 2.000 nats",
+        "[model] 50% validation 1.000 nats",
         f"{folder}: finished",
     ]
     assert '"reload": 0' in path.read_text() and "Still running" not in path.read_text()
@@ -74,7 +74,7 @@ def test_a_held_out_number_of_before_says_when_it_was_measured(tmp_path):
     lines = [row | {"tokens": 100 * row["step"]} for row in lines]
     lines.append({"event": "step", "step": 4, "steps": 4, "loss": 4.0, "tokens": 400})
     (folder / "model" / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
-    assert _line(folder, "model") == "[model] 50% held-out 2.000 nats at 25%"
+    assert _line(folder, "model") == "[model] 50% validation 2.000 nats at 25%"
 
 
 def test_of_epochs_a_page_says_how_many_are_done(tmp_path):

@@ -237,7 +237,7 @@ def test_the_report_names_the_worst_class_of_those_with_enough_documents():
     }  # fmt: skip
     judged = summarise(page).judgement
     assert (
-        "Worst of the classes with 10 held-out documents or more is “bad”: of its 20 held-out documents 5 are answered right, and 5 are answered so in all"
+        "Worst of the classes with 10 test documents or more is “bad”: of its 20 test documents 5 are answered right, and 5 are answered so in all"
         in judged
     )
     assert "It never answers “missed” (20)" in judged

@@ -73,7 +73,7 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
     if coarse := _coarse(page, model, training["evaluation"][column], max(abs(change), rise)):
         return coarse
     if rise > RISE:
-        lower = f"the held-out loss was {rise:.0%} lower before it rose again"
+        lower = f"the validation loss was {rise:.0%} lower before it rose again"
         kept = ", and those weights are kept" if training.get("kept") else ""
         return f"Next: more {more}, or a shorter training: {lower}{kept}.", ""
     passes = _passes(page, model, training)
@@ -90,11 +90,11 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
     if chosen and change < -FALL:
         return "Next: a larger budget, of which the size is chosen anew.", _longer(page, model)
     if change < -FALL:
-        fell = f"the held-out loss still fell by {-change:.1%} in the last fifth"
+        fell = f"the validation loss still fell by {-change:.1%} in the last fifth"
         return f"Next: train longer; {fell}.", _longer(page, model)
     if 0 < passes < 1:  # the curve is flat since the rate has fallen
         return f"Next: train longer; about {1 - passes:.0%} of the text has not been read.", _longer(page, model)
-    return f"Next: a larger model or other {more}; the held-out loss has levelled off.", ""
+    return f"Next: a larger model or other {more}; the validation loss has levelled off.", ""
 
 
 def _gained(page: Page, model: StageRow) -> Advice | None:
@@ -125,7 +125,7 @@ def _rarely(page: Page, model: StageRow, count: int) -> Advice:
     tokens = MOST_HELD_OUT if tokens == "auto" else tokens
     steps = (model.get("metrics") or {}).get("steps") or 0.0
     asked = 1 / every if 0 < every < 1 else steps / every if every else 0.0
-    looked = f"held-out documents were looked at {times}"
+    looked = f"validation documents were looked at {times}"
     if asked >= FEW_POINTS and "seconds" in (config.get("budget") or {}) and isinstance(tokens, int):
         return (
             f"Next: measure on fewer tokens; {looked} and not about {asked:.0f} times as the recipe asks, since a "
@@ -144,8 +144,8 @@ def _coarse(page: Page, model: StageRow, values: Sequence[float | None], change:
     if not isinstance(tokens, int) or tokens >= FEW_TOKENS or by <= FALL or by < change:
         return None
     return (
-        f"Next: measure on more held-out text; its loss swings by {by:.1%} from one measurement to the next, more than "
-        f"it changes, on {tokens:,} tokens each (evaluate_tokens).",
+        f"Next: measure on more validation text; its loss swings by {by:.1%} from one measurement to the next, more "
+        f"than it changes, on {tokens:,} tokens each (evaluate_tokens).",
         run_command(page, {f"{model['name']}.evaluate_tokens": 100_000}),
     )
 
@@ -165,19 +165,19 @@ def _of_labels(page: Page, model: StageRow, evaluation: Evaluated | None, traini
         return f"Next: more labelled documents,{pretrained}: {why}.", ""
     missed = never_answered(evaluation.get("confusion") or {})
     if change[0] < -FALL and change[1] <= RISE:
-        fell = f"the held-out loss still fell by {-change[0]:.1%} in the last fifth"
+        fell = f"the validation loss still fell by {-change[0]:.1%} in the last fifth"
         return f"Next: train longer; {fell}.", _longer(page, model)
     if missed:
         counts = {row.name: row.count for row in class_rows(evaluation.get("confusion") or {})}
-        few = ", ".join(f"“{name}” ({counts[name]} held out)" for name in missed[:3])
+        few = ", ".join(f"“{name}” ({counts[name]} {evaluation.get('split', 'test')} documents)" for name in missed[:3])
         return f"Next: more documents of {few}, which it never answers.", ""
     use = f"pretrain predict {shlex.quote(str(page.get('folder') or 'RUN'))} FILE"
     if change[1] > RISE:
-        rose = "its held-out loss rose again before the end, so more passes do not help"
+        rose = "its validation loss rose again before the end, so more passes do not help"
         kept = " (the best weights are kept)" if training.get("kept") else ""
         return f"Next: more labelled documents,{pretrained}; {rose}{kept}. To use it as it is:", use
     if not of_classes(evaluation):
-        return f"Next: more labelled documents,{pretrained}; its held-out loss has levelled off. To use it:", use
+        return f"Next: more labelled documents,{pretrained}; its validation loss has levelled off. To use it:", use
     return "Next: see below what it takes for what, and label more of that. To use it:", use
 
 

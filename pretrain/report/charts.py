@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from pretrain.core.quick.quantities import counted, duration, figure, short
@@ -32,7 +32,7 @@ def bits_chart(number: int, chart: Chart) -> Html:
     for i, domain in enumerate(chart["domains"]):
         group = [(bar, _at(bar["values"], i), _at(bar.get("intervals") or [], i)) for bar in series]
         rows.append(_group(_named(domain, chart, any(ends for *_, ends in group)), group, colours, top))
-    note = "Bits for each byte of held-out text; lower is better."
+    note = f"Bits for each byte of {chart['split']} text; lower is better."
     if chart["tools"]:
         note += " The compressors pack all text as one stream"
         note += ", and each domain as a stream of its own." if chart["domains"] else "."
@@ -85,20 +85,27 @@ def changes(page: Page) -> Html:
     if not stages:
         return Html("")
     losses = {s["name"]: _loss(page, s) for s in page["stages"]}
-    units = [name for name, _ in losses.values() if name]
+    units = [name for name, *_ in losses.values() if name]
     unit = BITS if BITS in units else next(reversed(units), "")  # of one objective: losses of several do not compare
+    shown = {stage: each for stage, each in losses.items() if each[0] == unit != ""}
+    splits = {stage: split for stage, (*_, split) in shown.items()}
+    alike = next(iter(splits.values())) if len({*splits.values()}) == 1 else ""  # else each number says its own
+    splits = {} if alike else splits
     columns: list[Column] = [
         ("size", {s["name"]: size for s in page["stages"] if (size := _size(s))}, lambda v: short(v, "B")),
         (
-            "bits per byte" if unit == BITS else f"held-out {unit}" if unit else "held-out loss",
-            {stage: value for stage, (name, value) in losses.items() if name == unit != ""},
+            f"{alike} {'bits per byte' if unit == BITS else unit or 'loss'}".strip(),
+            {stage: value for stage, (_, value, _) in shown.items()},
             lambda v: figure(v, 3),
         ),
         ("time", {s["name"]: s["seconds"] for s in stages if s["seconds"] is not None}, duration),
     ]
     rows = [tag("div", tag("em", "stage"), *(tag("span", name) for name, *_ in columns), class_="step head")]
     for s in stages:
-        cells = [_cell(column, s["name"], _source(s) if column[0] != "time" else "") for column in columns]
+        cells = [
+            _cell(column, s["name"], _source(s) if i < 2 else "", splits if i == 1 else {})
+            for i, column in enumerate(columns)
+        ]
         rows.append(tag("div", tag("em", s["name"], " ", tag("small", s["stage"])), *cells, class_="step"))
     parts = [tag("div", *rows, class_="steps", id="changes")]
     if any(_source(s) in losses for s in stages):
@@ -106,13 +113,15 @@ def changes(page: Page) -> Html:
     return join(parts)
 
 
-def _cell(column: Column, stage: str, before: str) -> Html:
-    """A bar, its number, and the change from what the stage began with."""
+def _cell(column: Column, stage: str, before: str, splits: Mapping[str, str]) -> Html:
+    """A bar, its number, and the change from what the stage began with, if both are of one split."""
     title, values, write = column
     if stage not in values:
         return tag("span")
     here, there = values[stage], values.get(before)
-    change = f" {here / there - 1:+.0%}" if there and here != there else ""
+    comparable = splits.get(stage) == splits.get(before)
+    change = f" {here / there - 1:+.0%}" if there and here != there and comparable else ""
+    change += f" {splits[stage]}" if stage in splits else ""
     fill = tag("i", style=f"width:{_percent(here / (max(values.values()) or 1))}")
     return tag("span", tag("span", fill, class_="track"), tag("b", write(here)), tag("small", change), title=title)
 
@@ -125,19 +134,22 @@ def _source(stage: StageRow) -> str:
     return first if stage["writes"] == "checkpoint" else ""
 
 
-def _loss(page: Page, stage: StageRow) -> tuple[str, float]:
-    """Of the model that a stage wrote: what the first evaluation of it says, else the end of its own training."""
+def _loss(page: Page, stage: StageRow) -> tuple[str, float, str]:
+    """Of the model that a stage wrote: what the first evaluation of it says, else the end of its own training.
+
+    The unit, the number, and the split that it was measured on.
+    """
     for evaluation in page["evaluations"]:
         if evaluation["of"] == stage["name"]:
             metrics = evaluation.get("metrics") or {}
             for name, unit in ((BITS, BITS), ("loss", "loss of causal_lm (nats)")):
                 if name in metrics:
-                    return unit, metrics[name]
+                    return unit, metrics[name], evaluation.get("split", "test")
     training = next((t for t in page["trainings"] if t["name"] == stage["name"]), None)
     for name in (BITS, "loss") if training else ():
         if training and (value := end_of(page, training, name)) is not None:
-            return (BITS if name == BITS else unit_of_loss(training)), value
-    return "", 0.0
+            return (BITS if name == BITS else unit_of_loss(training)), value, "validation"
+    return "", 0.0, ""
 
 
 def _percent(share: float) -> str:

@@ -12,10 +12,10 @@ SHOWN = 12  # wrong answers
 NARROW = 16  # letters of a label
 
 
-def classes(confusion: Mapping[str, Mapping[str, int]]) -> Html:
+def classes(confusion: Mapping[str, Mapping[str, int]], split: str) -> Html:
     """Each class's precision, recall and F1; below, of a few classes all that was answered, of many the mistakes."""
     rows = class_rows(confusion)
-    note = "How many held-out documents are of a class, how many are answered so, and how well the two agree."
+    note = f"How many {split} documents are of a class, how many are answered so, and how well the two agree."
     note += f" The {MOST_ROWS} commonest of {len(rows)}." if len(rows) > MOST_ROWS else ""
     cells = [
         (row.name, f"{row.count:,}", f"{row.answered:,}", _share(row.precision), _share(row.recall), f"{row.f1:.3f}")

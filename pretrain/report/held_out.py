@@ -41,6 +41,7 @@ class Bar(TypedDict):
 class Chart(TypedDict):
     """Those measured on the same text."""
 
+    split: str  # which part of a corpus it is
     title: str  # which stages, and which text; empty where there is no other chart
     domains: list[str]  # the largest first
     more: int
@@ -67,6 +68,7 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
             few = [domain for domain in domains if domain in sizes and bytes_[domain] < FEW_BYTES]
             enough = [domain for domain in domains if domain not in few] if len(domains) > 1 else []
             charts[key] = {
+                "split": evaluation.get("split", "test"),
                 "title": "",
                 "domains": enough[:MAX_DOMAINS],
                 "more": len(enough[MAX_DOMAINS:]),
@@ -95,6 +97,12 @@ def bars(evaluations: Sequence[Evaluated]) -> list[Chart]:
     for key, chart in charts.items() if len(charts) > 1 else ():
         chart["title"] = _title(named[key])
     return list(charts.values())
+
+
+def heading(charts: Sequence[Chart]) -> str:
+    """`Test text`, by the split that was measured; of several splits each chart says its own."""
+    splits = {chart["split"] for chart in charts}
+    return f"{splits.pop().capitalize()} text" if len(splits) == 1 else "Text of evaluations"
 
 
 def text_of(evaluation: Evaluated) -> list[object]:

@@ -23,7 +23,7 @@ from pretrain.report.data import BITS, CorpusRow, Page, StageRow, Trained
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
 from pretrain.report.funnel import funnel
-from pretrain.report.held_out import Evaluated
+from pretrain.report.held_out import Evaluated, heading
 from pretrain.report.markup import Html, fill, join, part, script_json, table, tag
 from pretrain.report.numbers import last
 from pretrain.report.summary import Headline, headline, summarise
@@ -72,7 +72,7 @@ def _body(data: Page, running: str) -> Html:
     if data["trainings"]:
         parts.append(_section("Training", _curves(data)))
     if data["bars"]:
-        parts.append(_section("Held-out text", join(map(bits_chart, range(len(data["bars"])), data["bars"]))))
+        parts.append(_section(heading(data["bars"]), join(map(bits_chart, range(len(data["bars"])), data["bars"]))))
     if drawn := changes(data):
         parts.append(_section("What each stage changed", drawn))
     corpora = {corpus["name"] for corpus in data["corpora"]}
@@ -87,7 +87,9 @@ def _body(data: Page, running: str) -> Html:
         parts.append(_section("Evaluations", _evaluation_table(data["evaluations"])))
     for evaluation in data["evaluations"]:
         if confusion := evaluation.get("confusion"):
-            shown = join([classes(confusion), confident(evaluation.get("mistakes") or [])])
+            shown = join(
+                [classes(confusion, evaluation.get("split", "test")), confident(evaluation.get("mistakes") or [])]
+            )
             parts.append(_section(f"Classes: {evaluation['name']}", shown))
     parts += [panel for name, panel in samples.items() if name in corpora]  # what a model makes is asked for first
     parts += [_section(f"Corpus: {corpus['name']}", _corpus_table(corpus)) for corpus in data["corpora"]]
@@ -137,6 +139,7 @@ def _cards(data: Page, about: Headline) -> Html:
     cards: list[tuple[str, str, str]] = []
     model, evaluation = about.model, about.evaluation
     metrics: Metrics = (evaluation["metrics"] if evaluation else {}) or {}
+    split = evaluation.get("split", "test") if evaluation else ""
     if evaluation and BITS in metrics:
         tools = {tool: (v.get("metrics") or {}).get(BITS) for tool, v in (evaluation.get("compressors") or {}).items()}
         read = ((model["lineage"] or {}) if model else {}).get("tokens")
@@ -146,7 +149,7 @@ def _cards(data: Page, about: Headline) -> Html:
         if (before := foretold.expected(data, model)) is not None:
             rivals[f"expected on {before[1]}"] = before[0]
         note = ", ".join(f"{tool} {bits:.2f}" for tool, bits in rivals.items() if bits is not None)
-        cards.append(("bits per byte", f"{metrics[BITS]:.3f}", note))
+        cards.append((f"bits per byte, {split}", f"{metrics[BITS]:.3f}", note))
     for name, beside in BESIDE.items():
         if name in metrics:
             best = yardstick(evaluation) if evaluation else None
@@ -157,7 +160,7 @@ def _cards(data: Page, about: Headline) -> Html:
         ("macro_f1", "macro F1", "each class alike"),
         ("f1", "F1", "whole entities"),
         ("pearson", "Pearson", "correlation"),
-        ("perplexity", "perplexity", "a token, held-out"),
+        ("perplexity", "perplexity", f"a token, {split}"),
         ("probe_accuracy", "probe accuracy", "on frozen states"),
         ("ndcg@10", "nDCG@10", "halves of documents"),
     ):

@@ -126,9 +126,9 @@ def _result(page: Page, about: Headline) -> str:
         return f"{subject} and reaches {score}."
     training = about.training
     if training and (likelihood := end_of(page, training, BITS)) is not None:
-        return f"{subject} and needs {likelihood:.2f} bits for each byte of held-out text."
+        return f"{subject} and needs {likelihood:.2f} bits for each byte of validation text."
     if training and (loss := end_of(page, training, "loss")) is not None:
-        return f"{subject} and has a held-out {unit_of_loss(training)} of {figure(loss, 3)}."
+        return f"{subject} and has a validation {unit_of_loss(training)} of {figure(loss, 3)}."
     return f"{subject}."
 
 
@@ -229,7 +229,7 @@ def _of_answers(evaluation: Evaluated) -> str:
         reaches = f"the interval reaches {'down' if best.higher else 'up'} to {worst}"
         why = reaches if ends else "there are few documents"
         words.append(f"That is better than {best.short if best.reads else 'guessing'}, but not surely so: {why}.")
-    confusion = evaluation.get("confusion") or {}
+    confusion, split = evaluation.get("confusion") or {}, evaluation.get("split", "test")
     if missed := never_answered(confusion):
         counts = {row.name: row.count for row in class_rows(confusion)}
         listed = ", ".join(f"“{name}” ({counts[name]})" for name in missed[:5])
@@ -237,8 +237,8 @@ def _of_answers(evaluation: Evaluated) -> str:
     if (worst_row := worst_class(confusion)) is not None and worst_row.f1 < 1:
         hits = round((worst_row.recall or 0) * worst_row.count)
         words.append(
-            f"{_worst_of(confusion)} is “{worst_row.name}”: of its {worst_row.count} held-out documents {hits} are "
-            f"answered right, and {worst_row.answered} are answered so in all (F1 {worst_row.f1:.2f})."
+            f"{_worst_of(confusion, split)} is “{worst_row.name}”: of its {worst_row.count} {split} documents {hits} "
+            f"are answered right, and {worst_row.answered} are answered so in all (F1 {worst_row.f1:.2f})."
         )
     sure = metrics.get("confidence")
     if sure is not None and sure - metrics["accuracy"] > BOLD:
@@ -267,10 +267,10 @@ def _kept(page: Page, about: Headline) -> str:
     return " ".join(words)
 
 
-def _worst_of(confusion: Mapping[str, Mapping[str, int]]) -> str:
+def _worst_of(confusion: Mapping[str, Mapping[str, int]], split: str) -> str:
     """What the worst class is the worst of, where some have too few documents to be judged."""
     few = any(0 < row.count < ENOUGH for row in class_rows(confusion))
-    return f"Worst of the classes with {ENOUGH} held-out documents or more" if few else "Worst"
+    return f"Worst of the classes with {ENOUGH} {split} documents or more" if few else "Worst"
 
 
 def _before(page: Page, evaluation: Evaluated) -> Evaluated | None:
@@ -289,4 +289,4 @@ def _trend(page: Page, training: Trained | None) -> str:
     if len(values) < 2 or values[0] <= 0 or end is None:
         return ""
     change = end / values[0] - 1
-    return f"The held-out loss {'fell' if change < 0 else 'rose'} by {abs(change):.0%} since it was first measured."
+    return f"The validation loss {'fell' if change < 0 else 'rose'} by {abs(change):.0%} since it was first measured."

@@ -89,6 +89,6 @@ def _line(folder: Path, stage: str) -> str:
     training = next((t for t in page["trainings"] if t["name"] == stage), None)
     for name, unit in ((BITS, "bits per byte"), ("loss", "nats")) if training else ():
         if values := known(training["evaluation"][name] if training else []):
-            words.append(f"held-out {values[-1]:.3f} {unit}{_since(training, done)}")
+            words.append(f"validation {values[-1]:.3f} {unit}{_since(training, done)}")
             break
     return " ".join(words) if len(words) > 1 else f"[{stage}] running"

@@ -137,8 +137,8 @@ def _held_out(run: Run, name: str) -> tuple[str, ...] | None:
     made = run.records.get(corpus)
     of = str(made["address"] if made else corpus), str(record["config"].get("length"))
     if isinstance(tokens, int):
-        return f"{tokens:,} held-out tokens", *of
-    return "as many held-out tokens as fit", *of, str(record["config"].get("budget"))
+        return f"{tokens:,} validation tokens", *of
+    return "as many validation tokens as fit", *of, str(record["config"].get("budget"))
 
 
 def _digests(evaluations: JSONObject) -> Iterator[str]:

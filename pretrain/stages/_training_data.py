@@ -237,7 +237,7 @@ def held_out_of(
     }[budget.unit]
     tokens = held_out_tokens(stage.evaluate_tokens, stage.evaluate_every, steps, step)
     if not isinstance(stage.evaluate_tokens, int):
-        say(f"measured on {tokens:,} held-out tokens at most each time")
+        say(f"measured on {tokens:,} validation tokens at most each time")
     return tokens
 
 

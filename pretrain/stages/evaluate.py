@@ -161,7 +161,7 @@ class Evaluate(Stage):
             tools = {tool: values["metrics"].get("bits_per_byte") for tool, values in result["compressors"].items()}
             others = "".join(f", {tool} {bits:.3f}" for tool, bits in tools.items() if bits is not None)
             whole = " (all text as one stream)" if others and len(result["domains"]) > 1 else ""
-            job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of held-out text{others}{whole}")
+            job.say(f"{metrics['bits_per_byte']:.3f} bits per byte of {self.split} text{others}{whole}")
             bits = {name: values["bits_per_byte"] for name, values in domains.items() if "bits_per_byte" in values}
             size = {name: result["sizes"].get(name, {}).get("bytes", 0) for name in bits}
             largest = sorted(bits, key=lambda name: -size[name])[:SHOWN]

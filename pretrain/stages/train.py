@@ -321,7 +321,7 @@ class Train(Stage):
         if skipped := training.guard.summary(training.step):
             job.say(f"warning: {skipped}")
         bits = training.metrics.get("bits_per_byte")
-        likelihood = f", {bits:.3f} bits per byte" if bits else ""
+        likelihood = f", {bits:.3f} bits per byte of validation text" if bits else ""
         job.say(f"{figure(spent['tokens'])} {unit_of(processor)}, {short(spent['flops'])} FLOPs{likelihood}")
         job.say(times(training))
         result: StageResult = {"metrics": training.metrics | spent, "flops": int(spent["flops"])}

@@ -79,7 +79,7 @@ function chart(id, curves, { title, across, range, zero, write = short }) {
   });
 }
 
-// All curves of a training have its colour; held-out ones are dotted.
+// All curves of a training have its colour; those of validation text are dotted.
 function losses() {
   const across = { tokens: unit, flops: "FLOPs", seconds: "seconds of training" }[axis];
   data.plots.forEach((plot, n) => {
@@ -92,7 +92,7 @@ function losses() {
         curves.push({ x, y, colour, faint: true }, { x, y: trend, colour, name: label(t, "training") });
       } else {
         settled.push(...known(y.slice(Math.floor(y.length / 20))));
-        curves.push({ x, y, colour, dots: true, ring: t.kept, name: label(t, "held-out") });
+        curves.push({ x, y, colour, dots: true, ring: t.kept, name: label(t, "validation") });
       }
     });
     const high = Math.max(...settled), low = Math.min(...settled), edge = .05 * (high - low) || .1;
