@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from pretrain.core import checkpoint
 from pretrain.core.meter import count_flops
 from pretrain.core.models.families import new_model
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.stages import Job
 from pretrain.stages._estimates import left_in
 from pretrain.stages.decode import Decode, continue_prompt
 
@@ -61,6 +63,21 @@ def test_a_draft_is_planned_between_one_that_always_agrees_and_one_that_does_by_
         return planned.flops / spent(folders, method)
 
     assert both("draft") < 1 < both("model")
+
+
+@pytest.mark.parametrize("method", [None, "proxy_tuning"])
+def test_a_stage_counts_what_it_has_written_and_not_what_it_might_have(method, folders, tmp_path):
+    """Within a few percent of what the meter counts, of prompts of unlike lengths and fewer tokens than were asked for."""
+    beside = dict.fromkeys(("expert", "anti_expert"), str(folders["draft"]))
+    method = method and {"method": method} | beside
+    prompts, fields = ["def f", "import os and then some more words"], {"temperature": 0.0, "max_new_tokens": 24}
+    stage = Decode(checkpoint=str(folders["model"]), prompts=prompts, method=method, stop=["e"], **fields)
+    inputs = {place: Path(folder) for place, folder in stage.references().items()}
+    found, metered = count_flops(lambda: stage.run(Job(tmp_path, inputs)))
+    given = {place: left_in(folder) for place, folder in inputs.items()}
+    samples = json.loads((tmp_path / "samples.json").read_text())["samples"]
+    assert any(sample["tokens"] < 24 for sample in samples) and found["flops"] < stage.estimate(given).flops
+    assert found["flops"] == pytest.approx(metered, rel=0.1)
 
 
 def spent(folders, method):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -86,25 +87,56 @@ def test_a_run_that_another_process_holds_is_refused_before_torch_is_imported(tm
         held.communicate()
 
 
-def test_a_run_without_a_finished_model_names_those_of_other_settings(tmp_path):
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_run_whose_newest_variant_has_no_model_takes_the_one_before_it(shared, tmp_path):
+    """Of the last stage that has one the newest, and one line says so; of a store that others fill, it only names it."""
     from pretrain.core.files import sealed, write_json
     from pretrain.core.folders import newest_checkpoint
     from pretrain.records import write_stage
 
-    home = tmp_path / "train-0123456789ab"
-    (home / "checkpoint").mkdir(parents=True)
-    (home / "checkpoint" / "config.json").write_text("{}")
-    record = {
-        "name": "model", "stage": "train", "address": "01", "config": {}, "methods": {}, "metrics": {},
-        "finished": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "flops": 0, "files": {},
-    }  # fmt: skip
-    write_stage(home / "stage.json", record)
-    row = {"name": "model", "stage": "train", "folder": "train-ba9876543210", "address": "02", "status": "running"}
-    write_json(tmp_path / "run.json", sealed({"name": "r", "recipe": "", "seed": 0, "stages": [row]}))
-    with pytest.raises(
-        PretrainError, match=r"as it is set now, .*; of other settings there are .*/model@0123456789ab;"
-    ):
-        newest_checkpoint(tmp_path)
+    run, home = tmp_path / "run", tmp_path / ("store" if shared else "run")
+    run.mkdir()
+
+    def made(name, address, second):
+        folder = home / f"train-{address}"
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "checkpoint" / "config.json").write_text("{}")
+        record = {
+            "name": name, "stage": "train", "address": address, "config": {}, "methods": {}, "metrics": {},
+            "finished": "2026-01-01T00:00:00+00:00", "seconds": 1.0, "flops": 0, "files": {},
+        }  # fmt: skip
+        write_stage(folder / "stage.json", record)
+        os.utime(folder / "stage.json", (second, second))
+
+    def shown(**stages):
+        rows = [
+            {
+                "name": name,
+                "stage": "train",
+                "folder": os.path.relpath(home / f"train-{address}", run),
+                "address": address,
+            }
+            for name, address in stages.items()
+        ]
+        write_json(run / "run.json", sealed({"name": "r", "recipe": "", "seed": 0, "stages": rows}))
+
+    made("encoder", "0a0a0a0a0a0a", 4)
+    made("classifier", "1b1b1b1b1b1b", 2)
+    made("classifier", "0123456789ab", 3)
+    shown(encoder="ffffffffffff", classifier="ba9876543210")  # of which nothing is there
+    if shared:
+        with pytest.raises(PretrainError, match=r"as it is set now, .*; of other settings there are .*@0123456789ab"):
+            newest_checkpoint(run)
+    else:
+        with pytest.warns(
+            UserWarning, match=r"'classifier' is not finished as it is set now; .*/classifier@0123456789ab"
+        ):
+            assert newest_checkpoint(run) == home / "train-0123456789ab" / "checkpoint"
+    shown(encoder="0a0a0a0a0a0a", classifier="ba9876543210")  # what it began with is finished
+    with pytest.warns(UserWarning, match="'classifier' is not finished"):
+        assert newest_checkpoint(run).parent.name == ("train-0a0a0a0a0a0a" if shared else "train-0123456789ab")
+    shown(encoder="0a0a0a0a0a0a", classifier="1b1b1b1b1b1b")
+    assert newest_checkpoint(run).parent.name == "train-1b1b1b1b1b1b"  # which the run shows, though another is newer
 
 
 def test_a_misspelt_run_is_not_taken_for_a_name_of_the_hub(tmp_path, monkeypatch):

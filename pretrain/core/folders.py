@@ -171,7 +171,8 @@ def checkpoint_of(folder: Path) -> Path:
 def newest_checkpoint(place: Path | str) -> Path:
     """The checkpoint of what a run, a stage or a checkpoint has printed: of a run, or its report, the last one.
 
-    Warns where a later stage of the run is to write one and has not.
+    Where the last stage that is to write one is not finished as the run is set now, the newest that it has finished
+    with other settings is taken, and a warning says so; it warns too where such a stage has never been finished.
     """
     place = place_of(place)
     place = place.parent if place.name == "report.html" else place
@@ -182,34 +183,39 @@ def newest_checkpoint(place: Path | str) -> Path:
     kinds = stage_kinds(place)
     if exported := [name for name, stage in stages.items() if not made and any((stage / "export").glob("*.gguf"))]:
         return checkpoint_of(stages[exported[-1]])
+    later = list(stages)[list(stages).index(made[-1]) + 1 :] if made else list(stages)
+    missing = [name for name in later if kinds[name] in WRITERS]
+    earlier = _earlier(place, stages, missing)
+    if there := [(name, folder) for name, folder in earlier if folder.parent == place]:  # none of another run's
+        name, folder = max(reversed(there), key=lambda each: missing.index(each[0]))  # of the last stage the newest
+        called = f"{place / name}@{folder.name.rpartition('-')[2]}"
+        warn(f"{place}: {name!r} is not finished as it is set now; {called}, of other settings, is taken")
+        return folder / "checkpoint"
+    names = ", ".join(f"{place / name}@{folder.name.rpartition('-')[2]}" for name, folder in reversed(earlier[-3:]))
+    more = f"; of other settings there are {names}" if names else ""
     if not made:
-        raise PretrainError(_unmade(place, stages))
-    later = list(stages)[list(stages).index(made[-1]) + 1 :]
-    if missing := [name for name in later if kinds[name] in WRITERS]:
-        there = _earlier(place, stages, missing)
-        more = f"; of other settings there are {', '.join(there)}" if there else ""
+        now = "as it is set now, has written a checkpoint"
+        raise PretrainError(f"no stage of the run {place}, {now}{more}; accepted: a finished model")
+    if missing:
         warn(f"{place}: {missing[-1]!r} is not finished; the newest checkpoint is that of {made[-1]!r}{more}")
     return stages[made[-1]] / "checkpoint"
 
 
-def _unmade(run: Path, stages: Mapping[str, Path]) -> str:
-    """That no stage of a run, as it is set now, has written a checkpoint; and where earlier ones lie."""
-    there = _earlier(run, stages, list(stages))
-    more = f"; of other settings there are {', '.join(there)}" if there else ""
-    return f"no stage of the run {run}, as it is set now, has written a checkpoint{more}; accepted: a finished model"
+def _earlier(run: Path, stages: Mapping[str, Path], names: Sequence[str]) -> list[tuple[str, Path]]:
+    """Which of these stages have finished a checkpoint with other settings, and their folders, the newest of each last.
 
-
-def _earlier(run: Path, stages: Mapping[str, Path], names: Sequence[str], most: int = 3) -> list[str]:
-    """Checkpoints that stages of these names have written with other settings."""
+    A store of many runs has those of others too.
+    """
     shown = {folder.name for folder in stages.values()}
     homes = dict.fromkeys((run, *(folder.parent for folder in stages.values())))
-    earlier = [
-        f"{run / str(record.get('name'))}@{path.parent.name.rpartition('-')[2]}"
-        for home in homes for path in sorted(home.glob("*-*/stage.json"))
+    records = sorted((path for home in homes for path in home.glob("*-*/stage.json")), key=lambda p: p.stat().st_mtime)
+    folders = [
+        path.parent for path in records
         if path.parent.name not in shown and (path.parent / "checkpoint" / "config.json").exists()
-        and (record := (stage_at(path.parent) or (path, {}))[1]).get("name") in names
+        and link_target(path.parent) is None
     ]  # fmt: skip
-    return earlier[:most]
+    named = [(str((stage_at(folder) or (folder, {}))[1].get("name")), folder) for folder in folders]
+    return [(name, folder) for name, folder in named if name in names]
 
 
 def check_unused(output: Path) -> None:

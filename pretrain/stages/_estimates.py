@@ -372,22 +372,45 @@ def judging(objective: object, corpus: Left, documents: float, resamples: int) -
     return LOADED + drawn + OF_WORDS * words + (0.0 if pair else OF_CHARACTERS * characters)
 
 
-def decoding(given: Given, characters: float, new: float, method: Decoding | None = None) -> Estimate:
+def decoding(
+    given: Given, characters: float, new: float, method: Decoding | None = None, prompts: float = 1.0
+) -> Estimate:
     """Of continuing prompts of so many characters by so many tokens; of a method with the models that it has beside."""
     model = given.get("checkpoint", Left())
-    shape = shape_from(model.config)
-    if shape is None or not model.vocabulary:
+    letters = bytes_of_token(model.vocabulary) if model.vocabulary else 1.0
+    made = decoded(given, characters / letters, new, method, prompts)
+    if not made or not model.vocabulary:
         return Estimate()
-    letters = bytes_of_token(model.vocabulary)
-    read, length = characters / letters, model.length or 512
-    flops = (read + new * (method.computed() if method else 1.0)) * shape.forward(length)
-    weights, seconds = shape.weights, training_seconds(flops, shape.width)
-    for name in method.references() if method else ():
-        other = shape_from(given.get(f"method.{name}", Left()).config)
-        if method is not None and other is not None:
-            other, share = other.with_blocks(given[f"method.{name}"].blocks), method.computed(name)
-            more = (read * (share > 0) + new * share) * other.forward(length)
-            flops, weights = flops + more, weights + other.weights
-            seconds += training_seconds(more, other.width)
+    flops, weights = sum(each for _, each in made), sum(shape.weights for shape, _ in made)
+    seconds = sum(training_seconds(each, shape.width) for shape, each in made)
     disk = RECORDS + characters + 2 * new * letters  # a continuation, and often the true one beside it
     return Estimate(flops, FLOOR + 4.0 * weights, seconds / DECODING + 1, disk)
+
+
+def decoded(
+    given: Given, read: float, new: float, method: Decoding | None = None, prompts: float = 1.0
+) -> list[tuple[Shape, float]]:
+    """The FLOPs of reading and of writing so many tokens in all, by model; nothing where the model's shape is unknown.
+
+    `prompts` are those that they are of, alike. Of a method also the models that it has beside.
+    """
+    model = given.get("checkpoint", Left())
+    shape = shape_from(model.config)
+    if shape is None:
+        return []
+    length, later = max(1, round((read + new) / max(1.0, prompts))), max(0.0, new - prompts)  # a first token is read
+
+    def flops(shape: Shape, share: float) -> float:
+        body = shape.forward(length, 0.0)
+        return (
+            read * (share > 0) * body + later * share * shape.forward(length) + prompts * (shape.forward(length) - body)
+        )
+
+    made = [(shape, flops(shape.with_blocks(model.blocks), method.computed() if method else 1.0))]
+    for name in method.references() if method else ():
+        beside = given.get(f"method.{name}", Left())
+        other = shape_from(beside.config)
+        if method is not None and other is not None:
+            other, share = other.with_blocks(beside.blocks), method.computed(name)
+            made.append((other, flops(other, share)))
+    return made

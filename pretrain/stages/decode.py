@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import ConfigDict, model_validator
@@ -18,7 +19,7 @@ from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
 from pretrain.records import StageResult
 from pretrain.stages import DecodingField, Estimate, Given, Job, Record, Ref, Stage, checkpoint_of, corpus_of
-from pretrain.stages._estimates import decoding
+from pretrain.stages._estimates import decoded, decoding, left_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -84,7 +85,7 @@ class Decode(Stage):
         """A forward pass for each token, and those of the models that a method has beside."""
         count = len(self.prompts) + (self.documents if self.corpus else 0)
         letters = sum(map(len, self.prompts)) + BEGINNING * (count - len(self.prompts))
-        return decoding(given, letters, count * self.max_new_tokens, self.method)
+        return decoding(given, letters, count * self.max_new_tokens, self.method, count)
 
     def run(self, job: Job) -> StageResult:
         """Write `samples.json`."""
@@ -108,7 +109,14 @@ class Decode(Stage):
         write_json(job.folder / "samples.json", {"samples": samples})
         seconds = sum(s["seconds"] for s in samples)
         measured = self.method.measured(model) if self.method else {}
-        return {"metrics": {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)} | measured}
+        speed = {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}
+        return {"metrics": speed | measured, "flops": self._flops(job, samples)}
+
+    def _flops(self, job: Job, samples: Sequence[Record]) -> int:
+        """Those of the tokens that were read and written, as a plan counts them: a meter would slow what is timed."""
+        given = {place: left_in(folder) for place, folder in job.inputs.items() if isinstance(folder, Path)}
+        read, new = (sum(sample[name] for sample in samples) for name in ("read", "written"))
+        return round(sum(flops for _, flops in decoded(given, read, new, self.method, len(samples))))
 
 
 def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:
@@ -232,8 +240,9 @@ def continue_prompt(
 ) -> Record:
     """One continuation: prompt, continuation, tokens, seconds; with `chat` the answer to the prompt as a message.
 
-    What is not asked for is as the model's `generation_config` has it. With `token_healing` the prompt's last word is
-    written anew, in tokens that go on with it. Raises `PretrainError` for values outside their bounds.
+    `read` are the tokens of the prompt. What is not asked for is as the model's `generation_config` has it. With
+    `token_healing` the prompt's last word is written anew, in tokens that go on with it. Raises `PretrainError` for
+    values outside their bounds.
     """
     import torch
 
@@ -273,5 +282,7 @@ def continue_prompt(
         "continuation": _written(tokenizer, [] if chat or answers else ids, again, new),
         "method": method.name if method is not None else ("sampling" if temperature else "greedy"),
         "tokens": max(0, len(new) - len(again)),
+        "read": input_BL.shape[1],
+        "written": len(new),  # with those of the prompt's last word
         "seconds": time.perf_counter() - started,
     }
