@@ -41,6 +41,7 @@ MUCH = 0.1  # of a corpus's text: a domain that each split should have
 OPENING, OPENED = 0.5, 0.8e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 RECORDS = 1e4  # bytes of what each stage notes of itself: its record and the code that ran
 SAMPLES = 5e3  # bytes of a few documents that are shown
+TOTALS, REMOVED = 2e3, 80.0  # bytes of a corpus's counts and checksums; of a line for a document that is removed
 ROW = 150.0  # bytes of a document's numbers, as an evaluation keeps them
 MEASURED, LONG = 200, 2000  # documents and characters of each by which the size of a token is measured
 FEW_ENTRIES, ENOUGH = 600, 20_000  # of a vocabulary that is learnt at once, on so many characters at least
@@ -251,7 +252,10 @@ def corpus_estimate(
     basis = "what is said of its text is by the sizes of its sources, copies included"
     if seen is not None:
         left, basis = _seen(left, seen), _basis(seen, total)
-    disk = RECORDS + SAMPLES + compressed(held)
+    on_disk = compressed(held)
+    if seen is not None:
+        on_disk = (seen.packed + REMOVED * seen.removed) * (1.0 if seen.whole else total / max(1.0, seen.given))
+    disk = RECORDS + SAMPLES + TOTALS + on_disk
     return Estimate(None if works else 0.0, FLOOR + 10 * held, 1 + held / 1.5e6, disk, 1.0, left, basis=basis)
 
 

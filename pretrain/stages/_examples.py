@@ -24,6 +24,7 @@ from pretrain.core.folders import corpus_of
 from pretrain.corpus.payload import identity, only_text
 from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Skipped, Source, evenly, read
 from pretrain.corpus.store import key_of, side
+from pretrain.stages._packed import packed
 
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
 READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared, at most
@@ -216,6 +217,8 @@ class Looked:
     documents: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, tuple[float, ...]] = field(default_factory=dict)  # bytes of some documents
     texts: tuple[str, ...] = ()
+    packed: float = 0.0  # bytes that what is left of them takes on the disk
+    removed: float = 0.0  # documents that were read and are not left
 
     @property
     def kept(self) -> float:
@@ -235,10 +238,10 @@ def looked(
     if not sources or not all(_plain(source) for source in sources):
         return None
     rows: dict[bytes, Document] = {}
-    given, whole, begun = 0.0, True, time.perf_counter()
+    given, number, whole, begun = 0.0, 0, True, time.perf_counter()
     with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
         for document in _documents(sources, longest):
-            given += len(document["text"].encode())
+            given, number = given + len(document["text"].encode()), number + 1
             rows.setdefault(identity(document), document)
             if time.perf_counter() - begun > READ:
                 whole = False
@@ -255,9 +258,11 @@ def looked(
     bytes_ = {name: sum(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
     documents = {name: len(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
     shown = tuple(middle(document["text"], LONG) for document in evenly(train, SHOWN))
+    disk = {name: packed(some) * (left if name == "train" else 1.0) for name, some in splits.items()}
     return Looked(
-        whole, given, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in sizes.items()}, shown
-    )
+        whole, given, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in sizes.items()}, shown,
+        sum(disk.values()), number - sum(documents.values()),
+    )  # fmt: skip
 
 
 def _plain(source: Source) -> bool:
