@@ -140,6 +140,36 @@ def test_a_reference_to_a_stage_further_down_or_to_itself_says_so(tmp_path, kind
         assert "\n" not in str(caught.value) and "fetched" not in str(caught.value)
 
 
+AUTO = """
+stages:
+  - {{name: text, stage: data, sources: [{text}]}}
+  - {{name: more, stage: data, corpus: text, sources: ["*.txt"]{more}}}
+  - {{name: own, stage: tokenizer, corpus: text}}
+  - {{name: model, stage: train, corpus: {corpus}, tokenizer: own, size: auto, model: {{family: llama}}, budget: {{epochs: 2}}}}
+  - {{name: later, stage: data, sources: ["*.txt"]}}
+"""
+
+
+def test_a_size_for_passes_says_what_of_the_text_is_not_known(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.txt").write_text("once upon a time\n\n" * 4000)
+
+    def sized(text="a.txt", more="", corpus="more"):
+        (model,) = recipe(tmp_path, AUTO.format(text=text, more=more, corpus=corpus)).sizes
+        return model
+
+    with pytest.raises(PretrainError, match="model.corpus: 'later' is a stage that stands below"):
+        sized(corpus="later")
+    with pytest.raises(PretrainError, match="how much text 'more' holds is not known before it is made.*accepted"):
+        sized(text="{package: {pypi: six==1.16.0}, files: '*.py'}")
+    with pytest.raises(PretrainError, match=r"model.corpus: 'mroe' \(did you mean 'more'\?\)"):
+        sized(corpus="mroe")
+    twice, once = sized(), sized(corpus="text")
+    assert twice.task.unique == pytest.approx(2 * once.task.unique) and not [*twice.warnings(), *once.warnings()]
+    (line,) = sized(more=", operations: [gopher_quality]").warnings()
+    assert "note:" in line and "gopher_quality will leave is not known" in line
+
+
 def test_overrides_reach_into_stages_and_methods(tmp_path):
     found = recipe(
         tmp_path,

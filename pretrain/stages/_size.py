@@ -40,15 +40,14 @@ from pretrain.dial.choose import (
 from pretrain.dial.law import Law, load
 from pretrain.stages._estimates import Estimate, left_in
 from pretrain.stages._fields import unknown_field
+from pretrain.stages._size_text import LEAST_TEXT, LIKE_PYTHON, basis_of, not_there, text_of, unique_text
 from pretrain.training.budget import Budget, endless, least_seconds
 
 Raw = dict[str, object]  # a recipe as it is read, or a stage of it
 LAW = Path(shapes.__file__).parent / "laws" / "python.json"  # of Python's standard library, for corpora without a law
 OPTIMIZER, SCHEDULE = "muon", {"method": "linear", "warmup": 0.05}
 BYTES_ALONE = 261  # entries of a tokenizer of bytes, with the special ones
-LIKE_PYTHON = "text like Python's library"  # what a law of it is of, where another corpus is learnt
 OTHER_TEXT = "other text differs: `pretrain ladder` measures yours"
-LEAST_TEXT = 500  # bytes: of less nothing can be learnt and held out
 PLAN = "plan.json"  # in a run's folder: the machine's pace that sizes were chosen by
 PROMPT = 256  # positions at least, so that there is room for a prompt where rows are short
 
@@ -64,6 +63,7 @@ class Settled:
     optimizer: object
     text: str = LIKE_PYTHON  # what the law's expectation is of
     rows: str = ""  # that they are short at first
+    basis: str = ""  # what is not known of the text whose passes are the budget
 
     @property
     def certain(self) -> bool:
@@ -87,7 +87,11 @@ class Settled:
         return str(self.optimizer.get("method") if isinstance(self.optimizer, dict) else self.optimizer)
 
     def warnings(self) -> list[str]:
-        """That nobody has chosen the rate, where the dial knows none for the optimiser and the recipe says none."""
+        """What is not known of the text, and that nobody has chosen the rate, where that is so."""
+        return [*([f"note: {self.basis}"] if self.basis else []), *self._untuned()]
+
+    def _untuned(self) -> list[str]:
+        """That nobody has chosen the rate."""
         if self.lr is not None or self.optimizer_name in RATES:
             return []
         name = self.optimizer_name
@@ -232,22 +236,8 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
     if tokenizer is not None and tokenizer.get("vocab_size") == "auto":
         tokenizer["vocab_size"] = choice.shape.vocabulary
     rows = ", at first in pieces" if short and entry.setdefault("policies", short) is short else ""
-    return Settled(name, task, choice, lr, method, _text_of(entry, stages[:number]), rows)
-
-
-def _text_of(entry: Raw, before: list[Raw]) -> str:
-    """The text that the expectation of a training's loss is of: what its law was measured on."""
-    size = entry["size"]
-    if isinstance(size, dict):
-        return f"the text that {size['law']} was measured on"
-    name = entry.get("corpus")
-    while corpus := next((e for e in before if e.get("name", e.get("stage")) == name), None):
-        sources, name = corpus.get("sources"), corpus.get("corpus")
-        if sources or name is None:
-            alike = isinstance(sources, list) and all(isinstance(s, dict) and s.get("stdlib") for s in sources)
-            return "Python's library" if alike and sources and name is None else LIKE_PYTHON
-        before = before[: before.index(corpus)]
-    return LIKE_PYTHON
+    basis = basis_of(entry, stages[:number], task.unique)
+    return Settled(name, task, choice, lr, method, text_of(entry, stages[:number]), rows, basis)
 
 
 def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: list[Raw], output: Path | None) -> Task:
@@ -263,7 +253,7 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
     at = None if tokenizer is None else before.index(tokenizer)
     chosen = vocabulary == "auto" and tokenizer is not None
     entries = None if chosen else _entries(entry, tokenizer, vocabulary, at)
-    law, unique = load(Path(where)) if where else load(LAW), _unique(entry, before)
+    law, unique = load(Path(where)) if where else load(LAW), unique_text(entry, before)
     if unique is not None and unique < LEAST_TEXT:
         raise PretrainError(
             f"size {size!r}: about {short(unique, 'B')} of training text, too little to choose a model by; accepted: "
@@ -272,7 +262,7 @@ def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: li
         )
     rate, beside = _pace(output, timed=budget.seconds is not None)
     return Task(
-        law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law), seconds=budget.seconds,
+        law, flops=budget.flops, tokens=_tokens(budget, entry, unique, law, before), seconds=budget.seconds,
         rate=rate, beside=beside, unique=unique,
         width=_size(model, names["width"], "model"), depth=_size(model, names["depth"], "model"),
         vocabulary=entries,
@@ -305,15 +295,15 @@ def _budget(value: object, entry: Raw | None = None) -> Budget:
         raise PretrainError(str(error), place=("budget", *getattr(error, "place", ()))) from error
 
 
-def _tokens(budget: Budget, entry: Mapping[str, object], unique: float | None, law: Law) -> float | None:
+def _tokens(
+    budget: Budget, entry: Mapping[str, object], unique: float | None, law: Law, before: Sequence[Raw]
+) -> float | None:
     """A budget of tokens, or of steps or passes in tokens: about, where rows and vocabulary are still to be chosen."""
     if budget.unit == "steps":
         rows, length = entry.get("batch_rows"), entry.get("length")
         return budget.limit * (rows * length if isinstance(rows, int) and isinstance(length, int) else BATCH_TOKENS)
     if budget.unit == "epochs":
-        if unique is None:
-            raise PretrainError("budget of epochs: the corpus's size is not known; accepted: tokens", place=("budget",))
-        return budget.limit * unique / law.bytes_of_token(2048)
+        return budget.limit * (not_there(entry, before) if unique is None else unique) / law.bytes_of_token(2048)
     return budget.tokens
 
 
@@ -329,33 +319,6 @@ def _entries(entry: Raw, tokenizer: Raw | None, vocabulary: object, at: int | No
             place=("model", "vocab_size") if written or at is None else ("stages", at, "vocab_size"),
         )
     return vocabulary
-
-
-def _unique(entry: Raw, before: list[Raw]) -> float | None:
-    """Bytes of training text, as the sources' sizes tell; None where they do not."""
-    from pretrain.stages.data import Data, build_source
-
-    corpus = next((e for e in before if e.get("name", e.get("stage")) == entry.get("corpus")), None)
-    if corpus is None or corpus.get("stage") != "data":
-        return left_in(Path(str(entry.get("corpus")))).bytes.get("train")
-    if corpus.get("corpus") and not corpus.get("sources"):
-        return _unique(corpus, before[: before.index(corpus)])
-    sizes = []
-    try:
-        sources = corpus.get("sources")
-        for number, source in enumerate(sources if isinstance(sources, list) else []):
-            try:
-                sizes.append(build_source(copy.deepcopy(source)).size())
-            except PretrainError as error:
-                place = ("stages", before.index(corpus), "sources", number, *error.place)
-                raise PretrainError(str(error), place=place) from error
-        shares = [corpus.get(split, Data.model_fields[split].default) for split in ("validation", "test")]
-        held_out = math.fsum(float(str(share)) for share in shares)
-    except (ValueError, TypeError):  # told when the stage itself is checked
-        return None
-    known = [size.bytes for size in sizes if size is not None]
-    whole = sizes and len(known) == len(sizes) and held_out < 1
-    return math.fsum(known) * (1 - held_out) if whole else None
 
 
 def _pace(output: Path | None, *, timed: bool) -> tuple[float, Beside]:
