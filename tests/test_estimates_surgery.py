@@ -11,7 +11,9 @@ import torch
 from pretrain.core import checkpoint
 from pretrain.core.method import nested
 from pretrain.core.models.families import new_model
-from pretrain.stages._estimates import left_in
+from pretrain.corpus.tokenizers import train_tokenizer
+from pretrain.dial.configs import shape_from
+from pretrain.stages._estimates import left_in, operating
 from pretrain.stages.surgery import operation
 from pretrain.surgery import Inputs, operate
 
@@ -90,3 +92,36 @@ def test_more_starts_and_more_tries_are_planned_for(name, more, small):
     few, many = (expected([surgery_of(name, fields, small)], small).seconds - opened for fields in ({}, more))
     assert many > 2 * few
     assert expected([surgery_of(name, {}, small)] * 2, small).seconds - opened == pytest.approx(2 * few)
+
+
+def test_new_blocks_and_new_tokens_take_time_as_they_were_expected_to(small, stories, tmp_path):
+    """Beside one another, of a model and a tokenizer as large as one another: each within 2.5 times of what is usual."""
+    texts, inputs = [story["text"] for story in stories], {}
+    for name, entries in (("own", 1900), ("other", 2000)):
+        inputs[name] = train_tokenizer(texts[:: 1 if name == "own" else 2], vocab_size=entries)
+        inputs[name].save_pretrained(tmp_path / name)
+    cases = {
+        "g_stack": {"growth": 6}, "chat_template": {},
+        "passthrough": {"models": [str(small)], "slices": [[n % 2, 0, 2] for n in range(6)]},
+        "vocabulary_expansion": {"tokenizer": str(tmp_path / "other"), "initialisation": "mean"},
+    }  # fmt: skip
+    left, ratios = left_in(small), {}
+    for name, fields in cases.items():
+        surgery, took = nested({"method": name} | fields, "surgery"), []
+        for _ in range(3):
+            model, _ = checkpoint.load(small)
+            begun = time.process_time()
+            operate([surgery], model, Inputs(tokenizer=inputs["own"]))
+            took.append(time.process_time() - begun)
+        assert surgery.estimated
+        ratios[name] = operating(left, shape_from(left.config), [surgery]).seconds / min(took)
+    usual = statistics.median(ratios.values())
+    assert all(1 / 2.5 < ratio / usual < 2.5 for ratio in ratios.values()), ratios
+
+
+def test_a_plan_says_no_time_of_what_goes_by_what_is_not_known(small):
+    learnt = {"method": "vocabulary_expansion", "tokenizer": str(small), "corpus": str(small)}
+    vectors = {"method": "ofa", "tokenizer": str(small), "vectors": [str(small)]}
+    for fields in (learnt, vectors):
+        planned = expected([nested(fields, "surgery")], small)
+        assert planned.seconds is None and planned.flops is None and planned.memory_bytes

@@ -17,6 +17,11 @@ NUMBER = 1e-9  # a number that one operation goes through
 DRAWN = 13e-9  # a number that is drawn
 CHOSEN = 45e-9  # a number among which the greatest are sought
 SORTED = 4.3e-9  # a number that is sorted, for each doubling of how many there are
+MADE = 11e-9  # a number of a new model, drawn and then written over
+ENTRY, AVERAGED = (
+    2.5e-6,
+    14e-9,
+)  # of a tokenizer that is copied and listed; a number of a table of which the mean is taken
 INVERTED = 7.0  # FLOPs' worth of time for each n³ of a damped inverse's Cholesky factor, in float64
 EIGENVECTORS = 25.0  # the same of a symmetric matrix's eigenvectors, in float64
 
@@ -62,6 +67,17 @@ class Task:
     def inner(self) -> list[Matrix]:
         """The linear layers of a block."""
         return list(self.layers.matrices)
+
+    def made(self, growth: float = 1.0) -> Work:
+        """A new model with so many times the blocks, in place of this one."""
+        shape = self.layers.shape
+        return Work(seconds=MADE * (shape.weights + (growth - 1) * shape.body))
+
+    def listed(self) -> Work:
+        """A tokenizer with other entries, and rows for them by the mean of the old ones."""
+        shape = self.layers.shape
+        tables = shape.vocabulary * shape.width * (1 if shape.tied else 2)
+        return Work(seconds=ENTRY * shape.vocabulary + AVERAGED * tables)
 
     def second_moments(self) -> float:
         """FLOPs of `x xᵀ` of what enters the blocks' linear layers: those that share an input share the product."""

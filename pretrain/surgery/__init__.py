@@ -73,7 +73,6 @@ class Surgery(Method):
     adapts: ClassVar[bool] = False
     calibration: ClassVar[float] = 0.0  # passes of the rows of calibration through the blocks, without sparing zeros
     backward: ClassVar[bool] = False  # whether it takes gradients of every weight on those rows
-    estimated: ClassVar[bool] = True  # whether `work` tells what it computes: not of one that trains
     split: ClassVar[str] = "train"  # of the stage's corpus, whose rows it is shown
     new_vocabulary: ClassVar[bool] = False  # whether it leaves other tokens than there were
     keeps_vocabulary: ClassVar[bool] = False  # whether the tokens may not change after it
@@ -84,6 +83,11 @@ class Surgery(Method):
         return False
 
     @property
+    def estimated(self) -> bool:
+        """Whether `work` tells what it computes: not of one that trains."""
+        return True
+
+    @property
     def growth_of_blocks(self) -> float:
         """The weights of the blocks after it, next to those before."""
         return 1.0
@@ -91,9 +95,10 @@ class Surgery(Method):
     def work(self, task: Task) -> Work:
         """What it computes on such a model: FLOPs, and the seconds of what is no product of matrices.
 
-        By default the passes that `calibration` says.
+        By default the passes that `calibration` says and, where the blocks grow, the new model.
         """
-        return Work(self.calibration * task.forward)
+        growth = self.growth_of_blocks
+        return Work(self.calibration * task.forward) + (task.made(growth) if growth > 1 else Work())
 
     def tuning(self, layers: Layers, before: Tuning | None) -> Tuning | None:
         """What is trained of a model after it, `before` of the model that it is given; None: all of its weights."""

@@ -40,7 +40,11 @@ class ExitHeads(Surgery):
     lr: Positive = 1e-3
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
-    estimated: ClassVar[bool] = False
+
+    @property
+    def estimated(self) -> bool:
+        """It trains."""
+        return False
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The model with trained `exit_heads`."""

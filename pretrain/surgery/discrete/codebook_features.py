@@ -34,6 +34,11 @@ PARTS = ("attention", "feed_forward")
 class CodedInput(nn.Module):
     """Attention's output projection, which is given codes in the place of what the heads have made."""
 
+    @property
+    def estimated(self) -> bool:
+        """How long its k-means goes on is not known beforehand."""
+        return False
+
     def __init__(self, linear: Linear, codebooks: Codebooks) -> None:
         super().__init__()
         self.linear, self.codebooks = linear, codebooks
@@ -78,7 +83,6 @@ class CodebookFeatures(Surgery):
     """
 
     families: ClassVar[tuple[str, ...]] = ("llama", "gpt2")
-    estimated: ClassVar[bool] = False  # how long its k-means goes on is not known beforehand
 
     codes: Count = 10000
     k: Count = 8

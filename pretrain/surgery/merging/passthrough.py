@@ -15,6 +15,7 @@ from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import Ref
 from pretrain.core.models.families import family
+from pretrain.dial.effort import Task, Work
 from pretrain.surgery import Inputs, Surgery
 from pretrain.surgery._growth import fresh
 from pretrain.surgery._merge import weights
@@ -69,6 +70,10 @@ class Passthrough(Surgery):
                     place=("slices",),
                 )
         check_settings(self.name, "scale", self.scale, len(self.slices))
+
+    def work(self, task: Task) -> Work:
+        """A new model of all the blocks that are listed."""
+        return task.made(sum(end - start for _, start, end in self.slices) / max(1, task.layers.shape.depth))
 
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """A new model of the blocks."""

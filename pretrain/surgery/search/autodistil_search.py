@@ -52,7 +52,6 @@ class AutoDistilSearch(Surgery):
 
     families: ClassVar[tuple[str, ...]] = ("bert", "roberta", "camembert")
     split: ClassVar[str] = "validation"
-    estimated: ClassVar[bool] = False  # it depends on what is within the limits
 
     hidden_size: tuple[Count, ...]
     num_attention_heads: tuple[Count, ...]
@@ -64,6 +63,11 @@ class AutoDistilSearch(Surgery):
     length: Count = 128
     relation_heads: Count | None = None
     distance: Literal["mse", "kl"] = "mse"
+
+    @property
+    def estimated(self) -> bool:
+        """It depends on what is within the limits."""
+        return False
 
     def __post_init__(self) -> None:
         super().__post_init__()

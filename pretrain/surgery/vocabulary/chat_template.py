@@ -19,6 +19,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import texts
 from pretrain.core.foreign.reading import read_bytes
 from pretrain.core.models.families import embeddings
+from pretrain.dial.effort import Task, Work
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._tokens import resize
 from pretrain.surgery.vocabulary.vocabulary_expansion import tables
@@ -47,10 +48,13 @@ class ChatTemplate(Surgery):
     documents stay framed as before. A tokenizer that has a template keeps it, unless `replace`.
     """
 
-    estimated: ClassVar[bool] = False
     new_vocabulary: ClassVar[bool] = True
     template: str = "chatml"
     replace: bool = False
+
+    def work(self, task: Task) -> Work:
+        """The tokenizer, and of tokens that it lacks the mean of the rows."""
+        return task.listed()
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:

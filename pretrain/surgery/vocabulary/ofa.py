@@ -100,6 +100,11 @@ class Ofa(Surgery):
         if self.vectors == ():
             raise PretrainError("ofa: vectors []: accepted: one or more files of word vectors")
 
+    @property
+    def estimated(self) -> bool:
+        """How many tokens are new, and how many words have vectors, is not known before the files are read."""
+        return False
+
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
         """The same model with more rows and, of a smaller dimension, in factors."""

@@ -23,6 +23,7 @@ from pretrain.core.hardware import pick_device
 from pretrain.core.method import Ref
 from pretrain.core.models.families import embeddings
 from pretrain.corpus.store import Corpus
+from pretrain.dial.effort import Task, Work
 from pretrain.surgery import Inputs, Surgery, report
 from pretrain.surgery._random import generator
 from pretrain.surgery._tokens import expand
@@ -46,7 +47,6 @@ class VocabularyExpansion(Surgery):
     normal with the configuration's initial deviation. But for "cw2v" the head's bias is the mean of the old ones.
     """
 
-    estimated: ClassVar[bool] = False
     new_vocabulary: ClassVar[bool] = True
     tokenizer: Ref
     initialisation: Literal["cw2v", "mean", "multivariate", "univariate", "random"] = "cw2v"
@@ -69,6 +69,15 @@ class VocabularyExpansion(Surgery):
                 f"vocabulary_expansion: corpus {self.corpus!r}: accepted: a corpus with initialisation cw2v, none with "
                 "the others"
             )
+
+    @property
+    def estimated(self) -> bool:
+        """Not of what is learnt, nor of products with as many rows as tokens turn out to be new."""
+        return self.initialisation not in ("cw2v", "multivariate")
+
+    def work(self, task: Task) -> Work:
+        """Both tokenizers, of which the other is taken to be as large, and the mean and deviation of the rows."""
+        return 2 * task.listed()
 
     @torch.no_grad()
     def __call__(self, model: PreTrainedModel, inputs: Inputs | None = None) -> PreTrainedModel:
