@@ -23,8 +23,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.corpus.payload import identity, only_text
 from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Skipped, Source, evenly, read
-from pretrain.corpus.store import key_of, side
-from pretrain.stages._packed import packed
+from pretrain.corpus.store import GROUP_BYTES, key_of, side
+from pretrain.dial.packed import packed
 
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
 READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared, at most
@@ -258,7 +258,7 @@ def looked(
     bytes_ = {name: sum(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
     documents = {name: len(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
     shown = tuple(middle(document["text"], LONG) for document in evenly(train, SHOWN))
-    disk = {name: packed(some) * (left if name == "train" else 1.0) for name, some in splits.items()}
+    disk = {name: packed(some, GROUP_BYTES) * (left if name == "train" else 1.0) for name, some in splits.items()}
     return Looked(
         whole, given, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in sizes.items()}, shown,
         sum(disk.values()), number - sum(documents.values()),

@@ -6,9 +6,11 @@ read as the stage will do it, and fails with the same words.
 
 from __future__ import annotations
 
+import copy
+import math
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, fields, replace
 from hashlib import blake2b
@@ -20,10 +22,11 @@ from pretrain.core.errors import PretrainError, nearest, steps_of
 from pretrain.core.files import read_object
 from pretrain.core.method import Method
 from pretrain.core.quick.confusion import doubtful
-from pretrain.core.quick.quantities import counted
+from pretrain.core.quick.quantities import counted, short
 from pretrain.core.registry import info
 from pretrain.corpus.sources import Files, Skipped
 from pretrain.corpus.sources._tables import is_number
+from pretrain.stages._estimates import left_in
 from pretrain.stages.data import Data
 
 if TYPE_CHECKING:
@@ -33,6 +36,8 @@ ROWS = 2000  # of each table
 SECONDS = 0.5
 SHORT = 60  # letters of a label
 FEW, MANY = 5, 20  # rows of a label, of so many labels
+LIKE_PYTHON = "text like Python's library"  # what a law of it is of, where another corpus is learnt
+LEAST_TEXT = 500  # bytes: of less nothing can be learnt and held out
 
 
 @dataclass(frozen=True)
@@ -295,3 +300,82 @@ def _labels(column: str, counts: Counter[str], whole: bool, place: tuple[str | i
     short = {name: count for name, count in counts.items() if len(name) <= SHORT}
     for line in doubtful(column, short):
         yield line if whole else f"{line} (of the first {rows:,} rows)"
+
+
+def text_of(entry: dict[str, object], before: list[dict[str, object]]) -> str:
+    """The text that the expectation of a training's loss is of: what its law was measured on."""
+    size = entry["size"]
+    if isinstance(size, dict):
+        return f"the text that {size['law']} was measured on"
+    name = entry.get("corpus")
+    while corpus := next((e for e in before if e.get("name", e.get("stage")) == name), None):
+        sources, name = corpus.get("sources"), corpus.get("corpus")
+        if sources or name is None:
+            alike = isinstance(sources, list) and all(isinstance(s, dict) and s.get("stdlib") for s in sources)
+            return "Python's library" if alike and sources and name is None else LIKE_PYTHON
+        before = before[: before.index(corpus)]
+    return LIKE_PYTHON
+
+
+def basis_of(entry: dict[str, object], before: list[dict[str, object]], unique: float | None) -> str:
+    """What the size goes by, where its budget is passes over text of which operations are still to leave some out."""
+    budget = entry.get("budget")
+    given = (corpus.get("operations") for corpus in behind(entry, before))
+    lists = [each for each in given if isinstance(each, list)]
+    named = [str(each.get("method") if isinstance(each, dict) else each) for operations in lists for each in operations]
+    if unique is None or not named or not isinstance(budget, dict) or "epochs" not in budget:
+        return ""
+    return (
+        f"the size is chosen for {short(unique, 'B')} of training text a pass, all that the sources hold; how much "
+        f"of it {', '.join(dict.fromkeys(named))} will leave is not known before the corpus is made"
+    )
+
+
+def behind(entry: dict[str, object], before: list[dict[str, object]]) -> Iterator[dict[str, object]]:
+    """The data stage that a stage reads, and those that it goes on from."""
+    corpus = next((e for e in before if e.get("name", e.get("stage")) == entry.get("corpus")), None)
+    if corpus is not None:
+        yield corpus
+        yield from behind(corpus, before[: before.index(corpus)])
+
+
+def unique_text(entry: dict[str, object], before: list[dict[str, object]]) -> float | None:
+    """Bytes of training text, as the sources' sizes tell; None where they do not."""
+    from pretrain.stages.data import Data, build_source
+
+    corpus = next((e for e in before if e.get("name", e.get("stage")) == entry.get("corpus")), None)
+    if corpus is None or corpus.get("stage") != "data":
+        return left_in(Path(str(entry.get("corpus")))).bytes.get("train")
+    again = (
+        unique_text(corpus, before[: before.index(corpus)]) if corpus.get("corpus") else 0.0
+    )  # of what it goes on from
+    if again is None or not corpus.get("sources"):
+        return again or None
+    sizes = []
+    try:
+        sources = corpus.get("sources")
+        for number, source in enumerate(sources if isinstance(sources, list) else []):
+            try:
+                sizes.append(build_source(copy.deepcopy(source)).size())
+            except PretrainError as error:
+                place = ("stages", before.index(corpus), "sources", number, *error.place)
+                raise PretrainError(str(error), place=place) from error
+        shares = [corpus.get(split, Data.model_fields[split].default) for split in ("validation", "test")]
+        held_out = math.fsum(float(str(share)) for share in shares)
+    except (ValueError, TypeError):  # told when the stage itself is checked
+        return None
+    known = [size.bytes for size in sizes if size is not None]
+    whole = sizes and len(known) == len(sizes) and held_out < 1
+    return again + math.fsum(known) * (1 - held_out) if whole else None
+
+
+def not_there(entry: Mapping[str, object], before: Sequence[dict[str, object]]) -> float:
+    """Refuse passes over text of an unknown size; a corpus that is not there at all is told of as a reference is."""
+    corpus = str(entry.get("corpus"))
+    if all(e.get("name", e.get("stage")) != corpus for e in before) and not Path(corpus).exists():
+        return LEAST_TEXT
+    raise PretrainError(
+        f"budget of epochs: how much text {corpus!r} holds is not known before it is made, and so not which size fits; "
+        "accepted: a budget of tokens, FLOPs or seconds, or the path of a corpus that is made",
+        place=("budget",),
+    )

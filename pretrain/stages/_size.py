@@ -40,7 +40,7 @@ from pretrain.dial.choose import (
 from pretrain.dial.law import Law, load
 from pretrain.stages._estimates import Estimate, left_in
 from pretrain.stages._fields import unknown_field
-from pretrain.stages._size_text import LEAST_TEXT, LIKE_PYTHON, basis_of, not_there, text_of, unique_text
+from pretrain.stages._preflight import LEAST_TEXT, LIKE_PYTHON, basis_of, not_there, text_of, unique_text
 from pretrain.training.budget import Budget, endless, least_seconds
 
 Raw = dict[str, object]  # a recipe as it is read, or a stage of it

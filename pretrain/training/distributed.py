@@ -6,23 +6,19 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
 from pretrain.core.errors import PretrainError
-from pretrain.training.shards import is_sharded
-
-if TYPE_CHECKING:
-    from torch.distributed.fsdp import FSDPModule
 
 
 @dataclass(frozen=True)
@@ -78,22 +74,11 @@ def wrap(trainee: nn.Module, blocks: list[nn.Module], world: World, strategy: st
         return trainee
     if strategy == "ddp":
         return nn.parallel.DistributedDataParallel(trainee, broadcast_buffers=False)
-    from torch.distributed.fsdp import fully_shard
-
     mesh = init_device_mesh(world.device.type, (world.size,))
     for block in blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(trainee, mesh=mesh)
     return trainee
-
-
-def _is_fsdp(module: nn.Module) -> TypeGuard[FSDPModule]:
-    """Whether `fully_shard` has made it, which nothing has where its package is not imported."""
-    if "torch.distributed.fsdp" not in sys.modules:
-        return False
-    from torch.distributed.fsdp import FSDPModule
-
-    return isinstance(module, FSDPModule)
 
 
 @contextmanager
@@ -103,7 +88,7 @@ def synchronised(wrapped: nn.Module, last: bool) -> Iterator[None]:
         with wrapped.no_sync():
             yield
         return
-    if _is_fsdp(wrapped):
+    if isinstance(wrapped, FSDPModule):
         wrapped.set_requires_gradient_sync(last)
     yield
 
@@ -116,7 +101,7 @@ def gather(module: nn.Module, world: World) -> None:
     seen: dict[int, nn.Parameter | None] = {}
     for part in module.modules():
         for name, parameter in list(part._parameters.items()):
-            if is_sharded(parameter):
+            if isinstance(parameter, DTensor):
                 if id(parameter) not in seen:
                     whole = parameter.full_tensor().detach()
                     seen[id(parameter)] = nn.Parameter(whole, parameter.requires_grad) if world.main else None
@@ -127,7 +112,7 @@ def gather(module: nn.Module, world: World) -> None:
 @contextmanager
 def unsharded(wrapped: nn.Module) -> Iterator[None]:
     """While open, a sharded model can be called as an ordinary one, its blocks and its parts."""
-    sharded = [module for module in wrapped.modules() if _is_fsdp(module)]
+    sharded = [module for module in wrapped.modules() if isinstance(module, FSDPModule)]
     for module in sharded:
         module.unshard()
     yield
@@ -137,4 +122,4 @@ def unsharded(wrapped: nn.Module) -> Iterator[None]:
 
 def full(tensor: torch.Tensor) -> torch.Tensor:
     """The whole of a sharded tensor (all processes must call it); others are handed back as they are."""
-    return tensor.full_tensor() if is_sharded(tensor) else tensor
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

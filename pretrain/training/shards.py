@@ -7,22 +7,19 @@ in it the piece begins. Pieces of all files together are the tensors.
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json as foreign
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
 
 Box = tuple[tuple[int, ...], tuple[int, ...]]  # where a piece begins in its tensor, and its shape
 
@@ -36,23 +33,9 @@ class Piece:
     start: tuple[int, ...]
 
 
-def is_sharded(tensor: Tensor | None) -> TypeGuard[DTensor]:
-    """Whether its parts are spread over processes, which those of none are where the class is not imported."""
-    if "torch.distributed.tensor" not in sys.modules:
-        return False
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(tensor, DTensor)
-
-
 def held(tensor: Tensor) -> Box | None:
     """Which part of a sharded tensor this process holds; None of one that every process has whole."""
-    if not is_sharded(tensor):
-        return None
-    from torch.distributed.tensor import Shard
-    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
-
-    if not any(isinstance(p, Shard) for p in tensor.placements):
+    if not isinstance(tensor, DTensor) or not any(isinstance(p, Shard) for p in tensor.placements):
         return None
     shape, start = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
     return tuple(start), tuple(shape)
@@ -60,7 +43,7 @@ def held(tensor: Tensor) -> Box | None:
 
 def local(tensor: Tensor) -> Tensor:
     """The values that this process holds of a tensor."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def snapshot(alike: dict[str, Tensor], others: dict[str, Tensor], rank: int, size: int) -> dict[str, Piece]:
@@ -150,10 +133,8 @@ def like(stored: Stored, name: str, current: Tensor) -> Tensor:
     """The stored tensor placed as `current` is: on its device, of a sharded one the part that this process holds."""
     box = held(current)
     values = stored.read(name, box).to(current.device)
-    if not is_sharded(current):
+    if not isinstance(current, DTensor):
         return values
-    from torch.distributed.tensor import DTensor
-
     return DTensor.from_local(
         values, current.device_mesh, current.placements, run_check=False, shape=current.shape, stride=current.stride()
     )

@@ -11,7 +11,6 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign.code import consenting_to
 from pretrain.core.foreign.reading import in_bytes
-from pretrain.core.quick.deferred import deferred
 from pretrain.core.system.portable import memory_limits
 
 LEAST = {"ulimit -v": 1 << 30, "ulimit -d": 512 << 20}  # bytes
@@ -19,22 +18,22 @@ LEAST = {"ulimit -v": 1 << 30, "ulimit -d": 512 << 20}  # bytes
 
 @contextmanager
 def opening(checkpoint: Path, trust_remote_code: bool = False) -> Iterator[None]:
-    """Open a checkpoint for answers: a line says which before anything large is imported, and no more than is needed.
+    """Open a checkpoint for answers: a line says which before anything large is imported.
 
     `trust_remote_code` consents to the code that it brings.
     """
     print(f"opening {checkpoint} …", file=sys.stderr, flush=True)
-    with uncollected(told=True), deferred(), consenting_to(checkpoint, trust_remote_code):
+    with uncollected(announced=True), consenting_to(checkpoint, trust_remote_code):
         yield
 
 
 @contextmanager
-def uncollected(told: bool = False) -> Iterator[None]:
+def uncollected(announced: bool = False) -> Iterator[None]:
     """Import, or load, without the garbage collector, and let it pass over what that has made from then on.
 
     torch and transformers make some millions of objects that all stay. To look through them again and again while they
     come, and once more as the process ends, takes a third of the time of both imports. On a terminal a line says what
-    is waited for, unless that is `told` already.
+    is waited for, unless that is `announced` already.
     """
     for name, count in memory_limits().items():
         if count < LEAST[name] and "torch" not in sys.modules:  # they would end the process without a word
@@ -42,7 +41,7 @@ def uncollected(told: bool = False) -> Iterator[None]:
                 f"{name} allows {in_bytes(count)} of memory; accepted: at least {in_bytes(LEAST[name])}, which "
                 "torch and the other libraries take"
             )
-    if not told and "torch" not in sys.modules and sys.stderr.isatty():
+    if not announced and "torch" not in sys.modules and sys.stderr.isatty():
         print("loading torch and transformers …", file=sys.stderr, flush=True)
     enabled = gc.isenabled()
     gc.disable()

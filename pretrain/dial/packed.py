@@ -6,9 +6,6 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 
-from pretrain.corpus.sources import Document
-from pretrain.corpus.store import GROUP_BYTES
-
 ROWS = 1024  # of a group
 PAGE = 1 << 20  # bytes of a column that are packed together
 MOST = 1 << 24  # bytes of a split that are packed to see how small they get; the rest is taken to be like them
@@ -17,13 +14,13 @@ EXTREME = 4096  # bytes of the longest value that stands in a group's statistics
 PARQUET_LEVEL = 1  # zstd's, of pyarrow
 
 
-def packed(documents: Sequence[Document]) -> float:
-    """Bytes of a split with these documents, by packing the first `MOST` bytes of them; 0 of none."""
+def packed(documents: Sequence[Mapping[str, object]], group_bytes: int) -> float:
+    """Bytes of a split on the disk, in groups of at most `group_bytes`, by packing its first `MOST`; 0 of none."""
     if not documents:
         return 0.0
     names = list(dict.fromkeys(name for document in islice(documents, ROWS) for name in document))
     size = sum(len(_bytes(value)) for document in islice(documents, ROWS) for value in document.values())
-    rows = max(1, min(ROWS, int(GROUP_BYTES / max(1.0, size / min(ROWS, len(documents))))))
+    rows = max(1, min(ROWS, int(group_bytes / max(1.0, size / min(ROWS, len(documents))))))
     taken = looked = 0.0
     seen = 0
     for start in range(0, len(documents), rows):
