@@ -132,6 +132,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "gopher_repetition": lambda m: {"top": (0.3, 0.3, 0.3)},
     "fineweb_quality": lambda m: {"ended_lines": 0.0, "newlines": 0.4, "short_lines": 0.9},
     "c4_quality": lambda m: {"sentences": 0},
+    **dict.fromkeys(("line_deduplication", "paragraph_deduplication", "exact_substring_deduplication"), lambda m: {"least_words": 3}),
     "column_filter": lambda m: {"column": "quality", "least": 0.0, "most": 8.0},
     "language": lambda m: {"characters": 500} if pytest.importorskip("py3langid") else {},
     "miniplm": lambda m: {"teacher": m.saved(0), "reference": m.saved(1)},

@@ -16,7 +16,10 @@ from pretrain.data._work import working
 
 OPERATIONS = names("data operation")
 WRITES = ("entigraph", "wrap")  # operations that put new documents after the one that each is made of
-REWRITES = ("prompt_template", "c4_quality")  # whose work is the text
+REWRITES = (
+    "prompt_template", "c4_quality", "line_deduplication", "paragraph_deduplication", "exact_substring_deduplication",
+    "mask_pii", "repair_text",
+)  # fmt: skip  # whose work is the text
 CHANGES = dict.fromkeys(REWRITES, "text") | {"label_noise": "label"}  # the column that is an operation's work
 BLOCKS = ("BLOCK", "SHARD", "BATCH_TOKENS")  # how many documents or tokens are taken at a time
 
@@ -35,9 +38,16 @@ def material(prepared, stories, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def corpus(stories) -> Dataset:
-    """Short documents, two of them copies, with columns that operations read and others that they do not know."""
+    """Short documents, two of them copies and two with a notice, with columns that operations read, and others."""
+    notice = "\n\nFor more of this as it was at first write to Zoë Ã–sterreich, zoe@example.org, or call +43 1 58858 0."
     rows = [
-        {"text": s["text"][:150], "domain": s["domain"], "label": str(n % 2), "quality": float(n * 7 % 11), "number": n}
+        {
+            "text": s["text"][:150] + notice * (n in (5, 7)),
+            "domain": s["domain"],
+            "label": str(n % 2),
+            "quality": float(n * 7 % 11),
+            "number": n,
+        }
         for n, s in enumerate([*stories[:14], *stories[-6:]])
     ]
     return Dataset.from_list([*rows, rows[3] | {"number": 20}, rows[3] | {"number": 21}])
