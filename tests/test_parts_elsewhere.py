@@ -76,7 +76,7 @@ def test_a_second_time_nothing_goes_and_a_text_without_copies_is_as_it_was(cls, 
     once = method(corpus)
     assert method(once).to_list() == once.to_list() or common  # of what is in fewer documents now the count is another
     single = cls(least_words=1000)(corpus.select([0]))
-    parts = [said(part) for part in method.parts(corpus[0]["text"]) if said(part)]
+    parts = [said(part) for part in method.split(corpus[0]["text"]) if said(part)]
     if cls is LineDeduplication and len(parts) == len(set(parts)):
         assert single.to_list() == corpus.select([0]).to_list()
 

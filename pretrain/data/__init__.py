@@ -27,6 +27,10 @@ class DataOperation(Method):
         """The domains of documents that it adds, where these are of others than it is given."""
         return ()
 
+    def memory(self, size: float) -> float:
+        """Bytes that it has in memory at once of a corpus of `size` bytes of text, where that grows with the corpus."""
+        return 0.0
+
     @abstractmethod
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus after the operation; columns that it does not know are kept."""

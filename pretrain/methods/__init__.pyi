@@ -1,6 +1,11 @@
 # Made by `make docs`.
 from pretrain.data.deduplication.decontaminate import Decontaminate as Decontaminate
 from pretrain.data.deduplication.deduplicate import Deduplicate as Deduplicate
+from pretrain.data.deduplication.exact_substring_deduplication import (
+    ExactSubstringDeduplication as ExactSubstringDeduplication,
+)
+from pretrain.data.deduplication.line_deduplication import LineDeduplication as LineDeduplication
+from pretrain.data.deduplication.paragraph_deduplication import ParagraphDeduplication as ParagraphDeduplication
 from pretrain.data.filters.c4_quality import C4Quality as C4Quality
 from pretrain.data.filters.column_filter import ColumnFilter as ColumnFilter
 from pretrain.data.filters.fineweb_quality import FinewebQuality as FinewebQuality

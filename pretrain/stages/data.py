@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
@@ -39,7 +39,7 @@ from pretrain.stages import (
     corpus_of,
     dump,
 )
-from pretrain.stages._estimates import Left, corpus_estimate, uneven
+from pretrain.stages._estimates import FLOOR, Left, corpus_estimate, uneven
 from pretrain.stages._examples import Looked, looked, sampled
 
 if TYPE_CHECKING:
@@ -151,7 +151,9 @@ class Data(Stage):
         validation, test = (
             before.bytes.get(name, 0.0) / again if self.corpus else getattr(self, name) for name in HELD_OUT
         )
-        return corpus_estimate(total, documents, validation, test, works, rows, whole, few)
+        estimate = corpus_estimate(total, documents, validation, test, works, rows, whole, few)
+        operations = FLOOR + max((operation.memory(total) for operation in self.operations), default=0.0)
+        return replace(estimate, memory_bytes=max(estimate.memory_bytes or 0.0, operations))
 
     def _looked(self, total: float) -> Looked | None:
         """What its sources hold without copies, looked at once in a process as long as they are as large."""

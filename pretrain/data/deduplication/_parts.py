@@ -39,7 +39,7 @@ class PartDeduplication(DataOperation):
     least_words: int
 
     @abstractmethod
-    def parts(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         """The parts of a text."""
         raise NotImplementedError
 
@@ -71,7 +71,7 @@ class PartDeduplication(DataOperation):
         """How many parts each text has, and the hashes of them all; 0 of what is no part."""
         sizes, digests = [], []
         for text in texts:
-            parts = normal("\n".join(part.replace("\n", " ") for part in self.parts(text))).split("\n")
+            parts = normal("\n".join(part.replace("\n", " ") for part in self.split(text))).split("\n")
             sizes.append(len(parts))
             for part in parts:
                 bare = part.strip()

@@ -39,7 +39,7 @@ def shortened(
     counts = {"before": 0, "cut": 0, "dropped": 0}
     number = changed = 0
 
-    def shorten(texts: list[str | None]) -> dict[str, list[str | None]]:
+    def shorten(texts: list[str]) -> dict[str, list[str]]:
         nonlocal number, changed
         result = list(texts)
         for place, (old, new) in enumerate(zip(texts, cut([text or "" for text in texts]), strict=True)):

@@ -26,7 +26,7 @@ class LineDeduplication(PartDeduplication):
     common: Whole = 0
     least_words: Whole = 50
 
-    def parts(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         """The lines."""
         return text.split("\n")
 

@@ -28,7 +28,7 @@ class ParagraphDeduplication(PartDeduplication):
     common: Whole = 0
     least_words: Whole = 50
 
-    def parts(self, text: str) -> list[str]:
+    def split(self, text: str) -> list[str]:
         """What stands between blank lines."""
         return _BLANK.split(text)
 
