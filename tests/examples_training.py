@@ -136,6 +136,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "exact_substring_deduplication": lambda m: {"length": 12, "least_words": 3},
     "column_filter": lambda m: {"column": "quality", "least": 0.0, "most": 8.0},
     "language": lambda m: {"characters": 500} if pytest.importorskip("py3langid") else {},
+    "repair_text": lambda m: {"html": True} if pytest.importorskip("ftfy") else {},
     "miniplm": lambda m: {"teacher": m.saved(0), "reference": m.saved(1)},
     "preselect": lambda m: {"models": tuple(map(m.saved, range(3))), "ability": (1.0, 2.0, 3.0), "ratio": 0.3},
     "simcore": lambda m: {"model": m.saved(0), "target": str(m.prepared / "corpus"), "share": 0.5, "clusters": 3},

@@ -11,7 +11,7 @@ from pretrain.core.errors import PretrainError
 EXTRAS = {
     "soundfile": "audio", "lm_eval": "eval", "mkdocs": "docs", "PIL": "images", "pytorch_optimizer": "optimizers",
     "ray": "ray", "tensorboard": "tensorboard", "gguf": "gguf", "onnx": "onnx", "onnxruntime": "onnx",
-    "onnxscript": "onnx", "py3langid": "language",
+    "onnxscript": "onnx", "py3langid": "language", "ftfy": "repair",
 }  # fmt: skip
 
 

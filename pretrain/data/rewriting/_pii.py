@@ -1,4 +1,4 @@
-"""Where a text has what tells of a person: addresses and numbers, by their form and, where they have one, their checksum.
+"""Where a text has what tells of a person: addresses and numbers, by their form and, where there is one, a checksum.
 
 Each pattern begins with a sign that is rare, and looks back from there: a text is read at the speed at which that sign
 is sought. No repetition is without a bound.
@@ -92,9 +92,12 @@ def ibans(text: str) -> Spans:
             elif sign != " ":
                 break
             end += 1
-        if len(found) == wanted > 0 and not text[end : end + 1].isalnum():
-            if int("".join(str(int(sign, 36)) for sign in found[4:] + found[:4])) % 97 == 1:
-                yield match.start(), end
+        if len(found) == wanted > 0 and not text[end : end + 1].isalnum() and _remainder(found) == 1:
+            yield match.start(), end
+
+
+def _remainder(iban: str) -> int:
+    return int("".join(str(int(sign, 36)) for sign in iban[4:] + iban[:4])) % 97
 
 
 def _luhn(digits: str) -> bool:

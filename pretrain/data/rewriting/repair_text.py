@@ -1,0 +1,94 @@
+"""Undo what wrong decoding has done to texts, and take out signs that nothing shows."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from pretrain.core.errors import PretrainError
+from pretrain.core.system.extras import extras_named
+from pretrain.data import DataOperation
+from pretrain.data._work import desk
+from pretrain.data.filters._filter import mapped
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROUNDS = 8  # at the most, until nothing changes
+LONGEST = 1_000_000  # characters that are looked at together, as in ftfy
+_ODD = re.compile(r"[^\t\n\f\r\x20-\x7e]")  # what an ASCII text seldom has; an escape sequence begins with one
+_LINE = re.compile(rf"[^\n]{{0,{LONGEST - 1}}}\n|[^\n]{{1,{LONGEST}}}")
+
+
+@dataclass(frozen=True)
+class RepairText(DataOperation):
+    """ftfy: fixes text for you (Zenodo 2019, 10.5281/zenodo.2591652).
+
+    With the package ftfy, and what FineWeb's pipeline (arXiv:2406.17557) has it do: text that was decoded by a wrong
+    encoding is decoded rightly (`Ã¼` becomes `ü`), HTML entities of texts without tags are resolved (not with `html`
+    false), control characters and escape sequences of terminals go, lone surrogates become what they stood for. Quotes,
+    ligatures, widths, line breaks and Unicode's normal forms are left as they are. Lines of plain ASCII are passed
+    over, since nothing is to be done in them. A second time nothing changes. The report says how many documents and
+    lines were changed. Text is changed.
+    """
+
+    computes: ClassVar[bool] = False
+
+    html: bool = True
+
+    def __call__(self, corpus: Dataset) -> Dataset:
+        """The corpus with repaired texts."""
+        if "text" not in corpus.column_names:
+            known = ", ".join(corpus.column_names) or "no columns"
+            raise PretrainError(f"repair_text: a corpus with {known}; accepted: one with text")
+        repair = self.repairer()
+        documents = lines = 0
+
+        def mend(texts: list[str]) -> dict[str, list[str]]:
+            nonlocal documents, lines
+            result = list(texts)
+            for place, text in enumerate(texts):
+                if text:
+                    result[place], changed = repair(text)
+                    lines += changed
+                    documents += changed > 0
+            return {"text": result}
+
+        after = mapped(corpus, mend, corpus.features)
+        with desk() as here:
+            here.reports.append({"method": self.name, "changed": documents, "lines": lines})
+        return after
+
+    def repairer(self) -> Callable[[str], tuple[str, int]]:
+        """What repairs a text, and says how many lines it has changed."""
+        with extras_named():
+            from ftfy import TextFixerConfig, fix_text_segment
+        settings = TextFixerConfig(
+            fix_latin_ligatures=False, fix_character_width=False, uncurl_quotes=False, fix_line_breaks=False,
+            normalization=None, explain=False,
+        )  # fmt: skip
+        plain = settings._replace(unescape_html=False)
+
+        def once(text: str) -> tuple[str, int]:
+            pieces, changed, html = [], 0, self.html
+            for line in _LINE.findall(text):
+                html = html and "<" not in line  # from the first tag on what looks like an entity may be code
+                if not (_ODD.search(line) or (html and "&" in line)):
+                    pieces.append(line)
+                    continue
+                pieces.append(fix_text_segment(line, settings if html else plain))
+                changed += pieces[-1] != line
+            return "".join(pieces), changed
+
+        def repair(text: str) -> tuple[str, int]:
+            total = 0
+            for _ in range(ROUNDS):
+                text, changed = once(text) if _ODD.search(text) or "&" in text else (text, 0)
+                if not changed:
+                    break
+                total = max(total, changed)
+            return text, total
+
+        return repair
