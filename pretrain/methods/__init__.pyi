@@ -8,6 +8,7 @@ from pretrain.data.deduplication.line_deduplication import LineDeduplication as 
 from pretrain.data.deduplication.paragraph_deduplication import ParagraphDeduplication as ParagraphDeduplication
 from pretrain.data.filters.c4_quality import C4Quality as C4Quality
 from pretrain.data.filters.column_filter import ColumnFilter as ColumnFilter
+from pretrain.data.filters.document_statistics import DocumentStatistics as DocumentStatistics
 from pretrain.data.filters.fineweb_quality import FinewebQuality as FinewebQuality
 from pretrain.data.filters.gopher_quality import GopherQuality as GopherQuality
 from pretrain.data.filters.gopher_repetition import GopherRepetition as GopherRepetition
@@ -17,7 +18,9 @@ from pretrain.data.generation.spin import Spin as Spin
 from pretrain.data.generation.wrap import Wrap as Wrap
 from pretrain.data.rewriting.clear import Clear as Clear
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
+from pretrain.data.rewriting.mask_pii import MaskPii as MaskPii
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
+from pretrain.data.rewriting.repair_text import RepairText as RepairText
 from pretrain.data.selection.bertin import Bertin as Bertin
 from pretrain.data.selection.miniplm import Miniplm as Miniplm
 from pretrain.data.selection.preselect import Preselect as Preselect

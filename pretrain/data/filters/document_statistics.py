@@ -35,8 +35,8 @@ class DocumentStatistics(DataOperation):
     or digit), `…_word_length` (their mean length), `…_letter_words` (the share of words and signs with a letter in
     them, of 0 to 1) and, with a `tokenizer`, `…_tokens`, without its ends; with `language` also what the method
     language writes. A later data stage has column_filter decide by them, with thresholds that can change without this
-    being run again. Words are those of gopher_quality. What has no meaning, as the mean length of no words, is null. Columns
-    of these names that are there already are measured anew.
+    being run again. Words are those of gopher_quality. What has no meaning, as the mean length of no words, is null.
+    Columns of these names that are there already are measured anew.
     """
 
     computes: ClassVar[bool] = False
