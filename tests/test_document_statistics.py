@@ -7,8 +7,8 @@ from datasets import Dataset
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.data import _mapped
 from pretrain.data._work import working
-from pretrain.data.filters import _filter
 from pretrain.data.filters.column_filter import ColumnFilter
 from pretrain.data.filters.document_statistics import DocumentStatistics
 from pretrain.data.filters.gopher_quality import GopherQuality
@@ -29,7 +29,7 @@ def test_numbers_are_those_of_the_words_and_null_where_there_are_none():
 
 
 def test_thresholds_change_and_nothing_is_measured_again(monkeypatch, tmp_path):
-    monkeypatch.setattr(_filter, "SHARD", 2)
+    monkeypatch.setattr(_mapped, "SHARD", 2)
     with working(tmp_path) as desk:
         tagged = DocumentStatistics()(Dataset.from_dict({"text": ROWS}))
     assert desk.reports[0]["tagged"] == 6

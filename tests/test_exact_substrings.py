@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.data import _mapped
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
 from pretrain.data.deduplication import _repeats
 from pretrain.data.deduplication._repeats import END, firsts, later
 from pretrain.data.deduplication.exact_substring_deduplication import ExactSubstringDeduplication
-from pretrain.data.filters import _filter
 from pretrain.stages.data import Data
 
 rows_of_numbers = st.lists(
@@ -87,7 +87,7 @@ def test_what_is_left_is_the_same_in_any_batches_and_no_character_is_parted(unit
     method = ExactSubstringDeduplication(length=length, unit=unit, least_words=0)
     whole = method(corpus)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_filter, "SHARD", size)
+        patch.setattr(_mapped, "SHARD", size)
         patch.setattr(_repeats, "WINDOWS", 2)
         assert method(corpus).to_list() == whole.to_list()
     for number, text in zip(whole["number"], whole["text"], strict=True):

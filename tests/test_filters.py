@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pretrain.core.errors import PretrainError
+from pretrain.data import _mapped
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
 from pretrain.data.filters import _filter
@@ -175,7 +176,7 @@ def test_a_filter_keeps_the_same_in_any_batches_and_a_second_time_nothing_goes(c
     kept = method(corpus)
     assert [n for n in kept["number"]] == [n for n, text in enumerate(rows) if not why(method, text)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_filter, "SHARD", size)
+        patch.setattr(_mapped, "SHARD", size)
         assert method(corpus).to_list() == kept.to_list()
     assert method(kept).to_list() == kept.to_list()
 
@@ -202,7 +203,7 @@ def plain_kept(cls, corpus, monkeypatch):
 
 
 def test_what_was_measured_before_an_interrupt_is_not_measured_again(tmp_path, monkeypatch):
-    monkeypatch.setattr(_filter, "SHARD", 2)
+    monkeypatch.setattr(_mapped, "SHARD", 2)
     corpus, measured = corpus_of([PROSE * 4, "short", PROSE * 5, "#", "x"]), []
     plain = GopherQuality.measure
 

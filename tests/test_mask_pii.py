@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.core.errors import PretrainError
+from pretrain.data import _mapped
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
-from pretrain.data.filters import _filter
 from pretrain.data.rewriting import _pii
 from pretrain.data.rewriting.mask_pii import KINDS, MaskPii
 
@@ -106,7 +106,7 @@ def test_long_runs_take_a_time_that_grows_with_them_alone():
 def test_documents_with_many_are_dropped_and_the_report_counts_by_kind(tmp_path, monkeypatch):
     rows = ["ada@example.com, 8.8.8.8", None, "nothing", "a@example.com b@example.com c@example.com", "+43 1 58858-0"]
     corpus, ledger = Dataset.from_dict({"text": rows}), Ledger(tmp_path)
-    monkeypatch.setattr(_filter, "SHARD", 2)
+    monkeypatch.setattr(_mapped, "SHARD", 2)
     with working(tmp_path, ledger) as desk:
         after = MaskPii(most=2, phone_numbers=None)(corpus)
         ledger.settle("mask_pii", corpus, after)

@@ -11,13 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pretrain.core.errors import PretrainError
+from pretrain.data import _mapped
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
 from pretrain.data.deduplication import _parts
 from pretrain.data.deduplication._parts import Table, normal
 from pretrain.data.deduplication.line_deduplication import LineDeduplication
 from pretrain.data.deduplication.paragraph_deduplication import ParagraphDeduplication
-from pretrain.data.filters import _filter
 
 lines = st.sampled_from(["One line.", "one LINE", "a 12", "A 34!", "b", "", "  ", "---", "Été", "ete", "c\td", "  b  "])
 documents = st.lists(st.lists(lines, max_size=7), min_size=1, max_size=8)
@@ -58,7 +58,7 @@ def test_what_stays_is_what_counting_leaves_in_any_batches(cls, rows, common, si
     rows = [[part for part in row if part.strip()] or ["b"] for row in rows]
     corpus = corpus_of([KINDS[cls].join(row) for row in rows])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_filter, "SHARD", size)
+        patch.setattr(_mapped, "SHARD", size)
         patch.setattr(_parts, "FIRST_SLOTS", 2)
         patch.setattr(_parts, "MOVED", 3)
         after = cls(common=common, least_words=0)(corpus)

@@ -10,8 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from pretrain.core.errors import PretrainError
+from pretrain.data import _mapped
 from pretrain.data._work import working
-from pretrain.data.filters import _filter
 from pretrain.data.rewriting.repair_text import RepairText
 
 pieces = st.lists(
@@ -57,7 +57,7 @@ def test_it_is_what_ftfy_makes_of_the_whole_text_and_a_second_time_nothing_chang
 def test_documents_that_changed_are_counted_in_any_batches(tmp_path, monkeypatch):
     pytest.importorskip("ftfy")
     corpus = Dataset.from_dict({"text": ["Ã¼ber\nÃ¼ber", "plain", None, "über", "&amp;", ""]})
-    monkeypatch.setattr(_filter, "SHARD", 2)
+    monkeypatch.setattr(_mapped, "SHARD", 2)
     with working(tmp_path) as desk:
         assert RepairText()(corpus)["text"][:] == ["über\nüber", "plain", None, "über", "&", ""]
         assert RepairText(html=False)(corpus)["text"][4] == "&amp;"

@@ -231,6 +231,12 @@ def numbers(backend: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
         return [each.ids for each in backend.encode_batch(list(texts), add_special_tokens=False)]
 
 
+def spans(backend: Tokenizer, text: str) -> list[tuple[int, int]]:
+    """At which characters of a text each of its tokens begins and ends."""
+    with tokenizing():
+        return backend.encode(text, add_special_tokens=False).offsets
+
+
 def ids_of(encoding: Encoding | list[int]) -> list[int]:
     """The tokens of what `encode_plain` gives."""
     return encoding if isinstance(encoding, list) else encoding.ids

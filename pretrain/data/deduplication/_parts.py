@@ -18,10 +18,9 @@ from typing import IO, TYPE_CHECKING, ClassVar
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.data import DataOperation
+from pretrain.data import DataOperation, _mapped
 from pretrain.data._work import desk
 from pretrain.data.deduplication._shortened import check_text, shortened
-from pretrain.data.filters import _filter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -80,7 +79,7 @@ class PartDeduplication(DataOperation):
 
     def _count(self, corpus: Dataset, table: Table, file: IO[bytes]) -> None:
         """Put into the table how many documents have each part, and into the file all sizes and hashes."""
-        for batch in corpus.select_columns(["text"]).with_format("arrow").iter(_filter.SHARD):
+        for batch in corpus.select_columns(["text"]).with_format("arrow").iter(_mapped.SHARD):
             sizes, hash_P = self.hashes([text or "" for text in batch["text"].to_pylist()])
             for size, each_P in zip(sizes, np.split(hash_P, np.cumsum(sizes)[:-1]), strict=True):
                 file.write(size.to_bytes(8, "little") + each_P.tobytes())

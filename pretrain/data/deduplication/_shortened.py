@@ -9,8 +9,8 @@ import numpy as np
 
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.minhash import units
+from pretrain.data._mapped import mapped
 from pretrain.data._work import Desk, by_domain
-from pretrain.data.filters._filter import mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -17,11 +17,10 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.method import Ref
 from pretrain.corpus.minhash import UNSPACED
-from pretrain.data import DataOperation
+from pretrain.data import DataOperation, _mapped
 from pretrain.data._work import desk
 from pretrain.data.deduplication._repeats import END, WINDOWS, later
 from pretrain.data.deduplication._shortened import check_text, shortened
-from pretrain.data.filters import _filter
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -162,20 +161,20 @@ class OfTokenizer(Pieces):
 
     def numbers(self, texts: list[str]) -> list[Tokens]:
         """The tokens' numbers."""
-        from pretrain.core.encoding import tokenizing
+        from pretrain.core.encoding import numbers
 
-        with tokenizing():
-            made = self.backend.encode_batch(texts, add_special_tokens=False)
-        return [np.array(each.ids, np.int32) for each in made]
+        return [np.array(each, np.int32) for each in numbers(self.backend, texts)]
 
     def ends(self, text: str) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """The characters of the tokens."""
-        spans = np.array(self.backend.encode(text, add_special_tokens=False).offsets, np.int64).reshape(-1, 2)
-        return spans[:, 0], spans[:, 1]
+        from pretrain.core.encoding import spans
+
+        span_T2 = np.array(spans(self.backend, text), np.int64).reshape(-1, 2)
+        return span_T2[:, 0], span_T2[:, 1]
 
 
 def _batches(corpus: Dataset, tokens: Pieces) -> Iterator[list[Tokens]]:
-    for batch in corpus.select_columns(["text"]).with_format("arrow").iter(_filter.SHARD):
+    for batch in corpus.select_columns(["text"]).with_format("arrow").iter(_mapped.SHARD):
         yield tokens.numbers([text or "" for text in batch["text"].to_pylist()])
 
 

@@ -12,24 +12,22 @@ from __future__ import annotations
 
 import base64
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import fields
 from hashlib import blake2b
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject
-from pretrain.data import DataOperation
+from pretrain.data import DataOperation, _mapped
 from pretrain.data._work import Desk, by_domain, desk, percentiles
 
 if TYPE_CHECKING:
-    from datasets import Dataset, Features
+    from datasets import Dataset
 
-SHARD = 1024  # documents
 SPREAD = 100_000  # documents that percentiles are of
 
 
@@ -129,7 +127,7 @@ class Filter(DataOperation):
             {n: f for n, f in corpus.features.items() if n not in old}
             | {column: datasets.Value("float64") for column in self.columns}
         )
-        tagged = mapped(corpus.remove_columns(old), add, features)
+        tagged = _mapped.mapped(corpus.remove_columns(old), add, features)
         here.reports.append({"method": self.name, "tagged": len(tagged), "percentiles": self._percentiles(spread)})
         return tagged
 
@@ -141,7 +139,7 @@ class Filter(DataOperation):
     def _numbers(self, corpus: Dataset, here: Desk) -> Iterator[NDArray[np.float64]]:
         """The documents' numbers, batch by batch: those of the columns, or measured; none is measured twice."""
         if self._tagged(corpus):
-            for table in corpus.select_columns(self.columns).with_format("arrow").iter(SHARD):
+            for table in corpus.select_columns(self.columns).with_format("arrow").iter(_mapped.SHARD):
                 yield np.stack([table[c].to_numpy(zero_copy_only=False).astype(float) for c in self.columns], axis=1)
             return
         fixed = [
@@ -149,7 +147,7 @@ class Filter(DataOperation):
             self.version,
             *((f.name, getattr(self, f.name)) for f in fields(self) if f.name in self.measures),
         ]
-        for table in corpus.select_columns(["text"]).with_format("arrow").iter(SHARD):
+        for table in corpus.select_columns(["text"]).with_format("arrow").iter(_mapped.SHARD):
             texts = [text or "" for text in table["text"].to_pylist()]
             key = blake2b(repr([fixed, [len(text) for text in texts]]).encode(), digest_size=16)
             for text in texts:
@@ -176,18 +174,6 @@ class Spread:
         self._count += len(measured_NM)
         while len(self.rows) > SPREAD:
             self.rows, self._every = self.rows[::2], 2 * self._every
-
-
-def mapped(corpus: Dataset, make: Callable[[list[str]], Mapping[str, Sequence[object]]], features: Features) -> Dataset:
-    """The corpus with what `make` gives of the texts of `SHARD` documents, batch by batch and in order, on disk."""
-    import datasets
-
-    if not len(corpus):
-        return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-    return corpus.map(
-        make, input_columns="text", batched=True, batch_size=SHARD, features=features, load_from_cache_file=False,
-        new_fingerprint=uuid4().hex,
-    )  # fmt: skip
 
 
 def _plain(number_N: NDArray[np.float64]) -> list[float | None]:

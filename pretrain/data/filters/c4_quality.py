@@ -11,8 +11,8 @@ import numpy as np
 from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.data import DataOperation
+from pretrain.data._mapped import mapped
 from pretrain.data._work import by_domain, desk
-from pretrain.data.filters._filter import mapped
 from pretrain.data.filters._words import is_unspaced
 
 if TYPE_CHECKING:

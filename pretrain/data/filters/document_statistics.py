@@ -15,8 +15,9 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
+from pretrain.data._mapped import mapped
 from pretrain.data._work import desk, percentiles
-from pretrain.data.filters._filter import Spread, mapped
+from pretrain.data.filters._filter import Spread
 from pretrain.data.filters._words import words
 from pretrain.data.filters.language import COLUMNS, Language
 

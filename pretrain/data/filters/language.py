@@ -11,8 +11,8 @@ from pretrain.core.bounds import Count, Share
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.system.extras import extras_named
 from pretrain.data import DataOperation
+from pretrain.data._mapped import mapped
 from pretrain.data._work import by_domain, desk
-from pretrain.data.filters._filter import mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -84,15 +84,15 @@ def ibans(text: str) -> Spans:
     """Numbers of accounts: of their country's length, in one or in groups, and 1 modulo 97."""
     for match in _IBAN.finditer(text):
         wanted = LENGTHS.get(match[0][:2], 0)
-        end, found = match.start(), ""
-        while len(found) < wanted and end < len(text):
+        end, signs = match.start(), ""
+        while len(signs) < wanted and end < len(text):
             sign = text[end]
             if sign.isascii() and (sign.isupper() or sign.isdigit()):
-                found += sign
+                signs += sign
             elif sign != " ":
                 break
             end += 1
-        if len(found) == wanted > 0 and not text[end : end + 1].isalnum() and _remainder(found) == 1:
+        if len(signs) == wanted > 0 and not text[end : end + 1].isalnum() and _remainder(signs) == 1:
             yield match.start(), end
 
 

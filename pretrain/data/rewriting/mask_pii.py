@@ -12,8 +12,8 @@ import numpy as np
 from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
 from pretrain.data import DataOperation
+from pretrain.data._mapped import mapped
 from pretrain.data._work import by_domain, desk
-from pretrain.data.filters._filter import mapped
 from pretrain.data.rewriting import _pii
 
 if TYPE_CHECKING:
@@ -60,9 +60,9 @@ class MaskPii(DataOperation):
             nonlocal number, changed
             result = list(texts)
             for place, text in enumerate(texts):
-                result[place], found = self.masked(text) if text else (text, Counter[str]())
-                total = found.total()
-                counts.update(found)
+                result[place], marks = self.masked(text) if text else (text, Counter[str]())
+                total = marks.total()
+                counts.update(marks)
                 changed += total > 0
                 if self.most is not None and total > self.most:
                     many[number + place] = total

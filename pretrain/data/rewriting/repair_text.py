@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 from pretrain.core.errors import PretrainError
 from pretrain.core.system.extras import extras_named
 from pretrain.data import DataOperation
+from pretrain.data._mapped import mapped
 from pretrain.data._work import desk
-from pretrain.data.filters._filter import mapped
 
 if TYPE_CHECKING:
     from datasets import Dataset
