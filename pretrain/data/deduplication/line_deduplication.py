@@ -20,7 +20,7 @@ class LineDeduplication(PartDeduplication):
     same document too; else lines of more than `common` documents go from them all (1 is the paper's way). Blank lines
     that are left side by side become one. A document that lost lines is dropped if it has fewer than `least_words`
     words left (50, of datatrove's sentence deduplication); the lines that it had count as seen nonetheless. Memory: 24
-    to 48 bytes a distinct line, 72 while the table grows, and 8 on disk for each line with `common`. Text is changed.
+    to 48 bytes a distinct line, 80 while the table grows, and 8 on disk for each line with `common`. Text is changed.
     """
 
     common: Whole = 0

@@ -22,7 +22,7 @@ class ParagraphDeduplication(PartDeduplication):
     without punctuation and accents, by 64 bits of a hash. With `common` 0 a paragraph stays where the corpus has it
     first; else paragraphs of more than `common` documents go from them all. A document that lost some is dropped if it
     has fewer than `least_words` words left; the paragraphs that it had count as seen nonetheless. Memory: 24 to 48
-    bytes a distinct paragraph, 72 while the table grows, and 8 on disk for each with `common`. Text is changed.
+    bytes a distinct paragraph, 80 while the table grows, and 8 on disk for each with `common`. Text is changed.
     """
 
     common: Whole = 0
