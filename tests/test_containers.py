@@ -180,7 +180,7 @@ def test_a_text_file_with_bad_bytes_stops_with_its_line_or_is_counted(tmp_path):
 def test_other_containers_and_binaries_are_named_and_alone_they_are_refused(tmp_path):
     put(tmp_path / "a.txt", "text")
     for name, data in (
-        ("b.pdf", b"%PDF-1.4 text"),
+        ("b.docx", b"PK\3\4 text"),
         ("c.xlsx", b"PK\3\4"),
         ("d.bin", b"\1\2\3\4"),
         ("e.pkl", b"\x80\4."),
@@ -191,7 +191,7 @@ def test_other_containers_and_binaries_are_named_and_alone_they_are_refused(tmp_
     assert skipped.names == {
         reason: [str(tmp_path / name)]
         for reason, name in {
-            "a document (.pdf)": "b.pdf", "a workbook (.xlsx)": "c.xlsx", "binary": "d.bin", "a pickle, which is never read (.pkl)": "e.pkl",
+            "a document (.docx)": "b.docx", "a workbook (.xlsx)": "c.xlsx", "binary": "d.bin", "a pickle, which is never read (.pkl)": "e.pkl",
         }.items()
     }  # fmt: skip
     with pytest.raises(PretrainError, match=r"c.xlsx is a workbook \(.xlsx\); accepted: text, or one of .jsonl"):

@@ -12,6 +12,8 @@ from pretrain.new.start import Start
 from pretrain.new.tables import Table
 from pretrain.new.words import COLUMNS, commented, quoted
 
+MARKUP = {".html", ".htm", ".xhtml"}
+
 
 def corpus(look: Look, task: str, init: Start | None, name: str = "corpus", labelled: bool = True) -> str:
     """The corpus; of a table that is read for its texts alone (`labelled` False) with the rows without a label."""
@@ -48,6 +50,8 @@ def _sources(look: Look, init: Start | None, labelled: bool = True) -> list[str]
     if not Path(look.place).is_dir() or not look.endings:
         return [f"      - {{files: {quoted(look.place)}}}"]
     endings = ", ".join(map(quoted, look.endings))
+    if look.kind == "code" and set(look.endings) & MARKUP:
+        skip += ", pages: markup"  # as whoever writes code sees it
     return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
 
 

@@ -6,7 +6,9 @@ import io
 import lzma
 import os
 import zlib
-from pathlib import Path
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO, TextIO, cast
 
 from pretrain.core.foreign import texts
@@ -19,6 +21,7 @@ RATIO = 250  # times as large as its file may what is unpacked be beyond that; t
 MOST = 1 << 40  # bytes that one file may unpack to
 WINDOW = 128 << 20  # bytes that a decoder may keep of what it has unpacked
 PIECE = 1 << 16
+HELD = 64 << 20  # bytes of a file in an archive that are in memory at once
 # What opening, unpacking and decoding raise of files that are damaged, end too early, or are none at all.
 # What is of memory among them, `raise_memory` tells apart.
 BROKEN = (OSError, EOFError, ValueError, MemoryError, zlib.error, lzma.LZMAError)
@@ -28,13 +31,58 @@ class Bomb(OSError):
     """A file that unpacks to more than is allowed."""
 
 
+@dataclass(frozen=True)
+class Member:
+    """A file inside an archive, which is read as one on disk is, and never laid there.
+
+    `inside` is its path in the archive, `size` how many bytes it has there; `opener` gives them, from the first one on,
+    each time it is called.
+    """
+
+    inside: PurePosixPath
+    size: int
+    opener: Callable[[], BinaryIO]
+
+    @property
+    def name(self) -> str:
+        """The last part of its path, as a path has it."""
+        return self.inside.name
+
+    @property
+    def stem(self) -> str:
+        """Its name without the ending."""
+        return self.inside.stem
+
+    @property
+    def suffix(self) -> str:
+        """The ending of its name."""
+        return self.inside.suffix
+
+
+Place = Path | Member  # of a file that can be opened
+
+
+def seekable(place: Place) -> BinaryIO:
+    """A file whose bytes can be read in any order; those of one in an archive are held, if they are at most `HELD`."""
+    if not isinstance(place, Member):
+        return open_file(place)
+    if place.size > HELD:
+        raise OSError(f"it is of {in_bytes(place.size)}, where at most {in_bytes(HELD)} can be read inside an archive")
+    with place.opener() as opened:
+        return io.BytesIO(opened.read())
+
+
+def most_of(size: int) -> int:
+    """Bytes that a compressed file of `size` bytes may unpack to."""
+    return min(MOST, max(FREE, RATIO * size))
+
+
 class _Bounded(io.RawIOBase):
     """What a decoder gives, until it is too much for the size of its file."""
 
-    def __init__(self, source: BinaryIO, file: BinaryIO, least: int) -> None:
+    def __init__(self, source: BinaryIO, file: BinaryIO, least: int, size: int) -> None:
         self.source, self.file, self.count = source, file, 0
-        size = os.fstat(file.fileno()).st_size
-        self.most, self.least = min(MOST, max(FREE, RATIO * size)), least
+        self.most, self.least = most_of(size), least
 
     def readable(self) -> bool:
         return True
@@ -90,16 +138,18 @@ class _Xz(io.RawIOBase):
                 return data
 
 
-def open_packed(path: Path) -> BinaryIO:
-    """A regular file's bytes, unpacked where its ending says that it is compressed.
+def open_packed(path: Place, packed: str | None = None) -> BinaryIO:
+    """A regular file's bytes, unpacked where its ending, or `packed` in its place, says that it is compressed.
 
     Reading raises one of `BROKEN`: a `Bomb` for what unpacks to too much.
     """
-    file = open_file(path)
+    packed = path.suffix if packed is None else packed
+    file = path.opener() if isinstance(path, Member) else open_file(path)
     try:
-        if path.suffix not in PACKED:
+        if packed not in PACKED:
             return file
-        return cast("BinaryIO", io.BufferedReader(_Bounded(*_decoder(file, path.suffix)), PIECE))
+        size = path.size if isinstance(path, Member) else os.fstat(file.fileno()).st_size
+        return cast("BinaryIO", io.BufferedReader(_Bounded(*_decoder(file, packed), size), PIECE))
     except BaseException:
         file.close()
         raise
@@ -130,7 +180,7 @@ def _decoder(file: BinaryIO, ending: str) -> tuple[BinaryIO, BinaryIO, int]:
     return cast("BinaryIO", reader), file, least
 
 
-def open_text(path: Path, errors: str = "strict", newline: str | None = None) -> TextIO:
+def open_text(path: Place, errors: str = "strict", newline: str | None = None) -> TextIO:
     """A text file, plain or compressed, in the encoding that its byte-order mark says, which is left out, or UTF-8."""
     packed = open_packed(path)
     try:

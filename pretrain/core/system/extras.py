@@ -11,8 +11,13 @@ from pretrain.core.errors import PretrainError
 EXTRAS = {
     "soundfile": "audio", "lm_eval": "eval", "mkdocs": "docs", "PIL": "images", "pytorch_optimizer": "optimizers",
     "ray": "ray", "tensorboard": "tensorboard", "gguf": "gguf", "onnx": "onnx", "onnxruntime": "onnx",
-    "onnxscript": "onnx", "py3langid": "language", "ftfy": "repair",
+    "onnxscript": "onnx", "py3langid": "language", "ftfy": "repair", "trafilatura": "documents", "pypdf": "documents",
+    "warcio": "documents",
 }  # fmt: skip
+
+
+class MissingExtra(PretrainError):
+    """A package is not installed that one of the extras brings."""
 
 
 @contextmanager
@@ -25,4 +30,4 @@ def extras_named() -> Iterator[None]:
         package = next((name for name in EXTRAS if name in words), None)
         if package is None:
             raise
-        raise PretrainError(f"{package} is missing; accepted: pip install 'pretrain[{EXTRAS[package]}]'") from error
+        raise MissingExtra(f"{package} is missing; accepted: pip install 'pretrain[{EXTRAS[package]}]'") from error

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.foreign import json, rows, texts
-from pretrain.core.foreign.archives import BROKEN, open_text
+from pretrain.core.foreign.archives import BROKEN, Member, Place, open_text, seekable
 from pretrain.core.foreign.parsing import raise_memory, reason
-from pretrain.core.foreign.reading import open_file
 from pretrain.corpus.sources._files import Document, Wrong, plain_name
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import number, separator_of
@@ -33,7 +32,7 @@ FOOTER = 64 << 20  # bytes of what a Parquet file says of itself: 1,000 columns 
 LONGEST_NAME, MOST_WORDS = 60, 5  # of a column
 Row = tuple[str, Document]  # where it stands, and its columns
 # Of a file, its name, the column of the text, what is told of what is wrong, and how long rows may be.
-Reader = Callable[[Path, str, str, Wrong, Skipped], Iterator[Row]]
+Reader = Callable[[Place, str, str, Wrong, Skipped], Iterator[Row]]
 # What is not read, by its ending: nobody shall take it for text, or miss it.
 UNREAD = {
     "an archive": (".zip", ".tar", ".tgz", ".7z", ".rar", ".jar", ".whl", ".deb", ".rpm", ".iso", ".dmg"),
@@ -47,19 +46,19 @@ UNREAD = {
 }
 
 
-def ending(path: Path) -> str:
+def ending(path: Place) -> str:
     """A file's ending in small letters, without the one that says how it is compressed."""
     return Path(plain_name(path)).suffix.lower()
 
 
-def unread(path: Path) -> str | None:
+def unread(path: Place) -> str | None:
     """What a file is that is not read: `an archive (.zip)`."""
     end = ending(path)
     return next((f"{what} ({end})" for what, ends in UNREAD.items() if end in ends), None)
 
 
 def lines(
-    path: Path, name: str, wrong: Wrong, skipped: Skipped, newline: str | None = None
+    path: Place, name: str, wrong: Wrong, skipped: Skipped, newline: str | None = None
 ) -> Iterator[tuple[int, str]]:
     """The lines with their numbers, bytes that are not UTF-8 as lone surrogates (see `has_bad_bytes`).
 
@@ -92,7 +91,7 @@ def _whole(where: str, text: str, wrong: Wrong) -> bool:
     return True
 
 
-def read_jsonl(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
+def read_jsonl(path: Place, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """One JSON object a line."""
     count = 0
     for line_number, line in lines(path, name, wrong, skipped):
@@ -113,7 +112,7 @@ def read_jsonl(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped)
 
 
 def read_csv(
-    path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped, header: bool | None = None
+    path: Place, name: str, text: str, wrong: Wrong, skipped: Skipped, header: bool | None = None
 ) -> Iterator[Row]:
     """Rows under a header; without one (by default if a number stands in the first row) columns are named `0`, `1`, …
 
@@ -161,7 +160,7 @@ def _header(cells: list[str], text: str, where: str, header: bool | None) -> tup
     return names, True
 
 
-def read_json(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
+def read_json(path: Place, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """An array of objects or texts, or one object with the column; a file of JSON lines that is named `.json` too.
 
     An array is read an item at a time.
@@ -189,7 +188,7 @@ def read_json(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) 
         wrong(f"{name}, item {index + 1}" if index else f"{name}:1", what, "bad files", "a JSON array")
 
 
-def _one_object(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
+def _one_object(path: Place, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """The object that a file is, or those of its lines."""
     content = "".join(islice(_pieces(path, name, wrong, skipped), 1))
     try:
@@ -198,7 +197,7 @@ def _one_object(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped
         yield from read_jsonl(path, name, text, wrong, skipped)
 
 
-def _pieces(path: Path, name: str, wrong: Wrong, skipped: Skipped) -> Iterator[str]:
+def _pieces(path: Place, name: str, wrong: Wrong, skipped: Skipped) -> Iterator[str]:
     """A file's text where it is no longer than a document may be; nothing of one that is longer."""
     try:
         with open_text(path, errors="surrogateescape") as opened:
@@ -220,7 +219,7 @@ def _item(where: str, item: object, text: str, wrong: Wrong) -> Iterator[Row]:
         yield where, item
 
 
-def read_notebook(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
+def read_notebook(path: Place, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """The cells of a Jupyter notebook, without what they have put out: `cell` is `code`, `markdown` or `raw`."""
     content = next(_pieces(path, name, wrong, skipped), None)
     if not content:
@@ -242,7 +241,7 @@ def read_notebook(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipp
             yield where, {text: source, "cell": kind, "domain": "ipynb", "group": name}
 
 
-def read_arrow(path: Path, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
+def read_arrow(path: Place, name: str, text: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:
     """The rows of a Parquet, Arrow (file or stream), Feather or ORC file."""
     import pyarrow
 
@@ -325,29 +324,31 @@ def _check_names(names: Sequence[str], where: str) -> None:
         raise PretrainError(f"{where}: two columns are named {twice!r}; accepted: a name of its own for each")
 
 
-def _batches(path: Path) -> Iterator[pyarrow.RecordBatch | pyarrow.Table]:
+def _batches(path: Place) -> Iterator[pyarrow.RecordBatch | pyarrow.Table]:
     import pyarrow
     import pyarrow.orc
     import pyarrow.parquet
 
-    with open_file(path) as opened:  # a regular one
+    with seekable(path) as opened:  # a regular one
         size = opened.seek(0, 2)
         opened.seek(max(0, size - 8))
         footer = int.from_bytes(opened.read(4), "little")
+        opened.seek(0)
+        held = pyarrow.BufferReader(opened.read()) if isinstance(path, Member) else None
     if ending(path) == ".parquet":
         if footer > min(FOOTER, size):
             raise ValueError(f"a footer of {footer} bytes, where at most {min(FOOTER, size)} are read")
-        with pyarrow.parquet.ParquetFile(path) as file:
+        with pyarrow.parquet.ParquetFile(held or path) as file:
             for number in range(file.num_row_groups):
                 size = file.metadata.row_group(number).total_byte_size
                 if size > GROUP:
                     raise ValueError(f"row group {number} of {size} bytes, where at most {GROUP} are read")
             yield from file.iter_batches(batch_size=256)
     elif ending(path) == ".orc":
-        file = pyarrow.orc.ORCFile(path)
+        file = pyarrow.orc.ORCFile(held or path)
         yield from (file.read_stripe(stripe) for stripe in range(file.nstripes))
     else:
-        with pyarrow.memory_map(str(path)) as source:
+        with held or pyarrow.memory_map(str(path)) as source:
             try:
                 reader = pyarrow.ipc.open_file(source)
                 yield from (reader.get_batch(place) for place in range(reader.num_record_batches))
@@ -362,7 +363,7 @@ READERS: dict[str, Reader] = {
 }  # fmt: skip
 
 
-def reader_of(path: Path, header: bool | None = None) -> Reader | None:
+def reader_of(path: Place, header: bool | None = None) -> Reader | None:
     """What reads the rows of a file, by its ending; `header` says of a CSV whether it has one, where that is known."""
     reader = READERS.get(ending(path))
     return partial(read_csv, header=header) if reader is read_csv else reader

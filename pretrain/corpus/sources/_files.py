@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 from pretrain.core.bounds import Fielded, check_fields
 from pretrain.core.files import digest
 from pretrain.core.foreign import rows, texts
-from pretrain.core.foreign.archives import BROKEN, PACKED, open_packed, open_text
+from pretrain.core.foreign.archives import BROKEN, PACKED, Place, open_packed, open_text
 from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.packages import Package, check_whole, package_facts
 from pretrain.corpus.sources._skipped import Skipped
@@ -146,7 +146,7 @@ def path_label(path: Path, label: PathLabel) -> dict[str, str]:
     return {"label": path.absolute().parent.name if label == "parent" else path.name.split(".")[0]}
 
 
-def plain_name(path: Path) -> str:
+def plain_name(path: Place) -> str:
     """A file's name without the ending that says how it is compressed."""
     return path.stem if path.suffix in PACKED else path.name
 
@@ -168,7 +168,7 @@ def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
         skipped.add(f"unreadable ({type(error).__name__})", f"{path}:{number + 1}")
 
 
-def read_text(path: Path, skipped: Skipped, wrong: Wrong | None = None, name: str = "") -> str | None:
+def read_text(path: Place, skipped: Skipped, wrong: Wrong | None = None, name: str = "") -> str | None:
     """A text file's content (a compressed one's too), or None, counted, when it is binary, broken, empty or too long.
 
     With `wrong` a broken one, or one with bytes that are not UTF-8, is told to it; else it is counted.
@@ -180,7 +180,7 @@ def read_text(path: Path, skipped: Skipped, wrong: Wrong | None = None, name: st
     return None if text is TOO_LONG else text
 
 
-def read_pieces(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> Iterator[tuple[str, bool]]:
+def read_pieces(path: Place, skipped: Skipped, wrong: Wrong, name: str) -> Iterator[tuple[str, bool]]:
     """A text file's content, and that this is all of it; a longer one comes in pieces, cut at ends of lines."""
     text = _read(path, skipped, wrong, name)
     if text is not TOO_LONG:
@@ -210,7 +210,7 @@ def _counted(skipped: Skipped) -> Wrong:
     return lambda where, what, why, accepted: skipped.add(why, where)
 
 
-def _read(path: Path, skipped: Skipped, wrong: Wrong, name: str) -> str | None:
+def _read(path: Place, skipped: Skipped, wrong: Wrong, name: str) -> str | None:
     """A file's text; None for one that is told or counted, `TOO_LONG` of one of which not all was read."""
     most = 4 * skipped.longest  # bytes, which no text of as many characters has more of
     try:

@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.documents.members import ARCHIVED
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.foreign.reading import irregular
 from pretrain.core.packages import Package, package_folder
@@ -67,7 +68,7 @@ def located(
     """
     skipped, ends = Skipped() if skipped is None else skipped, tuple(suffixes)
     if package is None and is_remote(where):
-        ids = local_copies(where, lambda name: _wanted(name, ends, taken, skipped))
+        ids = local_copies(where, lambda name: wanted(name, ends, taken, skipped))
         return _some(ids, where, ends, skipped)
     if package is None:
         paths = _matching(expanded(where), where, ends, skipped, taken)
@@ -113,7 +114,8 @@ def _matching(path: Path, where: str, ends: tuple[str, ...], skipped: Skipped, t
         paths = [p for p in paths if not p.is_dir() and not _any_refused(root, p, refused)]
     kept = []
     for p in paths:
-        if ends and not p.name.endswith(ends):
+        asked = p == path and p.name.lower().endswith(ARCHIVED)  # whose files the endings are of
+        if ends and not p.name.endswith(ends) and not asked:
             skipped.add(f"other endings ({p.suffix})" if p.suffix else "other endings", p)
         else:
             kept.append(p)
@@ -197,8 +199,11 @@ def _reason(path: Path, folder: bool, taken: Taken) -> str | None:
     return "runs and caches" if made else None
 
 
-def _wanted(name: str, ends: tuple[str, ...], taken: Taken, skipped: Skipped) -> bool:
-    """Whether a file elsewhere is taken; `name` is its path from the place that was asked for."""
+def wanted(name: str, ends: tuple[str, ...], taken: Taken, skipped: Skipped, shown: str = "") -> bool:
+    """Whether a file elsewhere, or in an archive, is taken; `name` is its path from the place that was asked for.
+
+    One that is not is noted in `skipped`, under the name `shown` where that is another.
+    """
     parts = PurePath(name).parts
     reason = None
     if TOOLS.intersection(parts[:-1]):
@@ -213,7 +218,7 @@ def _wanted(name: str, ends: tuple[str, ...], taken: Taken, skipped: Skipped) ->
         end = PurePath(name).suffix
         reason = f"other endings ({end})" if end else "other endings"
     if reason:
-        skipped.add(reason, name)
+        skipped.add(reason, shown or name)
     return reason is None
 
 

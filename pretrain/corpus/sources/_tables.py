@@ -11,7 +11,7 @@ from itertools import islice
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.foreign.archives import open_text
+from pretrain.core.foreign.archives import Place, open_text
 from pretrain.corpus.sources._files import Document, Size, lines_of, plain_name, size_of
 from pretrain.corpus.sources._skipped import Skipped
 
@@ -66,7 +66,7 @@ def _rows_in(path: Path) -> int:
     return pyarrow.parquet.read_metadata(path).num_rows
 
 
-def separator_of(first: str, path: Path) -> str:
+def separator_of(first: str, path: Place) -> str:
     """What stands between the cells of a table: a tab in `.tsv` files, in others by the first line.
 
     That is the first of comma, semicolon, tab and `|` that the line has outside of quotes; a comma where it has none.

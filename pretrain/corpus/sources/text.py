@@ -12,7 +12,8 @@ from typing import Literal
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json
-from pretrain.core.foreign.archives import BROKEN, open_text
+from pretrain.core.foreign.archives import BROKEN, Place, open_text
+from pretrain.core.foreign.documents.members import ARCHIVES
 from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
@@ -22,10 +23,13 @@ from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly
 from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import extent, is_number
+from pretrain.corpus.sources.opened import documents
+from pretrain.corpus.sources.opened.archives import inside, is_archive
 
 OnError = Literal["stop", "skip"]
 Conversations = Literal["answers", "whole"]
 
+ENDINGS = (*READERS, *documents.READERS, *ARCHIVES)
 OPENED = 4  # tables of a kind, to know how much of them is text
 
 
@@ -40,6 +44,13 @@ class Files(Source):
     comes before, `user: …`, its `target` the answer; with `conversations: whole` one for each conversation, with its
     turns in `messages`. A notebook (`.ipynb`) gives a document a cell. Text may be
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A URL is one that `fsspec` opens: `s3://`, `gs://`, `https://`.
+
+    With `pip install 'pretrain[documents]'`: of HTML (`.html`, `.htm`, `.xhtml`) the text that a page is about, without
+    menus and footers, in the encoding that the page names; of a PDF the text of its pages; of `.warc` the pages of HTML
+    that servers answered with, each with its `url`. An archive (`.zip`, `.tar`, `.tgz`, `.tar.gz`, `.tar.xz`,
+    `.tar.zst`, …) is read as a folder of its files would be, without being laid on disk: `suffixes` are of them where
+    an archive's own ending is not all that they name. Archives in archives are passed over, and so are links, names
+    that lead out of the archive, PDFs that a password protects and documents without text, as scans are.
 
     `suffixes` keeps only the files of a folder that end so (empty: all that are text). The domain is `domain`, or the
     column of that name where the file has one, or the file's suffix without its dot. With `package` the path is one
@@ -60,6 +71,7 @@ class Files(Source):
     required: tuple[str, ...] = ()  # columns without which a row is passed over, as one without a label
     numbers: tuple[str, ...] = ()  # columns of numbers: a row with anything else in one is bad, as `on_error` takes it
     conversations: Conversations = "answers"  # of what a conversation makes a document: of each answer, or of the whole
+    pages: Literal["text", "markup"] = "text"  # markup: HTML is read as it stands, tags and all
     tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
     hidden: bool = False  # whether to take files and folders whose names begin with a dot
     secrets: bool = False  # whether to take files that look like secrets, or hold what looks like a key or a password
@@ -76,45 +88,65 @@ class Files(Source):
         """The documents, each with where it stands, as messages say it; of each table at most so many `rows`."""
         wrong = wrong_of(self.on_error, skipped)
         files = located(self.files, self.package, self.suffixes, skipped, self._taken())
-        readers = [reader_of(path, self.header) if self.tables == "rows" else None for _, path in files]
-        if self.text != "text" and not any(readers):
+        if self.text != "text" and not any(is_archive(path) or self._table(path) for _, path in files):
             accepted = f"files with columns ({', '.join(READERS)})"
             raise PretrainError(f"text {self.text!r}: there is no table at {self.files!r}; accepted: {accepted}")
-        for (name, path), reader in zip(files, readers, strict=True):
-            kind = unread(path)
-            if kind is not None and len(files) == 1:
-                raise PretrainError(f"{name} is {kind}; accepted: text, or one of {', '.join(READERS)}")
-            if kind is not None:
-                skipped.add(kind, name)
-            elif reader is not None and not self._is_text(path, reader, skipped.longest):
-                read = islice(reader(path, name, self.text, wrong, skipped), rows)
-                yield from _documents(read, name, self, skipped, wrong)
+        for name, path in files:
+            if is_archive(path):
+                for inner, member in inside(path, name, self.suffixes, self._taken(), wrong, skipped):
+                    yield from self._read(member, inner, wrong, skipped, rows)
+            elif (kind := self._unread(path)) is not None and len(files) == 1:
+                raise PretrainError(f"{name} is {kind}; accepted: text, or one of {', '.join(ENDINGS)}")
             else:
-                domain = self.domain or ending(path).lstrip(".") or "text"
-                for number, (text, whole) in enumerate(read_pieces(path, skipped, wrong, name)):
-                    if not self._fit(text, path, name, skipped, len(files) == 1):
-                        break
-                    place = {"id": name} if whole else {"id": f"{name}#{number}", "group": name}
-                    yield name, {"text": text, "domain": domain} | place
+                yield from self._read(path, name, wrong, skipped, rows, len(files) == 1)
+
+    def _read(
+        self, path: Place, name: str, wrong: Wrong, skipped: Skipped, rows: int | None, alone: bool = False
+    ) -> Iterator[Row]:
+        """The documents of a file; one that is `alone` has been asked for by its name."""
+        domain = self.domain or ending(path).lstrip(".") or "text"
+        if (kind := self._unread(path)) is not None:
+            skipped.add(kind, name)
+        elif (pages := documents.reader_of(path, self.pages == "markup")) is not None:
+            for where, document in pages(path, name, wrong, skipped):
+                if self._fit(document["text"], "", where, skipped, alone and where == name):
+                    yield where, document | {"domain": domain}
+        elif (reader := self._table(path)) is not None and not self._is_text(path, reader, skipped.longest):
+            read = islice(reader(path, name, self.text, wrong, skipped), rows)
+            yield from _documents(read, name, self, skipped, wrong)
+        else:
+            for number, (text, whole) in enumerate(read_pieces(path, skipped, wrong, name)):
+                if not self._fit(text, ending(path), name, skipped, alone):
+                    break
+                place = {"id": name} if whole else {"id": f"{name}#{number}", "group": name}
+                yield name, {"text": text, "domain": domain} | place
+
+    def _table(self, path: Place) -> Reader | None:
+        """What reads the rows of a file, where it is a table and is to be read as one."""
+        return reader_of(path, self.header) if self.tables == "rows" else None
+
+    def _unread(self, path: Place) -> str | None:
+        """What a file is that is not read."""
+        return None if ending(path) in documents.READERS else unread(path)
 
     def _taken(self) -> Taken:
         """Which files are taken."""
         return Taken(self.hidden, self.secrets, self.ignored or self.package is not None, self.generated)
 
-    def _fit(self, text: str, path: Path, name: str, skipped: Skipped, alone: bool) -> bool:
-        """Whether a text may be learnt: it holds no key, and no program has written it."""
+    def _fit(self, text: str, end: str, name: str, skipped: Skipped, alone: bool) -> bool:
+        """Whether a text of a file with the ending `end` may be learnt: it holds no key, no program has written it."""
         if not self.secrets and self.package is None and (key := key_in(text)):
             if alone:
                 what = f"{name}, {key}: looks like a key or a password"
                 raise PretrainError(f"{what}; accepted: another file, or secrets: true to read it")
             skipped.add("holding what looks like a key or a password", f"{name}, {key}")
             return False
-        if not self.generated and not alone and self.package is None and (why := looks_generated(text, ending(path))):
+        if not self.generated and not alone and self.package is None and (why := looks_generated(text, end)):
             skipped.add(why, name)
             return False
         return True
 
-    def _is_text(self, path: Path, reader: Reader, longest: int) -> bool:
+    def _is_text(self, path: Place, reader: Reader, longest: int) -> bool:
         """Whether a `.json` file is one object without the column, as settings are: text like any other."""
         if reader is not read_json or self.text != "text":
             return False
@@ -130,7 +162,7 @@ class Files(Source):
             return None
         paths = [path for _, path in located(self.files, None, self.suffixes, taken=self._taken())]
         kinds = sorted({ending(path) for path in paths} & set(READERS)) if self.tables == "rows" else []
-        size = size_of([path for path in paths if ending(path) not in kinds])
+        size = documents.about((path for path in paths if ending(path) not in kinds), self.pages == "markup")
         tables = [self._extent([path for path in paths if ending(path) == kind]) for kind in kinds]
         if not tables:
             return size
