@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pretrain import __version__, cli_claim, cli_exchange, cli_papers, cli_plan
+from pretrain import __version__, cli_claim, cli_corpus, cli_exchange, cli_papers, cli_plan
 from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import Count, Ge, NonNegative, Seed, Share
 from pretrain.core.errors import PretrainError
@@ -43,6 +43,7 @@ app.add_typer(cli_claim.app, name="claim")
 app.add_typer(runs.app, name="runs")
 app.command("plan")(cli_plan.print_plan)
 app.command("ladder")(cli_plan.ladder)
+app.command("corpus")(cli_corpus.corpus)
 app.command("papers")(cli_papers.list_papers)
 app.command("methods")(cli_papers.list_methods)
 app.command("new")(starting.new)

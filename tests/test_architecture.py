@@ -29,7 +29,7 @@ FLOORS = (
     ("runs",),
     ("engine", "inference"),
     ("adopt", "experiments", "interactive", "new"),
-    ("cli_claim", "cli_exchange", "cli_papers", "cli_plan"),
+    ("cli_claim", "cli_corpus", "cli_exchange", "cli_papers", "cli_plan"),
     ("cli",),
     ("docs",),
     ("__main__",),

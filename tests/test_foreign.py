@@ -41,7 +41,7 @@ PARSERS = {
     },
     r"(np|numpy)\.load": {"core/foreign/arrays.py"},
     r"(gzip|bz2|lzma|zstandard|zstd)\.(open|decompress|GzipFile|BZ2File|LZMAFile)": {"core/foreign/archives.py"},
-    r"zlib\.decompress(obj)?|tarfile\.open|zipfile\.ZipFile": {"core/packages.py", "core/foreign/pickles.py"},
+    r"zlib\.decompress(obj)?|tarfile\.open|zipfile\.ZipFile": {"core/packages.py", "core/foreign/pickles.py", "core/foreign/documents/members.py"},
     r".*\.expanduser": {"core/foreign/paths.py", "core/folders.py"},
     r"Image\.open": {"corpus/sources/images.py", "core/processors.py", "core/samples.py", "new/look.py"},
     r"(.*\.)?tokenizer(\.(encode|decode|tokenize|batch_decode|batch_encode_plus|encode_plus|__call__))?": {

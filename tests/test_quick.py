@@ -39,6 +39,7 @@ LIGHT = {
     "papers": (["papers", "masked"], "DrBERT"),
     "claims": (["claim", "list", "--folder", str(ROOT / "claims")], "lion"),
     "new": (["new", "mine", "--starter"], "mine.yaml"),
+    "corpus": (["corpus", str(ROOT / "recipes")], "characters"),
     "unknown method": (["methods", "show", "loar"], "did you mean 'lora'"),
     "field": (["run", "R", "--set", "model.batch_rowz=3"], "did you mean 'batch_rows'"),
     "method's field": (["run", "R", "--set", "model.optimizer.lrr=3"], "did you mean 'lr'"),

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, unknown
@@ -276,6 +277,18 @@ def iterate(split: Path, columns: Columns = TEXTS) -> Iterator[Document]:
     """
     for path in sorted(split.glob("*.parquet")):
         yield from _read_part(path, columns)
+
+
+def shuffled(paths: Sequence[Path], columns: Sequence[str], seed: int = 0) -> Iterator[Document]:
+    """The documents of parts, a row group after another in an order that the seed draws: a sample may end anywhere."""
+    groups: list[tuple[Path, int]] = []
+    for path in paths:
+        with _opened(path) as file:
+            groups += [(path, number) for number in range(file.num_row_groups)]
+    for path, number in Random(seed).sample(groups, len(groups)):
+        with _opened(path) as file:
+            known = [name for name in file.schema_arrow.names if name in columns]
+            yield from file.read_row_group(number, columns=known).to_pylist()
 
 
 def count_rows(split: Path) -> int:

@@ -20,7 +20,7 @@ from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat, turns_of, written
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
 from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, read_pieces, size_of
-from pretrain.corpus.sources._paths import Taken, below, located, stamp, stamps
+from pretrain.corpus.sources._paths import Named, Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import extent, is_number
 from pretrain.corpus.sources.opened import documents
@@ -86,19 +86,30 @@ class Files(Source):
 
     def placed(self, skipped: Skipped, rows: int | None = None) -> Iterator[Row]:
         """The documents, each with where it stands, as messages say it; of each table at most so many `rows`."""
-        wrong = wrong_of(self.on_error, skipped)
+        files = self.located(skipped)
+        for name, path in files:
+            yield from self.inside(name, path, skipped, rows, len(files) == 1)
+
+    def located(self, skipped: Skipped) -> list[Named]:
+        """The files that are read, with their ids; those that are not wanted are noted in `skipped`."""
         files = located(self.files, self.package, self.suffixes, skipped, self._taken())
         if self.text != "text" and not any(is_archive(path) or self._table(path) for _, path in files):
             accepted = f"files with columns ({', '.join(READERS)})"
             raise PretrainError(f"text {self.text!r}: there is no table at {self.files!r}; accepted: {accepted}")
-        for name, path in files:
-            if is_archive(path):
-                for inner, member in inside(path, name, self.suffixes, self._taken(), wrong, skipped):
-                    yield from self._read(member, inner, wrong, skipped, rows)
-            elif (kind := self._unread(path)) is not None and len(files) == 1:
-                raise PretrainError(f"{name} is {kind}; accepted: text, or one of {', '.join(ENDINGS)}")
-            else:
-                yield from self._read(path, name, wrong, skipped, rows, len(files) == 1)
+        return files
+
+    def inside(
+        self, name: str, path: Path, skipped: Skipped, rows: int | None = None, alone: bool = False
+    ) -> Iterator[Row]:
+        """The documents of one of the files, which is perhaps `alone`: what it is then is no reason to pass it over."""
+        wrong = wrong_of(self.on_error, skipped)
+        if is_archive(path):
+            for inner, member in inside(path, name, self.suffixes, self._taken(), wrong, skipped):
+                yield from self._read(member, inner, wrong, skipped, rows)
+        elif alone and (kind := self._unread(path)) is not None:
+            raise PretrainError(f"{name} is {kind}; accepted: text, or one of {', '.join(ENDINGS)}")
+        else:
+            yield from self._read(path, name, wrong, skipped, rows, alone)
 
     def _read(
         self, path: Place, name: str, wrong: Wrong, skipped: Skipped, rows: int | None, alone: bool = False

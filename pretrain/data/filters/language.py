@@ -9,7 +9,7 @@ import numpy as np
 
 from pretrain.core.bounds import Count, Share
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.core.system.extras import extras_named
+from pretrain.corpus import languages
 from pretrain.data import DataOperation
 from pretrain.data._mapped import mapped
 from pretrain.data._work import by_domain, desk
@@ -70,9 +70,7 @@ class Language(DataOperation):
         return mapped(corpus, identify, features)
 
     def _identifier(self) -> LanguageIdentifier:
-        with extras_named():
-            from py3langid.langid import MODEL_FILE, LanguageIdentifier
-        identifier = LanguageIdentifier.from_model_file(MODEL_FILE, norm_probs=True)
+        identifier = languages.identifier()
         for code in self.keep:
             if code not in identifier.labels:
                 known = ", ".join(sorted(identifier.labels))
