@@ -10,7 +10,7 @@ import typer
 
 from pretrain.core.bounds import Ge
 from pretrain.core.quick.quantities import counted, duration, short
-from pretrain.corpus.summary import SECONDS, Kind, Sample, Summary, summarized
+from pretrain.corpus.look.summary import SECONDS, Kind, Sample, Summary, summarized
 
 WIDEST = 10  # kinds, domains and languages that a line lists
 LINES = 8  # of a document

@@ -259,6 +259,15 @@ class Contradicting(TypedDict):
     kept: bool
 
 
+class Kept(TypedDict):
+    """A training document, to look at: the beginning of its text."""
+
+    domain: str
+    id: str
+    bytes: int
+    text: str
+
+
 class CorpusInfo(TypedDict, total=False):
     """What a report asks of `corpus.json`: documents and bytes by split and domain, what was removed, a digest."""
 
@@ -271,6 +280,8 @@ class CorpusInfo(TypedDict, total=False):
     fingerprint: str
     passed_over: dict[str, PassedOver]
     funnel: list[Passage]  # an operation after the other
+    lengths: dict[str, dict[str, int]]  # by split how many documents are below each power of two of bytes
+    kept: list[Kept]  # some training documents, drawn at random
 
 
 def contradicting(info: CorpusInfo) -> list[str]:

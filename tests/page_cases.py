@@ -61,6 +61,21 @@ LOOKS = [
 ]  # fmt: skip
 
 
+def looked_at(kept=3, reasons=("short", NASTY), letters=300):
+    """What `corpus.json` says of the lengths of documents, and some of them to look at, kept and dropped."""
+    text = f"{NASTY} " + "words " * (letters // 6)
+    sizes = {"documents": 1200, "bytes": 5_000_000}
+    dropped = {"reason": "", "measured": 0.5, "domain": NASTY, "id": NASTY, "text": text}
+    passage = {
+        "operation": "gopher_quality", "before": sizes, "after": sizes, "domains": {}, "lengths": {"64": 40, "128": 3},
+        "reasons": {reason: {"documents": 9, "bytes": 900} for reason in reasons},
+        "examples": [dropped | {"reason": reason, "id": f"{reason}-{n}"} for reason in reasons for n in range(2)],
+    }  # fmt: skip
+    rows = [{"domain": NASTY, "id": f"kept-{n}", "bytes": 12, "text": text} for n in range(kept)]
+    lengths = {"train": {"128": 30, "4096": 900, "1073741824": 1}, "test": {}}
+    return {"lengths": lengths, "kept": rows, "funnel": [passage]}
+
+
 def example(folder, *, evaluated=True, trained=True):
     kinds = {
         "data": "data",
@@ -80,7 +95,8 @@ def example(folder, *, evaluated=True, trained=True):
         "test": {NASTY: {"documents": 3, "bytes": 12}},
     }
     removed = {"exact": 4, "near": 5}
-    put(folder / "data" / "corpus" / "corpus.json", {"domains": domains, "removed": removed, "fingerprint": "f" * 64})
+    facts = {"domains": domains, "removed": removed, "fingerprint": "f" * 64}
+    put(folder / "data" / "corpus" / "corpus.json", facts | looked_at())
     record = {
         "seconds": 75.0,
         "flops": 3e12,

@@ -183,7 +183,7 @@ def test_a_runs_own_output_and_caches_are_no_source(tmp_path, monkeypatch):
         assert result.stages["data"]["metrics"]["documents/train"] == 2
     statuses = json.loads((tmp_path / "y" / "run.json").read_text())["stages"]
     assert [s["status"] for s in statuses] == ["finished"]
-    assert len(list(read(Files("runs/x", tables="text")))) > 2  # asked for by name
+    assert len(list(read(Files("runs/x", tables="text", pages="markup")))) > 2  # asked for by name
 
 
 def test_a_glob_passes_over_hidden_folders_as_a_folder_does(tmp_path):

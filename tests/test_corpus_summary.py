@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from pretrain import engine
 from pretrain.cli import app
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.summary import summarized
+from pretrain.corpus.look.summary import summarized
 from pretrain.recipe import check
 
 

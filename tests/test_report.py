@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from page_cases import NASTY, PIXEL, browser_page, example, put, rows
+from page_cases import NASTY, PIXEL, browser_page, example, looked_at, put, rows
 from safetensors.torch import save_file
 
 from pretrain import report
@@ -551,6 +551,41 @@ def test_a_browser_draws_it_without_errors_or_a_network(tmp_path, width, height,
     )
     assert problems == [] and [u for u in requests if not u.startswith(("file:", "data:"))] == []
     assert overflow == 0 and not wide and inside and broken is None
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (390, "dark")])
+def test_kept_and_dropped_documents_are_gone_through_one_by_one(tmp_path, width, scheme):
+    path = write(example(tmp_path / "r"))
+    with browser_page(width, 900, scheme) as page:
+        page.goto(path.as_uri())
+        shown = lambda: page.locator(".browse article:visible").all_inner_texts()  # noqa: E731
+        (first,) = shown()
+        assert "kept-0" in first and NASTY in first and page.locator(".browse output").inner_text() == "1 of 3"
+        page.click(".browse button[value='-1']")  # round to the last
+        assert "kept-2" in shown()[0] and page.locator(".browse output").inner_text() == "3 of 3"
+        page.select_option(".browse select", index=1)
+        page.click(".browse button[value='1']")
+        (dropped,) = shown()
+        assert "short-1" in dropped and "short: 0.5" in dropped
+        bars = page.eval_on_selector_all(
+            ".lengths .track i", "all => all.map(e => [e.clientWidth, getComputedStyle(e).backgroundColor])"
+        )
+        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert page.evaluate("window.broken") is None and overflow == 0
+    wide = [size for size, _ in bars]
+    assert len(bars) == 2 * 25 and max(wide) == wide[2 * 6] > 30  # 2 to 4 kB has the most, of all from 32 B to 1 GB
+    assert len({colour for _, colour in bars}) == 2
+
+
+def test_the_documents_of_a_corpus_stay_small_and_each_reason_has_one(tmp_path):
+    reasons = [f"language {n:03}" for n in range(150)]
+    folder = example(tmp_path / "r")
+    facts = json.loads((folder / "data" / "corpus" / "corpus.json").read_text())
+    put(folder / "data" / "corpus" / "corpus.json", facts | looked_at(20, reasons, 600))
+    text = write(folder).read_text()
+    assert len(text.encode()) < 500_000 and all(f"{reason}-0" in text for reason in reasons)
+    assert "kept-0" in text and "language 149-1" not in text
 
 
 CUT = """

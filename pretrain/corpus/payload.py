@@ -103,6 +103,11 @@ def payload(document: Document) -> bytes:
     return content(document) + (b"\0" + other.encode("utf-8", "surrogatepass") if other else b"")
 
 
+def bucket(size: int) -> str:
+    """The power of two that a size in bytes is below: of 4 to 7 it is `8`."""
+    return str(1 << size.bit_length())
+
+
 def identity(document: Document) -> bytes:
     """16 bytes that copies of a document share."""
     return hashlib.blake2b(payload(document), digest_size=16).digest()

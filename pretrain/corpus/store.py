@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import shutil
 import tempfile
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, write_json
 from pretrain.core.folders import verify
+from pretrain.corpus.look.census import Census
 from pretrain.corpus.payload import (
     CONTENT,
     Placed,
@@ -125,7 +125,8 @@ def write_corpus(
             with without_bars():
                 _operate(work, operations, removed, added)
         beside(work)
-        counts, content = _count(work)
+        census = _count(work)
+        counts = census.counts
         if not counts["train"]:
             why = f" (passed over: {skipped})" if skipped and skipped.reasons else ""
             raise PretrainError(f"no training documents are left{why}; accepted: at least one document")
@@ -138,7 +139,9 @@ def write_corpus(
             "copies": copies.names,  # the first of them, all are in removed.jsonl
             "added": added,
             "passed_over": skipped.facts() if skipped else {},
-            "fingerprint": digest([counts, content]),
+            "fingerprint": digest([counts, census.digest]),
+            "lengths": census.lengths,
+            "kept": census.kept,
         } | (facts or {})
         write_json(work / "corpus.json", info)
     return info
@@ -325,19 +328,15 @@ def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
         raise PretrainError(f"{path}: not a whole Parquet file ({reason})") from error
 
 
-def _count(work: Path) -> tuple[dict[str, dict[str, dict[str, int]]], str]:
-    """Documents and bytes by split and domain, and a digest of all payloads in their order."""
-    counts: dict[str, dict[str, dict[str, int]]] = {}
-    digested = hashlib.sha256()
+def _count(work: Path) -> Census:
+    """What there is, split by split."""
+    census = Census()
     for split in SPLITS:
-        domains: dict[str, dict[str, int]] = defaultdict(lambda: {"documents": 0, "bytes": 0})
-        for document in iterate(work / split, lambda names: [*in_payload(names), "domain"]):
-            data = payload(document)
-            digested.update(f"{split}\0{document['domain']}\0{len(data)}\0".encode() + data)
-            domains[document["domain"]]["documents"] += 1
-            domains[document["domain"]]["bytes"] += len(data)
-        counts[split] = dict(sorted(domains.items()))
-    return counts, digested.hexdigest()
+        census.begin(split)
+        for document in iterate(work / split, lambda names: [*in_payload(names), "domain", "id"]):
+            census.add(document)
+        census.end()
+    return census
 
 
 def _inside(value: object, name: str) -> object:

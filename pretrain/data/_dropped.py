@@ -11,7 +11,7 @@ Shape letters: D documents that are dropped.
 from __future__ import annotations
 
 import shutil
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from heapq import heappush, heapreplace
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.payload import in_payload, payload
+from pretrain.corpus.payload import bucket, in_payload, payload
 from pretrain.data._funnel import Domain, Dropped, Passage, Sizes
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Ledger:
     def _begin(self) -> None:
         self.drops = 0  # of the operation that is not settled
         self._reasons: dict[str, Sizes] = defaultdict(_nothing)
+        self._lengths = Counter[str]()
         self._of_domain: dict[str, dict[str, int]] = defaultdict(lambda: defaultdict(int))
         self._drawn: dict[str, list[tuple[float, int, Dropped]]] = defaultdict(list)
         self._random = np.random.default_rng(len(self.funnel))
@@ -80,6 +81,7 @@ class Ledger:
             self._reasons[reason]["documents"] += 1
             self._reasons[reason]["bytes"] += size
             self._of_domain[domain][reason] += 1
+            self._lengths[bucket(size)] += 1
         written = self._beginnings(table)
         self._draw(table, reasons, measured, domains, ids)
         self.drops += len(table)
@@ -143,6 +145,7 @@ class Ledger:
             "operation": operation, "before": total(sizes["before"]), "after": total(sizes["after"]),
             "reasons": {reason: self._reasons[reason] for reason in ordered}, "domains": domains,
             "examples": [example for _, _, example in drawn],
+            "lengths": dict(sorted(self._lengths.items(), key=lambda item: int(item[0]))),
         })  # fmt: skip
         self._begin()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import NotRequired, TypedDict
 
 
 class Sizes(TypedDict):
@@ -39,3 +39,4 @@ class Passage(TypedDict):
     reasons: dict[str, Sizes]  # the commonest first
     domains: dict[str, Domain]
     examples: list[Dropped]  # a few of each reason, drawn at random
+    lengths: NotRequired[dict[str, int]]  # how many of those dropped are below each power of two of bytes

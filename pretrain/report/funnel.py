@@ -1,10 +1,10 @@
-"""What the operations on a corpus left out, for the report: the funnel, by reason and domain, and some documents."""
+"""What the operations on a corpus left out, for the report: the funnel, by reason and domain."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pretrain.core.quick.quantities import figure, short
+from pretrain.core.quick.quantities import short
 from pretrain.data._funnel import Passage, Sizes
 from pretrain.report.markup import Html, join, table, tag
 
@@ -23,10 +23,6 @@ def funnel(passages: list[Passage], name: str) -> Html:
     if domains:
         listed = table(("operation", "domain", "before", "why", "after"), domains)
         parts.append(tag("details", tag("summary", "Dropped, by domain"), listed))
-    examples = [row for passage in passages for row in _examples(passage)]
-    if examples:
-        summary = tag("summary", f"Dropped documents: {len(examples)} at random")
-        parts.append(tag("details", summary, table(("operation", "why", "document", "text"), examples)))
     return join(parts)
 
 
@@ -52,18 +48,6 @@ def _by_domain(passage: Passage) -> list[tuple[object, ...]]:
         row = passage["domains"][domain]
         rows.append((passage["operation"], domain, _size(row["before"]), _words(row["reasons"]), _size(row["after"])))
     return rows
-
-
-def _examples(passage: Passage) -> list[tuple[object, ...]]:
-    return [
-        (
-            passage["operation"],
-            each["reason"] if each["measured"] is None else f"{each['reason']}: {figure(each['measured'])}",
-            f"{each['domain']} · {each['id']}",
-            tag("pre", each["text"]),
-        )
-        for each in passage["examples"]
-    ]
 
 
 def _size(size: Sizes) -> str:

@@ -22,6 +22,7 @@ from pretrain.report.classes import classes, confident
 from pretrain.report.data import BITS, CorpusRow, Page, StageRow, Trained
 from pretrain.report.data import collect as collect
 from pretrain.report.data import with_bigrams as with_bigrams
+from pretrain.report.documents import documents
 from pretrain.report.funnel import funnel
 from pretrain.report.held_out import Evaluated, heading
 from pretrain.report.markup import Html, fill, join, part, script_json, table, tag
@@ -273,7 +274,7 @@ def _corpus_table(corpus: CorpusRow) -> Html:
     dropped = funnel(corpus.get("funnel") or [], corpus["name"])
     counted = [tag("p", note, class_="note"), table(("domain", *splits), rows)]
     doubts = [tag("p", f"{line}.", class_="note") for line in contradicting(corpus)]
-    return join([*counted, *doubts, dropped, _copies(corpus), _passed_over(corpus)])
+    return join([*counted, *doubts, dropped, documents(corpus), _copies(corpus), _passed_over(corpus)])
 
 
 def _copies(corpus: CorpusRow) -> Html:

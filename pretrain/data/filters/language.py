@@ -9,7 +9,7 @@ import numpy as np
 
 from pretrain.core.bounds import Count, Share
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.corpus import languages
+from pretrain.corpus.look import languages
 from pretrain.data import DataOperation
 from pretrain.data._mapped import mapped
 from pretrain.data._work import by_domain, desk

@@ -119,6 +119,20 @@ function choose(name) {
   trainings();
 }
 buttons.forEach(button => button.addEventListener("click", () => { location.hash = button.dataset.axis; choose(button.dataset.axis); }));
+// The documents of a corpus, one at a time; without this all of them are shown.
+document.querySelectorAll(".browse").forEach(browser => {
+  const list = browser.querySelector("select"), count = browser.querySelector("output"), all = [...browser.querySelectorAll("article")];
+  let place = 0;
+  const show = () => {
+    const group = all.filter(each => each.dataset.group === list.value);
+    place = (place + group.length) % group.length;
+    all.forEach(each => { each.hidden = each !== group[place]; });
+    count.textContent = `${place + 1} of ${group.length}`;
+  };
+  list.addEventListener("change", () => { place = 0; show(); });
+  browser.querySelectorAll("button").forEach(button => button.addEventListener("click", () => { place += +button.value; show(); }));
+  show();
+});
 let width = 0;
 addEventListener("resize", () => { if (innerWidth !== width) { width = innerWidth; trainings(); } });
 if (data.trainings.length) choose(axis);

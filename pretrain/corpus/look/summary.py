@@ -18,7 +18,7 @@ import numpy as np
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_at
-from pretrain.corpus import languages
+from pretrain.corpus.look import languages
 from pretrain.corpus.minhash import copies
 from pretrain.corpus.progress import reported
 from pretrain.corpus.sources import Document, Files, Skipped
