@@ -2,15 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
 import io
+import json
 import tarfile
 import zipfile
 from pathlib import Path
+from random import Random
 
 WORDS = {
     "en": "The house stands at the edge of the forest, and nobody has lived in it for many years. ",
     "de": "Das Haus steht am Rand des Waldes, und seit vielen Jahren hat niemand mehr darin gewohnt. Es wäre schön. ",
     "fr": "La maison se trouve à la lisière de la forêt, et personne n'y a habité depuis des années. ",
+}
+# Words enough for texts that do not repeat themselves, each with words that tell its language.
+VOCABULARY = {
+    "en": "the house and of to with that were have from their which would there about garden river winter children stood under "
+    "between mountain letters written morning evening travelled towards village because although nothing everything remembered "
+    "window through another whether during against within carried brought silver quiet narrow bridge market people",
+    "de": "das Haus und der die mit dass waren haben von ihre welche würde dort über Garten Fluss Winter Kinder standen unter "
+    "zwischen Gebirge Briefe geschrieben Morgen Abend reisten gegen Dorf weil obwohl nichts alles erinnerten Fenster durch "
+    "andere während innerhalb getragen gebracht silbern still schmal Brücke Markt Leute schön größer müssen",
+    "fr": "la maison et de les avec que étaient avoir leurs laquelle serait sur jardin rivière hiver enfants sous entre montagne "
+    "lettres écrites matin soir voyageaient vers village parce bien rien tout souvenaient fenêtre travers autre pendant contre "
+    "dans porté apporté argent calme étroit pont marché gens était même après",
+    "es": "la casa y de los con que estaban tener sus cual sería sobre jardín río invierno niños bajo entre montaña cartas "
+    "escritas mañana tarde viajaban hacia pueblo porque aunque nada todo recordaban ventana través otro durante contra dentro "
+    "llevado traído plata tranquilo estrecho puente mercado gente también después",
 }
 MENU = "".join(f'<li><a href="/{n}">Menu entry {n}</a></li>' for n in range(12))
 
@@ -77,6 +95,41 @@ def tarred(files: dict[str, bytes], others: list[tarfile.TarInfo] | None = None)
         for info in others or []:
             archive.addfile(info)
     return made.getvalue()
+
+
+def prose(language: str, seed: int, sentences: int = 14) -> str:
+    """A text of sentences in a language, other ones with each seed."""
+    random, words = Random(f"{language} {seed}"), VOCABULARY[language].split()
+    lines = [" ".join(random.choices(words, k=random.randrange(8, 15))).capitalize() + "." for _ in range(sentences)]
+    return "\n".join(" ".join(lines[start : start + 4]) for start in range(0, sentences, 4))
+
+
+def mixed_folder(home: Path) -> None:
+    """Documents of every kind in three languages and a few in a fourth, and files that are broken in every way."""
+    encodings = {"en": "utf-8", "de": "iso-8859-1", "fr": "utf-8", "es": "utf-8"}
+    for language, encoding in encodings.items():
+        for n in range(5):
+            put(home / "web" / language / f"{n}.html", page(prose(language, n), encoding))
+    put(home / "web" / "again.html", (home / "web" / "en" / "0.html").read_bytes())
+    put(home / "web" / "broken.html", page(prose("de", 100), "iso-8859-1").replace(b"iso-8859-1", b"utf-8"))
+    for n in range(3):
+        put(home / "papers" / f"{n}.pdf", pdf(*prose("en", 10 + n).split("\n")))
+    put(home / "papers" / "cut.pdf", pdf(prose("en", 20).replace("\n", " "))[:300])
+    put(home / "papers" / "scan.pdf", pdf("", ""))
+    cells = [{"cell_type": "markdown", "source": prose("fr", 30 + n)} for n in range(3)]
+    put(home / "notes" / "book.ipynb", json.dumps({"cells": cells}))
+    put(home / "notes" / "latin.txt", prose("fr", 40).encode("iso-8859-1"))
+    put(home / "notes" / "guide.rst", prose("en", 41))
+    for n in range(8):
+        put(home / "notes" / f"{n}.md", f"# To do on day {n}")
+    files = {
+        f"{language}/{n}.txt": prose(language, 50 + n).encode() for language in ("en", "de", "fr") for n in range(4)
+    }
+    put(home / "old.zip", zipped(files))
+    put(home / "older.tar.gz", gzip.compress(tarred({f"{n}.md": prose("de", 60 + n).encode() for n in range(4)})))
+    put(home / "cut.zip", zipped(files)[:500])
+    answers = [(f"http://example.org/{n}", "200 OK", "text/html", page(prose("en", 70 + n))) for n in range(3)]
+    put(home / "crawl.warc.gz", warc(answers))
 
 
 def put(path: Path, data: bytes | str) -> Path:

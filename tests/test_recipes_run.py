@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from documents_made import mixed_folder
 from safetensors.torch import load_file
 
 import pretrain
@@ -36,6 +38,9 @@ SMALL = {
     "clean-web-text": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2", "model.length=64", "model.budget.steps=4",
                        "corpus.operations=[deduplicate, {method: line_deduplication, common: 10}, document_statistics, {method: gopher_repetition, tag: true}, {method: gopher_quality, tag: true}]",
                        "clean.operations=[gopher_repetition, {method: gopher_quality, letter_words: 0.5, stop_words: 0}, exact_substring_deduplication, mask_pii]"],
+    "mixed-folder": ["model.model.hidden_size=32", "model.model.intermediate_size=48", "model.model.num_hidden_layers=1", "model.model.num_attention_heads=2", "model.length=64", "model.budget.steps=4",
+                     "corpus.operations=[deduplicate, {method: gopher_repetition, tag: true}, {method: gopher_quality, tag: true}]",
+                     "clean.operations=[gopher_repetition, {method: gopher_quality, letter_words: 0.5, stop_words: 0}]"],
     "chat-from-a-base": ["base.model.hidden_size=32", "base.model.intermediate_size=48", "base.model.num_hidden_layers=1", "base.model.num_attention_heads=2", "base.length=64", "base.budget.steps=4",
                          "questions.sources=[{functions: [networkx], limit: 60, longest: 200}]", "tuned.length=128", "tuned.budget={steps: 4}", "tuned.evaluate_every=0",
                          "pairs.operations.0.max_new_tokens=4", "preferred.length=128", "preferred.budget={steps: 3}", "samples.max_new_tokens=4",
@@ -110,6 +115,38 @@ def whole(tmp_path, text, name):
             assert any(row["event"] == "evaluation" and row["metrics"]["loss"] > 0 for row in lines) is held_out
             assert result.stages[stage.name]["flops"] > 0
     return result
+
+
+def test_a_mixed_folder_becomes_a_model_and_the_report_says_what_was_left_out(tmp_path):
+    for package in ("trafilatura", "pypdf", "warcio", "py3langid"):
+        pytest.importorskip(package)
+    mixed_folder(tmp_path / "mine")
+    given = [
+        f"corpus.sources.0.files={tmp_path / 'mine'}",
+        "corpus.validation=0.15",
+        "corpus.test=0.15",
+        "tokenizer.vocab_size=400",
+    ]
+    small = [setting for setting in SMALL["mixed-folder"] if not re.match("corpus|clean", setting)]
+    result = engine.run(load(RECIPES / "mixed-folder.yaml", given + small, tmp_path / "run"), say=lambda text: None)
+    corpus, clean = (Corpus(tmp_path / "run" / name / "corpus").info for name in ("corpus", "clean"))
+    kinds = {domain for split in corpus["domains"].values() for domain in split}
+    assert kinds == {"html", "pdf", "warc", "ipynb", "md", "rst", "txt"}
+    passed = {reason: facts["count"] for reason, facts in corpus["passed_over"].items()}
+    assert passed == {
+        "broken PDF": 1,
+        "not UTF-8": 2,
+        "unreadable (OSError)": 1,
+        "documents without text (PDF: scans, pictures)": 1,
+    }
+    assert corpus["removed"]["exact"] >= 1
+    reasons = {reason for passage in clean["funnel"] for reason in passage["reasons"]}
+    assert "language es" in reasons and len(reasons) >= 2
+    kept = {document["language"] for document in Corpus(tmp_path / "run" / "clean" / "corpus").documents("train", list)}
+    assert kept == {"en", "de", "fr"}
+    page = result.report.read_text()
+    assert "dropped · language · language es" in page and "broken PDF" in page and len(page.encode()) < 1_000_000
+    assert math.isfinite(result.stages["evaluation"]["metrics"]["bits_per_byte"])
 
 
 @pytest.mark.processes
