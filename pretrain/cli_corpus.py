@@ -11,6 +11,7 @@ import typer
 from pretrain.core.bounds import Ge
 from pretrain.core.quick.quantities import counted, duration, short
 from pretrain.corpus.look.summary import SECONDS, Kind, Sample, Summary, summarized
+from pretrain.corpus.sources._skipped import in_number
 
 WIDEST = 10  # kinds, domains and languages that a line lists
 LINES = 8  # of a document
@@ -98,7 +99,7 @@ def _passed_over(reason: str, facts: Mapping[str, str | int | list[str]]) -> str
     names, count = facts["names"], facts["count"]
     assert isinstance(names, list) and isinstance(count, int), "as Skipped counts"
     shown = ", ".join(names[:NAMES]) + (", …" if count > NAMES else "")
-    return f"{count:,} {reason}" + (f" ({shown})" if shown else "")
+    return in_number(reason, count) + (f" ({shown})" if shown else "")
 
 
 def _show(sample: Sample) -> None:

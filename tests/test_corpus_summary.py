@@ -125,3 +125,9 @@ def test_where_nothing_is_the_error_names_it(tmp_path):
     put(tmp_path / "x" / "pic.bin", b"\0\1")
     shown = CliRunner().invoke(app, ["corpus", str(tmp_path / "x")])
     assert shown.exit_code == 0 and "documents   0" in shown.output and "1 binary" in shown.output
+
+
+def test_one_of_a_reason_is_said_in_the_singular(folder):
+    put(folder / "in.zip", zipped({"a.zip": b"", "../b.txt": b"x"}))
+    shown = CliRunner().invoke(app, ["corpus", str(folder)])
+    assert "1 archive in archives" in shown.output and "1 name that lead" in shown.output

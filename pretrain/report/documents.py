@@ -39,10 +39,21 @@ def _counter(lengths: dict[str, int] | None) -> Counter[int]:
 
 
 def _row(edge: int, kept: int, dropped: int, top: int, both: bool) -> Html:
-    name = f"{short(edge // 2, 'B')} to {short(edge, 'B')}" if edge > 1 else "empty"
+    name = _span(edge)
     title = f"{name}: {counted(kept, 'document')}" + (f", {dropped:,} dropped" if both else "")
     tracks = [_track(kept, top, "track"), *([_track(dropped, top, "track dropped")] if both else [])]
-    return tag("div", tag("em", name), tag("span", *tracks), tag("b", f"{kept:,}"), class_="bar", title=title)
+    counts = tag("b", f"{kept:,}", *([tag("br"), f"{dropped:,}"] if both else []))
+    return tag("div", tag("em", name), tag("span", *tracks), counts, class_="bar", title=title)
+
+
+def _span(edge: int) -> str:
+    """The bytes below a power of two and from half of it on: `512 to 1,024 B`, `1 to 2 KiB`."""
+    if edge <= 1:
+        return "empty"
+    scale, unit = next(
+        (s, u) for s, u in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B")) if edge // 2 >= s or s == 1
+    )
+    return f"{edge // 2 // scale:,} to {edge // scale:,} {unit}"
 
 
 def _track(count: int, top: int, name: str) -> Html:

@@ -18,10 +18,18 @@ GROUPS = {
     r"|^conversations|^empty",
     "changed and kept": r" cut\b|replaced",
 }
-PLURALS = "conversation|document|ending|file|image|item|line|name|notebook|recording|row|sequence|table"
+PLURALS = "answer|archive|conversation|document|ending|file|image|item|line|name|notebook|recording|row|sequence|table"
 LISTED = 20  # names that are kept of each reason
 LONGEST = 4_000_000  # characters of a document or a line: of text in tokens about 90 bytes of memory each
 SHOWN = 3  # names that one line has of each reason
+
+
+def in_number(reason: str, count: int) -> str:
+    """A reason with how many there are, one in the singular."""
+    if count == 1:
+        single = re.sub(rf"\b({PLURALS})s\b", r"\1", reason, count=1)
+        return f"1 {single.replace(' that are ', ' that is ', 1)}"
+    return f"{count:,} {reason}"
 
 
 class Skipped:
@@ -52,10 +60,7 @@ class Skipped:
 
     def counted(self, reason: str) -> str:
         """A reason with how many there are: `2 rows without text`, `1 row without text`."""
-        if self.reasons[reason] == 1:
-            single = re.sub(rf"\b({PLURALS})s\b", r"\1", reason, count=1)
-            return f"1 {single.replace(' that are ', ' that is ', 1)}"
-        return f"{self.reasons[reason]:,} {reason}"
+        return in_number(reason, self.reasons[reason])
 
     def ordered(self) -> list[str]:
         """The reasons by their groups."""
