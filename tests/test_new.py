@@ -137,6 +137,14 @@ def test_code_is_told_by_its_languages_and_what_is_no_text_of_it_is_named(here, 
     assert source["files"] == "code" and set(source["suffixes"]) == {".py", ".js"}
 
 
+def test_markup_among_code_is_read_as_it_stands(here, stories):
+    write_code(here / "code", stories)
+    (here / "code" / "index.html").write_text("<p>Words of a page</p>\n" * 20)
+    new("code")
+    source = yaml.safe_load(Path("code.yaml").read_text())["stages"][0]["sources"][0]
+    assert source["pages"] == "markup" and ".html" in source["suffixes"]
+
+
 def test_prose_in_two_languages_gets_a_domain_each(here):
     write_prose(here / "prose")
     assert "English and French" in new("prose")

@@ -10,6 +10,7 @@ from pretrain.records import CorpusInfo
 from pretrain.report.markup import Html, join, tag
 
 MOST_BYTES = 120_000  # of the documents of a corpus that are shown
+UNITS = ((30, "GiB"), (20, "MiB"), (10, "KiB"), (0, "B"))
 FEWEST = 2  # lengths that are worth a drawing
 Shown = tuple[str, str, str]  # the group, what stands above the text, the text
 
@@ -50,10 +51,9 @@ def _span(edge: int) -> str:
     """The bytes below a power of two and from half of it on: `512 to 1,024 B`, `1 to 2 KiB`."""
     if edge <= 1:
         return "empty"
-    scale, unit = next(
-        (s, u) for s, u in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB"), (1, "B")) if edge // 2 >= s or s == 1
-    )
-    return f"{edge // 2 // scale:,} to {edge // scale:,} {unit}"
+    least = edge // 2
+    power, unit = next((power, unit) for power, unit in UNITS if least >> power or not power)
+    return f"{least >> power:,} to {edge >> power:,} {unit}"
 
 
 def _track(count: int, top: int, name: str) -> Html:
