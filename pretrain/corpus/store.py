@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, unknown
@@ -265,7 +264,7 @@ def _open(split: Path, cache: Path) -> Dataset:
 
     files = [str(path) for path in sorted(split.glob("*.parquet"))]
     for path in files:
-        with _opened(Path(path)):
+        with opened_part(Path(path)):
             pass
     if not files:
         return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
@@ -282,29 +281,17 @@ def iterate(split: Path, columns: Columns = TEXTS) -> Iterator[Document]:
         yield from _read_part(path, columns)
 
 
-def shuffled(paths: Sequence[Path], columns: Sequence[str], seed: int = 0) -> Iterator[Document]:
-    """The documents of parts, a row group after another in an order that the seed draws: a sample may end anywhere."""
-    groups: list[tuple[Path, int]] = []
-    for path in paths:
-        with _opened(path) as file:
-            groups += [(path, number) for number in range(file.num_row_groups)]
-    for path, number in Random(seed).sample(groups, len(groups)):
-        with _opened(path) as file:
-            known = [name for name in file.schema_arrow.names if name in columns]
-            yield from file.read_row_group(number, columns=known).to_pylist()
-
-
 def count_rows(split: Path) -> int:
     """How many documents the files of a split hold, each read whole."""
     rows = 0
     for path in sorted(split.glob("*.parquet")):
-        with _opened(path) as file:
+        with opened_part(path) as file:
             rows += sum(file.read_row_group(number).num_rows for number in range(file.num_row_groups))
     return rows
 
 
 def _read_part(path: Path, columns: Columns) -> Iterator[Document]:
-    with _opened(path) as file:
+    with opened_part(path) as file:
         known = file.schema_arrow.names
         wanted = set(columns(known) if callable(columns) else columns)
         for number in range(file.num_row_groups):
@@ -312,7 +299,7 @@ def _read_part(path: Path, columns: Columns) -> Iterator[Document]:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
+def opened_part(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
     """A part's file, whose columns of text are text."""
     import pyarrow
     import pyarrow.parquet
@@ -401,7 +388,7 @@ class Corpus:
         if not parts:
             return []
         verify(self.folder, lambda name: name == parts[0].relative_to(self.folder).as_posix())
-        with _opened(parts[0]) as file:
+        with opened_part(parts[0]) as file:
             return list(file.schema_arrow.names)
 
     def documents(self, name: str, columns: Columns = TEXTS) -> Iterator[Document]:

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from random import Random
 from typing import TypedDict
 
@@ -23,7 +24,7 @@ from pretrain.corpus.minhash import copies
 from pretrain.corpus.progress import reported
 from pretrain.corpus.sources import Document, Files, Skipped
 from pretrain.corpus.sources._containers import ending
-from pretrain.corpus.store import SPLITS, Corpus, shuffled
+from pretrain.corpus.store import SPLITS, Corpus, opened_part
 
 SECONDS = 20.0  # of reading
 DRAWN = 1000  # documents that are compared with one another, of which some are shown
@@ -169,7 +170,7 @@ def _of_corpus(place: str, corpus: Corpus, seconds: float, say: Callable[[str], 
     paths = [path for split in SPLITS for path in sorted((corpus.folder / split).glob("*.parquet"))]
     size = sum(path.stat().st_size for path in paths)
     whole = True
-    for document in reported(shuffled(paths, ("text", "domain", "id")), say, "documents read"):
+    for document in reported(_shuffled(paths, ("text", "domain", "id")), say, "documents read"):
         seen.add(document)
         if time.monotonic() > begun + seconds:
             whole = len(seen.lengths) == sum(info["documents"].values())
@@ -181,6 +182,18 @@ def _of_corpus(place: str, corpus: Corpus, seconds: float, say: Callable[[str], 
         "splits": dict(info["documents"]), "removed": dict(info.get("removed") or {}),
         "passed_over": dict(info.get("passed_over") or {}), **_measured(seen, facts),
     }  # fmt: skip
+
+
+def _shuffled(paths: list[Path], columns: tuple[str, ...]) -> Iterator[Document]:
+    """The documents of parts, a row group after another in an order drawn once: a sample may end anywhere."""
+    groups: list[tuple[Path, int]] = []
+    for path in paths:
+        with opened_part(path) as file:
+            groups += [(path, number) for number in range(file.num_row_groups)]
+    for path, number in Random(0).sample(groups, len(groups)):
+        with opened_part(path) as file:
+            known = [name for name in file.schema_arrow.names if name in columns]
+            yield from file.read_row_group(number, columns=known).to_pylist()
 
 
 def _until(rows: Iterator[tuple[str, Document]], seen: _Seen, skipped: Skipped, end: float) -> bool:
