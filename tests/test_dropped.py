@@ -159,6 +159,21 @@ def test_a_stage_puts_the_table_beside_the_corpus_under_its_checksums(ran):
     assert FILE in damage(corpus)
 
 
+def test_a_corpus_says_how_long_its_documents_are_and_shows_some(ran):
+    corpus = Corpus(ran / "data" / "corpus")
+    train = {row["id"]: row for row in corpus.documents("train")}
+    sizes = [len(row["text"].encode()) for row in train.values()]
+    lengths = {int(edge): count for edge, count in corpus.info["lengths"]["train"].items()}
+    assert lengths == {edge: sum(edge // 2 <= size < edge for size in sizes) for edge in lengths}
+    assert sum(lengths.values()) == len(train) and list(lengths) == sorted(lengths)
+    kept = corpus.info["kept"]
+    assert len(kept) == min(20, len(train)) == len({row["id"] for row in kept})
+    assert all(train[row["id"]]["text"].startswith(row["text"]) and row["text"] for row in kept)
+    for passage in corpus.info["funnel"]:
+        dropped = sum(reason["documents"] for reason in passage["reasons"].values())
+        assert sum(passage["lengths"].values()) == dropped
+
+
 def test_the_report_shows_the_funnel_and_dropped_documents_escaped(ran):
     info = Corpus(ran / "data" / "corpus").info
     shown = page.funnel(info["funnel"], "data") + page.documents(info)
