@@ -36,7 +36,7 @@ def _lengths(corpus: CorpusInfo) -> Html:
 
 
 def _counter(lengths: dict[str, int] | None) -> Counter[int]:
-    return Counter({int(edge): count for edge, count in (lengths or {}).items()})
+    return Counter({int(edge): count for edge, count in (lengths or {}).items() if edge.isdecimal()})
 
 
 def _row(edge: int, kept: int, dropped: int, top: int, both: bool) -> Html:
