@@ -307,7 +307,7 @@ def test_a_confusion_gives_each_class_its_precision_recall_and_f1():
     assert never_answered(confusion_of(["a", "a"], ["a", "b"])) == ["b"]
     found = summary({"task": Measured({"accuracy": 0.6}, confusion=confusion)}, [], compressors=False)
     assert found["confusion"] == confusion
-    page = str(classes(confusion))
+    page = str(classes(confusion, "test"))
     assert '<td data-label="recall" class="number">0.750</td>' in page and "a: answered b, 25%" in page
     many = confusion_of([f"c{n}" for n in range(20)], [f"c{(n + 1) % 20}" for n in range(20)])
     assert "The commonest mistakes" in str(classes(many))
@@ -367,7 +367,7 @@ def test_bits_are_good_only_where_the_interval_lies_below_the_counts(high, words
 
 def test_a_class_that_is_never_answered_is_named():
     found = summarise(page_of(0.9, 0.5, (0.8, 0.95), FLAT, confusion={"a": {"a": 9}, "rare": {"a": 2}}))
-    assert "never answers “rare” (2)" in found.judgement and "“rare” (2 held out)" in found.advice
+    assert "never answers “rare” (2)" in found.judgement and "“rare” (2 test documents)" in found.advice
 
 
 def test_the_next_command_keeps_what_set_gave_and_replaces_what_it_changes():

@@ -60,7 +60,7 @@ def test_the_curves_have_the_bars_colours():
 
 def test_what_compressors_have_packed_is_said():
     bar = {"name": "xz -9e", "all": 1.7, "values": [1.6]}
-    chart = {"title": "", "domains": ["a"], "more": 0, "few": [], "sizes": {}}
+    chart = {"split": "test", "title": "", "domains": ["a"], "more": 0, "few": [], "sizes": {}}
     chart |= {"models": [bar | {"name": "m"}], "tools": [bar]}
     assert "pack all text as one stream, and each domain as a stream of its own." in bits_chart(0, chart)
     assert "pack all text as one stream." in bits_chart(0, chart | {"domains": []})
