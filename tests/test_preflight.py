@@ -310,7 +310,7 @@ def test_a_confusion_gives_each_class_its_precision_recall_and_f1():
     page = str(classes(confusion, "test"))
     assert '<td data-label="recall" class="number">0.750</td>' in page and "a: answered b, 25%" in page
     many = confusion_of([f"c{n}" for n in range(20)], [f"c{(n + 1) % 20}" for n in range(20)])
-    assert "The commonest mistakes" in str(classes(many))
+    assert "The commonest mistakes" in str(classes(many, "test"))
 
 
 def page_of(accuracy, majority, interval, held_out, *, confusion=None, kept=None, given=(), unit="tokens", objective="classification"):  # fmt: skip
