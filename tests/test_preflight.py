@@ -189,6 +189,38 @@ def test_an_evaluation_of_the_labels_of_another_column_is_told_before_training(t
     assert line == "stage 'test': asks for the labels of 'label', and 'tuned' learns those of 'number'"
 
 
+def test_labels_are_not_asked_of_a_model_that_learns_from_text_alone(tmp_path):
+    raw = yaml.safe_load(recipe(tmp_path).path.read_text())
+    raw["stages"][2]["objective"] = "masked_lm"
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+    words = (
+        r"test\.checkpoint: classification measures labels, and 'tuned' learns none: its objective is masked_lm; "
+        "accepted: a checkpoint that classification has trained"
+    )
+    with pytest.raises(PretrainError, match=words):
+        checked(load(tmp_path / "mine.yaml", output=tmp_path / "run"))
+
+
+def test_a_language_model_is_not_asked_for_labels(tiny, prepared):
+    from pretrain.corpus.tokenizers import load_tokenizer
+    from pretrain.evaluation.tasks.task import Task
+
+    documents = [{"text": text, "label": label} for text, label, _ in ROWS]
+    with pytest.raises(PretrainError, match="task: a BertForMaskedLM gives no labels; accepted: a checkpoint that"):
+        Task()(tiny("bert", vocab_size=512), load_tokenizer(prepared / "tokenizer"), documents)
+
+
+def test_a_rate_that_no_model_learns_at_is_told_before_training(tmp_path):
+    raw = yaml.safe_load(recipe(tmp_path).path.read_text())
+    told = {}
+    for rate in (4e-3, 4.0):
+        raw["stages"][2]["optimizer"] = {"method": "adamw", "lr": rate}
+        (tmp_path / "mine.yaml").write_text(yaml.safe_dump(raw))
+        made = forecast(plan(load(tmp_path / "mine.yaml", output=tmp_path / "run")))
+        told[rate] = [odd.text for each in made for odd in each.estimate.warnings if odd.text.startswith("lr ")]
+    assert told[4e-3] == [] and ["lr 4: 667 times 0.006" in line for line in told[4.0]] == [True]
+
+
 def test_an_evaluation_reads_a_split_once_at_most(tmp_path):
     *_, judged = forecast(plan(recipe(tmp_path)))
     assert 0 < judged.estimate.passes <= 1

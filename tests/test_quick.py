@@ -137,6 +137,22 @@ def test_a_finished_run_is_told_at_once_and_its_report_is_made_only_where_it_wou
     assert again()[:2] == ([], first)
 
 
+def test_compare_refuses_too_small_a_budget_before_torch(tmp_path):
+    size = "family: llama, hidden_size: 32, intermediate_size: 48, num_hidden_layers: 1, num_attention_heads: 2"
+    for name, rows in (("a", 4), ("b", 8)):
+        (tmp_path / f"{name}.yaml").write_text(f"""
+            stages:
+            - {{stage: data, name: corpus, sources: [{{files: ., suffixes: [.txt]}}]}}
+            - {{stage: tokenizer, name: words, corpus: corpus, vocab_size: 300}}
+            - {{stage: train, name: first, corpus: corpus, tokenizer: words, model: {{{size}}}, budget: {{steps: 9_000}}}}
+            - {{stage: train, name: last, corpus: corpus, init: first, batch_rows: {rows}, budget: {{steps: 9}}}}
+        """)
+    (tmp_path / "text.txt").write_text("words and words " * 400)
+    done, imported, _ = command("compare", "a.yaml", "b.yaml", "--budget", "flops=1e9", cwd=tmp_path)
+    assert done.returncode == 1 and "the stages before 'last' spend all 1 G FLOPs" in done.stderr
+    assert "torch" not in imported and "transformers" not in imported
+
+
 def test_generate_imports_no_more_than_it_must(tiny, prepared, tmp_path):
     """It takes less of a processor, the model and its answer included, than to import a model's class plainly."""
     from pretrain.corpus.tokenizers import load_tokenizer

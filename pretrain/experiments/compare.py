@@ -74,7 +74,9 @@ def compare(
     check_output(Path(output))
     paths = _named(recipes, seeds)
     names = list(paths)
-    _check_unequal({name: _loaded(path, 0, flops, overrides)[0] for name, path in paths.items()})
+    asked = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
+    _check_unequal({name: recipe for name, (recipe, _) in asked.items()})
+    _check_left(_placed(asked, Path(output)), flops)
     from pretrain.core.hardware import describe  # imports torch: what is wrong with the recipes has been said by now
 
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
@@ -83,7 +85,6 @@ def compare(
     metric = metric or _usual_metric(loaded)
     for name, (recipe, trained) in loaded.items():
         _check_metric(name, recipe, trained, metric)
-    _check_left(_placed(loaded, Path(output)), flops)
     for line in _unlike(loaded, metric):
         say(f"warning: {line}")
     usual = {name: rate_of(*each) for name, each in loaded.items()}

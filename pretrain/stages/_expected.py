@@ -11,6 +11,7 @@ from pretrain.core.files import JSON
 from pretrain.core.quick.machine import efficiency, likely_beside, likely_device, likely_rate, memory
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import duration
+from pretrain.dial.choose import RATES
 from pretrain.dial.configs import convolutions, positions_of, reconstructor, shape_from
 from pretrain.dial.law import LITTLE, NEARLY_NEW, worth
 from pretrain.dial.shapes import FIELDS, Shape
@@ -43,6 +44,7 @@ FEWER = 1.5  # times the measurements that are made are asked for: from there on
 LONG, NOTICED = 0.3, 10.0  # of the time of training from which that of measuring is told; and seconds
 OTHER_PASSES = 20  # where each hides other tokens, or labels are learnt
 FEW_STEPS = 10
+FAR_ABOVE = 50  # times a good peak rate: beyond it no model of any size has one
 FILLED = 0.995  # of a row: documents are packed into rows of a length, and not each to its end
 LOGGED = 1.2e3  # bytes of a logged step
 START = 3.0  # seconds before the first step
@@ -365,6 +367,7 @@ def _as_wide(shape: Shape, width: int) -> Shape:
 
 def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[Odd]:
     """What a user would want to know of the budget before it is spent."""
+    yield from _too_fast(stage.optimizer)
     steps, step = tokens / work.step_tokens, f"{work.step_tokens / FILLED:,.0f} tokens"
     if stage.budget.unit == "tokens" and stage.budget.limit < work.step_tokens:
         text = f"budget.tokens {stage.budget.limit:,.0f}: one step takes {step}; accepted: fewer batch_rows"
@@ -377,6 +380,14 @@ def _odd(stage: Asked, work: Work, tokens: float) -> Iterator[Odd]:
         yield Odd("batch_rows", text)
     elif work.corpus_tokens and stage.processor is None:
         yield from _repeated(stage, tokens / work.corpus_tokens)
+
+
+def _too_fast(optimizer: Optimizer) -> Iterator[Odd]:
+    """That a peak rate is far above the one that was best for the optimiser at a small size."""
+    usual, rate = RATES.get(optimizer.name, {}).get("lr", math.inf), float(getattr(optimizer, "lr", 0.0) or 0.0)
+    if rate > FAR_ABOVE * usual:
+        text = f"lr {rate:g}: {rate / usual:,.0f} times {usual:g}, which was good for {optimizer.name} in a small model"
+        yield Odd("optimizer.lr", f"{text}: the training will hardly learn; accepted: less")
 
 
 def _repeated(stage: Asked, passes: float) -> Iterator[Odd]:

@@ -37,6 +37,7 @@ SECONDS = 0.5
 SHORT = 60  # letters of a label
 FEW, MANY = 5, 20  # rows of a label, of so many labels
 LIKE_PYTHON = "text like Python's library"  # what a law of it is of, where another corpus is learnt
+OF_TEXT_ALONE = "pretrain.objectives.language."
 LEAST_TEXT = 500  # bytes: of less nothing can be learnt and held out
 
 
@@ -258,11 +259,28 @@ def _wrapped(method: Method) -> str:
 
 
 def other_labels(stage: Stage, trained: Stage) -> Iterator[str]:
-    """A line for each evaluation that asks for the labels of another column than those that its model learns."""
+    """A line for each evaluation that asks for the labels of another column than those that its model learns.
+
+    An evaluation of labels is refused where the model learns none, since it is trained on the text alone.
+    """
+    _check_head(stage, trained)
     learnt = {columns[-1] for _, method, columns in columns_asked(trained) if _wrapped(method) == "classification"}
     for _, method, columns in columns_asked(stage) if len(learnt) == 1 else ():
         if _wrapped(method) == "classification" and columns[-1] not in learnt:
             yield f"asks for the labels of {columns[-1]!r}, and {trained.name!r} learns those of {min(learnt)!r}"
+
+
+def _check_head(stage: Stage, trained: Stage) -> None:
+    objective = getattr(trained, "objective", None)
+    if not type(objective).__module__.startswith(OF_TEXT_ALONE):
+        return
+    for _, method, _ in columns_asked(stage):
+        if getattr(getattr(method, "wrapped", method), "headed", False):
+            raise PretrainError(
+                f"{_wrapped(method)} measures labels, and {trained.name!r} learns none: its objective is "
+                f"{getattr(objective, 'name', '')}; accepted: a checkpoint that {_wrapped(method)} has trained",
+                place=("checkpoint",),
+            )
 
 
 def _check_numbers(column: str, counts: Counter[str], seen: Seen, place: tuple[str | int, ...]) -> None:

@@ -32,6 +32,11 @@ def labels_of(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(str(name) for _, name in sorted((model.config.id2label or {}).items()))
 
 
+def answers_with_labels(model: PreTrainedModel) -> bool:
+    """Whether it is a classifier, of texts or of tokens, and not a language model or a bare encoder."""
+    return "Classif" in type(model).__name__ or output(model) is not None
+
+
 def other_column(model: PreTrainedModel, asked: str) -> str:
     """That the model's labels are those of another column of its training documents, where that is known."""
     trained = lineage(getattr(model.config, "_name_or_path", "") or "/none").get("objective")

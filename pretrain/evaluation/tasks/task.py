@@ -18,7 +18,7 @@ from pretrain.core.errors import PretrainError, brief, listed
 from pretrain.core.folders import corpus_of
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.core.models.families import positions_of
-from pretrain.core.models.heads import labels_of, other_column
+from pretrain.core.models.heads import answers_with_labels, labels_of, other_column
 from pretrain.core.quick.confusion import Mistake, confusion_of, wrong_answers
 from pretrain.corpus.examples import Examples
 from pretrain.corpus.store import Corpus
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 
 BINS = 15  # of confidence, as in the paper
 BASELINES = {"majority", "mse_of_mean"}  # of the documents alone, which say nothing of the model
+
+
+def check_head(objective: FineTuning, model: PreTrainedModel) -> None:
+    """Refuse a model without a head that gives labels, where the objective's answers are its own."""
+    inner = getattr(objective, "wrapped", objective)
+    if inner.headed and not answers_with_labels(model):
+        raise PretrainError(
+            f"task: a {type(model).__name__} gives no labels; accepted: a checkpoint that {inner.name} has trained, or "
+            "another evaluation"
+        )
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class Task(Evaluation):
     ) -> Measured:
         """The objective's metrics over all documents and by domain."""
         objective = self.method
+        check_head(objective, model)
         labels = labels_of(model)
         known, whole_count = self._known(documents, labels)
         if not known:

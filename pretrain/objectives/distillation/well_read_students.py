@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, ClassVar, cast
 
 import torch
 from torch import nn
@@ -51,6 +51,8 @@ class WellReadStudents(FineTuning[str | None]):
     Where its tokenizer is another than the student's, or its positions are fewer, each reads the text in its own
     tokens, as many as fit. `label: null` leaves labels unread. Evaluate with `task` and `classification`.
     """
+
+    headed: ClassVar[bool] = True
 
     teacher: Ref
     label: str | None = "label"

@@ -31,6 +31,7 @@ class FineTuning(Objective, Generic[Answer]):
 
     reads: ClassVar[Literal["rows", "examples"]] = "examples"
     predicted: ClassVar[float] = 0.0  # the head is one of labels
+    headed: ClassVar[bool] = False  # the answers are those of a head of its own, which other models have not
     fill: ClassVar[Literal["longest", "rows", "apart"]] = "longest"  # what a batch makes of its inputs
 
     @property

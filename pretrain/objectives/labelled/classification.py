@@ -32,6 +32,7 @@ class Classification(FineTuning[str]):
     The checkpoint is `transformers`' AutoModelForSequenceClassification, with the names of the classes.
     """
 
+    headed: ClassVar[bool] = True
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "majority", "macro_f1", "matthews")
 
     label: str = "label"

@@ -52,6 +52,7 @@ class Regression(FineTuning[float]):
     are, and so are the outputs of what is written: s (w · h + b) + m = (s w) · h + (s b + m).
     """
 
+    headed: ClassVar[bool] = True
     metric_names: ClassVar[tuple[str, ...]] = ("mse", "mse_of_mean", "pearson", "spearman")
 
     label: str = "label"

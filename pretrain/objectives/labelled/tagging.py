@@ -31,6 +31,7 @@ class Tagging(FineTuning[list[str]]):
     length are not learnt, and predicted `O`.
     """
 
+    headed: ClassVar[bool] = True
     metric_names: ClassVar[tuple[str, ...]] = ("accuracy", "majority", "precision", "recall", "f1")
 
     tags: str = "tags"
