@@ -265,6 +265,8 @@ def generate(
         token_healing=token_healing,
     )
     typer.echo(sample["continuation"] if chat else text + sample["continuation"])
+    if not sample["continuation"].strip():
+        typer.echo("note: the model has ended the text at once; another --seed or prompt may go on", err=True)
 
 
 app.command()(talking.chat)

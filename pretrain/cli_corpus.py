@@ -57,7 +57,7 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "left out", ", ".join(f"{count:,} {name}" for name, count in summary["removed"].items() if count)
     if not read["documents"]:
         return
-    yield "domains", _listed(summary["domains"], read["documents"])
+    yield "domains", f"of documents: {_listed(summary['domains'], read['documents'])}"
     levels = [f"{WHICH[level]} {length:,}" for level, length in summary["characters"].items()]
     yield "characters", ", ".join(levels)
     languages = summary["languages"]

@@ -29,7 +29,7 @@ def convert(
     ] = None,
 ) -> None:
     """Write a checkpoint from GGUF, pickled weights or a config.json without model_type; nothing of it is run."""
-    with uncollected():
+    with uncollected(opens=source):
         from pretrain.core.exchange.convert import convert as write
 
     made_by = write(source, target, model_type)["made_by"]
@@ -58,7 +58,7 @@ def export(
     for name in of:
         check_option(to.value, name, "--")
     place = newest_checkpoint(checkpoint)
-    with uncollected():
+    with uncollected(opens=place):
         from pretrain.core.exchange.exporting import export as write
 
     with consenting_to(place, trust_remote_code):

@@ -187,8 +187,8 @@ def _corpus(texts: Texts, folder: Path, validation: float) -> Path:
 
 @extras_named()
 def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
+    model: PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase],
+    tokenizer: PreTrainedTokenizerBase | str = "",
     prompt: str = "",
     *,
     method: Decoding | Method | None = None,
@@ -201,6 +201,7 @@ def generate(
 ) -> str:
     """What the model writes after a prompt, up to and with the first text of `stop`.
 
+    `generate(model, tokenizer, prompt)`, or with both of them as one, `(model, tokenizer)`, as `load` gives them.
     Temperature (0 is greedy), top_p and all else are the model's `generation_config`'s unless given; where that says
     nothing it samples at temperature 0.8 with top_p 0.95. With `token_healing` the prompt's last word is written anew,
     in tokens that go on with it: after "def " stands " main", which is one.
@@ -209,6 +210,11 @@ def generate(
         raise PretrainError(
             f"model {str(model)!r}: accepted: model, tokenizer = pretrain.load({str(model)!r}), and then both of them"
         )
+    if isinstance(model, tuple):
+        prompt = tokenizer if isinstance(tokenizer, str) and tokenizer else prompt
+        model, tokenizer = model
+    if isinstance(tokenizer, str):
+        raise PretrainError(f"tokenizer {tokenizer[:40]!r}: accepted: generate(model, tokenizer, prompt)")
     if not isinstance(prompt, str):
         raise PretrainError(f"prompt {str(prompt)[:40]}: accepted: one text; of several call this for each")
     chosen: Decoding | None = None if method is None else _method(method, "decoding")

@@ -7,6 +7,7 @@ import fcntl
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -129,6 +130,16 @@ def test_a_prompt_is_a_message_in_the_chat_template_only_when_asked(prepared, ti
     tokenizer.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(PretrainError, match="the chat template cannot be filled in"):
         chat_tokens(tokenizer, "x")
+
+
+def test_a_text_that_ends_at_once_is_said_to(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "model")
+    end = json.loads((tmp_path / "model" / "config.json").read_text())["eos_token_id"]
+    (tmp_path / "model" / "generation_config.json").write_text(json.dumps({"forced_eos_token_id": end}))
+    (tmp_path / "model" / "checksums.json").unlink()
+    done = cli("generate", tmp_path / "model", "--prompt", "def main", "--max-new-tokens", "1", "--no-token-healing")
+    assert done.returncode == 0 and done.stdout == "def main\n"
+    assert done.stderr.endswith("note: the model has ended the text at once; another --seed or prompt may go on\n")
 
 
 def test_generate_continues_a_prompt(model_folder):

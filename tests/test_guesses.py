@@ -74,6 +74,9 @@ def test_each_kind_of_thing_that_is_made_by_hand_guesses():
         ),
         "LoRA: rank is given twice; accepted: one value": lambda: pretrain.methods.LoRA(4, rank=4),
         "LoRA: 9 arguments; accepted fields: rank": lambda: pretrain.methods.LoRA(*range(9)),
+        "SpeculativeDecoding: draft is missing; accepted: the name of an earlier stage, or a path": lambda: (
+            pretrain.methods.SpeculativeDecoding()
+        ),
         "Files: unknown field 'file' (did you mean 'files'?); accepted fields: files": lambda: Files(file="x"),
         "Files: files is missing; accepted: a text": lambda: Files(),
         "Data.source: unknown field (did you mean 'sources'?); accepted: name": lambda: Data(source=["x"]),

@@ -294,3 +294,17 @@ def test_a_path_in_place_of_a_model_is_answered_with_how_it_is_opened():
         pretrain.PretrainError, match=r"model 'runs/mine': accepted: model, tokenizer = pretrain.load\('runs/mine'\)"
     ):
         pretrain.generate("runs/mine", "def f")
+    with pytest.raises(pretrain.PretrainError, match=r"model 'runs/mine': accepted: model, tokenizer = pretrain.load"):
+        pretrain.generate("runs/mine")
+
+
+def test_a_model_and_its_tokenizer_may_come_as_one(tiny, prepared):
+    from pretrain.corpus.tokenizers import load_tokenizer
+
+    pair = tiny(vocab_size=512), load_tokenizer(prepared / "tokenizer")
+    given = {"max_new_tokens": 6, "temperature": 0.0}
+    assert pretrain.generate(pair, "def f", **given) == pretrain.generate(*pair, "def f", **given) != ""
+    with pytest.raises(
+        pretrain.PretrainError, match=r"tokenizer 'def f': accepted: generate\(model, tokenizer, prompt\)"
+    ):
+        pretrain.generate(pair[0], "def f")

@@ -394,7 +394,9 @@ def test_a_flat_curve_with_text_unread_is_no_reason_for_a_larger_model():
     page["corpora"] = [{"name": "corpus", "domains": {"train": {"a": {"bytes": 14e6, "documents": 9}}}}]
     assert "train longer; about 75% of the text has not been read" in summarise(page).advice
     page["corpora"][0]["domains"]["train"]["a"]["bytes"] = 2e6
-    assert "has levelled off" in summarise(page).advice
+    assert "a larger model or other text; the validation loss has levelled off" in summarise(page).advice
+    page["stages"][0]["config"] |= {"init": "base"}
+    assert "a higher rate (optimizer.lr) or other text; the validation loss has levelled off" in summarise(page).advice
 
 
 @pytest.mark.parametrize(("bits", "advice", "field"), [(1.8, "train longer; it has gained 10.0%", "budget.seconds=240"), (2.1, "a lower rate", "optimizer.lr=0.0001")])  # fmt: skip

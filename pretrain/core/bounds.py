@@ -75,6 +75,8 @@ def _accepted(hint: object, value: object = ...) -> str:
             return "seconds, or 30min, 2h"
         if value is not ... and not fits(value, parts[0]):
             return _accepted(parts[0], value)
+        if (words := next((mark.words for mark in parts[1:] if hasattr(mark, "words")), None)) is not None:
+            return str(words)
         bounds = {n: getattr(mark, n) for mark in parts[1:] for n in ("gt", "ge", "lt", "le") if hasattr(mark, n)}
         return _range(bounds) or _accepted(parts[0])
     if origin is Literal:

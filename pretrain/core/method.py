@@ -22,7 +22,9 @@ from pretrain.core.registry import info
 
 
 class _RefMark:
-    """Marks the fields that name an earlier stage or a path."""
+    """Marks the fields that name an earlier stage or a path; `words` are what an error says of them."""
+
+    words: ClassVar[str] = "the name of an earlier stage, or a path"
 
 
 REF = _RefMark()

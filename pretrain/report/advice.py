@@ -94,6 +94,8 @@ def _of_curve(page: Page, model: StageRow, training: Trained) -> Advice:
         return f"Next: train longer; {fell}.", _longer(page, model)
     if 0 < passes < 1:  # the curve is flat since the rate has fallen
         return f"Next: train longer; about {1 - passes:.0%} of the text has not been read.", _longer(page, model)
+    if model["config"].get("init"):  # at a small rate a curve is flat early, and flat at the end as the rate falls
+        return f"Next: a higher rate (optimizer.lr) or other {more}; the validation loss has levelled off.", ""
     return f"Next: a larger model or other {more}; the validation loss has levelled off.", ""
 
 

@@ -69,7 +69,9 @@ def _group(
             span = tag("u", style=place, title=f"95% interval {ends[0]:.2f} to {ends[1]:.2f}")
         fill = tag("i", style=f"width:{_percent(value / top)};background:{colour}")
         track = tag("span", fill, *([span] if span else []), class_="track")
-        lines.append(tag("div", tag("em", bar["name"]), track, tag("b", f"{value:.2f}"), class_="bar"))
+        lines.append(
+            tag("div", tag("em", bar["name"], title=bar["name"]), track, tag("b", f"{value:.2f}"), class_="bar")
+        )
     return tag("div", tag("h3", title), *lines, class_="group")
 
 

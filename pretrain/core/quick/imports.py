@@ -22,18 +22,17 @@ def opening(checkpoint: Path, trust_remote_code: bool = False) -> Iterator[None]
 
     `trust_remote_code` consents to the code that it brings.
     """
-    print(f"opening {checkpoint} …", file=sys.stderr, flush=True)
-    with uncollected(announced=True), consenting_to(checkpoint, trust_remote_code):
+    with uncollected(opens=checkpoint), consenting_to(checkpoint, trust_remote_code):
         yield
 
 
 @contextmanager
-def uncollected(announced: bool = False) -> Iterator[None]:
+def uncollected(opens: Path | None = None) -> Iterator[None]:
     """Import, or load, without the garbage collector, and let it pass over what that has made from then on.
 
     torch and transformers make some millions of objects that all stay. To look through them again and again while they
-    come, and once more as the process ends, takes a third of the time of both imports. On a terminal a line says what
-    is waited for, unless that is `announced` already.
+    come, and once more as the process ends, takes a third of the time of both imports. A line says which checkpoint is
+    opened, or else, on a terminal, what is waited for.
     """
     for name, count in memory_limits().items():
         if count < LEAST[name] and "torch" not in sys.modules:  # they would end the process without a word
@@ -41,7 +40,9 @@ def uncollected(announced: bool = False) -> Iterator[None]:
                 f"{name} allows {in_bytes(count)} of memory; accepted: at least {in_bytes(LEAST[name])}, which "
                 "torch and the other libraries take"
             )
-    if not announced and "torch" not in sys.modules and sys.stderr.isatty():
+    if opens is not None:
+        print(f"opening {opens} …", file=sys.stderr, flush=True)
+    elif "torch" not in sys.modules and sys.stderr.isatty():
         print("loading torch and transformers …", file=sys.stderr, flush=True)
     enabled = gc.isenabled()
     gc.disable()
