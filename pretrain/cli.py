@@ -26,6 +26,7 @@ from pretrain.core.system.usage import Commands
 from pretrain.inference import chat as talking
 from pretrain.inference import command as inferring
 from pretrain.inference import measuring
+from pretrain.inference.serving import command as serving
 from pretrain.new import command as starting
 from pretrain.records import Status
 from pretrain.runs import command as runs
@@ -270,6 +271,7 @@ def generate(
 
 
 app.command()(talking.chat)
+app.command()(serving.serve)
 app.command()(measuring.evaluate)
 
 

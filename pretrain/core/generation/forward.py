@@ -95,6 +95,7 @@ class Forward:
         self.dtype, self.device, self.room = weight_VE.dtype, weight_VE.device, length + extra
         self.cache: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # by layer: both, keys, values
         self.length = 0
+        self.given: dict[str, object] = {}  # what the blocks hand on to the attention
         self.pad_mask_B11C: Tensor | None = None
         self.start_B1: Tensor | None = None  # minus the number of pads: position = place in the cache + start
         places_1C = torch.arange(self.room, device=self.device)[None]
@@ -167,7 +168,9 @@ class Forward:
         else:
             more["position_embeddings"] = (self.cos_1CD[:, positions], self.sin_1CD[:, positions])
         for block in self.blocks:
-            states_BTE = block(states_BTE, attention_mask=mask_B1TC, past_key_values=self, use_cache=True, **more)
+            states_BTE = block(
+                states_BTE, attention_mask=mask_B1TC, past_key_values=self, use_cache=True, **more, **self.given
+            )  # fmt: skip
         return states_BTE
 
     def keep(self, path: list[int]) -> None:

@@ -13,6 +13,7 @@ EXTRAS = {
     "ray": "ray", "tensorboard": "tensorboard", "gguf": "gguf", "onnx": "onnx", "onnxruntime": "onnx",
     "onnxscript": "onnx", "py3langid": "language", "ftfy": "repair", "trafilatura": "documents", "pypdf": "documents",
     "warcio": "documents",
+    "onnxscript": "onnx", "py3langid": "language", "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip
 
 
