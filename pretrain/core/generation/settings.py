@@ -126,6 +126,18 @@ def processors(
     return cast("Callable[[Tensor, Tensor], Tensor]", made)
 
 
+@dataclass(frozen=True)
+class _Stopping:
+    """A condition on new tokens as `transformers` asks for it, of rows with `given` tokens before them."""
+
+    stop: Callable[[Sequence[int]], bool]
+    given: int
+
+    def __call__(self, tokens_BN: Tensor, scores: object, **_: object) -> Tensor:
+        ended = [self.stop(row[self.given :]) for row in tokens_BN.tolist()]
+        return torch.tensor(ended, dtype=torch.bool, device=tokens_BN.device)
+
+
 def generate(model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Tensor, given: SettingFields) -> Tensor:
     """`transformers`' own `generate` with options as `options_of` makes them, for models that no loop here runs.
 
@@ -139,6 +151,9 @@ def generate(model: PreTrainedModel, input_ids_BL: Tensor, attention_mask_BL: Te
     stopped: dict[str, Any] = {}
     if isinstance(options.stop, StopStrings):
         stopped = {"stop_strings": list(options.stop.strings), "tokenizer": options.stop.tokenizer}
+    elif options.stop is not None:
+        before = 1 if model.config.is_encoder_decoder else input_ids_BL.shape[1]
+        stopped = {"stopping_criteria": [_Stopping(options.stop, before)]}
     if options.healing is not None:
         stopped["logits_processor"] = [options.healing]
     accepted = "code that generates" if brought(model) else "a configuration and a generation_config that go together"

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 MOST_ANSWERS = 128  # of a request
 MOST_TEXTS = 2048  # of a request for embeddings
 MOST_STOPS = 16
+_TEXTS = "a text, a list of texts, a list of tokens, or a list of such lists; none of them empty"
+CHOICES = {  # fields that take one thing or another, in words
+    "prompt": _TEXTS, "input": _TEXTS, "stop": f"a text of 1 to 256 characters, or a list of at most {MOST_STOPS}",
+    "content": "a text, or a list of parts {type: text, text: …}", "method": "a name, or {method: NAME, field: number}",
+}  # fmt: skip
 IGNORED = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
 # What is not done here, with the values that ask for nothing.
 NEUTRAL: dict[str, tuple[object, ...]] = {
@@ -191,28 +196,38 @@ def read(body: bytes, model: type[M]) -> M:
     try:
         return model.model_validate(fields)
     except ValidationError as error:
-        raise _mistake(error, model) from error
+        raise _mistake(error, fields, model) from error
 
 
-def _mistake(error: ValidationError, model: type[Request]) -> ApiError:
+def _mistake(error: ValidationError, fields: JSONObject, model: type[Request]) -> ApiError:
     """The first mistake, told as one line; a field that is not known comes last."""
-    first = min(error.errors(), key=lambda each: each["type"] != "extra_forbidden")
-    names = [str(step) for step in first["loc"] if isinstance(step, int) or str(step).isidentifier()]
-    branches = {"str", "int", "list"}  # pydantic's names for what a union may be
-    place = ".".join(name for name in names if name not in branches)
-    words = _words(first, place, model)
-    return ApiError(400, words, param=place or None)
+    first = min(error.errors(), key=lambda each: each["type"] == "extra_forbidden")
+    place: list[str] = []
+    for step in map(str, first["loc"]):
+        if place and place[-1] in CHOICES and not step.isdigit():  # pydantic's name for one of them
+            words = f"{'.'.join(place)} {brief(_at(fields, place))}: accepted: {CHOICES[place[-1]]}"
+            return ApiError(400, words, param=".".join(place))
+        place.append(step)
+    return ApiError(400, _words(first, ".".join(place), model), param=".".join(place) or None)
+
+
+def _at(fields: JSONObject, place: list[str]) -> object:
+    """What stands at a place of a request."""
+    value: foreign.JSON = fields
+    for step in place:
+        value = value[int(step)] if isinstance(value, list) else value[step] if isinstance(value, dict) else None
+    return value
 
 
 def _words(first: ErrorDetails, place: str, model: type[Request]) -> str:
     kind, name = first["type"], place.rpartition(".")[2]
     if kind == "extra_forbidden":
         known = list(model.model_fields) if place == name else []
-        accepted = f"; accepted: {', '.join(known)}" if known else ""
-        return f"{place}: unknown field{nearest(name, known)}{accepted}"
+        accepted = ", ".join(known) or "the fields of OpenAI's reference"
+        return f"{place}: unknown field{nearest(name, known)}; accepted: {accepted}"
     if kind == "missing":
         return f"{place} is missing; accepted: a value for it"
     if kind == "value_error":
-        return first["msg"].removeprefix("Value error, ")
+        return str(first["msg"]).removeprefix("Value error, ")
     wanted = first["msg"].removeprefix("Input should be ").replace("'", "")
     return f"{place} {brief(first['input'])}: accepted: {wanted}"

@@ -39,6 +39,7 @@ GONE = 499  # the status, in the metrics, of what nobody waited for
 PAGE_RULES = (  # for the browser: nothing from elsewhere
     "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:"
 )
+ADDRESSES = "accepted: GET /v1/models, POST /v1/chat/completions, /v1/completions, /v1/embeddings"
 J = TypeVar("J", bound=Job)
 
 
@@ -320,10 +321,7 @@ async def _refuse(_: Request, error: Exception) -> Response:
         case ClientDisconnect():
             return Response(status_code=GONE)
         case HTTPException():
-            text = (
-                f"{error.detail}; accepted: GET /v1/models, POST /v1/chat/completions, /v1/completions, /v1/embeddings"
-            )
-            return _error(ApiError(error.status_code, text, headers=error.headers))
+            return _error(ApiError(error.status_code, f"{error.detail}; {ADDRESSES}", headers=error.headers))
     return _error(ApiError(400, str(error)))
 
 

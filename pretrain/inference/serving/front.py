@@ -150,17 +150,17 @@ class Front:
 
     def _room(self, request: Writing, ids: list[int], param: str) -> int:
         """How many tokens an answer to a prompt may have."""
-        most, asked = self.settings.max_tokens, request.max_tokens
-        if asked is not None and asked > most:
-            raise ApiError(400, f"max_tokens {asked:,}: accepted: 1 to {most:,}", param="max_tokens")
-        usual = most if isinstance(request, ChatRequest) else min(COMPLETION, most)
+        bound, asked = self.settings.max_tokens, request.max_tokens
+        if asked is not None and asked > bound:
+            raise ApiError(400, f"max_tokens {asked:,}: accepted: 1 to {bound:,}", param="max_tokens")
+        usual = bound if isinstance(request, ChatRequest) else min(COMPLETION, bound)
         limits = self.engine.limits
         left = min(limits.length, limits.cache_tokens) - len(ids)
         if left < (asked or 1):
-            words = f"{len(ids):,} tokens" + (f", and {asked:,} of the answer" if asked else "")
+            words = f"{len(ids):,} tokens" + (f" and {asked:,} of the answer" if asked else "")
+            most = f"{len(ids) + left:,} with the answer, the maximum context length"
             raise ApiError(
-                400, f"{param}: {words}: accepted: the maximum context length, {len(ids) + left:,} tokens with the answer",
-                param=param, code="context_length_exceeded",
+                400, f"{param}: {words}: accepted: at most {most}", param=param, code="context_length_exceeded",
             )  # fmt: skip
         return asked or min(usual, left)
 

@@ -36,8 +36,9 @@ class Writer:
         return self._released(piece)
 
     def end(self) -> str:
-        """What was held back, once no token follows; a character that is not whole is left out."""
-        rest, self.held = self.held, ""
+        """What was held back, once no token follows: all of it, with a mark for a character that is not whole."""
+        rest = self._released(self._text()[self.given :]) + self.held
+        self.held = ""
         return rest
 
     def _text(self) -> str:
