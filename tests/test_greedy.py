@@ -100,6 +100,16 @@ def test_samples_follow_the_distribution(tiny, top_p):
     assert chance(counts_VV, pairs(model, ids_1L, 0.7, top_p)) > 1e-3
 
 
+@pytest.mark.parametrize("scale", [0.05, 1.0, 6.0])  # a nucleus of nearly all tokens, of many, of few
+def test_of_a_large_vocabulary_the_tokens_are_those_of_the_whole_order(scale, monkeypatch):
+    generator, none_BN = torch.Generator().manual_seed(0), torch.zeros(40, 0)
+    logits_BV, uniform_B = scale * torch.randn(40, 20_000, generator=generator), torch.rand(40, generator=generator)
+    pick = Options(temperature=0.8, top_p=0.9).pick
+    tokens_B = pick(logits_BV, uniform_B, none_BN)
+    monkeypatch.setattr("pretrain.core.generation.options.FIRST", 20_000)
+    assert torch.equal(tokens_B, pick(logits_BV, uniform_B, none_BN)) and len(set(tokens_B.tolist())) > 10
+
+
 def test_the_nucleus_is_that_of_transformers():
     from transformers import TopPLogitsWarper
 

@@ -282,6 +282,7 @@ WRONG = [
     (COMPLETIONS, {"prompt": "a", "method": "expert_store"}, "method"),
     (COMPLETIONS, {"prompt": "a", "method": {"method": "suffix_decoding", "nothing": 1}}, "method"),
     (CHAT, {"messages": []}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": ""}] * 30_000}, "messages"),
     (CHAT, {"messages": [{"role": "nobody", "content": "a"}]}, "messages.0.role"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, None),
     (CHAT, {"messages": [{"role": "user", "content": "a"}], "tools": [{"type": "function"}]}, "tools"),

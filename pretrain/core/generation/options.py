@@ -17,6 +17,7 @@ from pretrain.core.bounds import Count, NonNegative, Share, check_fields
 from pretrain.core.generation.finite import check_logits
 from pretrain.core.generation.healing import Healing
 
+FIRST = 1024  # tokens in which the nucleus is looked for before all are sorted, which takes many times as long
 COLDEST = 1e-30  # below it float32 has no number for logits / temperature, whose softmax is the likeliest token's
 
 
@@ -126,14 +127,14 @@ class Options:
         probabilities_BV = (logits_BV.float() / temperature).softmax(-1)
         order_BV = None
         if top_p < 1:
-            probabilities_BV, order_BV = probabilities_BV.sort(-1, descending=True)
+            probabilities_BV, order_BV = _likeliest(probabilities_BV, top_p)
         sums_BV = probabilities_BV.double().cumsum(-1)
         total_B = sums_BV[:, -1]
         if top_p < 1:
             inside_BV = sums_BV - probabilities_BV < top_p
             total_B = sums_BV.gather(1, inside_BV.sum(-1, keepdim=True) - 1)[:, 0]
         place_B1 = torch.searchsorted(sums_BV, (uniform_B.double() * total_B)[:, None], right=True)
-        place_B1 = place_B1.clamp_(max=logits_BV.shape[-1] - 1)
+        place_B1 = place_B1.clamp_(max=sums_BV.shape[-1] - 1)
         return (place_B1 if order_BV is None else order_BV.gather(1, place_B1))[:, 0]
 
     def stacked(self, input_ids_BL: Tensor, rows: list[list[int]]) -> Tensor:
@@ -141,3 +142,12 @@ class Options:
         width = max(map(len, rows))
         new_BN = torch.tensor([new + [self.pad] * (width - len(new)) for new in rows], device=input_ids_BL.device)
         return torch.cat([input_ids_BL, new_BN], dim=1)
+
+
+def _likeliest(probabilities_BV: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Probabilities in descending order, in each row enough of them to be more than `top_p`, and whose they are."""
+    if probabilities_BV.shape[-1] > 4 * FIRST:
+        first = probabilities_BV.topk(FIRST)
+        if bool((first.values.double().sum(-1) > top_p).all()):
+            return first.values, first.indices
+    return probabilities_BV.sort(-1, descending=True)

@@ -39,8 +39,8 @@ class Shape:
         """All answers at once."""
         choices = []
         for number, (text, finish) in enumerate(zip(texts, finishes, strict=True)):
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
-            content: JSONObject = said if self.kind == "chat" else {"text": text}
+            message = {"role": "assistant", "content": text, "refusal": None}
+            content: JSONObject = {"message": message} if self.kind == "chat" else {"text": text}
             choices.append({"index": number, **content, "logprobs": None, "finish_reason": finish})
         name = "chat.completion" if self.kind == "chat" else "text_completion"
         return self._object(name) | {"choices": choices, "usage": self.usage()}

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 MOST_ANSWERS = 128  # of a request
 MOST_TEXTS = 2048  # of a request for embeddings
 MOST_STOPS = 16
+MOST_MESSAGES = 512  # the template is filled in anew for each new sequence of roles
 _TEXTS = "a text, a list of texts, a list of tokens, or a list of such lists; none of them empty"
 CHOICES = {  # fields that take one thing or another, in words
     "prompt": _TEXTS, "input": _TEXTS, "stop": f"a text of 1 to 256 characters, or a list of at most {MOST_STOPS}",
@@ -147,7 +148,7 @@ class Message(BaseModel):
 class ChatRequest(Writing):
     """POST /v1/chat/completions: a conversation to answer."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MOST_MESSAGES)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
 
     @model_validator(mode="after")

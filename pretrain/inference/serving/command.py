@@ -50,7 +50,7 @@ def serve(
 ) -> None:
     """Serve a checkpoint by OpenAI's protocol: chat, completions, embeddings, and a page to try it on.
 
-    Many requests are answered at once. Needs the extra serve: pip install 'pretrain[serve]'.
+    Many requests are answered at once. Needs the extra `serve`.
     """
     import starlette  # noqa: F401 - what is missing is said before the model is read
     import uvicorn

@@ -255,7 +255,8 @@ class Engine:
         groups: dict[object, list[int]] = {}
         for place, row in enumerate(rows):
             options = row.options
-            key = (options.temperature, options.top_p) if options.by_logits else place
+            alike = options.by_logits and options.top_p == 1  # of ties in a nucleus the order may be a batch's matter
+            key = options.temperature if alike else (place,)
             groups.setdefault(key, []).append(place)
         for places in groups.values():
             chosen = [rows[place] for place in places]
