@@ -6,7 +6,8 @@
 Each client asks for one streamed answer after another, greedily, to questions of different lengths, until the time is
 up; what is then being written is written to its end and counted with its time. Tokens are those of the answers, as the
 server counts them in `usage`, or pieces of the stream where it does not. All clients are threads of this process, which
-takes time of the same machine.
+takes time of the same machine; tokens for each second of the server's processor time (`--pid` of another server) tell
+more than those of the clock where others want its cores.
 """
 
 from __future__ import annotations
@@ -141,6 +142,7 @@ def main() -> None:
     parser.add_argument("checkpoint", nargs="?", default="")
     parser.add_argument("--url", default="")
     parser.add_argument("--model", default="")
+    parser.add_argument("--pid", type=int)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--seconds", type=float, default=60)
     parser.add_argument("--tokens", type=int, default=64)
@@ -148,23 +150,34 @@ def main() -> None:
     settings = parser.parse_args()
     if bool(settings.checkpoint) == bool(settings.url):
         parser.error("accepted: either a checkpoint or --url")
-    print("| clients | answers | tokens/s | first token p50 | p99 | answer p50 | p99 | lost | MiB at the end |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    print(
+        "| clients | answers | tokens/s | a processor second | first token p50 | p99 | answer p50 | p99 | lost | MiB |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
     if settings.url:
-        rows(settings.url, settings.model, None, settings)
+        rows(settings.url, settings.model, psutil.Process(settings.pid) if settings.pid else None, settings)
         return
     with started(settings.checkpoint, settings.rows, 2 * max(settings.clients)) as (url, model, process):
         rows(url, model, process, settings)
+
+
+def spent(process: psutil.Process | None) -> float:
+    """Seconds of processor time that a server has taken."""
+    times = process.cpu_times() if process is not None else None
+    return times.user + times.system if times is not None else 0.0
 
 
 def rows(url: str, model: str, process: psutil.Process | None, settings: argparse.Namespace) -> None:
     """One for each number of clients, after one answer to warm up."""
     ask(url, model, 0, 8, Waits())
     for clients in settings.clients:
+        before = spent(process)
         waits, took = loaded(url, model, clients, settings.seconds, settings.tokens)
         times = [percentile(values, share) for values in (waits.first, waits.whole) for share in (0.5, 0.99)]
+        worked = f"{waits.tokens / (spent(process) - before):.1f}" if process is not None else ""
         memory = f"{process.memory_info().rss / 2**20:,.0f}" if process is not None else ""
-        cells = [clients, len(waits.whole), f"{waits.tokens / took:.1f}", *(f"{seconds:.2f} s" for seconds in times)]
+        speeds = [f"{waits.tokens / took:.1f}", worked]
+        cells = [clients, len(waits.whole), *speeds, *(f"{seconds:.2f} s" for seconds in times)]
         print("|", " | ".join(map(str, [*cells, len(waits.wrong), memory])), "|", flush=True)
         for words in dict.fromkeys(waits.wrong):
             print(f"lost: {words}", file=sys.stderr)

@@ -112,6 +112,7 @@ def test_a_conversation_is_answered_as_in_the_terminal(client, lively):
     assert message["role"] == "assistant" and message["content"].strip() == talk.answer("import os")
 
 
+@pytest.mark.promise("Serving", "A stream says what the whole answer says.")
 @pytest.mark.parametrize("chat", [True, False])
 @pytest.mark.parametrize("more", [{}, {"stop": ["e", "\n"]}, {"temperature": 1.0, "top_p": 0.9, "n": 3}])
 def test_a_stream_says_what_the_whole_answer_says(client, chat, more):
@@ -140,6 +141,10 @@ def test_a_stop_text_ends_an_answer_before_it(client, lively):
         assert joined(pieces) == {0: (wanted, "stop")}
 
 
+@pytest.mark.promise(
+    "Serving",
+    "A request with a seed gives the same tokens whatever runs beside it; a greedy one too, but for near ties.",
+)
 def test_answers_are_the_same_alone_and_beside_others(client, lively):
     """Greedy, and of a seed: each answer has numbers of its own."""
     asked = [
@@ -293,6 +298,9 @@ WRONG = [
 ]  # fmt: skip
 
 
+@pytest.mark.promise(
+    "Serving", "A wrong request is one clear error in OpenAI's shape; no request opens a file of the machine."
+)
 @pytest.mark.parametrize(("path", "fields", "param"), WRONG)
 def test_a_wrong_request_is_one_clear_error(client, path, fields, param):
     status, answer, _ = client.post(path, **fields)
@@ -344,6 +352,10 @@ def test_a_key_is_asked_for_where_there_is_one(lively):
 # Many at once, and those who leave
 
 
+@pytest.mark.promise(
+    "Serving",
+    "Of many clients none loses anything, and what runs stays within the answers and the tokens of caches that were set.",
+)
 def test_many_clients_lose_nothing_and_stay_within_the_bounds(lively):
     with served(*lively, rows=6, cache_tokens=300, queue=64) as client:
         engine, most = client.engine, {"rows": 0, "cache": 0}
@@ -397,6 +409,7 @@ def test_a_long_prompt_keeps_no_answer_waiting(lively, monkeypatch):
     assert len(both) > 3 and all(sizes[0] == 1 and sum(sizes) <= 17 for sizes in both)
 
 
+@pytest.mark.promise("Serving", "A client that goes away frees its place before the next pass.")
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_leaves_frees_its_place(lively, stream):
     with served(*lively, rows=1, length=100_000, cache_tokens=60_000, settings={"max_tokens": 50_000}) as client:
@@ -416,6 +429,7 @@ def test_a_client_that_leaves_frees_its_place(lively, stream):
         assert client.metric("cancelled_total") == 2 and client.metric("cache_tokens") == 0
 
 
+@pytest.mark.promise("Serving", "Beyond the queue a client gets HTTP 429 and when to ask again.")
 def test_beyond_the_queue_a_client_is_told_when_to_ask_again(lively):
     wanted = alone(lively, "class A", max_new_tokens=3)
     with served(
@@ -437,6 +451,7 @@ def test_beyond_the_queue_a_client_is_told_when_to_ask_again(lively):
         assert client.post(COMPLETIONS, **fields)[0] == 200
 
 
+@pytest.mark.promise("Serving", "An answer that fails leaves the others alone, and says nothing of the machine.")
 def test_an_answer_that_fails_leaves_the_others_alone(lively, monkeypatch):
     """Of a model whose logits after one token are none."""
     model, tokenizer = copy.deepcopy(lively[0]), lively[1]

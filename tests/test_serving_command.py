@@ -66,6 +66,7 @@ def test_without_the_extra_the_command_names_it(folder, monkeypatch, capsys):
     assert capsys.readouterr().err == "error: starlette is missing; accepted: pip install 'pretrain[serve]'\n"
 
 
+@pytest.mark.promise("Serving", "After a signal no connection is taken and running answers end.")
 @pytest.mark.processes
 def test_a_signal_lets_running_answers_end_and_refuses_new_ones(folder):
     command = [sys.executable, "-m", "pretrain", "serve", str(folder), "--port", "0", "--grace", "20", "--name", "mine"]
@@ -97,6 +98,7 @@ def _takes(port):
         return asking.connect_ex(("127.0.0.1", port)) == 0
 
 
+@pytest.mark.promise("Serving", "The page loads nothing from elsewhere.")
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "scheme"), [(1280, "light"), (360, "dark")])
 def test_the_page_talks_with_the_model_on_a_screen_and_on_a_phone(lively, width, scheme):  # noqa: F811

@@ -94,6 +94,11 @@ SECTIONS = (
     ),
     Section("Pages"),
     Section("Vocabularies"),
+    Section(
+        "Serving",
+        before="Of `pretrain serve`:",
+        after="Each client is not bounded for itself, and there is no TLS: on the internet that is a proxy's work.",
+    ),
 )
 
 

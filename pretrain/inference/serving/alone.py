@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pretrain.core.batch import Vocabulary
 from pretrain.core.generation.settings import StopStrings, options_of, settings_of
 from pretrain.inference.serving.jobs import Answer, Piece
 from pretrain.inference.serving.text import Writer
@@ -49,7 +48,7 @@ def write_alone(
     options["stop"] = follow if at_once else _Watched(answer, watched if isinstance(watched, StopStrings) else None)
     torch.manual_seed(answer.seed)
     encodes = bool(model.config.is_encoder_decoder)
-    input_1L = torch.tensor([list(answer.ids) or [Vocabulary.of(tokenizer).pad]], device=model.device)
+    input_1L = torch.tensor([list(answer.ids)], device=model.device)
     output_1N = continued(model, input_1L, options, answer.method)
     given = 1 if answer.method is None and encodes else input_1L.shape[1]
     follow.finish(output_1N[0, given:].tolist())

@@ -112,14 +112,6 @@ class Engine:
                 job.cancelled = True
             self.changed.notify()
 
-    def check(self, answer: Answer) -> None:
-        """Refuse what there will never be room for."""
-        if answer.room > self.limits.cache_tokens:
-            raise PretrainError(
-                f"{len(answer.ids):,} tokens of the prompt and {answer.max_new_tokens:,} of the answer: accepted: at "
-                f"most {self.limits.cache_tokens:,} together"
-            )
-
     @property
     def cached_tokens(self) -> int:
         """Tokens that the caches of running answers have room for."""

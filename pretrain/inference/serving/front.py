@@ -143,9 +143,8 @@ class Front:
             new = self._room(request, ids, param)
             for number in range(request.n):
                 each = seed + number
-                answer = Answer(ids, new, temperature, top_p, each, request.stops, method, min(shown, len(ids)))
-                self.engine.check(answer)
-                answers.append(answer)
+                shows = min(shown, len(ids))
+                answers.append(Answer(ids, new, temperature, top_p, each, request.stops, method, shows))
         return answers
 
     def _room(self, request: Writing, ids: list[int], param: str) -> int:
