@@ -79,15 +79,16 @@ class StopStrings:
 def options_of(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, length: int, *, max_new_tokens: int,
     temperature: float = 0.0, top_p: float = 1.0, stop: Sequence[str] = (), healing: Healing | None = None,
-    **more: object,
+    vocabulary: Vocabulary | None = None, **more: object,
 ) -> SettingFields:  # fmt: skip
     """The fields of `Options` to continue prompts of `length` tokens as the `generation_config` has it.
 
     Its end tokens and stop strings, and all that `transformers` makes logits processors of (top_k, min_p, penalties,
     suppressed tokens, …); beams, guidance and assistants are not followed. `stop` are further stop strings, looked for
-    behind what `healing` writes again; `more` are fields to set in place of the file's.
+    behind what `healing` writes again; `vocabulary` is the tokenizer's, where it is read already; `more` are fields to
+    set in place of the file's.
     """
-    vocabulary = Vocabulary.of(tokenizer)
+    vocabulary = vocabulary or Vocabulary.of(tokenizer)
     strings = getattr(settings_of(model), "stop_strings", None) or ()
     strings = tuple(filter(None, (*([strings] if isinstance(strings, str) else strings), *stop)))
     end = ends(model, vocabulary)

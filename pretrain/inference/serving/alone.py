@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.core.batch import Vocabulary
+
 
 def stops_of(model: PreTrainedModel, answer: Answer) -> tuple[str, ...]:
     """The texts that end an answer: the model's own, and those that were asked for."""
@@ -28,17 +30,19 @@ def stops_of(model: PreTrainedModel, answer: Answer) -> tuple[str, ...]:
 
 
 def write_alone(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, answer: Answer, count: Callable[[int], None]
-) -> None:
+    model: PreTrainedModel, read: tuple[PreTrainedTokenizerBase, Vocabulary], answer: Answer,
+    count: Callable[[int], None],
+) -> None:  # fmt: skip
     """Write an answer, and send it piece by piece; `count` is told of new tokens.
 
     What a decoding method writes is sent at its end: before, it may take back tokens that it has tried.
     """
+    tokenizer, vocabulary = read
     stops, length = stops_of(model, answer), len(answer.ids)
     writer = Writer(tokenizer, answer.ids[length - answer.shown :], stops)
     options = options_of(
         model, tokenizer, length, max_new_tokens=answer.max_new_tokens, temperature=answer.temperature,
-        top_p=answer.top_p, stop=answer.stops,
+        top_p=answer.top_p, stop=answer.stops, vocabulary=vocabulary,
     )  # fmt: skip
     ends, watched = options["eos"], options["stop"]
     end = frozenset(() if ends is None else [ends] if isinstance(ends, int) else ends)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.generation.forward import why_not
@@ -72,6 +73,7 @@ class Engine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> None:
         self.model, self.tokenizer, self.limits, self.metrics = model, tokenizer, limits, Metrics()
+        self.vocabulary = Vocabulary.of(tokenizer)
         self.why_not = why_not(model, limits.length)  # the batch cannot read the model
         self.packs = self.why_not is None
         self.packed = Packed(model, limits.length) if self.packs else None
@@ -200,12 +202,12 @@ class Engine:
     def _begin(self, job: Job) -> None:
         """Take in an answer to the batch, or do alone what cannot be done there."""
         if isinstance(job, Embedding):
-            self.embedding = job, embedded(self.model, self.tokenizer, job)
+            self.embedding = job, embedded(self.model, self.vocabulary, job)
         elif isinstance(job, Answer) and self.packs and job.method is None:
             self.rows.append(self._row(job))
         elif isinstance(job, Answer):
             self.metrics.prompt_tokens += len(job.ids)
-            write_alone(self.model, self.tokenizer, job, lambda count: self._count(job, count))
+            write_alone(self.model, (self.tokenizer, self.vocabulary), job, lambda count: self._count(job, count))
             self.metrics.answer_seconds.add(time.monotonic() - job.asked)
 
     def _embed(self, job: Embedding, lots: Iterator[None]) -> None:
@@ -218,7 +220,7 @@ class Engine:
         ids = list(answer.ids)
         settings = options_of(
             self.model, self.tokenizer, len(ids), max_new_tokens=answer.max_new_tokens,
-            temperature=answer.temperature, top_p=answer.top_p,
+            temperature=answer.temperature, top_p=answer.top_p, vocabulary=self.vocabulary,
         )  # fmt: skip
         options = Options(**(settings | {"stop": None}), generator=torch.Generator().manual_seed(answer.seed))
         writer = Writer(self.tokenizer, ids[len(ids) - answer.shown :], stops_of(self.model, answer))

@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.core.batch import Vocabulary
 from pretrain.core.models.features import Framing, text_features
 from pretrain.inference.serving.jobs import Embedding, Vectors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
+
+    from pretrain.core.batch import Vocabulary
 
 LOT = 2048  # tokens
 
 
-def embedded(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, job: Embedding) -> Iterator[None]:
+def embedded(model: PreTrainedModel, vocabulary: Vocabulary, job: Embedding) -> Iterator[None]:
     """Read one lot for each `next`; the last sends the vectors, each of length 1."""
     longest = max(map(len, job.pieces))
-    framing = Framing(model, Vocabulary.of(tokenizer), longest)
+    framing = Framing(model, vocabulary, longest)
     order = sorted(range(len(job.pieces)), key=lambda number: len(job.pieces[number]))
     rows: dict[int, np.ndarray] = {}
     while len(rows) < len(order):
