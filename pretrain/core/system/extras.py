@@ -12,8 +12,7 @@ EXTRAS = {
     "soundfile": "audio", "lm_eval": "eval", "mkdocs": "docs", "PIL": "images", "pytorch_optimizer": "optimizers",
     "ray": "ray", "tensorboard": "tensorboard", "gguf": "gguf", "onnx": "onnx", "onnxruntime": "onnx",
     "onnxscript": "onnx", "py3langid": "language", "ftfy": "repair", "trafilatura": "documents", "pypdf": "documents",
-    "warcio": "documents",
-    "onnxscript": "onnx", "py3langid": "language", "starlette": "serve", "uvicorn": "serve",
+    "warcio": "documents", "starlette": "serve", "uvicorn": "serve",
 }  # fmt: skip
 
 
