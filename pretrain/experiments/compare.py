@@ -74,9 +74,7 @@ def compare(
     check_output(Path(output))
     paths = _named(recipes, seeds)
     names = list(paths)
-    asked = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
-    _check_unequal({name: recipe for name, (recipe, _) in asked.items()})
-    _check_left(_placed(asked, Path(output)), flops)
+    _check_asked({name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}, Path(output), flops)
     from pretrain.core.hardware import describe  # imports torch: what is wrong with the recipes has been said by now
 
     loaded = {name: _loaded(path, 0, flops, overrides) for name, path in paths.items()}
@@ -130,6 +128,12 @@ def _named(recipes: Sequence[Path | str], seeds: int) -> dict[str, Path | str]:
             f"compare: recipes of the same name: {', '.join(names)}; accepted: a name of its own for each"
         )
     return dict(zip(names, recipes, strict=True))
+
+
+def _check_asked(sides: Mapping[str, tuple[Recipe, str]], output: Path, flops: float) -> None:
+    """Refuse what the recipes and the budget say already."""
+    _check_unequal({name: recipe for name, (recipe, _) in sides.items()})
+    _check_left(_placed(sides, output), flops)
 
 
 def _check_unequal(recipes: Mapping[str, Recipe]) -> None:
