@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 
 from pretrain.cli import app
 from pretrain.core.errors import PretrainError
-from pretrain.core.quick.confusion import class_rows, confusion_of, misspelt, mistakes, never_answered
+from pretrain.core.quick.confusion import (
+    class_rows,
+    confusion_of,
+    doubtful,
+    misspelt,
+    mistakes,
+    never_answered,
+    respelt,
+)
 from pretrain.corpus.overlap import distrusted, overlap_warning, trained_on
 from pretrain.corpus.sources import Files
 from pretrain.corpus.store import write_corpus
@@ -238,15 +246,40 @@ def test_a_label_that_is_likely_misspelt_is_told(tmp_path):
     (line,) = checked(recipe(tmp_path, rows=rows))
     assert "'numercis' (2 rows) is likely 'numerics' (20) misspelt" in line
     pairs = [
-        ("Web ", "web"),
         ("scince", "science"),
         ("scienses", "science"),
         ("invalid", "valid"),
         ("level 2", "level 1"),
     ]
     found = misspelt({common: 100 for _, common in pairs} | {rare: 3 for rare, _ in pairs})
-    assert found == [("Web ", "web"), ("scince", "science")]
+    assert found == [("scince", "science")]
     assert misspelt({"plane": 50, "plate": 40}) == []  # both are common
+
+
+def test_all_labels_that_differ_in_case_alone_are_told_in_one_line_whatever_their_counts(tmp_path):
+    names = [f"{'abcdefghijklm'[n]}-part" for n in range(13)]
+    rows = [(f"words {n}", names[n % 13], n) for n in range(13 * 6)]
+    rows += [(f"words {n}", names[n % 13].upper(), n) for n in range(100, 100 + 12 * 13) if n % 13 != 12 and n % 3]
+    (line,) = checked(recipe(tmp_path, rows=rows))
+    assert "'label': 12 labels differ from others in case alone: " in line
+    for name in names[:12]:
+        assert repr(name) in line and repr(name.upper()) in line
+    assert "'M-PART'" not in line and "as they stand they are learnt as other labels" in line
+    (line,) = doubtful("label", {f"{letter}{mark}x": 8 for letter in "abcdefghijklmno" for mark in " _"})
+    assert "15 labels differ from others in blanks or punctuation alone: 'a" in line and ", and 3 more: " in line
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "same"),
+    [("EMAIL", "email", True), ("Web ", "web", True), ("tk-inter", "tkinter", True), ("I/O", "io", True),
+     ("level 1", "Level_1", True), ("spam.", "spam", True), ("C++", "C#", False), ("C", "C++", False),
+     ("1.5", "15", False), ("-1", "1", False), ("level -1", "level 1", False), ("A-", "A", False),
+     (":)", ":(", False), ("level 1", "level 2", False)],
+)  # fmt: skip
+def test_labels_are_the_same_whatever_their_case_and_marks_but_not_where_these_tell_them_apart(one, other, same):
+    assert bool(respelt({one: 40, other: 50})) == same
+    assert respelt({one: 40, other: 50}) == respelt({other: 50, one: 40})
+    assert not misspelt({one: 4, other: 50})
 
 
 def test_a_file_that_is_not_utf_8_is_told_by_the_plan(tmp_path):

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict
 
 from pretrain.core.errors import plain
+from pretrain.core.quick.quantities import counted
 
 Confusion = dict[str, dict[str, int]]  # true class -> answered class -> how often
 MOST = 12  # classes that a table of all of them can show
 ENOUGH = 10  # documents of a class that say how well it is answered
 LISTED, BEGINNING = 50, 240  # wrong answers that are kept, and the letters of each text
+LEARNT = "as it stands it is learnt as another label"
 RARE, SPELLED = 8, 5  # times as common is what a label may be a misspelling of; letters of one at least
+# What labels are joined, quoted or ended with; not between digits (1.5).
+_MARKS = re.compile(r"(?<!\d)[\s_.,;:!/'\"()-]+|[\s_.,;:!/'\"()-]+(?!\d)")
+_MINUS = re.compile(r"(?<!\S)-(?=\d)|(?<=\w)-$")  # of -1, and of A-
 
 
 @dataclass(frozen=True)
@@ -96,19 +102,53 @@ def never_answered(confusion: Mapping[str, Mapping[str, int]]) -> list[str]:
 
 
 def doubtful(column: str, counts: Mapping[str, int]) -> Iterator[str]:
-    """A line for each label that is likely another one misspelt."""
+    """A line for all labels that others differ from in how they are written alone, and one for each misspelt label."""
+    if same := respelt(counts):
+        some = ", ".join(f"{a!r} ({counted(counts[a], 'row')}) and {b!r} ({counts[b]:,})" for a, b in same[:MOST])
+        some += f", and {len(same) - MOST} more" if len(same) > MOST else ""
+        many = f"{len(same):,} labels differ from others" if len(same) > 1 else "1 label differs from another"
+        learnt = "as they stand they are learnt as other labels" if len(same) > 1 else LEARNT
+        yield f"{column!r}: {many} in {_differing(same)} alone: {some}: {learnt}"
     for rare, common in misspelt(counts):
-        rows = f"{counts[rare]:,} row{'s' if counts[rare] != 1 else ''}"
-        yield (
-            f"{column!r}: {rare!r} ({rows}) is likely {common!r} ({counts[common]:,}) misspelt: as it stands it is "
-            "learnt as another label"
-        )
+        rows = counted(counts[rare], "row")
+        yield f"{column!r}: {rare!r} ({rows}) is likely {common!r} ({counts[common]:,}) misspelt: {LEARNT}"
+
+
+def respelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """Pairs of a label and the commonest that differs from it in case, blanks or punctuation alone.
+
+    How common they are does not matter. Punctuation that tells labels apart stays: C++ and C#, 1.5 and 15, A- and A.
+    """
+    commonest: dict[str, str] = {}
+    for name in sorted(counts, key=lambda name: (-counts[name], name)):
+        commonest.setdefault(_bare(name), name)
+    pairs = [(name, commonest[_bare(name)]) for name in counts if commonest[_bare(name)] != name]
+    return sorted(pairs, key=lambda pair: (-counts[pair[0]], pair[0]))
+
+
+def _bare(label: str) -> str:
+    """A label whatever its case, blanks and punctuation; of signs alone, all of them."""
+    word = plain(label)
+    return _MARKS.sub("", _MINUS.sub("\N{MINUS SIGN}", word)) or word
+
+
+def _differing(pairs: Sequence[tuple[str, str]]) -> str:
+    """What the labels of pairs differ in: `case`, `case or blanks`."""
+    blanks, marks = r"[^\s]", r"[\w\s]"
+    found = {
+        "case": any(re.sub(r"[\W_]", "", a) != re.sub(r"[\W_]", "", b) for a, b in pairs),
+        "blanks": any(re.sub(blanks, "", a) != re.sub(blanks, "", b) for a, b in pairs),
+        "punctuation": any(re.sub(marks, "", a.replace("_", "-")) != re.sub(marks, "", b.replace("_", "-"))
+                           for a, b in pairs),
+    }  # fmt: skip
+    *first, last = [name for name, differ in found.items() if differ] or ["writing"]
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
     """Pairs of a rare label and a much commoner one that it is likely a misspelling of.
 
-    They differ in their case or blanks alone, or in one letter (or two neighbours that changed places) after the first.
+    They differ in one letter (or two neighbours that changed places) after the first, whatever their case and blanks.
     """
     names = sorted(counts, key=lambda name: (-counts[name], name))
     pairs = []
@@ -119,10 +159,8 @@ def misspelt(counts: Mapping[str, int]) -> list[tuple[str, str]]:
 
 
 def _alike(a: str, b: str) -> bool:
-    a, b = plain(a), plain(b)
-    if a == b:
-        return True
-    if not a or not b or a[0] != b[0] or min(len(a), len(b)) < SPELLED:
+    same, a, b = _bare(a) == _bare(b), plain(a), plain(b)
+    if same or not a or not b or a[0] != b[0] or min(len(a), len(b)) < SPELLED:
         return False
     a, b = _without_common_start(a, b)
     a, b = (end[::-1] for end in _without_common_start(a[::-1], b[::-1]))
