@@ -164,7 +164,7 @@ def _alike(a: str, b: str) -> bool:
         return False
     a, b = _without_common_start(a, b)
     a, b = (end[::-1] for end in _without_common_start(a[::-1], b[::-1]))
-    if any(letter.isdigit() for letter in a + b):  # numbers tell classes apart
+    if not (a + b).isalpha():  # numbers and signs tell classes apart
         return False
     return max(len(a), len(b)) == 1 or (len(a) == 2 and a == b[::-1])
 
