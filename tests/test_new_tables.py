@@ -194,8 +194,14 @@ def test_a_second_text_of_another_name_is_named_and_taken_by_an_option(here):
     "options, message",
     [
         (["--pair", "secnd"], r"--pair 'secnd': pairs.csv has no such column \(did you mean 'second'"),
-        (["--pair", "label", "--label", "label"], "--pair 'label' is the label already"),
-        (["--pair", "first", "--text", "first"], "--pair 'first' is the text already"),
+        (
+            ["--pair", "label", "--label", "label"],
+            "--label and --pair name the same column, 'label'; accepted: a column each",
+        ),
+        (
+            ["--pair", "first", "--text", "first"],
+            "--text and --pair name the same column, 'first'; accepted: a column each",
+        ),
     ],
 )
 def test_a_second_text_that_cannot_be_taken_is_refused(here, options, message):
@@ -243,3 +249,85 @@ def test_a_broken_line_of_json_is_named_by_its_number_and_read_past(here):
     printed = new("docs.jsonl")
     assert "a table of 57 rows" in printed and "2 rows cannot be read: " in printed
     assert "(line 9, line 21); left out by on_error: skip" in printed and source_of("docs.yaml")["on_error"] == "skip"
+
+
+def tickets():
+    """Texts with a title, a team, a number, a name of each row and a tag a word."""
+    rng, rows = random.Random(0), []
+    for n in range(90):
+        text = words(rng)
+        tags = " ".join("AB"[len(word) % 2] for word in text.split())
+        rows.append((text, f"{words(rng)} and {n}", "ab"[n % 2], f"{rng.random():.4f}", f"n{n}", tags))
+    write("t.csv", ("text", "title", "team", "score", "name", "tags"), rows)
+
+
+@pytest.mark.parametrize("more", [[], ["--task", "classify"], ["--task", "regress"], ["--task", "chat"]])
+def test_the_column_of_texts_is_no_label_whatever_the_task(here, more):
+    rng = random.Random(0)
+    write("t.csv", ("text", "team"), [(words(rng) + str(n), "ab"[n % 2]) for n in range(60)])
+    with pytest.raises(PretrainError, match="--label 'text': the column of texts is no label; accepted: team$"):
+        new("t.csv", "--label", "text", *more)
+    assert not list(here.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--label", "team", "--text", "team"], r"--text and --label name the same column, 'team'; .* a column each"),
+        (["--label", "team", "--pair", "team"], "--label and --pair name the same column, 'team'"),
+        (["--text", "title", "--pair", "title", "--label", "title"], "--text and --label and --pair name the same"),
+        (["--label", "text", "--text", "title"], "the column 'text' cannot be the label beside the texts in 'title'"),
+        (["--pair", "text", "--text", "title", "--label", "team"], "'text' cannot be the second text beside"),
+        (["--label", "name"], r"90 different values in 90 rows, so it names rows .*\(team"),
+        (["--label", "name", "--task", "regress"], "90 different values in 90 rows, so it names rows"),
+        (["--label", "title", "--task", "classify"],
+         r"--label 'title' holds texts, .*90 different values\); accepted: --task chat, or a column .*\(team"),
+        (["--label", "title", "--task", "regress"], "--label 'title' holds texts, .*accepted: --task chat, or a column of"),
+        (["--label", "score", "--task", "classify"], "90 different numbers in 'score'; accepted: --task regress"),
+        (["--label", "score", "--task", "chat"], "--label 'score' holds numbers .*accepted: --task regress"),
+        (["--label", "team", "--task", "regress"], "--label 'team' holds labels .2 different values.; .*--task classify"),
+        (["--label", "tags", "--task", "regress"], "--label 'tags' holds a tag for each word; accepted: --task classify"),
+    ],
+)  # fmt: skip
+def test_a_column_that_cannot_be_what_it_is_named_for_is_refused_in_one_line(here, options, message):
+    tickets()
+    with pytest.raises(PretrainError, match=message) as error:
+        new("t.csv", *options)
+    assert "\n" not in str(error.value) and not list(here.glob("*.yaml"))
+
+
+def test_the_label_that_is_named_is_taken_where_another_column_has_tags(here):
+    tickets()
+    assert "a tag a word in tags" in new("t.csv")
+    assert "2 labels in team" in new("t.csv", "--label", "team", "--force")
+    assert "label: team" in Path("t.yaml").read_text() and "tagging" not in Path("t.yaml").read_text()
+    told = "tags has a tag for each word, so --task classify gives each word one"
+    assert told in new("t.csv", "--label", "tags", "--task", "classify", "--force")
+    assert told not in new("t.csv", "--label", "tags", "--force")
+
+
+def test_a_label_that_the_task_does_not_read_is_told(here):
+    tickets()
+    told = "--task pretrain learns of the texts alone: --label team changes nothing"
+    assert told in new("t.csv", "--label", "team", "--task", "pretrain")
+    assert "changes nothing" not in new("t.csv", "--task", "pretrain", "--text", "title", "--force")
+    Path("notes.txt").write_text("some words of it\n" * 60)
+    with pytest.raises(PretrainError, match="--label 'team': notes.txt is no table, .*accepted: a table"):
+        new("notes.txt", "--label", "team")
+
+
+def test_a_query_beside_a_text_is_its_second_text_and_each_stays_what_it_is(here):
+    rng = random.Random(0)
+    write("t.csv", ("query", "text", "label"), [(f"q {words(rng)}", words(rng), "ab"[n % 2]) for n in range(90)])
+    assert "texts in text and query" in new("t.csv")
+    first = next(iter(read(build_source(source_of("t.yaml")), Skipped())))
+    assert first["query"].startswith("q ") and not first["text"].startswith("q ")
+
+
+def test_a_warning_names_the_recipe_by_the_file_that_is_written(here):
+    rng = random.Random(0)
+    write("t.csv", ("text", "label"), [(words(rng) + f" {n}", "one") for n in range(60)])
+    printed = new("t.csv", "--label", "label", "--output", "more.of.it.yaml")
+    assert "warning: more.of.it.yaml:" in printed and "holds one label" in printed
+    number = int(printed.partition("more.of.it.yaml:")[2].partition(":")[0])
+    assert "label" in Path("more.of.it.yaml").read_text().splitlines()[number - 1]

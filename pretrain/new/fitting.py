@@ -18,14 +18,14 @@ RARER = {MEASURED: 0.1, 0.1: 0.2, 0.2: 0.5, 0.5: 0.0}  # shares of a training be
 PASSES = {"pretrain": MOST_PASSES, "continue": NEARLY_NEW}  # more teach little, or make it forget the rest
 
 
-def fitted(asked: Asked) -> tuple[str, list[str]]:
-    """The recipe's text, and what its plan warns of for all that."""
+def fitted(asked: Asked, where: str) -> tuple[str, list[str]]:
+    """The recipe's text, and what its plan warns of for all that; `where` is the file that it is to be written to."""
     if asked.init is not None and not asked.init.config:  # a hub's, of which nothing is known before it is fetched
         return recipe(asked), []
     with TemporaryDirectory() as folder:  # in which nothing is finished yet
         while True:
             text = recipe(asked)
-            raw, places = yaml.loads(text, asked.name)
+            raw, places = yaml.loads(text, where)
             assert isinstance(raw, dict), "it was written as one"
             loaded = check(raw, None, places, folder)
             planned = plan(loaded)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -34,7 +34,7 @@ BESIDES = ("id", "uuid", "index", "date", "time", "timestamp", "datetime", "year
            "url", "split", "fold")  # fmt: skip
 DATE = re.compile(r"\d{4}[-/.]\d{1,2}([-/.]\d{1,2}.*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}.*|\d{1,2}:\d{2}(:\d{2})?.*")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"),
-         ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("question", "passage"), ("query", "text"))  # fmt: skip
+         ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("question", "passage"), ("text", "query"))  # fmt: skip
 SECOND = {"1": "2", "0": "1", "a": "b", "A": "B"}  # how the name of a column of second texts ends
 ANSWERS = (("prompt", "response"), ("prompt", "completion"), ("prompt", "answer"), ("instruction", "output"),
            ("instruction", "response"), ("question", "answer"), ("input", "output"), ("source", "target"),
@@ -64,6 +64,7 @@ class Table:
     texts: tuple[str, ...] = ()  # those that were read
     unread: tuple[str, ...] = ()  # columns that hold texts as well, and are not used
     beside: tuple[str, ...] = ()  # further columns that are not used
+    candidates: tuple[str, ...] = ()  # columns that hold labels
     keys: tuple[str, ...] = ()  # by which rows are put on a side of a split
 
     @property
@@ -115,6 +116,7 @@ def read_table(
                 f"{', and no header, so they are numbered' if header is False else ''}; "
                 f"accepted: {', '.join(columns)}"
             )
+    _apart(columns, {"--text": text, "--label": label, "--pair": pair})
     table = _guessed(Table(columns, len(rows), whole, "prose", "", pair=pair, header=header), rows, name, text, label)
     texts = tuple(str(row[table.text]) for row in rows if given(row, table.text))
     groups = [str(row.get("id", f"{name}:{number}")) for number, row in enumerate(rows)]
@@ -134,6 +136,7 @@ def read_table(
         contradicting=tuple(doubtful),
         odd=tuple(unnumbered(placed, str(table.label)) if table.numeric else ()), unread=unread,
         beside=tuple(name for name in unused if name not in unread),
+        candidates=tuple(name for name in columns if name != table.text and _is_label(rows, name)),
     )  # fmt: skip
 
 
@@ -153,7 +156,25 @@ def _guessed(seen: Table, rows: Rows, name: str, text: str | None, label: str | 
     if pair is not None and pair in (table.text, table.label):
         what = "the text" if pair == table.text else "the label"
         raise PretrainError(f"--pair {pair!r} is {what} already; accepted: another column, or --text and --label too")
+    what = {table.label: "the label", table.pair: "the second text"}.get("text")
+    if what is not None and table.text != "text":
+        raise PretrainError(
+            f"{name}: the column 'text' cannot be {what} beside the texts in {table.text!r}, which a corpus calls by "
+            "that name; accepted: another column, or the column under another name in the file"
+        )
     return table
+
+
+def _apart(columns: Sequence[str], asked: Mapping[str, str | None]) -> None:
+    """Refuse options that name the same column."""
+    for column in columns:
+        options = [option for option, wanted in asked.items() if wanted == column]
+        if len(options) > 1:
+            others = ", ".join(name for name in columns if name != column)
+            raise PretrainError(
+                f"{' and '.join(options)} name the same column, {column!r}; accepted: a column each"
+                f"{f' ({column}, {others})' if others else ''}"
+            )
 
 
 def _beginning(
@@ -191,7 +212,10 @@ def _chat(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table
 def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> Table | None:
     """Classes, numbers or tags beside a text."""
     pair = _pair(seen, rows, text, label)
-    column = text or (pair[0] if pair else _text(seen.columns, rows))
+    column = text or (pair[0] if pair else _text([name for name in seen.columns if name != label], rows))
+    if column is None and label is not None and _is_text(rows, label):
+        labels = ", ".join(n for n in seen.columns if _is_label(rows, n)) or "a column whose values come again"
+        raise PretrainError(f"--label {label!r}: the column of texts is no label; accepted: {labels}")
     if column is None:
         return None
     others = [name for name in seen.columns if name not in (column, *(pair or ()))]
@@ -200,13 +224,14 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
     if label is None and named is None and _answer(seen, rows, column) is not None:
         return None  # a text beside a text, and nothing that is called a label
     chosen = label or named or next(iter(candidates), None)
-    if tagged := next((n for n in [label or "", *others] if n and _is_tags(rows, column, n)), None):
+    if tagged := next((n for n in ([label] if label else others) if _is_tags(rows, column, n)), None):
         return replace(seen, kind="tag", text=column, label=tagged)
     if chosen is None:
         return None
     values = _values(rows, chosen)
     if label is not None and _is_text(rows, label) and not _is_label(rows, label):
-        return replace(seen, kind="chat", text=column, label=label)  # an answer to each text
+        counts = tuple(Counter(map(str, values)).items())
+        return replace(seen, kind="chat", text=column, label=label, counts=counts)  # an answer to each text
     if label is not None and _names_rows(label, values):
         different = len({str(value) for value in values})
         labels = ", ".join(name for name in seen.columns if name != column and _is_label(rows, name))
@@ -221,20 +246,6 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
         seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, doubts=doubts, numeric=numeric,
         counts=tuple(Counter(map(str, values)).most_common()),
     )  # fmt: skip
-
-
-def as_asked(table: Table, task: str | None, name: str) -> Table:
-    """A table of labels that are numbers, as the task takes them: for classes, or for a quantity."""
-    if task == "regress" and table.kind == "classify" and table.numeric:
-        return replace(table, kind="regress")
-    if task == "classify" and table.kind == "regress":
-        if table.classes > MOST_CLASSES:
-            raise PretrainError(
-                f"--task classify: {name} has {table.classes:,} different numbers in {table.label!r}; accepted: "
-                f"--task regress, or a column of at most {MOST_CLASSES} labels"
-            )
-        return replace(table, kind="classify")
-    return table
 
 
 def _pair(seen: Table, rows: Rows, text: str | None, label: str | None) -> tuple[str, str] | None:

@@ -16,17 +16,16 @@ from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
 from pretrain.corpus.payload import belongs
 from pretrain.new import TASKS
+from pretrain.new.asked import WANTED, as_asked, unread
 from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
-from pretrain.new.tables import as_asked
 from pretrain.new.words import contents, labels, unused
 
 NAMED, HEAD = re.compile(r"^name: *['\"]?([\w.-]+)", re.M), 10_000  # of a recipe, in so many bytes
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
 HEADS = {"continue": ("causal", "masked", "seq2seq"), "chat": ("causal", "seq2seq"), "compress": ("causal", "masked")}
-WANTED = {"classify": ("classify", "tag"), "regress": ("regress",), "chat": ("chat",)}  # kinds of tables
 LABELLED = ("classify", "regress")
 LACKING = {"classify": "texts with labels", "regress": "texts with numbers", "chat": "conversations or answers"}
 
@@ -62,17 +61,20 @@ def write(
     chosen = task or _guess(seen, init)
     seen = _settled(seen, place, columns) if chosen in LABELLED else seen
     if seen.table is not None:
-        seen = replace(seen, table=as_asked(seen.table, task, seen.place))
+        seen = replace(seen, table=as_asked(seen.table, task, seen.place, columns.label))
     start = None if init is None else start_of(init)
     if start is not None and start.held is not None and seen.table is None:
         seen = replace(seen, share=min(filter(None, start.held)))
     _check(seen, chosen, start, guessed=task is None)
+    idle = unread(seen.table, chosen, place, asdict(columns))
     name = free_name(target)
     asked = Asked(name, seen, chosen, start if chosen != "pretrain" else None, seconds)
     file = _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
-    text_of, odd = fitted(asked)
+    text_of, odd = fitted(asked, str(target))
     write_text(file, text_of)
     _say(asked, target, task is None, odd)
+    if idle:
+        typer.echo(idle)
     if budget is not None and "seconds" not in (budgets := _budgets(text_of)) and budgets == _unasked(asked):
         enough = (
             "more passes over the text than the recipe's teach little" if "budget:" in text_of else "nothing is trained"
@@ -90,7 +92,7 @@ def _budgets(text: str) -> str:
 
 def _unasked(asked: Asked) -> str:
     """The budgets that the recipe has where none is asked for."""
-    return _budgets(fitted(replace(asked, seconds=None))[0])
+    return _budgets(fitted(replace(asked, seconds=None), asked.name)[0])
 
 
 def name_of(path: Path) -> str:
@@ -220,6 +222,8 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
     if table is not None and table.numeric and guessed and asked.task in LABELLED:
         taken, other = ("classes", "regress") if asked.task == "classify" else ("a quantity", "classify")
         notes.append(f"the numbers in {table.label} are taken for {taken}: else --task {other}")
+    if table is not None and table.kind == "tag" and not guessed and asked.task == "classify":
+        notes.append(f"{table.label} has a tag for each word, so --task classify gives each word one (tagging)")
     if table is not None and table.doubts and asked.task in LABELLED:
         notes.append(f"the label may as well be {' or '.join(table.doubts)}: --label")
     if table is not None and table.rare and asked.task == "classify":
