@@ -299,6 +299,7 @@ def test_a_column_that_cannot_be_what_it_is_named_for_is_refused_in_one_line(her
 def test_the_label_that_is_named_is_taken_where_another_column_has_tags(here):
     tickets()
     assert "a tag a word in tags" in new("t.csv")
+    assert "taken for a quantity" in (told := new("t.csv", "--label", "score", "--force")) and "else" not in told
     assert "2 labels in team" in new("t.csv", "--label", "team", "--force")
     assert "label: team" in Path("t.yaml").read_text() and "tagging" not in Path("t.yaml").read_text()
     told = "tags has a tag for each word, so --task classify gives each word one"

@@ -14,6 +14,12 @@ ACCEPTED = {"classify": "whose values come again", "regress": "of numbers", "cha
 FEWEST = 8  # rows that tell whether values come again
 
 
+def may_be_classes(table: Table) -> bool:
+    """Whether its numbers are few enough for classes, and come again."""
+    rows = sum(count for _, count in table.counts)
+    return table.classes <= MOST_CLASSES and (rows < FEWEST or table.classes <= OWN * rows)
+
+
 def as_asked(table: Table, task: str | None, name: str, label: str | None = None) -> Table:
     """A table as the task takes it: labels that are numbers for classes, or for a quantity.
 
@@ -22,8 +28,7 @@ def as_asked(table: Table, task: str | None, name: str, label: str | None = None
     if task == "regress" and table.kind == "classify" and table.numeric:
         return replace(table, kind="regress")
     if task == "classify" and table.kind == "regress":
-        rows = sum(count for _, count in table.counts)
-        if table.classes > MOST_CLASSES or (rows >= FEWEST and table.classes > OWN * rows):
+        if not may_be_classes(table):
             raise PretrainError(
                 f"--task classify: {name} has {table.classes:,} different numbers in {table.label!r}; accepted: "
                 f"--task regress, or a column of at most {MOST_CLASSES} labels that come again"

@@ -156,10 +156,10 @@ def _guessed(seen: Table, rows: Rows, name: str, text: str | None, label: str | 
     if pair is not None and pair in (table.text, table.label):
         what = "the text" if pair == table.text else "the label"
         raise PretrainError(f"--pair {pair!r} is {what} already; accepted: another column, or --text and --label too")
-    what = {table.label: "the label", table.pair: "the second text"}.get("text")
-    if what is not None and table.text != "text":
+    taken = {table.label: "the label", table.pair: "the second text"}.get("text")
+    if taken is not None and table.text != "text":
         raise PretrainError(
-            f"{name}: the column 'text' cannot be {what} beside the texts in {table.text!r}, which a corpus calls by "
+            f"{name}: the column 'text' cannot be {taken} beside the texts in {table.text!r}, which a corpus calls by "
             "that name; accepted: another column, or the column under another name in the file"
         )
     return table

@@ -16,7 +16,7 @@ from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
 from pretrain.corpus.payload import belongs
 from pretrain.new import TASKS
-from pretrain.new.asked import WANTED, as_asked, unread
+from pretrain.new.asked import WANTED, as_asked, may_be_classes, unread
 from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
@@ -221,7 +221,8 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         notes.append(f"guessed --task {asked.task}")
     if table is not None and table.numeric and guessed and asked.task in LABELLED:
         taken, other = ("classes", "regress") if asked.task == "classify" else ("a quantity", "classify")
-        notes.append(f"the numbers in {table.label} are taken for {taken}: else --task {other}")
+        otherwise = f": else --task {other}" if other == "regress" or may_be_classes(table) else ""
+        notes.append(f"the numbers in {table.label} are taken for {taken}{otherwise}")
     if table is not None and table.kind == "tag" and not guessed and asked.task == "classify":
         notes.append(f"{table.label} has a tag for each word, so --task classify gives each word one (tagging)")
     if table is not None and table.doubts and asked.task in LABELLED:
