@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -16,16 +16,20 @@ from pretrain.core.foreign.paths import expanded
 from pretrain.core.quick.quantities import quantity
 from pretrain.corpus.payload import belongs
 from pretrain.new import TASKS
-from pretrain.new.asked import WANTED, as_asked, may_be_classes, unread
 from pretrain.new.fitting import fitted
 from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
+from pretrain.new.tables import MOST_CLASSES, OWN, Table
 from pretrain.new.words import contents, labels, unused
 
 NAMED, HEAD = re.compile(r"^name: *['\"]?([\w.-]+)", re.M), 10_000  # of a recipe, in so many bytes
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
 HEADS = {"continue": ("causal", "masked", "seq2seq"), "chat": ("causal", "seq2seq"), "compress": ("causal", "masked")}
+WANTED = {"classify": ("classify", "tag"), "regress": ("regress",), "chat": ("chat",)}  # kinds of tables
+HOLDS = {"classify": "labels", "regress": "numbers", "tag": "a tag for each word", "chat": "texts, nearly each another"}
+ACCEPTED = {"classify": "whose values come again", "regress": "of numbers", "chat": "of answers"}
+FEWEST = 8  # rows that tell whether values come again
 LABELLED = ("classify", "regress")
 LACKING = {"classify": "texts with labels", "regress": "texts with numbers", "chat": "conversations or answers"}
 
@@ -61,12 +65,12 @@ def write(
     chosen = task or _guess(seen, init)
     seen = _settled(seen, place, columns) if chosen in LABELLED else seen
     if seen.table is not None:
-        seen = replace(seen, table=as_asked(seen.table, task, seen.place, columns.label))
+        seen = replace(seen, table=_as_asked(seen.table, task, seen.place, columns.label))
     start = None if init is None else start_of(init)
     if start is not None and start.held is not None and seen.table is None:
         seen = replace(seen, share=min(filter(None, start.held)))
     _check(seen, chosen, start, guessed=task is None)
-    idle = unread(seen.table, chosen, place, asdict(columns))
+    idle = _unread(seen.table, chosen, place, asdict(columns))
     name = free_name(target)
     asked = Asked(name, seen, chosen, start if chosen != "pretrain" else None, seconds)
     file = _free(target, force and not (target.exists() and path.exists() and target.samefile(path)))
@@ -185,6 +189,49 @@ def _settled(seen: Look, place: str, columns: Columns) -> Look:
     return look(place, text=columns.text, label=answer, pair=columns.pair, table=True)
 
 
+def _may_be_classes(table: Table) -> bool:
+    """Whether its numbers are few enough for classes, and come again."""
+    rows = sum(count for _, count in table.counts)
+    return table.classes <= MOST_CLASSES and (rows < FEWEST or table.classes <= OWN * rows)
+
+
+def _as_asked(table: Table, task: str | None, name: str, label: str | None = None) -> Table:
+    """A table as the task takes it: labels that are numbers for classes, or for a quantity.
+
+    `label` is the column that the user names. Raises `PretrainError` where the task cannot learn it.
+    """
+    if task == "regress" and table.kind == "classify" and table.numeric:
+        return replace(table, kind="regress")
+    if task == "classify" and table.kind == "regress":
+        if not _may_be_classes(table):
+            raise PretrainError(
+                f"--task classify: {name} has {table.classes:,} different numbers in {table.label!r}; accepted: "
+                f"--task regress, or a column of at most {MOST_CLASSES} labels that come again"
+            )
+        return replace(table, kind="classify")
+    if label is not None and task in WANTED and table.kind in HOLDS and table.kind not in WANTED[task]:
+        other = next(each for each, kinds in WANTED.items() if table.kind in kinds)
+        columns = ", ".join(table.candidates) if task == "classify" else ""
+        different = f" ({table.classes:,} different values)" if table.classes else ""
+        raise PretrainError(
+            f"--task {task}: --label {label!r} holds {HOLDS[table.kind]}{different}; accepted: "
+            f"--task {other}, or a column {ACCEPTED[task]}{f' ({columns})' if columns else ''}"
+        )
+    return table
+
+
+def _unread(table: Table | None, task: str, place: str, columns: Mapping[str, str | None]) -> str:
+    """What is told of a column that the task does not read; raises `PretrainError` for columns of what is no table."""
+    given = {option: column for option, column in columns.items() if column is not None}
+    if table is None and given:
+        option, column = next(iter(given.items()))
+        raise PretrainError(f"--{option} {column!r}: {place} is no table, which has columns; accepted: a table")
+    if task in WANTED:
+        return ""
+    idle = " and ".join(f"--{option} {column}" for option, column in given.items() if option != "text")
+    return f"--task {task} learns of the texts alone: {idle} changes nothing" if idle else ""
+
+
 def _check(seen: Look, task: str, init: Start | None, guessed: bool) -> None:
     """Refuse what no recipe can do."""
     table, place = seen.table, seen.place
@@ -221,7 +268,7 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         notes.append(f"guessed --task {asked.task}")
     if table is not None and table.numeric and guessed and asked.task in LABELLED:
         taken, other = ("classes", "regress") if asked.task == "classify" else ("a quantity", "classify")
-        otherwise = f": else --task {other}" if other == "regress" or may_be_classes(table) else ""
+        otherwise = f": else --task {other}" if other == "regress" or _may_be_classes(table) else ""
         notes.append(f"the numbers in {table.label} are taken for {taken}{otherwise}")
     if table is not None and table.kind == "tag" and not guessed and asked.task == "classify":
         notes.append(f"{table.label} has a tag for each word, so --task classify gives each word one (tagging)")

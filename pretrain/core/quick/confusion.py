@@ -135,13 +135,13 @@ def _bare(label: str) -> str:
 def _differing(pairs: Sequence[tuple[str, str]]) -> str:
     """What the labels of pairs differ in: `case`, `case or blanks`."""
     blanks, marks = r"[^\s]", r"[\w\s]"
-    found = {
+    differences = {
         "case": any(re.sub(r"[\W_]", "", a) != re.sub(r"[\W_]", "", b) for a, b in pairs),
         "blanks": any(re.sub(blanks, "", a) != re.sub(blanks, "", b) for a, b in pairs),
         "punctuation": any(re.sub(marks, "", a.replace("_", "-")) != re.sub(marks, "", b.replace("_", "-"))
                            for a, b in pairs),
     }  # fmt: skip
-    *first, last = [name for name, differ in found.items() if differ] or ["writing"]
+    *first, last = [name for name, differ in differences.items() if differ] or ["writing"]
     return f"{', '.join(first)} or {last}" if first else last
 
 
