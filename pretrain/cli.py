@@ -14,7 +14,7 @@ from pretrain import __version__, cli_claim, cli_corpus, cli_exchange, cli_paper
 from pretrain.cli_plan import Overrides
 from pretrain.core.bounds import Count, Ge, NonNegative, Seed, Share
 from pretrain.core.errors import PretrainError
-from pretrain.core.folders import check_unused, has_chat_template, newest_checkpoint, run_of
+from pretrain.core.folders import check_unused, has_chat_template, in_use, newest_checkpoint, run_of
 from pretrain.core.foreign.code import TRUST, in_words
 from pretrain.core.quick import hub
 from pretrain.core.quick.imports import opening
@@ -22,6 +22,7 @@ from pretrain.core.quick.machine import others_at_work, share_cores
 from pretrain.core.quick.quantities import duration, figure, quantity, short, time_in
 from pretrain.core.registry import methods, use_methods
 from pretrain.core.system.console import App
+from pretrain.core.system.portable import held
 from pretrain.core.system.usage import Commands
 from pretrain.inference import chat as talking
 from pretrain.inference import command as inferring
@@ -147,6 +148,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     from pretrain.identity import plan, why
     from pretrain.runs.shelf import check_output, check_place
     from pretrain.runs.targets import repointed
+    from pretrain.stages._size import known
 
     check_output(recipe.output)
     if store is not None:
@@ -155,7 +157,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     if reasons:
         width = max(len(item.stage.name) for item in planned)
         for item in planned:
-            status = Status.FINISHED if item.finished else Status.TO_RUN
+            status = Status.FINISHED if item.finished else Status.RUNNING if item.running else Status.TO_RUN
             typer.echo(f"{item.stage.name:<{width}}  {status:<8}  {why(item)}")
     for item in planned:
         for line in repointed(item):
@@ -176,6 +178,7 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for each in expected:
         stage, cells = each.item.stage, _cells(each.ahead) if each.to_run else ("-",) * 5
         state = f"{each.done:.0%} done" if each.done else Status.TO_RUN if each.to_run else Status.FINISHED
+        state = Status.RUNNING if each.item.running else state
         table.add_row(stage.name, stage.stage, state, *cells)
     table.add_section()
     table.add_row("total", "", "", *_cells(total(expected)))
@@ -183,14 +186,16 @@ def _print_plan(recipe: Recipe, store: Path | None, refresh: list[str], reasons:
     for each in expected:
         if each.to_run and each.estimate.basis:
             typer.echo(f"note: {each.item.stage.name} is not made yet: {each.estimate.basis}")
-    ahead = {each.item.stage.name for each in expected if each.to_run}
-    for chosen in (each for each in recipe.sizes if each.stage in ahead):
+    made = {each.item.stage.name for each in expected if not each.to_run}
+    for chosen in (each for each in known(recipe.sizes, made) if each.stage not in made):
         for line in chosen.warnings():
             typer.echo(f"[{chosen.stage}] {line}")
     for line in warnings(expected, note=True):
         typer.echo(f"note: {line}")
     for line in [*odd, *warnings(expected)]:
         typer.echo(f"warning: {line}")
+    if held(recipe.output / ".lock"):
+        typer.echo(f"note: {in_use(recipe.output)}")
     if busy := others_at_work():
         typer.echo(f"note: {busy}")
     check_fits(expected)

@@ -25,6 +25,7 @@ def print_plan(
     from pretrain import recipe as recipes
     from pretrain.forecast import check_ends, forecast
     from pretrain.identity import plan
+    from pretrain.stages._size import known
     from pretrain.training.budget import UNITS
 
     with hub.offline():
@@ -44,7 +45,8 @@ def print_plan(
     forecasts = forecast(plan(loaded))
     check_ends(loaded, forecasts)
     expected = {each.item.stage.name: each.estimate for each in forecasts}
-    for chosen in loaded.sizes:
+    made = {each.item.stage.name for each in forecasts if not each.to_run}
+    for chosen in known(loaded.sizes, made):
         typer.echo("\n".join([f"{chosen.stage}:", *(f"  {line}" for line in chosen.lines(expected.get(chosen.stage)))]))
 
 

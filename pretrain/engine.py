@@ -43,6 +43,7 @@ from pretrain.runs.parts import earlier, noted, part_of
 from pretrain.runs.shelf import check_output, join_store
 from pretrain.runs.targets import repointed, targets
 from pretrain.stages import Estimate, Job
+from pretrain.stages._size import known
 from pretrain.stages._size import tell as tell_sizes
 from pretrain.stages._size import write as write_sizes
 
@@ -133,7 +134,8 @@ def _begin(
     if recipe.sizes:
         write_sizes(recipe.sizes, recipe.output)
     fresh = {each.item.stage.name: each.estimate for each in expected if each.to_run and not each.done}
-    tell_sizes(recipe.sizes, fresh, say)
+    made = {each.item.stage.name for each in expected if not each.to_run}
+    tell_sizes(known(recipe.sizes, made), fresh, say)
     return {each.item.stage.name: each.estimate for each in expected if each.to_run}
 
 

@@ -34,7 +34,7 @@ from pretrain.core.foreign.code import digests_of
 from pretrain.core.quick import hub
 from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
-from pretrain.core.system.portable import link_target
+from pretrain.core.system.portable import held, link_target
 from pretrain.recipe import Recipe
 from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord, code_changes, label, read_stage
 from pretrain.stages import Stage
@@ -66,6 +66,11 @@ class Planned:
     def finished(self) -> bool:
         """Whether it has been run."""
         return (self.folder / RECORD).exists()
+
+    @property
+    def running(self) -> bool:
+        """Whether a process is at it now: of this run, or of one with the same store."""
+        return not self.finished and held(self.folder / ".lock")
 
     @property
     def begun(self) -> bool:
@@ -306,6 +311,8 @@ def why(item: Planned) -> str:
         adopted = record.get("adopted")
         made = f"adopted from {adopted['source']}" if adopted else "finished"
         return "; ".join(filter(None, (f"{made} on {_when(record)}, same address", drift(item))))
+    if item.running:
+        return "running now: it is in use by another run"
     if item.begun:
         where = item.stage.progress(item.folder)
         text = f"interrupted {where}: will resume" if where else "interrupted: begins again"

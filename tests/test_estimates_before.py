@@ -15,8 +15,8 @@ from pretrain.engine import run, silent
 from pretrain.forecast import forecast
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
-from pretrain.stages import _examples
-from pretrain.stages.data import LOOKED
+from pretrain.stages import _examples, _glance
+from pretrain.stages.data import LOOKED, build_source
 
 EVALUATION = {
     "stage": "evaluate",
@@ -85,11 +85,70 @@ def test_of_more_than_there_is_time_for_a_part_is_taken_for_all(tmp_path, storie
     whole = estimates(recipe)["corpus"]
     LOOKED.clear()
     clock = iter(range(10**6))
-    monkeypatch.setattr(_examples.time, "perf_counter", lambda: next(clock) * _examples.READ / 50)  # fifty documents
+    monkeypatch.setattr(_glance, "LEAST", 1)
+    monkeypatch.setattr(_glance, "LEAST_BYTES", 1)
+    monkeypatch.setattr(_glance.time, "process_time", lambda: next(clock) * _examples.READ / 50)  # fifty documents
     part = estimates(recipe)["corpus"]
     assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.35)
     assert sum(part.left.bytes.values()) < 0.6 * sum(len(text.encode()) for text in texts) * 2
     assert "a look at its sources, of which copies are 5" in whole.basis and "a look at the first" in part.basis
+
+
+def small(folder: Path, stories, copies: int) -> Recipe:
+    """A recipe on so many pieces of text, each other than all the rest."""
+    whole = "\n".join(story["text"] for story in stories)
+    (folder / "text").mkdir()
+    for number in range(copies):
+        at = number * 3_001 % (len(whole) - 4_000)
+        (folder / "text" / f"{number:04}.txt").write_text(f"{number}\n{whole[at : at + 4_000]}")
+    (folder / "r.yaml").write_text(f"stages:\n- {{stage: data, name: corpus, sources: ['{folder}/text']}}\n")
+    return load(folder / "r.yaml", [], folder / "run")
+
+
+@pytest.mark.parametrize("clocks", [("process_time", "perf_counter"), ("perf_counter",)], ids=["no time", "others"])
+def test_whatever_else_a_machine_does_enough_is_looked_at_to_tell_of_the_rest(tmp_path, stories, monkeypatch, clocks):
+    recipe = small(tmp_path, stories, 300)
+    whole = estimates(recipe)["corpus"]
+    LOOKED.clear()
+    hours = iter(range(0, 10**9, 3600))
+    for clock in clocks:
+        monkeypatch.setattr(_glance.time, clock, lambda: float(next(hours)))
+    part = estimates(recipe)["corpus"]
+    assert "a look at its sources" in whole.basis and "a look at the first 2" in part.basis
+    assert part.disk_bytes == pytest.approx(whole.disk_bytes, rel=0.3)
+    assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.1)
+
+
+def test_a_look_that_others_make_slower_is_no_shorter(tmp_path, stories, monkeypatch):
+    recipe, clock = small(tmp_path, stories, 300), iter(range(10**6))
+    monkeypatch.setattr(_glance.time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(_glance.time, "perf_counter", lambda: next(clock) * _examples.READ / 100)
+    assert "a look at its sources" in estimates(recipe)["corpus"].basis
+
+
+def test_of_less_than_can_tell_of_the_rest_no_disk_is_foretold(tmp_path, stories, monkeypatch):
+    recipe = small(tmp_path, stories, 300)
+    really = _examples._documents
+
+    def broken(*given):
+        for number, document in enumerate(really(*given)):
+            if number == 3:
+                raise OSError("gone")
+            yield document
+
+    monkeypatch.setattr(_examples, "_documents", broken)
+    few = estimates(recipe)["corpus"]
+    assert few.disk_bytes is None and "by the sizes of its sources" in few.basis
+
+
+def test_examples_are_counted_by_a_least_amount_too(tmp_path, monkeypatch):
+    rows = ["text,label", *(f"{'words ' * 50}{number},a" for number in range(3000))]
+    (tmp_path / "t.csv").write_text("\n".join(rows))
+    source, hours = build_source(str(tmp_path / "t.csv")), iter(range(0, 10**9, 3600))
+    for clock in ("process_time", "perf_counter"):
+        monkeypatch.setattr(_glance.time, clock, lambda: float(next(hours)))
+    seen = _examples.sampled(source, source.size().bytes, rows_alone=True)
+    assert len(seen.rows) >= 64 and seen.documents == pytest.approx(3000, rel=0.1)
 
 
 def test_a_dry_run_says_that_the_corpus_is_not_made_yet_until_it_is(tmp_path, stories):

@@ -92,7 +92,7 @@ def climb(recipe: Recipe, say: Callable[[str], None] = print) -> tuple[Law, Sett
     law = replace(fit(rungs), bytes_per_token=sizes, optimizer=settled.optimizer_name)
     law.write(folder / LAW)
     task = replace(settled.task, law=law, unique=unique)
-    return law, replace(settled, choice=choose(task), task=task, text="this corpus")
+    return law, replace(settled, choice=choose(task), task=task, text="this corpus", basis="")
 
 
 def _run(recipe: Recipe, settled: Settled, step: Step, folder: Path) -> Recipe:

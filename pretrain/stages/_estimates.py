@@ -250,12 +250,13 @@ def corpus_estimate(
     left = Left({split: share * total for split, share in shares.items()},
                 {split: share * documents for split, share in shares.items() if documents}, rows=rows)  # fmt: skip
     basis = "what is said of its text is by the sizes of its sources, copies included"
-    if seen is not None:
+    disk: float | None = RECORDS + SAMPLES + TOTALS + compressed(held)
+    if seen is not None and not seen.enough:  # too little to tell of the rest
+        disk = None
+    elif seen is not None:
         left, basis = _seen(left, seen), _basis(seen, total)
-    on_disk = compressed(held)
-    if seen is not None:
         on_disk = (seen.packed + REMOVED * seen.removed) * (1.0 if seen.whole else total / max(1.0, seen.given))
-    disk = RECORDS + SAMPLES + TOTALS + on_disk
+        disk = RECORDS + SAMPLES + TOTALS + on_disk
     return Estimate(None if works else 0.0, FLOOR + 10 * held, 1 + held / 1.5e6, disk, 1.0, left, basis=basis)
 
 

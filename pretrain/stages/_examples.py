@@ -2,7 +2,8 @@
 
 What a corpus that is not made yet will hold is told by a look at its files: they are read for a moment, and split and
 compared as they will be, so that copies are not counted twice and each split has the documents that their hashes put
-there. Of more text than there is time for the beginning is read, and the rest is taken to be like it.
+there. Of more text than there is time for the beginning is read, a least amount of it in any case, and the rest is
+taken to be like it.
 
 Examples are not packed into rows as text is: each batch is filled up to its longest, and what is filled is computed
 like the rest. So a step costs what the longest of its examples do, several times what its tokens would.
@@ -11,7 +12,6 @@ like the rest. So a step costs what the longest of its examples do, several time
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -25,9 +25,10 @@ from pretrain.corpus.payload import identity, only_text
 from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Skipped, Source, evenly, read
 from pretrain.corpus.store import GROUP_BYTES, key_of, side
 from pretrain.dial.packed import packed
+from pretrain.stages._glance import Glance
 
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
-READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared, at most
+READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared
 SHOWN, LONG = 200, 1000  # texts that are kept, and characters of each
 SIZES = 200  # of documents that are kept, of a split
 STEP = 16  # tokens that inputs are filled up to a multiple of
@@ -77,17 +78,18 @@ def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
     if not isinstance(source, Functions) and not (isinstance(source, Files) and rows_alone):
         return Sampled()
     rows: list[Mapping[str, str]] = []
-    whole, begun = True, time.perf_counter()
+    whole, glance = False, Glance(PATIENCE)
     with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
         for document in read(source):
             rows.append({name: value for name, value in document.items() if isinstance(value, str)})
-            if len(rows) >= MANY or time.perf_counter() - begun > PATIENCE:
-                whole = False
+            if glance.enough(len(rows[-1].get("text", "").encode())) or len(rows) >= MANY:
                 break
-    if not rows:
-        return Sampled()
-    held = max(1, sum(len(row.get("text", "").encode()) for row in rows))
-    return Sampled(tuple(evenly(rows, FEW)), float(len(rows)) if whole else max(len(rows), size * len(rows) / held))
+        else:
+            whole = True
+    few = tuple(evenly(rows, FEW)) if rows else ()
+    if whole or not (glance.least or len(rows) >= MANY):
+        return Sampled(few, float(len(rows)) if whole else 0.0)
+    return Sampled(few, max(len(rows), size * len(rows) / max(1.0, glance.bytes)))
 
 
 def middle(text: str, most: int) -> str:
@@ -219,6 +221,7 @@ class Looked:
     texts: tuple[str, ...] = ()
     packed: float = 0.0  # bytes that what is left of them takes on the disk
     removed: float = 0.0  # documents that were read and are not left
+    enough: bool = True  # whether they can tell of the rest, where they are not all
 
     @property
     def kept(self) -> float:
@@ -238,14 +241,14 @@ def looked(
     if not sources or not all(_plain(source) for source in sources):
         return None
     rows: dict[bytes, Document] = {}
-    given, number, whole, begun = 0.0, 0, True, time.perf_counter()
+    whole, glance = False, Glance(READ)
     with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
         for document in _documents(sources, longest):
-            given, number = given + len(document["text"].encode()), number + 1
             rows.setdefault(identity(document), document)
-            if time.perf_counter() - begun > READ:
-                whole = False
+            if glance.enough(len(document["text"].encode())):
                 break
+        else:
+            whole = True
     if not rows:
         return None
     splits: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
@@ -259,9 +262,11 @@ def looked(
     documents = {name: len(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
     shown = tuple(middle(document["text"], LONG) for document in evenly(train, SHOWN))
     disk = {name: packed(some, GROUP_BYTES) * (left if name == "train" else 1.0) for name, some in splits.items()}
+    if not whole and bytes_["train"]:  # a few held-out documents have a file's ends, and so have many: not to multiply
+        disk = {"all": disk["train"] * sum(bytes_.values()) / bytes_["train"]}
     return Looked(
-        whole, given, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in sizes.items()}, shown,
-        sum(disk.values()), number - sum(documents.values()),
+        whole, glance.bytes, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in sizes.items()},
+        shown, sum(disk.values()), glance.documents - sum(documents.values()), whole or glance.least,
     )  # fmt: skip
 
 
@@ -287,20 +292,21 @@ def _left(texts: Sequence[str], held: Sequence[str], near: float | None, alike: 
         return 1.0
     from pretrain.corpus.minhash import Index, signature
 
-    begun, seen, gone = time.perf_counter(), 0.0, 0.0
+    glance, seen, gone = Glance(COMPARED / 2), 0.0, 0.0
     against, among = Index(near) if near else None, Index(alike) if alike else None
     for text in held:
         if against is None:
             break
         against.add(signature(text))
-        if time.perf_counter() - begun > COMPARED / 2:
+        if glance.enough(len(text.encode())):
             break
+    glance = Glance(COMPARED - glance.spent)
     for text in texts:
         size, minhash = len(text.encode()), signature(text)
         double = (against is not None and against.has_near(minhash)) or (among is not None and among.has_near(minhash))
         seen, gone = seen + size, gone + size * double
         if among is not None and not double:
             among.add(minhash)
-        if time.perf_counter() - begun > COMPARED:
+        if glance.enough(size):
             break
     return 1 - gone / seen if seen else 1.0

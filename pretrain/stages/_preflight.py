@@ -1,14 +1,13 @@
 """What the documents say before anything runs: whether files can be read, columns are there, and labels can be learnt.
 
-Files are opened for half a second at most, tables at their beginning, so that a plan is told at once; what is read is
-read as the stage will do it, and fails with the same words.
+Files are read for half a second of the processor, tables at their beginning, so that a plan is told at once, and a
+least amount in any case; what is read is read as the stage will do it, and fails with the same words.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -27,6 +26,7 @@ from pretrain.core.registry import info
 from pretrain.corpus.sources import Files, Skipped
 from pretrain.corpus.sources._tables import is_number
 from pretrain.stages._estimates import left_in
+from pretrain.stages._glance import Glance
 from pretrain.stages.data import Data
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ def seen_in_sources(stage: Data, before: Seen | None = None) -> Seen:
     values: dict[str, Counter[str]] = {}
     odd: list[str] = []
     places: dict[tuple[str, str], str] = {}
-    end, known, whole = time.perf_counter() + SECONDS, True, True
+    glance, known, whole = Glance(SECONDS), True, True
     for number, source in enumerate(stage.sources):
         domains.append(source.domains())
         if not isinstance(source, Files) or source.package is not None or "://" in source.files:
@@ -82,7 +82,7 @@ def seen_in_sources(stage: Data, before: Seen | None = None) -> Seen:
                 counts[where.partition(":")[0].partition(", row")[0]] += 1
                 for name, value in _count(values, document):
                     places.setdefault((name, value), where)
-                if time.perf_counter() > end:
+                if glance.enough(sum(len(value) for value in document.values() if isinstance(value, str | bytes))):
                     complete = False
                     break
             odd += _left_out(source, skipped, counts.total())

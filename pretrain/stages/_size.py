@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -64,6 +64,7 @@ class Settled:
     text: str = LIKE_PYTHON  # what the law's expectation is of
     rows: str = ""  # that they are short at first
     basis: str = ""  # what is not known of the text whose passes are the budget
+    corpus: str = ""  # the stage or the folder of that text
 
     @property
     def certain(self) -> bool:
@@ -236,8 +237,8 @@ def _settle_stage(stages: list[Raw], number: int, output: Path | None) -> Settle
     if tokenizer is not None and tokenizer.get("vocab_size") == "auto":
         tokenizer["vocab_size"] = choice.shape.vocabulary
     rows = ", at first in pieces" if short and entry.setdefault("policies", short) is short else ""
-    basis = basis_of(entry, stages[:number], task.unique)
-    return Settled(name, task, choice, lr, method, text_of(entry, stages[:number]), rows, basis)
+    basis, text = basis_of(entry, stages[:number], task.unique), text_of(entry, stages[:number])
+    return Settled(name, task, choice, lr, method, text, rows, basis, str(entry.get("corpus")))
 
 
 def _task(entry: Raw, family: str, model: Raw, tokenizer: Raw | None, before: list[Raw], output: Path | None) -> Task:
@@ -362,6 +363,11 @@ def _optimizer(entry: Mapping[str, object], choice: Choice) -> object:
     if not isinstance(method, dict) or method.get("method") not in RATES:
         return given
     return optimizer_for(method["method"], choice) | method
+
+
+def known(sizes: Sequence[Settled], made: Collection[str]) -> list[Settled]:
+    """What was chosen; of a text whose stage is among those that are `made` nothing is unknown any more."""
+    return [replace(each, basis="") if each.corpus in made else each for each in sizes]
 
 
 def tell(sizes: Sequence[Settled], fresh: Mapping[str, Estimate], say: Callable[[str], None]) -> None:

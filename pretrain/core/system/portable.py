@@ -68,11 +68,12 @@ def let_be(handle: int) -> None:
 
 
 def held(path: Path) -> bool:
-    """Whether a process holds a lock file; nothing is written."""
-    if not path.is_file():
+    """Whether a process holds a lock file; nothing is written. Of one that may not be opened it is not known: False."""
+    try:
+        with path.open("r+") as lock:
+            return not take(lock)
+    except OSError:
         return False
-    with path.open("r+") as lock:
-        return not take(lock)
 
 
 def fsync(path: Path) -> None:
