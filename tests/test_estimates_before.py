@@ -161,3 +161,46 @@ def test_a_dry_run_says_that_the_corpus_is_not_made_yet_until_it_is(tmp_path, st
     )
     run(recipe, say=silent, report=False)
     assert "not made yet" not in CliRunner().invoke(app, [*arguments, *given], catch_exceptions=False).output
+
+
+class Stopped(Exception):
+    """A run that is not to go on."""
+
+
+SIZED = """stages:
+- {{stage: data, name: corpus, sources: ['{folder}/text'], operations: [{{method: deduplicate, threshold: 0.8}}]}}
+- {{stage: tokenizer, corpus: corpus, vocab_size: 512}}
+"""
+AUTO = "- {stage: train, name: model, corpus: corpus, tokenizer: tokenizer, size: auto, model: {family: llama}, budget: {epochs: 2}}\n"
+
+
+def test_what_a_size_goes_by_is_not_unknown_once_the_corpus_is_made(tmp_path, stories):
+    small(tmp_path, stories, 60)
+    (tmp_path / "r.yaml").write_text(SIZED.format(folder=tmp_path))
+    whole, output = tmp_path / "auto.yaml", tmp_path / "run"
+    whole.write_text(SIZED.format(folder=tmp_path) + AUTO)
+
+    def said_by_the_run() -> str:
+        said: list[str] = []
+
+        def say(line: str) -> None:
+            said.append(line)
+            if line.startswith("[corpus]"):  # after what is said of sizes, and before anything is made
+                raise Stopped
+
+        with pytest.raises(Stopped):
+            run(load(whole, (), output), report=False, say=say)
+        return "\n".join(said)
+
+    def told() -> list[bool]:
+        commands = (["plan"], ["run", "--dry-run"])
+        outputs = [
+            CliRunner().invoke(app, [*command, str(whole), "--output", str(output)], catch_exceptions=False).output
+            for command in commands
+        ] + [said_by_the_run()]
+        assert all("model" in each for each in outputs)
+        return ["deduplicate will leave is not known" in each for each in outputs]
+
+    assert told() == [True] * 3
+    run(load(tmp_path / "r.yaml", (), output), report=False, say=silent)
+    assert told() == [False] * 3

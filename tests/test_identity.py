@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 from identity_cases import RUNS, Fake, Tool, go, raw, reasons
 from typer.testing import CliRunner
 
-from pretrain import closure, identity
+from pretrain import closure, engine, identity
+from pretrain.cli import app
 from pretrain.core.errors import PretrainError
-from pretrain.recipe import check
+from pretrain.recipe import check, load
 
 pytestmark = pytest.mark.usefixtures("fake_stages")
 
@@ -129,8 +131,6 @@ def test_the_newest_finished_folder_of_the_name_is_compared(tmp_path):
 
 
 def test_the_command_prints_why_and_runs_nothing(tmp_path):
-    from pretrain.cli import app
-
     (tmp_path / "r.json").write_text(json.dumps(raw()))
     command = ["run", str(tmp_path / "r.json"), "--output", str(tmp_path / "run")]
     result = CliRunner().invoke(app, [*command, "--dry-run", "--why"])
@@ -147,3 +147,26 @@ def test_the_command_prints_why_and_runs_nothing(tmp_path):
     assert isinstance(CliRunner().invoke(app, [*command, "--why"]).exception, PretrainError)
     with pytest.raises(PretrainError, match=r"--refresh 'aa' \(did you mean 'a'\?\); accepted: a, b, c"):
         reasons(tmp_path, refresh=["aa"])
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["of this run", "of one with the same store"])
+def test_a_stage_that_another_process_is_at_is_said_to_be_running(tmp_path, monkeypatch, shared):
+    (tmp_path / "r.yaml").write_text(json.dumps(raw()))
+    store = ["--store", str(tmp_path / "store")] if shared else []
+    outputs, folders, really = [], [tmp_path / "run", tmp_path / ("other" if shared else "run")], Fake.run
+
+    def watched(self, job):
+        if job.name == "b":
+            command = ["run", str(tmp_path / "r.yaml"), "--output", str(folders[1]), *store, "--dry-run", "--why"]
+            outputs.append(CliRunner().invoke(app, command, catch_exceptions=False).output)
+        return really(self, job)
+
+    monkeypatch.setattr(Fake, "run", watched)
+    recipe = load(tmp_path / "r.yaml", (), folders[0])
+    engine.run(recipe, store=tmp_path / "store" if shared else None, say=engine.silent, report=False)
+    (output,) = outputs
+    why, table = output.split("about", 1)
+    assert "finished" in why.splitlines()[0] and "never run" in why.splitlines()[2]
+    assert re.search(r"^b +running +running now: it is in use by another run$", why, re.M) and "interrupted" not in why
+    assert re.search(r"^ *b +fake +running ", table, re.M)
+    assert (f"note: {folders[1]} is in use by another run" in " ".join(output.split())) is not shared
