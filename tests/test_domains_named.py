@@ -6,11 +6,12 @@ import pytest
 import yaml
 
 from pretrain.core.errors import PretrainError
+from pretrain.corpus.look import glance
 from pretrain.corpus.store import write_corpus
 from pretrain.forecast import check_documents
 from pretrain.identity import plan
 from pretrain.recipe import load
-from pretrain.stages import _glance, _preflight
+from pretrain.stages import _preflight
 
 NAMING = {
     "mixture": lambda name: {"mixture": {"German": 1.0, name: 1.0}},
@@ -49,7 +50,7 @@ def checked(tmp_path):
 def test_a_misspelt_domain_is_refused_with_the_one_that_is_meant(checked, monkeypatch, name, seconds):
     monkeypatch.setattr(_preflight, "SECONDS", seconds)
     if not seconds:
-        monkeypatch.setattr(_glance, "LARGE", 0)
+        monkeypatch.setattr(glance, "LARGE", 0)
     checked(NAMING[name]("French"))
     with pytest.raises(
         PretrainError, match=r"model\.\S+: .*'Frnech' \(did you mean 'French'\?\); accepted: French, German$"
@@ -77,7 +78,7 @@ def test_a_corpus_made_of_one_that_is_there_has_its_domains(checked, tmp_path):
 
 def test_where_a_domain_may_be_a_column_or_files_are_many_nothing_is_refused(checked, monkeypatch, tmp_path):
     monkeypatch.setattr(_preflight, "SECONDS", 0.0)
-    monkeypatch.setattr(_glance, "LARGE", 0)  # a document of each source
+    monkeypatch.setattr(glance, "LARGE", 0)  # a document of each source
     (tmp_path / "t.csv").write_text("text,German\n" + "words,a\nwords,b\n" * 50)
     more = {"stage": "data", "name": "more", "sources": [{"files": str(tmp_path / "t.csv"), "domain": "German"}]}
     checked({"mixture": {"b": 1}}, more, name="more")

@@ -11,11 +11,12 @@ from small_recipe import small_recipe
 from typer.testing import CliRunner
 
 from pretrain.cli import app
+from pretrain.corpus.look import glance
 from pretrain.engine import run, silent
 from pretrain.forecast import forecast
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
-from pretrain.stages import _examples, _glance
+from pretrain.stages import _examples
 from pretrain.stages.data import LOOKED, build_source
 
 EVALUATION = {
@@ -85,9 +86,9 @@ def test_of_more_than_there_is_time_for_a_part_is_taken_for_all(tmp_path, storie
     whole = estimates(recipe)["corpus"]
     LOOKED.clear()
     clock = iter(range(10**6))
-    monkeypatch.setattr(_glance, "LEAST", 1)
-    monkeypatch.setattr(_glance, "LEAST_BYTES", 1)
-    monkeypatch.setattr(_glance.time, "process_time", lambda: next(clock) * _examples.READ / 50)  # fifty documents
+    monkeypatch.setattr(glance, "LEAST", 1)
+    monkeypatch.setattr(glance, "LEAST_BYTES", 1)
+    monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * _examples.READ / 50)  # fifty documents
     part = estimates(recipe)["corpus"]
     assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.35)
     assert sum(part.left.bytes.values()) < 0.6 * sum(len(text.encode()) for text in texts) * 2
@@ -112,7 +113,7 @@ def test_whatever_else_a_machine_does_enough_is_looked_at_to_tell_of_the_rest(tm
     LOOKED.clear()
     hours = iter(range(0, 10**9, 3600))
     for clock in clocks:
-        monkeypatch.setattr(_glance.time, clock, lambda: float(next(hours)))
+        monkeypatch.setattr(glance.time, clock, lambda: float(next(hours)))
     part = estimates(recipe)["corpus"]
     assert "a look at its sources" in whole.basis and "a look at the first 2" in part.basis
     assert part.disk_bytes == pytest.approx(whole.disk_bytes, rel=0.3)
@@ -121,8 +122,8 @@ def test_whatever_else_a_machine_does_enough_is_looked_at_to_tell_of_the_rest(tm
 
 def test_a_look_that_others_make_slower_is_no_shorter(tmp_path, stories, monkeypatch):
     recipe, clock = small(tmp_path, stories, 300), iter(range(10**6))
-    monkeypatch.setattr(_glance.time, "process_time", lambda: 0.0)
-    monkeypatch.setattr(_glance.time, "perf_counter", lambda: next(clock) * _examples.READ / 100)
+    monkeypatch.setattr(glance.time, "process_time", lambda: 0.0)
+    monkeypatch.setattr(glance.time, "perf_counter", lambda: next(clock) * _examples.READ / 100)
     assert "a look at its sources" in estimates(recipe)["corpus"].basis
 
 
@@ -146,7 +147,7 @@ def test_examples_are_counted_by_a_least_amount_too(tmp_path, monkeypatch):
     (tmp_path / "t.csv").write_text("\n".join(rows))
     source, hours = build_source(str(tmp_path / "t.csv")), iter(range(0, 10**9, 3600))
     for clock in ("process_time", "perf_counter"):
-        monkeypatch.setattr(_glance.time, clock, lambda: float(next(hours)))
+        monkeypatch.setattr(glance.time, clock, lambda: float(next(hours)))
     seen = _examples.sampled(source, source.size().bytes, rows_alone=True)
     assert len(seen.rows) >= 64 and seen.documents == pytest.approx(3000, rel=0.1)
 

@@ -21,11 +21,11 @@ from typing import Literal, Protocol
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
+from pretrain.corpus.look.glance import Glance
 from pretrain.corpus.payload import identity, only_text
 from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Skipped, Source, evenly, read
 from pretrain.corpus.store import GROUP_BYTES, key_of, side
 from pretrain.dial.packed import packed
-from pretrain.stages._glance import Glance
 
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
 READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared

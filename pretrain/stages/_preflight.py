@@ -23,10 +23,10 @@ from pretrain.core.method import Method
 from pretrain.core.quick.confusion import doubtful
 from pretrain.core.quick.quantities import counted, short
 from pretrain.core.registry import info
+from pretrain.corpus.look.glance import Glance
 from pretrain.corpus.sources import Files, Skipped
 from pretrain.corpus.sources._tables import is_number
 from pretrain.stages._estimates import left_in
-from pretrain.stages._glance import Glance
 from pretrain.stages.data import Data
 
 if TYPE_CHECKING:
