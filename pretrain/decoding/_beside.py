@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import newest_checkpoint
+from pretrain.core.generation.computed import count_too
 from pretrain.core.quick.vocabulary import Numbers, check_alike, numbers_of, stored_numbers
 
 
@@ -37,6 +38,7 @@ def beside(method: str, model: PreTrainedModel, **folders: str) -> list[PreTrain
             )
         words[f"{field} {folder}"] = vocabulary
         opened.append(other)
+        count_too(f"method.{field}", other)
     check_alike(method, words)
     return opened
 

@@ -392,12 +392,29 @@ def decoding(
     return Estimate(flops, FLOOR + 4.0 * weights, seconds / DECODING + 1, disk)
 
 
+class Counted(NamedTuple):
+    """Positions that a model has computed, those of them whose logits it has made, and in how many passes."""
+
+    positions: int
+    logits: int
+    passes: int
+
+    def flops(self, shape: Shape, read: float, later: float, length: int) -> float:
+        """Those of so many tokens read and written, in texts of `length`; in a pass guesses see one another besides."""
+        guesses = max(0.0, self.positions - read - later) / max(1, self.passes)
+        body, head = shape.forward(length, 0.0), shape.forward(0) - shape.forward(0, 0.0)
+        more = shape.forward(round(length + guesses), 0.0) - body
+        return self.positions * body + max(0.0, self.positions - read) * more + self.logits * head
+
+
 def decoded(
-    given: Given, read: float, new: float, method: Decoding | None = None, prompts: float = 1.0
-) -> list[tuple[Shape, float]]:
+    given: Given, read: float, new: float, method: Decoding | None = None, prompts: float = 1.0,
+    counted: Mapping[str, Counted] | None = None,
+) -> list[tuple[Shape, float]]:  # fmt: skip
     """The FLOPs of reading and of writing so many tokens in all, by model; nothing where the model's shape is unknown.
 
-    `prompts` are those that they are of, alike. Of a method also the models that it has beside.
+    `prompts` are those that they are of, alike. Of a method also the models that it has beside. Where a model has been
+    `counted`, by the field that names it, its positions are those, however many tokens they were for.
     """
     model = given.get("checkpoint", Left())
     shape = shape_from(model.config)
@@ -405,17 +422,19 @@ def decoded(
         return []
     length, later = max(1, round((read + new) / max(1.0, prompts))), max(0.0, new - prompts)  # a first token is read
 
-    def flops(shape: Shape, share: float) -> float:
-        body = shape.forward(length, 0.0)
-        return (
-            read * (share > 0) * body + later * share * shape.forward(length) + prompts * (shape.forward(length) - body)
-        )
+    def flops(place: str, shape: Shape, share: float) -> float:
+        body, whole = shape.forward(length, 0.0), shape.forward(length)
+        if counted is not None and place in counted:
+            return counted[place].flops(shape, read, later, length)
+        return read * (share > 0) * body + later * share * whole + prompts * (whole - body)
 
-    made = [(shape, flops(shape.with_blocks(model.blocks), method.computed() if method else 1.0))]
+    share = method.computed() if method else 1.0
+    made = [(shape, flops("checkpoint", shape.with_blocks(model.blocks), share))]
     for name in method.references() if method else ():
-        beside = given.get(f"method.{name}", Left())
+        place = f"method.{name}"
+        beside = given.get(place, Left())
         other = shape_from(beside.config)
         if method is not None and other is not None:
             other, share = other.with_blocks(beside.blocks), method.computed(name)
-            made.append((other, flops(other, share)))
+            made.append((other, flops(place, other, share)))
     return made

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -19,12 +19,13 @@ from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
 from pretrain.records import StageResult
 from pretrain.stages import DecodingField, Estimate, Given, Job, Record, Ref, Stage, checkpoint_of, corpus_of
-from pretrain.stages._estimates import decoded, decoding, left_in
+from pretrain.stages._estimates import Counted, decoded, decoding, left_in
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from pretrain.core.generation.computed import Computed
     from pretrain.core.generation.healing import Healing
     from pretrain.core.generation.options import SettingFields
 
@@ -110,13 +111,35 @@ class Decode(Stage):
         seconds = sum(s["seconds"] for s in samples)
         measured = self.method.measured(model) if self.method else {}
         speed = {"tokens_per_second": sum(s["tokens"] for s in samples) / max(seconds, 1e-9)}
-        return {"metrics": speed | measured, "flops": self._flops(job, samples)}
+        return {"metrics": speed | _passes(samples) | measured, "flops": self._flops(job, samples)}
 
     def _flops(self, job: Job, samples: Sequence[Record]) -> int:
-        """Those of the tokens that were read and written, as a plan counts them: a meter would slow what is timed."""
+        """Those of the positions that models computed, as a plan counts each: a meter would slow what is timed.
+
+        Of a model whose positions cannot be counted, those of the tokens that were read and written.
+        """
         given = {place: left_in(folder) for place, folder in job.inputs.items() if isinstance(folder, Path)}
         read, new = (sum(sample[name] for sample in samples) for name in ("read", "written"))
-        return round(sum(flops for _, flops in decoded(given, read, new, self.method, len(samples))))
+        made = decoded(given, read, new, self.method, len(samples), _counted(samples))
+        return round(sum(flops for _, flops in made))
+
+
+def _counted(samples: Sequence[Record]) -> dict[str, Counted]:
+    """What models computed for samples in all."""
+    each = [sample.get("computed", {}) for sample in samples]
+    return {
+        place: Counted(*(sum(one[place][what] for one in each if place in one) for what in Counted._fields))
+        for place in {place for one in each for place in one}
+    }
+
+
+def _passes(samples: Sequence[Record]) -> dict[str, float]:
+    """The model's passes after its prompts', and how many tokens each gave; nothing where none are known."""
+    counted = [sample for sample in samples if "passes" in sample]
+    later = sum(sample["passes"] for sample in counted)
+    if not later:
+        return {}
+    return {"passes": later, "tokens_per_pass": sum(max(0, s["written"] - 1) for s in counted) / later}
 
 
 def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:
@@ -240,13 +263,16 @@ def continue_prompt(
 ) -> Record:
     """One continuation: prompt, continuation, tokens, seconds; with `chat` the answer to the prompt as a message.
 
-    `read` are the tokens of the prompt. What is not asked for is as the model's `generation_config` has it. With
-    `token_healing` the prompt's last word is written anew, in tokens that go on with it. Raises `PretrainError` for
-    values outside their bounds.
+    `read` are the tokens of the prompt; `passes` those of the model after the prompt's, which gives the first token,
+    and `tokens_per_pass` what each of them gave; `computed` the positions that models went through, and of how many
+    they made logits. What is not asked for is as the model's `generation_config` has it. With `token_healing` the
+    prompt's last word is written anew, in tokens that go on with it. Raises `PretrainError` for values outside their
+    bounds.
     """
     import torch
 
     from pretrain.core.batch import Vocabulary
+    from pretrain.core.generation.computed import counting
     from pretrain.core.generation.options import Options
     from pretrain.core.generation.settings import options_of
 
@@ -273,7 +299,8 @@ def continue_prompt(
         top_p=top_p, stop=stop, healing=healed,
     )  # fmt: skip
     started = time.perf_counter()
-    output_BN = continued(model, input_BL, options, method)
+    with counting(model) as computed:
+        output_BN = continued(model, input_BL, options, method)
     # An encoder-decoder answers with its decoder's tokens alone, after the one that it starts from.
     given = 1 if method is None and answers else input_BL.shape[1]
     new = output_BN[0, given:].tolist()
@@ -285,4 +312,18 @@ def continue_prompt(
         "read": input_BL.shape[1],
         "written": len(new),  # with those of the prompt's last word
         "seconds": time.perf_counter() - started,
+    } | _work(computed, len(new))
+
+
+def _work(computed: Mapping[str, Computed], new: int) -> Record:
+    """What models computed for new tokens: positions by model, the model's passes after the prompt, tokens of each."""
+    done = {
+        place: {"positions": one.positions, "logits": one.logits, "passes": one.passes}
+        for place, one in computed.items()
     }
+    own = computed.get("checkpoint")
+    if own is None or not own.passes:  # its blocks are not known, or are not what computes
+        return {}
+    later = own.passes - (own.prompt or 1)
+    more = {"tokens_per_pass": max(0, new - 1) / later} if later else {}  # the first is of the prompt's pass
+    return {"passes": later} | more | {"computed": done}

@@ -14,6 +14,7 @@ from pretrain.core.checkpoint import load
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import checkpoint_of
 from pretrain.core.generation.cache import layers_of
+from pretrain.core.generation.computed import count_too
 from pretrain.core.generation.rows import continue_rows, mask_of, stepper
 from pretrain.core.method import Ref
 from pretrain.core.models.families import base, family
@@ -52,6 +53,7 @@ class LatentDeliberation(Decoding):
         mask_BL = mask_of(self.name, input_ids_BL, options.attention_mask_BL)
         folder = _folder(Path(self.coprocessor))
         coprocessor, latents = _open(folder, model.device, model.dtype, stamp(folder))
+        count_too("method.coprocessor", coprocessor)
         self._check(model, coprocessor, mask_BL.shape[1] + latents + options.max_new_tokens)
         with torch.no_grad():
             logits_BV, cache, mask_BL = deliberate(model, coprocessor, latents, input_ids_BL, mask_BL)
