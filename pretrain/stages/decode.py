@@ -38,6 +38,8 @@ class Decode(Stage):
 
     What the checkpoint's `generation_config` says besides (end tokens, stop strings, top_k, min_p, penalties, …) holds
     too. Models that `core.generation.forward` can run are decoded by its loop, others by `transformers`' `generate`.
+    FLOPs are those of the positions that models computed, guesses that were rejected too; `tokens_per_pass` says how
+    many tokens a pass of the model gave after the prompt's, 1 without a method that guesses.
 
     checkpoint: The model that continues.
     prompts: Texts to continue.
@@ -128,8 +130,8 @@ def _counted(samples: Sequence[Record]) -> dict[str, Counted]:
     """What models computed for samples in all."""
     each = [sample.get("computed", {}) for sample in samples]
     return {
-        place: Counted(*(sum(one[place][what] for one in each if place in one) for what in Counted._fields))
-        for place in {place for one in each for place in one}
+        place: Counted(*(sum(work[place][what] for work in each if place in work) for what in Counted._fields))
+        for place in {place for work in each for place in work}
     }
 
 
@@ -317,13 +319,10 @@ def continue_prompt(
 
 def _work(computed: Mapping[str, Computed], new: int) -> Record:
     """What models computed for new tokens: positions by model, the model's passes after the prompt, tokens of each."""
-    done = {
-        place: {"positions": one.positions, "logits": one.logits, "passes": one.passes}
-        for place, one in computed.items()
-    }
-    own = computed.get("checkpoint")
-    if own is None or not own.passes:  # its blocks are not known, or are not what computes
+    model = computed.get("checkpoint")
+    if model is None or not model.passes:  # its blocks are not known, or are not what computes
         return {}
-    later = own.passes - (own.prompt or 1)
+    later = model.passes - (model.prompt or 1)
     more = {"tokens_per_pass": max(0, new - 1) / later} if later else {}  # the first is of the prompt's pass
+    done = {place: {what: getattr(each, what) for what in Counted._fields} for place, each in computed.items()}
     return {"passes": later} | more | {"computed": done}

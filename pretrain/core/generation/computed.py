@@ -35,10 +35,10 @@ class Computed:
 
 
 class _Counting:
-    """Hooks on first blocks and heads; `found` by the names that models were added under."""
+    """Hooks on first blocks and heads; `by_name` what was counted, by the names that models were added under."""
 
     def __init__(self) -> None:
-        self.found: dict[str, Computed] = {}
+        self.by_name: dict[str, Computed] = {}
         self.known: list[nn.Module] = []
         self.hooks: list[Callable[[], None]] = []
 
@@ -47,7 +47,7 @@ class _Counting:
         first, times = _first_block(model)
         if first is None:
             return
-        computed = self.found.setdefault(name, Computed())
+        computed = self.by_name.setdefault(name, Computed())
         if any(first is other for other in self.known):
             return
         self.known.append(first)
@@ -73,7 +73,7 @@ def counting(model: PreTrainedModel) -> Iterator[dict[str, Computed]]:
     before = _counting.set(inner)
     try:
         inner.add("checkpoint", model)
-        yield inner.found
+        yield inner.by_name
     finally:
         _counting.reset(before)
         for remove in inner.hooks:
