@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from pydantic import ConfigDict, model_validator
 
@@ -17,9 +17,11 @@ from pretrain.core.quick.positions import positions
 from pretrain.core.quick.vocabulary import check_references, numbers_of
 from pretrain.corpus.store import Corpus
 from pretrain.decoding import Decoding
+from pretrain.dial.configs import shape_from
+from pretrain.dial.shapes import Shape
 from pretrain.records import StageResult
 from pretrain.stages import DecodingField, Estimate, Given, Job, Record, Ref, Stage, checkpoint_of, corpus_of
-from pretrain.stages._estimates import Counted, decoded, decoding, left_in
+from pretrain.stages._estimates import FLOOR, RECORDS, Left, bytes_of_token, left_in, training_seconds
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from pretrain.core.generation.options import SettingFields
 
 BEGINNING = 200  # letters of a held-out document that make a prompt, or half of it if that is less
+DECODING = 0.2  # of the rate of training, a token at a time
 NEAR = 8  # tokens before new ones that say how those are written
 
 
@@ -142,6 +145,69 @@ def _passes(samples: Sequence[Record]) -> dict[str, float]:
     if not later:
         return {}
     return {"passes": later, "tokens_per_pass": sum(max(0, s["written"] - 1) for s in counted) / later}
+
+
+def decoding(
+    given: Given, characters: float, new: float, method: Decoding | None = None, prompts: float = 1.0
+) -> Estimate:
+    """Of continuing prompts of so many characters by so many tokens; of a method with the models that it has beside."""
+    model = given.get("checkpoint", Left())
+    letters = bytes_of_token(model.vocabulary) if model.vocabulary else 1.0
+    made = decoded(given, characters / letters, new, method, prompts)
+    if not made or not model.vocabulary:
+        return Estimate()
+    flops, weights = sum(each for _, each in made), sum(shape.weights for shape, _ in made)
+    seconds = sum(training_seconds(each, shape.width) for shape, each in made)
+    disk = RECORDS + characters + 2 * new * letters  # a continuation, and often the true one beside it
+    return Estimate(flops, FLOOR + 4.0 * weights, seconds / DECODING + 1, disk)
+
+
+class Counted(NamedTuple):
+    """Positions that a model has computed, those of them whose logits it has made, and in how many passes."""
+
+    positions: int
+    logits: int
+    passes: int
+
+    def flops(self, shape: Shape, read: float, later: float, length: int) -> float:
+        """Those of so many tokens read and written, in texts of `length`; in a pass guesses see one another besides."""
+        guesses = max(0.0, self.positions - read - later) / max(1, self.passes)
+        body, head = shape.forward(length, 0.0), shape.forward(0) - shape.forward(0, 0.0)
+        more = shape.forward(round(length + guesses), 0.0) - body
+        return self.positions * body + max(0.0, self.positions - read) * more + self.logits * head
+
+
+def decoded(
+    given: Given, read: float, new: float, method: Decoding | None = None, prompts: float = 1.0,
+    counted: Mapping[str, Counted] | None = None,
+) -> list[tuple[Shape, float]]:  # fmt: skip
+    """The FLOPs of reading and of writing so many tokens in all, by model; nothing where the model's shape is unknown.
+
+    `prompts` are those that they are of, alike. Of a method also the models that it has beside. Where a model has been
+    `counted`, by the field that names it, its positions are those, however many tokens they were for.
+    """
+    model = given.get("checkpoint", Left())
+    shape = shape_from(model.config)
+    if shape is None:
+        return []
+    length, later = max(1, round((read + new) / max(1.0, prompts))), max(0.0, new - prompts)  # a first token is read
+
+    def flops(place: str, shape: Shape, share: float) -> float:
+        body, whole = shape.forward(length, 0.0), shape.forward(length)
+        if counted is not None and place in counted:
+            return counted[place].flops(shape, read, later, length)
+        return read * (share > 0) * body + later * share * whole + prompts * (whole - body)
+
+    share = method.computed() if method else 1.0
+    made = [(shape, flops("checkpoint", shape.with_blocks(model.blocks), share))]
+    for name in method.references() if method else ():
+        place = f"method.{name}"
+        beside = given.get(place, Left())
+        other = shape_from(beside.config)
+        if method is not None and other is not None:
+            other, share = other.with_blocks(beside.blocks), method.computed(name)
+            made.append((other, flops(place, other, share)))
+    return made
 
 
 def beginnings(corpus: Corpus, most: int) -> list[tuple[str, str]]:
