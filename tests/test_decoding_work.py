@@ -79,7 +79,7 @@ def test_one_model_under_two_names_is_counted_once(kept):
     assert [found[name].positions for name in ("checkpoint", "method.expert", "method.anti_expert")] == [8, 16, 0]
 
 
-def test_models_that_generate_runs_are_counted_too(tiny, monkeypatch):
+def test_models_that_generate_runs_are_counted_too(tiny):
     from pretrain.core.generation import forward
 
     model, ids_1L = tiny(), prompt(6, 4)
