@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import NotRequired, TypeAlias, TypedDict, cast
+from typing import Any, NotRequired, TypeAlias, TypedDict, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import SUMS, JSONObject, damage, file_digest, read_json, sealed, seals_in, write_json
@@ -304,3 +305,8 @@ def accounted(info: CorpusInfo) -> str:
     parts += [f"{count:,} added by {name}" for name, count in added.items()]
     kept = info["read"] - sum(removed.values()) + sum(added.values())
     return ", ".join([f"{counted(info['read'], 'document')} read", *parts, f"{kept:,} kept"])
+
+
+def plain(value: object) -> Any:
+    """A value as JSON gives it back."""
+    return json.loads(json.dumps(value, default=str))
