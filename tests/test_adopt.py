@@ -80,7 +80,7 @@ def test_a_run_of_an_earlier_version_still_opens_and_why_says_so(tmp_path, finis
     assert collect(tmp_path / "run")["stages"][2]["methods"].keys() == {"adamw", "causal_lm", "cosine"}
     model = tmp_path / "run" / "model"
     result = invoke("generate", model, "--prompt", "def ", "--max-new-tokens", 3)
-    assert result.exit_code == 0 and result.output.startswith("def ")
+    assert result.exit_code == 0 and result.stdout.startswith("def ")
     data = ("--data", tmp_path / "run" / "corpus", "--max-documents", 2)
     assert json.loads(invoke("evaluate", model, *data, "--json").stdout)["metrics"]["loss"] > 0
     planned = identity.plan(load(finished / "small.yaml", output=tmp_path / "run"))
