@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Iterable
 from contextlib import suppress
 from enum import StrEnum
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NotRequired, TypeAlias, TypedDict, cast
+from typing import NotRequired, TypeAlias, TypedDict, cast
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import SUMS, JSONObject, damage, file_digest, read_json, sealed, seals_in, write_json
@@ -307,6 +306,7 @@ def accounted(info: CorpusInfo) -> str:
     return ", ".join([f"{counted(info['read'], 'document')} read", *parts, f"{kept:,} kept"])
 
 
-def plain(value: object) -> Any:
-    """A value as JSON gives it back."""
-    return json.loads(json.dumps(value, default=str))
+def shortened(phrases: list[str], most: int = 4) -> str:
+    """A few of them, and how many more there are."""
+    more = f", and {len(phrases) - most} more" if len(phrases) > most else ""
+    return ", ".join(phrases[:most]) + more
