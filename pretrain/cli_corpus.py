@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pretrain.core.bounds import Ge
 from pretrain.core.quick.quantities import counted, duration, short
-from pretrain.corpus.look.summary import SECONDS, Kind, Sample, Summary, summarized
-from pretrain.corpus.sources._skipped import in_number
 
+if TYPE_CHECKING:
+    from pretrain.corpus.look.summary import Kind, Sample, Summary
+
+SECONDS = 20.0  # of reading
 WIDEST = 10  # kinds, domains and languages that a line lists
 LINES = 8  # of a document
 NAMES = 3  # of what was passed over for a reason
@@ -27,6 +29,8 @@ def corpus(
     ] = SECONDS,
 ) -> None:
     """Summarize a folder of files, or a corpus: kinds, lengths, languages, copies, what is passed over, samples."""
+    from pretrain.corpus.look.summary import summarized
+
     summary = summarized(place, seconds, lambda text: typer.echo(text, err=True))
     if as_json:
         typer.echo(json.dumps(summary, indent=2, ensure_ascii=False))
@@ -96,6 +100,8 @@ def _more(count: int) -> str:
 
 def _passed_over(reason: str, facts: Mapping[str, str | int | list[str]]) -> str:
     """`12 hidden (.git, …)`."""
+    from pretrain.corpus.sources._skipped import in_number
+
     names, count = facts["names"], facts["count"]
     assert isinstance(names, list) and isinstance(count, int), "as Skipped counts"
     shown = ", ".join(names[:NAMES]) + (", …" if count > NAMES else "")

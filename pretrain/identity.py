@@ -47,7 +47,7 @@ from pretrain.records import (
     label,
     read_stage,
     shortened,
-)
+)  # fmt: skip
 from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"

@@ -10,7 +10,7 @@ import hmac
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import partial
-from importlib import resources
+from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
 from starlette.applications import Starlette
@@ -114,7 +114,7 @@ class Served:
 
     def __init__(self, front: Front) -> None:
         self.front, self.engine, self.settings = front, front.engine, front.settings
-        self.html = resources.files(__package__).joinpath("page.html").read_text(encoding="utf-8")
+        self.html = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
 
     async def page(self, _: Request) -> Response:
         """A page to chat with the model."""
