@@ -32,6 +32,7 @@ OTHERWISE = {
         "quality_subset.reference", "simcore.model", "spin.generator", "well_read_students.teacher", "wrap.generator",
     ),
     "what the vocabulary is changed to": ("ofa.tokenizer", "vocabulary_expansion.tokenizer"),
+    "a tokenizer that counts or parts texts, with no model beside": ("document_statistics.tokenizer", "exact_substring_deduplication.tokenizer"),
     "documents": ("decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "simcore.target", "task.pool", "vocabulary_expansion.corpus"),
     "files without tokens": ("entigraph.prompts", "harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration", "source_language.embeddings", "spin.prompts", "wrap.prompts"),
 }  # fmt: skip

@@ -78,7 +78,7 @@ def search(rows: Iterable[Row], asked: Sequence[str], fields: Callable[[Row], Fi
         alive = {n for n in alive if hits[n] > 0}
         for n in alive:
             scores[n] += hits[n]
-    return [rows[n] for n in sorted(alive, key=lambda n: -scores[n])]
+    return [rows[n] for n in sorted(alive, key=lambda n: (-scores[n], n))]
 
 
 def _exact(word: str, text: _Indexed) -> float:
