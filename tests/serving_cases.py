@@ -129,7 +129,7 @@ def joined(pieces: Any, chat: bool = False) -> dict[int, tuple[str, str | None]]
     return {number: (texts[number], ends[number]) for number in texts}
 
 
-def wait_for(condition: Any, seconds: float = 10.0) -> None:
+def wait_for(condition: Any, seconds: float = 60.0) -> None:
     """Until something holds."""
     until = time.monotonic() + seconds
     while True:
