@@ -36,18 +36,7 @@ from pretrain.core.quick.outline import source_of
 from pretrain.core.registry import info
 from pretrain.core.system.portable import held, link_target
 from pretrain.recipe import Recipe
-from pretrain.records import (
-    Config,
-    Identity,
-    Inputs,
-    Marks,
-    Reads,
-    StageRecord,
-    code_changes,
-    label,
-    read_stage,
-    shortened,
-)  # fmt: skip
+from pretrain.records import Config, Identity, Inputs, Marks, Reads, StageRecord, code_changes, label, read_stage
 from pretrain.stages import Stage
 
 RECORD, CODE, GENERATIONS = "stage.json", "code.json", "generations.json"
@@ -302,6 +291,12 @@ def begin(item: Planned) -> str:
     return other
 
 
+def shortened(phrases: list[str], most: int = 4) -> str:
+    """A few of them, and how many more there are."""
+    more = f", and {len(phrases) - most} more" if len(phrases) > most else ""
+    return ", ".join(phrases[:most]) + more
+
+
 # Why
 
 
@@ -362,13 +357,14 @@ def newest(item: Planned) -> tuple[Path, StageRecord] | None:
 
 def _changes(record: StageRecord, item: Planned) -> list[str]:
     """What makes the stage's address another than that of a finished one."""
-    then, now, kind = record.get("identity"), _plain(item.reads), item.stage.stage
+    then, now, kind = record.get("identity"), json.loads(json.dumps(item.reads, default=str)), item.stage.stage
     if not isinstance(then, dict) or then.get("format") != FORMAT:
         return ["made by an earlier version: address differs"]
     if record["stage"] != kind:
         return [f"stage changed from {record['stage']} to {kind}"]
     config = {name: value for name, value in item.config.items() if name != "methods"}
-    before, after = flat(_without(record["config"], then["inputs"])), flat(_plain(_without(config, now["inputs"])))
+    asked = json.loads(json.dumps(_without(config, now["inputs"]), default=str))
+    before, after = flat(_without(record["config"], then["inputs"])), flat(asked)
     versions, methods = (before.pop("version", None), after.pop("version", None)), item.config["methods"]
     changes = [f"stage {kind}: version {versions[0]} → {versions[1]}"] if versions[0] != versions[1] else []
     for name, version in record["methods"].items():
@@ -421,8 +417,3 @@ def _input_changes(then: Marks, now: Marks, names: Marks) -> list[str]:
             word = "is new" if place not in then else "is gone" if place not in now else "changed"
             changes.append(f"its input `{place}`{'' if name == place else f' ({name})'} {word}")
     return changes
-
-
-def _plain(value: object) -> Any:
-    """As JSON gives it back."""
-    return json.loads(json.dumps(value, default=str))

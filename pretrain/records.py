@@ -304,9 +304,3 @@ def accounted(info: CorpusInfo) -> str:
     parts += [f"{count:,} added by {name}" for name, count in added.items()]
     kept = info["read"] - sum(removed.values()) + sum(added.values())
     return ", ".join([f"{counted(info['read'], 'document')} read", *parts, f"{kept:,} kept"])
-
-
-def shortened(phrases: list[str], most: int = 4) -> str:
-    """A few of them, and how many more there are."""
-    more = f", and {len(phrases) - most} more" if len(phrases) > most else ""
-    return ", ".join(phrases[:most]) + more
