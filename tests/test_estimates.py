@@ -173,7 +173,7 @@ def test_recipes_take_the_flops_the_memory_and_the_disk_that_they_were_expected_
             if spent and stage not in UNKNOWN:  # a stage that generates is not metered
                 assert flops == pytest.approx(spent, rel=0.15), (name, stage)
             if kind not in SHARED:
-                assert disk == pytest.approx(size, rel=0.3), (name, stage)
+                assert disk == pytest.approx(size, rel=0.3, abs=1 << 16), (name, stage)  # of 75 kB nobody runs short
             assert most == pytest.approx(peak, rel=0.3), (name, stage)
 
 
