@@ -10,11 +10,11 @@ import typer
 
 from pretrain.core.bounds import Ge
 from pretrain.core.quick.quantities import counted, duration, short
+from pretrain.corpus.look.glance import SECONDS
 
 if TYPE_CHECKING:
     from pretrain.corpus.look.summary import Kind, Sample, Summary
 
-SECONDS = 20.0  # of reading
 WIDEST = 10  # kinds, domains and languages that a line lists
 LINES = 8  # of a document
 NAMES = 3  # of what was passed over for a reason

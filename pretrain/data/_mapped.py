@@ -6,10 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 from uuid import uuid4
 
+from pretrain.core.errors import PretrainError
+
 if TYPE_CHECKING:
     from datasets import Dataset, Features
 
 SHARD = 1024  # documents
+
+
+def check_text(method: str, corpus: Dataset) -> None:
+    """Refuse a corpus without text."""
+    if "text" not in corpus.column_names:
+        known = ", ".join(corpus.column_names) or "no columns"
+        raise PretrainError(f"{method}: a corpus with {known}; accepted: one with text")
 
 
 def mapped(corpus: Dataset, make: Callable[[list[str]], Mapping[str, Sequence[object]]], features: Features) -> Dataset:

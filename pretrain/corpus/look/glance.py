@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 
+SECONDS = 20.0  # of reading for `pretrain corpus`
 LEAST, LEAST_BYTES = 64, 256_000  # documents and bytes that are looked at in any case, if there are as many
 LARGE = 16  # times the least documents, or bytes, which are enough whatever the other is
 WAITED = 10  # times its seconds that a look may take by the clock, where disks or others are slow

@@ -20,13 +20,13 @@ import numpy as np
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_at
 from pretrain.corpus.look import languages
+from pretrain.corpus.look.glance import SECONDS
 from pretrain.corpus.minhash import copies
 from pretrain.corpus.progress import reported
 from pretrain.corpus.sources import Document, Files, Skipped
 from pretrain.corpus.sources._containers import ending
 from pretrain.corpus.store import SPLITS, Corpus, opened_part
 
-SECONDS = 20.0  # of reading
 DRAWN = 1000  # documents that are compared with one another, of which some are shown
 IDENTIFIED, LETTERS = 500, 2000  # documents whose language is told, and characters of each
 COMPARED = 5000  # characters of a document that is compared

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from pretrain.data import DataOperation, _mapped
 from pretrain.data._work import desk
-from pretrain.data.deduplication._shortened import check_text, shortened
+from pretrain.data.deduplication._shortened import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,7 +49,7 @@ class PartDeduplication(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus without these parts, and without documents of which too little is left; the order is kept."""
-        check_text(self.name, corpus)
+        _mapped.check_text(self.name, corpus)
         table = Table()
         with desk() as here, TemporaryFile() as file:
             if self.common:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.core.errors import PretrainError
 from pretrain.corpus.minhash import units
 from pretrain.data._mapped import mapped
 from pretrain.data._work import Desk, by_domain
@@ -16,13 +15,6 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 LITTLE = "little left"  # the reason to drop what a cut has left next to nothing of
-
-
-def check_text(method: str, corpus: Dataset) -> None:
-    """Refuse a corpus without text."""
-    if "text" not in corpus.column_names:
-        known = ", ".join(corpus.column_names) or "no columns"
-        raise PretrainError(f"{method}: a corpus with {known}; accepted: one with text")
 
 
 def shortened(

@@ -20,7 +20,7 @@ from pretrain.corpus.minhash import UNSPACED
 from pretrain.data import DataOperation, _mapped
 from pretrain.data._work import desk
 from pretrain.data.deduplication._repeats import END, WINDOWS, later
-from pretrain.data.deduplication._shortened import check_text, shortened
+from pretrain.data.deduplication._shortened import shortened
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +68,7 @@ class ExactSubstringDeduplication(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus without later copies, and without documents of which too little is left; the order is kept."""
-        check_text(self.name, corpus)
+        _mapped.check_text(self.name, corpus)
         tokens = self._tokens()
         sizes: list[int] = []
         copy_N = later(_joined(_batches(corpus, tokens), sizes), self.length)

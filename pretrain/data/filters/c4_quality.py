@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from pretrain.core.bounds import Count, Whole
-from pretrain.core.errors import PretrainError
 from pretrain.data import DataOperation
-from pretrain.data._mapped import mapped
+from pretrain.data._mapped import check_text, mapped
 from pretrain.data._work import by_domain, desk
 from pretrain.data.filters._words import is_unspaced
 
@@ -44,9 +43,7 @@ class C4Quality(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents that are kept, in order, with the lines that are."""
-        if "text" not in corpus.column_names:
-            known = ", ".join(corpus.column_names) or "no columns"
-            raise PretrainError(f"c4_quality: a corpus with {known}; accepted: one with text")
+        check_text(self.name, corpus)
         reasons: list[str] = []
         counts: list[int] = []
 

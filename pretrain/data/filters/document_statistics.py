@@ -15,7 +15,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
-from pretrain.data._mapped import mapped
+from pretrain.data._mapped import check_text, mapped
 from pretrain.data._work import desk, percentiles
 from pretrain.data.filters._filter import Spread
 from pretrain.data.filters._words import words
@@ -59,9 +59,7 @@ class DocumentStatistics(DataOperation):
         """The corpus with the columns."""
         import datasets
 
-        if "text" not in corpus.column_names:
-            known = ", ".join(corpus.column_names) or "no columns"
-            raise PretrainError(f"document_statistics: a corpus with {known}; accepted: one with text")
+        check_text(self.name, corpus)
         spread = Spread()
 
         def measure(texts: list[str]) -> dict[str, list[float | None]]:

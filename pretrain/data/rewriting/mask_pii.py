@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from pretrain.core.bounds import Whole
-from pretrain.core.errors import PretrainError
 from pretrain.data import DataOperation
-from pretrain.data._mapped import mapped
+from pretrain.data._mapped import check_text, mapped
 from pretrain.data._work import by_domain, desk
 from pretrain.data.rewriting import _pii
 
@@ -49,9 +48,7 @@ class MaskPii(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus with marks, without documents that have more than `most`; the order is kept."""
-        if "text" not in corpus.column_names:
-            known = ", ".join(corpus.column_names) or "no columns"
-            raise PretrainError(f"mask_pii: a corpus with {known}; accepted: one with text")
+        check_text(self.name, corpus)
         counts: Counter[str] = Counter()
         many: dict[int, int] = {}
         number = changed = 0

@@ -7,10 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from pretrain.core.errors import PretrainError
 from pretrain.core.system.extras import extras_named
 from pretrain.data import DataOperation
-from pretrain.data._mapped import mapped
+from pretrain.data._mapped import check_text, mapped
 from pretrain.data._work import desk
 
 if TYPE_CHECKING:
@@ -40,9 +39,7 @@ class RepairText(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus with repaired texts."""
-        if "text" not in corpus.column_names:
-            known = ", ".join(corpus.column_names) or "no columns"
-            raise PretrainError(f"repair_text: a corpus with {known}; accepted: one with text")
+        check_text(self.name, corpus)
         repair = self.repairer()
         documents = lines = 0
 

@@ -174,7 +174,9 @@ def taken(
     `stop` are a round, counted from 1, and a share: rounds end before the first whose mean similarity is below that
     share of the named one's.
     """
-    order_NK = np.argsort(-similarity_NK, axis=0, kind="stable").astype(np.int32)
+    order_NK = np.empty(similarity_NK.shape, np.int32)
+    for k in range(similarity_NK.shape[1]):  # one by one: what argsort gives has 64 bits a place
+        order_NK[:, k] = np.argsort(-similarity_NK[:, k], kind="stable")
     place_K = np.zeros(similarity_NK.shape[1], dtype=np.int64)
     taken_N = np.zeros(len(similarity_NK), dtype=bool)
     least, number = -np.inf, 0
