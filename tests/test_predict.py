@@ -587,6 +587,25 @@ def test_a_prompts_own_columns_are_read_and_one_that_is_missing_is_told(answerin
         predict(answering, path)
 
 
+def test_a_missing_column_or_head_is_told_before_a_model_is_read(places, answering, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "load", None)  # no model can be read
+    plain = write_rows(tmp_path / "in.jsonl", [{"txt": "count 3", "truth": "yes"}])
+    with pytest.raises(PretrainError, match=r"\(row 1\): no column 'text' .*accepted: --text with one of txt, truth"):
+        predict(places["single"], plain)
+    with pytest.raises(PretrainError, match=r"\(row 1\): no column 'second'.*accepted: --pair with one of txt, truth"):
+        predict(places["single"], plain, "--text", "txt", "--pair", "second")
+    with pytest.raises(PretrainError, match=r"^text 0: no column 'second'.*accepted: pair with one of text$"):
+        pretrain.predict(places["single"], ["a"], pair="second")
+    with pytest.raises(PretrainError, match=r"BertForMaskedLM, which predicts no labels or answers"):
+        predict(places["masked"], plain, "--text", "txt")
+    with pytest.raises(PretrainError, match=r"--label 'labl': .* no such column; accepted: --label with one of t"):
+        evaluate(places["single"], "--data", plain, "--text", "txt", "--label", "labl")
+    with pytest.raises(PretrainError, match=r"--pair 'second': .* no such column"):
+        evaluate(places["single"], "--data", plain, "--text", "txt", "--label", "truth", "--pair", "second")
+    with pytest.raises(PretrainError, match=r"--label 'reply': .* no such column"):  # as it was trained
+        evaluate(answering, "--data", plain, "--text", "txt")
+
+
 def test_a_second_text_is_refused_of_a_model_that_was_trained_on_single_ones(answering):
     with pytest.raises(PretrainError, match="--pair other: .* was trained on single texts; accepted: no --pair"):
         pretrain.predict(answering, [{"text": "a", "other": "b"}], pair="other")

@@ -38,18 +38,22 @@ def predict(
     place = newest_checkpoint(checkpoint)  # what is wrong is said before anything large is imported
     from pretrain.corpus.overlap import header_of, text_column
     from pretrain.corpus.sources import Skipped
-    from pretrain.inference.rows import check
+    from pretrain.inference.beforehand import check_first_row, check_predicts, columns_read
+    from pretrain.inference.rows import check, rows_of
 
     check(file, output, force)
+    check_predicts(place)
+    text = text or text_column(place)
     skipped = Skipped() if on_error_of(on_error) == "skip" else None
+    header = header_of(place, header)
+    if skipped is None and file != "-":  # what is piped in can be read only once
+        check_first_row(rows_of(file, text, Skipped(), header), columns_read(place, text, pair), pair)
     with opening(place, trust_remote_code):
         from pretrain.inference.predict import open_head, predict_file
 
-        head = open_head(place, text=text or text_column(place), pair=pair, scores=scores, answer=max_new_tokens)
+        head = open_head(place, text=text, pair=pair, scores=scores, answer=max_new_tokens)
     start = time.perf_counter()
-    count, names = predict_file(
-        head, file, output, batch_size, force=force, skipped=skipped, header=header_of(place, header)
-    )
+    count, names = predict_file(head, file, output, batch_size, force=force, skipped=skipped, header=header)
     seconds = time.perf_counter() - start
     added = ", ".join(names.values())
     if full := head.tally["full"]:

@@ -25,6 +25,7 @@ from pretrain.core.models.heads import labels_of
 from pretrain.core.processors import Processor, tokenizer_in
 from pretrain.core.quick.positions import positions
 from pretrain.corpus.sources import Document
+from pretrain.inference.beforehand import no_answers, no_labels
 from pretrain.objectives._fine_tuning import classified, read
 from pretrain.objectives._metrics import entities
 from pretrain.objectives.efficiency.deft import Deft
@@ -86,10 +87,7 @@ def head_of(
     objective = _objective(lineage.get("objective"))
     kind = kind_of(model, objective)
     if kind is None:
-        raise PretrainError(
-            f"{folder} holds a {type(model).__name__}, which predicts no labels or answers; accepted: a classifier, a "
-            "tagger, a regressor or a sequence-to-sequence model; a language model continues text: pretrain generate"
-        )
+        raise PretrainError(no_answers(folder, type(model).__name__))
     length = int(lineage.get("length") or LENGTH)
     length = min(length, positions(model.config.to_dict()) or length)
     context = Context(
@@ -285,10 +283,7 @@ def evaluation_for(
     kind = kind_of(model, objective)
     if kind is None:
         if label is not None:
-            raise PretrainError(
-                f"label {label!r}: a {type(model).__name__} predicts none; accepted: a checkpoint that has learnt "
-                "labels or answers, or no label, for the likelihood of the text"
-            )
+            raise PretrainError(no_labels(label, type(model).__name__))
         if not is_causal(model):
             raise PretrainError(
                 f"a {type(model).__name__}: no evaluation is chosen for it by itself; accepted: --evaluation, for "

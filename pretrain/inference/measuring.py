@@ -78,6 +78,7 @@ def evaluate(
     from pretrain.corpus.overlap import header_of, overlap_warning, skips, text_column
     from pretrain.corpus.sources import Files
     from pretrain.corpus.store import SPLITS, Corpus
+    from pretrain.inference.beforehand import check_columns, check_predicts, columns_read, labels_column
     from pretrain.inference.rows import nulled
 
     if folder is not None and split not in SPLITS:
@@ -85,6 +86,11 @@ def evaluate(
     policy = policy or ("skip" if skips(place, data) else "stop")
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
     placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
+    if label is not None and not evaluations:
+        check_predicts(place, label)
+    if placed and not evaluations and (truth := labels_column(place, label)):
+        read = (*columns_read(place, "text", pair), truth)
+        check_columns(read, [document for _, document in placed], source.text, data)
     with opening(place, trust_remote_code):
         from pretrain.core import checkpoint as checkpoints
         from pretrain.stages import evaluate as stage
@@ -204,19 +210,12 @@ def _by_folder(placed: Placed, root: Path) -> Placed:
 def _labelled(placed: Placed, source: Files, method: Evaluation, opened: tuple[PreTrainedModel, Processor]) -> Placed:
     """The documents that have what an evaluation compares with; what is wrong with one is told with its place."""
     from pretrain.corpus.sources._files import given
+    from pretrain.inference.beforehand import check_columns
 
     data, objective = source.files, getattr(method, "method", None)
     if not hasattr(objective, "expected") or not placed:
         return placed
-    known = dict.fromkeys(name for _, document in placed for name in document if name not in ("domain", "id"))
-    columns = [name for name in known if name != "text" or source.text == "text"]  # as the file has them
-    for column in method.columns:
-        if column not in known:
-            option = "--label" if column == method.columns[-1] else "--pair"
-            raise PretrainError(
-                f"{option} {column!r}: {data} has no such column{nearest(column, columns)}; accepted: {option} with "
-                f"one of {', '.join(columns)}"
-            )
+    check_columns(method.columns, [document for _, document in placed], source.text, data)
     answer = method.columns[-1]
     whole = [(where, d) for where, d in placed if all(given(d, column) for column in method.columns)]
     if lacking := [where for where, d in placed if not all(given(d, column) for column in method.columns)]:

@@ -14,6 +14,7 @@ from pretrain.core.generation.finite import NotFinite
 from pretrain.corpus.overlap import text_column
 from pretrain.corpus.sources import Document, Skipped
 from pretrain.corpus.sources._containers import Row
+from pretrain.inference.beforehand import check_first_row, columns_read
 from pretrain.inference.heads import Head, Predicted, head_of, predict_batch
 from pretrain.inference.rows import batches, check, chunks, document_of, rows_of, text_in, writer
 from pretrain.stages.evaluate import load_both
@@ -146,13 +147,18 @@ def predict(
     texts = list(texts)
     text = text or _column(checkpoint, texts)
     whole = [document_of(each, text, number) for number, each in enumerate(texts)]
-    head = open_head(checkpoint, text=text, pair=pair, scores=scores)
-    rows = ((f"text {number}", document) for number, document in enumerate(whole))
+    rows = [(f"text {number}", document) for number, document in enumerate(whole)]
     try:
+        if not isinstance(checkpoint, tuple):
+            check_first_row(rows, columns_read(newest_checkpoint(checkpoint), text, pair), pair)
+        head = open_head(checkpoint, text=text, pair=pair, scores=scores)
         return [added for _, added in predictions(head, rows, batch_size)]
     except PretrainError as error:
         raise PretrainError(
-            str(error).replace("--text with", "text with").replace(", or --on-error skip", "")
+            str(error)
+            .replace("--text with", "text with")
+            .replace("--pair with", "pair with")
+            .replace(", or --on-error skip", "")
         ) from error
 
 
