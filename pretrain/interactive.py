@@ -21,6 +21,7 @@ from pretrain.core.models.families import family
 from pretrain.core.processors import Processor
 from pretrain.core.quick.quantities import counted
 from pretrain.core.system.extras import extras_named
+from pretrain.corpus.overlap import overlap_warning
 from pretrain.corpus.sources import Document
 from pretrain.corpus.sources._files import UNTOUCHED, given
 from pretrain.corpus.store import write_corpus
@@ -239,7 +240,8 @@ def evaluate(
 
     `evaluate(model, tokenizer, texts)`, or as `predict` takes it `evaluate(checkpoint, texts)`: the folder of a
     checkpoint, a stage or a run, or `(model, tokenizer)`. `evaluations` come after the texts in both. Documents whose
-    text, or what is true of it, is empty or missing are left out, with a warning.
+    text, or what is true of it, is empty or missing are left out, with a warning; texts that the checkpoint was trained
+    on are counted in one (`seen` in what is returned), where its corpora lie beside it.
 
     `evaluations` are by default what fits the model's head: the likelihood of texts, or the labels (numbers, tags,
     answers) that documents have beside their text. `length` is the window for evaluations that leave theirs open: by
@@ -266,7 +268,12 @@ def evaluate(
             )
     window = length or made.get("length")
     documents = _whole(documents, _needed(documents, chosen))
-    return evaluating.evaluate(model, tokenizer, documents, chosen, compressors=compressors, length=window)
+    place = Path(model.config._name_or_path or "/none")
+    seen = overlap_warning(documents, place) if place.is_dir() else ""
+    if seen:
+        warn(seen)
+    result = evaluating.evaluate(model, tokenizer, documents, chosen, compressors=compressors, length=window)
+    return result | ({"seen": seen} if seen else {})
 
 
 def _opened(

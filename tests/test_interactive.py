@@ -15,6 +15,7 @@ import pytest
 import torch
 
 import pretrain
+from pretrain.core.errors import PretrainWarning
 from pretrain.core.files import read_json
 from pretrain.core.registry import methods as registered
 
@@ -77,6 +78,26 @@ def test_a_model_is_trained_as_a_stage_trains_it(texts, tmp_path):
         assert torch.equal(weight, other), name
     corpus = pretrain.train(MODEL, tokenizer, tmp_path / "corpus", budget={"steps": 4}, length=32, batch_rows=4, seed=3)
     assert corpus.metrics == ours.metrics
+
+
+def test_texts_that_a_checkpoint_was_trained_on_are_told(texts, tmp_path):
+    rows = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "texts.jsonl").write_text(rows)
+    recipe = {
+        "stages": [
+            {"name": "corpus", "stage": "data", "sources": [{"files": str(tmp_path / "texts.jsonl")}]},
+            {"name": "tokenizer", "stage": "tokenizer", "corpus": "corpus", "vocab_size": 300},
+            {"name": "model", "stage": "train", "corpus": "corpus", "tokenizer": "tokenizer", "model": MODEL,
+             "length": 32, "batch_rows": 4, "budget": {"steps": 2}},
+        ]
+    }  # fmt: skip
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    run = pretrain.run(tmp_path / "r.yaml", output=tmp_path / "run", say=lambda _: None, report=False)
+    new = ["quite another text, of which no line was ever read " * 3] * 2
+    with pytest.warns(PretrainWarning, match=r"of 62 documents were in the training data: what is measured"):
+        measured = pretrain.evaluate(run.folder, [*texts, *new])
+    assert measured["seen"].endswith("says little of new text")
+    assert "seen" not in pretrain.evaluate(run.folder, new)
 
 
 def test_a_classifier_is_trained_on_documents(tiny, trained):
