@@ -29,6 +29,7 @@ from pretrain.engine import run, silent
 from pretrain.objectives import _metrics
 from pretrain.objectives._fine_tuning import framed
 from pretrain.objectives.labelled.tagging import word_of_tokens
+from pretrain.stages import build_method
 
 HEADLESS = {"llama": "causal", "gpt2": "causal", "bert": "masked", "modernbert": "masked", "t5": "seq2seq"}
 VOCABULARY = Vocabulary(97, pad=0, bos=1, eos=2)
@@ -473,3 +474,19 @@ def test_a_model_saved_without_a_head_gets_that_of_the_task_and_no_other_model_d
     checkpoint.save(made, None, tmp_path / "c")
     again = checkpoint.load(tmp_path / "c")[0].state_dict()
     assert all(torch.equal(again[name], each) for name, each in made.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "objective, field",
+    [
+        ({"method": "tagging", "tags": "text"}, "tags"),
+        ({"method": "classification", "label": "text"}, "label"),
+        ({"method": "classification", "pair": "text"}, "pair"),
+        ({"method": "regression", "label": "body", "text": "body"}, "label"),
+        ({"method": "seq2seq", "prompt": "say {text}", "target": "text"}, "target"),
+        ({"method": "prompt_classification", "template": "{label}: {mask}", "words": {"a": "b"}}, "column"),
+    ],
+)
+def test_no_column_is_both_read_and_what_is_true(objective, field):
+    with pytest.raises(ValueError, match=rf"{field} '\w+' is read in another place too; accepted: a column for each"):
+        build_method(objective, "objective")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, ClassVar, Generic, Literal, NamedTuple, TypeVar
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary, to_device
+from pretrain.core.errors import PretrainError
 from pretrain.core.models.features import evaluating
 from pretrain.objectives import Objective
 
@@ -33,6 +35,19 @@ class FineTuning(Objective, Generic[Answer]):
     predicted: ClassVar[float] = 0.0  # the head is one of labels
     headed: ClassVar[bool] = False  # the answers are those of a head of its own, which other models have not
     fill: ClassVar[Literal["longest", "rows", "apart"]] = "longest"  # what a batch makes of its inputs
+
+    def __post_init__(self) -> None:
+        """No column is read in two places: what is true of a document is not among its inputs."""
+        super().__post_init__()
+        with suppress(ValueError):  # of what is no prompt, which the objective refuses itself
+            twice = next((column for column in self.columns if self.columns.count(column) > 1), None)
+            if twice is not None:
+                given = [each.name for each in fields(self) if getattr(self, each.name) == twice != each.default]
+                raise PretrainError(
+                    f"{self.name}: {''.join(given[:1]) or 'column'} {twice!r} is read in another place too; "
+                    "accepted: a column for each",
+                    place=tuple(given[:1]),
+                )
 
     @property
     def task(self) -> str:
