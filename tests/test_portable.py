@@ -140,6 +140,15 @@ def test_peak_memory_is_bytes_everywhere(monkeypatch, windows):
     assert portable.peak_resident() == 5_000_000
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux counts a peak anew")
+def test_a_peak_is_counted_anew_once_what_took_it_is_given_back():
+    held = bytearray(b"x" * (256 << 20))
+    most = portable.peak_resident()
+    del held
+    portable.restart_peak()
+    assert portable.peak_resident() < most - (200 << 20)
+
+
 @pytest.mark.parametrize("system, unit", [("darwin", 1), ("linux", 1024)])
 def test_the_unit_of_peak_memory_is_the_systems(system, unit, monkeypatch):
     usage = types.SimpleNamespace(RUSAGE_SELF=0, getrusage=lambda who: types.SimpleNamespace(ru_maxrss=3_000))

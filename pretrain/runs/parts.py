@@ -9,14 +9,19 @@ from datetime import UTC, datetime
 
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import read_json, sealed, write_json
+from pretrain.core.system.portable import restart_peak
 from pretrain.identity import Planned
 from pretrain.records import PARTS, Part
 
 
 @contextmanager
 def noted(item: Planned, parts: list[Part], main: bool) -> Iterator[None]:
-    """Note what was spent where a stage does not come to its end, since it is part of what the stage takes."""
+    """Count a stage's memory by itself, and note what was spent where it does not come to its end.
+
+    What parts have taken is part of what the stage takes.
+    """
     started, clock = datetime.now(UTC), time.perf_counter()
+    restart_peak()
     try:
         yield
     except BaseException:

@@ -10,6 +10,7 @@ import ctypes
 import os
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -98,7 +99,7 @@ def exchange(folder: Path, other: Path) -> bool:
 
 
 def peak_resident() -> int:
-    """Bytes of memory of this process at its peak so far."""
+    """Bytes of memory of this process at its peak, since it began or since `restart_peak`."""
     if sys.platform == "win32":
         import psutil
 
@@ -107,6 +108,17 @@ def peak_resident() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # of bytes, of KiB
+
+
+def restart_peak() -> None:
+    """Count the peak from here on, after giving back what is not in use; where the system cannot, it stays as it is."""
+    if not sys.platform.startswith("linux"):
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # of glibc
+    if trim is not None:
+        trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def memory_limits() -> dict[str, int]:
