@@ -137,7 +137,7 @@ class Data(Stage):
         known = [size for size in sizes if size is not None]
         before = given.get("corpus", Left())
         if len(known) < len(sizes) or (self.corpus and not before.bytes):
-            return Estimate(None if works else 0.0)
+            return Estimate(None if works else float(self.made))
         seen = [
             sampled(source, size.bytes, not size.documents) for source, size in zip(self.sources, known, strict=True)
         ]
@@ -153,7 +153,13 @@ class Data(Stage):
         )
         estimate = corpus_estimate(total, documents, validation, test, works, rows, whole, few)
         operations = FLOOR + max((operation.memory(total) for operation in self.operations), default=0.0)
-        return replace(estimate, memory_bytes=max(estimate.memory_bytes or 0.0, operations))
+        flops = None if estimate.flops is None else estimate.flops + self.made
+        return replace(estimate, flops=flops, memory_bytes=max(estimate.memory_bytes or 0.0, operations))
+
+    @property
+    def made(self) -> int:
+        """FLOPs of the sources that make their documents."""
+        return round(sum(source.flops() for source in self.sources))
 
     def _looked(self, total: float) -> Looked | None:
         """What its sources hold without copies, looked at once in a process as long as they are as large."""
@@ -216,7 +222,7 @@ class Data(Stage):
         sizes = {f"{what}/{name}": info[what][name] for what in ("documents", "bytes") for name in info[what]}
         return {
             "metrics": sizes | {f"removed/{k}": v for k, v in info["removed"].items()},
-            "flops": sum(spent) + desk.flops,
+            "flops": sum(spent) + desk.flops + self.made,
         }
 
 

@@ -1,4 +1,4 @@
-"""Where documents come from: text, images, audio, series and sequences in files, data sets, and what is installed here.
+"""Where documents come from: text, images, audio, series, sequences in files, data sets, what is installed, and noise.
 
 A source is a frozen dataclass; `read(source)` yields documents, dicts of typed columns: `domain`, `id`, and what the
 theme gives, `text`, `image`, `audio` or `series`, `label`, and `group` (documents that must stay on one side of the
@@ -15,6 +15,7 @@ from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
 from pretrain.corpus.sources.debian import DebianDocs, Manuals
 from pretrain.corpus.sources.images import Images
+from pretrain.corpus.sources.made.random_computation import RandomComputation
 from pretrain.corpus.sources.pixels import Pixels
 from pretrain.corpus.sources.sequences import Sequences
 from pretrain.corpus.sources.series import Series
@@ -34,10 +35,11 @@ SOURCES: dict[str, type[Source]] = {
     "audio": Audio,
     "series": Series,
     "sequences": Sequences,
+    "random_computation": RandomComputation,
 }
 
 __all__ = [
     "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Manuals", "Package",
-    "Packages", "Pixels", "PythonStdlib", "Removed", "Sequences", "Series", "Skipped", "Source", "described", "evenly",
-    "fingerprint", "read", "unroff",
+    "Packages", "Pixels", "PythonStdlib", "RandomComputation", "Removed", "Sequences", "Series", "Skipped", "Source",
+    "described", "evenly", "fingerprint", "read", "unroff",
 ]  # fmt: skip

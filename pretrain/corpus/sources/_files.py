@@ -72,6 +72,10 @@ class Source(metaclass=Fielded):
         """About what it gives, from the sizes of files alone; None where that is not known."""
         return None
 
+    def flops(self) -> float:
+        """The products that make its documents; none of those that are read."""
+        return 0.0
+
     def state(self) -> object:
         """What changes when the files do; None where the fields say it all, as a package's version does."""
         return None

@@ -1,0 +1,1 @@
+"""Sources that make their documents, of nothing but random numbers."""
