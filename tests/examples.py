@@ -162,6 +162,7 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
         "dimension": 8 if family in ("gpt2", "bert", "modernbert") else 0,
     },
     "trim_scripts": lambda shelf, family: {"scripts": ("Latin",)},
+    "vocabulary_curriculum": lambda shelf, family: {"threshold": 20.0, "quantile": 1.0, "new_tokens": 5},
     "vocabulary_expansion": lambda shelf, family: {"tokenizer": shelf.other_tokenizer, "initialisation": "mean"},
     "pyramid_infer": lambda shelf, family: {"min_context_length": 4},
     "latent_deliberation": lambda shelf, family: {"coprocessor": shelf.coprocessor(family)},

@@ -286,7 +286,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining",
+        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}

@@ -343,3 +343,13 @@ def test_what_does_not_fit_is_named(tiny, old, tokenizer_of_code, prepared, tmp_
     with pytest.raises(PretrainError, match="no two tokens beside each other"):
         train([np.array([1])], torch.randn(4, 3), None, 2, Settings(2, 1, 2, 2.0, 0.1, 10, 1), torch.Generator())
     assert VocabularyExpansion("t", corpus="c").references() == {"tokenizer": "t", "corpus": "c"}
+
+
+def test_tokens_that_stand_beside_the_pieces_keep_their_numbers_when_pieces_join(tokenizer_of_code):
+    characters = train_tokenizer([], algorithm="bytes", mask=True)  # whose special tokens are none of its model's
+    wide = joined("test", characters, load_tokenizer(tokenizer_of_code))
+    known, found = characters.get_vocab(), wide.get_vocab()
+    assert {token: found[token] for token in known} == known and len(set(found.values())) == len(found)
+    assert wide.all_special_ids == characters.all_special_ids
+    text = "def f(x): return x  # ü"
+    assert wide.decode(encode(wide, [text])[0]) == text

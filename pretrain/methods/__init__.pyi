@@ -193,4 +193,5 @@ from pretrain.surgery.vocabulary.chat_template import ChatTemplate as ChatTempla
 from pretrain.surgery.vocabulary.ofa import Ofa as Ofa
 from pretrain.surgery.vocabulary.trim_scripts import TrimScripts as TrimScripts
 from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary as TrimVocabulary
+from pretrain.surgery.vocabulary.vocabulary_curriculum import VocabularyCurriculum as VocabularyCurriculum
 from pretrain.surgery.vocabulary.vocabulary_expansion import VocabularyExpansion as VocabularyExpansion

@@ -125,7 +125,15 @@ def state_of(tokenizer: PreTrainedTokenizerBase) -> State:
 
 
 def with_state(tokenizer: PreTrainedTokenizerBase, state: State) -> PreTrainedTokenizerBase:
-    """A copy of a tokenizer with another `tokenizer.json`."""
+    """A copy of a tokenizer with another `tokenizer.json`.
+
+    Added tokens that are none of the model's are numbered anew, after all of those, unless these hold them as well.
+    """
+    vocabulary = state["model"].get("vocab")
+    if isinstance(vocabulary, dict):
+        last = max(vocabulary.values(), default=-1)
+        beside = {entry["content"]: entry["id"] for entry in state["added_tokens"] if entry["id"] < last}
+        vocabulary |= {token: number for token, number in beside.items() if token not in vocabulary}
     made = copy.deepcopy(tokenizer)
     vars(made)["_tokenizer"] = Tokenizer.from_str(json.dumps(state))
     return made
