@@ -198,9 +198,11 @@ def test_only_what_the_model_foresees_is_merged(characters):
     assert groups == {(a, b)}
 
 
-def test_a_tokenizer_of_another_kind_is_refused(characters):
+def test_a_tokenizer_of_another_kind_and_a_model_that_foresees_nothing_are_refused(characters):
     tokenizer = train_tokenizer([TEXT] * 3, algorithm="unigram", vocab_size=270)
     with pytest.raises(PretrainError, match="tokenizer is a Unigram; accepted: BPE"):
         expanded(tokenizer)
+    with pytest.raises(PretrainError, match="threshold 0.3: no token of the text is foreseen by less; accepted: more"):
+        expanded(characters, threshold=0.3)  # by a model at random
     with pytest.raises(PretrainError, match="needs text to calibrate on"):
         VocabularyCurriculum()(small(characters), Inputs(tokenizer=characters))

@@ -85,7 +85,11 @@ class VocabularyCurriculum(Surgery):
         made = merged(self._ordered(counts, inputs), numbers, self.new_tokens, Pieces(tokenizer))
         report(inputs, **{f"{self.name}/runs": len(counts), f"{self.name}/new_tokens": len(made)})
         if not made:
-            return model
+            raise PretrainError(
+                f"{self.name}: threshold {self.threshold:g}: no token of the text is foreseen by less; accepted: more, or "
+                "a model that is trained for longer",
+                place=("threshold",),
+            )
         grow(model, [(number, last) for _, _, number, last in made])
         state["model"]["vocab"] |= {first + second: number for first, second, number, _ in made}
         state["model"]["merges"] += [[first, second] for first, second, _, _ in made]
