@@ -22,6 +22,7 @@ from pretrain.core.method import method_class
 from pretrain.core.models.families import new_model
 from pretrain.core.quick.table import listed
 from pretrain.core.registry import methods
+from pretrain.corpus.store import write_corpus
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.surgery import Inputs
 
@@ -84,6 +85,13 @@ class Shelf:
         """The folder of a tokenizer of another text."""
         train_tokenizer(MORE, vocab_size=310).save_pretrained(self.folder / "tokenizer")
         return str(self.folder / "tokenizer")
+
+    @cached_property
+    def corpus(self) -> str:
+        """The folder of a corpus of that other text."""
+        documents = [{"text": text, "domain": "text", "id": str(number)} for number, text in enumerate(MORE)]
+        write_corpus(documents, self.folder / "corpus", validation=0, test=0)
+        return str(self.folder / "corpus")
 
     @cached_property
     def vectors(self) -> str:
@@ -162,6 +170,7 @@ FIELDS: dict[str, Callable[[Shelf, str], Fields]] = {
         "dimension": 8 if family in ("gpt2", "bert", "modernbert") else 0,
     },
     "trim_scripts": lambda shelf, family: {"scripts": ("Latin",)},
+    "contextual_rows": lambda shelf, family: {"tokenizer": shelf.other_tokenizer, "corpus": shelf.corpus, "length": 16},
     "vocabulary_curriculum": lambda shelf, family: {"threshold": 20.0, "quantile": 1.0, "new_tokens": 5},
     "vocabulary_expansion": lambda shelf, family: {"tokenizer": shelf.other_tokenizer, "initialisation": "mean"},
     "pyramid_infer": lambda shelf, family: {"min_context_length": 4},

@@ -287,6 +287,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
         "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum",
+        "bioptimus",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}

@@ -31,9 +31,9 @@ OTHERWISE = {
         "bertin.reference", "clear.model", "entigraph.generator", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model",
         "quality_subset.reference", "simcore.model", "spin.generator", "well_read_students.teacher", "wrap.generator",
     ),
-    "what the vocabulary is changed to": ("ofa.tokenizer", "vocabulary_expansion.tokenizer"),
+    "what the vocabulary is changed to": ("contextual_rows.tokenizer", "ofa.tokenizer", "vocabulary_expansion.tokenizer"),
     "a tokenizer that counts or parts texts, with no model beside": ("document_statistics.tokenizer", "exact_substring_deduplication.tokenizer"),
-    "documents": ("decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "simcore.target", "task.pool", "vocabulary_expansion.corpus"),
+    "documents": ("contextual_rows.corpus", "decontaminate.corpora", "min_k.members", "model_soup.corpus", "preselect.target", "simcore.target", "task.pool", "vocabulary_expansion.corpus"),
     "files without tokens": ("entigraph.prompts", "harness.folder", "homer.bias", "ofa.vectors", "softmax_cascade.calibration", "source_language.embeddings", "spin.prompts", "wrap.prompts"),
 }  # fmt: skip
 

@@ -94,6 +94,7 @@ from pretrain.objectives.language.electra import Electra as Electra
 from pretrain.objectives.language.langsamp import LangSAMP as LangSAMP
 from pretrain.objectives.language.mask_later import MaskLater as MaskLater
 from pretrain.objectives.language.masked_lm import MaskedLM as MaskedLM
+from pretrain.objectives.language.masking_curriculum import MaskingCurriculum as MaskingCurriculum
 from pretrain.objectives.language.prefix_lm import PrefixLM as PrefixLM
 from pretrain.objectives.language.random_token_substitution import RandomTokenSubstitution as RandomTokenSubstitution
 from pretrain.objectives.language.span_corruption import SpanCorruption as SpanCorruption
@@ -190,6 +191,7 @@ from pretrain.surgery.merging.task_arithmetic import TaskArithmetic as TaskArith
 from pretrain.surgery.merging.ties import Ties as Ties
 from pretrain.surgery.search.autodistil_search import AutoDistilSearch as AutoDistilSearch
 from pretrain.surgery.vocabulary.chat_template import ChatTemplate as ChatTemplate
+from pretrain.surgery.vocabulary.contextual_rows import ContextualRows as ContextualRows
 from pretrain.surgery.vocabulary.ofa import Ofa as Ofa
 from pretrain.surgery.vocabulary.trim_scripts import TrimScripts as TrimScripts
 from pretrain.surgery.vocabulary.trim_vocabulary import TrimVocabulary as TrimVocabulary

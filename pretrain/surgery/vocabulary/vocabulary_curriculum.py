@@ -86,8 +86,8 @@ class VocabularyCurriculum(Surgery):
         report(inputs, **{f"{self.name}/runs": len(counts), f"{self.name}/new_tokens": len(made)})
         if not made:
             raise PretrainError(
-                f"{self.name}: threshold {self.threshold:g}: no token of the text is foreseen by less; accepted: more, or "
-                "a model that is trained for longer",
+                f"{self.name}: threshold {self.threshold:g}: no token of the text is foreseen by less; accepted: "
+                "more, or a model that is trained for longer",
                 place=("threshold",),
             )
         grow(model, [(number, last) for _, _, number, last in made])
