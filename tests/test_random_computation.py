@@ -101,14 +101,17 @@ def test_a_tokenizer_of_bytes_has_a_token_for_each_symbol():
     assert size.documents == 20 and 20 * 24 < size.bytes <= 2 * 20 * 24
 
 
-def test_a_corpus_of_them_is_made_and_its_products_are_the_stages(tmp_path):
+def test_a_corpus_of_them_is_made_and_its_products_are_the_stages_and_planned(tmp_path):
     fields = ", ".join(f"{k}: {list(v) if isinstance(v, tuple) else v}" for k, v in SMALL.items())
     (tmp_path / "r.yaml").write_text(
         f"name: noise\noutput: {tmp_path / 'runs'}\nstages:\n"
         f"  - {{name: corpus, stage: data, sources: [{{random_computation: 40, {fields}}}], near_duplicates: null}}\n"
     )
-    (stage,) = engine.run(load(tmp_path / "r.yaml"), say=lambda text: None).stages.values()
+    recipe = load(tmp_path / "r.yaml")
+    (stage,) = engine.run(recipe, say=lambda text: None).stages.values()
     assert stage["flops"] == RandomComputation(40, **SMALL).flops() > 0
+    planned = recipe.stages[0].estimate({})
+    assert planned.flops == stage["flops"] and planned.seconds > stage["flops"] / 1e12
 
 
 @pytest.mark.parametrize(

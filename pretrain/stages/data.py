@@ -47,6 +47,7 @@ if TYPE_CHECKING:
 
 
 HELD_OUT = ("validation", "test")
+MADE = 5e10  # FLOPs a second of sources that make their documents: small products, one after another
 LOOKED: dict[tuple[object, ...], Looked | None] = {}  # what was seen of sources, by them
 
 
@@ -154,7 +155,10 @@ class Data(Stage):
         estimate = corpus_estimate(total, documents, validation, test, works, rows, whole, few)
         operations = FLOOR + max((operation.memory(total) for operation in self.operations), default=0.0)
         flops = None if estimate.flops is None else estimate.flops + self.made
-        return replace(estimate, flops=flops, memory_bytes=max(estimate.memory_bytes or 0.0, operations))
+        seconds = (estimate.seconds or 0.0) + self.made / MADE
+        return replace(
+            estimate, flops=flops, seconds=seconds, memory_bytes=max(estimate.memory_bytes or 0.0, operations)
+        )
 
     @property
     def made(self) -> int:
