@@ -10,7 +10,7 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.evaluation.generation import bartscore as module
+from pretrain.evaluation import _pairs as module
 from pretrain.evaluation.generation.bartscore import BARTScore
 
 WORDS = [

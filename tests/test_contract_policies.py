@@ -19,6 +19,7 @@ from pretrain.core.models.families import new_model
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.objectives.language.span_corruption import SpanCorruption
+from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.policies import Policy
 from pretrain.surgery import Inputs
 from pretrain.training.budget import Budget
@@ -28,6 +29,7 @@ FAMILIES = [(name, family) for name in POLICIES if method_class(name).families f
 OBJECTIVES = {"causal": CausalLM, "masked": MaskedLM, "seq2seq": SpanCorruption}
 # What a policy needs of the model; without an entry any model will do.
 SURGERIES = {"increlora_allocation": ("increlora", {"max_rank": 4})}
+RATES = {"restart": 0.3}  # at which a policy that acts where training diverges has something to do
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,7 @@ class Idle(Policy):
 def test_a_training_that_was_cut_ends_as_the_one_that_was_not(material, tmp_path, name):
     """It is cut after its fourth step of eight, and rows are read ahead by a worker the second time."""
     policy, budget, evaluated = example(name, material), Budget(steps=8), {"evaluate": size, "evaluate_every": 2}
+    evaluated |= {"optimizer": AdamW(lr=RATES[name])} if name in RATES else {}
     models = [model_for(name, material) for _ in range(3)]
     whole = run(material.prepared, models[0], tmp_path / "a", policy, budget=budget, save_every=4, keep=9, **evaluated)
     (tmp_path / "b" / "state").mkdir(parents=True)

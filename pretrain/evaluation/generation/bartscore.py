@@ -6,7 +6,7 @@ Shape letters: B pairs of a batch, S source tokens, M target tokens, L both, N d
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -20,17 +20,15 @@ from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import family, head, hidden, positions_of
-from pretrain.core.models.features import evaluating
 from pretrain.evaluation import Evaluation, Measured
 from pretrain.evaluation._intervals import bounds, bounds_of_means, resampled_sums
+from pretrain.evaluation._pairs import Pair, causal_nll, filled_up, summed_nll
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from pretrain.corpus.sources import Document
 
-Pair = tuple[list[int], list[int]]
-BATCH_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -124,7 +122,7 @@ class BARTScore(Evaluation):
         if entry.decoder_blocks:
             begin = [] if vocabulary.bos is None else [vocabulary.bos]
             pairs = [(begin + x + end, y + end) for x, y in zip(read, written, strict=True)]
-            return _run(model, pairs, _encoder_decoder)
+            return -summed_nll(model, pairs, _encoder_decoder) / [len(y) for _, y in pairs]
         before = vocabulary.begin
         begin, limit = [] if before is None else [before], positions_of(model)
         least = 0 if begin or apart else 1  # source tokens that the target's first needs before it
@@ -135,7 +133,7 @@ class BARTScore(Evaluation):
                 y = y[: max(1, room - least)]
                 x = x[: max(least, room - len(y))]
             pairs.append((begin + x + apart, y + end))
-        return _run(model, pairs, _causal)
+        return -summed_nll(model, pairs, causal_nll) / [len(y) for _, y in pairs]
 
     def _agreement(
         self, score_N: NDArray[np.float64], documents: Sequence[Document]
@@ -162,47 +160,14 @@ class BARTScore(Evaluation):
         return spearman(np.arange(count)), bounds(np.array(drawn))
 
 
-def _run(
-    model: PreTrainedModel,
-    pairs: Sequence[Pair],
-    nll: Callable[[PreTrainedModel, Sequence[Pair], torch.device], Sequence[float]],
-) -> NDArray[np.float64]:
-    """Minus the mean nll of each pair's target, in batches of pairs of about the same size."""
-    size = [len(x) + len(y) for x, y in pairs]
-    order, scores, start = sorted(range(len(pairs)), key=lambda i: size[i]), np.zeros(len(pairs)), 0
-    with evaluating(model):
-        while start < len(order):
-            end = start + 1
-            while end < len(order) and (end + 1 - start) * size[order[end]] <= BATCH_TOKENS:
-                end += 1
-            chosen, start = order[start:end], end
-            sums_B = nll(model, [pairs[i] for i in chosen], next(model.parameters()).device)
-            scores[chosen] = -np.array(sums_B) / np.array([len(pairs[i][1]) for i in chosen])
-    return scores
-
-
-def _padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=device)
-
-
 def _encoder_decoder(model: PreTrainedModel, pairs: Sequence[Pair], device: torch.device) -> list[float]:
     """The summed nll of each target; the decoder begins with the model's own start token."""
     begin = model.config.decoder_start_token_id
     begin = model.config.pad_token_id if begin is None else begin
-    source_BS, target_BM = _padded([x for x, _ in pairs], 0, device), _padded([y for _, y in pairs], IGNORE, device)
-    decoder_BM = _padded([[begin, *y[:-1]] for _, y in pairs], 0, device)
-    mask_BS = _padded([[1] * len(x) for x, _ in pairs], 0, device)
+    source_BS, target_BM = filled_up([x for x, _ in pairs], 0, device), filled_up([y for _, y in pairs], IGNORE, device)
+    decoder_BM = filled_up([[begin, *y[:-1]] for _, y in pairs], 0, device)
+    mask_BS = filled_up([[1] * len(x) for x, _ in pairs], 0, device)
     # Padding of the decoder stands at the end, where its causal mask hides it.
     states_BME = hidden(model, input_ids=source_BS, attention_mask=mask_BS, decoder_input_ids=decoder_BM)
     weight_VE, bias_V = head(model)
     return linear_cross_entropy(states_BME, weight_VE, target_BM, bias_V=bias_V)[1].double().sum(-1).tolist()
-
-
-def _causal(model: PreTrainedModel, pairs: Sequence[Pair], device: torch.device) -> list[float]:
-    """The summed nll of each target after its source."""
-    input_BL = _padded([[*x, *y][:-1] for x, y in pairs], 0, device)
-    target_BL = _padded([[*[IGNORE] * (len(x) - 1), *y] for x, y in pairs], IGNORE, device)
-    states_BLE = hidden(model, input_ids=input_BL, use_cache=False)
-    weight_VE, bias_V = head(model)
-    return linear_cross_entropy(states_BLE, weight_VE, target_BL, bias_V=bias_V)[1].double().sum(-1).tolist()
