@@ -23,6 +23,7 @@ from pretrain.optim.optimizers.adamw import AdamW
 from pretrain.policies import Policy
 from pretrain.surgery import Inputs
 from pretrain.training.budget import Budget
+from pretrain.training.state import split_tensors
 
 POLICIES = names("policy")
 FAMILIES = [(name, family) for name in POLICIES if method_class(name).families for family in declared(name)]
@@ -80,6 +81,17 @@ def test_a_training_that_was_cut_ends_as_the_one_that_was_not(material, tmp_path
     assert all(torch.equal(ends[0][n], ends[1][n]) for n in ends[0])
     acted = ends[0].keys() != ends[2].keys() or not all(torch.equal(ends[0][n], ends[2][n]) for n in ends[0])
     assert acted  # else nothing is shown
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_plans_know_how_much_it_remembers(material, tmp_path, name):
+    policy, model = example(name, material), model_for(name, material)
+    training = run(material.prepared, model, tmp_path, policy, budget=Budget(steps=6), evaluate=size, evaluate_every=2)
+    tensors: dict[str, torch.Tensor] = {}
+    split_tensors(training.state[name], "", tensors)
+    trained = sum(p.numel() for p in training.model.parameters() if p.requires_grad)
+    held = sum(t.numel() * t.element_size() for t in tensors.values()) / (4 * trained)
+    assert held == pytest.approx(policy.remembered, rel=0.35, abs=0.3)
 
 
 def size(trainee):

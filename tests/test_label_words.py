@@ -82,7 +82,9 @@ def test_of_a_prompt_that_is_too_long_the_beginning_is_left_out(tiny, tokenizer)
     assert np.array_equal(method.shares(short, tokenizer, [long + end]), method.shares(short, tokenizer, [end]))
 
 
-def test_examples_of_each_label_are_shown_before_with_their_first_word(model, tokenizer, documents, stories, tmp_path, monkeypatch):
+def test_examples_of_each_label_are_shown_before_with_their_first_word(
+    model, tokenizer, documents, stories, tmp_path, monkeypatch
+):
     class Few:
         """A corpus of some labelled documents."""
 
@@ -102,7 +104,9 @@ def test_examples_of_each_label_are_shown_before_with_their_first_word(model, to
     first = seen[0].split("; ")
     assert [piece.split(" is")[1] for piece in first] == [" graph", " array", " data"] * 2 + [""]
     assert len({*first}) == 7 and seen[-1].endswith("; N/A is") and seen[-1].split("; ")[:-1] == first[:-1]
-    with pytest.raises(PretrainError, match="p has 2 training documents of label 'g'; accepted: 3 or more, as many as shots"):
+    with pytest.raises(
+        PretrainError, match="p has 2 training documents of label 'g'; accepted: 3 or more, as many as shots"
+    ):
         LabelWords(words=WORDS, shots=3, pool="p")(model, tokenizer, documents)
 
 

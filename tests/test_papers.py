@@ -20,6 +20,8 @@ from typer.testing import CliRunner
 
 from pretrain import engine, papers
 from pretrain.cli import app
+from pretrain.core import checkpoint
+from pretrain.core.checkpoint import surgery_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.method import method_class
 from pretrain.core.registry import info, methods
@@ -165,10 +167,12 @@ def test_the_newest_of_several_results_counts_whatever_the_files_are_called(tmp_
 def test_a_recipe_is_found_by_the_title_in_its_header(tmp_path):
     folder = tmp_path / "recipes" / "papers"
     folder.mkdir(parents=True)
-    (folder / "any-name.yaml").write_text("# GottBERT: a pure German language model (arXiv:2012.02110).\nname: x\n")
-    row = papers.find(standings(tmp_path), "GottBERT")
+    (folder / "any-name.yaml").write_text(
+        "# Bridging the gap between computational photography and visual recognition (arXiv:1901.09482).\nname: x\n"
+    )
+    row = papers.find(standings(tmp_path), "UG^2")
     assert row.recipe == "recipes/papers/any-name.yaml" and row.status == STANDS and row.check == Check()
-    assert papers.find(ROWS, "GottBERT").status == NOT_YET
+    assert papers.find(ROWS, "UG^2").status == NOT_YET
 
 
 @pytest.mark.parametrize("word, name", [
@@ -286,8 +290,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum",
-        "bioptimus",
+        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -548,6 +551,134 @@ def test_a_small_model_goes_on_for_a_while_and_then_for_longer(tmp_path, text):
         "domain",
         "some",
     ]
+
+
+def recipe_run(name: str, settings: list[str], folder: Path) -> dict[str, dict[str, float]]:
+    return finite(engine.run(load(ROOT / f"recipes/papers/{name}.yaml", settings, folder), say=lambda text: None))
+
+
+def weights(folder: Path) -> int:
+    return (folder / "checkpoint/model.safetensors").stat().st_size
+
+
+TINY_GPT2 = ("n_embd=32", "n_layer=2", "n_head=2")
+
+
+@pytest.mark.processes
+def test_the_recipe_of_the_query_layer_trains_a_model_with_it_and_one_without(tmp_path, text):
+    names = ("model", "plain")
+    settings = [*data("corpus", sources=f"[{{files: {text}}}]"), "corpus.operations=[deduplicate]", "tokenizer.vocab_size=512", *short(*names),
+                *(f"{name}.model.{size}" for name in names for size in TINY_GPT2)]  # fmt: skip
+    found = recipe_run("pangu-alpha", settings, tmp_path)
+    made = [[row["method"] for row in surgery_of(checkpoint.load(tmp_path / name / "checkpoint")[0])] for name in names]
+    assert made == [["query_layer"], []]
+    assert all(found[name]["bits_per_byte"] > 0 for name in ("with_query_layer", "without"))
+
+
+@pytest.mark.processes
+def test_the_recipe_of_filtered_text_asks_for_labels_in_four_ways(tmp_path, text):
+    filters = [f"{{method: quality_subset, domain: {d}, share: 0.9, reference: chosen}}" for d in ("py", "txt")]
+    words = {"plain": "py: [code], txt: [text]", "more": "py: [code, class], txt: [text, words]"}
+    ask = "{{method: label_words, label: domain, resamples: 2, words: {{{}}}{}}}"
+    settings = [
+        *data("corpus", "chosen", sources=f"[{{files: {text}}}]"), f"corpus.operations=[deduplicate, {', '.join(filters)}]",
+        "tokenizer.vocab_size=512", *(f"model.model.{size}" for size in TINY_GPT2), *short("model"),
+        *(f"{name}.evaluations=[{ask.format(words[which], more)}]" for name, which, more in (
+            ("usual", "plain", ", calibrate: false"), ("calibrated", "plain", ""), ("expanded", "more", ""),
+            ("few_shot", "more", ", shots: 1, pool: corpus"))),
+        *(f"{name}.max_documents=20" for name in ("usual", "calibrated", "expanded", "few_shot")), "model.batch_rows=8",
+    ]  # fmt: skip
+    found = recipe_run("yuan", settings, tmp_path)
+    losses = [found[name]["label_loss"] for name in ("usual", "calibrated", "expanded", "few_shot")]
+    assert len({*losses}) == 4 and found["corpus"]["documents/train"] < found["chosen"]["documents/train"]
+
+
+@pytest.mark.processes
+def test_the_suite_of_sizes_is_trained_alike_and_measured(tmp_path, text):
+    names = ("small", "medium", "large")
+    settings = [*data("corpus", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *short(*names),
+                *(f"{name}.model.{size}" for n, name in enumerate(names) for size in (f"hidden_size={16 << n}", f"word_embed_proj_dim={16 << n}", "ffn_dim=32", "num_hidden_layers=1", "num_attention_heads=2"))]  # fmt: skip
+    found = recipe_run("opt", settings, tmp_path)
+    assert all(found[name]["restarts"] == 0 and found[f"of_{name}"]["bits_per_byte"] > 0 for name in names)
+    sizes = [weights(tmp_path / name) for name in names]
+    assert sizes == sorted(sizes) and len({*sizes}) == 3
+    stages = {stage.name: stage for stage in load(ROOT / "recipes/papers/opt.yaml").stages}
+    rates = [stages[name].optimizer.lr for name in names]
+    assert rates == sorted(rates, reverse=True)  # which fall as the models grow
+
+
+@pytest.mark.processes
+def test_the_recipe_of_two_vocabularies_compares_bits_and_a_task(tmp_path, text):
+    encoders, decoders, tuned = ("small", "large"), ("small_decoder", "large_decoder"), ("tuned_small", "tuned_large")
+    settings = [
+        *data("corpus", "pages", sources=f"[{{files: {text}}}]"), "corpus.operations=[deduplicate]",
+        "small_words.vocab_size=400", "large_words.vocab_size=600", *small(*encoders), *short(*encoders, *decoders, *tuned),
+        *(f"{name}.model.{size}" for name in decoders for size in TINY_GPT2),
+    ]  # fmt: skip
+    found = recipe_run("cluecorpus", settings, tmp_path)
+    assert [found[f"{name}_words"]["vocabulary"] for name in encoders] == [400, 600]
+    assert all(
+        {"bits_per_byte"} <= {*found[f"bits_{name}"]} and {"accuracy"} <= {*found[f"task_{name}"]} for name in encoders
+    )
+    assert weights(tmp_path / "small") < weights(tmp_path / "large")
+
+
+@pytest.mark.processes
+def test_the_grid_of_sizes_and_domains_is_trained_from_scratch_and_from_a_multilingual_model(tmp_path, text):
+    shares = {
+        "one_10": (".py",),
+        "one_50": (".py",),
+        "one_100": (".py",),
+        "mixed_10": (),
+        "mixed_50": (),
+        "mixed_100": (),
+        "world": (".txt",),
+        "pages": (),
+    }
+    trained = (
+        "from_one_10",
+        "from_one_50",
+        "from_one_100",
+        "from_mixed_10",
+        "from_mixed_50",
+        "scratch",
+        "multilingual",
+    )
+    tuned = ("one_10", "one_100", "mixed_10", "scratch", "further")
+    settings = [
+        *(given for name, suffixes in shares.items() for given in data(name, sources=f"[{{files: {text}, suffixes: {json.dumps(suffixes)}}}]")),
+        "words.vocab_size=400", "world_words.vocab_size=500", *small(*trained), *short(*trained, "further", *(f"tuned_{n}" for n in tuned)),
+        *(f"filled_{name}.max_documents=8" for name in ("one_10", "one_50", "one_100", "mixed_10", "mixed_50", "scratch")),
+        *(f"task_{name}.max_documents=8" for name in tuned),
+    ]  # fmt: skip
+    found = recipe_run("bertu", settings, tmp_path)
+    assert all(found[f"filled_{name}"]["masked_loss"] > 0 for name in ("one_10", "mixed_50", "scratch"))
+    assert all("accuracy" in found[f"task_{name}"] for name in tuned)
+    assert "multilingual" in lineage(tmp_path / "tuned_further") and "multilingual" not in lineage(
+        tmp_path / "tuned_scratch"
+    )
+
+
+def test_the_grid_has_a_tenth_a_half_and_all_of_one_domain_and_of_a_mixture():
+    stages = {stage.name: stage for stage in load(ROOT / "recipes/papers/bertu.yaml").stages}
+    limits = [[source.limit for source in stages[name].sources] for name in ("one_10", "one_50", "one_100", "mixed_10", "mixed_50", "mixed_100")]  # fmt: skip
+    assert limits[2] == [None] and limits[5] == [None, None]
+    assert sum(limits[0]) == sum(limits[3]) and sum(limits[1]) == sum(
+        limits[4]
+    )  # as many pages of the one as of the other
+
+
+@pytest.mark.processes
+def test_a_language_of_its_own_is_compared_with_one_of_four(tmp_path, text):
+    names = ("german", "multilingual", "tuned_german", "tuned_multilingual")
+    settings = [
+        *data("german_pages", "parts", sources=f"[{{files: {text}}}]"), *data("many_pages", sources=f"[{{files: {text}}}]"),
+        *(f"{name}.operations=[deduplicate]" for name in ("german_pages", "many_pages")), "multilingual.mixture={py: 1, txt: 1}",
+        "german_words.vocab_size=400", "many_words.vocab_size=500", *small(*names[:2]), *short(*names),
+        *(f"task_{name}.max_documents=8" for name in names[:2]),
+    ]  # fmt: skip
+    found = recipe_run("gottbert", settings, tmp_path)
+    assert all("accuracy" in found[f"task_{name}"] for name in names[:2])
 
 
 @pytest.fixture

@@ -95,6 +95,13 @@ def test_documents_of_a_row_each_ask_from_their_own_beginning_recomputed_or_not(
     torch.testing.assert_close(table.grad, plain)
 
 
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_rows_of_a_batch_are_each_what_they_are_alone(tiny, kind):
+    model, _ = operated(tiny, kind)
+    both = torch.cat([IDS, IDS.flip(1)])
+    torch.testing.assert_close(logits(model, both), torch.cat([logits(model), logits(model, IDS.flip(1))]), rtol=0, atol=1e-5)  # fmt: skip
+
+
 def test_positions_beyond_the_table_ask_as_its_last(tiny):
     model, _ = operated(tiny, "llama", positions=4)
     table = queries_of(model).table.weight

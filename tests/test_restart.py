@@ -45,9 +45,13 @@ def same(one, other):
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"optimizer": Muon()}], ids=["adamw", "muon"])
-def test_after_a_divergence_the_weights_and_the_memory_from_before_it_go_on_at_a_lower_rate(prepared, tiny, tmp_path, optimizer):
+def test_after_a_divergence_the_weights_and_the_memory_from_before_it_go_on_at_a_lower_rate(
+    prepared, tiny, tmp_path, optimizer
+):
     watch, policy = Shaken(9), Restart(every=4, window=2, rise=0.5, factor=0.5)
-    with pytest.warns(PretrainWarning, match=r"restart: after step 10 the loss has risen from .* to .*: back to the weights of step 8"):
+    with pytest.warns(
+        PretrainWarning, match=r"restart: after step 10 the loss has risen from .* to .*: back to the weights of step 8"
+    ):
         training = run(prepared, tiny(vocab_size=512), tmp_path, watch, policy, budget=Budget(steps=14), **optimizer)  # fmt: skip
     assert not same(watch.seen[9][0], watch.seen[8][0]) and same(watch.seen[10][0], watch.seen[8][0])
     for now, then in zip(watch.seen[10][1], watch.seen[8][1], strict=True):
@@ -60,7 +64,14 @@ def test_after_a_divergence_the_weights_and_the_memory_from_before_it_go_on_at_a
 def test_a_copy_of_the_window_in_which_the_loss_rose_is_not_gone_back_to(prepared, tiny, tmp_path):
     watch = Shaken(7)
     with pytest.warns(PretrainWarning, match="after step 9 .*: back to the weights of step 4"):
-        run(prepared, tiny(vocab_size=512), tmp_path, watch, Restart(every=4, window=4, rise=6.0), budget=Budget(steps=11))
+        run(
+            prepared,
+            tiny(vocab_size=512),
+            tmp_path,
+            watch,
+            Restart(every=4, window=4, rise=6.0),
+            budget=Budget(steps=11),
+        )
     assert same(watch.seen[9][0], watch.seen[4][0])  # and not 8, which is after the weights were spoilt
 
 
@@ -81,7 +92,9 @@ def test_steps_that_are_not_finite_bring_weights_back_before_training_gives_up(p
             return type(loss)(loss.value * math.nan if worse else loss.value, loss.parts, loss.nll_BL)
 
     watch = Shaken(5)
-    with pytest.warns(PretrainWarning, match="after step 8 3 steps in a row were not finite: back to the weights of step 4"):
+    with pytest.warns(
+        PretrainWarning, match="after step 8 3 steps in a row were not finite: back to the weights of step 4"
+    ):
         training = run(prepared, tiny(vocab_size=512), tmp_path, watch, Restart(every=4, window=4), objective=Broken(), budget=Budget(steps=12), evaluate=lambda _: {"loss": 1.0})  # fmt: skip
     assert training.guard.skipped == 3
     assert training.metrics["restarts"] == 1 and math.isfinite(steps(tmp_path)[-1]["loss"])

@@ -67,6 +67,7 @@ from pretrain.evaluation.probes.source_language import SourceLanguage as SourceL
 from pretrain.evaluation.probes.transferability import Transferability as Transferability
 from pretrain.evaluation.probes.translation_retrieval import TranslationRetrieval as TranslationRetrieval
 from pretrain.evaluation.tasks.harness import Harness as Harness
+from pretrain.evaluation.tasks.label_words import LabelWords as LabelWords
 from pretrain.evaluation.tasks.task import Task as Task
 from pretrain.objectives.distillation.autodistil import AutoDistil as AutoDistil
 from pretrain.objectives.distillation.ctcd import CTCD as CTCD
@@ -127,6 +128,7 @@ from pretrain.policies.mixing.odm import ODM as ODM
 from pretrain.policies.mixing.stability_gap import StabilityGap as StabilityGap
 from pretrain.policies.mixing.toremi import ToReMi as ToReMi
 from pretrain.policies.pacing.batch_size_warmup import BatchSizeWarmup as BatchSizeWarmup
+from pretrain.policies.pacing.restart import Restart as Restart
 from pretrain.policies.pacing.sequence_length_warmup import SequenceLengthWarmup as SequenceLengthWarmup
 from pretrain.policies.privacy.dp_sgd import DPSGD as DPSGD
 from pretrain.policies.privacy.ew_tune import EWTune as EWTune
@@ -153,6 +155,7 @@ from pretrain.surgery.architecture.logit_softcap import LogitSoftcap as LogitSof
 from pretrain.surgery.architecture.polycom import PolyCom as PolyCom
 from pretrain.surgery.architecture.pre_rmsnorm import PreRMSNorm as PreRMSNorm
 from pretrain.surgery.architecture.qk_norm import QKNorm as QKNorm
+from pretrain.surgery.architecture.query_layer import QueryLayer as QueryLayer
 from pretrain.surgery.architecture.relu2 import ReLU2 as ReLU2
 from pretrain.surgery.architecture.sltrain import SLTrain as SLTrain
 from pretrain.surgery.architecture.spike_no_more import SpikeNoMore as SpikeNoMore

@@ -160,6 +160,11 @@ class Policy(Method):
     averages_weights: ClassVar[bool] = False  # whether it has `averages`
     domain_fields: ClassVar[tuple[str, ...]] = ()  # fields that name domains of the corpus
 
+    @property
+    def remembered(self) -> float:
+        """How many numbers of float32 it remembers for each weight that is trained, for plans of memory and disk."""
+        return 0.0
+
     def added(self, model: nn.Module) -> Callable[[Loss, Batch], Loss] | None:
         """What it makes of each objective's loss on a micro-batch, right after the model's pass; None: nothing.
 

@@ -141,11 +141,12 @@ def expect(stage: Asked, given: Given) -> Estimate:
     trained, weights = _trained(shape, model)
     beside = trained if model.tuning else 0.0  # an adapter lies in its checkpoint once more, as `peft` has it
     again = shape.vocabulary * shape.width if shape.tied else 0  # what two names share, a state holds twice
+    remembered = 4.0 * trained * sum(policy.remembered for policy in stage.policies)
     started = START + operated_on.seconds + training_seconds(operated_on.flops, shape.width)
     return Estimate(
         flops + operated_on.flops, held, training + made * once + started,
         RECORDS + 4.0 * (weights + beside) + tokenizer_bytes(shape.vocabulary)
-        + saved * (4.0 * (weights + again) + 8.0 * trained) + LOGGED * steps / max(1, stage.log_every)
+        + saved * (4.0 * (weights + again) + 8.0 * trained + remembered) + LOGGED * steps / max(1, stage.log_every)
         + 2.0 * (work.corpus_tokens or 0),
         tokens / work.corpus_tokens if work.corpus_tokens else None, left,
         (*_odd(stage, work, tokens), *_measured_long(stage, training, once, evaluations, made)),
@@ -300,7 +301,8 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work, r
     rows = rows or stage.micro_rows or stage.batch_rows
     tokens = round(work.positions * rows)
     trained, weights = _trained(shape, model)
-    copies = 4.0 * weights + 8.0 * trained if stage.save_every else 0.0
+    remembered = 4.0 * trained * sum(policy.remembered for policy in stage.policies)
+    copies = 4.0 * weights + 8.0 * trained + remembered if stage.save_every else 0.0
     beside = 4.0 * (weights - shape.weights + model.tuning.kept) if model.tuning else 0.0
     teachers = sum(4.0 * teacher.weights for each in stage.weighted() for teacher in _teachers(each.method, given))
     corpus = given.get("corpus", Left())
@@ -315,6 +317,7 @@ def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work, r
         + beside
         + (PAIR * tokens * work.positions if likely_device() == "cpu" else 0.0)
         + copies
+        + remembered
         + teachers
     )
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from pretrain.corpus.sources import Document
 
 
-
 @dataclass(frozen=True)
 class BARTScore(Evaluation):
     """BARTScore: Evaluating Generated Text as Text Generation (arXiv:2106.11520).

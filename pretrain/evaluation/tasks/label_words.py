@@ -51,6 +51,7 @@ class LabelWords(Evaluation):
     """
 
     families: ClassVar[tuple[str, ...]] = ("causal",)
+    cut: ClassVar[bool] = True
 
     words: dict[str, tuple[str, ...]]
     template: str = "{text}\n"
@@ -92,6 +93,11 @@ class LabelWords(Evaluation):
     def shown(self) -> tuple[str, ...]:
         """The columns in the template."""
         return tuple(dict.fromkeys(name for _, name, _, _ in string.Formatter().parse(self.template) if name))
+
+    @property
+    def passes(self) -> float:
+        """One for each word."""
+        return float(sum(map(len, self.words.values())))
 
     @property
     def columns(self) -> tuple[str, ...]:

@@ -30,6 +30,11 @@ class EMA(Policy):
     decay: ProperShare = 0.999
     every: Count = 1
 
+    @property
+    def remembered(self) -> float:
+        """The average."""
+        return 1.0
+
     def start(self, training: Training, state: State) -> None:
         """Refuse weights that are sharded."""
         trained(training.model, self.name)

@@ -26,6 +26,11 @@ class KeepBest(Policy):
     better: Literal["lower", "higher"] = "lower"
     patience: Whole = 0
 
+    @property
+    def remembered(self) -> float:
+        """The best weights."""
+        return 1.0
+
     def start(self, training: Training, state: State) -> None:
         """Refuse weights that are sharded; a training that was to end does not go on."""
         trained(training.model, self.name)

@@ -29,6 +29,11 @@ class LAWA(Policy):
     k: Count = 5
     every: Positive = 0.02
 
+    @property
+    def remembered(self) -> float:
+        """The latest copies."""
+        return float(self.k)
+
     def start(self, training: Training, state: State) -> None:
         """Refuse weights that are sharded."""
         trained(training.model, self.name)

@@ -45,6 +45,11 @@ class Restart(Policy):
         if self.every < self.window:
             raise PretrainError(f"restart: every {self.every}: accepted: {self.window}, the window, or more")
 
+    @property
+    def remembered(self) -> float:
+        """Three copies of the weights and of two moments."""
+        return 9.0
+
     def start(self, training: Training, state: State) -> None:
         """Copy what training begins with; sharded weights are refused."""
         trained(training.model, self.name)
@@ -69,8 +74,8 @@ class Restart(Policy):
                 self._back(training, state, f"the loss has risen from {lowest:.3g} to {mean:.3g}")
         if training.step % self.every == 0:
             # Two, and what training began with: the newest may already be of what is about to diverge.
-            first, *later = [*state["copies"], _copy(training)]
-            state["copies"] = [first, *later[-2:]]
+            copies = [*state["copies"], _copy(training)]
+            state["copies"] = [copies[0], *copies[1:][-2:]]
 
     def on_evaluation(self, training: Training, state: State, metrics: dict[str, float]) -> None:
         """Say how often it went back."""

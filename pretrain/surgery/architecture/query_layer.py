@@ -36,7 +36,7 @@ class PositionQueries(nn.Module):
         """The queries of all positions, `q_BLE`; those beyond the table ask as its last."""
         assert self.position_BL is not None, "called outside its block"
         position_BL = self.position_BL.clamp(max=self.table.num_embeddings - 1)
-        return self.linear(self.table(position_BL).expand(*x_BLE.shape[:-1], -1))
+        return self.linear(self.table(position_BL)).expand(*x_BLE.shape[:-1], -1)
 
 
 class FusedPositionQueries(PositionQueries):
@@ -83,7 +83,8 @@ def _asking(kind: type[nn.Module]) -> type[nn.Module]:
 
 @dataclass(frozen=True)
 class QueryLayer(Surgery):
-    """PanGu-α: Large-scale Autoregressive Pretrained Chinese Language Models with Auto-parallel Computation (arXiv:2104.12369).
+    """PanGu-α: Large-scale Autoregressive Pretrained Chinese Language Models with Auto-parallel Computation
+    (arXiv:2104.12369).
 
     A query layer on top of the stack says what is to come next: a block like the others, but attention's query at
     position n is not made of the state there, it is a trained vector p[n]: scores p[n] W_q (H W_k)ᵀ over the states H
@@ -123,15 +124,15 @@ class QueryLayer(Surgery):
         if positions is None:
             raise PretrainError(f"{self.name}: positions 0 of a model without a limit: accepted: 1 or more")
         attention: Attention = at(block, entry.attention)
-        layer, fused = at(attention, entry.queries[0]), len(entry.queries) == 1
-        if not isinstance(layer, Conv1D if fused else nn.Linear):
+        layer = at(attention, entry.queries[0])
+        made: PositionQueries | None = None
+        if len(entry.queries) == 1 and isinstance(layer, Conv1D):
+            made = FusedPositionQueries(layer, positions, width)
+        elif len(entry.queries) > 1 and isinstance(layer, nn.Linear):
+            made = PositionQueries(layer, positions, width, layer.weight)
+        if made is None:
             kind = "a query layer already" if isinstance(layer, PositionQueries) else type(layer).__name__
             raise PretrainError(f"{self.name}: {entry.queries[0]} is {kind}: accepted: a linear layer")
-        made = (
-            FusedPositionQueries(layer, positions, width)
-            if fused
-            else PositionQueries(layer, positions, width, layer.weight)
-        )
         set_module(attention, entry.queries[0], made.train(model.training))
         block.__class__ = _asking(type(block))
         vars(block)["queries_path"] = f"{entry.attention}.{entry.queries[0]}"
