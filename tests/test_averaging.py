@@ -90,7 +90,7 @@ def test_lawa_is_the_mean_of_the_latest_copies(prepared, tiny, tmp_path, every, 
 
 
 def test_lawa_of_equal_weights_is_those_weights(prepared, tiny, tmp_path):
-    from pretrain.policies.averaging._weights import mean
+    from pretrain.policies._weights import mean
 
     equal = [{"w": torch.randn(50, generator=torch.Generator().manual_seed(0))}] * 3
     assert torch.equal(mean(equal)["w"], equal[0]["w"])

@@ -105,6 +105,8 @@ def given_for(field: str, hint: Any) -> Any:
     """A value of a required field's type."""
     kind = get_args(hint)[0] if get_origin(hint) is Annotated else hint
     words = get_args(kind)[1:] == (str,)
+    if get_origin(kind) is dict and get_origin(get_args(kind)[1]) is tuple:
+        return {"a": ("x",), "b": ("y",)}
     if get_origin(kind) is tuple and get_args(kind)[0] is not str:
         return (given_for(field, get_args(kind)[0]),)
     values = {dict: {"a": "x", "b": "y"} if words else {"a": 1.0, "b": 2.0}, tuple: ("x", "y"), int: 2, float: 0.5}

@@ -155,13 +155,13 @@ from pretrain.surgery.architecture.logit_softcap import LogitSoftcap as LogitSof
 from pretrain.surgery.architecture.polycom import PolyCom as PolyCom
 from pretrain.surgery.architecture.pre_rmsnorm import PreRMSNorm as PreRMSNorm
 from pretrain.surgery.architecture.qk_norm import QKNorm as QKNorm
-from pretrain.surgery.architecture.query_layer import QueryLayer as QueryLayer
 from pretrain.surgery.architecture.relu2 import ReLU2 as ReLU2
 from pretrain.surgery.architecture.sltrain import SLTrain as SLTrain
 from pretrain.surgery.architecture.spike_no_more import SpikeNoMore as SpikeNoMore
 from pretrain.surgery.architecture.value_embeddings import ValueEmbeddings as ValueEmbeddings
 from pretrain.surgery.architecture.value_residual import ValueResidual as ValueResidual
 from pretrain.surgery.architecture.zero_init import ZeroInit as ZeroInit
+from pretrain.surgery.attention.query_layer import QueryLayer as QueryLayer
 from pretrain.surgery.compression.awq import AWQ as AWQ
 from pretrain.surgery.compression.bipft import BiPFT as BiPFT
 from pretrain.surgery.compression.compressor import Compressor as Compressor

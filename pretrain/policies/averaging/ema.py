@@ -13,7 +13,7 @@ from pretrain.core.batch import Batch
 from pretrain.core.bounds import Count, ProperShare
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training
-from pretrain.policies.averaging._weights import by_parameter, trained
+from pretrain.policies._weights import by_parameter, trained
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Literal
 from pretrain.core.bounds import Whole
 from pretrain.core.errors import PretrainError
 from pretrain.policies import Policy, State, Training
-from pretrain.policies.averaging._weights import by_parameter, copies, trained
+from pretrain.policies._weights import by_parameter, copies, trained
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from pretrain.core.batch import Batch
 from pretrain.core.bounds import Count, Positive
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training, due
-from pretrain.policies.averaging._weights import by_parameter, copies, mean, trained
+from pretrain.policies._weights import by_parameter, copies, mean, trained
 
 
 @dataclass(frozen=True)

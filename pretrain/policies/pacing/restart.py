@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from pretrain.core.bounds import Count, OpenShare, Positive, Whole
 from pretrain.core.errors import PretrainError, warn
 from pretrain.objectives import Loss
 from pretrain.policies import Policy, State, Training
-from pretrain.policies.averaging._weights import trained
+from pretrain.policies._weights import trained
 
 OF_TRAINING = ("params", "lr", "peak_lr", "total_steps")  # of a group: what is no memory of the optimiser's
 
@@ -101,7 +100,7 @@ def _parameters(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _copy(training: Training) -> dict[str, Any]:
+def _copy(training: Training) -> State:
     """The weights that the optimiser moves, and its memory."""
     optimizer = training.optimizer
     parameters = _parameters(optimizer)
@@ -115,7 +114,7 @@ def _copy(training: Training) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _put_back(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+def _put_back(optimizer: torch.optim.Optimizer, saved: State) -> None:
     """The weights and the optimiser's memory as they were copied."""
     for parameter, weight, memory in zip(_parameters(optimizer), saved["weights"], saved["memory"], strict=True):
         parameter.copy_(weight)
@@ -126,7 +125,7 @@ def _put_back(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
         group.update({k: tuple(v) if isinstance(group.get(k), tuple) else v for k, v in copy.deepcopy(values).items()})
 
 
-def _like(now: object, value: Any) -> Any:
+def _like(now: object, value: object) -> object:
     """A copy of a value, on the device of that which it replaces."""
     if isinstance(now, Tensor) and isinstance(value, Tensor):
         return value.to(now.device, copy=True)

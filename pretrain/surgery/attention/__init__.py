@@ -1,0 +1,1 @@
+"""Surgeries of what attention asks, and of what it is asked."""
