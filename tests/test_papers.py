@@ -290,7 +290,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert",
+        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -377,6 +377,31 @@ def test_the_rephrasing_recipe_trains_on_both_and_on_the_real_alone(tmp_path, te
     assert report["asked"] == report["used"] == report["documents"]["rephrased"]["after"] >= len(served.seen) > 100
     assert all(found[f"measured_{name}"]["bits_per_byte"] > 0 for name in ("real", "both"))
     assert found["rephrased"]["documents/test"] == found["corpus"]["documents/test"]
+
+
+@pytest.mark.processes
+def test_the_refining_recipe_annotates_tunes_two_refiners_and_trains_on_what_they_leave(tmp_path, text):
+    def answer(body):
+        asked = body["messages"][-1]["content"]
+        if "web text" not in asked:
+            scale = "Educational score" if "educational value" in asked else "Extraction Quality Score"
+            return completion(f"{scale}: {4 - 4 * ('|' in asked)}")
+        return completion("```python\nuntouch_doc()\n```")
+
+    with serving() as served:
+        served.answer = answer
+        seeds = [f"{name}.operations.1.server={served.url}" for name in ("seeds_document", "seeds_chunk")]
+        settings = [
+            *data("corpus", sources=f"[{{files: {text}}}]"), *(f"{n}.sources=[{{files: {text}}}]" for n in ("seeds_document", "seeds_chunk")),
+            *seeds, "tokenizer.vocab_size=512", *small("raw", "clean"), *short("raw", "clean"), "kept.operations.0.max_new_tokens=4",
+            "refined.operations.0.max_new_tokens=4", *(f"{n}_refiner.budget={{steps: 2}}" for n in ("document", "chunk")),
+        ]  # fmt: skip
+        found = finite(engine.run(load(ROOT / "recipes/papers/prox.yaml", settings, tmp_path), say=lambda text: None))
+    reports = {n: json.loads((tmp_path / n / "corpus/corpus.json").read_text())["operations"][-1] for n in ("seeds_document", "seeds_chunk", "kept", "refined")}  # fmt: skip
+    assert reports["seeds_document"]["programs"].keys() == {"kept", "dropped"} and reports["seeds_chunk"]["programs"].keys() == {"untouched"}  # fmt: skip
+    assert {report["method"] for report in reports.values()} == {"prox"} and reports["kept"]["asked"] > 50
+    assert all(found[f"measured_{name}"]["bits_per_byte"] > 0 for name in ("raw", "clean"))
+    assert {"raw", "document_refiner", "chunk_refiner"} <= {*lineage(tmp_path / "clean")}
 
 
 @pytest.mark.processes

@@ -145,6 +145,20 @@ class Generating(DataOperation):
             return "copy"
         return "short" if final and len(text.split()) < self.shortest else ""
 
+    def meant(self, corpus: Dataset) -> list[bool]:
+        """Which documents texts are written of: those of the domains of `only`; an error where one has none."""
+        if not self.only or "domain" not in corpus.column_names:
+            return [True] * len(corpus)
+        column = corpus["domain"][:]
+        domains = sorted({*column}, key=str)
+        if missing := next((name for name in self.only if name not in domains), None):
+            raise PretrainError(
+                f"{self.name}: only: no document of the domain {missing!r}{nearest(missing, map(str, domains))}; "
+                f"accepted: {listed([*map(str, domains)], missing)}",
+                place=("only",),
+            )
+        return [name in self.only for name in column]
+
     def grown(
         self, corpus: Dataset, columns: Sequence[str], write: Callable[[list[Document]], Sequence[Written]], *,
         real: bool, block: int | None = None,
@@ -153,14 +167,7 @@ class Generating(DataOperation):
         if "text" not in corpus.column_names:
             known = ", ".join(corpus.column_names) or "none"
             raise PretrainError(f"{self.name}: no column 'text' (of {known}); accepted: a corpus of texts")
-        if self.only and "domain" in corpus.column_names:
-            domains = sorted({*corpus["domain"][:]}, key=str)
-            if missing := next((name for name in self.only if name not in domains), None):
-                raise PretrainError(
-                    f"{self.name}: only: no document of the domain {missing!r}{nearest(missing, map(str, domains))}; "
-                    f"accepted: {listed([*map(str, domains)], missing)}",
-                    place=("only",),
-                )
+        self.meant(corpus)
         return grown(corpus, columns, write, domain=self.domain, only=self.only, real=real, block=block or BLOCK)
 
 

@@ -20,7 +20,9 @@ from pretrain.data.rewriting.clear import Clear as Clear
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
 from pretrain.data.rewriting.mask_pii import MaskPii as MaskPii
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
+from pretrain.data.rewriting.prox import Prox as Prox
 from pretrain.data.rewriting.repair_text import RepairText as RepairText
+from pretrain.data.rewriting.web_noise import WebNoise as WebNoise
 from pretrain.data.selection.bertin import Bertin as Bertin
 from pretrain.data.selection.miniplm import Miniplm as Miniplm
 from pretrain.data.selection.preselect import Preselect as Preselect
