@@ -290,7 +290,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox",
+        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -402,6 +402,31 @@ def test_the_refining_recipe_annotates_tunes_two_refiners_and_trains_on_what_the
     assert {report["method"] for report in reports.values()} == {"prox"} and reports["kept"]["asked"] > 50
     assert all(found[f"measured_{name}"]["bits_per_byte"] > 0 for name in ("raw", "clean"))
     assert {"raw", "document_refiner", "chunk_refiner"} <= {*lineage(tmp_path / "clean")}
+
+
+@pytest.mark.processes
+def test_the_recipe_of_wrong_seeds_goes_three_rounds_each_from_the_base(tmp_path):
+    few = "[{functions: [networkx, sklearn], limit: 24, longest: 300}]"
+    with serving() as served:
+        served.answer = lambda body: completion(
+            f"1. Question: {len(served.seen)} " * 3 + "of these?\nAnswer: networkx"
+        )
+        settings = [
+            "general.sources=[{packages: [networkx], limit: 20}]", f"seed.sources={few}", "tokenizer.vocab_size=512",
+            *small("base"), "base.budget={steps: 2}", *(f"round_{n}.operations.0.server={served.url}" for n in (1, 2, 3)),
+            *(f"student_{n}.budget={{steps: 2}}" for n in range(4)), *(f"task_{n}.evaluations.0.resamples=2" for n in range(4)),
+        ]  # fmt: skip
+        found = finite(
+            engine.run(load(ROOT / "recipes/papers/llm2llm.yaml", settings, tmp_path), say=lambda text: None)
+        )
+    assert all(0 <= found[f"task_{n}"]["accuracy"] <= 1 for n in range(4))
+    reports = [
+        json.loads((tmp_path / f"round_{n}/corpus/corpus.json").read_text())["operations"][-1] for n in (1, 2, 3)
+    ]
+    assert [report["round"] for report in reports] == [1, 2, 3] and len({report["seeds"] for report in reports}) == 1
+    sizes = [found[name]["documents/train"] for name in ("seed", "round_1", "round_2", "round_3")]
+    assert sizes == sorted(sizes) and sizes[1] - sizes[0] == reports[0]["added"] > 0
+    assert lineage(tmp_path / "student_3")[-2:] == ["base", "student_3"]
 
 
 @pytest.mark.processes

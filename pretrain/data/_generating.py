@@ -73,9 +73,7 @@ class Generating(DataOperation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if bool(self.generator) == bool(self.server):
-            both = "both" if self.server else "neither"
-            raise PretrainError(f"{self.name}: {both}: accepted: a generator (a checkpoint), or a server (its address)")
+        self._check_writer()
         if self.server:
             try:
                 check_url(self.server)
@@ -96,6 +94,12 @@ class Generating(DataOperation):
             raise PretrainError(
                 f"{self.name}: refusal {self.refusal!r}: {error}; accepted: a regular expression", place=("refusal",)
             ) from error
+
+    def _check_writer(self) -> None:
+        """Refuse nobody and two who would write."""
+        if bool(self.generator) == bool(self.server):
+            both = "both" if self.server else "neither"
+            raise PretrainError(f"{self.name}: {both}: accepted: a generator (a checkpoint), or a server (its address)")
 
     @property
     def brings(self) -> tuple[str, ...]:

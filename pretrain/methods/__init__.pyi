@@ -14,6 +14,7 @@ from pretrain.data.filters.gopher_quality import GopherQuality as GopherQuality
 from pretrain.data.filters.gopher_repetition import GopherRepetition as GopherRepetition
 from pretrain.data.filters.language import Language as Language
 from pretrain.data.generation.entigraph import EntiGraph as EntiGraph
+from pretrain.data.generation.llm2llm import LLM2LLM as LLM2LLM
 from pretrain.data.generation.spin import Spin as Spin
 from pretrain.data.generation.wrap import Wrap as Wrap
 from pretrain.data.rewriting.clear import Clear as Clear

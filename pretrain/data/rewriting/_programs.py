@@ -126,7 +126,7 @@ def _bound(name: str, arguments: Sequence[tuple[str, Value]] | None) -> Mapping[
         bound[known[0]] = value
     if name == "normalize":
         return bound if str(bound.get("source_str", "")).strip() else None
-    return bound if len(bound) == 2 and bound["start"] <= bound["end"] else None  # type: ignore[operator]
+    return bound if len(bound) == 2 and int(bound["start"]) <= int(bound["end"]) else None
 
 
 def kept_document(text: str, program: str) -> Refined:
