@@ -124,6 +124,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "clear": lambda m: {"model": m.saved(0), "task": {"method": "seq2seq", "target": "label", "answer": 2}, "responses": 2},
     "spin": lambda m: {"generator": m.saved(0), "target": "label", "max_new_tokens": 4, "temperature": 1.0, "refusal": "I cannot"},
     "prox": lambda m: m.writing("normalize('e','E')", chunk=f"{{text}}{SIGN}") | {"least_words": 1, "tokens": 60},
+    "transform_llm": lambda m: m.writing("\nQuestion: a\nAnswer: b", q=f"{{text}}{SIGN}") | {"tokens": 16, "real": True},
     "llm2llm": lambda m: m.writing("\n1. Question: a b\nAnswer: 0", similar=f"{{text}}{{target}}{SIGN}") | {"student": m.saved(0), "task": {"method": "seq2seq", "target": "label", "answer": 2}},
     "wrap": lambda m: m.writing(medium="{text}:") | {"tokens": 16},
     "entigraph": lambda m: m.writing(

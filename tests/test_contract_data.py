@@ -15,7 +15,12 @@ from pretrain.data._dropped import UNKNOWN, Ledger
 from pretrain.data._work import working
 
 OPERATIONS = names("data operation")
-WRITES = ("entigraph", "wrap", "llm2llm")  # operations that put new documents after the one that each is made of
+WRITES = (
+    "entigraph",
+    "wrap",
+    "llm2llm",
+    "transform_llm",
+)  # operations that put new documents after the one that each is made of
 REWRITES = (
     "prompt_template", "c4_quality", "line_deduplication", "paragraph_deduplication", "exact_substring_deduplication",
     "mask_pii", "repair_text", "prox", "web_noise",

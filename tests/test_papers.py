@@ -290,7 +290,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm",
+        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm", "transform-llm",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -408,9 +408,7 @@ def test_the_refining_recipe_annotates_tunes_two_refiners_and_trains_on_what_the
 def test_the_recipe_of_wrong_seeds_goes_three_rounds_each_from_the_base(tmp_path):
     few = "[{functions: [networkx, sklearn], limit: 24, longest: 300}]"
     with serving() as served:
-        served.answer = lambda body: completion(
-            f"1. Question: {len(served.seen)} " * 3 + "of these?\nAnswer: networkx"
-        )
+        served.answer = lambda body: completion(f"1. Question: {len(served.seen)} " * 3 + "of these?\nAnswer: networkx")
         settings = [
             "general.sources=[{packages: [networkx], limit: 20}]", f"seed.sources={few}", "tokenizer.vocab_size=512",
             *small("base"), "base.budget={steps: 2}", *(f"round_{n}.operations.0.server={served.url}" for n in (1, 2, 3)),
@@ -426,7 +424,28 @@ def test_the_recipe_of_wrong_seeds_goes_three_rounds_each_from_the_base(tmp_path
     assert [report["round"] for report in reports] == [1, 2, 3] and len({report["seeds"] for report in reports}) == 1
     sizes = [found[name]["documents/train"] for name in ("seed", "round_1", "round_2", "round_3")]
     assert sizes == sorted(sizes) and sizes[1] - sizes[0] == reports[0]["added"] > 0
-    assert lineage(tmp_path / "student_3")[-2:] == ["base", "student_3"]
+    assert {"base", "student_2", "round_3"} <= {*lineage(tmp_path / "student_3")}
+
+
+@pytest.mark.processes
+def test_the_recipe_of_reading_comprehension_goes_on_with_it_and_with_the_real(tmp_path, text):
+    with serving() as served:
+        served.answer = lambda body: completion(
+            f"Question: What does it say?\nAnswer: It says {body['messages'][-1]['content'][-40:][::-1]} in short."
+        )
+        settings = [
+            *data("corpus", "read", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", *small("base"),
+            *short("base", "raw", "comprehension"), f"read.operations.0.server={served.url}", "read.operations.0.only=[txt]",
+            "base.mixture={py: 0.5, md: 0.5, txt: 0}", "raw.mixture={txt: 0.8, py: 0.1, md: 0.1}", "comprehension.mixture={comprehension: 0.8, py: 0.1, md: 0.1}",
+        ]  # fmt: skip
+        found = finite(
+            engine.run(load(ROOT / "recipes/papers/transform-llm.yaml", settings, tmp_path), say=lambda text: None)
+        )
+    (report,) = json.loads((tmp_path / "read/corpus/corpus.json").read_text())["operations"]
+    documents = report["documents"]
+    assert documents["comprehension"]["after"] >= documents["txt"]["before"] > 0 == documents["txt"]["after"]
+    assert documents["py"]["before"] == documents["py"]["after"]
+    assert all(found[f"measured_{name}"]["bits_per_byte"] > 0 for name in ("base", "raw", "comprehension"))
 
 
 @pytest.mark.processes

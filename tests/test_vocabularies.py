@@ -29,12 +29,12 @@ SIZE = 400
 OTHERWISE = {
     "a model that reads texts with its own tokenizer": (
         "bertin.reference", "clear.model", "entigraph.generator", "llm2llm.generator", "llm2llm.student", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model", "prox.generator",
-        "quality_subset.reference", "simcore.model", "spin.generator", "well_read_students.teacher", "wrap.generator",
+        "quality_subset.reference", "simcore.model", "spin.generator", "transform_llm.generator", "well_read_students.teacher", "wrap.generator",
     ),
     "what the vocabulary is changed to": ("contextual_rows.tokenizer", "ofa.tokenizer", "vocabulary_expansion.tokenizer"),
     "a tokenizer that counts or parts texts, with no model beside": ("document_statistics.tokenizer", "exact_substring_deduplication.tokenizer"),
     "documents": ("contextual_rows.corpus", "decontaminate.corpora", "llm2llm.pool", "min_k.members", "model_soup.corpus", "preselect.target", "simcore.target", "task.pool", "vocabulary_expansion.corpus"),
-    "files without tokens": ("entigraph.prompts", "harness.folder", "homer.bias", "llm2llm.prompts", "ofa.vectors", "prox.prompts", "softmax_cascade.calibration", "source_language.embeddings", "spin.prompts", "wrap.prompts"),
+    "files without tokens": ("entigraph.prompts", "harness.folder", "homer.bias", "llm2llm.prompts", "ofa.vectors", "prox.prompts", "softmax_cascade.calibration", "source_language.embeddings", "spin.prompts", "transform_llm.prompts", "wrap.prompts"),
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from pretrain.data.filters.language import Language as Language
 from pretrain.data.generation.entigraph import EntiGraph as EntiGraph
 from pretrain.data.generation.llm2llm import LLM2LLM as LLM2LLM
 from pretrain.data.generation.spin import Spin as Spin
+from pretrain.data.generation.transform_llm import TransformLLM as TransformLLM
 from pretrain.data.generation.wrap import Wrap as Wrap
 from pretrain.data.rewriting.clear import Clear as Clear
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
