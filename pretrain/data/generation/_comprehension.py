@@ -36,19 +36,19 @@ def formed(made: list[Pair]) -> str | None:
 
 def ruled(passage: str, rng: np.random.Generator) -> str | None:
     """A question by a rule: a missing word, what follows, or an order; None of fewer than three sentences."""
-    said = list(dict.fromkeys(part for each in sentences(passage) if len(part := " ".join(each.split())) > 20))
-    if len(said) < 3:
+    parts = list(dict.fromkeys(part for each in sentences(passage) if len(part := " ".join(each.split())) > 20))
+    if len(parts) < 3:
         return None
-    first, second = sorted(rng.permutation(len(said) - 1)[:2].tolist())
+    first, second = sorted(rng.permutation(len(parts) - 1)[:2].tolist())
     kind = int(rng.integers(3))
-    words = list(_WORD.finditer(said[second]))
+    words = list(_WORD.finditer(parts[second]))
     if kind == 0 and words:
         word = words[int(rng.integers(len(words)))]
-        gap = f"{said[second][: word.start()]}{GAP}{said[second][word.end() :]}"
+        gap = f"{parts[second][: word.start()]}{GAP}{parts[second][word.end() :]}"
         return formed([(f'Which word is missing from the text in "{gap}"?', word[0])])
     if kind == 1:
-        return formed([(f'What follows in the text after "{said[first]}"?', said[first + 1])])
+        return formed([(f'What follows in the text after "{parts[first]}"?', parts[first + 1])])
     turned = bool(rng.integers(2))
-    options = (said[second], said[first]) if turned else (said[first], said[second])
+    options = (parts[second], parts[first]) if turned else (parts[first], parts[second])
     right = "(B)" if turned else "(A)"
     return formed([(f'Which comes first in the text: (A) "{options[0]}" or (B) "{options[1]}"?', right)])

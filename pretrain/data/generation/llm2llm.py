@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -26,13 +26,14 @@ from pretrain.core.method import InnerObjective, Ref
 from pretrain.core.models.heads import labels_of
 from pretrain.corpus.store import Corpus
 from pretrain.data._answers import Answer
+from pretrain.data._columns import check_columns, check_filled
 from pretrain.data._generating import Generating, Prompt, filled, read_prompts
 from pretrain.data._work import Desk, desk, stamps
 from pretrain.data.generation._rouge import Words, alike
-from pretrain.data.rewriting._columns import check_columns, check_filled
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import PreTrainedModel
 
     from pretrain.objectives.labelled import FineTuning
 
@@ -40,7 +41,7 @@ ROUND = "llm2llm_round"  # the column that tells seeds (0) from what the rounds 
 SHARD = 256  # documents that the student answers at once
 _ITEM = re.compile(r"(?:^|\n)\s*\d{1,2}\.\s+Question:")
 _ANSWER = re.compile(r"\bAnswer:")
-Document = dict[str, Any]
+Document = dict[str, object]
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class LLM2LLM(Generating):
             raise PretrainError("llm2llm: pool: accepted: without a generator and a server", place=("pool",))
 
     @cached_property
-    def objective(self) -> FineTuning[Any]:
+    def objective(self) -> FineTuning[object]:
         """What the student learnt."""
         return self.held()["task"]
 
@@ -128,17 +129,18 @@ class LLM2LLM(Generating):
         documents: list[Document] = corpus.to_list()
         for number, document in enumerate(documents):
             check_filled(self.name, number, document, self.objective.columns)
-        seeds = [number for number, document in enumerate(documents) if not document.get(ROUND)]
-        now = 1 + max((document.get(ROUND) or 0 for document in documents), default=0)
+        rounds = [int(str(document.get(ROUND) or 0)) for document in documents]
+        seeds = [number for number, earlier in enumerate(rounds) if not earlier]
+        now = 1 + max(rounds, default=0)
         with desk() as here:
             wrong = self.wrong([documents[number] for number in seeds], here)
             meant = [seed for seed, chosen in zip(seeds, self._chosen(wrong), strict=True) if chosen]
-            told: dict[str, object] = {"seeds": len(seeds), "wrong": sum(wrong), "round": now}
+            counts: dict[str, object] = {"seeds": len(seeds), "wrong": sum(wrong), "round": now}
             made, facts = (self._pooled if self.pool else self._taught)(documents, meant, here)
-            here.reports.append({"method": self.name, **told, **facts, "added": sum(map(len, made.values()))})
+            here.reports.append({"method": self.name, **counts, **facts, "added": sum(map(len, made.values()))})
         rows = []
         for number, document in enumerate(documents):
-            rows.append(document | {ROUND: document.get(ROUND) or 0})
+            rows.append(document | {ROUND: rounds[number]})
             for each, (text, target) in enumerate(made.get(number, ())):
                 *_, read, answer = self.objective.columns
                 new = {read: text, answer: target, ROUND: now}
@@ -158,7 +160,7 @@ class LLM2LLM(Generating):
         """Which documents the student answers otherwise than they do; what is on the desk is not asked again."""
         path = checkpoint_of(Path(self.student))
         length = self.length or lineage(path).get("length") or 512
-        opened: list[tuple[Any, Context]] = []
+        opened: list[tuple[PreTrainedModel, Context]] = []
         answers: list[bool] = []
         for start in range(0, len(documents), SHARD):
             shard = [{n: document[n] for n in self.objective.columns} for document in documents[start : start + SHARD]]
@@ -173,17 +175,17 @@ class LLM2LLM(Generating):
             answers += here.kept(digest(key)[:32], work)["wrong"]
         return answers
 
-    def _judged(self, model: Any, context: Context, documents: Sequence[Document]) -> list[bool]:
+    def _judged(self, model: PreTrainedModel, context: Context, documents: Sequence[Document]) -> list[bool]:
         examples = [Example(document, 0, number) for number, document in enumerate(documents)]
-        said = self.objective.predictions(model, examples, context)
+        answers = self.objective.predictions(model, examples, context)
         true = self.objective.expected(examples, context)
-        return [not self.same(first, second) for first, second in zip(said, true, strict=True)]
+        return [not self.same(first, second) for first, second in zip(answers, true, strict=True)]
 
-    def same(self, said: object, true: object) -> bool:
+    def same(self, answer: object, true: object) -> bool:
         """Whether an answer is the true one; of free answers what `compared` finds, numbers as numbers."""
-        if not isinstance(said, str) or not isinstance(true, str) or self.objective.classes([true]):
-            return said == true
-        first, second = (self._found(text) for text in (said, true))
+        if not isinstance(answer, str) or not isinstance(true, str) or self.objective.classes([true]):
+            return answer == true
+        first, second = (self._compared(text) for text in (answer, true))
         if first is None or second is None:
             return first == second
         numbers = [_number(text) for text in (first, second) if self.compared]
@@ -191,9 +193,9 @@ class LLM2LLM(Generating):
             return numbers[0] == numbers[1]
         return first.lower().replace(",", "").strip() == second.lower().replace(",", "").strip()
 
-    def _found(self, text: str) -> str | None:
-        found = re.search(self.compared, text) if self.compared else None
-        return found[1] if found else None if self.compared else text
+    def _compared(self, text: str) -> str | None:
+        match = re.search(self.compared, text) if self.compared else None
+        return match[1] if match else None if self.compared else text
 
     def _taught(
         self, documents: Sequence[Document], meant: Sequence[int], here: Desk
@@ -270,7 +272,7 @@ def _number(text: str) -> float | None:
         return None
 
 
-def _opened(path: Path, length: int) -> tuple[Any, Context]:
+def _opened(path: Path, length: int) -> tuple[PreTrainedModel, Context]:
     model, tokenizer = checkpoint.load(path, device=pick_device())
     if tokenizer is None:
         raise PretrainError(f"{path} has no tokenizer; accepted: a checkpoint that holds one")

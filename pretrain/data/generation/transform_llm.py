@@ -87,13 +87,13 @@ class TransformLLM(Generating):
 
             def write(documents: list[Document]) -> list[Written]:
                 nonlocal bare
-                told: list[dict[int, list[str]]] = [{} for _ in documents]
+                made_of: list[dict[int, list[str]]] = [{} for _ in documents]
                 for (row, number), text in asking.texts(self._asked(documents), lambda text: formed(pairs(text))):
-                    told[row].setdefault(number, []).append(text)
-                bare += sum(not each for each in told)
+                    made_of[row].setdefault(number, []).append(text)
+                bare += sum(not each for each in made_of)
                 return [
                     [(f"comprehension-{n}", "\n\n".join([self.passages(document)[n], *each[n]])) for n in sorted(each)]
-                    for document, each in zip(documents, told, strict=True)
+                    for document, each in zip(documents, made_of, strict=True)
                 ]
 
             made = self.grown(corpus, ("text",), write, real=self.real)

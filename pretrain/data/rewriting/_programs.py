@@ -68,14 +68,14 @@ def read(text: str) -> Program:
     """The program that a text says."""
     lines: list[Lines] = []
     strings: list[tuple[str, str]] = []
-    said: set[str] = set()
+    plain: set[str] = set()
     errors = refused = 0
     for line in map(str.strip, text.split("\n")):
         if not line or line.startswith("#") or _FENCE.fullmatch(line):
             continue
         name, arguments = _call(line)
         if name in _PLAIN and arguments == []:
-            said.add(name)
+            plain.add(name)
         elif name not in _NAMES:
             refused += 1
         elif (meant := _bound(name, arguments)) is None:
@@ -83,11 +83,11 @@ def read(text: str) -> Program:
         elif name == "normalize":
             strings.append((str(meant.get("source_str", "")), str(meant.get("target_str", ""))))
         elif "all" in meant:
-            said.add("all")
+            plain.add("all")
         else:
             lines.append((int(meant["start"]), int(meant["end"])))
     return Program(
-        tuple(lines), tuple(strings), "all" in said, "drop_doc" in said, bool(said & {*_PLAIN[:3]}), errors, refused
+        tuple(lines), tuple(strings), "all" in plain, "drop_doc" in plain, bool(plain & {*_PLAIN[:3]}), errors, refused
     )
 
 
@@ -98,12 +98,12 @@ def _call(line: str) -> tuple[str, list[tuple[str, Value]] | None]:
         return "", None
     arguments: list[tuple[str, Value]] = []
     place = begin.end()
-    while (found := _ARGUMENT.match(line, place)) is not None:
-        name, number, _, double, single = found.groups()
+    while (argument := _ARGUMENT.match(line, place)) is not None:
+        name, number, _, double, single = argument.groups()
         string = double if double is not None else single
         value: Value = int(number) if number is not None else string if string is not None else True
         arguments.append((name or "", value))
-        place = found.end()
+        place = argument.end()
         if line[place : place + 1] != ",":
             break
         place += 1
@@ -131,9 +131,9 @@ def _bound(name: str, arguments: Sequence[tuple[str, Value]] | None) -> Mapping[
 
 def kept_document(text: str, program: str) -> Refined:
     """A document that its program drops or keeps."""
-    said = read(program)
-    refused = said.refused + said.errors + len(said.lines) + len(said.strings) + said.everything
-    drop = said.drop and not said.keep
+    asked = read(program)
+    refused = asked.refused + asked.errors + len(asked.lines) + len(asked.strings) + asked.everything
+    drop = asked.drop and not asked.keep
     return Refined(None if drop else text, DROP if drop else "", refused=refused)
 
 
@@ -145,31 +145,31 @@ def refined(text: str, program: str, *, most_removed: float, errors: int, least_
     errors or more is not followed. Dropped is a text of whose words `most_removed` or more would go, and one of fewer
     than `least_words` words.
     """
-    said = read(program)
+    asked = read(program)
     lines, replaced, missing, beyond = text.split("\n"), 0, 0, 0
-    for source, target in said.strings:
+    for source, target in asked.strings:
         if not any(source in line for line in lines):  # as it stands; else as Python reads what stands in quotes
             source, target = (_ESCAPE.sub(lambda m: _ESCAPED.get(m[1], m[1]), each) for each in (source, target))
-        found = sum(line.count(source) for line in lines)
-        if sum(map(len, lines)) + found * (len(target) - len(source)) > MOST * len(text):
+        count = sum(line.count(source) for line in lines)
+        if sum(map(len, lines)) + count * (len(target) - len(source)) > MOST * len(text):
             beyond += 1
             continue
-        replaced, missing = replaced + (found > 0), missing + (not found)
-        lines = [line.replace(source, target) for line in lines] if found else lines
-    spans = merged(said.lines)
-    wrong = said.errors + beyond + sum(last >= len(lines) for _, last in spans)
+        replaced, missing = replaced + (count > 0), missing + (not count)
+        lines = [line.replace(source, target) for line in lines] if count else lines
+    spans = merged(asked.lines)
+    wrong = asked.errors + beyond + sum(last >= len(lines) for _, last in spans)
     gone = {n for first, last in spans for n in range(first, min(last + 1, len(lines)))}
-    gone = {*range(len(lines))} if said.everything else gone
+    gone = {*range(len(lines))} if asked.everything else gone
     left = "\n".join(line for number, line in enumerate(lines) if number not in gone)
     before, after = len(units(text)), len(units(left))
-    told = Refined(None, "", len(gone), replaced, missing, wrong, said.refused)
+    outcome = Refined(None, "", len(gone), replaced, missing, wrong, asked.refused)
     if before and after / before <= 1 - most_removed and wrong < errors:
-        return told._replace(reason=NEARLY_ALL)
+        return outcome._replace(reason=NEARLY_ALL)
     if after < least_words:
-        return told._replace(reason=SHORT)
+        return outcome._replace(reason=SHORT)
     if wrong >= errors:
-        return Refined(text, errors=wrong, refused=said.refused, ignored=True)
-    return told._replace(text=left)
+        return Refined(text, errors=wrong, refused=asked.refused, ignored=True)
+    return outcome._replace(text=left)
 
 
 def merged(spans: Sequence[Lines]) -> list[Lines]:

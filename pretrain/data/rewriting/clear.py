@@ -17,8 +17,8 @@ from pretrain.core.folders import checkpoint_of
 from pretrain.core.meter import count_flops
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.data import DataOperation
+from pretrain.data._columns import check_columns, check_filled
 from pretrain.data._work import by_domain, desk, percentiles, stamps
-from pretrain.data.rewriting._columns import check_columns, check_filled
 from pretrain.data.rewriting._confidence import Judge, consistency, preferred
 
 if TYPE_CHECKING:

@@ -23,8 +23,8 @@ from pretrain.core.hardware import pick_device
 from pretrain.core.meter import count_flops
 from pretrain.core.method import InnerObjective, Ref
 from pretrain.data import DataOperation
+from pretrain.data._columns import check_columns, check_filled
 from pretrain.data._work import desk, stamps
-from pretrain.data.rewriting._columns import check_columns, check_filled
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -190,9 +190,9 @@ class Prox(Generating):
         made: list[list[tuple[str, str, str]]] = [[] for _ in texts]
         for row, each in enumerate(pieces):
             for number, (shown, lines) in enumerate(each):
-                said = answers[row, number]
+                answered = answers[row, number]
                 program, reason = (
-                    self.verdict(said) if self.level == "document" else self.merged(texts[row], said, lines)
+                    self.verdict(answered) if self.level == "document" else self.merged(texts[row], answered, lines)
                 )
                 counts[reason] += 1
                 if program:
@@ -202,22 +202,22 @@ class Prox(Generating):
 
     def verdict(self, answers: dict[str, str]) -> tuple[str, str]:
         """A document's program by its two scores; none, and why, where one is missing."""
-        found = {name: re.findall(rf"{SCALES[name]}:\W*([0-5])\b", answer) for name, answer in answers.items()}
-        if not all(found.get(name) for name in SCALES):
+        scores = {name: re.findall(rf"{SCALES[name]}:\W*([0-5])\b", answer) for name, answer in answers.items()}
+        if not all(scores.get(name) for name in SCALES):
             return "", "without scores"
-        education, form = (int(found[name][-1]) for name in SCALES)
+        education, form = (int(scores[name][-1]) for name in SCALES)
         keep = education >= 3 or (education == 2 and form >= 4)
         return ("keep_doc()" if keep else "drop_doc()"), ("kept" if keep else "dropped")
 
     def merged(self, text: str, answers: dict[str, str], lines: tuple[int, int]) -> tuple[str, str]:
         """The three programs of some lines of a text as one; none, and why, where one of them is at fault."""
-        said = [read(code) for answer in answers.values() for code in _CODE.findall(answer)[:1]]
-        if len(said) < len(NOISES):
+        programs = [read(code) for answer in answers.values() for code in _CODE.findall(answer)[:1]]
+        if len(programs) < len(NOISES):
             return "", "without programs"
-        if any(each.errors or each.refused or each.everything or each.drop for each in said):
+        if any(each.errors or each.refused or each.everything or each.drop for each in programs):
             return "", "faulty"
-        spans = [span for each in said for span in each.lines]
-        strings = [pair for each in said for pair in each.strings]
+        spans = [span for each in programs for span in each.lines]
+        strings = [pair for each in programs for pair in each.strings]
         if not all(lines[0] <= first and last <= lines[1] for first, last in spans):
             return "", "of other lines"
         shown = "\n".join(text.split("\n")[lines[0] : lines[1] + 1])
