@@ -65,7 +65,7 @@ def test_prompts_are_drawn_by_the_passage_and_the_seed_and_may_be_chosen(served)
 
 @pytest.mark.parametrize("answer", [
     "It is about a lease and about a tenant.", "Question: Who pays for the repairs?", "Answer: the tenant, as it says",
-    "Question: [the question]\nAnswer: [the answer]", "Question:\nAnswer: nothing was asked", "Answer: a b c\nQuestion: d e f",
+    "Question: [the question]\nAnswer: [the answer]", "Question: [the question]\nAnswer: the tenant pays, it says", "Question: who pays?\nAnswer: [the answer]", "Question:\nAnswer: nothing was asked", "Answer: a b c\nQuestion: d e f",
 ])  # fmt: skip
 def test_an_answer_without_a_whole_pair_is_left_out(served, tmp_path, answer):
     served.answer = lambda body: completion(answer)
