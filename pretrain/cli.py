@@ -97,6 +97,9 @@ def run(
             metavar="STAGE", help="Run a finished stage again, and what depends on it; may be given many times."
         ),
     ] = None,
+    ray: Annotated[
+        str, typer.Option(metavar="ADDRESS", help="A Ray cluster whose cores share the operations of data stages.")
+    ] = "",
 ) -> None:
     """Run a recipe, or what is left of it."""
     from pretrain import recipe as recipes
@@ -112,7 +115,9 @@ def run(
     from pretrain import engine
     from pretrain.runs.targets import made
 
-    result = engine.run(loaded, store=store, refresh=refresh or [], say=lambda text: typer.echo(text, err=True))
+    result = engine.run(
+        loaded, store=store, refresh=refresh or [], ray=ray, say=lambda text: typer.echo(text, err=True)
+    )  # fmt: skip
     if result.report:  # of several processes the first one's
         for line in made(result.folder):
             typer.echo(line)

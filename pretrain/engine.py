@@ -65,13 +65,15 @@ def run(
     store: Path | str | None = None,
     report: bool = True,
     refresh: Iterable[str] = (),
+    ray: str = "",
     say: Callable[[str], None] | None = None,
 ) -> Result:
     """Run a recipe, or what is left of it; finished stages are not run again, but for those that `refresh` names.
 
     `overrides` are `STAGE.field=value`. `store` is where the stages' folders lie, by default in the output; runs with
     the same store share them. `say` gets a line as each stage begins and ends; `silent` says nothing and draws no
-    progress. Under `torchrun` every process calls this; training runs on all of them, the rest on the first.
+    progress. `ray` is the address of a cluster whose cores share the operations of data stages; nothing that is written
+    depends on it. Under `torchrun` every process calls this; training runs on all of them, the rest on the first.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe, overrides, output)
     planned = plan(recipe, store, refresh)
@@ -94,7 +96,7 @@ def run(
         for item in planned:
             with _ending(recipe, planned, item) if main else nullcontext():
                 _refuse_empty_splits(recipe, planned)
-                finished = _run_once(item, records, plan_of(item.stage.name, recipe, estimates), say, main, wait)
+                finished = _run_once(item, records, plan_of(item.stage.name, recipe, estimates), say, main, wait, ray)
             records[item.stage.name] = record = record_of(item)
             if main:
                 _say_end(item, record, finished, _point(recipe.output / item.stage.name, item.folder), estimates, say)
@@ -170,7 +172,7 @@ def silent(text: str) -> None:
 
 def _run_once(
     item: Planned, records: dict[str, StageRecord], expected: Plan | None, say: Callable[[str], None], main: bool,
-    wait: Callable[[], None],
+    wait: Callable[[], None], ray: str,
 ) -> bool:  # fmt: skip
     """Run a stage unless it is finished, which is what this tells; where another run is at it, wait for that."""
     busy = partial(say, f"[{item.stage.name}] another run is at this stage: waiting for it")
@@ -179,13 +181,13 @@ def _run_once(
         finished = item.finished
         wait()  # all have looked before the first one writes
         if not finished:
-            _run_stage(item, records, expected, say, main, wait)
+            _run_stage(item, records, expected, say, main, wait, ray)
     return finished
 
 
 def _run_stage(
     item: Planned, records: dict[str, StageRecord], expected: Plan | None, say: Callable[[str], None], main: bool,
-    wait: Callable[[], None],
+    wait: Callable[[], None], ray: str,
 ) -> None:  # fmt: skip
     stage, name = item.stage, item.stage.name
     say(f"[{name}] {stage.stage}")
@@ -202,7 +204,7 @@ def _run_stage(
         made_by |= {"code": item.reads["code"]} if "code" in item.reads else {}
         job = Job(
             item.folder, item.inputs, item.seed, name, lambda text: say(f"[{name}] {text}"), lineage, made_by,
-            bar=say is not silent, refreshed=item.refreshed, plan=expected, begun=clock,
+            bar=say is not silent, refreshed=item.refreshed, plan=expected, begun=clock, ray=ray,
         )  # fmt: skip
         try:
             consents = stage.consents(item.inputs, item.behind, item.reads.get("code", {}))

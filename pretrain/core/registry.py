@@ -363,6 +363,11 @@ def use_methods(folder: Path | str) -> None:
     sys.modules[package.__name__] = package
 
 
+def added() -> tuple[Path, ...]:
+    """The folders of methods that `use_methods` was given."""
+    return tuple(_added)
+
+
 def info(name: str, kind: str | None = None) -> MethodInfo:
     """The row of one method; an unknown name, or one of another kind, is an error that lists what is accepted."""
     known = {n: m for n, m in methods().items() if kind is None or m.kind == kind}

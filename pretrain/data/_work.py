@@ -10,12 +10,12 @@ Shape letters: N documents, K those that are kept.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import SEAL, JSONObject, read_object, sealed, write_json
 from pretrain.data._dropped import Ledger
+from pretrain.data._workers import Shard, Workers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -36,6 +37,7 @@ class Desk:
 
     folder: Path
     ledger: Ledger | None = None  # of what is left out, where somebody asks for it
+    workers: Workers = field(default_factory=Workers)  # of an operation called alone none but this process
     flops: int = 0
     reports: list[dict[str, object]] = field(default_factory=list)  # one an operation, for `corpus.json`
 
@@ -44,20 +46,40 @@ class Desk:
 
         What is damaged is made anew, with a warning.
         """
-        path = self.folder / f"{name}.json"
-        if path.exists():
-            try:
-                row = read_object(path)
-                if SEAL in row and row.get("of") == name:
-                    self.flops += row["flops"]
-                    return row
-                finding = f"{path} is not what was kept"
-            except PretrainError as error:
-                finding = str(error)
-            warn(f"{finding}; it is made anew")
+        there = self.found(name)
+        if there is not None:
+            return there
         made = make()
-        write_json(path, sealed({"of": name, **made}))
+        self._put(name, made)
         return made
+
+    def kept_each(
+        self, method: str, work: Callable[[list[Any]], JSONObject], shards: Iterable[Shard], documents: int
+    ) -> Iterator[JSONObject]:
+        """The same of what `work` gives of each shard, by their keys and in order; the `workers` do what is missing."""
+        for shard, made in self.workers.each(method, work, shards, documents, self.found):
+            if SEAL not in made:
+                self._put(shard.key, made)
+            yield made
+
+    def found(self, name: str) -> JSONObject | None:
+        """What is kept under a name; None where nothing is, or it is damaged, with a warning."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            return None
+        try:
+            row = read_object(path)
+            if SEAL in row and row.get("of") == name:
+                self.flops += row["flops"]
+                return row
+            finding = f"{path} is not what was kept"
+        except PretrainError as error:
+            finding = str(error)
+        warn(f"{finding}; it is made anew")
+        return None
+
+    def _put(self, name: str, made: JSONObject) -> None:
+        write_json(self.folder / f"{name}.json", sealed({"of": name, **made}))
 
     def keep(
         self, method: str, corpus: Dataset, kept_K: NDArray[np.int64], why: str,
@@ -81,9 +103,12 @@ _DESK: ContextVar[Desk | None] = ContextVar("desk", default=None)
 
 
 @contextmanager
-def working(folder: Path, ledger: Ledger | None = None) -> Iterator[Desk]:
-    """Let the operations called inside keep their work in `folder`, and note in `ledger` what they leave out."""
-    desk = Desk(Path(folder), ledger)
+def working(folder: Path, ledger: Ledger | None = None, workers: Workers | None = None) -> Iterator[Desk]:
+    """Let the operations called inside keep their work in `folder`, and note in `ledger` what they leave out.
+
+    They share what they measure out to the `workers`, which are open.
+    """
+    desk = Desk(Path(folder), ledger, workers or Workers())
     token = _DESK.set(desk)
     try:
         yield desk

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import os
-import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,15 +16,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from multiprocessing import active_children, get_context
-from multiprocessing.process import BaseProcess
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 from pretrain.core.errors import Diverged, PretrainError, unknown
 from pretrain.core.files import JSONObject, digest, read_json, read_json_lines
 from pretrain.core.folders import corpus_in
 from pretrain.core.quick.quantities import short
+from pretrain.core.system.processes import cluster, end, end_with_parent
 from pretrain.recipe import check
 from pretrain.records import StageRecord, altered
 
@@ -216,46 +214,25 @@ def _in_turn(trials: Sequence[Trial], start: Start, *, alone: bool) -> Iterator[
 def workers(jobs: int = 1, ray: str | None = None) -> Iterator[Start]:
     """What starts a trial and gives its outcome to come. Trials that have not begun when this closes never do."""
     if ray is not None:
-        with _cluster(ray) as start:
-            yield start
+        with cluster(ray) as joined:
+            task = joined.remote(Trial.run)
+            yield lambda trial: task.remote(trial).future()
     elif jobs == 1:
         yield _now
     else:
         with _threads(max(1, len(os.sched_getaffinity(0)) // jobs)):
             # A process is made anew from time to time: what torch has allocated it never gives back.
             pool = ProcessPoolExecutor(
-                jobs, mp_context=get_context("spawn"), initializer=_end_with_parent, max_tasks_per_child=20
+                jobs, mp_context=get_context("spawn"), initializer=end_with_parent, max_tasks_per_child=20
             )
             try:
                 yield lambda trial: pool.submit(trial.run)
             except (KeyboardInterrupt, SystemExit):
                 pool.shutdown(wait=False, cancel_futures=True)
-                _end(active_children())
+                end(active_children())
                 raise
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def _end(processes: Sequence[BaseProcess]) -> None:
-    """Let trainings save and stop. Each is asked again until it is gone: what a pool has handed out it begins yet."""
-    while processes:
-        for process in processes:
-            process.terminate()
-        for process in processes:
-            process.join(1)
-        processes = [process for process in processes if process.is_alive()]
-
-
-def _end_with_parent() -> None:
-    """Let this process be asked to end when the one that made it is gone, killed or not: nobody waits for it then."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    Thread(target=watch, daemon=True).start()
 
 
 def _now(trial: Trial) -> Future[Outcome]:
@@ -279,22 +256,3 @@ def _threads(count: int) -> Iterator[None]:
         os.environ.pop("OMP_NUM_THREADS")
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
-
-
-@contextmanager
-def _cluster(address: str) -> Iterator[Start]:
-    try:
-        import ray
-    except ImportError as error:
-        raise PretrainError("a cluster needs ray; accepted: pip install 'pretrain[ray]'") from error
-    try:
-        ray.init(address=address)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise PretrainError(
-            f"no ray cluster at {address!r}: {error}; accepted: the address of a head, auto, local"
-        ) from error
-    task = ray.remote(Trial.run)
-    try:
-        yield lambda trial: task.remote(trial).future()
-    finally:
-        ray.shutdown()

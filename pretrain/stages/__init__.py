@@ -84,6 +84,7 @@ class Job:
     refreshed: tuple[str, ...] = ()  # the refreshes that it and those behind it have been through
     plan: Plan | None = None  # what was expected of it, where it trains
     begun: float = field(default_factory=time.perf_counter)
+    ray: str = ""  # the address of a cluster that does what can be shared out
 
     def history(self, result: Record, *sources: Record) -> Record:
         """The stages behind a checkpoint made from checkpoints of such lineages, and the stage that makes it."""

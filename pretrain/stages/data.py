@@ -25,6 +25,7 @@ from pretrain.corpus.store import Corpus, write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
+from pretrain.data._workers import Workers
 from pretrain.records import CorpusInfo, StageResult, accounted, contradicting
 from pretrain.stages import (
     DataOperationField,
@@ -87,10 +88,12 @@ class Data(Stage):
     near_duplicates: How alike training documents may be to held-out ones before they are removed; null keeps all.
     dropped_characters: Characters that `dropped.parquet` keeps of the text of a document that an operation drops.
     dropped_texts: Documents of an operation whose texts it keeps; of more that are dropped ever fewer.
+    workers: Processes that operations on text share documents out to; 0: one a core, where there is enough to do.
+    ray: The address of a Ray cluster whose cores do that instead, `auto` or that of a head.
     """
 
     version = 5
-    neutral = ("dropped_characters", "dropped_texts")
+    neutral = ("dropped_characters", "dropped_texts", "workers", "ray")
     seeded: ClassVar[bool] = False
     writes: ClassVar[str] = "corpus"
     stage: Literal["data"] = "data"
@@ -104,6 +107,8 @@ class Data(Stage):
     near_duplicates: PositiveShare | None = 0.8
     dropped_characters: Whole = 1000
     dropped_texts: Whole = 100_000
+    workers: Whole = 0
+    ray: str = ""
 
     @model_validator(mode="after")
     def _leaves_text(self) -> Self:
@@ -201,7 +206,10 @@ class Data(Stage):
         spent: list[int] = []
         ledger = Ledger(job.folder / "work", self.dropped_characters, self.dropped_texts)
         operations = [_Metered(operation, spent, ledger) for operation in self.operations]
-        with working(job.folder / "work", ledger) as desk:
+        with (
+            Workers(self.workers, job.ray or self.ray, job.say) as workers,
+            working(job.folder / "work", ledger, workers) as desk,
+        ):
             # All are filled by the time `corpus.json` is written.
             facts |= {"operations": desk.reports, "funnel": ledger.funnel, "contradicting": labels.contradicting}
             info = write_corpus(

@@ -13,6 +13,7 @@ from pretrain.core.files import JSONObject, locked, read_sealed, sealed, write_j
 from pretrain.core.folders import cache_folder
 from pretrain.core.quick.quantities import counted
 from pretrain.core.system.portable import memory_limits
+from pretrain.core.system.processes import usable_cores
 
 WAITING = "OMP_WAIT_POLICY"
 IDLE, LOOKED = 0.5, 0.1  # cores that others may want on an idle machine; seconds that are looked at
@@ -84,10 +85,7 @@ def crowding(threads: int) -> str:
     `share_cores` has them sleep.
     """
     there = os.cpu_count() or 1
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else there
-    with suppress(OSError, ValueError):  # a container's share of the cores
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
-        usable = usable if quota == "max" else min(usable, int(quota) // int(period))
+    usable = usable_cores()
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     others = max(0.0, load - threads)  # that want a core beside this process's threads
     free = max(1, min(usable, round(there - others)))

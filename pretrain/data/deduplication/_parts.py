@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import unicodedata
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from tempfile import TemporaryFile
 from typing import IO, TYPE_CHECKING, ClassVar
@@ -52,11 +52,14 @@ class PartDeduplication(DataOperation):
         _mapped.check_text(self.name, corpus)
         table = Table()
         with desk() as here, TemporaryFile() as file:
+            stream = here.workers.each(self.name, self.hashes, _mapped.shards(corpus), len(corpus))
+            hashed = (made for _, made in stream)
             if self.common:
-                self._count(corpus, table, file)
+                self._count(hashed, table, file)
 
             def cut(texts: list[str]) -> list[str]:
-                sizes, hash_P = self._again(texts, file) if self.common else self.hashes(texts)
+                sizes, hash_P = self._again(texts, file) if self.common else next(hashed)
+                assert len(sizes) == len(texts), "documents come in the batches in which they are shared out"
                 gone_P = _beyond(hash_P, table, self.common) if self.common else _again(hash_P, table)
                 ends = np.cumsum(sizes)[:-1]
                 return [
@@ -77,10 +80,9 @@ class PartDeduplication(DataOperation):
                 digests.append(blake2b(bare.encode(errors="surrogatepass"), digest_size=8).digest() if bare else _NONE)
         return sizes, np.frombuffer(b"".join(digests), np.uint64)
 
-    def _count(self, corpus: Dataset, table: Table, file: IO[bytes]) -> None:
+    def _count(self, hashed: Iterable[tuple[list[int], Hashes]], table: Table, file: IO[bytes]) -> None:
         """Put into the table how many documents have each part, and into the file all sizes and hashes."""
-        for batch in corpus.select_columns(["text"]).with_format("arrow").iter(_mapped.SHARD):
-            sizes, hash_P = self.hashes([text or "" for text in batch["text"].to_pylist()])
+        for sizes, hash_P in hashed:
             for size, each_P in zip(sizes, np.split(hash_P, np.cumsum(sizes)[:-1]), strict=True):
                 file.write(size.to_bytes(8, "little") + each_P.tobytes())
             document_P = np.repeat(np.arange(len(sizes)), sizes)

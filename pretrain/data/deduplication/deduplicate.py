@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
 from pretrain.core.bounds import Share
-from pretrain.corpus.minhash import copies
 from pretrain.corpus.payload import belongs, beside, identity, in_payload
 from pretrain.data import DataOperation
+from pretrain.data._mapped import SHARD
 from pretrain.data._work import desk
+from pretrain.data._workers import Shard
+from pretrain.data.deduplication._near import Signatures, signed
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -35,17 +40,28 @@ class Deduplicate(DataOperation):
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus without later copies; the order is kept."""
-        if "text" in corpus.column_names:
-            compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
-            alike = copies(((row["text"], beside(row)) for row in compared), self.threshold or None)
-        else:
-            stored = corpus.select_columns(in_payload(corpus.column_names)).with_format("arrow")  # files undecoded
-            keys = ((identity(row).hex(), "") for table in stored.iter(256) for row in table.to_pylist())
-            alike = copies(keys, None)
-        kept, dropped = [], []
-        for number, copy in enumerate(alike):
-            dropped.append((number, *copy)) if copy else kept.append(number)
-        with desk() as here:
-            numbers, reasons, measured = zip(*dropped, strict=True) if dropped else ((), (), ())
-            here.drop(self.name, corpus, np.array(numbers, np.int64), reasons, np.array(measured))
-        return corpus.select(kept)
+        threshold = (self.threshold or None) if "text" in corpus.column_names else None
+        kept_N = np.ones(len(corpus), bool)
+        with desk() as here, Signatures(threshold) as signatures:
+            work = partial(signed, threshold=threshold)
+            for _, made in here.workers.each(self.name, work, _compared(corpus), len(corpus)):
+                signatures.add(*made)
+            found = signatures.copies()
+            while some := list(islice(found, SHARD)):
+                rows, reasons, measured = zip(*some, strict=True)
+                kept_N[rows_D := np.array(rows, np.int64)] = False
+                here.drop(self.name, corpus, rows_D, reasons, np.array(measured))
+        return corpus.select(np.flatnonzero(kept_N))
+
+
+def _compared(corpus: Dataset) -> Iterator[Shard]:
+    """Of each document its text and what belongs to it, or, where there are no texts, what copies share."""
+    if "text" in corpus.column_names:
+        compared = corpus.select_columns(["text", *filter(belongs, corpus.column_names)])
+        rows = iter(compared)
+        while some := list(islice(rows, SHARD)):
+            yield Shard([(row["text"] or "", beside(row)) for row in some])
+        return
+    stored = corpus.select_columns(in_payload(corpus.column_names)).with_format("arrow")  # files undecoded
+    for table in stored.iter(256):
+        yield Shard([(identity(row).hex(), "") for row in table.to_pylist()])

@@ -24,6 +24,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import JSONObject
 from pretrain.data import DataOperation, _mapped
 from pretrain.data._work import Desk, by_domain, desk, percentiles
+from pretrain.data._workers import Shard
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -142,23 +143,22 @@ class Filter(DataOperation):
             for table in corpus.select_columns(self.columns).with_format("arrow").iter(_mapped.SHARD):
                 yield np.stack([table[c].to_numpy(zero_copy_only=False).astype(float) for c in self.columns], axis=1)
             return
-        fixed = [
-            self.name,
-            self.version,
-            *((f.name, getattr(self, f.name)) for f in fields(self) if f.name in self.measures),
-        ]
-        for table in corpus.select_columns(["text"]).with_format("arrow").iter(_mapped.SHARD):
-            texts = [text or "" for text in table["text"].to_pylist()]
-            key = blake2b(repr([fixed, [len(text) for text in texts]]).encode(), digest_size=16)
-            for text in texts:
-                key.update(text.encode(errors="surrogatepass"))
+        shards = map(self._named, _mapped.shards(corpus))
+        for row in here.kept_each(self.name, self._measured, shards, len(corpus)):
+            yield np.frombuffer(base64.b64decode(row["numbers"])).reshape(-1, len(self.numbers))
 
-            def measure(texts: list[str] = texts) -> JSONObject:
-                measured_NM = np.array([self.measure(text) for text in texts], np.float64)
-                return {"numbers": base64.b64encode(measured_NM.tobytes()).decode(), "flops": 0}
+    def _named(self, shard: Shard) -> Shard:
+        """The shard by what its numbers follow from."""
+        measures = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name in self.measures)
+        fixed = [self.name, self.version, *measures]
+        key = blake2b(repr([fixed, [len(text) for text in shard.rows]]).encode(), digest_size=16)
+        for text in shard.rows:
+            key.update(text.encode(errors="surrogatepass"))
+        return shard._replace(key=key.hexdigest())
 
-            kept = here.kept(key.hexdigest(), measure)["numbers"]
-            yield np.frombuffer(base64.b64decode(kept)).reshape(len(texts), len(self.numbers))
+    def _measured(self, texts: list[str]) -> JSONObject:
+        measured_NM = np.array([self.measure(text) for text in texts], np.float64)
+        return {"numbers": base64.b64encode(measured_NM.tobytes()).decode(), "flops": 0}
 
 
 class Spread:

@@ -10,7 +10,7 @@ import numpy as np
 
 from pretrain.core.bounds import Count, Whole
 from pretrain.data import DataOperation
-from pretrain.data._mapped import check_text, mapped
+from pretrain.data._mapped import check_text, remade
 from pretrain.data._work import by_domain, desk
 from pretrain.data.filters._words import is_unspaced
 
@@ -47,19 +47,22 @@ class C4Quality(DataOperation):
         reasons: list[str] = []
         counts: list[int] = []
 
-        def clean(texts: list[str]) -> dict[str, list[str]]:
-            cleaned = [self.cleaned(text or "") for text in texts]
+        def clean(texts: list[str], cleaned: list[tuple[str, str, int]]) -> dict[str, list[str]]:
             reasons.extend(reason for _, reason, _ in cleaned)
             counts.extend(count for _, _, count in cleaned)
             return {"text": [old if why else new for old, (new, why, _) in zip(texts, cleaned, strict=True)]}
 
-        changed = mapped(corpus, clean, corpus.features)
-        dropped_N = np.array([bool(why) for why in reasons], bool)
-        kept, rows_D = np.flatnonzero(~dropped_N), np.flatnonzero(dropped_N)
         with desk() as here:
+            changed = remade(self.name, corpus, here, self.each_cleaned, clean)
+            dropped_N = np.array([bool(why) for why in reasons], bool)
+            kept, rows_D = np.flatnonzero(~dropped_N), np.flatnonzero(dropped_N)
             here.reports.append({"method": self.name, "documents": by_domain(corpus, kept)})
             here.drop(self.name, corpus, rows_D, [why for why in reasons if why], np.array(counts, float)[rows_D])
         return changed.select(kept)
+
+    def each_cleaned(self, texts: list[str]) -> list[tuple[str, str, int]]:
+        """What `cleaned` gives of texts."""
+        return [self.cleaned(text) for text in texts]
 
     def cleaned(self, text: str) -> tuple[str, str, int]:
         """The lines that stay, the reason to drop the document (empty: none), and how many sentences there are."""

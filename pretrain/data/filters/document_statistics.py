@@ -15,7 +15,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.method import Ref
 from pretrain.data import DataOperation
-from pretrain.data._mapped import check_text, mapped
+from pretrain.data._mapped import check_text, remade
 from pretrain.data._work import desk, percentiles
 from pretrain.data.filters._filter import Spread
 from pretrain.data.filters._words import words
@@ -62,15 +62,16 @@ class DocumentStatistics(DataOperation):
         check_text(self.name, corpus)
         spread = Spread()
 
-        def measure(texts: list[str]) -> dict[str, list[float | None]]:
-            measured_NM = self.measured([text or "" for text in texts])
+        def note(texts: list[str], measured_NM: NDArray[np.float64]) -> dict[str, list[float | None]]:
             spread.add(measured_NM)
             rows = [[None if value != value else value for value in row] for row in measured_NM.T.tolist()]
             return dict(zip(self.columns, rows, strict=True))
 
         bare = corpus.remove_columns([name for name in self.columns if name in corpus.column_names])
         kinds = {name: datasets.Value("float64") for name in self.columns}
-        tagged = mapped(bare, measure, datasets.Features({**bare.features, **kinds}))
+        with desk() as here:
+            features = datasets.Features({**bare.features, **kinds})
+            tagged = remade(self.name, bare, here, self.measured, note, features)
         columns = np.array(spread.rows).reshape(-1, len(self.columns)).T
         lie = {name: percentiles(column[~np.isnan(column)]) for name, column in zip(self.columns, columns, strict=True)}
         with desk() as here:

@@ -11,7 +11,7 @@ from pretrain.core.bounds import Count, Share
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.look import languages
 from pretrain.data import DataOperation
-from pretrain.data._mapped import mapped
+from pretrain.data._mapped import remade
 from pretrain.data._work import by_domain, desk
 
 if TYPE_CHECKING:
@@ -50,24 +50,29 @@ class Language(DataOperation):
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents that are kept, in order, with their languages."""
         with desk() as here:
-            tagged = corpus if set(COLUMNS) <= set(corpus.column_names) else self._tagged(corpus)
+            tagged = corpus if set(COLUMNS) <= set(corpus.column_names) else self._tagged(corpus, here)
             return self._kept(tagged, here) if self.keep or self.least else tagged
 
-    def _tagged(self, corpus: Dataset) -> Dataset:
+    def _tagged(self, corpus: Dataset, here: Desk) -> Dataset:
         import datasets
 
         if "text" not in corpus.column_names or set(COLUMNS) & set(corpus.column_names):
             known, both = ", ".join(corpus.column_names) or "no columns", " and ".join(COLUMNS)
             raise PretrainError(f"language: a corpus with {known}; accepted: one with text, and with {both} or neither")
-        identifier = self._identifier()
+        self._identifier()  # what is wrong with `keep` is told at once
 
-        def identify(texts: list[str]) -> dict[str, list[str] | list[float]]:
-            pairs = [identifier.classify((text or "")[: self.characters]) for text in texts]
-            return {"language": [code for code, _ in pairs], "language_score": [float(score) for _, score in pairs]}
+        def note(texts: list[str], pairs: list[tuple[str, float]]) -> dict[str, list[str] | list[float]]:
+            return {"language": [code for code, _ in pairs], "language_score": [score for _, score in pairs]}
 
         kinds = {"language": datasets.Value("string"), "language_score": datasets.Value("float64")}
         features = datasets.Features({**corpus.features, **kinds})
-        return mapped(corpus, identify, features)
+        return remade(self.name, corpus, here, self.identified, note, features)
+
+    def identified(self, texts: list[str]) -> list[tuple[str, float]]:
+        """The language of each text, and its score."""
+        identifier = self._identifier()
+        pairs = (identifier.classify(text[: self.characters]) for text in texts)
+        return [(code, float(score)) for code, score in pairs]
 
     def _identifier(self) -> LanguageIdentifier:
         identifier = languages.identifier()

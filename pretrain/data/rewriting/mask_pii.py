@@ -11,7 +11,7 @@ import numpy as np
 
 from pretrain.core.bounds import Whole
 from pretrain.data import DataOperation
-from pretrain.data._mapped import check_text, mapped
+from pretrain.data._mapped import check_text, remade
 from pretrain.data._work import by_domain, desk
 from pretrain.data.rewriting import _pii
 
@@ -53,28 +53,33 @@ class MaskPii(DataOperation):
         many: dict[int, int] = {}
         number = changed = 0
 
-        def mask(texts: list[str]) -> dict[str, list[str]]:
+        def mask(texts: list[str], masked: dict[int, tuple[str, Counter[str]]]) -> dict[str, list[str]]:
             nonlocal number, changed
             result = list(texts)
-            for place, text in enumerate(texts):
-                result[place], marks = self.masked(text) if text else (text, Counter[str]())
+            for place, (text, marks) in masked.items():
+                result[place] = text
                 total = marks.total()
                 counts.update(marks)
-                changed += total > 0
+                changed += 1
                 if self.most is not None and total > self.most:
                     many[number + place] = total
             number += len(texts)
             return {"text": result}
 
-        after = mapped(corpus, mask, corpus.features)
-        rows_D = np.array(sorted(many), np.int64)
-        kept = np.setdiff1d(np.arange(len(corpus)), rows_D)
         with desk() as here:
+            after = remade(self.name, corpus, here, self.each_masked, mask)
+            rows_D = np.array(sorted(many), np.int64)
+            kept = np.setdiff1d(np.arange(len(corpus)), rows_D)
             here.drop(self.name, corpus, rows_D, "personal data", np.array([many[row] for row in rows_D], float))
             facts = {"method": self.name, "documents": by_domain(corpus, kept), "changed": changed}
             masked = {kind: counts[kind] for kind in KINDS if getattr(self, kind) is not None}
             here.reports.append(facts | {"masked": masked})
         return after.select(kept)
+
+    def each_masked(self, texts: list[str]) -> dict[int, tuple[str, Counter[str]]]:
+        """Of texts that have any, by their places, what `masked` gives."""
+        every = ((place, self.masked(text)) for place, text in enumerate(texts))
+        return {place: (text, marks) for place, (text, marks) in every if marks}
 
     def masked(self, text: str) -> tuple[str, Counter[str]]:
         """The text with marks, and how many of each kind there were."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from pretrain.core.system.extras import extras_named
 from pretrain.data import DataOperation
-from pretrain.data._mapped import check_text, mapped
+from pretrain.data._mapped import check_text, remade
 from pretrain.data._work import desk
 
 if TYPE_CHECKING:
@@ -40,23 +40,28 @@ class RepairText(DataOperation):
     def __call__(self, corpus: Dataset) -> Dataset:
         """The corpus with repaired texts."""
         check_text(self.name, corpus)
-        repair = self.repairer()
+        self.repairer()  # a package that is missing is told at once
         documents = lines = 0
 
-        def mend(texts: list[str]) -> dict[str, list[str]]:
+        def mend(texts: list[str], repaired: dict[int, tuple[str, int]]) -> dict[str, list[str]]:
             nonlocal documents, lines
             result = list(texts)
-            for place, text in enumerate(texts):
-                if text:
-                    result[place], changed = repair(text)
-                    lines += changed
-                    documents += changed > 0
+            for place, (text, changed) in repaired.items():
+                result[place] = text
+                lines += changed
+            documents += len(repaired)
             return {"text": result}
 
-        after = mapped(corpus, mend, corpus.features)
         with desk() as here:
+            after = remade(self.name, corpus, here, self.each_repaired, mend)
             here.reports.append({"method": self.name, "changed": documents, "lines": lines})
         return after
+
+    def each_repaired(self, texts: list[str]) -> dict[int, tuple[str, int]]:
+        """Of texts that change, by their places, what a repairer gives."""
+        repair = self.repairer()
+        every = ((place, repair(text)) for place, text in enumerate(texts))
+        return {place: (text, changed) for place, (text, changed) in every if changed}
 
     def repairer(self) -> Callable[[str], tuple[str, int]]:
         """What repairs a text, and says how many lines it has changed."""
