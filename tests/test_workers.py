@@ -136,11 +136,11 @@ def test_an_error_in_a_worker_is_the_same_as_here():
 def test_a_program_without_a_main_guard_may_share_out(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(
-        "print('begun')\nfrom pretrain.data._workers import Workers, Shard\nimport statistics\n"
-        "with Workers(2, start=-1) as w: print([m for _, m in w.each('mean', statistics.mean, [Shard([1, 3])] * 3, 6)])\n"
+        "print('begun')\nfrom pretrain.data._workers import Workers, Shard\n\n"
+        "with Workers(2, start=-1) as w: print([m for _, m in w.each('max', max, [Shard(['a', 'b'])] * 3, 6)])\n"
     )
     done = subprocess.run([sys.executable, program], capture_output=True, text=True, timeout=60)
-    assert done.stdout.split("\n")[:2] == ["begun", "[2, 2, 2]"], done.stderr
+    assert done.stdout.split("\n")[:2] == ["begun", "['b', 'b', 'b']"], done.stderr
 
 
 def test_progress_says_how_much_is_left(monkeypatch):

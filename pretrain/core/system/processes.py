@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -14,6 +15,9 @@ from threading import Thread
 from types import ModuleType
 
 from pretrain.core.errors import PretrainError
+
+
+ANSWER = 10.0  # seconds that the head of a cluster has to answer in
 
 
 def usable_cores() -> int:
@@ -63,6 +67,14 @@ def without_main() -> Iterator[None]:
             setattr(main, name, value)
 
 
+def _check_answers(address: str) -> None:
+    """Raise OSError where nothing answers at HOST:PORT: Ray itself tries for minutes."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if host and port.isdecimal():
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER):
+            pass
+
+
 @contextmanager
 def cluster(address: str, *, silent: bool = False) -> Iterator[ModuleType]:
     """The package ray, joined to the cluster at an address (of a head, `auto`, `local`) as long as this is open.
@@ -74,11 +86,12 @@ def cluster(address: str, *, silent: bool = False) -> Iterator[ModuleType]:
     except ImportError as error:
         raise PretrainError("a cluster needs ray; accepted: pip install 'pretrain[ray]'") from error
     try:
+        _check_answers(address)
         if silent:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address=address)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise PretrainError(
             f"no ray cluster at {address!r}: {error}; accepted: the address of a head, auto, local"
         ) from error
