@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from uuid import uuid4
 
 from pretrain.core.errors import PretrainError
-from pretrain.data._workers import Shard
+from pretrain.data._workers import Made, Shard
 
 if TYPE_CHECKING:
     from datasets import Dataset, Features
@@ -31,8 +31,8 @@ def shards(corpus: Dataset) -> Iterator[Shard]:
 
 
 def remade(
-    method: str, corpus: Dataset, here: Desk, work: Callable[[list[str]], Any],
-    make: Callable[[list[str], Any], Mapping[str, Sequence[object]]], features: Features | None = None,
+    method: str, corpus: Dataset, here: Desk, work: Callable[[list[str]], Made],
+    make: Callable[[list[str], Made], Mapping[str, Sequence[object]]], features: Features | None = None,
 ) -> Dataset:  # fmt: skip
     """As `mapped` (`features`: the corpus's own); `make` is also given what the desk's workers make of the texts."""
     stream = here.workers.each(method, work, shards(corpus), len(corpus))

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.files import SEAL, JSONObject, read_object, sealed, write_json
 from pretrain.data._dropped import Ledger
-from pretrain.data._workers import Shard, Workers
+from pretrain.data._workers import Rows, Shard, Workers
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -46,7 +46,7 @@ class Desk:
 
         What is damaged is made anew, with a warning.
         """
-        there = self.found(name)
+        there = self.stored(name)
         if there is not None:
             return there
         made = make()
@@ -54,15 +54,15 @@ class Desk:
         return made
 
     def kept_each(
-        self, method: str, work: Callable[[list[Any]], JSONObject], shards: Iterable[Shard], documents: int
+        self, method: str, work: Callable[[Rows], JSONObject], shards: Iterable[Shard], documents: int
     ) -> Iterator[JSONObject]:
         """The same of what `work` gives of each shard, by their keys and in order; the `workers` do what is missing."""
-        for shard, made in self.workers.each(method, work, shards, documents, self.found):
+        for shard, made in self.workers.each(method, work, shards, documents, self.stored):
             if SEAL not in made:
                 self._put(shard.key, made)
             yield made
 
-    def found(self, name: str) -> JSONObject | None:
+    def stored(self, name: str) -> JSONObject | None:
         """What is kept under a name; None where nothing is, or it is damaged, with a warning."""
         path = self.folder / f"{name}.json"
         if not path.exists():

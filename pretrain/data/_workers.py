@@ -34,12 +34,15 @@ from pretrain.corpus.progress import EVERY
 
 START = 2.0  # seconds of work that other processes have to take over before they are worth their start
 HELD = 1 << 26  # characters of texts, about, that are on their way at once
+Rows = list[Any]  # texts, or what else is measured of documents
+Made = Any  # what comes of them
+Pending = Any  # what it will come by: a future here, a reference on a cluster
 
 
 class Shard(NamedTuple):
     """Some documents' texts, or what else is measured, and a name under which what comes of them may be known."""
 
-    rows: list[Any]
+    rows: Rows
     key: str = ""
 
 
@@ -69,9 +72,9 @@ class Workers:
         self._pool = None
 
     def each(
-        self, method: str, work: Callable[[list[Any]], Any], shards: Iterable[Shard], documents: int,
-        known: Callable[[str], Any] = lambda key: None,
-    ) -> Iterator[tuple[Shard, Any]]:  # fmt: skip
+        self, method: str, work: Callable[[Rows], Made], shards: Iterable[Shard], documents: int,
+        known: Callable[[str], Made] = lambda key: None,
+    ) -> Iterator[tuple[Shard, Made]]:  # fmt: skip
         """Each shard with what `work` gives of its rows, or with what is `known` by its key, in order.
 
         `work` is a pure function that can be pickled; one that cannot, or is of the program's main file, stays in this
@@ -102,9 +105,9 @@ class Workers:
         return self._pool
 
     def _shared(
-        self, method: str, payload: bytes, stream: Iterator[Shard], far: _Progress, known: Callable[[str], Any]
-    ) -> Iterator[tuple[Shard, Any]]:
-        pool, waiting, held = self._opened(), deque[tuple[Shard, Any, bool]](), 0
+        self, method: str, payload: bytes, stream: Iterator[Shard], far: _Progress, known: Callable[[str], Made]
+    ) -> Iterator[tuple[Shard, Made]]:
+        pool, waiting, held = self._opened(), deque[tuple[Shard, Pending, bool]](), 0
         do = pool.prepared(payload)
         more = True
         while more or waiting:
@@ -147,7 +150,7 @@ class _Progress:
         return max(0, self.documents - self.done) / self.done if self.done else 0.0
 
 
-def _packed(work: Callable[[list[Any]], Any]) -> bytes | None:
+def _packed(work: Callable[[Rows], Made]) -> bytes | None:
     """A function as another process can open it; None where none can."""
     try:
         inner = pickle.dumps(work)
@@ -157,16 +160,16 @@ def _packed(work: Callable[[list[Any]], Any]) -> bytes | None:
 
 
 @lru_cache(maxsize=1)
-def _opened(packed: bytes | str) -> Callable[[list[Any]], Any]:
+def _opened(packed: bytes | str) -> Callable[[Rows], Made]:
     """The function that was packed, or lies packed in a file."""
     folders, inner = pickle.loads(packed if isinstance(packed, bytes) else Path(packed).read_bytes())
     for folder in folders:
         use_methods(folder)
-    work: Callable[[list[Any]], Any] = pickle.loads(inner)
+    work: Callable[[Rows], Made] = pickle.loads(inner)
     return work
 
 
-def _done(packed: bytes | str, rows: list[Any]) -> Any:
+def _done(packed: bytes | str, rows: Rows) -> Made:
     return _opened(packed)(rows)
 
 
@@ -191,13 +194,13 @@ class _Here:
         self.pool.shutdown(cancel_futures=True)
         self.folder.cleanup()
 
-    def prepared(self, payload: bytes) -> Callable[[str, list[Any]], Future[Any]]:
+    def prepared(self, payload: bytes) -> Callable[[str, Rows], Future[Made]]:
         """What hands rows over to the function that was packed."""
         self.number += 1
         path = Path(self.folder.name) / str(self.number)
         path.write_bytes(payload)
 
-        def do(method: str, rows: list[Any]) -> Future[Any]:
+        def do(method: str, rows: Rows) -> Future[Made]:
             try:
                 with without_main():
                     return self.pool.submit(_done, str(path), rows)
@@ -206,7 +209,7 @@ class _Here:
 
         return do
 
-    def result(self, method: str, future: Future[Any]) -> Any:
+    def result(self, method: str, future: Future[Made]) -> Made:
         """What came of it."""
         try:
             return future.result()
@@ -244,12 +247,12 @@ class _Cluster:
     def __exit__(self, *of: object) -> None:
         self.open.close()
 
-    def prepared(self, payload: bytes) -> Callable[[str, list[Any]], Any]:
+    def prepared(self, payload: bytes) -> Callable[[str, Rows], Pending]:
         """What hands rows over to the function that was packed."""
         put = self.ray.put(payload)
         return lambda method, rows: self.task.remote(put, rows)
 
-    def result(self, method: str, reference: Any) -> Any:
+    def result(self, method: str, reference: Pending) -> Made:
         """What came of it."""
         try:
             return self.ray.get(reference)

@@ -16,7 +16,6 @@ from types import ModuleType
 
 from pretrain.core.errors import PretrainError
 
-
 ANSWER = 10.0  # seconds that the head of a cluster has to answer in
 
 

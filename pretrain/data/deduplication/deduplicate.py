@@ -46,8 +46,8 @@ class Deduplicate(DataOperation):
             work = partial(signed, threshold=threshold)
             for _, made in here.workers.each(self.name, work, _compared(corpus), len(corpus)):
                 signatures.add(*made)
-            found = signatures.copies()
-            while some := list(islice(found, SHARD)):
+            later = signatures.copies()
+            while some := list(islice(later, SHARD)):
                 rows, reasons, measured = zip(*some, strict=True)
                 kept_N[rows_D := np.array(rows, np.int64)] = False
                 here.drop(self.name, corpus, rows_D, reasons, np.array(measured))
