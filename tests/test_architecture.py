@@ -36,7 +36,7 @@ FLOORS = (
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 MOST_FILES = 15
-MOST_UNTYPED = {"Any": 75, "type: ignore": 12}  # last resorts, in the whole package
+MOST_UNTYPED = {"Any": 76, "type: ignore": 12}  # last resorts, in the whole package
 
 
 @cache

@@ -34,9 +34,9 @@ from pretrain.corpus.progress import EVERY
 
 START = 2.0  # seconds of work that other processes have to take over before they are worth their start
 HELD = 1 << 26  # characters of texts, about, that are on their way at once
-Rows = list[Any]  # texts, or what else is measured of documents
-Made = Any  # what comes of them
-Pending = Any  # what it will come by: a future here, a reference on a cluster
+Made = Any  # of documents: what is measured, and what comes of it
+Rows = list[Made]
+Pending = Made  # what it will come by: a future here, a reference on a cluster
 
 
 class Shard(NamedTuple):
