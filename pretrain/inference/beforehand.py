@@ -11,7 +11,7 @@ from typing import Any, cast
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.files import read_json
 from pretrain.corpus.overlap import RECORD
-from pretrain.corpus.sources import Document
+from pretrain.corpus.sources import Document, Files
 from pretrain.corpus.sources._containers import Row
 from pretrain.inference.rows import text_in
 
@@ -63,6 +63,17 @@ def check_first_row(rows: Iterable[Row], columns: Sequence[str], pair: str | Non
     for row in islice(rows, 1):
         for name in columns:
             text_in(row, name, "--pair" if name == pair else "--text")
+
+
+def check_asked(
+    checkpoint: Path, label: str | None, pair: str | None, documents: Sequence[Document], source: Files
+) -> None:
+    """Refuse documents without what a checkpoint's head is measured by, and labels of a model that gives none."""
+    if label is not None:
+        check_predicts(checkpoint, label)
+    truth = labels_column(checkpoint, label)
+    if documents and truth is not None:
+        check_columns((*columns_read(checkpoint, "text", pair), truth), documents, source.text, source.files)
 
 
 def check_columns(columns: Sequence[str], documents: Sequence[Document], text: str, data: str) -> None:

@@ -78,7 +78,7 @@ def evaluate(
     from pretrain.corpus.overlap import header_of, overlap_warning, skips, text_column
     from pretrain.corpus.sources import Files
     from pretrain.corpus.store import SPLITS, Corpus
-    from pretrain.inference.beforehand import check_columns, check_predicts, columns_read, labels_column
+    from pretrain.inference.beforehand import check_asked
     from pretrain.inference.rows import nulled
 
     if folder is not None and split not in SPLITS:
@@ -86,11 +86,8 @@ def evaluate(
     policy = policy or ("skip" if skips(place, data) else "stop")
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
     placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
-    if label is not None and not evaluations:
-        check_predicts(place, label)
-    if placed and not evaluations and (truth := labels_column(place, label)):
-        read = (*columns_read(place, "text", pair), truth)
-        check_columns(read, [document for _, document in placed], source.text, data)
+    if not evaluations:
+        check_asked(place, label, pair, [document for _, document in placed], source)
     with opening(place, trust_remote_code):
         from pretrain.core import checkpoint as checkpoints
         from pretrain.stages import evaluate as stage
