@@ -38,6 +38,7 @@ FOLDERS = 8  # of a folder at most, for each to be measured alone
 UNBOUNDED = 10_000  # columns that no terminal has
 COUNTS = ("documents", "unlearnt")  # metrics that are numbers of documents
 HEADER = "Whether a CSV's first row names its columns (by default if no number stands in it); else they are 0, 1, …"
+EVALUATION = "NAME, or {method: NAME, field: value}; by default what fits the model's head."
 OUTPUT = "A .json file for the record, beside what is printed."
 TEMPERATURE = "Of drawing tokens; 0 takes the likeliest. The checkpoint's by default, or 0.8."
 TOP_P = "The probability that is drawn from, the likeliest first: 1 is all, 0 the likeliest. The checkpoint's, or 0.95."
@@ -50,12 +51,7 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
     split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
     max_documents: Annotated[Count, typer.Option()] = 2000,
-    evaluations: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--evaluation", help="NAME, or {method: NAME, field: value}; by default what fits the model's head."
-        ),
-    ] = None,
+    evaluations: Annotated[list[str] | None, typer.Option("--evaluation", help=EVALUATION)] = None,
     text: Annotated[str | None, typer.Option(help=TEXT)] = None,
     label: Annotated[
         str | None,
