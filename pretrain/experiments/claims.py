@@ -158,7 +158,7 @@ class Claim(BaseModel):
         for stage in raw["stages"]:
             if stage.get("stage") == "evaluate":
                 stage["split"] = point.split
-        raw |= {"seed": point.seed, "name": name}
+        raw |= {"seed": point.seed, "name": name.replace("@", "-")}  # a run's name is that of a folder
         short = "-short" if point.share < 1 else ""
         return Trial(
             name=name + short, recipe=raw, output=str(work / name) + short,
