@@ -92,7 +92,7 @@ def test_claim_names_a_paper_whose_method_is_here_and_has_all_scales(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_claim_is_a_valid_recipe_for_both_sides_at_every_scale_and_size(name):
     whole = load_claim(FOLDER / f"{name}.yaml")
-    for scale, claim in ((scale, claim) for scale in whole.scales for claim in whole.sized(scale)):
+    for scale, claim in ((each, claim) for each in whole.scales for claim in whole.sized(each)):
         for side in ("baseline", "method"):
             value = getattr(claim.tune, side)[0] if claim.tune else None
             trial = claim.trial(scale, Point(side, value, 0), Path())

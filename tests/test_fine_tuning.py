@@ -22,7 +22,7 @@ from pretrain.core.errors import PretrainError, PretrainWarning, listed
 from pretrain.core.method import method_class
 from pretrain.core.models import heads
 from pretrain.core.models.cross_entropy import linear_cross_entropy
-from pretrain.core.models.families import base
+from pretrain.core.models.families import base, new_model
 from pretrain.core.models.heads import labels_of, with_head, with_language_head
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import run, silent
@@ -474,6 +474,18 @@ def test_a_model_saved_without_a_head_gets_that_of_the_task_and_no_other_model_d
     checkpoint.save(made, None, tmp_path / "c")
     again = checkpoint.load(tmp_path / "c")[0].state_dict()
     assert all(torch.equal(again[name], each) for name, each in made.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert"])
+def test_a_model_made_anew_for_answers_can_write_them(name):
+    task = method_class("seq2seq")().task
+    fields = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    t5 = {"d_model": 16, "d_ff": 32, "d_kv": 8, "num_layers": 1, "num_heads": 2}
+    made = new_model(name, t5 if name == "t5" else fields, task=task, vocabulary=VOCABULARY)
+    assert made.can_generate() or name == "bert"
+    assert type(made).__name__ == {"llama": "LlamaForCausalLM", "t5": "T5ForConditionalGeneration"}.get(
+        name, "BertLMHeadModel"
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.models.layers import at
 from pretrain.core.quick.model_fields import check_heads, check_values, in_our_words, misfit
-from pretrain.core.quick.table import TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
+from pretrain.core.quick.table import GENERATING, TASKS, accepted_fields, unknown_field, unknown_task, unknown_type
 
 
 def new_config(model_type: str, fields: Mapping[str, object]) -> PreTrainedConfig:
@@ -71,11 +71,12 @@ def new_model(
 ) -> PreTrainedModel:
     """A model with random weights. `vocabulary` sets the size and the special ids.
 
-    `task` is "causal", "masked", "seq2seq", "pretraining", "base" for a model without a head, or the name of an
-    `AutoModelFor…` of transformers. Raises `PretrainError` for an unknown type, field or task, and for a model that
-    cannot be built.
+    `task` is "causal", "masked", "seq2seq", "pretraining", "base" for a model without a head, "generating" for
+    a seq2seq model or else a causal one, or the name of an `AutoModelFor…` of transformers. Raises `PretrainError` for
+    an unknown type, field or task, and for a model that cannot be built.
     """
-    check_task(task)
+    if task != GENERATING:
+        check_task(task)
     if vocabulary is not None and model_type in CONFIG_MAPPING:
         ids = {
             "pad_token_id": vocabulary.pad, "bos_token_id": vocabulary.bos, "eos_token_id": vocabulary.eos,
@@ -85,6 +86,8 @@ def new_model(
         known = config_fields(model_type)
         fields = {k: v for k, v in ids.items() if k in known} | dict(fields)
     config = new_config(model_type, fields)
+    if task == GENERATING:
+        task = "seq2seq" if config.is_encoder_decoder else "causal"
     made = model_for(config, task)
     if made is None:
         able = ", ".join(t for t in TASKS if model_for(config, t) is not None)

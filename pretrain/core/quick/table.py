@@ -71,6 +71,7 @@ KINDS = {  # of families: a method that names one of them works on any model of 
     "causal": "llama", "masked": "bert", "seq2seq": "t5",  # each with a family of it
     "unlisted": None,  # whatever no entry describes
 }  # fmt: skip
+GENERATING = "generating"  # what an objective asks for that has text written: a seq2seq model, or else a causal one
 TASKS = {  # besides them any `AutoModelFor…` of transformers is a task
     "causal": "AutoModelForCausalLM", "masked": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM",
     "base": "AutoModel", "pretraining": "AutoModelForPreTraining",

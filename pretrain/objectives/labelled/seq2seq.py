@@ -15,6 +15,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, encode_decode, family, head
+from pretrain.core.quick.table import GENERATING
 from pretrain.objectives import Loss
 from pretrain.objectives._answers import greedy, prompts_of
 from pretrain.objectives._fine_tuning import examples_of, filled, texts_of
@@ -53,6 +54,11 @@ class Seq2Seq(FineTuning[str]):
             raise PretrainError(f"seq2seq: prompt {self.prompt!r}: {error}; accepted: text with {{column}}") from error
         if not names or not all(name.isidentifier() for name in names):
             raise PretrainError(f"seq2seq: prompt {self.prompt!r}: accepted: text with at least one {{column}}")
+
+    @property
+    def task(self) -> str:
+        """A model made anew generates."""
+        return GENERATING
 
     @property
     def columns(self) -> tuple[str, ...]:
