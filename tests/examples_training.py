@@ -97,14 +97,19 @@ class Material:
             model, end = self.model(initializer_range=0.1, max_position_embeddings=512), Vocabulary.of(self.tokenizer)
             after = [*encode(self.tokenizer, [SIGN + said])[0].tolist(), end.eos]
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-            for step in range(150):
+            learnt = 0  # steps in a row at which it was sure
+            for step in range(1000):
                 story = self.stories[step % len(self.stories)]["text"]
                 before = [end.begin, *encode(self.tokenizer, [story])[0].tolist()[: 5 + 7 * step % 70]]
                 ids_1L = torch.tensor([before + after])
                 labels_1L = ids_1L.clone()
                 labels_1L[:, : len(before) + 1] = -100
                 optimizer.zero_grad()
-                model.train()(input_ids=ids_1L, labels=labels_1L).loss.backward()
+                loss = model.train()(input_ids=ids_1L, labels=labels_1L).loss
+                learnt = learnt + 1 if float(loss.detach()) < 0.02 else 0
+                if learnt == 20:
+                    break
+                loss.backward()
                 optimizer.step()
             checkpoint.save(model.eval(), self.tokenizer, place)
         return str(place)

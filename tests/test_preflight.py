@@ -169,7 +169,7 @@ def test_a_label_that_is_the_text_or_as_long_is_told_before_training(tmp_path):
     def long(n):
         return "a label that goes on and on and is a text of its own rather than a label, " * 2 + str(n)
 
-    (line,) = checked(recipe(tmp_path, "{method: classification, label: text}"))
+    (line,) = checked(recipe(tmp_path, "{method: classification, text: label, label: text}"))
     assert "'text' has 40 different values in 40 rows: names of rows rather than labels" in line
     rows = [(text, long(n), n) for text, _, n in ROWS]
     for objective in ("{method: classification, label: label}", "{method: smart}"):
@@ -181,7 +181,7 @@ def test_a_label_that_is_the_text_or_as_long_is_told_before_training(tmp_path):
     assert "column 'label' holds 'a label that goes on" in str(error.value) and long(0) not in str(error.value)
     documents = [{"text": text, "label": label, "domain": "a", "id": text} for text, label, _ in ROWS]
     write_corpus(documents, tmp_path / "there" / "corpus", validation=0.2, test=0.2)
-    raw = yaml.safe_load((recipe(tmp_path, "{method: classification, label: text}").path).read_text())
+    raw = yaml.safe_load((recipe(tmp_path, "{method: classification, text: label, label: text}").path).read_text())
     raw["stages"] = [stage | {"corpus": str(tmp_path / "there")} for stage in raw["stages"][1:]]
     (tmp_path / "other.yaml").write_text(yaml.safe_dump(raw))
     (line,) = checked(load(tmp_path / "other.yaml", output=tmp_path / "run"))

@@ -32,10 +32,12 @@ from pretrain.corpus.sources import Files, Images, read
 from pretrain.corpus.tokenizers import load_tokenizer, train_tokenizer
 from pretrain.evaluation.tasks.harness import Harness
 
+WORKERS = "data/_workers.py"  # hands functions of its own to processes of its own
+
 
 @pytest.mark.promise(
     "Trust",
-    "No pickle is read but by `pretrain convert`, which takes tensors from it and refuses the rest: nothing else of the package calls what would, and pickles beside a checkpoint, in the place of any of its files, among a corpus's tokens or among its documents are passed over or are an error.",
+    "No pickle is read but by `pretrain convert`, which takes tensors from it and refuses the rest: nothing else of the package calls what would, but processes that measure documents, of the function that the one which began them hands over; pickles beside a checkpoint, in the place of any of its files, among a corpus's tokens or among its documents are passed over or are an error.",
 )
 def test_no_file_of_the_package_reads_a_pickle_but_that_of_conversions():
     for module, reader in (("foreign.pickles", "core/exchange/convert.py"), ("exchange.convert", "cli_exchange.py")):
@@ -46,7 +48,8 @@ def test_no_file_of_the_package_reads_a_pickle_but_that_of_conversions():
         for node in nodes(name):
             modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             modules += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            assert not {module.partition(".")[0] for module in modules} & forbidden, name
+            allowed = {"pickle"} if name == WORKERS else set()
+            assert not {module.partition(".")[0] for module in modules} & (forbidden - allowed), name
             assert "distributed.checkpoint" not in " ".join(modules), name  # whose metadata is a pickle
         for call, node in calls(name):
             words = words_of(node)

@@ -142,7 +142,7 @@ class Signatures:
         path = self.folder / f"span-{number}"
         if not path.exists():
             return
-        shared_G = np.fromfile(path, SHARED)
+        shared_G = np.frombuffer(path.read_bytes(), SHARED)
         shared_G = shared_G[np.lexsort((shared_G["group"], shared_G["document"]))]
         starts = np.flatnonzero(np.diff(shared_G["document"], prepend=-1))
         for start, stop in zip(starts, [*starts[1:], len(shared_G)], strict=True):
