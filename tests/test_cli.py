@@ -308,6 +308,40 @@ def test_a_termination_outside_training_says_that_what_is_done_is_kept(number, s
     assert done.returncode == status and f"{words}; what is done is kept" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("number", "status", "words"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")]
+)
+def test_a_signal_while_a_method_is_imported_is_no_mistake_of_the_method(tmp_path, number, status, words):
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\nfrom dataclasses import dataclass\nfrom pretrain.surgery import Surgery\n"
+        f"os.kill(os.getpid(), signal.{number}); time.sleep(60)\n"
+        '@dataclass(frozen=True)\nclass Slow(Surgery):\n    """A Title (arXiv:2401.00001)."""\n'
+    )
+    done = stopped(
+        "from pretrain.core import method, registry\n"
+        f"    registry.use_methods({str(tmp_path)!r}); method.method_class('slow')"
+    )
+    assert done.returncode == status and done.stderr.startswith(f"{words}; what is done is kept"), done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "words"), [("SIGTERM", 143, "terminated"), ("SIGINT", 130, "interrupted")]
+)
+def test_a_signal_of_which_a_library_makes_an_error_is_still_a_signal(number, status, words):
+    done = stopped(
+        f"try: os.kill(os.getpid(), signal.{number}); time.sleep(60)\n"
+        "    except BaseException: raise RuntimeError('the library cannot go on')"
+    )
+    assert done.returncode == status and done.stderr.startswith(f"{words}; what is done is kept"), done.stderr
+
+
+def test_an_interrupt_while_the_command_line_is_imported_is_one_line():
+    program = "import sys\nclass Stop:\n    def find_spec(name, *_):\n        if name == 'pretrain.cli': raise KeyboardInterrupt\n"
+    program += "sys.meta_path.insert(0, Stop)\nfrom pretrain.__main__ import main\nmain()"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=50)
+    assert done.returncode == 130 and done.stderr == "interrupted\n"
+
+
 def test_what_is_removed_after_a_signal_is_removed_whole_when_it_comes_twice(tmp_path):
     body = "from pathlib import Path; from pretrain.core import files\n"
     body += f"    with files.atomic_folder(Path({str(tmp_path / 'made')!r})) as work:\n"
@@ -341,7 +375,7 @@ def test_a_terminal_that_is_closed_ends_a_command_that_writes_to_it_as_a_signal_
     os.close(theirs)
     assert os.read(ours, 1)
     os.close(ours)
-    assert process.wait(timeout=50) == 129 and (tmp_path / "end").read_text() == "SystemExit(129)"
+    assert process.wait(timeout=50) == 129 and (tmp_path / "end").read_text() == "Terminated(129)"
 
 
 FULL = "error: standard output cannot be written: No space left on device; accepted: a place with room for it"

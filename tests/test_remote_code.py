@@ -20,7 +20,7 @@ import pretrain
 from pretrain import engine
 from pretrain.cli import app
 from pretrain.core import checkpoint
-from pretrain.core.errors import PretrainError, PretrainWarning
+from pretrain.core.errors import PretrainError, PretrainWarning, Terminated
 from pretrain.core.folders import SUMS
 from pretrain.core.foreign import code as codes
 from pretrain.core.foreign.code import brought, consent, consenting
@@ -337,6 +337,12 @@ def test_with_consent_what_is_wrong_is_one_line(folder, what):
     with pytest.raises(PretrainError, match=message) as caught:
         opened(folder)
     assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_signal_while_code_is_imported_is_no_mistake_of_the_code(folder):
+    (folder / "mixing_tiny.py").write_text("from pretrain.core.errors import Terminated\nraise Terminated(143)\n")
+    with pytest.raises(Terminated):
+        opened(folder)
 
 
 def test_a_recipe_is_refused_for_code_that_cannot_be_run(folder, run):

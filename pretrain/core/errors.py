@@ -45,6 +45,10 @@ def brief(value: object) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
+class Terminated(SystemExit):
+    """A signal asks the program to end, with this status: no exit of code from outside, which may be an error."""
+
+
 class PretrainWarning(UserWarning):
     """What the user should know, though work goes on; the command line prints it as one line."""
 

@@ -14,7 +14,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, get_args
 
 from pretrain.core.bounds import Fielded, check_fields, check_names, gather_fields, hints
-from pretrain.core.errors import PretrainError
+from pretrain.core.errors import PretrainError, Terminated
 from pretrain.core.foreign.parsing import out_of_memory
 from pretrain.core.quick.outline import outline, torch_imported
 from pretrain.core.quick.quantities import as_typed
@@ -145,7 +145,7 @@ def method_class(name: str, kind: str | None = None) -> type[Method]:
     try:
         cls: type[Method] = getattr(importlib.import_module(row.module), row.cls)
         hints(cls)
-    except PretrainError:
+    except (PretrainError, Terminated):
         raise
     except (Exception, SystemExit) as error:  # a file from outside may fail in any way
         if out_of_memory(error):

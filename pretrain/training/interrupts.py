@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from pretrain.core.errors import Terminated
 from pretrain.core.system.signals import ending, let_go
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ class Interrupts:
         """What to raise when all is saved: what the first signal would have raised outside of a training."""
         if self.number in (0, signal.SIGINT):
             return KeyboardInterrupt(words)
-        return SystemExit(128 + self.number)
+        return Terminated(128 + self.number)
 
     def agree(self, world: World) -> None:
         """Let all processes know whether one was asked; every process must call it."""

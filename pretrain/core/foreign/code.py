@@ -23,7 +23,7 @@ from importlib.machinery import ModuleSpec
 from importlib.util import spec_from_loader
 from pathlib import Path
 
-from pretrain.core.errors import PretrainError, warn
+from pretrain.core.errors import PretrainError, Terminated, warn
 from pretrain.core.files import JSON, digest, read_json, write_json
 from pretrain.core.foreign.parsing import parsing
 from pretrain.core.foreign.reading import read_bytes
@@ -67,6 +67,8 @@ class Code:
         with parsing(f"{self.folder}: its code in {_file_of(module)}", "code that can be imported here"), offline():
             try:
                 held = getattr(importlib.import_module(f"{self.package}.{module}"), name, None)
+            except Terminated:
+                raise
             except SystemExit as error:  # which would end the command without a word
                 raise ImportError("it ends the program") from error
         if not isinstance(held, type):

@@ -10,7 +10,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from pretrain.core.errors import warn
+from pretrain.core.errors import Terminated, warn
 
 GROUP = "pretrain.methods"  # of entry points
 NAME = re.compile(r"[\w-]+")  # of a method's file, and of the folders that it lies in
@@ -32,6 +32,8 @@ def installed_files() -> list[MethodFile]:
     for entry in entry_points(group=GROUP):
         try:
             spec = importlib.util.find_spec(entry.module)
+        except Terminated:
+            raise
         except (Exception, SystemExit) as error:  # finding a module imports the packages that it is in
             spec, reason = None, f" ({type(error).__name__}: {error})"
         else:

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import typer
 
-from pretrain.core.errors import PretrainError, PretrainWarning
+from pretrain.core.errors import PretrainError, PretrainWarning, Terminated
 from pretrain.core.foreign.parsing import NOT_ENOUGH, gave_up, out_of_memory, wanted_for
 from pretrain.core.system.extras import extras_named
 from pretrain.core.system.signals import STOPPED, Unwritten, ending, lasting, let_go
@@ -37,7 +37,7 @@ def _terminate(number: int, _: FrameType | None) -> None:
     let_go()
     if hasattr(signal, "SIGHUP"):  # which a shell and the system both send: what is removed now is removed whole
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    raise Terminated(128 + number)
 
 
 class App(typer.Typer):
@@ -64,12 +64,29 @@ class App(typer.Typer):
             if not isinstance(error, Exception) and not gave_up(error):
                 _explain(error)
                 raise
+            if (status := _stopped_by(error)) is not None:
+                _explain(SystemExit(status))
+                sys.exit(status)
             words = _words(error)
             if not words or os.environ.get("PRETRAIN_DEBUG"):
                 raise
             with suppress(OSError):  # nor is there a place for an error
                 typer.secho(f"error: {words}", fg="red", err=True)
             sys.exit(1)
+
+
+def _stopped_by(error: BaseException) -> int | None:
+    """The status of the signal of which a library has made this error; None where none has come of one."""
+    met: list[BaseException] = []
+    each: BaseException | None = error
+    while each is not None and each not in met:
+        if type(each) is KeyboardInterrupt:
+            return 130
+        if isinstance(each, Terminated) and isinstance(each.code, int):
+            return each.code
+        met.append(each)
+        each = each.__cause__ or each.__context__
+    return None
 
 
 def _explain(error: BaseException) -> None:
