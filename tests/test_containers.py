@@ -71,6 +71,39 @@ def test_the_column_is_the_text_of_every_table_and_the_others_stay_beside_it(tmp
         collect(tmp_path / f"x{ending}", text="bodi")
 
 
+NAMED = {
+    "csv": ("x.csv", 'text,n\n"one\ntwo\n",1\n\n' + "x" * 80 + ",2\nthree,3\n,4\nfive,5\n", [":2", ":7", ":9"], ":8"),
+    "tsv without a header": ("x.tsv", "one\t1\n\t2\nthree\t3\n", [":1", ":3"], ":2"),
+    "jsonl": ("x.jsonl", '{"text": "one"}\n\n{"text": ""}\n{"text": "three"}\n', [":1", ":4"], ":3"),
+    "array": ("x.json", '[{"text": "one"}, {"text": ""}, {"text": "three"}]', [", item 1", ", item 3"], ", item 2"),
+    "parquet": ("x.parquet", ["one", "", "three"], [", row 1", ", row 3"], ", row 2"),
+    "notebook": ("x.ipynb", json.dumps({"cells": [{"cell_type": "code", "source": s} for s in ("1", "", "3")]}), [", cell 1", ", cell 3"], ", cell 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMED)
+def test_a_document_of_a_table_is_named_by_where_its_row_stands_as_messages_are(tmp_path, kind):
+    name, content, places, empty = NAMED[kind]
+    path = tmp_path / name
+    if isinstance(content, list):
+        pyarrow.parquet.write_table(pyarrow.table({"text": content}), path)
+    else:
+        put(path, content)
+    skipped = Skipped(longest=60 if kind == "csv" else 10_000)
+    found = list(read(Files(str(path), text="0" if "without" in kind else "text"), skipped))
+    assert [document["id"] for document in found] == [f"{path}{place}" for place in places]
+    assert skipped.names["empty"] == [f"{path}{empty}"]
+
+
+def test_answers_of_a_conversation_are_named_by_its_line(tmp_path):
+    turns = [{"role": role, "content": word} for word in "ab" for role in ("user", "assistant")]
+    path = put(tmp_path / "x.jsonl", "\n" + json.dumps({"text": turns}) + "\n")
+    found, _ = collect(path)
+    assert [(document["id"], document["group"]) for document in found] == [
+        (f"{path}:2:0", f"{path}:2"), (f"{path}:2:1", f"{path}:2"),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip), (".bz2", bz2), (".xz", lzma)])
 def test_tables_and_text_may_be_compressed(tmp_path, ending, pack):
     put(tmp_path / f"x.csv{ending}", pack.compress(CSV.encode()))
@@ -119,7 +152,7 @@ def test_arrays_of_texts_objects_with_the_column_and_lines_named_json_are_rows(t
     put(tmp_path / "plain.json", '{"name": "x"}')
     found, _ = collect(tmp_path)
     texts = {d["id"].rpartition("/")[2]: d["text"] for d in found}
-    assert [texts[f"{name}"] for name in ("a.json:0", "a.json:1", "b.json:0", "c.json:0", "c.json:1")] == [
+    assert [texts[f"{name}"] for name in ("a.json, item 1", "a.json, item 2", "b.json, item 1", "c.json:1", "c.json:2")] == [
         "one", "two", "three", "four", "five",
     ]  # fmt: skip
     assert texts["plain.json"] == '{"name": "x"}' and "a comment" in texts["settings.json"]

@@ -608,3 +608,20 @@ def test_what_is_no_packages_name_is_one_line(name):
             list(read(source))
         with suppress(PretrainError):
             source.state()
+
+
+def test_rows_of_numbers_and_molecules_are_named_by_their_lines(tmp_path):
+    (tmp_path / "p.csv").write_text("label,a,b,c,d\n1,0,0,0,0\n\n2,9,9,9,9\n")
+    assert [d["id"] for d in read(Pixels(str(tmp_path / "p.csv"), label="label"))] == [
+        f"{tmp_path / 'p.csv'}:{line}" for line in (2, 4)
+    ]
+    (tmp_path / "s.csv").write_text("up,1,2\n\ndown,2,1\n")
+    found = read(Series(str(tmp_path / "s.csv"), rows=True, window=2))
+    assert [d["id"] for d in found] == [f"{tmp_path / 's.csv'}:{line}@0" for line in (1, 3)]
+    (tmp_path / "m.csv").write_text('smiles,note\nCCO,"two\nlines"\nCCC,one\n')
+    (tmp_path / "m.smi").write_text("smiles\nCCO\nCCC methane\n")
+    found = read(Sequences(str(tmp_path / "m.csv"), format="smiles", column="smiles"))
+    assert [d["id"] for d in found] == [f"{tmp_path / 'm.csv'}:{line}" for line in (2, 4)]
+    assert [d["id"] for d in read(Sequences(str(tmp_path / "m.smi"), format="smiles"))] == [
+        f"{tmp_path / 'm.smi'}:{name}" for name in ("2", "methane")
+    ]

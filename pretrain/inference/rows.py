@@ -19,7 +19,17 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_text, output_file
 from pretrain.core.folders import near
 from pretrain.core.foreign.paths import expanded
-from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, reader_of, unread
+from pretrain.corpus.sources._containers import (
+    READERS,
+    Row,
+    ending,
+    has_bad_bytes,
+    lines,
+    name_of,
+    no_column,
+    reader_of,
+    unread,
+)
 from pretrain.corpus.sources._files import Wrong
 from pretrain.corpus.sources._paths import is_secret
 from pretrain.corpus.sources._skipped import Skipped
@@ -40,7 +50,7 @@ def wrong_of(skipped: Skipped | None) -> Wrong:
     def wrong(where: str, what: str, reason: str, accepted: str) -> None:
         if skipped is None:
             raise PretrainError(f"{where}: {what}; accepted: {accepted}, or --on-error skip")
-        skipped.add(reason, where.partition(" (row")[0])
+        skipped.add(reason, name_of(where))
 
     return wrong
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.sources._chat import is_chat
-from pretrain.corpus.sources._containers import ending, reader_of
+from pretrain.corpus.sources._containers import ending, name_of, reader_of
 from pretrain.corpus.sources._files import Document, given
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import is_number, number
@@ -119,7 +119,7 @@ def read_table(
     _apart(columns, {"--text": text, "--label": label, "--pair": pair})
     table = _guessed(Table(columns, len(rows), whole, "prose", "", pair=pair, header=header), rows, name, text, label)
     texts = tuple(str(row[table.text]) for row in rows if given(row, table.text))
-    groups = [str(row.get("id", f"{name}:{number}")) for number, row in enumerate(rows)]
+    groups = [str(row.get("id", name_of(where))) for where, row in placed]
     faults = [*unreadable(wrong), *lacking(placed, table.text, "without a text, passed over")]
     for column in filter(None, (table.pair, None if table.talk else table.label)):
         some = [(where, row) for where, row in placed if given(row, table.text)]

@@ -7,6 +7,7 @@ read is told to `wrong`, which raises, or counts it and lets the reader go on.
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -20,7 +21,7 @@ from pretrain.core.foreign.archives import BROKEN, Member, Place, open_text, see
 from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.corpus.sources._files import Document, Wrong, plain_name
 from pretrain.corpus.sources._skipped import Skipped
-from pretrain.corpus.sources._tables import number, separator_of
+from pretrain.corpus.sources._tables import cells_of, number, separator_of
 
 if TYPE_CHECKING:
     import pyarrow
@@ -119,19 +120,14 @@ def read_csv(
     The separator is told by `separator_of`. A cell in quotes may hold line ends.
     """
     csv.field_size_limit(min(skipped.longest, 2**31 - 1))
-    source = (line for _, line in lines(path, name, wrong, skipped, newline=""))
-    first = next(source, "")
-    reader = csv.reader(chain([first], source), delimiter=separator_of(first, path), strict=True)
+    source = lines(path, name, wrong, skipped, newline="")
+    first = next(source, (1, ""))
     names: list[str] = []
     count = 0
-    while True:
-        where = f"{name}:{reader.line_num + 1}"
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            wrong(where, f"no row of a table ({error})", "bad lines", "cells in CSV")
+    for line, cells in cells_of(chain([first], source), separator_of(first[1], path), strict=True):
+        where = f"{name}:{line}"
+        if isinstance(cells, csv.Error):
+            wrong(where, f"no row of a table ({cells})", "bad lines", "cells in CSV")
             continue
         if not any(cell.strip() for cell in cells):
             continue
@@ -367,6 +363,11 @@ def reader_of(path: Place, header: bool | None = None) -> Reader | None:
     """What reads the rows of a file, by its ending; `header` says of a CSV whether it has one, where that is known."""
     reader = READERS.get(ending(path))
     return partial(read_csv, header=header) if reader is read_csv else reader
+
+
+def name_of(where: str) -> str:
+    """The name of a document of a table, as its id and every message have it: `FILE:LINE`, `FILE, row N`."""
+    return re.sub(r" \(row \d+\)$", "", where)
 
 
 def no_column(column: str, row: Document) -> str:

@@ -157,6 +157,11 @@ def plain_name(path: Place) -> str:
 
 def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
     """The lines of a text file; one that cannot be read to its end is counted, and ends there."""
+    yield from (line for _, line in numbered_lines(path, skipped))
+
+
+def numbered_lines(path: Path, skipped: Skipped) -> Iterator[tuple[int, str]]:
+    """The same with their numbers in the file, from 1."""
     number = 0
     try:
         with open_text(path) as opened:
@@ -164,7 +169,7 @@ def lines_of(path: Path, skipped: Skipped) -> Iterator[str]:
                 if line is None:
                     skipped.too_long("lines", f"{path}:{number}")
                 else:
-                    yield line.rstrip("\r\n")
+                    yield number, line.rstrip("\r\n")
     except UnicodeDecodeError:
         skipped.add("not UTF-8", f"{path}:{number + 1}")
     except BROKEN as error:

@@ -7,12 +7,12 @@ import json
 import math
 import re
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.core.foreign.archives import Place, open_text
-from pretrain.corpus.sources._files import Document, Size, lines_of, plain_name, size_of
+from pretrain.corpus.sources._files import Document, Size, numbered_lines, plain_name, size_of
 from pretrain.corpus.sources._skipped import Skipped
 
 FEW, MUCH = 1000, 2 << 20  # rows that are read to know how much of a table is text, and bytes of them
@@ -77,37 +77,58 @@ def separator_of(first: str, path: Place) -> str:
     return next((mark for mark in SEPARATORS if mark in bare), ",")
 
 
-def rows_of(path: Path, skipped: Skipped) -> tuple[list[str], Iterator[list[str]]]:
+def rows_of(path: Path, skipped: Skipped) -> tuple[list[str], Iterator[tuple[int, list[str]]]]:
     """The names of a table's columns (`0`, `1`, … where it has no header) and its rows, which are not empty.
 
-    A header is a first row in which nothing is a number. The separator is told by `separator_of`.
+    Each row comes with the line that it begins at. A header is a first row in which nothing is a number. The separator
+    is told by `separator_of`.
     """
-    lines = (line for line in lines_of(path, skipped) if line.strip())
-    first = next(lines, "")
-    separator = separator_of(first, path)
-    head = next(_cells(iter([first]), separator, skipped, path), [])
+    lines = ((number, line) for number, line in numbered_lines(path, skipped) if line.strip())
+    first = next(lines, (1, ""))
+    separator = separator_of(first[1], path)
+    at, head = next(_cells(iter([first]), separator, skipped, path), (1, []))
     rows = _cells(lines, separator, skipped, path)
     if any(number(cell) is not None for cell in head):
-        return [str(index) for index in range(len(head))], _chain(head, rows)
+        return [str(index) for index in range(len(head))], chain([(at, head)], rows)
     return [name.strip() for name in head], rows
 
 
-def _cells(lines: Iterator[str], separator: str, skipped: Skipped, path: Path) -> Iterator[list[str]]:
+def _cells(
+    lines: Iterator[tuple[int, str]], separator: str, skipped: Skipped, path: Path
+) -> Iterator[tuple[int, list[str]]]:
     """The rows; what is no row of a table is counted."""
     csv.field_size_limit(min(skipped.longest, 2**31 - 1))
-    reader = csv.reader(lines, delimiter=separator)
+    for at, cells in cells_of(lines, separator):
+        if isinstance(cells, csv.Error):
+            skipped.add("bad lines", f"{path}:{at}")
+        else:
+            yield at, cells
+
+
+def cells_of(
+    lines: Iterator[tuple[int, str]], separator: str, strict: bool = False
+) -> Iterator[tuple[int, list[str] | csv.Error]]:
+    """Each row of a table with the line that it begins at, or what is wrong with it.
+
+    A cell in quotes may go over several lines; the lines' numbers are those of the file, whatever was left out of it.
+    """
+    taken: list[int] = []
+
+    def texts() -> Iterator[str]:
+        for count, line in lines:
+            taken.append(count)
+            yield line
+
+    reader = csv.reader(texts(), delimiter=separator, strict=strict)
     while True:
+        taken.clear()
         try:
-            yield next(reader)
+            cells: list[str] | csv.Error = next(reader)
         except StopIteration:
             return
-        except csv.Error:
-            skipped.add("bad lines", path)
-
-
-def _chain(first: list[str], rest: Iterator[list[str]]) -> Iterator[list[str]]:
-    yield first
-    yield from rest
+        except csv.Error as error:
+            cells = error
+        yield taken[0], cells
 
 
 def number(cell: str) -> float | None:

@@ -57,11 +57,11 @@ class Pixels(Source):
             names, rows = rows_of(path, skipped)
             labelled = None if self.label is None else column(names, str(self.label), "label", path)
             make = partial(self._image, count=len(names) - (labelled is not None), path=path)
-            for number, row in enumerate(rows):
+            for line, row in rows:
                 label = {} if labelled is None else {"label": row.pop(labelled) if len(row) == len(names) else ""}
-                data = make(row, skipped, place=f"{name}:{number}")
+                data = make(row, skipped, place=f"{name}:{line}")
                 if data is not None:
-                    place = {"domain": self.domain, "id": f"{name}:{number}"}
+                    place = {"domain": self.domain, "id": f"{name}:{line}"}
                     yield {"image": {"bytes": data, "path": None}} | label | place
 
     def _image(self, row: list[str], skipped: Skipped, *, count: int, path: Path, place: str) -> bytes | None:

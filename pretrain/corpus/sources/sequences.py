@@ -11,7 +11,7 @@ from typing import Literal
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import Document, Source, evenly_read, lines_of, path_label
+from pretrain.corpus.sources._files import Document, Source, evenly_read, lines_of, numbered_lines, path_label
 from pretrain.corpus.sources._paths import located, stamps
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import column, rows_of
@@ -115,18 +115,18 @@ class Sequences(Source):
     def _molecules(self, path: Path, skipped: Skipped) -> Iterator[Record]:
         """Lines of `SMILES NAME`, or the rows of a table, whose columns are the facts."""
         if not path.name.removesuffix(".gz").endswith((".csv", ".tsv")):
-            for index, line in enumerate(lines_of(path, skipped)):
+            for number, line in numbered_lines(path, skipped):
                 words = line.split(None, 1)
-                if words and not (index == 0 and words[0].lower() == "smiles"):
-                    yield Record(words[1] if len(words) > 1 else str(index), words[0])
+                if words and not (number == 1 and words[0].lower() == "smiles"):
+                    yield Record(words[1] if len(words) > 1 else str(number), words[0])
             return
         names, rows = rows_of(path, skipped)
         place = column(names, self.column, "column", path)
         if self.label is not None and self.label not in ("parent", "stem"):
             column(names, self.label, "label", path)
-        for index, row in enumerate(rows):
+        for number, row in rows:
             if len(row) == len(names) and row[place].strip():
-                yield Record(str(index), row[place].strip(), dict(zip(names, row, strict=True)))
+                yield Record(str(number), row[place].strip(), dict(zip(names, row, strict=True)))
 
 
 def format_of(path: Path) -> Format:

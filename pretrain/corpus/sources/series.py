@@ -18,7 +18,7 @@ import numpy as np
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.packages import Package
-from pretrain.corpus.sources._files import Document, PathLabel, Source, evenly_read, lines_of, path_label
+from pretrain.corpus.sources._files import Document, PathLabel, Source, evenly_read, numbered_lines, path_label
 from pretrain.corpus.sources._paths import located, stamps
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import column, number, rows_of
@@ -26,7 +26,9 @@ from pretrain.corpus.sources._tables import column, number, rows_of
 SUFFIXES = (".csv", ".csv.gz", ".tsv", ".tsv.gz", ".ts", ".ts.gz", ".tsf", ".tsf.gz")
 LARGEST = float(np.finfo(np.float32).max)
 BLOCK = 8  # windows; what overlaps lies inside a block, and a block on one side of the split
-Found = tuple[np.ndarray, dict[str, str]]  # a series (time × channels), and its label
+# Where in its file a series stands (`:LINE`; nothing of one that is the whole file), its values (time × channels) and
+# its label.
+Found = tuple[str, np.ndarray, dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,16 @@ class Series(Source):
 
     def _all(self, skipped: Skipped) -> Iterator[Document]:
         for name, path in located(self.series, self.package, SUFFIXES, skipped):
-            for index, (values_LC, label) in enumerate(self._of(path, skipped)):
+            for index, (at, values_LC, label) in enumerate(self._of(path, skipped)):
                 filled_LC = fill(values_LC)
                 if filled_LC is None:
-                    skipped.add("series without values", f"{name}:{index}")
+                    skipped.add("series without values", f"{name}{at}")
                 elif self.window is None and len(filled_LC) > self.longest:
-                    skipped.add(f"series of more than {self.longest} steps", f"{name}:{index}")
+                    skipped.add(f"series of more than {self.longest} steps", f"{name}{at}")
                 else:
                     _in_range(filled_LC, f"{path}: series {index + 1}")
                     place = label | path_label(path, self.label) | {"domain": self.domain}
-                    for piece_LC, where in self._windows(filled_LC, f"{name}:{index}"):
+                    for piece_LC, where in self._windows(filled_LC, f"{name}{at}"):
                         yield {"series": piece_LC.astype(np.float32).tolist()} | place | where
 
     def _windows(self, values_LC: np.ndarray, name: str) -> Iterator[tuple[np.ndarray, dict[str, str]]]:
@@ -90,22 +92,22 @@ class Series(Source):
     def _of(self, path: Path, skipped: Skipped) -> Iterator[Found]:
         kind = path.name.removesuffix(".gz").rpartition(".")[2]
         if kind in ("ts", "tsf"):
-            yield from archived(lines_of(path, skipped), kind, skipped, path)
+            yield from archived(numbered_lines(path, skipped), kind, skipped, path)
         else:
             yield from self._rows(path, skipped) if self.rows else self._table(path, skipped)
 
     def _rows(self, path: Path, skipped: Skipped) -> Iterator[Found]:
         """Each row is a series of one channel, after its label; empty cells at its end are no part of it."""
-        for row in rows_of(path, skipped)[1]:
+        for line, row in rows_of(path, skipped)[1]:
             while row and not row[-1].strip():
                 row.pop()
             if len(row) > 1:
-                yield np.array([_value(cell) for cell in row[1:]])[:, None], {"label": row[0].strip()}
+                yield f":{line}", np.array([_value(cell) for cell in row[1:]])[:, None], {"label": row[0].strip()}
 
     def _table(self, path: Path, skipped: Skipped) -> Iterator[Found]:
         """Each row is a step."""
         names, rows = rows_of(path, skipped)
-        cells = [row for row in rows if len(row) == len(names)]
+        cells = [row for _, row in rows if len(row) == len(names)]
         time = None if self.time is None else column(names, self.time, "time", path)
         if self.channels:
             chosen = [column(names, name, "channels", path) for name in self.channels]
@@ -115,14 +117,14 @@ class Series(Source):
         if not chosen or not cells:
             skipped.add("tables without columns of numbers", path)
             return
-        yield np.array([[_value(row[i]) for i in chosen] for row in cells]), {}
+        yield "", np.array([[_value(row[i]) for i in chosen] for row in cells]), {}
 
 
-def archived(lines: Iterator[str], kind: str, skipped: Skipped, path: Path) -> Iterator[Found]:
+def archived(lines: Iterator[tuple[int, str]], kind: str, skipped: Skipped, path: Path) -> Iterator[Found]:
     """The cases of a `.ts` file, channels apart by `:` and the class last, or of a `.tsf` file, its values last."""
     head: dict[str, str] = {}
     attributes, data = 0, False
-    for place, line in enumerate(lines, 1):
+    for place, line in lines:
         line = line.strip()
         if not line or line[0] in "#%":
             continue
@@ -133,13 +135,13 @@ def archived(lines: Iterator[str], kind: str, skipped: Skipped, path: Path) -> I
             continue
         try:
             if kind == "tsf":
-                yield _channel(line.split(":", attributes)[attributes])[:, None], {}
+                yield f":{place}", _channel(line.split(":", attributes)[attributes])[:, None], {}
                 continue
             stamped = head.get("timestamps", "false").startswith("true")
             cells = re.split(r":(?![^()]*\))", line) if stamped else line.split(":")
             labelled = any(head.get(name, "false").startswith("true") for name in ("classlabel", "targetlabel"))
             label = {"label": cells.pop().strip()} if labelled else {}
-            yield np.stack([_channel(cell) for cell in cells], axis=1), label
+            yield f":{place}", np.stack([_channel(cell) for cell in cells], axis=1), label
         except (ValueError, IndexError):  # words for numbers, or channels of unequal lengths
             skipped.add("broken series", f"{path}:{place}")
     if not data:

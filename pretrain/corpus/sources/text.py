@@ -18,7 +18,17 @@ from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat, turns_of, written
-from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
+from pretrain.corpus.sources._containers import (
+    READERS,
+    Reader,
+    Row,
+    ending,
+    name_of,
+    no_column,
+    read_json,
+    reader_of,
+    unread,
+)
 from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, read_pieces, size_of
 from pretrain.corpus.sources._paths import Named, Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
@@ -231,7 +241,7 @@ def wrong_of(on_error: OnError, skipped: Skipped) -> Wrong:
     def wrong(where: str, what: str, reason: str, accepted: str) -> None:
         if on_error == "stop":
             raise PretrainError(f"{where}: {what}; accepted: {accepted}, or on_error: skip")
-        skipped.add(reason, where.partition(" (row")[0])
+        skipped.add(reason, name_of(where))
 
     return wrong
 
@@ -295,7 +305,7 @@ def _documents(
     rows: Iterator[Row], name: str, source: Files | HubDataset, skipped: Skipped, wrong: Wrong
 ) -> Iterator[Row]:
     """Documents from rows with columns, each with where it stands."""
-    for number, (where, row) in enumerate(rows):
+    for where, row in rows:
         column = source.text
         if column not in row and column.isdecimal() and int(column) < len(row):  # a column by its number
             column = list(row)[int(column)]
@@ -306,20 +316,20 @@ def _documents(
             continue
         text = row[column]
         if not given(row, column):
-            skipped.add("empty", where.partition(" (row")[0])
+            skipped.add("empty", name_of(where))
             continue
         required = source.required if isinstance(source, Files) else ()
         absent = next((name for name in required if not given(row, name)), None)
         if absent is not None:
-            skipped.add(f"rows without {absent}", where.partition(" (row")[0])
+            skipped.add(f"rows without {absent}", name_of(where))
             continue
         if isinstance(source, Files) and not _of_numbers(row, source.numbers, where, wrong):
             continue
-        place = f"{name}:{number}"
+        place = name_of(where)
         if is_chat(text):
             answers = list(_answers(text, source, row, name, place))
             if not answers:
-                skipped.add("conversations without an answer", where.partition(" (row")[0])
+                skipped.add("conversations without an answer", name_of(where))
             yield from ((where, answer) for answer in answers)
             continue
         if not isinstance(text, str):
@@ -328,7 +338,7 @@ def _documents(
         try:
             text.encode()
         except UnicodeEncodeError:  # half of a character, as broken JSON holds
-            skipped.add("not UTF-8", where.partition(" (row")[0])
+            skipped.add("not UTF-8", name_of(where))
             continue
         rest = {k: v for k, v in row.items() if k not in (column, "text", "domain", "id")}
         facts = {"text": text, "domain": _domain(source, row, name), "id": str(row.get("id", place))}
