@@ -19,18 +19,8 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.files import atomic_text, output_file
 from pretrain.core.folders import near
 from pretrain.core.foreign.paths import expanded
-from pretrain.corpus.sources._containers import (
-    READERS,
-    Row,
-    ending,
-    has_bad_bytes,
-    lines,
-    name_of,
-    no_column,
-    reader_of,
-    unread,
-)
-from pretrain.corpus.sources._files import Wrong
+from pretrain.corpus.sources._containers import READERS, Row, ending, has_bad_bytes, lines, no_column, reader_of, unread
+from pretrain.corpus.sources._files import Wrong, name_of
 from pretrain.corpus.sources._paths import is_secret
 from pretrain.corpus.sources._skipped import Skipped
 

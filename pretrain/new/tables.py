@@ -10,8 +10,8 @@ from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
 from pretrain.corpus.sources._chat import is_chat
-from pretrain.corpus.sources._containers import ending, name_of, reader_of
-from pretrain.corpus.sources._files import Document, given
+from pretrain.corpus.sources._containers import ending, reader_of
+from pretrain.corpus.sources._files import Document, given, name_of
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import is_number, number
 from pretrain.new.faults import Broken, Fault, contradicting, headless, lacking, remedy, unnumbered, unreadable

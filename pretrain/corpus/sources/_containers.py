@@ -7,7 +7,6 @@ read is told to `wrong`, which raises, or counts it and lets the reader go on.
 from __future__ import annotations
 
 import csv
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -363,11 +362,6 @@ def reader_of(path: Place, header: bool | None = None) -> Reader | None:
     """What reads the rows of a file, by its ending; `header` says of a CSV whether it has one, where that is known."""
     reader = READERS.get(ending(path))
     return partial(read_csv, header=header) if reader is read_csv else reader
-
-
-def name_of(where: str) -> str:
-    """The name of a document of a table, as its id and every message have it: `FILE:LINE`, `FILE, row N`."""
-    return re.sub(r" \(row \d+\)$", "", where)
 
 
 def no_column(column: str, row: Document) -> str:

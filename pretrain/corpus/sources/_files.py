@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, asdict
 from pathlib import Path
@@ -41,6 +42,11 @@ def given(row: Mapping[str, object], column: str) -> bool:
     if isinstance(value, str):
         return bool(value.strip())
     return value is not None and not (isinstance(value, float) and math.isnan(value))
+
+
+def name_of(where: str) -> str:
+    """The name of a document of a table, as its id and every message have it: `FILE:LINE`, `FILE, row N`."""
+    return re.sub(r" \(row \d+\)$", "", where)
 
 
 def size_of(paths: Iterable[Path]) -> Size:

@@ -18,18 +18,8 @@ from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat, turns_of, written
-from pretrain.corpus.sources._containers import (
-    READERS,
-    Reader,
-    Row,
-    ending,
-    name_of,
-    no_column,
-    read_json,
-    reader_of,
-    unread,
-)
-from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, read_pieces, size_of
+from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
+from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, name_of, read_pieces, size_of
 from pretrain.corpus.sources._paths import Named, Taken, below, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import extent, is_number
