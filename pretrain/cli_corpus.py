@@ -13,7 +13,9 @@ from pretrain.core.quick.quantities import counted, duration, short
 from pretrain.corpus.look.glance import SECONDS
 
 if TYPE_CHECKING:
-    from pretrain.corpus.look.summary import Kind, Sample, Summary
+    from pathlib import Path
+
+    from pretrain.corpus.look.summary import Columns, Kind, Sample, Summary
 
 WIDEST = 10  # kinds, domains and languages that a line lists
 LINES = 8  # of a document
@@ -27,11 +29,14 @@ def corpus(
     seconds: Annotated[
         Annotated[float, Ge(0.1)], typer.Option(help="Read for so long at most; of more a sample is read.")
     ] = SECONDS,
+    text: Annotated[
+        str | None, typer.Option(help="The column of tables' texts; by default `text`, or one that holds texts.")
+    ] = None,
 ) -> None:
     """Summarize a folder of files, or a corpus: kinds, lengths, languages, copies, what is passed over, samples."""
     from pretrain.corpus.look.summary import summarized
 
-    summary = summarized(place, seconds, lambda text: typer.echo(text, err=True))
+    summary = summarized(place, seconds, lambda line: typer.echo(line, err=True), _columns(text))
     if as_json:
         typer.echo(json.dumps(summary, indent=2, ensure_ascii=False))
         return
@@ -47,10 +52,26 @@ def corpus(
         _show(sample)
 
 
+def _columns(text: str | None) -> Columns:
+    """What tells the column of a table's texts, as `pretrain new` does, and whether its first row names its columns."""
+    from pretrain.new.tables import Table, text_column
+
+    known: dict[tuple[str, ...], Table] = {}
+
+    def columns(path: Path, name: str) -> tuple[str, bool | None]:
+        table = text_column(path, name, text, known)
+        return table.text, table.header
+
+    return columns
+
+
 def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
     read, copies = summary["read"], summary["copies"]
     if not summary["corpus"]:
         yield "kinds", _kinds(summary["kinds"])
+    if names := summary["columns"]:
+        first = ", ".join(f"{column} of {name}" for name, column in list(names.items())[:NAMES])
+        yield "texts", f"in {first}{', …' if len(names) > NAMES else ''} (--text takes another column)"
     yield "documents", f"{read['documents']:,}, {short(read['text_bytes'], 'B')} of text"
     if not read["whole"]:
         about = f", about {read['expected']:,} in all" if read["expected"] else ""

@@ -18,6 +18,7 @@ from pretrain.records import StageRecord
 from pretrain.stages import Stage
 from pretrain.stages._estimates import Estimate, Left, left_in
 from pretrain.stages._preflight import (
+    SECONDS,
     Seen,
     check_columns,
     check_domains,
@@ -106,8 +107,11 @@ def warnings(forecasts: Sequence[Forecast], note: bool = False) -> list[str]:
     return [f"stage {name!r}: {odd.text}" for name, odd in ahead if odd.note == note]
 
 
-def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
-    """Look at the documents of stages that are to run; refuses what cannot work, and gives a line for what is odd."""
+def check_documents(recipe: Recipe, planned: Sequence[Planned], seconds: float = SECONDS) -> list[str]:
+    """Look at the documents of stages that are to run; refuses what cannot work, and gives a line for what is odd.
+
+    `seconds` are of reading the sources of each stage.
+    """
     seen: dict[str, Seen] = {}
     lines: list[str] = []
     stages = {item.stage.name: item.stage for item in planned}
@@ -115,7 +119,7 @@ def check_documents(recipe: Recipe, planned: Sequence[Planned]) -> list[str]:
         stage = item.stage
         try:
             if isinstance(stage, Data) and not item.finished:
-                seen[stage.name] = seen_in_sources(stage, _corpus_before(item, seen))
+                seen[stage.name] = seen_in_sources(stage, _corpus_before(item, seen), seconds)
                 lines += [f"stage {stage.name!r}: {line}" for line in seen[stage.name].odd]
             elif not item.finished and "corpus" in item.inputs and (columns_asked(stage) or domains_asked(stage)):
                 corpus = str(stage.references().get("corpus", ""))

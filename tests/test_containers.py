@@ -182,7 +182,7 @@ BAD = {
     "csv quote": ("x.csv", b'text,n\na,1\nc,3\n"b,2\n', r"x.csv:4: no row of a table \(unexpected end", "x.csv:4", "bad lines"),
     "jsonl line": ("x.jsonl", b'{"text": "a"}\n\n{"text": \n{"text": "c"}\n', r"x.jsonl:3: not JSON", "x.jsonl:3", "bad lines"),
     "jsonl bytes": ("x.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n{"text": "c"}\n', r"x.jsonl:2: byte 0xff", "x.jsonl:2", "lines with bad bytes"),
-    "jsonl column": ("x.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n{"text": "c"}\n', r"x.jsonl:3 \(row 2\): no column 'text' \(did you mean 'txt'", "x.jsonl:3", "rows without the column"),
+    "jsonl column": ("x.jsonl", b'{"text": "a"}\n\n{"txt": "b"}\n{"text": "c"}\n', r"x.jsonl:3 \(row 2\): no column 'text' \(did you mean 'txt'", "x.jsonl:3", "rows without the column 'text'"),
     "jsonl type": ("x.jsonl", b'{"text": "a"}\n{"text": 3}\n{"text": "c"}\n', r"x.jsonl:2 \(row 2\): column 'text' is int, not text", "x.jsonl:2", "rows without text"),
     "array item": ("x.json", b'["a", 4, "c"]', r"x.json, item 2: int", "x.json, item 2", "bad items"),
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import sys
 
@@ -131,3 +132,39 @@ def test_one_of_a_reason_is_said_in_the_singular(folder):
     put(folder / "in.zip", zipped({"a.zip": b"", "../b.txt": b"x"}))
     shown = CliRunner().invoke(app, ["corpus", str(folder)])
     assert "1 archive in archives" in shown.output and "1 name that lead" in shown.output
+
+
+def packages(path):
+    """A table without a column `text`: names, texts with line ends, one of five sections."""
+    rows = [(f"p{n}", f"a package\nthat does the thing number {n}", "abcde"[n % 5]) for n in range(40)]
+    with open(path, "w", newline="") as file:
+        csv.writer(file).writerows([("name", "description", "section"), *rows])
+    return path
+
+
+def test_the_column_of_a_tables_texts_is_guessed_and_told_and_may_be_named(tmp_path):
+    path = packages(tmp_path / "p.csv")
+    shown = CliRunner().invoke(app, ["corpus", str(path)])
+    assert shown.exit_code == 0 and "documents   40, " in shown.output and "passed over" not in shown.output
+    assert f"texts       in description of {path} (--text takes another column)" in shown.output
+    printed = json.loads(CliRunner().invoke(app, ["corpus", str(path), "--json", "--text", "name"]).output)
+    assert printed["columns"] == {str(path): "name"} and printed["read"]["documents"] == 40
+    assert {sample["text"][0] for sample in printed["samples"]} == {"p"}
+    lines = {sample["id"] for sample in printed["samples"]}
+    assert lines <= {f"{path}:{2 * n + 2}" for n in range(40)}
+
+
+def test_a_column_that_is_not_there_is_named_with_those_that_are(tmp_path):
+    path = packages(tmp_path / "p.csv")
+    done = CliRunner().invoke(app, ["corpus", str(path), "--text", "descriptoin"])
+    assert isinstance(done.exception, PretrainError)
+    message = str(done.exception)
+    assert "--text 'descriptoin'" in message and "did you mean 'description'" in message
+    assert message.endswith("accepted: name, description, section")
+    put(tmp_path / "n.csv", "a,b\nx1,2\nx3,4\n")
+    with pytest.raises(PretrainError, match="n.csv: no column holds texts; accepted: --text with one of a, b"):
+        CliRunner().invoke(app, ["corpus", str(tmp_path / "n.csv")], catch_exceptions=False)
+    both = CliRunner().invoke(app, ["corpus", str(tmp_path)])  # among others it is told, and passed over
+    assert both.exit_code == 0 and "documents   40, " in both.output
+    assert "n.csv: no column holds texts; accepted: --text with one of a, b" in both.stderr
+    assert "2 rows without the column 'text' (" in both.stdout

@@ -15,6 +15,8 @@ from pretrain.cli import app
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.sources import Skipped, read
 from pretrain.engine import run
+from pretrain.forecast import check_documents
+from pretrain.identity import plan
 from pretrain.recipe import load
 from pretrain.stages.data import build_source
 
@@ -332,3 +334,32 @@ def test_a_warning_names_the_recipe_by_the_file_that_is_written(here):
     assert "warning: more.of.it.yaml:" in printed and "holds one label" in printed
     number = int(printed.partition("more.of.it.yaml:")[2].partition(":")[0])
     assert "label" in Path("more.of.it.yaml").read_text().splitlines()[number - 1]
+
+
+def many_labels(count, path="many.csv"):
+    """Texts of which some have none, with some hundred labels."""
+    rng = random.Random(0)
+    rows = [(f"{words(rng)} {n}" if n % 50 else "", f"label {rng.randrange(count // 4)}") for n in range(count)]
+    write(path, ("text", "owner"), rows)
+    return rows
+
+
+@pytest.mark.parametrize("count", [3_000, 10_800])
+def test_one_number_of_labels_is_told_and_of_which_rows(here, count):
+    rows = many_labels(count)
+    printed = new("many.csv", "--label", "owner", "--task", "classify")
+    labels = len({label for text, label in rows[:10_000] if text})
+    of = " (of the first 10,000 rows)" if count > 10_000 else ""
+    assert f"texts in text, {labels:,} labels in owner{of}\n" in printed and f"rows of each label{of}: " in printed
+    assert f"'owner' has {labels:,} labels, " in printed and printed.count(f"{labels:,} labels") == 2
+
+
+def test_what_is_said_of_labels_before_a_training_says_of_which_rows(monkeypatch, here):
+    from pretrain.stages import _preflight
+
+    many_labels(800)
+    new("many.csv", "--label", "owner", "--task", "classify")
+    monkeypatch.setattr(_preflight, "ROWS", 100)
+    recipe = load("many.yaml")
+    (line,) = check_documents(recipe, plan(recipe))
+    assert "different values in the first 100 rows: " in line

@@ -15,6 +15,7 @@ from pretrain.new.plans import MEASURED, Asked, recipe
 from pretrain.recipe import check
 
 RARER = {MEASURED: 0.1, 0.1: 0.2, 0.2: 0.5, 0.5: 0.0}  # shares of a training between two measurements
+LOOK = 5.0  # seconds of reading: all the rows that the table was told by
 PASSES = {"pretrain": MOST_PASSES, "continue": NEARLY_NEW}  # more teach little, or make it forget the rest
 
 
@@ -35,7 +36,7 @@ def fitted(asked: Asked, where: str) -> tuple[str, list[str]]:
                 break
             asked = other
         try:
-            odd = check_documents(loaded, planned)
+            odd = check_documents(loaded, planned, LOOK)
         except PretrainError as error:
             odd = [str(error)]
     return text, [*odd, *warnings(expected)]

@@ -140,6 +140,23 @@ def read_table(
     )  # fmt: skip
 
 
+def text_column(path: Path, name: str, text: str | None, known: dict[tuple[str, ...], Table]) -> Table:
+    """The table with the column of its texts: `text`, or by default that of the name, else one that is guessed.
+
+    Only as much as is needed is read; `known` are guesses of before, by the columns. Raises `PretrainError` where it
+    has no such column, or none that holds texts.
+    """
+    reader = reader_of(path)
+    assert reader is not None, "it was seen to be a table"
+    row = next((row for _, row in reader(path, name, text or "text", lambda *each: None, Skipped())), {})
+    columns = tuple(row)
+    if (text or "text") in columns:
+        return Table(columns, 0, False, "prose", text or "text")
+    if columns not in known:
+        known[columns] = read_table(path, name, text=text)
+    return known[columns]
+
+
 def _guessed(seen: Table, rows: Rows, name: str, text: str | None, label: str | None) -> Table:
     """What the columns are taken for."""
     pair, table = seen.pair, None
@@ -241,10 +258,12 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
         )
     numeric = _is_numeric(values, NUMBERS if label is None else HALF)
     kind = "regress" if numeric and _is_quantity(values) else "classify"
+    named_all = (column, *(pair[1:] if pair else ()), chosen)
+    whole = [row for row in rows if all(given(row, name) for name in named_all)]  # those that are documents
     doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
     return replace(
         seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, doubts=doubts, numeric=numeric,
-        counts=tuple(Counter(map(str, values)).most_common()),
+        counts=tuple(Counter(str(row[chosen]) for row in whole).most_common()),
     )  # fmt: skip
 
 

@@ -37,10 +37,15 @@ def columns(kind: str, look: Look) -> str:
     if kind == "chat":
         return f"conversations in {table.text}" if table.talk else f"prompts in {table.text}, answers in {table.label}"
     if kind == "classify":
-        return f"{text}, {counted(table.classes, 'label')} in {table.label}"
+        return f"{text}, {counted(table.classes, 'label')} in {table.label}{looked_at(table)}"
     return {"regress": f"{text}, numbers in {table.label}", "tag": f"{text}, a tag a word in {table.label}"}.get(
         kind, text
     )
+
+
+def looked_at(table: Table) -> str:
+    """Which rows were looked at, where these are not all."""
+    return "" if table.whole else f" (of the first {table.rows:,} rows)"
 
 
 def unused(table: Table) -> str:
@@ -63,7 +68,7 @@ def labels(table: Table) -> str:
     counts = [f"{name!r} {count:,}" for name, count in table.counts]
     if len(counts) > LABELS:
         counts = [*counts[: LABELS // 2], "…", *counts[-LABELS // 2 :]]
-    return f"rows of each label: {', '.join(counts)}"
+    return f"rows of each label{looked_at(table)}: {', '.join(counts)}"
 
 
 def commented(words: str) -> str:

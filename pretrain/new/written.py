@@ -21,7 +21,7 @@ from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
 from pretrain.new.tables import MOST_CLASSES, OWN, Table
-from pretrain.new.words import contents, labels, unused
+from pretrain.new.words import contents, labels, looked_at, unused
 
 NAMED, HEAD = re.compile(r"^name: *['\"]?([\w.-]+)", re.M), 10_000  # of a recipe, in so many bytes
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
@@ -276,9 +276,9 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         notes.append(f"the label may as well be {' or '.join(table.doubts)}: --label")
     if table is not None and table.rare and asked.task == "classify":
         some = ", ".join(map(repr, table.rare[:3])) + (", …" if len(table.rare) > 3 else "")
-        looked = "" if table.whole else f" of the first {table.rows:,}"
         notes.append(
-            f"a single row{looked} has the label {some}: too few to learn it and to measure it; merge or drop such rows"
+            f"a single row{looked_at(table)} has the label {some}: too few to learn it and to measure it; merge or "
+            "drop such rows"
         )
     if table is not None and (table.unread or table.beside):
         notes.append(f"not read: {unused(table)}")

@@ -32,7 +32,7 @@ from pretrain.stages.data import Data
 if TYPE_CHECKING:
     from pretrain.stages import Stage
 
-ROWS = 2000  # of each table
+ROWS = 10_000  # of each table, as many as `pretrain new` looks at
 SECONDS = 0.5
 SHORT = 60  # letters of a label
 FEW, MANY = 5, 20  # rows of a label, of so many labels
@@ -55,43 +55,44 @@ class Seen:
     domains: tuple[str, ...] | None = None  # None: not all are known
     places: dict[tuple[str, str], str] = field(default_factory=dict)  # where a column first has a value, in a file
     held_out: tuple[str, ...] = ()  # domains of a corpus's held-out documents alone
+    rows: int = 0  # of tables, that were looked at
 
 
-def seen_in_sources(stage: Data, before: Seen | None = None) -> Seen:
+def seen_in_sources(stage: Data, before: Seen | None = None, seconds: float = SECONDS) -> Seen:
     """Read the beginnings of files; raises `PretrainError` for what the stage would fail at.
 
-    `before` is what is known of the corpus that the stage goes on with.
+    `before` is what is known of the corpus that the stage goes on with; `seconds` are of reading.
     """
     columns: dict[str, None] = {}
     domains: list[tuple[str, ...] | None] = [operation.brings for operation in stage.operations]
     values: dict[str, Counter[str]] = {}
     odd: list[str] = []
     places: dict[tuple[str, str], str] = {}
-    glance, known, whole = Glance(SECONDS), True, True
+    glance, known, whole, rows = Glance(seconds), True, True, 0
     for number, source in enumerate(stage.sources):
         domains.append(source.domains())
         if not isinstance(source, Files) or source.package is not None or "://" in source.files:
             known = whole = False
             continue
-        counts, skipped, complete = Counter[str](), Skipped(), True
+        taken, skipped, complete = 0, Skipped(), True
         names: dict[str, None] = {}
         try:
             for where, document in source.placed(skipped, rows=ROWS):
                 columns |= dict.fromkeys(document)
                 names[str(document["domain"])] = None
-                counts[where.partition(":")[0].partition(", row")[0]] += 1
+                taken += 1
                 for name, value in _count(values, document):
                     places.setdefault((name, value), where)
                 if glance.enough(sum(len(value) for value in document.values() if isinstance(value, str | bytes))):
                     complete = False
                     break
-            odd += _left_out(source, skipped, counts.total())
-            if complete and not counts and len(stage.sources) == 1 and not stage.corpus:
+            odd += _left_out(source, skipped, taken)
+            if complete and not taken and len(stage.sources) == 1 and not stage.corpus:
                 why = f" (passed over: {skipped})" if skipped.reasons else ""
                 raise PretrainError(f"{source.files}: no documents{why}; accepted: at least one that is not empty")
         except PretrainError as error:
             raise PretrainError(str(error), place=("sources", number)) from error
-        complete = complete and all(count < ROWS for count in counts.values())
+        complete, rows = complete and not skipped.begun, rows + skipped.rows
         domain = source.domain  # which may be a column's name; of so many rows in a row none has one
         domains[-1] = tuple(names) if complete or (domain and set(names) == {domain}) else None
         whole = whole and complete
@@ -101,7 +102,8 @@ def seen_in_sources(stage: Data, before: Seen | None = None) -> Seen:
     if stage.corpus or any(op.adds or ".rewriting" in info(op.name).module for op in stage.operations):
         known = False  # which columns there are is known when these have run
     every = None if None in domains else tuple(dict.fromkeys(chain.from_iterable(filter(None, domains))))
-    return Seen(tuple(columns) if known and columns else None, values, whole, tuple(odd), every, places)
+    named = tuple(columns) if known and columns else None
+    return Seen(named, values, whole, tuple(odd), every, places, rows=rows)
 
 
 def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
@@ -109,7 +111,7 @@ def _left_out(source: Files, skipped: Skipped, taken: int) -> Iterator[str]:
     lacking = {reason: count for reason, count in skipped.reasons.items() if reason.startswith("rows without")}
     rows = sum(lacking.values())
     if rows and not taken:
-        if "rows without the column" in lacking:
+        if any(reason.startswith("rows without the column ") for reason in lacking):
             try:
                 next(replace(source, on_error="stop").placed(Skipped(), rows=ROWS), None)
             except PretrainError as error:
@@ -243,7 +245,7 @@ def check_columns(stage: Stage, seen: Seen) -> Iterator[str]:
             if learnt == "regression":
                 _check_numbers(columns[-1], counts, seen, place)
             elif learnt == "classification":
-                yield from _labels(columns[-1], counts, seen.whole, place)
+                yield from _labels(columns[-1], counts, None if seen.whole else seen.rows, place)
 
 
 def labels_asked(stage: Stage) -> list[str]:
@@ -297,27 +299,30 @@ def _check_numbers(column: str, counts: Counter[str], seen: Seen, place: tuple[s
     )
 
 
-def _labels(column: str, counts: Counter[str], whole: bool, place: tuple[str | int, ...]) -> Iterator[str]:
-    """What is wrong with the values of a column of labels."""
+def _labels(column: str, counts: Counter[str], first: int | None, place: tuple[str | int, ...]) -> Iterator[str]:
+    """What is wrong with the values of a column of labels, of the `first` rows, or of all."""
+    rows = sum(counts.values())
+    whole, among = (True, f"{rows:,} rows") if first is None else (False, f"the first {first or rows:,} rows")
+    of = "" if whole else f" (of {among})"
     if empty := counts.get(""):
-        few = counted(empty, "row")
+        few = f"{counted(empty, 'row')}{of}"
         yield f"{few} without {column!r}, which is learnt like a label; required: [{column}] passes them over"
     if whole and len(counts) < 2:
         only = next(iter(counts))
         raise PretrainError(f"column {column!r} holds one label, {shown(only)}; accepted: 2 or more", place=place)
-    rows = sum(counts.values())
     singles = sorted(name for name, count in counts.items() if count == 1)
     if len(counts) > rows / 2 and rows >= 8:
-        yield f"{column!r} has {len(counts):,} different values in {rows:,} rows: names of rows rather than labels"
+        yield f"{column!r} has {len(counts):,} different values in {among}: names of rows rather than labels"
     elif len(counts) > max(MANY, rows / FEW):
-        yield f"{column!r} has {len(counts):,} labels, {rows / len(counts):.1f} rows each: few to learn a label from"
+        few = f"{rows / len(counts):.1f} rows each{of}"
+        yield f"{column!r} has {len(counts):,} labels, {few}: few to learn a label from"
     elif singles and whole:
         some = ", ".join(map(shown, singles[:3])) + (", …" if len(singles) > 3 else "")
         what = "labels have a single row each" if len(singles) > 1 else "label has a single row"
         yield f"{len(singles):,} {what} ({some}): it can be learnt or measured, and not both; merge or drop them"
     short = {name: count for name, count in counts.items() if len(name) <= SHORT}
     for line in doubtful(column, short):
-        yield line if whole else f"{line} (of the first {rows:,} rows)"
+        yield line + of
 
 
 def text_of(entry: dict[str, object], before: list[dict[str, object]]) -> str:

@@ -10,7 +10,7 @@ import hashlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from random import Random
 from typing import TypedDict
@@ -24,7 +24,7 @@ from pretrain.corpus.look.glance import SECONDS
 from pretrain.corpus.minhash import copies
 from pretrain.corpus.progress import reported
 from pretrain.corpus.sources import Document, Files, Skipped
-from pretrain.corpus.sources._containers import ending
+from pretrain.corpus.sources._containers import READERS, ending
 from pretrain.corpus.store import SPLITS, Corpus, opened_part
 
 DRAWN = 1000  # documents that are compared with one another, of which some are shown
@@ -34,6 +34,7 @@ THRESHOLD = 0.8  # alike are near-duplicates, as for a data stage
 SAMPLES, SHOWN = 3, 400  # documents that are shown, and characters of each
 LEVELS = (0, 5, 25, 50, 75, 95, 100)  # percent of the documents that are at most so long
 MOST_KINDS = 20
+TABLES = [name for name in READERS if name not in (".ipynb", ".json")]  # which is settings, more often than not
 
 
 class Kind(TypedDict):
@@ -89,6 +90,7 @@ class Summary(TypedDict):
     files: int
     bytes: int
     kinds: dict[str, Kind]
+    columns: dict[str, str]  # of tables whose texts are in another column than `text`: which
     splits: dict[str, int]  # of a stored corpus
     removed: dict[str, int]  # likewise: by whom how many documents were left out
     read: Read
@@ -98,6 +100,10 @@ class Summary(TypedDict):
     copies: Copies
     passed_over: dict[str, dict[str, str | int | list[str]]]
     samples: list[Sample]
+
+
+# Of a table the column of its texts, and whether its first row names its columns where that is known.
+Columns = Callable[[Path, str], tuple[str, bool | None]]
 
 
 @dataclass
@@ -131,11 +137,14 @@ class _Seen:
             self.drawn[place : place + 1] = [row]
 
 
-def summarized(place: str, seconds: float = SECONDS, say: Callable[[str], None] = lambda text: None) -> Summary:
+def summarized(
+    place: str, seconds: float = SECONDS, say: Callable[[str], None] = lambda text: None,
+    columns: Columns = lambda path, name: ("text", None),
+) -> Summary:  # fmt: skip
     """Look at a folder, a file, a glob or a URL, at a corpus that a data stage has made, or at a run's last one.
 
-    `seconds` bound the reading; `say` is told every half minute how far it is. Raises `PretrainError` where there is
-    nothing to look at.
+    `seconds` bound the reading; `say` is told every half minute how far it is, and of tables without texts; `columns`
+    tells of a table where they are. Raises `PretrainError` where there is nothing to look at.
     """
     folder = corpus_at(place)
     if folder is not None:
@@ -149,10 +158,13 @@ def summarized(place: str, seconds: float = SECONDS, say: Callable[[str], None] 
         kind = kinds.setdefault(ending(path) or "none", {"files": 0, "bytes": 0})
         kind["files"], kind["bytes"] = kind["files"] + 1, kind["bytes"] + sizes[name]
     order = Random(0).sample(files, len(files))
-    count, read = 0, 0
+    count, read, texts = 0, 0, dict[str, str]()
     for name, path in reported(order, say, "files read"):
         before = seen.size
-        whole = _until(source.inside(name, path, skipped, alone=len(files) == 1), seen, skipped, begun + seconds)
+        table = _table(source, path, name, columns, len(files) == 1, say)
+        if table.text != source.text:
+            texts[name] = table.text
+        whole = _until(table.inside(name, path, skipped, alone=len(files) == 1), seen, skipped, begun + seconds)
         read += sizes[name] if whole else min(sizes[name], seen.size - before)
         count += whole
         if not whole or time.monotonic() > begun + seconds:
@@ -161,8 +173,22 @@ def summarized(place: str, seconds: float = SECONDS, say: Callable[[str], None] 
     ordered = dict(sorted(kinds.items(), key=lambda item: (-item[1]["bytes"], item[0])))
     return {
         "place": place, "corpus": "", "files": len(files), "bytes": sum(sizes.values()), "kinds": ordered,
-        "splits": {}, "removed": {}, "passed_over": skipped.facts(), **_measured(seen, facts),
+        "columns": texts, "splits": {}, "removed": {}, "passed_over": skipped.facts(), **_measured(seen, facts),
     }  # fmt: skip
+
+
+def _table(source: Files, path: Path, name: str, columns: Columns, alone: bool, say: Callable[[str], None]) -> Files:
+    """The source with the columns of a table; of one without texts among others a line says so."""
+    if ending(path) not in TABLES:
+        return source
+    try:
+        text, header = columns(path, name)
+    except PretrainError as error:
+        if alone:
+            raise
+        say(str(error))
+        return source
+    return replace(source, text=text, header=header)
 
 
 def _of_corpus(place: str, corpus: Corpus, seconds: float, say: Callable[[str], None]) -> Summary:
@@ -179,7 +205,7 @@ def _of_corpus(place: str, corpus: Corpus, seconds: float, say: Callable[[str], 
     return {
         "place": place, "corpus": str(corpus.folder), "files": len(paths), "bytes": size,
         "kinds": {".parquet": {"files": len(paths), "bytes": size}} if paths else {},
-        "splits": dict(info["documents"]), "removed": dict(info.get("removed") or {}),
+        "columns": {}, "splits": dict(info["documents"]), "removed": dict(info.get("removed") or {}),
         "passed_over": dict(info.get("passed_over") or {}), **_measured(seen, facts),
     }  # fmt: skip
 

@@ -39,6 +39,8 @@ class Skipped:
         self.longest = longest  # characters of a document, a line or a cell
         self.reasons: dict[str, int] = {}
         self.names: dict[str, list[str]] = {}
+        self.rows = 0  # of tables, that were read
+        self.begun: list[str] = []  # tables of which only the first rows were asked for, and that have more
 
     def add(self, reason: str, name: str | Path = "") -> None:
         """One more; `name` is a file, or a place in one: `FILE:LINE`."""

@@ -123,8 +123,10 @@ class Files(Source):
                 if self._fit(document["text"], "", where, skipped, alone and where == name):
                     yield where, document | {"domain": domain}
         elif (reader := self._table(path)) is not None and not self._is_text(path, reader, skipped.longest):
-            read = islice(reader(path, name, self.text, wrong, skipped), rows)
-            yield from _documents(read, name, self, skipped, wrong)
+            read = reader(path, name, self.text, wrong, skipped)
+            yield from _documents(_counted(islice(read, rows), skipped), name, self, skipped, wrong)
+            if rows is not None and next(read, None) is not None:
+                skipped.begun.append(name)
         else:
             for number, (text, whole) in enumerate(read_pieces(path, skipped, wrong, name)):
                 if not self._fit(text, ending(path), name, skipped, alone):
@@ -302,7 +304,7 @@ def _documents(
         if column not in row:
             columns = ", ".join(sorted(row)) or "an object with columns"
             as_text = ", or tables: text to read the file as it stands" if isinstance(source, Files) else ""
-            wrong(where, no_column(column, row), "rows without the column", f"{columns}{as_text}")
+            wrong(where, no_column(column, row), f"rows without the column {column!r}", f"{columns}{as_text}")
             continue
         text = row[column]
         if not given(row, column):
@@ -333,6 +335,12 @@ def _documents(
         rest = {k: v for k, v in row.items() if k not in (column, "text", "domain", "id")}
         facts = {"text": text, "domain": _domain(source, row, name), "id": str(row.get("id", place))}
         yield where, facts | rest
+
+
+def _counted(rows: Iterator[Row], skipped: Skipped) -> Iterator[Row]:
+    for row in rows:
+        skipped.rows += 1
+        yield row
 
 
 def _of_numbers(row: Document, columns: tuple[str, ...], where: str, wrong: Wrong) -> bool:
