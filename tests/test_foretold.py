@@ -157,8 +157,23 @@ def test_a_size_that_cannot_be_trained_in_its_time_is_told_early_with_the_comman
     assert f"chooses width {other.width}, {other.depth} block" in told and f"vocabulary {other.vocabulary:,}:" in told
     assert other.weights < sizes[0].choice.shape.weights
     summary = summarise(collect(tmp_path / "run"))
-    assert "for such a speed" in summary.advice, "no word that the FLOPs beside it are those that were made"
+    assert (
+        "If the machine will stay as slow, train a smaller model, since this one was sized for more" in summary.advice
+    )
     assert made["planned"]["instead"]["size"] in summary.advice and "--set model.budget.flops=" in summary.command
+
+
+@pytest.mark.parametrize(("flops", "less"), [("1.2e12", True), ("2e12", False)])
+def test_the_advice_of_a_smaller_size_says_why_and_what_its_budget_is(flops, less):
+    page = planned(1.7e12, {"seconds": 240})
+    name = page["stages"][0]["name"]
+    changes = {f"{name}.budget.flops": flops}
+    page["stages"][0]["planned"]["instead"] = {"size": "width 64, 2 blocks, vocabulary 512", "changes": changes}
+    summary = summarise(page)
+    assert "than the machine makes in this time: width 64, 2 blocks, vocabulary 512. The budget below" in summary.advice
+    assert f"{float(flops) / 1e12:g} T FLOPs are what that size makes here in about the same time" in summary.advice
+    assert ("(less than this run made: small matrices are multiplied at fewer FLOP/s):" in summary.advice) == less
+    assert f"--set {name}.budget.flops={flops}" in summary.command
 
 
 @pytest.mark.parametrize("share", [0.5, 0.1, 0.02])

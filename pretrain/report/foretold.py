@@ -40,10 +40,14 @@ def again(model: StageRow) -> tuple[str, Mapping[str, object]]:
     """
     planned: Made = model.get("planned") or {"flops": 0.0, "steps": 0.0}
     if other := planned.get("instead"):
+        flops = max(map(float, other["changes"].values()))
+        less = flops < (model.get("flops") or 0.0)
         words = (
-            "Next: the same recipe again on a quiet machine, with a thread for each core (OMP_NUM_THREADS); or, where "
-            f"it stays as busy, the size that the dial chooses for such a speed, {other['size']}, with the FLOPs that "
-            "it comes to in the same time (fewer than were made where its smaller products go slower):"
+            "Next: run the same recipe again on a quiet machine, with a thread for each core (OMP_NUM_THREADS). If the "
+            "machine will stay as slow, train a smaller model, since this one was sized for more FLOPs than the machine "
+            f"makes in this time: {other['size']}. The budget below makes the dial choose it: {short(flops)} FLOPs are "
+            "what that size makes here in about the same time"
+            + (" (less than this run made: small matrices are multiplied at fewer FLOP/s):" if less else ":")
         )
         return words, other["changes"]
     words = (
