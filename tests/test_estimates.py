@@ -199,6 +199,14 @@ def test_a_dry_run_ends_with_a_total_and_says_how_often_the_corpus_is_read(tmp_p
     assert done.exit_code == 0, done.output
     assert "passes" in done.output and "total" in done.output
     assert "warning: stage 'model': the corpus is read" in done.output
+    rows = {line.split()[0]: line for line in done.output.splitlines() if line.split()}
+    small_disk = next(
+        e.estimate.disk_bytes
+        for e in forecast(plan(load(recipe, options, tmp_path / "run")))
+        if e.item.stage.name == "samples"
+    )
+    assert small_disk < 64e3 and "<64 kB" in rows["samples"], "plans hold within 64 kB, so they tell no less apart"
+    assert "<64 kB" not in rows["corpus"] and "<" not in rows["total"]
 
 
 ODD = {

@@ -170,7 +170,7 @@ def test_the_advice_of_a_smaller_size_says_why_and_what_its_budget_is(flops, les
     changes = {f"{name}.budget.flops": flops}
     page["stages"][0]["planned"]["instead"] = {"size": "width 64, 2 blocks, vocabulary 512", "changes": changes}
     summary = summarise(page)
-    assert "than the machine makes in this time: width 64, 2 blocks, vocabulary 512. The budget below" in summary.advice
+    assert "than it makes in this time: width 64, 2 blocks, vocabulary 512. The budget below" in summary.advice
     assert f"{float(flops) / 1e12:g} T FLOPs are what that size makes here in about the same time" in summary.advice
     assert ("(less than this run made: small matrices are multiplied at fewer FLOP/s):" in summary.advice) == less
     assert f"--set {name}.budget.flops={flops}" in summary.command

@@ -6,6 +6,8 @@ import csv
 import io
 import json
 import os
+from collections import Counter
+from dataclasses import replace
 
 import pandas
 import pyarrow.parquet
@@ -358,9 +360,47 @@ def test_bytes_are_written_in_base64(places, tmp_path):
 
 def test_texts_longer_than_what_is_read_are_counted(places, tmp_path):
     head = open_head(places["single"])
-    path = write_rows(tmp_path / "in.jsonl", [{"text": "word " * 2000}, {"text": "short"}])
-    predict_file(head, str(path), tmp_path / "out.jsonl")
-    assert head.tally["full"] == 1
+    encoder, known = head.context.encoder, head.context.vocabulary
+    assert encoder is not None
+    room = head.context.length - sum(token is not None for token in (known.begin, known.eos))
+    fits = "b" + " a" * room
+    while len(encoder.ids([fits])[0]) > room:
+        fits = fits[:-1]
+    longer = fits + " a" * 3
+    assert len(encoder.ids([fits])[0]) == room < len(encoder.ids([longer])[0]), "exactly as many as are read"
+    rows = [{"text": text} for text in ("word " * 2000, fits, longer, "short")]
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    for ours in (True, False):
+        chosen = replace(head, ours=ours, tally=Counter())
+        predict_file(chosen, str(path), tmp_path / f"{ours}.jsonl")
+        assert chosen.tally["cut"] == 2, "a text that just fits loses nothing"
+    shown = CliRunner().invoke(app, ["predict", str(places["single"]), str(path)])
+    assert f"warning: 2 texts of more than {head.context.length} tokens are cut: no more is read" in shown.stderr
+
+
+def test_a_training_tells_how_many_texts_it_cut(prepared, tiny, tmp_path):
+    from pretrain.corpus.tokenizers import load_tokenizer
+    from pretrain.engine import run
+    from pretrain.recipe import check
+
+    tokenizer = load_tokenizer(prepared / "tokenizer")
+    checkpoint.save(tiny("bert", vocab_size=len(tokenizer)), tokenizer, tmp_path / "init")
+    rows = [{"text": f"{n} " + "word " * (99 if n % 4 == 0 else 3), "label": "ab"[n % 2], "domain": "d", "id": str(n)}
+            for n in range(16)]  # fmt: skip
+    write_corpus(iter(rows), tmp_path / "corpus", validation=0.0, test=0.0, near_duplicates=None)
+    stage = {"stage": "train", "name": "model", "corpus": str(tmp_path / "corpus"), "init": str(tmp_path / "init"),
+             "objective": {"method": "classification", "label": "label"}, "length": 64, "batch_rows": 8, "workers": 1,
+             "budget": {"steps": 4}, "evaluate_every": 0}  # fmt: skip
+    lines: list[str] = []
+    run(check({"name": "t", "output": str(tmp_path / "run"), "stages": [stage]}), say=lines.append)
+    (told,) = [line for line in lines if "cut (length)" in line]
+    assert "warning: 8 of 32 texts read (25.00%) had more than 64 tokens and were cut" in told
+    metrics = json.loads((tmp_path / "run" / "model" / "stage.json").read_text())["metrics"]
+    assert (metrics["texts_read"], metrics["texts_cut"]) == (32, 8)
+    steps = [
+        row for row in map(json.loads, (tmp_path / "run" / "model" / "log.jsonl").open()) if row["event"] == "step"
+    ]
+    assert steps[-1]["cut"] == 8 and "8 of 32 texts" in (tmp_path / "run" / "report.html").read_text()
 
 
 def tuned(folder, prepared, init, objective, rows):

@@ -179,6 +179,7 @@ class Context:
     pool: Pool | None = None  # and the training examples, for an objective that shows some beside each
     predicting: bool = False  # whether the batch is for `predict`
     domains: tuple[str, ...] = ()  # the corpus's, by the numbers that rows and examples have
+    cut: set[int] = field(default_factory=set, compare=False)  # places in the batch of examples that lose tokens
 
 
 def rows_to_tensors(rows: Sequence[Row], length: int, pad: int) -> Batch:
@@ -272,7 +273,7 @@ LAYOUT = ("packed", "padded", "sizes_2", "sizes_3")  # by which the host chooses
 
 def _stays(name: str) -> bool:
     """Whether the host reads it, and must not wait for the device to."""
-    return is_count(name) or name in LAYOUT
+    return is_count(name) or name in LAYOUT or name == "cut"
 
 
 def pinned(batch: Batch) -> Batch:

@@ -56,9 +56,9 @@ def predict(
     count, names = predict_file(head, file, output, batch_size, force=force, skipped=skipped, header=header)
     seconds = time.perf_counter() - start
     added = ", ".join(names.values())
-    if full := head.tally["full"]:
-        length = head.context.length
-        typer.echo(f"warning: of {full:,} texts the first {length} tokens are read, and no more", err=True)
+    if cut := head.tally["cut"]:
+        longer = f"{counted(cut, 'text')} of more than {head.context.length:,} tokens"
+        typer.echo(f"warning: {longer} {'are' if cut > 1 else 'is'} cut: no more is read", err=True)
     if broken := head.tally["broken"]:
         typer.echo(f"warning: halves of characters in {counted(broken, 'row')} are replaced", err=True)
     if empty := head.tally["empty"]:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
@@ -58,7 +59,7 @@ class Head:
     scores: bool = False  # every label's
     answer: int = ANSWER
     ours: bool = True  # trained here; what was elsewhere has its texts framed as its tokenizer does it
-    tally: Counter[str] = field(default_factory=Counter)  # `full`: texts of as many tokens as are read, or more
+    tally: Counter[str] = field(default_factory=Counter)  # `cut`: texts of more tokens than are read
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -143,11 +144,19 @@ def _on(head: Head, batch: Batch) -> Batch:
 
 def _logits(head: Head, documents: Sequence[Document]) -> torch.Tensor:
     if head.ours:
-        batch = read(_examples(documents), head.text, head.pair, head.context)
+        with _counting(head) as context:
+            batch = read(_examples(documents), head.text, head.pair, context)
     else:
         batch = _by_tokenizer(head, documents)
-    _count_full(head, batch)
     return classified(head.model, _on(head, batch)).float()
+
+
+@contextmanager
+def _counting(head: Head) -> Iterator[Context]:
+    """The context to prepare a batch in; texts that are cut in it are counted."""
+    context = replace(head.context, cut=set())
+    yield context
+    head.tally["cut"] += len(context.cut)
 
 
 def _by_tokenizer(head: Head, documents: Sequence[Document]) -> Batch:
@@ -156,13 +165,13 @@ def _by_tokenizer(head: Head, documents: Sequence[Document]) -> Batch:
     tokenizer, second = head.context.encoder.tokenizer, head.pair
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    texts = [str(document[head.text]) for document in documents]
+    seconds = [str(document[second]) for document in documents] if second else None
     inputs = encoded(
-        tokenizer,
-        [str(document[head.text]) for document in documents],
-        [str(document[second]) for document in documents] if second else None,
-        truncation=True, max_length=head.context.length, padding=True, padding_side="right", split_special_tokens=True,
-        return_tensors="pt",
+        tokenizer, texts, seconds, truncation=True, max_length=head.context.length, padding=True,
+        padding_side="right", split_special_tokens=True, return_tensors="pt",
     )  # fmt: skip
+    _count_cut(head, inputs["attention_mask"], texts, seconds)
     ids_BL, mask_BL = inputs["input_ids"], inputs["attention_mask"]
     return {
         "tokens_BL": ids_BL,
@@ -171,8 +180,14 @@ def _by_tokenizer(head: Head, documents: Sequence[Document]) -> Batch:
     }
 
 
-def _count_full(head: Head, batch: Batch) -> None:
-    head.tally["full"] += int((batch["mask_BL"].sum(1) >= head.context.length).sum())
+def _count_cut(head: Head, mask_BL: torch.Tensor, texts: Sequence[str], seconds: Sequence[str] | None = None) -> None:
+    """Count the texts that a tokenizer of elsewhere has cut: of those that fill the length the ones that are longer."""
+    assert head.context.encoder is not None, "a head of text has an encoder"
+    full = (mask_BL.sum(1) >= head.context.length).nonzero().flatten().tolist()
+    chosen, others = ([each[b] for b in full] if each is not None else None for each in (texts, seconds))
+    if chosen:
+        whole = encoded(head.context.encoder.tokenizer, chosen, others, truncation=False, split_special_tokens=True)
+        head.tally["cut"] += sum(len(ids) > head.context.length for ids in whole["input_ids"])
 
 
 def _single(head: Head, documents: Sequence[Document]) -> list[Predicted]:
@@ -210,8 +225,8 @@ def _tags(head: Head, documents: Sequence[Document]) -> list[Predicted]:
     names, known = labels_of(head.model), head.objective if isinstance(head.objective, Tagging) else Tagging()
     tagger = replace(known, text=head.text, tags="")
     blank = [document | {"": [names[0]] * len(str(document[head.text]).split())} for document in documents]
-    batch = tagger.prepare(_examples(blank), head.context)
-    _count_full(head, batch)
+    with _counting(head) as context:
+        batch = tagger.prepare(_examples(blank), context)
     answers = tagger.predict(head.model, _on(head, batch), head.context)
     return [{"tags": spans(str(d[head.text]), tags)} for d, tags in zip(documents, answers, strict=True)]
 
@@ -240,7 +255,8 @@ def _answer(head: Head, documents: Sequence[Document]) -> list[Predicted]:
         return [{"prediction": answer} for answer in _generated(head, documents)]
     objective = replace(objective, answer=head.answer)
     given = [_named(head, document) | {objective.target: ""} for document in documents]
-    batch = objective.prepare(_examples(given), head.context)
+    with _counting(head) as context:
+        batch = objective.prepare(_examples(given), context)
     answers = objective.predict(head.model, _on(head, batch), head.context)
     return [{"prediction": answer} for answer in answers]
 
@@ -249,10 +265,12 @@ def _generated(head: Head, documents: Sequence[Document]) -> list[str]:
     """Greedy answers of an encoder-decoder of a family that is not known here, by its own `generate`."""
     assert head.context.encoder is not None, "a head of text has an encoder"
     tokenizer = head.context.encoder.tokenizer
+    texts = [str(document[head.text]) for document in documents]
     inputs = encoded(
-        tokenizer, [str(document[head.text]) for document in documents], truncation=True,
-        max_length=head.context.length, padding=True, split_special_tokens=True, return_tensors="pt",
+        tokenizer, texts, truncation=True, max_length=head.context.length, padding=True, split_special_tokens=True,
+        return_tensors="pt",
     ).to(head.model.device)  # fmt: skip
+    _count_cut(head, inputs["attention_mask"], texts)
     inputs.pop("token_type_ids", None)
     made = at(head.model, "generate")(**inputs, max_new_tokens=head.answer, do_sample=False, num_beams=1)
     return [text_of(tokenizer, ids, skip_special_tokens=True).strip() for ids in made.tolist()]
@@ -262,7 +280,8 @@ def _words(head: Head, documents: Sequence[Document]) -> list[Predicted]:
     objective = head.objective
     assert isinstance(objective, PromptClassification)
     given = [_named(head, document) | {objective.label: None} for document in documents]
-    batch = objective.prepare(_examples(given), head.context)
+    with _counting(head) as context:
+        batch = objective.prepare(_examples(given), context)
     return [{"label": label} for label in objective.predict(head.model, _on(head, batch), head.context)]
 
 

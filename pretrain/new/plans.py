@@ -32,7 +32,7 @@ MINUTES = (1, 2, 5, 10, 20, 30)
 EVENING = 60.0 * MINUTES[-1]
 ENOUGH = 1.03  # of the loss of an evening's training is as good as it
 TOKEN = 3.5  # bytes, about
-COUNTED = 400  # texts whose tokens are counted
+COUNTED, ALL = 400, 2_000_000  # texts whose tokens are counted, but all where they have no more characters
 MEASURED = 0.05  # of a training between two measurements
 CONTINUED = "a few passes over the text; longer forgets the rest"
 # Of an encoder that has seen these texts alone, which is small: rate, passes and rows a step, in twice of the usual, of
@@ -75,15 +75,19 @@ class Asked:
 
     @cached_property
     def tokens(self) -> list[float]:
-        """Tokens of some of the table's texts, counted by the tokenizer there is, or by one like that to be made."""
+        """Tokens of the table's texts, of some where they are many.
+
+        Counted by the tokenizer there is, or by one like that to be made.
+        """
         table, entries = self.look.table, start.vocabulary(self.text)
-        texts = evenly(table.texts, COUNTED) if table is not None else []
+        few = evenly(table.texts, COUNTED) if table is not None else []
+        texts = list(table.texts) if table is not None and sum(map(len, table.texts)) <= ALL else few
         both = 2 if table is not None and table.pair else 1
         made = None if self.init is None else tokenizer_of(Path(self.init.name)) / "tokenizer.json"
         if made is None and entries <= start.BYTES:
             sizes = [float(len(text.encode())) for text in texts]
         elif made is None or made.exists():
-            sizes = counter(made, entries, tuple({"text": text} for text in texts))(texts)
+            sizes = counter(made, entries, tuple({"text": text} for text in few))(texts)
         else:  # of a hub's, which has not been fetched
             sizes = [len(text.encode()) / TOKEN for text in texts]
         return [FRAME + both * size for size in sizes]
@@ -95,9 +99,13 @@ class Asked:
 
     def cut(self, length: int) -> str:
         """How many of the texts are longer."""
-        share = sum(size > length for size in self.tokens) / max(1, len(self.tokens))
-        what = "no text is longer" if not share else f"{max(1, round(100 * share))}% of the texts are longer, and cut"
-        return what if self.look.table is not None and self.look.table.whole else f"{what}, of those looked at"
+        longer, count = sum(size > length for size in self.tokens), len(self.tokens)
+        table, is_made = self.look.table, self.init is not None or start.vocabulary(self.text) <= start.BYTES
+        if table is not None and table.whole and count == len(table.texts) and is_made and not longer:
+            return "no text is longer"
+        looked = "" if table is not None and table.whole and count == len(table.texts) else " looked at"
+        of = f"{'' if is_made else 'about '}{f'{longer:,}' if longer else 'none'} of {count:,} texts{looked}"
+        return f"{of} {'is' if longer < 2 else 'are'} longer{', and cut' if longer else ''}"
 
     def measured(self, stage: str, budget: str = "") -> str:
         """How often is measured while a stage trains, where something is held out: on what fits its time.

@@ -49,7 +49,7 @@ def texts_of(examples: Sequence[Example], column: str) -> list[str]:
 def framed(context: Context, first: Sequence[str], second: Sequence[str] | None = None) -> list[tuple[list[int], int]]:
     """Each input as `begin first end [second end]` in at most `context.length` tokens, and how long its first part is.
 
-    What is too long loses the end of the longer of its two texts.
+    What is too long loses the end of the longer of its two texts, and is noted in `context.cut`.
     """
     if context.encoder is None:
         raise PretrainError("documents of text need a tokenizer: accepted: a tokenizer, or a processor that holds one")
@@ -57,10 +57,12 @@ def framed(context: Context, first: Sequence[str], second: Sequence[str] | None 
     end = [] if context.vocabulary.eos is None else [context.vocabulary.eos]
     second_rows = context.encoder.ids(second) if second is not None else [None] * len(first)
     inputs = []
-    for ids, others in zip(context.encoder.ids(first), second_rows, strict=True):
+    for place, (ids, others) in enumerate(zip(context.encoder.ids(first), second_rows, strict=True)):
         room = context.length - len(begin) - len(end) * (1 if others is None else 2)
         if room < 1:
             raise PretrainError(f"length {context.length}: accepted: room for text between the special tokens")
+        if len(ids) + len(others or ()) > room:
+            context.cut.add(place)
         if others is None:
             inputs.append(([*begin, *ids[:room], *end], len(begin) + min(len(ids), room) + len(end)))
             continue

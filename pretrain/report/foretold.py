@@ -44,7 +44,7 @@ def again(model: StageRow) -> tuple[str, Mapping[str, object]]:
         less = flops < (model.get("flops") or 0.0)
         words = (
             "Next: run the same recipe again on a quiet machine, with a thread for each core (OMP_NUM_THREADS). If the "
-            "machine will stay as slow, train a smaller model, since this one was sized for more FLOPs than the machine "
+            "machine will stay as slow, train a smaller model, since this one was sized for more FLOPs than it "
             f"makes in this time: {other['size']}. The budget below makes the dial choose it: {short(flops)} FLOPs are "
             "what that size makes here in about the same time"
             + (" (less than this run made: small matrices are multiplied at fewer FLOP/s):" if less else ":")

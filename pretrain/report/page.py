@@ -249,6 +249,8 @@ def _lineage_table(stages: Sequence[StageRow]) -> Html:
         )
         counts = {lineage.get("unit", "tokens"): lineage.get("tokens"), "FLOPs": lineage.get("flops")}
         spent = ", ".join(f"{short(value)} {name}" for name, value in counts.items() if value)
+        if cut := lineage.get("texts_cut"):
+            spent += f"; {cut:,.0f} of {lineage.get('texts_read', 0):,.0f} texts cut to length"
         chain = " → ".join([stage.get("name", "?") for stage in lineage.get("stages") or []] + [s["name"]])
         wrote, data = f"{s['folder']}/{s['writes']}" if s["writes"] else "", str(lineage.get("data") or "")[:12]
         rows.append((s["name"], ", ".join(reads), wrote, spent, data, chain if lineage else ""))

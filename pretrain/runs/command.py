@@ -42,6 +42,8 @@ COUNTS = (
     "seconds",
     "skipped_steps",
     "skipped_at_end",
+    "texts_read",
+    "texts_cut",
     "best_step",
     "documents",
     "unlearnt",

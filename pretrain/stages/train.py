@@ -301,7 +301,7 @@ class Train(Stage):
         from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
-        from pretrain.training.pace import times
+        from pretrain.training.pace import shortened, times
 
         model, processor = data.open_model(self, job)
         given = Inputs(tokenizer=cast("PreTrainedTokenizerBase", processor), seed=job.seed)
@@ -313,13 +313,12 @@ class Train(Stage):
         if odd := ill_scheduled(self.optimizer, self.schedule):
             job.say(odd)
         training, splits = self.fit(job, model, processor, stored)
-        skips = {"skipped_steps": training.guard.skipped, "skipped_at_end": training.guard.in_row}
-        spent = training.spent | {name: steps for name, steps in skips.items() if steps}
+        spent = training.spent | training.lost
         spent["flops"] += surgery_flops
         if training.world.main:
             self._write(job, training, spent, processor, splits)
-        if skipped := training.guard.summary(training.step):
-            job.say(f"warning: {skipped}")
+        for odd in filter(None, (training.guard.summary(training.step), shortened(training))):
+            job.say(f"warning: {odd}")
         bits = training.metrics.get("bits_per_byte")
         likelihood = f", {bits:.3f} bits per byte of validation text" if bits else ""
         job.say(f"{figure(spent['tokens'])} {unit_of(processor)}, {short(spent['flops'])} FLOPs{likelihood}")

@@ -251,11 +251,11 @@ class Loader:
             "domain_B": torch.tensor([row.domain for row in rows]),
             "row_B": torch.tensor([row.index for row in rows]),
         }
-        batches = []
+        batches, cut = [], set[int]()
         for index, objective in enumerate(self.objectives):
             rng = np.random.default_rng((self.seed, step, first, index, 3))
             domains = tuple(self.shards.domain_names)
-            context = Context(self.vocabulary, length, rng, progress, domains=domains, **self.shards.given)
+            context = Context(self.vocabulary, length, rng, progress, domains=domains, cut=cut, **self.shards.given)
             batch = tokens | objective.prepare(rows, context) | origin
             if "weight" not in batch:
                 given = ", ".join(sorted(batch.keys() - origin.keys()))
@@ -264,4 +264,5 @@ class Loader:
                     "loss is the mean over"
                 )
             batches.append(pinned(batch) if self.pin else batch)
+        batches[0] |= {"cut": torch.tensor(len(cut))}
         return batches

@@ -180,6 +180,7 @@ def step_record(training: Training, record: Step, targets_per_byte: float | None
         "elapsed": training.elapsed,
         "preparing": training.preparing,
         "measuring": training.measuring,
+        **({"cut": training.cut} if training.cut else {}),
         "memory_bytes": peak_memory(world.device),
     }
 

@@ -258,6 +258,8 @@ class Totals:
 
     targets: list[Counts]  # of each objective
     tokens: int
+    rows: int  # or examples
+    cut: int  # of these, whose texts were longer than the model reads
     flops: dict[str, float] | None  # None while some process does not know what its shapes cost
 
 
@@ -273,6 +275,8 @@ def exchange(training: Training, micro_batches: MicroBatches, works: list[Work],
     local: dict[str | tuple[int, str], float] = {"unknown": len(costs) < len(works)}
     local.update(flops)
     local |= {"tokens": sum(int(batches[0]["tokens"]) for batches in micro_batches)}
+    local |= {"rows": sum(len(batches[0].get("row_B", ())) for batches in micro_batches)}
+    local |= {"cut": sum(int(batches[0].get("cut", 0)) for batches in micro_batches)}
     local |= {name: training.unshared.get(name, 0.0) for name in ("seconds", "preparing")}
     local |= {"asked": training.interrupts.asked}
     for index, batch in ((i, batch) for batches in micro_batches for i, batch in enumerate(batches)):
@@ -282,7 +286,8 @@ def exchange(training: Training, micro_batches: MicroBatches, works: list[Work],
     training.share({name: whole[name] / world.size for name in ("seconds", "preparing")})
     training.interrupts.agreed = whole["asked"] > 0
     targets = [{name: whole[i, name] for name in counts(batch)} for i, batch in enumerate(micro_batches[0])]
-    return Totals(targets, int(whole["tokens"]), None if whole["unknown"] else {name: whole[name] for name in flops})
+    known = None if whole["unknown"] else {name: whole[name] for name in flops}
+    return Totals(targets, int(whole["tokens"]), int(whole["rows"]), int(whole["cut"]), known)
 
 
 def spend(training: Training, works: list[Work], zeros: Zeros, totals: Totals) -> None:
@@ -292,6 +297,7 @@ def spend(training: Training, works: list[Work], zeros: Zeros, totals: Totals) -
         local = _flops([training.meter.cost(work) for work in works], zeros)
         flops = dict(zip(local, training.world.sum([*local.values()]), strict=True))
     training.step, training.tokens = training.step + 1, training.tokens + totals.tokens
+    training.rows, training.cut = training.rows + totals.rows, training.cut + totals.cut
     training.flops += int(flops["dense"] - flops["skipped"])
     training.dense_flops += int(flops["dense"])
     training.useful_flops += int(flops["useful"])

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from pretrain.core.quick.machine import crowding
-from pretrain.core.quick.quantities import duration
+from pretrain.core.quick.quantities import counted, duration
 from pretrain.training.budget import FAR, far
 
 if TYPE_CHECKING:
@@ -78,6 +78,15 @@ def times(training: Training) -> str:
     parts["saving and the rest"] = whole - sum(parts.values())
     shown = [f"{name} {duration(value)}" for name, value in parts.items() if value >= 0.05 or name == "training"]
     return f"{', '.join(shown)}, total {duration(whole)}"
+
+
+def shortened(training: Training) -> str:
+    """How many of the texts that were read were cut to the model's length; nothing where none was."""
+    if not training.cut:
+        return ""
+    share, many = training.cut / max(1, training.rows), counted(training.rows, "text")
+    words = f"{training.cut:,} of {many} read ({max(share, 0.0001):.2%}) had more than"
+    return f"{words} {training.loader.length:,} tokens and {'were' if training.cut > 1 else 'was'} cut (length)"
 
 
 def stopping(training: Training) -> str:

@@ -29,7 +29,8 @@ from pretrain.training.guard import Guard
 from pretrain.training.interrupts import Interrupts
 from pretrain.training.loader import Loader
 
-KEPT = ("preparing", "timed", "opening", "measuring", "measured", "unmeasured", "rates")  # states of before lack some
+# Of which states of before lack some.
+KEPT = ("preparing", "timed", "opening", "measuring", "measured", "unmeasured", "rates", "rows", "cut")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,8 @@ class Training:
     flops: int = 0
     dense_flops: int = 0  # with the products with zeros that `flops` leaves out
     useful_flops: int = 0  # of the gradient, without what is computed a second time
+    rows: int = 0  # or examples, each as often as it was read
+    cut: int = 0  # examples among them whose texts were longer than the model reads
     seconds: float = 0.0
     preparing: float = 0.0  # seconds among them in which a shape was compiled or its FLOPs were counted
     timed: int = 0  # steps whose seconds the budget counts
@@ -154,6 +157,13 @@ class Training:
         """What the budget counts; of seconds those of steps whose shapes were met before."""
         seconds = self.seconds - self.preparing
         return {"tokens": self.tokens, "steps": self.step, "flops": self.flops, "seconds": seconds}
+
+    @property
+    def lost(self) -> dict[str, float]:
+        """Steps that were skipped, and texts that were cut, of how many: of these what there are."""
+        texts = {"texts_read": self.rows, "texts_cut": self.cut} if self.cut else {}
+        skips = {"skipped_steps": self.guard.skipped, "skipped_at_end": self.guard.in_row}
+        return {name: count for name, count in (skips | texts).items() if count}
 
     @property
     def rate(self) -> float:

@@ -112,7 +112,7 @@ class WellReadStudents(FineTuning[str | None]):
         batch = read(examples, self.text, self.pair, context)
         reading = _reading(self.teacher, context.encoder, context.length)
         if reading is not None:
-            taught = replace(context, vocabulary=reading[0], encoder=reading[1], length=reading[2])
+            taught = replace(context, vocabulary=reading[0], encoder=reading[1], length=reading[2], cut=set())
             theirs = read(examples, self.text, self.pair, taught)
             batch |= {TAUGHT + name: tensor for name, tensor in theirs.items() if name != "tokens"}
         batch["label_B"] = torch.tensor([self._number(example, context.labels) for example in examples])

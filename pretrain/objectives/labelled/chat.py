@@ -101,7 +101,9 @@ class Chat(FineTuning[str]):
         turns = [self.turns(example) for example in examples]
         if context.predicting:
             return self._prompts(turns, encoder, context)
-        inputs, targets = zip(*(self._cut(*encoder.conversation(each), context.length) for each in turns), strict=True)
+        whole = [encoder.conversation(each) for each in turns]
+        context.cut.update(place for place, (ids, _) in enumerate(whole) if len(ids) > context.length)
+        inputs, targets = zip(*(self._cut(*each, context.length) for each in whole), strict=True)
         rows_of, target_BL = _packed([len(ids) for ids in inputs], context.length), []
         made = []
         for number, members in enumerate(rows_of):
@@ -126,7 +128,9 @@ class Chat(FineTuning[str]):
     def _prompts(self, turns: Sequence[Turns], encoder: Encoder, context: Context) -> Batch:
         """All before the last answer, whose beginning goes where it leaves no room for one."""
         room = context.length - min(self.answer, context.length // 2)
-        inputs = [encoder.conversation(each[:-1], answering=True)[0][-room:] for each in turns]
+        whole = [encoder.conversation(each[:-1], answering=True)[0] for each in turns]
+        context.cut.update(place for place, ids in enumerate(whole) if len(ids) > room)
+        inputs = [ids[-room:] for ids in whole]
         prompt_BL, mask_BL = prompts_of(inputs, context.vocabulary.pad, max(map(len, inputs)))
         return {"prompt_BL": prompt_BL, "mask_BL": mask_BL, "weight": torch.tensor(len(inputs)),
                 "tokens": mask_BL.sum()}  # fmt: skip

@@ -144,7 +144,7 @@ class PromptClassification(FineTuning[str]):
     def rendered(self, examples: Sequence[Example], context: Context) -> Batch:
         """`tokens_NL`, `mask_NL`, `place_N` and how many `tokens` they are."""
         times = self.samples if self.demonstrations and context.predicting else 1
-        inputs = [self._input(example, context) for example in examples for _ in range(times)]
+        inputs = [self._input(each, place, context) for place, each in enumerate(examples) for _ in range(times)]
         tokens_NL = padded([ids for ids, _ in inputs], context.vocabulary.pad, context.length)
         lengths_N = torch.tensor([len(ids) for ids, _ in inputs])
         mask_NL = (torch.arange(tokens_NL.shape[1]) < lengths_N[:, None]).long()
@@ -230,7 +230,7 @@ class PromptClassification(FineTuning[str]):
                 text[side] += columns[name]
         return text[0].removesuffix(" ") if self.spaced else text[0], text[1]
 
-    def _input(self, example: Example, context: Context) -> tuple[list[int], int]:
+    def _input(self, example: Example, place: int, context: Context) -> tuple[list[int], int]:
         """An input's tokens, and the place whose state the head reads."""
         vocabulary, masked, mask = context.vocabulary, self.lm == "masked", context.vocabulary.mask
         if masked and mask is None:
@@ -242,7 +242,7 @@ class PromptClassification(FineTuning[str]):
         share = room // (1 + len(shown))
         others = [[*self._cut(columns, share, context, label)[0], *end] for label, columns in shown]
         room -= sum(len(ids) - len(end) for ids in others)
-        sides = self._cut(example.columns, room, context)
+        sides = self._cut(example.columns, room, context, place=place)
         if masked and mask is not None:
             start = [*begin, *sides[0]]
             return [*start, mask, *sides[1], *end, *(i for ids in others for i in ids)], len(start)
@@ -250,9 +250,13 @@ class PromptClassification(FineTuning[str]):
         return whole, len(whole) - 1
 
     def _cut(
-        self, columns: Mapping[str, object], room: int, context: Context, label: str | None = None
-    ) -> list[list[int]]:
-        """The tokens of the template's sides, or with a label of the whole; the longest column loses the excess."""
+        self, columns: Mapping[str, object], room: int, context: Context, label: str | None = None,
+        place: int | None = None,
+    ) -> list[list[int]]:  # fmt: skip
+        """The tokens of the template's sides, or with a label of the whole; the longest column loses the excess.
+
+        That of the example at a `place` in the batch is noted.
+        """
         assert context.encoder is not None, "examples come with an encoder"
         kept = {name: str(columns[name]) for name in self.shown}
         while True:
@@ -261,6 +265,7 @@ class PromptClassification(FineTuning[str]):
             excess = sum(map(len, pieces)) - room
             if excess <= 0:
                 return pieces
+            context.cut.update(() if place is None else {place})
             longest = max(kept, key=lambda name: len(kept[name]))
             if not kept[longest]:
                 raise PretrainError(

@@ -87,12 +87,17 @@ class Seq2Seq(FineTuning[str]):
         begin = [] if vocabulary.before is None else [vocabulary.before]
         end = [] if vocabulary.eos is None else [vocabulary.eos]
         most = max(1, context.length // 2 - len(end))
-        targets = [[*ids[:most], *end] for ids in context.encoder.ids(texts_of(examples, self.target))]
+        whole = context.encoder.ids(texts_of(examples, self.target))
+        targets = [[*ids[:most], *end] for ids in whole]
         room = context.length - max(map(len, targets)) - len(begin)
         if room < 1:
             raise PretrainError(f"length {context.length}: accepted: room for a prompt and its target")
         prompts = [self.prompt.format(**example.columns) for example in examples]
-        inputs = [[*begin, *ids[max(0, len(ids) - room) :]] for ids in context.encoder.ids(prompts)]
+        asked = context.encoder.ids(prompts)
+        context.cut.update(
+            b for b, (p, t) in enumerate(zip(asked, whole, strict=True)) if len(p) > room or len(t) > most
+        )
+        inputs = [[*begin, *ids[max(0, len(ids) - room) :]] for ids in asked]
         lengths_B = torch.tensor([len(ids) for ids in inputs])
         # An answer needs its room after the prompt; in training the widths alone matter, which are to be few.
         most = room + len(begin) if context.predicting else context.length

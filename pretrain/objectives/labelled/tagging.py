@@ -64,8 +64,9 @@ class Tagging(FineTuning[list[str]]):
         end = [] if context.vocabulary.eos is None else [context.vocabulary.eos]
         room = context.length - len(begin) - len(end)
         inputs, places = [], []
-        for example in examples:
+        for place, example in enumerate(examples):
             ids, spans = context.encoder.spans(str(example.columns[self.text]))
+            context.cut.update({place} if len(ids) > room else ())
             inputs.append(([*begin, *ids[:room], *end], len(begin) + min(len(ids), room) + len(end)))
             words = word_of_tokens(str(example.columns[self.text]), spans, self.token)[:room]
             places.append([0] * len(begin) + words)

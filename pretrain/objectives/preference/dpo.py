@@ -98,7 +98,7 @@ class DPO(Objective):
         """The chosen sequences, then the rejected, one a row; `target_BL` on the answers, `weight` counts pairs."""
         examples, answers = examples_of(rows, self.name), []
         for column in (self.chosen, self.rejected):
-            answers += [self._sequence(example, column, context) for example in examples]
+            answers += [self._sequence(example, column, place, context) for place, example in enumerate(examples)]
         made = [
             Row(np.array(ids, np.int32), np.zeros(1, np.int32), np.array([i]), examples[0].domain, i)
             for i, (ids, _) in enumerate(answers)
@@ -109,7 +109,7 @@ class DPO(Objective):
         tokens = sum(row.tokens for row in made)
         return batch | {"weight": torch.tensor(len(examples)), "tokens": torch.tensor(tokens)}
 
-    def _sequence(self, example: Example, column: str, context: Context) -> tuple[list[int], list[int]]:
+    def _sequence(self, example: Example, column: str, place: int, context: Context) -> tuple[list[int], list[int]]:
         """A prompt with an answer, at most `length` tokens, and for each the next one where the answer has it."""
         assert context.encoder is not None, "examples come with an encoder"
         turns, encoder = self._turns(example, column), context.encoder
@@ -126,6 +126,7 @@ class DPO(Objective):
             before, answer = [*begin, *prompt], [*text, *end]
         if not answer:
             raise PretrainError(f"dpo: {named(example)}: column {column!r} is empty: accepted: an answer")
+        context.cut.update({place} if len(before) + len(answer) > context.length else ())
         answer = answer[: context.length - 1]
         before = before[max(0, len(before) + len(answer) - context.length) :] or [answer[0]]
         return [*before, *answer], [*([IGNORE] * (len(before) - 1)), *answer, IGNORE]
