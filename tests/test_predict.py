@@ -445,6 +445,19 @@ def evaluate(*arguments):
     return json.loads(outcome.stdout[outcome.stdout.index("{") :])["metrics"]
 
 
+def test_evaluate_says_of_how_many_documents_it_took_how_many_and_takes_all_if_asked(places, tmp_path):
+    rows = [{"text": f"word {n}", "label": ("no", "yes", "maybe")[n % 3]} for n in range(24)]
+    path = write_rows(tmp_path / "in.jsonl", rows)
+    for options, count in ((["--max-documents", "9"], 9), (["--max-documents", "9", "--all"], 24), ([], 24)):
+        arguments = ["evaluate", str(places["single"]), "--data", str(path), "--label", "label", *options]
+        shown = CliRunner().invoke(app, arguments)
+        assert shown.exit_code == 0, shown.output
+        assert ("9 documents of 24, from all alike (--all takes all): task" in shown.stderr) == (count < 24)
+        assert ("\nof 9 of 24 documents\n" in shown.stdout) == (count < 24)
+        printed = CliRunner().invoke(app, [*arguments, "--json"]).stdout
+        assert json.loads(printed)["taken"] == {"documents": count, "of": 24}
+
+
 def test_evaluate_measures_a_classifier_on_a_file_as_its_predictions_say(places, tmp_path):
     texts = ["word " * n for n in range(1, 13)]
     predicted = [row["label"] for row in pretrain.predict(places["single"], texts)]

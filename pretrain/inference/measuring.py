@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, cast
@@ -50,7 +51,8 @@ def evaluate(
     file: Annotated[str | None, typer.Argument(metavar="[DATA]", help=DATA)] = None,
     data: Annotated[str | None, typer.Option(help="The same, as an option.")] = None,
     split: Annotated[str, typer.Option(help="Which split of a corpus.")] = "test",
-    max_documents: Annotated[Count, typer.Option()] = 2000,
+    max_documents: Annotated[Count, typer.Option(help="Of more so many are taken, from all alike.")] = 2000,
+    whole: Annotated[bool, typer.Option("--all", help="Take all documents, however many they are.")] = False,
     evaluations: Annotated[list[str] | None, typer.Option("--evaluation", help=EVALUATION)] = None,
     text: Annotated[str | None, typer.Option(help=TEXT)] = None,
     label: Annotated[
@@ -81,7 +83,10 @@ def evaluate(
         raise unknown("split", split, SPLITS)
     policy = policy or ("skip" if skips(place, data) else "stop")
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
-    placed = _read(source, max_documents) if folder is None else []  # what is wrong is said before the model is there
+    most = sys.maxsize if whole else max_documents
+    placed, count = (
+        _read(source, most) if folder is None else ([], 0)
+    )  # what is wrong is said before the model is there
     if not evaluations:
         check_asked(place, label, pair, [document for _, document in placed], source)
     with opening(place, trust_remote_code):
@@ -93,7 +98,8 @@ def evaluate(
     chosen: list[Evaluation] = methods_of(evaluations or [], "evaluation", "--evaluation: ")
     chosen = chosen or [_fitting(place, (model, processor), lineage, label, pair)]
     if folder is not None:
-        documents = stage.documents_of(Corpus(folder), split, max_documents, chosen, processor)
+        count = Corpus(folder).info["documents"].get(split, 0)
+        documents = stage.documents_of(Corpus(folder), split, most, chosen, processor)
     else:
         for method in chosen:
             placed = _labelled(placed, source, method, (model, processor))
@@ -101,12 +107,14 @@ def evaluate(
     seen = overlap_warning(documents, place, folder if split != "train" else None)
     if seen:
         typer.echo(f"warning: {seen}", err=True)
-    typer.echo(f"{counted(len(documents), 'document')}: {', '.join(method.name for method in chosen)} …", err=True)
+    part = f" of {count:,}, from all alike (--all takes all)" if count > most else ""
+    typer.echo(f"{counted(len(documents), 'document')}{part}: {', '.join(each.name for each in chosen)} …", err=True)
     compressors = any(method.name == "held_out" for method in chosen) or bool(evaluations)
     result = stage.evaluate(
         model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"), of=place
     )
-    record = cast("JSONObject", nulled(result | ({"seen": seen} if seen else {})))
+    result |= {"taken": {"documents": len(documents), "of": count}} | ({"seen": seen} if seen else {})
+    record = cast("JSONObject", nulled(result))
     _write(target, record)
     typer.echo(json.dumps(record, indent=2)) if as_json else _print(result)
 
@@ -170,13 +178,13 @@ def _fitting(
     return method
 
 
-def _read(source: Files, most: int) -> Placed:
-    """At most so many documents of files, from all alike."""
+def _read(source: Files, most: int) -> tuple[Placed, int]:
+    """At most so many documents of files, from all alike, and how many there are."""
     from pretrain.corpus.sources import Skipped, evenly
 
     skipped = Skipped()
     try:
-        placed = evenly(list(source.placed(skipped)), most)
+        every = list(source.placed(skipped))
     except PretrainError as error:
         message = str(error).replace(", or tables: text to read the file as it stands", " (--text)")
         raise PretrainError(
@@ -185,8 +193,8 @@ def _read(source: Files, most: int) -> Placed:
     if skipped.reasons:
         typer.echo(f"passed over: {skipped}", err=True)
     # the text is there by the name that prompts may call it by
-    placed = [(where, document | {source.text: document["text"]}) for where, document in placed]
-    return _by_folder(placed, Path(source.files))
+    placed = [(where, document | {source.text: document["text"]}) for where, document in evenly(every, most)]
+    return _by_folder(placed, Path(source.files)), len(every)
 
 
 def _by_folder(placed: Placed, root: Path) -> Placed:
@@ -282,6 +290,8 @@ def _print(result: JSONObject) -> None:
             for name, value in values.items():
                 table.add_row(f"{name} of {tool}, {domain} alone", figure(value), "")
     console.print(table)
+    if (taken := result.get("taken")) and taken["documents"] < taken["of"]:
+        typer.echo(f"of {taken['documents']:,} of {taken['of']:,} documents")
     if why := result.get("no_intervals"):
         typer.echo(f"no intervals: {why}")
     if confusion := result.get("confusion"):

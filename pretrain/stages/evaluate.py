@@ -140,7 +140,10 @@ class Evaluate(Stage):
         measured, flops = count_flops(
             lambda: measure(model, processor, documents, self.evaluations, length=length, of=folder)
         )
-        result = summary(measured, documents, compressors=self.compressors)
+        result, count = summary(measured, documents, compressors=self.compressors), corpus.info["documents"][self.split]
+        result["taken"] = {"documents": len(documents), "of": count}
+        if len(documents) < count:
+            job.say(f"{len(documents):,} of {count:,} {self.split} documents, from all alike (max_documents)")
         if seen := overlap_warning(documents, folder, corpus.folder):
             result["seen"] = seen
             job.say(f"warning: {seen}")
