@@ -363,3 +363,37 @@ def test_what_is_said_of_labels_before_a_training_says_of_which_rows(monkeypatch
     recipe = load("many.yaml")
     (line,) = check_documents(recipe, plan(recipe))
     assert "different values in the first 100 rows: " in line
+
+
+COMMAS = {
+    "decimal": ("45,0", "12,5"), "with points at thousands": ("1.234,5", "45,0"), "negative": ("-3,25", "7,5"),
+    "at thousands": ("1,234", "12,500"), "both": ("1,234.5", "2,000.75"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cells", COMMAS.values(), ids=COMMAS)
+def test_numbers_with_commas_are_no_labels_and_are_refused_in_one_line(here, cells):
+    rng = random.Random(0)
+    lines = [f"{words(rng)} {n};{cells[n % 2]}" for n in range(60)]
+    (here / "t.csv").write_text("\n".join(["text;score", *lines]))
+    message = "t.csv: the numbers in 'score' have commas"
+    for options in ([], ["--label", "score"], ["--task", "regress"], ["--task", "classify", "--label", "score"]):
+        with pytest.raises(PretrainError, match=rf"{message} .*; accepted: a decimal point, .*\(1234\.5\)$"):
+            new("t.csv", *options)
+    assert not list(here.glob("*.yaml"))
+    assert "texts in text" in new("t.csv", "--task", "pretrain")  # which reads no numbers
+    assert "numbers" not in (here / "t.yaml").read_text() and "on_error: skip" not in (here / "t.yaml").read_text()
+
+
+def test_numbers_with_points_between_semicolons_are_learnt(here):
+    rng = random.Random(0)
+    lines = [f"{words(rng)} {n};{n / 4}" for n in range(60)]
+    (here / "t.csv").write_text("\n".join(["text;score", *lines]))
+    assert "guessed --task regress" in new("t.csv")
+
+
+def test_words_with_commas_are_labels(here):
+    rng = random.Random(0)
+    lines = [f"{words(rng)} {n};{['north,1', 'south,2'][n % 2]}" for n in range(60)]
+    (here / "t.csv").write_text("\n".join(["text;side", *lines]))
+    assert "2 labels in side" in new("t.csv")

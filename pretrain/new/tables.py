@@ -32,6 +32,7 @@ QUANTITIES = ("price", "value", "cost", "amount", "salary", "income", "grade", "
               "duration", "temperature")  # fmt: skip
 BESIDES = ("id", "uuid", "index", "date", "time", "timestamp", "datetime", "year", "month", "day", "created", "updated",
            "url", "split", "fold")  # fmt: skip
+COMMA = re.compile(r"[-+]?((\d{1,3}(\.\d{3})+|\d+),\d+|\d{1,3}(,\d{3})+(\.\d+)?)")  # 45,0 1.234,5 1,234.5
 DATE = re.compile(r"\d{4}[-/.]\d{1,2}([-/.]\d{1,2}.*)?|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4}.*|\d{1,2}:\d{2}(:\d{2})?.*")
 PAIRS = (("premise", "hypothesis"), ("sentence1", "sentence2"), ("question1", "question2"), ("text1", "text2"),
          ("text_a", "text_b"), ("sentence_a", "sentence_b"), ("question", "passage"), ("text", "query"))  # fmt: skip
@@ -56,6 +57,7 @@ class Table:
     more: str | None = None  # of what stands between the text and the answer
     counts: tuple[tuple[str, int], ...] = ()  # rows of each label, the commonest first
     numeric: bool = False  # whether the labels are numbers
+    commas: str = ""  # one of these with a comma, which is not read as a number
     faults: tuple[Fault, ...] = ()  # rows that are left out
     odd: tuple[Fault, ...] = ()  # rows that are left out too where numbers are learnt: their label is none
     contradicting: tuple[Fault, ...] = ()  # rows of texts with more than one label
@@ -261,9 +263,10 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
     named_all = (column, *(pair[1:] if pair else ()), chosen)
     whole = [row for row in rows if all(given(row, name) for name in named_all)]  # those that are documents
     doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
+    commas = next((str(value) for value in values if _has_comma(value)), "") if numeric else ""
     return replace(
-        seen, kind=kind, text=column, pair=pair[1] if pair else None, label=chosen, doubts=doubts, numeric=numeric,
-        counts=tuple(Counter(str(row[chosen]) for row in whole).most_common()),
+        seen, kind=kind, text=column, commas=commas, pair=pair[1] if pair else None, label=chosen, doubts=doubts,
+        numeric=numeric, counts=tuple(Counter(str(row[chosen]) for row in whole).most_common()),
     )  # fmt: skip
 
 
@@ -284,8 +287,11 @@ def _pair(seen: Table, rows: Rows, text: str | None, label: str | None) -> tuple
 
 
 def _is_numeric(values: Sequence[object], least: float = NUMBERS) -> bool:
-    """Whether values are numbers, but for a few cells, or for some that say that there is none."""
-    numbers = sum(map(is_number, values))
+    """Whether values are numbers, but for a few cells, or for some that say that there is none.
+
+    With decimal commas they are, too, so that they are taken for no labels.
+    """
+    numbers = sum(is_number(value) or _has_comma(value) for value in values)
     blank = sum(str(value).strip().lower() in BLANKS for value in values)
     whole = numbers + blank == len(values) and numbers >= HALF * len(values)
     return numbers > 0 and (whole or numbers >= least * len(values))
@@ -294,7 +300,14 @@ def _is_numeric(values: Sequence[object], least: float = NUMBERS) -> bool:
 def _is_quantity(values: Sequence[object]) -> bool:
     """Whether numbers say how much, and name no classes: some are broken, or many are different."""
     numbers = {float(str(value)) for value in values if is_number(value)}
+    if any(map(_has_comma, values)):
+        return True
     return len(numbers) > MOST_RATINGS or any(value != int(value) for value in numbers)
+
+
+def _has_comma(value: object) -> bool:
+    """Whether a cell is a number with a decimal comma, or with one at each thousand: which is not known of `1,234`."""
+    return isinstance(value, str) and COMMA.fullmatch(value.strip()) is not None
 
 
 def _names_rows(column: str, values: Sequence[object]) -> bool:

@@ -66,6 +66,8 @@ def write(
     seen = _settled(seen, place, columns) if chosen in LABELLED else seen
     if seen.table is not None:
         seen = replace(seen, table=_as_asked(seen.table, task, seen.place, columns.label))
+    if seen.table is not None and seen.table.commas:
+        seen = replace(seen, table=_without_commas(seen.table, chosen, seen.place))
     start = None if init is None else start_of(init)
     if start is not None and start.held is not None and seen.table is None:
         seen = replace(seen, share=min(filter(None, start.held)))
@@ -218,6 +220,17 @@ def _as_asked(table: Table, task: str | None, name: str, label: str | None = Non
             f"--task {other}, or a column {ACCEPTED[task]}{f' ({columns})' if columns else ''}"
         )
     return table
+
+
+def _without_commas(table: Table, task: str, name: str) -> Table:
+    """A table whose numbers have commas, for its texts alone; raises `PretrainError` where they are learnt."""
+    if task in LABELLED:
+        raise PretrainError(
+            f"{name}: the numbers in {table.label!r} have commas ({table.commas}); accepted: a decimal point, and "
+            "nothing between thousands (1234.5)"
+        )
+    faults = tuple(fault for fault in table.faults if not fault.field.startswith("required"))
+    return replace(table, kind="prose", label=None, numeric=False, counts=(), faults=faults, odd=(), doubts=())
 
 
 def _unread(table: Table | None, task: str, place: str, columns: Mapping[str, str | None]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -294,6 +295,7 @@ def _check_numbers(column: str, counts: Counter[str], seen: Seen, place: tuple[s
     rows = sum(counts[value] for value in odd)
     skip = ", or in its source numbers: [COLUMN] with on_error: skip, which pass such rows over, and count them"
     few = f"{skip.replace('COLUMN', column)} ({counted(rows, 'row')})" if rows < counts.total() / 2 else ""
+    few = f" with a decimal point (1234.5){few}" if re.fullmatch(r"[-+]?[\d.,]*\d,\d[\d.,]*", odd[0]) else few
     raise PretrainError(
         f"{where + ': ' if where else ''}column {column!r} holds {shown(odd[0])}; accepted: numbers{few}", place=place
     )
