@@ -16,7 +16,7 @@ from pretrain.identity import Planned
 from pretrain.recipe import Recipe
 from pretrain.records import StageRecord
 from pretrain.stages import Stage
-from pretrain.stages._estimates import Estimate, Left, left_in
+from pretrain.stages._estimates import Estimate, Left, left_in, resident
 from pretrain.stages._preflight import (
     SECONDS,
     Seen,
@@ -60,7 +60,7 @@ class Forecast:
 def forecast(planned: Sequence[Planned]) -> list[Forecast]:
     """Each stage's estimate, from what those before it leave or are expected to leave."""
     left: dict[str, Left] = {}
-    made = []
+    made, ran = [], list[str]()  # in the process that is to run the others
     for item in planned:
         done = 0.0
         if item.finished:
@@ -70,6 +70,10 @@ def forecast(planned: Sequence[Planned]) -> list[Forecast]:
                 estimate = item.stage.estimate(dict(_given(item, left)))
             except ArithmeticError:  # of a split without text, or numbers beyond what can be computed with
                 estimate = Estimate()
+            if estimate.memory_bytes is not None:
+                more = resident(item.stage.stage, ran)
+                estimate = replace(estimate, memory_bytes=estimate.memory_bytes + more)
+            ran.append(item.stage.stage)
             done = item.stage.done(item.folder, estimate)
         left[item.stage.name] = estimate.left
         made.append(Forecast(item, estimate, done))

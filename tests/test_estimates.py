@@ -34,7 +34,17 @@ from pretrain.identity import plan
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.masked_lm import MaskedLM
 from pretrain.recipe import load
-from pretrain.stages._estimates import Left, bytes_of_token, left_in, letters, training_seconds, uneven, windowed
+from pretrain.stages._estimates import (
+    LEAVES,
+    Left,
+    bytes_of_token,
+    left_in,
+    letters,
+    resident,
+    training_seconds,
+    uneven,
+    windowed,
+)
 from pretrain.stages.evaluate import Evaluate, documents_of, measure
 from pretrain.training.budget import Budget, least_seconds
 
@@ -207,6 +217,19 @@ def test_a_dry_run_ends_with_a_total_and_says_how_often_the_corpus_is_read(tmp_p
     )
     assert small_disk < 64e3 and "<64 kB" in rows["samples"], "plans hold within 64 kB, so they tell no less apart"
     assert "<64 kB" not in rows["corpus"] and "<" not in rows["total"]
+
+
+def test_a_stage_is_expected_to_hold_what_those_before_it_leave_in_the_process(tmp_path, text):
+    """Of the quickstart on a CPU 669 MB were measured of its tokenizer, 790 and 805 of its evaluation, 688 and 698 of its samples."""
+    recipe = small("quickstart", text, tmp_path / "run", "evaluation.max_documents=60")
+    whole = {each.item.stage.name: each for each in forecast(plan(recipe))}
+    alone = whole["samples"].item.stage.estimate({"checkpoint": whole["model"].estimate.left})
+    left = sum(LEAVES[kind] for kind in ("data", "tokenizer", "train", "evaluate"))
+    assert whole["samples"].estimate.memory_bytes == pytest.approx(alone.memory_bytes + left)
+    assert whole["samples"].estimate.memory_bytes == pytest.approx(0.69e9, rel=0.15)
+    assert whole["tokenizer"].estimate.memory_bytes == pytest.approx(0.669e9, rel=0.3)
+    assert resident("data", []) == resident("data", ["data"]) == 0 < resident("decode", ["train"]) == LEAVES["train"]
+    assert resident("train", ["data", "tokenizer", "train"]) == 0 < resident("train", ["evaluate"])
 
 
 ODD = {
