@@ -66,6 +66,8 @@ def _columns(text: str | None) -> Columns:
 
 
 def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
+    from pretrain.records import of_pages
+
     read, copies = summary["read"], summary["copies"]
     if not summary["corpus"]:
         yield "kinds", _kinds(summary["kinds"])
@@ -80,6 +82,8 @@ def _lines(summary: Summary) -> Iterator[tuple[str, str]]:
         yield "splits", ", ".join(f"{name} {count:,}" for name, count in summary["splits"].items())
     if any(summary["removed"].values()):
         yield "left out", ", ".join(f"{count:,} {name}" for name, count in summary["removed"].items() if count)
+    if pages := of_pages(summary["pages"]):
+        yield "pages", pages
     if not read["documents"]:
         return
     yield "domains", f"of documents: {_listed(summary['domains'], read['documents'])}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
 from enum import StrEnum
 from functools import lru_cache
@@ -279,6 +279,7 @@ class CorpusInfo(TypedDict, total=False):
     added: dict[str, int]  # by operation
     fingerprint: str
     passed_over: dict[str, PassedOver]
+    pages: dict[str, int]  # of HTML: `pages`, the `letters` of their text, and those `taken`
     funnel: list[Passage]  # an operation after the other
     lengths: dict[str, dict[str, int]]  # by split how many documents are below each power of two of bytes
     kept: list[Kept]  # some training documents, drawn at random
@@ -292,6 +293,13 @@ def contradicting(info: CorpusInfo) -> list[str]:
         became = "all are kept" if row["kept"] else "the first of each is kept, the others are removed as exact copies"
         lines.append(f"{texts} {column!r}: {became}")
     return lines
+
+
+def of_pages(pages: Mapping[str, int]) -> str:
+    """How much of the text of pages of HTML was taken; empty where there were none."""
+    if not pages.get("letters"):
+        return ""
+    return f"{counted(pages['pages'], 'page')} of HTML, {pages['taken'] / pages['letters']:.0%} of their text taken"
 
 
 def accounted(info: CorpusInfo) -> str:

@@ -138,6 +138,7 @@ def write_corpus(
             "copies": copies.names,  # the first of them, all are in removed.jsonl
             "added": added,
             "passed_over": skipped.facts() if skipped else {},
+            "pages": skipped.pages if skipped else {},  # of HTML: their letters, and those taken
             "fingerprint": digest([counts, census.digest]),
             "lengths": census.lengths,
             "kept": census.kept,

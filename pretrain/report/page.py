@@ -13,7 +13,7 @@ from pathlib import Path
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import write_text
 from pretrain.core.quick.quantities import duration, figure, short
-from pretrain.records import Metrics, accounted, contradicting
+from pretrain.records import Metrics, accounted, contradicting, of_pages
 from pretrain.report import foretold
 from pretrain.report import samples as report_samples
 from pretrain.report.advice import yardstick
@@ -273,6 +273,8 @@ def _corpus_table(corpus: CorpusRow) -> Html:
     ]
     rows.append(("all", *(cell(by_domain.values()) for by_domain in splits.values())))
     note = f"Documents · bytes; {accounted(corpus)}. Fingerprint {str(corpus.get('fingerprint', ''))[:12]}."
+    if pages := of_pages(corpus.get("pages") or {}):
+        note += f" {pages}."
     dropped = funnel(corpus.get("funnel") or [], corpus["name"])
     counted = [tag("p", note, class_="note"), table(("domain", *splits), rows)]
     doubts = [tag("p", f"{line}.", class_="note") for line in contradicting(corpus)]

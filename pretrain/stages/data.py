@@ -26,7 +26,7 @@ from pretrain.data import DataOperation
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
 from pretrain.data._workers import Workers
-from pretrain.records import CorpusInfo, StageResult, accounted, contradicting
+from pretrain.records import CorpusInfo, StageResult, accounted, contradicting, of_pages
 from pretrain.stages import (
     DataOperationField,
     Estimate,
@@ -222,6 +222,8 @@ class Data(Stage):
         job.say(f"{counted}; {accounted(cast('CorpusInfo', info))}")
         for line in contradicting(cast("CorpusInfo", info)):
             job.say(f"warning: {line}")
+        if pages := of_pages(skipped.pages):
+            job.say(pages)
         if skipped.reasons:
             job.say(f"passed over: {skipped}")
         shares = dict(zip(HELD_OUT, (split["validation"], split["test"]), strict=True))

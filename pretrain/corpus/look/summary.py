@@ -98,6 +98,7 @@ class Summary(TypedDict):
     characters: dict[str, int]  # by level
     languages: Languages
     copies: Copies
+    pages: dict[str, int]  # of HTML that were read: how many, the letters of their text, and those taken
     passed_over: dict[str, dict[str, str | int | list[str]]]
     samples: list[Sample]
 
@@ -173,7 +174,8 @@ def summarized(
     ordered = dict(sorted(kinds.items(), key=lambda item: (-item[1]["bytes"], item[0])))
     return {
         "place": place, "corpus": "", "files": len(files), "bytes": sum(sizes.values()), "kinds": ordered,
-        "columns": texts, "splits": {}, "removed": {}, "passed_over": skipped.facts(), **_measured(seen, facts),
+        "columns": texts, "splits": {}, "removed": {}, "pages": skipped.pages, "passed_over": skipped.facts(),
+        **_measured(seen, facts),
     }  # fmt: skip
 
 
@@ -206,7 +208,8 @@ def _of_corpus(place: str, corpus: Corpus, seconds: float, say: Callable[[str], 
         "place": place, "corpus": str(corpus.folder), "files": len(paths), "bytes": size,
         "kinds": {".parquet": {"files": len(paths), "bytes": size}} if paths else {},
         "columns": {}, "splits": dict(info["documents"]), "removed": dict(info.get("removed") or {}),
-        "passed_over": dict(info.get("passed_over") or {}), **_measured(seen, facts),
+        "pages": dict(info.get("pages") or {}), "passed_over": dict(info.get("passed_over") or {}),
+        **_measured(seen, facts),
     }  # fmt: skip
 
 

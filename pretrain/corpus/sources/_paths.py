@@ -17,6 +17,7 @@ from pathlib import Path, PurePath
 from typing import TypeVar
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.archives import PACKED
 from pretrain.core.foreign.documents.members import ARCHIVED
 from pretrain.core.foreign.paths import expanded
 from pretrain.core.foreign.reading import irregular
@@ -53,6 +54,29 @@ class Taken:
 
 
 PLAIN = Taken()
+# What a file's name has after what it is a page of: its ending, and a code of a language before it.
+_ENDING = re.compile(r"(?i)(\.[a-z]{2}([-_][a-z]{2,4})?)?\.\w+$")
+
+
+def check_group(group: str) -> None:
+    """Refuse what tells no groups of files."""
+    try:
+        re.compile(group)
+    except re.error as error:
+        raise PretrainError(f"group {group!r}: {error}; accepted: stem, path, or a regular expression") from error
+
+
+def group_of(name: str, files: str, group: str) -> dict[str, str]:
+    """`{"group": …}` of a file with the id `name` of a source of `files`; nothing where it stands alone."""
+    path, root = PurePath(name), PurePath(expanded(files))
+    above = next((place for place in (root, *root.parents) if place != path and path.is_relative_to(place)), None)
+    below = path.relative_to(above).as_posix() if above else path.as_posix()
+    if group in ("stem", "path"):
+        plain = below.removesuffix(path.suffix) if path.suffix in PACKED else below
+        plain = _ENDING.sub("", plain) or plain
+        return {"group": plain.rpartition("/")[2] if group == "stem" else plain}
+    match = re.search(group, below)
+    return {} if match is None else {"group": str(next(filter(None, (*match.groups(), match[0])), ""))}
 
 
 def located(

@@ -41,6 +41,12 @@ class Skipped:
         self.names: dict[str, list[str]] = {}
         self.rows = 0  # of tables, that were read
         self.begun: list[str] = []  # tables of which only the first rows were asked for, and that have more
+        self.pages: dict[str, int] = {}  # of HTML: how many, the letters of their text, and those that were taken
+
+    def page(self, letters: int, taken: int) -> None:
+        """One more page of HTML, of whose text so many letters were taken."""
+        for name, count in (("pages", 1), ("letters", letters), ("taken", taken)):
+            self.pages[name] = self.pages.get(name, 0) + count
 
     def add(self, reason: str, name: str | Path = "") -> None:
         """One more; `name` is a file, or a place in one: `FILE:LINE`."""

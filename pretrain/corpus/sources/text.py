@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
@@ -20,7 +20,7 @@ from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._chat import exchanges, is_chat, turns_of, written
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
 from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, name_of, read_pieces, size_of
-from pretrain.corpus.sources._paths import Named, Taken, below, located, stamp, stamps
+from pretrain.corpus.sources._paths import Named, Taken, below, check_group, group_of, located, stamp, stamps
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import extent, is_number
 from pretrain.corpus.sources.opened import documents
@@ -45,12 +45,14 @@ class Files(Source):
     turns in `messages`. A notebook (`.ipynb`) gives a document a cell. Text may be
     compressed (`.gz`, `.bz2`, `.xz`, `.zst`). A URL is one that `fsspec` opens: `s3://`, `gs://`, `https://`.
 
-    With `pip install 'pretrain[documents]'`: of HTML (`.html`, `.htm`, `.xhtml`) the text that a page is about, without
-    menus and footers, in the encoding that the page names; of a PDF the text of its pages; of `.warc` the pages of HTML
-    that servers answered with, each with its `url`. An archive (`.zip`, `.tar`, `.tgz`, `.tar.gz`, `.tar.xz`,
-    `.tar.zst`, …) is read as a folder of its files would be, without being laid on disk: `suffixes` are of them where
-    an archive's own ending is not all that they name. Archives in archives are passed over, and so are links, names
-    that lead out of the archive, PDFs that a password protects and documents without text, as scans are.
+    With `pip install 'pretrain[documents]'`: of HTML (`.html`, `.htm`, `.xhtml`) the text that a page is about, with
+    its lists, definitions, tables, notes and code, without menus, banners, footers, forms and lists of links, in the
+    encoding that the page names (`corpus.json` counts in `pages` how much of their text was taken; `pages: markup`
+    reads pages as they stand, tags and all, as whoever writes HTML sees it); of a PDF the text of its pages; of `.warc`
+    the pages of HTML that servers answered with, each with its `url`. An archive (`.zip`, `.tar`, `.tgz`, `.tar.gz`,
+    `.tar.xz`, `.tar.zst`, …) is read as a folder of its files would be, without being laid on disk: `suffixes` are of
+    them where an archive's own ending is not all that they name. Archives in archives are passed over, and so are
+    links, names that lead out of the archive, PDFs that a password protects and documents without text, as scans are.
 
     `suffixes` keeps only the files of a folder that end so (empty: all that are text). The domain is `domain`, or the
     column of that name where the file has one, or the file's suffix without its dot. With `package` the path is one
@@ -59,7 +61,15 @@ class Files(Source):
     programs have written (`*.min.js`, lock files, code in very long lines). They, binary files, containers of other
     kinds and all else that is passed over are listed in `corpus.json`, with the reason. A line, row or file that cannot
     be read ends the stage, or with `on_error: skip` is passed over too.
+
+    Files that are a document each lie on one side of the split together where `group` says that they belong together,
+    as translations of a page do: `stem` by their names, `path` by their paths below `files` (of sources that are a
+    folder of a language each), both without endings and codes of languages, as `.html`, `.es.html` and `.pt-br.html`;
+    anything else is a regular expression, and what its first group (or all of it) matches in the path below `files`
+    is the group: with `/(.+)` that is what follows the first folder. A file that it does not match stands alone.
     """
+
+    version: ClassVar[int] = 2  # more of the text of pages of HTML
 
     files: str
     suffixes: tuple[str, ...] = ()
@@ -73,10 +83,16 @@ class Files(Source):
     conversations: Conversations = "answers"  # of what a conversation makes a document: of each answer, or of the whole
     pages: Literal["text", "markup"] = "text"  # markup: HTML is read as it stands, tags and all
     tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
+    group: str | None = None  # which files lie on one side of the split together: stem, path, or a regular expression
     hidden: bool = False  # whether to take files and folders whose names begin with a dot
     secrets: bool = False  # whether to take files that look like secrets, or hold what looks like a key or a password
     ignored: bool = False  # whether to take what `.gitignore` names
     generated: bool = False  # whether to take what programs have written: minified, lock files, very long lines of code
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group is not None:
+            check_group(self.group)
 
     def domains(self) -> None:
         """Those of files and rows are not known before they are read."""
@@ -116,12 +132,13 @@ class Files(Source):
     ) -> Iterator[Row]:
         """The documents of a file; one that is `alone` has been asked for by its name."""
         domain = self.domain or ending(path).lstrip(".") or "text"
+        group = {} if self.group is None else group_of(name, self.files, self.group)
         if (kind := self._unread(path)) is not None:
             skipped.add(kind, name)
         elif (pages := documents.reader_of(path, self.pages == "markup")) is not None:
             for where, document in pages(path, name, wrong, skipped):
                 if self._fit(document["text"], "", where, skipped, alone and where == name):
-                    yield where, document | {"domain": domain}
+                    yield where, document | {"domain": domain} | ({} if ending(path) == ".warc" else group)
         elif (reader := self._table(path)) is not None and not self._is_text(path, reader, skipped.longest):
             read = reader(path, name, self.text, wrong, skipped)
             yield from _documents(_counted(islice(read, rows), skipped), name, self, skipped, wrong)
@@ -132,7 +149,7 @@ class Files(Source):
                 if not self._fit(text, ending(path), name, skipped, alone):
                     break
                 place = {"id": name} if whole else {"id": f"{name}#{number}", "group": name}
-                yield name, {"text": text, "domain": domain} | place
+                yield name, {"text": text, "domain": domain} | place | group
 
     def _table(self, path: Place) -> Reader | None:
         """What reads the rows of a file, where it is a table and is to be read as one."""

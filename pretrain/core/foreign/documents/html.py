@@ -5,9 +5,14 @@ from __future__ import annotations
 import codecs
 import logging
 import re
+from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.core.foreign import texts
+from pretrain.core.foreign.documents import blocks
 from pretrain.core.system.extras import extras_named
+
+if TYPE_CHECKING:
+    from lxml.html import HtmlElement
 
 NAMED = re.compile(rb"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]{1,40})""")
 HEAD = 4096  # bytes in which a page names its encoding
@@ -30,12 +35,36 @@ def encoding_of(data: bytes, declared: str | None = None) -> str:
     return "utf-8"
 
 
-def main_text(page: str) -> str:
-    """The text that a page is about, without menus, footers and advertisements; empty where there is none.
+class Page(NamedTuple):
+    """The text of a page, and the letters of all its text and of what of that was taken."""
 
-    Raises whatever `trafilatura` and the parser below it raise.
-    """
+    text: str
+    letters: int
+    taken: int
+
+
+def parsed(page: str) -> HtmlElement | None:
+    """The elements of a page; None where it has none."""
     with extras_named():
         import trafilatura
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # of each page without a text it tells another line
-    return trafilatura.extract(page, include_comments=False, with_metadata=False) or ""
+    return trafilatura.load_html(page)
+
+
+def main_text(page: str) -> Page:
+    """The text that a page is about, without menus, footers and advertisements; empty where there is none.
+
+    `trafilatura` finds it, and what that leaves out of the article is taken as `blocks` tells. Raises whatever it and
+    the parser below it raise.
+    """
+    tree = parsed(page)
+    if tree is None:
+        return Page("", 0, 0)
+    import trafilatura
+
+    text = trafilatura.extract(tree, include_comments=False, with_metadata=False) or ""
+    elements, parents, pieces = blocks.body_of(tree)
+    taken = blocks.chosen(elements, parents, pieces, text) if pieces else None
+    text = text if taken is None else blocks.written(elements, pieces, taken)
+    letters, kept = sum(len(block.letters) for block in pieces), len(blocks.letters_of(text))
+    return Page(text, max(letters, kept), kept)

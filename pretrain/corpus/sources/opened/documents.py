@@ -57,13 +57,14 @@ def _page(data: bytes, name: str, declared: str | None, wrong: Wrong, skipped: S
         wrong(f"{name}:{line}", what, f"not {kind}", "a page in the encoding that it names, or in UTF-8")
         return None
     try:
-        text = html.main_text(texts.mended(page))
+        text, letters, taken = html.main_text(texts.mended(page))
     except Exception as error:
         _not_whole(error, name, "HTML", wrong, skipped)
         return None
     if not text.strip():
         skipped.add("empty" if not page.strip() else NO_TEXT["HTML"], name)
         return None
+    skipped.page(letters, taken)
     return text
 
 
