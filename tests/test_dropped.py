@@ -186,3 +186,19 @@ def test_how_much_the_table_keeps_is_no_part_of_what_a_stage_is():
     stage = {"stage": "data", "sources": [{"stdlib": True}]}
     plain, more = (Data.model_validate(stage | given_) for given_ in ({}, {"dropped_characters": 5}))
     assert plain.config() == more.config() and "dropped_texts" not in plain.config()
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.5])
+def test_of_a_copy_it_is_noted_which_document_was_kept(tmp_path, threshold):
+    texts = [" ".join(f"word{n * 100 + m}" for m in range(60)) for n in range(3)]
+    rows = [texts[0], texts[1], texts[0], f"{texts[1]} more", texts[2], f"{texts[1]} more", texts[0]]
+    corpus = Dataset.from_list([{"text": text, "domain": "d", "id": f"doc-{n}"} for n, text in enumerate(rows)])
+    ledger = Ledger(tmp_path)
+    with working(tmp_path, ledger):
+        Deduplicate(threshold=threshold)(corpus)
+        ledger.close()
+    found = {row["id"]: row["copy_of"] for row in parquet.read_table(tmp_path / FILE).to_pylist()}
+    if threshold:  # the second `more` is a copy of what went itself
+        assert found == {"doc-2": "doc-0", "doc-3": "doc-1", "doc-5": "doc-1", "doc-6": "doc-0"}
+    else:
+        assert found == {"doc-2": "doc-0", "doc-5": "doc-3", "doc-6": "doc-0"}

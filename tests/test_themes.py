@@ -12,7 +12,7 @@ from page_cases import example, put
 
 import pretrain.report
 from pretrain.core.files import read_json
-from pretrain.corpus.store import write_corpus
+from pretrain.corpus.store import Corpus, write_corpus
 from pretrain.report.charts import COLOURS, GREYS, bits_chart
 from pretrain.report.page import write
 
@@ -85,6 +85,13 @@ def test_documents_that_are_removed_as_copies_are_named(tmp_path):
     listed = [json.loads(line) for line in (tmp_path / "corpus" / "removed.jsonl").read_text().splitlines()]
     exact = [row["id"] for row in listed if row["why"] == "exact"]
     assert exact == [f"{n}.txt" for n in range(300, 325)] and info["removed"]["exact"] == 25
+    assert [row["of"] for row in listed if row["why"] == "exact"] == [
+        {"domain": "d", "id": f"{n}.txt"} for n in range(25)
+    ]
+    held = {d["id"] for split in ("validation", "test") for d in Corpus(tmp_path / "corpus").documents(split)}
+    for row in listed:  # a text and the same with a word more
+        twins = {int(each["id"][:-4]) % 325 for each in (row, row["of"])}
+        assert row["why"] == "exact" or (len(twins) == 1 and row["of"]["id"] in held)
     near = [row["id"] for row in listed if row["why"] == "near"]
     assert len(near) == info["removed"]["near"] > 5 and set(near) <= {
         f"{n}.txt" for n in [*range(25), *range(325, 350)]

@@ -78,8 +78,16 @@ class Index:
 
     def near(self, minhash: RMinHash, kind: str = "") -> float | None:
         """How alike the first of that kind is that was put in and is at least `threshold` alike."""
-        others = (other for other, its in map(self.signatures.__getitem__, self.buckets.query(minhash)) if its == kind)
-        return next((alike for alike in map(minhash.jaccard, others) if alike >= self.threshold), None)
+        found = self.first(minhash, kind)
+        return None if found is None else found[1]
+
+    def first(self, minhash: RMinHash, kind: str = "") -> tuple[int, float] | None:
+        """Its number, in the order in which they were put in, and how alike it is."""
+        for number in self.buckets.query(minhash):
+            other, its = self.signatures[number]
+            if its == kind and (alike := minhash.jaccard(other)) >= self.threshold:
+                return number, alike
+        return None
 
 
 def copies(texts: Iterable[tuple[str, str]], threshold: float | None) -> Iterator[tuple[str, float] | None]:

@@ -10,13 +10,15 @@ those of the same content. Documents stream through: the corpus may be larger th
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property, partial
+from os import SEEK_END
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, write_json
@@ -152,27 +154,35 @@ def _write_splits(
     copies: Removed,
 ) -> int:  # fmt: skip
     """Write the documents to the split that `sided` tells, copies left out, and return how many there were."""
-    seen: set[bytes] = set()
+    seen: dict[bytes, int] = {}  # where the name of each document lies
     domains: set[str] = set()
     columns: set[str] = set()
     writers = {split: _Writer(work / split, columns) for split in SPLITS}
     read = 0
-    for read, document in enumerate(documents, 1):  # noqa: B007
-        key = identity(document)
-        if key in seen:
-            removed["exact"] += 1
-            copies.add("exact", document)
-            continue
-        seen.add(key)
-        domains.add(document["domain"])
-        columns.update(columns_in(document))
-        for what, there, most in (("domains", domains, DOMAINS), ("columns and what is in them", columns, COLUMNS)):
-            if len(there) > most:
-                raise PretrainError(f"document {document.get('id')!r}: more than {most:,} {what}; accepted: fewer")
-        writers[sided(document)].add(document, len(payload(document)))
+    with tempfile.TemporaryFile(dir=work) as kept:  # the names, lest they lie in memory
+        for read, document in enumerate(documents, 1):  # noqa: B007
+            key = identity(document)
+            if key in seen:
+                removed["exact"] += 1
+                copies.add("exact", document, _name_at(kept, seen[key]))
+                continue
+            seen[key] = kept.seek(0, SEEK_END)
+            kept.write(json.dumps({name: document.get(name) for name in ("domain", "id")}).encode() + b"\n")
+            domains.add(document["domain"])
+            columns.update(columns_in(document))
+            for what, there, most in (("domains", domains, DOMAINS), ("columns and what is in them", columns, COLUMNS)):
+                if len(there) > most:
+                    raise PretrainError(f"document {document.get('id')!r}: more than {most:,} {what}; accepted: fewer")
+            writers[sided(document)].add(document, len(payload(document)))
     for writer in writers.values():
         writer.flush()
     return read
+
+
+def _name_at(kept: IO[bytes], place: int) -> JSONObject:
+    """The domain and id of a document, which were written there."""
+    kept.seek(place)
+    return json.loads(kept.readline().decode())
 
 
 def _same_columns(work: Path) -> None:
@@ -207,21 +217,27 @@ def _drop_near_heldout(work: Path, threshold: float, copies: Removed) -> int:
 
     from pretrain.corpus.minhash import Index, signature
 
-    index, same, dropped = Index(threshold), set(), 0
+    index, same, dropped = Index(threshold), dict[bytes, Document](), 0
+    names: list[Document] = []  # of those in the index
     for split in ("validation", "test"):
-        for document in iterate(work / split, CONTENT):
+        for document in iterate(work / split, (*CONTENT, *TEXTS)):
+            name = {column: document.get(column) for column in ("domain", "id")}
             if only_text(document):
                 index.add(signature(document["text"]))
+                names.append(name)
             else:
-                same.add(hashlib.blake2b(content(document), digest_size=16).digest())
+                same.setdefault(hashlib.blake2b(content(document), digest_size=16).digest(), name)
 
-    def near(document: Document) -> bool:
+    def near(document: Document) -> Document | None:
+        """What is held out that it is near to."""
         if only_text(document):
-            return index.has_near(signature(document["text"]))
-        return hashlib.blake2b(content(document), digest_size=16).digest() in same
+            found = index.first(signature(document["text"]))
+            return None if found is None else names[found[0]]
+        return same.get(hashlib.blake2b(content(document), digest_size=16).digest())
 
     for path in sorted((work / "train").glob("*.parquet")) if index.signatures or same else ():
-        kept = [not near(row) or copies.add("near", row) for row in _read_part(path, (*CONTENT, *TEXTS))]
+        rows = ((row, near(row)) for row in _read_part(path, (*CONTENT, *TEXTS)))
+        kept = [held is None or copies.add("near", row, held) for row, held in rows]
         dropped += kept.count(False)
         if not all(kept):
             _write_table(pyarrow.parquet.read_table(path).filter(kept), path)

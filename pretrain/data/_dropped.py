@@ -1,7 +1,8 @@
 """What operations leave out of a corpus: a row for each document in a table, and the counts of a funnel.
 
 The table lies beside the corpus as `dropped.parquet`: the operation, the reason in a short stable word, the number that
-was measured, and of the document its domain, id, bytes and the beginning of its text. A text stands with the first
+was measured, and of the document its domain, id, bytes and the beginning of its text; of a copy the id of the document
+that was kept (`copy_of`). A text stands with the first
 documents that an operation drops, then with every second, every fourth and so on, so that the texts of a corpus of any
 size take as little room as is wanted. All is written as it comes: of the documents no more than a batch is in memory.
 
@@ -61,18 +62,26 @@ class Ledger:
 
     def drop(
         self, operation: str, corpus: Dataset, rows_D: NDArray[np.int64], reasons_D: Sequence[str] | str,
-        measured_D: NDArray[np.float64] | None = None,
+        measured_D: NDArray[np.float64] | None = None, first_D: NDArray[np.int64] | None = None,
     ) -> None:  # fmt: skip
-        """Note the documents at `rows_D` as dropped; `reasons_D` are theirs, or one word for all."""
+        """Note the documents at `rows_D` as dropped, as copies of those at `first_D`; a reason may be all of theirs."""
         known = _compared(corpus)
         for start in range(0, len(rows_D), BLOCK):
             part = slice(start, start + BLOCK)
             table = corpus.select_columns(known).with_format("arrow")[rows_D[part].tolist()]
             given = [reasons_D] * len(table) if isinstance(reasons_D, str) else list(reasons_D[part])
             measured = [None] * len(table) if measured_D is None else measured_D[part].tolist()
-            self._note(operation, table, given, measured)
+            of = (
+                None
+                if first_D is None or "id" not in known
+                else corpus.select_columns(["id"])[first_D[part].tolist()]["id"]
+            )
+            self._note(operation, table, given, measured, of or [None] * len(table))
 
-    def _note(self, operation: str, table: pyarrow.Table, reasons: list[str], measured: Sequence[float | None]) -> None:
+    def _note(
+        self, operation: str, table: pyarrow.Table, reasons: list[str], measured: Sequence[float | None],
+        of: Sequence[object],
+    ) -> None:  # fmt: skip
         import pyarrow
 
         domains, sizes = _domains(table), _sizes(table)
@@ -91,6 +100,7 @@ class Ledger:
             "measured": pyarrow.array(measured, pyarrow.float64(), from_pandas=True),
             "domain": pyarrow.array(domains, pyarrow.string()).dictionary_encode(),
             "id": pyarrow.array([None if i is None else str(i) for i in ids], pyarrow.string()),
+            "copy_of": pyarrow.array([None if i is None else str(i) for i in of], pyarrow.string()),
             "bytes": pyarrow.array(sizes, pyarrow.int64()),
             "text": pyarrow.array(written, pyarrow.string()),
         }

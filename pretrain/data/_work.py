@@ -92,11 +92,14 @@ class Desk:
 
     def drop(
         self, method: str, corpus: Dataset, rows_D: NDArray[np.int64], why_D: Sequence[str] | str,
-        measured_D: NDArray[np.float64] | None = None,
+        measured_D: NDArray[np.float64] | None = None, first_D: NDArray[np.int64] | None = None,
     ) -> None:  # fmt: skip
-        """Note that documents are left out, with the reason (a word that stays the same) and what was measured."""
+        """Note that documents are left out, with the reason (a word that stays the same) and what was measured.
+
+        `first_D` are the documents that are kept, of which these are copies.
+        """
         if self.ledger is not None:
-            self.ledger.drop(method, corpus, rows_D, why_D, measured_D)
+            self.ledger.drop(method, corpus, rows_D, why_D, measured_D, first_D)
 
 
 _DESK: ContextVar[Desk | None] = ContextVar("desk", default=None)

@@ -92,11 +92,13 @@ class Removed:
         self.path = folder / "removed.jsonl"
         self.names: dict[str, list[str]] = {}
 
-    def add(self, kind: str, document: Mapping[str, object]) -> bool:
-        """One more, `exact` or `near`; False, since it is not kept."""
+    def add(self, kind: str, document: Mapping[str, object], kept: Mapping[str, object]) -> bool:
+        """One more, `exact` or `near`, and the document that was kept, of which it is a copy; False: it is not kept."""
         name = str(document.get("id", ""))
+        of = {"domain": kept.get("domain"), "id": str(kept.get("id", ""))}
         with open_append(self.path) as file:
-            file.write(json.dumps({"why": kind, "domain": document.get("domain"), "id": name}).encode() + b"\n")
+            row = {"why": kind, "domain": document.get("domain"), "id": name, "of": of}
+            file.write(json.dumps(row).encode() + b"\n")
         names = self.names.setdefault(kind, [])
         if name and len(names) < LISTED:
             names.append(name)

@@ -83,8 +83,8 @@ class Signatures:
         self._signatures.write(signature_NP.tobytes())
         self.documents += len(key_NB)
 
-    def copies(self) -> Iterator[tuple[int, str, float]]:
-        """The documents that are copies, in order: what of (exact copy, near-duplicate), and how alike.
+    def copies(self) -> Iterator[tuple[int, str, float, int]]:
+        """The documents that are copies, in order: what (exact copy, near-duplicate), how alike, and of which document.
 
         A document is compared with those before it that were kept: the first that is alike says how much.
         """
@@ -94,7 +94,9 @@ class Signatures:
             for shared_G in self._shared(number):
                 self._put(shared_G)
         kept_of: dict[int, list[int]] = defaultdict(list)  # of a group
-        near: dict[int, float] = {}  # how alike documents are that were dropped and have copies
+        near: dict[
+            int, tuple[float, int]
+        ] = {}  # how alike documents are, and to which, that were dropped and have copies
         for number in range(-(-self.documents // SPAN)):
             for document, groups in self._of_span(number):
                 first = next((group // len(self._keys) for group in groups if group % len(self._keys) == 0), None)
@@ -102,11 +104,11 @@ class Signatures:
                 of_bands = [group for group in groups if group % len(self._keys)]
                 alike = near.get(first or 0) if copy else self._alike(document, of_bands, kept_of)
                 if alike is not None:
-                    yield document, "near-duplicate", alike
+                    yield document, "near-duplicate", *alike
                     if first == document:
                         near[document] = alike
-                elif copy:
-                    yield document, "exact copy", 1.0
+                elif copy and first is not None:
+                    yield document, "exact copy", 1.0, first
                 else:
                     for group in of_bands:
                         kept_of[group].append(document)
@@ -148,15 +150,16 @@ class Signatures:
         for start, stop in zip(starts, [*starts[1:], len(shared_G)], strict=True):
             yield int(shared_G["document"][start]), shared_G["group"][start:stop].tolist()
 
-    def _alike(self, document: int, groups: list[int], kept_of: dict[int, list[int]]) -> float | None:
-        """How alike the first kept document is that is at least `threshold` alike; None where there is none."""
+    def _alike(self, document: int, groups: list[int], kept_of: dict[int, list[int]]) -> tuple[float, int] | None:
+        """How alike the first kept document is that is at least `threshold` alike, and which; None without one."""
         others = sorted({other for group in groups for other in kept_of.get(group, ())})
         if self.threshold is None or not others:
             return None
         if self._signature_NP is None:
             self._signature_NP = np.memmap(self.folder / "signatures", np.uint32, "r").reshape(-1, PERMUTATIONS)
         alike = (self._signature_NP[others] == self._signature_NP[document]).mean(1)
-        return next((float(each) for each in alike if each >= self.threshold), None)
+        found = ((float(each), other) for each, other in zip(alike, others, strict=True) if each >= self.threshold)
+        return next(found, None)
 
 
 def _of_portion(key_N: NDArray[np.void], portion: int, portions: int) -> NDArray[np.int64]:

@@ -48,9 +48,9 @@ class Deduplicate(DataOperation):
                 signatures.add(*made)
             later = signatures.copies()
             while some := list(islice(later, SHARD)):
-                rows, reasons, measured = zip(*some, strict=True)
+                rows, reasons, measured, first = zip(*some, strict=True)
                 kept_N[rows_D := np.array(rows, np.int64)] = False
-                here.drop(self.name, corpus, rows_D, reasons, np.array(measured))
+                here.drop(self.name, corpus, rows_D, reasons, np.array(measured), np.array(first, np.int64))
         return corpus.select(np.flatnonzero(kept_N))
 
 
