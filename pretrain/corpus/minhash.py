@@ -26,13 +26,15 @@ _UNSPACED, _UNIT = re.compile(f"[{UNSPACED}]"), re.compile(f"[{UNSPACED}]|[^\\s{
 
 def units(text: str) -> list[str]:
     """The words between spaces, and each character of a script that has none."""
-    return _UNIT.findall(text) if _UNSPACED.search(text) else text.split()
+    return text.split() if text.isascii() or not _UNSPACED.search(text) else _UNIT.findall(text)
 
 
 def shingles(text: str) -> list[str]:
     """The distinct runs of five units; all of them as one run where there are fewer."""
     parts = units(text)
-    return list({" ".join(parts[i : i + SHINGLE]) for i in range(max(1, len(parts) - SHINGLE + 1))})
+    if len(parts) < SHINGLE:
+        return [" ".join(parts)]
+    return list(set(map(" ".join, zip(*(parts[start:] for start in range(SHINGLE)), strict=False))))
 
 
 @cache

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, TypedDict, TypeVar, cast
 
@@ -47,6 +47,7 @@ class Placed(Document):
     split: str
 
 
+@cache
 def belongs(column: str) -> bool:
     """Whether a column is part of an example, as its label is, and not just about its content, as a `url` is."""
     return bool(BESIDE.intersection(re.split(r"[^a-z]+", column.lower())))

@@ -265,7 +265,9 @@ def corpus_estimate(
         left, basis = _seen(left, seen), _basis(seen, total)
         on_disk = (seen.packed + REMOVED * seen.removed) * (1.0 if seen.whole else total / max(1.0, seen.given))
         disk = RECORDS + SAMPLES + TOTALS + on_disk
-    return Estimate(None if works else 0.0, FLOOR + 10 * held, 1 + held / 1.5e6, disk, 1.0, left, basis=basis)
+    return Estimate(
+        None if works else 0.0, FLOOR + 10 * min(held, 128e6), 1 + held / 1.5e6, disk, 1.0, left, basis=basis
+    )
 
 
 def _seen(left: Left, seen: Looked) -> Left:

@@ -7,6 +7,7 @@ read is told to `wrong`, which raises, or counts it and lets the reader go on.
 from __future__ import annotations
 
 import csv
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -34,6 +35,7 @@ Row = tuple[str, Document]  # where it stands, and its columns
 # Of a file, its name, the column of the text, what is told of what is wrong, and how long rows may be.
 Reader = Callable[[Place, str, str, Wrong, Skipped], Iterator[Row]]
 # What is not read, by its ending: nobody shall take it for text, or miss it.
+_BAD_BYTE = re.compile("[\udc80-\udcff]")
 UNREAD = {
     "an archive": (".zip", ".tar", ".tgz", ".7z", ".rar", ".jar", ".whl", ".deb", ".rpm", ".iso", ".dmg"),
     "a document": (".pdf", ".doc", ".docx", ".odt", ".rtf", ".epub", ".mobi", ".ppt", ".pptx", ".odp", ".pages"),
@@ -80,12 +82,13 @@ def lines(
 
 def has_bad_bytes(text: str) -> bool:
     """Whether a line was read from bytes that are not UTF-8."""
-    return any("\udc80" <= letter <= "\udcff" for letter in text) if not text.isascii() else False
+    return not text.isascii() and _BAD_BYTE.search(text) is not None
 
 
 def _whole(where: str, text: str, wrong: Wrong) -> bool:
     if has_bad_bytes(text):
-        byte = next(ord(letter) - 0xDC00 for letter in text if "\udc80" <= letter <= "\udcff")
+        bad = _BAD_BYTE.search(text)
+        byte = ord(bad[0]) - 0xDC00 if bad else 0
         wrong(where, f"byte 0x{byte:02x} is not UTF-8", "lines with bad bytes", "text in UTF-8")
         return False
     return True

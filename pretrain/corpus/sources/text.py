@@ -373,7 +373,12 @@ def _domain(source: Files | HubDataset, row: Document, name: str) -> str:
     """The domain of a row: the source's, the row's, or that of its file."""
     if source.domain is not None and source.domain not in row:
         return source.domain
-    return str(row.get(source.domain or "domain") or Path(name).name.split(".")[0])
+    return str(row.get(source.domain or "domain") or _stem(name))
+
+
+@lru_cache(maxsize=64)
+def _stem(name: str) -> str:
+    return Path(name).name.split(".")[0]
 
 
 def _answers(
