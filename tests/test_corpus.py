@@ -407,7 +407,7 @@ def test_the_fingerprint_is_of_the_texts_and_their_order(tmp_path):
 
 
 def test_columns_that_only_some_sources_have_are_kept(tmp_path, monkeypatch):
-    monkeypatch.setattr("pretrain.corpus.store.PART_BYTES", 1)
+    monkeypatch.setattr("pretrain.corpus.parts.PART_BYTES", 1)
     rows = documents("one") + documents("two", quality=3) + documents("three", quality=4.5, group="g")
     write_corpus(rows, tmp_path / "c", validation=0, test=0)
     found = Corpus(tmp_path / "c").split("train")

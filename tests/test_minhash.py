@@ -7,7 +7,7 @@ import random
 import datasets
 import pytest
 
-from pretrain.corpus.minhash import Index, bands, copies, shingles, signature, units
+from pretrain.corpus.copies.minhash import Index, bands, copies, shingles, signature, units
 from pretrain.corpus.store import Corpus, write_corpus
 from pretrain.data.deduplication.deduplicate import Deduplicate
 

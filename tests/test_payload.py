@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from pretrain.core.errors import PretrainError
-from pretrain.corpus import store
+from pretrain.corpus import parts
 from pretrain.corpus.payload import content, identity, table_of
 from pretrain.corpus.shards import tokenise
 from pretrain.corpus.store import SPLITS, Corpus, side, write_corpus
@@ -135,7 +135,7 @@ def test_deduplication_of_documents_without_text_removes_exact_copies():
 
 
 def test_a_row_group_holds_no_more_than_its_bytes(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "GROUP_BYTES", 20_000)
+    monkeypatch.setattr(parts, "GROUP_BYTES", 20_000)
     write_corpus(
         [{"image": png(i, (64, 64)), "domain": "d", "id": str(i)} for i in range(40)],
         tmp_path / "c",

@@ -17,7 +17,7 @@ from worker_functions import deadly, lengths, wrong
 
 from pretrain import engine
 from pretrain.core.errors import PretrainError
-from pretrain.corpus.minhash import copies
+from pretrain.corpus.copies.minhash import copies
 from pretrain.data import _mapped, _workers
 from pretrain.data._work import working
 from pretrain.data._workers import Shard, Workers

@@ -9,12 +9,10 @@ those of the same content. Documents stream through: the corpus may be larger th
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
 from os import SEEK_END
 from pathlib import Path
@@ -24,20 +22,20 @@ from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, write_json
 from pretrain.core.folders import verify
 from pretrain.corpus.look.census import Census
+from pretrain.corpus.parts import NAMES, TEXTS, Columns, Writer, opened_part, read_part, write_table
+from pretrain.corpus.parts import count_rows as count_rows
+from pretrain.corpus.parts import iterate as iterate
 from pretrain.corpus.payload import (
     CONTENT,
     Placed,
     Split,
     columns_in,
-    content,
     identity,
     in_payload,
-    only_text,
     payload,
     side_of,
     single_type,
     split_in,
-    table_of,
     typed,
 )
 from pretrain.corpus.payload import belongs as belongs
@@ -48,47 +46,13 @@ from pretrain.corpus.progress import without_bars
 from pretrain.corpus.sources import Document, Removed, Skipped, evenly
 
 if TYPE_CHECKING:
-    import pyarrow
-    import pyarrow.parquet
     from datasets import Dataset
 
-Columns = Sequence[str] | Callable[[list[str]], Sequence[str]]
-TEXTS = ("text", "domain", "id")
+    from pretrain.corpus.copies.held_out import Each
+
 SPLITS = ("train", "validation", "test")
 DOMAINS = 1 << 16  # that shards can number
 COLUMNS = 1000  # of a corpus, with what objects in them hold: each takes 8 bytes a row, whatever it has
-CELLS = 1 << 23  # of a part, rows times columns
-PART_BYTES = 64 << 20
-GROUP_BYTES = 16 << 20  # of one Parquet row group, read at once
-
-
-class _Writer:
-    """Parquet parts of one split, written as they fill."""
-
-    def __init__(self, folder: Path, columns: set[str]) -> None:
-        self.folder, self.columns, self.parts, self.bytes = folder, columns, 0, 0
-        self.rows: list[Document] = []
-        folder.mkdir()
-
-    def add(self, document: Document, size: int) -> None:
-        """One more document, whose payload has `size` bytes."""
-        self.rows.append(document)
-        self.bytes += size
-        if self.bytes >= PART_BYTES or len(self.rows) * len(self.columns) >= CELLS:
-            self.flush()
-
-    def flush(self) -> None:
-        if self.rows:
-            _write_table(table_of(self.rows), self.folder / f"part-{self.parts:05d}.parquet")
-            self.parts, self.rows, self.bytes = self.parts + 1, [], 0
-
-
-def _write_table(table: pyarrow.Table, path: Path) -> None:
-    """Write a part; no row group is much larger than `GROUP_BYTES`."""
-    import pyarrow.parquet
-
-    rows = max(1, min(1024, len(table) * GROUP_BYTES // max(1, table.nbytes)))
-    pyarrow.parquet.write_table(table, path, compression="zstd", row_group_size=rows)
 
 
 def write_corpus(
@@ -103,13 +67,14 @@ def write_corpus(
     facts: JSONObject | None = None,
     skipped: Skipped | None = None,
     beside: Callable[[Path], None] = lambda folder: None,
+    each: Each | None = None,
 ) -> JSONObject:
     """Split, deduplicate and store documents; returns what `corpus.json` says.
 
     `validation` and `test` are shares of the documents, which each `split_seed` draws anew; training documents at least
     `near_duplicates` alike to a held-out one are removed (None: not looked for). `operations` then act on the training
     split; `facts` are noted; `skipped` holds what the sources pass over as they are read; `beside` may put more files
-    into the folder.
+    into the folder; `each` may share the search for copies out to processes.
     """
     if validation < 0 or test < 0 or validation + test >= 1:
         raise PretrainError(
@@ -121,7 +86,7 @@ def write_corpus(
         read = _write_splits(documents, work, sided, removed, copies)
         _same_columns(work)
         if near_duplicates:
-            removed["near"] = _drop_near_heldout(work, near_duplicates, copies)
+            removed["near"] = _drop_near_heldout(work, near_duplicates, copies, each)
         if operations:
             with without_bars():
                 _operate(work, operations, removed, added)
@@ -157,7 +122,7 @@ def _write_splits(
     seen: dict[bytes, int] = {}  # where the name of each document lies
     domains: set[str] = set()
     columns: set[str] = set()
-    writers = {split: _Writer(work / split, columns) for split in SPLITS}
+    writers = {split: Writer(work / split, columns) for split in SPLITS}
     read = 0
     with tempfile.TemporaryFile(dir=work) as kept:  # the names, lest they lie in memory
         for read, document in enumerate(documents, 1):  # noqa: B007
@@ -211,37 +176,32 @@ def _same_columns(work: Path) -> None:
         fresh.replace(path)
 
 
-def _drop_near_heldout(work: Path, threshold: float, copies: Removed) -> int:
-    """Remove training documents whose text is a near-duplicate of a held-out one's, or whose content is the same."""
+def _drop_near_heldout(work: Path, threshold: float, copies: Removed, each: Each | None) -> int:
+    """Remove training documents that are copies of held-out ones, as `near_held_out` finds them."""
     import pyarrow.parquet
 
-    from pretrain.corpus.minhash import Index, signature
+    from pretrain.corpus.copies.held_out import here, near_held_out
 
-    index, same, dropped = Index(threshold), dict[bytes, Document](), 0
-    names: list[Document] = []  # of those in the index
-    for split in ("validation", "test"):
-        for document in iterate(work / split, (*CONTENT, *TEXTS)):
-            name = {column: document.get(column) for column in ("domain", "id")}
-            if only_text(document):
-                index.add(signature(document["text"]))
-                names.append(name)
-            else:
-                same.setdefault(hashlib.blake2b(content(document), digest_size=16).digest(), name)
-
-    def near(document: Document) -> Document | None:
-        """What is held out that it is near to."""
-        if only_text(document):
-            found = index.first(signature(document["text"]))
-            return None if found is None else names[found[0]]
-        return same.get(hashlib.blake2b(content(document), digest_size=16).digest())
-
-    for path in sorted((work / "train").glob("*.parquet")) if index.signatures or same else ():
-        rows = ((row, near(row)) for row in _read_part(path, (*CONTENT, *TEXTS)))
-        kept = [held is None or copies.add("near", row, held) for row, held in rows]
-        dropped += kept.count(False)
-        if not all(kept):
-            _write_table(pyarrow.parquet.read_table(path).filter(kept), path)
-    return dropped
+    parts = {split: sorted((work / split).glob("*.parquet")) for split in SPLITS}
+    rows = {path: pyarrow.parquet.read_metadata(path).num_rows for paths in parts.values() for path in paths}
+    held = [path for split in ("validation", "test") for path in parts[split]]
+    held_out = (document for path in held for document in read_part(path, CONTENT))
+    training = (document for path in parts["train"] for document in read_part(path, CONTENT))
+    counts = (sum(map(rows.__getitem__, held)), sum(map(rows.__getitem__, parts["train"])))
+    copy_T = near_held_out(held_out, training, counts, threshold, each or here)
+    places = set(copy_T[copy_T >= 0].tolist())
+    names = {
+        place: name
+        for place, name in enumerate(row for path in held for row in read_part(path, NAMES)) if place in places
+    }  # fmt: skip
+    start = 0
+    for path in parts["train"]:
+        copy_M, start = copy_T[start : start + rows[path]], start + rows[path]
+        if (copy_M >= 0).any():
+            for row, place in zip(read_part(path, NAMES), copy_M.tolist(), strict=True):
+                _ = place < 0 or copies.add("near", row, names[place])
+            write_table(pyarrow.parquet.read_table(path).filter(copy_M < 0), path)
+    return int((copy_T >= 0).sum())
 
 
 def _operate(
@@ -266,7 +226,7 @@ def _operate(
     for part, start in enumerate(range(0, len(corpus), rows)):
         chosen = corpus.select(range(start, min(start + rows, len(corpus))))
         chosen.to_parquet(path := after / f"part-{part:05d}.parquet")  # with its own compression, of half the effect
-        _write_table(pyarrow.parquet.read_table(path), path)
+        write_table(pyarrow.parquet.read_table(path), path)
     changed = set(corpus.column_names) != columns
     del corpus
     shutil.rmtree(cache, ignore_errors=True)
@@ -287,49 +247,6 @@ def _open(split: Path, cache: Path) -> Dataset:
         return datasets.Dataset.from_dict({"text": [], "domain": [], "id": []})
     with without_bars():
         return datasets.Dataset.from_parquet(files, cache_dir=str(cache))
-
-
-def iterate(split: Path, columns: Columns = TEXTS) -> Iterator[Document]:
-    """The documents of a split's folder, in order, read a little at a time: those of `columns` that there are.
-
-    `columns` are names, or choose among all names. Images and audio come as they lie there, `{"bytes", "path"}`.
-    """
-    for path in sorted(split.glob("*.parquet")):
-        yield from _read_part(path, columns)
-
-
-def count_rows(split: Path) -> int:
-    """How many documents the files of a split hold, each read whole."""
-    rows = 0
-    for path in sorted(split.glob("*.parquet")):
-        with opened_part(path) as file:
-            rows += sum(file.read_row_group(number).num_rows for number in range(file.num_row_groups))
-    return rows
-
-
-def _read_part(path: Path, columns: Columns) -> Iterator[Document]:
-    with opened_part(path) as file:
-        known = file.schema_arrow.names
-        wanted = set(columns(known) if callable(columns) else columns)
-        for number in range(file.num_row_groups):
-            yield from file.read_row_group(number, columns=[n for n in known if n in wanted]).to_pylist()
-
-
-@contextmanager
-def opened_part(path: Path) -> Iterator[pyarrow.parquet.ParquetFile]:
-    """A part's file, whose columns of text are text."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            for field in file.schema_arrow:
-                if field.name in ("text", "domain") and str(field.type) not in ("string", "large_string", "null"):
-                    raise PretrainError(f"{path}: column {field.name!r} holds {field.type}; accepted: text")
-            yield file
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise PretrainError(f"{path}: not a whole Parquet file ({reason})") from error
 
 
 def _count(work: Path) -> Census:

@@ -22,9 +22,10 @@ from typing import Literal, Protocol
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.corpus.look.glance import Glance
+from pretrain.corpus.parts import GROUP_BYTES
 from pretrain.corpus.payload import identity, only_text
 from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Skipped, Source, evenly, read
-from pretrain.corpus.store import GROUP_BYTES, key_of, side
+from pretrain.corpus.store import key_of, side
 from pretrain.dial.packed import packed
 
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
@@ -290,7 +291,7 @@ def _left(texts: Sequence[str], held: Sequence[str], near: float | None, alike: 
     """
     if not texts or not (near or alike):
         return 1.0
-    from pretrain.corpus.minhash import Index, signature
+    from pretrain.corpus.copies.minhash import Index, signature
 
     glance, seen, gone = Glance(COMPARED / 2), 0.0, 0.0
     against, among = Index(near) if near else None, Index(alike) if alike else None

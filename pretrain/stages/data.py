@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self, cast
@@ -25,7 +26,7 @@ from pretrain.corpus.store import Corpus, write_corpus
 from pretrain.data import DataOperation
 from pretrain.data._dropped import Ledger
 from pretrain.data._work import working
-from pretrain.data._workers import Workers
+from pretrain.data._workers import Shard, Workers
 from pretrain.records import CorpusInfo, StageResult, accounted, contradicting, of_pages
 from pretrain.stages import (
     DataOperationField,
@@ -46,6 +47,7 @@ from pretrain.stages._examples import Looked, looked, sampled
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from pretrain.corpus.copies.held_out import Signatures
 
 HELD_OUT = ("validation", "test")
 MADE = 5e10  # FLOPs a second of sources that make their documents: small products, one after another
@@ -214,7 +216,7 @@ class Data(Stage):
             facts |= {"operations": desk.reports, "funnel": ledger.funnel, "contradicting": labels.contradicting}
             info = write_corpus(
                 stream, job.folder / "corpus", **split, near_duplicates=self.near_duplicates, operations=operations,
-                facts=facts, skipped=skipped, beside=ledger.put,
+                facts=facts, skipped=skipped, beside=ledger.put, each=partial(_shared_out, workers),
             )  # fmt: skip
         shutil.rmtree(job.folder / "work", ignore_errors=True)
         write_samples(job.folder, document_samples(corpus_documents(job.folder / "corpus")))
@@ -238,6 +240,13 @@ class Data(Stage):
             "metrics": sizes | {f"removed/{k}": v for k, v in info["removed"].items()},
             "flops": sum(spent) + desk.flops + self.made,
         }
+
+
+def _shared_out(
+    workers: Workers, work: Callable[[list[str]], Signatures], lots: Iterable[list[str]], count: int
+) -> Iterator[Signatures]:
+    """What the workers make of each lot of texts."""
+    return (made for _, made in workers.each("copies of held-out documents", work, map(Shard, lots), count))
 
 
 @dataclass(frozen=True)

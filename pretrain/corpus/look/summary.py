@@ -19,9 +19,9 @@ import numpy as np
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_at
+from pretrain.corpus.copies.minhash import copies
 from pretrain.corpus.look import languages
 from pretrain.corpus.look.glance import SECONDS
-from pretrain.corpus.minhash import copies
 from pretrain.corpus.progress import reported
 from pretrain.corpus.sources import Document, Files, Skipped
 from pretrain.corpus.sources._containers import READERS, ending

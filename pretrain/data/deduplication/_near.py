@@ -20,13 +20,12 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from pretrain.corpus.minhash import PERMUTATIONS, bands, signature
+from pretrain.corpus.copies.minhash import ODD, PERMUTATIONS, band_keys, bands, signatures
 
 SORTED = 1 << 21  # keys at once
 SPAN = 1 << 17  # documents whose shared keys are read at once
 KEY = np.dtype([("high", "<u8"), ("low", "<u8")])
 SHARED = np.dtype([("document", "<i8"), ("group", "<i8")])  # a group: its first document and its band
-_ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)  # mix bits
 Signed = tuple[NDArray[np.void], NDArray[np.uint32]]
 
 
@@ -39,16 +38,11 @@ def signed(rows: list[tuple[str, str]], threshold: float | None) -> Signed:
     key_N = np.frombuffer(b"".join(of_text), KEY)
     if threshold is None:
         return key_N[:, None], np.empty((len(rows), 0), np.uint32)
-    signature_NP = np.array([signature(text).digest() for text, _ in rows], np.uint32).reshape(-1, PERMUTATIONS)
+    signature_NP = signatures([text for text, _ in rows])
     key_NB = np.empty((len(rows), bands(threshold)), KEY)
     beside_N = np.frombuffer(b"".join(_key(b"", beside) for _, beside in rows), KEY)
-    part_NBR = signature_NP.reshape(len(rows), bands(threshold), -1).astype(np.uint64)
-    for half, odd in zip(("high", "low"), (_ODD, _ODD[::-1]), strict=True):
-        mixed_NB = np.repeat(beside_N[half][:, None], bands(threshold), axis=1)
-        for row in range(part_NBR.shape[2]):
-            mixed_NB = (mixed_NB ^ part_NBR[:, :, row]) * odd[0]
-            mixed_NB = (mixed_NB ^ (mixed_NB >> np.uint64(31))) * odd[1]
-        key_NB[half] = mixed_NB ^ (mixed_NB >> np.uint64(29))
+    for half, odd in zip(("high", "low"), (ODD, ODD[::-1]), strict=True):
+        key_NB[half] = band_keys(signature_NP, bands(threshold), beside_N[half], odd)
     return np.column_stack([key_N, key_NB]), signature_NP
 
 

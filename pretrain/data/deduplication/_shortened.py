@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pretrain.corpus.minhash import units
+from pretrain.corpus.copies.minhash import units
 from pretrain.data._mapped import mapped
 from pretrain.data._work import Desk, by_domain
 

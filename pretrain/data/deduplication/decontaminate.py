@@ -15,7 +15,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
-from pretrain.corpus.minhash import UNSPACED
+from pretrain.corpus.copies.minhash import UNSPACED
 from pretrain.corpus.store import iterate
 from pretrain.data import DataOperation
 from pretrain.data._work import by_domain, desk

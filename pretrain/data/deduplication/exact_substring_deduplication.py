@@ -16,7 +16,7 @@ from pretrain.core.bounds import Count, Whole
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.method import Ref
-from pretrain.corpus.minhash import UNSPACED
+from pretrain.corpus.copies.minhash import UNSPACED
 from pretrain.data import DataOperation, _mapped
 from pretrain.data._work import desk
 from pretrain.data.deduplication._repeats import END, WINDOWS, later

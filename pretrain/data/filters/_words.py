@@ -10,7 +10,7 @@ import re
 import unicodedata
 from functools import cache
 
-from pretrain.corpus.minhash import UNSPACED
+from pretrain.corpus.copies.minhash import UNSPACED
 
 _JOINED, _SIGNS = "[.'’@:/]", r"--+|==+|\.\.+|[^\w\s]"
 _PLAIN = re.compile(rf"\w+(?:{_JOINED}+\w+)*|{_SIGNS}")

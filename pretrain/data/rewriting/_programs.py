@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from pretrain.corpus.minhash import units
+from pretrain.corpus.copies.minhash import units
 
 NEARLY_ALL, SHORT, DROP = "nearly all removed", "too few words", "drop_doc"  # why a document is dropped
 MOST = 2.0

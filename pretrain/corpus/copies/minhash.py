@@ -1,6 +1,8 @@
 """Near-duplicates by MinHash: documents as sets of word 5-grams, compared by the share that they have in common.
 
 Where words are written without spaces between them, characters stand for words.
+
+Shape letters: N documents, P permutations, B bands of R rows.
 """
 
 from __future__ import annotations
@@ -10,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 from rensa import RMinHash, RMinHashLSH
 
 PERMUTATIONS, SHINGLE = 128, 5
+ODD = np.array([0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93], np.uint64)  # mix bits
 MISSED = 0.95  # what a missed copy costs; a candidate that is none costs the rest, one look at two signatures
 # Scripts without spaces between words, by Unicode's blocks: Thai and Lao; Tibetan and Burmese; Khmer; Tai Le, New Tai
 # Lue and Tai Tham; Javanese and more of Burmese; kana, bopomofo and Han.
@@ -61,6 +65,27 @@ def signature(text: str) -> RMinHash:
     return minhash
 
 
+def signatures(texts: list[str]) -> NDArray[np.uint32]:
+    """The documents' signatures, N by P."""
+    return np.array([signature(text).digest() for text in texts], np.uint32).reshape(-1, PERMUTATIONS)
+
+
+def band_keys(
+    signature_NP: NDArray[np.uint32],
+    count: int,
+    begin_N: NDArray[np.uint64] | None = None,
+    odd: NDArray[np.uint64] = ODD,
+) -> NDArray[np.uint64]:
+    """A number for each of `count` bands, N by B: the same where all of its rows, and the number in `begin_N`, are."""
+    part_NBR = signature_NP.reshape(len(signature_NP), count, signature_NP.shape[1] // count).astype(np.uint64)
+    begin_N = np.zeros(len(part_NBR), np.uint64) if begin_N is None else begin_N
+    key_NB = np.zeros(part_NBR.shape[:2], np.uint64)
+    for number_NB in (begin_N[:, None], *np.moveaxis(part_NBR, 2, 0)):
+        key_NB = (key_NB ^ number_NB) * odd[0]
+        key_NB = (key_NB ^ (key_NB >> np.uint64(31))) * odd[1]
+    return key_NB ^ (key_NB >> np.uint64(29))
+
+
 class Index:
     """Signatures that can be asked for a near-duplicate; candidates come from LSH, the verdict from the signatures."""
 
@@ -80,16 +105,8 @@ class Index:
 
     def near(self, minhash: RMinHash, kind: str = "") -> float | None:
         """How alike the first of that kind is that was put in and is at least `threshold` alike."""
-        found = self.first(minhash, kind)
-        return None if found is None else found[1]
-
-    def first(self, minhash: RMinHash, kind: str = "") -> tuple[int, float] | None:
-        """Its number, in the order in which they were put in, and how alike it is."""
-        for number in self.buckets.query(minhash):
-            other, its = self.signatures[number]
-            if its == kind and (alike := minhash.jaccard(other)) >= self.threshold:
-                return number, alike
-        return None
+        others = (other for other, its in map(self.signatures.__getitem__, self.buckets.query(minhash)) if its == kind)
+        return next((alike for alike in map(minhash.jaccard, others) if alike >= self.threshold), None)
 
 
 def copies(texts: Iterable[tuple[str, str]], threshold: float | None) -> Iterator[tuple[str, float] | None]:
