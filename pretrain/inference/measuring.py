@@ -105,10 +105,7 @@ def evaluate(
             placed = _labelled(placed, source, method, (model, processor))
         documents = [document for _, document in placed]
     seen = overlap_warning(documents, place, folder if split != "train" else None)
-    if seen:
-        typer.echo(f"warning: {seen}", err=True)
-    part = f" of {count:,}, from all alike (--all takes all)" if count > most else ""
-    typer.echo(f"{counted(len(documents), 'document')}{part}: {', '.join(each.name for each in chosen)} …", err=True)
+    _announce(len(documents), count if count > most else 0, chosen, seen)
     compressors = any(method.name == "held_out" for method in chosen) or bool(evaluations)
     result = stage.evaluate(
         model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"), of=place
@@ -117,6 +114,14 @@ def evaluate(
     record = cast("JSONObject", nulled(result))
     _write(target, record)
     typer.echo(json.dumps(record, indent=2)) if as_json else _print(result)
+
+
+def _announce(documents: int, count: int, methods: Sequence[Evaluation], seen: str) -> None:
+    """Say what is measured on how many documents, of how many where these are not all, and what is doubtful of them."""
+    if seen:
+        typer.echo(f"warning: {seen}", err=True)
+    part = f" of {count:,}, from all alike (--all takes all)" if count else ""
+    typer.echo(f"{counted(documents, 'document')}{part}: {', '.join(each.name for each in methods)} …", err=True)
 
 
 def _asked(data: str | None, file: str | None) -> str:

@@ -105,8 +105,8 @@ Given = Mapping[str, Left]  # by the fields that name them, as `Stage.references
 
 def resident(kind: str, before: Iterable[str]) -> float:
     """Bytes that a stage of a kind finds in its process, by the kinds of those that have run in it before."""
-    own = (kind, *COUNTED_FOR.get(kind, ()))
-    return sum(LEAVES.get(each, 0.0) for each in dict.fromkeys(before) if each not in own)
+    counted_for = (kind, *COUNTED_FOR.get(kind, ()))
+    return sum(LEAVES.get(each, 0.0) for each in dict.fromkeys(before) if each not in counted_for)
 
 
 def left_in(folder: Path) -> Left:
