@@ -71,7 +71,6 @@ def evaluate(
     methods_of(evaluations or [], "evaluation", "--evaluation: ")
     place = newest_checkpoint(checkpoint)
     data, target = _asked(data, file), _target(output, force)
-    policy = None if on_error is None else on_error_of(on_error)
     folder = corpus_at(data, place)
     from pretrain.corpus.overlap import header_of, overlap_warning, skips, text_column
     from pretrain.corpus.sources import Files
@@ -81,7 +80,7 @@ def evaluate(
 
     if folder is not None and split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    policy = policy or ("skip" if skips(place, data) else "stop")
+    policy = on_error_of(on_error or ("skip" if skips(place, data) else "stop"))
     source = Files(data, text=text or text_column(place), on_error=policy, header=header_of(place, header))
     most = sys.maxsize if whole else max_documents
     placed, count = (
@@ -111,8 +110,7 @@ def evaluate(
         model, processor, documents, chosen, compressors=compressors, length=lineage.get("length"), of=place
     )
     result |= {"taken": {"documents": len(documents), "of": count}} | ({"seen": seen} if seen else {})
-    record = cast("JSONObject", nulled(result))
-    _write(target, record)
+    _write(target, record := cast("JSONObject", nulled(result)))
     typer.echo(json.dumps(record, indent=2)) if as_json else _print(result)
 
 
