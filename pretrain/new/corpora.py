@@ -6,13 +6,12 @@ from pathlib import Path
 
 from pretrain.new import stages
 from pretrain.new.faults import Fault
+from pretrain.new.languages import MARKUP
 from pretrain.new.look import Look
 from pretrain.new.stages import written
 from pretrain.new.start import Start
 from pretrain.new.tables import Table
 from pretrain.new.words import COLUMNS, commented, quoted
-
-MARKUP = {".html", ".htm", ".xhtml"}
 
 
 def corpus(look: Look, task: str, init: Start | None, name: str = "corpus", labelled: bool = True) -> str:
@@ -43,16 +42,27 @@ def _sources(look: Look, init: Start | None, labelled: bool = True) -> list[str]
     skip = ", on_error: skip" if look.undecoded else ""
     why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
     if look.domains:
-        each = [f"      - {{files: {quoted(folder)}, domain: {quoted(name)}{skip}}}" for folder, name in look.domains]
-        return ["      # a domain each, so that each is measured alone", *each]
+        group = ", group: path" if look.parallel else ""
+        each = [
+            f"      - {{files: {quoted(folder)}, domain: {quoted(name)}{group}{skip}}}" for folder, name in look.domains
+        ]
+        return ["      # a domain each, so that each is measured alone", *_together(look), *each]
     if look.kind == "images":
         return [f"      - {{images: {quoted(look.place)}{', label: parent' if look.classes else ''}}}"]
     if not Path(look.place).is_dir() or not look.endings:
         return [f"      - {{files: {quoted(look.place)}}}"]
     endings = ", ".join(map(quoted, look.endings))
-    if look.kind == "code" and set(look.endings) & MARKUP:
-        skip += ", pages: markup"  # as whoever writes code sees it
+    if look.kind == "code" and not set(look.endings).isdisjoint(MARKUP):
+        skip += ", pages: markup"
+        why += "; pages: markup reads HTML as it stands, tags and all, as code; pages: text its text alone"
+    elif not set(look.endings).isdisjoint(MARKUP):
+        why += "; of pages their text (pages: markup reads them as they stand, tags and all)"
     return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
+
+
+def _together(look: Look) -> list[str]:
+    """What is said of folders that hold the same files in several languages."""
+    return ["      # group: a page and its translations lie on one side of the split"] if look.parallel else []
 
 
 def lacking(table: Table) -> list[Fault]:

@@ -18,10 +18,11 @@ CODE = {
     "PowerShell": (".ps1", ".psm1"), "F#": (".fs", ".fsx"), "Groovy": (".groovy", ".gradle"), "D": (".d",),
     "Solidity": (".sol",), "assembly": (".s", ".asm"), "Protobuf": (".proto",), "GLSL": (".glsl", ".vert", ".frag"),
     "Tcl": (".tcl",), "Pascal": (".pas",), "Ada": (".adb", ".ads"), "Crystal": (".cr",), "VHDL": (".vhd", ".vhdl"),
-    "CMake": (".cmake",), "HTML": (".html", ".htm"),
+    "CMake": (".cmake",), "HTML": (".html", ".htm", ".xhtml"),
     "templates": (".jinja", ".jinja2", ".j2", ".tmpl", ".mustache", ".hbs", ".erb", ".ejs"),
     "TeX style": (".sty", ".cls"), "Visual Basic": (".vb",), "Terraform": (".tf",),
 }  # fmt: skip
+MARKUP = (".html", ".htm", ".xhtml")
 LANGUAGE_OF = {end: name for name, ends in CODE.items() for end in ends}
 # A dozen of the commonest words of each language, those that it has alone or nearly so.
 COMMON = {

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from html import unescape
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
@@ -16,8 +18,9 @@ from pretrain.corpus.sources._files import PACKED, evenly, read_text
 from pretrain.corpus.sources._paths import Taken, located
 from pretrain.corpus.sources.audio import SUFFIXES as RECORDINGS
 from pretrain.corpus.sources.images import SUFFIXES as IMAGES
+from pretrain.corpus.sources.opened.documents import about
 from pretrain.corpus.store import side
-from pretrain.new.languages import LANGUAGE_OF, prose_language
+from pretrain.new.languages import LANGUAGE_OF, MARKUP, prose_language
 from pretrain.new.prompts import prompts
 from pretrain.new.tables import Table, read_table
 
@@ -31,6 +34,9 @@ MUCH = 8 << 20  # bytes of text that may be read for that
 NAMED = ("secret-looking", "holding what looks like a key or a password")  # of which each name is told
 ALL_NAMES = 10
 FEW_LOOSE = 3  # files beside folders that a recipe names each
+BROUGHT = (".js", ".mjs", ".css", ".scss")  # what pages bring along
+BESIDE = 0.1  # of the bytes of pages, from which on they belong to the code beside them
+_TAGS = re.compile(r"(?is)<(script|style|head)\b.*?</\1\s*>|<!--.*?-->|<[^>]*>")
 LOOKED = 64 << 20  # bytes of files that are opened to see what may not be learnt of them
 
 
@@ -46,6 +52,7 @@ class Look:
     languages: tuple[str, ...] = ()  # the commonest first
     endings: tuple[str, ...] = ()
     domains: tuple[tuple[str, str], ...] = ()  # a folder for each language, and what lies beside them: path, language
+    parallel: bool = False  # the domains' folders hold files of the same paths
     table: Table | None = None
     classes: tuple[str, ...] = ()  # folders of images
     side: int = 0  # pixels that most images have at least
@@ -70,6 +77,7 @@ def look(
     for path in paths:
         kind = _kind(path, len(paths) == 1)
         groups[kind].append(path) if kind else skipped.add(f"{path.suffix or 'other'} files", path)
+    _sort_pages(groups)
     undecoded = _unfit(groups, skipped)
     chosen = _most(groups, table or any(column is not None for column in (text, label, pair)))
     if chosen == "recordings":
@@ -95,6 +103,20 @@ def look(
         return _table(seen, text, label, pair)
     makers = {"images": _images, "code": _code, "prose": _prose}
     return makers[chosen](seen, groups)
+
+
+def _sort_pages(groups: dict[str, list[Path]]) -> None:
+    """Take pages of HTML for prose, unless they stand beside code that is more than what pages bring along."""
+    pages = [path for path in groups["code"] if ending(path) in MARKUP]
+    code = [path for path in groups["code"] if ending(path) not in (*MARKUP, *BROUGHT)]
+    if pages and sum(path.stat().st_size for path in code) < BESIDE * sum(path.stat().st_size for path in pages):
+        groups["prose"] = sorted([*groups["prose"], *pages])
+        groups["code"] = [path for path in groups["code"] if ending(path) not in MARKUP]
+
+
+def _plain(path: Path, text: str) -> str:
+    """About the text of a page, without the time that its extraction takes; any other text as it stands."""
+    return unescape(_TAGS.sub(" ", text)) if ending(path) in MARKUP else text
 
 
 def _unfit(groups: dict[str, list[Path]], skipped: Skipped) -> list[str]:
@@ -171,10 +193,10 @@ def _most(groups: dict[str, list[Path]], table: bool) -> str | None:
     return best if sizes[best] else None
 
 
-def _texts(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Some texts of the files, from all of them alike."""
+def _texts(paths: Sequence[Path], markup: bool = False) -> list[tuple[Path, str]]:
+    """Some texts of the files, from all of them alike; with `markup` pages as they stand."""
     pairs = [(path, read_text(path, Skipped())) for path in evenly(paths, SAMPLE) if path.stat().st_size < MUCH]
-    return [(path, text) for path, text in pairs if text is not None]
+    return [(path, text if markup else _plain(path, text)) for path, text in pairs if text is not None]
 
 
 def _with_endings(paths: Sequence[Path]) -> list[Path]:
@@ -203,20 +225,31 @@ def _prose(seen: Look, groups: dict[str, list[Path]]) -> Look:
         by_folder.setdefault(inside[0] if len(inside) > 1 else "", []).append(path)
     domains: list[tuple[str, str]] = []
     loose: list[tuple[str, str]] = []
+    parallel = _parallel(root, by_folder)
+    enough = 0.5 if parallel else 0.8  # of translations some pages are not yet translated
     for name, paths in sorted(by_folder.items()):
         languages = Counter(filter(None, (prose_language(text[:20_000]) for _, text in _texts(paths))))
         counts.update({language: count * len(paths) for language, count in languages.items()})
         if not name:  # files beside the folders: a domain by the commonest of their languages
             language = languages.most_common(1)[0][0] if languages else "other"
             loose = [(place, language) for place in _beside(seen.place, paths)]
-        elif languages and languages.most_common(1)[0][1] > 0.8 * sum(languages.values()):
+        elif languages and languages.most_common(1)[0][1] > enough * sum(languages.values()):
             domains.append((f"{seen.place.rstrip('/')}/{name}", languages.most_common(1)[0][0]))
     whole = len(domains) == len(by_folder.keys() - {""}) and len({language for _, language in domains}) > 1
     least = 0.02 * sum(counts.values())
     return replace(
         _shared(seen, seen.files), languages=tuple(name for name, count in counts.most_common() if count > least),
-        domains=tuple(domains + loose) if whole else (), endings=tuple(sorted({*map(_ended, seen.files)} - {""})),
+        domains=tuple(domains + loose) if whole else (), parallel=whole and parallel,
+        endings=tuple(sorted({*map(_ended, seen.files)} - {""})),
     )  # fmt: skip
+
+
+def _parallel(root: Path, by_folder: dict[str, list[Path]]) -> bool:
+    """Whether folders hold the same pages in several languages: half of all files have the path of another."""
+    inside = Counter(
+        path.relative_to(root / name).as_posix() for name, paths in by_folder.items() if name for path in paths
+    )
+    return 2 * sum(count for count in inside.values() if count > 1) > sum(inside.values())
 
 
 def _beside(place: str, paths: Sequence[Path]) -> list[str]:
@@ -229,9 +262,11 @@ def _beside(place: str, paths: Sequence[Path]) -> list[str]:
 
 def _shared(seen: Look, files: Sequence[Path]) -> Look:
     """With what can be held out, and how texts begin."""
-    size = float(sum(path.stat().st_size for path in files))
-    texts = [(ending(path), text) for path, text in _texts(files)]
-    share = _share(len(files), _all(files) if len(files) < FEW and size < MUCH else None)
+    markup = seen.kind == "code"
+    size = about(files, markup).bytes
+    texts = [(ending(path), text) for path, text in _texts(files, markup)]
+    known = len(files) < FEW and size < MUCH and (markup or not any(ending(path) in MARKUP for path in files))
+    share = _share(len(files), _all(files) if known else None)
     return replace(seen, files=tuple(files), bytes=size, share=share, prompts=prompts(texts, share))
 
 
