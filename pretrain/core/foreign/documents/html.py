@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import logging
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 from pretrain.core.foreign import texts
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 NAMED = re.compile(rb"""(?i)<(?:meta|\?xml)[^>]{0,200}?(?:charset|encoding)\s*=\s*["']?\s*([\w.:-]{1,40})""")
 HEAD = 4096  # bytes in which a page names its encoding
+SHORT = 100_000  # characters of a page that is remembered
 # What browsers read under these names, by the WHATWG's Encoding Standard.
 READ_AS = {"iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "gb2312": "gb18030", "gbk": "gb18030"}
 
@@ -57,6 +59,16 @@ def main_text(page: str) -> Page:
     `trafilatura` finds it, and what that leaves out of the article is taken as `blocks` tells. Raises whatever it and
     the parser below it raise.
     """
+    return _remembered(page) if len(page) <= SHORT else _main_text(page)
+
+
+@lru_cache(maxsize=128)
+def _remembered(page: str) -> Page:
+    """Of the pages that were last read: what is planned looks at the same ones more than once."""
+    return _main_text(page)
+
+
+def _main_text(page: str) -> Page:
     tree = parsed(page)
     if tree is None:
         return Page("", 0, 0)
