@@ -150,14 +150,35 @@ def test_a_misspelt_run_is_not_taken_for_a_name_of_the_hub(tmp_path, monkeypatch
     assert start_of("org/model").name == "org/model"
 
 
-def test_a_plan_says_where_others_want_the_cores(monkeypatch):
+@pytest.fixture()
+def under(tmp_path, monkeypatch):
+    """Two cores at a load that can be set."""
     from pretrain.core.quick import machine
 
+    monkeypatch.setenv("PRETRAIN_CACHE", str(tmp_path))
     monkeypatch.setattr(machine.os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (1.4, 0.0, 0.0), raising=False)
-    assert machine.others_at_work() == ""
-    monkeypatch.setattr(machine.os, "getloadavg", lambda: (6.0, 0.0, 0.0), raising=False)
-    assert "load 6.0" in machine.others_at_work() and "a minute may take 4," in machine.others_at_work()
+
+    def loaded(load):
+        monkeypatch.setattr(machine.os, "getloadavg", lambda: (load, 0.0, 0.0), raising=False)
+        return machine
+
+    return loaded
+
+
+def test_a_plan_says_where_others_want_the_cores(under):
+    assert under(1.4).others_at_work() == ""
+    busy = under(6.0).others_at_work()
+    assert "load 6.0" in busy and "a minute may take 4," in busy
+
+
+def test_a_load_that_the_machines_rate_was_measured_under_is_not_counted_again(under):
+    under(6.0).remember_rate("cpu", 1e10)
+    assert "may take" not in (alike := under(8.0).others_at_work())
+    assert "load 8.0" in alike and "measured while others wanted its cores (load 6.0)" in alike
+    assert "may take 3," in (busier := under(20.0).others_at_work()) and "(load 6.0)" in busier  # 22 / 8
+    assert "times may be shorter" in under(0.3).others_at_work()
+    under(0.3).remember_rate("cpu", 5e10)  # the better one, on the quiet machine
+    assert under(0.3).others_at_work() == "" and "may take 4," in under(6.0).others_at_work()
 
 
 def test_the_help_shows_a_type_of_a_value_that_may_be_missing_with_its_bounds():

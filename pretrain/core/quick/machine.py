@@ -67,15 +67,25 @@ def share_cores() -> None:
 
 
 def others_at_work() -> str:
-    """That other programs want this machine's cores, where they do: times are of one that has nothing else to do."""
-    there = os.cpu_count() or 1
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    """That other programs want this machine's cores, now or when its rate was measured; nothing where none do."""
+    there, load = os.cpu_count() or 1, _load()
+    then = _known().get(_at_load(likely_device()))
+    before = max(0.0, then) if isinstance(then, float) else 0.0
+    measured = f"this machine's rate was measured while others wanted its cores (load {before:.1f})"
     if load <= there:
-        return ""
-    return (
-        f"others want {counted(there, 'core')} too (load {load:.1f}): what is said to take a minute may take "
-        f"{(load + there) / there:.0f}, and a budget of time makes as much less; one of flops or tokens makes all of it"
-    )
+        return f"{measured}: times may be shorter, and the next run measures anew" if before > there else ""
+    others = f"others want {counted(there, 'core')} too (load {load:.1f})"
+    if before > there and load <= 1.5 * before:
+        return f"{others}, and {measured}: times are of a machine that is as busy, and alone it would be quicker"
+    times = (load + there) / (there + (before if before > there else 0.0))
+    slower = f"{others}: what is said to take a minute may take {times:.0f}"
+    rest = "a budget of time makes as much less; one of flops or tokens makes all of it"
+    return f"{slower}, and {rest}" + (f"; {measured}" if before > there else "")
+
+
+def _load() -> float:
+    """How many processes want a core, a mean over the last minute; 0 where nothing tells."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def crowding(threads: int) -> str:
@@ -86,7 +96,7 @@ def crowding(threads: int) -> str:
     """
     there = os.cpu_count() or 1
     usable = usable_cores()
-    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    load = _load()
     others = max(0.0, load - threads)  # that want a core beside this process's threads
     free = max(1, min(usable, round(there - others)))
     if threads <= free:
@@ -132,11 +142,11 @@ def likely_rate() -> float:
 
 
 def remember_rate(device: str, rate: float) -> None:
-    """Keep a measured rate for the plans to come; of two the better, since a busy machine only looks slower."""
+    """Keep a measured rate for the plans to come, and the load of then; of two the better: a busy machine is slower."""
     if rate <= (remembered_rate(device) or 0.0):
         return
     with suppress(PretrainError, OSError), locked(_file().with_name(".rates.lock")):
-        write_json(_file(), sealed(_known() | {described(device): rate}))
+        write_json(_file(), sealed(_known() | {described(device): rate, _at_load(device): _load()}))
 
 
 def remembered_beside(device: str) -> Beside | None:
@@ -168,6 +178,10 @@ def remember_beside(device: str, measured: Beside, seconds: float) -> Beside:
 
 def _beside(device: str) -> str:
     return f"{described(device)}: beside"
+
+
+def _at_load(device: str) -> str:
+    return f"{described(device)}: load"
 
 
 def _known() -> JSONObject:
