@@ -159,7 +159,7 @@ def test_copies_are_those_of_looking_at_all_in_memory(threshold, monkeypatch):
     with _near.Signatures(threshold) as signatures:
         for start in range(0, len(rows), 30):
             signatures.add(*_near.signed(rows[start : start + 30], threshold))
-        found = {number: reason for number, reason, _ in signatures.copies()}
+        found = {number: reason for number, reason, *_ in signatures.copies()}
     expected = {number: copy[0] for number, copy in enumerate(copies(rows, threshold)) if copy}
     assert found == expected and len(found) > 50
 
@@ -168,8 +168,8 @@ def test_deduplication_has_the_document_that_is_alike_and_says_how_much():
     texts = [" ".join(f"w{n}" for n in range(60)), "quite another text", " ".join(f"w{n}" for n in range(58))]
     with _near.Signatures(0.5) as signatures:
         signatures.add(*_near.signed([(text, "") for text in texts], 0.5))
-        ((number, reason, alike),) = signatures.copies()
-    assert (number, reason) == (2, "near-duplicate") and alike == pytest.approx(54 / 56, abs=0.1)
+        ((number, reason, alike, first),) = signatures.copies()
+    assert (number, reason, first) == (2, "near-duplicate", 0) and alike == pytest.approx(54 / 56, abs=0.1)
     assert Deduplicate(threshold=0.5)(Dataset.from_dict({"text": texts}))["text"][:] == texts[:2]
     assert len(Deduplicate()(Dataset.from_dict({"text": []}))) == 0
 

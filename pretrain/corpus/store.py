@@ -21,6 +21,7 @@ from typing import IO, TYPE_CHECKING
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.files import JSONObject, atomic_folder, digest, read_object, write_json
 from pretrain.core.folders import verify
+from pretrain.core.foreign import json as foreign
 from pretrain.corpus.look.census import Census
 from pretrain.corpus.parts import NAMES, TEXTS, Columns, Writer, opened_part, read_part, write_table
 from pretrain.corpus.parts import count_rows as count_rows
@@ -147,7 +148,7 @@ def _write_splits(
 def _name_at(kept: IO[bytes], place: int) -> JSONObject:
     """The domain and id of a document, which were written there."""
     kept.seek(place)
-    return json.loads(kept.readline().decode())
+    return foreign.loads(kept.readline().decode())
 
 
 def _same_columns(work: Path) -> None:

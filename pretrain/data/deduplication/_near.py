@@ -90,7 +90,7 @@ class Signatures:
         kept_of: dict[int, list[int]] = defaultdict(list)  # of a group
         near: dict[
             int, tuple[float, int]
-        ] = {}  # how alike documents are, and to which, that were dropped and have copies
+        ] = {}  # of documents that were dropped and have copies: how alike, and to which
         for number in range(-(-self.documents // SPAN)):
             for document, groups in self._of_span(number):
                 first = next((group // len(self._keys) for group in groups if group % len(self._keys) == 0), None)
@@ -152,8 +152,8 @@ class Signatures:
         if self._signature_NP is None:
             self._signature_NP = np.memmap(self.folder / "signatures", np.uint32, "r").reshape(-1, PERMUTATIONS)
         alike = (self._signature_NP[others] == self._signature_NP[document]).mean(1)
-        found = ((float(each), other) for each, other in zip(alike, others, strict=True) if each >= self.threshold)
-        return next(found, None)
+        close = ((float(each), other) for each, other in zip(alike, others, strict=True) if each >= self.threshold)
+        return next(close, None)
 
 
 def _of_portion(key_N: NDArray[np.void], portion: int, portions: int) -> NDArray[np.int64]:
