@@ -171,6 +171,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "ast_probe": lambda m: {"epochs": 2, "rank": 8, "validation": 0.2, "test": 0.3},
     "intrinsic_dimension_d90": lambda m: {"label": "label", "dimensions": (40, 80), "steps": 4, "length": 24, "rates": (1e-2,), "subspace_rates": (1e-2,)},
     "retrieval": lambda m: {"shortest": 8},
+    "domain_specificity": lambda m: {"general": m.saved(0)},
     "source_language": lambda m: {"embeddings": m.languages()},
     "probe": lambda m: {"label": "label"},
     "label_words": lambda m: {"words": {"a": ("first", "one"), "b": ("second",)}},

@@ -290,7 +290,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm", "transform-llm",
+        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm", "transform-llm", "casehold",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -832,3 +832,26 @@ def test_an_encoder_from_scratch_has_the_words_of_its_domain_and_the_other_those
     assert all(0 <= found[f"task_{side}"]["accuracy"] <= 1 for side in ("mixed", "scratch"))
     spent = {stage.name: stage.budget.limit for stage in load(recipe).stages if stage.stage == "train"}
     assert spent["generalist"] + spent["mixed"] == spent["scratch"]
+
+
+@pytest.mark.processes
+def test_the_recipe_of_holdings_scores_two_tasks_before_three_encoders_are_tuned_on_them(tmp_path):
+    trained = [f"{way}_{name}" for way in ("choosing", "telling") for name in ("double", "adapted", "custom")]
+    few = "networkx, sklearn], limit: 20"
+    settings = [
+        "general.sources=[{packages: [datasets], limit: 20}]", f"domain.sources=[{{packages: [{few}}}]",
+        f"questions.sources=[{{questions: [{few}}}]", f"packages.sources=[{{functions: [{few}}}]",
+        *(f"{name}.vocab_size=512" for name in ("general_words", "domain_words")), *small("generalist", "custom"),
+        *short("generalist", "double", "adapted", "custom", *trained),
+    ]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/casehold.yaml", settings, tmp_path), say=lambda text: None))
+    for task in ("questions", "packages"):
+        score = found[f"specificity_{task}"]
+        assert score["domain_specificity"] == pytest.approx(score["general_loss"] - score["domain_loss"])
+    assert all("label_loss" in found[f"{task}_{n}"] for task in ("choice", "package") for n in ("double", "adapted"))
+    encoders = ("generalist", "double", "adapted", "custom", "choosing_adapted")
+    assert [n for n in lineage(tmp_path / "choosing_adapted") if n in encoders] == [
+        "generalist",
+        "adapted",
+        encoders[-1],
+    ]

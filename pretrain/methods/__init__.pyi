@@ -56,6 +56,7 @@ from pretrain.evaluation.generation.generation_verification_gap import (
 )
 from pretrain.evaluation.generation.scbench import SCBench as SCBench
 from pretrain.evaluation.likelihood.calibration import Calibration as Calibration
+from pretrain.evaluation.likelihood.domain_specificity import DomainSpecificity as DomainSpecificity
 from pretrain.evaluation.likelihood.held_out import HeldOut as HeldOut
 from pretrain.evaluation.likelihood.masked_loss import MaskedLoss as MaskedLoss
 from pretrain.evaluation.likelihood.min_k import MinK as MinK
@@ -87,6 +88,7 @@ from pretrain.objectives.efficiency.flexi_depth_lm import FlexiDepthLM as FlexiD
 from pretrain.objectives.generic.native import Native as Native
 from pretrain.objectives.labelled.chat import Chat as Chat
 from pretrain.objectives.labelled.classification import Classification as Classification
+from pretrain.objectives.labelled.multiple_choice import MultipleChoice as MultipleChoice
 from pretrain.objectives.labelled.prompt_classification import PromptClassification as PromptClassification
 from pretrain.objectives.labelled.regression import Regression as Regression
 from pretrain.objectives.labelled.seq2seq import Seq2Seq as Seq2Seq

@@ -364,7 +364,8 @@ def answering(given: Given, objective: Labelled, split: str, most: float, limit:
         return Estimate()
     shape = shape.with_blocks(model.blocks)
     read = example.filled - example.learnt  # what is to be answered is not there yet
-    flops, seconds = forward(shape, documents * read, round(read), 1 / read if example.learnt else 0.0)
+    inputs = max(1.0, example.inputs)  # a choice each
+    flops, seconds = forward(shape, documents * inputs * read, round(read), 1 / read if example.learnt else 0.0)
     words = float(getattr(objective, "answer", 0)) if example.learnt else 0.0
     if words:  # a batch goes on until its last answer ends, which is seldom before the most that it may have
         flops += documents * words * shape.forward(round(read + words / 2))

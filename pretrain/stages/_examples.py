@@ -24,12 +24,13 @@ from pretrain.core.folders import corpus_of
 from pretrain.corpus.look.glance import Glance
 from pretrain.corpus.parts import GROUP_BYTES
 from pretrain.corpus.payload import identity, only_text
-from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Skipped, Source, evenly, read
+from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Questions, Skipped, Source, evenly, read
 from pretrain.corpus.store import key_of, side
 from pretrain.dial.packed import packed
 
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
 READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared
+LISTED = 16  # texts of a list that are counted
 SHOWN, LONG = 200, 1000  # texts that are kept, and characters of each
 SIZES = 200  # of documents that are kept, of a split
 STEP = 16  # tokens that inputs are filled up to a multiple of
@@ -76,13 +77,17 @@ def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
 
     `size` are the bytes of all its texts.
     """
+    if isinstance(source, Questions):  # of which each choice is as long as descriptions are
+        few = sampled(source.functions, size, rows_alone)
+        names = [f"choices.{number}" for number in range(source.choices)]
+        return Sampled(tuple({**row, **dict.fromkeys(names, row["target"])} for row in few.rows), few.documents)
     if not isinstance(source, Functions) and not (isinstance(source, Files) and rows_alone):
         return Sampled()
     rows: list[Mapping[str, str]] = []
     whole, glance = False, Glance(PATIENCE)
     with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
         for document in read(source):
-            rows.append({name: value for name, value in document.items() if isinstance(value, str)})
+            rows.append(texts_in(document))
             if glance.enough(len(rows[-1].get("text", "").encode())) or len(rows) >= MANY:
                 break
         else:
@@ -115,8 +120,28 @@ def _first(path: Path, _: int, most: int) -> Texts:
 
         batch = next(parquet.ParquetFile(path).iter_batches(batch_size=most), None)
         documents = batch.to_pylist() if batch is not None else []
-        return tuple({name: value for name, value in row.items() if isinstance(value, str)} for row in documents)
+        return tuple(map(texts_in, documents))
     return ()
+
+
+def texts_in(document: Mapping[str, object]) -> Mapping[str, str]:
+    """A document's texts by their columns; those of a list by its column and their places, `choices.0`."""
+    texts = {name: value for name, value in document.items() if isinstance(value, str)}
+    for name, value in document.items():
+        if isinstance(value, list | tuple) and len(value) <= LISTED and all(isinstance(each, str) for each in value):
+            texts |= {f"{name}.{number}": each for number, each in enumerate(value)}
+    return texts
+
+
+def _inputs(objective: Labelled, rows: Texts) -> tuple[tuple[str, ...], ...]:
+    """The groups of columns of its inputs; one for each text of a list that all documents have."""
+    groups: list[tuple[str, ...]] = []
+    for group in objective.inputs:
+        *before, last = group
+        texts = [f"{last}.{number}" for number in range(LISTED)]
+        common = [name for name in texts if rows and all(name in row for row in rows)]
+        groups += [(*before, name) for name in common] if objective.fill == "apart" and common else [group]
+    return tuple(groups)
 
 
 def counter(tokenizer: Path | None, vocabulary: int, rows: Texts) -> Callable[[Sequence[str]], list[float]]:
@@ -155,13 +180,13 @@ def lengths(
 
     Batches are drawn, or of so many (`ordered`) documents in the order of their lengths.
     """
-    groups = objective.inputs
+    groups = _inputs(objective, rows)
     if any(name not in row for group in groups for name in group for row in rows):
         return None
     step = STEP if len(groups) == 1 and objective.fill == "longest" else max(1, min(64, length // 8))
     columns = {name: count([row[name] for row in rows]) for group in groups for name in group}
     if objective.fill == "apart" or (objective.fill == "rows" and ordered is None):
-        return _otherwise(objective, columns, length, batch, step)
+        return _otherwise(objective, groups, columns, length, batch, step)
     real = filled = learnt = 0.0
     most = float(length)
     for number, group in reversed([*enumerate(groups)]):  # targets first: their prompts have the room that is left
@@ -176,15 +201,17 @@ def lengths(
 
 
 def _otherwise(
-    objective: Labelled, columns: Mapping[str, Sequence[float]], length: int, batch: int, step: int
-) -> Lengths:
+    objective: Labelled, groups: Sequence[Sequence[str]], columns: Mapping[str, Sequence[float]], length: int,
+    batch: int, step: int,
+) -> Lengths:  # fmt: skip
     """Of examples that share rows, or are several inputs of one width; what is learnt is what stands last."""
-    groups, most = objective.inputs, float(length)
+    most = float(length)
     if objective.fill == "apart":
         sizes = [[min(most, sum(columns[name][n] for name in group) + ENDS) for group in groups]
                  for n in range(len(columns[groups[0][0]]))]  # fmt: skip
         wide = sorted(min(most, -(-max(each) // step) * step) for each in sizes)
-        answers = [min(most, size + 1) for group in groups for size in columns[group[-1]]]
+        learns = getattr(objective, "predicted", 1.0) > 0  # tokens, and not a label
+        answers = [min(most, size + 1) * learns for group in groups for size in columns[group[-1]]]
         real = sum(map(sum, sizes)) / len(sizes) / len(groups)
         return Lengths(real, _longest(wide, batch), sum(answers) / len(answers), float(len(groups)))
     names = [name for group in groups for name in group]

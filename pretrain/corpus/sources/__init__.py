@@ -15,6 +15,7 @@ from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
 from pretrain.corpus.sources.debian import DebianDocs, Manuals
 from pretrain.corpus.sources.images import Images
+from pretrain.corpus.sources.made.questions import Questions
 from pretrain.corpus.sources.made.random_computation import RandomComputation
 from pretrain.corpus.sources.pixels import Pixels
 from pretrain.corpus.sources.sequences import Sequences
@@ -28,6 +29,7 @@ SOURCES: dict[str, type[Source]] = {
     "stdlib": PythonStdlib,
     "packages": Packages,
     "functions": Functions,
+    "questions": Questions,
     "debian": DebianDocs,
     "manuals": Manuals,
     "images": Images,
@@ -40,6 +42,6 @@ SOURCES: dict[str, type[Source]] = {
 
 __all__ = [
     "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Manuals", "Package",
-    "Packages", "Pixels", "PythonStdlib", "RandomComputation", "Removed", "Sequences", "Series", "Skipped", "Source",
-    "described", "evenly", "fingerprint", "read", "unroff",
+    "Packages", "Pixels", "PythonStdlib", "Questions", "RandomComputation", "Removed", "Sequences", "Series", "Skipped",
+    "Source", "described", "evenly", "fingerprint", "read", "unroff",
 ]  # fmt: skip
