@@ -177,6 +177,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "label_words": lambda m: {"words": {"a": ("first", "one"), "b": ("second",)}},
     "nmtune": lambda m: {"label": "label", "steps": 3},
     "label_noise": lambda m: {"rate": 0.5},
+    "taxonomy_pairs": lambda m: {"concept": "label"},
     "transferability": lambda m: {"label": "label"},
 }  # fmt: skip
 INNER = {"causal": "causal_lm", "masked": "masked_lm"}

@@ -328,6 +328,7 @@ def _examples() -> list[Example]:
             "text": text, "label": str(number % 2), "target": "yes" if number % 2 else "it is not so",
             "tags": ["B-a" if place % 2 else "O" for place, _ in enumerate(text.split())],
             "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "so" * (1 + number % 3)}],
+            "pair": TEXTS[number - 1], "relation": ("random", "linked", "grouped")[number % 3],
             "choices": ["it is so", "no" * (1 + number), text][: 2 + number % 2],
             "chosen": "it is so", "rejected": "no" * (1 + number),
         }, 0, number)

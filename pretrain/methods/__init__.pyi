@@ -24,6 +24,7 @@ from pretrain.data.rewriting.mask_pii import MaskPii as MaskPii
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
 from pretrain.data.rewriting.prox import Prox as Prox
 from pretrain.data.rewriting.repair_text import RepairText as RepairText
+from pretrain.data.rewriting.taxonomy_pairs import TaxonomyPairs as TaxonomyPairs
 from pretrain.data.rewriting.web_noise import WebNoise as WebNoise
 from pretrain.data.selection.bertin import Bertin as Bertin
 from pretrain.data.selection.miniplm import Miniplm as Miniplm
@@ -86,6 +87,7 @@ from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation 
 from pretrain.objectives.efficiency.deft import Deft as Deft
 from pretrain.objectives.efficiency.flexi_depth_lm import FlexiDepthLM as FlexiDepthLM
 from pretrain.objectives.generic.native import Native as Native
+from pretrain.objectives.knowledge.relation_prediction import RelationPrediction as RelationPrediction
 from pretrain.objectives.labelled.chat import Chat as Chat
 from pretrain.objectives.labelled.classification import Classification as Classification
 from pretrain.objectives.labelled.multiple_choice import MultipleChoice as MultipleChoice

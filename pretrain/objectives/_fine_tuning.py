@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.errors import PretrainError
@@ -105,12 +106,16 @@ def read(examples: Sequence[Example], text: str, pair: str | None, context: Cont
     return inputs_of(framed(context, texts_of(examples, text), second), context)
 
 
+def segments(config: PreTrainedConfig, batch: Batch) -> dict[str, Tensor]:
+    """Which of two texts a token is of, for a model that has a vector of each: RoBERTa has one alone."""
+    several = (config.to_dict().get("type_vocab_size") or 0) > 1
+    return {"token_type_ids": batch["segment_BL"]} if several else {}
+
+
 def classified(model: nn.Module, batch: Batch) -> Tensor:
     """The logits of a model with a head of `core.models.heads`."""
     config = at(model, "config")
-    known, more = config.to_dict(), dict[str, Tensor | bool]()
-    if "type_vocab_size" in known:
-        more["token_type_ids"] = batch["segment_BL"]
+    known, more = config.to_dict(), dict[str, Tensor | bool](segments(config, batch))
     if getattr(config, "is_encoder_decoder", False) or "use_cache" in known:
         more["use_cache"] = False
     return model(input_ids=batch["tokens_BL"], attention_mask=batch["mask_BL"], **more).logits

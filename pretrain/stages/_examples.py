@@ -78,9 +78,9 @@ def sampled(source: Source, size: float, rows_alone: bool) -> Sampled:
     `size` are the bytes of all its texts.
     """
     if isinstance(source, Questions):  # of which each choice is as long as descriptions are
-        few = sampled(source.functions, size, rows_alone)
+        asked = sampled(source.functions, size, rows_alone)
         names = [f"choices.{number}" for number in range(source.choices)]
-        return Sampled(tuple({**row, **dict.fromkeys(names, row["target"])} for row in few.rows), few.documents)
+        return Sampled(tuple({**row, **dict.fromkeys(names, row["target"])} for row in asked.rows), asked.documents)
     if not isinstance(source, Functions) and not (isinstance(source, Files) and rows_alone):
         return Sampled()
     rows: list[Mapping[str, str]] = []

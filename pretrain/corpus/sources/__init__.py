@@ -15,6 +15,7 @@ from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
 from pretrain.corpus.sources.debian import DebianDocs, Manuals
 from pretrain.corpus.sources.images import Images
+from pretrain.corpus.sources.knowledge.wordnet import WordNet
 from pretrain.corpus.sources.made.questions import Questions
 from pretrain.corpus.sources.made.random_computation import RandomComputation
 from pretrain.corpus.sources.pixels import Pixels
@@ -38,10 +39,11 @@ SOURCES: dict[str, type[Source]] = {
     "series": Series,
     "sequences": Sequences,
     "random_computation": RandomComputation,
+    "wordnet": WordNet,
 }
 
 __all__ = [
     "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Manuals", "Package",
     "Packages", "Pixels", "PythonStdlib", "Questions", "RandomComputation", "Removed", "Sequences", "Series", "Skipped",
-    "Source", "described", "evenly", "fingerprint", "read", "unroff",
+    "Source", "WordNet", "described", "evenly", "fingerprint", "read", "unroff",
 ]  # fmt: skip

@@ -1,1 +1,1 @@
-"""Sources that make their documents, of nothing but random numbers."""
+"""Sources that make their documents: of random numbers, or as questions about what others read."""

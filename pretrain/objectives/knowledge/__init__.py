@@ -1,0 +1,1 @@
+"""Learning what is known of concepts beside the language."""
