@@ -290,7 +290,7 @@ def test_each_recipe_of_a_paper_is_found_and_run_here():
         "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
         "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
         "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm", "transform-llm", "casehold", "escoxlm-r",
+        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm", "transform-llm", "casehold", "escoxlm-r", "yi",
     }  # fmt: skip
     assert {path.stem for path in RECIPES} == names
     assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
@@ -866,3 +866,20 @@ def test_the_recipe_of_a_taxonomy_goes_on_with_and_without_its_relations(tmp_pat
     assert all(0 <= found[f"task_{name}"]["accuracy"] <= 1 for name in ("related", "masked"))
     (report,) = json.loads((tmp_path / "taxonomy/corpus/corpus.json").read_text())["operations"]
     assert report["relations"].keys() == {"random", "linked", "grouped"}
+
+
+@pytest.mark.processes
+def test_the_recipe_of_a_cascade_filters_two_languages_and_goes_on_with_a_deeper_model(tmp_path, package):
+    pytest.importorskip("py3langid")
+    package(debian="manpages-zh")
+    few = "[{manuals: usr/share/man/zh_CN/man1, domain: chinese, limit: 60, package: {debian: manpages-zh}}]"
+    settings = [
+        f"raw_pages.sources={few}", "raw_pages.validation=0.2", "raw_pages.test=0.2", "tokenizer.vocab_size=512",
+        *(f"clean.model.{size}" for size in ("hidden_size=32", "intermediate_size=48")),
+        *(f"raw.model.{size}" for size in ("hidden_size=32", "intermediate_size=48")), *short("clean", "raw", "deeper", "longer"),
+    ]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/yi.yaml", settings, tmp_path), say=lambda text: None))
+    assert found["clean_pages"]["documents/train"] < found["raw_pages"]["documents/train"]
+    assert found["clean_pages"]["documents/test"] == found["raw_pages"]["documents/test"]
+    assert json.loads((tmp_path / "deeper/checkpoint/config.json").read_text())["num_hidden_layers"] == 12
+    assert all(found[f"measured_{n}"]["bits_per_byte"] > 0 for n in ("raw", "clean", "longer", "deeper"))
