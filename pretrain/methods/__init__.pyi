@@ -87,7 +87,6 @@ from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation 
 from pretrain.objectives.efficiency.deft import Deft as Deft
 from pretrain.objectives.efficiency.flexi_depth_lm import FlexiDepthLM as FlexiDepthLM
 from pretrain.objectives.generic.native import Native as Native
-from pretrain.objectives.knowledge.relation_prediction import RelationPrediction as RelationPrediction
 from pretrain.objectives.labelled.chat import Chat as Chat
 from pretrain.objectives.labelled.classification import Classification as Classification
 from pretrain.objectives.labelled.multiple_choice import MultipleChoice as MultipleChoice
@@ -106,6 +105,7 @@ from pretrain.objectives.language.masked_lm import MaskedLM as MaskedLM
 from pretrain.objectives.language.masking_curriculum import MaskingCurriculum as MaskingCurriculum
 from pretrain.objectives.language.prefix_lm import PrefixLM as PrefixLM
 from pretrain.objectives.language.random_token_substitution import RandomTokenSubstitution as RandomTokenSubstitution
+from pretrain.objectives.language.relation_prediction import RelationPrediction as RelationPrediction
 from pretrain.objectives.language.span_corruption import SpanCorruption as SpanCorruption
 from pretrain.objectives.language.ul2 import UL2 as UL2
 from pretrain.objectives.preference.dpo import DPO as DPO

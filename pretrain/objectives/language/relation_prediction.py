@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.bounds import NonNegative, PositiveShare, Share
 from pretrain.core.errors import PretrainError, brief, listed
-from pretrain.core.models.cross_entropy import IGNORE
-from pretrain.core.models.families import at, base
+from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
+from pretrain.core.models.families import at, base, family, head
 from pretrain.objectives import Loss, Objective, summed
 from pretrain.objectives._fine_tuning import examples_of, named, read, segments
 from pretrain.objectives.language._masking import check_shares, choose_words
-from pretrain.objectives.retrieval._passages import masked_loss, to_head
 
 
 @dataclass(frozen=True)
@@ -118,7 +117,11 @@ class RelationPrediction(Objective):
         states_BLE: Tensor = base(model)(
             input_ids=batch["tokens_BL"], attention_mask=batch["mask_BL"], **segments(at(model, "config"), batch)
         ).last_hidden_state
-        masked, nll_BL = masked_loss(model, to_head(model, states_BLE), batch)
+        path, (weight_VE, bias_V) = family(model).head_transform, head(model)
+        ready_BLE = states_BLE if path is None else at(model, path)(states_BLE)
+        masked, nll_BL = linear_cross_entropy(
+            ready_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, targets=int(batch["weight"])
+        )
         logits_BR = modules(states_BLE[:, 0]).float()
         relation = nn.functional.cross_entropy(logits_BR, batch["relation_B"])
         right = (logits_BR.detach().argmax(-1) == batch["relation_B"]).float().mean()

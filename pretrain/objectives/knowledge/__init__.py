@@ -1,1 +1,0 @@
-"""Learning what is known of concepts beside the language."""
