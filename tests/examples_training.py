@@ -176,6 +176,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "probe": lambda m: {"label": "label"},
     "label_words": lambda m: {"words": {"a": ("first", "one"), "b": ("second",)}},
     "nmtune": lambda m: {"label": "label", "steps": 3},
+    "error_correction": lambda m: {"objective": "tagging", "rate": 5.0},
     "label_noise": lambda m: {"rate": 0.5},
     "taxonomy_pairs": lambda m: {"concept": "label"},
     "transferability": lambda m: {"label": "label"},

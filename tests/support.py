@@ -135,7 +135,7 @@ class Bench:
         """Its metrics are numbers."""
         evaluation = examples_training.example(name, self.material)
         model = self.material.model(kind, conftest.TASK[kind], seed=3)
-        if name == "task":
+        if name in ("task", "error_correction"):
             model.config.architectures = [type(model).__name__]
             vocabulary = examples.Vocabulary.of(self.material.tokenizer)
             model = evaluation.method.ready(model, ("a", "b"), vocabulary, 0).eval()

@@ -23,7 +23,7 @@ WRITES = (
 )  # operations that put new documents after the one that each is made of
 REWRITES = (
     "prompt_template", "c4_quality", "line_deduplication", "paragraph_deduplication", "exact_substring_deduplication",
-    "mask_pii", "repair_text", "prox", "web_noise",
+    "mask_pii", "repair_text", "prox", "web_noise", "grammatical_errors",
 )  # fmt: skip  # whose work is the text
 CHANGES = dict.fromkeys(REWRITES, "text") | {"label_noise": "label"}  # the column that is an operation's work
 BLOCKS = ("BLOCK", "SHARD", "BATCH_TOKENS")  # how many documents or tokens are taken at a time

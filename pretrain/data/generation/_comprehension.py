@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from pretrain.data._chunks import sentences
+from pretrain.core.grammar.sentences import sentences
 
 _MARK = re.compile(r"(?im)^[\s*#>-]*(?:\d{1,2}[.)]\s*)?\**(question|answer)(?:\s*\d{1,2})?\**\s*:\**[ \t]*")
 _PLACEHOLDER = re.compile(r"^\[[^\]]*\]$")

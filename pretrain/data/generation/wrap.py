@@ -14,7 +14,8 @@ import numpy as np
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import digest
-from pretrain.data._chunks import chunks, sentences
+from pretrain.core.grammar.sentences import sentences
+from pretrain.data._chunks import chunks
 from pretrain.data._generating import Generating, Prompt, filled, read_prompts
 from pretrain.data._work import desk
 
