@@ -179,6 +179,8 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "error_correction": lambda m: {"objective": "tagging", "rate": 5.0},
     "label_noise": lambda m: {"rate": 0.5},
     "taxonomy_pairs": lambda m: {"concept": "label"},
+    "reference_classifier": lambda m: {"positive": (str(m.prepared / "corpus"),)},
+    "document_age": lambda m: {"date": "number"},
     "transferability": lambda m: {"label": "label"},
 }  # fmt: skip
 INNER = {"causal": "causal_lm", "masked": "masked_lm"}

@@ -447,6 +447,22 @@ def test_the_recipe_of_grammatical_errors_trains_three_correctors_and_counts_edi
 
 
 @pytest.mark.processes
+def test_the_recipe_of_training_data_varies_age_quality_and_domains(tmp_path, text):
+    sources = f"[{{files: {text}, suffixes: [.py], domain: older}}, {{files: {text}, suffixes: [.txt], domain: newer}}, {{files: {text}, suffixes: [.md], domain: docstrings}}]"
+    models = ("older", "newer", "whole", "quality", "inverse", "without_docstrings")
+    settings = [
+        *data("corpus", "good", "scored", "above", "below", sources=sources), "tokenizer.vocab_size=512", *small(*models), *short(*models), "corpus.near_duplicates=null",
+        "good.sources=" + f"[{{files: {text}, suffixes: [.md]}}]", "above.operations.1.least=0.5", "below.operations.1.most=0.5",
+        "older.mixture={older: 1, newer: 0, docstrings: 0}", "newer.mixture={older: 0, newer: 1, docstrings: 0}", "without_docstrings.mixture={older: 1, newer: 1, docstrings: 0}",
+    ]  # fmt: skip
+    recipe = load(ROOT / "recipes/papers/pretrainers-guide.yaml", settings, tmp_path)
+    measured = finite(engine.run(recipe, say=lambda text: None))
+    sizes = {name: measured[name]["documents/train"] for name in ("corpus", "above", "below")}
+    assert sizes["above"] > 0 < sizes["below"] and sizes["above"] + sizes["below"] == sizes["corpus"]
+    assert all({"loss/older", "loss/newer"} <= measured[f"measured_{name}"].keys() for name in models)
+
+
+@pytest.mark.processes
 def test_the_recipe_of_reading_comprehension_goes_on_with_it_and_with_the_real(tmp_path, text):
     with serving() as served:
         served.answer = lambda body: completion(

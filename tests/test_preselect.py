@@ -16,9 +16,9 @@ from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.store import write_corpus
 from pretrain.corpus.tokenizers import load_tokenizer
+from pretrain.data._classifier import Classifier
 from pretrain.data._work import desk, working
 from pretrain.data.selection import _scores, preselect
-from pretrain.data.selection._classifier import Classifier
 from pretrain.data.selection.preselect import Preselect, labels, strengths
 
 

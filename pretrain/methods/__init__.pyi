@@ -8,11 +8,13 @@ from pretrain.data.deduplication.line_deduplication import LineDeduplication as 
 from pretrain.data.deduplication.paragraph_deduplication import ParagraphDeduplication as ParagraphDeduplication
 from pretrain.data.filters.c4_quality import C4Quality as C4Quality
 from pretrain.data.filters.column_filter import ColumnFilter as ColumnFilter
+from pretrain.data.filters.document_age import DocumentAge as DocumentAge
 from pretrain.data.filters.document_statistics import DocumentStatistics as DocumentStatistics
 from pretrain.data.filters.fineweb_quality import FinewebQuality as FinewebQuality
 from pretrain.data.filters.gopher_quality import GopherQuality as GopherQuality
 from pretrain.data.filters.gopher_repetition import GopherRepetition as GopherRepetition
 from pretrain.data.filters.language import Language as Language
+from pretrain.data.filters.reference_classifier import ReferenceClassifier as ReferenceClassifier
 from pretrain.data.generation.entigraph import EntiGraph as EntiGraph
 from pretrain.data.generation.llm2llm import LLM2LLM as LLM2LLM
 from pretrain.data.generation.spin import Spin as Spin

@@ -16,8 +16,8 @@ from pretrain.core.folders import corpus_of
 from pretrain.core.method import Ref
 from pretrain.corpus.store import Corpus
 from pretrain.data import DataOperation
+from pretrain.data._classifier import Classifier
 from pretrain.data._work import desk
-from pretrain.data.selection._classifier import Classifier
 from pretrain.data.selection._scores import likelihoods, report, sizes
 from pretrain.data.selection._select import top_share
 
