@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from pathlib import Path
+from statistics import stdev
 from string import ascii_lowercase
 
 import pytest
@@ -13,10 +15,12 @@ from typer.testing import CliRunner
 from pretrain.cli import app
 from pretrain.corpus.look import glance
 from pretrain.engine import run, silent
-from pretrain.forecast import forecast
+from pretrain.forecast import forecast, warnings
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
 from pretrain.stages import _examples
+from pretrain.stages._estimates import corpus_estimate
+from pretrain.stages._examples import Looked
 from pretrain.stages.data import LOOKED, build_source
 
 EVALUATION = {
@@ -33,11 +37,11 @@ def unseen():
     LOOKED.clear()
 
 
-def recipe_of(folder: Path, texts: list[str]) -> Recipe:
+def recipe_of(folder: Path, texts: list[str], entries: int = 700) -> Recipe:
     """A recipe on files of these texts, which drops documents that are alike."""
     text = small_recipe(folder, [{"text": each} for each in texts], EVALUATION, held_out=0.2, budget={"steps": 40})
     (folder / "r.yaml").write_text(text)
-    operations = ["corpus.operations=[{method: deduplicate, threshold: 0.8}]", "tokenizer.vocab_size=700"]
+    operations = ["corpus.operations=[{method: deduplicate, threshold: 0.8}]", f"tokenizer.vocab_size={entries}"]
     return load(folder / "r.yaml", operations, folder / "run")
 
 
@@ -88,6 +92,7 @@ def test_of_more_than_there_is_time_for_a_part_is_taken_for_all(tmp_path, storie
     clock = iter(range(10**6))
     monkeypatch.setattr(glance, "LEAST", 1)
     monkeypatch.setattr(glance, "LEAST_BYTES", 1)
+    monkeypatch.setattr(_examples, "SMALL", 0)
     monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * _examples.READ / 50)  # fifty documents
     part = estimates(recipe)["corpus"]
     assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.35)
@@ -150,6 +155,54 @@ def test_examples_are_counted_by_a_least_amount_too(tmp_path, monkeypatch):
         monkeypatch.setattr(glance.time, clock, lambda: float(next(hours)))
     seen = _examples.sampled(source, source.size().bytes, rows_alone=True)
     assert len(seen.rows) >= 64 and seen.documents == pytest.approx(3000, rel=0.1)
+
+
+def uneven_recipe(folder: Path, seed: int = 0) -> Recipe:
+    """A recipe on small documents and a few large ones, all of words of their own, most of which are in a split."""
+    rng = random.Random(seed)
+    words = ["".join(rng.choices(ascii_lowercase, k=rng.randint(2, 9))) for _ in range(1500)]
+    sizes = [60] * 70 + [6000] * 6
+    lines = [[" ".join(rng.choices(words, k=10)) for _ in range(size // 10)] for size in sizes]
+    return recipe_of(folder, ["\n".join([*some, str(number)]) for number, some in enumerate(lines)], 2400)
+
+
+def test_a_split_of_uneven_documents_is_told_by_a_plan_and_by_the_run(tmp_path):
+    recipe = uneven_recipe(tmp_path)
+    before = warnings(forecast(plan(recipe, None)))
+    said: list[str] = []
+    run(replace(recipe, stages=recipe.stages[:1]), say=said.append, report=False)
+    (line,) = [each.partition("warning: ")[2] for each in said if "the documents are uneven" in each]
+    assert line.startswith("the test split has 22 of the documents with 3.3% of the text, not 20.0%")
+    assert f"stage 'corpus': {line}" in before
+
+
+def test_tokens_are_as_long_as_a_vocabulary_that_is_learnt_of_few_words_makes_them(tmp_path):
+    recipe = uneven_recipe(tmp_path)
+    before = estimates(recipe)
+    result = run(recipe, say=silent, report=False)
+    after = estimates(recipe, "model", "evaluation")
+    assert before["corpus"].left.bytes == after["corpus"].left.bytes
+    assert before["model"].passes == pytest.approx(after["model"].passes, rel=0.1)
+    assert before["evaluation"].flops == pytest.approx(result.stages["evaluation"]["flops"], rel=0.15)
+
+
+def test_a_small_corpus_is_seen_in_whole_though_it_takes_longer(tmp_path, stories, monkeypatch):
+    recipe, clock = small(tmp_path, stories, 300), iter(range(10**6))
+    monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * _examples.READ / 100)  # a hundred documents
+    assert "a look at its sources" in estimates(recipe)["corpus"].basis
+    LOOKED.clear()
+    monkeypatch.setattr(_examples, "SMALL", 100_000)
+    assert "a look at the first" in estimates(recipe)["corpus"].basis
+
+
+def test_of_a_part_it_is_said_how_much_text_a_split_may_have_by_chance(tmp_path):
+    even, large = [100.0] * 400, [100.0] * 390 + [20_000.0] * 10
+    seen = [Looked(False, sum(some), {"train": sum(some)}, squares=sum(s**2 for s in some)) for some in (even, large)]
+    said = [corpus_estimate(1e6, 0, 0.1, 0.1, False, seen=each).basis for each in seen]
+    assert "uneven" not in said[0] and "the test split may have 2.2% to 17.8% of the text, not 10.0%" in said[1]
+    rng, total = random.Random(0), sum(large)
+    drawn = [sum(size for size in large if rng.random() < 0.1) / total for _ in range(4000)]
+    assert stdev(drawn) == pytest.approx(seen[1].spread(0.1, total), rel=0.1)
 
 
 def test_a_dry_run_says_that_the_corpus_is_not_made_yet_until_it_is(tmp_path, stories):

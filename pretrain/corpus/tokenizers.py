@@ -18,13 +18,9 @@ from pretrain.core.foreign.configs import unmarked
 from pretrain.core.foreign.parsing import gave_up
 from pretrain.core.processors import brought_opener
 from pretrain.core.quick.trust import check_trust, offline
-from pretrain.core.quick.vocabulary import CLS, END, MASK, PAD, SEP, UNKNOWN, special_tokens
+from pretrain.core.quick.vocabulary import CLS, END, MASK, PAD, SEP, SPLIT, UNKNOWN, special_tokens
 
 ALGORITHMS = ("bpe", "unigram", "bytes")
-# GPT-4's splitting rule with single digits: words with one leading space, punctuation runs, line breaks, spaces.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 def train_tokenizer(

@@ -21,12 +21,12 @@ from pretrain.core.method import nested
 from pretrain.core.quick.machine import efficiency, likely_rate
 from pretrain.core.quick.plan import Plan
 from pretrain.core.quick.quantities import counted, short
-from pretrain.corpus.sources import evenly
 from pretrain.dial import effort
+from pretrain.dial.choose import BYTES_AN_ENTRY
 from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.dial.tuned import Layers, Tuning
-from pretrain.stages._examples import Labelled, Looked, Texts, counter, lengths, middle, stored
+from pretrain.stages._examples import ROOM, Labelled, Looked, Texts, counter, lengths, shown, stored
 
 if TYPE_CHECKING:
     from pretrain.evaluation import Evaluation
@@ -40,14 +40,15 @@ COUNTED_FOR = {"train": ("data", "tokenizer")}
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
+UNEVEN, UNSURE = 2.0, 0.3  # times the share that a split has or lacks, and of it that is by chance, which are told
 MUCH = 0.1  # of a corpus's text: a domain that each split should have
 OPENING, OPENED = 0.5, 0.8e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 RECORDS = 1e4  # bytes of what each stage notes of itself: its record and the code that ran
 SAMPLES = 5e3  # bytes of a few documents that are shown
 TOTALS, REMOVED = 2e3, 80.0  # bytes of a corpus's counts and checksums; of a line for a document that is removed
 ROW = 150.0  # bytes of a document's numbers, as an evaluation keeps them
-MEASURED, LONG = 200, 2000  # documents and characters of each by which the size of a token is measured
-FEW_ENTRIES, ENOUGH = 600, 20_000  # of a vocabulary that is learnt at once, on so many characters at least
+FEW_ENTRIES, ENOUGH = 600, 20_000  # of a vocabulary that is not learnt; characters of text to learn one from
+WHOLE = 0.95  # of the training text: what is learnt of it is taken to be learnt of all
 DRAWN = 200  # sizes of documents
 WORD = 1.5e-3  # seconds of a word that is generated, in a block
 # Of judging labels, on a CPU: seconds that its libraries take to load, of drawing documents anew for intervals, in all
@@ -73,7 +74,7 @@ class Left:
     folder: Path | None = None  # of a corpus that is there
     tokenizer: Path | None = None  # the file of one that is there
     sizes: Mapping[str, tuple[float, ...]] = field(default_factory=dict)  # bytes of some documents of a split
-    texts: tuple[str, ...] = ()  # beginnings of some documents
+    texts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # of a split, or the middles of some of them
 
 
 class Odd(NamedTuple):
@@ -172,20 +173,35 @@ def bytes_of_token(vocabulary: int) -> float:
     return 1 + 1.16 * doublings**0.524  # of Python's library 2.3 at 600 entries, 4.0 at 16,384
 
 
-def letters(corpus: Left, model: Left) -> float:
-    """Bytes of a token in a corpus, measured on some of its documents where there are any to see.
+def letters(corpus: Left, model: Left, split: str = "train") -> float:
+    """Bytes of a token in a split of a corpus, measured on its documents where there are any to see.
 
-    By the tokenizer that is there; else as in Python's library, times what tokens of a small vocabulary hold here
-    beside those there.
+    By the tokenizer that is there; else by one that is learnt of the training texts, which a vocabulary fits better
+    than others. Of texts that are only a part of them it is learnt of one half, with no more entries than that fills,
+    and measured on the other; with more entries it grows as in Python's library.
     """
-    rows = corpus.rows or stored(corpus.folder, MEASURED)
-    texts = tuple(middle(row.get("text", ""), LONG) for row in evenly(rows, MEASURED)) if rows else corpus.texts
-    usual = bytes_of_token(model.vocabulary or 0)
+    texts, usual = _texts(corpus, split), bytes_of_token(model.vocabulary or 0)
     if not any(texts):
         return usual
     if model.tokenizer is not None:
         return _measured(model.tokenizer, texts)
-    return usual * _beside_python(texts) if (model.vocabulary or 0) > FEW_ENTRIES else usual
+    train, entries = _texts(corpus, "train"), model.vocabulary or 0
+    whole = sum(len(text.encode()) for text in train) >= WHOLE * corpus.bytes.get("train", math.inf)
+    learnt = train if whole else train[::2]
+    size = sum(map(len, learnt))
+    if entries <= FEW_ENTRIES or size < ENOUGH:
+        return usual
+    made = entries if whole else max(FEW_ENTRIES, min(entries, size // BYTES_AN_ENTRY))
+    counted_on = texts if whole or split != "train" else train[1::2] or train
+    return _learnt(learnt, counted_on, made) * usual / bytes_of_token(made)
+
+
+def _texts(corpus: Left, split: str) -> tuple[str, ...]:
+    """Texts of a split, or of the training documents where it has none to see."""
+    rows = corpus.rows or stored(corpus.folder, split=split) or stored(corpus.folder)
+    if rows:
+        return shown([row.get("text", "") for row in rows], ROOM[split])
+    return corpus.texts.get(split) or corpus.texts.get("train", ())
 
 
 @lru_cache(maxsize=8)
@@ -194,13 +210,10 @@ def _measured(tokenizer: Path | None, texts: tuple[str, ...]) -> float:
 
 
 @lru_cache(maxsize=8)
-def _beside_python(texts: tuple[str, ...]) -> float:
-    """What a token of `FEW_ENTRIES`, learnt on half of them, holds of texts beside what one holds of that library."""
-    learnt, others = texts[::2], texts[1::2] or texts
-    if sum(map(len, learnt)) < ENOUGH:
-        return 1.0
-    count = counter(None, FEW_ENTRIES, tuple({"text": text} for text in learnt))
-    return sum(len(text.encode()) for text in others) / max(1.0, sum(count(others))) / bytes_of_token(FEW_ENTRIES)
+def _learnt(learnt: tuple[str, ...], texts: tuple[str, ...], entries: int) -> float:
+    """Bytes of a token of texts, by a vocabulary that is learnt of others, or of the same."""
+    count = counter(None, entries, tuple({"text": text} for text in learnt))
+    return sum(len(text.encode()) for text in texts) / max(1.0, sum(count(texts)))
 
 
 def training_seconds(flops: float, width: int) -> float:
@@ -219,10 +232,10 @@ def uneven(info: JSONObject, shares: Mapping[str, float]) -> Iterable[str]:
     whole = sum(info["bytes"].values())
     for split, share in shares.items():
         documents, held = info["documents"].get(split, 0), info["bytes"].get(split, 0) / max(1, whole)
-        if share and documents and (documents == 1 or not share / 5 < held < 5 * share):
+        if share and documents and (documents == 1 or not share / UNEVEN < held < UNEVEN * share):
             yield (
-                f"the {split} split has {documents:,} of the documents with {held:.1%} of the text, not {share:.1%}: "
-                "the documents are uneven; accepted: smaller ones, or another share"
+                f"the {split} split has {documents:,.0f} of the documents with {held:.1%} of the text, not "
+                f"{share:.1%}: the documents are uneven; accepted: smaller ones, another share, or another split_seed"
             )
         if share and documents:
             yield from _lacking(split, info.get("domains", {}))
@@ -262,11 +275,14 @@ def corpus_estimate(
     if seen is not None and not seen.enough:  # too little to tell of the rest
         disk = None
     elif seen is not None:
-        left, basis = _seen(left, seen), _basis(seen, total)
+        left, basis = _seen(left, seen), _basis(seen, total, {"validation": validation, "test": test})
         on_disk = (seen.packed + REMOVED * seen.removed) * (1.0 if seen.whole else total / max(1.0, seen.given))
         disk = RECORDS + SAMPLES + TOTALS + on_disk
+    shared = {"validation": validation, "test": test} if seen is not None and seen.whole else {}
+    lines = uneven({"bytes": left.bytes, "documents": left.documents}, shared)
+    odd = tuple(Odd(text.split()[1], text) for text in lines)
     return Estimate(
-        None if works else 0.0, FLOOR + 10 * min(held, 128e6), 1 + held / 1.5e6, disk, 1.0, left, basis=basis
+        None if works else 0.0, FLOOR + 10 * min(held, 128e6), 1 + held / 1.5e6, disk, 1.0, left, odd, basis=basis
     )
 
 
@@ -280,13 +296,19 @@ def _seen(left: Left, seen: Looked) -> Left:
     return replace(left, bytes=bytes_, documents=documents, texts=seen.texts)
 
 
-def _basis(seen: Looked, total: float) -> str:
-    """What is known of the text, in words."""
+def _basis(seen: Looked, total: float, shares: Mapping[str, float]) -> str:
+    """What is known of the text, in words: of a part also how much a split may have by chance."""
     share = min(1.0, seen.given / max(1.0, total))
     few = f"{share:.1%}" if share >= 0.001 else f"{short(seen.given, 'B')}, less than 0.1%,"
     part = "its sources" if seen.whole else f"the first {few} of its sources"
     copies = f", of which copies are {1 - seen.kept:.0%}" if seen.kept < 0.995 else ""
-    return f"what is said of its text is by a look at {part}{copies}"
+    unsure = ""
+    for name, asked in shares.items():
+        spread = 0.0 if seen.whole else 2 * seen.spread(asked, total)
+        if spread > UNSURE * asked:
+            unsure = f"; its documents are uneven: the {name} split may have {max(0.0, asked - spread):.1%} to "
+            unsure += f"{min(1.0, asked + spread):.1%} of the text, not {asked:.1%}"
+    return f"what is said of its text is by a look at {part}{copies}{unsure}"
 
 
 def compressed(size: float) -> float:
@@ -309,7 +331,7 @@ def reading(
     size = corpus.bytes.get(split)
     if shape is None or size is None or not model.vocabulary or not all(each.estimated for each in evaluations):
         return Estimate()
-    shape, size_of_token = shape.with_blocks(model.blocks), letters(corpus, model)
+    shape, size_of_token = shape.with_blocks(model.blocks), letters(corpus, model, split)
     documents = corpus.documents.get(split) or size / DOCUMENT
     seen = [min(each, longest or math.inf) for each in corpus.sizes.get(split, ())]
     share, sizes = min(1.0, most / documents), seen or _sizes(size / documents, longest)

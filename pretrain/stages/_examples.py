@@ -21,6 +21,7 @@ from typing import Literal, Protocol
 
 from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
+from pretrain.core.quick.vocabulary import SPLIT
 from pretrain.corpus.look.glance import Glance
 from pretrain.corpus.parts import GROUP_BYTES
 from pretrain.corpus.payload import identity, only_text
@@ -31,7 +32,9 @@ from pretrain.dial.packed import packed
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
 READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared
 LISTED = 16  # texts of a list that are counted
-SHOWN, LONG = 200, 1000  # texts that are kept, and characters of each
+SMALL = 4e6  # bytes that are read in whole: about 0.7 s of files
+SHOWN, LONG = 1000, 1000  # texts that are kept of more than there is room for, and characters of each at least
+ROOM = {"train": 1_000_000, "validation": 100_000, "test": 100_000}  # characters that are kept of the texts of a split
 SIZES = 200  # of documents that are kept, of a split
 STEP = 16  # tokens that inputs are filled up to a multiple of
 ENDS = 2  # tokens at the ends of an input
@@ -104,10 +107,10 @@ def middle(text: str, most: int) -> str:
     return text[start : start + most]
 
 
-def stored(folder: Path | None, most: int = FEW) -> Texts:
-    """Documents of a corpus that is there, so many at most."""
+def stored(folder: Path | None, most: int = FEW, split: str = "train") -> Texts:
+    """Documents of a split of a corpus that is there, so many at most."""
     with suppress(OSError):
-        paths = sorted((corpus_of(folder) / "train").glob("*.parquet")) if folder is not None else []
+        paths = sorted((corpus_of(folder) / split).glob("*.parquet")) if folder is not None else []
         return _first(paths[0], paths[0].stat().st_mtime_ns, most) if paths else ()
     return ()
 
@@ -146,7 +149,7 @@ def _inputs(objective: Labelled, rows: Texts) -> tuple[tuple[str, ...], ...]:
 
 def counter(tokenizer: Path | None, vocabulary: int, rows: Texts) -> Callable[[Sequence[str]], list[float]]:
     """What counts the tokens of texts: a tokenizer that is there, else one of the same size made of the documents."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     from pretrain.core.encoding import lengths
     from pretrain.core.encoding.stored import check_stored
@@ -158,7 +161,10 @@ def counter(tokenizer: Path | None, vocabulary: int, rows: Texts) -> Callable[[S
             backend = Tokenizer.from_file(str(tokenizer))
     if backend is None:
         backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(Regex(SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ])  # fmt: skip
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
         names = ("id", "domain")
@@ -246,8 +252,9 @@ class Looked:
     bytes: dict[str, float] = field(default_factory=dict)
     documents: dict[str, float] = field(default_factory=dict)
     sizes: dict[str, tuple[float, ...]] = field(default_factory=dict)  # bytes of some documents
-    texts: tuple[str, ...] = ()
+    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # all of them, or parts of some
     packed: float = 0.0  # bytes that what is left of them takes on the disk
+    squares: float = 0.0  # of the bytes of each document, summed
     removed: float = 0.0  # documents that were read and are not left
     enough: bool = True  # whether they can tell of the rest, where they are not all
 
@@ -255,6 +262,15 @@ class Looked:
     def kept(self) -> float:
         """The share of the bytes that is left."""
         return sum(self.bytes.values()) / self.given if self.given else 1.0
+
+    def spread(self, share: float, total: float) -> float:
+        """By how much the text of a split of such a share is off, as a share of all `total` bytes (deviation).
+
+        Each document is in it or is not: sqrt(share (1 - share) Σ size²) / total, of documents like those that were
+        read.
+        """
+        squares = self.squares * total / max(1.0, self.given)
+        return math.sqrt(share * (1 - share) * squares) / max(1.0, total)
 
 
 def looked(
@@ -269,7 +285,7 @@ def looked(
     if not sources or not all(_plain(source) for source in sources):
         return None
     rows: dict[bytes, Document] = {}
-    whole, glance = False, Glance(READ)
+    whole, glance = False, Glance(READ, SMALL)
     with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
         for document in _documents(sources, longest):
             rows.setdefault(identity(document), document)
@@ -288,14 +304,23 @@ def looked(
     sizes = {name: [float(len(document["text"].encode())) for document in some] for name, some in splits.items()}
     bytes_ = {name: sum(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
     documents = {name: len(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
-    shown = tuple(middle(document["text"], LONG) for document in evenly(train, SHOWN))
+    squares = sum(size**2 for some in sizes.values() for size in some)
+    texts = {name: shown([document["text"] for document in some], ROOM[name]) for name, some in splits.items()}
     disk = {name: packed(some, GROUP_BYTES) * (left if name == "train" else 1.0) for name, some in splits.items()}
     if not whole and bytes_["train"]:  # a few held-out documents have a file's ends, and so have many: not to multiply
         disk = {"all": disk["train"] * sum(bytes_.values()) / bytes_["train"]}
     return Looked(
         whole, glance.bytes, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in sizes.items()},
-        shown, sum(disk.values()), glance.documents - sum(documents.values()), whole or glance.least,
+        texts, sum(disk.values()), squares, glance.documents - sum(documents.values()), whole or glance.least,
     )  # fmt: skip
+
+
+def shown(texts: Sequence[str], room: int) -> tuple[str, ...]:
+    """The texts, or where they have more characters the middles of some."""
+    if sum(map(len, texts)) <= room:
+        return tuple(texts)
+    few = evenly(texts, SHOWN)
+    return tuple(middle(text, max(LONG, room // len(few))) for text in few)
 
 
 def _plain(source: Source) -> bool:

@@ -290,7 +290,7 @@ def _teachers(objective: Objective, given: Given) -> Iterator[Shape]:
 def _tokens(corpus: Left, split: str, model: Left) -> float | None:
     """Of a split, where both the corpus and the vocabulary are known."""
     size = corpus.bytes.get(split)
-    return size / letters(corpus, model) if size and model.vocabulary else None
+    return size / letters(corpus, model, split) if size and model.vocabulary else None
 
 
 def _memory(stage: Asked, shape: Shape, model: Left, given: Given, work: Work, rows: int | None = None) -> float:

@@ -26,6 +26,10 @@ Numbers = Mapping[str, int]  # of the tokens
 Labels = tuple[str, ...]  # what a classifier answers with: what kind of answers they are, and their names in order
 FILE = "tokenizer.json"
 END, PAD, UNKNOWN, MASK, CLS, SEP = "<|endoftext|>", "<|pad|>", "<|unk|>", "<|mask|>", "<|cls|>", "<|sep|>"
+# GPT-4's splitting rule with single digits: words with one leading space, punctuation runs, line breaks, spaces.
+SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 
 
 def special_tokens(algorithm: str, *, mask: bool, cls: bool, sentinels: int, extra: Iterable[str]) -> list[str]:

@@ -11,14 +11,19 @@ from dataclasses import dataclass, field
 SECONDS = 20.0  # of reading for `pretrain corpus`
 LEAST, LEAST_BYTES = 64, 256_000  # documents and bytes that are looked at in any case, if there are as many
 LARGE = 16  # times the least documents, or bytes, which are enough whatever the other is
+LONGER = 5  # times its seconds of the processor that a look may take to see a small corpus in whole
 WAITED = 10  # times its seconds that a look may take by the clock, where disks or others are slow
 
 
 @dataclass
 class Glance:
-    """A look at documents one after another, for so many seconds of the processor, and at the least amount anyway."""
+    """A look at documents one after another, for so many seconds of the processor, and at the least amount anyway.
+
+    Up to `small` bytes it may take longer: what is seen in whole is known, and is no guess.
+    """
 
     seconds: float
+    small: float = 0.0
     documents: int = 0
     bytes: float = 0.0
     _begun: tuple[float, float] = field(default_factory=lambda: (time.process_time(), time.perf_counter()))
@@ -37,5 +42,6 @@ class Glance:
     def enough(self, size: float) -> bool:
         """Count a document of so many bytes; whether to stop with it."""
         self.documents, self.bytes = self.documents + 1, self.bytes + size
-        late = self.spent > self.seconds or time.perf_counter() - self._begun[1] > WAITED * self.seconds
+        most = self.seconds * (LONGER if self.bytes < self.small else 1)
+        late = self.spent > most or time.perf_counter() - self._begun[1] > WAITED * self.seconds
         return late and self.least
