@@ -257,13 +257,15 @@ def generate(
     if (way := PLAIN.get(str(method))) is not None:
         raise PretrainError(f"--method {method}: the plain loop does that; accepted: {way}, without --method")
     chosen = [method] if method else []
-    measuring.methods_of(chosen, "decoding")  # what is wrong with it is said before anything large is imported
+    measuring.methods_of(
+        chosen, "decoding", "--method: "
+    )  # what is wrong with it is said before anything large is imported
     place = newest_checkpoint(checkpoint)
     templated = has_chat_template(place)
     if chat and not templated:
         raise PretrainError(f"--chat: the tokenizer of {place} has no chat template; accepted: a prompt without --chat")
     with opening(place, trust_remote_code):
-        decoding = next(iter(measuring.methods_of(chosen, "decoding")), None)
+        decoding = next(iter(measuring.methods_of(chosen, "decoding", "--method: ")), None)
         model, tokenizer = load_text(place, decoding.load if decoding else None)
     if templated and not chat:
         typer.echo("note: the prompt is taken as plain text; --chat uses the checkpoint's chat template", err=True)

@@ -273,9 +273,9 @@ def _stage(
     kind = entry["stage"]
     if not isinstance(kind, str) or kind not in known:
         where, hint = _at(places, ("stages", index, "stage"), whole), nearest(str(kind), known)
-        raise PretrainError(
-            f"{where}: stages.{index}.stage: unknown stage {brief(kind)}{hint}; accepted: {', '.join(known)}"
-        )
+        name = entry.get("name")
+        place = name if isinstance(name, str) else f"stages.{index}"
+        raise PretrainError(f"{where}: {place}.stage: unknown stage {brief(kind)}{hint}; accepted: {', '.join(known)}")
     entry = {"name": kind} | entry
     if not isinstance(entry["name"], str) or not re.fullmatch(r"[\w-]{1,100}", entry["name"]):
         where = _at(places, ("stages", index, "name"), whole)

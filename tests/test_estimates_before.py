@@ -171,7 +171,7 @@ def test_a_split_of_uneven_documents_is_told_by_a_plan_and_by_the_run(tmp_path):
     before = warnings(forecast(plan(recipe, None)))
     said: list[str] = []
     run(replace(recipe, stages=recipe.stages[:1]), say=said.append, report=False)
-    (line,) = [each.partition("warning: ")[2] for each in said if "the documents are uneven" in each]
+    (line,) = {each.partition("] warning: ")[2] for each in said if each.startswith("[corpus] warning: the test")}
     assert line.startswith("the test split has 22 of the documents with 3.3% of the text, not 20.0%")
     assert f"stage 'corpus': {line}" in before
 

@@ -10,7 +10,7 @@ import yaml
 from pretrain.core.errors import PretrainError
 from pretrain.core.files import sealed, write_json
 from pretrain.corpus.store import side
-from pretrain.new.look import look
+from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked, recipe
 from pretrain.new.prompts import beginnings, fitting, prompts
 from pretrain.new.start import Start, start_of
@@ -108,3 +108,9 @@ def test_text_of_another_encoding_is_named_where_there_is_no_other(tmp_path, mon
     Path("lines.jsonl").write_text("one\ntwo\n")
     with pytest.raises(PretrainError, match=r"no rows that can be read .*; accepted: one JSON object a line$"):
         look("lines.jsonl")
+
+
+def test_a_budget_of_passes_says_what_the_last_of_them_teaches():
+    asked = Asked("m", Look("t", "prose", (), 1.0), "pretrain", passes=25)
+    assert asked.spent("")["why"].endswith("the last teaches 21% of what as much new text would")
+    assert "4 are nearly as good as new text" in asked.spent("")["why"]

@@ -660,3 +660,10 @@ def test_a_run_that_only_decodes_says_how_fast():
     ]
     told = summarise(page)
     assert told.result == "Of samples that were written, tokens a second: plain 31.2, lookup 55." and told.advice == ""
+
+
+def test_the_name_of_a_bar_is_readable_whole():
+    (rule,) = re.findall(
+        r"^\.bar em \{(.*)\}$", (Path(report.__file__).parent / "template/style.css").read_text(), re.M
+    )
+    assert "overflow-wrap: anywhere" in rule and "nowrap" not in rule and "ellipsis" not in rule

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 LONGEST = 4000  # characters of a message
 _UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 LISTED, LETTERS = 24, 600  # words that an error names at most, and letters of them
 LONG = 40  # letters of a word that is a label or a file's own
+HERE = f"{Path(__file__).parents[1]}/"  # this package
 
 
 class PretrainError(Exception):
@@ -55,7 +59,15 @@ class PretrainWarning(UserWarning):
 
 def warn(message: str) -> None:
     """Say that something was damaged, or passed over, and what is done instead."""
-    warnings.warn(message, PretrainWarning, stacklevel=3)
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and _between(frame.f_code.co_filename):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, PretrainWarning, stacklevel=level)
+
+
+def _between(file: str) -> bool:
+    """Whether a file lies between a mistake and the user's line: of this package, or of context managers."""
+    return file.startswith(HERE) or file == contextlib.__file__
 
 
 class Diverged(PretrainError):

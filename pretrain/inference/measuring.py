@@ -127,7 +127,10 @@ def _asked(data: str | None, file: str | None) -> str:
     given = [each for each in (data, file) if each is not None]
     if len(given) != 1:
         words = "is missing" if not given else f"{file} and --data {data}"
-        raise PretrainError(f"evaluate: DATA {words}; accepted: one of {DATA[0].lower()}{DATA[1:].rstrip('.')}")
+        raise PretrainError(
+            f"evaluate: DATA {words}; accepted: {DATA[0].lower()}{DATA[1:].rstrip('.')}, as "
+            "RUN/corpus is of a run in RUN, whose test split is then taken"
+        )
     return given[0]
 
 

@@ -14,7 +14,7 @@ from pretrain.core.quick.machine import efficiency, likely_beside, likely_rate
 from pretrain.core.quick.quantities import short
 from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
-from pretrain.dial.law import load
+from pretrain.dial.law import NEARLY_NEW, load, worth
 from pretrain.new import stages, start
 from pretrain.new.corpora import corpus, lacking
 from pretrain.new.look import Look
@@ -124,7 +124,7 @@ class Asked:
     def spent(self, why: str) -> dict[str, str]:
         """The budget of a training on text, and why it is that."""
         if self.passes is not None:
-            return {"budget": f"{{epochs: {self.passes}}}", "why": "passes over the text: more teach little"}
+            return {"budget": f"{{epochs: {self.passes}}}", "why": _worth(self.passes)}
         return {"budget": f"{{seconds: {duration(self.budget)}}}", "why": why}
 
     def tuning(self, width: int, blocks: int, epochs: int, length: int, share: float = 1.0) -> Plan:
@@ -170,6 +170,12 @@ def recipe(asked: Asked) -> str:
         "stages:",
     ]
     return "\n".join(head) + "\n" + "\n\n".join(filter(None, makers[asked.task](asked))) + "\n"
+
+
+def _worth(passes: int) -> str:
+    """What so many passes over the text teach, in a comment."""
+    last = f"the last teaches {worth(passes):.0%} of what as much new text would"
+    return f"passes over the text: {NEARLY_NEW} are nearly as good as new text, {last}"
 
 
 def duration(seconds: float) -> str:

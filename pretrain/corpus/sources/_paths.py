@@ -39,6 +39,7 @@ SECRET = (
 )  # fmt: skip
 SECRET_FOLDERS = (".ssh", ".aws", ".gnupg", ".kube")
 PUBLIC = ("*.example", "*.sample", "*.template", "*.pub")  # `.env.example` says which secrets there are, and none
+ENDINGS = 6  # that an error names
 T = TypeVar("T")
 Named = tuple[str, Path]  # a file's id, and where it is
 
@@ -149,7 +150,8 @@ def _matching(path: Path, where: str, ends: tuple[str, ...], skipped: Skipped, t
 def _some(kept: list[T], where: str, ends: tuple[str, ...], skipped: Skipped) -> list[T]:
     """The files, or an error where there are none."""
     if not kept:
-        endings = f" that end with {', '.join(ends)}" if ends else ""
+        more = f", … ({len(ends)} endings)" if len(ends) > ENDINGS else ""
+        endings = f" that end with {', '.join(ends[:ENDINGS])}{more}" if ends else ""
         if globs := [end for end in ends if end.startswith("*")]:
             raise PretrainError(f"suffixes {globs[0]!r}: accepted: an ending as it is: {globs[0].lstrip('*')}")
         over = f" (passed over: {skipped})" if skipped.reasons else ""
