@@ -149,7 +149,10 @@ def test_prose_in_two_languages_gets_a_domain_each(here):
     write_prose(here / "prose")
     assert "English and French" in new("prose")
     sources = yaml.safe_load(Path("prose.yaml").read_text())["stages"][0]["sources"]
-    assert sources == [{"files": "prose/en", "domain": "English"}, {"files": "prose/fr", "domain": "French"}]
+    assert sources == [
+        {"files": "prose/en", "domain": "English", "group": "path"},
+        {"files": "prose/fr", "domain": "French", "group": "path"},
+    ]
 
 
 def test_prompts_are_whole_lines_of_words_from_each_language(here):

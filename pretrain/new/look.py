@@ -28,7 +28,7 @@ PROSE = (".txt", ".md", ".rst", ".text", ".tex", ".org", ".adoc", ".markdown", "
 SAMPLE = 24  # texts that are opened to tell their language
 FEW = 400  # documents, of which each is read: whether the splits will have some of them
 SHARES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
-# Files, or rows, that are to be held out in each split: of 500 rows an accuracy of 0.8 is good to 0.035, of 100 to 0.08.
+# Files, or rows, to hold out in each split: of 500 rows an accuracy of 0.8 is good to 0.035, of 100 to 0.08.
 HELD, ROWS_HELD = 40, 500
 MODEST = 0.1  # of the documents at most for that, where so few are enough to have some
 MUCH = 8 << 20  # bytes of text that may be read for that

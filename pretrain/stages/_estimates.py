@@ -40,7 +40,10 @@ COUNTED_FOR = {"train": ("data", "tokenizer")}
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
 MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
-UNEVEN, UNSURE = 2.0, 0.3  # times the share that a split has or lacks, and of it that is by chance, which are told
+# Times the share that a split has or lacks, at any size of its documents and where they are so many times as large or
+# small as others; and what of a share is by chance: all that is told.
+FAR, UNEVEN, UNSIZED, UNSURE = 5.0, 2.0, 1.5, 0.3
+TINY = 20  # documents, of fewer a split may well be one
 MUCH = 0.1  # of a corpus's text: a domain that each split should have
 OPENING, OPENED = 0.5, 0.8e-8  # seconds to open a checkpoint's tokenizer; a weight, to read or to write it
 RECORDS = 1e4  # bytes of what each stage notes of itself: its record and the code that ran
@@ -229,10 +232,13 @@ def forward(shape: Shape, tokens: float, length: int, targets: float = 1.0) -> t
 
 def uneven(info: JSONObject, shares: Mapping[str, float]) -> Iterable[str]:
     """What is said of splits that documents of unequal size have made unlike what was asked for."""
-    whole = sum(info["bytes"].values())
+    whole, every = (max(1.0, sum(info[what].values())) for what in ("bytes", "documents"))
     for split, share in shares.items():
-        documents, held = info["documents"].get(split, 0), info["bytes"].get(split, 0) / max(1, whole)
-        if share and documents and (documents == 1 or not share / UNEVEN < held < UNEVEN * share):
+        documents, held = info["documents"].get(split, 0), info["bytes"].get(split, 0) / whole
+        off = max(held / share, share / max(held, 1e-9)) if share else 1.0
+        size = held * every / max(1.0, documents)  # of one of its documents, beside the usual one
+        alone = documents == 1 and every >= TINY
+        if documents and share and (alone or off > FAR or (off > UNEVEN and not 1 / UNSIZED < size < UNSIZED)):
             yield (
                 f"the {split} split has {documents:,.0f} of the documents with {held:.1%} of the text, not "
                 f"{share:.1%}: the documents are uneven; accepted: smaller ones, another share, or another split_seed"
