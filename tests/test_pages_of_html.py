@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 pytest.importorskip("trafilatura")
@@ -95,3 +97,42 @@ def test_blocks_are_parted_where_a_browser_parts_them_and_words_are_not():
     elements, parents, found = blocks.body_of(tree)
     assert [block.text for block in found] == ["one two", "three", "four", "five six", "a\n  b", "end"]
     assert len(elements) == len(parents) and parents[0] == -1 and all(0 <= p < n for n, p in enumerate(parents) if n)
+
+
+def taken_of(page: str, text: str) -> str:
+    """What is taken of a page of which that text was found."""
+    elements, parents, pieces = blocks.body_of(html.parsed(page))
+    taken = blocks.chosen(elements, parents, pieces, text)
+    return text if taken is None else blocks.written(elements, pieces, taken)
+
+
+def test_a_manual_of_whose_paragraphs_pieces_were_found_is_read_whole():
+    pieces = [f"decisión sobre él. Se llama con en el paso {n}." for n in range(8)]  # what stood between is gone
+    text = taken_of(manual(), "\n".join([*pieces, "# apt update\n # apt install vigilante"]))
+    assert all(sentence in text for sentence in SENTENCES[:8]) and "en el paso 7." in text and "Descargar" not in text
+
+
+def test_of_sections_of_which_one_was_found_all_are_read_but_for_what_stands_around():
+    rng = Random(0)
+    prose = [" ".join("".join(rng.choices("aeioulmnrst", k=7)) for _ in range(15)) + "." for _ in range(12)]
+    sections = "".join(
+        f"<div><h2>Parte {n}</h2><p>{prose[2 * n]}</p><p>{prose[2 * n + 1]}</p><ul><li>breve {n}</li></ul></div>"
+        for n in range(6)
+    )
+    page = f"<html><body>{MENU}<div><div>{sections}</div></div>{AROUND['footer']}{MENU}</body></html>"
+    text = taken_of(page, f"{prose[6]}\n{prose[7]}")
+    assert all(sentence in text for sentence in prose) and "- breve 5" in text
+    assert "Descargar" not in text and "derechos reservados" not in text
+    news = (
+        "Quien quiera saber más de otras cosas que pasaron ayer puede leer aquí todo aquello que hoy nos han contado."
+    )
+    links = "".join(f"<div><p><a href='{n}'>{news}</a></p></div>" for n in range(6))
+    page = f"<html><body><div>{sections}</div><div>{links}</div></body></html>"
+    assert news not in (text := taken_of(page, "\n".join(prose[:10]))) and prose[11] in text
+
+
+def test_what_stands_in_a_line_of_a_page_is_no_line_of_its_own():
+    page = f"<html><body><div><div>Una línea con <span>partes</span> dentro de ella. {SENTENCES[0]}</div></div></body></html>"
+    assert taken_of(page, f"Una línea con\npartes\ndentro de ella. {SENTENCES[0]}").splitlines() == [
+        f"Una línea con partes dentro de ella. {SENTENCES[0]}"
+    ]

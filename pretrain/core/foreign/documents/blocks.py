@@ -1,10 +1,12 @@
 """The blocks of text that a page is made of, and which of them belong to what it is about.
 
 `trafilatura` finds where a page's text is, and leaves out parts of it: what stands in a `div` before the first `code`,
-notes whose class is `sidebar`, sections whose name has a word that menus have too. So where its text comes from is
-looked up: the element that holds nine tenths of it is the article. If it has less than four fifths of the article, all
-of that is taken, else what it left out of items, definitions, cells and code beside its own text, and whole sentences;
-never menus and the like, told by their tags, roles and classes or by links that are a third of their letters.
+notes whose class is `sidebar`, sections whose name has a word that menus have too, all sections but one. So where its
+text comes from is looked up by the letters in a row that blocks share with it: the element that holds nine tenths of it
+is the article, or one around it that adds sentences and hardly anything else. If less than four fifths of the article
+were found whole, all of that is taken, else what it left out of items, definitions, cells and code beside its own text,
+and whole sentences; never menus and the like, told by their tags, roles and classes or by links that are a third of
+their letters.
 
 Shape letters: N elements in the page's order, the body first.
 """
@@ -46,7 +48,15 @@ _CLASS = re.compile(rf"(?i)(?:^|[\s_-])(?:{_WORDS})(?:$|[\s_-])")
 _NAME = re.compile(rf"(?i)(?:{_WORDS})")  # an `id` is often a title's words, so it has to be one of these alone
 _SENTENCE = re.compile(r"[.!?:;。！？：…][\"'»”’)\]]*\s*$")
 _SIGNS, _BLANKS = re.compile(r"[\W_]+"), re.compile(r"\s+")
-ARTICLE, WHOLE, LINKED, HALF = 0.9, 0.8, 0.3, 0.5  # shares, as above; of a menu whose text is kept nonetheless
+ARTICLE, WHOLE, LINKED, HALF, PROSE, KNOWN = (
+    0.9,
+    0.8,
+    0.3,
+    0.5,
+    0.8,
+    0.95,
+)  # shares, as above; of a menu whose text is kept nonetheless
+RUN = 8  # letters in a row by which a piece of a paragraph is known
 LONG = 80  # letters of a sentence that is taken wherever it stands in the article
 ITEMS = ("dd", "dt", "li", "pre", "td", "th")
 
@@ -131,36 +141,78 @@ def around(element: HtmlElement) -> bool:
 def chosen(elements: list[HtmlElement], parents: list[int], blocks: list[Block], text: str) -> list[bool] | None:
     """Which blocks belong to what a page is about, of which `text` was found; None where that text should stay."""
     sought = letters_of(text)
-    kept = [block.letters in sought for block in blocks]
+    counts = _kept(blocks, sought)
+    kept = [count == len(block.letters) for block, count in zip(blocks, counts, strict=True)]
     size_N, linked_N, kept_N = (np.zeros(len(elements), np.int64) for _ in range(3))
-    for block, there in zip(blocks, kept, strict=True):
+    for block, count in zip(blocks, counts, strict=True):
         size_N[block.owner] += len(block.letters)
         linked_N[block.owner] += block.linked
-        kept_N[block.owner] += there * len(block.letters)
+        kept_N[block.owner] += count
     for number in range(len(elements) - 1, 0, -1):  # what is within counts for what is around
         for sum_N in (size_N, linked_N, kept_N):
             sum_N[parents[number]] += sum_N[number]
     article = int(np.flatnonzero(kept_N >= ARTICLE * kept_N[0])[-1]) if kept_N[0] else 0  # they lie one in another
-    inside, menu = [article == 0], [False]
+    menu = [False]
     for number in range(1, len(elements)):
-        parent = parents[number]
         alien = kept_N[number] < HALF * size_N[number]
         linked = linked_N[number] > LINKED * size_N[number]
-        menu.append(menu[parent] or bool(alien and (linked or around(elements[number]))))
-        inside.append(inside[parent] or number == article)
+        menu.append(menu[parents[number]] or bool(alien and (linked or around(elements[number]))))
+    items = {number for number, element in enumerate(elements) if element.tag in ITEMS}
+    own = [b for b in blocks if not menu[b.owner] and not items.intersection((b.owner, parents[b.owner]))]
+    article = _widened(article, parents, own)
+    inside = [article == 0]
+    for number in range(1, len(elements)):
+        inside.append(inside[parents[number]] or number == article)
     fit = [inside[block.owner] and not menu[block.owner] for block in blocks]
     whole = sum(len(block.letters) for block, there, fits in zip(blocks, kept, fit, strict=True) if there or fits)
     if 2 * whole < len(sought):  # it is from elsewhere, as from the page's JSON
         return None
     if not sought and not any(fits and _is_sentence(block) for block, fits in zip(blocks, fit, strict=True)):
         return None
-    if kept_N[0] >= WHOLE * whole:
+    known = sum(len(block.letters) for block, there in zip(blocks, kept, strict=True) if there)
+    if known >= WHOLE * whole:
         fit = [
             fits and (_is_sentence(block) or _beside(block, elements, parents, kept_N))
             for block, fits in zip(blocks, fit, strict=True)
         ]
     taken = [there or fits for there, fits in zip(kept, fit, strict=True)]
-    return None if taken == kept else taken
+    return None if taken == kept and known < KNOWN * len(sought) else taken
+
+
+def _widened(article: int, parents: list[int], blocks: list[Block]) -> int:
+    """The element around the article of which most of what it has besides is sentences, but for items.
+
+    Of a page in sections the text of one alone may have been found.
+    """
+    text_N, prose_N = (np.zeros(len(parents), np.int64) for _ in range(2))
+    for block in blocks:
+        text_N[block.owner] += len(block.letters)
+        prose_N[block.owner] += len(block.letters) * _is_sentence(block)
+    for number in range(len(parents) - 1, 0, -1):
+        for sum_N in (text_N, prose_N):
+            sum_N[parents[number]] += sum_N[number]
+    widest, around = article, article
+    while around:
+        around = parents[around]
+        text, prose = (int(sum_N[around] - sum_N[article]) for sum_N in (text_N, prose_N))
+        if prose > PROSE * text:
+            widest = around
+    return widest
+
+
+def _kept(blocks: list[Block], sought: str) -> list[int]:
+    """How many letters of each block were found: all of them, or those of the runs of letters that are in `sought`.
+
+    Of a paragraph with `code` in it pieces may be left, joined to one another.
+    """
+    runs = {sought[start : start + RUN] for start in range(len(sought) - RUN + 1)}
+    counts = []
+    for block in blocks:
+        letters = block.letters
+        many = max(0, len(letters) - RUN + 1)
+        there = sum(letters[start : start + RUN] in runs for start in range(many))
+        counts.append(len(letters) if letters in sought else there)
+    return counts
 
 
 def _is_sentence(block: Block) -> bool:
