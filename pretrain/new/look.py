@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from html import unescape
 from pathlib import Path
@@ -26,6 +27,7 @@ from pretrain.new.tables import Table, read_table
 
 PROSE = (".txt", ".md", ".rst", ".text", ".tex", ".org", ".adoc", ".markdown", "")  # and others that are text
 SAMPLE = 24  # texts that are opened to tell their language
+PAGES = 12  # of HTML that are read for prompts
 FEW = 400  # documents, of which each is read: whether the splits will have some of them
 SHARES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
 # Files, or rows, to hold out in each split: of 500 rows an accuracy of 0.8 is good to 0.035, of 100 to 0.08.
@@ -268,7 +270,17 @@ def _shared(seen: Look, files: Sequence[Path]) -> Look:
     texts = [(ending(path), text) for path, text in _texts(files, markup)]
     known = len(files) < FEW and size < MUCH and (markup or not any(ending(path) in MARKUP for path in files))
     share = _share(len(files), _all(files) if known else None)
+    if not markup and any(ending(path) in MARKUP for path in files):
+        texts = [(kind, text) for kind, text in texts if kind not in MARKUP] + _read(files)
     return replace(seen, files=tuple(files), bytes=size, share=share, prompts=prompts(texts, share))
+
+
+def _read(files: Sequence[Path]) -> list[tuple[str, str]]:
+    """Some pages as the recipe will read them, so that no prompt is of a menu."""
+    pages = evenly([path for path in files if ending(path) in MARKUP], PAGES)
+    with suppress(PretrainError, OSError):  # told when the recipe runs
+        return [(ending(path), row["text"]) for path in pages for row in Files(str(path)).documents(Skipped())]
+    return []
 
 
 def _all(files: Sequence[Path]) -> list[str]:
