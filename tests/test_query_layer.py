@@ -89,7 +89,7 @@ def test_documents_of_a_row_each_ask_from_their_own_beginning_recomputed_or_not(
     loss.backward()
     table = queries_of(model).table.weight
     plain, table.grad = table.grad.clone(), None
-    assert plain[:4].abs().amax(1).gt(0).all() and plain[5:].eq(0).all()
+    assert plain[1:4].abs().amax(1).gt(0).all() and plain[5:].eq(0).all()  # the first sees one key, whatever it asks
     model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": recomputing})
     objective.loss(model, batch).value.backward()
     torch.testing.assert_close(table.grad, plain)

@@ -55,7 +55,13 @@ def test_a_step_reads_counts_which_are_on_the_host_and_one_flag(prepared, tmp_pa
     training.loader.step = lambda *given: seen.extend(taken(*given)) or seen
     with reads() as tensors:
         step(training)
-    counts = {id(value) for batches in seen for batch in batches for name, value in batch.items() if is_count(name)}
+    counts = {
+        id(value)
+        for batches in seen
+        for batch in batches
+        for name, value in batch.items()
+        if is_count(name) or name == "cut"
+    }
     others = [tensor for tensor in tensors if id(tensor) not in counts]
     targets = len(seen)  # on a CPU each loss asks whether all positions have targets, which costs nothing there
     assert [t.dtype for t in others] == [torch.bool] * (targets + 1), others

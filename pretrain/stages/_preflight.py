@@ -59,7 +59,7 @@ class Seen:
     rows: int = 0  # of tables, that were looked at
 
 
-def seen_in_sources(stage: Data, before: Seen | None = None, seconds: float = SECONDS) -> Seen:
+def seen_in_sources(stage: Data, before: Seen | None = None, seconds: float | None = None) -> Seen:
     """Read the beginnings of files; raises `PretrainError` for what the stage would fail at.
 
     `before` is what is known of the corpus that the stage goes on with; `seconds` are of reading.
@@ -69,7 +69,7 @@ def seen_in_sources(stage: Data, before: Seen | None = None, seconds: float = SE
     values: dict[str, Counter[str]] = {}
     odd: list[str] = []
     places: dict[tuple[str, str], str] = {}
-    glance, known, whole, rows = Glance(seconds), True, True, 0
+    glance, known, whole, rows = Glance(SECONDS if seconds is None else seconds), True, True, 0
     for number, source in enumerate(stage.sources):
         domains.append(source.domains())
         if not isinstance(source, Files) or source.package is not None or "://" in source.files:

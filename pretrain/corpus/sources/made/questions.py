@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from pretrain.core.bounds import Count, Ge, PositiveShare, Whole
 from pretrain.corpus.sources._files import Document, Size, Source
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources.code import Functions
+
+if TYPE_CHECKING:
+    from scipy.sparse import csr_matrix
 
 BLOCK = 512  # answers that are compared with all others at a time
 
@@ -73,12 +77,10 @@ def alike(texts: Sequence[str], count: int, most: float) -> Iterator[list[int]]:
 
     Those whose cosine is above `most` are passed over, and so are those that share no word with it, and copies.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     if not any(any(c.isalnum() for c in text) for text in texts):
         yield from ([] for _ in texts)
         return
-    weight_NV = TfidfVectorizer(token_pattern=r"\w+").fit_transform(texts)
+    weight_NV = _tf_idf(texts)
     for start in range(0, len(texts), BLOCK):
         cosine_BN: NDArray[np.float64] = (weight_NV[start : start + BLOCK] @ weight_NV.T).toarray()
         for cosine_N in cosine_BN:
@@ -90,3 +92,20 @@ def alike(texts: Sequence[str], count: int, most: float) -> Iterator[list[int]]:
                 if len(nearest) == count:
                     break
             yield list(nearest.values())
+
+
+def _tf_idf(texts: Sequence[str]) -> csr_matrix:
+    """The words' counts times ln((1 + N) / (1 + documents with it)) + 1, each text's of length 1: scikit-learn's."""
+    from scipy.sparse import csr_matrix
+
+    words: dict[str, int] = {}
+    columns = [[words.setdefault(word, len(words)) for word in re.findall(r"\w+", text.lower())] for text in texts]
+    starts = np.cumsum([0, *map(len, columns)])
+    ones = np.ones(starts[-1])
+    weight_NV = csr_matrix((ones, np.concatenate(columns).astype(np.int64), starts), (len(texts), len(words)))
+    weight_NV.sum_duplicates()
+    documents_V = np.bincount(weight_NV.indices, minlength=len(words))
+    weight_NV.data *= (np.log((1 + len(texts)) / (1 + documents_V)) + 1)[weight_NV.indices]
+    length_N = np.sqrt(np.asarray(weight_NV.multiply(weight_NV).sum(1)).ravel())
+    weight_NV.data /= np.repeat(np.where(length_N > 0, length_N, 1.0), np.diff(weight_NV.indptr))
+    return weight_NV
