@@ -18,7 +18,6 @@ from pretrain.records import StageRecord
 from pretrain.stages import Stage
 from pretrain.stages._estimates import Estimate, Left, left_in, resident
 from pretrain.stages._preflight import (
-    SECONDS,
     Seen,
     check_columns,
     check_domains,
@@ -111,10 +110,10 @@ def warnings(forecasts: Sequence[Forecast], note: bool = False) -> list[str]:
     return [f"stage {name!r}: {odd.text}" for name, odd in ahead if odd.note == note]
 
 
-def check_documents(recipe: Recipe, planned: Sequence[Planned], seconds: float = SECONDS) -> list[str]:
+def check_documents(recipe: Recipe, planned: Sequence[Planned], seconds: float | None = None) -> list[str]:
     """Look at the documents of stages that are to run; refuses what cannot work, and gives a line for what is odd.
 
-    `seconds` are of reading the sources of each stage.
+    `seconds` are of reading the sources of each stage, those of a run where none are given.
     """
     seen: dict[str, Seen] = {}
     lines: list[str] = []

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from zlib import crc32
 
 import pytest
 import torch
@@ -92,13 +93,13 @@ class Material:
 
     def scripted(self, said: str) -> str:
         """The folder of a causal checkpoint that has learnt to say that after `SIGN`."""
-        place = self.folder / f"scripted-{len(said)}"
+        place = self.folder / f"scripted-{crc32(said.encode())}"
         if not place.exists():
             model, end = self.model(initializer_range=0.1, max_position_embeddings=512), Vocabulary.of(self.tokenizer)
             after = [*encode(self.tokenizer, [SIGN + said])[0].tolist(), end.eos]
             optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
             learnt = 0  # steps in a row at which it was sure
-            for step in range(1000):
+            for step in range(2000):
                 story = self.stories[step % len(self.stories)]["text"]
                 before = [end.begin, *encode(self.tokenizer, [story])[0].tolist()[: 5 + 7 * step % 70]]
                 ids_1L = torch.tensor([before + after])
