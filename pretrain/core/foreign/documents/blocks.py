@@ -158,8 +158,8 @@ def chosen(elements: list[HtmlElement], parents: list[int], blocks: list[Block],
         linked = linked_N[number] > LINKED * size_N[number]
         menu.append(menu[parents[number]] or bool(alien and (linked or around(elements[number]))))
     items = {number for number, element in enumerate(elements) if element.tag in ITEMS}
-    own = [b for b in blocks if not menu[b.owner] and not items.intersection((b.owner, parents[b.owner]))]
-    article = _widened(article, parents, own)
+    running = [b for b in blocks if not menu[b.owner] and not items.intersection((b.owner, parents[b.owner]))]
+    article = _widened(article, parents, running)
     inside = [article == 0]
     for number in range(1, len(elements)):
         inside.append(inside[parents[number]] or number == article)
