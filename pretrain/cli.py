@@ -257,9 +257,8 @@ def generate(
     if (way := PLAIN.get(str(method))) is not None:
         raise PretrainError(f"--method {method}: the plain loop does that; accepted: {way}, without --method")
     chosen = [method] if method else []
-    measuring.methods_of(
-        chosen, "decoding", "--method: "
-    )  # what is wrong with it is said before anything large is imported
+    # What is wrong with it is said before anything large is imported.
+    measuring.methods_of(chosen, "decoding", "--method: ")
     place = newest_checkpoint(checkpoint)
     templated = has_chat_template(place)
     if chat and not templated:

@@ -48,14 +48,9 @@ _CLASS = re.compile(rf"(?i)(?:^|[\s_-])(?:{_WORDS})(?:$|[\s_-])")
 _NAME = re.compile(rf"(?i)(?:{_WORDS})")  # an `id` is often a title's words, so it has to be one of these alone
 _SENTENCE = re.compile(r"[.!?:;。！？：…][\"'»”’)\]]*\s*$")
 _SIGNS, _BLANKS = re.compile(r"[\W_]+"), re.compile(r"\s+")
-ARTICLE, WHOLE, LINKED, HALF, PROSE, KNOWN = (
-    0.9,
-    0.8,
-    0.3,
-    0.5,
-    0.8,
-    0.95,
-)  # shares, as above; of a menu whose text is kept nonetheless
+# Shares, as above; of a menu whose text is kept nonetheless; of sentences in what is added; of what was found, by which
+# it is written from the blocks.
+ARTICLE, WHOLE, LINKED, HALF, PROSE, KNOWN = 0.9, 0.8, 0.3, 0.5, 0.8, 0.95
 RUN = 8  # letters in a row by which a piece of a paragraph is known
 LONG = 80  # letters of a sentence that is taken wherever it stands in the article
 ITEMS = ("dd", "dt", "li", "pre", "td", "th")
