@@ -40,7 +40,7 @@ def test_of_many_endings_an_error_names_the_first_and_how_many_there_are(tmp_pat
     with pytest.raises(PretrainError) as raised:
         list(read(Files(str(tmp_path), suffixes=[f".e{number}" for number in range(200)])))
     assert "end with .e0, .e1, " in str(raised.value) and "… (200 endings) at" in str(raised.value)
-    assert len(str(raised.value)) < 300
+    assert len(str(raised.value).replace(str(tmp_path), "")) < 200  # however long the path is
 
 
 def test_an_unknown_decoding_is_told_with_its_option(tmp_path):
