@@ -92,7 +92,7 @@ def test_of_more_than_there_is_time_for_a_part_is_taken_for_all(tmp_path, storie
     clock = iter(range(10**6))
     monkeypatch.setattr(glance, "LEAST", 1)
     monkeypatch.setattr(glance, "LEAST_BYTES", 1)
-    monkeypatch.setattr(_examples, "SMALL", 0)
+    monkeypatch.setattr(glance, "LONGER", 1)
     monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * _examples.READ / 50)  # fifty documents
     part = estimates(recipe)["corpus"]
     assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.35)
@@ -126,7 +126,7 @@ def test_whatever_else_a_machine_does_enough_is_looked_at_to_tell_of_the_rest(tm
 
 
 def test_a_look_that_others_make_slower_is_no_shorter(tmp_path, stories, monkeypatch):
-    recipe, clock = small(tmp_path, stories, 300), iter(range(10**6))
+    recipe, clock = small(tmp_path, stories, 200), iter(range(10**6))
     monkeypatch.setattr(glance.time, "process_time", lambda: 0.0)
     monkeypatch.setattr(glance.time, "perf_counter", lambda: next(clock) * _examples.READ / 100)
     assert "a look at its sources" in estimates(recipe)["corpus"].basis
@@ -187,11 +187,11 @@ def test_tokens_are_as_long_as_a_vocabulary_that_is_learnt_of_few_words_makes_th
 
 
 def test_a_small_corpus_is_seen_in_whole_though_it_takes_longer(tmp_path, stories, monkeypatch):
-    recipe, clock = small(tmp_path, stories, 300), iter(range(10**6))
+    recipe, clock = small(tmp_path, stories, 200), iter(range(10**6))
     monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * _examples.READ / 100)  # a hundred documents
     assert "a look at its sources" in estimates(recipe)["corpus"].basis
     LOOKED.clear()
-    monkeypatch.setattr(_examples, "SMALL", 100_000)
+    monkeypatch.setattr(glance, "LONGER", 1)
     assert "a look at the first" in estimates(recipe)["corpus"].basis
 
 

@@ -67,7 +67,7 @@ def test_a_plan_and_its_reasons_are_told_at_once_and_without_torch(name, tmp_pat
     arguments = ["run", ROOT / "recipes" / f"{name}.yaml", "--output", tmp_path / "run", "--dry-run", "--why"]
     done, imported, seconds = command(*arguments)
     assert done.returncode == 0 and "never run" in done.stdout and imported == [], done.stderr
-    assert seconds < 8 * libraries()  # 2.1 to 2.6 times
+    assert seconds < 8 * libraries() + 1  # 5 to 6 times; up to a second of it is a look at the sources, on any machine
 
 
 @pytest.mark.processes

@@ -13,6 +13,7 @@ import sysconfig
 import textwrap
 import tokenize
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from contextlib import suppress
 from fnmatch import fnmatchcase
@@ -126,10 +127,22 @@ def _parsed(text: str) -> ast.Module | None:
         return None
 
 
+def _statements(tree: ast.Module) -> Iterator[ast.AST]:
+    """The tree and its statements in the order of `ast.walk`, without the expressions, which define nothing."""
+    waiting: deque[ast.AST] = deque([tree])
+    while waiting:
+        node = waiting.popleft()
+        yield node
+        for name in node._fields:
+            value = getattr(node, name)
+            if isinstance(value, list):
+                waiting.extend(each for each in value if isinstance(each, ast.stmt | ast.excepthandler | ast.match_case))
+
+
 def functions(text: str) -> list[tuple[str, str, str]]:
     """A module's documented functions: the name, the code without its docstring, the docstring's first paragraph."""
     functions, lines = [], text.splitlines()
-    for node in ast.walk(_parsed(text) or ast.Module([], [])):
+    for node in _statements(_parsed(text) or ast.Module([], [])):
         if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or len(node.body) < 2:
             continue
         docstring, first = ast.get_docstring(node), node.body[0]
@@ -148,7 +161,7 @@ def docstrings(text: str) -> str:
     if tree is None:
         return ""
     parts = []
-    for node in ast.walk(tree):
+    for node in _statements(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             docstring = ast.get_docstring(node)
             if docstring and len(docstring) > 40:

@@ -6,7 +6,7 @@ Times and memory of the data and of the process were measured on a CPU; of train
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -38,7 +38,7 @@ FLOOR = 0.5e9  # bytes that torch and transformers hold in a process before ther
 LEAVES = {"data": 0.09e9, "tokenizer": 0.01e9, "train": 0.055e9, "evaluate": 0.02e9}
 COUNTED_FOR = {"train": ("data", "tokenizer")}
 DOCUMENT = 8e3  # bytes, where nobody has counted the documents
-MEASURING = 0.15e9  # bytes that the libraries of evaluations hold
+MEASURING = 0.09e9  # bytes that the libraries of evaluations hold
 BATCH = 32  # documents that are answered at a time
 # Times the share that a split has or lacks, at any size of its documents and where they are so many times as large or
 # small as others; and what of a share is by chance: all that is told.
@@ -201,10 +201,10 @@ def letters(corpus: Left, model: Left, split: str = "train") -> float:
 
 def _texts(corpus: Left, split: str) -> tuple[str, ...]:
     """Texts of a split, or of the training documents where it has none to see."""
+    if texts := corpus.texts.get(split) or corpus.texts.get("train", ()):
+        return texts
     rows = corpus.rows or stored(corpus.folder, split=split) or stored(corpus.folder)
-    if rows:
-        return shown([row.get("text", "") for row in rows], ROOM[split])
-    return corpus.texts.get(split) or corpus.texts.get("train", ())
+    return shown([row.get("text", "") for row in rows], ROOM[split]) if rows else ()
 
 
 @lru_cache(maxsize=8)
@@ -215,8 +215,12 @@ def _measured(tokenizer: Path | None, texts: tuple[str, ...]) -> float:
 @lru_cache(maxsize=8)
 def _learnt(learnt: tuple[str, ...], texts: tuple[str, ...], entries: int) -> float:
     """Bytes of a token of texts, by a vocabulary that is learnt of others, or of the same."""
-    count = counter(None, entries, tuple({"text": text} for text in learnt))
-    return sum(len(text.encode()) for text in texts) / max(1.0, sum(count(texts)))
+    return sum(len(text.encode()) for text in texts) / max(1.0, sum(_vocabulary(learnt, entries)(texts)))
+
+
+@lru_cache(maxsize=2)
+def _vocabulary(learnt: tuple[str, ...], entries: int) -> Callable[[Sequence[str]], list[float]]:
+    return counter(None, entries, tuple({"text": text} for text in learnt))
 
 
 def training_seconds(flops: float, width: int) -> float:

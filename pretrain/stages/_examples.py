@@ -32,8 +32,7 @@ from pretrain.dial.packed import packed
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
 READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared
 LISTED = 16  # texts of a list that are counted
-SMALL = 4e6  # bytes that are read in whole: about 0.7 s of files
-SHOWN, LONG = 1000, 1000  # texts that are kept of more than there is room for, and characters of each at least
+SHOWN, LONG = 1000, 1000  # of long texts so many are kept at least, and characters of each
 ROOM = {"train": 1_000_000, "validation": 100_000, "test": 100_000}  # characters that are kept of the texts of a split
 SIZES = 200  # of documents that are kept, of a split
 STEP = 16  # tokens that inputs are filled up to a multiple of
@@ -275,17 +274,18 @@ class Looked:
 
 def looked(
     sources: Sequence[Source], longest: int, shares: tuple[float, float], near: float | None, alike: float | None,
-    salt: int = 0,
+    salt: int = 0, total: float = math.inf,
 ) -> Looked | None:  # fmt: skip
     """What is left of the sources' text by split; None where they are no plain texts, or cannot be read.
 
-    `shares` are held out for validation and test, drawn by `salt`. Training documents that are `near` held-out ones are
-    removed, and of those that are `alike` among themselves all but the first: None removes none, 0 exact copies alone.
+    There are `total` bytes of it, as far as files tell. `shares` are held out for validation and test, drawn by `salt`.
+    Training documents that are `near` held-out ones are removed, and of those that are `alike` among themselves all but
+    the first: None removes none, 0 exact copies alone.
     """
     if not sources or not all(_plain(source) for source in sources):
         return None
     rows: dict[bytes, Document] = {}
-    whole, glance = False, Glance(READ, SMALL)
+    whole, glance = False, Glance(READ, total)
     with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
         for document in _documents(sources, longest):
             rows.setdefault(identity(document), document)
@@ -319,7 +319,8 @@ def shown(texts: Sequence[str], room: int) -> tuple[str, ...]:
     """The texts, or where they have more characters the middles of some."""
     if sum(map(len, texts)) <= room:
         return tuple(texts)
-    few = evenly(texts, SHOWN)
+    mean = sum(map(len, texts)) / len(texts)
+    few = evenly(texts, max(SHOWN, int(room / mean)))
     return tuple(middle(text, max(LONG, room // len(few))) for text in few)
 
 

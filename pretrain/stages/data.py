@@ -178,7 +178,7 @@ class Data(Stage):
         given = (self.longest, (self.validation, self.test), self.near_duplicates, alike, self.split_seed)
         key = (repr(self.sources), total, *given)
         if key not in LOOKED:
-            LOOKED[key] = looked(self.sources, *given)
+            LOOKED[key] = looked(self.sources, *given, total)
         return LOOKED[key]
 
     def progress(self, folder: Path) -> str:

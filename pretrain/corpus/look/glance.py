@@ -5,13 +5,14 @@ Seconds are the processor's: others that want it make a look slower, and no shor
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
 SECONDS = 20.0  # of reading for `pretrain corpus`
 LEAST, LEAST_BYTES = 64, 256_000  # documents and bytes that are looked at in any case, if there are as many
 LARGE = 16  # times the least documents, or bytes, which are enough whatever the other is
-LONGER = 5  # times its seconds of the processor that a look may take to see a small corpus in whole
+LONGER = 3  # times its seconds of the processor that a look may take, if it sees all with that
 WAITED = 10  # times its seconds that a look may take by the clock, where disks or others are slow
 
 
@@ -19,11 +20,12 @@ WAITED = 10  # times its seconds that a look may take by the clock, where disks 
 class Glance:
     """A look at documents one after another, for so many seconds of the processor, and at the least amount anyway.
 
-    Up to `small` bytes it may take longer: what is seen in whole is known, and is no guess.
+    Where there are so few bytes (`whole`) that they come in a little longer, it takes that: what is seen in whole is
+    known, and is no guess.
     """
 
     seconds: float
-    small: float = 0.0
+    whole: float = math.inf
     documents: int = 0
     bytes: float = 0.0
     _begun: tuple[float, float] = field(default_factory=lambda: (time.process_time(), time.perf_counter()))
@@ -42,6 +44,7 @@ class Glance:
     def enough(self, size: float) -> bool:
         """Count a document of so many bytes; whether to stop with it."""
         self.documents, self.bytes = self.documents + 1, self.bytes + size
-        most = self.seconds * (LONGER if self.bytes < self.small else 1)
-        late = self.spent > most or time.perf_counter() - self._begun[1] > WAITED * self.seconds
+        spent, longer = self.spent, LONGER * self.seconds
+        soon = spent < longer and self.bytes * longer >= self.whole * spent
+        late = (spent > self.seconds and not soon) or time.perf_counter() - self._begun[1] > WAITED * self.seconds
         return late and self.least
