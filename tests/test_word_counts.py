@@ -172,7 +172,7 @@ def test_a_classifier_is_measured_and_reported_beside_word_counts_of_what_it_has
     assert plain["metrics"] == json.loads(CliRunner().invoke(app, asked).stdout)["metrics"]  # DATA in its place
     for given in ([], [str(new), "--data", str(new)]):
         refused = CliRunner().invoke(app, ["evaluate", str(tmp_path / "run"), *given])
-        assert "DATA" in str(refused.exception) and "accepted: one of a corpus, a file" in str(refused.exception)
+        assert "DATA" in str(refused.exception) and "accepted: a corpus, a file" in str(refused.exception)
     (corpus,) = (tmp_path / "run").glob("data-*/corpus")
     corpus.rename(tmp_path / "elsewhere")
     assert "accuracy_of_counts" not in json.loads(CliRunner().invoke(app, asked).stdout)["metrics"]

@@ -129,14 +129,14 @@ def _parsed(text: str) -> ast.Module | None:
 
 def _statements(tree: ast.Module) -> Iterator[ast.AST]:
     """The tree and its statements in the order of `ast.walk`, without the expressions, which define nothing."""
-    waiting: deque[ast.AST] = deque([tree])
+    kinds, waiting = (ast.stmt, ast.excepthandler, ast.match_case), deque[ast.AST]([tree])
     while waiting:
         node = waiting.popleft()
         yield node
         for name in node._fields:
             value = getattr(node, name)
             if isinstance(value, list):
-                waiting.extend(each for each in value if isinstance(each, ast.stmt | ast.excepthandler | ast.match_case))
+                waiting.extend(each for each in value if isinstance(each, kinds))
 
 
 def functions(text: str) -> list[tuple[str, str, str]]:
