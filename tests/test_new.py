@@ -37,11 +37,11 @@ from pretrain.engine import run
 from pretrain.forecast import forecast
 from pretrain.identity import plan
 from pretrain.new import written
-from pretrain.new.languages import prose_language
 from pretrain.new.look import look
 from pretrain.new.plans import Asked, duration, recipe
-from pretrain.new.prompts import fitting, prompts
 from pretrain.new.start import Start, encoder, vocabulary
+from pretrain.new.texts.languages import prose_language
+from pretrain.new.texts.prompts import fitting, prompts
 from pretrain.new.words import quoted
 from pretrain.recipe import load
 from pretrain.stages.data import build_source

@@ -12,8 +12,8 @@ from pretrain.core.files import sealed, write_json
 from pretrain.corpus.store import side
 from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked, recipe
-from pretrain.new.prompts import beginnings, fitting, prompts
 from pretrain.new.start import Start, start_of
+from pretrain.new.texts.prompts import beginnings, fitting, prompts
 from pretrain.records import write_stage
 
 ENGLISH = "The house was old and the garden was full of trees that had not been cut for many years. "

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pretrain.corpus.sources.opened.archives import is_archive
 from pretrain.new import stages
 from pretrain.new.faults import Fault
-from pretrain.new.languages import MARKUP
 from pretrain.new.look import Look
 from pretrain.new.stages import written
 from pretrain.new.start import Start
 from pretrain.new.tables import Table
+from pretrain.new.texts.languages import MARKUP
+from pretrain.new.texts.opened import is_opened
 from pretrain.new.words import COLUMNS, commented, quoted
 
 
@@ -39,8 +41,10 @@ def _sources(look: Look, init: Start | None, labelled: bool = True) -> list[str]
     if table is not None:
         whole = table.talk and init is not None and init.kind == "causal"
         return [f"      {line}" for line in _rows(table, str(look.files[0]), labelled, whole).splitlines()]
-    skip = ", on_error: skip" if look.undecoded else ""
+    opened = any(map(is_opened, look.files)) and look.kind in ("code", "prose")
+    skip = ", on_error: skip" if look.undecoded or opened else ""
     why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
+    why += "; what cannot be read is left out, and counted" if opened else ""
     if look.domains:
         group = ", group: path" if look.parallel else ""
         each = [
@@ -49,8 +53,8 @@ def _sources(look: Look, init: Start | None, labelled: bool = True) -> list[str]
         return ["      # a domain each, so that each is measured alone", *_together(look), *each]
     if look.kind == "images":
         return [f"      - {{images: {quoted(look.place)}{', label: parent' if look.classes else ''}}}"]
-    if not Path(look.place).is_dir() or not look.endings:
-        return [f"      - {{files: {quoted(look.place)}}}"]
+    if not (Path(look.place).is_dir() or is_archive(Path(look.place))) or not look.endings:
+        return [f"      - {{files: {quoted(look.place)}{skip}}}"]
     endings = ", ".join(map(quoted, look.endings))
     if look.kind == "code" and not set(look.endings).isdisjoint(MARKUP):
         skip += ", pages: markup"

@@ -11,19 +11,22 @@ from html import unescape
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
+from pretrain.core.foreign.archives import Place
 from pretrain.core.samples import IMAGES as FORMATS
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources import Files, Skipped
-from pretrain.corpus.sources._containers import READERS, ending, unread
-from pretrain.corpus.sources._files import PACKED, evenly, read_text
+from pretrain.corpus.sources._containers import READERS, ending
+from pretrain.corpus.sources._files import evenly, read_text
 from pretrain.corpus.sources._paths import Taken, located
 from pretrain.corpus.sources.audio import SUFFIXES as RECORDINGS
 from pretrain.corpus.sources.images import SUFFIXES as IMAGES
+from pretrain.corpus.sources.opened.archives import is_archive
 from pretrain.corpus.sources.opened.documents import about
 from pretrain.corpus.store import side
-from pretrain.new.languages import LANGUAGE_OF, MARKUP, prose_language
-from pretrain.new.prompts import prompts
 from pretrain.new.tables import Table, read_table
+from pretrain.new.texts.languages import LANGUAGE_OF, MARKUP, prose_language
+from pretrain.new.texts.opened import PAGED, ended, files_in, is_opened, most_of, plain, texts_of, why_not
+from pretrain.new.texts.prompts import prompts
 
 PROSE = (".txt", ".md", ".rst", ".text", ".tex", ".org", ".adoc", ".markdown", "")  # and others that are text
 SAMPLE = 24  # texts that are opened to tell their language
@@ -32,6 +35,7 @@ FEW = 400  # documents, of which each is read: whether the splits will have some
 SHARES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
 # Files, or rows, to hold out in each split: of 500 rows an accuracy of 0.8 is good to 0.035, of 100 to 0.08.
 HELD, ROWS_HELD = 40, 500
+LIKELY = 5  # documents of a split: that there are none happens once in 150 times
 MODEST = 0.1  # of the documents at most for that, where so few are enough to have some
 MUCH = 8 << 20  # bytes of text that may be read for that
 NAMED = ("secret-looking", "holding what looks like a key or a password")  # of which each name is told
@@ -73,13 +77,17 @@ def look(
     skipped = Skipped()
     paths = [path for _, path in located(place, None, (), skipped, Taken(ignored=False, generated=False))]
     for path in paths:
-        if (what := unread(path)) is not None:
+        if (what := why_not(path)) is not None:
             skipped.add(what, path)
-    paths = [path for path in paths if unread(path) is None]
+    paths = [path for path in paths if why_not(path) is None]
     groups: dict[str, list[Path]] = {"images": [], "recordings": [], "table": [], "code": [], "prose": []}
     for path in paths:
-        kind = _kind(path, len(paths) == 1)
-        groups[kind].append(path) if kind else skipped.add(f"{path.suffix or 'other'} files", path)
+        kind = most_of(path, _kind) if is_archive(path) else _kind(path, len(paths) == 1)
+        if is_archive(path) and kind not in ("code", "prose"):
+            more = f"of {kind.rstrip('s')}s, to be unpacked first" if kind else "without text, or damaged"
+            skipped.add(f"archives {more}", path)
+        else:
+            groups[kind].append(path) if kind else skipped.add(f"{path.suffix or 'other'} files", path)
     _sort_pages(groups)
     undecoded = _unfit(groups, skipped)
     chosen = _most(groups, table or any(column is not None for column in (text, label, pair)))
@@ -130,8 +138,8 @@ def _unfit(groups: dict[str, list[Path]], skipped: Skipped) -> list[str]:
     budget, undecoded = LOOKED, list[str]()
     alone = sum(map(len, groups.values())) == 1
     for kind in ("code", "prose"):
-        kept = []
-        for path in groups[kind]:
+        kept = [path for path in groups[kind] if is_opened(path)]
+        for path in plain(groups[kind]):
             budget -= path.stat().st_size
             text = read_text(path, skipped, lambda where, *_: undecoded.append(where)) if budget > 0 else ""
             key = key_in(text) if text else None
@@ -142,7 +150,7 @@ def _unfit(groups: dict[str, list[Path]], skipped: Skipped) -> list[str]:
                 skipped.add(why, path)
             elif text is not None:
                 kept.append(path)
-        groups[kind] = kept
+        groups[kind] = sorted(kept)
     return undecoded
 
 
@@ -163,12 +171,7 @@ def _inside(name: str, place: str) -> str:
     return Path(name).relative_to(place).as_posix() if Path(name).is_relative_to(place) and name != place else name
 
 
-def _ended(path: Path) -> str:
-    """A file's ending as a recipe has it, `.txt` or `.txt.gz`; empty of one without."""
-    return ending(path) + path.suffix if path.suffix in PACKED else path.suffix
-
-
-def _kind(path: Path, alone: bool) -> str:
+def _kind(path: Place, alone: bool = False) -> str:
     end = ending(path)
     if end in IMAGES:
         return "images"
@@ -178,7 +181,7 @@ def _kind(path: Path, alone: bool) -> str:
         return "table"
     if end in LANGUAGE_OF or end == ".ipynb":
         return "code"
-    return "prose" if end in PROSE or alone else ""
+    return "prose" if end in (*PROSE, *PAGED) or alone else ""
 
 
 def _most(groups: dict[str, list[Path]], table: bool) -> str | None:
@@ -198,24 +201,38 @@ def _most(groups: dict[str, list[Path]], table: bool) -> str | None:
 
 def _texts(paths: Sequence[Path], markup: bool = False) -> list[tuple[Path, str]]:
     """Some texts of the files, from all of them alike; with `markup` pages as they stand."""
-    pairs = [(path, read_text(path, Skipped())) for path in evenly(paths, SAMPLE) if path.stat().st_size < MUCH]
-    return [(path, text if markup else _plain(path, text)) for path, text in pairs if text is not None]
+    some = [path for path in evenly(plain(paths), SAMPLE) if path.stat().st_size < MUCH]
+    pairs = [(path, read_text(path, Skipped())) for path in some]
+    texts = [(path, text if markup else _plain(path, text)) for path, text in pairs if text is not None]
+    return texts + evenly(texts_of(_opened(paths))[0], SAMPLE)
+
+
+def _opened(paths: Sequence[Path]) -> tuple[Path, ...]:
+    return tuple(path for path in paths if is_opened(path))
+
+
+def _endings(paths: Sequence[Path], kinds: Sequence[str]) -> Counter[str]:
+    """How many files of some kinds have each ending, those in archives too, of which each has one itself."""
+    endings = Counter(ended(path) for path in paths)
+    endings.update(end for path in paths if is_archive(path) for kind, end, _ in files_in(path, _kind) if kind in kinds)
+    return endings
 
 
 def _with_endings(paths: Sequence[Path]) -> list[Path]:
     """The files with an ending, by which a recipe names them; all where none has one."""
-    return [path for path in paths if _ended(path)] or list(paths)
+    return [path for path in paths if ended(path)] or list(paths)
 
 
 def _code(seen: Look, groups: dict[str, list[Path]]) -> Look:
     """Code by its languages, with the prose beside it."""
     files = _with_endings(groups["code"] + groups["prose"])
     sizes = Counter[str]()
-    for path in groups["code"]:
-        sizes[LANGUAGE_OF.get(ending(path), "Python")] += path.stat().st_size
-    endings = Counter(filter(None, map(_ended, files)))
+    for kind, end, size in (file for path in groups["code"] for file in files_in(path, _kind)):
+        if kind == "code":
+            sizes[LANGUAGE_OF.get(ending(Path(f"_{end}")), "Python")] += int(size)
+    endings = tuple(end for end, _ in _endings(files, ("code", "prose")).most_common() if end)
     languages = tuple(name for name, _ in sizes.most_common())
-    return replace(_shared(seen, files), languages=languages, endings=tuple(e for e, _ in endings.most_common()))
+    return replace(_shared(seen, files), languages=languages, endings=endings)
 
 
 def _prose(seen: Look, groups: dict[str, list[Path]]) -> Look:
@@ -243,7 +260,7 @@ def _prose(seen: Look, groups: dict[str, list[Path]]) -> Look:
     return replace(
         _shared(seen, seen.files), languages=tuple(name for name, count in counts.most_common() if count > least),
         domains=tuple(domains + loose) if whole else (), parallel=whole and parallel,
-        endings=tuple(sorted({*map(_ended, seen.files)} - {""})),
+        endings=tuple(sorted(_endings(seen.files, ("prose",)).keys() - {""})),
     )  # fmt: skip
 
 
@@ -257,7 +274,7 @@ def _parallel(root: Path, by_folder: dict[str, list[Path]]) -> bool:
 
 def _beside(place: str, paths: Sequence[Path]) -> list[str]:
     """Files that lie loose in a folder as sources: by their names where they are few, else by their endings."""
-    endings = {_ended(path) for path in paths}
+    endings = {ended(path) for path in paths}
     if len(paths) <= FEW_LOOSE or "" in endings:
         return [str(path) for path in paths]
     return [f"{place.rstrip('/')}/*{end}" for end in sorted(endings)]
@@ -266,10 +283,13 @@ def _beside(place: str, paths: Sequence[Path]) -> list[str]:
 def _shared(seen: Look, files: Sequence[Path]) -> Look:
     """With what can be held out, and how texts begin."""
     markup = seen.kind == "code"
-    size = about(files, markup).bytes
+    inside, whole = texts_of(_opened(files))
+    read = sum(len(text.encode()) for _, text in inside)
+    size = about(plain(files), markup).bytes + read if whole else about(files, markup).bytes
     texts = [(ending(path), text) for path, text in _texts(files, markup)]
     known = len(files) < FEW and size < MUCH and (markup or not any(ending(path) in MARKUP for path in files))
-    share = _share(len(files), _all(files) if known else None)
+    keys = [*_all(plain(files)), *(text for _, text in inside)] if known and whole else None
+    share = _share(sum(len(files_in(path, _kind)) for path in files), keys)
     if not markup and any(ending(path) in MARKUP for path in files):
         texts = [(kind, text) for kind, text in texts if kind not in MARKUP] + _read(files)
     return replace(seen, files=tuple(files), bytes=size, share=share, prompts=prompts(texts, share))
@@ -290,9 +310,11 @@ def _all(files: Sequence[Path]) -> list[str]:
 def _share(count: float, keys: Sequence[str] | None, held: int = HELD) -> float:
     """The share to hold out for each of two splits: of `held` documents if that is no large one; 0: too few for any.
 
-    Documents are put on a side by a hash: of a few, whose `keys` are known, it is known which go where.
+    Documents are put on a side by a hash: of a few, whose `keys` are known, it is known which go where; of others each
+    split is to have some all but surely.
     """
-    fitting = [share for share in SHARES if keys is None or _fits(keys, share)]
+    likely = [share for share in SHARES if share * count >= LIKELY] or [SHARES[-1]]
+    fitting = likely if keys is None else [share for share in SHARES if _fits(keys, share)]
     plenty = [share for share in fitting if share * count >= held]
     modest = [share for share in fitting if share >= MODEST]
     chosen = (*plenty[:1], *modest[:1], *fitting[-1:])

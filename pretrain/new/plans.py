@@ -18,11 +18,11 @@ from pretrain.dial.law import NEARLY_NEW, load, worth
 from pretrain.new import stages, start
 from pretrain.new.corpora import corpus, lacking
 from pretrain.new.look import Look
-from pretrain.new.prompts import fitting
 from pretrain.new.smaller import Sizes, Smaller
 from pretrain.new.stages import written
 from pretrain.new.start import ENOUGH_PASSES, Start
 from pretrain.new.tables import Table
+from pretrain.new.texts.prompts import fitting
 from pretrain.new.tuning import Plan, Tuned, plan
 from pretrain.new.words import commented, contents, quoted
 from pretrain.stages._examples import counter

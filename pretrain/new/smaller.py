@@ -23,6 +23,7 @@ from pretrain.dial.configs import shape_from
 from pretrain.dial.shapes import Shape
 from pretrain.new.look import Look
 from pretrain.new.start import Start
+from pretrain.new.texts import opened
 
 TYPES = ("llama", "mistral", "qwen3", "gpt2")  # of models that a GGUF file takes without more to look at
 BLOCK = 32  # values that share a scale in 8 bits
@@ -120,8 +121,9 @@ def texts_of(look: Look) -> list[str]:
     """Some of the texts, about `LOOKED` bytes of them."""
     if look.table is not None:
         return list(evenly(look.table.texts, FILES))
-    files: Sequence[Path] = evenly(look.files, FILES)
-    texts = []
+    inside, _ = opened.texts_of(tuple(filter(opened.is_opened, look.files)))
+    files: Sequence[Path] = evenly(opened.plain(look.files), FILES)
+    texts = [text for _, text in evenly(inside, FILES)]
     for path in files:
         with path.open("rb") as file:
             texts.append(file.read(LOOKED // max(1, len(files))).decode("utf-8", "ignore"))

@@ -7,6 +7,7 @@ lets the reader go on; what holds no text is counted.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError
@@ -24,6 +25,7 @@ PageReader = Callable[[Place, str, Wrong, Skipped], Iterator[Row]]
 # Bytes of text in a byte of a file, measured on 291 pages and 2 manuals in /usr/share/doc; of archives as of what they
 # hold, which is taken for text.
 TEXT = {".html": 0.37, ".htm": 0.37, ".xhtml": 0.37, ".warc": 0.37, ".pdf": 0.25}
+SMALL = 1 << 20  # bytes of a PDF whose pages are kept
 UNNEEDED = "files that need pip install 'pretrain[documents]'"
 NO_TEXT = {"HTML": "documents without text (HTML)", "PDF": "documents without text (PDF: scans, pictures)"}
 
@@ -78,13 +80,22 @@ def read_pdf(path: Place, name: str, wrong: Wrong, skipped: Skipped) -> Iterator
     count = 0
     try:
         with opened:
-            for count, row in enumerate(_pieces(pdf.pages(opened), name, skipped), 1):  # noqa: B007
+            stat = path.stat() if isinstance(path, Path) else None
+            kept = _pages(path, stat.st_mtime_ns) if stat is not None and stat.st_size <= SMALL else pdf.pages(opened)
+            for count, row in enumerate(_pieces(kept, name, skipped), 1):  # noqa: B007
                 yield row
     except Exception as error:
         _not_whole(error, name, "PDF", wrong, skipped)
         return
     if not count:
         skipped.add(NO_TEXT["PDF"], name)
+
+
+@lru_cache(maxsize=64)
+def _pages(path: Place, _: int) -> tuple[str, ...]:
+    """The pages of a PDF, as it is at a time: a plan looks at them again and again, and they take long to read."""
+    with seekable(path) as opened:
+        return tuple(pdf.pages(opened))
 
 
 def read_warc(path: Place, name: str, wrong: Wrong, skipped: Skipped) -> Iterator[Row]:

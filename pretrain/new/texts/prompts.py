@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from itertools import chain, zip_longest
 
 from pretrain.corpus.store import side
-from pretrain.new.languages import LANGUAGE_OF, prose_language
+from pretrain.new.texts.languages import LANGUAGE_OF, prose_language
 
 LONGEST, SHORTEST = 80, 12  # characters of a prompt
 LETTERS = 0.6  # of a line at least, with its spaces
