@@ -367,8 +367,8 @@ def _refuse_empty_splits(recipe: Recipe, planned: list[Planned]) -> None:
                 corpus = item.stage.references()[place]
                 raise PretrainError(
                     f"{recipe.at(item.stage)}: the corpus {corpus!r} has no {split} documents, which this stage needs "
-                    f"({counted(sum(counts.values()), 'document')} in all); accepted: more documents, or a larger "
-                    f"share ({split}: 0.3)"
+                    f"({counted(sum(counts.values()), 'document')} in all); accepted: more documents, pieces of them "
+                    f"(a source's pieces: 5000), or a larger share ({split}: 0.3)"
                 )
 
 

@@ -312,7 +312,7 @@ def test_a_corpus_says_what_it_passed_over_and_a_split_that_is_needed_and_empty_
     said = []
     with pytest.raises(
         PretrainError,
-        match=r"evaluate: the corpus 'data' has no test documents, which this stage needs \(3 documents in all\); accepted: more documents, or a larger share \(test: 0.3\)",
+        match=r"evaluate: the corpus 'data' has no test documents, which this stage needs \(3 documents in all\); accepted: more documents, pieces of them \(a source's pieces: 5000\), or a larger share \(test: 0.3\)",
     ):
         engine.run(check({"stages": STAGES}), say=said.append)
     info = json.loads((tmp_path / "runs" / "run" / "data" / "corpus" / "corpus.json").read_text())

@@ -43,10 +43,13 @@ def _sources(look: Look, init: Start | None, labelled: bool = True) -> list[str]
         return [f"      {line}" for line in _rows(table, str(look.files[0]), labelled, whole).splitlines()]
     opened = any(map(is_opened, look.files)) and look.kind in ("code", "prose")
     skip = ", on_error: skip" if look.undecoded or opened else ""
+    cut, reason = _cut(look)
+    skip += cut
     why = f", not UTF-8: {len(look.undecoded)}" if look.undecoded else ""
     why += "; what cannot be read is left out, and counted" if opened else ""
+    why += f"; {reason}" if reason else ""
     if look.domains:
-        group = ", group: path" if look.parallel else ""
+        group = ", group: path" if look.parallel and look.cut is None else ""
         each = [
             f"      - {{files: {quoted(folder)}, domain: {quoted(name)}{group}{skip}}}" for folder, name in look.domains
         ]
@@ -54,7 +57,7 @@ def _sources(look: Look, init: Start | None, labelled: bool = True) -> list[str]
     if look.kind == "images":
         return [f"      - {{images: {quoted(look.place)}{', label: parent' if look.classes else ''}}}"]
     if not (Path(look.place).is_dir() or is_archive(Path(look.place))) or not look.endings:
-        return [f"      - {{files: {quoted(look.place)}{skip}}}"]
+        return [f"      - {{files: {quoted(look.place)}{skip}}}{f'  # {why[2:]}' if why else ''}"]
     endings = ", ".join(map(quoted, look.endings))
     if look.kind == "code" and not set(look.endings).isdisjoint(MARKUP):
         skip += ", pages: markup"
@@ -64,9 +67,25 @@ def _sources(look: Look, init: Start | None, labelled: bool = True) -> list[str]
     return [f"      - {{files: {quoted(look.place)}, suffixes: [{endings}]{skip}}}  # no hidden files, no secrets{why}"]
 
 
+def _cut(look: Look) -> tuple[str, str]:
+    """The field by which a text is many documents, and why."""
+    if look.cut is None:
+        return "", ""
+    if look.cut.separator is not None:
+        return f", separator: {quoted(look.cut.separator)}", "a document ends at each separator"
+    return (
+        f", pieces: {look.cut.pieces}",
+        "so few texts come in pieces, of which some are held out",
+    )
+
+
 def _together(look: Look) -> list[str]:
     """What is said of folders that hold the same files in several languages."""
-    return ["      # group: a page and its translations lie on one side of the split"] if look.parallel else []
+    return (
+        ["      # group: a page and its translations lie on one side of the split"]
+        if look.parallel and look.cut is None
+        else []
+    )
 
 
 def lacking(table: Table) -> list[Fault]:

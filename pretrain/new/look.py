@@ -16,7 +16,7 @@ from pretrain.core.samples import IMAGES as FORMATS
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources import Files, Skipped
 from pretrain.corpus.sources._containers import READERS, ending
-from pretrain.corpus.sources._files import evenly, read_text
+from pretrain.corpus.sources._files import evenly, read_pieces, read_text
 from pretrain.corpus.sources._paths import Taken, located
 from pretrain.corpus.sources.audio import SUFFIXES as RECORDINGS
 from pretrain.corpus.sources.images import SUFFIXES as IMAGES
@@ -24,6 +24,7 @@ from pretrain.corpus.sources.opened.archives import is_archive
 from pretrain.corpus.sources.opened.documents import about
 from pretrain.corpus.store import side
 from pretrain.new.tables import Table, read_table
+from pretrain.new.texts.cutting import Cut, beginning, cut_of, parts_of
 from pretrain.new.texts.languages import LANGUAGE_OF, MARKUP, prose_language
 from pretrain.new.texts.opened import PAGED, ended, files_in, is_opened, most_of, plain, texts_of, why_not
 from pretrain.new.texts.prompts import prompts
@@ -36,6 +37,7 @@ SHARES = (0.02, 0.03, 0.05, 0.1, 0.15, 0.2, 0.25)
 # Files, or rows, to hold out in each split: of 500 rows an accuracy of 0.8 is good to 0.035, of 100 to 0.08.
 HELD, ROWS_HELD = 40, 500
 LIKELY = 5  # documents of a split: that there are none happens once in 150 times
+UNKNOWN = 12  # documents of which it is not known where they go: fewer are cut, or none is held out
 MODEST = 0.1  # of the documents at most for that, where so few are enough to have some
 MUCH = 8 << 20  # bytes of text that may be read for that
 NAMED = ("secret-looking", "holding what looks like a key or a password")  # of which each name is told
@@ -59,6 +61,7 @@ class Look:
     languages: tuple[str, ...] = ()  # the commonest first
     endings: tuple[str, ...] = ()
     domains: tuple[tuple[str, str], ...] = ()  # a folder for each language, and what lies beside them: path, language
+    cut: Cut | None = None  # where a file is many documents
     parallel: bool = False  # the domains' folders hold files of the same paths
     table: Table | None = None
     classes: tuple[str, ...] = ()  # folders of images
@@ -140,8 +143,9 @@ def _unfit(groups: dict[str, list[Path]], skipped: Skipped) -> list[str]:
     for kind in ("code", "prose"):
         kept = [path for path in groups[kind] if is_opened(path)]
         for path in plain(groups[kind]):
-            budget -= path.stat().st_size
-            text = read_text(path, skipped, lambda where, *_: undecoded.append(where)) if budget > 0 else ""
+            budget -= min(path.stat().st_size, 4 * skipped.longest)
+            pieces = read_pieces(path, skipped, lambda where, *_: undecoded.append(where), str(path))
+            text, _ = next(pieces, (None, True)) if budget > 0 else ("", True)
             key = key_in(text) if text else None
             why = looks_generated(text, ending(path)) if text and not alone else None
             if key:
@@ -201,8 +205,8 @@ def _most(groups: dict[str, list[Path]], table: bool) -> str | None:
 
 def _texts(paths: Sequence[Path], markup: bool = False) -> list[tuple[Path, str]]:
     """Some texts of the files, from all of them alike; with `markup` pages as they stand."""
-    some = [path for path in evenly(plain(paths), SAMPLE) if path.stat().st_size < MUCH]
-    pairs = [(path, read_text(path, Skipped())) for path in some]
+    some, small = evenly(plain(paths), SAMPLE), Skipped().longest
+    pairs = [(path, read_text(path, Skipped()) if path.stat().st_size < small else beginning(path)) for path in some]
     texts = [(path, text if markup else _plain(path, text)) for path, text in pairs if text is not None]
     return texts + evenly(texts_of(_opened(paths))[0], SAMPLE)
 
@@ -292,7 +296,13 @@ def _shared(seen: Look, files: Sequence[Path]) -> Look:
     share = _share(sum(len(files_in(path, _kind)) for path in files), keys)
     if not markup and any(ending(path) in MARKUP for path in files):
         texts = [(kind, text) for kind, text in texts if kind not in MARKUP] + _read(files)
-    return replace(seen, files=tuple(files), bytes=size, share=share, prompts=prompts(texts, share))
+    if (cut := cut_of(files, size, share)) is not None:
+        some, whole = parts_of(files, cut)
+        read = sum(len(text.encode()) for text in some)
+        count = len(some) if whole else len(some) * size / max(1, read)
+        share = _share(count, list(dict.fromkeys(some)) if whole else None)
+        texts = [(ending(files[0]), text) for text in evenly(some, SAMPLE)]
+    return replace(seen, files=tuple(files), bytes=size, share=share, prompts=prompts(texts, share), cut=cut)
 
 
 def _read(files: Sequence[Path]) -> list[tuple[str, str]]:
@@ -313,7 +323,7 @@ def _share(count: float, keys: Sequence[str] | None, held: int = HELD) -> float:
     Documents are put on a side by a hash: of a few, whose `keys` are known, it is known which go where; of others each
     split is to have some all but surely.
     """
-    likely = [share for share in SHARES if share * count >= LIKELY] or [SHARES[-1]]
+    likely = [share for share in SHARES if share * count >= LIKELY] or ([SHARES[-1]] if count >= UNKNOWN else [])
     fitting = likely if keys is None else [share for share in SHARES if _fits(keys, share)]
     plenty = [share for share in fitting if share * count >= held]
     modest = [share for share in fitting if share >= MODEST]

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
-from pretrain.corpus.sources._chat import is_chat
 from pretrain.corpus.sources._containers import ending, reader_of
 from pretrain.corpus.sources._files import Document, given, name_of
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import is_number, number
+from pretrain.corpus.sources.content.chat import is_chat
 from pretrain.new.faults import Broken, Fault, contradicting, headless, lacking, remedy, unnumbered, unreadable
 
 ROWS, MUCH = 10_000, 16 << 20  # that are looked at at most, and characters of them

@@ -14,6 +14,7 @@ from pretrain.corpus.sources._skipped import Removed, Skipped
 from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
 from pretrain.corpus.sources.debian import DebianDocs, Manuals
+from pretrain.corpus.sources.hub import HubDataset
 from pretrain.corpus.sources.images import Images
 from pretrain.corpus.sources.knowledge.wordnet import WordNet
 from pretrain.corpus.sources.made.questions import Questions
@@ -21,7 +22,7 @@ from pretrain.corpus.sources.made.random_computation import RandomComputation
 from pretrain.corpus.sources.pixels import Pixels
 from pretrain.corpus.sources.sequences import Sequences
 from pretrain.corpus.sources.series import Series
-from pretrain.corpus.sources.text import Files, HubDataset
+from pretrain.corpus.sources.text import Files
 
 # The word that a recipe begins a source with.
 SOURCES: dict[str, type[Source]] = {

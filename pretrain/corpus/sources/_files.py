@@ -204,7 +204,6 @@ def read_pieces(path: Place, skipped: Skipped, wrong: Wrong, name: str) -> Itera
     if text is not TOO_LONG:
         yield from () if text is None else ((text, True),)
         return
-    skipped.add(f"documents cut to {skipped.longest:,} characters", name)
     held = ""
     try:
         with open_text(path, newline="") as opened:

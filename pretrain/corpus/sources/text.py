@@ -1,8 +1,8 @@
-"""Text: files and folders, tables, notebooks, and data sets of the `datasets` library."""
+"""Text: files and folders, tables, notebooks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
@@ -14,20 +14,17 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.foreign import json
 from pretrain.core.foreign.archives import BROKEN, Place, open_text
 from pretrain.core.foreign.documents.members import ARCHIVES
-from pretrain.core.foreign.parsing import raise_memory, reason
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
-from pretrain.corpus.sources._chat import exchanges, is_chat, turns_of, written
-from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, no_column, read_json, reader_of, unread
-from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, given, name_of, read_pieces, size_of
-from pretrain.corpus.sources._paths import Named, Taken, below, check_group, group_of, located, stamp, stamps
+from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, read_json, reader_of, unread
+from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, read_pieces, size_of
+from pretrain.corpus.sources._paths import Named, Taken, check_group, group_of, located, stamps
 from pretrain.corpus.sources._skipped import Skipped
-from pretrain.corpus.sources._tables import extent, is_number
+from pretrain.corpus.sources._tables import extent
+from pretrain.corpus.sources.content.parts import parts
+from pretrain.corpus.sources.content.rows import Columns, Conversations, OnError, counted_rows, documents_of, wrong_of
 from pretrain.corpus.sources.opened import documents
 from pretrain.corpus.sources.opened.archives import inside, is_archive
-
-OnError = Literal["stop", "skip"]
-Conversations = Literal["answers", "whole"]
 
 ENDINGS = (*READERS, *documents.READERS, *ARCHIVES)
 OPENED = 4  # tables of a kind, to know how much of them is text
@@ -62,6 +59,11 @@ class Files(Source):
     kinds and all else that is passed over are listed in `corpus.json`, with the reason. A line, row or file that cannot
     be read ends the stage, or with `on_error: skip` is passed over too.
 
+    A text is one document, however long, so that a corpus of a single file has nothing to hold out. With `separator` it
+    is as many as stand between it, and with `pieces` one that is longer is several, cut where a paragraph ends, else a
+    line, else a word. Each may be held out by itself: pieces of a book are measured by a model that has read the rest
+    of it. Rows of tables stay as they are.
+
     Files that are a document each lie on one side of the split together where `group` says that they belong together,
     as translations of a page do: `stem` by their names, `path` by their paths below `files` (of sources that are a
     folder of a language each), both without endings and codes of languages, as `.html`, `.es.html` and `.pt-br.html`;
@@ -83,6 +85,8 @@ class Files(Source):
     conversations: Conversations = "answers"  # of what a conversation makes a document: of each answer, or of the whole
     pages: Literal["text", "markup"] = "text"  # markup: HTML is read as it stands, tags and all
     tables: Literal["rows", "text"] = "rows"  # text: tables and notebooks are read as they stand, a document each
+    separator: str | None = None  # what stands between the documents of a text, as `<|endoftext|>`
+    pieces: Count | None = None  # a longer text comes in pieces of at most so many characters, a document each
     group: str | None = None  # which files lie on one side of the split together: stem, path, or a regular expression
     hidden: bool = False  # whether to take files and folders whose names begin with a dot
     secrets: bool = False  # whether to take files that look like secrets, or hold what looks like a key or a password
@@ -93,6 +97,10 @@ class Files(Source):
         super().__post_init__()
         if self.group is not None:
             check_group(self.group)
+        if self.separator == "":
+            raise PretrainError("separator '': accepted: what stands between documents, as '<|endoftext|>'")
+        if self.group is not None and self.parted:
+            raise PretrainError(f"group {self.group!r}: accepted: none where a text is several documents")
 
     def domains(self) -> None:
         """Those of files and rows are not known before they are read."""
@@ -136,20 +144,50 @@ class Files(Source):
         if (kind := self._unread(path)) is not None:
             skipped.add(kind, name)
         elif (pages := documents.reader_of(path, self.pages == "markup")) is not None:
-            for where, document in pages(path, name, wrong, skipped):
+            rows_of = pages(path, name, wrong, skipped)
+            if self.parted:
+                yield from self._parts((row["text"] for _, row in rows_of), name, domain, skipped)
+                return
+            for where, document in rows_of:
                 if self._fit(document["text"], "", where, skipped, alone and where == name):
                     yield where, document | {"domain": domain} | ({} if ending(path) == ".warc" else group)
         elif (reader := self._table(path)) is not None and not self._is_text(path, reader, skipped.longest):
             read = reader(path, name, self.text, wrong, skipped)
-            yield from _documents(_counted(islice(read, rows), skipped), name, self, skipped, wrong)
+            yield from documents_of(counted_rows(islice(read, rows), skipped), name, self.columns, skipped, wrong)
             if rows is not None and next(read, None) is not None:
                 skipped.begun.append(name)
         else:
-            for number, (text, whole) in enumerate(read_pieces(path, skipped, wrong, name)):
+            pieces = read_pieces(path, skipped, wrong, name)
+            if self.parted:
+                yield from self._parts((text for text, _ in pieces), name, domain, skipped)
+                return
+            for number, (text, whole) in enumerate(pieces):
+                if not number and not whole:
+                    skipped.add(f"documents cut to {skipped.longest:,} characters", name)
                 if not self._fit(text, ending(path), name, skipped, alone):
                     break
                 place = {"id": name} if whole else {"id": f"{name}#{number}", "group": name}
                 yield name, {"text": text, "domain": domain} | place | group
+
+    @property
+    def parted(self) -> bool:
+        """Whether a text may be several documents."""
+        return self.separator is not None or self.pieces is not None
+
+    def _parts(self, chunks: Iterator[str], name: str, domain: str, skipped: Skipped) -> Iterator[Row]:
+        """The documents of a text, each one by itself."""
+        for number, text in enumerate(
+            parts(chunks, self.separator, min(self.pieces or skipped.longest, skipped.longest))
+        ):
+            where = f"{name}#{number}"
+            if self._fit(text, "", where, skipped, False):
+                yield where, {"text": text, "domain": domain, "id": where}
+
+    @property
+    def columns(self) -> Columns:
+        """How rows of tables are read."""
+        as_text = ", or tables: text to read the file as it stands"
+        return Columns(self.text, self.domain, self.conversations, self.required, self.numbers, as_text)
 
     def _table(self, path: Place) -> Reader | None:
         """What reads the rows of a file, where it is a table and is to be read as one."""
@@ -195,7 +233,7 @@ class Files(Source):
         size = documents.about((path for path in paths if ending(path) not in kinds), self.pages == "markup")
         tables = [self._extent([path for path in paths if ending(path) == kind]) for kind in kinds]
         if not tables:
-            return size
+            return size._replace(documents=0) if self.parted else size
         return Size(
             size.bytes + sum(table.bytes for table in tables), whole=size.bytes + sum(table.whole for table in tables)
         )
@@ -228,7 +266,7 @@ def _extent_of(source: Files, path: Path, *_: int) -> Size:
             return size_of([path])
         wrong = wrong_of("skip", skipped)
         rows = reader(path, str(path), source.text, wrong, skipped)
-        return extent(_documents(rows, str(path), source, skipped, wrong), path)
+        return extent(documents_of(rows, str(path), source.columns, skipped, wrong), path)
     except (PretrainError, OSError, ValueError):
         return size_of([path])
 
@@ -242,155 +280,3 @@ def _is_row(content: str, column: str) -> bool:
             return isinstance(json.loads(content.lstrip().partition("\n")[0], halves=True), dict)
         except json.NotJSON:  # JSON with comments, or a template
             return False
-
-
-def wrong_of(on_error: OnError, skipped: Skipped) -> Wrong:
-    """What is done with what cannot be read."""
-
-    def wrong(where: str, what: str, reason: str, accepted: str) -> None:
-        if on_error == "stop":
-            raise PretrainError(f"{where}: {what}; accepted: {accepted}, or on_error: skip")
-        skipped.add(reason, name_of(where))
-
-    return wrong
-
-
-@dataclass(frozen=True)
-class HubDataset(Source):
-    """A data set of the `datasets` library: a name on the hub, or a local folder written by it; streaming if asked."""
-
-    dataset: str
-    config: str | None = None
-    split: str = "train"
-    streaming: bool = False
-    text: str = "text"
-    domain: str | None = None
-    limit: Count | None = None  # read at most so many documents
-    on_error: OnError = "stop"  # what rows without the column do: stop, or skip
-    conversations: Conversations = "answers"  # as for files
-
-    def domains(self) -> None:
-        """Those of files and rows are not known before they are read."""
-
-    def documents(self, skipped: Skipped) -> Iterator[Document]:
-        rows = ((f"{self.dataset}, row {number}", row) for number, row in enumerate(self._open(), 1))
-        documents = _documents(rows, self.dataset, self, skipped, wrong_of(self.on_error, skipped))
-        for number, (_, document) in enumerate(documents):
-            if self.limit is not None and number >= self.limit:
-                return
-            yield document
-
-    def _open(self) -> Iterator[Document]:
-        import datasets
-
-        place = Path(self.dataset)
-        try:
-            if (place / "dataset_info.json").exists() or (place / "dataset_dict.json").exists():
-                data = datasets.load_from_disk(self.dataset)
-                data = data[self.split] if isinstance(data, datasets.DatasetDict) else data
-            else:
-                data = datasets.load_dataset(self.dataset, self.config, split=self.split, streaming=self.streaming)
-        except Exception as error:
-            reason = " ".join(str(error).split())[:300]
-            raise PretrainError(f"data set {self.dataset!r} cannot be loaded: {reason}") from error
-        return self._rows(data)
-
-    def _rows(self, data: Iterable[Document]) -> Iterator[Document]:
-        count = 0
-        try:
-            for row in data:
-                count += 1
-                yield row
-        except Exception as error:  # of its files, its columns' types, and what is installed for them
-            raise_memory(error, self.dataset)
-            what = f"data set {self.dataset!r} cannot be read after row {count} ({reason(error)})"
-            raise PretrainError(f"{what}; accepted: a data set that `datasets` reads to its end") from error
-
-    def state(self) -> object:
-        return [stamp(path) for path in below(Path(self.dataset))] if Path(self.dataset).exists() else None
-
-
-def _documents(
-    rows: Iterator[Row], name: str, source: Files | HubDataset, skipped: Skipped, wrong: Wrong
-) -> Iterator[Row]:
-    """Documents from rows with columns, each with where it stands."""
-    for where, row in rows:
-        column = source.text
-        if column not in row and column.isdecimal() and int(column) < len(row):  # a column by its number
-            column = list(row)[int(column)]
-        if column not in row:
-            columns = ", ".join(sorted(row)) or "an object with columns"
-            as_text = ", or tables: text to read the file as it stands" if isinstance(source, Files) else ""
-            wrong(where, no_column(column, row), f"rows without the column {column!r}", f"{columns}{as_text}")
-            continue
-        text = row[column]
-        if not given(row, column):
-            skipped.add("empty", name_of(where))
-            continue
-        required = source.required if isinstance(source, Files) else ()
-        absent = next((name for name in required if not given(row, name)), None)
-        if absent is not None:
-            skipped.add(f"rows without {absent}", name_of(where))
-            continue
-        if isinstance(source, Files) and not _of_numbers(row, source.numbers, where, wrong):
-            continue
-        place = name_of(where)
-        if is_chat(text):
-            answers = list(_answers(text, source, row, name, place))
-            if not answers:
-                skipped.add("conversations without an answer", name_of(where))
-            yield from ((where, answer) for answer in answers)
-            continue
-        if not isinstance(text, str):
-            wrong(where, f"column {column!r} is {type(text).__name__}, not text", "rows without text", "text")
-            continue
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # half of a character, as broken JSON holds
-            skipped.add("not UTF-8", name_of(where))
-            continue
-        rest = {k: v for k, v in row.items() if k not in (column, "text", "domain", "id")}
-        facts = {"text": text, "domain": _domain(source, row, name), "id": str(row.get("id", place))}
-        yield where, facts | rest
-
-
-def _counted(rows: Iterator[Row], skipped: Skipped) -> Iterator[Row]:
-    for row in rows:
-        skipped.rows += 1
-        yield row
-
-
-def _of_numbers(row: Document, columns: tuple[str, ...], where: str, wrong: Wrong) -> bool:
-    """Whether a row has a number in each of some columns; it is told where not."""
-    odd = next((name for name in columns if not is_number(row.get(name))), None)
-    if odd is not None:
-        what = f"column {odd!r} holds {row[odd]!r}, no number" if odd in row else no_column(odd, row)
-        wrong(where, what, f"rows without a number in {odd}", "numbers")
-    return odd is None
-
-
-def _domain(source: Files | HubDataset, row: Document, name: str) -> str:
-    """The domain of a row: the source's, the row's, or that of its file."""
-    if source.domain is not None and source.domain not in row:
-        return source.domain
-    return str(row.get(source.domain or "domain") or _stem(name))
-
-
-@lru_cache(maxsize=64)
-def _stem(name: str) -> str:
-    return Path(name).name.split(".")[0]
-
-
-def _answers(
-    chat: list[object], source: Files | HubDataset, row: Document, name: str, place: str
-) -> Iterator[Document]:
-    """The documents of a conversation; all of one conversation lie on one side of the split."""
-    known, domain = str(row.get("id", place)), _domain(source, row, name)
-    turns, answers = turns_of(chat) or [], list(exchanges(chat))
-    if source.conversations == "whole":
-        if answers:
-            messages = [{"role": role, "content": words} for role, words in turns]
-            yield {"text": written(turns), "messages": messages, "domain": domain, "id": known}
-        return
-    for number, (text, answer) in enumerate(answers):
-        yield {"text": text, "target": answer, "domain": domain, "id": f"{known}:{number}", "group": known}

@@ -20,9 +20,9 @@ from pretrain.corpus.sources import Files, Skipped
 from pretrain.corpus.sources._containers import ending, unread
 from pretrain.corpus.sources._files import PACKED
 from pretrain.corpus.sources._paths import Taken
+from pretrain.corpus.sources.content.rows import wrong_of
 from pretrain.corpus.sources.opened import archives
 from pretrain.corpus.sources.opened.documents import READERS, UNNEEDED
-from pretrain.corpus.sources.text import wrong_of
 from pretrain.new.texts.languages import MARKUP
 
 PAGED = tuple(end for end in READERS if end not in MARKUP)

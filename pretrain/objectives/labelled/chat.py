@@ -18,7 +18,7 @@ from pretrain.core.bounds import Count
 from pretrain.core.encoding import ASSISTANT, Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE
-from pretrain.corpus.sources._chat import Turns, turns_of
+from pretrain.corpus.sources.content.chat import Turns, turns_of
 from pretrain.objectives import Loss
 from pretrain.objectives._answers import greedy, prompts_of
 from pretrain.objectives._fine_tuning import examples_of, filled, named

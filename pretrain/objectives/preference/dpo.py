@@ -23,7 +23,7 @@ from pretrain.core.method import Ref
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.models.families import head
 from pretrain.core.models.fast import accelerate
-from pretrain.corpus.sources._chat import Turns, turns_of
+from pretrain.corpus.sources.content.chat import Turns, turns_of
 from pretrain.objectives import Loss, Objective
 from pretrain.objectives._distil import Side, Teacher, in_chunks, open_teacher, states
 from pretrain.objectives._fine_tuning import examples_of, filled, named
